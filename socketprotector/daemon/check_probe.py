@@ -14,6 +14,7 @@ from ..model.lazy_dataclass import mutable
 from ..model.question import Question
 from ..system.cleanup import on_error
 from ..system.helper import Ended
+from ..system.log import Log
 from ..system.loop import Loop
 from .asker_client import Asker, KeptAsker
 from .generation import OpenGeneration
@@ -25,21 +26,23 @@ _FORWARD = Question("forward")
 class Forwarding:
     """Keeps one process forwarding what comes to a socket of ours."""
 
-    def __init__(self, loop: Loop, way: Way) -> None:
-        """Raises OSError."""
+    def __init__(self, loop: Loop, way: Way, ended: Ended) -> None:
+        """Open the socket and start it; ended: see KeptAsker.  Raises OSError."""
         self._loop, self._way = loop, way
         self._listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         with on_error(self._listening.close):
             self._listening.bind(("127.0.0.1", 0))
             self._listening.listen(BACKLOG)
-        self._asker = KeptAsker(loop, self._start)
+        self._asker = KeptAsker(loop, self._start, ended)
 
     @property
     def address(self) -> tuple[str, int]:
+        """Where what is to be forwarded comes."""
         host, port = self._listening.getsockname()
         return host, port
 
     def close(self) -> None:
+        """Forward nothing more."""
         self._asker.close()
         self._listening.close()
 
@@ -59,12 +62,18 @@ class CheckProbes:
     """The addresses, by generation."""
 
     loop: Loop
+    log: Log
     reach: Reach
     _open: dict[int, tuple[Way, Forwarding | None]] = field(default_factory=dict)
 
     def address(self, generation: OpenGeneration) -> str:
         """Return where a generation is reached, "" where it cannot be.  Raises OSError."""
         number = generation.record.number
+
+        def ended(how: str) -> None:
+            why = f"the process that forwards {how}"
+            self.log.write("warning", "check-unreachable", generation=number, reason=why)
+
         found = self._open.get(number)
         if found is None:
             way = self.reach(generation, _FORWARD)
@@ -72,7 +81,7 @@ class CheckProbes:
                 return ""
             with on_error(way.close):
                 forwards = generation.program.mode.workers_accept
-                found = way, Forwarding(self.loop, way) if forwards else None
+                found = way, Forwarding(self.loop, way, ended) if forwards else None
             self._open[number] = found
         way, forwarding = found
         host, port = forwarding.address if forwarding is not None else way.address

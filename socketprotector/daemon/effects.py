@@ -122,7 +122,7 @@ class Effects:
             untaken=self._say_untaken,
             accepts=not settings.mode.workers_accept,
         )
-        probes = CheckProbes(runtime.loop, self._reach)
+        probes = CheckProbes(runtime.loop, runtime.log, self._reach)
         self.output = output
         self.pool = WorkerPool(
             settings,

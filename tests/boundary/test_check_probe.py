@@ -1,0 +1,36 @@
+"""Where a command reaches the generation that it checks: what is said when that fails."""
+
+from __future__ import annotations
+
+import errno
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from socketprotector.daemon import check_probe
+from socketprotector.daemon.check_probe import CheckProbes
+from socketprotector.system.loop import Loop
+
+
+def test_that_nothing_forwards_what_a_check_sends_is_logged(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else all that is seen is a check that fails, or hangs."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.EAGAIN, "no more processes")
+
+    monkeypatch.setattr(check_probe, "Asker", fails)
+    lines: list[tuple[str, str, dict[str, object]]] = []
+    log = SimpleNamespace(write=lambda *words, **fields: lines.append((*words, fields)))
+    way = SimpleNamespace(close=lambda: None)
+    probes = CheckProbes(loop, cast("Any", log), lambda *_: cast("Any", way))
+    program = SimpleNamespace(mode=SimpleNamespace(workers_accept=True))
+    generation = SimpleNamespace(record=SimpleNamespace(number=2), program=program)
+
+    assert probes.address(cast("Any", generation)).startswith("127.0.0.1:")
+
+    why = "the process that forwards cannot be started: no more processes"
+    assert lines == [("warning", "check-unreachable", {"generation": 2, "reason": why})]
+    probes.all_over()

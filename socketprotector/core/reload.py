@@ -29,11 +29,13 @@ STOP_FIRST = "with --reload-order stop-first the old workers end before the new 
 
 
 def launched(step: Step) -> None:
+    """Have the first generation opened."""
     if step.fleet.next_generation == 1:  # said twice: the program stands already
         step.fleet = replace(step.fleet, to_open=Next.FRESH)
 
 
 def reload_requested(step: Step) -> None:
+    """Note that a reload is wanted; begin_if_wanted() begins it."""
     if step.fleet.stop_requested:
         step.do(Report(ReportKind.REFUSED, reason="no reload while stopping"))
     else:
@@ -97,11 +99,16 @@ def _read_or_begin(step: Step) -> None:
 
 
 def settings_read(step: Step, policy: Policy, workers: int | None) -> None:
+    """Go on with what the configuration says: open_if_due() opens a generation of it.
+
+    workers: how many there are to be, where it says another number.
+    """
     if step.fleet.reading:  # else a stop has called it off
         step.fleet = replace(step.fleet, reading=False, candidate=Candidate(policy, workers))
 
 
 def settings_failed(step: Step, reason: str) -> None:
+    """Fail the reload, or dry run, whose configuration cannot be used."""
     if step.fleet.reading:
         step.fleet = replace(step.fleet, reading=False)
         _fail_unopened(step, reason)
@@ -128,6 +135,7 @@ def try_nothing_unserved(step: Step) -> None:
 
 
 def call_off_dry_run(step: Step, reason: str) -> None:
+    """Fail the dry run that is under way, if there is one."""
     if not step.fleet.dry_run:
         return
     starting = step.fleet.of(Phase.STARTING)
@@ -313,6 +321,7 @@ def promote(step: Step, number: int) -> None:
 
 
 def open_failed(step: Step, number: int, reason: str) -> None:
+    """Fail a generation that could not be made: none of its workers was started."""
     generation = step.fleet.generation(number)
     if generation is None or generation.phase not in (Phase.STARTING, Phase.ABANDONED):
         return

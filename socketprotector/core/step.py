@@ -51,11 +51,13 @@ class Step:
         self.actions: list[Action] = []
 
     def do(self, *actions: Action) -> None:
+        """Order actions behind all others."""
         self.actions.extend(actions)
 
     # -- timers --------------------------------------------------------------
 
     def start(self, wait: TimerKind, target: int, seconds: float) -> None:
+        """Have a timer run; one of this kind and target that runs begins anew."""
         deadline = Deadline(wait, target)
         self.fleet = replace(self.fleet, timers=self.fleet.timers | {deadline})
         self.do(StartTimer(deadline, seconds))
@@ -168,6 +170,7 @@ class Step:
             self.start(TimerKind.DRAIN, number, timeout_s)
 
     def limit_draining(self) -> None:
+        """End the oldest that drain above --max-draining; without a limit warn of many."""
         draining = [g for g in self.fleet.all_of(Phase.DRAINING) if g.workers]
         limit = self.fleet.policy.max_draining
         if limit:

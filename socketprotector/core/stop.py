@@ -50,6 +50,7 @@ def _begin_lame_duck(step: Step) -> None:
 
 
 def lame_duck_requested(step: Step, on: bool) -> None:
+    """Have balancers send clients elsewhere, or here again; all is served as before."""
     if step.fleet.stop_requested:
         step.do(Report(ReportKind.REFUSED, reason="it is stopping"))
         return
@@ -89,6 +90,7 @@ def listeners_lost(step: Step) -> None:
 
 
 def backlog_emptied(step: Step) -> None:
+    """Let what serves finish: all that had connected before the listeners closed were accepted."""
     if step.fleet.stopping is not Stop.GRACEFUL:
         return
     step.fleet = replace(step.fleet, listeners_open=False)
@@ -100,6 +102,7 @@ def backlog_emptied(step: Step) -> None:
 
 
 def stop_quickly(step: Step) -> None:
+    """Close the listeners and end all workers, without waiting for their connections."""
     if step.fleet.route:
         step.do(RouteTo(None))
     _call_off(step, Stop.QUICK)
@@ -148,6 +151,7 @@ def hold_requested(step: Step, seconds: float) -> None:
 
 
 def release_hold(step: Step) -> None:
+    """Accept again, if there is a hold."""
     if step.fleet.held:
         step.cancel(TimerKind.HOLD)
         step.fleet = replace(step.fleet, held=False)
@@ -155,6 +159,7 @@ def release_hold(step: Step) -> None:
 
 
 def exit_if_done(step: Step) -> None:
+    """End when a stop was requested and no generation is left."""
     fleet = step.fleet
     if fleet.stopping and not fleet.generations:
         step.cancel(TimerKind.STOP)

@@ -50,6 +50,7 @@ class Way:
 
     @property
     def is_unix(self) -> bool:
+        """Whether it is a UNIX socket."""
         return not self.address[1]
 
     @property

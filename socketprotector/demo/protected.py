@@ -108,6 +108,7 @@ class Protected:
 
     @property
     def has_ended(self) -> bool:
+        """Whether its guard has ended, and so all of it."""
         return self._process.poll() is not None
 
     def said(self, lines: int) -> list[str]:

@@ -66,13 +66,16 @@ class History:
         return replace(self, crashes=tuple(crashes))
 
     def dry_run_began(self, generation: int, at: float) -> History:
+        """Note that one is under way, in the place of the last one."""
         return replace(self, dry_run=Reload(generation, began_at=at))
 
     def dry_run_ended(self, generation: int, result: str, reason: str, at: float) -> History:
+        """Note its result, `passed` or `failed`, and why."""
         began_at = self.dry_run.began_at if self.dry_run is not None else at
         return replace(self, dry_run=Reload(generation, result, reason, began_at, at))
 
     def reload_began(self, generation: int, at: float) -> History:
+        """Note that one is under way; of the last RELOADS it is the latest."""
         begun = Reload(generation, began_at=at)
         return replace(self, reloads=(*self.reloads, begun)[-RELOADS:])
 

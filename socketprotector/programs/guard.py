@@ -133,6 +133,7 @@ class Guard:
             os._exit(FAILED)
 
     def close_line(self) -> None:
+        """Let go of the protector's line, if there is one."""
         if self.line is not None:
             self.line.close()
             self.line = None
@@ -219,6 +220,7 @@ class Guard:
             self.verdict = int(said["EXIT_STATUS"])
 
     def forget(self, name: str) -> None:
+        """Close the descriptor of this name, if it is kept."""
         if name in self.store:
             os.close(self.store.pop(name))
 
@@ -254,6 +256,7 @@ class Guard:
     # -- signals and children --------------------------------------------------
 
     def signalled(self, number: int) -> None:
+        """Pass a signal on; unless this protector says that it took it, it is for the next one."""
         if number == signal.SIGCHLD:
             self.reap()
             return

@@ -133,6 +133,7 @@ class BackOff:
         self._longest_s = longest_s
 
     def reset(self) -> None:
+        """Wait for the first time again: one has done well."""
         self._next_s = self._first_s
 
     def wait_s(self) -> float:

@@ -295,6 +295,7 @@ class Mark:
 
     @property
     def family(self) -> socket.AddressFamily:
+        """Of its connections."""
         return socket.AF_INET6 if ":" in self.source else socket.AF_INET
 
     @property

@@ -157,7 +157,9 @@ def test_fish_completes(built: Path, tmp_path: Path) -> None:
     for begun, word in COMPLETED.items():
         assert completed(begun) == [word]
     assert completed("socketprotectorctl rel") == ["release", "reload"]
-    assert completed("SocketProtector --config /usr/share/ma") == ["/usr/share/man/"]
+    assert completed("SocketProtector --config /usr/share/socketprot") == [
+        "/usr/share/socketprotector/"
+    ]
     assert "--dry-run" in completed("socketprotectorctl reload --d")
 
 
@@ -214,6 +216,13 @@ def test_beside_systemd_nothing_is_started_or_restarted(
     root_of: Callable[..., Path], packages: Path
 ) -> None:
     lived("systemd", root_of("bookworm"), packages)
+
+
+@needs_a_root
+def test_in_a_container_pid_1_goes_on_until_it_is_upgraded(
+    root_of: Callable[..., Path], packages: Path
+) -> None:
+    lived("container", root_of("bookworm"), packages)
 
 
 @needs_a_root

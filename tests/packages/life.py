@@ -322,6 +322,52 @@ def live_as_deb_beside_systemd() -> None:
     assert not left(), left()
 
 
+def live_as_deb_in_a_container() -> None:
+    """PID 1 is the protector: where policy-rc.d forbids restarts it goes on, until it is asked.
+
+    It forbids them in images of Debian.  Units of ours are masked, which changes nothing.
+    """
+    say_of_policy(ROOT / "usr/sbin/policy-rc.d", 101)
+    install("good")
+    (ROOT / "etc/systemd/system").mkdir(parents=True, exist_ok=True)
+    for unit in ("socketprotector@.service", "socketprotector-page.service"):
+        (ROOT / "etc/systemd/system" / unit).symlink_to("/dev/null")
+    words = ("SocketProtector", "-f", "--name", "web", str(PORT), "--", "SampleClient", str(PORT))
+    pid_1 = ("unshare", "--pid", "--fork", "--kill-child", f"--mount-proc={ROOT}/proc")
+    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
+    container = subprocess.Popen(
+        [*pid_1, "chroot", str(ROOT), *words],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert container.stderr is not None
+    while "event=ready" not in (line := container.stderr.readline()):
+        print(line, end="", flush=True)
+        assert line, "it has ended"
+    before = status("web.control")
+    assert before["pid"] == 1
+
+    told = upgrade_under_load("next")
+
+    assert "notice: policy-rc.d forbids to restart socketprotector: the protector at" in told
+    assert "later: socketprotectorctl --control /run/socketprotector/web.control upgrade" in told
+    assert status("web.control")["version"] == before["version"] == "0.1.0"
+    inside("socketprotectorctl", "reload")  # the old program, with the new one's files
+    ask()
+    told = upgrade_under_load("next", by=lambda _: inside("socketprotectorctl", "upgrade"))
+    assert "upgraded: pid 1 runs 0.1.1" in told
+    (ROOT / "usr/sbin/policy-rc.d").unlink()
+    assert "upgraded: pid 1 runs 0.1.2" in upgrade_under_load("after")
+
+    inside("dpkg", "-r", "socketprotector")
+    ask()  # what no unit and no script has started goes on
+    container.kill()
+    container.wait()
+
+
 def repository(which: str) -> None:
     """Make the packages of a folder those that apt knows, and no others."""
     place = ROOT / "repository"
@@ -418,6 +464,8 @@ def main() -> None:
         live_as_deb_beside_systemd()
     elif MANAGER == "unattended":
         live_as_deb_unattended()
+    elif MANAGER == "container":
+        live_as_deb_in_a_container()
     else:
         python = {"rpm": "python3", "pacman": "python"}[MANAGER]
         live_as_other(f"{python}-socketprotector-client")

@@ -253,13 +253,16 @@ class SocketSteering:
 
     def _discard_asked(self) -> None:
         """Have no question look like a client, where no worker accepts and no client has come."""
-        left = {each for each in self._asked if each[1] not in self._accepting.values()}
-        self._asked -= left
-        for each in self._pairs:
-            for number in (0, 1):
-                if (each.index, number) in left and each in self._own(number):
-                    with suppress(OSError):
+        for index, number in [*self._asked]:
+            if number in self._accepting.values():
+                continue
+            try:
+                for each in self._own(number):
+                    if each.index == index:
                         reuseport.discard_waiting(each.socket_for(number))
+            except OSError:
+                continue  # out of descriptors: it is tried again before it is rescued
+            self._asked.discard((index, number))
 
     def _discard_questions(self, sockets: Sequence[socket.socket]) -> None:
         """Have none wait where no other client does: no generation is to be started for it."""
@@ -605,7 +608,9 @@ class SocketSteering:
         self._loop.call_after(_RESCUE, self._rescue_s, self._rescue)
 
     def _rescue(self) -> None:
-        waiting = [each for each, number in self._in_vain() if each.has_waiting(number)]
+        self._discard_asked()
+        clients = [each for each in self._in_vain() if (each[0].index, each[1]) not in self._asked]
+        waiting = [each for each, number in clients if each.has_waiting(number)]
         if waiting:
             addresses = " ".join(each.settings.address for each in waiting)
             self._log.write("warning", "stranded", listen=addresses)

@@ -1178,6 +1178,26 @@ def test_what_a_killed_program_has_asked_is_no_client_to_the_next_one(
     assert reloaded.stranded == 0
 
 
+def test_a_question_that_cannot_be_closed_for_want_of_descriptors_is_none_either(
+    reloaded: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    discard = reuseport.discard_waiting
+
+    def fails(_: socket.socket) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    reloaded.put_question(2)
+    monkeypatch.setattr(reuseport, "discard_waiting", fails)
+    reloaded.steering.gone(2)
+    reloaded.pass_time(2 * FIRST_RESCUE_S)
+    assert reloaded.waiting() == [1]
+    monkeypatch.setattr(reuseport, "discard_waiting", discard)
+    reloaded.pass_time(2 * FIRST_RESCUE_S)
+
+    assert reloaded.waiting() == []
+    assert reloaded.stranded == 0
+
+
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_client_that_has_come_where_one_was_asked_is_never_discarded(
     reloaded: World, resumed: bool

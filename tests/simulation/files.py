@@ -39,7 +39,20 @@ class File:
 class Question(File):
     """What the protector asks a generation by; no client's, so nobody has to take it."""
 
-    taken = False
+    def __init__(self, number: int, address: Address, mark: int) -> None:
+        super().__init__()
+        self.number = number  # below 0
+        self.address = address
+        self.mark = mark  # of the socket that it has come to
+        self.taken = False
+        self.excuse = ""  # why it may be taken for a client
+        self.over = False  # closed: by who has taken it, or as its listening socket was shut down
+
+    def closed(self) -> None:
+        self.over = True
+
+    def __repr__(self) -> str:
+        return f"question {-self.number}"
 
 
 class Connection(File):

@@ -99,6 +99,10 @@ class Server:
         if not waiting:
             return None
         connection = waiting[int(chance * len(waiting))].backlog.popleft()
+        if isinstance(connection, Question):
+            connection.taken = True
+            connection.drop()
+            return self.accept(chance)
         connection.taken_by.append(self.pid)
         connection.late = self.told or self.leader.told
         self.connections.append(connection)
@@ -161,6 +165,8 @@ class Handed(World):
     ACCEPTS = False
     ADDED = ("tcp", "tcp", "tcp", "tcp6", "zero", "alone", "unix", "abstract")
     KINDS = (*ADDED[:6], "foreign", "unix", "abstract", "passed in")
+    PAIRED = ("tcp", "tcp", "tcp6", "zero")
+    ASKED = 0.4
     GAPS = (8, 30, 100)
     TIME = (0.98, (0.001, 0.02, 0.1, 0.2, 0.5), 20.0)
     workers: list[Leader]
@@ -171,7 +177,7 @@ class Handed(World):
         self._has_stopped = False  # an earlier program
         self._impatient = random.Random(f"clients {self.seed}").random() < 0.3
         self._tempted = 0
-        self._mischievous = pick((False, False, True))
+        self._mischievous = pick((False, False, True)) and not self._asks
         self._rude = pick((0.0, 0.5))
         self._masters = pick((0.0, 0.5, 1.0))  # how many of the workers are
         listeners = tuple(self._bind_one(n, pick) for n in range(pick((1, 1, 2))))
@@ -206,14 +212,14 @@ class Handed(World):
     def _bind_one(
         self, number: int, pick: Callable[[Any], Any], kinds: Any = None
     ) -> ListenerSettings:
-        kind = pick(kinds or self.KINDS)
+        kind = pick(self.PAIRED if self._asks else kinds or self.KINDS)
         if kind in ("unix", "abstract", "passed in"):
             path = f"/srv/{number}" if kind == "unix" else f"\0srv/{number}"
             one = self._bind(socket.AF_UNIX, path)
         else:
             path = ""
             family = socket.AF_INET6 if kind == "tcp6" else socket.AF_INET
-            one = self._bind(family, ("h", number))
+            one = self._bind(family, ("h", 1 + number))
         self._listening.append(one)
         address, inode = one.address.told, one.address.path_inode
         if kind in ("foreign", "passed in"):
@@ -291,7 +297,7 @@ class Handed(World):
         common = dict(super()._what_happens())
         del common[self._shut_channel]
         common |= {
-            self._connect: 150,
+            self._connect: 2 if self._few_clients else 150,
             self._shake: 60,
             self._speak: 40,
             self._take: 200,
@@ -328,12 +334,6 @@ class Handed(World):
         self._say(f"a hold of {asked.seconds:g} s is asked for")
         self._loop.call_after("hold", 0.0, lambda: protector.runtime.post(asked))
         self._children_ended()  # so that it looks whose time has come
-
-    def _answers(self, generation: int, question: Question | None) -> bool:
-        """Whether somebody of a generation accepts."""
-        its = [each for each in self.workers if each.generation == generation]
-        living = (each for leader in its for each in leader.living)
-        return any(each.listening and not each.hangs for each in living)
 
     def _connect(self) -> None:
         self._connect_to(self._addresses[int(self._chance() * len(self._addresses))])
@@ -399,7 +399,26 @@ class Handed(World):
         under_way = [each for each in address.listening if each.handshakes and not each.full]
         if under_way:
             to = under_way[int(self._chance() * len(under_way))]
-            self._establish(to, to.handshakes.popleft())
+            self._end_handshake(to)
+
+    def _end_handshake(self, to: Listening) -> None:
+        found = to.handshakes.popleft()
+        if self._only_questions_come_to(to):
+            found.excuse = found.excuse or "so late that only questions were to come there"
+        self._establish(to, found)
+
+    def _only_questions_come_to(self, to: Listening) -> bool:
+        """Whether the protector takes what comes to a socket for its own questions."""
+        if self._supervisor is None:
+            return False
+        act = self._supervisor.effects
+        places = ((each, number) for each in act.forwarder.listeners for number in (0, 1))
+        return any(
+            (each.index, number) in act.steering._asked
+            and self.kernel.files.get(each.socket_for(number).fileno()) is to
+            for each, number in places
+            if each.has_sibling
+        )
 
     def _speak(self) -> None:
         """Some that are silent say something."""
@@ -619,7 +638,7 @@ class Handed(World):
         for address in self._addresses:
             for each in address.listening:
                 while each.handshakes and not each.full:
-                    self._establish(each, each.handshakes.popleft())
+                    self._end_handshake(each)
             for client in address.clients.values():
                 client.said = True
 
@@ -747,9 +766,11 @@ class Handed(World):
     def _number_of_the_tried(self, index: int) -> int | None:
         """Return which socket of a new listener the generation has that is the first to know it.
 
-        None: there is none yet, or its turn came.
+        Of a dry run, that which it does not have.  None: there is none yet, or its turn came.
         """
         assert self._supervisor is not None
+        if self._supervisor.fleet.dry_run:
+            return self._supervisor.effects.steering.current
         act, starting = self._supervisor.effects, self._supervisor.fleet.of(Phase.STARTING)
         opened = act.generations.get(starting.number) if starting is not None else None
         known = opened is not None and opened.channel.knows_of(index)
@@ -759,7 +780,9 @@ class Handed(World):
         self.kernel.enter("sock_diag")
         file = self.kernel.file(which.fileno())
         assert isinstance(file, Listening)
-        found = [each for server in self._living() for each in server.connections]
+        found: list[Connection | Question] = []
+        for server in self._living():
+            found += server.connections
         for one in file.address.listening if waiting else ():
             found += one.backlog
         return Counter(each.mark for each in found if each.address is file.address)
@@ -790,6 +813,15 @@ class Handed(World):
                     if each.address is address and each.mark == connection.mark and not each.late
                 ]
                 assert not same, f"{same} are counted for {mine}"
+
+    def _said(self, event: str, fields: Mapping[str, Any]) -> None:
+        """A generation is started for clients alone."""
+        asked_serving = self.settings.health or self.settings.policy.settle_check
+        if event == "stranded" and not asked_serving:
+            for told in fields["listen"].split():
+                waiting = [each for one in self._at(told).listening for each in one.backlog]
+                others = [each for each in waiting if isinstance(each, Connection) or each.excuse]
+                assert others, f"another generation is started for {waiting}"
 
     def _check_dropped(self, address: Address) -> None:
         """A client gets no answer under a hold alone, or until a program has resumed after it."""

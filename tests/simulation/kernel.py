@@ -15,6 +15,7 @@ import errno
 import fcntl
 import heapq
 import os
+import random
 import resource
 import select
 import signal
@@ -23,15 +24,25 @@ import stat
 import struct
 import termios
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
-from tests.simulation.files import Connection, File, failure
-from tests.simulation.ports import BIND_TO_DEVICE, HUP, IN, SHUT, Address, Listening
+from socketprotector.system.reuseport import NO_MARKS
+from tests.simulation.files import Connection, File, Question, failure
+from tests.simulation.ports import (
+    BIND_TO_DEVICE,
+    CLIENTS_COME,
+    HUP,
+    IN,
+    OUT,
+    SHUT,
+    STEER,
+    Address,
+    Listening,
+)
 
-OUT = select.EPOLLOUT
 #: Charged to the sender for a message with one descriptor; see system/channel.py.
 CHARGE = 768
 #: What a message to workers is as long as; on its way to the fd store a connection is a copy.
@@ -218,6 +229,7 @@ FAULTS: dict[str, tuple[int, ...]] = {
     "setsockopt": (errno.ENOMEM, errno.ENOBUFS),
     "attach": (errno.ENOMEM, errno.EPERM),
     "listen": (errno.ENOMEM, errno.EADDRINUSE),
+    "connect": (errno.ENOMEM, errno.EADDRNOTAVAIL),
     "sock_diag": (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS),
     "lock": (errno.EMFILE, errno.EBUSY),
     "give": (errno.EMFILE, errno.ENFILE),
@@ -253,6 +265,7 @@ class Kernel:
         self.changes = 0  # how often a call of the protector has changed anything
         self.calls = 0
         self.quiet_calls = 1 << 62  # until the world interferes
+        self.questions = 0  # that were asked
         self.dead = False
         self.epoll: Watching | None = None
         self.wake: Pipe | None = None
@@ -358,6 +371,7 @@ class Kernel:
                 lstat=self._lstat,
                 unlink=self._unlink,
                 geteuid=lambda: 1000,
+                urandom=random.Random(0).randbytes,
                 get_blocking=lambda fd: not self._listening(fd).nonblocking,
                 set_blocking=lambda fd, flag: None,
                 memfd_create=self._memfd_create,
@@ -416,6 +430,13 @@ class Kernel:
         assert isinstance(file, Memory)
         return file
 
+    def address_at(self, name: Any) -> Address:
+        """Return what is at an address that is bound; port 0 is one of its own."""
+        if name in self.addresses:
+            return self.addresses[name]
+        name = name[0], 50_000 + len(self.addresses)
+        return self.addresses.setdefault(name, Address(socket.AF_INET, name))
+
     def _listening(self, fd: int) -> Listening:
         file = self.file(fd)
         assert isinstance(file, Listening)
@@ -426,6 +447,8 @@ class Kernel:
         file = self.file(fd)
         size = len(file.slots) if isinstance(file, Memory) else 0
         inode = file.inode if isinstance(file, Listening) else 0
+        if isinstance(file, Listening) and file.question is not None:
+            inode = file.question.number
         return SimpleNamespace(st_size=size, st_mode=stat.S_IFREG, st_ino=inode)
 
     def _lstat(self, path: str) -> Any:
@@ -535,6 +558,17 @@ class Kernel:
         waiting = [each for one in file.address.listening for each in one.backlog]
         return frozenset(b"%d" % each.number for each in waiting)
 
+    def is_waiting(self, which: Socket, *_: Any) -> bool:
+        """In the place of sock_diag.is_waiting()."""
+        self.enter("sock_diag")
+        question = self._listening(which.fileno()).question
+        return question is not None and not (question.taken or question.over)
+
+    def end_of(self, which: Socket, family: int) -> bytes:
+        """In the place of sock_diag.end_of()."""
+        question = self._listening(which.fileno()).question
+        return b"" if question is None else b"%d" % question.number
+
     @contextmanager
     def locked(self, path: str, patience_s: float = 0.0) -> Iterator[None]:
         """In the place of folder.locked()."""
@@ -560,6 +594,33 @@ class Kernel:
         self.changes += 1
         given = {theirs: self.file(ours) for theirs, ours in places.items()}
         return self.start(program.argv, environment, given)
+
+    def steer(self, one: Socket, member: int, marked: Mapping[Any, int] = NO_MARKS) -> None:
+        """In the place of reuseport.steer()."""
+        one.attach(STEER, member, {mark.source: its for mark, its in marked.items()})
+
+    def connect(self, one: Listening, target: Any) -> int:
+        """Have a question come to an address, from what `one` is bound to; return as connect_ex."""
+        address = self.addresses.get(target)
+        source = one.address.name[0] if one.address.name is not None else ""
+        to = address.for_new(self.questions, source) if address is not None else None
+        if to is None:
+            return errno.ECONNREFUSED
+        if to.drops or to.full:
+            return errno.EINPROGRESS if to.address.by_number else errno.EAGAIN
+        self.questions += 1
+        question = one.question = Question(-self.questions, to.address, to.mark)
+        question.take()
+        if address is not None and to is address.for_new(self.questions):
+            question.excuse = CLIENTS_COME
+        if self.note:
+            self.note(f"{question} comes to {to.name}, socket {to.inode}")
+        if to.address.by_number and to.mask:  # it finds itself shut down
+            question.drop()
+        else:
+            to.backlog.append(question)
+        self.changes += 1
+        return errno.EINPROGRESS if to.address.by_number else 0
 
     # -- processes -------------------------------------------------------------
 
@@ -717,7 +778,7 @@ class Socket:
     def bind(self, address: Any) -> None:
         self._kernel.enter("bind")
         if isinstance(self._file, Listening):
-            self._file.bind(self._kernel.addresses[address])
+            self._file.bind(self._kernel.address_at(address))
         else:
             assert isinstance(self._file, Datagrams)
             self._file.bind("@" + address[1:])
@@ -739,17 +800,28 @@ class Socket:
         elif isinstance(self._file, End):
             self._file.room = max(6, -(-2 * value // CHARGE))
 
-    def attach(self, option: int, place: int) -> None:
-        """As setsockopt() does it with a program; place: what that answers."""
+    def connect_ex(self, target: Any) -> int:
+        assert isinstance(self._file, Listening)
+        try:
+            self._kernel.enter("connect")
+        except OSError as error:
+            return error.errno or 0
+        return self._kernel.connect(self._file, target)
+
+    def attach(self, option: int, place: int, marked: dict[str, int] | None = None) -> None:
+        """As setsockopt() does it with a program.
+
+        place: what that answers; marked: to what comes from these addresses, something else.
+        """
         self._kernel.enter("attach")
         assert isinstance(self._file, Listening)
-        self._file.attach(option, place)
+        self._file.attach(option, place, marked or {})
         self._kernel.changes += 1
 
     def getsockopt(self, level: int, option: int, size: int = 0) -> Any:
         if isinstance(self._file, Listening):
             if (level, option) == (socket.IPPROTO_TCP, socket.TCP_INFO):
-                return struct.pack("=28xI", self._file.room)
+                return struct.pack("=24x2I", len(self._file.backlog), self._file.room)
             return b"" if size else self._file.get(level, option)
         assert isinstance(self._file, End)
         return self._file.room * CHARGE
@@ -771,8 +843,12 @@ class Socket:
         connection = listening.backlog.popleft()
         connection.references -= 1  # the backlog's
         listening.accepted += 1
-        connection.source, connection.place = listening, listening.accepted
+        if isinstance(connection, Connection):
+            connection.source, connection.place = listening, listening.accepted
         return fd, None
+
+    def accept(self) -> tuple[Socket, None]:
+        return Socket(self._kernel, self._accept()[0]), None
 
     def sendmsg(
         self, data: list[bytes], rights: list[Any], flags: int, address: str | None = None

@@ -15,9 +15,9 @@ from itertools import count
 from typing import Any, cast
 
 from socketprotector.system import accept_marks
-from tests.simulation.files import Connection, File, failure
+from tests.simulation.files import Connection, File, Question, failure
 
-IN, SHUT, HUP = select.EPOLLIN, select.EPOLLRDHUP, select.EPOLLHUP
+IN, OUT, SHUT, HUP = select.EPOLLIN, select.EPOLLOUT, select.EPOLLRDHUP, select.EPOLLHUP
 #: Options that Python has no names for.
 ATTACH_FILTER, DETACH_FILTER, STEER, BIND_TO_DEVICE = 26, 27, 51, 62
 IP_MINTTL = 21
@@ -28,6 +28,8 @@ _SET: dict[int, tuple[int, ...]] = {
     socket.AF_UNIX: (),
 }
 _MASK = {socket.SHUT_RD: 1, socket.SHUT_WR: 2, socket.SHUT_RDWR: 3}
+#: Of a question that none has taken: its generation has got clients.
+CLIENTS_COME = "clients come there, too"
 #: Where a socket comes back that was bound as port 0 and shut down.
 ASTRAY = ("h", 60_000)
 
@@ -41,6 +43,7 @@ class Address:
         self.listening: list[Listening] = []  # in the order of listen(2)
         self.group: list[Listening] = []  # of SO_REUSEPORT, by place
         self.steered: int | None = None  # to which place
+        self.marked: dict[str, int] = {}  # and those that come from these
         self.file: Listening | None = None  # of UNIX: what has the name
         self.path_inode = 0  # and the file of that name, where it is a path
         #: A worker has done something to a socket, and that is not mended yet.
@@ -71,14 +74,14 @@ class Address:
             return f"tcp:h:{self.name[1]}"
         return f"unix:{self.name}".replace("\0", "@")
 
-    def for_new(self, number: int = 0) -> Listening | None:
+    def for_new(self, number: int = 0, source: str = "") -> Listening | None:
         """Return the socket that a client gets to that connects now; None: it is refused."""
         if not self.by_number:
             return None if self.file is None or self.file.refuses else self.file
-        found = self._chosen(number)
+        found = self._chosen(number, source)
         return None if found is None or (found.filtered and not found.drops) else found
 
-    def _chosen(self, number: int) -> Listening | None:
+    def _chosen(self, number: int, source: str) -> Listening | None:
         found = [each for each in self.listening if not each.elsewhere]
         if not found:
             return None
@@ -86,8 +89,9 @@ class Address:
         first = found[0] if self.family == socket.AF_INET6 else found[-1]
         if not first.reuseport or first not in self.group:
             return first
-        if self.steered is not None and self.steered < len(self.group):
-            return self.group[self.steered]
+        steered = self.marked.get(source, self.steered)
+        if steered is not None and steered < len(self.group):
+            return self.group[steered]
         return self.group[number % len(self.group)]
 
     def order(self) -> dict[int, int]:
@@ -117,7 +121,7 @@ class Listening(File):
         super().__init__()
         self.address = address
         self.inode = next(address.inodes)
-        self.backlog: deque[Connection] = deque()
+        self.backlog: deque[Connection | Question] = deque()
         self.handshakes: deque[Connection] = deque()  # under way
         self.listens = False
         self.mask = 0  # of what shutdown() has ended
@@ -133,6 +137,7 @@ class Listening(File):
         self.foreign = False  # it was passed in, and its owner changes them, too
         self.accepted = 0
         self.sent: dict[str, int] = {}  # the place of the last one sent on, by address
+        self.question: Question | None = None  # what it has connected by, instead of listening
 
     @property
     def family(self) -> int:
@@ -169,6 +174,8 @@ class Listening(File):
         return ASTRAY if self.astray else self.address.name
 
     def ready(self) -> int:
+        if self.question is not None:
+            return OUT
         events = IN if self.backlog else 0
         if self.listens and self.address.by_number:
             return events
@@ -243,7 +250,7 @@ class Listening(File):
             if last is not self:
                 address.group[address.group.index(self)] = last
             if not address.group:
-                address.steered = None
+                address.steered, address.marked = None, {}
         for queue in (self.backlog, self.handshakes):
             while queue:
                 queue.popleft().drop()
@@ -253,12 +260,16 @@ class Listening(File):
         if self.address.file is self:
             self.address.file = None
 
-    def attach(self, option: int, place: int) -> None:
+    def attach(self, option: int, place: int, marked: dict[str, int]) -> None:
         """Attach a filter: one that refuses all, or one that steers.  Raises OSError."""
         if option == STEER:
             if self not in self.address.group:
                 raise failure(errno.EINVAL)
-            self.address.steered = place
+            self.address.steered, self.address.marked = place, marked
+            for one in self.address.group[place : place + 1]:
+                for each in one.backlog:
+                    if isinstance(each, Question):
+                        each.excuse = CLIENTS_COME
         elif self.locked:
             raise failure(errno.EPERM)
         else:
@@ -285,6 +296,9 @@ class Listening(File):
                 return int(self.listens)
             case socket.SOL_SOCKET, socket.SO_REUSEPORT:
                 return int(self.reuseport)
+            case socket.SOL_SOCKET, socket.SO_ERROR:
+                lost = self.question is not None and self.question.over and not self.question.taken
+                return errno.ECONNRESET if lost else 0
         unset = int(level == socket.IPPROTO_IP and option in _SET[self.family])
         found = self.options.get((level, option), unset)
         return found if isinstance(found, int) else 0

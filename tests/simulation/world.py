@@ -5,7 +5,7 @@ sd_notify, process, state_file, recovery, checkpoint) run against kernel.py.  Fo
 `os`, `socket`, `select` inside those modules are replaced while a simulation runs (`installed`
 below); besides them only what is found in the file system: a command, orphaned processes, maps of
 users.  The log, the output, the resident process around the supervisor, the upgrade's probe and
-what asks a generation that starts are stand-ins.
+the process that asks a generation by HTTP are stand-ins.
 
 The protector's wait is where the world moves: when it polls, steps chosen by the seed
 happen (clients, workers, signals, time, the guard or fd store), and in the middle of
@@ -14,7 +14,8 @@ The guard may be killed as well: then the protector goes on without one, and its
 after that is the end of all but what workers have been sent.
 In some lives a configuration is read again, and adds, removes and changes things; workers say in
 other ways that they are ready; few clients may wait; numbers of processes are used again; more
-workers are asked for than are started at once, or than there are descriptors for.
+workers are asked for than are started at once, or than there are descriptors for; each generation
+is asked whether it serves.
 After the wild part all goes well for a while, everything must come to rest and be delivered,
 and a graceful stop must end it.
 """
@@ -32,6 +33,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 from socketprotector_client import wire
@@ -48,11 +50,12 @@ from socketprotector.core.events import (
 from socketprotector.core.fleet import Fleet, LameDuck, Next, Phase, Policy, State, Stop
 from socketprotector.core.snapshot import Snapshot
 from socketprotector.daemon import (
+    asking,
     checkpoint,
-    effects,
     live_settings,
     quiescing,
     resident,
+    settle_check,
     socket_steering,
 )
 from socketprotector.daemon.checkpoint import Checkpoint
@@ -60,13 +63,14 @@ from socketprotector.daemon.config_reader import ConfigAnswer
 from socketprotector.daemon.effects import Effects
 from socketprotector.daemon.event_queue import EventQueue
 from socketprotector.daemon.log_output import Opened
+from socketprotector.daemon.probe_port import Way
 from socketprotector.daemon.recovery import Recovery
 from socketprotector.daemon.runtime import Runtime
-from socketprotector.daemon.settle_check import SettleCheck
 from socketprotector.daemon.start_report import StartReport
 from socketprotector.daemon.supervisor import Supervisor
 from socketprotector.model import text
 from socketprotector.model.history import History
+from socketprotector.model.question import ASKED
 from socketprotector.model.settings import ListenerSettings, Origin, Settings
 from socketprotector.system import (
     accept_marks,
@@ -112,6 +116,10 @@ POLICIES = (
     Policy(max_draining=2, settle_s=5.0, drain_timeout_s=9.0),
 )
 BACKLOG = 200
+#: What --health asks by, for ever.
+HEALTH = {"health", "health-limit"}
+#: How long an answer to a question by HTTP may take.
+ASKED_NS = 2_000_000_000
 #: Fewer workers than that are asked for in lives with many.
 MOST = 16
 #: The number of the line in a worker, for --ready fd.
@@ -229,14 +237,19 @@ class Worker:
 class Log:
     level = ""
 
-    def __init__(self, note: Callable[[str], None] | None, events: Counter[str]) -> None:
-        self._note = note
-        self._events = events
+    def __init__(
+        self,
+        note: Callable[[str], None] | None,
+        events: Counter[str],
+        heard: Callable[[str, Mapping[str, Any]], None],
+    ) -> None:
+        self._note, self._events, self._heard = note, events, heard
 
     def write(self, level: str, event: str, **fields: object) -> None:
         self._events[event] += 1
         if self._note and event != "decided":
             self._note(f"  log: {event} {fields}")
+        self._heard(event, fields)
 
 
 class Output:
@@ -308,88 +321,66 @@ class Reads:
 
 
 class Asks:
-    """In the place of asking.Asking: one question in the channel, or to whoever accepts.
+    """In the place of asker_client.KeptAsker: a process that asks again and again, by HTTP.
 
-    It may fail to get there; and be one that cannot be asked at all.
+    It may die, which closes its connection, and be started again.
     """
 
-    def __init__(self, world: World, runtime: Runtime, answered: Any, not_asked: Any) -> None:
-        self._world, self._loop = world, runtime.loop
-        self._answered, self._not_asked = answered, not_asked
-        self._generation: Any = None
+    def __init__(
+        self,
+        world: World,
+        loop: Loop,
+        way: Way,
+        heard: Callable[[str], None],
+        ended: Callable[[str], None],
+    ) -> None:
+        self._world, self._loop, self._way = world, loop, way
+        self._heard, self._ended = heard, ended
+        assert world._supervisor is not None
+        its = (0.0, 0.15, 1.0) if world._supervisor.fleet.served else (0.0,)
+        self._bad = world._random.choice(its)  # how many of its answers are
         self._question: Question | None = None
-        self._dies = random.Random(f"asker {world.seed}").random
-        self.last = ""
+        self._asked_at = 0
+        self._later()
 
-    def ask(self, generation: Any) -> None:
-        self.stop()
-        self._generation = generation
-        self.go_on()
+    def close(self) -> None:
+        self._loop.cancel(self)
 
-    def stop(self) -> None:
-        self.suspend()
-        self._generation = None
+    @property
+    def now(self) -> Asks:
+        return self
 
-    def suspend(self) -> None:
-        self._loop.cancel("ask")
-        self._question = None
-
-    def go_on(self) -> None:
-        if self._generation is not None:
-            self._loop.call_after("ask", 0.2 * self._world._chance(), self._look)
+    def _later(self) -> None:
+        self._loop.call_after(self, self._world._chance(), self._look)
 
     def _look(self) -> None:
-        generation, world = self._generation, self._world
-        number = generation.record.number
-        if generation.program.ready == "any" and world._chance() < 0.1:
-            self._not_asked(number)
-        if not world._calm and self._dies() < 0.1:
-            self._question = None  # what had asked has died: its connection is closed, if taken too
-        elif world.ACCEPTS and self._question is None:
-            self._question = asked_in(generation.channel, world.kernel)
-        if world._answers(number, self._question):
-            self.stop()
-            self._answered(number, "accept")
-        else:
-            self._loop.call_after("ask", 0.5, self._look)
+        world, kernel = self._world, self._world.kernel
+        self._later()
+        if not world._calm and world._chance() < 0.1:
+            self._question = None
+            self._ended("was killed")
+        elif self._question is None:
+            made = Listening(Address(socket.AF_INET, ("", 0)))
+            if self._way.mark is not None:
+                made.address.name = self._way.mark.source, 0
+            kernel.connect(made, self._way.target)
+            self._question, self._asked_at = made.question, kernel.clock_ns
+        elif self._question.over or self._question.taken:
+            bad = not self._question.taken or (not world._calm and world._chance() < self._bad)
+            self._question = None
+            world.events["answered-badly" if bad else "answered-well"] += 1
+            self._heard("GET /: 500" if bad else "")
+        elif kernel.clock_ns - self._asked_at > ASKED_NS:
+            self._question = None
+            self._heard("GET /: no answer")
 
 
-def asked_in(channel: Any, kernel: Kernel) -> Question | None:
-    """Put a question into a channel, as daemon/probe_port.py does; None where that fails."""
-    header = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, 0, 0, 0)
-    question = Question()
-    try:
-        fd = kernel.install(question)
-    except OSError:
-        return None
-    try:
-        channel.send(header, fd)
-    except OSError:
-        return None
-    finally:
-        kernel.close(fd)
-    return question
-
-
-class Checks(SettleCheck):
-    """Answers come by chance; in the end good ones."""
-
-    def __init__(self, world: World, *parts: Any) -> None:
-        super().__init__(*parts)
-        self._world = world
-
-    def _ask(self) -> None:
-        self._loop.call_after("settle-check", self._world._chance(), self._answer)
-
-    def _answer(self) -> None:
-        assert self._generation is not None
-        if self._world.ACCEPTS:
-            asked_in(self._generation.channel, self._world.kernel)  # among its clients
-        bad = not self._world._calm and self._world._chance() < 0.15
-        self._world.events["settle-failed" if bad else "settle-answered"] += 1
-        self._heard("GET /: 500" if bad else "")
-        if not bad:
-            self._ask()
+def is_for_questions(file: File) -> bool:
+    """Whether it is of a question: that, our end of it, or where it comes to."""
+    if isinstance(file, Listening):
+        name = file.address.name
+        return file.question is not None or name is None or str(name[0]).startswith("127.")
+    return isinstance(file, Question)
 
 
 class World:
@@ -399,6 +390,8 @@ class World:
     ACCEPTS = True
     #: Whether it may be one of few lives in something; else it is as most are.
     UNUSUAL = True
+    #: In how many lives each generation is asked whether it serves.
+    ASKED = 0.15
     #: What there is to listen on, and what a configuration that is read again can add.
     KINDS: Any = (socket.AF_INET, socket.AF_UNIX)
     ADDED: Any = KINDS
@@ -440,6 +433,9 @@ class World:
             set()
         )  # in the configuration, so that it is not added, even if lost
         # Apart from the others, so that a life without all of these is as it was before them.
+        asks = random.Random(f"asks {seed}").random
+        self._asks = self.UNUSUAL and asks() < self.ASKED  # each generation, and often for nothing
+        self._few_clients = self._asks and asks() < 0.7
         unusual: Any = random.Random(f"unusual {seed}").choice
         if not self.UNUSUAL:
             unusual = operator.itemgetter(0)
@@ -456,12 +452,16 @@ class World:
         self._lame_ducks = unusual((False, False, True))
         if self._lame_ducks:
             self._let_stops_wait(unusual((0.0, 0.5)))
-        self._dry_runs = unusual((False, False, True))
-        if unusual((False, False, True)):
+        self._dry_runs = unusual((False, False, True)) or self._asks
+        if unusual((False, False, True)) and (self._asks or self.ACCEPTS):
             self._have_settling_checked()
+        if self._asks:
+            self._have_it_asked(health=asks() < 0.5)
         self._tried: set[int] = set()  # generations that only dry runs have opened
         self._faulty = pick((0.0, 0.3, 0.6))  # how much of what interferes is a fault
         self._deadly = pick((0.0, 0.02, 0.1)) if self.fd_store != "none" else 0.0
+        if self._asks and self.fd_store != "none":
+            self._deadly += 0.05
         self._gap = pick(self.GAPS)
         self.workers: list[Any] = []
         self._processes: dict[int, Any] = {}
@@ -504,8 +504,8 @@ class World:
     def _unusual(self, settings: Settings, pick: Callable[[Any], Any]) -> Settings:
         """Have other settings in some lives."""
         ready = pick(("notify", "notify", "notify", "ack", "fd", "any", "any"))
-        if ready == "any" and self.seed % 2:
-            ready = "accept"
+        if self._asks:
+            ready = ("any", "accept", "http")[self.seed % 3]
         settings = replace(settings, origin=Origin(configured=pick((False, False, True))))
         if ready == "notify":
             return settings
@@ -513,8 +513,8 @@ class World:
             settings,
             policy=replace(settings.policy, ready=ready),
             ready=ready,
-            ready_after_s=1.0 if ready in ("any", "accept") else None,
-            ready_question="accept" if ready == "accept" else "",
+            ready_after_s=1.0 if ready in ASKED else None,
+            ready_question={"accept": "accept", "http": "http:/"}.get(ready, ""),
             ready_fd=READY_FD if ready == "fd" else pick((-1, READY_FD)),
         )
 
@@ -530,6 +530,17 @@ class World:
     def _have_settling_checked(self) -> None:
         policy = replace(self.settings.policy, settle_s=5.0, settle_check="http:/")
         self.settings = replace(self.settings, policy=policy)
+
+    def _have_it_asked(self, *, health: bool) -> None:
+        """Have generations fail soon that do not answer."""
+        policy = replace(self.settings.policy, start_timeout_s=5.0)
+        self.settings = replace(
+            self.settings,
+            policy=policy,
+            health="accept" if health else "",
+            health_every_s=1.0,
+            health_timeout_s=0.5,
+        )
 
     def _pass_in(self) -> None:
         """Have the first listener be another process's that goes on listening."""
@@ -574,6 +585,7 @@ class World:
             workers_accept=old.policy.workers_accept,
             ready=old.policy.ready,
             settle_check=old.policy.settle_check,
+            start_timeout_s=old.policy.start_timeout_s,
             lame_duck_s=old.policy.lame_duck_s,
             lame_duck_idle_s=old.policy.lame_duck_idle_s,
         )
@@ -603,7 +615,7 @@ class World:
     def _bind_one(
         self, number: int, pick: Callable[[Any], Any], kinds: Any = None
     ) -> ListenerSettings:
-        self._listening.append(self._bind(pick(kinds or self.KINDS), ("h", number)))
+        self._listening.append(self._bind(pick(kinds or self.KINDS), ("h", 1 + number)))
         return ListenerSettings(self._listening[-1].address.told)
 
     def _at(self, address: str) -> Address:
@@ -668,7 +680,7 @@ class World:
         self._checked = None
         self._starting = True
         self._calls = kernel.calls
-        log = cast("Any", Log(self._note, self.events))
+        log = cast("Any", Log(self._note, self.events, self._said))
         self._loop = Loop()
         self._only_what_was_found(self._loop)
         line: Any = None
@@ -964,7 +976,7 @@ class World:
             return 0
         self._interfere_later()
         what = self._chance()
-        if what < self._deadly:
+        if what < self._deadly and self._has_begun():
             self.kernel.dead = True
             raise Killed
         if what < self._deadly + self._faulty:
@@ -977,6 +989,11 @@ class World:
         self._step()
         self._meanwhile = False
         return 0
+
+    def _has_begun(self) -> bool:
+        """Whether a kill is no end of it all, where there is something to be seen after that."""
+        protector = self._supervisor
+        return not self._asks or protector is None or protector.fleet.served
 
     def _interfere_later(self) -> None:
         self.kernel.quiet_calls = 1 + int(self._chance() * self._gap * 2)
@@ -1033,8 +1050,8 @@ class World:
 
     def _what_happens(self) -> list[tuple[Callable[[], None], int]]:
         return [
-            (self._connect, 300),
-            (self._crowd, 10),
+            (self._connect, 2 if self._few_clients else 300),
+            (self._crowd, 10 * (not self._few_clients)),
             (self._take, 250),
             (self._take_all, 40),
             (self._finish, 150),
@@ -1053,7 +1070,7 @@ class World:
             (self._upgrade, 5 if self.fd_store != "none" else 0),
             (self._scarce, 5),
             (self._plenty, 15),
-            (self._deploy, 6),
+            (self._deploy, 30 if self._asks else 6),
             (self._term, 1 if self.seed % 4 == 0 else 0),
             (self._int, 1 if self.seed % 8 == 0 else 0),
             (self._unguard, 3 if self.seed % 6 == 2 and self.fd_store == "guard" else 0),
@@ -1078,10 +1095,6 @@ class World:
     def _crowd(self) -> None:
         for _ in range(self._random.randrange(5, 40)):
             self._connect()
-
-    def _answers(self, generation: int, question: Question | None) -> bool:
-        """Whether a worker has taken what its generation was asked."""
-        return question is not None and question.taken
 
     def _active_worker(self) -> Worker | None:
         """A living worker that does something."""
@@ -1115,6 +1128,8 @@ class World:
     def _time(self) -> None:
         chance = self._chance()
         often, pauses, pause = self.TIME
+        if self._asks:  # else no generation would have time to answer
+            often = 0.998
         seconds = self._random.choice(pauses) if chance < often else pause
         if "look" in self._loop._timers:
             seconds = min(seconds, 1.0)  # a process that looks for orphans does not hang
@@ -1143,7 +1158,7 @@ class World:
     def _say_ready(self, worker: Any, more: bytes = b"") -> bool:
         """Say READY=1, or the same in another way that counts; return whether it was said."""
         ready, lines = self.settings.ready, worker.voice.lines
-        if ready == "notify" or (ready in ("any", "accept") and self._chance() < 0.5):
+        if ready == "notify" or (ready in ASKED and self._chance() < 0.5):
             return self._tell(worker, b"READY=1" + more)
         if ready != "fd" and not self._calm and self._chance() < 0.3:
             return self._ack(worker.pid)
@@ -1363,7 +1378,7 @@ class World:
         told = kernel.epoll.told()
         if told:
             return self._wake(told)
-        if due is not None:
+        if due is not None and self._loop._timers.keys() - HEALTH:
             kernel.clock_ns = max(kernel.clock_ns, due)
             return self._wake([])
         if self._zombie() is not None:  # so the kernel has reported it
@@ -1456,6 +1471,7 @@ class World:
             for fd, file in self.kernel.files.items()
             if fd not in known and file is not epoll and file is not self.kernel.wake
         }
+        left = {fd: file for fd, file in left.items() if not is_for_questions(file)}
         assert not left, f"unknown descriptors: {left}"
 
     def _check_fleet(self, fleet: Fleet, act: Effects) -> None:
@@ -1481,6 +1497,9 @@ class World:
             before = [g for g in fleet.generations if g.quiescing or g.phase is Phase.ABANDONED]
             to_come = fleet.to_open and (policy.stop_first or before)
             assert waits or to_come, "no generation will ever serve"
+
+    def _said(self, event: str, fields: Mapping[str, Any]) -> None:
+        """Look at what the protector logs, at once."""
 
     def _check_history(self, fleet: Fleet, history: History) -> None:
         """Whoever waits for a verdict must not wait for ever."""
@@ -1592,17 +1611,14 @@ def installed(world: World) -> Iterator[None]:
                 if hasattr(module, name):
                     put(module, name, getattr(kernel.modules, name))
         put(program_spec, "resolve", resolve)
-        put(effects.Effects, "_refuse_unless_asked", lambda *_: None)
-        put(
-            effects,
-            "Asking",
-            lambda runtime, *, reach, answered, not_asked: Asks(
-                world, runtime, answered, not_asked
-            ),
+        asker = SimpleNamespace(
+            repeating=lambda loop, way, _, heard, ended: Asks(world, loop, way, heard, ended)
         )
-        put(effects, "SettleCheck", lambda *parts: Checks(world, *parts))
+        put(asking, "KeptAsker", asker)
+        put(settle_check, "KeptAsker", asker)
         put(live_settings, "ConfigReader", lambda _, loop, key: Reads(world, loop, key))
         put(reuseport, "_attach", lambda to, option, code: to.attach(option, code[-1][3]))
+        put(reuseport, "steer", kernel.steer)
         put(accept_marks, "connections", world.accepted)
         put(listener, "listening", kernel.listening)
         put(listener, "locked", kernel.locked)
@@ -1610,6 +1626,8 @@ def installed(world: World) -> Iterator[None]:
         put(quiescing, "unread", kernel.unread)
         put(quiescing, "handshakes", kernel.handshakes)
         put(socket_steering, "unaccepted", kernel.unaccepted)
+        put(socket_steering, "is_waiting", kernel.is_waiting)
+        put(socket_steering, "end_of", kernel.end_of)
         put(process, "_fork", kernel.fork)
         put(orphans, "Look", look)
         put(workers, "AT_ONCE", world._at_once)

@@ -1,7 +1,10 @@
 """A server that no client can exhaust: a thread for each connection, and a limit of both.
 
 A client that connects and sends nothing delays no other: each connection has a thread, a limit of
-time, and is one of a limited number; one too many is closed at once.  Source: socketserver.
+time, and is one of a limited number; one too many is closed at once.  That time is for each wait of
+its thread, so there is one for the whole, too: a byte now and then would keep a place for ever.
+
+Source: socketserver.
 """
 
 from __future__ import annotations
@@ -9,11 +12,15 @@ from __future__ import annotations
 import socket
 import sys
 import threading
+import time
+from contextlib import suppress
 from socketserver import BaseRequestHandler, TCPServer, ThreadingMixIn
 from typing import Any
 
 #: For a handshake, for a request, and for each answer.
 CONNECTION_S = 10.0
+#: For all of them.
+LONGEST_S = 30.0
 CONNECTIONS = 64
 
 
@@ -30,6 +37,7 @@ class BoundedServer(ThreadingMixIn, TCPServer):
         """Bind and listen.  Raises OSError."""
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self._free = threading.BoundedSemaphore(CONNECTIONS)
+        self._until: dict[socket.socket, float] = {}
         super().__init__(address, handler)
 
     @property
@@ -58,14 +66,23 @@ class BoundedServer(ThreadingMixIn, TCPServer):
         """Serve one connection; the handshake, too, is this thread's."""
         try:
             request.settimeout(CONNECTION_S)
-            try:
-                request = self.handshake(request)
-            except OSError:
-                request.close()
-                return
-            super().process_request_thread(request, client_address)
+            with request.dup() as same:  # with TLS the request is another object from there on
+                self._until[same] = time.monotonic() + LONGEST_S
+                try:
+                    super().process_request_thread(self.handshake(request), client_address)
+                finally:
+                    del self._until[same]
+        except OSError:  # no TLS, or no descriptor
+            request.close()
         finally:
             self._free.release()
+
+    def service_actions(self) -> None:
+        """Cut off those that have had their time; called twice a second."""
+        for each, until in self._until.copy().items():
+            if time.monotonic() >= until:
+                with suppress(OSError):  # it has gone away meanwhile
+                    each.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore that a client has gone away, or was too slow; show what is a fault of ours."""

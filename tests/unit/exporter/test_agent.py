@@ -6,6 +6,7 @@ import contextlib
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from socketserver import BaseRequestHandler
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from socketprotector.ctl.query_all import SocketAnswer
+from socketprotector.exporter import bounded
 from socketprotector.exporter.agent import READY_S, Agent, Told, advise
 from socketprotector.exporter.bounded import CONNECTIONS, BoundedServer
 from tests.running import DEADLINE_S
@@ -130,11 +132,18 @@ def agent() -> Iterator[Agent]:
         patched.setattr("socketprotector.exporter.bounded.CONNECTION_S", 3600.0)
         with Agent(("127.0.0.1", 0), Said(), lambda: Clock.now_s) as made:  # type: ignore[arg-type]
             Clock.now_s = 1000.0
-            serving = threading.Thread(target=made.serve_forever, args=(0.01,))
-            serving.start()
-            yield made
-            made.shutdown()
-            serving.join()
+            with serving(made):
+                yield made
+
+
+@contextlib.contextmanager
+def serving(server: BoundedServer) -> Iterator[None]:
+    """It serves in this process."""
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield
+    server.shutdown()
+    thread.join()
 
 
 class Clock:
@@ -246,3 +255,36 @@ def test_only_that_a_client_has_gone_away_is_not_said(capsys: pytest.CaptureFixt
     assert "KeyError: 'injected'" in said
     assert "ConnectionResetError" not in said
     assert "TimeoutError" not in said
+
+
+class _ReadsOn(BaseRequestHandler):
+    """As long as something comes, each piece in its time."""
+
+    def handle(self) -> None:
+        while self.request.recv(1):
+            pass
+
+
+def test_a_client_that_sends_a_byte_now_and_then_is_cut_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So many of these as there are places would leave none for others."""
+    monkeypatch.setattr(bounded, "LONGEST_S", 0.2, raising=False)
+    until_s = time.monotonic() + DEADLINE_S
+    cut_off = False
+    with (
+        BoundedServer(("127.0.0.1", 0), _ReadsOn) as server,
+        serving(server),
+        socket.create_connection(("127.0.0.1", server.server_address[1])) as client,
+    ):
+        client.settimeout(0.02)
+        while not cut_off and time.monotonic() < until_s:
+            try:
+                client.send(b"x")
+                cut_off = not client.recv(1)
+            except TimeoutError:
+                continue
+            except OSError:
+                cut_off = True
+
+    assert cut_off

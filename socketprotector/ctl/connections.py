@@ -16,6 +16,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
+from ..system import procfs
 from ..system.sock_diag import unread_unix
 from .client import Message, lives
 from .fields import listed, number_in, text_in
@@ -135,14 +136,9 @@ def _inodes(pids: Sequence[int]) -> dict[int, int | None]:
     while todo:
         each = todo.pop()
         try:
-            for name in os.listdir(f"/proc/{each}/fd"):
-                try:
-                    target = os.readlink(f"/proc/{each}/fd/{name}")
-                except FileNotFoundError:
-                    continue
-                if target.startswith("socket:["):
-                    # A descendant's numbers say nothing about the worker's.
-                    found.setdefault(int(target[8:-1]), int(name) if each == worker else None)
+            for number, inode in procfs.sockets(each):
+                # A descendant's numbers say nothing about the worker's.
+                found.setdefault(inode, number if each == worker else None)
             with open(f"/proc/{each}/task/{each}/children", encoding="ascii") as children:
                 todo += [int(word) for word in children.read().split()]
         except OSError:

@@ -12,6 +12,7 @@ import os
 import signal
 import time
 
+from ..system import procfs
 from .seen import Kill
 
 _STOPS_S = 1.0
@@ -43,14 +44,7 @@ def accepted_by(pid: int) -> frozenset[int]:
     until_s = time.monotonic() + _STOPS_S
     while _runs(pid) and time.monotonic() < until_s:
         time.sleep(0.001)
-    inodes = set()
-    for name in os.listdir(f"/proc/{pid}/fd"):
-        try:
-            target = os.readlink(f"/proc/{pid}/fd/{name}")
-        except FileNotFoundError:
-            continue
-        if target.startswith("socket:["):
-            inodes.add(target[8:-1])
+    inodes = {str(inode) for _, inode in procfs.sockets(pid)}
     with open("/proc/net/tcp", encoding="ascii") as table:
         next(table)  # the headings
         rows = (line.split() for line in table)

@@ -1,4 +1,4 @@
-"""Whether /proc can be used: it is not mounted everywhere, and may be of another PID namespace.
+"""What /proc shows of processes; it is not mounted everywhere, and may be of another PID namespace.
 
 In a PID namespace with the /proc of another one its numbers mean other processes than to
 kill(2).  `/proc/self` shows both cases: proc(5).
@@ -7,7 +7,7 @@ kill(2).  `/proc/self` shows both cases: proc(5).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 
@@ -34,10 +34,22 @@ def state_of(pid: int | str) -> tuple[bytes, int] | None:
     return state, int(group)
 
 
+def sockets(pid: int) -> Iterator[tuple[int, int]]:
+    """Yield the sockets that a process has open: number and inode.
+
+    Raises OSError where it is gone, or /proc does not show it.
+    """
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):  # closed meanwhile
+            kind, _, inode = os.readlink(f"/proc/{pid}/fd/{name}").partition(":[")
+            if kind == "socket":
+                yield int(name), int(inode.rstrip("]"))
+
+
 def sockets_of(pids: Iterable[int], most: int) -> set[int]:
     """Return the sockets that processes have, by inode, among the first so many descriptors.
 
-    None where it is unknown.
+    Empty where it is unknown.
     """
     left, found = most, set[int]()
     for pid in pids if is_ours() else ():

@@ -156,16 +156,12 @@ def reload(
     if not wait:
         if drained or timeout:
             raise click.UsageError("--no-wait goes with neither --drained nor --timeout")
+        generation = number_in(instance.request("reload", **_dry(dry_run)), "generation")
+        words = f"reload requested: generation {generation} will start; see status for the outcome"
         if dry_run:
-            generation = number_in(instance.request("reload", dry_run=True), "generation")
-            words = f"generation {generation} will be tried; see status for the verdict"
-            asked = {"generation": generation, "result": "asked"}
-            answer(as_json, asked, f"dry run requested: {words}")
-            return
-        generation = number_in(instance.request("reload"), "generation")
-        words = f"generation {generation} will start; see status for the outcome"
-        asked = {"generation": generation, "result": "asked"}
-        answer(as_json, asked, f"reload requested: {words}")
+            words = f"dry run requested: generation {generation} will be tried; see status for the "
+            words += "verdict"
+        answer(as_json, {"generation": generation, "result": "asked"}, words)
         return
     with _operation(instance, timeout, as_json, *_OUTCOME) as operation:
         before = operation.client.ask("status")
@@ -179,28 +175,30 @@ def reload(
         operation.outcome["generation"] = found.generation
         if dry_run:
             _gone(operation, watched, found.generation)
+        elif drained and found.taken:
+            _drained(operation, found.generation)
+        _count_losses(operation)
         if not found.taken:
-            _count_losses(operation)
             _given_up(operation, found, "not ready to reload" if dry_run else "not reloaded")
         if dry_run:
             goes_on = isinstance(old, int) and not watched.stopping
             serves = f"; generation {old} serves on" if goes_on else ""
             words = f"would reload: generation {found.generation} was ready, and is ended{serves}"
-            _count_losses(operation)
             operation.ends("passed", words)
             return
-        if drained:
-            _drained(operation, found.generation)
-        _count_losses(operation)
         after = f", after generation {old}" if isinstance(old, int) else ""
         gone = "; nothing older is left" if drained else ""
         operation.ends("reloaded", f"reloaded: generation {found.generation} serves{after}{gone}")
 
 
+def _dry(dry_run: bool) -> Message:
+    """Return what a request has more for a dry run; an older protector refuses it in any way."""
+    return {"dry_run": True} if dry_run else {}
+
+
 def _count_losses(operation: _Operation) -> None:
     """Note how many connections were lost since the reload was asked for."""
-    if operation.losses is None:
-        return
+    assert operation.losses is not None
     try:
         after = operation.client.request("status")
         while operation.hear(0.0) is not None:  # those that came before that answer
@@ -218,16 +216,15 @@ def _ask_reload(client: Client, before: Message, *, dry_run: bool) -> int:
             f"{before.get('name')} runs version {before.get('version')}, which has no dry run; "
             "nothing was tried (socketprotectorctl upgrade, once a newer one is installed)",
         )
-    arguments = {"dry_run": True} if dry_run else {}
     try:
-        return number_in(client.request("reload", **arguments), "generation")
+        return number_in(client.request("reload", **_dry(dry_run)), "generation")
     except ConnectionLost:
         client.again()
     newest = max(_tried(before, dry_run=dry_run), default=0)
     for number in _tried(client.ask("status"), dry_run=dry_run):
         if number > newest:
             return number
-    return number_in(client.ask("reload", **arguments), "generation")
+    return number_in(client.ask("reload", **_dry(dry_run)), "generation")
 
 
 def _tried(status: Message, *, dry_run: bool) -> list[int]:

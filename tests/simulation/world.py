@@ -116,6 +116,8 @@ POLICIES = (
     Policy(max_draining=2, settle_s=5.0, drain_timeout_s=9.0),
 )
 BACKLOG = 200
+#: What ends a reload or a dry run, as it is logged.
+VERDICTS = ("reloaded", "recovered", "reload-failed", "dry-run-passed", "dry-run-failed")
 #: What --health asks by, for ever.
 HEALTH = {"health", "health-limit"}
 #: How long an answer to a question by HTTP may take.
@@ -458,6 +460,9 @@ class World:
         if self._asks:
             self._have_it_asked(health=asks() < 0.5)
         self._tried: set[int] = set()  # generations that only dry runs have opened
+        self._older = asks() < 0.5  # an upgrade may be to a program that knows of no dry run
+        self._verdicts: set[tuple[str, int]] = set()
+        self._outdated: set[tuple[str, int]] = set()  # after which another reload has begun
         self._faulty = pick((0.0, 0.3, 0.6))  # how much of what interferes is a fault
         self._deadly = pick((0.0, 0.02, 0.1)) if self.fd_store != "none" else 0.0
         if self._asks and self.fd_store != "none":
@@ -628,6 +633,9 @@ class World:
 
     # -- the lives of the protector ----------------------------------------------
 
+    #: Whether the next program knows of no dry run.
+    _is_older = False
+
     def live(self) -> None:
         """Run from the first start to the last end.  Raises AssertionError where it goes wrong."""
         kernel = self.kernel
@@ -648,6 +656,7 @@ class World:
                 except Executed as program:
                     self.upgrades += 1
                     self._say("the protector executes its new program")
+                    self._is_older = self._older
                     given = self._after_exec(program.descriptors)
                     kept = set(given)
                 except Killed:
@@ -692,6 +701,9 @@ class World:
             line = Socket(kernel, given[inherited.GUARD])
         self._outbox = Outbox(self._later, line)
         snapshot = checkpoint.read(given[inherited.STATE])
+        if snapshot is not None and self._is_older:
+            snapshot = replace(snapshot, fleet=replace(snapshot.fleet, dry_run=False))
+        self._is_older = False
         process._known.clear()
         settings = self._settings_of(snapshot)
         shared = settings.mode.workers_accept
@@ -825,6 +837,7 @@ class World:
             self._why_lost = BY_KILL
         if self._supervisor is not None and self._supervisor.checkpoint._failing:
             self._excuse("killed while the state could not be written")
+            self._outdated.clear()
         self._held = held
         self._lost_by_kill = 0
         kernel.end_of_process()
@@ -1500,6 +1513,12 @@ class World:
 
     def _said(self, event: str, fields: Mapping[str, Any]) -> None:
         """Look at what the protector logs, at once."""
+        if event in ("reloading", "dry-run"):
+            self._outdated |= self._verdicts
+        elif event in VERDICTS:
+            verdict = event, fields["generation"]
+            assert verdict not in self._outdated, f"{verdict} is said again, amid another reload"
+            self._verdicts.add(verdict)
 
     def _check_history(self, fleet: Fleet, history: History) -> None:
         """Whoever waits for a verdict must not wait for ever."""

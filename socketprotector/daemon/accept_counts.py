@@ -75,7 +75,7 @@ class AcceptCounts:
         return listener.index, mark
 
     def _unused(self, listener: Listener, socket_number: int, used: Collection[int]) -> int:
-        """Return a mark that is nobody's, the socket's own if it can be; NO_MARK: there is none.
+        """Return a mark that is not in use, the socket's own if it can be; NO_MARK: there is none.
 
         used: those of generations that are known.  Raises OSError.
         """

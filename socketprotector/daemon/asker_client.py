@@ -84,8 +84,8 @@ class Asker:
             self._process.close()
             self._process = None
 
-    def discard(self) -> None:
-        """Kill it: it does not answer."""
+    def kill(self) -> None:
+        """Kill it, as it does not answer; that it has ended is told as ever."""
         if self._process is not None:
             self._process.process.kill_group()
 

@@ -43,7 +43,7 @@ _LAST_LOOK_S = 0.25
 #: How much longer than its limit the asker may take: it is starting, or the machine is busy.
 _ASKER_S = 10.0
 #: What connecting says where nothing listens; all else is for want of something of ours.
-_NOBODY = (errno.ECONNREFUSED, errno.ENOENT)
+_NOT_THERE = (errno.ECONNREFUSED, errno.ENOENT)
 
 
 class Health:
@@ -160,7 +160,7 @@ class Health:
                 self._is_busy()
                 return
         except OSError:
-            pass  # it came to nobody: it is asked anew
+            pass  # it came to no worker: it is asked anew
         self._forget()
         try:
             self._send()
@@ -186,7 +186,7 @@ class Health:
         if failed == errno.EAGAIN and way.is_unix:
             self._is_busy()  # its backlog is full; it is asked anew
             self._forget()
-        elif failed in _NOBODY:
+        elif failed in _NOT_THERE:
             self._is_bad(f"cannot connect: {os.strerror(failed)}")
         elif failed not in (0, errno.EINPROGRESS):
             raise OSError(failed, f"cannot connect: {os.strerror(failed)}")
@@ -263,7 +263,7 @@ class Health:
 
     def _asker_hangs(self) -> None:
         if self._asker is not None and self._asker.now is not None:
-            self._asker.now.discard()  # its end is told, and another one started
+            self._asker.now.kill()  # its end is told, and another one started
 
     def _heard(self, why: str) -> None:
         if self._asker is not None:

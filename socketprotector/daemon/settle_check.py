@@ -52,8 +52,8 @@ class SettleCheck:
         self._asked = Question("")
         self._opened = ExitStack()  # what was asked last: by whom, and how it is reached
         self._asker: KeptAsker | None = None
-        self._good = False  # the last answer; of one that is to be the last of all, that
-        self._is_last = False
+        #: Whether a good answer has come after --settle was over; None: it is not over.
+        self._last_is_good: bool | None = None
         self._cannot = ""  # why it cannot be asked now
 
     def begin(self, generation: OpenGeneration) -> None:
@@ -62,7 +62,7 @@ class SettleCheck:
         if generation.program.settle_check:
             self._generation = generation
             self._asked = question.read_settle_check(generation.program.settle_check)
-            self._good = self._is_last = False
+            self._last_is_good = None
             self.go_on()
 
     def stop(self) -> None:
@@ -89,9 +89,9 @@ class SettleCheck:
         generation = self._generation
         if generation is None or generation.record.number != number:
             return False
-        if not self._is_last:
-            self._is_last, self._good = True, False
-        return not self._good
+        if self._last_is_good is None:
+            self._last_is_good = False
+        return not self._last_is_good
 
     # -- inside ------------------------------------------------------------------
 
@@ -121,7 +121,8 @@ class SettleCheck:
         if why:
             self._is_bad(why)
         else:
-            self._good = True
+            if self._last_is_good is not None:
+                self._last_is_good = True
             self._await_answer()
 
     def _is_bad(self, why: str) -> None:

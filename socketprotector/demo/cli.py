@@ -121,9 +121,11 @@ def _run(pause_s: float) -> int:
         raise SystemRefused(f"{error}") from error
     finally:
         stops.hold()
-        if protected is not None:
-            protected.end()
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            if protected is not None:
+                protected.end()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _place() -> str:

@@ -17,6 +17,7 @@ from ..ctl import discovery
 from ..ctl.client import Client, Message
 from ..ctl.errors import ControlError
 from ..ctl.fields import listed, number_in, text_in
+from ..system.cleanup import on_error
 
 PROGRAMS = {
     "SocketProtector": (sys.executable, "-P", "-m", "socketprotector"),
@@ -122,11 +123,12 @@ class Protected:
     def end(self) -> None:
         """End it and its workers at once, if it runs; return when they are gone.
 
-        Raises TimeoutExpired: it is not.
+        Raises TimeoutExpired: it was killed, and workers end when they find that it is gone.
         """
         if not self.has_ended:
             self._process.send_signal(signal.SIGINT)
-            self._process.wait(_STOP_S)
+            with on_error(os.killpg, self._process.pid, signal.SIGKILL):
+                self._process.wait(_STOP_S)
 
 
 def address_of(status: Message) -> str:

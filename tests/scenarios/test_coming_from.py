@@ -33,7 +33,7 @@ NAMES = (
 )
 #: Who has the words: a shell's line, a unit's or a program's setting, an Upstart stanza.
 COMMAND = re.compile(r"^(?:ExecStart=|command=|exec )?(SocketProtector|python) .*$", re.MULTILINE)
-RELOAD = re.compile(r"^ExecReload=(.*)$", re.MULTILINE)
+RELOAD = re.compile(r"^(?:ExecReload=|    (?=socketprotectorctl ))(.*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def ours() -> list[Ours]:
         section = part.partition("\n")[0]
         for block in re.findall(r"^```\w+ ours\n(.*?)^```$", part, re.MULTILINE | re.DOTALL):
             lines = [match[0] for match in COMMAND.finditer(block)]
-            reload = RELOAD.search(block)
+            reload = RELOAD.search(part)
             assert lines, f"nothing is started by {block!r}"
             for line in lines:
                 words = re.sub(r"^(ExecStart=|command=|exec )", "", line)

@@ -32,8 +32,10 @@ def picture(diagram: str) -> str:
     width, height = _COLUMN * len(states), _HEAD + _ROW * len(arrows) + 8
     said = "; ".join(f"{a} to {b}" + (f": {why}" if why else "") for a, b, why in arrows)
     lines = [
+        # Keys must reach what scrolls.
+        '<div class="drawing" tabindex="0">',
         f'<svg class="phases" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(said)}"'
-        ' fill="none" stroke="currentColor" font-size="12">'
+        ' fill="none" stroke="currentColor" font-size="12">',
     ]
     for state, x in middle.items():
         lines += [
@@ -50,7 +52,7 @@ def picture(diagram: str) -> str:
             f'<path d="M{begin} {y}H{end}m{-back} -4l{back} 4l{-back} 4"/>',
             f'<text x="{x:.0f}" y="{y - 7}" {_TEXT}>{escape(why)}</text>',
         ]
-    return "\n".join([*lines, "</svg>"])
+    return "\n".join([*lines, "</svg>", "</div>"])
 
 
 _TEXT = 'fill="currentColor" stroke="none"'

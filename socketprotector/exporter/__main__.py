@@ -73,6 +73,13 @@ _FROM_ELSEWHERE = ("prometheus_client", "starlette", "uvicorn")
     metavar="NAME",
     help="A name by which a proxy of yours asks for the page; repeatable.",
 )
+@click.option(
+    "--peers",
+    metavar="FILE",
+    help="Show hosts on that page: the addresses of their exporters, one a line.",
+)
+@click.option("--peers-ca", metavar="FILE", help="PEM: whose certificates they have.")
+@click.option("--peers-token", metavar="FILE", help="What to bring them: that of their --token.")
 @click.version_option(__version__, prog_name=NAME)
 def _command(**given: Any) -> int:
     """Answer Prometheus with what the protectors on this machine say of themselves:
@@ -84,6 +91,11 @@ def _command(**given: Any) -> int:
         raise UsageError("--all with --name or --control: leave one of them out")
     if given["web_host"] and given["web"] is None:
         raise UsageError("--web-host without --web: say where the page is to be, too")
+    for option in ("--peers-ca", "--peers-token"):
+        if given[option[2:].replace("-", "_")] is not None and given["peers"] is None:
+            raise UsageError(f"{option} without --peers: say where the hosts are listed, too")
+    if given["peers"] is not None and given["web"] is None:
+        raise UsageError("--peers without --web: say where the page is to be, too")
     for name in given["name"]:
         if "/" in name or name in ("", ".", ".."):
             raise UsageError(f"--name {name!r}: a name, not a path; for a path use --control")
@@ -93,6 +105,7 @@ def _command(**given: Any) -> int:
         from .http import Server
 
         if given["web"] is not None:
+            from .peers import Files, Peers
             from .web import Page
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
@@ -113,8 +126,12 @@ def _command(**given: Any) -> int:
     with ExitStack() as opened:
         page = None
         if given["web"] is not None:
+            peers = None
+            if given["peers"] is not None:
+                files = Files(given["peers"], given["peers_ca"], given["peers_token"])
+                peers = Peers(files, _say)
             try:
-                page = Page(given["web"], given["web_host"], instances.paths)
+                page = Page(given["web"], given["web_host"], instances.paths, peers)
             except OSError as error:
                 raise SystemRefused(f"--web {given['web']}: {error.strerror or error}") from error
             opened.callback(page.close)

@@ -30,6 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..model.errors import SystemRefused, UsageError
 from ..system.cleanup import on_error
+from .peers import Peers
 from .web_hub import Hub
 
 DEFAULT = "127.0.0.1:9433"
@@ -129,12 +130,19 @@ def _file(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
 class Page:
     """A socket that listens, and a thread that serves the page there."""
 
-    def __init__(self, address: str, hosts: Sequence[str], find: Callable[[], list[str]]) -> None:
+    def __init__(
+        self,
+        address: str,
+        hosts: Sequence[str],
+        find: Callable[[], list[str]],
+        peers: Peers | None = None,
+    ) -> None:
         """Bind and listen.  Raises UsageError and OSError.
 
-        address: what `--web` was given; find: returns the control sockets, and may block.
+        address: what `--web` was given; hosts: what `--web-host` was; find: returns the control
+        sockets, and may block; peers: other hosts to be shown.
         """
-        self._hosts, self._find = hosts, find
+        self._hosts, self._find, self._peers = hosts, find, peers
         self._path, self._socket = "", socket.socket()
         if address.startswith(("/", "unix:")):
             self._path, self._socket = _bind_unix(address)
@@ -173,7 +181,7 @@ class Page:
             os._exit(SystemRefused.status)
 
     async def _serve(self) -> None:
-        hub = Hub(self._find)
+        hub = Hub(self._find, self._peers)
         config = uvicorn.Config(
             application(hub, self._hosts),
             http="h11",

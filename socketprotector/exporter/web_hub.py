@@ -22,6 +22,8 @@ from ..ctl.client import LONGEST_LINE, VERSION, Message, connect
 from ..ctl.errors import NoProtector, RequestRefused
 from ..ctl.query_all import SocketAnswer
 from .collector import labels
+from .peers import Peers
+from .peers_model import Host
 from .web_model import STEP_S, Instance, event_line
 
 #: How often an instance is asked for its status: while something changes and somebody looks, while
@@ -44,28 +46,44 @@ _EVENTS_PLEASE = json.dumps({"v": VERSION, "id": "events", "command": "events"})
 _STATUS_PLEASE = json.dumps({"v": VERSION, "id": "status", "command": "status"}).encode() + b"\n"
 
 
-class _Feed:
-    """An instance, its connection, and when it last changed."""
+class _Shown:
+    """What viewers are told of an instance or a host, and when that last changed."""
 
-    def __init__(self, path: str) -> None:
-        self.instance = Instance(path)
+    def __init__(self) -> None:
         self.changed = 0
         self.encoded = b""
+
+
+class _Feed(_Shown):
+    """An instance, and its connection."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.instance = Instance(path)
         self.task: asyncio.Task[None] | None = None
 
 
 class Hub:
     """All instances, and whoever looks at them.  For one event loop."""
 
-    def __init__(self, find: Callable[[], list[str]]) -> None:
-        """find: returns the paths of control sockets; may block, and is called in a thread."""
+    def __init__(self, find: Callable[[], list[str]], peers: Peers | None = None) -> None:
+        """find: returns the paths of control sockets; may block, and is called in a thread.
+
+        peers: other hosts, which are asked while there is a viewer.
+        """
         self._find = find
+        self._peers = peers
+        self._hosts: dict[str, _Shown] = {}  # by id, in the order of the file
         self._feeds: dict[str, _Feed] = {}
         self._change = 0  # counts all changes
         self._listed = 0  # the one in which an instance came, went or got another name
+        self._hosts_listed = 0  # and the one in which that file had other hosts
         self._ticked = 0
         self._events: deque[tuple[int, bytes]] = deque(maxlen=EVENTS)
         self._viewers: set[asyncio.Event] = set()
+        self._looked = asyncio.Event()  # there is one
+        if peers is not None:
+            self._show_hosts(peers.hosts)
 
     @property
     def viewers(self) -> int:
@@ -75,6 +93,8 @@ class Hub:
         """Look for instances, and follow each; until it is cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._tick())
+            if self._peers is not None:
+                tasks.create_task(self._peers.run(self._looked, self._show_hosts))
             while True:
                 self._follow(await asyncio.to_thread(self._find), tasks)
                 await asyncio.sleep(_LOOK_FOR_S)
@@ -84,16 +104,22 @@ class Hub:
         """Count one more viewer.  Yields what is set when there is something to tell."""
         news = asyncio.Event()
         self._viewers.add(news)
+        self._looked.set()
         try:
             yield news
         finally:
             self._viewers.discard(news)
+            if not self._viewers:
+                self._looked.clear()
 
     async def watch(self, news: asyncio.Event) -> AsyncIterator[bytes]:
         """Yield server-sent events for a viewer: all there is, then what changes."""
         seen = self._change
-        hello = {"version": __version__, "host": socket.gethostname(), "ids": self._ids()}
-        yield _message(b"hello", _json({**hello, "now": time.time()}))
+        hello = {"version": __version__, "host": socket.gethostname(), "now": time.time()}
+        ids = {"ids": self._ids(), "host_ids": list(self._hosts)}
+        yield _message(b"hello", _json({**hello, **ids}))
+        if self._hosts:
+            yield _message(b"state", _state(hosts=[each.encoded for each in self._hosts.values()]))
         for part in _parts(list(self._feeds.values()), _PART):
             yield _message(b"state", _state(instances=map(_with_history, part)))
         yield _message(b"state", _state(events=[line for _, line in self._events]))
@@ -123,6 +149,8 @@ class Hub:
             events=[line for number, line in self._events if number > change],
             ids=self._ids() if self._listed > change else None,
             points=self._points() if self._ticked > change else None,
+            hosts=[host.encoded for host in self._hosts.values() if host.changed > change],
+            host_ids=list(self._hosts) if self._hosts_listed > change else None,
         )
 
     def _ids(self) -> list[str]:
@@ -138,10 +166,25 @@ class Hub:
             self._ticked = self._changed()
 
     def _show(self, feed: _Feed) -> None:
-        """Tell of an instance if it looks otherwise than before."""
-        encoded = _json(feed.instance.shown())
-        if encoded != feed.encoded:
-            feed.encoded, feed.changed = encoded, self._changed()
+        self._show_as(feed, feed.instance.shown())
+
+    def _show_as(self, shown: _Shown, found: dict[str, Any]) -> None:
+        """Tell of an instance or a host if it looks otherwise than before."""
+        encoded = _json(found)
+        if encoded != shown.encoded:
+            shown.encoded, shown.changed = encoded, self._changed()
+
+    def _show_hosts(self, hosts: Iterable[Host]) -> None:
+        """Tell of hosts that look otherwise than before, and of a file that has other ones."""
+        assert self._peers is not None
+        ids = [host.id for host in self._peers.hosts]
+        if ids != list(self._hosts):
+            self._hosts = {each: self._hosts.get(each) or _Shown() for each in ids}
+            self._hosts_listed = self._changed()
+            hosts = self._peers.hosts
+        for host in hosts:
+            if host.id in self._hosts:
+                self._show_as(self._hosts[host.id], host.shown())
 
     # -- following ---------------------------------------------------------------
 
@@ -256,6 +299,8 @@ def _state(
     events: Iterable[bytes] = (),
     ids: list[str] | None = None,
     points: dict[str, Any] | None = None,
+    hosts: Sequence[bytes] = (),
+    host_ids: list[str] | None = None,
 ) -> bytes:
     found = b'{"now":%.3f,"instances":[%b],"events":[%b]' % (
         time.time(),
@@ -264,6 +309,10 @@ def _state(
     )
     if ids is not None:
         found += b',"ids":' + _json(ids)
+    if hosts:
+        found += b',"hosts":[%b]' % b",".join(hosts)
+    if host_ids is not None:
+        found += b',"host_ids":' + _json(host_ids)
     if points is not None:
         found += b',"points":' + _json(points)
     return found + b"}"

@@ -94,7 +94,7 @@ class History:
         """Return the last so many steps, the oldest first, and which one is the newest."""
         steps = range(self._step - last + 1, self._step + 1) if self._step else ()
         found = {
-            name: [_rounded(column[step % POINTS]) for step in steps]
+            name: [rounded(column[step % POINTS]) for step in steps]
             for name, column in self._values.items()
         }
         unknown = sum(1 for _ in takewhile(_are_unknown, zip(*found.values(), strict=True)))
@@ -105,7 +105,7 @@ def _are_unknown(values: Iterable[float | None]) -> bool:
     return all(value is None for value in values)
 
 
-def _rounded(value: float | None) -> float | int | None:
+def rounded(value: float | None) -> float | int | None:
     """Return a number of few characters."""
     if value is None or not math.isfinite(value):
         return None
@@ -196,7 +196,7 @@ class Instance:
             "path": _line(text_in(generation, "path")),
             # Nothing was given to it yet, so there is nothing that it could not count.
             "counts": phase not in ("starting", "abandoned"),
-            "rate": _rounded(self._difference(lambda sample: sample.taken.get(key))),
+            "rate": rounded(self._difference(lambda sample: sample.taken.get(key))),
             "active": measure(generation, "active"),
             "queue": measure(generation, "queue"),
             "untaken": measure(generation, "untaken_s"),
@@ -244,8 +244,8 @@ class Instance:
         """Connections a second: as the protector counts them, else as the workers do."""
         forwarded = self._difference(lambda sample: sample.forwarded)
         if forwarded is not None:
-            return _rounded(forwarded)
-        return _rounded(_sum(lane["rate"] for lane in lanes if lane["counts"]))
+            return rounded(forwarded)
+        return rounded(_sum(lane["rate"] for lane in lanes if lane["counts"]))
 
     def _difference(self, of: Callable[[_Sample], float | None]) -> float | None:
         """How much a count has grown a second, within the window; None where that is not known."""

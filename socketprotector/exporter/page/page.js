@@ -2,9 +2,10 @@
 // Texts come from workers and may be hostile: they are only ever set as text.
 "use strict";
 
-const STEPS = 120, EVENTS = 200, DENSE = 24;
+const STEPS = 120, EVENTS = 200, DENSE = 24, MANY = 60, TROUBLES = 40;
 const $ = (id) => document.getElementById(id);
 const instances = new Map(); // id -> {data, card, points: Map of step -> [rate, active, p99], lanes}
+const hosts = new Map(); // id -> {data, cell}, in the order of the exporter's file
 const eventKeys = new Set();
 let offset = 0, version = null, source = null, step = 0, filter = "";
 
@@ -201,6 +202,55 @@ function drawVerdict(box, failed, title, name) {
   text(words, failed.words);
 }
 
+// -- other hosts -----------------------------------------------------------------
+
+function drawHost({ data, cell }) {
+  set(cell, "data-tone", data.tone);
+  text(cell.querySelector(".name"), data.name);
+  text(cell.querySelector(".state"), data.state);
+  text(cell.querySelector(".note"), data.note);
+  since(cell.querySelector(".age"), data.tone === "good" ? null : data.since, "for ");
+  const counts = data.instances == null ? "" : `${number(data.instances)} ${data.instances === 1 ? "instance" : "instances"} · ${number(data.rate)}/s · ${number(data.active)} active`;
+  text(cell.querySelector(".count"), counts);
+  set(cell, "aria-label", [data.name, data.state, data.note, counts].filter(Boolean).join(", "));
+}
+function showHost(data) {
+  const one = hosts.get(data.id);
+  if (!one) return;
+  if (data.tone === "bad" && one.data && one.data.tone !== "bad") text($("said"), `${data.name}: ${data.state} ${data.note}`);
+  one.data = data;
+  drawHost(one);
+}
+function keepHosts(ids) {
+  if (ids.join() === [...hosts.keys()].join()) return;
+  const before = new Map(hosts), cells = $("host-cells");
+  hosts.clear();
+  for (const id of ids) {
+    const one = before.get(id) || { data: null, cell: copy("host-cell") };
+    one.cell.id = `h-${id}`;
+    hosts.set(id, one);
+  }
+  cells.replaceChildren(...[...hosts.values()].map(({ cell }) => cell));
+  $("hosts").hidden = !hosts.size;
+  $("hosts").toggleAttribute("data-many", hosts.size > MANY);
+  enter();
+}
+/** One cell is reached by Tab, the others from there by arrows. */
+function enter(cell) {
+  const shown = [...$("host-cells").children].filter((each) => !each.hidden);
+  const at = cell || shown.find((each) => each.tabIndex === 0) || shown[0];
+  for (const each of $("host-cells").children) if ((each === at) !== (each.tabIndex === 0)) each.tabIndex = each === at ? 0 : -1;
+}
+function walk(press) {
+  const cells = [...$("host-cells").children].filter((each) => !each.hidden);
+  const at = cells.indexOf(document.activeElement), below = cells.findIndex((each) => each.offsetTop > cells[0].offsetTop);
+  const row = below < 0 ? cells.length : below;
+  const to = cells[{ ArrowRight: at + 1, ArrowLeft: at - 1, ArrowDown: at + row, ArrowUp: at - row, Home: 0, End: cells.length - 1 }[press.key]];
+  if (at < 0 || !to) return;
+  press.preventDefault();
+  to.focus();
+}
+
 const TITLES = ["connections a second", "active connections", "queue wait p99"];
 const SHOWN = [number, number, wait];
 function sparklines(one) {
@@ -232,6 +282,31 @@ function sparklines(one) {
   });
 }
 
+const told = (counts) => [...counts].sort().map(([word, count]) => [count, word]);
+function write(list, parts) {
+  const key = JSON.stringify(parts.map(([value, word]) => [number(value), word]));
+  if (list.dataset.key === key) return;
+  list.dataset.key = key;
+  list.replaceChildren(...parts.map(([value, word]) => {
+    const item = made("li");
+    item.append(made("b", number(value)), ` ${word}`);
+    return item;
+  }));
+}
+function attend(troubles) {
+  const list = $("attention").firstElementChild, key = JSON.stringify(troubles);
+  $("attention").hidden = !troubles.length;
+  if (list.dataset.key === key) return;
+  list.dataset.key = key;
+  list.replaceChildren(...troubles.slice(0, TROUBLES).map(([where, name, words]) => {
+    const item = made("li"), link = made("a");
+    link.href = where;
+    link.append(made("b", name), " ", made("span", words));
+    item.append(link);
+    return item;
+  }));
+  if (troubles.length > TROUBLES) list.append(made("li", `and ${number(troubles.length - TROUBLES)} more`));
+}
 function summarize() {
   const counts = new Map();
   let rate = 0;
@@ -242,32 +317,18 @@ function summarize() {
     rate += data.why ? 0 : data.rate || 0;
     if (["bad", "warn"].includes(card.dataset.tone)) wrong.push(data);
   }
-  const parts = [[instances.size, instances.size === 1 ? "instance" : "instances"], [rate, "connections/s"], ...[...counts].sort().map(([word, count]) => [count, word])];
-  const key = JSON.stringify(parts.map(([value, word]) => [number(value), word]));
-  const summary = $("summary");
-  if (summary.dataset.key !== key) {
-    summary.dataset.key = key;
-    summary.replaceChildren(...parts.map(([value, word]) => {
-      const item = made("li");
-      item.append(made("b", number(value)), ` ${word}`);
-      return item;
-    }));
-  }
+  write($("summary"), [[instances.size, instances.size === 1 ? "instance" : "instances"], [rate, "connections/s"], ...told(counts)]);
   wrong.sort(byName);
-  const list = $("attention").firstElementChild;
-  const troubles = JSON.stringify(wrong.map((data) => [data.id, data.name, trouble(data)]));
-  $("attention").hidden = !wrong.length;
-  if (list.dataset.key !== troubles) {
-    list.dataset.key = troubles;
-    list.replaceChildren(...wrong.map((data) => {
-      const item = made("li"), link = made("a");
-      link.href = `#i-${data.id}`;
-      link.append(made("b", data.name), " ", made("span", trouble(data)));
-      item.append(link);
-      return item;
-    }));
+  const troubles = wrong.map((data) => [`#i-${data.id}`, data.name, trouble(data)]);
+  const states = new Map();
+  for (const { data } of hosts.values()) {
+    if (!data) continue;
+    states.set(data.state, (states.get(data.state) || 0) + 1);
+    if (["bad", "warn"].includes(data.tone)) troubles.push([`#h-${data.id}`, data.name, data.state]);
   }
-  document.title = `${wrong.length ? `(${wrong.length}) ` : ""}${$("host").textContent || "SocketProtector"}`;
+  write($("hosts-summary"), [[hosts.size, hosts.size === 1 ? "host" : "hosts"], ...told(states)]);
+  attend(troubles);
+  document.title = `${troubles.length ? `(${troubles.length}) ` : ""}${$("host").textContent || "SocketProtector"}`;
   $("empty").hidden = instances.size > 0;
   document.documentElement.toggleAttribute("data-dense", instances.size > DENSE);
 }
@@ -282,6 +343,8 @@ function arrange() {
 }
 function sift() {
   for (const { data, card } of instances.values()) card.hidden = !data.name.toLowerCase().includes(filter);
+  for (const { data, cell } of hosts.values()) cell.hidden = data !== null && !data.name.toLowerCase().includes(filter);
+  enter();
 }
 
 // -- what comes ----------------------------------------------------------------
@@ -360,6 +423,7 @@ function connect() {
     offset = Date.now() / 1000 - hello.now;
     text($("host"), hello.host);
     keep(hello.ids);
+    keepHosts(hello.host_ids);
     summarize();
     link("live", "live");
   });
@@ -367,6 +431,9 @@ function connect() {
     const state = JSON.parse(message.data);
     offset = Date.now() / 1000 - state.now;
     if (state.ids) keep(state.ids);
+    if (state.host_ids) keepHosts(state.host_ids);
+    (state.hosts || []).forEach(showHost);
+    if (state.host_ids) sift();
     let moved = false;
     for (const data of state.instances) moved = show(data) || moved;
     if (moved) arrange();
@@ -391,5 +458,7 @@ $("filter").addEventListener("input", () => {
   filter = $("filter").value.trim().toLowerCase();
   sift();
 });
+$("host-cells").addEventListener("keydown", walk);
+$("host-cells").addEventListener("focusin", (focus) => enter(focus.target));
 setInterval(() => document.querySelectorAll("[data-since]").forEach(age), 1000);
 connect();

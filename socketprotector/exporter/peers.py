@@ -1,0 +1,273 @@
+"""Asks the exporters of other hosts for their metrics, while somebody looks at the page.
+
+A host that hangs, or sends without end, delays no other one: none waits for another.  What bounds
+the cost is the pace: AT_ONCE hosts every TURN_S, each asked every EVERY_S at most and for ANSWER_S
+at most, so no more than AT_ONCE * ANSWER_S / TURN_S are being asked at a time.  They are few at
+once because each takes memory: asyncio's TLS has 256 KiB for a connection.
+
+Source: RFC 9110, 9112; docs.openssl.org, X509_STORE_CTX_get_error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import socket
+import ssl
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from .. import __version__
+from ..model.errors import UsageError
+from ..model.text import in_units
+from .peers_file import Peer, parse
+from .peers_model import Host, NoMetrics, Scan
+from .token_file import read_token
+
+EVERY_S, ANSWER_S = 5.0, 4.0
+AT_ONCE, TURN_S = 4, 0.1
+#: Viewers are told of all that came in so many turns.
+TURNS = 10
+#: An exporter with 100 instances sends half a megabyte.
+MOST_BYTES = 4 << 20
+_PIECE_BYTES = 65_536
+#: Names that are being looked up; those that nobody answers for keep their threads for long.
+_LOOK_UPS = 16
+
+_HEAD = re.compile(rb"HTTP/1\.[01] (\d{3})[ \r]")
+_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,15})[ \t]*\r\n", re.IGNORECASE)
+_ENCODED = re.compile(rb"\r\n(transfer|content)-encoding:", re.IGNORECASE)
+#: By X509_V_ERR_*.
+_CERTIFICATES = {
+    **dict.fromkeys((2, 18, 19, 20, 21), "its certificate is not from our CA"),
+    **dict.fromkeys((62, 64), "its certificate is for another name"),
+    9: "its certificate is not valid yet",
+    10: "its certificate has expired",
+}
+_NO_TLS = ("WRONG_VERSION_NUMBER", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE")
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """What `--peers`, `--peers-ca` and `--peers-token` were given."""
+
+    peers: str
+    ca: str | None = None
+    token: str | None = None
+
+    def stamp(self) -> tuple[object, ...]:
+        """Return what is another one once a file has changed."""
+        return tuple(map(_stamp, filter(None, (self.peers, self.ca, self.token))))
+
+    def read(self) -> Plan:
+        """Return what is in them.  Raises UsageError: one line that names the file."""
+        try:
+            with open(self.peers, encoding="utf-8") as opened:
+                peers = parse(opened.read(), self.peers)
+        except UnicodeDecodeError as error:
+            raise UsageError(f"--peers {self.peers}: no text in UTF-8") from error
+        except OSError as error:
+            raise UsageError(f"--peers {self.peers}: {error.strerror}") from error
+        try:
+            tls = ssl.create_default_context(cafile=self.ca)
+        except ssl.SSLError as error:
+            raise UsageError(f"--peers-ca {self.ca}: no PEM certificate of an authority") from error
+        except OSError as error:
+            raise UsageError(f"--peers-ca {self.ca}: {error.strerror}") from error
+        token = "" if self.token is None else read_token("--peers-token", self.token)
+        return Plan(peers, tls, token)
+
+
+def _stamp(file: str) -> tuple[int, ...]:
+    try:
+        found = os.stat(file)
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_mode
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Whom to ask, whom to believe, and what to bring."""
+
+    peers: tuple[Peer, ...]
+    tls: ssl.SSLContext
+    token: str
+
+
+class Peers:
+    """All hosts of the file, and what each has said."""
+
+    def __init__(self, files: Files, say: Callable[[str], None]) -> None:
+        """Read the files.  Raises UsageError.
+
+        say: is told in one line what is wrong with them later; the hosts of before then stay.
+        """
+        self._files, self._say = files, say
+        self._stamp = files.stamp()
+        self._plan = files.read()
+        self._hosts = {peer: Host(peer.name) for peer in self._plan.peers}
+        self._names = ThreadPoolExecutor(_LOOK_UPS, "names")
+
+    @property
+    def hosts(self) -> list[Host]:
+        """All there are, in the order of the file."""
+        return list(self._hosts.values())
+
+    async def run(self, looked: asyncio.Event, tell: Callable[[Iterable[Host]], None]) -> None:
+        """Ask while somebody looks; until it is cancelled.
+
+        looked: is set while somebody does.  tell: is called with hosts that may have changed, and
+        when the file has other ones.
+        """
+        try:
+            while True:
+                await looked.wait()
+                async with asyncio.TaskGroup() as asks:
+                    await self._ask_all(asks, looked, tell)
+                for host in self.hosts:
+                    host.forget()
+                tell(self.hosts)
+        finally:
+            self._names.shutdown(wait=False)
+
+    async def _ask_all(
+        self,
+        asks: asyncio.TaskGroup,
+        looked: asyncio.Event,
+        tell: Callable[[Iterable[Host]], None],
+    ) -> None:
+        left: deque[tuple[Peer, Host]] = deque()
+        heard: list[Host] = []
+        due = 0.0
+        while looked.is_set():
+            if not left and time.monotonic() >= due:
+                self._read_again()
+                left.extend(self._hosts.items())
+                due = time.monotonic() + EVERY_S
+            for _ in range(TURNS):
+                for _ in range(min(AT_ONCE, len(left))):
+                    asks.create_task(self._ask(*left.popleft(), heard))
+                await asyncio.sleep(TURN_S)
+            tell(heard)
+            heard.clear()
+
+    def _read_again(self) -> None:
+        """Take what the files say now; a host that stays the same goes on."""
+        stamp = self._files.stamp()
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._plan = self._files.read()
+        except UsageError as error:
+            self._say(f"{error}; until then everything stays as it was")
+            return
+        known = self._hosts
+        self._hosts = {peer: known.get(peer) or Host(peer.name) for peer in self._plan.peers}
+
+    async def _ask(self, peer: Peer, host: Host, heard: list[Host]) -> None:
+        scan = Scan()
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                await self._get(peer, scan)
+            host.saw(scan.end(), time.monotonic(), time.time())
+        except Exception as error:  # whatever it is, it is said in the host's cell
+            host.failed(why_not(error), time.time())
+        heard.append(host)
+
+    async def _get(self, peer: Peer, scan: Scan) -> None:
+        """Feed a host's metrics to `scan`.  Raises NoMetrics, OSError and IncompleteReadError."""
+        reader, writer = await self._connect(peer)
+        try:
+            # 1.0: then it sends no chunks, and ends the connection behind its answer.
+            bring = f"Authorization: Bearer {self._plan.token}\r\n" if self._plan.token else ""
+            writer.write(
+                f"GET {peer.path} HTTP/1.0\r\nHost: {peer.where}\r\nAccept: text/plain\r\n"
+                f"User-Agent: socketprotector-exporter/{__version__}\r\n{bring}\r\n".encode()
+            )
+            try:
+                length = _length(await reader.readuntil(b"\r\n\r\n"), bool(bring))
+            except asyncio.LimitOverrunError as error:
+                raise NoMetrics("speaks no HTTP") from error
+            size = 0
+            while piece := await reader.read(_PIECE_BYTES):
+                size += len(piece)
+                if size > MOST_BYTES:
+                    raise NoMetrics(f"sends more than {MOST_BYTES >> 20} MiB")
+                scan.feed(piece)
+            if length is not None and size < length:
+                raise ConnectionError
+        finally:
+            writer.transport.abort()
+
+    async def _connect(self, peer: Peer) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        loop = asyncio.get_running_loop()
+        try:
+            socket.inet_pton(socket.AF_INET6 if ":" in peer.host else socket.AF_INET, peer.host)
+            addresses = [peer.host]  # which needs no thread, of which others may have all
+        except OSError:
+            found = await loop.run_in_executor(
+                self._names, socket.getaddrinfo, peer.host, peer.port, 0, socket.SOCK_STREAM
+            )
+            addresses = [str(each[4][0]) for each in found]
+        failed: OSError = ConnectionError()
+        for address in addresses:
+            try:
+                return await asyncio.open_connection(
+                    address,
+                    peer.port,
+                    limit=_PIECE_BYTES,
+                    ssl=self._plan.tls if peer.tls else None,
+                    server_hostname=peer.host if peer.tls else None,
+                )
+            except OSError as error:
+                failed = error
+        raise failed
+
+
+def _length(head: bytes, brought: bool) -> int | None:
+    """Return how long the answer is that begins so, None where it is not said.  Raises NoMetrics.
+
+    brought: whether it was asked with a token.
+    """
+    status = _HEAD.match(head)
+    if status is None:
+        raise NoMetrics("speaks no HTTP")
+    if status[1] in (b"401", b"403"):
+        raise NoMetrics("refuses our token" if brought else "wants a token: --peers-token")
+    if status[1] != b"200":
+        raise NoMetrics(f"answers {status[1].decode()}")
+    if _ENCODED.search(head):
+        raise NoMetrics("sends its answer encoded")
+    length = _LENGTH.search(head)
+    return None if length is None else int(length[1])
+
+
+def why_not(error: Exception) -> str:
+    """Say in some words why a host gave no answer."""
+    match error:
+        case NoMetrics():
+            return str(error)
+        case ssl.SSLCertVerificationError():
+            said = f"its certificate: {error.verify_message}"
+            return _CERTIFICATES.get(error.verify_code, said)
+        case ssl.SSLError():
+            reason = getattr(error, "reason", None) or "failed"
+            return "speaks no TLS" if reason in _NO_TLS else f"TLS: {reason}"
+        case TimeoutError():
+            return f"no answer in {in_units(ANSWER_S)}"
+        case socket.gaierror():
+            return "its name is not known"
+        case ConnectionRefusedError():
+            return "connection refused"
+        case ConnectionError() | asyncio.IncompleteReadError():
+            return "connection ended"
+        case OSError(errno=int(number)):
+            return os.strerror(number).lower()
+        case _:
+            return f"cannot be asked: {type(error).__name__}"

@@ -111,6 +111,10 @@ class SocketSteering:
         #: Listeners and socket numbers to which no client comes: what waits there is a question, of
         #: this program or one before.
         self._asked: set[tuple[int, int]] = set()
+        #: The same where clients come, too, each with an address of IPv4 that questions came from.
+        self._asked_from: set[tuple[int, int, str]] = set()
+        #: With what mark the generation that gets the clients is asked, by listener and socket.
+        self._marks: dict[tuple[int, int], reuseport.Mark] = {}
         #: Of connections that come to a socket whoever gets the clients: its generation is asked.
         self._questions: dict[reuseport.Mark, int] = {}
         #: Of those that serve: where questions came that no worker has taken, and their ends.
@@ -172,12 +176,28 @@ class SocketSteering:
                 # As for ask(): so it never leaves this machine, where an address is another one's.
                 unix = asked.family == socket.AF_UNIX
                 address = each.local_address
-                mark = None if unix else reuseport.Mark.draw(family_of(address))
+                mark = None if unix else self._mark_for(each, address)
                 way = Way(address, mark, partial(_waits, asked, address), lambda: None)
                 if each.has_sibling:  # else the next generation takes it
                     way.give_up = partial(self._give_up, asked)
                 return way
         return None
+
+    def _mark_for(self, listener: Listener, address: tuple[str, int]) -> reuseport.Mark:
+        place = listener.index, self.current
+        if place not in self._marks:
+            mark = self._marks[place] = reuseport.Mark.draw(family_of(address))
+            self._will_come_from(place, mark)
+        return self._marks[place]
+
+    def _will_come_from(self, place: tuple[int, int], mark: reuseport.Mark) -> None:
+        """Have the next program, too, know questions with a mark from clients.
+
+        Not those of IPv6, which all come from the same address.
+        """
+        if mark.family == socket.AF_INET:
+            self._asked_from.add((*place, mark.source))
+            self._persist()
 
     def _give_up(self, asked: socket.socket, one: socket.socket) -> None:
         self._given_up.append((asked, end_of(one, asked.family)))
@@ -214,6 +234,7 @@ class SocketSteering:
         while (mark := reuseport.Mark.draw(family_of(address))) in self._questions:
             pass  # of IPv6 there are few
         self._questions[mark] = socket_number
+        self._will_come_from(place, mark)
         self._steer()
         if not self._steered:  # they would come to the generation before, which answers
             del self._questions[mark]
@@ -246,7 +267,7 @@ class SocketSteering:
             self._leaving[generation] = socket_number, time.monotonic()
         self._discard_asked()
         if socket_number is not None and socket_number not in self._accepting.values():
-            self._discard_questions([each.socket_for(socket_number) for each in self._pairs])
+            self._discard_questions([(each, socket_number) for each in self._pairs])
         self.unserved = frozenset(each for each in self.unserved if each[0] != generation)
         self._quiescing.end(generation)
         self._watch()
@@ -264,14 +285,28 @@ class SocketSteering:
                 continue  # out of descriptors: it is tried again before it is rescued
             self._asked.discard((index, number))
 
-    def _discard_questions(self, sockets: Sequence[socket.socket]) -> None:
+    def _discard_questions(self, places: Sequence[tuple[Listener, int]]) -> None:
         """Have none wait where no other client does: no generation is to be started for it."""
-        for one in sockets:
-            ours = {end for asked, end in self._given_up if asked is one}
-            with suppress(OSError):
-                if ours and reuseport.queue(one)[0] <= len(ours.intersection(unaccepted(one))):
+        for each, number in places:
+            if each not in self._own(number):
+                continue
+            one, place = each.socket_for(number), (each.index, number)
+            given_up = {end for asked, end in self._given_up if asked is one}
+            came_from = {entry[2] for entry in self._asked_from if entry[:2] == place}
+            if not (given_up or came_from):
+                continue
+            try:
+                if waiting := reuseport.queue(one)[0]:
+                    ends = unaccepted(one)
+                    ours = [e for e in ends if e in given_up or reuseport.comes_from(e, came_from)]
+                    if waiting > len(ours):
+                        continue  # clients, too
                     reuseport.discard_waiting(one)
-        self._given_up = [each for each in self._given_up if each[0] not in sockets]
+            except OSError:
+                continue  # it is tried again before a generation is started for them
+            self._given_up = [each for each in self._given_up if each[0] is not one]
+            self._asked_from = {entry for entry in self._asked_from if entry[:2] != place}
+            self._marks.pop(place, None)
 
     def turn_hold(self, on: bool) -> None:
         """Leave new clients without an answer; their kernels try again, and come in after it."""
@@ -318,6 +353,7 @@ class SocketSteering:
             tuple((generation, *its) for generation, its in self._leaving.items()),
             self.hold.record,
             tuple(self._asked),
+            tuple(self._asked_from),
         )
 
     def adopt_record(self, record: SteeringRecord, *, held: bool) -> None:
@@ -330,6 +366,7 @@ class SocketSteering:
         self._expected = dict(record.expected)
         self._leaving = {generation: (its, at) for generation, its, at in record.leaving}
         self._asked = set(record.asked)
+        self._asked_from = set(record.asked_from)
         if record.hold is not None:
             self.hold.record = record.hold
         else:
@@ -609,6 +646,7 @@ class SocketSteering:
 
     def _rescue(self) -> None:
         self._discard_asked()
+        self._discard_questions(self._in_vain())
         clients = [each for each in self._in_vain() if (each[0].index, each[1]) not in self._asked]
         waiting = [each for each, number in clients if each.has_waiting(number)]
         if waiting:

@@ -134,6 +134,7 @@ class SteeringRecord:
     leaving: tuple[tuple[int, int, float], ...] = ()  # told to finish: with its socket, and when
     hold: HoldRecord | None = None  # None: of a program whose hold silenced workers' own sockets
     asked: tuple[tuple[int, int], ...] = ()  # listeners and sockets: only questions wait there
+    asked_from: tuple[tuple[int, int, str], ...] = ()  # and where clients do, too: from where
 
 
 @frozen

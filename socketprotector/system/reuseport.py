@@ -30,7 +30,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 
 from ..model.lazy_dataclass import frozen
@@ -340,6 +340,14 @@ class Mark:
         for left, (load, at, value) in zip(reversed(range(len(checks))), checks, strict=True):
             found += [(load, 0, 0, at), (_IF_EQUAL, 0, 2 * left + 1, value)]
         return (*found, (_RETURN, 0, 0, member))
+
+
+def comes_from(end: bytes | int, sources: Collection[str]) -> bool:
+    """Whether a connection, as sock_diag.unaccepted() tells it, comes from an address of IPv4."""
+    if isinstance(end, int):
+        return False
+    address = end[2:].removeprefix(bytes(10) + b"\xff\xff").ljust(16, b"\0")
+    return address in [socket.inet_aton(each).ljust(16, b"\0") for each in sources]
 
 
 def steer(one: socket.socket, member: int, marked: Mapping[Mark, int] = NO_MARKS) -> None:

@@ -1178,6 +1178,26 @@ def test_what_a_killed_program_has_asked_is_no_client_to_the_next_one(
     assert reloaded.stranded == 0
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("client", [False, True])
+def test_what_one_that_had_clients_was_asked_is_no_client_either(
+    reloaded: World, client: bool, resumed: bool
+) -> None:
+    """As by --settle-check or --health, where its workers hang."""
+    reloaded.steering.turn_to(1)
+    reloaded.put_question(2)
+    if client:
+        reloaded.connect()
+    if resumed:
+        reloaded.resume((1, 0), (2, 1), record=reloaded.written)
+    reloaded.steering.turn_to(0)
+    reloaded.steering.gone(2)
+    reloaded.pass_time(2 * FIRST_RESCUE_S)
+
+    assert reloaded.waiting() == [1] * client
+    assert reloaded.stranded == client
+
+
 def test_a_question_that_cannot_be_closed_for_want_of_descriptors_is_none_either(
     reloaded: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -816,12 +816,11 @@ class Handed(World):
 
     def _said(self, event: str, fields: Mapping[str, Any]) -> None:
         """A generation is started for clients alone."""
-        asked_serving = self.settings.health or self.settings.policy.settle_check
-        if event == "stranded" and not asked_serving:
+        if event == "stranded":
             for told in fields["listen"].split():
                 waiting = [each for one in self._at(told).listening for each in one.backlog]
-                others = [each for each in waiting if isinstance(each, Connection) or each.excuse]
-                assert others, f"another generation is started for {waiting}"
+                clients = [each for each in waiting if isinstance(each, Connection)]
+                assert clients, f"another generation is started for {waiting}"
 
     def _check_dropped(self, address: Address) -> None:
         """A client gets no answer under a hold alone, or until a program has resumed after it."""

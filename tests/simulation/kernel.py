@@ -33,7 +33,6 @@ from socketprotector.system.reuseport import NO_MARKS
 from tests.simulation.files import Connection, File, Question, failure
 from tests.simulation.ports import (
     BIND_TO_DEVICE,
-    CLIENTS_COME,
     HUP,
     IN,
     OUT,
@@ -266,6 +265,7 @@ class Kernel:
         self.calls = 0
         self.quiet_calls = 1 << 62  # until the world interferes
         self.questions = 0  # that were asked
+        self.sources: dict[bytes, str] = {}  # of each the address that it comes from
         self.dead = False
         self.epoll: Watching | None = None
         self.wake: Pipe | None = None
@@ -569,6 +569,10 @@ class Kernel:
         question = self._listening(which.fileno()).question
         return b"" if question is None else b"%d" % question.number
 
+    def comes_from(self, end: bytes | int, sources: Collection[str]) -> bool:
+        """In the place of reuseport.comes_from()."""
+        return isinstance(end, bytes) and self.sources.get(end) in sources
+
     @contextmanager
     def locked(self, path: str, patience_s: float = 0.0) -> Iterator[None]:
         """In the place of folder.locked()."""
@@ -611,8 +615,7 @@ class Kernel:
         self.questions += 1
         question = one.question = Question(-self.questions, to.address, to.mark)
         question.take()
-        if address is not None and to is address.for_new(self.questions):
-            question.excuse = CLIENTS_COME
+        self.sources[b"%d" % question.number] = source
         if self.note:
             self.note(f"{question} comes to {to.name}, socket {to.inode}")
         if to.address.by_number and to.mask:  # it finds itself shut down

@@ -28,8 +28,6 @@ _SET: dict[int, tuple[int, ...]] = {
     socket.AF_UNIX: (),
 }
 _MASK = {socket.SHUT_RD: 1, socket.SHUT_WR: 2, socket.SHUT_RDWR: 3}
-#: Of a question that none has taken: its generation has got clients.
-CLIENTS_COME = "clients come there, too"
 #: Where a socket comes back that was bound as port 0 and shut down.
 ASTRAY = ("h", 60_000)
 
@@ -266,10 +264,6 @@ class Listening(File):
             if self not in self.address.group:
                 raise failure(errno.EINVAL)
             self.address.steered, self.address.marked = place, marked
-            for one in self.address.group[place : place + 1]:
-                for each in one.backlog:
-                    if isinstance(each, Question):
-                        each.excuse = CLIENTS_COME
         elif self.locked:
             raise failure(errno.EPERM)
         else:

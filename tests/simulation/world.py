@@ -1647,6 +1647,7 @@ def installed(world: World) -> Iterator[None]:
         put(socket_steering, "unaccepted", kernel.unaccepted)
         put(socket_steering, "is_waiting", kernel.is_waiting)
         put(socket_steering, "end_of", kernel.end_of)
+        put(reuseport, "comes_from", kernel.comes_from)
         put(process, "_fork", kernel.fork)
         put(orphans, "Look", look)
         put(workers, "AT_ONCE", world._at_once)

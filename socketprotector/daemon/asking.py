@@ -24,7 +24,7 @@ from ..model.errors import what_failed
 from ..system.polling import events_of
 from .asker_client import KeptAsker
 from .generation import OpenGeneration
-from .probe_port import Reach, Way
+from .probe_port import SHUT_DOWN, Reach, Way
 from .runtime import Runtime
 
 _TIMER = "ask"
@@ -117,7 +117,9 @@ class Asking:
         assert generation is not None
 
         def heard(why: str) -> None:
-            if why:
+            if not way.holds():
+                self._ask_anew()
+            elif why:
                 self._is_not_ready(why)
             else:
                 self.stop()
@@ -129,6 +131,11 @@ class Asking:
         self.last = self.last or f"GET {asked.path}: not answered yet"
         asker = KeptAsker.repeating(self._loop, way, asked, heard, ended)
         self._opened.callback(asker.close)
+
+    def _ask_anew(self) -> None:
+        """What was answered may have been by another generation."""
+        self.suspend()
+        self._again(SHUT_DOWN, self._begin)
 
     def _is_not_ready(self, why: str) -> None:
         """Remember the last answer, and log it where it is another one."""
@@ -177,6 +184,9 @@ class Asking:
         assert way is not None
         assert one is not None
         assert generation is not None
+        if not way.holds():
+            self._ask_anew()
+            return
         connected = bool(events_of(one, select.POLLOUT))
         failed = one.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if failed == errno.ECONNRESET:

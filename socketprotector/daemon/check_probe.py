@@ -18,7 +18,7 @@ from ..system.log import Log
 from ..system.loop import Loop
 from .asker_client import Asker, KeptAsker
 from .generation import OpenGeneration
-from .probe_port import BACKLOG, Reach, Way
+from .probe_port import BACKLOG, SHUT_DOWN, Reach, Way
 
 _FORWARD = Question("forward")
 
@@ -86,6 +86,19 @@ class CheckProbes:
         way, forwarding = found
         host, port = forwarding.address if forwarding is not None else way.address
         return f"{host}:{port}"
+
+    def judge(self, generation: OpenGeneration, why: str) -> str:
+        """Return why what a command has answered is not good, "" if it is.
+
+        why: what it says itself.  It may have reached another generation: then the next command
+        gets another address.
+        """
+        number = generation.record.number
+        way, _ = self._open.get(number, (None, None))
+        if way is None or way.holds():
+            return why
+        self.over(number)
+        return SHUT_DOWN
 
     def over(self, number: int) -> None:
         """No worker of this generation is checked any more."""

@@ -31,6 +31,8 @@ from .queue_watch import QueueWatch
 PROBE = "SOCKETPROTECTOR_PROBE"
 #: Questions come one after the other; those of a command may be a few at once.
 BACKLOG = 16
+#: Of what was asked when the asked socket has left its SO_REUSEPORT group: maybe of another one.
+SHUT_DOWN = "its listening socket was shut down meanwhile"
 #: How soon to accept again where the system was out of something.
 _ACCEPT_AGAIN_S = 0.1
 
@@ -47,6 +49,9 @@ class Way:
     close: Callable[[], None]
     #: A connection to it is given up that was not taken yet.
     give_up: Callable[[socket.socket], None] = lambda one: None
+    #: Whether what was answered until now was answered by this generation: else it counts for
+    #: nothing, and what comes later does not either.
+    holds: Callable[[], bool] = lambda: True
 
     @property
     def is_unix(self) -> bool:

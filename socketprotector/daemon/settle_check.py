@@ -27,7 +27,7 @@ from ..system.check_command import LIMIT_S, CheckCommand
 from .asker_client import KeptAsker
 from .check_probe import CheckProbes
 from .generation import OpenGeneration
-from .probe_port import PROBE, Reach
+from .probe_port import PROBE, SHUT_DOWN, Reach
 from .runtime import Runtime
 
 TYPE_CHECKING = False
@@ -104,9 +104,15 @@ class SettleCheck:
             else:
                 self._send_asker(generation)
         except (OSError, ValueError) as error:
-            self._opened.close()
-            self._cannot = what_failed(error)
-            self._loop.call_after(_NEXT, _AGAIN_S, self._ask)
+            self._ask_anew(what_failed(error))
+
+    def _ask_anew(self, why: str) -> None:
+        """Nothing is known of it, for this reason."""
+        self._opened.close()
+        self._cannot = why
+        if self._loop.due(_LIMIT) is None:  # a command's own was over
+            self._loop.call_after(_LIMIT, LIMIT_S, self._is_late)
+        self._loop.call_after(_NEXT, _AGAIN_S, self._ask)
 
     def _await_answer(self) -> None:
         self._cannot = ""
@@ -114,7 +120,7 @@ class SettleCheck:
 
     def _is_late(self) -> None:
         asks = self._asker is not None and self._asker.now is not None
-        why = "" if asks else self._cannot
+        why = self._cannot if self._cannot == SHUT_DOWN or not asks else ""
         self._is_bad(why or f"no answer within {in_units(LIMIT_S)}")
 
     def _heard(self, why: str) -> None:
@@ -141,10 +147,16 @@ class SettleCheck:
             return
         self._opened.callback(way.close)
 
+        def heard(why: str) -> None:
+            if way.holds():
+                self._heard(why)
+            else:
+                self._ask_anew(SHUT_DOWN)
+
         def ended(how: str) -> None:
             self._cannot = f"the process that asks {how}"
 
-        self._asker = KeptAsker.repeating(self._loop, way, self._asked, self._heard, ended)
+        self._asker = KeptAsker.repeating(self._loop, way, self._asked, heard, ended)
         self._opened.callback(self._asker.close)
 
     # -- by a command ------------------------------------------------------------
@@ -155,6 +167,10 @@ class SettleCheck:
         next_at = time.monotonic() + _EVERY_S
 
         def over(why: str) -> None:
+            why = self._probes.judge(generation, why)
+            if why == SHUT_DOWN:
+                self._ask_anew(why)
+                return
             self._opened.close()
             self._heard(why)
             if not why:
@@ -171,7 +187,8 @@ class SettleCheck:
             told=self._text(generation.record.number),
         )
         self._opened.callback(command.close)
-        self._loop.cancel(_LIMIT)  # it has its own
+        if self._cannot != SHUT_DOWN:  # else all of them together have as long as one
+            self._loop.cancel(_LIMIT)  # it has its own
 
     def _text(self, number: int) -> bytes:
         """Return what it reads: of the generation that settles, and of the one that stands by."""

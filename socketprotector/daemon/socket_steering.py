@@ -240,7 +240,11 @@ class SocketSteering:
             del self._questions[mark]
             raise OSError(errno.EAGAIN, "new clients cannot be steered now")
         waits = partial(_waits, asked, address)
-        return Way(address, mark, waits, partial(self._stop_asking, mark))
+        way = Way(address, mark, waits, partial(self._stop_asking, mark))
+        # While it is in no group the kernel gives what has this mark to the other one.
+        times = found.joined[socket_number]
+        way.holds = lambda: found.joined[socket_number] == times and found.is_alive(socket_number)
+        return way
 
     def can_ask(self, name: str) -> bool:
         """Whether there is a listener that ask() takes."""

@@ -366,7 +366,7 @@ class WorkerPool:
             program,
             program.ready_check,
             variables,
-            over=over,
+            over=lambda why: over(self._probes.judge(worker.generation, why)),
             late=late,
             limit_s=LIMIT_S,
         )

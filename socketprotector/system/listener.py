@@ -104,6 +104,8 @@ class Listener:
         self.index = index
         self.settings = settings
         self._backlog = settings.backlog or socket.SOMAXCONN
+        #: How often each of the two has come into its SO_REUSEPORT group again.
+        self.joined = [0, 0]
         self._last = 1  # which socket was the last to listen, as far as we know
         #: It gets no clients any more: it was shut down, and cannot be bound again.
         self.lost = False
@@ -202,6 +204,7 @@ class Listener:
         one = self.socket_for(socket_number)
         if one.family == socket.AF_UNIX:
             return False
+        self.joined[socket_number % 2] += 1
         self._end_silence()
         try:
             if self.has_sibling and self.is_alive(1 - socket_number):
@@ -227,6 +230,7 @@ class Listener:
         """
         if self.settings.foreign:
             raise OSError(errno.EPERM, "it was passed in, and is not ours")
+        self.joined[socket_number % 2] += 1
         number = socket_number % len(self.sockets)
         one, other = self.socket_for(socket_number), self.socket_for(1 - socket_number)
         if one.family == socket.AF_UNIX:

@@ -10,6 +10,7 @@ import pytest
 
 from socketprotector.daemon import check_probe
 from socketprotector.daemon.check_probe import CheckProbes
+from socketprotector.daemon.probe_port import SHUT_DOWN
 from socketprotector.system.loop import Loop
 
 
@@ -34,3 +35,23 @@ def test_that_nothing_forwards_what_a_check_sends_is_logged(
     why = "the process that forwards cannot be started: no more processes"
     assert lines == [("warning", "check-unreachable", {"generation": 2, "reason": why})]
     probes.all_over()
+
+
+def test_what_a_command_says_that_may_have_reached_another_generation_counts_for_nothing(
+    loop: Loop,
+) -> None:
+    """The next one gets another address, by which what comes later is known to be of this one."""
+    ways = [SimpleNamespace(address=("127.0.0.1", n), close=lambda: None) for n in (1, 2)]
+    ways[0].holds, ways[1].holds = (lambda: False), (lambda: True)
+    left = iter(ways)
+    probes = CheckProbes(loop, cast("Any", None), lambda *_: cast("Any", next(left)))
+    program = SimpleNamespace(mode=SimpleNamespace(workers_accept=False))
+    generation = cast("Any", SimpleNamespace(record=SimpleNamespace(number=2), program=program))
+
+    assert probes.address(generation) == "127.0.0.1:1"
+    assert probes.judge(generation, "") == SHUT_DOWN
+    assert probes.address(generation) == "127.0.0.1:2"
+    assert probes.judge(generation, "") == ""
+    assert probes.judge(generation, "no") == "no"
+    probes.all_over()
+    assert probes.judge(generation, "") == ""

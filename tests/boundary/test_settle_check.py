@@ -15,6 +15,7 @@ import pytest
 from socketprotector.core.events import Event, SettleFailed
 from socketprotector.daemon import settle_check
 from socketprotector.daemon.asker_client import KeptAsker
+from socketprotector.daemon.probe_port import SHUT_DOWN
 from socketprotector.daemon.runtime import Runtime
 from socketprotector.daemon.settle_check import SettleCheck
 from socketprotector.system.loop import Loop
@@ -24,16 +25,22 @@ from tests.running import DEADLINE_S
 pytestmark = pytest.mark.usefixtures("in_root_directory")
 
 LIMIT = "settle-check-limit"
-WAY = SimpleNamespace(close=lambda: None)
+WAY = SimpleNamespace(close=lambda: None, holds=lambda: True)
 
 
 class Settling:
     """Generation 2, which settles, and what was posted of it."""
 
-    def __init__(self, loop: Loop, asked: str, reach: Callable[..., object]) -> None:
+    def __init__(
+        self, loop: Loop, asked: str, reach: Callable[..., object], *, holds: bool = True
+    ) -> None:
         self._loop = loop
         self.posted: list[Event] = []
-        probes = SimpleNamespace(address=lambda _: "", over=lambda _: None)
+        probes = SimpleNamespace(
+            address=lambda _: "",
+            over=lambda _: None,
+            judge=lambda _, why: why if holds else SHUT_DOWN,
+        )
         runtime = Runtime(loop, cast("Any", None), self._post, lambda: True)
         self.check = SettleCheck(runtime, cast("Any", reach), cast("Any", probes))
         program = replace(SHELL, environment=(("PATH", os.environ["PATH"]),), settle_check=asked)
@@ -120,3 +127,30 @@ def test_what_could_not_be_asked_at_first_is_no_reason_later(
 
     assert Settling(loop, "http:/", later).fails() == "no answer within 300ms"
     assert len(tries) == 3
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("good", [True, False])
+def test_what_another_generation_has_answered_is_neither_good_nor_bad(
+    loop: Loop, good: bool
+) -> None:
+    """Its socket is shut down again and again, and the kernel gives the question to the other."""
+    settling = Settling(loop, "true" if good else "false", lambda *_: None, holds=False)
+    assert settling.check.awaits(2)
+    assert settling.fails() == SHUT_DOWN
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("why", ["", "GET /: 500, no text"])
+def test_nor_what_it_has_answered_by_http(
+    loop: Loop, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin(loop: Loop, way: object, asked: object, heard: Any, ended: object) -> object:
+        loop.call_after("answer", 0.0, lambda: heard(why))
+        return SimpleNamespace(now=object(), close=lambda: loop.cancel("answer"))
+
+    monkeypatch.setattr(KeptAsker, "repeating", begin)
+    way = SimpleNamespace(close=lambda: None, holds=lambda: False)
+    settling = Settling(loop, "http:/", lambda *_: way)
+    assert settling.check.awaits(2)
+    assert settling.fails() == SHUT_DOWN

@@ -17,7 +17,10 @@ import pytest
 
 from socketprotector.core.events import Event, Quiesced, Stranded
 from socketprotector.daemon import quiescing, socket_steering
+from socketprotector.daemon.asker_client import KeptAsker
+from socketprotector.daemon.asking import Asking
 from socketprotector.daemon.effects import Effects
+from socketprotector.daemon.probe_port import SHUT_DOWN, Way
 from socketprotector.daemon.queue_watch import NEVER_TAKEN_S
 from socketprotector.daemon.quiescing import LAST_S, QUIET_S, SILENT_S
 from socketprotector.daemon.runtime import Runtime
@@ -998,6 +1001,67 @@ def test_one_is_asked_once_that_has_gone(reloaded: World) -> None:
 
     assert way is not None
     way.close()
+
+
+class Answers:
+    """Generation 2 is asked, with what it said and how often it was asked by HTTP."""
+
+    def __init__(self, world: World, ready: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.heard: list[Callable[[str], None]] = []
+        self.ready: list[int] = []
+        monkeypatch.setattr(KeptAsker, "repeating", self._begin)
+        runtime = Runtime(world.loop, cast("Any", world.log), world.post, world.persist)
+        self.asking = Asking(
+            runtime,
+            reach=lambda generation, asked: world.steering.ask(generation.record.number, ""),
+            answered=lambda number, kind: self.ready.append(number),
+            not_asked=self.ready.append,
+        )
+        program = SimpleNamespace(
+            ready=ready.partition(":")[0], ready_after_s=None, ready_question=ready
+        )
+        record = SimpleNamespace(number=2)
+        self.asking.ask(cast("Any", SimpleNamespace(program=program, record=record)))
+
+    def _begin(self, loop: Loop, way: Way, asked: object, heard: Any, ended: object) -> object:
+        self.heard.append(heard)
+        return SimpleNamespace(close=lambda: None)
+
+
+def test_what_another_one_has_accepted_while_the_asked_one_was_shut_down_is_no_answer(
+    reloaded: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reloaded.listener.socket_for(1).shutdown(socket.SHUT_RDWR)
+    its = Answers(reloaded, "accept", monkeypatch)
+    assert reloaded.waiting() == [0]  # so does the kernel
+    reloaded.accept(0)
+    reloaded.pass_time(0.3)
+    assert its.ready == []
+
+    assert reloaded.waiting() == [1]
+    reloaded.accept(1)
+    reloaded.pass_time(0.3)
+
+    assert its.ready == [2]
+
+
+@pytest.mark.parametrize("mended", [False, True])
+def test_nor_what_was_answered_by_http_meanwhile(
+    reloaded: World, mended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    its = Answers(reloaded, "http:/", monkeypatch)
+    reloaded.listener.socket_for(1).shutdown(socket.SHUT_RDWR)
+    if mended:
+        reloaded.pass_time(0.3)
+    its.heard[0]("")
+    assert its.ready == []
+    assert its.asking.last == SHUT_DOWN
+
+    reloaded.pass_time(0.3)
+    assert len(its.heard) == 2
+    its.heard[1]("")
+
+    assert its.ready == [2]
 
 
 def test_of_a_question_that_cannot_be_put_the_kernel_keeps_nothing(

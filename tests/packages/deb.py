@@ -122,7 +122,7 @@ def test_zsh_completes_at_the_first_tab(built: Path, tmp_path: Path) -> None:
             shown(ours, b"at> ")
             for begun, word in COMPLETED.items():
                 os.write(ours, f"{begun}\t".encode())
-                shown(ours, f"{word} ".encode())
+                shown(ours, word.encode())
                 os.write(ours, b"\x15")
         finally:
             shell.kill()
@@ -157,9 +157,7 @@ def test_fish_completes(built: Path, tmp_path: Path) -> None:
     for begun, word in COMPLETED.items():
         assert completed(begun) == [word]
     assert completed("socketprotectorctl rel") == ["release", "reload"]
-    assert completed("SocketProtector --config /usr/share/socketprot") == [
-        "/usr/share/socketprotector/"
-    ]
+    assert completed(f"SocketProtector --config {tmp_path}/ro") == [f"{tmp_path}/root/"]
     assert "--dry-run" in completed("socketprotectorctl reload --d")
 
 

@@ -108,10 +108,10 @@ class ProbePort:
     ) -> None:
         """Send what comes there into a channel, as by the listener of this index.
 
-        beside: of clients that are sent there, too.  Raises OSError.
+        beside: of what is sent there, too: clients, and another's questions.  Raises OSError.
         """
         self._loop, self._channel, self._index, self._beside = loop, channel, index, beside
-        self._behind = 0  # how many clients had been sent
+        self._behind = 0  # how much had been sent when the last question was
         self._kept: socket.socket | None = None  # there is no room for it yet
         self._failed: OSError | None = None
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -185,6 +185,7 @@ class ProbePort:
             self._failed = error  # that it is closed must not look as if it had been taken
         else:
             if self._beside is not None:
+                self._beside.extra += 1  # what another port sent before does not stand behind it
                 self._behind = self._beside.sent
                 if not self._beside.runs:
                     self._beside.start()

@@ -9,6 +9,7 @@ import pytest
 from socketprotector_client import wire
 
 from socketprotector.daemon.probe_port import ProbePort, is_probe
+from socketprotector.daemon.queue_watch import QueueWatch
 from socketprotector.system.channel import Channel
 from socketprotector.system.loop import Loop
 from tests.running import eventually
@@ -58,3 +59,30 @@ def test_what_finds_no_room_waits_and_is_sent_when_there_is_some(loop: Loop) -> 
         assert is_probe(taken[0])
         socket.close(taken[1])
         assert not way.waits(ours)
+
+
+def test_a_question_that_was_taken_does_not_wait_behind_another_ports(loop: Loop) -> None:
+    """A worker that serves one after the other has it, and waits for its end.
+
+    Whoever took the other one for it would not end it, and so the other one would never be taken.
+    """
+    with ExitStack() as stack:
+        channel = stack.enter_context(closing(Channel.make(4)))
+        clients = QueueWatch(
+            loop, forwarded=lambda: 0, send_again=lambda _: None, untaken=lambda *_: None
+        )
+        clients.follow(channel)
+        ways = [
+            stack.enter_context(closing(ProbePort(loop, channel, 0, clients).way)) for _ in "ab"
+        ]
+        connections = []
+        for count, way in enumerate(ways, 1):
+            connections.append(stack.enter_context(socket.create_connection(way.address)))
+            while channel.depth() < count:
+                turn(loop)
+        assert [way.waits(one) for way, one in zip(ways, connections, strict=True)] == [True, True]
+
+        taken = channel.take_back()
+        assert taken is not None
+        stack.callback(socket.close, taken[1])
+        assert [way.waits(one) for way, one in zip(ways, connections, strict=True)] == [False, True]

@@ -110,7 +110,7 @@ $(FLEET)/.installed: deploy/requirements.txt | $(INSTALLED)
 
 test-fleet: $(INSTALLED) $(FLEET)/.installed ## release to five namespaced hosts behind HAProxy by Ansible, and parse deploy/ (root; minutes) [FLEET_RELEASES=20]
 	-tools/install-packages haproxy iproute2 nginx-light openssh-client openssh-server util-linux
-	$(BIN)/python -m pytest -v -rs tests/fleet/test_files.py tests/fleet/rolling.py tests/fleet/failures.py
+	$(BIN)/python -m pytest -v -rsP tests/fleet/test_files.py tests/fleet/rolling.py tests/fleet/failures.py
 
 fleet-demo: $(INSTALLED) $(FLEET)/.installed ## show releases to five hosts under load, a bad one stopped at its first host (root; two minutes)
 	-tools/install-packages haproxy iproute2 openssh-client openssh-server util-linux

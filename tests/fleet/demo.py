@@ -7,6 +7,7 @@ Ansible in a seventh.  Nothing of it is on the machine's own network.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -34,14 +35,12 @@ def _row(five: Fleet, load: Load, what: str, version: str) -> tuple[str, ...]:
     status, said = five.release(version)
     seconds = time.monotonic() - begun_s
     after = load.told()
-    for line in said.splitlines():
-        if line.strip().startswith("- '"):  # what the play says of the host at which it stops
-            print(f"    {line.strip()}")
+    # What the play says of the host at which it stops, in lines that Ansible has folded.
+    for line in re.findall(r"- '((?:[^']|\'\')*)'", said):
+        print(f"    {' '.join(line.split())}")
     print(f"    exit status {status}; the hosts serve {' '.join(five.versions)}")
     asked, failed = after.answered - before.answered, len(after.failures) - len(before.failures)
-    touched = sum(
-        version in each.run("ls", "/srv/web/releases").stdout.split() for each in five.hosts
-    )
+    touched = sum(each.has(version) for each in five.hosts)
     return (what, f"{touched} of {five.SIZE}", f"{seconds:.0f} s", f"{asked:,}", f"{failed} failed")
 
 

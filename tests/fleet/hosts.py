@@ -28,7 +28,8 @@ TOOLS = Path(os.environ.get("FLEET_TOOLS", ROOT / ".venv" / "fleet")) / "bin"
 PROGRAMS = Path(sys.executable).parent
 PATH = f"{PROGRAMS}:{TOOLS}:/usr/sbin:/usr/bin:/sbin:/bin"
 HERE = Path(__file__).parent
-LIMIT_S = 60.0
+#: Generous: five hosts on one busy machine are slow.
+LIMIT_S = 300.0
 #: What a machine needs of the one that it is on.
 NEEDED = ("ip", "unshare", "nsenter", "/usr/sbin/sshd", "ssh-keygen", "haproxy", "flock")
 _INIT = """
@@ -103,7 +104,7 @@ class Machine:
 
     def __init__(self, network: Network, name: str, address: str, log: Path) -> None:
         """log: where all that it runs writes."""
-        self.name, self.address = name, address
+        self.name, self.address, self.log = name, address, log
         self._network, self._log = network, log.open("ab")
         self._space = network.plug(name, address)
         namespaces = ("--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -198,6 +199,8 @@ class Load:
 class Host(Machine):
     """A machine with a protector and its exporter."""
 
+    sshd: subprocess.Popen[Any]  #: of a fleet
+
     def serve(self, folder: Path, options: tuple[str, ...], code: str = "") -> None:
         """Start both, with release 1.  code: the PYTHONPATH of another version of the protector."""
         self._options, self._code = options, code
@@ -243,6 +246,10 @@ class Host(Machine):
         paths = {each["number"]: each["path"] for each in found["generations"]}
         return Path(os.path.realpath(paths[found["route"]])).parent.name
 
+    def has(self, version: str) -> bool:
+        """Whether a release is there, served or not."""
+        return version in self.run("ls", "/srv/web/releases").stdout.split()
+
     @property
     def reloads(self) -> list[str]:
         """How each ended."""
@@ -261,6 +268,11 @@ class Balancer(Machine):
         path.write_text(text)
         self.haproxy = self.start("haproxy", "-W", "-db", "-f", path)
 
+    @property
+    def workers(self) -> int:
+        """How many workers HAProxy has started: one more by each reload."""
+        return self.log.read_text().count("New worker (")
+
     def state(self, server: str) -> str:
         """What it has of a server: UP, DRAIN, DOWN; "" where it does not answer yet."""
         return self.figures(server).get("status", "").split(" ")[0]
@@ -268,6 +280,11 @@ class Balancer(Machine):
     def agent(self, server: str) -> str:
         """What came of the last agent-check: L7OK, L4CON, ..."""
         return self.figures(server).get("agent_status", "")
+
+    def held_by(self, host: Host) -> int:
+        """How many connections to a host's service are open: in use, or kept for later."""
+        words = ("state", "established", "dst", f"{host.address}:8000")
+        return len(self.run("ss", "-Htn", *words).stdout.splitlines())
 
     def figures(self, server: str) -> dict[str, str]:
         """All that it says of a server, by the names of HAProxy's `show stat`."""
@@ -324,7 +341,7 @@ class Fleet:
         self.machines.append(host)
         self.hosts.append(host)
         host.serve(self.folder, self.options, code)
-        host.start("/usr/sbin/sshd", "-D", "-e", "-f", self.folder / "sshd_config")
+        host.sshd = host.start("/usr/sbin/sshd", "-D", "-e", "-f", self.folder / "sshd_config")
         return host
 
     def close(self) -> None:

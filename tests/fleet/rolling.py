@@ -71,7 +71,8 @@ def test_a_second_run_changes_nothing(five: Fleet) -> None:
     assert [each.reloads for each in five.hosts] == reloads
 
 
-def test_a_bad_release_stops_at_its_first_host_and_gets_no_client(five: Fleet, load: Load) -> None:
+def refused_s(five: Fleet) -> float:
+    """Release the bad one, which stops at its first host; return after how many seconds there."""
     before = five.versions
     reloads = [each.reloads for each in five.hosts]
 
@@ -79,23 +80,39 @@ def test_a_bad_release_stops_at_its_first_host_and_gets_no_client(five: Fleet, l
 
     assert status == 2, said
     assert "host1 does not take bad: " in said
+    assert "exited with status 1 before it was ready" in said
     assert "release bad: no such table: customers" in said
     assert five.versions == before
     assert [each.reloads for each in five.hosts] == reloads
     first, *others = five.hosts
     assert first.run("readlink", "/srv/web/current").stdout == f"releases/{before[0]}\n"
-    assert not any("bad" in each.run("ls", "/srv/web/releases").stdout for each in others)
-    no_request_failed(load)
+    assert not any(each.has("bad") for each in others)
     tried = first.status["dry_run"]
-    print(f"stopped after {tried['ended_at'] - tried['began_at']:.2f} s")
+    return float(tried["ended_at"] - tried["began_at"])
+
+
+def test_a_bad_release_stops_at_its_first_host_and_gets_no_client(five: Fleet, load: Load) -> None:
+    # Within a second, once: how busy this machine is decides nothing.
+    seconds = refused_s(five)
+    for _ in range(4):
+        if seconds < 1:
+            break
+        seconds = refused_s(five)
+
+    assert seconds < 1
+    no_request_failed(load)
+    print(f"stopped after {seconds:.2f} s")
 
 
 def test_a_release_goes_on_while_the_balancer_is_reloaded(five: Fleet, load: Load) -> None:
     version = other(five)
+    workers = five.balancer.workers
     releasing = five.releasing(version)
     wait(lambda: five.hosts[0].version == version, "the first one")
 
     five.balancer.signal(five.balancer.haproxy, signal.SIGUSR2)
+    wait(lambda: five.balancer.workers > workers, "HAProxy has started another worker")
+    assert releasing.poll() is None
     said, _ = releasing.communicate(timeout=300)
 
     assert releasing.returncode == 0, said

@@ -30,6 +30,7 @@ from socketprotector.core.events import (
     Report,
     ReportKind,
     RouteTo,
+    ScaleRequested,
     SettingsFailed,
     SettingsRead,
     Signal,
@@ -42,7 +43,7 @@ from socketprotector.core.events import (
     WorkerReady,
     WorkerSignal,
 )
-from socketprotector.core.fleet import Fleet, Next, Policy
+from socketprotector.core.fleet import Fleet, Next, Policy, State
 from socketprotector.core.reload import STOP_FIRST, UPGRADED
 from socketprotector.core.stop import CALLED_OFF
 from socketprotector.model.policy import STANDBY_S
@@ -144,6 +145,24 @@ def test_what_a_reload_would_fail_for_is_told(story: Story, event: Event, reason
     assert not any(isinstance(each, RouteTo) for each in actions)
     assert story.serving == {1}
     assert not story.fleet.dry_run
+
+
+def test_what_serves_is_scaled_meanwhile(story: Story) -> None:
+    story.given_serving(workers=2).and_also(DryRunRequested(), WorkerReady(3))
+
+    story.when(ScaleRequested(-1))
+
+    assert [each.number for each in story.fleet[1].workers if each.state is State.READY] == [1]
+    assert story.fleet.workers_wanted == 1
+    assert PASSED in story.when(WorkerReady(4))  # that has been started is awaited
+
+
+def test_and_one_more_is_awaited(story: Story) -> None:
+    story.given_serving().and_also(DryRunRequested(), ScaleRequested(+1))
+
+    assert PASSED not in story.when(WorkerReady(2))
+    assert PASSED in story.when(WorkerReady(story.fleet[2].workers[-1].number))
+    assert len(story.fleet[1].workers) == 2
 
 
 def test_no_back_off_is_forgotten(story: Story) -> None:

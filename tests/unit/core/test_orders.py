@@ -151,6 +151,20 @@ def test_what_drains_without_a_limit_goes_on_so_after_a_reload_with_one() -> Non
     assert world.runs(TimerKind.DRAIN, 2)
 
 
+def test_a_dry_run_passes_with_the_scaling_that_leaves_it_as_many_as_are_ready() -> None:
+    """A second worker that was wanted meanwhile has not been started yet."""
+    world = World(Policy())
+    take_all(world, Launched(), WorkerReady(1))
+    for event in (DryRunRequested(), ScaleRequested(+1), WorkerReady(2)):
+        world.take(event)
+    assert world.fleet.dry_run
+
+    world.take(ScaleRequested(-1))
+
+    assert not world.fleet.dry_run
+    assert world.fleet.workers_wanted == 1
+
+
 def next_events(world: World) -> Iterator[Event]:
     """The twelve kinds of events that matter, about the oldest and the newest there is."""
     yield from (ReloadRequested(), StopRequested(), StopRequested(quick=True))

@@ -165,6 +165,19 @@ def test_a_dry_run_passes_with_the_scaling_that_leaves_it_as_many_as_are_ready()
     assert world.fleet.workers_wanted == 1
 
 
+def test_a_dry_run_passes_and_the_reload_that_waited_for_it_begins() -> None:
+    """Which forgets what failed before, as each reload does."""
+    world = World(Policy())
+    take_all(world, Launched(), WorkerExited(1, DIED), WorkerReady(2))
+    assert world.fleet.failed_starts
+    take_all(world, DryRunRequested(), ReloadRequested())
+
+    world.take(WorkerReady(3))
+
+    assert not world.fleet.dry_run
+    assert world.fleet.is_changing
+
+
 def next_events(world: World) -> Iterator[Event]:
     """The twelve kinds of events that matter, about the oldest and the newest there is."""
     yield from (ReloadRequested(), StopRequested(), StopRequested(quick=True))

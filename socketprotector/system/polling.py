@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import select
 
 TYPE_CHECKING = False
@@ -12,10 +13,19 @@ if TYPE_CHECKING:
 
 
 def events_of(one: int | socket, wanted: int) -> int:
-    """Return which of these events there are, POLLHUP and POLLERR unasked.  Raises OSError."""
+    """Return which of these events there are, POLLHUP and POLLERR unasked.  Raises OSError.
+
+    None is known of while another process has our limit of descriptors lowered to 0 (prlimit(2)):
+    then poll(2) looks at nothing, and what we were about to do must wait, not end us.
+    """
     poll = select.poll()
     poll.register(one, wanted)
-    found = poll.poll(0)
+    try:
+        found = poll.poll(0)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return 0
     return found[0][1] if found else 0
 
 

@@ -134,11 +134,8 @@ class Process:
 
     def has_ended(self) -> bool:
         """Say whether it has ended, reaped or not."""
-        try:
-            return bool(events_of(self.pidfd, select.POLLIN))
-        except OSError:
-            # EINVAL: another process has lowered our limit of descriptors to 0 (prlimit(2)).
-            return self._is_zombie()
+        # Asked twice, as nothing is known by the one while our limit of descriptors is 0.
+        return bool(events_of(self.pidfd, select.POLLIN)) or self._is_zombie()
 
     def _is_zombie(self) -> bool:
         options = os.WEXITED | os.WNOHANG | os.WNOWAIT

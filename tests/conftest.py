@@ -16,8 +16,9 @@ import pytest
 
 from tests import forked, once
 from tests.channel import Channel
+from tests.own_folder import OwnFolder
 from tests.procfs import GONE, children_of, descriptors, threads_of
-from tests.running import LISTENER, Protector, eventually, mark
+from tests.running import LISTENER, Client, Protector, eventually, mark
 
 # Plugins of hypothesis, of which there are none, are looked for among all packages.
 os.environ["HYPOTHESIS_NO_PLUGINS"] = "1"
@@ -155,6 +156,33 @@ def _nothing_is_left_or_changed() -> Iterator[None]:
         eventually(lambda: _state() == before, "what there was before")
     except AssertionError:
         assert _state() == before  # which shows what it is
+
+
+_OWN_FOLDER = pytest.StashKey[OwnFolder]()
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest has made a folder
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.basetemp is None:  # else it is given, as to each process of `pytest -n`
+        config.stash[_OWN_FOLDER] = OwnFolder()
+        config.option.basetemp = config.stash[_OWN_FOLDER].path / "0"  # pytest makes it
+
+
+@pytest.hookimpl(trylast=True)  # its processes have ended
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    own = session.config.stash.get(_OWN_FOLDER, None)
+    if own is not None:
+        own.end(keep=exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED))
+
+
+def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> None:
+    """Close the clients of a test that has failed: what it leaves is not a next one's failure.
+
+    One that passes closes them itself, which is looked at behind it.
+    """
+    if call.when == "call" and call.excinfo is not None:
+        for each in [*Client.known]:
+            each.close()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

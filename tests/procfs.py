@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 GONE = (FileNotFoundError, ProcessLookupError)
 _LISTENS = "0A"
+_T = TypeVar("_T")
 
 # -- processes -----------------------------------------------------------------
 
@@ -69,7 +71,16 @@ def threads_of(pid: int) -> list[int]:
 
 def sleeps_in(pid: int) -> list[str]:
     """Where in the kernel each thread of a process sleeps."""
-    return [Path(f"/proc/{pid}/task/{each}/wchan").read_text() for each in threads_of(pid)]
+    return [*_of_threads(pid, lambda of, each: Path(f"/proc/{of}/task/{each}/wchan").read_text())]
+
+
+def _of_threads(pid: int, read: Callable[[int, int], _T]) -> Iterator[_T]:
+    """What is read of each thread of a process but those that end meanwhile."""
+    for thread in threads_of(pid):
+        try:
+            yield read(pid, thread)
+        except GONE:
+            continue
 
 
 def sleeps(pid: int, looks: int = 20) -> bool:
@@ -85,7 +96,7 @@ def sleeps(pid: int, looks: int = 20) -> bool:
 
 def wake_ups(pid: int) -> int:
     """How often the threads of a process went to sleep by themselves so far."""
-    return sum(int(status_of(pid, thread)["voluntary_ctxt_switches"]) for thread in threads_of(pid))
+    return sum(int(each["voluntary_ctxt_switches"]) for each in _of_threads(pid, status_of))
 
 
 def memory_kib(pid: int) -> int:

@@ -17,12 +17,13 @@ import termios
 import threading
 import time
 import uuid
+import weakref
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tests import forked
 from tests.procfs import command_line_of, parent_of
@@ -339,6 +340,9 @@ def eventually(fact: Callable[[], bool], what: str, deadline_s: float = DEADLINE
 class Client:
     """One connection that talks in lines: what is sent, and what comes back later."""
 
+    #: Those that are not closed, or not collected yet.
+    known: ClassVar[weakref.WeakSet[Client]] = weakref.WeakSet()
+
     def __init__(
         self,
         address: Address,
@@ -354,6 +358,7 @@ class Client:
         self.socket = socket.socket(family, socket.SOCK_STREAM)
         self.socket.settimeout(timeout_s)
         self._got = b""
+        self.known.add(self)
         try:
             if source is not None:
                 self.socket.bind(source)

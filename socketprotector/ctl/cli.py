@@ -88,7 +88,8 @@ def _instance_options(function: Function, *, hidden: bool = False) -> Function:
         function = click.option(
             f"--{name}",
             metavar=metavar,
-            type=click.Path() if metavar else None,
+            # Shells complete it as a file; who may do what there is said by the answer.
+            type=click.Path(readable=False) if metavar else None,
             shell_complete=None if metavar else lambda _, __, begun: discovery.running(begun),
             hidden=hidden,
             expose_value=False,

@@ -16,7 +16,9 @@ import pytest
 from socketprotector.launch.bind_unix import _give
 from socketprotector.launch.listen_spec import parse
 from socketprotector.system.env_file import read
-from tests.running import ask
+from tests.namespaces import any_users_python
+from tests.own_folder import let_through
+from tests.running import COMMAND, ask
 from tests.scenarios.starting import MINIMAL, Start
 
 needs_root = pytest.mark.skipif(
@@ -49,6 +51,7 @@ def theirs(start: Start) -> Path:
     folder = start.folder / "theirs.sh"
     folder.mkdir()
     os.chown(folder, NOBODY, -1)
+    let_through(start.folder)
     return folder
 
 
@@ -62,8 +65,13 @@ def shared(start: Start) -> Path:
 
 
 def refused(start: Start, *words: str | Path) -> str:
-    """Start, and see that it is refused; return the line that says so."""
-    ended = start(*words, "unix:s", "--", *MINIMAL)
+    """Start with what any user can execute, and see it refused; return the line that says so."""
+    python, path = any_users_python()
+    ended = start(
+        *(*words, "unix:s", "--", python, *MINIMAL[1:]),
+        command=(python, *COMMAND[1:]),
+        environment={"PYTHONPATH": path},
+    )
     assert ended.status == 111, ended
     assert start.left() == []
     return ended.lines[-1]  # before it there may be a notice about the folder

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.own_folder import let_through
 from tests.rounds import some
 from tests.running import Protector, ask, eventually
 from tests.scenarios import tools
@@ -33,8 +34,7 @@ def any_users(tmp_path: Path) -> Path:
     place = tmp_path / "nobodys"
     place.mkdir()
     os.chown(place, nobody.pw_uid, nobody.pw_gid)
-    for folder in (tmp_path, *tmp_path.parents[:-2]):
-        folder.chmod(0o755)
+    let_through(tmp_path)
     return place
 
 

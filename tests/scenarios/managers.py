@@ -232,8 +232,12 @@ class Service:
     def start(self, *words: str | Path, under: tuple[str, ...] = ()) -> Protector:
         """Start the command with all that it is passed, in an order of its own.
 
-        under: what executes it in its own place.
+        under: what executes it in its own place.  What those before it have said and nobody has
+        waited for, such as READY=1 of a reload, is forgotten: this one has not said it.
         """
+        with self.lock:
+            self.hear()
+            self.said.clear()
         passed = self.sockets | self.store
         names = list(passed)
         self.random.shuffle(names)

@@ -112,9 +112,10 @@ def test_no_more_is_stored_than_systemd_can_pass_on_below_the_soft_limit(service
 
 
 # 6 are its own, 3 a generation's, 3 each worker's: no room for a channel, for half of one, for any
-# worker, for half of one, for one more than two generations need.
+# worker, for half of one, for more than two generations need.  Where workers accept 2 more are its
+# own: one's twin for the next generation, and the address reserved meanwhile.
 @EITHER_HANDOFF
-@pytest.mark.parametrize("room", [6, 8, 10, 14, 30])
+@pytest.mark.parametrize("room", [6, 8, 10, 14, 32])
 def test_with_a_store_that_is_full_it_serves_after_a_kill_all_the_same(
     service: Service, room: int
 ) -> None:
@@ -125,11 +126,10 @@ def test_with_a_store_that_is_full_it_serves_after_a_kill_all_the_same(
     with Client(("127.0.0.1", first.port)) as held:
         held.ask()  # so that the generation before the last one is still there
         first.reload()
-        assert (first.log.count("event=store-full") > 0) == (room < 30)
+        assert (first.log.count("event=store-full") > 0) == (room < 32)
         workers = spawned(first)
         service.kill()
         assert len(service.store) <= room
-        service.said.clear()  # READY=1 of the reload is among it
         waiting = Client(("127.0.0.1", first.port))
         second = service.start(*words)
         service.wait_for(

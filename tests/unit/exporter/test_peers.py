@@ -23,6 +23,7 @@ from socketprotector.exporter.__main__ import _command
 from socketprotector.exporter.peers import Files, Peers, why_not
 from socketprotector.exporter.peers_file import parse
 from socketprotector.exporter.peers_model import Host
+from socketprotector.exporter.web_hub import Hub
 from socketprotector.model.errors import UsageError
 from tests.pages import page
 from tests.running import DEADLINE_S, ROOT
@@ -170,9 +171,9 @@ class World:
         """Begin to ask."""
         self.peers = Peers(self.files, self.said.append)
         self.looked.set()
-        self._begin(self.peers.run(self.looked, self._tell))
+        self.begin(self.peers.run(self.looked, self._tell))
 
-    def _begin(self, what: Any) -> None:
+    def begin(self, what: Any) -> None:
         self._tasks.add(asyncio.create_task(what))
 
     def _tell(self, hosts: Iterable[Host]) -> None:
@@ -461,6 +462,45 @@ def test_more_hosts_than_one_moment_asks_have_their_turn(
         world.look()
         await world.until(lambda: set(world.seen.values()) == {"serving"})
         assert len(world.seen) == 20
+
+    inside(test)
+
+
+def test_viewers_are_told_of_hosts_and_the_last_one_ends_the_asking(
+    inside: Inside, tls: ssl.SSLContext
+) -> None:
+    async def test(world: World) -> None:
+        await world.serve("web", wants_token, tls)
+        world.peers = Peers(world.files, world.said.append)
+        hub = Hub(list, world.peers)
+        world.begin(hub.run())
+        told: list[dict[str, Any]] = []
+
+        async def hear(news: asyncio.Event, fact: Callable[[], object]) -> None:
+            async with asyncio.timeout(DEADLINE_S):
+                messages = hub.watch(news)
+                async for message in messages:
+                    told.append(json.loads(message.partition(b"data: ")[2]))
+                    if fact():
+                        return await messages.aclose()  # type: ignore[attr-defined, no-any-return]
+
+        def states() -> dict[str, str]:
+            return {host["name"]: host["state"] for each in told for host in each.get("hosts", ())}
+
+        with hub.viewer() as news:
+            with hub.viewer():
+                pass  # one that goes while another stays
+            await hear(news, lambda: states() == {"web": "serving"})
+            assert told[0]["host_ids"] == [host.id for host in world.peers.hosts]
+            told.clear()
+            await world.serve("new", wants_token, tls)
+            await hear(news, lambda: states() == {"web": "serving", "new": "serving"})
+            assert [host.id for host in world.peers.hosts] in [
+                each.get("host_ids") for each in told
+            ]
+        async with asyncio.timeout(DEADLINE_S):
+            while set(world.seen.values()) != {"asking"}:
+                await asyncio.sleep(0.005)
 
     inside(test)
 

@@ -156,6 +156,7 @@ class Machine:
         self._unshare.send_signal(signal.SIGKILL)
         self._unshare.wait(LIMIT_S)
         for each in self._started:
+            each.send_signal(signal.SIGCONT)  # nsenter stops with its child
             each.wait(LIMIT_S)
             for stream in (each.stdin, each.stdout, each.stderr):
                 if stream is not None:

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -347,9 +347,10 @@ class Fleet:
 
     def close(self) -> None:
         """End all."""
-        for each in self.machines:
-            if each._unshare.returncode is None:
-                each.end()
+        with ExitStack() as ends:  # the others, too, where one cannot be ended
+            for each in self.machines:
+                if each._unshare.returncode is None:
+                    ends.callback(each.end)
 
     def _keys(self) -> None:
         for name in ("host", "operator"):

@@ -53,7 +53,10 @@ class Checkpoint:
         Returns whether the state says how things are.  Does nothing without an fd
         store: then a kill takes all descriptors anyway.
         """
-        if self._effects is None or not self.store.keeps:
+        if self._effects is None:
+            return True
+        if not self.store.keeps:
+            self.store.sync({}, self._effects.pool.descriptors)
             return True
         wanted = {**self.others(), **self._effects.own_descriptors()}
         wanted.pop(inherited.GUARD, None)  # each program gets a line of its own

@@ -366,6 +366,8 @@ class Store:
         those that have changed.
         """
         if not self.keeps:
+            if many is not None:
+                many.changed.clear()  # or the name of each worker would stay there
             return
         before, due = self._few, self._due
         due |= (before ^ few.keys()) | self._left_out  # there may be room by now

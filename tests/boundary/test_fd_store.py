@@ -6,12 +6,20 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
+from socketprotector.core.fleet import Fleet
+from socketprotector.core.snapshot import Snapshot
+from socketprotector.daemon.checkpoint import Checkpoint
+from socketprotector.daemon.effects import Effects
 from socketprotector.programs.guard import Guard
 from socketprotector.system.inherited import Named
+from socketprotector.system.log import Log
 from socketprotector.system.sd_notify import Outbox, Store, room_of
+from socketprotector.system.state_file import StateFile
 
 Again = list[Callable[[], None]]
 
@@ -203,6 +211,22 @@ def test_what_there_is_no_room_for_is_left_out_until_there_is(
     store.sync({}, named)
     assert not store.full
     assert kept(guard) == {"sp.b": file(1), "sp.c": file(2)}
+
+
+def test_where_none_is_kept_no_name_stays_of_what_has_come_and_gone() -> None:
+    """It would grow with each worker, in a protector without systemd and without a guard."""
+    named = Named()
+    checkpoint = Checkpoint(
+        cast(StateFile, None), Store(Outbox(lambda again: None)), cast(Log, None), dict
+    )
+    pool = SimpleNamespace(descriptors=named)
+    checkpoint.begin(cast(Effects, SimpleNamespace(pool=pool)), lambda: Snapshot(Fleet()))
+    named["sp.worker.1.line"] = 3
+    del named["sp.worker.1.line"]
+
+    assert checkpoint.save()
+
+    assert named.changed == set()
 
 
 def test_how_much_room_there_is_comes_from_systemd() -> None:

@@ -26,6 +26,8 @@ from socketprotector.system.state_file import StateError, StateFile
 from tests.rounds import rounds
 from tests.together import together
 
+#: A snapshot with all that can be in it takes 50 ms of a processor to be thought of.
+SNAPSHOTS = rounds(15, 100)
 #: What a name of a file or a variable can be: bytes that are no UTF-8 too.
 texts = st.text(st.characters(exclude_categories=()), max_size=8)
 st.register_type_strategy(str, texts)
@@ -56,7 +58,7 @@ def file() -> Iterator[StateFile]:
 # --- values -------------------------------------------------------------------
 
 
-@settings(max_examples=rounds(15, 400), deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=SNAPSHOTS, deadline=None, suppress_health_check=list(HealthCheck))
 @given(snapshots)
 def test_a_snapshot_comes_back_as_it_was(snapshot: Snapshot) -> None:
     assert CODEC.decode(CODEC.encode(snapshot)) == snapshot
@@ -113,7 +115,7 @@ def steps(draw: st.DrawFn) -> list[Snapshot]:
     return found
 
 
-@settings(max_examples=rounds(15, 400), deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=SNAPSHOTS, deadline=None, suppress_health_check=list(HealthCheck))
 @given(steps())
 def test_a_snapshot_and_what_has_changed_since_is_the_one_that_holds(steps: list[Snapshot]) -> None:
     changes = [CODEC.changes(one, other) for one, other in pairwise(steps)]

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+from socketprotector.daemon.upgrade import PROBE_S
 from tests.procfs import running, state_of, status_of
 from tests.rounds import rounds
 from tests.running import MARK, Client, Protector, eventually, marked
@@ -29,7 +30,7 @@ from tests.scenarios.tools import Release, worker
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(rounds(400, 1200)),
     pytest.mark.skipif(
         shutil.which("strace") is None,
         reason="NOT CHECKED: strace is not installed (tools/install-packages strace)",
@@ -37,6 +38,9 @@ pytestmark = [
 ]
 
 ROUNDS = rounds(8, 250)
+#: An upgrade's new program may take PROBE_S until it answers, and as long again to begin, each call
+#: of which a tracer looks at.
+PATIENCE_S = 4 * PROBE_S
 TALKS = worker("talks")
 #: One that leaves something behind and fails.
 FAILS = "#!/bin/sh\nsleep 1000 &\necho no such table >&2\nexit 7\n"
@@ -293,7 +297,10 @@ class Life:
     def _after(self, pattern: str, act: Callable[[], object]) -> None:
         before = self.count(pattern)
         act()
-        eventually(lambda: self.count(pattern) > before, pattern)
+        try:
+            eventually(lambda: self.count(pattern) > before, pattern, PATIENCE_S)
+        except AssertionError:
+            pytest.fail(f"never came: {pattern}, in a log that ends with\n{self.log[-8000:]}")
 
     def reload(self) -> None:
         self.release.becomes(*self.good)

@@ -1059,8 +1059,8 @@ def test_no_connection_is_lost_while_being_sent_again(world: World, call: str, c
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Have so many seconds pass."""
-    now = [time.monotonic()]
+    """Have so many seconds pass; eighths of one are exact."""
+    now = [float(round(time.monotonic()))]
     monkeypatch.setattr("socketprotector.daemon.queue_watch.time.monotonic", lambda: now[0])
     return lambda seconds: now.__setitem__(0, now[0] + seconds)
 
@@ -1076,11 +1076,11 @@ def test_where_no_connection_was_ever_taken_that_is_said_once_after_a_while(
 ) -> None:
     channel = waiting(world, 1, 2)
     looked(world, clock, 0.0)
-    looked(world, clock, NEVER_TAKEN_S - 0.1)
+    looked(world, clock, NEVER_TAKEN_S - 0.125)
     assert world.untaken == []
     assert world.forwarder.queue.untaken_s(channel) is None
 
-    looked(world, clock, 0.1)
+    looked(world, clock, 0.125)
 
     assert len(world.untaken) == 1
     assert world.untaken[0] == pytest.approx(NEVER_TAKEN_S)
@@ -1104,9 +1104,9 @@ def test_where_a_connection_was_taken_before_it_takes_longer_to_be_said(
     world.turn()
     looked(world, clock, 0.0)
 
-    looked(world, clock, UNTAKEN_S - 0.1)
+    looked(world, clock, UNTAKEN_S - 0.125)
     assert world.untaken == []
-    looked(world, clock, 0.1)
+    looked(world, clock, 0.125)
     assert len(world.untaken) == 1
 
 
@@ -1118,9 +1118,9 @@ def test_one_that_has_taken_is_not_said_to_have_taken_none_though_no_look_was_in
     os.close(channel.take_back()[1])
 
     looked(world, clock, 0.0)
-    looked(world, clock, UNTAKEN_S - 0.1)
+    looked(world, clock, UNTAKEN_S - 0.125)
     assert world.untaken == []
-    looked(world, clock, 0.1)
+    looked(world, clock, 0.125)
 
     assert len(world.untaken) == 1
     assert channel.taken_from
@@ -1153,9 +1153,9 @@ def test_the_next_generation_is_given_time_of_its_own(
     world.forwarder.drain(old)
 
     looked(world, clock, 0.0)
-    looked(world, clock, NEVER_TAKEN_S - 0.1)
+    looked(world, clock, NEVER_TAKEN_S - 0.125)
     assert len(world.untaken) == 1
-    looked(world, clock, 0.1)
+    looked(world, clock, 0.125)
     assert len(world.untaken) == 2
 
 

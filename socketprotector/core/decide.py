@@ -149,9 +149,11 @@ def resume(
     the fleet does not tell; to tell all workers again that are to end would be a second TERM,
     which many programs take for "at once".
     """
-    route = fleet.route
+    route, undone = fleet.route, tuple(undone)
     actions: list[Action] = [events.Hold(True)] if fleet.held else []
     actions += [events.RouteTo(route.number if route else None)]
+    # First: clients of a listener that they remove go to a generation that is told to finish.
+    actions += [each for each in undone if isinstance(each, events.UseSettings)]
     for generation in fleet.all_of(Phase.DRAINING):
         order = events.Quiesce if generation.quiescing else events.Drain
         actions.append(order(generation.number))
@@ -161,7 +163,7 @@ def resume(
     settling = fleet.of(Phase.SETTLING)
     if settling and settling.checked:
         actions.append(events.CheckSettling(settling.number))
-    actions += undone
+    actions += [each for each in undone if not isinstance(each, events.UseSettings)]
     if fleet.reading:
         actions.append(events.ReadSettings(fleet.dry_run))
     if fleet.stopping:

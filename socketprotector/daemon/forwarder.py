@@ -87,7 +87,6 @@ class Forwarder:
             accept_failed=self._accept_failed,
             send_failed=self._send_failed,
         )
-        self._drains = DrainingListeners(loop, self.undelivered)
         #: Channels with connections to be taken back as soon as a route has room, oldest first;
         #: and whether their generation is gone: then they are closed afterwards.
         self._leftovers: dict[Channel, bool] = {}
@@ -97,6 +96,7 @@ class Forwarder:
         self._over: list[Listener] = []  # closed to new connections
         self._closing: _Closing | None = None
         self._shortage = Shortage(runtime, stop=self._acceptor.end_all, retry=self._go_on)
+        self._drains = DrainingListeners(runtime, self.undelivered, self._shortage)
 
     # -- orders --------------------------------------------------------------
 
@@ -145,15 +145,14 @@ class Forwarder:
         self._go_on()
 
     def remove(self, listener: Listener, to: Channel | None) -> None:
-        """Refuse new clients.  The backlog goes to this channel; without one it is dropped."""
+        """Refuse new clients.  The backlog goes to this channel; without one it is lost."""
         self._listeners.remove(listener)
         self._acceptor.end(listener)
         self._unwatch(listener)
         if listener.shared:
             listener.refuse_new()  # its workers accept the backlog
         if to is None or listener.shared:
-            self._lost += self.undelivered.drop(lambda index: index == listener.index)
-            listener.close()
+            self._drains.close(listener)
         else:
             self._drains.begin(listener, to)
 

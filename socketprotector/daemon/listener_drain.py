@@ -1,11 +1,13 @@
 """A listener that a reload has removed: refuses new clients, serves those that have connected.
 
 These go to the generation that knows the listener, not to the route.  This is off the path of
-all other connections: a timer checks the backlog, until none came between two checks.
+all other connections: a timer checks the backlog, until none came between two checks.  Where no
+such generation is left, they are counted as lost, and the log says so.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from functools import partial
@@ -15,7 +17,8 @@ from socketprotector_client import wire
 from ..model.lazy_dataclass import mutable
 from ..system.channel import BROKEN, Channel
 from ..system.listener import AGAIN, Listener, accept_of
-from ..system.loop import Loop
+from .runtime import Runtime
+from .shortage import Shortage
 from .undelivered import Undelivered
 
 #: Handshakes that are under way finish in so long, or begin again.  A graceful stop waits as long.
@@ -25,6 +28,8 @@ QUIET_S = 0.2
 LAST_S = 10.0
 #: Connections in one go; then others come in between.
 BURST = 64
+#: Lost clients counted at most: where new ones cannot be refused, they may come as fast.
+MOST_LOST = 4096
 
 
 @mutable
@@ -51,9 +56,10 @@ class _Draining:
 class DrainingListeners:
     """Owns those that were removed until they are closed; each channel is its generation's."""
 
-    def __init__(self, loop: Loop, undelivered: Undelivered) -> None:
-        self._loop = loop
+    def __init__(self, runtime: Runtime, undelivered: Undelivered, shortage: Shortage) -> None:
+        self._loop, self._log = runtime.loop, runtime.log
         self._undelivered = undelivered
+        self._shortage = shortage
         #: Connections that came by these listeners, and those that could not be delivered.
         self.accepted = self.lost = 0
         self._draining: list[_Draining] = []
@@ -86,13 +92,41 @@ class DrainingListeners:
         for each in self._to(channel) if channel is not None else tuple(self._draining):
             self._end(each)
 
+    def close(self, listener: Listener) -> None:
+        """Close one that drains to no channel; clients that still wait are lost, which is said."""
+        lost = self._undelivered.drop(lambda index: index == listener.index)
+        if not listener.settings.foreign and not listener.shared:  # else others accept them
+            dropped = self._drop_backlog(listener)
+            self.accepted += dropped
+            lost += dropped
+        self.lost += lost
+        if lost:
+            address = listener.settings.address
+            self._log.write("warning", "clients-lost", address=address, lost=lost)
+        listener.close()
+
+    def _drop_backlog(self, listener: Listener) -> int:
+        """Accept all that have connected and close them at once; return how many."""
+        self._shortage.spend_reserve()  # they are counted without a free descriptor, too
+        found, accept = 0, accept_of(listener)
+        for _ in range(MOST_LOST):
+            try:
+                fd, _address = accept()
+            except OSError as error:
+                if error.errno == errno.EAGAIN or error.errno not in AGAIN:
+                    break
+            else:
+                os.close(fd)
+                found += 1
+        self._shortage.take_reserve()
+        return found
+
     def _to(self, channel: Channel) -> list[_Draining]:
         return [each for each in self._draining if each.channel is channel]
 
     def _end(self, each: _Draining) -> None:
         self._loop.cancel(each.timer)
-        self.lost += self._undelivered.drop(each.is_its)
-        each.listener.close()
+        self.close(each.listener)
         self._draining.remove(each)
         if each.channel in self._to_end and not self._to(each.channel):
             self._to_end.remove(each.channel)

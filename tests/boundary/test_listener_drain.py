@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,6 +51,7 @@ class World:
         self.persisted = 0
         self.holds = True  # what is said to have changed can be written down
         self.troubles: list[tuple[str, str]] = []
+        self.said: list[tuple[str, int]] = []  # of clients that are lost
         self.forwarder = self.another(self.listeners)
         self.old, self.new = self.channel({0, 1}), self.channel({0})
         self.clients: list[socket.socket] = []
@@ -61,10 +64,14 @@ class World:
             dead=lambda listener: None,
         )
 
-    def write(self, level: str, event: str, *, call: str, error: str, hint: str) -> None:
+    def write(self, level: str, event: str, **fields: Any) -> None:
         """As a log."""
-        assert (level, event) == ("error", "scarce")
-        self.troubles.append((call, error))
+        if event == "clients-lost":
+            assert level == "warning"
+            self.said.append((fields["address"].rpartition("/")[2], fields["lost"]))
+        else:
+            assert (level, event) == ("error", "scarce")
+            self.troubles.append((fields["call"], fields["error"]))
 
     def _persist(self) -> bool:
         self.persisted += 1
@@ -422,7 +429,63 @@ def test_a_channel_that_is_shut_down_ends_the_draining_listener(world: World) ->
     world.turn(0.1)
 
     assert "sp.listener.1" not in world.forwarder.descriptors()
-    assert world.forwarder.lost == 1
+    assert (world.forwarder.lost, world.said) == (1, [("s1", 1)])
+
+
+def no_generation(world: World) -> None:
+    world.forwarder.remove(world.listeners[1], None)
+
+
+def broken_generation(world: World) -> None:
+    world.old.read.shutdown(socket.SHUT_RDWR)
+    world.forwarder.remove(world.listeners[1], world.old)
+    world.turn(4 * QUIET_S)
+
+
+def generation_that_goes(world: World) -> None:
+    world.forwarder.remove(world.listeners[1], world.old)
+    world.forwarder.drain(world.old)
+    world.forwarder.release(world.old)
+
+
+def stop(world: World) -> None:
+    world.forwarder.remove(world.listeners[1], world.old)
+    world.forwarder.close_listeners(quick=True)
+
+
+def all_that_are_free() -> list[int]:
+    found = []
+    with suppress(OSError):
+        while True:
+            found.append(os.dup(0))
+    return found
+
+
+@pytest.mark.parametrize("end", [no_generation, broken_generation, generation_that_goes, stop])
+@pytest.mark.parametrize("free", [1, 0])
+def test_clients_of_a_removed_listener_that_no_generation_takes_are_counted_and_said(
+    world: World, end: Callable[[World], None], free: int
+) -> None:
+    """Also where no descriptor is free but the reserve."""
+    world.forwarder.route_to(world.new)
+    world.turn()
+    world.connect(1, 3)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken_up: list[int] = []
+    try:
+        if not free:
+            limit = max(map(int, os.listdir("/proc/self/fd"))) + 1
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+            taken_up += all_that_are_free()
+        end(world)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for each in taken_up:
+            os.close(each)
+    world.turn(4 * QUIET_S)
+
+    assert (world.forwarder.lost, world.forwarder.forwarded, world.said) == (3, 3, [("s1", 3)])
+    assert [client.recv(1) for client in world.clients] == [b"", b"", b""]
 
 
 def test_one_that_lets_new_ones_in_is_closed_in_the_end(

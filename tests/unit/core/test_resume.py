@@ -36,6 +36,7 @@ from socketprotector.core.events import (
     StartTimer,
     StopRequested,
     TimerKind,
+    UseSettings,
     WorkerExited,
     WorkerReady,
     WorkerSignal,
@@ -88,6 +89,7 @@ class KilledWorld(World):
         self.timers = frozenset()
         self.held = False
         self.in_question = self.checked = None
+        self.drained = False  # a generation, by this program
         self.owed = ()
         known = {generation.number for generation in fleet.generations}
         self.channels = {
@@ -111,7 +113,7 @@ class KilledWorld(World):
             self.check()
 
     def resumed(self, undone: tuple[Action, ...]) -> tuple[Action, ...]:
-        told = [each for each in undone if isinstance(each, Signal | Retire | Report)]
+        told = [each for each in undone if isinstance(each, Signal | Retire | Report | UseSettings)]
         return resume(self.fleet, dict.fromkeys(self.fleet.timers, 5.0), told)
 
     def again(self, action: Action) -> None:
@@ -126,6 +128,9 @@ class KilledWorld(World):
                 self.channels[number] = "quiescing"
             case Drain(number) if self.channels[number] in ("open", "quiescing"):
                 self.channels[number] = "drained"
+                self.drained = True
+            case UseSettings():
+                assert not self.drained, "clients of a listener that it removes are to go there"
             case Signal(worker, WorkerSignal.KILL) if worker in self.processes:
                 self.killed |= {worker}
             case CloseListeners(quick):

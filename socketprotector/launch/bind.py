@@ -129,7 +129,7 @@ def pair(bound: Sequence[Bound], notice: Callable[[str], None]) -> dict[int, Bou
 
 
 def reserve(bound: Iterable[Bound]) -> dict[int, Bound]:
-    """Bind what new clients come to during a hold; return it by index (daemon/listener_hold.py).
+    """Bind what answers no client, for a hold and questions; return it by index.
 
     The caller owns it.  Where there is none, a hold says why.  Now, because later we may be another
     user: who may not have a port below 1024, and can share no address with sockets of this user

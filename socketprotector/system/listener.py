@@ -274,35 +274,45 @@ class Listener:
     ) -> None:
         """Have new clients come to socket 0 or 1, or where held get no answer.
 
-        marked: and those with a mark to a socket of their own.  Raises OSError.
+        marked: and those with a mark to a socket of their own.  As long as there are any, what
+        would come to a socket that is shut down gets no answer either: the third one, the last
+        member, takes its position then.  Raises OSError.
         """
         if not (self.has_sibling or held or self._silent):
             return  # all come to the one there is
         for each in self.sockets:  # one without it takes all new clients, where it stands first
             each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if self._silent and (last := self._order()[-1]) is not self._silent:
-            self._end_silence()
-            if last is not None:
+        if silent := self._silent:
+            last = self._order()[-1]
+            if last is not silent or not all(_listens(each) for each in self.sockets):
+                self._end_silence()  # it has the position of one that has left
+            if last is not silent and last is not None:
                 # A server has had it listen again meanwhile: no position is known any more.
                 self.listen_again(self.sockets.index(last))
         to = self.socket_for(socket_number)
+        guarded = bool(marked) and self.has_sibling and self.can_be_held
         if held:
             if not self._silent:
                 with suppress(OSError):  # so that none comes to it before it is silent
                     self._steer_to(to, marked)
             to = self._silence()
+        elif guarded:
+            with suppress(OSError):  # else what comes to one that is shut down comes to the other
+                self._silence()
         try:
             self._steer_to(to, marked)
         except PermissionError:  # servers have locked the filters of theirs
             self._silence()
             self._steer_to(to, marked)
-        if not held:
+        if not (held or guarded):
             self._end_silence()
 
     def _steer_to(self, to: socket.socket, marked: Mapping[reuseport.Mark, int]) -> None:
         order, failed = self._order(), OSError(errno.ENOTCONN, "it does not listen")
 
         def member(one: socket.socket) -> int:
+            if one not in order:
+                one = self._silent or one
             return order.index(one) if one in order else 0
 
         its = {mark: member(self.socket_for(number)) for mark, number in marked.items()}

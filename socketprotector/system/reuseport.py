@@ -6,13 +6,15 @@ The kernel runs it for each new connection.
 
 During a hold (daemon/listener_hold.py) the group has a third member, which answers no client.  No
 worker has it: without us it is gone, and the kernel, whose filter then names no member, gives each
-client to one of those that are left.
+client to one of those that are left.  A filter of this kind cannot refuse one.
 
 While a generation is asked (daemon/asking.py), the filter has more: it
 sends connections with a mark to that generation's socket.  The mark of IPv4 is a source address
 of 127/8 drawn at random, which no packet from a network may have; of IPv6, with its one loopback
 address, that with a traffic class drawn at random and the most hops, which no system begins with
-unless told to.  Both stand in front of any options.
+unless told to.  Both stand in front of any options.  The third member is there, too, as the last
+one: so it takes the position of one that is shut down, and what was for that gets no answer,
+instead of one from the other generation.
 
 Socket 0 is bound without SO_REUSEPORT, so that a port in use is refused as usual, and no
 other process can bind the port later without SO_REUSEPORT.

@@ -13,8 +13,9 @@ import pytest
 from socketprotector.launch.bind import bind_all
 from socketprotector.launch.listen_spec import Listen
 from socketprotector.model.settings import ListenerSettings
-from socketprotector.system import reuseport
+from socketprotector.system import reuseport, sock_diag
 from socketprotector.system.listener import Listener
+from tests.unanswered import Unanswered
 
 
 def adopted(made: socket.socket, settings: ListenerSettings) -> Listener:
@@ -229,6 +230,36 @@ def test_no_client_gets_to_one_that_listens_again_while_the_other_is_steered_to(
     assert listener.listen_again(0)  # and nothing was steered yet
 
     assert came(listener) == [0, 8]
+    listener.close()
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", "[::1]:0"])
+@pytest.mark.parametrize("asked", [0, 1])
+@pytest.mark.parametrize("dead", [0, 1])
+def test_while_one_is_asked_what_is_for_one_that_is_shut_down_comes_to_no_other(
+    listen: str, asked: int, dead: int
+) -> None:
+    """Neither a client to the one that is asked, nor the question to the one that serves."""
+    listener = shared(listen)
+    mark = reuseport.Mark.draw(listener.socket.family)
+    address, marked = listener.socket.getsockname(), {mark: asked}
+    serving = 1 - asked
+    for _ in range(2):  # in whatever order they stand then
+        listener.steer(serving, marked)
+        listener.socket_for(dead).shutdown(socket.SHUT_RDWR)
+        with Unanswered(address, mark.put if dead == asked else lambda one: None):
+            assert not listener.has_waiting()
+            listener.steer(serving, marked)  # before that is seen
+        with Unanswered(address, mark.put if dead == asked else lambda one: None):
+            assert not listener.has_waiting()
+        assert listener.listen_again(dead)
+        listener.steer(serving, marked)
+        for number, put in ((asked, mark.put), (serving, lambda one: None)):
+            with Unanswered(address, put):
+                assert [listener.has_waiting(n) for n in (number, 1 - number)] == [True, False]
+                listener.socket_for(number).accept()[0].close()
+    listener.steer(serving)
+    assert len(sock_diag.listening(listener.socket.family, listener.port)) == 2
     listener.close()
 
 

@@ -1031,6 +1031,8 @@ class Answers:
 def test_what_another_one_has_accepted_while_the_asked_one_was_shut_down_is_no_answer(
     reloaded: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With one that was passed in: else it has no answer at all meanwhile."""
+    reloaded.listener.settings = replace(reloaded.listener.settings, foreign=True)
     reloaded.listener.socket_for(1).shutdown(socket.SHUT_RDWR)
     its = Answers(reloaded, "accept", monkeypatch)
     assert reloaded.waiting() == [0]  # so does the kernel
@@ -1062,6 +1064,19 @@ def test_nor_what_was_answered_by_http_meanwhile(
     its.heard[1]("")
 
     assert its.ready == [2]
+
+
+def test_no_client_gets_to_one_that_is_asked_while_the_other_is_shut_down(reloaded: World) -> None:
+    way = reloaded.steering.ask(2, "")
+    assert way is not None
+    reloaded.listener.socket.shutdown(socket.SHUT_RDWR)
+    with Unanswered(reloaded.listener.socket.getsockname()) as late:
+        assert reloaded.waiting() == []
+        reloaded.pass_time(0.3)
+        late.connects()
+        assert reloaded.waiting() == [0]
+    way.close()
+    assert there_are(reloaded) == 2
 
 
 def test_of_a_question_that_cannot_be_put_the_kernel_keeps_nothing(

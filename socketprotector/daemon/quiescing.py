@@ -54,14 +54,16 @@ class Quiescing:
         runtime: Runtime,
         *,
         own: Callable[[int], Sequence[Listener]],
+        clients_wait: Callable[[Listener, int], bool],
         still_come: Callable[[int], bool],
     ) -> None:
         """own: the listeners whose socket of a number gets no new clients while the other one does.
 
+        clients_wait: whether any do at a socket, by its number; questions of ours do not count.
         still_come: keeps new clients from a generation, and says whether some have come until now.
         """
         self._loop, self._log = runtime.loop, runtime.log
-        self._own, self._still_come = own, still_come
+        self._own, self._clients_wait, self._still_come = own, clients_wait, still_come
         self._generations: dict[int, _Generation] = {}
 
     def begin(
@@ -92,7 +94,9 @@ class Quiescing:
         still_come = self._still_come(generation)  # first: who comes after that is not among these
         its.common = [each for each in its.common if each.has_waiting()]
         own = self._own(its.socket_number)
-        waiting = any(each.has_waiting(its.socket_number) for each in own) or bool(its.common)
+        waiting = any(self._clients_wait(each, its.socket_number) for each in own) or bool(
+            its.common
+        )
         if still_come:
             its.began, its.looks, its.unread = now, 0, None
         left = its.unread

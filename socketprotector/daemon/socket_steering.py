@@ -46,6 +46,8 @@ LAST_RESCUE_S = 600.0
 _RESCUE = "steering-rescue"
 _MEND = "steering-mend"
 _MEND_AGAIN_S = 0.1
+#: Where questions by IPv6 come from, as do clients of this machine.
+_SOURCE_OF_IPV6 = "::1"
 #: Another socket cannot be had now, and can be later.
 _LATER = SCARCE | {errno.EBUSY}
 
@@ -102,16 +104,18 @@ class SocketSteering:
         self._accepting: dict[int, int] = {}  # generation -> socket number
         #: Those that were told to finish and live on: the socket, and when.
         self._leaving: dict[int, tuple[int, float]] = {}
-        self._quiescing = Quiescing(runtime, own=self._own, still_come=self._still_come)
+        self._quiescing = Quiescing(
+            runtime, own=self._own, clients_wait=self._clients_wait, still_come=self._still_come
+        )
         #: Listeners that the generation whose turn it is does not know: where their clients wait.
         self._expected: dict[int, int] = {}
         self._steered = True  # the kernel knows the current one
         self._as_held = True  # and who is to get no answer
         self.hold = ListenerHold(listeners)
-        #: Listeners and socket numbers to which no client comes: what waits there is a question, of
-        #: this program or one before.
+        #: Listeners and socket numbers to which no client comes, but questions by IPv6 do, of this
+        #: program or one before: what comes there from the same address is one.
         self._asked: set[tuple[int, int]] = set()
-        #: The same where clients come, too, each with an address of IPv4 that questions came from.
+        #: Those to which questions by IPv4 come, each with an address that no client has.
         self._asked_from: set[tuple[int, int, str]] = set()
         #: With what mark the generation that gets the clients is asked, by listener and socket.
         self._marks: dict[tuple[int, int], reuseport.Mark] = {}
@@ -190,14 +194,20 @@ class SocketSteering:
             self._will_come_from(place, mark)
         return self._marks[place]
 
-    def _will_come_from(self, place: tuple[int, int], mark: reuseport.Mark) -> None:
+    def _will_come_from(
+        self, place: tuple[int, int], mark: reuseport.Mark, *, no_clients: bool = False
+    ) -> None:
         """Have the next program, too, know questions with a mark from clients.
 
-        Not those of IPv6, which all come from the same address.
+        Those of IPv6 have the address of clients on this machine: only where none comes.
         """
         if mark.family == socket.AF_INET:
             self._asked_from.add((*place, mark.source))
-            self._persist()
+        elif no_clients and place not in self._asked:
+            self._asked.add(place)
+        else:
+            return
+        self._persist()  # before the first one: the next program finds it, if we are killed
 
     def _give_up(self, asked: socket.socket, one: socket.socket) -> None:
         self._given_up.append((asked, end_of(one, asked.family)))
@@ -228,13 +238,10 @@ class SocketSteering:
         address, asked = found.local_address, found.socket_for(socket_number)
         place = found.index, socket_number
         no_clients = socket_number != self._number_for(found) and not _has_waiting(asked)
-        if no_clients and place not in self._asked:
-            self._asked.add(place)
-            self._persist()  # before the first one: the next program finds it, if we are killed
         while (mark := reuseport.Mark.draw(family_of(address))) in self._questions:
             pass  # of IPv6 there are few
         self._questions[mark] = socket_number
-        self._will_come_from(place, mark)
+        self._will_come_from(place, mark, no_clients=no_clients)
         self._steer()
         if not self._steered:  # they would come to the generation before, which answers
             del self._questions[mark]
@@ -269,48 +276,63 @@ class SocketSteering:
         socket_number = self._accepting.pop(generation, None)
         if socket_number is not None:
             self._leaving[generation] = socket_number, time.monotonic()
-        self._discard_asked()
-        if socket_number is not None and socket_number not in self._accepting.values():
-            self._discard_questions([(each, socket_number) for each in self._pairs])
+        self._discard_questions()
         self.unserved = frozenset(each for each in self.unserved if each[0] != generation)
         self._quiescing.end(generation)
         self._watch()
 
-    def _discard_asked(self) -> None:
-        """Have no question look like a client, where no worker accepts and no client has come."""
-        for index, number in [*self._asked]:
-            if number in self._accepting.values():
-                continue
-            try:
-                for each in self._own(number):
-                    if each.index == index:
-                        reuseport.discard_waiting(each.socket_for(number))
-            except OSError:
-                continue  # out of descriptors: it is tried again before it is rescued
-            self._asked.discard((index, number))
+    def _questions_at(self, listener: Listener, number: int) -> int | None:
+        """Return how many questions wait at one of its sockets; None: a client does, too.
 
-    def _discard_questions(self, places: Sequence[tuple[Listener, int]]) -> None:
-        """Have none wait where no other client does: no generation is to be started for it."""
-        for each, number in places:
-            if each not in self._own(number):
+        Raises OSError.
+        """
+        one, place = listener.socket_for(number), (listener.index, number)
+        if not listener.has_waiting(number):
+            return 0
+        given_up = {end for asked, end in self._given_up if asked is one}
+        sources = {each[2] for each in self._asked_from if each[:2] == place}
+        if place in self._asked:
+            sources.add(_SOURCE_OF_IPV6)
+        if not (given_up or sources):
+            return None
+        waiting, _ = reuseport.queue(one)  # first: those that come later stand behind
+        ends = unaccepted(one)
+        ours = [end for end in ends if end in given_up or reuseport.comes_from(end, sources)]
+        return waiting if waiting <= len(ours) else None
+
+    def _clients_wait(self, listener: Listener, number: int) -> bool:
+        """Whether not only questions wait at one of its sockets, as far as is known."""
+        try:
+            return self._questions_at(listener, number) is None
+        except OSError:
+            return True
+
+    def _discard_questions(self) -> set[tuple[int, int]]:
+        """Have none wait where no worker accepts: no generation is to be started for it.
+
+        Where a client waits, too, one is: it accepts them all.  Returns where that cannot be known
+        now, by listener and socket number.
+        """
+        unknown = set()
+        for each, number in [(each, number) for each in self._pairs for number in (0, 1)]:
+            accepts = number in self._accepting.values() and self._is_served(each, number)
+            if accepts or each not in self._own(number):
                 continue
             one, place = each.socket_for(number), (each.index, number)
-            given_up = {end for asked, end in self._given_up if asked is one}
-            came_from = {entry[2] for entry in self._asked_from if entry[:2] == place}
-            if not (given_up or came_from):
-                continue
             try:
-                if waiting := reuseport.queue(one)[0]:
-                    ends = unaccepted(one)
-                    ours = [e for e in ends if e in given_up or reuseport.comes_from(e, came_from)]
-                    if waiting > len(ours):
-                        continue  # clients, too
-                    reuseport.discard_waiting(one)
-            except OSError:
-                continue  # it is tried again before a generation is started for them
-            self._given_up = [each for each in self._given_up if each[0] is not one]
+                waiting = self._questions_at(each, number)
+                if waiting is None:
+                    continue
+                reuseport.discard_waiting(one, waiting)
+            except OSError as error:
+                if error.errno in _LATER:
+                    unknown.add(place)
+                continue
+            self._given_up = [given for given in self._given_up if given[0] is not one]
             self._asked_from = {entry for entry in self._asked_from if entry[:2] != place}
+            self._asked.discard(place)
             self._marks.pop(place, None)
+        return unknown
 
     def turn_hold(self, on: bool) -> None:
         """Leave new clients without an answer; their kernels try again, and come in after it."""
@@ -342,7 +364,7 @@ class SocketSteering:
         self.current = socket_number
         # From now on clients come there.
         self._asked -= {(each.index, self._number_for(each)) for each in self._listeners()}
-        self._discard_asked()  # an earlier program may not have come to it
+        self._discard_questions()  # an earlier program may not have come to it
         self._steer()
         self._watch()
         if socket_number in self._accepting.values():
@@ -649,9 +671,8 @@ class SocketSteering:
         self._loop.call_after(_RESCUE, self._rescue_s, self._rescue)
 
     def _rescue(self) -> None:
-        self._discard_asked()
-        self._discard_questions(self._in_vain())
-        clients = [each for each in self._in_vain() if (each[0].index, each[1]) not in self._asked]
+        unknown = self._discard_questions()
+        clients = [each for each in self._in_vain() if (each[0].index, each[1]) not in unknown]
         waiting = [each for each, number in clients if each.has_waiting(number)]
         if waiting:
             addresses = " ".join(each.settings.address for each in waiting)

@@ -133,8 +133,10 @@ class SteeringRecord:
     ] = ()  # a listener of a candidate, and where its clients go
     leaving: tuple[tuple[int, int, float], ...] = ()  # told to finish: with its socket, and when
     hold: HoldRecord | None = None  # None: of a program whose hold silenced workers' own sockets
-    asked: tuple[tuple[int, int], ...] = ()  # listeners and sockets: only questions wait there
-    asked_from: tuple[tuple[int, int, str], ...] = ()  # and where clients do, too: from where
+    asked: tuple[
+        tuple[int, int], ...
+    ] = ()  # listeners and sockets: questions by IPv6 alone wait there
+    asked_from: tuple[tuple[int, int, str], ...] = ()  # of IPv4: from where they come
 
 
 @frozen

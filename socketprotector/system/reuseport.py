@@ -173,15 +173,14 @@ def queue(listening: socket.socket) -> tuple[int, int]:
     return waiting, limit
 
 
-def discard_waiting(listening: socket.socket) -> None:
-    """Close all that wait to be accepted where no process accepts.  Raises OSError."""
-    waiting, _ = queue(listening)
-    if not waiting:
+def discard_waiting(listening: socket.socket, count: int) -> None:
+    """Close the first that wait to be accepted, where no process accepts.  Raises OSError."""
+    if not count:
         return
     # Of all processes that have it the flag for not waiting would be; and so is this, for a moment.
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _SOON)
     try:
-        for _ in range(waiting):
+        for _ in range(count):
             listening.accept()[0].close()
     finally:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _NEVER)
@@ -345,11 +344,15 @@ class Mark:
 
 
 def comes_from(end: bytes | int, sources: Collection[str]) -> bool:
-    """Whether a connection, as sock_diag.unaccepted() tells it, comes from an address of IPv4."""
+    """Whether a connection, as sock_diag.unaccepted() tells it, comes from one of these."""
     if isinstance(end, int):
         return False
     address = end[2:].removeprefix(bytes(10) + b"\xff\xff").ljust(16, b"\0")
-    return address in [socket.inet_aton(each).ljust(16, b"\0") for each in sources]
+    return address in [_packed(each).ljust(16, b"\0") for each in sources]
+
+
+def _packed(address: str) -> bytes:
+    return socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
 
 
 def steer(one: socket.socket, member: int, marked: Mapping[Mark, int] = NO_MARKS) -> None:

@@ -140,8 +140,10 @@ def test_what_waits_where_nobody_accepts_can_be_discarded(first: socket.socket) 
         ours = [
             clients.enter_context(socket.create_connection(first.getsockname())) for _ in range(5)
         ]
-        reuseport.discard_waiting(first)
-        reuseport.discard_waiting(first)
+        reuseport.discard_waiting(first, 4)
+        assert reuseport.queue(first)[0] == 1  # the last to come
+        reuseport.discard_waiting(first, 1)
+        reuseport.discard_waiting(first, 0)
         assert [each.recv(1) for each in ours] == [b""] * 5
         assert first.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16) == bytes(16)
     assert os.get_blocking(first.fileno())

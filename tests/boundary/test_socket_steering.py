@@ -1282,7 +1282,7 @@ def test_a_question_that_cannot_be_closed_for_want_of_descriptors_is_none_either
 ) -> None:
     discard = reuseport.discard_waiting
 
-    def fails(_: socket.socket) -> None:
+    def fails(*_: object) -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
     reloaded.put_question(2)
@@ -1313,6 +1313,26 @@ def test_a_client_that_has_come_where_one_was_asked_is_never_discarded(
 
 
 @pytest.mark.parametrize("resumed", [False, True])
+def test_nor_one_that_came_while_the_other_socket_was_shut_down(
+    reloaded: World, resumed: bool
+) -> None:
+    """A generation is started for it, as for any that waits in vain."""
+    reloaded.listener.settings = replace(reloaded.listener.settings, foreign=True)  # no third one
+    reloaded.put_question(2)
+    reloaded.listener.socket.shutdown(socket.SHUT_RDWR)
+    reloaded.connect()
+    reloaded.pass_time(0.2)
+    assert reloaded.waiting() == [1]
+    if resumed:
+        reloaded.resume((1, 0), (2, 1))
+    reloaded.steering.gone(2)
+    reloaded.pass_time(2 * FIRST_RESCUE_S)
+
+    assert reloaded.waiting() == [1]
+    assert reloaded.stranded == 1
+
+
+@pytest.mark.parametrize("resumed", [False, True])
 def test_nor_one_of_a_listener_that_only_the_asked_one_has(world: World, resumed: bool) -> None:
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
@@ -1339,6 +1359,29 @@ def test_nor_one_that_its_owner_is_to_accept(reloaded: World) -> None:
     reloaded.steering.gone(3)
 
     assert reloaded.waiting() == [0]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_generation_that_settled_and_hung_leaves_no_client_where_only_questions_wait(
+    reloaded: World, resumed: bool
+) -> None:
+    """It is told to finish as soon as others are, and none is started in its place."""
+    reloaded.steering.turn_to(1)
+    for _ in range(2):
+        reloaded.put_question(2)
+    if resumed:
+        reloaded.resume((2, 1), (1, 0), record=reloaded.written)
+    reloaded.steering.turn_to(0, again=True)
+    reloaded.steering.quiesce(2)
+    reloaded.pass_time(QUIET_S + 0.2)
+    assert reloaded.quiesced == [2]
+    assert "not-taken" not in reloaded.log.events
+
+    reloaded.steering.gone(2)
+    reloaded.pass_time(2 * FIRST_RESCUE_S)
+
+    assert reloaded.waiting() == []
+    assert reloaded.stranded == 0
 
 
 @pytest.mark.parametrize("numbers", [(1, 0), (0, 1), (0, 0), (1,)])

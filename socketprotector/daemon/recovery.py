@@ -8,7 +8,10 @@ event, and the store may have one that the state does not mention, which is clos
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import field
 
 from ..core.events import ChannelBroken, Event, OpenFailed, WorkerExited
@@ -66,6 +69,7 @@ class Recovery:
             effects.pool.orphans.end(address)
         effects.reports.adopt(snapshot.run, snapshot.log_level)
         effects.forwarder.adopt(snapshot.forwarder, self.left)
+        self.dismiss_unknown()
         self.left.close()
         effects.live_settings.adopt(snapshot)
         for released in effects.generations.released.values():
@@ -76,6 +80,22 @@ class Recovery:
             if known is not None and known.phase is Phase.DRAINING:
                 effects.forwarder.adopt_drained(each.channel)
         return broken
+
+    def dismiss_unknown(self) -> None:
+        """Have workers finish that the state does not mention: it could not be written in time.
+
+        Those that accept may look at nothing that we have; others read the end of their line.
+        """
+        settings, fleet = self.effects.live_settings.settings, self.snapshot.fleet
+        known = {each.number for each in self.snapshot.workers}
+        known |= {each.number for each in fleet.alive()}
+        for number, its in self.left.take_all(inherited.WORKER).items():
+            process = its.get("process", -1)
+            if process >= 0 and settings.mode.workers_accept and int(number) not in known:
+                with suppress(OSError):  # most have ended, and were about to be forgotten
+                    signal.pidfd_send_signal(process, settings.drain_signal)
+            for fd in its.values():
+                os.close(fd)
 
     def _adopt_generations(self) -> list[Event]:
         effects, broken = self.effects, list[Event]()

@@ -104,7 +104,7 @@ class Server:
             connection.drop()
             return self.accept(chance)
         connection.taken_by.append(self.pid)
-        connection.late = self.told or self.leader.told
+        connection.late = self.told or self.leader.told or self.leader.line.no_receive
         self.connections.append(connection)
         return connection
 
@@ -132,6 +132,7 @@ class Leader(Server):
         self.ready = False
         self.reaped = False
         self.orphan = False
+        self.unknown = False
         self.result = (os.CLD_EXITED, 0)
 
     def end(self, code: int, status: int) -> None:
@@ -144,14 +145,19 @@ class Leader(Server):
 
     @property
     def told(self) -> bool:
-        """Whether it was told, by a signal or on its line."""
-        return self.signalled or self.line.no_receive
+        """Whether it was told, by a signal or, where it is on the library, on its line."""
+        return self.signalled or (self.line.no_receive and not (self.master or self.rude))
 
     def signal(self, number: int) -> None:
         """Be sent a signal."""
         if number == self.drain_signal and not self.signalled:
             self.told_by(self)
         super().signal(number)
+
+    @property
+    def leaving(self) -> bool:
+        """It has been asked to go."""
+        return self.told
 
     @property
     def living(self) -> list[Server]:
@@ -851,6 +857,14 @@ class Handed(World):
             to = address.for_new()
             accepting = [each for each in self._living() if self._accepts(each)]
             assert any(to in each.listening.values() for each in accepting), "no worker accepts"
+
+    def _finish_all(self, worker: Any) -> None:
+        for server in worker.living:
+            for each in server.connections:
+                each.said = True  # sooner or later
+            while server.connections:
+                self._finish_one(server)
+            server.end(os.CLD_EXITED, 0)
 
     def _check_left(self) -> None:
         for server in self._living():

@@ -183,6 +183,7 @@ class Worker:
         self.ended = False
         self.reaped = False
         self.orphan = False  # no child of the protector that runs now
+        self.unknown = False  # to it, for the state could not be written when it was started
         self.gone = False  # reaped, by any process
         self.result = (os.CLD_EXITED, 0)
         read.take()
@@ -490,6 +491,7 @@ class World:
         self._lost_by_kill = 0
         self._harm = 0  # what has befallen workers
         self._unkept = False  # a program was killed that had not sent all
+        self._unwritten = False  # one was killed that had not written all
 
     def _choose(self, pick: Callable[[Any], Any]) -> Settings:
         """Bind what there is to listen on, and choose the settings."""
@@ -701,6 +703,8 @@ class World:
             line = Socket(kernel, given[inherited.GUARD])
         self._outbox = Outbox(self._later, line)
         snapshot = checkpoint.read(given[inherited.STATE])
+        if snapshot is not None and self._unwritten:
+            self._forget_others(snapshot)
         if snapshot is not None and self._is_older:
             snapshot = replace(snapshot, fleet=replace(snapshot.fleet, dry_run=False))
         self._is_older = False
@@ -780,6 +784,14 @@ class World:
         protector.run()
         effects.close()
 
+    def _forget_others(self, snapshot: Snapshot) -> None:
+        """Note which workers the state does not tell of."""
+        told = {each.number for each in snapshot.workers}
+        told |= {each.number for each in snapshot.fleet.alive()}
+        for each in self.workers:
+            each.unknown = each.unknown or int(each.address.rpartition("-")[2]) not in told
+        self._unwritten = False
+
     def _settings_of(self, snapshot: Snapshot | None) -> Settings:
         """The settings that hold, as the resident process finds them."""
         return (snapshot.settings.current if snapshot is not None else None) or self.settings
@@ -837,6 +849,7 @@ class World:
             self._why_lost = BY_KILL
         if self._supervisor is not None and self._supervisor.checkpoint._failing:
             self._excuse("killed while the state could not be written")
+            self._unwritten = True
             self._outdated.clear()
         self._held = held
         self._lost_by_kill = 0
@@ -1562,12 +1575,23 @@ class World:
     def _check_left(self) -> None:
         """Nothing is left but what the protector's own end will close."""
 
+    def _finish_all(self, worker: Any) -> None:
+        """Let a worker finish what it has, and end."""
+        for each in worker.connections:
+            self.delivered += 1
+            each.drop()
+        worker.connections.clear()
+        worker.end(os.CLD_EXITED, 0)
+
     def _check_the_end(self) -> None:
         protector = self._supervisor
         if protector is None:  # it had ended when it was killed
             return
         if self._stopped and protector.fleet.stopping is Stop.GRACEFUL:
             assert not self.lost.get("graceful stop"), "a stop in calm has lost connections"
+        for each in self.workers:
+            if each.unknown and each.leaving:  # no program waits for it: it ends in its own time
+                self._finish_all(each)
         for each in self.workers:
             assert each.ended, f"worker {each.pid} is left behind"
         kernel = self.kernel

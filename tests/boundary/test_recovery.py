@@ -1,0 +1,79 @@
+"""What a program does with descriptors of an earlier one that the state does not mention."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from socketprotector.core.fleet import Fleet
+from socketprotector.core.snapshot import Snapshot
+from socketprotector.daemon.recovery import Recovery
+from socketprotector.model.records import WorkerRecord
+from socketprotector.model.settings import Settings
+from socketprotector.system.inherited import Inherited
+
+_WAITS = "import signal; signal.pause()"
+
+
+@pytest.fixture
+def process() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen([sys.executable, "-c", _WAITS]) as made:
+        yield made
+        made.kill()
+
+
+def recovery(worker: int, pidfd: int, *records: WorkerRecord, handoff: str) -> Recovery:
+    """One that is left a worker, with only these in the state."""
+    settings = Settings(
+        name="x", command=("x",), directory="/", listeners=(), handoff=handoff, drain_signal=15
+    )
+    effects = SimpleNamespace(live_settings=SimpleNamespace(settings=settings))
+    return Recovery(
+        cast("Any", effects),
+        Snapshot(Fleet(), workers=records),
+        Inherited({f"sp.worker.{worker}.process": pidfd}),
+    )
+
+
+def test_a_worker_that_accepts_and_that_the_state_does_not_mention_is_told_to_finish(
+    process: subprocess.Popen[bytes],
+) -> None:
+    """It was started while the state could not be written; then the protector was killed."""
+    pidfd = os.pidfd_open(process.pid)
+    known = WorkerRecord(12, 1, 4711, 0)
+
+    recovery(13, pidfd, known, handoff="listener").dismiss_unknown()
+
+    assert process.wait() == -signal.SIGTERM
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(pidfd)
+
+
+def test_one_that_has_ended_already_is_only_forgotten(process: subprocess.Popen[bytes]) -> None:
+    pidfd = os.pidfd_open(process.pid)
+    process.kill()
+    process.wait()
+
+    recovery(13, pidfd, handoff="listener").dismiss_unknown()
+
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(pidfd)
+
+
+@pytest.mark.parametrize(("handoff", "number"), [("connection", 12), ("listener", 13)])
+def test_one_that_is_known_or_reads_the_end_of_its_line_is_sent_no_signal(
+    process: subprocess.Popen[bytes], handoff: str, number: int
+) -> None:
+    known = WorkerRecord(13, 1, process.pid, 0)
+
+    recovery(number, os.pidfd_open(process.pid), known, handoff=handoff).dismiss_unknown()
+
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "a signal that was sent before comes first"

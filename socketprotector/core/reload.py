@@ -15,7 +15,7 @@ from ..model.policy import PROVEN_S, STANDBY_S
 from .events import Ask, Deadline, Open, ReadSettings, Report, ReportKind, RouteTo, TimerKind
 from .fleet import Candidate, Fleet, Generation, Next, Phase, Policy, State
 from .step import Step
-from .stop import stop_quickly
+from .stop import CALLED_OFF, stop_quickly
 
 #: The exit status of a start that failed (3: rolled back).
 START_FAILED = 3
@@ -86,8 +86,13 @@ def begin_if_wanted(step: Step) -> None:
         _begin(step)
     elif fleet.reload_wanted:
         step.fleet = replace(fleet, reload_wanted=False)
-        step.do(Report(ReportKind.RELOADING))
-        _read_or_begin(step)
+        if fleet.stop_requested:
+            # Only now: a client takes the first verdict from its number on for its own, and the
+            # reload before this one had none yet.
+            step.fail_unopened(CALLED_OFF)
+        else:
+            step.do(Report(ReportKind.RELOADING))
+            _read_or_begin(step)
 
 
 def _read_or_begin(step: Step) -> None:
@@ -111,21 +116,7 @@ def settings_failed(step: Step, reason: str) -> None:
     """Fail the reload, or dry run, whose configuration cannot be used."""
     if step.fleet.reading:
         step.fleet = replace(step.fleet, reading=False)
-        _fail_unopened(step, reason)
-
-
-def _fail_unopened(step: Step, reason: str) -> None:
-    """Report that it failed.  It uses up a generation's number: clients wait for one."""
-    number = step.fleet.next_generation
-    step.fleet = replace(step.fleet, next_generation=number + 1)
-    _report_failure(step, number, reason)
-
-
-def _report_failure(step: Step, number: int, reason: str) -> None:
-    dry_run = step.fleet.dry_run
-    step.fleet = replace(step.fleet, dry_run=False)
-    news = ReportKind.DRY_RUN_FAILED if dry_run else ReportKind.RELOAD_FAILED
-    step.do(Report(news, number, reason))
+        step.fail_unopened(reason)
 
 
 def try_nothing_unserved(step: Step) -> None:
@@ -145,7 +136,7 @@ def call_off_dry_run(step: Step, reason: str) -> None:
         step.forget_settings()
         if step.fleet.to_open is Next.FRESH:
             step.fleet = replace(step.fleet, to_open=None)
-        _fail_unopened(step, reason)
+        step.fail_unopened(reason)
 
 
 def _begin(step: Step) -> None:
@@ -162,7 +153,7 @@ def _begin_dry_run(step: Step) -> None:
     """Change nothing but what is to come: what serves goes on, with what is known of it."""
     if step.fleet.policy_of(fresh=True).stop_first:
         step.forget_settings()
-        _fail_unopened(step, f"cannot be tried: {STOP_FIRST}")
+        step.fail_unopened(f"cannot be tried: {STOP_FIRST}")
     else:
         step.fleet = replace(step.fleet, to_open=Next.FRESH)
 
@@ -285,7 +276,7 @@ def _all_ready(step: Step, number: int, *, standby_s: float = 0.0) -> None:
     if settle_s > 0 and step.fleet.of(Phase.SERVING):
         step.settle(number, settle_s)
     else:
-        promote(step, number)
+        step.promote(number)
 
 
 def settled(step: Step, number: int) -> None:
@@ -293,28 +284,13 @@ def settled(step: Step, number: int) -> None:
     if step.fleet.dry_run:
         _pass_dry_run(step, number)
     else:
-        promote(step, number)
+        step.promote(number)
 
 
 def _pass_dry_run(step: Step, number: int) -> None:
     _abandon(step, number)
     step.fleet = replace(step.fleet, dry_run=False)
     step.do(Report(ReportKind.DRY_RUN_PASSED, number))
-
-
-def promote(step: Step, number: int) -> None:
-    """Make the generation that has the route the serving one; the one before it drains."""
-    old = step.fleet.of(Phase.SERVING)
-    step.end_settling(number)
-    step.fleet = step.fleet.moved(number, Phase.SERVING)
-    fresh = step.fleet[number].fresh
-    if fresh:
-        step.use_settings()
-    if old:
-        step.drain(old.number, step.fleet.policy.drain_limit_s)
-    success = ReportKind.RELOADED if fresh else ReportKind.RECOVERED
-    step.do(Report(success if step.fleet.served else ReportKind.READY, number))
-    step.fleet = replace(step.fleet, served=True)
 
 
 # -- a generation that fails ----------------------------------------------------
@@ -349,7 +325,7 @@ def fail(step: Step, number: int, reason: str, *, retry: bool = False) -> None:
     if not step.fleet.served:
         _first_start_failed(step, number, reason, retry=retry)
     elif serving or failed.fresh or settles:
-        _report_failure(step, number, reason)
+        step.report_failure(number, reason)
         if not serving:  # its channel broke meanwhile
             _recover(step, 0.0)
     else:

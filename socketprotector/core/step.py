@@ -9,6 +9,7 @@ forgotten.  Shared by reload.py, workers.py and stop.py:
 * generations: drain, the limits on draining (--drain-timeout, --max-draining, the warning about
   many draining generations), end, kill
 * settings that were read: use or forget them
+* verdicts: a generation serves for good, or a reload or dry run has failed
 """
 
 from __future__ import annotations
@@ -160,9 +161,12 @@ class Step:
         generation = self.fleet.generation(number)
         if generation and generation.quiescing:
             self.fleet = self.fleet.with_generation(replace(generation, quiescing=False))
-            self._end_channel(
-                number, 0.0 if self.fleet.stopping else self.fleet.policy.drain_limit_s
-            )
+            self._end_channel(number, self._drain_limit_s)
+
+    @property
+    def _drain_limit_s(self) -> float:
+        """How long a generation may drain from now on; 0: no limit of its own, as in a stop."""
+        return 0.0 if self.fleet.stopping else self.fleet.policy.drain_limit_s
 
     def _end_channel(self, number: int, timeout_s: float) -> None:
         self.do(Drain(number))
@@ -224,6 +228,41 @@ class Step:
         if self.fleet.reading or self.fleet.candidate:
             self.fleet = replace(self.fleet, reading=False, candidate=None)
             self.do(ForgetSettings())
+
+    # -- verdicts ------------------------------------------------------------
+
+    def promote(self, number: int, reason: str = "") -> None:
+        """Make the generation that has the route the serving one; the one before it drains.
+
+        reason: why already, where --settle is not over.
+        """
+        old = self.fleet.of(Phase.SERVING)
+        self.end_settling(number)
+        self.fleet = self.fleet.moved(number, Phase.SERVING)
+        fresh = self.fleet[number].fresh
+        if fresh:
+            self.use_settings()
+        if old:
+            self.drain(old.number, self._drain_limit_s)
+        success = ReportKind.RELOADED if fresh else ReportKind.RECOVERED
+        self.do(Report(success if self.fleet.served else ReportKind.READY, number, reason))
+        self.fleet = replace(self.fleet, served=True)
+
+    def report_failure(self, number: int, reason: str) -> None:
+        """Say that the reload or dry run of this generation has failed."""
+        dry_run = self.fleet.dry_run
+        self.fleet = replace(self.fleet, dry_run=False)
+        news = ReportKind.DRY_RUN_FAILED if dry_run else ReportKind.RELOAD_FAILED
+        self.do(Report(news, number, reason))
+
+    def fail_unopened(self, reason: str) -> None:
+        """Say so of one that comes to no generation.
+
+        It uses up a generation's number: clients wait for one.
+        """
+        number = self.fleet.next_generation
+        self.fleet = replace(self.fleet, next_generation=number + 1)
+        self.report_failure(number, reason)
 
     # -- listeners -----------------------------------------------------------
 

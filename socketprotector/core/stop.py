@@ -14,13 +14,15 @@ from dataclasses import replace
 
 from ..model.text import in_units
 from .events import CloseListeners, Exit, Hold, Report, ReportKind, RouteTo, TimerKind
-from .fleet import LameDuck, Phase, Stop
+from .fleet import Fleet, Generation, LameDuck, Next, Phase, Stop
 from .step import Step
 
 #: The exit status of a stop because no client could connect any more (errors.SystemRefused).
 LISTENERS_LOST = 111
 #: What becomes of a reload or a dry run that is under way.
 CALLED_OFF = "called off: the protector stops"
+#: Why a generation that settles serves for good: nobody can go back any more.
+SETTLED_BY_STOP = "before --settle was over: the protector stops"
 
 
 def stop_requested(step: Step, quick: bool) -> None:
@@ -40,7 +42,7 @@ def stop_requested(step: Step, quick: bool) -> None:
 def _begin_lame_duck(step: Step) -> None:
     policy = step.fleet.policy
     release_hold(step)  # what waits in the backlog is to be taken
-    step.fleet = replace(step.fleet, lame_duck=LameDuck.STOPPING, reload_wanted=False)
+    step.fleet = replace(step.fleet, lame_duck=LameDuck.STOPPING)
     step.do(
         Report(ReportKind.LAME_DUCK, reason=f"accepts for another {in_units(policy.lame_duck_s)}")
     )
@@ -64,13 +66,6 @@ def stop_gracefully(step: Step, reason: str = "") -> None:
     """Begin that; reason: why, where nobody has requested it."""
     step.do(Report(ReportKind.STOPPING, reason=reason))
     _call_off(step, Stop.GRACEFUL)
-    settling = step.fleet.of(Phase.SETTLING)
-    old = step.fleet.of(Phase.SERVING)
-    if settling:
-        step.end_settling(settling.number)
-        step.fleet = step.fleet.moved(settling.number, Phase.SERVING)
-        if old:
-            step.drain(old.number, 0.0)
     if step.fleet.route:
         step.do(CloseListeners(quick=False))
     else:
@@ -116,27 +111,48 @@ def stop_quickly(step: Step) -> None:
 
 
 def _call_off(step: Step, stop: Stop) -> None:
-    """Give up whatever was to come."""
+    """Give up whatever was to come; of each reload and dry run it is said what becomes of it.
+
+    Of a wish for another reload, too: reload.begin_if_wanted().
+    """
     for wait in (TimerKind.OPEN, TimerKind.LAME_DUCK, TimerKind.LAME_DUCK_IDLE):
         step.cancel(wait)
     release_hold(step)  # what waits in the backlog is to be taken
-    step.fleet = replace(
-        step.fleet, stopping=stop, lame_duck=LameDuck.OFF, reload_wanted=False, to_open=None
-    )
-    settling = step.fleet.of(Phase.SETTLING)
-    if stop is Stop.GRACEFUL and settling and settling.fresh:
-        step.use_settings()  # it will serve to the end
-    starting = step.fleet.of(Phase.STARTING)
-    if starting:
-        step.end_start(starting.number)
-        step.fleet = step.fleet.moved(starting.number, Phase.ABANDONED)
+    before = step.fleet
+    step.fleet = replace(before, stopping=stop, lame_duck=LameDuck.OFF, to_open=None)
+    incoming = before.incoming
+    if incoming and incoming.phase is Phase.SETTLING and stop is Stop.GRACEFUL:
+        step.promote(incoming.number, SETTLED_BY_STOP)  # it serves to the end
+    elif incoming:
+        _call_off_incoming(step, incoming)
     step.forget_settings()
-    if step.fleet.dry_run:
-        number = starting.number if starting else step.fleet.next_generation
-        step.fleet = replace(step.fleet, dry_run=False)
-        step.do(Report(ReportKind.DRY_RUN_FAILED, number, CALLED_OFF))
+    if _has_unopened(before):
+        step.fail_unopened(CALLED_OFF)
+
+
+def _call_off_incoming(step: Step, incoming: Generation) -> None:
+    number = incoming.number
+    starting = incoming.phase is Phase.STARTING
     if starting:
-        step.end_generation(starting.number)
+        step.end_start(number)
+        step.fleet = step.fleet.moved(number, Phase.ABANDONED)
+    # A first start has a verdict of its own; one that was to serve again after a failure has none.
+    recovers = starting and not incoming.fresh and step.fleet.of(Phase.SERVING) is None
+    if step.fleet.served and not recovers:
+        step.report_failure(number, CALLED_OFF)
+    if starting:
+        step.end_generation(number)
+
+
+def _has_unopened(fleet: Fleet) -> bool:
+    """Whether a reload, a dry run or a replacement has begun that has no generation yet."""
+    if not fleet.served:
+        return False  # that would be the first start
+    if fleet.reading or fleet.to_open is Next.FRESH:
+        return True
+    if fleet.candidate:
+        return not (fleet.incoming and fleet.incoming.fresh)
+    return fleet.to_open is not None and fleet.of(Phase.SERVING) is not None
 
 
 def hold_requested(step: Step, seconds: float) -> None:

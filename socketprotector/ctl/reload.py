@@ -10,7 +10,7 @@ import math
 import os
 import select
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 import click
@@ -176,7 +176,7 @@ def reload(
         if dry_run:
             _gone(operation, watched, found.generation)
         elif drained and found.taken:
-            _drained(operation, found.generation)
+            _drained(operation, watched, found.generation)
         _count_losses(operation)
         if not found.taken:
             _given_up(operation, found, "not ready to reload" if dry_run else "not reloaded")
@@ -187,8 +187,11 @@ def reload(
             operation.ends("passed", words)
             return
         after = f", after generation {old}" if isinstance(old, int) else ""
+        why = f", {found.reason}" if found.reason else ""
         gone = "; nothing older is left" if drained else ""
-        operation.ends("reloaded", f"reloaded: generation {found.generation} serves{after}{gone}")
+        operation.outcome["reason"] = found.reason or None
+        words = f"reloaded: generation {found.generation} serves{after}{why}{gone}"
+        operation.ends("reloaded", words)
 
 
 def _dry(dry_run: bool) -> Message:
@@ -278,29 +281,50 @@ def _gone(operation: _Operation, watched: Reload, generation: int) -> None:
 
     Raises NewVersionFailed where it serves: an older protector has taken that for a reload.
     """
-    waits_for = f"generation {generation} to end"
+
+    def left(status: Message) -> str:
+        if status.get("route") == generation:
+            raise NewVersionFailed(
+                f"generation {generation} serves: version {status.get('version')}, which goes "
+                "on, has no dry run, and has reloaded"
+            )
+        there = {number_in(each, "number") for each in listed(status, "generations")}
+        return f"generation {generation} to end" if generation in there else ""
+
+    with _unless_it_ended():
+        _until_none(operation, watched, left)
+
+
+@contextmanager
+def _unless_it_ended(stopped: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Take the protector's end for the end of all that it had, if that is what it means."""
+    try:
+        yield
+    except NoProtector as error:
+        if error.code != "dead" or not stopped():
+            raise
+
+
+def _until_none(operation: _Operation, watched: Reload, left: Callable[[Message], str]) -> None:
+    """Look into status, at each end of something, until nothing is left.  Raises NoProtector.
+
+    left: says what is, in words that follow "still waits for".
+    """
     while True:
+        waits_for = "status"
         try:
             status = operation.client.request("status")
             watched.looked(status)
-            if status.get("route") == generation:
-                raise NewVersionFailed(
-                    f"generation {generation} serves: version {status.get('version')}, which goes "
-                    "on, has no dry run, and has reloaded"
-                )
-            there = listed(status, "generations")
-            if all(number_in(each, "number") != generation for each in there):
+            waits_for = left(status)
+            if not waits_for:
                 return
             while event := operation.hear(operation.slice_s(waits_for)):
                 watched.heard(event)
-                if event.get("event") == "drained":
+                if event.get("event") in ("drained", "exited"):
                     break
         except ConnectionLost:
             _hear_the_rest(operation, watched)
-            try:
-                operation.again(waits_for, stopping=watched.stopping)
-            except NoProtector:
-                return
+            operation.again(waits_for, stopping=watched.stopping)
 
 
 def _given_up(operation: _Operation, found: Verdict, what: str) -> None:
@@ -338,18 +362,21 @@ def _quoted(last_words: str) -> str:
     return "".join(f"\n  | {line}" for line in lines)
 
 
-def _drained(operation: _Operation, generation: int) -> None:
-    """Wait until no generation before this one is left."""
+def _drained(operation: _Operation, watched: Reload, generation: int) -> None:
+    """Wait until no generation before this one is left; none is when a stop is over."""
     most, shown = 0, ProgressThrottle()
-    while True:
-        workers, words = draining(operation.client.ask("status"), generation)
+
+    def left(status: Message) -> str:
+        nonlocal most
+        workers, words = draining(status, generation)
         most = max(most, workers)
         step = f"drained {most - workers}/{most} workers"
         if most and shown.is_news(workers, step):
             operation.tell(step)
-        if not words:
-            return
-        operation.event(f"{words} to drain", "drained", "exited")
+        return f"{words} to drain" if words else ""
+
+    with _unless_it_ended(lambda: watched.stopping):
+        _until_none(operation, watched, left)
 
 
 # -- upgrade ---------------------------------------------------------------------------

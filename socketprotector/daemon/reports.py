@@ -13,7 +13,6 @@ from dataclasses import replace
 
 from ..core.events import Report, ReportKind
 from ..core.fleet import Fleet, LameDuck
-from ..core.stop import CALLED_OFF
 from ..model.history import History
 from ..model.policy import Policy
 from ..model.records import RunRecord
@@ -60,7 +59,7 @@ class Reports:
         self._systemd = systemd
         self._start_report = start_report
         self._policy = policy
-        self._is_stopping = False  # systemd has heard so
+        self._is_stopping = False  # systemd has heard so, or hears it by the exit status
         self.run = RunRecord(started_at=time.time())
 
     def adopt(self, record: RunRecord, log_level: str) -> None:
@@ -113,6 +112,7 @@ class Reports:
             case ReportKind.START_FAILED:
                 self._systemd.send(STATUS=f"start failed: {first_line}")
                 self._start_report.failure = report.reason
+                self._is_stopping = True
             case ReportKind.LAME_DUCK:
                 self._lame_duck()
             case ReportKind.LAME_DUCK_ON:
@@ -130,8 +130,6 @@ class Reports:
 
     def _remember_reload(self, report: Report) -> None:
         now = time.time()
-        if report.news is ReportKind.STOPPING:
-            self.remember(lambda history: history.called_off(CALLED_OFF, now))
         number, reason = report.generation, report.reason
         if report.news is ReportKind.DRY_RUN:
             self.remember(lambda history: history.dry_run_began(number, now))

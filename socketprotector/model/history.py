@@ -79,16 +79,6 @@ class History:
         begun = Reload(generation, began_at=at)
         return replace(self, reloads=(*self.reloads, begun)[-RELOADS:])
 
-    def called_off(self, reason: str, at: float) -> History:
-        """Note that the reload which is under way comes to nothing."""
-        reloads = (
-            replace(each, result="failed", reason=reason, ended_at=at)
-            if each.result == "running"
-            else each
-            for each in self.reloads
-        )
-        return replace(self, reloads=tuple(reloads))
-
     def reload_ended(self, generation: int, result: str, reason: str, at: float) -> History:
         """Note the outcome, also of a reload whose beginning was not recorded."""
         others = tuple(each for each in self.reloads if each.generation != generation)

@@ -288,18 +288,25 @@ def test_a_verdict_comes_through_a_cut_in_the_middle(
         assert "generation 1 serves on" in running.err.text()
 
 
-def test_a_stop_in_the_middle_is_status_1(
-    beside: Beside, web: Start, release: Release, gate: Gate
+@pytest.mark.parametrize("settles", [True, False])
+def test_a_stop_in_the_middle_has_the_verdict_of_what_serves_to_the_end(
+    beside: Beside, web: Start, release: Release, gate: Gate, settles: bool
 ) -> None:
-    daemon = web()
-    release.becomes(*gate.before(*MANY))
-    running = beside("reload")
-    running.err.wait_for("generation 2 is starting")
+    daemon = web(*(("--settle", "1h") if settles else ()))
+    release.becomes(*(MANY if settles else gate.before(*MANY)))
+    running = beside("reload", "--json")
+    daemon.log.wait_for(f"event={'route' if settles else 'spawned'} generation=2")
 
     daemon.stop()
 
-    assert running.wait() in (1, 3)  # abandoned by the stop, or not seen any more
-    assert running.out.seen == []
+    assert running.wait() == (0 if settles else 3)
+    told = json.loads(running.out.text())
+    why = "before --settle was over: the protector stops"
+    assert (told["result"], told["reason"]) == (
+        ("reloaded", why) if settles else ("failed", "called off: the protector stops")
+    )
+    said = [line for line in daemon.log.seen if re.search("event=(reloaded|reload-failed) ", line)]
+    assert len(said) == 1
 
 
 def test_two_reloads_at_once_each_get_their_own_verdict(

@@ -32,6 +32,7 @@ from socketprotector.core.events import (
     WorkerSignal,
 )
 from socketprotector.core.fleet import LameDuck, Policy, Stop
+from socketprotector.core.stop import CALLED_OFF, SETTLED_BY_STOP
 from tests.unit.conftest import Story
 
 POLICY = Policy(lame_duck_s=10.0)
@@ -155,7 +156,12 @@ def test_a_reload_that_is_under_way_goes_on_and_one_that_waits_for_it_does_not_c
 ) -> None:
     story.given_serving(POLICY).and_also(ReloadRequested(), ReloadRequested(), StopRequested())
 
-    assert Drain(1) in story.when(WorkerReady(2))
+    actions = story.when(WorkerReady(2))
+
+    assert Drain(1) in actions
+    # Not earlier: who waits for generation 2 takes the first verdict of it, or of a later one.
+    off = Report(ReportKind.RELOAD_FAILED, 3, CALLED_OFF)
+    assert actions.index(Report(ReportKind.RELOADED, 2)) < actions.index(off)
     assert story.serving == {2}
     assert not story.starting
 
@@ -163,8 +169,31 @@ def test_a_reload_that_is_under_way_goes_on_and_one_that_waits_for_it_does_not_c
 def test_a_reload_that_is_not_over_in_time_is_called_off(story: Story) -> None:
     story.given_serving(POLICY).and_also(ReloadRequested(), StopRequested())
 
-    assert Signal(2, WorkerSignal.TERM) in story.when_over(TimerKind.LAME_DUCK)
+    actions = story.when_over(TimerKind.LAME_DUCK)
+
+    assert Signal(2, WorkerSignal.TERM) in actions
+    assert Report(ReportKind.RELOAD_FAILED, 2, CALLED_OFF) in actions
     assert story.serving == {1}
+
+
+@pytest.mark.parametrize(
+    "event",
+    [None, StopRequested(), StopRequested(quick=True)],
+    ids=["its time is over", "TERM", "INT"],
+)
+def test_one_that_settles_longer_serves_to_the_end_unless_that_is_at_once(
+    story: Story, event: StopRequested | None
+) -> None:
+    story.given_serving(Policy(lame_duck_s=10.0, settle_s=60.0))
+    story.and_also(ReloadRequested(), WorkerReady(2), StopRequested())
+    assert story.settling == {2}
+
+    actions = story.when(event) if event else story.when_over(TimerKind.LAME_DUCK)
+
+    good = Report(ReportKind.RELOADED, 2, SETTLED_BY_STOP)
+    bad = Report(ReportKind.RELOAD_FAILED, 2, CALLED_OFF)
+    at_once = event is not None and event.quick
+    assert (good in actions, bad in actions) == (not at_once, at_once)
 
 
 def test_where_no_client_can_connect_any_more_it_ends_as_was_asked(story: Story) -> None:

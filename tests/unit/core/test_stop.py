@@ -2,36 +2,61 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
+
 from socketprotector.core.events import (
+    Action,
     BacklogEmptied,
     CancelTimer,
     ChannelBroken,
     CloseListeners,
     Deadline,
     Drain,
+    DryRunRequested,
+    Event,
     Exit,
+    Launched,
     ListenersLost,
+    Open,
+    Quiesced,
+    ReadSettings,
     Release,
     ReloadRequested,
+    RenewRequested,
     Report,
     ReportKind,
     RouteTo,
     ScaleRequested,
+    SettingsRead,
     Signal,
     Spawn,
     StartTimer,
     StopRequested,
     TimerKind,
+    UseSettings,
     WorkerExited,
     WorkerReady,
     WorkerSignal,
 )
 from socketprotector.core.fleet import Policy
+from socketprotector.core.stop import CALLED_OFF, SETTLED_BY_STOP
 from tests.unit.conftest import Story
 
 DIED = "./daemon exited with status 1"
 CRASHED = "killed by SIGSEGV"
 LEFT = "exited with status 0"
+
+
+def called_off(number: int) -> Report:
+    return Report(ReportKind.RELOAD_FAILED, number, CALLED_OFF)
+
+
+def verdicts(actions: list[Action]) -> list[Action]:
+    """What clients take for one."""
+    kinds = (ReportKind.RELOADED, ReportKind.RECOVERED, ReportKind.RELOAD_FAILED)
+    return [each for each in actions if isinstance(each, Report) and each.news in kinds]
 
 
 # -- graceful --------------------------------------------------------------------
@@ -262,10 +287,12 @@ def test_a_stop_during_a_reload_calls_the_new_generation_off(story: Story) -> No
     assert story.when(StopRequested()) == [
         Report(ReportKind.STOPPING),
         CancelTimer(Deadline(TimerKind.START, 2)),
+        called_off(2),
         Signal(2, WorkerSignal.TERM),
         StartTimer(Deadline(TimerKind.KILL, 2), 5.0),
         CloseListeners(quick=False),
         StartTimer(Deadline(TimerKind.STOP), 30.0),
+        called_off(3),
     ]
     assert story.when(WorkerReady(2)) == []
     assert story.when(WorkerExited(2, "killed by SIGTERM")) == [
@@ -282,6 +309,7 @@ def test_a_stop_while_settling_lets_both_generations_finish(story: Story) -> Non
         Report(ReportKind.STOPPING),
         CancelTimer(Deadline(TimerKind.SETTLE, 2)),
         Drain(1),
+        Report(ReportKind.RELOADED, 2, SETTLED_BY_STOP),
         CloseListeners(quick=False),
         StartTimer(Deadline(TimerKind.STOP), 30.0),
     ]
@@ -301,6 +329,7 @@ def test_a_quick_stop_while_settling_ends_both_generations(story: Story) -> None
     assert story.when(StopRequested(quick=True)) == [
         Report(ReportKind.STOPPING),
         RouteTo(None),
+        called_off(2),
         CloseListeners(quick=True),
         Drain(1),
         Signal(1, WorkerSignal.TERM),
@@ -317,6 +346,7 @@ def test_a_stop_between_two_generations_lets_the_old_one_finish(story: Story) ->
 
     assert story.when(StopRequested()) == [
         Report(ReportKind.STOPPING),
+        called_off(2),
         CloseListeners(quick=True),
         StartTimer(Deadline(TimerKind.STOP), 30.0),
     ]
@@ -339,6 +369,103 @@ def test_a_stop_during_a_back_off_ends_at_once(story: Story) -> None:
         CloseListeners(quick=True),
         Exit(0),
     ]
+
+
+# -- the verdict of what it finds under way ------------------------------------------
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_what_settles_has_one_verdict_whatever_follows(story: Story, quick: bool) -> None:
+    """After a graceful stop nobody goes back: it serves to the end."""
+    story.given_serving(Policy(settle_s=5.0)).and_also(ReloadRequested(), WorkerReady(2))
+
+    said = verdicts(story.when(StopRequested(quick)))
+
+    assert said == [
+        called_off(2) if quick else Report(ReportKind.RELOADED, 2, SETTLED_BY_STOP),
+    ]
+    later = [WorkerExited(2, CRASHED), StopRequested(), StopRequested(quick=True)]
+    assert [verdicts(story.when(each)) for each in later] == [[], [], []]
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_replacement_is_told_as_a_reload_is(story: Story, quick: bool) -> None:
+    story.given_serving(Policy(settle_s=5.0)).and_also(RenewRequested(), WorkerReady(2))
+
+    assert verdicts(story.when(StopRequested(quick))) == [
+        called_off(2) if quick else Report(ReportKind.RECOVERED, 2, SETTLED_BY_STOP),
+    ]
+
+
+def test_what_was_read_is_used_by_one_that_serves_to_the_end(story: Story) -> None:
+    story.given_serving(Policy(settle_s=5.0))
+    story.fleet = replace(story.fleet, configured=True)
+    story.and_also(
+        ReloadRequested(), SettingsRead(Policy(settle_s=5.0, stop_timeout_s=7.0)), WorkerReady(2)
+    )
+
+    actions = story.when(StopRequested())
+
+    assert actions.index(UseSettings()) < actions.index(
+        Report(ReportKind.RELOADED, 2, SETTLED_BY_STOP)
+    )
+    assert StartTimer(Deadline(TimerKind.STOP), 7.0) in actions
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("event", [ReloadRequested(), RenewRequested()], ids=["reload", "replace"])
+def test_one_that_starts_is_called_off(story: Story, event: Event, quick: bool) -> None:
+    story.given_serving().and_also(event)
+
+    assert verdicts(story.when(StopRequested(quick))) == [called_off(2)]
+    assert verdicts(story.when(StopRequested())) == []
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_one_whose_configuration_is_being_read_is_called_off(story: Story, quick: bool) -> None:
+    story.given_serving()
+    story.fleet = replace(story.fleet, configured=True)
+    assert ReadSettings() in story.when(ReloadRequested())
+
+    assert verdicts(story.when(StopRequested(quick))) == [called_off(2)]
+
+
+@pytest.mark.parametrize("event", [ReloadRequested(), RenewRequested()], ids=["reload", "replace"])
+def test_one_that_waits_for_those_that_still_accept_is_called_off(
+    story: Story, event: Event
+) -> None:
+    story.given_serving(Policy(workers_accept=True))
+    story.and_also(ReloadRequested(), WorkerReady(2), event)
+    assert (story.fleet[1].quiescing, story.starting) == (True, set())
+
+    assert verdicts(story.when(StopRequested())) == [called_off(3)]
+    assert not any(isinstance(each, Open) for each in story.when(Quiesced(1)))
+
+
+def test_one_that_was_to_follow_a_dry_run_is_called_off_too(story: Story) -> None:
+    story.given_serving().and_also(DryRunRequested(), ReloadRequested())
+
+    actions = story.when(StopRequested())
+
+    assert Report(ReportKind.DRY_RUN_FAILED, 2, CALLED_OFF) in actions
+    assert verdicts(actions) == [called_off(3)]
+
+
+def test_one_that_was_to_follow_the_first_start_is_called_off_whatever_ends_that(
+    story: Story,
+) -> None:
+    story.given(Policy(start_tries=1)).and_also(Launched(), ReloadRequested())
+
+    assert verdicts(story.when(WorkerExited(1, DIED))) == [called_off(2)]
+
+
+def test_what_nobody_has_requested_has_no_verdict(story: Story) -> None:
+    """The first start tells its caller; and what serves again after a failure is no reload."""
+    first = Story().given(Policy()).and_also(Launched())
+    story.given_serving().and_also(ChannelBroken(1, served_s=20.0))
+    assert story.starting == {2}
+
+    assert [verdicts(each.when(StopRequested())) for each in (first, story)] == [[], []]
 
 
 def test_a_reload_while_stopping_is_refused(story: Story) -> None:

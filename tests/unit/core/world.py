@@ -134,6 +134,8 @@ class World:
         self.checked: int | None = None  # the settling generation that is asked
         self.tried: frozenset[int] = frozenset()  # generations that were opened by a dry run
         self.said_tried = False  # that one is being tried
+        self.promised: frozenset[int] = frozenset()  # from which numbers on clients await a verdict
+        self.verdict = 0  # the generation of the last verdict of a reload
         self.opens_fail = False  # from now on
         self.owed: tuple[Event, ...] = ()  # events that are still to be sent
         self.reader = False  # a reader of the configuration runs
@@ -150,7 +152,8 @@ class World:
 
     def key(self) -> Hashable:
         """Two worlds with the same key go on alike; `check` holds the rest to the fleet."""
-        return self.fleet, self.killed, self.owed, self.listeners, self.reader, self.read
+        rest = self.listeners, self.reader, self.read, self.promised
+        return self.fleet, self.killed, self.owed, *rest
 
     # -- what happens --------------------------------------------------------
 
@@ -168,6 +171,9 @@ class World:
         elif isinstance(event, SettingsRead | SettingsFailed) and self.reader:
             self.reader, self.read = False, isinstance(event, SettingsRead)
         self.owed = tuple(each for each in self.owed if each != event)
+        launched = self.fleet.next_generation > 1  # before, no control socket is there
+        if isinstance(event, ReloadRequested) and launched and not self.fleet.stop_requested:
+            self.promised |= {self.fleet.next_generation}
 
         before, was_over = self.fleet, self.exited
         self.fleet, actions = decide(before, event)
@@ -285,6 +291,10 @@ class World:
                 self.exited = True
             case Report(news) if news in OF_DRY_RUNS:
                 self.said_tried = news is ReportKind.DRY_RUN
+            case Report(ReportKind.RELOADED | ReportKind.RELOAD_FAILED, number):
+                assert number > self.verdict, "a second verdict"
+                self.verdict = number
+                self.promised = frozenset(each for each in self.promised if each > number)
 
     # -- what holds at all times ---------------------------------------------
 
@@ -314,6 +324,8 @@ class World:
         assert self.said_tried == fleet.dry_run, "who waits for a dry run's verdict waits for ever"
         if fleet.dry_run:
             self.check_dry_run(starting)
+        if self.promised:
+            assert self.a_reload_comes(), "who waits for a reload's verdict waits for ever"
         if starting is None or self.in_question not in (None, starting.number):
             assert self.in_question is None, "what is asked does not start"
         elif self.runs(TimerKind.SETTLE, starting.number):
@@ -347,6 +359,14 @@ class World:
         else:
             assert fleet.reading or fleet.to_open is Next.FRESH
         assert bool(starting) + fleet.reading + bool(fleet.to_open) == 1
+
+    def a_reload_comes(self) -> bool:
+        """Whether one is under way, or will be; after a stop, which calls it off, none does."""
+        fleet = self.fleet
+        coming = fleet.reading or fleet.candidate or fleet.to_open is Next.FRESH
+        begun = coming or (fleet.incoming and fleet.incoming.fresh)
+        # During the first start, too; it fails, or becomes what is then replaced.
+        return bool(fleet.reload_wanted or (begun and fleet.served and not fleet.dry_run))
 
     def is_about_something(self, deadline: Deadline) -> bool:
         match deadline.wait:
@@ -601,20 +621,24 @@ def check_step(before: Fleet, event: Event, after: Fleet, actions: tuple[Action,
     """What holds between before and after."""
     news = [action.news for action in actions if isinstance(action, Report)]
     serving = before.of(Phase.SERVING)
-    if ReportKind.RELOAD_FAILED in news and serving:
+    # One that was to follow, and that a stop has called off, was nothing yet.
+    wish = before.reload_wanted and not after.reload_wanted and after.stop_requested
+    failed = news.count(ReportKind.RELOAD_FAILED) > wish
+    if failed and serving and after.stopping is not Stop.QUICK:
         route = after.route
         assert route
         assert route.number == serving.number, "a failed reload changed what serves"
         if before.workers_wanted >= len(serving.workers):  # else some leave now for that
             assert set(serving.workers) <= set(route.workers)
-    if ReportKind.RELOAD_FAILED in news:
+    if failed:
         assert before.policy == after.policy
     if ReportKind.SCALED not in news and UseSettings() not in actions:
         assert before.workers_wanted == after.workers_wanted
+    check_stop(before, after, news)
     if before.dry_run:
         check_dry_run_step(before, after, news, actions)
     if UseSettings() in actions:
-        assert ReportKind.RELOADED in news or after.stopping, "used before it serves"
+        assert ReportKind.RELOADED in news, "used before it serves"
     if isinstance(event, SettleFailed) and actions:
         assert serving
         back = actions.index(RouteTo(serving.number))
@@ -635,11 +659,26 @@ def check_step(before: Fleet, event: Event, after: Fleet, actions: tuple[Action,
         assert before.served, "there is no last good command yet"
 
 
+def check_stop(before: Fleet, after: Fleet, news: list[ReportKind]) -> None:
+    """What settles serves to the end, or is ended with all others; it is said which."""
+    if before.stopping or not after.stopping:
+        return
+    settling = before.of(Phase.SETTLING)
+    stays = settling if after.stopping is Stop.GRACEFUL else None
+    assert (ReportKind.RELOADED in news) == (stays is not None and stays.fresh)
+    assert (ReportKind.RECOVERED in news) == (stays is not None and not stays.fresh)
+    if settling and not stays:
+        assert ReportKind.RELOAD_FAILED in news
+
+
 def check_dry_run_step(
     before: Fleet, after: Fleet, news: list[ReportKind], actions: tuple[Action, ...]
 ) -> None:
     """What a dry run leaves as it was, whatever comes of it."""
-    assert not {ReportKind.RELOADED, ReportKind.RELOAD_FAILED} & {*news}
+    assert ReportKind.RELOADED not in news
+    if ReportKind.RELOAD_FAILED in news:
+        assert before.reload_wanted, "there was one to follow it"
+        assert after.stop_requested
     verdicts = news.count(ReportKind.DRY_RUN_PASSED) + news.count(ReportKind.DRY_RUN_FAILED)
     assert verdicts == (before.dry_run and not after.dry_run)
     if ReportKind.DRY_RUN_PASSED in news:

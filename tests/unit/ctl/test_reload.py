@@ -371,6 +371,35 @@ def test_a_stop_in_the_middle_is_status_1(fake: Fake, ctl: Ctl) -> None:
     assert time.monotonic() - began < client.RETURN_S
 
 
+REASON = "before --settle was over: the protector stops"
+
+
+@pytest.mark.parametrize("more", [(), ("--drained",)], ids=["", "drained"])
+@pytest.mark.parametrize("good", [True, False])
+def test_the_verdict_that_a_stop_brings_forward_is_the_outcome(
+    fake: Fake, ctl: Ctl, good: bool, more: tuple[str, ...]
+) -> None:
+    """Also where the protector has ended before anything else can be asked."""
+
+    def then(connection: Connection) -> None:
+        connection.event("stopping")
+        fake.status["phase"] = "stopping"
+        name, reason = ("reloaded", REASON) if good else ("reload-failed", "called off")
+        connection.event(name, generation=9, reason=reason)
+        fake.status["generations"] = [generation(9), generation(8, "draining", worker(14, 77))]
+        threading.Thread(target=fake.end).start()
+
+    reloading(fake, then)
+    began = time.monotonic()
+
+    said = ctl("reload", "--json", *more)
+
+    told = json.loads(said.out)
+    assert (said.status, told["result"]) == ((0, "reloaded") if good else (3, "failed"))
+    assert told["reason"] == (REASON if good else "called off")
+    assert time.monotonic() - began < client.RETURN_S
+
+
 def test_a_timeout_is_status_4_and_says_what_is_waited_for(fake: Fake, ctl: Ctl) -> None:
     def then(connection: Connection) -> None:
         fake.status["phase"] = "reloading"

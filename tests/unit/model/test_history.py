@@ -62,14 +62,6 @@ def test_a_rolled_back_reload_is_one_that_failed() -> None:
     )
 
 
-def test_a_stop_ends_what_is_under_way() -> None:
-    done = History().reload_began(2, 1.0).reload_ended(2, "reloaded", "", 2.0)
-
-    stopped = done.reload_began(3, 3.0).called_off("it was told to stop", 4.0)
-
-    assert stopped.reloads == (*done.reloads, Reload(3, "failed", "it was told to stop", 3.0, 4.0))
-
-
 def test_a_crash_in_a_dry_run_is_none_of_what_serves() -> None:
     crashed = crash(7)
     history = History().dry_run_began(crashed.generation, 1.0)

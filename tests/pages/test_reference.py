@@ -97,6 +97,8 @@ def test_socketprotectorctl_waits_for_no_event_that_is_never_logged(tools: Modul
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("operation.event"):
                 _, *names = map(ast.unparse, node.args)  # the first is what it waits for
                 awaited.update(name.strip("'") for name in names)
+            if isinstance(node, ast.Compare) and ast.unparse(node.left) == "event.get('event')":
+                awaited.update(re.findall(r"'([^']+)'", ast.unparse(node.comparators[0])))
             if isinstance(node, ast.Match) and ast.unparse(node.subject) == "name":
                 awaited.update(ast.unparse(case.pattern).strip("'") for case in node.cases)
 

@@ -197,9 +197,11 @@ class Supervisor:
 
         give_up_at: where the guard or systemd was waited for before.
         """
-        if self.fleet.dry_run:
+        store = self.checkpoint.store
+        if self.fleet.dry_run and store.flushed:
+            # As late as can be: where the upgrade fails for want of that, the dry run goes on.
             self.runtime.post(HandingOver())
-        if not self.checkpoint.store.flushed:  # the next program relies on that
+        if not store.flushed:  # the next program relies on that
             self._hand_over_later(give_up_at)
             return
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())

@@ -5,7 +5,7 @@ A verdict that is said twice would be taken for that of the reload which was ask
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -49,7 +49,7 @@ class Killed:
             self.said.append(action)
 
 
-def protector_of(killed: Killed) -> Supervisor:
+def protector_of(killed: Killed, upgrade: object = None, **checkpoint: object) -> Supervisor:
     queue = EventQueue()
     states: list[Any] = []
 
@@ -63,8 +63,10 @@ def protector_of(killed: Killed) -> Supervisor:
         Fleet(),
         queue,
         cast("Any", killed),
-        cast("Any", SimpleNamespace(begin=lambda _, snapshot: states.append(snapshot))),
-        cast("Any", None),
+        cast(
+            "Any", SimpleNamespace(begin=lambda _, snapshot: states.append(snapshot), **checkpoint)
+        ),
+        cast("Any", upgrade),
         Runtime(cast("Any", loop), cast("Any", log), queue.post, persist),
         reopen_logs=lambda: None,
         took=lambda _: None,
@@ -101,3 +103,43 @@ def test_a_verdict_is_written_down_as_said_before_the_next_reload_begins(
 
     assert [each.news for each in killed.said[-2:]] == [verdict, ReportKind.RELOADING]
     assert [each for each in killed.said_again if each.news is verdict] == []
+
+
+class Upgrading:
+    """The new program can take over; call back to have it done."""
+
+    def begin(self, _: object, ready: Callable[[], None]) -> None:
+        self.ready = ready
+
+    def failed(self, reason: str) -> None:
+        self.reason = reason
+
+
+def test_a_dry_run_is_not_called_off_for_an_upgrade_that_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For want of a guard, or a systemd, that reads on: it is waited for in vain."""
+    monkeypatch.setattr("socketprotector.daemon.supervisor._BEHIND_S", 0.0)
+    killed, upgrade = Killed(), Upgrading()
+    protector = protector_of(
+        killed,
+        upgrade,
+        store=SimpleNamespace(flushed=False),
+        write=lambda: True,
+        descriptors=dict[str, int],
+    )
+    later: list[Callable[[], None]] = []
+    loop = cast("Any", protector.runtime.loop)
+    loop.due = lambda _: None
+    loop.call_after = lambda *call: later.append(call[-1])
+    protector.launch()
+    for each in (WorkerReady(1), DryRunRequested(), DeadlinePassed(Deadline(TimerKind.TURN))):
+        protector.runtime.post(each)
+
+    protector.begin_upgrade()
+    upgrade.ready()
+    later.pop()()
+
+    assert "hangs" in upgrade.reason
+    assert protector.fleet.dry_run
+    assert killed.said[-1].news is ReportKind.DRY_RUN

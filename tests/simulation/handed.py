@@ -796,13 +796,16 @@ class Handed(World):
     def _check_counted(self, server: Server, connection: Connection) -> None:
         """What tells a generation's connections tells no other's.
 
-        Unless its servers go on accepting though they were told to finish.
+        Unless its servers go on accepting though they were told to finish, or the protector was
+        killed while it started them, and has yet to find them.
         """
         if self._supervisor is None or self._meanwhile or connection.late:
             return
         if connection.mark == NO_MARK:
             return  # it is counted for none
         act, mine = self._supervisor.effects, server.leader.generation
+        if mine not in act.generations:
+            return
         for listener in act.forwarder.listeners:
             address = self._at(listener.settings.address)
             if address is not connection.address or address.disturbed:

@@ -394,7 +394,7 @@ def test_a_worker_that_ends_as_it_should_is_no_crash(operated: Operating) -> Non
     line.event("exited", generation=2)
 
     assert line.status()["crashes"] == 0
-    assert line.ask("crashes") == {"crashes": []}
+    assert line.ask("crashes")["crashes"] == []
 
 
 def test_where_connections_are_is_shown(operated: Operating) -> None:

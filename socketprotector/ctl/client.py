@@ -49,27 +49,34 @@ class Client:
         self._answer_s = answer_s
         self._follows = events
         self._last_id = 0
-        self._connect(answer_s, "events" if events else None)
+        self._connect(answer_s)
+        if events:
+            with on_error(self.close):
+                self._request("events", {}, answer_s)
 
-    def _connect(self, within_s: float, first: str | None) -> None:
-        """Connect, and carry out a first request."""
+    def _connect(self, within_s: float) -> None:
         self._socket = connect(self.path, within_s)
         self._buffer = bytearray()
         self._events: deque[Message] = deque()
-        if first is not None:
-            with on_error(self.close):
-                self._request(first, {}, within_s)
 
-    def again(self, within_s: float = math.inf) -> None:
-        """Connect again, within RETURN_S at most.  Raises NoProtector when none came back."""
+    def again(self, within_s: float = math.inf) -> Message:
+        """Connect again, within RETURN_S at most; return the status.
+
+        Raises NoProtector when none came back.  Both requests are sent before the first answer:
+        one that comes back only to end answers what has come by then.
+        """
         limit_s = min(within_s, RETURN_S)
         until = time.monotonic() + limit_s
         while True:
             self.close()
             left_s = until - time.monotonic()
             try:
-                self._connect(max(0.1, left_s), "events" if self._follows else "status")
-                return
+                within_s = max(0.1, left_s)
+                self._connect(within_s)
+                with on_error(self.close):
+                    if self._follows:
+                        self.send("events", {}, time.monotonic() + within_s)
+                    return self._request("status", {}, within_s)
             except NoProtector as error:
                 if left_s <= _TRY_EVERY_S:
                     within = in_units(round(limit_s, 1))

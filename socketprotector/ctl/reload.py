@@ -96,14 +96,15 @@ class _Operation:
             self.again(waits_for)
         return None
 
-    def again(self, waits_for: str, *, stopping: bool = False) -> None:
-        """Connect again.  Raises NoProtector, or TimedOut if the time was too short for it.
+    def again(self, waits_for: str, *, stopping: bool = False) -> Message:
+        """Connect again; return the status.
 
+        Raises NoProtector, or TimedOut if the time was too short for it.
         stopping: it is being stopped, so none is likely to come back.
         """
         most_s = _GONE_S if stopping else math.inf
         try:
-            self.client.again(min(most_s, max(0.1, self._until - time.monotonic())))
+            return self.client.again(min(most_s, max(0.1, self._until - time.monotonic())))
         except NoProtector:
             self.slice_s(waits_for)
             raise
@@ -264,10 +265,7 @@ def _back(operation: _Operation, watched: Reload) -> None:
     if not watched.stopping:
         operation.tell("the connection was cut: an upgrade or a crash; connecting again")
     try:
-        operation.again(watched.waits_for(), stopping=watched.stopping)
-        client = operation.client
-        look = client.request if watched.stopping else client.ask
-        watched.looked(look("status"))
+        watched.looked(operation.again(watched.waits_for(), stopping=watched.stopping))
     except NoProtector as error:
         end = "it was stopped" if watched.stopping else str(error)
         serves = "ready" if watched.dry_run else "serving"

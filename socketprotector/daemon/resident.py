@@ -189,6 +189,8 @@ class _Resident:
         self.parents.guard.send(f"X_BEGAN=1\nX_FINISH={finish}")
         self.watcher.start(watchers)
         status = supervisor.run()
+        if control is not None:
+            control.finish()
         self.staying = supervisor.effects.close()
         self.watcher.close()
         if control is not None:

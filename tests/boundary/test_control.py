@@ -625,3 +625,21 @@ def test_at_the_end_all_are_ended_and_the_file_is_removed(place: Path) -> None:
     desk.control._clients.clear()
     desk.listener.sockets[0] = socket.socket()  # for end(), which closes it once more
     desk.end()
+
+
+def test_at_the_end_what_has_been_asked_is_answered(desk: Desk) -> None:
+    """Also of those that have come back to a program which ends before it turns to them."""
+    known = desk.call()
+    desk.turns_until(lambda: desk.clients == 1, "the client")
+    known.socket.sendall(STATUS + STATUS)
+    waiting = desk.call(b'{"v":1,"command":"events"}\n' + STATUS + b'{"half')
+
+    desk.control.finish()
+
+    desk.control.tell("info", "stopped", {})
+    heard = [
+        [json.loads(line) for line in each.socket.recv(65536).splitlines()]
+        for each in (known, waiting)
+    ]
+    said = [[each.get("event") or each["result"]["command"] for each in lines] for lines in heard]
+    assert said == [["status", "status"], ["events", "status", "stopped"]]

@@ -65,11 +65,13 @@ class CommandHandler:
             client.say(control_requests.answer(request.id, {}))
             return
         try:
+            fleet = self.supervisor.fleet
+            ended = fleet.exiting and request.command not in (*_LOOKS, "stop")
+            if ended or (fleet.stop_requested and request.command in _NOT_WHILE_STOPPING):
+                raise RequestError("refused", "it is stopping")
             if request.command == "diff":
                 self._compare(client, request)
                 return
-            if self.supervisor.fleet.stop_requested and request.command in _NOT_WHILE_STOPPING:
-                raise RequestError("refused", "it is stopping")
             command = getattr(self, "do_" + request.command.replace("-", "_"))
             result = command(**request.arguments)
         except RequestError as wrong:

@@ -88,6 +88,14 @@ class Client:
         if not self._unsent:
             self.close()
 
+    def finish(self) -> None:
+        """Answer all that it has asked by now."""
+        data = read_now(self.sock.recv, _READ_BYTES, socket.MSG_DONTWAIT)
+        *lines, _ = (self._received + (data or b"")).split(b"\n")
+        self._received.clear()
+        for line in lines:
+            self.server.take(self, bytes(line))
+
     def close(self) -> None:
         if not self.gone:
             fd = self.sock.fileno()
@@ -212,6 +220,16 @@ class ControlServer:
         at = time.time()
         for client in [each for each in self._clients.values() if each.follows]:
             client.tell(lambda more: control_requests.event(name, at, level, {**fields, **more}))
+
+    def finish(self) -> None:
+        """Answer what has been asked by now: at the end, after which nobody can ask any more.
+
+        Also those who have come back to a program that ends before it turned to them.
+        """
+        for _ in range(CLIENTS):
+            self._accept()
+        for client in list(self._clients.values()):
+            client.finish()
 
     def close(self) -> None:
         """End all connections and the socket."""

@@ -99,8 +99,10 @@ class _Handler(BaseRequestHandler):
 
     def handle(self) -> None:
         name = self._name()
-        line = self.server.answer(name) if name else ""
-        if line:
+        if not name:
+            return
+        self.server.asked(self.request)
+        if line := self.server.answer(name):
             self.request.sendall(f"{line}\n".encode())
 
     def _name(self) -> str:

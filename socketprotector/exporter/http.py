@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hmac
 import ssl
+from collections.abc import Callable
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote
 
@@ -29,8 +30,11 @@ _ONE = "/readyz/"
 _HEALTH = "health"
 
 
-class Server(BoundedServer, HTTPServer):
-    """Listens; a thread for each connection."""
+class Server(BoundedServer):
+    """Listens; a thread for each connection.
+
+    No HTTPServer: that looks its own name up, for many seconds where no name server answers.
+    """
 
     def __init__(
         self,
@@ -50,9 +54,20 @@ class Server(BoundedServer, HTTPServer):
         self._tls = tls
         super().__init__(address, Handler)
 
-    def handshake(self, request: Any) -> Any:
-        """Do that of TLS.  Raises OSError: no TLS, or not in time."""
-        return request if self._tls is None else self._tls.wrap_socket(request, server_side=True)
+    def get_request(self) -> tuple[Any, Any]:
+        """Accept; the handshake of TLS is left to the thread.  Raises OSError."""
+        request, address = super().get_request()
+        if self._tls is not None:
+            request = self._tls.wrap_socket(
+                request, server_side=True, do_handshake_on_connect=False
+            )
+        return request, address
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Answer.  Raises OSError: no TLS, or not in time."""
+        if self._tls is not None:
+            request.do_handshake()
+        super().finish_request(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -65,12 +80,13 @@ class Handler(BaseHTTPRequestHandler):
     error_content_type = "text/plain; charset=utf-8"
 
     def do_GET(self) -> None:
+        self.server.asked(self.request)
         page, _, query = self.path.partition("?")
         match page:
             case "/metrics" if self._is_refused():
                 pass
             case "/metrics":
-                encode, kind = choose_encoder(self.headers.get("Accept") or "")
+                encode, kind = self._format()
                 self._answer(HTTPStatus.OK, encode(self.server.registry), kind)
             case "/healthz":
                 self._say(HTTPStatus.OK, "ok")
@@ -82,6 +98,13 @@ class Handler(BaseHTTPRequestHandler):
                 self._say(HTTPStatus.NOT_FOUND, f"not here; there is {_PAGES}")
 
     do_HEAD = do_GET
+
+    def _format(self) -> tuple[Callable[[CollectorRegistry], bytes], str]:
+        """Return what writes the metrics, and its content type."""
+        try:
+            return choose_encoder(self.headers.get("Accept") or "")
+        except Exception:  # it trips over odd versions: a client's fault, and plain text is for all
+            return choose_encoder("")
 
     def _is_refused(self) -> bool:
         """Answer a client that has not brought the token; the other pages are for balancers."""
@@ -113,6 +136,7 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(
         self, status: HTTPStatus, body: bytes, kind: str, *headers: tuple[str, str]
     ) -> None:
+        self.server.answers(self.request)
         self.send_response(status)
         for header in headers:
             self.send_header(*header)

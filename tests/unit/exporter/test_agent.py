@@ -6,7 +6,6 @@ import contextlib
 import re
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from socketserver import BaseRequestHandler
 from typing import Any
@@ -17,6 +16,7 @@ from socketprotector.ctl.query_all import SocketAnswer
 from socketprotector.exporter import bounded
 from socketprotector.exporter.agent import READY_S, Agent, Told, advise
 from socketprotector.exporter.bounded import CONNECTIONS, BoundedServer
+from socketprotector.exporter.http import Server
 from tests.running import DEADLINE_S
 from tests.scenarios.starting import needs_ipv6
 from tests.together import together
@@ -176,7 +176,7 @@ def check(agent: tuple[str, int], sent: bytes) -> bytes:
         return b"".join(iter(lambda: line.recv(4096), b""))
 
 
-def at(agent: Agent) -> tuple[str, int]:
+def at(agent: BoundedServer) -> tuple[str, int]:
     return "127.0.0.1", agent.server_address[1]
 
 
@@ -257,34 +257,118 @@ def test_only_that_a_client_has_gone_away_is_not_said(capsys: pytest.CaptureFixt
     assert "TimeoutError" not in said
 
 
-class _ReadsOn(BaseRequestHandler):
-    """As long as something comes, each piece in its time."""
-
-    def handle(self) -> None:
-        while self.request.recv(1):
-            pass
+# -- when all places are taken ------------------------------------------------------
 
 
-def test_a_client_that_sends_a_byte_now_and_then_is_cut_off(
-    monkeypatch: pytest.MonkeyPatch,
+class Slow(Said):
+    """Its answers are made when the test says so, and are longer than a connection takes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.may = threading.Semaphore(0), threading.Event()
+
+    def unready(self, name: str) -> tuple[list[str], list[str]]:
+        if name == "slow":
+            self.asked.release()
+            assert self.may.wait(DEADLINE_S)
+        return (["x" * (12 << 20)] if name == "long" else []), []
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many places there are; no limit of time helps on."""
+    monkeypatch.setattr(bounded, "CONNECTIONS", 3)
+    monkeypatch.setattr(bounded, "CONNECTION_S", 3600.0)
+    return 3
+
+
+@pytest.fixture
+def slow() -> Iterator[Slow]:
+    made = Slow()
+    yield made
+    made.may.set()
+
+
+@pytest.fixture
+def web(few: int, slow: Slow) -> Iterator[Server]:
+    with Server(("127.0.0.1", 0), slow, None) as made, serving(made):  # type: ignore[arg-type]
+        yield made
+
+
+def ready(server: Server, name: str = "") -> bytes:
+    """Ask as a balancer does."""
+    return check(at(server), f"GET /readyz{name} HTTP/1.0\r\n\r\n".encode())
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [b"", b"GET /readyz HTTP/1.1\r\nA: b\r\n", b"GET /readyz/long HTTP/1.0\r\n\r\n"],
+    ids=["silent", "begun", "reads nothing"],
+)
+def test_a_balancer_is_answered_however_many_clients_are_waited_for(
+    web: Server, few: int, begun: bytes
 ) -> None:
-    """So many of these as there are places would leave none for others."""
-    monkeypatch.setattr(bounded, "LONGEST_S", 0.2, raising=False)
-    until_s = time.monotonic() + DEADLINE_S
-    cut_off = False
-    with (
-        BoundedServer(("127.0.0.1", 0), _ReadsOn) as server,
-        serving(server),
-        socket.create_connection(("127.0.0.1", server.server_address[1])) as client,
-    ):
-        client.settimeout(0.02)
-        while not cut_off and time.monotonic() < until_s:
-            try:
-                client.send(b"x")
-                cut_off = not client.recv(1)
-            except TimeoutError:
-                continue
-            except OSError:
-                cut_off = True
+    with contextlib.ExitStack() as opened:
+        for _ in range(few + 1):
+            client = opened.enter_context(socket.create_connection(at(web), DEADLINE_S))
+            client.sendall(begun)
+            if b"long" in begun:
+                client.recv(1)  # its answer is made, and waits for it
+        for _ in range(3):
+            assert ready(web).endswith(b"\r\n\r\nok\n")
 
-    assert cut_off
+
+def test_haproxy_is_answered_however_many_clients_are_waited_for(few: int) -> None:
+    with (
+        Agent(("127.0.0.1", 0), Said()) as agent,  # type: ignore[arg-type]
+        serving(agent),
+        contextlib.ExitStack() as opened,
+    ):
+        for _ in range(few + 1):
+            opened.enter_context(socket.create_connection(at(agent), DEADLINE_S)).sendall(b"w")
+        for _ in range(3):
+            assert check(at(agent), b"web\n") == b"up ready 100%\n"
+
+
+def test_what_is_cut_off_is_the_one_that_is_waited_for_the_longest_and_no_answer(
+    web: Server, few: int, slow: Slow
+) -> None:
+    with contextlib.ExitStack() as opened:
+
+        def client(sent: bytes) -> socket.socket:
+            made = opened.enter_context(socket.create_connection(at(web), DEADLINE_S))
+            made.sendall(sent)
+            return made
+
+        asking = client(b"GET /readyz/slow HTTP/1.0\r\n\r\n")
+        assert slow.asked.acquire(timeout=DEADLINE_S)
+        oldest, younger = client(b""), client(b"GET /readyz HTTP/1.0\r\n")
+
+        assert ready(web).endswith(b"ok\n")
+        assert oldest.recv(1) == b""
+        younger.sendall(b"\r\n")
+        assert younger.recv(15) == b"HTTP/1.0 200 OK"
+        slow.may.set()
+        assert asking.recv(15) == b"HTTP/1.0 200 OK"
+
+
+def test_one_more_than_are_being_answered_is_closed(web: Server, few: int, slow: Slow) -> None:
+    with contextlib.ExitStack() as opened:
+        for _ in range(few):
+            client = opened.enter_context(socket.create_connection(at(web), DEADLINE_S))
+            client.sendall(b"GET /readyz/slow HTTP/1.0\r\n\r\n")
+        for _ in range(few):
+            assert slow.asked.acquire(timeout=DEADLINE_S)
+
+        with socket.create_connection(at(web), DEADLINE_S) as more:
+            assert more.recv(1) == b""
+
+
+def test_no_name_server_is_asked_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that does not answer would keep the exporter from starting for 20 s."""
+    asked: list[object] = []
+    monkeypatch.setattr(socket, "getfqdn", asked.append)
+
+    Server(("127.0.0.1", 0), Said(), None).server_close()  # type: ignore[arg-type]
+
+    assert not asked

@@ -85,6 +85,20 @@ def test_openmetrics_is_spoken_to_clients_that_ask_for_it(
     assert families["socketprotector_build"].type == "info"
 
 
+def test_who_asks_for_an_odd_format_gets_plain_text(
+    exporter: Start, fakes: Callable[[str], Fake]
+) -> None:
+    fakes("web")
+    one = exporter()
+    for odd in ('version="a.b"', 'version="a.b";escaping=zzz', "version=1.é", "escaping", "=;=,;"):
+        code, kind, body = get(f"{one.address}/metrics", f"application/openmetrics-text;{odd}")
+
+        assert (code, "text" in kind) == (200, True), odd
+        assert 'socketprotector_up{instance="web"} 1.0' in body
+    assert one.end() == 0
+    assert len(one.said.seen) == 1
+
+
 def test_an_instance_that_is_dead_or_hangs_is_down_and_the_others_are_up(
     exporter: Start, fakes: Callable[[str], Fake], runtime: Path
 ) -> None:

@@ -8,6 +8,7 @@ Not collected by itself: the name is no test's.  No test lets a timing decide.
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,33 @@ def five(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     options = ("--settle", "8s", "--settle-check", "http:/healthz")
     with fleet(tmp_path_factory.mktemp("fleet"), *options) as found:
         yield found
+
+
+@pytest.fixture
+def one(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Fleet]:
+    """One host with a long settle."""
+    monkeypatch.setattr(Fleet, "SIZE", 1)
+    options = ("--settle", "8s", "--settle-check", "http:/healthz")
+    with fleet(tmp_path_factory.mktemp("fleet"), *options) as found:
+        yield found
+
+
+ONLY_IT = ("--limit", "localhost,host1")
+
+
+def current(host: Host) -> str:
+    """Where its link leads."""
+    return host.run("readlink", "/srv/web/current").stdout.strip()
+
+
+def slow(fleet: Fleet) -> None:
+    """Write a release `slow`, which fails once its host has /run/end."""
+    daemon = fleet.folder / "releases" / "slow" / "daemon"
+    daemon.parent.mkdir()
+    daemon.write_text("#!/bin/sh\nuntil [ -e /run/end ]; do sleep 0.1; done; exit 7\n")
+    daemon.chmod(0o755)
 
 
 def settles(host: Host) -> bool:
@@ -178,3 +206,83 @@ def test_a_host_with_an_older_protector_is_named_and_nothing_is_guessed(
         status, said = five.release("2", "-e", without)
         assert status == 0, said
         assert five.versions == ["2"] * five.SIZE
+
+
+def test_a_run_behind_one_that_was_killed_goes_back_to_what_serves(one: Fleet) -> None:
+    [host] = one.hosts
+    slow(one)
+    one.releasing("slow", *ONLY_IT)
+    wait(lambda: host.status["dry_run"], "it is tried")
+
+    one.operator.die()
+    host.run("touch", "/run/end")
+    wait(lambda: host.status["dry_run"]["result"] == "failed", "its end")
+
+    assert current(host) == "releases/slow"
+    one.operator = Machine(one.network, "operator2", "10.0.0.3", one.folder / "operator2.log")
+    one.machines.append(one.operator)
+    status, said = one.release("bad", *ONLY_IT)
+
+    assert status == 2, said
+    assert "host1 does not take bad: " in said
+    assert (one.versions, current(host)) == (["1"], "releases/1")
+
+
+def test_the_link_follows_the_verdict_of_a_reload_that_outlasts_its_limit(one: Fleet) -> None:
+    [host] = one.hosts
+    limits = {"socketprotector_release_timeout": "1s", "socketprotector_release_dry_run": False}
+    words = (*ONLY_IT, "-e", json.dumps(limits))
+    slow(one)
+
+    status, said = one.release("slow", *words, "-e", "socketprotector_release_looks=0")
+
+    assert status == 2, said
+    assert "host1 does not take slow: not within 1s: " in said
+    assert "the verdict is still to come" in said
+    assert (one.versions, current(host)) == (["1"], "releases/slow")
+
+    host.run("touch", "/run/end")
+    wait(lambda: host.reloads == ["failed"], "the verdict")
+    load = Load(one.balancer, 100)
+
+    status, said = one.release("late", *words)
+
+    assert status == 2, said
+    assert "host1 does not take late: not within 1s: " in said
+    assert "it serves releases/1, and current leads there" in said
+    assert (one.versions, current(host)) == (["1"], "releases/1")
+
+    status, said = one.release("2", *words)
+
+    assert status == 2, said
+    assert "host1 took 2, too late: not within 1s: " in said
+    assert "it serves releases/2, and current leads there" in said
+    assert (one.versions, current(host)) == (["2"], "releases/2")
+    assert host.reloads == ["failed", "failed", "reloaded"]
+
+    status, said = one.release("2", *words)
+
+    assert status == 0, said
+    assert re.findall(r"changed=(\d+)", said) == ["0", "0"]
+    load.end()
+
+
+def test_the_play_looks_without_a_change_and_says_why_a_protector_does_not_answer(
+    one: Fleet,
+) -> None:
+    [host] = one.hosts
+
+    status, said = one.release("2", *ONLY_IT, "--check")
+
+    assert status == 0, said
+    assert re.findall(r"changed=(\d+)", said) == ["2", "0"]
+    assert (one.versions, current(host), host.has("2")) == (["1"], "releases/1", False)
+    assert host.reloads == []
+
+    host.ctl("stop", "--quick")
+    status, said = one.release("2", *ONLY_IT)
+
+    assert status == 2, said
+    assert "host1 does not take 2: " in said
+    assert "no protector" in said.partition("host1 does not take 2: ")[2].partition("PLAY RECAP")[0]
+    assert (current(host), host.has("2")) == ("releases/1", False)

@@ -391,5 +391,7 @@ def _serving_broken(step: Step, number: int, served_s: float) -> None:
     if served_s >= PROVEN_S:
         step.fleet = replace(step.fleet, failed_starts=0)
     delay_s = _count_failure(step)
-    if step.fleet.incoming is None:
+    fleet = step.fleet
+    reloads = fleet.to_open is Next.FRESH and not fleet.dry_run  # and that is waited for
+    if fleet.incoming is None and not reloads:
         _recover(step, delay_s)

@@ -30,7 +30,7 @@ from socketprotector.core.events import (
     WorkerReady,
     WorkerSignal,
 )
-from socketprotector.core.fleet import Policy
+from socketprotector.core.fleet import Next, Policy
 from socketprotector.core.start_timeout import READY_HINTS
 from tests.unit.conftest import Story
 
@@ -590,3 +590,16 @@ def test_what_a_draining_generation_leaves_goes_to_the_route_when_its_last_worke
     story.given_serving().and_also(ReloadRequested(), WorkerReady(2))
 
     assert story.when(WorkerExited(1, CRASHED, waiting=waiting)) == [Release(1)]
+
+
+def test_one_that_waits_to_be_opened_comes_where_what_serves_fails_meanwhile(story: Story) -> None:
+    """It is not forgotten for the last good command, and has a verdict."""
+    story.given_serving(Policy(workers_accept=True))
+    story.and_also(ReloadRequested(), WorkerReady(2), ReloadRequested())
+    assert story.fleet.to_open is Next.FRESH
+
+    story.and_also(ChannelBroken(2, served_s=20.0), Quiesced(1))
+    actions = story.when(Quiesced(2))
+
+    assert Open(3, fresh=True) in actions
+    assert Report(ReportKind.RELOADED, 3) in story.when(WorkerReady(3))

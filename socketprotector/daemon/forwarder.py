@@ -326,7 +326,7 @@ class Forwarder:
             self.queue.extra -= 1
             header, fd = taken
             if fd < 0:
-                self._lost += 1
+                self._lost += not is_probe(header)
             else:
                 self._deliver(route, header, fd)
 
@@ -352,7 +352,7 @@ class Forwarder:
             left -= 1
             header, fd = taken
             if fd < 0:
-                self._lost += 1
+                self._lost += not is_probe(header)
             elif is_probe(header):
                 self._let_go(fd)  # it was for this generation
             elif strange and route is not None and not route.knows_of(listener_of(header)):
@@ -431,8 +431,11 @@ class Forwarder:
             self._go_on()
 
     def _send_failed(self, header: bytes, fd: int, error: OSError) -> None:
-        """Keep a connection, and decide what it waits for.  Takes ownership of fd."""
-        self.undelivered.keep_first(header, fd)
+        """Keep a client's connection, and decide what it waits for.  Takes ownership of fd."""
+        if is_probe(header):
+            self._let_go(fd)  # it was for this generation, and the next route may be another's
+        else:
+            self.undelivered.keep_first(header, fd)
         self._acceptor.end_all()
         if error.errno == errno.EAGAIN and self._route is not None:
             self._await_room(self._route)

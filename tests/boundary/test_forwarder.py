@@ -624,6 +624,29 @@ def test_a_question_that_no_worker_has_taken_goes_to_no_other_generation(world: 
     os.close(ours)
 
 
+@pytest.mark.parametrize("code", [*SCARCE, *sorted(BROKEN), errno.EAGAIN], ids=name)
+def test_a_question_that_cannot_be_sent_again_is_kept_for_no_other_generation(
+    world: World, code: int
+) -> None:
+    asked, new = world.channel(), world.channel()
+    world.forwarder.route_to(asked)
+    world.listeners[0].backlog.extend([1])
+    world.turn()
+    os.close(asked.queue.popleft()[1])  # a worker has taken it
+    ours = ask_in(asked)
+    world.loop.look()
+    asked.sends.fail(code)
+
+    world.loop.look()
+    assert world.forwarder.undelivered.waiting == ()
+    world.forwarder.route_to(new)
+    world.loop.pass_time()
+
+    assert os.read(ours, 1) == b""  # it was closed
+    assert (new.depth(), world.forwarder.lost) == (0, 0)
+    os.close(ours)
+
+
 def test_a_question_is_not_counted_as_lost(world: World) -> None:
     gone = world.channel()
     world.forwarder.route_to(gone)

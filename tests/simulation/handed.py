@@ -415,7 +415,8 @@ class Handed(World):
 
     def _only_questions_come_to(self, to: Listening) -> bool:
         """Whether the protector takes what comes to a socket for its own questions."""
-        if self._supervisor is None:
+        # By IPv6 a question has the address that clients of this machine have, too.
+        if self._supervisor is None or to.address.family != socket.AF_INET6:
             return False
         act = self._supervisor.effects
         places = ((each, number) for each in act.forwarder.listeners for number in (0, 1))

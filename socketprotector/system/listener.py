@@ -106,6 +106,9 @@ class Listener:
         self._backlog = settings.backlog or socket.SOMAXCONN
         #: How often each of the two has come into its SO_REUSEPORT group again.
         self.joined = [0, 0]
+        #: To which new clients come, None where that is not known; and those with a mark.
+        self._steered: tuple[int | None, Mapping[reuseport.Mark, int]] = None, reuseport.NO_MARKS
+        self._second: socket.socket | None = None  # of the two in the group, when that was told
         self._last = 1  # which socket was the last to listen, as far as we know
         #: It gets no clients any more: it was shut down, and cannot be bound again.
         self.lost = False
@@ -205,16 +208,19 @@ class Listener:
         if one.family == socket.AF_UNIX:
             return False
         self.joined[socket_number % 2] += 1
-        self._end_silence()
         try:
-            if self.has_sibling and self.is_alive(1 - socket_number):
-                # So that no client comes here before it is its turn.
-                reuseport.steer_if_can(self.socket_for(1 - socket_number))
+            if not self._silent:
+                self._steer_for(socket_number)
             # Shut down twice, it would pass that on to all connections that it accepts, until it
             # is shut down as one that listens.
             one.listen(self._backlog)
             one.shutdown(socket.SHUT_RDWR)
+            if not self._silent or self._second is not one:
+                # As late as that: from now on all comes to the other one, until this one listens.
+                self._end_silence()
+                self._steer_for(socket_number)
             one.listen(self._backlog)
+            self._end_silence()  # else it has the position of this one, which takes that again
         except OSError:
             return False
         self._last = socket_number % 2
@@ -222,6 +228,18 @@ class Listener:
             _shut_down(one)
             return False
         return True
+
+    def _steer_for(self, last: int) -> None:
+        """Have clients come where they were steered to as soon as this socket is the last member.
+
+        And none to it before it is its turn.
+        """
+        other = 1 - last % 2
+        if self.has_sibling and self.is_alive(other):
+            to, marked = self._steered
+            with suppress(OSError):  # its filter is locked
+                members = {mark: int(number != other) for mark, number in marked.items()}
+                reuseport.steer(self.socket_for(other), int(to not in (other, None)), members)
 
     def bind_anew(self, socket_number: int) -> None:
         """Have another socket in the place of one that is of no use any more.  Raises OSError.
@@ -306,6 +324,7 @@ class Listener:
             self._steer_to(to, marked)
         if not (held or guarded):
             self._end_silence()
+        self._steered = None if held else socket_number % 2, dict(marked)
 
     def _steer_to(self, to: socket.socket, marked: Mapping[reuseport.Mark, int]) -> None:
         order, failed = self._order(), OSError(errno.ENOTCONN, "it does not listen")
@@ -316,6 +335,7 @@ class Listener:
             return order.index(one) if one in order else 0
 
         its = {mark: member(self.socket_for(number)) for mark, number in marked.items()}
+        self._second = order[1] if len(order) > 1 else None
         for each in reversed(order):
             if each is None:
                 continue

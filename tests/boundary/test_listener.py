@@ -253,11 +253,12 @@ def test_while_one_is_asked_what_is_for_one_that_is_shut_down_comes_to_no_other(
         with Unanswered(address, mark.put if dead == asked else lambda one: None):
             assert not listener.has_waiting()
         assert listener.listen_again(dead)
-        listener.steer(serving, marked)
-        for number, put in ((asked, mark.put), (serving, lambda one: None)):
+        for number, put in ((asked, mark.put), (serving, lambda one: None)) * 2:
             with Unanswered(address, put):
                 assert [listener.has_waiting(n) for n in (number, 1 - number)] == [True, False]
                 listener.socket_for(number).accept()[0].close()
+            if number == serving:
+                listener.steer(serving, marked)
     listener.steer(serving)
     assert len(sock_diag.listening(listener.socket.family, listener.port)) == 2
     listener.close()

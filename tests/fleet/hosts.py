@@ -372,7 +372,6 @@ SetEnv PATH={PATH} TMPDIR=/run
     def releasing(self, version: str, *words: str) -> subprocess.Popen[Any]:
         """Begin a release, as an operator does."""
         environment = {
-            "ANSIBLE_CONFIG": str(DEPLOY / "ansible" / "ansible.cfg"),
             "ANSIBLE_HOST_KEY_CHECKING": "false",
             "ANSIBLE_REMOTE_USER": "root",
             "ANSIBLE_PRIVATE_KEY_FILE": str(self.folder / "operator"),

@@ -107,6 +107,24 @@ def test_a_release_without_its_lock_or_a_version_is_refused(
     assert "host1" not in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("words", "folder"), [([ANSIBLE / "release"], Path("/")), (["sh", "release"], ANSIBLE)]
+)
+def test_a_release_uses_the_files_beside_it_wherever_it_is_started(
+    words: list[str | Path], folder: Path, tmp_path: Path
+) -> None:
+    playbook = tmp_path / "ansible-playbook"
+    playbook.write_text('#!/bin/sh\necho "$ANSIBLE_CONFIG" "$@"\n')
+    playbook.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RELEASE_LOCK": str(tmp_path)}
+
+    said = output_of(*words, "-e", "version=2", cwd=folder, **environment)
+
+    beside = [str(ANSIBLE / name) for name in ("ansible.cfg", "inventory.yml", "release.yml")]
+    config, inventory, play = beside
+    assert said.split() == [config, "-i", inventory, play, "-e", "version=2"]
+
+
 @pytest.mark.costly
 @tool("kubernetes-validate")
 def test_kubernetes_understands_its_files() -> None:

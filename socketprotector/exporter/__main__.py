@@ -6,6 +6,7 @@ Every error is one line: what, where, how to fix it.
 from __future__ import annotations
 
 import ipaddress
+import os
 import signal
 import socket
 import ssl
@@ -202,17 +203,28 @@ def _check_token(file: str, listen: str, host: str, tls: ssl.SSLContext | None) 
     read_token("--token", file)
 
 
+class _Stopped(SystemExit):
+    """A signal has told it to end."""
+
+
+def _stop(*_: object) -> None:
+    raise _Stopped(0)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run until it is stopped.  Returns the exit status.
 
     arguments: of the command line; the process's own by default.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(0))
+        signal.signal(number, _stop)
     try:
         return int(_command.main(arguments, prog_name=NAME, standalone_mode=False) or 0)
     except click.exceptions.Exit as error:
         return error.exit_code
+    except _Stopped:
+        # All is closed.  While Python ends the page's thread would go on, and fail.
+        os._exit(0)
     except click.ClickException as error:
         message = in_one_line(error.format_message())
         _say(f"{message}; see --help")

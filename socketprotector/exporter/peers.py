@@ -18,12 +18,12 @@ import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from .. import __version__
 from ..model.errors import UsageError
 from ..model.text import in_units
+from .names import Names
 from .peers_file import Peer, parse
 from .peers_model import Host, NoMetrics, Scan
 from .token_file import read_token
@@ -35,8 +35,6 @@ TURNS = 10
 #: An exporter with 100 instances sends half a megabyte.
 MOST_BYTES = 4 << 20
 _PIECE_BYTES = 65_536
-#: Names that are being looked up; those that nobody answers for keep their threads for long.
-_LOOK_UPS = 16
 
 _HEAD = re.compile(rb"HTTP/1\.[01] (\d{3})[ \r]")
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,15})[ \t]*\r\n", re.IGNORECASE)
@@ -111,7 +109,7 @@ class Peers:
         self._stamp = files.stamp()
         self._plan = files.read()
         self._hosts = {peer: Host(peer.name) for peer in self._plan.peers}
-        self._names = ThreadPoolExecutor(_LOOK_UPS, "names")
+        self._names = Names()
 
     @property
     def hosts(self) -> list[Host]:
@@ -124,16 +122,14 @@ class Peers:
         looked: is set while somebody does.  tell: is called with hosts that may have changed, and
         when the file has other ones.
         """
-        try:
-            while True:
-                await looked.wait()
-                async with asyncio.TaskGroup() as asks:
-                    await self._ask_all(asks, looked, tell)
-                for host in self.hosts:
-                    host.forget()
-                tell(self.hosts)
-        finally:
-            self._names.shutdown(wait=False)
+        while True:
+            await looked.wait()
+            async with asyncio.TaskGroup() as asks:
+                await self._ask_all(asks, looked, tell)
+            self._names.forget()
+            for host in self.hosts:
+                host.forget()
+            tell(self.hosts)
 
     async def _ask_all(
         self,
@@ -206,15 +202,11 @@ class Peers:
             writer.transport.abort()
 
     async def _connect(self, peer: Peer) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        loop = asyncio.get_running_loop()
         try:
             socket.inet_pton(socket.AF_INET6 if ":" in peer.host else socket.AF_INET, peer.host)
-            addresses = [peer.host]  # which needs no thread, of which others may have all
+            addresses = [peer.host]
         except OSError:
-            found = await loop.run_in_executor(
-                self._names, socket.getaddrinfo, peer.host, peer.port, 0, socket.SOCK_STREAM
-            )
-            addresses = [str(each[4][0]) for each in found]
+            addresses = await self._names.addresses(peer.host)
         failed: OSError = ConnectionError()
         for address in addresses:
             try:

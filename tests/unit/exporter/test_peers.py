@@ -6,13 +6,17 @@ The hosts are servers in the test's own event loop, with certificates of an auth
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
+import os
 import re
 import socket
 import ssl
 import subprocess
-from collections.abc import Awaitable, Callable, Iterable
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,7 @@ from socketprotector.exporter.peers_model import Host
 from socketprotector.exporter.web_hub import Hub
 from socketprotector.model.errors import UsageError
 from tests.pages import page
-from tests.running import DEADLINE_S, ROOT
+from tests.running import DEADLINE_S, ROOT, Lines
 from tests.together import together
 from tests.unit.ctl.fake import Fake
 from tests.unit.exporter.conftest import Exporter, run
@@ -110,7 +114,7 @@ def says(*parts: bytes) -> Answer:
 async def wants_token(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Answer as an exporter with --token does."""
     request = (await reader.readuntil(b"\r\n\r\n")).decode()
-    assert request.startswith("GET /metrics HTTP/1.0\r\nHost: 127.0.0.1:")
+    assert request.startswith("GET /metrics HTTP/1.0\r\nHost: ")
     if f"\r\nAuthorization: Bearer {TOKEN}\r\n" in request:
         writer.write(HEAD + b"Content-Length: %d\r\n\r\n" % len(METRICS) + METRICS)
     else:
@@ -419,6 +423,138 @@ def test_a_host_that_dies_and_comes_back_is_told_so(inside: Inside, tls: ssl.SSL
         await world.until(lambda: world.seen["web"] == "serving")
 
     inside(test)
+
+
+# -- names ------------------------------------------------------------------------
+
+NAME = "good.test"
+
+
+class NameServer:
+    """In the place of getaddrinfo()."""
+
+    def __init__(self) -> None:
+        self.asked = self.hung = 0
+        self.says: list[str] | Exception | None = ["127.0.0.1"]  # None: it is silent
+        self.ends = threading.Event()
+
+    def look_up(self, host: Any, *more: Any, **named: Any) -> Any:
+        if host != NAME:
+            return self.is_silent()
+        self.asked += 1
+        if self.says is None:
+            self.hung += 1
+            return self.is_silent()
+        if isinstance(self.says, Exception):
+            raise self.says
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, 0)) for each in self.says]
+
+    def is_silent(self) -> Any:
+        self.ends.wait(DEADLINE_S)
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[NameServer]:
+    made = NameServer()
+    lookup = socket.getaddrinfo
+
+    def getaddrinfo(host: Any, *more: Any, **named: Any) -> Any:
+        numeric = str(host).startswith("127.")
+        return (lookup if numeric else made.look_up)(host, *more, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    yield made
+    made.ends.set()
+
+
+@pytest.fixture(scope="module")
+def named(authority: Authority) -> ssl.SSLContext:
+    return authority.sign("named", f"DNS:{NAME}")
+
+
+def test_names_that_no_server_answers_for_delay_no_other(
+    inside: Inside, named: ssl.SSLContext, names: NameServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "ANSWER_S", DEADLINE_S)
+    monkeypatch.setattr(peers, "EVERY_S", 2 * DEADLINE_S)
+
+    async def test(world: World) -> None:
+        for each in range(40):
+            world.lists(f"dead-{each}", f"https://dead-{each}.test:1")
+        port = await world.serve("web", wants_token, named)
+        world.lists("web", f"https://{NAME}:{port}")
+        world.look()
+        await world.until(lambda: world.seen["web"] == "serving")
+        assert list(world.seen.values()).count("asking") == 40
+
+    inside(test)
+
+
+def test_a_host_is_asked_by_its_last_address_until_servers_know_of_none(
+    inside: Inside, named: ssl.SSLContext, names: NameServer
+) -> None:
+    async def test(world: World) -> None:
+        port = await world.serve("web", wants_token, named)
+        world.lists("web", f"https://{NAME}:{port}")
+        world.look()
+        await world.until(lambda: world.asked.get("web", 0) > 2)
+        names.says = socket.gaierror(socket.EAI_AGAIN, "x")
+        asked = names.asked
+        await world.until(lambda: names.asked > asked + 2)
+        names.says = None
+        await world.until(lambda: names.hung)
+        answered = world.asked["web"]
+        await world.until(lambda: world.asked["web"] > answered + 3)
+        assert names.hung == 1  # one look-up at a time
+        assert world.seen["web"] == "serving"
+
+        names.says = socket.gaierror(socket.EAI_NONAME, "x")
+        names.ends.set()
+        await world.until(lambda: world.seen["web"] == "its name is not known")
+        names.says = ["127.0.0.9", "127.0.0.1"]
+        await world.until(lambda: world.seen["web"] == "serving")
+
+    inside(test)
+
+
+_HANGS = """
+import socket, sys, threading
+real = socket.getaddrinfo
+def getaddrinfo(host, *more, **named):
+    if host == "dead.test":
+        print("is asked for", file=sys.stderr, flush=True)
+        threading.Event().wait()
+    return real(host, *more, **named)
+socket.getaddrinfo = getaddrinfo
+from socketprotector.exporter.__main__ import main
+sys.exit(main())
+"""
+
+
+def test_it_ends_well_while_a_look_up_hangs(tmp_path: Path) -> None:
+    file = tmp_path / "hosts"
+    file.write_text("https://dead.test:1\n")
+    words = ("--listen", "127.0.0.1:0", "--web", "127.0.0.1:0", "--peers", str(file))
+    receive, send = os.pipe()
+    process = subprocess.Popen([sys.executable, "-c", _HANGS, *words], stderr=send)
+    os.close(send)
+    said = Lines(receive)
+    try:
+        where = re.search(r"http://([^/]+)/", said.wait_for("shows a page at"))
+        assert where
+        with contextlib.closing(http.client.HTTPConnection(where[1])) as viewer:
+            viewer.request("GET", "/events")
+            said.wait_for("is asked for")
+            process.terminate()
+            status = process.wait(DEADLINE_S)
+    finally:
+        process.kill()
+        process.wait()
+        said.join()
+
+    assert status == 0
+    assert not [each for each in said.seen if "Traceback" in each]
 
 
 def test_the_files_are_read_again_when_they_change(inside: Inside, tls: ssl.SSLContext) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -21,6 +22,7 @@ import click
 from ..model.duration import Duration
 from ..model.errors import Refusal, SystemRefused
 from ..model.text import escape, in_one_line, in_units
+from ..system import control_path
 from .protected import Protected, free_name, lay_out
 from .screen import Screen
 from .story import NotAsPromised, Story
@@ -96,6 +98,8 @@ def _run(pause_s: float) -> int:
         )
     stops, screen = _Stops(), Screen()
     protected, name = None, free_name()
+    # As root the protector makes this one: workers of other users get to no private folder.
+    kept = os.path.lexists(control_path.SYSTEM)
     stops.hold()
     try:
         folder = Path(tempfile.mkdtemp(prefix="socketprotector-demo-", dir=_place()))
@@ -126,6 +130,9 @@ def _run(pause_s: float) -> int:
                 protected.end()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            if not kept:
+                with suppress(OSError):  # another protector has come to use it, or none has made it
+                    os.rmdir(control_path.SYSTEM)
 
 
 def _place() -> str:

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -17,6 +18,7 @@ from ..ctl import discovery
 from ..ctl.client import Client, Message
 from ..ctl.errors import ControlError
 from ..ctl.fields import listed, number_in, text_in
+from ..system import privileges
 from ..system.cleanup import on_error
 
 PROGRAMS = {
@@ -83,12 +85,15 @@ class Protected:
             *("--log-file", "log", "--chdir", "current", "127.0.0.1:0", "--", "python", "app.py"),
         )
         with (folder / "output").open("wb") as output:
-            self._process = self.run(*self.words, stdout=output, start_new_session=True)
+            self._process = self.run(*self.words, stdout=output, lasting=True)
 
     def run(
-        self, *words: str, stdout: IO[bytes] | int, start_new_session: bool = False
+        self, *words: str, stdout: IO[bytes] | int, lasting: bool = False
     ) -> subprocess.Popen[bytes]:
-        """Start one of the programs in its folder, stderr where stdout goes.  Raises OSError."""
+        """Start one of the programs in its folder, stderr where stdout goes.  Raises OSError.
+
+        lasting: in a session of its own, until we end it, or are killed ourselves.
+        """
         return subprocess.Popen(
             [each for word in words for each in PROGRAMS.get(word, (word,))],
             cwd=self.folder,
@@ -96,7 +101,8 @@ class Protected:
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=subprocess.STDOUT,
-            start_new_session=start_new_session,
+            start_new_session=lasting,
+            preexec_fn=_stop_with_parent if lasting else None,
         )
 
     def status(self) -> Message | None:
@@ -129,6 +135,11 @@ class Protected:
             self._process.send_signal(signal.SIGINT)
             with on_error(os.killpg, self._process.pid, signal.SIGKILL):
                 self._process.wait(_STOP_S)
+
+
+def _stop_with_parent() -> None:
+    with suppress(OSError):  # then it is left behind by a demo that is killed
+        privileges.end_with_parent(signal.SIGINT)
 
 
 def address_of(status: Message) -> str:

@@ -21,6 +21,7 @@ from ..model.settings import Identity
 
 _CAP_KILL, _CAP_SETGID, _CAP_SETUID = 5, 6, 7
 KEPT = (_CAP_KILL, _CAP_SETGID, _CAP_SETUID)
+_PR_SET_PDEATHSIG = 1
 _PR_SET_KEEPCAPS = 8
 _PR_CAPBSET_READ = 23
 _PR_CAPBSET_DROP = 24
@@ -77,6 +78,14 @@ def adopt_group() -> None:
     Raises OSError.
     """
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def end_with_parent(number: int) -> None:
+    """Have the kernel send this signal to this process when its parent's thread ends, exec or not.
+
+    Its own children do not have that.  Raises OSError.
+    """
+    _prctl(_PR_SET_PDEATHSIG, number)
 
 
 def hand_over(identity: Identity) -> None:

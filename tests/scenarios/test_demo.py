@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.pages.recording import of_cast, words_of
-from tests.running import COMMAND, DEADLINE_S, ROOT, Lines
+from tests.running import COMMAND, DEADLINE_S, ROOT, Lines, mark
 
 DEMO = (*COMMAND, "demo")
 CAST = ROOT / "docs" / "images" / "demo.cast"
@@ -79,6 +79,25 @@ def test_it_fits_a_terminal_and_control_c_ends_all_of_it(
     for line in shown.seen:
         text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", line)
         assert max(map(len, text.rstrip("\r").split("\r"))) <= 80, line
+
+
+def test_what_it_started_ends_with_it_when_it_is_killed() -> None:
+    with tempfile.TemporaryDirectory(prefix="sp-") as folder, mark() as environment:
+        ours, its = os.pipe()
+        process = subprocess.Popen(
+            [*DEMO, "--pause", "5m"],
+            env={**os.environ, **environment, "TMPDIR": folder},
+            stdin=subprocess.DEVNULL,
+            stdout=its,
+            stderr=its,
+        )
+        os.close(its)
+        shown = Lines(ours)
+        try:
+            shown.wait_for(r"clients connect all the time")
+        finally:
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 
 from socketprotector.demo import cli, protected
 from socketprotector.demo.protected import Protected
+from socketprotector.system import control_path
 from tests.running import DEADLINE_S
 
 
@@ -76,3 +77,41 @@ def test_one_that_does_not_end_is_killed_and_its_folder_is_removed(
     assert "what it started has not ended within 100ms" in capsys.readouterr().err
     assert statuses == [-signal.SIGKILL]
     assert list(tmp_path.iterdir()) == []
+
+
+class Makes:
+    """In the place of a protector, as root: makes the folder of control sockets."""
+
+    def __init__(self, *_: object) -> None:
+        os.makedirs(control_path.SYSTEM, exist_ok=True)
+
+    def end(self) -> None:
+        pass
+
+    def said(self, _: int) -> list[str]:
+        return []
+
+
+@pytest.mark.parametrize(("before", "other"), [(False, ""), (True, ""), (False, "web.control")])
+def test_the_folder_of_control_sockets_is_there_afterwards_if_it_was_or_is_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, before: bool, other: str
+) -> None:
+    run = tmp_path / "run"
+    if before:
+        run.mkdir()
+    monkeypatch.setattr(control_path, "SYSTEM", str(run))
+
+    class Uses(Told):
+        def tell(self) -> bool:
+            if other:
+                (run / other).touch()
+            return True
+
+    monkeypatch.setattr(cli, "Protected", Makes)
+    monkeypatch.setattr(cli, "Story", Uses)
+    monkeypatch.setattr(cli, "_Stops", NoStops)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    assert cli.main(["--pause", "0"]) == 0
+
+    assert [each.name for each in tmp_path.iterdir()] == (["run"] if before or other else [])

@@ -32,8 +32,8 @@ EVERY_S, ANSWER_S = 5.0, 4.0
 AT_ONCE, TURN_S = 4, 0.1
 #: Viewers are told of all that came in so many turns.
 TURNS = 10
-#: An exporter with 100 instances sends half a megabyte.
-MOST_BYTES = 4 << 20
+#: An exporter with 100 instances sends 600 KB.
+MOST_BYTES = 2 << 20
 _PIECE_BYTES = 65_536
 
 _HEAD = re.compile(rb"HTTP/1\.[01] (\d{3})[ \r]")

@@ -245,7 +245,7 @@ async def drips(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 async def floods(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     writer.write(HEAD + b"\r\n")
     while True:  # drain() raises at the end, once the loop has had a turn
-        writer.write(METRICS * 500)
+        writer.write(b"# more and more of what nobody asked for\n" * 500)
         await writer.drain()
         await asyncio.sleep(0)
 
@@ -257,7 +257,7 @@ async def is_plain(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
 
 HUNG = {"hung": hangs, "dripping": drips}
 WRONG = {
-    "huge": (floods, "sends more than 4 MiB"),
+    "huge": (floods, "sends more than 2 MiB"),
     "long": (says(HEAD + b"\r\n", b"x" * 70_000), "sends no metrics of ours"),
     "page": (says(HEAD + b"\r\n<html>log in</html>"), "sends no metrics of ours"),
     "junk": (says(b"\x00\xff\r\n\r\n"), "speaks no HTTP"),

@@ -56,6 +56,7 @@ _FROM_ELSEWHERE = ("prometheus_client", "starlette", "uvicorn")
 @click.option(
     "--token",
     metavar="FILE",
+    type=click.Path(),
     help="Answer /metrics to those who bring what is in there (Authorization: Bearer).",
 )
 @click.option(
@@ -77,10 +78,18 @@ _FROM_ELSEWHERE = ("prometheus_client", "starlette", "uvicorn")
 @click.option(
     "--peers",
     metavar="FILE",
+    type=click.Path(),
     help="Show hosts on that page: the addresses of their exporters, one a line.",
 )
-@click.option("--peers-ca", metavar="FILE", help="PEM: whose certificates they have.")
-@click.option("--peers-token", metavar="FILE", help="What to bring them: that of their --token.")
+@click.option(
+    "--peers-ca", metavar="FILE", type=click.Path(), help="PEM: whose certificates they have."
+)
+@click.option(
+    "--peers-token",
+    metavar="FILE",
+    type=click.Path(),
+    help="What to bring them: that of their --token.",
+)
 @click.version_option(__version__, prog_name=NAME)
 def _command(**given: Any) -> int:
     """Answer Prometheus with what the protectors on this machine say of themselves:

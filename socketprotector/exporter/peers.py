@@ -64,7 +64,7 @@ class Files:
     def read(self) -> Plan:
         """Return what is in them.  Raises UsageError: one line that names the file."""
         try:
-            with open(self.peers, encoding="utf-8") as opened:
+            with open(self.peers, encoding="utf-8-sig") as opened:
                 peers = parse(opened.read(), self.peers)
         except UnicodeDecodeError as error:
             raise UsageError(f"--peers {self.peers}: no text in UTF-8") from error
@@ -137,34 +137,37 @@ class Peers:
         looked: asyncio.Event,
         tell: Callable[[Iterable[Host]], None],
     ) -> None:
-        left: deque[tuple[Peer, Host]] = deque()
+        left: deque[Peer] = deque()
         heard: list[Host] = []
         due = 0.0
         while looked.is_set():
+            left.extendleft(self._read_again())
             if not left and time.monotonic() >= due:
-                self._read_again()
-                left.extend(self._hosts.items())
+                left.extend(self._hosts)
                 due = time.monotonic() + EVERY_S
             for _ in range(TURNS):
                 for _ in range(min(AT_ONCE, len(left))):
-                    asks.create_task(self._ask(*left.popleft(), heard))
+                    peer = left.popleft()
+                    if peer in self._hosts:  # else it is no longer in the file
+                        asks.create_task(self._ask(peer, self._hosts[peer], heard))
                 await asyncio.sleep(TURN_S)
             tell(heard)
             heard.clear()
 
-    def _read_again(self) -> None:
-        """Take what the files say now; a host that stays the same goes on."""
+    def _read_again(self) -> list[Peer]:
+        """Take what the files say now, and return what is new; a host that stays goes on."""
         stamp = self._files.stamp()
         if stamp == self._stamp:
-            return
+            return []
         self._stamp = stamp
         try:
             self._plan = self._files.read()
         except UsageError as error:
             self._say(f"{error}; until then everything stays as it was")
-            return
+            return []
         known = self._hosts
         self._hosts = {peer: known.get(peer) or Host(peer.name) for peer in self._plan.peers}
+        return [peer for peer in self._hosts if peer not in known]
 
     async def _ask(self, peer: Peer, host: Host, heard: list[Host]) -> None:
         scan = Scan()

@@ -24,13 +24,19 @@ def read_token(option: str, file: str) -> str:
     """
     said = f"{option} {file}"
     try:
-        with open(file, "rb") as opened:
+        with open(file, "rb", opener=_without_waiting) as opened:
             mode = os.fstat(opened.fileno()).st_mode
             words = opened.read(_BYTES).split()
     except OSError as error:
         raise UsageError(f"{said}: {error.strerror}") from error
-    if stat.S_ISREG(mode) and mode & stat.S_IRWXO:
+    if not stat.S_ISREG(mode):
+        raise UsageError(f"{said}: no regular file; it is read again for each request")
+    if mode & stat.S_IRWXO:
         raise UsageError(f"{said}: every user may open it; chmod o= {file}")
     if len(words) != 1 or _TOKEN.fullmatch(words[0]) is None:
         raise UsageError(f"{said}: no token; write one word there, as of openssl rand -hex 32")
     return words[0].decode()
+
+
+def _without_waiting(file: str, flags: int) -> int:
+    return os.open(file, flags | os.O_NONBLOCK)  # for the other end of a FIFO

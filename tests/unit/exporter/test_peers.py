@@ -587,6 +587,29 @@ def test_the_files_are_read_again_when_they_change(inside: Inside, tls: ssl.SSLC
     inside(test)
 
 
+def test_the_file_is_read_again_before_all_hosts_were_asked(
+    inside: Inside, tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round of many hosts takes minutes; a token that was changed is not sent meanwhile."""
+    monkeypatch.setattr(peers, "EVERY_S", 2 * DEADLINE_S)
+
+    async def test(world: World) -> None:
+        await world.serve("web", wants_token, tls)
+        world.look()
+        await world.until(lambda: world.seen == {"web": "serving"})
+        await world.serve("new", wants_token, tls)
+        await world.until(lambda: world.seen == {"web": "serving", "new": "serving"})
+        assert world.asked == {"web": 1, "new": 1}
+
+    inside(test)
+
+
+def test_the_file_may_begin_with_a_mark_of_its_encoding(files: Files) -> None:
+    Path(files.peers).write_text("https://127.0.0.1:1", encoding="utf-8-sig")
+
+    assert [each.name for each in Peers(files, print).hosts] == ["127.0.0.1"]
+
+
 def test_more_hosts_than_one_moment_asks_have_their_turn(
     inside: Inside, tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import ssl
@@ -385,6 +386,13 @@ def test_a_file_without_a_token_is_refused(
 
     assert str(refused.value).startswith(f"--token {file}: {wanted}")
     assert "s3cret" not in str(refused.value)
+
+
+def test_a_token_is_in_a_file_that_can_be_read_again(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "token", 0o600)
+
+    with pytest.raises(UsageError, match="token: no regular file; it is read again"):
+        read_token("--token", str(tmp_path / "token"))
 
 
 @together(

@@ -82,8 +82,8 @@ def test_a_command_is_a_file(completed: Completed) -> None:
 
 def test_the_exporter_completes_files_too(completed: Completed) -> None:
     assert completed("socketprotector-exporter", "--tls-c") == ["plain,--tls-cert"]
-    assert completed("socketprotector-exporter", "--tls-key", "/x") == ["file,/x"]
-    assert completed("socketprotector-exporter", "--control", "/x") == ["file,/x"]
+    for option in ("tls-key", "control", "token", "peers", "peers-ca", "peers-token"):
+        assert completed("socketprotector-exporter", f"--{option}", "/x") == ["file,/x"], option
 
 
 @pytest.mark.parametrize("shell", ["tcsh_complete", "bash_source", ""])

@@ -185,7 +185,8 @@ def settle_check(at: Place) -> Outcome:
         verdict = refused(run("reload"), "GET /: 500")
         seen = one.traffic.seen
         enough = seen.answers.total() + at.answers
-        eventually(lambda: seen.answers.total() >= enough, "answers of the one before")
+        # gunicorn's threads answer but some twenty a second on a busy machine.
+        eventually(lambda: seen.answers.total() >= enough, "answers of the one before", 300)
     assert seen.workers == {one.first}
     one.daemon.log.wait_for("event=route generation=2")  # it did serve
     assert all("500" in kind for kind in seen.failures), "none was cut off or refused"

@@ -78,7 +78,7 @@ class Agent(BoundedServer):
         """Bind and listen.  Raises OSError."""
         self._instances, self._clock = instances, clock
         self._told: dict[str, Told] = {}  # by the path of the control socket
-        self._alone = threading.Lock()
+        self._telling = threading.Lock()
         super().__init__(address, _Handler)
 
     def answer(self, name: str) -> str:
@@ -87,7 +87,7 @@ class Agent(BoundedServer):
         if len(found) != 1 or found[0] is None or found[0].result is None:
             return ""
         path = found[0].path
-        with self._alone:
+        with self._telling:
             self._told[path], line = advise(self._told.get(path), found[0].result, self._clock())
         return line
 

@@ -98,7 +98,10 @@ def _launch(asked: ParsedOptions) -> int:
     if not os.path.isfile(__file__):  # Python runs no file of a wheel on PYTHONPATH, as guard.py
         raise SystemRefused("it is in an archive, of which parts cannot be run: install it")
     kernel_calls.check()
-    preflight.check_pid_file(settings.pid_file, check=check)
+    if asked.control != "":
+        path = asked.control or default_path(settings.name)
+        settings = replace(settings, control=ListenerSettings(f"unix:{path}"))
+    preflight.check_pid_file(settings.pid_file, _files_of(asked, settings), check=check)
     preflight.check_log_file(settings.log_file)
     notices = [*asked.notices]
     given = activation.passed()
@@ -113,9 +116,6 @@ def _launch(asked: ParsedOptions) -> int:
     with on_error(discard_all, bound):
         settings = replace(settings, listeners=tuple(each.settings for each in bound))
         preflight.check_descriptor_names(settings)
-        if asked.control != "":
-            path = asked.control or default_path(settings.name)
-            settings = replace(settings, control=ListenerSettings(f"unix:{path}"))
         notices += preflight.syslog_notices(settings)
         notices += preflight.notices(settings, listens, asked.backlog)
         if check:
@@ -146,6 +146,18 @@ def _launch(asked: ParsedOptions) -> int:
             tell(f"listening on {addresses}", STDOUT)
         stored_listeners.store(given, named)
         return launch(replace(settings, notices=tuple(notices)), named)
+
+
+def _files_of(asked: ParsedOptions, settings: Settings) -> dict[str, str | None]:
+    """Return the files that the pid file may not replace, by the option that names each."""
+    control = settings.control.address.removeprefix("unix:") if settings.control else None
+    return {
+        "--config": asked.config,
+        "--env-file": settings.env_file,
+        "--log-file": settings.log_file,
+        "--control": control,
+        **{each.text: each.path for each in asked.listens},
+    }
 
 
 def ask(

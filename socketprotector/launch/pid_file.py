@@ -2,7 +2,7 @@
 
 Its holder also keeps a flock on it for life, through every exec.  So whether a pid file is
 stale needs no guess about a pid that may be another program's by now: it is if the lock is
-free.
+free.  Only what looks like a pid file is replaced.
 
 It is there before anything serves, and is removed if the start fails: it is no sign of readiness.
 
@@ -12,16 +12,27 @@ seen.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import stat
 
 from lockfile import NotMyLock
 from lockfile.pidlockfile import PIDLockFile
 
-from ..model.errors import AlreadyRunning, SystemRefused
+from ..model.errors import AlreadyRunning, SystemRefused, UsageError
 from ..system import pid_file_removal
 from ..system.cleanup import on_error
 from ..system.dir_lock import locked
+
+#: The longest content of a file that is replaced.
+_MAX_BYTES = 32
+_HINTS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space there, or choose another disk")
+
+
+def hint(error: OSError, place: str) -> str:
+    """Return what an operator can do about a file that cannot be written."""
+    return _HINTS.get(error.errno or 0, f"check {place} and its permissions")
 
 
 class PidFile(PIDLockFile):  # type: ignore[misc]
@@ -37,21 +48,28 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         """Write our pid.
 
         timeout is lockfile's and ignored: a living daemon's lock does not go away by waiting.
-        Raises AlreadyRunning when a living protector holds the file, SystemRefused when it
-        cannot be made.
+        Raises AlreadyRunning when a living protector holds the file, UsageError when it is no pid
+        file, SystemRefused when it cannot be made.
         """
+        stale = None
         try:
             with locked(self.path):
-                self._refuse_if_held("stop or reload that one")
-                self.fd = self._put()
+                stale = self._open_stale("stop or reload that one")
+                self.fd = self._put(stale)
         except OSError as error:
             raise SystemRefused(
-                f"cannot write the pid file {self.path}: {error.strerror}; check the folder and "
-                "its permissions"
+                f"cannot write the pid file {self.path}: {error.strerror}; "
+                f"{hint(error, 'the folder')}"
             ) from error
+        finally:
+            if stale is not None:
+                os.close(stale)
 
-    def _put(self) -> int:
-        """Give the name to a locked file with our pid; return its descriptor."""
+    def _put(self, stale: int | None) -> int:
+        """Give the name to a locked file with our pid; return its descriptor.
+
+        stale: the file that has the name now.
+        """
         temporary = f"{self.path}.{os.getpid()}"
         if os.path.lexists(temporary):
             os.unlink(temporary)  # of a process with our pid that was killed right here
@@ -60,29 +78,69 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
             os.fchmod(fd, 0o644)
             os.write(fd, b"%d\n" % os.getpid())
             fcntl.flock(fd, fcntl.LOCK_EX)
+            self._refuse_if_changed(stale)
             os.rename(temporary, self.path)
         return fd
 
-    def refuse_if_held(self, do: str) -> None:
-        """Raise AlreadyRunning, with what to do, if a living protector holds the file; OSError."""
-        with locked(self.path):
-            self._refuse_if_held(do)
+    def _refuse_if_changed(self, stale: int | None) -> None:
+        """Raise UsageError if the name has got another file meanwhile, or that has grown."""
+        if stale is not None:
+            self._refuse_content(stale)
+        if stale is not None or os.path.lexists(self.path):
+            now = os.lstat(self.path)
+            if stale is None or not os.path.samestat(now, os.fstat(stale)):
+                raise UsageError(
+                    f"the pid file {self.path} was replaced by another program just now; "
+                    "choose a path that no other program uses"
+                )
 
-    def _refuse_if_held(self, do: str) -> None:
+    def refuse_if_held(self, do: str) -> None:
+        """Raise AlreadyRunning, with what to do, if a living protector holds the file.
+
+        Raises UsageError for a file that is no pid file, and OSError.
+        """
+        with locked(self.path):
+            fd = self._open_stale(do)
+        if fd is not None:
+            os.close(fd)
+
+    def _open_stale(self, do: str) -> int | None:
+        """Open the file that may be replaced; None: there is none."""
         try:
+            # Before it is opened: to open a device may do something, and to open a FIFO waits.
+            self._refuse_kind(os.lstat(self.path))
             fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
+            return None
+        with on_error(os.close, fd):
+            self._refuse_kind(os.fstat(fd))
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                first = os.pread(fd, _MAX_BYTES, 0).split(b"\n")[0].strip()
+                holder = int(first) if first.isdigit() else 0
+                raise AlreadyRunning(
+                    f"the pid file {self.path} is held by process {holder}; {do}"
+                ) from None
+            self._refuse_content(fd)
+        return fd
+
+    def _refuse_kind(self, found: os.stat_result) -> None:
+        if stat.S_ISREG(found.st_mode):
             return
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            first = os.pread(fd, 32, 0).split(b"\n")[0].strip()
-            holder = int(first) if first.isdigit() else 0
-            raise AlreadyRunning(
-                f"the pid file {self.path} is held by process {holder}; {do}"
-            ) from None
-        finally:
-            os.close(fd)
+        kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "no regular file"
+        raise UsageError(
+            f"the pid file {self.path} is {kind}; name a regular file, or one that is not there yet"
+        )
+
+    def _refuse_content(self, fd: int) -> None:
+        content = os.pread(fd, _MAX_BYTES + 1, 0)
+        digits = content.removesuffix(b"\n")
+        if len(content) > _MAX_BYTES or (digits and not digits.isdigit()):
+            raise UsageError(
+                f"the pid file {self.path} holds more than a process ID, and would be replaced; "
+                "choose another path, or remove the file"
+            )
 
     def release(self) -> None:
         """Remove the file.  Raises NotMyLock when we do not hold it."""

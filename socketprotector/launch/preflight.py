@@ -12,7 +12,8 @@ import os
 import resource
 import socket
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 
 from ..model import fd_budget, handoff_modes, listen_fds, question
@@ -22,7 +23,7 @@ from ..system import env_file, executable
 from ..system.program_spec import inherited_environment
 from . import user_access
 from .listen_spec import Listen
-from .pid_file import PidFile
+from .pid_file import PidFile, hint
 
 #: Where syslog(3) writes; a container has none.
 _SYSLOG = "/dev/log"
@@ -221,10 +222,21 @@ def check_descriptor_names(settings: Settings) -> None:
         )
 
 
-def check_pid_file(path: str | None, *, check: bool = False) -> None:
-    """Refuse early what would otherwise show as `port in use`; check: nothing is to be started."""
+def check_pid_file(
+    path: str | None, others: Mapping[str, str | None], *, check: bool = False
+) -> None:
+    """Refuse early what would otherwise show as `port in use`; check: nothing is to be started.
+
+    others: the files that other options name, by option.
+    """
     if path is None:
         return
+    for option, other in others.items():
+        if other is not None and _is_same_file(path, other):
+            raise UsageError(
+                f"the pid file {path} is also the file of {option}, and would be replaced; "
+                "give each a path of its own"
+            )
     folder = os.path.dirname(path)
     do = "stop or reload that one"
     if check:
@@ -233,9 +245,20 @@ def check_pid_file(path: str | None, *, check: bool = False) -> None:
         PidFile(path).refuse_if_held(do)
     except OSError as error:
         raise SystemRefused(
-            f"cannot use the pid file {path}: {error.strerror}; check {folder} and its permissions"
+            f"cannot use the pid file {path}: {error.strerror}; {hint(error, folder)}"
         ) from error
     _refuse_unwritable("pid file", path, folder)
+
+
+def _is_same_file(path: str, other: str) -> bool:
+    """Return whether two paths name one file, or will when it is made."""
+    real = os.path.realpath(other)
+    with suppress(OSError):
+        if os.path.lexists(path):
+            return os.path.samestat(os.lstat(path), os.stat(real))
+        same_name = os.path.basename(path) == os.path.basename(real)
+        return same_name and os.path.samefile(os.path.dirname(path), os.path.dirname(real))
+    return False
 
 
 def check_log_file(path: str | None) -> None:
@@ -252,7 +275,7 @@ def _refuse_unwritable(what: str, path: str, there: str) -> None:
         user_access.refuse_unwritable(there)
     except OSError as error:
         raise SystemRefused(
-            f"cannot write the {what} {path}: {error.strerror}; check {there} and its permissions"
+            f"cannot write the {what} {path}: {error.strerror}; {hint(error, there)}"
         ) from error
 
 

@@ -31,7 +31,7 @@ from . import notify_dir
 from .await_verdict import known_by, wait
 from .bind import Bound, discard_all
 from .bind_control import bind_control
-from .pid_file import PidFile
+from .pid_file import PidFile, hint
 
 
 def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
@@ -88,8 +88,7 @@ def _open_log(settings: Settings) -> int | None:
         return open_log(path, settings.identity)
     except OSError as error:
         raise SystemRefused(
-            f"cannot write the log file {path}: {error.strerror}; check the folder and its "
-            "permissions"
+            f"cannot write the log file {path}: {error.strerror}; {hint(error, 'the folder')}"
         ) from error
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from lockfile import NotMyLock
 
 from socketprotector.launch.pid_file import PidFile
-from socketprotector.model.errors import AlreadyRunning, SystemRefused
+from socketprotector.model.errors import AlreadyRunning, SystemRefused, UsageError
 
 
 def holder(looking: PidFile) -> str | None:
@@ -83,6 +84,55 @@ def test_a_system_call_that_fails_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(NotMyLock):
         ours.release()
+
+
+def replaced(path: Path, then: Path) -> None:
+    then.rename(path)
+
+
+def grown(path: Path, then: Path) -> None:
+    path.write_bytes(path.read_bytes() + then.read_bytes())
+
+
+@pytest.mark.parametrize("stale", ["1\n", None], ids=["a stale one", "none"])
+@pytest.mark.parametrize("change", [replaced, grown])
+def test_a_file_that_changes_before_the_rename_is_kept(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stale: str | None,
+    change: Callable[[Path, Path], None],
+) -> None:
+    path, other = tmp_path / "pid", tmp_path / "other"
+    other.write_text("precious")
+    if stale is not None:
+        path.write_text(stale)
+    elif change is grown:
+        path.touch()
+    real_write = os.write
+
+    def writes(fd: int, data: bytes) -> int:
+        change(path, other)
+        return real_write(fd, data)
+
+    monkeypatch.setattr(os, "write", writes)
+    with pytest.raises(UsageError, match="pid file"):
+        PidFile(str(path)).acquire()
+
+    assert path.read_text().endswith("precious")
+    assert {each.name for each in tmp_path.iterdir()} <= {"pid", "other"}
+
+
+def test_a_full_disk_is_not_said_to_be_a_matter_of_permissions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", fails)
+    with pytest.raises(SystemRefused, match="left on device; free space there") as refused:
+        PidFile(str(tmp_path / "pid")).acquire()
+
+    assert "permissions" not in str(refused.value)
 
 
 def test_a_folder_that_is_not_there_is_a_failure(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -358,26 +359,98 @@ def test_a_file_in_a_folder_that_is_not_there_is_refused(
     assert typed.left() == []
 
 
-@pytest.mark.parametrize("option", ["--pid-file", "--log-file"])
-def test_a_folder_in_the_place_of_a_file_is_refused(typed: Typed, option: str) -> None:
+def test_a_folder_in_the_place_of_a_log_file_is_refused(typed: Typed) -> None:
     (typed.folder / "folder").mkdir()
 
-    ended = typed(option, "folder", "unix:s", "--", "true")
+    ended = typed("--log-file", "folder", "unix:s", "--", "true")
 
     refused(ended, 111, "cannot write the .*/folder", "and its permissions")
     assert typed.left() == ["folder"]
 
 
-def test_a_symbolic_link_for_a_pid_file_is_not_followed(typed: Typed) -> None:
-    precious, link = typed.folder / "precious", typed.folder / "pid"
-    precious.write_text("precious")
-    link.symlink_to(precious)
+# -- what the pid file would replace ---------------------------------------------
 
-    ended = typed("--pid-file", "pid", "unix:s", "--", "true")
 
-    refused(ended, 111, f"cannot use the pid file {link}: ")
-    assert precious.read_text() == "precious"
-    assert typed.left() == ["pid", "precious"]
+@pytest.mark.parametrize("check", [(), ("--check",)], ids=["start", "check"])
+@pytest.mark.parametrize("kind", ["fifo", "socket", "folder", "link", "device"])
+def test_what_is_no_regular_file_is_never_replaced_by_a_pid_file(
+    typed: Typed, kind: str, check: tuple[str, ...]
+) -> None:
+    path = typed.folder / "pid"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as one:
+            one.bind(str(path))
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "link":
+        path.symlink_to("nowhere")
+    else:
+        path = Path(os.devnull)
+    before = path.lstat()
+
+    ended = typed(*check, "--pid-file", path, "unix:s", "--", "true")
+
+    said = "is a symbolic link" if kind == "link" else "is no regular file"
+    refused(ended, 2, f"the pid file {path} {said}")
+    assert os.path.samestat(path.lstat(), before)
+
+
+@together(
+    "content",
+    ["precious", "12 34", "-5", "\0", "1\n\n", "1\n2\n", " 1\n", "9" * 33, "\u0663", "1" * 99],
+)
+def test_a_file_with_other_content_is_never_replaced_by_a_pid_file(
+    typed: Typed, content: str
+) -> None:
+    path = typed.folder / "pid"
+    path.write_text(content)
+
+    ended = typed("--check", "--pid-file", path, "unix:s", "--", "true")
+
+    refused(ended, 2, f"the pid file {path} holds more than a process ID")
+    assert path.read_text() == content
+
+
+@together("content", ["", "1", "1\n", "9" * 31 + "\n", "9" * 32])
+def test_a_stale_pid_file_may_be_replaced(typed: Typed, content: str) -> None:
+    path = typed.folder / "pid"
+    path.write_text(content)
+
+    ended = typed("--check", "--pid-file", path, "unix:s", "--", "true")
+
+    assert ended.status == 0, ended
+    assert path.read_text() == content, "--check changes nothing"
+
+
+@together(
+    ("option", "there"),
+    [
+        ("--log-file", True),
+        ("--log-file", False),
+        ("--env-file", True),
+        ("--config", True),
+        ("--control", False),
+        ("", False),
+    ],
+)
+def test_a_file_of_another_option_is_never_replaced_by_a_pid_file(
+    typed: Typed, option: str, there: bool
+) -> None:
+    folder = typed.folder / f"of{option}{there}"
+    folder.mkdir()
+    file, link = folder / "file", typed.folder / f"link{option}{there}"
+    link.symlink_to(folder)  # another name for the same
+    if there:
+        file.touch()
+    words = (option, file) if option else (f"unix:{file}",)
+
+    ended = typed("--check", "--pid-file", link / "file", *words, "unix:s", "--", "true")
+
+    named = option or f"unix:{file}"
+    refused(ended, 2, f"the pid file {link}/file is also the file of {named}, and would be")
+    assert file.exists() == there
 
 
 # -- handoff modes -------------------------------------------------------------

@@ -57,8 +57,8 @@ def test_one_that_a_living_protector_holds_is_respected(start: Start) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [f"{dead_pid()}\n", f"{os.getpid()}\n", "1\n", "", "garbage\n", "-1\n", "9" * 40, "\0\0"],
-    ids=["dead", "another program's", "init's", "empty", "garbage", "negative", "huge", "nul"],
+    [f"{dead_pid()}\n", f"{os.getpid()}\n", "1\n", ""],
+    ids=["dead", "another program's", "init's", "empty"],
 )
 def test_a_stale_one_is_replaced(start: Start, content: str) -> None:
     start.pid_file.write_text(content)

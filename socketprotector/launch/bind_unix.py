@@ -115,14 +115,7 @@ def reapply_options(
     if path.startswith("@"):
         sock.listen(backlog)
         return ListenerSettings(f"unix:{path}", backlog=backlog)
-    folder = os.stat(os.path.dirname(path))
-    user, group, mode = (listen.options.get(each) for each in ("user", "group", "mode"))
-    uid = os.geteuid() if user is None else uid_of(listen.text, user)
-    gid = folder.st_gid if folder.st_mode & stat.S_ISGID else os.getegid()
-    gid = gid if group is None else gid_of(listen.text, group)
-    umask = os.umask(0o022)
-    os.umask(umask)
-    rights = 0o777 & ~umask if mode is None else int(mode, 8)
+    uid, gid, rights = rights_of_new(listen, path)
     with locked(path):
         file = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
@@ -137,6 +130,18 @@ def reapply_options(
             os.close(file)
         sock.listen(backlog)
     return ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, backlog)
+
+
+def rights_of_new(listen: Listen, path: str) -> tuple[int, int, int]:
+    """Return owner, group and mode that a socket file has when it is bound now.  Raises OSError."""
+    folder = os.stat(os.path.dirname(path))
+    user, group, mode = (listen.options.get(each) for each in ("user", "group", "mode"))
+    uid = os.geteuid() if user is None else uid_of(listen.text, user)
+    gid = folder.st_gid if folder.st_mode & stat.S_ISGID else os.getegid()
+    gid = gid if group is None else gid_of(listen.text, group)
+    umask = os.umask(0o022)
+    os.umask(umask)
+    return uid, gid, 0o777 & ~umask if mode is None else int(mode, 8)
 
 
 def is_file_of(sock: socket.socket, found: os.stat_result) -> bool:

@@ -21,7 +21,7 @@ from ..model.errors import SystemRefused, UsageError
 from ..model.settings import Settings
 from ..system import env_file, executable
 from ..system.program_spec import inherited_environment
-from . import user_access
+from . import unix_access, user_access
 from .listen_spec import Listen
 from .pid_file import PidFile, hint
 
@@ -324,6 +324,7 @@ def notices(settings: Settings, listens: Sequence[Listen], backlog: int) -> Iter
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if doubtful := fd_budget.doubtful(settings, settings.processes, hard):
         yield doubtful
+    yield from unix_access.notices(listens, settings.listeners)
     if settings.identity is None:
         return
     files = [settings.pid_file, settings.log_file]

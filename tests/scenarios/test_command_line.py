@@ -48,7 +48,7 @@ def test_the_originals_options_with_one_dash_are_understood(start: Start, words:
 
 
 def test_check_says_that_it_would_start_and_starts_nothing(start: Start) -> None:
-    words = ["127.0.0.1:0", f"unix:{start.folder}/s", "--", *MINIMAL]
+    words = ["127.0.0.1:0", f"unix:{start.folder}/s?mode=0600", "--", *MINIMAL]
 
     ended = start("--check", "--log-file", start.log_file, *words)
 
@@ -85,7 +85,7 @@ def test_check_says_where_a_reload_would_find_no_room(start: Start) -> None:
 
 
 def test_check_does_not_disturb_the_one_that_runs(start: Start) -> None:
-    words = ["127.0.0.1:0", f"unix:{start.folder}/s", "--", *MINIMAL]
+    words = ["127.0.0.1:0", f"unix:{start.folder}/s?mode=0600", "--", *MINIMAL]
     start.up(*words)
 
     ended = start("--check", *words)
@@ -249,7 +249,7 @@ def test_a_log_that_cannot_be_reopened_goes_on_where_it_was(start: Start) -> Non
 
 
 def test_the_launching_process_says_nothing_when_all_is_well(start: Start) -> None:
-    ended = start.up(f"unix:{start.folder}/s", "--", *MINIMAL)
+    ended = start.up(f"unix:{start.folder}/s?mode=0600", "--", *MINIMAL)
 
     assert (ended.out, ended.err) == ("", "")
     pid = start.pid

@@ -188,6 +188,23 @@ def test_the_backlog_is_what_was_asked_for(start: Start) -> None:
     start.stop()
 
 
+def test_a_socket_file_that_a_proxys_user_cannot_use_is_reported(start: Start) -> None:
+    """Of three listeners only that one, and by --check with the same words."""
+    listens = ("unix:s", f"unix:@{start.folder}", "unix:t?mode=0600")
+    said = f"unix:{start.folder}/s: only user "
+
+    checked = start("--check", "--log-file", start.log_file, *listens, "--", *MINIMAL)
+    ended = start.up(*listens, "--", *MINIMAL)
+
+    [line] = ended.lines
+    assert line.startswith(f"SocketProtector: {said}")
+    assert "'unix:s?mode=0660&group=GROUP'" in line
+    assert checked.lines[0] == line
+    assert start.log.count("event=notice") == 1
+    assert f'event=notice text="{said}' in start.log
+    start.stop()
+
+
 def test_a_backlog_above_what_the_kernel_allows_is_reported(start: Start) -> None:
     most = int(Path("/proc/sys/net/core/somaxconn").read_text())
 

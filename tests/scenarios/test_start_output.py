@@ -26,7 +26,7 @@ TALKS = worker("talks")
 
 
 def test_output_of_a_detached_protector_goes_to_syslog(start: Start, syslog: Syslog) -> None:
-    ended = start("--name", "shop", "unix:s", "--", *TALKS, before=syslog.before)
+    ended = start("--name", "shop", "unix:s?mode=0600", "--", *TALKS, before=syslog.before)
     if ended.status == 77:
         pytest.skip("no mounts of one's own here")
     assert ended.status == 0, ended
@@ -48,7 +48,7 @@ def test_output_of_a_detached_protector_goes_to_syslog(start: Start, syslog: Sys
 def test_a_relay_that_is_killed_breaks_no_workers_output_and_comes_back(
     start: Start, syslog: Syslog
 ) -> None:
-    ended = start("unix:s", "--", *TALKS, before=syslog.before)
+    ended = start("unix:s?mode=0600", "--", *TALKS, before=syslog.before)
     if ended.status == 77:
         pytest.skip("no mounts of one's own here")
     relay = relay_of(start)
@@ -68,7 +68,7 @@ def test_a_relay_that_is_killed_breaks_no_workers_output_and_comes_back(
 
 
 def test_the_relay_lives_as_long_as_its_last_writer(start: Start, syslog: Syslog) -> None:
-    ended = start("unix:s", "--", *TALKS, before=syslog.before)
+    ended = start("unix:s?mode=0600", "--", *TALKS, before=syslog.before)
     if ended.status == 77:
         pytest.skip("no mounts of one's own here")
     relay = relay_of(start)
@@ -89,7 +89,7 @@ def test_the_relay_lives_as_long_as_its_last_writer(start: Start, syslog: Syslog
 
 
 def test_stop_signals_do_not_end_the_relay(start: Start, syslog: Syslog) -> None:
-    ended = start("unix:s", "--", *TALKS, before=syslog.before)
+    ended = start("unix:s?mode=0600", "--", *TALKS, before=syslog.before)
     if ended.status == 77:
         pytest.skip("no mounts of one's own here")
     relay = relay_of(start)
@@ -105,7 +105,7 @@ def test_stop_signals_do_not_end_the_relay(start: Start, syslog: Syslog) -> None
 
 def up_with_relay(start: Start, syslog: Syslog, *options: str) -> int:
     """Start a protector that logs through a relay; return the relay's pid."""
-    ended = start(*options, "unix:s", "--", *TALKS, before=syslog.before)
+    ended = start(*options, "unix:s?mode=0600", "--", *TALKS, before=syslog.before)
     if ended.status == 77:
         pytest.skip("no mounts of one's own here")
     assert ended.status == 0, ended
@@ -206,7 +206,7 @@ def test_without_any_syslog_it_runs_all_the_same_and_its_lines_come_once_there_i
     start: Start, syslog: Syslog
 ) -> None:
     """As in a container, or at boot: said on the terminal, as the log cannot be read there."""
-    ended = start("unix:s", "--", *TALKS, before=syslog.before_it_comes)
+    ended = start("unix:s?mode=0600", "--", *TALKS, before=syslog.before_it_comes)
     if ended.status == 77:
         pytest.skip("no mounts of one's own here")
     assert (ended.status, ended.warned, ended.err) == (0, True, ""), ended
@@ -231,7 +231,7 @@ def test_without_any_syslog_it_runs_all_the_same_and_its_lines_come_once_there_i
 def test_a_check_says_that_there_is_no_syslog_where_the_log_would_go_there(
     start: Start, syslog: Syslog, options: tuple[str, ...], warned: bool
 ) -> None:
-    words = ("--check", *options, "unix:s", "--", *MINIMAL)
+    words = ("--check", *options, "unix:s?mode=0600", "--", *MINIMAL)
 
     without = start(*words, before=syslog.before_it_comes)
     if without.status == 77:
@@ -248,7 +248,7 @@ def test_a_socket_file_at_dev_log_without_a_listener_is_no_syslog(
     """A syslog that has ended, or a mount of it into a container that outlives it."""
     syslog.end()
 
-    ended = start("--check", "unix:s", "--", *MINIMAL, before=syslog.before)
+    ended = start("--check", "unix:s?mode=0600", "--", *MINIMAL, before=syslog.before)
     if ended.status == 77:
         pytest.skip("no mounts of one's own here")
     assert (ended.status, ended.warned) == (0, True), ended
@@ -259,7 +259,7 @@ def test_a_socket_file_at_dev_log_without_a_listener_is_no_syslog(
 
 def test_the_log_file_is_appended_to_and_shared(start: Start) -> None:
     start.log_file.write_text("from before\n")
-    start.up("unix:s", "--", *TALKS)
+    start.up("unix:s?mode=0600", "--", *TALKS)
     with Client(f"{start.folder}/s", "from the worker"):
         start.wait_for("from the worker")
     start.stop()
@@ -274,7 +274,7 @@ def test_the_log_file_is_appended_to_and_shared(start: Start) -> None:
 
 
 def test_a_relative_log_file_is_the_callers(start: Start) -> None:
-    ended = start("--log-file", "log", "--chdir", "/", "unix:s", "--", *MINIMAL)
+    ended = start("--log-file", "log", "--chdir", "/", "unix:s?mode=0600", "--", *MINIMAL)
 
     assert ended.status == 0
     assert "event=ready" in start.log
@@ -282,7 +282,7 @@ def test_a_relative_log_file_is_the_callers(start: Start) -> None:
 
 
 def test_every_line_of_a_json_log_is_an_object(start: Start) -> None:
-    start.up("--log-format", "json", "unix:s", "--", *MINIMAL)
+    start.up("--log-format", "json", "unix:s?mode=0600", "--", *MINIMAL)
     start.send(signal.SIGHUP)
     start.wait_for('"event": "reloaded", "generation": 2')
     start.stop()
@@ -299,7 +299,7 @@ def test_every_line_of_a_json_log_is_an_object(start: Start) -> None:
 
 
 def test_the_foreground_is_the_process_that_the_caller_started(start: Start) -> None:
-    with start_of(start, "-f", "unix:s", "--", *TALKS) as process:
+    with start_of(start, "-f", "unix:s?mode=0600", "--", *TALKS) as process:
         assert process.stderr
         assert process.stdout
         log = Lines(os.dup(process.stderr.fileno()))
@@ -320,7 +320,9 @@ def test_lines_in_a_regular_file_do_not_overwrite_each_other(start: Start) -> No
     """`2>&1 >file` without append: all have one offset, so it must be one description."""
     with (
         open(start.folder / "all.sh", "wb") as file,
-        start_of(start, "-f", "unix:s", "--", *TALKS, stdout=file, stderr=file) as process,
+        start_of(
+            start, "-f", "unix:s?mode=0600", "--", *TALKS, stdout=file, stderr=file
+        ) as process,
     ):
         path = start.folder / "all.sh"
         eventually(lambda: "event=ready" in path.read_text(), "ready")
@@ -342,7 +344,9 @@ def test_lines_in_a_regular_file_do_not_overwrite_each_other(start: Start) -> No
 def test_a_reader_of_the_log_that_does_not_read_never_holds_anything_up(start: Start) -> None:
     receive, send = os.pipe()
     fcntl.fcntl(send, fcntl.F_SETPIPE_SZ, 4096)
-    with start_of(start, "-f", "unix:s", "--", *MINIMAL, stderr=send, stdout=send) as process:
+    with start_of(
+        start, "-f", "unix:s?mode=0600", "--", *MINIMAL, stderr=send, stdout=send
+    ) as process:
         os.close(send)
 
         def waiting() -> int:

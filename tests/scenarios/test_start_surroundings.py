@@ -41,7 +41,7 @@ def test_standard_descriptors_may_be_closed(
     start: Start, closed: str, relay: tuple[str, ...]
 ) -> None:
     before = ("sh", "-c", f'exec "$@" {closed}', "-")
-    words = (*relay, "--log-file", "log", "127.0.0.1:0", "unix:s", "--", *TELLS)
+    words = (*relay, "--log-file", "log", "127.0.0.1:0", "unix:s?mode=0600", "--", *TELLS)
 
     ended = start(*words, before=before)
 
@@ -60,7 +60,7 @@ def test_standard_descriptors_may_be_closed_in_the_foreground(
     start: Start, relay: tuple[str, ...]
 ) -> None:
     before = ("sh", "-c", 'exec "$@" 0<&- 1>&- 2>&-', "-")
-    words = ("-f", *relay, "--log-file", "log", "unix:s", "--", *TELLS)
+    words = ("-f", *relay, "--log-file", "log", "unix:s?mode=0600", "--", *TELLS)
 
     with start_of(start, *words, before=before) as run:
         start.wait_for("event=ready")
@@ -76,7 +76,9 @@ def test_it_starts_although_its_output_is_not_read(start: Start) -> None:
     receive, send = os.pipe()
     os.close(receive)
 
-    ended = start("--backlog", "999999", "127.0.0.1:0", "unix:s", "--", *MINIMAL, stdout=send)
+    ended = start(
+        "--backlog", "999999", "127.0.0.1:0", "unix:s?mode=0600", "--", *MINIMAL, stdout=send
+    )
     os.close(send)
 
     assert ended.status == 0
@@ -88,7 +90,7 @@ def test_a_failed_start_with_closed_descriptors_has_its_status(start: Start) -> 
     before = ("sh", "-c", 'exec "$@" 0<&- 1>&- 2>&-', "-")
 
     for mode in ((), ("-f",)):
-        ended = start(*mode, "unix:s", "--", "false", before=before)
+        ended = start(*mode, "unix:s?mode=0600", "--", "false", before=before)
 
         assert (ended.status, ended.out, ended.err) == (3, "", "")
         assert start.left() == []
@@ -100,7 +102,7 @@ def test_leaked_descriptors_reach_no_process(start: Start, mode: str) -> None:
     high = fcntl.fcntl(send, fcntl.F_DUPFD, 200)
     leaked = os.readlink(f"/proc/self/fd/{send}")
     options = ("-f",) if mode == "foreground" else ()
-    words = (*options, "--log-file", "log", "unix:s", "--", *TELLS)
+    words = (*options, "--log-file", "log", "unix:s?mode=0600", "--", *TELLS)
     with start_of(start, *words, pass_fds=(send, high)) as process:
         os.close(send)
         os.close(high)
@@ -125,7 +127,7 @@ def test_a_high_limit_of_descriptors_costs_no_time(start: Start) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (1024, limit))
 
     try:
-        ended = start("--log-file", "log", "unix:s", "--", *TELLS, preexec_fn=raise_it)
+        ended = start("--log-file", "log", "unix:s?mode=0600", "--", *TELLS, preexec_fn=raise_it)
     except subprocess.SubprocessError:
         pytest.skip("may not raise the hard limit here")
 
@@ -144,7 +146,7 @@ def test_the_protector_is_resident_in_less_than_16_mb(start: Start, tmp_path: Pa
         shutil.copytree(source, installed / package.__name__)
     subprocess.run([sys.executable, "-m", "compileall", "-q", installed], check=True)
     start.environment["PYTHONPATH"] = str(installed)
-    start.up("unix:s", "--", *MINIMAL)
+    start.up("unix:s?mode=0600", "--", *MINIMAL)
 
     resident_kb = int(status_of(start.pid)["VmRSS"].split()[0])
 
@@ -165,7 +167,7 @@ def test_a_current_link_to_a_release_is_followed_at_each_reload(start: Start) ->
     current = start.folder / "current.sh"
     current.symlink_to("one.sh")
 
-    start.up(f"unix:{start.folder}/s", "--", "./daemon", cwd=current)
+    start.up(f"unix:{start.folder}/s?mode=0600", "--", "./daemon", cwd=current)
     first = told(f"{start.folder}/s")
     current.unlink()
     current.symlink_to("two.sh")
@@ -188,7 +190,7 @@ def test_paths_are_the_callers_and_the_command_too(start: Start) -> None:
     daemon.chmod(0o755)
 
     ended = start(
-        *("--pid-file", "pid", "--log-file", "log", "--chdir", "room.sh", "unix:s"),
+        *("--pid-file", "pid", "--log-file", "log", "--chdir", "room.sh", "unix:s?mode=0600"),
         *("--", "./daemon.sh"),
     )
 
@@ -201,7 +203,7 @@ def test_paths_are_the_callers_and_the_command_too(start: Start) -> None:
 def test_a_folder_that_goes_away_later_fails_only_reloads(start: Start) -> None:
     room = start.folder / "room.sh"
     room.mkdir()
-    start.up("--chdir", "room.sh", "unix:s", "--", *MINIMAL)
+    start.up("--chdir", "room.sh", "unix:s?mode=0600", "--", *MINIMAL)
     room.rmdir()
 
     start.send(signal.SIGHUP)
@@ -232,7 +234,7 @@ def test_it_needs_no_install_but_a_python_path(start: Start, path: str) -> None:
         cwd, environment = copy, {"PYTHONPATH": ""}
 
     start.up(
-        *(f"unix:{start.folder}/s", "--", sys.executable, script),
+        *(f"unix:{start.folder}/s?mode=0600", "--", sys.executable, script),
         environment=environment,
         cwd=cwd,
     )
@@ -251,7 +253,7 @@ def test_it_needs_no_install_but_a_python_path(start: Start, path: str) -> None:
 
 
 def test_output_of_the_foreground_is_on_the_terminal(start: Start) -> None:
-    with on_a_terminal(start, "unix:s", "--", *worker("talks")) as (process, terminal):
+    with on_a_terminal(start, "unix:s?mode=0600", "--", *worker("talks")) as (process, terminal):
         terminal.read_until("event=ready")
         with Client(f"{start.folder}/s", "a line of the worker"):
             terminal.read_until("a line of the worker")
@@ -263,7 +265,10 @@ def test_output_of_the_foreground_is_on_the_terminal(start: Start) -> None:
 
 
 def test_the_terminal_of_the_foreground_going_away_stops_it(start: Start) -> None:
-    with on_a_terminal(start, "--log-file", "log", "unix:s", "--", *MINIMAL) as (process, terminal):
+    with on_a_terminal(start, "--log-file", "log", "unix:s?mode=0600", "--", *MINIMAL) as (
+        process,
+        terminal,
+    ):
         start.wait_for("event=ready")
         terminal.close()
         assert process.wait(DEADLINE_S) == 0
@@ -273,7 +278,7 @@ def test_the_terminal_of_the_foreground_going_away_stops_it(start: Start) -> Non
 
 
 def test_under_nohup_the_terminal_may_go_away(start: Start) -> None:
-    words = ("--log-file", "log", "unix:s", "--", *MINIMAL)
+    words = ("--log-file", "log", "unix:s?mode=0600", "--", *MINIMAL)
     with on_a_terminal(start, *words, before=("nohup",)) as (process, terminal):
         start.wait_for("event=ready")
         terminal.close()
@@ -292,7 +297,7 @@ def test_under_nohup_the_terminal_may_go_away(start: Start) -> None:
 
 def test_a_detached_protector_has_no_terminal_and_reloads_on_hup(start: Start) -> None:
     """Also when HUP was ignored by the process that started it."""
-    start.up("unix:s", "--", *MINIMAL, before=("nohup",))
+    start.up("unix:s?mode=0600", "--", *MINIMAL, before=("nohup",))
 
     assert os.getsid(start.pid) != start.pid, "no session leader: it can get no terminal"
     assert os.getsid(start.pid) != os.getsid(0)
@@ -308,7 +313,7 @@ def test_a_caller_may_ignore_the_end_of_its_children(start: Start, options: Sequ
     ignores = "from signal import *; import os, sys; signal(SIGCHLD, SIG_IGN); "
     before = (sys.executable, "-c", ignores + "os.execvp(sys.argv[1], sys.argv[1:])")
 
-    start.up(*options, "unix:s", "--", *MINIMAL, before=before)
+    start.up(*options, "unix:s?mode=0600", "--", *MINIMAL, before=before)
 
     start.reload()
     start.stop()
@@ -318,7 +323,7 @@ def test_stdin_may_be_a_socket(start: Start) -> None:
     """As under `ssh host SocketProtector ...`, where others take it for inetd and do not detach."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        ended = start("unix:s", "--", *MINIMAL, stdin=theirs)
+        ended = start("unix:s?mode=0600", "--", *MINIMAL, stdin=theirs)
 
         assert ended.status == 0
         assert os.getsid(start.pid) != os.getsid(0)
@@ -329,7 +334,7 @@ def test_stdin_may_be_a_socket(start: Start) -> None:
 
 def test_a_reader_of_the_commands_output_gets_its_end(start: Start) -> None:
     """`$(SocketProtector ...)` returns: the protector holds none of the caller's descriptors."""
-    words = (*COMMAND, "--pid-file", "pid", "--log-file", "log", "unix:s", "--", *MINIMAL)
+    words = (*COMMAND, "--pid-file", "pid", "--log-file", "log", "unix:s?mode=0600", "--", *MINIMAL)
     ended = subprocess.run(
         ["sh", "-c", 'echo "$("$@" 2>&1)"', "-", *words],
         cwd=start.folder,

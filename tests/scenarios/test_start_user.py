@@ -107,7 +107,7 @@ def test_everything_runs_as_that_user_from_before_the_first_worker(
 
     # A low port and the caller's groups are root's: bound before, dropped after.
     port = low_port()
-    words = (f"127.0.0.1:{port}", "unix:s", "--", *command)
+    words = (f"127.0.0.1:{port}", "unix:s?mode=0600", "--", *command)
     ended = start.up("--user", "nobody", *words, extra_groups=[0, 1])
 
     assert ended.err == "", "the folder is that user's: nothing to say"
@@ -154,7 +154,7 @@ def test_the_order_is_bind_then_pid_file_then_drop_then_workers(
     theirs.chmod(0o755)
     command = (python, "-S", "-E", str(WORKERS / "tells.py"))
 
-    ended = start.up("--user", "nobody", "unix:s", "--", *command)
+    ended = start.up("--user", "nobody", "unix:s?mode=0600", "--", *command)
 
     assert ended.lines == [
         f"SocketProtector: {theirs} should belong to user nobody: files there cannot be removed at "
@@ -176,7 +176,15 @@ def test_a_start_that_fails_leaves_nothing_in_folders_of_roots(
     os.chown(theirs, 0, 0)
     theirs.chmod(0o755)
     control = theirs / "control"
-    options = ("--log-file", start.log_file, "--user", "nobody", "--control", control, "unix:s")
+    options = (
+        "--log-file",
+        start.log_file,
+        "--user",
+        "nobody",
+        "--control",
+        control,
+        "unix:s?mode=0600",
+    )
     if how == "fails":
         ended = start("--start-tries", "1", *options, "--", "/bin/false")
         assert ended.status == 3
@@ -201,7 +209,7 @@ def test_folders_of_several_files_are_named_in_one_line(
     os.chown(theirs, 0, -1)
     theirs.chmod(0o755)
 
-    ended = start.up("--user", "nobody", f"unix:{other}/s", "--", *command)
+    ended = start.up("--user", "nobody", f"unix:{other}/s?mode=0600", "--", *command)
 
     assert len(ended.lines) == 1
     assert f"{theirs} and {other} should belong to user nobody" in ended.err
@@ -212,7 +220,7 @@ def test_a_group_of_ones_own_choice(start: Start, theirs: Path, python: str) -> 
     group = next(g for g in grp.getgrall() if g.gr_gid not in (0, pwd.getpwnam("nobody").pw_gid))
     command = (python, "-S", "-E", str(WORKERS / "tells.py"))
 
-    start.up("--user", "nobody", "--group", group.gr_name, "unix:s", "--", *command)
+    start.up("--user", "nobody", "--group", group.gr_name, "unix:s?mode=0600", "--", *command)
 
     found = told(f"{theirs}/s")
     assert found["gids"] == [group.gr_gid] * 3
@@ -223,7 +231,7 @@ def test_a_group_of_ones_own_choice(start: Start, theirs: Path, python: str) -> 
 
 def test_the_log_can_be_reopened_after_the_drop(start: Start, theirs: Path, python: str) -> None:
     command = (python, "-S", "-E", str(WORKERS / "tells.py"))
-    start.up("--user", "nobody", "unix:s", "--", *command)
+    start.up("--user", "nobody", "unix:s?mode=0600", "--", *command)
     (theirs / "log").rename(theirs / "log.1.sh")
 
     start.send(signal.SIGUSR1)
@@ -241,7 +249,7 @@ def test_a_link_in_that_users_folder_is_not_written_through_as_root(
     with tempfile.NamedTemporaryFile() as precious:
         (theirs / "log").symlink_to(precious.name)
 
-        ended = start("--log-file", "log", "--user", "nobody", "unix:s", "--", "true")
+        ended = start("--log-file", "log", "--user", "nobody", "unix:s?mode=0600", "--", "true")
 
         assert ended.status == 111
         assert "cannot write the log file" in ended.err
@@ -253,7 +261,7 @@ def test_a_nice_value_below_zero_is_had_as_another_user(
 ) -> None:
     command = (python, "-S", "-E", str(WORKERS / "tells.py"))
 
-    ended = start("--user", "nobody", "--limit", "nice=-3", "unix:s", "--", *command)
+    ended = start("--user", "nobody", "--limit", "nice=-3", "unix:s?mode=0600", "--", *command)
 
     if may_raise_limits():
         assert told(f"{theirs}/s")["nice"] == -3
@@ -276,7 +284,16 @@ def test_what_that_user_cannot_execute_is_refused_at_once(
     script.chmod(0o700 if what == "script" else 0o755)
     command = {"command": closed / "sleep", "directory": Path("/bin/sleep")}.get(what, script)
     where = closed if what == "directory" else theirs
-    words = ("--ready", "after:1ms", "--chdir", str(where), "unix:s", "--", command, "1000")
+    words = (
+        "--ready",
+        "after:1ms",
+        "--chdir",
+        str(where),
+        "unix:s?mode=0600",
+        "--",
+        command,
+        "1000",
+    )
 
     ended = start(*(("--check",) if check else ()), "--user", "nobody", *words)
 
@@ -297,7 +314,7 @@ def test_what_that_user_may_execute_by_its_group_is_not_refused(start: Start, th
     os.chown(ours, 0, pwd.getpwnam("nobody").pw_gid)
     shutil.copy("/bin/sleep", ours / "sleep")
 
-    ended = start("--check", "--user", "nobody", "unix:s", "--", ours / "sleep", "1000")
+    ended = start("--check", "--user", "nobody", "unix:s?mode=0600", "--", ours / "sleep", "1000")
 
     assert ended.status == 0, ended
 
@@ -306,7 +323,7 @@ def test_a_number_may_stand_for_the_user(start: Start, theirs: Path, python: str
     uid = pwd.getpwnam("nobody").pw_uid
     command = (python, "-S", "-E", str(WORKERS / "tells.py"))
 
-    start.up("--user", str(uid), "unix:s", "--", *command)
+    start.up("--user", str(uid), "unix:s?mode=0600", "--", *command)
 
     assert told(f"{theirs}/s")["uids"] == [uid] * 3
     start.stop()
@@ -357,14 +374,14 @@ def test_a_low_port_needs_the_right(
 def test_without_root_it_cannot_become_another_user(
     as_nobody: Callable[..., Ended], option: str
 ) -> None:
-    ended = as_nobody(option, "0", "unix:s", "--", "true")
+    ended = as_nobody(option, "0", "unix:s?mode=0600", "--", "true")
 
     assert ended.status == 2
     assert "need root; leave them out or start as root" in ended.err
 
 
 def test_a_nice_value_below_zero_needs_root(as_nobody: Callable[..., Ended]) -> None:
-    ended = as_nobody("--limit", "nice=-1", "unix:s", "--", "true")
+    ended = as_nobody("--limit", "nice=-1", "unix:s?mode=0600", "--", "true")
 
     assert ended.status == 2
     assert "--limit nice=-1: below 0 needs root" in ended.err
@@ -374,7 +391,7 @@ def test_any_user_can_run_it_with_what_the_python_path_leads_to(
     start: Start, as_nobody: Callable[..., Ended], python: str
 ) -> None:
     """No root, nothing installed, no log file: the relay runs too."""
-    ended = as_nobody("unix:s", "--", python, "-S", "-E", str(WORKERS / "minimal.py"))
+    ended = as_nobody("unix:s?mode=0600", "--", python, "-S", "-E", str(WORKERS / "minimal.py"))
 
     assert ended.status == 0, ended
     assert ask(f"{start.folder}/s") == "hello"

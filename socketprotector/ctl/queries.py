@@ -1,4 +1,4 @@
-"""status, ready, connections, crashes, diff, events, list: commands that change nothing."""
+"""status, ready, history, connections, crashes, diff, events, list: they change nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import click
 
-from ..model.text import field
+from ..model.text import field, headline
 from ..system import control_path
 from . import discovery
 from .cli import Instance, command, complain, plural, say, say_json, say_last_words, tell
@@ -77,6 +77,45 @@ def ready(instance: Instance, health: bool, as_json: bool) -> None:
         raise NotReady(f"not ready: {why}")
     if not as_json:
         say(f"ready: generation {number_in(found, 'route')} serves")
+
+
+@command(short_help="List the last reloads, dry runs and failed health checks.")
+def history(instance: Instance, as_json: bool) -> None:
+    """The last reloads and dry runs, with result and reason, and failed health checks.
+
+    The newest last: 50 reloads, 20 dry runs, 50 changes of health. The last ten reloads and dry
+    runs show last words. Upgrades and crashes of the protector lose none of it.
+    """
+    try:
+        result = instance.request("history")
+    except RequestRefused as error:
+        if error.code != "unknown":
+            raise
+        why = "this protector is older than socketprotectorctl and does not know `history`"
+        hint = "replace it with `socketprotectorctl upgrade`, or see `status`"
+        raise RequestRefused(error.code, f"{why}; {hint}") from None
+    if as_json:
+        say_json(result)
+        return
+    from . import render
+
+    found = listed(result, "history")
+    for each in found:
+        kind, reason = text_in(each, "kind"), text_in(each, "reason")
+        began_at, ended_at = each.get("began_at"), each.get("ended_at")
+        first_line = headline(reason)
+        took = f" after {render.age_text(ended_at, began_at)}" if ended_at != began_at else ""
+        render.show(
+            render.line(
+                f"{render.time_text(began_at)} {kind}: generation {each.get('generation')} ",
+                text_in(each, "result"),
+                took if ended_at is not None else "",
+                f": {first_line}" if first_line else "",
+            )
+        )
+        say_last_words(reason.partition("\n")[2])
+    if not found:
+        say("no reload, dry run or failed health check yet")
 
 
 @command(short_help="List connections: peer, age, worker.")

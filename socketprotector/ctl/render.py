@@ -22,12 +22,14 @@ from .client import Message
 UNKNOWN = "-"
 #: Phases, results and levels that stand out.
 _STYLES = {
-    **dict.fromkeys(("serving", "ready", "reloaded"), "green"),
+    **dict.fromkeys(("serving", "ready", "reloaded", "passed", "healthy"), "green"),
     **dict.fromkeys(
         ("starting", "settling", "reloading", "running", "retiring", "orphaned", "warning"),
         "yellow",
     ),
-    **dict.fromkeys(("failed", "abandoned", "dead", "denied", "silent", "error"), "red"),
+    **dict.fromkeys(
+        ("failed", "unhealthy", "abandoned", "dead", "denied", "silent", "error"), "red"
+    ),
     **dict.fromkeys(("draining", "waiting", "stopping"), "cyan"),
 }
 _BARS = " ▁▂▃▄▅▆▇█"

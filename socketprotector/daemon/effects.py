@@ -154,6 +154,7 @@ class Effects:
             settings=lambda: self.live_settings.settings,
             reach=self._reach_serving,
             paused=lambda: self.steering.holds and not self.forwarder.accepts,
+            remember=self.reports.remember,
         )
         self._askers: tuple[WorkerPool | Asking | SettleCheck | Health, ...] = (
             *(self.pool, self.asking, self.settle_check, self.health),

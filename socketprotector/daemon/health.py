@@ -24,6 +24,7 @@ from contextlib import suppress
 
 from ..model import question
 from ..model.errors import what_failed
+from ..model.history import HEALTHY, History
 from ..model.question import Question
 from ..model.settings import Settings
 from ..system.check_command import CheckCommand, shown
@@ -35,7 +36,7 @@ from .probe_port import PROBE, Reach, Way
 from .runtime import Runtime
 
 #: What is known of the generation.  Of one that has just begun to serve nothing is.
-UNKNOWN, HEALTHY, UNHEALTHY = "unknown", "healthy", "unhealthy"
+UNKNOWN, UNHEALTHY = "unknown", "unhealthy"
 _TIMER, _LIMIT = "health", "health-limit"
 #: How soon to look whether a connection was taken: each time twice as late.
 _FIRST_LOOK_S = 0.005
@@ -56,12 +57,15 @@ class Health:
         settings: Callable[[], Settings],
         reach: Reach,
         paused: Callable[[], bool],
+        remember: Callable[[Callable[[History], History]], None],
     ) -> None:
         """settings: those that hold.  reach: to the generation that serves.
 
-        paused: whether it cannot be asked for the moment.
+        paused: whether it cannot be asked for the moment.  remember: changes the history by the
+        function that it is given.
         """
         self._loop, self._log = runtime.loop, runtime.log
+        self._persist, self._remember = runtime.persist, remember
         self._settings, self._reach, self._paused = settings, reach, paused
         self._generation: OpenGeneration | None = None
         self._held_to: tuple[object, ...] = ()
@@ -346,6 +350,7 @@ class Health:
         if state != self.state and self._generation is not None:
             self.state, self.since_at = state, time.time()
             number, reason = self._generation.record.number, self.last or None
+            self._note(number)
             if state == HEALTHY:
                 self._log.write("info", "healthy", generation=number)
             else:
@@ -355,3 +360,8 @@ class Health:
                     generation=number,
                     reason=reason,
                 )
+
+    def _note(self, number: int) -> None:
+        state, reason, at = self.state, self.last, self.since_at
+        self._remember(lambda history: history.health_changed(number, state, reason, at))
+        self._persist()  # no decision follows, which would write it

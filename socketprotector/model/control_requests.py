@@ -65,6 +65,7 @@ _LEVEL: Kind = (
 #: Command -> the arguments it takes: exactly one of them, but for _OPTIONAL.
 COMMANDS: Mapping[str, Mapping[str, Kind]] = {
     "status": {},
+    "history": {},
     "reload": {"dry_run": _YES_OR_NO},
     "upgrade": {},
     "stop": {"quick": _YES_OR_NO},
@@ -83,7 +84,7 @@ COMMANDS: Mapping[str, Mapping[str, Kind]] = {
     "drain": {"generation": _NUMBER, "pid": _NUMBER},  # the name of `replace` until 1.0
 }
 #: For those who may look, and change nothing (--status-group).
-STATUS_COMMANDS = ("status", "events")
+STATUS_COMMANDS = ("status", "history", "events")
 #: Those that can do without.
 _OPTIONAL = ("reload", "stop", "connections")
 

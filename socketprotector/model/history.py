@@ -1,4 +1,4 @@
-"""The history: which reloads there were, and which workers crashed.
+"""The history: reloads and dry runs, how health checks of --health went, and workers that crashed.
 
 Pure: frozen values, kept in the state like everything else that has to outlive the program.
 Times are seconds since the epoch, for people.
@@ -6,12 +6,20 @@ Times are seconds since the epoch, for people.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from .lazy_dataclass import frozen
+from .text import headline
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 #: The last so many are remembered.
-RELOADS, CRASHES = 10, 20
+RELOADS, DRY_RUNS, HEALTH_CHANGES, CRASHES = 50, 20, 50, 20
+#: Of the last so many reloads, and dry runs, last words are remembered, too; `status` has these.
+RECENT = 10
+HEALTHY = "healthy"
 
 
 @frozen
@@ -23,6 +31,16 @@ class Reload:
     reason: str = ""
     began_at: float = 0.0
     ended_at: float | None = None
+
+
+@frozen
+class HealthChange:
+    """A generation became healthy, unhealthy or unknown; the reason is the check's last answer."""
+
+    generation: int
+    state: str
+    reason: str
+    at: float
 
 
 @frozen
@@ -44,12 +62,14 @@ class Crash:
 
 @frozen
 class History:
-    """The last of both, the newest last."""
+    """The last of each, the newest last."""
 
     reloads: tuple[Reload, ...] = ()
     crashes: tuple[Crash, ...] = ()
     crashed: int = 0  # in all
     dry_run: Reload | None = None  # the last one; then passed or failed
+    earlier_dry_runs: tuple[Reload, ...] = ()
+    health: tuple[HealthChange, ...] = ()
 
     def with_crash(self, crash: Crash) -> History:
         """Add one; not what a dry run finds out, which is in its verdict: nothing served there."""
@@ -66,8 +86,10 @@ class History:
         return replace(self, crashes=tuple(crashes))
 
     def dry_run_began(self, generation: int, at: float) -> History:
-        """Note that one is under way, in the place of the last one."""
-        return replace(self, dry_run=Reload(generation, began_at=at))
+        """Note that one is under way; the one before is an earlier one from now on."""
+        earlier = (*self.earlier_dry_runs, *([self.dry_run] if self.dry_run else []))
+        begun = Reload(generation, began_at=at)
+        return replace(self, dry_run=begun, earlier_dry_runs=_last(earlier, DRY_RUNS - 1))
 
     def dry_run_ended(self, generation: int, result: str, reason: str, at: float) -> History:
         """Note its result, `passed` or `failed`, and why."""
@@ -77,7 +99,7 @@ class History:
     def reload_began(self, generation: int, at: float) -> History:
         """Note that one is under way; of the last RELOADS it is the latest."""
         begun = Reload(generation, began_at=at)
-        return replace(self, reloads=(*self.reloads, begun)[-RELOADS:])
+        return replace(self, reloads=_last((*self.reloads, begun), RELOADS))
 
     def reload_ended(self, generation: int, result: str, reason: str, at: float) -> History:
         """Note the outcome, also of a reload whose beginning was not recorded."""
@@ -86,4 +108,42 @@ class History:
         ended = replace(
             begun or Reload(generation, began_at=at), result=result, reason=reason, ended_at=at
         )
-        return replace(self, reloads=(*others, ended)[-RELOADS:])
+        return replace(self, reloads=_last((*others, ended), RELOADS))
+
+    def health_changed(self, generation: int, state: str, reason: str, at: float) -> History:
+        """Note what the health check found, where that is news.
+
+        A generation counts as healthy until a check says otherwise.  The program after a restart
+        finds out again what is known already.
+        """
+        last = self.health[-1] if self.health else None
+        known = last.state if last is not None and last.generation == generation else HEALTHY
+        if state == known:
+            return self
+        change = HealthChange(generation, state, reason, at)
+        return replace(self, health=(*self.health, change)[-HEALTH_CHANGES:])
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Return reloads, dry runs and changes of health in one form, by the time they began."""
+        dry_runs = (*self.earlier_dry_runs, *([self.dry_run] if self.dry_run else []))
+        found = [_entry("reload", each) for each in self.reloads]
+        found += [_entry("dry-run", each) for each in dry_runs]
+        found += [
+            _entry("health", Reload(each.generation, each.state, each.reason, each.at, each.at))
+            for each in self.health
+        ]
+        return sorted(found, key=lambda each: each["began_at"])
+
+
+def _entry(kind: str, each: Reload) -> dict[str, Any]:
+    return {"kind": kind, **asdict(each)}
+
+
+def _last(reloads: tuple[Reload, ...], most: int) -> tuple[Reload, ...]:
+    """Return the last ones; of those before RECENT only the first line of the reason."""
+    kept = reloads[-most:]
+    older = (
+        replace(each, reason=headline(each.reason)) if "\n" in each.reason else each
+        for each in kept[:-RECENT]
+    )
+    return (*older, *kept[-RECENT:])

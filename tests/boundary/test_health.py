@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,6 +13,7 @@ import pytest
 
 from socketprotector.daemon.health import UNHEALTHY, Health
 from socketprotector.daemon.runtime import Runtime
+from socketprotector.model.history import History
 from socketprotector.system.loop import Loop
 from socketprotector.system.process import Process
 from tests.boundary.ending import SHELL, children, settle, until
@@ -19,18 +21,31 @@ from tests.boundary.ending import SHELL, children, settle, until
 pytestmark = pytest.mark.usefixtures("in_root_directory")
 
 
-def asked(loop: Loop, command: str) -> Health:
-    """Return what is known of generation 1, which is asked by this command."""
+def asked(loop: Loop, command: str, written: list[History]) -> Health:
+    """Return what is known of generation 1, which is asked by this command.
+
+    written: gets the history whenever the state is written.
+    """
+    kept = [History()]
+
+    def remember(change: Callable[[History], History]) -> None:
+        kept[0] = change(kept[0])
+
+    def persist() -> bool:
+        written.append(kept[0])
+        return True
+
     log = SimpleNamespace(write=lambda *_, **__: None)
     its = SimpleNamespace(
         health=f"check:{command}", health_every_s=0.02, health_failures=3, health_timeout_s=0.1
     )
     way = SimpleNamespace(text="127.0.0.1:1", close=lambda: None)
     health = Health(
-        Runtime(loop, cast("Any", log), lambda _: None, lambda: True),
+        Runtime(loop, cast("Any", log), lambda _: None, persist),
         settings=lambda: cast("Any", its),
         reach=lambda *_: cast("Any", way),
         paused=lambda: False,
+        remember=remember,
     )
     program = replace(SHELL, environment=(("PATH", os.environ["PATH"]),))
     generation = SimpleNamespace(program=program, record=SimpleNamespace(number=1))
@@ -48,9 +63,12 @@ def test_beside_one_that_cannot_be_killed_no_other_is_started(
 
     with monkeypatch.context() as patched:
         patched.setattr(Process, "kill_group", anothers)
-        health = asked(loop, "exec sleep 1000")
+        written: list[History] = []
+        health = asked(loop, "exec sleep 1000", written)
         until(loop, lambda: health.failures >= 5)
         assert (health.state, health.last) == (UNHEALTHY, "sleep: no answer within 100ms")
+        assert [each.state for each in written[-1].health] == [UNHEALTHY]
+        assert written[-1].health[-1].reason == health.last
         [first] = children()
 
         os.kill(first, signal.SIGKILL)

@@ -1019,6 +1019,8 @@ def test_all_that_is_known_outlives_the_program(operated: Operating, how: str) -
     web.until_generation(2, active=1)
     forwarded = web.status()["forwarded"]
     before, crashes = remembered(web.status()), line.ask("crashes")
+    history = line.ask("history")
+    assert [each["result"] for each in history["history"]] == ["reloaded"]
     assert before["lost"] == 0
     assert crashes["crashes"][0]["lost"] == 2
 
@@ -1037,6 +1039,7 @@ def test_all_that_is_known_outlives_the_program(operated: Operating, how: str) -
         # Not written down for each connection, so a kill may forget some.
         assert found["forwarded"] == forwarded or (how == "kill" and found["forwarded"] < forwarded)
         assert line.ask("crashes") == crashes
+        assert line.ask("history") == history
         assert found["main_pid"] == web.daemon.pid
         assert kept.ask() == f"[{kept_by(web, kept)}] hello"
     assert mode_of(web.path) == 0o600

@@ -215,6 +215,9 @@ def test_another_protector_asks_anew(
     assert wait_gone(before) == []
     asked.good()
     one.daemon.log.wait_for("event=healthy generation=1", after=mark)
+    found = one.one.line().ask("history")["history"]
+    # Noted once, though the next protector found it out again.
+    assert [each["result"] for each in found] == ["unhealthy", "healthy"]
     one.daemon.stop()
 
 

@@ -29,6 +29,7 @@ from ...core.fleet import Fleet, Phase, State
 from ...core.reload import STOP_FIRST
 from ...model import control_requests
 from ...model.control_requests import Request, RequestError
+from ...model.history import RECENT
 from ...model.lazy_dataclass import mutable
 from ..config_reader import ConfigAnswer
 from ..effects import Effects
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 #: What changes nothing, and so cannot leave anything half done.
-_LOOKS = ("status", "connections", "crashes")
+_LOOKS = ("status", "history", "connections", "crashes")
 _NOT_WHILE_STOPPING = ("reload", "upgrade", "lame-duck", "scale", "hold", "replace", "drain")
 _ENDING = (Phase.DRAINING, Phase.ABANDONED)
 
@@ -124,9 +125,12 @@ class CommandHandler:
             "listeners": [status.of_listener(each) for each in effects.forwarder.listeners],
             "generations": status.of_generations(fleet, effects),
             "dry_run": asdict(history.dry_run) if history.dry_run is not None else None,
-            "reloads": status.plain(history.reloads),
+            "reloads": status.plain(history.reloads[-RECENT:]),
             "crashes": history.crashed,
         }
+
+    def do_history(self) -> Mapping[str, Any]:
+        return {"history": self._effects.reports.run.history.entries()}
 
     def _left_s(self, wait: TimerKind) -> float | None:
         """Return the seconds until a timer of the fleet runs out; None where it does not run."""

@@ -250,8 +250,8 @@ class ControlServer:
         try:
             request = control_requests.parse(line)
             if request.command not in client.may:
-                may = " and ".join(client.may)
-                why = f"{request.command}: members of --status-group may use {may} only"
+                may = ", ".join(client.may)
+                why = f"{request.command}: members of --status-group may use only {may}"
                 raise RequestError("denied", why, request.id)
             self.handle(client, request)
         except RequestError as wrong:

@@ -84,6 +84,11 @@ def reload(number: int, result: str, reason: str = "") -> Message:
     }
 
 
+def entry(kind: str, number: int, result: str, reason: str = "", **more: Any) -> Message:
+    """One of `history`."""
+    return {"kind": kind, **reload(number, result, reason), **more}
+
+
 def crash(**more: Any) -> Message:
     """A crash, as `crashes` answers it."""
     return {

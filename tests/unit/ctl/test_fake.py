@@ -59,13 +59,17 @@ def test_the_fake_answers_as_a_real_protector(
 
         real = status()
         answer = client.request("crashes")
+        history = client.request("history")["history"]
         workers = client.request("connections")["workers"]
 
     made = fake.status(reloads=[fake.reload(8, "reloaded")], dry_run=fake.reload(9, "passed"))
     crashes, words_at = answer["crashes"], answer["words_at"]
+    entries = [fake.entry("reload", 2, "reloaded"), fake.entry("dry-run", 3, "passed")]
     owners = [fake.owner(4712, accepted_at_by_fd={})]
     assert differences(real, made) == []
     assert differences(crashes, [fake.crash()], "crashes") == []
+    assert differences(history, entries, "history") == []
+    assert [each["kind"] for each in history] == ["reload", "dry-run"]
     assert differences(workers, owners, "connections") == []
     # Else nothing would have been compared.
     assert real["reloads"]

@@ -23,6 +23,7 @@ from tests.unit.ctl.fake import (
     Message,
     Refusing,
     crash,
+    entry,
     generation,
     health,
     reload,
@@ -31,6 +32,14 @@ from tests.unit.ctl.fake import (
 )
 
 Ctl = Callable[..., Ended]
+UNKNOWN_HISTORY = [
+    (
+        "unknown",
+        "this protector is older than socketprotectorctl and does not know `history`; replace it "
+        "with `socketprotectorctl upgrade`, or see `status`",
+    ),
+    ("failed", "unknown command 'history'; known: status, reload"),
+]
 
 
 @pytest.mark.parametrize(
@@ -125,9 +134,11 @@ def test_nothing_that_a_worker_says_reaches_the_terminal_as_it_is(fake: Fake, ct
     fake.status = status(generation(8, "serving", worker(14, status=evil)), name=evil)
     crashes = [crash(how=evil, last_words=evil, lost=None)]
     fake.answers["crashes"] = lambda *_: {"crashes": crashes}
+    entries = [entry(evil, 1, evil, f"{evil}\n{evil}")]
+    fake.answers["history"] = lambda *_: {"history": entries}
     fake.answers["diff"] = lambda *_: {"changes": [evil]}
 
-    for arguments in (["status"], ["crashes"], ["diff"], ["list"]):
+    for arguments in (["status"], ["crashes"], ["history"], ["diff"], ["list"]):
         for more in ([], ["--json"]):
             said = ctl(*arguments, *more)
 
@@ -216,6 +227,44 @@ def test_what_is_unhealthy_is_not_ready_where_that_is_asked_for(fake: Fake, ctl:
 def test_ready_of_none_is_status_1(folder: Path, ctl: Ctl) -> None:
     assert ctl("ready").status == 1
     assert ctl("--name", "web", "ready").status == 1
+
+
+def test_history(fake: Fake, ctl: Ctl) -> None:
+    why = "./daemon exited with status 1 before it was ready; its last words:\nno such table\n"
+    entries = [
+        entry("reload", 2, "reloaded"),
+        entry("reload", 3, "failed", why),
+        entry("dry-run", 4, "passed"),
+        entry("health", 2, "unhealthy", "GET /healthz: 500", ended_at=150.0),
+        entry("health", 2, "healthy", ended_at=150.0),
+        entry("reload", 5, "running"),
+    ]
+    fake.answers["history"] = lambda *_: {"history": entries}
+
+    at = "1970-01-01T00:02:30Z"
+    assert ctl("history").out.splitlines() == [
+        f"{at} reload: generation 2 reloaded after 1.0s",
+        f"{at} reload: generation 3 failed after 1.0s: ./daemon exited with status 1 before it was "
+        "ready",
+        "  | no such table",
+        f"{at} dry-run: generation 4 passed after 1.0s",
+        f"{at} health: generation 2 unhealthy: GET /healthz: 500",
+        f"{at} health: generation 2 healthy",
+        f"{at} reload: generation 5 running",
+    ]
+    assert json.loads(ctl("history", "--json").out) == {"history": entries}
+    fake.answers["history"] = lambda *_: {"history": []}
+    assert ctl("history").out == "no reload, dry run or failed health check yet\n"
+
+
+@together(("code", "told"), UNKNOWN_HISTORY)
+def test_history_of_a_protector_that_refuses_it(fake: Fake, ctl: Ctl, code: str, told: str) -> None:
+    def refuse(*_: object) -> Message:
+        raise Refusing(code, "unknown command 'history'; known: status, reload")
+
+    fake.answers["history"] = refuse
+
+    assert ctl("history") == Ended(100, "", f"socketprotectorctl: {told}\n")
 
 
 def test_crashes(fake: Fake, ctl: Ctl) -> None:

@@ -173,7 +173,7 @@ class Output:
 def _lines(data: bytes) -> str:
     lines = data[-_LAST_BYTES:].decode("utf-8", "replace").splitlines()
     lines = [line for line in lines if not is_own(line)]
-    return "\n".join(text.escape(line) for line in lines[-LAST_LINES:])
+    return "\n".join(text.output_line(line) for line in lines[-LAST_LINES:])
 
 
 def _end_of(path: str, start: int) -> bytes:

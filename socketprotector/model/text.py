@@ -30,10 +30,15 @@ def escape(text: str) -> str:
     )
 
 
+def output_line(line: str) -> str:
+    """Return a line that a program wrote, safe to show: its tabs as blanks, the rest escaped."""
+    return escape(line.expandtabs())
+
+
 def last_line(written: bytes) -> str:
     """Return the last line of what a program has written, safe to show; empty if there is none."""
     lines = written.decode("utf-8", "replace").strip().splitlines()
-    return escape(lines[-1]) if lines else ""
+    return output_line(lines[-1].strip()) if lines else ""
 
 
 def in_one_line(text: str) -> str:

@@ -32,6 +32,8 @@ _known: dict[int, set[Process]] = {}
 _REAPED_AT_ONCE = 256
 #: PIDFD_SIGNAL_PROCESS_GROUP of pidfd_send_signal(2), from Linux 6.9 on.
 _PROCESS_GROUP = 1 << 2
+#: The kernel's count of a process's memory is this inexact: it adds up what each processor counts.
+_INEXACT_KIB = 1024
 
 
 @frozen
@@ -41,7 +43,7 @@ class End:
     clean: bool  # exited with status 0
     how: str
     cpu_s: float | None = None  # of itself and of its own children that it has waited for
-    max_rss_kib: int | None = None
+    max_rss_kib: int | None = None  # its peak, if that is above ours: see _own_kib()
 
 
 class Process:
@@ -54,6 +56,7 @@ class Process:
         when the system is out of descriptors.
         """
         self.pid = pid
+        self._adopted = pidfd >= 0
         self._lifeline = lifeline
         self.pidfd = pidfd if pidfd >= 0 else os.pidfd_open(pid)
         self.reaped = False  # and so its number may be another's
@@ -168,7 +171,17 @@ class Process:
         _, status, used = os.wait4(self.pid, os.WNOHANG)
         self._note_reaped()
         clean, how = text.status_of(status)
-        return End(clean, how, used.ru_utime + used.ru_stime, used.ru_maxrss)
+        return End(clean, how, used.ru_utime + used.ru_stime, self._own_kib(used.ru_maxrss))
+
+    def _own_kib(self, peak_kib: int) -> int | None:
+        """Return the peak of its memory; None if that may have been our own, before the exec.
+
+        Source: setmax_mm_hiwater_rss() in exec_mmap() of fs/exec.c counts the memory that it left.
+        """
+        ours_kib = None if self._adopted else procfs.peak_kib()
+        if ours_kib is None:  # that of each program which was executed in our process
+            ours_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak_kib if peak_kib > ours_kib + _INEXACT_KIB else None
 
     def discard(self) -> None:
         """Kill it with its group and let go of it, pidfd and all.

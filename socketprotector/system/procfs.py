@@ -23,6 +23,16 @@ def is_ours() -> bool:
         return False
 
 
+def peak_kib() -> int | None:
+    """Return the most memory that this program has had, in KiB; None: not known."""
+    try:
+        with open("/proc/self/status", "rb") as file:
+            _, found, rest = file.read().partition(b"\nVmHWM:")
+    except OSError:
+        return None
+    return int(rest.split(None, 1)[0]) if found else None
+
+
 def state_of(pid: int | str) -> tuple[bytes, int] | None:
     """Return the state of a process, one letter, and its process group; None: not known."""
     try:

@@ -21,7 +21,7 @@ from socketprotector.system.loop import Loop
 from socketprotector.system.privileges import become
 from socketprotector.system.process import Process, spawn
 from tests.boundary.ending import SHELL, end_of, is_open, running, settle, traced, until
-from tests.running import eventually
+from tests.running import DEADLINE_S, ROOT, eventually
 from tests.together import together
 
 pytestmark = pytest.mark.usefixtures("in_root_directory")
@@ -472,3 +472,34 @@ def test_unknown_children_are_reaped_and_those_with_an_owner_are_left_to_it() ->
     """In a process of its own: this one has children that pytest knows."""
     code = ORPHANS.format(path=sys.path)
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+MEMORY = """
+import select, sys
+from dataclasses import replace
+from socketprotector.system import procfs
+from socketprotector.system.process import Process, spawn
+from tests.boundary.ending import running
+
+def peak(process):
+    select.select([process.pidfd], [], [])
+    return process.reap().max_rss_kib
+
+ours = procfs.peak_kib()
+use_more = replace(
+    running(""), path=sys.executable, argv=("python", "-IS", "-c", f"b'x' * ({2 * ours} << 10)")
+)
+small, large = peak(spawn(running("exit 3"), {}, {})), peak(spawn(use_more, {}, {}))
+assert small is None, small
+assert 2 * ours < large < 4 * ours, (ours, large)
+if sys.argv[1:]:  # as the next program in our process, which is smaller
+    process = spawn(running("exit 3"), {}, {})
+    adopted = Process(process.pid, process.pidfd)
+    procfs.peak_kib = lambda: 1
+    assert peak(adopted) is None
+"""
+
+
+@pytest.mark.parametrize("how", [(), ("adopted",)], ids=["own", "adopted"])
+def test_the_memory_of_a_process_is_never_what_we_had_before_its_exec(how: tuple[str, ...]) -> None:
+    subprocess.run([sys.executable, "-c", MEMORY, *how], cwd=ROOT, timeout=DEADLINE_S, check=True)

@@ -377,7 +377,7 @@ def test_a_killed_worker_s_connections_are_lost_and_it_is_a_crash(
     assert (crash["how"], crash["when"], crash["lost"]) == ("was killed by SIGKILL", "serving", 3)
     assert "RuntimeError: as I was told" in crash["last_words"]
     assert crash["cpu_s"] > 0
-    assert crash["max_rss_kib"] > 1000
+    assert crash["max_rss_kib"] is None or crash["max_rss_kib"] > 10_000
     assert web.status()["crashes"] == 1
 
 
@@ -707,20 +707,22 @@ def test_the_verdict_of_a_reload_is_an_event_and_is_remembered(
 ) -> None:
     web = operated("--log-file", tmp_path / "log", command=(str(release.path),))
     line = web.line(follows=True)
-    release.write("#!/bin/sh\necho 'no such \x1b[2J table' >&2\nexit 3\n")
+    release.write("#!/bin/sh\nprintf 'such:\\n\\tno \\033[2J table\\n' >&2\nexit 3\n")
 
     assert line.ask("reload") == {"generation": 2}
 
     failed = line.event("reload-failed", "reloaded")
     assert (failed["event"], failed["generation"]) == ("reload-failed", 2)
     assert "exited with status 3 before it was ready" in failed["reason"]
-    assert "no such" in failed["last_words"]
+    assert failed["last_words"] == "such:\n        no \\x1b[2J table"
     last = line.status()["reloads"][-1]
     assert (last["generation"], last["result"]) == (2, "failed")
     assert last["reason"].startswith(failed["reason"])
     [crash] = line.ask("crashes")["crashes"]
     assert (crash["when"], crash["how"]) == ("starting", "exited with status 3")
-    assert "table" in crash["last_words"]
+    assert crash["last_words"] == failed["last_words"]
+    # A shell that exits at once is smaller than the protector, whose memory Linux counts as its.
+    assert crash["max_rss_kib"] is None
 
     release.becomes(*MANY)
     assert line.ask("reload") == {"generation": 3}

@@ -51,7 +51,7 @@ access arch_prctl bind brk capget capset chdir chmod clock_getres clock_gettime 
 close_range dup dup2 dup3 epoll_create1 epoll_ctl eventfd2 execve exit exit_group faccessat
 faccessat2 fchdir fchmod fchown fork fstat fstatfs ftruncate getcwd getdents64 getegid geteuid
 getgid getgroups getitimer getpeername getpgid getpgrp getpid getppid getpriority getrandom
-getresgid getresuid getrlimit getsid getsockname getsockopt gettid gettimeofday getuid
+getresgid getresuid getrlimit getrusage getsid getsockname getsockopt gettid gettimeofday getuid
 kill listen lseek lstat
 madvise membarrier memfd_create mkdir mmap mprotect mremap munmap newfstatat open openat pidfd_open
 pidfd_send_signal pipe2 prctl pread64 prlimit64 pwrite64 readlink readlinkat rename renameat

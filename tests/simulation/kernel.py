@@ -406,6 +406,7 @@ class Kernel:
                 **constants(resource),
                 getrlimit=lambda _: (min(1024, self.room), min(4096, self.room)),
                 setrlimit=lambda *_: None,
+                getrusage=lambda _: SimpleNamespace(ru_maxrss=0),
             ),
             signal=SimpleNamespace(
                 **signals,

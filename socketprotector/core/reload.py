@@ -176,23 +176,26 @@ def _make_room(step: Step) -> None:
             step.start(TimerKind.DRAIN, generation.number, policy.drain_limit_s)
 
 
-def open_if_due(step: Step) -> None:
-    """Open the generation that is to come, unless something stands in its way."""
-    fleet = step.fleet
-    if fleet.to_open is None or Deadline(TimerKind.OPEN) in fleet.timers:
-        return
+def in_the_way(fleet: Fleet) -> tuple[Generation, ...]:
+    """Return the generations that must be gone before the next one is opened."""
     # Under stop-first an older generation may hold what this one needs, and so may
     # the last try of a first start.
     policy = fleet.policy_of(fleet.to_open is Next.FRESH)
-    alone = policy.stop_first or not fleet.served
+    if policy.stop_first or not fleet.served:
+        return fleet.generations
     # Where workers accept there are sockets for two, and these still use one.
-    in_its_way = [
+    return tuple(
         generation
         for generation in fleet.generations
         if generation.quiescing
         or (fleet.policy.workers_accept and generation.phase is Phase.ABANDONED)
-    ]
-    if (alone and fleet.generations) or in_its_way:
+    )
+
+
+def open_if_due(step: Step) -> None:
+    """Open the generation that is to come, unless something stands in its way."""
+    fleet = step.fleet
+    if fleet.to_open is None or Deadline(TimerKind.OPEN) in fleet.timers or in_the_way(fleet):
         return
     number, fresh = fleet.next_generation, fleet.to_open is Next.FRESH
     step.fleet = replace(

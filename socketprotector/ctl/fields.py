@@ -6,10 +6,15 @@ The peer may be a newer protector, or no protector at all.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
+
+from ..model.text import in_units
 
 Status = dict[str, Any]
 _LABEL_CHARACTERS = 200
+#: Shorter times are shown in seconds.
+_IN_SECONDS = 120
 
 
 def listed(message: Status, name: str) -> list[Status]:
@@ -78,6 +83,38 @@ def unhealthy(status: Status) -> str | None:
     if not isinstance(health, dict) or health.get("state") != "unhealthy":
         return None
     return text_in(health, "reason") or text_in(health, "last")
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """One entry of `waits_for`, of any protector."""
+
+    kind: str
+    generation: int
+    reason: str
+    left_s: float | None
+
+    @property
+    def text(self) -> str:
+        """The reason, and how long the wait lasts at most."""
+        if self.left_s is None:
+            return self.reason
+        whole = math.ceil(self.left_s)
+        left = f"{whole} s" if whole < _IN_SECONDS else in_units(whole)
+        return f"{self.reason}, {left} left"
+
+
+def waits_of(status: Status) -> list[Wait]:
+    """Return what a protector waits for, that which a reload waits for first."""
+    return [
+        Wait(
+            text_in(each, "kind"),
+            number_in(each, "generation"),
+            text_in(each, "reason"),
+            measure(each, "left_s"),
+        )
+        for each in listed(status, "waits_for")
+    ]
 
 
 def label(message: Status, name: str) -> str | None:

@@ -28,7 +28,16 @@ from .errors import (
     TimedOut,
 )
 from .fields import listed, measure, number_in, text_in
-from .reload_progress import Losses, ProgressThrottle, Reload, Verdict, draining, tries
+from .reload_progress import (
+    OF_STOP,
+    Losses,
+    ProgressThrottle,
+    Reload,
+    Verdict,
+    WaitsShown,
+    draining,
+    tries,
+)
 
 #: How often status is asked for while no event comes: this also finds a protector that hangs.
 _LOOK_EVERY_S = 1.0
@@ -362,16 +371,17 @@ def _quoted(last_words: str) -> str:
 
 def _drained(operation: _Operation, watched: Reload, generation: int) -> None:
     """Wait until no generation before this one is left; none is when a stop is over."""
-    most, shown = 0, ProgressThrottle()
+    most, shown, waits = 0, ProgressThrottle(), WaitsShown(operation.tell)
 
     def left(status: Message) -> str:
         nonlocal most
+        waits.looked(status, ("drain", "stop"), generation)
         workers, words = draining(status, generation)
         most = max(most, workers)
         step = f"drained {most - workers}/{most} workers"
         if most and shown.is_news(workers, step):
             operation.tell(step)
-        return f"{words} to drain" if words else ""
+        return waits.added_to(f"{words} to drain") if words else ""
 
     with _unless_it_ended(lambda: watched.stopping):
         _until_none(operation, watched, left)
@@ -405,6 +415,7 @@ def upgrade(instance: Instance, wait: bool, timeout: float, as_json: bool) -> No
 def _upgraded(operation: _Operation, before: Message) -> Message:
     """Wait until the new program answers; return its status."""
     waits_for = "the new program to say that it can take over"
+    waits = WaitsShown(operation.tell)
     while True:
         event = operation.event(waits_for, "upgrade-failed")
         if event is not None:
@@ -413,6 +424,7 @@ def _upgraded(operation: _Operation, before: Message) -> Message:
                 + _quoted(text_in(event, "last_words"))
             )
         status = operation.client.ask("status")
+        waits.looked(status, ("upgrade",))
         if number_in(status, "restarts") > number_in(before, "restarts"):
             return status
 
@@ -464,16 +476,18 @@ def _ask_stop(client: Client, quick: bool) -> None:
 def _stopping(operation: _Operation) -> None:
     """Wait until no protector answers any more."""
     client, shown, left = operation.client, ProgressThrottle(), "the workers"
+    waits = WaitsShown(operation.tell)
     heeded = ("lame-duck", "drained", "exited", "stopping")
     told = False
     while True:
         try:
-            event = client.event(operation.slice_s(f"{left} to finish"))
+            event = client.event(operation.slice_s(waits.added_to(f"{left} to finish")))
             if event is not None and event.get("event") not in heeded:
                 continue
             status = client.request("status")
             workers, words = draining(status)
             left = words or "the protector"
+            waits.looked(status, OF_STOP)
             seconds = measure(status, "lame_duck_s")
             if seconds is not None and not told:
                 operation.tell(f"lame duck: accepts for another {in_units(round(seconds))}")

@@ -8,13 +8,13 @@ generation, or for a later one; nothing else is a success.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
-from ..model.text import headline
+from ..model.text import escape, headline
 from .cli import plural
 from .client import Message
-from .fields import listed, measure, number_in, text_in
+from .fields import Wait, listed, measure, number_in, text_in, waits_of
 
 #: The phases of generations that get no connections any more.
 LEAVING = ("draining", "abandoned")
@@ -24,6 +24,12 @@ _VERDICTS = {"reloaded": True, "reload-failed": False}
 _DRY_RUN_VERDICTS = {"dry-run-passed": True, "dry-run-failed": False}
 #: The good results in a status.
 _GOOD = ("reloaded", "passed")
+#: The kinds of waits that keep a reload from its verdict, and those of a stop.
+OF_RELOAD = ("upgrade", "configuration", "start", "settle", "back-off", "room", "earlier-reload")
+OF_STOP = ("stop",)
+#: How often a reason that stays the same is shown again, with the time that is left; and how soon
+#: another reason for the same wait is shown.
+_REPEATED_S, _CHANGED_S = 10.0, 1.0
 #: Of more workers than this only each further part of so many is worth a line.
 _PARTS = 10
 
@@ -51,6 +57,34 @@ class ProgressThrottle:
         mark = words if self._whole <= _PARTS else -(-left * _PARTS // self._whole)
         before, self._last = self._last, mark
         return mark != before
+
+
+@dataclass(slots=True)
+class WaitsShown:
+    """Which waits were shown: each new reason, and one that stays the same every so often."""
+
+    tell: Callable[[str], None]
+    now: list[Wait] = field(default_factory=list)
+    _shown: dict[tuple[str, int], tuple[str, float]] = field(default_factory=dict)
+
+    def looked(self, status: Message, kinds: Collection[str], before: float = math.inf) -> None:
+        """Show the waits of these kinds, of generations below a number."""
+        at = measure(status, "now") or 0.0
+        self.now = [
+            each for each in waits_of(status) if each.kind in kinds and each.generation < before
+        ]
+        earlier, self._shown = self._shown, {}
+        for each in self.now:
+            key = each.kind, each.generation
+            reason, shown_at = earlier.get(key, ("", -math.inf))
+            if at - shown_at >= (_REPEATED_S if reason == each.reason else _CHANGED_S):
+                self.tell(f"waits: {escape(each.text)}")
+                reason, shown_at = each.reason, at
+            self._shown[key] = reason, shown_at
+
+    def added_to(self, words: str) -> str:
+        """Return what is waited for with its reasons."""
+        return ": ".join(filter(None, (words, "; ".join(each.reason for each in self.now))))
 
 
 @dataclass(slots=True)
@@ -88,6 +122,7 @@ class Reload:
             for each in listed(status, "generations")
         )
         self._forgotten = 0
+        self.waits = WaitsShown(tell)
         self._phase = str(status.get("phase"))
         if self._ahead:
             tell("the reload before it is still going on")
@@ -146,6 +181,7 @@ class Reload:
             self._ready(number, ready)
             if each.get("phase") == "settling":
                 self._switched(number)
+        self.waits.looked(status, OF_RELOAD)
         # Waiting: under stop-first no generation has the route until the old one has quiesced.
         under_way = self._phase in (*_STARTING, "reloading", "waiting")
         if reloads or starting or under_way or self.stopping or status.get("reload_wanted"):
@@ -192,6 +228,9 @@ class Reload:
 
     def waits_for(self) -> str:
         """Return what is still to come, in words that follow "still waits for"."""
+        return self.waits.added_to(self._waits_for())
+
+    def _waits_for(self) -> str:
         if self.stopping:
             return "the protector to end, which is being stopped"
         if self._now is None:

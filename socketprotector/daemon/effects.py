@@ -525,6 +525,16 @@ class Effects:
         else:
             self._due[deadline] = deadline, due
 
+    def due(self) -> Iterable[tuple[Deadline, float]]:
+        """Return when each timer of the fleet runs out (CLOCK_MONOTONIC seconds)."""
+        return self._due.values()
+
+    @property
+    def late_clients_s(self) -> float | None:
+        """For how long a stop still lets in clients that a hold has kept out; None: it does not."""
+        due = self._loop.due(_LATE)
+        return max(0.0, due - time.monotonic()) if due is not None else None
+
     def _stop_running(self) -> None:
         self._loop.running = False
 

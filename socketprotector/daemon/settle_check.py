@@ -93,6 +93,11 @@ class SettleCheck:
             self._last_is_good = False
         return not self._last_is_good
 
+    @property
+    def is_due(self) -> bool:
+        """Whether --settle is over, and the next good answer is waited for."""
+        return self._generation is not None and self._last_is_good is False
+
     # -- inside ------------------------------------------------------------------
 
     def _ask(self) -> None:

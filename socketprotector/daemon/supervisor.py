@@ -192,6 +192,12 @@ class Supervisor:
         else:
             self.upgrade.failed(_NOT_KEPT)
 
+    def upgrade_waits_for(self) -> str:
+        """Return what an upgrade waits for, in words; "" without one."""
+        if self.runtime.loop.due(_HAND_OVER) is not None:
+            return "the guard or systemd has not taken over all descriptors yet"
+        return "the new program is asked whether it can take over" if self.upgrade.probes else ""
+
     def _hand_over(self, give_up_at: float | None = None) -> None:
         """Become the new program, which goes on after the last signal that has come to us.
 

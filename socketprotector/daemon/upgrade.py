@@ -79,6 +79,11 @@ class Upgrade:
             return
         self.loop.call_after(_TIMER, PROBE_S, self._probe.process.kill_group)
 
+    @property
+    def probes(self) -> bool:
+        """Whether the new program is asked now."""
+        return self._probe is not None
+
     def failed(self, reason: str) -> None:
         """Say that the old program goes on, and why."""
         self.log.write("error", "upgrade-failed", reason=reason, hint=f"{__version__} goes on")

@@ -25,6 +25,7 @@ from ..ctl.fields import (
     standing_dry_run,
     text_in,
     unhealthy,
+    waits_of,
 )
 from ..model import text
 from ..model.waits import quantile_us
@@ -164,6 +165,7 @@ class Instance:
         return {
             "phase": _line(label(status, "phase") or "unknown"),
             "notes": _notes(status),
+            "waits_for": [_line(each.text) for each in waits_of(status)],
             "health": _health(status),
             "version": _line(text_in(status, "version")),
             "pid": number_in(status, "pid"),

@@ -97,6 +97,7 @@ class CommandHandler:
         route = effects.generations.get(fleet.route.number) if fleet.route else None
         queued = route is not None and not route.program.mode.workers_accept
         history = effects.reports.run.history
+        generations = status.of_generations(fleet, effects)
         return {
             "version": __version__,
             "now": time.time(),
@@ -123,7 +124,8 @@ class CommandHandler:
             "lost": effects.lost,
             "queue_limit": route.channel.capacity() if route and queued else None,
             "listeners": [status.of_listener(each) for each in effects.forwarder.listeners],
-            "generations": status.of_generations(fleet, effects),
+            "generations": generations,
+            **status.of_waits(fleet, effects, generations, self.supervisor.upgrade_waits_for()),
             "dry_run": asdict(history.dry_run) if history.dry_run is not None else None,
             "reloads": status.plain(history.reloads[-RECENT:]),
             "crashes": history.crashed,

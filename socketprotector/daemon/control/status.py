@@ -15,7 +15,7 @@ from ...core.fleet import Fleet, Generation, Phase, State, Worker
 from ...model.listen_fds import ready_after_s
 from ...model.records import Counts, WorkerRecord
 from ...model.settings import Settings
-from ...model.text import in_units
+from ...model.text import headline, in_units
 from ...model.waits import quantile_us
 from ...system import reuseport
 from ...system.check_command import shown
@@ -79,6 +79,34 @@ def of_health(health: Health) -> dict[str, Any] | None:
         "failures": health.failures,
         "answered_at": health.answered_at,
     }
+
+
+def of_waits(
+    fleet: Fleet, effects: Effects, generations: Iterable[Mapping[str, Any]], upgrade: str
+) -> dict[str, Any]:
+    """Return the field `waits_for`, absent where nothing is waited for.
+
+    generations: what of_generations() has returned.  upgrade: what one waits for.
+    """
+    from ...core.waiting import Facts, waits  # not before a status is asked for
+
+    now, starting = time.monotonic(), fleet.of(Phase.STARTING)
+    answer = ""
+    if starting is not None:
+        answer = effects.asking.last or effects.pool.check_says(starting.number)
+    settling = fleet.of(Phase.SETTLING)
+    settles = effects.generations.get(settling.number) if settling is not None else None
+    facts = Facts(
+        left_s={each: max(0.0, due - now) for each, due in effects.due()},
+        active={each["number"]: each["active"] for each in generations},
+        answer=headline(answer),
+        settle_check=shown(settles.program.settle_check) if settles is not None else "",
+        settle_check_due=effects.settle_check.is_due,
+        upgrade=upgrade,
+        late_clients_s=effects.late_clients_s,
+    )
+    found = [asdict(each) for each in waits(fleet, facts)]
+    return {"waits_for": found} if found else {}
 
 
 def of_listener(listener: Listener) -> dict[str, Any]:

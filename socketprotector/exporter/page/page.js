@@ -96,8 +96,10 @@ function draw(one) {
   if (data.restarts) words.push(`${data.restarts} ${data.restarts === 1 ? "restart" : "restarts"}`);
   if (data.crashes) words.push(`${data.crashes} ${data.crashes === 1 ? "crash" : "crashes"}`);
   since(where, data.started, words.join(" · ") + " · up ");
-  const notes = card.querySelector(".notes");
-  if (notes.textContent !== data.notes.join("")) notes.replaceChildren(...data.notes.map((note) => made("li", note)));
+  for (const [name, field] of [["notes", "notes"], ["waits", "waits_for"]]) {
+    const list = card.querySelector("." + name), lines = data[field] || [];
+    if (list.textContent !== lines.join("")) list.replaceChildren(...lines.map((line) => made("li", line)));
+  }
   const values = card.querySelectorAll(".figures b");
   text(values[0], number(data.rate));
   text(values[1], number(data.active));

@@ -79,6 +79,8 @@ from socketprotector.core.fleet import (
     Stop,
     Worker,
 )
+from socketprotector.core.reload import in_the_way
+from socketprotector.core.waiting import Facts, waits
 
 POLICIES = [
     Policy(),
@@ -320,6 +322,7 @@ class World:
         known = {worker.number for worker in fleet.alive()}
         assert set(self.processes) <= known, "a worker is forgotten"
 
+        self.check_waits()
         starting = fleet.of(Phase.STARTING)
         assert self.said_tried == fleet.dry_run, "who waits for a dry run's verdict waits for ever"
         if fleet.dry_run:
@@ -416,6 +419,41 @@ class World:
             assert len(staying) >= self.fleet.wanted_in(generation) or self.runs(TimerKind.TURN)
         if phase is Phase.SERVING and not (self.fleet.incoming or self.fleet.stopping):
             assert len(staying) == self.fleet.workers_wanted or self.runs(TimerKind.TURN)
+
+    def check_waits(self) -> None:
+        """Each wait has its reason, once; where nothing is waited for there is none."""
+        fleet = self.fleet
+        found = waits(fleet, Facts(dict.fromkeys(self.timers, 1.0)))
+        said = [(each.kind, each.generation) for each in found]
+        assert len(said) == len(set(said)) or {"worker"} == {
+            kind for kind, _ in said if said.count((kind, _)) > 1
+        }, "a reason is given twice"
+        of_fleet = {kind for kind, number in said if number is None}
+        of_generations = [(number, kind) for kind, number in said if number is not None]
+        assert ("configuration" in of_fleet) == fleet.reading
+        assert ("back-off" in of_fleet) == self.runs(TimerKind.OPEN)
+        assert ("hold" in of_fleet) == self.runs(TimerKind.HOLD)
+        assert ("lame-duck" in of_fleet) == self.runs(TimerKind.LAME_DUCK)
+        assert ("earlier-reload" in of_fleet) >= fleet.reload_wanted
+        opens = fleet.listeners_open and fleet.stopping is Stop.GRACEFUL
+        assert ("stop" in of_fleet) == bool(opens or fleet.exiting)
+        for generation in fleet.generations:
+            kinds = [kind for number, kind in of_generations if number == generation.number]
+            match generation.phase:
+                case Phase.STARTING:
+                    assert kinds == ["start"]
+                case Phase.SETTLING:
+                    assert kinds == ["settle"]
+                case Phase.DRAINING | Phase.ABANDONED:
+                    coming = fleet.to_open is not None and generation in in_the_way(fleet)
+                    assert kinds == ["stop" if fleet.stopping else "room" if coming else "drain"]
+                case Phase.SERVING if not fleet.stopping:
+                    moves = any(worker.state is not State.READY for worker in generation.workers)
+                    assert (
+                        bool(kinds) == moves
+                        or self.runs(TimerKind.TURN)
+                        or any(worker.hung for worker in generation.workers)
+                    )
 
     def check_worker(self, generation: Generation, worker: Worker) -> None:
         """Every wait for a worker has a deadline, but those the operator chose to be endless."""

@@ -89,6 +89,14 @@ def test_status_and_list_tell_of_health(found: Message, told: str, fake: Fake, c
     assert (" unhealthy " in ctl("list").out) == told.startswith("unhealthy")
 
 
+def test_status_says_what_is_waited_for(fake: Fake, ctl: Ctl) -> None:
+    reason = {"kind": "settle", "generation": 9, "reason": "settling", "left_s": 3.5}
+    assert "waits: " not in ctl("status").out
+    fake.status["waits_for"] = [reason]
+    assert "\nwaits: settling, 4 s left\n" in ctl("status").out
+    assert json.loads(ctl("status", "--json").out)["waits_for"] == [reason]
+
+
 def test_what_is_healthy_is_told_in_a_word(fake: Fake, ctl: Ctl) -> None:
     fake.status = status(health=health("healthy"))
 

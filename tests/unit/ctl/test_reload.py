@@ -633,6 +633,45 @@ def test_a_user_that_may_not_ask_is_refused_in_json_too(fake: Fake, ctl: Ctl) ->
     assert json.loads(said.out)["result"] == "refused"
 
 
+def waiting(at: float, *reasons: str, **more: Any) -> Message:
+    """A status of a release that starts, and waits for this."""
+    told = [
+        {"kind": "start", "generation": 9, "reason": each, "left_s": 100.0 - at} for each in reasons
+    ]
+    return {"now": at, "phase": "reloading", "generations": [generation(9, "starting")]} | {
+        "waits_for": told,
+        **more,
+    }
+
+
+def test_each_wait_has_its_reason_in_the_progress_and_is_repeated_now_and_then() -> None:
+    said: list[str] = []
+    reload = Reload(9, {"phase": "serving"}, said.append)
+
+    reload.looked(waiting(1.0, "last answer to GET /healthz: 500"))
+    for at in range(2, 12):
+        reload.looked(waiting(float(at), "last answer to GET /healthz: 500"))
+    reload.looked(waiting(20.0, "last answer to GET /healthz: 404\x1b[2J"))
+    reload.looked(waiting(20.1, "so many that change at once"))
+
+    assert [each for each in said if each.startswith("waits")] == [
+        "waits: last answer to GET /healthz: 500, 99 s left",
+        "waits: last answer to GET /healthz: 500, 89 s left",
+        "waits: last answer to GET /healthz: 404\\x1b[2J, 80 s left",
+    ]
+    assert reload.waits_for().endswith(": so many that change at once")
+
+
+def test_what_keeps_no_reload_is_not_in_its_progress() -> None:
+    said: list[str] = []
+    reload = Reload(9, {"phase": "serving"}, said.append)
+
+    reload.looked(waiting(1.0, waits_for=[{"kind": "drain", "generation": 7, "reason": "x"}]))
+    reload.looked({"phase": "reloading", "generations": [], "reload_wanted": True})
+
+    assert not [each for each in said if "x" in each.split()]
+
+
 def test_a_reload_is_not_forgotten_while_an_old_generation_quiesces_first() -> None:
     """Under --reload-order stop-first: no generation has the route, and none is starting."""
     quiescing = {"phase": "waiting", "generations": [{"number": 1, "phase": "draining"}]}

@@ -196,6 +196,21 @@ def test_what_an_operator_should_know_is_noted(seen: Seen) -> None:
     ]
 
 
+def test_what_it_waits_for_is_shown_with_the_time_that_is_left(seen: Seen) -> None:
+    assert seen.see(status())["waits_for"] == []
+    told = [
+        {"kind": "room", "generation": 8, "reason": "generation 8 still has 1 connection"},
+        {"kind": "settle", "generation": 9, "reason": "settling\x1b[2J", "left_s": 3.2},
+        {"kind": "drain", "reason": "a long one", "left_s": 300.0},
+        "nonsense",
+    ]
+    assert seen.see(status(waits_for=told))["waits_for"] == [
+        "generation 8 still has 1 connection",
+        "settling\\x1b[2J, 4 s left",
+        "a long one, 5m left",
+    ]
+
+
 @pytest.mark.parametrize(
     ("state", "last", "notes"),
     [

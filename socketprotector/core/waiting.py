@@ -1,0 +1,215 @@
+"""What a fleet waits for, and why, in words for the operator: the one place that says it.
+
+Pure.  `status` shows the result; the progress of commands and the page read it from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import field
+
+from ..model.lazy_dataclass import frozen
+from .events import Deadline, TimerKind
+from .fleet import Fleet, Generation, LameDuck, Phase, State, Stop
+from .reload import in_the_way
+
+
+@frozen
+class Wait:
+    """One wait: its kind, for programs, and its reason, for people."""
+
+    kind: str
+    reason: str
+    generation: int | None = None
+    left_s: float | None = None  # until it ends in any case; None: it has no limit
+
+
+@frozen
+class Facts:
+    """What the fleet does not know, and a reason needs."""
+
+    left_s: Mapping[Deadline, float] = field(default_factory=dict)  # of each timer that runs
+    #: Open connections by generation; None: not known.
+    active: Mapping[int, int | None] = field(default_factory=dict)
+    answer: str = ""  # the last answer of the starting generation to its probe or check
+    settle_check: str = ""  # what the settling generation is asked
+    settle_check_due: bool = False  # --settle is over, and its next good answer is awaited
+    upgrade: str = ""  # what an upgrade waits for
+    late_clients_s: float | None = None  # a stop lets in clients that a hold has kept out
+
+
+def waits(fleet: Fleet, facts: Facts) -> tuple[Wait, ...]:
+    """Return all waits, first those that a reload waits for."""
+    return (
+        *_upgrade(facts),
+        *_reload(fleet, facts),
+        *_operator(fleet, facts),
+        *_stop(fleet, facts),
+        *_leaving(fleet, facts),
+        *_workers(fleet, facts),
+    )
+
+
+def _left(facts: Facts, kind: TimerKind, target: int = 0) -> float | None:
+    return facts.left_s.get(Deadline(kind, target))
+
+
+def _upgrade(facts: Facts) -> Iterator[Wait]:
+    if facts.upgrade:
+        yield Wait("upgrade", f"upgrade: {facts.upgrade}")
+
+
+# -- a reload, or a start --------------------------------------------------------
+
+
+def _reload(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
+    if fleet.reading:
+        yield Wait("configuration", "the configuration is being read")
+    for generation in fleet.generations:
+        if generation.phase is Phase.STARTING:
+            yield _start(fleet, facts, generation)
+        elif generation.phase is Phase.SETTLING:
+            yield _settle(facts, generation)
+    if fleet.to_open:
+        if Deadline(TimerKind.OPEN) in fleet.timers:
+            failed = _count(fleet.failed_starts, "failure")
+            left_s = _left(facts, TimerKind.OPEN)
+            yield Wait("back-off", f"next start after {failed}", None, left_s)
+        for generation in in_the_way(fleet):
+            yield _end("room", facts, generation)
+    if fleet.reload_wanted or (fleet.candidate and fleet.incoming and not fleet.incoming.fresh):
+        yield Wait("earlier-reload", "a requested reload begins after the one under way")
+
+
+def _start(fleet: Fleet, facts: Facts, generation: Generation) -> Wait:
+    number = generation.number
+    if Deadline(TimerKind.SETTLE, number) in fleet.timers:  # a dry run: see reload._all_ready()
+        left_s = _left(facts, TimerKind.SETTLE, number)
+        return Wait("start", f"generation {number} is watched before the verdict", number, left_s)
+    wanted = max(fleet.wanted_in(generation), len(generation.workers))
+    ready = sum(worker.state is State.READY for worker in generation.workers)
+    known = [f"{ready} of {_count(wanted, 'worker')} ready"]
+    if facts.answer:
+        # Where only the answer decides, what workers say does not matter.
+        known = known[: not fleet.policy_of(generation.fresh).answer_decides]
+        known.append(_last_answer(facts.answer))
+    reason = f"generation {number} starts: {'; '.join(known)}"
+    return Wait("start", reason, number, _left(facts, TimerKind.START, number))
+
+
+def _last_answer(answer: str) -> str:
+    """Return it in words: `GET /healthz: 500` is an answer, `GET /healthz: refused` is none."""
+    asked, colon, said = answer.partition(": ")
+    got_one = asked.startswith("GET ") and colon and said[:1].isdigit()
+    return f"last answer to {answer}" if got_one else f"last probe: {answer}"
+
+
+def _settle(facts: Facts, generation: Generation) -> Wait:
+    number = generation.number
+    if generation.checked and facts.settle_check_due:
+        reason = f"settling: no good answer to --settle-check {facts.settle_check} since --settle"
+        return Wait("settle", reason, number)
+    reason = f"settling, asked {facts.settle_check}" if generation.checked else "settling"
+    return Wait("settle", reason, number, _left(facts, TimerKind.SETTLE, number))
+
+
+# -- what an operator has requested ------------------------------------------------
+
+
+def _operator(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
+    if fleet.held:
+        yield Wait("hold", "held: no client is accepted", None, _left(facts, TimerKind.HOLD))
+    if fleet.lame_duck is LameDuck.STOPPING:
+        left_s = _left(facts, TimerKind.LAME_DUCK)
+        yield Wait("lame-duck", "lame duck: the stop begins later", None, left_s)
+
+
+def _stop(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
+    if fleet.exiting:
+        yield Wait("stop", "processes that failed workers left are being ended")
+        return
+    if not fleet.stopping:
+        return
+    if fleet.stopping is Stop.GRACEFUL and fleet.listeners_open:
+        late = facts.late_clients_s
+        reason = "stopping: clients that have connected are accepted"
+        if late is not None:
+            reason = "stopping: clients that the hold kept out are let in"
+        yield Wait("stop", reason, None, late if late is not None else _stop_left(facts))
+    for generation in fleet.generations:
+        if generation.phase in (Phase.DRAINING, Phase.ABANDONED):
+            yield _end("stop", facts, generation, _stop_left(facts))
+
+
+def _stop_left(facts: Facts) -> float | None:
+    return _left(facts, TimerKind.STOP)
+
+
+# -- generations and workers that leave --------------------------------------------
+
+
+def _leaving(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
+    """Give those that keep no reload and no stop waiting."""
+    if fleet.stopping:
+        return
+    named = in_the_way(fleet) if fleet.to_open else ()
+    for generation in fleet.generations:
+        if generation.phase in (Phase.DRAINING, Phase.ABANDONED) and generation not in named:
+            yield _end("drain", facts, generation)
+
+
+def _end(kind: str, facts: Facts, generation: Generation, left_s: float | None = None) -> Wait:
+    """Return why a generation is still there."""
+    number, active = generation.number, facts.active.get(generation.number)
+    workers = len(generation.alive)
+    if generation.ending:
+        reason = f"generation {number} was told to end; {_still(workers)}"
+        return Wait(kind, reason, number, _left(facts, TimerKind.KILL, number))
+    if left_s is None:
+        left_s = _left(facts, TimerKind.DRAIN, number)
+    if generation.quiescing:
+        reason = f"generation {number} accepts and reads the clients that came to it"
+    elif active:
+        reason = f"generation {number} still has {_count(active, 'connection')}"
+    elif active == 0:
+        reason = f"generation {number} has no connection; {_still(workers)}"
+    else:
+        reason = f"generation {number} drains; {_still(workers)}"
+    return Wait(kind, reason, number, left_s)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _still(workers: int) -> str:
+    return f"{_count(workers, 'worker')} {'has' if workers == 1 else 'have'} not exited"
+
+
+def _workers(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
+    """Give waits for single workers of the serving generation, one for each kind of wait."""
+    serving = fleet.of(Phase.SERVING)
+    if serving is None or fleet.stopping:
+        return
+    for kind, timer, words in (
+        ("respawn", TimerKind.WORKER_RESPAWN, "to be started again after a quick death"),
+        ("worker", TimerKind.WORKER_START, "to be ready"),
+        ("worker", TimerKind.WORKER_KILL, "to exit after a signal"),
+    ):
+        left = {w: _left(facts, timer, w.number) for w in serving.workers}
+        their = {worker: left_s for worker, left_s in left.items() if left_s is not None}
+        if their:
+            reason = f"{_count(len(their), 'worker')} of generation {serving.number} {words}"
+            yield Wait(kind, reason, serving.number, min(their.values()))
+    killed = {d.target for d in fleet.timers if d.wait is TimerKind.WORKER_KILL}
+    finishing = [
+        worker
+        for worker in serving.workers
+        if worker.state in (State.RETIRING, State.ORPHANED) and worker.number not in killed
+    ]
+    if finishing:
+        limits = [_left(facts, TimerKind.WORKER_RETIRE, each.number) for each in finishing]
+        known = [left_s for left_s in limits if left_s is not None]
+        what = _count(len(finishing), "worker")
+        reason = f"{what} of generation {serving.number} to finish and exit"
+        yield Wait("worker", reason, serving.number, min(known, default=None))

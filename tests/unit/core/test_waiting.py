@@ -1,0 +1,164 @@
+"""What is waited for, and why: each wait has a reason, and without one there is none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from socketprotector.core.events import (
+    Answered,
+    DeadlinePassed,
+    DryRunRequested,
+    HoldRequested,
+    Launched,
+    ReloadRequested,
+    ReplaceRequested,
+    StopRequested,
+    TimerKind,
+    WorkerExited,
+    WorkerReady,
+)
+from socketprotector.core.fleet import Policy
+from socketprotector.core.waiting import Facts, Wait, waits
+from tests.unit.conftest import Story
+
+ANSWER = 'GET /healthz: 500, "database gone"'
+DIED = "exited with status 1"
+
+
+def reasons(story: Story, **facts: object) -> list[str]:
+    left_s = dict.fromkeys(story.fleet.timers, 4.0)
+    return [each.reason for each in waits(story.fleet, Facts(left_s, **facts))]  # type: ignore[arg-type]
+
+
+def test_where_all_is_done_nothing_is_waited_for(story: Story) -> None:
+    story.given_serving(workers=2)
+    assert waits(story.fleet, Facts()) == ()
+
+
+def test_a_start_tells_how_many_workers_are_ready_and_what_the_last_answer_was(
+    story: Story,
+) -> None:
+    story.given_serving(workers=2).and_also(ReloadRequested(), WorkerReady(3))
+    [wait] = waits(story.fleet, Facts(dict.fromkeys(story.fleet.timers, 4.0)))
+    assert wait == Wait("start", "generation 2 starts: 1 of 2 workers ready", 2, 4.0)
+    assert reasons(story, answer=ANSWER) == [
+        f"generation 2 starts: 1 of 2 workers ready; last answer to {ANSWER}"
+    ]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "GET /healthz: refused",
+        "a connection to 127.0.0.1 port 80 was accepted by no worker",
+        "the check exited with status 1: 40 % of all requests fail",
+    ],
+)
+def test_what_is_no_answer_is_not_called_one(story: Story, answer: str) -> None:
+    story.given(Policy(ready="http")).and_also(Launched())
+    [reason] = reasons(story, answer=answer)
+    assert reason == f"generation 1 starts: last probe: {answer}"
+
+
+def test_a_generation_settles_until_the_time_is_over_and_the_next_answer_good(
+    story: Story,
+) -> None:
+    story.given_serving(Policy(settle_s=5.0, settle_check="http:/healthz"))
+    story.and_also(ReloadRequested(), WorkerReady(2))
+    assert reasons(story, settle_check="http:/healthz") == ["settling, asked http:/healthz"]
+    assert reasons(story, settle_check="http:/healthz", settle_check_due=True) == [
+        "settling: no good answer to --settle-check http:/healthz since --settle"
+    ]
+
+
+def test_stop_first_waits_for_the_connections_of_the_one_before(story: Story) -> None:
+    story.given_serving(Policy(stop_first=True)).and_also(ReloadRequested())
+    left_s = dict.fromkeys(story.fleet.timers, 4.0)
+    assert waits(story.fleet, Facts(left_s, {1: 1})) == (
+        Wait("room", "generation 1 still has 1 connection", 1, 4.0),
+    )
+    assert reasons(story, active={1: 0}) == [
+        "generation 1 has no connection; 1 worker has not exited"
+    ]
+    assert reasons(story, active={1: None}) == ["generation 1 drains; 1 worker has not exited"]
+    story.when_over(TimerKind.DRAIN, 1)
+    assert reasons(story, active={1: 1}) == [
+        "generation 1 was told to end; 1 worker has not exited"
+    ]
+
+
+def test_where_workers_accept_the_clients_that_came_are_served_first(story: Story) -> None:
+    story.given_serving(Policy(workers_accept=True)).and_also(ReloadRequested(), WorkerReady(2))
+    story.when(ReloadRequested())
+    assert reasons(story) == ["generation 1 accepts and reads the clients that came to it"]
+    [wait] = waits(story.fleet, Facts())
+    assert wait.kind == "room", "the next generation has no socket before that"
+
+
+def test_an_older_generation_that_drains_is_a_wait_of_its_own(story: Story) -> None:
+    story.given_serving().and_also(ReloadRequested(), WorkerReady(2))
+    assert waits(story.fleet, Facts(active={1: 7})) == (
+        Wait("drain", "generation 1 still has 7 connections", 1),
+    )
+
+
+def test_a_reload_that_is_remembered_waits_for_the_one_under_way(story: Story) -> None:
+    story.given_serving().and_also(ReloadRequested(), ReloadRequested())
+    assert reasons(story)[-1] == "a requested reload begins after the one under way"
+
+
+def test_the_configuration_is_read_first(story: Story) -> None:
+    story.given_serving()
+    story.fleet = replace(story.fleet, configured=True)
+    story.when(ReloadRequested())
+    assert reasons(story) == ["the configuration is being read"]
+
+
+def test_back_offs_say_after_what(story: Story) -> None:
+    story.given_serving().and_also(WorkerExited(1, DIED))
+    while not any(each.wait is TimerKind.WORKER_RESPAWN for each in story.fleet.timers):
+        [worker] = story.fleet.generations[0].workers
+        story.and_also(WorkerReady(worker.number), WorkerExited(worker.number, DIED))
+    assert reasons(story) == ["1 worker of generation 1 to be started again after a quick death"]
+
+
+def test_a_dry_run_is_watched_before_its_verdict(story: Story) -> None:
+    story.given_serving(Policy(workers_accept=True, ready="any")).and_also(DryRunRequested())
+    assert reasons(story) == ["generation 2 starts: 0 of 1 worker ready"]
+    story.when(Answered(2))
+    assert reasons(story) == ["generation 2 is watched before the verdict"]
+
+
+def test_what_an_operator_has_requested_is_a_wait_too(story: Story) -> None:
+    story.given_serving(Policy(lame_duck_s=9.0)).and_also(HoldRequested(3.0))
+    assert reasons(story) == ["held: no client is accepted"]
+    story.when(StopRequested())
+    assert reasons(story) == ["lame duck: the stop begins later"]
+    story.when(DeadlinePassed(next(iter(story.fleet.timers))))
+
+
+def test_a_stop_says_which_generation_keeps_it(story: Story) -> None:
+    story.given_serving().and_also(ReloadRequested(), WorkerReady(2), StopRequested())
+    assert reasons(story, active={1: 2}) == [
+        "stopping: clients that have connected are accepted",
+        "generation 1 still has 2 connections",
+    ]
+    assert reasons(story, late_clients_s=1.0)[0] == (
+        "stopping: clients that the hold kept out are let in"
+    )
+
+
+def test_a_worker_that_is_replaced_is_waited_for(story: Story) -> None:
+    story.given_serving().and_also(ReplaceRequested(1, "too old"))
+    assert reasons(story) == ["1 worker of generation 1 to be ready"]
+    story.when(WorkerReady(2))
+    assert reasons(story) == ["1 worker of generation 1 to finish and exit"]
+
+
+def test_an_upgrade_says_what_it_waits_for(story: Story) -> None:
+    story.given_serving()
+    assert reasons(story, upgrade="the new program is asked") == [
+        "upgrade: the new program is asked"
+    ]

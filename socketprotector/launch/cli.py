@@ -118,6 +118,7 @@ def _launch(asked: ParsedOptions) -> int:
         preflight.check_descriptor_names(settings)
         notices += preflight.syslog_notices(settings)
         notices += preflight.notices(settings, listens, asked.backlog)
+        notices += server_hints.drain_limits(settings)
         if check:
             notify_dir.make(settings, notices.append, dry=True)
         elif settings.policy.workers_accept:

@@ -83,6 +83,7 @@ def _answer(
             raise UsageError("\n".join(cannot))
         notices += server_hints.of(new, asked.listens, typed=False)
         notices += preflight.notices(new, asked.listens, asked.backlog)
+        notices += server_hints.drain_limits(new)
         notices = list(dict.fromkeys((*running.notices, *notices)))
         for index, each in enumerate(bound, added):
             _send(line, f"listener {index}", each.socket.fileno())

@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 
 from ..model import known_servers
 from ..model.handoff_modes import LISTENER, HandoffMode
@@ -29,6 +31,8 @@ _REFUSED = {
     for name in (each.key, each.former)
     if each.key in {*LISTENER.refuses, "retire-after"}
 }
+#: What gunicorn reads without being asked to.
+_GUNICORN_FILE = "gunicorn.conf.py"
 #: Of a file that may use the client library, in bytes: it is imported at the top.
 _LOOKED_AT = 1 << 16
 
@@ -51,6 +55,7 @@ def of(settings: Settings, listens: Sequence[Listen], *, typed: bool) -> Iterato
         mode=settings.mode,
         settles=settings.policy.settle_s > 0,
         after_s=settings.ready_after_s if settings.ready == "after" else None,
+        drain_signal=signal.Signals(settings.drain_signal).name.removeprefix("SIG"),
     )
     if found is None or (settings.mode.needs_library and _speaks(settings, environment)):
         return
@@ -61,11 +66,26 @@ def of(settings: Settings, listens: Sequence[Listen], *, typed: bool) -> Iterato
     yield f"{found}; {how}"
 
 
+def drain_limits(settings: Settings) -> Iterator[str]:
+    """Say when a well-known server ends open connections, if that is before --drain-timeout."""
+    if settings.mode.workers_accept:
+        with suppress(OSError, ValueError):
+            environment = preflight.environment_of(settings)
+            found = known_servers.drain_limit(
+                settings.command,
+                environment,
+                drain_limit_s=settings.policy.drain_limit_s,
+                has_file=os.path.exists(os.path.join(settings.directory, _GUNICORN_FILE)),
+            )
+            if found is not None:
+                yield found
+
+
 def _speaks(settings: Settings, environment: Mapping[str, str]) -> bool:
     """Whether a file that the command names, or that gunicorn reads, uses the client library."""
     words = [*settings.command[1:], *environment.get("GUNICORN_CMD_ARGS", "").split()]
     named = [word.rpartition("=")[2].removeprefix("-c").removeprefix("file:") for word in words]
-    for path in (*named, "gunicorn.conf.py"):
+    for path in (*named, _GUNICORN_FILE):
         try:
             fd = os.open(os.path.join(settings.directory, path), os.O_RDONLY | os.O_NONBLOCK)
         except (OSError, ValueError):

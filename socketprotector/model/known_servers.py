@@ -30,6 +30,16 @@ class Server:
     #: whether a command can be turned into another one is not known.
     drops: tuple[str, ...] | None = None
     flags: tuple[str, ...] = ()
+    #: How long it keeps open connections after the drain signal, and its option for that.  None: as
+    #: long as they are open, unless the option says otherwise.
+    limit_s: float | None = None
+    limit_option: str = ""
+
+    @property
+    def drain_signal(self) -> str:
+        """Return what must replace TERM, which cuts connections off; "" if TERM is right."""
+        _, named, after = self.options.partition("--drain-signal ")
+        return after.partition(" ")[0] if named else ""
 
 
 KNOWN: Mapping[str, Server] = {
@@ -40,6 +50,8 @@ KNOWN: Mapping[str, Server] = {
         rest="app:app",
         drops=("-b", "--bind"),
         flags=("--preload", "--reuse-port", "-D", "--daemon"),
+        limit_s=30.0,
+        limit_option="--graceful-timeout",
     ),
     "uvicorn": Server(
         options="--settle 5s",
@@ -47,6 +59,7 @@ KNOWN: Mapping[str, Server] = {
         adds="--fd {fd:http}",
         rest="app:app",
         drops=("--fd", "--host", "--port", "--uds"),
+        limit_option="--timeout-graceful-shutdown",
     ),
     "hypercorn": Server(
         options="--settle 5s",
@@ -54,12 +67,16 @@ KNOWN: Mapping[str, Server] = {
         adds="--bind fd://{fd:http} --workers 0",
         rest="app:app",
         drops=("-b", "--bind", "--insecure-bind", "--quic-bind", "-w", "--workers"),
+        limit_s=3.0,
+        limit_option="--graceful-timeout",
     ),
     "uwsgi": Server(
         options="--drain-signal HUP",
         listen="127.0.0.1:8000",
         adds="--master --exit-on-reload --need-app --protocol http",
         rest="--module app",
+        limit_s=60.0,
+        limit_option="--worker-reload-mercy",
     ),
     "nginx": Server(
         options="--ready after:1s --drain-signal QUIT --env 'NGINX={fd:http};'",
@@ -71,7 +88,6 @@ KNOWN: Mapping[str, Server] = {
     ),
     "node": Server(listen="http=127.0.0.1:8000", rest="http.js {fd:http} {fd:ready}"),
     "plackup": Server(
-        options="--drain-signal QUIT",
         listen="0.0.0.0:8000",
         adds="-s Starlet",
         rest="--max-workers=10 app.psgi",
@@ -86,7 +102,9 @@ KNOWN: Mapping[str, Server] = {
         adds="--fd {fd:web}",
         rest="app:application",
         drops=("--fd", "--host", "--port"),
+        limit_s=0.0,
     ),
+    "puma": Server(listen="127.0.0.1:9292", adds="-b tcp://127.0.0.1:9292", rest="config.ru"),
 }
 #: What names the socket to some of these, in the command or as NAME=VALUE in the environment.
 _SOCKET_OPTIONS: Mapping[str, re.Pattern[str]] = {
@@ -111,6 +129,13 @@ STDIN = (
     "does it serve on stdin and stdout, as under inetd? that is --handoff stdio (docs/handoff.md)"
 )
 _PYTHON = re.compile(r"python[0-9.]*$")
+#: Of hypercorn's own workers the first that is idle ends the others, requests in progress included.
+_SEVERAL = re.compile(r"(?:--workers[= ]|-w ?)0*(?:[2-9]|1\d)")
+#: Any of puma's own workers; its single process has no limit.
+_CLUSTERED = re.compile(r"(?:--workers[= ]|-w ?|WEB_CONCURRENCY=)0*[1-9]")
+_CLUSTER_LIMIT_S = 30.0
+#: The file that may set what the command does not.
+_CONFIGURED = re.compile(r"-c$|--config|--ini|.*\.(?:ini|toml|ya?ml|xml)$")
 _TAKEN = re.compile(r"address already in use|EADDRINUSE|errno 98\b|os error 98\b", re.IGNORECASE)
 
 
@@ -162,11 +187,13 @@ def lacks(
     mode: HandoffMode,
     settles: bool,
     after_s: float | None,
+    drain_signal: str,
 ) -> str | None:
     """Say why a known server would not serve as it is started, or would only seem to.
 
     variables: the environment, as NAME=VALUE.  settles: a generation that fails soon after it was
     thought ready is rolled back.  after_s: when a timer says that it is ready, if one does.
+    drain_signal: without SIG.
     """
     name = known(command)
     if name is None:
@@ -182,6 +209,11 @@ def lacks(
     names_it = _SOCKET_OPTIONS.get(name)
     if names_it is not None and not any(map(names_it.match, words)):
         return f"nothing tells {name} of the socket that it is handed"
+    graceful = KNOWN[name].drain_signal
+    if graceful and drain_signal != graceful:
+        return f"{drain_signal} cuts off the connections of {name} at a reload, {graceful} does not"
+    if name == "hypercorn" and any(map(_SEVERAL.match, _pairs(command))):
+        return "several workers of hypercorn's own cut off each other's requests at a reload"
     if settles or name not in _LOADS:
         return None
     if name == "gunicorn" and not any(map(_PRELOADS.match, words)):
@@ -195,6 +227,65 @@ def lacks(
             "application that cannot be loaded, too, if it takes longer to fail"
         )
     return None
+
+
+def drain_limit(
+    command: Sequence[str],
+    variables: Mapping[str, str],
+    *,
+    drain_limit_s: float,
+    has_file: bool = False,
+) -> str | None:
+    """Say that a known server ends open connections sooner than SocketProtector, by its own limit.
+
+    None: it does not, or the operator chose that limit and no longer one for SocketProtector.
+    drain_limit_s: that of --drain-timeout; 0: none.  has_file: there is a configuration
+    file that gunicorn reads without being asked to.
+    """
+    name = known(command)
+    if name is None:
+        return None
+    option, limit_s = KNOWN[name].limit_option, KNOWN[name].limit_s
+    words, file = list(command), any(map(_CONFIGURED.match, command))
+    if name == "gunicorn":
+        file = file or has_file
+        words = [*variables.get("GUNICORN_CMD_ARGS", "").split(), *words]
+    if name == "uvicorn" and "UVICORN_TIMEOUT_GRACEFUL_SHUTDOWN" in variables:
+        words = [option, variables["UVICORN_TIMEOUT_GRACEFUL_SHUTDOWN"], *words]
+    chosen = _value(words, option)
+    if chosen.isascii() and chosen.isdecimal():
+        limit_s, file = float(chosen), False
+    if name == "puma":
+        own = [f"WEB_CONCURRENCY={variables.get('WEB_CONCURRENCY', '')}", *_pairs(command)]
+        if any(map(_CLUSTERED.match, own)):
+            option, limit_s = "worker_shutdown_timeout", _CLUSTER_LIMIT_S
+    if limit_s is None or 0 < drain_limit_s <= limit_s or (chosen and not drain_limit_s):
+        return None
+    after = f"{in_units(limit_s)} after a reload" if limit_s else "at a reload"
+    by = option and f" ({option}{' or its file' if file else ''})"
+    ours = in_units(drain_limit_s) if drain_limit_s else "0: no limit"
+    how = f"; raise {option} for streams" if option else ""
+    return f"{name} ends open connections {after}{by}, before --drain-timeout ({ours}) does{how}"
+
+
+def _value(words: Sequence[str], option: str) -> str:
+    """Return the last value that words give an option; "" if they do not."""
+    found = ""
+    for word, following in _neighbours(words):
+        if option and word == option:
+            found = following
+        elif option and word.startswith(f"{option}="):
+            found = word[len(option) + 1 :]
+    return found
+
+
+def _neighbours(words: Sequence[str]) -> Iterable[tuple[str, str]]:
+    return zip(words, [*words[1:], ""], strict=True)
+
+
+def _pairs(words: Sequence[str]) -> Iterable[str]:
+    """Return each word, and each together with the next one."""
+    return (text for one, next_one in _neighbours(words) for text in (one, f"{one} {next_one}"))
 
 
 def table() -> str:

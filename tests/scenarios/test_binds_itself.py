@@ -79,6 +79,19 @@ def test_a_known_server_is_named_with_a_line_to_copy(protector: Command, as_modu
     assert f" -- {typed} --fd {{fd:http}} app:app" in said
 
 
+def test_a_check_names_the_servers_own_limit_beside_ours(
+    protector: Command, tmp_path: Path
+) -> None:
+    gunicorn = Release(tmp_path / "gunicorn")
+    gunicorn.becomes("sleep", "1000")
+    words = ("--handoff", "listener", "--drain-timeout", "1h", "127.0.0.1:0", "--", gunicorn.path)
+    daemon = protector("--check", *words, "--preload", "app")
+
+    assert daemon.wait() == 0
+    said = "30s after a reload (--graceful-timeout), before --drain-timeout (1h) does"
+    assert said in daemon.log.text()
+
+
 def test_a_start_that_is_doomed_says_so_at_once(start: Start, tmp_path: Path) -> None:
     """The terminal has the operator's own words; the log, which is kept, has none of them."""
     gunicorn = Release(tmp_path / "gunicorn")

@@ -156,7 +156,12 @@ def test_of_the_command_line_it_ends_with_nothing_is_warned() -> None:
     assert "--handoff listener" in options
     assert "--ready notify" in options  # so no timer says that it is ready
     told = known_servers.lacks(
-        command.split(), (), mode=handoff_modes.LISTENER, settles=False, after_s=None
+        command.split(),
+        (),
+        mode=handoff_modes.LISTENER,
+        settles=False,
+        after_s=None,
+        drain_signal="TERM",
     )
     assert told is None
 

@@ -94,9 +94,18 @@ def lacks(
     mode: HandoffMode = handoff_modes.LISTENER,
     settles: bool = False,
     after_s: float | None = None,
+    drain_signal: str = "",
 ) -> str | None:
+    words = shlex.split(command)
+    name = known_servers.known(words)
+    graceful = known_servers.KNOWN[name].drain_signal if name else ""
     return known_servers.lacks(
-        shlex.split(command), variables, mode=mode, settles=settles, after_s=after_s
+        words,
+        variables,
+        mode=mode,
+        settles=settles,
+        after_s=after_s,
+        drain_signal=drain_signal or graceful or "TERM",
     )
 
 
@@ -112,6 +121,10 @@ def lacks(
         ("hypercorn --bind 127.0.0.1:80 app", (), "nothing tells hypercorn"),
         ("hypercorn --bind=fd://3 app", (), None),
         ("hypercorn -c hypercorn.toml app", (), None),
+        ("hypercorn --bind fd://3 --workers 2 app", (), "cut off each other's requests"),
+        ("hypercorn --bind fd://3 -w12 app", (), "cut off each other's requests"),
+        ("hypercorn --bind fd://3 --workers=1 app", (), None),
+        ("hypercorn --bind fd://3 -w 0 --backlog 2 app", (), None),
         ("nginx -c own.conf", ("PATH=/bin",), "nothing tells nginx"),
         ("nginx -c own.conf", ("NGINX={fd:http};",), None),
         ("env 'NGINX=3;' nginx", (), None),
@@ -130,6 +143,94 @@ def test_the_advice_for_a_known_server_that_would_only_seem_to_serve_is_what_it_
 
     assert (told is not None) is (said is not None)
     assert (said or "") in (told or "")
+
+
+@together(
+    ("command", "given", "said"),
+    [
+        ("starman --preload-app app.psgi", "TERM", "TERM cuts off the connections of starman"),
+        ("starman --preload-app app.psgi", "QUIT", None),
+        ("uwsgi --master --module app", "TERM", "HUP does not"),
+        ("haproxy -db -f x.cfg", "TERM", "USR1 does not"),
+        ("env NGINX=3; nginx", "TERM", "QUIT does not"),
+        ("plackup -s Starlet app.psgi", "TERM", None),
+        ("gunicorn --preload app", "TERM", None),
+        ("node http.js", "QUIT", None),
+    ],
+)
+def test_a_drain_signal_that_cuts_connections_off_is_warned_of(
+    command: str, given: str, said: str | None
+) -> None:
+    found = lacks(command, drain_signal=given)
+
+    assert (found is not None) is (said is not None)
+    assert (said or "") in (found or "")
+
+
+def limit(command: str, drain_limit_s: float = 0.0, **variables: str) -> str | None:
+    return known_servers.drain_limit(shlex.split(command), variables, drain_limit_s=drain_limit_s)
+
+
+@together(
+    ("command", "said"),
+    [
+        ("gunicorn app", "gunicorn ends open connections 30s after a reload (--graceful-timeout)"),
+        ("hypercorn --bind fd://3 app", "hypercorn ends open connections 3s after a reload"),
+        ("uwsgi --master", "uwsgi ends open connections 1m after a reload (--worker-reload-mercy)"),
+        ("chaussette --fd 3 app", "chaussette ends open connections at a reload, before"),
+        ("gunicorn -c own.py app", "(--graceful-timeout or its file)"),
+        ("puma -w 2", "puma ends open connections 30s after a reload (worker_shutdown_timeout)"),
+        ("puma --workers=1", "30s after"),
+        ("uwsgi app.ini", "(--worker-reload-mercy or its file)"),
+    ],
+)
+def test_a_limit_of_the_server_is_named_beside_ours(command: str, said: str) -> None:
+    found = limit(command)
+
+    assert found is not None
+    assert said in found
+    assert "before --drain-timeout (0: no limit) does" in found
+    assert "before --drain-timeout (1h) does" in (limit(command, 3600.0) or "")
+
+
+@together(
+    "command",
+    [
+        "uvicorn --fd 3 app",
+        "node http.js",
+        "nginx",
+        "haproxy -db",
+        "starman app.psgi",
+        "plackup -s Starlet app.psgi",
+        "puma",
+        "puma -w 0 -b tcp://127.0.0.1:80",
+        "./daemon",
+        "gunicorn --graceful-timeout 3600 app",
+        "gunicorn --graceful-timeout=5 app",
+    ],
+)
+def test_a_server_without_a_limit_and_one_that_was_chosen_are_not_named(command: str) -> None:
+    assert limit(command) is None
+
+
+def test_a_file_that_gunicorn_reads_unasked_may_have_set_the_limit() -> None:
+    for command, named in (("gunicorn app", True), ("hypercorn --bind fd://3 app", False)):
+        found = known_servers.drain_limit(command.split(), {}, drain_limit_s=0.0, has_file=True)
+        assert ("or its file" in (found or "")) is named
+
+
+def test_a_limit_of_ours_that_comes_first_leaves_nothing_to_say() -> None:
+    assert limit("gunicorn app", 30.0) is None
+    assert limit("chaussette app", 1.0) is not None
+
+
+def test_a_chosen_limit_is_named_where_ours_was_chosen_too_and_is_longer() -> None:
+    assert "5s after a reload" in (limit("gunicorn --graceful-timeout 5 app", 60.0) or "")
+    assert "7s after" in (limit("uvicorn --timeout-graceful-shutdown 7 app", 60.0) or "")
+    assert limit("uvicorn --timeout-graceful-shutdown 70 app", 60.0) is None
+    assert limit("gunicorn app", GUNICORN_CMD_ARGS="--graceful-timeout 90") is None
+    assert "30s after" in (limit("puma", WEB_CONCURRENCY="2") or "")
+    assert "8s after" in (limit("uvicorn app", 60.0, UVICORN_TIMEOUT_GRACEFUL_SHUTDOWN="8") or "")
 
 
 @pytest.mark.parametrize(
@@ -177,6 +278,9 @@ def test_a_line_to_be_copied_lacks_nothing(name: str) -> None:
             mode=handoff_modes.LISTENER,
             settles="--settle" in words[:at],
             after_s=after_s,
+            drain_signal=words[words.index("--drain-signal") + 1]
+            if "--drain-signal" in words
+            else "TERM",
         )
         is None
     )

@@ -29,6 +29,10 @@ from socketprotector.model.backoff import backoff_s
 from socketprotector.system import inherited, pid_file_removal, signals
 from socketprotector.system.terminal import put_at_once
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
 NAME = "SocketProtector"
 #: Where the pid file is: /proc, which could tell, is not mounted everywhere.
 PID_FILE_OPTION = "--pid-file="
@@ -97,6 +101,7 @@ class Guard:
                 self._become({**self.store, inherited.GUARD: theirs.fileno()})
         except OSError as error:  # no more descriptors, or processes
             self.close_line()
+            self.give_up_if_pointless(f"cannot be started ({error.strerror})", FAILED)
             self.deaths += 1
             self.start_later("guard-cannot-start", error=str(error.strerror))
             return
@@ -147,14 +152,8 @@ class Guard:
             sys.exit(self.verdict)
         code = os.waitstatus_to_exitcode(status)
         how = f"killed by signal {-code}" if code < 0 else f"exited with status {code}"
-        # Of the first only: after it something may be served, by workers that live on.
-        if code >= 0 and self.first and self.accepted_at is None:
-            self.give_up(f"{how} before it ever accepted", code or FAILED)
-        stops = any(number in signals.STOPS for number in self.untaken)
-        if stops and code >= 0 and not self.began:
-            # Workers finish what they have when the last end of their channel is closed; those
-            # that accept are told.
-            self.give_up(f"{how} when it was to stop", code or FAILED)
+        if code >= 0:
+            self.give_up_if_pointless(how, code or FAILED)
         self.first = False
         self.deaths += 1
         served_s = 0.0
@@ -164,6 +163,20 @@ class Guard:
             if served_s >= LAST_WAIT_S or code == -signal.SIGKILL:
                 self.deaths = 0
         self.start_later("protector-died", served_s, protector=how)
+
+    def give_up_if_pointless(self, how: str, status: int) -> None:
+        """Give up if no other protector is to follow the one that could not begin or go on.
+
+        how: what became of that one.  status: the guard's exit status then.
+        """
+        # Of the first only: after it something may be served, by workers that live on.
+        if self.first and self.accepted_at is None:
+            self.give_up(f"{how} before it ever accepted", status)
+        stops = self.stopping or any(number in signals.STOPS for number in self.untaken)
+        if stops and not self.began:
+            # Workers finish what they have when the last end of their channel is closed; those
+            # that accept get a signal.
+            self.give_up(f"{how} when it was to stop", status)
 
     # -- what it says ----------------------------------------------------------
 
@@ -224,8 +237,10 @@ class Guard:
         if name in self.store:
             os.close(self.store.pop(name))
 
-    def give_up(self, why: str, status: int) -> None:
+    def give_up(self, why: str, status: int) -> NoReturn:
         """Leave nothing behind that says we are here, have workers finish, and exit."""
+        for name in (inherited.SETTINGS, inherited.STATE):
+            self.forget(name)  # a line to a pipe takes two descriptors, and there may be none left
         self.log("guard-gives-up", protector=why)
         for name, fd in self.store.items():
             if self.finish and name.startswith(inherited.WORKER) and name.endswith(".process"):
@@ -304,7 +319,10 @@ class Guard:
 
         After that a signal may still change the exit status: see signals.block().
         """
-        receive = signals.catch((*signals.TO_THE_PROTECTOR, signal.SIGCHLD))
+        try:
+            receive = signals.catch((*signals.TO_THE_PROTECTOR, signal.SIGCHLD))
+        except OSError as error:
+            self.give_up(f"cannot be guarded ({error.strerror})", FAILED)
         self.start()
         while True:
             poll = select.poll()

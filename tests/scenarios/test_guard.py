@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -703,6 +705,73 @@ def test_term_with_a_protector_that_cannot_start_lets_the_workers_finish(
         assert pid_in(held.ask()) == first
     assert wait_gone([first]) == []
     assert list(tmp_path.iterdir()) == []
+
+
+@EITHER_HANDOFF
+def test_term_to_a_guard_without_descriptors_lets_the_workers_finish(
+    guarded: Starter, tmp_path: Path
+) -> None:
+    daemon = guarded()
+    with Client(("127.0.0.1", daemon.port)) as held:
+        first = pid_in(held.ask())
+        at_rest(daemon)
+        _, hard = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (3, hard))
+        kill_protector(daemon)
+
+        daemon.signal(signal.SIGTERM)
+
+        assert daemon.process.wait(DEADLINE_S) == guard.FAILED
+        assert pid_in(held.ask()) == first
+    assert wait_gone([first]) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("module", "call"), [("os", "fork"), ("socket", "socketpair")])
+@pytest.mark.parametrize("when", ["first", "stop", "stopping", "later"])
+def test_a_protector_that_cannot_be_started_is_tried_again_only_while_something_serves(
+    monkeypatch: pytest.MonkeyPatch, module: str, call: str, when: str
+) -> None:
+    def fails(*_: object) -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(f"socketprotector.programs.guard.{module}.{call}", fails)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    one = guard.Guard([], {})
+    lines: list[str] = []
+    monkeypatch.setattr(one, "log", lambda event, **fields: lines.append(event))
+    one.first = when == "first"
+    one.stopping = when == "stopping"
+    if when == "stop":
+        one.untaken.append(signal.SIGTERM)
+    try:
+        if when == "later":
+            one.start()
+            assert lines == ["guard-cannot-start"]
+            assert one.due is not None
+        else:
+            with pytest.raises(SystemExit) as ended:
+                one.start()
+            assert ended.value.code == guard.FAILED
+            assert lines == ["guard-gives-up"]
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def test_a_guard_that_cannot_catch_signals_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "pipe2", fails)
+    one = guard.Guard([], {})
+    lines: list[str] = []
+    monkeypatch.setattr(one, "log", lambda event, **fields: lines.append(event))
+
+    with pytest.raises(SystemExit) as ended:
+        one.run()
+
+    assert ended.value.code == guard.FAILED
+    assert lines == ["guard-gives-up"]
 
 
 def test_an_uncaught_exception_is_survived_and_its_traceback_logged(

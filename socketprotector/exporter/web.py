@@ -44,6 +44,8 @@ _FOLDER = Path(__file__).with_name("page")
 _FILES = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
+    "/events.js": ("events.js", "text/javascript"),
+    "/hosts.js": ("hosts.js", "text/javascript"),
     "/page.js": ("page.js", "text/javascript"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }

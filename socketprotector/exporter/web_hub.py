@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import socket
 import time
 from collections import deque
@@ -24,7 +25,7 @@ from ..ctl.query_all import SocketAnswer
 from .collector import labels
 from .peers import Peers
 from .peers_model import Host
-from .web_model import STEP_S, Instance, event_line
+from .web_model import STEP_S, Instance
 
 #: How often an instance is asked for its status: while something changes and somebody looks, while
 #: nothing does, and while nobody looks (a step of the sparklines).
@@ -33,6 +34,8 @@ BUSY_S, QUIET_S, UNSEEN_S = 1.0, 2.5, float(STEP_S)
 _EVENTFUL_S = 0.1
 _ANSWER_S = 2.0
 _LOOK_FOR_S = 2.0
+#: An instance whose socket is gone is shown for this long, so that a viewer sees how it ended.
+KEPT_S = 60.0
 _RECONNECT_S, _RECONNECT_MOST_S = 0.1, 5.0
 EVENTS = 200
 #: Changes of this long are told together.
@@ -61,6 +64,7 @@ class _Feed(_Shown):
         super().__init__()
         self.instance = Instance(path)
         self.task: asyncio.Task[None] | None = None
+        self.gone_at: float | None = None  # since when there is no such socket
 
 
 class Hub:
@@ -189,15 +193,22 @@ class Hub:
     # -- following ---------------------------------------------------------------
 
     def _follow(self, paths: Sequence[str], tasks: asyncio.TaskGroup) -> None:
-        """Begin with what is new, and forget what is gone."""
-        listed = list(self._feeds)
+        """Begin with what is new, and forget what is gone, a minute later."""
+        listed, now = list(self._feeds), time.monotonic()
         for path in set(listed) - set(paths):
-            task = self._feeds.pop(path).task
-            if task is not None:
-                task.cancel()
+            feed = self._feeds[path]
+            if feed.gone_at is None:
+                feed.gone_at = now
+            elif now - feed.gone_at >= KEPT_S:
+                del self._feeds[path]
+                if feed.task is not None:
+                    feed.task.cancel()
         for path in paths:
             if path not in self._feeds:
-                feed = self._feeds[path] = _Feed(path)
+                self._feeds[path] = _Feed(path)
+            feed = self._feeds[path]
+            feed.gone_at = None
+            if feed.task is None or feed.task.done():
                 feed.task = tasks.create_task(self._keep(feed))
         self._name()
         if listed != list(self._feeds):
@@ -213,7 +224,7 @@ class Hub:
                 self._show(feed)
 
     async def _keep(self, feed: _Feed) -> None:
-        """Stay connected to an instance; connect again where that ends."""
+        """Stay connected to an instance; connect again where that ends, while there is a socket."""
         pause_s = _RECONNECT_S
         while True:
             try:
@@ -228,8 +239,10 @@ class Hub:
                 why = "no protector"
             if time.monotonic() - began > _RECONNECT_MOST_S:
                 pause_s = _RECONNECT_S
-            feed.instance.lost(why)
+            feed.instance.lost(why, has_socket=os.path.lexists(feed.instance.path))
             self._show(feed)
+            if feed.gone_at is not None:
+                return
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _RECONNECT_MOST_S)
 
@@ -286,8 +299,7 @@ class Hub:
         self._show(feed)
 
     def _heard(self, feed: _Feed, message: Message) -> None:
-        shown = {"id": feed.instance.id, "name": feed.instance.name, **event_line(message)}
-        self._events.append((self._changed(), _json(shown)))
+        self._events.append((self._changed(), _json(feed.instance.hear(message))))
 
 
 def _with_history(feed: _Feed) -> bytes:

@@ -1,7 +1,6 @@
 """What the page shows of one instance, made of its statuses and events.
 
-Pure: times are arguments, and everything returned is JSON.  Texts of workers (reasons, last words,
-STATUS=) are cut and have no control characters; the page inserts them as text, never as HTML.
+Pure: times are arguments, and everything returned is JSON.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from ..ctl.fields import (
     unhealthy,
     waits_of,
 )
-from ..model import text
 from ..model.waits import quantile_us
+from .web_text import cut, event_line, line, verdict_of
 
 #: Rates and waits are those of this long.
 WINDOW_S = 5.0
@@ -39,19 +38,16 @@ POINTS = 120
 CELLS = 96
 #: Of those that keep a draining generation alive.
 _NAMED = 4
-_LINE_CHARACTERS = 240
-#: The end of last words says what happened.
-_WORDS_CHARACTERS = 4000
 _BUCKETS = 32
 _GROWING = ("rate", "active", "p99")
 _PHASES = ("starting", "settling", "serving", "draining", "abandoned")
+_WITHOUT_CONNECTIONS = ("starting", "abandoned")
 #: Since when a generation is in a phase; in the others, since it was opened.
 _SINCE = {
     "serving": "serving_since_at",
     "settling": "serving_since_at",
     "draining": "draining_since_at",
 }
-_NOT_FIELDS = ("v", "event", "at", "level", "last_words")
 
 #: A generation, also of another protector at the same socket: its number begins anew there.
 _Key = tuple[float, float]
@@ -124,19 +120,31 @@ class Instance:
         self.history = History()
         self.status: Status | None = None
         self.why = "connecting"  # there is no status
+        self._stopped = False
+        self._seen_at = 0.0
+        self._newest = 0  # the number of the newest generation
+        self._generation_of: dict[int, int] = {}  # by the worker's number
         self._shown: dict[str, Any] = {}
         self._samples: deque[_Sample] = deque()
         self._most: dict[_Key, tuple[float, int]] = {}  # connections, workers: as it began to drain
         self._failed: dict[str, Any] | None = None
 
-    def lost(self, why: str) -> None:
-        """Take in that it does not answer; what it last said stays."""
-        self.why = why
+    def lost(self, why: str, *, has_socket: bool = True) -> None:
+        """Take in that it does not answer; what it last said stays.
+
+        has_socket: whether its file is there, which a stop removes and a kill leaves.
+        """
+        if not has_socket and self._shown and self.why in ("", "gone"):
+            self._stopped = True
+        self.why = "stopped" if self._stopped else why
         self._samples.clear()
+        self._newest = 0  # the next status may be another protector's
 
     def see(self, status: Status, at: float, clock: float) -> None:
         """Take in a status.  at: a monotonic time; clock: since the epoch."""
         self.status, self.why = status, ""
+        self._stopped, self._seen_at = False, clock
+        self._number(status)
         sample = _sample(status, at)
         if self._samples and _went_back(self._samples[-1], sample):
             self._samples.clear()  # another protector's counts
@@ -148,7 +156,45 @@ class Instance:
 
     def shown(self) -> dict[str, Any]:
         """Return all of it but the history."""
-        return {"id": self.id, "name": self.name, "why": self.why, **self._shown}
+        found = {"id": self.id, "name": self.name, "why": self.why, **self._shown}
+        if self.why and self._shown:
+            found["seen"] = self._seen_at  # what is shown was so until then
+        return found
+
+    # -- events ------------------------------------------------------------------
+
+    def hear(self, message: Status) -> dict[str, Any]:
+        """Take in an event, and return what the page shows of it."""
+        happened = label(message, "event")
+        if happened == "stopped":
+            self._stopped = True
+        number = self._generation_in(message)
+        shown = {"id": self.id, "name": self.name, **event_line(message, number)}
+        if number:
+            # Numbers begin at 1 again with another protector at this socket.
+            shown["release"] = f"{self._shown['started']} {number}"
+        return shown
+
+    def _number(self, status: Status) -> None:
+        self._generation_of = {}
+        for each in listed(status, "generations"):
+            number = number_in(each, "number")
+            self._newest = max(self._newest, number)
+            for worker in listed(each, "workers"):
+                self._generation_of[number_in(worker, "number")] = number
+
+    def _generation_in(self, message: Status) -> int:
+        """Return the number of the generation that an event belongs to; 0: to none."""
+        if not self._newest:
+            return 0  # before the first status
+        if label(message, "event") == "reloading":
+            return self._newest + 1  # it is not opened yet
+        worker = number_in(message, "worker")
+        number = number_in(message, "generation") or self._generation_of.get(worker, 0)
+        if number and worker:
+            self._generation_of[worker] = number
+        self._newest = max(self._newest, number)
+        return number
 
     # -- making it ---------------------------------------------------------------
 
@@ -163,16 +209,16 @@ class Instance:
         self._most = {key: most for key, most in self._most.items() if key in living}
         waits = self._waits(living)
         return {
-            "phase": _line(label(status, "phase") or "unknown"),
+            "phase": line(label(status, "phase") or "unknown"),
             "notes": _notes(status),
-            "waits_for": [_line(each.text) for each in waits_of(status)],
+            "waits_for": [line(each.text) for each in waits_of(status)],
             "health": _health(status),
-            "version": _line(text_in(status, "version")),
+            "version": line(text_in(status, "version")),
             "pid": number_in(status, "pid"),
             "started": measure(status, "started_at"),
             "restarts": number_in(status, "restarts"),
             "crashes": number_in(status, "crashes"),
-            "listens": [_line(text_in(each, "address")) for each in listed(status, "listeners")],
+            "listens": [line(text_in(each, "address")) for each in listed(status, "listeners")],
             "rate": self._rate(lanes),
             "active": _sum(lane["active"] for lane in lanes if lane["counts"]),
             "queue": _sum(lane["queue"] for lane in lanes if lane["counts"]),
@@ -180,6 +226,7 @@ class Instance:
             "backlog": _sum(measure(each, "backlog") for each in listed(status, "listeners")),
             "p50": quantile_us(waits, 0.50),
             "p99": quantile_us(waits, 0.99),
+            "unknown": _unknown(status),
             "lanes": sorted(lanes, key=lambda lane: -lane["number"]),
             "failed": self._last_failure(status),
             "tried": _tried(status),
@@ -195,9 +242,10 @@ class Instance:
             "phase": shown_as or (phase if phase in _PHASES else "unknown"),
             "note": note,
             "since": measure(generation, _SINCE.get(phase or "", "opened_at")),
-            "path": _line(text_in(generation, "path")),
+            "path": line(text_in(generation, "path")),
             # Nothing was given to it yet, so there is nothing that it could not count.
-            "counts": phase not in ("starting", "abandoned"),
+            "counts": phase not in _WITHOUT_CONNECTIONS,
+            "unknown": _unknown_of(generation),
             "rate": rounded(self._difference(lambda sample: sample.taken.get(key))),
             "active": measure(generation, "active"),
             "queue": measure(generation, "queue"),
@@ -237,7 +285,7 @@ class Instance:
         ended = [each for each in listed(status, "reloads") if label(each, "result") != "running"]
         failed = [each for each in ended if label(each, "result") == "failed"]
         if failed:
-            self._failed = _verdict(failed[-1])
+            self._failed = verdict_of(failed[-1])
         if self._failed is None:
             return None
         return {**self._failed, "last": bool(failed) and failed[-1] is ended[-1]}
@@ -269,23 +317,12 @@ class Instance:
         return found
 
 
-def _verdict(reload: Status) -> dict[str, Any]:
-    """Return how a reload or a dry run has ended."""
-    reason = text_in(reload, "reason")
-    return {
-        "generation": number_in(reload, "generation"),
-        "at": measure(reload, "ended_at"),
-        "reason": _line(text.headline(reason)),
-        "words": words_of(reason.partition("\n")[2]),
-    }
-
-
 def _tried(status: Status) -> dict[str, Any] | None:
     """Return what came of the last dry run, until there is a reload."""
     dry_run = standing_dry_run(status)
     if dry_run is None:
         return None
-    return {**_verdict(dry_run), "passed": label(dry_run, "result") == "passed"}
+    return {**verdict_of(dry_run), "passed": label(dry_run, "result") == "passed"}
 
 
 def _notes_of_generations(status: Status) -> dict[int, tuple[str, str]]:
@@ -301,7 +338,7 @@ def _notes_of_generations(status: Status) -> dict[int, tuple[str, str]]:
     settling = [each for each in generations if label(each, "phase") == "settling"]
     for new in settling:
         olds = [each for each in generations if label(each, "phase") == "serving"]
-        check = _cut(_line(text_in(new, "settle_check")), 80)
+        check = cut(line(text_in(new, "settle_check")), 80)
         note = f"--settle-check asks {check}" if check else ""
         for old in olds:
             number = number_in(old, "number")
@@ -311,25 +348,25 @@ def _notes_of_generations(status: Status) -> dict[int, tuple[str, str]]:
     return found
 
 
-def event_line(message: Status) -> dict[str, Any]:
-    """Return what the page shows of an event."""
-    fields = [
-        f"{_line(name)}={text.field(value)}"
-        for name, value in message.items()
-        if name not in _NOT_FIELDS and isinstance(value, str | int | float)
-    ]
-    return {
-        "at": measure(message, "at"),
-        "level": label(message, "level") or "info",
-        "event": _line(label(message, "event") or ""),
-        "text": _cut(" ".join(fields)),
+def _unknown(status: Status) -> list[str]:
+    """Return which figures of an instance cannot be known."""
+    generations = listed(status, "generations")
+    counting = [each for each in generations if label(each, "phase") not in _WITHOUT_CONNECTIONS]
+    found = [name for each in counting for name in _unknown_of(each)]
+    if measure(status, "forwarded") is not None:  # the protector counts them
+        found = [name for name in found if name != "rate"]
+    return sorted(set(found))
+
+
+def _unknown_of(generation: Status) -> list[str]:
+    """Return which figures of a generation cannot be known: its workers do not count."""
+    known = {
+        "active": measure(generation, "active") is not None,
+        "queue": measure(generation, "queue") is not None,
+        "rate": measure(generation, "accepted") is not None,
+        "waits": isinstance(generation.get("wait_us"), dict),
     }
-
-
-def words_of(last_words: str) -> str:
-    """Return the end of last words, in lines without control characters."""
-    words = last_words.strip("\n")[-_WORDS_CHARACTERS:]
-    return "\n".join(map(text.escape, words.replace("\t", "    ").split("\n")))
+    return [name for name, is_known in known.items() if not is_known]
 
 
 def _notes(status: Status) -> list[str]:
@@ -338,9 +375,9 @@ def _notes(status: Status) -> list[str]:
     if measure(status, "held_s") is not None:
         found.append("held: accepts nothing")
     if (why := unhealthy(status)) is not None:
-        found.append(_cut(f"unhealthy: {_line(why)}"))
+        found.append(cut(f"unhealthy: {line(why)}"))
     elif _health(status) == "unknown" and (last := text_in(status["health"], "last")):
-        found.append(_cut(f"health unknown: {_line(last)}"))
+        found.append(cut(f"health unknown: {line(last)}"))
     if is_lame_duck(status):
         found.append("lame duck: /readyz says 503")
     for each in listed(status, "generations"):
@@ -364,9 +401,9 @@ def _cell(worker: Status) -> list[Any]:
     return [
         number_in(worker, "number"),
         number_in(worker, "pid"),
-        _line(label(worker, "state") or "unknown"),
+        line(label(worker, "state") or "unknown"),
         measure(worker, "active"),
-        _cut(_line(text_in(worker, "status")), 80),
+        cut(line(text_in(worker, "status")), 80),
     ]
 
 
@@ -407,11 +444,3 @@ def _sum(values: Iterable[float | None]) -> float | None:
     """Add up; None where one is not known, or there is none."""
     found = list(values)
     return sum(found) if found and None not in found else None  # type: ignore[arg-type]
-
-
-def _line(value: str) -> str:
-    return _cut(text.escape(value))
-
-
-def _cut(value: str, characters: int = _LINE_CHARACTERS) -> str:
-    return value if len(value) <= characters else value[: characters - 1] + "…"

@@ -2,23 +2,23 @@
 // Texts come from workers and may be hostile: they are only ever set as text.
 "use strict";
 
-const STEPS = 120, EVENTS = 200, DENSE = 24, MANY = 60, TROUBLES = 40;
+const STEPS = 120, SILENT_S = 20, DENSE = 24, TROUBLES = 40;
 const $ = (id) => document.getElementById(id);
 const instances = new Map(); // id -> {data, card, points: Map of step -> [rate, active, p99], lanes}
-const hosts = new Map(); // id -> {data, cell}, in the order of the exporter's file
-const eventKeys = new Set();
-let offset = 0, version = null, source = null, step = 0, filter = "";
+let offset = 0, version = null, source = null, step = 0, filter = "", heard = 0, frozen = null;
 
 // -- words ---------------------------------------------------------------------
 
 const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const fine = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
 const number = (n) => (n == null ? "–" : n < 10 ? fine.format(n) : whole.format(n));
+/** Waits are counted in ranges, of which the last has no end: what is known is the range's end. */
 function wait(us) {
   if (us == null) return "–";
-  if (us < 1000) return `${whole.format(us)} µs`;
-  if (us < 1e6) return `${us < 1e4 ? fine.format(us / 1e3) : whole.format(us / 1e3)} ms`;
-  return `${us < 1e7 ? fine.format(us / 1e6) : whole.format(us / 1e6)} s`;
+  if (us >= 2 ** 31 - 1) return "> 1,073 s";
+  if (us < 1000) return `≤ ${whole.format(us)} µs`;
+  if (us < 1e6) return `≤ ${us < 1e4 ? fine.format(us / 1e3) : whole.format(us / 1e3)} ms`;
+  return `≤ ${us < 1e7 ? fine.format(us / 1e6) : whole.format(us / 1e6)} s`;
 }
 function span(s) {
   s = Math.max(0, Math.floor(s));
@@ -28,15 +28,20 @@ function span(s) {
   return `${Math.floor(s / 86400)} d`;
 }
 const now = () => Date.now() / 1000 - offset;
-const clock = (at) => (at == null ? "" : new Date((at + offset) * 1000).toLocaleTimeString("en-GB"));
+/** A date in this browser's time; null where there is none: JavaScript's end in the year 275760. */
+function date(at) {
+  const found = new Date((at + offset) * 1000);
+  return at == null || Number.isNaN(found.getTime()) ? null : found;
+}
+const clock = (at) => date(at)?.toLocaleTimeString("en-GB") ?? "";
 function when(at) {
-  if (at == null) return "";
-  const day = new Date((at + offset) * 1000);
+  const day = date(at);
+  if (day === null) return "";
   return day.toDateString() === new Date().toDateString() ? clock(at) : `${day.toLocaleDateString("en-CA")} ${clock(at)}`;
 }
 const SILENT = {
   connecting: "connecting", dead: "not running", silent: "no answer", denied: "no permission",
-  gone: "connection ended", busy: "too many clients", "no protector": "not a protector",
+  gone: "connection ended", busy: "too many clients", "no protector": "not a protector", stopped: "stopped",
 };
 
 // -- the document --------------------------------------------------------------
@@ -54,18 +59,21 @@ function made(tag, value, kind) {
   return element;
 }
 const copy = (id) => $(id).content.firstElementChild.cloneNode(true);
-/** Ages are written anew each second. */
-function since(element, at, before) {
-  element.dataset.since = at == null ? "" : at;
+/** Ages are written anew each second.  until: when this one stopped growing, if it did. */
+function since(element, at, before, until) {
+  element.dataset.since = at ?? "";
+  element.dataset.until = until ?? "";
   element.dataset.before = before;
   age(element);
 }
 function age(element) {
-  const at = element.dataset.since;
-  text(element, at === "" ? "" : element.dataset.before + span(now() - at));
+  const { since: at, until, before } = element.dataset;
+  const end = until === "" ? frozen ?? now() : Number(until);
+  text(element, at === "" ? "" : before + span(end - at));
 }
 
 function tone(data) {
+  if (data.why === "stopped") return "off";
   if (data.why) return data.why === "connecting" ? "wait" : "bad";
   if (data.phase === "waiting" || data.health === "unhealthy" || (data.failed && data.failed.last)) return "bad";
   if (data.phase === "stopping" || data.notes.length) return "warn";
@@ -83,19 +91,23 @@ function draw(one) {
   const { data, card } = one;
   set(card, "data-tone", tone(data));
   set(card, "data-health", data.health || "");
-  set(card, "data-phase", data.why ? "silent" : data.phase);
+  set(card, "data-phase", data.why === "stopped" ? "stopped" : data.why ? "silent" : data.phase);
   text(card.querySelector(".name"), data.name);
   text(card.querySelector(".head .phase"), data.why ? SILENT[data.why] || data.why : data.phase);
+  const seen = data.why && data.seen;
+  card.toggleAttribute("data-old", Boolean(seen));
+  const old = data.why === "stopped" ? `Stopped at ${when(seen)}.` : `Last seen at ${when(seen)}; its workers may still serve.`;
+  text(card.querySelector(".old"), seen ? old : "");
   card.querySelector(".figures").hidden = data.phase === undefined;
   if (data.phase === undefined) return; // it has never answered
   const where = card.querySelector(".where");
-  const words = [data.listens.slice(0, 3).join(" ") + (data.listens.length > 3 ? ` and ${data.listens.length - 3} more` : "")];
+  const words = data.listens.length ? [data.listens.slice(0, 3).join(" ") + (data.listens.length > 3 ? ` and ${data.listens.length - 3} more` : "")] : [];
   if (data.health && data.health !== "unhealthy") words.push(data.health === "healthy" ? "healthy" : "health unknown");
   if (data.tried && data.tried.passed) words.push(`dry run ${data.tried.generation} passed`);
   words.push(`pid ${data.pid}`, `version ${data.version}`);
   if (data.restarts) words.push(`${data.restarts} ${data.restarts === 1 ? "restart" : "restarts"}`);
   if (data.crashes) words.push(`${data.crashes} ${data.crashes === 1 ? "crash" : "crashes"}`);
-  since(where, data.started, words.join(" · ") + " · up ");
+  since(where, data.started, words.join(" · ") + " · up ", seen);
   for (const [name, field] of [["notes", "notes"], ["waits", "waits_for"]]) {
     const list = card.querySelector("." + name), lines = data[field] || [];
     if (list.textContent !== lines.join("")) list.replaceChildren(...lines.map((line) => made("li", line)));
@@ -104,14 +116,25 @@ function draw(one) {
   text(values[0], number(data.rate));
   text(values[1], number(data.active));
   text(values[2], wait(data.p99));
+  ["rate", "active", "waits"].forEach((name, place) => (values[place].closest("div").hidden = data.unknown.includes(name)));
+  text(card.querySelector(".unknown"), missing(data.unknown));
   drawLanes(one);
   const { failed, tried } = data;
   drawVerdict(card.querySelector(".failed"), failed, failed && `release ${failed.generation} failed at ${when(failed.at)}${failed.last ? "" : ", a later one serves"}`, data.name);
   drawVerdict(card.querySelector(".tried"), tried && !tried.passed && { ...tried, last: true }, tried && `dry run ${tried.generation} failed at ${when(tried.at)}`, data.name);
 }
 
+const FIGURES = { rate: "connections/s", active: "active connections", waits: "waits" };
+function missing(unknown) {
+  const words = unknown.filter((name) => name in FIGURES).map((name) => FIGURES[name]);
+  if (!words.length) return "";
+  const last = words.pop();
+  return `Unknown: ${words.length ? `${words.join(", ")} and ` : ""}${last}. Only workers with the client library count them.`;
+}
+
 function drawLanes(one) {
   const list = one.card.querySelector(".lanes");
+  list.toggleAttribute("data-single", one.data.lanes.length === 1);
   const left = new Set(one.lanes.keys());
   one.data.lanes.forEach((lane, place) => {
     let item = one.lanes.get(lane.number);
@@ -129,15 +152,19 @@ function drawLanes(one) {
 function drawLane(item, lane, data) {
   set(item, "data-phase", lane.phase);
   text(item.querySelector(".number"), `generation ${lane.number}`);
-  text(item.querySelector(".phase"), lane.phase);
-  since(item.querySelector(".age"), lane.since, "");
+  const seen = data.why && data.seen;
+  text(item.querySelector(".phase"), seen ? `was ${lane.phase}` : lane.phase);
+  since(item.querySelector(".age"), lane.since, "", seen);
   const path = item.querySelector(".path");
   text(path, lane.path.split("/").slice(-2).join("/")); // of /srv/app-8/daemon what tells releases apart
   set(path, "title", lane.path);
   text(item.querySelector(".note"), lane.note);
   const values = item.querySelectorAll(".numbers b");
   const queue = lane.queue == null || data.limit == null || lane.phase !== "serving" ? number(lane.queue) : `${number(lane.queue)} / ${number(data.limit)}`;
-  [number(lane.rate), number(lane.active), queue, wait(lane.p50), wait(lane.p99)].forEach((value, place) => text(values[place], value));
+  [number(lane.rate), number(lane.active), queue, wait(lane.p50), wait(lane.p99)].forEach((value, place) => {
+    text(values[place], value);
+    values[place].parentElement.hidden = lane.unknown.includes(["rate", "active", "queue", "waits", "waits"][place]);
+  });
   const drain = item.querySelector(".drain");
   drain.hidden = !lane.drain;
   if (lane.drain) drawDrain(drain, lane);
@@ -157,6 +184,8 @@ function drawDrain(drain, lane) {
 }
 
 function drawWorkers(box, lane) {
+  box.hidden = !lane.size;
+  text(box.querySelector(".size"), `${number(lane.size)} ${lane.size === 1 ? "worker" : "workers"}`);
   const cells = box.querySelector(".cells");
   const rest = lane.size - lane.workers.length;
   while (cells.children.length > lane.workers.length) cells.lastElementChild.remove();
@@ -198,59 +227,11 @@ function drawVerdict(box, failed, title, name) {
   }
   text(box.querySelector("summary"), title);
   text(box.querySelector(".reason"), failed.reason);
+  text(box.querySelector(".last"), failed.last_line);
   const words = box.querySelector("pre");
   words.hidden = !failed.words;
   set(words, "aria-label", `last words of release ${failed.generation} of ${name}`);
   text(words, failed.words);
-}
-
-// -- other hosts -----------------------------------------------------------------
-
-function drawHost({ data, cell }) {
-  set(cell, "data-tone", data.tone);
-  text(cell.querySelector(".name"), data.name);
-  text(cell.querySelector(".state"), data.state);
-  text(cell.querySelector(".note"), data.note);
-  since(cell.querySelector(".age"), data.tone === "good" ? null : data.since, "for ");
-  const counts = data.instances == null ? "" : `${number(data.instances)} ${data.instances === 1 ? "instance" : "instances"} · ${number(data.rate)}/s · ${number(data.active)} active`;
-  text(cell.querySelector(".count"), counts);
-  set(cell, "aria-label", [data.name, data.state, data.note, counts].filter(Boolean).join(", "));
-}
-function showHost(data) {
-  const one = hosts.get(data.id);
-  if (!one) return;
-  if (data.tone === "bad" && one.data && one.data.tone !== "bad") text($("said"), `${data.name}: ${data.state} ${data.note}`);
-  one.data = data;
-  drawHost(one);
-}
-function keepHosts(ids) {
-  if (ids.join() === [...hosts.keys()].join()) return;
-  const before = new Map(hosts), cells = $("host-cells");
-  hosts.clear();
-  for (const id of ids) {
-    const one = before.get(id) || { data: null, cell: copy("host-cell") };
-    one.cell.id = `h-${id}`;
-    hosts.set(id, one);
-  }
-  cells.replaceChildren(...[...hosts.values()].map(({ cell }) => cell));
-  $("hosts").hidden = !hosts.size;
-  $("hosts").toggleAttribute("data-many", hosts.size > MANY);
-  enter();
-}
-/** One cell is reached by Tab, the others from there by arrows. */
-function enter(cell) {
-  const shown = [...$("host-cells").children].filter((each) => !each.hidden);
-  const at = cell || shown.find((each) => each.tabIndex === 0) || shown[0];
-  for (const each of $("host-cells").children) if ((each === at) !== (each.tabIndex === 0)) each.tabIndex = each === at ? 0 : -1;
-}
-function walk(press) {
-  const cells = [...$("host-cells").children].filter((each) => !each.hidden);
-  const at = cells.indexOf(document.activeElement), below = cells.findIndex((each) => each.offsetTop > cells[0].offsetTop);
-  const row = below < 0 ? cells.length : below;
-  const to = cells[{ ArrowRight: at + 1, ArrowLeft: at - 1, ArrowDown: at + row, ArrowUp: at - row, Home: 0, End: cells.length - 1 }[press.key]];
-  if (at < 0 || !to) return;
-  press.preventDefault();
-  to.focus();
 }
 
 const TITLES = ["connections a second", "active connections", "queue wait p99"];
@@ -264,21 +245,18 @@ function sparklines(one) {
     }
     const known = values.filter((value) => value != null);
     const most = Math.max(1, ...known);
-    let line = "", area = "", from = null;
+    let line = "", area = "", before = null;
     values.forEach((value, x) => {
+      // Each step of time is as wide as every other one, the first and only one, too.
       if (value != null) {
         const y = (29 - (28 * value) / most).toFixed(1);
-        line += `${from == null ? "M" : "L"}${x} ${y}`;
-        area += from == null ? `M${x} 30L${x} ${y}` : `L${x} ${y}`;
-        if (from == null) from = x;
+        line += `${before == null ? "M" : "L"}${x} ${y}H${x + 1}`;
+        area += `M${x} 30V${y}H${x + 1}V30Z`;
       }
-      if (from != null && (value == null || x === STEPS - 1)) {
-        area += `L${value == null ? x - 1 : x} 30Z`;
-        if (value == null) from = null;
-      }
+      before = value;
     });
-    set(svg.children[0], "d", area);
-    set(svg.children[1], "d", line);
+    set(svg.children[1], "d", area);
+    set(svg.children[2], "d", line);
     const said = known.length ? `now ${SHOWN[column](values.at(-1))}, at most ${SHOWN[column](most)}` : "not known";
     set(svg, "aria-label", `${TITLES[column]}, ten minutes: ${said}`);
   });
@@ -309,17 +287,22 @@ function attend(troubles) {
   }));
   if (troubles.length > TROUBLES) list.append(made("li", `and ${number(troubles.length - TROUBLES)} more`));
 }
+/** What is not known is not 0: say of how many instances it is the sum. */
+function total(rates) {
+  if (!rates.length) return [];
+  const of = rates.length < instances.size ? ` in ${number(rates.length)} of them` : "";
+  return [[rates.reduce((sum, rate) => sum + rate, 0), `connections/s${of}`]];
+}
 function summarize() {
   const counts = new Map();
-  let rate = 0;
-  const wrong = [];
+  const rates = [], wrong = [];
   for (const { data, card } of instances.values()) {
     const word = data.why ? SILENT[data.why] || data.why : data.phase;
     counts.set(word, (counts.get(word) || 0) + 1);
-    rate += data.why ? 0 : data.rate || 0;
+    if (!data.why && data.rate != null) rates.push(data.rate);
     if (["bad", "warn"].includes(card.dataset.tone)) wrong.push(data);
   }
-  write($("summary"), [[instances.size, instances.size === 1 ? "instance" : "instances"], [rate, "connections/s"], ...told(counts)]);
+  write($("summary"), [[instances.size, instances.size === 1 ? "instance" : "instances"], ...total(rates), ...told(counts)]);
   wrong.sort(byName);
   const troubles = wrong.map((data) => [`#i-${data.id}`, data.name, trouble(data)]);
   const states = new Map();
@@ -335,6 +318,13 @@ function summarize() {
   document.documentElement.toggleAttribute("data-dense", instances.size > DENSE);
 }
 
+/** So many rows of the grid that no hole is left below a short card beside a tall one. */
+const sizes = new ResizeObserver((entries) => {
+  for (const { target } of entries) {
+    const gap = Number.parseFloat(getComputedStyle(target).marginBottom);
+    target.style.gridRowEnd = `span ${Math.ceil((target.offsetHeight + gap) / 4)}`;
+  }
+});
 const byName = (a, b) => a.name.localeCompare(b.name, "en", { numeric: true });
 function arrange() {
   const sorted = [...instances.values()].sort((a, b) => byName(a.data, b.data));
@@ -368,6 +358,7 @@ function show(data) {
   if (!one) {
     one = { card: copy("card"), points: new Map(), lanes: new Map() };
     one.card.id = `i-${data.id}`;
+    sizes.observe(one.card);
     instances.set(data.id, one);
   }
   one.data = data;
@@ -380,26 +371,6 @@ function show(data) {
   return renamed;
 }
 
-const SAID = new Set(["reloaded", "reload-failed", "start-failed", "recovered", "crash-loop", "stopped", "lame-duck", "held", "nobody-takes", "healthy", "unhealthy", "health-unknown", "dry-run-passed", "dry-run-failed"]);
-function tell(happened, live) {
-  const key = JSON.stringify(happened);
-  if (eventKeys.has(key)) return; // sent again after the connection was lost
-  eventKeys.add(key);
-  const item = made("li");
-  item.dataset.level = happened.level;
-  item.dataset.event = happened.event;
-  const time = made("time", clock(happened.at));
-  if (happened.at != null) time.dateTime = new Date(happened.at * 1000).toISOString();
-  item.append(time, made("bdi", happened.name), made("b", happened.event), made("span", happened.text, "text"));
-  item.key = key;
-  $("events").prepend(item);
-  while ($("events").children.length > EVENTS) {
-    eventKeys.delete($("events").lastElementChild.key);
-    $("events").lastElementChild.remove();
-  }
-  if (live && SAID.has(happened.event)) text($("said"), `${happened.name}: ${happened.event} ${happened.text}`);
-}
-
 function keep(ids) {
   const there = new Set(ids);
   for (const [id, { card }] of instances) {
@@ -410,16 +381,26 @@ function keep(ids) {
   }
 }
 
+/** Say how the exporter is; without it clocks stop, and all is grey. */
 function link(state, words) {
+  if (state !== "lost") frozen = null;
+  else if (frozen === null) frozen = now();
   set($("link"), "data-link", state);
+  set(document.documentElement, "data-link", state);
   text($("link"), words);
 }
+function hear(message) {
+  heard = Date.now();
+  link("live", "live");
+  return JSON.parse(message.data);
+}
+const lost = () => link("lost", `no exporter since ${clock(frozen ?? now())}; trying again`);
 
 function connect() {
   let live = false;
   source = new EventSource("events");
   source.addEventListener("hello", (message) => {
-    const hello = JSON.parse(message.data);
+    const hello = hear(message);
     if (version !== null && version !== hello.version) location.reload(); // another exporter, another page
     version = hello.version;
     offset = Date.now() / 1000 - hello.now;
@@ -427,10 +408,9 @@ function connect() {
     keep(hello.ids);
     keepHosts(hello.host_ids);
     summarize();
-    link("live", "live");
   });
   source.addEventListener("state", (message) => {
-    const state = JSON.parse(message.data);
+    const state = hear(message);
     offset = Date.now() / 1000 - state.now;
     if (state.ids) keep(state.ids);
     if (state.host_ids) keepHosts(state.host_ids);
@@ -451,7 +431,7 @@ function connect() {
     summarize();
   });
   source.onerror = () => {
-    link("lost", "connection lost, trying again");
+    lost();
     if (source.readyState === EventSource.CLOSED) setTimeout(connect, 2000); // the answer was no
   };
 }
@@ -462,5 +442,9 @@ $("filter").addEventListener("input", () => {
 });
 $("host-cells").addEventListener("keydown", walk);
 $("host-cells").addEventListener("focusin", (focus) => enter(focus.target));
-setInterval(() => document.querySelectorAll("[data-since]").forEach(age), 1000);
+setInterval(() => {
+  // It sends something every 5 s; a connection through a tunnel may end without a word.
+  if (source.readyState === EventSource.OPEN && Date.now() - heard > 1000 * SILENT_S) lost();
+  document.querySelectorAll("[data-since]").forEach(age);
+}, 1000);
 connect();

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from socketprotector.exporter import web_hub
 from socketprotector.exporter.web import VIEWERS, application
 from socketprotector.exporter.web_hub import Hub
 from tests.running import DEADLINE_S, eventually
@@ -32,7 +33,8 @@ WEB = ("--web", "127.0.0.1:0")
 PAGE = Path(__file__).parents[3] / "socketprotector" / "exporter" / "page"
 #: Of the test's own instances: others may run on this machine, in /run.
 NAMES = {"web", "late", "silent", "fine", "junk", "huge"}
-FILES = ("/", "/page.css", "/page.js", "/icon.svg")
+SCRIPTS = ("events.js", "hosts.js", "page.js")
+FILES = ("/", "/page.css", *(f"/{script}" for script in SCRIPTS), "/icon.svg")
 
 
 def ask(
@@ -250,7 +252,7 @@ def test_the_page_asks_for_nothing_from_elsewhere_and_runs_no_text() -> None:
     sources = {path.name: path.read_text() for path in PAGE.iterdir()}
 
     assert sum(len(each.encode()) for each in sources.values()) <= 50_000
-    assert sorted(sources) == ["icon.svg", "page.css", "page.html", "page.js"]
+    assert sorted(sources) == sorted(["icon.svg", "page.css", "page.html", *SCRIPTS])
     for name, source in sources.items():
         elsewhere = re.findall(r"https?://[^\"'\s]+", source)
         assert set(elsewhere) <= {"http://www.w3.org/2000/svg"}, name
@@ -259,7 +261,7 @@ def test_the_page_asks_for_nothing_from_elsewhere_and_runs_no_text() -> None:
     )
     makes_html = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|Function\("
     sends = r"fetch\(|XMLHttp|sendBeacon|WebSocket"
-    assert not re.search(f"{makes_html}|{sends}", sources["page.js"])
+    assert not [name for name in SCRIPTS if re.search(f"{makes_html}|{sends}", sources[name])]
 
 
 def test_each_answer_says_what_a_browser_may_do_with_it(exporter: Starter) -> None:
@@ -295,7 +297,43 @@ def test_all_instances_are_told_and_those_that_come_and_go(
     seen.until(lambda v: v.one("late")["why"] == "dead")
     assert seen.one("late")["phase"] == "serving"  # as it was last seen
     late.path.unlink()
-    seen.until(lambda v: v.names() == {"web"})
+    fakes("fine")
+    seen.until(lambda v: v.names() == {"web", "late", "fine"})
+
+
+def test_one_that_is_gone_stays_for_a_while(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web_hub, "KEPT_S", 0.3)
+    monkeypatch.setattr(web_hub, "_LOOK_FOR_S", 0.05)
+    fake = fakes("web")
+    paths, ids = [str(fake.path)], list[str]()
+
+    async def follow() -> None:
+        hub = Hub(lambda: list(paths))
+        running = asyncio.create_task(hub.run())
+        with hub.viewer() as news:
+
+            async def shows(whys: set[str]) -> dict[str, Any]:
+                async for message in hub.watch(news):
+                    data = json.loads(message.partition(b"data: ")[2] or b"{}")
+                    ids[:] = data.get("ids", ids)
+                    for each in data.get("instances", []):
+                        if each["why"] in whys:
+                            return dict(each)
+                raise AssertionError
+
+            await shows({""})
+            [connection] = fake.following()
+            connection.event("stopped")
+            paths.clear()
+            fake.end()
+            shown = await shows({"stopped"})
+            assert ids == [shown["id"]]
+            async for message in hub.watch(news):
+                if b'"ids":[]' in message:
+                    break
+        running.cancel()
+
+    asyncio.run(asyncio.wait_for(follow(), DEADLINE_S))
 
 
 def test_an_event_is_told_and_the_status_is_asked_for_at_once(
@@ -313,7 +351,7 @@ def test_an_event_is_told_and_the_status_is_asked_for_at_once(
 
     seen.until(lambda v: v.events)
     assert seen.events[0]["event"] == "reload-failed"
-    assert seen.events[0]["text"] == "generation=9 reason=why"
+    assert (seen.events[0]["generation"], seen.events[0]["text"]) == (9, "reason=why")
     seen.until(lambda v: v.one("web").get("failed"))
     assert seen.one("web")["failed"]["words"] == "<b>"
     assert fake.commands()[asked:] == ["status"] * (len(fake.asked) - asked)

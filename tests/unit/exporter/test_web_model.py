@@ -15,9 +15,8 @@ from socketprotector.exporter.web_model import (
     STEP_S,
     History,
     Instance,
-    event_line,
-    words_of,
 )
+from socketprotector.exporter.web_text import event_line, words_of
 from tests.unit.ctl.fake import generation, listener, reload, status, worker
 
 BEGAN = 1_000_000_000.0
@@ -173,6 +172,7 @@ def test_a_failed_release_shows_its_last_words_and_whether_it_is_the_last_one(se
         "at": 151.0,
         "reason": "worker 5 exited with status 1",
         "words": "Traceback\n    no module\\x1b[31m",
+        "last_line": "no module\\x1b[31m",
         "last": True,
     }
     running = seen.see(status(reloads=[reload(2, "failed", reason), reload(3, "running")]))
@@ -253,6 +253,7 @@ def test_what_is_tried_gets_no_client_and_its_verdict_stands_until_a_reload(seen
         "at": 151.0,
         "reason": "worker 2 exited with status 1",
         "words": "Traceback",
+        "last_line": "Traceback",
         "passed": False,
     }
     assert (shown["failed"], shown["notes"]) == (None, [])  # what serves is well
@@ -310,7 +311,7 @@ def test_a_history_has_ten_minutes_and_gaps_where_nothing_is_known() -> None:
         assert history.points()["rate"] == [7]
 
 
-def test_an_event_is_a_line_without_its_last_words() -> None:
+def test_an_event_is_a_line_with_the_last_of_its_last_words() -> None:
     told = {
         "v": 1,
         "event": "reload-failed",
@@ -318,16 +319,79 @@ def test_an_event_is_a_line_without_its_last_words() -> None:
         "level": "error",
         "generation": 2,
         "reason": "exited with <b>1</b>\n",
-        "last_words": "secret",
+        "last_words": "Traceback\nno module\n\n",
     }
 
     assert event_line(told) == {
         "at": 12.5,
         "level": "error",
         "event": "reload-failed",
+        "generation": 0,
         "text": 'generation=2 reason="exited with <b>1</b>\\n"',
+        "last": "no module",
     }
     assert len(event_line({**told, "reason": "x" * 9000})["text"]) == 240
+
+
+def heard(seen: Seen, event: str, **fields: Any) -> tuple[str, int]:
+    """Return the release that an event is shown with, and its generation."""
+    shown = seen.instance.hear({"v": 1, "event": event, "at": 1.0, "level": "info", **fields})
+    return shown.get("release", ""), shown["generation"]
+
+
+def test_each_event_of_a_release_belongs_to_it(seen: Seen) -> None:
+    assert heard(seen, "spawned", generation=1, worker=1) == ("", 0)  # of which run?
+    seen.see(status(generation(7, "draining", worker(13)), generation(8, "serving", worker(14))))
+    new = ("50.0 9", 9)
+
+    assert heard(seen, "reloading") == new
+    assert heard(seen, "spawned", generation=9, worker=15) == new
+    assert heard(seen, "reload-failed", generation=9) == new
+    assert heard(seen, "signalled", worker=15, signal="TERM") == new
+    assert heard(seen, "exited", generation=9, worker=15) == new
+    assert heard(seen, "signalled", worker=13) == ("50.0 7", 7)
+    assert heard(seen, "signalled", worker=99) == ("", 0)
+    assert heard(seen, "held") == ("", 0)
+    assert heard(seen, "reloading") == ("50.0 10", 10)
+    # Another protector at the same socket counts from 1.
+    seen.instance.lost("gone")
+    assert heard(seen, "ready", generation=1) == ("", 0)
+    seen.see(status(generation(1, "serving"), started_at=90.0))
+    assert heard(seen, "worker-ready", generation=1, worker=1) == ("90.0 1", 1)
+
+
+def test_what_cannot_be_known_is_named(seen: Seen) -> None:
+    def unknown(**fields: Any) -> tuple[list[str], list[str]]:
+        shown = seen.see(status(generation(8, **fields), generation(9, "starting"), **of_all))
+        return shown["unknown"], seen.lane(8)["unknown"]
+
+    nothing: dict[str, Any] = {"accepted": None, "wait_us": None}
+    of_all: dict[str, Any] = {}
+    assert unknown() == ([], [])
+    assert unknown(**nothing) == (["waits"], ["rate", "waits"])  # the protector counts those
+    of_all = {"forwarded": None}
+    assert unknown(**nothing) == (["rate", "waits"], ["rate", "waits"])
+    nothing |= {"active": None, "queue": None}
+    assert unknown(**nothing) == (["active", "queue", "rate", "waits"],) * 2
+
+
+def test_a_stop_that_was_announced_is_no_trouble(seen: Seen) -> None:
+    seen.see(status())
+    heard(seen, "stopped")
+    seen.instance.lost("gone")
+    assert (seen.shown["why"], seen.shown["seen"]) == ("stopped", BEGAN + seen.at)
+    seen.instance.lost("dead")
+    assert seen.shown["why"] == "stopped"
+    assert "seen" not in seen.see(status())
+    # The end of the connection may hide that event; a stop removes the socket, a kill does not.
+    seen.instance.lost("gone")
+    seen.instance.lost("dead", has_socket=False)
+    assert seen.shown["why"] == "stopped"
+    seen.see(status())
+    seen.instance.lost("gone")
+    seen.instance.lost("dead")
+    seen.instance.lost("dead", has_socket=False)
+    assert seen.shown["why"] == "dead"
 
 
 def test_of_many_last_words_the_end_is_shown() -> None:

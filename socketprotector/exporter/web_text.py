@@ -1,0 +1,70 @@
+"""The texts that the page shows: of events, verdicts and last words.
+
+Workers write them, so they are cut and have no control characters; the page inserts them as text,
+never as HTML.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..ctl.fields import Status, label, measure, number_in, text_in
+from ..model import text
+
+_LINE_CHARACTERS = 240
+#: The end of last words says what happened.
+_WORDS_CHARACTERS = 4000
+_NOT_FIELDS = ("v", "event", "at", "level", "last_words")
+
+
+def event_line(message: Status, generation: int = 0) -> dict[str, Any]:
+    """Return what the page shows of an event.  generation: the one that it belongs to, if any."""
+    fields = [
+        f"{line(name)}={text.field(value)}"
+        for name, value in message.items()
+        if name not in _NOT_FIELDS
+        and isinstance(value, str | int | float)
+        and not (generation and name == "generation")  # it is shown beside the event's name
+    ]
+    return {
+        "at": measure(message, "at"),
+        "level": label(message, "level") or "info",
+        "event": line(label(message, "event") or ""),
+        "generation": generation,
+        "text": cut(" ".join(fields)),
+        "last": last_line(words_of(text_in(message, "last_words"))),
+    }
+
+
+def verdict_of(reload: Status) -> dict[str, Any]:
+    """Return how a reload or a dry run has ended."""
+    reason = text_in(reload, "reason")
+    words = words_of(reason.partition("\n")[2])
+    return {
+        "generation": number_in(reload, "generation"),
+        "at": measure(reload, "ended_at"),
+        "reason": line(text.headline(reason)),
+        "words": words,
+        "last_line": last_line(words),
+    }
+
+
+def words_of(last_words: str) -> str:
+    """Return the end of last words, in lines without control characters."""
+    words = last_words.strip("\n")[-_WORDS_CHARACTERS:]
+    return "\n".join(map(text.escape, words.replace("\t", "    ").split("\n")))
+
+
+def last_line(words: str) -> str:
+    """Return the last line of last words that is not blank."""
+    return cut(next((said for each in reversed(words.split("\n")) if (said := each.strip())), ""))
+
+
+def line(value: str) -> str:
+    """Return a text in one line that is not too long."""
+    return cut(text.escape(value))
+
+
+def cut(value: str, characters: int = _LINE_CHARACTERS) -> str:
+    """Return a text, or its beginning if it is longer than that."""
+    return value if len(value) <= characters else value[: characters - 1] + "…"

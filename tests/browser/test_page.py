@@ -5,7 +5,6 @@ What decides is the order of events; the time from an event to the page is print
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.browser.cards import WEB, card, happened, lane, seen
 from tests.browser.driver import Browser
 from tests.load import Load
 from tests.running import Client, Protector
@@ -32,44 +32,12 @@ Protectors = Callable[..., Protector]
 SHOTS = os.environ.get("SOCKETPROTECTOR_SHOTS")
 #: How long there is load before them: ten minutes fill the sparklines.
 LOADED_S = float(os.environ.get("SOCKETPROTECTOR_LOADED_S", "1"))
-WEB = ("--web", "127.0.0.1:0")
 DRAIN = "(document.querySelector('.drain:not([hidden]) p')?.textContent ?? '')"
 #: From code that is not the page's own: what last words and names may have in them.
 HOSTILE = '<img src=x onerror="window.hit=1"><script>window.hit=1</script>&lt;b&gt;\u202e'
 TAB, ENTER = "\ue004", "\ue007"
 #: Phone, laptop, wall.
 SIZES = ((390, 844), (1280, 900), (3840, 2160))
-
-
-def card(name: str) -> str:
-    """An expression: the card of an instance."""
-    return (
-        "[...document.querySelectorAll('.card')]"
-        f".find(c => c.querySelector('.name').textContent === {json.dumps(name)})"
-    )
-
-
-def lane(name: str, number: int) -> str:
-    """An expression: the phase of a generation of an instance, as the page shows it."""
-    return (
-        f"[...({card(name)})?.querySelectorAll('.lane') ?? []].find(l => "
-        f"l.querySelector('.number').textContent === 'generation {number}')?.dataset.phase"
-    )
-
-
-def happened(event: str, name: str = "") -> str:
-    """An expression: whether the list of events has one of these."""
-    row = "e.closest('.row').querySelector('bdi').textContent"
-    of = f" && {row} === {json.dumps(name)}" if name else ""
-    is_one = f"e.dataset.event === {json.dumps(event)}{of}"
-    return f"[...document.querySelectorAll('#events li')].some(e => {is_one})"
-
-
-def seen(browser: Browser, exporter: Exporter, *names: str) -> None:
-    """Open the page, and wait for these instances."""
-    browser.open(f"{exporter.page}/")
-    for name in names:
-        browser.until(f"({card(name)})?.querySelector('.lane')", f"{name} on the page")
 
 
 @pytest.fixture

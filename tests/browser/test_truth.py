@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.browser.cards import WEB, card, seen
 from tests.browser.driver import Browser
-from tests.browser.test_page import WEB, card, seen
 from tests.unit.ctl.fake import Fake, generation, listener, reload, status, worker
 from tests.unit.exporter.conftest import Exporter
 

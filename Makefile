@@ -23,6 +23,8 @@ demo: $(INSTALLED) ## show what it does: releases and kills under load, and how 
 	@$(BIN)/SocketProtector demo
 
 CHOSEN := --once
+#: Where the logs of failed tests go; without a name, into the output, before the summary.
+LOGS := build/failed-tests.log
 
 # And each of pytest's processes all tests.  (What cannot be collected fails below.)
 COLLECTED := $(VENV)/.collected
@@ -38,7 +40,7 @@ test: $(INSTALLED) $(COLLECTED) ## run each test in one combination (installs co
 	-tools/install-packages jq netcat-openbsd python3-click python3-daemon python3-psutil python3-rich python3-prometheus-client
 	@# Where PYTHONDONTWRITEBYTECODE is set, each of thousands of processes would compile all it imports.
 	@$(BIN)/python -m compileall -q -j 0 client_lib sample_client socketprotector tests
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 12 --maxschedchunk 2 $(CHOSEN) tests
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 12 --maxschedchunk 2 $(CHOSEN) $(if $(LOGS),--logs-in $(LOGS)) tests
 
 test-all: export SOCKETPROTECTOR_ROUNDS = many
 test-all: CHOSEN :=
@@ -46,7 +48,7 @@ test-all: test ## run them in every combination, with many more rounds (before a
 
 test-debian: $(INSTALLED) ## run it with the Pythons of Debian's suites (root; minutes; DEBIAN_ROOTS=FOLDER keeps them)
 	tools/install-packages debootstrap
-	$(BIN)/python -m pytest -v tests/systems/debian.py
+	$(BIN)/python -m pytest -v --shared-world tests/systems/debian.py
 
 MUSL ?= .musl
 
@@ -62,7 +64,7 @@ test-page: docs ## try the page and the site of the documents in headless Chromi
 	command -v npm >/dev/null || tools/install-packages npm
 	npm install --silent --no-audit --no-fund --no-save --prefix .axe axe-core@4.14.1
 	SOCKETPROTECTOR_AXE=$(AXE)/axe.min.js SOCKETPROTECTOR_SHOTS=$(abspath $(SHOTS)) SOCKETPROTECTOR_LOADED_S=$(LOADED_S) \
-		$(BIN)/python -m pytest -rs -s tests/browser tests/unit/exporter/test_monitoring.py
+		$(BIN)/python -m pytest -s --shared-world tests/browser tests/unit/exporter/test_monitoring.py
 	$(BIN)/python -m bench.page 10
 
 #: What builds the Debian packages.
@@ -71,7 +73,7 @@ DEB_TOOLS := debhelper dh-python dpkg-dev pybuild-plugin-pyproject python3-all p
 test-vm: $(INSTALLED) ## test under real systemds in an emulated machine (root; half an hour a system and more) [ONLY='bookworm and package and not 5.10']
 	-tools/install-packages qemu-system-x86 debootstrap e2fsprogs gcc libc6-dev haproxy iproute2
 	-tools/install-packages $(DEB_TOOLS)
-	$(BIN)/python -m pytest -s tests/vm $(if $(ONLY),-k '$(ONLY)')
+	$(BIN)/python -m pytest -s --shared-world tests/vm $(if $(ONLY),-k '$(ONLY)')
 
 test-fast: $(INSTALLED) ## run the tests of the model, the core and the imports (seconds)
 	$(BIN)/python -m pytest -n 2 tests/test_imports.py tests/unit/model tests/unit/core tests/unit/system tests/unit/launch tests/unit/daemon
@@ -90,7 +92,7 @@ $(TOOLS)/.installed: packaging/requirements.txt | $(INSTALLED)
 packages: $(INSTALLED) $(TOOLS)/.installed ## build each package, look at it, install, use and remove it (minutes; DEBIAN_ROOTS=FOLDER keeps systems)
 	-tools/install-packages $(DEB_TOOLS) debootstrap fish lintian zsh
 	-tools/install-packages buildah libarchive-tools makepkg pacman-package-manager rpm rpmlint
-	$(BIN)/python -m pytest -v -rs tests/packages/published.py tests/packages/deb.py \
+	$(BIN)/python -m pytest -v --shared-world tests/packages/published.py tests/packages/deb.py \
 		tests/packages/foreign.py tests/packages/image.py
 
 CAST := docs/images/demo.cast
@@ -110,7 +112,7 @@ $(FLEET)/.installed: deploy/requirements.txt | $(INSTALLED)
 
 test-fleet: $(INSTALLED) $(FLEET)/.installed ## release to five namespaced hosts behind HAProxy by Ansible, and parse deploy/ (root; minutes) [FLEET_RELEASES=20]
 	-tools/install-packages haproxy iproute2 nginx-light openssh-client openssh-server util-linux
-	$(BIN)/python -m pytest -v -rsP tests/fleet/test_files.py tests/fleet/rolling.py tests/fleet/failures.py
+	$(BIN)/python -m pytest -v -rP --shared-world tests/fleet/test_files.py tests/fleet/rolling.py tests/fleet/failures.py
 
 fleet-demo: $(INSTALLED) $(FLEET)/.installed ## show releases to five hosts under load, a bad one stopped at its first host (root; two minutes)
 	-tools/install-packages haproxy iproute2 openssh-client openssh-server util-linux

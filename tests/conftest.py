@@ -13,12 +13,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from _pytest.terminal import TerminalReporter
 
-from tests import forked, once
+from tests import forked, once, summary, world
 from tests.channel import Channel
 from tests.own_folder import OwnFolder
 from tests.procfs import GONE, children_of, descriptors, threads_of
-from tests.running import LISTENER, Client, Protector, eventually, mark
+from tests.running import LISTENER, ROOT, Client, Protector, eventually, mark
+
+# An ordinary user's PATH may lack where ip(8), nginx and others are.
+os.environ["PATH"] += ":/usr/sbin:/sbin"
 
 # Plugins of hypothesis, of which there are none, are looked for among all packages.
 os.environ["HYPOTHESIS_NO_PLUGINS"] = "1"
@@ -159,13 +163,24 @@ def _nothing_is_left_or_changed() -> Iterator[None]:
 
 
 _OWN_FOLDER = pytest.StashKey[OwnFolder]()
+_SHARED = pytest.StashKey[str]()
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest has made a folder
 def pytest_configure(config: pytest.Config) -> None:
-    if config.option.basetemp is None:  # else it is given, as to each process of `pytest -n`
-        config.stash[_OWN_FOLDER] = OwnFolder()
-        config.option.basetemp = config.stash[_OWN_FOLDER].path / "0"  # pytest makes it
+    if os.environ.get("PYTEST_XDIST_WORKER") is not None:
+        return  # in the world of the process that has started this one
+    if not config.option.collectonly:
+        config.stash[_SHARED] = "" if config.option.shared_world else world.enter(ROOT)
+    config.stash[_OWN_FOLDER] = own = OwnFolder()
+    os.environ["TMPDIR"] = tempfile.tempdir = str(own.path)
+    if config.option.basetemp is None:
+        config.option.basetemp = own.path / "0"  # pytest makes it
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    shared = config.stash.get(_SHARED, "")
+    return f"network and /run: the machine's ({shared})" if shared else ""
 
 
 @pytest.hookimpl(trylast=True)  # its processes have ended
@@ -173,6 +188,12 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     own = session.config.stash.get(_OWN_FOLDER, None)
     if own is not None:
         own.end(keep=exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED))
+    if session.config.option.logs_in:
+        session.config.option.tbstyle = "no"  # pytest shows none of what goes to the file
+
+
+def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
+    summary.write(terminalreporter)
 
 
 def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> None:
@@ -187,6 +208,8 @@ def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--once", action="store_true", help="see tests/once.py")
+    parser.addoption("--shared-world", action="store_true", help="make none of tests/world.py")
+    summary.add_option(parser)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -6,16 +6,13 @@ As in a rootless container with --net=host; maps are written by root, as newuidm
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
-import pytest
-
+from tests import needs
 from tests.running import ROOT
 
 #: Inside are 0 to 65535, `nobody` among them; all other users of the host have no number there.
@@ -24,7 +21,7 @@ MAP = "0 100000 65536"
 STRANGER = 54_321
 _PROGRAM = Path(__file__).parent / "in_namespace.py"
 
-needs_root = pytest.mark.skipif(os.getuid() != 0, reason="NOT CHECKED: only root writes such maps")
+needs_root = needs.ANOTHER_USER
 
 
 @contextmanager
@@ -70,23 +67,22 @@ def tell(process: subprocess.Popen[bytes], line: str) -> None:
     process.stdin.write(line.encode() + b"\n")
 
 
-def may(user: str, *words: str, **environment: str) -> bool:
-    """Whether a user can run a command."""
+def may(user: str, *words: str) -> bool:
+    """Return whether a user can run a command."""
     through = ("/bin/sh", "-c", 'exec "$@"', "sh", *words)  # which says no instead of raising
-    done = subprocess.run(through, user=user, cwd="/", env=environment, capture_output=True)
+    done = subprocess.run(through, user=user, cwd="/", env={}, capture_output=True)
     return done.returncode == 0
 
 
-@cache
 def any_users_python() -> tuple[str, str]:
-    """A Python that any user can execute, and the PYTHONPATH with which it runs the command."""
-    readable = [entry for entry in sys.path if entry and may("nobody", "test", "-r", entry)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "client_lib"), *readable])
-    imports = "import socketprotector.launch.cli, socketprotector.daemon.resident"
-    for candidate in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
-        if shutil.which(candidate) and may("nobody", candidate, "-c", imports, PYTHONPATH=path):
-            return candidate, path
-    pytest.skip("NOT CHECKED: no Python here with which the user nobody can run the command")
+    """Return the Python of these tests, and the PYTHONPATH with which it runs the command.
+
+    For programs that root starts as another user; skips the test where those could not run it.
+    """
+    if needs.IS_ROOT:
+        needs.another_user()
+    path = (str(ROOT), str(ROOT / "client_lib"), *filter(None, sys.path))
+    return sys.executable, os.pathsep.join(path)
 
 
 @contextmanager

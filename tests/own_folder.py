@@ -13,7 +13,9 @@ import tempfile
 from pathlib import Path
 
 #: Short: a socket's path has 107 bytes.
-_PREFIX = "sp-run-"
+_PREFIX = "spr"
+#: In each of them, so that no other folder is removed.
+_SIGN = ".of-socketprotectors-tests"
 #: So many of runs that have failed are kept, to be looked at.
 _KEPT = 3
 
@@ -25,6 +27,8 @@ class OwnFolder:
         _tidy_up()
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
         self._lock = _locked(self.path)
+        (self.path / _SIGN).touch()
+        self.path.chmod(0o1777)  # as /tmp: tests start programs as other users
 
     def end(self, *, keep: bool) -> None:
         """keep: what is in it, until later runs have failed."""
@@ -44,7 +48,7 @@ def _tidy_up() -> None:
     found = []
     for each in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         try:
-            if each.stat().st_uid == os.getuid():
+            if each.stat().st_uid == os.getuid() and (each / _SIGN).exists():
                 found.append((each.stat().st_mtime, each))
         except FileNotFoundError:
             continue  # another run has just removed it

@@ -79,6 +79,12 @@ class Lines(io.BufferedReader):
 
     _begun = False
 
+    def flush(self) -> None:
+        """Do nothing: each response flushes what another one of the same answer has closed.
+
+        Python 3.13 would report that on stderr, for each answer with 1xx before it.
+        """
+
     def readline(self, size: int | None = -1, /) -> bytes:
         line = super().readline(size)
         if not line.endswith(b"\n") and (line or self._begun) and len(line) != size:

@@ -22,6 +22,7 @@ from socketprotector.daemon.probe_port import Way
 from socketprotector.model.question import Question
 from socketprotector.programs import asker
 from socketprotector.system.loop import Loop
+from tests import needs
 from tests.running import DEADLINE_S
 from tests.together import together
 
@@ -231,7 +232,7 @@ def test_https_is_asked_without_verification(tmp_path: Path) -> None:
         check=False,
     )
     if made.returncode:
-        pytest.skip("NOT CHECKED: openssl is not there")
+        needs.skip("openssl")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
     with socket.create_server(("127.0.0.1", 0)) as listening:

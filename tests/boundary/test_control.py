@@ -26,14 +26,13 @@ from socketprotector.model.control_requests import LINE_BYTES, Request, RequestE
 from socketprotector.model.settings import ListenerSettings
 from socketprotector.system.listener import Listener
 from socketprotector.system.loop import Loop
+from tests import needs
 from tests.boundary.conftest import Turns
 from tests.running import DEADLINE_S
 
 GROUP = 54_321  # no user is in it, and it needs no name
 NOBODY = 65_534
-ANOTHER_USER = pytest.mark.skipif(
-    os.geteuid() != 0, reason="NOT CHECKED: another user, which takes root"
-)
+ANOTHER_USER = needs.ANOTHER_USER
 STATUS = b'{"v":1,"command":"status"}\n'
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from socketprotector.system.cpu_quota import Quota
+from tests import needs
 
 CPU = Path("/sys/fs/cgroup/cpu")
 
@@ -109,7 +110,7 @@ def group() -> Iterator[Path]:
     try:
         folder.mkdir()
     except OSError as error:
-        pytest.skip(f"no cgroup can be made here ({error}): only files like the kernel's are read")
+        needs.skip("a cgroup of its own", error)
     yield folder
     folder.rmdir()
 

@@ -14,6 +14,7 @@ import pytest
 from socketprotector.programs import guard
 from socketprotector.system import inherited
 from socketprotector.system.inherited import Inherited
+from tests import needs
 from tests.running import ROOT
 
 SHOW = (
@@ -125,9 +126,8 @@ MAKE_MANY = (
     " os.memfd_create(f'sp.worker.{n}.{what}')"
     " for n in range(2500) for what in ('process', 'notify', 'line')}"
 )
-needs_many = pytest.mark.skipif(
-    resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 16000,
-    reason="NOT CHECKED: several thousand descriptors, for want of a higher limit",
+needs_many = needs.unless(
+    resource.getrlimit(resource.RLIMIT_NOFILE)[1] >= 16_000, "a limit of 16,000 descriptors"
 )
 
 

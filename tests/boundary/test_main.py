@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
+from tests import needs
 
 
 def run(program: str) -> str:
@@ -61,7 +61,7 @@ def test_a_module_that_is_there_is_not_deferred() -> None:
     )
 
 
-@pytest.mark.skipif(sys.version_info >= (3, 12), reason="dataclasses uses more of inspect there")
+@needs.unless(sys.version_info < (3, 12), "Python 3.11, whose dataclasses use less of inspect")
 def test_the_resident_process_never_needs_inspect() -> None:
     said = run(
         "from socketprotector import __main__ as lazy\n"

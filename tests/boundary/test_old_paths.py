@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.running import DEADLINE_S, ROOT
 
 PACKAGE = ROOT / "socketprotector"
@@ -33,7 +34,7 @@ def test_the_relay_writes_what_it_reads(tmp_path: Path) -> None:
 
 
 def test_the_watcher_says_what_is_not_there(tmp_path: Path) -> None:
-    pytest.importorskip("watchfiles")
+    needs.module("watchfiles")
     ours, theirs = socket.socketpair()
     words = (str(theirs.fileno()), str(tmp_path / "gone"), "--")
     with ours, theirs:

@@ -16,13 +16,12 @@ from socketprotector.model.records import Program
 from socketprotector.model.settings import Identity
 from socketprotector.system import privileges
 from socketprotector.system.process import spawn
+from tests import needs
 from tests.boundary.ending import SHELL, children, end_of, is_open, running
 
 pytestmark = [
     pytest.mark.usefixtures("in_root_directory"),
-    pytest.mark.skipif(
-        os.geteuid() != 0, reason="NOT CHECKED: privileges; only root can become another user"
-    ),
+    needs.ANOTHER_USER,
 ]
 KEPT = "00000000000000e0"
 NONE = "0000000000000000"

@@ -20,6 +20,7 @@ from socketprotector.system.executable import resolve
 from socketprotector.system.loop import Loop
 from socketprotector.system.privileges import become
 from socketprotector.system.process import Process, spawn
+from tests import needs
 from tests.boundary.ending import SHELL, end_of, is_open, running, settle, traced, until
 from tests.running import DEADLINE_S, ROOT, eventually
 from tests.together import together
@@ -151,7 +152,7 @@ def test_a_mortal_one_ends_with_its_group_when_we_end_in_whatever_way(how: str) 
     program = running("sleep 1000 & echo started >&5; wait")
     if how == "another user's":
         if os.geteuid() != 0:
-            pytest.skip("NEEDS ROOT to become another user")
+            needs.skip("root")
         program = replace(program, identity=Identity("nobody", 65534, 65534, (65534,)))
     receive, send = os.pipe()
     is_told, tell = os.pipe()
@@ -314,9 +315,7 @@ def signals_groups() -> bool:
     return True
 
 
-@pytest.mark.skipif(
-    not signals_groups(), reason="NOT CHECKED: before Linux 6.9 a group has only its number"
-)
+@needs.unless(signals_groups(), "Linux 6.9, which signals groups by descriptor")
 def test_a_group_is_killed_by_its_pidfd_not_by_a_number() -> None:
     """One that was adopted is reaped by another process, and its number may be another's then."""
     receive, send = os.pipe()
@@ -416,7 +415,7 @@ os.waitpid(second, 0)
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="NOT CHECKED: a PID namespace, which takes root")
+@needs.ROOT
 @pytest.mark.parametrize("old", [False, True], ids=["6.9", "before"])
 @pytest.mark.parametrize("adopted", [False, True], ids=["ours", "adopted"])
 def test_a_group_that_has_another_ones_number_by_now_is_left_alone(

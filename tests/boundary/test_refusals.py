@@ -21,11 +21,12 @@ from socketprotector.launch.preflight import check_siblings
 from socketprotector.launch.resolve import ParsedOptions
 from socketprotector.model.errors import UsageError
 from socketprotector.model.settings import ListenerSettings
+from tests import needs
 from tests.boundary.conftest import Typed
 from tests.running import Ended
 from tests.together import together
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
+needs_root = needs.ANOTHER_USER
 
 OPTIONS = (
     *("--pid-file", "--foreground", "--verbose", "--help", "--version", "--workers"),
@@ -459,7 +460,10 @@ def test_a_file_of_another_option_is_never_replaced_by_a_pid_file(
 @together(
     ("words", "said"),
     [
-        (("1", "--", "true", "{fd:web}"), "{fd:web}: no listener has this name; there is: "),
+        (
+            ("127.0.0.1:0", "--", "true", "{fd:web}"),
+            "{fd:web}: no listener has this name; there is: ",
+        ),
         (
             ("a=127.0.0.1:0", "a=127.0.0.2:0", "--", "true", "{fd:a}"),
             "{fd:a}: a stands for 2 listeners",
@@ -502,7 +506,7 @@ def test_check_refuses_a_name_as_a_start_does(
     said: str,
 ) -> None:
     if "v6only" in listens[0] and not socket.has_dualstack_ipv6():
-        pytest.skip("no IPv6 here")
+        needs.skip("IPv6")
     port = str(free_port())
     options = words if words[0] == "--ready" else ()
     command = ("--", "true", *(() if options else words))

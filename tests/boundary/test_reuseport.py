@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import select
-import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from socketprotector.system import reuseport
+from tests import needs
 from tests.boundary.listening import KINDS, listening
 from tests.running import DEADLINE_S, ROOT
 from tests.unanswered import Unanswered
@@ -88,10 +88,7 @@ def test_a_mark_leads_to_the_other_one_and_nobody_else_goes_there(
             assert came(pair, hosts) == ((0, 12) if meant == 0 else (12, 0))
 
 
-@pytest.mark.skipif(
-    os.geteuid() != 0 or None in map(shutil.which, ("ip", "nsenter", "unshare")),
-    reason="NOT CHECKED: network namespaces take root, ip(8), nsenter(1) and unshare(1)",
-)
+@needs.root_with("ip", "nsenter", "unshare")
 def test_no_client_of_a_network_has_a_mark() -> None:
     script = Path(__file__).with_name("remote_mark.py")
     done = subprocess.run(

@@ -11,6 +11,7 @@ import pytest
 from socketprotector.system import sock_diag as module
 from socketprotector.system.reuseport import device_of
 from socketprotector.system.sock_diag import is_waiting, unread
+from tests import needs
 from tests.boundary.listening import KINDS, listening
 from tests.running import eventually
 
@@ -78,7 +79,7 @@ def test_one_whose_listener_is_bound_to_a_device_waits_too() -> None:
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
         except PermissionError:
-            pytest.skip("NOT CHECKED: to bind to a device takes root before Linux 5.7")
+            needs.skip("Linux 5.7, or root, to bind to a device")
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         address = listener.getsockname()

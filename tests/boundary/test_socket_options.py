@@ -17,6 +17,7 @@ from socketprotector.launch.listen_spec import parse
 from socketprotector.model.errors import SystemRefused, UsageError
 from socketprotector.system import reuseport
 from socketprotector.system.listener import Listener, accept_of
+from tests import needs
 from tests.together import together
 
 SOCKET, TCP, IP, IPV6 = (
@@ -82,6 +83,7 @@ def test_an_accepted_connection_has_it(bound: Bound, level: int, option: int, va
         assert one.getsockopt(level, option) == value
 
 
+@needs.ROOT
 @pytest.mark.parametrize(
     ("bound", "level", "option", "value"),
     [(f"127.0.0.1:0?{asked}", *seen) for asked, *seen in NEEDS_RIGHTS],

@@ -31,6 +31,7 @@ from socketprotector.model.settings import ListenerSettings
 from socketprotector.system import reuseport, sock_diag
 from socketprotector.system.listener import Listener
 from socketprotector.system.loop import READ, Loop
+from tests import needs
 from tests.running import DEADLINE_S
 from tests.unanswered import Unanswered
 
@@ -710,6 +711,7 @@ def test_one_whose_filter_is_locked_is_bound_anew_before_the_next_one_begins(
     assert reloaded.stranded == 0  # one that begins now has it
 
 
+@needs.ROOT  # to change the device of a socket that has one takes CAP_NET_RAW
 def test_where_clients_are_kept_out_of_one_for_all_they_are_let_in_by_the_next_generation(
     world: World,
 ) -> None:

@@ -18,6 +18,7 @@ from socketprotector.launch.listen_spec import Listen, parse
 from socketprotector.model.settings import ListenerSettings
 from socketprotector.system import reuseport
 from socketprotector.system.sock_diag import file_of
+from tests import needs
 
 SOCKET, TCP, IP = socket.SOL_SOCKET, socket.IPPROTO_TCP, socket.IPPROTO_IP
 SO_LOCK_FILTER = 44
@@ -205,9 +206,16 @@ def test_the_backlog_is_the_new_one(machine: Machine, port: int) -> None:
     assert reuseport.backlog(after.socket) == 5
 
 
-def test_what_workers_have_done_to_it_is_undone(machine: Machine, port: int) -> None:
+@pytest.mark.parametrize(
+    # A user who is not root cannot undo it: where it is done by a device, that takes CAP_NET_RAW.
+    "refuses",
+    [False, pytest.param(True, marks=needs.ROOT)],
+    ids=["it lets clients in", "it refuses new clients"],
+)
+def test_what_workers_have_done_to_it_is_undone(machine: Machine, port: int, refuses: bool) -> None:
     def change(one: socket.socket) -> None:
-        reuseport.refuse_new(one)
+        if refuses:
+            reuseport.refuse_new(one)
         one.setblocking(True)
         one.setsockopt(SOCKET, socket.SO_RCVTIMEO, bytes([0] * 8 + [1] + [0] * 7))
         one.setsockopt(SOCKET, socket.SO_LINGER, bytes([1, 0, 0, 0, 9, 0, 0, 0]))
@@ -247,7 +255,7 @@ def test_one_that_had_a_second_one_has_another_and_is_the_one_clients_come_to(
 
 def test_what_cannot_be_undone_is_bound_anew_and_reported(machine: Machine, port: int) -> None:
     def lock(one: socket.socket) -> None:
-        reuseport._attach(one, 26, reuseport._NO_NEW_CLIENTS)
+        reuseport.refuse_new(one)
         one.setsockopt(SOCKET, SO_LOCK_FILTER, 1)
 
     machine.start(f"127.0.0.1:{port}")
@@ -304,7 +312,7 @@ def test_a_path_keeps_its_file_and_has_the_rights_of_the_new_start(
     assert os.path.lexists(path), "it is still there for the next try"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="NOT CHECKED: to give a file away takes root")
+@needs.ROOT
 def test_a_path_belongs_to_the_user_of_the_new_start(machine: Machine, tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
     machine.start(f"unix:{path}?user=7&group=8")

@@ -13,10 +13,11 @@ from socketprotector.launch import unix_access
 from socketprotector.launch.bind import bind_all, discard_all
 from socketprotector.launch.listen_spec import parse
 from socketprotector.model.settings import ListenerSettings
+from tests import needs
 from tests.own_folder import let_through
 from tests.together import together
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: gives files away")
+needs_root = needs.ROOT
 #: A group that no file here has by itself.
 OTHER = 12345
 
@@ -177,7 +178,7 @@ def test_an_access_control_list_is_the_operators_own_choice(folder: Path) -> Non
     try:
         os.setxattr(folder, "system.posix_acl_default", packed)
     except OSError as error:
-        pytest.skip(f"no access control lists here: {error.strerror}")
+        needs.skip("access control lists", error.strerror)
 
     assert said_by_check(folder, "") == []
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.running import ROOT
 
 EXAMPLES = ROOT / "client_lib" / "c" / "examples"
@@ -51,7 +52,7 @@ def installed(tool: str) -> str:
     """Return the path of a tool, or skip; `make test` installs what it can."""
     path = shutil.which(tool)
     if path is None:
-        pytest.skip(f"NOT CHECKED: {tool} is not installed")
+        needs.skip(tool)
     return path
 
 
@@ -59,7 +60,7 @@ def working_valgrind() -> str:
     """Return the path of valgrind, or skip; it needs the C library's symbols (libc6-dbg)."""
     path = installed("valgrind")
     if subprocess.run([path, "-q", shutil.which("true") or "true"], check=False).returncode:
-        pytest.skip("NOT CHECKED: valgrind does not start; is libc6-dbg installed?")
+        needs.skip("valgrind and libc6-dbg")
     return path
 
 

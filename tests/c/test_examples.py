@@ -19,6 +19,7 @@ import pytest
 from socketprotector_client import wire
 
 from socketprotector.demo.seen import Snapshot
+from tests import needs
 from tests.c.building import PLAIN, SANITIZED, Build, working_valgrind
 from tests.channel import Channel
 from tests.load import Load
@@ -40,7 +41,7 @@ def program(request: pytest.FixtureRequest, build: Build) -> tuple[str, ...]:
     if name in SCRIPTS:
         interpreter = shutil.which(SCRIPTS[name])
         if interpreter is None:
-            pytest.skip(f"NOT CHECKED: {SCRIPTS[name]} is not installed")
+            needs.skip(SCRIPTS[name])
         return interpreter, str(ROOT / "client_lib" / "examples" / name)
     return (str(build(name, *SANITIZED)),)
 

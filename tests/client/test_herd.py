@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from tests import needs
 from tests.channel import PYTHON, Channel, Worker
 from tests.procfs import children_of, sleeps_in, wake_ups
 from tests.running import ROOT, eventually
@@ -53,18 +54,18 @@ def serving(worker: Worker) -> list[int]:
 def test_one_idle_worker_wakes_under_loops_that_wait_in_ways_of_their_own(
     channel: Channel, way: str
 ) -> None:
-    pytest.importorskip(way.partition("-")[2] or way)
+    needs.module(way.partition("-")[2] or way)
     test_one_idle_worker_wakes_for_a_connection_and_they_take_turns(channel, way)
 
 
 @pytest.mark.parametrize(
-    ("way", "needs"),
+    ("way", "package"),
     [("waitress", "waitress"), ("gunicorn", "gunicorn"), ("gthread", "gunicorn")],
 )
 def test_a_web_server_that_is_idle_sleeps_while_another_one_serves(
-    channel: Channel, way: str, needs: str
+    channel: Channel, way: str, package: str
 ) -> None:
-    pytest.importorskip(needs)
+    needs.module(package)
     command = (PYTHON, ROOT / "bench" / "herd.py", way, "0")
     forks = {"HERD_PROCESSES": "1"}
     # Of gunicorn's it is a child that says READY=1.

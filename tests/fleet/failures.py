@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 
 from bench.earlier import NoSuchCommit, extract
-from tests.fleet import needs
+from tests import needs
 from tests.fleet.hosts import Fleet, Host, Load, Machine, fleet, wait
+from tests.fleet.needs import marks
 
-pytestmark = needs.marks
+pytestmark = marks
 
 #: The last one whose protector has no dry run.
 WITHOUT_DRY_RUN = "e583429"
@@ -188,7 +189,7 @@ def test_a_host_with_an_older_protector_is_named_and_nothing_is_guessed(
     try:
         extract(WITHOUT_DRY_RUN, tmp_path)
     except NoSuchCommit as error:
-        pytest.skip(f"NOT CHECKED: {error}")
+        needs.skip("network namespaces", error)
     code = f"{tmp_path}:{tmp_path / 'client_lib'}"
 
     def code_of(number: int) -> str:

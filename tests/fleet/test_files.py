@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.fleet.hosts import DEPLOY, TOOLS
 from tests.running import ROOT, output_of
 
@@ -34,7 +35,7 @@ print(json.dumps(hcl2.load(open(sys.argv[1]))))
 
 def tool(name: str) -> pytest.MarkDecorator:
     there = (TOOLS / name).exists() or shutil.which(name) is not None
-    return pytest.mark.skipif(not there, reason=f"NOT CHECKED: there is no {name}")
+    return needs.unless(bool(there), name)
 
 
 def run(program: str, *words: str | Path, cwd: Path = ROOT, **environment: str) -> str:
@@ -52,7 +53,11 @@ def test_haproxy_understands_its_file() -> None:
 @tool("nginx")
 def test_nginx_understands_its_file(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
-    said = run("nginx", "-t", "-p", tmp_path, "-c", DEPLOY / "nginx.conf", "-g", "pid nginx.pid;")
+    text = (DEPLOY / "nginx.conf").read_text()
+    assert "http {" in text
+    file = tmp_path / "nginx.conf"  # without the log that it would open, where only root may
+    file.write_text(text.replace("http {", "http { access_log off;"))
+    said = run("nginx", "-t", "-p", tmp_path, "-c", file, "-g", "pid nginx.pid;")
 
     assert "test is successful" in said
 

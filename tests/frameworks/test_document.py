@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.frameworks.asking import PATH, port_of
 from tests.running import DEADLINE_S, ROOT, Protector
 
@@ -59,7 +60,7 @@ def skip_without(program: str) -> None:
     )
     for name in names:
         if name != "shop" and find_spec(name) is None:
-            pytest.skip(f"{name} is not installed: pip install -e '.[dev]'")
+            needs.skip(name)
 
 
 def ask(port: int, program: str = "") -> None:

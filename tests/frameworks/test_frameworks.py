@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.frameworks.asking import GUNICORN, PATH, PROGRAMS, port_of
 from tests.rounds import rounds
 from tests.running import Protector
@@ -70,10 +71,7 @@ each_framework = pytest.mark.parametrize(
         pytest.param(
             each,
             id=each.name,
-            marks=pytest.mark.skipif(
-                find_spec(each.needs) is None,
-                reason=f"{each.needs} is not installed: pip install -e '.[dev]'",
-            ),
+            marks=needs.unless(find_spec(each.needs) is not None, each.needs),
         )
         for each in FRAMEWORKS
     ],

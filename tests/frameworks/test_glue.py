@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.channel import Channel
 from tests.frameworks.asking import GUNICORN, PATH, PROGRAMS
 from tests.running import ROOT, Protector
@@ -48,7 +49,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_uvloop_is_refused_instead_of_serving_no_client() -> None:
-    pytest.importorskip("uvloop")
+    needs.module("uvloop")
 
     done = python(UVLOOP)
 
@@ -61,7 +62,7 @@ def test_uvloop_is_refused_instead_of_serving_no_client() -> None:
 
 
 def test_a_program_that_accepts_by_itself_may_run_on_uvloop() -> None:
-    pytest.importorskip("uvloop")
+    needs.module("uvloop")
 
     done = python(ACCEPTS_ITSELF)
 
@@ -69,8 +70,8 @@ def test_a_program_that_accepts_by_itself_may_run_on_uvloop() -> None:
 
 
 def test_gunicorns_other_workers_are_refused(protector: Callable[..., Protector]) -> None:
-    pytest.importorskip("gunicorn")
-    pytest.importorskip("gevent")
+    needs.module("gunicorn")
+    needs.module("gevent")
     options = [word for word in GUNICORN if word != "ADDRESS" and word != "-b"]
 
     daemon = protector("127.0.0.1:0", "--", sys.executable, *options, "-k", "gevent", **PATH)
@@ -85,7 +86,7 @@ def test_gunicorns_other_workers_are_refused(protector: Callable[..., Protector]
 def test_a_generation_whose_application_cannot_be_loaded_is_never_ready(
     protector: Callable[..., Protector],
 ) -> None:
-    pytest.importorskip("gunicorn")
+    needs.module("gunicorn")
     options = [word for word in GUNICORN[:-1] if word != "ADDRESS" and word != "-b"]
 
     daemon = protector("127.0.0.1:0", "--", sys.executable, *options, "no_such_module:app", **PATH)
@@ -97,7 +98,7 @@ def test_a_generation_whose_application_cannot_be_loaded_is_never_ready(
 def test_gunicorns_end_leaves_the_protectors_unix_socket_alone(
     protector: Callable[..., Protector], tmp_path: Path
 ) -> None:
-    pytest.importorskip("gunicorn")
+    needs.module("gunicorn")
     path = tmp_path / "socket"
     options = ["127.0.0.1:1" if word == "ADDRESS" else word for word in GUNICORN]
     daemon = protector(f"unix:{path}", "--", sys.executable, *options, **PATH).ready()
@@ -114,7 +115,7 @@ def test_gunicorns_end_leaves_the_protectors_unix_socket_alone(
 def test_gevent_never_sets_a_flag_on_the_channel_that_all_workers_share(
     program: str, channel: Channel
 ) -> None:
-    pytest.importorskip("gevent")
+    needs.module("gevent")
     worker = channel.start(sys.executable, PROGRAMS / program, "127.0.0.1:1")
     client = channel.connect()
     client.say("GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.frameworks.asking import PATH, port_of
 from tests.rounds import rounds
 from tests.running import Protector
@@ -22,10 +23,7 @@ RUN = (sys.executable, "-m", "socketprotector_client.run")
 PAGES = "tests.frameworks.programs.pages"
 LISTENER = ("--handoff", "listener", "--ready", "notify")
 
-needs_both = pytest.mark.skipif(
-    find_spec("uvicorn") is None or find_spec("waitress") is None,
-    reason="uvicorn or waitress is not installed: pip install -e '.[dev]'",
-)
+needs_both = needs.unless(None not in map(find_spec, ("uvicorn", "waitress")), "uvicorn, waitress")
 
 #: Applications of every shape.
 SHAPES = """

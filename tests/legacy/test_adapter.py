@@ -14,6 +14,7 @@ import pytest
 from socketprotector_client import wire
 
 from socketprotector.programs.legacy import adapter, stream
+from tests import needs
 from tests.legacy.conftest import ADAPTER, Legacy, is_root, padded, patched, pid_after, stranger
 from tests.running import ROOT, Client, eventually, wait_gone
 from tests.scenarios.tools import Gate, hold
@@ -176,7 +177,7 @@ def test_a_stranger_that_connects_first_gets_nothing(
     through = []
     if user == "nobody":
         if not is_root():
-            pytest.skip("NOT CHECKED: only root can be another user")
+            needs.another_user()
         through = ["setpriv", "--reuid", "65534", "--clear-groups"]
     gate = Gate(tmp_path / "gate")
     worker = legacy.spawn(*gate.before(*legacy.command()))

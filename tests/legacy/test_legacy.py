@@ -8,7 +8,7 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from socketprotector.demo.seen import Snapshot
-from tests.legacy.conftest import is_root, padded
+from tests import needs
+from tests.legacy.conftest import padded
 from tests.load import Load
 from tests.procfs import parent_of
 from tests.running import FAIR_START_S, ROOT, Client, Protector, ask, eventually, wait_gone
@@ -245,17 +246,14 @@ def for_any_user(original: Path) -> Iterator[Path]:
         yield Path(shutil.copy(original, folder))
 
 
-@pytest.mark.skipif(not is_root(), reason="NOT CHECKED: only root can start it as another user")
+@needs.ANOTHER_USER
 def test_it_works_as_another_user(giver: Giver, for_any_user: Path) -> None:
     service = Service(giver, for_any_user)
     path = [str(ROOT), str(ROOT / "client_lib")]
     code = f"import sys; sys.path[:0] = {path}; "
     code += "from socketprotector.programs.legacy.adapter import main; main()"
-    python = "/usr/bin/python3"
-    probe = [python, "-I", "-c", code]
-    if subprocess.run(probe, user="nobody", cwd="/", capture_output=True).returncode != 2:
-        pytest.skip("NOT CHECKED: no Python here with which the user nobody can run the worker")
-    daemon = service.start("--user", "nobody", adapter=(*probe, "--"))
+    adapter = (sys.executable, "-I", "-c", code, "--")
+    daemon = service.start("--user", "nobody", adapter=adapter)
 
     child = pid_in(ask(service.address))
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import pty
 import select
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.packages import debs
 from tests.packages.debian_roots import debian_roots
 from tests.packages.debs import COMPLETED, run
@@ -29,7 +29,7 @@ SUITES = {"bookworm": "3.11", "trixie": "3.13"}
 NAMESPACES = ("--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
 
 pytestmark = [
-    pytest.mark.skipif(bool(debs.missing()), reason=f"NOT CHECKED: {debs.missing()}"),
+    needs.unless(not debs.missing(), "packages that build Debian's", debs.missing()),
     pytest.mark.timeout(1800),
 ]
 
@@ -50,7 +50,7 @@ def packages(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.skipif(not shutil.which("lintian"), reason="NOT CHECKED: apt-get install lintian")
+@needs.programs("lintian")
 def test_lintian_has_neither_errors_nor_warnings(built: Path) -> None:
     [changes] = built.glob("*.changes")
     words = ("--profile", "debian", "--fail-on", "error,warning", "--allow-root")
@@ -104,7 +104,7 @@ def test_they_have_what_an_operator_looks_for(built: Path) -> None:
     assert "./usr/bin/socketprotector-run" in run("dpkg-deb", "-c", client)
 
 
-@pytest.mark.skipif(not shutil.which("zsh"), reason="NOT CHECKED: apt-get install zsh")
+@needs.programs("zsh")
 def test_zsh_completes_at_the_first_tab(built: Path, tmp_path: Path) -> None:
     [main] = built.glob("socketprotector_*.deb")
     run("dpkg-deb", "-x", main, tmp_path / "root")
@@ -129,7 +129,7 @@ def test_zsh_completes_at_the_first_tab(built: Path, tmp_path: Path) -> None:
             os.close(ours)
 
 
-@pytest.mark.skipif(not shutil.which("fish"), reason="NOT CHECKED: apt-get install fish")
+@needs.programs("fish")
 def test_fish_completes(built: Path, tmp_path: Path) -> None:
     [main] = built.glob("socketprotector_*.deb")
     run("dpkg-deb", "-x", main, tmp_path / "root")
@@ -180,10 +180,7 @@ def lived(manager: str, root: Path, packages: Path) -> None:
     assert told.endswith("LIVED\n")
 
 
-needs_a_root = pytest.mark.skipif(
-    os.geteuid() != 0 or not shutil.which("debootstrap"),
-    reason="NOT CHECKED: a system of its own takes root, and debootstrap",
-)
+needs_a_root = needs.root_with("debootstrap")
 
 
 @needs_a_root

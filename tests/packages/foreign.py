@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.packages.debian_roots import debian_roots
 from tests.packages.dists import EPOCH, VERSION
 from tests.running import ROOT, output_of
@@ -30,19 +31,14 @@ SUITE = {(3, 11): "bookworm", (3, 13): "trixie"}.get(sys.version_info[:2], "")
 NAMESPACES = ("--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
 
 
-def needs(*programs: str) -> pytest.MarkDecorator:
-    missing = [program for program in programs if not shutil.which(program)]
-    return pytest.mark.skipif(bool(missing), reason=f"NOT CHECKED: there is no {missing}")
-
-
 #: Run a command that succeeds; return what it says.
 run = functools.partial(output_of, SOURCE_DATE_EPOCH=EPOCH)
 
 pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="NOT CHECKED: a system of its own takes root"),
-    pytest.mark.skipif(not SUITE, reason="NOT CHECKED: no Debian here has this version of Python"),
-    pytest.mark.skipif(not TOOLS.is_dir(), reason=f"NOT CHECKED: no tools in {TOOLS}"),
-    needs("debootstrap"),
+    needs.ROOT,
+    needs.unless(bool(SUITE), "a Debian with this version of Python"),
+    needs.unless(TOOLS.is_dir(), f"the tools in {TOOLS}"),
+    needs.programs("debootstrap"),
     pytest.mark.timeout(1800),
 ]
 root_of = pytest.fixture(scope="session")(debian_roots)
@@ -113,7 +109,7 @@ def lived(manager: str, root: Path, folder: Path) -> None:
     assert told.endswith("LIVED\n")
 
 
-@needs("rpmbuild", "rpmlint")
+@needs.programs("rpmbuild", "rpmlint")
 def test_rpmlint_finds_neither_errors_nor_warnings(rpms: Path) -> None:
     config = ROOT / "packaging" / "rpm" / "rpmlint.toml"
     told = run("rpmlint", "--config", config, *sorted((rpms / "good").iterdir()))
@@ -121,19 +117,19 @@ def test_rpmlint_finds_neither_errors_nor_warnings(rpms: Path) -> None:
     assert re.search(r"\b0 errors, 0 warnings", told), told
 
 
-@needs("rpmbuild", "rpm")
+@needs.programs("rpmbuild", "rpm")
 def test_a_whole_life_as_rpm(root_of: Callable[..., Path], rpms: Path) -> None:
     assert len([*(rpms / "good").iterdir()]) == 2
     lived("rpm", root_of(SUITE), rpms)
 
 
-@needs("makepkg", "pacman")
+@needs.programs("makepkg", "pacman")
 def test_a_whole_life_under_pacman(root_of: Callable[..., Path], archives: Path) -> None:
     assert len([*(archives / "good").iterdir()]) == 2
     lived("pacman", root_of(SUITE), archives)
 
 
-@needs("makepkg")
+@needs.programs("makepkg")
 def test_makepkg_reads_what_is_said_of_the_packages() -> None:
     words = ("unshare", "--user", "--map-user=1000", "--map-group=1000")
     told = run(*words, "makepkg", "--printsrcinfo", cwd=ROOT / "packaging" / "arch")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from tests import needs
 from tests.packages.debian_roots import debian_roots
 from tests.packages.dists import VERSION, build
 from tests.procfs import children_of
@@ -30,11 +30,8 @@ PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
 PROGRAMS = "/opt/socketprotector/bin"
 
 pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="NOT CHECKED: only root builds it here"),
-    pytest.mark.skipif(
-        not shutil.which("buildah") or not shutil.which("debootstrap"),
-        reason="NOT CHECKED: apt-get install buildah debootstrap",
-    ),
+    needs.ROOT,
+    needs.programs("buildah", "debootstrap"),
     pytest.mark.timeout(1800),
 ]
 

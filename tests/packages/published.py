@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.packages.dists import EPOCH, NAMES, VERSION, WHEELS, build
 from tests.running import ROOT, Protector, ask, output_of
 
@@ -27,7 +28,7 @@ TOOLS = Path(os.environ.get("PACKAGING_TOOLS", ROOT / ".venv" / "packaging")) / 
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
 
 pytestmark = [
-    pytest.mark.skipif(not TOOLS.is_dir(), reason=f"NOT CHECKED: no tools in {TOOLS}"),
+    needs.unless(TOOLS.is_dir(), f"the tools in {TOOLS}"),
     pytest.mark.timeout(600),
 ]
 

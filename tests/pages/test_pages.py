@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.pages import links, page
 from tests.pages.page import Block
 from tests.running import ROOT
@@ -71,10 +72,7 @@ ELSEWHERE = {
 NAMESPACES = ("--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 PAGE_S = 120.0
 
-is_root = pytest.mark.skipif(
-    os.geteuid() != 0 or not shutil.which("unshare") or not shutil.which("ip"),
-    reason="NOT CHECKED: namespaces, which take root, unshare(1) and ip(8)",
-)
+is_root = needs.root_with("unshare", "ip")
 
 
 def blocks(name: str) -> list[Block]:
@@ -117,7 +115,7 @@ def ran(folder: Path, name: str) -> str:
 def test_a_page_does_and_says_what_it_shows(tmp_path: Path, name: str) -> None:
     missing = [each for each in RUN[name] if not found(each)]
     if missing:
-        pytest.skip(f"NOT CHECKED: there is no {', '.join(missing)}")
+        needs.skip(", ".join(missing))
 
     output = ran(tmp_path, name)
 

@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
-
+from tests import needs
 from tests.load import Load, Snapshot
 from tests.procfs import state_of
 from tests.rounds import rounds
@@ -22,9 +21,7 @@ from tests.running import ROOT, WORKERS, Protector, eventually
 
 ROUNDS = rounds(5, 100)
 ECHO = (sys.executable, str(WORKERS / "echo.py"))
-AS_ANOTHER_USER = pytest.mark.skipif(
-    os.geteuid() != 0, reason="NOT CHECKED: another user, which takes root"
-)
+AS_ANOTHER_USER = needs.ANOTHER_USER
 
 
 class Chance:

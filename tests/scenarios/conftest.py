@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.namespaces import any_users_python
 from tests.running import (
     Protector,
@@ -87,7 +88,7 @@ def service(
 @pytest.fixture
 def syslog(start: Start) -> Iterator[Syslog]:
     if os.geteuid() != 0 or shutil.which("unshare") is None:
-        pytest.skip("only root with unshare(1) can have a /dev/log of its own")
+        needs.skip("root" if not needs.IS_ROOT else "unshare")
     listener = Syslog(start.folder)
     yield listener
     start.end()

@@ -15,9 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from tests import forked
+from tests import forked, needs
 from tests.procfs import command_line_of
 from tests.running import COMMAND, DEADLINE_S, MARK, Client, Ended, eventually, marked, wait_gone
 from tests.scenarios.tools import worker
@@ -226,4 +224,4 @@ def has_ipv6() -> bool:
         return False
 
 
-needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="no IPv6 on this machine")
+needs_ipv6 = needs.IPV6

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from socketprotector.system import reuseport
+from tests import needs
 from tests.procfs import descriptors, environment_of, listening
 from tests.running import DEADLINE_S, Client, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import upgrade
@@ -187,10 +187,7 @@ def test_workers_get_none_of_what_was_passed(giver: Giver) -> None:
     daemon.stop()
 
 
-@pytest.mark.skipif(
-    shutil.which("systemd-socket-activate") is None,
-    reason="NOT CHECKED: systemd's own socket activation; systemd-socket-activate is not installed",
-)
+@needs.programs("systemd-socket-activate")
 def test_systemd_socket_activate_starts_it_with_the_first_client(
     marked_environment: dict[str, str],
 ) -> None:
@@ -273,7 +270,7 @@ def test_a_second_socket_is_not_made_beside_one_that_an_earlier_protector_has_le
         daemon.stop()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="NOT CHECKED: another user's socket; needs root")
+@needs.ANOTHER_USER
 def test_a_second_socket_needs_the_user_that_has_opened_the_first(giver: Giver) -> None:
     os.seteuid(65534)
     try:

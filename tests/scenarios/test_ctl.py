@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from socketprotector.launch import cli
+from tests import needs
 from tests.load import Load
 from tests.own_folder import let_through
 from tests.rounds import rounds
@@ -41,11 +41,6 @@ from tests.unit.ctl.conftest import run
 
 Start = Callable[..., Protector]
 MANY = worker("many")
-
-pytestmark = pytest.mark.skipif(
-    "control" not in {each.name for each in cli.COMMAND.params},
-    reason="NOT CHECKED: there is no control socket",
-)
 
 
 @pytest.fixture
@@ -639,7 +634,7 @@ def test_log_level(web: Start) -> None:
 
 def test_another_user_is_denied(web: Start, control: Path) -> None:
     if os.geteuid() != 0:
-        pytest.skip("NOT CHECKED: another user, which takes root")
+        needs.another_user()
     web()
     let_through(control)
     socket_file = control / "web.control"

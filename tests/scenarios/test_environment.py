@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.running import Protector, eventually
 
 Start = Callable[..., Protector]
 _SAYS = 'cat /proc/$$/environ >"$1.new"; mv "$1.new" "$1"; exec sleep 1000'
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="NEEDS ROOT to become another user")
+needs_root = needs.ANOTHER_USER
 
 
 def told(path: Path) -> dict[str, str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.running import Client, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import protector_pid
 from tests.scenarios.faults import Disk, injected, listens, reload_unseen
@@ -25,14 +26,14 @@ from tests.scenarios.tools import worker
 @pytest.fixture
 def new_disk(tmp_path: Path) -> Iterator[Callable[[str], Disk]]:
     if os.geteuid() != 0 or shutil.which("unshare") is None or shutil.which("nsenter") is None:
-        pytest.skip("NEEDS ROOT, unshare(1) and nsenter(1): mounts a small file system")
+        needs.skip("root" if not needs.IS_ROOT else "nsenter, unshare")
     with ExitStack() as stack:
 
         def make(size: str) -> Disk:
             disk = Disk(tmp_path / "disk.sh", size)
             stack.callback(disk.close)
             if not disk.mounted:
-                pytest.skip("NEEDS a mount namespace, which is forbidden here")
+                needs.skip("mounts")
             return disk
 
         yield make

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pwd
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,14 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.running import Client, Protector, ask
 from tests.scenarios.tools import pid_in, spawned, watch_for_spinning, worker, worker_for_any_user
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="NEEDS ROOT: becomes another user")
-needs_setpriv = pytest.mark.skipif(
-    shutil.which("setpriv") is None or shutil.which("prlimit") is None,
-    reason="NEEDS setpriv(1) and prlimit(1)",
-)
+pytestmark = needs.ANOTHER_USER
+needs_setpriv = needs.programs("setpriv", "prlimit")
 
 
 def users_with_processes() -> set[int]:
@@ -51,7 +48,7 @@ def lone_users() -> Iterator[list[str]]:
             if len(names) == 2:
                 yield names
                 return
-    pytest.skip("NEEDS two users without any process")
+    needs.skip("two users without any process")
 
 
 @contextmanager

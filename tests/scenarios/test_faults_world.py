@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.procfs import in_backlog
 from tests.running import COMMAND, DEADLINE_S, ROOT, Client, Protector, ask, eventually
 from tests.scenarios.faults import listens, reload_unseen
@@ -222,7 +223,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
     if os.getuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("NEEDS ROOT: mounts a small file system")
+        needs.skip("mounts" if needs.IS_ROOT else "root")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
 

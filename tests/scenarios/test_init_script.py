@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.load import Load
 from tests.procfs import children_of, environment_of
 from tests.running import DEADLINE_S, FAIR_START_S, ROOT, WORKERS, Client, ask, wait_gone
@@ -186,7 +187,7 @@ def test_the_lines_of_the_file_are_the_environment_of_the_daemon_but_not_our_own
     assert Path(f"/proc/{worker}/cwd").readlink() == Path("/")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
+@needs.ANOTHER_USER
 def test_the_run_directory_is_the_users_and_so_is_the_daemon(machine: Machine) -> None:
     # No Python: it may be installed where the user nobody cannot go.
     machine.configure(

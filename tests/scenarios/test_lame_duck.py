@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench.rolling import WORKERS, Balanced, Clients
+from tests import needs
 from tests.c.building import compiled, shared_folder
 from tests.load import Load
 from tests.procfs import listening
@@ -271,7 +271,7 @@ def test_systemd_hears_of_no_reload_any_more(
 # -- behind HAProxy --------------------------------------------------------------
 
 
-haproxy = pytest.mark.skipif(not shutil.which("haproxy"), reason="NOT CHECKED: there is no haproxy")
+haproxy = needs.programs("haproxy")
 
 
 @haproxy

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.procfs import GONE, descriptors, environment_of, running
 from tests.running import MARK, Client, Protector, eventually, marked, wait_gone
 from tests.scenarios.adopting import at_rest, kill_protector, revived, upgrade
@@ -175,7 +176,7 @@ def test_the_log_file_is_followed_after_a_rotation(start: Start) -> None:
 def test_to_syslog_the_priority_stays_in_front(start: Start, syslog: Syslog) -> None:
     ended = start("--log-prefix", "unix:s", "--", *TALKS, before=syslog.before)
     if ended.status == 77:
-        pytest.skip("no mounts of one's own here")
+        needs.skip("mounts" if needs.IS_ROOT else "root")
     with Client(f"{start.folder}/s", "<4>a warning") as client:
         assert syslog.wait_for(r"\[1 \d+\] a warning$").startswith("<28>")
         relay = relay_of(start.environment[MARK])
@@ -285,7 +286,7 @@ def test_a_relay_that_stands_still_delays_no_start(
     daemon.stop()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="NOT CHECKED: other users, which takes root")
+@needs.ANOTHER_USER
 def test_workers_of_another_user_write_through_it_too(command: Command) -> None:
     start = command.start
     users = ("--user", A, "--worker-user", B)

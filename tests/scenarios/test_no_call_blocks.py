@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from socketprotector.daemon.upgrade import PROBE_S
+from tests import needs
 from tests.procfs import running, state_of, status_of
 from tests.rounds import rounds
 from tests.running import MARK, Client, Protector, eventually, marked
@@ -31,10 +31,7 @@ from tests.scenarios.tools import Release, worker
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(rounds(400, 1200)),
-    pytest.mark.skipif(
-        shutil.which("strace") is None,
-        reason="NOT CHECKED: strace is not installed (tools/install-packages strace)",
-    ),
+    needs.programs("strace"),
 ]
 
 ROUNDS = rounds(8, 250)

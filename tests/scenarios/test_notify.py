@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.namespaces import (
     STRANGER,
     any_users_python,
@@ -197,7 +198,7 @@ def test_a_folder_that_was_removed_keeps_no_worker_from_starting(protector: Star
 def nowhere() -> tuple[str, ...]:
     """What lets a command find no folder that it could write to."""
     if os.getuid() != 0:
-        pytest.skip("NOT CHECKED: read-only file systems, which only root can make")
+        needs.skip("root")
     read_only = "mount --bind $each $each; mount -o remount,ro,bind $each"
     script = f'for each in /tmp /run; do {read_only}; done; exec "$@"'
     return ("unshare", "-m", "sh", "-ec", script, "sh")

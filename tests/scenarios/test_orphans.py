@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import urllib.request
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.procfs import children_of
 from tests.running import Client, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import at_rest, kill_protector, revived, upgrade
@@ -79,7 +79,7 @@ def test_after_a_masters_death_all_answers_come_from_the_new_version(
     the_port_is_free(daemon)
 
 
-@pytest.mark.skipif(not shutil.which("nginx"), reason="NOT CHECKED: nginx is not installed")
+@needs.programs("nginx")
 def test_after_the_death_of_nginxs_master_all_answers_come_from_the_new_version(
     protector: Starter, tmp_path: Path, free_port: Callable[[], int]
 ) -> None:

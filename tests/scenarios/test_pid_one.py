@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests import needs
 from tests.procfs import children_of, state_of, wake_ups
 from tests.running import Client, Protector, ask, eventually
 from tests.scenarios.tools import pid_in, worker
@@ -26,10 +26,7 @@ SUBREAPER = (
 LEAVES = ("--handoff", "stdio", "--shell", "127.0.0.1:0", "--", "(true &) ; read line; echo $line")
 MANY = ("127.0.0.1:0", "--", *worker("many"))
 Start = Callable[..., Protector]
-IN_CONTAINER = pytest.mark.skipif(
-    os.geteuid() != 0 or not shutil.which("unshare"),
-    reason="NOT CHECKED: a PID namespace, which takes root and unshare(1)",
-)
+IN_CONTAINER = needs.root_with("unshare")
 
 
 @pytest.fixture(

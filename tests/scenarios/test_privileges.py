@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.namespaces import may
 from tests.procfs import children_of, running, status_of
 from tests.running import COMMAND, ask, eventually, wait_gone
@@ -23,9 +24,7 @@ from tests.scenarios.tools import Release
 from tests.scenarios.users import A, B, Command
 from tests.unanswered import Unanswered
 
-pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0, reason="NOT CHECKED: privileges; only root can become another user"
-)
+pytestmark = needs.ANOTHER_USER
 
 KEPT = 1 << 5 | 1 << 6 | 1 << 7  # CAP_KILL, CAP_SETGID, CAP_SETUID
 ALL = int(status_of(os.getpid())["CapBnd"], 16)
@@ -296,7 +295,7 @@ def test_no_new_privileges_makes_a_set_user_id_program_gain_nothing(command: Com
     script = f'{tool} -u >&2; exec "$@"'
     wrapped = ("/bin/sh", "-c", script, "sh", *command.worker("talks"))
     if os.statvfs(tool).f_flag & os.ST_NOSUID:
-        pytest.skip("NOT CHECKED: set-user-id programs; this file system honours none")
+        needs.skip("a file system that honours set-user-id")
 
     said = []
     for extra in ((), ("--no-new-privs",)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import socket
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.load import Load
 from tests.running import FAIR_START_S, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import kill_protector, revived, upgrade
@@ -303,10 +303,7 @@ def test_one_that_resets_what_it_accepts_has_accepted(protector: Starter, asked:
     daemon.stop()
 
 
-@pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("unshare") is None,
-    reason="NOT CHECKED: a network namespace takes root and unshare(1)",
-)
+@needs.root_with("unshare")
 def test_where_it_cannot_be_connected_to_time_tells_by_default(
     marked_environment: dict[str, str],
 ) -> None:

@@ -14,6 +14,7 @@ from threading import Event, Thread
 
 import pytest
 
+from tests import needs
 from tests.running import DEADLINE_S, ROOT, Client
 from tests.scenarios.starting import Start
 from tests.scenarios.tools import worker
@@ -29,7 +30,7 @@ class Logrotate:
     def __init__(self, folder: Path) -> None:
         program = shutil.which("logrotate", path=f"{os.environ['PATH']}:/usr/sbin")
         if program is None:
-            pytest.skip("no logrotate; `make test` installs it")
+            needs.skip("logrotate")
         self._program = program
         self.logs = folder / "logs.sh"
         self.logs.mkdir(mode=0o755)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests import needs
 from tests.procfs import descriptors
 from tests.running import DEADLINE_S, FAIR_START_S, WORKERS, Client, Protector, ask, eventually
 from tests.scenarios.tools import (
@@ -33,10 +33,8 @@ MANY_SILENT = " ".join(worker("many", "--silent"))
 
 NOBODY = 65534
 
-needs_root = pytest.mark.skipif(os.getuid() != 0, reason="NEEDS ROOT: becomes another user")
-needs_systemd_notify = pytest.mark.skipif(
-    shutil.which("systemd-notify") is None, reason="NEEDS systemd-notify"
-)
+needs_root = needs.ANOTHER_USER
+needs_systemd_notify = needs.programs("systemd-notify")
 
 
 def told(daemon: Protector) -> dict[str, Any]:

@@ -16,14 +16,13 @@ import pytest
 from socketprotector.launch.bind_unix import _give
 from socketprotector.launch.listen_spec import parse
 from socketprotector.system.env_file import read
+from tests import needs
 from tests.namespaces import any_users_python
 from tests.own_folder import let_through
 from tests.running import COMMAND, ask
 from tests.scenarios.starting import MINIMAL, Start
 
-needs_root = pytest.mark.skipif(
-    os.geteuid() != 0, reason="NOT CHECKED: links against root; takes root"
-)
+needs_root = needs.ANOTHER_USER
 NOBODY = pwd.getpwnam("nobody").pw_uid
 PRECIOUS = "root:x:0:0\n"
 

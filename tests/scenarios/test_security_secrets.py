@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.procfs import command_line_of, descriptors, running
 from tests.running import DEADLINE_S, MARK, eventually, marked
 from tests.scenarios.managers import Manager
@@ -105,7 +105,7 @@ def test_neither_the_probe_nor_the_relay_gets_a_secret_by_its_command_line(
     start.stop()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="NOT CHECKED: what other users can read; needs root")
+@needs.ANOTHER_USER
 def test_no_other_user_can_read_the_environments(
     start: Start, may: Callable[[str, str], bool]
 ) -> None:

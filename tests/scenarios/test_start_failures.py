@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.running import MARK, Ended, marked
 from tests.scenarios.starting import MINIMAL, Start, start_of
 from tests.scenarios.tools import worker
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give rights away")
+needs_root = needs.ANOTHER_USER
 
 
 def refused(ended: Ended, status: int, *said: str) -> None:
@@ -58,9 +59,9 @@ def test_the_wildcard_is_in_use_where_one_address_is(start: Start) -> None:
 @needs_root
 def test_a_privileged_port_without_the_right_is_refused(start: Start) -> None:
     if Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text().strip() == "0":
-        pytest.skip("here every user may bind every port")
+        needs.skip("a port that is only for root")
     if shutil.which("setpriv") is None:
-        pytest.skip("setpriv(1) is not installed")
+        needs.skip("setpriv")
 
     ended = start(
         *("127.0.0.1:81", "--", *MINIMAL), before=("setpriv", "--bounding-set=-net_bind_service")
@@ -81,7 +82,7 @@ def test_a_command_that_is_not_there_is_refused(start: Start, mode: tuple[str, .
 @pytest.mark.parametrize("option", ["--pid-file", "--log-file"])
 def test_a_file_that_may_not_be_written_is_refused(start: Start, option: str) -> None:
     if shutil.which("setpriv") is None:
-        pytest.skip("setpriv(1) is not installed")
+        needs.skip("setpriv")
     folder = start.folder / "closed.sh"
     folder.mkdir(mode=0o555)
     rights = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
@@ -95,7 +96,7 @@ def test_a_file_that_may_not_be_written_is_refused(start: Start, option: str) ->
 @needs_root
 def test_a_user_that_may_not_be_taken_on_is_refused(start: Start, mode: tuple[str, ...]) -> None:
     if shutil.which("setpriv") is None:
-        pytest.skip("setpriv(1) is not installed")
+        needs.skip("setpriv")
 
     ended = start(
         *(*mode, "--user", "nobody", f"unix:{start.folder}/s", "--", *MINIMAL),

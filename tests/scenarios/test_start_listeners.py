@@ -12,13 +12,12 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
+from tests import needs
 from tests.procfs import listening_descriptors, name_of
 from tests.running import COMMAND, MARK, ask, eventually, marked, wait_gone
 from tests.scenarios.starting import MINIMAL, TELLS, Start, has_ipv6, needs_ipv6, tcp, told
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can do that here")
+needs_root = needs.ROOT
 
 
 def option(start: Start, level: int, name: int, index: int = 0) -> int:
@@ -31,7 +30,7 @@ def option(start: Start, level: int, name: int, index: int = 0) -> int:
     fd = ctypes.CDLL(None, use_errno=True).syscall(438, pidfd, inodes[index], 0)
     os.close(pidfd)
     if fd < 0:
-        pytest.skip("pidfd_getfd is not allowed here")
+        needs.skip("pidfd_getfd")
     with socket.socket(fileno=fd) as copy:
         return copy.getsockopt(level, name)
 
@@ -103,7 +102,7 @@ def test_a_name_is_every_address_it_resolves_to(start: Start) -> None:
 @needs_ipv6
 def test_a_name_of_many_addresses_is_bound_on_all_of_them(start: Start) -> None:
     if shutil.which("unshare") is None:
-        pytest.skip("unshare(1) is needed for an /etc/hosts of one's own")
+        needs.skip("unshare")
     hosts = start.folder / "hosts.sh"
     hosts.write_text("127.0.0.2 many.example\n127.0.0.3 many.example\n::1 many.example\n")
     script = f'mount --bind {hosts} /etc/hosts || exit 77; exec "$@"'
@@ -111,7 +110,7 @@ def test_a_name_of_many_addresses_is_bound_on_all_of_them(start: Start) -> None:
 
     ended = start("--log-file", start.log_file, "many.example:0", "--", *MINIMAL, before=before)
     if ended.status == 77:
-        pytest.skip("no mounts of one's own here")
+        needs.skip("mounts" if needs.IS_ROOT else "root")
 
     assert ended.status == 0, ended
     addresses = [tcp(each) for each in start.addresses]
@@ -138,7 +137,7 @@ def test_several_listeners_are_told_apart(start: Start) -> None:
 def without_ipv6(start: Start, *words: str) -> subprocess.CompletedProcess[str]:
     """Run a command in a network of its own that has IPv4 only."""
     if shutil.which("unshare") is None or shutil.which("ip") is None:
-        pytest.skip("unshare(1) and ip(8) are needed for a network of one's own")
+        needs.skip("ip, unshare")
     script = (
         "ip link set lo up && echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6 || exit 77; "
         'exec "$@"'
@@ -158,7 +157,7 @@ def test_without_ipv6_only_the_first_is_bound_and_the_log_says_so(start: Start) 
     words = ("--pid-file", str(start.pid_file), "--log-file", str(start.log_file))
     ended = without_ipv6(start, *COMMAND, *words, "0", "--", *MINIMAL)
     if ended.returncode == 77:
-        pytest.skip("no network of one's own here")
+        needs.skip("network namespaces" if needs.IS_ROOT else "root")
 
     assert ended.returncode == 0, ended
     notice = "0: no IPv6 here; listening on 0.0.0.0 only"

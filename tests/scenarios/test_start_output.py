@@ -13,6 +13,7 @@ import termios
 
 import pytest
 
+from tests import needs
 from tests.procfs import cpu_s, descriptors, wake_ups
 from tests.running import Client, Lines, ask, eventually, wait_gone
 from tests.scenarios.output import Syslog, relay_of, relays_of
@@ -28,7 +29,7 @@ TALKS = worker("talks")
 def test_output_of_a_detached_protector_goes_to_syslog(start: Start, syslog: Syslog) -> None:
     ended = start("--name", "shop", "unix:s?mode=0600", "--", *TALKS, before=syslog.before)
     if ended.status == 77:
-        pytest.skip("no mounts of one's own here")
+        needs.skip("mounts" if needs.IS_ROOT else "root")
     assert ended.status == 0, ended
 
     # daemon.info is facility 3, severity 6; daemon.warning is 28.
@@ -50,7 +51,7 @@ def test_a_relay_that_is_killed_breaks_no_workers_output_and_comes_back(
 ) -> None:
     ended = start("unix:s?mode=0600", "--", *TALKS, before=syslog.before)
     if ended.status == 77:
-        pytest.skip("no mounts of one's own here")
+        needs.skip("mounts" if needs.IS_ROOT else "root")
     relay = relay_of(start)
     protector = start.pid
 
@@ -70,7 +71,7 @@ def test_a_relay_that_is_killed_breaks_no_workers_output_and_comes_back(
 def test_the_relay_lives_as_long_as_its_last_writer(start: Start, syslog: Syslog) -> None:
     ended = start("unix:s?mode=0600", "--", *TALKS, before=syslog.before)
     if ended.status == 77:
-        pytest.skip("no mounts of one's own here")
+        needs.skip("mounts" if needs.IS_ROOT else "root")
     relay = relay_of(start)
     client = Client(f"{start.folder}/s")
     client.say("one")
@@ -91,7 +92,7 @@ def test_the_relay_lives_as_long_as_its_last_writer(start: Start, syslog: Syslog
 def test_stop_signals_do_not_end_the_relay(start: Start, syslog: Syslog) -> None:
     ended = start("unix:s?mode=0600", "--", *TALKS, before=syslog.before)
     if ended.status == 77:
-        pytest.skip("no mounts of one's own here")
+        needs.skip("mounts" if needs.IS_ROOT else "root")
     relay = relay_of(start)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -107,7 +108,7 @@ def up_with_relay(start: Start, syslog: Syslog, *options: str) -> int:
     """Start a protector that logs through a relay; return the relay's pid."""
     ended = start(*options, "unix:s?mode=0600", "--", *TALKS, before=syslog.before)
     if ended.status == 77:
-        pytest.skip("no mounts of one's own here")
+        needs.skip("mounts" if needs.IS_ROOT else "root")
     assert ended.status == 0, ended
     return relay_of(start)
 
@@ -208,7 +209,7 @@ def test_without_any_syslog_it_runs_all_the_same_and_its_lines_come_once_there_i
     """As in a container, or at boot: said on the terminal, as the log cannot be read there."""
     ended = start("unix:s?mode=0600", "--", *TALKS, before=syslog.before_it_comes)
     if ended.status == 77:
-        pytest.skip("no mounts of one's own here")
+        needs.skip("mounts" if needs.IS_ROOT else "root")
     assert (ended.status, ended.warned, ended.err) == (0, True, ""), ended
     assert ask(f"{start.folder}/s") == "hello"
 
@@ -235,7 +236,7 @@ def test_a_check_says_that_there_is_no_syslog_where_the_log_would_go_there(
 
     without = start(*words, before=syslog.before_it_comes)
     if without.status == 77:
-        pytest.skip("no mounts of one's own here")
+        needs.skip("mounts" if needs.IS_ROOT else "root")
     beside = start(*words, before=syslog.before)
 
     assert (without.status, without.warned, without.err) == (0, warned, ""), without
@@ -250,7 +251,7 @@ def test_a_socket_file_at_dev_log_without_a_listener_is_no_syslog(
 
     ended = start("--check", "unix:s?mode=0600", "--", *MINIMAL, before=syslog.before)
     if ended.status == 77:
-        pytest.skip("no mounts of one's own here")
+        needs.skip("mounts" if needs.IS_ROOT else "root")
     assert (ended.status, ended.warned) == (0, True), ended
 
 

@@ -17,6 +17,7 @@ import pytest
 import socketprotector_client
 
 import socketprotector
+from tests import needs
 from tests.procfs import cpu_s, descriptors, status_of, terminal_of
 from tests.running import COMMAND, DEADLINE_S, Client, ask
 from tests.scenarios.starting import MINIMAL, TELLS, Start, on_a_terminal, start_of, told
@@ -129,7 +130,7 @@ def test_a_high_limit_of_descriptors_costs_no_time(start: Start) -> None:
     try:
         ended = start("--log-file", "log", "unix:s?mode=0600", "--", *TELLS, preexec_fn=raise_it)
     except subprocess.SubprocessError:
-        pytest.skip("may not raise the hard limit here")
+        needs.skip("root, to raise a hard limit")
 
     assert ended.status == 0
     found = told(f"{start.folder}/s")
@@ -138,7 +139,7 @@ def test_a_high_limit_of_descriptors_costs_no_time(start: Start) -> None:
     start.stop()
 
 
-def test_the_protector_is_resident_in_less_than_16_mb(start: Start, tmp_path: Path) -> None:
+def test_the_protector_stays_as_small_as_it_is(start: Start, tmp_path: Path) -> None:
     """As installed: with bytecode.  A process that has to compile its modules keeps 1.5 MB more."""
     installed = tmp_path / "installed"
     for package in (socketprotector, socketprotector_client):
@@ -150,7 +151,9 @@ def test_the_protector_is_resident_in_less_than_16_mb(start: Start, tmp_path: Pa
 
     resident_kb = int(status_of(start.pid)["VmRSS"].split()[0])
 
-    assert resident_kb <= 15.5 * 1024  # so there is room for the next feature, and another Python
+    # Some room for the next feature.  The same modules are 2 MB more in Python 3.12 and 3.13.
+    most_mb = 15.5 if sys.version_info < (3, 12) else 18.0
+    assert resident_kb <= most_mb * 1024
     start.stop()
 
 

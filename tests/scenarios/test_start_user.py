@@ -11,50 +11,27 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests import needs
+from tests.namespaces import any_users_python
 from tests.procfs import status_of
-from tests.running import DEADLINE_S, ROOT, WORKERS, Ended, ask, eventually, wait_gone
+from tests.running import DEADLINE_S, WORKERS, Ended, ask, eventually, wait_gone
 from tests.scenarios.operating import Line
 from tests.scenarios.starting import Start, told
 from tests.unanswered import Unanswered
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+pytestmark = needs.ANOTHER_USER
 
 
 @pytest.fixture(scope="session")
 def python() -> str:
-    """A Python that the user `nobody` can execute, with the workers here in reach."""
-    for candidate in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
-        script = WORKERS / "tells.py"
-        probe = (
-            subprocess.run(
-                [candidate, "-S", "-E", "-c", f"open({str(script)!r})"],
-                user="nobody",
-                capture_output=True,
-                cwd="/",
-            )
-            if shutil.which(candidate) and may_run(candidate)
-            else None
-        )
-        if probe is not None and probe.returncode == 0:
-            return candidate
-    pytest.skip("no Python here that the user nobody can execute")
-
-
-def may_run(path: str) -> bool:
-    """Whether the user nobody may execute a file."""
-    return (
-        subprocess.run(
-            ["/bin/sh", "-c", 'test -x "$0"', path], user="nobody", cwd="/", capture_output=True
-        ).returncode
-        == 0
-    )
+    """A Python that the user `nobody` can execute."""
+    return any_users_python()[0]
 
 
 def may_raise_limits() -> bool:
@@ -77,7 +54,7 @@ def low_port() -> int:
                 return port
         except OSError:
             continue
-    pytest.skip("no free port below 1024")
+    needs.skip("a free port below 1024")
 
 
 @pytest.fixture
@@ -335,14 +312,7 @@ def test_a_number_may_stand_for_the_user(start: Start, theirs: Path, python: str
 @pytest.fixture
 def as_nobody(start: Start, theirs: Path, python: str) -> Callable[..., Ended]:
     """Run the command as the user nobody, from a Python and modules that user can read."""
-    readable = [entry for entry in sys.path if entry and may_run(entry)]
-    environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "client_lib"), *readable])}
-    imports = "import socketprotector.launch.cli, socketprotector.daemon.resident"
-    probe = subprocess.run(
-        [python, "-c", imports], user="nobody", cwd="/", env=environment, capture_output=True
-    )
-    if probe.returncode != 0:
-        pytest.skip("no Python here with which the user nobody can run the command")
+    environment = {"PYTHONPATH": any_users_python()[1]}
 
     def run(*words: str) -> Ended:
         return start(
@@ -361,7 +331,7 @@ def test_a_low_port_needs_the_right(
     start: Start, as_nobody: Callable[..., Ended], python: str
 ) -> None:
     if Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text().strip() == "0":
-        pytest.skip("here every user may bind every port")
+        needs.skip("a port that is only for root")
 
     ended = as_nobody(f"127.0.0.1:{low_port()}", "--", python, str(WORKERS / "minimal.py"))
 

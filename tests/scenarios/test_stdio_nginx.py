@@ -17,13 +17,12 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.running import DEADLINE_S, Protector, eventually
 from tests.stdio.pools import PROGRAMS, pool
 
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin")
-pytestmark = pytest.mark.skipif(
-    NGINX is None, reason="NO NGINX: SCGI and FastCGI are not tested (apt-get install nginx-light)"
-)
+pytestmark = needs.unless(NGINX is not None, "nginx")
 Start = Callable[..., Protector]
 Asked = tuple[int, str]
 

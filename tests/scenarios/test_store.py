@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.load import Load
 from tests.procfs import children_of, kinds_of
 from tests.running import Client, ask, eventually, wait_gone
@@ -264,10 +264,7 @@ def test_killed_while_it_stops_it_goes_on_to_stop(service: Service) -> None:
     assert not service.pid_file.exists()
 
 
-@pytest.mark.skipif(
-    shutil.which("strace") is None,
-    reason="NOT CHECKED: strace is not installed (tools/install-packages strace)",
-)
+@needs.programs("strace")
 def test_a_program_told_to_stop_before_it_has_resumed_resumes_to_stop(service: Service) -> None:
     words = ("127.0.0.1:0", "--", *MANY)
     first = service.start(*words).ready()

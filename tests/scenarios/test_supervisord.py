@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.load import Load
 from tests.procfs import kinds_of
 from tests.running import DEADLINE_S, ROOT, WORKERS, Client, ask, eventually, wait_gone
@@ -43,10 +44,7 @@ redirect_stderr=true
 startretries=100
 """
 
-pytestmark = pytest.mark.skipif(
-    not (BIN / "supervisord").exists(),
-    reason="supervisor is not installed: pip install -e '.[dev]'",
-)
+pytestmark = needs.unless((BIN / "supervisord").exists(), "supervisor")
 
 
 class Supervisord:

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from socketprotector.system.sd_notify import Outbox, Systemd
+from tests import needs
 from tests.procfs import environment_of
 from tests.running import (
     COMMAND,
@@ -557,7 +558,7 @@ def test_a_reload_of_the_unit_takes_an_edit_and_fails_in_words_on_a_mistake(unit
     assert "workers: 1 -> 2" in said, said
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="NOT CHECKED: who refuses root; needs root")
+@needs.ROOT
 def test_a_start_by_the_unit_as_root_wants_to_be_told_so(unit: Unit) -> None:
     unit.settings(user=None)
 
@@ -570,7 +571,7 @@ def test_a_start_by_the_unit_as_root_wants_to_be_told_so(unit: Unit) -> None:
     assert list(unit.runtime.iterdir()) == []
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="NOT CHECKED: whose the folder is; needs root")
+@needs.ANOTHER_USER
 def test_the_unit_needs_nothing_of_its_runtime_folder_but_to_be_there(unit: Unit) -> None:
     """It stays root's: at each ExecReload systemd gives it, with all in it, to the unit's user."""
     # The interpreter is not one that the user `nobody` could run everywhere.
@@ -648,10 +649,11 @@ foreach my $rc (@ARGV) {
 """
 
 
-@pytest.mark.skipif(
-    shutil.which("perl") is None,
-    reason="NOT CHECKED: what needrestart restarts, by perl, which is not installed",
-)
+#: systemd-analyze makes it, where it may.
+needs_its_folder = needs.unless(needs.IS_ROOT or Path("/run/systemd").is_dir(), "/run/systemd")
+
+
+@needs.programs("perl")
 def test_needrestart_restarts_none_of_the_units() -> None:
     units = ["socketprotector.service", "socketprotector@web.service"]
     script = "socketprotector"  # of init.d
@@ -668,10 +670,8 @@ def test_needrestart_restarts_none_of_the_units() -> None:
     assert done.stdout.split() == others
 
 
-@pytest.mark.skipif(
-    shutil.which("systemd-analyze") is None,
-    reason="NOT CHECKED: the units, by systemd-analyze verify, which is not installed",
-)
+@needs.programs("systemd-analyze")
+@needs_its_folder
 @pytest.mark.parametrize(
     "unit",
     [
@@ -715,10 +715,8 @@ def test_systemd_finds_nothing_wrong_with_the_units(unit: str, tmp_path: Path) -
 EXPOSURE = 3.0
 
 
-@pytest.mark.skipif(
-    shutil.which("systemd-analyze") is None,
-    reason="NOT CHECKED: the units' exposure, by systemd-analyze security, which is not installed",
-)
+@needs.programs("systemd-analyze")
+@needs_its_folder
 @pytest.mark.parametrize(
     "unit",
     ["socketprotector.service", "socketprotector@.service", "socketprotector-page.service"],
@@ -735,20 +733,20 @@ def test_the_units_are_as_closed_as_the_document_says(unit: str) -> None:
         check=False,
     )
     if "Unknown option" in done.stderr or "unrecognized option" in done.stderr:
-        pytest.skip("NOT CHECKED: the units' exposure; this systemd-analyze is older than 250")
+        needs.skip("systemd-analyze of 250 or newer")
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"scores {EXPOSURE:.1f}" in (ROOT / "docs" / "security.md").read_text()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="NOT CHECKED: the unit's capabilities; needs root")
+@needs.ANOTHER_USER
 @pytest.mark.parametrize("options", ["", "--worker-user games"])
 def test_the_capabilities_that_the_units_leave_are_enough(
     marked_environment: dict[str, str], request: pytest.FixtureRequest, options: str
 ) -> None:
     """Root without any others binds, makes its files in the user's folder, and starts workers."""
     if shutil.which("setpriv") is None:
-        pytest.skip("NOT CHECKED: the unit's capabilities; setpriv(1) is not installed")
+        needs.skip("setpriv")
     unit = settings_of("socketprotector@.service")
     [names] = unit["CapabilityBoundingSet"]
     bounds = ",".join(

@@ -18,6 +18,7 @@ import pytest
 
 from bench.earlier import EarlierCode, NoSuchCommit, extract
 from socketprotector import __version__
+from tests import needs
 from tests.c.building import alone_in, compiled, shared_folder
 from tests.load import Load
 from tests.running import MARK, Client, Protector, ask, marked
@@ -51,7 +52,7 @@ def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
             try:
                 extract(COMMIT, unfinished)
             except NoSuchCommit as error:
-                pytest.skip(f"NOT CHECKED: an upgrade from earlier code: {error}")
+                needs.skip("a git history with earlier code", error)
             unfinished.rename(folder)
     return folder
 
@@ -280,7 +281,7 @@ def test_relay_watcher_and_configuration_reader_are_found_by_the_paths_of_then(
     free_port: Callable[[], int],
     marked_environment: dict[str, str],
 ) -> None:
-    pytest.importorskip("watchfiles")
+    needs.module("watchfiles")
     source = tmp_path / "source"
     source.mkdir()
     first, second = f"127.0.0.1:{free_port()}", free_port()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.namespaces import any_users_python
 from tests.procfs import cpu_s, kinds_of, state_of, wake_ups
 from tests.running import WORKERS, Protector, eventually
 
@@ -139,15 +139,6 @@ def watch_for_spinning(pid: int, tries: int, daemon: Protector) -> None:
 
 
 def worker_for_any_user() -> tuple[str, ...]:
-    """The command of the worker in_order.py with a Python that the user nobody may execute."""
-    _, *rest = worker("in_order")
-    for python in (sys.executable, "/usr/bin/python3"):
-        check = [python, "-S", "-E", "-c", "import sys; open(sys.argv[1])", rest[-1]]
-        try:
-            subprocess.run(
-                check, user=NOBODY, group=NOBODY, cwd="/", check=True, stderr=subprocess.DEVNULL
-            )
-        except (OSError, subprocess.CalledProcessError):
-            continue
-        return (python, *rest)
-    pytest.skip("NEEDS a Python and a checkout that the user nobody may read")
+    """Return the command of the worker in_order.py, for the user nobody, too."""
+    any_users_python()
+    return worker("in_order")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
+from tests import needs
 
 PROGRAMS = Path(__file__).parent / "programs"
 #: In a command: the path of nginx' configuration, which is its release.
@@ -93,9 +93,9 @@ class Server:
     def needed(self) -> None:
         """Skip where it is not installed."""
         if self.module and importlib.util.find_spec(self.module) is None:
-            pytest.skip(f"NOT CHECKED: {self.module} is not installed")
+            needs.skip(self.module)
         if self.program and shutil.which(self.program) is None:
-            pytest.skip(f"NOT CHECKED: {self.program} is not installed; see `make test`")
+            needs.skip(self.program)
 
 
 def _script(name: str) -> str:

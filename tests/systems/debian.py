@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.running import ROOT
 from tests.systems.life import ELSEWHERE, Surroundings, lived
 
@@ -29,10 +30,8 @@ PACKAGES = f"{PACKAGES},python3-prometheus-client"
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
 
 pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="NOT CHECKED: debootstrap takes root"),
-    pytest.mark.skipif(
-        shutil.which("debootstrap") is None, reason="NOT CHECKED: apt-get install debootstrap"
-    ),
+    needs.ROOT,
+    needs.programs("debootstrap"),
     pytest.mark.timeout(1800),
 ]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from tests import needs
 from tests.running import ROOT
 from tests.systems.life import Surroundings, lived
 
@@ -40,7 +41,7 @@ def versions() -> dict[str, str]:
     """What Debian 12 has of them; skips where this is no Debian 12, or it is not installed."""
     release = Path("/etc/os-release")
     if not release.exists() or 'VERSION_ID="12"' not in release.read_text(encoding="utf-8"):
-        pytest.skip("NOT CHECKED: this is no Debian 12; see make test-debian")
+        needs.skip("Debian 12, or make test-debian")
     script = (
         "import json, sys; from importlib.metadata import version;"
         "print(json.dumps({each: version(each) for each in sys.argv[1:]}))"
@@ -48,7 +49,7 @@ def versions() -> dict[str, str]:
     words = (PYTHON, "-I", "-c", script, *PACKAGES)
     done = subprocess.run(words, capture_output=True, check=False, text=True)
     if done.returncode:
-        pytest.skip(f"NOT CHECKED: apt-get install {' '.join(PACKAGES.values())}")
+        needs.skip(", ".join(PACKAGES.values()))
     found: dict[str, str] = json.loads(done.stdout)
     return found
 

@@ -15,13 +15,12 @@ import pytest
 
 from socketprotector.launch.kernel_calls import OLDEST_KERNEL
 from socketprotector.model.errors import SystemRefused
+from tests import needs
 from tests.rounds import rounds
 from tests.systems import elsewhere
 from tests.systems.life import ELSEWHERE, Surroundings, lived
 
-pytestmark = pytest.mark.skipif(
-    not elsewhere.known_machine(), reason=f"NOT CHECKED: no call numbers of {os.uname().machine}"
-)
+pytestmark = needs.unless(elsewhere.known_machine(), f"call numbers of {os.uname().machine}")
 
 #: Without these nothing would hold; as they are called in elsewhere.py, and by us.
 REQUIRED = {
@@ -109,7 +108,7 @@ def test_no_newer_call_is_used_that_is_not_tested_here(
 ) -> None:
     table = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
     if shutil.which("strace") is None or not table.exists():
-        pytest.skip("NOT CHECKED: strace or the kernel's headers for x86_64 are not installed")
+        needs.skip("strace, libc6-dev")
     numbers = re.findall(r"#define __NR_(\w+) (\d+)", table.read_text())
     newer = {name for name, number in numbers if int(number) >= NEWER}
     calls = tmp_path / "calls"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.running import ROOT
 from tests.systems.life import ELSEWHERE, Surroundings, lived
 
@@ -22,7 +23,7 @@ def test_a_whole_life_where_the_c_library_answers_as_musl_does(
     """A library that is preloaded answers for it: always to be had, where there is a compiler."""
     compiler = shutil.which("gcc")
     if compiler is None:
-        pytest.skip("NOT CHECKED: gcc is not installed")
+        needs.skip("gcc")
     library = tmp_path / "musl.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, SOURCE], check=True)
 
@@ -36,7 +37,7 @@ def test_a_whole_life_with_musl(
 ) -> None:
     folder = os.environ.get("MUSL_PYTHON", "")
     if not folder:
-        pytest.skip("NOT CHECKED WITH MUSL ITSELF: make one by tools/musl-python, see there")
+        needs.skip("a CPython with musl", "see make test-musl")
     python = Path(folder).absolute() / "bin" / "python3"
     script = "import os; os.sched_getscheduler(0)"
     told = subprocess.run([python, "-c", script], capture_output=True, check=False, text=True)

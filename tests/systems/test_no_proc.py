@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.own_folder import let_through
 from tests.rounds import some
 from tests.running import Protector, ask, eventually
 from tests.scenarios import tools
 from tests.systems.life import ELSEWHERE, NAME, Surroundings, lived
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="NOT CHECKED: mounts take root")
+pytestmark = needs.ANOTHER_USER
 NO_PROC = (*ELSEWHERE, "--no-proc", "--")
 HIDEPID = (*ELSEWHERE, "--hidepid", "--")
 MANY = tools.worker("many")

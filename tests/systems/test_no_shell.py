@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.systems.life import ELSEWHERE, Surroundings, lived
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="NOT CHECKED: another root takes root")
+pytestmark = needs.ROOT
 THROUGH = (*ELSEWHERE, "--no-shell", "--")
 
 
@@ -29,7 +30,7 @@ def test_no_process_executes_a_shell_where_there_is_one(
     tmp_path: Path, marked_environment: dict[str, str]
 ) -> None:
     if shutil.which("strace") is None:
-        pytest.skip("NOT CHECKED: strace is not installed")
+        needs.skip("strace")
     executed = tmp_path / "executed"
     # A tracer that stays a child of its own: what is traced has the pid that was started.
     through = ("strace", "-D", "-f", "-qq", "-e", "trace=execve", "-o", str(executed))

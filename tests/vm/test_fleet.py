@@ -19,6 +19,7 @@ from typing import TypeVar
 import pytest
 
 from bench.processes import CannotMeasure
+from tests import needs
 from tests.fleet.hosts import Balancer, Host, Load, Network, releases
 
 from .commanded import LIMIT_S, WORDS, Commanded
@@ -161,13 +162,13 @@ def site(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Site]:
     if trouble := _nothing_in_the_way():
-        pytest.skip(f"NOT CHECKED: {trouble}; `make test-vm` installs it as root")
+        needs.skip("packages of make test-vm", trouble)
     with ExitStack() as stack:
         try:
             made = _site(request.param, tmp_path_factory.mktemp("fleet"))
             found = stack.enter_context(made)
         except CannotMeasure as error:
-            pytest.skip(f"NOT CHECKED: {error}")
+            needs.skip("a machine that comes up", error)
         yield found
 
 

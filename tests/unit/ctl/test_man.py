@@ -18,6 +18,7 @@ from socketprotector.demo import cli as demo
 from socketprotector.exporter import __main__ as exporter
 from socketprotector.launch import cli
 from socketprotector.launch.options import OPTIONS
+from tests import needs
 from tests.running import ROOT
 from tests.together import together
 
@@ -101,7 +102,7 @@ def test_it_renders_without_a_warning(page: str) -> None:
     elif shutil.which("mandoc"):
         command = ["mandoc", "-T", "lint", "-W", "warning", path]
     else:
-        pytest.skip("neither groff nor mandoc is there")
+        needs.skip("groff or mandoc")
 
     done = subprocess.run(command, capture_output=True, text=True, check=False)
 

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
-import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from socketprotector.exporter.counters import BUCKETS, Counters
 from socketprotector.exporter.metrics import MetricSet
+from tests import needs
 from tests.running import ROOT
 from tests.unit.ctl.fake import generation, reload, status, worker
 
 RULES = ROOT / "init.d" / "prometheus-rules.yml"
 DASHBOARD = ROOT / "init.d" / "grafana-dashboard.json"
-promtool = pytest.mark.skipif(
-    shutil.which("promtool") is None,
-    reason="NOT CHECKED: rules and dashboard; there is no promtool(1), of Debian's prometheus",
-)
+promtool = needs.programs("promtool")
 #: Which are raised by what ails each instance of recorded().
 ALERTS = {
     "ill": {

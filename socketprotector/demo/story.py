@@ -147,11 +147,8 @@ class Story:
         for each in failed[:_FAILURES_SHOWN]:
             self._screen.say(f"{each.kind}: {each.detail}", "red")
         self._screen.say(
-            f"{connections:,} connections, {len(failed)} failed",
-            "bold red" if failed else "bold green",
+            _counts(connections, failed, ended), "bold red" if failed else "bold green"
         )
-        if ended:
-            self._screen.say(f"({_ended(ended)})")
         return connections > 0 and not failed
 
     # -- their parts -------------------------------------------------------------
@@ -181,7 +178,7 @@ class Story:
         return process.returncode
 
     def _kill(self, pid: int) -> None:
-        self._command(f"kill -KILL {pid}")
+        self._command(f"kill -9 {pid}")
         try:
             self._kills.append(kill(pid))
         except OSError as error:
@@ -227,11 +224,9 @@ class Story:
         self._shown = now
         ended, failed = self._split(since)
         slowest_ms = max(each.latency_us(1.0) for each in since) / 1000
-        text = f"{sum(each.connections for each in since):,} connections, {len(failed)} failed"
-        text += f"; the slowest was answered after {slowest_ms:.0f} ms"
+        text = _counts(sum(each.connections for each in since), failed, ended)
+        text += f"; slowest answer: {slowest_ms:.0f} ms"
         self._screen.say(text, "red" if failed else "green", indent=2)
-        if ended:
-            self._screen.say(_ended(ended), indent=2)
 
     def _hurry(self) -> None:
         for load in self._loads:
@@ -273,7 +268,7 @@ class Story:
         self._screen.now(f"{len(failed)} failed   {count:,} so far   {per_s:,.0f} connections/s")
 
 
-def _ended(failures: list[Failure]) -> str:
-    if len(failures) == 1:
-        return "1 more was in the process that was killed, and ended with it"
-    return f"{len(failures)} more were in the process that was killed, and ended with it"
+def _counts(connections: int, failed: list[Failure], ended: list[Failure]) -> str:
+    """Say how connections ended.  ended: those that a killed process held."""
+    cut = f", {len(ended)} cut by our kill -9" if ended else ""
+    return f"{connections:,} connections, {len(failed)} failed{cut}"

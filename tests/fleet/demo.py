@@ -15,7 +15,18 @@ import time
 from pathlib import Path
 
 from bench.processes import CannotMeasure
-from tests.fleet.hosts import NEEDED, TOOLS, Fleet, Load, fleet
+from tests.fleet.hosts import LIMIT_S, NEEDED, TOOLS, Fleet, Load, fleet
+
+_TRY, _RELOAD = "Try it without a client", "Reload, and wait for the verdict"
+#: What is said of a host, by the task of the playbook and its result there.
+_STEPS = {
+    ("Ask the protector what serves", "ok"): "has said what it serves",
+    ("Put the release beside the others", "changed"): "has the files",
+    (_TRY, "ok"): "has tried it without a client",
+    (_TRY, "fatal"): "has tried it without a client: it fails",
+    (_RELOAD, "changed"): "serves it",
+    (_RELOAD, "fatal"): "has not taken it",
+}
 
 
 def _missing() -> list[str]:
@@ -28,20 +39,50 @@ def _missing() -> list[str]:
     return missing
 
 
+class Play:
+    """What a release does on each host, by the lines that Ansible writes."""
+
+    def __init__(self) -> None:
+        self.tried: set[str] = set()  #: The hosts that started the release at all.
+        self._task = ""
+
+    def heard(self, line: str) -> str:
+        """Return what a line says of a host; empty where that is no news."""
+        if found := re.match(r"TASK \[(?:\S+ : )?(.*)\]", line):
+            self._task = found[1]
+            return ""
+        found = re.match(r"(ok|changed|fatal): \[(\w+)\]", line)
+        words = _STEPS.get((self._task, found[1])) if found else None
+        if found is None or words is None:
+            return ""
+        if self._task in (_TRY, _RELOAD):
+            self.tried.add(found[2])
+        return f"{found[2]} {words}"
+
+
 def _row(five: Fleet, load: Load, what: str, version: str) -> tuple[str, ...]:
     """Release, and return a row of the table."""
     before, begun_s = load.told(), time.monotonic()
     print(f"\n$ ./release -e version={version}      # {what}", flush=True)
-    status, said = five.release(version)
+    play, said = Play(), ""
+    releasing = five.releasing(version)
+    assert releasing.stdout is not None
+    for line in releasing.stdout:
+        said += line
+        if news := play.heard(line):
+            print(f"    {time.monotonic() - begun_s:3.0f} s  {news}", flush=True)
+    status = releasing.wait(LIMIT_S)
     seconds = time.monotonic() - begun_s
     after = load.told()
     # What the play says of the host at which it stops, in lines that Ansible has folded.
     for line in re.findall(r"- '((?:[^']|\'\')*)'", said):
         print(f"    {' '.join(line.split())}")
-    print(f"    exit status {status}; the hosts serve {' '.join(five.versions)}")
+    versions, size = five.versions, five.SIZE
+    tried = f"{len(play.tried)} of {size}"
+    print(f"    tried on {tried}; exit status {status}; the hosts serve {' '.join(versions)}")
     asked, failed = after.answered - before.answered, len(after.failures) - len(before.failures)
-    touched = sum(each.has(version) for each in five.hosts)
-    return (what, f"{touched} of {five.SIZE}", f"{seconds:.0f} s", f"{asked:,}", f"{failed} failed")
+    serve = f"{versions.count(version)} of {size}"
+    return (what, tried, serve, f"{seconds:.0f} s", f"{asked:,}", f"{failed} failed")
 
 
 def main() -> int:
@@ -52,7 +93,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="fleet-") as folder:
         options = ("--settle", "1s", "--settle-check", "http:/healthz")
         print("five hosts, HAProxy, sshd, Ansible: starting", flush=True)
-        with fleet(Path(folder), *options) as five:
+        begun_s = time.monotonic()
+
+        def say(news: str) -> None:
+            print(f"    {time.monotonic() - begun_s:3.0f} s  {news}", flush=True)
+
+        with fleet(Path(folder), *options, say=say) as five:
             load = Load(five.balancer, 100)
             rows = [
                 _row(five, load, "a good release", "2"),
@@ -62,7 +108,7 @@ def main() -> int:
             ]
             told = load.told()
             load.end()
-    heads = ("release", "hosts that got it", "took", "requests", "")
+    heads = ("release", "tried on", "serves on", "took", "requests", "")
     widths = [max(len(each[at]) for each in (heads, *rows)) for at in range(len(heads))]
     print()
     for row in (heads, *rows):

@@ -325,15 +325,23 @@ class Fleet:
         self.hosts: list[Host] = []
         self.machines: list[Machine] = [self.operator, self.balancer]
 
-    def start(self, code_of: Callable[[int], str] = lambda _: "") -> None:
-        """Start all hosts and the balancer.  code_of: of a host's protector, for an older one."""
+    def start(
+        self,
+        code_of: Callable[[int], str] = lambda _: "",
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Start all hosts and the balancer.
+
+        code_of: of a host's protector, for an older one.  say: hears of each host that serves.
+        """
         for number in range(1, self.SIZE + 1):
-            self.add(number, code_of(number))
+            say(f"{self.add(number, code_of(number)).name} serves release 1")
         # Shorter times for a host that is dead.
         shorter = {"server 1m": "server 5s", "connect 5s": "connect 1s"}
         self.balancer.balance(self.folder / "haproxy.cfg", shorter)
         for host in self.hosts:
             wait(lambda host=host: self.balancer.state(host.name) == "UP", f"{host.name} UP")  # type: ignore[misc]
+        say("HAProxy sends clients to all of them")
 
     def add(self, number: int, code: str = "") -> Host:
         """Start a host."""
@@ -413,13 +421,16 @@ SetEnv PATH={PATH} TMPDIR=/run
 
 @contextmanager
 def fleet(
-    folder: Path, *options: str, code_of: Callable[[int], str] = lambda _: ""
+    folder: Path,
+    *options: str,
+    code_of: Callable[[int], str] = lambda _: "",
+    say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Fleet]:
-    """Five hosts that serve release 1.  options: of their protectors."""
+    """Five hosts that serve release 1.  options: of their protectors.  say: hears of each."""
     with Network() as network:
         made = Fleet(folder, network, options)
         try:
-            made.start(code_of)
+            made.start(code_of, say)
             yield made
         finally:
             made.close()

@@ -13,12 +13,12 @@ _SEQUENCE = re.compile(r"\x1b(?:\[[\d;?]*[A-Za-z]|\][^\x07]*\x07|[()][A-Z0-9])")
 #: One line up: what follows is written over that line.
 _UP = re.compile(r"\r?\n(?:\x1b\[\?25h)?\r\x1b\[1A")
 #: What is not said each time: what a terminal shows for a moment; how far socketprotectorctl has
-#: come, where that takes a while; whether a process held a connection when it was killed.
+#: come, where that takes a while; how many connections a process held when it was killed.
 _AT_TIMES = re.compile(
     r"\d+ failed +[\d,]+ so far +[\d,]+ connections/s"
     r"|generation \d+ is starting|ready \d/\d|switched: new connections go to generation \d+"
     r"|waits for generation \d+ \([^)]*\)"
-    r"|\(?\d+ more (?:was|were) in the process that was killed, and ended with it\)?"
+    r"|, \d+ cut by our kill -9"
 )
 #: Where it runs, and with which interpreter.
 _FOLDER = re.compile(r"/\S*/socketprotector-demo-\w+")

@@ -11,6 +11,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from rich.console import Console
@@ -103,6 +105,27 @@ def test_it_says_how_many_have_failed_and_how(told: io.StringIO) -> None:
     lines = told.getvalue().splitlines()
     assert lines[-1] == "0 connections, 3 failed"
     assert lines.count("refused: [Errno 111] Connection refused") == 3
+
+
+@pytest.mark.parametrize(
+    ("failures", "last"),
+    [
+        ((HELD, HELD), "12 connections, 0 failed, 2 cut by our kill -9"),
+        ((HELD, failing(port=4001)), "12 connections, 1 failed, 1 cut by our kill -9"),
+        ((), "12 connections, 0 failed"),
+    ],
+)
+def test_it_says_apart_how_many_its_own_kills_have_cut(
+    told: io.StringIO, failures: tuple[Failure, ...], last: str
+) -> None:
+    story = of(told)
+    seen = SimpleNamespace(connections=12, failures=failures)
+    story._loads = [cast("Load", SimpleNamespace(join=lambda: seen))]
+    story._kills = [KILL]
+
+    assert story._verdict() == ("0 failed" in last)
+
+    assert told.getvalue().splitlines()[-1] == last
 
 
 def test_what_its_clients_lack_on_this_machine_is_no_failure_of_what_they_connect_to(

@@ -97,7 +97,7 @@ packages: $(INSTALLED) $(TOOLS)/.installed ## build each package, look at it, in
 
 CAST := docs/images/demo.cast
 
-recording: $(INSTALLED) $(TOOLS)/.installed ## record the demo in a terminal, and draw README's picture of it
+recording: $(INSTALLED) $(TOOLS)/.installed ## record the demo in a terminal, and draw README's picture of it (30 s, once its tools are installed)
 	PATH="$(abspath $(BIN)):$$PATH" TERM=xterm-256color SHELL=/bin/sh $(TOOLS)/bin/asciinema rec --quiet --overwrite --cols 80 --rows 24 \
 		--command 'SocketProtector demo' $(CAST)
 	@# Frames of 0.4 s and more, which is half of the size; at the end 6 s for reading how many have failed.

@@ -201,11 +201,14 @@ def _workers(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
         if their:
             reason = f"{_count(len(their), 'worker')} of generation {serving.number} {words}"
             yield Wait(kind, reason, serving.number, min(their.values()))
-    killed = {d.target for d in fleet.timers if d.wait is TimerKind.WORKER_KILL}
+    said = {
+        d.target for d in fleet.timers if d.wait in (TimerKind.WORKER_START, TimerKind.WORKER_KILL)
+    }
     finishing = [
         worker
-        for worker in serving.workers
-        if worker.state in (State.RETIRING, State.ORPHANED) and worker.number not in killed
+        for worker in serving.workers  # one that starts and has no deadline was sent KILL
+        if worker.state in (State.STARTING, State.RETIRING, State.ORPHANED)
+        and worker.number not in said
     ]
     if finishing:
         limits = [_left(facts, TimerKind.WORKER_RETIRE, each.number) for each in finishing]

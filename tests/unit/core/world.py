@@ -448,7 +448,11 @@ class World:
                     coming = fleet.to_open is not None and generation in in_the_way(fleet)
                     assert kinds == ["stop" if fleet.stopping else "room" if coming else "drain"]
                 case Phase.SERVING if not fleet.stopping:
-                    moves = any(worker.state is not State.READY for worker in generation.workers)
+                    moves = any(  # READY may have crossed our signal
+                        worker.state is not State.READY
+                        or self.runs(TimerKind.WORKER_KILL, worker.number)
+                        for worker in generation.workers
+                    )
                     assert (
                         bool(kinds) == moves
                         or self.runs(TimerKind.TURN)

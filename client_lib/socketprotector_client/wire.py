@@ -53,6 +53,8 @@ BOARD_ACCEPTED_AT, BOARD_DESCRIPTORS = 64, BOARD_WORDS - 64
 #: Said together with READY=1 by a worker that leaves when its RETURN line ends.
 #: A worker that never says so is asked to leave by SIGTERM instead.
 RETIRES_ON_RETURN = "X_SOCKETPROTECTOR_RETIRE=1"
+#: What the pool of --handoff stdio says of its first programs: `works`, or `failed PID STATUS`.
+PROGRAM = "X_SOCKETPROTECTOR_PROGRAM"
 
 #: A listener that was removed keeps its place in the list under this name.
 REMOVED_LISTENER = "-"

@@ -117,6 +117,15 @@ def waits_of(status: Status) -> list[Wait]:
     ]
 
 
+def failing(generation: Status) -> str:
+    """Say how the first programs of a generation fail, with their last line; "": they do not."""
+    found = generation.get("first_programs")
+    if not isinstance(found, dict):
+        return ""
+    lines = text_in(found, "last_words").strip().splitlines()
+    return ": ".join([text_in(found, "reason"), *lines[-1:]])
+
+
 def label(message: Status, name: str) -> str | None:
     """Return a text that no metric's label makes too long; None where none is."""
     value = message.get(name)

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 import click
 
 from ..model.duration import Duration
+from ..model.handoff_modes import MODES
 from ..model.text import in_units
 from .cli import Instance, answer, command, say, say_json, tell
 from .client import Client, Message
@@ -27,7 +28,7 @@ from .errors import (
     RequestRefused,
     TimedOut,
 )
-from .fields import listed, measure, number_in, text_in
+from .fields import failing, listed, measure, number_in, text_in
 from .reload_progress import (
     OF_STOP,
     Losses,
@@ -187,7 +188,7 @@ def reload(
             _gone(operation, watched, found.generation)
         elif drained and found.taken:
             _drained(operation, watched, found.generation)
-        _count_losses(operation)
+        after_all = _count_losses(operation)
         if not found.taken:
             _given_up(operation, found, "not ready to reload" if dry_run else "not reloaded")
         if dry_run:
@@ -201,6 +202,7 @@ def reload(
         gone = "; nothing older is left" if drained else ""
         operation.outcome["reason"] = found.reason or None
         words = f"reloaded: generation {found.generation} serves{after}{why}{gone}"
+        words += _first_programs(after_all, found.generation)
         operation.ends("reloaded", words)
 
 
@@ -209,16 +211,30 @@ def _dry(dry_run: bool) -> Message:
     return {"dry_run": True} if dry_run else {}
 
 
-def _count_losses(operation: _Operation) -> None:
-    """Note how many connections were lost since the reload was asked for."""
+def _first_programs(status: Message, generation: int) -> str:
+    """Say what its first programs have shown of a generation, where each connection is one."""
+    mode = MODES.get(text_in(status, "handoff"))
+    if mode is None or not mode.pooled:
+        return ""
+    for each in listed(status, "generations"):
+        if each.get("number") == generation:
+            if why := failing(each):
+                return f"; {why}"
+            return "; no program of it has run yet" if each.get("accepted") == 0 else ""
+    return ""
+
+
+def _count_losses(operation: _Operation) -> Message:
+    """Note how many connections were lost since the reload was asked for; return the status."""
     assert operation.losses is not None
     try:
         after = operation.client.request("status")
         while operation.hear(0.0) is not None:  # those that came before that answer
             pass
     except ControlError:
-        return
+        return {}
     operation.outcome["lost"] = operation.losses.count(after)
+    return after
 
 
 def _ask_reload(client: Client, before: Message, *, dry_run: bool) -> int:

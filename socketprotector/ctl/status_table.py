@@ -9,7 +9,7 @@ from ..model.text import headline
 from . import render
 from .cli import plural
 from .client import Message
-from .fields import listed, number_in, text_in, unhealthy, waits_of
+from .fields import failing, listed, number_in, text_in, unhealthy, waits_of
 from .render import Row
 
 _GENERATIONS = "GEN PHASE AGE READY QUEUE ACTIVE ACCEPTED ERRORS LOST WAIT-P50 P99"
@@ -45,6 +45,9 @@ def heading(status: Message) -> list[Text]:
     # Of a hold and a lame duck the lines above say more.
     shown = [each for each in waits_of(status) if each.kind not in ("hold", "lame-duck")]
     warnings += [f"waits: {render.cell(each.text)}" for each in shown]
+    for each in listed(status, "generations"):
+        if why := failing(each):
+            warnings.append(f"generation {number_in(each, 'number')}: {render.cell(why)}")
     for generation, seconds in untaken(status):
         span = render.duration_text(seconds)
         warnings.append(f"generation {generation}: no worker has taken a waiting client for {span}")

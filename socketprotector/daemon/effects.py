@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from .. import __version__
 from ..core.events import (
@@ -48,15 +49,18 @@ from ..core.events import (
     UseSettings,
 )
 from ..core.fleet import Fleet
+from ..core.reload import UPGRADED
 from ..core.snapshot import Snapshot, Undone
+from ..core.stop import CALLED_OFF
 from ..model import known_servers, question
 from ..model.errors import what_failed
 from ..model.question import Question
 from ..model.records import Program
 from ..model.settings import Settings
+from ..model.text import added
 from ..system.listener import Listener
 from ..system.loop import SHUT
-from ..system.program_spec import program_of
+from ..system.program_spec import changed_file, program_of
 from ..system.sd_notify import Systemd
 from .accept_counts import AcceptCounts
 from .asking import Asking
@@ -79,6 +83,8 @@ from .worker_pool import WorkerPool
 RECORDED = Undone | Report | StartTimer
 #: Reports of a generation that has proved itself, where that is asked for.
 _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
+_FAILURE = (ReportKind.RELOAD_FAILED, ReportKind.DRY_RUN_FAILED)
+_CALLED_OFF = (CALLED_OFF, UPGRADED)
 #: How soon to look again whether a good answer has come after --settle.
 _SETTLE_AGAIN_S = 0.1
 _LATE = "late"
@@ -232,6 +238,8 @@ class Effects:
             case Report():
                 if action.news in _SUCCESS and action.generation in self.generations:
                     self.last_good = self.generations[action.generation].program
+                if action.news in _FAILURE and action.reason not in _CALLED_OFF:
+                    action = replace(action, reason=added(action.reason, self._same_file()))
                 self.reports.write(action)
             case Exit(status):
                 self.exit_status = status
@@ -391,6 +399,18 @@ class Effects:
         )
         self._log.write("info", "route", generation=number)
         self.health.serves(generation)
+
+    def _same_file(self) -> str:
+        """Say that the serving generation is affected, too, where its file was changed in place."""
+        if self._route is None:
+            return ""
+        record = self.generations[self._route].record
+        file = changed_file(record.program, record.opened_at)
+        if not file:
+            return ""
+        if record.program.mode.pooled:
+            return f"generation {self._route} runs the same changed file: {file}"
+        return f"a replaced worker of generation {self._route} runs the changed file: {file}"
 
     def _route_broken(self) -> None:
         if self._route is not None:

@@ -78,7 +78,8 @@ class WorkerPool:
         probes: CheckProbes,
     ) -> None:
         """remember: changes the history by a function of it.  listeners: see WorkerSpawner."""
-        self._probes = probes
+        self._probes, self._runtime = probes, runtime
+        self._output, self._remember = output, remember
         loop, log, post = runtime.loop, runtime.log, runtime.post
         self._loop, self._log, self._post = loop, log, post
         self._workers: dict[int, Worker] = {}
@@ -436,6 +437,11 @@ class WorkerPool:
             status = fields["STATUS"][:_STATUS_CHARACTERS]
             self._note(worker, status=status)
             self._log.write("debug", "status", worker=number, status=status)
+        if wire.PROGRAM in fields:
+            from .first_programs import FirstPrograms  # not before a pool says so
+
+            first = FirstPrograms(self._runtime, self._output, self._remember)
+            first.said(worker, fields[wire.PROGRAM])
         if fields.get("WATCHDOG") == "1":
             if not worker.record.watched:
                 self._note(worker, watched=True)

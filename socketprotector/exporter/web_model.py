@@ -16,6 +16,7 @@ from typing import Any
 
 from ..ctl.fields import (
     Status,
+    failing,
     is_lame_duck,
     label,
     listed,
@@ -381,6 +382,8 @@ def _notes(status: Status) -> list[str]:
     if is_lame_duck(status):
         found.append("lame duck: /readyz says 503")
     for each in listed(status, "generations"):
+        if why := failing(each):
+            found.append(_cut(f"generation {number_in(each, 'number')}: {_line(why)}"))
         if (untaken := measure(each, "untaken_s")) is not None:
             number = number_in(each, "number")
             found.append(f"generation {number}: a client has waited for {untaken:.0f} s")

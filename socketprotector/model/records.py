@@ -80,6 +80,20 @@ class GenerationRecord:
     lost: int = 0  # connections that were open in those
     socket_number: int = 0  # where its workers accept, if they do: see daemon/socket_steering.py
     marks: tuple[tuple[int, int], ...] = ()  # of what they accept, by listener; none: unknown
+    # Of --handoff stdio: whether a program has worked; until then how many failed at once, how the
+    # last of them ended, and what was its last output.
+    programs_work: bool = False
+    programs_failed: int = 0
+    program_ended: str = ""
+    program_words: str = ""
+
+    @property
+    def programs_fail(self) -> str:
+        """How the first programs have failed, in words; "": they have not."""
+        count = self.programs_failed
+        which = "first program" if count == 1 else f"first {count} programs"
+        last = "" if count == 1 else "the last "
+        return f"its {which} failed at once: {last}{self.program_ended}" if count else ""
 
 
 @frozen

@@ -51,6 +51,15 @@ def headline(reason: str) -> str:
     return reason.partition("\n")[0].removesuffix(LAST_WORDS)
 
 
+def added(reason: str, more: str) -> str:
+    """Return a reason with something more in its first line, before last words that follow."""
+    if not more:
+        return reason
+    first, end, words = reason.partition("\n")
+    mark = LAST_WORDS if first.endswith(LAST_WORDS) else ""
+    return f"{headline(reason)}; {more}{mark}{end}{words}"
+
+
 def field(value: object) -> str:
     """Return a log field's value: bare where it can be, else quoted."""
     text = str(value)

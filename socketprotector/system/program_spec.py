@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable, Iterator
 
 from socketprotector_client import wire
 
@@ -66,6 +67,32 @@ def program_of(settings: Settings) -> Program:
         drain_signal=settings.drain_signal,
         watchdog_s=settings.watchdog_s,
     )
+
+
+def changed_file(program: Program, since: float) -> str:
+    """Return a file of a program that was changed after a time, which a new process would run.
+
+    since: seconds since the epoch.  It is the executable, or the first argument that is a file,
+    such as an interpreter's script.  "": none was, or that cannot be known.
+    """
+    path, argv = program.path, program.argv
+    if program.mode.adapter and "--" in argv:  # else it is what an older program has started
+        at = argv.index("--")
+        options, argv = argv[:at], argv[at + 1 :]
+        if "--shell" in options:
+            argv = ("", *argv[0].split())
+        path = options[options.index("--file") + 1] if "--file" in options else argv[0]
+    for file in (path, next(filter(os.path.isfile, _paths(program.directory, argv[1:])), "")):
+        try:
+            if file and os.stat(file).st_ctime > since:
+                return file
+        except (OSError, ValueError):
+            pass  # removed
+    return ""
+
+
+def _paths(directory: str, words: Iterable[str]) -> Iterator[str]:
+    return (os.path.join(directory, each) for each in words if not each.startswith("-"))
 
 
 def inherited_environment(settings: Settings) -> dict[str, str]:

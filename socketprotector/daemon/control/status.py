@@ -13,7 +13,7 @@ from dataclasses import asdict
 
 from ...core.fleet import Fleet, Generation, Phase, State, Worker
 from ...model.listen_fds import ready_after_s
-from ...model.records import Counts, WorkerRecord
+from ...model.records import Counts, GenerationRecord, WorkerRecord
 from ...model.settings import Settings
 from ...model.text import headline, in_units
 from ...model.waits import quantile_us
@@ -173,6 +173,7 @@ def _of_generation(
         "queue": effects.waiting(generation.number),
         "untaken_s": effects.untaken_s(generation.number),
         "settle_check": shown(opened.program.settle_check),
+        "first_programs": _of_first_programs(opened.record),
         "lost": opened.record.lost if total is not None else None,
         **_of_counts(total),
         "active": active,
@@ -181,6 +182,17 @@ def _of_generation(
             _of_worker(each, records.get(each.number), counts.get(each.number))
             for each in generation.workers
         ],
+    }
+
+
+def _of_first_programs(record: GenerationRecord) -> dict[str, Any] | None:
+    """Say how they have failed; None: one has worked, or none has failed, or there are none."""
+    if not record.programs_failed:
+        return None
+    return {
+        "failed": record.programs_failed,
+        "reason": record.programs_fail,
+        "last_words": record.program_words,
     }
 
 

@@ -2,7 +2,8 @@
 
 One loop.  What is fixed: no connection is taken without a slot for its program and a descriptor
 to spare, and one that was taken has its program, however long that takes; our copy of it
-is closed as soon as the program runs, so that the client sees the program's end.
+is closed as soon as the program runs, so that the client sees the program's end (of the first
+programs as soon as one of them works: first_programs.py).
 
 A connection is pending from when it was taken until its program was started.  There is one at
 most, and while there is one nothing is taken.
@@ -20,6 +21,7 @@ import time
 from ...system import signals
 from ..worker_protocol import Notifier, receive
 from .environment import Environments
+from .first_programs import FirstPrograms
 from .programs import Programs
 from .report import Board, say
 from .spawn import Starter
@@ -77,7 +79,8 @@ class Pool:
         if notifier.watchdog_s:
             self._call_after(0.0, self._feed_watchdog)
         self._epoll = select.epoll()
-        self._programs = Programs(self._epoll, board)
+        self._first = FirstPrograms()
+        self._programs = Programs(self._epoll, board, self._first.ended)
         self._wake = signals.catch((signal.SIGTERM,))
         for fd in (self._wake, line):
             if fd >= 0:
@@ -157,10 +160,13 @@ class Pool:
         except OSError as error:
             self._not_started(error)
             return
-        os.close(fd)
+        if self._first.watches:
+            self._first.started(pid, fd)
+        else:
+            os.close(fd)
         self._pending = None
         self._programs.add(pid)
-        if self._programs.unseen:
+        if self._programs.unseen or self._first.holds:
             self._look_soon()
         if self._trouble:
             say(f"starts {self._starter.path} again")
@@ -219,6 +225,7 @@ class Pool:
         if self._trouble == errno.EAGAIN:
             self._timers[self._start] = 0.0
         self._call_after(_STATUS_S, self._say_status)
+        self._say_of_first()
         return True
 
     def _call_after(self, seconds: float, call: Callable[[], None]) -> None:
@@ -248,9 +255,19 @@ class Pool:
         if self._notifier.tell(f"STATUS={count} of {self._slots} programs run"):
             self._call_after(_STATUS_S, self._say_status)
 
+    def _say_of_first(self) -> None:
+        unsaid = self._first.unsaid
+        while unsaid:
+            if self._notifier.tell(unsaid[0]):
+                self._call_after(_LOOK_S, self._say_of_first)
+                return
+            del unsaid[0]
+
     def _look(self) -> None:
         self._programs.look()
-        if self._programs.unseen:
+        self._first.look()
+        self._say_of_first()
+        if self._programs.unseen or self._first.holds:
             self._look_soon()
 
     def _look_soon(self) -> None:

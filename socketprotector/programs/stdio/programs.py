@@ -10,13 +10,21 @@ import select
 
 from .report import Board
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 
 class Programs:
     """Those that were started and have not been waited for."""
 
-    def __init__(self, epoll: select.epoll, board: Board) -> None:
+    def __init__(
+        self, epoll: select.epoll, board: Board, ended: Callable[[int, int], None]
+    ) -> None:
+        """ended: called with the pid and the status of each, as wait(2) gives it."""
         self._epoll = epoll
         self._board = board
+        self._ended = ended
         self._pids: dict[int, int] = {}  # by pidfd
         self._blind: list[int] = []  # pids of those whose end nothing will tell
 
@@ -67,6 +75,8 @@ class Programs:
 
     def _waited_for(self, pid: int) -> bool:
         gone, status = os.waitpid(pid, os.WNOHANG)
+        if gone:
+            self._ended(pid, status)
         if gone and status:
             self._board.failed()
         return bool(gone)

@@ -1,0 +1,115 @@
+"""What the pools of --handoff stdio say of a generation's first programs, and what follows.
+
+A pool says `failed` of each program that has failed at once, until one works
+(programs/stdio/first_programs.py).  One failure may be its client's: it is shown, and nothing
+else.  After FAILED of them a generation that settles fails; any other one goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from ..core.events import SettleFailed
+from ..model.history import Crash, History
+from ..model.lazy_dataclass import mutable
+from ..model.text import LAST_WORDS, status_of
+from .log_output import Output
+from .runtime import Runtime
+from .worker_spawn import Worker
+
+#: So many programs of a generation have failed at once, and none has worked: it is no accident.
+FAILED = 3
+#: A pid, or a status as wait(2) gives it.
+_DIGITS = 9
+
+
+@mutable
+class FirstPrograms:
+    """Takes in what pools say."""
+
+    runtime: Runtime
+    output: Output
+    #: Changes the history by the function that it is given.
+    remember: Callable[[Callable[[History], History]], None]
+
+    def said(self, worker: Worker, text: str) -> None:
+        """Take in one message of a worker: `works`, or `failed PID STATUS`."""
+        generation, record = worker.generation, worker.generation.record
+        if not generation.program.mode.pooled or record.programs_work:
+            return
+        if text == "works":
+            if record.programs_failed:
+                self.runtime.log.write("info", "programs-work", generation=record.number)
+            generation.update_record(
+                programs_work=True, programs_failed=0, program_ended="", program_words=""
+            )
+            return
+        match text.split():
+            case ["failed", pid, status] if _is_number(pid) and _is_number(status):
+                if record.drained_at is None and not worker.record.asked_to_exit:
+                    self._failed(worker, int(pid), int(status))
+
+    def _failed(self, worker: Worker, pid: int, status: int) -> None:
+        generation, at = worker.generation, time.time()
+        _, how = status_of(status)
+        count = generation.record.programs_failed + 1
+        generation.update_record(programs_failed=count, program_ended=how)
+        self.runtime.persist()  # the relay may take its time
+
+        def done(found: str) -> None:
+            last_words = _once(found, count)
+            if generation.record.programs_work:
+                return  # meanwhile
+            generation.update_record(program_words=last_words)
+            if count <= FAILED:  # those that follow fail in the same way
+                self._keep(worker, pid, f"program {how}", last_words, at)
+            if count >= FAILED:
+                reason = generation.record.programs_fail
+                words = f"{LAST_WORDS}\n{last_words}" if last_words else self._where_to_look()
+                self.runtime.post(SettleFailed(generation.record.number, reason + words))
+            self.runtime.persist()
+
+        self.output.last_words(worker.record.number, worker.record.output_start, done)
+
+    def _keep(self, worker: Worker, pid: int, how: str, last_words: str, at: float) -> None:
+        record = worker.record
+        self.runtime.log.write(
+            "warning",
+            "program-failed",
+            generation=record.generation,
+            worker=record.number,
+            pid=pid,
+            how=how,
+            last_words=last_words or None,
+        )
+        crash = Crash(
+            at=at,
+            generation=record.generation,
+            worker=record.number,
+            slot=record.slot,
+            pid=pid,
+            how=how,
+            when="serving",
+            lost=1,
+            last_words=last_words,
+        )
+        self.remember(lambda history: history.with_crash(crash))
+
+    def _where_to_look(self) -> str:
+        where = self.output.where_to_look()
+        return f"; {where}" if where else ""
+
+
+def _once(last_words: str, most: int) -> str:
+    """Return last words that several programs have said one after the other as one has."""
+    lines = last_words.split("\n")
+    for times in range(min(most, len(lines)), 1, -1):
+        part = lines[: len(lines) // times]
+        if lines == part * times:
+            return "\n".join(part)
+    return last_words
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= _DIGITS

@@ -1,0 +1,139 @@
+"""Detects a release whose first programs fail at once: docs/stdio.md has the rule.
+
+A program has failed at once if it ends with a status other than 0, or by a signal, has sent its
+client nothing, and its client is still there or has sent something.  The first program that ends
+with status 0, sends something or lives on shows that the release works: from then on nothing here
+is done.
+
+What a program has sent is known by a copy of its connection, which is kept for that, for as long
+as a client may wait for its end without noticing.
+
+Source: tcp(7), linux/tcp.h (struct tcp_info), unix(7), tcp(7) (SIOCINQ, SIOCOUTQ).
+"""
+
+from __future__ import annotations
+
+import _socket as socket
+import fcntl
+import os
+import select
+import struct
+import termios
+import time
+
+from socketprotector_client import wire
+
+#: So many programs are looked at side by side.
+WATCHED = 3
+#: A program that has lived so long has not failed at once.
+LIVED_S = 10.0
+_INFO_BYTES = 160
+_INFO_WORDS = struct.Struct("=I")
+#: Where tcp_info has what is queued and not sent, and how many segments with data went each way.
+_NOT_SENT, _SEGMENTS_IN, _SEGMENTS_OUT = 144, 152, 156
+_GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
+_HUNG_UP = select.POLLRDHUP
+
+
+class FirstPrograms:
+    """What is known of the programs of a pool until one works."""
+
+    def __init__(self) -> None:
+        self.work = False
+        #: Messages for the protector that it has not been sent yet.
+        self.unsaid: list[str] = []
+        self._held: dict[int, tuple[int, float]] = {}  # by pid: our copy, and when it started
+
+    @property
+    def watches(self) -> bool:
+        """Whether a program that starts now is to be watched."""
+        return not self.work and len(self._held) < WATCHED
+
+    @property
+    def holds(self) -> bool:
+        """Whether there are copies of connections, to be looked at soon."""
+        return bool(self._held)
+
+    def started(self, pid: int, fd: int) -> None:
+        """Watch a program.  Takes ownership of fd, a copy of its connection."""
+        self._held[pid] = fd, time.monotonic()
+
+    def look(self) -> None:
+        """Let go of the connections of programs that cannot fail at once any more."""
+        now = time.monotonic()
+        for pid, (fd, since) in tuple(self._held.items()):
+            sent = has_sent(fd)
+            if sent or now - since >= LIVED_S:
+                self._works()
+                return
+            if sent is None:
+                self._let_go(pid)
+
+    def ended(self, pid: int, status: int) -> None:
+        """Take in the end of a program.  status: as wait(2) gives it."""
+        if self.work:
+            return
+        fd, _ = self._held.get(pid, (-1, 0.0))
+        if status == 0 or (fd >= 0 and has_sent(fd)):
+            self._works()
+        elif fd >= 0 and has_sent(fd) is False and not has_left(fd):
+            self.unsaid.append(f"{wire.PROGRAM}=failed {pid} {status}")
+        self._let_go(pid)
+
+    def _works(self) -> None:
+        self.work = True
+        self.unsaid = [f"{wire.PROGRAM}=works"]
+        for pid in tuple(self._held):
+            self._let_go(pid)
+
+    def _let_go(self, pid: int) -> None:
+        fd, _ = self._held.pop(pid, (-1, 0.0))
+        if fd >= 0:
+            os.close(fd)
+
+
+def has_sent(fd: int) -> bool | None:
+    """Return whether something was sent on a connection; None: that cannot be known.
+
+    Of a UNIX socket it is known only while something that the client has sent is unread.
+    """
+    info = _tcp_info(fd)
+    if info is not None:
+        return bool(_word(info, _NOT_SENT) or _word(info, _SEGMENTS_OUT))
+    try:
+        unread, unsent = _queued(fd, termios.FIONREAD), _queued(fd, termios.TIOCOUTQ)
+    except OSError:
+        return None
+    return bool(unsent) if unread or unsent else None
+
+
+def has_left(fd: int) -> bool:
+    """Return whether the client has gone without having sent anything, as a port scanner does."""
+    info = _tcp_info(fd)
+    if info is None or _word(info, _SEGMENTS_IN):
+        return False
+    poll = select.poll()
+    poll.register(fd, _HUNG_UP)
+    return any(events & _GONE for _, events in poll.poll(0))
+
+
+def _tcp_info(fd: int) -> bytes | None:
+    """Return what the kernel knows of a TCP connection; None: it is none, or too old a kernel."""
+    one = socket.socket(fileno=fd)
+    try:
+        info: bytes = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
+    except OSError:
+        return None
+    finally:
+        one.detach()
+    return info if len(info) == _INFO_BYTES else None
+
+
+def _word(info: bytes, at: int) -> int:
+    (value,) = _INFO_WORDS.unpack_from(info, at)
+    return int(value)
+
+
+def _queued(fd: int, request: int) -> int:
+    (value,) = _INFO_WORDS.unpack(fcntl.ioctl(fd, request, bytes(4)))
+    return int(value)

@@ -383,7 +383,7 @@ def _notes(status: Status) -> list[str]:
         found.append("lame duck: /readyz says 503")
     for each in listed(status, "generations"):
         if why := failing(each):
-            found.append(_cut(f"generation {number_in(each, 'number')}: {_line(why)}"))
+            found.append(cut(f"generation {number_in(each, 'number')}: {line(why)}"))
         if (untaken := measure(each, "untaken_s")) is not None:
             number = number_in(each, "number")
             found.append(f"generation {number}: a client has waited for {untaken:.0f} s")

@@ -196,6 +196,13 @@ def test_what_an_operator_should_know_is_noted(seen: Seen) -> None:
     ]
 
 
+def test_first_programs_that_fail_are_noted(seen: Seen) -> None:
+    told = {"failed": 1, "reason": "its first program failed at once", "last_words": "a\nb\x1b[2J"}
+    assert seen.see(status(generation(8, first_programs=told)))["notes"] == [
+        "generation 8: its first program failed at once: b\\x1b[2J"
+    ]
+
+
 def test_what_it_waits_for_is_shown_with_the_time_that_is_left(seen: Seen) -> None:
     assert seen.see(status())["waits_for"] == []
     told = [

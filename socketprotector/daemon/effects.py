@@ -368,9 +368,9 @@ class Effects:
 
     def _reach(self, generation: OpenGeneration, asked: Question) -> Way | None:
         """Make a way to a generation, None where there can be none.  Raises OSError."""
-        if generation.program.mode.workers_accept:
-            return self.steering.ask(generation.record.number, asked.listener)
         channel = generation.channel
+        if generation.program.mode.workers_accept:
+            return self.steering.ask(generation.record.number, asked.listener, channel.knows_of)
         beside = self.forwarder.queue if generation.record.number == self._route else None
         for each in self.forwarder.listeners:
             if asked.listener in ("", each.settings.name) and channel.knows_of(each.index):
@@ -380,7 +380,7 @@ class Effects:
     def _reach_serving(self, generation: OpenGeneration, asked: Question) -> Way | None:
         """Make a way to the one that serves, None where there can be none.  Raises OSError."""
         if generation.program.mode.workers_accept:
-            return self.steering.reach(asked.listener)
+            return self.steering.reach(asked.listener, generation.channel.knows_of)
         return self._reach(generation, asked)
 
     def _route_to(self, number: int | None) -> None:

@@ -169,13 +169,14 @@ class SocketSteering:
                 return None
         return count
 
-    def reach(self, name: str) -> Way | None:
+    def reach(self, name: str, knows: Callable[[int], bool] = lambda index: True) -> Way | None:
         """Return how the generation that gets the clients is reached: as clients reach it.
 
-        name: the listener's, "" for the first.  None: there is no such one.
+        name: the listener's, "" for the first.  knows: whether that generation knows a listener,
+        by index.  None: there is no such one.
         """
         for each in self._shared:
-            if name in ("", each.settings.name):
+            if name in ("", each.settings.name) and knows(each.index):
                 asked = each.socket_for(self.current)
                 # As for ask(): so it never leaves this machine, where an address is another one's.
                 unix = asked.family == socket.AF_UNIX
@@ -217,10 +218,13 @@ class SocketSteering:
         """Whether new clients get no answer."""
         return self.hold.on
 
-    def ask(self, generation: int, name: str) -> Way | None:
+    def ask(
+        self, generation: int, name: str, knows: Callable[[int], bool] = lambda index: True
+    ) -> Way | None:
         """Have a generation reached, whoever gets the new clients, by connections with a mark.
 
-        name: the listener's, "" for the first that has two sockets.  None: there is no such one.
+        name: the listener's, "" for the first that has two sockets.  knows: whether the generation
+        knows a listener, by index.  None: there is no such one.
         Also the generation that gets the clients: a hold does not keep the question out then, and
         it never leaves this machine (the address may be another one's).  Raises OSError; EAGAIN
         also while workers of an earlier one could answer.
@@ -228,7 +232,7 @@ class SocketSteering:
         socket_number = self._accepting.get(generation)
         if socket_number is None:
             return None
-        found = self._askable(name)
+        found = self._askable(name, knows)
         if found is None:
             return None
         for its, told_at in self._leaving.values():
@@ -257,9 +261,11 @@ class SocketSteering:
         """Whether there is a listener that ask() takes."""
         return self._askable(name) is not None
 
-    def _askable(self, name: str) -> Listener | None:
+    def _askable(
+        self, name: str, knows: Callable[[int], bool] = lambda index: True
+    ) -> Listener | None:
         named = (each for each in self._pairs if name in ("", each.settings.name))
-        return next((each for each in named if not each.lost), None)
+        return next((each for each in named if not each.lost and knows(each.index)), None)
 
     def _stop_asking(self, mark: reuseport.Mark) -> None:
         """It is no more reached by this one."""
@@ -352,15 +358,23 @@ class SocketSteering:
         socket_number: int,
         *,
         again: bool = False,
-        knows: Callable[[int], bool] = lambda index: False,
+        knows: Callable[[int], bool] | None = None,
     ) -> None:
         """Have new clients come to socket 0 or 1.
 
-        again: its generation had its turn before.  knows: whether it knows a listener, by index.
+        again: its generation had its turn before.  knows: whether it knows a listener, by index;
+        None: it is yet to come.  Clients of one that it does not know stay where they come now: at
+        a generation that knows it, until the listener is removed.
         """
         there = {each.index for each in self._listeners()}
-        for index in [each for each in self._expected if each not in there or knows(each)]:
-            del self._expected[index]
+        if knows is not None and socket_number != self.current:
+            unknown = {index: self.current for index in there if not knows(index)}
+            self._expected = unknown | self._expected
+        self._expected = {
+            index: its
+            for index, its in self._expected.items()
+            if index in there and not (knows and knows(index))
+        }
         self.current = socket_number
         # From now on clients come there.
         self._asked -= {(each.index, self._number_for(each)) for each in self._listeners()}

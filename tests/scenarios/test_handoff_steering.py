@@ -317,6 +317,82 @@ def test_clients_of_a_listener_that_a_reload_adds_get_to_the_first_that_knows_it
     assert daemon.log.count("event=stranded|event=not-taken") == 0
 
 
+def test_each_client_that_connects_to_a_listener_before_it_is_removed_is_served(
+    protector: Starter, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    config, port = tmp_path / "web.toml", free_port()
+    command = ", ".join(f"'{word}'" for word in SERVER)
+
+    def write(listen: str) -> None:
+        new = tmp_path / "new"
+        new.write_text(
+            f'handoff = "listener"\nready = "notify"\nsettle = "1s"\nlisten = [{listen}]\n'
+            f"command = [{command}]\n"
+        )
+        new.rename(config)
+
+    write(f'"127.0.0.1:0", "127.0.0.1:{port}"')
+    daemon = protector("--config", config).ready()
+    (old,) = spawned(daemon, 1)
+    write('"127.0.0.1:0"')
+    mark = daemon.signal(signal.SIGHUP)
+    daemon.log.wait_for("event=route generation=2", after=mark)
+    served = 0
+    while True:
+        try:
+            client = Client(("127.0.0.1", port), "hello")
+        except ConnectionRefusedError:
+            break
+        with client:
+            assert pid_in(client.hear()) == old
+        served += 1
+    assert served
+    assert "event=reloaded" in daemon.log.text()
+
+
+def test_clients_of_a_listener_that_a_reload_removes_stay_with_the_generation_that_knows_it(
+    protector: Starter, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    """While the new one settles, also over an upgrade; it is asked at a listener that it knows."""
+    config, port, kept = tmp_path / "web.toml", free_port(), free_port()
+    command = ", ".join(f"'{word}'" for word in SERVER)
+
+    def write(listen: str) -> None:
+        new = tmp_path / "new"
+        new.write_text(
+            f'handoff = "listener"\nready = "accept"\nsettle = "1h"\nlisten = [{listen}]\n'
+            f"command = [{command}]\n"
+        )
+        new.rename(config)
+
+    def by_old(clients: int = 3) -> bool:
+        found = [Client(("127.0.0.1", port), "hello") for _ in range(clients)]
+        pids = {pid_in(each.hear()) for each in found}
+        for each in found:
+            each.close()
+        return pids == {old}
+
+    write(f'"127.0.0.1:{port}", "127.0.0.1:{kept}"')
+    daemon = protector("--config", config).ready()
+    (old,) = spawned(daemon, 1)
+    write(f'"127.0.0.1:{kept}"')
+    mark = daemon.signal(signal.SIGHUP)
+    daemon.log.wait_for("event=route generation=2", after=mark)
+    (new,) = spawned(daemon, 2)
+
+    assert by_old()
+    assert pid_in(ask(("127.0.0.1", kept))) == new
+    assert "adopted" in upgrade(daemon)
+    at_rest(daemon)
+    assert by_old()
+    assert pid_in(ask(("127.0.0.1", kept))) == new
+    os.kill(new, signal.SIGKILL)
+    daemon.log.wait_for("event=reload-failed", after=mark)
+    assert by_old()
+    assert pid_in(ask(("127.0.0.1", kept))) == old
+    assert daemon.log.count("event=stranded|event=not-taken") == 0
+
+
 def test_a_stop_meanwhile_serves_clients_that_wait_for_either(served_by: Starter) -> None:
     daemon = served_by()
     old = spawned(daemon)[0]

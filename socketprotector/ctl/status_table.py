@@ -51,6 +51,9 @@ def heading(status: Message) -> list[Text]:
     for generation, seconds in untaken(status):
         span = render.duration_text(seconds)
         warnings.append(f"generation {generation}: no worker has taken a waiting client for {span}")
+    lacks = status.get("warnings")
+    for each in lacks if isinstance(lacks, list) else []:
+        warnings.append(f"warning: {render.cell(str(each))}")
     return [*found, *(Text(each, style="yellow") for each in warnings)]
 
 

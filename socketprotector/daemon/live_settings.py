@@ -142,7 +142,8 @@ class LiveSettings:
                 each.close()
             self._post(SettingsFailed(f"on hold, and {cannot}; release it first"))
             return
-        for text in new.notices[len(old.notices) :]:
+        warnings = [each for each in new.warnings if each not in old.warnings]
+        for text in (*new.notices[len(old.notices) :], *warnings):
             self._log.write("warning", "notice", text=text)
         self._log.write(
             "info",

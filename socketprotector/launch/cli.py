@@ -117,8 +117,8 @@ def _launch(asked: ParsedOptions) -> int:
         settings = replace(settings, listeners=tuple(each.settings for each in bound))
         preflight.check_descriptor_names(settings)
         notices += preflight.syslog_notices(settings)
-        notices += preflight.notices(settings, listens, asked.backlog)
-        notices += server_hints.drain_limits(settings)
+        warnings = [*preflight.notices(settings, listens, asked.backlog)]
+        notices += [*warnings, *server_hints.drain_limits(settings)]
         if check:
             notify_dir.make(settings, notices.append, dry=True)
         elif settings.policy.workers_accept:
@@ -135,8 +135,9 @@ def _launch(asked: ParsedOptions) -> int:
             said = [*said, *server_hints.of(settings, listens, typed=True)]
         for notice in said:
             tell(notice)
-        if here or not terminal:
-            notices += server_hints.of(settings, listens, typed=False)
+        hints = [*server_hints.of(settings, listens, typed=False)]
+        notices += hints if here or not terminal else []
+        warnings += [*asked.notices, *hints]
         if check:
             valid = f"{asked.config} is valid; " if asked.config else ""
             texts = " ".join(listen.text for listen in listens)
@@ -146,7 +147,8 @@ def _launch(asked: ParsedOptions) -> int:
             addresses = " ".join(each.address for each in settings.listeners)
             tell(f"listening on {addresses}", STDOUT)
         stored_listeners.store(given, named)
-        return launch(replace(settings, notices=tuple(notices)), named)
+        settings = replace(settings, notices=tuple(notices), warnings=tuple(warnings))
+        return launch(settings, named)
 
 
 def _files_of(asked: ParsedOptions, settings: Settings) -> dict[str, str | None]:

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from ..model.codec import FORMAT
 from ..model.errors import Refusal, UsageError
 from ..model.settings import ListenerSettings, Settings, dump, format_of, load
 from ..system import inherited
@@ -63,7 +64,7 @@ def _answer(
     line: socket.socket, running: Settings, asked: ParsedOptions, *, form: int, dry: bool
 ) -> None:
     """form: of the settings that the protector can read, which may be an older program."""
-    notices = [*asked.notices]
+    notices: list[str] = []
     new = replace(asked.settings, **{name: getattr(running, name) for name in _STAYS})
     stays = [*forbidden(running, new), *_control(running, asked)]
     refused = [f"{each}; {RESTART}" for each in stays]
@@ -81,8 +82,11 @@ def _answer(
             return
         if cannot:
             raise UsageError("\n".join(cannot))
-        notices += server_hints.of(new, asked.listens, typed=False)
-        notices += preflight.notices(new, asked.listens, asked.backlog)
+        warnings = [
+            *preflight.notices(new, asked.listens, asked.backlog),
+            *asked.notices,
+            *server_hints.of(new, asked.listens, typed=False),
+        ]
         notices += server_hints.drain_limits(new)
         notices = list(dict.fromkeys((*running.notices, *notices)))
         for index, each in enumerate(bound, added):
@@ -94,7 +98,9 @@ def _answer(
                 for index, each in found.items():
                     _send(line, f"{kind} {added + index}", each.socket.fileno())
         _send(line, "differences", _memfd("\n".join(changes(running, new)).encode()))
-        new = replace(new, notices=tuple(notices))
+        if form < FORMAT:  # an older program knows no warnings
+            notices, warnings = [*dict.fromkeys((*notices, *warnings))], []
+        new = replace(new, notices=tuple(notices), warnings=tuple(warnings))
         _send(line, "settings", _memfd(dump(new, form)))
 
 

@@ -1,6 +1,6 @@
-"""What a well-known server lacks as it is started, and its command line made anew.
+"""What a well-known server lacks as it is started, and its command line corrected.
 
-That line is for the terminal that was typed at and for nothing that is kept: an argument may be a
+Whole that line is for the terminal alone.  What is kept (log, status) has no argument that may be a
 secret (docs/security.md).
 """
 
@@ -22,6 +22,9 @@ from .listen_spec import Listen
 
 #: What a shell takes as it stands.  It leaves {fd:NAME} alone.
 _PLAIN = re.compile(r"(?:[\w@%+=:,./-]|\{fd:\w+\})+", re.ASCII)
+#: A variable, as of --env and of env(1), or the command of a check.
+_SECRET = re.compile(r"(?s)((?:--env=)?[A-Za-z_]\w*=|(?:--[a-z-]+=)?check:).+")
+_LEFT_OUT = "..."
 _NAMED = re.compile(r"\{fd:(\w+)\}")
 #: What --handoff listener refuses, or an unmodified server cannot have there: the operator has to
 #: choose.
@@ -40,7 +43,7 @@ _LOOKED_AT = 1 << 16
 def of(settings: Settings, listens: Sequence[Listen], *, typed: bool) -> Iterator[str]:
     """Say what a well-known server lacks as it is started, and how to start it.
 
-    typed: for the terminal, in the operator's own words; else without any of its arguments.
+    typed: for the terminal, in all of the operator's words; otherwise without possible secrets.
     """
     name = known_servers.known(settings.command)
     if name is None:
@@ -59,10 +62,14 @@ def of(settings: Settings, listens: Sequence[Listen], *, typed: bool) -> Iterato
     )
     if found is None or (settings.mode.needs_library and _speaks(settings, environment)):
         return
-    how = f"start it as in: {known_servers.line(name)}"
-    if typed:
-        own = line(settings.origin.words, listens, settings.mode)
-        how = f"start it as: {own}" if own else known_servers.to_add(name)
+    own = line(settings.origin.words, listens, settings.mode, whole=typed)
+    if own is not None:
+        more = "" if typed or _LEFT_OUT not in own else " (--check shows it whole)"
+        how = f"start it as: {own}{more}"
+    elif typed:
+        how = known_servers.to_add(name)
+    else:
+        how = f"start it as in: {known_servers.line(name)}"
     yield f"{found}; {how}"
 
 
@@ -100,10 +107,13 @@ def _speaks(settings: Settings, environment: Mapping[str, str]) -> bool:
     return any(known_servers.OURS in word for word in words)
 
 
-def line(words: Sequence[str], listens: Sequence[Listen], mode: HandoffMode) -> str | None:
+def line(
+    words: Sequence[str], listens: Sequence[Listen], mode: HandoffMode, *, whole: bool = True
+) -> str | None:
     """Return the line with all that the server wants; None where that is not certain.
 
     words: what was typed.  listens: its addresses.  mode: how connections come to the server now.
+    whole: with words that may be secrets, too.
     """
     ours, command = options.split(words)
     name = known_servers.known(command)
@@ -123,6 +133,7 @@ def line(words: Sequence[str], listens: Sequence[Listen], mode: HandoffMode) -> 
             adds = adds.replace(named[0], f"{{fd:{listens[0].called}}}")
         else:
             ours[places[0]] = f"{named[1]}={ours[places[0]]}"
+    addresses = {ours[place] for place in places}
     wanted = server.options.split()
     ours, said = _without(ours, {"--handoff", "--ready", "--settle"}, {"--check"})
     if "--settle" in said:
@@ -134,8 +145,19 @@ def line(words: Sequence[str], listens: Sequence[Listen], mode: HandoffMode) -> 
     workers = dropped.get("--workers") or dropped.get("-w") or ""
     if workers.isdecimal() and "--workers" not in " ".join(ours):
         wanted += ["--workers", workers]
-    whole = ["SocketProtector", "--handoff", LISTENER.name, *wanted, *ours, "--"]
-    return " ".join(map(_quoted, [*whole, *command[:at], *adds.split(), *rest]))
+    ours, before = [*wanted, *ours], command[:at]
+    if not whole:
+        ours, before = ([*_masked(each, addresses)] for each in (ours, before))
+        rest = [_LEFT_OUT] * bool(rest)
+    head = ["SocketProtector", "--handoff", LISTENER.name, *ours, "--"]
+    return " ".join(map(_quoted, [*head, *before, *adds.split(), *rest]))
+
+
+def _masked(words: Sequence[str], addresses: Collection[str]) -> Iterator[str]:
+    """Yield words without what may be a secret: values of variables, and commands of checks."""
+    for word in words:
+        secret = None if word in addresses else _SECRET.fullmatch(word)
+        yield f"{secret[1]}{_LEFT_OUT}" if secret else word
 
 
 def _without(

@@ -134,6 +134,7 @@ class Settings:
     secret: str = ""  # part of each worker's notify address, so that it cannot be guessed
     notify_folder: str = ""  # where these addresses are; "": they are abstract
     notices: tuple[str, ...] = ()  # lines for the operator at the start: for the log too
+    warnings: tuple[str, ...] = ()  # what these settings lack, until others replace them
     origin: Origin = field(default_factory=Origin)
 
     @property
@@ -171,6 +172,7 @@ ADDED = (
     "Settings.health_every_s",
     "Settings.health_failures",
     "Settings.health_timeout_s",
+    "Settings.warnings",
     "Policy.settle_check",
     "Policy.lame_duck_s",
     "Policy.lame_duck_idle_s",

@@ -28,7 +28,7 @@ NO_OPTIONS = {
     *{"health", "policy.workers_accept", "policy.ready", "policy.settle_check"},
     *{"worker_limits.connections", "worker_limits.spread"},
     *{"pools", "nofile_soft", "batch", "outlives_terminal", "secret", "notify_folder"},
-    *{"control", "notices", "origin"},
+    *{"control", "notices", "warnings", "origin"},
 }
 
 

@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from socketprotector.model import known_servers
+from tests.own_folder import let_through
 from tests.running import DEADLINE_S, FAIR_START_S, Protector
+from tests.scenarios.adopting import kill_protector, revived
+from tests.scenarios.config_file import File
 from tests.scenarios.starting import MINIMAL, Start
 from tests.scenarios.tools import Release
 from tests.unit.ctl.conftest import run
@@ -108,7 +111,8 @@ def test_a_start_that_is_doomed_says_so_at_once(start: Start, tmp_path: Path) ->
     own = f"--ready notify --log-file {start.log_file} --start-timeout 1h 127.0.0.1:0 -- "
     assert f"{own}{gunicorn.path} --preload a:secret\n" in said
     assert "event=notice" in start.log
-    assert "as in: SocketProtector --handoff listener --ready notify" in start.log
+    assert f"start it as: SocketProtector --handoff listener {own}" in start.log
+    assert f"{gunicorn.path} --preload ... (--check shows it whole)" in start.log
     assert "secret" not in start.log
 
 
@@ -148,7 +152,43 @@ def test_the_log_says_what_a_known_server_that_takes_no_socket_over_lacks(
     daemon = protector(*options, "--", uvicorn.path, "app:app").ready()
 
     told = daemon.log.wait_for("nothing tells uvicorn of the socket that it is handed")
-    assert "-- uvicorn --fd {fd:http} app:app" in told
+    assert f"-- {uvicorn.path} --fd {{fd:http}} ... (--check shows it whole)" in told
+
+
+def test_a_warning_stays_in_status_until_a_reload_resolves_it(
+    protector: Command, tmp_path: Path
+) -> None:
+    """It outlives an upgrade, and a kill of SocketProtector under its guard."""
+    uvicorn, control = Release(tmp_path / "uvicorn"), tmp_path / "ctl"
+    uvicorn.becomes("sleep", "1000")
+    file = File(tmp_path / "own.toml")
+    file.command = [str(uvicorn.path), "app:app"]
+    file.listens = ["http=127.0.0.1:0", f"unix:{tmp_path}/s?mode=0755"]
+    options = 'handoff = "listener"\nready = "after:1ms"\nsettle = "1ms"'
+    file.says(options)
+    words = ("--guard", "--control", str(control), "--config", str(file.path))
+    daemon = protector(*words).ready()
+
+    def warnings() -> list[str]:
+        return [*json.loads(run("--control", control, "status", "--json").out)["warnings"]]
+
+    before = warnings()
+    assert ["of the socket that it is handed" in each for each in before].count(True) == 1
+    assert [f"{tmp_path}/s: only user" in each for each in before].count(True) == 1
+    assert "warning: nothing tells uvicorn" in run("--control", control, "status").out
+
+    assert run("--control", control, "upgrade").status == 0
+    assert warnings() == before
+    revived(daemon, kill_protector(daemon))
+    assert warnings() == before
+
+    (tmp_path / "s").chmod(0o666)
+    let_through(tmp_path)
+    file.command = [str(uvicorn.path), "--fd", "{fd:http}", "app:app"]
+    file.says(options)
+    assert run("--control", control, "reload").status == 0
+    assert warnings() == []
+    daemon.stop()
 
 
 _WSGI = """def app(environ, start_response):

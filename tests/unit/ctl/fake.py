@@ -166,6 +166,7 @@ def status(*generations: Message, **more: Any) -> Message:
         "dry_run": None,
         "reloads": [],
         "crashes": 0,
+        "warnings": [],
         **more,
     }
 

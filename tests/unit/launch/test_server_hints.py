@@ -75,6 +75,34 @@ def test_a_value_that_looks_like_the_address_makes_it_uncertain() -> None:
     assert server_hints.line(words, [parse("8000", "/")], handoff_modes.CONNECTION) is None
 
 
+@together(
+    ("typed", "kept"),
+    [
+        (
+            "-f --env TOKEN=a 8000 -- uvicorn --header 'Key: b' app",
+            "--settle 5s -f --env TOKEN=... http=8000 -- uvicorn --fd {fd:http} ...",
+        ),
+        (
+            "--env=TOKEN=a web=8000 -- env PASS=b uvicorn",
+            "--settle 5s --env=TOKEN=... web=8000 -- env PASS=... uvicorn --fd {fd:web}",
+        ),
+        (
+            "--health 'check:curl -u a:b' --settle-check=check:x 8000 -- gunicorn app",
+            "--ready notify --health check:... --settle-check=check:... 8000 -- gunicorn --preload "
+            "...",
+        ),
+    ],
+)
+def test_the_line_that_is_kept_has_nothing_that_may_be_a_secret(typed: str, kept: str) -> None:
+    words = shlex.split(typed)
+    texts = [word for word in words[: words.index("--")] if _LISTEN.fullmatch(word)]
+    listens = [parse(each, "/") for each in texts]
+
+    made = server_hints.line(words, listens, handoff_modes.CONNECTION, whole=False)
+
+    assert made == f"{_LISTENER} {kept}"
+
+
 def test_one_that_was_handed_the_listener_keeps_its_readiness() -> None:
     typed = "--handoff listener --ready after:3s 8000 -- uvicorn --fd 3 app"
 

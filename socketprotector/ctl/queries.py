@@ -12,6 +12,7 @@ import click
 from ..model.text import field, headline
 from ..system import control_path
 from . import discovery
+from .children import children_of
 from .cli import Instance, command, complain, plural, say, say_json, say_last_words, tell
 from .client import Client, Message
 from .connections import AT_LEAST, AT_MOST, EXACT, Connection, HiddenWorker, addresses_of, look
@@ -59,7 +60,9 @@ def status(instance: Instance, as_json: bool) -> None:
         status_table.generations(found),
     )
     if any(listed(each, "workers") for each in listed(found, "generations")):
-        render.show(render.line(), status_table.workers(found))
+        children = children_of(found)
+        render.show(render.line(), status_table.workers(found, children))
+    render.show(*status_table.left_out(found))
 
 
 @command(short_help="Whether clients may be sent to it, as exit status.")

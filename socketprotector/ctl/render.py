@@ -35,7 +35,7 @@ _STYLES = {
 _BARS = " ▁▂▃▄▅▆▇█"
 _UNITS_S = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))
 #: Columns with text; those with numbers are aligned at the right.
-_TEXT = {"NAME", "PHASE", "LISTENS", "CONTROL", "STATE", "SAYS", "PEER", "LOCAL"}
+_TEXT = {"NAME", "PHASE", "LISTENS", "CONTROL", "STATE", "CHILDREN", "SAYS", "PEER", "LOCAL"}
 
 Cell = str | int | float | None
 Row = Sequence[Cell]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
+
 from rich.table import Table
 from rich.text import Text
 
+from ..model.handoff_modes import MODES
 from ..model.text import headline
 from . import render
 from .cli import plural
@@ -13,7 +16,19 @@ from .fields import failing, listed, number_in, text_in, unhealthy, waits_of
 from .render import Row
 
 _GENERATIONS = "GEN PHASE AGE READY QUEUE ACTIVE ACCEPTED ERRORS LOST WAIT-P50 P99"
-_WORKERS = "WORKER GEN PID STATE AGE ACTIVE ACCEPTED ERRORS SAYS"
+_WORKERS = "WORKER GEN PID STATE AGE ACTIVE ACCEPTED ERRORS CHILDREN SAYS"
+#: Columns that are left out where their field is unknown for all rows.
+_FIELDS = {
+    "QUEUE": "queue",
+    "ACTIVE": "active",
+    "ACCEPTED": "accepted",
+    "ERRORS": "errors",
+    "LOST": "lost",
+    "WAIT-P50": "wait_us",
+    "P99": "wait_us",
+}
+#: So many pids of a worker's children are shown.
+_PIDS = 4
 
 
 def heading(status: Message) -> list[Text]:
@@ -96,11 +111,11 @@ def sums(status: Message) -> Text:
     """What went through it."""
     command = status.get("command")
     words = " ".join(map(str, command if isinstance(command, list) else []))
-    forwarded, lost, limit = render.counts(status, "forwarded", "lost", "queue_limit")
-    return render.line(
-        f"forwarded {forwarded}, lost {lost}, queue of {limit}, "
-        f"ready: {status.get('ready')}, command: {words}"
-    )
+    named = {"forwarded": "forwarded", "lost": "lost", "queue_limit": "queue of"}
+    known = {name: text for name, text in named.items() if status.get(name) is not None}
+    counts = zip(known.values(), render.counts(status, *known), strict=True)
+    counted = [f"{text} {count}, " for text, count in counts]
+    return render.line(f"{''.join(counted)}ready: {status.get('ready')}, command: {words}")
 
 
 def _newest_first(status: Message) -> list[Message]:
@@ -126,11 +141,14 @@ def generations(status: Message) -> Table:
                 render.latency_text(wait_us.get("p99")),
             )
         )
-    return render.columns(_GENERATIONS, rows)
+    return _table(_GENERATIONS, rows, _unknown(status, listed(status, "generations")))
 
 
-def workers(status: Message) -> Table:
-    """Return a table with a row for each worker, those of the newest generation first."""
+def workers(status: Message, children: Mapping[int, Sequence[int]]) -> Table:
+    """Return a table with a row for each worker, those of the newest generation first.
+
+    children: their pids, by that of the worker, as far as they are known.
+    """
     rows: list[Row] = []
     for generation in _newest_first(status):
         for each in listed(generation, "workers"):
@@ -147,10 +165,53 @@ def workers(status: Message) -> Table:
                     text_in(each, "state"),
                     render.age_text(status.get("now"), each.get("started_at")),
                     *render.counts(each, "active", "accepted", "errors"),
+                    _pids(children.get(number_in(each, "pid"), ())),
                     says,
                 )
             )
-    return render.columns(_WORKERS, rows)
+    hidden = _unknown(status, _workers_of(status))
+    return _table(_WORKERS, rows, hidden if any(children.values()) else {*hidden, "CHILDREN"})
+
+
+def left_out(status: Message) -> list[Text]:
+    """Say once which columns are left out, and why."""
+    hidden = _unknown(status, [*listed(status, "generations"), *_workers_of(status)])
+    if not hidden:
+        return []
+    why = "their workers do not use the client library, which counts them"
+    if _workers_accept(status):
+        why = "workers accept, so SocketProtector cannot count; see socketprotectorctl connections"
+    return [render.line(), render.line(f"not shown: {', '.join(hidden)}: {why}")]
+
+
+def _workers_accept(status: Message) -> bool:
+    mode = MODES.get(text_in(status, "handoff"))
+    return mode is not None and mode.workers_accept
+
+
+def _workers_of(status: Message) -> list[Message]:
+    return [each for generation in _newest_first(status) for each in listed(generation, "workers")]
+
+
+def _unknown(status: Message, messages: Sequence[Message]) -> dict[str, None]:
+    """Return the columns of which nothing can be known, not only nothing yet."""
+    begun = any(each.get("state") in ("ready", "retiring") for each in _workers_of(status))
+    if not messages or not (begun or _workers_accept(status)):
+        return {}
+    known = {name for each in messages for name, value in each.items() if value is not None}
+    return dict.fromkeys(column for column, field in _FIELDS.items() if field not in known)
+
+
+def _table(headings: str, rows: Sequence[Row], hidden: Collection[str]) -> Table:
+    shown = [at for at, name in enumerate(headings.split()) if name not in hidden]
+    names = " ".join(headings.split()[at] for at in shown)
+    return render.columns(names, ([row[at] for at in shown] for row in rows))
+
+
+def _pids(pids: Sequence[int]) -> str:
+    """Return how many there are, and the first of them: `2: 4712 4713`."""
+    more = " ..." if len(pids) > _PIDS else ""
+    return f"{len(pids)}: {' '.join(map(str, pids[:_PIDS]))}{more}" if pids else ""
 
 
 def last_reload(status: Message) -> list[Text]:

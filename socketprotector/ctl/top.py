@@ -21,6 +21,7 @@ import click
 from ..model.duration import Duration
 from ..model.errors import UsageError
 from ..model.waits import quantile_us
+from .children import children_of
 from .cli import Instance, command, say_json
 from .client import Client, Message
 from .errors import NoProtector
@@ -160,7 +161,7 @@ def drawn(status: Message, rates: Rates, width: int, height: int) -> Group:
         Text(),
         status_table.generations(status),
         Text(),
-        status_table.workers(status),
+        status_table.workers(status, children_of(status)),
     )
 
 

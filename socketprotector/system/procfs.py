@@ -44,6 +44,15 @@ def state_of(pid: int | str) -> tuple[bytes, int] | None:
     return state, int(group)
 
 
+def parent_of(pid: int) -> int | None:
+    """Return the parent of a process; None: not known."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[1])
+    except (OSError, IndexError):
+        return None
+
+
 def sockets(pid: int) -> Iterator[tuple[int, int]]:
     """Yield the sockets that a process has open: number and inode.
 

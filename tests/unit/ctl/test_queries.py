@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.ctl import render
+from socketprotector.ctl import queries, render
 from tests.running import DEADLINE_S, Ended, Lines, eventually
 from tests.together import together
 from tests.unit.ctl.conftest import COMMAND, run
@@ -135,6 +135,62 @@ def test_status_shows_what_runs(fake: Fake, ctl: Ctl) -> None:
         "    16    9  4714  starting  1m40s       1        60       0",
         "    14    8  4712  ready     1m40s       1        60       0",
     ]
+
+
+#: What workers that do not use the client library leave unknown.
+_UNKNOWN: Message = dict.fromkeys(("active", "accepted", "finished", "errors"))
+
+
+def test_status_of_an_unmodified_server_leaves_out_what_cannot_be_known(
+    fake: Fake, ctl: Ctl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = worker(14, 4712, "ready", **_UNKNOWN)
+    served = generation(8, "serving", there, **_UNKNOWN, lost=None, wait_us=None)
+    unknown = dict.fromkeys(("forwarded", "lost", "queue_limit"))
+    fake.status = status(served, handoff="listener", warnings=["it lacks \x1b"], **unknown)
+    monkeypatch.setattr(queries, "children_of", lambda _: {4712: [4713, 4714, 4715, 4716, 4720]})
+
+    said = ctl("status")
+
+    assert said.out.splitlines() == [
+        "web: serving, pid {}, version 0.1.0, up 2m30s".format(fake.status["pid"]),
+        "warning: it lacks \\x1b",
+        "ready: notify, command: ./daemon",
+        "listens on tcp:0.0.0.0:4321, 3 of 4,096 wait",
+        "",
+        "GEN  PHASE      AGE  READY  QUEUE",
+        "  8  serving  1m40s    1/1      0",
+        "",
+        "WORKER  GEN   PID  STATE    AGE  CHILDREN                    SAYS",
+        "    14    8  4712  ready  1m40s  5: 4713 4714 4715 4716 ...",
+        "",
+        "not shown: ACTIVE, ACCEPTED, ERRORS, LOST, WAIT-P50, P99: workers accept, so "
+        "SocketProtector cannot count; see socketprotectorctl connections",
+    ]
+
+
+def test_what_one_generation_knows_is_a_column_for_all(fake: Fake, ctl: Ctl) -> None:
+    old = generation(7, "draining", worker(13, 4711), **_UNKNOWN, lost=None, wait_us=None)
+    new = generation(8, "serving", worker(14, 4712, "ready", **_UNKNOWN))
+    fake.status = status(old, new)
+
+    out = ctl("status").out
+
+    assert " ACCEPTED  ERRORS  LOST  WAIT-P50" in out
+    assert "not shown" not in out
+
+
+def test_what_workers_without_the_library_do_not_count_is_left_out_once_they_serve(
+    fake: Fake, ctl: Ctl
+) -> None:
+    for state, hidden in (("starting", False), ("ready", True)):
+        mute = generation(8, state, worker(14, 4712, state, **_UNKNOWN), **_UNKNOWN, lost=None)
+        fake.status = status({**mute, "wait_us": None})
+
+        out = ctl("status").out
+
+        assert ("not shown: ACTIVE, ACCEPTED" in out) is hidden
+        assert ("do not use the client library" in out) is hidden
 
 
 def test_nothing_that_a_worker_says_reaches_the_terminal_as_it_is(fake: Fake, ctl: Ctl) -> None:

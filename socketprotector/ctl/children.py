@@ -1,0 +1,50 @@
+"""The processes that an unmodified server starts by itself, such as gunicorn's workers.
+
+Read from /proc by the command, not by SocketProtector, which knows only the processes that it
+starts.  Where /proc is missing, hides them or is of another PID namespace, none are found.
+
+Source: proc(5), `task/TID/children` (CONFIG_PROC_CHILDREN) and `stat`.
+"""
+
+from __future__ import annotations
+
+import os
+
+from ..model.handoff_modes import MODES
+from ..system import procfs
+from .client import Message
+from .fields import listed, number_in, text_in
+
+
+def children_of(status: Message) -> dict[int, list[int]]:
+    """Return the living children of each worker that a status names, by its pid."""
+    mode = MODES.get(text_in(status, "handoff"))
+    # The children of an adapter are programs of clients: one for each connection.
+    if mode is None or mode.adapter or not procfs.is_ours():
+        return {}
+    parents = {number_in(status, "pid"), number_in(status, "main_pid")}
+    found = {}
+    for generation in listed(status, "generations"):
+        for worker in listed(generation, "workers"):
+            pid = number_in(worker, "pid")
+            # In another PID namespace that number is another process, of another parent.
+            if pid > 0 and procfs.parent_of(pid) in parents:
+                found[pid] = [each for each in _children(pid) if _lives(each)]
+    return found
+
+
+def _children(pid: int) -> list[int]:
+    """Return what the threads of a process have started; empty where that is not shown."""
+    found = []
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children", encoding="ascii") as file:
+                found += [int(word) for word in file.read().split()]
+    except OSError:
+        pass  # it has ended, or the kernel does not say
+    return sorted(found)
+
+
+def _lives(pid: int) -> bool:
+    state = procfs.state_of(pid)
+    return state is not None and state[0] not in (b"Z", b"X")

@@ -23,6 +23,7 @@ from typing import Any
 
 from ..model.text import in_units
 from ..system.cleanup import on_error
+from ..system.foreign_descriptors import refuse_descriptors
 from .errors import ConnectionLost, NoProtector, RequestRefused
 
 VERSION = 1
@@ -236,6 +237,7 @@ def connect(path: str, timeout_s: float) -> socket.socket:
     try:
         with on_error(sock.close):
             sock.settimeout(timeout_s)
+            refuse_descriptors(sock)
             _connect(sock, path)
     except OSError as error:
         raise _unreachable(path, error) from error

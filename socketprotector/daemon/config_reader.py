@@ -19,7 +19,6 @@ from ..model.text import in_units
 from ..system import inherited
 from ..system.helper import HelperProcess, last_line
 from ..system.loop import Loop
-from ..system.sd_notify import discard
 
 _RECORD_BYTES = 64
 #: More than a file has that people write and read.
@@ -178,7 +177,7 @@ class ConfigReader:
         """Close all that is left of it."""
         self.loop.cancel(self.key)
         for fd in self._heard.values():
-            discard(fd)
+            os.close(fd)
         self._heard.clear()
         if self._line is not None:
             self.loop.unwatch(self._line.fileno())

@@ -29,11 +29,12 @@ from ..model.listen_fds import FIRST_FD, worker_variables
 from ..model.records import WorkerRecord
 from ..model.settings import Settings
 from ..system import inherited
+from ..system.foreign_descriptors import drop_unread
 from ..system.log import Log
 from ..system.loop import Loop
 from ..system.process import End, Process, spawn
 from ..system.readiness import Readiness
-from ..system.sd_notify import NotifySocket, discard_all
+from ..system.sd_notify import NotifySocket
 from .generation import OpenGeneration, known
 from .log_output import Output
 
@@ -82,7 +83,8 @@ class Worker:
         self.notify.close()
         self.readiness.close()
         if self.line is not None:
-            discard_all(self.line)
+            drop_unread(self.line)
+            self.line.close()
 
 
 def named(number: int, descriptors: Mapping[str, int]) -> dict[str, int]:

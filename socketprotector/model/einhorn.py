@@ -7,23 +7,33 @@ as %0A and its percent signs as %25; no answer is expected.
 from __future__ import annotations
 
 import json
-import re
 
-_ACK = re.compile(r"""^\s*:?["']?command["']?\s*:\s*["']?worker:ack["']?\s*$""", re.MULTILINE)
-_PID = re.compile(r"""^\s*:?["']?pid["']?\s*:\s*(\d{1,10})\s*$""", re.MULTILINE)
+#: einhorn's own has 50.
+ACK_BYTES = 512
+_ACK = "worker:ack"
 
 
 def ack(line: bytes) -> int | None:
     """Return the pid in a `worker:ack`, 0 where it names none; None for any other line."""
+    if len(line) > ACK_BYTES or _ACK.encode() not in line:
+        return None
     text = line.decode("utf-8", "replace").replace("%0A", "\n").replace("%25", "%")
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
-        if _ACK.search(text) is None:
-            return None
-        pid = _PID.search(text)
-        return int(pid[1]) if pid else 0
-    if not isinstance(found, dict) or found.get("command") != "worker:ack":
+        found = _yaml(text)
+    if not isinstance(found, dict) or found.get("command") != _ACK:
         return None
     named = found.get("pid")
     return named if type(named) is int and named > 0 else 0
+
+
+def _yaml(text: str) -> dict[str, str | int]:
+    """Return the `name: value` lines of a block; names may be Ruby's symbols (`:name: value`)."""
+    found: dict[str, str | int] = {}
+    for line in text.split("\n"):
+        name, _, value = line.strip().removeprefix(":").partition(":")
+        value = value.strip()
+        is_number = value.isascii() and value.isdigit() and len(value) <= 10
+        found[name.strip("\"' \t")] = int(value) if is_number else value.strip("\"'")
+    return found

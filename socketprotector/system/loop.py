@@ -151,7 +151,8 @@ class Loop:
 
     def catch(self, numbers: Iterable[int], callback: Callable[[int], None]) -> None:
         """Call back from the loop, never from a handler, with the number of each signal."""
-        receive = signals.catch(numbers)
+        wanted = tuple(numbers)
+        receive = signals.catch(wanted)
 
         def read() -> None:
             try:
@@ -159,7 +160,8 @@ class Loop:
             except BlockingIOError:
                 return  # taken meanwhile
             for number in received:
-                callback(number)
+                if number in wanted:  # not that of a timer (foreign_descriptors.py)
+                    callback(number)
 
         #: Calls back now for those that have come.
         self.take_signals = read

@@ -24,6 +24,7 @@ from ..model.einhorn import ack
 from ..model.errors import what_failed
 from ..model.records import Program
 from .check_command import CheckCommand
+from .foreign_descriptors import drop_unread, dropping
 from .loop import Loop
 from .polling import read_now
 
@@ -151,7 +152,10 @@ class Readiness:
             self._loop.call_after(timer, after_s, lambda: self._ready("timer"))
 
     def _hear(self, name: str, fd: int) -> None:
-        data = read_now(os.read, fd, _LINE_BYTES) if self._lines.get(name) == fd else b""
+        if self._lines.get(name) != fd:
+            return  # closed by an earlier callback
+        with dropping():
+            data = read_now(os.read, fd, _LINE_BYTES)
         if data is None:
             return
         heard = (self._heard.get(name, b"") + data)[-_LINE_BYTES:]
@@ -166,7 +170,12 @@ class Readiness:
         fd = self._lines.pop(name, -1)
         if fd >= 0:
             self._loop.unwatch(fd)
-            os.close(fd)
+            if name == _ACK:
+                line = socket.socket(fileno=fd)
+                drop_unread(line)
+                line.close()
+            else:
+                os.close(fd)
             if self._changed is not None:
                 self._changed()
 

@@ -14,7 +14,6 @@ import errno
 import os
 import select
 import socket
-import stat
 import struct
 import sys
 import time
@@ -22,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 
 from .cleanup import on_error
+from .foreign_descriptors import drop_unread, dropping
 from .inherited import Named
 from .peer_credentials import unmistakable_users
 
@@ -40,14 +40,10 @@ WATCHDOG = "watchdog"
 #: The standard ones, sockets of .socket units, and what the next program opens before it raises
 #: its limit.
 _NOT_STORED = 64
-_NO_LINGER = struct.pack("ii", 0, 0)
-_TAKE_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _DESCRIPTOR = struct.Struct("i")
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _CREDENTIALS = struct.Struct("3i")
 _SENDER_BYTES = socket.CMSG_SPACE(_CREDENTIALS.size)
-#: Room for as many descriptors as a message can have (SCM_MAX_FD, unix(7)): all are closed.
-_ANCILLARY = _SENDER_BYTES + socket.CMSG_SPACE(4 * 253)
 
 
 class NotifySocket:
@@ -105,15 +101,16 @@ class NotifySocket:
         return {}
 
     def take(self) -> None:
-        """Remove the message that was heard, and close all descriptors that came with it.
+        """Remove the message that was heard; the kernel drops the descriptors that came with it.
 
         For the one of a BARRIER that is the sign that all is handled.  Raises OSError.
         """
-        _, ancillary, _, _ = self.socket.recvmsg(1, _ANCILLARY, _TAKE_FLAGS)
-        _discard_rights(ancillary)
+        with dropping():
+            self.socket.recv(1, socket.MSG_DONTWAIT)
 
     def close(self) -> None:
         """Close it, and remove its file."""
+        drop_unread(self.socket)
         self.socket.close()
         if not self._is_abstract:
             _remove(self.address)
@@ -146,38 +143,6 @@ def remove_folder(path: str) -> None:
     """Remove the folder of notify sockets if it is empty and we may; else the next start does."""
     with suppress(OSError):
         os.rmdir(path)
-
-
-def discard(fd: int) -> None:
-    """Close a descriptor that a stranger has made, without waiting for anything.
-
-    A TCP socket with SO_LINGER would make close() wait for as long as its sender likes.
-    """
-    if stat.S_ISSOCK(os.fstat(fd).st_mode):
-        # OSError: a kind of socket that does not know it.
-        with socket.socket(fileno=os.dup(fd)) as theirs, suppress(OSError):
-            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
-    os.close(fd)
-
-
-def discard_all(line: socket.socket) -> None:
-    """Close a line with all that was sent on it and not read."""
-    with suppress(OSError):  # nothing more, or out of descriptors
-        line.shutdown(socket.SHUT_RD)  # from here on nothing more can be sent
-        while True:
-            data, ancillary, _, _ = line.recvmsg(1, _ANCILLARY, _TAKE_FLAGS)
-            _discard_rights(ancillary)
-            if not data and not ancillary:
-                break
-    line.close()
-
-
-def _discard_rights(ancillary: Iterable[tuple[int, int, bytes]]) -> None:
-    for level, kind, content in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            whole = len(content) - len(content) % 4
-            for (fd,) in _DESCRIPTOR.iter_unpack(content[:whole]):
-                discard(fd)
 
 
 def _is_number(text: str) -> bool:

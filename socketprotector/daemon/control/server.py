@@ -19,6 +19,7 @@ from ...model import control_requests
 from ...model.control_requests import COMMANDS, STATUS_COMMANDS, Request, RequestError
 from ...model.einhorn import ack
 from ...model.lazy_dataclass import mutable
+from ...system.foreign_descriptors import dropping, refuse_descriptors
 from ...system.listener import AGAIN, Listener
 from ...system.loop import READ, WRITE, Loop
 from ...system.peer_credentials import may_be_signalled, unmistakable_groups, unmistakable_users
@@ -90,7 +91,7 @@ class Client:
 
     def finish(self) -> None:
         """Answer all that it has asked by now."""
-        data = read_now(self.sock.recv, _READ_BYTES, socket.MSG_DONTWAIT)
+        data = self._receive()
         *lines, _ = (self._received + (data or b"")).split(b"\n")
         self._received.clear()
         for line in lines:
@@ -103,10 +104,16 @@ class Client:
             self.loop.cancel(("control-more", fd))
             self.loop.cancel(("control-idle", fd))
             self.server.forget(fd)
-            self.sock.close()
+            with dropping():
+                self.sock.close()
+
+    def _receive(self) -> bytes | None:
+        """Return what has come: b"" at the end, None where nothing has."""
+        with dropping():
+            return read_now(self.sock.recv, _READ_BYTES, socket.MSG_DONTWAIT)
 
     def _read(self) -> None:
-        data = read_now(self.sock.recv, _READ_BYTES, socket.MSG_DONTWAIT)
+        data = self._receive()
         if data is None:
             return
         if not data:
@@ -213,6 +220,7 @@ class ControlServer:
     _clients: dict[int, Client] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        refuse_descriptors(self.listener.socket)
         self._listen()
 
     def tell(self, level: str, name: str, fields: Mapping[str, object]) -> None:
@@ -237,15 +245,15 @@ class ControlServer:
             client.close()
         self.loop.cancel(("control", "again"))
         self.loop.unwatch(self.listener.fileno())
-        self.listener.close()
+        with dropping():
+            self.listener.close()
 
     def take(self, client: Client, line: bytes) -> None:
         """Answer one line; einhorn's ACK gets no answer, and its connection is closed."""
-        pid = ack(line)
+        pid = ack(line) if client.may is COMMANDS else None
         if pid is not None:
             client.close()
-            if client.may is COMMANDS:
-                self.acked(pid)
+            self.acked(pid)
             return
         try:
             request = control_requests.parse(line)

@@ -66,6 +66,7 @@ def bind_all(
     passed: Mapping[int, list[Bound]] | None = None,
     left: Mapping[str, Bound] | None = None,
     have: Collection[str] = (),
+    released: Collection[str] = (),
     dry: bool = False,
 ) -> list[Bound]:
     """Bind every address, in order, and listen; dry: only see whether it could be done, and return
@@ -73,7 +74,8 @@ def bind_all(
 
     passed: what stands for an argument (by its index) already; it is taken as it is.  left: the
     same by canonical address (stored_listeners.py).  have: canonical addresses that are bound
-    already, and are left out.  The caller owns what is returned.  When one fails, what was bound
+    already, and are left out.  released: those that a running protector has until its end; only for
+    a dry look.  The caller owns what is returned.  When one fails, what was bound
     is closed again.  Raises Refusal.  `notice` is told what is worth knowing.
     """
     bound: list[Bound] = []
@@ -90,7 +92,7 @@ def bind_all(
                 for address in addresses if not listen.port_is_chosen else ():
                     _refuse_twice(canonical(*address, listen.port), listen, earlier)
                 own = None if dry else listen.backlog(backlog)
-                found = _bind(listen, addresses, own, left or {})
+                found = _bind(listen, addresses, own, left or {}, released)
             earlier |= {each.settings.address: listen for each in found}
             bound += (
                 replace(each, settings=replace(each.settings, **listen.settings)) for each in found
@@ -223,6 +225,7 @@ def _bind(
     addresses: Sequence[_Address],
     backlog: int | None,
     left: Mapping[str, Bound],
+    released: Collection[str],
 ) -> list[Bound]:
     """Bind the addresses of one argument, to the same port; without a backlog only try it."""
     for tries_left in reversed(range(_SAME_PORT_TRIES)):
@@ -230,8 +233,10 @@ def _bind(
         port = listen.port
         try:
             for family, host in addresses:
-                each = left.get(canonical(family, host, port)) or _bind_one(
-                    listen, family, host, port, backlog
+                address = canonical(family, host, port)
+                free = not any(_overlap(address, other) for other in released)
+                each = left.get(address) or _bind_one(
+                    listen, family, host, port, backlog, free=free
                 )
                 bound.append(each)
                 if listen.port_is_chosen and backlog is not None:  # else port 0 stays 0
@@ -286,13 +291,24 @@ def reuse(left: Bound, listen: Listen, backlog: int) -> Bound:
 
 
 def _bind_one(
-    listen: Listen, family: socket.AddressFamily, host: str, port: int, backlog: int | None
+    listen: Listen,
+    family: socket.AddressFamily,
+    host: str,
+    port: int,
+    backlog: int | None,
+    *,
+    free: bool = True,
 ) -> Bound:
+    if family == socket.AF_UNIX and not free:
+        unbound = socket.socket(family, socket.SOCK_STREAM)
+        return Bound(unbound, ListenerSettings(canonical(family, host)))
     if family == socket.AF_UNIX:
         return Bound(*bind_unix(listen, host, backlog))
     sock = _made(listen, family)
     with on_error(sock.close):
-        if port or backlog is None:
+        if not free:
+            pass  # its options can be set, and that is all that can be known now
+        elif port or backlog is None:
             sock.bind((host, port))
         else:
             # By its number: one that was bound as port 0 comes back on another if a worker shuts

@@ -26,6 +26,7 @@ from . import (
     kernel_calls,
     notify_dir,
     options,
+    port_owner,
     preflight,
     server_hints,
     stored_listeners,
@@ -101,16 +102,28 @@ def _launch(asked: ParsedOptions) -> int:
     if asked.control != "":
         path = asked.control or default_path(settings.name)
         settings = replace(settings, control=ListenerSettings(f"unix:{path}"))
-    preflight.check_pid_file(settings.pid_file, _files_of(asked, settings), check=check)
+    holder = preflight.check_pid_file(settings.pid_file, _files_of(asked, settings), check=check)
     preflight.check_log_file(settings.log_file)
     notices = [*asked.notices]
     given = activation.passed()
     passed = activation.take(listens, given.given)
-    left = {}
+    left, released = {}, frozenset[str]()
+    if holder:
+        released = port_owner.addresses_of(holder)
+        notices.append(
+            f"process {holder} runs with this pid file; this is about a start after its end: "
+            "socketprotectorctl diff says what a reload would change"
+        )
     if not check:
         left = stored_listeners.take(listens, passed, given.left, asked.backlog, notices.append)
     bound = bind_all(
-        listens, asked.backlog, notice=notices.append, passed=passed, left=left, dry=check
+        listens,
+        asked.backlog,
+        notice=notices.append,
+        passed=passed,
+        left=left,
+        released=released,
+        dry=check,
     )
     named = {f"{inherited.LISTENER}{index}": each for index, each in enumerate(bound)}
     with on_error(discard_all, bound):

@@ -120,7 +120,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                 first = os.pread(fd, _MAX_BYTES, 0).split(b"\n")[0].strip()
                 holder = int(first) if first.isdigit() else 0
                 raise AlreadyRunning(
-                    f"the pid file {self.path} is held by process {holder}; {do}"
+                    f"the pid file {self.path} is held by process {holder}; {do}", holder
                 ) from None
             self._refuse_content(fd)
         return fd

@@ -32,6 +32,23 @@ def of_port(host: str, port: int) -> str:
     return f"{_called(pid)} has it: stop that, or choose another"
 
 
+def addresses_of(pid: int) -> frozenset[str]:
+    """Return the addresses that a process has sockets at, as far as the system tells."""
+    import psutil
+
+    found = set[str]()
+    with suppress(psutil.Error, OSError):
+        process = psutil.Process(pid)
+        listed = getattr(process, "net_connections", None) or process.connections  # psutil < 6
+        for each in listed("all"):
+            if each.family == socket.AF_UNIX and each.laddr:
+                found.add(f"unix:{each.laddr}")
+            elif each.status == psutil.CONN_LISTEN:
+                host = f"[{each.laddr.ip}]" if each.family == socket.AF_INET6 else each.laddr.ip
+                found.add(f"tcp:{host}:{each.laddr.port}")
+    return frozenset(found)
+
+
 def _called(pid: int | None) -> str:
     """Name a process by its number and program."""
     import psutil

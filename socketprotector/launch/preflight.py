@@ -17,7 +17,7 @@ from contextlib import suppress
 from functools import partial
 
 from ..model import fd_budget, handoff_modes, listen_fds, question
-from ..model.errors import SystemRefused, UsageError
+from ..model.errors import AlreadyRunning, SystemRefused, UsageError
 from ..model.settings import Settings
 from ..system import env_file, executable
 from ..system.program_spec import inherited_environment
@@ -224,13 +224,15 @@ def check_descriptor_names(settings: Settings) -> None:
 
 def check_pid_file(
     path: str | None, others: Mapping[str, str | None], *, check: bool = False
-) -> None:
-    """Refuse early what would otherwise show as `port in use`; check: nothing is to be started.
+) -> int:
+    """Refuse early what would otherwise show as `port in use`.
 
-    others: the files that other options name, by option.
+    others: the files that other options name, by option.  check: nothing is to be started, so a
+    protector that holds the file is not refused, but returned: its process ID, 0 for none.
     """
+    holder = 0
     if path is None:
-        return
+        return holder
     for option, other in others.items():
         if other is not None and _is_same_file(path, other):
             raise UsageError(
@@ -238,16 +240,18 @@ def check_pid_file(
                 "give each a path of its own"
             )
     folder = os.path.dirname(path)
-    do = "stop or reload that one"
-    if check:
-        do = "socketprotectorctl diff says what a reload of that one would do"
     try:
-        PidFile(path).refuse_if_held(do)
+        PidFile(path).refuse_if_held("stop or reload that one")
+    except AlreadyRunning as error:
+        if not check:
+            raise
+        holder = error.holder
     except OSError as error:
         raise SystemRefused(
             f"cannot use the pid file {path}: {error.strerror}; {hint(error, folder)}"
         ) from error
     _refuse_unwritable("pid file", path, folder)
+    return holder
 
 
 def _is_same_file(path: str, other: str) -> bool:
@@ -327,7 +331,8 @@ def notices(settings: Settings, listens: Sequence[Listen], backlog: int) -> Iter
     yield from unix_access.notices(listens, settings.listeners)
     if settings.identity is None:
         return
-    files = [settings.pid_file, settings.log_file]
+    # Not the log: it stays, and a rotation leaves a new one with the same owner (logrotate's create).
+    files = [settings.pid_file]
     # What systemd has made it removes, with the pid file in it, which is written into and no more.
     if os.path.dirname(settings.pid_file or "") in os.environ.get("RUNTIME_DIRECTORY", "").split(
         ":"
@@ -339,5 +344,5 @@ def notices(settings: Settings, listens: Sequence[Listen], backlog: int) -> Iter
     if others:
         yield (
             f"{' and '.join(others)} should belong to user {settings.identity.user}: files there "
-            "cannot be removed at the end or reopened"
+            "cannot be removed at the end"
         )

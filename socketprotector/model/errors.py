@@ -26,6 +26,11 @@ class SystemRefused(Refusal):
 class AlreadyRunning(Refusal):
     """A living protector holds the pid file (or the socket) already."""
 
+    def __init__(self, message: str, holder: int = 0) -> None:
+        """holder: the process that the pid file names."""
+        super().__init__(message)
+        self.holder = holder
+
 
 def what_failed(error: Exception) -> str:
     """Say an error's cause and the file it is about."""

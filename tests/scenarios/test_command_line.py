@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -84,14 +85,27 @@ def test_check_says_where_a_reload_would_find_no_room(start: Start) -> None:
     assert "40 workers: a reload starts as many beside them" in ended.err
 
 
-def test_check_does_not_disturb_the_one_that_runs(start: Start) -> None:
-    words = ["127.0.0.1:0", f"unix:{start.folder}/s?mode=0600", "--", *MINIMAL]
-    start.up(*words)
+@pytest.mark.parametrize("guard", [["--guard"], []], ids=["guard", "plain"])
+def test_check_is_about_a_start_after_the_end_of_the_one_that_runs(
+    start: Start, guard: list[str]
+) -> None:
+    start.up(*guard, "127.0.0.1:0", f"unix:{start.folder}/s?mode=0600", "--", *MINIMAL)
+    host, port = start.address
+    tcp, unix = f"{host}:{port}", f"unix:{start.folder}/s?mode=0600"
 
-    ended = start("--check", *words)
-
-    assert ended.status == 100
-    assert f"held by process {start.pid}; socketprotectorctl diff says" in ended.err
+    for listens in ([tcp, unix], [f"{port}"]):
+        ended = start("--check", *listens, "--", *MINIMAL)
+        assert ended.status == 0, ended
+        assert f"process {start.pid} runs with this pid file" in ended.err
+        assert "would start" in ended.out
+    with socket.create_server(("127.0.0.1", 0)) as foreign:
+        taken = f"127.0.0.1:{foreign.getsockname()[1]}"
+        for wrong, status in ((taken, 111), (f"{tcp}?nonsense=1", 2), ("192.0.2.1:1", 111)):
+            ended = start("--check", unix, wrong, "--", *MINIMAL)
+            assert (ended.status, "would start" in ended.out) == (status, False), ended
+    # Without the pid file nothing says whose the address is.
+    ended = start("--check", "--pid-file", "other", tcp, "--", *MINIMAL)
+    assert ended.status == 111
     assert ask(f"{start.folder}/s") == "hello"
     start.stop()
 

@@ -135,7 +135,7 @@ def test_the_order_is_bind_then_pid_file_then_drop_then_workers(
 
     assert ended.lines == [
         f"SocketProtector: {theirs} should belong to user nobody: files there cannot be removed at "
-        "the end or reopened"
+        "the end"
     ]
     assert f'event=notice text="{theirs} should belong to user nobody' in start.log
     assert start.pid_file.stat().st_uid == 0
@@ -190,6 +190,24 @@ def test_folders_of_several_files_are_named_in_one_line(
 
     assert len(ended.lines) == 1
     assert f"{theirs} and {other} should belong to user nobody" in ended.err
+    start.stop()
+
+
+def test_the_folder_of_the_log_may_be_roots(start: Start, theirs: Path, python: str) -> None:
+    """As packages have /var/log/socketprotector: a rotation makes the new file for the user."""
+    logs = theirs / "logs"
+    logs.mkdir()
+    os.chown(logs, 0, 0)
+    command = (python, "-S", "-E", str(WORKERS / "tells.py"))
+
+    ended = start.up("--user", "nobody", "--log-file", logs / "log", "unix:s", "--", *command)
+
+    assert ended.lines == []
+    (logs / "log").rename(logs / "log.1")
+    (logs / "log").touch()
+    os.chown(logs / "log", pwd.getpwnam("nobody").pw_uid, -1)
+    os.kill(start.pid, signal.SIGUSR1)
+    eventually(lambda: "event=reopened" in (logs / "log").read_text(), "the new log")
     start.stop()
 
 

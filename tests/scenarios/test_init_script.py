@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,7 +21,16 @@ import pytest
 from tests import needs
 from tests.load import Load
 from tests.procfs import children_of, environment_of
-from tests.running import DEADLINE_S, FAIR_START_S, ROOT, WORKERS, Client, ask, wait_gone
+from tests.running import (
+    DEADLINE_S,
+    FAIR_START_S,
+    ROOT,
+    WORKERS,
+    Client,
+    ask,
+    eventually,
+    wait_gone,
+)
 
 SCRIPT = ROOT / "init.d" / "socketprotector"
 SHELLS = [shell for shell in ("dash", "bash") if shutil.which(shell)] or ["sh"]
@@ -93,6 +106,14 @@ class Machine:
 
     def pid(self, name: str = "web") -> int:
         return int(self.pid_file(name).read_text())
+
+    def tools(self, *more: str) -> Path:
+        """A folder for PATH with what the script needs, and no more than this beside it."""
+        tools = self.root / "tools"
+        tools.mkdir()
+        for tool in (*TOOLS.split(), *more):
+            (tools / tool).symlink_to(shutil.which(tool) or f"/bin/{tool}")
+        return tools
 
     def leave_pid_file(self, content: str) -> None:
         """What a protector leaves behind that was killed."""
@@ -189,10 +210,11 @@ def test_the_lines_of_the_file_are_the_environment_of_the_daemon_but_not_our_own
 
 @needs.ANOTHER_USER
 def test_the_run_directory_is_the_users_and_so_is_the_daemon(machine: Machine) -> None:
-    # No Python: it may be installed where the user nobody cannot go.
+    # No Python, so no guard: it may be installed where the user nobody cannot go.
     machine.configure(
         command="sleep 1000",
         USER="nobody",
+        GUARD="no",
         OPTIONS=f"--ready after:1ms --stop-timeout 0 --log-file {machine.root / 'log'}",
     )
 
@@ -208,10 +230,7 @@ def test_the_run_directory_is_the_users_and_so_is_the_daemon(machine: Machine) -
 
 
 def test_it_works_without_flock(machine: Machine) -> None:
-    tools = machine.root / "tools"
-    tools.mkdir()
-    for tool in TOOLS.split():
-        (tools / tool).symlink_to(shutil.which(tool) or f"/bin/{tool}")
+    tools = machine.tools()
     machine.configure()
 
     assert machine.run("start", path=tools) == 0
@@ -224,6 +243,38 @@ def test_it_works_without_flock(machine: Machine) -> None:
     assert machine.run("status", path=tools) == 1
     assert machine.run("stop", path=tools) == 0
     assert machine.run("status", path=tools) == 3
+
+
+@pytest.mark.parametrize("flock", [True, False], ids=["flock", "no flock"])
+def test_a_killed_protector_comes_back_and_is_found_upgraded_and_stopped(
+    machine: Machine, flock: bool
+) -> None:
+    path = None if flock else machine.tools()
+    machine.configure()
+    assert machine.run("start", path=path) == 0
+    address, guard = machine.address(), machine.pid()
+    [first] = children_of(guard)
+    worker = worker_of(address)
+
+    os.kill(first, signal.SIGKILL)
+
+    eventually(lambda: set(children_of(guard)) - {first, worker} != set(), "another protector")
+    assert worker_of(address) == worker
+    assert machine.run("reload", path=path) == 0
+    assert machine.run("restart", path=path) == 0
+    assert f"upgraded: pid {guard}" not in machine.output, "the protector's, not the guard's"
+    assert machine.pid() == guard
+    assert machine.run("status", path=path) == 0
+    assert machine.run("stop", path=path) == 0
+    assert wait_gone([guard], 0.0) == []
+    assert machine.run("status", path=path) == 3
+
+
+def test_without_a_guard_there_is_the_protector_alone(machine: Machine) -> None:
+    machine.configure(GUARD="no")
+    address = machine.start()
+
+    assert worker_of(address) in children_of(machine.pid())
 
 
 def test_stop_ends_a_draining_generation_too(machine: Machine) -> None:
@@ -362,7 +413,7 @@ def test_a_restart_with_the_settings_of_the_start_is_an_upgrade_and_a_reload_and
 
         assert machine.run(action) == 0
 
-        assert f"upgraded: pid {pid} runs" in machine.output
+        assert "upgraded: pid " in machine.output
         assert "reloaded: generation 2 serves, after generation 1" in machine.output
         now = load.wait_for(lambda now: set(now.pids) - old != set(), DEADLINE_S)
         load.wait_for(lambda later: later.connections > now.connections + 100, DEADLINE_S)
@@ -416,6 +467,46 @@ def test_a_restart_that_has_to_stop_says_why_and_what_that_costs(
     assert worker_of(machine.address()) != first
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"OPTIONS": "--wokers 2"}, {"command": "/usr/bin/deamon"}, {"LISTEN": "192.0.2.1:1"}],
+    ids=["option", "command", "address"],
+)
+def test_a_restart_with_a_mistake_in_the_settings_stops_nothing(
+    machine: Machine, wrong: dict[str, str]
+) -> None:
+    machine.configure()
+    address = machine.start()
+    pid, worker = machine.pid(), worker_of(address)
+    # The address that it has is free for the start after it.
+    same = {"LISTEN": f"{address[0]}:{address[1]}"}
+    machine.configure(**{**same, **wrong})
+
+    for action in ("restart", "try-restart"):
+        assert machine.run(action) == 6
+        assert f"it is not stopped: pid {pid} serves on" in machine.output
+    assert worker_of(address) == worker
+
+    machine.configure(**same)
+    assert machine.run("restart") == 0
+    assert worker_of(address) != worker
+
+
+def test_a_reload_says_that_only_a_restart_applies_other_settings(machine: Machine) -> None:
+    file = machine.configure()
+    machine.start()
+    said = f"{file} has changed since the start: only restart applies that"
+
+    assert machine.run("reload") == 0
+    assert said not in machine.output
+    machine.configure(OPTIONS="--workers 2")
+    assert machine.run("reload") == 0
+    assert said in machine.output
+    assert machine.run("restart") == 0
+    assert machine.run("reload") == 0
+    assert said not in machine.output
+
+
 def test_a_restart_without_settings_leaves_the_one_that_runs(machine: Machine) -> None:
     file = machine.configure()
     address = machine.start()
@@ -439,15 +530,119 @@ def test_restart_starts_what_does_not_run_and_try_restart_leaves_it(machine: Mac
 # --- what can be wrong --------------------------------------------------------
 
 
+#: With the protector's name (PR_SET_NAME), if that is asked for.
+FOREIGN = """\
+import ctypes, sys
+for line in sys.stdin.buffer:
+    ctypes.CDLL(None).prctl(15, line.strip())
+    print(flush=True)
+"""
+
+
 @pytest.fixture
 def foreign() -> Iterator[subprocess.Popen[bytes]]:
     """A living process that is no protector, and must not get a signal."""
     process = subprocess.Popen(
-        [sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE
+        [sys.executable, "-c", FOREIGN], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     yield process
     process.communicate()
     assert process.returncode == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can signal the wrong process")
+@pytest.mark.parametrize("way", ["all", "setpriv", "runuser", "su", "none", "no flock"])
+def test_a_signal_is_sent_with_the_rights_of_the_protectors_user(
+    machine: Machine, foreign: subprocess.Popen[bytes], way: str
+) -> None:
+    """That user can write any number into the pid file and hold its lock."""
+    path = None if way == "all" else machine.tools("flock", *{way} & {"setpriv", "runuser", "su"})
+    if way == "no flock":
+        assert path
+        (path / "flock").unlink()
+        (path / "setpriv").symlink_to(shutil.which("setpriv") or "")
+        assert foreign.stdin
+        assert foreign.stdout
+        foreign.stdin.write(b"SocketProtector\n")
+        foreign.stdin.flush()
+        foreign.stdout.readline()
+    machine.configure(USER="nobody", STOP_WAIT="1")
+    machine.leave_pid_file("")
+    for each in (machine.run_directory(), machine.pid_file()):
+        shutil.chown(each, "nobody")
+    theirs = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(machine.pid_file()), str(foreign.pid)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with theirs, ExitStack() as at_the_end:
+        at_the_end.callback(theirs.kill)
+        assert theirs.stdout
+        assert theirs.stdout.readline() == "holds\n"
+
+        for action in ("stop", "reload"):
+            assert machine.run(action, path=path) == 1
+            assert f"cannot signal process {foreign.pid} as user 65534" in machine.output
+        assert foreign.poll() is None
+
+        # Its own it may.
+        machine.pid_file().write_text(f"{theirs.pid}\n")
+        if way == "none":
+            assert machine.run("stop", path=path) == 1
+            assert "setpriv, runuser or su is needed" in machine.output
+        else:
+            reaper = threading.Thread(target=theirs.wait)  # a zombie has a name, too
+            reaper.start()
+            assert machine.run("stop", path=path) == 0
+            reaper.join(DEADLINE_S)
+            assert theirs.returncode == -signal.SIGTERM
+
+
+#: Takes the lock and writes a number, then is the user nobody.
+HOLDS = """\
+import ctypes, fcntl, os, pwd, signal, sys
+ctypes.CDLL(None).prctl(15, b"SocketProtector")  # PR_SET_NAME
+file = open(sys.argv[1], "r+")
+fcntl.flock(file, fcntl.LOCK_EX)
+file.write(sys.argv[2] + "\\n")
+file.flush()
+os.setgroups([])
+os.setuid(pwd.getpwnam("nobody").pw_uid)
+print("holds", flush=True)
+signal.pause()
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can signal the wrong process")
+@pytest.mark.parametrize("where", ["socket", "options", "config"])
+def test_in_a_folder_of_roots_something_else_says_who_the_user_is(
+    machine: Machine, foreign: subprocess.Popen[bytes], where: str
+) -> None:
+    (machine.root / "web.toml").write_text('# user = "root"\nuser = "nobody"\n[env]\nuser = "x"\n')
+    options = {"options": "--user nobody", "config": f"--config {machine.root}/web.toml"}
+    machine.configure(OPTIONS=options.get(where, ""), STOP_WAIT="1")
+    machine.leave_pid_file(f"{foreign.pid}\n")
+    if where == "socket":
+        with socket.socket(socket.AF_UNIX) as control:
+            control.bind(str(machine.run_directory() / "control"))
+        shutil.chown(machine.run_directory() / "control", "nobody")
+    with machine.pid_file().open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+        assert machine.run("stop") == 1
+
+    assert f"cannot signal process {foreign.pid} as user 65534" in machine.output
+
+
+def test_no_number_means_a_group_of_processes(machine: Machine) -> None:
+    machine.configure(GUARD="no")
+    for number in ("0", "00", "1", "-1"):
+        machine.run_directory().mkdir(parents=True, exist_ok=True)
+        machine.pid_file().write_text(f"{number}\n")
+        with machine.pid_file().open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            assert machine.run("stop") == 0
+            assert "is not running" in machine.output
 
 
 @pytest.mark.parametrize("content", ["dead", "foreign", "empty", "nonsense"])
@@ -466,6 +661,9 @@ def test_a_stale_pid_file_does_not_mislead(
     assert machine.run("try-restart") == 0
     assert machine.run("status") == 1
 
+    if content == "nonsense":  # it may be another program's file
+        assert machine.run("start") == 6
+        assert machine.run("stop") == 0
     address = machine.start()
     assert worker_of(address)
     assert machine.run("stop") == 0
@@ -484,7 +682,7 @@ def test_stop_removes_a_stale_pid_file(machine: Machine, foreign: subprocess.Pop
 def test_a_killed_protector_is_dead_with_its_pid_file_left_and_starts_again(
     machine: Machine,
 ) -> None:
-    machine.configure()
+    machine.configure(GUARD="no")
     machine.start()
     pid = machine.pid()
     os.kill(pid, signal.SIGKILL)

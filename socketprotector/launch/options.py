@@ -173,7 +173,8 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("guard", FLAG, "Run under a small parent that restarts a protector that dies.\n"
                "The parent holds the descriptors meanwhile: nothing is closed.", "guarded", STAYS),
         Option("check", FLAG, "Say whether it would start, and start nothing.\n"
-               "Where the pid file is held: whether it would after the end of that one.", no_key=_LINE_ONLY),
+               "Where the pid file is held: whether it would after the end of that one.",
+               no_key=_LINE_ONLY),
         Option("control", TEXT, "Path of the control socket.", at_reload=STAYS, metavar="PATH",
                unset="NAME.control in $XDG_RUNTIME_DIR/socketprotector or /run/socketprotector"),
         Option("no-control", FLAG, "Have no control socket.", at_reload=STAYS),

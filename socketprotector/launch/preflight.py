@@ -331,7 +331,7 @@ def notices(settings: Settings, listens: Sequence[Listen], backlog: int) -> Iter
     yield from unix_access.notices(listens, settings.listeners)
     if settings.identity is None:
         return
-    # Not the log: it stays, and a rotation leaves a new one with the same owner (logrotate's create).
+    # Not the log: it stays, and a rotation makes the new one with the same owner (logrotate).
     files = [settings.pid_file]
     # What systemd has made it removes, with the pid file in it, which is written into and no more.
     if os.path.dirname(settings.pid_file or "") in os.environ.get("RUNTIME_DIRECTORY", "").split(

@@ -822,7 +822,9 @@ def test_each_of_a_name_can_be_operated_though_their_files_are_called_alike(
         (short / folder).mkdir()
     paths = [short / folder / "s" for folder in "abc"]
 
-    daemons = [protector("--name", "web", f"unix:{path}", "--", *MANY).ready() for path in paths]
+    daemons = [
+        protector("--name", "web", f"unix:{path}?mode=0600", "--", *MANY).ready() for path in paths
+    ]
 
     keys = ["web", "web:s", f"web:{paths[2]}".replace("/", "_")]
     assert f"--name web:{paths[2]}, and" in daemons[2].log.wait_for("event=notice")

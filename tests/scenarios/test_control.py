@@ -827,7 +827,7 @@ def test_each_of_a_name_can_be_operated_though_their_files_are_called_alike(
     ]
 
     keys = ["web", "web:s", f"web:{paths[2]}".replace("/", "_")]
-    assert f"--name web:{paths[2]}, and" in daemons[2].log.wait_for("event=notice")
+    daemons[2].log.wait_for(f"event=notice .*--name web:{paths[2]}, and")
     for daemon, key in zip(daemons, keys, strict=True):
         with Line(default_path(key)) as line:
             assert line.status()["pid"] == daemon.pid

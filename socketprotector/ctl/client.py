@@ -33,8 +33,12 @@ ANSWER_S = 10.0
 #: A guard starts a killed protector within 0.3 s, and later after one that dies all the time.
 RETURN_S = 10.0
 _TRY_EVERY_S = 0.05
-#: The status of a protector with 1,000 workers has 300 KB; without an end it is no protector.
-LONGEST_LINE = 16 * 1024 * 1024
+#: The status of a protector with 1,000 workers has 300 KB; a longer line is no protector's.
+LONGEST_LINE = 4 * 1024 * 1024
+#: The values of a line, which take some 100 bytes each: that status has 20,000.
+MOST_VALUES = 200_000
+#: Before the answer to a request.  A protector keeps 1 MiB for a client that does not read.
+_MOST_EVENTS, _MOST_EVENT_BYTES = 10_000, 4 * 1024 * 1024
 #: sun_path's room, less the zero at its end (unix(7)).
 _LONGEST_PATH = 107
 
@@ -59,6 +63,7 @@ class Client:
         self._socket = connect(self.path, within_s)
         self._buffer = bytearray()
         self._events: deque[Message] = deque()
+        self._events_bytes = 0
 
     def again(self, within_s: float = math.inf) -> Message:
         """Connect again, within RETURN_S at most; return the status.
@@ -153,12 +158,21 @@ class Client:
                 raise NoProtector(f"{self.path}: {error.strerror}") from error
 
     def answer(self, until: float) -> Message | None:
-        """Return the result of the last request, or None when it has not come by then."""
-        while (message := self._message(until)) is not None:
+        """Return the result of the last request, or None when it has not come by then.
+
+        Raises NoProtector where more events come than a protector sends.
+        """
+        while (found := self._message(until)) is not None:
+            message, size = found
             if "event" in message:
                 self._events.append(message)
+                self._events_bytes += size
+                if len(self._events) > _MOST_EVENTS or self._events_bytes > _MOST_EVENT_BYTES:
+                    raise self._foreign()
             elif message.get("id") in (self._last_id, None):
                 return _result(message)
+            if self._is_over(until):
+                break
         return None
 
     def event(self, timeout_s: float) -> Message | None:
@@ -168,33 +182,48 @@ class Client:
         """
         until = time.monotonic() + timeout_s
         while not self._events:
-            message = self._message(until)
-            if message is None or "event" in message:
-                return message
+            found = self._message(until)
+            if found is None:
+                return None
+            if "event" in found[0]:
+                return found[0]
+            if self._is_over(until):
+                return None
+        self._events_bytes = 0  # from here on they only become fewer
         return self._events.popleft()
 
     # -- lines -------------------------------------------------------------------
 
-    def _message(self, until: float) -> Message | None:
+    def _is_over(self, until: float) -> bool:
+        """Whether the time is over and no whole line is left."""
+        return time.monotonic() >= until and b"\n" not in self._buffer
+
+    def _message(self, until: float) -> tuple[Message, int] | None:
+        """Return the next message and its length."""
         line = self._line(until)
         if line is None:
             return None
+        if sum(map(line.count, (b",", b":", b"[", b"{"))) > MOST_VALUES:
+            raise self._foreign()
         try:
             message = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             message = None
         if not isinstance(message, dict):
             raise self._foreign()
-        return message
+        return message, len(line)
 
     def _line(self, until: float) -> bytes | None:
         searched = 0
         while (end := self._buffer.find(b"\n", searched)) < 0:
+            # Once is looked in any case: an event that is there is taken with 0 s to wait.
+            left_s = max(0.0, until - time.monotonic())
+            if searched and not left_s:
+                return None
             searched = len(self._buffer)
             if searched > LONGEST_LINE:
                 raise self._foreign()
-            # Once is looked in any case: an event that is there is taken with 0 s to wait.
-            self._socket.settimeout(max(0.0, until - time.monotonic()))
+            self._socket.settimeout(left_s)
             try:
                 data = self._socket.recv(65536)
             except (TimeoutError, BlockingIOError):

@@ -134,8 +134,13 @@ def columns(headings: str, rows: Iterable[Row]) -> Table:
 
 def cell(value: Cell) -> Text:
     """One value, in the colour that its word has."""
-    text = UNKNOWN if value is None else escape(str(value))
-    return Text(text, style=_STYLES.get(text, ""))
+    text = UNKNOWN if value is None else str(value)
+    return styled(text, _STYLES.get(text, ""))
+
+
+def styled(text: str, style: str = "") -> Text:
+    """Return a line in one style, escaped: nothing in it can drive a terminal."""
+    return Text(escape(text), style=style)
 
 
 def line(*parts: Cell) -> Text:

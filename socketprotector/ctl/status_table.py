@@ -42,7 +42,7 @@ def heading(status: Message) -> list[Text]:
     health = status.get("health")
     if isinstance(health, dict) and health.get("state") == "healthy":
         words.append("healthy")
-    name = Text(str(render.cell(text_in(status, "name"))), style="bold")
+    name = render.styled(text_in(status, "name"), "bold")
     phase = render.cell(text_in(status, "phase"))
     found = [Text.assemble(name, ": ", phase, ",", render.cell(", ".join(words)))]
     warnings = []
@@ -59,17 +59,17 @@ def heading(status: Message) -> list[Text]:
         warnings.append(says)
     # Of a hold and a lame duck the lines above say more.
     shown = [each for each in waits_of(status) if each.kind not in ("hold", "lame-duck")]
-    warnings += [f"waits: {render.cell(each.text)}" for each in shown]
+    warnings += [f"waits: {each.text}" for each in shown]
     for each in listed(status, "generations"):
         if why := failing(each):
-            warnings.append(f"generation {number_in(each, 'number')}: {render.cell(why)}")
+            warnings.append(f"generation {number_in(each, 'number')}: {why}")
     for generation, seconds in untaken(status):
         span = render.duration_text(seconds)
         warnings.append(f"generation {generation}: no worker has taken a waiting client for {span}")
     lacks = status.get("warnings")
     for each in lacks if isinstance(lacks, list) else []:
-        warnings.append(f"warning: {render.cell(str(each))}")
-    return [*found, *(Text(each, style="yellow") for each in warnings)]
+        warnings.append(f"warning: {each}")
+    return [*found, *(render.styled(each, "yellow") for each in warnings)]
 
 
 def _says(status: Message) -> str:

@@ -97,6 +97,8 @@ def _screen(client: Client, interval: float) -> None:
     from rich.live import Live
     from rich.text import Text
 
+    from . import render
+
     console = Console(highlight=False, markup=False, emoji=False)
     rates = Rates()
     with (
@@ -109,7 +111,7 @@ def _screen(client: Client, interval: float) -> None:
                 rates.take(status)
                 live.update(drawn(status, rates, console.width, console.height), refresh=True)
             except NoProtector as error:
-                live.update(Text(f"no answer: {error}", style="red"), refresh=True)
+                live.update(render.styled(f"no answer: {error}", "red"), refresh=True)
                 with suppress(NoProtector):  # drawn at the next look, until the user ends it
                     client.again(1.0)
             if pressed(interval):
@@ -154,8 +156,10 @@ def drawn(status: Message, rates: Rates, width: int, height: int) -> Group:
     most = _rate(max(history[-bars:], default=None))
     return Group(
         *status_table.heading(status),
-        Text(f"{rate}  wait p50 {p50}, p99 {p99}  forwarded {forwarded}  lost {lost}", "bold"),
-        Text(f"{render.sparkline(history, bars):>{bars}}  most {most}", style="green"),
+        render.styled(
+            f"{rate}  wait p50 {p50}, p99 {p99}  forwarded {forwarded}  lost {lost}", "bold"
+        ),
+        render.styled(f"{render.sparkline(history, bars):>{bars}}  most {most}", "green"),
         *status_table.listeners(status)[: max(1, height // 8)],
         *status_table.last_reload(status),
         Text(),

@@ -1,4 +1,4 @@
-"""A loop for each test."""
+"""A loop, false and good instances in a folder of their own, and the command."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from socketprotector.system.loop import Loop
+from tests.unit.ctl.conftest import ctl, fake, fakes, folder
+
+__all__ = ["ctl", "fake", "fakes", "folder", "loop"]
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ from .listener_hold import ListenerHold
 from .probe_port import Way, family_of
 from .quiescing import Quiescing
 from .runtime import Runtime
+from .socket_restoring import SocketRestoring
 
 #: What is told to finish may accept for that long: gunicorn's threads look around once a second.
 LEAVES_S = 2.0
@@ -112,6 +113,7 @@ class SocketSteering:
         self._steered = True  # the kernel knows the current one
         self._as_held = True  # and who is to get no answer
         self.hold = ListenerHold(listeners)
+        self._restoring = SocketRestoring(runtime, listeners)
         #: Listeners and socket numbers to which no client comes, but questions by IPv6 do, of this
         #: program or one before: what comes there from the same address is one.
         self._asked: set[tuple[int, int]] = set()
@@ -142,7 +144,7 @@ class SocketSteering:
     def enter(self, generation: int, socket_number: int) -> None:
         """The workers of a generation, which are yet to be started, accept there."""
         for each in self._shared:
-            self._make_ready(each, socket_number)
+            self._make_ready(each, socket_number, generation)
         self._accepting[generation] = socket_number
         self._watch()
 
@@ -241,7 +243,7 @@ class SocketSteering:
                 raise OSError(errno.EAGAIN, why)
         address, asked = found.local_address, found.socket_for(socket_number)
         place = found.index, socket_number
-        no_clients = socket_number != self._number_for(found) and not _has_waiting(asked)
+        no_clients = socket_number != self.number_for(found) and not _has_waiting(asked)
         while (mark := reuseport.Mark.draw(family_of(address))) in self._questions:
             pass  # of IPv6 there are few
         self._questions[mark] = socket_number
@@ -275,13 +277,15 @@ class SocketSteering:
     def gone(self, generation: int) -> None:
         """It has no workers any more."""
         self.leave(generation)
-        self._leaving.pop(generation, None)
+        socket_number, _ = self._leaving.pop(generation, (0, 0.0))
+        self._restoring.end(generation, socket_number, self._accepting, gone=True)
 
     def leave(self, generation: int) -> None:
         """Its workers accept no more: they were told to finish, which takes each server a while."""
         socket_number = self._accepting.pop(generation, None)
         if socket_number is not None:
             self._leaving[generation] = socket_number, time.monotonic()
+            self._restoring.end(generation, socket_number, self._accepting, gone=False)
         self._discard_questions()
         self.unserved = frozenset(each for each in self.unserved if each[0] != generation)
         self._quiescing.end(generation)
@@ -377,7 +381,7 @@ class SocketSteering:
         }
         self.current = socket_number
         # From now on clients come there.
-        self._asked -= {(each.index, self._number_for(each)) for each in self._listeners()}
+        self._asked -= {(each.index, self.number_for(each)) for each in self._listeners()}
         self._discard_questions()  # an earlier program may not have come to it
         self._steer()
         self._watch()
@@ -394,6 +398,7 @@ class SocketSteering:
             self.hold.record,
             tuple(self._asked),
             tuple(self._asked_from),
+            self._restoring.record,
         )
 
     def adopt_record(self, record: SteeringRecord, *, held: bool) -> None:
@@ -407,6 +412,7 @@ class SocketSteering:
         self._leaving = {generation: (its, at) for generation, its, at in record.leaving}
         self._asked = set(record.asked)
         self._asked_from = set(record.asked_from)
+        self._restoring.record = record.options
         if record.hold is not None:
             self.hold.record = record.hold
         else:
@@ -496,7 +502,7 @@ class SocketSteering:
         not_held: OSError | None = None
         for each in self._listeners():
             try:
-                not_held = self._steer_one(each, self._number_for(each)) or not_held
+                not_held = self._steer_one(each, self.number_for(each)) or not_held
             except OSError as error:
                 not_steered = error
         if not_steered is not None and self._steered:
@@ -509,7 +515,7 @@ class SocketSteering:
         else:
             self._loop.call_after("steer", _STEER_AGAIN_S, self._steer)
 
-    def _number_for(self, listener: Listener) -> int:
+    def number_for(self, listener: Listener) -> int:
         """Return to which of its sockets new clients come, or after a hold."""
         return self._expected.get(listener.index, self.current)
 
@@ -551,7 +557,7 @@ class SocketSteering:
         # By a timer: a worker that does it again and again must not keep us busy.
         self._loop.call_after(_MEND, _MEND_AGAIN_S, self._watch)
 
-    def _make_ready(self, listener: Listener, socket_number: int) -> None:
+    def _make_ready(self, listener: Listener, socket_number: int, generation: int) -> None:
         """Have no generation begin with what an earlier one has done to a socket."""
         if not listener.is_alive(socket_number) or not listener.is_sound(socket_number):
             self.mend(listener, socket_number)
@@ -563,6 +569,14 @@ class SocketSteering:
             except OSError:  # locked, and so it stays
                 self._loop.unwatch(listener.socket_for(socket_number).fileno())
                 self._replace(listener, socket_number)
+        place = socket_number % len(listener.sockets)
+        alone = all(its % len(listener.sockets) != place for its in self._accepting.values())
+        begin = partial(self._restoring.begin, generation, listener, socket_number, alone=alone)
+        if (stays := begin()) and listener.has_sibling:
+            self._loop.unwatch(listener.socket_for(socket_number).fileno())
+            self._replace(listener, socket_number)
+            stays = begin()
+        self._restoring.warn(listener, stays)
 
     def _replace(self, listener: Listener, socket_number: int) -> None:
         address = listener.settings.address
@@ -610,7 +624,7 @@ class SocketSteering:
         }
         if not there:
             # While no generation accepts at all, or where the next one will, clients wait for that.
-            return not self._accepting or number == self._number_for(listener)
+            return not self._accepting or number == self.number_for(listener)
         return any((generation, listener.index) not in self.unserved for generation in there)
 
     def _watch(self) -> None:

@@ -151,6 +151,8 @@ class SteeringRecord:
         tuple[int, int], ...
     ] = ()  # listeners and sockets: questions by IPv6 alone wait there
     asked_from: tuple[tuple[int, int, str], ...] = ()  # of IPv4: from where they come
+    #: A generation (0: none yet), a listener, and its socket's options then.
+    options: tuple[tuple[int, int, str], ...] = ()
 
 
 @frozen

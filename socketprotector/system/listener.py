@@ -103,7 +103,8 @@ class Listener:
             self.socket.setblocking(False)
         self.index = index
         self.settings = settings
-        self._backlog = settings.backlog or socket.SOMAXCONN
+        #: How many may wait at each of the two, where it is to listen again.
+        self._backlogs = [settings.backlog or socket.SOMAXCONN] * 2
         #: How often each of the two has come into its SO_REUSEPORT group again.
         self.joined = [0, 0]
         #: To which new clients come, None where that is not known; and those with a mark.
@@ -194,9 +195,10 @@ class Listener:
 
     def note(self) -> None:
         """Remember how many may wait: a worker that listens says it, and so should we then."""
-        if self.socket.family != socket.AF_UNIX and self.is_alive():
-            with suppress(OSError):  # the one before will do
-                self._backlog = reuseport.backlog(self.socket)
+        for number, one in enumerate(self.sockets):
+            if one.family != socket.AF_UNIX and self.is_alive(number):
+                with suppress(OSError):  # the one before will do
+                    self._backlogs[number] = reuseport.backlog(one)
 
     def listen_again(self, socket_number: int) -> bool:
         """Have a socket listen again that was shut down; False where it does not.
@@ -213,13 +215,13 @@ class Listener:
                 self._steer_for(socket_number)
             # Shut down twice, it would pass that on to all connections that it accepts, until it
             # is shut down as one that listens.
-            one.listen(self._backlog)
+            one.listen(self._backlogs[socket_number % len(self.sockets)])
             one.shutdown(socket.SHUT_RDWR)
             if not self._silent or self._second is not one:
                 # As late as that: from now on all comes to the other one, until this one listens.
                 self._end_silence()
                 self._steer_for(socket_number)
-            one.listen(self._backlog)
+            one.listen(self._backlogs[socket_number % len(self.sockets)])
             self._end_silence()  # else it has the position of this one, which takes that again
         except OSError:
             return False
@@ -258,7 +260,9 @@ class Listener:
             _shut_down(one)  # else it would go on in the group as long as a process has a copy
             if other is one or other.getsockname()[1] != self.port:
                 # Alone, or its sibling has come back on another port.
-                made = reuseport.rebind(one, _bound_to(self.settings.address), self._backlog)
+                made = reuseport.rebind(
+                    one, _bound_to(self.settings.address), self._backlogs[number]
+                )
             else:
                 sibling = reuseport.make(other)
                 if sibling is None:
@@ -278,6 +282,7 @@ class Listener:
         self._end_silence()
         number = socket_number % 2
         one = self.sockets.pop(number)
+        del self._backlogs[number]
         _shut_down(one)
         one.close()
         if number == 0:  # a name stands for one descriptor for ever
@@ -412,7 +417,7 @@ class Listener:
         with on_error(made.close):
             if not self.settings.inode:
                 made.bind("\0" + path[1:])  # which fails as long as a process has the old one
-                made.listen(self._backlog)
+                made.listen(self._backlogs[0])
                 return made
             with locked(path, 0.0):
                 old = os.lstat(path)
@@ -427,7 +432,7 @@ class Listener:
                 uid = -1 if old.st_uid == os.geteuid() else old.st_uid
                 gid = -1 if old.st_gid == os.lstat(path).st_gid else old.st_gid
                 found = give(path, uid, gid, _chown)
-                made.listen(self._backlog)
+                made.listen(self._backlogs[0])
         self.settings = replace(self.settings, device=found.st_dev, inode=found.st_ino)
         return made
 

@@ -228,6 +228,17 @@ def file_of(one: socket.socket) -> int:
     return int.from_bytes(_of_unix(one, *_FILE)[: _INODE.size], sys.byteorder)
 
 
+def queue_of_unix(one: socket.socket) -> tuple[int, int]:
+    """Return how many clients of a UNIX socket wait to be accepted, and how many may.
+
+    Raises OSError where it cannot be asked.
+    """
+    found = _of_unix(one, *_QUEUES)
+    if len(found) < 2 * _INODE.size:
+        raise OSError(errno.EOPNOTSUPP, "the kernel does not tell")
+    return _INODE.unpack_from(found)[0], _INODE.unpack_from(found, _INODE.size)[0]
+
+
 def unread_unix() -> dict[int, int]:
     """Return inode -> bytes to be read, of all connected UNIX sockets; /proc does not say.
 

@@ -28,7 +28,7 @@ from socketprotector.daemon.socket_steering import FIRST_RESCUE_S, LEAVES_S, Soc
 from socketprotector.model import handoff_modes
 from socketprotector.model.records import SteeringRecord
 from socketprotector.model.settings import ListenerSettings
-from socketprotector.system import reuseport, sock_diag
+from socketprotector.system import reuseport, sock_diag, socket_snapshot
 from socketprotector.system.listener import Listener
 from socketprotector.system.loop import READ, Loop
 from tests import needs
@@ -1700,3 +1700,114 @@ def test_for_a_question_that_waits_not_all_connections_of_the_system_are_gone_th
         assert socket_steering._waits(listener, address, client)
         with listener.accept()[0]:
             assert not socket_steering._waits(listener, address, client)
+
+
+# -- what a failed release has left ------------------------------------------------
+
+
+def limit(one: socket.socket) -> int:
+    return socket_snapshot.backlog(one)[1]
+
+
+@pytest.mark.parametrize("how", ["goes on", "another program"])
+def test_a_generation_begins_on_a_socket_as_it_was_made(world: World, how: str) -> None:
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    world.steering.enter(2, 1)
+    one = world.listener.socket_for(1)
+    before = limit(one)
+    one.listen(5)
+    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 30)
+    world.listener.socket_for(0).listen(7)  # of the one that serves
+    if how == "another program":
+        world.resume((1, 0), (2, 1))
+    world.steering.leave(2)
+    world.steering.gone(2)
+
+    world.steering.enter(3, 1)
+
+    assert limit(one) == before > 7
+    assert one.getsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT) == 0
+    assert limit(world.listener.socket_for(0)) == 7
+    assert world.log.events == []
+
+
+def test_a_socket_that_cannot_be_as_it_was_made_is_replaced(world: World) -> None:
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    world.steering.enter(2, 1)
+    one = world.listener.socket_for(1)
+    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, 2000)
+    world.steering.gone(2)
+
+    world.steering.enter(3, 1)
+
+    assert world.log.events == ["bound-anew"]
+    other = world.listener.socket_for(1)
+    assert other is not one
+    assert other.getsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP) == 0
+
+
+@pytest.mark.parametrize("how", ["goes on", "another program"])
+def test_a_failed_one_leaves_a_common_socket_as_the_serving_one_had_it(
+    world: World, how: str
+) -> None:
+    common = world.add().socket
+    world.steering.enter(1, 0)
+    common.listen(70)
+    world.steering.turn_to(0)
+    world.steering.enter(2, 1)
+    common.listen(5)
+    if how == "another program":
+        world.resume((1, 0), (2, 1))
+
+    world.steering.leave(2)
+
+    assert limit(common) == 70
+    common.listen(6)  # as it ends
+    world.steering.gone(2)
+    assert limit(common) == 70
+
+
+def test_what_a_generation_has_set_stays_while_it_serves(world: World) -> None:
+    common = world.add().socket
+    world.steering.enter(1, 0)
+    world.steering.enter(2, 1)
+    common.listen(5)  # the first one, of which the second is to follow
+    world.steering.turn_to(1)
+    common.listen(60)
+    world.steering.leave(1)
+    world.steering.gone(1)
+    assert limit(common) == 60
+    world.steering.enter(3, 0)
+    common.listen(8)
+    world.steering.leave(3)
+    world.steering.enter(4, 0)  # while the workers of 3 still end
+    common.listen(50)
+    world.steering.gone(3)
+
+    assert limit(common) == 50
+
+
+def test_an_option_of_a_common_socket_that_cannot_be_restored_is_a_warning(world: World) -> None:
+    common = world.add().socket
+    world.steering.enter(1, 0)
+    world.steering.enter(2, 1)
+    common.setsockopt(socket.SOL_SOCKET, 44, 1)  # SO_LOCK_FILTER
+
+    world.steering.leave(2)
+
+    assert world.log.events == ["not-restored"]
+
+
+def test_a_socket_listens_again_with_its_own_limit(world: World) -> None:
+    world.steering.enter(1, 0)
+    world.steering.enter(2, 1)
+    before = limit(world.listener.socket_for(1))
+    world.listener.socket_for(0).listen(5)
+    world.listener.note()
+
+    world.listener.socket_for(1).shutdown(socket.SHUT_RDWR)
+    assert world.listener.listen_again(1)
+
+    assert limit(world.listener.socket_for(1)) == before > 5

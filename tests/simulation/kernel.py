@@ -559,6 +559,12 @@ class Kernel:
         waiting = [each for one in file.address.listening for each in one.backlog]
         return frozenset(b"%d" % each.number for each in waiting)
 
+    def queue_of_unix(self, which: Socket) -> tuple[int, int]:
+        """In the place of sock_diag.queue_of_unix()."""
+        self.enter("sock_diag")
+        listening = self._listening(which.fileno())
+        return len(listening.backlog), listening.room
+
     def is_waiting(self, which: Socket, *_: Any) -> bool:
         """In the place of sock_diag.is_waiting()."""
         self.enter("sock_diag")

@@ -81,6 +81,7 @@ from socketprotector.system import (
     process,
     program_spec,
     reuseport,
+    sock_diag,
 )
 from socketprotector.system.inherited import Inherited
 from socketprotector.system.loop import Loop
@@ -1664,6 +1665,7 @@ def installed(world: World) -> Iterator[None]:
         put(reuseport, "steer", kernel.steer)
         put(accept_marks, "connections", world.accepted)
         put(listener, "listening", kernel.listening)
+        put(sock_diag, "queue_of_unix", kernel.queue_of_unix)
         put(listener, "locked", kernel.locked)
         put(listener, "give", kernel.give)
         put(quiescing, "unread", kernel.unread)

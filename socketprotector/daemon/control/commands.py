@@ -123,7 +123,10 @@ class CommandHandler:
             "forwarded": effects.forwarded,
             "lost": effects.lost,
             "queue_limit": route.channel.capacity() if route and queued else None,
-            "listeners": [status.of_listener(each) for each in effects.forwarder.listeners],
+            "listeners": [
+                status.of_listener(each, effects.steering.number_for(each))
+                for each in effects.forwarder.listeners
+            ],
             "generations": generations,
             **status.of_waits(fleet, effects, generations, self.supervisor.upgrade_waits_for()),
             "dry_run": asdict(history.dry_run) if history.dry_run is not None else None,

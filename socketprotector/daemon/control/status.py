@@ -5,10 +5,10 @@ Reads, and changes nothing.  Names and units are those of docs/control.md.
 
 from __future__ import annotations
 
-import socket
 import struct
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 
 from ...core.fleet import Fleet, Generation, Phase, State, Worker
@@ -17,7 +17,7 @@ from ...model.records import Counts, GenerationRecord, WorkerRecord
 from ...model.settings import Settings
 from ...model.text import headline, in_units
 from ...model.waits import quantile_us
-from ...system import reuseport
+from ...system import socket_snapshot
 from ...system.check_command import shown
 from ...system.listener import Listener
 from ..effects import Effects
@@ -109,16 +109,15 @@ def of_waits(
     return {"waits_for": found} if found else {}
 
 
-def of_listener(listener: Listener) -> dict[str, Any]:
-    """Say what is known of a listener; its backlog only where the kernel tells (TCP)."""
+def of_listener(listener: Listener, socket_number: int) -> dict[str, Any]:
+    """Return what is known of a listener; its backlog only where the kernel reports it.
+
+    socket_number: the socket that new clients come to, whose limit counts.
+    """
     waiting = limit = None
-    if listener.socket.family != socket.AF_UNIX:
-        try:
-            both = [reuseport.queue(each) for each in listener.sockets]
-            # The limit is each one's: new clients come to one of them at a time.
-            waiting, limit = sum(each[0] for each in both), both[0][1]
-        except (OSError, struct.error):
-            pass
+    with suppress(OSError, struct.error):
+        both = [socket_snapshot.backlog(each) for each in listener.sockets]
+        waiting, limit = sum(each[0] for each in both), both[socket_number % len(both)][1]
     return {
         "index": listener.index,
         "address": listener.settings.address,

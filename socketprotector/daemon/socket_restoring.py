@@ -1,0 +1,81 @@
+"""Takes back what a generation has done to the listening sockets that another one uses.
+
+Workers share their listening sockets.  A release that fails may have called listen(5), or set
+TCP_DEFER_ACCEPT, and that stays after it.  So the options (system/socket_snapshot.py) are restored
+
+* before a generation begins on a socket that no other one uses: as the socket was when it was made;
+* when a generation ends before an older one on the same socket, which is how a release fails: as
+  the socket was when it began.  What the serving generation has set before stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+from ..system.listener import Listener
+from ..system.socket_snapshot import Snapshot, as_text, from_text, restore, take
+from .runtime import Runtime
+
+#: Stands for no generation: the socket as it was made.
+_MADE = 0
+
+
+class SocketRestoring:
+    """Owns what the sockets of each listener were like, by generation and listener."""
+
+    def __init__(self, runtime: Runtime, listeners: Callable[[], Sequence[Listener]]) -> None:
+        self._log = runtime.log
+        self._listeners = listeners
+        self._before: dict[tuple[int, int], Snapshot] = {}
+
+    @property
+    def record(self) -> tuple[tuple[int, int, str], ...]:
+        """What the next program has to know: generation, listener, snapshot."""
+        return tuple((*key, as_text(each)) for key, each in self._before.items())
+
+    @record.setter
+    def record(self, found: Sequence[tuple[int, int, str]]) -> None:
+        self._before = {(of, index): from_text(text) for of, index, text in found}
+
+    def begin(
+        self, generation: int, listener: Listener, socket_number: int, *, alone: bool
+    ) -> list[str]:
+        """Make a socket ready for a generation; return the options that cannot be restored.
+
+        alone: no other generation accepts from it.
+        """
+        one = listener.socket_for(socket_number)
+        if not alone:
+            self._before[generation, listener.index] = take(one)
+            return []
+        made = self._before.get((_MADE, listener.index))
+        if made is not None:
+            return restore(one, made)
+        self._before[_MADE, listener.index] = take(one)
+        return []
+
+    def end(
+        self, generation: int, socket_number: int, others: Collection[int], *, gone: bool
+    ) -> None:
+        """Restore what a generation has changed, if the others are all older: then it has failed.
+
+        gone: it has no workers any more, which could change more.
+        """
+        mine = [key for key in self._before if key[0] == generation]
+        if others and max(others) < generation:
+            by_index = {each.index: each for each in self._listeners() if not each.lost}
+            for key in mine:
+                if key[1] in by_index:
+                    listener = by_index[key[1]]
+                    stays = restore(listener.socket_for(socket_number), self._before[key])
+                    self.warn(listener, stays)
+        else:
+            gone = True
+        for key in mine if gone else ():
+            del self._before[key]
+
+    def warn(self, listener: Listener, names: Sequence[str]) -> None:
+        """Log the options that cannot be restored."""
+        if names:
+            address = listener.settings.address
+            self._log.write("warning", "not-restored", listen=address, options=" ".join(names))

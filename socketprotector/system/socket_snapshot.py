@@ -1,0 +1,162 @@
+"""The options of a listening socket that its workers can change: read, kept, and set again.
+
+A worker shares its listening socket with us, with other workers, and with the generation that uses
+the socket next.  What it sets stays there after it has ended.  OPTIONS is the one list of what
+counts: all that accepted connections inherit, and all that keeps clients out.
+
+Not listed, because other modules own them: SO_REUSEPORT and its filters, a device that does not
+exist (reuseport.py), and what marks connections (accept_marks.py).
+
+Source: socket(7), tcp(7), ip(7), ipv6(7); sock_setsockopt() in net/core/sock.c and
+do_tcp_setsockopt() in net/ipv4/tcp.c for what is settable on a socket that listens.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+
+from ..model.lazy_dataclass import frozen
+from . import reuseport, sock_diag
+
+#: An option's name and content; of BACKLOG the number.
+Snapshot = Mapping[str, bytes]
+
+BACKLOG = "backlog"
+_BYTES = 4
+_ORDER = sys.byteorder
+_SO = socket.SOL_SOCKET
+_IP, _IPV6, _TCP = socket.IPPROTO_IP, socket.IPPROTO_IPV6, socket.IPPROTO_TCP
+
+
+@frozen
+class Option:
+    """One option: how it is read, and whether it can be set again."""
+
+    name: str
+    level: int
+    number: int
+    size: int = _BYTES
+    doubled: bool = False  # the kernel doubles what is set, and reads the double
+    cleared: bool = False  # 0 is what it begins with, and reads as another number
+    #: Why it cannot be set again on a socket that listens; "" where it can.
+    stays: str = ""
+    #: What setting it may take; "" for nothing.
+    privilege: str = ""
+
+
+OPTIONS = (
+    Option("SO_KEEPALIVE", _SO, socket.SO_KEEPALIVE),
+    Option("SO_LINGER", _SO, socket.SO_LINGER, 8),
+    Option("SO_OOBINLINE", _SO, socket.SO_OOBINLINE),
+    Option("SO_DONTROUTE", _SO, socket.SO_DONTROUTE),
+    Option("SO_PASSCRED", _SO, socket.SO_PASSCRED),
+    Option("SO_RCVLOWAT", _SO, socket.SO_RCVLOWAT),
+    Option("SO_RCVTIMEO", _SO, socket.SO_RCVTIMEO, 16),
+    Option("SO_SNDTIMEO", _SO, socket.SO_SNDTIMEO, 16),
+    Option("SO_RCVBUF", _SO, socket.SO_RCVBUF, doubled=True),
+    Option("SO_SNDBUF", _SO, socket.SO_SNDBUF, doubled=True),
+    Option("SO_BUF_LOCK", _SO, 72),  # since 5.14; set last, because a size locks
+    Option("SO_PRIORITY", _SO, socket.SO_PRIORITY, privilege="CAP_NET_ADMIN above 6"),
+    Option("SO_MARK", _SO, socket.SO_MARK, privilege="CAP_NET_ADMIN or CAP_NET_RAW"),
+    Option("SO_BUSY_POLL", _SO, 46, privilege="CAP_NET_ADMIN to raise"),
+    Option("SO_INCOMING_CPU", _SO, socket.SO_INCOMING_CPU),
+    Option("SO_MAX_PACING_RATE", _SO, 47),
+    Option("SO_BINDTODEVICE", _SO, socket.SO_BINDTODEVICE, 16, privilege="CAP_NET_RAW to change"),
+    Option("SO_LOCK_FILTER", _SO, 44, stays="locked for ever"),
+    Option("IP_TOS", _IP, socket.IP_TOS),
+    Option("IP_TTL", _IP, socket.IP_TTL),
+    Option("IP_MINTTL", _IP, reuseport.IP_MINTTL),
+    Option("IP_MTU_DISCOVER", _IP, 10),
+    Option("IP_TRANSPARENT", _IP, socket.IP_TRANSPARENT, privilege="CAP_NET_ADMIN to set"),
+    Option("IPV6_TCLASS", _IPV6, socket.IPV6_TCLASS),
+    Option("IPV6_UNICAST_HOPS", _IPV6, socket.IPV6_UNICAST_HOPS),
+    Option("IPV6_MINHOPCOUNT", _IPV6, reuseport.IPV6_MINHOPCOUNT),
+    Option("IPV6_MTU_DISCOVER", _IPV6, 23),
+    Option("TCP_NODELAY", _TCP, socket.TCP_NODELAY),
+    Option("TCP_MAXSEG", _TCP, socket.TCP_MAXSEG, cleared=True),
+    Option("TCP_CORK", _TCP, socket.TCP_CORK),
+    Option("TCP_KEEPIDLE", _TCP, socket.TCP_KEEPIDLE),
+    Option("TCP_KEEPINTVL", _TCP, socket.TCP_KEEPINTVL),
+    Option("TCP_KEEPCNT", _TCP, socket.TCP_KEEPCNT),
+    Option("TCP_SYNCNT", _TCP, socket.TCP_SYNCNT),
+    Option("TCP_LINGER2", _TCP, socket.TCP_LINGER2),
+    Option("TCP_DEFER_ACCEPT", _TCP, socket.TCP_DEFER_ACCEPT),
+    Option("TCP_WINDOW_CLAMP", _TCP, socket.TCP_WINDOW_CLAMP, stays="cannot be unset"),
+    Option("TCP_CONGESTION", _TCP, socket.TCP_CONGESTION, 16, privilege="CAP_NET_ADMIN for some"),
+    Option("TCP_USER_TIMEOUT", _TCP, socket.TCP_USER_TIMEOUT),
+    Option("TCP_FASTOPEN", _TCP, socket.TCP_FASTOPEN),
+    Option("TCP_NOTSENT_LOWAT", _TCP, socket.TCP_NOTSENT_LOWAT),
+    Option("TCP_SAVE_SYN", _TCP, 27),
+    Option("TCP_ULP", _TCP, 31, 16, stays="cannot be taken off"),
+)
+
+
+def take(one: socket.socket) -> Snapshot:
+    """Return the options of a socket, without those that its kernel or family does not have."""
+    found = {each.name: content for each, content in _read(one)}
+    with suppress(OSError):
+        found[BACKLOG] = str(backlog(one)[1]).encode()
+    return found
+
+
+def restore(one: socket.socket, before: Snapshot) -> list[str]:
+    """Set the options of a listening socket as they were; return the names of those that stay."""
+    changed = []
+    for each, content in _read(one):
+        wanted = before.get(each.name, content)
+        if wanted != content:
+            changed.append(each.name)
+            with suppress(OSError):
+                _set(one, each, wanted)
+    if BACKLOG in before:
+        with suppress(OSError):
+            if str(backlog(one)[1]).encode() != before[BACKLOG]:
+                one.listen(int(before[BACKLOG]))
+    if not changed:
+        return []
+    return [each.name for each, content in _read(one) if content != before.get(each.name, content)]
+
+
+def backlog(one: socket.socket) -> tuple[int, int]:
+    """Return how many wait to be accepted, and how many may.  Raises OSError."""
+    if one.family == socket.AF_UNIX:
+        return sock_diag.queue_of_unix(one)
+    return reuseport.queue(one)
+
+
+def as_text(one: Snapshot) -> str:
+    """Return a snapshot as text that from_text() reads."""
+    return " ".join(f"{name}={content.hex()}" for name, content in one.items())
+
+
+def from_text(text: str) -> Snapshot:
+    """Return the snapshot of a text that as_text() has written."""
+    pairs = (each.partition("=") for each in text.split())
+    return {name: bytes.fromhex(content) for name, _, content in pairs}
+
+
+def _set(one: socket.socket, option: Option, wanted: bytes) -> None:
+    """Set an option to what it was read as.  Raises OSError."""
+    if option.doubled:
+        wanted = (int.from_bytes(wanted, _ORDER) // 2).to_bytes(_BYTES, _ORDER)
+    if option.cleared:
+        one.setsockopt(option.level, option.number, 0)
+        if one.getsockopt(option.level, option.number, option.size) == wanted:
+            return
+    one.setsockopt(option.level, option.number, wanted)
+
+
+def _read(one: socket.socket) -> Iterator[tuple[Option, bytes]]:
+    families = {_IPV6: (socket.AF_INET6,), _SO: None}
+    for each in OPTIONS:
+        of = families.get(each.level, (socket.AF_INET, socket.AF_INET6))
+        if of is not None and one.family not in of:
+            continue
+        with suppress(OSError):  # an older kernel
+            content = one.getsockopt(each.level, each.number, each.size)
+            if each.number == socket.SO_LINGER and each.level == _SO and not any(content[:4]):
+                content = bytes(each.size)  # off: the seconds of before do not count
+            yield each, content

@@ -117,7 +117,7 @@ def test_of_eight_starters_at_once_exactly_one_wins(start: Start, stale: str | N
     watcher = threading.Thread(target=look)
     watcher.start()
     words = ("--pid-file", "pid", "--log-file", "log")
-    starters = [start.popen(*words, f"unix:s{n}", "--", *MINIMAL) for n in range(8)]
+    starters = [start.popen(*words, f"unix:s{n}?mode=0600", "--", *MINIMAL) for n in range(8)]
     results = [(each.communicate(timeout=60)[1], each.returncode) for each in starters]
     done.set()
     watcher.join()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import string
 from collections import Counter
 from collections.abc import Sequence
 
@@ -16,6 +17,9 @@ from .fields import listed, text_in
 from .query_all import SocketAnswer, ask_all
 
 _NAMES_SHOWN = 8
+
+#: Characters that mean nothing to a shell, wherever in a word.
+_SHELL_SAFE = frozenset(string.ascii_letters + string.digits + "@%+:,./_-")
 
 
 def sockets() -> list[str]:
@@ -52,8 +56,12 @@ def by_name(name: str) -> str:
 
 
 def running(begun: str) -> list[str]:
-    """Return the names of instances that run, for one who has begun to type one."""
-    return [name for name in names(everything()) if name.startswith(begun)]
+    """Return the names of instances that run, for one who has begun to type one.
+
+    Without those in which a shell would see a command: any process can choose its name.
+    """
+    found = names(everything())
+    return [each for each in found if each.startswith(begun) and not set(each) - _SHELL_SAFE]
 
 
 def names(found: Sequence[SocketAnswer]) -> list[str]:

@@ -315,7 +315,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "ps shows arguments: put secrets into a file.", multiple=True),
         Option("env-file", TEXT, "File of NAME=VALUE lines, read again at each reload.",
                "env_file", "changes, and is read again", metavar="FILE"),
-        Option("clear-env", FLAG, "Pass on none of the caller's environment."),
+        Option("clear-env", FLAG, "Pass on none of the caller's environment; PATH is systemd's."),
         Option("keep-env", NAMES, "Pass on only these variables of the caller's environment.\n"
                "See docs/security.md.", "keep_env", unset="all",
                show=lambda names: "all" if names is None else NAMES.show(names)),

@@ -13,6 +13,7 @@ import errno
 import os
 import stat
 from collections import deque
+from contextlib import suppress
 
 from ..model.settings import Identity
 from .cleanup import on_error
@@ -60,24 +61,31 @@ def _open_strictly(path: str, identity: Identity | None) -> tuple[int, bool]:
     parent, name = os.path.split(os.path.normpath(path))
     folder = _open_folder(parent)
     try:
+        around = os.fstat(folder)
+        with suppress(FileNotFoundError):  # before it is opened: that alone may have an effect
+            _refuse(os.lstat(name, dir_fd=folder), around, identity, path)
         try:
             fd, made = _open(name, folder, os.O_NOFOLLOW)
         except OSError as error:
             if error.errno == errno.ELOOP:
                 error.strerror = _LINKED
             raise
-        found, around = os.fstat(fd), os.fstat(folder)
     finally:
         os.close(folder)
+    with on_error(os.close, fd):
+        _refuse(os.fstat(fd), around, identity, path)  # it may be another one by now
+    return fd, made
+
+
+def _refuse(
+    found: os.stat_result, around: os.stat_result, identity: Identity | None, path: str
+) -> None:
+    """Raise OSError for a file that others may have put there; around: its folder."""
     theirs = unmistakable_users((0, around.st_uid, *((identity.uid,) if identity else ())))
     if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
-        why = "it has another name (a hard link)"
-    elif around.st_mode & stat.S_IWOTH and found.st_uid not in theirs:
-        why = "somebody else has put a file there"
-    else:
-        return fd, made
-    os.close(fd)
-    raise OSError(errno.EPERM, why, path)
+        raise OSError(errno.EPERM, "it has another name (a hard link)", path)
+    if around.st_mode & stat.S_IWOTH and found.st_uid not in theirs:
+        raise OSError(errno.EPERM, "somebody else has put a file there", path)
 
 
 def _open_folder(path: str) -> int:

@@ -57,11 +57,27 @@ def become(identity: Identity, nice: int, *, starts_others: bool) -> None:
         change_user(identity)
         if starts_others:
             _set_capabilities(KEPT)
+        elif identity.uid != 0 and _may_have_capabilities():
+            _prctl(_PR_CAP_AMBIENT, _AMBIENT_CLEAR_ALL)
+            _set_capabilities(())
     except OSError as error:
         raise SystemRefused(
             f"cannot become {identity.user}: {error.strerror}; root without CAP_SETUID and "
             "CAP_SETGID cannot"
         ) from error
+
+
+def _may_have_capabilities() -> bool:
+    """Say whether a change of the user has left some (SECBIT_NO_SETUID_FIXUP, capabilities(7)).
+
+    Not asked of prctl(2), which usually would be called for this alone.
+    """
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+            found = [line.split() for line in file if line.startswith("Cap")]
+    except OSError:
+        return True
+    return any(int(mask, 16) for name, mask in found if name != "CapBnd:")
 
 
 def no_new_privileges() -> None:

@@ -18,6 +18,9 @@ from .executable import resolve
 #: What belongs to the protector alone and must not reach a worker.
 _PRIVATE = ("NOTIFY_SOCKET", "LISTEN_", "WATCHDOG_", "SOCKETPROTECTOR_", "FDSTORE")
 
+#: systemd's, for workers that do not get the caller's PATH (systemd.exec(5)).
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
 #: Runs an adapter from this very package, wherever it was loaded from, and little else.
 _RUN = (
     "import sys; sys.path[:0] = sys.argv.pop(1).split(':'); "
@@ -103,6 +106,8 @@ def inherited_environment(settings: Settings) -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith(_PRIVATE) and (keep is None or name in keep)
     }
+    if keep is not None:
+        found.setdefault("PATH", _PATH)
     who = settings.worker_identity or settings.identity
     if who is not None:
         names = {"HOME": who.home, "SHELL": who.shell, "USER": who.user, "LOGNAME": who.user}

@@ -80,6 +80,25 @@ def test_a_user_without_others_to_start_has_nothing_left() -> None:
     assert {found[name] for name in ("CapPrm", "CapEff", "CapInh", "CapAmb")} == {NONE}
 
 
+@pytest.mark.parametrize("starts_others", [False, True])
+def test_capabilities_go_even_where_a_change_of_the_user_keeps_them(starts_others: bool) -> None:
+    """As in a container with SECBIT_NO_SETUID_FIXUP, and with one that is inherited."""
+
+    def become() -> None:
+        privileges._prctl(28, 1 << 2)  # PR_SET_SECUREBITS
+        some = (*privileges.KEPT, 8)  # CAP_SETPCAP
+        privileges._set_capabilities(some, inheritable=some)
+        privileges._prctl(privileges._PR_CAP_AMBIENT, 2, privileges.KEPT[0])
+        privileges.become(A, 0, starts_others=starts_others)
+        if starts_others:
+            privileges.reclaim()
+
+    found = in_a_child(become)
+
+    assert found["CapPrm"] == found["CapEff"] == (KEPT if starts_others else NONE)
+    assert [found[name] for name in ("CapInh", "CapAmb")] == [NONE] * 2
+
+
 def test_a_process_that_starts_others_keeps_three_and_passes_none_on() -> None:
     found = in_a_child(keep_three)
 

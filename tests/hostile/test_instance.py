@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from socketprotector.ctl import render
+from socketprotector.ctl import discovery, render
 from socketprotector.ctl.client import Client
 from socketprotector.ctl.errors import NoProtector
 from socketprotector.ctl.query_all import ask_all
@@ -186,3 +186,11 @@ def test_the_tools_do_what_they_say(folder: Path) -> None:
         client.connect(path)
         client.send(b"\n")
         assert b'"a": 1' in client.recv(4096)
+
+
+@pytest.mark.parametrize("name", ["web;reboot", "$(reboot)", "a`b`", "a b", "a\nb", "a&b", "~x"])
+def test_no_name_is_completed_that_a_shell_would_run(fake: Fake, name: str) -> None:
+    """Beside one that is good, and completed."""
+    assert discovery.running("") == ["web"]
+    fake.status["name"] = name
+    assert discovery.running("") == []

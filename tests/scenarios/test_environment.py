@@ -84,9 +84,9 @@ def test_a_command_is_looked_for_where_workers_look_for_it(
 @pytest.mark.parametrize(
     ("options", "kept"),
     [
-        (["--clear-env"], set()),
+        (["--clear-env"], {"PATH"}),
         (["--keep-env", "COLOUR,PATH"], {"COLOUR", "PATH"}),
-        (["--clear-env", "--keep-env", "COLOUR, NOT_THERE"], {"COLOUR"}),
+        (["--clear-env", "--keep-env", "COLOUR, NOT_THERE"], {"COLOUR", "PATH"}),
     ],
 )
 def test_workers_get_no_more_of_the_callers_than_is_asked_for(
@@ -97,4 +97,5 @@ def test_workers_get_no_more_of_the_callers_than_is_asked_for(
     assert found["OWN"] == "1"
     theirs = {name for name in found if not name.startswith("SOCKETPROTECTOR_")}
     assert theirs == kept | {"OWN", "NOTIFY_SOCKET", "PWD"}
+    assert (found["PATH"] == os.environ["PATH"]) == (options[-1] == "COLOUR,PATH")
     assert "SOCKETPROTECTOR_CHANNEL" in found

@@ -216,7 +216,7 @@ def test_a_program_of_its_own_needs_only_the_standard_library(module: str) -> No
 
 
 #: Of socketprotectorctl what asks a control socket; the exporter uses it, too.
-ASKING = ("client", "discovery", "errors", "fields", "query_all")
+ASKING = ("client", "discovery", "errors", "fields", "message", "query_all")
 
 
 @together("name", ASKING)

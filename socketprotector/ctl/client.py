@@ -25,6 +25,8 @@ from ..model.text import in_units
 from ..system.cleanup import on_error
 from ..system.foreign_descriptors import refuse_descriptors
 from .errors import ConnectionLost, NoProtector, RequestRefused
+from .fields import label, text_in
+from .message import message_in
 
 VERSION = 1
 #: A protector answers within milliseconds; one that starts after a crash takes some hundred, and
@@ -35,8 +37,6 @@ RETURN_S = 10.0
 _TRY_EVERY_S = 0.05
 #: The status of a protector with 1,000 workers has 300 KB; a longer line is no protector's.
 LONGEST_LINE = 4 * 1024 * 1024
-#: The values of a line, which take some 100 bytes each: that status has 20,000.
-MOST_VALUES = 200_000
 #: Before the answer to a request.  A protector keeps 1 MiB for a client that does not read.
 _MOST_EVENTS, _MOST_EVENT_BYTES = 10_000, 4 * 1024 * 1024
 #: sun_path's room, less the zero at its end (unix(7)).
@@ -203,13 +203,8 @@ class Client:
         line = self._line(until)
         if line is None:
             return None
-        if sum(map(line.count, (b",", b":", b"[", b"{"))) > MOST_VALUES:
-            raise self._foreign()
-        try:
-            message = json.loads(line)
-        except (ValueError, RecursionError):
-            message = None
-        if not isinstance(message, dict):
+        message = message_in(line)
+        if message is None:
             raise self._foreign()
         return message, len(line)
 
@@ -320,4 +315,4 @@ def _result(message: Message) -> Message:
     if message.get("ok") is True:
         result = message.get("result")
         return result if isinstance(result, dict) else {}
-    raise RequestRefused(str(message.get("code")), str(message.get("error")))
+    raise RequestRefused(label(message, "code") or "refused", text_in(message, "error"))

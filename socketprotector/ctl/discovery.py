@@ -13,7 +13,7 @@ from ..model.text import escape
 from ..system import control_path
 from .client import connect, lives
 from .errors import NoProtector, RequestRefused
-from .fields import listed, text_in
+from .fields import label, listed, text_in
 from .query_all import SocketAnswer, ask_all
 
 _NAMES_SHOWN = 8
@@ -83,7 +83,7 @@ def names(found: Sequence[SocketAnswer]) -> list[str]:
 def _names_of(found: SocketAnswer) -> tuple[str, ...]:
     """Return what one may be called, the shortest first."""
     status = found.result or {}
-    name = text_in(status, "name") or control_path.key(found.path)
+    name = label(status, "name") or control_path.key(found.path)
     listeners = listed(status, "listeners")
     return (
         (name, *control_path.apart(name, text_in(listeners[0], "address")))

@@ -17,7 +17,17 @@ from .cli import Instance, command, complain, plural, say, say_json, say_last_wo
 from .client import Client, Message
 from .connections import AT_LEAST, AT_MOST, EXACT, Connection, HiddenWorker, addresses_of, look
 from .errors import ConnectionLost, NewVersionFailed, NoProtector, NotReady, RequestRefused
-from .fields import is_lame_duck, listed, measure, number_in, text_in, unhealthy, why_not_ready
+from .fields import (
+    is_lame_duck,
+    label,
+    listed,
+    measure,
+    number_in,
+    text_in,
+    unhealthy,
+    why_not_ready,
+)
+from .query_all import SocketAnswer
 from .reload_progress import LEAVING
 
 _AGAIN_EVERY_S = 1.0
@@ -25,6 +35,8 @@ _AGAIN_EVERY_S = 1.0
 _DIFF_S = 60.0
 #: How long one look for the next event takes; its end is not visible.
 _LISTEN_S = 3600.0
+#: What `list` shows of an instance's listeners.
+_ADDRESSES, _ADDRESS_CHARACTERS = 64, 200
 _BOUNDS = {EXACT: "", AT_LEAST: ">=", AT_MOST: "<="}
 
 
@@ -307,30 +319,39 @@ def list_all(instance: Instance, living: bool, as_json: bool) -> None:
     if not found:
         say(f"no protector has a control socket in {discovery.where()}")
         return
-    from . import render, status_table
+    from . import render
 
     rows = []
     for name, each in zip(names, found, strict=True):
-        state = each.result or {}
-        phase = text_in(state, "phase")
-        if status_table.untaken(state):
-            phase = "takes nobody"
-        elif is_lame_duck(state):
-            phase = "lame duck"
-        elif unhealthy(state) is not None:
-            phase = "unhealthy"
-        route = state.get("route")
-        rows.append(
-            (
-                name,
-                phase or each.why,
-                number_in(state, "pid") or each.pid or None,
-                route if isinstance(route, int) else None,
-                render.age_text(state.get("now"), state.get("started_at")),
-                render.count(state.get("forwarded")),
-                " ".join(addresses_of(state)),
-                each.path,
-            )
-        )
+        try:
+            rows.append(_row(name, each))
+        except Exception:  # a status that nobody has thought of hides no other instance
+            rows.append(_row(name, SocketAnswer(each.path, pid=each.pid, why="no protector")))
     headings = "NAME PHASE PID GENERATION UP FORWARDED LISTENS CONTROL"
     render.show(render.columns(headings, rows))
+
+
+def _row(name: str, found: SocketAnswer) -> tuple[str | int | None, ...]:
+    """Return what `list` shows of an instance."""
+    from . import render, status_table
+
+    state = found.result or {}
+    phase = label(state, "phase")
+    if status_table.untaken(state):
+        phase = "takes nobody"
+    elif is_lame_duck(state):
+        phase = "lame duck"
+    elif unhealthy(state) is not None:
+        phase = "unhealthy"
+    route = state.get("route")
+    listens = addresses_of(state)
+    return (
+        name,
+        phase or found.why,
+        number_in(state, "pid") or found.pid or None,
+        route if isinstance(route, int) else None,
+        render.age_text(state.get("now"), state.get("started_at")),
+        render.count(state.get("forwarded")),
+        " ".join(each[:_ADDRESS_CHARACTERS] for each in listens[:_ADDRESSES]),
+        found.path,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 
@@ -29,11 +30,15 @@ def _by_name(name: str) -> str:
 
 
 def labels(found: Sequence[SocketAnswer]) -> list[str]:
-    """What to call instances: the path of the socket where nothing else tells two apart."""
+    """What to call instances: the path of the socket where nothing else tells two apart.
+
+    Each is another one, and can be encoded: a file's name may have any bytes.
+    """
     names = discovery.names(found)
+    paths = [os.fsencode(each.path).decode("utf-8", "backslashreplace") for each in found]
     return [
-        name if names.count(name) == 1 else each.path
-        for name, each in zip(names, found, strict=True)
+        name if names.count(name) == 1 and name not in paths and name.isprintable() else path
+        for name, path in zip(names, paths, strict=True)
     ]
 
 
@@ -60,7 +65,6 @@ class ProtectorCollector(Collector):
                     series.add_silent(name)
                     continue
                 totals = self._totals.setdefault(found.path, Counters())
-                totals.see(found.result)
                 series.add(name, found.result, totals)
         return [family for family in series.families() if family.samples]
 

@@ -99,7 +99,17 @@ class MetricSet:
         self._put("up", instance, 0.0)
 
     def add(self, instance: str, status: Status, totals: Counters) -> None:
-        """Add an instance by its status, which `totals` has seen."""
+        """Add an instance by its status; all or nothing of it, so that it hides no other one."""
+        before = {name: len(family.samples) for name, family in self._families.items()}
+        try:
+            totals.see(status)
+            self._add(instance, status, totals)
+        except Exception:  # a status that nobody has thought of
+            for name, samples in before.items():
+                del self._families[name].samples[samples:]
+            self.add_silent(instance)
+
+    def _add(self, instance: str, status: Status, totals: Counters) -> None:
         self._put("up", instance, 1.0)
         version = label(status, "version")
         if version is not None:

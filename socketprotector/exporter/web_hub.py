@@ -21,6 +21,7 @@ from typing import Any
 from .. import __version__
 from ..ctl.client import LONGEST_LINE, VERSION, Message, connect
 from ..ctl.errors import NoProtector, RequestRefused
+from ..ctl.message import message_in
 from ..ctl.query_all import SocketAnswer
 from .collector import labels
 from .peers import Peers
@@ -271,7 +272,9 @@ class Hub:
                     continue
                 except asyncio.IncompleteReadError:
                     return
-                message = json.loads(line)
+                message = message_in(line)
+                if message is None:
+                    raise NoProtector(feed.instance.path, "no protector")
                 if "event" in message:
                     self._heard(feed, message)
                     if answered:
@@ -280,7 +283,8 @@ class Hub:
                     raise RequestRefused(str(message.get("code")), str(message.get("error")))
                 elif message.get("id") == "status":
                     before = feed.changed
-                    self._saw(feed, message["result"])
+                    result = message.get("result")
+                    self._saw(feed, result if isinstance(result, dict) else {})
                     answered = True
                     due = asked_at + self._interval_s(changes=feed.changed != before)
         finally:

@@ -291,3 +291,21 @@ class Fake:
         self.cut_all()
         for each in self._threads[1:]:
             each.join()
+
+
+#: What a false instance answers instead of its status.
+MALFORMED = (
+    b"[" * 200_000,
+    b'{"name":"a\\ud800b","phase":"serving","route":1}',
+    b'{"name":"bad","phase":"serving","now":1e999,"route":1,"started_at":' + b"9" * 400 + b"}",
+)
+
+
+def malformed(fake: Fake, result: bytes) -> None:
+    """Let a fake answer its status with these bytes."""
+
+    def answer(connection: Connection, asked: Message) -> None:
+        head = json.dumps(asked["id"]).encode()
+        connection.socket.sendall(b'{"v":1,"id":%b,"ok":true,"result":%b}\n' % (head, result))
+
+    fake.answers["status"] = answer

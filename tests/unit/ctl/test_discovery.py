@@ -13,7 +13,7 @@ import pytest
 from socketprotector.ctl.client import Client
 from socketprotector.system import control_path
 from tests.running import Ended
-from tests.unit.ctl.fake import Fake, Message, Refusing, listener
+from tests.unit.ctl.fake import MALFORMED, Fake, Message, Refusing, listener, malformed
 
 Ctl = Callable[..., Ended]
 Fakes = Callable[[str], Fake]
@@ -231,6 +231,21 @@ def test_list_shows_the_living_the_dead_the_denied_and_the_silent(
     listed = json.loads(ctl("list", "--living", "--json").out)["instances"]
     assert [each["key"] for each in listed] == ["secret", "slow", "web"]
     assert listed[2]["status"]["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("result", MALFORMED, ids=["brackets", "surrogate", "numbers"])
+def test_list_shows_the_others_beside_a_malformed_status(
+    fakes: Fakes, ctl: Ctl, result: bytes
+) -> None:
+    fakes("good")
+    malformed(fakes("bad"), result)
+
+    said = ctl("list")
+
+    assert (said.status, said.err) == (0, "")
+    lines = said.out.splitlines()
+    assert [line for line in lines if line.startswith("good") and " serving " in line]
+    assert len(lines) == 3
 
 
 def test_list_of_none(folder: Path, ctl: Ctl) -> None:

@@ -24,7 +24,7 @@ from socketprotector.exporter.token_file import read_token
 from socketprotector.model.errors import UsageError
 from tests.running import DEADLINE_S
 from tests.together import together
-from tests.unit.ctl.fake import Fake, health, listener, status
+from tests.unit.ctl.fake import MALFORMED, Fake, health, listener, malformed, status
 from tests.unit.exporter.conftest import Exporter, run
 
 Start = Callable[..., Exporter]
@@ -59,6 +59,21 @@ def scraped(exporter: Exporter) -> Values:
         for sample in family.samples
         if sample.labels.keys() == {"instance"}
     }
+
+
+def test_a_malformed_status_hides_no_other_instance(
+    exporter: Start, fakes: Callable[[str], Fake]
+) -> None:
+    good, bad = fakes("good"), fakes("bad")
+    one = exporter("--control", good.path, "--control", bad.path)
+    for result in MALFORMED:
+        malformed(bad, result)
+        values = scraped(one)
+        assert values["socketprotector_up", "good"] == 1
+        assert values["socketprotector_connections_active", "good"] == 3
+        assert len([name for name in values if name[0] == "socketprotector_up"]) == 2
+        assert "good" not in get(f"{one.address}/readyz")[2]
+        assert get(f"{one.address}/readyz/good")[0] == 200
 
 
 def test_a_scrape_has_every_instance(exporter: Start, fakes: Callable[[str], Fake]) -> None:

@@ -51,6 +51,7 @@ class BoundedServer(ThreadingMixIn, TCPServer):
             if request not in self._waited_for:
                 raise ConnectionAbortedError
             del self._waited_for[request]
+            request.settimeout(CONNECTION_S)
 
     def answers(self, request: Any) -> None:
         """The answer is made: for the rest it is the client that is waited for."""

@@ -6,7 +6,9 @@ Source: ssl, http.server.
 from __future__ import annotations
 
 import hmac
+import io
 import ssl
+import time
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
@@ -19,7 +21,7 @@ from prometheus_client.exposition import choose_encoder
 from .. import __version__
 from ..model.errors import UsageError
 from ..model.text import escape
-from .bounded import BoundedServer
+from .bounded import CONNECTION_S, BoundedServer
 from .collector import ProtectorCollector
 from .token_file import read_token
 
@@ -28,6 +30,7 @@ _PAGES = "/metrics, /healthz, /readyz, /readyz/NAME"
 _ONE = "/readyz/"
 #: Behind either: unhealthy is not ready.
 _HEALTH = "health"
+_HEAD_BYTES = 16 * 1024
 
 
 class Server(BoundedServer):
@@ -70,14 +73,56 @@ class Server(BoundedServer):
         super().finish_request(request, client_address)
 
 
+class _TooLong(OSError):
+    """A request's head has more bytes, or takes more time, than any of ours."""
+
+
+class _Head(io.RawIOBase):
+    """The bytes of a request's head: http.server would take 6 MB of it, before any token."""
+
+    def __init__(self, request: Any) -> None:
+        self._request = request
+        self._left, self._until_s = _HEAD_BYTES, time.monotonic() + CONNECTION_S
+
+    def readable(self) -> bool:
+        """Say that it can be read, as io asks."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what has come.  Raises _TooLong, OSError."""
+        left_s = self._until_s - time.monotonic()
+        if not self._left or left_s <= 0:
+            raise _TooLong
+        self._request.settimeout(left_s)
+        with memoryview(buffer) as whole:
+            count = int(self._request.recv_into(whole[: self._left]))
+        self._left -= count
+        return count
+
+
 class Handler(BaseHTTPRequestHandler):
-    """One connection."""
+    """One connection, for one request."""
 
     server: Server
     server_version = f"socketprotector-exporter/{__version__}"
     sys_version = ""
     error_message_format = "%(message)s\n"
     error_content_type = "text/plain; charset=utf-8"
+
+    def setup(self) -> None:
+        """Read the request through a bound."""
+        super().setup()
+        self.rfile.close()
+        self.rfile = io.BufferedReader(_Head(self.request))
+
+    def handle(self) -> None:
+        """Answer one request; its head may be too long."""
+        try:
+            super().handle()
+        except _TooLong:
+            self.request_version, self.requestline, self.command = self.protocol_version, "", ""
+            self.request.settimeout(CONNECTION_S)
+            self.send_error(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
 
     def do_GET(self) -> None:
         self.server.asked(self.request)

@@ -31,15 +31,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..model.errors import SystemRefused, UsageError
 from ..system.cleanup import on_error
 from .peers import Peers
+from .visits import Visits
 from .web_hub import Hub
 
 DEFAULT = "127.0.0.1:9433"
 VIEWERS = 64
-#: Connections; each viewer has one, and those of a browser that loads the page.
-_CONNECTIONS = 256
 #: A viewer that reads nothing for so long is gone.
 _UNREAD_MS = 60_000
-_BACKLOG = 64
+_BACKLOG = 256
 _FOLDER = Path(__file__).with_name("page")
 _FILES = {
     "/": ("page.html", "text/html"),
@@ -194,11 +193,12 @@ class Page:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=_CONNECTIONS,
         )
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(hub.run())
-            tasks.create_task(uvicorn.Server(config).serve(sockets=[self._socket]))
+            server = uvicorn.Server(config)
+            tasks.create_task(server.serve(sockets=[]))
+            Visits(self._socket, config, server.server_state).watch()
 
 
 def _bind_tcp(address: str) -> socket.socket:

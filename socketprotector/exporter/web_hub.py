@@ -284,7 +284,9 @@ class Hub:
                 elif message.get("id") == "status":
                     before = feed.changed
                     result = message.get("result")
-                    self._saw(feed, result if isinstance(result, dict) else {})
+                    if not isinstance(result, dict):
+                        raise NoProtector(feed.instance.path, "no protector")
+                    self._saw(feed, result)
                     answered = True
                     due = asked_at + self._interval_s(changes=feed.changed != before)
         finally:

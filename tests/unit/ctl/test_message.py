@@ -136,9 +136,9 @@ def test_no_value_of_any_field_stops_who_shows_it(data: some.DataObject) -> None
         listeners,
         last_reload,
         status_table.generations,
-        status_table.workers,
     ):
         show(found)
+    status_table.workers(found, {})
     queries._row("web", SocketAnswer("/run/x", found))
     metrics = exposed(found)
     assert 'up{instance="web-0"} 1.0' in metrics

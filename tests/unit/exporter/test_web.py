@@ -503,14 +503,16 @@ def test_a_refusal_is_told(exporter: Starter, fakes: Fakes, viewer: Look, code: 
 def test_junk_is_no_protector_and_does_not_end_the_page(
     exporter: Starter, fakes: Fakes, viewer: Look
 ) -> None:
-    junk, huge = fakes("junk"), fakes("huge")
+    junk, huge, fine = fakes("junk"), fakes("huge"), fakes("fine")
     junk.answers["status"] = lambda *_: {"generations": [{"number": {}, "wait_us": {"buckets": 3}}]}
     huge.answers["status"] = lambda *_: {"forwarded": 10**400}
+    fine.answers["status"] = lambda *_: []  # type: ignore[assignment]
     fakes("web")
     seen = viewer(exporter(*WEB))
 
     seen.until(lambda v: v.one("web").get("phase") == "serving")
-    seen.until(lambda v: v.one("huge").get("why") == "no protector")
+    seen.until(lambda v: v.one("huge").get("phase") == "unknown")
+    seen.until(lambda v: v.one("fine").get("why") == "no protector")
     seen.until(lambda v: v.one("junk").get("phase") == "unknown")
 
 

@@ -53,7 +53,7 @@ def test_without_a_memfd_the_start_fails_in_one_line_and_leaves_nothing(
 ) -> None:
     environment = injected(start.folder / "fault.py", MEMFD_FAILS.format(name=name, code=code))
 
-    ended = start(*mode, "unix:s", "--", *MINIMAL, environment=environment)
+    ended = start(*mode, "unix:s?mode=0600", "--", *MINIMAL, environment=environment)
 
     assert ended.status == 111, ended
     assert ended.lines == [f"SocketProtector: {reason}: {os.strerror(getattr(errno, code))}"]
@@ -86,7 +86,7 @@ def test_without_a_process_for_the_relay_the_start_fails_in_one_line_and_leaves_
 ) -> None:
     environment = injected(start.folder / "fault.py", RELAY_FAILS)
 
-    ended = start(*mode, "unix:s", "--", *MINIMAL, environment=environment)
+    ended = start(*mode, "unix:s?mode=0600", "--", *MINIMAL, environment=environment)
 
     assert ended.status == 111, ended
     assert ended.lines[0].startswith(f"SocketProtector: cannot start the relay {what}: ")
@@ -99,7 +99,7 @@ def test_without_a_process_for_a_relay_that_was_not_asked_for_it_starts_and_says
 ) -> None:
     environment = injected(start.folder / "fault.py", RELAY_FAILS)
 
-    ended = start("--log-file", "log", "unix:s", "--", *MINIMAL, environment=environment)
+    ended = start("--log-file", "log", "unix:s?mode=0600", "--", *MINIMAL, environment=environment)
 
     assert ended.status == 0, ended
     assert "event=notice text=\"cannot start the relay of workers' output" in start.log
@@ -121,7 +121,7 @@ def test_without_what_else_it_takes_the_start_fails_in_one_line_and_leaves_nothi
     fails = f"import select, socket\ndef fails(*_):\n    raise fault({code!r})\n{call} = fails\n"
     environment = injected(start.folder / "fault.py", fails)
 
-    ended = start("--log-file", "log", "unix:s", "--", *MINIMAL, environment=environment)
+    ended = start("--log-file", "log", "unix:s?mode=0600", "--", *MINIMAL, environment=environment)
 
     assert ended.status == 111, ended
     [line] = ended.lines

@@ -44,6 +44,8 @@ AGAIN = frozenset(
 )
 #: The system is out of something: what cannot be had now can be later.
 SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+#: The name of a UNIX socket has 108 bytes, with the one that ends it.
+_LONGEST_PATH = 107
 #: One that was shut down hangs up; a UNIX one is readable then, too (tcp_poll(), unix_poll()).
 _CLIENT_OR_END = select.POLLIN | select.POLLRDHUP
 
@@ -423,16 +425,22 @@ class Listener:
                 old = os.lstat(path)
                 if not _is_file_of(self.settings, old):
                     raise OSError(errno.EEXIST, "somebody has put another file in its place")
-                os.unlink(path)
+                # Under another name until it listens: a client always finds one of the two.
+                beside = f"{os.path.dirname(path)}/.{os.urandom(2).hex()}"
+                if len(os.fsencode(beside)) > _LONGEST_PATH:
+                    os.unlink(path)
+                    beside = path
                 before = os.umask(0o777 & ~old.st_mode)
                 try:
-                    made.bind(path)
+                    made.bind(beside)
                 finally:
                     os.umask(before)
-                uid = -1 if old.st_uid == os.geteuid() else old.st_uid
-                gid = -1 if old.st_gid == os.lstat(path).st_gid else old.st_gid
-                found = give(path, uid, gid, _chown)
-                made.listen(self._backlogs[0])
+                with on_error(os.unlink, beside):
+                    uid = -1 if old.st_uid == os.geteuid() else old.st_uid
+                    gid = -1 if old.st_gid == os.lstat(beside).st_gid else old.st_gid
+                    found = give(beside, uid, gid, _chown)
+                    made.listen(self._backlogs[0])
+                    os.rename(beside, path)
         self.settings = replace(self.settings, device=found.st_dev, inode=found.st_ino)
         return made
 

@@ -6,7 +6,9 @@ import errno
 import os
 import select
 import socket
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -392,6 +394,65 @@ def test_a_unix_socket_is_bound_anew_with_the_rights_that_it_had(tmp_path: Path,
         assert listener.has_waiting()
     listener.close()
     assert not path.exists()
+
+
+def test_a_client_finds_a_file_at_every_moment_in_which_one_is_bound_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "socket"
+    listener = on_file(path)
+    listener.socket.shutdown(socket.SHUT_RDWR)
+    seen = []
+
+    def trace(*_: object) -> Any:
+        with socket.socket(socket.AF_UNIX) as client:
+            seen.append(client.connect_ex(str(path)))
+        return trace
+
+    sys.settrace(trace)
+    try:
+        listener.bind_anew(0)
+    finally:
+        sys.settrace(None)
+
+    assert set(seen) == {errno.ECONNREFUSED, 0}, "the old one, then the new one"
+    assert [each.name for each in tmp_path.iterdir()] == ["socket"]
+    assert listener.settings.inode == path.stat().st_ino
+    listener.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", ["rename", "geteuid"])
+def test_one_that_cannot_be_bound_anew_leaves_the_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def fails(*_: object) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    path = tmp_path / "socket"
+    listener = on_file(path)
+    listener.socket.shutdown(socket.SHUT_RDWR)
+    monkeypatch.setattr(os, call, fails)
+    with pytest.raises(OSError, match="Read-only"):
+        listener.bind_anew(0)
+    monkeypatch.undo()
+
+    assert [each.name for each in tmp_path.iterdir()] == ["socket"]
+    listener.close()
+
+
+def test_a_path_without_room_for_another_name_is_bound_anew(tmp_path: Path) -> None:
+    folder = tmp_path / ("f" * (104 - len(str(tmp_path))))
+    folder.mkdir()
+    path = folder / "s"
+    listener = on_file(path)
+    listener.socket.shutdown(socket.SHUT_RDWR)
+
+    listener.bind_anew(0)
+
+    assert listener.is_alive()
+    listener.close()
+    assert list(folder.iterdir()) == []
 
 
 def test_a_file_that_is_another_s_by_now_is_left_alone(tmp_path: Path) -> None:

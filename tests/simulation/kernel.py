@@ -26,6 +26,7 @@ import termios
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from itertools import count
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -257,6 +258,8 @@ class Kernel:
         self.limit = self.room  # now
         self.bound: dict[str, Datagrams] = {}
         self.addresses: dict[Any, Address] = {}  # by what a socket is bound to
+        self.beside: dict[str, Address] = {}  # and those whose file is to be renamed
+        self._inodes_beside = count(1_000_000)
         self.binds_to_devices = True  # any process may (Linux 5.7)
         self.somaxconn = socket.SOMAXCONN  # whatever listen() asks for
         self.group_signals = True  # a pidfd leads to its group (Linux 6.9)
@@ -351,7 +354,11 @@ class Kernel:
                 devnull=os.devnull,
                 defpath=os.defpath,
                 environ={"PATH": "/bin"},
-                path=SimpleNamespace(realpath=lambda path, strict=False: path, exists=lambda _: 1),
+                path=SimpleNamespace(
+                    realpath=lambda path, strict=False: path,
+                    exists=lambda _: 1,
+                    dirname=os.path.dirname,
+                ),
                 strerror=os.strerror,
                 getuid=lambda: 1000,
                 getpid=lambda: 1,
@@ -370,6 +377,8 @@ class Kernel:
                 fstat=self._fstat,
                 lstat=self._lstat,
                 unlink=self._unlink,
+                rename=self._rename,
+                fsencode=os.fsencode,
                 geteuid=lambda: 1000,
                 urandom=random.Random(0).randbytes,
                 get_blocking=lambda fd: not self._listening(fd).nonblocking,
@@ -435,6 +444,10 @@ class Kernel:
         """Return what is at an address that is bound; port 0 is one of its own."""
         if name in self.addresses:
             return self.addresses[name]
+        if isinstance(name, str) and name.startswith("/"):  # it is to be renamed
+            made = self.beside.setdefault(name, Address(socket.AF_UNIX, name))
+            made.inodes = self._inodes_beside
+            return made
         name = name[0], 50_000 + len(self.addresses)
         return self.addresses.setdefault(name, Address(socket.AF_INET, name))
 
@@ -454,14 +467,25 @@ class Kernel:
 
     def _lstat(self, path: str) -> Any:
         self.enter("lstat")
-        address = self.addresses.get(path)
+        address = self.beside.get(path) or self.addresses.get(path)
         if address is None or not address.path_inode:
             raise failure(errno.ENOENT, path)
         inode = address.path_inode
         return SimpleNamespace(st_dev=1, st_ino=inode, st_mode=0o600, st_uid=1000, st_gid=1000)
 
+    def _rename(self, old: str, new: str) -> None:
+        self.enter("rename")
+        source, target = self.beside.pop(old), self.addresses[new]
+        assert source.file is not None
+        target.file, target.path_inode = source.file, source.path_inode
+        target.listening += source.listening
+        source.file.address = target
+        self.changes += 1
+
     def _unlink(self, path: str) -> None:
         self.enter("unlink")
+        if self.beside.pop(path, None) is not None:
+            return
         address = self.addresses.get(path)
         if address is None or not address.path_inode:
             raise failure(errno.ENOENT, path)

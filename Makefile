@@ -122,7 +122,7 @@ lint: $(INSTALLED) ## ruff check and format, mypy --strict, shellcheck, tables o
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck .ci/run packaging/build-completions packaging/build-dists packaging/build-deb packaging/upgrade-running tools/install-packages tools/musl-python tools/vm-root \
+	$(BIN)/shellcheck .ci/run packaging/build-completions packaging/build-dists packaging/build-deb packaging/link-pictures packaging/upgrade-running tools/install-packages tools/musl-python tools/vm-root \
 		tools/vm-image deploy/ansible/release $(wildcard init.d/socketprotector init.d/*.sh)
 	$(BIN)/python tools/reference.py --check
 

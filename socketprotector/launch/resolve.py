@@ -200,6 +200,9 @@ class OptionResolver:
             for field in ("control_group", "status_group")
             if given[field] is not None
         }
+        default = users.status_group(os.environ)
+        if default is not None:
+            groups.setdefault("status_group", default)
         connections, spread = given["retire_after"]
         values = {each.field: given[str(each.name)] for each in OPTIONS if each.field}
         values |= {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+from collections.abc import Mapping
 
 from ..model.errors import UsageError
 from ..model.settings import Identity
@@ -48,6 +49,17 @@ def gid_of(option: str, name: str) -> int:
         return (grp.getgrgid(int(name)) if name.isdecimal() else grp.getgrnam(name)).gr_gid
     except KeyError:
         raise UsageError(f"{option} {name}: unknown group; see getent group") from None
+
+
+def status_group(environment: Mapping[str, str]) -> int | None:
+    """Return the group of a unit's SOCKETPROTECTOR_STATUS_GROUP, where --status-group is not set.
+
+    None: there is no such group, as where no package has made it.
+    """
+    try:
+        return grp.getgrnam(environment.get("SOCKETPROTECTOR_STATUS_GROUP", "")).gr_gid
+    except KeyError:
+        return None
 
 
 def _user(option: str, name: str) -> pwd.struct_passwd:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,7 +114,9 @@ def image(
         # Debian 12's Python is of this version, which is what pip chooses wheels for.
         words = ("--python-version", "3.11", *into)
         run(*PIP, "download", *words, "--require-hashes", "-r", pinned)
-        run(*PIP, "download", *words, "prometheus-client")
+        exporter = str(ROOT / "requirements" / "exporter.txt")
+        run(*PIP, "download", *words, "--require-hashes", "-r", exporter)
+        shutil.copytree(ROOT / "requirements", made.context / "requirements")
         made.build()
         yield made
     finally:

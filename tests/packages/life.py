@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -128,15 +129,18 @@ def start_by_hand(name: str, port: int, *through: str, files: Sequence[str] = ()
     inside(*through, "SocketProtector", *where, "--", "SampleClient", str(port))
 
 
-def install(which: str) -> str:
-    """Install the packages of a folder, as apt does: both at once."""
+def install(which: str, *through: str) -> str:
+    """Install the packages of a folder, as apt does: both at once.
+
+    through: what executes the package manager.
+    """
     place = ROOT / "tmp" / which
     place.mkdir(exist_ok=True)
     for each in (FOLDER / which).iterdir():
         shutil.copy(each, place)
     names = sorted(each.name for each in place.iterdir())
     if MANAGER not in OTHERS:
-        return inside("dpkg", "-i", *(f"/tmp/{which}/{name}" for name in names))
+        return inside(*through, "dpkg", "-i", *(f"/tmp/{which}/{name}" for name in names))
     return run(*OTHERS[MANAGER][0], *(str(place / name) for name in names))
 
 
@@ -193,6 +197,16 @@ def live_as_deb() -> None:
     assert ask() != first
     inside("socketprotectorctl", "ready")
     before = status()
+    # As nobody but its group, the exporter may look; no folder of the caller's is looked into.
+    whose = ("stat", "-c", "%G %a", "/run/socketprotector/web/control")
+    assert inside(*whose) == "socketprotector-status 660\n"
+    planted = ROOT / "tmp/planted"
+    planted.mkdir()
+    (planted / "click.py").write_text("raise SystemExit('planted')\n")
+    with_path = ("env", "PYTHONPATH=/tmp/planted")
+    for program in ("SocketProtector", "socketprotectorctl", "socketprotector-exporter"):
+        assert "0.1.0" in inside(*with_path, program, "--version")
+    inside(*with_path, INIT, "status", "web")
     # Another one of root's, and one of a user's who is logged in.
     start_by_hand("hand", 4322)
     session = ROOT / "run/user/65534"
@@ -201,8 +215,9 @@ def live_as_deb() -> None:
     user = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
     start_by_hand("own", 4323, *user, "env", "XDG_RUNTIME_DIR=/run/user/65534")
 
-    told = upgrade_under_load("next")
+    told = upgrade_under_load("next", by=lambda which: install(which, *with_path))
     assert f"upgraded: pid {before['pid']} runs 0.1.1" in told
+    assert inside(*whose) == "socketprotector-status 660\n"
     own = "/run/user/65534/socketprotector/own.control"
     assert f"notice: a user's own: the protector at {own} goes on" in told
     assert status("hand.control")["version"] == "0.1.1"
@@ -246,8 +261,14 @@ def live_as_deb() -> None:
         assert inside("bash", "-c", script) == f"{word}\n"
 
     say_of_policy(policy, 104)  # no init runs here, so invoke-rc.d would do nothing by itself
-    inside("dpkg", "-r", "socketprotector", "python3-socketprotector-client")
+    start_by_hand("hand", 4322)
+    by_hand = f"hand.control (pid {status('hand.control')['pid']}) was started by hand and is not"
+    removed = inside("dpkg", "-r", "socketprotector", "python3-socketprotector-client")
     assert_refused(PORT)
+    assert by_hand in removed, "what is not stopped is named"
+    assert "/run/socketprotector/web" not in removed
+    ask(4322)
+    os.kill(int(by_hand.split("pid ")[1].split(")")[0]), signal.SIGTERM)
     assert not (ROOT / "usr/bin/SocketProtector").exists()
     assert (ROOT / "etc/init.d/socketprotector").exists()  # a setting of the operator's, so far
 

@@ -288,3 +288,60 @@ def test_the_repository_has_one_address() -> None:
 
 def test_a_clone_finds_the_sample_where_an_installed_one_does() -> None:
     assert (ROOT / "socketprotector" / "sample_client").readlink() == Path("../sample_client")
+
+
+def test_a_release_installs_only_what_has_a_hash_and_uploads_before_it_runs_anything() -> None:
+    text = (ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8")
+    installs = [line for line in text.splitlines() if "pip install" in line]
+
+    assert len(installs) == 3
+    assert all("--require-hashes" in line or "--no-index --no-deps" in line for line in installs)
+    assert text.index("upload-artifact@") < text.index("dist/*.whl")
+
+
+def test_an_image_has_no_unpinned_part() -> None:
+    text = (ROOT / "packaging" / "Containerfile").read_text(encoding="utf-8")
+    joined = text.replace("\\\n", " ")
+    installs = [each for each in joined.split("&&") if "pip install" in each]
+
+    assert "\nARG BASE\n" in text, "a default base would be a tag, which moves"
+    assert len(installs) == 2
+    assert "--require-hashes" in installs[0]
+    assert "--no-index --no-deps /wheels/socketprotector*.whl" in installs[1]
+    for name in ("release", "exporter"):
+        pinned = (ROOT / "requirements" / f"{name}.txt").read_text(encoding="utf-8")
+        for part in re.split(r"\n(?=[a-z])", re.sub(r"^#.*\n", "", pinned, flags=re.M)):
+            assert "--hash=sha256:" in part, part
+
+
+def test_the_profile_of_apparmor_lets_no_worker_replace_another_service_s_pid_file() -> None:
+    text = (ROOT / "init.d" / "apparmor").read_text(encoding="utf-8")
+
+    written = [line for line in text.splitlines() if re.match(r" +\S*run/\S* \S*w", line)]
+    assert written
+    assert all(re.search("run/(socketprotector|systemd)/", line) for line in written), written
+
+
+def test_pictures_of_a_packaged_page_are_on_the_web(tmp_path: Path) -> None:
+    for page in ("README.md", "docs/page.md"):
+        copied = tmp_path / Path(page).name
+        shutil.copy(ROOT / page, copied)
+        subprocess.run([ROOT / "packaging" / "link-pictures", copied], check=True)
+        links = re.findall(r"\]\((\S*images/\S+)\)", copied.read_text(encoding="utf-8"))
+        assert links
+        for link in links:
+            base, _, name = link.partition("/raw/main/")
+            assert base == PROJECT["urls"]["Source"]
+            assert (ROOT / name).is_file()
+
+
+@pytest.mark.parametrize("unit", ["exporter", "page"])
+def test_the_exporter_is_not_root_and_its_memory_has_a_limit(unit: str) -> None:
+    text = (ROOT / "init.d" / f"socketprotector-{unit}.service").read_text(encoding="utf-8")
+
+    for line in (
+        *("DynamicUser=yes", "SupplementaryGroups=socketprotector-status"),
+        *("CapabilityBoundingSet=", "UnsetEnvironment=PYTHONPATH PYTHONHOME"),
+    ):
+        assert f"\n{line}\n" in text
+    assert re.search(r"^MemoryMax=\d+M$", text, re.M)

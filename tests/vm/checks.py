@@ -837,6 +837,7 @@ def _(say: Say) -> None:
             return False  # it does not listen yet
         return {"one", "two"} <= up
 
+    run("groupadd", "--system", "--force", "socketprotector-status")
     with Service("one") as one, Service("two", user="nobody") as two:
         one.start()
         two.start()

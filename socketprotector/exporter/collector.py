@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from ..ctl.errors import NoProtector
 from ..ctl.fields import unhealthy, why_not_ready
 from ..ctl.query_all import SocketAnswer, ask_all
 from ..model.errors import UsageError
+from ..model.text import escape
 from .counters import Counters
 from .metrics import MetricSet
 
@@ -51,6 +53,7 @@ class ProtectorCollector(Collector):
         self._paths = paths
         self._totals: dict[str, Counters] = {}  # by the path of the control socket
         self._alone = threading.Lock()
+        self._closed: frozenset[str] = frozenset()  # control sockets that this user may not use
 
     def collect(self) -> list[Metric]:
         """Ask all, and return their answers as metrics."""
@@ -106,12 +109,20 @@ class ProtectorCollector(Collector):
         paths = self._paths if self._names or self._paths else discovery.sockets()
         named = [_by_name(name) for name in self._names]
         found = ask_all([*filter(None, named), *paths], within_s=ANSWER_S)
+        self._name_closed({each.path for each in found if each.why == "denied"})
         by_path = {each.path: each for each in found}
         others = [by_path[path] for path in paths]
         return [
             *zip(self._names, map(by_path.get, named), strict=True),
             *zip(labels(others), others, strict=True),
         ]
+
+    def _name_closed(self, paths: set[str]) -> None:
+        """Write a line for each instance that this user may not ask, the first time."""
+        before, self._closed = self._closed, frozenset(paths)
+        for path in sorted(paths - before):
+            text = f"{path}: permission denied; start that instance with --status-group"
+            print(f"socketprotector-exporter: {escape(text)}", file=sys.stderr, flush=True)
 
 
 def _why_not(found: SocketAnswer | None) -> str:

@@ -11,7 +11,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,8 @@ from prometheus_client.core import Metric
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from socketprotector.ctl.query_all import SocketAnswer
+from socketprotector.exporter import collector
 from socketprotector.exporter.collector import ProtectorCollector
 from socketprotector.exporter.token_file import read_token
 from socketprotector.model.errors import UsageError
@@ -454,3 +456,26 @@ def test_without_prometheus_client_it_says_what_to_install(
         "socketprotector-exporter: prometheus-client is not installed; "
         f"pip install 'socketprotector[{extra}]'\n"
     )
+
+
+def test_an_instance_that_this_user_may_not_ask_is_named_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whys = {"/run/a/control": "denied", "/run/b/control": "silent"}
+
+    def answers(paths: Sequence[str], **_: object) -> list[SocketAnswer]:
+        return [SocketAnswer(path, why=whys[path]) for path in paths]
+
+    monkeypatch.setattr(collector, "ask_all", answers)
+    asked = ProtectorCollector(paths=list(whys))
+    asked.collect()
+    asked.unready()
+    [line] = capsys.readouterr().err.splitlines()
+    assert "/run/a/control: permission denied" in line
+    assert "--status-group" in line
+
+    whys["/run/a/control"] = "silent"
+    asked.collect()
+    whys["/run/a/control"] = "denied"
+    asked.collect()
+    assert len(capsys.readouterr().err.splitlines()) == 1

@@ -61,6 +61,10 @@ class Client:
 
     def _connect(self, within_s: float) -> None:
         self._socket = connect(self.path, within_s)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget what an earlier connection has sent."""
         self._buffer = bytearray()
         self._events: deque[Message] = deque()
         self._events_bytes = 0

@@ -35,11 +35,12 @@ OWN = {
     *("launch/config_file.py _OPTION", "launch/config_file.py _PLACE"),
     *(r"launch/kernel_calls.py \d+", "launch/listen_spec.py _NAMED"),
     *(r"launch/options.py \b[a-z]+\b(?!:)",),
-    *("launch/server_hints.py _PLAIN", "launch/server_hints.py _NAMED"),
+    *(f"launch/server_hints.py {name}" for name in ("_PLAIN", "_NAMED", "_SECRET")),
     *(f"launch/socket_options.py {name}" for name in ("_NUMBER", "_TIME", "_KEEPALIVE")),
     *("launch/toml_lines.py _OPAQUE", "launch/toml_lines.py _MARK", "launch/toml_lines.py \n"),
     *("model/duration.py _SEVERAL", "model/listen_fds.py _PLACEHOLDER"),
     *(f"model/known_servers.py {name}" for name in ("_SOCKET_OPTIONS", "_PRELOADS", "_PYTHON")),
+    *(f"model/known_servers.py {name}" for name in ("_CLUSTERED", "_SEVERAL", "_CONFIGURED")),
     *("model/question.py _URL", "system/check_command.py _PROGRAM", "system/env_file.py _NAME"),
     "socketprotector_client/gevent.py watched",
 }

@@ -30,6 +30,7 @@ SPARE_THE_QUEUE = [
     "floods_notify",
     "floods_descriptors",
     "sends_what_lingers",
+    "sends_what_lingers_in_a_queue",
     "returns_what_lingers",
     "claims_what_is_not_its_own",
     "floods_its_return_line",

@@ -91,6 +91,20 @@ def sends_what_lingers() -> None:
                     os.close(fd)
 
 
+def sends_what_lingers_in_a_queue() -> None:
+    """The last copy of a socket that is slow to close waits in another socket, which it sends."""
+    if os.fork() == 0:
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        with lingering() as fd, standing_still():
+            near.sendmsg([b"x"], rights([fd]))
+            os.close(fd)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+                notify.connect(ADDRESS)
+                notify.sendmsg([b"STATUS=x"], rights([far.fileno()]))
+            near.close()
+            far.close()
+
+
 def returns_what_lingers() -> None:
     if os.fork() == 0:
         with lingering() as fd, standing_still():

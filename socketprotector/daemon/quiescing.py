@@ -13,7 +13,7 @@ from functools import partial
 
 from ..model.lazy_dataclass import mutable
 from ..system.listener import SCARCE, Listener
-from ..system.sock_diag import handshakes, unread
+from ..system.sock_diag import handshakes_by_port, unread_by_port
 from .accept_watch import ASKING_SHARE
 from .runtime import Runtime
 
@@ -39,8 +39,10 @@ class _Generation:
     common: Sequence[Listener]  # without a second socket, and maybe with a backlog
     reads_on: bool  # told to finish, its workers read from all that they have accepted
     began: float
-    # Counted in looks, not seconds: while the machine was suspended no worker could read.
-    looks: int = 0
+    # In seconds as planned, not as passed: while the machine was suspended no worker could read.
+    delay_s: float = 0.0  # before this look
+    waited_s: float = 0.0
+    quiet_s: float = 0.0
     quiet_looks: int = 0
     # Clients that had come before, and whether each is silent; None: yet to be asked for.
     unread: dict[tuple[int, bytes], bool] | None = None
@@ -98,7 +100,7 @@ class Quiescing:
             its.common
         )
         if still_come:
-            its.began, its.looks, its.unread = now, 0, None
+            its.began, its.waited_s, its.unread = now, 0.0, None
         left = its.unread
         if left is None:
             # sock_diag knows the port, not the socket: it counts clients of the other one, too.
@@ -107,15 +109,16 @@ class Quiescing:
         elif left and (still := self._ask(its, own, accepted=not waiting)) is not None:
             left = {client: still[client] for client in left if client in still}
         its.unread = left
-        its.looks += 1
+        its.waited_s += its.delay_s
+        its.quiet_s += its.delay_s if its.quiet_looks else 0.0
         its.quiet_looks += 1
         if waiting or still_come or left is None or not all(left.values()):
-            its.quiet_looks = 0
+            its.quiet_looks, its.quiet_s = 0, 0.0
         if its.reads_on:
             quiet = its.quiet_looks >= _SOON_LOOKS
         else:
-            quiet = its.quiet_looks * _LOOK_S > QUIET_S
-        awaited = left and its.looks * _LOOK_S < SILENT_S
+            quiet = its.quiet_s > QUIET_S - _LOOK_S / 2
+        awaited = left and its.waited_s < SILENT_S - _LOOK_S / 2
         late = now - its.began >= LAST_S
         if late or (quiet and not awaited):
             if waiting:
@@ -126,8 +129,9 @@ class Quiescing:
             return
         asking_s = time.monotonic() - now
         look_s = _LOOK_SOON_S if its.reads_on else _LOOK_S
-        delay_s = max(look_s, asking_s / ASKING_SHARE)
-        self._loop.call_after(("quiesce", generation), delay_s, partial(self._look, generation))
+        its.delay_s = max(look_s, asking_s / ASKING_SHARE)
+        again = partial(self._look, generation)
+        self._loop.call_after(("quiesce", generation), its.delay_s, again)
 
     def _ask(
         self, its: _Generation, pairs: Sequence[Listener], *, accepted: bool
@@ -140,15 +144,21 @@ class Quiescing:
         None where it could not be asked just now.
         """
         found: dict[tuple[int, bytes], bool] = {}
-        for each in pairs:
+        for family in {each.socket.family for each in pairs}:
+            mine = [each for each in pairs if each.socket.family == family]
+            ports = {each.port for each in mine}
+            known: dict[int, dict[bytes, bool]]
             try:
                 if its.reads_on:
-                    known = dict.fromkeys(handshakes(each.socket.family, each.port), False)
+                    shaking = handshakes_by_port(family, ports)
+                    known = {port: dict.fromkeys(each, False) for port, each in shaking.items()}
                 else:
-                    known = unread(each.socket.family, each.port, accepted=accepted)
+                    known = unread_by_port(family, ports, accepted=accepted)
             except OSError as error:
                 if error.errno in SCARCE:
                     return None
                 continue  # sock_diag is not there: QUIET_S is far longer than most take
-            found.update(((each.index, client), silent) for client, silent in known.items())
+            for each in mine:
+                clients = known[each.port].items()
+                found.update(((each.index, client), silent) for client, silent in clients)
         return found

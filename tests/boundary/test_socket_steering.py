@@ -6,7 +6,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -66,8 +66,12 @@ class World:
         self.lost: list[Listener] = []
         self.untaken: list[tuple[float, int, bool, str]] = []
         self.shaking: set[bytes] = set()  # clients who are about to connect
-        monkeypatch.setattr(quiescing, "unread", self.ask)
-        monkeypatch.setattr(quiescing, "handshakes", lambda *_: frozenset(self.shaking))
+        monkeypatch.setattr(quiescing, "unread_by_port", self.ask)
+        monkeypatch.setattr(
+            quiescing,
+            "handshakes_by_port",
+            lambda _, ports: dict.fromkeys(ports, frozenset(self.shaking)),
+        )
         # By its number, as launch/bind.py does.
         with socket.socket() as chooser:
             chooser.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -124,11 +128,14 @@ class World:
         self.listeners.append(Listener(made.detach(), 1, ListenerSettings(address), shared=True))
         return self.listeners[-1]
 
-    def ask(self, family: int, port: int, *, accepted: bool) -> dict[bytes, bool]:
+    def ask(
+        self, family: int, ports: Collection[int], *, accepted: bool
+    ) -> dict[int, dict[bytes, bool]]:
         self.asked += 1
         self.now += self.asking_s
         left_out = self.unaccepted if accepted else set()
-        return {who: silent for who, silent in self.unread.items() if who not in left_out}
+        found = {who: silent for who, silent in self.unread.items() if who not in left_out}
+        return dict.fromkeys(ports, found)
 
     def post(self, event: Event) -> None:
         match event:
@@ -280,16 +287,16 @@ def test_where_the_kernel_cannot_tell_for_the_moment_no_client_is_forgotten(
         raise OSError(errno.EMFILE, "Too many open files")
 
     reloaded.unread = {b"slow": False}
-    monkeypatch.setattr(quiescing, "unread", fails)
+    monkeypatch.setattr(quiescing, "unread_by_port", fails)
     supersede(reloaded)
     reloaded.pass_time(2 * QUIET_S)
     assert reloaded.quiesced == []
-    monkeypatch.setattr(quiescing, "unread", reloaded.ask)
+    monkeypatch.setattr(quiescing, "unread_by_port", reloaded.ask)
     reloaded.pass_time(2 * QUIET_S)
-    monkeypatch.setattr(quiescing, "unread", fails)
+    monkeypatch.setattr(quiescing, "unread_by_port", fails)
     reloaded.pass_time(2 * QUIET_S)
     assert reloaded.quiesced == []
-    monkeypatch.setattr(quiescing, "unread", reloaded.ask)
+    monkeypatch.setattr(quiescing, "unread_by_port", reloaded.ask)
     reloaded.unread = {}
     reloaded.pass_time(2 * QUIET_S)
 
@@ -520,7 +527,7 @@ def test_where_the_kernel_does_not_report_handshakes_only_time_counts(
     def fails(*_: object, accepted: bool) -> dict[bytes, bool]:
         raise OSError(errno.ENOENT, "no sock_diag")
 
-    monkeypatch.setattr(quiescing, "unread", fails)
+    monkeypatch.setattr(quiescing, "unread_by_port", fails)
     supersede(reloaded)
     reloaded.pass_time(QUIET_S + 0.3)
 
@@ -1700,6 +1707,30 @@ def test_for_a_question_that_waits_not_all_connections_of_the_system_are_gone_th
         assert socket_steering._waits(listener, address, client)
         with listener.accept()[0]:
             assert not socket_steering._waits(listener, address, client)
+
+
+def test_many_listeners_are_one_request_and_slow_answers_cost_no_more_time(world: World) -> None:
+    """Where each look takes longer, fewer of them make up the quiet time, which is in seconds."""
+    for index in range(2, 12):
+        made = socket.create_server(("127.0.0.1", 0))
+        second = reuseport.make(made)
+        assert second is not None
+        settings = ListenerSettings(f"tcp:127.0.0.1:{made.getsockname()[1]}")
+        world.listeners.append(
+            Listener(made.detach(), index, settings, shared=True, sibling=second.detach())
+        )
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    world.steering.enter(2, 1)
+    world.asking_s = 0.05  # so half a second passes between two looks
+    supersede(world)
+    assert world.asked == 1, "for all of a family"
+
+    world.pass_time(1.5 * (QUIET_S + 0.5))
+
+    assert world.quiesced == [1]
+    for each in world.listeners[1:]:
+        each.close()
 
 
 # -- what a failed release has left ------------------------------------------------

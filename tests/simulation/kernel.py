@@ -564,15 +564,19 @@ class Kernel:
         self.enter("sock_diag")
         return self.addresses["h", port].order()
 
-    def unread(self, family: int, port: int, *, accepted: bool = False) -> dict[bytes, bool]:
-        """In the place of sock_diag.unread()."""
+    def unread_by_port(
+        self, family: int, ports: Collection[int], *, accepted: bool = False
+    ) -> dict[int, dict[bytes, bool]]:
+        """In the place of sock_diag.unread_by_port()."""
         self.enter("sock_diag")
-        return self.addresses["h", port].unread(accepted)
+        return {port: self.addresses["h", port].unread(accepted) for port in ports}
 
-    def handshakes(self, family: int, port: int) -> frozenset[bytes]:
-        """In the place of sock_diag.handshakes()."""
+    def handshakes_by_port(
+        self, family: int, ports: Collection[int]
+    ) -> dict[int, frozenset[bytes]]:
+        """In the place of sock_diag.handshakes_by_port()."""
         self.enter("sock_diag")
-        return self.addresses["h", port].handshakes()
+        return {port: self.addresses["h", port].handshakes() for port in ports}
 
     def unaccepted(self, which: Socket) -> frozenset[bytes] | tuple[int, ...]:
         """In the place of sock_diag.unaccepted()."""

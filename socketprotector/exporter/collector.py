@@ -36,10 +36,12 @@ def labels(found: Sequence[SocketAnswer]) -> list[str]:
 
     Each is another one, and can be encoded: a file's name may have any bytes.
     """
-    names = discovery.names(found)
-    paths = [os.fsencode(each.path).decode("utf-8", "backslashreplace") for each in found]
+    names, paths = (
+        [os.fsencode(each).decode("utf-8", "backslashreplace") for each in texts]
+        for texts in (discovery.names(found), (each.path for each in found))
+    )
     return [
-        name if names.count(name) == 1 and name not in paths and name.isprintable() else path
+        name if names.count(name) == 1 and name not in paths else path
         for name, path in zip(names, paths, strict=True)
     ]
 

@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from socketprotector.ctl.query_all import SocketAnswer
 from socketprotector.exporter import collector
-from socketprotector.exporter.collector import ProtectorCollector
+from socketprotector.exporter.collector import ProtectorCollector, labels
 from socketprotector.exporter.token_file import read_token
 from socketprotector.model.errors import UsageError
 from tests.running import DEADLINE_S
@@ -76,6 +76,15 @@ def test_a_malformed_status_hides_no_other_instance(
         assert len([name for name in values if name[0] == "socketprotector_up"]) == 2
         assert "good" not in get(f"{one.address}/readyz")[2]
         assert get(f"{one.address}/readyz/good")[0] == 200
+
+
+def test_no_name_is_another_ones_path_or_cannot_be_encoded() -> None:
+    odd = os.fsdecode(b"/run/x/\xff.control")
+    paths = ["/run/a", "/run/b", "/run/c", odd]
+    names = ["web", "web", "/run/a", ""]
+    found = [SocketAnswer(path, {"name": name}) for path, name in zip(paths, names, strict=True)]
+
+    assert labels(found) == ["/run/a", "/run/b", "/run/c", "\\xff"]
 
 
 def test_a_scrape_has_every_instance(exporter: Start, fakes: Callable[[str], Fake]) -> None:

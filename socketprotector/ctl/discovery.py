@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import string
 from collections import Counter
 from collections.abc import Sequence
@@ -139,12 +140,16 @@ def _listening(path: str) -> bool:
 
 def _pid(file: str) -> int:
     try:
-        with open(file, "rb") as opened:
-            content = opened.read(64)
+        # Without O_NONBLOCK the open of a FIFO waits for a writer.
+        with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
+            regular = stat.S_ISREG(os.fstat(opened.fileno()).st_mode)
+            content = opened.read(64) if regular else b""
     except FileNotFoundError:
         raise NoProtector(f"--pid-file {file}: there is none; does the protector run?") from None
     except OSError as error:
         raise UsageError(f"--pid-file {file}: {error.strerror}") from None
+    if not regular:
+        raise UsageError(f"--pid-file {file}: it is no regular file; name the protector's pid file")
     number = re.match(rb"\s*(\d{1,9})\s*$", content)
     if number is None:
         raise UsageError(f"--pid-file {file}: it contains no pid")

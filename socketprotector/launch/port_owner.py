@@ -14,7 +14,14 @@ _CREDENTIALS = struct.Struct("3i")
 
 
 def of_port(host: str, port: int) -> str:
-    """Say which process listens on a TCP port."""
+    """Say which process listens on a TCP port, as far as there is memory to find out."""
+    try:
+        return _of_port(host, port)
+    except MemoryError:  # `ulimit -v`
+        return "another program has it: stop that, or choose another"
+
+
+def _of_port(host: str, port: int) -> str:
     import psutil  # takes a tenth of a start, and only one that fails comes here
 
     pid = None

@@ -618,3 +618,17 @@ def test_a_question_is_refused_once_it_is_known_that_there_is_no_second_socket(
     check_siblings(settings, {0})
     with pytest.raises(UsageError, match=f"{asked[-2]} http:/x: .* of 80 "):
         check_siblings(settings, ())
+
+
+def test_an_address_in_use_is_refused_in_one_line_without_memory_to_say_by_whom(
+    typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("psutil.net_connections", fails)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        ended = typed(f"127.0.0.1:{port}", "--", "true")
+
+    refused(ended, 111, "Address already in use; another program has it: stop that")

@@ -166,6 +166,19 @@ def test_by_pid_file(fakes: Fakes, tmp_path: Path, ctl: Ctl) -> None:
     assert level(ctl, "--pid-file", str(pid_file)).status == 0
 
 
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_a_pid_file_that_is_no_file_is_refused_at_once(
+    kind: str, fake: Fake, tmp_path: Path, ctl: Ctl
+) -> None:
+    path = tmp_path / "pid"
+    os.mkfifo(path) if kind == "fifo" else path.symlink_to("/dev/zero")
+
+    said = level(ctl, "--pid-file", str(path))
+
+    assert said.status == 2
+    assert f"--pid-file {path}: it is no regular file" in said.err
+
+
 @pytest.mark.parametrize(
     ("content", "status", "words"),
     [

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo recording test test-all test-fast test-debian test-musl test-vm test-page test-fleet fleet-demo wheels packages lint format docs bench soak clean
+.PHONY: help install demo recording test test-tools test-everywhere test-all test-fast test-debian test-musl test-vm test-page test-fleet fleet-demo wheels packages lint format docs bench soak clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,11 +33,13 @@ $(COLLECTED): $(INSTALLED) $(shell find tests -name '*.py')
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --collect-only -qq tests >/dev/null || true
 	@touch $@
 
-test: $(INSTALLED) $(COLLECTED) ## run each test in one combination (installs compilers, interpreters and servers)
+test-tools: # install what tests take beside Python; where that fails they say what they need
 	-tools/install-packages gcc g++ libc6-dev valgrind libc6-dbg perl ruby
 	-tools/install-packages nodejs nginx-light starlet starman strace util-linux
 	-tools/install-packages apparmor curl haproxy iproute2 libserver-starter-perl logrotate openssl policycoreutils-python-utils stunnel4
 	-tools/install-packages jq netcat-openbsd python3-click python3-daemon python3-psutil python3-rich python3-prometheus-client
+
+test: $(INSTALLED) $(COLLECTED) test-tools ## run each test in one combination (installs compilers, interpreters and servers)
 	@# Where PYTHONDONTWRITEBYTECODE is set, each of thousands of processes would compile all it imports.
 	@$(BIN)/python -m compileall -q -j 0 client_lib sample_client socketprotector tests
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 12 --maxschedchunk 2 $(CHOSEN) $(if $(LOGS),--logs-in $(LOGS)) tests
@@ -45,6 +47,9 @@ test: $(INSTALLED) $(COLLECTED) ## run each test in one combination (installs co
 test-all: export SOCKETPROTECTOR_ROUNDS = many
 test-all: CHOSEN :=
 test-all: test ## run them in every combination, with many more rounds (before a release)
+
+test-everywhere: ## run `make test` as each kind of user, Python and Debian, and under load (root; an hour) [ONLY='user trixie' TIMES=3]
+	$(PYTHON) tools/test_everywhere.py $(if $(TIMES),--times $(TIMES)) $(ONLY)
 
 test-debian: $(INSTALLED) ## run it with the Pythons of Debian's suites (root; minutes; DEBIAN_ROOTS=FOLDER keeps them)
 	tools/install-packages debootstrap
@@ -122,7 +127,7 @@ lint: $(INSTALLED) ## ruff check and format, mypy --strict, shellcheck, tables o
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck .ci/run packaging/build-completions packaging/build-dists packaging/build-deb packaging/link-pictures packaging/upgrade-running tools/install-packages tools/musl-python tools/vm-root \
+	$(BIN)/shellcheck .ci/run packaging/build-completions packaging/build-dists packaging/build-deb packaging/link-pictures packaging/upgrade-running tools/as-user tools/install-packages tools/musl-python tools/vm-root \
 		tools/vm-image deploy/ansible/release $(wildcard init.d/socketprotector init.d/*.sh)
 	$(BIN)/python tools/reference.py --check
 

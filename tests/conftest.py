@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from _pytest.terminal import TerminalReporter
 
@@ -26,6 +27,12 @@ os.environ["PATH"] += ":/usr/sbin:/sbin"
 
 # Plugins of hypothesis, of which there are none, are looked for among all packages.
 os.environ["HYPOTHESIS_NO_PLUGINS"] = "1"
+
+# A slow machine is no failure of what makes examples.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 # Collecting makes some 500,000 objects that stay: looking for garbage among them was a third of
 # its time.

@@ -89,6 +89,15 @@ def root_with(*names: str) -> pytest.MarkDecorator:
     return programs(*names) if IS_ROOT else ROOT
 
 
+def _has_localhost() -> bool:
+    try:
+        socket.getaddrinfo("localhost", None)
+    except OSError:
+        return False
+    return True
+
+
+LOCALHOST = unless(_has_localhost(), "localhost in /etc/hosts")
 IPV6 = unless(_has_ipv6(), "IPv6")
 
 

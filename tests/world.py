@@ -1,7 +1,8 @@
 """The world of a run of tests: its own network, /run and temporary files.
 
 A run that may make namespaces (root's, or a user's where user namespaces are allowed) has its own
-ports, abstract names and /run, so that neither the machine nor another run changes a result.
+ports, abstract names, /run and /tmp, so that neither the machine nor another run changes a result.
+Its /tmp is in memory, which costs less, and is gone with it; --shared-world keeps what tests leave.
 Without them tests run all the same: each uses free ports and folders of its own.
 
 Source: unshare(2), user_namespaces(7), mount(2), netdevice(7), capget(2).
@@ -30,27 +31,46 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def enter(clone: Path) -> str:
     """Give this process its own world; return "" or why it shares the machine's."""
+    why = _why_not(clone)  # in a child, as there is no way back from the half of it
+    if not why:
+        _enter(clone)
+    return why
+
+
+def _why_not(clone: Path) -> str:
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            _enter(clone)
+        except BaseException as error:
+            os.write(send, (str(error) or repr(error)).encode())
+        os._exit(0)
+    os.close(send)
+    with open(receive, encoding="utf-8") as file:
+        why = file.read()
+    os.waitpid(child, 0)
+    return why
+
+
+def _enter(clone: Path) -> None:
     uid, gid = os.geteuid(), os.getegid()
-    try:
-        if uid == 0:
-            _unshare(_CLONE_NEWNS | _CLONE_NEWNET)
-        else:
-            _unshare(_CLONE_NEWUSER | _CLONE_NEWNS | _CLONE_NEWNET)
-            _be(uid, gid)
-        _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
-        # Nobody but root may write there, as on the machine; there is no root in a user's own.
-        _mount("run", "/run", "tmpfs", 0, "mode=0755")
-        Path("/run/systemd").mkdir()  # systemd-analyze wants it
-        if uid != 0:
-            Path("/run").chmod(0o555)
-        _raise_loopback()
-        if uid == 0:
-            _let_others_reach(clone, Path(sys.prefix), Path(sys.base_prefix))
-        else:
-            _give_up_rights()
-    except OSError as error:
-        return str(error)
-    return ""
+    if uid == 0:
+        _unshare(_CLONE_NEWNS | _CLONE_NEWNET)
+    else:
+        _unshare(_CLONE_NEWUSER | _CLONE_NEWNS | _CLONE_NEWNET)
+        _be(uid, gid)
+    _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
+    needed = (clone, Path(sys.prefix), Path(sys.base_prefix))
+    _mount("run", "/run", "tmpfs", 0, "mode=0755")
+    _have_own_tmp(needed)
+    Path("/run/systemd").mkdir()  # systemd-analyze wants it
+    _raise_loopback()
+    if uid == 0:
+        _let_others_reach(*needed)
+    else:
+        Path("/run").chmod(0o555)  # the user's own there, and only root may write to the machine's
+        _give_up_rights()
 
 
 def _checked(result: int, what: str) -> None:
@@ -87,6 +107,16 @@ def _give_up_rights() -> None:
     """Have no right that the user does not have on the machine."""
     header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
     _checked(_libc.capset(header, bytes(24)), "capset")
+
+
+def _have_own_tmp(needed: Iterable[Path]) -> None:
+    """Put a folder in memory in the place of /tmp, with what is needed of it."""
+    inside = {Path(*each.parts[:3]) for each in needed if each.is_relative_to("/tmp")}
+    with tempfile.TemporaryDirectory(dir="/run") as place:
+        _mount("/tmp", place, "", _MS_BIND | _MS_REC)
+        _mount("tmp", "/tmp", "tmpfs", 0, "mode=1777")
+        _bind_all((Path(place) / each.name for each in inside), Path("/tmp"))
+        _checked(_libc.umount2(place.encode(), _MNT_DETACH), "umount")
 
 
 def _let_others_reach(*paths: Path) -> None:

@@ -22,6 +22,7 @@ from socketprotector.system.listener import Listener
 from socketprotector.system.loop import Loop
 from socketprotector.system.readiness import Readiness
 from socketprotector.system.sd_notify import NotifySocket
+from tests import needs
 from tests.hostile.descriptors import of_each_kind, room_for, send, slow_to_close
 
 pytestmark = pytest.mark.timeout(60)
@@ -254,7 +255,7 @@ def test_an_instance_cannot_hold_up_a_command(tmp_path: Path, kind: str) -> None
         listener.listen()
         with connect(str(tmp_path / "control"), 5.0) as client:
             if client.getsockopt(socket.SOL_SOCKET, 83) != 0:
-                pytest.skip("NOT CHECKED: refusing descriptors, which takes Linux 6.16")
+                needs.skip("Linux 6.16, which refuses descriptors")
             instance, _ = listener.accept()
             with instance, slow_to_close(kind) as fd, pytest.raises(PermissionError):
                 send(instance, b"x", fd)

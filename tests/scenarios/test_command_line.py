@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.procfs import descriptors, name_of
 from tests.running import COMMAND, Lines, Protector, ask, eventually, wait_gone
 from tests.scenarios.starting import MINIMAL, TELLS, Start, told
@@ -111,7 +112,7 @@ def test_check_is_about_a_start_after_the_end_of_the_one_that_runs(
     start.stop()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a socket to any group")
+@needs.ROOT
 def test_a_units_group_for_status_is_used_if_no_other_is_set_and_it_is_there(
     start: Start,
 ) -> None:

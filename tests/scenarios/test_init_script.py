@@ -550,7 +550,7 @@ def foreign() -> Iterator[subprocess.Popen[bytes]]:
     assert process.returncode == 0
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can signal the wrong process")
+@needs.ANOTHER_USER
 @pytest.mark.parametrize("way", ["all", "setpriv", "runuser", "su", "none", "no flock"])
 def test_a_signal_is_sent_with_the_rights_of_the_protectors_user(
     machine: Machine, foreign: subprocess.Popen[bytes], way: str
@@ -613,7 +613,7 @@ signal.pause()
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can signal the wrong process")
+@needs.ANOTHER_USER
 @pytest.mark.parametrize("where", ["socket", "options", "config"])
 def test_in_a_folder_of_roots_something_else_says_who_the_user_is(
     machine: Machine, foreign: subprocess.Popen[bytes], where: str

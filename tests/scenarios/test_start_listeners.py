@@ -87,6 +87,7 @@ def test_an_ipv6_address_stands_in_brackets(start: Start) -> None:
     start.stop()
 
 
+@needs.LOCALHOST
 def test_a_name_is_every_address_it_resolves_to(start: Start) -> None:
     found = {str(a[4][0]) for a in socket.getaddrinfo("localhost", None, type=socket.SOCK_STREAM)}
     start.up("localhost:0", "--", *MINIMAL)

@@ -12,6 +12,7 @@ import pytest
 
 from socketprotector.ctl.children import children_of
 from socketprotector.system import procfs
+from tests import needs
 from tests.unit.ctl.fake import generation, status, worker
 
 #: Starts two children, one of them by a thread, and a third that has ended and is not reaped.
@@ -53,7 +54,7 @@ def server() -> Iterator[Server]:
 def test_living_children_of_all_threads_are_found(server: Server) -> None:
     pid = server.process.pid
     if not Path(f"/proc/{pid}/task/{pid}/children").exists():
-        pytest.skip("this kernel has no CONFIG_PROC_CHILDREN")
+        needs.skip("a kernel with CONFIG_PROC_CHILDREN")
 
     found = children_of(status(generation(8, "serving", worker(14, pid)), handoff="listener"))
 

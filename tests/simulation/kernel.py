@@ -358,6 +358,8 @@ class Kernel:
                     realpath=lambda path, strict=False: path,
                     exists=lambda _: 1,
                     dirname=os.path.dirname,
+                    isfile=lambda _: False,
+                    join=os.path.join,
                 ),
                 strerror=os.strerror,
                 getuid=lambda: 1000,
@@ -375,6 +377,7 @@ class Kernel:
                 pread=lambda fd, size, at: self._memory(fd).read(size, at),
                 pwrite=self._pwrite,
                 fstat=self._fstat,
+                stat=lambda _: SimpleNamespace(st_ctime=0.0),  # of a program, never changed
                 lstat=self._lstat,
                 unlink=self._unlink,
                 rename=self._rename,
@@ -420,6 +423,7 @@ class Kernel:
             signal=SimpleNamespace(
                 **signals,
                 signal=lambda *_: None,
+                setitimer=lambda *_: (0.0, 0.0),
                 pthread_sigmask=lambda *_: (),
                 set_wakeup_fd=lambda *_, **__: None,
                 valid_signals=lambda: _SIGNALS,
@@ -789,6 +793,12 @@ class Socket:
     def family(self) -> int:
         return self._file.family if isinstance(self._file, Listening) else socket.AF_UNIX
 
+    @property
+    def type(self) -> int:
+        if isinstance(self._file, Listening):
+            return socket.SOCK_STREAM
+        return socket.SOCK_DGRAM if isinstance(self._file, Datagrams) else socket.SOCK_SEQPACKET
+
     def fileno(self) -> int:
         return self._fd
 
@@ -809,8 +819,9 @@ class Socket:
 
     def shutdown(self, how: int) -> None:
         self._kernel.enter("shutdown")
-        assert isinstance(self._file, Listening | End)
-        self._file.shutdown(how)
+        if not isinstance(self._file, Datagrams):  # it is about to be closed
+            assert isinstance(self._file, Listening | End)
+            self._file.shutdown(how)
         self._kernel.changes += 1
 
     def bind(self, address: Any) -> None:
@@ -835,7 +846,7 @@ class Socket:
                 raise failure(errno.EPERM)
             self._file.set(level, option, value)
             self._kernel.changes += 1
-        elif isinstance(self._file, End):
+        elif isinstance(self._file, End) and option != socket.SO_PASSCRED:
             self._file.room = max(6, -(-2 * value // CHARGE))
 
     def connect_ex(self, target: Any) -> int:
@@ -933,7 +944,8 @@ class Socket:
         fds = []
         for file in files:
             try:
-                fds.append(kernel.install(file))
+                if ancillary:
+                    fds.append(kernel.install(file))
             except OSError:
                 pass  # the kernel drops what finds no number, and says MSG_CTRUNC
             file.drop()
@@ -941,9 +953,11 @@ class Socket:
         if fds:
             content = b"".join(map(_FD.pack, fds))
             rights.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, content))
-        return data[:size], rights, 0, None
+        return data[:size], rights, 0 if ancillary else socket.MSG_CTRUNC, None
 
     def recv(self, size: int, flags: int) -> bytes:
+        if isinstance(self._file, Datagrams):
+            return self.recvmsg(size, 0, flags)[0]
         assert isinstance(self._file, End)
         message = self._file.receive()
         self._kernel.changes += 1

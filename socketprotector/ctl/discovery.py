@@ -119,7 +119,7 @@ def the_only_one() -> str:
         raise NoProtector(f"no protector has a control socket in {where()}; is one running?")
     if len(living) > 1:
         known = _names(sorted(names(ask_all(living))))
-        raise UsageError(f"which one? say --name NAME (before the command): {known}")
+        raise UsageError(f"which one? say --name NAME: {known}")
     return living[0]
 
 

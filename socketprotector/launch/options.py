@@ -250,8 +250,8 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "policy.settle_s", default="0"),
         Option("settle-check", SETTLE_CHECK,
                "Ask the new generation meanwhile; after a bad answer the old one serves again.\n"
-               "check:CMD, run every second, gets what is counted of both generations as JSON on "
-               "stdin, and decides by its exit status; http:/PATH (https:/PATH) is as with "
+               "check:CMD, or CMD alone, run every second, gets the counts of both generations as "
+               "JSON on stdin, and decides by its exit status; http:/PATH (https:/PATH) is as with "
                "--ready. See docs/handoff.md, \"While it settles\".", unset="nothing is asked"),
         Option("drain-signal", SIGNAL,
                "With --handoff listener: the signal that tells a worker to finish.\n"

@@ -44,7 +44,7 @@ def test_none_is_status_1_and_several_are_status_2(fakes: Fakes, ctl: Ctl) -> No
     assert none.status == 1
     assert "no protector has a control socket in " in none.err
     assert several.status == 2
-    assert several.err.endswith("say --name NAME (before the command): api, web\n")
+    assert several.err.endswith("say --name NAME: api, web\n")
 
 
 def test_by_name_in_either_folder_the_living_one_first(

@@ -764,11 +764,24 @@ class Handed(World):
         number: int | None = act.steering.current
         if not address.served:
             number = self._number_of_the_tried(its.index)
+        elif not act.generations[act._route].channel.knows_of(its.index):
+            number = self._number_of_the_last_to_know(its.index)
         if number is None:
             return
         wanted = self.kernel.file(its.socket_for(number).fileno())
         told = f"{address.steered} of {[each.inode for each in address.group]}"
         assert to is wanted, f"a client comes to socket {to.inode} of {to.name}: {told}"
+
+    def _number_of_the_last_to_know(self, index: int) -> int | None:
+        """Return at which socket clients of a listener stay that the serving generation lacks.
+
+        None: no generation has it any more.
+        """
+        assert self._supervisor is not None
+        generations = self._supervisor.effects.generations.values()
+        records = [each.record for each in generations if each.channel.knows_of(index)]
+        last = max(records, key=lambda each: each.number, default=None)
+        return None if last is None else last.socket_number
 
     def _number_of_the_tried(self, index: int) -> int | None:
         """Return which socket of a new listener the generation has that is the first to know it.

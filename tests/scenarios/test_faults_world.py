@@ -50,7 +50,8 @@ def test_the_wall_clock_decides_nothing() -> None:
     assert readers.keys() == {
         *("guard.py", "log.py", "log_format.py"),  # in the log
         # In the records:
-        *("effects.py", "generation.py", "post_mortem.py", "reports.py", "worker_spawn.py"),
+        *("effects.py", "first_programs.py", "generation.py", "post_mortem.py", "reports.py"),
+        "worker_spawn.py",
         *("commands.py", "health.py", "server.py", "status.py"),  # to the client
     }
     for name, tree in readers.items():

@@ -14,7 +14,7 @@ from dataclasses import field
 
 from ..model import settings
 from ..model.codec import Codec
-from ..model.history import Crash, HealthChange, History, Reload
+from ..model.history import Crash, History, Reload
 from ..model.lazy_dataclass import frozen
 from ..model.records import (
     Counts,
@@ -73,7 +73,7 @@ CLASSES = (
     *(Deadline, TimerKind, Candidate, Fleet, Generation, LameDuck, Next, Phase, State, Stop),
     *(Worker, Retire, WorkerSignal, Signal, UseSettings, Report, ReportKind),
     *(Program, Counts, GenerationRecord, WorkerRecord, ForwarderRecord, SteeringRecord),
-    *(HoldRecord, SettingsRecord, RunRecord, Crash, HealthChange, History, Reload, Snapshot),
+    *(HoldRecord, SettingsRecord, RunRecord, Crash, History, Reload, Snapshot),
     *settings.CLASSES,
 )
 #: Classes and fields (`Class`, `Class.field`) that an older program calls otherwise.
@@ -139,4 +139,5 @@ CODEC = Codec(
     rearranged={"Snapshot": _from_format_2},
     strict=settings.CLASSES,
     added=settings.ADDED,
+    said=settings.SAID,
 )

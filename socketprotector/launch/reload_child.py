@@ -22,7 +22,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from ..model.codec import FORMAT
 from ..model.errors import Refusal, UsageError
 from ..model.settings import ListenerSettings, Settings, dump, format_of, load
 from ..system import inherited
@@ -98,8 +97,6 @@ def _answer(
                 for index, each in found.items():
                     _send(line, f"{kind} {added + index}", each.socket.fileno())
         _send(line, "differences", _memfd("\n".join(changes(running, new)).encode()))
-        if form < FORMAT:  # an older program knows no warnings
-            notices, warnings = [*dict.fromkeys((*notices, *warnings))], []
         new = replace(new, notices=tuple(notices), warnings=tuple(warnings))
         _send(line, "settings", _memfd(dump(new, form)))
 

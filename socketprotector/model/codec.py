@@ -82,6 +82,7 @@ class Codec:
         rearranged: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]] | None = None,
         strict: Collection[type] = (),
         added: Collection[str] = (),
+        said: Collection[str] = (),
     ) -> None:
         """classes: the frozen dataclasses and enums that may occur, each of another name.
 
@@ -89,6 +90,8 @@ class Codec:
         rearranged: for the name of a class, what makes today's fields of those that were read.
         strict: a field that one of these does not have is refused, not dropped.
         added: `Class.field` that older programs do not have: left out while it is at its default.
+        said: of these the fields that no program acts on.  Written apart, so that an older program
+        passes over them, whatever their value is.
         """
         self._classes: Mapping[str, type] = {each.__name__: each for each in classes}
         self._fields: dict[type, tuple[str, ...]] = {
@@ -113,6 +116,10 @@ class Codec:
             known = self._classes[kind]
             default = next(field.default for field in fields(known) if field.name == name)
             self._added.setdefault(known, {})[name] = default
+        self._said: dict[type, list[str]] = {}
+        for each in said:
+            kind, _, name = each.partition(".")
+            self._said.setdefault(self._classes[kind], []).append(name)
 
     def encode(self, value: object) -> bytes:
         """Return a value of these classes, tuples, frozensets and plain JSON as bytes.
@@ -154,8 +161,7 @@ class Codec:
         if type(old) is type(new):
             names = self._fields.get(type(new))
             if names is not None:
-                for name in names:
-                    self._compare(f'{path},"{name}"', getattr(old, name), getattr(new, name), found)
+                self._compare_fields(path, names, old, new, found)
                 return
             if isinstance(old, tuple) and isinstance(new, tuple):
                 self._compare_tuples(path, old, new, found)
@@ -167,6 +173,21 @@ class Codec:
                 found.append(f'{{"p":[""{path}],"less":{less},"more":{more}}}')
                 return
         found.append(f'{{"p":[""{path}],"v":{self._text(new)}}}')
+
+    def _compare_fields(
+        self, path: str, names: tuple[str, ...], old: object, new: object, found: list[str]
+    ) -> None:
+        known = type(new)
+        if any(getattr(old, name) != getattr(new, name) for name in self._said.get(known, ())):
+            found.append(f'{{"p":[""{path}],"v":{self._text(new)}}}')
+            return
+        added = self._added.get(known, {})
+        for name in names:
+            one, other = getattr(old, name), getattr(new, name)
+            if name in added and one == added[name] != other:  # so it was not written
+                found.append(f'{{"p":[""{path},"{name}"],"v":{self._text(other)}}}')
+            else:
+                self._compare(f'{path},"{name}"', one, other, found)
 
     def _compare_tuples(
         self, path: str, old: tuple[object, ...], new: tuple[object, ...], found: list[str]
@@ -199,16 +220,17 @@ class Codec:
             return f"[{','.join(map(self._text, value))}]"
         names = self._fields.get(type(value))
         if names is not None:
-            parts = []
-            added = self._added.get(type(value), {})
+            parts: list[str] = []
+            apart: list[str] = []
+            added, said = self._added.get(type(value), {}), self._said.get(type(value), ())
             for name in names:
                 part = getattr(value, name)
                 if name in added and part == added[name]:
                     continue
                 plain = _PLAIN.get(type(part)) or self._text
-                parts.append(f'"{name}":{plain(part)}')
-            content = ",".join(parts)
-            return f'{{"c":"{type(value).__name__}","f":{{{content}}}}}'
+                (apart if name in said else parts).append(f'"{name}":{plain(part)}')
+            more = f',"said":{{{",".join(apart)}}}' if apart else ""
+            return f'{{"c":"{type(value).__name__}","f":{{{",".join(parts)}}}{more}}}'
         if isinstance(value, bytes):
             return f'{{"b":"{value.hex()}"}}'
         if isinstance(value, frozenset):
@@ -230,6 +252,8 @@ class Codec:
             return frozenset(self._in(each) for each in value["s"])
         if "e" in value:
             return self._older[value["e"]](value["v"])
+        if value["c"] not in self._older:
+            raise NewerError(f"this one does not know {value['c']}")
         known = self._older[value["c"]]
         names, plain = self._fields[known], _PLAIN
         found = self._today(known, value["f"])
@@ -238,7 +262,7 @@ class Codec:
         return known(
             **{
                 name: v if type(v) in plain else self._in(v)
-                for name, v in found.items()
+                for name, v in (found | value.get("said", {})).items()
                 if name in names
             }
         )

@@ -34,16 +34,6 @@ class Reload:
 
 
 @frozen
-class HealthChange:
-    """A generation became healthy, unhealthy or unknown; the reason is the check's last answer."""
-
-    generation: int
-    state: str
-    reason: str
-    at: float
-
-
-@frozen
 class Crash:
     """A worker that ended without being asked to, or badly."""
 
@@ -69,7 +59,8 @@ class History:
     crashed: int = 0  # in all
     dry_run: Reload | None = None  # the last one; then passed or failed
     earlier_dry_runs: tuple[Reload, ...] = ()
-    health: tuple[HealthChange, ...] = ()
+    #: A generation that became healthy, unhealthy or unknown; the reason is the last answer.
+    health: tuple[Reload, ...] = ()  # written as reloads are: an older program knows no other class
 
     def with_crash(self, crash: Crash) -> History:
         """Add one; not what a dry run finds out, which is in its verdict: nothing served there."""
@@ -117,10 +108,10 @@ class History:
         finds out again what is known already.
         """
         last = self.health[-1] if self.health else None
-        known = last.state if last is not None and last.generation == generation else HEALTHY
+        known = last.result if last is not None and last.generation == generation else HEALTHY
         if state == known:
             return self
-        change = HealthChange(generation, state, reason, at)
+        change = Reload(generation, state, reason, began_at=at, ended_at=at)
         return replace(self, health=(*self.health, change)[-HEALTH_CHANGES:])
 
     def entries(self) -> list[dict[str, Any]]:
@@ -128,10 +119,7 @@ class History:
         dry_runs = (*self.earlier_dry_runs, *([self.dry_run] if self.dry_run else []))
         found = [_entry("reload", each) for each in self.reloads]
         found += [_entry("dry-run", each) for each in dry_runs]
-        found += [
-            _entry("health", Reload(each.generation, each.state, each.reason, each.at, each.at))
-            for each in self.health
-        ]
+        found += [_entry("health", each) for each in self.health]
         return sorted(found, key=lambda each: each["began_at"])
 
 

@@ -177,7 +177,9 @@ ADDED = (
     "Policy.lame_duck_s",
     "Policy.lame_duck_idle_s",
 )
-_CODEC = Codec(CLASSES, renamed=RENAMED, strict=CLASSES, added=ADDED)
+#: Of these what is for people alone: an older program passes over it.
+SAID = ("Settings.warnings",)
+_CODEC = Codec(CLASSES, renamed=RENAMED, strict=CLASSES, added=ADDED, said=SAID)
 #: The classes of what format 2 has as objects without a name.
 _PARTS = {
     "listeners": "ListenerSettings",
@@ -201,7 +203,7 @@ def dump(settings: Settings, form: int = FORMAT) -> bytes:
             mine, plain = values, asdict(Settings("", (), ""))
             if kind == "Policy":
                 mine, plain = mine["policy"], plain["policy"]
-            if mine[name] == plain[name]:
+            if mine[name] == plain[name] or f"{kind}.{name}" in SAID:
                 del mine[name]
         former = {new: old.partition(".")[2] for old, new in RENAMED.items()}
         limits = values["worker_limits"]

@@ -67,7 +67,7 @@ def test_beside_one_that_cannot_be_killed_no_other_is_started(
         health = asked(loop, "exec sleep 1000", written)
         until(loop, lambda: health.failures >= 5)
         assert (health.state, health.last) == (UNHEALTHY, "sleep: no answer within 100ms")
-        assert [each.state for each in written[-1].health] == [UNHEALTHY]
+        assert [each.result for each in written[-1].health] == [UNHEALTHY]
         assert written[-1].health[-1].reason == health.last
         [first] = children()
 

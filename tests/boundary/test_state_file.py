@@ -15,12 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from socketprotector.core.events import Deadline
-from socketprotector.core.fleet import Fleet, Generation, Worker
+from socketprotector.core.fleet import Fleet, Generation, Policy, Worker
 from socketprotector.core.snapshot import CLASSES, CODEC, Snapshot
 from socketprotector.daemon import checkpoint
 from socketprotector.model.codec import FORMAT, Codec, DecodeError, NewerError
 from socketprotector.model.lazy_dataclass import init_of
-from socketprotector.model.records import ForwarderRecord, WorkerRecord
+from socketprotector.model.records import ForwarderRecord, SettingsRecord, WorkerRecord
+from socketprotector.model.settings import ADDED, Settings
 from socketprotector.system import state_file
 from socketprotector.system.state_file import StateError, StateFile
 from tests.rounds import rounds
@@ -135,6 +136,25 @@ def test_what_has_not_changed_is_not_written_again() -> None:
     assert len(CODEC.changes(before, fewer)) < 100
 
 
+@together("name", list(ADDED))
+def test_what_settings_have_more_than_before_and_less_again_is_read(name: str) -> None:
+    """A field at its default is not written, so a change of its parts would change nothing."""
+    kind, _, field = name.partition(".")
+    plain = Settings("x", ("./daemon",), "/")
+    part = plain.policy if kind == "Policy" else plain
+    value = getattr(part, field)
+    more: Any = {tuple: ("one",), float: 1.0, int: 1}.get(type(value), "one")
+    other = more if value is None else value + more
+    part = replace(part, **{field: other})
+    found = replace(plain, policy=part) if isinstance(part, Policy) else part
+    held = [Snapshot(Fleet(), settings=SettingsRecord(each)) for each in (plain, found, plain)]
+    changes = [CODEC.changes(one, other) for one, other in pairwise(held)]
+
+    assert CODEC.decode(CODEC.encode(held[0]), changes[:1]) == held[1]
+    assert CODEC.decode(CODEC.encode(held[0]), changes) == held[2]
+    assert CODEC.decode(CODEC.encode(held[1]), changes[1:]) == held[2]
+
+
 class Colour(Enum):
     RED = "red"
 
@@ -173,6 +193,24 @@ def test_what_was_renamed_is_read_by_its_old_name_and_written_by_its_own() -> No
 def test_an_unknown_field_of_a_strict_class_is_a_newer_program_s() -> None:
     with pytest.raises(NewerError, match="does not know weight"):
         Codec([Thing], strict=[Thing]).decode(b'{"c":"Thing","f":{"size":3,"weight":1}}')
+
+
+def test_an_older_program_passes_over_what_is_only_for_people() -> None:
+    """Also where it came as a change, and where another field changes after it."""
+    noted: Any = dataclass(frozen=True)(
+        type("Thing", (Thing,), {"__annotations__": {"notes": tuple[str, ...]}, "notes": ()})
+    )
+    newer = Codec([noted, Colour], strict=[noted], added=["Thing.notes"], said=["Thing.notes"])
+    older = Codec([Thing, Colour], strict=[Thing])
+    steps = [noted(3), noted(4, notes=("a",)), noted(5, notes=("a",)), noted(5, notes=("b", "c"))]
+    changes = [newer.changes((one,), (other,)) for one, other in pairwise(steps)]
+
+    for count, each in enumerate(steps):
+        assert newer.decode(newer.encode(each)) == each
+        assert older.decode(newer.encode(each)) == Thing(each.size)
+        first = newer.encode((steps[0],))
+        assert newer.decode(first, changes[:count]) == (each,)
+        assert older.decode(first, changes[:count]) == (Thing(each.size),)
 
 
 @together(
@@ -404,5 +442,5 @@ def test_a_state_that_is_no_snapshot_is_refused(file: StateFile) -> None:
 def test_a_state_that_cannot_be_read_is_refused_in_words(file: StateFile) -> None:
     file.write(b'{"c":"Teapot","f":{}}')
 
-    with pytest.raises(StateError, match="the state cannot be read: KeyError"):
+    with pytest.raises(StateError, match="this one does not know Teapot"):
         checkpoint.read(file.fd)

@@ -11,7 +11,6 @@ from socketprotector.model.history import (
     RECENT,
     RELOADS,
     Crash,
-    HealthChange,
     History,
     Reload,
 )
@@ -118,10 +117,10 @@ def test_a_change_of_health_is_noted_once() -> None:
     history = history.health_changed(2, "unhealthy", "501", 6.0)  # by the next release
 
     assert history.health == (
-        HealthChange(1, "unhealthy", "500", 2.0),
-        HealthChange(1, "healthy", "", 4.0),
-        HealthChange(1, "unhealthy", "501", 5.0),
-        HealthChange(2, "unhealthy", "501", 6.0),
+        Reload(1, "unhealthy", "500", 2.0, 2.0),
+        Reload(1, "healthy", "", 4.0, 4.0),
+        Reload(1, "unhealthy", "501", 5.0, 5.0),
+        Reload(2, "unhealthy", "501", 6.0, 6.0),
     )
 
 

@@ -110,6 +110,15 @@ def test_what_an_older_program_does_not_know_is_left_out_unless_it_is_used() -> 
     assert (load(dump(plain)), load(dump(used))) == (plain, used)
 
 
+def test_warnings_keep_no_older_program_from_reading_the_settings() -> None:
+    """It refuses each field that it does not know, and these are for people alone."""
+    warned = replace(PLAIN, warnings=("only user root can connect",))
+
+    assert load(dump(warned)) == warned
+    assert json.loads(dump(warned))["settings"]["f"] == _fields()
+    assert dump(warned, 2) == dump(PLAIN, 2)
+
+
 def test_what_an_older_program_did_not_know_takes_its_default() -> None:
     older = {"name": "web", "command": ["./web"], "directory": "/srv", "policy": {"settle_s": 3.0}}
 
@@ -143,7 +152,7 @@ def test_the_limits_of_an_older_program_have_their_former_names() -> None:
             "beside, teapot); start that one, or stop and start afresh",
         ),
         (changed(policy={"c": "Policy", "f": {"teapot_s": 1.0}}), "does not know teapot_s"),
-        (changed(policy={"c": "Teapot", "f": {}}), "the settings cannot be read: KeyError"),
+        (changed(policy={"c": "Teapot", "f": {}}), "does not know Teapot"),
         (in_format_2(teapot=1), "does not know teapot"),
         (in_format_2(policy={"teapot_s": 1.0}), "does not know teapot_s"),
         (in_format_2(listeners=[{"address": "tcp:h:1", "teapot": 1}]), "does not know teapot"),

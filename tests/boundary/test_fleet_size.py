@@ -122,7 +122,7 @@ def test_without_batches_the_mean_is_that_of_many_releases(canaries: int) -> Non
 
 
 def test_a_rough_figure_from_elsewhere_is_what_comes_without_batches() -> None:
-    """As docs/fleet-size.md says: 422, 353 and 259 hosts."""
+    """A rough figure from elsewhere: 422, 353 and 259 hosts."""
     found = [reached_without_batches(canaries, 10, ROUGH) for canaries in (1, 10, 100)]
 
     text = (ROOT / "docs" / "fleet-size.md").read_text(encoding="utf-8")

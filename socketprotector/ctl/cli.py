@@ -6,6 +6,7 @@ Every error is one line: what, where, how to fix it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -51,12 +52,14 @@ class Instance:
             return discovery.by_pid_file(self.pid_file)
         return discovery.the_only_one()
 
-    def client(self, answer_s: float = ANSWER_S, *, events: bool = False) -> Client:
+    def client(
+        self, answer_s: float = ANSWER_S, *, events: bool = False, until: float = math.inf
+    ) -> Client:
         """Return a connection, which the caller closes.  Raises NoProtector, UsageError.
 
-        answer_s: how long an answer may take.  events: follow them, too.
+        answer_s: how long an answer may take.  events: follow them, too.  until: see Client.
         """
-        return Client(self.path(), answer_s, events=events)
+        return Client(self.path(), answer_s, events=events, until=until)
 
     def request(self, command: str, **arguments: Any) -> Message:
         """Return the result of a request over a connection of its own.

@@ -48,10 +48,21 @@ Message = dict[str, Any]
 class Client:
     """A connected client.  Close it, or use it in a `with`."""
 
-    def __init__(self, path: str, answer_s: float = ANSWER_S, *, events: bool = False) -> None:
-        """Connect, and follow events if asked to.  Raises NoProtector, RequestRefused."""
+    def __init__(
+        self,
+        path: str,
+        answer_s: float = ANSWER_S,
+        *,
+        events: bool = False,
+        until: float = math.inf,
+    ) -> None:
+        """Connect, and follow events if asked to.  Raises NoProtector, RequestRefused.
+
+        until: of time.monotonic(); no wait ends later.
+        """
         self.path = path
         self._answer_s = answer_s
+        self._until = until
         self._follows = events
         self._last_id = 0
         self._connect(answer_s)
@@ -60,8 +71,13 @@ class Client:
                 self._request("events", {}, answer_s)
 
     def _connect(self, within_s: float) -> None:
-        self._socket = connect(self.path, within_s)
+        self._socket = connect(self.path, self._at_most(within_s))
         self._begin()
+
+    def _at_most(self, within_s: float) -> float:
+        """Return a time to wait, cut at `until`; 0 would mean that the socket does not block."""
+        left_s = self._until - time.monotonic()
+        return min(within_s, max(0.001, left_s)) if within_s else within_s
 
     def _begin(self) -> None:
         """Forget what an earlier connection has sent."""
@@ -75,7 +91,7 @@ class Client:
         Raises NoProtector when none came back.  Both requests are sent before the first answer:
         one that comes back only to end answers what has come by then.
         """
-        limit_s = min(within_s, RETURN_S)
+        limit_s = self._at_most(min(within_s, RETURN_S))
         until = time.monotonic() + limit_s
         while True:
             self.close()
@@ -88,12 +104,13 @@ class Client:
                         self.send("events", {}, time.monotonic() + within_s)
                     return self._request("status", {}, within_s)
             except NoProtector as error:
-                if left_s <= _TRY_EVERY_S:
+                if left_s <= 0:
                     within = in_units(round(limit_s, 1))
                     raise NoProtector(
-                        f"the protector did not come back within {within} ({error})"
+                        f"the protector did not come back within {within} ({error})",
+                        "silent" if time.monotonic() >= self._until else "dead",
                     ) from error
-            time.sleep(_TRY_EVERY_S)
+            time.sleep(min(_TRY_EVERY_S, left_s))
 
     def fileno(self) -> int:
         """Return the socket's descriptor, for select."""
@@ -123,7 +140,7 @@ class Client:
 
         As often as that happens within RETURN_S: a crash may follow an upgrade.
         """
-        until = time.monotonic() + RETURN_S
+        until = time.monotonic() + self._at_most(RETURN_S)
         while True:
             try:
                 return self.request(command, **arguments)
@@ -134,13 +151,14 @@ class Client:
                 self.again(left_s)
 
     def _request(self, command: str, arguments: Message, within_s: float) -> Message:
+        within_s = self._at_most(within_s)
         until = time.monotonic() + within_s
         self.send(command, arguments, until)
         result = self.answer(until)
         if result is None:
             raise NoProtector(
                 f"{self.path}: no answer to {command!r} within {in_units(round(within_s, 1))}; "
-                "is the protector stopped or starting?",
+                "is the protector suspended (SIGSTOP) or starting?",
                 "silent",
             )
         return result
@@ -297,7 +315,7 @@ def _unreachable(path: str, error: OSError) -> NoProtector | RequestRefused:
         case ConnectionRefusedError():
             why = "no process listens there any more; the protector has ended"
         case TimeoutError() | BlockingIOError():
-            why = "no process accepts there; is the protector stopped?"
+            why = "no process accepts there; is the protector suspended (SIGSTOP)?"
             return NoProtector(f"{path}: {why}", "silent")
         case _:
             why = error.strerror or str(error)

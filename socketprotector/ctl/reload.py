@@ -65,7 +65,7 @@ class _Operation:
         self.losses: Losses | None = None
         self._as_json = as_json
         self._timeout_s = timeout_s
-        self._until = time.monotonic() + timeout_s if timeout_s else math.inf
+        self.until = time.monotonic() + timeout_s if timeout_s else math.inf
 
     def tell(self, step: str) -> None:
         """Print a step to stderr, except with --json."""
@@ -80,7 +80,7 @@ class _Operation:
 
     def slice_s(self, waits_for: str) -> float:
         """Return how long to wait for the next thing.  Raises TimedOut."""
-        left_s = self._until - time.monotonic()
+        left_s = self.until - time.monotonic()
         if left_s <= 0:
             raise TimedOut(f"not within {in_units(self._timeout_s)}: still waits for {waits_for}")
         return min(left_s, _LOOK_EVERY_S)
@@ -112,9 +112,8 @@ class _Operation:
         Raises NoProtector, or TimedOut if the time was too short for it.
         stopping: it is being stopped, so none is likely to come back.
         """
-        most_s = _GONE_S if stopping else math.inf
         try:
-            return self.client.again(min(most_s, max(0.1, self._until - time.monotonic())))
+            return self.client.again(_GONE_S if stopping else math.inf)
         except NoProtector:
             self.slice_s(waits_for)
             raise
@@ -128,8 +127,13 @@ def _operation(
     operation, begun = _Operation(timeout_s, as_json, fields), time.monotonic()
     outcome = operation.outcome
     try:
-        with instance.client(events=True) as operation.client:
-            yield operation
+        try:
+            with instance.client(events=True, until=operation.until) as operation.client:
+                yield operation
+        except NoProtector as error:
+            if error.code == "silent" and time.monotonic() >= operation.until:
+                raise TimedOut(f"not within {in_units(timeout_s)}: {error}") from error
+            raise
     except ControlError as error:
         outcome["reason"] = outcome.get("reason") or str(error).partition("\n")[0]
         outcome["result"] = error.result
@@ -513,5 +517,7 @@ def _stopping(operation: _Operation) -> None:
         except ConnectionLost:
             try:
                 client.again(_GONE_S)
-            except NoProtector:
+            except NoProtector as error:
+                if error.code == "silent":
+                    raise
                 return

@@ -16,6 +16,7 @@ import pytest
 from socketprotector.ctl import client
 from socketprotector.ctl.reload_progress import Reload
 from tests.running import DEADLINE_S, Ended, Lines
+from tests.together import together
 from tests.unit.ctl.conftest import COMMAND
 from tests.unit.ctl.fake import (
     Connection,
@@ -413,6 +414,40 @@ def test_a_timeout_is_status_4_and_says_what_is_waited_for(fake: Fake, ctl: Ctl)
     assert said.err.endswith(
         "not within 2s: still waits for generation 9 to be ready (0/1 workers are)\n"
     )
+
+
+@together("command", ["reload", "upgrade", "stop"])
+@together("silent", ["events", "status", "reload upgrade stop"])
+def test_a_timeout_bounds_the_wait_for_an_answer_too(
+    fake: Fake, ctl: Ctl, command: str, silent: str
+) -> None:
+    # A stop that the real pid would make wait for this process.
+    fake.status.update(pid=0, main_pid=0)
+    answers = dict(fake.answers)
+    fake.answers |= dict.fromkeys(silent.split(), lambda *_: None)
+
+    said = ctl(command, "--timeout", "200ms")
+    in_json = json.loads(ctl(command, "--timeout", "100ms", "--json").out)
+    fake.answers = answers
+
+    assert said.status == 4
+    assert said.err.startswith("socketprotectorctl: not within 200ms: ")
+    assert in_json["result"] == "timed out"
+
+
+@together("command", ["reload", "upgrade", "stop"])
+def test_a_timeout_bounds_the_wait_for_a_protector_that_always_cuts(
+    fake: Fake, ctl: Ctl, command: str
+) -> None:
+    fake.status.update(pid=0, main_pid=0)
+    answers = dict(fake.answers)
+    fake.answers |= dict.fromkeys(("status", command), lambda connection, _: connection.cut())
+
+    said = ctl(command, "--timeout", "200ms")
+    fake.answers = answers
+
+    assert said.status == 4
+    assert said.err.startswith("socketprotectorctl: not within 200ms: ")
 
 
 def test_settle_is_waited_for(fake: Fake, ctl: Ctl) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -45,7 +44,7 @@ class Instance:
     def path(self) -> str:
         """Return its control socket.  Raises NoProtector, UsageError."""
         if self.control is not None:
-            return os.path.abspath(self.control)
+            return discovery.by_path(self.control)
         if self.name is not None:
             return discovery.by_name(self.name)
         if self.pid_file is not None:
@@ -123,7 +122,7 @@ def program(ctx: click.Context) -> None:
       1    no protector is there, or it was lost for good
       2    the command line is wrong
       3    reload, upgrade: the new version was not taken, the old one serves;
-           diff: the configuration is not valid; ready: it is not
+           diff: a reload would be refused; ready: it is not
       4    not done within --timeout; it may still come
       100  the protector refuses, or does not let this user ask
       130  interrupted

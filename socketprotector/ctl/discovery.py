@@ -8,6 +8,7 @@ import stat
 import string
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 
 from ..model.errors import UsageError
 from ..model.text import escape
@@ -26,6 +27,17 @@ _SHELL_SAFE = frozenset(string.ascii_letters + string.digits + "@%+:,./_-")
 def sockets() -> list[str]:
     """Return the paths of all control sockets, living or dead."""
     return control_path.sockets(os.environ, os.geteuid())
+
+
+def by_path(path: str) -> str:
+    """Return the whole path of a control socket.  Raises UsageError for another kind of file."""
+    with suppress(OSError):  # to connect says why
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise UsageError(
+                f"--control {path}: it is no socket; name a control socket, as "
+                "`socketprotectorctl list` shows them"
+            )
+    return os.path.abspath(path)
 
 
 def by_name(name: str) -> str:

@@ -224,14 +224,17 @@ def diff(instance: Instance, as_json: bool) -> None:
             if error.code == "refused":
                 raise NewVersionFailed(f"a reload would fail: {error}") from None
             raise
+    changes, fixed = (result.get(each) for each in ("changes", "needs_restart"))
     if as_json:
         say_json(result)
-        return
-    changes = result.get("changes")
-    for each in changes if isinstance(changes, list) else []:
-        say(str(each))
-    if not changes:
-        say("nothing that is configured has changed; a reload starts the command anew")
+    else:
+        for each in changes if isinstance(changes, list) else []:
+            say(str(each))
+        if not changes:
+            say("no configuration change; a reload would only restart the command")
+    if fixed and isinstance(fixed, list):
+        what = f"{len(fixed)} {plural(len(fixed), 'change')}"
+        raise NewVersionFailed(f"a reload would be refused: {what} above needs a restart")
 
 
 # -- events -----------------------------------------------------------------------------

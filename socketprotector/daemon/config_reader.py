@@ -36,6 +36,7 @@ class ConfigAnswer:
     siblings: dict[int, int] = field(default_factory=dict)  # the same: see system/reuseport.py
     reserved: dict[int, int] = field(default_factory=dict)  # the same: for a hold
     changes: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()  # those of the changes for which a reload would be refused
 
 
 @mutable
@@ -149,7 +150,7 @@ class ConfigReader:
         if "refused" in self._heard:
             return ConfigAnswer(_text(self._heard["refused"]) or "refused")
         if "changes" in self._heard:
-            return ConfigAnswer(changes=self._lines("changes"))
+            return ConfigAnswer(changes=self._lines("changes"), fixed=self._lines("fixed"))
         if not {"differences", "settings"} <= self._heard.keys():
             last = last_line(self._said)
             return ConfigAnswer(f"the configuration was not read; {how}: {last}")
@@ -166,7 +167,7 @@ class ConfigReader:
         )
 
     def _lines(self, name: str) -> tuple[str, ...]:
-        return tuple(_text(self._heard[name]).splitlines())
+        return tuple(_text(self._heard[name]).splitlines()) if name in self._heard else ()
 
     def _take_heard(self, kind: str) -> dict[int, int]:
         """Hand over the descriptors of a kind, by place."""

@@ -67,6 +67,7 @@ def bind_all(
     left: Mapping[str, Bound] | None = None,
     have: Collection[str] = (),
     released: Collection[str] = (),
+    earlier: Mapping[str, Listen] | None = None,
     dry: bool = False,
 ) -> list[Bound]:
     """Bind every address, in order, and listen; dry: only see whether it could be done, and return
@@ -75,11 +76,13 @@ def bind_all(
     passed: what stands for an argument (by its index) already; it is taken as it is.  left: the
     same by canonical address (stored_listeners.py).  have: canonical addresses that are bound
     already, and are left out.  released: those that a running protector has until its end; only for
-    a dry look.  The caller owns what is returned.  When one fails, what was bound
-    is closed again.  Raises Refusal.  `notice` is told what is worth knowing.
+    a dry look.  earlier: arguments before these, by canonical address.  The caller owns what is
+    returned.  When one fails, what was bound is closed again.  Raises Refusal.  `notice` gets what
+    is worth knowing.
     """
     bound: list[Bound] = []
-    earlier: dict[str, Listen] = {}
+    earlier = dict(earlier or {})
+    have = {place(each) for each in have}
     with on_error(discard_all, bound):
         for index, listen in enumerate(listens):
             found = (passed or {}).get(index)
@@ -87,10 +90,10 @@ def bind_all(
                 addresses = [
                     address
                     for address in _addresses(listen, notice)
-                    if canonical(*address, listen.port) not in have
+                    if place(canonical(*address, listen.port)) not in have
                 ]
                 for address in addresses if not listen.port_is_chosen else ():
-                    _refuse_twice(canonical(*address, listen.port), listen, earlier)
+                    refuse_twice(canonical(*address, listen.port), listen, earlier)
                 own = None if dry else listen.backlog(backlog)
                 found = _bind(listen, addresses, own, left or {}, released)
             earlier |= {each.settings.address: listen for each in found}
@@ -252,14 +255,24 @@ def _bind(
     raise AssertionError("the last try returns or raises")
 
 
-def _refuse_twice(address: str, listen: Listen, earlier: Mapping[str, Listen]) -> None:
+def place(address: str) -> str:
+    """Return a canonical address in the one spelling that its socket file has."""
+    path = address.removeprefix("unix:")
+    if path == address or path.startswith("@"):
+        return address
+    folder, name = os.path.split(path)
+    return f"unix:{os.path.join(os.path.realpath(folder), name)}"
+
+
+def refuse_twice(address: str, listen: Listen, earlier: Mapping[str, Listen]) -> None:
     """Raise UsageError where an argument before has the same address, or all of its port.
 
     The kernel would name our own process as its owner; and sees it only where we listen.
     """
     for other, its in earlier.items():
         if _overlap(address, other) and not {*listen.options, *its.options} & {"device"}:
-            why = f"both are {address}" if address == other else f"{address} and {other} overlap"
+            same = place(address) == place(other)
+            why = f"both are {place(other)}" if same else f"{address} and {other} overlap"
             raise UsageError(
                 f"cannot listen on {listen.text} beside {its.text}: {why}; leave one of them out"
             )
@@ -267,7 +280,7 @@ def _refuse_twice(address: str, listen: Listen, earlier: Mapping[str, Listen]) -
 
 def _overlap(one: str, other: str) -> bool:
     if one == other or "unix:" in (one[:5], other[:5]):
-        return one == other
+        return place(one) == place(other)
     (host, _, port), (its_host, _, its_port) = one.rpartition(":"), other.rpartition(":")
     any_host = "tcp:[::]" if host.startswith("tcp:[") else "tcp:0.0.0.0"
     same_family = host.startswith("tcp:[") == its_host.startswith("tcp:[")

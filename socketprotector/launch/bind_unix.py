@@ -48,6 +48,8 @@ def bind_unix(
         what = f"cannot listen on {listen.text}: {error.strerror or error}"
         if error.errno == errno.EADDRINUSE:
             raise SystemRefused(f"{what}; {port_owner.of_path(path)}") from error
+        if error.errno == errno.EEXIST:
+            raise SystemRefused(f"{what}; remove it, or choose another path") from error
         if error.errno == errno.EPERM and {"user", "group"} & set(listen.options):
             raise SystemRefused(f"{what}; to give a socket away needs root") from error
         raise SystemRefused(f"{what}; check the folder, its permissions and the options") from error

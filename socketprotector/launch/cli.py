@@ -102,7 +102,12 @@ def _launch(asked: ParsedOptions) -> int:
     if asked.control != "":
         path = asked.control or default_path(settings.name)
         settings = replace(settings, control=ListenerSettings(f"unix:{path}"))
-    holder = preflight.check_pid_file(settings.pid_file, _files_of(asked, settings), check=check)
+    files = _files_of(asked)
+    if asked.control:
+        preflight.check_control(asked.control, files)
+    control = settings.control.address.removeprefix("unix:") if settings.control else None
+    files["--control"] = control
+    holder = preflight.check_pid_file(settings.pid_file, files, check=check)
     preflight.check_log_file(settings.log_file)
     notices = [*asked.notices]
     given = activation.passed()
@@ -164,14 +169,12 @@ def _launch(asked: ParsedOptions) -> int:
         return launch(settings, named)
 
 
-def _files_of(asked: ParsedOptions, settings: Settings) -> dict[str, str | None]:
+def _files_of(asked: ParsedOptions) -> dict[str, str | None]:
     """Return the files that the pid file may not replace, by the option that names each."""
-    control = settings.control.address.removeprefix("unix:") if settings.control else None
     return {
         "--config": asked.config,
-        "--env-file": settings.env_file,
-        "--log-file": settings.log_file,
-        "--control": control,
+        "--env-file": asked.settings.env_file,
+        "--log-file": asked.settings.log_file,
         **{each.text: each.path for each in asked.listens},
     }
 

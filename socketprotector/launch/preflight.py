@@ -11,6 +11,7 @@ import importlib.util
 import os
 import resource
 import socket
+import stat
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -252,6 +253,24 @@ def check_pid_file(
         ) from error
     _refuse_unwritable("pid file", path, folder)
     return holder
+
+
+def check_control(path: str, others: Mapping[str, str | None]) -> None:
+    """Refuse a --control that names another option's file, or a file that is no socket.
+
+    others: the files that other options name, by option.
+    """
+    for option, other in others.items():
+        if other is not None and _is_same_file(path, other):
+            raise UsageError(
+                f"--control {path} is also the file of {option}; give each a path of its own"
+            )
+    with suppress(OSError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise UsageError(
+                f"--control {path}: a file that is no socket is there; remove it, or choose "
+                "another path"
+            )
 
 
 def _is_same_file(path: str, other: str) -> bool:

@@ -11,6 +11,7 @@ records, each with a descriptor:
                   resident process would take the reading for one that was only to say that)
     settings      a memfd with the new settings: the last one of a reload
     changes       a memfd with what a reload would change, line by line: where only that is asked
+    fixed         a memfd with those of them that need a restart, so that a reload would be refused
     refused       a memfd with what is wrong, line by line
 """
 
@@ -27,7 +28,16 @@ from ..model.settings import ListenerSettings, Settings, dump, format_of, load
 from ..system import inherited
 from ..system.cleanup import on_error
 from . import preflight, server_hints
-from .bind import Bound, addresses_of, bind_all, discard_all, pair, reserve
+from .bind import (
+    Bound,
+    addresses_of,
+    bind_all,
+    discard_all,
+    pair,
+    place,
+    refuse_twice,
+    reserve,
+)
 from .cli import ask
 from .listen_spec import Listen
 from .resolve import ParsedOptions
@@ -77,6 +87,7 @@ def _answer(
         new = replace(new, listeners=listeners)
         preflight.check_descriptor_names(new)
         if dry:
+            _send(line, "fixed", _memfd("\n".join(refused).encode()))
             _send(line, "changes", _memfd("\n".join([*refused, *changes(running, new)]).encode()))
             return
         if cannot:
@@ -123,16 +134,25 @@ def _listeners(
     kept: dict[int, ListenerSettings] = {}
     bound: list[Bound] = []
     refused: list[Refusal] = []
+    earlier: dict[str, Listen] = {}
     for listen in asked.listens:
         try:
             mine = _there(there, listen, notice)
-            kept.update(mine)
             have = {each.address for each in mine.values()}
+            if listen.passed is None and not listen.port_is_chosen:
+                for address in have:
+                    refuse_twice(address, listen, earlier)
+            kept.update(mine)
+            earlier |= dict.fromkeys(have, listen)
             if any(each.text == listen.text for each in there if not each.removed):
                 continue  # a name is not resolved anew, port 0 no other one
             if listen.passed is not None:
                 raise UsageError(f"{listen.text}: sockets are passed at a start only; {RESTART}")
-            bound += bind_all([listen], asked.backlog, notice=notice, have=have, dry=dry)
+            added = bind_all(
+                [listen], asked.backlog, notice=notice, have=have, earlier=earlier, dry=dry
+            )
+            earlier |= {each.settings.address: listen for each in added}
+            bound += added
         except Refusal as error:
             refused.append(error)
     if len(there) + len(bound) > _MOST_LISTENERS:
@@ -155,11 +175,11 @@ def _there(
     same = {index: each for index, each in living.items() if each.text == listen.text}
     if same or listen.passed is not None:
         return same
-    wanted = addresses_of(listen, notice)
+    wanted = {place(each) for each in addresses_of(listen, notice)}
     found = {
         index: replace(each, **listen.settings)
         for index, each in living.items()
-        if each.address in wanted
+        if place(each.address) in wanted
     }
     if found and listen.options:
         notice(f"{listen.text}: bound already; its options after the ? take effect at a restart")

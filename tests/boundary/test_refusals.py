@@ -454,6 +454,55 @@ def test_a_file_of_another_option_is_never_replaced_by_a_pid_file(
     assert file.exists() == there
 
 
+@together("kind", ["file", "folder", "fifo", "device", "link"])
+def test_a_control_socket_replaces_no_other_file(typed: Typed, kind: str) -> None:
+    path = typed.folder / kind
+    match kind:
+        case "file":
+            path.write_text("kept")
+        case "folder":
+            path.mkdir()
+        case "fifo":
+            os.mkfifo(path)
+        case "device":
+            path = Path("/dev/null")
+        case "link":
+            path.symlink_to("nowhere")
+
+    ended = typed("--check", "--control", path, "unix:s", "--", "true")
+
+    refused(ended, 2, f"--control {path}: a file that is no socket is there; remove it")
+
+
+@together("option", ["--config", "--env-file", "--log-file", ""])
+def test_a_control_socket_is_not_the_file_of_another_option(typed: Typed, option: str) -> None:
+    file, link = typed.folder / f"other{option}", typed.folder / f"linked{option}"
+    link.symlink_to(typed.folder)
+    words = (option, file) if option else (f"unix:{file}",)
+    if option:
+        file.touch()
+
+    ended = typed("--check", "--control", link / file.name, *words, "unix:s", "--", "true")
+
+    named = option or f"unix:{file}"
+    refused(ended, 2, f"--control {link / file.name} is also the file of {named}; give each")
+
+
+@together("spelling", ["{0}/twice", "{0}/./twice", "{0}//twice", "{0}/../{1}/twice", "{2}/twice"])
+def test_one_socket_file_is_refused_twice_however_it_is_spelled(
+    typed: Typed, spelling: str
+) -> None:
+    link = typed.folder / "same"
+    if not link.is_symlink():
+        link.symlink_to(typed.folder)
+    other = "unix:" + spelling.format(typed.folder, typed.folder.name, link)
+
+    ended = typed("--check", f"unix:{typed.folder}/twice", other, "--", "true")
+
+    both = f"both are unix:{typed.folder}/twice; leave one of them out"
+    refused(ended, 2, f"cannot listen on {other} beside unix:{typed.folder}/twice: {both}")
+
+
 # -- handoff modes -------------------------------------------------------------
 
 

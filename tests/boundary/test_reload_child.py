@@ -134,6 +134,7 @@ def test_asked_only_what_would_change_it_binds_nothing(
         "listen: - tcp:127.0.0.1:4321",
         f"listen: + unix:{tmp_path}/s",
     )
+    assert answer.fixed == answer.changes[:1], "a reload would be refused for these"
     assert not (tmp_path / "s").exists()
 
 
@@ -181,6 +182,26 @@ def test_an_address_that_is_bound_already_is_kept_whatever_it_is_called_now(
     assert answer.settings.notices == (
         "127.0.0.1:4321?backlog=7: bound already; its options after the ? take effect at a restart",
     )
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_one_address_twice_is_refused_as_at_a_start(
+    loop: Loop, web: Web, tmp_path: Path, dry: bool
+) -> None:
+    there = ListenerSettings(f"unix:{tmp_path}/s", text=f"unix:{tmp_path}/s")
+    settings = replace(web.settings, listeners=(there,))
+    lines = (
+        f'listen = ["unix:{tmp_path}/s", "unix:{tmp_path}//s"]\n',
+        f'listen = ["unix:{tmp_path}/n", "unix:{tmp_path}//n"]\n',
+    )
+    for line in lines:
+        web.says(line)
+        assert "leave one of them out" in read(loop, settings, dry=dry).failure, line
+
+    web.says(f'listen = ["unix:{tmp_path}//s"]\n')
+    answer = read(loop, settings)
+    assert answer.settings is not None, answer
+    assert [each.removed for each in answer.settings.listeners] == [False], "it is the same one"
 
 
 @pytest.mark.parametrize(

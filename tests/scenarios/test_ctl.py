@@ -604,11 +604,14 @@ def test_diff_says_what_a_reload_would_change_and_when_it_would_fail(
     same = run("diff")
     file.write_text(written + "workers = 2\n")
     changed = run("diff")
+    file.write_text(written + "guard = true\n")
+    fixed = run("diff")
     file.write_text(written + "wrokers = 2\n")
     wrong = run("diff")
 
-    assert (same.status, changed.status, wrong.status) == (0, 0, 3)
-    assert same.out.startswith("nothing that is configured has changed")
+    assert (same.status, changed.status, fixed.status, wrong.status) == (0, 0, 3, 3)
+    assert same.out.startswith("no configuration change")
+    assert "guard: false -> true; needs a restart" in fixed.out
     assert "workers" in changed.out
     assert wrong.err.startswith("socketprotectorctl: a reload would fail: ")
     assert "wrokers" in wrong.err

@@ -169,7 +169,8 @@ class CommandHandler:
                     control_requests.refusal(RequestError("refused", answer.failure, request.id))
                 )
             else:
-                client.say(control_requests.answer(request.id, {"changes": list(answer.changes)}))
+                result = {"changes": list(answer.changes), "needs_restart": list(answer.fixed)}
+                client.say(control_requests.answer(request.id, result))
 
         if not self._effects.live_settings.compare(done):
             raise RequestError("busy", "a diff is under way; try again after it")

@@ -150,6 +150,15 @@ def test_by_path_however_long(tmp_path: Path, folder: Path, ctl: Ctl) -> None:
     )
 
 
+def test_a_control_path_of_another_kind_of_file_is_refused(tmp_path: Path, ctl: Ctl) -> None:
+    (tmp_path / "file").touch()
+
+    for path in (tmp_path / "file", tmp_path, Path("/dev/null")):
+        said = level(ctl, "--control", str(path))
+        assert said.status == 2
+        assert f"--control {path}: it is no socket; name a control socket, as " in said.err
+
+
 def test_by_pid_file(fakes: Fakes, tmp_path: Path, ctl: Ctl) -> None:
     # SO_PEERCRED of all fakes is this process; so the pid of another shows that it is status's.
     web, api = fakes("web"), fakes("api")

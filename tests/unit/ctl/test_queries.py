@@ -356,6 +356,12 @@ def test_crashes_say_what_would_keep_last_words(fake: Fake, ctl: Ctl) -> None:
 def test_diff(fake: Fake, ctl: Ctl) -> None:
     fake.answers["diff"] = lambda *_: {"changes": ["workers: 1 -> 2"]}
     assert ctl("diff") == Ended(0, "workers: 1 -> 2\n", "")
+    fixed = {"changes": ["name: a -> b; needs a restart"], "needs_restart": ["name"]}
+    fake.answers["diff"] = lambda *_: fixed
+    said = ctl("diff")
+    assert (said.status, said.out) == (3, "name: a -> b; needs a restart\n")
+    assert said.err.startswith("socketprotectorctl: a reload would be refused: 1 change ")
+    assert (ctl("diff", "--json").status, json.loads(ctl("diff", "--json").out)) == (3, fixed)
 
     def invalid(*_: object) -> Message:
         raise Refusing("refused", "web.toml:3: workers: not a number")

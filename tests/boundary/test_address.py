@@ -157,11 +157,13 @@ def test_one_number_for_two_sockets_survives_a_number_that_is_half_taken(
     real = bind._bind_one
     taken: list[int] = []
 
-    def half_taken(listen: Listen, family: int, host: str, port: int, backlog: int) -> bind.Bound:
+    def half_taken(
+        listen: Listen, family: int, host: str, port: int, backlog: int, *, free: bool
+    ) -> bind.Bound:
         if host == "127.0.0.2" and len(taken) < 3:
             taken.append(port)
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-        return real(listen, socket.AddressFamily(family), host, port, backlog)
+        return real(listen, socket.AddressFamily(family), host, port, backlog, free=free)
 
     monkeypatch.setattr(bind, "_bind_one", half_taken)
 

@@ -604,7 +604,7 @@ def test_a_placeholder_without_listeners_names_the_mode(typed: Typed) -> None:
 
 
 def test_check_takes_a_name_that_stands_for_one_listener(typed: Typed) -> None:
-    listens = ("http=0", "a=127.0.0.1:0", "b=unix:s")
+    listens = ("http=0", "a=127.0.0.1:0", "b=unix:s?mode=0600")
     names = ("{fd:http}", "{fd:A}", "{fd:b}", "{fd:ready}")
 
     ended = typed("--check", *LISTENER, *listens, "--", "true", *names)

@@ -55,7 +55,7 @@ def test_a_pid_file_that_cannot_be_written_is_refused_and_nothing_is_left(
     before = list(disk.seen.iterdir())
     start.pid_file = disk.path / "pid"
 
-    ended = start(*mode, f"unix:{start.folder}/s", "--", *MINIMAL, before=disk.before)
+    ended = start(*mode, f"unix:{start.folder}/s?mode=0600", "--", *MINIMAL, before=disk.before)
 
     assert ended.status == 111, ended
     (line,) = ended.lines

@@ -28,7 +28,7 @@ def gate(start: Start) -> Path:
 @contextmanager
 def waiting(start: Start, gate: Path, **more: object) -> Iterator[tuple[Popen, int]]:
     """A launching process that waits for a worker; and a descriptor that holds the worker back."""
-    words = (f"unix:{start.folder}/s", "--", *worker("ready_at_gate", gate))
+    words = (f"unix:{start.folder}/s?mode=0600", "--", *worker("ready_at_gate", gate))
     with start_of(start, "--log-file", start.log_file, *words, **more) as process:
         held = os.open(gate, os.O_WRONLY)  # succeeds when the worker reads
         try:

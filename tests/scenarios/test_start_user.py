@@ -200,7 +200,9 @@ def test_the_folder_of_the_log_may_be_roots(start: Start, theirs: Path, python: 
     os.chown(logs, 0, 0)
     command = (python, "-S", "-E", str(WORKERS / "tells.py"))
 
-    ended = start.up("--user", "nobody", "--log-file", logs / "log", "unix:s", "--", *command)
+    ended = start.up(
+        "--user", "nobody", "--log-file", logs / "log", "unix:s?mode=0600", "--", *command
+    )
 
     assert ended.lines == []
     (logs / "log").rename(logs / "log.1")

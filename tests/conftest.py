@@ -16,7 +16,7 @@ import hypothesis
 import pytest
 from _pytest.terminal import TerminalReporter
 
-from tests import forked, once, summary, world
+from tests import forked, needs, once, summary, world
 from tests.channel import Channel
 from tests.own_folder import OwnFolder
 from tests.procfs import GONE, children_of, descriptors, threads_of
@@ -67,6 +67,11 @@ def _control_sockets_have_a_folder_of_their_own(
         os.chmod(folder, 0o1777)  # some are started as another user
         monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
         yield
+
+
+@pytest.fixture
+def _another_user() -> None:
+    needs.another_user()
 
 
 @pytest.fixture

@@ -15,20 +15,21 @@ import os
 import shutil
 import socket
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
 import pytest
 
-#: Every reason begins with it.
-PREFIX = "needs "
+from tests.summary import NEEDS
+
 _ROOT = Path(__file__).resolve().parent.parent
 
 
 def reason(need: str, detail: object = "") -> str:
     """Return the reason of a skip: the need, by which the summary counts, and any detail."""
-    return f"{PREFIX}{need}: {detail}" if str(detail) else f"{PREFIX}{need}"
+    return f"{NEEDS}{need}: {detail}" if str(detail) else f"{NEEDS}{need}"
 
 
 def unless(met: bool, need: str, detail: object = "") -> pytest.MarkDecorator:
@@ -72,16 +73,12 @@ def _has_ipv6() -> bool:
 
 
 IS_ROOT = os.geteuid() == 0
-#: Another user can run this Python and the programs of this clone.
-OTHERS_CAN_RUN = bool(Path(__file__).stat().st_mode & 0o004) and is_reachable(
-    __file__, f"{sys.prefix}/bin/python", sys.executable, f"{sys.base_prefix}/lib"
-)
-
 _OTHERS = "a clone and a Python that other users can execute"
 
 ROOT = unless(IS_ROOT, "root")
-#: Root that becomes another user, or starts a program as one.
-ANOTHER_USER = unless(OTHERS_CAN_RUN, _OTHERS, _ROOT) if IS_ROOT else ROOT
+#: Root that becomes another user, or starts a program as one.  Seen when the test begins: in the
+#: world of a run others can go where they cannot outside.
+ANOTHER_USER = pytest.mark.usefixtures("_another_user") if IS_ROOT else ROOT
 
 
 def root_with(*names: str) -> pytest.MarkDecorator:
@@ -91,19 +88,26 @@ def root_with(*names: str) -> pytest.MarkDecorator:
 
 def _has_localhost() -> bool:
     try:
-        socket.getaddrinfo("localhost", None)
-    except OSError:
+        return "localhost" in Path("/etc/hosts").read_text(encoding="utf-8")
+    except FileNotFoundError:
         return False
-    return True
 
 
 LOCALHOST = unless(_has_localhost(), "localhost in /etc/hosts")
 IPV6 = unless(_has_ipv6(), "IPv6")
 
 
+@cache
+def _others_can_run() -> bool:
+    """Return whether other users can run this Python and the programs of this clone."""
+    return bool(Path(__file__).stat().st_mode & 0o004) and is_reachable(
+        __file__, f"{sys.prefix}/bin/python", sys.executable, f"{sys.base_prefix}/lib"
+    )
+
+
 def another_user() -> None:
     """Skip the test that runs unless it may run this clone as another user."""
     if not IS_ROOT:
         skip("root")
-    if not OTHERS_CAN_RUN:
+    if not _others_can_run():
         skip(_OTHERS, _ROOT)

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 from _pytest.terminal import TerminalReporter
 
-from tests import needs
-
 #: So many failed tests are named: two lines each, and the rest of the summary, are a screen.
 NAMED = 15
 #: How long a reason may be.
 REASON_CHARS = 150
+#: The reason of every skip begins with it; the need follows, then maybe a colon and a detail.
+NEEDS = "needs "
 _FAILED = (("failed", "FAILED"), ("error", "ERROR"))
 
 
@@ -76,11 +76,11 @@ def skipped_lines(reports: Sequence[Any]) -> list[str]:
     for report in reports:
         text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         text = text.removeprefix("Skipped: ")
-        count[text.partition(":")[0] if text.startswith(needs.PREFIX) else text] += 1
+        count[text.partition(":")[0] if text.startswith(NEEDS) else text] += 1
     lines = []
     for text, number in count.most_common():
         noun, verb = ("test", "needs") if number == 1 else ("tests", "need")
-        what = re.sub(f"^{needs.PREFIX}", f"{verb} ", text)
+        what = re.sub(f"^{NEEDS}", f"{verb} ", text)
         lines.append(f"NOT CHECKED: {number} {noun} {what}")
     return lines
 

@@ -35,6 +35,7 @@ class Facts:
     settle_check: str = ""  # what the settling generation is asked
     settle_check_due: bool = False  # --settle is over, and its next good answer is awaited
     upgrade: str = ""  # what an upgrade waits for
+    leftovers_end: bool = False  # processes of failed workers were found, and signalled
     late_clients_s: float | None = None  # a stop lets in clients that a hold has kept out
 
 
@@ -126,7 +127,9 @@ def _operator(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
 
 def _stop(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
     if fleet.exiting:
-        yield Wait("stop", "processes that failed workers left are being ended")
+        ends = "processes that failed workers left are being ended"
+        looks = "stopped: looking for processes that workers left behind"
+        yield Wait("stop", ends if facts.leftovers_end else looks)
         return
     if not fleet.stopping:
         return

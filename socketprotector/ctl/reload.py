@@ -495,7 +495,7 @@ def _ask_stop(client: Client, quick: bool) -> None:
 
 def _stopping(operation: _Operation) -> None:
     """Wait until no protector answers any more."""
-    client, shown, left = operation.client, ProgressThrottle(), "the workers"
+    client, left = operation.client, "the workers"
     waits = WaitsShown(operation.tell)
     heeded = ("lame-duck", "drained", "exited", "stopping")
     told = False
@@ -505,15 +505,12 @@ def _stopping(operation: _Operation) -> None:
             if event is not None and event.get("event") not in heeded:
                 continue
             status = client.request("status")
-            workers, words = draining(status)
-            left = words or "the protector"
+            left = draining(status)[1] or "the protector"
             waits.looked(status, OF_STOP)
             seconds = measure(status, "lame_duck_s")
             if seconds is not None and not told:
                 operation.tell(f"lame duck: accepts for another {in_units(round(seconds))}")
                 told = True
-            if words and shown.is_news(workers, words):
-                operation.tell(f"waits for {words}")
         except ConnectionLost:
             try:
                 client.again(_GONE_S)

@@ -27,9 +27,9 @@ _GOOD = ("reloaded", "passed")
 #: The kinds of waits that keep a reload from its verdict, and those of a stop.
 OF_RELOAD = ("upgrade", "configuration", "start", "settle", "back-off", "room", "earlier-reload")
 OF_STOP = ("stop",)
-#: How often a reason that stays the same is shown again, with the time that is left; and how soon
-#: another reason for the same wait is shown.
-_REPEATED_S, _CHANGED_S = 10.0, 1.0
+#: How often a reason that stays the same is shown again, with the time that is left; how soon
+#: another reason for the same wait is shown; and how long a wait lasts that is worth a line.
+_REPEATED_S, _CHANGED_S, _LASTS_S = 10.0, 1.0, 0.5
 #: Of more workers than this only each further part of so many is worth a line.
 _PARTS = 10
 
@@ -61,7 +61,7 @@ class ProgressThrottle:
 
 @dataclass(slots=True)
 class WaitsShown:
-    """Which waits were shown: each new reason, and one that stays the same every so often."""
+    """Which waits were shown: of those that last each reason, and the same one every so often."""
 
     tell: Callable[[str], None]
     now: list[Wait] = field(default_factory=list)
@@ -76,7 +76,7 @@ class WaitsShown:
         earlier, self._shown = self._shown, {}
         for each in self.now:
             key = each.kind, each.generation
-            reason, shown_at = earlier.get(key, ("", -math.inf))
+            reason, shown_at = earlier.get(key, ("", at - _CHANGED_S + _LASTS_S))
             if at - shown_at >= (_REPEATED_S if reason == each.reason else _CHANGED_S):
                 self.tell(f"waits: {escape(each.text)}")
                 reason, shown_at = each.reason, at

@@ -85,6 +85,11 @@ class Orphans:
         """The addresses that have to be looked for: now, or when their time is over."""
         return tuple(self._left)
 
+    @property
+    def found(self) -> bool:
+        """Whether a look has found some, which were sent TERM."""
+        return any(due is not None for due in self._left.values())
+
     def end(self, address: str) -> None:
         """End whatever has this notify address in its environment."""
         self._left.setdefault(address, None)

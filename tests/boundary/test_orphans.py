@@ -130,8 +130,10 @@ def test_what_twenty_failed_workers_have_left_is_found_in_one_look(loop: Loop, l
         for number in range(20):
             found.end(f"{ADDRESS}-{number}")
         assert counted == []  # nothing is looked at in the callback of a worker's end
+        assert not found.found
         until(loop, lambda: len(log.said) == 2)
         assert counted == [20]
+        assert found.found
         assert {fields["pid"] for _, fields in log.said} == {one, other}
         assert {fields["signal"] for _, fields in log.said} == {"SIGTERM"}
         assert sorted(found.left) == [

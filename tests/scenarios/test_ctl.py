@@ -496,7 +496,7 @@ def test_stop_is_waited_for_though_the_protector_is_killed_in_the_middle(
     with Client(("127.0.0.1", daemon.port), "hello") as client:
         client.hear()
         running = beside("stop")
-        running.err.wait_for("waits for generation 1")
+        running.err.wait_for("^waits: generation 1 ")
         revived(daemon, kill_protector(daemon))
 
         assert running.process.poll() is None

@@ -103,6 +103,7 @@ def of_waits(
         settle_check=shown(settles.program.settle_check) if settles is not None else "",
         settle_check_due=effects.settle_check.is_due,
         upgrade=upgrade,
+        leftovers_end=effects.pool.orphans.found,
         late_clients_s=effects.late_clients_s,
     )
     found = [asdict(each) for each in waits(fleet, facts)]

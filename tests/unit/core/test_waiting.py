@@ -8,6 +8,7 @@ import pytest
 
 from socketprotector.core.events import (
     Answered,
+    BacklogEmptied,
     DeadlinePassed,
     DryRunRequested,
     HoldRequested,
@@ -148,6 +149,15 @@ def test_a_stop_says_which_generation_keeps_it(story: Story) -> None:
     assert reasons(story, late_clients_s=1.0)[0] == (
         "stopping: clients that the hold kept out are let in"
     )
+
+
+def test_a_stop_looks_for_what_workers_left_and_says_what_it_found(story: Story) -> None:
+    story.given_serving().and_also(StopRequested(), BacklogEmptied(), WorkerExited(1, DIED))
+    assert story.fleet.exiting
+    assert reasons(story) == ["stopped: looking for processes that workers left behind"]
+    assert reasons(story, leftovers_end=True) == [
+        "processes that failed workers left are being ended"
+    ]
 
 
 def test_a_worker_that_is_replaced_is_waited_for(story: Story) -> None:

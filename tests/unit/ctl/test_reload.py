@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from socketprotector.ctl import client
-from socketprotector.ctl.reload_progress import Reload
+from socketprotector.ctl.reload_progress import Reload, WaitsShown
 from tests.running import DEADLINE_S, Ended, Lines
 from tests.together import together
 from tests.unit.ctl.conftest import COMMAND
@@ -684,17 +684,30 @@ def test_each_wait_has_its_reason_in_the_progress_and_is_repeated_now_and_then()
     reload = Reload(9, {"phase": "serving"}, said.append)
 
     reload.looked(waiting(1.0, "last answer to GET /healthz: 500"))
-    for at in range(2, 12):
+    for at in range(2, 13):
         reload.looked(waiting(float(at), "last answer to GET /healthz: 500"))
     reload.looked(waiting(20.0, "last answer to GET /healthz: 404\x1b[2J"))
     reload.looked(waiting(20.1, "so many that change at once"))
 
     assert [each for each in said if each.startswith("waits")] == [
-        "waits: last answer to GET /healthz: 500, 99 s left",
-        "waits: last answer to GET /healthz: 500, 89 s left",
+        "waits: last answer to GET /healthz: 500, 98 s left",
+        "waits: last answer to GET /healthz: 500, 88 s left",
         "waits: last answer to GET /healthz: 404\\x1b[2J, 80 s left",
     ]
     assert reload.waits_for().endswith(": so many that change at once")
+
+
+def test_a_wait_that_is_soon_over_is_no_line() -> None:
+    said: list[str] = []
+    waits = WaitsShown(said.append)
+
+    for at in (1.0, 1.3):
+        waits.looked(waiting(at, "brief"), ("start",))
+    waits.looked({"now": 1.4}, ("start",))
+    for at in (1.5, 1.8, 2.0):
+        waits.looked(waiting(at, "lasting"), ("start",))
+
+    assert said == ["waits: lasting, 98 s left"]
 
 
 def test_what_keeps_no_reload_is_not_in_its_progress() -> None:

@@ -26,7 +26,9 @@ from ..ctl.query_all import SocketAnswer
 from .collector import labels
 from .peers import Peers
 from .peers_model import Host
+from .share import Share
 from .web_model import STEP_S, Instance
+from .web_text import shortened
 
 #: How often an instance is asked for its status: while something changes and somebody looks, while
 #: nothing does, and while nobody looks (a step of the sparklines).
@@ -256,7 +258,10 @@ class Hub:
             writer.write(_EVENTS_PLEASE + _STATUS_PLEASE)
             asked_at, answered = time.monotonic(), False
             due = asked_at + _ANSWER_S
+            share = Share()
             while True:
+                if pause_s := share.owed_s():  # one that floods us leaves time for the others
+                    await asyncio.sleep(pause_s)
                 try:
                     async with asyncio.timeout(None if due == math.inf else due - time.monotonic()):
                         line = await reader.readuntil()
@@ -272,6 +277,7 @@ class Hub:
                     continue
                 except asyncio.IncompleteReadError:
                     return
+                share.began()
                 message = message_in(line)
                 if message is None:
                     raise NoProtector(feed.instance.path, "no protector")
@@ -281,7 +287,7 @@ class Hub:
                         due = min(due, max(time.monotonic(), asked_at + _EVENTFUL_S))
                 elif not message.get("ok"):
                     raise RequestRefused(str(message.get("code")), str(message.get("error")))
-                elif message.get("id") == "status":
+                elif message.get("id") == "status" and not answered:
                     before = feed.changed
                     result = message.get("result")
                     if not isinstance(result, dict):
@@ -289,6 +295,8 @@ class Hub:
                     self._saw(feed, result)
                     answered = True
                     due = asked_at + self._interval_s(changes=feed.changed != before)
+                elif message.get("id") != "events":
+                    raise NoProtector(feed.instance.path, "no protector")  # nothing was asked
         finally:
             writer.close()
 
@@ -299,7 +307,7 @@ class Hub:
 
     def _saw(self, feed: _Feed, status: Message) -> None:
         first = feed.instance.status is None
-        feed.instance.see(status, time.monotonic(), time.time())
+        feed.instance.see(shortened(status), time.monotonic(), time.time())
         if first:
             self._name()
         self._show(feed)

@@ -14,13 +14,23 @@ from ..model import text
 _LINE_CHARACTERS = 240
 #: The end of last words says what happened.
 _WORDS_CHARACTERS = 4000
+#: Of generations, listeners, waits: no page shows more, and to draw each takes its time.
+_MEMBERS = 64
 _NOT_FIELDS = ("v", "event", "at", "level", "last_words")
+
+
+def shortened(status: Status) -> Status:
+    """Return a status with the last of its lists' members, as many as a page can show."""
+    return {
+        name: value[-_MEMBERS:] if isinstance(value, list) else value
+        for name, value in status.items()
+    }
 
 
 def event_line(message: Status, generation: int = 0) -> dict[str, Any]:
     """Return what the page shows of an event.  generation: the one that it belongs to, if any."""
     fields = [
-        f"{line(name)}={text.field(value)}"
+        f"{line(name)}={text.field(_begun(value) if isinstance(value, str) else value)}"
         for name, value in message.items()
         if name not in _NOT_FIELDS
         and isinstance(value, str | int | float)
@@ -51,7 +61,7 @@ def verdict_of(reload: Status) -> dict[str, Any]:
 
 def words_of(last_words: str) -> str:
     """Return the end of last words, in lines without control characters."""
-    words = last_words.strip("\n")[-_WORDS_CHARACTERS:]
+    words = last_words.rstrip("\n")[-_WORDS_CHARACTERS:].lstrip("\n")
     return "\n".join(map(text.escape, words.replace("\t", "    ").split("\n")))
 
 
@@ -62,7 +72,12 @@ def last_line(words: str) -> str:
 
 def line(value: str) -> str:
     """Return a text in one line that is not too long."""
-    return cut(text.escape(value))
+    return cut(text.escape(_begun(value)))
+
+
+def _begun(value: str) -> str:
+    """Return what is enough to be cut: to escape 256 KB takes its time."""
+    return value[: _LINE_CHARACTERS + 1]
 
 
 def cut(value: str, characters: int = _LINE_CHARACTERS) -> str:

@@ -80,17 +80,24 @@ def running(begun: str) -> list[str]:
 def names(found: Sequence[SocketAnswer]) -> list[str]:
     """Return what each is called: its name, with its listener where several have that name.
 
-    The name is the socket's where a protector does not answer.
+    The name is the socket's where a protector does not answer.  Any process can choose its name:
+    the one whose own folder is called so keeps it.
     """
     longer = [_names_of(each) for each in found]
     called = [plain for plain, *_ in longer]
     for more in (1, 2):
         several = Counter(called)
         called = [
-            name if several[name] == 1 else its[min(more, len(its) - 1)]
-            for name, its in zip(called, longer, strict=True)
+            name
+            if several[name] == 1 or each.path.endswith(_own_folder(name))
+            else its[min(more, len(its) - 1)]
+            for each, name, its in zip(found, called, longer, strict=True)
         ]
     return called
+
+
+def _own_folder(name: str) -> str:
+    return f"/{control_path.key_of(name)}/{control_path.IN_OWN_FOLDER}"
 
 
 def _names_of(found: SocketAnswer) -> tuple[str, ...]:
@@ -111,11 +118,17 @@ def by_pid_file(file: str) -> str:
     if not lives(pid):
         raise NoProtector(f"--pid-file {file}: process {pid} is gone; the protector has ended")
     found = ask_all(sockets())
+    there = []
     for each in found:
         status = each.result or {}
         # Under --guard the pid file holds the guard's: main_pid.
         if each.alive and pid in (each.pid, status.get("pid"), status.get("main_pid")):
-            return each.path
+            there.append(each)
+    if there:
+        # Any process can say any number: the socket in the same folder is right, then the kernel.
+        folder = os.path.dirname(os.path.abspath(file))
+        there.sort(key=lambda each: (os.path.dirname(each.path) != folder, each.pid != pid))
+        return there[0].path
     unseen = [each.path for each in found if each.why in ("denied", "silent")]
     hint = f" (no answer from {_names(unseen)})" if unseen else ""
     raise NoProtector(

@@ -35,7 +35,7 @@ from tests.running import (
 SCRIPT = ROOT / "init.d" / "socketprotector"
 SHELLS = [shell for shell in ("dash", "bash") if shutil.which(shell)] or ["sh"]
 #: What the script may ask of a machine; flock is not among it.
-TOOLS = "cat chmod chown cksum grep id ls mkdir rm rmdir sed sh sleep sort tail tr"
+TOOLS = "cat chmod chown cksum dd grep id ln ls mkdir rm rmdir sed sh sleep sort tail tr"
 ECHO = f"{sys.executable} {WORKERS / 'echo.py'}"
 
 
@@ -208,6 +208,32 @@ def test_the_lines_of_the_file_are_the_environment_of_the_daemon_but_not_our_own
     assert Path(f"/proc/{worker}/cwd").readlink() == Path("/")
 
 
+def test_a_line_of_the_file_changes_nothing_in_the_script_whatever_its_name(
+    machine: Machine,
+) -> None:
+    lines = {"MY_COLOUR": "blue", "name": "shop", "ROOT": "/srv", "PATH": "/srv/bin", "IFS": ":"}
+    file = machine.configure()
+    with file.open("a") as opened:
+        for each, value in {**lines, "pid_file": "/srv/pid", "user": "app"}.items():
+            opened.write(f"{each}={value}\n")
+
+    worker = worker_of(machine.start())
+
+    assert f"web: started (pid {machine.pid()})" in machine.output
+    assert "not found" not in machine.output
+    environment = environment_of(worker)
+    assert {each: environment[each] for each in lines if each != "IFS"} == {
+        each: value for each, value in lines.items() if each != "IFS"
+    }
+    assert machine.run("reload") == 0
+    assert "has changed since" not in machine.output
+    machine.configure(PATH="/srv/bin", OPTIONS="--workers 2")
+    assert machine.run("restart") == 0
+    assert "not started with the settings" in machine.output
+    assert machine.run("stop") == 0
+    assert not machine.run_directory().exists()
+
+
 @needs.ANOTHER_USER
 def test_the_run_directory_is_the_users_and_so_is_the_daemon(machine: Machine) -> None:
     # No Python, so no guard: it may be installed where the user nobody cannot go.
@@ -215,7 +241,8 @@ def test_the_run_directory_is_the_users_and_so_is_the_daemon(machine: Machine) -
         command="sleep 1000",
         USER="nobody",
         GUARD="no",
-        OPTIONS=f"--ready after:1ms --stop-timeout 0 --log-file {machine.root / 'log'}",
+        OPTIONS="--ready after:1ms --stop-timeout 0 --no-log-relay "
+        f"--log-file {machine.root / 'log'}",
     )
 
     machine.start()
@@ -493,6 +520,41 @@ def test_a_restart_with_a_mistake_in_the_settings_stops_nothing(
     assert worker_of(address) != worker
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("SOCKETPROTECTOR_OPTIONS=--workers 2", ", line 3: several words need quotes"),
+        ('SOCKETPROTECTOR_STOP_WAIT="60s"', "a _WAIT is '60s'; write whole seconds"),
+        ("SOCKETPROTECTOR_RELOAD_WAIT=1m", "a _WAIT is '1m'; write whole seconds"),
+        (": ${NO_SUCH_SETTING:?is missing}", "is missing"),
+        ("MY_PATH=$NO_SUCH_SETTING", "NO_SUCH_SETTING"),
+        ('MY_NAME="', "not configured: cannot read"),
+    ],
+)
+def test_a_restart_with_a_line_that_is_no_setting_stops_nothing(
+    machine: Machine, line: str, said: str
+) -> None:
+    file = machine.configure()
+    address = machine.start()
+    file.write_text(f"{file.read_text()}{line}\n")
+
+    assert machine.run("restart") == 6
+
+    assert said in machine.output
+    assert worker_of(address)
+    assert machine.run("stop") == 0, "which needs none of it"
+
+
+def test_what_changes_during_the_start_is_not_what_it_was_started_with(machine: Machine) -> None:
+    file = machine.configure(command=str(machine.root / "daemon"))
+    release(machine, f"echo MY_COLOUR=blue >>{file}; exec {ECHO}")
+    machine.start()
+
+    assert machine.run("reload") == 0
+
+    assert "has changed since the start" in machine.output
+
+
 def test_a_reload_says_that_only_a_restart_applies_other_settings(machine: Machine) -> None:
     file = machine.configure()
     machine.start()
@@ -597,6 +659,54 @@ def test_a_signal_is_sent_with_the_rights_of_the_protectors_user(
             assert machine.run("stop", path=path) == 0
             reaper.join(DEADLINE_S)
             assert theirs.returncode == -signal.SIGTERM
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can signal the wrong process")
+def test_no_signal_is_sent_with_the_rights_of_another_user_than_the_protectors(
+    machine: Machine, foreign: subprocess.Popen[bytes]
+) -> None:
+    """A user's name can be another one's number."""
+    path = machine.tools("flock")
+    mistaken = path / "setpriv"
+    mistaken.write_text('#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"\n')
+    mistaken.chmod(0o755)
+    machine.configure(STOP_WAIT="1")
+    machine.leave_pid_file(f"{foreign.pid}\n")
+    for each in (machine.run_directory(), machine.pid_file()):
+        shutil.chown(each, "nobody")
+    with machine.pid_file().open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+        assert machine.run("stop", path=path) == 1
+
+    assert "cannot become user 65534" in machine.output
+    assert foreign.poll() is None
+
+
+@needs.ANOTHER_USER
+@pytest.mark.parametrize("tool", ["flock", "id", "ls", "ln"])
+@pytest.mark.parametrize("action", ["stop", "status", "start"])
+def test_a_fifo_in_the_place_of_the_pid_file_holds_nothing_up(
+    machine: Machine, tool: str, action: str
+) -> None:
+    """Its user may put it there while the script looks: here whenever that runs this tool."""
+    path = machine.tools("flock", "mv", "mkfifo")
+    swap = f"mkfifo {machine.root}/fifo && mv {machine.root}/fifo {machine.pid_file()}"
+    real = (path / tool).readlink()
+    (path / tool).unlink()
+    (path / tool).write_text(
+        f'#!/bin/sh\n[ -p {machine.pid_file()} ] || {{ {swap}; }}\n{real} "$@"\n'
+    )
+    (path / tool).chmod(0o755)
+    machine.configure(PROGRAM="/bin/true")
+    machine.leave_pid_file("999999\n")
+    for each in (machine.run_directory(), machine.pid_file()):
+        shutil.chown(each, "nobody")
+
+    status = machine.run(action, path=path)
+
+    assert machine.pid_file().is_fifo(), "the positive control"
+    assert status == {"stop": 0, "status": 1, "start": 0}[action]
 
 
 #: Takes the lock and writes a number, then is the user nobody.
@@ -784,6 +894,26 @@ def test_an_action_is_for_all_instances_or_for_the_named_one(machine: Machine) -
     assert machine.run("stop") == 0, "what runs is stopped although its file is gone"
     assert wait_gone([*pids.values()], 0.0) == []
     assert list(machine.run_directory().parent.iterdir()) == []
+
+
+def test_all_are_stopped_at_once_however_long_one_still_serves(machine: Machine) -> None:
+    machine.configure("a", OPTIONS="--stop-timeout 10m")
+    machine.configure("b")
+    assert machine.run("start") == 0
+    pids = [machine.pid(name) for name in ("a", "b")]
+    ports = re.findall(r"listening on tcp:127\.0\.0\.1:(\d+)", machine.output)
+    stopping = threading.Thread(target=machine.run, args=["stop"])
+    with Client(("127.0.0.1", int(ports[0]))) as held:
+        held.ask("mine")
+        stopping.start()
+        assert wait_gone(pids[1:]) == []
+        assert held.ask("still mine")
+    stopping.join(DEADLINE_S)
+
+    assert wait_gone(pids, 0.0) == []
+    assert sorted(machine.output.splitlines()) == [
+        f"socketprotector: {name}: stopped" for name in ("a", "b")
+    ]
 
 
 def test_one_instance_that_does_not_start_keeps_no_other_from_it(machine: Machine) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -88,6 +88,46 @@ def test_two_of_a_name_are_told_apart_by_their_listeners(fakes: Fakes, ctl: Ctl)
     assert "which one? api, web:81" in level(ctl, "--name", "81").err
     names = [line.split()[0] for line in ctl("list").out.splitlines()[1:]]
     assert names == ["api", "web:80", "web:81"]
+
+
+@pytest.fixture
+def claimant(folder: Path) -> Iterator[tuple[Fake, Fake]]:
+    """Two instances with folders of their own: the first can claim to be the second."""
+    evil, web = Fake(folder / "evil" / "control"), Fake(folder / "web" / "control")
+    for each in (evil, web):
+        each.status["listeners"] = listening(80)
+    yield evil, web
+    evil.end()
+    web.end()
+
+
+@pytest.mark.parametrize("claimed", ["web", "web:80"])
+def test_the_name_of_its_own_folder_is_an_instances_whatever_another_one_says(
+    claimant: tuple[Fake, Fake], ctl: Ctl, claimed: str
+) -> None:
+    evil, web = claimant
+    evil.status["name"] = claimed
+
+    found = json.loads(ctl("list", "--json").out)["instances"]
+
+    assert [each["name"] for each in found if each["control"] == str(web.path)] == ["web"]
+    evil.asked.clear()
+    assert level(ctl, "--name", "web").status == 0
+    assert evil.commands() == []
+
+
+@pytest.mark.parametrize("said", ["pid", "main_pid"])
+def test_the_socket_beside_the_pid_file_is_meant_whatever_another_one_says(
+    claimant: tuple[Fake, Fake], ctl: Ctl, said: str
+) -> None:
+    evil, web = claimant
+    pid = os.getppid()  # neither is that process: as under a guard that has restarted it
+    evil.status[said] = web.status["main_pid"] = pid
+    file = web.path.with_name("pid")
+    file.write_text(f"{pid}\n")
+    evil.status["name"] = "mine"
+
+    assert json.loads(level(ctl, "--pid-file", str(file)).out)["name"] == "web"
 
 
 def test_two_at_files_of_one_name_are_told_apart_by_the_whole_path(fakes: Fakes, ctl: Ctl) -> None:

@@ -181,7 +181,9 @@ class Reload:
             self._ready(number, ready)
             if each.get("phase") == "settling":
                 self._switched(number)
-        self.waits.looked(status, OF_RELOAD)
+        # Once this reload is under way, one that waits for it is another.
+        kinds = [each for each in OF_RELOAD if self._now is None or each != "earlier-reload"]
+        self.waits.looked(status, kinds)
         # Waiting: under stop-first no generation has the route until the old one has quiesced.
         under_way = self._phase in (*_STARTING, "reloading", "waiting")
         if reloads or starting or under_way or self.stopping or status.get("reload_wanted"):

@@ -27,6 +27,7 @@ from ..ctl.fields import (
     unhealthy,
     waits_of,
 )
+from ..model import text
 from ..model.waits import quantile_us
 from .web_text import cut, event_line, line, verdict_of
 
@@ -40,6 +41,7 @@ CELLS = 96
 #: Of those that keep a draining generation alive.
 _NAMED = 4
 _BUCKETS = 32
+_MOST_WARNINGS, _WARNING_CHARACTERS = 10, 500
 _GROWING = ("rate", "active", "p99")
 _PHASES = ("starting", "settling", "serving", "draining", "abandoned")
 _WITHOUT_CONNECTIONS = ("starting", "abandoned")
@@ -213,6 +215,7 @@ class Instance:
             "phase": line(label(status, "phase") or "unknown"),
             "notes": _notes(status),
             "waits_for": [line(each.text) for each in waits_of(status)],
+            "warnings": _warnings(status),
             "health": _health(status),
             "version": line(text_in(status, "version")),
             "pid": number_in(status, "pid"),
@@ -388,6 +391,15 @@ def _notes(status: Status) -> list[str]:
             number = number_in(each, "number")
             found.append(f"generation {number}: a client has waited for {untaken:.0f} s")
     return found
+
+
+def _warnings(status: Status) -> list[str]:
+    """Return what the settings lack, as the start has said."""
+    found = status.get("warnings")
+    texts = [each for each in found if isinstance(each, str)] if isinstance(found, list) else []
+    more = len(texts) - _MOST_WARNINGS
+    shown = [cut(text.escape(each), _WARNING_CHARACTERS) for each in texts[:_MOST_WARNINGS]]
+    return [*shown, *([f"and {more} more: socketprotectorctl status"] if more > 0 else [])]
 
 
 def _health(status: Status) -> str:

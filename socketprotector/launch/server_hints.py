@@ -34,9 +34,9 @@ _REFUSED = {
     for name in (each.key, each.former)
     if each.key in {*LISTENER.refuses, "retire-after"}
 }
-#: What gunicorn reads without being asked to.
-_GUNICORN_FILE = "gunicorn.conf.py"
-#: Of a file that may use the client library, in bytes: it is imported at the top.
+#: What gunicorn and puma read without being asked to.
+_UNASKED = ("gunicorn.conf.py", "config/puma.rb")
+#: Of each file, in bytes.  One that uses the client library imports it at the top.
 _LOOKED_AT = 1 << 16
 
 
@@ -59,6 +59,7 @@ def of(settings: Settings, listens: Sequence[Listen], *, typed: bool) -> Iterato
         settles=settings.policy.settle_s > 0,
         after_s=settings.ready_after_s if settings.ready == "after" else None,
         drain_signal=signal.Signals(settings.drain_signal).name.removeprefix("SIG"),
+        files=_files(settings, environment),
     )
     if found is None or (settings.mode.needs_library and _speaks(settings, environment)):
         return
@@ -82,7 +83,7 @@ def drain_limits(settings: Settings) -> Iterator[str]:
                 settings.command,
                 environment,
                 drain_limit_s=settings.policy.drain_limit_s,
-                has_file=os.path.exists(os.path.join(settings.directory, _GUNICORN_FILE)),
+                files=_files(settings, environment),
             )
             if found is not None:
                 yield found
@@ -90,21 +91,29 @@ def drain_limits(settings: Settings) -> Iterator[str]:
 
 def _speaks(settings: Settings, environment: Mapping[str, str]) -> bool:
     """Whether a file that the command names, or that gunicorn reads, uses the client library."""
-    words = [*settings.command[1:], *environment.get("GUNICORN_CMD_ARGS", "").split()]
+    words = _words(settings, environment)
+    return known_servers.OURS in "".join((*words, _files(settings, environment)))
+
+
+def _words(settings: Settings, environment: Mapping[str, str]) -> Sequence[str]:
+    return (*settings.command[1:], *environment.get("GUNICORN_CMD_ARGS", "").split())
+
+
+def _files(settings: Settings, environment: Mapping[str, str]) -> str:
+    """Return the beginnings of the files that the command names, or that a server reads anyway."""
+    words, found = _words(settings, environment), []
     named = [word.rpartition("=")[2].removeprefix("-c").removeprefix("file:") for word in words]
-    for path in (*named, _GUNICORN_FILE):
+    for path in (*named, *_UNASKED):
         try:
             fd = os.open(os.path.join(settings.directory, path), os.O_RDONLY | os.O_NONBLOCK)
         except (OSError, ValueError):
             continue
         try:
-            if stat.S_ISREG(os.fstat(fd).st_mode) and known_servers.OURS in str(
-                os.read(fd, _LOOKED_AT)
-            ):
-                return True
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                found.append(os.read(fd, _LOOKED_AT).decode("utf-8", "replace"))
         finally:
             os.close(fd)
-    return any(known_servers.OURS in word for word in words)
+    return "\n".join(found)
 
 
 def line(

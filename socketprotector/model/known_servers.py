@@ -188,12 +188,13 @@ def lacks(
     settles: bool,
     after_s: float | None,
     drain_signal: str,
+    files: str = "",
 ) -> str | None:
     """Say why a known server would not serve as it is started, or would only seem to.
 
     variables: the environment, as NAME=VALUE.  settles: a generation that fails soon after it was
     thought ready is rolled back.  after_s: when a timer says that it is ready, if one does.
-    drain_signal: without SIG.
+    drain_signal: without SIG.  files: what the server's configuration files say.
     """
     name = known(command)
     if name is None:
@@ -216,6 +217,8 @@ def lacks(
         return "several workers of hypercorn's own cut off each other's requests at a reload"
     if settles or name not in _LOADS:
         return None
+    if name == "gunicorn" and "preload_app" in files:
+        return None  # set, or left alone by an operator who knows of it
     if name == "gunicorn" and not any(map(_PRELOADS.match, words)):
         return (
             "gunicorn says that it is ready before it has loaded the application, so a reload "
@@ -234,13 +237,13 @@ def drain_limit(
     variables: Mapping[str, str],
     *,
     drain_limit_s: float,
-    has_file: bool = False,
+    files: str = "",
 ) -> str | None:
     """Say that a known server ends open connections sooner than SocketProtector, by its own limit.
 
     None: it does not, or the operator chose that limit and no longer one for SocketProtector.
-    drain_limit_s: that of --drain-timeout; 0: none.  has_file: there is a configuration
-    file that gunicorn reads without being asked to.
+    drain_limit_s: that of --drain-timeout; 0: none.  files: what the server's configuration files
+    say; one that sets the limit has chosen it.
     """
     name = known(command)
     if name is None:
@@ -248,7 +251,6 @@ def drain_limit(
     option, limit_s = KNOWN[name].limit_option, KNOWN[name].limit_s
     words, file = list(command), any(map(_CONFIGURED.match, command))
     if name == "gunicorn":
-        file = file or has_file
         words = [*variables.get("GUNICORN_CMD_ARGS", "").split(), *words]
     if name == "uvicorn" and "UVICORN_TIMEOUT_GRACEFUL_SHUTDOWN" in variables:
         words = [option, variables["UVICORN_TIMEOUT_GRACEFUL_SHUTDOWN"], *words]
@@ -260,6 +262,9 @@ def drain_limit(
         if any(map(_CLUSTERED.match, own)):
             option, limit_s = "worker_shutdown_timeout", _CLUSTER_LIMIT_S
     if limit_s is None or 0 < drain_limit_s <= limit_s or (chosen and not drain_limit_s):
+        return None
+    name_in_file = option.removeprefix("--").replace("-", "_")
+    if option and not chosen and name_in_file in files.replace("-", "_"):
         return None
     after = f"{in_units(limit_s)} after a reload" if limit_s else "at a reload"
     by = option and f" ({option}{' or its file' if file else ''})"

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from socketprotector.daemon.control.status import of_warnings
 from socketprotector.launch import unix_access
 from socketprotector.launch.bind import bind_all, discard_all
 from socketprotector.launch.listen_spec import parse
-from socketprotector.model.settings import ListenerSettings
+from socketprotector.model.settings import ListenerSettings, Settings
 from tests import needs
 from tests.own_folder import let_through
 from tests.together import together
@@ -77,6 +79,27 @@ def test_a_socket_that_only_its_owner_can_use_is_named_with_the_argument_that_he
     [line] = said
     assert line.startswith(f"unix:{folder}/s: only {who.format(**names)} connect ({rights} ")
     assert f"'unix:{folder}/s{better.format(**names)}'" in line
+
+
+def test_a_warning_ends_when_the_operator_changes_what_it_names(folder: Path) -> None:
+    """By chmod, of the socket file or of the folder that is closed."""
+    listens = [parse(f"unix:{folder}/{name}", "/") for name in ("s", "closed/s?mode=0666")]
+    closed = folder / "closed"
+    closed.mkdir(mode=0o700)
+    bound = bind_all(listens, 16, notice=lambda text: None)
+    try:
+        settings = Settings("x", ("x",), "/")
+        warnings = (*unix_access.notices(listens, [each.settings for each in bound]), "another")
+        settings = replace(settings, warnings=warnings)
+        assert len(warnings) == 3
+        assert of_warnings(settings) == [*warnings]
+
+        (folder / "s").chmod(0o666)
+        assert of_warnings(settings) == [*warnings[1:]]
+        closed.chmod(0o755)
+        assert of_warnings(settings) == ["another"]
+    finally:
+        discard_all(bound)
 
 
 @together("query", ["?mode=0666", "?mode=0600", "?mode=0660&group={gid}", "?user={uid}"])

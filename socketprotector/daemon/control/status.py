@@ -5,6 +5,8 @@ Reads, and changes nothing.  Names and units are those of docs/control.md.
 
 from __future__ import annotations
 
+import os
+import stat
 import struct
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -108,6 +110,26 @@ def of_waits(
     )
     found = [asdict(each) for each in waits(fleet, facts)]
     return {"waits_for": found} if found else {}
+
+
+def of_warnings(settings: Settings) -> list[str]:
+    """Return the warnings of the start that still hold.
+
+    Those of UNIX sockets name the rights of a file or folder, which an operator may have changed.
+    """
+    return [each for each in settings.warnings if not _is_resolved(each)]
+
+
+def _is_resolved(warning: str) -> bool:
+    """Return whether a warning of launch/unix_access.py names other rights than the present."""
+    if not warning.startswith("unix:/"):
+        return False
+    for before, after in (("unix:", ": only "), (", but the folder ", " does not ")):
+        path, found, more = warning.partition(before)[2].partition(after)
+        if found and "(" in more:
+            with suppress(OSError, ValueError):
+                return stat.filemode(os.stat(path).st_mode) != more.partition("(")[2][:10]
+    return False
 
 
 def of_listener(listener: Listener, socket_number: int) -> dict[str, Any]:

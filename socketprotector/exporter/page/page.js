@@ -108,7 +108,7 @@ function draw(one) {
   if (data.restarts) words.push(`${data.restarts} ${data.restarts === 1 ? "restart" : "restarts"}`);
   if (data.crashes) words.push(`${data.crashes} ${data.crashes === 1 ? "crash" : "crashes"}`);
   since(where, data.started, words.join(" · ") + " · up ", seen);
-  for (const [name, field] of [["notes", "notes"], ["waits", "waits_for"]]) {
+  for (const [name, field] of [["notes", "notes"], ["waits", "waits_for"], ["warnings", "warnings"]]) {
     const list = card.querySelector("." + name), lines = data[field] || [];
     if (list.textContent !== lines.join("")) list.replaceChildren(...lines.map((line) => made("li", line)));
   }

@@ -293,6 +293,16 @@ def test_ready_of_none_is_status_1(folder: Path, ctl: Ctl) -> None:
     assert ctl("--name", "web", "ready").status == 1
 
 
+def test_last_words_are_shown_in_any_locale(fake: Fake) -> None:
+    entries = [entry("reload", 9, "failed", "exited:\nd\u00e9j\u00e0 \u4e2d\ufffd")]
+    fake.answers["history"] = lambda *_: {"history": entries}
+
+    said = run("history", "--control", fake.path, PYTHONIOENCODING="ascii")
+
+    assert (said.status, said.err) == (0, "")
+    assert "  | d\\xe9j\\xe0 \\u4e2d\\ufffd\n" in said.out
+
+
 def test_history(fake: Fake, ctl: Ctl) -> None:
     why = "./daemon exited with status 1 before it was ready; its last words:\nno such table\n"
     entries = [

@@ -679,6 +679,20 @@ def waiting(at: float, *reasons: str, **more: Any) -> Message:
     }
 
 
+def test_a_reload_that_waits_for_this_one_is_no_wait_of_this_one() -> None:
+    """Two people reload: each is shown what its own reload waits for."""
+    said: list[str] = []
+    first, second = (Reload(each, {"phase": "serving"}, said.append) for each in (9, 10))
+    later = {"kind": "earlier-reload", "reason": "begins after the one under way"}
+    found = waiting(1.0, "0 of 1 worker ready")
+    found["waits_for"].append(later)
+
+    first.looked(found)
+    assert "waits: begins after the one under way" not in said
+    second.looked(found)
+    assert "waits: begins after the one under way" in said
+
+
 def test_each_wait_has_its_reason_in_the_progress_and_is_repeated_now_and_then() -> None:
     said: list[str] = []
     reload = Reload(9, {"phase": "serving"}, said.append)

@@ -196,6 +196,14 @@ def test_what_an_operator_should_know_is_noted(seen: Seen) -> None:
     ]
 
 
+def test_warnings_of_the_start_are_shown_cut_and_counted(seen: Seen) -> None:
+    assert seen.see(status())["warnings"] == []
+    shown = seen.see(status(warnings=["a\x1b[2J", 7, "x" * 900, *map(str, range(20))]))["warnings"]
+    assert (shown[0], len(shown[1])) == ("a\\x1b[2J", 500)
+    assert shown[2:] == [*map(str, range(8)), "and 12 more: socketprotectorctl status"]
+    assert seen.see(status(warnings={"a": 1}))["warnings"] == []
+
+
 def test_first_programs_that_fail_are_noted(seen: Seen) -> None:
     told = {"failed": 1, "reason": "its first program failed at once", "last_words": "a\nb\x1b[2J"}
     assert seen.see(status(generation(8, first_programs=told)))["notes"] == [

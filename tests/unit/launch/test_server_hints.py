@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
+from pathlib import Path
 
 from socketprotector.launch import server_hints
 from socketprotector.launch.listen_spec import parse
 from socketprotector.model import handoff_modes
+from socketprotector.model.settings import Settings
 from tests.together import together
 
 _LISTEN = re.compile(r"(?:[\w.]+[=:])?\d{4}")
@@ -109,3 +111,20 @@ def test_one_that_was_handed_the_listener_keeps_its_readiness() -> None:
     assert line(typed, handoff_modes.LISTENER) == (
         f"{_LISTENER} --settle 5s --ready after:3s http=8000 -- uvicorn --fd {{fd:http}} app"
     )
+
+
+@together("named", ["", "-c own.py "])
+def test_what_a_configuration_file_sets_is_no_matter_for_a_warning(
+    named: str, tmp_path: Path
+) -> None:
+    command = tuple(f"gunicorn {named}app:app".split())
+    settings = Settings("x", command, str(tmp_path), handoff="listener")
+    file = tmp_path / ("own.py" if named else "gunicorn.conf.py")
+
+    file.write_text("workers = 2")
+    assert [*server_hints.drain_limits(settings)]
+    file.write_text("preload_app = True\ngraceful_timeout = 3600")
+    listens = [parse("8000", "/")]
+    found = [*server_hints.of(settings, listens, typed=False)]
+    assert [*found, *server_hints.drain_limits(settings)] == []
+    file.unlink()

@@ -213,10 +213,21 @@ def test_a_server_without_a_limit_and_one_that_was_chosen_are_not_named(command:
     assert limit(command) is None
 
 
-def test_a_file_that_gunicorn_reads_unasked_may_have_set_the_limit() -> None:
-    for command, named in (("gunicorn app", True), ("hypercorn --bind fd://3 app", False)):
-        found = known_servers.drain_limit(command.split(), {}, drain_limit_s=0.0, has_file=True)
-        assert ("or its file" in (found or "")) is named
+@together(
+    ("command", "files"),
+    [
+        ("gunicorn app", "graceful_timeout = 3600"),
+        ("hypercorn -c h.toml --bind fd://3 app", "graceful_timeout = 60"),
+        ("uwsgi --ini u.ini", "worker-reload-mercy = 600"),
+        ("puma -w 2", "worker_shutdown_timeout 300"),
+    ],
+)
+def test_a_limit_that_a_file_sets_was_chosen(command: str, files: str) -> None:
+    def found(files: str) -> str | None:
+        return known_servers.drain_limit(command.split(), {}, drain_limit_s=90.0, files=files)
+
+    assert found(files) is None
+    assert found("bind = 'fd://3'") is not None
 
 
 def test_a_limit_of_ours_that_comes_first_leaves_nothing_to_say() -> None:

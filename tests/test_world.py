@@ -33,10 +33,12 @@ def test_it_has_ports_and_names_of_its_own() -> None:
             "import socket, os\n"
             f"one = socket.create_server(('127.0.0.1', {port}))\n"
             "socket.create_connection(one.getsockname()).close()\n"
-            "print(os.listdir('/run'), os.listdir('/tmp'))"
+            "open('/tmp/ours', 'x').close()\n"
+            "print(os.listdir('/run'), os.path.exists('/tmp/ours'))"
         )
 
-    assert said == "['systemd'] []\n"
+    assert said == "['systemd'] True\n"
+    assert not Path("/tmp/ours").exists()
 
 
 def test_it_gives_no_right_that_the_user_does_not_have_outside() -> None:

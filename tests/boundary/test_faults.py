@@ -49,8 +49,9 @@ TABLE: tuple[tuple[str, tuple[int, ...], int, str], ...] = (
     ("hear", (*SCARCE, *FATAL, *GONE), 0, GOES_ON),
     ("socketpair", (*SCARCE, errno.EINVAL), 0, RELOAD_FAILS),
     ("socketpair", (*SCARCE, errno.EINVAL), 1, RELOAD_FAILS),
-    ("setsockopt", (*SCARCE, *FATAL), 0, GOES_ON),  # to refuse descriptors
-    ("setsockopt", (*SCARCE, *FATAL), 6, RELOAD_FAILS),  # behind those
+    ("setsockopt", (*SCARCE, *FATAL), 0, GOES_ON),  # two sockets of each ended worker are emptied
+    ("setsockopt", (*SCARCE, *FATAL), 6, RELOAD_FAILS),  # the channel
+    ("setsockopt", (*SCARCE, *FATAL), 7, RELOAD_FAILS),  # a worker's notify socket
     ("socket", SCARCE, 0, RELOAD_FAILS),
     ("bind", (errno.ENOMEM, errno.EADDRINUSE), 0, RELOAD_FAILS),
     ("dup", SCARCE, 0, GOES_ON),  # for the guard or the fd store

@@ -199,7 +199,7 @@ def nowhere() -> tuple[str, ...]:
     """What lets a command find no folder that it could write to."""
     if os.getuid() != 0:
         needs.skip("root")
-    read_only = "mount --bind $each $each; mount -o remount,ro,bind $each"
+    read_only = "mount --rbind $each $each; mount -o remount,ro,bind $each"
     script = f'for each in /tmp /run; do {read_only}; done; exec "$@"'
     return ("unshare", "-m", "sh", "-ec", script, "sh")
 

@@ -145,7 +145,13 @@ def held_up(start: Start, *options: str) -> Iterator[tuple[Popen, int]]:
     os.mkfifo(gate)
     settings.touch()
     command = (sys.executable, str(WORKERS / "held_up.py"), str(gate))
-    words = ("--env-file", str(settings), f"unix:{start.folder}/s", "--", *map(str, MINIMAL))
+    words = (
+        "--env-file",
+        str(settings),
+        f"unix:{start.folder}/s?mode=0600",
+        "--",
+        *map(str, MINIMAL),
+    )
     with start_of(start, *options, *words, command=command) as process:
         yield process, os.open(gate, os.O_WRONLY)
 
@@ -178,7 +184,7 @@ def test_a_signal_while_the_command_line_is_read_ends_it(
 
 def test_a_second_ctrl_c_does_not_cut_the_clean_up_short(start: Start) -> None:
     command = ("sh", "-c", "trap '' TERM; echo deaf >&2; sleep 1000; sleep 1000")
-    words = ("--kill-timeout", "300ms", f"unix:{start.folder}/s", "--", *command)
+    words = ("--kill-timeout", "300ms", f"unix:{start.folder}/s?mode=0600", "--", *command)
     with start_of(start, "--log-file", start.log_file, *words) as process:
         start.wait_for("^deaf|\ndeaf")
         process.send_signal(signal.SIGINT)
@@ -202,7 +208,7 @@ def test_ctrl_c_and_ready_may_cross(start: Start, gate: Path) -> None:
 
 
 def test_nothing_of_a_killed_start_is_in_the_way_of_the_next(start: Start) -> None:
-    words = (f"unix:{start.folder}/s", "--", *MINIMAL)
+    words = (f"unix:{start.folder}/s?mode=0600", "--", *MINIMAL)
     start.up(*words)
     first = start.pid
     os.kill(first, signal.SIGKILL)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from _pytest.terminal import TerminalReporter
 
-#: So many failed tests are named: two lines each, and the rest of the summary, are a screen.
+#: So many reasons are shown: two lines each, and the rest of the summary, are a screen.
 NAMED = 15
 #: How long a reason may be.
 REASON_CHARS = 150
@@ -51,12 +51,18 @@ def write(reporter: TerminalReporter) -> None:
 
 
 def failed_lines(reports: Sequence[tuple[str, Any]]) -> Iterator[str]:
-    """Name each failed test, with the first line of its reason."""
-    for word, report in reports[:NAMED]:
-        yield f"{word} {report.nodeid}"
-        yield f"    {reason_of(report)}"
-    if len(reports) > NAMED:
-        yield f"and {len(reports) - NAMED} more"
+    """Name each failed test with the first line of its reason; of many with one reason the first."""
+    by_reason: dict[str, list[str]] = {}
+    for word, report in reports:
+        by_reason.setdefault(reason_of(report), []).append(f"{word} {report.nodeid}")
+    for reason, names in [*by_reason.items()][:NAMED]:
+        shown = names if len(reports) <= NAMED else names[:1]
+        yield from shown
+        more = len(names) - len(shown)
+        yield f"    {reason}{f'  (and {more} more with this reason)' if more else ''}"
+    left = [*by_reason.values()][NAMED:]
+    if left:
+        yield f"and {sum(map(len, left))} more"
 
 
 def reason_of(report: Any) -> str:

@@ -65,13 +65,26 @@ def report(nodeid: str, message: str) -> Any:
 
 
 def test_of_many_failures_the_first_are_named_and_the_others_counted() -> None:
-    reports = [("FAILED", report(f"test_{n}", "x" * 999)) for n in range(40)]
+    reports = [("FAILED", report(f"test_{n}", f"{n} " + "x" * 999)) for n in range(40)]
 
     lines = list(summary.failed_lines(reports))
 
     assert len(lines) == 2 * summary.NAMED + 1
     assert max(map(len, lines)) < 160
     assert lines[-1] == "and 25 more"
+
+
+def test_of_many_failures_for_one_reason_the_first_is_named() -> None:
+    reports = [("FAILED", report(f"test_{n}", "no room")) for n in range(40)]
+
+    lines = list(summary.failed_lines([*reports, ("ERROR", report("test_x", "other"))]))
+
+    assert lines == [
+        "FAILED test_0",
+        "    no room  (and 39 more with this reason)",
+        "ERROR test_x",
+        "    other",
+    ]
 
 
 def test_of_a_file_that_cannot_be_collected_the_error_is_the_reason() -> None:

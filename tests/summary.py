@@ -51,7 +51,7 @@ def write(reporter: TerminalReporter) -> None:
 
 
 def failed_lines(reports: Sequence[tuple[str, Any]]) -> Iterator[str]:
-    """Name each failed test with the first line of its reason; of many with one reason the first."""
+    """Name each failed test and its reason; of many that fail for one reason the first."""
     by_reason: dict[str, list[str]] = {}
     for word, report in reports:
         by_reason.setdefault(reason_of(report), []).append(f"{word} {report.nodeid}")

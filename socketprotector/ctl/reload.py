@@ -42,6 +42,8 @@ from .reload_progress import (
 
 #: How often status is asked for while no event comes: this also finds a protector that hangs.
 _LOOK_EVERY_S = 1.0
+#: A protector that does not answer within less is not yet silent.
+_FAIR_ANSWER_S = 1.0
 #: A guard keeps the socket while it restarts a protector that died; one that has ended is gone.
 _GONE_S = 0.2
 
@@ -337,8 +339,9 @@ def _until_none(operation: _Operation, watched: Reload, left: Callable[[Message]
 
     left: says what is, in words that follow "still waits for".
     """
+    waits_for = "status"
     while True:
-        waits_for = "status"
+        left_s = operation.until - time.monotonic()
         try:
             status = operation.client.request("status")
             watched.looked(status)
@@ -349,6 +352,10 @@ def _until_none(operation: _Operation, watched: Reload, left: Callable[[Message]
                 watched.heard(event)
                 if event.get("event") in ("drained", "exited"):
                     break
+        except NoProtector:
+            if left_s < _FAIR_ANSWER_S:
+                operation.slice_s(waits_for)
+            raise
         except ConnectionLost:
             _hear_the_rest(operation, watched)
             operation.again(waits_for, stopping=watched.stopping)

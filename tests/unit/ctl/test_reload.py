@@ -416,6 +416,30 @@ def test_a_timeout_is_status_4_and_says_what_is_waited_for(fake: Fake, ctl: Ctl)
     )
 
 
+def test_a_timeout_says_what_is_waited_for_though_status_is_not_answered_at_the_end(
+    fake: Fake, ctl: Ctl
+) -> None:
+    def then(connection: Connection) -> None:
+        old, new = generation(8, "draining", worker(14)), generation(9, "serving", worker(15))
+        fake.status.update(status(old, new))
+        connection.event("route", generation=9)
+        connection.event("reloaded", generation=9)
+
+    real = fake.answers["status"]
+    until = time.monotonic() + 1.5
+
+    def late(connection: Connection, asked: Message) -> Message | None:
+        return real(connection, asked) if time.monotonic() < until else None
+
+    reloading(fake, then)
+    fake.answers["status"] = late
+
+    said = ctl("reload", "--drained", "--timeout", "2s")
+
+    assert said.status == 4
+    assert "not within 2s: still waits for generation 8 (1 worker: pid 4712" in said.err
+
+
 @together("command", ["reload", "upgrade", "stop"])
 @together("silent", ["events", "status", "reload upgrade stop"])
 def test_a_timeout_bounds_the_wait_for_an_answer_too(

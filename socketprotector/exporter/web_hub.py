@@ -28,7 +28,7 @@ from .peers import Peers
 from .peers_model import Host
 from .share import Share
 from .web_model import STEP_S, Instance
-from .web_text import shortened
+from .web_text import line, shortened
 
 #: How often an instance is asked for its status: while something changes and somebody looks, while
 #: nothing does, and while nobody looks (a step of the sparklines).
@@ -221,7 +221,7 @@ class Hub:
         """Call each by its name; two that have the same are told apart."""
         feeds = list(self._feeds.values())
         found = [SocketAnswer(each.instance.path, each.instance.status) for each in feeds]
-        for feed, name in zip(feeds, labels(found), strict=True):
+        for feed, name in zip(feeds, map(line, labels(found)), strict=True):
             if name != feed.instance.name:
                 feed.instance.name = name
                 self._show(feed)

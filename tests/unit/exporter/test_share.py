@@ -106,3 +106,17 @@ def test_of_a_list_without_end_the_end_is_shown(name: str) -> None:
 
     assert len(json.dumps(instance.shown())) < 100_000
     assert shortened(good.status()) == good.status()
+
+
+def test_no_name_turns_the_text_around_it(fakes: Callable[[str], Fake]) -> None:
+    web = fakes("web")
+    web.status["name"] = f"web{false.ESCAPES[:-1]}"
+    shown: list[str] = []
+
+    def is_named(each: dict[str, Any]) -> bool:
+        shown.append(each["name"])
+        return bool(each["name"].startswith("web\\"))
+
+    followed([str(web.path)], is_named)
+
+    assert all(each.isprintable() for each in shown)

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from io import TextIOWrapper
 
 import click
@@ -52,7 +53,8 @@ def completion(instance: Instance, shell: str, of: Sequence[str], as_json: bool)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the process's own by default.  Returns the exit status."""
     if isinstance(sys.stdout, TextIOWrapper):  # last words are of any language, a locale is not
-        sys.stdout.reconfigure(errors="backslashreplace")
+        with suppress(OSError):  # it was opened on a file that can be sought in, and is a pipe now
+            sys.stdout.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt
     try:

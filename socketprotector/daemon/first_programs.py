@@ -2,7 +2,7 @@
 
 A pool says `failed` of each program that has failed at once, until one works
 (programs/stdio/first_programs.py).  One failure may be its client's: it is shown, and nothing
-else.  After FAILED of them a generation that settles fails; any other one goes on.
+else.  After NO_ACCIDENT of them a generation that settles fails; any other one goes on.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from collections.abc import Callable
 from ..core.events import SettleFailed
 from ..model.history import Crash, History
 from ..model.lazy_dataclass import mutable
+from ..model.records import NO_ACCIDENT
 from ..model.text import LAST_WORDS, status_of
 from .log_output import Output
 from .runtime import Runtime
 from .worker_spawn import Worker
 
-#: So many programs of a generation have failed at once, and none has worked: it is no accident.
-FAILED = 3
 #: A pid, or a status as wait(2) gives it.
 _DIGITS = 9
 
@@ -62,9 +61,9 @@ class FirstPrograms:
             if generation.record.programs_work:
                 return  # meanwhile
             generation.update_record(program_words=last_words)
-            if count <= FAILED:  # those that follow fail in the same way
+            if count <= NO_ACCIDENT:  # those that follow fail in the same way
                 self._keep(worker, pid, f"program {how}", last_words, at)
-            if count >= FAILED:
+            if generation.record.never_works:
                 reason = generation.record.programs_fail
                 words = f"{LAST_WORDS}\n{last_words}" if last_words else self._where_to_look()
                 self.runtime.post(SettleFailed(generation.record.number, reason + words))

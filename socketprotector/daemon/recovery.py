@@ -14,11 +14,12 @@ from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import field
 
-from ..core.events import ChannelBroken, Event, OpenFailed, WorkerExited
+from ..core.events import ChannelBroken, Event, OpenFailed, SettleFailed, WorkerExited
 from ..core.fleet import Phase, State
 from ..core.snapshot import Snapshot
 from ..model.lazy_dataclass import mutable
 from ..model.records import WorkerRecord
+from ..model.text import LAST_WORDS
 from ..system import inherited
 from ..system.inherited import Inherited
 from .effects import Effects
@@ -110,6 +111,9 @@ class Recovery:
             effects.generations[record.number] = each
             if record.ended:
                 continue
+            if record.never_works:  # the other program may have ended before it could say so
+                words = f"{LAST_WORDS}\n{record.program_words}" if record.program_words else ""
+                broken.append(SettleFailed(record.number, record.programs_fail + words))
             if record.program.mode.workers_accept:
                 effects.steering.adopt(record.number, record.socket_number)
             if each.ended:  # its write end could not be stored in time

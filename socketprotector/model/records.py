@@ -64,6 +64,10 @@ class Counts:
         )
 
 
+#: So many first programs, as --handoff stdio runs them.
+NO_ACCIDENT = 3
+
+
 @frozen
 class GenerationRecord:
     """An open generation, or one that is released and not yet empty."""
@@ -86,6 +90,11 @@ class GenerationRecord:
     programs_failed: int = 0
     program_ended: str = ""
     program_words: str = ""
+
+    @property
+    def never_works(self) -> bool:
+        """Whether so many of its first programs have failed, and none has worked: no accident."""
+        return self.programs_failed >= NO_ACCIDENT
 
     @property
     def programs_fail(self) -> str:

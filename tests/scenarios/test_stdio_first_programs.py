@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 from pathlib import Path
 
 import pytest
 
+from tests.procfs import children_of, running
 from tests.running import DEADLINE_S, ask, eventually
-from tests.scenarios.adopting import kill_protector, revived
+from tests.scenarios.adopting import kill_protector, protector_pid, revived
 from tests.scenarios.operating import Operated, Operating
 from tests.scenarios.running_ctl import Running
 from tests.scenarios.tools import Release
@@ -146,5 +148,31 @@ def test_failures_are_counted_on_by_the_next_program_of_ours(
         revived(one.daemon, kill_protector(one.daemon))
     in_vain(one)
     one.daemon.log.wait_for("event=reload-failed generation=2 .*first 3 programs", after=mark)
+    assert one.status()["route"] == 1
+    one.daemon.stop()
+
+
+def test_a_kill_before_the_last_words_were_read_hides_no_failure(
+    operated: Operating, release: Release
+) -> None:
+    one = serving(operated, release, "--settle", "600s", "--guard")
+    [relay] = running("log_relay.py", children_of(protector_pid(one.daemon)))
+    release.write("#!/bin/sh\nexit 7\n")  # silent: output makes the protector continue the relay
+    begun = one.daemon.signal(signal.SIGHUP)
+    one.until("route", 2)
+    os.kill(relay, signal.SIGSTOP)  # it is asked for the last words
+    for _ in range(3):
+        in_vain(one)
+
+    def failed() -> bool:
+        """Slow as a machine may be: it is waited for its words for 2 s."""
+        found = [each for each in one.status()["generations"] if each["number"] == 2]
+        return not found or (found[0]["first_programs"] or {}).get("failed") == 3
+
+    eventually(failed, "the third failure")
+    mark = kill_protector(one.daemon)
+    os.kill(relay, signal.SIGCONT)
+    revived(one.daemon, mark)
+    one.daemon.log.wait_for("event=reload-failed generation=2 .*first 3 programs", after=begun)
     assert one.status()["route"] == 1
     one.daemon.stop()

@@ -51,7 +51,7 @@ def known_generations(ctx: click.Context, _: click.Parameter, begun: str) -> lis
 
 
 #: An argument GEN.
-GENERATION = click.IntRange(1)
+GENERATION = click.IntRange(1, 2**31 - 1)
 
 
 @command(short_help="Show generations, workers and the last reload.")

@@ -97,7 +97,7 @@ class WorkerPool:
         kill_timeout_s, identity = settings.policy.kill_timeout_s, settings.worker_identity
         self.orphans = Orphans(loop, log, kill_timeout_s, identity, self.groups.has)
         self._spawner = WorkerSpawner(settings, loop, log, output, listeners)
-        self._limits = LimitWatch(settings, runtime, self._workers)
+        self.limits = LimitWatch(settings, runtime, self._workers)
         self._post_mortem = PostMortem(
             runtime,
             output,
@@ -110,7 +110,7 @@ class WorkerPool:
     def settings_are(self, settings: Settings) -> None:
         """A reload has changed them."""
         self._spawner.settings = settings
-        self._limits.use(settings)
+        self.limits.use(settings)
 
     def advice(self, generation: int, *, passes_over: bool = False) -> str:
         """Say what to do about a generation of which no worker takes a connection, if known.

@@ -9,9 +9,10 @@ from __future__ import annotations
 import binascii
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from ..core.events import ReplaceRequested
+from ..model.backoff import FREE_DEATHS, backoff_s
 from ..model.settings import Limits, Settings
 from ..model.text import in_units
 from ..system import procfs
@@ -20,8 +21,45 @@ from .worker_spawn import Worker
 
 #: How often to look.
 EVERY_S = 1.0
+#: A worker that is too large so soon needs more memory than --max-memory from its start on.
+_AT_ONCE_S = 5.0
 _PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 _TIMER = "limits"
+
+
+class BornTooLarge:
+    """Delays the replacement of workers that are too large at once: the next one is no smaller."""
+
+    def __init__(self) -> None:
+        self._replaced: dict[int, bool] = {}  # by number of those that live: or waits for that
+        self._in_a_row = 0
+        self._next_at = 0.0
+
+    @property
+    def is_loop(self) -> bool:
+        """Whether one replacement follows the other."""
+        return self._in_a_row > FREE_DEATHS
+
+    def next_s(self, now: float) -> float:
+        """Return the time until the next worker is replaced."""
+        return max(0.0, self._next_at - now)
+
+    def may_replace(self, number: int, age_s: float, now: float) -> bool:
+        """Whether a worker that is too large now may be replaced; the answer yes is counted."""
+        replaced = self._replaced.get(number)
+        if replaced or (replaced is None and age_s >= _AT_ONCE_S):
+            return True
+        self._replaced[number] = now >= self._next_at
+        if now >= self._next_at:
+            self._in_a_row += 1
+            self._next_at = now + backoff_s(self._in_a_row)
+        return self._replaced[number]
+
+    def forget(self, living: Container[int], *, a_grown_one_fits: bool) -> None:
+        """Forget workers that have ended; and the row, if it has."""
+        self._replaced = {each: said for each, said in self._replaced.items() if each in living}
+        if a_grown_one_fits and not self._replaced:
+            self._in_a_row = 0
 
 
 class LimitWatch:
@@ -33,11 +71,13 @@ class LimitWatch:
         self._workers = workers
         self._blind = False  # no worker's memory can be looked at, and that was said
         self._said_uncounted = False
+        self._large = BornTooLarge()
         self.use(settings)
 
     def use(self, settings: Settings) -> None:
         """Have these limits hold from now on."""
         self._limits, self._secret = settings.worker_limits, settings.secret
+        self._large = BornTooLarge()
         self._loop.cancel(_TIMER)
         if self._limits.any:
             self._loop.call_after(_TIMER, EVERY_S, self._look)
@@ -45,6 +85,7 @@ class LimitWatch:
     def _look(self) -> None:
         if self._limits.memory_bytes and not self._blind:
             self._blind = self._cannot_look()
+        now, fits = time.monotonic(), False
         for number, worker in tuple(self._workers.items()):
             ready_at = worker.record.ready_at
             if ready_at is None or worker.record.asked_to_exit:
@@ -52,16 +93,41 @@ class LimitWatch:
             counts = worker.generation.counts(worker.record.slot)
             if self._limits.connections and counts is None:
                 self._say_uncounted(number)
+            accepted = counts.accepted if counts is not None else None
+            age_s = now - ready_at
             reason = exceeded(
-                self._limits,
-                f"{self._secret}-{number}",
-                age_s=time.monotonic() - ready_at,
-                pid=worker.process.pid,
-                accepted=counts.accepted if counts is not None else None,
+                self._limits, f"{self._secret}-{number}", age_s=age_s, accepted=accepted
             )
+            if reason is None:
+                reason = too_large(self._limits, worker.process.pid)
+                fits = fits or (reason is None and age_s >= _AT_ONCE_S)
+                if reason is not None and not self._may_replace(number, age_s, now):
+                    continue
             if reason is not None:
                 self._post(ReplaceRequested(number, reason))
+        self._large.forget(self._workers, a_grown_one_fits=fits)
         self._loop.call_after(_TIMER, EVERY_S, self._look)
+
+    def _may_replace(self, number: int, age_s: float, now: float) -> bool:
+        """Whether a worker that is too large may be replaced now; says once that each one is."""
+        before = self._large.is_loop
+        may = self._large.may_replace(number, age_s, now)
+        if self._large.is_loop and not before:
+            self._log.write("warning", "limit-too-low", worker=number, hint=self._hint)
+        return may
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What an operator is to change, if a limit replaces all workers again and again."""
+        if not self._large.is_loop:
+            return ()
+        next_s = in_units(round(self._large.next_s(time.monotonic())))
+        return (f"{self._hint}; the next one is replaced in {next_s}",)
+
+    @property
+    def _hint(self) -> str:
+        most, soon = f"{self._limits.memory_bytes >> 20} MiB", in_units(_AT_ONCE_S)
+        return f"workers exceed --max-memory ({most}) within {soon} of their start; raise it"
 
     def _say_uncounted(self, number: int) -> None:
         """Say once that a worker does not count its connections, so that none is too many."""
@@ -86,10 +152,8 @@ class LimitWatch:
         return False
 
 
-def exceeded(
-    limits: Limits, key: str, *, age_s: float, pid: int, accepted: int | None
-) -> str | None:
-    """Return which limit a worker has reached, in words; None: none of them.
+def exceeded(limits: Limits, key: str, *, age_s: float, accepted: int | None) -> str | None:
+    """Return which limit of age or connections a worker has reached, in words; None: neither.
 
     key: whatever is this worker's own, so that those which began together do not end together.
     accepted: connections it has taken, None where they are not counted.
@@ -102,6 +166,11 @@ def exceeded(
         most = limits.connections - limits.spread + spread
         if accepted >= most:
             return f"accepted {accepted} connections, its limit is {most}"
+    return None
+
+
+def too_large(limits: Limits, pid: int) -> str | None:
+    """Return how large a process is, in words, if that is too much; None: it is not, or unknown."""
     if limits.memory_bytes and (used := resident_bytes(pid) or 0) >= limits.memory_bytes:
         return f"{used >> 20} MiB resident, its limit is {limits.memory_bytes >> 20} MiB"
     return None

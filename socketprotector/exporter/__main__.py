@@ -21,7 +21,7 @@ import click
 from .. import __version__
 from ..ctl import discovery
 from ..model.errors import Refusal, SystemRefused, UsageError
-from ..model.text import escape, in_one_line
+from ..model.text import escape, in_one_line, whole
 
 NAME = "socketprotector-exporter"
 DEFAULT = "127.0.0.1:9517"
@@ -166,7 +166,7 @@ def _command(**given: Any) -> int:
 
 def _address(option: str, text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
-    if not colon or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+    if not colon or whole(port, 65535) is None:
         raise UsageError(f"{option} {text}: write HOST:PORT, as in {DEFAULT} or [::]:9517")
     try:
         found = socket.getaddrinfo(host.strip("[]") or "0.0.0.0", int(port), 0, socket.SOCK_STREAM)

@@ -29,6 +29,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..model.errors import SystemRefused, UsageError
+from ..model.text import whole
 from ..system.cleanup import on_error
 from .peers import Peers
 from .visits import Visits
@@ -203,7 +204,7 @@ class Page:
 
 def _bind_tcp(address: str) -> socket.socket:
     host, colon, port = address.rpartition(":")
-    if not colon or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+    if not colon or whole(port, 65535) is None:
         raise UsageError(f"--web {address}: write {DEFAULT}, [::1]:9433 or /PATH?mode=0660")
     host = "127.0.0.1" if host.lower() == "localhost" else host.strip("[]")
     try:

@@ -33,6 +33,7 @@ _FORMER = {each.former: each.key for each in OPTIONS if each.former}
 _OPTION = re.compile(r"--([a-z-]+)(?: (?=[^ ]*: |[^ ]+=)|: )")
 _NUL = "a NUL cannot be in it"
 LISTEN, COMMAND = "listen", "command"
+_DIGITS = re.compile(r"[0-9_]{4300}")
 _PLACE = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)\Z")
 
 
@@ -84,6 +85,10 @@ class ConfigFile:
             line = int(found[1]) if found and found[1] else at_end
             reason = str(error).removesuffix(found[0] if found else "")
             raise Mistaken(self._line(line, f"not TOML: {reason}")) from error
+        except ValueError as error:  # of more than 4,300 digits Python makes no number
+            found = _DIGITS.search(text)
+            line = text.count("\n", 0, found.start() if found else 0) + 1
+            raise Mistaken(self._line(line, "a number has too many digits")) from error
         except RecursionError as error:
             raise Mistaken(self._line(1, "nested too deeply")) from error
 

@@ -16,11 +16,15 @@ from urllib.parse import parse_qsl
 
 from ..model.errors import UsageError
 from ..model.lazy_dataclass import frozen
+from ..model.text import shortened, whole
 from . import socket_options
 from .option_values import octal
+from .users import MOST_ID
 
 _UNIX_OPTIONS = ("backlog", "group", "mode", "nonblock", "user")
 _PATH_MAX_BYTES = 107
+#: A name of 255, a host of 253 and all options have less.
+_MOST_CHARS = 2000
 #: NAME= before an address; 255 bytes are what sd_listen_fds(3) allows.
 _NAMED = re.compile(r"([A-Za-z_][A-Za-z0-9_.-]{0,254})=(.*)", re.DOTALL)
 
@@ -78,6 +82,8 @@ def parse(text: str, directory: str) -> Listen:
 
     Raises UsageError with the argument and what is allowed.
     """
+    if len(text) > _MOST_CHARS:
+        raise UsageError(f"{shortened(text)}: too long for an address")
     named = _NAMED.fullmatch(text)
     called, rest = named.groups() if named else ("", text)
     body, _, query = rest.partition("?")
@@ -85,7 +91,7 @@ def parse(text: str, directory: str) -> Listen:
     if (
         lower.startswith("udp:")
         or lower.endswith("/udp")
-        or (lower[:1] == "u" and _whole(lower[1:]))
+        or (lower[:1] == "u" and whole(lower[1:], 65535) is not None)
     ):
         raise UsageError(
             f"{text}: UDP has no connections that could be handed over; let the daemon bind it"
@@ -112,9 +118,10 @@ def parse(text: str, directory: str) -> Listen:
                 f"{text}: write PORT (on every address), HOST:PORT, [HOST6]:PORT, unix:PATH or "
                 "fd:NAME, or NAME= and one of them"
             )
-        if not _whole(port) or int(port) > 65535:
-            raise UsageError(f"{text}: the port must be a number from 0 to 65535")
-        where = {"port": int(port), "host": host.strip("[]") if colon else None}
+        number = whole(port, 65535)
+        if number is None:
+            raise UsageError(f"{shortened(text, 200)}: the port must be a number from 0 to 65535")
+        where = {"port": number, "host": host.strip("[]") if colon else None}
         allowed = tuple(socket_options.OPTIONS)
     return Listen(text, options=_options(text, query, allowed), called=called, **where)
 
@@ -133,10 +140,6 @@ def _options(text: str, query: str, allowed: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _whole(text: str) -> bool:
-    return text.isascii() and text.isdigit()
-
-
 def mode_of(text: str, mode: str) -> int:
     try:
         return octal(mode)
@@ -146,16 +149,18 @@ def mode_of(text: str, mode: str) -> int:
 
 def uid_of(text: str, user: str) -> int:
     try:
-        return int(user) if _whole(user) else pwd.getpwnam(user).pw_uid
+        number = whole(user, MOST_ID)
+        return pwd.getpwnam(user).pw_uid if number is None else number
     except KeyError:
-        raise UsageError(f"{text}: unknown user {user}") from None
+        raise UsageError(f"{shortened(text, 200)}: unknown user {shortened(user)}") from None
 
 
 def gid_of(text: str, group: str) -> int:
     try:
-        return int(group) if _whole(group) else grp.getgrnam(group).gr_gid
+        number = whole(group, MOST_ID)
+        return grp.getgrnam(group).gr_gid if number is None else number
     except KeyError:
-        raise UsageError(f"{text}: unknown group {group}") from None
+        raise UsageError(f"{shortened(text, 200)}: unknown group {shortened(group)}") from None
 
 
 _CHECKS = {"mode": mode_of, "user": uid_of, "group": gid_of}

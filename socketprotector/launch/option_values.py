@@ -18,9 +18,12 @@ from ..model.duration import Duration, Value
 from ..model.errors import UsageError
 from ..model.handoff_modes import ALIVE_S
 from ..model.lazy_dataclass import frozen
+from ..model.text import shortened, whole
 from ..system.process import RLIMITS
 
 _SIZES = {"K": 1024, "M": 1024**2, "G": 1024**3}
+#: Each process has more memory than this.
+_LEAST_SIZE = 1024**2
 #: More is a mistake.
 _MOST = 10**15
 
@@ -42,8 +45,8 @@ def _ready(text: str) -> Ready:
         return Ready(kind)
     if kind == "after" and rest:
         return Ready(kind, after_s=TIME.read(rest))
-    if kind == "fd" and rest.isascii() and rest.isdigit() and 3 <= int(rest) < 1024:
-        return Ready(kind, fd=int(rest))
+    if kind == "fd" and (fd := whole(rest, 1023) or 0) >= 3:
+        return Ready(kind, fd=fd)
     if kind == "check" and rest.strip():
         return Ready(kind, check=rest)
     if kind in question.KINDS:
@@ -94,10 +97,9 @@ def _names(text: str) -> tuple[str, ...]:
 def _share(text: str) -> tuple[int, int]:
     """`1000` or `1000+-100` -> (1000, 100)."""
     number, _, spread = text.partition("+-")
-    if number.isdecimal() and (spread or "0").isdecimal():
-        found = int(number), int(spread or "0")
-        if found[1] < found[0] <= _MOST or found == (0, 0):
-            return found
+    share, by = whole(number, _MOST), whole(spread or "0", _MOST)
+    if share is not None and by is not None and (by < share or share == by == 0):
+        return share, by
     raise ValueError(f"{text!r}: write 1000 or 1000+-100")
 
 
@@ -106,9 +108,12 @@ def _size(text: str) -> int:
     word = text.strip().upper().removesuffix("IB").removesuffix("B")
     unit = _SIZES.get(word[-1:], 1)
     digits = word[:-1] if word[-1:] in _SIZES else word
-    if digits.isdecimal() and int(digits) * unit < 2**63:
-        return int(digits) * unit
-    raise ValueError(f"{text!r} is not a size; write 500M, 2G or bytes")
+    number = whole(digits, (2**63 - 1) // unit)
+    if number is None:
+        raise ValueError(f"{text!r} is not a size; write 500M, 2G or bytes")
+    if 0 < number * unit < _LEAST_SIZE:
+        raise ValueError(f"{text!r} is less than any worker needs; write 500M, 2G or 0 for never")
+    return number * unit
 
 
 def octal(text: str) -> int:
@@ -143,7 +148,7 @@ def limit(name: str, text: str) -> int:
 
     Raises UsageError for what is unknown, no number, or more than is allowed.
     """
-    asked = f"--limit {name}={text}"
+    asked = f"--limit {name}={shortened(text)}"
     if name not in (*RLIMITS, "nice"):
         raise UsageError(f"--limit {name}: unknown; allowed: nofile, core, nice")
     low, high = (-20, 19) if name == "nice" else (0, 2**63 - 1)

@@ -9,6 +9,10 @@ from collections.abc import Mapping
 
 from ..model.errors import UsageError
 from ..model.settings import Identity
+from ..model.text import shortened, whole
+
+#: (uid_t)-1 means no user.
+MOST_ID = 2**32 - 2
 
 
 def identity(user: str | None, group: str | None, *, again: bool = False) -> Identity | None:
@@ -46,9 +50,10 @@ def refuse_root_unless_named(user: str | None, file: str | None) -> None:
 def gid_of(option: str, name: str) -> int:
     """Return a group's number.  option: what named it.  name: its name, or the number itself."""
     try:
-        return (grp.getgrgid(int(name)) if name.isdecimal() else grp.getgrnam(name)).gr_gid
+        number = whole(name, MOST_ID)
+        return (grp.getgrnam(name) if number is None else grp.getgrgid(number)).gr_gid
     except KeyError:
-        raise UsageError(f"{option} {name}: unknown group; see getent group") from None
+        raise UsageError(f"{option} {shortened(name)}: unknown group; see getent group") from None
 
 
 def status_group(environment: Mapping[str, str]) -> int | None:
@@ -64,9 +69,10 @@ def status_group(environment: Mapping[str, str]) -> int | None:
 
 def _user(option: str, name: str) -> pwd.struct_passwd:
     try:
-        return pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)
+        number = whole(name, MOST_ID)
+        return pwd.getpwnam(name) if number is None else pwd.getpwuid(number)
     except KeyError:
-        raise UsageError(f"{option} {name}: unknown user; see getent passwd") from None
+        raise UsageError(f"{option} {shortened(name)}: unknown user; see getent passwd") from None
 
 
 def _identity(entry: pwd.struct_passwd, gid: int) -> Identity:

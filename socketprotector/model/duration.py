@@ -13,7 +13,10 @@ from typing import Any
 
 import click
 
-from .text import UNITS_US, in_units
+from .text import UNITS_US, in_units, shortened
+
+#: 31 years and more are a mistake.
+_MOST_S = 1e9
 
 _UNITS = {unit: us / 1_000_000 for unit, us in UNITS_US.items()}
 #: Several units, the greatest first, each once.
@@ -48,7 +51,10 @@ class Duration(Value):
         """Return seconds.  Raises ValueError with what may be written instead."""
         text = text.strip()
         seconds = _seconds(text)
-        if not 0 <= seconds < 1e9:
+        if seconds >= _MOST_S:
+            most = in_units(_MOST_S // 86_400 * 86_400)
+            raise ValueError(f"{shortened(text)!r} is too long; write at most {most}")
+        if not seconds >= 0:  # or not a number
             raise ValueError(f"{text!r} is no duration; write 500ms, 10s, 1h30m or seconds")
         if seconds == 0 and not self._zero:
             raise ValueError("it must be above 0")

@@ -42,8 +42,25 @@ def last_line(written: bytes) -> str:
 
 
 def in_one_line(text: str) -> str:
-    """Return a text of several lines, as click says what may be chosen, in one without its stop."""
-    return " ".join(line.strip() for line in text.splitlines()).rstrip(".")
+    """Return a text of several lines, as click says what may be chosen, in one without its stop.
+
+    A value of hundreds of characters is shortened: the reason stands behind it.
+    """
+    line = " ".join(line.strip() for line in text.splitlines()).rstrip(".")
+    return " ".join(shortened(word, 200) for word in line.split(" "))
+
+
+def shortened(text: str, most: int = 40) -> str:
+    """Return a text of at most so many characters whole, and of a longer one the beginning."""
+    return text if len(text) <= most else f"{text[:40]}..."
+
+
+def whole(text: str, most: int) -> int | None:
+    """Return the whole number that a text is in ASCII digits; None: no number, or above most."""
+    if text.isascii() and text.isdigit() and len(text.lstrip("0")) <= len(str(most)):
+        number = int(text.lstrip("0") or "0")
+        return number if number <= most else None
+    return None
 
 
 def headline(reason: str) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.launch import cli
+from socketprotector.launch import cli, options
 from socketprotector.launch.preflight import check_siblings
 from socketprotector.launch.resolve import ParsedOptions
 from socketprotector.model.errors import UsageError
@@ -36,6 +36,8 @@ OPTIONS = (
     *("--queue", "--user", "--group", "--chdir", "--umask", "--limit", "--env", "--env-file"),
     *("--log-file", "--log-level", "--name", "--check"),
 )
+#: The names of the types of options that take a number.
+MEASURES = ("TIME", "SIZE", "N[+-J]", "integer range", "OCTAL")
 LISTENER = ("--handoff", "listener")
 SETTLES = ("--settle", "5s", "--settle-check")
 
@@ -452,6 +454,46 @@ def test_a_file_of_another_option_is_never_replaced_by_a_pid_file(
     named = option or f"unix:{file}"
     refused(ended, 2, f"the pid file {link}/file is also the file of {named}, and would be")
     assert file.exists() == there
+
+
+NUMBERS = [each for each in options.OPTIONS if not each.is_flag and each.type.name in MEASURES]
+TOO_LONG = ("9" * 400, "9" * 5000, "1e400", "-1", "nan", "inf", "9" * 400 + "h", "²")
+
+
+@together("option", [each.opts[0] for each in NUMBERS])
+def test_a_number_that_is_none_is_one_line(option: str) -> None:
+    for value in TOO_LONG:
+        with pytest.raises(UsageError) as refused:
+            cli.ask(["--check", f"{option}={value}", "127.0.0.1:0", "--", "true"])
+        assert f"Invalid value for '{option}'" in str(refused.value)
+        assert "\n" not in str(refused.value)
+        assert len(str(refused.value)) < 300, value[:10]
+        assert "4300" not in str(refused.value)
+
+
+@together(
+    "address", ["127.0.0.1:{}", "{}", "unix:s?user={}", "unix:s?group={}", "80?backlog={}", "u{}"]
+)
+def test_an_address_with_a_number_that_is_none_is_one_line(address: str) -> None:
+    for value in ("9" * 400, "9" * 5000, "4294967295"):
+        with pytest.raises(UsageError) as refused:
+            cli.ask(["--check", address.format(value), "--", "true"])
+        assert "\n" not in str(refused.value)
+        assert len(str(refused.value)) < 600, value[:10]
+
+
+def test_a_number_in_a_file_with_too_many_digits_is_refused_with_its_line(typed: Typed) -> None:
+    file = typed.folder / "long.toml"
+    file.write_text(f'listen = "unix:s"\nworkers = {"9" * 5000}\ncommand = ["true"]\n')
+
+    refused(typed("--config", file), 2, f"{file} line 2: a number has too many digits")
+
+
+@together("size", ["1", "100", "1023K", "1000000"])
+def test_a_size_that_no_worker_stays_below_is_refused(typed: Typed, size: str) -> None:
+    ended = typed("--check", "--max-memory", size, "unix:s", "--", "true")
+
+    refused(ended, 2, f"'{size}' is less than any worker needs; write 500M, 2G or 0 for never")
 
 
 @together("kind", ["file", "folder", "fifo", "device", "link"])

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import os
 import subprocess
+from itertools import pairwise
 
 import pytest
 
-from socketprotector.daemon.worker_recycling import exceeded, resident_bytes
+from socketprotector.daemon.worker_recycling import (
+    BornTooLarge,
+    exceeded,
+    resident_bytes,
+    too_large,
+)
+from socketprotector.model.backoff import FREE_DEATHS, MAX_DELAY_S
 from socketprotector.model.settings import Limits
 
 MIB = 2**20
 
 
 def of(limits: Limits, key: str = "k", *, age_s: float = 0.0, accepted: int | None = 0) -> str:
-    return exceeded(limits, key, age_s=age_s, pid=os.getpid(), accepted=accepted) or ""
+    return exceeded(limits, key, age_s=age_s, accepted=accepted) or ""
 
 
 def test_without_limits_nothing_is_too_much() -> None:
@@ -58,8 +65,10 @@ def test_memory() -> None:
     assert used is not None
     assert used > MIB
 
-    assert of(Limits(memory_bytes=used * 2)) == ""
-    assert of(Limits(memory_bytes=MIB)).endswith(" MiB resident, its limit is 1 MiB")
+    assert too_large(Limits(memory_bytes=used * 2), os.getpid()) is None
+    reason = too_large(Limits(memory_bytes=MIB), os.getpid())
+    assert reason is not None
+    assert reason.endswith(" MiB resident, its limit is 1 MiB")
 
 
 def test_of_a_process_that_is_gone_nothing_is_known() -> None:
@@ -67,7 +76,50 @@ def test_of_a_process_that_is_gone_nothing_is_known() -> None:
     process.wait()
 
     assert resident_bytes(process.pid) is None
-    assert exceeded(Limits(memory_bytes=1), "k", age_s=0, pid=process.pid, accepted=0) is None
+    assert too_large(Limits(memory_bytes=1), process.pid) is None
+
+
+def replaced_at(large: BornTooLarge, seconds: int) -> list[int]:
+    """When workers are replaced that are all too large at once, looked at each second."""
+    number, at = 1, []
+    for now in range(seconds):
+        if large.may_replace(number, 1.0, float(now)):
+            at.append(now)
+            number += 1
+        large.forget({number}, a_grown_one_fits=False)
+    return at
+
+
+def test_workers_that_are_too_large_at_once_are_replaced_ever_more_seldom() -> None:
+    large = BornTooLarge()
+
+    at = replaced_at(large, 1000)
+
+    assert at[: FREE_DEATHS + 1] == list(range(FREE_DEATHS + 1))
+    assert large.is_loop
+    gaps = [later - earlier for earlier, later in pairwise(at)]
+    assert gaps == sorted(gaps)
+    assert gaps[-1] == MAX_DELAY_S
+
+
+def test_a_worker_is_counted_once_however_long_its_replacement_takes() -> None:
+    large = BornTooLarge()
+
+    assert all(large.may_replace(1, float(age), float(age)) for age in range(1, 60))
+
+    assert not large.is_loop
+
+
+def test_a_worker_that_has_grown_is_replaced_at_once_in_a_row_of_others_too() -> None:
+    large = BornTooLarge()
+    replaced_at(large, 100)
+
+    assert large.may_replace(1000, 60.0, 100.0)
+    waits = not large.may_replace(1001, 1.0, 100.0)
+    assert waits
+    assert not large.may_replace(1001, 60.0, 100.0), "it was too large at once"
+    large.forget((), a_grown_one_fits=True)
+    assert not large.is_loop
 
 
 @pytest.mark.parametrize(

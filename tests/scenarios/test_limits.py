@@ -302,6 +302,16 @@ def test_a_worker_that_has_grown_too_large_finishes_what_it_has_and_is_replaced(
     web.daemon.log.wait_for("MiB resident, its limit is 64 MiB")
 
 
+def test_a_limit_that_no_worker_keeps_is_a_warning_and_slows_down(operated: Operating) -> None:
+    web = operated("--max-memory", "1M")
+    line = web.line(follows=True)
+
+    assert "--max-memory (1 MiB) within 5s" in line.event("limit-too-low")["hint"]
+
+    (warning,) = web.status()["warnings"]
+    assert "raise it; the next one is replaced in " in warning
+
+
 @EITHER_HANDOFF
 def test_a_worker_that_cannot_be_asked_on_its_line_gets_term(operated: Operating) -> None:
     web = operated("--max-age", "500ms")

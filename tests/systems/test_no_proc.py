@@ -70,7 +70,7 @@ def test_a_whole_life(
 @pytest.fixture
 def web(tmp_path: Path, marked_environment: dict[str, str]) -> Iterator[Protector]:
     """A protector without /proc whose options need it."""
-    words = ("--max-memory", "1K", "127.0.0.1:0", "--", *MANY)
+    words = ("--max-memory", "1M", "127.0.0.1:0", "--", *MANY)
     daemon = Protector(words, marked_environment, through=NO_PROC)
     yield daemon.ready()
     daemon.end()

@@ -132,7 +132,7 @@ class CommandHandler:
             "dry_run": asdict(history.dry_run) if history.dry_run is not None else None,
             "reloads": status.plain(history.reloads[-RECENT:]),
             "crashes": history.crashed,
-            "warnings": status.of_warnings(settings),
+            "warnings": (*status.of_warnings(settings), *effects.pool.limits.warnings),
         }
 
     def do_history(self) -> Mapping[str, Any]:

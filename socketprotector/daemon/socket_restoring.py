@@ -6,6 +6,9 @@ TCP_DEFER_ACCEPT, and that stays after it.  So the options (system/socket_snapsh
 * before a generation begins on a socket that no other one uses: as the socket was when it was made;
 * when a generation ends before an older one on the same socket, which is how a release fails: as
   the socket was when it began.  What the serving generation has set before stays.
+
+But a backlog that the serving generation has lowered is raised again when the next one begins on
+the same socket: that one may never call listen(), and more clients that wait harm neither.
 """
 
 from __future__ import annotations
@@ -13,8 +16,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 from ..system.listener import Listener
-from ..system.socket_snapshot import Snapshot, as_text, from_text, restore, take
 from .runtime import Runtime
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # only where workers accept: its table of options costs memory
+    from ..system.socket_snapshot import Snapshot
 
 #: Stands for no generation: the socket as it was made.
 _MADE = 0
@@ -31,11 +37,19 @@ class SocketRestoring:
     @property
     def record(self) -> tuple[tuple[int, int, str], ...]:
         """What the next program has to know: generation, listener, snapshot."""
+        if not self._before:
+            return ()
+        from ..system.socket_snapshot import as_text
+
         return tuple((*key, as_text(each)) for key, each in self._before.items())
 
     @record.setter
     def record(self, found: Sequence[tuple[int, int, str]]) -> None:
-        self._before = {(of, index): from_text(text) for of, index, text in found}
+        self._before = {}
+        for of, index, text in found:
+            from ..system.socket_snapshot import from_text
+
+            self._before[of, index] = from_text(text)
 
     def begin(
         self, generation: int, listener: Listener, socket_number: int, *, alone: bool
@@ -44,11 +58,15 @@ class SocketRestoring:
 
         alone: no other generation accepts from it.
         """
+        from ..system.socket_snapshot import raise_backlog, restore, take
+
         one = listener.socket_for(socket_number)
+        made = self._before.get((_MADE, listener.index))
         if not alone:
             self._before[generation, listener.index] = take(one)
+            if made is not None:
+                raise_backlog(one, made)
             return []
-        made = self._before.get((_MADE, listener.index))
         if made is not None:
             return restore(one, made)
         self._before[_MADE, listener.index] = take(one)
@@ -62,6 +80,10 @@ class SocketRestoring:
         gone: it has no workers any more, which could change more.
         """
         mine = [key for key in self._before if key[0] == generation]
+        if not mine:
+            return
+        from ..system.socket_snapshot import restore
+
         if others and max(others) < generation:
             by_index = {each.index: each for each in self._listeners() if not each.lost}
             for key in mine:

@@ -250,7 +250,23 @@ class Guard:
                     pass  # it has ended, or has become another user's
         if inherited.PID_FILE in self.store:
             pid_file_removal.remove(self.pid_file_path, self.store[inherited.PID_FILE])
+        self.remove_files()
         sys.exit(status)
+
+    def remove_files(self) -> None:
+        """Remove the files of listening sockets, and the folder of notify sockets, if unused."""
+        for name in [*self.store]:
+            if name == inherited.CONTROL or name.startswith(inherited.LISTENER):
+                with_path = socket.socket(fileno=self.store.pop(name))
+                path = with_path.getsockname() if with_path.family == socket.AF_UNIX else ""
+                with_path.close()
+                if isinstance(path, str) and path:
+                    remove_if_stale(path)
+        if inherited.NOTIFY in self.store:
+            try:
+                os.rmdir(os.readlink(f"/proc/self/fd/{self.store[inherited.NOTIFY]}"))
+            except OSError:
+                pass  # workers live on, or there is no /proc
 
     def log(self, event: str, **fields: str | float) -> None:
         """Write a line as the protector writes its own, to where that goes: maybe to its relay.
@@ -358,6 +374,24 @@ def write(fd: int, line: bytes) -> None:
         theirs.send(line, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
     finally:
         theirs.close()
+
+
+def remove_if_stale(path: str) -> None:
+    """Remove a socket file on which no process listens."""
+    from socketprotector.system.dir_lock import locked  # only at the end: it costs memory
+
+    try:
+        with locked(path):
+            probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                if stat.S_ISSOCK(os.lstat(path).st_mode):
+                    os.unlink(path)
+            finally:
+                probe.close()
+    except OSError:
+        pass  # a process listens there, or the folder is not this user's
 
 
 def pairs(data: bytes) -> dict[str, str]:

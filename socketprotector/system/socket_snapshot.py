@@ -120,6 +120,13 @@ def restore(one: socket.socket, before: Snapshot) -> list[str]:
     return [each.name for each, content in _read(one) if content != before.get(each.name, content)]
 
 
+def raise_backlog(one: socket.socket, made: Snapshot) -> None:
+    """Let as many clients wait as when the socket was made, if now fewer may."""
+    with suppress(OSError):
+        if BACKLOG in made and backlog(one)[1] < int(made[BACKLOG]):
+            one.listen(int(made[BACKLOG]))
+
+
 def backlog(one: socket.socket) -> tuple[int, int]:
     """Return how many wait to be accepted, and how many may.  Raises OSError."""
     if one.family == socket.AF_UNIX:

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
@@ -16,6 +17,7 @@ from socketprotector.core.snapshot import Snapshot
 from socketprotector.daemon.checkpoint import Checkpoint
 from socketprotector.daemon.effects import Effects
 from socketprotector.programs.guard import Guard
+from socketprotector.system import inherited
 from socketprotector.system.inherited import Named
 from socketprotector.system.log import Log
 from socketprotector.system.sd_notify import Outbox, Store, room_of
@@ -40,6 +42,28 @@ def guard(line: tuple[socket.socket, socket.socket]) -> Iterator[Guard]:
     yield guard
     for name in list(guard.store):
         guard.forget(name)
+
+
+def test_a_guard_that_gives_up_leaves_no_socket_file(tmp_path: Path) -> None:
+    """But that of a socket on which another process listens, such as a worker that lives on."""
+    store, names = {}, [inherited.CONTROL, f"{inherited.LISTENER}0", f"{inherited.LISTENER}1"]
+    for name in names:
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(str(tmp_path / name))
+            made.listen()
+            store[name] = os.dup(made.fileno())
+    with socket.create_server(("127.0.0.1", 0)) as tcp:
+        store[f"{inherited.LISTENER}2"] = os.dup(tcp.fileno())
+    (tmp_path / "notify").mkdir()
+    store[inherited.NOTIFY] = os.open(tmp_path / "notify", os.O_RDONLY)
+    one = Guard(["/nowhere"], store)
+
+    with socket.socket(fileno=os.dup(store[names[-1]])), pytest.raises(SystemExit):
+        one.give_up("exited with status 1", 111)
+    for name in list(one.store):
+        one.forget(name)
+
+    assert [each.name for each in tmp_path.iterdir()] == [names[-1]]
 
 
 @pytest.fixture

@@ -1800,6 +1800,26 @@ def test_a_failed_one_leaves_a_common_socket_as_the_serving_one_had_it(
     assert limit(common) == 70
 
 
+def test_a_generation_begins_on_a_common_socket_with_its_whole_backlog(world: World) -> None:
+    common = world.add().socket
+    world.steering.enter(1, 0)
+    made = limit(common)
+    common.listen(5)
+    world.steering.turn_to(0)
+
+    world.steering.enter(2, 1)
+    assert limit(common) == made > 5
+    world.steering.leave(2)
+    assert limit(common) == 5, "as the serving one had it"
+    world.steering.gone(2)
+
+    world.steering.enter(3, 1)
+    world.steering.turn_to(1)
+    world.steering.leave(1)
+    world.steering.gone(1)
+    assert limit(common) == made
+
+
 def test_what_a_generation_has_set_stays_while_it_serves(world: World) -> None:
     common = world.add().socket
     world.steering.enter(1, 0)

@@ -352,13 +352,13 @@ def _until_none(operation: _Operation, watched: Reload, left: Callable[[Message]
                 watched.heard(event)
                 if event.get("event") in ("drained", "exited"):
                     break
+        except ConnectionLost:
+            _hear_the_rest(operation, watched)
+            operation.again(waits_for, stopping=watched.stopping)
         except NoProtector:
             if left_s < _FAIR_ANSWER_S:
                 operation.slice_s(waits_for)
             raise
-        except ConnectionLost:
-            _hear_the_rest(operation, watched)
-            operation.again(waits_for, stopping=watched.stopping)
 
 
 def _given_up(operation: _Operation, found: Verdict, what: str) -> None:

@@ -32,7 +32,11 @@ OWN = {
     "demo/load.py PID",
     *("exporter/peers_file.py _REMARK", "exporter/peers_file.py _ADDRESS"),
     *("exporter/token_file.py _TOKEN", "exporter/web.py 0?[0-7]{3}"),
-    *("launch/config_file.py _OPTION", "launch/config_file.py _PLACE"),
+    *(
+        "launch/config_file.py _DIGITS",
+        "launch/config_file.py _OPTION",
+        "launch/config_file.py _PLACE",
+    ),
     *(r"launch/kernel_calls.py \d+", "launch/listen_spec.py _NAMED"),
     *(r"launch/options.py \b[a-z]+\b(?!:)",),
     *(f"launch/server_hints.py {name}" for name in ("_PLAIN", "_NAMED", "_SECRET")),

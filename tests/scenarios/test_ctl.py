@@ -236,7 +236,7 @@ def test_drained_is_waited_for_through_a_cut(beside: Beside, web: Start) -> None
         assert "adopted" in upgrade(daemon)
         revived(daemon, kill_protector(daemon))
 
-        assert running.process.poll() is None
+        assert running.process.poll() is None, running.err.text()
     assert running.wait() == 0
     assert running.out.text().endswith("nothing older is left")
 
@@ -499,7 +499,7 @@ def test_stop_is_waited_for_though_the_protector_is_killed_in_the_middle(
         running.err.wait_for("^waits: generation 1 ")
         revived(daemon, kill_protector(daemon))
 
-        assert running.process.poll() is None
+        assert running.process.poll() is None, running.err.text()
     assert (running.wait(), running.out.seen) == (0, ["stopped: web"])
     assert daemon.wait() == 0
 

@@ -661,7 +661,7 @@ def test_a_signal_is_sent_with_the_rights_of_the_protectors_user(
             assert theirs.returncode == -signal.SIGTERM
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can signal the wrong process")
+@needs.ROOT
 def test_no_signal_is_sent_with_the_rights_of_another_user_than_the_protectors(
     machine: Machine, foreign: subprocess.Popen[bytes]
 ) -> None:

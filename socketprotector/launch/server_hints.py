@@ -103,14 +103,17 @@ def _files(settings: Settings, environment: Mapping[str, str]) -> str:
     """Return the beginnings of the files that the command names, or that a server reads anyway."""
     words, found = _words(settings, environment), []
     named = [word.rpartition("=")[2].removeprefix("-c").removeprefix("file:") for word in words]
-    for path in (*named, *_UNASKED):
+    for name in (*named, *_UNASKED):
+        path = os.path.join(settings.directory, name)
         try:
-            fd = os.open(os.path.join(settings.directory, path), os.O_RDONLY | os.O_NONBLOCK)
+            # Before it is opened: to open a FIFO lets its writer go on, to open a device may act.
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                continue
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except (OSError, ValueError):
             continue
         try:
-            if stat.S_ISREG(os.fstat(fd).st_mode):
-                found.append(os.read(fd, _LOOKED_AT).decode("utf-8", "replace"))
+            found.append(os.read(fd, _LOOKED_AT).decode("utf-8", "replace"))
         finally:
             os.close(fd)
     return "\n".join(found)

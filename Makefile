@@ -25,6 +25,8 @@ demo: $(INSTALLED) ## show what it does: releases and kills under load, and how 
 CHOSEN := --once
 #: Where the logs of failed tests go; without a name, into the output, before the summary.
 LOGS := build/failed-tests.log
+# Tests wait more than they compute; each process costs 3 s of CPU to begin.
+JOBS := 12
 
 # And each of pytest's processes all tests.  (What cannot be collected fails below.)
 COLLECTED := $(VENV)/.collected
@@ -42,7 +44,7 @@ test-tools: # install what tests take beside Python; where that fails they say w
 test: $(INSTALLED) $(COLLECTED) test-tools ## run each test in one combination (installs compilers, interpreters and servers)
 	@# Where PYTHONDONTWRITEBYTECODE is set, each of thousands of processes would compile all it imports.
 	@$(BIN)/python -m compileall -q -j 0 client_lib sample_client socketprotector tests
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 12 --maxschedchunk 2 $(CHOSEN) $(if $(LOGS),--logs-in $(LOGS)) tests
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --maxschedchunk 2 $(CHOSEN) $(if $(LOGS),--logs-in $(LOGS)) tests
 
 test-all: export SOCKETPROTECTOR_ROUNDS = many
 test-all: CHOSEN :=

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pwd
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -34,16 +34,13 @@ def users_with_processes() -> set[int]:
 @pytest.fixture
 def lone_users() -> Iterator[list[str]]:
     """Two users without a process, which no other test takes: RLIMIT_NPROC counts all of one's."""
-    with ExitStack() as stack:
+    # Runs of these tests share no network and no folder, but they share the machine's users.
+    with open("/etc/passwd", encoding="utf-8") as machine:
+        fcntl.flock(machine, fcntl.LOCK_EX)
         names: list[str] = []
         for entry in pwd.getpwall():
             if entry.pw_uid in users_with_processes() or entry.pw_name in ("games", "nobody"):
                 continue  # other tests become those
-            claim = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
-            try:
-                claim.bind(f"\0socketprotector-test-user-{entry.pw_uid}")
-            except OSError:
-                continue
             names.append(entry.pw_name)
             if len(names) == 2:
                 yield names

@@ -42,8 +42,6 @@ from .reload_progress import (
 
 #: How often status is asked for while no event comes: this also finds a protector that hangs.
 _LOOK_EVERY_S = 1.0
-#: A protector that does not answer within less is not yet silent.
-_FAIR_ANSWER_S = 1.0
 #: A guard keeps the socket while it restarts a protector that died; one that has ended is gone.
 _GONE_S = 0.2
 
@@ -341,7 +339,6 @@ def _until_none(operation: _Operation, watched: Reload, left: Callable[[Message]
     """
     waits_for = "status"
     while True:
-        left_s = operation.until - time.monotonic()
         try:
             status = operation.client.request("status")
             watched.looked(status)
@@ -355,9 +352,8 @@ def _until_none(operation: _Operation, watched: Reload, left: Callable[[Message]
         except ConnectionLost:
             _hear_the_rest(operation, watched)
             operation.again(waits_for, stopping=watched.stopping)
-        except NoProtector:
-            if left_s < _FAIR_ANSWER_S:
-                operation.slice_s(waits_for)
+        except NoProtector:  # it is there, and does not answer
+            operation.slice_s(waits_for)
             raise
 
 
@@ -525,3 +521,6 @@ def _stopping(operation: _Operation) -> None:
                 if error.code == "silent":
                     raise
                 return
+        except NoProtector:  # it is there, and does not answer
+            operation.slice_s(waits.added_to(f"{left} to finish"))
+            raise

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -239,9 +240,18 @@ def test_stop_says_once_for_how_long_it_still_accepts(
     assert said == Ended(0, "stopped: web\n", "lame duck: accepts for another 10s\n")
 
 
+@pytest.mark.parametrize("silent_at_the_end", [False, True])
 def test_stop_that_takes_too_long_is_status_4(
-    fake: Fake, ctl: Ctl, protected: subprocess.Popen[bytes]
+    fake: Fake, ctl: Ctl, protected: subprocess.Popen[bytes], silent_at_the_end: bool
 ) -> None:
+    real, until = fake.answers["status"], time.monotonic() + 2.5
+
+    def late(connection: Connection, asked: Message) -> Message | None:
+        return real(connection, asked) if time.monotonic() < until else None
+
+    if silent_at_the_end:
+        fake.answers["status"] = late
+
     def answer(*_: object) -> Message:
         fake.status["phase"] = "stopping"
         fake.status["generations"] = [generation(8, "draining", worker(14))]

@@ -378,9 +378,10 @@ def write(fd: int, line: bytes) -> None:
 
 def remove_if_stale(path: str) -> None:
     """Remove a socket file on which no process listens."""
-    from socketprotector.system.dir_lock import locked  # only at the end: it costs memory
-
     try:
+        # Only at the end: it costs memory.  It fails where descriptors have run out.
+        from socketprotector.system.dir_lock import locked
+
         with locked(path):
             probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             try:
@@ -390,7 +391,7 @@ def remove_if_stale(path: str) -> None:
                     os.unlink(path)
             finally:
                 probe.close()
-    except OSError:
+    except (OSError, ImportError):
         pass  # a process listens there, or the folder is not this user's
 
 

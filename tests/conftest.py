@@ -229,8 +229,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("once"):
         keep = once.chosen(items)
         config.hook.pytest_deselected(items=[item for item in items if item not in keep])
-        items[:] = [item for item in items if item in keep]
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+        items[:] = once.mixed(item for item in items if item in keep)
+    else:
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_collection_finish() -> None:

@@ -8,6 +8,7 @@ no common parts.  None is run that is marked `costly`.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -34,6 +35,30 @@ def chosen(items: Iterable[pytest.Item]) -> set[pytest.Item]:
         met.update(_values(one))
         keep.add(one)
     return keep
+
+
+def mixed(items: Iterable[pytest.Item]) -> list[pytest.Item]:
+    """Return the tests in an order that mixes those that compute with those that wait.
+
+    Tests of one file often wait for the same: side by side they leave the processors idle, and the
+    next file's fight for them.  The order is the same in every run and every process.  Tests that
+    share a fixture of their module stay together.  A test within one process is short, so only
+    such tests are at the end, where few are left to run side by side.
+    """
+    return sorted(items, key=_place)
+
+
+def _place(item: pytest.Item) -> tuple[bool, float]:
+    shared = any(
+        each.scope == "module"
+        for fixtures in getattr(item, "_fixtureinfo").name2fixturedefs.values()
+        for each in fixtures
+        if each.argname in item.fixturenames
+    )
+    name = str(item.path.relative_to(_ROOT)) if shared else item.nodeid
+    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
+    whole = item.path.relative_to(_ROOT).parts[0] in _RUN_WHOLE
+    return item.get_closest_marker("slow") is None, place if whole else place * 0.9
 
 
 def _values(item: pytest.Item) -> Iterator[object]:

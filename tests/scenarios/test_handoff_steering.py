@@ -347,7 +347,7 @@ def test_each_client_that_connects_to_a_listener_before_it_is_removed_is_served(
             assert pid_in(client.hear()) == old
         served += 1
     assert served
-    assert "event=reloaded" in daemon.log.text()
+    daemon.log.wait_for("event=reloaded", after=mark)
 
 
 def test_clients_of_a_listener_that_a_reload_removes_stay_with_the_generation_that_knows_it(

@@ -49,16 +49,18 @@ def mixed(items: Iterable[pytest.Item]) -> list[pytest.Item]:
 
 
 def _place(item: pytest.Item) -> tuple[bool, float]:
-    shared = any(
-        each.scope == "module"
-        for fixtures in getattr(item, "_fixtureinfo").name2fixturedefs.values()
-        for each in fixtures
-        if each.argname in item.fixturenames
-    )
-    name = str(item.path.relative_to(_ROOT)) if shared else item.nodeid
+    name = str(item.path.relative_to(_ROOT)) if _shares_a_fixture(item) else item.nodeid
     place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
     whole = item.path.relative_to(_ROOT).parts[0] in _RUN_WHOLE
     return item.get_closest_marker("slow") is None, place if whole else place * 0.9
+
+
+def _shares_a_fixture(item: pytest.Item) -> bool:
+    return isinstance(item, pytest.Function) and any(
+        each.scope == "module"
+        for name in item.fixturenames
+        for each in item._fixtureinfo.name2fixturedefs.get(name, ())
+    )
 
 
 def _values(item: pytest.Item) -> Iterator[object]:

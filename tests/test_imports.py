@@ -290,6 +290,18 @@ def test_nothing_heavy_reaches_the_resident_process() -> None:
     assert not heavy
 
 
+def test_a_worker_of_the_client_library_stays_small() -> None:
+    """There is one for each core; nothing that it takes a client with needs more."""
+    path = f"import sys; sys.path[:0] = {[str(CLIENT.parent)]!r}; "
+    wanted = "import socketprotector_client as made; made.serve, made.Channel, made.Listener; "
+    command = [sys.executable, "-I", "-S", "-c", path + wanted + "print(*sys.modules)"]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+    assert "socketprotector_client.intake" in loaded
+    large = {"asyncio", "dataclasses", "inspect", "logging", "re", "traceback", "typing"}
+    assert not large & {*loaded}
+
+
 @pytest.mark.parametrize(
     "name", ["programs.guard", "programs.stdio.pool", "programs.stdio.__main__"]
 )

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import array
 import errno
-import logging
 import os
 import select
 import signal
@@ -22,12 +21,16 @@ import socket
 import struct
 import sys
 import time
-from typing import Iterable, Mapping, Optional, Sequence
 
 from . import wire
+from .log import Logger
 from .source import NOTHING_TO_ACCEPT
 
-_log = logging.getLogger(__name__)
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Iterable, Mapping, Optional, Sequence
+
+_log = Logger(__name__)
 
 #: What `python -c` runs; the arguments are those of `arguments`.
 PROGRAM = (

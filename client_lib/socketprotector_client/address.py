@@ -12,24 +12,27 @@ import errno
 import os
 import socket
 import stat
-from typing import Any, Iterable, NamedTuple, Optional, Sequence, Tuple, Union
+from collections import namedtuple
 
 from .system import Socket
 
-#: 4321, "4321", "host:4321", "[::1]:4321", "unix:/path", ("host", 4321).
-OneAddress = Union[int, str, Tuple[str, int]]
-#: One of these, or a list of them.
-ListenAddress = Union[OneAddress, Sequence[OneAddress]]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Iterable, Optional, Sequence, Tuple, Union
+
+    #: 4321, "4321", "host:4321", "[::1]:4321", "unix:/path", ("host", 4321).
+    OneAddress = Union[int, str, Tuple[str, int]]
+    #: One of these, or a list of them.
+    ListenAddress = Union[OneAddress, Sequence[OneAddress]]
 
 # How often a free port may turn out to be taken on the other address family.
 _PORT_TRIES = 20
 
 
-class Endpoint(NamedTuple):
+class Endpoint(namedtuple("Endpoint", ("family", "address"))):
     """Where to bind: one address family and one address as bind() takes it."""
 
-    family: int
-    address: Any
+    __slots__ = ()
 
 
 def resolve(address: ListenAddress) -> list[list[Endpoint]]:

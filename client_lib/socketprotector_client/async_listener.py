@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import signal
 import socket
-from typing import Any, Awaitable, Callable, Optional, Tuple, Type
+from typing import TYPE_CHECKING, Any, Awaitable, Callable, Optional, Tuple, Type
 
-from .address import ListenAddress
 from .errors import Drained
 from .shared_epoll import BesideEpoll, loop_with_epoll
 from .signals import term_is_free
 from .worker import current
+
+if TYPE_CHECKING:
+    from .address import ListenAddress
 
 _Handler = Callable[[Any], Awaitable[object]]
 

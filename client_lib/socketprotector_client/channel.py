@@ -10,19 +10,22 @@ blocking mode set by one would hit all.
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import struct
-from typing import Optional
 
 from . import wire
 from .address import family_of
 from .environment import read_environment
 from .errors import Drained, OutOfDescriptors, ProtocolError
+from .log import Logger
 from .system import Socket
 
-_log = logging.getLogger(__name__)
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Optional
+
+_log = Logger(__name__)
 
 # socket.recv_fds drops its flags in Python 3.11, so it would hand out
 # descriptors without close-on-exec; hence recvmsg.

@@ -6,19 +6,21 @@ when nothing is half done, and no signal comes too early.
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
-from typing import Callable, Set, Union
 
+from .log import Logger
 from .worker import current
 
-_log = logging.getLogger(__name__)
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Callable, Set, Union
 
+    #: As pthread_sigmask gives it.
+    _Mask = Set[Union[int, signal.Signals]]
 
-# As pthread_sigmask gives it.
-_Mask = Set[Union[int, signal.Signals]]
+_log = Logger(__name__)
 
 
 class Children:

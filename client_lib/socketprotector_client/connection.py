@@ -14,9 +14,12 @@ import struct
 import termios
 import weakref
 from socket import AddressFamily, SocketKind
-from typing import Any, Callable, Optional, Union
 
 from .system import Socket
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Callable, Optional, Union
 
 # So many can be asked for each connection that is taken: 0.3 us each.
 _FEW = 32

@@ -8,15 +8,18 @@ keeps every thread busy learns it too.
 
 from __future__ import annotations
 
-import logging
 import os
 import select
 import threading
-from typing import Callable, Optional, Sequence
 
 from . import forking, system
+from .log import Logger
 
-_log = logging.getLogger(__name__)
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Callable, Optional, Sequence
+
+_log = Logger(__name__)
 
 
 class Drain:

@@ -9,32 +9,34 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass, replace
-from typing import Mapping, Tuple
 
 from . import wire
 from .errors import ProtocolError
 from .system import Socket
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Mapping, Tuple
+
 #: As sd_listen_fds(3) has it.
 _FIRST_PASSED = 3
 
 
-@dataclass(frozen=True)
 class Environment:
     """A worker's descriptors, -1 where it has none, and the names of its listeners."""
 
-    channel_fd: int = -1
-    #: This worker's own line to the protector.
-    return_fd: int = -1
-    #: Listen addresses in index order, such as `tcp:0.0.0.0:4321`.
-    listeners: tuple[str, ...] = ()
-    #: How many workers take from the channel, as many as there were to be at the start.
-    workers: int = 1
-    #: The scoreboard, and where in it this worker's record is.
-    board: Tuple[int, int] = (-1, 0)
-    #: Listening sockets to accept from, where there is no channel.
-    passed: Tuple[int, ...] = ()
+    def __init__(self) -> None:
+        self.channel_fd = -1
+        #: This worker's own line to the protector.
+        self.return_fd = -1
+        #: Listen addresses in index order, such as `tcp:0.0.0.0:4321`.
+        self.listeners: Tuple[str, ...] = ()
+        #: How many workers take from the channel, as many as there were to be at the start.
+        self.workers = 1
+        #: The scoreboard, and where in it this worker's record is.
+        self.board = (-1, 0)
+        #: Listening sockets to accept from, where there is no channel.
+        self.passed: Tuple[int, ...] = ()
 
 
 def read_environment(environ: Mapping[str, str]) -> Environment:
@@ -42,9 +44,12 @@ def read_environment(environ: Mapping[str, str]) -> Environment:
 
     Raises ProtocolError if the variables are there but the channel is not.
     """
+    found = Environment()
     if wire.ENV_CHANNEL not in environ:
-        passed = passed_listeners(environ)
-        return _beside(environ, Environment(passed=passed)) if passed else Environment()
+        found.passed = passed_listeners(environ)
+        if found.passed:
+            _add_lines(environ, found)
+        return found
     channel_fd = _number(environ, wire.ENV_CHANNEL, -1)
     # Variables are inherited further than descriptors.  A program started by a
     # worker would otherwise take whatever happens to have this number.
@@ -55,29 +60,26 @@ def read_environment(environ: Mapping[str, str]) -> Environment:
             f"so unset {wire.ENV_CHANNEL} for it"
         )
     os.set_inheritable(channel_fd, False)
-    found = Environment(
-        channel_fd,
-        listeners=tuple(wire.unpack_listeners(environ.get(wire.ENV_LISTENERS, ""))),
-        workers=max(1, _number(environ, wire.ENV_WORKERS, 1)),
-    )
-    return _beside(environ, found)
+    found.channel_fd = channel_fd
+    found.listeners = tuple(wire.unpack_listeners(environ.get(wire.ENV_LISTENERS, "")))
+    found.workers = max(1, _number(environ, wire.ENV_WORKERS, 1))
+    _add_lines(environ, found)
+    return found
 
 
-def _beside(environ: Mapping[str, str], found: Environment) -> Environment:
-    """Return it with the RETURN line and the scoreboard that came with it."""
+def _add_lines(environ: Mapping[str, str], found: Environment) -> None:
+    """Add the RETURN line and the scoreboard that the environment names."""
     return_fd = _number(environ, wire.ENV_RETURN, -1)
     if found.passed and not _is_line(return_fd):
-        return found  # another service manager's worker, below a protector
+        return  # another service manager's worker, below a protector
     # A worker can do without a scoreboard: what does not name one is ignored.
     board, _, offset = environ.get(wire.ENV_SCOREBOARD, "").partition(":")
-    has_board = board.isdecimal() and offset.isdecimal()
-    found = replace(
-        found, return_fd=return_fd, board=(int(board), int(offset)) if has_board else (-1, 0)
-    )
+    found.return_fd = return_fd
+    if board.isdecimal() and offset.isdecimal():
+        found.board = int(board), int(offset)
     for fd in (return_fd, found.board[0]):
         if fd >= 0:
             os.set_inheritable(fd, False)
-    return found
 
 
 def passed_listeners(environ: Mapping[str, str]) -> Tuple[int, ...]:

@@ -11,18 +11,21 @@ be disconnected without an answer; so SIGTERM waits for those.
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import threading
 import time
-from typing import Optional
 
 from .intake import Intake
+from .log import Logger
 from .signals import TermWatch
 from .worker import current
 
-_log = logging.getLogger(__name__)
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Optional
+
+_log = Logger(__name__)
 
 # A server in a thread of its own has the main thread waiting for something.
 # If that is the server's end, the process is gone long before.

@@ -14,12 +14,14 @@ from __future__ import annotations
 import os
 import weakref
 from functools import lru_cache
-from typing import Protocol
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Protocol
 
-class Forkable(Protocol):
-    def after_fork_in_child(self) -> None:
-        """Give up what is shared with the parent; runs in the child, right after the fork."""
+    class Forkable(Protocol):
+        def after_fork_in_child(self) -> None:
+            """Give up what is shared with the parent; runs in the child, right after the fork."""
 
 
 def register(owner: Forkable) -> None:

@@ -22,20 +22,22 @@ import select
 import socket
 import struct
 import weakref
-from typing import Any, Callable, Iterable, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Optional, Tuple
 
 import gevent
 from gevent import pywsgi
 from gevent.socket import socket as gevent_socket
 from gevent.socket import wait_read
 
-from .address import ListenAddress
 from .errors import Drained
 from .exit_after_drain import Leave
 from .intake import Intake
 from .process import draining
 from .wait_set import WaitSet
 from .worker import current
+
+if TYPE_CHECKING:
+    from .address import ListenAddress
 
 # A client that has just read an answer gets the next request through in this time.
 _IDLE_S = 1.0

@@ -10,23 +10,26 @@ Rule: never takes a connection without a descriptor to spare.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import select
 import threading
 import time
-from typing import Callable, Optional, Tuple
 
 from . import forking, system
 from .connection import Connection, OpenConnections
 from .descriptors import Spare, default_limit, has_room
 from .drain_state import Drain
 from .errors import Drained
+from .log import Logger
 from .scoreboard import Scoreboard
 from .source import Source
 from .wait_set import WaitSet
 
-_log = logging.getLogger(__name__)
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Callable, Optional, Tuple
+
+_log = Logger(__name__)
 
 # How soon to look again when no event will say that it is worth it.
 _RETRY_S = 0.05

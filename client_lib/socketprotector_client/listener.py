@@ -14,9 +14,8 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from typing import Any, Optional, Tuple
 
-from .address import ListenAddress, name_of
+from .address import name_of
 from .connection import Connection
 from .errors import Drained
 from .exit_after_drain import Leave
@@ -24,6 +23,12 @@ from .intake import Intake
 from .signals import TermWatch
 from .system import Socket, running_asyncio
 from .worker import DEFAULT_BACKLOG, current
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Optional, Tuple
+
+    from .address import ListenAddress
 
 # One for each turn of an event loop costs a third of the rate, 16 a fortieth; more is no gain.
 # All workers together: a row leaves the others, who are just waking up, without their share.

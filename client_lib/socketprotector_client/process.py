@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Callable, Protocol, Union
-
 from .worker import current
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Callable, Protocol, Union
 
-class HasFileno(Protocol):
-    def fileno(self) -> int: ...
+    class HasFileno(Protocol):
+        def fileno(self) -> int: ...
 
-
-class HasExtraInfo(Protocol):
-    def get_extra_info(self, name: str, default: object = None) -> object: ...
+    class HasExtraInfo(Protocol):
+        def get_extra_info(self, name: str, default: object = None) -> object: ...
 
 
 def draining() -> bool:

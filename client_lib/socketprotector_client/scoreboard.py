@@ -14,10 +14,13 @@ import mmap
 import os
 import threading
 import time
-from typing import Callable, Optional, Tuple
 
 from . import forking, wire
 from .connection import OpenConnections
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Callable, Optional, Tuple
 
 _LAST_WAIT = wire.BOARD_WAIT_WORDS - 1
 # Looked up for every connection.

@@ -18,10 +18,13 @@ import errno
 import os
 import socket
 from functools import lru_cache
-from typing import Dict, Optional, Sequence, Tuple
 
 from . import forking, wire
 from .system import Socket, allocate_lock, start_thread
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Dict, Optional, Sequence, Tuple
 
 #: As without a connection: the receiver is gone, and maybe another one came.
 _GONE = (errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOTCONN, errno.EPIPE)

@@ -10,22 +10,28 @@ Source: unix(7); docs/protocol.md, section "Channel".
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import subprocess
 import sys
-from typing import Any, Mapping, Optional
 
 from . import accepting, forking, wire
-from .address import ListenAddress, close_all, listen, name_of
+from .address import close_all, listen, name_of
 from .channel import Channel
 from .children import Children
 from .intake import Intake
-from .serving import Handler, serve_from
+from .log import Logger
+from .serving import serve_from
 from .worker import DEFAULT_BACKLOG, current
 
-_log = logging.getLogger(__name__)
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Mapping, Optional
+
+    from .address import ListenAddress
+    from .serving import Handler
+
+_log = Logger(__name__)
 
 #: As the protector's --queue.
 DEFAULT_QUEUE = 256

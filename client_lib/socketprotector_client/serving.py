@@ -6,22 +6,26 @@ way: when nothing more will come, what is being served is finished.
 
 from __future__ import annotations
 
-import logging
 import threading
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, List, Optional, Tuple
 
-from .address import ListenAddress
 from .connection import Connection
 from .errors import Drained
 from .intake import Intake
+from .log import Logger
 from .signals import TermWatch
 from .worker import Worker, current
 
-_log = logging.getLogger(__name__)
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Callable, Iterator, List, Optional, Tuple
 
-#: Called with the connection and the client's address as accept() gives it.
-Handler = Callable[[Connection, Any], object]
+    from .address import ListenAddress
+
+    #: Called with the connection and the client's address as accept() gives it.
+    Handler = Callable[[Connection, Any], object]
+
+_log = Logger(__name__)
 
 #: Threads mostly wait for their client, so more than there are processors.
 DEFAULT_THREADS = 16

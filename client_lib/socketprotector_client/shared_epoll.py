@@ -15,10 +15,13 @@ from __future__ import annotations
 
 import select
 import sys
-from typing import Any, List, Optional, Tuple
 
 from .intake import Intake
 from .system import running_asyncio
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, List, Optional, Tuple
 
 
 class BesideEpoll:

@@ -12,11 +12,13 @@ import os
 import signal
 import threading
 from types import FrameType
-from typing import TYPE_CHECKING, Optional
 
 from . import forking
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Optional
+
     from .intake import Intake
 
 

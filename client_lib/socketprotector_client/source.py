@@ -9,18 +9,21 @@ Rule: a source never waits, never counts and never decides when to take.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import socket
 import time
-from typing import Any, List, Optional, Sequence
 
 from .address import close_all, family_of, name_of, sockname_of
 from .channel import Channel
 from .connection import Connection
+from .log import Logger
 from .system import Socket
 
-_log = logging.getLogger(__name__)
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, List, Optional, Sequence
+
+_log = Logger(__name__)
 
 # The kernel took the connection from the backlog and it was broken already,
 # or the network failed just then: man 2 accept says to go on as after EAGAIN.

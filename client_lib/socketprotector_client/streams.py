@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from typing import Awaitable, Callable, Optional, Set
+from typing import TYPE_CHECKING, Awaitable, Callable, Optional, Set
 
-from .address import ListenAddress
 from .asyncio_epoll import join_loop
 from .connection import Connection
 from .errors import Drained
 from .intake import Intake
 from .signals import term_is_free
 from .worker import current
+
+if TYPE_CHECKING:
+    from .address import ListenAddress
 
 _log = logging.getLogger(__name__)
 

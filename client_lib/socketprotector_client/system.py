@@ -10,8 +10,11 @@ import _thread
 import select
 import socket
 import sys
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import ModuleType
+    from typing import Any
 
 __all__ = ["Socket", "allocate_lock", "epoll", "poll", "running_asyncio", "start_thread"]
 

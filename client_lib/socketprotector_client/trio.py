@@ -9,12 +9,14 @@ Source: trio.readthedocs.io, "The abstract Stream API", trio.abc.Listener.
 from __future__ import annotations
 
 import socket
-from typing import Awaitable, Callable, Optional
+from typing import TYPE_CHECKING, Awaitable, Callable, Optional
 
 import trio
 
-from .address import ListenAddress
 from .async_listener import TaskListener
+
+if TYPE_CHECKING:
+    from .address import ListenAddress
 
 #: Called with the stream of a connection.
 Handler = Callable[[trio.SocketStream], Awaitable[object]]

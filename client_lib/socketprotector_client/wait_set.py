@@ -14,9 +14,12 @@ from __future__ import annotations
 import os
 import select
 import socket
-from typing import Iterable, Optional
 
 from .system import Socket, epoll
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Iterable, Optional
 
 _EVENTS_AT_ONCE = 8
 #: epoll_wait(2) takes milliseconds as a C int, 24.8 days; a program may have given any time.

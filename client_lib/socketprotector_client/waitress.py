@@ -10,14 +10,16 @@ Source: docs.pylonsproject.org/projects/waitress, "Arguments to waitress.serve".
 from __future__ import annotations
 
 import select
-from typing import Any, Dict, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple
 
 from waitress import create_server, wasyncore
 
-from .address import ListenAddress
 from .listener import Listener
 from .process import on_drain
 from .wait_set import LONGEST_WAIT_S
+
+if TYPE_CHECKING:
+    from .address import ListenAddress
 
 # A client that has just connected, or just read an answer, gets its next request through in
 # this time, hence not 0.  waitress looks once a second.

@@ -16,11 +16,14 @@ from __future__ import annotations
 import os
 import threading
 import time
-from typing import Callable, Mapping
 
 from . import forking
 from .sd_notify import notify
 from .wait_set import LONGEST_WAIT_S
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Callable, Mapping
 
 
 def interval_s(environ: Mapping[str, str]) -> float:

@@ -11,10 +11,9 @@ import os
 import socket
 import threading
 from functools import lru_cache
-from typing import List, Mapping, Optional
 
 from . import forking, wire
-from .address import ListenAddress, listen
+from .address import listen
 from .channel import Channel
 from .drain_state import Drain
 from .environment import read_environment
@@ -24,6 +23,12 @@ from .sd_notify import notify
 from .source import ChannelSource, ListenSource, Source
 from .system import Socket
 from .watchdog import Watchdog, interval_s
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import List, Mapping, Optional
+
+    from .address import ListenAddress
 
 #: As the protector's --backlog; the kernel lowers it to net.core.somaxconn.
 DEFAULT_BACKLOG = 4096

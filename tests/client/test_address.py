@@ -6,11 +6,11 @@ import errno
 import os
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from socketprotector_client.address import (
     Endpoint,
-    ListenAddress,
     close_all,
     family_of,
     listen,
@@ -20,6 +20,9 @@ from socketprotector_client.address import (
 )
 
 from tests.together import together
+
+if TYPE_CHECKING:
+    from socketprotector_client.address import ListenAddress
 
 V4, V6, UNIX = socket.AF_INET, socket.AF_INET6, socket.AF_UNIX
 ANY = [Endpoint(V4, ("0.0.0.0", 4321)), Endpoint(V6, ("::", 4321))]

@@ -25,8 +25,8 @@ demo: $(INSTALLED) ## show what it does: releases and kills under load, and how 
 CHOSEN := --once
 #: Where the logs of failed tests go; without a name, into the output, before the summary.
 LOGS := build/failed-tests.log
-# Tests wait more than they compute; each process costs 3 s of CPU to begin.
-JOBS := 12
+# Enough to fill two cores: more of them only look more often whether what they wait for has come.
+JOBS := 9
 
 # And each of pytest's processes all tests.  (What cannot be collected fails below.)
 COLLECTED := $(VENV)/.collected

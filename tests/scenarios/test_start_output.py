@@ -135,6 +135,7 @@ def test_an_upgrade_keeps_the_relay(start: Start, syslog: Syslog) -> None:
 
 def kill_guarded(start: Start, syslog: Syslog) -> None:
     """SIGKILL the protector of a guard, and wait for the one that goes on."""
+    syslog.wait_for("event=start pid=")
     known = syslog.count("event=adopted")
     pids = [re.findall(r"event=(?:start|adopted) pid=(\d+)", line) for line in list(syslog.seen)]
     os.kill(int([pid for found in pids for pid in found][-1]), signal.SIGKILL)

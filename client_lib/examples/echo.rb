@@ -85,7 +85,7 @@ line = inherited('SOCKETPROTECTOR_RETURN')
 notify("READY=1\nX_SOCKETPROTECTOR_RETIRE=1")
 until (readable = wait_for(line, channel)).empty?
   # Nothing is said on it yet; a later protector may.
-  break if readable.include?(line) && line.recv(64).empty?
+  break if readable.include?(line) && line.recv(64).to_s.empty? # nil since Ruby 3.3
 
   client = take(channel) or next # another worker may have been quicker
   break if client == :end

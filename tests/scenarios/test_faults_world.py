@@ -41,18 +41,19 @@ def test_the_wall_clock_decides_nothing() -> None:
         )
 
     modules = {
-        path.name: ast.parse(path.read_text(encoding="utf-8"))
+        "/".join(path.parts[-2:]): ast.parse(path.read_text(encoding="utf-8"))
         for path in (ROOT / "socketprotector").rglob("*.py")
         if not {"ctl", "exporter"} & set(path.parts)  # they ask, and decide nothing
     }
     readers = {name: tree for name, tree in modules.items() if reads(tree)}
 
     assert readers.keys() == {
-        *("guard.py", "log.py", "log_format.py"),  # in the log
+        *("programs/guard.py", "system/log.py", "model/log_format.py"),  # in the log
         # In the records:
-        *("effects.py", "first_programs.py", "generation.py", "post_mortem.py", "reports.py"),
-        "worker_spawn.py",
-        *("commands.py", "health.py", "server.py", "status.py"),  # to the client
+        *("daemon/effects.py", "daemon/first_programs.py", "daemon/generation.py"),
+        *("daemon/post_mortem.py", "daemon/reports.py", "daemon/worker_spawn.py"),
+        # To the client:
+        *("control/commands.py", "control/server.py", "control/status.py", "daemon/health.py"),
     }
     for name, tree in readers.items():
         decisions = (node for node in ast.walk(tree) if isinstance(node, ast.Compare))

@@ -163,14 +163,18 @@ class Judge:
     def _wait4(self, rest: str) -> bool:
         if "WNOHANG" in rest:
             return True
-        if self._vforked and rest.startswith(f"{self._vforked}, NULL"):
-            return True  # posix_spawn takes in its end itself
+        if self._is_spawned(rest, f"{self._vforked}, NULL"):
+            return True
         # Of a child that could not execute and has closed all its files.
         failed, self._failed = self._failed, False
         return failed
 
     def _waitid(self, rest: str) -> bool:
-        return "WNOHANG" in rest
+        return "WNOHANG" in rest or self._is_spawned(rest, f"P_PID, {self._vforked}, NULL")
+
+    def _is_spawned(self, rest: str, begins: str) -> bool:
+        """posix_spawn takes in its child's end itself, by wait4, or waitid since glibc 2.41."""
+        return bool(self._vforked) and rest.startswith(begins)
 
     def _flock(self, rest: str) -> bool:
         return "LOCK_NB" in rest or "LOCK_UN" in rest

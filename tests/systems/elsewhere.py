@@ -105,6 +105,14 @@ def interpreter_for_any_user() -> None:
             return
 
 
+def _names_of(program: Path) -> list[Path]:
+    """Return a program's path, and those that it leads to as a symbolic link."""
+    names = [program]
+    while names[-1].is_symlink():
+        names.append(names[-1].parent / names[-1].readlink())
+    return names
+
+
 def without_programs() -> None:
     """Have a root without /bin and /usr/bin, as a container has that was made for one program."""
     here = os.getcwd()
@@ -115,9 +123,9 @@ def without_programs() -> None:
     for each in Path("/usr").iterdir():
         if each.name not in _WITH_PROGRAMS:
             _bind(each, _ROOT / "usr" / each.name)
-    python = Path(sys.executable).resolve()
-    if not (_ROOT / python.relative_to("/")).exists():
-        _bind(python, _ROOT / python.relative_to("/"))
+    for each in _names_of(Path(sys.executable)):
+        if not (_ROOT / each.relative_to("/")).exists():
+            _bind(each, _ROOT / each.relative_to("/"))
     os.chroot(_ROOT)
     os.chdir(here)
     assert not os.path.exists("/bin/sh")

@@ -98,7 +98,7 @@ IPV6 = unless(_has_ipv6(), "IPv6")
 
 
 @cache
-def _others_can_run() -> bool:
+def others_can_run() -> bool:
     """Return whether other users can run this Python and the programs of this clone."""
     return bool(Path(__file__).stat().st_mode & 0o004) and is_reachable(
         __file__, f"{sys.prefix}/bin/python", sys.executable, f"{sys.base_prefix}/lib"
@@ -109,5 +109,5 @@ def another_user() -> None:
     """Skip the test that runs unless it may run this clone as another user."""
     if not IS_ROOT:
         skip("root")
-    if not _others_can_run():
+    if not others_can_run():
         skip(_OTHERS, _ROOT)

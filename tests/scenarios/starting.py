@@ -94,7 +94,8 @@ class Start:
 
     @property
     def log(self) -> str:
-        return self.log_file.read_text(encoding="utf-8") if self.log_file.exists() else ""
+        exists = self.log_file.exists()  # a worker may write any byte
+        return self.log_file.read_text(encoding="utf-8", errors="replace") if exists else ""
 
     @property
     def addresses(self) -> list[str]:

@@ -1,6 +1,6 @@
 """Says that it is ready and then does its worst, named by its argument; takes no connection.
 
-Only KILL ends it.
+Only KILL ends it.  A worker of another slot than the first is a good one, many.py.
 """
 
 from __future__ import annotations
@@ -8,12 +8,17 @@ from __future__ import annotations
 import array
 import contextlib
 import fcntl
+import mmap
 import os
 import signal
 import socket
 import struct
 import sys
 from collections.abc import Callable, Iterator
+
+if os.environ["SOCKETPROTECTOR_WORKER"] != "0":
+    good = os.path.join(os.path.dirname(__file__), "many.py")
+    os.execv(sys.executable, [sys.executable, "-S", "-E", good])
 
 from plain import CHANNEL, say
 
@@ -22,6 +27,8 @@ RETURN = socket.socket(fileno=int(os.environ["SOCKETPROTECTOR_RETURN"]))
 PROTECTOR = os.getppid()
 SO_PEEK_OFF = 42
 LONG_S = 600
+#: What is written to files is bounded: they are in memory.
+MUCH = 16 << 20
 
 
 def rights(fds: list[int]) -> list[tuple[int, int, array.array[int]]]:
@@ -190,10 +197,127 @@ def asks_for_credentials() -> None:
     CHANNEL.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
 
 
+def says_the_worst() -> None:
+    """Whatever may come in a datagram: too long, too many, no text, escapes, numbers."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.connect(ADDRESS)
+        names = ("READY", "STATUS", "WATCHDOG", "EXTEND_TIMEOUT_USEC", "BARRIER", "MAINPID", "")
+        values = (
+            "",
+            "1",
+            "-1",
+            "0",
+            "9" * 4000,
+            "\x1b]0;x\x07\r",
+            "\0",
+            "\ud800",
+            "1e999",
+            "\u00b2",
+        )
+        while True:
+            for message in (b"", b"\n" * 60_000, b"=" * 60_000, b"\0" * 60_000, os.urandom(4096)):
+                notify.send(message)
+            for name in names:
+                for value in values:
+                    notify.send(f"{name}={value}".encode("utf-8", "surrogatepass"))
+            notify.send("\n".join(f"N{n}={n}" for n in range(1000)).encode())
+
+
+def writes_the_scoreboard() -> None:
+    """Anything into it, and tries to make it smaller, larger and a hole."""
+    fd = int(os.environ["SOCKETPROTECTOR_SCOREBOARD"].partition(":")[0])
+    size = os.fstat(fd).st_size
+    for wrong in (0, 1, 2 * size):
+        with contextlib.suppress(PermissionError):
+            os.ftruncate(fd, wrong)
+            print("it could be resized", flush=True)
+    with contextlib.suppress(OSError):  # FALLOC_FL_PUNCH_HOLE needs the system call itself
+        os.posix_fallocate(fd, size, size)
+        print("it could grow", flush=True)
+    with mmap.mmap(fd, size) as board:
+        while True:
+            for piece in (b"\xff" * 8, b"\1" + bytes(7), os.urandom(8), bytes(8)):
+                board[:] = piece * (size // 8)
+
+
+def prints_a_line_without_end() -> None:
+    for _ in range(MUCH // 65536):
+        os.write(2, b"x" * 65536)
+    os.write(2, b"\n")
+
+
+def prints_lines_without_end() -> None:
+    line = b"\x1b[2J\0\xff 2026-01-01T00:00:00.000Z error event=scarce call=accept\r\n\n"
+    for _ in range(MUCH // len(line * 1000)):
+        os.write(1, line * 1000)
+
+
+def has_its_pipes_full() -> None:
+    """As large as they can be, and made non-blocking, by a child of its own, too."""
+    os.fork()
+    for fd in (1, 2):
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(fd, 1031, 1 << 20)  # F_SETPIPE_SZ
+            os.set_blocking(fd, False)
+            for _ in range(4):
+                os.write(fd, b"x" * (1 << 20))
+        os.set_blocking(fd, True)
+    os.write(2, b"\n")
+
+
+def leaves_a_child_with_its_pipes() -> None:
+    """It is in a session of its own, where only a test ends it."""
+    if os.fork() == 0:
+        os.setsid()
+        CHANNEL.close()
+        RETURN.close()
+        while True:
+            signal.pause()
+
+
+def calls_the_control_socket() -> None:
+    """Again and again: ACKs, halves, floods, descriptors, and clients that read nothing."""
+    path = sys.argv[2]
+    status = b'{"v":1,"command":"status"}\n'
+    sent = (
+        *(b"", b"\n" * 60_000, b'{"command":"worker:ack","pid":1}\n', b"x" * 70_000),
+        *(b"[" * 60_000 + b"\n", status * 1000, b'{"v":1,"command":"events"}\n', status[:-1]),
+        *(b'{"v":' + b"9" * 60_000 + b"}\n", b"\0\xff\n" * 9000),
+    )
+    open_ones: list[socket.socket] = []
+    while True:
+        for message in sent:
+            one = socket.socket(socket.AF_UNIX)
+            one.setblocking(False)
+            try:
+                one.connect(path)
+                one.send(message)
+                one.sendmsg([b"{"], rights([0] * 100))
+            except OSError:
+                pass  # not for this user, full, or ended
+            open_ones.append(one)
+        for one in open_ones[:-100]:  # there are 256 places
+            one.close()
+        del open_ones[:-100]
+
+
+def floods_its_ack_line() -> None:
+    """The line on which einhorn's ACK is awaited."""
+    with socket.socket(fileno=int(os.environ["EINHORN_SOCK_FD"])) as line:
+        while True:
+            for message in (
+                b"\n" * 60_000,
+                b'{"command":"worker:ack","pid":',
+                b"[" * 60_000 + b"\n",
+            ):
+                line.sendall(message)
+
+
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 signal.signal(signal.SIGIO, signal.SIG_IGN)
-say(b"READY=1")
-until_heard()
+if "EINHORN_SOCK_FD" not in os.environ:  # else it is not ready, as it sends no ACK
+    say(b"READY=1")
+    until_heard()
 attack: Callable[[], None] = globals()[sys.argv[1]]
 attack()
 os.write(2, b"done\n")

@@ -17,6 +17,10 @@ from types import ModuleType
 from .system import inherited
 
 _INTERRUPTED = 130
+#: Modules that the standard library imports, and that the resident process never uses: dataclasses
+#: has `inspect` (1 MB) for missing docstrings and `copy` (170 KB, with weakref) for asdict();
+#: socket has `selectors` (70 KB) for sendfile().
+UNUSED = ("inspect", "copy", "selectors")
 
 
 class _Later(ModuleType):
@@ -32,11 +36,9 @@ class _Later(ModuleType):
 
 
 def defer(name: str) -> None:
-    """Load a module of the standard library only if somebody uses it.
+    """Load a module of the standard library only when code uses it.
 
-    `dataclasses` imports `inspect`, 1 MB, only to make up docstrings for classes that have none;
-    ours have.  What stands in its place loads the real one at the first use, so that nothing can
-    break.
+    A stand-in takes its place, and loads the module at the first use.
     """
     sys.modules.setdefault(name, _Later(name))
 
@@ -58,7 +60,8 @@ def main() -> None:
         _loaded()
         sys.exit(reload_child.main())
     if inherited.is_ours():
-        defer("inspect")
+        for name in UNUSED:
+            defer(name)
         # Until its handlers stand a signal waits: it would end this program, and its workers go
         # on alone. The others who execute us have blocked them; systemd blocks nothing.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())

@@ -23,8 +23,10 @@ HEAVY = {
     *{"asyncio", "attr", "click", "concurrent", "ctypes", "daemon", "email", "http", "lockfile"},
     *{"logging", "multiprocessing", "pathlib", "prometheus_client", "psutil", "rich", "shutil"},
     *{"ssl", "subprocess", "tempfile", "threading", "typing", "urllib", "uuid", "watchfiles"},
-    *{"zipfile"},
+    *{"copy", "inspect", "selectors", "weakref", "zipfile"},
 }
+#: Modules of this package that it needs only in some modes, or never.
+RARE = ("daemon.recovery", "programs.log_relay", "system.socket_snapshot")
 
 
 #: What neither decides nor is a plain value.  `time` and `signal` are there by name for what is a
@@ -72,9 +74,14 @@ def parsed(path: Path) -> ast.Module:
 @cache
 def names_of(path: Path) -> list[tuple[str, tuple[str, ...]]]:
     """Each import: the absolute module, and the names taken from it."""
+    return names_in(parsed(path), path)
+
+
+def names_in(tree: ast.AST, path: Path) -> list[tuple[str, tuple[str, ...]]]:
+    """Each import in a part of a file, as names_of()."""
     found: list[tuple[str, tuple[str, ...]]] = []
     package = path.parent.relative_to(ROOT).parts if ROOT in path.parents else ()
-    for node in ast.walk(parsed(path)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found += [(name.name, ()) for name in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -87,8 +94,13 @@ def names_of(path: Path) -> list[tuple[str, tuple[str, ...]]]:
 @cache
 def siblings(module: str) -> set[str]:
     """The modules of the daemon's that one of them imports, however it spells it."""
+    return siblings_of(module, parsed(MODULES[module]))
+
+
+def siblings_of(module: str, tree: ast.AST) -> set[str]:
+    """Those that a part of it imports."""
     found = set()
-    for base, names in names_of(MODULES[module]):
+    for base, names in names_in(tree, MODULES[module]):
         if base != DAEMON.name and not base.startswith(f"{DAEMON.name}."):
             continue
         inside = base[len(DAEMON.name) + 1 :]
@@ -278,16 +290,45 @@ def test_no_module_imports_more_of_the_client_library_than_the_wire_format(modul
     assert taken <= {"wire"}
 
 
-def test_nothing_heavy_reaches_the_resident_process() -> None:
-    code = "import sys, socketprotector.daemon.resident; print(*sys.modules)"
+def test_nothing_heavy_or_rare_reaches_the_resident_process() -> None:
+    code = """
+import sys, types
+from socketprotector import __main__ as program
+program.inherited.is_ours = lambda: True
+def show():
+    print(*(name for name, module in sys.modules.items() if type(module) is types.ModuleType))
+    sys.exit()
+program._loaded = show
+program.main()
+"""
     # Isolated, and without site: what a .pth file imports is not the daemon's doing.
-    path = f"import sys; sys.path[:0] = {[str(ROOT), str(CLIENT.parent)]!r}; "
+    path = f"import sys; sys.path[:0] = {[str(ROOT), str(CLIENT.parent)]!r}\n"
     command = [sys.executable, "-I", "-S", "-c", path + code]
     loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
     assert "socketprotector.daemon.supervisor" in loaded
-    heavy = {name.partition(".")[0] for name in loaded} & HEAVY
-    assert not heavy
+    assert not {name.partition(".")[0] for name in loaded} & HEAVY
+    assert not {f"socketprotector.{name}" for name in RARE}.intersection(loaded)
+
+
+#: What the resident process loads after its start begins, and when.  Anything else must be there
+#: from the start: later the package may have been replaced or removed.
+LOADED_LATER = {
+    ("daemon.resident", "daemon.recovery"),  # at the start of a program that resumes
+    # Before the first generation of a program begins, where workers accept.
+    ("daemon.socket_restoring", "system.socket_snapshot"),
+}
+
+
+def test_the_resident_process_needs_no_file_of_its_package_later() -> None:
+    found = set()
+    for module in MODULES:
+        if room_of(module) in {"daemon", *may_import("daemon")}:
+            for function in ast.walk(parsed(MODULES[module])):
+                if isinstance(function, ast.FunctionDef):
+                    found |= {(module, other) for other in siblings_of(module, function)}
+
+    assert found == LOADED_LATER
 
 
 def test_a_worker_of_the_client_library_stays_small() -> None:

@@ -23,7 +23,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 
 from ..model.lazy_dataclass import frozen
-from ..programs import log_relay
 from ..system import inherited
 from ..system.cleanup import on_error
 from ..system.helper import BackOff, HelperProcess
@@ -31,12 +30,15 @@ from ..system.polling import events_of, read_now
 from ..system.process import Process
 from .runtime import Runtime
 
+_PROGRAM = os.path.join(
+    os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "programs", "log_relay.py"
+)
 _STDERR = 2
 _LINE_FD = 3
 _DESCRIPTOR = struct.Struct("i")
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-#: More than any answer has.
-_ANSWER_BYTES = log_relay.TAIL_BYTES + 64
+#: More than any answer has: 4096 bytes, which is TAIL_BYTES of the relay, and a number.
+_ANSWER_BYTES = 4096 + 64
 #: How long the relay may take to tell last words; another one may have to be started first.
 _WORDS_S = 2.0
 #: How soon to look whether what was written is read.
@@ -167,7 +169,7 @@ class LogRelay:
     def _spawn(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         given = (self._name, self._kind, str(int(self._prefixed)), str(_LINE_FD))
-        argv = (sys.executable, "-I", "-S", log_relay.__file__, *given)
+        argv = (sys.executable, "-I", "-S", _PROGRAM, *given)
         with on_error(ours.close), theirs, open(os.devnull, "r+b", buffering=0) as file:
             null = file.fileno()
             # It must not hold the write end, or it would never see its last writer go.

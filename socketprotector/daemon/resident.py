@@ -38,12 +38,15 @@ from .effects import Effects
 from .event_queue import EventQueue
 from .log_output import Output
 from .parents import Parents
-from .recovery import Recovery
 from .runtime import Runtime
 from .start_report import StartReport
 from .supervisor import Supervisor, terminal_of
 from .upgrade import Upgrade
 from .watch_client import FileWatch
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .recovery import Recovery
 
 #: How soon to try again where a manager's socket was full.
 _AGAIN_S = 0.1
@@ -66,6 +69,7 @@ def _probe(descriptors: dict[str, int]) -> int:
     """Say whether this program could take over from the one that asks."""
     try:
         _held(descriptors, checkpoint.read(descriptors[inherited.STATE]))
+        _load_recovery()
     except (StateError, SettingsError) as error:
         print(error, file=sys.stderr)
         return SystemRefused.status
@@ -84,6 +88,7 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
     try:
         if inherited.STATE in descriptors:
             earlier = checkpoint.read(descriptors[inherited.STATE])
+            _load_recovery()  # now: another user, or a later moment, may find no file
     except StateError as error:
         earlier = error
     try:
@@ -182,7 +187,8 @@ class _Resident:
             self.left_over.close()
             supervisor.launch()
         else:
-            supervisor.adopt(Recovery(supervisor.effects, snapshot, self.left_over))
+            recovery = _load_recovery()(supervisor.effects, snapshot, self.left_over)
+            supervisor.adopt(recovery)
         # Signals are taken from here on; and by which of them workers finish, should none of us
         # be there to say so.
         finish = settings.drain_signal if settings.mode.workers_accept else 0
@@ -422,6 +428,13 @@ class _Resident:
             os.ftruncate(lock, len(text))
         except OSError as error:
             log.write("error", "pid-file-not-written", error=error.strerror)
+
+
+def _load_recovery() -> type[Recovery]:
+    """Return the class that resumes; a protector that begins saves its memory."""
+    from .recovery import Recovery
+
+    return Recovery
 
 
 def _held(

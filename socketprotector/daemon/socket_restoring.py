@@ -46,9 +46,12 @@ class SocketRestoring:
     @record.setter
     def record(self, found: Sequence[tuple[int, int, str]]) -> None:
         self._before = {}
-        for of, index, text in found:
-            from ..system.socket_snapshot import from_text
+        if not found and not any(each.shared for each in self._listeners()):
+            return
+        # Here, because the file may have changed when the next generation begins.
+        from ..system.socket_snapshot import from_text
 
+        for of, index, text in found:
             self._before[of, index] = from_text(text)
 
     def begin(

@@ -42,9 +42,12 @@ from ..system.sd_notify import WATCHDOG
 from .checkpoint import Checkpoint
 from .effects import RECORDED, Effects
 from .event_queue import EventQueue
-from .recovery import Recovery
 from .runtime import Runtime
 from .upgrade import Upgrade
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .recovery import Recovery
 
 #: How soon to look again whether the guard or systemd has read what it was sent, and
 #: how long an upgrade waits for that: far longer than it takes one that reads at all.

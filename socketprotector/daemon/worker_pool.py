@@ -39,6 +39,7 @@ from ..system.process_groups import Groups
 from ..system.procfs import sockets_of
 from ..system.sock_diag import address_of
 from .check_probe import CheckProbes
+from .first_programs import FirstPrograms
 from .generation import OpenGeneration
 from .log_output import Output
 from .post_mortem import PostMortem
@@ -438,8 +439,6 @@ class WorkerPool:
             self._note(worker, status=status)
             self._log.write("debug", "status", worker=number, status=status)
         if wire.PROGRAM in fields:
-            from .first_programs import FirstPrograms  # not before a pool says so
-
             first = FirstPrograms(self._runtime, self._output, self._remember)
             first.said(worker, fields[wire.PROGRAM])
         if fields.get("WATCHDOG") == "1":

@@ -6,9 +6,9 @@ Times are seconds since the epoch, for people.
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
-from .lazy_dataclass import frozen
+from .lazy_dataclass import as_dict, frozen
 from .text import headline
 
 TYPE_CHECKING = False
@@ -124,7 +124,7 @@ class History:
 
 
 def _entry(kind: str, each: Reload) -> dict[str, Any]:
-    return {"kind": kind, **asdict(each)}
+    return {"kind": kind, **as_dict(each)}
 
 
 def _last(reloads: tuple[Reload, ...], most: int) -> tuple[Reload, ...]:

@@ -10,11 +10,11 @@ other way round is refused in words, or an option would be dropped without a wor
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, field
+from dataclasses import field
 
 from .codec import FORMAT, Codec, DecodeError, NewerError, decoding, newer_format, refusal
 from .handoff_modes import MODES, HandoffMode
-from .lazy_dataclass import frozen
+from .lazy_dataclass import as_dict, frozen
 from .policy import Policy
 
 TYPE_CHECKING = False
@@ -198,9 +198,9 @@ def dump(settings: Settings, form: int = FORMAT) -> bytes:
     form: of the program that is to read them, where that is an older one which has asked.
     """
     if form < FORMAT:
-        values = asdict(settings)
+        values = as_dict(settings)
         for kind, _, name in (each.partition(".") for each in ADDED):
-            mine, plain = values, asdict(Settings("", (), ""))
+            mine, plain = values, as_dict(Settings("", (), ""))
             if kind == "Policy":
                 mine, plain = mine["policy"], plain["policy"]
             if mine[name] == plain[name] or f"{kind}.{name}" in SAID:

@@ -36,7 +36,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 
 from ..model.lazy_dataclass import frozen
-from . import accept_marks
+from . import accept_marks, sock_diag
 from .cleanup import on_error
 
 _SO_ATTACH_FILTER = 26
@@ -167,7 +167,9 @@ def make(first: socket.socket) -> socket.socket | None:
 
 
 def queue(listening: socket.socket) -> tuple[int, int]:
-    """Return how many wait to be accepted, and how many may.  Raises OSError."""
+    """Return how many clients wait to be accepted, and how many may.  Raises OSError."""
+    if listening.family == socket.AF_UNIX:
+        return sock_diag.queue_of_unix(listening)
     info = listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _QUEUE.size)
     waiting, limit = _QUEUE.unpack(info)
     return waiting, limit

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
 from ..model.lazy_dataclass import frozen
-from . import reuseport, sock_diag
+from . import reuseport
 
 #: An option's name and content; of BACKLOG the number.
 Snapshot = Mapping[str, bytes]
@@ -98,7 +98,7 @@ def take(one: socket.socket) -> Snapshot:
     """Return the options of a socket, without those that its kernel or family does not have."""
     found = {each.name: content for each, content in _read(one)}
     with suppress(OSError):
-        found[BACKLOG] = str(backlog(one)[1]).encode()
+        found[BACKLOG] = str(reuseport.queue(one)[1]).encode()
     return found
 
 
@@ -113,7 +113,7 @@ def restore(one: socket.socket, before: Snapshot) -> list[str]:
                 _set(one, each, wanted)
     if BACKLOG in before:
         with suppress(OSError):
-            if str(backlog(one)[1]).encode() != before[BACKLOG]:
+            if str(reuseport.queue(one)[1]).encode() != before[BACKLOG]:
                 one.listen(int(before[BACKLOG]))
     if not changed:
         return []
@@ -123,15 +123,8 @@ def restore(one: socket.socket, before: Snapshot) -> list[str]:
 def raise_backlog(one: socket.socket, made: Snapshot) -> None:
     """Let as many clients wait as when the socket was made, if now fewer may."""
     with suppress(OSError):
-        if BACKLOG in made and backlog(one)[1] < int(made[BACKLOG]):
+        if BACKLOG in made and reuseport.queue(one)[1] < int(made[BACKLOG]):
             one.listen(int(made[BACKLOG]))
-
-
-def backlog(one: socket.socket) -> tuple[int, int]:
-    """Return how many wait to be accepted, and how many may.  Raises OSError."""
-    if one.family == socket.AF_UNIX:
-        return sock_diag.queue_of_unix(one)
-    return reuseport.queue(one)
 
 
 def as_text(one: Snapshot) -> str:

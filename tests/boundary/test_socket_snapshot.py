@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from socketprotector.system import socket_snapshot
+from socketprotector.system import reuseport, socket_snapshot
 from socketprotector.system.socket_snapshot import OPTIONS, Option, as_text, from_text
 
 FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
@@ -68,11 +68,11 @@ def test_each_option_is_restored_or_named(listening: socket.socket) -> None:
 def test_the_backlog_is_restored(listening: socket.socket) -> None:
     before = socket_snapshot.take(listening)
     listening.listen(5)
-    assert socket_snapshot.backlog(listening) == (0, 5)
+    assert reuseport.queue(listening) == (0, 5)
 
     assert socket_snapshot.restore(listening, before) == []
 
-    assert socket_snapshot.backlog(listening) == (0, 100)
+    assert reuseport.queue(listening) == (0, 100)
 
 
 def test_a_segment_size_is_unset_not_set_to_what_it_read_as() -> None:

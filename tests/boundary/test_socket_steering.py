@@ -28,7 +28,7 @@ from socketprotector.daemon.socket_steering import FIRST_RESCUE_S, LEAVES_S, Soc
 from socketprotector.model import handoff_modes
 from socketprotector.model.records import SteeringRecord
 from socketprotector.model.settings import ListenerSettings
-from socketprotector.system import reuseport, sock_diag, socket_snapshot
+from socketprotector.system import reuseport, sock_diag
 from socketprotector.system.listener import Listener
 from socketprotector.system.loop import READ, Loop
 from tests import needs
@@ -1737,7 +1737,7 @@ def test_many_listeners_are_one_request_and_slow_answers_cost_no_more_time(world
 
 
 def limit(one: socket.socket) -> int:
-    return socket_snapshot.backlog(one)[1]
+    return reuseport.queue(one)[1]
 
 
 @pytest.mark.parametrize("how", ["goes on", "another program"])

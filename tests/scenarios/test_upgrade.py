@@ -136,9 +136,9 @@ def syntax_error(installation: Installation) -> str:
 def exception_at_import(installation: Installation) -> str:
     installation.change(
         "two",
-        "daemon/worker_pool",
-        "#: What is kept of",
-        "raise OSError(28, 'disk')\n#: What is kept of",
+        "daemon/recovery",  # loaded only where a program resumes
+        "#: Why something",
+        "raise OSError(28, 'disk')\n#: Why something",
     )
     return "disk"
 

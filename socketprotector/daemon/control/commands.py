@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 
 from ... import __version__
 from ...core.events import (
@@ -30,7 +29,7 @@ from ...core.reload import STOP_FIRST
 from ...model import control_requests
 from ...model.control_requests import Request, RequestError
 from ...model.history import RECENT
-from ...model.lazy_dataclass import mutable
+from ...model.lazy_dataclass import as_dict, mutable
 from ..config_reader import ConfigAnswer
 from ..effects import Effects
 from ..runtime import Runtime
@@ -129,7 +128,7 @@ class CommandHandler:
             ],
             "generations": generations,
             **status.of_waits(fleet, effects, generations, self.supervisor.upgrade_waits_for()),
-            "dry_run": asdict(history.dry_run) if history.dry_run is not None else None,
+            "dry_run": as_dict(history.dry_run) if history.dry_run is not None else None,
             "reloads": status.plain(history.reloads[-RECENT:]),
             "crashes": history.crashed,
             "warnings": (*status.of_warnings(settings), *effects.pool.limits.warnings),

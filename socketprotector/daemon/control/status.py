@@ -11,15 +11,16 @@ import struct
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 
 from ...core.fleet import Fleet, Generation, Phase, State, Worker
+from ...core.waiting import Facts, waits
+from ...model.lazy_dataclass import as_dict
 from ...model.listen_fds import ready_after_s
 from ...model.records import Counts, GenerationRecord, WorkerRecord
 from ...model.settings import Settings
 from ...model.text import headline, in_units
 from ...model.waits import quantile_us
-from ...system import socket_snapshot
+from ...system import reuseport
 from ...system.check_command import shown
 from ...system.listener import Listener
 from ..effects import Effects
@@ -90,8 +91,6 @@ def of_waits(
 
     generations: what of_generations() has returned.  upgrade: what one waits for.
     """
-    from ...core.waiting import Facts, waits  # not before a status is asked for
-
     now, starting = time.monotonic(), fleet.of(Phase.STARTING)
     answer = ""
     if starting is not None:
@@ -108,7 +107,7 @@ def of_waits(
         leftovers_end=effects.pool.orphans.found,
         late_clients_s=effects.late_clients_s,
     )
-    found = [asdict(each) for each in waits(fleet, facts)]
+    found = [as_dict(each) for each in waits(fleet, facts)]
     return {"waits_for": found} if found else {}
 
 
@@ -139,7 +138,7 @@ def of_listener(listener: Listener, socket_number: int) -> dict[str, Any]:
     """
     waiting = limit = None
     with suppress(OSError, struct.error):
-        both = [socket_snapshot.backlog(each) for each in listener.sockets]
+        both = [reuseport.queue(each) for each in listener.sockets]
         waiting, limit = sum(each[0] for each in both), both[socket_number % len(both)][1]
     return {
         "index": listener.index,
@@ -287,4 +286,4 @@ def of_connections(
 
 def plain(values: Iterable[object]) -> list[dict[str, Any]]:
     """Return frozen values as what JSON knows."""
-    return [asdict(each) for each in values]  # type: ignore[call-overload]
+    return [as_dict(each) for each in values]

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from socketprotector.model.lazy_dataclass import frozen, mutable
+from socketprotector.model.history import History, Reload
+from socketprotector.model.lazy_dataclass import as_dict, frozen, mutable
+from socketprotector.model.settings import ListenerSettings, Settings
 from tests.together import together
 
 
@@ -131,6 +133,13 @@ def test_equal_ones_are_the_same_in_a_set() -> None:
 def test_they_are_shown_with_their_fields() -> None:
     assert repr(_Point(1)) == "_Point(x=1, y=0)"
     assert repr(_Nothing()) == "_Nothing()"
+
+
+def test_as_dict_is_that_of_dataclasses() -> None:
+    settings = Settings("name", ("sh", "-c"), "", listeners=(ListenerSettings("unix:/a"),))
+    history = History(dry_run=Reload(3, began_at=1.0), reloads=(Reload(1, began_at=0.5),))
+    for value in (_Point(1), _Nothing(), settings, history):
+        assert as_dict(value) == asdict(value)
 
 
 def test_they_are_dataclasses_without_a_dictionary() -> None:

@@ -1,0 +1,58 @@
+"""The package's files change below a running protector, which has loaded all that it will need."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from pathlib import Path
+
+from tests.running import DEADLINE_S, Protector, ask
+from tests.scenarios.adopting import Installation
+from tests.scenarios.operating import Line, Operated
+from tests.scenarios.tools import EITHER_HANDOFF, pid_in, spawned, worker
+
+MANY = worker("many")
+
+
+def operated(
+    installation: Installation, place: Path, *options: str, command: tuple[str, ...] = MANY
+) -> Operated:
+    """Start a protector, and remove its package when it serves."""
+    words: list[str | Path] = ["--control", place, *options, "127.0.0.1:0", "--", *command]
+    daemon: Protector = installation.start(*words).ready()
+    one = Operated(daemon, place)
+    shutil.rmtree(installation.folder / "one" / "socketprotector")
+    return one
+
+
+@EITHER_HANDOFF
+def test_a_protector_without_its_files_answers_and_reloads(
+    installation: Installation, place: Path
+) -> None:
+    one = operated(installation, place)
+    with Line(place) as line:
+        for each in ("status", "history", "connections", "crashes"):
+            assert line.ask(each), each
+        line.ask("reload")
+        one.until("route", 2)
+        assert [each["result"] for each in line.ask("history")["history"]] == ["reloaded"]
+    assert pid_in(ask(one.address)) == spawned(one.daemon)[-1]
+    one.daemon.stop()
+
+
+def test_a_protector_of_stdio_without_its_files_hears_that_first_programs_fail(
+    installation: Installation, place: Path, tmp_path: Path
+) -> None:
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\nread line; exit 7\n")
+    program.chmod(0o755)
+    one = operated(installation, place, "--handoff", "stdio", command=(str(program),))
+
+    with socket.create_connection(one.address, DEADLINE_S) as client:
+        client.sendall(b"hello\n")
+        assert client.recv(100) == b""
+
+    first = one.daemon.log.wait_for("event=program-failed")
+    assert "status 7" in first
+    assert one.generation(1)["first_programs"]["failed"] == 1
+    one.daemon.stop()

@@ -188,16 +188,16 @@ def reload(
         watched = Reload(promised, before, operation.tell, dry_run=dry_run)
         found = _judged(operation, watched)
         operation.outcome["generation"] = found.generation
+        serves_still = False
         if dry_run:
-            _gone(operation, watched, found.generation)
+            serves_still = _gone(operation, watched, found.generation)
         elif drained and found.taken:
             _drained(operation, watched, found.generation)
         after_all = _count_losses(operation)
         if not found.taken:
             _given_up(operation, found, "not ready to reload" if dry_run else "not reloaded")
         if dry_run:
-            goes_on = isinstance(old, int) and not watched.stopping
-            serves = f"; generation {old} serves on" if goes_on else ""
+            serves = f"; generation {old} serves on" if serves_still and old is not None else ""
             words = f"would reload: generation {found.generation} was ready, and is ended{serves}"
             operation.ends("passed", words)
             return
@@ -303,8 +303,8 @@ def _back(operation: _Operation, watched: Reload) -> None:
         ) from error
 
 
-def _gone(operation: _Operation, watched: Reload, generation: int) -> None:
-    """Wait until a generation that was tried has ended, or its protector has.
+def _gone(operation: _Operation, watched: Reload, generation: int) -> bool:
+    """Wait until a generation that was tried has ended; return False if its protector ends, too.
 
     Raises NewVersionFailed where it serves: an older protector has taken that for a reload.
     """
@@ -320,6 +320,8 @@ def _gone(operation: _Operation, watched: Reload, generation: int) -> None:
 
     with _unless_it_ended():
         _until_none(operation, watched, left)
+        return not watched.stopping
+    return False
 
 
 @contextmanager

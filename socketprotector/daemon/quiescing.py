@@ -55,11 +55,12 @@ class Quiescing:
         self,
         runtime: Runtime,
         *,
-        own: Callable[[int], Sequence[Listener]],
+        own: Callable[[int, int], Sequence[Listener]],
         clients_wait: Callable[[Listener, int], bool],
         still_come: Callable[[int], bool],
     ) -> None:
-        """own: the listeners whose socket of a number gets no new clients while the other one does.
+        """own: the listeners whose socket of a number gets no new clients while the other one does,
+        as far as a generation has them.
 
         clients_wait: whether any do at a socket, by its number; questions of ours do not count.
         still_come: keeps new clients from a generation, and says whether some have come until now.
@@ -95,7 +96,7 @@ class Quiescing:
         its, now = self._generations[generation], time.monotonic()
         still_come = self._still_come(generation)  # first: who comes after that is not among these
         its.common = [each for each in its.common if each.has_waiting()]
-        own = self._own(its.socket_number)
+        own = self._own(its.socket_number, generation)
         waiting = any(self._clients_wait(each, its.socket_number) for each in own) or bool(
             its.common
         )

@@ -8,7 +8,7 @@ TCP_DEFER_ACCEPT, and that stays after it.  So the options (system/socket_snapsh
   the socket was when it began.  What the serving generation has set before stays.
 
 But a backlog that the serving generation has lowered is raised again when the next one begins on
-the same socket: that one may never call listen(), and more clients that wait harm neither.
+the same socket, or when no generation accepts: more clients that wait harm neither.
 """
 
 from __future__ import annotations
@@ -82,6 +82,8 @@ class SocketRestoring:
 
         gone: it has no workers any more, which could change more.
         """
+        if not others:
+            self._let_all_wait()
         mine = [key for key in self._before if key[0] == generation]
         if not mine:
             return
@@ -98,6 +100,17 @@ class SocketRestoring:
             gone = True
         for key in mine if gone else ():
             del self._before[key]
+
+    def _let_all_wait(self) -> None:
+        """Raise each backlog: clients wait for the next generation, which may start much later."""
+        for listener in self._listeners():
+            made = self._before.get((_MADE, listener.index))
+            if made is None or listener.lost:
+                continue
+            from ..system.socket_snapshot import raise_backlog
+
+            for one in listener.sockets:
+                raise_backlog(one, made)
 
     def warn(self, listener: Listener, names: Sequence[str]) -> None:
         """Log the options that cannot be restored."""

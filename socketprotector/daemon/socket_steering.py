@@ -99,7 +99,7 @@ class SocketSteering:
         self._ended = False
         self._given_back = False  # sockets that were passed in get the new clients
         #: Generations, each with a listener whose socket they do not have: it was
-        #: bound after they had been started.
+        #: bound, or added, after they had been started.
         self.unserved: frozenset[tuple[int, int]] = frozenset()
         self.current = 0  # to which new clients come
         self._accepting: dict[int, int] = {}  # generation -> socket number
@@ -279,6 +279,7 @@ class SocketSteering:
         self.leave(generation)
         socket_number, _ = self._leaving.pop(generation, (0, 0.0))
         self._restoring.end(generation, socket_number, self._accepting, gone=True)
+        self._steer_after(generation)
 
     def leave(self, generation: int) -> None:
         """Its workers accept no more: they were told to finish, which takes each server a while."""
@@ -286,10 +287,16 @@ class SocketSteering:
         if socket_number is not None:
             self._leaving[generation] = socket_number, time.monotonic()
             self._restoring.end(generation, socket_number, self._accepting, gone=False)
+            self._steer_after(generation)
         self._discard_questions()
         self.unserved = frozenset(each for each in self.unserved if each[0] != generation)
         self._quiescing.end(generation)
         self._watch()
+
+    def _steer_after(self, generation: int) -> None:
+        """Steer again if the others are all older: then it has failed, and may have steered."""
+        if self._accepting and max(self._accepting) < generation:
+            self._steer()
 
     def _questions_at(self, listener: Listener, number: int) -> int | None:
         """Return how many questions wait at one of its sockets; None: a client does, too.
@@ -354,7 +361,12 @@ class SocketSteering:
 
         dry_run: that is to get none, so to the socket where they will never be accepted.
         """
-        self._expected[listener.index] = self.current if dry_run else self.free
+        number = self.current if dry_run else self.free
+        if number == 1:
+            listener.swap()  # until now clients came to the first one
+        self._expected[listener.index] = number
+        if listener.has_sibling and not dry_run:  # else clients wait where a generation is
+            self.unserved |= {(generation, listener.index) for generation in self._accepting}
         self._steer()
 
     def turn_to(
@@ -464,10 +476,14 @@ class SocketSteering:
         if self.share:
             self._steer()
 
-    def _own(self, socket_number: int) -> list[Listener]:
-        """The pairs whose socket of this number gets no new clients while the other one does."""
+    def _own(self, socket_number: int, generation: int = 0) -> list[Listener]:
+        """The pairs whose socket of this number gets no new clients while the other one does.
+
+        generation: only those that it has.
+        """
         owners = self._given_back and socket_number == 0
-        return [each for each in self._pairs if not (owners and each.settings.foreign)]
+        pairs = [each for each in self._pairs if not (owners and each.settings.foreign)]
+        return [each for each in pairs if (generation, each.index) not in self.unserved]
 
     def _still_come(self, generation: int) -> bool:
         """Say whether new clients come to it, or have until now.

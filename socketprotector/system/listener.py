@@ -145,6 +145,11 @@ class Listener:
         """Socket 0 or 1; both are the same one where it has no sibling."""
         return self.sockets[socket_number % len(self.sockets)]
 
+    def swap(self) -> None:
+        """Exchange sockets 0 and 1, if there are two; before any generation has one."""
+        self.sockets.reverse()
+        self._last = 1 - self._last
+
     @property
     def blocks(self) -> bool:
         """Whether accept() waits, for all processes that have it: each of them can change that."""

@@ -46,7 +46,7 @@ _SO_BINDTOIFINDEX = 62
 #: Which of a socket's buffers have a size that was asked for, and so are not adapted (since 5.14).
 _SO_BUF_LOCK = 72
 #: No network device ever has this number.
-_NO_DEVICE = 0x7FFFFFFF
+NO_DEVICE = 0x7FFFFFFF
 _INSTRUCTION = struct.Struct("HBBI")
 _PROGRAM = struct.Struct("HP")
 _RETURN = 0x06
@@ -238,7 +238,7 @@ def let_in(listening: socket.socket) -> None:
 
     Raises OSError where the filter is locked, or we may not change the device.
     """
-    if device_of(listening) == _NO_DEVICE:
+    if device_of(listening) == NO_DEVICE:
         listening.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, 0)
     with suppress(FileNotFoundError):  # there is none
         listening.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
@@ -398,10 +398,10 @@ def refuse_new(listening: socket.socket) -> None:
     are under way finish, for their device is the one of the socket when they began.  A filter
     would do as well; but since 2026 kernels want CAP_NET_ADMIN for one on a TCP socket.
     """
-    if device_of(listening) == _NO_DEVICE:
+    if device_of(listening) == NO_DEVICE:
         return
     try:
-        listening.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, _NO_DEVICE)
+        listening.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, NO_DEVICE)
     except OSError:
         # It has a device already, or the kernel is older than 5.7, which asks for CAP_NET_RAW.
         _attach(listening, _SO_ATTACH_FILTER, _NO_NEW_CLIENTS)

@@ -27,6 +27,9 @@ Snapshot = Mapping[str, bytes]
 BACKLOG = "backlog"
 _BYTES = 4
 _ORDER = sys.byteorder
+#: The device of a socket that refuses new clients.
+_REFUSES = reuseport.NO_DEVICE.to_bytes(_BYTES, _ORDER)
+_DEVICE = "SO_BINDTOIFINDEX"
 _SO = socket.SOL_SOCKET
 _IP, _IPV6, _TCP = socket.IPPROTO_IP, socket.IPPROTO_IPV6, socket.IPPROTO_TCP
 
@@ -48,11 +51,16 @@ class Option:
 
 
 OPTIONS = (
+    Option("SO_REUSEADDR", _SO, socket.SO_REUSEADDR),
     Option("SO_KEEPALIVE", _SO, socket.SO_KEEPALIVE),
     Option("SO_LINGER", _SO, socket.SO_LINGER, 8),
     Option("SO_OOBINLINE", _SO, socket.SO_OOBINLINE),
     Option("SO_DONTROUTE", _SO, socket.SO_DONTROUTE),
     Option("SO_PASSCRED", _SO, socket.SO_PASSCRED),
+    Option("SO_PASSSEC", _SO, 34),
+    Option("SO_PASSPIDFD", _SO, 76),
+    Option("SO_PASSRIGHTS", _SO, 83),
+    Option("SO_PEEK_OFF", _SO, 42),
     Option("SO_RCVLOWAT", _SO, socket.SO_RCVLOWAT),
     Option("SO_RCVTIMEO", _SO, socket.SO_RCVTIMEO, 16),
     Option("SO_SNDTIMEO", _SO, socket.SO_SNDTIMEO, 16),
@@ -64,13 +72,16 @@ OPTIONS = (
     Option("SO_BUSY_POLL", _SO, 46, privilege="CAP_NET_ADMIN to raise"),
     Option("SO_INCOMING_CPU", _SO, socket.SO_INCOMING_CPU),
     Option("SO_MAX_PACING_RATE", _SO, 47),
-    Option("SO_BINDTODEVICE", _SO, socket.SO_BINDTODEVICE, 16, privilege="CAP_NET_RAW to change"),
+    # By number: the name of a device that is gone cannot be read.
+    Option(_DEVICE, _SO, 62, privilege="CAP_NET_RAW to change"),
     Option("SO_LOCK_FILTER", _SO, 44, stays="locked for ever"),
     Option("IP_TOS", _IP, socket.IP_TOS),
     Option("IP_TTL", _IP, socket.IP_TTL),
     Option("IP_MINTTL", _IP, reuseport.IP_MINTTL),
     Option("IP_MTU_DISCOVER", _IP, 10),
     Option("IP_TRANSPARENT", _IP, socket.IP_TRANSPARENT, privilege="CAP_NET_ADMIN to set"),
+    Option("IP_RECVERR", _IP, 11),
+    Option("IPV6_RECVERR", _IPV6, 25),
     Option("IPV6_TCLASS", _IPV6, socket.IPV6_TCLASS),
     Option("IPV6_UNICAST_HOPS", _IPV6, socket.IPV6_UNICAST_HOPS),
     Option("IPV6_MINHOPCOUNT", _IPV6, reuseport.IPV6_MINHOPCOUNT),
@@ -78,6 +89,12 @@ OPTIONS = (
     Option("TCP_NODELAY", _TCP, socket.TCP_NODELAY),
     Option("TCP_MAXSEG", _TCP, socket.TCP_MAXSEG, cleared=True),
     Option("TCP_CORK", _TCP, socket.TCP_CORK),
+    Option("TCP_QUICKACK", _TCP, socket.TCP_QUICKACK),
+    Option("TCP_THIN_LINEAR_TIMEOUTS", _TCP, 16),
+    Option("TCP_TX_DELAY", _TCP, 37),
+    Option("TCP_RTO_MAX_MS", _TCP, 44),
+    Option("TCP_RTO_MIN_US", _TCP, 45),
+    Option("TCP_DELACK_MAX_US", _TCP, 46),
     Option("TCP_KEEPIDLE", _TCP, socket.TCP_KEEPIDLE),
     Option("TCP_KEEPINTVL", _TCP, socket.TCP_KEEPINTVL),
     Option("TCP_KEEPCNT", _TCP, socket.TCP_KEEPCNT),
@@ -111,10 +128,10 @@ def restore(one: socket.socket, before: Snapshot) -> list[str]:
             changed.append(each.name)
             with suppress(OSError):
                 _set(one, each, wanted)
-    if BACKLOG in before:
-        with suppress(OSError):
-            if str(reuseport.queue(one)[1]).encode() != before[BACKLOG]:
-                one.listen(int(before[BACKLOG]))
+    with suppress(OSError):
+        limit = before.get(BACKLOG)
+        if limit and _listens(one) and str(reuseport.queue(one)[1]).encode() != limit:
+            one.listen(int(limit))
     if not changed:
         return []
     return [each.name for each, content in _read(one) if content != before.get(each.name, content)]
@@ -123,8 +140,13 @@ def restore(one: socket.socket, before: Snapshot) -> list[str]:
 def raise_backlog(one: socket.socket, made: Snapshot) -> None:
     """Let as many clients wait as when the socket was made, if now fewer may."""
     with suppress(OSError):
-        if BACKLOG in made and reuseport.queue(one)[1] < int(made[BACKLOG]):
+        if BACKLOG in made and _listens(one) and reuseport.queue(one)[1] < int(made[BACKLOG]):
             one.listen(int(made[BACKLOG]))
+
+
+def _listens(one: socket.socket) -> bool:
+    """Return False after shutdown(): listen() would then change the order of the group."""
+    return bool(one.getsockopt(_SO, socket.SO_ACCEPTCONN))
 
 
 def as_text(one: Snapshot) -> str:
@@ -159,4 +181,6 @@ def _read(one: socket.socket) -> Iterator[tuple[Option, bytes]]:
             content = one.getsockopt(each.level, each.number, each.size)
             if each.number == socket.SO_LINGER and each.level == _SO and not any(content[:4]):
                 content = bytes(each.size)  # off: the seconds of before do not count
+            if each.name == _DEVICE and content == _REFUSES:
+                continue
             yield each, content

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -18,7 +19,6 @@ _SPECIAL = {
     "SO_LINGER": struct.pack("ii", 1, 5),
     "SO_RCVTIMEO": struct.pack("ll", 1, 0),
     "SO_SNDTIMEO": struct.pack("ll", 1, 0),
-    "SO_BINDTODEVICE": b"lo\0",
     "TCP_CONGESTION": b"reno\0",
     "TCP_ULP": b"tls\0",
 }
@@ -73,6 +73,29 @@ def test_the_backlog_is_restored(listening: socket.socket) -> None:
     assert socket_snapshot.restore(listening, before) == []
 
     assert reuseport.queue(listening) == (0, 100)
+
+
+def test_a_device_that_does_not_exist_is_restored_or_named() -> None:
+    """Its name cannot be read, and no client reaches the socket."""
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        before = socket_snapshot.take(one)
+        with suppress(PermissionError):  # before Linux 5.7
+            one.setsockopt(socket.SOL_SOCKET, 62, 0x7FFFFFF0)
+        stays = socket_snapshot.restore(one, before)
+
+        now = one.getsockopt(socket.SOL_SOCKET, 62)
+        assert (now, stays) in ((0, []), (0x7FFFFFF0, ["SO_BINDTOIFINDEX"]))
+
+
+def test_a_socket_that_refuses_clients_stays_so() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        before = socket_snapshot.take(one)
+        reuseport.refuse_new(one)
+
+        assert socket_snapshot.restore(one, before) == []
+
+        with socket.socket() as client, pytest.raises(ConnectionRefusedError):
+            client.connect(one.getsockname())
 
 
 def test_a_segment_size_is_unset_not_set_to_what_it_read_as() -> None:

@@ -603,6 +603,36 @@ def test_another_program_steers_the_clients_of_a_new_listener_as_the_one_before(
     assert world.waiting() == [0, 1]
 
 
+def test_a_client_that_comes_before_a_new_listener_is_steered_waits_for_the_next_generation(
+    world: World,
+) -> None:
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    world.connect()  # between listen(), in another process, and now
+
+    world.steering.expect(world.listener, dry_run=False)
+    world.connect()
+
+    assert world.waiting() == [1]
+    for _ in range(2):
+        world.accept(1)
+
+
+def test_the_generation_before_waits_for_no_client_of_a_new_listener(world: World) -> None:
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    world.steering.expect(world.listener, dry_run=False)
+    world.steering.enter(2, 1)
+    reuseport.steer(world.listener.socket_for(0), 1)  # it was the last to listen
+    world.connect()  # astray
+    assert world.waiting() == [0]
+    supersede(world)
+    world.pass_time(QUIET_S + 0.2)
+
+    assert world.quiesced == [1]
+    assert world.stranded == 1, "the client gets a generation that has the listener"
+
+
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_clients_that_wait_for_one_that_is_to_know_their_listener_are_none_that_it_neglects(
     world: World, dry_run: bool
@@ -1761,6 +1791,51 @@ def test_a_generation_begins_on_a_socket_as_it_was_made(world: World, how: str) 
     assert one.getsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT) == 0
     assert limit(world.listener.socket_for(0)) == 7
     assert world.log.events == []
+
+
+def test_clients_come_to_the_serving_one_again_when_another_has_failed(world: World) -> None:
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    world.steering.enter(2, 1)
+    one = world.listener.socket_for(1)
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)  # so that all come to it
+    world.connect()
+    assert world.waiting() == [1]
+    world.accept(1)
+
+    world.steering.leave(2)
+    world.connect()
+    assert world.waiting() == [0]
+    world.accept(0)
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)  # as it ends
+    world.steering.gone(2)
+    world.connect()
+
+    assert world.waiting() == [0]
+
+
+def test_a_failed_one_leaves_the_whole_backlog_while_no_generation_accepts(world: World) -> None:
+    common = world.add().socket
+    for one in (common, world.listener.socket_for(0)):
+        made = limit(one)
+        world.steering.enter(1, 0)
+        one.listen(1)
+        world.steering.leave(1)
+        assert limit(one) == made > 1
+        one.listen(1)  # as it ends
+        world.steering.gone(1)
+        assert limit(one) == made
+
+
+def test_a_socket_that_was_shut_down_does_not_listen_again_before_its_place_is_known(
+    world: World,
+) -> None:
+    one = world.listener.socket_for(0)
+    world.steering.enter(1, 0)
+    one.shutdown(socket.SHUT_RDWR)
+    world.steering.leave(1)
+
+    assert not one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
 
 
 def test_a_socket_that_cannot_be_as_it_was_made_is_replaced(world: World) -> None:

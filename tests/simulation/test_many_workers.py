@@ -7,10 +7,8 @@ busy machine.
 from __future__ import annotations
 
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -24,6 +22,7 @@ from socketprotector.model.settings import Origin
 from socketprotector.system.state_file import StateFile
 from tests.rounds import rounds
 from tests.simulation.world import World
+from tests.steps import steps_of
 
 OURS = str(Path(socketprotector.__file__).parent)
 FEW, MANY = rounds(3, 5), rounds(24, 40)
@@ -69,27 +68,6 @@ class Quiet(World):
             self._to_come.pop(0)()
         else:
             super()._signal(number)
-
-
-def steps_of(world: World) -> int:
-    """Live that life; return the steps of the interpreter that it takes."""
-    count = 0
-
-    def traced(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal count
-        if not frame.f_code.co_filename.startswith(OURS):
-            return None
-        frame.f_trace_opcodes = True
-        count += event == "opcode"
-        return traced
-
-    before = sys.gettrace()
-    sys.settrace(traced)
-    try:
-        world.live()
-    finally:
-        sys.settrace(before)
-    return count
 
 
 def test_what_follows_from_nothing_is_not_written_down_twice(
@@ -142,6 +120,6 @@ def test_settings_that_were_read_again_are_not_written_down_at_each_step(
 
 @pytest.mark.parametrize("fd_store", ["guard", "systemd", "none"])
 def test_eight_times_the_workers_take_eight_times_the_steps(fd_store: str) -> None:
-    few, many = (steps_of(Quiet(workers, fd_store)) for workers in (FEW, MANY))
+    few, many = (steps_of(Quiet(workers, fd_store).live, OURS) for workers in (FEW, MANY))
 
     assert many < few * MANY / FEW * SLACK

@@ -5,11 +5,8 @@ Counted in steps of the interpreter, which are the same on a busy machine.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
-from types import FrameType
-from typing import Any
 
 import pytest
 
@@ -24,29 +21,11 @@ from socketprotector.core.events import (
     WorkerReady,
 )
 from socketprotector.core.fleet import Fleet
+from tests.steps import steps_of
 
 FEW, MANY = 10, 80
 #: More than in proportion: what the halves of a longer list and its one look cost more.
 SLACK = 1.3
-
-
-def steps_of(act: Callable[[], object]) -> int:
-    """Count the steps of the interpreter that something takes."""
-    count = 0
-
-    def traced(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal count
-        frame.f_trace_opcodes = True
-        count += event == "opcode"
-        return traced
-
-    before = sys.gettrace()
-    sys.settrace(traced)
-    try:
-        act()
-    finally:
-        sys.settrace(before)
-    return count
 
 
 class Life:

@@ -6,11 +6,9 @@ Only what the protector calls a success is one.
 
 from __future__ import annotations
 
-import math
 import os
 import select
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 import click
@@ -18,7 +16,7 @@ import click
 from ..model.duration import Duration
 from ..model.handoff_modes import MODES
 from ..model.text import in_units
-from .cli import Instance, answer, command, say, say_json, tell
+from .cli import Instance, answer, command
 from .client import Client, Message
 from .errors import (
     ConnectionLost,
@@ -26,9 +24,9 @@ from .errors import (
     NewVersionFailed,
     NoProtector,
     RequestRefused,
-    TimedOut,
 )
 from .fields import failing, listed, measure, number_in, text_in
+from .operation import GONE_S, Operation, begin
 from .reload_progress import (
     OF_STOP,
     Losses,
@@ -40,11 +38,6 @@ from .reload_progress import (
     tries,
 )
 
-#: How often status is asked for while no event comes: this also finds a protector that hangs.
-_LOOK_EVERY_S = 1.0
-#: A guard keeps the socket while it restarts a protector that died; one that has ended is gone.
-_GONE_S = 0.2
-
 #: What `reload --json` says besides the result and waited_s; null where it is not known.
 _OUTCOME = ("name", "from", "generation", "reason", "last_words", "lost")
 
@@ -52,100 +45,6 @@ _WAIT = click.option("--wait/--no-wait", default=True, help="Wait for the outcom
 _TIMEOUT = click.option(
     "--timeout", default="0", type=Duration(), help="How long to wait; 0: no limit."
 )
-
-
-class _Operation:
-    """An order that is waited for, over a connection that may be cut meanwhile."""
-
-    client: Client
-
-    def __init__(self, timeout_s: float, as_json: bool, fields: Sequence[str] = ()) -> None:
-        """fields: of what --json prints, besides the result; null until they are known."""
-        self.outcome: Message = {"result": None, **dict.fromkeys(fields)}
-        self.losses: Losses | None = None
-        self._as_json = as_json
-        self._timeout_s = timeout_s
-        self.until = time.monotonic() + timeout_s if timeout_s else math.inf
-
-    def tell(self, step: str) -> None:
-        """Print a step to stderr, except with --json."""
-        if not self._as_json:
-            tell(step)
-
-    def ends(self, result: str, words: str) -> None:
-        """Note the result; print the words, except with --json, which prints it at the end."""
-        self.outcome["result"] = result
-        if not self._as_json:
-            say(words)
-
-    def slice_s(self, waits_for: str) -> float:
-        """Return how long to wait for the next thing.  Raises TimedOut."""
-        left_s = self.until - time.monotonic()
-        if left_s <= 0:
-            raise TimedOut(f"not within {in_units(self._timeout_s)}: still waits for {waits_for}")
-        return min(left_s, _LOOK_EVERY_S)
-
-    def hear(self, timeout_s: float) -> Message | None:
-        """Return the next event, or None.  Raises ConnectionLost."""
-        event = self.client.event(timeout_s)
-        if event is not None and self.losses is not None:
-            self.losses.heard(event)
-        return event
-
-    def event(self, waits_for: str, *names: str) -> Message | None:
-        """Wait for an event of these names.  Raises NoProtector, TimedOut.
-
-        None: none came for a while, or some may have been missed; look into status.
-        """
-        until = time.monotonic() + self.slice_s(waits_for)
-        try:
-            while (event := self.hear(max(0.0, until - time.monotonic()))) is not None:
-                if event.get("event") in names:
-                    return event
-        except ConnectionLost:
-            self.again(waits_for)
-        return None
-
-    def again(self, waits_for: str, *, stopping: bool = False) -> Message:
-        """Connect again; return the status.
-
-        Raises NoProtector, or TimedOut if the time was too short for it.
-        stopping: it is being stopped, so none is likely to come back.
-        """
-        try:
-            return self.client.again(_GONE_S if stopping else math.inf)
-        except NoProtector:
-            self.slice_s(waits_for)
-            raise
-
-
-@contextmanager
-def _operation(
-    instance: Instance, timeout_s: float, as_json: bool, *fields: str
-) -> Iterator[_Operation]:
-    """Connect for an operation.  With --json, print its outcome in any case."""
-    operation, begun = _Operation(timeout_s, as_json, fields), time.monotonic()
-    outcome = operation.outcome
-    try:
-        try:
-            with instance.client(events=True, until=operation.until) as operation.client:
-                yield operation
-        except NoProtector as error:
-            if error.code == "silent" and time.monotonic() >= operation.until:
-                raise TimedOut(f"not within {in_units(timeout_s)}: {error}") from error
-            raise
-    except ControlError as error:
-        outcome["reason"] = outcome.get("reason") or str(error).partition("\n")[0]
-        outcome["result"] = error.result
-        raise
-    except KeyboardInterrupt:
-        outcome["result"] = "interrupted"
-        tell("interrupted: it goes on; only the waiting has ended")
-        raise
-    finally:
-        outcome["waited_s"] = round(time.monotonic() - begun, 3)
-        if as_json and outcome["result"] is not None:
-            say_json(outcome)
 
 
 # -- reload ---------------------------------------------------------------------------
@@ -178,7 +77,7 @@ def reload(
             words += "verdict"
         answer(as_json, {"generation": generation, "result": "asked"}, words)
         return
-    with _operation(instance, timeout, as_json, *_OUTCOME) as operation:
+    with begin(instance, timeout, as_json, *_OUTCOME) as operation:
         before = operation.client.ask("status")
         operation.losses = Losses(before)
         operation.outcome["name"] = before.get("name")
@@ -228,7 +127,7 @@ def _first_programs(status: Message, generation: int) -> str:
     return ""
 
 
-def _count_losses(operation: _Operation) -> Message:
+def _count_losses(operation: Operation) -> Message:
     """Note how many connections were lost since the reload was asked for; return the status."""
     assert operation.losses is not None
     try:
@@ -264,7 +163,7 @@ def _tried(status: Message, *, dry_run: bool) -> list[int]:
     return [number_in(each, "generation") for each in tries(status, dry_run=dry_run)]
 
 
-def _judged(operation: _Operation, watched: Reload) -> Verdict:
+def _judged(operation: Operation, watched: Reload) -> Verdict:
     while watched.verdict is None:
         try:
             event = operation.hear(operation.slice_s(watched.waits_for()))
@@ -280,14 +179,14 @@ def _judged(operation: _Operation, watched: Reload) -> Verdict:
     return watched.verdict
 
 
-def _hear_the_rest(operation: _Operation, watched: Reload) -> None:
+def _hear_the_rest(operation: Operation, watched: Reload) -> None:
     """Take what had come before the connection was cut."""
     with suppress(ConnectionLost):
         while event := operation.hear(0.0):
             watched.heard(event)
 
 
-def _back(operation: _Operation, watched: Reload) -> None:
+def _back(operation: Operation, watched: Reload) -> None:
     _hear_the_rest(operation, watched)
     if watched.verdict is not None:
         return
@@ -303,7 +202,7 @@ def _back(operation: _Operation, watched: Reload) -> None:
         ) from error
 
 
-def _gone(operation: _Operation, watched: Reload, generation: int) -> bool:
+def _gone(operation: Operation, watched: Reload, generation: int) -> bool:
     """Wait until a generation that was tried has ended; return False if its protector ends, too.
 
     Raises NewVersionFailed where it serves: an older protector has taken that for a reload.
@@ -334,7 +233,7 @@ def _unless_it_ended(stopped: Callable[[], bool] = lambda: True) -> Iterator[Non
             raise
 
 
-def _until_none(operation: _Operation, watched: Reload, left: Callable[[Message], str]) -> None:
+def _until_none(operation: Operation, watched: Reload, left: Callable[[Message], str]) -> None:
     """Look into status, at each end of something, until nothing is left.  Raises NoProtector.
 
     left: says what is, in words that follow "still waits for".
@@ -359,7 +258,7 @@ def _until_none(operation: _Operation, watched: Reload, left: Callable[[Message]
             raise
 
 
-def _given_up(operation: _Operation, found: Verdict, what: str) -> None:
+def _given_up(operation: Operation, found: Verdict, what: str) -> None:
     """Raise what says why, with the last words of the worker that failed."""
     last_words = found.last_words or _last_words(operation.client, found.generation)
     operation.outcome["reason"] = found.reason or None
@@ -394,7 +293,7 @@ def _quoted(last_words: str) -> str:
     return "".join(f"\n  | {line}" for line in lines)
 
 
-def _drained(operation: _Operation, watched: Reload, generation: int) -> None:
+def _drained(operation: Operation, watched: Reload, generation: int) -> None:
     """Wait until no generation before this one is left; none is when a stop is over."""
     most, shown, waits = 0, ProgressThrottle(), WaitsShown(operation.tell)
 
@@ -424,7 +323,7 @@ def upgrade(instance: Instance, wait: bool, timeout: float, as_json: bool) -> No
     Waits until the new one serves. Where it cannot take over the exit status is 3, and the old
     one goes on as if nothing had been tried.
     """
-    with _operation(instance, timeout, as_json) as operation:
+    with begin(instance, timeout, as_json) as operation:
         before = operation.client.ask("status")
         old = operation.client.request("upgrade").get("from", before.get("version"))
         operation.outcome["from"] = old
@@ -437,7 +336,7 @@ def upgrade(instance: Instance, wait: bool, timeout: float, as_json: bool) -> No
         operation.ends("upgraded", f"upgraded: pid {after.get('pid')} runs {new} ({old} before)")
 
 
-def _upgraded(operation: _Operation, before: Message) -> Message:
+def _upgraded(operation: Operation, before: Message) -> Message:
     """Wait until the new program answers; return its status."""
     waits_for = "the new program to say that it can take over"
     waits = WaitsShown(operation.tell)
@@ -463,7 +362,7 @@ def _upgraded(operation: _Operation, before: Message) -> Message:
 @_TIMEOUT
 def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: bool) -> None:
     """Stop: serve those that have connected, let the workers finish, end."""
-    with _operation(instance, timeout, as_json) as operation, ExitStack() as opened:
+    with begin(instance, timeout, as_json) as operation, ExitStack() as opened:
         before = operation.client.ask("status")
         # The protector's process and its guard's, so that "stopped" means that they are gone.
         pidfds = []
@@ -498,7 +397,7 @@ def _ask_stop(client: Client, quick: bool) -> None:
             pass  # it has ended; that is looked at next
 
 
-def _stopping(operation: _Operation) -> None:
+def _stopping(operation: Operation) -> None:
     """Wait until no protector answers any more."""
     client, left = operation.client, "the workers"
     waits = WaitsShown(operation.tell)
@@ -518,7 +417,7 @@ def _stopping(operation: _Operation) -> None:
                 told = True
         except ConnectionLost:
             try:
-                client.again(_GONE_S)
+                client.again(GONE_S)
             except NoProtector as error:
                 if error.code == "silent":
                     raise

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..model import text
 from .metrics import PHASES
-from .web_model import rounded
+from .web_series import rounded
 
 #: The longest line that is read; ours have 200 bytes.
 LINE_BYTES = 65_536

@@ -27,7 +27,8 @@ from .collector import labels
 from .peers import Peers
 from .peers_model import Host
 from .share import Share
-from .web_model import STEP_S, Instance
+from .web_model import Instance
+from .web_series import STEP_S
 from .web_text import line, shortened
 
 #: How often an instance is asked for its status: while something changes and somebody looks, while

@@ -6,12 +6,7 @@ Pure: times are arguments, and everything returned is JSON.
 from __future__ import annotations
 
 import hashlib
-import math
-from array import array
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import takewhile
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..ctl.fields import (
@@ -29,20 +24,14 @@ from ..ctl.fields import (
 )
 from ..model import text
 from ..model.waits import quantile_us
+from .web_series import SPARKLINES, History, Key, Window, key_of, rounded
 from .web_text import cut, event_line, line, verdict_of
 
-#: Rates and waits are those of this long.
-WINDOW_S = 5.0
-#: Sparklines: ten minutes.
-STEP_S = 5
-POINTS = 120
 #: More workers than that are a number.
 CELLS = 96
 #: Of those that keep a draining generation alive.
 _NAMED = 4
-_BUCKETS = 32
 _MOST_WARNINGS, _WARNING_CHARACTERS = 10, 500
-_GROWING = ("rate", "active", "p99")
 _PHASES = ("starting", "settling", "serving", "draining", "abandoned")
 _WITHOUT_CONNECTIONS = ("starting", "abandoned")
 #: Since when a generation is in a phase; in the others, since it was opened.
@@ -51,65 +40,6 @@ _SINCE = {
     "settling": "serving_since_at",
     "draining": "draining_since_at",
 }
-
-#: A generation, also of another protector at the same socket: its number begins anew there.
-_Key = tuple[float, float]
-
-
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    """What had been counted at a time, by generation: None where nothing is known."""
-
-    at: float
-    forwarded: float | None
-    taken: Mapping[_Key, float | None]
-    waits: Mapping[_Key, Sequence[int]]
-
-
-@dataclass(slots=True)
-class History:
-    """The last POINTS steps of STEP_S seconds; NaN where nothing is known."""
-
-    _step: int = 0
-    _values: dict[str, array[float]] = field(
-        default_factory=lambda: {name: array("d", [math.nan] * POINTS) for name in _GROWING}
-    )
-
-    def put(self, at: float, **values: float | None) -> None:
-        """Set the values of the step that `at` is in."""
-        step = int(at // STEP_S)
-        # After a gap, or if the clock was set back, nothing old may pass for new.
-        known = 0 <= step - self._step < POINTS
-        for missed in range(self._step + 1 if known else step - POINTS + 1, step):
-            self._set(missed, dict.fromkeys(_GROWING))
-        self._step = step
-        self._set(step, values)
-
-    def _set(self, step: int, values: Mapping[str, float | None]) -> None:
-        for name, column in self._values.items():
-            value = values[name]
-            column[step % POINTS] = math.nan if value is None else value
-
-    def points(self, last: int = POINTS) -> dict[str, Any]:
-        """Return the last so many steps, the oldest first, and which one is the newest."""
-        steps = range(self._step - last + 1, self._step + 1) if self._step else ()
-        found = {
-            name: [rounded(column[step % POINTS]) for step in steps]
-            for name, column in self._values.items()
-        }
-        unknown = sum(1 for _ in takewhile(_are_unknown, zip(*found.values(), strict=True)))
-        return {"step": self._step, **{name: row[unknown:] for name, row in found.items()}}
-
-
-def _are_unknown(values: Iterable[float | None]) -> bool:
-    return all(value is None for value in values)
-
-
-def rounded(value: float | None) -> float | int | None:
-    """Return a number of few characters."""
-    if value is None or not math.isfinite(value):
-        return None
-    return round(value) if value >= 10 else round(value, 1)
 
 
 class Instance:
@@ -128,8 +58,8 @@ class Instance:
         self._newest = 0  # the number of the newest generation
         self._generation_of: dict[int, int] = {}  # by the worker's number
         self._shown: dict[str, Any] = {}
-        self._samples: deque[_Sample] = deque()
-        self._most: dict[_Key, tuple[float, int]] = {}  # connections, workers: as it began to drain
+        self._window = Window()
+        self._most: dict[Key, tuple[float, int]] = {}  # connections, workers: as it began to drain
         self._failed: dict[str, Any] | None = None
 
     def lost(self, why: str, *, has_socket: bool = True) -> None:
@@ -140,7 +70,7 @@ class Instance:
         if not has_socket and self._shown and self.why in ("", "gone"):
             self._stopped = True
         self.why = "stopped" if self._stopped else why
-        self._samples.clear()
+        self._window.clear()
         self._newest = 0  # the next status may be another protector's
 
     def see(self, status: Status, at: float, clock: float) -> None:
@@ -148,14 +78,9 @@ class Instance:
         self.status, self.why = status, ""
         self._stopped, self._seen_at = False, clock
         self._number(status)
-        sample = _sample(status, at)
-        if self._samples and _went_back(self._samples[-1], sample):
-            self._samples.clear()  # another protector's counts
-        self._samples.append(sample)
-        while len(self._samples) > 2 and self._samples[1].at <= at - WINDOW_S:
-            self._samples.popleft()
+        self._window.see(status, at)
         self._shown = self._see(status)
-        self.history.put(clock, **{name: self._shown[name] for name in _GROWING})
+        self.history.put(clock, **{name: self._shown[name] for name in SPARKLINES})
 
     def shown(self) -> dict[str, Any]:
         """Return all of it but the history."""
@@ -208,9 +133,9 @@ class Instance:
             self._lane(each, *notes.get(number_in(each, "number"), ("", "")))
             for each in generations
         ]
-        living = {_key(each) for each in generations}
+        living = {key_of(each) for each in generations}
         self._most = {key: most for key, most in self._most.items() if key in living}
-        waits = self._waits(living)
+        waits = self._window.waits(living)
         return {
             "phase": line(label(status, "phase") or "unknown"),
             "notes": _notes(status),
@@ -238,9 +163,9 @@ class Instance:
 
     def _lane(self, generation: Status, shown_as: str, note: str) -> dict[str, Any]:
         """shown_as: instead of its phase; note: what that means for it."""
-        key, phase = _key(generation), label(generation, "phase")
+        key, phase = key_of(generation), label(generation, "phase")
         workers = listed(generation, "workers")
-        waits = self._waits([key])
+        waits = self._window.waits([key])
         return {
             "number": number_in(generation, "number"),
             "phase": shown_as or (phase if phase in _PHASES else "unknown"),
@@ -250,7 +175,7 @@ class Instance:
             # Nothing was given to it yet, so there is nothing that it could not count.
             "counts": phase not in _WITHOUT_CONNECTIONS,
             "unknown": _unknown_of(generation),
-            "rate": rounded(self._difference(lambda sample: sample.taken.get(key))),
+            "rate": rounded(self._window.taken_rate(key)),
             "active": measure(generation, "active"),
             "queue": measure(generation, "queue"),
             "untaken": measure(generation, "untaken_s"),
@@ -263,7 +188,7 @@ class Instance:
         }
 
     def _drain(
-        self, key: _Key, generation: Status, workers: Sequence[Status], *, drains: bool
+        self, key: Key, generation: Status, workers: Sequence[Status], *, drains: bool
     ) -> dict[str, Any] | None:
         """How far a generation is, and who keeps it alive.
 
@@ -296,29 +221,10 @@ class Instance:
 
     def _rate(self, lanes: Iterable[Mapping[str, Any]]) -> float | int | None:
         """Connections a second: as the protector counts them, else as the workers do."""
-        forwarded = self._difference(lambda sample: sample.forwarded)
+        forwarded = self._window.forwarded_rate()
         if forwarded is not None:
             return rounded(forwarded)
         return rounded(_sum(lane["rate"] for lane in lanes if lane["counts"]))
-
-    def _difference(self, of: Callable[[_Sample], float | None]) -> float | None:
-        """How much a count has grown a second, within the window; None where that is not known."""
-        known = [
-            (sample.at, value) for sample in self._samples if (value := of(sample)) is not None
-        ]
-        if len(known) < 2 or self._samples[-1].at != known[-1][0] or known[-1][0] <= known[0][0]:
-            return None
-        return max(0.0, (known[-1][1] - known[0][1]) / (known[-1][0] - known[0][0]))
-
-    def _waits(self, keys: Iterable[_Key]) -> list[int]:
-        """How many connections waited how long within the window, of all these generations."""
-        found = [0] * _BUCKETS
-        for key in keys:
-            known = [sample.waits[key] for sample in self._samples if key in sample.waits]
-            if len(known) > 1:
-                for bucket in range(_BUCKETS):
-                    found[bucket] += max(0, known[-1][bucket] - known[0][bucket])
-        return found
 
 
 def _tried(status: Status) -> dict[str, Any] | None:
@@ -433,26 +339,6 @@ def _keeper(worker: Status) -> str:
         return f"processes that worker {number_in(worker, 'number')} has left (ps -s {pid})"
     known = "" if active is None else f": {active:.0f}"
     return f"worker {number_in(worker, 'number')} (pid {pid}){known}"
-
-
-def _sample(status: Status, at: float) -> _Sample:
-    taken, waits = {}, {}
-    for each in listed(status, "generations"):
-        key = _key(each)
-        taken[key] = measure(each, "accepted")
-        waited = each.get("wait_us")
-        buckets = waited.get("buckets") if isinstance(waited, dict) else None
-        if isinstance(buckets, list) and len(buckets) == _BUCKETS:
-            waits[key] = [each if isinstance(each, int) else 0 for each in buckets]
-    return _Sample(at, measure(status, "forwarded"), taken, waits)
-
-
-def _went_back(before: _Sample, now: _Sample) -> bool:
-    return (now.forwarded or 0.0) < (before.forwarded or 0.0)
-
-
-def _key(generation: Status) -> _Key:
-    return measure(generation, "number") or 0.0, measure(generation, "opened_at") or 0.0
 
 
 def _sum(values: Iterable[float | None]) -> float | None:

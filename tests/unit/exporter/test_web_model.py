@@ -9,13 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
-from socketprotector.exporter.web_model import (
-    CELLS,
-    POINTS,
-    STEP_S,
-    History,
-    Instance,
-)
+from socketprotector.exporter.web_model import CELLS, Instance
+from socketprotector.exporter.web_series import POINTS, STEP_S, History
 from socketprotector.exporter.web_text import event_line, words_of
 from tests.unit.ctl.fake import generation, listener, reload, status, worker
 

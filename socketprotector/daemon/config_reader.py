@@ -121,7 +121,10 @@ class ConfigReader:
                 data, control, flags = b"", [], 0
             fds = [int.from_bytes(each[2][:4], sys.byteorder) for each in control]
             if flags & socket.MSG_CTRUNC:
-                self._failure = "no descriptor is free for the answer"
+                self._failure = (
+                    "no descriptor is free for the new listeners: raise the hard limit"
+                    " (ulimit -Hn, LimitNOFILE= of a unit)"
+                )
             if not data:
                 self.loop.unwatch(self._line.fileno())
                 return

@@ -11,6 +11,8 @@ import struct
 from contextlib import suppress
 
 _CREDENTIALS = struct.Struct("3i")
+#: At a reload the protector, which should not be stopped for that; 0: at a start.
+protector = 0
 
 
 def of_port(host: str, port: int) -> str:
@@ -36,7 +38,7 @@ def _of_port(host: str, port: int) -> str:
         pid = next(filter(None, pids), None)
     if pid == os.getpid():  # at a reload that adds it twice
         return "another listener of this protector has it: leave one of them out"
-    return f"{_called(pid)} has it: stop that, or choose another"
+    return _advice(pid)
 
 
 def addresses_of(pid: int) -> frozenset[str]:
@@ -56,6 +58,23 @@ def addresses_of(pid: int) -> frozenset[str]:
     return frozenset(found)
 
 
+def _advice(pid: int | None) -> str:
+    """Say what has an address, and what to do."""
+    if pid and protector and _is_of_protector(pid):
+        which = "SocketProtector" if pid == protector else f"its process {pid}"
+        return f"{which} has it: reload without it, and with it after the old workers have exited"
+    return f"{_called(pid)} has it: stop that, or choose another"
+
+
+def _is_of_protector(pid: int) -> bool:
+    """Whether a process is the protector, or was started by it."""
+    import psutil
+
+    with suppress(psutil.Error):
+        return protector in (pid, *(each.pid for each in psutil.Process(pid).parents()))
+    return False
+
+
 def _called(pid: int | None) -> str:
     """Name a process by its number and program."""
     import psutil
@@ -68,8 +87,7 @@ def _called(pid: int | None) -> str:
 
 def of_path(path: str) -> str:
     """Say which process listens on a UNIX socket (@name for an abstract one)."""
-    pid = _peer("\0" + path[1:] if path.startswith("@") else path)
-    return f"{_called(pid)} has it: stop that, or choose another"
+    return _advice(_peer("\0" + path[1:] if path.startswith("@") else path))
 
 
 def _peer(address: str) -> int | None:

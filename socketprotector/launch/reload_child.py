@@ -27,7 +27,7 @@ from ..model.errors import Refusal, UsageError
 from ..model.settings import ListenerSettings, Settings, dump, format_of, load
 from ..system import inherited
 from ..system.cleanup import on_error
-from . import preflight, server_hints
+from . import port_owner, preflight, server_hints
 from .bind import (
     Bound,
     addresses_of,
@@ -54,6 +54,7 @@ _STAYS = (
 
 def main() -> int:
     """Read, answer and end.  Returns the exit status."""
+    port_owner.protector = os.getppid()
     descriptors = inherited.receive()
     fd = descriptors[inherited.SETTINGS]
     given = os.pread(fd, os.fstat(fd).st_size, 0)

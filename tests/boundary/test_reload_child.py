@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from socketprotector.daemon.config_reader import ConfigAnswer, ConfigReader
-from socketprotector.launch import cli
+from socketprotector.launch import cli, port_owner
 from socketprotector.model.settings import ListenerSettings, Settings
 from socketprotector.system.loop import Loop
 from tests.boundary.ending import settle
@@ -165,6 +166,31 @@ def test_what_cannot_change_and_what_cannot_be_bound_are_reported_together(
     assert lines[1] == "cannot change at a reload: guard: false -> true; needs a restart"
     assert lines[2].startswith(f"cannot listen on 127.0.0.1:{port}")
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_an_address_of_this_instance_is_no_reason_to_stop_it(
+    loop: Loop, web: Web, kind: str
+) -> None:
+    """A removed listener is in use until its workers have exited; they are children of ours."""
+    with socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET) as taken:
+        taken.bind("" if kind == "unix" else ("127.0.0.1", 0))
+        taken.listen()
+        name = taken.getsockname()
+        listen = f"unix:@{name[1:].decode()}" if kind == "unix" else f"127.0.0.1:{name[1]}"
+        web.says(f'listen = "{listen}"\n')
+
+        failure = read(loop, web.settings).failure
+
+        assert "stop that" not in failure
+        advice = "reload without it, and with it after the old workers have exited"
+        assert failure.endswith(f"; SocketProtector has it: {advice}")
+        with subprocess.Popen((sys.executable, "-c", "input()"), stdin=subprocess.PIPE) as child:
+            port_owner.protector = os.getpid()
+            try:
+                assert f"its process {child.pid} has it" in port_owner._advice(child.pid)
+            finally:
+                port_owner.protector = 0
 
 
 def test_an_address_that_is_bound_already_is_kept_whatever_it_is_called_now(

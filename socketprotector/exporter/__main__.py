@@ -22,6 +22,7 @@ from .. import __version__
 from ..ctl import discovery
 from ..model.errors import Refusal, SystemRefused, UsageError
 from ..model.text import escape, in_one_line, whole
+from ..system import env_file
 
 NAME = "socketprotector-exporter"
 DEFAULT = "127.0.0.1:9517"
@@ -185,10 +186,13 @@ def _tls(cert: str | None, key: str | None) -> ssl.SSLContext | None:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     for option, file in (("--tls-cert", cert), ("--tls-key", key or cert)):
         try:
+            env_file.refuse_kind(os.stat(file), file)  # to open a FIFO would wait for its writer
             with open(file, "rb"):
                 pass
         except OSError as error:
             raise UsageError(f"{option} {file}: {error.strerror}") from error
+        except ValueError as error:
+            raise UsageError(f"{option} {error}") from error
     try:
         # Without a password given OpenSSL would ask for one on the terminal.
         context.load_cert_chain(cert, key, password="")

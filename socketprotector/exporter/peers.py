@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from .. import __version__
 from ..model.errors import UsageError
 from ..model.text import in_units
+from ..system import env_file
 from .names import Names
 from .peers_file import Peer, parse
 from .peers_model import Host, NoMetrics, Scan
@@ -64,18 +65,23 @@ class Files:
     def read(self) -> Plan:
         """Return what is in them.  Raises UsageError: one line that names the file."""
         try:
-            with open(self.peers, encoding="utf-8-sig") as opened:
-                peers = parse(opened.read(), self.peers)
+            peers = parse(env_file.contents(self.peers).decode("utf-8-sig"), self.peers)
         except UnicodeDecodeError as error:
             raise UsageError(f"--peers {self.peers}: no text in UTF-8") from error
         except OSError as error:
             raise UsageError(f"--peers {self.peers}: {error.strerror}") from error
+        except ValueError as error:
+            raise UsageError(f"--peers {error}") from error
         try:
+            if self.ca is not None:  # OpenSSL would wait for the writer of a FIFO
+                env_file.refuse_kind(os.stat(self.ca), self.ca)
             tls = ssl.create_default_context(cafile=self.ca)
         except ssl.SSLError as error:
             raise UsageError(f"--peers-ca {self.ca}: no PEM certificate of an authority") from error
         except OSError as error:
             raise UsageError(f"--peers-ca {self.ca}: {error.strerror}") from error
+        except ValueError as error:
+            raise UsageError(f"--peers-ca {error}") from error
         token = "" if self.token is None else read_token("--peers-token", self.token)
         return Plan(peers, tls, token)
 

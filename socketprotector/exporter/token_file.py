@@ -26,7 +26,7 @@ def read_token(option: str, file: str) -> str:
     try:
         with open(file, "rb", opener=_without_waiting) as opened:
             mode = os.fstat(opened.fileno()).st_mode
-            words = opened.read(_BYTES).split()
+            words = opened.read(_BYTES).split() if stat.S_ISREG(mode) else []
     except OSError as error:
         raise UsageError(f"{said}: {error.strerror}") from error
     if not stat.S_ISREG(mode):

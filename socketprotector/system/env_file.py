@@ -6,6 +6,7 @@ single or double quotes; a leading `export ` is allowed, so that a shell can rea
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -37,22 +38,35 @@ def parse(text: str, name: str) -> dict[str, str]:
 
 
 def contents(path: str) -> bytes:
-    """Return what is in a file that is read again at each reload.
+    """Return what is in a file that is read again later.
 
-    Raises OSError, or ValueError for one that is too long or none that can be read twice.
+    Raises OSError, or ValueError for one that is too long or cannot be read twice.
     """
     # Its owner may be the workers' user: nothing there may make the protector wait, or grow.
+    # Before it is opened, because to open a device may do something.
+    refuse_kind(os.stat(path), path)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
-        if stat.S_ISFIFO(os.fstat(fd).st_mode):
-            raise ValueError(f"{path}: a FIFO, but it is read at each reload")
-        with open(fd, "rb", closefd=False) as file:  # it would not close a folder's
+        refuse_kind(os.fstat(fd), path)
+        with open(fd, "rb", closefd=False) as file:
             data = file.read(MAX_BYTES + 1)
     finally:
         os.close(fd)
+    if data is None:  # as of /proc/kmsg, which says that it is a regular file
+        raise BlockingIOError(errno.EAGAIN, "reading it would wait", path)
     if len(data) > MAX_BYTES:
         raise ValueError(f"{path}: more than {MAX_BYTES} bytes")
     return data
+
+
+def refuse_kind(found: os.stat_result, path: str) -> None:
+    """Raise OSError or ValueError unless a file can be read again and again; /dev/null can."""
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    is_null = stat.S_ISCHR(found.st_mode) and found.st_rdev == os.makedev(1, 3)
+    if not stat.S_ISREG(found.st_mode) and not is_null:
+        kind = "a FIFO" if stat.S_ISFIFO(found.st_mode) else "no regular file"
+        raise ValueError(f"{path}: {kind}, but it is read again later; name a regular file")
 
 
 def read(path: str) -> dict[str, str]:

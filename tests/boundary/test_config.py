@@ -365,7 +365,10 @@ def test_what_is_no_text_is_reported_with_its_line(read: Reader) -> None:
     [
         (["--config", "/no/such"], "--config /no/such: No such file or directory"),
         (["--config", "/"], "--config /: Is a directory"),
-        (["--config", "/dev/zero"], "--config /dev/zero: more than 1048576 bytes"),
+        (
+            ["--config", "/dev/zero"],
+            "--config /dev/zero: no regular file, but it is read again later",
+        ),
         (["--config", "/dev/null"], "no LISTEN; .*, or listen in /dev/null"),
         (["--config", "/dev/null", "1"], "no command; .*, or command in /dev/null"),
         (["--config", "/dev/null", "--nonsense"], "No such option"),

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import pty
+import socket
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -46,3 +50,35 @@ def test_bytes_that_are_no_text_are_passed_on(tmp_path: Path) -> None:
     path.write_bytes(b"A=\xff\n")
 
     assert os.fsencode(env_file.read(str(path))["A"]) == b"\xff"
+
+
+@together("kind", ["FIFO", "socket", "terminal", "master", "zero", "folder"])
+def test_what_cannot_be_read_again_is_refused_unopened(kind: str) -> None:
+    with TemporaryDirectory() as folder, ExitStack() as opened:
+        path = Path(folder, "env")
+        error: type[Exception] = ValueError
+        said = f"{path}: no regular file, but .*; name a regular file"
+        if kind == "FIFO":
+            os.mkfifo(path)
+            said = f"{path}: a FIFO, but it is read again later"
+        elif kind == "socket":
+            opened.enter_context(socket.socket(socket.AF_UNIX)).bind(str(path))
+        elif kind == "folder":
+            path.mkdir()
+            error, said = IsADirectoryError, "Is a directory"
+        else:
+            ours, theirs = pty.openpty()
+            opened.callback(os.close, ours)
+            opened.callback(os.close, theirs)
+            devices = {"terminal": os.ttyname(theirs), "master": "/dev/ptmx", "zero": "/dev/zero"}
+            path.symlink_to(devices[kind])
+
+        with pytest.raises(error, match=said) as caught:
+            env_file.read(str(path))
+
+        if isinstance(caught.value, OSError):
+            assert caught.value.filename == str(path)
+
+
+def test_the_null_device_is_an_empty_file() -> None:
+    assert env_file.read(os.devnull) == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import pwd
 import signal
 import socket
@@ -284,9 +285,26 @@ def test_an_env_file_that_became_a_fifo_does_not_hold_a_reload_up(start: Start) 
 
     start.send(signal.SIGHUP)
 
-    start.wait_for("event=reload-failed .*a FIFO, but it is read at each reload")
+    start.wait_for("event=reload-failed .*a FIFO, but it is read again later")
     assert ask(f"{start.folder}/s") == "hello"
     start.stop()
+
+
+def test_an_env_file_that_became_a_terminal_ends_no_protector(start: Start) -> None:
+    file = start.folder / "env.sh"
+    file.write_text("A=1\n")
+    start.up("--env-file", str(file), "unix:s", "--", *MINIMAL)
+    ours, theirs = pty.openpty()
+    file.unlink()
+    file.symlink_to(os.ttyname(theirs))
+
+    start.send(signal.SIGHUP)
+
+    start.wait_for("event=reload-failed .*no regular file, but it is read again later")
+    assert ask(f"{start.folder}/s") == "hello"
+    start.stop()
+    os.close(ours)
+    os.close(theirs)
 
 
 def test_an_env_file_that_grew_without_end_is_refused(tmp_path: Path) -> None:

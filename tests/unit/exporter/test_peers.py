@@ -737,7 +737,12 @@ def test_each_file_that_cannot_be_used_is_named(files: Files, tmp_path: Path) ->
     nothing.touch(0o600)
     binary = tmp_path / "binary"
     binary.write_bytes(b"\xff")
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
     for wrong, wanted in (
+        (Files(str(fifo)), f"--peers {fifo}: a FIFO, but it is read again later"),
+        (Files("/dev/zero"), "--peers /dev/zero: no regular file"),
+        (Files(files.peers, str(fifo)), f"--peers-ca {fifo}: a FIFO"),
         (Files(str(binary)), f"--peers {binary}: no text in UTF-8"),
         (Files(files.peers, "/nowhere"), "--peers-ca /nowhere: No such file or directory"),
         (Files(files.peers, str(nothing)), f"--peers-ca {nothing}: no PEM certificate"),

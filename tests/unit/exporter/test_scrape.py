@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import socket
 import ssl
@@ -12,7 +13,9 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from prometheus_client.core import Metric
@@ -414,11 +417,20 @@ def test_a_file_without_a_token_is_refused(
     assert "s3cret" not in str(refused.value)
 
 
-def test_a_token_is_in_a_file_that_can_be_read_again(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "token", 0o600)
+@together("kind", ["FIFO", "terminal"])
+def test_a_token_is_in_a_file_that_can_be_read_again(kind: str) -> None:
+    with TemporaryDirectory() as folder, ExitStack() as opened:
+        token = Path(folder, "token")
+        if kind == "FIFO":
+            os.mkfifo(token, 0o600)
+        else:
+            ours, theirs = pty.openpty()
+            opened.callback(os.close, ours)
+            opened.callback(os.close, theirs)
+            token.symlink_to(os.ttyname(theirs))
 
-    with pytest.raises(UsageError, match="token: no regular file; it is read again"):
-        read_token("--token", str(tmp_path / "token"))
+        with pytest.raises(UsageError, match="token: no regular file; it is read again"):
+            read_token("--token", str(token))
 
 
 @together(
@@ -436,6 +448,7 @@ def test_a_token_is_in_a_file_that_can_be_read_again(tmp_path: Path) -> None:
         (["--tls-key", "k"], "give the certificate too"),
         (["--tls-cert", "/nowhere"], "--tls-cert /nowhere: No such file"),
         (["--tls-cert", __file__], "no PEM certificate"),
+        (["--tls-cert", "/dev/zero"], "--tls-cert /dev/zero: no regular file"),
         (["--nonsense"], "see --help"),
         (["extra"], "see --help"),
     ],

@@ -18,7 +18,7 @@ from .system import inherited
 
 _INTERRUPTED = 130
 #: Modules that the standard library imports, and that the resident process never uses: dataclasses
-#: has `inspect` (1 MB) for missing docstrings and `copy` (170 KB, with weakref) for asdict();
+#: has `inspect` (1 MB) to look at classes and `copy` (170 KB, with weakref) for asdict();
 #: socket has `selectors` (70 KB) for sendfile().
 UNUSED = ("inspect", "copy", "selectors")
 

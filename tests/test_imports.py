@@ -313,6 +313,20 @@ program.main()
     assert not {f"socketprotector.{name}" for name in RARE}.intersection(loaded)
 
 
+def test_the_resident_process_asks_dataclasses_for_no_fields() -> None:
+    """That loads `inspect` or `copy`; model/lazy_dataclass.py has the same without."""
+    taken = {
+        name
+        for module in MODULES
+        if room_of(module) in {"daemon", *may_import("daemon")}
+        for base, names in names_of(MODULES[module])
+        if base == "dataclasses" and module != "model.lazy_dataclass"
+        for name in names
+    }
+
+    assert taken <= {"KW_ONLY", "field"}
+
+
 #: What the resident process loads after its start begins, and when.  Anything else must be there
 #: from the start: later the package may have been replaced or removed.
 LOADED_LATER = {

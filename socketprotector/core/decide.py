@@ -11,8 +11,8 @@ The order of the actions is part of the answer.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
+from ..model.lazy_dataclass import replace
 from . import events, reload, stop, workers
 from .events import Action, Deadline, Event, TimerKind
 from .fleet import PHASES, Fleet, Phase, Stop

@@ -8,9 +8,8 @@ Pure.  Two rules hold it together:
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from ..model.backoff import backoff_s
+from ..model.lazy_dataclass import replace
 from ..model.policy import PROVEN_S, STANDBY_S
 from .events import Ask, Deadline, Open, ReadSettings, Report, ReportKind, RouteTo, TimerKind
 from .fleet import Candidate, Fleet, Generation, Next, Phase, Policy, State

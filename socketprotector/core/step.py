@@ -14,8 +14,7 @@ forgotten.  Shared by reload.py, workers.py and stop.py:
 
 from __future__ import annotations
 
-from dataclasses import replace
-
+from ..model.lazy_dataclass import replace
 from .events import (
     Action,
     CancelTimer,

@@ -10,8 +10,7 @@ is under way too, only balancers are told, and nothing more that is requested is
 
 from __future__ import annotations
 
-from dataclasses import replace
-
+from ..model.lazy_dataclass import replace
 from ..model.text import in_units
 from .events import CloseListeners, Exit, Hold, Report, ReportKind, RouteTo, TimerKind
 from .fleet import Fleet, Generation, LameDuck, Next, Phase, Stop

@@ -7,11 +7,11 @@ removes it from the fleet.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import count, islice
 from operator import attrgetter
 
 from ..model.backoff import backoff_s
+from ..model.lazy_dataclass import replace
 from ..model.policy import PROVEN_S
 from .events import (
     Deadline,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 from .. import __version__
 from ..core.events import (
@@ -54,6 +53,7 @@ from ..core.snapshot import Snapshot, Undone
 from ..core.stop import CALLED_OFF
 from ..model import known_servers, question
 from ..model.errors import what_failed
+from ..model.lazy_dataclass import replace
 from ..model.question import Question
 from ..model.records import Program
 from ..model.settings import Settings

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 
 from socketprotector_client import wire
 
-from ..model.lazy_dataclass import mutable
+from ..model.lazy_dataclass import mutable, replace
 from ..model.records import Counts, GenerationRecord, Program
 from ..system import inherited
 from ..system.channel import Channel

@@ -7,11 +7,11 @@ are dropped.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 
 from ..core.events import SettingsFailed, SettingsRead, UseSettings
 from ..core.snapshot import Snapshot
+from ..model.lazy_dataclass import replace
 from ..model.records import SettingsRecord
 from ..model.settings import ListenerSettings, Settings
 from ..system.listener import Listener

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 from ..core.events import Report, ReportKind
 from ..core.fleet import Fleet, LameDuck
 from ..model.history import History
+from ..model.lazy_dataclass import replace
 from ..model.policy import Policy
 from ..model.records import RunRecord
 from ..model.text import headline, in_units

@@ -13,13 +13,13 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from .. import __version__
 from ..core.events import StopRequested
 from ..core.fleet import Fleet
 from ..core.snapshot import Snapshot
 from ..model.errors import Refusal, SystemRefused, what_failed
+from ..model.lazy_dataclass import replace
 from ..model.settings import ListenerSettings, Settings, SettingsError, load
 from ..system import executable, inherited, pid_file_removal, privileges, process, signals
 from ..system.cpu_quota import Quota, processors

@@ -14,7 +14,6 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 from socketprotector_client import wire
 
@@ -29,6 +28,7 @@ from ..core.events import (
 from ..model import known_servers, question
 from ..model.errors import what_failed
 from ..model.history import History
+from ..model.lazy_dataclass import replace
 from ..model.records import WorkerRecord
 from ..model.settings import Settings
 from ..model.text import in_units

@@ -13,8 +13,9 @@ import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from enum import Enum
+
+from .lazy_dataclass import default_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -114,8 +115,7 @@ class Codec:
         for each in added:
             kind, _, name = each.partition(".")
             known = self._classes[kind]
-            default = next(field.default for field in fields(known) if field.name == name)
-            self._added.setdefault(known, {})[name] = default
+            self._added.setdefault(known, {})[name] = default_of(known, name)
         self._said: dict[type, list[str]] = {}
         for each in said:
             kind, _, name = each.partition(".")

@@ -6,9 +6,7 @@ Times are seconds since the epoch, for people.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from .lazy_dataclass import as_dict, frozen
+from .lazy_dataclass import as_dict, frozen, replace
 from .text import headline
 
 TYPE_CHECKING = False

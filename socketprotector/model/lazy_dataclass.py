@@ -14,6 +14,7 @@ from operator import attrgetter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from dataclasses import replace as replace
     from typing import Any, TypeVar, dataclass_transform
 
     _T = TypeVar("_T")
@@ -22,6 +23,13 @@ else:
     def dataclass_transform(**_):
         """Do nothing: `typing` would cost the resident process a megabyte."""
         return lambda made: made
+
+    def replace(one, /, **changes):
+        """Return a value with other content in some fields, as dataclasses.replace() does.
+
+        That asks for what `dataclasses` knows of a class, and loads `inspect` in Python 3.12.
+        """
+        return type(one)(**{name: getattr(one, name) for name in one.__slots__} | changes)
 
 
 @dataclass_transform(eq_default=False, field_specifiers=(field,))
@@ -114,6 +122,11 @@ def init_of(cls: type) -> Any:
         lines.append("self.__post_init__()")
     exec(f"def __init__({', '.join(parameters)}):\n " + "\n ".join(lines), known)
     return known["__init__"]
+
+
+def default_of(cls: Any, name: str) -> Any:
+    """Return the default of a field."""
+    return cls._defaults[name]
 
 
 def as_dict(one: Any) -> dict[str, Any]:

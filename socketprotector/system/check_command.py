@@ -13,9 +13,9 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 
 from ..model import text
+from ..model.lazy_dataclass import replace
 from ..model.records import Program
 from .cleanup import on_error
 from .loop import Loop

@@ -14,8 +14,8 @@ import select
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 
+from ..model.lazy_dataclass import replace
 from ..model.settings import ListenerSettings
 from . import accept_marks, inherited, reuseport
 from .cleanup import on_error

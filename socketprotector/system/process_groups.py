@@ -18,10 +18,9 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, MutableMapping
-from dataclasses import replace
 from itertools import islice
 
-from ..model.lazy_dataclass import mutable
+from ..model.lazy_dataclass import mutable, replace
 from ..model.records import WorkerRecord
 from . import inherited, procfs
 from .log import Log

@@ -19,7 +19,7 @@ from socketprotector.core.fleet import Fleet, Generation, Policy, Worker
 from socketprotector.core.snapshot import CLASSES, CODEC, Snapshot
 from socketprotector.daemon import checkpoint
 from socketprotector.model.codec import FORMAT, Codec, DecodeError, NewerError
-from socketprotector.model.lazy_dataclass import init_of
+from socketprotector.model.lazy_dataclass import frozen, init_of
 from socketprotector.model.records import ForwarderRecord, SettingsRecord, WorkerRecord
 from socketprotector.model.settings import ADDED, Settings
 from socketprotector.system import state_file
@@ -197,9 +197,9 @@ def test_an_unknown_field_of_a_strict_class_is_a_newer_program_s() -> None:
 
 def test_an_older_program_passes_over_what_is_only_for_people() -> None:
     """Also where it came as a change, and where another field changes after it."""
-    noted: Any = dataclass(frozen=True)(
-        type("Thing", (Thing,), {"__annotations__": {"notes": tuple[str, ...]}, "notes": ()})
-    )
+    annotations = {**Thing.__annotations__, "notes": "tuple[str, ...]"}
+    defaults = {"colour": Colour.RED, "parts": (), "notes": ()}
+    noted: Any = frozen(type("Thing", (), {"__annotations__": annotations, **defaults}))
     newer = Codec([noted, Colour], strict=[noted], added=["Thing.notes"], said=["Thing.notes"])
     older = Codec([Thing, Colour], strict=[Thing])
     steps = [noted(3), noted(4, notes=("a",)), noted(5, notes=("a",)), noted(5, notes=("b", "c"))]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import KW_ONLY, asdict, dataclass, field, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from typing import Any
 
 import pytest
 
 from socketprotector.model.history import History, Reload
-from socketprotector.model.lazy_dataclass import as_dict, frozen, mutable
+from socketprotector.model.lazy_dataclass import as_dict, frozen, mutable, replace
 from socketprotector.model.settings import ListenerSettings, Settings
 from tests.together import together
 
@@ -135,6 +136,15 @@ def test_they_are_shown_with_their_fields() -> None:
     assert repr(_Nothing()) == "_Nothing()"
 
 
+def test_replace_is_that_of_dataclasses() -> None:
+    assert replace(_Point(1), y=3) == _Point(1, 3)
+    assert replace(_Point(1, 2)) == _Point(1, 2)
+    before = Settings("name", ("sh",), "", workers=3)
+    assert replace(before, name="other") == dataclasses.replace(before, name="other")
+    with pytest.raises(TypeError):
+        replace(before, nonsense=1)  # type: ignore[call-arg]
+
+
 def test_as_dict_is_that_of_dataclasses() -> None:
     settings = Settings("name", ("sh", "-c"), "", listeners=(ListenerSettings("unix:/a"),))
     history = History(dry_run=Reload(3, began_at=1.0), reloads=(Reload(1, began_at=0.5),))
@@ -143,6 +153,6 @@ def test_as_dict_is_that_of_dataclasses() -> None:
 
 
 def test_they_are_dataclasses_without_a_dictionary() -> None:
-    assert replace(_Point(1), y=3) == _Point(1, 3)
+    assert dataclasses.replace(_Point(1), y=3) == _Point(1, 3)
     assert asdict(_Point(1)) == {"x": 1, "y": 0}
     assert not hasattr(_Point(1), "__dict__")

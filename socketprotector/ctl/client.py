@@ -35,10 +35,10 @@ ANSWER_S = 10.0
 #: A guard starts a killed protector within 0.3 s, and later after one that dies all the time.
 RETURN_S = 10.0
 _TRY_EVERY_S = 0.05
-#: The status of a protector with 1,000 workers has 300 KB; a longer line is no protector's.
-LONGEST_LINE = 4 * 1024 * 1024
-#: Before the answer to a request.  A protector keeps 1 MiB for a client that does not read.
-_MOST_EVENTS, _MOST_EVENT_BYTES = 10_000, 4 * 1024 * 1024
+#: A protector keeps 1 MiB for a client that does not read: a longer line is none of its own.
+LONGEST_LINE = 1024 * 1024
+#: Before the answer to a request.
+_MOST_EVENTS, _MOST_EVENT_BYTES = 10_000, 2 * 1024 * 1024
 #: sun_path's room, less the zero at its end (unix(7)).
 _LONGEST_PATH = 107
 
@@ -84,6 +84,7 @@ class Client:
         self._buffer = bytearray()
         self._events: deque[Message] = deque()
         self._events_bytes = 0
+        self._passed_over = 0
 
     def again(self, within_s: float = math.inf) -> Message:
         """Connect again, within RETURN_S at most; return the status.
@@ -166,6 +167,7 @@ class Client:
     def send(self, command: str, arguments: Message, until: float) -> None:
         """Send a request.  until: of time.monotonic().  Raises NoProtector."""
         self._last_id += 1
+        self._follows |= command == "events"
         asked = {"v": VERSION, "id": self._last_id, "command": command, **arguments}
         try:
             self._socket.settimeout(max(0.001, until - time.monotonic()))
@@ -182,17 +184,23 @@ class Client:
     def answer(self, until: float) -> Message | None:
         """Return the result of the last request, or None when it has not come by then.
 
-        Raises NoProtector where more events come than a protector sends.
+        Raises NoProtector where more events come than a protector sends, or more answers than
+        there were requests.
         """
         while (found := self._message(until)) is not None:
             message, size = found
             if "event" in message:
                 self._events.append(message)
                 self._events_bytes += size
-                if len(self._events) > _MOST_EVENTS or self._events_bytes > _MOST_EVENT_BYTES:
-                    raise self._foreign()
+                most = _MOST_EVENTS if self._follows else 0
+                if len(self._events) > most or self._events_bytes > _MOST_EVENT_BYTES:
+                    raise self.foreign()
             elif message.get("id") in (self._last_id, None):
                 return _result(message)
+            else:
+                self._passed_over += 1  # of a request whose answer was not waited for
+                if self._passed_over > self._last_id:
+                    raise self.foreign()
             if self._is_over(until):
                 break
         return None
@@ -227,7 +235,7 @@ class Client:
             return None
         message = message_in(line)
         if message is None:
-            raise self._foreign()
+            raise self.foreign()
         return message, len(line)
 
     def _line(self, until: float) -> bytes | None:
@@ -239,7 +247,7 @@ class Client:
                 return None
             searched = len(self._buffer)
             if searched > LONGEST_LINE:
-                raise self._foreign()
+                raise self.foreign()
             self._socket.settimeout(left_s)
             try:
                 data = self._socket.recv(65536)
@@ -256,14 +264,21 @@ class Client:
         del self._buffer[: end + 1]
         return line
 
-    def _foreign(self) -> NoProtector:
+    @property
+    def unread_bytes(self) -> int:
+        """What it has read and not returned."""
+        return len(self._buffer) + self._events_bytes
+
+    def foreign(self) -> NoProtector:
+        """Return the error that says so of what answers."""
         return NoProtector(
             f"{self.path}: what answers there is not SocketProtector", "no protector"
         )
 
     def close(self) -> None:
-        """Close the connection; again: nothing."""
+        """Close the connection, and forget what it has sent; again: nothing."""
         self._socket.close()
+        self._begin()
 
     def __enter__(self) -> Client:
         return self

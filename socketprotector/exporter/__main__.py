@@ -5,6 +5,7 @@ Every error is one line: what, where, how to fix it.
 
 from __future__ import annotations
 
+import ctypes
 import ipaddress
 import os
 import signal
@@ -13,7 +14,7 @@ import ssl
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import click
@@ -28,6 +29,8 @@ NAME = "socketprotector-exporter"
 DEFAULT = "127.0.0.1:9517"
 #: What the extra `web` installs; `exporter` has the first only.
 _FROM_ELSEWHERE = ("prometheus_client", "starlette", "uvicorn")
+#: mallopt(3); and the size above which memory is given back as soon as it is free.
+_M_MMAP_THRESHOLD, _LARGE_BYTES = -3, 128 * 1024
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -134,6 +137,8 @@ def _command(**given: Any) -> int:
     # Each once: a name that is given twice would be two series with the same labels.
     names, paths = tuple(dict.fromkeys(given["name"])), tuple(dict.fromkeys(given["control"]))
     instances = ProtectorCollector(names, paths)
+    with suppress(AttributeError):  # glibc raises this limit with each large message that it frees
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
     with ExitStack() as opened:
         page = None
         if given["web"] is not None:

@@ -1,10 +1,12 @@
-"""Which control sockets to ask, and what they answer: each time anew, as instances come and go."""
+"""Which control sockets to ask, and what they answer: each time anew, as instances come and go.
+
+Clients that ask at the same moment share an answer: a slow instance delays none of them twice.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-import threading
 from collections.abc import Sequence
 
 from prometheus_client.core import Metric
@@ -17,6 +19,7 @@ from ..ctl.query_all import SocketAnswer, ask_all
 from ..model.errors import UsageError
 from ..model.text import escape
 from .counters import Counters
+from .joined import Joined
 from .metrics import MetricSet
 
 #: Far below the 10 s that Prometheus waits by itself.
@@ -54,23 +57,27 @@ class ProtectorCollector(Collector):
         self._names = names
         self._paths = paths
         self._totals: dict[str, Counters] = {}  # by the path of the control socket
-        self._alone = threading.Lock()
+        self._metrics = Joined(lambda _: self._collect())
+        self._all = Joined(lambda _: self._ask())
+        self._one = Joined(lambda path: ask_all([path], within_s=ANSWER_S)[0])
         self._closed: frozenset[str] = frozenset()  # control sockets that this user may not use
 
     def collect(self) -> list[Metric]:
         """Ask all, and return their answers as metrics."""
+        return self._metrics.get()
+
+    def _collect(self) -> list[Metric]:
+        """Do that, one time after the other: no older answer is counted after a newer one."""
         series = MetricSet()
-        # One scrape after the other: an answer that is older must not be counted after a newer.
-        with self._alone:
-            answers = self._ask()
-            known = {found.path for _, found in answers if found is not None}
-            self._totals = {path: t for path, t in self._totals.items() if path in known}
-            for name, found in answers:
-                if found is None or found.result is None:
-                    series.add_silent(name)
-                    continue
-                totals = self._totals.setdefault(found.path, Counters())
-                series.add(name, found.result, totals)
+        answers = self._ask()
+        known = {found.path for _, found in answers if found is not None}
+        self._totals = {path: t for path, t in self._totals.items() if path in known}
+        for name, found in answers:
+            if found is None or found.result is None:
+                series.add_silent(name)
+                continue
+            totals = self._totals.setdefault(found.path, Counters())
+            series.add(name, found.result, totals)
         return [family for family in series.families() if family.samples]
 
     def describe(self) -> list[Metric]:
@@ -89,7 +96,7 @@ class ProtectorCollector(Collector):
         And for each that is, and answers badly to --health.  name: of that one alone, which no
         other one delays.
         """
-        answers = self.ask_one(name) if name else self._ask()
+        answers = self.ask_one(name) if name else self._all.get()
         if not answers:
             return ["no protector has a control socket"], []
         unready = [f"{name}: {why}" for name, found in answers if (why := _why_not(found))]
@@ -103,9 +110,9 @@ class ProtectorCollector(Collector):
         Returns its name and answer, or None where there is no such control socket.
         """
         if self._paths and name not in self._names:  # what those are called only they can tell
-            return [each for each in self._ask() if each[0] == name] or [(name, None)]
+            return [each for each in self._all.get() if each[0] == name] or [(name, None)]
         path = _by_name(name) if name in self._names or not self._names else ""
-        return [(name, ask_all([path], within_s=ANSWER_S)[0] if path else None)]
+        return [(name, self._one.get(path) if path else None)]
 
     def _ask(self) -> list[tuple[str, SocketAnswer | None]]:
         paths = self._paths if self._names or self._paths else discovery.sockets()

@@ -102,12 +102,32 @@ class Visits:
         self.watch()
 
 
+class _Heads(h11.Connection):
+    """Reads the heads of requests, and nothing behind one that announces a body."""
+
+    def __init__(self) -> None:
+        super().__init__(h11.SERVER, HEAD_BYTES)
+        self.has_body = False
+
+    def next_event(self) -> Any:
+        """Return the next event but those of a body: to parse small chunks takes the processor."""
+        if self.has_body:
+            return h11.NEED_DATA
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            names = (b"transfer-encoding", b"content-length")
+            self.has_body = any(name in names and value != b"0" for name, value in event.headers)
+        return event
+
+
 class _Visit(H11Protocol):
     """One connection."""
 
+    conn: _Heads
+
     def __init__(self, visits: Visits, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.conn = h11.Connection(h11.SERVER, HEAD_BYTES)
+        self.conn = _Heads()
         self._visits = visits
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -119,11 +139,15 @@ class _Visit(H11Protocol):
         self._visits.ended(self)
 
     def data_received(self, data: bytes) -> None:
+        if self.conn.has_body:
+            return
         super().data_received(data)
         self._look()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self.conn.has_body:
+            self.transport.close()
         self._look()
 
     def _look(self) -> None:

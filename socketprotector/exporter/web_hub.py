@@ -46,6 +46,8 @@ EVENTS = 200
 _GATHER_S = 0.1
 #: So that both sides learn of a connection that has gone.
 _BEAT_S = 15.0
+#: Of one instance; twice as much is read ahead.
+_UNREAD_BYTES = 64 * 1024
 #: Instances at a time for a new viewer.
 _PART = 8
 
@@ -253,8 +255,9 @@ class Hub:
     async def _hear(self, feed: _Feed) -> None:
         """Ask an instance, and hear its events, until the connection ends."""
         reader, writer = await asyncio.open_unix_connection(
-            sock=connect(feed.instance.path, 0), limit=LONGEST_LINE
+            sock=connect(feed.instance.path, 0), limit=_UNREAD_BYTES
         )
+        lines = _Lines(reader)
         try:
             writer.write(_EVENTS_PLEASE + _STATUS_PLEASE)
             asked_at, answered = time.monotonic(), False
@@ -265,7 +268,7 @@ class Hub:
                     await asyncio.sleep(pause_s)
                 try:
                     async with asyncio.timeout(None if due == math.inf else due - time.monotonic()):
-                        line = await reader.readuntil()
+                        line = await lines.next()
                 except TimeoutError:
                     if not answered:  # suspended, it may be; the answer comes when it goes on
                         feed.instance.lost("silent")
@@ -315,6 +318,31 @@ class Hub:
 
     def _heard(self, feed: _Feed, message: Message) -> None:
         self._events.append((self._changed(), _json(feed.instance.hear(message))))
+
+
+class _Lines:
+    """The lines of an instance, of which little waits unread: a long one is read in pieces."""
+
+    def __init__(self, reader: asyncio.StreamReader) -> None:
+        self._reader = reader
+        self._begun = bytearray()
+
+    async def next(self) -> bytes:
+        """Return the next line; what was read of it stays if this is cancelled.
+
+        Raises LimitOverrunError for one that is no protector's, IncompleteReadError at the end.
+        """
+        while True:
+            try:
+                end = await self._reader.readuntil()
+            except asyncio.LimitOverrunError as error:
+                if len(self._begun) > LONGEST_LINE:
+                    raise
+                self._begun += await self._reader.readexactly(error.consumed)
+            else:
+                line = bytes(self._begun + end)
+                self._begun.clear()
+                return line
 
 
 def _with_history(feed: _Feed) -> bytes:

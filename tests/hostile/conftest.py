@@ -15,9 +15,9 @@ from tests.hostile.attacked import NAME, Attacked, users
 from tests.scenarios.starting import Start
 from tests.scenarios.users import A
 from tests.unit.ctl.conftest import ctl, fake, fakes, folder
-from tests.unit.exporter.conftest import exporter, runtime
+from tests.unit.exporter.conftest import exporter
 
-__all__ = ["ctl", "exporter", "fake", "fakes", "folder", "loop", "runtime"]
+__all__ = ["ctl", "exporter", "fake", "fakes", "folder", "loop"]
 
 
 @pytest.fixture
@@ -25,6 +25,12 @@ def loop() -> Iterator[Loop]:
     made = Loop()
     yield made
     made.close()
+
+
+@pytest.fixture
+def runtime(folder: Path) -> Path:
+    """Where the exporter looks for instances."""
+    return folder
 
 
 @pytest.fixture

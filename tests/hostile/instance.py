@@ -84,6 +84,7 @@ def saying(result: object) -> Callable[[Send], None]:
 def instance(path: Path, behave: Callable[[Send], None]) -> Iterator[str]:
     """Listen at a path, and behave like this towards each client when it has sent a line."""
     threads: list[threading.Thread] = []
+    clients: list[socket.socket] = []
 
     def serve(sock: socket.socket) -> None:
         def send(data: bytes) -> bool:
@@ -102,7 +103,8 @@ def instance(path: Path, behave: Callable[[Send], None]) -> Iterator[str]:
     def accept() -> None:
         with contextlib.suppress(OSError):
             while True:
-                threads.append(threading.Thread(target=serve, args=(listener.accept()[0],)))
+                clients.append(listener.accept()[0])
+                threads.append(threading.Thread(target=serve, args=(clients[-1],)))
                 threads[-1].start()
 
     with socket.socket(socket.AF_UNIX) as listener:
@@ -114,5 +116,9 @@ def instance(path: Path, behave: Callable[[Send], None]) -> Iterator[str]:
             yield str(path)
         finally:
             listener.shutdown(socket.SHUT_RDWR)
-            for thread in (accepts, *threads):
+            accepts.join()
+            for client in clients:
+                with contextlib.suppress(OSError):  # it has left
+                    client.shutdown(socket.SHUT_RDWR)
+            for thread in threads:
                 thread.join()

@@ -77,6 +77,35 @@ def test_a_good_one_is_heard_beside_all_of_them(
     assert re.search(r"^good +serving", listed.out, re.MULTILINE), listed
 
 
+def test_answers_without_a_request_are_no_protectors(folder: Path) -> None:
+    """One says so at once, and does not read on."""
+    with (
+        false.instance(folder / "x.control", false.other_answers) as path,
+        Client(path) as client,
+        pytest.raises(NoProtector) as refused,
+    ):
+        client.request("status")
+    assert refused.value.code == "no protector"
+
+
+def test_all_of_them_cannot_fill_the_memory_together(
+    folder: Path, fakes: Callable[[str], Fake], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where more is read than all may send, the longest answers go, and the good one stays."""
+    monkeypatch.setattr("socketprotector.ctl.client.LONGEST_LINE", 1 << 40)
+    monkeypatch.setattr("socketprotector.ctl.query_all._MOST_BYTES", 300_000)
+    fakes("good")
+    with ExitStack() as stack:
+        for name in "abc":
+            path = folder / f"{name}.control"
+            stack.enter_context(false.instance(path, false.no_end_of_line))
+        found = {
+            Path(each.path).stem: each.why
+            for each in ask_all(sorted(map(str, folder.glob("*.control"))), 60.0)
+        }
+    assert found == {**dict.fromkeys("abc", "no protector"), "good": ""}
+
+
 def false_ones(folder: Path, names: list[str]) -> ExitStack:
     """One false instance of each kind."""
     stack = ExitStack()

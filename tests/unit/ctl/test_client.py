@@ -65,7 +65,7 @@ def test_events_in_between_are_kept_in_order(fake: Fake) -> None:
         return {"workers": 3}
 
     fake.answers["scale"] = answer
-    with Client(str(fake.path)) as client:
+    with Client(str(fake.path), events=True) as client:
         assert client.request("scale", to=3) == {"workers": 3}
         assert [client.event(1) for _ in range(2)] != [None, None]
         assert client.event(0) is None

@@ -120,3 +120,30 @@ def test_no_name_turns_the_text_around_it(fakes: Callable[[str], Fake]) -> None:
     followed([str(web.path)], is_named)
 
     assert all(each.isprintable() for each in shown)
+
+
+def test_a_long_line_is_read_in_pieces_and_one_without_end_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(web_hub, "LONGEST_LINE", 1000)
+
+    async def story() -> None:
+        reader = asyncio.StreamReader(limit=10)
+        lines = web_hub._Lines(reader)
+        reader.feed_data(b"x" * 50)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(lines.next(), 0.01)
+        reader.feed_data(b"x" * 50 + b"\nshort\n" + b"y" * 25 + b"\n")
+        assert [await lines.next() for _ in range(3)] == [
+            b"x" * 100 + b"\n",
+            b"short\n",
+            b"y" * 25 + b"\n",
+        ]
+        reader.feed_data(b"z" * 1001)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(lines.next(), 0.01)
+        reader.feed_data(b"z" * 20)
+        with pytest.raises(asyncio.LimitOverrunError):
+            await lines.next()
+
+    asyncio.run(story())

@@ -85,7 +85,12 @@ class Door:
     async def opened(self) -> visits.Visits:
         hub = Hub(list)
         config = uvicorn.Config(
-            application(hub), http="h11", ws="none", lifespan="off", log_config=None
+            application(hub),
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            timeout_keep_alive=3600,  # no limit of uvicorn's helps on
         )
         config.load()
         server = uvicorn.Server(config)
@@ -145,6 +150,30 @@ def test_a_request_that_does_not_come_is_waited_for_so_long(
             assert (await reader.read()).startswith(b"HTTP/1.1 200" if WHOLE in sent else b"")
         except ConnectionResetError:
             pass
+        writer.close()
+
+    run(story)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"Content-Length: 99999999999\r\n\r\nx",
+        b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 100,
+    ],
+    ids=["long", "chunks"],
+)
+def test_a_body_is_not_read_and_its_request_is_the_last(
+    monkeypatch: pytest.MonkeyPatch, body: bytes
+) -> None:
+    """To parse one that has no end would take the processor from all others."""
+    monkeypatch.setattr(visits, "HEAD_S", 3600.0)
+
+    async def story(door: Door) -> None:
+        await door.opened()
+        reader, writer = await door.connect()
+        writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n" + body)
+        assert (await reader.read()).startswith(b"HTTP/1.1 200")
         writer.close()
 
     run(story)

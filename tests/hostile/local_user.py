@@ -1,7 +1,8 @@
 """Run as another user: try all that a user may try on files, sockets and processes of others.
 
-Arguments: two JSON lists, of paths and of pids.  Say in JSON what has succeeded, as [act, path or
-pid], and hold all locks and descriptors until stdin ends.
+Arguments: JSON lists of paths, of pids and of abstract sockets' names, and a folder of its own.
+Say in JSON what has succeeded, as [act, path or pid], and hold all locks and descriptors until
+stdin ends.
 """
 
 from __future__ import annotations
@@ -134,21 +135,18 @@ def succeeded(paths: list[str], pids: list[int]) -> Iterator[tuple[str, str | in
                 yield each, pid
 
 
-def abstract_names() -> list[str]:
-    """Return the abstract names of this network to which one can connect."""
-    found = []
-    for line in Path("/proc/net/unix").read_text(encoding="utf-8", errors="replace").splitlines():
-        name = line.split()[-1]
+def connects(names: list[str]) -> Iterator[str]:
+    """Yield those abstract names to which one can connect."""
+    for name in names:
         for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET):
-            if name.startswith("@"):
-                with contextlib.suppress(OSError):
-                    connect("\0" + name[1:], kind)
-                    found.append(name)
-    return found
+            with contextlib.suppress(OSError):
+                connect("\0" + name[1:], kind)
+                yield name
 
 
 if __name__ == "__main__":
-    OWN = sys.argv[3]
+    OWN = sys.argv[4]
     done = [*succeeded(json.loads(sys.argv[1]), json.loads(sys.argv[2]))]
-    print(json.dumps([*done, *(("connect", name) for name in abstract_names())]), flush=True)
+    reached = [("connect", name) for name in connects(json.loads(sys.argv[3]))]
+    print(json.dumps([*done, *reached]), flush=True)
     select.select([sys.stdin], [], [])

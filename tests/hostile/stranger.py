@@ -38,7 +38,8 @@ def own_folder(folder: Path) -> Path:
 @contextmanager
 def tried(paths: Iterable[Path], pids: list[int], own: Path) -> Iterator[set[tuple[str, str]]]:
     """Have a stranger try everything; what has succeeded, while it holds what it has got."""
-    words = (json.dumps([*map(str, paths)]), json.dumps(pids), str(own))
+    given = ([*map(str, paths)], pids, abstract_names(pids))
+    words = (*map(json.dumps, given), str(own))
     with subprocess.Popen(
         [any_users_python()[0], "-I", local_user.__file__, *words],
         user=STRANGER,
@@ -54,6 +55,14 @@ def tried(paths: Iterable[Path], pids: list[int], own: Path) -> Iterator[set[tup
             yield {(act, str(each)) for act, each in json.loads(process.stdout.readline())}
         finally:
             process.kill()
+
+
+def abstract_names(pids: list[int]) -> list[str]:
+    """Return the names of these processes' abstract sockets; other tests have some, too."""
+    held = {target for pid in pids for target in descriptors(pid).values()}
+    lines = Path("/proc/net/unix").read_text(encoding="utf-8", errors="replace").splitlines()
+    rows = [words for words in map(str.split, lines) if words[-1].startswith("@")]
+    return [name for *_, inode, name in rows if f"socket:[{inode}]" in held]
 
 
 def made_by(one: Attacked, *others: int) -> list[Path]:

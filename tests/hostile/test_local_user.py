@@ -78,7 +78,10 @@ def test_the_stranger_can_do_all_of_it_where_it_may(own: Path) -> None:
     with (
         socket.socket(socket.AF_UNIX) as one,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as two,
+        socket.socket(socket.AF_UNIX) as abstract,
     ):
+        abstract.bind("")  # the kernel chooses the name
+        abstract.listen()
         for kind, name in ((one, "stream"), (two, "datagram")):
             kind.bind(str(own / name))
         one.listen()
@@ -95,8 +98,11 @@ def test_the_stranger_can_do_all_of_it_where_it_may(own: Path) -> None:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            pass_fds=[abstract.fileno()],
         ) as process:
             with tried(paths, [process.pid], own) as done:
+                name = "@" + abstract.getsockname()[1:].decode()
+                assert ("connect", name) in done
                 missing = {*local_user.ACTS, *local_user.TO_PROCESSES} - {act for act, _ in done}
             process.kill()
     assert missing <= {"connect packets", "set an attribute"}, "which not every kernel has here"

@@ -145,8 +145,10 @@ class Client:
         while True:
             try:
                 return self.request(command, **arguments)
-            except ConnectionLost:
+            except ConnectionLost as error:
                 left_s = until - time.monotonic()
+                if left_s <= 0 and time.monotonic() >= self._until:
+                    raise NoProtector(str(error), "silent") from error  # the caller's time is over
                 if left_s <= 0:
                     raise
                 self.again(left_s)

@@ -88,7 +88,8 @@ class LogRelay:
         self._workers: dict[int, WorkerPipe] = {}  # by the worker's number
         self._back_off = BackOff(_RESTART_S, _LONGEST_S)
         self._unsaid: deque[tuple[str, int]] = deque()  # kind and the worker's number
-        self._asked: dict[int, Callable[[bytes], None]] = {}  # callbacks that wait for last words
+        #: Callbacks that wait for a worker's last words, in the order in which they asked.
+        self._asked: dict[int, list[Callable[[bytes], None]]] = {}
         #: Readable as soon as there is something in a pipe.
         self._written = select.epoll()
         self._stood = False  # it was stopped when we last looked
@@ -305,7 +306,7 @@ class LogRelay:
         self._unsaid.extend((_PIPE, number) for number in self._workers)
         if self._kind != "syslog":
             self._unsaid.append((_PLACE, 0))
-        self._unsaid.extend((_WORDS, number) for number in self._asked)
+        self._unsaid.extend((_WORDS, number) for number, each in self._asked.items() for _ in each)
         self._say()
 
     def _say(self) -> None:
@@ -331,8 +332,8 @@ class LogRelay:
 
     def ask(self, number: int, done: Callable[[bytes], None]) -> None:
         """Ask for the last of what a worker has written; called back once, with b"" if too late."""
-        self._asked[number] = done
-        self._loop.call_after((_WORDS, number), _WORDS_S, lambda: self._told(number, b""))
+        self._asked.setdefault(number, []).append(done)
+        self._loop.call_after((_WORDS, number), _WORDS_S, lambda: self._give_up(number))
         self._unsaid.append((_WORDS, number))
         self._say()
 
@@ -349,10 +350,19 @@ class LogRelay:
         self._told(int(number), said)
 
     def _told(self, number: int, said: bytes) -> None:
-        self._loop.cancel((_WORDS, number))
-        done = self._asked.pop(number, None)
-        if done is not None:
-            done(said)
+        asked = self._asked.get(number)
+        if asked is None:
+            return  # it was too late
+        done = asked.pop(0)
+        if not asked:
+            del self._asked[number]
+            self._loop.cancel((_WORDS, number))
+        done(said)
+
+    def _give_up(self, number: int) -> None:
+        """Call back, without words, all that still wait for a worker's."""
+        while number in self._asked:
+            self._told(number, b"")
 
     # -- the end -------------------------------------------------------------
 

@@ -47,7 +47,7 @@ def run(program: str, *words: str | Path, cwd: Path = ROOT, **environment: str) 
 
 @tool("haproxy")
 def test_haproxy_understands_its_file() -> None:
-    assert "Configuration file is valid" in run("haproxy", "-c", "-f", DEPLOY / "haproxy.cfg")
+    assert "Configuration file is valid" in run("haproxy", "-c", "-V", "-f", DEPLOY / "haproxy.cfg")
 
 
 @tool("nginx")

@@ -77,6 +77,7 @@ def _mount(source: str, target: Path | str, kind: str, flags: int, data: str = "
 
 def _bind(source: Path, target: Path) -> None:
     if source.is_symlink():
+        target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(os.readlink(source))
         return
     if source.is_dir():

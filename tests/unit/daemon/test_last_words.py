@@ -1,0 +1,41 @@
+"""Who asks for a worker's last words is called back, also when another asks before the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from socketprotector.daemon.relay_client import LogRelay
+
+
+class Timers:
+    """The part of the loop that is used here: timers, which the test lets run out."""
+
+    def __init__(self) -> None:
+        self.set: dict[object, Callable[[], None]] = {}
+
+    def call_after(self, key: object, _: float, act: Callable[[], None]) -> None:
+        self.set[key] = act
+
+    def cancel(self, key: object) -> None:
+        self.set.pop(key, None)
+
+    def run_out(self) -> None:
+        for key in [*self.set]:
+            self.set.pop(key)()
+
+
+def test_each_of_two_questions_about_one_worker_is_answered() -> None:
+    timers, heard = Timers(), list[str]()
+    runtime: Any = SimpleNamespace(loop=timers, log=None, persist=lambda: None)
+    named: Any = {}
+    relay = LogRelay("web", "lines", runtime, named, prefixed=False)
+
+    for who in ("first", "second"):
+        relay.ask(7, lambda words, who=who: heard.append(f"{who} {words!r}"))  # type: ignore[misc]
+    relay.ask(8, lambda words: heard.append(f"other {words!r}"))
+    timers.run_out()
+
+    assert heard == ["first b''", "second b''", "other b''"]
+    assert timers.set == {}

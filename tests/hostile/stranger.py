@@ -15,6 +15,8 @@ from tests.namespaces import STRANGER, any_users_python
 from tests.own_folder import let_through
 from tests.procfs import descriptors
 
+#: Folders of the kernel, in which an instance makes nothing.
+_SYSTEM = ("dev", "proc", "sys")
 LOOKS = {"read", "list", "lock"}
 #: The whole of what this user may do, by the kind of file.
 MAY = {
@@ -74,7 +76,7 @@ def made_by(one: Attacked, *others: int) -> list[Path]:
     found = {each for folder in folders for each in (folder, *folder.rglob("*"))}
     for pid in (*one.processes(), *others):
         held = {Path(target) for target in descriptors(pid).values() if target.startswith("/")}
-        found |= {path for path in held if path.parent != Path("/dev") and path.exists()}
+        found |= {each for each in held if each.parts[1] not in _SYSTEM and each.exists()}
     found.discard(one.release.path)  # the test's
     return sorted(path for path in found if not path.parent.name.startswith(".notify-"))
 

@@ -74,6 +74,18 @@ def test_a_request(line: bytes) -> None:
 
 
 @FEW
+@given(st.text() | st.sampled_from(["/etc/passwd", "sh -c id", "1", "true", "PATH"]))
+def test_no_argument_of_a_request_is_a_text(value: str) -> None:
+    """So none names a program, a file or a variable; but one of the four levels is a word."""
+    kinds = [kind for each in control_requests.COMMANDS.values() for kind in each.values()]
+    levels = ("debug", "info", "warning", "error")
+    assert not any(is_one(value) for _, is_one in kinds) or value in levels
+    assert [words for words, is_one in kinds if is_one("info")] == [
+        '"debug", "info", "warning" or "error"'
+    ]
+
+
+@FEW
 @given(BYTES | JSON.map(lambda value: json.dumps({"id": 1, "ok": True, "result": value}).encode()))
 def test_an_answer(tmp_path: Path, line: bytes) -> None:
     """Of an instance; the one that comes after a good one is read, too."""

@@ -69,6 +69,7 @@ def test_clients_are_served_beside_it(attacked: Attacked, name: str, isolated: b
         one.start.reload()
         assert wait_gone(one.workers(2)) == []
         one.start.wait_for("event=drained generation=2")
+    assert "it could " not in one.start.log
     one.works()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ from tests import needs
 from tests.procfs import command_line_of, descriptors, running
 from tests.running import DEADLINE_S, MARK, eventually, marked
 from tests.scenarios.managers import Manager
+from tests.scenarios.operating import Line
 from tests.scenarios.starting import Start
 from tests.scenarios.tools import Release, worker
 
@@ -21,6 +24,7 @@ SECRETS = {
     "file": "secret-of-a-file",
     "caller": "secret-of-caller",
 }
+ARGUMENT = "secret-of-an-argument"
 
 
 @pytest.fixture
@@ -41,12 +45,13 @@ class Watched:
         self.release.becomes(*worker("tells"))
         self.heard: list[str] = []
         self.shown: set[str] = set()
+        self.answered = ""  # on the control socket
 
     def up(self) -> None:
         self.start.up(
             *("-v", "--guard", "--env", f"FROM_OPTION={SECRETS['option']}"),
             *("--env-file", str(self.file)),
-            *("unix:s", "--", str(self.release.path)),
+            *("unix:s", "--", str(self.release.path), ARGUMENT),
             environment={"FROM_CALLER": SECRETS["caller"], "NOTIFY_SOCKET": self.manager.address},
         )
 
@@ -59,9 +64,13 @@ class Watched:
                 except OSError:
                     continue
         self.heard += [str(fields) for fields in self.manager.rest()]
+        for path in Path(os.environ["XDG_RUNTIME_DIR"]).glob("socketprotector/*.control"):
+            with Line(path) as line:
+                for command in ("status", "history", "crashes", "connections"):
+                    self.answered += json.dumps(line.ask(command))
 
     def texts(self) -> str:
-        return "\n".join([self.start.log, *self.heard, *self.shown])
+        return "\n".join([self.start.log, self.answered, *self.heard, *self.shown])
 
 
 def test_neither_argv_nor_log_nor_status_holds_a_secret(start: Start, manager: Manager) -> None:
@@ -89,6 +98,8 @@ def test_neither_argv_nor_log_nor_status_holds_a_secret(start: Start, manager: M
     assert "reload failed" in watched.texts(), "what was looked at is what was said"
     for secret in SECRETS.values():
         assert secret not in watched.texts()
+    assert '"reloads"' in watched.answered
+    assert ARGUMENT not in watched.answered + watched.start.log + "".join(watched.heard)
 
 
 def test_neither_the_probe_nor_the_relay_gets_a_secret_by_its_command_line(

@@ -16,6 +16,8 @@ from types import ModuleType
 
 from .system import inherited
 
+_STDERR = 2
+_SYSTEM_REFUSED = 111  # errors.SystemRefused, which may not be loaded yet
 _INTERRUPTED = 130
 #: Modules that the standard library imports, and that the resident process never uses: dataclasses
 #: has `inspect` (1 MB) to look at classes and `copy` (170 KB, with weakref) for asdict();
@@ -51,6 +53,18 @@ def _loaded() -> None:
 
 def main() -> None:
     """Run the one or the other, and exit with its status."""
+    try:
+        _run()
+    except ModuleNotFoundError:
+        raise  # it was not installed with all that it needs
+    except (MemoryError, ImportError) as error:  # `ulimit -v`
+        reason = f"out of memory ({error})" if str(error) else "out of memory"
+        advice = "raise the limit (ulimit -v, LimitAS= of a unit), or free some"
+        os.write(_STDERR, f"SocketProtector: {reason}: {advice}\n".encode())
+        os._exit(_SYSTEM_REFUSED)
+
+
+def _run() -> None:
     # What is imported stays: to look for garbage among it took a quarter of a start, and most of
     # the end.
     gc.disable()

@@ -91,9 +91,8 @@ class ConfigReader:
         name = inherited.READER_DRY if dry else inherited.READER
         with theirs:
             self._said = os.memfd_create("sp.reader", os.MFD_CLOEXEC)
-            held = os.memfd_create(inherited.SETTINGS, os.MFD_CLOEXEC)
-            with open(held, "wb", buffering=0) as file:
-                file.write(dump(settings))
+            held = inherited.memory_file(inherited.SETTINGS, dump(settings))
+            with open(held, "rb", buffering=0):  # closed here once the reader has it
                 # As at the start: UNIX sockets get their mode by the umask.
                 self._process = HelperProcess.start_protector(
                     self.command,

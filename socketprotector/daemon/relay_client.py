@@ -264,6 +264,8 @@ class LogRelay:
         self._say()
 
     def _keep(self, number: int, pipe: WorkerPipe) -> None:
+        if number in self._workers:  # of a worker that was started after the state was written last
+            self._let_go(number)
         self._workers[number] = pipe
         self._named[pipe.name(number)] = pipe.read
         try:
@@ -283,13 +285,20 @@ class LogRelay:
         if not left or events_of(pipe.read, select.POLLIN) & select.POLLIN:
             self._look_later(number)
             return
-        del self._workers[number], self._named[pipe.name(number)]
+        self._let_go(number)
+        self._persist()
+
+    def _let_go(self, number: int) -> None:
+        """Close a worker's pipe here; the relay reads its own to the end."""
+        pipe = self._workers.pop(number)
+        del self._named[pipe.name(number)]
+        self._loop.cancel(("output", number))
+        self._loop.unwatch(pipe.read)
         try:
             self._written.unregister(pipe.read)
         except FileNotFoundError:
             pass  # there was no memory for it
         os.close(pipe.read)
-        self._persist()
 
     def _look_later(self, number: int) -> None:
         self._loop.call_after(("output", number), _AGAIN_S, lambda: self._left(number))

@@ -13,9 +13,10 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import KW_ONLY
 
 from .. import __version__
+from ..model.errors import what_failed
 from ..model.lazy_dataclass import mutable
 from ..model.text import in_units
-from ..system import inherited, privileges
+from ..system import executable, inherited, privileges
 from ..system.helper import HelperProcess, last_line
 from ..system.log import Log
 from ..system.loop import Loop
@@ -23,8 +24,6 @@ from ..system.loop import Loop
 #: How long the probe may take: it loads a program, on a busy machine.
 PROBE_S = 30.0
 _ANSWER_BYTES = 4096
-#: Descriptors that a starting program opens at a time: a folder, a module, the loop's own.
-_NEEDED = 6
 _ANSWER = b"ok "
 _TIMER = "probe"
 
@@ -75,7 +74,8 @@ class Upgrade:
                 self._probe = start(self.command, given, said, self.loop, ended)
         except OSError as error:  # out of descriptors, too: then the old program goes on
             opened.close()
-            self.failed(f"{error.filename or self.command[0]}: {error.strerror}")
+            error.filename = error.filename or self.command[0]
+            self.failed(what_failed(error))
             return
         self.loop.call_after(_TIMER, PROBE_S, self._probe.process.kill_group)
 
@@ -96,25 +96,15 @@ class Upgrade:
         self.log.flush()
         kept = {name: fd for name, fd in descriptors.items() if fd >= inherited.FIRST}
         try:
-            _need_descriptors()
+            executable.need_descriptors()
             with (
                 privileges.lent() if self.keeps else nullcontext(),
                 inherited.kept_through_exec(kept) as variables,
             ):
                 os.execve(self.command[0], self.command, {**os.environ, **variables})
         except OSError as error:
-            self.failed(f"{self.command[0]}: {error.strerror}")
-
-
-def _need_descriptors() -> None:
-    """Raise OSError if a program could not even be loaded: after the exec it would be too late."""
-    opened: list[int] = []
-    try:
-        for _ in range(_NEEDED):
-            opened.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))  # noqa: PERF401
-    finally:
-        for fd in opened:
-            os.close(fd)
+            error.filename = error.filename or self.command[0]
+            self.failed(what_failed(error))
 
 
 def _read(fd: int) -> bytes:

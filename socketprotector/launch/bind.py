@@ -191,8 +191,10 @@ def _addresses(listen: Listen, notice: Callable[[str], None]) -> list[_Address]:
 
 
 def _resolved(listen: Listen, host: str) -> list[_Address]:
+    # Of text Python makes bytes by a codec that takes memory, and is for other names than these.
+    name = host.encode() if host.isascii() else host
     try:
-        answers = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        answers = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError) as error:
         reason = error.strerror if isinstance(error, socket.gaierror) else "no valid name"
         raise SystemRefused(

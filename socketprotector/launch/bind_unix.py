@@ -11,7 +11,7 @@ import socket
 import stat
 import struct
 
-from ..model.errors import SystemRefused
+from ..model.errors import LIMITS, SystemRefused
 from ..model.settings import ListenerSettings
 from ..system.cleanup import on_error
 from ..system.dir_lock import give, locked
@@ -52,6 +52,8 @@ def bind_unix(
             raise SystemRefused(f"{what}; remove it, or choose another path") from error
         if error.errno == errno.EPERM and {"user", "group"} & set(listen.options):
             raise SystemRefused(f"{what}; to give a socket away needs root") from error
+        if error.errno in LIMITS:
+            raise SystemRefused(f"{what}; raise {LIMITS[error.errno]}") from error
         raise SystemRefused(f"{what}; check the folder, its permissions and the options") from error
     return sock, settings
 

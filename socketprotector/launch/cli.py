@@ -15,9 +15,9 @@ from typing import Any
 import click
 
 from ..model import known_servers
-from ..model.errors import Refusal, SystemRefused, UsageError
+from ..model.errors import Mistaken, Refusal, SystemRefused, UsageError
 from ..model.settings import ListenerSettings, Settings
-from ..model.text import in_one_line
+from ..model.text import escape, in_one_line
 from ..system import inherited, signals
 from ..system.cleanup import on_error
 from ..system.terminal import STDERR, STDOUT, tell
@@ -213,7 +213,8 @@ def main(arguments: Sequence[str]) -> int:
         except Refusal as error:
             for notice in notices if asked is None else ():  # it names an option by its new name
                 tell(notice)
-            tell(str(error))
+            # One line, whatever a path in it holds; of a file's mistakes each has its own.
+            tell(str(error) if isinstance(error, Mistaken) else escape(str(error)))
             return error.status
     except (click.Abort, KeyboardInterrupt):  # also while a refusal is said
         return 130

@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from ..model.errors import UsageError
+from ..model.errors import Mistaken, UsageError
 from ..model.text import in_one_line
 from ..system import env_file
 from . import toml_lines
@@ -35,10 +35,6 @@ _NUL = "a NUL cannot be in it"
 LISTEN, COMMAND = "listen", "command"
 _DIGITS = re.compile(r"[0-9_]{4300}")
 _PLACE = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)\Z")
-
-
-class Mistaken(UsageError):
-    """The mistakes in a file: one line each."""
 
 
 class ConfigFile:

@@ -20,14 +20,17 @@ import stat
 from lockfile import NotMyLock
 from lockfile.pidlockfile import PIDLockFile
 
-from ..model.errors import AlreadyRunning, SystemRefused, UsageError
+from ..model.errors import LIMITS, AlreadyRunning, SystemRefused, UsageError
 from ..system import pid_file_removal
 from ..system.cleanup import on_error
 from ..system.dir_lock import locked
 
 #: The longest content of a file that is replaced.
 _MAX_BYTES = 32
-_HINTS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space there, or choose another disk")
+_HINTS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space there, or choose another disk"),
+    **{number: f"raise {limit}" for number, limit in LIMITS.items()},
+}
 
 
 def hint(error: OSError, place: str) -> str:

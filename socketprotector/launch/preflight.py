@@ -20,7 +20,7 @@ from functools import partial
 from ..model import fd_budget, handoff_modes, listen_fds, question
 from ..model.errors import AlreadyRunning, SystemRefused, UsageError
 from ..model.settings import Settings
-from ..system import env_file, executable
+from ..system import env_file, executable, state_file
 from ..system.program_spec import inherited_environment
 from . import unix_access, user_access
 from .listen_spec import Listen
@@ -347,6 +347,13 @@ def notices(settings: Settings, listens: Sequence[Listen], backlog: int) -> Iter
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if doubtful := fd_budget.doubtful(settings, settings.processes, hard):
         yield doubtful
+    most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if most != resource.RLIM_INFINITY and most < state_file.MOST_BYTES:
+        yield (
+            f"the limit of {most} bytes for files (ulimit -f, LimitFSIZE= of a unit) has no room "
+            "for the state: no upgrade, and after a kill an old state; "
+            f"allow {state_file.MOST_BYTES}, or any size"
+        )
     yield from unix_access.notices(listens, settings.listeners)
     if settings.identity is None:
         return

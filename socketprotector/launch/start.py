@@ -7,6 +7,7 @@ are blocked from here until the waiting process, or the resident one, can handle
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -14,17 +15,17 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 
 from daemon import DaemonContext
 
-from ..model.errors import Refusal, SystemRefused
+from ..model.errors import Refusal, SystemRefused, what_failed
 from ..model.settings import Settings, dump
 from ..programs import guard
 from ..system import inherited, privileges
 from ..system.cleanup import on_error
-from ..system.executable import command_of
+from ..system.executable import command_of, need_descriptors
 from ..system.log_file import open_log
 from ..system.terminal import tell
 from . import notify_dir
@@ -45,7 +46,10 @@ def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
     with on_error(signal.pthread_sigmask, signal.SIG_SETMASK, mask):
         log = _open_log(settings)
         if settings.foreground:
-            terminal = os.dup(2)
+            try:
+                terminal = os.dup(2)
+            except OSError as error:
+                raise SystemRefused(f"cannot start: {what_failed(error)}") from error
             with on_error(os.dup2, terminal, 2):  # the reason is for the terminal, not for the log
                 _become_resident(settings, bound, log, terminal)
         # Ignored, as by our caller, it would have the kernel reap the child before we do.
@@ -54,7 +58,7 @@ def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
             ours, theirs = socket.socketpair()
             child = os.fork()  # before DaemonContext, which ends the process that opens it
         except OSError as error:  # no more descriptors, or processes (RLIMIT_NPROC)
-            raise SystemRefused(f"cannot detach: {error.strerror}") from error
+            raise SystemRefused(f"cannot detach: {what_failed(error)}") from error
     if child == 0:
         ours.close()
         # The resident process takes over from the one that systemd watches.
@@ -63,9 +67,12 @@ def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
         try:
             _become_resident(settings, bound, log, theirs.fileno())
         except BaseException as error:
-            status = error.status if isinstance(error, Refusal) else SystemRefused.status
             discard_all(bound.values())
-            _tell(theirs.fileno(), failed=str(error), status=status)
+            if isinstance(error, Refusal):
+                _tell(theirs.fileno(), failed=str(error), status=error.status)
+            else:
+                reason = f"cannot start: {what_failed(error)}"
+                _tell(theirs.fileno(), failed=reason, status=SystemRefused.status)
         finally:
             os._exit(1)
     theirs.close()
@@ -106,38 +113,40 @@ def _become_resident(
         context.open()
     except OSError as error:
         raise SystemRefused(f"cannot detach: {error}") from error
-    # Of several that start at once only the one with the pid file may have them.
-    notices: list[str] = []
-    control = bind_control(settings, notices.append)
-    settings = replace(settings, control=control.settings if control else None)
-    bound = {**bound, **({inherited.CONTROL: control} if control else {})}
-    folder = notify_dir.make(settings, notices.append)
-    for notice in notices:
-        if not settings.foreground:
-            _tell(verdict, notice=notice)
-        elif settings.log_file is not None:  # else the log has it, on the same terminal
-            tell(notice, verdict)
-    settings = replace(settings, notices=(*settings.notices, *notices))
-    descriptors = {}
-    if folder is not None:
-        settings = replace(settings, notify_folder=folder.path)
-        descriptors[inherited.NOTIFY] = folder.fd
-    if not settings.foreground and settings.identity is not None:
-        _tell(verdict, made=_made(settings, bound))
-    try:
-        _exec(settings, bound, descriptors, pid_file, verdict)
-    except OSError as error:
+    with ExitStack() as made:  # only what fails comes to its end
+        made.callback(context.close)  # removes the pid file, and will not do so again at our end
+        # Of several that start at once only the one with the pid file may have them.
+        notices: list[str] = []
+        control = bind_control(settings, notices.append)
         if control is not None:
-            control.discard()
+            made.callback(control.discard)
+        settings = replace(settings, control=control.settings if control else None)
+        bound = {**bound, **({inherited.CONTROL: control} if control else {})}
+        folder = notify_dir.make(settings, notices.append)
+        for notice in notices:
+            if not settings.foreground:
+                _tell(verdict, notice=notice)
+            elif settings.log_file is not None:  # else the log has it, on the same terminal
+                tell(notice, verdict)
+        settings = replace(settings, notices=(*settings.notices, *notices))
+        descriptors = {}
         if folder is not None:
-            folder.discard()
-        context.close()  # removes the pid file, and will not do so again at our end
-        if error.filename is None:
-            raise SystemRefused(f"cannot pass the descriptors on: {error.strerror}") from error
-        raise SystemRefused(
-            f"cannot execute {error.filename}: {error.strerror}; was it removed meanwhile, "
-            "or is a folder on its path closed to --user?"
-        ) from error
+            made.callback(folder.discard)
+            settings = replace(settings, notify_folder=folder.path)
+            descriptors[inherited.NOTIFY] = folder.fd
+        if not settings.foreground and settings.identity is not None:
+            _tell(verdict, made=_made(settings, bound))
+        try:
+            _exec(settings, bound, descriptors, pid_file, verdict)
+        except OSError as error:
+            if error.filename is None or error.errno == errno.EMFILE:
+                raise SystemRefused(
+                    f"cannot pass the descriptors on: {what_failed(error)}"
+                ) from error
+            raise SystemRefused(
+                f"cannot execute {error.filename}: {error.strerror}; was it removed meanwhile, "
+                "or is a folder on its path closed to --user?"
+            ) from error
 
 
 def _context(
@@ -189,8 +198,8 @@ def _exec(
     pid_file: PidFile | None,
     verdict: int,
 ) -> None:
-    descriptors = {inherited.SETTINGS: os.memfd_create(inherited.SETTINGS, os.MFD_CLOEXEC), **more}
-    os.write(descriptors[inherited.SETTINGS], dump(settings))
+    content = inherited.memory_file(inherited.SETTINGS, dump(settings))
+    descriptors = {inherited.SETTINGS: content, **more}
     descriptors.update((name, each.socket.fileno()) for name, each in bound.items())
     descriptors[inherited.TERMINAL if settings.foreground else inherited.LAUNCHER] = verdict
     if pid_file is not None:
@@ -219,6 +228,7 @@ def _exec(
         if settings.pid_file is not None:
             told.append(f"{guard.PID_FILE_OPTION}{settings.pid_file}")
         command = [sys.executable, "-I", "-S", guard.__file__, *told, *command]
+    need_descriptors()  # its own reason would be in the log only
     with (
         privileges.lent() if settings.guarded and starts_others else nullcontext(),
         inherited.kept_through_exec(descriptors) as variables,

@@ -17,6 +17,10 @@ class UsageError(Refusal):
     status = 2
 
 
+class Mistaken(UsageError):
+    """The mistakes in a file: one line each."""
+
+
 class SystemRefused(Refusal):
     """A system call failed; the message holds the system's own words."""
 
@@ -32,10 +36,19 @@ class AlreadyRunning(Refusal):
         self.holder = holder
 
 
-def what_failed(error: Exception) -> str:
+#: What an operator can raise.
+LIMITS = {
+    errno.EMFILE: "the hard limit (ulimit -Hn, LimitNOFILE= of a unit)",
+    errno.EFBIG: "the limit of file sizes (ulimit -f, LimitFSIZE= of a unit)",
+}
+
+
+def what_failed(error: BaseException) -> str:
     """Say an error's cause and the file it is about."""
-    if isinstance(error, OSError) and error.errno == errno.EMFILE:
-        return f"{error.strerror}: raise the hard limit (ulimit -Hn, LimitNOFILE= of a unit)"
+    if isinstance(error, MemoryError):
+        return "out of memory: raise the limit (ulimit -v, LimitAS= of a unit), or free some"
+    if isinstance(error, OSError) and error.errno in LIMITS:
+        return f"{error.strerror}: raise {LIMITS[error.errno]}"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.strerror:

@@ -17,6 +17,7 @@ from contextlib import suppress
 from ..model import text
 from ..model.lazy_dataclass import replace
 from ..model.records import Program
+from . import inherited
 from .cleanup import on_error
 from .loop import Loop
 from .polling import read_now
@@ -77,10 +78,9 @@ class CheckCommand:
         try:
             os.set_blocking(self._output, False)  # our end alone is this
             descriptors = {1: write, 2: write}
-            stdin = os.memfd_create("sp.check", os.MFD_CLOEXEC) if told else -1
+            stdin = inherited.memory_file("sp.check", told) if told else -1
             try:
                 if told:
-                    os.pwrite(stdin, told, 0)
                     descriptors[0] = stdin
                 self._process = spawn(shell, variables, descriptors, mortal=True)
             finally:

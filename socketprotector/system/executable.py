@@ -9,6 +9,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # a program that is to stay small uses this, too
     from collections.abc import Sequence
 
+#: Descriptors that a starting program opens at a time: a folder, a module, the loop's own.
+_NEEDED = 6
+
 
 def resolve(command: Sequence[str], directory: str, search: str) -> tuple[str, tuple[str, ...]]:
     """Return (real path, argv) of a command as it is now.
@@ -57,3 +60,14 @@ def _is_script(path: str) -> bool:
             return file.read(2) == b"#!"
     except OSError:
         return False  # executable without being readable: a binary
+
+
+def need_descriptors() -> None:
+    """Raise OSError if a program could not even be loaded: after the exec it would be too late."""
+    opened: list[int] = []
+    try:
+        for _ in range(_NEEDED):
+            opened.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))  # noqa: PERF401
+    finally:
+        for fd in opened:
+            os.close(fd)

@@ -9,6 +9,7 @@ the environment gives its number: `sp.names.N`.
 
 from __future__ import annotations
 
+import errno
 import os
 
 TYPE_CHECKING = False
@@ -126,10 +127,24 @@ def names(descriptors: Iterable[str]) -> dict[str, str]:
     found = tuple(descriptors)
     told = ":".join(found)
     if len(told) > NAMES_BYTES:
-        fd = os.memfd_create(NAMES, 0)
-        os.write(fd, told.encode())
+        fd = memory_file(NAMES, told.encode(), 0)
         told = f"{NAMES}{fd}"
     return {"LISTEN_FDS": str(len(found)), "LISTEN_FDNAMES": told}
+
+
+def memory_file(name: str, content: bytes, flags: int = os.MFD_CLOEXEC) -> int:
+    """Make a memfd with this content; return its descriptor.
+
+    Raises OSError, also where the limit of file sizes would cut the content off.
+    """
+    fd = os.memfd_create(name, flags)
+    try:
+        if os.pwrite(fd, content, 0) != len(content):
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 class kept_through_exec:

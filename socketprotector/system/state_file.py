@@ -25,6 +25,8 @@ _RECORD_BYTES = _HEADER.size + _CHECKSUM.size  # without the payload
 _WHOLE, _CHANGE = b"SPst", b"SPch"
 #: The file is sparse: a slot takes the memory of what was written to it.
 _SLOT_BYTES = 64 * 1024 * 1024
+#: What the limit of file sizes (RLIMIT_FSIZE) has to allow.
+MOST_BYTES = 2 * _SLOT_BYTES
 #: As long may the changes be, also where the value is shorter.
 _CHANGES_BYTES = 16 * 1024
 

@@ -642,3 +642,58 @@ def test_at_the_end_what_has_been_asked_is_answered(desk: Desk) -> None:
     ]
     said = [[each.get("event") or each["result"]["command"] for each in lines] for lines in heard]
     assert said == [["status", "status"], ["events", "status", "stopped"]]
+
+
+# -- out of memory -------------------------------------------------------------
+
+
+def test_a_client_for_which_there_is_no_memory_ends_alone(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under `ulimit -v` it ended the protector, and the service with it."""
+    parse = control_requests.parse
+
+    def fails(line: bytes) -> Request:
+        if b"large" in line:
+            raise MemoryError
+        return parse(line)
+
+    monkeypatch.setattr(control_requests, "parse", fails)
+    good, bad = desk.call(), desk.call(b'{"v":1,"command":"large"}\n')
+    bad.hear_end()
+
+    good.send(STATUS)
+
+    assert good.hear() == [ok()]
+    assert desk.clients == 1
+
+
+def test_a_follower_for_whose_event_there_is_no_memory_ends_and_nothing_is_raised(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    follower = desk.call(b'{"v":1,"command":"events"}\n')
+    follower.hear()
+
+    def fails(*_: object) -> bytes:
+        raise MemoryError
+
+    monkeypatch.setattr(control_requests, "event", fails)
+    desk.control.tell("info", "ready", {})
+
+    follower.hear_end()
+    assert desk.clients == 0
+
+
+def test_a_command_that_runs_out_of_memory_half_way_is_no_matter_of_its_client(
+    desk: Desk,
+) -> None:
+    """What it has changed may be half done: that is for the next program, which has the state."""
+
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    desk.answers = fails
+    desk.call(STATUS)
+
+    with pytest.raises(MemoryError):
+        desk.rests()

@@ -14,7 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from socketprotector.daemon.relay_client import LogRelay, WorkerPipe
+from socketprotector.daemon.runtime import Runtime
 from socketprotector.programs import log_relay
+from socketprotector.system import inherited
+from socketprotector.system.log import Log
+from socketprotector.system.loop import Loop
 from tests.running import DEADLINE_S, Lines
 
 
@@ -339,3 +344,39 @@ def test_a_writer_of_very_much_does_not_wait_for_the_relay(monkeypatch: pytest.M
     here.epoll.close()
 
     assert gathered == [100.0, 102.0]
+
+
+@pytest.mark.usefixtures("in_root_directory")
+def test_a_number_that_an_unwritten_state_has_given_twice_ends_no_protector() -> None:
+    """The next program finds the pipe of worker 2, knows of no such worker, and starts one."""
+    loop, log, named = Loop(), Log("error"), inherited.Named()
+    runtime = Runtime(loop, log, lambda _: None, lambda: True)
+    relay = LogRelay("test", "lines", runtime, named, prefixed=False)
+    receive, send = os.pipe2(os.O_CLOEXEC)
+    again, send_again = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(again, False)
+    relay.adopt({}, {"2": {"1.100": receive}})
+    relay.read_from(2, WorkerPipe(again, 1, 101))
+    assert [*named.values()] == [again]
+
+    os.close(send)
+    os.close(send_again)
+    until = time.monotonic() + DEADLINE_S
+
+    def look() -> None:
+        loop.running = bool(named) and time.monotonic() < until
+        loop.call_after("look", 0.01, look)
+
+    look()
+    loop.run()
+
+    assert named == {}
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(receive)
+    relay.finish()
+    assert relay._helper is not None
+    assert relay._helper.process.reap()
+    relay._helper.close()
+    relay._written.close()
+    log.close()
+    loop.close()

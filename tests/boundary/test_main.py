@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 from tests import needs
+from tests.together import together
 
 
 def run(program: str) -> str:
@@ -52,6 +53,32 @@ def test_ctrl_c_while_the_demo_is_loaded_is_the_status_of_one_that_was_interrupt
     )
 
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+
+
+@together("error", ["MemoryError", "ImportError('x.so: failed to map segment')"])
+def test_without_memory_to_load_it_says_so_in_one_line(error: str) -> None:
+    ended = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys\n"
+            "from socketprotector import __main__ as ours\n"
+            "class Finder:\n"
+            "    def find_spec(self, name, path, target=None):\n"
+            "        if name == 'socketprotector.launch.cli':\n"
+            f"            raise {error}\n"
+            "sys.meta_path.insert(0, Finder())\n"
+            "ours.main()\n",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+    assert ended.returncode == 111
+    [line] = ended.stderr.splitlines()
+    assert line.startswith("SocketProtector: out of memory")
+    assert line.endswith(": raise the limit (ulimit -v, LimitAS= of a unit), or free some")
 
 
 def test_a_module_that_is_there_is_not_deferred() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import socket
 import sys
 from collections.abc import Callable
@@ -723,3 +724,25 @@ def test_an_address_in_use_is_refused_in_one_line_without_memory_to_say_by_whom(
         ended = typed(f"127.0.0.1:{port}", "--", "true")
 
     refused(ended, 111, "Address already in use; another program has it: stop that")
+
+
+def test_a_path_with_a_line_break_is_refused_in_one_line(typed: Typed) -> None:
+    ended = typed("--chdir", "a\nb", "1", "--", "true")
+
+    refused(ended, 2, r"--chdir \S*a\\nb: no such directory")
+
+
+def test_too_low_a_limit_of_file_sizes_is_noticed(
+    typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = resource.getrlimit
+
+    def limited(which: int) -> tuple[int, int]:
+        return (1 << 20, 1 << 20) if which == resource.RLIMIT_FSIZE else real(which)
+
+    monkeypatch.setattr(resource, "getrlimit", limited)
+
+    ended = typed("--check", "127.0.0.1:0", "--", "true")
+
+    assert ended.status == 0
+    assert "the limit of 1048576 bytes for files (ulimit -f" in ended.err

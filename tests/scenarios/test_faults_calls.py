@@ -56,7 +56,54 @@ def test_without_a_memfd_the_start_fails_in_one_line_and_leaves_nothing(
     ended = start(*mode, "unix:s?mode=0600", "--", *MINIMAL, environment=environment)
 
     assert ended.status == 111, ended
-    assert ended.lines == [f"SocketProtector: {reason}: {os.strerror(getattr(errno, code))}"]
+    [line] = ended.lines
+    assert line.startswith(f"SocketProtector: {reason}: {os.strerror(getattr(errno, code))}")
+    assert start.left() == []
+    assert "Traceback" not in start.log
+
+
+EXEC_FAILS = """
+def execve(*_):
+    raise MemoryError
+if not resident():
+    os.execve = execve
+"""
+
+
+@pytest.mark.parametrize("mode", [(), ("-f",), ("--guard",)], ids=["detached", "-f", "guarded"])
+def test_without_memory_the_start_fails_in_one_line_and_leaves_nothing(
+    start: Start, mode: tuple[str, ...]
+) -> None:
+    environment = injected(start.folder / "fault.py", EXEC_FAILS)
+
+    ended = start(*mode, "unix:s?mode=0600", "--", *MINIMAL, environment=environment)
+
+    assert ended.status == 111, ended
+    [line] = ended.lines
+    assert "out of memory: raise the limit (ulimit -v, LimitAS= of a unit)" in line
+    assert start.left() == []
+
+
+@pytest.mark.parametrize("mode", [(), ("-f",), ("--guard",)], ids=["detached", "-f", "guarded"])
+@pytest.mark.parametrize("limit", ["-n 10", "-f 1"])
+def test_with_too_low_a_limit_the_start_says_which_and_leaves_nothing(
+    start: Start, limit: str, mode: tuple[str, ...]
+) -> None:
+    limited = ("/bin/sh", "-c", f'ulimit {limit} && exec "$@"', "sh")
+    # Under a limit of file sizes Python would put half a file there.
+    environment = {"PYTHONDONTWRITEBYTECODE": "1"}
+
+    ended = start(
+        *(*mode, "--log-file", "log", "unix:s?mode=0600", "--", *MINIMAL),
+        before=limited,
+        environment=environment,
+    )
+
+    assert ended.status == 111, ended
+    *_, line = ended.lines
+    which = "ulimit -Hn" if "n" in limit else "ulimit -f"
+    assert line.startswith("SocketProtector: cannot pass the descriptors on: ")
+    assert which in line
     assert start.left() == []
     assert "Traceback" not in start.log
 

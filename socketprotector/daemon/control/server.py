@@ -12,7 +12,8 @@ from __future__ import annotations
 import socket
 import struct
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, field
 
 from ...model import control_requests
@@ -67,7 +68,10 @@ class Client:
         """Send a line, now or when the client has read on."""
         if self.gone or self._ending:
             return
-        self._unsent += line
+        with self.within_memory():
+            self._unsent += line
+        if self.gone:
+            return
         if len(self._unsent) > UNREAD_BYTES:
             self.close()
         else:
@@ -75,7 +79,9 @@ class Client:
 
     def tell(self, line: Callable[[Mapping[str, object]], bytes]) -> None:
         """Send an event, unless too much is unread already; the next one says how many were not."""
-        data = line({"dropped": self._left_out} if self._left_out else {})
+        data = b""
+        with self.within_memory():
+            data = line({"dropped": self._left_out} if self._left_out else {})
         if len(self._unsent) + len(data) > UNREAD_BYTES:
             self._left_out += 1
             return
@@ -96,6 +102,16 @@ class Client:
         self._received.clear()
         for line in lines:
             self.server.take(self, bytes(line))
+
+    @contextmanager
+    def within_memory(self) -> Iterator[None]:
+        """End this client, and no other one, where there is no memory for it (`ulimit -v`)."""
+        try:
+            yield
+        except MemoryError:
+            self._received.clear()
+            self._unsent.clear()
+            self.close()
 
     def close(self) -> None:
         if not self.gone:
@@ -119,20 +135,24 @@ class Client:
         if not data:
             self.close()
             return
-        self._received += data
+        with self.within_memory():
+            self._received += data
         self._work()
 
     def _work(self) -> None:
         """Answer one request, if a whole one is there; the rest has its turn later."""
-        line, end, rest = self._received.partition(b"\n")
+        line, rest = b"", None
+        with self.within_memory():
+            found, end, after = self._received.partition(b"\n")
+            line, rest = bytes(found), after if end else None
         if len(line) > control_requests.LINE_BYTES:
             most = f"a line has up to {control_requests.LINE_BYTES} bytes"
             self.end(control_requests.refusal(RequestError("invalid", most)))
-        elif end:
+        elif rest is not None:
             self._received = rest
             self._await_request()
             self._rest()
-            self.server.take(self, bytes(line))
+            self.server.take(self, line)
 
     def _send(self) -> None:
         """Send what the client has room for."""
@@ -256,7 +276,10 @@ class ControlServer:
             self.acked(pid)
             return
         try:
-            request = control_requests.parse(line)
+            with client.within_memory():
+                request = control_requests.parse(line)
+            if client.gone:
+                return
             if request.command not in client.may:
                 may = ", ".join(client.may)
                 why = f"{request.command}: members of --status-group may use only {may}"

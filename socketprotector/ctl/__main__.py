@@ -5,7 +5,6 @@ Every error is one line on stderr, and an exit status (errors.py).
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -15,10 +14,22 @@ from io import TextIOWrapper
 import click
 from click.shell_completion import ShellComplete, get_completion_class
 
-from ..model.errors import Refusal
+from ..model.errors import Refusal, what_failed
 from ..model.text import in_one_line
+from ..system.terminal import stand_on_three_descriptors
 from . import orders, queries, reload, top
-from .cli import NAME, Instance, Interrupted, OutputClosed, command, complain, program, say_json
+from .cli import (
+    NAME,
+    Instance,
+    Interrupted,
+    OutputClosed,
+    OutputFailed,
+    command,
+    complain,
+    discard_output,
+    program,
+    say_json,
+)
 
 #: Each has added its commands to the program.
 COMMANDS = (orders, queries, reload, top)
@@ -52,6 +63,7 @@ def completion(instance: Instance, shell: str, of: Sequence[str], as_json: bool)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the process's own by default.  Returns the exit status."""
+    stand_on_three_descriptors()
     if isinstance(sys.stdout, TextIOWrapper):  # last words are of any language, a locale is not
         with suppress(OSError):  # it was opened on a file that can be sought in, and is a pipe now
             sys.stdout.reconfigure(errors="backslashreplace")
@@ -70,11 +82,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complain(f"{message}; see {context.command_path if context else NAME} --help")
         return error.exit_code
     except Refusal as error:
+        if isinstance(error, OutputFailed):
+            discard_output()
         complain(str(error))
         return error.status
+    except MemoryError as error:
+        complain(f"cannot answer: {what_failed(error)}")
+        return OutputFailed.status
     except OutputClosed:
-        # What is not written yet must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return 0
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 import click
 
 from .. import __version__
-from ..model.errors import UsageError
+from ..model.errors import Refusal, UsageError, what_failed
 from ..model.text import escape
 from . import discovery
 from .client import ANSWER_S, Client, Message
@@ -27,6 +28,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 class OutputClosed(Exception):
     """The reader of the answer has gone (`| head`): no error.  click would exit with status 1."""
+
+
+class OutputFailed(Refusal):
+    """The answer cannot be written, as to a full disk, or not be asked for."""
+
+    status = 1
 
 
 class Interrupted(Exception):
@@ -144,6 +151,8 @@ def command(name: str | None = None, **settings: Any) -> Callable[[Function], cl
                 return result
             except BrokenPipeError:
                 raise OutputClosed from None
+            except OSError as error:
+                raise OutputFailed(f"cannot answer: {what_failed(error)}") from error
             except KeyboardInterrupt:
                 raise Interrupted from None
 
@@ -174,11 +183,26 @@ def plural(number: int, one: str, more: str = "") -> str:
 
 
 def answer(as_json: bool, result: Message, words: str) -> None:
-    """Print the result of a command, or with --json the protector's."""
+    """Print the result of an order, or with --json the protector's."""
     if as_json:
-        say_json(result)
+        say_outcome(say_json, result)
     else:
-        say(words)
+        say_outcome(say, words)
+
+
+def say_outcome(print_it: Callable[[Any], None], outcome: Any) -> None:
+    """Print what an order has done; where that cannot be written, its exit status still tells."""
+    try:
+        print_it(outcome)
+    except OSError as error:
+        discard_output()
+        if not isinstance(error, BrokenPipeError):
+            complain(f"cannot write the outcome to stdout: {what_failed(error)}")
+
+
+def discard_output() -> None:
+    """Have what is not written yet, and all that follows, fail no more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say_last_words(text: str) -> None:

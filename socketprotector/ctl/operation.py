@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from ..model.text import in_units
-from .cli import Instance, say, say_json, tell
+from .cli import Instance, say, say_json, say_outcome, tell
 from .client import Client, Message
 from .errors import ConnectionLost, ControlError, NoProtector, TimedOut
 from .reload_progress import Losses
@@ -41,7 +41,7 @@ class Operation:
         """Note the result; print the words, except with --json, which prints it at the end."""
         self.outcome["result"] = result
         if not self._as_json:
-            say(words)
+            say_outcome(say, words)
 
     def slice_s(self, waits_for: str) -> float:
         """Return how long to wait for the next thing.  Raises TimedOut."""
@@ -108,4 +108,4 @@ def begin(instance: Instance, timeout_s: float, as_json: bool, *fields: str) -> 
     finally:
         outcome["waited_s"] = round(time.monotonic() - begun, 3)
         if as_json and outcome["result"] is not None:
-            say_json(outcome)
+            say_outcome(say_json, outcome)

@@ -20,7 +20,7 @@ from types import FrameType
 import click
 
 from ..model.duration import Duration
-from ..model.errors import Refusal, SystemRefused
+from ..model.errors import Refusal, SystemRefused, what_failed
 from ..model.text import escape, in_one_line, in_units
 from ..system import control_path
 from .protected import Protected, free_name, lay_out
@@ -122,7 +122,7 @@ def _run(pause_s: float) -> int:
         screen.say(_log(protected))
         return FAILED
     except OSError as error:
-        raise SystemRefused(f"{error}") from error
+        raise SystemRefused(what_failed(error)) from error
     finally:
         stops.hold()
         try:

@@ -24,6 +24,7 @@ from ..ctl import discovery
 from ..model.errors import Refusal, SystemRefused, UsageError
 from ..model.text import escape, in_one_line, whole
 from ..system import env_file
+from ..system.terminal import stand_on_three_descriptors
 
 NAME = "socketprotector-exporter"
 DEFAULT = "127.0.0.1:9517"
@@ -234,6 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     arguments: of the command line; the process's own by default.
     """
+    stand_on_three_descriptors()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     try:

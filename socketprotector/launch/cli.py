@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,7 +19,7 @@ from ..model.settings import ListenerSettings, Settings
 from ..model.text import escape, in_one_line
 from ..system import inherited, signals
 from ..system.cleanup import on_error
-from ..system.terminal import STDERR, STDOUT, tell
+from ..system.terminal import STDERR, STDOUT, stand_on_three_descriptors, tell
 from . import (
     activation,
     kernel_calls,
@@ -202,7 +201,7 @@ def ask(
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, check and launch.  Returns the exit status."""
-    _stand_on_three_descriptors()
+    stand_on_three_descriptors()
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.REQUESTS)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clean up and go
     asked, notices = None, list[str]()
@@ -218,14 +217,3 @@ def main(arguments: Sequence[str]) -> int:
             return error.status
     except (click.Abort, KeyboardInterrupt):  # also while a refusal is said
         return 130
-
-
-def _stand_on_three_descriptors() -> None:
-    """Put /dev/null where stdin, stdout or stderr is closed: no socket may get such a number."""
-    for fd, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest that is free, which is this one
-            # ruff: noqa: SIM115 -- it stays open for the life of the process
-            setattr(sys, name, open(fd, "r" if fd == 0 else "w", closefd=False))

@@ -9,6 +9,7 @@ import _signal as signal  # `signal` itself would cost the guard a megabyte
 import os
 import select
 import stat
+import sys
 
 from ..model.text import escape
 from .polling import events_of
@@ -57,3 +58,14 @@ def put_at_once(fd: int, data: bytes) -> int:
     finally:
         os.close(receive)
         os.close(send)
+
+
+def stand_on_three_descriptors() -> None:
+    """Put /dev/null where stdin, stdout or stderr is closed: no socket may get such a number."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free, which is this one
+            # ruff: noqa: SIM115 -- it stays open for the life of the process
+            setattr(sys, name, open(fd, "r" if fd == 0 else "w", closefd=False))

@@ -776,3 +776,67 @@ def test_a_reload_that_the_protector_has_forgotten_is_no_success(fake: Fake, ctl
 
     assert said.status == 3
     assert "knows nothing of it any more" in said.err
+
+
+# -- an output that takes nothing ----------------------------------------------------------
+
+
+@together(
+    ("result", "as_json", "where"),
+    [
+        ("reloaded", (), "full"),
+        ("reload-failed", ("--json",), "full"),
+        ("reloaded", ("--json",), "closed"),
+        ("reload-failed", ("--json",), "gone"),
+    ],
+)
+def test_where_the_outcome_cannot_be_written_the_exit_status_still_tells_it(
+    result: str, as_json: tuple[str, ...], where: str, fake: Fake
+) -> None:
+    def then(connection: Connection) -> None:
+        more = {"reason": "no"} if result == "reload-failed" else {}
+        connection.event(result, generation=9, **more)
+
+    reloading(fake, then)
+
+    said = run_into(where, "reload", *as_json)
+
+    assert said.status == (0 if result == "reloaded" else 3)
+    assert "Traceback" not in said.err
+    said_so = "cannot write the outcome to stdout: No space left on device" in said.err
+    assert said_so == (where == "full")
+
+
+@together(
+    ("where", "words", "wanted"),
+    [
+        ("full", ["list"], "cannot answer: No space left on device"),
+        ("full", ["status", "--json"], "cannot answer: No space left on device"),
+        ("closed", ["status"], ""),
+    ],
+)
+def test_an_answer_that_cannot_be_written_is_one_line(
+    where: str, words: list[str], wanted: str, fake: Fake
+) -> None:
+    assert fake.path.exists()
+
+    said = run_into(where, *words)
+
+    assert said.err == (f"socketprotectorctl: {wanted}\n" if wanted else "")
+    assert said.status == (1 if wanted else 0)
+
+
+def run_into(where: str, *words: str) -> Ended:
+    """Run it with a stdout that is a full disk, is closed, or has lost its reader."""
+    how = {"full": ">/dev/full", "closed": ">&-", "gone": ""}[where]
+    receive, send = os.pipe()
+    os.close(receive)
+    with open(send, "wb") as lost:
+        done = subprocess.run(
+            ["/bin/sh", "-c", f'exec "$@" {how}', "sh", *COMMAND, *words],
+            stdout=lost,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=DEADLINE_S,
+        )
+    return Ended(done.returncode, "", done.stderr)

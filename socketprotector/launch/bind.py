@@ -76,13 +76,14 @@ def bind_all(
     passed: what stands for an argument (by its index) already; it is taken as it is.  left: the
     same by canonical address (stored_listeners.py).  have: canonical addresses that are bound
     already, and are left out.  released: those that a running protector has until its end; only for
-    a dry look.  earlier: arguments before these, by canonical address.  The caller owns what is
+    a dry look.  earlier: arguments before these, by place().  The caller owns what is
     returned.  When one fails, what was bound is closed again.  Raises Refusal.  `notice` gets what
     is worth knowing.
     """
     bound: list[Bound] = []
     earlier = dict(earlier or {})
     have = {place(each) for each in have}
+    released = {place(each) for each in released}
     with on_error(discard_all, bound):
         for index, listen in enumerate(listens):
             found = (passed or {}).get(index)
@@ -96,7 +97,7 @@ def bind_all(
                     refuse_twice(canonical(*address, listen.port), listen, earlier)
                 own = None if dry else listen.backlog(backlog)
                 found = _bind(listen, addresses, own, left or {}, released)
-            earlier |= {each.settings.address: listen for each in found}
+            earlier |= {place(each.settings.address): listen for each in found}
             bound += (
                 replace(each, settings=replace(each.settings, **listen.settings)) for each in found
             )
@@ -239,7 +240,8 @@ def _bind(
         try:
             for family, host in addresses:
                 address = canonical(family, host, port)
-                free = not any(_overlap(address, other) for other in released)
+                here = place(address) if released else address
+                free = not any(_overlap(here, other) for other in released)
                 each = left.get(address) or _bind_one(
                     listen, family, host, port, backlog, free=free
                 )
@@ -270,19 +272,22 @@ def refuse_twice(address: str, listen: Listen, earlier: Mapping[str, Listen]) ->
     """Raise UsageError where an argument before has the same address, or all of its port.
 
     The kernel would name our own process as its owner; and sees it only where we listen.
+    earlier: by place(), which looks at each folder of a path and is asked once for each.
     """
-    for other, its in earlier.items():
-        if _overlap(address, other) and not {*listen.options, *its.options} & {"device"}:
-            same = place(address) == place(other)
-            why = f"both are {place(other)}" if same else f"{address} and {other} overlap"
+    here = place(address)
+    for other in earlier.keys() & {here} if here.startswith("unix:") else earlier:
+        its = earlier[other]
+        if _overlap(here, other) and not {*listen.options, *its.options} & {"device"}:
+            why = f"both are {here}" if here == other else f"{here} and {other} overlap"
             raise UsageError(
                 f"cannot listen on {listen.text} beside {its.text}: {why}; leave one of them out"
             )
 
 
 def _overlap(one: str, other: str) -> bool:
+    """Whether two addresses, each as of place(), take something from each other."""
     if one == other or "unix:" in (one[:5], other[:5]):
-        return place(one) == place(other)
+        return one == other
     (host, _, port), (its_host, _, its_port) = one.rpartition(":"), other.rpartition(":")
     any_host = "tcp:[::]" if host.startswith("tcp:[") else "tcp:0.0.0.0"
     same_family = host.startswith("tcp:[") == its_host.startswith("tcp:[")

@@ -144,7 +144,7 @@ def _listeners(
                 for address in have:
                     refuse_twice(address, listen, earlier)
             kept.update(mine)
-            earlier |= dict.fromkeys(have, listen)
+            earlier |= dict.fromkeys(map(place, have), listen)
             if any(each.text == listen.text for each in there if not each.removed):
                 continue  # a name is not resolved anew, port 0 no other one
             if listen.passed is not None:
@@ -152,7 +152,7 @@ def _listeners(
             added = bind_all(
                 [listen], asked.backlog, notice=notice, have=have, earlier=earlier, dry=dry
             )
-            earlier |= {each.settings.address: listen for each in added}
+            earlier |= {place(each.settings.address): listen for each in added}
             bound += added
         except Refusal as error:
             refused.append(error)

@@ -746,3 +746,21 @@ def test_too_low_a_limit_of_file_sizes_is_noticed(
 
     assert ended.status == 0
     assert "the limit of 1048576 bytes for files (ulimit -f" in ended.err
+
+
+def test_each_socket_file_is_looked_for_a_few_times_however_many_there_are(
+    typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for each pair, 1,000 listeners took 50 s."""
+    real, asked = os.path.realpath, []
+
+    def counted(path: str, **more: bool) -> str:
+        asked.append(path)
+        return real(path, **more)
+
+    monkeypatch.setattr("os.path.realpath", counted)
+
+    ended = typed("--check", *(f"unix:s{number}?mode=0600" for number in range(50)), "--", "true")
+
+    assert ended.status == 0, ended
+    assert len(asked) < 50 * 10

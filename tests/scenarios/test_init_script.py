@@ -568,6 +568,10 @@ def test_a_reload_says_that_only_a_restart_applies_other_settings(machine: Machi
     assert machine.run("restart") == 0
     assert machine.run("reload") == 0
     assert said not in machine.output
+    file.unlink()
+    os.mkfifo(file)  # to read it would wait
+    assert machine.run("reload") == 0
+    assert said in machine.output
 
 
 def test_a_restart_without_settings_leaves_the_one_that_runs(machine: Machine) -> None:

@@ -570,7 +570,7 @@ def test_a_reload_says_that_only_a_restart_applies_other_settings(machine: Machi
     assert said not in machine.output
     file.unlink()
     os.mkfifo(file)  # to read it would wait
-    assert machine.run("reload") == 0
+    assert machine.run("reload", "web") == 0
     assert said in machine.output
 
 

@@ -191,7 +191,7 @@ def test_the_way_in_which_connections_are_handed_over_may_change(
         service.main.stop()
         with Client(("127.0.0.1", port), "waits") as waiting:
             service.start(*words_of(handoff, f"127.0.0.1:{port}"))
-            assert pid_in(waiting.hear()) == spawned(service.main)[0]
+            assert pid_in(waiting.hear()) == spawned(service.main, 1)[0]
         serves(service)
         service.main.reload()
         assert pid_in(ask(("127.0.0.1", port))) == spawned(service.main, 2)[0]
@@ -212,7 +212,7 @@ def test_a_path_keeps_its_file_and_clients_that_connect_meanwhile_wait(
     assert path.exists()
     with Client(str(path), "waits") as waiting:
         service.start(*words_of(handoff, f"unix:{path}?mode=640"))
-        assert pid_in(waiting.hear()) == spawned(service.main)[0]
+        assert pid_in(waiting.hear()) == spawned(service.main, 1)[0]
     serves(service)
     assert path.stat().st_ino == found.st_ino
     assert stat.S_IMODE(path.stat().st_mode) == 0o640

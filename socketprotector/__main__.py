@@ -55,9 +55,9 @@ def main() -> None:
     """Run the one or the other, and exit with its status."""
     try:
         _run()
-    except ModuleNotFoundError:
-        raise  # it was not installed with all that it needs
     except (MemoryError, ImportError) as error:  # `ulimit -v`
+        if isinstance(error, ImportError) and ".so" not in str(error):
+            raise  # the installation is incomplete
         reason = f"out of memory ({error})" if str(error) else "out of memory"
         advice = "raise the limit (ulimit -v, LimitAS= of a unit), or free some"
         os.write(_STDERR, f"SocketProtector: {reason}: {advice}\n".encode())

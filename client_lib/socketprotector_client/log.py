@@ -10,7 +10,10 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import logging
+    from typing import Any
+
+#: The levels' numbers in `logging`.
+_DEBUG, _WARNING, _ERROR = 10, 30, 40
 
 
 class Logger:
@@ -21,37 +24,30 @@ class Logger:
         self._name = name
 
     def debug(self, message: str, *args: object) -> None:
-        logger = self._logger()
-        if logger is not None:
-            logger.debug(message, *args, stacklevel=2)
+        self._log(_DEBUG, message, args)
 
     def warning(self, message: str, *args: object) -> None:
-        logger = self._logger()
-        if logger is not None:
-            logger.warning(message, *args, stacklevel=2)
-        else:
-            _print(message % args)
+        self._log(_WARNING, message, args)
 
     def error(self, message: str, *args: object) -> None:
-        logger = self._logger()
-        if logger is not None:
-            logger.error(message, *args, stacklevel=2)
-        else:
-            _print(message % args)
+        self._log(_ERROR, message, args)
 
     def exception(self, message: str, *args: object) -> None:
-        """Add the traceback of the exception that is being handled."""
-        logger = self._logger()
-        if logger is not None:
-            logger.exception(message, *args, stacklevel=2)
-        else:
-            _print(message % args)
-            sys.__excepthook__(*sys.exc_info())
+        """Log an error, with the traceback of the exception that is being handled."""
+        self._log(_ERROR, message, args, traceback=True)
 
-    def _logger(self) -> logging.Logger | None:
+    def _log(
+        self, level: int, message: str, args: tuple[object, ...], *, traceback: bool = False
+    ) -> None:
         # Never imported here: a line may be about a process that cannot open a file.
-        loaded = sys.modules.get("logging")
-        return loaded.getLogger(self._name) if hasattr(loaded, "getLogger") else None  # type: ignore[union-attr]
+        logging: Any = sys.modules.get("logging")
+        if hasattr(logging, "getLogger"):
+            logger = logging.getLogger(self._name)
+            logger.log(level, message, *args, exc_info=traceback, stacklevel=3)
+        elif level >= _WARNING:
+            _print(message % args)
+            if traceback:
+                sys.__excepthook__(*sys.exc_info())
 
 
 def _print(line: str) -> None:

@@ -7,7 +7,6 @@ never takes a whole queue before its first handler has run.
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
 from typing import TYPE_CHECKING, Awaitable, Callable, Optional, Set
 
@@ -15,13 +14,14 @@ from .asyncio_epoll import join_loop
 from .connection import Connection
 from .errors import Drained
 from .intake import Intake
+from .log import Logger
 from .signals import term_is_free
 from .worker import current
 
 if TYPE_CHECKING:
     from .address import ListenAddress
 
-_log = logging.getLogger(__name__)
+_log = Logger(__name__)
 
 #: Called with the two streams of a connection.
 StreamHandler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[object]]

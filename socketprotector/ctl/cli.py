@@ -201,7 +201,7 @@ def say_outcome(print_it: Callable[[Any], None], outcome: Any) -> None:
 
 
 def discard_output() -> None:
-    """Have what is not written yet, and all that follows, fail no more."""
+    """Send the unwritten rest of stdout, and all later output, to /dev/null."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

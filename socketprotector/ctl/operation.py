@@ -1,4 +1,4 @@
-"""An order that is awaited: over a connection that may be cut, up to a deadline, to one result."""
+"""Wait for the result of an order: up to a deadline, over a connection that may be cut."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .client import Client, Message
 from .errors import ConnectionLost, ControlError, NoProtector, TimedOut
 from .reload_progress import Losses
 
-#: How often status is asked for while no event comes: this also finds a protector that hangs.
+#: How often to request the status while no event comes; this also finds a stuck protector.
 _LOOK_EVERY_S = 1.0
-#: A guard keeps the socket while it restarts a protector that died; one that has ended is gone.
+#: How long to look for a protector after a stop: a guard keeps the socket while it restarts one.
 GONE_S = 0.2
 
 
 class Operation:
-    """An order that is waited for, over a connection that may be cut meanwhile."""
+    """One order, its connection, its deadline and its outcome."""
 
     client: Client
 
@@ -49,6 +49,16 @@ class Operation:
         if left_s <= 0:
             raise TimedOut(f"not within {in_units(self._timeout_s)}: still waits for {waits_for}")
         return min(left_s, _LOOK_EVERY_S)
+
+    def status(self, waits_for: str) -> Message:
+        """Return the status.  Raises ConnectionLost, NoProtector, and TimedOut at the deadline."""
+        try:
+            return self.client.request("status")
+        except ConnectionLost:
+            raise
+        except NoProtector:  # it is there, and does not answer
+            self.slice_s(waits_for)
+            raise
 
     def hear(self, timeout_s: float) -> Message | None:
         """Return the next event, or None.  Raises ConnectionLost."""

@@ -16,11 +16,8 @@ from .errors import NoProtector, RequestRefused
 
 #: A protector that takes longer is shown as silent.
 SURVEY_S = 0.8
-#: What may be read of all answers that are not whole: above it the longest is no protector's, of
-#: which one with 1,000 workers has 300 KB.
-_MOST_BYTES = 4 * 1024 * 1024
-#: What has been read of all answers that are not whole.  Above it the longest is given up: that of
-#: a protector with 1,000 workers has 300 KB.
+#: Most bytes of incomplete answers, all together; above it the longest is not SocketProtector's.
+#: The status of an instance with 1,000 workers has 300 KB.
 _MOST_BYTES = 4 * 1024 * 1024
 
 
@@ -58,26 +55,31 @@ def ask_all(paths: Iterable[str], within_s: float = SURVEY_S) -> list[SocketAnsw
             for key, _ in selector.select(left_s):
                 client = key.data
                 if client.fileno() < 0:
-                    continue  # the longest, a moment ago
-                try:
-                    result = client.answer(0.0)
-                    if result is None:  # not yet a whole line
-                        longest = _longest(selector)
-                        if longest is None:
-                            continue
-                        client = longest
-                        raise client.foreign()
-                    found[client.path] = SocketAnswer(client.path, result, client.peer_pid)
-                except (NoProtector, RequestRefused) as error:
-                    pid = 0 if error.code == "dead" else client.peer_pid
-                    found[client.path] = SocketAnswer(client.path, None, pid, error.code)
-                selector.unregister(client)
-                client.close()
+                    continue  # closed in this round, for its length
+                answer = _answer_of(client)
+                if answer is None and (longest := _longest_of_too_much(selector)) is not None:
+                    client, code = longest, longest.foreign().code
+                    answer = SocketAnswer(client.path, None, client.peer_pid, code)
+                if answer is not None:
+                    found[client.path] = answer
+                    selector.unregister(client)
+                    client.close()
     return [found[path] for path in paths]
 
 
-def _longest(selector: selectors.BaseSelector) -> Client | None:
-    """Return the client that has read the most, where all together have read too much."""
-    clients = [key.data for key in selector.get_map().values()]
-    too_much = sum(each.unread_bytes for each in clients) > _MOST_BYTES
-    return max(clients, key=lambda each: each.unread_bytes) if too_much else None
+def _answer_of(client: Client) -> SocketAnswer | None:
+    """Return the answer, or why there is none; None while it is incomplete."""
+    try:
+        result = client.answer(0.0)
+    except (NoProtector, RequestRefused) as error:
+        pid = 0 if error.code == "dead" else client.peer_pid
+        return SocketAnswer(client.path, None, pid, error.code)
+    return None if result is None else SocketAnswer(client.path, result, client.peer_pid)
+
+
+def _longest_of_too_much(selector: selectors.BaseSelector) -> Client | None:
+    """Return the client with the longest incomplete answer, if all together are too long."""
+    clients: list[Client] = [key.data for key in selector.get_map().values()]
+    if sum(each.unread_bytes for each in clients) <= _MOST_BYTES:
+        return None
+    return max(clients, key=lambda each: each.unread_bytes)

@@ -170,12 +170,9 @@ def _judged(operation: Operation, watched: Reload) -> Verdict:
             if event is not None:
                 watched.heard(event)
             else:
-                watched.looked(operation.client.request("status"))
+                watched.looked(operation.status(watched.waits_for()))
         except ConnectionLost:
             _back(operation, watched)
-        except NoProtector:  # it is there, and does not answer
-            operation.slice_s(watched.waits_for())
-            raise
     return watched.verdict
 
 
@@ -241,7 +238,7 @@ def _until_none(operation: Operation, watched: Reload, left: Callable[[Message],
     waits_for = "status"
     while True:
         try:
-            status = operation.client.request("status")
+            status = operation.status(waits_for)
             watched.looked(status)
             waits_for = left(status)
             if not waits_for:
@@ -253,9 +250,6 @@ def _until_none(operation: Operation, watched: Reload, left: Callable[[Message],
         except ConnectionLost:
             _hear_the_rest(operation, watched)
             operation.again(waits_for, stopping=watched.stopping)
-        except NoProtector:  # it is there, and does not answer
-            operation.slice_s(waits_for)
-            raise
 
 
 def _given_up(operation: Operation, found: Verdict, what: str) -> None:
@@ -405,10 +399,11 @@ def _stopping(operation: Operation) -> None:
     told = False
     while True:
         try:
-            event = client.event(operation.slice_s(waits.added_to(f"{left} to finish")))
+            waits_for = waits.added_to(f"{left} to finish")
+            event = client.event(operation.slice_s(waits_for))
             if event is not None and event.get("event") not in heeded:
                 continue
-            status = client.request("status")
+            status = operation.status(waits_for)
             left = draining(status)[1] or "the protector"
             waits.looked(status, OF_STOP)
             seconds = measure(status, "lame_duck_s")
@@ -422,6 +417,3 @@ def _stopping(operation: Operation) -> None:
                 if error.code == "silent":
                     raise
                 return
-        except NoProtector:  # it is there, and does not answer
-            operation.slice_s(waits.added_to(f"{left} to finish"))
-            raise

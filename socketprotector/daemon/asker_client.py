@@ -8,7 +8,6 @@ closed: by us, or because we have ended.
 from __future__ import annotations
 
 import json
-import os
 import socket
 import sys
 from collections.abc import Callable
@@ -17,14 +16,11 @@ from ..model.question import Question
 from ..model.text import in_units
 from ..system.channel import rights_of
 from ..system.cleanup import on_error
-from ..system.helper import BackOff, Ended, HelperProcess, Line
+from ..system.helper import BackOff, Ended, HelperProcess, Line, path_of
 from ..system.loop import Loop
 from .probe_port import Way
 
-#: The program, by its file: to import it here would load http.client and ssl.
-_SCRIPT = os.path.join(
-    os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "programs", "asker.py"
-)
+_SCRIPT = path_of("asker.py")
 _LINE_FD, _LISTENING_FD = 3, 4
 #: Of one that is kept running.
 _FIRST_DELAY_S = 0.1

@@ -25,14 +25,11 @@ from collections.abc import Callable, Mapping
 from ..model.lazy_dataclass import frozen
 from ..system import inherited
 from ..system.cleanup import on_error
-from ..system.helper import BackOff, HelperProcess
+from ..system.helper import BackOff, HelperProcess, path_of
 from ..system.polling import events_of, read_now
 from ..system.process import Process
 from .runtime import Runtime
 
-_PROGRAM = os.path.join(
-    os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "programs", "log_relay.py"
-)
 _STDERR = 2
 _LINE_FD = 3
 _DESCRIPTOR = struct.Struct("i")
@@ -170,7 +167,7 @@ class LogRelay:
     def _spawn(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         given = (self._name, self._kind, str(int(self._prefixed)), str(_LINE_FD))
-        argv = (sys.executable, "-I", "-S", _PROGRAM, *given)
+        argv = (sys.executable, "-I", "-S", path_of("log_relay.py"), *given)
         with on_error(ours.close), theirs, open(os.devnull, "r+b", buffering=0) as file:
             null = file.fileno()
             # It must not hold the write end, or it would never see its last writer go.

@@ -19,11 +19,20 @@ from ..system.listener import Listener
 from .runtime import Runtime
 
 TYPE_CHECKING = False
-if TYPE_CHECKING:  # only where workers accept: its table of options costs memory
+if TYPE_CHECKING:
+    from types import ModuleType
+
     from ..system.socket_snapshot import Snapshot
 
 #: Stands for no generation: the socket as it was made.
 _MADE = 0
+
+
+def _snapshots() -> ModuleType:
+    """Return the module, which is loaded only where workers accept: its table costs memory."""
+    from ..system import socket_snapshot
+
+    return socket_snapshot
 
 
 class SocketRestoring:
@@ -37,22 +46,13 @@ class SocketRestoring:
     @property
     def record(self) -> tuple[tuple[int, int, str], ...]:
         """What the next program has to know: generation, listener, snapshot."""
-        if not self._before:
-            return ()
-        from ..system.socket_snapshot import as_text
-
-        return tuple((*key, as_text(each)) for key, each in self._before.items())
+        return tuple((*key, _snapshots().as_text(each)) for key, each in self._before.items())
 
     @record.setter
     def record(self, found: Sequence[tuple[int, int, str]]) -> None:
-        self._before = {}
-        if not found and not any(each.shared for each in self._listeners()):
-            return
-        # Here, because the file may have changed when the next generation begins.
-        from ..system.socket_snapshot import from_text
-
-        for of, index, text in found:
-            self._before[of, index] = from_text(text)
+        if any(each.shared for each in self._listeners()):
+            _snapshots()  # now: when the next generation begins its file may have changed
+        self._before = {(of, index): _snapshots().from_text(text) for of, index, text in found}
 
     def begin(
         self, generation: int, listener: Listener, socket_number: int, *, alone: bool
@@ -61,18 +61,18 @@ class SocketRestoring:
 
         alone: no other generation accepts from it.
         """
-        from ..system.socket_snapshot import raise_backlog, restore, take
-
+        snapshots = _snapshots()
         one = listener.socket_for(socket_number)
         made = self._before.get((_MADE, listener.index))
         if not alone:
-            self._before[generation, listener.index] = take(one)
+            self._before[generation, listener.index] = snapshots.take(one)
             if made is not None:
-                raise_backlog(one, made)
+                snapshots.raise_backlog(one, made)
             return []
         if made is not None:
-            return restore(one, made)
-        self._before[_MADE, listener.index] = take(one)
+            stays: list[str] = snapshots.restore(one, made)
+            return stays
+        self._before[_MADE, listener.index] = snapshots.take(one)
         return []
 
     def end(
@@ -85,16 +85,13 @@ class SocketRestoring:
         if not others:
             self._let_all_wait()
         mine = [key for key in self._before if key[0] == generation]
-        if not mine:
-            return
-        from ..system.socket_snapshot import restore
-
         if others and max(others) < generation:
             by_index = {each.index: each for each in self._listeners() if not each.lost}
             for key in mine:
                 if key[1] in by_index:
                     listener = by_index[key[1]]
-                    stays = restore(listener.socket_for(socket_number), self._before[key])
+                    one = listener.socket_for(socket_number)
+                    stays = _snapshots().restore(one, self._before[key])
                     self.warn(listener, stays)
         else:
             gone = True
@@ -107,10 +104,8 @@ class SocketRestoring:
             made = self._before.get((_MADE, listener.index))
             if made is None or listener.lost:
                 continue
-            from ..system.socket_snapshot import raise_backlog
-
             for one in listener.sockets:
-                raise_backlog(one, made)
+                _snapshots().raise_backlog(one, made)
 
     def warn(self, listener: Listener, names: Sequence[str]) -> None:
         """Log the options that cannot be restored."""

@@ -15,14 +15,11 @@ from collections.abc import Mapping
 from ..core.events import ReloadRequested
 from ..model.settings import Settings
 from ..system import inherited
-from ..system.helper import BackOff, HelperProcess, Line
+from ..system.helper import BackOff, HelperProcess, Line, path_of
 from ..system.process import Process
 from .runtime import Runtime
 
-#: The program, by its file: to import it here would load watchfiles.
-_SCRIPT = os.path.join(
-    os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "programs", "file_watch.py"
-)
+_SCRIPT = path_of("file_watch.py")
 _LINE_FD = 3
 _FIRST_DELAY_S = 1.0
 _LAST_DELAY_S = 60.0

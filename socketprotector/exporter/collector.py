@@ -1,4 +1,4 @@
-"""Which control sockets to ask, and what they answer: each time anew, as instances come and go.
+"""Choose the control sockets, and collect their answers; both again for each scrape.
 
 Clients that ask at the same moment share an answer: a slow instance delays none of them twice.
 """

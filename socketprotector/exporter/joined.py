@@ -15,7 +15,7 @@ _T = TypeVar("_T")
 
 
 class _Run(Future[_T]):
-    """One answer, and the one that is made next."""
+    """The making of one answer; `next` is the one that follows."""
 
     next: _Run[_T] | None = None
 

@@ -103,7 +103,7 @@ class Visits:
 
 
 class _Heads(h11.Connection):
-    """Reads the heads of requests, and nothing behind one that announces a body."""
+    """Parses the heads of requests, and nothing after a head that announces a body."""
 
     def __init__(self) -> None:
         super().__init__(h11.SERVER, HEAD_BYTES)

@@ -330,7 +330,7 @@ class _Lines:
     async def next(self) -> bytes:
         """Return the next line; what was read of it stays if this is cancelled.
 
-        Raises LimitOverrunError for one that is no protector's, IncompleteReadError at the end.
+        Raises LimitOverrunError for a line longer than LONGEST_LINE, IncompleteReadError at EOF.
         """
         while True:
             try:

@@ -272,7 +272,7 @@ def refuse_twice(address: str, listen: Listen, earlier: Mapping[str, Listen]) ->
     """Raise UsageError where an argument before has the same address, or all of its port.
 
     The kernel would name our own process as its owner; and sees it only where we listen.
-    earlier: by place(), which looks at each folder of a path and is asked once for each.
+    earlier: by place(), which looks at each folder of a path: compute it once for each address.
     """
     here = place(address)
     for other in earlier.keys() & {here} if here.startswith("unix:") else earlier:

@@ -106,7 +106,7 @@ def _files(settings: Settings, environment: Mapping[str, str]) -> str:
     for name in (*named, *_UNASKED):
         path = os.path.join(settings.directory, name)
         try:
-            # Before it is opened: to open a FIFO lets its writer go on, to open a device may act.
+            # Checked before open(), which wakes the writer of a FIFO and may start a device.
             if not stat.S_ISREG(os.stat(path).st_mode):
                 continue
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)

@@ -40,7 +40,7 @@ def parse(text: str, name: str) -> dict[str, str]:
 def contents(path: str) -> bytes:
     """Return what is in a file that is read again later.
 
-    Raises OSError, or ValueError for one that is too long or cannot be read twice.
+    Raises OSError, or ValueError for a file that is too long or cannot be read twice.
     """
     # Its owner may be the workers' user: nothing there may make the protector wait, or grow.
     # Before it is opened, because to open a device may do something.

@@ -23,8 +23,15 @@ _PROVEN_S = 60.0
 _LAST_BYTES = 4096
 _MESSAGE_BYTES = 4096
 
+_PROGRAMS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "programs")
+
 #: Called with how one ended.
 Ended = Callable[[str], None]
+
+
+def path_of(program: str) -> str:
+    """Return the file of a helper's program: an import would load what only the helper needs."""
+    return os.path.join(_PROGRAMS, program)
 
 
 class HelperProcess:

@@ -1,4 +1,4 @@
-"""What the library writes for a program that has loaded logging, and for one that has not."""
+"""The library's log lines, in programs with logging and without."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WITHOUT = """
 import sys
 from socketprotector_client.log import Logger
 log = Logger("socketprotector_client.x")
-log.debug("nobody reads %d", 1)
+log.debug("unseen %d", 1)
 log.warning("late by %d s", 2)
 log.error("cannot accept: %s", "EMFILE")
 try:
@@ -38,7 +38,7 @@ def test_without_logging_a_warning_and_worse_is_on_stderr() -> None:
     assert traceback[-1] == "IndexError: list index out of range"
 
 
-def test_logging_that_nobody_has_configured_writes_the_same() -> None:
+def test_unconfigured_logging_writes_the_same() -> None:
     with_logging = "import logging\n" + WITHOUT.replace("assert", "assert True or")
 
     assert [line for line in run(with_logging) if "File" not in line] == [

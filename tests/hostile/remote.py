@@ -19,7 +19,7 @@ _PIECE = 16_384
 _PAGE = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
 _METRICS = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n"
 _EVENTS = b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n"
-#: What a connection sends first, and then again and again; a cut one is made anew.
+#: What a connection sends first, and then repeatedly; a cut connection is replaced.
 BEHAVIOURS = {
     "silence": (b"", b""),
     "half a head": (_METRICS, b""),
@@ -80,7 +80,7 @@ class _Connections:
         self._open: list[socket.socket] = []
 
     def turn(self) -> None:
-        """Send more, and make one anew if one was cut: the flood is not in their number."""
+        """Send more, and replace cut connections; those of the flood do not count."""
         for one in self._open[:]:
             try:
                 if self._more:

@@ -39,7 +39,7 @@ def own_folder(folder: Path) -> Path:
 
 @contextmanager
 def tried(paths: Iterable[Path], pids: list[int], own: Path) -> Iterator[set[tuple[str, str]]]:
-    """Have a stranger try everything; what has succeeded, while it holds what it has got."""
+    """Yield what a stranger achieves, while it holds what it has opened."""
     given = ([*map(str, paths)], pids, abstract_names(pids))
     words = (*map(json.dumps, given), str(own))
     with subprocess.Popen(

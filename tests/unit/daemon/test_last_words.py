@@ -1,4 +1,4 @@
-"""Who asks for a worker's last words is called back, also when another asks before the answer."""
+"""Each request for a worker's last words is answered, also two before one answer."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def test_each_of_two_questions_about_one_worker_is_answered() -> None:
     named: Any = {}
     relay = LogRelay("web", "lines", runtime, named, prefixed=False)
 
-    for who in ("first", "second"):
-        relay.ask(7, lambda words, who=who: heard.append(f"{who} {words!r}"))  # type: ignore[misc]
+    for request in ("first", "second"):
+        relay.ask(7, lambda words, request=request: heard.append(f"{request} {words!r}"))  # type: ignore[misc]
     relay.ask(8, lambda words: heard.append(f"other {words!r}"))
     timers.run_out()
 

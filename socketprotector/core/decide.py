@@ -70,6 +70,8 @@ def _answer(step: Step, event: Event) -> None:
             reload.call_off_dry_run(step, reload.UPGRADED)
         case events.Stranded():
             reload.renew(step)
+        case events.SocketLost(number):
+            reload.socket_lost(step, number)
         case events.ChannelBroken(number, served_s):
             reload.channel_broken(step, number, served_s)
         case events.TimeExtended(number, seconds):

@@ -187,6 +187,13 @@ class Stranded(Event):
 
 
 @frozen
+class SocketLost(Event):
+    """A listening socket was replaced by one that a generation's workers do not have."""
+
+    generation: int
+
+
+@frozen
 class ListenersLost(Event):
     """The last listener was shut down, and none can be bound instead."""
 

@@ -369,6 +369,13 @@ def _first_start_failed(step: Step, number: int, reason: str, *, retry: bool) ->
         stop_quickly(step)
 
 
+def socket_lost(step: Step, number: int) -> None:
+    """Fail a generation that starts: it can never accept all that it would have to."""
+    generation = step.fleet.generation(number)
+    if generation and generation.phase is Phase.STARTING:
+        fail(step, number, "a worker shut down or broke its listening socket")
+
+
 def channel_broken(step: Step, number: int, served_s: float) -> None:
     """No connection can be sent through this generation's channel any more."""
     generation = step.fleet.generation(number)

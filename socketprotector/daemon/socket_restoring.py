@@ -7,6 +7,8 @@ TCP_DEFER_ACCEPT, and that stays after it.  So the options (system/socket_snapsh
 * when a generation ends before an older one on the same socket, which is how a release fails: as
   the socket was when it began.  What the serving generation has set before stays.
 
+Where clients would be kept out by what cannot be restored, the socket is replaced.
+
 But a backlog that the serving generation has lowered is raised again when the next one begins on
 the same socket, or when no generation accepts: more clients that wait harm neither.
 """
@@ -38,10 +40,19 @@ def _snapshots() -> ModuleType:
 class SocketRestoring:
     """Owns what the sockets of each listener were like, by generation and listener."""
 
-    def __init__(self, runtime: Runtime, listeners: Callable[[], Sequence[Listener]]) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        listeners: Callable[[], Sequence[Listener]],
+        replace: Callable[[Listener, int], None],
+    ) -> None:
+        """replace: has another socket in the place of one, by its number."""
         self._log = runtime.log
         self._listeners = listeners
+        self._replace = replace
         self._before: dict[tuple[int, int], Snapshot] = {}
+        if any(each.shared for each in listeners()):
+            _snapshots()  # now: later its file may have changed, or no descriptor be left
 
     @property
     def record(self) -> tuple[tuple[int, int, str], ...]:
@@ -50,30 +61,26 @@ class SocketRestoring:
 
     @record.setter
     def record(self, found: Sequence[tuple[int, int, str]]) -> None:
-        if any(each.shared for each in self._listeners()):
-            _snapshots()  # now: when the next generation begins its file may have changed
         self._before = {(of, index): _snapshots().from_text(text) for of, index, text in found}
 
     def begin(
-        self, generation: int, listener: Listener, socket_number: int, *, alone: bool
-    ) -> list[str]:
-        """Make a socket ready for a generation; return the options that cannot be restored.
+        self, generation: int, listener: Listener, socket_number: int, is_alone: Callable[[], bool]
+    ) -> None:
+        """Make a socket ready for a generation.
 
-        alone: no other generation accepts from it.
+        is_alone: whether no other generation accepts from it.
         """
         snapshots = _snapshots()
-        one = listener.socket_for(socket_number)
         made = self._before.get((_MADE, listener.index))
-        if not alone:
+        if made is not None and is_alone():
+            self._restore(listener, socket_number, made)
+        one = listener.socket_for(socket_number)
+        if not is_alone():  # maybe only now, because no other socket could be bound
             self._before[generation, listener.index] = snapshots.take(one)
             if made is not None:
                 snapshots.raise_backlog(one, made)
-            return []
-        if made is not None:
-            stays: list[str] = snapshots.restore(one, made)
-            return stays
-        self._before[_MADE, listener.index] = snapshots.take(one)
-        return []
+        elif made is None:
+            self._before[_MADE, listener.index] = snapshots.take(one)
 
     def end(
         self, generation: int, socket_number: int, others: Collection[int], *, gone: bool
@@ -90,9 +97,9 @@ class SocketRestoring:
             for key in mine:
                 if key[1] in by_index:
                     listener = by_index[key[1]]
-                    one = listener.socket_for(socket_number)
-                    stays = _snapshots().restore(one, self._before[key])
-                    self.warn(listener, stays)
+                    if not listener.has_sibling:
+                        listener.let_in()
+                    self._restore(listener, socket_number, self._before[key])
         else:
             gone = True
         for key in mine if gone else ():
@@ -107,8 +114,21 @@ class SocketRestoring:
             for one in listener.sockets:
                 _snapshots().raise_backlog(one, made)
 
-    def warn(self, listener: Listener, names: Sequence[str]) -> None:
-        """Log the options that cannot be restored."""
-        if names:
-            address = listener.settings.address
-            self._log.write("warning", "not-restored", listen=address, options=" ".join(names))
+    def _restore(self, listener: Listener, socket_number: int, before: Snapshot) -> None:
+        """Have a socket as it was before, or another one, or log which options stay."""
+        snapshots = _snapshots()
+        one, count = listener.socket_for(socket_number), len(listener.sockets)
+        stays = snapshots.restore(one, before)
+        # A socket for all generations not for less: the one that serves has to be replaced, too.
+        if stays and (
+            listener.has_sibling
+            or (snapshots.KEEPS_CLIENTS_OUT.intersection(stays) and listener.can_do_without(one))
+        ):
+            self._replace(listener, socket_number)
+            if listener.lost or len(listener.sockets) != count:
+                return  # what is left is the one of the generation that serves
+            stays = snapshots.restore(listener.socket_for(socket_number), before)
+        if stays:
+            address, options = listener.settings.address, " ".join(stays)
+            hint = "restart SocketProtector to have another socket"
+            self._log.write("warning", "not-restored", listen=address, options=options, hint=hint)

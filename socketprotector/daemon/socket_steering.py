@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
-from ..core.events import Quiesced, Stranded
+from ..core.events import Quiesced, SocketLost, Stranded
 from ..model.records import SteeringRecord
 from ..system import reuseport
 from ..system.listener import SCARCE, Listener
@@ -49,6 +49,7 @@ _MEND = "steering-mend"
 _MEND_AGAIN_S = 0.1
 #: Where questions by IPv6 come from, as do clients of this machine.
 _SOURCE_OF_IPV6 = "::1"
+_RESTART = "restart SocketProtector: until then a release that fails may keep clients out"
 #: Another socket cannot be had now, and can be later.
 _LATER = SCARCE | {errno.EBUSY}
 
@@ -113,7 +114,7 @@ class SocketSteering:
         self._steered = True  # the kernel knows the current one
         self._as_held = True  # and who is to get no answer
         self.hold = ListenerHold(listeners)
-        self._restoring = SocketRestoring(runtime, listeners)
+        self._restoring = SocketRestoring(runtime, listeners, self._replace)
         #: Listeners and socket numbers to which no client comes, but questions by IPv6 do, of this
         #: program or one before: what comes there from the same address is one.
         self._asked: set[tuple[int, int]] = set()
@@ -139,6 +140,7 @@ class SocketSteering:
         for each in self._shared:  # that one may have been killed while it listened again
             if each.is_alive(socket_number) and not each.is_sound(socket_number):
                 self.mend(each, socket_number)
+        self._steer_while_starting()
         self._watch()
 
     def enter(self, generation: int, socket_number: int) -> None:
@@ -146,6 +148,7 @@ class SocketSteering:
         for each in self._shared:
             self._make_ready(each, socket_number, generation)
         self._accepting[generation] = socket_number
+        self._steer_while_starting()
         self._watch()
 
     def waiting(self, generation: int, knows: Callable[[int], bool]) -> int | None:
@@ -278,23 +281,24 @@ class SocketSteering:
         """It has no workers any more."""
         self.leave(generation)
         socket_number, _ = self._leaving.pop(generation, (0, 0.0))
-        self._restoring.end(generation, socket_number, self._accepting, gone=True)
-        self._steer_after(generation)
+        self._take_back(generation, socket_number, gone=True)
+        self._watch()
 
     def leave(self, generation: int) -> None:
         """Its workers accept no more: they were told to finish, which takes each server a while."""
         socket_number = self._accepting.pop(generation, None)
         if socket_number is not None:
             self._leaving[generation] = socket_number, time.monotonic()
-            self._restoring.end(generation, socket_number, self._accepting, gone=False)
-            self._steer_after(generation)
+            self._take_back(generation, socket_number, gone=False)
         self._discard_questions()
         self.unserved = frozenset(each for each in self.unserved if each[0] != generation)
         self._quiescing.end(generation)
         self._watch()
 
-    def _steer_after(self, generation: int) -> None:
-        """Steer again if the others are all older: then it has failed, and may have steered."""
+    def _take_back(self, generation: int, socket_number: int, *, gone: bool) -> None:
+        """Undo what it has done to sockets; steer if it has failed: it may have steered, too."""
+        if not self._ended:  # else new clients are refused, and that stays so
+            self._restoring.end(generation, socket_number, self._accepting, gone=gone)
         if self._accepting and max(self._accepting) < generation:
             self._steer()
 
@@ -466,6 +470,21 @@ class SocketSteering:
             over()
 
     @property
+    def warnings(self) -> tuple[str, ...]:
+        """What releases have broken and only a restart repairs."""
+        lost = [
+            f"{each.settings.address}: no client can connect; restart SocketProtector"
+            for each in self._listeners()
+            if each.lost
+        ]
+        spent = [
+            f"{each.settings.address}: a release broke a socket, and no spare is left; {_RESTART}"
+            for each in self._shared
+            if each.has_no_spare
+        ]
+        return *lost, *spent
+
+    @property
     def share(self) -> bool:
         """Whether there is a second socket of ours beside one that was passed in."""
         return any(each.settings.foreign for each in self._pairs)
@@ -526,9 +545,19 @@ class SocketSteering:
         if not_held is not None and self._as_held:
             self._log.write("error", "not-held", error=not_held.strerror)
         self._steered, self._as_held = not_steered is None, not_held is None
-        if self._steered and self._as_held:
-            self._loop.cancel("steer")
-        else:
+        self._loop.cancel("steer")
+        if not (self._steered and self._as_held):
+            self._loop.call_after("steer", _STEER_AGAIN_S, self._steer)
+        self._steer_while_starting()
+
+    def _steer_while_starting(self) -> None:
+        """Steer again and again while a release starts: its workers can take the clients.
+
+        By clearing SO_REUSEPORT, or by a filter for the group.
+        """
+        newest = max(self._accepting, default=0)
+        starts = self._accepting.get(newest, self.current) != self.current
+        if starts and self._pairs and not self._ended:
             self._loop.call_after("steer", _STEER_AGAIN_S, self._steer)
 
     def number_for(self, listener: Listener) -> int:
@@ -583,18 +612,17 @@ class SocketSteering:
             try:
                 reuseport.reset(listener.socket_for(socket_number))
             except OSError:  # locked, and so it stays
-                self._loop.unwatch(listener.socket_for(socket_number).fileno())
                 self._replace(listener, socket_number)
-        place = socket_number % len(listener.sockets)
-        alone = all(its % len(listener.sockets) != place for its in self._accepting.values())
-        begin = partial(self._restoring.begin, generation, listener, socket_number, alone=alone)
-        if (stays := begin()) and listener.has_sibling:
-            self._loop.unwatch(listener.socket_for(socket_number).fileno())
-            self._replace(listener, socket_number)
-            stays = begin()
-        self._restoring.warn(listener, stays)
+
+        def is_alone() -> bool:
+            place = socket_number % len(listener.sockets)
+            return all(its % len(listener.sockets) != place for its in self._accepting.values())
+
+        self._restoring.begin(generation, listener, socket_number, is_alone)
 
     def _replace(self, listener: Listener, socket_number: int) -> None:
+        """Have another socket in the place of one that a worker has broken."""
+        self._loop.unwatch(listener.socket_for(socket_number).fileno())
         address = listener.settings.address
         common = not listener.has_sibling
         try:
@@ -607,8 +635,11 @@ class SocketSteering:
                 self._lost(listener, error.strerror or str(error))
                 return
             listener.go_on_without(socket_number)
+            why = error.strerror
+            self._log.write("warning", "one-socket-left", listen=address, error=why, hint=_RESTART)
         self._steer()
-        self._log.write("warning", "bound-anew", listen=address)
+        if common or listener.has_sibling:
+            self._log.write("warning", "bound-anew", listen=address)
         without = {
             (generation, listener.index)
             for generation, its in self._accepting.items()
@@ -616,7 +647,13 @@ class SocketSteering:
         }
         self.unserved |= without
         self._bound(listener)
-        if without:
+        lost = {generation for generation, _ in without}
+        newest = max(self._accepting, default=0)
+        if newest in lost and self._accepting[newest] != self.current:
+            # First: until it is gone no other one is started for the clients.
+            self._post(SocketLost(newest))
+            lost.remove(newest)
+        if lost:
             self._post(Stranded())
 
     # -- sockets without workers ------------------------------------------------------

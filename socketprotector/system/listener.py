@@ -84,14 +84,15 @@ class Listener:
         shared: bool = False,
         sibling: int = -1,
         reserved: int = -1,
-        again: tuple[int, int] = (0, 0),
+        again: tuple[int, ...] = (0, 0, 0),
     ) -> None:
         """Adopt a bound, listening descriptor.  `index` is for life.
 
         shared: workers have it too, and accept from it: then it is theirs to the end.  sibling:
         another one for the same address (reuseport.py), so that two generations have one each.
-        reserved: a third one, which no worker gets: new clients come there during a hold.
-        again: how often each of the first two was bound anew, which is part of its name.
+        reserved: a third one, which no worker gets: new clients come there during a hold.  And it
+        is the spare where we may not bind the address.
+        again: how often each of the three was bound anew, which is part of its name.
         """
         #: Socket 0, and where it has a reuseport sibling socket 1.
         self.sockets = [socket.socket(fileno=each) for each in (fd, sibling) if each >= 0]
@@ -162,16 +163,15 @@ class Listener:
 
     def descriptors(self) -> dict[str, int]:
         """Return what an adopter needs, by name.  A name stands for one descriptor for ever."""
-        kinds = zip(
-            (inherited.LISTENER, inherited.SIBLING), self.sockets, self._again, strict=False
-        )
-        found = {
+        first, second = [*self.sockets, None][:2]
+        kinds = (inherited.LISTENER, inherited.SIBLING, inherited.RESERVED)
+        return {
             f"{kind}{self.index}{f'.{again}' if again else ''}": each.fileno()
-            for kind, each, again in kinds
+            for kind, each, again in zip(
+                kinds, (first, second, self._reserved), self._again, strict=True
+            )
+            if each is not None
         }
-        if self._reserved is not None:
-            found[f"{inherited.RESERVED}{self.index}"] = self._reserved.fileno()
-        return found
 
     # -- one that was shut down ---------------------------------------------
 
@@ -259,30 +259,48 @@ class Listener:
             raise OSError(errno.EPERM, "it was passed in, and is not ours")
         self.joined[socket_number % 2] += 1
         number = socket_number % len(self.sockets)
-        one, other = self.socket_for(socket_number), self.socket_for(1 - socket_number)
+        one = self.socket_for(socket_number)
         if one.family == socket.AF_UNIX:
             made = self._bind_path()
         else:
             self._end_silence()
             _shut_down(one)  # else it would go on in the group as long as a process has a copy
-            if other is one or other.getsockname()[1] != self.port:
-                # Alone, or its sibling has come back on another port.
-                made = reuseport.rebind(
-                    one, _bound_to(self.settings.address), self._backlogs[number]
-                )
-            else:
-                sibling = reuseport.make(other)
-                if sibling is None:
-                    raise OSError(errno.EOPNOTSUPP, "the other one waits for data")
-                made = sibling
-                self._last = socket_number % 2
-                with suppress(OSError):  # then its connections are not counted
-                    accept_marks.mark(made, accept_marks.mark_of(one))
+            made = self._bind_port(socket_number)
         made.setblocking(os.get_blocking(one.fileno()))
         _shut_down(one)
         one.close()
         self.sockets[number] = made
         self._again[number] += 1
+
+    def _bind_port(self, socket_number: int) -> socket.socket:
+        """Return another socket, bound beside the sibling, or the spare.  Raises OSError."""
+        number = socket_number % len(self.sockets)
+        one, other = self.socket_for(socket_number), self.socket_for(1 - socket_number)
+        backlog, spare = self._backlogs[number], self._reserved
+        # Alone, or its sibling has come back on another port.
+        beside = None if other is one or other.getsockname()[1] != self.port else other
+        if beside is None and spare is None:
+            return reuseport.rebind(one, _bound_to(self.settings.address), backlog)
+        made = None
+        if beside is not None:
+            try:
+                made = reuseport.make(beside)
+            except OSError as error:
+                if spare is None or error.errno in SCARCE:
+                    raise
+            self._last = socket_number % 2
+        if made is not None:
+            with suppress(OSError):  # then its connections are not counted
+                accept_marks.mark(made, accept_marks.mark_of(one))
+            return made
+        if spare is None:
+            raise OSError(errno.EOPNOTSUPP, "the other one waits for data")
+        reuseport.enlist(spare, accept_marks.mark_of(one), backlog, beside)
+        self._reserved = None
+        self._again[2] += 1
+        with suppress(OSError):  # now: it gets the options of a socket that no worker has had
+            self._reserved = reuseport.reserve(spare, _bound_to(self.settings.address))
+        return spare
 
     def go_on_without(self, socket_number: int) -> None:
         """Have the sibling alone, under both numbers."""
@@ -358,6 +376,23 @@ class Listener:
             else:
                 return
         raise failed
+
+    @property
+    def has_no_spare(self) -> bool:
+        """Whether a socket was bound anew, and the next one cannot be."""
+        return self.can_be_held and any(self._again) and self._reserved is None
+
+    def can_do_without(self, one: socket.socket) -> bool:
+        """Whether one that keeps clients out may be given up: nothing is lost by that.
+
+        There is a spare; or no client reaches it, because it is bound to a device that is gone.
+        """
+        if not self.can_be_held:
+            return False
+        with suppress(OSError):
+            self.reserve()
+            return True
+        return reuseport.device_is_gone(one)
 
     # -- during a hold -------------------------------------------------------------
 

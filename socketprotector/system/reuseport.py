@@ -193,6 +193,15 @@ def device_of(listening: socket.socket) -> int:
     return listening.getsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX)
 
 
+def device_is_gone(listening: socket.socket) -> bool:
+    """Whether it is bound to a device that does not exist, and so gets no client."""
+    try:
+        listening.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, _NAME_BYTES)
+    except OSError as error:
+        return error.errno == errno.ENODEV
+    return False
+
+
 def backlog(listening: socket.socket) -> int:
     """Return how many may wait to be accepted: the last listen() has said it.  Raises OSError."""
     return queue(listening)[1]
@@ -378,6 +387,21 @@ def reserve(one: socket.socket, address: tuple[str, int]) -> socket.socket:
     with suppress(OSError):  # since 2026 kernels want CAP_NET_ADMIN for that on a TCP socket
         _attach(made, _SO_ATTACH_FILTER, ((_RETURN, 0, 0, 0),))
     return made
+
+
+def enlist(reserved: socket.socket, mark: int, backlog: int, beside: socket.socket | None) -> None:
+    """Have a reserved socket listen for clients, for good.  Raises OSError.
+
+    beside: a member of the group, which gets the clients until the next steer().
+    """
+    reset(reserved)
+    _mark_if_can(reserved, mark)
+    if beside is not None:
+        beside.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        steer_if_can(beside)
+    reserved.listen(backlog)
+    if beside is not None:
+        steer(reserved, 0)
 
 
 def silence(reserved: socket.socket) -> None:

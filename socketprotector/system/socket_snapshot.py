@@ -4,8 +4,8 @@ A worker shares its listening socket with us, with other workers, and with the g
 the socket next.  What it sets stays there after it has ended.  OPTIONS is the one list of what
 counts: all that accepted connections inherit, and all that keeps clients out.
 
-Not listed, because other modules own them: SO_REUSEPORT and its filters, a device that does not
-exist (reuseport.py), and what marks connections (accept_marks.py).
+Not listed, because other modules own them: SO_REUSEPORT and its filters (reuseport.py), and what
+marks connections (accept_marks.py).
 
 Source: socket(7), tcp(7), ip(7), ipv6(7); sock_setsockopt() in net/core/sock.c and
 do_tcp_setsockopt() in net/ipv4/tcp.c for what is settable on a socket that listens.
@@ -27,9 +27,13 @@ Snapshot = Mapping[str, bytes]
 BACKLOG = "backlog"
 _BYTES = 4
 _ORDER = sys.byteorder
-#: The device of a socket that refuses new clients.
-_REFUSES = reuseport.NO_DEVICE.to_bytes(_BYTES, _ORDER)
 _DEVICE = "SO_BINDTOIFINDEX"
+#: What cannot be read: keys without which a client gets no answer.  The memory that they take can.
+_KEYS = "TCP_MD5SIG"
+#: Where SO_MEMINFO has that memory (SK_MEMINFO_OPTMEM of linux/sock_diag.h).
+_KEYS_AT = slice(24, 28)
+#: What keeps clients out as long as it stays.
+KEEPS_CLIENTS_OUT = frozenset({_DEVICE, _KEYS})
 _SO = socket.SOL_SOCKET
 _IP, _IPV6, _TCP = socket.IPPROTO_IP, socket.IPPROTO_IPV6, socket.IPPROTO_TCP
 
@@ -75,6 +79,8 @@ OPTIONS = (
     # By number: the name of a device that is gone cannot be read.
     Option(_DEVICE, _SO, 62, privilege="CAP_NET_RAW to change"),
     Option("SO_LOCK_FILTER", _SO, 44, stays="locked for ever"),
+    # Any process may set a key, on SO_MEMINFO's account; so does a filter that is locked.
+    Option(_KEYS, _SO, 55, 36, stays="cannot be deleted by who does not know them"),
     Option("IP_TOS", _IP, socket.IP_TOS),
     Option("IP_TTL", _IP, socket.IP_TTL),
     Option("IP_MINTTL", _IP, reuseport.IP_MINTTL),
@@ -181,6 +187,8 @@ def _read(one: socket.socket) -> Iterator[tuple[Option, bytes]]:
             content = one.getsockopt(each.level, each.number, each.size)
             if each.number == socket.SO_LINGER and each.level == _SO and not any(content[:4]):
                 content = bytes(each.size)  # off: the seconds of before do not count
-            if each.name == _DEVICE and content == _REFUSES:
-                continue
+            if each.name == _KEYS:
+                if one.family == socket.AF_UNIX:
+                    continue
+                content = content[_KEYS_AT]
             yield each, content

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import socket
+import struct
 
 import pytest
+
+from tests import needs
 
 #: Family, the address to bind, whether it takes both, and the addresses to connect to.
 KINDS = [
@@ -26,3 +29,12 @@ def listening(family: int, host: str, *, both: bool = False, **options: int) -> 
     made.bind((host, 0))
     made.listen(40)
     return made
+
+
+def ignore_clients(one: socket.socket) -> None:
+    """Set a key that every client would have to sign with, by TCP_MD5SIG_EXT, without privilege."""
+    who = struct.pack("H", one.family).ljust(128, b"\0")
+    try:
+        one.setsockopt(socket.IPPROTO_TCP, 32, who + struct.pack("BBHi80s", 1, 0, 3, 0, b"key"))
+    except OSError as error:
+        needs.skip("TCP_MD5SIG", error)

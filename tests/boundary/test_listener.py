@@ -15,7 +15,7 @@ import pytest
 from socketprotector.launch.bind import bind_all
 from socketprotector.launch.listen_spec import Listen
 from socketprotector.model.settings import ListenerSettings
-from socketprotector.system import reuseport, sock_diag
+from socketprotector.system import accept_marks, reuseport, sock_diag
 from socketprotector.system.listener import Listener
 from tests.unanswered import Unanswered
 
@@ -359,6 +359,34 @@ def test_one_of_two_is_bound_anew_beside_the_other(socket_number: int) -> None:
     for wanted in (0, 1):
         listener.steer(wanted)
         assert came(listener) == ([0, 8] if wanted else [8, 0])
+    listener.close()
+
+
+@pytest.mark.parametrize("socket_number", [0, 1])
+def test_where_its_address_cannot_be_bound_the_spare_takes_its_place(
+    socket_number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> socket.socket:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    listener = shared("127.0.0.1:0")
+    spare = listener.reserve()
+    kept = accept_marks.mark_of(listener.socket_for(socket_number))
+    monkeypatch.setattr(reuseport, "_bind_beside", fails)
+    listener.steer(1 - socket_number)
+
+    listener.bind_anew(socket_number)
+
+    assert listener.socket_for(socket_number) is spare
+    assert accept_marks.mark_of(spare) == kept
+    assert listener.has_no_spare
+    assert came(listener) == ([0, 8] if socket_number == 0 else [8, 0]), "it gets none yet"
+    for wanted in (0, 1):
+        listener.steer(wanted)
+        assert came(listener) == ([0, 8] if wanted else [8, 0])
+    monkeypatch.undo()
+    fd = listener.reserve().fileno()
+    assert listener.descriptors()["sp.reserved.0.1"] == fd, "a name is for one descriptor for ever"
     listener.close()
 
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import pytest
 
-from socketprotector.core.events import Event, Quiesced, Stranded
+from socketprotector.core.events import Event, Quiesced, SocketLost, Stranded
 from socketprotector.daemon import quiescing, socket_steering
 from socketprotector.daemon.asker_client import KeptAsker
 from socketprotector.daemon.asking import Asking
@@ -32,6 +32,7 @@ from socketprotector.system import reuseport, sock_diag
 from socketprotector.system.listener import Listener
 from socketprotector.system.loop import READ, Loop
 from tests import needs
+from tests.boundary.listening import ignore_clients
 from tests.running import DEADLINE_S
 from tests.unanswered import Unanswered
 
@@ -62,6 +63,7 @@ class World:
         self.loop, self.log = Loop(), Told()
         self.quiesced: list[int] = []
         self.stranded = 0
+        self.socket_lost: list[int] = []
         self.bound: list[Listener] = []
         self.lost: list[Listener] = []
         self.untaken: list[tuple[float, int, bool, str]] = []
@@ -141,6 +143,8 @@ class World:
         match event:
             case Quiesced(generation):
                 self.quiesced.append(generation)
+            case SocketLost(generation):
+                self.socket_lost.append(generation)
             case Stranded():
                 self.stranded += 1
 
@@ -816,6 +820,23 @@ def test_no_generation_has_a_socket_whose_connections_are_shut_down(
         world.steering.adopt(1, 0)
 
     assert world.listener.is_sound(0)
+
+
+def test_a_release_that_loses_its_own_socket_as_it_starts_is_no_reason_to_replace_another(
+    world: World,
+) -> None:
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    world.steering.enter(2, 1)
+    one = world.listener.socket_for(1)
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)  # so that it cannot listen again
+    one.shutdown(socket.SHUT_RDWR)
+    with suppress(OSError):
+        one.listen()
+    world.turn()
+
+    assert world.log.events == ["bound-anew"]
+    assert (world.socket_lost, world.stranded) == ([2], 0)
 
 
 def test_one_that_is_bound_anew_needs_a_generation_that_has_it(
@@ -1793,6 +1814,39 @@ def test_a_generation_begins_on_a_socket_as_it_was_made(world: World, how: str) 
     assert world.log.events == []
 
 
+def steal_by_leaving_the_group(one: socket.socket) -> None:
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+
+
+def steal_by_steering(one: socket.socket) -> None:
+    reuseport.steer(one, 1)
+
+
+@pytest.mark.parametrize("steal", [steal_by_leaving_the_group, steal_by_steering])
+@pytest.mark.parametrize("how", ["goes on", "another program"])
+def test_a_release_that_takes_clients_while_it_starts_gets_them_for_half_a_second(
+    world: World, steal: Callable[[socket.socket], None], how: str
+) -> None:
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    world.steering.enter(2, 1)
+    for _ in range(2):
+        steal(world.listener.socket_for(1))
+        world.connect()
+        assert world.waiting() == [1]
+        world.accept(1)
+        if how == "another program":
+            world.resume((1, 0), (2, 1))
+
+        world.pass_time(0.6)
+
+        world.connect()
+        assert world.waiting() == [0]
+        world.accept(0)
+    world.steering.turn_to(1)
+    assert world.loop.due("steer") is None, "nothing wakes us when no release starts"
+
+
 def test_clients_come_to_the_serving_one_again_when_another_has_failed(world: World) -> None:
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
@@ -1836,6 +1890,91 @@ def test_a_socket_that_was_shut_down_does_not_listen_again_before_its_place_is_k
     world.steering.leave(1)
 
     assert not one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+
+
+def test_a_socket_that_answers_signed_clients_alone_is_replaced(world: World) -> None:
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    world.steering.enter(2, 1)
+    ignore_clients(world.listener.socket_for(1))
+    world.steering.gone(2)
+
+    world.steering.enter(3, 1)
+    world.steering.turn_to(1)
+
+    assert world.log.events == ["bound-anew"]
+    world.connect()
+    assert world.waiting() == [1]
+
+
+@pytest.mark.parametrize("spare", [True, False])
+def test_a_common_one_that_answers_signed_clients_alone_is_replaced_if_that_is_sure(
+    world: World, monkeypatch: pytest.MonkeyPatch, spare: bool
+) -> None:
+    def fails(*_: object) -> socket.socket:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    world.listener.go_on_without(1)
+    if spare:
+        world.listener.reserve()
+    monkeypatch.setattr(reuseport, "_bind_beside", fails)
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    world.listener.socket.listen(7)  # as it serves
+    world.steering.enter(2, 1)
+    ignore_clients(world.listener.socket)
+
+    world.steering.leave(2)
+
+    assert world.log.events == (["bound-anew"] if spare else ["not-restored"])
+    assert world.stranded == (1 if spare else 0)
+    if spare:
+        assert world.steering.unserved == {(1, 0)}
+        assert limit(world.listener.socket) == 7
+        with socket.create_connection(world.listener.socket.getsockname(), timeout=DEADLINE_S):
+            assert world.waiting()
+        assert "no spare is left" in world.steering.warnings[0]
+
+
+def test_where_no_other_one_can_be_had_that_of_the_serving_generation_is_left_alone(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> socket.socket:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    serving = world.listener.socket_for(0)
+    serving.listen(7)
+    world.steering.enter(2, 1)
+    world.listener.socket_for(1).setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, 2000)
+    world.steering.gone(2)
+    monkeypatch.setattr(reuseport, "_bind_beside", fails)
+
+    world.steering.enter(3, 1)
+
+    assert world.log.events == ["one-socket-left"]
+    assert world.listener.sockets == [serving]
+    serving.listen(5)  # by 3, and so does what follows
+    serving.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, ONE_S)
+    world.steering.leave(3)
+    assert serving.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16) == bytes(16)
+    assert limit(serving) == 7
+
+
+@needs.ROOT  # since 2026 kernels want CAP_NET_ADMIN for a filter
+def test_a_filter_of_a_failed_one_is_taken_from_a_common_socket(world: World) -> None:
+    world.listener.go_on_without(1)
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    world.steering.enter(2, 1)
+    reuseport._attach(world.listener.socket, 26, ((6, 0, 0, 0),))  # SO_ATTACH_FILTER: drop
+
+    world.steering.leave(2)
+
+    assert world.log.events == []
+    with socket.create_connection(world.listener.socket.getsockname(), timeout=DEADLINE_S):
+        assert world.waiting()
 
 
 def test_a_socket_that_cannot_be_as_it_was_made_is_replaced(world: World) -> None:

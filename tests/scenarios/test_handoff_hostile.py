@@ -17,11 +17,13 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.procfs import wake_ups
 from tests.running import Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import kill_protector, revived, upgrade
 from tests.scenarios.managers import Giver, Service
 from tests.scenarios.tools import Gate, Release, pid_in, spawned, worker
+from tests.scenarios.users import A, Command
 
 Starter = Callable[..., Protector]
 MODE = ("--handoff", "listener", "--ready", "notify")
@@ -167,6 +169,58 @@ def test_one_that_is_bound_anew_is_there_for_the_protector_that_a_guard_starts(
     assert not path.exists()
 
 
+def test_a_release_that_shuts_a_unix_socket_down_and_hangs_is_given_up_at_once(
+    protector: Starter, tmp_path: Path
+) -> None:
+    """All generations share it, so clients wait until another one has the socket in its place."""
+    path, release, gate = tmp_path / "s", Release(tmp_path / "daemon"), Gate(tmp_path / "gate")
+    release.becomes(*GOOD)
+    words = ("--start-timeout", "300s", *MODE, *QUICK, f"unix:{path}", "--", release.path)
+    daemon = protector(*words).ready()
+    release.becomes(*worker("breaks_its_socket", gate.path))
+    daemon.signal(signal.SIGHUP)
+    daemon.log.wait_for("^waits$")
+    release.becomes(*GOOD)  # the same file is executed by the next one
+    gate.open()
+    daemon.log.wait_for("event=reload-failed generation=2 .*listening socket")
+    daemon.log.wait_for("event=recovered generation=3")
+
+    assert pid_in(ask(str(path), timeout_s=IN_TIME_S)) == spawned(daemon, 3)[0]
+    daemon.stop()
+
+
+@needs.ANOTHER_USER
+def test_releases_that_break_a_socket_which_cannot_be_bound_again_keep_no_client_out(
+    command: Command,
+) -> None:
+    """Until there is neither a second socket nor a spare; then a supervisor has to act."""
+    release = Release(command.start.folder / "daemon")
+    release.becomes(*command.worker("accepts"))
+    command.up("--user", A, *MODE, *QUICK, "127.0.0.1:0", "--", release.path)
+    address, protector = command.start.address, command.start.pid
+
+    def breaks(times: int) -> None:
+        release.becomes(*command.worker("breaks_its_socket"))
+        command.start.send(signal.SIGHUP)
+        failed = "event=reload-failed"
+        eventually(lambda: command.start.log.count(failed) == times, "its end")
+        release.becomes(*command.worker("accepts"))
+
+    for times, event in ((1, "drained"), (2, "bound-anew")):
+        breaks(times)
+        command.start.wait_for(f"event={event}")
+        assert pid_in(ask(address, timeout_s=IN_TIME_S)) == command.worker_pid_of(1)
+    command.start.reload()
+    command.start.wait_for("event=one-socket-left")
+    assert pid_in(ask(address, timeout_s=IN_TIME_S)) == command.worker_pid_of(4)
+    assert "event=listener-lost" not in command.start.log
+
+    breaks(3)
+    assert wait_gone([protector]) == []
+    assert "event=listener-lost" in command.start.log
+    assert command.start.left() == [str(release.path)]
+
+
 @pytest.fixture
 def giver(marked_environment: dict[str, str]) -> Iterator[Giver]:
     made = Giver(marked_environment)
@@ -188,7 +242,7 @@ def told_and_ended(daemon: Protector, service: Service, address: str) -> None:
     assert address in line
     eventually(lambda: service.said[-1:] == [{"EXIT_STATUS": "111"}], "its last word")
     said = [fields.get("STATUS", "") for fields in service.said]
-    assert f"nobody can connect to {address} any more: it was shut down" in said
+    assert f"nobody can connect to {address} any more: a worker broke it" in said
     assert "stopping: no listener is left" in said
 
 

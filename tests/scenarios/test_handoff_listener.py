@@ -353,6 +353,7 @@ def test_a_check_under_way_ends_with_its_protector(
             os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.costly
 def test_an_upgrade_amid_a_check_checks_again(served_by: Starter, tmp_path: Path) -> None:
     there, pids = tmp_path / "there", tmp_path / "pids"
     there.touch()
@@ -497,6 +498,7 @@ def test_a_hold_of_a_unix_socket_is_refused_in_words(operated: Operating, tmp_pa
     )
 
 
+@pytest.mark.costly
 def test_a_hold_lasts_through_a_reload_an_upgrade_and_a_crash(operated: Operating) -> None:
     """No client is refused, and none gets in before it is over."""
     daemon = operated("--guard", *MODE, *FAST, command=SERVER)

@@ -136,6 +136,7 @@ def service(tmp_path: Path, marked_environment: dict[str, str]) -> Iterator[Serv
 @pytest.mark.slow
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("server", list(SERVERS))
+@pytest.mark.costly
 def test_another_protector_leaves_no_server_hanging_in_accept(
     protector: Starter, service: Service, how: str, server: str
 ) -> None:

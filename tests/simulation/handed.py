@@ -775,11 +775,13 @@ class Handed(World):
     def _number_of_the_last_to_know(self, index: int) -> int | None:
         """Return at which socket clients of a listener stay that the serving generation lacks.
 
-        None: no generation has it any more.
+        None: no generation has it any more.  A release that failed may live on: it gets none.
         """
         assert self._supervisor is not None
-        generations = self._supervisor.effects.generations.values()
-        records = [each.record for each in generations if each.channel.knows_of(index)]
+        act = self._supervisor.effects
+        knowing = [each for each in act.generations.values() if each.channel.knows_of(index)]
+        accepting = [each for each in knowing if each.record.number in act.steering._accepting]
+        records = [each.record for each in accepting or knowing]
         last = max(records, key=lambda each: each.number, default=None)
         return None if last is None else last.socket_number
 

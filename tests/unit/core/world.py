@@ -54,6 +54,7 @@ from socketprotector.core.events import (
     SettingsRead,
     SettleFailed,
     Signal,
+    SocketLost,
     Spawn,
     StartTimer,
     StopAsking,
@@ -519,6 +520,7 @@ class World:
         yield RenewRequested()
         yield Stranded()
         yield HandingOver()
+        yield from map(SocketLost, self.channels)
         yield from map(KillRequested, self.channels)
         for number in self.processes:
             yield ReplaceRequested(number, "too old")

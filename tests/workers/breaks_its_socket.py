@@ -1,0 +1,18 @@
+"""A release that fails: it binds its listening socket to a device that is not there, and exits.
+
+With the path of a FIFO it waits to read that, shuts the socket down instead, and is never ready.
+"""
+
+import os
+import socket
+import sys
+import time
+
+one = socket.socket(fileno=3)
+for gate in sys.argv[1:]:
+    os.write(2, b"waits\n")
+    open(gate).close()
+    one.shutdown(socket.SHUT_RDWR)
+    time.sleep(1000)
+one.setsockopt(socket.SOL_SOCKET, 62, 12_345)  # SO_BINDTOIFINDEX
+sys.exit(3)

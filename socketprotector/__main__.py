@@ -14,10 +14,11 @@ import signal
 import sys
 from types import ModuleType
 
+from .model.errors import lack_of_memory
 from .system import inherited
 
 _STDERR = 2
-_SYSTEM_REFUSED = 111  # errors.SystemRefused, which may not be loaded yet
+_SYSTEM_REFUSED = 111  # errors.SystemRefused's
 _INTERRUPTED = 130
 #: Modules that the standard library imports, and that the resident process never uses: dataclasses
 #: has `inspect` (1 MB) to look at classes and `copy` (170 KB, with weakref) for asdict();
@@ -56,11 +57,10 @@ def main() -> None:
     try:
         _run()
     except (MemoryError, ImportError) as error:  # `ulimit -v`
-        if isinstance(error, ImportError) and ".so" not in str(error):
+        lack = lack_of_memory(error)
+        if not lack:
             raise  # the installation is incomplete
-        reason = f"out of memory ({error})" if str(error) else "out of memory"
-        advice = "raise the limit (ulimit -v, LimitAS= of a unit), or free some"
-        os.write(_STDERR, f"SocketProtector: {reason}: {advice}\n".encode())
+        os.write(_STDERR, f"SocketProtector: {lack}\n".encode())
         os._exit(_SYSTEM_REFUSED)
 
 

@@ -21,7 +21,7 @@ import time
 from collections import deque
 from typing import Any
 
-from ..model.text import in_units
+from ..model.text import escape, in_units
 from ..system.cleanup import on_error
 from ..system.foreign_descriptors import refuse_descriptors
 from .errors import ConnectionLost, NoProtector, RequestRefused
@@ -326,7 +326,7 @@ def _unreachable(path: str, error: OSError) -> NoProtector | RequestRefused:
     match error:
         case PermissionError():
             why = "not for this user; ask as root or as the protector's"
-            return RequestRefused("denied", f"{path}: {why}")
+            return RequestRefused("denied", f"{escape(path)}: {why}")
         case FileNotFoundError():
             why = "there is no control socket; does the protector run?"
         case ConnectionRefusedError():

@@ -166,9 +166,12 @@ def _listening(path: str) -> bool:
 def _pid(file: str) -> int:
     try:
         # Without O_NONBLOCK the open of a FIFO waits for a writer.
-        with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
-            regular = stat.S_ISREG(os.fstat(opened.fileno()).st_mode)
-            content = opened.read(64) if regular else b""
+        fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            regular = stat.S_ISREG(os.fstat(fd).st_mode)
+            content = os.read(fd, 64) if regular else b""
+        finally:
+            os.close(fd)
     except FileNotFoundError:
         raise NoProtector(f"--pid-file {file}: there is none; does the protector run?") from None
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..model.errors import Refusal, UsageError
+from ..model.text import escape
 
 
 class ControlError(Refusal):
@@ -21,7 +22,7 @@ class NoProtector(ControlError):
     status = 1
 
     def __init__(self, error: str, code: str = "dead") -> None:
-        super().__init__(error)
+        super().__init__(escape(error))  # one line, whatever a path in it holds
         self.code = code
 
 

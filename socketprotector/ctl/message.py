@@ -37,20 +37,24 @@ def message_in(line: bytes) -> dict[str, Any] | None:
 
 def _bounded(value: Any, depth: int) -> Any:
     kind = type(value)
-    if kind is str:
-        return _text(value)
-    if kind is int or kind is float:
-        return value if -_GREATEST <= value <= _GREATEST else None  # NaN is neither
     if kind is dict and depth:
         members = value.items() if len(value) <= _MEMBERS else list(value.items())[:_MEMBERS]
         return {_text(name): _bounded(each, depth - 1) for name, each in members}
     if kind is list and depth:
-        return [_bounded(each, depth - 1) for each in value[:_MEMBERS]]
+        return [
+            # Most are counts, and a call for each costs more than all else here.
+            each if type(each) is int and 0 <= each <= _GREATEST else _bounded(each, depth - 1)
+            for each in value[:_MEMBERS]
+        ]
+    if kind is str:
+        return _text(value)
+    if kind is int or kind is float:
+        return value if -_GREATEST <= value <= _GREATEST else None  # NaN is neither
     return value if kind is bool else None
 
 
 def _text(value: str) -> str:
     if value.isascii():
-        return value[:_CHARACTERS]
+        return value if len(value) <= _CHARACTERS else value[:_CHARACTERS]
     # Half of a surrogate pair, which JSON can name, is no character.
     return value[:_CHARACTERS].encode("utf-8", "replace").decode()

@@ -156,7 +156,7 @@ class Output:
         """
         kept = "" if self._relayed else "; --log-prefix keeps what workers say"
         if self._log_file is not None:
-            return f"see {self._log_file}{kept}"
+            return f"see {text.escape(self._log_file)}{kept}"
         if self._to_syslog:
             return f"see syslog{kept}"
         if is_journal():

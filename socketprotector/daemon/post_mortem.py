@@ -20,7 +20,7 @@ from ..model import known_servers
 from ..model.history import Crash, History
 from ..model.lazy_dataclass import mutable
 from ..model.records import WorkerRecord
-from ..model.text import LAST_WORDS
+from ..model.text import LAST_WORDS, escape
 from ..system.orphans import Orphans
 from ..system.process import End, Process
 from ..system.process_groups import Groups
@@ -139,7 +139,7 @@ class PostMortem:
         """Say why a worker that never served has ended, as far as can be known."""
         when = "as soon as it was ready" if worker.record.ready_by else "before it was ready"
         program = worker.generation.program
-        reason = f"{program.argv[0]} {how} {when}"
+        reason = f"{escape(program.argv[0])} {how} {when}"
         if detached:
             reason += "; does it detach itself? tell it to stay in the foreground"
             if program.mode.needs_library:

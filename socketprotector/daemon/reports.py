@@ -124,9 +124,9 @@ class Reports:
 
     def listener_lost(self, address: str, reason: str) -> None:
         """Say that a listener gets no clients any more."""
-        hint = "a worker has shut it down; a restart is needed to have it again"
+        hint = "a worker has shut it down or broken it; a restart is needed to have it again"
         self._log.write("error", "listener-lost", listen=address, error=reason, hint=hint)
-        self._systemd.send(STATUS=f"nobody can connect to {address} any more: it was shut down")
+        self._systemd.send(STATUS=f"nobody can connect to {address} any more: a worker broke it")
 
     def _remember_reload(self, report: Report) -> None:
         now = time.time()

@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 _AGAIN_S = 0.1
 _OWN = (inherited.SETTINGS, inherited.STATE, inherited.PID_FILE, inherited.NOTIFY)
 _STDERR = 2
+#: What a start takes beyond what a probe has: parts, and buffers.
+_SPARE_BYTES = 4 * 1024 * 1024
 
 
 def main() -> None:
@@ -70,6 +72,8 @@ def _probe(descriptors: dict[str, int]) -> int:
     try:
         _held(descriptors, checkpoint.read(descriptors[inherited.STATE]))
         _load_recovery()
+        # With its parts it needs more than this probe, and then there is no way back.
+        bytearray(_SPARE_BYTES)
     except (StateError, SettingsError) as error:
         print(error, file=sys.stderr)
         return SystemRefused.status
@@ -460,12 +464,12 @@ def _listeners(
     for index, each in enumerate(settings):
         first, again = _newest(left.take(inherited.LISTENER, index))
         second, second_again = _newest(left.take(inherited.SIBLING, index))
-        third = left.take(inherited.RESERVED, index).get("", -1)
+        third, third_again = _newest(left.take(inherited.RESERVED, index))
         if first >= 0:  # else it was closed already
-            both = again, second_again
+            numbers = again, second_again, third_again
             made.append(
                 Listener(
-                    first, index, each, shared=shared, sibling=second, reserved=third, again=both
+                    first, index, each, shared=shared, sibling=second, reserved=third, again=numbers
                 )
             )
             continue

@@ -1,233 +1,20 @@
-"""`socketprotector-exporter` and `python -m socketprotector.exporter`: the command line.
+"""`socketprotector-exporter` and `python -m socketprotector.exporter`.
 
-Every error is one line: what, where, how to fix it.
+The program is loaded by a function, so that one line says where there is no memory to load it.
 """
 
 from __future__ import annotations
 
-import ctypes
-import ipaddress
 import os
-import signal
-import socket
-import ssl
 import sys
-import threading
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
-from typing import Any
 
-import click
+from ..model.errors import lack_of_memory
 
-from .. import __version__
-from ..ctl import discovery
-from ..model.errors import Refusal, SystemRefused, UsageError
-from ..model.text import escape, in_one_line, whole
-from ..system import env_file
-from ..system.terminal import stand_on_three_descriptors
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-NAME = "socketprotector-exporter"
-DEFAULT = "127.0.0.1:9517"
-#: What the extra `web` installs; `exporter` has the first only.
-_FROM_ELSEWHERE = ("prometheus_client", "starlette", "uvicorn")
-#: mallopt(3); and the size above which memory is given back as soon as it is free.
-_M_MMAP_THRESHOLD, _LARGE_BYTES = -3, 128 * 1024
-
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option(
-    "--name",
-    multiple=True,
-    shell_complete=lambda _, __, begun: discovery.running(begun),
-    help="The instance of that --name; repeatable.",
-)
-@click.option(
-    "--control",
-    multiple=True,
-    metavar="PATH",
-    type=click.Path(),
-    help="The one with this control socket.",
-)
-@click.option(
-    "--all", "all_instances", is_flag=True, help="All instances, later ones too.  [default]"
-)
-@click.option("--listen", default=DEFAULT, metavar="HOST:PORT", help="Address to listen on.")
-@click.option(
-    "--tls-cert", metavar="FILE", type=click.Path(), help="PEM, with the chain: answer over HTTPS."
-)
-@click.option(
-    "--tls-key", metavar="FILE", type=click.Path(), help="Its key, if that is in a file of its own."
-)
-@click.option(
-    "--token",
-    metavar="FILE",
-    type=click.Path(),
-    help="Answer /metrics to those who bring what is in there (Authorization: Bearer).",
-)
-@click.option(
-    "--agent",
-    metavar="HOST:PORT",
-    help="Answer HAProxy's agent-check there, too: whether to send clients to an instance.",
-)
-@click.option(
-    "--web",
-    metavar="HOST:PORT|PATH",
-    help="Show a page there, too: a loopback address, or a UNIX socket as /PATH?mode=0660.",
-)
-@click.option(
-    "--web-host",
-    multiple=True,
-    metavar="NAME",
-    help="A name by which a proxy of yours asks for the page; repeatable.",
-)
-@click.option(
-    "--peers",
-    metavar="FILE",
-    type=click.Path(),
-    help="Show hosts on that page: the addresses of their exporters, one a line.",
-)
-@click.option(
-    "--peers-ca", metavar="FILE", type=click.Path(), help="PEM: whose certificates they have."
-)
-@click.option(
-    "--peers-token",
-    metavar="FILE",
-    type=click.Path(),
-    help="What to bring them: that of their --token.",
-)
-@click.version_option(__version__, prog_name=NAME)
-def _command(**given: Any) -> int:
-    """Answer Prometheus with what the protectors on this machine say of themselves:
-    /metrics, /healthz, /readyz, /readyz/NAME.  docs/metrics.md lists the metrics.
-
-    With --agent it says to HAProxy when to drain an instance: docs/load-balancers.md.
-    With --web people see it live in a browser: docs/page.md."""
-    if given["all_instances"] and (given["name"] or given["control"]):
-        raise UsageError("--all with --name or --control: leave one of them out")
-    if given["web_host"] and given["web"] is None:
-        raise UsageError("--web-host without --web: say where the page is to be, too")
-    for option in ("--peers-ca", "--peers-token"):
-        if given[option[2:].replace("-", "_")] is not None and given["peers"] is None:
-            raise UsageError(f"{option} without --peers: say where the hosts are listed, too")
-    if given["peers"] is not None and given["web"] is None:
-        raise UsageError("--peers without --web: say where the page is to be, too")
-    for name in given["name"]:
-        if "/" in name or name in ("", ".", ".."):
-            raise UsageError(f"--name {name!r}: a name, not a path; for a path use --control")
-    try:
-        from .agent import Agent
-        from .collector import ProtectorCollector
-        from .http import Server
-
-        if given["web"] is not None:
-            from .peers import Files, Peers
-            from .web import Page
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing not in _FROM_ELSEWHERE:
-            raise
-        extra = "exporter" if given["web"] is None else "web"
-        raise UsageError(
-            f"{missing.replace('_', '-')} is not installed; pip install 'socketprotector[{extra}]'"
-        ) from error
-    address = _address("--listen", given["listen"])
-    ask_at = None if given["agent"] is None else _address("--agent", given["agent"])
-    tls = _tls(given["tls_cert"], given["tls_key"])
-    if given["token"] is not None:
-        _check_token(given["token"], given["listen"], address[0], tls)
-    # Each once: a name that is given twice would be two series with the same labels.
-    names, paths = tuple(dict.fromkeys(given["name"])), tuple(dict.fromkeys(given["control"]))
-    instances = ProtectorCollector(names, paths)
-    with suppress(AttributeError):  # glibc raises this limit with each large message that it frees
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
-    with ExitStack() as opened:
-        page = None
-        if given["web"] is not None:
-            peers = None
-            if given["peers"] is not None:
-                files = Files(given["peers"], given["peers_ca"], given["peers_token"])
-                peers = Peers(files, _say)
-            try:
-                page = Page(given["web"], given["web_host"], instances.paths, peers)
-            except OSError as error:
-                raise SystemRefused(f"--web {given['web']}: {error.strerror or error}") from error
-            opened.callback(page.close)
-        try:
-            server = opened.enter_context(Server(address, instances, tls, given["token"]))
-        except OSError as error:
-            raise SystemRefused(f"--listen {given['listen']}: {error.strerror}") from error
-        if ask_at is not None:
-            try:
-                agent = opened.enter_context(Agent(ask_at, instances))
-            except OSError as error:
-                raise SystemRefused(f"--agent {given['agent']}: {error.strerror}") from error
-            threading.Thread(target=agent.serve_forever, name="agent", daemon=True).start()
-            _say(f"answers agent-checks at {agent.where}")
-        if page is not None:
-            page.start()
-            _say(f"shows a page at {page.where}")
-        _say(f"answers at {'https' if tls else 'http'}://{server.where}/metrics")
-        server.serve_forever()
-    return 0
-
-
-def _address(option: str, text: str) -> tuple[str, int]:
-    host, colon, port = text.rpartition(":")
-    if not colon or whole(port, 65535) is None:
-        raise UsageError(f"{option} {text}: write HOST:PORT, as in {DEFAULT} or [::]:9517")
-    try:
-        found = socket.getaddrinfo(host.strip("[]") or "0.0.0.0", int(port), 0, socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "no name"
-        raise UsageError(f"{option} {text}: {why}; give an address of this machine") from error
-    return str(found[0][4][0]), int(port)
-
-
-def _tls(cert: str | None, key: str | None) -> ssl.SSLContext | None:
-    if cert is None:
-        if key is not None:
-            raise UsageError("--tls-key without --tls-cert: give the certificate too")
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    for option, file in (("--tls-cert", cert), ("--tls-key", key or cert)):
-        try:
-            env_file.refuse_kind(os.stat(file), file)  # to open a FIFO would wait for its writer
-            with open(file, "rb"):
-                pass
-        except OSError as error:
-            raise UsageError(f"{option} {file}: {error.strerror}") from error
-        except ValueError as error:
-            raise UsageError(f"{option} {error}") from error
-    try:
-        # Without a password given OpenSSL would ask for one on the terminal.
-        context.load_cert_chain(cert, key, password="")
-    except (ssl.SSLError, ValueError) as error:
-        said = f"--tls-cert {cert}" + (f" --tls-key {key}" if key else "")
-        raise UsageError(
-            f"{said}: no PEM certificate with the key that belongs to it, without a password"
-        ) from error
-    return context
-
-
-def _check_token(file: str, listen: str, host: str, tls: ssl.SSLContext | None) -> None:
-    """Refuse a token that cannot be used, or that others would read on its way."""
-    from .token_file import read_token
-
-    if tls is None and not ipaddress.ip_address(host).is_loopback:
-        raise UsageError(
-            f"--token {file}: others could read the token on its way to {listen}; give --tls-cert, "
-            "or listen on a loopback address behind your own proxy"
-        )
-    read_token("--token", file)
-
-
-class _Stopped(SystemExit):
-    """A signal has told it to end."""
-
-
-def _stop(*_: object) -> None:
-    raise _Stopped(0)
+_STATUS = 111  # errors.SystemRefused's
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -235,27 +22,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     arguments: of the command line; the process's own by default.
     """
-    stand_on_three_descriptors()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
     try:
-        return int(_command.main(arguments, prog_name=NAME, standalone_mode=False) or 0)
-    except click.exceptions.Exit as error:
-        return error.exit_code
-    except _Stopped:
-        # All is closed.  While Python ends the page's thread would go on, and fail.
-        os._exit(0)
-    except click.ClickException as error:
-        message = in_one_line(error.format_message())
-        _say(f"{message}; see --help")
-        return error.exit_code
-    except Refusal as error:
-        _say(str(error))
-        return error.status
+        from . import main as program
 
-
-def _say(text: str) -> None:
-    print(f"{NAME}: {escape(text)}", file=sys.stderr, flush=True)
+        return program.main(arguments)
+    except (MemoryError, ImportError) as error:  # `ulimit -v`
+        lack = lack_of_memory(error)
+        if not lack:
+            raise  # the installation is incomplete
+        os.write(2, f"socketprotector-exporter: {lack}\n".encode())
+        os._exit(_STATUS)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 from ..model.errors import SystemRefused
+from ..model.text import escape
 from ..system import signals
 from ..system.dir_lock import locked
 from ..system.polling import events_of
@@ -58,7 +59,7 @@ def wait(line: socket.socket) -> int:
         *lines, rest = (rest + data).split(b"\n")
         for words in map(json.loads, lines):
             if "notice" in words:
-                tell(words["notice"])
+                tell(escape(words["notice"]))
             if "pid" in words:
                 with suppress(ProcessLookupError):  # it has ended meanwhile
                     resident = os.pidfd_open(words["pid"])

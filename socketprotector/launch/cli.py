@@ -151,18 +151,19 @@ def _launch(asked: ParsedOptions) -> int:
         if here or terminal:
             said = [*said, *server_hints.of(settings, listens, typed=True)]
         for notice in said:
-            tell(notice)
+            tell(escape(notice))
         hints = [*server_hints.of(settings, listens, typed=False)]
         notices += hints if here or not terminal else []
         warnings += [*asked.notices, *hints]
         if check:
             valid = f"{asked.config} is valid; " if asked.config else ""
             texts = " ".join(listen.text for listen in listens)
-            print(f"SocketProtector: {valid}would start {' '.join(settings.command)} on {texts}")
+            what = f"{valid}would start {' '.join(settings.command)} on {texts}"
+            print(f"SocketProtector: {escape(what)}")
             return 0
         if any(each.port_is_chosen for each in listens):
             addresses = " ".join(each.address for each in settings.listeners)
-            tell(f"listening on {addresses}", STDOUT)
+            tell(escape(f"listening on {addresses}"), STDOUT)
         stored_listeners.store(given, named)
         settings = replace(settings, notices=tuple(notices), warnings=tuple(warnings))
         return launch(settings, named)
@@ -211,7 +212,7 @@ def main(arguments: Sequence[str]) -> int:
             return _launch(asked) if asked is not None else 0
         except Refusal as error:
             for notice in notices if asked is None else ():  # it names an option by its new name
-                tell(notice)
+                tell(escape(notice))
             # One line, whatever a path in it holds; of a file's mistakes each has its own.
             tell(str(error) if isinstance(error, Mistaken) else escape(str(error)))
             return error.status

@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from ..model.errors import Mistaken, UsageError
-from ..model.text import in_one_line
+from ..model.text import escape, in_one_line
 from ..system import env_file
 from . import toml_lines
 from .option_values import FLAG, TIME
@@ -114,7 +114,7 @@ class ConfigFile:
             raise Mistaken("\n".join(told))
 
     def _line(self, number: int, reason: str) -> str:
-        return f"{self.path} line {number}: {reason}"
+        return escape(f"{self.path} line {number}: {reason}")
 
     # -- values ----------------------------------------------------------------
 

@@ -16,6 +16,7 @@ import errno
 import fcntl
 import os
 import stat
+from contextlib import suppress
 
 from lockfile import NotMyLock
 from lockfile.pidlockfile import PIDLockFile
@@ -36,6 +37,27 @@ _HINTS = {
 def hint(error: OSError, place: str) -> str:
     """Return what an operator can do about a file that cannot be written."""
     return _HINTS.get(error.errno or 0, f"check {place} and its permissions")
+
+
+def _has_open(pid: int, path: str) -> bool:
+    """Return whether a process has a file of that name open, as each protector has its own.
+
+    True where that cannot be seen.  Whoever can read the file of a killed protector can lock it.
+    """
+    try:
+        os.kill(pid, 0)
+        descriptors = f"/proc/{pid}/fd"
+        names = os.listdir(descriptors)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    for name in names:
+        with suppress(OSError):  # closed meanwhile
+            # Not stat(): what it leads to may hang.
+            if os.path.basename(os.readlink(f"{descriptors}/{name}")) == os.path.basename(path):
+                return True
+    return False
 
 
 class PidFile(PIDLockFile):  # type: ignore[misc]
@@ -122,6 +144,12 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
             except BlockingIOError:
                 first = os.pread(fd, _MAX_BYTES, 0).split(b"\n")[0].strip()
                 holder = int(first) if first.isdigit() else 0
+                if holder and not _has_open(holder, self.path):
+                    raise SystemRefused(
+                        f"the pid file {self.path} is locked, and not by process {holder}, which "
+                        f"it names; if it is no protector (`fuser {self.path}` shows who it is), "
+                        "remove the file"
+                    ) from None
                 raise AlreadyRunning(
                     f"the pid file {self.path} is held by process {holder}; {do}", holder
                 ) from None

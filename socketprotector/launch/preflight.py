@@ -28,6 +28,10 @@ from .pid_file import PidFile, hint
 
 #: Where syslog(3) writes; a container has none.
 _SYSLOG = "/dev/log"
+_HOW = {
+    errno.EACCES: "chmod +x it, or name its interpreter",
+    errno.ENOEXEC: "give it a first line such as #!/bin/sh, or check what was installed there",
+}
 _SOMAXCONN = "/proc/sys/net/core/somaxconn"
 
 
@@ -81,9 +85,9 @@ def check_command(settings: Settings) -> None:
     try:
         search = environment.get("PATH", os.defpath)
         path, _ = executable.resolve(settings.executed, settings.directory, search)
+        executable.refuse_format(path, settings.directory)
     except OSError as error:
-        closed = isinstance(error, PermissionError)
-        how = "chmod +x it, or name its interpreter" if closed else "check the path"
+        how = _HOW.get(error.errno or 0, "check the path")
         raise UsageError(f"cannot run {error.filename}: {error.strerror}; {how}") from error
     _reachable(settings, path)
     if settings.ready_check and not os.access("/bin/sh", os.X_OK):

@@ -23,8 +23,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from ..model.errors import Refusal, UsageError
+from ..model.errors import Mistaken, Refusal, UsageError
 from ..model.settings import ListenerSettings, Settings, dump, format_of, load
+from ..model.text import escape
 from ..system import inherited
 from ..system.cleanup import on_error
 from . import port_owner, preflight, server_hints
@@ -66,7 +67,9 @@ def main() -> int:
         if asked is not None:
             _answer(line, running, asked, form=format_of(given), dry=dry)
     except Refusal as error:
-        _send(line, "refused", _memfd(str(error).encode("utf-8", "backslashreplace")))
+        # Each mistake has a line, whatever a path in it holds.
+        reason = str(error) if isinstance(error, Mistaken) else escape(str(error))
+        _send(line, "refused", _memfd(reason.encode("utf-8", "backslashreplace")))
     return 0
 
 
@@ -77,22 +80,22 @@ def _answer(
     notices: list[str] = []
     new = replace(asked.settings, **{name: getattr(running, name) for name in _STAYS})
     stays = [*forbidden(running, new), *_control(running, asked)]
-    refused = [f"{each}; {RESTART}" for each in stays]
+    refused = [escape(f"{each}; {RESTART}") for each in stays]
     cannot = [f"cannot change at a reload: {each}" for each in refused]
     try:
         listeners, bound = _listeners(running.listeners, asked, notices.append, dry=dry)
     except Refusal as error:
-        raise UsageError("\n".join([*cannot, str(error)])) from error
+        raise Mistaken("\n".join([*cannot, str(error)])) from error
     added = len(running.listeners)
     with on_error(discard_all, bound):
         new = replace(new, listeners=listeners)
         preflight.check_descriptor_names(new)
         if dry:
             _send(line, "fixed", _memfd("\n".join(refused).encode()))
-            _send(line, "changes", _memfd("\n".join([*refused, *changes(running, new)]).encode()))
+            _send(line, "changes", _memfd("\n".join([*refused, *_changes(running, new)]).encode()))
             return
         if cannot:
-            raise UsageError("\n".join(cannot))
+            raise Mistaken("\n".join(cannot))
         warnings = [
             *preflight.notices(new, asked.listens, asked.backlog),
             *asked.notices,
@@ -108,9 +111,14 @@ def _answer(
             for kind, found in (("twin", siblings), ("reserved", reserved)):
                 for index, each in found.items():
                     _send(line, f"{kind} {added + index}", each.socket.fileno())
-        _send(line, "differences", _memfd("\n".join(changes(running, new)).encode()))
+        _send(line, "differences", _memfd("\n".join(_changes(running, new)).encode()))
         new = replace(new, notices=tuple(notices), warnings=tuple(warnings))
         _send(line, "settings", _memfd(dump(new, form)))
+
+
+def _changes(running: Settings, new: Settings) -> list[str]:
+    """Return a line for each setting that differs."""
+    return [escape(each) for each in changes(running, new)]
 
 
 def _control(running: Settings, asked: ParsedOptions) -> Iterator[str]:
@@ -160,7 +168,7 @@ def _listeners(
         refused.append(UsageError(f"more than {_MOST_LISTENERS} listeners in one life; {RESTART}"))
     if refused:
         discard_all(bound)
-        raise type(refused[0])("\n".join(map(str, refused)))
+        raise Mistaken("\n".join(escape(str(each)) for each in refused))
     places = [
         kept[index] if index in kept else replace(each, removed=True)
         for index, each in enumerate(there)

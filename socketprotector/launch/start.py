@@ -20,8 +20,9 @@ from dataclasses import replace
 
 from daemon import DaemonContext
 
-from ..model.errors import Refusal, SystemRefused, what_failed
+from ..model.errors import NO_PROCESSES, Refusal, SystemRefused, what_failed
 from ..model.settings import Settings, dump
+from ..model.text import escape
 from ..programs import guard
 from ..system import inherited, privileges
 from ..system.cleanup import on_error
@@ -58,7 +59,7 @@ def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
             ours, theirs = socket.socketpair()
             child = os.fork()  # before DaemonContext, which ends the process that opens it
         except OSError as error:  # no more descriptors, or processes (RLIMIT_NPROC)
-            raise SystemRefused(f"cannot detach: {what_failed(error)}") from error
+            raise _cannot_detach(error) from error
     if child == 0:
         ours.close()
         # The resident process takes over from the one that systemd watches.
@@ -69,7 +70,7 @@ def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
         except BaseException as error:
             discard_all(bound.values())
             if isinstance(error, Refusal):
-                _tell(theirs.fileno(), failed=str(error), status=error.status)
+                _tell(theirs.fileno(), failed=escape(str(error)), status=error.status)
             else:
                 reason = f"cannot start: {what_failed(error)}"
                 _tell(theirs.fileno(), failed=reason, status=SystemRefused.status)
@@ -81,6 +82,12 @@ def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
         each.socket.close()
     os.waitpid(child, 0)  # the first of the two forks ends at once
     return wait(ours)
+
+
+def _cannot_detach(error: OSError) -> SystemRefused:
+    # DaemonContext raises one of its own, without a number.
+    no_process = isinstance(error.__cause__ or error, BlockingIOError)
+    return SystemRefused(f"cannot detach: {NO_PROCESSES if no_process else what_failed(error)}")
 
 
 def _tell(launcher: int, **words: object) -> None:
@@ -112,7 +119,7 @@ def _become_resident(
     try:
         context.open()
     except OSError as error:
-        raise SystemRefused(f"cannot detach: {error}") from error
+        raise _cannot_detach(error) from error
     with ExitStack() as made:  # only what fails comes to its end
         made.callback(context.close)  # removes the pid file, and will not do so again at our end
         # Of several that start at once only the one with the pid file may have them.
@@ -127,7 +134,7 @@ def _become_resident(
             if not settings.foreground:
                 _tell(verdict, notice=notice)
             elif settings.log_file is not None:  # else the log has it, on the same terminal
-                tell(notice, verdict)
+                tell(escape(notice), verdict)
         settings = replace(settings, notices=(*settings.notices, *notices))
         descriptors = {}
         if folder is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 
+from .text import escape
+
 
 class Refusal(Exception):
     """One clear line for the operator: what, with which, and what to do."""
@@ -18,7 +20,7 @@ class UsageError(Refusal):
 
 
 class Mistaken(UsageError):
-    """The mistakes in a file: one line each."""
+    """Several mistakes, as in a file: one line each, safe to show."""
 
 
 class SystemRefused(Refusal):
@@ -43,14 +45,29 @@ LIMITS = {
 }
 
 
+#: What EAGAIN means where a process cannot be started.
+NO_PROCESSES = (
+    "no more processes: raise RLIMIT_NPROC of the user (ulimit -u, LimitNPROC= of a unit), or "
+    "TasksMax= of the service"
+)
+_FREE_MEMORY = "raise the limit (ulimit -v, LimitAS= of a unit), or free some"
+
+
+def lack_of_memory(error: MemoryError | ImportError) -> str:
+    """Return what a program without memory to be loaded says; empty: the error is another one."""
+    if isinstance(error, ImportError) and ".so" not in str(error):
+        return ""
+    return f"out of memory ({error}): {_FREE_MEMORY}".replace(" ()", "")
+
+
 def what_failed(error: BaseException) -> str:
     """Say an error's cause and the file it is about."""
     if isinstance(error, MemoryError):
-        return "out of memory: raise the limit (ulimit -v, LimitAS= of a unit), or free some"
+        return f"out of memory: {_FREE_MEMORY}"
     if isinstance(error, OSError) and error.errno in LIMITS:
         return f"{error.strerror}: raise {LIMITS[error.errno]}"
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
+        return f"{escape(str(error.filename))}: {error.strerror}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error)

@@ -26,6 +26,7 @@ if not __package__:  # executed by its path: the package that it is in is not on
 # Modules that import little themselves: a test holds it.
 from socketprotector.model import log_format
 from socketprotector.model.backoff import backoff_s
+from socketprotector.model.errors import NO_PROCESSES
 from socketprotector.system import inherited, pid_file_removal, signals
 from socketprotector.system.terminal import put_at_once
 
@@ -101,9 +102,10 @@ class Guard:
                 self._become({**self.store, inherited.GUARD: theirs.fileno()})
         except OSError as error:  # no more descriptors, or processes
             self.close_line()
-            self.give_up_if_pointless(f"cannot be started ({error.strerror})", FAILED)
+            why = NO_PROCESSES if isinstance(error, BlockingIOError) else str(error.strerror)
+            self.give_up_if_pointless(f"cannot be started ({why})", FAILED)
             self.deaths += 1
-            self.start_later("guard-cannot-start", error=str(error.strerror))
+            self.start_later("guard-cannot-start", error=why)
             return
         finally:
             if theirs is not None:

@@ -1,8 +1,12 @@
-"""Finds the executable file of a command, and our own."""
+"""Finds the executable file of a command, and our own.
+
+Source: execve(2), binfmt_misc of the kernel's documentation.
+"""
 
 from __future__ import annotations
 
 import os
+import stat
 import sys
 
 TYPE_CHECKING = False
@@ -11,6 +15,8 @@ if TYPE_CHECKING:  # a program that is to stay small uses this, too
 
 #: Descriptors that a starting program opens at a time: a folder, a module, the loop's own.
 _NEEDED = 6
+#: What the kernel looks at (BINPRM_BUF_SIZE), and where it says what it was told to execute.
+_HEAD_BYTES, _FORMATS = 256, "/proc/sys/fs/binfmt_misc"
 
 
 def resolve(command: Sequence[str], directory: str, search: str) -> tuple[str, tuple[str, ...]]:
@@ -23,14 +29,52 @@ def resolve(command: Sequence[str], directory: str, search: str) -> tuple[str, t
     """
     name = command[0]
     found = os.path.join(directory, name) if "/" in name else _search(name, search)
-    os.stat(found)
-    if os.path.isdir(found) or not os.access(found, os.X_OK):
+    if not stat.S_ISREG(os.stat(found).st_mode) or not os.access(found, os.X_OK):
         raise PermissionError(13, "not executable", found)
     by_name = os.path.join(os.path.realpath(os.path.dirname(found)), os.path.basename(found))
     real = os.path.realpath(found)
     if os.path.basename(real) != os.path.basename(found) and _is_script(real):
         real = by_name
     return real, (by_name if "/" in name else name, *command[1:])
+
+
+def refuse_format(path: str, directory: str = "") -> None:
+    """Raise OSError for an executable file that the kernel would not execute.
+
+    directory: where it would be executed.  What cannot be known is not refused.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(_HEAD_BYTES)
+    except OSError:
+        return  # executable without being readable: a binary
+    if head[:2] == b"#!":
+        line = head[2:].partition(b"\n")[0].split(maxsplit=1)
+        try:
+            if line:
+                os.stat(os.path.join(os.fsencode(directory), line[0]))
+        except (FileNotFoundError, NotADirectoryError):
+            raise FileNotFoundError(
+                2, "the interpreter in its first line is missing", path
+            ) from None
+        except (OSError, ValueError):
+            pass  # it may be there for another user
+    elif not head:
+        raise OSError(8, "it is empty", path)
+    elif head[:4] != b"\x7fELF" and not _other_formats(head):
+        raise OSError(8, "neither a program nor a script that begins with #!", path)
+
+
+def _other_formats(head: bytes) -> bool:
+    """Return whether the kernel may have been told how to execute such a file (binfmt_misc)."""
+    try:
+        found = set(os.listdir(_FORMATS))
+    except FileNotFoundError:
+        return not os.path.exists("/proc/self")
+    except OSError:
+        found = set()
+    # A container does not see which there are; none is for a shell's script without `#!`.
+    return bool(found - {"register", "status"}) or (not found and b"\0" in head)
 
 
 def command_of(label: tuple[str, ...], safe: Sequence[str] = ("-P",)) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 from ..model import text
+from ..model.errors import NO_PROCESSES
 from ..model.lazy_dataclass import frozen
 from ..model.records import Program
 from . import privileges, procfs
@@ -346,7 +347,7 @@ def _spawn(
         raise
     except BlockingIOError as error:
         # EAGAIN, "resource temporarily unavailable", does not tell which one.
-        error.strerror = "no more processes (the user's RLIMIT_NPROC, or the service's TasksMax)"
+        error.strerror = NO_PROCESSES
         raise
     finally:
         for which, pair in kept.items():

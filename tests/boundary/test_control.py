@@ -668,6 +668,25 @@ def test_a_client_for_which_there_is_no_memory_ends_alone(
     assert desk.clients == 1
 
 
+def test_a_client_that_cannot_be_read_for_lack_of_memory_ends_alone(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, bad = desk.call(), desk.call()
+
+    def fails(*_: object) -> bytes:
+        raise MemoryError
+
+    with monkeypatch.context() as scarce:
+        scarce.setattr("socketprotector.daemon.control.server.read_now", fails)
+        bad.send(STATUS)
+        bad.hear_end()
+
+    good.send(STATUS)
+
+    assert good.hear() == [ok()]
+    assert desk.clients == 1
+
+
 def test_a_follower_for_whose_event_there_is_no_memory_ends_and_nothing_is_raised(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from tests import needs
-from tests.together import together
 
 
 def run(program: str) -> str:
@@ -55,29 +56,40 @@ def test_ctrl_c_while_the_demo_is_loaded_is_the_status_of_one_that_was_interrupt
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
 
 
-@together("error", ["MemoryError", "ImportError('x.so: failed to map segment')"])
-def test_without_memory_to_load_it_says_so_in_one_line(error: str) -> None:
+@pytest.mark.parametrize(
+    ("package", "loaded", "name", "status"),
+    [
+        ("", "launch.cli", "SocketProtector", 111),
+        (".ctl", "ctl.queries", "socketprotectorctl", 1),
+        (".exporter", "exporter.main", "socketprotector-exporter", 111),
+    ],
+    ids=["SocketProtector", "ctl", "exporter"],
+)
+@pytest.mark.parametrize("error", ["MemoryError", "ImportError('x.so: failed to map segment')"])
+def test_without_memory_to_load_it_says_so_in_one_line(
+    package: str, loaded: str, name: str, status: int, error: str
+) -> None:
     ended = subprocess.run(
         [
             sys.executable,
             "-c",
             "import sys\n"
-            "from socketprotector import __main__ as ours\n"
             "class Finder:\n"
             "    def find_spec(self, name, path, target=None):\n"
-            "        if name == 'socketprotector.launch.cli':\n"
+            f"        if name == 'socketprotector.{loaded}':\n"
             f"            raise {error}\n"
             "sys.meta_path.insert(0, Finder())\n"
-            "ours.main()\n",
+            f"from socketprotector{package}.__main__ import main\n"
+            "main()\n",
         ],
         capture_output=True,
         text=True,
         timeout=30,
     )
 
-    assert ended.returncode == 111
+    assert ended.returncode == status
     [line] = ended.stderr.splitlines()
-    assert line.startswith("SocketProtector: out of memory")
+    assert line.startswith(f"{name}: out of memory")
     assert line.endswith(": raise the limit (ulimit -v, LimitAS= of a unit), or free some")
 
 

@@ -446,6 +446,7 @@ def test_the_detached_protector_reads_the_file_again(start: Start, file: File) -
 
 @pytest.mark.slow
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_reloads_with_changes_fail_no_connection(
     configured: Starter, file: File, tmp_path: Path, handoff: str
 ) -> None:
@@ -554,6 +555,7 @@ def reading(daemon: Protector) -> int:
     return mark
 
 
+@pytest.mark.costly
 def test_a_program_that_resumes_after_a_kill_rereads_the_file(gated: Gated) -> None:
     daemon = gated.start("--guard")
     gated.file.says("workers = 2")
@@ -591,6 +593,7 @@ def test_a_socket_that_is_bound_anew_while_the_file_is_read_is_known_from_then_o
     assert not path.exists()
 
 
+@pytest.mark.costly
 def test_an_upgrade_while_the_file_is_read_rereads_it(gated: Gated) -> None:
     daemon = gated.start()
     gated.file.says("workers = 2")

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -343,6 +344,7 @@ def verdict(daemon: Protector, generation: int) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.costly
 def test_whatever_happens_to_the_protector_the_verdict_is_what_the_log_says(
     beside: Beside, web: Start, release: Release
 ) -> None:
@@ -616,6 +618,39 @@ def test_diff_says_what_a_reload_would_change_and_when_it_would_fail(
     assert wrong.err.startswith("socketprotectorctl: a reload would fail: ")
     assert "wrokers" in wrong.err
     assert run("reload").status == 3
+
+
+@pytest.mark.parametrize("kind", ["socket", "empty", "script", "no interpreter", "closed"])
+def test_diff_says_which_command_a_reload_could_not_execute(
+    control: Path, protector: Start, tmp_path: Path, kind: str
+) -> None:
+    file, daemon = tmp_path / "web.toml", tmp_path / "daemon"
+    written = 'name = "web"\nlisten = "127.0.0.1:0"\ncommand = '
+    file.write_text(written + json.dumps(MANY))
+    protector("--config", file).ready()
+    file.write_text(written + json.dumps([str(daemon)]))
+    content = {"script": "exec sleep 1000\n", "no interpreter": "#!/no/such/interpreter\n"}
+    if kind == "socket":
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(str(daemon))
+    else:
+        daemon.write_text(content.get(kind, "#!/bin/sh\n" if kind == "closed" else ""))
+    daemon.chmod(0o644 if kind == "closed" else 0o755)
+    reason = {
+        "empty": "it is empty",
+        "script": "neither a program nor a script that begins with #!",
+        "no interpreter": "the interpreter in its first line is missing",
+    }.get(kind, "not executable")
+
+    said, reloaded = run("diff"), run("reload")
+    daemon.unlink()
+    daemon.write_text("#!/bin/sh\nexec sleep 1000\n")
+    daemon.chmod(0o755)
+    fixed = run("diff")
+
+    assert (said.status, reloaded.status, fixed.status) == (3, 3, 0)
+    assert f"a reload would fail: {file} line 3: command: cannot run {daemon}: {reason}" in said.err
+    assert len(said.lines) == 1
 
 
 def test_diff_without_a_configuration_file_is_no_broken_one(web: Start) -> None:

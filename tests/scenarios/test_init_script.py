@@ -337,6 +337,19 @@ def test_stop_says_when_the_end_does_not_come_in_time_and_kills_nothing(machine:
     assert worker_of(machine.address()) != worker
 
 
+def test_stop_names_a_protector_that_is_suspended(machine: Machine) -> None:
+    machine.configure(STOP_WAIT="0")
+    machine.start()
+    pid = machine.pid()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        assert machine.run("stop") == 1
+        assert f"it is suspended; kill -CONT {pid} lets it stop" in machine.output
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert not wait_gone([pid])
+
+
 # --- reload -------------------------------------------------------------------
 
 
@@ -792,6 +805,61 @@ def test_stop_removes_a_stale_pid_file(machine: Machine, foreign: subprocess.Pop
 
     assert machine.run("status") == 3
     assert not machine.run_directory().exists()
+
+
+@pytest.mark.parametrize("guard", ["yes", "no"])
+def test_one_whose_folder_was_removed_is_named_and_gets_no_second_one(
+    machine: Machine, guard: str
+) -> None:
+    """As by a cleaner of /run: nothing but the process itself tells that it runs."""
+    machine.configure(GUARD=guard)
+    address = machine.start()
+    pid, worker = machine.pid(), worker_of(address)
+    shutil.rmtree(machine.run_directory())
+    try:
+        others = ("start", "stop", "reload", "try-restart") if guard == "yes" else ()
+        for action, status in (("status", 4), ("restart", 1), *((each, 1) for each in others)):
+            assert machine.run(action, "web") == status
+            assert f"process {pid} still runs, but {machine.pid_file()} was removed" in (
+                machine.output
+            )
+        assert worker_of(address) == worker
+    finally:
+        os.kill(pid, signal.SIGTERM)
+        assert wait_gone([pid]) == []
+    assert machine.run("status", "web") == 3
+    machine.start()
+    assert machine.run("stop") == 0
+
+
+def test_one_of_another_user_is_not_taken_for_one_whose_folder_was_removed(
+    machine: Machine,
+) -> None:
+    if os.geteuid() != 0:
+        needs.another_user()
+    machine.configure()
+    machine.start()
+    pid = machine.pid()
+    shutil.rmtree(machine.run_directory())
+    machine.configure(USER="nobody")
+    try:
+        assert machine.run("status", "web") == 3
+    finally:
+        os.kill(pid, signal.SIGTERM)
+        assert wait_gone([pid]) == []
+
+
+def test_a_lock_of_another_program_on_a_left_pid_file_is_no_protector(machine: Machine) -> None:
+    machine.configure()
+    with subprocess.Popen(["true"]) as gone:
+        gone.wait()
+    machine.leave_pid_file(f"{gone.pid}\n")
+    with machine.pid_file().open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for action, status in (("status", 4), ("start", 1), ("stop", 1), ("restart", 1)):
+            assert machine.run(action, "web") == status
+            assert f"another process locks {machine.pid_file()}" in machine.output
+    assert machine.run("status", "web") == 1
 
 
 def test_a_killed_protector_is_dead_with_its_pid_file_left_and_starts_again(

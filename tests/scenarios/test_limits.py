@@ -216,6 +216,7 @@ def test_a_worker_that_never_spoke_is_not_waited_for(operated: Operating) -> Non
     assert web.pids(1) == [pid]
 
 
+@pytest.mark.costly
 def test_that_one_has_spoken_is_known_after_an_upgrade(operated: Operating) -> None:
     web = operated("--watchdog", "500ms", "--kill-timeout", "100ms", command=(*OBEYS, "4"))
     [pid] = web.pids(1)
@@ -249,6 +250,7 @@ def replaced(line: Line, count: int) -> list[dict[str, Any]]:
     ids=["connections", "age"],
 )
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_worker_that_has_done_enough_is_replaced_under_load_and_nothing_fails(
     operated: Operating, limit: tuple[str, ...], reason: str
 ) -> None:

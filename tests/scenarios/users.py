@@ -53,5 +53,11 @@ class Command:
     def address(self) -> str:
         return f"{self.start.folder}/s"
 
+    def worker_pid_of(self, generation: int) -> int:
+        """The worker of a generation that has one."""
+        found = re.search(rf"event=spawned generation={generation} .*\bpid=(\d+)", self.start.log)
+        assert found, self.start.log
+        return int(found[1])
+
     def worker_pid(self) -> int:
         return int(re.findall(r"event=spawned .*\bpid=(\d+)", self.start.log)[-1])

@@ -131,7 +131,11 @@ class CommandHandler:
             "dry_run": as_dict(history.dry_run) if history.dry_run is not None else None,
             "reloads": status.plain(history.reloads[-RECENT:]),
             "crashes": history.crashed,
-            "warnings": (*status.of_warnings(settings), *effects.pool.limits.warnings),
+            "warnings": (
+                *status.of_warnings(settings),
+                *effects.pool.limits.warnings,
+                *effects.steering.warnings,
+            ),
         }
 
     def do_history(self) -> Mapping[str, Any]:

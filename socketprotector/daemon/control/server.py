@@ -125,8 +125,9 @@ class Client:
 
     def _receive(self) -> bytes | None:
         """Return what has come: b"" at the end, None where nothing has."""
-        with dropping():
+        with dropping(), self.within_memory():
             return read_now(self.sock.recv, _READ_BYTES, socket.MSG_DONTWAIT)
+        return None
 
     def _read(self) -> None:
         data = self._receive()

@@ -1,6 +1,6 @@
 """Starts programs: what they have in common is computed once.
 
-Source: posix_spawn(3), binfmt_misc of the kernel's documentation.
+Source: posix_spawn(3).
 """
 
 from __future__ import annotations
@@ -8,12 +8,11 @@ from __future__ import annotations
 import _signal as signal
 import os
 
-from ...system.executable import resolve
+from ...system.executable import refuse_format, resolve
 
 #: Python ignores these two, and an ignored signal stays so through exec.
 _DEFAULT = (signal.SIGPIPE, signal.SIGXFSZ)
 _SHELL = "/bin/sh"
-_FORMATS = "/proc/sys/fs/binfmt_misc"
 
 
 class Starter:
@@ -58,28 +57,5 @@ def starter_of(command: list[str], shell: bool, path: str) -> Starter:
     elif os.path.isdir(path) or not os.access(path, os.X_OK):
         os.stat(path)
         raise PermissionError(13, "not executable", path)
-    _look_at(path)
+    refuse_format(path)  # better now than at each connection
     return Starter(path, argv)
-
-
-def _look_at(path: str) -> None:
-    """Raise OSError for a file that exec would refuse: better now than at each connection."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(256)
-    except OSError:
-        return  # executable without being readable: a binary
-    if head[:2] == b"#!":
-        line = head[2:].partition(b"\n")[0].split(maxsplit=1)
-        if line and not os.access(line[0], os.X_OK):
-            raise FileNotFoundError(2, "the interpreter in its first line is missing", path)
-    elif head[:4] != b"\x7fELF" and not _other_formats():
-        raise OSError(8, "neither a program nor a script that begins with #!", path)
-
-
-def _other_formats() -> bool:
-    """Whether the kernel was told how to execute what it does not know itself, or may have been."""
-    try:
-        return bool(set(os.listdir(_FORMATS)) - {"register", "status"})
-    except OSError:
-        return not os.path.exists("/proc/self")

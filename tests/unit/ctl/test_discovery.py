@@ -47,6 +47,36 @@ def test_none_is_status_1_and_several_are_status_2(fakes: Fakes, ctl: Ctl) -> No
     assert several.err.endswith("say --name NAME: api, web\n")
 
 
+@pytest.mark.parametrize("option", ["--control", "--pid-file", "--name"])
+@pytest.mark.parametrize("kind", ["none", "file", "folder", "socket"])
+def test_a_path_with_a_line_break_is_shown_in_one_line(
+    folder: Path, ctl: Ctl, option: str, kind: str
+) -> None:
+    path = folder / "a\nb"
+    if kind == "file":
+        path.touch()
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "socket":
+        dead(path)
+
+    ended = level(ctl, option, str(path))
+
+    assert ended.status in (1, 2)
+    [line] = ended.err.splitlines()
+    assert f"{folder}/a\\nb: " in line
+
+
+def test_a_folder_with_a_line_break_is_shown_in_one_line(
+    folder: Path, ctl: Ctl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", f"{folder}/a\nb")
+
+    [line] = level(ctl).err.splitlines()
+
+    assert f"{folder}/a\\nb/socketprotector" in line
+
+
 def test_by_name_in_either_folder_the_living_one_first(
     fakes: Fakes, folder: Path, ctl: Ctl
 ) -> None:

@@ -12,10 +12,10 @@ import click
 import pytest
 from socketprotector_client import run
 
-from socketprotector.ctl import __main__  # noqa: F401 -- adds the commands
+from socketprotector.ctl import main  # noqa: F401 -- adds the commands
 from socketprotector.ctl.cli import program
 from socketprotector.demo import cli as demo
-from socketprotector.exporter import __main__ as exporter
+from socketprotector.exporter import main as exporter
 from socketprotector.launch import cli
 from socketprotector.launch.options import OPTIONS
 from tests import needs

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from socketprotector.exporter import peers
-from socketprotector.exporter.__main__ import _command
+from socketprotector.exporter.main import _command
 from socketprotector.exporter.peers import Files, Peers, why_not
 from socketprotector.exporter.peers_file import parse
 from socketprotector.exporter.peers_model import Host

@@ -1,0 +1,95 @@
+"""The command line of socketprotectorctl with all its commands: run one.
+
+Every error is one line on stderr, and an exit status (errors.py).
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from io import TextIOWrapper
+
+import click
+from click.shell_completion import ShellComplete, get_completion_class
+
+from ..model.errors import Refusal, UsageError, what_failed
+from ..model.text import escape, in_one_line
+from ..system.terminal import stand_on_three_descriptors
+from . import orders, queries, reload, top
+from .cli import (
+    NAME,
+    Instance,
+    Interrupted,
+    OutputClosed,
+    OutputFailed,
+    command,
+    complain,
+    discard_output,
+    program,
+    say_json,
+)
+
+#: Each has added its commands to the program.
+COMMANDS = (orders, queries, reload, top)
+INTERRUPTED = 130
+#: Those whose lines a shell can complete: they answer it by their own options.
+PROGRAMS = ("SocketProtector", "socketprotector", NAME, "socketprotector-exporter")
+
+
+@command(short_help="Print the script that completes in a shell.")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.argument("of", nargs=-1, type=click.Choice(PROGRAMS), metavar="[PROGRAM]...")
+def completion(instance: Instance, shell: str, of: Sequence[str], as_json: bool) -> None:
+    """Print the script for a shell, as in: eval "$(socketprotectorctl completion bash)".
+
+    It is for all of SocketProtector's programs, or for those that are named.
+    """
+    _ = instance
+    found = get_completion_class(shell)
+    assert found is not None
+    scripts = []
+    for name in of or PROGRAMS:
+        asks = f"_{name.replace('-', '_')}_COMPLETE".upper()
+        # Not the class's own source(): that of bash runs a bash to look at its version.
+        scripts.append(ShellComplete.source(found(program, {}, name, asks)))
+    script = "\n".join(scripts)
+    if as_json:
+        say_json({"shell": shell, "script": script})
+    else:
+        print(script)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the process's own by default.  Returns the exit status."""
+    stand_on_three_descriptors()
+    if isinstance(sys.stdout, TextIOWrapper):  # last words are of any language, a locale is not
+        with suppress(OSError):  # it was opened on a file that can be sought in, and is a pipe now
+            sys.stdout.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt
+    try:
+        status = program.main(arguments, prog_name=NAME, standalone_mode=False)
+        return int(status or 0)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except (Interrupted, click.Abort, KeyboardInterrupt):
+        return INTERRUPTED
+    except click.ClickException as error:
+        message = in_one_line(error.format_message())
+        context = getattr(error, "ctx", None)
+        complain(f"{message}; see {context.command_path if context else NAME} --help")
+        return error.exit_code
+    except Refusal as error:
+        if isinstance(error, OutputFailed):
+            discard_output()
+        # One line, whatever a path in it holds; last words have lines of their own.
+        complain(escape(str(error)) if isinstance(error, UsageError) else str(error))
+        return error.status
+    except MemoryError as error:
+        complain(f"cannot answer: {what_failed(error)}")
+        return OutputFailed.status
+    except OutputClosed:
+        discard_output()
+        return 0

@@ -4,8 +4,8 @@
     tools/test_everywhere.py [--times N] [--roots FOLDER] [SETUP...]
 
 Each run has a fresh copy of what is committed here.  At the end a table names each set-up, how
-long it took and the last line of pytest.  Logs are in build/everywhere.  Needs root and
-debootstrap; --roots keeps the Debians that it makes.
+long it took and the last line of pytest.  Logs are in build/everywhere.  Needs root; --roots keeps
+the Debians that it makes.
 """
 
 from __future__ import annotations
@@ -146,6 +146,7 @@ class Setups:
     def debian(self, suite: str) -> Path:
         root, begun = self.roots / suite, self.roots / f"{suite}.begun"
         if not root.exists():
+            subprocess.run([HERE / "tools" / "install-packages", "debootstrap"], check=True)
             shutil.rmtree(begun, ignore_errors=True)
             self.roots.mkdir(parents=True, exist_ok=True)
             words = ("--variant=minbase", f"--include={PACKAGES}", suite, str(begun))

@@ -69,6 +69,7 @@ def protect(protector: Start) -> Iterator[Start]:
 
 
 @in_every_language
+@pytest.mark.costly
 def test_reloads_under_load_fail_nothing(protect: Start, program: tuple[str, ...]) -> None:
     daemon = protect("--workers", "2", "127.0.0.1:0", "--", *program)
 
@@ -199,6 +200,7 @@ def counts(daemon: Protector) -> tuple[int | None, ...]:
     return tuple(found[name] for name in ("accepted", "active", "finished", "errors"))
 
 
+@pytest.mark.costly
 def test_it_counts_what_it_does(protect: Start, build: Build) -> None:
     daemon = protect("127.0.0.1:0", "--", build("echo_epoll", *SANITIZED))
     address = ("127.0.0.1", daemon.port)
@@ -228,6 +230,7 @@ def connections(daemon: Protector) -> list[dict[str, Any]]:
     return result
 
 
+@pytest.mark.costly
 def test_nothing_is_read_or_written_out_of_place(protect: Start, build: Build) -> None:
     valgrind = working_valgrind()
     watched = (valgrind, "-q", "--error-exitcode=9", "--leak-check=full", "--show-leak-kinds=all")
@@ -243,6 +246,7 @@ def test_nothing_is_read_or_written_out_of_place(protect: Start, build: Build) -
 
 
 @in_c
+@pytest.mark.costly
 def test_it_says_watchdog_through_a_long_conversation(
     channel: Channel, program: tuple[str, ...]
 ) -> None:

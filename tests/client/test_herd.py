@@ -51,6 +51,7 @@ def serving(worker: Worker) -> list[int]:
 
 
 @pytest.mark.parametrize("way", ["trio", "anyio", "anyio-trio", "gevent"])
+@pytest.mark.costly
 def test_one_idle_worker_wakes_under_loops_that_wait_in_ways_of_their_own(
     channel: Channel, way: str
 ) -> None:
@@ -62,6 +63,7 @@ def test_one_idle_worker_wakes_under_loops_that_wait_in_ways_of_their_own(
     ("way", "package"),
     [("waitress", "waitress"), ("gunicorn", "gunicorn"), ("gthread", "gunicorn")],
 )
+@pytest.mark.costly
 def test_a_web_server_that_is_idle_sleeps_while_another_one_serves(
     channel: Channel, way: str, package: str
 ) -> None:

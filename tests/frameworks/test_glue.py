@@ -69,6 +69,7 @@ def test_a_program_that_accepts_by_itself_may_run_on_uvloop() -> None:
     assert (done.stdout, done.returncode) == ("b''\n", 0), done.stderr
 
 
+@pytest.mark.costly
 def test_gunicorns_other_workers_are_refused(protector: Callable[..., Protector]) -> None:
     needs.module("gunicorn")
     needs.module("gevent")
@@ -95,6 +96,7 @@ def test_a_generation_whose_application_cannot_be_loaded_is_never_ready(
     assert daemon.log.count("event=worker-ready") == 0
 
 
+@pytest.mark.costly
 def test_gunicorns_end_leaves_the_protectors_unix_socket_alone(
     protector: Callable[..., Protector], tmp_path: Path
 ) -> None:

@@ -171,6 +171,7 @@ def test_it_finds_out_by_itself_what_kind_an_application_is(
 
 @needs_both
 @pytest.mark.parametrize("mode", [(), LISTENER], ids=["connection", "listener"])
+@pytest.mark.costly
 def test_a_client_that_has_just_connected_is_answered_by_a_draining_worker(
     protector: Callable[..., Protector], mode: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -194,6 +195,7 @@ def test_a_client_that_has_just_connected_is_answered_by_a_draining_worker(
 @pytest.mark.timeout(300)
 @needs_both
 @pytest.mark.parametrize("app", ["asgi", "wsgi"])
+@pytest.mark.costly
 def test_with_the_listeners_themselves_it_is_reloaded_under_load(
     protector: Callable[..., Protector], app: str
 ) -> None:

@@ -107,7 +107,7 @@ class Giver:
         daemon = Protector(
             words,
             {**self.environment, "LISTEN_FDNAMES": names},
-            through=(sys.executable, "-c", PASS_ON, ",".join(str(fd) for fd in fds)),
+            through=(sys.executable, "-I", "-S", "-c", PASS_ON, ",".join(str(fd) for fd in fds)),
             pass_fds=fds,
             **more,
         )
@@ -255,7 +255,7 @@ class Service:
             Protector(
                 ["--pid-file", str(self.pid_file), *self.options, *(str(word) for word in words)],
                 environment,
-                through=(*under, python, "-c", PASS_STORED, str(len(names))),
+                through=(*under, python, "-I", "-S", "-c", PASS_STORED, str(len(names))),
                 pass_fds=high,
             )
         )

@@ -54,6 +54,7 @@ def test_it_tells_what_the_picture_shows_and_nothing_fails(
     assert words_of(done.stdout) == words_of(of_cast(CAST))
 
 
+@pytest.mark.costly
 def test_it_fits_a_terminal_and_control_c_ends_all_of_it(
     folder: Path, marked_environment: dict[str, str]
 ) -> None:

@@ -137,6 +137,7 @@ def test_a_release_that_would_not_serve_is_what_a_failed_reload_is(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_its_question_decides(operated: Operating, asked: Asked) -> None:
     words = ("--ready", "http:/healthz", "--start-timeout", f"{FAIR_START_S}s")
     one = operated(*words, command=(str(asked.release.path),))

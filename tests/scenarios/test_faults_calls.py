@@ -17,8 +17,10 @@ from pathlib import Path
 import pytest
 
 from socketprotector.model.backoff import backoff_s
+from socketprotector.model.errors import NO_PROCESSES
+from tests.load import Load
 from tests.procfs import state_of
-from tests.running import DEADLINE_S, Client, Protector, ask, eventually, wait_gone
+from tests.running import DEADLINE_S, LISTENER, Client, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import revived, upgrade
 from tests.scenarios.faults import injected
 from tests.scenarios.starting import MINIMAL, Start
@@ -108,6 +110,21 @@ def test_with_too_low_a_limit_the_start_says_which_and_leaves_nothing(
     assert "Traceback" not in start.log
 
 
+def test_where_workers_accept_a_few_descriptors_too_few_are_one_line_each_time(
+    start: Start,
+) -> None:
+    words = (*LISTENER, "--no-control", "--log-file", "log", "127.0.0.1:0", "--", *worker("many"))
+    for most in range(14, 25):
+        limited = ("/bin/sh", "-c", f'ulimit -n {most} && exec "$@"', "sh")
+
+        ended = start("-f", *words, before=limited)
+
+        assert ended.status in (3, 111), (most, ended)
+        assert "Too many open files: raise the hard limit (ulimit -Hn" in ended.lines[-1], ended
+        assert "Traceback" not in start.log
+        assert start.left() == []
+
+
 RELAY_FAILS = """
 import os
 real = os.posix_spawn
@@ -157,7 +174,6 @@ def test_without_a_process_for_a_relay_that_was_not_asked_for_it_starts_and_says
 @pytest.mark.parametrize(
     ("call", "code", "reason"),
     [
-        ("os.fork", "EAGAIN", "cannot detach"),
         ("socket.socketpair", "EMFILE", "cannot detach"),
         ("select.epoll", "EMFILE", "cannot start"),
     ],
@@ -175,6 +191,31 @@ def test_without_what_else_it_takes_the_start_fails_in_one_line_and_leaves_nothi
     assert line.startswith(f"SocketProtector: {reason}: {os.strerror(getattr(errno, code))}")
     assert start.left() == []
     assert "Traceback" not in start.log
+
+
+FORK_FAILS = """
+real, started = os.fork, []
+def fork():
+    started.append(1)
+    if len(started) == {which}:
+        raise fault("EAGAIN")
+    return real()
+os.fork = fork
+"""
+
+
+@pytest.mark.parametrize("which", [1, 2, 3])
+def test_without_a_process_to_detach_into_the_start_says_what_to_raise(
+    start: Start, which: int
+) -> None:
+    environment = injected(start.folder / "fault.py", FORK_FAILS.format(which=which))
+
+    ended = start("--log-file", "log", "unix:s?mode=0600", "--", *MINIMAL, environment=environment)
+
+    assert ended.status == 111, ended
+    [line] = ended.lines
+    assert line == f"SocketProtector: cannot detach: {NO_PROCESSES}"
+    assert start.left() == []
 
 
 # -- epoll_wait ----------------------------------------------------------------
@@ -260,6 +301,51 @@ def test_a_wait_that_fails_under_a_guard_costs_no_connection(
         assert pid_in(held.ask()) == pid
         with Client(("127.0.0.1", daemon.port)) as new:
             assert pid_in(new.ask()) == pid
+    daemon.stop()
+
+
+NO_MEMORY = """
+import select
+def fails(module, name):
+    real = getattr(module, name)
+    def call(*given, **named):
+        if os.path.exists({flag!r}):
+            os.unlink({flag!r})
+            raise MemoryError
+        return real(*given, **named)
+    setattr(module, name, call)
+if resident():
+    fails({module}, {name!r})
+"""
+
+
+@EITHER_HANDOFF
+@pytest.mark.parametrize(("module", "name"), [("os", "waitid"), ("select", "poll")])
+def test_out_of_memory_under_a_guard_costs_no_connection(
+    protector: Starter, tmp_path: Path, module: str, name: str
+) -> None:
+    """The state says where to go on: nothing that is half done stays so."""
+    flag = tmp_path / "flag"
+    text = NO_MEMORY.format(flag=str(flag), module=module, name=name)
+    fault = injected(tmp_path / "fault", text)
+    daemon = protector("--guard", "127.0.0.1:0", "--", *worker("many"), **fault).ready()
+    load = Load(f"127.0.0.1:{daemon.port}", concurrency=2).start()
+    load.wait_for(lambda now: now.connections > 10)
+    with Client(("127.0.0.1", daemon.port)) as held:
+        first = pid_in(held.ask())
+        flag.touch()
+
+        mark = len(daemon.log.seen)
+        daemon.signal(signal.SIGHUP)
+        daemon.log.wait_for("event=protector-died", after=mark)
+        daemon.log.wait_for("event=adopted", after=mark)
+
+        assert "out of memory: raise the limit" in daemon.log.text()
+        assert pid_in(held.ask()) == first
+    seen = load.stop()
+    assert seen.failures == ()
+    assert seen.connections == seen.begun
+    daemon.reload()
     daemon.stop()
 
 

@@ -109,6 +109,7 @@ def test_a_protector_killed_again_and_again_under_load_loses_one_connection_a_ti
 
 @pytest.mark.slow
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_protector_killed_during_reloads_loses_no_generation(guarded: Starter) -> None:
     chance = Chance()
     daemon = guarded("--workers", "2")
@@ -596,6 +597,7 @@ def failing(installation: Installation, tmp_path: Path) -> Protector:
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_one_that_dies_at_once_is_started_later_and_later_until_it_recovers(
     broken: Installation, tmp_path: Path
 ) -> None:

@@ -79,6 +79,7 @@ def test_the_shell_s_command_is_one_word(start: Start) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.costly
 def test_reloads_of_programs_under_load_fail_no_client(protector: Starter) -> None:
     words = (*STDIO, "--shell", "--workers", "8", "127.0.0.1:0", "--", TALKS)
     daemon = protector(*words).ready()

@@ -197,6 +197,7 @@ def test_a_reload_begins_anew_and_may_change_what_is_asked(
 
 @EITHER_HANDOFF
 @pytest.mark.parametrize("how", ["upgrade", "kill"])
+@pytest.mark.costly
 def test_another_protector_asks_anew(
     watched: Callable[..., Watched], asked: Asked, how: str
 ) -> None:

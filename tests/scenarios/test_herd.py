@@ -19,6 +19,7 @@ PROGRAM = ("--at-once", "6", "--of", "3", "--", "sh", "-c", "echo [$$] served")
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.costly
 def test_a_client_of_a_worker_that_was_woken_and_never_took_is_served_by_another(
     operated: Operating, tmp_path: Path, way: str, end: str
 ) -> None:

@@ -287,6 +287,7 @@ def test_behind_haproxy_no_request_fails(
 
 
 @haproxy
+@pytest.mark.costly
 def test_behind_haproxy_that_asks_the_agent_no_request_fails(
     tmp_path_factory: pytest.TempPathFactory, marked_environment: dict[str, str]
 ) -> None:

@@ -91,6 +91,7 @@ def test_last_words_are_those_of_the_one_that_failed(protector: Starter, tmp_pat
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_an_upgrade_and_its_own_death_under_a_guard_harm_no_workers_output(
     talking: Starter,
 ) -> None:

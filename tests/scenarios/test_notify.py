@@ -69,6 +69,7 @@ def folders() -> list[Path]:
     return sorted(Path(os.environ["XDG_RUNTIME_DIR"]).glob("**/.notify-*"))
 
 
+@pytest.mark.costly
 def test_ready_behind_a_hundred_messages_is_heard_at_each_start(protector: Starter) -> None:
     daemon = protector("127.0.0.1:0", "--", sys.executable, WORKERS / "talks_first.py").ready()
 

@@ -219,6 +219,7 @@ def test_what_it_was_asked_is_in_no_count(operated: Operating, asked: Asked) -> 
 
 @EITHER_HANDOFF
 @pytest.mark.parametrize("how", ["upgrade", "kill"])
+@pytest.mark.costly
 def test_another_protector_asks_anew(
     protector: Starter, asked: Asked, how: str, tmp_path: Path
 ) -> None:

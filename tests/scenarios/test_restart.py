@@ -132,6 +132,7 @@ def test_a_stop_leaves_the_listeners_alone_and_a_start_says_nothing_of_them(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.costly
 def test_a_quick_stop_leaves_them_too(
     service: Service, free_port: Callable[[], int], number: signal.Signals
 ) -> None:
@@ -308,6 +309,7 @@ def test_one_whose_last_words_are_not_read_in_time_has_left_its_listeners(
     service.stop()
 
 
+@pytest.mark.costly
 def test_a_stop_that_is_killed_midway_is_gone_on_with_and_leaves_them(
     service: Service, free_port: Callable[[], int]
 ) -> None:

@@ -51,6 +51,7 @@ def the_worker(daemon: Protector) -> int:
 
 @pytest.mark.slow
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_worker_killed_again_and_again_under_load_loses_only_what_it_had_taken(
     protector: Start, handoff: str
 ) -> None:

@@ -10,6 +10,8 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.load import Load
 from tests.procfs import descriptors, in_backlog, wake_ups
 from tests.rounds import rounds
@@ -19,6 +21,7 @@ from tests.scenarios.tools import Release, hold, kinds_at_rest, no_more_open, sp
 Start = Callable[..., Protector]
 
 
+@pytest.mark.costly
 def test_node_3551_no_request_is_lost_when_workers_restart(protector: Start) -> None:
     daemon = protector("--workers", "4", "127.0.0.1:0", "--", *worker("many")).ready()
     load = Load(f"127.0.0.1:{daemon.port}", concurrency=16).start()
@@ -64,6 +67,7 @@ def test_node_21746_nothing_stays_behind_in_a_queue_whose_workers_all_died(
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_node_v0_8792_the_protector_survives_workers_that_crash_while_it_sends(
     protector: Start,
 ) -> None:

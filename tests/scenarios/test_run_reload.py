@@ -427,6 +427,7 @@ def test_stop_first_goes_back_to_the_previous_command_if_the_new_one_fails(
 
 
 @pytest.mark.slow
+@pytest.mark.costly
 def test_1000_slow_connections_drain_over_20_reloads(protector: Start) -> None:
     daemon = protector("127.0.0.1:0", "--", *worker("many")).ready()
     clients: list[tuple[Client, int]] = []

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 import termios
@@ -19,6 +20,39 @@ from tests.running import Client, Lines, ask, eventually, wait_gone
 from tests.scenarios.output import Syslog, relay_of, relays_of
 from tests.scenarios.starting import MINIMAL, Start, start_of
 from tests.scenarios.tools import worker
+
+# -- paths with line breaks --------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [(), ("-f",), ("--check",)], ids=["detached", "-f", "check"])
+def test_a_path_with_a_line_break_is_shown_in_one_line(start: Start, mode: tuple[str, ...]) -> None:
+    folder = start.folder / "a\nb"
+    folder.mkdir()
+    shutil.copy("/bin/false", folder / "false")
+    files = ("--control", folder / "none" / "control", "--log-file", folder / "log")
+
+    ended = start(*mode, *files, f"unix:{folder}/s?mode=0600", "--", folder / "false")
+
+    assert ended.status == (0 if mode == ("--check",) else 3), ended
+    said = [*ended.lines, *ended.out.splitlines()]
+    assert all(line.startswith("SocketProtector: ") for line in said), ended
+    shown = str(folder).replace("\n", "\\n")
+    assert f"{shown}/false" in said[-1]
+    if mode != ("--check",):
+        assert f"cannot listen on {shown}/none/control: " in said[0]
+        assert said[-1].endswith(f"see {shown}/log")
+
+
+def test_a_configuration_file_with_a_line_break_in_its_name_is_shown_in_one_line(
+    start: Start,
+) -> None:
+    file = start.folder / "a\nb.toml"
+    file.write_text("workers = \n")
+
+    [line] = start("--config", file, "127.0.0.1:0", "--", *MINIMAL).lines
+
+    assert f"{start.folder}/a\\nb.toml line 1: not TOML" in line
+
 
 # -- the relay -----------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -53,6 +54,27 @@ def test_one_that_a_living_protector_holds_is_respected(start: Start) -> None:
     assert ask(f"{start.folder}/s") == "hello"
     start.stop()
     assert start.left() == []
+
+
+@pytest.mark.parametrize("mode", [(), ("--check",)], ids=["start", "check"])
+@pytest.mark.parametrize("named", ["dead", "another program"])
+def test_one_that_another_program_has_locked_is_no_protectors(
+    start: Start, named: str, mode: tuple[str, ...]
+) -> None:
+    """Any user can lock a file that was left behind, being able to read it."""
+    with subprocess.Popen(["sleep", "1000"]) as other:
+        pid = other.pid if named == "another program" else dead_pid()
+        start.pid_file.write_text(f"{pid}\n")
+        with start.pid_file.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+
+            ended = start(*mode, "unix:s?mode=0600", "--", *MINIMAL)
+        other.kill()
+
+    assert ended.status == 111, ended
+    [line] = ended.lines
+    assert f"the pid file {start.pid_file} is locked, and not by process {pid}" in line
+    assert f"`fuser {start.pid_file}`" in line
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,7 @@ def test_a_request_is_answered_by_a_program(behind: tuple[Site, Protector]) -> N
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_more_requests_than_programs_wait_their_turn(behind: tuple[Site, Protector]) -> None:
     site, daemon = behind
 

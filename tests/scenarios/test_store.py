@@ -91,6 +91,7 @@ def test_what_was_queued_with_workers_that_stand_still_is_served(service: Servic
     second.stop()
 
 
+@pytest.mark.costly
 def test_no_more_is_stored_than_systemd_can_pass_on_below_the_soft_limit(service: Service) -> None:
     service.environment["TEST_NOFILE"] = "100"
     words = ("127.0.0.1:0", "--workers", "12", "--", *MANY)  # 45 descriptors
@@ -144,6 +145,7 @@ def test_with_a_store_that_is_full_it_serves_after_a_kill_all_the_same(
 
 
 @pytest.mark.slow
+@pytest.mark.costly
 def test_killed_under_load_again_and_again_it_loses_one_connection_a_time_at_most(
     service: Service,
 ) -> None:

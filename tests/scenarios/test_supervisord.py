@@ -175,6 +175,7 @@ def test_it_serves_reloads_without_a_lost_connection_and_stops(
         socket.create_connection(daemon.address, DEADLINE_S)
 
 
+@pytest.mark.costly
 def test_with_a_guard_a_killed_protector_is_not_missed(
     supervised: Starter, program: str, tmp_path: Path
 ) -> None:
@@ -198,6 +199,7 @@ def test_with_a_guard_a_killed_protector_is_not_missed(
 
 
 @pytest.mark.parametrize("killed", ["protector", "guard"])
+@pytest.mark.costly
 def test_a_process_that_has_the_port_keeps_the_next_one_from_starting(
     supervised: Starter, program: str, killed: str
 ) -> None:
@@ -220,6 +222,7 @@ def test_a_process_that_has_the_port_keeps_the_next_one_from_starting(
     assert pid_in(ask(daemon.address)) == daemon.workers()[-1] != worker
 
 
+@pytest.mark.costly
 def test_workers_that_are_handed_connections_finish_and_end_with_a_killed_protector(
     supervised: Starter, program: str
 ) -> None:

@@ -360,6 +360,7 @@ def test_signals_during_an_upgrade_are_not_lost_and_kill_nothing(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_storm_of_signals_with_upgrades_in_it_ends_well(protector: Starter) -> None:
     chance = Chance()
     daemon = protector("127.0.0.1:0", "--", *MANY).ready()

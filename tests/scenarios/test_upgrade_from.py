@@ -147,6 +147,7 @@ def test_an_upgrade_and_reloads_under_load_fail_no_client(earlier: Earlier, hand
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_the_guard_of_then_goes_on_with_an_upgraded_protector_and_starts_it_after_a_kill(
     earlier: Earlier, handoff: str, tmp_path: Path
 ) -> None:
@@ -169,6 +170,7 @@ def test_the_guard_of_then_goes_on_with_an_upgraded_protector_and_starts_it_afte
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_the_guard_of_then_starts_the_new_code_where_the_old_protector_is_killed(
     earlier: Earlier, handoff: str, tmp_path: Path
 ) -> None:
@@ -206,6 +208,7 @@ def goes_on_to_stop(daemon: Protector, load: Load, handoff: str, folder: Path) -
 # -- adapters ---------------------------------------------------------------------------
 
 
+@pytest.mark.costly
 def test_programs_of_stdio_go_on_and_their_pool_is_started_again(earlier: Earlier) -> None:
     words = ("--handoff", "stdio", "--shell", "--workers", "8")
     daemon = earlier.start(*words, "127.0.0.1:0", "--", TALKS)

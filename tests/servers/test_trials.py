@@ -51,6 +51,7 @@ def test_reloads_under_load_fail_no_connection_and_end_idle_ones_without_a_word(
     assert not trials.reloads(at).failures
 
 
+@pytest.mark.costly
 def test_a_release_that_answers_500_gets_no_client(at: Place) -> None:
     assert not trials.answers_500(at).failures
 

@@ -97,6 +97,7 @@ def test_without_any_other_newer_call_it_lives_a_whole_life(
     ("error", "call"),
     [(error, call) for error, calls in OPTIONAL.items() for call in calls][:ONE_BY_ONE],
 )
+@pytest.mark.costly
 def test_without_one_of_them_too(
     tmp_path: Path, marked_environment: dict[str, str], error: str, call: str, mode: str
 ) -> None:

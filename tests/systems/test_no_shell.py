@@ -26,6 +26,7 @@ def test_a_whole_life_without_a_shell(
     lived(Surroundings(tmp_path, marked_environment, THROUGH, mode=mode, options=options))
 
 
+@pytest.mark.costly
 def test_no_process_executes_a_shell_where_there_is_one(
     tmp_path: Path, marked_environment: dict[str, str]
 ) -> None:

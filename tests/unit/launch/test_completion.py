@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from socketprotector.demo.cli import command
-from socketprotector.exporter import __main__ as exporter
+from socketprotector.exporter import main as exporter
 from socketprotector.launch import completion
 from socketprotector.launch.options import OPTIONS
 

@@ -17,6 +17,7 @@ import pytest
 
 from tests import needs
 from tests.fleet.hosts import DEPLOY, TOOLS
+from tests.nginx import own_folders
 from tests.running import ROOT, output_of
 
 KUBERNETES = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
@@ -55,7 +56,10 @@ def test_nginx_understands_its_file(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     text = (DEPLOY / "nginx.conf").read_text()
     # Without the log that it would open and the port that it would bind, where only root may.
-    for ours, anyones in (("http {", "http { access_log off;"), ("listen 80;", "listen unix:s;")):
+    for ours, anyones in (
+        ("http {", f"http {{ access_log off; {own_folders(tmp_path)}"),
+        ("listen 80;", "listen unix:s;"),
+    ):
         assert ours in text
         text = text.replace(ours, anyones)
     file = tmp_path / "nginx.conf"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import needs
+from tests.nginx import own_folders
 from tests.procfs import children_of
 from tests.running import Client, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import at_rest, kill_protector, revived, upgrade
@@ -88,7 +89,8 @@ def test_after_the_death_of_nginxs_master_all_answers_come_from_the_new_version(
     def becomes(version: str) -> None:
         conf.write_text(
             "daemon off; worker_processes 2; error_log stderr notice; "
-            f"pid {tmp_path}/{version}.pid; events {{}} http {{ access_log off; server {{ "
+            f"pid {tmp_path}/{version}.pid; events {{}} http {{ access_log off; "
+            f"{own_folders(tmp_path)} server {{ "
             f'listen 127.0.0.1:{port}; location / {{ return 200 "{version}"; }} }} }}'
         )
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests import needs
+from tests.nginx import own_folders
 from tests.running import DEADLINE_S, Protector, eventually
 from tests.stdio.pools import PROGRAMS, pool
 
@@ -31,9 +32,7 @@ daemon off; master_process off; pid {folder}/nginx.pid; error_log {folder}/error
 events {{ }}
 http {{
     access_log off;
-    client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/fastcgi; scgi_temp_path {folder}/scgi;
-    uwsgi_temp_path {folder}/uwsgi;
+    {own_folders}
     server {{
         listen 127.0.0.1:{port};
         location / {{
@@ -91,6 +90,7 @@ def behind(
     port = free_port()
     (tmp_path / "nginx.conf").write_text(
         CONFIGURATION.format(
+            own_folders=own_folders(tmp_path),
             folder=tmp_path,
             port=port,
             kind=kind,

@@ -2,8 +2,8 @@
 
 Which one: that whose values were met least in its file so far, so that a file's tests take
 handoffs, servers, kinds of listener in turns.  The same are chosen in every run, and by every
-process of one.  Tests within one process cost little and are run whole, as are pages, which have
-no common parts.  None is run that is marked `costly`.
+process of one.  Tests within one process cost little and are run whole, unless one at a system
+boundary is `slow`; so are pages, which have no common parts.  None is run that is marked `costly`.
 """
 
 from __future__ import annotations
@@ -28,13 +28,19 @@ def chosen(items: Iterable[pytest.Item]) -> set[pytest.Item]:
     met: Counter[object] = Counter()
     keep: set[pytest.Item] = set()
     for each in tests.values():
-        if each[0].path.relative_to(_ROOT).parts[0] in _RUN_WHOLE:
+        if _is_run_whole(each[0]):
             keep.update(each)
             continue
         one = min(each, key=lambda item: sum(met[value] for value in _values(item)))
         met.update(_values(one))
         keep.add(one)
     return keep
+
+
+def _is_run_whole(item: pytest.Item) -> bool:
+    kind = item.path.relative_to(_ROOT).parts[0]
+    waits = kind == "boundary" and item.get_closest_marker("slow") is not None
+    return kind in _RUN_WHOLE and not waits
 
 
 def mixed(items: Iterable[pytest.Item]) -> list[pytest.Item]:

@@ -297,6 +297,7 @@ def _from_next_door(client: socket.socket) -> None:
         client.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 255)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "host", "both", "hosts"), KINDS)
 def test_clients_get_no_answer_and_try_again_and_those_from_before_notice_nothing(
     family: int, host: str, both: bool, hosts: tuple[str, ...]
@@ -328,6 +329,7 @@ def test_clients_get_no_answer_and_try_again_and_those_from_before_notice_nothin
             assert came((one, one), hosts) == (12 + len(waiting), 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "host", "both", "hosts"), KINDS)
 def test_it_takes_no_privilege_to_have_clients_try_again_later(
     family: int, host: str, both: bool, hosts: tuple[str, ...]
@@ -349,6 +351,7 @@ def test_it_takes_no_privilege_to_have_clients_try_again_later(
     _without_privileges(hold)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "host", "both", "hosts"), KINDS)
 def test_no_generation_begins_with_a_socket_that_an_earlier_one_has_silenced(
     family: int, host: str, both: bool, hosts: tuple[str, ...]
@@ -366,6 +369,7 @@ def test_no_generation_begins_with_a_socket_that_an_earlier_one_has_silenced(
                 each.connects()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [(0,), (1,), (0, 1)])
 def test_without_the_silent_one_clients_come_to_those_that_are_left(
     first: socket.socket, left: tuple[int, ...]

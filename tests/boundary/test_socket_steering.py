@@ -1444,6 +1444,7 @@ def test_a_generation_that_settled_and_hung_leaves_no_client_where_only_question
     assert reloaded.stranded == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numbers", [(1, 0), (0, 1), (0, 0), (1,)])
 def test_a_hold_outlives_a_socket_that_is_shut_down(
     reloaded: World, numbers: tuple[int, ...]
@@ -1464,6 +1465,7 @@ def test_a_hold_outlives_a_socket_that_is_shut_down(
     assert reloaded.waiting() == [0, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numbers", [(0,), (1,), (0, 1), (1, 0), (1, 0, 1)])
 @pytest.mark.parametrize("meant", [0, 1])
 def test_one_that_its_server_has_had_listen_again_is_found(
@@ -1554,6 +1556,7 @@ def test_another_program_that_knows_no_hold_lets_clients_in(reloaded: World) -> 
         late.connects()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("locked", [(0,), (1,), (0, 1)])
 def test_servers_that_lock_their_filters_neither_prevent_a_hold_nor_keep_one(
     reloaded: World, locked: tuple[int, ...]

@@ -95,6 +95,7 @@ def answered_by(pids: set[int], now: Snapshot) -> bool:
     return bool(pids & set(now.pids))
 
 
+@pytest.mark.costly
 @in_every_language
 def test_a_conversation_goes_on_while_its_worker_drains(
     protect: Start, program: tuple[str, ...]

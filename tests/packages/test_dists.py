@@ -67,6 +67,7 @@ def tracked(*folders: str) -> set[str]:
     return {name for name in done.stdout.splitlines() if (ROOT / name).is_file()}
 
 
+@pytest.mark.costly
 def test_they_are_the_same_built_elsewhere_and_from_the_sdists(dists: Path, tmp_path: Path) -> None:
     """What an sdist has is all that it takes; nothing of the machine gets into any of them."""
     for name in SDISTS:

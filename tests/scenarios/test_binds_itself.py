@@ -232,6 +232,7 @@ def _answers(daemon: Protector) -> bool:
         return client.recv(100).startswith(b"HTTP/1.")
 
 
+@pytest.mark.costly
 def test_one_that_is_thought_ready_and_takes_no_client_is_reported(protector: Command) -> None:
     command = ("--name", "web", "--ready", "after:1ms", "127.0.0.1:0", "--", "sleep", "1000")
     daemon = protector(*command).ready()
@@ -270,6 +271,7 @@ def test_one_that_was_handed_the_socket_and_accepts_no_client_is_reported(
         assert "takes nobody" in run("list").out
 
 
+@pytest.mark.costly
 def test_one_of_two_sockets_that_a_server_ignores_is_reported(protector: Command) -> None:
     options = ("--handoff", "listener", "--ready", "after:1ms", "127.0.0.1:0", "127.0.0.1:0")
     first = "import socket; s = socket.socket(fileno=3)\nwhile True: s.accept()[0].close()"

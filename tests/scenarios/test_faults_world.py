@@ -24,6 +24,7 @@ from tests.scenarios.tools import EITHER_HANDOFF, hold, pid_in, spawned, worker
 Start = Callable[..., Protector]
 
 
+@pytest.mark.costly
 def test_the_wall_clock_decides_nothing() -> None:
     """It may jump: so it is only read for people, and compared with nothing."""
     wall = {"time.time", "time.localtime", "time.gmtime", "time.strftime", "datetime.now"}

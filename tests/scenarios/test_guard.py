@@ -669,6 +669,7 @@ def test_a_stop_that_the_protector_did_not_come_to_take_is_for_the_next_one_at_o
     assert [dies() for _ in range(4)] == [0, 0, 0.1, 0.2]
 
 
+@pytest.mark.costly
 def test_term_in_the_back_off_stops_in_order_if_the_protector_is_well_again(
     broken: Installation, tmp_path: Path
 ) -> None:

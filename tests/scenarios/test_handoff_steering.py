@@ -245,6 +245,7 @@ def test_one_that_is_rolled_back_serves_its_clients(served_by: Starter, tmp_path
     assert wait_gone([other]) == []
 
 
+@pytest.mark.costly
 def test_a_release_that_never_serves_gets_no_client(served_by: Starter, tmp_path: Path) -> None:
     """It accepts from the moment at which it runs, but no client is sent there."""
     release = Release(tmp_path / "server")

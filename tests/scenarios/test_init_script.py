@@ -208,6 +208,7 @@ def test_the_lines_of_the_file_are_the_environment_of_the_daemon_but_not_our_own
     assert Path(f"/proc/{worker}/cwd").readlink() == Path("/")
 
 
+@pytest.mark.costly
 def test_a_line_of_the_file_changes_nothing_in_the_script_whatever_its_name(
     machine: Machine,
 ) -> None:
@@ -817,7 +818,7 @@ def test_one_whose_folder_was_removed_is_named_and_gets_no_second_one(
     pid, worker = machine.pid(), worker_of(address)
     shutil.rmtree(machine.run_directory())
     try:
-        others = ("start", "stop", "reload", "try-restart") if guard == "yes" else ()
+        others = ("start", "reload") if guard == "yes" else ()
         for action, status in (("status", 4), ("restart", 1), *((each, 1) for each in others)):
             assert machine.run(action, "web") == status
             assert f"process {pid} still runs, but {machine.pid_file()} was removed" in (
@@ -933,6 +934,7 @@ def test_bad_arguments_are_2(machine: Machine, words: list[str]) -> None:
 # --- several instances --------------------------------------------------------
 
 
+@pytest.mark.costly
 def test_an_action_is_for_all_instances_or_for_the_named_one(machine: Machine) -> None:
     machine.configure("default")
     machine.configure("api")
@@ -968,6 +970,7 @@ def test_an_action_is_for_all_instances_or_for_the_named_one(machine: Machine) -
     assert list(machine.run_directory().parent.iterdir()) == []
 
 
+@pytest.mark.costly
 def test_all_are_stopped_at_once_however_long_one_still_serves(machine: Machine) -> None:
     machine.configure("a", OPTIONS="--stop-timeout 10m")
     machine.configure("b")

@@ -274,6 +274,7 @@ def test_systemd_hears_of_no_reload_any_more(
 haproxy = needs.programs("haproxy")
 
 
+@pytest.mark.costly
 @haproxy
 @pytest.mark.parametrize("handoff", WORKERS)
 def test_behind_haproxy_no_request_fails(

@@ -150,6 +150,7 @@ def test_one_that_is_well_is_left_alone_idle_and_under_load(
     assert web.pids(1) == [pid]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("command", [(*OBEYS, "4"), ASYNCIO], ids=["threads", "asyncio"])
 def test_one_that_drains_or_retires_does_not_hang_however_long_it_takes(
     operated: Operating, command: tuple[str, ...]

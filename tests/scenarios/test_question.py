@@ -198,6 +198,7 @@ def test_a_release_that_takes_no_connection_serves_nobody(
     daemon.stop()
 
 
+@pytest.mark.costly
 @EITHER_HANDOFF
 def test_what_it_was_asked_is_in_no_count(operated: Operating, asked: Asked) -> None:
     one = operated("--ready", "http:/healthz", *SHORT, command=(str(asked.release.path),))
@@ -284,6 +285,7 @@ def test_the_worker_that_says_ready_is_not_ready_before_the_answer(
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_connection_that_waits_for_data_was_not_accepted(
     protector: Starter, asked: Asked
 ) -> None:

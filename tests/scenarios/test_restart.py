@@ -63,6 +63,7 @@ def _more_than(count: int, now: Snapshot) -> bool:
     return now.connections > count
 
 
+@pytest.mark.costly
 @EITHER_HANDOFF
 def test_restarts_under_load_refuse_and_reset_no_client(
     service: Service, handoff: str, free_port: Callable[[], int]

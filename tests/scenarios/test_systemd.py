@@ -535,6 +535,7 @@ def test_the_units_command_lines_start_and_reload(unit: Unit) -> None:
     assert list(unit.runtime.iterdir()) == []
 
 
+@pytest.mark.costly
 def test_a_reload_of_the_unit_takes_an_edit_and_fails_in_words_on_a_mistake(unit: Unit) -> None:
     unit.settings()
     process = unit.start()

@@ -65,6 +65,7 @@ def test_a_seed_that_has_once_failed(handoff: str) -> None:
     assert f"seeds {seeds[0]} to {seeds[-1]}" in told
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("handoff", ["connection", "listener"])
 def test_the_same_seed_is_the_same_life(handoff: str) -> None:
     words = ("--handoff", handoff, "--seed", "7", "--steps", "500")

@@ -83,6 +83,7 @@ def test_so_is_a_forbidden_one(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("mode", ["connection", "listener"])
 @pytest.mark.parametrize(("error", "calls"), OPTIONAL.items(), ids=str)
 def test_without_any_other_newer_call_it_lives_a_whole_life(

@@ -16,6 +16,7 @@ from tests.systems.life import ELSEWHERE, Surroundings, lived
 SOURCE = Path(__file__).with_name("musl.c")
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("mode", ["connection", "listener"])
 def test_a_whole_life_where_the_c_library_answers_as_musl_does(
     tmp_path: Path, marked_environment: dict[str, str], mode: str

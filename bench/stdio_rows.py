@@ -59,7 +59,7 @@ def ours() -> list[str]:
         handoff = ["--handoff", "stdio", "--workers", str(PLACES)]
         return [program, "-f", *handoff, "ADDRESS", "--", *PROGRAM]
     pools = str(min(os.cpu_count() or 1, PLACES))
-    pool = [sys.executable, "-I", "-m", "socketprotector.stdio", "--at-once", str(PLACES)]
+    pool = [sys.executable, "-I", "-m", "socketprotector.programs.stdio", "--at-once", str(PLACES)]
     worker = [*pool, "--of", pools, "--", *PROGRAM]
     return [program, "-f", "--workers", pools, "ADDRESS", "--", *worker]
 

@@ -47,9 +47,7 @@ def dotted(path: Path) -> str:
 MODULES = {dotted(path): path for path in sorted(DAEMON.rglob("*.py"))}
 #: A folder, those in it included.
 #: The sample is a link to what stands beside it.
-ROOMS = sorted(
-    {path.parent.name for path in DAEMON.glob("*/__init__.py")} - {"stdio", "sample_client"}
-)
+ROOMS = sorted({path.parent.name for path in DAEMON.glob("*/__init__.py")} - {"sample_client"})
 
 
 def room_of(module: str) -> str:
@@ -153,11 +151,10 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     assert not waiting, f"in a circle, or above one: {sorted(waiting)}"
 
 
-def test_beside_the_folders_there_is_only_what_is_executed_by_name() -> None:
-    """`python -m socketprotector.stdio`, and what older programs that still run execute."""
+def test_beside_the_folders_there_is_only_what_starts_the_protector() -> None:
     beside = {module for module in MODULES if not room_of(module)}
 
-    assert beside == {"", "__main__", "legacy", "relay", "stdio", "stdio.__main__", "watch"}
+    assert beside == {"", "__main__"}
 
 
 @together("room", [name for name in MODULES if MODULES[name].stem == "__init__"])

@@ -14,7 +14,7 @@ from tests.c.building import SANITIZED, compiled, shared_folder
 from tests.channel import Channel, Worker
 
 #: What turns a command into one that the protector can start.
-ADAPTER = (sys.executable, "-I", "-m", "socketprotector.legacy", "--")
+ADAPTER = (sys.executable, "-I", "-m", "socketprotector.programs.legacy.adapter", "--")
 SUN_PATH_BYTES = 108
 
 

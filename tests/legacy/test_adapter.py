@@ -478,7 +478,7 @@ def test_a_command_that_is_not_there_is_one_line(legacy: Legacy) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "usage: python -m socketprotector.legacy -- COMMAND [ARG...]"),
+        ((), "usage: python -m socketprotector.programs.legacy.adapter -- COMMAND [ARG...]"),
         (("--",), "usage: "),
         (("true",), "usage: "),
         (("--", "true"), "must be started by SocketProtector (--handoff legacy)"),

@@ -32,9 +32,8 @@ from tests.scenarios.tools import (
     worker,
 )
 
-#: The last one that writes state and settings in format 2, has all modules in one folder, and
-#: executes its helpers by other paths than today.
-COMMIT = "b9a8a3a0d20b02ae3ec943bcd12ce868dbd1c81e"
+#: The oldest one from which an upgrade in place is promised.
+COMMIT = "eefeebc5b2d2ccd7d02d7c42d6a4a4099953090e"
 MANY = worker("many")
 #: Answers each line as the load client expects it.
 TALKS = 'while read -r line; do echo "[$$] $line"; done'
@@ -313,15 +312,15 @@ def test_relay_watcher_and_configuration_reader_are_found_by_the_paths_of_then(
         relayed()
         earlier.replace()
         mark = len(daemon.log.seen)
-        os.kill(helper("relay"), signal.SIGKILL)
-        os.kill(helper("watch"), signal.SIGKILL)
+        os.kill(helper("log_relay"), signal.SIGKILL)
+        os.kill(helper("file_watch"), signal.SIGKILL)
         daemon.log.wait_for("event=relay-ended", after=mark)
         relayed()
         daemon.log.wait_for("event=watching", after=mark)
         configuration.says(first, f"127.0.0.1:{second}")
         daemon.reload()
         assert pid_in(ask(("127.0.0.1", second))) in spawned(daemon)
-        before = helper("relay"), helper("watch")
+        before = helper("log_relay"), helper("file_watch")
 
         upgraded(daemon)
 
@@ -329,7 +328,7 @@ def test_relay_watcher_and_configuration_reader_are_found_by_the_paths_of_then(
         changed("a.py")
         configuration.says(first)
         daemon.reload()
-        assert (helper("relay"), helper("watch")) == before
+        assert (helper("log_relay"), helper("file_watch")) == before
         served(load)
     assert load.snapshot().failures == ()
     daemon.stop()

@@ -17,7 +17,7 @@ ANSWERS = 'read line; echo "[$$] $line"'
 def pool(at_once: int, *command: str | Path, of: int = 1, shell: bool = False) -> tuple[str, ...]:
     """The command of a worker that starts programs."""
     return (
-        *(sys.executable, "-I", "-m", "socketprotector.stdio"),
+        *(sys.executable, "-I", "-m", "socketprotector.programs.stdio"),
         *("--at-once", str(at_once), "--of", str(of)),
         *(("--shell",) if shell else ()),
         *("--", *map(str, command)),

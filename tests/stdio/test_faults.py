@@ -165,7 +165,7 @@ def test_a_pool_whose_places_are_taken_does_not_listen(channel: Channel) -> None
 def test_a_wrong_call_is_answered_in_a_line(
     options: tuple[str, ...], said: str, channel: Channel
 ) -> None:
-    worker = channel.spawn(sys.executable, "-I", "-m", "socketprotector.stdio", *options)
+    worker = channel.spawn(sys.executable, "-I", "-m", "socketprotector.programs.stdio", *options)
 
     assert worker.wait() == 2
     text = channel.log.read_text()

@@ -5,7 +5,7 @@ connections from it; end of file means drain.  This program is a worker on one s
 (docs/protocol.md) and that stream's writer on the other.  Run with a worker's
 environment, COMMAND becomes its child:
 
-    python -m socketprotector.legacy -- COMMAND [ARG...]
+    python -m socketprotector.programs.legacy.adapter -- COMMAND [ARG...]
 
 Rule: what waits, waits in the channel.  A stream holds two connections at most that the child
 has not read, because those are lost with the child; and this process at most one.
@@ -376,7 +376,7 @@ def end_like(code: int) -> None:
 
 def main() -> None:
     if sys.argv[1:2] != ["--"] or len(sys.argv) < 3:
-        say(f"usage: python -m {PROGRAM} -- COMMAND [ARG...]")
+        say("usage: python -m socketprotector.programs.legacy.adapter -- COMMAND [ARG...]")
         sys.exit(2)
     try:
         code = Adapter(sys.argv[2:], dict(os.environ)).run()

@@ -1,5 +1,5 @@
 """A worker that starts a program for each connection, with that as stdin and stdout.
 
-Executed as `python -m socketprotector.stdio`; docs/stdio.md is what users see.  It stays as long
-as the service, so it imports little.
+Executed as `python -m socketprotector.programs.stdio`; docs/stdio.md is what users see.  It stays
+as long as the service, so it imports little.
 """

@@ -1,4 +1,4 @@
-"""python -I -m socketprotector.stdio --at-once N [--of POOLS] [--shell] [--file PATH] -- COMMAND
+"""python -I -m socketprotector.programs.stdio --at-once N [OPTION...] -- COMMAND [ARG...]
 
 Started by SocketProtector as a worker.  Exit status 2: used in a wrong way; 111: COMMAND cannot
 be started, or a system call failed.

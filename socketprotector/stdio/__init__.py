@@ -1,1 +1,0 @@
-"""The name under which programs/stdio is executed: see `__main__` here."""

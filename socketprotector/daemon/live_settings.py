@@ -51,7 +51,6 @@ class LiveSettings:
     @property
     def settings(self) -> Settings:
         """Those that hold."""
-        assert self.record.current is not None
         return self.record.current
 
     def read(self, *, dry_run: bool) -> None:

@@ -107,14 +107,10 @@ class LogRelay:
         relay: what was left of RELAY, outputs: of OUTPUT.
         """
         self._shared = relay.get("read", {}).get("", -1)
-        older = "tail" in relay
-        if older:  # it answers no questions
-            os.close(relay["tail"][""])
         lines = relay.get("line", {})
         for number, fds in outputs.items():
             for name, fd in fds.items():
                 generation, _, pid = name.partition(".")
-                os.set_blocking(fd, False)  # an older program's is not
                 self._keep(int(number), WorkerPipe(fd, int(generation), int(pid)))
         found = [
             (Process(int(pid), fd), lines.pop(pid, -1))
@@ -123,9 +119,9 @@ class LogRelay:
         for fd in lines.values():
             os.close(fd)
         self._begin_to_watch()
-        self._choose(found, older=older)
+        self._choose(found)
 
-    def _choose(self, found: list[tuple[Process, int]], *, older: bool) -> None:
+    def _choose(self, found: list[tuple[Process, int]]) -> None:
         """Go on with one of the relays.
 
         Two, if the program before was killed between giving one away and the other.
@@ -134,11 +130,7 @@ class LogRelay:
             self._spawn()
             return
         # One that cannot be told of new workers is of no use.
-        usable = [
-            (process, line)
-            for process, line in found
-            if not process.has_ended() and line >= 0 and not older
-        ]
+        usable = [each for each in found if not each[0].has_ended() and each[1] >= 0]
         chosen, line = (usable or found)[-1]
         for process, other in found:
             if process is not chosen or not usable:

@@ -445,12 +445,12 @@ def _held(
     descriptors: dict[str, int], snapshot: Snapshot | None
 ) -> tuple[Settings, Sequence[ListenerSettings]]:
     """Return the settings that hold, and all listeners that there may be.  Raises SettingsError."""
-    settings = snapshot.settings.current if snapshot is not None else None
-    if settings is None:
-        fd = descriptors[inherited.SETTINGS]
-        settings = load(os.pread(fd, os.fstat(fd).st_size, 0))
-    candidate = snapshot.settings.candidate if snapshot is not None else None
-    return settings, (candidate or settings).listeners
+    if snapshot is not None:
+        found = snapshot.settings
+        return found.current, (found.candidate or found.current).listeners
+    fd = descriptors[inherited.SETTINGS]
+    settings = load(os.pread(fd, os.fstat(fd).st_size, 0))
+    return settings, settings.listeners
 
 
 def _listeners(

@@ -21,7 +21,6 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 
 from ..core.events import Quiesced, SocketLost, Stranded
@@ -429,19 +428,9 @@ class SocketSteering:
         self._asked = set(record.asked)
         self._asked_from = set(record.asked_from)
         self._restoring.record = record.options
-        if record.hold is not None:
-            self.hold.record = record.hold
-        else:
-            self._end_older_hold()
+        self.hold.record = record.hold
         if not held:
             self.hold.turn(on=False)
-
-    def _end_older_hold(self) -> None:
-        """Have all sockets answer: it went by what now only the third one of each address does."""
-        for each in self._shared:
-            for one in () if each.settings.foreign else each.sockets:
-                with suppress(OSError):
-                    reuseport.answer_all(one)
 
     def quiesce(self, generation: int, *, reads_on: bool = False) -> None:
         """Say when a generation whose turn is over has accepted and read from all its clients.

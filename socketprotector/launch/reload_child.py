@@ -7,8 +7,7 @@ records, each with a descriptor:
     listener N    a socket that was added, bound and listening, and its index
     twin N        the second one of that address, if there is one
     reserved N    a third one, which does not listen, if there is one
-    differences   a memfd with what the new settings change, line by line (not `changes`: an older
-                  resident process would take the reading for one that was only to say that)
+    differences   a memfd with what the new settings change, line by line
     settings      a memfd with the new settings: the last one of a reload
     changes       a memfd with what a reload would change, line by line: where only that is asked
     fixed         a memfd with those of them that need a restart, so that a reload would be refused
@@ -24,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from ..model.errors import Mistaken, Refusal, UsageError
-from ..model.settings import ListenerSettings, Settings, dump, format_of, load
+from ..model.settings import ListenerSettings, Settings, dump, load
 from ..model.text import escape
 from ..system import inherited
 from ..system.cleanup import on_error
@@ -58,14 +57,13 @@ def main() -> int:
     port_owner.protector = os.getppid()
     descriptors = inherited.receive()
     fd = descriptors[inherited.SETTINGS]
-    given = os.pread(fd, os.fstat(fd).st_size, 0)
-    running = load(given)
+    running = load(os.pread(fd, os.fstat(fd).st_size, 0))
     dry = inherited.READER_DRY in descriptors
     line = socket.socket(fileno=descriptors[inherited.READER_DRY if dry else inherited.READER])
     try:
         asked = ask(running.origin.words, running)
         if asked is not None:
-            _answer(line, running, asked, form=format_of(given), dry=dry)
+            _answer(line, running, asked, dry=dry)
     except Refusal as error:
         # Each mistake has a line, whatever a path in it holds.
         reason = str(error) if isinstance(error, Mistaken) else escape(str(error))
@@ -73,10 +71,7 @@ def main() -> int:
     return 0
 
 
-def _answer(
-    line: socket.socket, running: Settings, asked: ParsedOptions, *, form: int, dry: bool
-) -> None:
-    """form: of the settings that the protector can read, which may be an older program."""
+def _answer(line: socket.socket, running: Settings, asked: ParsedOptions, *, dry: bool) -> None:
     notices: list[str] = []
     new = replace(asked.settings, **{name: getattr(running, name) for name in _STAYS})
     stays = [*forbidden(running, new), *_control(running, asked)]
@@ -113,7 +108,7 @@ def _answer(
                     _send(line, f"{kind} {added + index}", each.socket.fileno())
         _send(line, "differences", _memfd("\n".join(_changes(running, new)).encode()))
         new = replace(new, notices=tuple(notices), warnings=tuple(warnings))
-        _send(line, "settings", _memfd(dump(new, form)))
+        _send(line, "settings", _memfd(dump(new)))
 
 
 def _changes(running: Settings, new: Settings) -> list[str]:

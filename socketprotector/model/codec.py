@@ -21,8 +21,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-#: Grows when an older program could not make sense of what is written: 2 has changes, in 3 fields
-#: have other names and settings are written as the state is.
+#: Grows when a program of one format could not make sense of what is written in the other.
 FORMAT = 3
 
 
@@ -59,9 +58,15 @@ def decoding() -> Iterator[None]:
         raise DecodeError(repr(error)) from error
 
 
-def newer_format(form: int) -> NewerError:
-    """Return the error for a format that is not known here."""
-    return NewerError(f"format {form}, this one reads up to {FORMAT}")
+def need_format(written: int) -> None:
+    """Raise DecodeError for what was written in another format than this program's."""
+    if written > FORMAT:
+        raise NewerError(f"format {written}, this one reads up to {FORMAT}")
+    if written < FORMAT:
+        raise DecodeError(
+            f"written by an older program (format {written}, this one reads only {FORMAT}); "
+            "stop that program, then start this one"
+        )
 
 
 def refusal(what: str, error: DecodeError) -> str:
@@ -80,7 +85,6 @@ class Codec:
         classes: Iterable[type],
         *,
         renamed: Mapping[str, str] | None = None,
-        rearranged: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]] | None = None,
         strict: Collection[type] = (),
         added: Collection[str] = (),
         said: Collection[str] = (),
@@ -88,7 +92,6 @@ class Codec:
         """classes: the frozen dataclasses and enums that may occur, each of another name.
 
         renamed: `Class` or `Class.field` as an older program calls it, and today's name.
-        rearranged: for the name of a class, what makes today's fields of those that were read.
         strict: a field that one of these does not have is refused, not dropped.
         added: `Class.field` that older programs do not have: left out while it is at its default.
         said: of these the fields that no program acts on.  Written apart, so that an older program
@@ -109,7 +112,6 @@ class Codec:
                 self._renamed.setdefault(kind, {})[name] = new
             else:
                 self._older[old] = self._classes[new]
-        self._rearranged = rearranged or {}
         self._strict = strict
         self._added: dict[type, dict[str, Any]] = {}
         for each in added:
@@ -269,10 +271,7 @@ class Codec:
 
     def _today(self, known: type, written: dict[str, Any]) -> dict[str, Any]:
         """Return what was written for a class under the names that its fields have now."""
-        name = known.__name__
-        if name in self._rearranged:
-            written = self._rearranged[name](written)
-        renamed = self._renamed.get(name)
+        renamed = self._renamed.get(known.__name__)
         if renamed is None:
             return written
         return {renamed.get(field, field): value for field, value in written.items()}

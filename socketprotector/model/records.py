@@ -155,7 +155,7 @@ class SteeringRecord:
         tuple[int, int], ...
     ] = ()  # a listener of a candidate, and where its clients go
     leaving: tuple[tuple[int, int, float], ...] = ()  # told to finish: with its socket, and when
-    hold: HoldRecord | None = None  # None: of a program whose hold silenced workers' own sockets
+    hold: HoldRecord = field(default_factory=HoldRecord)
     asked: tuple[
         tuple[int, int], ...
     ] = ()  # listeners and sockets: questions by IPv6 alone wait there
@@ -168,7 +168,7 @@ class SteeringRecord:
 class SettingsRecord:
     """The settings that hold, and those that are tried."""
 
-    current: Settings | None = None  # None: as at the start (sp.settings), in states of format 2
+    current: Settings
     candidate: Settings | None = None  # read again, and not used yet
 
 

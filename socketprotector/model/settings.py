@@ -12,14 +12,10 @@ from __future__ import annotations
 import json
 from dataclasses import field
 
-from .codec import FORMAT, Codec, DecodeError, NewerError, decoding, newer_format, refusal
+from .codec import FORMAT, Codec, DecodeError, NewerError, decoding, need_format, refusal
 from .handoff_modes import MODES, HandoffMode
-from .lazy_dataclass import as_dict, frozen
+from .lazy_dataclass import frozen
 from .policy import Policy
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
 
 
 class SettingsError(ValueError):
@@ -161,54 +157,16 @@ class Settings:
 #: All classes that settings are made of.  A field that one of them does not have is refused, or an
 #: option would be dropped without a word.
 CLASSES = (Settings, ListenerSettings, Policy, Identity, Limits, Origin)
-#: What was called otherwise by an older program: see codec.py.
-RENAMED = {"Limits.requests": "connections", "Limits.requests_spread": "spread"}
 #: So that an older program, which reads its configuration by this one, is refused only what it
 #: cannot do.
-ADDED = (
-    "Settings.ready_question",
-    "Settings.status_group",
-    "Settings.health",
-    "Settings.health_every_s",
-    "Settings.health_failures",
-    "Settings.health_timeout_s",
-    "Settings.warnings",
-    "Policy.settle_check",
-    "Policy.lame_duck_s",
-    "Policy.lame_duck_idle_s",
-)
+ADDED = ("Settings.warnings",)
 #: Of these what is for people alone: an older program passes over it.
 SAID = ("Settings.warnings",)
-_CODEC = Codec(CLASSES, renamed=RENAMED, strict=CLASSES, added=ADDED, said=SAID)
-#: The classes of what format 2 has as objects without a name.
-_PARTS = {
-    "listeners": "ListenerSettings",
-    "control": "ListenerSettings",
-    "policy": "Policy",
-    "identity": "Identity",
-    "worker_identity": "Identity",
-    "worker_limits": "Limits",
-    "origin": "Origin",
-}
+_CODEC = Codec(CLASSES, strict=CLASSES, added=ADDED, said=SAID)
 
 
-def dump(settings: Settings, form: int = FORMAT) -> bytes:
-    """Return settings as bytes that `load` reads back.
-
-    form: of the program that is to read them, where that is an older one which has asked.
-    """
-    if form < FORMAT:
-        values = as_dict(settings)
-        for kind, _, name in (each.partition(".") for each in ADDED):
-            mine, plain = values, as_dict(Settings("", (), ""))
-            if kind == "Policy":
-                mine, plain = mine["policy"], plain["policy"]
-            if mine[name] == plain[name] or f"{kind}.{name}" in SAID:
-                del mine[name]
-        former = {new: old.partition(".")[2] for old, new in RENAMED.items()}
-        limits = values["worker_limits"]
-        values["worker_limits"] = {former.get(name, name): limits[name] for name in limits}
-        return json.dumps({"format": form, **values}).encode()
+def dump(settings: Settings) -> bytes:
+    """Return settings as bytes that `load` reads back."""
     return b'{"format":%d,"settings":%b}' % (FORMAT, _CODEC.encode(settings))
 
 
@@ -218,8 +176,10 @@ def load(data: bytes) -> Settings:
     Raises SettingsError for a newer program's, and for anything else.
     """
     try:
-        form, tree = _opened(data)
-        found = _CODEC.value_of(tree if form == FORMAT else from_format_2(tree))
+        with decoding():
+            values = json.loads(data)
+            need_format(values["format"])
+            found = _CODEC.value_of(values["settings"])
         if isinstance(found, Settings):
             if MODES.get(found.handoff) is None:
                 raise NewerError(f"no --handoff {found.handoff} is known")
@@ -227,30 +187,3 @@ def load(data: bytes) -> Settings:
         raise DecodeError(f"they are {type(found).__name__}")
     except DecodeError as error:
         raise SettingsError(refusal("the settings", error)) from error
-
-
-def format_of(data: bytes) -> int:
-    """Return the format that settings were written in, which `load` has read."""
-    return _opened(data)[0]
-
-
-def _opened(data: bytes) -> tuple[int, Any]:
-    with decoding():
-        values = json.loads(data)
-        form = values.get("format", 1)
-        if form > FORMAT:
-            raise newer_format(form)
-        return form, values["settings"] if form == FORMAT else values
-
-
-def from_format_2(values: dict[str, Any]) -> dict[str, Any]:
-    """Return what was read of settings as the codec has it: with the names of the classes."""
-
-    def named(part: str, value: Any) -> Any:
-        if isinstance(value, list):
-            return [named(part, each) for each in value]
-        return {"c": part, "f": value} if value is not None else None
-
-    parts = {name: named(_PARTS[name], values[name]) for name in values.keys() & _PARTS.keys()}
-    plain = {name: value for name, value in values.items() if name != "format"}
-    return {"c": "Settings", "f": plain | parts}

@@ -236,7 +236,8 @@ def reset(listening: socket.socket) -> None:
     What let_in() does; time-outs and linger, which accepted connections inherit; and how much TTL
     packets must have left, which keeps clients out, too.  Raises OSError.
     """
-    answer_all(listening)
+    for level, option in _least_ttl(listening):
+        listening.setsockopt(level, option, 0)
     for option, value in _HARMLESS:
         listening.setsockopt(socket.SOL_SOCKET, option, value)
     let_in(listening)
@@ -251,12 +252,6 @@ def let_in(listening: socket.socket) -> None:
         listening.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, 0)
     with suppress(FileNotFoundError):  # there is none
         listening.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
-
-
-def answer_all(listening: socket.socket) -> None:
-    """Undo what has it drop what clients begin with, as that of silence().  Raises OSError."""
-    for level, option in _least_ttl(listening):
-        listening.setsockopt(level, option, 0)
 
 
 def _least_ttl(one: socket.socket) -> Sequence[tuple[int, int]]:

@@ -15,7 +15,7 @@ import binascii
 import os
 import struct
 
-from ..model.codec import FORMAT, newer_format, refusal
+from ..model.codec import FORMAT, DecodeError, need_format, refusal
 
 #: magic, format, sequence, length, checksum of all before and of the payload; a change has the
 #: sequence of the whole value that it follows.
@@ -87,14 +87,16 @@ class StateFile:
     def read(self) -> tuple[bytes, ...]:
         """Return the newest whole state and its changes.
 
-        Raises StateError when there is none, or when a newer program wrote it.
+        Raises StateError when there is none, or when it is in another format.
         """
         newest = max(self._slots(), default=None)
         if newest is None:
             raise StateError("there is no whole state in the memfd")
         sequence, form, payload = newest
-        if form > FORMAT:
-            raise StateError(refusal("the state", newer_format(form)))
+        try:
+            need_format(form)
+        except DecodeError as error:
+            raise StateError(refusal("the state", error)) from error
         found, at = [payload], _RECORD_BYTES + len(payload)
         while (change := self._record(sequence % 2, at)) and change[:2] == (_CHANGE, sequence):
             found.append(change[3])

@@ -31,7 +31,8 @@ from socketprotector.daemon.event_queue import EventQueue
 from socketprotector.daemon.runtime import Runtime
 from socketprotector.daemon.supervisor import Supervisor
 from socketprotector.daemon.worker_pool import WorkerPool
-from socketprotector.model.records import WorkerRecord
+from socketprotector.model.records import SettingsRecord, WorkerRecord
+from socketprotector.model.settings import Settings
 from socketprotector.system import inherited
 from socketprotector.system.sd_notify import WATCHDOG
 
@@ -88,7 +89,9 @@ class Found:
 
     def __init__(self, away: Away) -> None:
         self.away = away
-        self.snapshot = Snapshot(Fleet(workers_wanted=600))
+        self.snapshot = Snapshot(
+            Fleet(workers_wanted=600), SettingsRecord(Settings("x", ("x",), "/"))
+        )
 
     def adopt(self) -> list[Event]:
         return []

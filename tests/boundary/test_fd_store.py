@@ -16,6 +16,8 @@ from socketprotector.core.fleet import Fleet
 from socketprotector.core.snapshot import Snapshot
 from socketprotector.daemon.checkpoint import Checkpoint
 from socketprotector.daemon.effects import Effects
+from socketprotector.model.records import SettingsRecord
+from socketprotector.model.settings import Settings
 from socketprotector.programs.guard import Guard
 from socketprotector.system import inherited
 from socketprotector.system.inherited import Named
@@ -244,7 +246,8 @@ def test_where_none_is_kept_no_name_stays_of_what_has_come_and_gone() -> None:
         cast(StateFile, None), Store(Outbox(lambda again: None)), cast(Log, None), dict
     )
     pool = SimpleNamespace(descriptors=named)
-    checkpoint.begin(cast(Effects, SimpleNamespace(pool=pool)), lambda: Snapshot(Fleet()))
+    snapshot = Snapshot(Fleet(), SettingsRecord(Settings("x", ("x",), "/")))
+    checkpoint.begin(cast(Effects, SimpleNamespace(pool=pool)), lambda: snapshot)
     named["sp.worker.1.line"] = 3
     del named["sp.worker.1.line"]
 

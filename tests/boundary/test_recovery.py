@@ -15,7 +15,7 @@ import pytest
 from socketprotector.core.fleet import Fleet
 from socketprotector.core.snapshot import Snapshot
 from socketprotector.daemon.recovery import Recovery
-from socketprotector.model.records import WorkerRecord
+from socketprotector.model.records import SettingsRecord, WorkerRecord
 from socketprotector.model.settings import Settings
 from socketprotector.system.inherited import Inherited
 
@@ -37,7 +37,7 @@ def recovery(worker: int, pidfd: int, *records: WorkerRecord, handoff: str) -> R
     effects = SimpleNamespace(live_settings=SimpleNamespace(settings=settings))
     return Recovery(
         cast("Any", effects),
-        Snapshot(Fleet(), workers=records),
+        Snapshot(Fleet(), SettingsRecord(settings), workers=records),
         Inherited({f"sp.worker.{worker}.process": pidfd}),
     )
 

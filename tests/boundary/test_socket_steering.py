@@ -110,7 +110,7 @@ class World:
     ) -> None:
         """Have another program go on, with generations and their sockets; the first one serves.
 
-        record: of the program before, if that was an older one.
+        record: what it finds, where that is not all that the program before has known.
         """
         before, self.steering = self.steering, self._made()
         self.steering.adopt_record(record or before.record(), held=held)
@@ -1730,24 +1730,6 @@ def test_another_program_knows_for_how_long_they_have_tried(reloaded: World, hel
     reloaded.resume((1, 0))
     assert not reloaded.steering.holds
     assert reloaded.steering.hold.late_s == pytest.approx(6.0 if held else 5.0)
-
-
-@pytest.mark.parametrize("held", [True, False])
-def test_a_hold_of_an_older_program_ends_with_it(reloaded: World, held: bool) -> None:
-    """That silenced the sockets of workers.  held: this one is to go on with it."""
-    for one in reloaded.listener.sockets:
-        one.setsockopt(socket.IPPROTO_IP, reuseport.IP_MINTTL, 255)
-    with Unanswered(reloaded.listener.socket.getsockname()) as late:
-        late.tries_again()
-        reloaded.resume((1, 0), (2, 1), held=held, record=SteeringRecord(0))
-        if held:
-            assert there_are(reloaded) == 3
-            on_hold(reloaded, False)
-        late.connects()
-    assert reloaded.waiting() == [0]
-    supersede(reloaded)
-    reloaded.connect()
-    assert reloaded.waiting() == [0, 1]
 
 
 def test_for_a_question_that_waits_not_all_connections_of_the_system_are_gone_through(

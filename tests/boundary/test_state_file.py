@@ -15,13 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from socketprotector.core.events import Deadline
-from socketprotector.core.fleet import Fleet, Generation, Policy, Worker
+from socketprotector.core.fleet import Fleet, Generation, Worker
 from socketprotector.core.snapshot import CLASSES, CODEC, Snapshot
 from socketprotector.daemon import checkpoint
 from socketprotector.model.codec import FORMAT, Codec, DecodeError, NewerError
 from socketprotector.model.lazy_dataclass import frozen, init_of
 from socketprotector.model.records import ForwarderRecord, SettingsRecord, WorkerRecord
-from socketprotector.model.settings import ADDED, Settings
+from socketprotector.model.settings import Settings
 from socketprotector.system import state_file
 from socketprotector.system.state_file import StateError, StateFile
 from tests.rounds import rounds
@@ -29,6 +29,7 @@ from tests.together import together
 
 #: A snapshot with all that can be in it takes 50 ms of a processor to be thought of.
 SNAPSHOTS = rounds(15, 100)
+SETTINGS = SettingsRecord(Settings("x", ("./daemon",), "/"))
 #: What a name of a file or a variable can be: bytes that are no UTF-8 too.
 texts = st.text(st.characters(exclude_categories=()), max_size=8)
 st.register_type_strategy(str, texts)
@@ -126,7 +127,7 @@ def test_a_snapshot_and_what_has_changed_since_is_the_one_that_holds(steps: list
 
 def test_what_has_not_changed_is_not_written_again() -> None:
     workers = tuple(WorkerRecord(number, 1, 100 + number, 0) for number in range(600))
-    before = Snapshot(Fleet(), workers=workers)
+    before = Snapshot(Fleet(), SETTINGS, workers=workers)
     status = replace(workers[300], status="busy")
     after = replace(before, workers=(*workers[:300], status, *workers[301:]))
     fewer = replace(before, workers=(*workers[:300], *workers[301:]))
@@ -134,25 +135,6 @@ def test_what_has_not_changed_is_not_written_again() -> None:
     assert CODEC.changes(before, replace(before)) == b""
     assert len(CODEC.changes(before, after)) < 100
     assert len(CODEC.changes(before, fewer)) < 100
-
-
-@together("name", list(ADDED))
-def test_what_settings_have_more_than_before_and_less_again_is_read(name: str) -> None:
-    """A field at its default is not written, so a change of its parts would change nothing."""
-    kind, _, field = name.partition(".")
-    plain = Settings("x", ("./daemon",), "/")
-    part = plain.policy if kind == "Policy" else plain
-    value = getattr(part, field)
-    more: Any = {tuple: ("one",), float: 1.0, int: 1}.get(type(value), "one")
-    other = more if value is None else value + more
-    part = replace(part, **{field: other})
-    found = replace(plain, policy=part) if isinstance(part, Policy) else part
-    held = [Snapshot(Fleet(), settings=SettingsRecord(each)) for each in (plain, found, plain)]
-    changes = [CODEC.changes(one, other) for one, other in pairwise(held)]
-
-    assert CODEC.decode(CODEC.encode(held[0]), changes[:1]) == held[1]
-    assert CODEC.decode(CODEC.encode(held[0]), changes) == held[2]
-    assert CODEC.decode(CODEC.encode(held[1]), changes[1:]) == held[2]
 
 
 class Colour(Enum):
@@ -195,11 +177,32 @@ def test_an_unknown_field_of_a_strict_class_is_a_newer_program_s() -> None:
         Codec([Thing], strict=[Thing]).decode(b'{"c":"Thing","f":{"size":3,"weight":1}}')
 
 
+def newer_thing(name: str, annotation: str, default: object) -> Any:
+    """The Thing of a newer program, which has one field more."""
+    annotations = {**Thing.__annotations__, name: annotation}
+    defaults = {"colour": Colour.RED, "parts": (), name: default}
+    return frozen(type("Thing", (), {"__annotations__": annotations, **defaults}))
+
+
+def test_what_an_older_program_does_not_know_is_written_only_where_it_is_used() -> None:
+    """A field at its default is not written, so a change of its parts would change nothing."""
+    tagged = newer_thing("tags", "tuple[int, ...]", (1,))
+    newer = Codec([tagged, Colour], strict=[tagged], added=["Thing.tags"])
+    older = Codec([Thing, Colour], strict=[Thing])
+    plain, used = tagged(3), tagged(3, tags=(1, 2))
+    changes = [newer.changes(*each) for each in ((plain, used), (used, plain))]
+
+    assert older.decode(newer.encode(plain)) == Thing(3)
+    with pytest.raises(NewerError, match="does not know tags"):
+        older.decode(newer.encode(used))
+    assert newer.decode(newer.encode(plain), changes[:1]) == used
+    assert newer.decode(newer.encode(plain), changes) == plain
+    assert newer.decode(newer.encode(used), changes[1:]) == plain
+
+
 def test_an_older_program_passes_over_what_is_only_for_people() -> None:
     """Also where it came as a change, and where another field changes after it."""
-    annotations = {**Thing.__annotations__, "notes": "tuple[str, ...]"}
-    defaults = {"colour": Colour.RED, "parts": (), "notes": ()}
-    noted: Any = frozen(type("Thing", (), {"__annotations__": annotations, **defaults}))
+    noted = newer_thing("notes", "tuple[str, ...]", ())
     newer = Codec([noted, Colour], strict=[noted], added=["Thing.notes"], said=["Thing.notes"])
     older = Codec([Thing, Colour], strict=[Thing])
     steps = [noted(3), noted(4, notes=("a",)), noted(5, notes=("a",)), noted(5, notes=("b", "c"))]
@@ -412,13 +415,30 @@ def test_a_state_of_a_newer_program_is_refused_in_words(
     file: StateFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file.write(b"old")
-    monkeypatch.setattr("socketprotector.system.state_file.FORMAT", FORMAT + 1)
+    for module in ("model.codec", "system.state_file"):
+        monkeypatch.setattr(f"socketprotector.{module}.FORMAT", FORMAT + 1)
     file.write(b"new")
     assert file.read() == (b"new",)
     monkeypatch.undo()
 
     with pytest.raises(StateError, match=r"newer program \(format 4, this one reads up to 3\)"):
         StateFile(file.fd).read()
+
+
+def test_a_state_of_an_older_format_is_refused_in_words(
+    file: StateFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("socketprotector.system.state_file.FORMAT", 2)
+    file.write(b"old")
+    monkeypatch.undo()
+
+    with pytest.raises(StateError) as refused:
+        StateFile(file.fd).read()
+
+    assert str(refused.value) == (
+        "the state cannot be read: written by an older program (format 2, this one reads only 3); "
+        "stop that program, then start this one"
+    )
 
 
 def test_what_does_not_fit_leaves_the_state_before(

@@ -795,7 +795,7 @@ class World:
 
     def _settings_of(self, snapshot: Snapshot | None) -> Settings:
         """The settings that hold, as the resident process finds them."""
-        return (snapshot.settings.current if snapshot is not None else None) or self.settings
+        return snapshot.settings.current if snapshot is not None else self.settings
 
     def _only_what_was_found(self, loop: Loop) -> None:
         """See to it that no callback gets events of what another had at its number."""

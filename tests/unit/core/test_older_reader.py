@@ -14,12 +14,18 @@ from socketprotector.core.snapshot import Snapshot
 from socketprotector.model import settings
 
 #: Fields that were added since, each with what older programs do not know.
-ADDED = {"Snapshot.unsaid", "SteeringRecord.hold", "History.health"}
+ADDED: set[str] = set()
 #: Classes and values that all programs know which read format 3.
 KNOWN = """
-Candidate Counts Crash Deadline Fleet ForwarderRecord Generation GenerationRecord History
+Candidate Counts Crash Deadline Fleet ForwarderRecord Generation GenerationRecord History HoldRecord
 LameDuck.off LameDuck.on LameDuck.stopping Next.fresh Next.last-good Phase.abandoned
-Phase.draining Phase.serving Phase.settling Phase.starting Program Reload Retire RunRecord
+Phase.draining Phase.serving Phase.settling Phase.starting Program Reload Report
+ReportKind.channel-broken ReportKind.dry-run ReportKind.dry-run-failed ReportKind.dry-run-passed
+ReportKind.exited ReportKind.held ReportKind.lame-duck ReportKind.lame-duck-off
+ReportKind.lame-duck-on ReportKind.many-draining ReportKind.ready ReportKind.recovered
+ReportKind.refused ReportKind.released ReportKind.reload-failed ReportKind.reloaded
+ReportKind.reloading ReportKind.replacing ReportKind.retrying ReportKind.scaled
+ReportKind.start-failed ReportKind.stopping Retire RunRecord
 SettingsRecord Signal Snapshot State.orphaned State.ready State.retiring State.starting
 State.waiting SteeringRecord Stop.graceful Stop.quick TimerKind.drain TimerKind.hold
 TimerKind.kill TimerKind.lame-duck TimerKind.lame-duck-idle TimerKind.open TimerKind.settle

@@ -52,8 +52,6 @@ def meaning(option: Option) -> str:
         text += "" if text.startswith(with_mode) else f" Only with --handoff {mode}."
     elif refusing:
         text += f" Not with --handoff {' or --handoff '.join(refusing)}."
-    if option.former:
-        text += f" Before: --{option.former}, which works until 1.0."
     return text
 
 

@@ -14,7 +14,7 @@ import click
 from ..model.duration import Duration
 from ..model.errors import UsageError
 from ..model.text import in_units
-from .cli import NAME, Instance, answer, command, plural, say, tell
+from .cli import Instance, answer, command, plural, say, tell
 from .client import Client, Message
 from .errors import ControlError, RequestRefused
 from .fields import listed, number_in
@@ -25,8 +25,6 @@ from .queries import GENERATION, known_generations
 _HOLD_EVERY_S = 1.0
 _HOLD_EACH_S = 5.0
 _LEVELS = ("debug", "info", "warning", "error")
-#: `replace` by the name that protectors of earlier versions know, too.
-_REPLACE = "drain"
 #: So that `scale -1` is a number and no option.
 _NEGATIVE = {"ignore_unknown_options": True}
 
@@ -137,23 +135,13 @@ def replace(instance: Instance, which: str, as_json: bool) -> None:
     """
     with instance.client() as client:
         wanted = _generation_or_pid(which, client.request("status"))
-        result = client.request(_REPLACE, **wanted)
+        result = client.request("replace", **wanted)
     if "generation" in wanted:
         number = wanted["generation"]
         words = f"generation {number} is replaced by one of the same program, and then drains"
     else:
         words = f"worker {number_in(result, 'worker')} is replaced, then asked to leave"
     answer(as_json, result, words)
-
-
-@command(hidden=True)
-@click.argument("which", metavar="GEN|PID")
-@click.pass_context
-def drain(ctx: click.Context, instance: Instance, which: str, as_json: bool) -> None:
-    """The former name of replace."""
-    _ = instance
-    tell(f"{NAME}: drain is called replace now; the old name works until 1.0")
-    ctx.invoke(replace, which=which, as_json=as_json)
 
 
 def _generation_or_pid(which: str, status: Message) -> dict[str, int]:

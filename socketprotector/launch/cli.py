@@ -108,7 +108,7 @@ def _launch(asked: ParsedOptions) -> int:
     files["--control"] = control
     holder = preflight.check_pid_file(settings.pid_file, files, check=check)
     preflight.check_log_file(settings.log_file)
-    notices = [*asked.notices]
+    notices: list[str] = []
     given = activation.passed()
     passed = activation.take(listens, given.given)
     left, released = {}, frozenset[str]()
@@ -154,7 +154,7 @@ def _launch(asked: ParsedOptions) -> int:
             tell(escape(notice))
         hints = [*server_hints.of(settings, listens, typed=False)]
         notices += hints if here or not terminal else []
-        warnings += [*asked.notices, *hints]
+        warnings += hints
         if check:
             valid = f"{asked.config} is valid; " if asked.config else ""
             texts = " ".join(listen.text for listen in listens)
@@ -179,17 +179,14 @@ def _files_of(asked: ParsedOptions) -> dict[str, str | None]:
     }
 
 
-def ask(
-    arguments: Sequence[str], running: Settings | None = None, notices: list[str] | None = None
-) -> ParsedOptions | None:
+def ask(arguments: Sequence[str], running: Settings | None = None) -> ParsedOptions | None:
     """Read a command line, and the file it names; return what is asked for.
 
-    running: of the protector that was started with it and reads it again.  notices: gets what is
-    worth knowing besides a refusal.  Returns None where only help was asked for, and is given.
-    Raises Refusal.
+    running: of the protector that was started with it and reads it again.  Returns None where only
+    help was asked for, and is given.  Raises Refusal.
     """
     words, command = options.split(arguments)
-    resolver = OptionResolver(arguments, command, running, [] if notices is None else notices)
+    resolver = OptionResolver(arguments, command, running)
     try:
         found = COMMAND.main(
             words, prog_name="SocketProtector", standalone_mode=False, obj=resolver
@@ -205,14 +202,11 @@ def main(arguments: Sequence[str]) -> int:
     stand_on_three_descriptors()
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.REQUESTS)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clean up and go
-    asked, notices = None, list[str]()
     try:
         try:
-            asked = ask(arguments, notices=notices)
+            asked = ask(arguments)
             return _launch(asked) if asked is not None else 0
         except Refusal as error:
-            for notice in notices if asked is None else ():  # it names an option by its new name
-                tell(escape(notice))
             # One line, whatever a path in it holds; of a file's mistakes each has its own.
             tell(str(error) if isinstance(error, Mistaken) else escape(str(error)))
             return error.status

@@ -27,7 +27,7 @@ def main(demo: click.Command) -> int:
     found = get_completion_class(shell)
     if found is None or wanted != "complete":
         return 1
-    resolver = OptionResolver([], [], None, [])
+    resolver = OptionResolver([], [], None)
     program = found(cli.COMMAND, {"obj": resolver}, "SocketProtector", VARIABLE)
     before, begun = program.get_completion_args()
     if before[:1] == ["demo"]:

@@ -24,10 +24,9 @@ from ..model.text import escape, in_one_line
 from ..system import env_file
 from . import toml_lines
 from .option_values import FLAG, TIME
-from .options import OPTIONS, Option, renamed, twice
+from .options import OPTIONS, Option
 
 _OPTIONS = {each.key: each for each in OPTIONS}
-_FORMER = {each.former: each.key for each in OPTIONS if each.former}
 
 #: `--chdir /x: ...`, `--limit nofile=x: ...`: how a refusal names what it is about.
 _OPTION = re.compile(r"--([a-z-]+)(?: (?=[^ ]*: |[^ ]+=)|: )")
@@ -55,8 +54,6 @@ class ConfigFile:
         self.values: dict[str, Any] = {}
         #: Of options that are given again and again: name -> value, converted.
         self.tables: dict[str, dict[str, str]] = {}
-        #: What the operator is to know, beside mistakes.
-        self.notices: list[str] = []
         self._mistakes: list[tuple[int, str]] = []
         read, self._places = self._parse()
         for key, value in read.items():
@@ -120,18 +117,12 @@ class ConfigFile:
 
     def _take(self, key: str, value: Any) -> None:
         """Put valid entries into `values`, `tables`, `listens` and `command`."""
-        name = _FORMER.get(key, key)
-        if name != key:
-            if (name,) in self._places:
-                self.mistake((key,), twice(name))
-                return
-            self.notices.append(self._line(self._places.get((key,), 1), renamed(key, name)))
-        if name == LISTEN:
+        if key == LISTEN:
             self._listen(value)
-        elif name == COMMAND:
+        elif key == COMMAND:
             if self._are_strings(key, value, 'a list of words, like ["./daemon", "4321"]'):
                 self.command = tuple(value)
-        elif (option := _OPTIONS.get(name)) is not None:
+        elif (option := _OPTIONS.get(key)) is not None:
             if option.no_key:
                 self.mistake((key,), f"has no place in a file; {option.no_key}")
             else:

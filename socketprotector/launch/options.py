@@ -72,15 +72,14 @@ class Option(click.Option):
         unset: str = "",
         short: str = "",
         no_key: str = "",
-        former: str = "",
         show: Callable[[Any], str] | None = None,
         **more: Any,
     ) -> None:
         """key: its name without dashes, also in a file.  kind: how a value is read.  text: of
         --help; lines after the first are for the manual and the reference.  field: the one of
         Settings that it decides, as "policy.settle_s".  unset: what holds without it, where no
-        default says that.  no_key: why it is not for a file.  former: its name before, which works
-        until 1.0.  show: makes a field's value one for people.  more: for click.
+        default says that.  no_key: why it is not for a file.  show: makes a field's value one for
+        people.  more: for click.
         """
         self.key = key
         self.kind = kind
@@ -89,7 +88,6 @@ class Option(click.Option):
         self.at_reload = at_reload
         self.unset = unset
         self.no_key = no_key
-        self.former = former
         self._show = show
         if kind is FLAG:
             more["is_flag"] = True
@@ -103,20 +101,9 @@ class Option(click.Option):
 
     def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
         super().add_to_parser(parser, ctx)
-        flag = {"action": "store_const", "const": True} if self.kind is FLAG else {}
-        if self.former:
-            parser.add_option(self, [f"--{self.former}"], self.former, **flag)
         if self.key in _ONE_DASH:
+            flag = {"action": "store_const", "const": True} if self.kind is FLAG else {}
             parser.add_option(self, [f"-{self.key}"], self.name, **flag)
-
-    def consume_value(self, ctx: click.Context, opts: Mapping[str, Any]) -> Any:
-        if self.former in opts:
-            old, new = f"--{self.former}", f"--{self.key}"
-            if self.name in opts:
-                raise click.UsageError(f"{old}: {twice(new)}")
-            ctx.obj.notices.append(renamed(old, new))
-            opts = {str(self.name): opts[self.former]}
-        return super().consume_value(ctx, opts)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
         """Return what may stand behind it, by what stands for that in --help."""
@@ -233,7 +220,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "Replace a worker after N connections, varied by up to J; 0: never.\n"
                "As for the next two, its replacement starts first.\n"
                "For workers on the client library, which count.",
-               default="0", former="max-requests"),
+               default="0"),
         Option("max-memory", SIZE, "Replace a worker above this memory size: 500M, 2G; 0: never.",
                "worker_limits.memory_bytes", default="0"),
         Option("max-age", TIME, "Replace a worker of this age; 0: never.",
@@ -351,13 +338,3 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     words = list(arguments)
     at = words.index("--") if "--" in words else len(words)
     return words[:at], words[at + 1 :]
-
-
-def renamed(old: str, new: str) -> str:
-    """Say that an option, or a key, has another name."""
-    return f"{old} is called {new} now; the old name works until 1.0"
-
-
-def twice(new: str) -> str:
-    """Say what is wrong with the old name of an option, or a key, that is given by both."""
-    return f"it is called {new} now, and that is here, too"

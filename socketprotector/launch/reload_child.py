@@ -93,7 +93,6 @@ def _answer(line: socket.socket, running: Settings, asked: ParsedOptions, *, dry
             raise Mistaken("\n".join(cannot))
         warnings = [
             *preflight.notices(new, asked.listens, asked.backlog),
-            *asked.notices,
             *server_hints.of(new, asked.listens, typed=False),
         ]
         notices += server_hints.drain_limits(new)

@@ -43,26 +43,18 @@ class ParsedOptions:
     check: bool
     config: str | None
     control: str | None  # where its socket is to be; None: where it usually is; "": nowhere
-    notices: tuple[str, ...]  # what the operator is to know
 
 
 class OptionResolver:
     """One look at all that was given: a mistake in the file is told with its line."""
 
-    def __init__(
-        self,
-        words: Sequence[str],
-        command: list[str],
-        running: Settings | None,
-        notices: list[str],
-    ) -> None:
+    def __init__(self, words: Sequence[str], command: list[str], running: Settings | None) -> None:
         """words: the command line, with the command that was split off.  running: of a protector
-        that reads it again.  notices: gets what the operator is to know.
+        that reads it again.
         """
         self._words = tuple(words)
         self._behind = command
         self._running = running
-        self.notices = notices
         self.file: ConfigFile | None = None
 
     @property
@@ -99,10 +91,7 @@ class OptionResolver:
             self._refuse_what_is_missing()
         config = file.path if file else None
         control = "" if given["no_control"] else self._path("control")
-        notices = (*self.notices, *(file.notices if file else ()))
-        return ParsedOptions(
-            settings, listens, given["backlog"], given["check"], config, control, notices
-        )
+        return ParsedOptions(settings, listens, given["backlog"], given["check"], config, control)
 
     def _refuse_what_is_missing(self) -> None:
         file = self.file

@@ -29,10 +29,7 @@ _NAMED = re.compile(r"\{fd:(\w+)\}")
 #: What --handoff listener refuses, or an unmodified server cannot have there: the operator has to
 #: choose.
 _REFUSED = {
-    f"--{name}"
-    for each in options.OPTIONS
-    for name in (each.key, each.former)
-    if each.key in {*LISTENER.refuses, "retire-after"}
+    f"--{each.key}" for each in options.OPTIONS if each.key in {*LISTENER.refuses, "retire-after"}
 }
 #: What gunicorn and puma read without being asked to.
 _UNASKED = ("gunicorn.conf.py", "config/puma.rb")

@@ -81,7 +81,6 @@ COMMANDS: Mapping[str, Mapping[str, Kind]] = {
     "crashes": {},
     "diff": {},
     "events": {},
-    "drain": {"generation": _NUMBER, "pid": _NUMBER},  # the name of `replace` until 1.0
 }
 #: For those who may look, and change nothing (--status-group).
 STATUS_COMMANDS = ("status", "history", "events")

@@ -185,52 +185,6 @@ def test_every_option_has_a_key_and_every_key_its_effect(read: Reader, tmp_path:
         assert dataclasses.replace(one, settings=same, config=None) != plain_asked, key
 
 
-def test_a_former_name_works_and_is_reported_once(read: Reader) -> None:
-    listen = 'listen = "1"\n'
-    asked = read(f'{COMMAND}{listen}max-requests = "1000+-50"\n')
-    limits = asked.settings.worker_limits
-    assert (limits.connections, limits.spread) == (1000, 50)
-    assert asked.notices == (
-        f"{read.path} line 3: max-requests is called retire-after now; "
-        "the old name works until 1.0",
-    )
-
-    words = ("--max-requests=7", "--max-requests", "8")
-    asked = read(f"{COMMAND}{listen}", *words, "1", "--", sys.executable, "--max-requests")
-    assert asked.settings.worker_limits.connections == 8
-    assert asked.settings.command[1:] == ("--max-requests",)
-    assert asked.notices == (
-        "--max-requests is called --retire-after now; the old name works until 1.0",
-    )
-    assert read(COMMAND + listen).notices == ()
-
-
-def test_a_key_under_both_its_names_is_a_mistake(read: Reader) -> None:
-    said = read.mistakes(f'{COMMAND}listen = "1"\nretire-after = "9"\nmax-requests = "9"\n')
-
-    assert said == ["line 4: max-requests: it is called retire-after now, and that is here, too"]
-
-
-@pytest.mark.parametrize("order", [1, -1])
-def test_an_option_under_both_its_names_is_refused_in_the_same_words(order: int) -> None:
-    words = ["--retire-after=9", "--max-requests=9"][::order]
-
-    with pytest.raises(UsageError) as refused:
-        cli.ask([*words, "1", "--", sys.executable])
-
-    assert str(refused.value) == (
-        "--max-requests: it is called --retire-after now, and that is here, too; see --help"
-    )
-
-
-def test_a_value_may_look_like_the_former_name_of_an_option(read: Reader) -> None:
-    asked = read(f'{COMMAND}listen = "1"\n', "--name", "--max-requests", "--env=A=-verbose")
-
-    assert asked.settings.name == "--max-requests"
-    assert asked.settings.environment == (("A", "-verbose"),)
-    assert asked.notices == ()
-
-
 def test_help_is_the_same_without_docstrings() -> None:
     said = [
         subprocess.run(

@@ -190,16 +190,6 @@ def test_an_env_file_with_a_mistake_is_refused_with_its_line(typed: Typed, text:
     refused(ended, 2, f"{file} line {text.count(chr(10))}: ")
 
 
-def test_a_refusal_of_an_option_by_its_old_name_says_the_name_of_now(typed: Typed) -> None:
-    ended = typed("--max-requests", "x", "1", "--", "true")
-
-    assert ended.status == 2
-    assert [line.partition(": ")[2] for line in ended.lines] == [
-        "--max-requests is called --retire-after now; the old name works until 1.0",
-        "Invalid value for '--retire-after': 'x': write 1000 or 1000+-100; see --help",
-    ]
-
-
 def test_what_cannot_be_watched_is_refused(typed: Typed) -> None:
     ended = typed("-f", "--watch", "nowhere", "127.0.0.1:0", "--", "true")
 

@@ -431,7 +431,6 @@ def test_each_command_is_answered(operated: Operating) -> None:
         "lame-duck": {"on": False},
         "hold": {"seconds": 0.1},
         "replace": {"pid": 1},
-        "drain": {"pid": 1},
         "kill": {"generation": 77},
         "log-level": {"level": "info"},
     }
@@ -624,7 +623,6 @@ def test_what_drains_already_or_is_not_there_is_not_replaced(
         assert line.refused("replace", pid=old)[0] == "refused"
         missing = ("unknown", "there is no generation 7")
         assert line.refused("replace", generation=7) == missing
-        assert line.refused("drain", generation=7) == missing  # its name until 1.0
         release.becomes(*gate.before(*MANY))
         line.ask("reload")
         assert line.refused("replace", generation=2) == (

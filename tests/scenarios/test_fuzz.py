@@ -25,11 +25,7 @@ INPUTS = rounds(4_000, 1_000_000)
 #: Of one client, before the next one has its turn: one that asks nothing for 30 s is ended.
 BATCH = 25
 #: What may be asked at random.  `stop` and `upgrade` would end the test.
-ASKED = [
-    each
-    for each in COMMANDS
-    if each not in ("stop", "upgrade", "reload", "replace", "drain", "hold")
-]
+ASKED = [each for each in COMMANDS if each not in ("stop", "upgrade", "reload", "replace", "hold")]
 VALUES: tuple[object, ...] = (
     *(None, True, False, 0, -1, 1, 2, 2**31, 2**63, 10**300, 0.5, 1e300, float("nan"), ""),
     *("info", "\ud800", "\x00", "x" * 300, [], {}, [[]] * 50, {"a": {"b": []}}),

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 #: What changes nothing, and so cannot leave anything half done.
 _LOOKS = ("status", "history", "connections", "crashes")
-_NOT_WHILE_STOPPING = ("reload", "upgrade", "lame-duck", "scale", "hold", "replace", "drain")
+_NOT_WHILE_STOPPING = ("reload", "upgrade", "lame-duck", "scale", "hold", "replace")
 _ENDING = (Phase.DRAINING, Phase.ABANDONED)
 
 
@@ -254,8 +254,6 @@ class CommandHandler:
             raise RequestError("refused", "a reload is under way; try again after it")
         self.runtime.post(RenewRequested())
         return {"generation": generation}
-
-    do_drain = do_replace  # its name of old
 
     def _replace_worker(self, fleet: Fleet, pid: int) -> Mapping[str, Any]:
         number = next((r.number for r in self._effects.pool.records() if r.pid == pid), None)

@@ -17,7 +17,6 @@ from socketprotector.ctl.cli import program
 from socketprotector.demo import cli as demo
 from socketprotector.exporter import main as exporter
 from socketprotector.launch import cli
-from socketprotector.launch.options import OPTIONS
 from tests import needs
 from tests.running import ROOT
 from tests.together import together
@@ -67,7 +66,6 @@ def test_every_long_option_that_is_named_exists(page: str) -> None:
     known = options_of(command) | {"--help", "--version"}
     for each in getattr(command, "commands", {}).values():
         known |= options_of(each)
-    known |= {f"--{each.former}" for each in OPTIONS if each.former}
     # Those of the other program are spoken of, too.
     known |= options_of(OTHERS[page]) if page in OTHERS else set()
     known |= options_of(cli.COMMAND) | {"--control", "--control-group", "--no-control"}

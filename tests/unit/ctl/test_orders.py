@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import threading
@@ -124,7 +123,7 @@ def test_a_hold_asks_again_long_before_it_runs_out() -> None:
 
 def test_replace_finds_out_whether_it_is_a_generation_or_a_pid(fake: Fake, ctl: Ctl) -> None:
     fake.status = status(generation(8, "serving", worker(14, 4712), worker(15, 8)))
-    fake.answers["drain"] = lambda _, asked: (
+    fake.answers["replace"] = lambda _, asked: (
         {"generation": 8} if "generation" in asked else {"worker": 16}
     )
 
@@ -138,22 +137,8 @@ def test_replace_finds_out_whether_it_is_a_generation_or_a_pid(fake: Fake, ctl: 
     neither = ctl("replace", "7")
     assert neither.status == 100
     assert "7 is no generation and no worker's pid; generations: 8" in neither.err
-    asked = [each for each in fake.asked if each["command"] == "drain"]
-    # What protectors of earlier versions call it.
-    assert asked == [{"command": "drain", "pid": 4712}, {"command": "drain", "generation": 8}]
-
-
-def test_drain_is_replace_by_its_old_name_and_says_so_once(fake: Fake, ctl: Ctl) -> None:
-    fake.status = status(generation(8, "serving", worker(14, 4712)))
-    fake.answers["drain"] = lambda *_: {"worker": 16}
-
-    said = ctl("drain", "4712")
-
-    assert (said.status, said.out) == (0, "worker 16 is replaced, then asked to leave\n")
-    assert said.err == (
-        "socketprotectorctl: drain is called replace now; the old name works until 1.0\n"
-    )
-    assert "drain" not in re.findall(r"^  (\w+)", ctl("--help").out, re.MULTILINE)
+    asked = [each for each in fake.asked if each["command"] == "replace"]
+    assert asked == [{"command": "replace", "pid": 4712}, {"command": "replace", "generation": 8}]
 
 
 def test_kill_log_level_reopen_and_release(fake: Fake, ctl: Ctl) -> None:

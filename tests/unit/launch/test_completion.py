@@ -65,7 +65,7 @@ def test_a_value_is_what_its_option_takes(completed: Completed) -> None:
 
 def test_an_option_that_says_something_and_a_file_are_not_asked(completed: Completed) -> None:
     assert completed("SocketProtector", "--version", "--help", "--gua") == ["plain,--guard"]
-    line = ("SocketProtector", "--config", "/no/such", "--max-requests", "5", "--gua")
+    line = ("SocketProtector", "--config", "/no/such", "--retire-after", "5", "--gua")
     assert completed(*line) == ["plain,--guard"]
 
 

@@ -64,7 +64,7 @@ def test_the_line_has_what_was_typed_and_what_the_server_wants(typed: str, made:
         "8000 -- nginx -c own.conf",
         "8000 9000 -- uvicorn app",
         "--retire-after 100 8000 -- gunicorn app",
-        "--max-requests=100 8000 -- gunicorn app",
+        "--retire-after=100 8000 -- gunicorn app",
     ],
 )
 def test_where_it_is_not_certain_there_is_none(typed: str) -> None:

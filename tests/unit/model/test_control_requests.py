@@ -32,10 +32,8 @@ VALID: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "scale": st.fixed_dictionaries({"to": st.integers(1, 1_000_000)})
     | st.fixed_dictionaries({"by": st.integers(-1_000_000, 1_000_000)}),
     "hold": st.fixed_dictionaries({"seconds": st.floats(0.1, 86_400) | st.integers(1, 86_400)}),
-    **dict.fromkeys(
-        ("replace", "drain"),
-        st.fixed_dictionaries({"generation": NUMBERS}) | st.fixed_dictionaries({"pid": NUMBERS}),
-    ),
+    "replace": st.fixed_dictionaries({"generation": NUMBERS})
+    | st.fixed_dictionaries({"pid": NUMBERS}),
     "kill": st.fixed_dictionaries({"generation": NUMBERS}),
     "log-level": st.fixed_dictionaries(
         {"level": st.sampled_from(["debug", "info", "warning", "error"])}

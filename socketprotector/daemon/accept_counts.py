@@ -23,6 +23,7 @@ from .accept_watch import ASKING_SHARE
 
 #: Of generations for which there was no mark of their own.
 NO_MARK = 0
+_OTHERS_WAIT = "clients wait there with the mark of another generation"
 
 
 @mutable
@@ -62,6 +63,9 @@ class AcceptCounts:
             raise OSError(errno.EOPNOTSUPP, "all generations accept from it")
         one = listener.socket_for(socket_number)
         used = {its for index, its in taken if index == listener.index} - {NO_MARK}
+        if accept_marks.mark_of(one) in used and listener.has_waiting(socket_number):
+            # It keeps the mark: a program that goes on after a kill must come to the same.
+            raise OSError(errno.EBUSY, _OTHERS_WAIT)
         mark = NO_MARK
         with suppress(OSError):  # no descriptor to ask with, say, or the kernel does not tell
             mark = self._unused(listener, socket_number, used)
@@ -70,7 +74,7 @@ class AcceptCounts:
             # They have one of those, whoever accepts them.
             had |= accept_marks.mark(one, NO_MARK, used)
             if not had.isdisjoint(used):
-                raise OSError(errno.EBUSY, "clients wait there with the mark of another generation")
+                raise OSError(errno.EBUSY, _OTHERS_WAIT)
             mark = NO_MARK
         return listener.index, mark
 

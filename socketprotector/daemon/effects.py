@@ -182,7 +182,9 @@ class Effects:
             case Open(number, fresh, dry_run):
                 self._open(number, fresh, dry_run=dry_run)
             case Spawn(number, worker, slot) if number in self.generations:
-                self.pool.spawn(worker, slot, self.generations[number])
+                generation = self.generations[number]
+                self.steering.grow(number, generation.channel.knows_of)
+                self.pool.spawn(worker, slot, generation)
             case Signal(worker, kind):
                 self.pool.signal(worker, kind)
             case Retire(worker):

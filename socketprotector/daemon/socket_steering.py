@@ -101,6 +101,8 @@ class SocketSteering:
         #: Generations, each with a listener whose socket they do not have: it was
         #: bound, or added, after they had been started.
         self.unserved: frozenset[tuple[int, int]] = frozenset()
+        #: Those of them whose later workers have that socket, beside others that do not.
+        self._partly_served: frozenset[tuple[int, int]] = frozenset()
         self.current = 0  # to which new clients come
         self._accepting: dict[int, int] = {}  # generation -> socket number
         #: Those that were told to finish and live on: the socket, and when.
@@ -149,6 +151,16 @@ class SocketSteering:
         self._accepting[generation] = socket_number
         self._steer_while_starting()
         self._watch()
+
+    def grow(self, generation: int, knows: Callable[[int], bool]) -> None:
+        """A generation is about to get another worker, which has the sockets that there are now.
+
+        knows: whether its workers have a listener, by index.
+        """
+        its = {each for each in self.unserved if each[0] == generation and knows(each[1])}
+        if not its <= self._partly_served:
+            self._partly_served |= its
+            self._persist()  # before it accepts: the next program waits for its clients, too
 
     def waiting(self, generation: int, knows: Callable[[int], bool]) -> int | None:
         """Return how many clients wait for a generation to accept them; None: it is not known.
@@ -291,6 +303,7 @@ class SocketSteering:
             self._take_back(generation, socket_number, gone=False)
         self._discard_questions()
         self.unserved = frozenset(each for each in self.unserved if each[0] != generation)
+        self._partly_served &= self.unserved
         self._quiescing.end(generation)
         self._watch()
 
@@ -414,6 +427,7 @@ class SocketSteering:
             tuple(self._asked),
             tuple(self._asked_from),
             self._restoring.record,
+            tuple(self._partly_served),
         )
 
     def adopt_record(self, record: SteeringRecord, *, held: bool) -> None:
@@ -423,6 +437,7 @@ class SocketSteering:
         """
         self.current = record.socket_number
         self.unserved = frozenset(record.unserved)
+        self._partly_served = frozenset(record.partly_served)
         self._expected = dict(record.expected)
         self._leaving = {generation: (its, at) for generation, its, at in record.leaving}
         self._asked = set(record.asked)
@@ -487,11 +502,12 @@ class SocketSteering:
     def _own(self, socket_number: int, generation: int = 0) -> list[Listener]:
         """The pairs whose socket of this number gets no new clients while the other one does.
 
-        generation: only those that it has.
+        generation: only those that it has, or some of its workers.
         """
         owners = self._given_back and socket_number == 0
         pairs = [each for each in self._pairs if not (owners and each.settings.foreign)]
-        return [each for each in pairs if (generation, each.index) not in self.unserved]
+        without = self.unserved - self._partly_served
+        return [each for each in pairs if (generation, each.index) not in without]
 
     def _still_come(self, generation: int) -> bool:
         """Say whether new clients come to it, or have until now.
@@ -635,6 +651,7 @@ class SocketSteering:
             if common or its == socket_number
         }
         self.unserved |= without
+        self._partly_served -= without
         self._bound(listener)
         lost = {generation for generation, _ in without}
         newest = max(self._accepting, default=0)

@@ -162,6 +162,7 @@ class SteeringRecord:
     asked_from: tuple[tuple[int, int, str], ...] = ()  # of IPv4: from where they come
     #: A generation (0: none yet), a listener, and its socket's options then.
     options: tuple[tuple[int, int, str], ...] = ()
+    partly_served: tuple[tuple[int, int], ...] = ()  # of the unserved: later workers have it
 
 
 @frozen

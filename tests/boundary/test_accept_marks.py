@@ -194,6 +194,18 @@ def test_where_a_client_of_another_one_waits_nothing_is_known(
         assert counts.enter(0, first) == ()
 
 
+@pytest.mark.usefixtures("told")
+def test_the_next_program_finds_the_same_where_a_client_of_another_one_waits(
+    counts: AcceptCounts, two: list[Listener]
+) -> None:
+    """The first was killed before it had written down that nothing is known any more."""
+    first = counts.enter(0, ())
+    with socket.create_connection(two[0].socket.getsockname()):
+        assert counts.enter(0, first) == ()
+
+        assert counts.enter(0, first) == ()
+
+
 def test_with_a_socket_that_all_share_nothing_is_known(two: list[Listener]) -> None:
     two[0].go_on_without(1)
 

@@ -348,6 +348,42 @@ def test_a_client_that_another_generation_must_accept_holds_nothing_up(reloaded:
     assert reloaded.quiesced == [1]
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_socket_that_only_a_later_worker_has_is_waited_for(world: World, killed: bool) -> None:
+    """Else that worker is told to finish with clients that it has not read from."""
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    world.steering._replace(world.listener, 0)
+    world.steering.grow(1, lambda index: True)
+    world.steering.enter(2, world.steering.free)
+    world.connect()
+    if killed:
+        assert world.written is not None
+        world.resume((1, 0), (2, 1), record=world.written)
+    supersede(world)
+    world.pass_time(3 * QUIET_S)
+    assert world.quiesced == []
+
+    world.accept(0)
+    world.pass_time(2 * QUIET_S)
+
+    assert world.quiesced == [1]
+
+
+def test_a_socket_that_no_worker_has_is_not_waited_for(world: World) -> None:
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    world.steering._replace(world.listener, 0)
+    world.steering.grow(1, lambda index: False)
+    world.steering.enter(2, world.steering.free)
+    world.connect()
+    supersede(world)
+
+    world.pass_time(2 * QUIET_S)
+
+    assert world.quiesced == [1]
+
+
 def test_an_unread_client_that_came_before_is_waited_for_and_no_later_one(
     reloaded: World,
 ) -> None:

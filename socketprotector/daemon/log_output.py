@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import field
 
@@ -110,6 +110,14 @@ class Output:
         finally:
             os.close(write)
         self._relay.read_from(number, WorkerPipe(read, generation, given.pid))
+
+    def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
+        """Keep the pipes of living workers, and of a few that have ended.
+
+        living, numbers: how many workers live, and which.
+        """
+        if self._relay is not None:
+            self._relay.close_oldest(living, numbers)
 
     def reopen(self) -> None:
         """Open the log file anew under its name, after a rotation.  Raises OSError."""

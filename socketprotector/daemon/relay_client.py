@@ -2,7 +2,8 @@
 
 The protector keeps the read end of every pipe, too, so that the relay's death breaks no worker's
 output; the next relay reads on.  A worker's pipe is kept until its last writer has exited, which
-may be a process that the worker has left behind.
+may be a process that the worker has left behind.  Of such pipes there are a few at most: workers
+that come and go could otherwise take all our descriptors, and no client could be accepted.
 
 A stopped relay would block each worker that writes, once its pipe is full.  The kernel does not
 report that, and we must not poll while idle.  The first byte a worker writes starts a timer; as
@@ -20,8 +21,9 @@ import socket
 import struct
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 
+from ..model.fd_budget import LEFT_BEHIND
 from ..model.lazy_dataclass import frozen
 from ..system import inherited
 from ..system.cleanup import on_error
@@ -48,8 +50,11 @@ _LONGEST_S = 10.0
 _AGAIN_S = 0.1
 #: How long the end waits for the relay, which ends at once unless a process still writes.
 _END_S = 3.0
-#: What it is told: a worker's pipe, a question for its last words, where lines go.
-_PIPE, _WORDS, _PLACE = "+", "?", "="
+#: What it is told: a worker's pipe, to close it, a question for its last words, where lines go.
+_PIPE, _CLOSE, _WORDS, _PLACE = "+", "-", "?", "="
+_CLOSED_HINT = (
+    "a process that writes there gets SIGPIPE; see: ls -l /proc/*/fd/* | grep pipe:.{pipe}"
+)
 
 
 @frozen
@@ -289,6 +294,29 @@ class LogRelay:
             pass  # there was no memory for it
         os.close(pipe.read)
 
+    def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
+        """Close pipes that processes of ended workers keep open, the oldest first, down to a few.
+
+        living, numbers: how many workers have not ended, and which.
+        """
+        over = len(self._workers) - living - LEFT_BEHIND
+        if over <= 0:
+            return
+        for number in sorted(self._workers.keys() - numbers())[:over]:
+            pipe = self._workers[number]
+            if not events_of(pipe.read, 0):  # otherwise the relay sees the end by itself
+                self._log.write(
+                    "warning",
+                    "output-closed",
+                    generation=pipe.generation,
+                    worker=number,
+                    pid=pipe.pid,
+                    hint=_CLOSED_HINT.format(pipe=os.fstat(pipe.read).st_ino),
+                )
+                self._unsaid.append((_CLOSE, number))
+            self._let_go(number)
+        self._say()
+
     def _look_later(self, number: int) -> None:
         self._loop.call_after(("output", number), _AGAIN_S, lambda: self._left(number))
 
@@ -315,7 +343,7 @@ class LogRelay:
             fd, text = _STDERR if kind == _PLACE else -1, f"{kind}{number}"
             if kind == _PIPE and pipe is not None:
                 fd, text = pipe.read, f"{text} {pipe.generation} {pipe.pid}"
-            if fd >= 0 or kind == _WORDS:  # else it has closed that pipe meanwhile
+            if fd >= 0 or kind in (_WORDS, _CLOSE):  # else it has closed that pipe meanwhile
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _DESCRIPTOR.pack(fd))]
                 try:
                     self._line.sendmsg([text.encode()], rights if fd >= 0 else [], _FLAGS)

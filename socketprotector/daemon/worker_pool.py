@@ -520,3 +520,5 @@ class WorkerPool:
         self._loop.cancel(("hear", number))
         self._loop.cancel(("word", number))
         self._post(self._post_mortem.close(worker, end, spoken_with=self.spoken_with))
+        living = len(self._records) + len(self.groups.numbers)
+        self._output.close_oldest(living, lambda: {*self._records, *self.groups.numbers})

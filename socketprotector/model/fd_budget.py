@@ -10,20 +10,26 @@ from .settings import Settings
 
 #: For all else: standard files, listeners, state, channels, guard, relay, and what a start takes.
 _OTHERS = 32
+#: So many ended workers' pipes are kept, beside those of the workers, for processes that they left.
+LEFT_BEHIND = 32
 _RAISE = "raise that (ulimit -Hn, LimitNOFILE= of a unit)"
 
 
 def of_a_worker(settings: Settings) -> int:
     """Return how many descriptors one worker keeps: process, notify socket, line, what is asked."""
-    ours = settings.log_file is not None or not settings.foreground
-    relayed = settings.log_prefix or (ours and settings.log_relay)
     acks = settings.ready in ("ack", *question.ASKED)
-    return 3 + relayed + acks
+    return 3 + _relayed(settings) + acks
 
 
 def most(settings: Settings, hard: int) -> int:
     """Return how many workers a hard limit of descriptors has room for; one is always tried."""
-    return max(1, (hard - _OTHERS) // of_a_worker(settings))
+    others = _OTHERS + LEFT_BEHIND * _relayed(settings)
+    return max(1, (hard - others) // of_a_worker(settings))
+
+
+def _relayed(settings: Settings) -> bool:
+    ours = settings.log_file is not None or not settings.foreground
+    return settings.log_prefix or (ours and settings.log_relay)
 
 
 def refused(settings: Settings, wanted: int, hard: int) -> str | None:

@@ -11,6 +11,7 @@ On stdin are lines for syslog, if it is a pipe; they may begin with <N>, sd-daem
 SEQPACKET socket on which the protector says:
 
     +NUMBER GENERATION PID   with a pipe: a worker's output.  PREFIXED 1: each line says whose it is
+    -NUMBER                  reads what a pipe has and closes it, although a process may still write
     =                        with a descriptor: where lines go from now on (after a rotation)
     ?NUMBER                  asks for the worker's last words.  Answered with NUMBER, a newline and
                              the last bytes of all that was in its pipe by then, which have been
@@ -119,6 +120,11 @@ class Relay:
             data = os.read(stream.fd, _READ_BYTES)
         except BlockingIOError:
             return 0
+        self.take(stream, data)
+        return len(data)
+
+    def take(self, stream: Stream, data: bytes) -> None:
+        """Pass on what one has written; b"" is its end."""
         stream.tail = (stream.tail + data)[-TAIL_BYTES:]
         if self.kind == "lines" and not stream.prefix:
             self.carry_whole(stream, data)
@@ -126,7 +132,13 @@ class Relay:
             self.carry_lines(stream, data)
         if not data:
             self.end(stream)
-        return len(data)
+
+    def carry_all(self, number: int) -> Stream | None:
+        """Pass on all that a worker's pipe has; return its stream unless that has ended."""
+        for _ in range(_READS):
+            if number not in self.known or not self.carry(self.known[number]):
+                break
+        return self.known.get(number)
 
     def carry_whole(self, stream: Stream, data: bytes) -> None:
         """Write what is there as it is, up to the end of a line: so no line is torn apart."""
@@ -155,7 +167,7 @@ class Relay:
         return prefix + line
 
     def end(self, stream: Stream) -> None:
-        """Its last writer has gone."""
+        """Its last writer has gone, or is not read any more."""
         # Before closing: the protector has the pipe open, too, so it would stay in the set
         # (epoll(7)).
         self.epoll.unregister(stream.fd)
@@ -182,6 +194,10 @@ class Relay:
             self.line = None
         elif data[:1] == b"?":
             self.answer(line, int(data[1:]))
+        elif data[:1] == b"-":
+            stream = self.carry_all(int(data[1:]))
+            if stream is not None:
+                self.take(stream, b"")
         elif fds and data[:1] == b"=":
             os.dup2(fds[0], 1)
             os.close(fds[0])
@@ -196,10 +212,7 @@ class Relay:
 
     def answer(self, line: socket.socket, number: int) -> None:
         """Tell a worker's last words, once all that it has written is passed on."""
-        for _ in range(_READS):
-            if number not in self.known or not self.carry(self.known[number]):
-                break
-        stream = self.known.get(number)
+        stream = self.carry_all(number)
         tail = stream.tail if stream is not None else self.ended.get(number, b"")
         try:
             line.send(b"%d\n" % number + tail, _FLAGS)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Set
 from itertools import islice
 
 from ..model.lazy_dataclass import mutable, replace
@@ -119,6 +119,11 @@ class Groups:
         """Look at all groups as soon as there is time: one of them may have ended."""
         for number in self._groups:
             self._look_soon(number, 0.0)
+
+    @property
+    def numbers(self) -> Set[int]:
+        """Return the numbers of the leaders."""
+        return self._groups.keys()
 
     def records(self) -> tuple[WorkerRecord, ...]:
         """Return what is known of the leaders."""

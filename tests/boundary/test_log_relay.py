@@ -212,6 +212,24 @@ def test_a_pipe_that_is_announced_again_is_the_same(start: Start, file: int) -> 
     assert written(file) == b"one\n"
 
 
+def test_a_pipe_that_is_to_be_closed_is_read_to_where_it_is(start: Start, file: int) -> None:
+    """Though a process that the worker left could still write; the others are read on."""
+    told = start("lines", file, prefixed=True)
+    closed, other = told.pipe(1, 1, 11), told.pipe(2, 1, 22)
+    os.write(closed, b"one\nno end")
+    told.say(b"-1")
+    told.say(b"-99")
+    assert told.ask(1) == b"one\nno end"
+    with pytest.raises(BrokenPipeError):
+        os.write(closed, b"never read\n")
+    os.write(other, b"read on\n")
+    for fd in (closed, other):
+        os.close(fd)
+
+    assert told.end() == 0
+    assert written(file) == b"[1 11] one\n[1 11] no end\n[1 22] read on\n"
+
+
 def test_last_words_are_one_s_own_and_known_after_its_end(start: Start, file: int) -> None:
     told = start("lines", file)
     pipes = {number: told.pipe(number, 1, number) for number in range(8)}

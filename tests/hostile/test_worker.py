@@ -7,14 +7,18 @@ one of its generation serves clients; then a good release is loaded.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
 import pytest
 
+from socketprotector.model.fd_budget import LEFT_BEHIND
 from tests.hostile.attacked import GOOD, Attacked
-from tests.running import wait_gone
+from tests.procfs import descriptors
+from tests.running import eventually, wait_gone
 from tests.scenarios.tools import worker
 
 pytestmark = pytest.mark.timeout(120)
@@ -106,6 +110,62 @@ def test_one_that_is_not_ready_yet_holds_up_no_client(
         os.kill(hostile, signal.SIGKILL)
         one.start.wait_for("event=reload-failed")
     one.release.becomes(*good)
+    one.works()
+
+
+#: Is ready, and leaves a process that has its pipe and says `heard` when the gate closes.  The
+#: worker of the first slot serves.
+LEAVES = f"""
+case $SOCKETPROTECTOR_WORKER in
+    0) echo '{ACK}' >&$EINHORN_SOCK_FD; exec {shlex.join(GOOD)} --silent;;
+esac
+setsid sh -c 'exec 3<"$0"; echo there; read x <&3; echo heard-$1; exec sleep 600' GATE \
+    $SOCKETPROTECTOR_GENERATION &
+echo '{ACK}' >&$EINHORN_SOCK_FD
+exec sleep 600
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("--guard", "--log-prefix")], ids=["alone", "guarded"])
+def test_what_its_processes_in_other_sessions_keep_open_is_bounded(
+    attacked: Attacked, options: tuple[str, ...]
+) -> None:
+    """Each has its worker's pipe: those of the workers that ended last can still be read."""
+    folder, each, releases = attacked.start.folder, 25, 4
+    gate = folder / "gate"
+    os.mkfifo(gate)
+    holds = os.open(gate, os.O_RDWR)
+    attacked.release.becomes("/bin/sh", "-c", LEAVES.replace("GATE", str(gate)))
+    leaves = attacked.release.path.read_text()
+    good = f"echo '{ACK}' >&$EINHORN_SOCK_FD; exec {shlex.join(GOOD)} --silent"
+    attacked.release.becomes("/bin/sh", "-c", good)
+    one = attacked.up(*options, "--workers", str(each + 1), "--ready", "ack")
+    # A few come and go: a request, what the guard is just told.
+    before = {pid: len(descriptors(pid)) + 8 for pid in one.processes()}
+
+    one.release.write(leaves)
+    for left in range(each, each * releases + 1, each):
+        one.start.reload()
+        one.serves()
+        eventually(lambda left=left: one.start.log.count("there\n") == left, "them all")  # type: ignore[misc]
+    one.release.becomes("/bin/sh", "-c", good)
+    one.start.reload()
+    one.start.wait_for(f"event=drained generation={releases + 1}")
+
+    eventually(
+        lambda: all(len(descriptors(pid)) <= n + LEFT_BEHIND for pid, n in before.items()),
+        "a bound",
+    )
+    assert one.start.log.count("event=output-closed") == each * releases - LEFT_BEHIND
+    os.close(holds)
+    eventually(lambda: one.start.log.count("heard-") == LEFT_BEHIND, "the newest ones' lines")
+    assert len(re.findall(r"heard-5$", one.start.log, re.MULTILINE)) == each
+    for pid in one.strays():
+        with suppress(ProcessLookupError):  # the others' line has ended them
+            os.kill(pid, signal.SIGKILL)
+    eventually(
+        lambda: all(len(descriptors(pid)) <= n for pid, n in before.items()), "those of before"
+    )
     one.works()
 
 

@@ -30,7 +30,7 @@ import signal
 import socket
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -270,6 +270,9 @@ class Output:
     @contextmanager
     def opened(self, number: int, generation: int) -> Iterator[Opened]:
         yield Opened()
+
+    def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
+        assert living == len(numbers())
 
     def last_words(self, number: int, start: int, done: Callable[[str], None]) -> None:
         if self._chance() < 0.5:

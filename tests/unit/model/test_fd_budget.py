@@ -44,6 +44,13 @@ def test_as_many_as_there_is_room_for_are_not_refused_and_one_more_is() -> None:
     assert "ulimit -Hn" in said
 
 
+def test_with_a_relay_there_is_room_for_what_ended_workers_leave() -> None:
+    with_relay, without = settings(log_prefix=True), settings(ready="ack")
+
+    room = fd_budget.most(without, 1024) - fd_budget.most(with_relay, 1024)
+    assert room * fd_budget.of_a_worker(with_relay) == fd_budget.LEFT_BEHIND
+
+
 def test_one_worker_is_never_refused() -> None:
     assert fd_budget.refused(settings(), 1, 10) is None
 

@@ -152,11 +152,6 @@ class Reload:
             self._stops()
         if self.verdict is not None:
             return
-        if self.dry_run and "dry_run" not in status:
-            version = f"version {status.get('version')}"
-            reason = f"called off: {version} goes on with what was started, and has no dry run"
-            self.verdict = Verdict(False, self.generation, reason)
-            return
         self._wanted = number_in(status, "workers_wanted") or self._wanted
         reloads = [
             each

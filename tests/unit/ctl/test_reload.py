@@ -192,28 +192,6 @@ def test_its_verdict_is_in_the_status_after_an_upgrade(
     assert ctl("reload", "--dry-run").status == status
 
 
-@pytest.mark.parametrize("serves", [True, False])
-def test_a_protector_without_dry_runs_that_goes_on_is_told_and_not_waited_for(
-    fake: Fake, ctl: Ctl, serves: bool
-) -> None:
-    """As where the version that a guard starts after a kill is an older one."""
-
-    def then(connection: Connection) -> None:
-        del fake.status["dry_run"]
-        if serves:
-            fake.status["generations"] = [generation(9, "serving", worker(15))]
-            fake.status["route"] = 9
-        connection.cut()
-
-    reloading(fake, then)
-
-    said = ctl("reload", "--dry-run", "--timeout", "30s")
-
-    assert said.status == 3
-    assert ("generation 9 serves" in said.err) == serves
-    assert "has no dry run" in said.err
-
-
 def test_its_last_words_are_in_that_too(fake: Fake, ctl: Ctl) -> None:
     def then(connection: Connection) -> None:
         reason = "exited with status 1; its last words:\nno database"

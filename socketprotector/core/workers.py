@@ -30,7 +30,10 @@ from .step import Step
 
 #: So many are started, or let go, until the loop turns: a few milliseconds' work.
 AT_ONCE = 8
-_REPLACES, _STATE = attrgetter("replaces"), attrgetter("state")
+#: Dead workers' process groups, each of which takes descriptors: so many may live on, or twice as
+#: many as there are to be workers.
+MOST_ORPHANS = 64
+_NUMBER, _REPLACES, _STATE = attrgetter("number"), attrgetter("replaces"), attrgetter("state")
 
 
 def worker_ready(step: Step, number: int, retires: bool) -> None:
@@ -88,6 +91,16 @@ def _end_orphans(
         step.end_worker(left)
     else:
         step.retire(left)
+        _end_oldest_orphans(step)
+
+
+def _end_oldest_orphans(step: Step) -> None:
+    """End what has lived on the longest, where there is too much of it."""
+    orphans = [each for each in step.fleet.alive() if each.state is State.ORPHANED]
+    over = len(orphans) - max(MOST_ORPHANS, 2 * step.fleet.workers_wanted)
+    for oldest in sorted(orphans, key=_NUMBER)[: max(0, over)]:
+        if Deadline(TimerKind.WORKER_KILL, oldest.number) not in step.fleet.timers:
+            step.end_worker(oldest)
 
 
 def _is_last_taker(fleet: Fleet, number: int) -> bool:

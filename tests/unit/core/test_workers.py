@@ -27,6 +27,7 @@ from socketprotector.core.events import (
     WorkerSignal,
 )
 from socketprotector.core.fleet import Policy
+from socketprotector.core.workers import MOST_ORPHANS
 from socketprotector.model.backoff import backoff_s
 from tests.together import together
 from tests.unit.conftest import Story
@@ -54,6 +55,34 @@ def test_a_worker_that_dies_is_replaced_at_once_in_its_slot(story: Story) -> Non
         StartTimer(Deadline(TimerKind.WORKER_START, 3), 60.0),
     ]
     assert story.when(WorkerReady(3)) == [CancelTimer(Deadline(TimerKind.WORKER_START, 3))]
+
+
+def test_of_too_many_groups_of_dead_workers_the_oldest_is_ended_once(story: Story) -> None:
+    story.given_serving()
+    first = 1
+    for number in range(first, first + MOST_ORPHANS):
+        done = story.when(WorkerExited(number, CRASHED, served_s=60.0, orphans=True))
+        assert Retire(number) in done
+        assert not any(isinstance(each, Signal) for each in done)
+        story.when(WorkerReady(number + 1))
+
+    for number in (first + MOST_ORPHANS, first + MOST_ORPHANS + 1):
+        oldest = number - MOST_ORPHANS
+        done = story.when(WorkerExited(number, CRASHED, served_s=60.0, orphans=True))
+        assert [each for each in done if isinstance(each, Signal)] == [
+            Signal(oldest, WorkerSignal.TERM)
+        ]
+        assert StartTimer(Deadline(TimerKind.WORKER_KILL, oldest), 5.0) in done
+        story.when(WorkerReady(number + 1))
+
+
+def test_twice_as_many_groups_as_workers_may_live_on(story: Story) -> None:
+    story.given_serving(workers=MOST_ORPHANS)
+    dead = range(1, 1 + MOST_ORPHANS)
+    for number in (*dead, *(each + MOST_ORPHANS for each in dead)):
+        done = story.when(WorkerExited(number, CRASHED, served_s=60.0, orphans=True))
+        assert not any(isinstance(each, Signal) for each in done)
+        story.when(WorkerReady(number + MOST_ORPHANS))
 
 
 def test_from_the_third_quick_death_on_the_next_worker_waits(story: Story) -> None:

@@ -312,6 +312,7 @@ class SocketSteering:
         if not self._ended:  # else new clients are refused, and that stays so
             self._restoring.end(generation, socket_number, self._accepting, gone=gone)
         if self._accepting and max(self._accepting) < generation:
+            self._mend_all()
             self._steer()
 
     def _questions_at(self, listener: Listener, number: int) -> int | None:
@@ -556,14 +557,18 @@ class SocketSteering:
         self._steer_while_starting()
 
     def _steer_while_starting(self) -> None:
-        """Steer again and again while a release starts: its workers can take the clients.
+        """Repair again and again while a release starts: its workers can take the clients.
 
-        By clearing SO_REUSEPORT, or by a filter for the group.
+        By clearing SO_REUSEPORT, or by a filter for the group; or they connect the socket.
         """
         newest = max(self._accepting, default=0)
         starts = self._accepting.get(newest, self.current) != self.current
-        if starts and self._pairs and not self._ended:
-            self._loop.call_after("steer", _STEER_AGAIN_S, self._steer)
+        if starts and self._shared and not self._ended:
+            self._loop.call_after("steer", _STEER_AGAIN_S, self._repair)
+
+    def _repair(self) -> None:
+        self._mend_all()
+        self._steer()
 
     def number_for(self, listener: Listener) -> int:
         """Return to which of its sockets new clients come, or after a hold."""
@@ -606,6 +611,13 @@ class SocketSteering:
             self._replace(listener, socket_number)
         # By a timer: a worker that does it again and again must not keep us busy.
         self._loop.call_after(_MEND, _MEND_AGAIN_S, self._watch)
+
+    def _mend_all(self) -> None:
+        """Mend what does not listen and has not told so: one that was connected does not hang up."""
+        for each in self._shared:
+            for number in range(len(each.sockets)):
+                if not each.is_alive(number):
+                    self.mend(each, number)
 
     def _make_ready(self, listener: Listener, socket_number: int, generation: int) -> None:
         """Have no generation begin with what an earlier one has done to a socket."""

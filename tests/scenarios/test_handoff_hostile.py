@@ -189,6 +189,25 @@ def test_a_release_that_shuts_a_unix_socket_down_and_hangs_is_given_up_at_once(
     daemon.stop()
 
 
+def test_a_socket_that_a_failed_release_has_connected_is_bound_anew(
+    protector: Starter, tmp_path: Path
+) -> None:
+    """It is common to all generations, and does not hang up: nothing wakes the protector."""
+    release, gate = Release(tmp_path / "daemon"), Gate(tmp_path / "gate")
+    release.becomes(*GOOD)
+    listen = "127.0.0.1:0?defer_accept=1"
+    daemon = protector(*MODE, *QUICK, listen, "--", release.path).ready()
+    release.becomes(*worker("connects_its_socket", gate.path))
+    daemon.signal(signal.SIGHUP)
+    daemon.log.wait_for("^waits$")
+    release.becomes(*GOOD)  # the same file is executed by the next one
+    gate.open()
+    daemon.log.wait_for("event=reload-failed generation=2 ")
+
+    assert served(("127.0.0.1", daemon.port)) in spawned(daemon)
+    daemon.stop()
+
+
 @needs.ANOTHER_USER
 def test_releases_that_break_a_socket_which_cannot_be_bound_again_keep_no_client_out(
     command: Command,

@@ -1,10 +1,15 @@
 """Dataclasses with slots that compile nothing when they are defined.
 
-`@dataclass` compiles its functions in each process anew: six of an immutable class, a millisecond,
-and the resident process has a hundred classes.  No client is accepted while a new program starts,
-at an upgrade or after a kill.  So how values are compared, hashed and shown is here once, for all
-of them; `__init__` is compiled with the second object of a class, of most there is one or none; and
-what `dataclasses` wants to know of a class is found out when it first asks.
+`@dataclass` compiles the functions of each class in each process: six for an immutable class.  The
+resident process has more than a hundred classes, and accepts no client while a new program starts,
+at an upgrade or after a kill.  So comparing, hashing and showing a value is written here once for
+all classes.  `__init__` is compiled with the second object of a class, because most classes have
+one object or none.  What `dataclasses` wants to know of a class is found out when it first asks.
+
+With `@dataclass(slots=True)` instead, a program that resumes needs 1.24 times the CPU: 313 ms
+against 261, on a busy machine with Python 3.11.  The medians of `python -m bench upgrade survive`
+become 1.46 and 1.15 times as long, by 228 and 220 ms.  RssAnon of an idle protector grows by
+0.8 MB.  These are medians of 25 pairs, the two alternating in one run.
 """
 
 from __future__ import annotations

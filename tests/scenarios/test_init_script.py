@@ -70,11 +70,14 @@ class Machine:
         )
         return file
 
-    def run(self, *words: str, path: Path | None = None) -> int:
-        """Run the script; return its exit status, and keep what it said."""
+    def run(self, *words: str, path: Path | None = None, before: tuple[str, ...] = ()) -> int:
+        """Run the script; return its exit status, and keep what it said.
+
+        before: the words of a command that executes it.
+        """
         environment = {**self._environment, **({"PATH": str(path)} if path else {})}
         done = subprocess.run(
-            [shutil.which(self._shell) or "sh", str(SCRIPT), *words],
+            [*before, shutil.which(self._shell) or "sh", str(SCRIPT), *words],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -861,6 +864,18 @@ def test_a_lock_of_another_program_on_a_left_pid_file_is_no_protector(machine: M
             assert machine.run(action, "web") == status
             assert f"another process locks {machine.pid_file()}" in machine.output
     assert machine.run("status", "web") == 1
+
+
+@needs.ANOTHER_USER
+def test_a_protector_whose_process_is_hidden_from_a_user_is_running(machine: Machine) -> None:
+    machine.configure()
+    machine.start()
+    user = "setpriv --reuid=65534 --regid=65534 --clear-groups"
+    hidden = f"mount -t proc -o hidepid=2 proc /proc && exec {user}"
+
+    words = ("unshare", "--mount", "sh", "-c", f'{hidden} "$@"', "sh")
+    assert machine.run("status", "web", before=words) == 0, machine.output
+    assert "is running" in machine.output
 
 
 def test_a_killed_protector_is_dead_with_its_pid_file_left_and_starts_again(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from socketprotector.ctl import api
 from socketprotector.model import handoff_modes
 from tests.together import together
 
@@ -224,8 +225,8 @@ def test_a_program_of_its_own_needs_only_the_standard_library(module: str) -> No
     assert strangers(path) <= {*sys.stdlib_module_names, "socketprotector_client", "watchfiles"}
 
 
-#: Of socketprotectorctl what asks a control socket; the exporter uses it, too.
-ASKING = ("client", "discovery", "errors", "fields", "message", "query_all")
+#: Of socketprotectorctl what asks a control socket; `api` is what other distributions import.
+ASKING = ("api", "client", "discovery", "errors", "fields", "message", "query_all")
 
 
 @together("name", ASKING)
@@ -237,10 +238,23 @@ def test_what_asks_a_control_socket_needs_only_the_standard_library(name: str) -
 
 
 @together("module", [m for m in MODULES if room_of(m) == "exporter"])
-def test_the_exporter_takes_of_the_others_what_asks_control_sockets(module: str) -> None:
-    taken = {each for each in siblings(module) if room_of(each) == "ctl"}
+def test_the_exporter_imports_the_public_module_of_ctl_and_no_other(module: str) -> None:
+    taken = {each for each in siblings(module) if room_of(each) != "exporter"}
 
-    assert taken <= {f"ctl.{each}" for each in ASKING}
+    assert taken <= {"", "ctl.api"}
+
+
+def test_the_public_module_of_ctl_has_only_names_that_the_exporter_imports() -> None:
+    taken = {
+        name
+        for module in MODULES
+        if room_of(module) == "exporter"
+        for base, names in names_of(MODULES[module])
+        if base == "socketprotector.ctl.api"
+        for name in names
+    }
+
+    assert set(api.__all__) == taken
 
 
 #: Modules of the client library for one framework each, which no other module imports; and

@@ -2,5 +2,5 @@
 
 The protector has no HTTP server inside; the exporter is a separate process: if it dies, no service
 is affected.
-May import: ctl, model, system.
+May import: ctl.
 """

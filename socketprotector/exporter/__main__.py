@@ -8,13 +8,12 @@ from __future__ import annotations
 import os
 import sys
 
-from ..model.errors import lack_of_memory
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_STATUS = 111  # errors.SystemRefused's
+_STATUS = 111  # SystemRefused's
+_FREE_MEMORY = "raise the limit (ulimit -v, LimitAS= of a unit), or free some"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,10 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return program.main(arguments)
     except (MemoryError, ImportError) as error:  # `ulimit -v`
-        lack = lack_of_memory(error)
-        if not lack:
+        if isinstance(error, ImportError) and ".so" not in str(error):
             raise  # the installation is incomplete
-        os.write(2, f"socketprotector-exporter: {lack}\n".encode())
+        lack = f"out of memory ({error})".removesuffix(" ()")
+        os.write(2, f"socketprotector-exporter: {lack}: {_FREE_MEMORY}\n".encode())
         os._exit(_STATUS)
 
 

@@ -30,7 +30,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from socketserver import BaseRequestHandler
 
-from ..ctl.fields import Status, is_lame_duck, measure, why_not_ready
+from ..ctl.api import (
+    Status,
+    is_lame_duck,
+    measure,
+    why_not_ready,
+)
 from .bounded import CONNECTION_S, BoundedServer
 from .collector import ProtectorCollector
 

@@ -12,12 +12,16 @@ from collections.abc import Sequence
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from ..ctl import discovery
-from ..ctl.errors import NoProtector
-from ..ctl.fields import unhealthy, why_not_ready
-from ..ctl.query_all import SocketAnswer, ask_all
-from ..model.errors import UsageError
-from ..model.text import escape
+from ..ctl.api import (
+    NoProtector,
+    SocketAnswer,
+    UsageError,
+    ask_all,
+    discovery,
+    escape,
+    unhealthy,
+    why_not_ready,
+)
 from .counters import Counters
 from .joined import Joined
 from .metrics import MetricSet

@@ -9,7 +9,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable
 
-from ..ctl.fields import Status, label, listed, measure
+from ..ctl.api import (
+    Status,
+    label,
+    listed,
+    measure,
+)
 
 #: Of a generation, where its workers count (docs/control.md).
 COUNTED = ("accepted", "finished", "errors", "lost")

@@ -19,8 +19,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from .. import __version__
-from ..model.errors import UsageError
-from ..model.text import escape
+from ..ctl.api import UsageError, escape
 from .bounded import CONNECTION_S, BoundedServer
 from .collector import ProtectorCollector
 from .token_file import read_token

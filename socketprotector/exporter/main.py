@@ -20,11 +20,17 @@ from typing import Any
 import click
 
 from .. import __version__
-from ..ctl import discovery
-from ..model.errors import Refusal, SystemRefused, UsageError
-from ..model.text import escape, in_one_line, whole
-from ..system import env_file
-from ..system.terminal import stand_on_three_descriptors
+from ..ctl.api import (
+    Refusal,
+    SystemRefused,
+    UsageError,
+    discovery,
+    env_file,
+    escape,
+    in_one_line,
+    stand_on_three_descriptors,
+    whole,
+)
 
 NAME = "socketprotector-exporter"
 DEFAULT = "127.0.0.1:9517"

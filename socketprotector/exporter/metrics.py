@@ -18,7 +18,15 @@ from prometheus_client.core import HistogramMetricFamily as Histogram
 from prometheus_client.core import InfoMetricFamily as Info
 from prometheus_client.core import Metric
 
-from ..ctl.fields import Status, is_lame_duck, label, listed, measure, serves, standing_dry_run
+from ..ctl.api import (
+    Status,
+    is_lame_duck,
+    label,
+    listed,
+    measure,
+    serves,
+    standing_dry_run,
+)
 from .counters import BUCKETS, RESULTS, Counters
 
 PHASES = ("starting", "serving", "reloading", "settling", "stopping", "waiting")

@@ -21,9 +21,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from .. import __version__
-from ..model.errors import UsageError
-from ..model.text import in_units
-from ..system import env_file
+from ..ctl.api import UsageError, env_file, in_units
 from .names import Names
 from .peers_file import Peer, parse
 from .peers_model import Host, NoMetrics, Scan

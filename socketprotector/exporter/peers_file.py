@@ -13,8 +13,7 @@ import ipaddress
 import re
 from dataclasses import dataclass
 
-from ..model.errors import UsageError
-from ..model.text import escape
+from ..ctl.api import UsageError, escape
 
 _REMARK = re.compile(r"(^|\s)#.*")
 _ADDRESS = re.compile(

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..model import text
+from ..ctl.api import text
 from .metrics import PHASES
 from .web_series import rounded
 

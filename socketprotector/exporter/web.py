@@ -28,9 +28,12 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..model.errors import SystemRefused, UsageError
-from ..model.text import whole
-from ..system.cleanup import on_error
+from ..ctl.api import (
+    SystemRefused,
+    UsageError,
+    on_error,
+    whole,
+)
 from .peers import Peers
 from .visits import Visits
 from .web_hub import Hub

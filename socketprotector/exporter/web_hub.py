@@ -19,10 +19,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from .. import __version__
-from ..ctl.client import LONGEST_LINE, VERSION, Message, connect
-from ..ctl.errors import NoProtector, RequestRefused
-from ..ctl.message import message_in
-from ..ctl.query_all import SocketAnswer
+from ..ctl.api import (
+    LONGEST_LINE,
+    VERSION,
+    Message,
+    NoProtector,
+    RequestRefused,
+    SocketAnswer,
+    connect,
+    message_in,
+)
 from .collector import labels
 from .peers import Peers
 from .peers_model import Host

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..ctl.fields import (
+from ..ctl.api import (
     Status,
     failing,
     is_lame_duck,
@@ -17,13 +17,13 @@ from ..ctl.fields import (
     listed,
     measure,
     number_in,
+    quantile_us,
     standing_dry_run,
+    text,
     text_in,
     unhealthy,
     waits_of,
 )
-from ..model import text
-from ..model.waits import quantile_us
 from .web_series import SPARKLINES, History, Key, Window, key_of, rounded
 from .web_text import cut, event_line, line, verdict_of
 

@@ -8,8 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..ctl.fields import Status, label, measure, number_in, text_in
-from ..model import text
+from ..ctl.api import (
+    Status,
+    label,
+    measure,
+    number_in,
+    text,
+    text_in,
+)
 
 _LINE_CHARACTERS = 240
 #: The end of last words says what happened.

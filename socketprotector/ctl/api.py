@@ -1,0 +1,74 @@
+"""What other distributions may import of this one: socketprotector-exporter imports nothing else.
+
+It finds control sockets, queries them and reads the answers; with what a program beside the
+protector needs for its own messages, files and exit statuses.  Standard library only.
+A name is changed or removed here only together with the exporter.
+"""
+
+from __future__ import annotations
+
+from ..model import text
+from ..model.errors import Refusal, SystemRefused, UsageError
+from ..model.text import escape, in_one_line, in_units, whole
+from ..model.waits import quantile_us
+from ..system import env_file
+from ..system.cleanup import on_error
+from ..system.terminal import stand_on_three_descriptors
+from . import discovery
+from .client import LONGEST_LINE, VERSION, Message, connect
+from .errors import NoProtector, RequestRefused
+from .fields import (
+    Status,
+    failing,
+    is_lame_duck,
+    label,
+    listed,
+    measure,
+    number_in,
+    serves,
+    standing_dry_run,
+    text_in,
+    unhealthy,
+    waits_of,
+    why_not_ready,
+)
+from .message import message_in
+from .query_all import SocketAnswer, ask_all
+
+__all__ = [
+    "LONGEST_LINE",
+    "VERSION",
+    "Message",
+    "NoProtector",
+    "Refusal",
+    "RequestRefused",
+    "SocketAnswer",
+    "Status",
+    "SystemRefused",
+    "UsageError",
+    "ask_all",
+    "connect",
+    "discovery",
+    "env_file",
+    "escape",
+    "failing",
+    "in_one_line",
+    "in_units",
+    "is_lame_duck",
+    "label",
+    "listed",
+    "measure",
+    "message_in",
+    "number_in",
+    "on_error",
+    "quantile_us",
+    "serves",
+    "stand_on_three_descriptors",
+    "standing_dry_run",
+    "text",
+    "text_in",
+    "unhealthy",
+    "waits_of",
+    "whole",
+    "why_not_ready",
+]

@@ -613,7 +613,7 @@ class SocketSteering:
         self._loop.call_after(_MEND, _MEND_AGAIN_S, self._watch)
 
     def _mend_all(self) -> None:
-        """Mend what does not listen and has not told so: one that was connected does not hang up."""
+        """Mend what does not listen and has not told so: a connected one does not hang up."""
         for each in self._shared:
             for number in range(len(each.sockets)):
                 if not each.is_alive(number):

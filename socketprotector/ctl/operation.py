@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from ..model.text import in_units
 from .cli import Instance, say, say_json, say_outcome, tell
 from .client import Client, Message
 from .errors import ConnectionLost, ControlError, NoProtector, TimedOut
-from .reload_progress import Losses
+from .reload_progress import Awaited, Losses
 
 #: How often to request the status while no event comes; this also finds a stuck protector.
 _LOOK_EVERY_S = 1.0
 #: How long to look for a protector after a stop: a guard keeps the socket while it restarts one.
-GONE_S = 0.2
+_GONE_S = 0.2
 
 
 class Operation:
@@ -50,16 +50,6 @@ class Operation:
             raise TimedOut(f"not within {in_units(self._timeout_s)}: still waits for {waits_for}")
         return min(left_s, _LOOK_EVERY_S)
 
-    def status(self, waits_for: str) -> Message:
-        """Return the status.  Raises ConnectionLost, NoProtector, and TimedOut at the deadline."""
-        try:
-            return self.client.request("status")
-        except ConnectionLost:
-            raise
-        except NoProtector:  # it is there, and does not answer
-            self.slice_s(waits_for)
-            raise
-
     def hear(self, timeout_s: float) -> Message | None:
         """Return the next event, or None.  Raises ConnectionLost."""
         event = self.client.event(timeout_s)
@@ -67,31 +57,42 @@ class Operation:
             self.losses.heard(event)
         return event
 
-    def event(self, waits_for: str, *names: str) -> Message | None:
-        """Wait for an event of these names.  Raises NoProtector, TimedOut.
+    def wait(self, awaited: Awaited, *, look: bool = False) -> None:
+        """Hear events, and look into status while none comes, until nothing is waited for.
 
-        None: none came for a while, or some may have been missed; look into status.
+        look: into status first.  Raises NoProtector, TimedOut.
         """
-        until = time.monotonic() + self.slice_s(waits_for)
-        try:
-            while (event := self.hear(max(0.0, until - time.monotonic()))) is not None:
-                if event.get("event") in names:
-                    return event
-        except ConnectionLost:
-            self.again(waits_for)
-        return None
+        while waits_for := awaited.waits_for():
+            try:
+                if look:
+                    look = False
+                    awaited.looked(self.client.request("status"))
+                    continue
+                event = self.hear(self.slice_s(waits_for))
+                if event is not None:
+                    awaited.heard(event)
+                look = event is None or event.get("event") in awaited.heeded
+            except ConnectionLost:
+                self._again(awaited)
+            except NoProtector:  # it is there, and does not answer
+                self.slice_s(waits_for)
+                raise
 
-    def again(self, waits_for: str, *, stopping: bool = False) -> Message:
-        """Connect again; return the status.
-
-        Raises NoProtector, or TimedOut if the time was too short for it.
-        stopping: it is being stopped, so none is likely to come back.
-        """
+    def _again(self, awaited: Awaited) -> None:
+        """Take what had come before the connection was cut; then connect again, and look."""
+        with suppress(ConnectionLost):
+            while event := self.hear(0.0):
+                awaited.heard(event)
+        if not awaited.waits_for():
+            return
+        if awaited.cut and not awaited.stopping:
+            self.tell(awaited.cut)
         try:
-            return self.client.again(GONE_S if stopping else math.inf)
+            status = self.client.again(_GONE_S if awaited.stopping else math.inf)
         except NoProtector:
-            self.slice_s(waits_for)
+            self.slice_s(awaited.waits_for())
             raise
+        awaited.looked(status)
 
 
 @contextmanager

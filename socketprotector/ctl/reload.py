@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import select
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 
 import click
 
@@ -26,14 +26,14 @@ from .errors import (
     RequestRefused,
 )
 from .fields import failing, listed, measure, number_in, text_in
-from .operation import GONE_S, Operation, begin
+from .operation import Operation, begin
 from .reload_progress import (
     OF_STOP,
+    Awaited,
     Losses,
     ProgressThrottle,
     Reload,
     Verdict,
-    WaitsShown,
     draining,
     tries,
 )
@@ -88,10 +88,11 @@ def reload(
         found = _judged(operation, watched)
         operation.outcome["generation"] = found.generation
         serves_still = False
-        if dry_run:
-            serves_still = _gone(operation, watched, found.generation)
-        elif drained and found.taken:
-            _drained(operation, watched, found.generation)
+        if dry_run or (drained and found.taken):
+            left = (_Tried if dry_run else _Older)(found.generation, watched)
+            with _unless_it_ended(lambda: dry_run or left.stopping):
+                operation.wait(left, look=True)
+                serves_still = not left.stopping
         after_all = _count_losses(operation)
         if not found.taken:
             _given_up(operation, found, "not ready to reload" if dry_run else "not reloaded")
@@ -159,84 +160,65 @@ def _tried(status: Message, *, dry_run: bool) -> list[int]:
 
 
 def _judged(operation: Operation, watched: Reload) -> Verdict:
-    while watched.verdict is None:
-        try:
-            event = operation.hear(operation.slice_s(watched.waits_for()))
-            if event is not None:
-                watched.heard(event)
-            else:
-                watched.looked(operation.status(watched.waits_for()))
-        except ConnectionLost:
-            _back(operation, watched)
-    return watched.verdict
-
-
-def _hear_the_rest(operation: Operation, watched: Reload) -> None:
-    """Take what had come before the connection was cut."""
-    with suppress(ConnectionLost):
-        while event := operation.hear(0.0):
-            watched.heard(event)
-
-
-def _back(operation: Operation, watched: Reload) -> None:
-    _hear_the_rest(operation, watched)
-    if watched.verdict is not None:
-        return
-    if not watched.stopping:
-        operation.tell("the connection was cut: an upgrade or a crash; connecting again")
     try:
-        watched.looked(operation.again(watched.waits_for(), stopping=watched.stopping))
+        operation.wait(watched)
     except NoProtector as error:
+        if error.code != "dead":
+            raise
         end = "it was stopped" if watched.stopping else str(error)
         serves = "ready" if watched.dry_run else "serving"
         raise NoProtector(
             f"generation {watched.generation} was not seen {serves}: {end}"
         ) from error
-
-
-def _gone(operation: Operation, watched: Reload, generation: int) -> bool:
-    """Wait until a generation that was tried has ended; return False if its protector ends, too."""
-
-    def left(status: Message) -> str:
-        there = {number_in(each, "number") for each in listed(status, "generations")}
-        return f"generation {generation} to end" if generation in there else ""
-
-    with _unless_it_ended():
-        _until_none(operation, watched, left)
-        return not watched.stopping
-    return False
+    assert watched.verdict is not None
+    return watched.verdict
 
 
 @contextmanager
-def _unless_it_ended(stopped: Callable[[], bool] = lambda: True) -> Iterator[None]:
+def _unless_it_ended(meant: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Take the protector's end for the end of all that it had, if that is what it means."""
     try:
         yield
     except NoProtector as error:
-        if error.code != "dead" or not stopped():
+        if error.code != "dead" or not meant():
             raise
 
 
-def _until_none(operation: Operation, watched: Reload, left: Callable[[Message], str]) -> None:
-    """Look into status, at each end of something, until nothing is left.  Raises NoProtector.
+class _Older(Awaited):
+    """The end of all generations before the one that serves after a reload."""
 
-    left: says what is, in words that follow "still waits for".
-    """
-    waits_for = "status"
-    while True:
-        try:
-            status = operation.status(waits_for)
-            watched.looked(status)
-            waits_for = left(status)
-            if not waits_for:
-                return
-            while event := operation.hear(operation.slice_s(waits_for)):
-                watched.heard(event)
-                if event.get("event") in ("drained", "exited"):
-                    break
-        except ConnectionLost:
-            _hear_the_rest(operation, watched)
-            operation.again(waits_for, stopping=watched.stopping)
+    heeded = ("drained", "exited")
+
+    def __init__(self, generation: int, watched: Reload) -> None:
+        super().__init__(watched.tell)
+        self.stopping = watched.stopping
+        self._generation = generation
+        self._left = "status"
+        self._most, self._shown = 0, ProgressThrottle()
+
+    def looked(self, status: Message) -> None:
+        super().looked(status)
+        self._left = self._left_in(status)
+
+    def _left_in(self, status: Message) -> str:
+        self.waits.looked(status, ("drain", "stop"), self._generation)
+        workers, words = draining(status, self._generation)
+        self._most = max(self._most, workers)
+        step = f"drained {self._most - workers}/{self._most} workers"
+        if self._most and self._shown.is_news(workers, step):
+            self.tell(step)
+        return self.waits.added_to(f"{words} to drain") if words else ""
+
+    def waits_for(self) -> str:
+        return self._left
+
+
+class _Tried(_Older):
+    """The end of the generation that a dry run has started."""
+
+    def _left_in(self, status: Message) -> str:
+        there = {number_in(each, "number") for each in listed(status, "generations")}
+        return f"generation {self._generation} to end" if self._generation in there else ""
 
 
 def _given_up(operation: Operation, found: Verdict, what: str) -> None:
@@ -274,24 +256,6 @@ def _quoted(last_words: str) -> str:
     return "".join(f"\n  | {line}" for line in lines)
 
 
-def _drained(operation: Operation, watched: Reload, generation: int) -> None:
-    """Wait until no generation before this one is left; none is when a stop is over."""
-    most, shown, waits = 0, ProgressThrottle(), WaitsShown(operation.tell)
-
-    def left(status: Message) -> str:
-        nonlocal most
-        waits.looked(status, ("drain", "stop"), generation)
-        workers, words = draining(status, generation)
-        most = max(most, workers)
-        step = f"drained {most - workers}/{most} workers"
-        if most and shown.is_news(workers, step):
-            operation.tell(step)
-        return waits.added_to(f"{words} to drain") if words else ""
-
-    with _unless_it_ended(lambda: watched.stopping):
-        _until_none(operation, watched, left)
-
-
 # -- upgrade ---------------------------------------------------------------------------
 
 
@@ -312,26 +276,35 @@ def upgrade(instance: Instance, wait: bool, timeout: float, as_json: bool) -> No
             words = "see status (restarts, version) or the log for the outcome"
             operation.ends("asked", f"upgrade requested; {words}")
             return
-        after = _upgraded(operation, before)
+        upgraded = _Upgraded(before, operation.tell)
+        operation.wait(upgraded)
+        after = upgraded.status
         new = operation.outcome["version"] = after.get("version")
         operation.ends("upgraded", f"upgraded: pid {after.get('pid')} runs {new} ({old} before)")
 
 
-def _upgraded(operation: Operation, before: Message) -> Message:
-    """Wait until the new program answers; return its status."""
-    waits_for = "the new program to say that it can take over"
-    waits = WaitsShown(operation.tell)
-    while True:
-        event = operation.event(waits_for, "upgrade-failed")
-        if event is not None:
+class _Upgraded(Awaited):
+    """The new program: its status counts one restart more."""
+
+    def __init__(self, before: Message, tell: Callable[[str], None]) -> None:
+        super().__init__(tell)
+        self.status = self._before = before
+
+    def heard(self, event: Message) -> None:
+        if event.get("event") == "upgrade-failed":
             raise NewVersionFailed(
-                f"not upgraded: {before.get('version')} goes on: {text_in(event, 'reason')}"
+                f"not upgraded: {self._before.get('version')} goes on: {text_in(event, 'reason')}"
                 + _quoted(text_in(event, "last_words"))
             )
-        status = operation.client.ask("status")
-        waits.looked(status, ("upgrade",))
-        if number_in(status, "restarts") > number_in(before, "restarts"):
-            return status
+
+    def looked(self, status: Message) -> None:
+        self.status = status
+        self.waits.looked(status, ("upgrade",))
+
+    def waits_for(self) -> str:
+        if number_in(self.status, "restarts") > number_in(self._before, "restarts"):
+            return ""
+        return "the new program to say that it can take over"
 
 
 # -- stop --------------------------------------------------------------------------------
@@ -357,7 +330,8 @@ def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: b
         if not wait:
             operation.ends("asked", "stop requested")
             return
-        _stopping(operation)
+        with _unless_it_ended():
+            operation.wait(_Stopped(operation.tell))
         for pidfd in pidfds:
             waits_for = "the protector's process to end"
             while not select.select([pidfd], [], [], operation.slice_s(waits_for))[0]:
@@ -378,29 +352,21 @@ def _ask_stop(client: Client, quick: bool) -> None:
             pass  # it has ended; that is looked at next
 
 
-def _stopping(operation: Operation) -> None:
-    """Wait until no protector answers any more."""
-    client, left = operation.client, "the workers"
-    waits = WaitsShown(operation.tell)
+class _Stopped(Awaited):
+    """The end of the protector: there is something to wait for as long as it answers."""
+
     heeded = ("lame-duck", "drained", "exited", "stopping")
-    told = False
-    while True:
-        try:
-            waits_for = waits.added_to(f"{left} to finish")
-            event = client.event(operation.slice_s(waits_for))
-            if event is not None and event.get("event") not in heeded:
-                continue
-            status = operation.status(waits_for)
-            left = draining(status)[1] or "the protector"
-            waits.looked(status, OF_STOP)
-            seconds = measure(status, "lame_duck_s")
-            if seconds is not None and not told:
-                operation.tell(f"lame duck: accepts for another {in_units(round(seconds))}")
-                told = True
-        except ConnectionLost:
-            try:
-                client.again(GONE_S)
-            except NoProtector as error:
-                if error.code == "silent":
-                    raise
-                return
+    stopping = True
+    _left = "the workers"
+    _lame_duck_told = False
+
+    def looked(self, status: Message) -> None:
+        self._left = draining(status)[1] or "the protector"
+        self.waits.looked(status, OF_STOP)
+        seconds = measure(status, "lame_duck_s")
+        if seconds is not None and not self._lame_duck_told:
+            self.tell(f"lame duck: accepts for another {in_units(round(seconds))}")
+            self._lame_duck_told = True
+
+    def waits_for(self) -> str:
+        return self.waits.added_to(f"{self._left} to finish")

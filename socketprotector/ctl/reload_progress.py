@@ -97,8 +97,45 @@ class _Generation:
     routed: bool = False
 
 
-class Reload:
+class Awaited:
+    """What a command waits for.  Events say it at once; status says all of it, but later."""
+
+    #: Events after which the status is requested at once.
+    heeded: tuple[str, ...] = ()
+    #: What is told when the connection is cut, unless a stop explains it.
+    cut = ""
+    #: The protector is being stopped: none comes back after its end.
+    stopping = False
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        """tell: shows a step."""
+        self.tell = tell
+        self.waits = WaitsShown(tell)
+
+    def heard(self, event: Message) -> None:
+        """Take an event."""
+        if event.get("event") == "stopping":
+            self._stops()
+
+    def looked(self, status: Message) -> None:
+        """Take a status."""
+        if status.get("phase") == "stopping":
+            self._stops()
+
+    def _stops(self) -> None:
+        if not self.stopping:
+            self.stopping = True
+            self.tell("the protector is being stopped")
+
+    def waits_for(self) -> str:
+        """Return what is still to come, in words that follow "still waits for"; empty: nothing."""
+        raise NotImplementedError
+
+
+class Reload(Awaited):
     """One reload that is waited for."""
+
+    cut = "the connection was cut: an upgrade or a crash; connecting again"
 
     def __init__(
         self,
@@ -108,13 +145,12 @@ class Reload:
         *,
         dry_run: bool = False,
     ) -> None:
-        """generation: what `reload` answered.  status: that before.  tell: shows a step."""
+        """generation: what `reload` answered.  status: that before."""
+        super().__init__(tell)
         self.generation = generation
         self.dry_run = dry_run
         self._events = _DRY_RUN_VERDICTS if dry_run else _VERDICTS
         self.verdict: Verdict | None = None
-        self.stopping = False
-        self._tell = tell
         self._now: _Generation | None = None
         self._wanted = number_in(status, "workers_wanted")
         self._ahead = any(
@@ -122,16 +158,14 @@ class Reload:
             for each in listed(status, "generations")
         )
         self._forgotten = 0
-        self.waits = WaitsShown(tell)
         self._phase = str(status.get("phase"))
         if self._ahead:
             tell("the reload before it is still going on")
 
     def heard(self, event: Message) -> None:
         """Take an event; of earlier generations it is ignored, unless it is the stop."""
+        super().heard(event)
         name, number = event.get("event"), number_in(event, "generation")
-        if name == "stopping":
-            self._stops()
         if self.verdict is not None or number < self.generation:
             return
         if name in self._events:
@@ -147,9 +181,8 @@ class Reload:
 
     def looked(self, status: Message) -> None:
         """Take a status: all that missed events would have said."""
+        super().looked(status)
         self._phase = str(status.get("phase"))
-        if self._phase == "stopping":
-            self._stops()
         if self.verdict is not None:
             return
         self._wanted = number_in(status, "workers_wanted") or self._wanted
@@ -192,15 +225,10 @@ class Reload:
 
     # -- what follows -------------------------------------------------------------
 
-    def _stops(self) -> None:
-        if not self.stopping:
-            self.stopping = True
-            self._tell("the protector is being stopped")
-
     def _starting(self, number: int) -> _Generation:
         if self._now is None or self._now.number != number:
             self._now = _Generation(number)
-            self._tell(f"generation {number} is starting")
+            self.tell(f"generation {number} is starting")
         return self._now
 
     def _ready(self, number: int, workers: set[int]) -> None:
@@ -209,7 +237,7 @@ class Reload:
             starting.ready |= workers
             left, words = self._left(starting), f"ready {self._share(starting)}"
             if starting.shown.is_news(left, words):
-                self._tell(words)
+                self.tell(words)
 
     def _left(self, starting: _Generation) -> int:
         return max(self._wanted - len(starting.ready), 0)
@@ -221,11 +249,11 @@ class Reload:
         starting = self._starting(number)
         if not starting.routed:
             starting.routed = True
-            self._tell(f"switched: new connections go to generation {number}")
+            self.tell(f"switched: new connections go to generation {number}")
 
     def waits_for(self) -> str:
-        """Return what is still to come, in words that follow "still waits for"."""
-        return self.waits.added_to(self._waits_for())
+        """Return what is still to come before the verdict."""
+        return "" if self.verdict else self.waits.added_to(self._waits_for())
 
     def _waits_for(self) -> str:
         if self.stopping:

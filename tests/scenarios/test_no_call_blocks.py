@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -248,10 +248,11 @@ def made_by(pid: int) -> dict[str, bool]:
     """Of each pipe and socket that a process has: whether it does not block."""
     found = {}
     for fd in Path(f"/proc/{pid}/fd").iterdir():
-        text = Path(f"/proc/{pid}/fdinfo/{fd.name}").read_text(encoding="ascii")
-        flags = re.search(r"^flags:\s+(\d+)", text, re.MULTILINE)
-        assert flags
-        found[os.readlink(fd)] = bool(int(flags[1], 8) & os.O_NONBLOCK)
+        with suppress(FileNotFoundError):  # closed meanwhile
+            text = Path(f"/proc/{pid}/fdinfo/{fd.name}").read_text(encoding="ascii")
+            flags = re.search(r"^flags:\s+(\d+)", text, re.MULTILINE)
+            assert flags
+            found[os.readlink(fd)] = bool(int(flags[1], 8) & os.O_NONBLOCK)
     return found
 
 
@@ -260,9 +261,9 @@ def judged(pid: int, file: Path) -> Iterator[Judge]:
     """Watch the calls of a process for as long as this lasts."""
     words = ["strace", "-qq", "-y", "-s", "64", "-p", str(pid), "-o", str(file)]
     with subprocess.Popen(words) as tracer:
-        eventually(lambda: status_of(pid)["TracerPid"] == str(tracer.pid), "a tracer")
-        judge = Judge(made_by(pid))
         try:
+            eventually(lambda: status_of(pid)["TracerPid"] == str(tracer.pid), "a tracer")
+            judge = Judge(made_by(pid))
             yield judge
             for line in file.read_text(errors="replace").splitlines():
                 judge.read(line)

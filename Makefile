@@ -11,12 +11,12 @@ INSTALLED := $(VENV)/.installed
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(INSTALLED) ## make .venv with both packages, editable, and the developers' tools
+install: $(INSTALLED) ## make .venv with the three packages, editable, and the developers' tools
 
-$(INSTALLED): pyproject.toml client_lib/pyproject.toml
+$(INSTALLED): pyproject.toml client_lib/pyproject.toml exporter/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3 >= 3.11 is needed; say make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e client_lib -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e client_lib -e './exporter[web]' -e '.[dev]'
 	@touch $@
 
 demo: $(INSTALLED) ## show what it does: releases and kills under load, and how many connections fail (20 s)
@@ -43,7 +43,7 @@ test-tools: # install what tests take beside Python; where that fails they say w
 
 test: $(INSTALLED) $(COLLECTED) test-tools ## run each test in one combination (installs compilers, interpreters and servers)
 	@# Where PYTHONDONTWRITEBYTECODE is set, each of thousands of processes would compile all it imports.
-	@$(BIN)/python -m compileall -q -j 0 client_lib sample_client socketprotector tests
+	@$(BIN)/python -m compileall -q -j 0 client_lib exporter sample_client socketprotector tests
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --maxschedchunk 2 $(CHOSEN) $(if $(LOGS),--logs-in $(LOGS)) tests
 
 test-all: export SOCKETPROTECTOR_ROUNDS = many
@@ -85,7 +85,7 @@ test-vm: $(INSTALLED) ## test under real systemds in an emulated machine (root; 
 test-fast: $(INSTALLED) ## run the tests of the model, the core and the imports (seconds)
 	$(BIN)/python -m pytest -n 2 tests/test_imports.py tests/unit/model tests/unit/core tests/unit/system tests/unit/launch tests/unit/daemon
 
-wheels: $(INSTALLED) ## build wheel and sdist of both distributions into dist/, the same for the same commit
+wheels: $(INSTALLED) ## build wheel and sdist of each distribution into dist/, the same for the same commit
 	rm -rf dist
 	PYTHON=$(BIN)/python packaging/build-dists dist
 

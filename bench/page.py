@@ -24,10 +24,10 @@ from typing import Any
 from prometheus_client.core import Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
+from socketprotector_exporter.counters import Counters
+from socketprotector_exporter.metrics import MetricSet
 
 from bench.processes import cpu_ticks, resident_kib
-from socketprotector.exporter.counters import Counters
-from socketprotector.exporter.metrics import MetricSet
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 INSTANCES, VIEWERS, WORKERS = 100, 20, 4
@@ -36,7 +36,7 @@ HOSTS, THERE = 20, 3
 #: What was promised: bytes; MB; while nothing changes, for each answer the CPU time that it takes
 #: to parse so many of them, which is the same on any machine.
 PAGE_BYTES, MEMORY_MB, PARSED = 50_000, 45.0, 60
-PAGE = Path(__file__).parents[1] / "socketprotector" / "exporter" / "page"
+PAGE = Path(__file__).parents[1] / "exporter" / "socketprotector_exporter" / "page"
 
 
 class Instance:
@@ -179,7 +179,7 @@ async def main(seconds: float, hosts: int) -> list[str]:
         there = Hosts(Path(folder), hosts)
         words = ["--listen", "127.0.0.1:0", "--web", "127.0.0.1:0", *chosen, *await there.serve()]
         exporter = subprocess.Popen(
-            [sys.executable, "-m", "socketprotector.exporter", *words],
+            [sys.executable, "-m", "socketprotector_exporter", *words],
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -40,8 +40,8 @@ _EARLY = ("PYTHON", "LD_", "LC_", "LANG", "MALLOC_", "TZ")
 _MODULES: dict[str, tuple[str, ...]] = {
     "socketprotector": (),
     "socketprotector.ctl": (),
-    "socketprotector.exporter": tuple(
-        f"socketprotector.exporter.{each}" for each in ("agent", "http", "web")
+    "socketprotector_exporter": tuple(
+        f"socketprotector_exporter.{each}" for each in ("agent", "http", "web")
     ),
 }
 #: Runs one of these so that it finds no other test's protectors.
@@ -201,6 +201,7 @@ def _load(names: Sequence[str]) -> None:
 
 def main() -> None:
     """Fork for each message, until the other end is closed."""
+    sys.path.append(str(Path(ROOT, "exporter")))  # as pytest has it
     _load(_LOADED)
     requests = socket.socket(fileno=int(sys.argv[1]))
     while True:

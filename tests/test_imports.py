@@ -18,6 +18,7 @@ from tests.together import together
 ROOT = Path(__file__).parents[1]
 DAEMON = ROOT / "socketprotector"
 CLIENT = ROOT / "client_lib" / "socketprotector_client"
+EXPORTER = ROOT / "exporter" / "socketprotector_exporter"
 
 #: Each costs the resident process memory for life (design: idle in 16 MB).
 HEAVY = {
@@ -225,7 +226,9 @@ def test_a_program_of_its_own_needs_only_the_standard_library(module: str) -> No
     assert strangers(path) <= {*sys.stdlib_module_names, "socketprotector_client", "watchfiles"}
 
 
-#: Of socketprotectorctl what asks a control socket; `api` is what other distributions import.
+#: What other distributions import.
+API = "socketprotector.ctl.api"
+#: Of socketprotectorctl what asks a control socket.
 ASKING = ("api", "client", "discovery", "errors", "fields", "message", "query_all")
 
 
@@ -237,24 +240,29 @@ def test_what_asks_a_control_socket_needs_only_the_standard_library(name: str) -
     assert own <= {f"ctl.{each}" for each in ASKING}
 
 
-@together("module", [m for m in MODULES if room_of(m) == "exporter"])
-def test_the_exporter_imports_the_public_module_of_ctl_and_no_other(module: str) -> None:
-    taken = {each for each in siblings(module) if room_of(each) != "exporter"}
+def taken_by_the_exporter(module: str) -> dict[str, tuple[str, ...]]:
+    """What a module of the exporter imports of socketprotector: names by their module."""
+    found = names_of(EXPORTER / f"{module}.py")
+    return {base: names for base, names in found if base.partition(".")[0] == DAEMON.name}
 
-    assert taken <= {"", "ctl.api"}
+
+@together("module", modules_of(EXPORTER))
+def test_the_exporter_imports_the_public_module_of_ctl_and_no_other(module: str) -> None:
+    taken = taken_by_the_exporter(module)
+
+    assert taken.keys() <= {DAEMON.name, API}
+    assert set(taken.get(DAEMON.name, ())) <= {"__version__"}
 
 
 def test_the_public_module_of_ctl_has_only_names_that_the_exporter_imports() -> None:
-    taken = {
-        name
-        for module in MODULES
-        if room_of(module) == "exporter"
-        for base, names in names_of(MODULES[module])
-        if base == "socketprotector.ctl.api"
-        for name in names
-    }
+    taken = map(taken_by_the_exporter, modules_of(EXPORTER))
 
-    assert set(api.__all__) == taken
+    assert set(api.__all__) == {name for each in taken for name in each.get(API, ())}
+
+
+@together("module", MODULES)
+def test_no_module_imports_the_exporter(module: str) -> None:
+    assert EXPORTER.name not in strangers(MODULES[module])
 
 
 #: Modules of the client library for one framework each, which no other module imports; and

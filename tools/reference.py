@@ -21,9 +21,10 @@ import click
 import code_facts
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "exporter")]
 
-from socketprotector.exporter.metrics import MetricSet  # noqa: E402
+from socketprotector_exporter.metrics import MetricSet  # noqa: E402
+
 from socketprotector.launch.option_values import FLAG, TEXT, TIME  # noqa: E402
 from socketprotector.launch.options import GROUPS, STAYS, Option  # noqa: E402
 from socketprotector.model import control_requests  # noqa: E402

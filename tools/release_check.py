@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Say whether what is tagged can be released:  tools/release_check.py TAG REPOSITORY
 
-The tag is v and the version of both distributions, of both packages, and of a section of
-CHANGELOG.md; their links lead to that repository; the main one needs the client of this version.
+The tag is v and the version of each distribution, of the packages that say one, and of a section
+of CHANGELOG.md; their links lead to that repository; what they need of each other is of this
+version.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ def mistakes(tag: str, repository: str) -> list[str]:
     version = tag.removeprefix("v")
     if tag == version:
         found.append(f"tag {tag}: write v in front of the version")
-    for name, package in ((".", "socketprotector"), ("client_lib", "socketprotector_client")):
+    for name, package in (
+        (".", "socketprotector"),
+        ("client_lib", "socketprotector_client"),
+        ("exporter", "socketprotector_exporter"),
+    ):
         folder = ROOT / name
         project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         what = project["name"]
@@ -34,9 +39,13 @@ def mistakes(tag: str, repository: str) -> list[str]:
             found.append(f"{what}: __version__ is {told[1]}, tag {tag}")
         if project["urls"]["Source"].lower() != repository.lower():
             found.append(f"{what}: urls.Source is {project['urls']['Source']}, not {repository}")
-        pinned = [each for each in project["dependencies"] if each.startswith("socketprotector-")]
-        if any(each != f"socketprotector-client=={version}" for each in pinned):
-            found.append(f"{what}: needs {pinned[0]}, not version {version}")
+        extras = project.get("optional-dependencies", {}).values()
+        needs = [*project["dependencies"], *(each for extra in extras for each in extra)]
+        found += [
+            f"{what}: needs {each}, not version {version}"
+            for each in needs
+            if each.startswith("socketprotector") and not each.endswith(f"=={version}")
+        ]
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     if not re.search(rf"^## \[?{re.escape(version)}\]?( |$)", changes, re.M):
         found.append(f"CHANGELOG.md: no section {version}")

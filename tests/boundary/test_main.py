@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests import needs
+from tests.running import ROOT
 
 
 def run(program: str) -> str:
@@ -59,9 +60,9 @@ def test_ctrl_c_while_the_demo_is_loaded_is_the_status_of_one_that_was_interrupt
 @pytest.mark.parametrize(
     ("package", "loaded", "name", "status"),
     [
-        ("", "launch.cli", "SocketProtector", 111),
-        (".ctl", "ctl.queries", "socketprotectorctl", 1),
-        (".exporter", "exporter.main", "socketprotector-exporter", 111),
+        ("socketprotector", "launch.cli", "SocketProtector", 111),
+        ("socketprotector.ctl", "queries", "socketprotectorctl", 1),
+        ("socketprotector_exporter", "main", "socketprotector-exporter", 111),
     ],
     ids=["SocketProtector", "ctl", "exporter"],
 )
@@ -76,10 +77,11 @@ def test_without_memory_to_load_it_says_so_in_one_line(
             "import sys\n"
             "class Finder:\n"
             "    def find_spec(self, name, path, target=None):\n"
-            f"        if name == 'socketprotector.{loaded}':\n"
+            f"        if name == '{package}.{loaded}':\n"
             f"            raise {error}\n"
             "sys.meta_path.insert(0, Finder())\n"
-            f"from socketprotector{package}.__main__ import main\n"
+            f"sys.path.append({str(ROOT / 'exporter')!r})\n"
+            f"from {package}.__main__ import main\n"
             "main()\n",
         ],
         capture_output=True,

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from socketprotector_exporter import peers_model
 
 from socketprotector.ctl.client import Client
 from socketprotector.ctl.errors import NoProtector, RequestRefused
-from socketprotector.exporter import peers_model
 from socketprotector.model import control_requests, text
 from socketprotector.model.control_requests import RequestError
 from socketprotector.model.einhorn import ack

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from socketprotector_exporter import agent, peers, peers_model
 
-from socketprotector.exporter import agent, peers, peers_model
 from socketprotector.model import known_servers
 
 ROOT = Path(__file__).parents[2]
 BYTES = 65_536
+EXPORTER = "socketprotector_exporter"
 #: Linear ones need up to 3 times as much; a quadratic one 80 times, with a sixteenth of the text.
 MOST = 20
 _USES = {"compile", "match", "fullmatch", "search", "findall", "finditer", "sub", "split"}
@@ -30,8 +31,14 @@ OWN = {
     r"ctl/discovery.py \s*(\d{1,9})\s*$",  # 64 bytes of a file
     *(r"ctl/orders.py [+-]?\d{1,9}", "ctl/orders.py (?:(generation|pid):)?"),
     "demo/load.py PID",
-    *("exporter/peers_file.py _REMARK", "exporter/peers_file.py _ADDRESS"),
-    *("exporter/token_file.py _TOKEN", "exporter/web.py 0?[0-7]{3}"),
+    *(
+        f"{EXPORTER}/peers_file.py _REMARK",
+        f"{EXPORTER}/peers_file.py _ADDRESS",
+    ),
+    *(
+        f"{EXPORTER}/token_file.py _TOKEN",
+        f"{EXPORTER}/web.py " + "0?[0-7]{3}",
+    ),
     *(
         "launch/config_file.py _DIGITS",
         "launch/config_file.py _OPTION",
@@ -54,8 +61,8 @@ FOREIGN: dict[str, tuple[re.Pattern[str] | re.Pattern[bytes], tuple[tuple[str, s
         known_servers._TAKEN,
         (("", "address already in us"), ("", "errno 98"), ("", "os error 98_"), ("", "EADDRINUS")),
     ),
-    "exporter/agent.py _WORD": (agent._WORD, (("", "a"), ("", "-"), ("", "a "))),
-    "exporter/peers_model.py _SAMPLE": (
+    f"{EXPORTER}/agent.py _WORD": (agent._WORD, (("", "a"), ("", "-"), ("", "a "))),
+    f"{EXPORTER}/peers_model.py _SAMPLE": (
         peers_model._SAMPLE,
         (
             ("socketprotector_up{", '"a"'),
@@ -69,13 +76,19 @@ FOREIGN: dict[str, tuple[re.Pattern[str] | re.Pattern[bytes], tuple[tuple[str, s
             ("", "\n"),
         ),
     ),
-    "exporter/peers_model.py _LABEL": (
+    f"{EXPORTER}/peers_model.py _LABEL": (
         peers_model._LABEL,
         (("", 'instance="'), ('instance="', "\\\\"), ('phase="', "a"), ("", 'phase="\\')),
     ),
-    "exporter/peers_model.py _ESCAPED": (peers_model._ESCAPED, (("", "\\"), ("", "\\\n"))),
-    "exporter/peers.py _HEAD": (peers._HEAD, (("", "HTTP/1.1 200"), ("HTTP/1.1 ", "2"))),
-    "exporter/peers.py _LENGTH": (
+    f"{EXPORTER}/peers_model.py _ESCAPED": (
+        peers_model._ESCAPED,
+        (("", "\\"), ("", "\\\n")),
+    ),
+    f"{EXPORTER}/peers.py _HEAD": (
+        peers._HEAD,
+        (("", "HTTP/1.1 200"), ("HTTP/1.1 ", "2")),
+    ),
+    f"{EXPORTER}/peers.py _LENGTH": (
         peers._LENGTH,
         (
             ("", "\r\ncontent-length:"),
@@ -85,7 +98,10 @@ FOREIGN: dict[str, tuple[re.Pattern[str] | re.Pattern[bytes], tuple[tuple[str, s
             ("\r\ncontent-length:1", "\t"),
         ),
     ),
-    "exporter/peers.py _ENCODED": (peers._ENCODED, (("", "\r\ntransfer-"), ("", "\r\ncontent"))),
+    f"{EXPORTER}/peers.py _ENCODED": (
+        peers._ENCODED,
+        (("", "\r\ntransfer-"), ("", "\r\ncontent")),
+    ),
 }
 
 
@@ -100,7 +116,11 @@ def _told(node: ast.Call) -> str:
 def used() -> set[str]:
     """Each use of an expression: its file, and its name or the expression."""
     found = set()
-    folders = (ROOT / "socketprotector", ROOT / "client_lib" / "socketprotector_client")
+    folders = (
+        ROOT / "socketprotector",
+        ROOT / "client_lib" / "socketprotector_client",
+        ROOT / "exporter" / "socketprotector_exporter",
+    )
     for folder in folders:
         for path in sorted(folder.rglob("*.py")):
             file = str(path.relative_to(folder if folder == folders[0] else folder.parent))

@@ -26,6 +26,7 @@ from tests.running import DEADLINE_S, ROOT
 
 #: Suites, with the version of their Python.
 SUITES = {"bookworm": "3.11", "trixie": "3.13"}
+PACKAGES = ("socketprotector", "socketprotector-exporter", "python3-socketprotector-client")
 NAMESPACES = ("--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
 
 pytestmark = [
@@ -65,7 +66,7 @@ def test_every_override_is_needed(built: Path) -> None:
     told = run("lintian", "--profile", "debian", "--allow-root", "--show-overrides", changes)
 
     assert "unused-override" not in told
-    for name in ("socketprotector", "python3-socketprotector-client"):
+    for name in PACKAGES:
         file = ROOT / "packaging" / "debian" / f"{name}.lintian-overrides"
         for line in file.read_text(encoding="utf-8").splitlines():
             if not line.startswith("#"):
@@ -74,14 +75,16 @@ def test_every_override_is_needed(built: Path) -> None:
 
 
 def test_they_have_what_an_operator_looks_for(built: Path) -> None:
-    [main] = built.glob("socketprotector_*.deb")
-    [client] = built.glob("python3-socketprotector-client_*.deb")
-    names = {line.split()[5] for line in run("dpkg-deb", "-c", main).splitlines()}
+    main, exporter, client = (next(built.glob(f"{name}_*.deb")) for name in PACKAGES)
+    names, others = (
+        {line.split()[5] for line in run("dpkg-deb", "-c", each).splitlines()}
+        for each in (main, exporter)
+    )
 
     units = {path.name for path in (ROOT / "init.d").glob("*.s[oe][cr]*")}
     assert "socketprotector@.socket" in units
-    completed = [line.split()[0] for line in COMPLETED]
-    examples = ("apparmor", "example.toml", "prometheus-rules.yml")
+    completed = {line.split()[0] for line in COMPLETED} - {"socketprotector-exporter"}
+    examples = ("apparmor", "example.toml")
     for each in (
         *("/etc/init.d/socketprotector", "/etc/logrotate.d/socketprotector"),
         "/etc/needrestart/conf.d/socketprotector.conf",
@@ -90,12 +93,26 @@ def test_they_have_what_an_operator_looks_for(built: Path) -> None:
         *(f"/usr/share/bash-completion/completions/{n}" for n in completed),
         *(f"/usr/share/zsh/vendor-completions/_{n}" for n in completed),
         *(f"/usr/share/fish/vendor_completions.d/{n}.fish" for n in completed),
-        *(f"/usr/share/man/man8/{n}.8.gz" for n in ("SocketProtector", "socketprotector-exporter")),
+        "/usr/share/man/man8/SocketProtector.8.gz",
         *(f"/usr/share/man/man1/{n}.1.gz" for n in ("SampleClient", "socketprotectorctl")),
         *(f"/usr/bin/{n}" for n in ("SocketProtector", "socketprotector", "SampleClient")),
     ):
         assert f".{each}" in names, each
-    assert not [name for name in names if "site-packages" in name or name.endswith(".pyc")]
+    assert not [name for name in names if "exporter" in name or name.endswith("page.service")]
+    for each in (
+        *("/usr/bin/socketprotector-exporter", "/usr/share/man/man8/socketprotector-exporter.8.gz"),
+        *(f"/usr/lib/systemd/system/socketprotector-{n}.service" for n in ("exporter", "page")),
+        "/usr/share/doc/socketprotector-exporter/examples/prometheus-rules.yml",
+        "/usr/share/bash-completion/completions/socketprotector-exporter",
+        "/usr/share/zsh/vendor-completions/_socketprotector-exporter",
+        "/usr/share/fish/vendor_completions.d/socketprotector-exporter.fish",
+    ):
+        assert f".{each}" in others, each
+    told = run("dpkg-deb", "-f", exporter, "Depends")
+    assert f"socketprotector (= {VERSION}-1)" in told
+    assert "python3-prometheus-client" in told
+    assert "python3-socketprotector" not in told
+    assert not [name for name in names | others if "site-packages" in name or name.endswith(".pyc")]
     told = run("dpkg-deb", "-f", main, "Depends")
     assert f"python3-socketprotector-client (= {VERSION}-1)" in told
     assert "python3 (>= 3.11)" in told
@@ -106,8 +123,8 @@ def test_they_have_what_an_operator_looks_for(built: Path) -> None:
 
 @needs.programs("zsh")
 def test_zsh_completes_at_the_first_tab(built: Path, tmp_path: Path) -> None:
-    [main] = built.glob("socketprotector_*.deb")
-    run("dpkg-deb", "-x", main, tmp_path / "root")
+    for name in PACKAGES[:2]:
+        run("dpkg-deb", "-x", next(built.glob(f"{name}_*.deb")), tmp_path / "root")
     folder = tmp_path / "root" / "usr" / "share" / "zsh" / "vendor-completions"
     settings = f"fpath=({folder} $fpath); autoload -Uz compinit; compinit -u -D; PS1='at> '\n"
     (tmp_path / ".zshrc").write_text(settings)
@@ -131,8 +148,8 @@ def test_zsh_completes_at_the_first_tab(built: Path, tmp_path: Path) -> None:
 
 @needs.programs("fish")
 def test_fish_completes(built: Path, tmp_path: Path) -> None:
-    [main] = built.glob("socketprotector_*.deb")
-    run("dpkg-deb", "-x", main, tmp_path / "root")
+    for name in PACKAGES[:2]:
+        run("dpkg-deb", "-x", next(built.glob(f"{name}_*.deb")), tmp_path / "root")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {
         "HOME": str(tmp_path),

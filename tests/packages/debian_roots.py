@@ -11,7 +11,7 @@ from pathlib import Path
 
 #: What the packages depend on and what makes an image's virtual environment.
 NEEDS = "python3,python3-click,python3-daemon,python3-lockfile,python3-psutil,python3-rich"
-NEEDS = f"{NEEDS},python3-venv"
+NEEDS = f"{NEEDS},python3-prometheus-client,python3-venv"
 
 
 def debian_roots() -> Iterator[Callable[..., Path]]:

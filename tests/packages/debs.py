@@ -52,7 +52,7 @@ def run(*words: str | Path) -> str:
 
 
 def build(folder: Path) -> None:
-    """Build both packages from these sources into a folder."""
+    """Build the packages from these sources into a folder."""
     run(ROOT / "packaging" / "build-deb", folder)
 
 

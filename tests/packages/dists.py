@@ -1,4 +1,4 @@
-"""What is published: the wheels and sdists of both distributions, built for the tests here."""
+"""What is published: the wheels and sdists of each distribution, built for the tests here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 VERSION = PROJECT["version"]
 NAMES = tuple(
     f"{name}-{VERSION}{end}"
-    for name in ("socketprotector", "socketprotector_client")
+    for name in ("socketprotector", "socketprotector_client", "socketprotector_exporter")
     for end in ("-py3-none-any.whl", ".tar.gz")
 )
 WHEELS, SDISTS = NAMES[::2], NAMES[1::2]

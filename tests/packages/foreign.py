@@ -56,7 +56,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tree / name, follow_symlinks=False)
         for name in (
-            *("pyproject.toml", "client_lib/pyproject.toml", "socketprotector/__init__.py"),
+            *("pyproject.toml", "client_lib/pyproject.toml", "exporter/pyproject.toml"),
+            "socketprotector/__init__.py",
             *("packaging/rpm/socketprotector.spec", "packaging/arch/PKGBUILD"),
         ):
             text = (tree / name).read_text(encoding="utf-8")
@@ -119,13 +120,13 @@ def test_rpmlint_finds_neither_errors_nor_warnings(rpms: Path) -> None:
 
 @needs.programs("rpmbuild", "rpm")
 def test_a_whole_life_as_rpm(root_of: Callable[..., Path], rpms: Path) -> None:
-    assert len([*(rpms / "good").iterdir()]) == 2
+    assert len([*(rpms / "good").iterdir()]) == 3
     lived("rpm", root_of(SUITE), rpms)
 
 
 @needs.programs("makepkg", "pacman")
 def test_a_whole_life_under_pacman(root_of: Callable[..., Path], archives: Path) -> None:
-    assert len([*(archives / "good").iterdir()]) == 2
+    assert len([*(archives / "good").iterdir()]) == 3
     lived("pacman", root_of(SUITE), archives)
 
 
@@ -135,4 +136,4 @@ def test_makepkg_reads_what_is_said_of_the_packages() -> None:
     told = run(*words, "makepkg", "--printsrcinfo", cwd=ROOT / "packaging" / "arch")
 
     assert f"pkgver = {VERSION}" in told
-    assert told.count("pkgname = ") == 2
+    assert told.count("pkgname = ") == 3

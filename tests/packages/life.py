@@ -31,6 +31,8 @@ MOUNT = Path("/mnt")
 UPPER = MOUNT / "upper"
 ROOT = MOUNT / "root"
 PORT = 4321
+#: What is removed together: the exporter needs the first one.
+EXPORTER, CLIENT = "socketprotector-exporter", "python3-socketprotector-client"
 INIT = "/etc/init.d/socketprotector"
 UPGRADE = "/usr/lib/socketprotector/upgrade-running"
 SETTINGS = """\
@@ -263,7 +265,7 @@ def live_as_deb() -> None:
     say_of_policy(policy, 104)  # no init runs here, so invoke-rc.d would do nothing by itself
     start_by_hand("hand", 4322)
     by_hand = f"hand.control (pid {status('hand.control')['pid']}) was started by hand and is not"
-    removed = inside("dpkg", "-r", "socketprotector", "python3-socketprotector-client")
+    removed = inside("dpkg", "-r", "socketprotector", EXPORTER, CLIENT)
     assert_refused(PORT)
     assert by_hand in removed, "what is not stopped is named"
     assert "/run/socketprotector/web" not in removed
@@ -272,7 +274,7 @@ def live_as_deb() -> None:
     assert not (ROOT / "usr/bin/SocketProtector").exists()
     assert (ROOT / "etc/init.d/socketprotector").exists()  # a setting of the operator's, so far
 
-    inside("dpkg", "-P", "socketprotector", "python3-socketprotector-client")
+    inside("dpkg", "-P", "socketprotector", EXPORTER, CLIENT)
     assert not left(), left()
     assert not [*(ROOT / "run").glob("socketprotector*")]
     assert "socketprotector" not in (ROOT / "etc/group").read_text()
@@ -329,7 +331,7 @@ def live_as_deb_beside_systemd() -> None:
     assert (status()["version"], status("shop/control")["version"]) == ("0.1.0", "0.1.1")
 
     told.unlink()
-    inside("dpkg", "-r", "socketprotector")
+    inside("dpkg", "-r", "socketprotector", EXPORTER)
     assert orders(told) == []  # the policy forbids that, too
     ask()
     assert_refused(4322)
@@ -337,7 +339,7 @@ def live_as_deb_beside_systemd() -> None:
     install("next")
     (ROOT / "usr/sbin/policy-rc.d").unlink()
     told.unlink()
-    inside("dpkg", "-P", "socketprotector", "python3-socketprotector-client")
+    inside("dpkg", "-P", "socketprotector", EXPORTER, CLIENT)
     assert orders(told) == ["stop socketprotector@web.service"]
     assert_refused(PORT)
     assert not left(), left()
@@ -383,7 +385,7 @@ def live_as_deb_in_a_container() -> None:
     (ROOT / "usr/sbin/policy-rc.d").unlink()
     assert "upgraded: pid 1 runs 0.1.2" in upgrade_under_load("after")
 
-    inside("dpkg", "-r", "socketprotector")
+    inside("dpkg", "-r", "socketprotector", EXPORTER)
     ask()  # what no unit and no script has started goes on
     container.kill()
     container.wait()
@@ -473,7 +475,7 @@ def live_as_other(client: str) -> None:
     inside("socketprotectorctl", "stop")
     (ROOT / log[1:]).unlink()
     (ROOT / "run/socketprotector/web").rmdir()
-    run(*OTHERS[MANAGER][1], "socketprotector", client)
+    run(*OTHERS[MANAGER][1], "socketprotector", EXPORTER, client)
     assert not left(), left()
 
 

@@ -72,7 +72,7 @@ def test_the_example_is_one_that_compose_understands() -> None:
 
 def test_build_makes_the_same_from_the_sdists(dists: Path, tmp_path: Path) -> None:
     """As an index's users build them: each in an environment that has the backend alone."""
-    for folder in (ROOT, ROOT / "client_lib"):
+    for folder in (ROOT, ROOT / "client_lib", ROOT / "exporter"):
         words = ("--outdir", tmp_path, "--no-isolation", folder)
         output_of(TOOLS / "python", "-m", "build", *words, SOURCE_DATE_EPOCH=EPOCH)
 
@@ -97,7 +97,7 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def index(dists: Path, needed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An index with both distributions and what they need, as once they are published."""
+    """An index with each distribution and what they need, as once they are published."""
     root = tmp_path_factory.mktemp("index")
     for file in (*needed.iterdir(), *dists.iterdir()):
         # PEP 503: a folder for each project, by its normalized name.
@@ -149,7 +149,7 @@ def served(command: Sequence[str], sample: str, environment: dict[str, str]) -> 
 def test_uv_runs_it_from_the_wheel(
     dists: Path, tmp_path: Path, no_other_index: dict[str, str]
 ) -> None:
-    main, client = (str(dists / name) for name in WHEELS)
+    main, client, _ = (str(dists / name) for name in WHEELS)
     words = ("tool", "run", "--python", sys.executable, "--with", client, "--from", main)
 
     told = output_of(TOOLS / "uv", *words, "socketprotector", "--version", **no_other_index)

@@ -26,10 +26,9 @@ from tests.c.building import alone_in, shared_folder
 from tests.packages.dists import EPOCH, NAMES, PROJECT, SDISTS, VERSION, WHEELS, build
 from tests.running import ROOT, Protector, ask
 
-MAIN, CLIENT = WHEELS
+MAIN, CLIENT, EXPORTER = WHEELS
 PROGRAMS = {
-    *{"SocketProtector", "socketprotector", "socketprotectorctl", "socketprotector-exporter"},
-    "SampleClient",
+    *{"SocketProtector", "socketprotector", "socketprotectorctl", "SampleClient"},
 }
 
 
@@ -76,9 +75,10 @@ def test_they_are_the_same_built_elsewhere_and_from_the_sdists(dists: Path, tmp_
             archive.extraction_filter = getattr(tarfile, "data_filter", None)
             archive.extractall(tmp_path)
     project = tmp_path / f"socketprotector-{VERSION}"
-    own = tmp_path / f"socketprotector_client-{VERSION}"
-    shutil.rmtree(project / "client_lib")
-    own.rename(project / "client_lib")
+    for own in ("client", "exporter"):
+        folder = project / {"client": "client_lib"}.get(own, own)
+        shutil.rmtree(folder)
+        (tmp_path / f"socketprotector_{own}-{VERSION}").rename(folder)
     again = tmp_path / "again"
 
     build(project, again, umask=0o077, TZ="Pacific/Kiritimati", LC_ALL="C")
@@ -133,6 +133,32 @@ def test_the_wheel_of_the_client_has_its_package_and_no_more(dists: Path) -> Non
     assert "socketprotector_client/py.typed" in modules
 
 
+def test_the_wheel_of_the_exporter_has_its_package_and_what_operators_copy(dists: Path) -> None:
+    about, data = (f"socketprotector_exporter-{VERSION}.{e}" for e in ("dist-info", "data"))
+    found = content(dists / EXPORTER)
+    modules = {name for name in found if not name.startswith((f"{about}/", f"{data}/"))}
+
+    assert {f"exporter/{name}" for name in modules} == tracked("exporter/socketprotector_exporter")
+    assert {"socketprotector_exporter/py.typed", "socketprotector_exporter/page/page.js"} < modules
+    shared = {f"doc/socketprotector/examples/{Path(n).name}" for n in tracked("exporter/init.d")}
+    assert "doc/socketprotector/examples/prometheus-rules.yml" in shared
+    assert {name for name in found if name.startswith(f"{data}/")} == {
+        f"{data}/data/share/{name}" for name in (*shared, "man/man8/socketprotector-exporter.8")
+    }
+
+
+def test_the_exporter_is_in_its_own_wheel_alone(dists: Path) -> None:
+    """Of the supervisor's one only the extras name it, which bring it."""
+    assert not [name for name in content(dists / MAIN) if "exporter" in name]
+    needs = metadata(dists / MAIN).get_all("Requires-Dist", [])
+    elsewhere = [each for each in needs if re.match("prometheus|starlette|uvicorn", each)]
+    assert all("extra == 'dev'" in each for each in elsewhere)
+    for extra, wanted in (("exporter", ""), ("web", "[web]")):
+        name = f"socketprotector-exporter{wanted}=={VERSION}"
+        assert f"{name}; extra == '{extra}'" in needs
+    assert f"socketprotector=={VERSION}" in metadata(dists / EXPORTER).get_all("Requires-Dist", [])
+
+
 def test_the_programs_are_there_under_their_names_of_old_and_in_lower_case(dists: Path) -> None:
     found: dict[str, str] = {}
     for name in WHEELS:
@@ -142,20 +168,21 @@ def test_the_programs_are_there_under_their_names_of_old_and_in_lower_case(dists
         parser.read_string(text.decode())
         found |= dict(parser["console_scripts"])
 
-    assert set(found) == PROGRAMS | {"socketprotector-run"}
+    assert set(found) == PROGRAMS | {"socketprotector-run", "socketprotector-exporter"}
     assert found["socketprotector"] == found["SocketProtector"]
 
 
 def test_the_sdists_have_all_that_the_repository_has(dists: Path) -> None:
-    main, client = (names_in(dists / name) for name in SDISTS)
+    main, *others = (names_in(dists / name) for name in SDISTS)
 
     wanted = {n for n in tracked() if not n.startswith((".ci/", ".github/"))}
     top = f"socketprotector-{VERSION}"
     assert main == {f"{top}/{name}" for name in (*wanted, "PKG-INFO")}
-    top = f"socketprotector_client-{VERSION}"
-    wanted = {name.removeprefix("client_lib/") for name in tracked("client_lib")}
-    # Which hatchling needs for leaving out what is ignored.
-    assert client - {f"{top}/.gitignore"} == {f"{top}/{name}" for name in (*wanted, "PKG-INFO")}
+    for found, folder in zip(others, ("client_lib", "exporter"), strict=True):
+        top = f"socketprotector_{folder.removesuffix('_lib')}-{VERSION}"
+        wanted = {name.removeprefix(f"{folder}/") for name in tracked(folder)}
+        # Which hatchling needs for leaving out what is ignored.
+        assert found - {f"{top}/.gitignore"} == {f"{top}/{n}" for n in (*wanted, "PKG-INFO")}
 
 
 @pytest.mark.parametrize("name", WHEELS)
@@ -167,7 +194,8 @@ def test_each_link_of_the_long_description_leads_to_a_file_of_this_version(
     source = f"{PROJECT['urls']['Source']}/blob/v{VERSION}/"
 
     assert about["Description-Content-Type"] == "text/markdown"
-    assert any(each.startswith(source) for each in links)
+    # That of the exporter names its documents without links.
+    assert name == EXPORTER or any(each.startswith(source) for each in links)
     for each in links:
         assert each.startswith(("https://", "#")), each
         if each.startswith(source):
@@ -176,7 +204,7 @@ def test_each_link_of_the_long_description_leads_to_a_file_of_this_version(
 
 
 def test_the_links_of_the_repository_stay_relative() -> None:
-    for page in ("README.md", "client_lib/README.md"):
+    for page in ("README.md", "client_lib/README.md", "exporter/README.md"):
         assert PROJECT["urls"]["Source"] not in (ROOT / page).read_text(encoding="utf-8")
 
 
@@ -189,7 +217,7 @@ def test_installed_they_serve_and_uninstalled_nothing_is_left(
     before = files(venv)
     python = str(venv / "bin" / "python")
     pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check")
-    wheels = [str(dists / name) for name in WHEELS]
+    wheels = [str(dists / name) for name in (MAIN, CLIENT)]  # without the exporter
     install = ("install", "--quiet", "--no-index", "--no-deps", "--no-compile", *wheels)
     subprocess.run([*pip, *install], check=True)
     # What they need is taken from here; they themselves are not there, which are editable here.
@@ -204,6 +232,7 @@ def test_installed_they_serve_and_uninstalled_nothing_is_left(
 
     programs = {each.name for each in (venv / "bin").iterdir()}
     assert programs >= PROGRAMS | {"socketprotector-run"}
+    assert "socketprotector-exporter" not in programs
     for program in ("socketprotector", "socketprotectorctl"):
         done = subprocess.run(
             [venv / "bin" / program, "--version"],
@@ -264,9 +293,9 @@ def test_a_release_is_one_version_everywhere() -> None:
         return [line for line in done.stderr.splitlines() if "CHANGELOG" not in line]
 
     assert told(f"v{VERSION}", source) == []
-    assert len(told(f"v{VERSION}", f"{source}-fork")) == 2
-    # Of both: the distribution's, the package's; of the main one what it needs, too.
-    assert len(told("v99.0", source)) == 5
+    assert len(told(f"v{VERSION}", f"{source}-fork")) == 3
+    # Each distribution's, two packages', and what they need of each other: 1, 2 by extras, 1.
+    assert len(told("v99.0", source)) == 9
 
 
 def test_the_repository_has_one_address() -> None:
@@ -282,7 +311,8 @@ def test_the_repository_has_one_address() -> None:
     assert {path: names for path, names in found.items() if names} == {
         path: {source}
         for path in (
-            *("pyproject.toml", "client_lib/pyproject.toml", "packaging/Containerfile"),
+            *("pyproject.toml", "client_lib/pyproject.toml", "exporter/pyproject.toml"),
+            "packaging/Containerfile",
             *("packaging/arch/PKGBUILD", "packaging/debian/control"),
             "packaging/rpm/socketprotector.spec",
         )
@@ -340,7 +370,9 @@ def test_pictures_of_a_packaged_page_are_on_the_web(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("unit", ["exporter", "page"])
 def test_the_exporter_is_not_root_and_its_memory_has_a_limit(unit: str) -> None:
-    text = (ROOT / "init.d" / f"socketprotector-{unit}.service").read_text(encoding="utf-8")
+    text = (ROOT / "exporter" / "init.d" / f"socketprotector-{unit}.service").read_text(
+        encoding="utf-8"
+    )
 
     for line in (
         *("DynamicUser=yes", "SupplementaryGroups=socketprotector-status"),

@@ -19,6 +19,7 @@ printf "max-time = 30\nfail\n" >/srv/home/.curlrc
 cd /srv/web
 ln -s "$PAGE_VENV" .venv
 ln -s "$PAGE_ROOT/init.d" init.d
+ln -s "$PAGE_ROOT/exporter" exporter
 # Its files alone: a __pycache__ may stand beside them.
 find "$PAGE_ROOT/tests/pages/reader" -maxdepth 1 -type f -exec cp {} . \;
 exec bash -c "$2"

@@ -14,13 +14,14 @@ PAGES = sorted(
         *ROOT.glob("*.md"),
         *(ROOT / "docs").rglob("*.md"),
         *(ROOT / "client_lib").rglob("*.md"),
+        *(ROOT / "exporter").glob("*.md"),
         *(ROOT / "bench").glob("*.md"),
     }
 )
 #: .so: another name of a page that is there.
 MANUALS = sorted(
     path
-    for folder in (ROOT / "docs" / "man", ROOT / "client_lib" / "man")
+    for folder in (ROOT / "docs" / "man", ROOT / "client_lib" / "man", ROOT / "exporter" / "man")
     for path in folder.iterdir()
     if not path.read_text(encoding="utf-8").startswith(".so ")
 )

@@ -63,6 +63,7 @@ def test_each_page_that_is_named_anywhere_exists() -> None:
             for folder in (
                 "socketprotector",
                 "client_lib",
+                "exporter",
                 "sample_client",
                 "bench",
                 "init.d",

@@ -67,6 +67,7 @@ ELSEWHERE = {
     "docs/fleet.md": "tests/fleet/rolling.py and what is beside it run what it shows",
     "docs/frameworks.md": "tests/frameworks/test_document.py runs each program and command",
     "client_lib/README.md": "tests/client/test_readme.py runs each program",
+    "exporter/README.md": "docs/page.md has the same commands",
     "client_lib/c/README.md": "tests/c/test_header.py runs the program, test_examples.py the rest",
 }
 NAMESPACES = ("--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")

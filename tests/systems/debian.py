@@ -73,7 +73,8 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     into = ("--no-deps", "--dest", str(folder), "--only-binary", ":all:")
     subprocess.run([*PIP, "download", *into, "--require-hashes", "-r", pinned], check=True)
     subprocess.run([*PIP, "download", *into, "prometheus-client"], check=True)
-    wheel = ("wheel", "--no-deps", "--wheel-dir", str(folder), str(ROOT), str(ROOT / "client_lib"))
+    ours = (str(ROOT / each) for each in ("client_lib", "exporter", "."))
+    wheel = ("wheel", "--no-deps", "--wheel-dir", str(folder), *ours)
     subprocess.run([*PIP, *wheel], check=True)
     return folder
 
@@ -119,10 +120,10 @@ def test_a_whole_life_in(
     around = Surroundings(tmp_path, marked_environment, inside(root), (python, "-P"))
     folder = f"{os.path.dirname(os.path.dirname(python))}/lib/python{version}/site-packages"
 
-    for package in ("socketprotector", "socketprotector_client"):
+    for package in ("socketprotector", "socketprotector_client", "socketprotector_exporter"):
         compiled = around.run("-q", "-f", f"{folder}/{package}", module="compileall")
         assert compiled.returncode == 0, compiled.stdout + compiled.stderr
-    told = around.run("--version", module="socketprotector.exporter")
+    told = around.run("--version", module="socketprotector_exporter")
     assert told.returncode == 0, told.stderr
     for mode in ("connection", "listener"):
         around.mode = mode

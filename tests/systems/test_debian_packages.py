@@ -29,11 +29,11 @@ FOLDER = "/usr/lib/python3/dist-packages"
 
 def needed() -> dict[str, Requirement]:
     """What the project needs, and its exporter, by name."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["exporter"]]
-    found = {each.name: each for each in map(Requirement, wanted)}
-    del found["socketprotector-client"]
-    return found
+    found: dict[str, Requirement] = {}
+    for folder in (ROOT, ROOT / "exporter"):
+        project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        found |= {each.name: each for each in map(Requirement, project["dependencies"])}
+    return {name: each for name, each in found.items() if not name.startswith("socketprotector")}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_the_bounds_begin_at_what_debian_has(versions: dict[str, str]) -> None:
 def test_a_whole_life_with_them(
     tmp_path: Path, marked_environment: dict[str, str], versions: dict[str, str], mode: str
 ) -> None:
-    path = f"{ROOT}:{ROOT / 'client_lib'}"
+    path = f"{ROOT}:{ROOT / 'client_lib'}:{ROOT / 'exporter'}"
     around = Surroundings(
         tmp_path,
         marked_environment,
@@ -75,6 +75,6 @@ def test_a_whole_life_with_them(
         more={"PYTHONPATH": path},
     )
 
-    told = around.run("--version", module="socketprotector.exporter")
+    told = around.run("--version", module="socketprotector_exporter")
     assert told.returncode == 0, told.stderr
     lived(around)

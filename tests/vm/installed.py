@@ -34,7 +34,7 @@ WEB, METRICS = 9433, 9517
 #: A folder each, as tests/packages/debs.py makes them.
 PACKAGES = Path("/opt/packages")
 UPGRADE = "/usr/lib/socketprotector/upgrade-running"
-NAMES = ("socketprotector", "python3-socketprotector-client")
+NAMES = ("socketprotector", "socketprotector-exporter", "python3-socketprotector-client")
 #: More programs that start anew than the emulated processor may be too slow for.
 _TRIES = 4
 

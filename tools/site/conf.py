@@ -37,9 +37,9 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "man_page"]
 root_doc = "docs/index"
 include_patterns = [
     "*.md",
-    *("bench/README.md", "client_lib/README.md", "client_lib/c/README.md"),
+    *("bench/README.md", "client_lib/README.md", "client_lib/c/README.md", "exporter/README.md"),
     *("docs/*.md", "docs/internals/*.md"),
-    *("docs/man/*.[18]", "client_lib/man/*.1"),
+    *("docs/man/*.[18]", "client_lib/man/*.1", "exporter/man/*.8"),
 ]
 #: socketprotector.8 is another name of SocketProtector.8.
 exclude_patterns = [".*", "build", "dist", "docs/man/socketprotector.8"]

@@ -11,11 +11,11 @@ from pathlib import Path
 import click
 import pytest
 from socketprotector_client import run
+from socketprotector_exporter import main as exporter
 
 from socketprotector.ctl import main  # noqa: F401 -- adds the commands
 from socketprotector.ctl.cli import program
 from socketprotector.demo import cli as demo
-from socketprotector.exporter import main as exporter
 from socketprotector.launch import cli
 from tests import needs
 from tests.running import ROOT
@@ -29,13 +29,13 @@ PAGES = {
 #: Options that are spoken of there, beside those of the page's own command.
 OTHERS = {"SocketProtector.8": demo.command}
 #: Where all are, of other programs, too.
-FOLDERS = (ROOT / "docs" / "man", ROOT / "client_lib" / "man")
+FOLDERS = (ROOT / "docs" / "man", ROOT / "client_lib" / "man", ROOT / "exporter" / "man")
 FILES = {path.name: path for folder in FOLDERS for path in folder.iterdir()}
 
 
 def text_of(page: str) -> str:
     """The page's text without its markup."""
-    source = (ROOT / "docs" / "man" / page).read_text(encoding="utf-8")
+    source = FILES[page].read_text(encoding="utf-8")
     return re.sub(r"\\f[BRIP]", "", source).replace("\\-", "-").replace("\\&", "")
 
 
@@ -75,7 +75,7 @@ def test_every_long_option_that_is_named_exists(page: str) -> None:
 
 def test_every_program_has_a_page() -> None:
     programs = set()
-    for folder in (ROOT, ROOT / "client_lib"):
+    for folder in (ROOT, ROOT / "client_lib", ROOT / "exporter"):
         project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         programs |= set(project["scripts"])
 

@@ -11,14 +11,14 @@ from hypothesis import strategies as some
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
+from socketprotector_exporter.counters import Counters
+from socketprotector_exporter.metrics import MetricSet
+from socketprotector_exporter.web_model import Instance
 
 from socketprotector.ctl import queries, status_table
 from socketprotector.ctl.message import message_in
 from socketprotector.ctl.query_all import SocketAnswer
 from socketprotector.ctl.status_table import heading, last_reload, listeners, sums
-from socketprotector.exporter.counters import Counters
-from socketprotector.exporter.metrics import MetricSet
-from socketprotector.exporter.web_model import Instance
 from tests.unit.ctl.fake import generation, health, reload, status, worker
 
 FULL = status(

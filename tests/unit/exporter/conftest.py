@@ -15,7 +15,7 @@ from tests import forked
 from tests.running import DEADLINE_S, Ended, Lines
 from tests.unit.ctl.fake import Fake
 
-COMMAND = (sys.executable, forked.ALONE, "socketprotector.exporter")
+COMMAND = (sys.executable, forked.ALONE, "socketprotector_exporter")
 
 
 class Exporter:

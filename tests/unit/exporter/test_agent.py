@@ -11,12 +11,12 @@ from socketserver import BaseRequestHandler
 from typing import Any
 
 import pytest
+from socketprotector_exporter import bounded
+from socketprotector_exporter.agent import READY_S, Agent, Told, advise
+from socketprotector_exporter.bounded import CONNECTIONS, BoundedServer
+from socketprotector_exporter.http import Server
 
 from socketprotector.ctl.query_all import SocketAnswer
-from socketprotector.exporter import bounded
-from socketprotector.exporter.agent import READY_S, Agent, Told, advise
-from socketprotector.exporter.bounded import CONNECTIONS, BoundedServer
-from socketprotector.exporter.http import Server
 from tests.running import DEADLINE_S
 from tests.scenarios.starting import needs_ipv6
 from tests.together import together
@@ -128,8 +128,8 @@ class Said:
 def agent() -> Iterator[Agent]:
     """One in this process, whose clock stands at `now_s`, and which no limit of time helps on."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("socketprotector.exporter.agent.CONNECTION_S", 3600.0)
-        patched.setattr("socketprotector.exporter.bounded.CONNECTION_S", 3600.0)
+        patched.setattr("socketprotector_exporter.agent.CONNECTION_S", 3600.0)
+        patched.setattr("socketprotector_exporter.bounded.CONNECTION_S", 3600.0)
         with Agent(("127.0.0.1", 0), Said(), lambda: Clock.now_s) as made:  # type: ignore[arg-type]
             Clock.now_s = 1000.0
             with serving(made):

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from socketprotector_exporter.joined import Joined
 
-from socketprotector.exporter.joined import Joined
 from tests.running import DEADLINE_S, eventually
 
 

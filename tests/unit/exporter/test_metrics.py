@@ -11,9 +11,9 @@ from hypothesis import strategies as some
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
+from socketprotector_exporter.counters import BUCKETS, Counters
+from socketprotector_exporter.metrics import MetricSet
 
-from socketprotector.exporter.counters import BUCKETS, Counters
-from socketprotector.exporter.metrics import MetricSet
 from tests.unit.ctl.fake import generation, listener, reload, status, worker
 
 

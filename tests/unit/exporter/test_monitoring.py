@@ -11,15 +11,15 @@ from typing import Any
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
+from socketprotector_exporter.counters import BUCKETS, Counters
+from socketprotector_exporter.metrics import MetricSet
 
-from socketprotector.exporter.counters import BUCKETS, Counters
-from socketprotector.exporter.metrics import MetricSet
 from tests import needs
 from tests.running import ROOT
 from tests.unit.ctl.fake import generation, reload, status, worker
 
-RULES = ROOT / "init.d" / "prometheus-rules.yml"
-DASHBOARD = ROOT / "init.d" / "grafana-dashboard.json"
+RULES = ROOT / "exporter" / "init.d" / "prometheus-rules.yml"
+DASHBOARD = ROOT / "exporter" / "init.d" / "grafana-dashboard.json"
 promtool = needs.programs("promtool")
 #: Which are raised by what ails each instance of recorded().
 ALERTS = {

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from socketprotector_exporter import peers
+from socketprotector_exporter.main import _command
+from socketprotector_exporter.peers import Files, Peers, why_not
+from socketprotector_exporter.peers_file import parse
+from socketprotector_exporter.peers_model import Host
+from socketprotector_exporter.web_hub import Hub
 
-from socketprotector.exporter import peers
-from socketprotector.exporter.main import _command
-from socketprotector.exporter.peers import Files, Peers, why_not
-from socketprotector.exporter.peers_file import parse
-from socketprotector.exporter.peers_model import Host
-from socketprotector.exporter.web_hub import Hub
 from socketprotector.model.errors import UsageError
 from tests.pages import page
 from tests.running import DEADLINE_S, ROOT, Lines
@@ -527,7 +527,7 @@ def getaddrinfo(host, *more, **named):
         threading.Event().wait()
     return real(host, *more, **named)
 socket.getaddrinfo = getaddrinfo
-from socketprotector.exporter.__main__ import main
+from socketprotector_exporter.__main__ import main
 sys.exit(main())
 """
 

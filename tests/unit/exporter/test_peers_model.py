@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
+from socketprotector_exporter.peers_file import Peer, parse
+from socketprotector_exporter.peers_model import LINE_BYTES, Host, NoMetrics, Scan
 
-from socketprotector.exporter.peers_file import Peer, parse
-from socketprotector.exporter.peers_model import LINE_BYTES, Host, NoMetrics, Scan
 from socketprotector.model.errors import UsageError
 from tests.together import together
 

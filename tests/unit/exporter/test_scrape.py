@@ -21,11 +21,11 @@ import pytest
 from prometheus_client.core import Metric
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
+from socketprotector_exporter import collector
+from socketprotector_exporter.collector import ProtectorCollector, labels
+from socketprotector_exporter.token_file import read_token
 
 from socketprotector.ctl.query_all import SocketAnswer
-from socketprotector.exporter import collector
-from socketprotector.exporter.collector import ProtectorCollector, labels
-from socketprotector.exporter.token_file import read_token
 from socketprotector.model.errors import UsageError
 from tests.running import DEADLINE_S
 from tests.together import together
@@ -469,7 +469,7 @@ def test_without_prometheus_client_it_says_what_to_install(
 ) -> None:
     program = (
         f"import sys; sys.modules['prometheus_client'] = None; sys.argv[1:] = {words};"
-        "from socketprotector.exporter.__main__ import main; sys.exit(main())"
+        "from socketprotector_exporter.__main__ import main; sys.exit(main())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from socketprotector_exporter import web_hub
+from socketprotector_exporter.share import Share
+from socketprotector_exporter.web_hub import Hub
+from socketprotector_exporter.web_model import Instance
+from socketprotector_exporter.web_text import shortened
 
-from socketprotector.exporter import web_hub
-from socketprotector.exporter.share import Share
-from socketprotector.exporter.web_hub import Hub
-from socketprotector.exporter.web_model import Instance
-from socketprotector.exporter.web_text import shortened
 from tests.hostile import instance as false
 from tests.running import DEADLINE_S
 from tests.unit.ctl import fake as good

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 import uvicorn
+from socketprotector_exporter import visits
+from socketprotector_exporter.collector import ProtectorCollector
+from socketprotector_exporter.http import Server
+from socketprotector_exporter.web import application
+from socketprotector_exporter.web_hub import Hub
 
-from socketprotector.exporter import visits
-from socketprotector.exporter.collector import ProtectorCollector
-from socketprotector.exporter.http import Server
-from socketprotector.exporter.web import application
-from socketprotector.exporter.web_hub import Hub
 from tests.running import DEADLINE_S
 from tests.unit.exporter.conftest import Exporter
 
@@ -210,7 +210,7 @@ def test_a_head_of_more_than_16_kib_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch, connect: Connect, head: bytes
 ) -> None:
     for name in ("http.CONNECTION_S", "bounded.CONNECTION_S", "visits.HEAD_S"):
-        monkeypatch.setattr(f"socketprotector.exporter.{name}", 3600.0)
+        monkeypatch.setattr(f"socketprotector_exporter.{name}", 3600.0)
 
     async def story(door: Door) -> None:
         await door.opened()
@@ -242,7 +242,7 @@ def served() -> Iterator[Server]:
 def test_a_head_that_comes_byte_by_byte_is_waited_for_so_long(
     monkeypatch: pytest.MonkeyPatch, connect: Connect
 ) -> None:
-    monkeypatch.setattr("socketprotector.exporter.http.CONNECTION_S", 0.2)
+    monkeypatch.setattr("socketprotector_exporter.http.CONNECTION_S", 0.2)
     with served() as server:
         client = connect(server.where)
         client.settimeout(0.02)

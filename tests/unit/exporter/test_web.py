@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from socketprotector_exporter import web_hub
+from socketprotector_exporter.web import VIEWERS, application
+from socketprotector_exporter.web_hub import Hub
 
-from socketprotector.exporter import web_hub
-from socketprotector.exporter.web import VIEWERS, application
-from socketprotector.exporter.web_hub import Hub
 from tests.running import DEADLINE_S, eventually
 from tests.together import together
 from tests.unit.ctl.fake import Fake, Refusing, generation, reload, status, worker
@@ -30,7 +30,7 @@ from tests.unit.exporter.conftest import COMMAND, Exporter, run
 Fakes = Callable[[str], Fake]
 Starter = Callable[..., Exporter]
 WEB = ("--web", "127.0.0.1:0")
-PAGE = Path(__file__).parents[3] / "socketprotector" / "exporter" / "page"
+PAGE = Path(__file__).parents[3] / "exporter" / "socketprotector_exporter" / "page"
 #: Of the test's own instances: others may run on this machine, in /run.
 NAMES = {"web", "late", "silent", "fine", "junk", "huge"}
 SCRIPTS = ("events.js", "hosts.js", "page.js")
@@ -526,7 +526,7 @@ def test_sparklines_move_on(exporter: Starter, fakes: Fakes, viewer: Look) -> No
 
 
 def test_nothing_is_loaded_that_it_does_not_need() -> None:
-    code = "import sys, socketprotector.exporter.web; print(*sys.modules)"
+    code = "import sys, socketprotector_exporter.web; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
+from socketprotector_exporter.web_model import CELLS, Instance
+from socketprotector_exporter.web_series import POINTS, STEP_S, History
+from socketprotector_exporter.web_text import event_line, words_of
 
-from socketprotector.exporter.web_model import CELLS, Instance
-from socketprotector.exporter.web_series import POINTS, STEP_S, History
-from socketprotector.exporter.web_text import event_line, words_of
 from tests.unit.ctl.fake import generation, listener, reload, status, worker
 
 BEGAN = 1_000_000_000.0

@@ -6,9 +6,9 @@ import signal
 from collections.abc import Callable, Iterator
 
 import pytest
+from socketprotector_exporter import main as exporter
 
 from socketprotector.demo.cli import command
-from socketprotector.exporter import main as exporter
 from socketprotector.launch import completion
 from socketprotector.launch.options import OPTIONS
 

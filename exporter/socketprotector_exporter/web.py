@@ -28,12 +28,13 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..ctl.api import (
+from socketprotector.ctl.api import (
     SystemRefused,
     UsageError,
     on_error,
     whole,
 )
+
 from .peers import Peers
 from .visits import Visits
 from .web_hub import Hub

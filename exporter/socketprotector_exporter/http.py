@@ -18,8 +18,9 @@ from urllib.parse import unquote
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
-from .. import __version__
-from ..ctl.api import UsageError, escape
+from socketprotector import __version__
+from socketprotector.ctl.api import UsageError, escape
+
 from .bounded import CONNECTION_S, BoundedServer
 from .collector import ProtectorCollector
 from .token_file import read_token

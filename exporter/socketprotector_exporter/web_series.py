@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
-from ..ctl.api import Status, listed, measure
+from socketprotector.ctl.api import Status, listed, measure
 
 #: Rates and waits are those of this long.
 WINDOW_S = 5.0

@@ -1,4 +1,4 @@
-"""`socketprotector-exporter` and `python -m socketprotector.exporter`.
+"""`socketprotector-exporter` and `python -m socketprotector_exporter`.
 
 The program is loaded by a function, so that one line says where there is no memory to load it.
 """

@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..ctl.api import text
+from socketprotector.ctl.api import text
+
 from .metrics import PHASES
 from .web_series import rounded
 

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..ctl.api import (
+from socketprotector.ctl.api import (
     Status,
     failing,
     is_lame_duck,
@@ -24,6 +24,7 @@ from ..ctl.api import (
     unhealthy,
     waits_of,
 )
+
 from .web_series import SPARKLINES, History, Key, Window, key_of, rounded
 from .web_text import cut, event_line, line, verdict_of
 

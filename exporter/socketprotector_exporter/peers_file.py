@@ -13,7 +13,7 @@ import ipaddress
 import re
 from dataclasses import dataclass
 
-from ..ctl.api import UsageError, escape
+from socketprotector.ctl.api import UsageError, escape
 
 _REMARK = re.compile(r"(^|\s)#.*")
 _ADDRESS = re.compile(

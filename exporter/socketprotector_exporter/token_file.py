@@ -10,7 +10,7 @@ import os
 import re
 import stat
 
-from ..ctl.api import UsageError
+from socketprotector.ctl.api import UsageError
 
 _BYTES = 4096
 #: What a header can carry as it is.  Source: RFC 6750, 2.1.

@@ -19,8 +19,8 @@ from typing import Any
 
 import click
 
-from .. import __version__
-from ..ctl.api import (
+from socketprotector import __version__
+from socketprotector.ctl.api import (
     Refusal,
     SystemRefused,
     UsageError,

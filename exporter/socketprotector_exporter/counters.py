@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable
 
-from ..ctl.api import (
+from socketprotector.ctl.api import (
     Status,
     label,
     listed,

@@ -18,7 +18,7 @@ from prometheus_client.core import HistogramMetricFamily as Histogram
 from prometheus_client.core import InfoMetricFamily as Info
 from prometheus_client.core import Metric
 
-from ..ctl.api import (
+from socketprotector.ctl.api import (
     Status,
     is_lame_duck,
     label,
@@ -27,6 +27,7 @@ from ..ctl.api import (
     serves,
     standing_dry_run,
 )
+
 from .counters import BUCKETS, RESULTS, Counters
 
 PHASES = ("starting", "serving", "reloading", "settling", "stopping", "waiting")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from ..ctl.api import (
+from socketprotector.ctl.api import (
     NoProtector,
     SocketAnswer,
     UsageError,
@@ -22,6 +22,7 @@ from ..ctl.api import (
     unhealthy,
     why_not_ready,
 )
+
 from .counters import Counters
 from .joined import Joined
 from .metrics import MetricSet

@@ -18,8 +18,8 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 from contextlib import contextmanager
 from typing import Any
 
-from .. import __version__
-from ..ctl.api import (
+from socketprotector import __version__
+from socketprotector.ctl.api import (
     LONGEST_LINE,
     VERSION,
     Message,
@@ -29,6 +29,7 @@ from ..ctl.api import (
     connect,
     message_in,
 )
+
 from .collector import labels
 from .peers import Peers
 from .peers_model import Host

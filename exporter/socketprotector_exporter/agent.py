@@ -30,12 +30,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from socketserver import BaseRequestHandler
 
-from ..ctl.api import (
+from socketprotector.ctl.api import (
     Status,
     is_lame_duck,
     measure,
     why_not_ready,
 )
+
 from .bounded import CONNECTION_S, BoundedServer
 from .collector import ProtectorCollector
 

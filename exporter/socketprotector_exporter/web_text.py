@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..ctl.api import (
+from socketprotector.ctl.api import (
     Status,
     label,
     measure,

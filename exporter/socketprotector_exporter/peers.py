@@ -20,8 +20,9 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from .. import __version__
-from ..ctl.api import UsageError, env_file, in_units
+from socketprotector import __version__
+from socketprotector.ctl.api import UsageError, env_file, in_units
+
 from .names import Names
 from .peers_file import Peer, parse
 from .peers_model import Host, NoMetrics, Scan

@@ -1,6 +1,0 @@
-"""socketprotector-exporter: what control sockets say, as metrics for Prometheus and as a page.
-
-The protector has no HTTP server inside; the exporter is a separate process: if it dies, no service
-is affected.
-May import: ctl.
-"""

@@ -448,6 +448,7 @@ class Report(Action):
     news: ReportKind
     generation: int = 0
     reason: str = ""
+    slot: int | None = None  # of a worker that has exited
 
 
 @frozen

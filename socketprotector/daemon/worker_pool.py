@@ -190,7 +190,8 @@ class WorkerPool:
             self.groups.retire(number)
             return
         self._tell_to_finish(worker)
-        self._log.write("info", "retired", worker=number)
+        generation, slot = worker.record.generation, worker.record.slot
+        self._log.write("info", "retired", worker=number, generation=generation, slot=slot)
 
     def drain(self, generation: int) -> None:
         """Have workers that accept finish; the others read the end of their channel."""
@@ -217,7 +218,7 @@ class WorkerPool:
 
     def _send(self, worker: Worker, number: int) -> bool:
         """Send a signal, KILL to the whole process group, and log that; return whether we may."""
-        name = signal.Signals(number).name.removeprefix("SIG")
+        name, known = signal.Signals(number).name.removeprefix("SIG"), worker.record
         try:
             if number == signal.SIGKILL:
                 worker.process.kill_group()
@@ -227,13 +228,20 @@ class WorkerPool:
             self._log.write(
                 "error",
                 "cannot-signal",
-                worker=worker.record.number,
+                worker=known.number,
                 pid=worker.process.pid,
                 signal=name,
                 error=error.strerror,
             )
             return False
-        self._log.write("info", "signalled", worker=worker.record.number, signal=name)
+        self._log.write(
+            "info",
+            "signalled",
+            worker=known.number,
+            signal=name,
+            generation=known.generation,
+            slot=known.slot,
+        )
         return True
 
     def suspend(self) -> None:
@@ -494,9 +502,14 @@ class WorkerPool:
             self._note(worker, ready_by=by)  # its exit is handled next
             return False
         self._note(worker, ready_at=time.monotonic(), ready_by=by, retires=retires)
-        other = by if by != "notify" else None
+        other, known = by if by != "notify" else None, worker.record
         self._log.write(
-            "info", "worker-ready", generation=worker.record.generation, worker=number, by=other
+            "info",
+            "worker-ready",
+            generation=known.generation,
+            worker=number,
+            by=other,
+            slot=known.slot,
         )
         self._wait_for_word(number, worker)
         return True

@@ -16,7 +16,7 @@ install: $(INSTALLED) ## make .venv with the three packages, editable, and the d
 $(INSTALLED): pyproject.toml client_lib/pyproject.toml exporter/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3 >= 3.11 is needed; say make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e client_lib -e './exporter[web]' -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e client_lib -e '.[dev]' -e './exporter[web]'
 	@touch $@
 
 demo: $(INSTALLED) ## show what it does: releases and kills under load, and how many connections fail (20 s)

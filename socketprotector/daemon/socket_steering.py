@@ -613,11 +613,18 @@ class SocketSteering:
         self._loop.call_after(_MEND, _MEND_AGAIN_S, self._watch)
 
     def _mend_all(self) -> None:
-        """Mend what does not listen and has not told so: a connected one does not hang up."""
+        """Mend what gets no client and has not told so: a connected one does not hang up.
+
+        Nor does one on a device that is gone.  A release that starts there could not be asked, and
+        might be taken for ready.
+        """
+        starting = self._accepting.get(max(self._accepting, default=0))
         for each in self._shared:
-            for number in range(len(each.sockets)):
+            for number, one in enumerate(each.sockets):
                 if not each.is_alive(number):
                     self.mend(each, number)
+                elif number == starting != self.number_for(each) and reuseport.device_is_gone(one):
+                    self._replace(each, number)
 
     def _make_ready(self, listener: Listener, socket_number: int, generation: int) -> None:
         """Have no generation begin with what an earlier one has done to a socket."""

@@ -208,6 +208,25 @@ def test_a_socket_that_a_failed_release_has_connected_is_bound_anew(
     daemon.stop()
 
 
+@pytest.mark.parametrize("upgraded", [False, True])
+def test_a_release_on_a_device_that_is_gone_fails_and_is_not_taken_for_ready(
+    protector: Starter, tmp_path: Path, upgraded: bool
+) -> None:
+    """No client reaches it, so it cannot be asked, least of all by a program that comes later."""
+    release = Release(tmp_path / "daemon")
+    release.becomes(*GOOD)
+    daemon = protector(*MODE, *QUICK, "127.0.0.1:0", "--", release.path).ready()
+    release.becomes(*worker("breaks_its_socket", "stays"))
+    daemon.signal(signal.SIGHUP)
+    daemon.log.wait_for("^waits$")
+    if upgraded:
+        daemon.signal(signal.SIGUSR2)
+    daemon.log.wait_for("event=reload-failed generation=2 .*broke its listening socket")
+
+    assert served(("127.0.0.1", daemon.port)) in spawned(daemon)
+    daemon.stop()
+
+
 @needs.ANOTHER_USER
 def test_releases_that_break_a_socket_which_cannot_be_bound_again_keep_no_client_out(
     command: Command,

@@ -448,7 +448,6 @@ class Report(Action):
     news: ReportKind
     generation: int = 0
     reason: str = ""
-    slot: int | None = None  # of a worker that has exited
 
 
 @frozen

@@ -62,11 +62,10 @@ def worker_exited(step: Step, event: WorkerExited) -> None:
     if replacement:  # it stands for itself from now on
         step.fleet = step.fleet.with_worker(replace(replacement, replaces=0))
     if generation.phase is Phase.SERVING and worker.state is not State.RETIRING:
-        step.do(Report(ReportKind.EXITED, generation.number, event.reason, slot=worker.slot))
+        step.do(Report(ReportKind.EXITED, generation.number, event.reason))
         if replacement is None:
             _respawn(step, generation.number, worker, event.served_s)
     elif event.waiting and _is_last_taker(step.fleet, generation.number):
-        step.do(Report(ReportKind.EXITED, generation.number, event.reason, slot=worker.slot))
         _respawn(step, generation.number, worker, event.served_s)
     elif generation.phase in (Phase.STARTING, Phase.SETTLING):
         fail(step, generation.number, event.reason, retry=not event.detached)

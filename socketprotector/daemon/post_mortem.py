@@ -115,7 +115,6 @@ class PostMortem:
             worker=number,
             how=end.how,
             lost=lost or None,
-            slot=known.slot,
         )
         last_words, silent = worker.last_words or "", not known.ready_by and not worker.has_served
         if silent:  # it has failed to start, or detached itself

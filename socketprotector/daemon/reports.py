@@ -94,7 +94,6 @@ class Reports:
             generation=report.generation or None,
             reason=first_line or None,
             last_words=last_words or None,
-            slot=report.slot,
         )
         self._remember_reload(report)
         serves = f"generation {report.generation} serves"

@@ -190,8 +190,7 @@ class WorkerPool:
             self.groups.retire(number)
             return
         self._tell_to_finish(worker)
-        generation, slot = worker.record.generation, worker.record.slot
-        self._log.write("info", "retired", worker=number, generation=generation, slot=slot)
+        self._log.write("info", "retired", worker=number)
 
     def drain(self, generation: int) -> None:
         """Have workers that accept finish; the others read the end of their channel."""
@@ -218,7 +217,7 @@ class WorkerPool:
 
     def _send(self, worker: Worker, number: int) -> bool:
         """Send a signal, KILL to the whole process group, and log that; return whether we may."""
-        name, known = signal.Signals(number).name.removeprefix("SIG"), worker.record
+        name = signal.Signals(number).name.removeprefix("SIG")
         try:
             if number == signal.SIGKILL:
                 worker.process.kill_group()
@@ -228,20 +227,13 @@ class WorkerPool:
             self._log.write(
                 "error",
                 "cannot-signal",
-                worker=known.number,
+                worker=worker.record.number,
                 pid=worker.process.pid,
                 signal=name,
                 error=error.strerror,
             )
             return False
-        self._log.write(
-            "info",
-            "signalled",
-            worker=known.number,
-            signal=name,
-            generation=known.generation,
-            slot=known.slot,
-        )
+        self._log.write("info", "signalled", worker=worker.record.number, signal=name)
         return True
 
     def suspend(self) -> None:
@@ -502,14 +494,9 @@ class WorkerPool:
             self._note(worker, ready_by=by)  # its exit is handled next
             return False
         self._note(worker, ready_at=time.monotonic(), ready_by=by, retires=retires)
-        other, known = by if by != "notify" else None, worker.record
+        other = by if by != "notify" else None
         self._log.write(
-            "info",
-            "worker-ready",
-            generation=known.generation,
-            worker=number,
-            by=other,
-            slot=known.slot,
+            "info", "worker-ready", generation=worker.record.generation, worker=number, by=other
         )
         self._wait_for_word(number, worker)
         return True

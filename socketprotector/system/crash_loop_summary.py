@@ -8,8 +8,9 @@ summed up, and what was withheld of that worker is written. Observers of the log
 There are two kinds of loop: workers that crash in one slot of a generation, and generations that
 fail one after the other because none serves.
 
-It reads the log's own lines, because their order is what it has to keep. A line of a worker names
-its generation and slot. The warning about a worker that exited unasked is a death.
+It reads the log's own lines: their order is what it has to keep, and the core, which counts quick
+deaths for its back-off, knows neither when a worker was spawned nor what it said (the daemon
+writes these lines), nor when one has proved itself (only, at its end, that it had).
 """
 
 from __future__ import annotations
@@ -26,18 +27,24 @@ from .loop import Loop
 Fields = Mapping[str, object]
 #: When it came; level, event and fields.
 Line = tuple[float, str, str, Fields]
-#: Generation and slot. None: generations, one after the other.
-Key = tuple[int, int] | None
+#: Generation and slot; the slot is missing of a worker that could not even be spawned.
+#: None: generations, one after the other.
+Key = tuple[int, int | None] | None
 
 #: Deaths in a row that are written as they are.
 SHOWN = 5
 #: From one line with a count to the next: doubled each time.
 FIRST_INTERVAL_S = 10.0
 LAST_INTERVAL_S = 3600.0
+#: A worker that could not be spawned is never ready: longer apart is no loop (back-off: 60 s).
+_APART_S = 120.0
+#: The slot of a worker whose end is no death of a loop: spawned by an earlier program, or it served
+#: and was told to leave.
+_UNKNOWN = -1
 #: Lines of workers that live: a generation may have many of them.
 _WITHHELD = 256
 
-_REPEATED = ("spawned", "worker-ready", "retired", "signalled", "exited")
+_REPEATED = ("spawned", "worker-ready", "signalled", "exited")
 _FAILURES = ("retrying", "channel-broken")
 #: What generations that are opened one after the other repeat.
 _REPEATED_BY_GENERATIONS = (*_REPEATED, *_FAILURES, "route", "recovered", "drained")
@@ -54,13 +61,15 @@ class _CrashLoop:
     untold: int = 0  # of these, since the last line
     interval_s: float = FIRST_INTERVAL_S
     ready_at: float | None = None  # of the worker that lives
+    died_at: float = 0.0
+    shown: int = SHOWN
     last: Fields = field(default_factory=dict)  # how it ended the last time
     #: What was withheld of the worker that lives, and when.
     withheld: deque[Line] = field(default_factory=lambda: deque(maxlen=_WITHHELD))
 
     @property
     def suppressed(self) -> bool:
-        return self.deaths >= SHOWN
+        return self.deaths >= self.shown
 
 
 class CrashLoopFilter:
@@ -71,6 +80,9 @@ class CrashLoopFilter:
         self._write = write
         self._loop = loop
         self._crashing: dict[Key, _CrashLoop] = {}
+        self._slot_of: dict[int, tuple[int, int | None]] = {}  # of workers that live
+        self._slot_counts: dict[int, int] = {}  # how many a generation has
+        self._just_ended: tuple[int, int | None] | None = None
         self._failed = 0  # the last generation that failed while no other served
         self._shown_to = 0  # the lines of later generations are withheld
         self._stopping = False
@@ -83,7 +95,10 @@ class CrashLoopFilter:
         if self._stopping:
             return False
         line = (time.monotonic(), level, event, fields)
-        generation = _number(fields, "generation")
+        generation = (
+            _number(fields, "generation")
+            or self._slot_of.get(_number(fields, "worker"), (0, None))[0]
+        )
         of_a_slot = self._of_a_slot(line, generation)
         return self._of_generations(line, generation) or of_a_slot
 
@@ -91,20 +106,62 @@ class CrashLoopFilter:
         """Write what was withheld."""
         for key in list(self._crashing):
             self._finish(key)
+        self._slot_of.clear()
 
     # -- workers of a slot --------------------------------------------------------
 
     def _of_a_slot(self, line: Line, generation: int) -> bool:
         _, _, event, fields = line
+        worker = _number(fields, "worker")
+        just_ended, self._just_ended = self._just_ended, None
         if event == "drained":
             for key in [key for key in self._crashing if key is not None and key[0] == generation]:
                 self._finish(key)
-        if event not in _REPEATED or "slot" not in fields:
+            self._slot_counts.pop(generation, None)
             return False
-        slot = generation, _number(fields, "slot")
-        if event == "exited" and "worker" not in fields:
-            return self._count_death(slot, _why(fields))
-        return self._withhold(slot, line, ready=event == "worker-ready")
+        if event == "spawned":
+            slot = _number(fields, "slot")
+            self._slot_of[worker] = generation, slot
+            self._slot_counts[generation] = max(self._slot_counts.get(generation, 0), slot + 1)
+        if event == "exited" and not worker:  # the lifecycle says it once more, with the reason
+            return self._reason(just_ended, generation, fields)
+        if event in ("retired", "signalled") and self._leaves_as_asked(worker):
+            return False
+        if event not in _REPEATED:
+            return False
+        key = self._slot_of.get(worker, (generation, _UNKNOWN))
+        if event == "exited":
+            self._slot_of.pop(worker, None)
+            self._just_ended = key
+        if key[1] == _UNKNOWN:
+            return False
+        if event == "exited":
+            return self._count_death(key, {"worker": worker, "how": fields.get("how")})
+        return self._withhold(key, line, ready=event == "worker-ready")
+
+    def _leaves_as_asked(self, worker: int) -> bool:
+        """Whether a worker that served was told to leave: then its end is no death."""
+        key = self._slot_of.get(worker, (0, _UNKNOWN))
+        crashes = self._crashing.get(key)
+        if crashes is None or crashes.ready_at is None:
+            return False  # one that never served, or ended by itself
+        self._slot_of[worker] = key[0], _UNKNOWN
+        self._finish(key)
+        return True
+
+    def _reason(
+        self, ended: tuple[int, int | None] | None, generation: int, fields: Fields
+    ) -> bool:
+        reason = _why(fields)
+        if ended is None or ended[0] != generation:
+            # All of its slots together, as the line does not say which one.
+            shown = SHOWN * self._slot_counts.get(generation, 1)
+            return self._count_death((generation, None), reason, shown)
+        crashes = self._crashing.get(ended)
+        if crashes is None:
+            return False
+        crashes.last = {**crashes.last, **reason}
+        return crashes.deaths > crashes.shown
 
     # -- generations, one after the other ----------------------------------------
 
@@ -139,21 +196,24 @@ class CrashLoopFilter:
         crashes.withheld.append(line)
         return True
 
-    def _count_death(self, key: Key, reason: Fields) -> bool:
+    def _count_death(self, key: Key, last: Fields, shown: int = SHOWN) -> bool:
         """Count a death; True: it is not to be written now."""
         now = time.monotonic()
         crashes = self._crashing.get(key)
-        if crashes is not None and crashes.ready_at and now - crashes.ready_at >= PROVEN_S:
+        if crashes is not None and (
+            (crashes.ready_at is not None and now - crashes.ready_at >= PROVEN_S)
+            or (key is not None and key[1] is None and now - crashes.died_at > _APART_S)
+        ):
             self._finish(key)
         crashes = self._crashing.setdefault(key, _CrashLoop(now))
         self._loop.cancel(("crash-loop-proven", key))
+        crashes.shown = shown
         crashes.deaths += 1
         crashes.ready_at = None
-        ends = [fields for _, _, event, fields in crashes.withheld if event == "exited"]
-        how = {name: ends[-1].get(name) for name in ("worker", "how")} if ends and key else {}
-        crashes.last = {**how, **reason}
+        crashes.died_at = now
+        crashes.last = last
         crashes.withheld.clear()
-        if crashes.deaths <= SHOWN:
+        if crashes.deaths <= crashes.shown:
             return False
         crashes.untold += 1
         if self._loop.due(("crash-loop", key)) is None:

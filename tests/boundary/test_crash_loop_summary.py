@@ -78,24 +78,18 @@ class Story:
         self.say("spawned", generation=generation, worker=self.number, slot=slot, pid=self.number)
         return self.number
 
-    def ready(self, worker: int, generation: int = 1, slot: int = 0) -> None:
-        self.say("worker-ready", generation=generation, worker=worker, slot=slot)
+    def ready(self, worker: int, generation: int = 1) -> None:
+        self.say("worker-ready", generation=generation, worker=worker)
 
-    def leave(self, worker: int) -> None:
-        """It was asked to, so there is no warning."""
-        self.say("exited", generation=1, worker=worker, slot=0, how="exited with status 0")
-
-    def end(
-        self, worker: int, generation: int = 1, slot: int = 0, how: str = "exited with status 1"
-    ) -> None:
-        self.say("exited", generation=generation, worker=worker, slot=slot, how=how)
-        self.say("exited", generation=generation, slot=slot, reason=how)
+    def end(self, worker: int, generation: int = 1, how: str = "exited with status 1") -> None:
+        self.say("exited", generation=generation, worker=worker, how=how)
+        self.say("exited", generation=generation, reason=how)
 
     def live_and_die(self, times: int, **more: int) -> None:
         for _ in range(times):
             worker = self.spawn(**more)
-            self.ready(worker, **more)
-            self.end(worker, more.get("generation", 1), more.get("slot", 0))
+            self.ready(worker, more.get("generation", 1))
+            self.end(worker, more.get("generation", 1))
 
     def events(self) -> list[str]:
         """What was written since this was asked the last time."""
@@ -203,8 +197,8 @@ def test_workers_that_are_replaced_again_and_again_are_no_loop(story: Story, wor
     for _ in range(SHOWN * 3):
         worker = story.spawn()
         story.ready(worker)
-        story.say(word, generation=1, worker=worker, slot=0)
-        story.leave(worker)
+        story.say(word, worker=worker)
+        story.say("exited", generation=1, worker=worker, how="exited with status 0")
 
     assert story.events() == ["spawned", "worker-ready", word, "exited"] * SHOWN * 3
 
@@ -212,7 +206,7 @@ def test_workers_that_are_replaced_again_and_again_are_no_loop(story: Story, wor
 def test_workers_that_are_never_ready_and_told_to_go_are_a_loop(story: Story) -> None:
     for _ in range(SHOWN * 3):
         worker = story.spawn()
-        story.say("signalled", generation=1, worker=worker, slot=0, signal="TERM")
+        story.say("signalled", worker=worker, signal="TERM")
         story.end(worker)
 
     assert story.events() == ["spawned", "signalled", "exited", "exited"] * SHOWN
@@ -224,9 +218,8 @@ def test_a_worker_that_is_told_to_go_in_the_middle_of_a_loop_is_logged(story: St
     story.ready(worker)
     story.events()
 
-    story.say("retired", generation=1, worker=worker, slot=0)
-    story.leave(worker)
-    story.loop.pass_time(PROVEN_S)
+    story.say("retired", worker=worker)
+    story.say("exited", generation=1, worker=worker, how="exited with status 0")
 
     assert story.events() == ["crash-loop", "spawned", "worker-ready", "retired", "exited"]
     assert story.loop.timers == {}
@@ -245,7 +238,7 @@ def test_a_stop_logs_the_rest_and_what_comes_after_it(story: Story) -> None:
     story.events()
 
     story.say("stopping")
-    story.say("signalled", generation=1, worker=worker, slot=0, signal="TERM")
+    story.say("signalled", worker=worker, signal="TERM")
     story.end(worker)
 
     assert story.events() == ["crash-loop", "spawned", "stopping", "signalled", "exited", "exited"]
@@ -258,16 +251,17 @@ def test_the_end_of_the_generation_ends_the_loop(story: Story) -> None:
     story.events()
 
     story.say("reloaded", generation=2)
-    story.leave(worker)
+    story.say("exited", generation=1, worker=worker, how="exited with status 0")
     story.say("drained", generation=1)
 
-    assert story.events() == ["reloaded", "crash-loop", "spawned", "exited", "drained"]
-    assert story.seen[1]["deaths"] == SHOWN + 2
+    assert story.events() == ["reloaded", "crash-loop", "drained"]
+    assert story.seen[1]["deaths"] == SHOWN + 3
+    assert story.seen[1]["how"] == "exited with status 0"
 
 
 def test_a_worker_that_cannot_be_spawned_is_suppressed_too(story: Story) -> None:
     for _ in range(SHOWN + 4):
-        story.say("exited", generation=1, slot=0, reason="cannot start: No such file")
+        story.say("exited", generation=1, reason="cannot start: No such file")
         story.loop.pass_time(1)
 
     assert story.events() == ["exited"] * SHOWN
@@ -277,18 +271,27 @@ def test_a_worker_that_cannot_be_spawned_is_suppressed_too(story: Story) -> None
 
 
 def test_of_workers_that_cannot_be_spawned_so_many_are_logged_for_each_slot(story: Story) -> None:
-    for death in range(3 * SHOWN + 4):
-        story.say("exited", generation=1, slot=death % 3, reason="cannot start: No such file")
+    for slot in range(3):
+        story.spawn(slot=slot)
+    story.events()
+    for _ in range(3 * SHOWN + 4):
+        story.say("exited", generation=1, reason="cannot start: No such file")
 
     assert story.events() == ["exited"] * 3 * SHOWN
+
+
+def test_workers_of_an_earlier_program_are_logged_as_they_are(story: Story) -> None:
+    for worker in range(1, SHOWN * 3):
+        story.say("exited", generation=1, worker=worker, how="exited with status 1")
+        story.say("exited", generation=1, reason="exited with status 1")
+
+    assert story.events() == ["exited"] * 2 * (SHOWN * 3 - 1)
 
 
 def test_generations_that_are_retried_one_after_the_other_are_suppressed(story: Story) -> None:
     def fail(generation: int) -> None:
         worker = story.spawn(generation)
-        story.say(
-            "exited", generation=generation, worker=worker, slot=0, how="exited with status 1"
-        )
+        story.say("exited", generation=generation, worker=worker, how="exited with status 1")
         story.say("retrying", generation=generation, reason=f"reason {generation}")
         story.say("drained", generation=generation)
 
@@ -341,5 +344,5 @@ def test_what_is_known_stays_bounded(story: Story) -> None:
         story.say("drained", generation=generation)
 
     kept = story.filter
-    assert kept._crashing == {}
+    assert [kept._crashing, kept._slot_of, kept._slot_counts] == [{}, {}, {}]
     assert story.loop.timers == {}

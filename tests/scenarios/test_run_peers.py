@@ -30,7 +30,7 @@ def test_node_3551_no_request_is_lost_when_workers_restart(protector: Start) -> 
     for _ in range(rounds(2, 20)):  # one after the other, then all at once
         worker_number += 1
         mark = daemon.signal(signal.SIGTTIN)
-        daemon.log.wait_for(f"event=worker-ready .*worker={worker_number} slot=", after=mark)
+        daemon.log.wait_for(f"event=worker-ready .*worker={worker_number}$", after=mark)
         mark = daemon.signal(signal.SIGTTOU)
         daemon.log.wait_for("event=exited", after=mark)
         daemon.reload()

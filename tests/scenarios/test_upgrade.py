@@ -313,7 +313,7 @@ def test_in_a_back_off_the_next_worker_still_comes(protector: Starter, tmp_path:
     release.becomes(*MANY)
     daemon = protector("127.0.0.1:0", "--", release.path).ready()
     for number in range(1, 5):  # the fourth waits a while
-        daemon.log.wait_for(f"event=worker-ready generation=1 worker={number} slot=")
+        daemon.log.wait_for(f"event=worker-ready generation=1 worker={number}$")
         os.kill(spawned(daemon)[-1], signal.SIGKILL)
         daemon.log.wait_for(f"event=exited generation=1 worker={number} ")
     upgraded(daemon)

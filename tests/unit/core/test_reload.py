@@ -214,7 +214,7 @@ def test_the_old_generation_crashing_during_a_reload_is_replaced_within_itself(
     story.given_serving().and_also(ReloadRequested())
 
     assert story.when(WorkerExited(1, CRASHED)) == [
-        Report(ReportKind.EXITED, 1, CRASHED, slot=0),
+        Report(ReportKind.EXITED, 1, CRASHED),
         Spawn(1, worker=3, slot=0),
         StartTimer(Deadline(TimerKind.WORKER_START, 3), 60.0),
     ]
@@ -283,7 +283,7 @@ def test_the_old_generation_is_kept_alive_while_the_new_one_settles(story: Story
     story.given_serving(SETTLE).and_also(ReloadRequested(), WorkerReady(2))
 
     assert story.when(WorkerExited(1, CRASHED)) == [
-        Report(ReportKind.EXITED, 1, CRASHED, slot=0),
+        Report(ReportKind.EXITED, 1, CRASHED),
         Spawn(1, worker=3, slot=0),
         StartTimer(Deadline(TimerKind.WORKER_START, 3), 60.0),
     ]

@@ -109,7 +109,7 @@ def test_a_worker_that_dies_while_the_backlog_is_served_is_replaced(story: Story
     story.given_serving().and_also(StopRequested())
 
     assert story.when(WorkerExited(1, CRASHED)) == [
-        Report(ReportKind.EXITED, 1, CRASHED, slot=0),
+        Report(ReportKind.EXITED, 1, CRASHED),
         Spawn(1, worker=2, slot=0),
         StartTimer(Deadline(TimerKind.WORKER_START, 2), 60.0),
     ]
@@ -119,7 +119,6 @@ def test_the_last_worker_of_a_stop_is_replaced_while_connections_wait(story: Sto
     story.given_serving().and_also(StopRequested(), BacklogEmptied())
 
     assert story.when(WorkerExited(1, CRASHED, served_s=60.0, waiting=3)) == [
-        Report(ReportKind.EXITED, 1, CRASHED, slot=0),
         Spawn(1, worker=2, slot=0),
         StartTimer(Deadline(TimerKind.WORKER_START, 2), 60.0),
     ]

@@ -50,7 +50,7 @@ def test_a_worker_that_dies_is_replaced_at_once_in_its_slot(story: Story) -> Non
     story.given_serving(workers=2)
 
     assert story.when(WorkerExited(1, CRASHED, served_s=60.0)) == [
-        Report(ReportKind.EXITED, 1, CRASHED, slot=0),
+        Report(ReportKind.EXITED, 1, CRASHED),
         Spawn(1, worker=3, slot=0),
         StartTimer(Deadline(TimerKind.WORKER_START, 3), 60.0),
     ]
@@ -92,7 +92,7 @@ def test_from_the_third_quick_death_on_the_next_worker_waits(story: Story) -> No
 
     assert story.when(WorkerExited(3, CRASHED)) == [
         CancelTimer(Deadline(TimerKind.WORKER_START, 3)),
-        Report(ReportKind.EXITED, 1, CRASHED, slot=0),
+        Report(ReportKind.EXITED, 1, CRASHED),
         StartTimer(Deadline(TimerKind.WORKER_RESPAWN, 4), 0.1),
     ]
     assert story.when_over(TimerKind.WORKER_RESPAWN, 4) == [
@@ -146,7 +146,7 @@ def test_a_replacement_that_never_becomes_ready_is_ended_and_counted(story: Stor
     ]
     assert story.when_over(TimerKind.WORKER_KILL, 3) == [Signal(3, WorkerSignal.KILL)]
     assert story.when(WorkerExited(3, "killed by SIGKILL")) == [
-        Report(ReportKind.EXITED, 1, "killed by SIGKILL", slot=0),
+        Report(ReportKind.EXITED, 1, "killed by SIGKILL"),
         StartTimer(Deadline(TimerKind.WORKER_RESPAWN, 4), 0.1),
     ]
 
@@ -369,7 +369,7 @@ def test_one_that_dies_before_its_replacement_is_ready_has_it_already(story: Sto
     replaced(story)
 
     assert story.when(WorkerExited(1, CRASHED, served_s=60.0)) == [
-        Report(ReportKind.EXITED, 1, CRASHED, slot=0)
+        Report(ReportKind.EXITED, 1, CRASHED)
     ]
     assert story.when(WorkerReady(2)) == [CancelTimer(Deadline(TimerKind.WORKER_START, 2))]
 

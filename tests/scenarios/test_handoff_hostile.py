@@ -250,6 +250,7 @@ def test_releases_that_break_a_socket_which_cannot_be_bound_again_keep_no_client
         assert pid_in(ask(address, timeout_s=IN_TIME_S)) == command.worker_pid_of(1)
     command.start.reload()
     command.start.wait_for("event=one-socket-left")
+    command.start.wait_for("event=drained generation=1")  # until then it accepts there, too
     assert pid_in(ask(address, timeout_s=IN_TIME_S)) == command.worker_pid_of(4)
     assert "event=listener-lost" not in command.start.log
 

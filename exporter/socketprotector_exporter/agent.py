@@ -30,12 +30,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from socketserver import BaseRequestHandler
 
-from socketprotector.ctl.api import (
-    Status,
-    is_lame_duck,
-    measure,
-    why_not_ready,
-)
+from socketprotector.ctl.api import Status, is_lame_duck, measure, why_not_ready
 
 from .bounded import CONNECTION_S, BoundedServer
 from .collector import ProtectorCollector

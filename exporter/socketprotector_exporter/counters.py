@@ -9,12 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable
 
-from socketprotector.ctl.api import (
-    Status,
-    label,
-    listed,
-    measure,
-)
+from socketprotector.ctl.api import Status, label, listed, measure
 
 #: Of a generation, where its workers count (docs/control.md).
 COUNTED = ("accepted", "finished", "errors", "lost")

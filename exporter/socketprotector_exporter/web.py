@@ -28,12 +28,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from socketprotector.ctl.api import (
-    SystemRefused,
-    UsageError,
-    on_error,
-    whole,
-)
+from socketprotector.ctl.api import SystemRefused, UsageError, on_error, whole
 
 from .peers import Peers
 from .visits import Visits

@@ -8,14 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from socketprotector.ctl.api import (
-    Status,
-    label,
-    measure,
-    number_in,
-    text,
-    text_in,
-)
+from socketprotector.ctl.api import Status, label, measure, number_in, text, text_in
 
 _LINE_CHARACTERS = 240
 #: The end of last words says what happened.

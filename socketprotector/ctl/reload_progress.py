@@ -102,7 +102,7 @@ class Awaited:
 
     #: Events after which the status is requested at once.
     heeded: tuple[str, ...] = ()
-    #: What is told when the connection is cut, unless a stop explains it.
+    #: The step to show when the connection is cut, unless a stop explains it.
     cut = ""
     #: The protector is being stopped: none comes back after its end.
     stopping = False

@@ -304,7 +304,7 @@ class LogRelay:
             return
         for number in sorted(self._workers.keys() - numbers())[:over]:
             pipe = self._workers[number]
-            if not events_of(pipe.read, 0):  # otherwise the relay sees the end by itself
+            if not events_of(pipe.read, 0):  # at the end of file the relay closes it by itself
                 self._log.write(
                     "warning",
                     "output-closed",

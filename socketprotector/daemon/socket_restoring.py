@@ -115,11 +115,12 @@ class SocketRestoring:
                 _snapshots().raise_backlog(one, made)
 
     def _restore(self, listener: Listener, socket_number: int, before: Snapshot) -> None:
-        """Have a socket as it was before, or another one, or log which options stay."""
+        """Restore a socket's options; else replace the socket, or log which options stay."""
         snapshots = _snapshots()
         one, count = listener.socket_for(socket_number), len(listener.sockets)
         stays = snapshots.restore(one, before)
-        # A socket for all generations not for less: the one that serves has to be replaced, too.
+        # A socket that all generations share is replaced only where it keeps clients out, because
+        # the serving generation must then be replaced, too.
         if stays and (
             listener.has_sibling
             or (snapshots.KEEPS_CLIENTS_OUT.intersection(stays) and listener.can_do_without(one))

@@ -312,8 +312,7 @@ class SocketSteering:
         if not self._ended:  # else new clients are refused, and that stays so
             self._restoring.end(generation, socket_number, self._accepting, gone=gone)
         if self._accepting and max(self._accepting) < generation:
-            self._mend_all()
-            self._steer()
+            self._repair()
 
     def _questions_at(self, listener: Listener, number: int) -> int | None:
         """Return how many questions wait at one of its sockets; None: a client does, too.
@@ -561,10 +560,14 @@ class SocketSteering:
 
         By clearing SO_REUSEPORT, or by a filter for the group; or they connect the socket.
         """
-        newest = max(self._accepting, default=0)
-        starts = self._accepting.get(newest, self.current) != self.current
-        if starts and self._shared and not self._ended:
+        if self._starting is not None and self._shared and not self._ended:
             self._loop.call_after("steer", _STEER_AGAIN_S, self._repair)
+
+    @property
+    def _starting(self) -> int | None:
+        """The newest generation, until new clients come to its socket."""
+        newest = max(self._accepting, default=0)
+        return newest if self._accepting.get(newest, self.current) != self.current else None
 
     def _repair(self) -> None:
         self._mend_all()
@@ -613,17 +616,18 @@ class SocketSteering:
         self._loop.call_after(_MEND, _MEND_AGAIN_S, self._watch)
 
     def _mend_all(self) -> None:
-        """Mend what gets no client and has not told so: a connected one does not hang up.
+        """Mend the sockets that get no client.  Of these epoll reports only one that was shut down.
 
-        Nor does one on a device that is gone.  A release that starts there could not be asked, and
-        might be taken for ready.
+        One that a worker has connected is not reported, nor one on a device that is gone.  A
+        release that starts on such a device cannot be asked, and time alone would make it ready.
         """
-        starting = self._accepting.get(max(self._accepting, default=0))
         for each in self._shared:
             for number, one in enumerate(each.sockets):
                 if not each.is_alive(number):
                     self.mend(each, number)
-                elif number == starting != self.number_for(each) and reuseport.device_is_gone(one):
+                elif self._accepting.get(self._starting or 0) == number != self.number_for(
+                    each
+                ) and reuseport.device_is_gone(one):
                     self._replace(each, number)
 
     def _make_ready(self, listener: Listener, socket_number: int, generation: int) -> None:
@@ -673,11 +677,11 @@ class SocketSteering:
         self._partly_served -= without
         self._bound(listener)
         lost = {generation for generation, _ in without}
-        newest = max(self._accepting, default=0)
-        if newest in lost and self._accepting[newest] != self.current:
+        starting = self._starting
+        if starting in lost:
             # First: until it is gone no other one is started for the clients.
-            self._post(SocketLost(newest))
-            lost.remove(newest)
+            self._post(SocketLost(starting))
+            lost.remove(starting)
         if lost:
             self._post(Stranded())
 

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from socketprotector.core.events import ReportKind  # noqa: E402
+from socketprotector.core.actions import ReportKind  # noqa: E402
 from socketprotector.daemon import reports  # noqa: E402
 from socketprotector.model.errors import Refusal  # noqa: E402
 from socketprotector.model.log_format import LEVELS  # noqa: E402

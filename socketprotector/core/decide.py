@@ -14,7 +14,23 @@ from collections.abc import Iterable, Mapping
 
 from ..model.lazy_dataclass import replace
 from . import events, reload, stop, workers
-from .events import Action, Deadline, Event, TimerKind
+from .actions import (
+    Action,
+    Ask,
+    CheckSettling,
+    CloseListeners,
+    Drain,
+    Hold,
+    Quiesce,
+    ReadSettings,
+    Release,
+    RouteTo,
+    Signal,
+    StartTimer,
+    UseSettings,
+    WorkerSignal,
+)
+from .events import Deadline, Event, TimerKind
 from .fleet import PHASES, Fleet, Phase, Stop
 from .start_timeout import not_ready
 from .step import Step
@@ -106,7 +122,7 @@ def _deadline_passed(step: Step, deadline: Deadline, advice: str) -> None:
             workers.too_slow(step, number)
         case TimerKind.WORKER_KILL:
             if step.fleet.find(number) is not None:
-                step.do(events.Signal(number, events.WorkerSignal.KILL))
+                step.do(Signal(number, WorkerSignal.KILL))
         case TimerKind.OPEN | TimerKind.TURN | TimerKind.WORKER_RESPAWN:
             pass  # `_go_on` opens, or starts, what is due
         case TimerKind.HOLD:
@@ -136,7 +152,7 @@ def _release_what_is_gone(step: Step) -> None:
             step.cancel(TimerKind.KILL, generation.number)
             left = tuple(g for g in step.fleet.generations if g.number != generation.number)
             step.fleet = replace(step.fleet, generations=left)
-            step.do(events.Release(generation.number))
+            step.do(Release(generation.number))
 
 
 def resume(
@@ -152,26 +168,26 @@ def resume(
     which many programs take for "at once".
     """
     route, undone = fleet.route, tuple(undone)
-    actions: list[Action] = [events.Hold(True)] if fleet.held else []
-    actions += [events.RouteTo(route.number if route else None)]
+    actions: list[Action] = [Hold(True)] if fleet.held else []
+    actions += [RouteTo(route.number if route else None)]
     # First: clients of a listener that they remove go to a generation that is told to finish.
-    actions += [each for each in undone if isinstance(each, events.UseSettings)]
+    actions += [each for each in undone if isinstance(each, UseSettings)]
     for generation in fleet.all_of(Phase.DRAINING):
-        order = events.Quiesce if generation.quiescing else events.Drain
+        order = Quiesce if generation.quiescing else Drain
         actions.append(order(generation.number))
     starting = fleet.of(Phase.STARTING)
     if starting and reload.is_asked(fleet, starting):
-        actions.append(events.Ask(starting.number))
+        actions.append(Ask(starting.number))
     settling = fleet.of(Phase.SETTLING)
     if settling and settling.checked:
-        actions.append(events.CheckSettling(settling.number))
-    actions += [each for each in undone if not isinstance(each, events.UseSettings)]
+        actions.append(CheckSettling(settling.number))
+    actions += [each for each in undone if not isinstance(each, UseSettings)]
     if fleet.reading:
-        actions.append(events.ReadSettings(fleet.dry_run))
+        actions.append(ReadSettings(fleet.dry_run))
     if fleet.stopping:
         quick = fleet.stopping is Stop.QUICK or not fleet.listeners_open
-        actions.append(events.CloseListeners(quick))
+        actions.append(CloseListeners(quick))
     # It is not known when the last client came to the other program.
     left_s = {**left_s, Deadline(TimerKind.LAME_DUCK_IDLE): fleet.policy.lame_duck_idle_s}
-    actions += [events.StartTimer(each, max(0.0, left_s.get(each, 0.0))) for each in fleet.timers]
+    actions += [StartTimer(each, max(0.0, left_s.get(each, 0.0))) for each in fleet.timers]
     return tuple(actions)

@@ -11,7 +11,8 @@ from __future__ import annotations
 from ..model.backoff import backoff_s
 from ..model.lazy_dataclass import replace
 from ..model.policy import PROVEN_S, STANDBY_S
-from .events import Ask, Deadline, Open, ReadSettings, Report, ReportKind, RouteTo, TimerKind
+from .actions import Ask, Open, ReadSettings, Report, ReportKind, RouteTo
+from .events import Deadline, TimerKind
 from .fleet import Candidate, Fleet, Generation, Next, Phase, Policy, State
 from .step import Step
 from .stop import CALLED_OFF, stop_quickly

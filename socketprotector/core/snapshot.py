@@ -26,16 +26,8 @@ from ..model.records import (
     SteeringRecord,
     WorkerRecord,
 )
-from .events import (
-    Deadline,
-    Report,
-    ReportKind,
-    Retire,
-    Signal,
-    TimerKind,
-    UseSettings,
-    WorkerSignal,
-)
+from .actions import Report, ReportKind, Retire, Signal, UseSettings, WorkerSignal
+from .events import Deadline, TimerKind
 from .fleet import Candidate, Fleet, Generation, LameDuck, Next, Phase, State, Stop, Worker
 
 #: What another program has to do that finds it ordered, as the fleet does not tell.

@@ -15,12 +15,11 @@ forgotten.  Shared by reload.py, workers.py and stop.py:
 from __future__ import annotations
 
 from ..model.lazy_dataclass import replace
-from .events import (
+from .actions import (
     Action,
     CancelTimer,
     CheckSettling,
     CloseListeners,
-    Deadline,
     Drain,
     ForgetSettings,
     Quiesce,
@@ -32,10 +31,10 @@ from .events import (
     StartTimer,
     StopAsking,
     StopChecking,
-    TimerKind,
     UseSettings,
     WorkerSignal,
 )
+from .events import Deadline, TimerKind
 from .fleet import Fleet, Phase, State, Stop, Worker
 
 #: From so many draining generations on a warning is due where nothing limits them.

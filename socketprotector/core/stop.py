@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from ..model.lazy_dataclass import replace
 from ..model.text import in_units
-from .events import CloseListeners, Exit, Hold, Report, ReportKind, RouteTo, TimerKind
+from .actions import CloseListeners, Exit, Hold, Report, ReportKind, RouteTo
+from .events import TimerKind
 from .fleet import Fleet, Generation, LameDuck, Next, Phase, Stop
 from .step import Step
 

@@ -13,17 +13,8 @@ from operator import attrgetter
 from ..model.backoff import backoff_s
 from ..model.lazy_dataclass import replace
 from ..model.policy import PROVEN_S
-from .events import (
-    Deadline,
-    Report,
-    ReportKind,
-    Signal,
-    Spawn,
-    StartTimer,
-    TimerKind,
-    WorkerExited,
-    WorkerSignal,
-)
+from .actions import Report, ReportKind, Signal, Spawn, StartTimer, WorkerSignal
+from .events import Deadline, TimerKind, WorkerExited
 from .fleet import LEAVING, Fleet, Generation, Phase, State, Worker
 from .reload import fail
 from .step import Step

@@ -15,23 +15,17 @@ import time
 from collections.abc import Callable, Iterable
 
 from .. import __version__
-from ..core.events import (
+from ..core.actions import (
     Action,
     Ask,
-    BacklogEmptied,
     CancelTimer,
-    ChannelBroken,
     CheckSettling,
     CloseListeners,
-    Deadline,
-    DeadlinePassed,
     Drain,
     Exit,
     ForgetSettings,
     Hold,
-    ListenersLost,
     Open,
-    OpenFailed,
     Quiesce,
     ReadSettings,
     Release,
@@ -44,8 +38,16 @@ from ..core.events import (
     StartTimer,
     StopAsking,
     StopChecking,
-    TimerKind,
     UseSettings,
+)
+from ..core.events import (
+    BacklogEmptied,
+    ChannelBroken,
+    Deadline,
+    DeadlinePassed,
+    ListenersLost,
+    OpenFailed,
+    TimerKind,
 )
 from ..core.fleet import Fleet
 from ..core.reload import UPGRADED

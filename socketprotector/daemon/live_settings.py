@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from ..core.events import SettingsFailed, SettingsRead, UseSettings
+from ..core.actions import UseSettings
+from ..core.events import SettingsFailed, SettingsRead
 from ..core.snapshot import Snapshot
 from ..model.lazy_dataclass import replace
 from ..model.records import SettingsRecord

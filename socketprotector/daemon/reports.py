@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from ..core.events import Report, ReportKind
+from ..core.actions import Report, ReportKind
 from ..core.fleet import Fleet, LameDuck
 from ..model.history import History
 from ..model.lazy_dataclass import replace

@@ -15,22 +15,9 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, field
 
+from ..core.actions import Action, Hold, Open, ReadSettings, Report, ReportKind, RouteTo, Spawn
 from ..core.decide import decide, resume
-from ..core.events import (
-    Action,
-    HandingOver,
-    Hold,
-    Launched,
-    Open,
-    ReadSettings,
-    ReloadRequested,
-    Report,
-    ReportKind,
-    RouteTo,
-    ScaleRequested,
-    Spawn,
-    StopRequested,
-)
+from ..core.events import HandingOver, Launched, ReloadRequested, ScaleRequested, StopRequested
 from ..core.fleet import Fleet
 from ..model import fd_budget
 from ..model.lazy_dataclass import mutable

@@ -17,14 +17,8 @@ from collections.abc import Callable, Mapping
 
 from socketprotector_client import wire
 
-from ..core.events import (
-    Answered,
-    ReplaceRequested,
-    TimeExtended,
-    WorkerExited,
-    WorkerReady,
-    WorkerSignal,
-)
+from ..core.actions import WorkerSignal
+from ..core.events import Answered, ReplaceRequested, TimeExtended, WorkerExited, WorkerReady
 from ..model import known_servers, question
 from ..model.errors import what_failed
 from ..model.history import History

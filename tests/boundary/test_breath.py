@@ -11,15 +11,12 @@ from typing import Any, cast
 
 import pytest
 
+from socketprotector.core.actions import Action, RouteTo, Signal, Spawn
 from socketprotector.core.events import (
-    Action,
     Deadline,
     DeadlinePassed,
     Event,
-    RouteTo,
     ScaleRequested,
-    Signal,
-    Spawn,
     StopRequested,
     TimerKind,
     WorkerReady,

@@ -11,16 +11,14 @@ from typing import Any, cast
 
 import pytest
 
+from socketprotector.core.actions import Action, Report, ReportKind
 from socketprotector.core.events import (
-    Action,
     Deadline,
     DeadlinePassed,
     DryRunRequested,
     Event,
     ReloadRequested,
     RenewRequested,
-    Report,
-    ReportKind,
     TimerKind,
     WorkerExited,
     WorkerReady,

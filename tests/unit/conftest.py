@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from socketprotector.core.actions import Action, CancelTimer, StartTimer
 from socketprotector.core.decide import decide
 from socketprotector.core.events import (
-    Action,
-    CancelTimer,
     Deadline,
     DeadlinePassed,
     Event,
     Launched,
-    StartTimer,
     TimerKind,
     WorkerReady,
 )

@@ -6,28 +6,30 @@ from dataclasses import replace
 
 import pytest
 
-from socketprotector.core.decide import resume
-from socketprotector.core.events import (
+from socketprotector.core.actions import (
     CancelTimer,
-    ChannelBroken,
-    Deadline,
     Drain,
     ForgetSettings,
     Open,
     ReadSettings,
-    ReloadRequested,
-    RenewRequested,
     Report,
     ReportKind,
     RouteTo,
+    Spawn,
+    StartTimer,
+    UseSettings,
+)
+from socketprotector.core.decide import resume
+from socketprotector.core.events import (
+    ChannelBroken,
+    Deadline,
+    ReloadRequested,
+    RenewRequested,
     ScaleRequested,
     SettingsFailed,
     SettingsRead,
-    Spawn,
-    StartTimer,
     StopRequested,
     TimerKind,
-    UseSettings,
     WorkerExited,
     WorkerReady,
 )

@@ -6,42 +6,44 @@ from dataclasses import replace
 
 import pytest
 
+from socketprotector.core.actions import (
+    Ask,
+    CancelTimer,
+    ForgetSettings,
+    Open,
+    ReadSettings,
+    Release,
+    Report,
+    ReportKind,
+    RouteTo,
+    Signal,
+    Spawn,
+    StartTimer,
+    StopAsking,
+    WorkerSignal,
+)
 from socketprotector.core.decide import resume
 from socketprotector.core.events import (
     Answered,
-    Ask,
-    CancelTimer,
     ChannelBroken,
     Deadline,
     DeadlinePassed,
     DryRunRequested,
     Event,
-    ForgetSettings,
     HandingOver,
     LameDuckRequested,
     Launched,
-    Open,
     OpenFailed,
     Quiesced,
-    ReadSettings,
-    Release,
     ReloadRequested,
     RenewRequested,
-    Report,
-    ReportKind,
-    RouteTo,
     ScaleRequested,
     SettingsFailed,
     SettingsRead,
-    Signal,
-    Spawn,
-    StartTimer,
-    StopAsking,
     StopRequested,
     TimerKind,
     WorkerExited,
     WorkerReady,
-    WorkerSignal,
 )
 from socketprotector.core.fleet import Fleet, Next, Policy, State
 from socketprotector.core.reload import STOP_FIRST, UPGRADED

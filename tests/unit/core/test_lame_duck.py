@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import pytest
 
+from socketprotector.core.actions import (
+    CancelTimer,
+    CloseListeners,
+    Drain,
+    Hold,
+    Report,
+    ReportKind,
+    RouteTo,
+    Signal,
+    Spawn,
+    StartTimer,
+    WorkerSignal,
+)
 from socketprotector.core.decide import resume
 from socketprotector.core.events import (
     BacklogEmptied,
-    CancelTimer,
-    CloseListeners,
     Deadline,
-    Drain,
     Event,
-    Hold,
     HoldRequested,
     LameDuckRequested,
     Launched,
     ListenersLost,
     ReloadRequested,
-    Report,
-    ReportKind,
-    RouteTo,
     ScaleRequested,
-    Signal,
-    Spawn,
-    StartTimer,
     StopRequested,
     TimerKind,
     WorkerExited,
     WorkerReady,
-    WorkerSignal,
 )
 from socketprotector.core.fleet import LameDuck, Policy, Stop
 from socketprotector.core.stop import CALLED_OFF, SETTLED_BY_STOP

@@ -7,22 +7,16 @@ from __future__ import annotations
 
 import pytest
 
+from socketprotector.core.actions import Action, Open, Retire, RouteTo, Signal, Spawn, StartTimer
 from socketprotector.core.decide import resume
 from socketprotector.core.events import (
-    Action,
     Deadline,
     DeadlinePassed,
     Event,
     Launched,
-    Open,
     ReloadRequested,
     ReplaceRequested,
-    Retire,
-    RouteTo,
     ScaleRequested,
-    Signal,
-    Spawn,
-    StartTimer,
     StopRequested,
     TimeExtended,
     TimerKind,

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import pytest
 
-from socketprotector.core.decide import resume
-from socketprotector.core.events import (
-    Answered,
+from socketprotector.core.actions import (
     Ask,
     CancelTimer,
-    Deadline,
-    DeadlinePassed,
     Drain,
-    Launched,
     Open,
     Quiesce,
     Release,
-    ReloadRequested,
     Report,
     ReportKind,
     RouteTo,
-    ScaleRequested,
     Spawn,
     StartTimer,
     StopAsking,
+)
+from socketprotector.core.decide import resume
+from socketprotector.core.events import (
+    Answered,
+    Deadline,
+    DeadlinePassed,
+    Launched,
+    ReloadRequested,
+    ScaleRequested,
     StopRequested,
     TimerKind,
     WorkerExited,

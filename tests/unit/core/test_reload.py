@@ -6,18 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from socketprotector.core.events import (
+from socketprotector.core.actions import (
     Action,
     CancelTimer,
-    ChannelBroken,
-    Deadline,
     Drain,
     Open,
-    OpenFailed,
     Quiesce,
-    Quiesced,
     Release,
-    ReloadRequested,
     Report,
     ReportKind,
     Retire,
@@ -25,10 +20,17 @@ from socketprotector.core.events import (
     Signal,
     Spawn,
     StartTimer,
+    WorkerSignal,
+)
+from socketprotector.core.events import (
+    ChannelBroken,
+    Deadline,
+    OpenFailed,
+    Quiesced,
+    ReloadRequested,
     TimerKind,
     WorkerExited,
     WorkerReady,
-    WorkerSignal,
 )
 from socketprotector.core.fleet import Next, Policy
 from socketprotector.core.start_timeout import READY_HINTS

@@ -10,36 +10,38 @@ from __future__ import annotations
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
-from socketprotector.core.decide import decide, resume
-from socketprotector.core.events import (
+from socketprotector.core.actions import (
     Action,
     Ask,
-    BacklogEmptied,
     CheckSettling,
     CloseListeners,
-    Deadline,
-    DeadlinePassed,
     Drain,
-    Event,
     Hold,
-    Launched,
-    OpenFailed,
     Quiesce,
     ReadSettings,
-    ReloadRequested,
     Report,
     Retire,
     RouteTo,
-    SettingsFailed,
-    SettingsRead,
     Signal,
     StartTimer,
+    UseSettings,
+    WorkerSignal,
+)
+from socketprotector.core.decide import decide, resume
+from socketprotector.core.events import (
+    BacklogEmptied,
+    Deadline,
+    DeadlinePassed,
+    Event,
+    Launched,
+    OpenFailed,
+    ReloadRequested,
+    SettingsFailed,
+    SettingsRead,
     StopRequested,
     TimerKind,
-    UseSettings,
     WorkerExited,
     WorkerReady,
-    WorkerSignal,
 )
 from socketprotector.core.fleet import Fleet, Phase, Policy, Stop
 from tests.rounds import rounds

@@ -6,25 +6,27 @@ from dataclasses import replace
 
 import pytest
 
-from socketprotector.core.decide import resume
-from socketprotector.core.events import (
+from socketprotector.core.actions import (
     CancelTimer,
-    ChannelBroken,
     CheckSettling,
-    Deadline,
     Drain,
     ForgetSettings,
     Quiesce,
     Release,
-    ReloadRequested,
-    RenewRequested,
     Report,
     ReportKind,
     RouteTo,
-    SettingsRead,
-    SettleFailed,
     StartTimer,
     StopChecking,
+)
+from socketprotector.core.decide import resume
+from socketprotector.core.events import (
+    ChannelBroken,
+    Deadline,
+    ReloadRequested,
+    RenewRequested,
+    SettingsRead,
+    SettleFailed,
     StopRequested,
     TimerKind,
     WorkerExited,

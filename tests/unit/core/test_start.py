@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from socketprotector.core.events import (
+from socketprotector.core.actions import (
     CancelTimer,
-    ChannelBroken,
     CloseListeners,
-    Deadline,
     Exit,
-    Launched,
     Open,
-    OpenFailed,
     Release,
-    ReloadRequested,
     Report,
     ReportKind,
     RouteTo,
     Signal,
     Spawn,
     StartTimer,
+    WorkerSignal,
+)
+from socketprotector.core.events import (
+    ChannelBroken,
+    Deadline,
+    Launched,
+    OpenFailed,
+    ReloadRequested,
     StopRequested,
     TimerKind,
     WorkerExited,
     WorkerReady,
-    WorkerSignal,
 )
 from socketprotector.core.fleet import Policy
 from socketprotector.core.start_timeout import READY_HINTS

@@ -6,39 +6,41 @@ from dataclasses import replace
 
 import pytest
 
-from socketprotector.core.events import (
+from socketprotector.core.actions import (
     Action,
-    BacklogEmptied,
     CancelTimer,
-    ChannelBroken,
     CloseListeners,
-    Deadline,
     Drain,
-    DryRunRequested,
-    Event,
     Exit,
-    Launched,
-    ListenersLost,
     Open,
-    Quiesced,
     ReadSettings,
     Release,
-    ReloadRequested,
-    RenewRequested,
     Report,
     ReportKind,
     RouteTo,
-    ScaleRequested,
-    SettingsRead,
     Signal,
     Spawn,
     StartTimer,
+    UseSettings,
+    WorkerSignal,
+)
+from socketprotector.core.events import (
+    BacklogEmptied,
+    ChannelBroken,
+    Deadline,
+    DryRunRequested,
+    Event,
+    Launched,
+    ListenersLost,
+    Quiesced,
+    ReloadRequested,
+    RenewRequested,
+    ScaleRequested,
+    SettingsRead,
     StopRequested,
     TimerKind,
-    UseSettings,
     WorkerExited,
     WorkerReady,
-    WorkerSignal,
 )
 from socketprotector.core.fleet import Policy
 from socketprotector.core.stop import CALLED_OFF, SETTLED_BY_STOP

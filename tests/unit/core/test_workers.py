@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import pytest
 
-from socketprotector.core.events import (
+from socketprotector.core.actions import (
     Action,
     CancelTimer,
-    Deadline,
-    Launched,
-    ReloadRequested,
-    ReplaceRequested,
     Report,
     ReportKind,
     Retire,
     RouteTo,
-    ScaleRequested,
     Signal,
     Spawn,
     StartTimer,
+    WorkerSignal,
+)
+from socketprotector.core.events import (
+    Deadline,
+    Launched,
+    ReloadRequested,
+    ReplaceRequested,
+    ScaleRequested,
     StopRequested,
     TimeExtended,
     TimerKind,
     WorkerExited,
     WorkerReady,
-    WorkerSignal,
 )
 from socketprotector.core.fleet import Policy
 from socketprotector.core.workers import MOST_ORPHANS

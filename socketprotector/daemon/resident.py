@@ -21,7 +21,7 @@ from ..core.snapshot import Snapshot
 from ..model.errors import Refusal, SystemRefused, what_failed
 from ..model.lazy_dataclass import replace
 from ..model.settings import ListenerSettings, Settings, SettingsError, load
-from ..system import executable, inherited, pid_file_removal, privileges, process, signals
+from ..system import executable, inherited, pid_file_removal, privileges, signals, spawn
 from ..system.cpu_quota import Quota, processors
 from ..system.inherited import Inherited
 from ..system.listener import Listener
@@ -249,7 +249,7 @@ class _Resident:
         # each worker costs descriptors here.
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        process.use_batch_policy()
+        spawn.use_batch_policy()
         if settings.identity is not None:
             starts_others = settings.worker_identity is not None
             privileges.become(settings.identity, settings.nice, starts_others=starts_others)

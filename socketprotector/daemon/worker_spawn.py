@@ -32,9 +32,10 @@ from ..system import inherited
 from ..system.foreign_descriptors import drop_unread
 from ..system.log import Log
 from ..system.loop import Loop
-from ..system.process import End, Process, spawn
+from ..system.process import End, Process
 from ..system.readiness import Readiness
 from ..system.sd_notify import NotifySocket
+from ..system.spawn import spawn
 from .generation import OpenGeneration, known
 from .log_output import Output
 

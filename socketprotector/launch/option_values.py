@@ -19,7 +19,7 @@ from ..model.errors import UsageError
 from ..model.handoff_modes import ALIVE_S
 from ..model.lazy_dataclass import frozen
 from ..model.text import shortened, whole
-from ..system.process import RLIMITS
+from ..system.spawn import RLIMITS
 
 _SIZES = {"K": 1024, "M": 1024**2, "G": 1024**3}
 #: Each process has more memory than this.

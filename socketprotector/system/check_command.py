@@ -21,7 +21,8 @@ from . import inherited
 from .cleanup import on_error
 from .loop import Loop
 from .polling import read_now
-from .process import Process, spawn
+from .process import Process
+from .spawn import spawn
 
 #: One that takes longer hangs: it asks a server that does not answer, and the next one may fare
 #: better.  Twice the time that a resolver gives a name server (resolv.conf(5)).

@@ -17,7 +17,8 @@ from . import inherited
 from .cleanup import on_error
 from .loop import Loop
 from .polling import read_now
-from .process import Process, spawn
+from .process import Process
+from .spawn import spawn
 
 _PROVEN_S = 60.0
 _LAST_BYTES = 4096

@@ -31,7 +31,7 @@ from .cleanup import on_error
 from .log import Log
 from .loop import Loop
 from .polling import events_of
-from .process import Process
+from .spawn import fork
 
 #: How often to look for what was started while one looked, or to kill what is there again.
 _LOOKS = 10
@@ -214,7 +214,7 @@ class Look:
         fd = self._line.fileno()
         with theirs, on_error(self._line.close), on_error(loop.unwatch, fd):
             loop.watch(fd, self._hear)
-            self._process = Process.forked(lambda: _tell(theirs, wanted, identity))
+            self._process = fork(lambda: _tell(theirs, wanted, identity))
         hangs = f"the look at /proc took longer than {in_units(_LOOK_S)}"
         loop.call_after(_LIMIT, _LOOK_S, lambda: self._end(hangs))
 

@@ -15,7 +15,7 @@ import pytest
 from socketprotector.model.records import Program
 from socketprotector.model.settings import Identity
 from socketprotector.system import privileges
-from socketprotector.system.process import spawn
+from socketprotector.system.spawn import spawn
 from tests import needs
 from tests.boundary.ending import SHELL, children, end_of, is_open, running
 

@@ -19,7 +19,8 @@ from socketprotector.model.settings import Identity
 from socketprotector.system.executable import resolve
 from socketprotector.system.loop import Loop
 from socketprotector.system.privileges import become
-from socketprotector.system.process import Process, spawn
+from socketprotector.system.process import Process
+from socketprotector.system.spawn import spawn
 from tests import needs
 from tests.boundary.ending import SHELL, end_of, is_open, running, settle, traced, until
 from tests.running import DEADLINE_S, ROOT, eventually
@@ -477,7 +478,8 @@ MEMORY = """
 import select, sys
 from dataclasses import replace
 from socketprotector.system import procfs
-from socketprotector.system.process import Process, spawn
+from socketprotector.system.process import Process
+from socketprotector.system.spawn import spawn
 from tests.boundary.ending import running
 
 def peak(process):

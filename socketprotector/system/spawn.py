@@ -1,0 +1,263 @@
+"""Start child processes, with their descriptors, limits, user and scheduling policy.
+
+Source: posix_spawn(3), fork(2), setrlimit(2), sched_setscheduler(2).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import resource
+import signal
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+from ..model.errors import NO_PROCESSES
+from ..model.records import Program
+from . import privileges
+from .cleanup import on_error
+from .cpu_quota import scheduler
+from .process import Process
+
+#: The resource limits that options may set (--limit), by the option's name.
+RLIMITS = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE}
+
+
+def spawn(
+    program: Program,
+    extra: Mapping[str, str],
+    descriptors: Mapping[int, int],
+    tell_pid: str = "",
+    *,
+    mortal: bool = False,
+) -> Process:
+    """Start a program as the leader of a session of its own.
+
+    extra: environment on top of the program's.  tell_pid: the variable that its pid goes to.
+    mortal: it is killed with its group when we end, in whatever way, or execute another program.
+    descriptors: number in the child -> ours, which stays ours; nothing else than these and
+    0, 1, 2 is inherited, with /dev/null as 0.  Raises OSError with the reason of posix_spawn,
+    or of its directory, and ValueError for a limit above the hard one or a NUL in the
+    environment; then no process is left.
+
+    posix_spawn sets neither directory, umask nor limits, so they are set here around
+    it and put back: this process has one thread.  What cannot be put back (a nice value), or is
+    known only afterwards (its pid), or takes another user, or a limit below the descriptors that
+    we have, is done in a fork: see _fork().
+    """
+    environment = {**dict(program.environment), **extra}
+    if not mortal:
+        return Process.of_child(_spawn(program, environment, descriptors, tell_pid))
+    # Where the last writer of a pipe ends, the kernel sends a signal to the process or group that
+    # owns the read end: here KILL to the group, with us as the only writer.  PR_SET_PDEATHSIG
+    # would reach its leader alone.
+    # Source: F_SETOWN, F_SETSIG and O_ASYNC in fcntl(2); pipe_release() in fs/pipe.c.
+    receive, send = os.pipe2(os.O_CLOEXEC)
+    try:
+        with on_error(os.close, send):
+            lifeline = max((2, *descriptors)) + 1
+            with_line = {**descriptors, lifeline: receive}
+            pid = _spawn(program, environment, with_line, tell_pid, lifeline)
+            return Process.of_child(pid, send)
+    finally:
+        os.close(receive)
+
+
+def fork(act: Callable[[], None]) -> Process:
+    """Start a child that does this in our own memory, and ends.  Raises OSError.
+
+    It takes no signal but KILL.
+    """
+    reserved = _reserve_fd()  # for its pidfd
+    try:
+        pid = _fork_child(act)
+    finally:
+        os.close(reserved)
+    return Process.of_child(pid)
+
+
+def _spawn(
+    program: Program,
+    environment: Mapping[str, str],
+    descriptors: Mapping[int, int],
+    tell_pid: str,
+    lifeline: int = -1,
+) -> int:
+    """Do what spawn() does; return the pid.  lifeline: the number in the child of a mortal one."""
+    forked = bool(program.identity is not None or program.nice or tell_pid or lifeline >= 0)
+    kept = {RLIMITS[name]: resource.getrlimit(RLIMITS[name]) for name, _ in program.limits}
+    reserved = _reserve_fd()  # for its pidfd: one that cannot be watched must not be started
+    places: dict[int, int] = {}
+    umask = os.umask(program.umask)
+    try:
+        for theirs, ours in descriptors.items():
+            # Out of the way first: a target's number may be another source's.
+            places[theirs] = fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, max(descriptors) + 1)
+        # posix_spawn takes no number above the limit of the process that it starts.
+        above = max(places.values(), default=0)
+        forked = forked or any(n == "nofile" and value <= above for n, value in program.limits)
+        os.chdir(program.directory)
+        policy = {}
+        if needs_normal_policy(program):
+            policy["scheduler"] = os.SCHED_OTHER, os.sched_param(0)
+        if forked:
+            pid = _fork(program, environment, places, tell_pid, lifeline)
+        else:
+            _limit(program)
+            pid = os.posix_spawn(
+                program.path,
+                program.argv,
+                environment,
+                file_actions=[
+                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                    *((os.POSIX_SPAWN_DUP2, ours, theirs) for theirs, ours in places.items()),
+                ],
+                setsid=True,
+                setsigmask=(),
+                setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
+                **policy,  # type: ignore[arg-type]
+            )
+    except FileNotFoundError as error:
+        if error.filename == program.path and os.path.exists(program.path):
+            error.strerror = "the interpreter in its first line is missing"
+        raise
+    except BlockingIOError as error:
+        # EAGAIN, "resource temporarily unavailable", does not tell which one.
+        error.strerror = NO_PROCESSES
+        raise
+    finally:
+        for which, pair in kept.items():
+            resource.setrlimit(which, pair)
+        os.umask(umask)
+        os.chdir("/")
+        for fd in (reserved, *places.values()):
+            os.close(fd)
+    return pid
+
+
+def _limit(program: Program) -> None:
+    """Set the soft limits of a program.  Raises ValueError for one above the hard one."""
+    for name, value in program.limits:
+        which = RLIMITS[name]
+        resource.setrlimit(which, (value, resource.getrlimit(which)[1]))
+
+
+def use_batch_policy() -> None:
+    """Use SCHED_BATCH, so as not to preempt the worker just woken, and wake several in one go.
+
+    Under load a protector that preempts the worker which it has just woken costs both
+    (bench/README.md).  One that was started with another policy, or a nice value below 0, keeps
+    it.
+    """
+    if scheduler() == os.SCHED_OTHER and os.getpriority(os.PRIO_PROCESS, 0) >= 0:
+        with suppress(OSError):  # forbidden here (a system call filter): slower, not wrong
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def needs_normal_policy(program: Program) -> bool:
+    """Whether a program is to have the policy back that we have left in use_batch_policy().
+
+    Never with musl, which answers ENOSYS to that question and to posix_spawn's attribute for it
+    (src/process/posix_spawnattr_sched.c).
+    """
+    return not program.batch and scheduler() == os.SCHED_BATCH
+
+
+def _fork(
+    program: Program,
+    environment: Mapping[str, str],
+    places: Mapping[int, int],
+    tell_pid: str,
+    lifeline: int,
+) -> int:
+    """Start a program, maybe as another user or with its pid in a variable; return its pid.
+
+    It is also what can have itself killed when we end: see spawn().
+    Not through a program that changes the user: the loader in it would follow the worker's
+    environment (LD_PRELOAD) while it still has the privilege to become any user.  Nor through a
+    shell that sets the variable, or nice(1): a small container has neither.
+    places: number in the child -> ours, which is above all of these.
+    """
+    above = max((2, *places)) + 1
+    receive, send = os.pipe2(os.O_CLOEXEC)
+
+    def become() -> None:
+        answer = send
+        try:
+            answer = fcntl.fcntl(send, fcntl.F_DUPFD_CLOEXEC, above)
+            _become(program, environment, places, tell_pid, lifeline)
+        except OSError as error:
+            os.write(answer, b"%d" % (error.errno or errno.EIO))
+        except BaseException as error:  # as a NUL in the environment
+            os.write(answer, str(error).encode())
+
+    with open(receive, "rb") as answer:
+        try:
+            pid = _fork_child(become)
+        finally:
+            os.close(send)
+        failure = answer.read()  # end of file: it was executed
+    if failure:
+        os.waitpid(pid, 0)
+        if not failure.isdigit():
+            raise ValueError(failure.decode())
+        raise OSError(int(failure), os.strerror(int(failure)), program.path)
+    return pid
+
+
+def _fork_child(act: Callable[[], None]) -> int:
+    """Fork a child that does this in our own memory, and ends.  Raises OSError.
+
+    It shares our epoll and every socket, so it does as little as possible.
+    """
+    # Else a signal in the child would be reported to our own loop.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                act()
+            finally:
+                os._exit(127)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return pid
+
+
+def _become(
+    program: Program,
+    environment: Mapping[str, str],
+    places: Mapping[int, int],
+    tell_pid: str,
+    lifeline: int,
+) -> None:
+    """In the forked child: become the worker.  Returns only by raising."""
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    os.dup2(null, 0)
+    for theirs, ours in places.items():
+        os.dup2(ours, theirs)
+    if program.nice:
+        os.nice(program.nice)
+    if needs_normal_policy(program):
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        signal.signal(number, signal.SIG_DFL)
+    if tell_pid:
+        environment = {**environment, tell_pid: str(os.getpid())}
+    if program.identity is not None:
+        privileges.hand_over(program.identity)
+    if lifeline >= 0:  # as the user that it is from now on, which may kill it
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpid())
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)
+    _limit(program)  # the last of all: until then our own descriptors count, which are many
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    os.execve(program.path, program.argv, environment)
+
+
+def _reserve_fd() -> int:
+    """Open a descriptor only to close it for another one.  Raises OSError where none is free."""
+    return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)

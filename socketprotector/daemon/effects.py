@@ -60,6 +60,7 @@ from ..model.question import Question
 from ..model.records import Program
 from ..model.settings import Settings
 from ..model.text import added
+from ..system.channel import Channel
 from ..system.listener import Listener
 from ..system.loop import SHUT
 from ..system.program_spec import changed_file, program_of
@@ -128,6 +129,7 @@ class Effects:
             broken=self._route_broken,
             dead=lambda listener: self.steering.mend(listener, 0),
             untaken=self._say_untaken,
+            ended=self._has_ended,
             accepts=not settings.mode.workers_accept,
         )
         probes = CheckProbes(runtime.loop, runtime.log, self._reach)
@@ -185,7 +187,7 @@ class Effects:
                 self._open(number, fresh, dry_run=dry_run)
             case Spawn(number, worker, slot) if number in self.generations:
                 generation = self.generations[number]
-                self.steering.grow(number, generation.channel.knows_of)
+                self.steering.grow(number, generation.knows)
                 self.pool.spawn(worker, slot, generation)
             case Signal(worker, kind):
                 self.pool.signal(worker, kind)
@@ -372,19 +374,18 @@ class Effects:
 
     def _reach(self, generation: OpenGeneration, asked: Question) -> Way | None:
         """Make a way to a generation, None where there can be none.  Raises OSError."""
-        channel = generation.channel
         if generation.program.mode.workers_accept:
-            return self.steering.ask(generation.record.number, asked.listener, channel.knows_of)
+            return self.steering.ask(generation.record.number, asked.listener, generation.knows)
         beside = self.forwarder.queue if generation.record.number == self._route else None
         for each in self.forwarder.listeners:
-            if asked.listener in ("", each.settings.name) and channel.knows_of(each.index):
-                return ProbePort(self._loop, channel, each.index, beside).way
+            if asked.listener in ("", each.settings.name) and generation.knows(each.index):
+                return ProbePort(self._loop, generation.channel, each.index, beside).way
         return None
 
     def _reach_serving(self, generation: OpenGeneration, asked: Question) -> Way | None:
         """Make a way to the one that serves, None where there can be none.  Raises OSError."""
         if generation.program.mode.workers_accept:
-            return self.steering.reach(asked.listener, generation.channel.knows_of)
+            return self.steering.reach(asked.listener, generation.knows)
         return self._reach(generation, asked)
 
     def _route_to(self, number: int | None) -> None:
@@ -398,9 +399,7 @@ class Effects:
         if not again:
             generation.update_record(serving_since=time.monotonic(), served_at=time.time())
         self.forwarder.route_to(generation.channel)
-        self.steering.turn_to(
-            generation.record.socket_number, again=again, knows=generation.channel.knows_of
-        )
+        self.steering.turn_to(generation.record.socket_number, again=again, knows=generation.knows)
         self._log.write("info", "route", generation=number)
         self.health.serves(generation)
 
@@ -415,6 +414,9 @@ class Effects:
         if record.program.mode.pooled:
             return f"generation {self._route} runs the same changed file: {file}"
         return f"a replaced worker of generation {self._route} runs the changed file: {file}"
+
+    def _has_ended(self, channel: Channel) -> None:
+        next(each for each in self.generations.known() if each.channel is channel).ends()
 
     def _route_broken(self) -> None:
         if self._route is not None:
@@ -474,7 +476,7 @@ class Effects:
         """Return how many connections wait for a generation's workers; None: it is not known."""
         generation = self.generations[number]
         if generation.program.mode.workers_accept:
-            return self.steering.waiting(number, generation.channel.knows_of)
+            return self.steering.waiting(number, generation.knows)
         return generation.channel.depth()
 
     def active(self, number: int) -> int | None:

@@ -57,6 +57,7 @@ class Forwarder:
         broken: Callable[[], None],
         dead: Callable[[Listener], None],
         untaken: Callable[[float, int, bool], None] = lambda seconds, waiting, ever: None,
+        ended: Callable[[Channel], None] = lambda channel: None,
         accepts: bool = True,
     ) -> None:
         """Take ownership of the listeners.  accepts: else the workers do, and we never.
@@ -65,12 +66,14 @@ class Forwarder:
         dead: a listener was shut down by a worker; it is to listen again, or be marked as lost.
         untaken: no worker has taken from the queue for so many seconds; how many connections wait,
         and whether any was ever taken.  Called once for each route.
+        ended: a channel has its end of file, behind what is queued.
         """
         self._loop = loop = runtime.loop
         self._post = runtime.post
         self._listeners = list(listeners)
         self._broken = broken
         self._dead = dead
+        self._ended = ended
         self.accepts = accepts
         self._forwarded = 0  # by earlier programs
         self._lost = 0
@@ -96,7 +99,7 @@ class Forwarder:
         self._over: list[Listener] = []  # closed to new connections
         self._closing: _Closing | None = None
         self._shortage = Shortage(runtime, stop=self._acceptor.end_all, retry=self._go_on)
-        self._drains = DrainingListeners(runtime, self.undelivered, self._shortage)
+        self._drains = DrainingListeners(runtime, self.undelivered, self._shortage, self._end)
 
     # -- orders --------------------------------------------------------------
 
@@ -124,14 +127,18 @@ class Forwarder:
         self._reclaim(channel)
         if not shut and self._drains.end_after(channel):
             return  # what still comes by a removed listener goes there
-        channel.end()
+        self._end(channel)
         if shut and channel.depth():
             self._leftovers.setdefault(channel, False)  # an earlier program may have begun
+
+    def _end(self, channel: Channel) -> None:
+        channel.end()
+        self._ended(channel)
 
     def release(self, channel: Channel) -> None:
         """Close a channel that has no workers, once what is left in it went to a route."""
         self._drains.end(channel)
-        channel.end()
+        self._end(channel)
         self._leftovers.pop(channel, None)
         if channel.depth():
             self._leftovers[channel] = True

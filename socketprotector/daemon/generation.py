@@ -30,7 +30,7 @@ class OpenGeneration:
     def make(cls, number: int, program: Program, queue: int, socket_number: int) -> OpenGeneration:
         """Make channel and scoreboard.  Raises OSError when the channel cannot be made."""
         channel = Channel.make(queue)
-        channel.knows = known(program)
+        channel.knows = known_to(program)
         try:
             board = Board.make()
         except OSError:
@@ -47,7 +47,7 @@ class OpenGeneration:
         Raises KeyError without the channel's read end.
         """
         channel = Channel.adopt(descriptors)
-        channel.knows = known(record.program)
+        channel.knows = known_to(record.program)
         board = Board(descriptors["board"]) if "board" in descriptors else None
         return cls(record, channel, board)
 
@@ -74,8 +74,18 @@ class OpenGeneration:
 
     @property
     def ended(self) -> bool:
-        """Whether its workers read end of file, after what is queued."""
-        return self.channel.write.fileno() < 0
+        """Whether its workers get no more: they read end of file, or were told to finish."""
+        return self.record.ended
+
+    def ends(self) -> None:
+        """Note that its workers get no more."""
+        if not self.record.ended:
+            self.update_record(ended=True)
+
+    def knows(self, index: int) -> bool:
+        """Whether its workers were told of a listener."""
+        known = known_to(self.program)
+        return known is None or index in known
 
     def counts(self, slot: int) -> Counts | None:
         """Return what the worker in a slot has counted; None where it does not."""
@@ -136,18 +146,14 @@ class Generations(dict[int, OpenGeneration]):
 
     def records(self) -> tuple[GenerationRecord, ...]:
         """Return what another program would have to know."""
-        found = self.known()
-        for each in found:
-            if each.ended and not each.record.ended:  # the forwarder ends the channel
-                each.update_record(ended=True)
-        return tuple(each.record for each in found)
+        return tuple(each.record for each in self.known())
 
     def descriptors(self) -> dict[str, int]:
         """Return all of their descriptors, by name."""
         return {name: fd for each in self.known() for name, fd in each.descriptors().items()}
 
 
-def known(program: Program) -> frozenset[int] | None:
+def known_to(program: Program) -> frozenset[int] | None:
     """Return the listeners that a program was told of, by index; None for one of old."""
     if not program.listeners:
         return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections.abc import Callable
 from functools import partial
 
 from socketprotector_client import wire
@@ -56,10 +57,18 @@ class _Draining:
 class DrainingListeners:
     """Owns those that were removed until they are closed; each channel is its generation's."""
 
-    def __init__(self, runtime: Runtime, undelivered: Undelivered, shortage: Shortage) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        undelivered: Undelivered,
+        shortage: Shortage,
+        end_channel: Callable[[Channel], None],
+    ) -> None:
+        """end_channel: lets the workers of one read end of file, and notes that."""
         self._loop, self._log = runtime.loop, runtime.log
         self._undelivered = undelivered
         self._shortage = shortage
+        self._end_channel = end_channel
         #: Connections that came by these listeners, and those that could not be delivered.
         self.accepted = self.lost = 0
         self._draining: list[_Draining] = []
@@ -130,7 +139,7 @@ class DrainingListeners:
         self._draining.remove(each)
         if each.channel in self._to_end and not self._to(each.channel):
             self._to_end.remove(each.channel)
-            each.channel.end()
+            self._end_channel(each.channel)
         self._undelivered.persist()
 
     def _look(self, each: _Draining) -> None:

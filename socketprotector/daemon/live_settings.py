@@ -174,7 +174,7 @@ class LiveSettings:
                     number
                     for number, each in self._generations.items()
                     if each.record.serving_since and not each.ended
-                    if each.channel.knows_of(listener.index)
+                    if each.knows(listener.index)
                 ]
                 to = self._generations[max(served)].channel if served else None
                 self._log.write("info", "listener-removed", address=listener.settings.address)

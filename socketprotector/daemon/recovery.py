@@ -116,7 +116,7 @@ class Recovery:
                 broken.append(SettleFailed(record.number, record.programs_fail + words))
             if record.program.mode.workers_accept:
                 effects.steering.adopt(record.number, record.socket_number)
-            if each.ended:  # its write end could not be stored in time
+            if each.channel.has_ended:  # its write end could not be stored in time
                 broken.append(ChannelBroken(record.number))
             else:
                 effects.watch_channel(each)

@@ -36,7 +36,7 @@ from ..system.process import End, Process
 from ..system.readiness import Readiness
 from ..system.sd_notify import NotifySocket
 from ..system.spawn import spawn
-from .generation import OpenGeneration, known
+from .generation import OpenGeneration, known_to
 from .log_output import Output
 
 
@@ -179,7 +179,7 @@ class WorkerSpawner:
         """Return the listening sockets of one that accepts, number there -> ours; and what the
         environment says of them.
         """
-        wanted = sorted(known(generation.program) or ())
+        wanted = sorted(known_to(generation.program) or ())
         listeners = self.listeners(generation.record.socket_number)
         if not listeners.keys() >= set(wanted):
             why = "a listener was lost when the protector was killed; restart to have it"

@@ -87,7 +87,7 @@ class Channel:
     def descriptors(self) -> dict[str, int]:
         """Return what an adopter needs, by name."""
         found = {"read": self.read.fileno()}
-        if self.write.fileno() >= 0:
+        if not self.has_ended:
             found["write"] = self.write.fileno()
         return found
 
@@ -100,6 +100,11 @@ class Channel:
     def closed(self) -> bool:
         return self.read.fileno() < 0
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether workers read end of file, after what is queued."""
+        return self.write.fileno() < 0
+
     def depth(self) -> int:
         """Return how many connections were sent and not yet taken."""
         waiting = bytearray(4)
@@ -108,8 +113,8 @@ class Channel:
 
     def is_shut(self) -> bool:
         """Say whether a worker has shut it down, so that nothing more can be sent through it."""
-        if self.write.fileno() < 0:
-            return False  # ended by us
+        if self.has_ended:
+            return False
         return bool(events_of(self.read, select.POLLRDHUP))
 
     def has_room(self) -> bool:
@@ -159,7 +164,7 @@ class Channel:
         shutdown(), because a copy of this end may live elsewhere, and close() alone
         would then tell no worker.
         """
-        if self.write.fileno() >= 0:
+        if not self.has_ended:
             with suppress(OSError):  # a worker has shut it down already
                 self.write.shutdown(socket.SHUT_WR)
             self.write.close()

@@ -34,6 +34,9 @@ from tests.scenarios.tools import (
 
 #: The oldest one from which an upgrade in place is promised.
 COMMIT = "eefeebc5b2d2ccd7d02d7c42d6a4a4099953090e"
+#: The last one whose generations have a channel, whoever accepts.
+WITH_CHANNELS = "fce9e2f9e24dc0bf2cf6e9a141f26a2dccc7ee06"
+EITHER_COMMIT = pytest.mark.parametrize("extracted", [COMMIT, WITH_CHANNELS], indirect=True)
 MANY = worker("many")
 #: Answers each line as the load client expects it.
 TALKS = 'while read -r line; do echo "[$$] $line"; done'
@@ -41,15 +44,15 @@ THIS_CODE = rf"version={re.escape(__version__)}( |$)"
 
 
 @pytest.fixture(scope="session")
-def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def extracted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The earlier code, once for all processes that pytest runs in: it is compiled once."""
-    shared = shared_folder(tmp_path_factory)
-    folder, unfinished = shared / COMMIT, shared / f"{COMMIT}.new"
+    shared, commit = shared_folder(tmp_path_factory), getattr(request, "param", COMMIT)
+    folder, unfinished = shared / commit, shared / f"{commit}.new"
     with alone_in(shared):
         if not folder.exists():
             unfinished.mkdir(exist_ok=True)
             try:
-                extract(COMMIT, unfinished)
+                extract(commit, unfinished)
             except NoSuchCommit as error:
                 needs.skip("a git history with earlier code", error)
             unfinished.rename(folder)
@@ -65,6 +68,7 @@ class Earlier:
         """options: in front of those that a protector is started with."""
         self._code = EarlierCode(folder, extracted)
         self._folder = folder
+        self._version = extracted.name[:12]
         self._environment = {**environment, **self._code.environment}
         self._options = options
         self.replace = self._code.replace
@@ -81,7 +85,7 @@ class Earlier:
         )
         self.started.append(daemon)
         daemon.ready()
-        assert daemon.log.count(rf"event=start .*version={COMMIT[:12]} ")
+        assert daemon.log.count(rf"event=start .*version={self._version} ")
         return daemon
 
 
@@ -122,6 +126,7 @@ def killed(daemon: Protector) -> None:
 # -- connections -----------------------------------------------------------------------
 
 
+@EITHER_COMMIT
 @EITHER_HANDOFF
 def test_an_upgrade_and_reloads_under_load_fail_no_client(earlier: Earlier, handoff: str) -> None:
     """Where connections are handed over, by workers on the client library of the same code."""
@@ -145,6 +150,7 @@ def test_an_upgrade_and_reloads_under_load_fail_no_client(earlier: Earlier, hand
     daemon.stop()
 
 
+@EITHER_COMMIT
 @EITHER_HANDOFF
 @pytest.mark.costly
 def test_the_guard_of_then_goes_on_with_an_upgraded_protector_and_starts_it_after_a_kill(
@@ -168,6 +174,7 @@ def test_the_guard_of_then_goes_on_with_an_upgraded_protector_and_starts_it_afte
     goes_on_to_stop(daemon, load, handoff, tmp_path)
 
 
+@EITHER_COMMIT
 @EITHER_HANDOFF
 @pytest.mark.costly
 def test_the_guard_of_then_starts_the_new_code_where_the_old_protector_is_killed(

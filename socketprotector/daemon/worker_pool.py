@@ -1,10 +1,8 @@
-"""The workers that live: what they say, and the signals that they are sent.
+"""The workers that live, and the signals that they are sent.
 
-Effects orders, the pool posts events.  Start: worker_spawn.py; exit: post_mortem.py.  A worker is
-identified by its number, which is never reused: its pid may be, as soon as it is reaped.
-
-Each message of a worker is handled, and its result checkpointed, before it is removed from its
-socket.  A program that replaces this one in between receives it again.
+Effects orders, the pool posts events.  Start: worker_spawn.py; what they say: worker_messages.py;
+exit: post_mortem.py.  A worker is identified by its number, which is never reused: its pid may be,
+as soon as it is reaped.
 """
 
 from __future__ import annotations
@@ -15,17 +13,14 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 
-from socketprotector_client import wire
-
 from ..core.actions import WorkerSignal
-from ..core.events import Answered, ReplaceRequested, TimeExtended, WorkerExited, WorkerReady
+from ..core.events import Answered, WorkerExited, WorkerReady
 from ..model import known_servers, question
 from ..model.errors import what_failed
 from ..model.history import History
 from ..model.lazy_dataclass import replace
 from ..model.records import WorkerRecord
 from ..model.settings import Settings
-from ..model.text import in_units
 from ..system.check_command import LIMIT_S, CheckCommand, first_program
 from ..system.orphans import Orphans
 from ..system.process import End
@@ -39,6 +34,7 @@ from .log_output import Output
 from .post_mortem import PostMortem
 from .probe_port import PROBE
 from .runtime import Runtime
+from .worker_messages import WorkerMessages
 from .worker_recycling import LimitWatch
 from .worker_spawn import Worker, WorkerSpawner, named
 
@@ -46,17 +42,6 @@ from .worker_spawn import Worker, WorkerSpawner, named
 _WORKER_PID = "SOCKETPROTECTOR_WORKER_PID"
 #: So many descriptors of workers are looked at for one that listens: each takes microseconds.
 _LOOKED_AT = 1000
-#: What is kept of a STATUS= line.
-_STATUS_CHARACTERS = 500
-#: Messages handled in one go: a worker that sends without end must not keep us from the rest.
-#: More than the kernel queues (net.unix.max_dgram_qlen, 10 to 512), so nothing said before
-#: a worker's end is missed.
-_HEARD_AT_ONCE = 1024
-#: How long to wait before reading again from a socket that could not be read.
-_HEAR_AGAIN_S = 0.1
-#: Microseconds a worker may ask for, in digits: some 30 years.
-_USEC_DIGITS = 15
-_RETIRES = wire.RETIRES_ON_RETURN.split("=")
 
 
 class WorkerPool:
@@ -73,8 +58,7 @@ class WorkerPool:
         probes: CheckProbes,
     ) -> None:
         """remember: changes the history by a function of it.  listeners: see WorkerSpawner."""
-        self._probes, self._runtime = probes, runtime
-        self._output, self._remember = output, remember
+        self._probes, self._output = probes, output
         loop, log, post = runtime.loop, runtime.log, runtime.post
         self._loop, self._log, self._post = loop, log, post
         self._workers: dict[int, Worker] = {}
@@ -92,6 +76,13 @@ class WorkerPool:
         kill_timeout_s, identity = settings.policy.kill_timeout_s, settings.worker_identity
         self.orphans = Orphans(loop, log, kill_timeout_s, identity, self.groups.has)
         self._spawner = WorkerSpawner(settings, loop, log, output, listeners)
+        self._messages = WorkerMessages(
+            runtime,
+            self._workers,
+            FirstPrograms(runtime, output, remember),
+            note=self._note,
+            ready=self._is_ready,
+        )
         self.limits = LimitWatch(settings, runtime, self._workers)
         self._post_mortem = PostMortem(
             runtime,
@@ -147,7 +138,7 @@ class WorkerPool:
             self._watch(number, worker)
         except OSError as error:
             self._loop.unwatch(worker.process.pidfd)
-            self._loop.unwatch(worker.notify.fileno())
+            self._messages.unwatch(number, worker)
             worker.process.discard()
             worker.close()
             self._post(WorkerExited(number, f"cannot watch it: {what_failed(error)}"))
@@ -320,7 +311,7 @@ class WorkerPool:
 
     def _watch(self, number: int, worker: Worker) -> None:
         self._loop.watch(worker.process.pidfd, lambda: self._ended(number))
-        self._loop.watch(worker.notify.fileno(), lambda: self._heard(number))
+        self._messages.watch(number, worker)
         program = worker.generation.program
         worker.readiness.watch(
             lambda by: self._is_ready(number, by),
@@ -347,7 +338,7 @@ class WorkerPool:
         self._records[number] = worker.record
         self._by_pid[worker.process.pid] = number
         self._keep_descriptors(worker)
-        self._wait_for_word(number, worker)
+        self._messages.await_word(number, worker)
 
     def _start_check(
         self, worker: Worker, over: Callable[[str], None], late: Callable[[str], None]
@@ -385,73 +376,6 @@ class WorkerPool:
             del self.descriptors[name]
         for name in worker.named.keys() - before.keys():
             self.descriptors[name] = worker.named[name]
-
-    def _wait_for_word(self, number: int, worker: Worker) -> None:
-        """Replace a worker that says nothing for too long from here on.
-
-        One that has spoken before it was ready has all the time that a start has.
-        """
-        limit_s = worker.generation.program.watchdog_s
-        if limit_s and worker.record.watched and worker.has_served:
-
-            def silent() -> None:
-                self._heard(number)  # it may have said so while we were too busy to read
-                if self._loop.due(("word", number)) is not None:
-                    return
-                reason = f"no WATCHDOG=1 for {in_units(limit_s)}"
-                self._log.write("error", "hangs", worker=number, reason=reason)
-                self._post(ReplaceRequested(number, reason, hung=True))
-
-            self._loop.call_after(("word", number), limit_s, silent)
-
-    def _heard(self, number: int) -> None:
-        """Handle what a worker has said on its notify socket.
-
-        Each message is handled, and what follows from it written down, before it is taken.
-        """
-        worker = self._workers[number]
-        for _ in range(_HEARD_AT_ONCE):
-            try:
-                fields = worker.notify.hear(worker.process.pid)
-                if fields is None:
-                    return
-                self._handle(number, worker, fields)
-                worker.notify.take()
-            except OSError as error:
-                self._hear_later(number, worker, error)
-                return
-
-    def _handle(self, number: int, worker: Worker, fields: Mapping[str, str]) -> None:
-        if fields.get("READY") == "1" and worker.readiness.by_word:
-            self._is_ready(number, "notify", retires=fields.get(_RETIRES[0]) == _RETIRES[1])
-        usec = fields.get("EXTEND_TIMEOUT_USEC", "")
-        # isdigit() alone is true of digits that int() does not take.
-        if usec.isascii() and usec.isdigit() and len(usec) <= _USEC_DIGITS:
-            self._post(TimeExtended(number, int(usec) / 1_000_000))
-        if "STATUS" in fields:
-            status = fields["STATUS"][:_STATUS_CHARACTERS]
-            self._note(worker, status=status)
-            self._log.write("debug", "status", worker=number, status=status)
-        if wire.PROGRAM in fields:
-            first = FirstPrograms(self._runtime, self._output, self._remember)
-            first.said(worker, fields[wire.PROGRAM])
-        if fields.get("WATCHDOG") == "1":
-            if not worker.record.watched:
-                self._note(worker, watched=True)
-            self._wait_for_word(number, worker)
-
-    def _hear_later(self, number: int, worker: Worker, error: OSError) -> None:
-        """Out of memory: what waits stays readable, so only a timer keeps us from spinning."""
-        self._log.write("error", "cannot-hear", worker=number, error=error.strerror)
-        self._loop.unwatch(worker.notify.fileno())
-        self._loop.call_after(("hear", number), _HEAR_AGAIN_S, lambda: self._hear_again(number))
-
-    def _hear_again(self, number: int) -> None:
-        worker = self._workers[number]
-        try:
-            self._loop.watch(worker.notify.fileno(), lambda: self._heard(number))
-        except OSError as error:
-            self._hear_later(number, worker, error)
 
     def answered(self, generation: int, by: str) -> None:
         """A generation has: its workers are ready, unless one of them has ended meanwhile.
@@ -492,12 +416,12 @@ class WorkerPool:
         self._log.write(
             "info", "worker-ready", generation=worker.record.generation, worker=number, by=other
         )
-        self._wait_for_word(number, worker)
+        self._messages.await_word(number, worker)
         return True
 
     def _ended(self, number: int) -> None:
         """Handle a worker's exit after its last messages."""
-        self._heard(number)
+        self._messages.read(number)
         worker = self._workers[number]
         end = self._post_mortem.end_of(worker, guarded=self.guarded)
         if end is None:
@@ -510,9 +434,7 @@ class WorkerPool:
         for name in worker.named:
             del self.descriptors[name]
         self._loop.unwatch(worker.process.pidfd)
-        self._loop.unwatch(worker.notify.fileno())
-        self._loop.cancel(("hear", number))
-        self._loop.cancel(("word", number))
+        self._messages.unwatch(number, worker)
         self._post(self._post_mortem.close(worker, end, spoken_with=self.spoken_with))
         living = len(self._records) + len(self.groups.numbers)
         self._output.close_oldest(living, lambda: {*self._records, *self.groups.numbers})

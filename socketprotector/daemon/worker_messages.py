@@ -1,0 +1,123 @@
+"""What workers say on their notify sockets (sd_notify(3)), and when one has been silent too long.
+
+Each message of a worker is handled, and its result checkpointed, before it is removed from its
+socket.  A program that replaces this one in between receives it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from socketprotector_client import wire
+
+from ..core.events import ReplaceRequested, TimeExtended
+from ..model.text import in_units
+from .first_programs import FirstPrograms
+from .runtime import Runtime
+from .worker_spawn import Worker
+
+#: What is kept of a STATUS= line.
+_STATUS_CHARACTERS = 500
+#: Messages handled in one go: a worker that sends without end must not keep us from the rest.
+#: More than the kernel queues (net.unix.max_dgram_qlen, 10 to 512), so nothing said before
+#: a worker's end is missed.
+_HEARD_AT_ONCE = 1024
+#: How long to wait before reading again from a socket that could not be read.
+_HEAR_AGAIN_S = 0.1
+#: Microseconds a worker may ask for, in digits: some 30 years.
+_USEC_DIGITS = 15
+_RETIRES = wire.RETIRES_ON_RETURN.split("=")
+
+
+class WorkerMessages:
+    """The notify sockets of all workers that live."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        workers: Mapping[int, Worker],
+        first_programs: FirstPrograms,
+        *,
+        note: Callable[..., None],
+        ready: Callable[..., None],
+    ) -> None:
+        """note: changes fields of a worker's record.  ready: called for a worker's READY=1."""
+        self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
+        self._workers, self._first_programs = workers, first_programs
+        self._note, self._ready = note, ready
+
+    def watch(self, number: int, worker: Worker) -> None:
+        """Read what a worker says from now on.  Raises OSError."""
+        self._loop.watch(worker.notify.fileno(), lambda: self.read(number))
+
+    def unwatch(self, number: int, worker: Worker) -> None:
+        """Read nothing more of a worker, and forget its timers."""
+        self._loop.unwatch(worker.notify.fileno())
+        self._loop.cancel(("hear", number))
+        self._loop.cancel(("word", number))
+
+    def read(self, number: int) -> None:
+        """Handle what a worker has said on its notify socket.
+
+        Each message is handled, and what follows from it written down, before it is taken.
+        """
+        worker = self._workers[number]
+        for _ in range(_HEARD_AT_ONCE):
+            try:
+                fields = worker.notify.hear(worker.process.pid)
+                if fields is None:
+                    return
+                self._handle(number, worker, fields)
+                worker.notify.take()
+            except OSError as error:
+                self._hear_later(number, worker, error)
+                return
+
+    def _handle(self, number: int, worker: Worker, fields: Mapping[str, str]) -> None:
+        if fields.get("READY") == "1" and worker.readiness.by_word:
+            self._ready(number, "notify", retires=fields.get(_RETIRES[0]) == _RETIRES[1])
+        usec = fields.get("EXTEND_TIMEOUT_USEC", "")
+        # isdigit() alone is true of digits that int() does not take.
+        if usec.isascii() and usec.isdigit() and len(usec) <= _USEC_DIGITS:
+            self._post(TimeExtended(number, int(usec) / 1_000_000))
+        if "STATUS" in fields:
+            status = fields["STATUS"][:_STATUS_CHARACTERS]
+            self._note(worker, status=status)
+            self._log.write("debug", "status", worker=number, status=status)
+        if wire.PROGRAM in fields:
+            self._first_programs.said(worker, fields[wire.PROGRAM])
+        if fields.get("WATCHDOG") == "1":
+            if not worker.record.watched:
+                self._note(worker, watched=True)
+            self.await_word(number, worker)
+
+    def _hear_later(self, number: int, worker: Worker, error: OSError) -> None:
+        """Out of memory: what waits stays readable, so only a timer keeps us from spinning."""
+        self._log.write("error", "cannot-hear", worker=number, error=error.strerror)
+        self._loop.unwatch(worker.notify.fileno())
+        self._loop.call_after(("hear", number), _HEAR_AGAIN_S, lambda: self._hear_again(number))
+
+    def _hear_again(self, number: int) -> None:
+        worker = self._workers[number]
+        try:
+            self._loop.watch(worker.notify.fileno(), lambda: self.read(number))
+        except OSError as error:
+            self._hear_later(number, worker, error)
+
+    def await_word(self, number: int, worker: Worker) -> None:
+        """Replace a worker that says nothing for too long from here on.
+
+        One that has spoken before it was ready has all the time that a start has.
+        """
+        limit_s = worker.generation.program.watchdog_s
+        if limit_s and worker.record.watched and worker.has_served:
+
+            def silent() -> None:
+                self.read(number)  # it may have said so while we were too busy to read
+                if self._loop.due(("word", number)) is not None:
+                    return
+                reason = f"no WATCHDOG=1 for {in_units(limit_s)}"
+                self._log.write("error", "hangs", worker=number, reason=reason)
+                self._post(ReplaceRequested(number, reason, hung=True))
+
+            self._loop.call_after(("word", number), limit_s, silent)

@@ -349,7 +349,7 @@ def test_the_resident_process_asks_dataclasses_for_no_fields() -> None:
 #: What the resident process loads after its start begins, and when.  Anything else must be there
 #: from the start: later the package may have been replaced or removed.
 LOADED_LATER = {
-    ("daemon.resident", "daemon.recovery"),  # at the start of a program that resumes
+    ("daemon.assembly", "daemon.recovery"),  # at the start of a program that resumes
     # Before the first generation of a program begins, where workers accept.
     ("daemon.socket_restoring", "system.socket_snapshot"),
 }

@@ -9,49 +9,19 @@ bench/ the megabytes.
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from .. import __version__
-from ..core.events import StopRequested
-from ..core.fleet import Fleet
 from ..core.snapshot import Snapshot
 from ..model.errors import Refusal, SystemRefused, what_failed
-from ..model.lazy_dataclass import replace
 from ..model.settings import ListenerSettings, Settings, SettingsError, load
-from ..system import executable, inherited, pid_file_removal, privileges, signals, spawn
-from ..system.cpu_quota import Quota, processors
-from ..system.inherited import Inherited
-from ..system.listener import Listener
-from ..system.log import Log
-from ..system.loop import Loop
-from ..system.sd_notify import remove_folder
-from ..system.state_file import StateError, StateFile
+from ..system import executable, inherited, signals
+from ..system.state_file import StateError
 from . import checkpoint
-from .checkpoint import Checkpoint
-from .control.commands import CommandHandler
-from .control.server import ControlServer
-from .control.status import counts_of
-from .effects import Effects
-from .event_queue import EventQueue
-from .log_output import Output
-from .parents import Parents
-from .runtime import Runtime
-from .start_report import StartReport
-from .supervisor import Supervisor, terminal_of
-from .upgrade import Upgrade
-from .watch_client import FileWatch
+from .assembly import Resident, load_recovery
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from .recovery import Recovery
-
-#: How soon to try again where a manager's socket was full.
-_AGAIN_S = 0.1
-_OWN = (inherited.SETTINGS, inherited.STATE, inherited.PID_FILE, inherited.NOTIFY)
-_STDERR = 2
 #: What a start takes beyond what a probe has: parts, and buffers.
 _SPARE_BYTES = 4 * 1024 * 1024
 
@@ -71,7 +41,7 @@ def _probe(descriptors: dict[str, int]) -> int:
     """Say whether this program could take over from the one that asks."""
     try:
         _held(descriptors, checkpoint.read(descriptors[inherited.STATE]))
-        _load_recovery()
+        load_recovery()
         # With its parts it needs more than this probe, and then there is no way back.
         bytearray(_SPARE_BYTES)
     except (StateError, SettingsError) as error:
@@ -92,7 +62,7 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
     try:
         if inherited.STATE in descriptors:
             earlier = checkpoint.read(descriptors[inherited.STATE])
-            _load_recovery()  # now: another user, or a later moment, may find no file
+            load_recovery()  # now: another user, or a later moment, may find no file
     except StateError as error:
         earlier = error
     try:
@@ -102,7 +72,7 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
         print(error, file=sys.stderr)
         return SystemRefused.status
     _name_process()
-    resident = _Resident(settings, listeners, descriptors, earlier, command)
+    resident = Resident(settings, listeners, descriptors, earlier, command)
     try:
         status = resident.supervise()
     except Exception as error:
@@ -122,325 +92,6 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
     return status
 
 
-class _Resident:
-    """The parts of the process, and how they are put together."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        listeners: Sequence[ListenerSettings],
-        descriptors: dict[str, int],
-        earlier: Snapshot | StateError | None,
-        command: tuple[str, ...],
-    ) -> None:
-        """earlier: where another program stopped, or why that cannot be resumed."""
-        # At the first start they come from the launching process; only a guard has them too.
-        known = inherited.GUARD in descriptors or inherited.STATE in descriptors
-        kept = descriptors.keys() - {inherited.GUARD} if known else set()
-        self.settings = settings
-        self.left_over = left = Inherited(descriptors)
-        #: Those of the process itself, which are no part's.
-        self.own = {n: fd for n in _OWN if (fd := left.take_one(n)) is not None}
-        self.earlier = earlier
-        self.command = command
-        self.output = Output(settings)
-        self.parents = Parents(left.take_one(inherited.GUARD), kept, self._later)
-        self.start_report = StartReport(
-            left.take_one(inherited.LAUNCHER),
-            left.take_one(inherited.TERMINAL),
-            self.parents.systemd.pid,
-        )
-        self.listeners = _listeners(left, listeners, settings.mode.workers_accept)
-        control = left.take_one(inherited.CONTROL)
-        self.control_listener = (
-            Listener(control, -1, settings.control)
-            if control is not None and settings.control is not None
-            else None
-        )
-        self.began = False
-        self.staying: tuple[str, ...] = ()  # names of listeners that live on for the next start
-        self._loop: Loop | None = None
-
-    def supervise(self) -> int:
-        """Go on with what there is, or begin; return the exit status when nothing is left."""
-        snapshot = self._where_to_begin()
-        if snapshot is not None and snapshot.fleet.exiting:
-            return self._end_again(snapshot)
-        self.began = snapshot is not None
-        loop = self._become_resident()
-        for listener in self.listeners:
-            if snapshot is None or not listener.shared:  # else a worker has said how it listens
-                listener.claim()
-        settings = self.settings
-        log = Log(settings.log_level, prioritized=settings.to_syslog, form=settings.log_format)
-        # First where events go, and what writes the state: all parts are given both.
-        queue = EventQueue()
-        checkpoint = Checkpoint(
-            StateFile(self.own[inherited.STATE]), self.parents.store, log, self._descriptors
-        )
-        runtime = Runtime(loop, log, queue.post, checkpoint.save)
-        self._begin_log(runtime, snapshot)
-        supervisor = self._put_together(runtime, queue, checkpoint)
-        control = self._control(supervisor, runtime)
-        self._attend(supervisor, runtime)
-        # They were blocked from the start, so that none of them could come too early.
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        self.began = True
-        watchers = self.left_over.take_all(inherited.WATCH)
-        if snapshot is None:
-            self.left_over.close()
-            supervisor.launch()
-        else:
-            recovery = _load_recovery()(supervisor.effects, snapshot, self.left_over)
-            supervisor.adopt(recovery)
-        # Signals are taken from here on; and by which of them workers finish, should none of us
-        # be there to say so.
-        finish = settings.drain_signal if settings.mode.workers_accept else 0
-        self.parents.guard.send(f"X_BEGAN=1\nX_FINISH={finish}")
-        self.watcher.start(watchers)
-        status = supervisor.run()
-        if control is not None:
-            control.finish()
-        self.staying = supervisor.effects.close()
-        self.watcher.close()
-        if control is not None:
-            control.close()
-        log.close()
-        return status
-
-    def _where_to_begin(self) -> Snapshot | None:
-        """Return where another program stopped; else have a state file of our own.
-
-        Raises StateError where that cannot be resumed.
-        """
-        if isinstance(self.earlier, StateError):
-            raise self.earlier
-        if inherited.STATE not in self.own:
-            try:
-                self.own[inherited.STATE] = StateFile.make().fd
-            except OSError as error:
-                raise SystemRefused(f"cannot keep the state in memory: {error.strerror}") from error
-        return self.earlier
-
-    def _end_again(self, snapshot: Snapshot) -> int:
-        """All was done but the last words."""
-        ours = [each for each in self.listeners if not each.settings.foreign]
-        if self.parents.stays(name for each in ours for name in each.descriptors()):
-            number = snapshot.steering.socket_number
-            self.staying = tuple(filter(None, [each.leave(number) for each in ours]))
-        self._close_listeners()
-        return snapshot.fleet.exit_status
-
-    def _become_resident(self) -> Loop:
-        """Have the limits, priority and user of the whole life; return its loop."""
-        settings, quota = self.settings, Quota()
-
-        def spare() -> bool:
-            """With one core no client could connect while we poll for one.
-
-            Under a quota (cpu.max), which the set of cores does not show, polling would spend what
-            the workers need.
-            """
-            return processors() > 1 and quota.processors() > 1
-
-        # Not before: from here on it is known who goes on if it fails.
-        self._loop = loop = Loop(settings.busy_poll_s, spare)
-        # Only the soft limit, and workers get the caller's back: each draining generation and
-        # each worker costs descriptors here.
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        spawn.use_batch_policy()
-        if settings.identity is not None:
-            starts_others = settings.worker_identity is not None
-            privileges.become(settings.identity, settings.nice, starts_others=starts_others)
-            if starts_others:
-                privileges.reclaim()  # an upgrade in place has brought them along
-        return loop
-
-    def _begin_log(self, runtime: Runtime, snapshot: Snapshot | None) -> None:
-        """Have the log where it is to be, and say in it what begins."""
-        settings, log = self.settings, runtime.log
-        log.suppress_crash_loops(runtime.loop)
-        self._begin_output(runtime)
-        log.reopen()
-        log.write(
-            "info",
-            "adopted" if snapshot else "start",
-            pid=os.getpid(),
-            name=settings.name,
-            version=__version__,
-            listen=" ".join(each.address for each in settings.listeners),
-        )
-        if snapshot is None:
-            for notice in settings.notices:
-                log.write("warning", "notice", text=notice)
-        else:
-            self._write_pid(log)
-
-    def _attend(self, supervisor: Supervisor, runtime: Runtime) -> None:
-        """Hear the guard and the launching process."""
-        log, pool = runtime.log, supervisor.effects.pool
-
-        def unguarded() -> None:
-            if self.parents.line is not None:
-                hint = "the guard is gone; restart to have one again"
-                log.write("error", "unguarded", hint=hint)
-                self._write_pid(log)
-            pool.guarded = False
-
-        self.parents.watch(runtime.loop, pool.learn_status, unguarded)
-        self.start_report.watch(runtime.loop, lambda: runtime.post(StopRequested(quick=True)))
-
-    def fail(self, reason: str) -> None:
-        """Nothing could be started, or can go on: let go of what is ours."""
-        self.start_report.failure = self.start_report.failure or reason
-        self._close_listeners()
-
-    def finish(self, status: int) -> None:
-        """Leave only listeners that stay, and tell the launcher, the guard and systemd."""
-        store = self.parents.store
-        if self.parents.line is None:
-            # First: without it what is there is no state to go on with, but left for a start.
-            store.forget(inherited.SETTINGS)
-            # What keeps a copy may not read in time that it is to go; the file is the same one.
-            os.ftruncate(self.own[inherited.SETTINGS], 0)
-        # The relay ends with its last writer, and a copy in the fd store would be one.
-        for name in self.output.descriptors():
-            store.forget(name)
-        self.output.finish()
-        if self.settings.notify_folder:
-            remove_folder(self.settings.notify_folder)
-        if self.settings.pid_file is not None and inherited.PID_FILE in self.own:
-            pid_file_removal.remove(self.settings.pid_file, self.own[inherited.PID_FILE])
-        self.start_report.failed(status)
-        self.parents.finish(status, self.staying)
-
-    # -- putting together ----------------------------------------------------
-
-    def _begin_output(self, runtime: Runtime) -> None:
-        settings = self.settings
-        try:
-            self.output.begin(self.left_over, runtime)
-        except OSError as error:
-            where = "to syslog" if settings.to_syslog else "of workers' output"
-            asked = " for --log-prefix" if settings.log_prefix else ""
-            why = f"cannot start the relay {where}{asked}: {what_failed(error)}"
-            if settings.to_syslog or asked:
-                raise SystemRefused(why) from error
-            # No relay was asked for: workers write to the file themselves.
-            self.output = Output(replace(settings, log_relay=False))
-            runtime.log.reopen()
-            runtime.log.write("warning", "notice", text=why)
-
-    def _put_together(
-        self, runtime: Runtime, queue: EventQueue, checkpoint: Checkpoint
-    ) -> Supervisor:
-        settings = self.settings
-        self.watcher = FileWatch(settings, runtime)
-        effects = Effects(
-            settings,
-            self.listeners,
-            runtime,
-            output=self.output,
-            systemd=self.parents.systemd,
-            start_report=self.start_report,
-            command=self.command,
-            stay=self.parents.stays,
-        )
-        keeps = settings.worker_identity is not None
-        supervisor = Supervisor(
-            Fleet(
-                policy=settings.policy,
-                workers_wanted=settings.processes,
-                configured=settings.origin.configured,
-            ),
-            queue,
-            effects,
-            checkpoint,
-            Upgrade(self.command, runtime.loop, runtime.log, keeps=keeps),
-            runtime,
-            reopen_logs=lambda: self._reopen_logs(runtime.log),
-            took=lambda number: self.parents.guard.send(f"X_TOOK={number:d}"),
-            terminal=terminal_of(settings.foreground),
-            outlives_terminal=settings.outlives_terminal,
-        )
-        effects.settle_check.counts = lambda: counts_of(supervisor.fleet, effects)
-        return supervisor
-
-    def _descriptors(self) -> dict[str, int]:
-        """The descriptors of the process itself, by name."""
-        found = dict(self.own)
-        if self.control_listener is not None:
-            found[inherited.CONTROL] = self.control_listener.fileno()
-        theirs = (self.parents, self.start_report, self.output, self.watcher)
-        return found | {name: fd for each in theirs for name, fd in each.descriptors().items()}
-
-    def _later(self, again: Callable[[], None]) -> None:
-        if self._loop is not None:  # else it is the end already, and finish() waits for room
-            self._loop.call_after(again, _AGAIN_S, again)
-
-    def _reopen_logs(self, log: Log) -> None:
-        try:
-            self.output.reopen()
-        except OSError as error:
-            log.write("error", "reopen-failed", file=error.filename, error=error.strerror)
-        else:
-            # What it says, and all that the next protector does, is for the new file, too.
-            if self.settings.log_file is not None:
-                self.parents.guard.send("X_OUTPUT=1", _STDERR)
-        log.reopen()
-        log.write("info", "reopened")
-
-    # -- the control socket ----------------------------------------------------
-
-    def _control(self, supervisor: Supervisor, runtime: Runtime) -> ControlServer | None:
-        """Answer operators from here on."""
-        settings = self.settings
-        if self.control_listener is None:
-            return None
-        operator = CommandHandler(supervisor, runtime)
-        uids = {0, os.getuid()} | ({settings.identity.uid} if settings.identity else set())
-        self.control_listener.claim()
-        control = ControlServer(
-            self.control_listener,
-            runtime.loop,
-            operator.handle,
-            supervisor.effects.pool.acked,
-            uids=frozenset(uids),
-            group=settings.control_group,
-            status_group=settings.status_group,
-        )
-        runtime.log.observe(control.tell)
-        return control
-
-    # -- the end -------------------------------------------------------------------
-
-    def _close_listeners(self) -> None:
-        for listener in (*self.listeners, self.control_listener):
-            if listener is not None and listener.fileno() >= 0:
-                listener.close()
-
-    def _write_pid(self, log: Log) -> None:
-        """Write the pid that is to be signalled into the pid file, which we hold."""
-        lock = self.own.get(inherited.PID_FILE)
-        if lock is None:
-            return
-        try:
-            text = b"%d\n" % self.parents.systemd.pid
-            # In this order a reader always finds a whole pid in the first line.
-            os.pwrite(lock, text, 0)
-            os.ftruncate(lock, len(text))
-        except OSError as error:
-            log.write("error", "pid-file-not-written", error=error.strerror)
-
-
-def _load_recovery() -> type[Recovery]:
-    """Return the class that resumes; a protector that begins saves its memory."""
-    from .recovery import Recovery
-
-    return Recovery
-
-
 def _held(
     descriptors: dict[str, int], snapshot: Snapshot | None
 ) -> tuple[Settings, Sequence[ListenerSettings]]:
@@ -451,46 +102,6 @@ def _held(
     fd = descriptors[inherited.SETTINGS]
     settings = load(os.pread(fd, os.fstat(fd).st_size, 0))
     return settings, settings.listeners
-
-
-def _listeners(
-    left: Inherited, settings: Sequence[ListenerSettings], shared: bool
-) -> list[Listener]:
-    """Adopt the listeners that there are; those in no place are of a reload that never came to be.
-
-    Each may have several sockets, of which the newest is in use: a number stands behind the name.
-    """
-    made = []
-    for index, each in enumerate(settings):
-        first, again = _newest(left.take(inherited.LISTENER, index))
-        second, second_again = _newest(left.take(inherited.SIBLING, index))
-        third, third_again = _newest(left.take(inherited.RESERVED, index))
-        if first >= 0:  # else it was closed already
-            numbers = again, second_again, third_again
-            made.append(
-                Listener(
-                    first, index, each, shared=shared, sibling=second, reserved=third, again=numbers
-                )
-            )
-            continue
-        for fd in (second, third):
-            if fd >= 0:
-                os.close(fd)
-    ours = [each for each in made if not shared and not each.settings.foreign]
-    for listener in [each for each in ours if not each.listens]:
-        made.remove(listener)  # an earlier program was about to close it
-        listener.close()
-    return made
-
-
-def _newest(found: dict[str, int]) -> tuple[int, int]:
-    """Return the newest of some sockets and its number, and close the others; -1 for none."""
-    numbered = {int(name or 0): fd for name, fd in found.items()}
-    newest = max(numbered, default=0)
-    fd = numbered.pop(newest, -1)
-    for other in numbered.values():
-        os.close(other)
-    return fd, newest
 
 
 def _name_process() -> None:

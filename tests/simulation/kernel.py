@@ -631,7 +631,7 @@ class Kernel:
         tell_pid: str,
         lifeline: int,
     ) -> int:
-        """In the place of process._fork(): the child, until it has become the worker."""
+        """In the place of spawn._fork(): the child, until it has become the worker."""
         assert lifeline < 0, "there are no checks here"
         self.enter("posix_spawn")
         self.changes += 1

@@ -1,8 +1,8 @@
 """A protector's life in a simulated world, from one seed.
 
 The real modules (decide, supervisor, effects, worker pool, forwarder, channel, listener, loop,
-sd_notify, process, state_file, recovery, checkpoint) run against kernel.py.  For that, names like
-`os`, `socket`, `select` inside those modules are replaced while a simulation runs (`installed`
+sd_notify, process, spawn, state_file, recovery, checkpoint) run against kernel.py.  For that, names
+like `os`, `socket`, `select` inside those modules are replaced while a simulation runs (`installed`
 below); besides them only what is found in the file system: a command, orphaned processes, maps of
 users.  The log, the output, the resident process around the supervisor, the upgrade's probe and
 the process that asks a generation by HTTP are stand-ins.
@@ -52,9 +52,9 @@ from socketprotector.core.snapshot import Snapshot
 from socketprotector.daemon import (
     asking,
     checkpoint,
+    inherited_listeners,
     live_settings,
     quiescing,
-    resident,
     settle_check,
     socket_steering,
 )
@@ -82,6 +82,7 @@ from socketprotector.system import (
     program_spec,
     reuseport,
     sock_diag,
+    spawn,
 )
 from socketprotector.system.inherited import Inherited
 from socketprotector.system.loop import Loop
@@ -689,7 +690,7 @@ class World:
         self._check_the_end()
 
     def _run(self, given: dict[str, int], kept: set[str]) -> None:
-        """One program of the protector, put together as daemon/resident.py does it."""
+        """One program of the protector, put together as daemon/assembly.py does it."""
         kernel = self.kernel
         kernel.dead = False
         self._checked = None
@@ -718,7 +719,7 @@ class World:
         coming = (snapshot.settings.candidate if snapshot else None) or settings
         own = {inherited.STATE, inherited.GUARD}
         left = Inherited({name: fd for name, fd in given.items() if name not in own})
-        listeners = resident._listeners(left, coming.listeners, shared)
+        listeners = inherited_listeners.adopt(left, coming.listeners, shared)
         if snapshot is not None and snapshot.fleet.exiting:
             self._why_lost = "killed at the very end"
             for each in listeners:
@@ -1677,7 +1678,7 @@ def installed(world: World) -> Iterator[None]:
         put(socket_steering, "is_waiting", kernel.is_waiting)
         put(socket_steering, "end_of", kernel.end_of)
         put(reuseport, "comes_from", kernel.comes_from)
-        put(process, "_fork", kernel.fork)
+        put(spawn, "_fork", kernel.fork)
         put(orphans, "Look", look)
         put(workers, "AT_ONCE", world._at_once)
         put(peer_credentials, "_ambiguous", lambda *_: frozenset())

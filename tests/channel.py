@@ -27,6 +27,8 @@ from tests.running import DEADLINE_S, ROOT, Address, Client, eventually
 #: Which Python the workers run under: WORKER_PYTHON=python3.9 pytest tests/client
 PYTHON = os.environ.get("WORKER_PYTHON", sys.executable)
 PROGRAMS = ROOT / "tests" / "client" / "programs"
+#: How many connections the channel has room for at least.
+ROOM = 500
 
 
 class Worker:
@@ -81,6 +83,9 @@ class Channel:
         self.log = log
         self.listeners = [socket.create_server(("127.0.0.1", 0), backlog=1024)]
         self.sender, self.reader = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # So that no send waits: the kernel wakes a blocked sender only once three quarters of the
+        # room are free, and a worker at its limit may never free that many.
+        self.sender.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, ROOM * wire.RECORD_CHARGE_BYTES)
         self.notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.notify.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self.notify.bind("")  # the kernel chooses an abstract name
@@ -234,7 +239,7 @@ class Channel:
         header = wire.HEADER.pack(version, kind, listener, len(state), time.monotonic_ns())
         fds = array.array("i", [] if fd is None else [fd])
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)] if fds else []
-        self.sender.sendmsg([header + state], rights)
+        self.sender.sendmsg([header + state], rights, socket.MSG_DONTWAIT)
 
     def queued(self) -> int:
         """How many connections no worker has taken yet."""

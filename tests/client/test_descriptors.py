@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from socketprotector_client.worker import Worker
 
 from tests.channel import Channel
 from tests.procfs import descriptors
+from tests.running import eventually
 
 
 @pytest.mark.parametrize(
@@ -52,7 +54,11 @@ def test_none_is_lost_where_there_was_room_for_a_row_and_then_is_no_more(
     channel: Channel,
 ) -> None:
     worker = channel.start("asyncio_server.py", "--limit", "1000", nofile=330)
-    clients = [channel.connect() for _ in range(400)]
+    clients = [channel.connect() for _ in range(118)]
+    eventually(lambda: channel.queued() == 0, "all were taken")
+    worker.process.send_signal(signal.SIGSTOP)  # the rest comes in rows
+    clients += [channel.connect() for _ in range(282)]
+    worker.process.send_signal(signal.SIGCONT)
 
     for client in clients:
         assert client.ask("hello") == "echo hello"

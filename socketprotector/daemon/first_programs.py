@@ -57,13 +57,14 @@ class FirstPrograms:
         self.runtime.persist()  # the relay may take its time
 
         def done(found: str) -> None:
-            last_words = _once(found, count)
+            # By now others may have failed, too, and have said the same.
+            last_words = _once(found, generation.record.programs_failed)
             if generation.record.programs_work:
                 return  # meanwhile
             generation.update_record(program_words=last_words)
             if count <= NO_ACCIDENT:  # those that follow fail in the same way
                 self._keep(worker, pid, f"program {how}", last_words, at)
-            if generation.record.never_works:
+            if count >= NO_ACCIDENT:
                 reason = generation.record.programs_fail
                 words = f"{LAST_WORDS}\n{last_words}" if last_words else self._where_to_look()
                 self.runtime.post(SettleFailed(generation.record.number, reason + words))

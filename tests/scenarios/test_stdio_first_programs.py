@@ -53,13 +53,17 @@ def first_of(one: Operated, number: int) -> dict[str, object] | None:
 def test_with_settle_the_reload_fails_and_says_that_both_run_the_same_file(
     operated: Operating, release: Release
 ) -> None:
+    """Though the relay gives the first one's last words when the third has failed."""
     one = serving(operated, release, "--settle", "600s")
+    [relay] = running("log_relay.py", children_of(one.daemon.pid))
     release.write(BROKEN)
     trying = Running("--control", str(one.path), "reload")
     try:
         one.until("route", 2)
+        os.kill(relay, signal.SIGSTOP)
         for _ in range(3):
             in_vain(one)
+        os.kill(relay, signal.SIGCONT)
         assert trying.wait() == 3
     finally:
         trying.end()

@@ -26,9 +26,9 @@ def join_loop(intake: Intake, number: int) -> None:
 
     Where it cannot be, nothing is changed.
     """
-    if intake.may_join:
+    if intake.queue.may_join:
         try:
-            intake.join(_Joined(intake, number))
+            intake.queue.join(_Joined(intake, number))
         except (OSError, ValueError):
             pass
 
@@ -81,6 +81,6 @@ class _Joined(WaitSet):
         if self._reader is not None and self._reader.cancelled():
             self._reader = reader_of(self._number)
         if self._reader is None:
-            self._intake.leave_loop()
+            self._intake.queue.leave_loop()
         else:
             self._reader._run()

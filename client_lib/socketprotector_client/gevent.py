@@ -71,7 +71,7 @@ class Listener:
         current().ready()
         if self._queue is not None:
             self._queue.wait_again()  # a server begins anew
-        elif self._intake.may_join:
+        elif self._intake.queue.may_join:
             self._queue = _Queue(self._intake, self._ring)
         return self._intake.fileno()
 
@@ -168,7 +168,7 @@ class _Queue(WaitSet):
             try:
                 self.add((self._fd,), select.EPOLLIN | select.EPOLLEXCLUSIVE)
             except OSError:  # out of memory
-                self._intake.leave_loop()
+                self._intake.queue.leave_loop()
 
     def close(self) -> None:
         self.remove((self._fd,))
@@ -190,10 +190,10 @@ class _Queue(WaitSet):
                 found = re.findall(watched, file.read(), re.MULTILINE)
         except OSError:
             found = []
-        if found and self._intake.may_join:
+        if found and self._intake.queue.may_join:
             self._data = int(found[0], 16)
             super().remove((self._fd,))
-            self._intake.join(self)
+            self._intake.queue.join(self)
         else:
             self.forget()
 

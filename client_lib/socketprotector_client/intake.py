@@ -21,6 +21,7 @@ from .descriptors import Spare, default_limit, has_room
 from .drain_state import Drain
 from .errors import Drained
 from .log import Logger
+from .queue_wait import QueueWait
 from .scoreboard import Scoreboard
 from .source import Source
 from .wait_set import WaitSet
@@ -68,19 +69,14 @@ class Intake:
         self._drain = drain
         self._limit = default_limit() if limit is None else limit
         self._names = names
-        self._fds = tuple(source.fds)
-        # What is readable nearly always; with several, what never is.
-        self._channel_alone = [*self._fds] if len(self._fds) == 1 else [-1]
         self._beside = -1  # an event loop's descriptor, which `sleep` waits for, too
         self._orders: dict[int, Callable[[], None]] = {}
         self._ends: list[int] = []
-        self._events = select.EPOLLIN | (select.EPOLLEXCLUSIVE if source.wakes_one else 0)
         self.waits = WaitSet()
-        #: The set that the source's descriptors are in while they are waited for: ours, or the
-        #: one of an event loop that waits for the queue itself.
-        self._queue_in = self.waits
-        self._queue_in.add(self._fds, self._events)
-        self._paused = False
+        self.queue = QueueWait(source, self.waits)
+        self._fds = self.queue.fds
+        # What is readable nearly always; with several, what never is.
+        self._channel_alone = [*self._fds] if len(self._fds) == 1 else [-1]
         self._stop_asked = False
         self._ended = False
         # Several threads call `get`; that all are busy does not mean that one hangs.
@@ -91,9 +87,6 @@ class Intake:
         self._will_look_again = False
         # What get_further takes from; -1: all must be looked at first.
         self._row_fd = -1
-        # The kernel wakes the first waiter; after a take ours moves to the end of the line, or one
-        # worker would get nearly everything.
-        self._stands_first = False
         # So many more find a free descriptor; -1: not known.
         self._room = -1
         self._spare = Spare(self.waits.fileno())
@@ -137,10 +130,10 @@ class Intake:
             return None
         try:
             self._room = -1
-            if self._queue_in is not self.waits:
-                self.leave_loop()
-            if self._stands_first:
-                self._stand_last()
+            if self.queue.elsewhere:
+                self.queue.leave_loop()
+            if self.queue.stands_first:
+                self.queue.stand_last()
             deadline = None if timeout_s is None else time.monotonic() + timeout_s
             while not self._ended:
                 connection = self._look(self.waits.wait(timeout_s))
@@ -158,9 +151,7 @@ class Intake:
         """Several threads will call `get`, without a timeout."""
         self._pooled = True
         if self.source.wakes_one:
-            # Else the kernel would wake each thread in turn until the connection is taken.
-            self._events |= select.EPOLLET
-            self._stand_last()
+            self.queue.share()
             # A thread that ends must be able to wake the others, without a descriptor to spare.
             self.waits.ring()
             self.waits.hush()
@@ -202,16 +193,11 @@ class Intake:
         """Return whether `get` would have something to do."""
         if self.waits.wait(0):
             return True
-        if self._queue_in is self.waits or self._paused or self._ended:
+        if not (self.queue.elsewhere and self.queue.waited):
             return False
         poll = system.poll()
         poll.register(self._fds[0], select.POLLIN)
         return bool(poll.poll(0))
-
-    def rest(self) -> None:
-        """The caller takes no more before its loop has turned."""
-        if self._stands_first and self._queue_in is not self.waits:
-            self._stand_last()
 
     def sleep_beside(self, fd: int) -> None:
         """Have `sleep` wait for another descriptor, too, which stays the caller's."""
@@ -224,40 +210,13 @@ class Intake:
 
         Return whether `get` has something to do, and whether the other descriptor is readable.
         """
-        if self._queue_in is not self.waits:
-            self.leave_loop()
-        if self._stands_first:
-            self._stand_last()
+        if self.queue.elsewhere:
+            self.queue.leave_loop()
+        if self.queue.stands_first:
+            self.queue.stand_last()
         ready = self.waits.wait(timeout_s)
         others = self._beside in ready
         return len(ready) > others, others
-
-    @property
-    def may_join(self) -> bool:
-        """Whether the queue may move into the set of an event loop."""
-        waits = not self._ended and not self._paused and self._queue_in is self.waits
-        return waits and self.source.wakes_one
-
-    def join(self, loop: WaitSet) -> None:
-        """Have the queue waited for in the set of a loop, which becomes ours, until `leave_loop`.
-
-        Then one of the idle workers is woken for a connection, not all.
-        """
-        self._queue_in = loop
-        try:
-            loop.add(self._fds, self._events)
-        except OSError:
-            self.leave_loop()
-        else:
-            self.waits.remove(self._fds)
-
-    def leave_loop(self) -> None:
-        """Wait for the queue where `fileno` tells of it, as before `join`."""
-        joined, self._queue_in = self._queue_in, self.waits
-        if joined is not self.waits:
-            joined.close()
-            if not self._paused and not self._ended:
-                self.waits.add(self._fds, self._events)
 
     def ask_to_stop(self) -> None:
         """Begin the drain; take no more once `get` is awake.  Fit for a signal handler."""
@@ -286,7 +245,8 @@ class Intake:
             return
         self._ended = True
         self._row_fd = -1
-        self.leave_loop()
+        self.queue.waited = False
+        self.queue.leave_loop()
         # Before closing: other processes have these files open, too, so closing alone would leave
         # them in the epoll, under numbers that are gone (epoll(7), "Questions and answers").
         self.waits.remove((*self._fds, *self._orders))
@@ -310,17 +270,10 @@ class Intake:
         self._beside = -1
         self._will_look_again = False
         self._orders = dict.fromkeys(self._ends, self.drained)
-        if self._queue_in is self.waits:
-            self._stands_first = False
-        else:
-            self._queue_in.forget()
-            self._queue_in = self.waits
         # It is a copy of the parent's epoll, and leaves a descriptor for another one.
         self._spare.give_up()
-        if self._ended:
-            self.waits.renew((), (), 0)
-        else:
-            self.waits.renew(() if self._paused else self._fds, self._ends, self._events)
+        self.queue.after_fork_in_child([] if self._ended else self._ends)
+        if not self._ended:
             self._spare.hold()
         if self.on_renewal is not None:
             self.on_renewal()
@@ -346,14 +299,14 @@ class Intake:
                 self._room = -1
                 connection = self._look(ready)
                 if any(fd in self._fds for fd in ready):
-                    self._stand_last()  # or no thread would be woken for what else is there
+                    self.queue.stand_last()  # or no thread would be woken for what else is there
             if connection is not None:
                 return connection
         self.waits.ring()  # for the others
         raise Drained
 
     def _look(self, ready: list[int]) -> Optional[Connection]:
-        if self._queue_in is not self.waits and not self._paused:
+        if self.queue.elsewhere and self.queue.waited:
             ready += self._fds  # the loop has seen them, or may have
         if ready == self._channel_alone and not self._stop_asked:
             return self._take(ready[0])
@@ -401,7 +354,7 @@ class Intake:
             if room <= 0 and not self._ended and not self._spare.hold():
                 self._pause(short=True)
         if connection is not None:
-            self._stands_first = True
+            self.queue.stands_first = True
             number = connection.fileno()
             self._names[number] = connection.listener
             self.open.add(connection)
@@ -410,22 +363,13 @@ class Intake:
                 self._pause(short=False)
         return connection
 
-    def _stand_last(self) -> None:
-        """Let the other waiters be woken before us; what has come meanwhile is not missed."""
-        self._stands_first = False
-        if self.source.wakes_one and not self._paused and not self._ended:
-            self._queue_in.remove(self._fds)
-            self._queue_in.add(self._fds, self._events)
-
     def _pause(self, *, short: bool) -> None:
         """Leave further connections in the queue.
 
         Until one of ours is closed; if the system is short of something, until it may have it.
         """
         self._row_fd = -1
-        # In this order: a thread that sees _paused adds what has been removed.
-        self._queue_in.remove(self._fds)
-        self._paused = True
+        self.queue.pause()
         if not short and len(self.open) < self._limit:
             self._resume()  # one was closed in between, and has seen no pause
         elif short or self.open.must_be_asked:
@@ -434,20 +378,19 @@ class Intake:
     def _resume(self) -> None:
         # Without a lock, in any thread: too early is harmless, for _take looks
         # at the count again.
-        if self._paused and not self._ended and os.getpid() == self._pid:
-            self._paused = False
-            self._queue_in.add(self._fds, self._events)
+        if not self.queue.waited and not self._ended and os.getpid() == self._pid:
+            self.queue.resume()
             if self._ended:  # in the meantime, by another thread
-                self._queue_in.remove(self._fds)
+                self.queue.pause()
 
     def _changed(self) -> None:
         self.board.count_open()
-        if self._paused or self._awaits_last:
+        if not self.queue.waited or self._awaits_last:
             self._look_again()
 
     def _look_again(self) -> None:
         """See what follows from the number of open connections, in any thread."""
-        if self._paused:
+        if not self.queue.waited:
             self._resume()
         if self._awaits_last and os.getpid() == self._pid:
             if not len(self.open):

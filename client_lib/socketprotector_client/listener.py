@@ -116,7 +116,7 @@ class Listener(Socket):
         if connection is None:
             self._taken = 0
             if timeout_s == 0:
-                intake.rest()
+                intake.queue.rest()
                 raise BlockingIOError(errno.EAGAIN, _AGAIN)
             raise socket.timeout("timed out")
         self._taken += self._counts
@@ -135,7 +135,7 @@ class Listener(Socket):
     def listen(self, backlog: int = DEFAULT_BACKLOG) -> None:
         """Say READY=1; without a protector, also set the backlog."""
         intake = self._opened()
-        intake.leave_loop()  # another one may begin to use this socket
+        intake.queue.leave_loop()  # another one may begin to use this socket
         intake.source.set_backlog(backlog)
         current().ready()
 
@@ -147,7 +147,7 @@ class Listener(Socket):
         if not flag:
             _refuse_uvloop()
         if self._intake is not None:
-            self._intake.leave_loop()
+            self._intake.queue.leave_loop()
         super().setblocking(flag)
 
     def getsockname(self) -> Any:

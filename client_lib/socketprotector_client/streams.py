@@ -86,7 +86,7 @@ class _Service:
         except Exception as error:
             self._end(error)
         else:
-            self._intake.rest()
+            self._intake.queue.rest()
             if connection is not None:
                 task = self._loop.create_task(self._serve_one(connection))
                 self.tasks.add(task)

@@ -324,7 +324,7 @@ class Effects:
         self.generations.known()  # here too: without an fd store nothing else asks
         self.generations[number] = made
         if program.mode.workers_accept:
-            self._enter(made)
+            self._enter(made, fresh=fresh)
             self.flags.watch()
         capacity = made.channel.capacity()
         if capacity < settings.queue:
@@ -336,11 +336,11 @@ class Effects:
                 hint="raise the sysctl net.core.wmem_max",
             )
 
-    def _enter(self, generation: OpenGeneration) -> None:
+    def _enter(self, generation: OpenGeneration, *, fresh: bool) -> None:
         others = [each for each in self.generations.values() if each is not generation]
         taken = {mark for each in others for mark in each.record.marks}
         record = generation.record
-        self.steering.enter(record.number, record.socket_number)
+        self.steering.enter(record.number, record.socket_number, fresh=fresh)
         marks = self._counts.enter(record.socket_number, taken)
         generation.update_record(marks=marks)
         if not marks:  # it may serve clients that came to another one, whose mark they have

@@ -39,7 +39,8 @@ from .socket_restoring import SocketRestoring
 #: What is told to finish may accept for that long: gunicorn's threads look around once a second.
 LEAVES_S = 2.0
 _STEER_AGAIN_S = 0.5
-#: How often, at most, a generation is started for clients that no worker accepts.
+#: How long workers that were told to finish have to accept waiting clients, before a generation is
+#: started for these; and how long after that a second one is, at the earliest.
 FIRST_RESCUE_S = 1.0
 LAST_RESCUE_S = 600.0
 
@@ -127,7 +128,7 @@ class SocketSteering:
         self._questions: dict[reuseport.Mark, int] = {}
         #: Of those that serve: where questions came that no worker has taken, and their ends.
         self._given_up: list[tuple[socket.socket, bytes]] = []
-        self._rescue_s = FIRST_RESCUE_S
+        self._rescue_s = 0.0  # for so long after the last one none is started for them
         self._rescued_at = 0.0
 
     @property
@@ -144,8 +145,13 @@ class SocketSteering:
         self._steer_while_starting()
         self._watch()
 
-    def enter(self, generation: int, socket_number: int) -> None:
-        """The workers of a generation, which are yet to be started, accept there."""
+    def enter(self, generation: int, socket_number: int, *, fresh: bool = False) -> None:
+        """The workers of a generation, which are yet to be started, accept there.
+
+        fresh: it is a new release, so what it leaves is not due to the generations before it.
+        """
+        if fresh:
+            self._rescue_s = 0.0
         for each in self._shared:
             self._make_ready(each, socket_number, generation)
         self._accepting[generation] = socket_number
@@ -293,6 +299,7 @@ class SocketSteering:
         self.leave(generation)
         socket_number, _ = self._leaving.pop(generation, (0, 0.0))
         self._take_back(generation, socket_number, gone=True)
+        self._loop.cancel(_RESCUE)  # maybe no process is left that could accept its clients
         self._watch()
 
     def leave(self, generation: int) -> None:
@@ -773,12 +780,20 @@ class SocketSteering:
         self._say_untaken(seconds, waiting, ever, " ".join(addresses))
 
     def _rescue_later(self) -> None:
-        """Look again later: a worker that was told to finish may still accept them."""
+        """Look again later: a worker that was told to finish may still accept them.
+
+        At once where there is none, unless a generation was started for clients just now.
+        """
+        leaving, may_accept = {its for its, _ in self._leaving.values()}, True
         for each, number in self._in_vain():
             self._loop.unwatch(each.socket_for(number).fileno())
-        if time.monotonic() - self._rescued_at > LAST_RESCUE_S:
-            self._rescue_s = FIRST_RESCUE_S
-        self._loop.call_after(_RESCUE, self._rescue_s, self._rescue)
+            there = {its % len(each.sockets) for its in leaving}
+            may_accept &= number in there or not each.has_waiting(number)
+        since_s = time.monotonic() - self._rescued_at
+        if since_s > LAST_RESCUE_S:
+            self._rescue_s = 0.0
+        delay_s = max(FIRST_RESCUE_S if may_accept else 0.0, self._rescue_s - since_s)
+        self._loop.call_after(_RESCUE, delay_s, self._rescue)
 
     def _rescue(self) -> None:
         unknown = self._discard_questions()
@@ -788,6 +803,8 @@ class SocketSteering:
             addresses = " ".join(each.settings.address for each in waiting)
             self._log.write("warning", "stranded", listen=addresses)
             self._rescued_at = time.monotonic()
-            self._rescue_s = min(2 * self._rescue_s, LAST_RESCUE_S)
+            self._rescue_s = min(2 * self._rescue_s or FIRST_RESCUE_S, LAST_RESCUE_S)
             self._post(Stranded())
+        if unknown:
+            self._loop.call_after(_RESCUE, FIRST_RESCUE_S, self._rescue)
         self._watch()  # it may be that no generation could be opened now

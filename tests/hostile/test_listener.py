@@ -1,0 +1,76 @@
+"""A hostile release under --handoff listener: how long the clients wait that it has taken.
+
+The kernel cannot give them to the socket of another process.  So they wait as long as the release
+lives, and until another generation has started on that socket.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from tests.hostile.attacked import LONGER_S, ROUNDS, run_delay_s
+from tests.running import Client, Protector, ask
+from tests.scenarios.tools import Gate, Release, pid_in, spawned, worker
+
+MODE = ("--handoff", "listener", "--ready", "notify", "--kill-timeout", "0.1s")
+GOOD = worker("accepts")
+
+
+class Served:
+    """An instance whose release is exchanged, and its clients."""
+
+    def __init__(self, start: Callable[..., Protector], folder: Path) -> None:
+        self.release, self.gate = Release(folder / "daemon"), Gate(folder / "gate")
+        self.release.becomes(*GOOD)
+        self.daemon = start(*MODE, "127.0.0.1:0", "--", self.release.path).ready()
+        self.address = "127.0.0.1", self.daemon.port
+
+    @contextmanager
+    def taken(self) -> Iterator[list[Client]]:
+        """Clients, of which the release has taken the last one, as it still lives."""
+        self.release.becomes(*worker("takes_clients", str(self.gate.path)))
+        mark, found = self.daemon.signal(signal.SIGHUP), []
+        try:
+            while not self.daemon.log.look_for("^taken$", after=mark, within_s=0.01):
+                found.append(Client(self.address, "hello"))
+            yield found
+        finally:
+            for each in found:
+                each.close()
+
+    def fails(self) -> None:
+        """Have the release fail; the same file is executed by the one for its clients."""
+        self.release.becomes(*GOOD)
+        self.gate.open()
+
+    def said_s(self, event: str) -> float:
+        """Return when a line was written last."""
+        line = [each for each in self.daemon.log.seen if f" event={event} " in f"{each} "][-1]
+        return datetime.fromisoformat(line.partition(" ")[0]).timestamp()
+
+
+def test_clients_that_a_failing_release_has_taken_wait_for_its_end_and_for_a_start(
+    protector: Callable[..., Protector], tmp_path: Path
+) -> None:
+    """Each time: a second release that fails like the first one postpones nothing."""
+    one, longer_s = Served(protector, tmp_path), []
+    for _ in range(ROUNDS):
+        with one.taken() as clients:
+            failed = one.daemon.log.count("event=reload-failed")
+            tasks = [f"{one.daemon.pid}", "thread-self"]
+            without, mark = sum(map(run_delay_s, tasks)), len(one.daemon.log.seen)
+            one.fails()
+            answers = {pid_in(each.hear()) for each in clients}
+            heard_s, delay_s = time.time(), sum(map(run_delay_s, tasks)) - without
+            one.daemon.log.wait_for("event=recovered", after=mark)
+        assert one.daemon.log.count("event=reload-failed") == failed + 1
+        assert spawned(one.daemon)[-1] in answers
+        start_s = one.said_s("route") - one.said_s("reloading")
+        longer_s.append(heard_s - one.said_s("drained") - start_s - delay_s)
+    assert min(longer_s[1:]) < LONGER_S, longer_s
+    assert pid_in(ask(one.address)) == spawned(one.daemon)[-1]

@@ -1241,7 +1241,7 @@ def queue_of(world: World, knows: Mapping[int, Container[int]]) -> Callable[[int
     generations = {
         number: SimpleNamespace(
             program=SimpleNamespace(mode=handoff_modes.LISTENER),
-            channel=SimpleNamespace(knows_of=indices.__contains__),
+            knows=indices.__contains__,
         )
         for number, indices in knows.items()
     }

@@ -219,6 +219,34 @@ def test_a_handoff_mode_is_asked_what_it_can_do_and_never_for_its_name(module: s
     assert not found, [f"{module}:{getattr(each, 'lineno', 0)}" for each in found]
 
 
+#: The two ways in which clients reach workers, each behind `daemon.delivery.Delivery`.
+DELIVERIES = {f"daemon.delivery.{name}" for name in ("queue", "shared")}
+
+
+def delivery_of(module: str) -> str:
+    """The delivery that a module is a part of; "" for those of none."""
+    return next((each for each in DELIVERIES if f"{module}.".startswith(f"{each}.")), "")
+
+
+@together("module", [m for m in MODULES if m != "daemon.delivery.choice"])
+def test_a_delivery_is_known_to_its_own_modules_alone(module: str) -> None:
+    assert {delivery_of(other) for other in siblings(module)} <= {"", delivery_of(module)}
+
+
+def test_who_accepts_is_asked_by_the_process_only_to_choose_its_delivery() -> None:
+    """Others ask a delivery, or the capability that they need by its name."""
+    asked = {
+        module
+        for module, path in MODULES.items()
+        for node in ast.walk(parsed(path))
+        if room_of(module) in ("core", "daemon", "programs")
+        and isinstance(node, ast.Attribute)
+        and node.attr == "workers_accept"
+    }
+
+    assert asked == {"daemon.delivery.choice"}
+
+
 @together("module", [m for m in MODULES if m.startswith("programs.")])
 def test_a_program_of_its_own_needs_only_the_standard_library(module: str) -> None:
     path = MODULES[module]
@@ -350,8 +378,9 @@ def test_the_resident_process_asks_dataclasses_for_no_fields() -> None:
 #: from the start: later the package may have been replaced or removed.
 LOADED_LATER = {
     ("daemon.assembly", "daemon.recovery"),  # at the start of a program that resumes
-    # Before the first generation of a program begins, where workers accept.
-    ("daemon.socket_restoring", "system.socket_snapshot"),
+    # At the start; the other one is never loaded.
+    ("daemon.delivery.choice", "daemon.delivery.queue.queue_delivery"),
+    ("daemon.delivery.choice", "daemon.delivery.shared.shared_delivery"),
 }
 
 

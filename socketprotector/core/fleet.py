@@ -241,7 +241,7 @@ class Fleet:
         Where workers accept nothing does: it would be in the backlog, which is closed by then.
         """
         stops = self.stopping is Stop.GRACEFUL and self.route is None
-        return stops and not self.policy.workers_accept
+        return stops and self.policy.queues
 
     def with_generation(self, changed: Generation) -> Fleet:
         """Replace the generation with the same number."""

@@ -188,7 +188,7 @@ def in_the_way(fleet: Fleet) -> tuple[Generation, ...]:
         generation
         for generation in fleet.generations
         if generation.quiescing
-        or (fleet.policy.workers_accept and generation.phase is Phase.ABANDONED)
+        or (fleet.policy.has_two_places and generation.phase is Phase.ABANDONED)
     )
 
 
@@ -257,7 +257,7 @@ def answered(step: Step, number: int) -> None:
     workers = (
         each
         if each.state is State.READY
-        else replace(each, state=State.READY, retires=policy.workers_accept)
+        else replace(each, state=State.READY, retires=policy.any_worker_retires)
         for each in generation.workers
     )
     step.fleet = step.fleet.with_generation(replace(generation, workers=tuple(workers)))

@@ -17,6 +17,7 @@ from ..model.history import Crash, History, Reload
 from ..model.lazy_dataclass import frozen
 from ..model.records import (
     Counts,
+    DeliveryRecord,
     ForwarderRecord,
     GenerationRecord,
     HoldRecord,
@@ -48,11 +49,16 @@ class Snapshot:
     orphans: tuple[str, ...] = ()  # what failed workers left, told to end: by notify address
     forwarder: ForwarderRecord = field(default_factory=ForwarderRecord)
     steering: SteeringRecord = field(default_factory=SteeringRecord)
-    nonblocking: tuple[int, ...] = ()  # listeners: see daemon/listener_flags.py
+    nonblocking: tuple[int, ...] = ()  # see DeliveryRecord
     run: RunRecord = field(default_factory=RunRecord)
     log_level: str = ""  # asked for meanwhile
     version: str = ""  # of the program that wrote this
     unsaid: tuple[Report, ...] = ()  # ordered like what is unfinished
+
+    @property
+    def delivery(self) -> DeliveryRecord:
+        """What brought clients to workers."""
+        return DeliveryRecord(self.forwarder, self.steering, self.nonblocking)
 
 
 #: All classes that a Snapshot is made of.

@@ -139,7 +139,7 @@ class Step:
         generation = self.fleet[number]
         # Another one accepts; or is to come, and has a socket from which no worker accepts.
         others = self.fleet.route or self.fleet.to_open
-        others_accept = self.fleet.policy.workers_accept and others
+        others_accept = self.fleet.policy.quiesces and others
         if others_accept and self.fleet.stopping is not Stop.QUICK:
             # It may not have accepted all clients that came before, nor read what they sent.
             self.fleet = self.fleet.with_generation(replace(generation, quiescing=True))

@@ -16,7 +16,7 @@ from dataclasses import KW_ONLY, field
 from ..model.lazy_dataclass import mutable
 from ..system.loop import Loop
 from ..system.sock_diag import Line, stands
-from .queue_watch import NEVER_TAKEN_S, UNTAKEN_S
+from .delivery import NEVER_TAKEN_S, UNTAKEN_S
 
 #: How soon to look, and to look again: while none was ever accepted, and when one was.
 FIRST_LOOK_S = NEVER_TAKEN_S / 4

@@ -109,7 +109,7 @@ class Acceptor:
                         self._took(count, at)
                     self.accepted += 1  # but it is in no queue yet
                     self.last_ns = at
-                    self.queue.extra -= 1
+                    self.queue.take_away()
                     self.send_failed(header, fd, error)
                     return
                 close(fd)

@@ -18,7 +18,7 @@ from ..system.channel import rights_of
 from ..system.cleanup import on_error
 from ..system.helper import BackOff, Ended, HelperProcess, Line, path_of
 from ..system.loop import Loop
-from .probe_port import Way
+from .delivery.way import Way
 
 _SCRIPT = path_of("asker.py")
 _LINE_FD, _LISTENING_FD = 3, 4

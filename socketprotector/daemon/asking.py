@@ -23,8 +23,8 @@ from ..model import question
 from ..model.errors import what_failed
 from ..system.polling import events_of
 from .asker_client import KeptAsker
+from .delivery.way import SHUT_DOWN, Reach, Way
 from .generation import OpenGeneration
-from .probe_port import SHUT_DOWN, Reach, Way
 from .runtime import Runtime
 
 _TIMER = "ask"
@@ -97,7 +97,7 @@ class Asking:
         assert generation is not None
         asked = question.read(generation.program.ready_question or "accept")
         try:
-            self._way = self._reach(generation, asked)
+            self._way = self._reach(generation, asked.listener)
         except OSError as error:
             self._again(f"cannot be asked: {what_failed(error)}", self._begin)
             return

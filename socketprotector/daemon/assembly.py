@@ -29,6 +29,7 @@ from .checkpoint import Checkpoint
 from .control.commands import CommandHandler
 from .control.server import ControlServer
 from .control.status import counts_of
+from .delivery.choice import delivery_for
 from .effects import Effects
 from .event_queue import EventQueue
 from .inherited_listeners import adopt
@@ -78,7 +79,8 @@ class Resident:
             left.take_one(inherited.TERMINAL),
             self.parents.systemd.pid,
         )
-        self.listeners = adopt(left, listeners, settings.mode.workers_accept)
+        self.delivery = delivery_for(settings.mode)
+        self.listeners = adopt(left, listeners, self.delivery.shares_listeners)
         control = left.take_one(inherited.CONTROL)
         self.control_listener = (
             Listener(control, -1, settings.control)
@@ -123,8 +125,7 @@ class Resident:
             supervisor.adopt(recovery)
         # Signals are taken from here on; and by which of them workers finish, should none of us
         # be there to say so.
-        finish = settings.drain_signal if settings.mode.workers_accept else 0
-        self.parents.guard.send(f"X_BEGAN=1\nX_FINISH={finish}")
+        self.parents.guard.send(f"X_BEGAN=1\nX_FINISH={settings.finish_signal}")
         self.watcher.start(watchers)
         status = supervisor.run()
         if control is not None:
@@ -267,7 +268,7 @@ class Resident:
         self.watcher = FileWatch(settings, runtime)
         effects = Effects(
             settings,
-            self.listeners,
+            lambda host: self.delivery(host, self.listeners),
             runtime,
             output=self.output,
             systemd=self.parents.systemd,

@@ -17,8 +17,8 @@ from ..system.helper import Ended
 from ..system.log import Log
 from ..system.loop import Loop
 from .asker_client import Asker, KeptAsker
+from .delivery.way import BACKLOG, SHUT_DOWN, Reach, Way
 from .generation import OpenGeneration
-from .probe_port import BACKLOG, SHUT_DOWN, Reach, Way
 
 _FORWARD = Question("forward")
 
@@ -76,12 +76,11 @@ class CheckProbes:
 
         found = self._open.get(number)
         if found is None:
-            way = self.reach(generation, _FORWARD)
+            way = self.reach(generation, "")
             if way is None:
                 return ""
             with on_error(way.close):
-                forwards = generation.program.mode.workers_accept
-                found = way, Forwarding(self.loop, way, ended) if forwards else None
+                found = way, Forwarding(self.loop, way, ended) if way.is_ours_alone else None
             self._open[number] = found
         way, forwarding = found
         host, port = forwarding.address if forwarding is not None else way.address

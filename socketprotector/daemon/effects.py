@@ -3,8 +3,8 @@
 Where a program is killed in the middle of an action, the next one repeats it: each can be carried
 out twice, but for those that make something (Open, Spawn), which are written down at once.
 
-Generations are in generation.py, workers in worker_pool.py, connections in forwarder.py; what is
-said of them, and remembered: reports.py.  How they resume where another program stopped:
+Generations are in generation.py, workers in worker_pool.py, connections in delivery/; what is said
+of them, and remembered: reports.py.  How they resume where another program stopped:
 recovery.py.
 """
 
@@ -41,12 +41,11 @@ from ..core.actions import (
     UseSettings,
 )
 from ..core.events import (
-    BacklogEmptied,
-    ChannelBroken,
     Deadline,
     DeadlinePassed,
     ListenersLost,
     OpenFailed,
+    Quiesced,
     TimerKind,
 )
 from ..core.fleet import Fleet
@@ -56,29 +55,22 @@ from ..core.stop import CALLED_OFF
 from ..model import known_servers, question
 from ..model.errors import what_failed
 from ..model.lazy_dataclass import replace
-from ..model.question import Question
 from ..model.records import Program
 from ..model.settings import Settings
 from ..model.text import added
-from ..system.channel import Channel
 from ..system.listener import Listener
-from ..system.loop import SHUT
 from ..system.program_spec import changed_file, program_of
 from ..system.sd_notify import Systemd
-from .accept_counts import AcceptCounts
 from .asking import Asking
 from .check_probe import CheckProbes
-from .forwarder import Forwarder
+from .delivery import Delivery, Host
 from .generation import Generations, OpenGeneration
 from .health import Health
-from .listener_flags import ListenerFlags
 from .live_settings import LiveSettings
 from .log_output import Output
-from .probe_port import ProbePort, Way
 from .reports import Reports
 from .runtime import Runtime
 from .settle_check import SettleCheck
-from .socket_steering import SocketSteering
 from .start_report import StartReport
 from .worker_pool import WorkerPool
 
@@ -99,7 +91,7 @@ class Effects:
     def __init__(
         self,
         settings: Settings,
-        listeners: list[Listener],
+        build: Callable[[Host], Delivery],
         runtime: Runtime,
         *,
         output: Output,
@@ -108,7 +100,7 @@ class Effects:
         command: tuple[str, ...] = (),
         stay: Callable[[Iterable[str]], bool] = lambda names: False,
     ) -> None:
-        """Take ownership of the listeners.  command: executes this program again.
+        """build: makes the delivery.  command: executes this program again.
 
         `stay` says whether descriptors of these names are kept beyond our end, for the next start.
         """
@@ -123,61 +115,42 @@ class Effects:
         self.last_good: Program | None = None  # what served last
         self._due: dict[Deadline, tuple[Deadline, float]] = {}  # when each timer runs out
         self.exit_status: int | None = None
-        self.forwarder = Forwarder(
-            runtime,
-            listeners,
-            broken=self._route_broken,
-            dead=lambda listener: self.steering.mend(listener, 0),
-            untaken=self._say_untaken,
-            ended=self._has_ended,
-            accepts=not settings.mode.workers_accept,
+        self.delivery = build(
+            Host(
+                runtime,
+                self.generations,
+                lost=self._listener_lost,
+                bound=lambda listener: self.live_settings.bound_anew(listener),
+                untaken=self._say_untaken,
+                own_connection=lambda: self.health.tcp_connection,
+            )
         )
-        probes = CheckProbes(runtime.loop, runtime.log, self._reach)
+        reach = self.delivery.reach
+        probes = CheckProbes(runtime.loop, runtime.log, reach)
         self.output = output
         self.pool = WorkerPool(
             settings,
             runtime,
             output,
             remember=self.reports.remember,
-            listeners=self.forwarder.shared,
+            delivery=self.delivery,
             probes=probes,
         )
-        self.steering = SocketSteering(
-            lambda: self.forwarder.listeners,
-            runtime,
-            bound=lambda listener: self.live_settings.bound_anew(listener),
-            lost=self._listener_lost,
-            untaken=self._say_untaken,
-        )
-        self._counts = AcceptCounts(
-            lambda: self.forwarder.listeners, lambda: self.health.tcp_connection
-        )
         self.asking = Asking(
-            runtime,
-            reach=self._reach,
-            answered=self.pool.answered,
-            not_asked=self.pool.not_asked,
+            runtime, reach=reach, answered=self.pool.answered, not_asked=self.pool.not_asked
         )
-        self.settle_check = SettleCheck(runtime, self._reach, probes)
+        self.settle_check = SettleCheck(runtime, reach, probes)
         self.health = Health(
             runtime,
             settings=lambda: self.live_settings.settings,
-            reach=self._reach_serving,
-            paused=lambda: self.steering.holds and not self.forwarder.accepts,
+            delivery=self.delivery,
             remember=self.reports.remember,
         )
         self._askers: tuple[WorkerPool | Asking | SettleCheck | Health, ...] = (
             *(self.pool, self.asking, self.settle_check, self.health),
         )
-        self.flags = ListenerFlags(lambda: self.forwarder.listeners, runtime)
         self.live_settings = LiveSettings(
-            settings,
-            runtime,
-            pool=self.pool,
-            forwarder=self.forwarder,
-            steering=self.steering,
-            generations=self.generations,
-            command=command,
+            settings, runtime, pool=self.pool, delivery=self.delivery, command=command
         )
 
     def perform(self, action: Action) -> None:
@@ -186,9 +159,7 @@ class Effects:
             case Open(number, fresh, dry_run):
                 self._open(number, fresh, dry_run=dry_run)
             case Spawn(number, worker, slot) if number in self.generations:
-                generation = self.generations[number]
-                self.steering.grow(number, generation.knows)
-                self.pool.spawn(worker, slot, generation)
+                self.pool.spawn(worker, slot, self.generations[number])
             case Signal(worker, kind):
                 self.pool.signal(worker, kind)
             case Retire(worker):
@@ -204,25 +175,16 @@ class Effects:
             case RouteTo(number):
                 self._route_to(number)
             case Quiesce(number):
-                if number in self.generations:
-                    self.generations[number].drains()
-                self.steering.quiesce(number, reads_on=self.pool.all_retire(number))
+                self._quiesce(number)
             case Drain(number) if number in self.generations:
-                generation = self.generations[number]
-                self._loop.unwatch(generation.channel.read.fileno())
-                generation.drains()
-                self.forwarder.drain(generation.channel)
+                self.generations[number].drains()
                 self.pool.drain(number)
-                self.steering.leave(number)
+                self.delivery.drain(self.generations[number])
             case Release(number) if number in self.generations:
                 self._log.write("info", "drained", generation=number)
-                generation = self.generations.release(number)
-                self._loop.unwatch(generation.channel.read.fileno())
-                self.forwarder.release(generation.channel)
-                self.steering.gone(number)
+                self.delivery.release(self.generations.release(number))
             case Hold(on):
-                self.forwarder.hold(on)
-                self.steering.turn_hold(on)
+                self.delivery.hold(on)
             case ReadSettings(dry_run):
                 self.live_settings.read(dry_run=dry_run)
             case UseSettings():
@@ -260,7 +222,8 @@ class Effects:
 
         Of RECORDED alone anything is told.
         """
-        now = time.monotonic()
+        now, delivery = time.monotonic(), self.delivery.record()
+        self.generations.forget_released(self.delivery.keeps)
         ordered = [(a.deadline, now + a.seconds) for a in actions if isinstance(a, StartTimer)]
         return Snapshot(
             fleet=fleet,
@@ -270,9 +233,9 @@ class Effects:
             last_good=self.last_good,
             workers=self.pool.records(),
             orphans=self.pool.orphans.left,
-            forwarder=self.forwarder.record(),
-            steering=self.steering.record(),
-            nonblocking=self.flags.record(),
+            forwarder=delivery.forwarder,
+            steering=delivery.steering,
+            nonblocking=delivery.nonblocking,
             settings=self.live_settings.record,
             run=self.reports.run,
             log_level=self._log.level,
@@ -286,7 +249,7 @@ class Effects:
 
     def own_descriptors(self) -> dict[str, int]:
         """Return those that are not one worker's: as few as there are generations."""
-        return {**self.forwarder.descriptors(), **self.generations.descriptors()}
+        return {**self.delivery.descriptors(), **self.generations.descriptors()}
 
     def suspend(self) -> None:
         """Ask and read nothing more in this program; the next one begins anew."""
@@ -307,99 +270,42 @@ class Effects:
             settings = (fresh and live.record.candidate) or live.settings
             program = self.last_good if self.last_good and not fresh else program_of(settings)
             self._refuse_unless_asked(program)
-            if dry_run and (cannot := self.cannot_try()):
+            if dry_run and (cannot := self.delivery.cannot_try()):
                 raise ValueError(f"cannot be tried: {cannot}")
-            made = OpenGeneration.make(number, program, settings.queue, self.steering.free)
+            self.generations.forget_released(self.delivery.keeps)  # without an fd store, too
+            made = self.generations[number] = OpenGeneration.make(number, program)
             try:
-                self.watch_channel(made)
+                self.delivery.open(made, settings.queue, fresh=fresh)
             except OSError:
+                del self.generations[number]
                 made.forget_board()
-                made.channel.close()
                 raise
         except (OSError, ValueError) as error:
             self._post(OpenFailed(number, what_failed(error)))
             return
         if fresh and self.last_good is not None and not dry_run:
             self.reports.remember(lambda history: history.reload_began(number, time.time()))
-        self.generations.known()  # here too: without an fd store nothing else asks
-        self.generations[number] = made
-        if program.mode.workers_accept:
-            self._enter(made, fresh=fresh)
-            self.flags.watch()
-        capacity = made.channel.capacity()
-        if capacity < settings.queue:
-            self._log.write(
-                "warning",
-                "queue-clamped",
-                wanted=settings.queue,
-                got=capacity,
-                hint="raise the sysctl net.core.wmem_max",
-            )
-
-    def _enter(self, generation: OpenGeneration, *, fresh: bool) -> None:
-        others = [each for each in self.generations.values() if each is not generation]
-        taken = {mark for each in others for mark in each.record.marks}
-        record = generation.record
-        self.steering.enter(record.number, record.socket_number, fresh=fresh)
-        marks = self._counts.enter(record.socket_number, taken)
-        generation.update_record(marks=marks)
-        if not marks:  # it may serve clients that came to another one, whose mark they have
-            for each in others:
-                each.update_record(marks=())
 
     def _refuse_unless_asked(self, program: Program) -> None:
         """Raise ValueError for one that only an answer makes ready, and that cannot be asked."""
-        if program.ready in question.KINDS and program.mode.workers_accept:
+        if program.ready in question.KINDS:
             name = question.read(program.ready_question).listener
-            if not self.steering.can_ask(name):
+            if not self.delivery.can_ask(name):
                 raise ValueError(
                     question.refusal(f"--ready {program.ready_question}", name or "each listener")
                 )
-
-    def cannot_try(self) -> str | None:
-        """Say why a generation cannot be started without getting clients; None: it can."""
-        for each in self.forwarder.listeners:
-            if each.shared and not each.has_sibling:
-                address = each.settings.address
-                return f"{address} has one socket for all generations, which accept directly"
-        return None
-
-    def watch_channel(self, generation: OpenGeneration) -> None:
-        """See at once when a worker shuts it down: maybe none is left that takes what is queued.
-
-        Raises OSError.
-        """
-        number = generation.record.number
-        self._loop.watch(generation.channel.read.fileno(), lambda: self._shut_down(number), SHUT)
-
-    def _reach(self, generation: OpenGeneration, asked: Question) -> Way | None:
-        """Make a way to a generation, None where there can be none.  Raises OSError."""
-        if generation.program.mode.workers_accept:
-            return self.steering.ask(generation.record.number, asked.listener, generation.knows)
-        beside = self.forwarder.queue if generation.record.number == self._route else None
-        for each in self.forwarder.listeners:
-            if asked.listener in ("", each.settings.name) and generation.knows(each.index):
-                return ProbePort(self._loop, generation.channel, each.index, beside).way
-        return None
-
-    def _reach_serving(self, generation: OpenGeneration, asked: Question) -> Way | None:
-        """Make a way to the one that serves, None where there can be none.  Raises OSError."""
-        if generation.program.mode.workers_accept:
-            return self.steering.reach(asked.listener, generation.knows)
-        return self._reach(generation, asked)
 
     def _route_to(self, number: int | None) -> None:
         generation = self.generations.get(number) if number is not None else None
         self._route = number if generation is not None else None
         if generation is None:
             self.health.serves(None)
-            self.forwarder.route_to(None)
+            self.delivery.route_to(None)
             return
         again = generation.record.serving_since > 0.0
         if not again:
             generation.update_record(serving_since=time.monotonic(), served_at=time.time())
-        self.forwarder.route_to(generation.channel)
-        self.steering.turn_to(generation.record.socket_number, again=again, knows=generation.knows)
+        self.delivery.route_to(generation, again=again)
         self._log.write("info", "route", generation=number)
         self.health.serves(generation)
 
@@ -415,87 +321,46 @@ class Effects:
             return f"generation {self._route} runs the same changed file: {file}"
         return f"a replaced worker of generation {self._route} runs the changed file: {file}"
 
-    def _has_ended(self, channel: Channel) -> None:
-        next(each for each in self.generations.known() if each.channel is channel).ends()
+    def _quiesce(self, number: int) -> None:
+        def over() -> None:
+            self._post(Quiesced(number))
 
-    def _route_broken(self) -> None:
-        if self._route is not None:
-            self._shut_down(self._route)
-
-    def _shut_down(self, number: int) -> None:
-        """A worker has shut the channel down, which tells us but once."""
-        generation = self.generations[number]
-        self._loop.unwatch(generation.channel.read.fileno())
-        since = generation.record.serving_since
-        self._post(ChannelBroken(number, time.monotonic() - since if since else 0.0))
+        generation = self.generations.get(number)
+        if generation is None:
+            over()
+        else:
+            generation.drains()
+            self.delivery.begin_drain(generation, over, reads_on=self.pool.all_retire(number))
 
     @property
     def they_stay(self) -> bool:
         """Whether the listeners that are ours outlive a stop."""
-        ours = [each for each in self.forwarder.listeners if not each.settings.foreign]
+        ours = [each for each in self.delivery.listeners if not each.settings.foreign]
         return bool(ours) and self._stay([name for each in ours for name in each.descriptors()])
 
     def _close_listeners(self, *, quick: bool) -> None:
-        stay, route = self.they_stay, self._route
+        stay, serving = self.they_stay, self._route
         self._loop.cancel(_LATE)
         late_s = 0.0 if quick or stay else self._late_s
         if late_s > 0.0:
             self._loop.call_after(_LATE, late_s, lambda: self._close_listeners(quick=False))
             return
-        if quick:
-            self.steering.give_back()
-        elif (stay or self.steering.share) and not self.forwarder.accepts and route is not None:
-
-            def over() -> None:
-                if stay:
-                    self.forwarder.close_listeners(quick=True, stay=True)
-                    self._post(BacklogEmptied())
-                else:
-                    self.steering.end()
-                    self.forwarder.close_listeners(quick=False)
-
-            self.steering.quiesce_last(route, over)
-            return
-        if not stay:
-            self.steering.end()  # else the next start has them, though a worker shuts them
-        self.forwarder.close_listeners(quick=quick, stay=stay)
+        generation = self.generations.get(serving) if serving is not None else None
+        self.delivery.close_listeners(generation, quick=quick, stay=stay)
 
     @property
     def _late_s(self) -> float:
         """For how long a graceful stop lets clients in that a hold has kept out."""
         stop_s = self.live_settings.settings.policy.stop_timeout_s
-        return min(self.steering.hold.late_s, stop_s / 2 if stop_s else math.inf)
+        return min(self.delivery.late_s, stop_s / 2 if stop_s else math.inf)
 
     def _listener_lost(self, listener: Listener, reason: str) -> None:
         """A listener gets no clients any more; if none does, our supervisor must act."""
         self.reports.listener_lost(listener.settings.address, reason)
-        if all(each.lost for each in self.forwarder.listeners):
+        if all(each.lost for each in self.delivery.listeners):
             self._post(ListenersLost())
 
-    def waiting(self, number: int) -> int | None:
-        """Return how many connections wait for a generation's workers; None: it is not known."""
-        generation = self.generations[number]
-        if generation.program.mode.workers_accept:
-            return self.steering.waiting(number, generation.knows)
-        return generation.channel.depth()
-
-    def active(self, number: int) -> int | None:
-        """Return how many connections a generation has accepted that are open; None: not known.
-
-        For workers that do not count them.
-        """
-        return self._counts.active(self.generations[number].record.marks)
-
-    def untaken_s(self, number: int) -> float | None:
-        """Return for how long no connection of a generation was taken; None: it is not worth it."""
-        generation = self.generations[number]
-        if generation.program.mode.workers_accept:
-            return self.steering.accept_watch.seconds if number == self._route else None
-        return self.forwarder.queue.untaken_s(generation.channel)
-
-    def _say_untaken(
-        self, seconds: float, waiting: int, ever: bool, listen: str | None = None
-    ) -> None:
+    def _say_untaken(self, seconds: float, waiting: int, ever: bool, listen: str | None) -> None:
         """ever: one was taken before.  listen: where clients wait, if not in the queue."""
         number = self._route
         if number is None:
@@ -523,7 +388,7 @@ class Effects:
             self._note_due(deadline)
 
         def passed() -> None:
-            idle_s = self.forwarder.idle_s if deadline.wait is TimerKind.LAME_DUCK_IDLE else seconds
+            idle_s = self.delivery.idle_s if deadline.wait is TimerKind.LAME_DUCK_IDLE else seconds
             if idle_s < seconds:
                 run(seconds - idle_s)
                 return
@@ -564,28 +429,12 @@ class Effects:
     def _stop_running(self) -> None:
         self._loop.running = False
 
-    @property
-    def forwarded(self) -> int | None:
-        """How many connections were accepted and sent to workers; None where workers accept."""
-        return self.forwarder.forwarded if self.forwarder.accepts else None
-
-    @property
-    def lost(self) -> int | None:
-        """How many of those were lost on the way; None likewise."""
-        return self.forwarder.lost if self.forwarder.accepts else None
-
     def close(self) -> tuple[str, ...]:
         """Close what is left when nothing is supervised any more.
 
         Returns the names of the sockets that live on for the next start.
         """
         self.suspend()
-        self.steering.end()
-        left = self.forwarder.close(self.steering.current)
-        self._log.write(
-            "info",
-            "stopped",
-            connections=self.forwarded,
-            lost=self.lost or None,
-        )
+        left, forwarded = self.delivery.close(), self.delivery.forwarded
+        self._log.write("info", "stopped", connections=forwarded, lost=self.delivery.lost or None)
         return left

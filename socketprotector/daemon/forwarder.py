@@ -24,7 +24,8 @@ from ..system.inherited import Inherited
 from ..system.listener import AGAIN, Listener
 from ..system.loop import WRITE
 from .acceptor import Acceptor
-from .listener_drain import LAST_S, QUIET_S, DrainingListeners
+from .delivery import LAST_S, QUIET_S
+from .listener_drain import DrainingListeners
 from .probe_port import is_probe
 from .queue_watch import QueueWatch
 from .runtime import Runtime
@@ -55,15 +56,15 @@ class Forwarder:
         listeners: Sequence[Listener],
         *,
         broken: Callable[[], None],
-        dead: Callable[[Listener], None],
+        mend: Callable[[Listener], None],
         untaken: Callable[[float, int, bool], None] = lambda seconds, waiting, ever: None,
         ended: Callable[[Channel], None] = lambda channel: None,
-        accepts: bool = True,
     ) -> None:
-        """Take ownership of the listeners.  accepts: else the workers do, and we never.
+        """Take ownership of the listeners.
 
         broken: the route's channel was shut down.
-        dead: a listener was shut down by a worker; it is to listen again, or be marked as lost.
+        mend: has a listener that was shut down listen again, or marks it as lost.  Raises OSError
+        where the system is out of something.
         untaken: no worker has taken from the queue for so many seconds; how many connections wait,
         and whether any was ever taken.  Called once for each route.
         ended: a channel has its end of file, behind what is queued.
@@ -72,9 +73,8 @@ class Forwarder:
         self._post = runtime.post
         self._listeners = list(listeners)
         self._broken = broken
-        self._dead = dead
+        self._mend = mend
         self._ended = ended
-        self.accepts = accepts
         self._forwarded = 0  # by earlier programs
         self._lost = 0
         self.undelivered = Undelivered(runtime.persist)
@@ -156,9 +156,7 @@ class Forwarder:
         self._listeners.remove(listener)
         self._acceptor.end(listener)
         self._unwatch(listener)
-        if listener.shared:
-            listener.refuse_new()  # its workers accept the backlog
-        if to is None or listener.shared:
+        if to is None:
             self._drains.close(listener)
         else:
             self._drains.begin(listener, to)
@@ -193,14 +191,13 @@ class Forwarder:
         """The listeners that are still accepted from."""
         return [each for each in self._listeners if each not in self._over and not each.lost]
 
-    def close(self, socket_number: int = 0) -> tuple[str, ...]:
+    def close(self) -> tuple[str, ...]:
         """Close everything, with what could not be delivered (counted in `lost`).
 
-        socket_number: of two, the one to which new clients come.  Returns the names of the
-        sockets that the descriptor store is to keep for the next start.
+        Returns the names of the sockets that the descriptor store is to keep for the next start.
         """
         self._close_listeners()
-        left = tuple(filter(None, [each.leave(socket_number) for each in self._listeners]))
+        left = tuple(filter(None, [each.leave(0) for each in self._listeners]))
         self._listeners.clear()
         self.route_to(None)
         self._lost += self.undelivered.drop(lambda _: True)
@@ -211,11 +208,6 @@ class Forwarder:
         self._leftovers.clear()
         self._shortage.close()
         return left
-
-    def shared(self, socket_number: int) -> dict[int, int]:
-        """Return the descriptors that workers of socket 0 or 1 are handed, by index."""
-        shared = [each for each in self._listeners if each.shared]
-        return {each.index: each.socket_for(socket_number).fileno() for each in shared}
 
     @property
     def forwarded(self) -> int:
@@ -294,7 +286,7 @@ class Forwarder:
                     self._leftovers.pop(channel, None)
                     if gone:
                         channel.close()
-        if self.accepts and self._can_send() and self._route is not None and not self._holding:
+        if self._can_send() and self._route is not None and not self._holding:
             known = [each for each in self._awaited if self._route.knows_of(each.index)]
             try:
                 self._acceptor.begin(known, self._route)
@@ -319,10 +311,8 @@ class Forwarder:
         except OSError as error:
             self._send_failed(header, fd, error)
         else:
-            self.queue.extra += 1
+            self.queue.add_uncounted()
             self._let_go(fd)
-            if not self.queue.runs:
-                self.queue.start()
 
     def _send_again(self, route: Channel) -> None:
         """Send all that the queue holds once more, in the same order."""
@@ -330,7 +320,7 @@ class Forwarder:
             taken = self._take_back(route) if self._can_send() else None
             if taken is None:
                 return
-            self.queue.extra -= 1
+            self.queue.take_away()
             header, fd = taken
             if fd < 0:
                 self._lost += not is_probe(header)
@@ -434,8 +424,12 @@ class Forwarder:
         """Have a listener mended that a worker has shut down."""
         self._acceptor.end(listener)
         if self._closing is None:
-            self._dead(listener)
-            self._go_on()
+            try:
+                self._mend(listener)
+            except OSError as error:
+                self._shortage.begin("socket", error)
+            else:
+                self._go_on()
 
     def _send_failed(self, header: bytes, fd: int, error: OSError) -> None:
         """Keep a client's connection, and decide what it waits for.  Takes ownership of fd."""
@@ -479,8 +473,7 @@ class Forwarder:
                 for each in self._awaited:
                     if not each.has_waiting():
                         self._accept_no_more(each)
-            waiting = not self.accepts and any(each.has_waiting() for each in self._awaited)
-            quiet = self.forwarded == closing.forwarded and not waiting
+            quiet = self.forwarded == closing.forwarded
             late = bool(closing.latest) and time.monotonic() > closing.latest
             over = (quiet or not self._awaited) and not (closing.stay and self._drains.listeners)
             if self._can_send() and (over or late):
@@ -503,9 +496,8 @@ class Forwarder:
         self._drains.end()
 
     def _unwatch(self, listener: Listener) -> None:
-        """Stop watching its sockets, here and in socket_steering: they are about to be closed."""
-        for each in listener.sockets:
-            self._loop.unwatch(each.fileno())
+        """Stop watching its socket, which is about to be closed."""
+        self._loop.unwatch(listener.fileno())
 
 
 def _clients_in(channel: Channel) -> int:

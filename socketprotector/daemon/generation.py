@@ -1,4 +1,4 @@
-"""The resources of a generation: its program, its channel, its scoreboard.
+"""A generation that is open: its record, and its scoreboard.
 
 All that the next program needs is one record, replaced as a whole; the descriptors have names
 (system/inherited.py).
@@ -7,49 +7,36 @@ All that the next program needs is one record, replaced as a whole; the descript
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 
 from socketprotector_client import wire
 
 from ..model.lazy_dataclass import mutable, replace
 from ..model.records import Counts, GenerationRecord, Program
 from ..system import inherited
-from ..system.channel import Channel
 from ..system.scoreboard import Board
 
 
 @mutable
 class OpenGeneration:
-    """Owns the channel and the scoreboard."""
+    """Owns the scoreboard; what brings it clients is its delivery's."""
 
     record: GenerationRecord
-    channel: Channel
     board: Board | None = None  # None: it could not be made, and nothing is counted
 
     @classmethod
-    def make(cls, number: int, program: Program, queue: int, socket_number: int) -> OpenGeneration:
-        """Make channel and scoreboard.  Raises OSError when the channel cannot be made."""
-        channel = Channel.make(queue)
-        channel.knows = known_to(program)
+    def make(cls, number: int, program: Program) -> OpenGeneration:
+        """Make one with a scoreboard."""
         try:
             board = Board.make()
         except OSError:
             board = None  # not worth failing for
-        record = GenerationRecord(
-            number, program, opened_at=time.time(), socket_number=socket_number
-        )
-        return cls(record, channel, board)
+        return cls(GenerationRecord(number, program, opened_at=time.time()), board)
 
     @classmethod
-    def adopt(cls, record: GenerationRecord, descriptors: Mapping[str, int]) -> OpenGeneration:
-        """Go on with one that an earlier program opened; takes ownership.
-
-        Raises KeyError without the channel's read end.
-        """
-        channel = Channel.adopt(descriptors)
-        channel.knows = known_to(record.program)
-        board = Board(descriptors["board"]) if "board" in descriptors else None
-        return cls(record, channel, board)
+    def adopt(cls, record: GenerationRecord, board: int | None) -> OpenGeneration:
+        """Go on with one that an earlier program opened; takes ownership of its scoreboard."""
+        return cls(record, Board(board) if board is not None else None)
 
     @property
     def program(self) -> Program:
@@ -66,11 +53,8 @@ class OpenGeneration:
 
     def descriptors(self) -> dict[str, int]:
         """Return what an adopter needs, by name."""
-        found = self.channel.descriptors()
-        if self.board is not None:
-            found["board"] = self.board.fd
-        before = f"{inherited.CHANNEL}{self.record.number}."
-        return {f"{before}{name}": fd for name, fd in found.items()}
+        name = f"{inherited.CHANNEL}{self.record.number}.board"
+        return {name: self.board.fd} if self.board is not None else {}
 
     @property
     def ended(self) -> bool:
@@ -125,32 +109,31 @@ class OpenGeneration:
 
 
 class Generations(dict[int, OpenGeneration]):
-    """Those that are open, by number; and those that are released, until their queue is empty."""
+    """Those that are open, by number; and those that are released, while clients of theirs wait."""
 
     def __init__(self) -> None:
         super().__init__()
         self.released: dict[int, OpenGeneration] = {}
 
     def release(self, number: int) -> OpenGeneration:
-        """Have one no longer open; what its queue still holds is its channel's."""
+        """Have one no longer open; clients of its own may wait for another one."""
         each = self.pop(number)
         each.update_record(released=True)
         each.forget_board()
         self.released[number] = each
         return each
 
-    def known(self) -> tuple[OpenGeneration, ...]:
-        """Return all of them, without those whose channel was closed in the meantime."""
-        self.released = {n: each for n, each in self.released.items() if not each.channel.closed}
-        return (*self.values(), *self.released.values())
+    def forget_released(self, kept: Callable[[int], bool]) -> None:
+        """Forget those that are released, but where clients of theirs wait."""
+        self.released = {number: each for number, each in self.released.items() if kept(number)}
 
     def records(self) -> tuple[GenerationRecord, ...]:
         """Return what another program would have to know."""
-        return tuple(each.record for each in self.known())
+        return tuple(each.record for each in (*self.values(), *self.released.values()))
 
     def descriptors(self) -> dict[str, int]:
         """Return all of their descriptors, by name."""
-        return {name: fd for each in self.known() for name, fd in each.descriptors().items()}
+        return {name: fd for each in self.values() for name, fd in each.descriptors().items()}
 
 
 def known_to(program: Program) -> frozenset[int] | None:

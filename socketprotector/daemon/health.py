@@ -31,8 +31,9 @@ from ..system.check_command import CheckCommand, shown
 from ..system.helper import Ended
 from ..system.polling import events_of
 from .asker_client import Asker, KeptAsker
+from .delivery import Delivery
+from .delivery.way import PROBE, Way
 from .generation import OpenGeneration
-from .probe_port import PROBE, Reach, Way
 from .runtime import Runtime
 
 #: What is known of the generation.  Of one that has just begun to serve nothing is.
@@ -55,18 +56,13 @@ class Health:
         runtime: Runtime,
         *,
         settings: Callable[[], Settings],
-        reach: Reach,
-        paused: Callable[[], bool],
+        delivery: Delivery,
         remember: Callable[[Callable[[History], History]], None],
     ) -> None:
-        """settings: those that hold.  reach: to the generation that serves.
-
-        paused: whether it cannot be asked for the moment.  remember: changes the history by the
-        function that it is given.
-        """
+        """settings: those that hold.  remember: changes the history by the function given."""
         self._loop, self._log = runtime.loop, runtime.log
         self._persist, self._remember = runtime.persist, remember
-        self._settings, self._reach, self._paused = settings, reach, paused
+        self._settings, self._delivery = settings, delivery
         self._generation: OpenGeneration | None = None
         self._held_to: tuple[object, ...] = ()
         self._asked = Question("")
@@ -157,7 +153,7 @@ class Health:
                 self._loop.call_after(_LIMIT, limit_s, lambda: self._is_bad(self.reason))
             return
         under_way = self._connection is not None or self._command is not None
-        if self._paused() or (under_way and not self._busy):
+        if self._delivery.is_silent or (under_way and not self._busy):
             return
         try:
             if self._busy and self._waits():
@@ -179,7 +175,7 @@ class Health:
             raise OSError(errno.ESRCH, self._cannot or "the process that asks is starting")
         limit_s = self._settings().health_timeout_s
         self._until = time.monotonic() + limit_s
-        self._way = way = self._reach(generation, asked)
+        self._way = way = self._delivery.reach(generation, asked.listener, as_client=True)
         if way is None:
             raise OSError(errno.ENOENT, "there is no such listener any more")
         if asked.kind == question.CHECK:

@@ -18,15 +18,11 @@ from socketprotector_client import wire
 from ..model.lazy_dataclass import mutable
 from ..system.channel import BROKEN, Channel
 from ..system.listener import AGAIN, Listener, accept_of
+from .delivery import LAST_S, QUIET_S
 from .runtime import Runtime
 from .shortage import Shortage
 from .undelivered import Undelivered
 
-#: Handshakes that are under way finish in so long, or begin again.  A graceful stop waits as long.
-QUIET_S = 0.2
-#: Where the system does not let us refuse new ones (system/listener.py) they might come for ever:
-#: it is closed after so long all the same, and so are all at a stop.
-LAST_S = 10.0
 #: Connections in one go; then others come in between.
 BURST = 64
 #: Lost clients counted at most: where new ones cannot be refused, they may come as fast.
@@ -104,7 +100,7 @@ class DrainingListeners:
     def close(self, listener: Listener) -> None:
         """Close one that drains to no channel; clients that still wait are lost, which is said."""
         lost = self._undelivered.drop(lambda index: index == listener.index)
-        if not listener.settings.foreign and not listener.shared:  # else others accept them
+        if not listener.settings.foreign:  # else others accept them
             dropped = self._drop_backlog(listener)
             self.accepted += dropped
             lost += dropped

@@ -6,7 +6,7 @@ are dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 from ..core.actions import UseSettings
@@ -17,15 +17,13 @@ from ..model.records import SettingsRecord
 from ..model.settings import ListenerSettings, Settings
 from ..system.listener import Listener
 from .config_reader import ConfigAnswer, ConfigReader
-from .forwarder import Forwarder
-from .generation import OpenGeneration
+from .delivery import Delivery
 from .runtime import Runtime
-from .socket_steering import SocketSteering
 from .worker_pool import WorkerPool
 
 
 class LiveSettings:
-    """Holds the settings, and tells worker pool and forwarder when they are others."""
+    """Holds the settings, and tells worker pool and delivery when they are others."""
 
     def __init__(
         self,
@@ -33,18 +31,14 @@ class LiveSettings:
         runtime: Runtime,
         *,
         pool: WorkerPool,
-        forwarder: Forwarder,
-        steering: SocketSteering,
-        generations: Mapping[int, OpenGeneration],
+        delivery: Delivery,
         command: tuple[str, ...],
     ) -> None:
-        """command: executes this program again.  generations: their owner's."""
+        """command: executes this program again."""
         #: What another program would have to know.  Replaced whole, as each that is written down.
         self.record = SettingsRecord(settings)
         self._pool = pool
-        self._forwarder = forwarder
-        self._steering = steering
-        self._generations = generations
+        self._delivery = delivery
         self._log, self._post, self._persist = runtime.log, runtime.post, runtime.persist
         self._reader = ConfigReader(command, runtime.loop, "reader")
         self._comparer = ConfigReader(command, runtime.loop, "comparer")
@@ -124,23 +118,22 @@ class LiveSettings:
             more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
             self._post(SettingsFailed("\n".join((lines[0] + more, *lines[1:]))))
             return
-        shared = new.mode.workers_accept
         added = [
             Listener(
                 fd,
                 n,
                 new.listeners[n],
-                shared=shared,
+                shared=self._delivery.shares_listeners,
                 sibling=answer.siblings.get(n, -1),
                 reserved=answer.reserved.get(n, -1),
             )
             for n, fd in answer.listeners.items()
         ]
-        cannot = self._steering.hold.refusal(added) if self._steering.hold.on else None
+        cannot = self._delivery.cannot_add(added)
         if cannot is not None:
             for each in added:
                 each.close()
-            self._post(SettingsFailed(f"on hold, and {cannot}; release it first"))
+            self._post(SettingsFailed(cannot))
             return
         warnings = [each for each in new.warnings if each not in old.warnings]
         for text in (*new.notices[len(old.notices) :], *warnings):
@@ -154,8 +147,7 @@ class LiveSettings:
             new = _with_file(new, index, its)
         self.record = SettingsRecord(old, new)
         for listener in added:
-            self._forwarder.add(listener)
-            self._steering.expect(listener, dry_run=dry_run)
+            self._delivery.add(listener, dry_run=dry_run)
         self._post(
             SettingsRead(new.policy, new.processes if new.processes != old.processes else None)
         )
@@ -166,19 +158,11 @@ class LiveSettings:
         self._remove_listeners()
 
     def _remove_listeners(self) -> None:
-        """Empty what is removed into the newest generation that has served it."""
         places = self.settings.listeners  # one that was added and is only tried has none
-        for listener in self._forwarder.listeners:
+        for listener in self._delivery.listeners:
             if listener.index < len(places) and places[listener.index].removed:
-                served = [
-                    number
-                    for number, each in self._generations.items()
-                    if each.record.serving_since and not each.ended
-                    if each.knows(listener.index)
-                ]
-                to = self._generations[max(served)].channel if served else None
                 self._log.write("info", "listener-removed", address=listener.settings.address)
-                self._forwarder.remove(listener, to)
+                self._delivery.remove(listener)
 
 
 def _with_file(settings: Settings, index: int, its: ListenerSettings) -> Settings:

@@ -24,6 +24,7 @@ from ..model.text import LAST_WORDS, escape
 from ..system.orphans import Orphans
 from ..system.process import End, Process
 from ..system.process_groups import Groups
+from .delivery import Delivery
 from .generation import OpenGeneration
 from .log_output import Output
 from .runtime import Runtime
@@ -42,6 +43,7 @@ class PostMortem:
     runtime: Runtime
     output: Output
     _: KW_ONLY
+    delivery: Delivery
     groups: Groups
     orphans: Orphans
     #: A worker has ended, as far as could be seen; more is known of it now.
@@ -130,7 +132,7 @@ class PostMortem:
             served_s = time.monotonic() - known.ready_at
         else:
             reason = self._why(worker, end.how, last_words, detached, spoken_with=spoken_with)
-        waiting = worker.generation.channel.depth()
+        waiting = self.delivery.waiting(worker.generation) or 0
         return WorkerExited(number, reason, served_s, waiting, detached, orphans)
 
     def _why(
@@ -162,8 +164,7 @@ class PostMortem:
         left = process.has_group()
         if left:
             program = generation.program
-            drain_signal = program.drain_signal if program.mode.workers_accept else 0
-            self.groups.keep(record, process, drain_signal)
+            self.groups.keep(record, process, program.finish_signal)
         else:
             process.close()
         return left

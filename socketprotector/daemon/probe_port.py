@@ -1,10 +1,9 @@
-"""How a generation that is asked is reached.
+"""A port of loopback by which a generation is asked that takes connections from a channel.
 
-Where workers take connections from a channel, by a port of loopback: what comes there is sent into
-its channel, beside all that is counted.  Nothing else is ever in the channel of a generation that
-has not served, so what is left there is thrown away when it is given up, or is to serve.  In that
-of one that serves (--health) it stands among the clients, and is thrown away where these are taken
-back.
+What comes there is sent into its channel, beside all that is counted.  Nothing else is ever in the
+channel of a generation that has not served, so what is left there is thrown away when it is given
+up, or is to serve.  In that of one that serves (--health) it stands among the clients, and is
+thrown away where these are taken back.
 """
 
 from __future__ import annotations
@@ -12,88 +11,19 @@ from __future__ import annotations
 import errno
 import select
 import socket
-from collections.abc import Callable
 
 from socketprotector_client import wire
 
-from ..model.lazy_dataclass import mutable
-from ..model.question import Question
-from ..system import reuseport
 from ..system.channel import Channel
 from ..system.cleanup import on_error
 from ..system.listener import AGAIN
 from ..system.loop import Loop
 from ..system.polling import events_of
-from .generation import OpenGeneration
+from .delivery.way import BACKLOG, Way
 from .queue_watch import QueueWatch
 
-#: Where a command that asks is told of it.
-PROBE = "SOCKETPROTECTOR_PROBE"
-#: Questions come one after the other; those of a command may be a few at once.
-BACKLOG = 16
-#: Of what was asked when the asked socket has left its SO_REUSEPORT group: maybe of another one.
-SHUT_DOWN = "its listening socket was shut down meanwhile"
 #: How soon to accept again where the system was out of something.
 _ACCEPT_AGAIN_S = 0.1
-
-
-@mutable
-class Way:
-    """How one is reached: where to connect to, and as whom."""
-
-    address: tuple[str, int]  # of a UNIX socket its path, or "@" and its name, and 0
-    mark: reuseport.Mark | None
-    #: Whether this connection to it was not taken yet.  Raises OSError.
-    waits: Callable[[socket.socket], bool]
-    #: It is needed no more.
-    close: Callable[[], None]
-    #: A connection to it is given up that was not taken yet.
-    give_up: Callable[[socket.socket], None] = lambda one: None
-    #: Whether what was answered until now was answered by this generation: else it counts for
-    #: nothing, and what comes later does not either.
-    holds: Callable[[], bool] = lambda: True
-
-    @property
-    def is_unix(self) -> bool:
-        """Whether it is a UNIX socket."""
-        return not self.address[1]
-
-    @property
-    def text(self) -> str:
-        """HOST:PORT, or what a UNIX socket is called."""
-        host, port = self.address
-        if self.is_unix:
-            return host
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-    @property
-    def target(self) -> tuple[str, int] | str:
-        """What connect() takes."""
-        host, _ = self.address
-        if not self.is_unix:
-            return self.address
-        return f"\0{host[1:]}" if host.startswith("@") else host
-
-    def connecting(self) -> socket.socket:
-        """Make a socket that may connect there, and does not wait.  Raises OSError."""
-        one = socket.socket(family_of(self.address), socket.SOCK_STREAM)
-        with on_error(one.close):
-            one.setblocking(False)
-            if self.mark is not None:
-                self.mark.put(one)
-        return one
-
-
-#: Makes a way to a generation; None where there can be none.  Raises OSError.
-Reach = Callable[[OpenGeneration, Question], Way | None]
-
-
-def family_of(address: tuple[str, int]) -> int:
-    """Return that of a Way's address."""
-    host, port = address
-    if not port:
-        return socket.AF_UNIX
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 class ProbePort:
@@ -185,10 +115,8 @@ class ProbePort:
             self._failed = error  # that it is closed must not look as if it had been taken
         else:
             if self._beside is not None:
-                self._beside.extra += 1  # what another port sent before does not stand behind it
+                self._beside.add_uncounted()  # what another port sent does not stand behind it
                 self._behind = self._beside.sent
-                if not self._beside.runs:
-                    self._beside.start()
         one.close()
         self._kept = None
 

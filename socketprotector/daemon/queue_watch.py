@@ -16,14 +16,12 @@ from dataclasses import KW_ONLY
 from ..model.lazy_dataclass import mutable
 from ..system.channel import Channel
 from ..system.loop import Loop
+from .delivery import NEVER_TAKEN_S, UNTAKEN_S
 
 #: The head of the queue is looked at after so long; while it stays the same, each look comes twice
 #: as late.
 FIRST_LOOK_S = 0.05
 LAST_LOOK_S = 1.6
-#: After how long it is reported that no worker takes: if none ever did, and if one has before.
-NEVER_TAKEN_S = 5.0
-UNTAKEN_S = 30.0
 
 _LOOK = "forwarder-look"
 
@@ -43,7 +41,7 @@ class QueueWatch:
     #: Whether a look is due; else the next send has to start it.
     runs: bool = False
     #: What the route was sent beside what `forwarded` counts, less what went elsewhere.
-    extra: int = 0
+    _extra: int = 0
     _route: Channel | None = None
     _head: bytes | None = None  # at the last look
     _head_since: float = 0.0
@@ -53,7 +51,7 @@ class QueueWatch:
         """Have another route, or none."""
         self._route, self._head = route, None
         queued = route.depth() if route is not None else 0
-        self.extra = queued - self.forwarded()
+        self._extra = queued - self.forwarded()
         if queued:  # by an earlier program, or when it was the route before
             self.start()
 
@@ -66,7 +64,17 @@ class QueueWatch:
     @property
     def sent(self) -> int:
         """How many the route was sent, from some moment on."""
-        return self.forwarded() + self.extra
+        return self.forwarded() + self._extra
+
+    def add_uncounted(self) -> None:
+        """Something was sent that `forwarded` does not count, or counts as of an earlier route."""
+        self._extra += 1
+        if not self.runs:
+            self.start()
+
+    def take_away(self) -> None:
+        """Something that was counted is not in the queue, or was taken back."""
+        self._extra -= 1
 
     def untaken_s(self, channel: Channel) -> float | None:
         """Return for how long nothing was taken from a channel; None: not long enough to report."""

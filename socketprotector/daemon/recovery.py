@@ -18,7 +18,7 @@ from ..core.events import ChannelBroken, Event, OpenFailed, SettleFailed, Worker
 from ..core.fleet import Phase, State
 from ..core.snapshot import Snapshot
 from ..model.lazy_dataclass import mutable
-from ..model.records import WorkerRecord
+from ..model.records import GenerationRecord, WorkerRecord
 from ..model.text import LAST_WORDS
 from ..system import inherited
 from ..system.inherited import Inherited
@@ -29,8 +29,7 @@ from .generation import OpenGeneration
 _KILLED = "the protector was killed while it was being started"
 _ENDED = "ended while the protector was killed"
 #: What is stored of each worker that can be gone on with.
-_WITHOUT_CHANNEL = {"process", "notify"}
-_WITH_CHANNEL = _WITHOUT_CHANNEL | {"line"}
+_STORED = {"process", "notify"}
 
 
 @mutable
@@ -52,10 +51,9 @@ class Recovery:
         made yet.
         """
         effects, snapshot = self.effects, self.snapshot
-        effects.flags.adopt(snapshot.nonblocking)  # first: a worker may be about to accept
-        effects.steering.adopt_record(snapshot.steering, held=snapshot.fleet.held)
-        if snapshot.fleet.stopping and not effects.they_stay:  # what is shut down, we may have
-            effects.steering.end()
+        fleet, delivery = snapshot.fleet, effects.delivery
+        closing = fleet.stopping is not None and not effects.they_stay
+        delivery.adopt(snapshot.delivery, self.left, held=fleet.held, closing=closing)
         broken = self._adopt_generations()
         for record in snapshot.workers:
             generation = effects.generations.get(record.generation)
@@ -63,23 +61,18 @@ class Recovery:
                 mine = self.left.take(inherited.WORKER, record.number)
                 effects.pool.expect(record, mine)
                 self._workers.append((record, mine, generation))
-        serving = snapshot.fleet.of(Phase.SERVING)
+        serving = fleet.of(Phase.SERVING)
         proven = effects.generations.get(serving.number) if serving is not None else None
         effects.last_good = proven.program if proven is not None else snapshot.last_good
         for address in snapshot.orphans:
             effects.pool.orphans.end(address)
         effects.reports.adopt(snapshot.run, snapshot.log_level)
-        effects.forwarder.adopt(snapshot.forwarder, self.left)
         self.dismiss_unknown()
         self.left.close()
         effects.live_settings.adopt(snapshot)
         for released in effects.generations.released.values():
             released.forget_board()
-            effects.forwarder.release(released.channel)
-        for number, each in effects.generations.items():
-            known = snapshot.fleet.generation(number)
-            if known is not None and known.phase is Phase.DRAINING:
-                effects.forwarder.adopt_drained(each.channel)
+            delivery.release(released)
         return broken
 
     def dismiss_unknown(self) -> None:
@@ -92,34 +85,27 @@ class Recovery:
         known |= {each.number for each in fleet.alive()}
         for number, its in self.left.take_all(inherited.WORKER).items():
             process = its.get("process", -1)
-            if process >= 0 and settings.mode.workers_accept and int(number) not in known:
+            if process >= 0 and settings.finish_signal and int(number) not in known:
                 with suppress(OSError):  # most have ended, and were about to be forgotten
-                    signal.pidfd_send_signal(process, settings.drain_signal)
+                    signal.pidfd_send_signal(process, settings.finish_signal)
             for fd in its.values():
                 os.close(fd)
 
     def _adopt_generations(self) -> list[Event]:
-        effects, broken = self.effects, list[Event]()
+        effects, fleet, broken = self.effects, self.snapshot.fleet, list[Event]()
         for record in self.snapshot.generations:
-            if not self.left.has(inherited.CHANNEL, record.number, "read"):
-                continue  # not stored yet, so nothing was ever sent to it
             mine = self.left.take(inherited.CHANNEL, record.number)
-            each = OpenGeneration.adopt(record, mine)
-            if record.released or self.snapshot.fleet.generation(record.number) is None:
+            each = OpenGeneration.adopt(record, mine.pop("board", None))
+            known = None if record.released else fleet.generation(record.number)
+            draining = known is not None and known.phase is Phase.DRAINING
+            if not effects.delivery.adopt_generation(each, mine, draining=draining):
+                each.forget_board()
+            elif known is None:
                 effects.generations.released[record.number] = each
-                continue
-            effects.generations[record.number] = each
-            if record.ended:
-                continue
-            if record.never_works:  # the other program may have ended before it could say so
-                words = f"{LAST_WORDS}\n{record.program_words}" if record.program_words else ""
-                broken.append(SettleFailed(record.number, record.programs_fail + words))
-            if record.program.mode.workers_accept:
-                effects.steering.adopt(record.number, record.socket_number)
-            if each.channel.has_ended:  # its write end could not be stored in time
-                broken.append(ChannelBroken(record.number))
             else:
-                effects.watch_channel(each)
+                effects.generations[record.number] = each
+                if record.never_works and not record.ended:
+                    broken.append(_never_works(record))  # it may have ended before it could say so
         return broken
 
     def adopt_workers(self) -> Iterator[tuple[Event, ...]]:
@@ -127,9 +113,9 @@ class Recovery:
         ended: list[WorkerExited] = []
         pool, fleet = self.effects.pool, self.snapshot.fleet
         for record, mine, generation in self._workers:
-            shared = generation.program.mode.workers_accept
-            whole = mine.keys() >= (_WITHOUT_CHANNEL if shared else _WITH_CHANNEL)
-            if whole and not record.orphaned:
+            # Without a line it can be told to finish by a signal alone.
+            needed = _STORED if generation.program.finish_signal else {*_STORED, "line"}
+            if mine.keys() >= needed and not record.orphaned:
                 pool.adopt(record, mine, generation)
             else:
                 # The rest was given up when it had ended, and that may not have been written down.
@@ -157,3 +143,8 @@ class Recovery:
                 pool.lost(worker.number)
                 lost.append(WorkerExited(worker.number, _KILLED))
         return lost
+
+
+def _never_works(record: GenerationRecord) -> SettleFailed:
+    words = f"{LAST_WORDS}\n{record.program_words}" if record.program_words else ""
+    return SettleFailed(record.number, record.programs_fail + words)

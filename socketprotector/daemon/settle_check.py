@@ -26,8 +26,8 @@ from ..model.text import in_units
 from ..system.check_command import LIMIT_S, CheckCommand
 from .asker_client import KeptAsker
 from .check_probe import CheckProbes
+from .delivery.way import PROBE, SHUT_DOWN, Reach
 from .generation import OpenGeneration
-from .probe_port import PROBE, SHUT_DOWN, Reach
 from .runtime import Runtime
 
 TYPE_CHECKING = False
@@ -146,7 +146,7 @@ class SettleCheck:
 
     def _send_asker(self, generation: OpenGeneration) -> None:
         """Raises OSError where it cannot be reached now."""
-        way = self._reach(generation, self._asked)
+        way = self._reach(generation, self._asked.listener)
         if way is None:
             self._is_bad("there is one socket for it and the one before, so none can be asked")
             return

@@ -17,24 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
+from ..system import socket_snapshot
 from ..system.listener import Listener
+from ..system.socket_snapshot import Snapshot
 from .runtime import Runtime
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from types import ModuleType
-
-    from ..system.socket_snapshot import Snapshot
 
 #: Stands for no generation: the socket as it was made.
 _MADE = 0
-
-
-def _snapshots() -> ModuleType:
-    """Return the module, which is loaded only where workers accept: its table costs memory."""
-    from ..system import socket_snapshot
-
-    return socket_snapshot
 
 
 class SocketRestoring:
@@ -51,17 +40,15 @@ class SocketRestoring:
         self._listeners = listeners
         self._replace = replace
         self._before: dict[tuple[int, int], Snapshot] = {}
-        if any(each.shared for each in listeners()):
-            _snapshots()  # now: later its file may have changed, or no descriptor be left
 
     @property
     def record(self) -> tuple[tuple[int, int, str], ...]:
         """What the next program has to know: generation, listener, snapshot."""
-        return tuple((*key, _snapshots().as_text(each)) for key, each in self._before.items())
+        return tuple((*key, socket_snapshot.as_text(each)) for key, each in self._before.items())
 
     @record.setter
     def record(self, found: Sequence[tuple[int, int, str]]) -> None:
-        self._before = {(of, index): _snapshots().from_text(text) for of, index, text in found}
+        self._before = {(of, index): socket_snapshot.from_text(text) for of, index, text in found}
 
     def begin(
         self, generation: int, listener: Listener, socket_number: int, is_alone: Callable[[], bool]
@@ -70,17 +57,16 @@ class SocketRestoring:
 
         is_alone: whether no other generation accepts from it.
         """
-        snapshots = _snapshots()
         made = self._before.get((_MADE, listener.index))
         if made is not None and is_alone():
             self._restore(listener, socket_number, made)
         one = listener.socket_for(socket_number)
         if not is_alone():  # maybe only now, because no other socket could be bound
-            self._before[generation, listener.index] = snapshots.take(one)
+            self._before[generation, listener.index] = socket_snapshot.take(one)
             if made is not None:
-                snapshots.raise_backlog(one, made)
+                socket_snapshot.raise_backlog(one, made)
         elif made is None:
-            self._before[_MADE, listener.index] = snapshots.take(one)
+            self._before[_MADE, listener.index] = socket_snapshot.take(one)
 
     def end(
         self, generation: int, socket_number: int, others: Collection[int], *, gone: bool
@@ -112,23 +98,25 @@ class SocketRestoring:
             if made is None or listener.lost:
                 continue
             for one in listener.sockets:
-                _snapshots().raise_backlog(one, made)
+                socket_snapshot.raise_backlog(one, made)
 
     def _restore(self, listener: Listener, socket_number: int, before: Snapshot) -> None:
         """Restore a socket's options; else replace the socket, or log which options stay."""
-        snapshots = _snapshots()
         one, count = listener.socket_for(socket_number), len(listener.sockets)
-        stays = snapshots.restore(one, before)
+        stays = socket_snapshot.restore(one, before)
         # A socket that all generations share is replaced only where it keeps clients out, because
         # the serving generation must then be replaced, too.
         if stays and (
             listener.has_sibling
-            or (snapshots.KEEPS_CLIENTS_OUT.intersection(stays) and listener.can_do_without(one))
+            or (
+                socket_snapshot.KEEPS_CLIENTS_OUT.intersection(stays)
+                and listener.can_do_without(one)
+            )
         ):
             self._replace(listener, socket_number)
             if listener.lost or len(listener.sockets) != count:
                 return  # what is left is the one of the generation that serves
-            stays = snapshots.restore(listener.socket_for(socket_number), before)
+            stays = socket_snapshot.restore(listener.socket_for(socket_number), before)
         if stays:
             address, options = listener.settings.address, " ".join(stays)
             hint = "restart SocketProtector to have another socket"

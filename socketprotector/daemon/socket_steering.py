@@ -23,15 +23,15 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from ..core.events import Quiesced, SocketLost, Stranded
+from ..core.events import SocketLost, Stranded
 from ..model.records import SteeringRecord
 from ..system import reuseport
 from ..system.listener import SCARCE, Listener
 from ..system.loop import READ, SHUT
 from ..system.sock_diag import Line, end_of, is_waiting, unaccepted
 from .accept_watch import AcceptWatch
+from .delivery.way import Way, family_of
 from .listener_hold import ListenerHold
-from .probe_port import Way, family_of
 from .quiescing import Quiescing
 from .runtime import Runtime
 from .socket_restoring import SocketRestoring
@@ -454,15 +454,14 @@ class SocketSteering:
         if not held:
             self.hold.turn(on=False)
 
-    def quiesce(self, generation: int, *, reads_on: bool = False) -> None:
-        """Say when a generation whose turn is over has accepted and read from all its clients.
+    def quiesce(self, generation: int, over: Callable[[], None], *, reads_on: bool = False) -> None:
+        """Call back when a generation whose turn is over has accepted and read from all clients.
 
         reads_on: when it has accepted them.
         """
         if generation not in self._accepting or not self._pairs:
-            self._post(Quiesced(generation))
+            over()
             return
-        over = partial(self._post, Quiesced(generation))
         self._quiescing.begin(generation, self._accepting[generation], over, reads_on=reads_on)
 
     def quiesce_last(self, generation: int, over: Callable[[], None]) -> None:

@@ -167,7 +167,7 @@ class Supervisor:
         And to the watchdog; all else waits, so that one event is worked off after the other.
         """
         if time.monotonic() >= self._breath_at:
-            self.effects.forwarder.look()
+            self.effects.delivery.look()
             self.runtime.loop.run_if_due(WATCHDOG)
             self._breath_at = time.monotonic() + _BREATH_S
 

@@ -28,11 +28,12 @@ from ..system.process_groups import Groups
 from ..system.procfs import sockets_of
 from ..system.sock_diag import address_of
 from .check_probe import CheckProbes
+from .delivery import Delivery
+from .delivery.way import PROBE
 from .first_programs import FirstPrograms
 from .generation import OpenGeneration
 from .log_output import Output
 from .post_mortem import PostMortem
-from .probe_port import PROBE
 from .runtime import Runtime
 from .worker_messages import WorkerMessages
 from .worker_recycling import LimitWatch
@@ -54,11 +55,11 @@ class WorkerPool:
         output: Output,
         *,
         remember: Callable[[Callable[[History], History]], None],
-        listeners: Callable[[int], Mapping[int, int]],
+        delivery: Delivery,
         probes: CheckProbes,
     ) -> None:
-        """remember: changes the history by a function of it.  listeners: see WorkerSpawner."""
-        self._probes, self._output = probes, output
+        """remember: changes the history by a function of it."""
+        self._probes, self._output, self._delivery = probes, output, delivery
         loop, log, post = runtime.loop, runtime.log, runtime.post
         self._loop, self._log, self._post = loop, log, post
         self._workers: dict[int, Worker] = {}
@@ -75,7 +76,7 @@ class WorkerPool:
         )
         kill_timeout_s, identity = settings.policy.kill_timeout_s, settings.worker_identity
         self.orphans = Orphans(loop, log, kill_timeout_s, identity, self.groups.has)
-        self._spawner = WorkerSpawner(settings, loop, log, output, listeners)
+        self._spawner = WorkerSpawner(settings, loop, log, output, delivery)
         self._messages = WorkerMessages(
             runtime,
             self._workers,
@@ -87,6 +88,7 @@ class WorkerPool:
         self._post_mortem = PostMortem(
             runtime,
             output,
+            delivery=delivery,
             groups=self.groups,
             orphans=self.orphans,
             ended=self._ended,
@@ -109,9 +111,9 @@ class WorkerPool:
         # They are all of one program; of thousands, or of one with as many files, a part is asked.
         pids = [each.process.pid for each in its]
         handed = {
-            os.fstat(fd).st_ino
-            for socket_number in (0, 1)
-            for fd in self._spawner.listeners(socket_number).values()
+            os.fstat(one.fileno()).st_ino
+            for each in self._delivery.listeners
+            for one in each.sockets
         }
         return known_servers.advice(
             its[0].generation.program,
@@ -178,10 +180,11 @@ class WorkerPool:
         self._log.write("info", "retired", worker=number)
 
     def drain(self, generation: int) -> None:
-        """Have workers that accept finish; the others read the end of their channel."""
+        """Have workers finish that do not by themselves, when they read end of file."""
         for worker in self._workers.values():
             known = worker.record
-            if known.generation == generation and worker.accepts and not known.asked_to_exit:
+            signalled = worker.generation.program.finish_signal
+            if known.generation == generation and signalled and not known.asked_to_exit:
                 self._tell_to_finish(worker)
 
     def all_retire(self, generation: int) -> bool:
@@ -194,10 +197,11 @@ class WorkerPool:
         return bool(its) and not orphans and all(each.retires for each in its)
 
     def _tell_to_finish(self, worker: Worker) -> None:
-        if worker.line is not None and (worker.record.retires or not worker.accepts):
+        finish_signal = worker.generation.program.finish_signal
+        if worker.line is not None and (worker.record.retires or not finish_signal):
             worker.line.shutdown(socket.SHUT_WR)  # what it says on it can still be heard
         else:
-            self._send(worker, worker.generation.program.drain_signal)
+            self._send(worker, finish_signal)
         self._note(worker, asked_to_exit=True)
 
     def _send(self, worker: Worker, number: int) -> bool:
@@ -399,7 +403,8 @@ class WorkerPool:
                 self._note(worker, retires=True)
             return
         if self._note_ready(number, worker, by, retires=retires):
-            self._post(WorkerReady(number, retires or worker.accepts))
+            retires = retires or worker.generation.program.finish_signal > 0
+            self._post(WorkerReady(number, retires))
 
     def _note_ready(self, number: int, worker: Worker, by: str, *, retires: bool = False) -> bool:
         """Note what says that a worker is ready; False: it has ended, so it must not serve."""

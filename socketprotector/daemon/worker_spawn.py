@@ -1,9 +1,8 @@
 """Starts a worker: its descriptors, its environment, its process.
 
 A worker knows only the numbers of its descriptors and what its environment says about them
-(docs/protocol.md; where it accepts by itself, sd_listen_fds(3) and others).  There are two kinds:
-a worker that accepts gets the listening sockets, any other its generation's channel; each also a
-RETURN line of its own and its slot of the scoreboard.
+(docs/protocol.md; where it accepts by itself, sd_listen_fds(3) and others).  It gets what its
+delivery hands out, a RETURN line of its own and its slot of the scoreboard.
 
 The open file description is shared, not the number: the channel's read end and the listening
 sockets are the same ones in all workers and here.  So no flag of them is set for one worker.
@@ -13,11 +12,10 @@ Close our copies of the worker's ends right after the spawn, or we never see end
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import field
 from itertools import count
@@ -25,7 +23,7 @@ from itertools import count
 from socketprotector_client import wire
 
 from ..model.lazy_dataclass import mutable
-from ..model.listen_fds import FIRST_FD, worker_variables
+from ..model.listen_fds import FIRST_FD
 from ..model.records import WorkerRecord
 from ..model.settings import Settings
 from ..system import inherited
@@ -36,7 +34,8 @@ from ..system.process import End, Process
 from ..system.readiness import Readiness
 from ..system.sd_notify import NotifySocket
 from ..system.spawn import spawn
-from .generation import OpenGeneration, known_to
+from .delivery import Delivery
+from .generation import OpenGeneration
 from .log_output import Output
 
 
@@ -57,11 +56,6 @@ class Worker:
     last_words: str | None = None  # of one that has ended; None: they are awaited, or not asked for
     told_end: End | None = None  # how it ended, from the guard
     end_due: bool = False  # that is awaited
-
-    @property
-    def accepts(self) -> bool:
-        """Whether it takes connections from the listeners: then a signal has it finish."""
-        return self.generation.program.mode.workers_accept
 
     @property
     def has_served(self) -> bool:
@@ -120,8 +114,7 @@ class WorkerSpawner:
     loop: Loop
     log: Log
     output: Output
-    #: Returns the sockets to accept from, socket 0 or 1 of each, by index.
-    listeners: Callable[[int], Mapping[int, int]]
+    delivery: Delivery
 
     _uids: frozenset[int] = frozenset()
 
@@ -145,22 +138,16 @@ class WorkerSpawner:
                 line, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 ours.callback(line.close)
                 theirs.callback(end.close)
-                if program.mode.workers_accept:
-                    descriptors, told = self._listeners_for(generation, slot, free)
-                    tell_pid = "LISTEN_PID"
-                else:
-                    channel = next(free)
-                    descriptors = {channel: generation.channel.read.fileno()}
-                    told = self._channel_variables(generation, slot, channel)
-                    tell_pid = ""
+                handles = self.delivery.worker_handles(generation, slot, free, self.settings)
                 more, told_of_them = _of_the_library(generation, slot, end, free)
-                descriptors |= more
-                told |= told_of_them
+                descriptors = handles.descriptors | more
+                told = handles.told | told_of_them
                 offered = Readiness.offered(program, free, self.loop, number)
                 readiness, its_ends, variables = theirs.enter_context(offered)
                 output = theirs.enter_context(self.output.opened(number, generation.record.number))
                 descriptors |= its_ends | output.places
-                process = spawn(program, environment | told | variables, descriptors, tell_pid)
+                environment |= told | variables
+                process = spawn(program, environment, descriptors, handles.pid_in)
                 output.pid = process.pid
             ours.pop_all()
         record = WorkerRecord(
@@ -172,35 +159,6 @@ class WorkerSpawner:
             started_at=time.time(),
         )
         return Worker(record, generation, process, notify, line, readiness)
-
-    def _listeners_for(
-        self, generation: OpenGeneration, slot: int, free: Iterator[int]
-    ) -> tuple[dict[int, int], dict[str, str]]:
-        """Return the listening sockets of one that accepts, number there -> ours; and what the
-        environment says of them.
-        """
-        wanted = sorted(known_to(generation.program) or ())
-        listeners = self.listeners(generation.record.socket_number)
-        if not listeners.keys() >= set(wanted):
-            why = "a listener was lost when the protector was killed; restart to have it"
-            raise OSError(errno.ENOTCONN, why)
-        number, master_pid = generation.record.number, os.getpid()
-        told = worker_variables(number, slot=slot, master_pid=master_pid)
-        if self.settings.control is not None:
-            told["EINHORN_SOCK_PATH"] = self.settings.control.address.removeprefix("unix:")
-        return {next(free): listeners[index] for index in wanted}, told
-
-    def _channel_variables(
-        self, generation: OpenGeneration, slot: int, channel: int
-    ) -> dict[str, str]:
-        """Return what the environment says of the channel, which has this number there."""
-        return {
-            wire.ENV_CHANNEL: str(channel),
-            wire.ENV_LISTENERS: generation.program.listeners,
-            wire.ENV_GENERATION: str(generation.record.number),
-            wire.ENV_WORKER: str(slot),
-            wire.ENV_WORKERS: str(max(self.settings.processes, slot + 1)),
-        }
 
     def adopt(
         self, record: WorkerRecord, descriptors: Mapping[str, int], generation: OpenGeneration

@@ -46,6 +46,26 @@ class Policy:
         return self.ready in question.KINDS
 
     @property
+    def quiesces(self) -> bool:
+        """Whether a replaced generation may have clients that it has not accepted, or read from."""
+        return self.workers_accept
+
+    @property
+    def has_two_places(self) -> bool:
+        """Whether two generations at most can accept, each to the end of its last worker."""
+        return self.workers_accept
+
+    @property
+    def any_worker_retires(self) -> bool:
+        """Whether each worker can be told by itself to finish, whatever it says of that."""
+        return self.workers_accept
+
+    @property
+    def queues(self) -> bool:
+        """Whether clients may wait in a generation's queue when its workers are to finish."""
+        return not self.workers_accept
+
+    @property
     def drain_limit_s(self) -> float:
         """How long a generation may drain when another replaces it, or will."""
         return self.drain_timeout_s or (STOP_FIRST_DRAIN_S if self.stop_first else 0.0)

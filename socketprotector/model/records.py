@@ -45,6 +45,11 @@ class Program:
         """How connections reach its workers."""
         return MODES[self.handoff]
 
+    @property
+    def finish_signal(self) -> int:
+        """What has a worker finish; 0: no signal, it reads end of file."""
+        return self.drain_signal if self.mode.workers_accept else 0
+
 
 @frozen
 class Counts:
@@ -75,7 +80,7 @@ class GenerationRecord:
     number: int
     program: Program
     serving_since: float = 0.0
-    ended: bool = False  # its write end is shut down
+    ended: bool = False  # its workers get no more: they read end of file, or were told to finish
     released: bool = False
     opened_at: float = 0.0  # these three in seconds since the epoch, for people
     served_at: float | None = None
@@ -163,6 +168,15 @@ class SteeringRecord:
     #: A generation (0: none yet), a listener, and its socket's options then.
     options: tuple[tuple[int, int, str], ...] = ()
     partly_served: tuple[tuple[int, int], ...] = ()  # of the unserved: later workers have it
+
+
+@frozen
+class DeliveryRecord:
+    """What the next program's delivery has to know; the state has each of these by itself."""
+
+    forwarder: ForwarderRecord = field(default_factory=ForwarderRecord)
+    steering: SteeringRecord = field(default_factory=SteeringRecord)
+    nonblocking: tuple[int, ...] = ()  # listeners: see listener_flags.py
 
 
 @frozen

@@ -134,6 +134,11 @@ class Settings:
     origin: Origin = field(default_factory=Origin)
 
     @property
+    def finish_signal(self) -> int:
+        """What has a worker finish; 0: no signal, it reads end of file."""
+        return self.drain_signal if self.mode.workers_accept else 0
+
+    @property
     def mode(self) -> HandoffMode:
         """How connections reach the workers."""
         return MODES[self.handoff]

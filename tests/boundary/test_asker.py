@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from socketprotector.daemon import asker_client
-from socketprotector.daemon.probe_port import Way
+from socketprotector.daemon.delivery.way import Way
 from socketprotector.model.question import Question
 from socketprotector.programs import asker
 from socketprotector.system.loop import Loop

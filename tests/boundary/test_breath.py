@@ -47,7 +47,7 @@ class Away:
         self.performed: list[Action] = []
         self.looked_at_s = self.fed_at_s = self.now_s
         self.longest_s = self.unfed_s = self.turn_s = 0.0
-        self.forwarder = SimpleNamespace(look=self.look)
+        self.delivery = SimpleNamespace(look=self.look)
         self.reports = SimpleNamespace(welcome=lambda _: None)
 
     def monotonic(self) -> float:
@@ -195,7 +195,7 @@ def test_a_worker_that_is_not_adopted_yet_is_known_to_a_program_that_resumes_mea
         cast("Any", SimpleNamespace(loop=loop, log=None, post=None)),
         cast("Any", SimpleNamespace(named=named)),
         remember=lambda _: None,
-        listeners=lambda _: {},
+        delivery=cast("Any", None),
         probes=cast("Any", None),
     )
     record = WorkerRecord(number=7, generation=1, pid=1, output_start=-1)

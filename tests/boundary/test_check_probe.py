@@ -10,7 +10,7 @@ import pytest
 
 from socketprotector.daemon import check_probe
 from socketprotector.daemon.check_probe import CheckProbes
-from socketprotector.daemon.probe_port import SHUT_DOWN
+from socketprotector.daemon.delivery.way import SHUT_DOWN
 from socketprotector.system.loop import Loop
 
 
@@ -25,10 +25,9 @@ def test_that_nothing_forwards_what_a_check_sends_is_logged(
     monkeypatch.setattr(check_probe, "Asker", fails)
     lines: list[tuple[str, str, dict[str, object]]] = []
     log = SimpleNamespace(write=lambda *words, **fields: lines.append((*words, fields)))
-    way = SimpleNamespace(close=lambda: None)
+    way = SimpleNamespace(close=lambda: None, is_ours_alone=True)
     probes = CheckProbes(loop, cast("Any", log), lambda *_: cast("Any", way))
-    program = SimpleNamespace(mode=SimpleNamespace(workers_accept=True))
-    generation = SimpleNamespace(record=SimpleNamespace(number=2), program=program)
+    generation = SimpleNamespace(record=SimpleNamespace(number=2))
 
     assert probes.address(cast("Any", generation)).startswith("127.0.0.1:")
 
@@ -41,12 +40,14 @@ def test_what_a_command_says_that_may_have_reached_another_generation_counts_for
     loop: Loop,
 ) -> None:
     """The next one gets another address, by which what comes later is known to be of this one."""
-    ways = [SimpleNamespace(address=("127.0.0.1", n), close=lambda: None) for n in (1, 2)]
+    ways = [
+        SimpleNamespace(address=("127.0.0.1", n), close=lambda: None, is_ours_alone=False)
+        for n in (1, 2)
+    ]
     ways[0].holds, ways[1].holds = (lambda: False), (lambda: True)
     left = iter(ways)
     probes = CheckProbes(loop, cast("Any", None), lambda *_: cast("Any", next(left)))
-    program = SimpleNamespace(mode=SimpleNamespace(workers_accept=False))
-    generation = cast("Any", SimpleNamespace(record=SimpleNamespace(number=2), program=program))
+    generation = cast("Any", SimpleNamespace(record=SimpleNamespace(number=2)))
 
     assert probes.address(generation) == "127.0.0.1:1"
     assert probes.judge(generation, "") == SHUT_DOWN

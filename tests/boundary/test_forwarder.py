@@ -20,13 +20,11 @@ from socketprotector_client import wire
 
 from socketprotector.core.events import BacklogEmptied, Event
 from socketprotector.daemon.acceptor import BURST, STEADY
+from socketprotector.daemon.delivery import LAST_S, NEVER_TAKEN_S, QUIET_S, UNTAKEN_S
 from socketprotector.daemon.forwarder import Forwarder
-from socketprotector.daemon.listener_drain import LAST_S, QUIET_S
 from socketprotector.daemon.queue_watch import (
     FIRST_LOOK_S,
     LAST_LOOK_S,
-    NEVER_TAKEN_S,
-    UNTAKEN_S,
 )
 from socketprotector.daemon.runtime import Runtime
 from socketprotector.daemon.shortage import FIRST_WAIT_S, LAST_WAIT_S
@@ -240,7 +238,7 @@ class World:
             Runtime(cast("Loop", self.loop), cast("Any", self), self._post, lambda: True),
             [cast("Listener", each) for each in self.listeners],
             broken=self._broken,
-            dead=self._dead,
+            mend=self._mend,
             untaken=lambda seconds, waiting, ever: self.untaken.append(seconds),
         )
 
@@ -253,7 +251,7 @@ class World:
         self.broken += 1
         self.on_broken()
 
-    def _dead(self, listener: Listener) -> None:
+    def _mend(self, listener: Listener) -> None:
         self.dead.append(listener.index)
         listener.lost = self.loses
 

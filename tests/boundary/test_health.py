@@ -43,8 +43,7 @@ def asked(loop: Loop, command: str, written: list[History]) -> Health:
     health = Health(
         Runtime(loop, cast("Any", log), lambda _: None, persist),
         settings=lambda: cast("Any", its),
-        reach=lambda *_: cast("Any", way),
-        paused=lambda: False,
+        delivery=cast("Any", SimpleNamespace(reach=lambda *_, **__: way, is_silent=False)),
         remember=remember,
     )
     program = replace(SHELL, environment=(("PATH", os.environ["PATH"]),))

@@ -14,8 +14,8 @@ from typing import Any, cast
 import pytest
 from socketprotector_client import wire
 
+from socketprotector.daemon.delivery import QUIET_S
 from socketprotector.daemon.forwarder import Forwarder
-from socketprotector.daemon.listener_drain import QUIET_S
 from socketprotector.daemon.runtime import Runtime
 from socketprotector.model.settings import ListenerSettings
 from socketprotector.system.channel import Channel
@@ -61,7 +61,7 @@ class World:
             Runtime(self.loop, cast("Any", self), lambda event: None, self._persist),
             listeners,
             broken=lambda: None,
-            dead=lambda listener: None,
+            mend=lambda listener: None,
         )
 
     def write(self, level: str, event: str, **fields: Any) -> None:

@@ -15,7 +15,7 @@ import pytest
 from socketprotector.core.events import Event, SettleFailed
 from socketprotector.daemon import settle_check
 from socketprotector.daemon.asker_client import KeptAsker
-from socketprotector.daemon.probe_port import SHUT_DOWN
+from socketprotector.daemon.delivery.way import SHUT_DOWN
 from socketprotector.daemon.runtime import Runtime
 from socketprotector.daemon.settle_check import SettleCheck
 from socketprotector.system.loop import Loop

@@ -9,23 +9,22 @@ import struct
 from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from socketprotector.core.events import Event, Quiesced, SocketLost, Stranded
+from socketprotector.core.events import Event, SocketLost, Stranded
 from socketprotector.daemon import quiescing, socket_steering
 from socketprotector.daemon.asker_client import KeptAsker
 from socketprotector.daemon.asking import Asking
-from socketprotector.daemon.effects import Effects
-from socketprotector.daemon.probe_port import SHUT_DOWN, Way
-from socketprotector.daemon.queue_watch import NEVER_TAKEN_S
+from socketprotector.daemon.delivery import NEVER_TAKEN_S
+from socketprotector.daemon.delivery.way import SHUT_DOWN, Way
 from socketprotector.daemon.quiescing import LAST_S, QUIET_S, SILENT_S
 from socketprotector.daemon.runtime import Runtime
 from socketprotector.daemon.socket_steering import FIRST_RESCUE_S, LEAVES_S, SocketSteering
-from socketprotector.model import handoff_modes
 from socketprotector.model.records import SteeringRecord
 from socketprotector.model.settings import ListenerSettings
 from socketprotector.system import reuseport, sock_diag
@@ -121,6 +120,10 @@ class World:
         for _, socket_number in accepting[:1]:
             self.steering.turn_to(socket_number, again=True)
 
+    def quiesce(self, generation: int, *, reads_on: bool = False) -> None:
+        over = partial(self.quiesced.append, generation)
+        self.steering.quiesce(generation, over, reads_on=reads_on)
+
     def add(self) -> Listener:
         """Another listener, with one socket for all generations."""
         made = socket.socket(socket.AF_UNIX)
@@ -141,8 +144,6 @@ class World:
 
     def post(self, event: Event) -> None:
         match event:
-            case Quiesced(generation):
-                self.quiesced.append(generation)
             case SocketLost(generation):
                 self.socket_lost.append(generation)
             case Stranded():
@@ -212,7 +213,7 @@ def reloaded(world: World) -> World:
 
 def supersede(world: World) -> None:
     world.steering.turn_to(1)
-    world.steering.quiesce(1)
+    world.quiesce(1)
 
 
 @pytest.mark.parametrize("clients", [0, 1])
@@ -272,7 +273,7 @@ def test_one_quiesces_though_clients_come_while_no_other_generation_accepts(worl
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
     world.connect()
-    world.steering.quiesce(1)  # under stop-first
+    world.quiesce(1)  # under stop-first
     world.connect()
     assert world.waiting() == [0, 1]
 
@@ -1037,7 +1038,7 @@ def test_of_two_sockets_the_one_that_clients_come_to_is_left_and_the_other_is_de
 
 def supersede_library(world: World) -> None:
     world.steering.turn_to(1)
-    world.steering.quiesce(1, reads_on=True)
+    world.quiesce(1, reads_on=True)
 
 
 def test_one_that_reads_on_is_told_to_finish_as_soon_as_no_client_waits(reloaded: World) -> None:
@@ -1238,15 +1239,7 @@ def raising(number: int, text: str) -> Callable[..., None]:
 
 def queue_of(world: World, knows: Mapping[int, Container[int]]) -> Callable[[int], int | None]:
     """Return what status says of generations.  knows: their numbers, and indices of listeners."""
-    generations = {
-        number: SimpleNamespace(
-            program=SimpleNamespace(mode=handoff_modes.LISTENER),
-            knows=indices.__contains__,
-        )
-        for number, indices in knows.items()
-    }
-    effects = SimpleNamespace(generations=generations, steering=world.steering)
-    return lambda number: Effects.waiting(cast("Effects", effects), number)
+    return lambda number: world.steering.waiting(number, knows[number].__contains__)
 
 
 def test_clients_at_a_generations_own_socket_are_counted_for_it(reloaded: World) -> None:
@@ -1503,7 +1496,7 @@ def test_a_generation_that_settled_and_hung_leaves_no_client_where_only_question
     if resumed:
         reloaded.resume((2, 1), (1, 0), record=reloaded.written)
     reloaded.steering.turn_to(0, again=True)
-    reloaded.steering.quiesce(2)
+    reloaded.quiesce(2)
     reloaded.pass_time(QUIET_S + 0.2)
     assert reloaded.quiesced == [2]
     assert "not-taken" not in reloaded.log.events

@@ -28,7 +28,10 @@ from socketprotector.core.events import HoldRequested
 from socketprotector.core.fleet import Phase, State
 from socketprotector.daemon.accept_counts import NO_MARK
 from socketprotector.daemon.config_reader import ConfigAnswer
+from socketprotector.daemon.delivery.shared.shared_delivery import SharedDelivery
+from socketprotector.daemon.effects import Effects
 from socketprotector.daemon.quiescing import LAST_S
+from socketprotector.daemon.socket_steering import SocketSteering
 from socketprotector.model.listen_fds import FIRST_FD
 from socketprotector.model.settings import ListenerSettings, Settings
 from socketprotector.system import inherited
@@ -41,6 +44,12 @@ from tests.simulation.world import BACKLOG, POLICIES, Voice, World
 MISCHIEF = "mischief"
 #: How often it may come to rest after it has been disturbed there.
 TEMPTATIONS = 6
+
+
+def steering_of(effects: Effects) -> SocketSteering:
+    delivery = effects.delivery
+    assert isinstance(delivery, SharedDelivery)
+    return delivery.steering
 
 
 class Server:
@@ -338,7 +347,7 @@ class Handed(World):
         if self._starting or protector is None or self.kernel.wake is None:
             return
         effects = protector.effects
-        if effects.steering.hold.refusal(effects.forwarder.listeners) is not None:
+        if steering_of(effects).hold.refusal(effects.delivery.listeners) is not None:
             return
         asked = HoldRequested(self._random.choice((0.5, 3.0, 15.0)))
         self._say(f"a hold of {asked.seconds:g} s is asked for")
@@ -423,9 +432,9 @@ class Handed(World):
         if self._supervisor is None or to.address.family != socket.AF_INET6:
             return False
         act = self._supervisor.effects
-        places = ((each, number) for each in act.forwarder.listeners for number in (0, 1))
+        places = ((each, number) for each in act.delivery.listeners for number in (0, 1))
         return any(
-            (each.index, number) in act.steering._asked
+            (each.index, number) in steering_of(act)._asked
             and self.kernel.files.get(each.socket_for(number).fileno()) is to
             for each, number in places
             if each.has_sibling
@@ -589,14 +598,14 @@ class Handed(World):
         """See whether all that was done to an address is mended."""
         assert self._supervisor is not None
         act = self._supervisor.effects
-        for its in act.forwarder.listeners:
+        for its in act.delivery.listeners:
             address = self._at(its.settings.address)
-            if not address.disturbed or its.lost or not act.steering._steered:
+            if not address.disturbed or its.lost or not steering_of(act)._steered:
                 continue
             files = [self.kernel.file(each.fileno()) for each in its.sockets]
             ours = [each for each in files if isinstance(each, Listening) and each.whole]
             if len(ours) == len(its.sockets) and self._is_steered(
-                address, ours, act.steering.current
+                address, ours, steering_of(act).current
             ):
                 address.disturbed = False
 
@@ -696,7 +705,7 @@ class Handed(World):
         if protector is None or self._reason() or self._tempted >= TEMPTATIONS:
             return False
         self._tempted += 1
-        listeners = [each for each in protector.effects.forwarder.listeners if not each.lost]
+        listeners = [each for each in protector.effects.delivery.listeners if not each.lost]
         idle, harmed = [], []
         for its in listeners:
             address = self._at(its.settings.address)
@@ -747,7 +756,7 @@ class Handed(World):
             return
         if self.kernel.clock_ns / 1e9 - drained_at >= LAST_S:
             return
-        for listener in protector.effects.forwarder.listeners:
+        for listener in protector.effects.delivery.listeners:
             its = self._at(listener.settings.address)
             for each in its.clients.values() if listener.has_sibling else ():
                 one = (to for to in leader.listening.values() if each in to.backlog)
@@ -760,17 +769,17 @@ class Handed(World):
         if self._supervisor is None or self._meanwhile or self._calm or address.disturbed:
             return
         act = self._supervisor.effects
-        if act._route is None or not act.steering._steered:
+        if act._route is None or not steering_of(act)._steered:
             return
-        assert act.steering.current == act.generations[act._route].record.socket_number
-        listeners = {each.settings.address: each for each in act.forwarder.listeners}
+        assert steering_of(act).current == act.generations[act._route].record.socket_number
+        listeners = {each.settings.address: each for each in act.delivery.listeners}
         its = listeners.get(address.told)
         if its is None:
             return
-        number: int | None = act.steering.current
+        number: int | None = steering_of(act).current
         if not address.served:
             number = self._number_of_the_tried(its.index)
-        elif not act.generations[act._route].channel.knows_of(its.index):
+        elif not act.generations[act._route].knows(its.index):
             number = self._number_of_the_last_to_know(its.index)
         if number is None:
             return
@@ -785,8 +794,8 @@ class Handed(World):
         """
         assert self._supervisor is not None
         act = self._supervisor.effects
-        knowing = [each for each in act.generations.values() if each.channel.knows_of(index)]
-        accepting = [each for each in knowing if each.record.number in act.steering._accepting]
+        knowing = [each for each in act.generations.values() if each.knows(index)]
+        accepting = [each for each in knowing if each.record.number in steering_of(act)._accepting]
         records = [each.record for each in accepting or knowing]
         last = max(records, key=lambda each: each.number, default=None)
         return None if last is None else last.socket_number
@@ -798,10 +807,10 @@ class Handed(World):
         """
         assert self._supervisor is not None
         if self._supervisor.fleet.dry_run:
-            return self._supervisor.effects.steering.current
+            return steering_of(self._supervisor.effects).current
         act, starting = self._supervisor.effects, self._supervisor.fleet.of(Phase.STARTING)
         opened = act.generations.get(starting.number) if starting is not None else None
-        known = opened is not None and opened.channel.knows_of(index)
+        known = opened is not None and opened.knows(index)
         return opened.record.socket_number if opened is not None and known else None
 
     def accepted(self, which: Socket, but: object = None, *, waiting: bool = False) -> Counter[int]:
@@ -828,7 +837,7 @@ class Handed(World):
         act, mine = self._supervisor.effects, server.leader.generation
         if mine not in act.generations:
             return
-        for listener in act.forwarder.listeners:
+        for listener in act.delivery.listeners:
             address = self._at(listener.settings.address)
             if address is not connection.address or address.disturbed:
                 continue
@@ -861,9 +870,9 @@ class Handed(World):
         if self._supervisor is None or self._meanwhile or self._calm or address.disturbed:
             return
         act = self._supervisor.effects
-        if act._route is None or not act.steering._steered:
+        if act._route is None or not steering_of(act)._steered:
             return
-        assert act.steering.hold.on, f"{address.name} does not answer"
+        assert steering_of(act).hold.on, f"{address.name} does not answer"
 
     def _check_waiting(self) -> None:
         stopping = self._supervisor is not None and self._supervisor.fleet.stopping
@@ -879,7 +888,7 @@ class Handed(World):
             of = server.leader.generation
             assert of == number, f"{server.pid} of generation {of} goes on"
         assert self._supervisor is not None
-        listeners = self._supervisor.effects.forwarder.listeners
+        listeners = self._supervisor.effects.delivery.listeners
         there = [self._at(each.settings.address) for each in listeners if not each.lost]
         for address in there:
             if address.disturbed:

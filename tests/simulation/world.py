@@ -60,10 +60,13 @@ from socketprotector.daemon import (
 )
 from socketprotector.daemon.checkpoint import Checkpoint
 from socketprotector.daemon.config_reader import ConfigAnswer
+from socketprotector.daemon.delivery.queue.queue_delivery import QueueDelivery
+from socketprotector.daemon.delivery.shared.shared_delivery import SharedDelivery
+from socketprotector.daemon.delivery.way import Way
 from socketprotector.daemon.effects import Effects
 from socketprotector.daemon.event_queue import EventQueue
+from socketprotector.daemon.forwarder import Forwarder
 from socketprotector.daemon.log_output import Opened
-from socketprotector.daemon.probe_port import Way
 from socketprotector.daemon.recovery import Recovery
 from socketprotector.daemon.runtime import Runtime
 from socketprotector.daemon.start_report import StartReport
@@ -381,6 +384,11 @@ class Asks:
         elif kernel.clock_ns - self._asked_at > ASKED_NS:
             self._question = None
             self._heard("GET /: no answer")
+
+
+def forwarder_of(effects: Effects) -> Forwarder | None:
+    delivery = effects.delivery
+    return delivery.forwarder if isinstance(delivery, QueueDelivery) else None
 
 
 def is_for_questions(file: File) -> bool:
@@ -715,11 +723,11 @@ class World:
         self._is_older = False
         process._known.clear()
         settings = self._settings_of(snapshot)
-        shared = settings.mode.workers_accept
+        kind = SharedDelivery if settings.mode.workers_accept else QueueDelivery
         coming = (snapshot.settings.candidate if snapshot else None) or settings
         own = {inherited.STATE, inherited.GUARD}
         left = Inherited({name: fd for name, fd in given.items() if name not in own})
-        listeners = inherited_listeners.adopt(left, coming.listeners, shared)
+        listeners = inherited_listeners.adopt(left, coming.listeners, kind.shares_listeners)
         if snapshot is not None and snapshot.fleet.exiting:
             self._why_lost = "killed at the very end"
             for each in listeners:
@@ -742,7 +750,7 @@ class World:
         runtime = Runtime(self._loop, log, queue.post, point.save)
         effects = Effects(
             settings,
-            listeners,
+            lambda host: kind(host, listeners),
             runtime,
             output=cast("Any", Output(self._loop, self._chance)),
             systemd=Systemd({}, 1, Outbox(self._later), self._outbox),
@@ -1463,7 +1471,8 @@ class World:
             files = self.kernel.files.items()
             held = [each for fd, each in files if type(each) is Connection and fd not in copies]
         # Of each listener that is removed there may be one.
-        hands = len(act.forwarder.undelivered.waiting)
+        forwarder = forwarder_of(act)
+        hands = len(forwarder.undelivered.waiting) if forwarder is not None else 0
         assert len(held) == hands, f"{held} undelivered"
         for each in held:
             assert each.excuse or each.in_queues == 0, f"{each} is undelivered and in a queue"
@@ -1480,7 +1489,7 @@ class World:
         if act.live_settings.record.candidate is not None or self._reason():
             return
         settings = act.live_settings.settings.listeners
-        there = {each.settings.address for each in act.forwarder.listeners}
+        there = {each.settings.address for each in act.delivery.listeners}
         for each in self._listening:
             each.address.served = each.address.kept = each.address.told in there
         wanted = {each.address for each in settings if not each.removed}
@@ -1491,7 +1500,8 @@ class World:
         assert protector is not None
         known = {*self._fixed, *protector.effects.descriptors().values()}
         known |= set(self._outbox._unsent.values())
-        known.add(protector.effects.forwarder._shortage.reserve)
+        if (forwarder := forwarder_of(protector.effects)) is not None:
+            known.add(forwarder._shortage.reserve)
         running = [each.process for each in self.kernel.files.values() if isinstance(each, Running)]
         ours = {each.pid for each in running if not (each.orphan or each.gone)}
         unknown = ours.difference(process._known)
@@ -1518,7 +1528,9 @@ class World:
         assert act._route == (route.number if route else None), "another route"
         self._check_history(fleet, act.reports.run.history)
         lame_duck = fleet.lame_duck is not LameDuck.OFF
-        assert not (lame_duck and act.forwarder._closing), "it does not accept any more"
+        forwarder = forwarder_of(act)
+        closing = forwarder is not None and forwarder._closing
+        assert not (lame_duck and closing), "it does not accept any more"
         looked_after = {each.number for each in act.pool.records()}  # with what outlives a leader
         assert {each.number for each in fleet.alive()} == looked_after
         assert {each.number for each in fleet.generations} == set(act.generations)
@@ -1567,11 +1579,11 @@ class World:
         for each in self._listening:
             if not (each.foreign and (stopping or not each.address.kept)):
                 assert not each.backlog, "clients wait for ever"
-        forwarder = self._supervisor.effects.forwarder
-        routed = forwarder._route
-        assert routed is None or not forwarder.undelivered.has(routed.knows_of), (
-            "one waits for ever"
-        )
+        forwarder = forwarder_of(self._supervisor.effects)
+        routed = forwarder._route if forwarder is not None else None
+        assert (
+            forwarder is None or routed is None or not (forwarder.undelivered.has(routed.knows_of))
+        ), "one waits for ever"
         assert not any(each.read.queue for each in self.workers), "a queue is never emptied"
 
     def _check_serving(self, number: int) -> None:

@@ -92,9 +92,8 @@ class CommandHandler:
 
     def do_status(self) -> Mapping[str, Any]:
         effects, fleet = self._effects, self.supervisor.fleet
-        settings = effects.live_settings.settings
+        settings, delivery = effects.live_settings.settings, effects.delivery
         route = effects.generations.get(fleet.route.number) if fleet.route else None
-        queued = route is not None and not route.program.mode.workers_accept
         history = effects.reports.run.history
         generations = status.of_generations(fleet, effects)
         return {
@@ -119,12 +118,11 @@ class CommandHandler:
             "health": status.of_health(effects.health),
             "command": [os.path.basename(settings.executed[0])],
             "log_level": self.runtime.log.level,
-            "forwarded": effects.forwarded,
-            "lost": effects.lost,
-            "queue_limit": route.channel.capacity() if route and queued else None,
+            "forwarded": delivery.forwarded,
+            "lost": delivery.lost,
+            "queue_limit": delivery.queue_limit(route) if route else None,
             "listeners": [
-                status.of_listener(each, effects.steering.number_for(each))
-                for each in effects.forwarder.listeners
+                status.of_listener(each, delivery.number_for(each)) for each in delivery.listeners
             ],
             "generations": generations,
             **status.of_waits(fleet, effects, generations, self.supervisor.upgrade_waits_for()),
@@ -134,7 +132,7 @@ class CommandHandler:
             "warnings": (
                 *status.of_warnings(settings),
                 *effects.pool.limits.warnings,
-                *effects.steering.warnings,
+                *delivery.warnings,
             ),
         }
 
@@ -191,7 +189,7 @@ class CommandHandler:
 
     def _refuse_dry_run(self, fleet: Fleet) -> None:
         settings = self._effects.live_settings.settings
-        cannot = settings.mode.cannot.get("dry-run") or self._effects.cannot_try()
+        cannot = settings.mode.cannot.get("dry-run") or self._effects.delivery.cannot_try()
         if settings.policy.stop_first:
             cannot = STOP_FIRST
         elif fleet.dry_run:
@@ -229,7 +227,7 @@ class CommandHandler:
         return {"workers": wanted}
 
     def do_hold(self, seconds: float) -> Mapping[str, Any]:
-        cannot = self._effects.steering.hold.cannot()
+        cannot = self._effects.delivery.cannot_hold()
         if cannot is not None:
             raise RequestError("refused", f"hold is unavailable: {cannot}")
         self.runtime.post(HoldRequested(seconds))

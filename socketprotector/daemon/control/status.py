@@ -183,7 +183,8 @@ def _of_generation(
         for each in generation.alive
     )
     total = sum(known, Counts()) if known and not silent else None
-    active = effects.active(generation.number) if total is None else total.active
+    delivery = effects.delivery
+    active = delivery.active(opened) if total is None else total.active
     return {
         "number": generation.number,
         "phase": generation.phase.value,
@@ -191,8 +192,8 @@ def _of_generation(
         "serving_since_at": opened.record.served_at,
         "draining_since_at": opened.record.drained_at,
         "path": opened.program.path,
-        "queue": effects.waiting(generation.number),
-        "untaken_s": effects.untaken_s(generation.number),
+        "queue": delivery.waiting(opened),
+        "untaken_s": delivery.untaken_s(opened),
         "settle_check": shown(opened.program.settle_check),
         "first_programs": _of_first_programs(opened.record),
         "lost": opened.record.lost if total is not None else None,

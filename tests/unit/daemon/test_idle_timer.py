@@ -29,21 +29,21 @@ def test_it_runs_out_when_no_client_has_come_for_its_whole_time() -> None:
         _loop=timer,
         _note_due=lambda _: None,
         _post=posted.append,
-        forwarder=SimpleNamespace(idle_s=0.0),
+        delivery=SimpleNamespace(idle_s=0.0),
         pool=SimpleNamespace(spoken_with=True),
     )
     Effects._start_timer(cast("Effects", effects), IDLE, 2.0)
     assert timer.seconds == 2.0
 
-    effects.forwarder.idle_s = 0.5
+    effects.delivery.idle_s = 0.5
     timer.run_out()
     assert timer.seconds == 1.5
 
-    effects.forwarder.idle_s = 0.0  # one waits
+    effects.delivery.idle_s = 0.0  # one waits
     timer.run_out()
     assert timer.seconds == 2.0
     assert posted == []
 
-    effects.forwarder.idle_s = 2.0
+    effects.delivery.idle_s = 2.0
     timer.run_out()
     assert posted == [DeadlinePassed(IDLE)]

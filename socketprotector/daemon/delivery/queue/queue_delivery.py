@@ -1,0 +1,286 @@
+"""The delivery where the protector accepts: each generation has a queue, its channel.
+
+All workers of a generation take from one queue.  The protector keeps both ends, so that a queue
+outlives its workers, and what they have not taken goes to the generation that has the route.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+
+from socketprotector_client import wire
+
+from ....core.events import ChannelBroken
+from ....model.records import DeliveryRecord
+from ....model.settings import Settings
+from ....system import inherited
+from ....system.channel import Channel
+from ....system.inherited import Inherited
+from ....system.listener import SCARCE, Listener
+from ....system.loop import SHUT
+from ...forwarder import Forwarder
+from ...generation import OpenGeneration, known_to
+from ...probe_port import ProbePort
+from .. import Delivery, Handles, Host
+from ..way import Way
+
+
+class QueueDelivery(Delivery):
+    """Owns the channels, by generation; the forwarder's are the listeners."""
+
+    shares_listeners = False
+
+    def __init__(self, host: Host, listeners: Collection[Listener]) -> None:
+        self._host = host
+        runtime = host.runtime
+        self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
+        self._channels: dict[int, Channel] = {}
+        self._route: int | None = None
+        self.forwarder = Forwarder(
+            runtime,
+            tuple(listeners),
+            broken=self._route_is_broken,
+            mend=self._mend,
+            untaken=lambda seconds, waiting, ever: host.untaken(seconds, waiting, ever, None),
+            ended=self._has_ended,
+        )
+
+    # -- a generation ----------------------------------------------------------------
+
+    def can_ask(self, listener: str) -> bool:
+        return True
+
+    def cannot_try(self) -> str | None:
+        return None
+
+    def open(self, generation: OpenGeneration, queue: int, *, fresh: bool) -> None:
+        channel = Channel.make(queue)
+        channel.knows = known_to(generation.program)
+        try:
+            self._watch(generation.record.number, channel)
+        except OSError:
+            channel.close()
+            raise
+        self._channels[generation.record.number] = channel
+        capacity = channel.capacity()
+        if capacity < queue:
+            self._log.write(
+                "warning",
+                "queue-clamped",
+                wanted=queue,
+                got=capacity,
+                hint="raise the sysctl net.core.wmem_max",
+            )
+
+    def worker_handles(
+        self, generation: OpenGeneration, slot: int, free: Iterator[int], settings: Settings
+    ) -> Handles:
+        channel = next(free)
+        told = {
+            wire.ENV_CHANNEL: str(channel),
+            wire.ENV_LISTENERS: generation.program.listeners,
+            wire.ENV_GENERATION: str(generation.record.number),
+            wire.ENV_WORKER: str(slot),
+            wire.ENV_WORKERS: str(max(settings.processes, slot + 1)),
+        }
+        return Handles({channel: self._of(generation).read.fileno()}, told)
+
+    def reach(
+        self, generation: OpenGeneration, listener: str, *, as_client: bool = False
+    ) -> Way | None:
+        beside = self.forwarder.queue if generation.record.number == self._route else None
+        for each in self.listeners:
+            if listener in ("", each.settings.name) and generation.knows(each.index):
+                return ProbePort(self._loop, self._of(generation), each.index, beside).way
+        return None
+
+    def route_to(self, generation: OpenGeneration | None, *, again: bool = False) -> None:
+        self._route = generation.record.number if generation is not None else None
+        self.forwarder.route_to(self._of(generation) if generation is not None else None)
+
+    def begin_drain(
+        self, generation: OpenGeneration, on_quiet: Callable[[], None], *, reads_on: bool
+    ) -> None:
+        on_quiet()  # what it has not taken goes elsewhere
+
+    def drain(self, generation: OpenGeneration) -> None:
+        channel = self._of(generation)
+        self._loop.unwatch(channel.read.fileno())
+        self.forwarder.drain(channel)
+
+    def release(self, generation: OpenGeneration) -> None:
+        channel = self._of(generation)
+        self._loop.unwatch(channel.read.fileno())
+        self.forwarder.release(channel)
+
+    def keeps(self, number: int) -> bool:
+        return number in self._open_channels()
+
+    def _of(self, generation: OpenGeneration) -> Channel:
+        return self._channels[generation.record.number]
+
+    def _open_channels(self) -> dict[int, Channel]:
+        """Return them without those that the forwarder has emptied and closed."""
+        self._channels = {n: each for n, each in self._channels.items() if not each.closed}
+        return self._channels
+
+    def _watch(self, number: int, channel: Channel) -> None:
+        """See at once when a worker shuts it down: maybe none is left that takes what is queued.
+
+        Raises OSError.
+        """
+        self._loop.watch(channel.read.fileno(), lambda: self._is_broken(number), SHUT)
+
+    def _route_is_broken(self) -> None:
+        if self._route is not None:
+            self._is_broken(self._route)
+
+    def _is_broken(self, number: int) -> None:
+        """A worker has shut the channel down, which tells us but once."""
+        self._loop.unwatch(self._channels[number].read.fileno())
+        since = self._host.generations[number].record.serving_since
+        self._post(ChannelBroken(number, time.monotonic() - since if since else 0.0))
+
+    def _has_ended(self, channel: Channel) -> None:
+        for number, generation in self._host.generations.items():
+            if self._channels.get(number) is channel:
+                generation.ends()
+
+    # -- what is known of it -----------------------------------------------------------
+
+    def waiting(self, generation: OpenGeneration) -> int | None:
+        return self._of(generation).depth()
+
+    def active(self, generation: OpenGeneration) -> int | None:
+        return None
+
+    def untaken_s(self, generation: OpenGeneration) -> float | None:
+        return self.forwarder.queue.untaken_s(self._of(generation))
+
+    def queue_limit(self, generation: OpenGeneration) -> int | None:
+        return self._of(generation).capacity()
+
+    # -- listeners -----------------------------------------------------------------------
+
+    @property
+    def listeners(self) -> tuple[Listener, ...]:
+        return self.forwarder.listeners
+
+    def number_for(self, listener: Listener) -> int:
+        return 0
+
+    def cannot_add(self, listeners: Collection[Listener]) -> str | None:
+        return None
+
+    def add(self, listener: Listener, *, dry_run: bool) -> None:
+        self.forwarder.add(listener)
+
+    def remove(self, listener: Listener) -> None:
+        """Have the newest generation empty it that has served it."""
+        served = [
+            number
+            for number, each in self._host.generations.items()
+            if each.record.serving_since and not each.ended and each.knows(listener.index)
+        ]
+        self.forwarder.remove(listener, self._channels[max(served)] if served else None)
+
+    def _mend(self, listener: Listener) -> None:
+        """Have a listener listen again that was shut down, or another in its place, or none.
+
+        Raises OSError where the system is out of something.
+        """
+        address = listener.settings.address
+        if listener.listen_again(0):
+            self._log.write("warning", "listens-again", listen=address)
+            return
+        try:
+            listener.bind_anew(0)
+        except OSError as error:
+            if error.errno in SCARCE:
+                raise
+            listener.lost = True
+            self._host.lost(listener, error.strerror or str(error))
+        else:
+            self._log.write("warning", "bound-anew", listen=address)
+            self._host.bound(listener)
+
+    def cannot_hold(self) -> str | None:
+        return None
+
+    def hold(self, on: bool) -> None:
+        self.forwarder.hold(on)
+
+    @property
+    def is_silent(self) -> bool:
+        return False
+
+    @property
+    def late_s(self) -> float:
+        return 0.0
+
+    def close_listeners(
+        self, serving: OpenGeneration | None, *, quick: bool, stay: bool = False
+    ) -> None:
+        self.forwarder.close_listeners(quick=quick, stay=stay)
+
+    # -- the whole -----------------------------------------------------------------------
+
+    @property
+    def forwarded(self) -> int | None:
+        return self.forwarder.forwarded
+
+    @property
+    def lost(self) -> int | None:
+        return self.forwarder.lost
+
+    @property
+    def idle_s(self) -> float:
+        return self.forwarder.idle_s
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return tuple(
+            f"{each.settings.address}: no client can connect; restart SocketProtector"
+            for each in self.listeners
+            if each.lost
+        )
+
+    def look(self) -> None:
+        self.forwarder.look()
+
+    def record(self) -> DeliveryRecord:
+        return DeliveryRecord(self.forwarder.record())
+
+    def descriptors(self) -> dict[str, int]:
+        found = self.forwarder.descriptors()
+        for number, channel in self._open_channels().items():
+            before = f"{inherited.CHANNEL}{number}."
+            found |= {f"{before}{name}": fd for name, fd in channel.descriptors().items()}
+        return found
+
+    def adopt(self, record: DeliveryRecord, left: Inherited, *, held: bool, closing: bool) -> None:
+        self.forwarder.adopt(record.forwarder, left)
+
+    def adopt_generation(
+        self, generation: OpenGeneration, descriptors: Mapping[str, int], *, draining: bool
+    ) -> bool:
+        if "read" not in descriptors:
+            for fd in descriptors.values():
+                os.close(fd)
+            return False
+        record, channel = generation.record, Channel.adopt(descriptors)
+        channel.knows = known_to(record.program)
+        self._channels[record.number] = channel
+        if draining:
+            self.forwarder.adopt_drained(channel)
+        if not (record.ended or record.released):
+            if channel.has_ended:  # its write end could not be stored in time
+                self._post(ChannelBroken(record.number))
+            else:
+                self._watch(record.number, channel)
+        return True
+
+    def close(self) -> tuple[str, ...]:
+        return self.forwarder.close()

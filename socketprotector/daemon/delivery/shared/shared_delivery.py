@@ -1,0 +1,273 @@
+"""The delivery where workers accept, from listening sockets that they share with the protector.
+
+No connection passes through the protector.  It says which socket of an address gets new clients,
+and each generation has one of two: socket_steering.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
+
+from ....core.events import BacklogEmptied
+from ....model.listen_fds import worker_variables
+from ....model.records import DeliveryRecord
+from ....model.settings import Settings
+from ....system.inherited import Inherited
+from ....system.listener import Listener
+from ...accept_counts import AcceptCounts
+from ...generation import OpenGeneration, known_to
+from ...listener_flags import ListenerFlags
+from ...socket_steering import SocketSteering
+from .. import LAST_S, QUIET_S, Delivery, Handles, Host
+from ..way import Way
+
+_CLOSE = "listeners-close"
+
+
+class SharedDelivery(Delivery):
+    """Owns the listeners; which generation accepts where, its steering knows."""
+
+    shares_listeners = True
+
+    def __init__(self, host: Host, listeners: Collection[Listener]) -> None:
+        self._host = host
+        self._loop, self._post = host.runtime.loop, host.runtime.post
+        self._listeners = list(listeners)
+        self.steering = SocketSteering(
+            lambda: self._listeners,
+            host.runtime,
+            bound=host.bound,
+            lost=host.lost,
+            untaken=host.untaken,
+        )
+        self._counts = AcceptCounts(lambda: self._listeners, host.own_connection)
+        self._flags = ListenerFlags(lambda: self._listeners, host.runtime)
+        self._route: int | None = None
+        self._stay = False  # the listeners that are ours outlive us
+
+    # -- a generation ----------------------------------------------------------------
+
+    def can_ask(self, listener: str) -> bool:
+        return self.steering.can_ask(listener)
+
+    def cannot_try(self) -> str | None:
+        for each in self._listeners:
+            if not each.has_sibling:
+                address = each.settings.address
+                return f"{address} has one socket for all generations, which accept directly"
+        return None
+
+    def open(self, generation: OpenGeneration, queue: int, *, fresh: bool) -> None:
+        number = self.steering.free
+        generation.update_record(socket_number=number)
+        self.steering.enter(generation.record.number, number, fresh=fresh)
+        others = [each for each in self._host.generations.values() if each is not generation]
+        taken = {mark for each in others for mark in each.record.marks}
+        marks = self._counts.enter(number, taken)
+        generation.update_record(marks=marks)
+        if not marks:  # it may serve clients that came to another one, whose mark they have
+            for each in others:
+                each.update_record(marks=())
+        self._flags.watch()
+
+    def worker_handles(
+        self, generation: OpenGeneration, slot: int, free: Iterator[int], settings: Settings
+    ) -> Handles:
+        number, socket_number = generation.record.number, generation.record.socket_number
+        wanted = sorted(known_to(generation.program) or ())
+        there = {each.index: each.socket_for(socket_number).fileno() for each in self._listeners}
+        if not there.keys() >= set(wanted):
+            why = "a listener was lost when the protector was killed; restart to have it"
+            raise OSError(errno.ENOTCONN, why)
+        self.steering.grow(number, generation.knows)
+        told = worker_variables(number, slot=slot, master_pid=os.getpid())
+        if settings.control is not None:
+            told["EINHORN_SOCK_PATH"] = settings.control.address.removeprefix("unix:")
+        return Handles({next(free): there[index] for index in wanted}, told, "LISTEN_PID")
+
+    def reach(
+        self, generation: OpenGeneration, listener: str, *, as_client: bool = False
+    ) -> Way | None:
+        if as_client:
+            return self.steering.reach(listener, generation.knows)
+        return self.steering.ask(generation.record.number, listener, generation.knows)
+
+    def route_to(self, generation: OpenGeneration | None, *, again: bool = False) -> None:
+        self._route = generation.record.number if generation is not None else None
+        if generation is not None:
+            number = generation.record.socket_number
+            self.steering.turn_to(number, again=again, knows=generation.knows)
+
+    def begin_drain(
+        self, generation: OpenGeneration, on_quiet: Callable[[], None], *, reads_on: bool
+    ) -> None:
+        self.steering.quiesce(generation.record.number, on_quiet, reads_on=reads_on)
+
+    def drain(self, generation: OpenGeneration) -> None:
+        generation.ends()
+        self.steering.leave(generation.record.number)
+
+    def release(self, generation: OpenGeneration) -> None:
+        self.steering.gone(generation.record.number)
+
+    def keeps(self, number: int) -> bool:
+        return False
+
+    # -- what is known of it -----------------------------------------------------------
+
+    def waiting(self, generation: OpenGeneration) -> int | None:
+        return self.steering.waiting(generation.record.number, generation.knows)
+
+    def active(self, generation: OpenGeneration) -> int | None:
+        return self._counts.active(generation.record.marks)
+
+    def untaken_s(self, generation: OpenGeneration) -> float | None:
+        serves = generation.record.number == self._route
+        return self.steering.accept_watch.seconds if serves else None
+
+    def queue_limit(self, generation: OpenGeneration) -> int | None:
+        return None
+
+    # -- listeners -----------------------------------------------------------------------
+
+    @property
+    def listeners(self) -> tuple[Listener, ...]:
+        return tuple(self._listeners)
+
+    def number_for(self, listener: Listener) -> int:
+        return self.steering.number_for(listener)
+
+    def cannot_add(self, listeners: Collection[Listener]) -> str | None:
+        hold = self.steering.hold
+        cannot = hold.refusal(listeners) if hold.on else None
+        return f"on hold, and {cannot}; release it first" if cannot is not None else None
+
+    def add(self, listener: Listener, *, dry_run: bool) -> None:
+        self._listeners.append(listener)
+        self.steering.expect(listener, dry_run=dry_run)
+
+    def remove(self, listener: Listener) -> None:
+        """Its workers accept the backlog, as long as they live."""
+        self._listeners.remove(listener)
+        listener.refuse_new()
+        self._close(listener)
+
+    def cannot_hold(self) -> str | None:
+        return self.steering.hold.cannot()
+
+    def hold(self, on: bool) -> None:
+        self.steering.turn_hold(on)
+
+    @property
+    def is_silent(self) -> bool:
+        return self.steering.holds
+
+    @property
+    def late_s(self) -> float:
+        return self.steering.hold.late_s
+
+    def close_listeners(
+        self, serving: OpenGeneration | None, *, quick: bool, stay: bool = False
+    ) -> None:
+        self._stay = stay
+        if quick:
+            self.steering.give_back()
+            if not stay:  # else the next start has them, though a worker shuts them
+                self.steering.end()
+            self._close_listeners()
+            return
+        # Later clients are the next start's, or those of the sockets' owner.
+        over = self._leave_the_rest if stay else self._refuse_new
+        if serving is not None and (stay or self.steering.share):
+            self.steering.quiesce_last(serving.record.number, over)
+        else:
+            over()
+
+    def _leave_the_rest(self) -> None:
+        """All that came before were accepted; the others are the next start's."""
+        self._close_listeners()
+        self._post(BacklogEmptied())
+
+    def _refuse_new(self) -> None:
+        """Close the listeners once no client that has connected waits for workers any more."""
+        self.steering.end()
+        refused = [each.refuse_new() for each in self._listeners if not each.settings.foreign]
+        self._close_when_empty(math.inf if all(refused) else time.monotonic() + LAST_S)
+
+    def _close_when_empty(self, latest: float, *, again: bool = False) -> None:
+        # One that was passed in may never be empty: its owner goes on listening.
+        awaited = [e for e in self._listeners if not (e.settings.foreign or e.lost)]
+        empty = again and not any(each.has_waiting() for each in awaited)
+        if empty or not awaited or time.monotonic() > latest:
+            self._leave_the_rest()
+            return
+        look = partial(self._close_when_empty, latest, again=True)
+        self._loop.call_after(_CLOSE, QUIET_S, look)
+
+    def _close_listeners(self) -> None:
+        """Close all but those that stay."""
+        self._loop.cancel(_CLOSE)
+        for each in self.listeners:
+            if each.settings.foreign or not self._stay:
+                self._listeners.remove(each)
+                self._close(each)
+
+    def _close(self, listener: Listener) -> None:
+        for each in listener.sockets:
+            self._loop.unwatch(each.fileno())
+        listener.close()
+
+    # -- the whole -----------------------------------------------------------------------
+
+    @property
+    def forwarded(self) -> int | None:
+        return None
+
+    @property
+    def lost(self) -> int | None:
+        return None
+
+    @property
+    def idle_s(self) -> float:
+        return 0.0
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return self.steering.warnings
+
+    def look(self) -> None:
+        pass  # clients need nothing of ours
+
+    def record(self) -> DeliveryRecord:
+        return DeliveryRecord(steering=self.steering.record(), nonblocking=self._flags.record())
+
+    def descriptors(self) -> dict[str, int]:
+        return {n: fd for each in self._listeners for n, fd in each.descriptors().items()}
+
+    def adopt(self, record: DeliveryRecord, left: Inherited, *, held: bool, closing: bool) -> None:
+        self._flags.adopt(record.nonblocking)  # first: a worker may be about to accept
+        self.steering.adopt_record(record.steering, held=held)
+        if closing:
+            self.steering.end()  # what is shut down, we may have
+
+    def adopt_generation(
+        self, generation: OpenGeneration, descriptors: Mapping[str, int], *, draining: bool
+    ) -> bool:
+        for fd in descriptors.values():  # earlier programs made a channel that no worker had
+            os.close(fd)
+        if not (generation.ended or generation.record.released):
+            self.steering.adopt(generation.record.number, generation.record.socket_number)
+        return True
+
+    def close(self) -> tuple[str, ...]:
+        self.steering.end()
+        self._close_listeners()
+        current = self.steering.current
+        left = tuple(filter(None, [each.leave(current) for each in self._listeners]))
+        self._listeners.clear()
+        return left

@@ -146,8 +146,11 @@ class Asking:
 
     def _give_up(self) -> None:
         """Let time tell, where it may."""
-        if self._generation is not None and self._generation.program.ready == "any":
-            self._not_asked(self._generation.record.number)
+        generation, way = self._generation, self._way
+        if generation is None or generation.program.ready != "any":
+            return
+        if way is None or not way.is_closed():
+            self._not_asked(generation.record.number)
 
     def _again(self, why: str, what: Callable[[], None]) -> None:
         self._is_not_ready(why)

@@ -68,6 +68,12 @@ class SocketRestoring:
         elif made is None:
             self._before[_MADE, listener.index] = socket_snapshot.take(one)
 
+    def closing(self, listener: Listener, socket_number: int) -> Snapshot:
+        """Return what keeps clients out of a socket, unless it is as when the socket was made."""
+        found: Snapshot = socket_snapshot.closing(listener.socket_for(socket_number))
+        made = self._before.get((_MADE, listener.index), found)
+        return {name: content for name, content in found.items() if content != made.get(name)}
+
     def end(
         self, generation: int, socket_number: int, others: Collection[int], *, gone: bool
     ) -> None:
@@ -85,7 +91,7 @@ class SocketRestoring:
                     listener = by_index[key[1]]
                     if not listener.has_sibling:
                         listener.let_in()
-                    self._restore(listener, socket_number, self._before[key])
+                    self._restore(listener, socket_number, self._before[key], say=gone)
         else:
             gone = True
         for key in mine if gone else ():
@@ -100,7 +106,9 @@ class SocketRestoring:
             for one in listener.sockets:
                 socket_snapshot.raise_backlog(one, made)
 
-    def _restore(self, listener: Listener, socket_number: int, before: Snapshot) -> None:
+    def _restore(
+        self, listener: Listener, socket_number: int, before: Snapshot, *, say: bool = True
+    ) -> None:
         """Restore a socket's options; else replace the socket, or log which options stay."""
         one, count = listener.socket_for(socket_number), len(listener.sockets)
         stays = socket_snapshot.restore(one, before)
@@ -117,7 +125,7 @@ class SocketRestoring:
             if listener.lost or len(listener.sockets) != count:
                 return  # what is left is the one of the generation that serves
             stays = socket_snapshot.restore(listener.socket_for(socket_number), before)
-        if stays:
+        if stays and say:
             address, options = listener.settings.address, " ".join(stays)
             hint = "restart SocketProtector to have another socket"
             self._log.write("warning", "not-restored", listen=address, options=options, hint=hint)

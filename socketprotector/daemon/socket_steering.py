@@ -275,8 +275,14 @@ class SocketSteering:
         waits = partial(_waits, asked, address)
         way = Way(address, mark, waits, partial(self._stop_asking, mark))
         # While it is in no group the kernel gives what has this mark to the other one.
-        times = found.joined[socket_number]
-        way.holds = lambda: found.joined[socket_number] == times and found.is_alive(socket_number)
+        times, closing = found.joined[socket_number], self._restoring.closing
+        closed = closing(found, socket_number)
+        way.holds = lambda: (
+            found.joined[socket_number] == times
+            and found.is_alive(socket_number)
+            and closing(found, socket_number) == closed
+        )
+        way.is_closed = lambda: bool(closed)
         return way
 
     def can_ask(self, name: str) -> bool:

@@ -125,6 +125,11 @@ def take(one: socket.socket) -> Snapshot:
     return found
 
 
+def closing(one: socket.socket) -> Snapshot:
+    """Return those of its options that keep clients out unless they are as they were."""
+    return {name: content for name, content in take(one).items() if name in KEEPS_CLIENTS_OUT}
+
+
 def restore(one: socket.socket, before: Snapshot) -> list[str]:
     """Set the options of a listening socket as they were; return the names of those that stay."""
     changed = []

@@ -1974,6 +1974,7 @@ def test_a_common_one_that_answers_signed_clients_alone_is_replaced_if_that_is_s
     ignore_clients(world.listener.socket)
 
     world.steering.leave(2)
+    world.steering.gone(2)
 
     assert world.log.events == (["bound-anew"] if spare else ["not-restored"])
     assert world.stranded == (1 if spare else 0)
@@ -2110,8 +2111,30 @@ def test_an_option_of_a_common_socket_that_cannot_be_restored_is_a_warning(world
     common.setsockopt(socket.SOL_SOCKET, 44, 1)  # SO_LOCK_FILTER
 
     world.steering.leave(2)
+    world.steering.gone(2)
 
     assert world.log.events == ["not-restored"]
+
+
+def test_what_is_answered_before_workers_keep_clients_out_counts_for_nothing(
+    reloaded: World,
+) -> None:
+    before = reloaded.steering.ask(2, "")
+    assert before is not None
+    assert (before.holds(), before.is_closed()) == (True, False)
+
+    ignore_clients(reloaded.listener.socket_for(1))
+
+    assert not before.holds()
+    before.close()
+    anew = reloaded.steering.ask(2, "")
+    assert anew is not None
+    assert (anew.holds(), anew.is_closed()) == (True, True)
+    anew.close()
+    reloaded.resume((1, 0), (2, 1))
+    later = reloaded.steering.ask(2, "")
+    assert later is not None
+    assert later.is_closed()
 
 
 def test_a_socket_listens_again_with_its_own_limit(world: World) -> None:

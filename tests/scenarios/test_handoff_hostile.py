@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 
 from tests import needs
+from tests.boundary.listening import ignore_clients
 from tests.procfs import wake_ups
-from tests.running import Protector, ask, eventually, wait_gone
+from tests.running import FAIR_START_S, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import kill_protector, revived, upgrade
 from tests.scenarios.managers import Giver, Service
 from tests.scenarios.tools import Gate, Release, pid_in, spawned, worker
@@ -223,6 +224,32 @@ def test_a_release_on_a_device_that_is_gone_fails_and_is_not_taken_for_ready(
         daemon.signal(signal.SIGUSR2)
     daemon.log.wait_for("event=reload-failed generation=2 .*broke its listening socket")
 
+    assert served(("127.0.0.1", daemon.port)) in spawned(daemon)
+    daemon.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["", "upgraded", "killed"])
+def test_time_alone_does_not_make_a_release_ready_whose_clients_would_have_to_sign(
+    protector: Starter, tmp_path: Path, how: str
+) -> None:
+    """No question reaches it, and no client would; nor does one of a program that comes later."""
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        ignore_clients(one)  # else there is no such option
+    release = Release(tmp_path / "daemon")
+    release.becomes(*GOOD)
+    words = ("--guard", "--handoff", "listener", *QUICK, "--start-timeout", f"{FAIR_START_S}s")
+    daemon = protector(*words, "127.0.0.1:0", "--", release.path).ready()
+    release.becomes(*worker("breaks_its_socket", "signed"))
+    daemon.signal(signal.SIGHUP)
+    daemon.log.wait_for("^waits$")
+    if how == "upgraded":
+        upgrade(daemon)
+    elif how == "killed":
+        revived(daemon, kill_protector(daemon))
+    daemon.log.wait_for("event=(reload-failed|reloaded) generation=2")
+
+    assert daemon.log.count("event=reload-failed") == 1
     assert served(("127.0.0.1", daemon.port)) in spawned(daemon)
     daemon.stop()
 

@@ -15,7 +15,7 @@ PROBE = "SOCKETPROTECTOR_PROBE"
 #: Questions come one after the other; those of a command may be a few at once.
 BACKLOG = 16
 #: Of what was asked when the asked socket has left its SO_REUSEPORT group: maybe of another one.
-SHUT_DOWN = "its listening socket was shut down meanwhile"
+SHUT_DOWN = "its listening socket was shut down or closed to clients meanwhile"
 
 
 @mutable
@@ -33,6 +33,8 @@ class Way:
     #: Whether what was answered until now was answered by this generation: else it counts for
     #: nothing, and what comes later does not either.
     holds: Callable[[], bool] = lambda: True
+    #: Whether workers have set what keeps clients out: time must not tell that they are ready.
+    is_closed: Callable[[], bool] = lambda: False
 
     @property
     def is_unix(self) -> bool:

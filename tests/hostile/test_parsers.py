@@ -24,9 +24,9 @@ from socketprotector.model.einhorn import ack
 from socketprotector.system.sd_notify import parse
 from tests.hostile import instance as false
 
-FEW = examples(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+# What is given here replaces what the profile suppresses.
+SUPPRESSED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+FEW = examples(max_examples=60, deadline=None, suppress_health_check=SUPPRESSED)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import field
 from enum import Enum
 from operator import attrgetter
 
-from ..model.lazy_dataclass import frozen, replace
+from ..model.lazy_dataclass import field, frozen, replace
 from ..model.policy import Policy as Policy
 from .events import Deadline
 

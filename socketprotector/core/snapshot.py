@@ -9,12 +9,10 @@ read a class or a value that it does not know.  So what is new has a field of it
 
 from __future__ import annotations
 
-from dataclasses import field
-
 from ..model import settings
 from ..model.codec import Codec
 from ..model.history import Crash, History, Reload
-from ..model.lazy_dataclass import frozen
+from ..model.lazy_dataclass import field, frozen
 from ..model.records import (
     Counts,
     DeliveryRecord,

@@ -6,9 +6,8 @@ Pure.  `status` shows the result; the progress of commands and the page read it 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import field
 
-from ..model.lazy_dataclass import frozen
+from ..model.lazy_dataclass import field, frozen
 from .events import Deadline, TimerKind
 from .fleet import Fleet, Generation, LameDuck, Phase, State, Stop
 from .reload import in_the_way

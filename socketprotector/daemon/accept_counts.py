@@ -14,9 +14,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import field
 
-from ..model.lazy_dataclass import mutable
+from ..model.lazy_dataclass import field, mutable
 from ..system import accept_marks
 from ..system.listener import Listener
 from .accept_watch import ASKING_SHARE

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, field
 
-from ..model.lazy_dataclass import mutable
+from ..model.lazy_dataclass import KW_ONLY, field, mutable
 from ..system.loop import Loop
 from ..system.sock_diag import Line, stands
 from .delivery import NEVER_TAKEN_S, UNTAKEN_S

@@ -9,11 +9,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import KW_ONLY, field
 
 from socketprotector_client import wire
 
-from ..model.lazy_dataclass import mutable
+from ..model.lazy_dataclass import KW_ONLY, field, mutable
 from ..system.channel import SEND_FLAGS, Channel, rights_of
 from ..system.listener import Listener, accept_of
 from ..system.loop import Loop

@@ -8,9 +8,8 @@ ours connects in a way by which the kernel knows which generation is meant.
 from __future__ import annotations
 
 import socket
-from dataclasses import field
 
-from ..model.lazy_dataclass import mutable
+from ..model.lazy_dataclass import field, mutable
 from ..model.question import Question
 from ..system.cleanup import on_error
 from ..system.helper import Ended

@@ -11,9 +11,8 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Hashable
-from dataclasses import field
 
-from ..model.lazy_dataclass import mutable
+from ..model.lazy_dataclass import field, mutable
 from ..model.settings import Settings, SettingsError, dump, load
 from ..model.text import in_units
 from ..system import inherited

@@ -10,7 +10,6 @@ recovery.py.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable
 
@@ -352,7 +351,7 @@ class Effects:
     def _late_s(self) -> float:
         """For how long a graceful stop lets clients in that a hold has kept out."""
         stop_s = self.live_settings.settings.policy.stop_timeout_s
-        return min(self.delivery.late_s, stop_s / 2 if stop_s else math.inf)
+        return min(self.delivery.late_s, stop_s / 2 if stop_s else float("inf"))
 
     def _listener_lost(self, listener: Listener, reason: str) -> None:
         """A listener gets no clients any more; if none does, our supervisor must act."""

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import field
 
-from ..model.lazy_dataclass import mutable
+from ..model.lazy_dataclass import field, mutable
 from ..model.records import HoldRecord
 from ..system.listener import SCARCE, Listener
 

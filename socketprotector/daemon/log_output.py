@@ -11,10 +11,9 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
-from dataclasses import field
 
 from ..model import text
-from ..model.lazy_dataclass import mutable
+from ..model.lazy_dataclass import field, mutable
 from ..model.log_format import is_own
 from ..model.settings import Settings
 from ..system import inherited

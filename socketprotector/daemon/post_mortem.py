@@ -12,13 +12,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY
 from functools import partial
 
 from ..core.events import WorkerExited
 from ..model import known_servers
 from ..model.history import Crash, History
-from ..model.lazy_dataclass import mutable
+from ..model.lazy_dataclass import KW_ONLY, mutable
 from ..model.records import WorkerRecord
 from ..model.text import LAST_WORDS, escape
 from ..system.orphans import Orphans

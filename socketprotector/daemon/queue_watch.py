@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import KW_ONLY
 
-from ..model.lazy_dataclass import mutable
+from ..model.lazy_dataclass import KW_ONLY, mutable
 from ..system.channel import Channel
 from ..system.loop import Loop
 from .delivery import NEVER_TAKEN_S, UNTAKEN_S

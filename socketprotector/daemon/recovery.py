@@ -12,12 +12,11 @@ import os
 import signal
 from collections.abc import Collection, Iterator
 from contextlib import suppress
-from dataclasses import field
 
 from ..core.events import ChannelBroken, Event, OpenFailed, SettleFailed, WorkerExited
 from ..core.fleet import Phase, State
 from ..core.snapshot import Snapshot
-from ..model.lazy_dataclass import mutable
+from ..model.lazy_dataclass import field, mutable
 from ..model.records import GenerationRecord, WorkerRecord
 from ..model.text import LAST_WORDS
 from ..system import inherited

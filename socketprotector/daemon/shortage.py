@@ -12,9 +12,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import KW_ONLY, field
 
-from ..model.lazy_dataclass import mutable
+from ..model.lazy_dataclass import KW_ONLY, field, mutable
 from ..system.helper import BackOff
 from .runtime import Runtime
 

@@ -13,14 +13,13 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import KW_ONLY, field
 
 from ..core.actions import Action, Hold, Open, ReadSettings, Report, ReportKind, RouteTo, Spawn
 from ..core.decide import decide, resume
 from ..core.events import HandingOver, Launched, ReloadRequested, ScaleRequested, StopRequested
 from ..core.fleet import Fleet
 from ..model import fd_budget
-from ..model.lazy_dataclass import mutable
+from ..model.lazy_dataclass import KW_ONLY, field, mutable
 from ..model.text import in_units
 from ..system import signals
 from ..system.polling import events_of

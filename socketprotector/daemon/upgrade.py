@@ -10,11 +10,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import KW_ONLY
 
 from .. import __version__
 from ..model.errors import what_failed
-from ..model.lazy_dataclass import mutable
+from ..model.lazy_dataclass import KW_ONLY, mutable
 from ..model.text import in_units
 from ..system import executable, inherited, privileges
 from ..system.helper import HelperProcess, last_line

@@ -17,12 +17,11 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import field
 from itertools import count
 
 from socketprotector_client import wire
 
-from ..model.lazy_dataclass import mutable
+from ..model.lazy_dataclass import field, mutable
 from ..model.listen_fds import FIRST_FD
 from ..model.records import WorkerRecord
 from ..model.settings import Settings

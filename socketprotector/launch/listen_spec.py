@@ -10,12 +10,11 @@ import os
 import pwd
 import re
 from collections.abc import Sequence
-from dataclasses import field
 from typing import Any
 from urllib.parse import parse_qsl
 
 from ..model.errors import UsageError
-from ..model.lazy_dataclass import frozen
+from ..model.lazy_dataclass import field, frozen
 from ..model.text import shortened, whole
 from . import socket_options
 from .option_values import octal

@@ -10,7 +10,6 @@ Pure.  One serializer for all values that outlive a program.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
@@ -26,7 +25,8 @@ FORMAT = 3
 
 
 def _float(value: float) -> str:
-    return float.__repr__(value) if math.isfinite(value) else json.dumps(value)
+    finite = value - value == 0
+    return float.__repr__(value) if finite else json.dumps(value)
 
 
 #: What json.dumps() would say, without its preparations.

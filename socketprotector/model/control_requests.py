@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import field
 
-from .lazy_dataclass import frozen
+from .lazy_dataclass import field, frozen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

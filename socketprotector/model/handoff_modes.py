@@ -11,9 +11,8 @@ have: a new mode is a new value here, and a new capability where an existing one
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import field
 
-from .lazy_dataclass import frozen
+from .lazy_dataclass import field, frozen
 
 
 @frozen

@@ -1,29 +1,36 @@
-"""Dataclasses with slots that compile nothing when they are defined.
+"""Dataclasses that compile nothing when they are defined, and make no second class.
 
 `@dataclass` compiles the functions of each class in each process: six for an immutable class.  The
 resident process has more than a hundred classes, and accepts no client while a new program starts,
 at an upgrade or after a kill.  So comparing, hashing and showing a value is written here once for
 all classes.  `__init__` is compiled with the second object of a class, because most classes have
-one object or none.  What `dataclasses` wants to know of a class is found out when it first asks.
+one object or none.  What `dataclasses` wants to know of a class is found out when it first asks,
+and the module is loaded then: that costs 0.14 MB.
 
 With `@dataclass(slots=True)` instead, a program that resumes needs 1.24 times the CPU: 313 ms
 against 261, on a busy machine with Python 3.11.  The medians of `python -m bench upgrade survive`
 become 1.46 and 1.15 times as long, by 228 and 220 ms.  RssAnon of an idle protector grows by
 0.8 MB.  These are medians of 25 pairs, the two alternating in one run.
+
+Slots would take a second class in the place of each, because `__slots__` is read when a class is
+made; the first one is garbage of 2 KB that is never collected.  Since Python 3.11 a value without
+slots is as small.
 """
 
 from __future__ import annotations
 
-from dataclasses import MISSING, Field, dataclass, field
 from operator import attrgetter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from dataclasses import KW_ONLY as KW_ONLY
     from dataclasses import replace as replace
     from typing import Any, TypeVar, dataclass_transform
 
     _T = TypeVar("_T")
 else:
+    KW_ONLY = None  # an annotation, which nobody evaluates
 
     def dataclass_transform(**_):
         """Do nothing: `typing` would cost the resident process a megabyte."""
@@ -34,27 +41,44 @@ else:
 
         That asks for what `dataclasses` knows of a class, and loads `inspect` in Python 3.12.
         """
-        return type(one)(**{name: getattr(one, name) for name in one.__slots__} | changes)
+        return type(one)(**{name: getattr(one, name) for name in one._names} | changes)
+
+
+#: Stands for a value that is not given.
+_MISSING: Any = object()
+
+
+class _Factory:
+    """Stands for a default that is made for each object."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.make = make
+
+
+def field(*, default_factory: Callable[[], _T]) -> _T:
+    """Have a field's default made for each object."""
+    return _Factory(default_factory)  # type: ignore[return-value]
 
 
 @dataclass_transform(eq_default=False, field_specifiers=(field,))
 def mutable(cls: type[_T]) -> type[_T]:
-    """Have the annotated fields as slots, set by `__init__`; to be written above the class.
+    """Have the annotated fields set by `__init__`; to be written above the class.
 
     There are no inherited fields, and field() is for a default_factory alone.
     """
+    made: Any = cls
     names = positional = tuple(cls.__annotations__)
-    body: Any = {**vars(cls)}
-    for name in ("__dict__", "__weakref__"):
-        body.pop(name, None)
     if "_" in names:  # KW_ONLY
         at = names.index("_")
         positional, names = names[:at], names[:at] + names[at + 1 :]
-    defaults = {name: body.pop(name) for name in names if name in body}
-    body |= {"__slots__": names, "__match_args__": positional, "__init__": _first}
-    body |= {"_defaults": defaults, "__dataclass_fields__": _Fields()}
-    make: Any = type(cls)
-    return make(cls.__name__, cls.__bases__, body)  # type: ignore[no-any-return]
+    body = vars(cls)
+    made._defaults = {name: body[name] for name in names if name in body}
+    for name in made._defaults:
+        delattr(cls, name)
+    made._names, made.__init__ = names, _first
+    made.__match_args__ = positional  # type: ignore[misc]
+    made.__dataclass_fields__ = _Fields()
+    return cls
 
 
 class _Fields:
@@ -63,9 +87,17 @@ class _Fields:
     __slots__ = ()
 
     def __get__(self, one: object, cls: Any) -> Any:
-        body = {"__doc__": "Has one, or it would be made.", "__module__": cls.__module__}
-        body |= {"__annotations__": cls.__annotations__, **cls._defaults}
-        plain: Any = dataclass(init=False, repr=False, eq=False)(type(cls.__name__, (), body))
+        import dataclasses
+
+        body: dict[str, Any] = {"__annotations__": dict.fromkeys(cls._names, "object")}
+        for name in cls._names:
+            default = cls._defaults.get(name, dataclasses.MISSING)
+            how: dict[str, Any] = {"default": default}
+            if isinstance(default, _Factory):
+                how = {"default_factory": default.make}
+            body[name] = dataclasses.field(kw_only=name not in cls.__match_args__, **how)
+        made: Any = type(cls.__name__, (), body)
+        plain: Any = dataclasses.dataclass(init=False, repr=False, eq=False)(made)
         cls.__dataclass_fields__ = plain.__dataclass_fields__
         return cls.__dataclass_fields__
 
@@ -78,7 +110,7 @@ def frozen(cls: type[_T]) -> type[_T]:
     """
     made: Any = mutable(cls)
     #: Takes all fields at once.
-    made._of = attrgetter(*(made.__slots__ or ["__class__"]))
+    made._of = attrgetter(*(made._names or ["__class__"]))
     made.__eq__, made.__hash__, made.__repr__ = _equal, _hash, _show
     return made  # type: ignore[no-any-return]
 
@@ -88,13 +120,13 @@ def _first(self: Any, *values: Any, **named: Any) -> None:
     cls.__init__ = _second
     given = {**dict(zip(cls.__match_args__, values, strict=False)), **named}
     wrong = len(given) < len(values) + len(named)
-    for name in cls.__slots__:
-        value: Any = given.pop(name, MISSING)
-        if value is MISSING:
-            value = cls._defaults.get(name, MISSING)
-            if isinstance(value, Field):
-                value = value.default_factory()  # type: ignore[operator]
-        wrong |= value is MISSING
+    for name in cls._names:
+        value: Any = given.pop(name, _MISSING)
+        if value is _MISSING:
+            value = cls._defaults.get(name, _MISSING)
+            if isinstance(value, _Factory):
+                value = value.make()
+        wrong |= value is _MISSING
         setattr(self, name, value)
     if wrong or given:
         init_of(cls)(self, *values, **named)  # raises what Python says of such arguments
@@ -113,14 +145,14 @@ def init_of(cls: type) -> Any:
     made: Any = cls
     parameters, lines = ["self"], ["pass"]
     known: dict[str, Any] = {}
-    for number, name in enumerate(made.__slots__):
+    for number, name in enumerate(made._names):
         value = name
         if number == len(made.__match_args__):
             parameters.append("*")
         parameters.append(f"{name}=_default_{name}" if name in made._defaults else name)
         default = known[f"_default_{name}"] = made._defaults.get(name)
-        if isinstance(default, Field):
-            known[f"_make_{name}"] = default.default_factory
+        if isinstance(default, _Factory):
+            known[f"_make_{name}"] = default.make
             value = f"_make_{name}() if {name} is _default_{name} else {name}"
         lines.append(f"self.{name} = {value}")
     if hasattr(cls, "__post_init__"):
@@ -139,7 +171,7 @@ def as_dict(one: Any) -> dict[str, Any]:
 
     As dataclasses.asdict(), but nothing is copied: that loads a module of 170 KB.
     """
-    return {name: _as_plain(getattr(one, name)) for name in one.__slots__}
+    return {name: _as_plain(getattr(one, name)) for name in one._names}
 
 
 def _as_plain(value: Any) -> Any:
@@ -161,5 +193,5 @@ def _hash(self: Any) -> int:
 
 
 def _show(self: Any) -> str:
-    shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.__slots__)
+    shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in self._names)
     return f"{self.__class__.__qualname__}({shown})"

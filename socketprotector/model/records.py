@@ -6,13 +6,11 @@ again.  Times are CLOCK_MONOTONIC seconds where nothing else is said: they hold 
 
 from __future__ import annotations
 
-from dataclasses import field
-
 from socketprotector_client import wire
 
 from .handoff_modes import MODES, HandoffMode
 from .history import History
-from .lazy_dataclass import frozen
+from .lazy_dataclass import field, frozen
 from .settings import Identity, Settings
 
 

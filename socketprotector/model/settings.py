@@ -10,11 +10,10 @@ other way round is refused in words, or an option would be dropped without a wor
 from __future__ import annotations
 
 import json
-from dataclasses import field
 
 from .codec import FORMAT, Codec, DecodeError, NewerError, decoding, need_format, refusal
 from .handoff_modes import MODES, HandoffMode
-from .lazy_dataclass import frozen
+from .lazy_dataclass import field, frozen
 from .policy import Policy
 
 

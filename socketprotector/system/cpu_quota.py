@@ -9,7 +9,6 @@ Source: kernel documentation, admin-guide/cgroup-v2 (cpu.max) and scheduler/sche
 
 from __future__ import annotations
 
-import math
 import os
 from contextlib import suppress
 
@@ -72,7 +71,7 @@ class Quota:
     def processors(self) -> float:
         """Return how many processors' worth of time we have; infinity where nothing limits it."""
         self._find()
-        least = math.inf
+        least = float("inf")
         for files in self._files:
             # "max" is no number, and the root has no such file.
             with suppress(OSError, ValueError):

@@ -14,12 +14,11 @@ import struct
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, field
 
 from ...model import control_requests
 from ...model.control_requests import COMMANDS, STATUS_COMMANDS, Request, RequestError
 from ...model.einhorn import ack
-from ...model.lazy_dataclass import mutable
+from ...model.lazy_dataclass import KW_ONLY, field, mutable
 from ...system.foreign_descriptors import dropping, refuse_descriptors
 from ...system.listener import AGAIN, Listener
 from ...system.loop import READ, WRITE, Loop

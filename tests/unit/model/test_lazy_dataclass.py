@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import KW_ONLY, asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any
 
 import pytest
 
 from socketprotector.model.history import History, Reload
-from socketprotector.model.lazy_dataclass import as_dict, frozen, mutable, replace
+from socketprotector.model.lazy_dataclass import as_dict, field, frozen, mutable, replace
 from socketprotector.model.settings import ListenerSettings, Settings
 from tests.together import together
 
@@ -43,7 +43,7 @@ class _One:
     x: object
 
 
-def _plain() -> type[Any]:
+def _plain(field: Callable[..., list[int]]) -> type[Any]:
     """A class whose fields are yet to be made; what they make of them is in `x`."""
 
     class Part:
@@ -62,11 +62,11 @@ def _plain() -> type[Any]:
 
 def _part() -> Callable[..., Any]:
     """One of which there is no object yet."""
-    return mutable(_plain())
+    return mutable(_plain(field))
 
 
 #: The same as the standard library has it.
-_STANDARD = dataclass(slots=True)(_plain())
+_STANDARD = dataclass(_plain(dataclasses.field))
 #: From how many objects of a class on each is made in the same way.
 LIKE = 3
 
@@ -106,13 +106,12 @@ def test_each_has_a_default_of_its_own_where_that_is_made() -> None:
     assert made == [[n] for n in range(LIKE)]
 
 
-def test_what_may_change_is_the_same_as_nothing_else_and_has_no_dictionary() -> None:
+def test_what_may_change_is_the_same_as_nothing_else() -> None:
     part = _part()
     one = part(1, c=3)
     assert one == one
     assert one != part(1, c=3)
     assert len({one, part(1, c=3)}) == 2
-    assert not hasattr(one, "__dict__")
 
 
 def test_values_of_one_class_are_equal_by_their_fields() -> None:
@@ -152,7 +151,17 @@ def test_as_dict_is_that_of_dataclasses() -> None:
         assert as_dict(value) == asdict(value)
 
 
-def test_they_are_dataclasses_without_a_dictionary() -> None:
+def test_they_are_dataclasses_for_who_asks() -> None:
     assert dataclasses.replace(_Point(1), y=3) == _Point(1, 3)
     assert asdict(_Point(1)) == {"x": 1, "y": 0}
-    assert not hasattr(_Point(1), "__dict__")
+    part: Any = _part()
+    fields = {each.name: each for each in dataclasses.fields(part)}
+    assert list(fields) == ["a", "b", "c", "d", "x"]
+    assert fields["b"].default_factory is list
+    assert [fields[name].kw_only for name in "ac"] == [False, True]
+
+
+def test_no_second_class_is_made() -> None:
+    plain = _plain(field)
+    assert mutable(plain) is plain
+    assert not hasattr(plain, "d")  # its default is not the value of an attribute that is not set

@@ -7,7 +7,6 @@ and each generation has one of two: socket_steering.py.
 from __future__ import annotations
 
 import errno
-import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -197,7 +196,7 @@ class SharedDelivery(Delivery):
         """Close the listeners once no client that has connected waits for workers any more."""
         self.steering.end()
         refused = [each.refuse_new() for each in self._listeners if not each.settings.foreign]
-        self._close_when_empty(math.inf if all(refused) else time.monotonic() + LAST_S)
+        self._close_when_empty(float("inf") if all(refused) else time.monotonic() + LAST_S)
 
     def _close_when_empty(self, latest: float, *, again: bool = False) -> None:
         # One that was passed in may never be empty: its owner goes on listening.

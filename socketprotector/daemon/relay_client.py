@@ -15,6 +15,7 @@ Source: proc(5) for a process's state, pipe(7), epoll(7) for one in another.
 from __future__ import annotations
 
 import os
+import resource
 import select
 import signal
 import socket
@@ -22,6 +23,7 @@ import struct
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Set
+from contextlib import suppress
 
 from ..model.fd_budget import LEFT_BEHIND
 from ..model.lazy_dataclass import frozen
@@ -33,6 +35,7 @@ from ..system.process import Process
 from .runtime import Runtime
 
 _STDERR = 2
+_NOFILE = resource.RLIMIT_NOFILE
 _LINE_FD = 3
 _DESCRIPTOR = struct.Struct("i")
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
@@ -48,10 +51,13 @@ _LONGEST_S = 10.0
 #: How soon to tell it again what its line had no room for, and to look at a pipe that the last
 #: writer has left and that is not read to its end.
 _AGAIN_S = 0.1
+#: How soon to tell it again what it had no descriptor for.
+_ROOM_S = 1.0
 #: How long the end waits for the relay, which ends at once unless a process still writes.
 _END_S = 3.0
 #: What it is told: a worker's pipe, to close it, a question for its last words, where lines go.
 _PIPE, _CLOSE, _WORDS, _PLACE = "+", "-", "?", "="
+_SHORT_HINT = "raise its limit of descriptors, where this has not: what it cannot read waits"
 _CLOSED_HINT = (
     "a process that writes there gets SIGPIPE; see: ls -l /proc/*/fd/* | grep pipe:.{pipe}"
 )
@@ -95,6 +101,7 @@ class LogRelay:
         #: Readable as soon as there is something in a pipe.
         self._written = select.epoll()
         self._stood = False  # it was stopped when we last looked
+        self._short = False  # it had no descriptor for what it was told
 
     # -- begin and go on -----------------------------------------------------
 
@@ -183,7 +190,7 @@ class LogRelay:
         self._log.write("error", "relay-ended", pid=self._helper.process.pid)
         if self._helper.proven:
             self._back_off.reset()
-        self._helper, self._stood = None, False
+        self._helper, self._stood, self._short = None, False, False
         self._hang_up()
         self._persist()
         self._start_again()
@@ -372,8 +379,23 @@ class LogRelay:
         if not data:
             self._loop.unwatch(self._line.fileno())  # it dies, which its pidfd tells
             return
+        kind = chr(data[0])
+        if kind in (_PIPE, _PLACE):
+            self._tell_again(kind, int(data[1:]))
+            return
         number, _, said = data.partition(b"\n")
         self._told(int(number), said)
+
+    def _tell_again(self, kind: str, number: int) -> None:
+        """Repeat what it had no descriptor for: we have the pipe, and nothing in it is lost."""
+        if not self._short and self._helper is not None:
+            pid = self._helper.process.pid
+            self._log.write("warning", "relay-short", pid=pid, hint=_SHORT_HINT)
+            with suppress(OSError, ValueError):  # it had ours, until somebody lowered it
+                resource.prlimit(pid, _NOFILE, resource.getrlimit(_NOFILE))
+        self._short = True
+        self._unsaid.append((kind, number))
+        self._loop.call_after("relay-line", _ROOM_S, self._say)
 
     def _told(self, number: int, said: bytes) -> None:
         asked = self._asked.get(number)

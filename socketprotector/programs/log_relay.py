@@ -17,6 +17,9 @@ SEQPACKET socket on which the protector says:
                              the last bytes of all that was in its pipe by then, which have been
                              passed on before
 
+A descriptor that it has no room for it never gets: it says the + or = again, with the number, and
+is to be told once more.
+
 KIND says where lines go: `syslog`, `journal` (a stream that wants <N> first), or `lines`: the
 latter two are stdout at first.
 """
@@ -183,15 +186,17 @@ class Relay:
         """Take in what to read from, where to write to, or a question."""
         try:
             # CMSG_SPACE of one int has room for two.
-            data, control, _, _ = line.recvmsg(256, socket.CMSG_LEN(4), socket.MSG_CMSG_CLOEXEC)
-        except OSError:  # it was reset; or there is no descriptor left, and then no way to go on
-            data, control = b"", []
+            data, control, flags, _ = line.recvmsg(256, socket.CMSG_LEN(4), socket.MSG_CMSG_CLOEXEC)
+        except OSError:  # it was reset
+            data, control, flags = b"", [], 0
         fds = [int.from_bytes(content[:4], sys.byteorder) for _, _, content in control]
         if not data:
             self.epoll.unregister(line.fileno())
             self.gathering.unregister(line.fileno())
             line.close()
             self.line = None
+        elif flags & socket.MSG_CTRUNC:
+            self.say(line, data.partition(b" ")[0])
         elif data[:1] == b"?":
             self.answer(line, int(data[1:]))
         elif data[:1] == b"-":
@@ -214,8 +219,11 @@ class Relay:
         """Tell a worker's last words, once all that it has written is passed on."""
         stream = self.carry_all(number)
         tail = stream.tail if stream is not None else self.ended.get(number, b"")
+        self.say(line, b"%d\n" % number + tail)
+
+    def say(self, line: socket.socket, what: bytes) -> None:
         try:
-            line.send(b"%d\n" % number + tail, _FLAGS)
+            line.send(what, _FLAGS)
         except OSError:
             pass  # it is gone, or has stopped reading and will not wait for this
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import select
 import socket
 import subprocess
@@ -210,6 +211,35 @@ def test_a_pipe_that_is_announced_again_is_the_same(start: Start, file: int) -> 
 
     assert told.end() == 0
     assert written(file) == b"one\n"
+
+
+@pytest.mark.parametrize("what", [b"+1 1 11", b"="])
+def test_what_it_has_no_descriptor_for_it_says_again(
+    start: Start, file: int, tmp_path: Path, what: bytes
+) -> None:
+    """And reads all of it, or writes there, as soon as it is told again and has room."""
+    told = start("lines", file)
+    assert told.ask(0) == b""  # so it runs
+    pid = told.process.pid
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    opened = {int(each) for each in os.listdir(f"/proc/{pid}/fd")}
+    full = next(each for each in range(len(opened) + 1) if each not in opened)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (full, limits[1]))
+    receive, send = os.pipe()
+    os.set_blocking(receive, False)
+    os.write(send, b"early\n")
+    told.say(what, receive if what[:1] == b"+" else file)
+    assert told.line.recv(100) == what.partition(b" ")[0]
+
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+    told.say(what, receive if what[:1] == b"+" else file)
+    if what == b"=":
+        told.say(b"+1 1 11", receive)
+    assert told.ask(1) == b"early\n"
+    os.close(send)
+    os.close(receive)
+    assert told.end() == 0
+    assert written(file) == b"early\n"
 
 
 def test_a_pipe_that_is_to_be_closed_is_read_to_where_it_is(start: Start, file: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -135,6 +136,24 @@ def test_a_relay_that_is_stopped_is_continued_and_holds_no_worker_up(start: Star
         start.wait_for("event=relay-stopped")
         assert relays_of(start) == [relay]  # and nothing is lost
         assert wordless(start) == 201
+
+
+def test_a_relay_whose_limit_of_descriptors_was_lowered_reads_from_new_workers(
+    start: Start,
+) -> None:
+    with talking(start):
+        relay = relay_of(start)
+        opened = {int(each) for each in os.listdir(f"/proc/{relay}/fd")}
+        _, hard = resource.prlimit(relay, resource.RLIMIT_NOFILE)
+        full = next(each for each in range(len(opened) + 1) if each not in opened)
+        resource.prlimit(relay, resource.RLIMIT_NOFILE, (full, hard))
+        start.reload()
+        with Client(f"{start.folder}/s") as client:
+            for number in range(200):  # far more than a pipe holds
+                assert client.ask(f"{number} " + "x" * 1000)
+        start.wait_for("(?m)^199 ")
+        assert start.log.count("event=relay-short") == 1
+        assert relays_of(start) == [relay]
 
 
 def test_a_relay_that_cannot_be_continued_is_replaced(start: Start) -> None:

@@ -327,6 +327,11 @@ def output_of(*words: str | Path, cwd: str | Path = ROOT, **environment: str) ->
     return done.stdout
 
 
+def shared_path(folder: Path) -> Path:
+    """Return a path of a UNIX socket so long that the generations have one socket for all."""
+    return folder / ("s" * (107 - len(os.fsencode(f"{folder}/"))))
+
+
 def eventually(fact: Callable[[], bool], what: str, deadline_s: float = DEADLINE_S) -> None:
     """Wait for a fact that nothing announces (a number in /proc), looking ever less often."""
     until = time.monotonic() + deadline_s

@@ -18,6 +18,7 @@ from typing import TypedDict
 
 from ..system import procfs
 from ..system.sock_diag import unread_unix
+from ..system.socket_file import path_of
 from .client import Message, lives
 from .fields import listed, number_in, text_in
 
@@ -177,7 +178,7 @@ def _unix(path: str, addresses: set[str]) -> Iterator[tuple[int, _Socket]]:
         if len(words) < 7 or not words[6].isdecimal():
             continue  # the rest of a name that has a line break in it, which anyone may give
         state, inode = words[5], words[6]
-        name = " ".join(words[7:])  # a path may have blanks in it
+        name = path_of(" ".join(words[7:]))  # a path may have blanks in it
         if state == _CONNECTED and name in addresses:
             unread = waiting.get(int(inode))
             yield int(inode), _Socket(local=f"unix:{name}", peer="unix", waiting_bytes=unread)

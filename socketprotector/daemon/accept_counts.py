@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 
 from ..model.lazy_dataclass import field, mutable
-from ..system import accept_marks
+from ..system import accept_marks, socket_file
 from ..system.listener import Listener
 from .accept_watch import ASKING_SHARE
 
@@ -61,6 +61,11 @@ class AcceptCounts:
         if not listener.has_sibling:
             raise OSError(errno.EOPNOTSUPP, "all generations accept from it")
         one = listener.socket_for(socket_number)
+        if one.family == socket.AF_UNIX:
+            mark = socket_file.number_of(one)
+            if (listener.index, mark) in taken:
+                raise OSError(errno.EBUSY, "it is the socket of another generation")
+            return listener.index, mark
         used = {its for index, its in taken if index == listener.index} - {NO_MARK}
         if accept_marks.mark_of(one) in used and listener.has_waiting(socket_number):
             # It keeps the mark: a program that goes on after a kill must come to the same.
@@ -110,6 +115,9 @@ class AcceptCounts:
         for each in self.listeners():
             if each.has_sibling:
                 try:
+                    if each.path:
+                        self._found[each.index] = socket_file.connections(each.path)
+                        continue
                     self._found[each.index] = accept_marks.connections(each.socket, self.ours())
                 except OSError:
                     continue

@@ -178,9 +178,9 @@ class Asking:
     def _failed(self, number: int) -> None:
         """It cannot be connected to, which is none of its workers' doing."""
         self._disconnect()
-        host, port = self._way.address if self._way is not None else ("", 0)
+        where = self._way.in_words if self._way is not None else "it"
         self._give_up()
-        self._again(f"cannot connect to {host} port {port}: {os.strerror(number)}", self._connect)
+        self._again(f"cannot connect to {where}: {os.strerror(number)}", self._connect)
 
     def _look(self) -> None:
         way, one, generation = self._way, self._connection, self._generation
@@ -209,9 +209,8 @@ class Asking:
         else:
             if not connected and time.monotonic() - self._connected_at >= _CONNECTED_S:
                 self._give_up()
-            host, port = way.address
             what = "was accepted by no worker" if connected else "could not be made"
-            self.last = f"a connection to {host} port {port} {what}"
+            self.last = f"a connection to {way.in_words} {what}"
             self._later(self._look)
 
     def _disconnect(self) -> None:

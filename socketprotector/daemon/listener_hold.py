@@ -38,7 +38,8 @@ class ListenerHold:
         if on and not self.on:
             self.record = HoldRecord(now, tried_until)
         elif self.on and not on:
-            if any(each.can_be_held for each in self.listeners()):
+            # Those of a UNIX socket wait in its backlog, and try once.
+            if any(each.can_be_held and not each.path for each in self.listeners()):
                 its_s = min(now - self.record.began_at + 1.0, _LAST_S)
                 tried_until = max(tried_until, now + its_s)
             self.record = HoldRecord(tried_until=tried_until)

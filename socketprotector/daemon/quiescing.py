@@ -7,13 +7,14 @@ asked again and again, at most a tenth of our time.  Where it does not tell, onl
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from ..model.lazy_dataclass import mutable
 from ..system.listener import SCARCE, Listener
-from ..system.sock_diag import handshakes_by_port, unread_by_port
+from ..system.sock_diag import accepted_unix, handshakes_by_port, unread_by_port
 from .accept_watch import ASKING_SHARE
 from .runtime import Runtime
 
@@ -46,6 +47,21 @@ class _Generation:
     quiet_looks: int = 0
     # Clients that had come before, and whether each is silent; None: yet to be asked for.
     unread: dict[tuple[int, bytes], bool] | None = None
+
+
+def _unread_unix(
+    listeners: Sequence[Listener], socket_number: int
+) -> dict[tuple[int, bytes], bool]:
+    """Return what Quiescing asks for of UNIX sockets.  Raises OSError.
+
+    Which of the accepted ones has sent nothing at all is not known: none is waited for.
+    """
+    by_name = {each.socket_for(socket_number).getsockname(): each.index for each in listeners}
+    return {
+        (by_name[name], b"%d" % inode): False
+        for name, inode, unread in accepted_unix()
+        if unread and name in by_name
+    }
 
 
 class Quiescing:
@@ -147,6 +163,13 @@ class Quiescing:
         found: dict[tuple[int, bytes], bool] = {}
         for family in {each.socket.family for each in pairs}:
             mine = [each for each in pairs if each.socket.family == family]
+            if family == socket.AF_UNIX:
+                try:
+                    found.update(_unread_unix(mine, its.socket_number))
+                except OSError as error:
+                    if error.errno in SCARCE:
+                        return None
+                continue
             ports = {each.port for each in mine}
             known: dict[int, dict[bytes, bool]]
             try:

@@ -21,6 +21,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 
 from ..core.events import SocketLost, Stranded
@@ -64,6 +65,13 @@ def _waits(listening: socket.socket, address: tuple[str, int], client: socket.so
         return is_waiting(client, address, reuseport.device_of(listening))
     except OSError:  # sock_diag is not there
         return _has_waiting(listening)
+
+
+def _end_of(client: socket.socket, listening: socket.socket) -> bytes | int:
+    """Return what unaccepted() tells a client of ours by."""
+    if listening.family == socket.AF_UNIX:
+        return os.fstat(client.fileno()).st_ino
+    return end_of(client, listening.family)
 
 
 def _has_waiting(listening: socket.socket) -> bool:
@@ -127,7 +135,7 @@ class SocketSteering:
         #: Of connections that come to a socket whoever gets the clients: its generation is asked.
         self._questions: dict[reuseport.Mark, int] = {}
         #: Of those that serve: where questions came that no worker has taken, and their ends.
-        self._given_up: list[tuple[socket.socket, bytes]] = []
+        self._given_up: list[tuple[socket.socket, bytes | int]] = []
         self._rescue_s = 0.0  # for so long after the last one none is started for them
         self._rescued_at = 0.0
 
@@ -202,7 +210,7 @@ class SocketSteering:
                 asked = each.socket_for(self.current)
                 # As for ask(): so it never leaves this machine, where an address is another one's.
                 unix = asked.family == socket.AF_UNIX
-                address = each.local_address
+                address = each.address_of(self.current)
                 mark = None if unix else self._mark_for(each, address)
                 way = Way(address, mark, partial(_waits, asked, address), lambda: None)
                 if each.has_sibling:  # else the next generation takes it
@@ -218,13 +226,14 @@ class SocketSteering:
         return self._marks[place]
 
     def _will_come_from(
-        self, place: tuple[int, int], mark: reuseport.Mark, *, no_clients: bool = False
+        self, place: tuple[int, int], mark: reuseport.Mark | None, *, no_clients: bool = False
     ) -> None:
         """Have the next program, too, know questions with a mark from clients.
 
-        Those of IPv6 have the address of clients on this machine: only where none comes.
+        Those of IPv6 have the address of clients on this machine, and those at a UNIX socket none:
+        only where no client comes.
         """
-        if mark.family == socket.AF_INET:
+        if mark is not None and mark.family == socket.AF_INET:
             self._asked_from.add((*place, mark.source))
         elif no_clients and place not in self._asked:
             self._asked.add(place)
@@ -233,7 +242,7 @@ class SocketSteering:
         self._persist()  # before the first one: the next program finds it, if we are killed
 
     def _give_up(self, asked: socket.socket, one: socket.socket) -> None:
-        self._given_up.append((asked, end_of(one, asked.family)))
+        self._given_up.append((asked, _end_of(one, asked)))
 
     @property
     def holds(self) -> bool:
@@ -258,12 +267,29 @@ class SocketSteering:
         if found is None:
             return None
         for its, told_at in self._leaving.values():
+            if found.is_fresh[socket_number]:
+                break
             if its == socket_number and time.monotonic() < told_at + LEAVES_S:
                 why = "workers that were told to finish may still accept from its socket"
                 raise OSError(errno.EAGAIN, why)
-        address, asked = found.local_address, found.socket_for(socket_number)
+        address, asked = found.address_of(socket_number), found.socket_for(socket_number)
         place = found.index, socket_number
         no_clients = socket_number != self.number_for(found) and not _has_waiting(asked)
+        waits = partial(_waits, asked, address)
+        # While it is in no group the kernel gives what has this mark to the other one.
+        times, closing = found.joined[socket_number], self._restoring.closing
+        closed = closing(found, socket_number)
+
+        def holds() -> bool:
+            return (
+                found.joined[socket_number] == times
+                and found.is_alive(socket_number)
+                and closing(found, socket_number) == closed
+            )
+
+        if asked.family == socket.AF_UNIX:  # it has a file of its own
+            self._will_come_from(place, None, no_clients=no_clients)
+            return Way(address, None, waits, lambda: None, holds=holds)
         while (mark := reuseport.Mark.draw(family_of(address))) in self._questions:
             pass  # of IPv6 there are few
         self._questions[mark] = socket_number
@@ -272,18 +298,8 @@ class SocketSteering:
         if not self._steered:  # they would come to the generation before, which answers
             del self._questions[mark]
             raise OSError(errno.EAGAIN, "new clients cannot be steered now")
-        waits = partial(_waits, asked, address)
-        way = Way(address, mark, waits, partial(self._stop_asking, mark))
-        # While it is in no group the kernel gives what has this mark to the other one.
-        times, closing = found.joined[socket_number], self._restoring.closing
-        closed = closing(found, socket_number)
-        way.holds = lambda: (
-            found.joined[socket_number] == times
-            and found.is_alive(socket_number)
-            and closing(found, socket_number) == closed
-        )
-        way.is_closed = lambda: bool(closed)
-        return way
+        close = partial(self._stop_asking, mark)
+        return Way(address, mark, waits, close, holds=holds, is_closed=lambda: bool(closed))
 
     def can_ask(self, name: str) -> bool:
         """Whether there is a listener that ask() takes."""
@@ -318,6 +334,7 @@ class SocketSteering:
         self.unserved = frozenset(each for each in self.unserved if each[0] != generation)
         self._partly_served &= self.unserved
         self._quiescing.end(generation)
+        self._adopt_held()
         self._watch()
 
     def _take_back(self, generation: int, socket_number: int, *, gone: bool) -> None:
@@ -342,8 +359,11 @@ class SocketSteering:
         if not (given_up or sources):
             return None
         waiting, _ = reuseport.queue(one)  # first: those that come later stand behind
+        if one.family == socket.AF_UNIX and place in self._asked:
+            return waiting
         ends = unaccepted(one)
-        ours = [end for end in ends if end in given_up or reuseport.comes_from(end, sources)]
+        gone = {0} if given_up else set()  # a question whose process has closed it
+        ours = [end for end in ends if end in given_up | gone or reuseport.comes_from(end, sources)]
         return waiting if waiting <= len(ours) else None
 
     def _clients_wait(self, listener: Listener, number: int) -> bool:
@@ -384,6 +404,18 @@ class SocketSteering:
         """Leave new clients without an answer; their kernels try again, and come in after it."""
         self.hold.turn(on)
         self._steer()
+        self._adopt_held()
+
+    def _adopt_held(self) -> None:
+        """Have clients that have waited at a socket during a hold served by the next generation."""
+        free = self.free
+        if not self.hold.on and free not in self._accepting.values():
+            for each in self._pairs:
+                if each.is_reserved_for_clients:
+                    with suppress(OSError):  # then as the next generation starts
+                        each.adopt_reserved(free)
+                        self._bound(each)
+            self._watch()
 
     def expect(self, listener: Listener, *, dry_run: bool) -> None:
         """Steer the clients of a new listener to the generation that is to know it.
@@ -646,6 +678,14 @@ class SocketSteering:
         """Have no generation begin with what an earlier one has done to a socket."""
         if not listener.is_alive(socket_number) or not listener.is_sound(socket_number):
             self.mend(listener, socket_number)
+        with suppress(OSError):  # then it has the one that there is
+            if listener.is_reserved_for_clients and not self.hold.on:
+                listener.adopt_reserved(socket_number)
+                self._bound(listener)
+            # Clients of a single one that no generation has come with the next generation.
+            awaited = any(index == listener.index for _, index in self.unserved)
+            if (listener.has_sibling or not awaited) and listener.renew(socket_number):
+                self._bound(listener)
         if not listener.has_sibling:
             listener.let_in()
         elif socket_number not in self._accepting.values():

@@ -20,6 +20,7 @@ from ..model.errors import UsageError
 from ..model.lazy_dataclass import frozen
 from ..model.settings import ListenerSettings
 from ..system import inherited
+from ..system.socket_file import path_of
 from .bind import Bound, canonical
 from .listen_spec import Listen
 
@@ -98,5 +99,5 @@ def take(listens: Sequence[Listen], passed: Sequence[Bound]) -> dict[int, list[B
 def _address(passed: socket.socket) -> str:
     name = passed.getsockname()
     if passed.family == socket.AF_UNIX:
-        return canonical(passed.family, os.fsdecode(name).replace("\0", "@", 1))
+        return canonical(passed.family, path_of(os.fsdecode(name)).replace("\0", "@", 1))
     return canonical(passed.family, *name[:2])

@@ -18,18 +18,20 @@ from dataclasses import replace
 from ..model.errors import Refusal, SystemRefused, UsageError
 from ..model.lazy_dataclass import frozen
 from ..model.settings import ListenerSettings
-from ..system import reuseport
+from ..system import reuseport, socket_file
 from ..system.cleanup import on_error
 from ..system.listener import remove_file
 from ..system.sock_diag import listening
 from . import port_owner, socket_options
-from .bind_unix import bind_unix, reapply_options
+from .bind_unix import bind_unix, give_away, reapply_options
 from .listen_spec import Listen
 
 #: One number for two sockets: another program may take it between the two binds.
 _SAME_PORT_TRIES = 16
 #: A family and the number of a host; of AF_UNIX the path.
 _Address = tuple[socket.AddressFamily, str]
+#: Returns why a UNIX path can have one socket only, and what helps; "" if it can have more.
+Alone = Callable[[Listen, str], str]
 _HINTS = {
     errno.EACCES: "a port this low needs root or CAP_NET_BIND_SERVICE: start as root with "
     "--user, or choose another port",
@@ -46,10 +48,12 @@ class Bound:
     left: bool = False  # by the protector before us, and kept by the service manager
 
     def discard(self) -> None:
-        """Close it, and remove the socket file it made."""
-        self.socket.close()
+        """Close it, and remove the socket files it made."""
         if not self.left:
             remove_file(self.settings)
+            if self.settings.inode:
+                socket_file.forget(self.settings.address.removeprefix("unix:"), self.socket)
+        self.socket.close()
 
 
 def discard_all(bound: Iterable[Bound]) -> None:
@@ -68,6 +72,7 @@ def bind_all(
     have: Collection[str] = (),
     released: Collection[str] = (),
     earlier: Mapping[str, Listen] | None = None,
+    alone: Alone | None = None,
     dry: bool = False,
 ) -> list[Bound]:
     """Bind every address, in order, and listen; dry: only see whether it could be done, and return
@@ -76,9 +81,9 @@ def bind_all(
     passed: what stands for an argument (by its index) already; it is taken as it is.  left: the
     same by canonical address (stored_listeners.py).  have: canonical addresses that are bound
     already, and are left out.  released: those that a running protector has until its end; only for
-    a dry look.  earlier: arguments before these, by place().  The caller owns what is
-    returned.  When one fails, what was bound is closed again.  Raises Refusal.  `notice` gets what
-    is worth knowing.
+    a dry look.  earlier: arguments before these, by place().  alone: for workers that accept, see
+    pair().  The caller owns what is returned.  When one fails, what was bound is closed again.
+    Raises Refusal.  `notice` gets what is worth knowing.
     """
     bound: list[Bound] = []
     earlier = dict(earlier or {})
@@ -96,7 +101,7 @@ def bind_all(
                 for address in addresses if not listen.port_is_chosen else ():
                     refuse_twice(canonical(*address, listen.port), listen, earlier)
                 own = None if dry else listen.backlog(backlog)
-                found = _bind(listen, addresses, own, left or {}, released)
+                found = _bind(listen, addresses, own, left or {}, released, alone)
             earlier |= {place(each.settings.address): listen for each in found}
             bound += (
                 replace(each, settings=replace(each.settings, **listen.settings)) for each in found
@@ -107,14 +112,22 @@ def bind_all(
     return bound
 
 
-def pair(bound: Sequence[Bound], notice: Callable[[str], None]) -> dict[int, Bound]:
-    """Prepare what workers are to accept from; return their siblings by index (reuseport.py).
+def pair(
+    bound: Sequence[Bound],
+    listens: Sequence[Listen],
+    notice: Callable[[str], None],
+    alone: Alone,
+) -> dict[int, Bound]:
+    """Prepare what workers are to accept from; return their siblings by index.
 
+    See reuseport.py, and of UNIX sockets socket_file.py.  listens: the arguments that they are of.
+    alone: why a path can have one socket only.
     The caller owns them.  `notice` gets a line for each address that should have one and cannot.
     O_NONBLOCK is set here and never again: the flag belongs to the open file description, which
     the workers share.  On a socket that was passed in it is left as it is.
     """
     found = {}
+    asked = {each.text: each for each in listens}
     for place, each in enumerate(bound):
         foreign = each.settings.foreign
         try:
@@ -124,13 +137,23 @@ def pair(bound: Sequence[Bound], notice: Callable[[str], None]) -> dict[int, Bou
                 notice(_alone(each, why))
                 reuseport.steer_if_can(each.socket)  # an earlier protector may have left the group
                 continue
-            sibling = reuseport.make(each.socket)
+            if each.settings.inode and not foreign:
+                path = each.settings.address.removeprefix("unix:")
+                if why := alone(asked[each.settings.text], path):
+                    notice(_alone(each, why))
+                    continue
+                socket_file.keep_file(path, each.socket)
+                rights, backlog = socket_file.rights_of(path), each.settings.backlog
+                sibling = socket_file.bind(path, backlog, rights, give_away)
+            elif (made := reuseport.make(each.socket)) is not None:
+                sibling = made
+            else:
+                continue
         except OSError as error:
             notice(_alone(each, str(error.strerror)))
             continue
-        if sibling is not None:
-            sibling.setblocking(os.get_blocking(each.socket.fileno()))
-            found[place] = Bound(sibling, each.settings)
+        sibling.setblocking(os.get_blocking(each.socket.fileno()))
+        found[place] = Bound(sibling, each.settings)
     return found
 
 
@@ -232,6 +255,7 @@ def _bind(
     backlog: int | None,
     left: Mapping[str, Bound],
     released: Collection[str],
+    alone: Alone | None,
 ) -> list[Bound]:
     """Bind the addresses of one argument, to the same port; without a backlog only try it."""
     for tries_left in reversed(range(_SAME_PORT_TRIES)):
@@ -243,7 +267,7 @@ def _bind(
                 here = place(address) if released else address
                 free = not any(_overlap(here, other) for other in released)
                 each = left.get(address) or _bind_one(
-                    listen, family, host, port, backlog, free=free
+                    listen, family, host, port, backlog, free=free, alone=alone
                 )
                 bound.append(each)
                 if listen.port_is_chosen and backlog is not None:  # else port 0 stays 0
@@ -318,12 +342,14 @@ def _bind_one(
     backlog: int | None,
     *,
     free: bool = True,
+    alone: Alone | None = None,
 ) -> Bound:
     if family == socket.AF_UNIX and not free:
         unbound = socket.socket(family, socket.SOCK_STREAM)
         return Bound(unbound, ListenerSettings(canonical(family, host)))
     if family == socket.AF_UNIX:
-        return Bound(*bind_unix(listen, host, backlog))
+        beside = alone is not None and not alone(listen, host)
+        return Bound(*bind_unix(listen, host, backlog, beside=beside))
     sock = _made(listen, family)
     with on_error(sock.close):
         if not free:

@@ -10,16 +10,18 @@ import os
 import socket
 import stat
 import struct
+from functools import cache
 
-from ..model.errors import LIMITS, SystemRefused
-from ..model.settings import ListenerSettings
+from ..model.errors import LIMITS, SystemRefused, UsageError
+from ..model.settings import Identity, ListenerSettings
+from ..system import socket_file
 from ..system.cleanup import on_error
 from ..system.dir_lock import give, locked
 from ..system.privileges import call_libc
 from ..system.sock_diag import file_of
 from . import port_owner
 from .listen_spec import Listen, gid_of, uid_of
-from .user_access import refuse_unwritable
+from .user_access import as_user, refuse_unwritable
 
 #: Of linux/fcntl.h.
 _AT_EMPTY_PATH = 0x1000
@@ -28,15 +30,19 @@ _ACL_USER_OBJ, _ACL_GROUP_OBJ, _ACL_GROUP, _ACL_MASK, _ACL_OTHER = 0x01, 0x04, 0
 
 
 def bind_unix(
-    listen: Listen, path: str, backlog: int | None
+    listen: Listen, path: str, backlog: int | None, *, beside: bool = False
 ) -> tuple[socket.socket, ListenerSettings]:
     """Bind a path or @name and listen; without a backlog only see whether it could be done.
 
+    beside: bind it beside the path, which is to lead to others, too (system/socket_file.py).
     The caller owns the socket, and the file that the settings tell of.  Raises SystemRefused.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         with on_error(sock.close):
+            if beside and backlog is not None:
+                sock.close()
+                return _bind_beside(listen, path, backlog)
             if path.startswith("@"):
                 sock.bind("\0" + path[1:])
                 if backlog is not None:
@@ -83,6 +89,62 @@ def _bind_path(
     return ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, backlog)
 
 
+def _bind_beside(listen: Listen, path: str, backlog: int) -> tuple[socket.socket, ListenerSettings]:
+    """Bind a socket beside its path, and have the path lead to it.  Raises OSError."""
+    uid, gid, mode = rights_of_new(listen, path)
+    uid = uid if "user" in listen.options else -1
+    gid = gid if "group" in listen.options else -1
+    with locked(path):
+        stale = _is_stale(path)
+        for each in socket_file.left_beside(path):
+            if _is_stale(each):
+                os.unlink(each)
+        made = socket_file.bind(path, backlog, (uid, gid, mode, None), give_away)
+        with on_error(made.close), on_error(socket_file.forget, path, made):
+            made.setblocking(False)
+            if stale:
+                os.unlink(path)
+            socket_file.lead_to(path, made, ())
+            found = os.lstat(path)
+    return made, ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, backlog)
+
+
+def why_alone(listen: Listen, path: str, identity: Identity | None) -> str:
+    """Return why the generations cannot have a socket each at a path, and what helps; "" if so.
+
+    identity: of the user that makes them, None for this one.
+    """
+    if path.startswith("@"):
+        return "its name is abstract: use unix:PATH"
+    if not socket_file.has_room(path):
+        return "its path is too long: use a shorter one"
+    folder = os.path.dirname(path) or "/"
+    try:
+        uid, gid, mode = rights_of_new(listen, path)
+        setgid = bool(os.stat(folder).st_mode & stat.S_ISGID)
+    except (OSError, UsageError):
+        return ""  # the bind says it
+    if identity is None or identity.uid == 0:
+        return ""
+    user = identity.user
+    if not _may_write(identity, folder):
+        return f"user {user} cannot make files in {folder}: give that folder to the user"
+    if uid != identity.uid:
+        return f"the socket is not to be user {user}'s: add ?user={user}"
+    # A group that may not write cannot connect, so no client misses it.
+    counts = bool(mode & stat.S_IWGRP) and not setgid
+    if counts and gid not in (identity.gid, *identity.groups):
+        return f"user {user} is not in the socket's group: add ?group= with one of the user's"
+    return ""
+
+
+@cache
+def _may_write(identity: Identity, folder: str) -> bool:
+    return not as_user(
+        identity, lambda: "" if os.access(folder, os.W_OK | os.X_OK) else "it may not"
+    )
+
+
 def admit_group(sock: socket.socket, path: str, gid: int) -> None:
     """Let one more group use the file of a socket that we have bound, by an access control list.
 
@@ -127,7 +189,7 @@ def reapply_options(
             if not is_file_of(sock, found):
                 raise OSError(errno.EEXIST, "another file has replaced its own")
             if (found.st_uid, found.st_gid) != (uid, gid):
-                _chown(file, uid, gid)
+                give_away(file, uid, gid)
             if stat.S_IMODE(found.st_mode) != rights:
                 os.chmod(f"/proc/self/fd/{file}", rights)
         finally:
@@ -158,10 +220,10 @@ def _give(path: str, listen: Listen) -> os.stat_result:
     user, group = listen.options.get("user"), listen.options.get("group")
     uid = -1 if user is None else uid_of(listen.text, user)
     gid = -1 if group is None else gid_of(listen.text, group)
-    return give(path, uid, gid, _chown)
+    return give(path, uid, gid, give_away)
 
 
-def _chown(fd: int, uid: int, gid: int) -> None:
+def give_away(fd: int, uid: int, gid: int) -> None:
     """Change what an O_PATH descriptor stands for; os.chown() takes none, and /proc may be missing.
 
     Source: fchownat(2), AT_EMPTY_PATH.

@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import click
@@ -32,6 +33,7 @@ from . import (
 )
 from .bind import bind_all, discard_all, pair, reserve
 from .bind_control import default_path
+from .bind_unix import why_alone
 from .resolve import OptionResolver, ParsedOptions
 from .start import launch
 
@@ -120,6 +122,7 @@ def _launch(asked: ParsedOptions) -> int:
         )
     if not check:
         left = stored_listeners.take(listens, passed, given.left, asked.backlog, notices.append)
+    alone = partial(why_alone, identity=settings.identity)
     bound = bind_all(
         listens,
         asked.backlog,
@@ -127,6 +130,7 @@ def _launch(asked: ParsedOptions) -> int:
         passed=passed,
         left=left,
         released=released,
+        alone=alone if settings.mode.workers_accept else None,
         dry=check,
     )
     named = {f"{inherited.LISTENER}{index}": each for index, each in enumerate(bound)}
@@ -139,7 +143,7 @@ def _launch(asked: ParsedOptions) -> int:
         if check:
             notify_dir.make(settings, notices.append, dry=True)
         elif settings.policy.workers_accept:
-            siblings = pair(bound, notices.append)
+            siblings = pair(bound, listens, notices.append, alone)
             reserved = reserve(bound)
             bound += (*siblings.values(), *reserved.values())
             preflight.check_siblings(settings, siblings.keys())

@@ -10,6 +10,8 @@ import socket
 import struct
 from contextlib import suppress
 
+from ..system.socket_file import path_of
+
 _CREDENTIALS = struct.Struct("3i")
 #: At a reload the protector, which should not be stopped for that; 0: at a start.
 protector = 0
@@ -51,7 +53,7 @@ def addresses_of(pid: int) -> frozenset[str]:
         listed = getattr(process, "net_connections", None) or process.connections  # psutil < 6
         for each in listed("all"):
             if each.family == socket.AF_UNIX and each.laddr:
-                found.add(f"unix:{each.laddr}")
+                found.add(f"unix:{path_of(str(each.laddr))}")
             elif each.status == psutil.CONN_LISTEN:
                 host = f"[{each.laddr.ip}]" if each.family == socket.AF_INET6 else each.laddr.ip
                 found.add(f"tcp:{host}:{each.laddr.port}")

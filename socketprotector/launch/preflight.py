@@ -206,7 +206,9 @@ def check_siblings(settings: Settings, siblings: Collection[int]) -> None:
 
 
 def _can_have_two_sockets(listen: Listen) -> bool:
-    return listen.path is None and "defer_accept" not in listen.options
+    if listen.path is not None:
+        return not listen.path.startswith("@")
+    return "defer_accept" not in listen.options
 
 
 def check_descriptor_names(settings: Settings) -> None:

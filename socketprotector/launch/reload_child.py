@@ -21,6 +21,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from ..model.errors import Mistaken, Refusal, UsageError
 from ..model.settings import ListenerSettings, Settings, dump, load
@@ -38,11 +39,14 @@ from .bind import (
     refuse_twice,
     reserve,
 )
+from .bind_unix import why_alone
 from .cli import ask
 from .listen_spec import Listen
 from .resolve import ParsedOptions
 from .settings_diff import RESTART, changes, forbidden
 
+#: This process is the user's by now.
+_ALONE = partial(why_alone, identity=None)
 #: The index has 16 bits on the channel (docs/protocol.md).
 _MOST_LISTENERS = 1 << 16
 #: Fields of Settings that come from the caller's surroundings, or are made at the start.
@@ -100,7 +104,8 @@ def _answer(line: socket.socket, running: Settings, asked: ParsedOptions, *, dry
         for index, each in enumerate(bound, added):
             _send(line, f"listener {index}", each.socket.fileno())
         if new.policy.workers_accept:
-            siblings, reserved = pair(bound, notices.append), reserve(bound)
+            siblings = pair(bound, asked.listens, notices.append, _ALONE)
+            reserved = reserve(bound)
             bound += (*siblings.values(), *reserved.values())
             for kind, found in (("twin", siblings), ("reserved", reserved)):
                 for index, each in found.items():
@@ -152,7 +157,13 @@ def _listeners(
             if listen.passed is not None:
                 raise UsageError(f"{listen.text}: sockets are passed at a start only; {RESTART}")
             added = bind_all(
-                [listen], asked.backlog, notice=notice, have=have, earlier=earlier, dry=dry
+                [listen],
+                asked.backlog,
+                notice=notice,
+                have=have,
+                earlier=earlier,
+                alone=_ALONE if asked.settings.mode.workers_accept else None,
+                dry=dry,
             )
             earlier |= {place(each.settings.address): listen for each in added}
             bound += added

@@ -50,9 +50,9 @@ class Question:
 def refusal(text: str, where: str) -> str:
     """Say why a question cannot be asked: an option, as it was written.  where: its listeners."""
     return (
-        f"{text}: old and new generation accept from the same socket of {where} (UNIX, "
-        "?defer_accept, or passed in without ReusePort=yes), so the question would reach either; "
-        "leave it out, or take another listener"
+        f"{text}: old and new generation accept from the same socket of {where} (?defer_accept, "
+        "an abstract name, passed in without ReusePort=yes, or a folder where none can be made), "
+        "so the probe would reach either; leave it out, or take another listener"
     )
 
 

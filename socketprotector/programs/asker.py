@@ -107,8 +107,9 @@ class Asked:
     """One question: where, as whom, and what.
 
     As the protector sends it: JSON with `address`, `source` and `options` (of the socket) of a
-    connection that reaches the generation; and `kind`, `host`, `path` and `good`, all good
-    statuses; and maybe a `number`, and `limit_s` of each try, which is `limit` in words.
+    connection that reaches the generation, where a path has port 0; and `kind`, `host`, `path` and
+    `good`, all good statuses; and maybe a `number`, and `limit_s` of each try, which is `limit` in
+    words.
     """
 
     def __init__(self, text: bytes) -> None:
@@ -123,14 +124,15 @@ class Asked:
         """Connect to the generation.  Raises OSError."""
         told = self._told
         host, port = told["address"]
-        one = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        one = socket.socket(family if port else socket.AF_UNIX)
         try:
             for level, option, value in told["options"]:
                 one.setsockopt(level, option, value)
             if told["source"]:
                 one.bind((told["source"], 0))
             one.settimeout(limit_s)
-            one.connect((host, port))
+            one.connect((host, port) if port else host)
         except BaseException:
             one.close()
             raise

@@ -46,6 +46,8 @@ FAILED = 111
 #: How workers ended is sent to the next protector, too, where the one before may not have read it.
 LAST_STATUSES = 255
 SENT_AGAIN_S = 10.0
+#: Sockets that may have files, by the beginnings of their names.
+WITH_FILES = (inherited.LISTENER, inherited.SIBLING, inherited.RESERVED)
 _MESSAGE_BYTES = 4096
 #: What a descriptor that is ready to be written to takes without blocking (PIPE_BUF).
 _LINE_BYTES = 4096
@@ -258,7 +260,7 @@ class Guard:
     def remove_files(self) -> None:
         """Remove the files of listening sockets, and the folder of notify sockets, if unused."""
         for name in [*self.store]:
-            if name == inherited.CONTROL or name.startswith(inherited.LISTENER):
+            if name == inherited.CONTROL or name.startswith(WITH_FILES):
                 with_path = socket.socket(fileno=self.store.pop(name))
                 path = with_path.getsockname() if with_path.family == socket.AF_UNIX else ""
                 with_path.close()
@@ -379,20 +381,23 @@ def write(fd: int, line: bytes) -> None:
 
 
 def remove_if_stale(path: str) -> None:
-    """Remove a socket file on which no process listens."""
+    """Remove the files of a socket on which no process listens.  path: what it is bound as."""
     try:
         # Only at the end: it costs memory.  It fails where descriptors have run out.
         from socketprotector.system.dir_lock import locked
+        from socketprotector.system.socket_file import files_of
 
         with locked(path):
-            probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-            try:
-                probe.connect(path)
-            except ConnectionRefusedError:
-                if stat.S_ISSOCK(os.lstat(path).st_mode):
-                    os.unlink(path)
-            finally:
-                probe.close()
+            for each in files_of(path):
+                if not stat.S_ISSOCK(os.lstat(each).st_mode):
+                    continue
+                probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+                try:
+                    probe.connect(each)
+                except ConnectionRefusedError:
+                    os.unlink(each)
+                finally:
+                    probe.close()
     except (OSError, ImportError):
         pass  # a process listens there, or the folder is not this user's
 

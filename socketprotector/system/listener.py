@@ -17,7 +17,7 @@ from contextlib import suppress
 
 from ..model.lazy_dataclass import replace
 from ..model.settings import ListenerSettings
-from . import accept_marks, inherited, reuseport
+from . import accept_marks, inherited, reuseport, socket_file
 from .cleanup import on_error
 from .dir_lock import give, locked
 from .polling import events_of
@@ -44,8 +44,6 @@ AGAIN = frozenset(
 )
 #: The system is out of something: what cannot be had now can be later.
 SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-#: The name of a UNIX socket has 108 bytes, with the one that ends it.
-_LONGEST_PATH = 107
 #: One that was shut down hangs up; a UNIX one is readable then, too (tcp_poll(), unix_poll()).
 _CLIENT_OR_END = select.POLLIN | select.POLLRDHUP
 
@@ -110,6 +108,8 @@ class Listener:
         self._backlogs = [settings.backlog or socket.SOMAXCONN] * 2
         #: How often each of the two has come into its SO_REUSEPORT group again.
         self.joined = [0, 0]
+        #: Whether each of the two was made for the generation that accepts there, and for no other.
+        self.is_fresh = [False, False]
         #: To which new clients come, None where that is not known; and those with a mark.
         self._steered: tuple[int | None, Mapping[reuseport.Mark, int]] = None, reuseport.NO_MARKS
         self._second: socket.socket | None = None  # of the two in the group, when that was told
@@ -136,6 +136,23 @@ class Listener:
         if host == "::" and self.socket.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
             return "::1", port
         return ("127.0.0.1" if host in ("0.0.0.0", "::") else host), port
+
+    @property
+    def path(self) -> str:
+        """The path that leads to one of its sockets, each with a file of its own; "" if none can.
+
+        See socket_file.py.
+        """
+        address = self.settings.address
+        ours = self.shared and self.settings.inode and not (self.settings.foreign or self.lost)
+        path = address.removeprefix("unix:") if ours else ""
+        return path if path and socket_file.has_room(path) else ""
+
+    def address_of(self, socket_number: int) -> tuple[str, int]:
+        """Return where a process of this machine reaches one of its sockets, if only by a mark."""
+        if self.path and self.has_sibling:
+            return socket_file.own_file(self.path, self.socket_for(socket_number)), 0
+        return self.local_address
 
     @property
     def has_sibling(self) -> bool:
@@ -250,6 +267,35 @@ class Listener:
                 members = {mark: int(number != other) for mark, number in marked.items()}
                 reuseport.steer(self.socket_for(other), int(to not in (other, None)), members)
 
+    def renew(self, socket_number: int) -> bool:
+        """Make another socket for a generation that is yet to start, and gets no clients yet.
+
+        So it shares its socket with no generation before it.  Where clients come to the one that
+        there is, or wait there, it stays.  Returns whether there is another.  Raises OSError.
+        """
+        self.is_fresh[socket_number % 2] = self._renew(socket_number)
+        return self.is_fresh[socket_number % 2]
+
+    def _renew(self, socket_number: int) -> bool:
+        if not self.path:
+            return False
+        if self.has_sibling:
+            one = self.socket_for(socket_number)
+            if socket_file.leads_to(self.path, one) or self.has_waiting(socket_number):
+                return False
+            self.bind_anew(socket_number)
+            return True
+        there = self.socket
+        socket_file.keep_file(self.path, there)
+        made = self._bind_file(there)
+        self.sockets = [made, there] if socket_number == 0 else [there, made]
+        self._backlogs = [self._backlogs[0]] * 2
+        # A name stands for one descriptor for ever.
+        self._again[1] += 1
+        if socket_number == 0:
+            self._again[0] += 1
+        return True
+
     def bind_anew(self, socket_number: int) -> None:
         """Have another socket in the place of one that is of no use any more.  Raises OSError.
 
@@ -260,14 +306,21 @@ class Listener:
         self.joined[socket_number % 2] += 1
         number = socket_number % len(self.sockets)
         one = self.socket_for(socket_number)
-        if one.family == socket.AF_UNIX:
+        if self.path and self.has_sibling:
+            made = self._bind_file(one)
+            with on_error(made.close), on_error(socket_file.forget, self.path, made):
+                if socket_file.leads_to(self.path, one):
+                    socket_file.lead_to(self.path, made, self.sockets)
+            socket_file.forget(self.path, one)
+        elif one.family == socket.AF_UNIX:
             made = self._bind_path()
         else:
             self._end_silence()
             _shut_down(one)  # else it would go on in the group as long as a process has a copy
             made = self._bind_port(socket_number)
         made.setblocking(os.get_blocking(one.fileno()))
-        _shut_down(one)
+        if not (self.path and self.has_sibling):  # else workers may still accept from it
+            _shut_down(one)
         one.close()
         self.sockets[number] = made
         self._again[number] += 1
@@ -304,8 +357,11 @@ class Listener:
 
     def go_on_without(self, socket_number: int) -> None:
         """Have the sibling alone, under both numbers."""
-        self._end_silence()
         number = socket_number % 2
+        if self.path:
+            socket_file.forget(self.path, self.sockets[number])
+        else:
+            self._end_silence()
         one = self.sockets.pop(number)
         del self._backlogs[number]
         _shut_down(one)
@@ -326,6 +382,10 @@ class Listener:
         would come to a socket that is shut down gets no answer either: the third one, the last
         member, takes its position then.  Raises OSError.
         """
+        if self.path:
+            to = self.reserve() if held else self.socket_for(socket_number)
+            socket_file.lead_to(self.path, to, self._all)
+            return
         if not (self.has_sibling or held or self._silent):
             return  # all come to the one there is
         for each in self.sockets:  # one without it takes all new clients, where it stands first
@@ -380,7 +440,7 @@ class Listener:
     @property
     def has_no_spare(self) -> bool:
         """Whether a socket was bound anew, and the next one cannot be."""
-        return self.can_be_held and any(self._again) and self._reserved is None
+        return not self.path and self.can_be_held and any(self._again) and self._reserved is None
 
     def can_do_without(self, one: socket.socket) -> bool:
         """Whether one that keeps clients out may be given up: nothing is lost by that.
@@ -399,11 +459,14 @@ class Listener:
     @property
     def can_be_held(self) -> bool:
         """Whether clients can be left without an answer, though workers accept."""
-        ours = self.shared and not self.settings.foreign and not self.lost
-        return ours and self.socket.family != socket.AF_UNIX
+        if self.socket.family == socket.AF_UNIX:
+            return bool(self.path) and self.has_sibling
+        return self.shared and not self.settings.foreign and not self.lost
 
     def reserve(self) -> socket.socket:
         """Have the third socket, which takes the rights to bind the address.  Raises OSError."""
+        if self._reserved is None and self.path:
+            self._reserved = self._bind_file(self.socket)
         if self._reserved is None:
             there = (each for n, each in enumerate(self.sockets) if self.is_alive(n))
             one = next(there, self.socket)
@@ -425,9 +488,34 @@ class Listener:
         if self._silent:
             _shut_down(self._silent)
 
+    @property
+    def is_reserved_for_clients(self) -> bool:
+        """Whether clients may wait at the socket to which they came during a hold."""
+        return bool(self.path) and self._reserved is not None
+
+    def adopt_reserved(self, socket_number: int) -> None:
+        """Give a socket at which clients have waited during a hold to the next generation.
+
+        socket_number: where that is to accept; if clients wait there, they come first.
+        """
+        if self._reserved is None or self.has_waiting(socket_number):
+            return
+        number = socket_number % len(self.sockets)
+        before = self.sockets[number]
+        if socket_file.leads_to(self.path, before):
+            socket_file.lead_to(self.path, self._reserved, self.sockets)
+        socket_file.forget(self.path, before)
+        before.close()
+        self.sockets[number], self._reserved = self._reserved, None
+        self.joined[number] += 1
+        self._again[number] += 1
+        self._again[2] += 1
+
     def close_reserved(self) -> None:
         """Let go of the third socket."""
         if self._reserved is not None:
+            if self.path:
+                socket_file.forget(self.path, self._reserved)
             self._end_silence()  # a copy may be kept elsewhere
             self._reserved.close()
             self._reserved = None
@@ -452,6 +540,13 @@ class Listener:
         # None of them, where they are of another network namespace.
         return [by_inode.get(each) for each in found] or list(ours)
 
+    def _bind_file(self, like: socket.socket) -> socket.socket:
+        """Return another socket of our path, which no client reaches yet.  Raises OSError."""
+        rights = socket_file.rights_of(self.path)
+        made = socket_file.bind(self.path, self._backlogs[0], rights, _chown)
+        made.setblocking(os.get_blocking(like.fileno()))
+        return made
+
     def _bind_path(self) -> socket.socket:
         """Bind a socket file in the place of ours.  Raises OSError."""
         path = self.settings.address.removeprefix("unix:")
@@ -467,7 +562,7 @@ class Listener:
                     raise OSError(errno.EEXIST, "somebody has put another file in its place")
                 # Under another name until it listens: a client always finds one of the two.
                 beside = f"{os.path.dirname(path)}/.{os.urandom(2).hex()}"
-                if len(os.fsencode(beside)) > _LONGEST_PATH:
+                if len(os.fsencode(beside)) > socket_file.LONGEST_PATH:
                     os.unlink(path)
                     beside = path
                 before = os.umask(0o777 & ~old.st_mode)
@@ -499,8 +594,8 @@ class Listener:
 
     def claim(self) -> None:
         """Listen once more: clients of a UNIX socket see the process that did it last."""
-        if self.settings.backlog:
-            self.socket.listen(self.settings.backlog)
+        for each in self.sockets if self.settings.backlog else ():
+            each.listen(self.settings.backlog)
 
     def refuse_new(self) -> bool:
         """Refuse new clients; those that have connected can still be accepted.
@@ -511,7 +606,7 @@ class Listener:
         if self.settings.foreign:
             return False
         if self.socket.family == socket.AF_UNIX:
-            remove_file(self.settings)
+            self._remove_files()
             if not self.shared:
                 self.socket.shutdown(socket.SHUT_RD)
                 self.always_readable = True
@@ -528,7 +623,7 @@ class Listener:
 
         One that workers share ends with the last of them.
         """
-        remove_file(self.settings)
+        self._remove_files()
         if not self.settings.foreign and not self.shared:
             _shut_down(self.socket)
         self.close_reserved()
@@ -544,14 +639,28 @@ class Listener:
         if self.settings.foreign or not self.is_alive(socket_number):
             self.close()
             return ""
-        self.close_reserved()
         kept = self.socket_for(socket_number)
+        if self.path:
+            with suppress(OSError):
+                self.steer(socket_number)
+        self.close_reserved()
         name = next(name for name, fd in self.descriptors().items() if fd == kept.fileno())
         for each in self.sockets:
             if each is not kept:
+                if self.path:
+                    socket_file.forget(self.path, each)
                 _shut_down(each)  # a process with a copy would get clients that it never accepts
             each.close()
         return name
+
+    @property
+    def _all(self) -> list[socket.socket]:
+        return [*self.sockets, *((self._reserved,) if self._reserved else ())]
+
+    def _remove_files(self) -> None:
+        if self.path:
+            socket_file.remove(self.path, self._all)
+        remove_file(self.settings)
 
     def has_waiting(self, socket_number: int | None = None) -> bool:
         """Whether a client has connected and was not accepted yet; socket_number: only there."""

@@ -51,6 +51,7 @@ _TOLD_UNIX = struct.Struct("=BBBBI8s")
 #: What is asked for, and the attribute that tells it: the file; the clients of one that listens;
 #: the bytes to be read, and to be sent.
 _FILE, _PENDING, _QUEUES = (2, 1), (8, 3), (16, 4)
+_BOUND_AS = (1, 0)
 _INODE = struct.Struct("=I")  # and of a file the device
 _ATTRIBUTE = struct.Struct("=HH")  # length, type
 _BYTES_RECEIVED_AT = 128  # in a tcp_info; an end of file counts as one
@@ -268,6 +269,18 @@ def unread_unix() -> dict[int, int]:
     except OSError:
         return {}
     return found
+
+
+def accepted_unix() -> Iterator[tuple[str, int, int]]:
+    """Yield each accepted connection of a UNIX socket: bound name, inode, and unread bytes.
+
+    Without those that wait to be accepted.  Raises OSError where it cannot be asked.
+    """
+    show = _BOUND_AS[0] | _QUEUES[0]
+    for told, attributes in _unix(1 << _ESTABLISHED, 0, show):
+        if name := _attribute(attributes, _BOUND_AS[1]).rstrip(b"\0"):
+            queues = _attribute(attributes, _QUEUES[1])
+            yield os.fsdecode(name), told[4], _INODE.unpack_from(queues)[0] if queues else 0
 
 
 def _of_unix(one: socket.socket, show: int, wanted: int) -> bytes:

@@ -100,12 +100,12 @@ def test_one_that_is_not_unpacked_says_so(typed: Typed, monkeypatch: pytest.Monk
         ([*SETTLES, "check: ", "0", "--", "true"], "there is no command"),
         ([*SETTLES, "http:[web]/x", "0", "--", "true"], "no listener is called web"),
         (
-            [*SETTLES, "http:/x", *LISTENER, "unix:s", "--", "true"],
-            "--settle-check http:/x: old and new generation accept from the same socket of unix:s",
+            [*SETTLES, "http:/x", *LISTENER, "unix:@s", "--", "true"],
+            "--settle-check http:/x: old and new generation accept from the same socket of unix:@s",
         ),
         (
-            ["--ready", "http:/x", *LISTENER, "unix:s", "--", "true"],
-            "--ready http:/x: old and new generation accept from the same socket of unix:s",
+            ["--ready", "http:/x", *LISTENER, "unix:@s", "--", "true"],
+            "--ready http:/x: old and new generation accept from the same socket of unix:@s",
         ),
         (["--health", "http:[web]/x", "http=0", "--", "true"], "no listener is called web"),
         (["--health", "http:x", "0", "--", "true"], "write http:/path"),

@@ -32,7 +32,7 @@ from socketprotector.system.listener import Listener
 from socketprotector.system.loop import READ, Loop
 from tests import needs
 from tests.boundary.listening import ignore_clients
-from tests.running import DEADLINE_S
+from tests.running import DEADLINE_S, shared_path
 from tests.unanswered import Unanswered
 
 ONE_S = struct.pack("ll", 1, 0)
@@ -913,7 +913,7 @@ def test_a_release_that_loses_its_own_socket_as_it_starts_is_no_reason_to_replac
 def test_one_that_is_bound_anew_needs_a_generation_that_has_it(
     world: World, tmp_path: Path
 ) -> None:
-    path = tmp_path / "s"
+    path = shared_path(tmp_path)
     unix = socket.socket(socket.AF_UNIX)
     unix.bind(str(path))
     unix.listen(5)

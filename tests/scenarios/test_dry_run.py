@@ -14,7 +14,7 @@ import pytest
 from tests.c.building import compiled, shared_folder
 from tests.load import Load
 from tests.procfs import children_of
-from tests.running import FAIR_START_S, Ended, Protector, ask, eventually, wait_gone
+from tests.running import FAIR_START_S, Ended, Protector, ask, eventually, shared_path, wait_gone
 from tests.scenarios.adopting import at_rest, kill_protector, revived, upgrade
 from tests.scenarios.asking import Asked, get
 from tests.scenarios.config_file import File
@@ -263,14 +263,15 @@ def test_an_added_socket_that_all_would_accept_from_cannot_be_tried(
 ) -> None:
     words = ("--control", place, "--handoff", "listener", "--config", file.path)
     one = Operated(protector(*words).ready(), place)
-    file.listens += [f"unix:{tmp_path / 's'}"]
+    path = shared_path(tmp_path)
+    file.listens += [f"unix:{path}"]
     file.says()
 
     said = dry_run(one)
 
     assert said.status == 3
     assert "cannot be tried: unix:" in said.err
-    assert not (tmp_path / "s").exists()
+    assert not path.exists()
     one.daemon.stop()
 
 
@@ -282,13 +283,13 @@ def test_an_added_socket_that_all_would_accept_from_cannot_be_tried(
     [
         (("--reload-order", "stop-first"), "the old workers end before the new ones start"),
         (("--handoff", "stdio"), "can be asked nothing before that"),
-        (("--handoff", "listener", "unix:FOLDER/s"), "has one socket for all generations"),
+        (("--handoff", "listener", "unix:SHARED"), "has one socket for all generations"),
     ],
 )
 def test_it_is_refused_in_words(
     operated: Operating, tmp_path: Path, words: tuple[str, ...], why: str
 ) -> None:
-    given = [word.replace("FOLDER", str(tmp_path)) for word in words]
+    given = [word.replace("SHARED", str(shared_path(tmp_path))) for word in words]
     one = operated(*given)
     before = what_serves(one)
 

@@ -20,7 +20,7 @@ import pytest
 from tests import needs
 from tests.boundary.listening import ignore_clients
 from tests.procfs import wake_ups
-from tests.running import FAIR_START_S, Protector, ask, eventually, wait_gone
+from tests.running import FAIR_START_S, Protector, ask, eventually, shared_path, wait_gone
 from tests.scenarios.adopting import kill_protector, revived, upgrade
 from tests.scenarios.managers import Giver, Service
 from tests.scenarios.tools import Gate, Release, pid_in, spawned, worker
@@ -174,7 +174,11 @@ def test_a_release_that_shuts_a_unix_socket_down_and_hangs_is_given_up_at_once(
     protector: Starter, tmp_path: Path
 ) -> None:
     """All generations share it, so clients wait until another one has the socket in its place."""
-    path, release, gate = tmp_path / "s", Release(tmp_path / "daemon"), Gate(tmp_path / "gate")
+    path, release, gate = (
+        shared_path(tmp_path),
+        Release(tmp_path / "daemon"),
+        Gate(tmp_path / "gate"),
+    )
     release.becomes(*GOOD)
     words = ("--start-timeout", "300s", *MODE, *QUICK, f"unix:{path}", "--", release.path)
     daemon = protector(*words).ready()

@@ -22,6 +22,7 @@ from tests.running import (
     Protector,
     ask,
     eventually,
+    shared_path,
     wait_gone,
 )
 from tests.scenarios.adopting import (
@@ -213,7 +214,7 @@ def test_a_server_that_says_nothing_is_ready_after_a_second(served_by: Starter) 
 @pytest.mark.parametrize("how", ["ack", "{fd:ready}"])
 def test_one_that_says_it_late_serves_on(protector: Starter, tmp_path: Path, how: str) -> None:
     """After the second in which others are thought ready, too, nothing it writes to is closed."""
-    gate, path = Gate(tmp_path / "gate"), str(tmp_path / "s")
+    gate, path = Gate(tmp_path / "gate"), str(shared_path(tmp_path))
     command = (*SERVER, "--ready", how, "--gate", gate.path)
     # Where it can be asked, it would not be thought ready.
     daemon = protector(*MODE, f"http=unix:{path}", "--", *command)
@@ -485,7 +486,7 @@ def test_scaling_adds_one_and_has_one_finish(served_by: Starter) -> None:
 
 
 def test_a_hold_of_a_unix_socket_is_refused_in_words(operated: Operating, tmp_path: Path) -> None:
-    path = tmp_path / "s"
+    path = shared_path(tmp_path)
     daemon = operated(*MODE, *FAST, f"unix:{path}", command=SERVER)
 
     with daemon.line() as line:
@@ -584,7 +585,7 @@ def test_one_that_is_killed_unguarded_leaves_no_client_on_hold(
 
 
 def test_what_cannot_be_held_is_not_added_during_a_hold(protector: Starter, tmp_path: Path) -> None:
-    config, added = tmp_path / "web.toml", tmp_path / "s"
+    config, added = tmp_path / "web.toml", shared_path(tmp_path)
     words = ", ".join(f'"{word}"' for word in SERVER)
 
     def write(listen: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 from tests import needs
 from tests.load import Load
 from tests.procfs import ports_of
-from tests.running import FAIR_START_S, Protector, ask, eventually, wait_gone
+from tests.running import FAIR_START_S, Protector, ask, eventually, shared_path, wait_gone
 from tests.scenarios.adopting import kill_protector, revived, upgrade
 from tests.scenarios.asking import Asked, askers, get
 from tests.scenarios.operating import Operating
@@ -121,7 +121,7 @@ def test_one_that_says_ready_by_itself_is_not_awaited_and_has_no_such_second(
 def test_where_old_and_new_share_a_socket_time_tells_as_before(
     protector: Starter, tmp_path: Path
 ) -> None:
-    words = ("--handoff", "listener", f"unix:{tmp_path / 's'}", "--")
+    words = ("--handoff", "listener", f"unix:{shared_path(tmp_path)}", "--")
     daemon = protector(*words, *worker("accepts", "--ready", "never")).ready()
 
     daemon.log.wait_for("event=worker-ready generation=1 worker=1 by=timer")
@@ -382,7 +382,7 @@ def test_where_there_can_be_none_a_check_is_told_of_none(
     protector: Starter, tmp_path: Path
 ) -> None:
     words = ("--handoff", "listener", "--ready", "check:test -z ${SOCKETPROTECTOR_PROBE+set}")
-    daemon = protector(*words, f"unix:{tmp_path / 's'}", "--", *worker("accepts")).ready()
+    daemon = protector(*words, f"unix:{shared_path(tmp_path)}", "--", *worker("accepts")).ready()
     daemon.stop()
 
 
@@ -392,7 +392,7 @@ def test_where_there_can_be_none_a_check_is_told_of_none(
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (("--ready", "accept", "unix:FOLDER/s"), "accept from the same socket of unix:"),
+        (("--ready", "accept", "unix:SHARED"), "accept from the same socket of unix:"),
         (("--ready", "http:/x", "0?defer_accept=5"), "accept from the same socket of 0?defer"),
         (("--ready", "http:[web]/x", "http=0"), "no listener is called web; there is: http"),
         (("--ready", "http:x", "0"), "write http:/path"),
@@ -401,7 +401,7 @@ def test_where_there_can_be_none_a_check_is_told_of_none(
 def test_a_question_that_cannot_be_asked_is_refused(
     protector: Starter, tmp_path: Path, words: tuple[str, ...], why: str
 ) -> None:
-    given = [word.replace("FOLDER", str(tmp_path)) for word in words]
+    given = [word.replace("SHARED", str(shared_path(tmp_path))) for word in words]
     daemon = protector("--handoff", "listener", *given, "--", *worker("accepts"))
 
     assert daemon.wait() == 2

@@ -233,7 +233,8 @@ class Handed(World):
     ) -> ListenerSettings:
         kind = pick(self.PAIRED if self._asks else kinds or self.KINDS)
         if kind in ("unix", "abstract", "passed in"):
-            path = f"/srv/{number}" if kind == "unix" else f"\0srv/{number}"
+            # Too long for the names of two files, so that the generations share one.
+            path = f"/srv/{'s' * 90}{number}" if kind == "unix" else f"\0srv/{number}"
             one = self._bind(socket.AF_UNIX, path)
         else:
             path = ""

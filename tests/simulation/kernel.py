@@ -360,6 +360,7 @@ class Kernel:
                     dirname=os.path.dirname,
                     isfile=lambda _: False,
                     join=os.path.join,
+                    split=os.path.split,
                 ),
                 strerror=os.strerror,
                 getuid=lambda: 1000,

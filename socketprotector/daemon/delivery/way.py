@@ -55,6 +55,11 @@ class Way:
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     @property
+    def in_words(self) -> str:
+        """The same for people."""
+        return self.text if self.is_unix else "{} port {}".format(*self.address)
+
+    @property
     def target(self) -> tuple[str, int] | str:
         """What connect() takes."""
         host, _ = self.address

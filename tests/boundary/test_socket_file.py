@@ -1,0 +1,267 @@
+"""The files of a UNIX path that leads to one of several sockets, on the real kernel."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from socketprotector.launch.bind_unix import give_away
+from socketprotector.system import socket_file
+from tests import needs
+
+RIGHTS = (-1, -1, 0o640, None)
+
+
+class Sockets:
+    """Those of one path, which leads to the first of them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+        self.made: list[socket.socket] = []
+        self.add()
+        self.lead_to(0)
+
+    def add(self, rights: tuple[int, int, int, bytes | None] = RIGHTS) -> socket.socket:
+        self.made.append(socket_file.bind(self.path, 16, rights, give_away))
+        return self.made[-1]
+
+    def lead_to(self, number: int) -> None:
+        socket_file.lead_to(self.path, self.made[number], self.made)
+
+    def reached(self, path: str = "") -> int:
+        """Return which of them a client comes to."""
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path or self.path)
+            for number, each in enumerate(self.made):
+                each.setblocking(False)
+                try:
+                    each.accept()[0].close()
+                except BlockingIOError:
+                    continue
+                return number
+        raise AssertionError("no socket has that client")
+
+    def close(self) -> None:
+        socket_file.remove(self.path, self.made)
+        while self.made:
+            self.made.pop().close()
+
+
+@pytest.fixture
+def sockets(tmp_path: Path) -> Iterator[Sockets]:
+    made = Sockets(tmp_path / "web.sock")
+    yield made
+    made.close()
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(each.name for each in folder.iterdir())
+
+
+def test_a_path_leads_to_one_of_its_sockets_and_each_has_a_file(sockets: Sockets) -> None:
+    sockets.add()
+    for number in (1, 0, 1, 1, 0):
+        sockets.lead_to(number)
+        assert sockets.reached() == number
+        for each, one in enumerate(sockets.made):
+            assert socket_file.leads_to(sockets.path, one) == (each == number)
+            assert sockets.reached(socket_file.own_file(sockets.path, one)) == each
+
+
+def test_nothing_is_left(sockets: Sockets, tmp_path: Path) -> None:
+    sockets.add()
+    sockets.lead_to(1)
+
+    sockets.close()
+
+    assert files(tmp_path) == []
+
+
+def test_every_client_comes_to_one_of_them_while_the_path_changes(sockets: Sockets) -> None:
+    sockets.add()
+    failed: list[OSError] = []
+    over, served = threading.Event(), threading.Event()
+
+    def connect() -> None:
+        while not over.is_set():
+            with socket.socket(socket.AF_UNIX) as client:
+                try:
+                    client.connect(sockets.path)
+                    assert client.recv(1) == b"+"
+                except OSError as error:
+                    failed.append(error)
+
+    def accept(one: socket.socket) -> None:
+        while True:
+            client, _ = one.accept()
+            with client:
+                if served.is_set():
+                    return
+                client.send(b"+")
+
+    threads = [threading.Thread(target=accept, args=(one,)) for one in sockets.made]
+    clients = [threading.Thread(target=connect) for _ in range(3)]
+    for each in (*threads, *clients):
+        each.start()
+    for number in range(4000):
+        sockets.lead_to(number % 2)
+    over.set()
+    for each in clients:
+        each.join()
+    served.set()
+    for one in sockets.made:
+        with socket.socket(socket.AF_UNIX) as last:
+            last.connect(socket_file.own_file(sockets.path, one))
+    for each in threads:
+        each.join()
+
+    assert failed == []
+
+
+def test_a_server_that_removes_its_socket_s_file_removes_nothing(sockets: Sockets) -> None:
+    """Python 3.13's asyncio does, by what getsockname() shows."""
+    sockets.add()
+    for each in sockets.made:
+        with pytest.raises(FileNotFoundError):
+            os.unlink(each.getsockname())
+        assert socket_file.path_of(each.getsockname()) == sockets.path
+
+
+@pytest.mark.parametrize("step", ["bound", "linked", "led"])
+def test_a_kill_at_any_step_leaves_what_the_next_program_understands(
+    sockets: Sockets, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sockets.add()
+    if step != "led":
+        monkeypatch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        monkeypatch.setattr(os, "unlink", lambda *_: None)
+    try:
+        if step == "bound":
+            sockets.add()
+        else:
+            sockets.lead_to(1)
+    except KeyboardInterrupt:
+        pass
+    monkeypatch.undo()
+
+    assert sockets.reached() == int(step == "led")
+    sockets.lead_to(1)
+    assert sockets.reached() == 1
+    sockets.lead_to(0)
+    assert sockets.reached() == 0
+    left = {os.path.basename(each) for each in socket_file.left_beside(sockets.path)}
+    own = {os.path.basename(socket_file.own_file(sockets.path, one)) for one in sockets.made}
+    assert own <= left
+    for each in left - own:
+        os.unlink(os.path.join(os.path.dirname(sockets.path), each))
+
+
+def test_a_path_that_was_removed_is_made_again(sockets: Sockets) -> None:
+    sockets.add()
+    os.unlink(sockets.path)
+
+    sockets.lead_to(1)
+
+    assert sockets.reached() == 1
+
+
+def test_a_path_that_leads_to_another_program_s_socket_is_left_alone(sockets: Sockets) -> None:
+    os.unlink(sockets.path)
+    with socket.socket(socket.AF_UNIX) as theirs:
+        theirs.bind(sockets.path)
+        with pytest.raises(OSError, match="another program") as raised:
+            sockets.lead_to(0)
+        sockets.close()
+        assert os.path.exists(sockets.path)
+    os.unlink(sockets.path)
+    assert raised.value.errno == errno.EEXIST
+
+
+def test_a_socket_that_was_bound_as_the_path_keeps_a_file(tmp_path: Path) -> None:
+    """A program before this one had one socket for all generations."""
+    path = tmp_path / "s"
+    first = socket.socket(socket.AF_UNIX)
+    first.bind(str(path))
+    first.listen()
+    found = Sockets.__new__(Sockets)
+    found.path, found.made = str(path), [first]
+    socket_file.keep_file(found.path, first)
+    found.add()
+    for number in (1, 0, 1, 0):
+        found.lead_to(number)
+        assert found.reached() == number
+    found.close()
+    assert files(tmp_path) == []
+
+
+def test_one_whose_file_was_removed_is_found_by_the_kernel(sockets: Sockets) -> None:
+    sockets.add()
+    os.unlink(socket_file.own_file(sockets.path, sockets.made[0]))
+    assert socket_file.leads_to(sockets.path, sockets.made[0])
+
+    sockets.lead_to(1)
+    sockets.lead_to(0)
+
+    assert sockets.reached() == 0
+
+
+def test_a_socket_has_the_rights_of_the_path(sockets: Sockets) -> None:
+    os.chmod(sockets.path, 0o600)
+    one = sockets.add(socket_file.rights_of(sockets.path))
+
+    found = os.lstat(socket_file.own_file(sockets.path, one))
+
+    assert stat.S_IMODE(found.st_mode) == 0o600
+
+
+@needs.ANOTHER_USER
+def test_and_its_owner(sockets: Sockets) -> None:
+    os.chown(sockets.path, 65534, 65534)
+    sockets.add(socket_file.rights_of(sockets.path))
+    sockets.lead_to(1)
+
+    found = os.lstat(sockets.path)
+
+    assert (found.st_uid, found.st_gid) == (65534, 65534)
+
+
+def test_accepted_connections_are_counted_for_the_socket_that_has_them(sockets: Sockets) -> None:
+    sockets.add()
+    kept = []
+    for number, clients in ((0, 2), (1, 3)):
+        sockets.lead_to(number)
+        for _ in range(clients):
+            client = socket.socket(socket.AF_UNIX)
+            client.connect(sockets.path)
+            kept += [client, sockets.made[number].accept()[0]]
+    numbers = [socket_file.number_of(one) for one in sockets.made]
+
+    assert socket_file.connections(sockets.path) == dict(zip(numbers, (2, 3), strict=True))
+    for each in kept:
+        each.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("/run/.web.sock.sp-0a1b2c", "/run/web.sock"),
+        ("/run/web.sock", "/run/web.sock"),
+        ("/run/.web.sock.sp-xyz", "/run/.web.sock.sp-xyz"),
+        ("/.s.sp-000000", "/s"),
+    ],
+)
+def test_what_a_socket_is_bound_as_names_its_path(name: str, path: str) -> None:
+    assert socket_file.path_of(name) == path
+
+
+def test_a_path_without_room_for_another_name_has_one_socket(tmp_path: Path) -> None:
+    longest = 107 - len(".web.sp-000000~") + len("web")
+    assert socket_file.has_room("/" + "x" * (longest - 5) + "/web")
+    assert not socket_file.has_room("/" + "x" * (longest - 4) + "/web")

@@ -1,0 +1,260 @@
+"""--handoff listener at a UNIX path: each generation has a socket of its own, as over TCP."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import needs
+from tests.load import Load
+from tests.running import DEADLINE_S, Client, Protector, ask, eventually, wait_gone
+from tests.scenarios.adopting import kill_protector, revived, served, upgrade
+from tests.scenarios.asking import Asked
+from tests.scenarios.operating import Operated
+from tests.scenarios.tools import NOBODY, Gate, Release, pid_in, spawned, worker
+from tests.scenarios.users import Command
+from tests.unit.ctl.conftest import run
+
+Starter = Callable[..., Protector]
+MODE = ("--handoff", "listener")
+#: Says nothing: only a probe tells that it accepts.
+SERVER = worker("accepts", "--ready", "never")
+#: Keeps connections.
+KEEPS = worker("asyncio_accepts")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    return folder / "web.sock"
+
+
+@pytest.fixture
+def one(protector: Starter, path: Path, place: Path, release: Release) -> Iterator[Operated]:
+    release.becomes(*SERVER)
+    words = (*MODE, "--guard", "--control", place, f"unix:{path}", "--", release.path)
+    found = Operated(protector(*words).ready(), place)
+    yield found
+    found.daemon.stop()
+    assert list(path.parent.iterdir()) == []
+
+
+def get(path: Path, what: str) -> str:
+    """Return the status line and body of an answer."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(DEADLINE_S)
+        client.connect(str(path))
+        client.sendall(f"GET {what} HTTP/1.0\r\n\r\n".encode())
+        with client.makefile("rb") as stream:
+            return stream.read().decode()
+
+
+def own_files(path: Path) -> list[str]:
+    return [each.name for each in path.parent.iterdir() if each != path]
+
+
+def test_reloads_upgrades_and_kills_lose_no_client(one: Operated, path: Path) -> None:
+    with Load(f"unix:{path}") as load:
+        for _ in range(3):
+            one.daemon.reload()
+            served(load)
+        assert "event=adopted" in upgrade(one.daemon)
+        one.daemon.reload()
+        served(load)
+        revived(one.daemon, kill_protector(one.daemon))
+        one.daemon.reload()
+        served(load)
+
+    assert load.snapshot().failures == ()
+    assert path.is_socket()
+    assert len(own_files(path)) == 2
+
+
+def test_each_generation_has_its_own_socket(one: Operated, path: Path, release: Release) -> None:
+    release.becomes(*KEEPS)
+    one.daemon.reload()
+    first = path.stat().st_ino
+    with Client(str(path), "waits") as kept:
+        assert pid_in(kept.hear()) == spawned(one.daemon, 2)[0]
+        one.daemon.reload()
+        second = path.stat().st_ino
+        assert pid_in(ask(str(path))) == spawned(one.daemon, 3)[0]
+        assert pid_in(kept.ask()) == spawned(one.daemon, 2)[0]
+    assert wait_gone(spawned(one.daemon, 2)) == []
+    one.daemon.reload()
+
+    assert len({first, second, path.stat().st_ino}) == 3
+
+
+def test_a_release_answers_a_probe_before_its_first_client(
+    protector: Starter, path: Path, place: Path, asked: Asked
+) -> None:
+    words = (*MODE, "--control", place, "--ready", "http:/healthz", "--start-timeout", "2s")
+    one = Operated(protector(*words, f"unix:{path}", "--", asked.release.path).ready(), place)
+    before = path.stat().st_ino
+    asked.bad()
+    mark = one.daemon.signal(signal.SIGHUP)
+    said = one.daemon.log.wait_for("event=reload-failed generation=2", after=mark)
+
+    assert "500" in said
+    assert path.stat().st_ino == before
+    assert str(spawned(one.daemon, 1)[0]) in get(path, "/")
+    refused = run("--control", str(place), "reload", "--dry-run")
+    asked.good()
+    passed = run("--control", str(place), "reload", "--dry-run")
+    assert (refused.status, passed.status) == (3, 0)
+    assert path.stat().st_ino == before
+    one.daemon.reload()
+    assert str(spawned(one.daemon)[-1]) in get(path, "/")
+    one.daemon.stop()
+
+
+def test_a_bad_answer_while_it_settles_gives_the_clients_back(
+    protector: Starter, path: Path, asked: Asked
+) -> None:
+    words = (*MODE, "--ready", "accept", "--settle", "1h", "--settle-check", "http:/healthz")
+    daemon = protector(*words, f"unix:{path}", "--", asked.release.path).ready()
+    before = path.stat().st_ino
+    mark = daemon.signal(signal.SIGHUP)
+    daemon.log.wait_for("event=route generation=2", after=mark)
+    assert path.stat().st_ino != before
+    asked.bad()
+    daemon.log.wait_for("event=reload-failed generation=2", after=mark)
+
+    assert path.stat().st_ino == before
+    assert str(spawned(daemon, 1)[0]) in get(path, "/")
+    daemon.stop()
+
+
+def test_counts_are_each_generation_s_own(one: Operated, path: Path, release: Release) -> None:
+    release.becomes(*KEEPS)
+    one.daemon.reload()
+    with Client(str(path), "first") as first, Client(str(path), "second") as second:
+        for each in (first, second):
+            each.hear()
+        one.daemon.reload()
+        with Client(str(path), "third") as third:
+            third.hear()
+            one.until_generation(2, active=2)
+            one.until_generation(3, active=1)
+    one.until_generation(3, active=0)
+
+
+@pytest.mark.parametrize("amid", ["", "reload", "upgrade", "kill"])
+def test_clients_wait_through_a_hold_and_the_next_generation_answers(
+    one: Operated, path: Path, amid: str
+) -> None:
+    with one.line() as line:
+        line.ask("hold", seconds=3600)
+    with Client(str(path), "hello") as late:
+        if amid == "reload":
+            one.daemon.reload()
+        elif amid == "upgrade":
+            assert "event=adopted" in upgrade(one.daemon)
+        elif amid == "kill":
+            revived(one.daemon, kill_protector(one.daemon))
+        serving = spawned(one.daemon)[-1]
+        with one.line() as line:
+            line.ask("release")
+            assert late.hear().endswith(" hello")
+    one.daemon.log.wait_for("event=stranded")
+    eventually(lambda: pid_in(ask(str(path))) != serving, "the next generation")
+
+
+def test_a_hold_at_which_no_client_waited_starts_no_generation(one: Operated, path: Path) -> None:
+    for _ in range(2):
+        with one.line() as line:
+            line.ask("hold", seconds=3600)
+            line.ask("release")
+    assert pid_in(ask(str(path))) == spawned(one.daemon, 1)[0]
+    one.daemon.reload()
+
+    assert pid_in(ask(str(path))) == spawned(one.daemon, 2)[0]
+    assert one.daemon.log.count("event=stranded") == 0
+
+
+def test_a_stop_answers_what_waits_in_the_backlog(
+    protector: Starter, path: Path, release: Release, tmp_path: Path
+) -> None:
+    gate = Gate(tmp_path / "gate")
+    release.becomes(*SERVER)
+    daemon = protector(*MODE, f"unix:{path}", "--", release.path).ready()
+    daemon.reload()
+    with Client(str(path), f"wait {gate.path}") as first, Client(str(path), "second") as second:
+        mark = daemon.signal(signal.SIGTERM)
+        daemon.log.wait_for("event=stopping", after=mark)
+        gate.open()
+        assert [pid_in(each.hear()) for each in (first, second)] == [spawned(daemon, 2)[0]] * 2
+    assert daemon.wait() == 0
+    assert list(path.parent.iterdir()) == []
+
+
+def test_what_a_killed_protector_leaves_is_removed_by_the_next_start(
+    protector: Starter, path: Path
+) -> None:
+    words = (*MODE, f"unix:{path}", "--", *SERVER)
+    daemon = protector(*words).ready()
+    daemon.reload()
+    left = own_files(path)
+    os.kill(daemon.pid, signal.SIGKILL)
+    daemon.wait()
+    for pid in spawned(daemon):
+        os.kill(pid, signal.SIGKILL)
+    assert wait_gone(spawned(daemon)) == []
+    assert own_files(path) == left
+
+    daemon = protector(*words).ready()
+
+    assert len(own_files(path)) == 2
+    assert not set(own_files(path)) & set(left)
+    daemon.stop()
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_release_that_shuts_its_socket_down_harms_no_client(
+    one: Operated, path: Path, release: Release, tmp_path: Path
+) -> None:
+    gate = Gate(tmp_path / "gate")
+    with Load(f"unix:{path}") as load:
+        release.becomes(*worker("breaks_its_socket", gate.path))
+        mark = one.daemon.signal(signal.SIGHUP)
+        one.daemon.log.wait_for("^waits$", after=mark)
+        gate.open()
+        one.daemon.log.wait_for("event=reload-failed generation=2 ", after=mark)
+        served(load)
+    release.becomes(*SERVER)
+    one.daemon.reload()
+
+    assert load.snapshot().failures == ()
+
+
+@needs.ANOTHER_USER
+@pytest.mark.parametrize(
+    ("owned", "query", "said"),
+    [
+        (True, "?user=nobody", ""),
+        (True, "", "the socket is not to be user nobody's: add \\?user=nobody"),
+        (False, "?user=nobody", "user nobody cannot make files in "),
+    ],
+)
+def test_another_user_needs_the_folder_and_the_file(
+    command: Command, owned: bool, query: str, said: str
+) -> None:
+    path = command.start.folder / "run" / "s"
+    path.parent.mkdir()
+    if owned:
+        os.chown(path.parent, NOBODY, -1)
+    server = command.worker("accepts", "--ready", "never")
+    command.up("--user", "nobody", *MODE, f"unix:{path}{query}", "--", *server)
+
+    found = re.findall("can be no second socket [^\\n]*", command.start.log)
+
+    assert [re.search(said, each) is not None for each in found] == [True] * bool(said)
+    assert len(own_files(path)) == (0 if said else 2)

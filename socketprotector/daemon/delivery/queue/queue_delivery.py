@@ -283,4 +283,7 @@ class QueueDelivery(Delivery):
         return True
 
     def close(self) -> tuple[str, ...]:
-        return self.forwarder.close()
+        left = self.forwarder.close()
+        for channel in self._channels.values():
+            channel.close()
+        return left

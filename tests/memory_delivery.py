@@ -1,0 +1,188 @@
+"""A delivery in memory: a client is a number, and a listener a list of those that wait there.
+
+It keeps the contract as the two real ones do (tests/boundary/test_delivery.py), without a socket
+or a loop, for tests of what stands above it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any, cast
+
+from socketprotector.core.events import BacklogEmptied
+from socketprotector.daemon.delivery import Delivery, Handles, Host
+from socketprotector.daemon.delivery.way import Way
+from socketprotector.daemon.generation import OpenGeneration
+from socketprotector.model.records import DeliveryRecord
+from socketprotector.model.settings import ListenerSettings, Settings
+from socketprotector.system.inherited import Inherited
+from socketprotector.system.listener import Listener
+
+
+def listener(index: int) -> Listener:
+    """One with a backlog, which outlives a delivery."""
+    settings = ListenerSettings(f"tcp:127.0.0.1:{index + 1}")
+    made = SimpleNamespace(index=index, settings=settings, backlog=[], lost=False, sockets=[])
+    return cast("Listener", made)
+
+
+class MemoryDelivery(Delivery):
+    """Has a queue for each generation, and moves clients at once."""
+
+    shares_listeners = False
+
+    def __init__(self, host: Host, listeners: Collection[Listener]) -> None:
+        self._host = host
+        self._listeners = list(listeners)
+        #: The clients that a generation was brought and has not taken.
+        self.queues: dict[int, list[int]] = {}
+        self._route: OpenGeneration | None = None
+        self._held = False
+
+    def connect(self, to: Listener, client: int) -> None:
+        """Have a client come."""
+        cast("Any", to).backlog.append(client)
+        self._move()
+
+    def _move(self) -> None:
+        if self._route is None or self._held:
+            return
+        queue = self.queues[self._route.record.number]
+        for each in self._listeners:
+            if self._route.knows(each.index):
+                backlog = cast("Any", each).backlog
+                queue += backlog
+                backlog.clear()
+
+    def can_ask(self, listener: str) -> bool:
+        return False
+
+    def cannot_try(self) -> str | None:
+        return None
+
+    def open(self, generation: OpenGeneration, queue: int, *, fresh: bool) -> None:
+        self.queues[generation.record.number] = []
+
+    def worker_handles(
+        self, generation: OpenGeneration, slot: int, free: Iterator[int], settings: Settings
+    ) -> Handles:
+        return Handles({}, {"SLOT": str(slot)})
+
+    def reach(
+        self, generation: OpenGeneration, listener: str, *, as_client: bool = False
+    ) -> Way | None:
+        return None
+
+    def route_to(self, generation: OpenGeneration | None, *, again: bool = False) -> None:
+        self._route = generation
+        self._move()
+
+    def begin_drain(
+        self, generation: OpenGeneration, on_quiet: Callable[[], None], *, reads_on: bool
+    ) -> None:
+        on_quiet()
+
+    def drain(self, generation: OpenGeneration) -> None:
+        generation.ends()
+        if self._route is not None and self._route is not generation:
+            queue = self.queues[generation.record.number]
+            self.queues[self._route.record.number] += queue
+            queue.clear()
+
+    def release(self, generation: OpenGeneration) -> None:
+        self.drain(generation)
+        if not self.queues[generation.record.number]:
+            del self.queues[generation.record.number]
+
+    def keeps(self, number: int) -> bool:
+        return number in self.queues
+
+    def waiting(self, generation: OpenGeneration) -> int | None:
+        return len(self.queues[generation.record.number])
+
+    def active(self, generation: OpenGeneration) -> int | None:
+        return None
+
+    def untaken_s(self, generation: OpenGeneration) -> float | None:
+        return None
+
+    def queue_limit(self, generation: OpenGeneration) -> int | None:
+        return None
+
+    @property
+    def listeners(self) -> tuple[Listener, ...]:
+        return tuple(self._listeners)
+
+    def number_for(self, listener: Listener) -> int:
+        return 0
+
+    def cannot_add(self, listeners: Collection[Listener]) -> str | None:
+        return None
+
+    def add(self, listener: Listener, *, dry_run: bool) -> None:
+        self._listeners.append(listener)
+        self._move()
+
+    def remove(self, listener: Listener) -> None:
+        self._listeners.remove(listener)
+
+    def cannot_hold(self) -> str | None:
+        return None
+
+    def hold(self, on: bool) -> None:
+        self._held = on
+        self._move()
+
+    @property
+    def is_silent(self) -> bool:
+        return False
+
+    @property
+    def late_s(self) -> float:
+        return 0.0
+
+    def close_listeners(
+        self, serving: OpenGeneration | None, *, quick: bool, stay: bool = False
+    ) -> None:
+        self._listeners.clear()
+        if not quick:
+            self._host.runtime.post(BacklogEmptied())
+
+    @property
+    def forwarded(self) -> int | None:
+        return None
+
+    @property
+    def lost(self) -> int | None:
+        return None
+
+    @property
+    def idle_s(self) -> float:
+        return 0.0
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return ()
+
+    def look(self) -> None:
+        self._move()
+
+    def record(self) -> DeliveryRecord:
+        return DeliveryRecord()
+
+    def descriptors(self) -> dict[str, int]:
+        return {}
+
+    def adopt(self, record: DeliveryRecord, left: Inherited, *, held: bool, closing: bool) -> None:
+        self._held = held
+
+    def adopt_generation(
+        self, generation: OpenGeneration, descriptors: Mapping[str, int], *, draining: bool
+    ) -> bool:
+        self.queues.setdefault(generation.record.number, [])
+        return True
+
+    def close(self) -> tuple[str, ...]:
+        self._listeners.clear()
+        return ()

@@ -90,8 +90,14 @@ def check_command(settings: Settings) -> None:
         how = _HOW.get(error.errno or 0, "check the path")
         raise UsageError(f"cannot run {error.filename}: {error.strerror}; {how}") from error
     _reachable(settings, path)
-    if settings.ready_check and not os.access("/bin/sh", os.X_OK):
-        raise UsageError(f"--ready check:{settings.ready_check}: there is no /bin/sh to run it")
+    if settings.ready_check:
+        _shell_runs(f"--ready check:{settings.ready_check}")
+
+
+def _shell_runs(asked: str) -> None:
+    """Refuse a command that only a shell could run where there is none."""
+    if not os.access("/bin/sh", os.X_OK):
+        raise UsageError(f"{asked}: there is no /bin/sh to run it")
 
 
 def _reachable(settings: Settings, path: str) -> None:
@@ -140,8 +146,10 @@ def check_mode(settings: Settings, given: Collection[str], listens: Sequence[Lis
 def check_question(settings: Settings, listens: Sequence[Listen]) -> None:
     """Refuse a question that was asked for and that no listener can be asked."""
     if settings.health:
-        name = question.read_health(settings.health).listener
-        _asked_of(f"--health {settings.health}", name, listens)
+        asked = question.read_health(settings.health)
+        _asked_of(f"--health {settings.health}", asked.listener, listens)
+        if asked.kind == question.CHECK:
+            _shell_runs(f"--health {settings.health}")
     if settings.policy.answer_decides:
         _reaches_one(settings, *_ready(settings), listens)
 
@@ -186,8 +194,8 @@ def check_settle_check(settings: Settings, listens: Sequence[Listen]) -> None:
         raise UsageError("--settle-check with --reload-order stop-first: none stands by meanwhile")
     if asked := _settle_check(settings):
         _reaches_one(settings, *asked, listens)
-    elif not os.access("/bin/sh", os.X_OK):
-        raise UsageError("--settle-check check: there is no /bin/sh to run it")
+    else:
+        _shell_runs("--settle-check check")
 
 
 def check_siblings(settings: Settings, siblings: Collection[int]) -> None:

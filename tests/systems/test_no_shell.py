@@ -51,6 +51,7 @@ def test_no_process_executes_a_shell_where_there_is_one(
             ("--handoff", "listener", "--ready", "check:true", "0", "--", sys.executable),
             "--ready check:true",
         ),
+        (("--health", "check:true", "0", "--", sys.executable), "--health check:true: there is no"),
     ],
 )
 def test_what_is_for_the_shell_is_refused_where_there_is_none(

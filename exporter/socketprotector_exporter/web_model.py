@@ -30,6 +30,9 @@ from .web_text import cut, event_line, line, verdict_of
 
 #: More workers than that are a number.
 CELLS = 96
+#: Of generations that only end, older ones are a number: a card would be taller than the screen.
+ENDING_LANES = 4
+_ENDING = ("draining", "abandoned")
 #: Of those that keep a draining generation alive.
 _NAMED = 4
 _MOST_WARNINGS, _WARNING_CHARACTERS = 10, 500
@@ -157,7 +160,7 @@ class Instance:
             "p50": quantile_us(waits, 0.50),
             "p99": quantile_us(waits, 0.99),
             "unknown": _unknown(status),
-            "lanes": sorted(lanes, key=lambda lane: -lane["number"]),
+            **_shown_lanes(lanes),
             "failed": self._last_failure(status),
             "tried": _tried(status),
         }
@@ -226,6 +229,17 @@ class Instance:
         if forwarded is not None:
             return rounded(forwarded)
         return rounded(_sum(lane["rate"] for lane in lanes if lane["counts"]))
+
+
+def _shown_lanes(lanes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the lanes, the newest on top, and how many older ones are left out."""
+    lanes.sort(key=lambda lane: -lane["number"])
+    ending = [lane for lane in lanes if lane["phase"] in _ENDING]
+    left_out = ending[ENDING_LANES:]
+    return {
+        "lanes": [lane for lane in lanes if lane not in left_out],
+        "more_lanes": len(left_out),
+    }
 
 
 def _tried(status: Status) -> dict[str, Any] | None:

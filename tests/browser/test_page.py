@@ -285,6 +285,21 @@ def test_everything_is_reached_by_keys(browser: Browser, exporter: Starter, fake
     assert "events" in reached
 
 
+@pytest.mark.parametrize(("width", "height"), SIZES[1:])
+def test_many_generations_that_drain_fit_on_a_screen(
+    browser: Browser, exporter: Starter, fakes: Fakes, width: int, height: int
+) -> None:
+    fake = fakes("web")
+    browser.looks(width, height)
+    seen(browser, exporter(*WEB, "--control", fake.path), "web")
+    old = [generation(number, "draining", worker(number)) for number in range(1, 60)]
+    fake.status = {**status(*old, generation(60, "serving", worker(60))), "name": "web"}
+    fake.following()[-1].event("drained")
+
+    browser.until("document.querySelector('.more').textContent.startsWith('and 55 older')")
+    assert browser.run("return document.querySelector('.card').offsetHeight") <= height
+
+
 @pytest.mark.parametrize("dark", [True, False], ids=["dark", "light"])
 @pytest.mark.parametrize(("width", "height"), SIZES)
 def test_axe_finds_nothing(

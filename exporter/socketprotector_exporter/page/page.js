@@ -119,6 +119,7 @@ function draw(one) {
   ["rate", "active", "waits"].forEach((name, place) => (values[place].closest("div").hidden = data.unknown.includes(name)));
   text(card.querySelector(".unknown"), missing(data.unknown));
   drawLanes(one);
+  text(card.querySelector(".more"), data.more_lanes ? `and ${number(data.more_lanes)} older; socketprotectorctl status has all` : "");
   const { failed, tried } = data;
   drawVerdict(card.querySelector(".failed"), failed, failed && `release ${failed.generation} failed at ${when(failed.at)}${failed.last ? "" : ", a later one serves"}`, data.name);
   drawVerdict(card.querySelector(".tried"), tried && !tried.passed && { ...tried, last: true }, tried && `dry run ${tried.generation} failed at ${when(tried.at)}`, data.name);

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
-from socketprotector_exporter.web_model import CELLS, Instance
+from socketprotector_exporter.web_model import CELLS, ENDING_LANES, Instance
 from socketprotector_exporter.web_series import POINTS, STEP_S, History
 from socketprotector_exporter.web_text import event_line, words_of
 
@@ -74,6 +74,16 @@ def test_a_status_becomes_a_card(seen: Seen) -> None:
     assert (seen.lane(8)["ready"], seen.lane(8)["size"]) == (1, 2)
     assert seen.lane(8)["workers"][1] == [3, 4712, "starting", 1, ""]
     assert seen.lane(7)["since"] == 150.0
+
+
+def test_of_many_generations_that_drain_the_newest_are_lanes(seen: Seen) -> None:
+    draining = [generation(number, "draining", active=1) for number in range(2, 60)]
+    shown = seen.see(status(generation(1, active=2), *draining, generation(60, "starting")))
+
+    newest = range(59, 59 - ENDING_LANES, -1)
+    assert [lane["number"] for lane in shown["lanes"]] == [60, *newest, 1]
+    assert shown["more_lanes"] == 58 - ENDING_LANES
+    assert shown["active"] == 2 + 58, "they still count"
 
 
 def test_rates_are_what_was_counted_within_the_window(seen: Seen) -> None:

@@ -26,7 +26,7 @@ CHOSEN := --once
 #: Where the logs of failed tests go; without a name, into the output, before the summary.
 LOGS := build/failed-tests.log
 # Most tests wait for processes most of the time: with 9 two cores were idle for a quarter of the
-# run, with 14 never.  Each takes 2 s of CPU before its first test, and 100 MB.
+# run, with 14 never.  Each takes 2 s of CPU before its first test, and 150 MB.
 JOBS := 12
 
 # And each of pytest's processes all tests.  (What cannot be collected fails below.)

@@ -68,12 +68,6 @@ class SocketRestoring:
         elif made is None:
             self._before[_MADE, listener.index] = socket_snapshot.take(one)
 
-    def closing(self, listener: Listener, socket_number: int) -> Snapshot:
-        """Return what keeps clients out of a socket, unless it is as when the socket was made."""
-        found: Snapshot = socket_snapshot.closing(listener.socket_for(socket_number))
-        made = self._before.get((_MADE, listener.index), found)
-        return {name: content for name, content in found.items() if content != made.get(name)}
-
     def end(
         self, generation: int, socket_number: int, others: Collection[int], *, gone: bool
     ) -> None:

@@ -26,7 +26,7 @@ from functools import partial
 
 from ..core.events import SocketLost, Stranded
 from ..model.records import SteeringRecord
-from ..system import reuseport
+from ..system import reuseport, socket_snapshot
 from ..system.listener import SCARCE, Listener
 from ..system.loop import READ, SHUT
 from ..system.sock_diag import Line, end_of, is_waiting, unaccepted
@@ -277,14 +277,14 @@ class SocketSteering:
         no_clients = socket_number != self.number_for(found) and not _has_waiting(asked)
         waits = partial(_waits, asked, address)
         # While it is in no group the kernel gives what has this mark to the other one.
-        times, closing = found.joined[socket_number], self._restoring.closing
-        closed = closing(found, socket_number)
+        times, closing = found.joined[socket_number], socket_snapshot.closing
+        closed, serving = closing(asked), found.socket_for(self.number_for(found))
 
         def holds() -> bool:
             return (
                 found.joined[socket_number] == times
                 and found.is_alive(socket_number)
-                and closing(found, socket_number) == closed
+                and closing(asked) == closed
             )
 
         if asked.family == socket.AF_UNIX:  # it has a file of its own
@@ -299,7 +299,11 @@ class SocketSteering:
             del self._questions[mark]
             raise OSError(errno.EAGAIN, "new clients cannot be steered now")
         close = partial(self._stop_asking, mark)
-        return Way(address, mark, waits, close, holds=holds, is_closed=lambda: bool(closed))
+
+        def is_closed() -> bool:
+            return closed != closing(serving)
+
+        return Way(address, mark, waits, close, holds=holds, is_closed=is_closed)
 
     def can_ask(self, name: str) -> bool:
         """Whether there is a listener that ask() takes."""

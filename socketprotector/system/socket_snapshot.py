@@ -34,6 +34,7 @@ _KEYS = "TCP_MD5SIG"
 _KEYS_AT = slice(24, 28)
 #: What keeps clients out as long as it stays.
 KEEPS_CLIENTS_OUT = frozenset({_DEVICE, _KEYS})
+_CAN_CLOSE = KEEPS_CLIENTS_OUT | {"IP_MINTTL", "IPV6_MINHOPCOUNT"}
 _SO = socket.SOL_SOCKET
 _IP, _IPV6, _TCP = socket.IPPROTO_IP, socket.IPPROTO_IPV6, socket.IPPROTO_TCP
 
@@ -126,8 +127,8 @@ def take(one: socket.socket) -> Snapshot:
 
 
 def closing(one: socket.socket) -> Snapshot:
-    """Return those of its options that keep clients out unless they are as they were."""
-    return {name: content for name, content in take(one).items() if name in KEEPS_CLIENTS_OUT}
+    """Return those of its options that can keep clients out."""
+    return {name: content for name, content in take(one).items() if name in _CAN_CLOSE}
 
 
 def restore(one: socket.socket, before: Snapshot) -> list[str]:

@@ -33,7 +33,8 @@ class Way:
     #: Whether what was answered until now was answered by this generation: else it counts for
     #: nothing, and what comes later does not either.
     holds: Callable[[], bool] = lambda: True
-    #: Whether workers have set what keeps clients out: time must not tell that they are ready.
+    #: Whether workers have set what keeps clients out, and the serving ones have not: time must not
+    #: tell that they are ready.
     is_closed: Callable[[], bool] = lambda: False
 
     @property

@@ -79,6 +79,13 @@ def _run() -> None:
         # Until its handlers stand a signal waits: it would end this program, and its workers go
         # on alone. The others who execute us have blocked them; systemd blocks nothing.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        from .system import late_modules
+
+        try:
+            late_modules.keep()
+        except OSError as error:
+            os.write(_STDERR, f"SocketProtector: cannot keep its code: {error}\n".encode())
+            os._exit(_SYSTEM_REFUSED)
         from .daemon import resident
 
         _loaded()

@@ -13,6 +13,7 @@ import pytest
 
 from socketprotector.ctl import api
 from socketprotector.model import handoff_modes
+from socketprotector.system.late_modules import LATE
 from tests.together import together
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +29,7 @@ HEAVY = {
     *{"copy", "inspect", "selectors", "weakref", "zipfile"},
 }
 #: Modules of this package that it needs only in some modes, or never.
-RARE = ("daemon.recovery", "programs.log_relay", "system.socket_snapshot")
+RARE = (*LATE, "programs.log_relay", "system.socket_snapshot")
 
 
 #: What neither decides nor is a plain value.  `time` and `signal` are there by name for what is a
@@ -377,7 +378,6 @@ def test_the_resident_process_asks_dataclasses_for_no_fields() -> None:
 #: What the resident process loads after its start begins, and when.  Anything else must be there
 #: from the start: later the package may have been replaced or removed.
 LOADED_LATER = {
-    ("daemon.assembly", "daemon.recovery"),  # at the start of a program that resumes
     # At the start; the other one is never loaded.
     ("daemon.delivery.choice", "daemon.delivery.queue.queue_delivery"),
     ("daemon.delivery.choice", "daemon.delivery.shared.shared_delivery"),

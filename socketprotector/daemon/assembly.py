@@ -25,10 +25,10 @@ from ..system.log import Log
 from ..system.loop import Loop
 from ..system.sd_notify import remove_folder
 from ..system.state_file import StateError, StateFile
+from . import recovery, watch_client
 from .checkpoint import Checkpoint
-from .control.commands import CommandHandler
+from .control import commands, status
 from .control.server import ControlServer
-from .control.status import counts_of
 from .delivery.choice import delivery_for
 from .effects import Effects
 from .event_queue import EventQueue
@@ -39,11 +39,11 @@ from .runtime import Runtime
 from .start_report import StartReport
 from .supervisor import Supervisor, terminal_of
 from .upgrade import Upgrade
-from .watch_client import FileWatch
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .recovery import Recovery
+    from ..model.control_requests import Request
+    from .control.server import Client
 
 #: How soon to try again where a manager's socket was full.
 _AGAIN_S = 0.1
@@ -89,6 +89,7 @@ class Resident:
         )
         self.began = False
         self.staying: tuple[str, ...] = ()  # names of listeners that live on for the next start
+        self.watcher: watch_client.FileWatch | None = None
         self._loop: Loop | None = None
 
     def supervise(self) -> int:
@@ -121,17 +122,19 @@ class Resident:
             self.left_over.close()
             supervisor.launch()
         else:
-            recovery = load_recovery()(supervisor.effects, snapshot, self.left_over)
-            supervisor.adopt(recovery)
+            supervisor.adopt(recovery.Recovery(supervisor.effects, snapshot, self.left_over))
         # Signals are taken from here on; and by which of them workers finish, should none of us
         # be there to say so.
         self.parents.guard.send(f"X_BEGAN=1\nX_FINISH={settings.finish_signal}")
-        self.watcher.start(watchers)
+        if settings.watch or watchers:
+            self.watcher = watch_client.FileWatch(settings, runtime)
+            self.watcher.start(watchers)
         status = supervisor.run()
         if control is not None:
             control.finish()
         self.staying = supervisor.effects.close()
-        self.watcher.close()
+        if self.watcher is not None:
+            self.watcher.close()
         if control is not None:
             control.close()
         log.close()
@@ -265,7 +268,6 @@ class Resident:
         self, runtime: Runtime, queue: EventQueue, checkpoint: Checkpoint
     ) -> Supervisor:
         settings = self.settings
-        self.watcher = FileWatch(settings, runtime)
         effects = Effects(
             settings,
             lambda host: self.delivery(host, self.listeners),
@@ -293,7 +295,7 @@ class Resident:
             terminal=terminal_of(settings.foreground),
             outlives_terminal=settings.outlives_terminal,
         )
-        effects.settle_check.counts = lambda: counts_of(supervisor.fleet, effects)
+        effects.settle_check.counts = lambda: status.counts_of(supervisor.fleet, effects)
         return supervisor
 
     def _descriptors(self) -> dict[str, int]:
@@ -301,7 +303,9 @@ class Resident:
         found = dict(self.own)
         if self.control_listener is not None:
             found[inherited.CONTROL] = self.control_listener.fileno()
-        theirs = (self.parents, self.start_report, self.output, self.watcher)
+        if self.watcher is not None:
+            found |= self.watcher.descriptors()
+        theirs = (self.parents, self.start_report, self.output)
         return found | {name: fd for each in theirs for name, fd in each.descriptors().items()}
 
     def _later(self, again: Callable[[], None]) -> None:
@@ -327,13 +331,19 @@ class Resident:
         settings = self.settings
         if self.control_listener is None:
             return None
-        operator = CommandHandler(supervisor, runtime)
+
+        def handle(client: Client, request: Request) -> None:
+            with client.within_memory():  # nothing of the request is done yet
+                handler = commands.CommandHandler(supervisor, runtime)
+            if not client.gone:
+                handler.handle(client, request)
+
         uids = {0, os.getuid()} | ({settings.identity.uid} if settings.identity else set())
         self.control_listener.claim()
         control = ControlServer(
             self.control_listener,
             runtime.loop,
-            operator.handle,
+            handle,
             supervisor.effects.pool.acked,
             uids=frozenset(uids),
             group=settings.control_group,
@@ -361,10 +371,3 @@ class Resident:
             os.ftruncate(lock, len(text))
         except OSError as error:
             log.write("error", "pid-file-not-written", error=error.strerror)
-
-
-def load_recovery() -> type[Recovery]:
-    """Return the class that resumes; a protector that begins saves its memory."""
-    from .recovery import Recovery
-
-    return Recovery

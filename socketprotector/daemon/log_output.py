@@ -21,7 +21,7 @@ from ..system.cleanup import on_error
 from ..system.inherited import Inherited
 from ..system.log import is_journal
 from ..system.log_file import open_log
-from .relay_client import LogRelay, WorkerPipe
+from . import relay_client
 from .runtime import Runtime
 
 _STDOUT, _STDERR = 1, 2
@@ -52,7 +52,7 @@ class Output:
         self._relayed = settings.log_prefix or (ours and settings.log_relay)
         #: All descriptors of workers that another program would need.
         self.named = inherited.Named()
-        self._relay: LogRelay | None = None
+        self._relay: relay_client.LogRelay | None = None
 
     def begin(self, left: Inherited, runtime: Runtime) -> None:
         """Start the relay if one is needed, or go on with an earlier program's.  Raises OSError.
@@ -63,7 +63,7 @@ class Output:
             return
         kind = "syslog" if self._to_syslog else "journal" if is_journal() else "lines"
         name, prefixed = self._settings.name, self._settings.log_prefix
-        self._relay = LogRelay(name, kind, runtime, self.named, prefixed=prefixed)
+        self._relay = relay_client.LogRelay(name, kind, runtime, self.named, prefixed=prefixed)
         given = left.take_one(_WRITE)
         if given is not None:  # else stderr has come along as it is
             self._lead_to(given)
@@ -108,7 +108,7 @@ class Output:
                 yield given
         finally:
             os.close(write)
-        self._relay.read_from(number, WorkerPipe(read, generation, given.pid))
+        self._relay.read_from(number, relay_client.WorkerPipe(read, generation, given.pid))
 
     def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
         """Keep the pipes of living workers, and of a few that have ended.

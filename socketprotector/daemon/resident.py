@@ -17,10 +17,11 @@ from .. import __version__
 from ..core.snapshot import Snapshot
 from ..model.errors import Refusal, SystemRefused, what_failed
 from ..model.settings import ListenerSettings, Settings, SettingsError, load
-from ..system import executable, inherited, signals
+from ..system import executable, inherited, late_modules, signals
 from ..system.state_file import StateError
 from . import checkpoint
-from .assembly import Resident, load_recovery
+from .assembly import Resident
+from .delivery.choice import delivery_for
 
 #: What a start takes beyond what a probe has: parts, and buffers.
 _SPARE_BYTES = 4 * 1024 * 1024
@@ -40,8 +41,9 @@ def main() -> None:
 def _probe(descriptors: dict[str, int]) -> int:
     """Say whether this program could take over from the one that asks."""
     try:
-        _held(descriptors, checkpoint.read(descriptors[inherited.STATE]))
-        load_recovery()
+        settings, _ = _held(descriptors, checkpoint.read(descriptors[inherited.STATE]))
+        delivery_for(settings.mode)
+        late_modules.load_all()  # a fault in them must not be found after the exec
         # With its parts it needs more than this probe, and then there is no way back.
         bytearray(_SPARE_BYTES)
     except (StateError, SettingsError) as error:
@@ -62,7 +64,6 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
     try:
         if inherited.STATE in descriptors:
             earlier = checkpoint.read(descriptors[inherited.STATE])
-            load_recovery()  # now: another user, or a later moment, may find no file
     except StateError as error:
         earlier = error
     try:

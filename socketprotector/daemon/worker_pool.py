@@ -21,12 +21,12 @@ from ..model.history import History
 from ..model.lazy_dataclass import replace
 from ..model.records import WorkerRecord
 from ..model.settings import Settings
+from ..system import sock_diag
 from ..system.check_command import LIMIT_S, CheckCommand, first_program
 from ..system.orphans import Orphans
 from ..system.process import End
 from ..system.process_groups import Groups
 from ..system.procfs import sockets_of
-from ..system.sock_diag import address_of
 from .check_probe import CheckProbes
 from .delivery import Delivery
 from .delivery.way import PROBE
@@ -117,7 +117,7 @@ class WorkerPool:
         }
         return known_servers.advice(
             its[0].generation.program,
-            listens=lambda: address_of(sockets_of(pids, _LOOKED_AT) - handed),
+            listens=lambda: sock_diag.address_of(sockets_of(pids, _LOOKED_AT) - handed),
             passes_over=passes_over,
         )
 

@@ -17,11 +17,10 @@ from contextlib import suppress
 
 from ..model.lazy_dataclass import replace
 from ..model.settings import ListenerSettings
-from . import accept_marks, inherited, reuseport, socket_file
+from . import accept_marks, inherited, reuseport, sock_diag, socket_file
 from .cleanup import on_error
 from .dir_lock import give, locked
 from .polling import events_of
-from .sock_diag import listening
 
 #: Nothing there, or gone again: the next wake-up brings the next client (accept(2) on Linux
 #: passes on errors of the connection itself).
@@ -44,6 +43,7 @@ AGAIN = frozenset(
 )
 #: The system is out of something: what cannot be had now can be later.
 SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_NO_MARKS: Mapping[reuseport.Mark, int] = {}
 #: One that was shut down hangs up; a UNIX one is readable then, too (tcp_poll(), unix_poll()).
 _CLIENT_OR_END = select.POLLIN | select.POLLRDHUP
 
@@ -111,7 +111,7 @@ class Listener:
         #: Whether each of the two was made for the generation that accepts there, and for no other.
         self.is_fresh = [False, False]
         #: To which new clients come, None where that is not known; and those with a mark.
-        self._steered: tuple[int | None, Mapping[reuseport.Mark, int]] = None, reuseport.NO_MARKS
+        self._steered: tuple[int | None, Mapping[reuseport.Mark, int]] = None, _NO_MARKS
         self._second: socket.socket | None = None  # of the two in the group, when that was told
         self._last = 1  # which socket was the last to listen, as far as we know
         #: It gets no clients any more: it was shut down, and cannot be bound again.
@@ -212,7 +212,7 @@ class Listener:
         if one.family == socket.AF_UNIX:
             return True
         try:
-            found = listening(one.family, self.port)
+            found = sock_diag.listening(one.family, self.port)
         except OSError:
             return True  # as far as can be told
         return not found.get(os.fstat(one.fileno()).st_ino, 0)
@@ -372,7 +372,7 @@ class Listener:
     def steer(
         self,
         socket_number: int,
-        marked: Mapping[reuseport.Mark, int] = reuseport.NO_MARKS,
+        marked: Mapping[reuseport.Mark, int] = _NO_MARKS,
         *,
         held: bool = False,
     ) -> None:
@@ -532,7 +532,7 @@ class Listener:
             ours = [*ours, self._silent]
         by_inode = {os.fstat(each.fileno()).st_ino: each for each in ours}
         try:
-            found = listening(self.socket.family, self.port, by_inode.keys())
+            found = sock_diag.listening(self.socket.family, self.port, by_inode.keys())
         except OSError as error:
             if error.errno in SCARCE:
                 raise  # an earlier program may have known better than we do

@@ -39,6 +39,7 @@ LATE = (
     "system.accept_marks",
     "system.reuseport",
     "system.sock_diag",
+    "system.socket_file",
 )
 #: Address space without memory behind it, until the system has no other (`ulimit -v`): more than
 #: all of LATE needs.

@@ -53,6 +53,7 @@ OWN = {
     *(f"model/known_servers.py {name}" for name in ("_SOCKET_OPTIONS", "_PRELOADS", "_PYTHON")),
     *(f"model/known_servers.py {name}" for name in ("_CLUSTERED", "_SEVERAL", "_CONFIGURED")),
     *("model/question.py _URL", "system/check_command.py _PROGRAM", "system/env_file.py _NAME"),
+    "system/socket_file.py _NAME",  # a path of 108 bytes, or a file name of 255, as a whole
     "socketprotector_client/gevent.py watched",
 }
 #: The same, for text from others -> pairs of what a worst case begins with, and what it repeats.

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import select
 import socket
 import struct
 import sys
-import termios
 from collections.abc import Mapping
 from contextlib import suppress
 
@@ -23,6 +23,13 @@ from socketprotector_client import wire
 
 from .cleanup import on_error
 from .polling import events_of
+
+if os.uname().machine.startswith(("alpha", "mips", "ppc", "sh", "sparc", "xtensa")):
+    import termios
+
+    FIONREAD: int = termios.FIONREAD
+else:
+    FIONREAD = 0x541B  # asm-generic/ioctls.h; to load termios takes 60 KB
 
 SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 #: What sending says once a worker has shut the channel down.
@@ -108,7 +115,7 @@ class Channel:
     def depth(self) -> int:
         """Return how many connections were sent and not yet taken."""
         waiting = bytearray(4)
-        fcntl.ioctl(self.read, termios.FIONREAD, waiting)
+        fcntl.ioctl(self.read, FIONREAD, waiting)
         return int.from_bytes(waiting, "little") // wire.HEADER.size
 
     def is_shut(self) -> bool:

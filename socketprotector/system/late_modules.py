@@ -13,7 +13,6 @@ Without them an idle protector is 0.2 MB smaller.
 from __future__ import annotations
 
 import _frozen_importlib_external as importing
-import array  # noqa: F401  an extension module that late ones need
 import marshal
 import os
 import sys

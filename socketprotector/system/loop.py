@@ -11,10 +11,10 @@ wake-up that finds nothing: what there was may have been taken meanwhile.
 
 from __future__ import annotations
 
-import heapq
 import os
 import select
 import time
+from bisect import insort
 from collections.abc import Callable, Hashable, Iterable
 
 from . import signals
@@ -22,7 +22,7 @@ from . import signals
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 SHUT = select.EPOLLRDHUP
-#: Cancelled timers stay in the heap until they come up or are this many too many: a reload
+#: Cancelled timers stay in the list until they come up or are this many too many: a reload
 #: each second with a drain limit of a day would else keep 86,400 of them.
 _STALE = 64
 #: How much one wait returns at most (Python asks for FD_SETSIZE - 1).
@@ -51,7 +51,7 @@ class Loop:
         self._callbacks: dict[int, Callable[[], None]] = {}
         self._coming: dict[int, Callable[[], None]] = {}  # watched since the last wait
         self._timers: dict[Hashable, tuple[float, int, Callable[[], None]]] = {}
-        self._heap: list[tuple[float, int, Hashable]] = []
+        self._by_time: list[tuple[float, int, Hashable]] = []
         self._count = 0
         self._asked_at = 0.0  # when it was last asked what is due
         self.running = True
@@ -87,10 +87,10 @@ class Loop:
         self._count += 1
         due = time.monotonic() + seconds
         self._timers[key] = (due, self._count, callback)
-        heapq.heappush(self._heap, (due, self._count, key))
-        if len(self._heap) > 2 * len(self._timers) + _STALE:
-            self._heap = [(due, count, key) for key, (due, count, _) in self._timers.items()]
-            heapq.heapify(self._heap)
+        insort(self._by_time, (due, self._count, key))
+        if len(self._by_time) > 2 * len(self._timers) + _STALE:
+            running = ((due, count, key) for key, (due, count, _) in self._timers.items())
+            self._by_time = sorted(running)
 
     def extend(self, key: Hashable, seconds: float) -> None:
         """Move a running timer to so many seconds from now, if that is later."""
@@ -114,7 +114,7 @@ class Loop:
         """Forget a timer; nothing happens if it does not run."""
         self._timers.pop(key, None)
         if not self._timers:
-            self._heap.clear()
+            self._by_time.clear()
 
     def _take_in(self) -> None:
         """Call back for what was watched since the last wait, all of which was told by now."""
@@ -130,19 +130,19 @@ class Loop:
             self._take_in()
             self.cancel(_COMING)
         self._asked_at = time.monotonic()
-        heap = self._heap
-        while heap:
-            due, count, key = heap[0]
+        first = self._by_time
+        while first:
+            due, count, key = first[0]
             timer = self._timers.get(key)
             if timer is not None and timer[1] == count:
                 return min(max(0.0, due - self._asked_at), LONGEST_WAIT_S)
-            heapq.heappop(heap)  # cancelled
+            del first[0]  # cancelled
         return None
 
     def _run_due(self) -> None:
         """Call back for what was due when the last wait began."""
-        while self.running and self._heap and self._heap[0][0] <= self._asked_at:
-            _, count, key = heapq.heappop(self._heap)
+        while self.running and self._by_time and self._by_time[0][0] <= self._asked_at:
+            _, count, key = self._by_time.pop(0)
             timer = self._timers.get(key)
             if timer is not None and timer[1] == count:
                 self._timers.pop(key)[2]()
@@ -174,7 +174,7 @@ class Loop:
         poll = self._epoll.poll
         callbacks = self._callbacks
         while self.running:
-            timeout = self._until_due() if self._heap else None
+            timeout = self._until_due() if self._by_time else None
             found = (self._poll_briefly(timeout) if self.soon else None) or poll(timeout)
             for fd, _ in found:
                 callback = callbacks.get(fd)

@@ -27,7 +27,6 @@ reuseport_detach_sock() in net/core/sock_reuseport.c; SKF_NET_OFF in linux/filte
 
 from __future__ import annotations
 
-import array
 import errno
 import os
 import socket
@@ -427,6 +426,10 @@ def refuse_new(listening: socket.socket) -> None:
 
 
 def _attach(to: socket.socket, option: int, program: Sequence[tuple[int, int, int, int]]) -> None:
+    try:
+        import array  # not at the top: most protectors steer nothing, and it takes 70 KB
+    except ImportError as error:
+        raise OSError(errno.ENOMEM, f"cannot load array: {error}") from error
     code = array.array("B", b"".join(_INSTRUCTION.pack(*each) for each in program))
     address, _ = code.buffer_info()
     to.setsockopt(socket.SOL_SOCKET, option, _PROGRAM.pack(len(program), address))

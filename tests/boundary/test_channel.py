@@ -7,13 +7,14 @@ import os
 import resource
 import socket
 import struct
+import termios
 from collections.abc import Iterator
 from importlib.util import find_spec, module_from_spec
 
 import pytest
 from socketprotector_client import wire
 
-from socketprotector.system.channel import SEND_FLAGS, Channel
+from socketprotector.system.channel import FIONREAD, SEND_FLAGS, Channel
 
 FD = struct.Struct("i")
 
@@ -205,3 +206,7 @@ def test_a_client_library_that_is_too_old_is_noticed_before_a_channel_is_made(
 
     with pytest.raises(AttributeError, match="RECORD_CHARGE_BYTES"):
         spec.loader.exec_module(module_from_spec(spec))
+
+
+def test_the_number_of_an_ioctl_is_that_of_termios() -> None:
+    assert FIONREAD == termios.FIONREAD

@@ -209,7 +209,7 @@ def test_cancelled_timers_do_not_pile_up_below_one_that_lasts(loop: Loop) -> Non
         loop.call_after(number, 3600, lambda: None)
         loop.cancel(number)
 
-    assert len(loop._heap) < 200
+    assert len(loop._by_time) < 200
 
 
 def test_nothing_is_waited_for_once_all_timers_are_cancelled(

@@ -1680,7 +1680,7 @@ def installed(world: World) -> Iterator[None]:
         put(reuseport, "_attach", lambda to, option, code: to.attach(option, code[-1][3]))
         put(reuseport, "steer", kernel.steer)
         put(accept_marks, "connections", world.accepted)
-        put(listener, "listening", kernel.listening)
+        put(sock_diag, "listening", kernel.listening)
         put(sock_diag, "queue_of_unix", kernel.queue_of_unix)
         put(listener, "locked", kernel.locked)
         put(listener, "give", kernel.give)

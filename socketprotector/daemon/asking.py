@@ -1,8 +1,8 @@
 """Asks a generation that gets no clients yet, as a client would: --ready accept, http:, https:.
 
-One generation at a time is asked: the one that starts.  How it is reached (`Way`) depends on the
-handoff mode: under listener its socket gets connections with a mark (system/reuseport.py); else
-what comes to a port of loopback is sent into its channel (probe_port.py).
+One generation at a time is asked: the one that starts.  How it is reached (`Way`) its delivery
+knows: where workers accept its socket gets connections with a mark (system/reuseport.py), else what
+comes to a port of loopback is sent into its channel.
 
 `accept` is asked here: one connection, that must not wait any more.  Under the default of
 listener, a generation that cannot even be connected to may be ready nevertheless, so that time

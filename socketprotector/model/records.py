@@ -85,7 +85,7 @@ class GenerationRecord:
     drained_at: float | None = None
     past: Counts | None = None  # of workers that have ended
     lost: int = 0  # connections that were open in those
-    socket_number: int = 0  # where its workers accept, if they do: see daemon/socket_steering.py
+    socket_number: int = 0  # where its workers accept, if they do: see delivery/shared/
     marks: tuple[tuple[int, int], ...] = ()  # of what they accept, by listener; none: unknown
     # Of --handoff stdio: whether a program has worked; until then how many failed at once, how the
     # last of them ended, and what was its last output.
@@ -174,7 +174,7 @@ class DeliveryRecord:
 
     forwarder: ForwarderRecord = field(default_factory=ForwarderRecord)
     steering: SteeringRecord = field(default_factory=SteeringRecord)
-    nonblocking: tuple[int, ...] = ()  # listeners: see listener_flags.py
+    nonblocking: tuple[int, ...] = ()  # listeners: see delivery/shared/listener_flags.py
 
 
 @frozen

@@ -131,7 +131,7 @@ class Channel:
     def send(self, header: bytes, fd: int) -> None:
         """Queue a connection; the caller still owns fd.  Raises OSError: BROKEN, EAGAIN if full.
 
-        A new connection goes without this call, in daemon/acceptor.py: it would be one more.
+        A new connection goes without this call, which would be one more: see acceptor.py.
         """
         self.write.sendmsg([header], [rights_of(fd)], SEND_FLAGS)
 

@@ -1,10 +1,10 @@
 """The reuseport sibling of a listening socket, and which of the two gets new clients.
 
-Two consecutive generations accept from one socket each (daemon/socket_steering.py).  Sockets 0 and
+Two consecutive generations accept from one socket each (daemon/delivery/shared/).  Sockets 0 and
 1 belong to one SO_REUSEPORT group; a one-instruction BPF filter selects the group member by index.
 The kernel runs it for each new connection.
 
-During a hold (daemon/listener_hold.py) the group has a third member, which answers no client.  No
+During a hold (listener_hold.py there) the group has a third member, which answers no client.  No
 worker has it: without us it is gone, and the kernel, whose filter then names no member, gives each
 client to one of those that are left.  A filter of this kind cannot refuse one.
 

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from socketprotector.daemon.accept_counts import NO_MARK, AcceptCounts
+from socketprotector.daemon.delivery.shared.accept_counts import NO_MARK, AcceptCounts
 from socketprotector.model.settings import ListenerSettings
 from socketprotector.system import accept_marks, reuseport
 from socketprotector.system.listener import Listener

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.daemon.accept_watch import FIRST_LOOK_S, LOOK_S, AcceptWatch
 from socketprotector.daemon.delivery import NEVER_TAKEN_S, UNTAKEN_S
+from socketprotector.daemon.delivery.shared.accept_watch import FIRST_LOOK_S, LOOK_S, AcceptWatch
 from socketprotector.system.loop import Loop
 from socketprotector.system.sock_diag import Line, stands, unaccepted
 from tests.boundary.listening import KINDS, listening

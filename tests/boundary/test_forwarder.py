@@ -19,15 +19,15 @@ import pytest
 from socketprotector_client import wire
 
 from socketprotector.core.events import BacklogEmptied, Event
-from socketprotector.daemon.acceptor import BURST, STEADY
 from socketprotector.daemon.delivery import LAST_S, NEVER_TAKEN_S, QUIET_S, UNTAKEN_S
-from socketprotector.daemon.forwarder import Forwarder
-from socketprotector.daemon.queue_watch import (
+from socketprotector.daemon.delivery.queue.acceptor import BURST, STEADY
+from socketprotector.daemon.delivery.queue.forwarder import Forwarder
+from socketprotector.daemon.delivery.queue.queue_watch import (
     FIRST_LOOK_S,
     LAST_LOOK_S,
 )
+from socketprotector.daemon.delivery.queue.shortage import FIRST_WAIT_S, LAST_WAIT_S
 from socketprotector.daemon.runtime import Runtime
-from socketprotector.daemon.shortage import FIRST_WAIT_S, LAST_WAIT_S
 from socketprotector.model.settings import ListenerSettings
 from socketprotector.system.channel import BROKEN, Channel, rights_of
 from socketprotector.system.listener import AGAIN, Listener
@@ -343,7 +343,9 @@ def come_one_by_one(world: World, count: int) -> list[bool]:
 def test_after_some_that_came_one_by_one_the_next_is_expected(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("socketprotector.daemon.acceptor.BUSY_NS", 0)  # each of them came alone
+    monkeypatch.setattr(
+        "socketprotector.daemon.delivery.queue.acceptor.BUSY_NS", 0
+    )  # each of them came alone
     world.loop.soon_ns = 10**15  # and soon
     world.forwarder._acceptor.last_ns = time.monotonic_ns()
     world.forwarder.route_to(world.channel())
@@ -371,7 +373,7 @@ def test_it_is_idle_since_the_last_client_unless_one_waits(world: World) -> None
 def test_where_several_come_at_once_there_is_no_busy_polling(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("socketprotector.daemon.acceptor.BUSY_NS", 10**18)
+    monkeypatch.setattr("socketprotector.daemon.delivery.queue.acceptor.BUSY_NS", 10**18)
     world.loop.soon_ns = 10**19
     world.forwarder.route_to(world.channel())
 
@@ -391,7 +393,7 @@ def wake_ups_and_accepts(world: World, waiting: int) -> tuple[int, int]:
 
 def test_as_many_as_wait_are_taken_in_one_go(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine that others keep busy many wait at each wake-up, which itself costs most."""
-    monkeypatch.setattr("socketprotector.daemon.acceptor.BUSY_NS", 10**18)
+    monkeypatch.setattr("socketprotector.daemon.delivery.queue.acceptor.BUSY_NS", 10**18)
     world.forwarder.route_to(world.channel())
 
     wake_ups_and_accepts(world, 3)  # close together
@@ -422,10 +424,10 @@ def test_a_single_client_costs_one_wake_up_and_one_accept(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.forwarder.route_to(world.channel())
-    monkeypatch.setattr("socketprotector.daemon.acceptor.BUSY_NS", 10**18)
+    monkeypatch.setattr("socketprotector.daemon.delivery.queue.acceptor.BUSY_NS", 10**18)
     wake_ups_and_accepts(world, 2 * BURST)
 
-    monkeypatch.setattr("socketprotector.daemon.acceptor.BUSY_NS", 0)
+    monkeypatch.setattr("socketprotector.daemon.delivery.queue.acceptor.BUSY_NS", 0)
 
     wake_ups_and_accepts(world, 1)  # for the last time it is seen whether there is another one
     assert [wake_ups_and_accepts(world, 1) for _ in range(3)] == [(1, 1)] * 3
@@ -1082,7 +1084,9 @@ def test_no_connection_is_lost_while_being_sent_again(world: World, call: str, c
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Have so many seconds pass; eighths of one are exact."""
     now = [float(round(time.monotonic()))]
-    monkeypatch.setattr("socketprotector.daemon.queue_watch.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(
+        "socketprotector.daemon.delivery.queue.queue_watch.time.monotonic", lambda: now[0]
+    )
     return lambda seconds: now.__setitem__(0, now[0] + seconds)
 
 

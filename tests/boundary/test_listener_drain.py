@@ -15,7 +15,7 @@ import pytest
 from socketprotector_client import wire
 
 from socketprotector.daemon.delivery import QUIET_S
-from socketprotector.daemon.forwarder import Forwarder
+from socketprotector.daemon.delivery.queue.forwarder import Forwarder
 from socketprotector.daemon.runtime import Runtime
 from socketprotector.model.settings import ListenerSettings
 from socketprotector.system.channel import Channel
@@ -492,10 +492,10 @@ def test_one_that_lets_new_ones_in_is_closed_in_the_end(
     world: World, turns: Turns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the system does not let us refuse them, however many they are."""
-    monkeypatch.setattr("socketprotector.daemon.listener_drain.time", turns)
+    monkeypatch.setattr("socketprotector.daemon.delivery.queue.listener_drain.time", turns)
     monkeypatch.setattr(world.listeners[1], "refuse_new", lambda: False)
-    monkeypatch.setattr("socketprotector.daemon.listener_drain.LAST_S", QUIET_S)
-    monkeypatch.setattr("socketprotector.daemon.listener_drain.BURST", 1)
+    monkeypatch.setattr("socketprotector.daemon.delivery.queue.listener_drain.LAST_S", QUIET_S)
+    monkeypatch.setattr("socketprotector.daemon.delivery.queue.listener_drain.BURST", 1)
     world.forwarder.route_to(world.new)
     world.forwarder.remove(world.listeners[1], world.old)
     came = 0
@@ -510,7 +510,7 @@ def test_one_that_lets_new_ones_in_is_closed_in_the_end(
 def test_waiting_clients_are_served_however_slowly_where_no_new_ones_get_in(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("socketprotector.daemon.listener_drain.LAST_S", 0.0)
+    monkeypatch.setattr("socketprotector.daemon.delivery.queue.listener_drain.LAST_S", 0.0)
     small = world.channel({0, 1}, queue=6)
     world.connect(1, 40)
     world.forwarder.route_to(world.new)

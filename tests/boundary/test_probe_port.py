@@ -7,7 +7,7 @@ from contextlib import closing
 
 import pytest
 
-from socketprotector.daemon.probe_port import ProbePort
+from socketprotector.daemon.delivery.queue.probe_port import ProbePort
 from socketprotector.system.channel import Channel
 from socketprotector.system.loop import Loop
 from tests.running import eventually

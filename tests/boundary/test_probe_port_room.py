@@ -8,8 +8,8 @@ from contextlib import ExitStack, closing
 import pytest
 from socketprotector_client import wire
 
-from socketprotector.daemon.probe_port import ProbePort, is_probe
-from socketprotector.daemon.queue_watch import QueueWatch
+from socketprotector.daemon.delivery.queue.probe_port import ProbePort, is_probe
+from socketprotector.daemon.delivery.queue.queue_watch import QueueWatch
 from socketprotector.system.channel import Channel
 from socketprotector.system.loop import Loop
 from tests.running import eventually

@@ -17,14 +17,18 @@ from typing import Any, cast
 import pytest
 
 from socketprotector.core.events import Event, SocketLost, Stranded
-from socketprotector.daemon import quiescing, socket_steering
 from socketprotector.daemon.asker_client import KeptAsker
 from socketprotector.daemon.asking import Asking
 from socketprotector.daemon.delivery import NEVER_TAKEN_S
+from socketprotector.daemon.delivery.shared import quiescing, socket_steering
+from socketprotector.daemon.delivery.shared.quiescing import LAST_S, QUIET_S, SILENT_S
+from socketprotector.daemon.delivery.shared.socket_steering import (
+    FIRST_RESCUE_S,
+    LEAVES_S,
+    SocketSteering,
+)
 from socketprotector.daemon.delivery.way import SHUT_DOWN, Way
-from socketprotector.daemon.quiescing import LAST_S, QUIET_S, SILENT_S
 from socketprotector.daemon.runtime import Runtime
-from socketprotector.daemon.socket_steering import FIRST_RESCUE_S, LEAVES_S, SocketSteering
 from socketprotector.model.records import SteeringRecord
 from socketprotector.model.settings import ListenerSettings
 from socketprotector.system import reuseport, sock_diag

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from socketprotector_client import wire
 
-from socketprotector.daemon.undelivered import Undelivered, listener_of
+from socketprotector.daemon.delivery.queue.undelivered import Undelivered, listener_of
 from socketprotector.system.inherited import Inherited
 
 

@@ -129,7 +129,9 @@ def no_package(installation: Installation) -> str:
 
 
 def syntax_error(installation: Installation) -> str:
-    installation.change("two", "daemon/forwarder", r"class Forwarder:", "class Forwarder")
+    installation.change(
+        "two", "daemon/delivery/queue/forwarder", r"class Forwarder:", "class Forwarder"
+    )
     return "SyntaxError: expected ':'"
 
 

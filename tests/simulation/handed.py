@@ -26,12 +26,12 @@ from socketprotector_client import wire
 
 from socketprotector.core.events import HoldRequested
 from socketprotector.core.fleet import Phase, State
-from socketprotector.daemon.accept_counts import NO_MARK
 from socketprotector.daemon.config_reader import ConfigAnswer
+from socketprotector.daemon.delivery.shared.accept_counts import NO_MARK
+from socketprotector.daemon.delivery.shared.quiescing import LAST_S
 from socketprotector.daemon.delivery.shared.shared_delivery import SharedDelivery
+from socketprotector.daemon.delivery.shared.socket_steering import SocketSteering
 from socketprotector.daemon.effects import Effects
-from socketprotector.daemon.quiescing import LAST_S
-from socketprotector.daemon.socket_steering import SocketSteering
 from socketprotector.model.listen_fds import FIRST_FD
 from socketprotector.model.settings import ListenerSettings, Settings
 from socketprotector.system import inherited

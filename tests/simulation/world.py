@@ -54,18 +54,17 @@ from socketprotector.daemon import (
     checkpoint,
     inherited_listeners,
     live_settings,
-    quiescing,
     settle_check,
-    socket_steering,
 )
 from socketprotector.daemon.checkpoint import Checkpoint
 from socketprotector.daemon.config_reader import ConfigAnswer
+from socketprotector.daemon.delivery.queue.forwarder import Forwarder
 from socketprotector.daemon.delivery.queue.queue_delivery import QueueDelivery
+from socketprotector.daemon.delivery.shared import quiescing, socket_steering
 from socketprotector.daemon.delivery.shared.shared_delivery import SharedDelivery
 from socketprotector.daemon.delivery.way import Way
 from socketprotector.daemon.effects import Effects
 from socketprotector.daemon.event_queue import EventQueue
-from socketprotector.daemon.forwarder import Forwarder
 from socketprotector.daemon.log_output import Opened
 from socketprotector.daemon.recovery import Recovery
 from socketprotector.daemon.runtime import Runtime

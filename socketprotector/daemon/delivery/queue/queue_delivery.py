@@ -20,11 +20,11 @@ from ....system.channel import Channel
 from ....system.inherited import Inherited
 from ....system.listener import SCARCE, Listener
 from ....system.loop import SHUT
-from ...forwarder import Forwarder
 from ...generation import OpenGeneration, known_to
-from ...probe_port import ProbePort
 from .. import Delivery, Handles, Host
 from ..way import Way
+from .forwarder import Forwarder
+from .probe_port import ProbePort
 
 
 class QueueDelivery(Delivery):

@@ -18,12 +18,12 @@ from ....model.records import DeliveryRecord
 from ....model.settings import Settings
 from ....system.inherited import Inherited
 from ....system.listener import Listener
-from ...accept_counts import AcceptCounts
 from ...generation import OpenGeneration, known_to
-from ...listener_flags import ListenerFlags
-from ...socket_steering import SocketSteering
 from .. import LAST_S, QUIET_S, Delivery, Handles, Host
 from ..way import Way
+from .accept_counts import AcceptCounts
+from .listener_flags import ListenerFlags
+from .socket_steering import SocketSteering
 
 _CLOSE = "listeners-close"
 

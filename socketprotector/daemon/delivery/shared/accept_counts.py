@@ -15,9 +15,9 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 
-from ..model.lazy_dataclass import field, mutable
-from ..system import accept_marks, socket_file
-from ..system.listener import Listener
+from ....model.lazy_dataclass import field, mutable
+from ....system import accept_marks, socket_file
+from ....system.listener import Listener
 from .accept_watch import ASKING_SHARE
 
 #: Of generations for which there was no mark of their own.

@@ -15,11 +15,11 @@ from functools import partial
 
 from socketprotector_client import wire
 
-from ..model.lazy_dataclass import mutable
-from ..system.channel import BROKEN, Channel
-from ..system.listener import AGAIN, Listener, accept_of
-from .delivery import LAST_S, QUIET_S
-from .runtime import Runtime
+from ....model.lazy_dataclass import mutable
+from ....system.channel import BROKEN, Channel
+from ....system.listener import AGAIN, Listener, accept_of
+from ...runtime import Runtime
+from .. import LAST_S, QUIET_S
 from .shortage import Shortage
 from .undelivered import Undelivered
 

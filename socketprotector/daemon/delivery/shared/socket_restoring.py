@@ -17,10 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-from ..system import socket_snapshot
-from ..system.listener import Listener
-from ..system.socket_snapshot import Snapshot
-from .runtime import Runtime
+from ....system import socket_snapshot
+from ....system.listener import Listener
+from ....system.socket_snapshot import Snapshot
+from ...runtime import Runtime
 
 #: Stands for no generation: the socket as it was made.
 _MADE = 0

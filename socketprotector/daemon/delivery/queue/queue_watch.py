@@ -12,10 +12,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from ..model.lazy_dataclass import KW_ONLY, mutable
-from ..system.channel import Channel
-from ..system.loop import Loop
-from .delivery import NEVER_TAKEN_S, UNTAKEN_S
+from ....model.lazy_dataclass import KW_ONLY, mutable
+from ....system.channel import Channel
+from ....system.loop import Loop
+from .. import NEVER_TAKEN_S, UNTAKEN_S
 
 #: The head of the queue is looked at after so long; while it stays the same, each look comes twice
 #: as late.

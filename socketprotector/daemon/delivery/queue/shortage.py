@@ -13,9 +13,9 @@ import os
 import time
 from collections.abc import Callable
 
-from ..model.lazy_dataclass import KW_ONLY, field, mutable
-from ..system.helper import BackOff
-from .runtime import Runtime
+from ....model.lazy_dataclass import KW_ONLY, field, mutable
+from ....system.helper import BackOff
+from ...runtime import Runtime
 
 #: Waits, each twice as long as the one before while it lasts.
 FIRST_WAIT_S = 0.01

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from ..system.listener import Listener
-from .runtime import Runtime
+from ....system.listener import Listener
+from ...runtime import Runtime
 
 #: A server that has just been started sets up its sockets: looked at after so long, then after
 #: twice that, and so on, until it is this.

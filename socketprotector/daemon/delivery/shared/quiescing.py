@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from ..model.lazy_dataclass import mutable
-from ..system.listener import SCARCE, Listener
-from ..system.sock_diag import accepted_unix, handshakes_by_port, unread_by_port
+from ....model.lazy_dataclass import mutable
+from ....system.listener import SCARCE, Listener
+from ....system.sock_diag import accepted_unix, handshakes_by_port, unread_by_port
+from ...runtime import Runtime
 from .accept_watch import ASKING_SHARE
-from .runtime import Runtime
 
 _LOOK_S = 0.1
 #: The same where the workers read from all that they have accepted before they leave: only those

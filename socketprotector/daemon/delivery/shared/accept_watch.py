@@ -12,10 +12,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
-from ..model.lazy_dataclass import KW_ONLY, field, mutable
-from ..system.loop import Loop
-from ..system.sock_diag import Line, stands
-from .delivery import NEVER_TAKEN_S, UNTAKEN_S
+from ....model.lazy_dataclass import KW_ONLY, field, mutable
+from ....system.loop import Loop
+from ....system.sock_diag import Line, stands
+from .. import NEVER_TAKEN_S, UNTAKEN_S
 
 #: How soon to look, and to look again: while none was ever accepted, and when one was.
 FIRST_LOOK_S = NEVER_TAKEN_S / 4

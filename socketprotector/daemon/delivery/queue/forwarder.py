@@ -16,19 +16,19 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
-from ..core.events import BacklogEmptied
-from ..model.lazy_dataclass import mutable
-from ..model.records import ForwarderRecord
-from ..system.channel import BROKEN, Channel
-from ..system.inherited import Inherited
-from ..system.listener import AGAIN, Listener
-from ..system.loop import WRITE
+from ....core.events import BacklogEmptied
+from ....model.lazy_dataclass import mutable
+from ....model.records import ForwarderRecord
+from ....system.channel import BROKEN, Channel
+from ....system.inherited import Inherited
+from ....system.listener import AGAIN, Listener
+from ....system.loop import WRITE
+from ...runtime import Runtime
+from .. import LAST_S, QUIET_S
 from .acceptor import Acceptor
-from .delivery import LAST_S, QUIET_S
 from .listener_drain import DrainingListeners
 from .probe_port import is_probe
 from .queue_watch import QueueWatch
-from .runtime import Runtime
 from .shortage import Shortage
 from .undelivered import Undelivered, listener_of
 

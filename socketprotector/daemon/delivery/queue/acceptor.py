@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable
 
 from socketprotector_client import wire
 
-from ..model.lazy_dataclass import KW_ONLY, field, mutable
-from ..system.channel import SEND_FLAGS, Channel, rights_of
-from ..system.listener import Listener, accept_of
-from ..system.loop import Loop
+from ....model.lazy_dataclass import KW_ONLY, field, mutable
+from ....system.channel import SEND_FLAGS, Channel, rights_of
+from ....system.listener import Listener, accept_of
+from ....system.loop import Loop
 from .queue_watch import QueueWatch
 
 #: Connections closer together than this were waiting: then a wake-up takes all that wait, so many

@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterable
 
 from socketprotector_client import wire
 
-from ..system import inherited
-from ..system.inherited import Inherited
+from ....system import inherited
+from ....system.inherited import Inherited
 
 #: Says of which listeners, by index, connections are meant.
 Wanted = Callable[[int], bool]

@@ -24,17 +24,17 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
-from ..core.events import SocketLost, Stranded
-from ..model.records import SteeringRecord
-from ..system import reuseport, socket_snapshot
-from ..system.listener import SCARCE, Listener
-from ..system.loop import READ, SHUT
-from ..system.sock_diag import Line, end_of, is_waiting, unaccepted
+from ....core.events import SocketLost, Stranded
+from ....model.records import SteeringRecord
+from ....system import reuseport, socket_snapshot
+from ....system.listener import SCARCE, Listener
+from ....system.loop import READ, SHUT
+from ....system.sock_diag import Line, end_of, is_waiting, unaccepted
+from ...runtime import Runtime
+from ..way import Way, family_of
 from .accept_watch import AcceptWatch
-from .delivery.way import Way, family_of
 from .listener_hold import ListenerHold
 from .quiescing import Quiescing
-from .runtime import Runtime
 from .socket_restoring import SocketRestoring
 
 #: What is told to finish may accept for that long: gunicorn's threads look around once a second.

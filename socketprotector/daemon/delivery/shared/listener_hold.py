@@ -10,9 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from ..model.lazy_dataclass import field, mutable
-from ..model.records import HoldRecord
-from ..system.listener import SCARCE, Listener
+from ....model.lazy_dataclass import field, mutable
+from ....model.records import HoldRecord
+from ....system.listener import SCARCE, Listener
 
 #: A client tries again after as long as it has tried, and a second; for those that have tried for
 #: longer than this a stop does not stay open.

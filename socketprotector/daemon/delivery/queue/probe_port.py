@@ -14,12 +14,12 @@ import socket
 
 from socketprotector_client import wire
 
-from ..system.channel import Channel
-from ..system.cleanup import on_error
-from ..system.listener import AGAIN
-from ..system.loop import Loop
-from ..system.polling import events_of
-from .delivery.way import BACKLOG, Way
+from ....system.channel import Channel
+from ....system.cleanup import on_error
+from ....system.listener import AGAIN
+from ....system.loop import Loop
+from ....system.polling import events_of
+from ..way import BACKLOG, Way
 from .queue_watch import QueueWatch
 
 #: How soon to accept again where the system was out of something.

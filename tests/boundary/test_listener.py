@@ -272,7 +272,7 @@ def test_where_the_kernel_does_not_report_who_listens_our_own_calls_do(
     def fails(*_: object) -> dict[int, int]:
         raise OSError(errno.ENOENT, "no sock_diag")
 
-    monkeypatch.setattr("socketprotector.system.listener.listening", fails)
+    monkeypatch.setattr("socketprotector.system.sock_diag.listening", fails)
     listener = shared("127.0.0.1:0")
     for dead in (0, 1, 1, 0):
         listener.socket_for(dead).shutdown(socket.SHUT_RDWR)
@@ -295,7 +295,7 @@ def test_where_the_kernel_cannot_tell_for_the_moment_no_client_is_steered_by_a_g
     earlier.steer(0)
     fds = [os.dup(each.fileno()) for each in earlier.sockets]
     listener = Listener(fds[0], 3, earlier.settings, shared=True, sibling=fds[1])
-    monkeypatch.setattr("socketprotector.system.listener.listening", fails)
+    monkeypatch.setattr("socketprotector.system.sock_diag.listening", fails)
 
     with pytest.raises(OSError, match="Too many"):
         listener.steer(0)

@@ -1560,7 +1560,7 @@ def test_without_sock_diag_a_hold_begins_and_ends(
     def fails(*_: object) -> dict[int, int]:
         raise OSError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr("socketprotector.system.listener.listening", fails)
+    monkeypatch.setattr("socketprotector.system.sock_diag.listening", fails)
     reloaded.listener.socket_for(0).shutdown(socket.SHUT_RDWR)
     reloaded.pass_time(0.3)  # so it has become the last
     on_hold(reloaded)

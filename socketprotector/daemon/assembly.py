@@ -20,7 +20,7 @@ from ..model.settings import ListenerSettings, Settings
 from ..system import inherited, pid_file_removal, privileges, spawn
 from ..system.cpu_quota import Quota, processors
 from ..system.inherited import Inherited
-from ..system.listener import Listener
+from ..system.listeners import listener_of
 from ..system.log import Log
 from ..system.loop import Loop
 from ..system.sd_notify import remove_folder
@@ -83,7 +83,7 @@ class Resident:
         self.listeners = adopt(left, listeners, self.delivery.shares_listeners)
         control = left.take_one(inherited.CONTROL)
         self.control_listener = (
-            Listener(control, -1, settings.control)
+            listener_of(control, -1, settings.control)
             if control is not None and settings.control is not None
             else None
         )

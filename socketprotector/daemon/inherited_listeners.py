@@ -9,6 +9,7 @@ from ..model.settings import ListenerSettings
 from ..system import inherited
 from ..system.inherited import Inherited
 from ..system.listener import Listener
+from ..system.listeners import listener_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def adopt(left: Inherited, settings: Sequence[ListenerSettings], shared: bool) -
         if first >= 0:  # else it was closed already
             numbers = again, second_again, third_again
             made.append(
-                Listener(
+                listener_of(
                     first, index, each, shared=shared, sibling=second, reserved=third, again=numbers
                 )
             )

@@ -16,6 +16,7 @@ from ..model.lazy_dataclass import replace
 from ..model.records import SettingsRecord
 from ..model.settings import ListenerSettings, Settings
 from ..system.listener import Listener
+from ..system.listeners import listener_of
 from .config_reader import ConfigAnswer, ConfigReader
 from .delivery import Delivery
 from .runtime import Runtime
@@ -119,7 +120,7 @@ class LiveSettings:
             self._post(SettingsFailed("\n".join((lines[0] + more, *lines[1:]))))
             return
         added = [
-            Listener(
+            listener_of(
                 fd,
                 n,
                 new.listeners[n],

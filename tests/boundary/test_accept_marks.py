@@ -14,6 +14,7 @@ from socketprotector.daemon.delivery.shared.accept_counts import NO_MARK, Accept
 from socketprotector.model.settings import ListenerSettings
 from socketprotector.system import accept_marks, reuseport
 from socketprotector.system.listener import Listener
+from socketprotector.system.listeners import listener_of
 from tests.boundary.listening import KINDS, listening
 
 
@@ -110,7 +111,7 @@ def two(stack: ExitStack) -> list[Listener]:
         assert other is not None
         settings = ListenerSettings(f"tcp:127.0.0.1:{one.getsockname()[1]}")
         fds = one.detach(), other.detach()
-        found.append(Listener(fds[0], index, settings, shared=True, sibling=fds[1]))
+        found.append(listener_of(fds[0], index, settings, shared=True, sibling=fds[1]))
         stack.callback(found[-1].close)
     return found
 

@@ -24,7 +24,7 @@ from socketprotector.daemon.control.server import CLIENTS, UNREAD_BYTES, Client,
 from socketprotector.model import control_requests
 from socketprotector.model.control_requests import LINE_BYTES, Request, RequestError, answer
 from socketprotector.model.settings import ListenerSettings
-from socketprotector.system.listener import Listener
+from socketprotector.system.listeners import listener_of
 from socketprotector.system.loop import Loop
 from tests import needs
 from tests.boundary.conftest import Turns
@@ -54,7 +54,7 @@ class Desk:
         path.chmod(0o666)
         found = path.stat()
         settings = ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino)
-        self.listener = Listener(sock.detach(), -1, settings)
+        self.listener = listener_of(sock.detach(), -1, settings)
         self.acked: list[int] = []
         self.control = ControlServer(
             self.listener,

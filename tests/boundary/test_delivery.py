@@ -31,6 +31,7 @@ from socketprotector.system import inherited, reuseport
 from socketprotector.system.channel import Channel
 from socketprotector.system.inherited import Inherited
 from socketprotector.system.listener import Listener
+from socketprotector.system.listeners import listener_of
 from socketprotector.system.loop import Loop
 from socketprotector.system.polling import events_of
 from tests import memory_delivery
@@ -217,7 +218,7 @@ class QueueWorld(World):
         made = bound()
         made.listen()
         settings = ListenerSettings(f"tcp:127.0.0.1:{made.getsockname()[1]}")
-        return Listener(made.detach(), index, settings)
+        return listener_of(made.detach(), index, settings)
 
     def take(self, number: int) -> bool:
         for one in self.handed[number]:
@@ -238,7 +239,7 @@ class SharedWorld(World):
         second = reuseport.make(first)
         assert second is not None
         settings = ListenerSettings(f"tcp:127.0.0.1:{first.getsockname()[1]}")
-        return Listener(first.detach(), index, settings, shared=True, sibling=second.detach())
+        return listener_of(first.detach(), index, settings, shared=True, sibling=second.detach())
 
     def take(self, number: int) -> bool:
         for one in self.handed[number]:

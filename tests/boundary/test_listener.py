@@ -17,13 +17,14 @@ from socketprotector.launch.listen_spec import Listen
 from socketprotector.model.settings import ListenerSettings
 from socketprotector.system import accept_marks, reuseport, sock_diag
 from socketprotector.system.listener import Listener
+from socketprotector.system.listeners import listener_of
 from tests.unanswered import Unanswered
 
 
 def adopted(made: socket.socket, settings: ListenerSettings) -> Listener:
     made.listen(10)
     made.setblocking(False)
-    return Listener(made.detach(), 0, settings)
+    return listener_of(made.detach(), 0, settings)
 
 
 def on_tcp(family: socket.AddressFamily, host: str) -> tuple[Listener, tuple[str, int]]:
@@ -118,7 +119,7 @@ def shared(listen: str, *, second: bool = True) -> Listener:
     [bound] = bind_all([words], 40, notice=print)
     sibling = reuseport.make(bound.socket) if second else None
     fd = sibling.detach() if sibling is not None else -1
-    made = Listener(bound.socket.detach(), 0, bound.settings, shared=True, sibling=fd)
+    made = listener_of(bound.socket.detach(), 0, bound.settings, shared=True, sibling=fd)
     made.note()
     return made
 
@@ -294,7 +295,7 @@ def test_where_the_kernel_cannot_tell_for_the_moment_no_client_is_steered_by_a_g
     assert earlier.listen_again(0)
     earlier.steer(0)
     fds = [os.dup(each.fileno()) for each in earlier.sockets]
-    listener = Listener(fds[0], 3, earlier.settings, shared=True, sibling=fds[1])
+    listener = listener_of(fds[0], 3, earlier.settings, shared=True, sibling=fds[1])
     monkeypatch.setattr("socketprotector.system.sock_diag.listening", fails)
 
     with pytest.raises(OSError, match="Too many"):
@@ -312,7 +313,7 @@ def test_one_that_comes_back_on_another_port_is_bound_anew_to_its_own() -> None:
     made.listen(40)
     port = made.getsockname()[1]
     settings = ListenerSettings(f"tcp:127.0.0.1:{port}")
-    listener = Listener(made.detach(), 3, settings, shared=True)
+    listener = listener_of(made.detach(), 3, settings, shared=True)
     listener.socket.shutdown(socket.SHUT_RDWR)
 
     assert not listener.listen_again(0)
@@ -332,7 +333,7 @@ def test_one_of_two_is_bound_anew_to_its_port_where_the_other_is_on_another_one(
     second = reuseport.make(first)
     assert second is not None
     settings = ListenerSettings(f"tcp:127.0.0.1:{port}")
-    listener = Listener(first.detach(), 3, settings, shared=True, sibling=second.detach())
+    listener = listener_of(first.detach(), 3, settings, shared=True, sibling=second.detach())
     listener.socket.shutdown(socket.SHUT_RDWR)
     listener.socket.listen(40)
 
@@ -501,7 +502,7 @@ def test_a_file_that_is_another_s_by_now_is_left_alone(tmp_path: Path) -> None:
 def test_what_was_passed_in_is_never_bound_anew() -> None:
     made = socket.create_server(("127.0.0.1", 0))
     port = made.getsockname()[1]
-    listener = Listener(
+    listener = listener_of(
         made.detach(), 0, ListenerSettings(f"tcp:127.0.0.1:{port}", foreign=True), shared=True
     )
     with pytest.raises(OSError, match="passed in"):
@@ -515,6 +516,6 @@ def test_a_socket_of_workers_keeps_its_flags_and_one_of_ours_never_waits() -> No
             made = socket.create_server(("127.0.0.1", 0))
             made.setblocking(blocks)
             settings = ListenerSettings(f"tcp:127.0.0.1:{made.getsockname()[1]}")
-            listener = Listener(made.detach(), 0, settings, shared=is_shared)
+            listener = listener_of(made.detach(), 0, settings, shared=is_shared)
             assert listener.blocks == (is_shared and blocks)
             listener.close()

@@ -21,6 +21,7 @@ from socketprotector.model.settings import ListenerSettings
 from socketprotector.system.channel import Channel
 from socketprotector.system.inherited import Inherited
 from socketprotector.system.listener import Listener
+from socketprotector.system.listeners import listener_of
 from socketprotector.system.loop import Loop
 from tests.boundary.conftest import Turns
 
@@ -86,7 +87,7 @@ class World:
         found = os.lstat(path)
         ours = (0, 0) if foreign else (found.st_dev, found.st_ino)
         settings = ListenerSettings(f"unix:{path}", *ours, foreign=foreign)
-        return Listener(sock.detach(), index, settings)
+        return listener_of(sock.detach(), index, settings)
 
     def channel(self, knows: set[int], queue: int = 64) -> Channel:
         made = Channel.make(queue)
@@ -342,7 +343,7 @@ def test_a_client_parked_for_a_generation_without_the_route_outlives_the_program
     ((number, header),) = world.forwarder.undelivered.waiting
     found = world.forwarder.descriptors()
     hand, first = (os.dup(found[name]) for name in (f"sp.hand.{number}", "sp.listener.1"))
-    listener = Listener(first, 1, world.listeners[1].settings)
+    listener = listener_of(first, 1, world.listeners[1].settings)
     taken(small)
     persisted = world.persisted
     after = world.another([listener])

@@ -16,7 +16,8 @@ from socketprotector.launch.bind import Bound, bind_all
 from socketprotector.launch.listen_spec import parse
 from socketprotector.model.errors import SystemRefused, UsageError
 from socketprotector.system import reuseport
-from socketprotector.system.listener import Listener, accept_of
+from socketprotector.system.listener import accept_of
+from socketprotector.system.listeners import listener_of
 from tests import needs
 from tests.together import together
 
@@ -59,7 +60,7 @@ def bound(request: pytest.FixtureRequest) -> Iterator[Bound]:
 
 def accepted(bound: Bound) -> socket.socket:
     """Accept as the forwarder does."""
-    listener = Listener(os.dup(bound.socket.fileno()), 0, bound.settings)
+    listener = listener_of(os.dup(bound.socket.fileno()), 0, bound.settings)
     listener.socket.setblocking(True)
     with socket.create_connection(bound.socket.getsockname()[:2]):
         fd, _ = accept_of(listener)()

@@ -33,6 +33,7 @@ from socketprotector.model.records import SteeringRecord
 from socketprotector.model.settings import ListenerSettings
 from socketprotector.system import reuseport, sock_diag
 from socketprotector.system.listener import Listener
+from socketprotector.system.listeners import listener_of
 from socketprotector.system.loop import READ, Loop
 from tests import needs
 from tests.boundary.listening import ignore_clients
@@ -89,7 +90,7 @@ class World:
         assert second is not None
         settings = ListenerSettings(f"tcp:127.0.0.1:{first.getsockname()[1]}")
         fds = first.detach(), second.detach()
-        self.listener = Listener(fds[0], 0, settings, shared=True, sibling=fds[1])
+        self.listener = listener_of(fds[0], 0, settings, shared=True, sibling=fds[1])
         self.listeners = [self.listener]
         self.clients: list[socket.socket] = []
         self.written: SteeringRecord | None = None
@@ -134,7 +135,7 @@ class World:
         made.bind("")
         made.listen()
         address = f"unix:@{made.getsockname()[1:].decode()}"
-        self.listeners.append(Listener(made.detach(), 1, ListenerSettings(address), shared=True))
+        self.listeners.append(listener_of(made.detach(), 1, ListenerSettings(address), shared=True))
         return self.listeners[-1]
 
     def ask(
@@ -617,7 +618,7 @@ def test_without_a_second_socket_one_quiesces_at_once(world: World) -> None:
     plain = socket.create_server(("127.0.0.1", 0))
     kept, world.listeners = (
         world.listeners,
-        [Listener(plain.detach(), 1, ListenerSettings("tcp:127.0.0.1:81"), shared=True)],
+        [listener_of(plain.detach(), 1, ListenerSettings("tcp:127.0.0.1:81"), shared=True)],
     )
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
@@ -833,7 +834,7 @@ def test_where_clients_are_kept_out_of_one_for_all_they_are_let_in_by_the_next_g
 ) -> None:
     plain = socket.create_server(("127.0.0.1", 0))
     address = f"tcp:127.0.0.1:{plain.getsockname()[1]}"
-    world.listeners.append(Listener(plain.detach(), 1, ListenerSettings(address), shared=True))
+    world.listeners.append(listener_of(plain.detach(), 1, ListenerSettings(address), shared=True))
     common = world.listeners[1]
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
@@ -923,7 +924,7 @@ def test_one_that_is_bound_anew_needs_a_generation_that_has_it(
     unix.listen(5)
     found = path.stat()
     settings = ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, 5)
-    world.listeners.append(Listener(unix.detach(), 1, settings, shared=True))
+    world.listeners.append(listener_of(unix.detach(), 1, settings, shared=True))
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
     world.listeners[1].socket.shutdown(socket.SHUT_RD)
@@ -953,7 +954,7 @@ def test_an_address_that_cannot_be_bound_again_is_lost_and_reported_once(world: 
     made.listen()
     settings = ListenerSettings(f"unix:@{made.getsockname()[1:].decode()}", backlog=5)
     copy = socket.socket(fileno=os.dup(made.fileno()))
-    world.listeners.append(Listener(made.detach(), 1, settings, shared=True))
+    world.listeners.append(listener_of(made.detach(), 1, settings, shared=True))
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
     copy.shutdown(socket.SHUT_RDWR)
@@ -1578,7 +1579,7 @@ def test_another_program_ends_a_hold_of_which_it_knows_no_more(
     """Also while the fd store has a copy of the socket still."""
     on_hold(reloaded)
     fds = {name: os.dup(fd) for name, fd in reloaded.listener.descriptors().items()}
-    listener = Listener(
+    listener = listener_of(
         fds.pop("sp.listener.0"),
         0,
         reloaded.listener.settings,
@@ -1741,7 +1742,7 @@ def test_what_is_not_ours_alone_cannot_be_held(world: World, tmp_path: Path) -> 
         unix.bind(str(tmp_path / "s"))
         unix.listen()
         settings = ListenerSettings(f"unix:{tmp_path / 's'}")
-        world.listeners.append(Listener(os.dup(unix.fileno()), 1, settings, shared=True))
+        world.listeners.append(listener_of(os.dup(unix.fileno()), 1, settings, shared=True))
     assert world.steering.hold.cannot() == (
         f"unix:{tmp_path / 's'} has one socket for all, from which workers accept directly"
     )
@@ -1821,7 +1822,7 @@ def test_many_listeners_are_one_request_and_slow_answers_cost_no_more_time(world
         assert second is not None
         settings = ListenerSettings(f"tcp:127.0.0.1:{made.getsockname()[1]}")
         world.listeners.append(
-            Listener(made.detach(), index, settings, shared=True, sibling=second.detach())
+            listener_of(made.detach(), index, settings, shared=True, sibling=second.detach())
         )
     world.steering.enter(1, 0)
     world.steering.turn_to(0)

@@ -18,7 +18,7 @@ from socketprotector.daemon.control.server import ControlServer
 from socketprotector.model.records import Program
 from socketprotector.model.settings import ListenerSettings
 from socketprotector.system.foreign_descriptors import drop_unread
-from socketprotector.system.listener import Listener
+from socketprotector.system.listeners import listener_of
 from socketprotector.system.loop import Loop
 from socketprotector.system.readiness import Readiness
 from socketprotector.system.sd_notify import NotifySocket
@@ -180,7 +180,7 @@ class Control:
         settings = ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino)
         self.asked: list[str] = []
         self.server = ControlServer(
-            Listener(sock.detach(), -1, settings),
+            listener_of(sock.detach(), -1, settings),
             loop,
             lambda client, request: self.asked.append(request.command),
             lambda pid: None,

@@ -246,11 +246,19 @@ def _line(text: str) -> str:
     return "".join(each if each.isprintable() else "?" for each in line)
 
 
+def say(line: socket.socket, text: bytes) -> None:
+    """Send a message to the protector; end where it does not listen any more."""
+    try:
+        line.send(text)
+    except (BrokenPipeError, ConnectionResetError):
+        os._exit(0)  # as where the end of the line is read first
+
+
 def ask_again_and_again(line: socket.socket, asked: Asked) -> None:
     """Say what each try has brought, for ever."""
     began = time.monotonic()
     while True:
-        line.send(asked.says())
+        say(line, asked.says())
         for_s = time.monotonic() - began
         time.sleep(min(max(_FIRST_PAUSE_S, _PAUSE_SHARE * for_s), _LAST_PAUSE_S))
 
@@ -312,7 +320,7 @@ def main() -> None:
             if len(sys.argv) > 2:
                 forward(socket.socket(fileno=int(sys.argv[2])), asked)
             elif given is not None:
-                line.send(asked.says(given))
+                say(line, asked.says(given))
                 return
             else:
                 ask_again_and_again(line, asked)

@@ -424,6 +424,19 @@ def test_it_ends_in_silence_also_where_what_it_has_said_is_never_read(
     assert capfd.readouterr().err == ""
 
 
+def test_it_ends_in_silence_where_what_it_says_next_comes_to_nobody(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """As where it says something just when its line ends."""
+    with serving(says(HTTP + b"500 Oh\r\n\r\n")) as address, process(told(address)) as line:
+        line.shutdown(socket.SHUT_RD)
+        ended = select.poll()
+        ended.register(line, 0)
+        assert ended.poll(DEADLINE_S * 1000)
+
+    assert capfd.readouterr().err == ""
+
+
 def test_it_forwards_what_comes_to_the_probe_address() -> None:
     """Many at once, both ways, half-closed as they are."""
     whole = os.urandom(300_000)

@@ -274,6 +274,25 @@ def test_where_no_generation_accepts_the_next_one_serves_waiting_clients(world: 
     assert world.waiting() == [0]
 
 
+def test_clients_wait_for_the_next_generation_as_soon_as_a_failed_one_has_left_its_socket(
+    world: World,
+) -> None:
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    world.steering.enter(2, 1)
+    world.quiesce(1)
+    world.connect()
+    assert world.waiting() == [0], "where the failed one still accepts, none may come"
+
+    world.steering.leave(2)
+    world.connect()
+    assert world.waiting() == [0, 1]
+
+    world.accept(0)
+    world.pass_time(QUIET_S + 0.2)
+    assert world.quiesced == [1]
+
+
 def test_one_quiesces_though_clients_come_while_no_other_generation_accepts(world: World) -> None:
     world.steering.enter(1, 0)
     world.steering.turn_to(0)

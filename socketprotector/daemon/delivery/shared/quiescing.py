@@ -73,16 +73,16 @@ class Quiescing:
         *,
         own: Callable[[int, int], Sequence[Listener]],
         clients_wait: Callable[[Listener, int], bool],
-        still_come: Callable[[int], bool],
+        is_steered: Callable[[], bool],
     ) -> None:
         """own: the listeners whose socket of a number gets no new clients while the other one does,
         as far as a generation has them.
 
         clients_wait: whether any do at a socket, by its number; questions of ours do not count.
-        still_come: keeps new clients from a generation, and says whether some have come until now.
+        is_steered: whether none comes to a generation whose turn is over.
         """
         self._loop, self._log = runtime.loop, runtime.log
-        self._own, self._clients_wait, self._still_come = own, clients_wait, still_come
+        self._own, self._clients_wait, self._is_steered = own, clients_wait, is_steered
         self._generations: dict[int, _Generation] = {}
 
     def begin(
@@ -108,16 +108,27 @@ class Quiescing:
         if self._generations.pop(generation, None) is not None:
             self._loop.cancel(("quiesce", generation))
 
+    @property
+    def generations(self) -> tuple[int, ...]:
+        """Those of which that is awaited."""
+        return tuple(self._generations)
+
+    def begin_again(self, generation: int) -> None:
+        """Clients have come to it until now."""
+        its = self._generations[generation]
+        its.began, its.waited_s, its.unread = time.monotonic(), 0.0, None
+        its.quiet_looks, its.quiet_s = 0, 0.0
+
     def _look(self, generation: int) -> None:
         its, now = self._generations[generation], time.monotonic()
-        still_come = self._still_come(generation)  # first: who comes after that is not among these
+        still_come = not self._is_steered()  # first: who comes after that is not among these
         its.common = [each for each in its.common if each.has_waiting()]
         own = self._own(its.socket_number, generation)
         waiting = any(self._clients_wait(each, its.socket_number) for each in own) or bool(
             its.common
         )
         if still_come:
-            its.began, its.waited_s, its.unread = now, 0.0, None
+            self.begin_again(generation)
         left = its.unread
         if left is None:
             # sock_diag knows the port, not the socket: it counts clients of the other one, too.

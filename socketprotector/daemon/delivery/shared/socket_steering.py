@@ -117,7 +117,10 @@ class SocketSteering:
         #: Those that were told to finish and live on: the socket, and when.
         self._leaving: dict[int, tuple[int, float]] = {}
         self._quiescing = Quiescing(
-            runtime, own=self._own, clients_wait=self._clients_wait, still_come=self._still_come
+            runtime,
+            own=self.own,
+            clients_wait=self.clients_wait,
+            is_steered=lambda: self._steered,
         )
         #: Listeners that the generation whose turn it is does not know: where their clients wait.
         self._expected: dict[int, int] = {}
@@ -338,6 +341,9 @@ class SocketSteering:
         self.unserved = frozenset(each for each in self.unserved if each[0] != generation)
         self._partly_served &= self.unserved
         self._quiescing.end(generation)
+        for each in self._quiescing.generations:
+            if self._turn_away(each):
+                self._quiescing.begin_again(each)
         self._adopt_held()
         self._watch()
 
@@ -370,7 +376,7 @@ class SocketSteering:
         ours = [end for end in ends if end in given_up | gone or reuseport.comes_from(end, sources)]
         return waiting if waiting <= len(ours) else None
 
-    def _clients_wait(self, listener: Listener, number: int) -> bool:
+    def clients_wait(self, listener: Listener, number: int) -> bool:
         """Whether not only questions wait at one of its sockets, as far as is known."""
         try:
             return self._questions_at(listener, number) is None
@@ -386,7 +392,7 @@ class SocketSteering:
         unknown = set()
         for each, number in [(each, number) for each in self._pairs for number in (0, 1)]:
             accepts = number in self._accepting.values() and self._is_served(each, number)
-            if accepts or each not in self._own(number):
+            if accepts or each not in self.own(number):
                 continue
             one, place = each.socket_for(number), (each.index, number)
             try:
@@ -504,6 +510,7 @@ class SocketSteering:
         if generation not in self._accepting or not self._pairs:
             over()
             return
+        self._turn_away(generation)
         self._quiescing.begin(generation, self._accepting[generation], over, reads_on=reads_on)
 
     def quiesce_last(self, generation: int, over: Callable[[], None]) -> None:
@@ -516,7 +523,8 @@ class SocketSteering:
         socket_number = self._accepting.get(generation, 0)
         common = [each for each in self._shared if not each.has_sibling]
         self.accept_watch.end()
-        if generation in self._accepting and (self._own(socket_number) or common):
+        if generation in self._accepting and (self.own(socket_number) or common):
+            self._turn_away(generation)
             self._quiescing.begin(generation, socket_number, over, common=common)
         else:
             over()
@@ -547,7 +555,7 @@ class SocketSteering:
         if self.share:
             self._steer()
 
-    def _own(self, socket_number: int, generation: int = 0) -> list[Listener]:
+    def own(self, socket_number: int, generation: int = 0) -> list[Listener]:
         """The pairs whose socket of this number gets no new clients while the other one does.
 
         generation: only those that it has, or some of its workers.
@@ -557,16 +565,16 @@ class SocketSteering:
         without = self.unserved - self._partly_served
         return [each for each in pairs if (generation, each.index) not in without]
 
-    def _still_come(self, generation: int) -> bool:
-        """Say whether new clients come to it, or have until now.
+    def _turn_away(self, generation: int) -> bool:
+        """Have new clients wait for a generation that is yet to come; say whether that is news.
 
         They wait at a socket from which no worker accepts, if there is one.
         """
         socket_number = self._accepting[generation]
-        if socket_number == self.current and 1 - socket_number not in self._accepting.values():
-            self.turn_to(1 - socket_number)  # where they wait for a generation that is yet to come
-            return True
-        return not self._steered
+        turns = socket_number == self.current and 1 - socket_number not in self._accepting.values()
+        if turns:
+            self.turn_to(1 - socket_number)
+        return turns
 
     def end(self) -> None:
         """The listeners are about to be closed: what is shut down now may stay so."""

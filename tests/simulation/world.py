@@ -1579,7 +1579,7 @@ class World:
             if not (each.foreign and (stopping or not each.address.kept)):
                 assert not each.backlog, "clients wait for ever"
         forwarder = forwarder_of(self._supervisor.effects)
-        routed = forwarder._route if forwarder is not None else None
+        routed = forwarder.outlet.route if forwarder is not None else None
         assert (
             forwarder is None or routed is None or not (forwarder.undelivered.has(routed.knows_of))
         ), "one waits for ever"

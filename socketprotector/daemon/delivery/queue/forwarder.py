@@ -1,4 +1,4 @@
-"""When connections are accepted, and what becomes of those that could not be sent at once.
+"""When connections are accepted, and what becomes of those that no worker has taken.
 
 The path of all others is acceptor.py's.  No worker is chosen here: workers take from the shared
 queue (client_lib's intake.py).  Connections never pass through `decide`.  The lifecycle sets the
@@ -22,11 +22,11 @@ from ....model.records import ForwarderRecord
 from ....system.channel import BROKEN, Channel
 from ....system.inherited import Inherited
 from ....system.listener import AGAIN, Listener
-from ....system.loop import WRITE
 from ...runtime import Runtime
 from .. import LAST_S, QUIET_S
 from .acceptor import Acceptor
 from .listener_drain import DrainingListeners
+from .outlet import Outlet
 from .probe_port import is_probe
 from .queue_watch import QueueWatch
 from .shortage import Shortage
@@ -72,7 +72,6 @@ class Forwarder:
         self._loop = loop = runtime.loop
         self._post = runtime.post
         self._listeners = list(listeners)
-        self._broken = broken
         self._mend = mend
         self._ended = ended
         self._forwarded = 0  # by earlier programs
@@ -88,26 +87,27 @@ class Forwarder:
             loop,
             self.queue,
             accept_failed=self._accept_failed,
-            send_failed=self._send_failed,
+            send_failed=lambda *sent: self.outlet.send_failed(*sent),
         )
         #: Channels with connections to be taken back as soon as a route has room, oldest first;
         #: and whether their generation is gone: then they are closed afterwards.
         self._leftovers: dict[Channel, bool] = {}
-        self._route: Channel | None = None
-        self._full: Channel | None = None  # its write end is watched for room
         self._holding = False  # nothing is to be accepted, by request
         self._over: list[Listener] = []  # closed to new connections
         self._closing: _Closing | None = None
-        self._shortage = Shortage(runtime, stop=self._acceptor.end_all, retry=self._go_on)
+        stop = self._acceptor.end_all
+        self._shortage = Shortage(runtime, stop=stop, retry=self._go_on)
+        self.outlet = Outlet(
+            *(loop, self.undelivered, self.queue, self._shortage),
+            *(stop, self._go_on, broken),
+        )
         self._drains = DrainingListeners(runtime, self.undelivered, self._shortage, self._end)
 
     # -- orders --------------------------------------------------------------
 
     def route_to(self, channel: Channel | None) -> None:
         """Give what comes from now on to this channel; None: hold it in the backlog."""
-        self._route = channel
-        self.queue.follow(channel)
-        self._unwatch_full()
+        self.outlet.lead_to(channel)
         self._acceptor.end_all()
         self._go_on()
 
@@ -256,68 +256,37 @@ class Forwarder:
 
     # -- the path ------------------------------------------------------------
 
-    def _can_send(self) -> bool:
-        """Whether a connection could be delivered now."""
-        return (
-            self._route is not None
-            and self._full is None
-            and not self._shortage.lasts
-            and not self.undelivered.has(self._route.knows_of)
-        )
-
     def look(self) -> None:
         """Accept clients while something long keeps the loop from it."""
-        if self._full is not None and self._full.has_room():
-            self._room()
+        self.outlet.look()
         for _ in range(LOOKS):
             before = self.forwarded
-            self._acceptor.accept_now(self._can_send)
+            self._acceptor.accept_now(lambda: self.outlet.is_free)
             if self.forwarded == before:
                 return
 
     def _go_on(self) -> None:
         """Deliver what is undelivered, then the leftovers, then accept; or stay held."""
-        if self._route is not None:
-            self._deliver_kept(self._route)
-            while self._leftovers and self._can_send():
+        if self.outlet.route is not None:
+            self.outlet.send_kept()
+            while self._leftovers and self.outlet.is_free:
                 channel, gone = next(iter(self._leftovers.items()))
                 self._reclaim(channel, last=gone)
-                if self._can_send():
+                if self.outlet.is_free:
                     self._leftovers.pop(channel, None)
                     if gone:
                         channel.close()
-        if self._can_send() and self._route is not None and not self._holding:
-            known = [each for each in self._awaited if self._route.knows_of(each.index)]
+        if self.outlet.is_free and self.outlet.route is not None and not self._holding:
+            known = [each for each in self._awaited if self.outlet.route.knows_of(each.index)]
             try:
-                self._acceptor.begin(known, self._route)
+                self._acceptor.begin(known, self.outlet.route)
             except OSError as error:  # max_user_watches, or no memory
                 self._shortage.begin("epoll_ctl", error)
-
-    def _deliver_kept(self, route: Channel) -> None:
-        """Send what could not be sent before, and what no route before this one knew."""
-        while self._route is route and self._full is None and not self._shortage.lasts:
-            if not self.undelivered.has(route.knows_of):
-                return
-            taken = self.undelivered.take(route.knows_of)
-            if taken is None:
-                self._shortage.begin("state", OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
-            else:
-                self._deliver(route, *taken)
-
-    def _deliver(self, route: Channel, header: bytes, fd: int) -> None:
-        """Send one connection, or keep it.  Takes ownership of fd."""
-        try:
-            route.send(header, fd)
-        except OSError as error:
-            self._send_failed(header, fd, error)
-        else:
-            self.queue.add_uncounted()
-            self._let_go(fd)
 
     def _send_again(self, route: Channel) -> None:
         """Send all that the queue holds once more, in the same order."""
         for _ in range(route.depth()):
-            taken = self._take_back(route) if self._can_send() else None
+            taken = self._shortage.take_back(route) if self.outlet.is_free else None
             if taken is None:
                 return
             self.queue.take_away()
@@ -325,7 +294,7 @@ class Forwarder:
             if fd < 0:
                 self._lost += not is_probe(header)
             else:
-                self._deliver(route, header, fd)
+                self.outlet.send(route, header, fd)
 
     def _reclaim(self, channel: Channel, *, last: bool = False) -> None:
         """Move what waits in a channel to the route, oldest first, while there is room.
@@ -334,15 +303,15 @@ class Forwarder:
         others, or with all that is behind it where the channel has ended.  last: its workers
         are gone, and it is kept for another generation that knows it.
         """
-        route = self._route
+        route = self.outlet.route
         strange = route is not None and _lacks(route, channel)
         left = channel.depth() if strange else -1
-        while self._can_send() and self._route not in (None, channel):
+        while self.outlet.is_free and self.outlet.route not in (None, channel):
             if not left or (strange and not last and self._is_stuck(channel)):
                 return
-            taken = self._take_back(channel)
+            taken = self._shortage.take_back(channel)
             if taken is None:
-                if self._can_send() and channel.depth():
+                if self.outlet.is_free and channel.depth():
                     # Then it is not empty, whatever the call has said.
                     self._shortage.begin("recvmsg", BlockingIOError(errno.EAGAIN, "try again"))
                 return
@@ -351,28 +320,11 @@ class Forwarder:
             if fd < 0:
                 self._lost += not is_probe(header)
             elif is_probe(header):
-                self._let_go(fd)  # it was for this generation
+                self.outlet.let_go(fd)  # it was for this generation
             elif strange and route is not None and not route.knows_of(listener_of(header)):
                 self._put_back(channel, header, fd)
-            elif self._route is not None:
-                self._deliver(self._route, header, fd)
-
-    def _take_back(self, channel: Channel) -> tuple[bytes, int] | None:
-        """Take one back; None where there is none, or no free descriptor.
-
-        The reserve makes room: with none free the kernel would drop the connection silently.
-        """
-        if not self._shortage.take_reserve():
-            return None
-        self._shortage.spend_reserve()
-        try:
-            taken = channel.take_back()
-        except OSError as error:
-            self._shortage.begin("recvmsg", error)
-            return None
-        if taken is None:
-            self._shortage.take_reserve()
-        return taken
+            elif self.outlet.route is not None:
+                self.outlet.send(self.outlet.route, header, fd)
 
     def _is_stuck(self, channel: Channel) -> bool:
         """Whether the next one could neither be given to the route nor put back."""
@@ -381,7 +333,8 @@ class Forwarder:
         except OSError as error:
             self._shortage.begin("recvmsg", error)
             return True
-        known = self._route is None or header is None or self._route.knows_of(listener_of(header))
+        route = self.outlet.route
+        known = route is None or header is None or route.knows_of(listener_of(header))
         return not known
 
     def _put_back(self, channel: Channel, header: bytes, fd: int) -> None:
@@ -397,12 +350,7 @@ class Forwarder:
                 self.undelivered.keep_last(header, fd)
                 return
             self._lost += 1  # no generation is left that knows the listener
-        self._let_go(fd)
-
-    def _let_go(self, fd: int) -> None:
-        """Close a connection that was sent, and have the reserve again: one may have used it."""
-        os.close(fd)
-        self._shortage.take_reserve()
+        self.outlet.let_go(fd)
 
     # -- what holds it up ----------------------------------------------------
 
@@ -431,44 +379,12 @@ class Forwarder:
             else:
                 self._go_on()
 
-    def _send_failed(self, header: bytes, fd: int, error: OSError) -> None:
-        """Keep a client's connection, and decide what it waits for.  Takes ownership of fd."""
-        if is_probe(header):
-            self._let_go(fd)  # it was for this generation, and the next route may be another's
-        else:
-            self.undelivered.keep_first(header, fd)
-        self._acceptor.end_all()
-        if error.errno == errno.EAGAIN and self._route is not None:
-            self._await_room(self._route)
-        elif error.errno in BROKEN:
-            self._route = None
-            self._broken()
-        else:
-            self._shortage.begin("sendmsg", error)
-
-    def _await_room(self, channel: Channel) -> None:
-        try:
-            self._loop.watch(channel.write.fileno(), self._room, WRITE)
-        except OSError as error:
-            self._shortage.begin("epoll_ctl", error)
-        else:
-            self._full = channel
-
-    def _room(self) -> None:
-        self._unwatch_full()
-        self._go_on()
-
-    def _unwatch_full(self) -> None:
-        if self._full is not None:
-            self._loop.unwatch(self._full.write.fileno())
-            self._full = None
-
     # -- the end -------------------------------------------------------------
 
     def _close_when_quiet(self, closing: _Closing) -> None:
         """Close the listeners once no client has come since the last look, or waits for workers."""
-        if self._can_send() and not any(self._leftovers.values()):
-            self._acceptor.accept_now(self._can_send)
+        if self.outlet.is_free and not any(self._leftovers.values()):
+            self._acceptor.accept_now(lambda: self.outlet.is_free)
             if closing.stay:  # the backlog is a queue: earlier clients have come out of it first
                 for each in self._awaited:
                     if not each.has_waiting():
@@ -476,7 +392,7 @@ class Forwarder:
             quiet = self.forwarded == closing.forwarded
             late = bool(closing.latest) and time.monotonic() > closing.latest
             over = (quiet or not self._awaited) and not (closing.stay and self._drains.listeners)
-            if self._can_send() and (over or late):
+            if self.outlet.is_free and (over or late):
                 self._close_listeners()
                 self._post(BacklogEmptied())
                 return

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 
 from ....model.lazy_dataclass import KW_ONLY, field, mutable
+from ....system.channel import Channel
 from ....system.helper import BackOff
 from ...runtime import Runtime
 
@@ -75,6 +76,23 @@ class Shortage:
         if self.reserve >= 0:
             os.close(self.reserve)
             self.reserve = -1
+
+    def take_back(self, channel: Channel) -> tuple[bytes, int] | None:
+        """Take one out of a channel; None where there is none, or no free descriptor.
+
+        The reserve makes room: with none free the kernel would drop the connection silently.
+        """
+        if not self.take_reserve():
+            return None
+        self.spend_reserve()
+        try:
+            taken = channel.take_back()
+        except OSError as error:
+            self.begin("recvmsg", error)
+            return None
+        if taken is None:
+            self.take_reserve()
+        return taken
 
     def close(self) -> None:
         """Wait for nothing more."""

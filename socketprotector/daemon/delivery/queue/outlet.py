@@ -1,0 +1,119 @@
+"""Where connections are sent: the channel of the generation with the route, and what holds it up.
+
+That is a queue without room, a channel that is broken, or a shortage.  A connection that could not
+be sent is kept (undelivered.py), and goes first as soon as something else can be sent.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+
+from ....model.lazy_dataclass import mutable
+from ....system.channel import BROKEN, Channel
+from ....system.loop import WRITE, Loop
+from .probe_port import is_probe
+from .queue_watch import QueueWatch
+from .shortage import Shortage
+from .undelivered import Undelivered
+
+
+@mutable
+class Outlet:
+    """Sends to the route, and knows whether it can."""
+
+    loop: Loop
+    undelivered: Undelivered
+    queue: QueueWatch
+    shortage: Shortage
+    #: Accepts nothing more.
+    stop: Callable[[], None]
+    #: There is room again.
+    go_on: Callable[[], None]
+    #: The route's channel was shut down.
+    broken: Callable[[], None]
+    route: Channel | None = None
+    _full: Channel | None = None  # its write end is watched for room
+
+    def lead_to(self, channel: Channel | None) -> None:
+        """Send to this channel from now on; None: to none."""
+        self.route = channel
+        self.queue.follow(channel)
+        self._unwatch_full()
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a connection could be delivered now."""
+        return (
+            self.route is not None
+            and self._full is None
+            and not self.shortage.lasts
+            and not self.undelivered.has(self.route.knows_of)
+        )
+
+    def look(self) -> None:
+        """See whether there is room again, while something long keeps the loop from it."""
+        if self._full is not None and self._full.has_room():
+            self._room()
+
+    def send_kept(self) -> None:
+        """Send what could not be sent before, and what no route before this one knew."""
+        route = self.route
+        while route is not None and self.route is route and not self.shortage.lasts:
+            if self._full is not None:
+                return
+            if not self.undelivered.has(route.knows_of):
+                return
+            taken = self.undelivered.take(route.knows_of)
+            if taken is None:
+                self.shortage.begin("state", OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
+            else:
+                self.send(route, *taken)
+
+    def send(self, route: Channel, header: bytes, fd: int) -> None:
+        """Send one connection, or keep it.  Takes ownership of fd."""
+        try:
+            route.send(header, fd)
+        except OSError as error:
+            self.send_failed(header, fd, error)
+        else:
+            self.queue.add_uncounted()
+            self.let_go(fd)
+
+    def send_failed(self, header: bytes, fd: int, error: OSError) -> None:
+        """Keep a client's connection, and decide what it waits for.  Takes ownership of fd."""
+        if is_probe(header):
+            self.let_go(fd)  # it was for this generation, and the next route may be another's
+        else:
+            self.undelivered.keep_first(header, fd)
+        self.stop()
+        if error.errno == errno.EAGAIN and self.route is not None:
+            self._await_room(self.route)
+        elif error.errno in BROKEN:
+            self.route = None
+            self.broken()
+        else:
+            self.shortage.begin("sendmsg", error)
+
+    def let_go(self, fd: int) -> None:
+        """Close a connection that was sent, and have the reserve again: one may have used it."""
+        os.close(fd)
+        self.shortage.take_reserve()
+
+    def _await_room(self, channel: Channel) -> None:
+        try:
+            self.loop.watch(channel.write.fileno(), self._room, WRITE)
+        except OSError as error:
+            self.shortage.begin("epoll_ctl", error)
+        else:
+            self._full = channel
+
+    def _room(self) -> None:
+        self._unwatch_full()
+        self.go_on()
+
+    def _unwatch_full(self) -> None:
+        if self._full is not None:
+            self.loop.unwatch(self._full.write.fileno())
+            self._full = None

@@ -195,6 +195,10 @@ class Listener:
         """Return where a process of this machine reaches one of its sockets, if only by a mark."""
         return self.local_address
 
+    def can_be_led_to(self, socket_number: int) -> bool:
+        """Whether its address can lead to a socket that listens."""
+        return True
+
     @property
     def hangs_up(self) -> bool:
         """Whether it is a UNIX one that was shut down: readable for ever, without a client."""
@@ -365,7 +369,7 @@ class Listener:
     def has_waiting(self, socket_number: int | None = None) -> bool:
         """Whether a client has connected and was not accepted yet; socket_number: only there."""
         asked = self.sockets if socket_number is None else (self.socket_for(socket_number),)
-        return any(events_of(each, CLIENT_OR_END) == select.POLLIN for each in asked)
+        return any(map(has_client, asked))
 
     @property  # the last one: behind it `socket` is no module to a type checker
     def socket(self) -> socket.socket:
@@ -386,6 +390,11 @@ def remove_file(settings: ListenerSettings) -> None:
 def is_file_of(settings: ListenerSettings, found: os.stat_result) -> bool:
     """Return whether a file is the one that a listener has made."""
     return (found.st_dev, found.st_ino) == (settings.device, settings.inode)
+
+
+def has_client(one: socket.socket) -> bool:
+    """Return whether a client waits at a socket."""
+    return events_of(one, CLIENT_OR_END) == select.POLLIN
 
 
 def is_listening(one: socket.socket) -> bool:

@@ -37,6 +37,8 @@ _ACL = "system.posix_acl_access"
 _NONE = (0, 0)
 
 Chown = Callable[[int, int, int], None]
+#: User and group (-1: as it comes), mode and access list of a file.
+Rights = tuple[int, int, int, bytes | None]
 
 
 def path_of(name: str) -> str:
@@ -95,13 +97,8 @@ def own_file(path: str, one: socket.socket) -> str:
     return (_name(path, 0) if name == path else name) + _OWN
 
 
-def bind(
-    path: str, backlog: int, rights: tuple[int, int, int, bytes | None], chown: Chown
-) -> socket.socket:
-    """Return a socket that listens, with a file of its own beside the path.
-
-    rights: user and group (-1: as it comes), mode and access list of the file.  Raises OSError.
-    """
+def bind(path: str, backlog: int, rights: Rights, chown: Chown) -> socket.socket:
+    """Return a socket that listens, with a file of its own beside the path.  Raises OSError."""
     uid, gid, mode, acl = rights
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with on_error(made.close):
@@ -135,7 +132,7 @@ def _bind(one: socket.socket, path: str, mode: int) -> str:
     raise OSError(errno.EADDRINUSE, "there are too many socket files beside it")
 
 
-def rights_of(path: str) -> tuple[int, int, int, bytes | None]:
+def rights_of(path: str) -> Rights:
     """Return what bind() takes, to give another socket the rights that a path has.
 
     Raises OSError.
@@ -161,6 +158,11 @@ def rights_of(path: str) -> tuple[int, int, int, bytes | None]:
 def leads_to(path: str, one: socket.socket) -> bool:
     """Return whether clients of a path come to a socket."""
     return _is_file_of(path, one, _known(path))
+
+
+def has_file(path: str, one: socket.socket) -> bool:
+    """Return whether clients of a path can be led to a socket: others may have removed its file."""
+    return _known(own_file(path, one)) != _NONE or leads_to(path, one)
 
 
 def keep_file(path: str, one: socket.socket) -> None:

@@ -12,6 +12,7 @@ import os
 import select
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 
 from ..model.lazy_dataclass import replace
 from . import reuseport, socket_file
@@ -21,6 +22,7 @@ from .listener import (
     CLIENT_OR_END,
     NO_MARKS,
     Listener,
+    has_client,
     is_file_of,
     is_listening,
     remove_file,
@@ -31,6 +33,9 @@ from .polling import events_of
 
 class UnixListener(Listener):
     """A path or abstract name."""
+
+    #: Of the files of its path, which others may remove.
+    _rights: socket_file.Rights | None = None
 
     @property
     def local_address(self) -> tuple[str, int]:
@@ -61,6 +66,12 @@ class UnixListener(Listener):
         hung_up = events_of(one, CLIENT_OR_END) & (select.POLLRDHUP | select.POLLHUP)
         return is_listening(one) and not hung_up
 
+    def can_be_led_to(self, socket_number: int) -> bool:
+        """Whether clients of its path can come to a socket: others may have removed its file."""
+        if not (self.path and self.has_sibling):
+            return True
+        return socket_file.has_file(self.path, self.socket_for(socket_number))
+
     @property
     def hangs_up(self) -> bool:
         """Whether it was shut down: readable for ever, without a client."""
@@ -90,6 +101,7 @@ class UnixListener(Listener):
         if self.path:
             to = self.reserve() if held else self.socket_for(socket_number)
             socket_file.lead_to(self.path, to, self._all)
+            self._rights = socket_file.rights_of(self.path)
 
     def _steer_last(self, socket_number: int) -> None:
         self.steer(socket_number)
@@ -149,9 +161,17 @@ class UnixListener(Listener):
 
     def reserve(self) -> socket.socket:
         """Have the third socket, at which clients wait.  Raises OSError."""
+        if self._reserved is not None and self._is_lost(self._reserved):
+            self._reserved.close()
+            self._reserved = None
+            self._again[2] += 1
         if self._reserved is None:
             self._reserved = self._bind_file(self.socket)
         return self._reserved
+
+    def _is_lost(self, one: socket.socket) -> bool:
+        """Whether no client can come to a socket any more, and none waits there."""
+        return not (socket_file.has_file(self.path, one) or has_client(one))
 
     @property
     def is_reserved_for_clients(self) -> bool:
@@ -176,8 +196,11 @@ class UnixListener(Listener):
 
     def _bind_file(self, like: socket.socket) -> socket.socket:
         """Return another socket of our path, which no client reaches yet.  Raises OSError."""
-        rights = socket_file.rights_of(self.path)
-        made = socket_file.bind(self.path, self._backlogs[0], rights, _chown)
+        with suppress(FileNotFoundError):
+            self._rights = socket_file.rights_of(self.path)
+        if self._rights is None:
+            raise FileNotFoundError(errno.ENOENT, "its file was removed", self.path)
+        made = socket_file.bind(self.path, self._backlogs[0], self._rights, _chown)
         made.setblocking(os.get_blocking(like.fileno()))
         return made
 

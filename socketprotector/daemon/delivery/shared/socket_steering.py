@@ -608,7 +608,7 @@ class SocketSteering:
         self._steered, self._as_held = not_steered is None, not_held is None
         self._loop.cancel("steer")
         if not (self._steered and self._as_held):
-            self._loop.call_after("steer", _STEER_AGAIN_S, self._steer)
+            self._loop.call_after("steer", _STEER_AGAIN_S, self._repair)
         self._steer_while_starting()
 
     def _steer_while_starting(self) -> None:
@@ -674,17 +674,24 @@ class SocketSteering:
     def _mend_all(self) -> None:
         """Mend the sockets that get no client.  Of these epoll reports only one that was shut down.
 
-        One that a worker has connected is not reported, nor one on a device that is gone.  A
-        release that starts on such a device cannot be asked, and time alone would make it ready.
+        One that a worker has connected is not reported, nor one on a device that is gone.
         """
         for each in self._shared:
-            for number, one in enumerate(each.sockets):
+            for number in range(len(each.sockets)):
                 if not each.is_alive(number):
                     self.mend(each, number)
-                elif self._accepting.get(self._starting or 0) == number != self.number_for(
-                    each
-                ) and reuseport.device_is_gone(one):
+                elif self._is_out_of_reach(each, number):
                     self._replace(each, number)
+
+    def _is_out_of_reach(self, listener: Listener, number: int) -> bool:
+        """Whether no client can come to a socket that listens: its device or its file is gone.
+
+        A release that starts on such a device cannot be asked, and time alone would make it ready.
+        """
+        if number == self.number_for(listener):
+            return not listener.can_be_led_to(number)
+        starts_there = self._accepting.get(self._starting or 0) == number
+        return starts_there and reuseport.device_is_gone(listener.socket_for(number))
 
     def _make_ready(self, listener: Listener, socket_number: int, generation: int) -> None:
         """Have no generation begin with what an earlier one has done to a socket."""

@@ -1,0 +1,125 @@
+"""--handoff listener at a UNIX path whose files others remove: clients are served."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.load import Load
+from tests.running import Client, Protector, ask, eventually
+from tests.scenarios.adopting import kill_protector, revived, served, upgrade
+from tests.scenarios.operating import Operated
+from tests.scenarios.tools import Release, pid_in, spawned, worker
+
+MODE = ("--handoff", "listener")
+SERVER = worker("accepts", "--ready", "never")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    return folder / "web.sock"
+
+
+@pytest.fixture
+def one(
+    protector: Callable[..., Protector], path: Path, place: Path, release: Release
+) -> Iterator[Operated]:
+    release.becomes(*SERVER)
+    words = (*MODE, "--guard", "--control", place, f"unix:{path}", "--", release.path)
+    found = Operated(protector(*words).ready(), place)
+    yield found
+    found.daemon.stop()
+    assert list(path.parent.iterdir()) == []
+
+
+def tidy(path: Path) -> None:
+    """Remove the files beside a path, as a program that removes old temporary files does."""
+    for each in path.parent.iterdir():
+        if each != path:
+            each.unlink()
+
+
+def newest_answers(one: Operated, path: Path) -> None:
+    eventually(lambda: pid_in(ask(str(path))) == spawned(one.daemon)[-1], "the newest answers")
+
+
+def test_files_removed_while_idle_harm_no_reload(one: Operated, path: Path) -> None:
+    with Load(f"unix:{path}") as load:
+        for _ in range(3):
+            tidy(path)
+            one.daemon.reload()
+            served(load)
+        tidy(path)
+        assert "event=adopted" in upgrade(one.daemon)
+        one.daemon.reload()
+        served(load)
+        tidy(path)
+        revived(one.daemon, kill_protector(one.daemon))
+        one.daemon.reload()
+        served(load)
+    newest_answers(one, path)
+    assert load.snapshot().failures == ()
+
+
+def test_clients_go_back_though_the_files_were_removed(
+    protector: Callable[..., Protector], path: Path, place: Path, release: Release
+) -> None:
+    release.becomes(*SERVER)
+    words = (*MODE, "--settle", "2s", "--control", place, f"unix:{path}", "--", release.path)
+    daemon = protector(*words).ready()
+    mark = daemon.signal(signal.SIGHUP)
+    daemon.log.wait_for("event=route generation=2", after=mark)
+    tidy(path)
+    path.unlink()
+    os.kill(spawned(daemon)[-1], signal.SIGKILL)
+    daemon.log.wait_for("event=reload-failed", after=mark)
+
+    eventually(path.exists, "the path leads somewhere")
+    assert pid_in(ask(str(path))) in (spawned(daemon, 1)[0], spawned(daemon)[-1])
+    daemon.reload()
+    assert pid_in(ask(str(path))) == spawned(daemon)[-1]
+    daemon.stop()
+    assert list(path.parent.iterdir()) == []
+
+
+def test_files_removed_before_and_during_holds_keep_no_client_waiting(
+    one: Operated, path: Path
+) -> None:
+    for _ in range(2):
+        one.daemon.reload()
+        with one.line() as line:
+            line.ask("hold", seconds=3600)
+            tidy(path)
+            line.ask("release")
+        assert ask(str(path), "hello").endswith(" hello")
+        tidy(path)
+        with one.line() as line:
+            line.ask("hold", seconds=3600)
+            with Client(str(path), "hello") as late:
+                tidy(path)
+                line.ask("release")
+                assert late.hear().endswith(" hello")
+        newest_answers(one, path)
+    one.daemon.reload()
+    newest_answers(one, path)
+
+
+def test_the_path_removed_comes_back_at_the_next_reload(one: Operated, path: Path) -> None:
+    for _ in range(2):
+        path.unlink()
+        one.daemon.reload()
+        newest_answers(one, path)
+
+
+def test_all_files_removed_and_a_reload(one: Operated, path: Path) -> None:
+    for _ in range(2):
+        tidy(path)
+        path.unlink()
+        one.daemon.reload()
+        newest_answers(one, path)

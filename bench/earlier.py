@@ -47,7 +47,8 @@ class EarlierCode:
         """folder: for a link.  extracted: by extract()."""
         self._link = folder / "installed"
         self._new = folder / "installed.new"
-        self._lead_to(extracted)
+        self._earlier = extracted
+        self.put_back()
 
     @property
     def client_library(self) -> Path:
@@ -67,6 +68,10 @@ class EarlierCode:
     def replace(self) -> None:
         """Put this checkout's code in the place of the earlier one, at once."""
         self._lead_to(ROOT)
+
+    def put_back(self) -> None:
+        """Put the earlier code in its place again, at once."""
+        self._lead_to(self._earlier)
 
     def _lead_to(self, code: Path) -> None:
         self._new.symlink_to(code)

@@ -169,5 +169,5 @@ class LiveSettings:
 def _with_file(settings: Settings, index: int, its: ListenerSettings) -> Settings:
     found = list(settings.listeners)
     if index < len(found):
-        found[index] = replace(found[index], device=its.device, inode=its.inode)
+        found[index] = replace(found[index], device=its.device, inode=its.inode, beside=its.beside)
     return replace(settings, listeners=tuple(found))

@@ -106,7 +106,8 @@ def _bind_beside(listen: Listen, path: str, backlog: int) -> tuple[socket.socket
                 os.unlink(path)
             socket_file.lead_to(path, made, ())
             found = os.lstat(path)
-    return made, ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, backlog)
+    settings = ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, backlog, beside=True)
+    return made, settings
 
 
 def why_alone(listen: Listen, path: str, identity: Identity | None) -> str:

@@ -35,6 +35,9 @@ class ListenerSettings:
     priority: int = -1  # SO_PRIORITY of each connection, which inherits none; -1: the system's
     name: str = ""  # what it is called: NAME=LISTEN, else the port or the file's name
     removed: bool = False  # by a reload; its index is never used again
+    # Its path leads to several sockets in turn (system/socket_file.py).  A program that does not
+    # know this field refuses to go on: it would leave the path at a socket that no worker has.
+    beside: bool = False
 
 
 @frozen
@@ -163,7 +166,7 @@ class Settings:
 CLASSES = (Settings, ListenerSettings, Policy, Identity, Limits, Origin)
 #: So that an older program, which reads its configuration by this one, is refused only what it
 #: cannot do.
-ADDED = ("Settings.warnings",)
+ADDED = ("Settings.warnings", "ListenerSettings.beside")
 #: Of these what is for people alone: an older program passes over it.
 SAID = ("Settings.warnings",)
 _CODEC = Codec(CLASSES, strict=CLASSES, added=ADDED, said=SAID)

@@ -112,8 +112,10 @@ class UnixListener(Listener):
         So it shares its socket with no generation before it.  Where clients come to the one that
         there is, or wait there, it stays.  Returns whether there is another.  Raises OSError.
         """
-        self.is_fresh[socket_number % 2] = self._renew(socket_number)
-        return self.is_fresh[socket_number % 2]
+        is_new = self.is_fresh[socket_number % 2] = self._renew(socket_number)
+        if is_new and not self.settings.beside:
+            self.settings = replace(self.settings, beside=True)
+        return is_new
 
     def _renew(self, socket_number: int) -> bool:
         if not self.path:

@@ -71,7 +71,7 @@ class Earlier:
         self._version = extracted.name[:12]
         self._environment = {**environment, **self._code.environment}
         self._options = options
-        self.replace = self._code.replace
+        self.replace, self.put_back = self._code.replace, self._code.put_back
         self.started: list[Protector] = []
 
     def start(self, *arguments: str | Path) -> Protector:
@@ -85,7 +85,8 @@ class Earlier:
         )
         self.started.append(daemon)
         daemon.ready()
-        assert daemon.log.count(rf"event=start .*version={self._version} ")
+        versions = f"{self._version}|{re.escape(__version__)}"
+        assert daemon.log.count(rf"event=start .*version=({versions}) ")
         return daemon
 
 
@@ -339,3 +340,62 @@ def test_relay_watcher_and_configuration_reader_are_found_by_the_paths_of_then(
         served(load)
     assert load.snapshot().failures == ()
     daemon.stop()
+
+
+@EITHER_COMMIT
+@pytest.mark.parametrize("handoff", ["listener"])
+def test_generations_at_a_unix_path_have_a_socket_each_from_the_next_reload_on(
+    earlier: Earlier, handoff: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "s"
+    daemon = earlier.start("--guard", "--workers", "2", f"unix:{path}", "--", *MANY)
+    at_rest(daemon)
+    with Load(f"unix:{path}") as load:
+        served(load)
+        earlier.replace()
+        upgraded(daemon)
+        served(load)
+        for _ in range(2):
+            daemon.reload()
+            served(load)
+        killed(daemon)
+        daemon.reload()
+        served(load)
+    files = sorted(each.name for each in tmp_path.glob(".s.sp-*"))
+    daemon.stop()
+
+    assert load.snapshot().failures == ()
+    assert len(files) == 2
+    assert list(tmp_path.glob(".s*")) == []
+    assert not path.exists()
+
+
+@EITHER_COMMIT
+@pytest.mark.parametrize("handoff", ["listener"])
+@pytest.mark.parametrize("began", ["with this code", "earlier"])
+def test_a_program_that_knows_one_socket_for_a_path_refuses_to_go_on_with_several(
+    earlier: Earlier, handoff: str, tmp_path: Path, began: str
+) -> None:
+    path = tmp_path / "s"
+    words = ("--workers", "2", f"unix:{path}", "--", *MANY)
+    if began == "earlier":
+        daemon = earlier.start(*words)
+        earlier.replace()
+        upgraded(daemon)
+        daemon.reload()
+    else:
+        earlier.replace()
+        daemon = earlier.start(*words)
+    with Load(f"unix:{path}") as load:
+        served(load)
+        earlier.put_back()
+        refusal = upgrade(daemon)
+        served(load)
+        earlier.replace()
+        daemon.reload()
+        upgraded(daemon)
+        served(load)
+    daemon.stop()
+
+    assert "written by a newer program (this one does not know beside)" in refusal
+    assert load.snapshot().failures == ()

@@ -41,6 +41,12 @@ class Release:
         new.write_text(self._text.replace("STATUS", str(status)), encoding="utf-8")
         new.rename(self._path)
 
+    def breaks(self) -> None:
+        """Let the next one fail as it loads."""
+        new = self._path.with_suffix(".new")
+        new.write_text("syntax error\n", encoding="utf-8")
+        new.rename(self._path)
+
     def hangs(self) -> None:
         """Let the next one wait for its file for ever, as on a file system that has gone away."""
         self._path.unlink()
@@ -67,11 +73,12 @@ class Server:
         free_port: Callable[[], int],
         *options: str,
         ready: tuple[str, ...] | None = None,
+        unix: Path | None = None,
     ) -> tuple[list[str], Release]:
         """Our arguments, and the release that they start.
 
         folder: for the release.  free_port: where that must name the port.  options: more of ours.
-        ready: instead of its own.
+        ready: instead of its own.  unix: the path to listen at, instead of a port.
         """
         port, text, path = 0, "STATUS\n", folder / "release"
         command = self.command
@@ -83,7 +90,8 @@ class Server:
         ready = self.ready if ready is None else ready
         ours = ["--handoff", "listener", *self.options, *ready, *options]
         ours += ["--env", f"RELEASE={path}", "--chdir", str(PROGRAMS)]
-        words = [*ours, f"http=127.0.0.1:{port}{self.listener}", "--", *command]
+        address = f"unix:{unix}" if unix else f"127.0.0.1:{port}"
+        words = [*ours, f"http={address}{self.listener}", "--", *command]
         return words, Release(path, text)
 
     def arguments(self, folder: Path, free_port: Callable[[], int]) -> list[str]:
@@ -189,3 +197,23 @@ _ALL = (
     ),
 )
 SERVERS = {each.name: each for each in _ALL}
+
+#: Those that are tried behind a proxy, on a UNIX socket.
+BEHIND = {
+    **{
+        name: SERVERS[name]
+        for name in ("gunicorn", "gunicorn-threads", "uvicorn", "hypercorn", "node", "starlet")
+    },
+    "gunicorn-uvicorn": _command(
+        "gunicorn-uvicorn",
+        *(_script("gunicorn"), "--preload", "--workers", "2"),
+        *("-k", "uvicorn_worker.UvicornWorker", "asgi_app:app"),
+        module="uvicorn_worker",
+        tells=True,
+    ),
+    "uvicorn-workers": _command(
+        "uvicorn-workers",
+        *(_script("uvicorn"), "--fd", "{fd:http}", "--workers", "2", "asgi_app:app"),
+        module="uvicorn",
+    ),
+}

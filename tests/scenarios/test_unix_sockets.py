@@ -258,3 +258,18 @@ def test_another_user_needs_the_folder_and_the_file(
 
     assert [re.search(said, each) is not None for each in found] == [True] * bool(said)
     assert len(own_files(path)) == (0 if said else 2)
+
+
+def test_many_paths_have_their_sockets_each_at_every_reload(
+    protector: Starter, path: Path, release: Release
+) -> None:
+    release.becomes(*SERVER)
+    paths = [path.parent / f"s{number}" for number in range(60)]
+    daemon = protector(*MODE, *(f"unix:{each}" for each in paths), "--", release.path).ready()
+    for _ in range(3):
+        daemon.reload()
+        serving = {pid_in(ask(str(each))) for each in paths}
+
+        assert serving == {spawned(daemon)[-1]}
+    daemon.stop()
+    assert list(path.parent.iterdir()) == []

@@ -422,6 +422,7 @@ class SocketSteering:
         if not self.hold.on and free not in self._accepting.values():
             for each in self._pairs:
                 if each.is_reserved_for_clients:
+                    self._unwatch(each)
                     with suppress(OSError):  # then as the next generation starts
                         each.adopt_reserved(free)
                         self._bound(each)
@@ -581,8 +582,7 @@ class SocketSteering:
         self._ended = True
         self.accept_watch.end()
         for each in self._shared:
-            for one in each.sockets:
-                self._loop.unwatch(one.fileno())
+            self._unwatch(each)
         self._loop.cancel(_RESCUE)
         self._loop.cancel(_MEND)
 
@@ -697,6 +697,7 @@ class SocketSteering:
         """Have no generation begin with what an earlier one has done to a socket."""
         if not listener.is_alive(socket_number) or not listener.is_sound(socket_number):
             self.mend(listener, socket_number)
+        self._unwatch(listener)
         with suppress(OSError):  # then it has the one that there is
             if listener.is_reserved_for_clients and not self.hold.on:
                 listener.adopt_reserved(socket_number)
@@ -803,11 +804,16 @@ class SocketSteering:
                     events = SHUT | READ if expected else SHUT
                     self._loop.watch(one.fileno(), partial(self._look_at, each, number), events)
         except OSError:  # of epoll: no memory
-            for one in (one for each in self._shared for one in each.sockets):
-                self._loop.unwatch(one.fileno())  # until then none may wake us
+            for each in self._shared:
+                self._unwatch(each)  # until then none may wake us
             self._loop.call_after(_MEND, _MEND_AGAIN_S, self._watch)
             if looked_at:
                 self._rescue_later()
+
+    def _unwatch(self, listener: Listener) -> None:
+        """Forget a listener's sockets until the next _watch(): others may take their place."""
+        for each in listener.sockets:
+            self._loop.unwatch(each.fileno())
 
     def _look_at(self, listener: Listener, number: int) -> None:
         if not listener.is_alive(number):

@@ -199,6 +199,10 @@ class Listener:
         """Whether its address can lead to a socket that listens."""
         return True
 
+    def is_passed_by(self, socket_number: int) -> bool:
+        """Whether clients can come to a socket to which its address leads no more."""
+        return False
+
     @property
     def hangs_up(self) -> bool:
         """Whether it is a UNIX one that was shut down: readable for ever, without a client."""

@@ -72,6 +72,15 @@ class UnixListener(Listener):
             return True
         return socket_file.has_file(self.path, self.socket_for(socket_number))
 
+    def is_passed_by(self, socket_number: int) -> bool:
+        """Whether clients can come to a socket to which its path leads no more.
+
+        As where its file is mounted elsewhere: a mount stays at the file that it was made of.
+        """
+        if not (self.path and self.has_sibling) or self.is_fresh[socket_number % 2]:
+            return False
+        return not socket_file.leads_to(self.path, self.socket_for(socket_number))
+
     @property
     def hangs_up(self) -> bool:
         """Whether it was shut down: readable for ever, without a client."""
@@ -193,6 +202,7 @@ class UnixListener(Listener):
         self._replace(socket_number, self._reserved)
         self._reserved = None
         self._again[2] += 1
+        self.is_fresh[socket_number % 2] = True
 
     # -- files ---------------------------------------------------------------------
 

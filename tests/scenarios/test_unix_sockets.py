@@ -164,8 +164,26 @@ def test_clients_wait_through_a_hold_and_the_next_generation_answers(
         with one.line() as line:
             line.ask("release")
             assert late.hear().endswith(" hello")
-    one.daemon.log.wait_for("event=stranded")
+    assert "hint=" not in one.daemon.log.wait_for("event=stranded")
     eventually(lambda: pid_in(ask(str(path))) != serving, "the next generation")
+
+
+def test_clients_of_a_socket_that_the_path_has_left_are_served_once_more_by_each_reload(
+    one: Operated, path: Path
+) -> None:
+    """As where a container has the socket's file mounted; another link to it stands for that."""
+    mounted = path.parent.parent / "mounted"
+    os.link(path, mounted)
+    with Load(f"unix:{mounted}") as load:
+        for _ in range(2):
+            mark = len(one.daemon.log.seen)
+            one.daemon.reload()
+            assert "mount its folder" in one.daemon.log.wait_for("event=stranded", after=mark)
+            one.daemon.log.wait_for("event=recovered", after=mark)
+            served(load)
+
+    assert load.snapshot().failures == ()
+    assert one.daemon.log.count("event=stranded") == 2
 
 
 def test_a_hold_at_which_no_client_waited_starts_no_generation(one: Operated, path: Path) -> None:

@@ -51,6 +51,7 @@ _MEND_AGAIN_S = 0.1
 #: Where questions by IPv6 come from, as do clients of this machine.
 _SOURCE_OF_IPV6 = "::1"
 _RESTART = "restart SocketProtector: until then a release that fails may keep clients out"
+_MOUNTED = "clients came to a socket that the path has left: mount its folder, not its file"
 #: Another socket cannot be had now, and can be later.
 _LATER = SCARCE | {errno.EBUSY}
 
@@ -868,10 +869,12 @@ class SocketSteering:
     def _rescue(self) -> None:
         unknown = self._discard_questions()
         clients = [each for each in self._in_vain() if (each[0].index, each[1]) not in unknown]
-        waiting = [each for each, number in clients if each.has_waiting(number)]
+        waiting = [(each, number) for each, number in clients if each.has_waiting(number)]
         if waiting:
-            addresses = " ".join(each.settings.address for each in waiting)
-            self._log.write("warning", "stranded", listen=addresses)
+            addresses = " ".join(each.settings.address for each, _ in waiting)
+            passed_by = any(each.is_passed_by(number) for each, number in waiting)
+            hint = _MOUNTED if passed_by else None
+            self._log.write("warning", "stranded", listen=addresses, hint=hint)
             self._rescued_at = time.monotonic()
             self._rescue_s = min(2 * self._rescue_s or FIRST_RESCUE_S, LAST_RESCUE_S)
             self._post(Stranded())

@@ -23,7 +23,9 @@ from socketprotector.system.listener import Listener
 def listener(index: int) -> Listener:
     """One with a backlog, which outlives a delivery."""
     settings = ListenerSettings(f"tcp:127.0.0.1:{index + 1}")
-    made = SimpleNamespace(index=index, settings=settings, backlog=[], lost=False, sockets=[])
+    made = SimpleNamespace(
+        index=index, settings=settings, backlog=[], lost=False, sockets=[], descriptors=dict
+    )
     return cast("Listener", made)
 
 

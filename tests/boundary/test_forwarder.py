@@ -233,6 +233,7 @@ class World:
         self.dead: list[int] = []  # listeners that were shut down
         self.untaken: list[float] = []
         self.loses = True
+        self.mending: OSError | None = None  # how that fails
         self.on_broken: Callable[[], None] = lambda: None
         self.forwarder = Forwarder(
             Runtime(cast("Loop", self.loop), cast("Any", self), self._post, lambda: True),
@@ -252,6 +253,8 @@ class World:
         self.on_broken()
 
     def _mend(self, listener: Listener) -> None:
+        if self.mending is not None:
+            raise self.mending
         self.dead.append(listener.index)
         listener.lost = self.loses
 
@@ -915,6 +918,21 @@ def test_a_listener_that_was_shut_down_is_reported_and_not_asked_again(
     world.loop.wake(world.listeners[0])
 
     assert (world.dead, world.loop.watched, world.loop.timers) == ([0], {}, {})
+
+
+def test_one_that_cannot_be_mended_for_want_of_descriptors_is_tried_again_by_a_timer(
+    world: World,
+) -> None:
+    """It stays readable, so without one it would be asked again and again."""
+    world.forwarder.route_to(world.channel())
+    world.listeners[0].accepts.fail(errno.EINVAL)
+    world.listeners[0].alive = False
+    world.mending = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    world.loop.wake(world.listeners[0])
+
+    assert world.troubles == [("socket", os.strerror(errno.EMFILE))]
+    assert (len(world.loop.watched), len(world.loop.timers)) == (0, 1)
 
 
 def test_one_that_listens_is_not_taken_for_shut_down_because_of_an_error(world: World) -> None:

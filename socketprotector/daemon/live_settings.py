@@ -17,7 +17,7 @@ from ..model.records import SettingsRecord
 from ..model.settings import ListenerSettings, Settings
 from ..system.listener import Listener
 from ..system.listeners import listener_of
-from .config_reader import ConfigAnswer, ConfigReader
+from . import config_reader
 from .delivery import Delivery
 from .runtime import Runtime
 from .worker_pool import WorkerPool
@@ -41,8 +41,8 @@ class LiveSettings:
         self._pool = pool
         self._delivery = delivery
         self._log, self._post, self._persist = runtime.log, runtime.post, runtime.persist
-        self._reader = ConfigReader(command, runtime.loop, "reader")
-        self._comparer = ConfigReader(command, runtime.loop, "comparer")
+        self._command, self._loop = command, runtime.loop
+        self._readers: dict[str, config_reader.ConfigReader] = {}  # by what they read for
 
     @property
     def settings(self) -> Settings:
@@ -54,14 +54,27 @@ class LiveSettings:
 
         dry_run: the generation that is to use them gets no clients, of added listeners neither.
         """
-        self._reader.read(self.settings, partial(self._were_read, dry_run=dry_run))
+        try:
+            reader = self._reader("reader")
+        except MemoryError:
+            self._post(SettingsFailed("cannot read the configuration: out of memory"))
+            return
+        reader.read(self.settings, partial(self._were_read, dry_run=dry_run))
 
-    def compare(self, done: Callable[[ConfigAnswer], None]) -> bool:
+    def compare(self, done: Callable[[config_reader.ConfigAnswer], None]) -> bool:
         """Find out what a reload would change, and call back; False while that is going on."""
-        if self._comparer.busy:
+        comparer = self._reader("comparer")
+        if comparer.busy:
             return False
-        self._comparer.read(self.settings, done, dry=True)
+        comparer.read(self.settings, done, dry=True)
         return True
+
+    def _reader(self, purpose: str) -> config_reader.ConfigReader:
+        """Return what reads the configuration.  Raises MemoryError: its module is a late one."""
+        if purpose not in self._readers:
+            made = config_reader.ConfigReader(self._command, self._loop, purpose)
+            self._readers[purpose] = made
+        return self._readers[purpose]
 
     def use(self) -> None:
         """Hold to what was read."""
@@ -73,7 +86,8 @@ class LiveSettings:
 
     def forget(self) -> None:
         """Give up what was read.  The places of its listeners are never others'."""
-        self._reader.call_off()
+        if "reader" in self._readers:
+            self._readers["reader"].call_off()
         if self.record.candidate is not None:
             there = self.settings.listeners
             added = self.record.candidate.listeners[len(there) :]
@@ -84,8 +98,8 @@ class LiveSettings:
 
     def stop_reading(self) -> None:
         """End the processes that read: the program that replaces this one knows nothing of them."""
-        self._reader.call_off()
-        self._comparer.call_off()
+        for each in self._readers.values():
+            each.call_off()
 
     # -- to the next program and from the one before -----------------------------
 
@@ -110,7 +124,7 @@ class LiveSettings:
 
     # -- inside ------------------------------------------------------------------
 
-    def _were_read(self, answer: ConfigAnswer, *, dry_run: bool) -> None:
+    def _were_read(self, answer: config_reader.ConfigAnswer, *, dry_run: bool) -> None:
         old, new = self.settings, answer.settings
         if new is None:
             lines = answer.failure.split("\n")

@@ -6,8 +6,8 @@ upgrade may have replaced the package's files.  So the code of the version that 
 compiled, in one memfd: to load it takes no file and no descriptor.  It takes memory, of which
 there is a reserve.
 
-Nothing in the resident process reads annotations, nor the docstrings of modules and classes.
-Without them an idle protector is 0.2 MB smaller.
+Nothing in the resident process reads annotations, the docstrings of modules and classes, or where a
+module was found.  Without them an idle protector is 0.3 MB smaller.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ LATE = (
     "core.waiting",
     "daemon.control.commands",
     "daemon.control.status",
+    "daemon.config_reader",
     "daemon.recovery",
     "daemon.relay_client",
     "daemon.watch_client",
@@ -143,8 +144,9 @@ def _fill_reserve() -> None:
 
 
 def _forget(module: ModuleType) -> None:
-    """Drop annotations, and the docstrings of the module and its classes."""
-    module.__doc__ = None
+    """Drop annotations, the docstrings of the module and its classes, and how it was found."""
+    module.__doc__ = module.__spec__ = module.__loader__ = None
+    vars(module).pop("__cached__", None)
     _forget_in(vars(module), module.__name__)
 
 

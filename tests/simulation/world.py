@@ -52,8 +52,8 @@ from socketprotector.core.snapshot import Snapshot
 from socketprotector.daemon import (
     asking,
     checkpoint,
+    config_reader,
     inherited_listeners,
-    live_settings,
     settle_check,
 )
 from socketprotector.daemon.checkpoint import Checkpoint
@@ -1675,7 +1675,7 @@ def installed(world: World) -> Iterator[None]:
         )
         put(asking, "KeptAsker", asker)
         put(settle_check, "KeptAsker", asker)
-        put(live_settings, "ConfigReader", lambda _, loop, key: Reads(world, loop, key))
+        put(config_reader, "ConfigReader", lambda _, loop, key: Reads(world, loop, key))
         put(reuseport, "_attach", lambda to, option, code: to.attach(option, code[-1][3]))
         put(reuseport, "steer", kernel.steer)
         put(accept_marks, "connections", world.accepted)

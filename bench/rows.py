@@ -269,6 +269,37 @@ def cpu(scale: Scale) -> list[Figure]:
     ]
 
 
+#: What is switched on, and how.
+_FEATURES: dict[str, tuple[str, ...]] = {
+    "no control socket": ("--no-control",),
+    "--health accept": ("--health", "accept"),
+    "--settle": ("--settle", "1s", "--settle-check", "exit 0"),
+    "--watch": ("--watch", "/etc/hostname"),
+    "--log-prefix": ("--log-prefix",),
+    "--max-age": ("--max-age", "1h"),
+    "--ready accept": ("--ready", "accept"),
+}
+
+
+def _idle_mb(*options: str) -> float:
+    """Return the VmRSS of a protector that has just begun."""
+    with protector("library", *options) as started:
+        time.sleep(0.5)
+        return resident_kib(started.pid) / 1000
+
+
+def _prices(scale: Scale) -> list[str]:
+    """Say what each feature costs while nothing happens."""
+    rounds = scale.rounds(5, 1)
+    plain, *others = alternately(
+        rounds, _idle_mb, *(partial(_idle_mb, *options) for options in _FEATURES.values())
+    )
+    said = [f"{median(plain):.2f} MB with defaults (1000 kB a MB)"]
+    for name, found in zip(_FEATURES, others, strict=True):
+        said.append(f"{name}: {median(found) - median(plain):+.2f} MB")
+    return said
+
+
 def idle(scale: Scale) -> list[Figure]:
     """Wake-ups and memory of a protector for which nothing happens."""
     wait_s, watch_s = scale(20, 2), scale(30, 3)
@@ -297,6 +328,9 @@ def idle(scale: Scale) -> list[Figure]:
             "<= 16 MB",
             "13 MB",
             resident_mb <= 16,
-            ["after half a second of load; Server::Starter 14.7, gunicorn 25, circus 31"],
+            [
+                "after half a second of load; Server::Starter 14.7, gunicorn 25, circus 31",
+                *_prices(scale),
+            ],
         ),
     ]

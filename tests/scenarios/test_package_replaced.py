@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import socket
 from pathlib import Path
 
@@ -23,6 +25,33 @@ def operated(
     one = Operated(daemon, place)
     shutil.rmtree(installation.folder / "one" / "socketprotector")
     return one
+
+
+def replace_by_a_broken_version(installation: Installation) -> None:
+    """Have other files in the place of the removed ones: none of them can be loaded."""
+    package = installation.folder / "one" / "socketprotector"
+    for folder in ("", "core", "daemon", "daemon/control", "model", "system"):
+        (package / folder).mkdir()
+        for name in ("__init__.py", "commands.py", "known_servers.py", "status.py"):
+            (package / folder / name).write_text("raise SystemExit('another version')\n")
+
+
+def test_after_its_files_were_replaced_a_protector_holds_settles_and_restarts_workers(
+    installation: Installation, place: Path
+) -> None:
+    one = operated(installation, place, "--settle", "0.2s", "--settle-check", "exit 0")
+    replace_by_a_broken_version(installation)
+    with Line(place) as line:
+        line.ask("hold", seconds=60)
+        line.ask("reload")
+        one.until_generation(2, phase="serving")
+        line.ask("release")
+        os.kill(spawned(one.daemon)[-1], signal.SIGKILL)
+        one.daemon.log.wait_for("event=worker-ready generation=2 worker=3")
+        [reload] = line.ask("history")["history"]
+        assert reload["result"] == "reloaded"
+    assert pid_in(ask(one.address)) == spawned(one.daemon)[-1]
+    one.daemon.stop()
 
 
 @EITHER_HANDOFF

@@ -212,7 +212,11 @@ class UnixListener(Listener):
             self._rights = socket_file.rights_of(self.path)
         if self._rights is None:
             raise FileNotFoundError(errno.ENOENT, "its file was removed", self.path)
-        made = socket_file.bind(self.path, self._backlogs[0], self._rights, _chown)
+        try:
+            made = socket_file.bind(self.path, self._backlogs[0], self._rights, _chown)
+        except OSError as error:
+            error.filename = os.path.dirname(self.path)
+            raise
         made.setblocking(os.get_blocking(like.fileno()))
         return made
 

@@ -291,3 +291,26 @@ def test_many_paths_have_their_sockets_each_at_every_reload(
         assert serving == {spawned(daemon)[-1]}
     daemon.stop()
     assert list(path.parent.iterdir()) == []
+
+
+@needs.ANOTHER_USER
+def test_a_reload_fails_while_the_user_cannot_make_files_beside_the_path(command: Command) -> None:
+    path = command.start.folder / "run" / "s"
+    path.parent.mkdir()
+    os.chown(path.parent, NOBODY, -1)
+    server = command.worker("accepts", "--ready", "never")
+    command.up("--user", "nobody", *MODE, f"unix:{path}?user=nobody", "--", *server)
+    with Load(f"unix:{path}") as load:
+        served(load)
+        os.chown(path.parent, 0, -1)
+        os.kill(command.protector, signal.SIGHUP)
+        eventually(lambda: "event=reload-failed" in command.start.log, "the reload fails")
+        served(load)
+        os.chown(path.parent, NOBODY, -1)
+        os.kill(command.protector, signal.SIGHUP)
+        eventually(lambda: "event=reloaded" in command.start.log, "the reload succeeds")
+        served(load)
+
+    assert re.search(f"reload-failed .*{path.parent}: Permission denied", command.start.log)
+    assert "event=not-steered" not in command.start.log
+    assert load.snapshot().failures == ()

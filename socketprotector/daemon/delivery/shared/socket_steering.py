@@ -161,11 +161,18 @@ class SocketSteering:
         """The workers of a generation, which are yet to be started, accept there.
 
         fresh: it is a new release, so what it leaves is not due to the generations before it.
+        Raises OSError where the path of a new release could not lead to its socket.
         """
         if fresh:
             self._rescue_s = 0.0
         for each in self._shared:
-            self._make_ready(each, socket_number, generation)
+            try:
+                self._make_ready(each, socket_number, generation)
+            except OSError as error:  # else it has the one that there is
+                if fresh and each.has_sibling and error.errno not in SCARCE:
+                    self._watch()
+                    raise
+            self._make_sound(each, socket_number, generation)
         self._accepting[generation] = socket_number
         self._steer_while_starting()
         self._watch()
@@ -695,18 +702,20 @@ class SocketSteering:
         return starts_there and reuseport.device_is_gone(listener.socket_for(number))
 
     def _make_ready(self, listener: Listener, socket_number: int, generation: int) -> None:
-        """Have no generation begin with what an earlier one has done to a socket."""
+        """Have no generation begin with a socket of an earlier one.  Raises OSError."""
         if not listener.is_alive(socket_number) or not listener.is_sound(socket_number):
             self.mend(listener, socket_number)
         self._unwatch(listener)
-        with suppress(OSError):  # then it has the one that there is
-            if listener.is_reserved_for_clients and not self.hold.on:
-                listener.adopt_reserved(socket_number)
-                self._bound(listener)
-            # Clients of a single one that no generation has come with the next generation.
-            awaited = any(index == listener.index for _, index in self.unserved)
-            if (listener.has_sibling or not awaited) and listener.renew(socket_number):
-                self._bound(listener)
+        if listener.is_reserved_for_clients and not self.hold.on:
+            listener.adopt_reserved(socket_number)
+            self._bound(listener)
+        # Clients of a single one that no generation has come with the next generation.
+        awaited = any(index == listener.index for _, index in self.unserved)
+        if (listener.has_sibling or not awaited) and listener.renew(socket_number):
+            self._bound(listener)
+
+    def _make_sound(self, listener: Listener, socket_number: int, generation: int) -> None:
+        """Have no generation begin with what an earlier one has done to a socket."""
         if not listener.has_sibling:
             listener.let_in()
         elif socket_number not in self._accepting.values():

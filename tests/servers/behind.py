@@ -38,6 +38,7 @@ class Part:
         self._answers, self._failures = 0, Counter[str]()
 
     def ends(self, name: str) -> None:
+        """Say what clients have seen since the part before."""
         answers, failures = self._seen.answers.total(), Counter(self._seen.failures)
         new = failures - self._failures
         of = answers - self._answers + new.total()
@@ -63,11 +64,13 @@ def measure(name: str, given: argparse.Namespace, clients: int) -> None:
             server_at = f"unix:{path}" if path else f"127.0.0.1:{daemon.port}"
             port = free_port()
             with (
-                proxied(given.proxy, server_at, port, folder, kept=given.kept),
+                proxied(
+                    given.proxy, server_at, port, folder, kept=given.kept, retries=given.retries
+                ),
                 Traffic(("127.0.0.1", port), kept=True, clients=clients, pause_s=0.005) as traffic,
             ):
                 traffic.wait_for(spawned(daemon)[-1])
-                parts(daemon, release, traffic, Part(row, traffic), given.reloads, given.part)
+                parts(daemon, release, traffic, Part(row, traffic), given)
             if os.environ.get("SHOW_LOG"):
                 print((folder / "proxy.log").read_text(), (folder / "error.log").read_text())
             daemon.stop()
@@ -82,13 +85,15 @@ def parts(
     release: Release,
     traffic: Traffic,
     part: Part,
-    reloads: int,
-    wanted: list[str] | None,
+    given: argparse.Namespace,
 ) -> None:
     """Go through those that are wanted."""
 
     def serves() -> None:
-        traffic.wait_for(spawned(daemon)[-1])
+        if given.kept:  # connections that are never idle stay with the old one
+            traffic.wait_for_answers(100)
+        else:
+            traffic.wait_for(spawned(daemon)[-1])
 
     def reload() -> None:
         # Not by a signal to the process that we started: that is the guard.
@@ -97,7 +102,7 @@ def parts(
         serves()
 
     def many() -> None:
-        for _ in range(reloads):
+        for _ in range(given.reloads):
             reload()
 
     def refused(spoil: Callable[[], None]) -> None:
@@ -124,7 +129,7 @@ def parts(
         reload()
 
     each: dict[str, Callable[[], None]] = {
-        f"{reloads} reloads": many,
+        f"{given.reloads} reloads": many,
         "cannot be loaded": lambda: refused(release.breaks),
         "hangs": lambda: refused(release.hangs),
         "answers 500": lambda: refused(lambda: release.answers(500)),
@@ -133,7 +138,7 @@ def parts(
         "protector killed": killed,
     }
     for name, act in each.items():
-        if not wanted or any(word in name for word in wanted):
+        if not given.part or any(word in name for word in given.part):
             began = time.monotonic()
             act()
             part.ends(f"{name} ({time.monotonic() - began:.0f} s)")
@@ -144,6 +149,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BEHIND))
     parser.add_argument("--proxy", choices=list(PROXIES), default="nginx")
     parser.add_argument("--kept", action="store_true", help="it keeps connections to the server")
+    parser.add_argument("--retries", action="store_true", help="it sends such a request again")
     parser.add_argument("--clients", default="4,64")
     parser.add_argument("--reloads", type=int, default=20)
     parser.add_argument("--tcp", action="store_true", help="a port instead of a path, to compare")

@@ -77,7 +77,6 @@ from socketprotector.model.settings import ListenerSettings, Origin, Settings
 from socketprotector.system import (
     accept_marks,
     inherited,
-    listener,
     orphans,
     peer_credentials,
     process,
@@ -85,6 +84,7 @@ from socketprotector.system import (
     reuseport,
     sock_diag,
     spawn,
+    unix_listener,
 )
 from socketprotector.system.inherited import Inherited
 from socketprotector.system.loop import Loop
@@ -1681,8 +1681,8 @@ def installed(world: World) -> Iterator[None]:
         put(accept_marks, "connections", world.accepted)
         put(sock_diag, "listening", kernel.listening)
         put(sock_diag, "queue_of_unix", kernel.queue_of_unix)
-        put(listener, "locked", kernel.locked)
-        put(listener, "give", kernel.give)
+        put(unix_listener, "locked", kernel.locked)
+        put(unix_listener, "give", kernel.give)
         put(quiescing, "unread_by_port", kernel.unread_by_port)
         put(quiescing, "handshakes_by_port", kernel.handshakes_by_port)
         put(socket_steering, "unaccepted", kernel.unaccepted)

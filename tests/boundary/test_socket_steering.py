@@ -20,13 +20,11 @@ from socketprotector.core.events import Event, SocketLost, Stranded
 from socketprotector.daemon.asker_client import KeptAsker
 from socketprotector.daemon.asking import Asking
 from socketprotector.daemon.delivery import NEVER_TAKEN_S
-from socketprotector.daemon.delivery.shared import quiescing, socket_steering
+from socketprotector.daemon.delivery.shared import probes, quiescing
+from socketprotector.daemon.delivery.shared.probes import LEAVES_S
 from socketprotector.daemon.delivery.shared.quiescing import LAST_S, QUIET_S, SILENT_S
-from socketprotector.daemon.delivery.shared.socket_steering import (
-    FIRST_RESCUE_S,
-    LEAVES_S,
-    SocketSteering,
-)
+from socketprotector.daemon.delivery.shared.socket_steering import SocketSteering
+from socketprotector.daemon.delivery.shared.socket_watch import FIRST_RESCUE_S
 from socketprotector.daemon.delivery.way import SHUT_DOWN, Way
 from socketprotector.daemon.runtime import Runtime
 from socketprotector.model.records import SteeringRecord
@@ -159,7 +157,7 @@ class World:
 
     def put_question(self, generation: int) -> None:
         """Ask a generation and leave it at that, as one that is killed then."""
-        way = self.steering.ask(generation, "")
+        way = self.steering.probes.ask(generation, "")
         assert way is not None
         ours = way.connecting()
         self.clients.append(ours)
@@ -210,9 +208,9 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 @pytest.fixture
 def reloaded(world: World) -> World:
     """Generation 1 has just been superseded by 2."""
-    world.steering.enter(1, world.steering.free)
+    world.steering.enter(1, world.steering.turns.free)
     world.steering.turn_to(0)
-    world.steering.enter(2, world.steering.free)
+    world.steering.enter(2, world.steering.turns.free)
     return world
 
 
@@ -264,13 +262,13 @@ def test_the_next_generation_gets_the_other_socket_and_no_client_before_its_turn
 
 def test_where_no_generation_accepts_the_next_one_serves_waiting_clients(world: World) -> None:
     world.connect()
-    assert world.steering.free == 0
+    assert world.steering.turns.free == 0
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
     world.steering.leave(1)  # as under stop-first
     world.connect()
 
-    assert world.steering.free == 0
+    assert world.steering.turns.free == 0
     assert world.waiting() == [0]
 
 
@@ -306,7 +304,7 @@ def test_one_quiesces_though_clients_come_while_no_other_generation_accepts(worl
     assert world.quiesced == [1]
     world.steering.leave(1)
 
-    assert world.steering.free == 1
+    assert world.steering.turns.free == 1
 
 
 def test_where_the_kernel_cannot_tell_for_the_moment_no_client_is_forgotten(
@@ -378,9 +376,9 @@ def test_a_socket_that_only_a_later_worker_has_is_waited_for(world: World, kille
     """Else that worker is told to finish with clients that it has not read from."""
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
-    world.steering._replace(world.listener, 0)
+    world.steering._repairs._replace(world.listener, 0)
     world.steering.grow(1, lambda index: True)
-    world.steering.enter(2, world.steering.free)
+    world.steering.enter(2, world.steering.turns.free)
     world.connect()
     if killed:
         assert world.written is not None
@@ -398,9 +396,9 @@ def test_a_socket_that_only_a_later_worker_has_is_waited_for(world: World, kille
 def test_a_socket_that_no_worker_has_is_not_waited_for(world: World) -> None:
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
-    world.steering._replace(world.listener, 0)
+    world.steering._repairs._replace(world.listener, 0)
     world.steering.grow(1, lambda index: False)
-    world.steering.enter(2, world.steering.free)
+    world.steering.enter(2, world.steering.turns.free)
     world.connect()
     supersede(world)
 
@@ -590,7 +588,7 @@ def test_the_generation_that_comes_for_them_ends_that(reloaded: World) -> None:
     supersede(reloaded)
     reloaded.steering.leave(1)
     reloaded.pass_time(FIRST_RESCUE_S + 0.3)
-    assert reloaded.steering.free == 0
+    assert reloaded.steering.turns.free == 0
 
     reloaded.steering.enter(3, 0)
     reloaded.pass_time(30)
@@ -641,7 +639,7 @@ def test_without_a_second_socket_one_quiesces_at_once(world: World) -> None:
     )
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
-    world.steering.enter(2, world.steering.free)
+    world.steering.enter(2, world.steering.turns.free)
     supersede(world)
 
     assert world.quiesced == [1]
@@ -656,21 +654,21 @@ def test_clients_of_a_new_listener_go_to_the_next_generation(world: World) -> No
     world.steering.expect(world.listener, dry_run=False)
     world.connect()
 
-    assert world.waiting() == [1] == [world.steering.free]
+    assert world.waiting() == [1] == [world.steering.turns.free]
 
 
 def test_they_do_so_too_once_the_next_generation_is_asked(world: World) -> None:
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
     world.steering.expect(world.listener, dry_run=False)
-    world.steering.enter(2, world.steering.free)
+    world.steering.enter(2, world.steering.turns.free)
 
-    way = world.steering.ask(2, "")
+    way = world.steering.probes.ask(2, "")
     assert way is not None
     way.close()
     world.connect()
 
-    assert world.waiting() == [1] == [1 - world.steering.current]
+    assert world.waiting() == [1] == [1 - world.steering.turns.current]
 
 
 def test_and_where_no_worker_accepts_if_that_is_only_tried(world: World) -> None:
@@ -680,7 +678,7 @@ def test_and_where_no_worker_accepts_if_that_is_only_tried(world: World) -> None
     world.steering.expect(world.listener, dry_run=True)
     world.connect()
 
-    assert world.waiting() == [0] == [world.steering.current]
+    assert world.waiting() == [0] == [world.steering.turns.current]
 
 
 def test_another_program_steers_the_clients_of_a_new_listener_as_the_one_before(
@@ -823,7 +821,7 @@ def test_what_an_earlier_generation_has_attached_is_gone_before_the_next_one_beg
     reloaded.steering.leave(1)
     reuseport.refuse_new(reloaded.listener.socket)
 
-    reloaded.steering.enter(3, reloaded.steering.free)
+    reloaded.steering.enter(3, reloaded.steering.turns.free)
     reloaded.steering.turn_to(0)
     reloaded.connect()
 
@@ -838,7 +836,7 @@ def test_one_whose_filter_is_locked_is_bound_anew_before_the_next_one_begins(
     reuseport.refuse_new(reloaded.listener.socket)
     reloaded.listener.socket.setsockopt(socket.SOL_SOCKET, 44, 1)  # SO_LOCK_FILTER
 
-    reloaded.steering.enter(3, reloaded.steering.free)
+    reloaded.steering.enter(3, reloaded.steering.turns.free)
     reloaded.steering.turn_to(0)
     reloaded.connect()
 
@@ -860,7 +858,7 @@ def test_where_clients_are_kept_out_of_one_for_all_they_are_let_in_by_the_next_g
     reuseport.refuse_new(common.socket)  # by 1, which accepts there until 2 is ready
     common.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, ONE_S)
 
-    world.steering.enter(2, world.steering.free)
+    world.steering.enter(2, world.steering.turns.free)
     world.clients.append(socket.create_connection(common.socket.getsockname(), timeout=5))
 
     assert common.has_waiting()
@@ -886,7 +884,7 @@ def test_one_is_bound_anew_beside_one_whose_filter_is_locked(reloaded: World) ->
     reloaded.steering.turn_to(1)
     reloaded.steering.leave(1)  # of socket 0, which is bound anew
 
-    reloaded.steering.enter(3, reloaded.steering.free)
+    reloaded.steering.enter(3, reloaded.steering.turns.free)
     reloaded.steering.turn_to(0)
     reloaded.connect()
 
@@ -948,23 +946,23 @@ def test_one_that_is_bound_anew_needs_a_generation_that_has_it(
     world.steering.turn_to(0)
     world.listeners[1].socket.shutdown(socket.SHUT_RD)
     world.turn()
-    assert (world.stranded, world.steering.unserved) == (1, frozenset({(1, 1)}))
+    assert (world.stranded, world.steering.turns.unserved) == (1, frozenset({(1, 1)}))
 
     with socket.socket(socket.AF_UNIX) as client:  # and it could not be opened
         client.connect(str(path))
         world.pass_time(FIRST_RESCUE_S / 2)
         assert world.stranded == 2
-        world.steering.enter(2, world.steering.free)
+        world.steering.enter(2, world.steering.turns.free)
         world.pass_time(60)
         assert world.stranded == 2
         world.steering.leave(2)  # it has failed
         world.pass_time(FIRST_RESCUE_S + 0.3)
         assert world.stranded == 3
-        world.steering.enter(3, world.steering.free)
+        world.steering.enter(3, world.steering.turns.free)
         world.steering.leave(1)
         world.pass_time(60)
 
-    assert (world.stranded, world.steering.unserved) == (3, frozenset())
+    assert (world.stranded, world.steering.turns.unserved) == (3, frozenset())
 
 
 def test_an_address_that_cannot_be_bound_again_is_lost_and_reported_once(world: World) -> None:
@@ -996,7 +994,7 @@ def test_at_a_stop_what_is_shut_down_stays_so(reloaded: World) -> None:
 def test_after_the_last_generation_clients_wait_at_the_other_socket_for_the_next_start(
     world: World,
 ) -> None:
-    world.steering.enter(1, world.steering.free)
+    world.steering.enter(1, world.steering.turns.free)
     world.steering.turn_to(0)
     world.connect()
     over: list[bool] = []
@@ -1014,7 +1012,7 @@ def test_after_the_last_generation_clients_wait_at_the_other_socket_for_the_next
     world.pass_time(5.0)
     assert world.stranded == 0
     world.steering.end()
-    [left] = [each.leave(world.steering.current) for each in world.listeners]
+    [left] = [each.leave(world.steering.turns.current) for each in world.listeners]
     assert left == "sp.twin.0"
 
 
@@ -1119,17 +1117,17 @@ def left(world: World) -> SocketSteering:
     """Generation 3 starts at the socket of 1, which was told to finish a moment ago."""
     supersede(world)
     world.steering.leave(1)
-    world.steering.enter(3, world.steering.free)
+    world.steering.enter(3, world.steering.turns.free)
     return world.steering
 
 
 def test_none_is_asked_while_one_before_it_may_answer_in_its_place(reloaded: World) -> None:
     steering = left(reloaded)
     with pytest.raises(BlockingIOError, match="may still accept"):
-        steering.ask(3, "")
+        steering.probes.ask(3, "")
 
     reloaded.now += LEAVES_S
-    way = steering.ask(3, "")
+    way = steering.probes.ask(3, "")
 
     assert way is not None
     way.close()
@@ -1139,10 +1137,10 @@ def test_nor_by_another_program(reloaded: World) -> None:
     left(reloaded)
     reloaded.resume((2, 1), (3, 0))
     with pytest.raises(BlockingIOError, match="may still accept"):
-        reloaded.steering.ask(3, "")
+        reloaded.steering.probes.ask(3, "")
 
     reloaded.now += LEAVES_S
-    way = reloaded.steering.ask(3, "")
+    way = reloaded.steering.probes.ask(3, "")
 
     assert way is not None
     way.close()
@@ -1152,7 +1150,7 @@ def test_one_is_asked_once_that_has_gone(reloaded: World) -> None:
     steering = left(reloaded)
     steering.gone(1)
 
-    way = steering.ask(3, "")
+    way = steering.probes.ask(3, "")
 
     assert way is not None
     way.close()
@@ -1168,7 +1166,7 @@ class Answers:
         runtime = Runtime(world.loop, cast("Any", world.log), world.post, world.persist)
         self.asking = Asking(
             runtime,
-            reach=lambda generation, asked: world.steering.ask(generation.record.number, ""),
+            reach=lambda generation, asked: world.steering.probes.ask(generation.record.number, ""),
             answered=lambda number, kind: self.ready.append(number),
             not_asked=self.ready.append,
         )
@@ -1222,7 +1220,7 @@ def test_nor_what_was_answered_by_http_meanwhile(
 
 
 def test_no_client_gets_to_one_that_is_asked_while_the_other_is_shut_down(reloaded: World) -> None:
-    way = reloaded.steering.ask(2, "")
+    way = reloaded.steering.probes.ask(2, "")
     assert way is not None
     reloaded.listener.socket.shutdown(socket.SHUT_RDWR)
     with Unanswered(reloaded.listener.socket.getsockname()) as late:
@@ -1241,7 +1239,7 @@ def test_of_a_question_that_cannot_be_put_the_kernel_keeps_nothing(
     with monkeypatch.context() as patched:
         patched.setattr(reuseport, "queue", raising(errno.ENOBUFS, "no buffer"))
         with pytest.raises(OSError, match="no buffer"):
-            reloaded.steering.ask(2, "")
+            reloaded.steering.probes.ask(2, "")
     marked: list[Mapping[reuseport.Mark, int]] = []
     monkeypatch.setattr(reuseport, "steer", lambda one, member, marks: marked.append(marks))
 
@@ -1343,7 +1341,7 @@ def test_a_reload_meanwhile_lets_no_client_in_either(reloaded: World) -> None:
         reloaded.pass_time(QUIET_S + 0.3)
         assert reloaded.quiesced == [1]
         reloaded.steering.leave(1)
-        reloaded.steering.enter(3, reloaded.steering.free)
+        reloaded.steering.enter(3, reloaded.steering.turns.free)
         assert reloaded.waiting() == []
 
         on_hold(reloaded, False)
@@ -1370,7 +1368,7 @@ def test_a_handshake_under_way_at_a_switch_before_it_ends_well(
 def test_a_generation_can_be_asked_amid_a_hold(reloaded: World, generation: int) -> None:
     """Also the one that the clients come to, when it has to be started anew."""
     on_hold(reloaded)
-    way = reloaded.steering.ask(generation, "")
+    way = reloaded.steering.probes.ask(generation, "")
     assert way is not None
     with socket.socket() as ours:
         assert way.mark is not None
@@ -1485,7 +1483,7 @@ def test_nor_one_of_a_listener_that_only_the_asked_one_has(world: World, resumed
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
     world.steering.expect(world.listener, dry_run=False)
-    world.steering.enter(2, world.steering.free)
+    world.steering.enter(2, world.steering.turns.free)
     world.put_question(2)
     world.connect()
     if resumed:
@@ -1741,7 +1739,7 @@ def test_one_socket_for_all_generations_is_held_too(world: World) -> None:
 
 
 def test_questions_of_two_generations_do_not_meet(reloaded: World) -> None:
-    ways = [reloaded.steering.ask(generation, "") for generation in (1, 2)]
+    ways = [reloaded.steering.probes.ask(generation, "") for generation in (1, 2)]
     for meant, way in enumerate(ways):
         assert way is not None
         assert way.mark is not None
@@ -1823,14 +1821,14 @@ def test_another_program_knows_for_how_long_they_have_tried(reloaded: World, hel
 def test_for_a_question_that_waits_not_all_connections_of_the_system_are_gone_through(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(socket_steering, "unaccepted", None)  # which the kernel does then
+    monkeypatch.setattr(probes, "unaccepted", None)  # which the kernel does then
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
         socket.create_connection(address := listener.getsockname()) as client,
     ):
-        assert socket_steering._waits(listener, address, client)
+        assert probes._waits(listener, address, client)
         with listener.accept()[0]:
-            assert not socket_steering._waits(listener, address, client)
+            assert not probes._waits(listener, address, client)
 
 
 def test_many_listeners_are_one_request_and_slow_answers_cost_no_more_time(world: World) -> None:
@@ -2003,7 +2001,7 @@ def test_a_common_one_that_answers_signed_clients_alone_is_replaced_if_that_is_s
     assert world.log.events == (["bound-anew"] if spare else ["not-restored"])
     assert world.stranded == (1 if spare else 0)
     if spare:
-        assert world.steering.unserved == {(1, 0)}
+        assert world.steering.turns.unserved == {(1, 0)}
         assert limit(world.listener.socket) == 7
         with socket.create_connection(world.listener.socket.getsockname(), timeout=DEADLINE_S):
             assert world.waiting()
@@ -2148,7 +2146,7 @@ def wants_most_ttl(one: socket.socket) -> None:
 def test_what_is_answered_before_workers_keep_clients_out_counts_for_nothing(
     reloaded: World, close: Callable[[socket.socket], None]
 ) -> None:
-    before = reloaded.steering.ask(2, "")
+    before = reloaded.steering.probes.ask(2, "")
     assert before is not None
     assert (before.holds(), before.is_closed()) == (True, False)
 
@@ -2156,12 +2154,12 @@ def test_what_is_answered_before_workers_keep_clients_out_counts_for_nothing(
 
     assert not before.holds()
     before.close()
-    anew = reloaded.steering.ask(2, "")
+    anew = reloaded.steering.probes.ask(2, "")
     assert anew is not None
     assert (anew.holds(), anew.is_closed()) == (True, True)
     anew.close()
     reloaded.resume((1, 0), (2, 1))
-    later = reloaded.steering.ask(2, "")
+    later = reloaded.steering.probes.ask(2, "")
     assert later is not None
     assert later.is_closed()
     close(reloaded.listener.socket_for(0))  # so do those that serve: it is their way

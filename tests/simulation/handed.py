@@ -435,7 +435,7 @@ class Handed(World):
         act = self._supervisor.effects
         places = ((each, number) for each in act.delivery.listeners for number in (0, 1))
         return any(
-            (each.index, number) in steering_of(act)._asked
+            (each.index, number) in steering_of(act).probes.asked
             and self.kernel.files.get(each.socket_for(number).fileno()) is to
             for each, number in places
             if each.has_sibling
@@ -606,7 +606,7 @@ class Handed(World):
             files = [self.kernel.file(each.fileno()) for each in its.sockets]
             ours = [each for each in files if isinstance(each, Listening) and each.whole]
             if len(ours) == len(its.sockets) and self._is_steered(
-                address, ours, steering_of(act).current
+                address, ours, steering_of(act).turns.current
             ):
                 address.disturbed = False
 
@@ -772,12 +772,12 @@ class Handed(World):
         act = self._supervisor.effects
         if act._route is None or not steering_of(act)._steered:
             return
-        assert steering_of(act).current == act.generations[act._route].record.socket_number
+        assert steering_of(act).turns.current == act.generations[act._route].record.socket_number
         listeners = {each.settings.address: each for each in act.delivery.listeners}
         its = listeners.get(address.told)
         if its is None:
             return
-        number: int | None = steering_of(act).current
+        number: int | None = steering_of(act).turns.current
         if not address.served:
             number = self._number_of_the_tried(its.index)
         elif not act.generations[act._route].knows(its.index):
@@ -796,7 +796,9 @@ class Handed(World):
         assert self._supervisor is not None
         act = self._supervisor.effects
         knowing = [each for each in act.generations.values() if each.knows(index)]
-        accepting = [each for each in knowing if each.record.number in steering_of(act)._accepting]
+        accepting = [
+            each for each in knowing if each.record.number in steering_of(act).turns.accepting
+        ]
         records = [each.record for each in accepting or knowing]
         last = max(records, key=lambda each: each.number, default=None)
         return None if last is None else last.socket_number
@@ -808,7 +810,7 @@ class Handed(World):
         """
         assert self._supervisor is not None
         if self._supervisor.fleet.dry_run:
-            return steering_of(self._supervisor.effects).current
+            return steering_of(self._supervisor.effects).turns.current
         act, starting = self._supervisor.effects, self._supervisor.fleet.of(Phase.STARTING)
         opened = act.generations.get(starting.number) if starting is not None else None
         known = opened is not None and opened.knows(index)

@@ -60,7 +60,7 @@ from socketprotector.daemon.checkpoint import Checkpoint
 from socketprotector.daemon.config_reader import ConfigAnswer
 from socketprotector.daemon.delivery.queue.forwarder import Forwarder
 from socketprotector.daemon.delivery.queue.queue_delivery import QueueDelivery
-from socketprotector.daemon.delivery.shared import quiescing, socket_steering
+from socketprotector.daemon.delivery.shared import probes, quiescing, socket_steering, socket_watch
 from socketprotector.daemon.delivery.shared.shared_delivery import SharedDelivery
 from socketprotector.daemon.delivery.way import Way
 from socketprotector.daemon.effects import Effects
@@ -1685,9 +1685,10 @@ def installed(world: World) -> Iterator[None]:
         put(unix_listener, "give", kernel.give)
         put(quiescing, "unread_by_port", kernel.unread_by_port)
         put(quiescing, "handshakes_by_port", kernel.handshakes_by_port)
-        put(socket_steering, "unaccepted", kernel.unaccepted)
-        put(socket_steering, "is_waiting", kernel.is_waiting)
-        put(socket_steering, "end_of", kernel.end_of)
+        for module in (socket_steering, socket_watch, probes):
+            put(module, "unaccepted", kernel.unaccepted)
+        put(probes, "is_waiting", kernel.is_waiting)
+        put(probes, "end_of", kernel.end_of)
         put(reuseport, "comes_from", kernel.comes_from)
         put(spawn, "_fork", kernel.fork)
         put(orphans, "Look", look)

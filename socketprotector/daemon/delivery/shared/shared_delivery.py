@@ -52,7 +52,7 @@ class SharedDelivery(Delivery):
     # -- a generation ----------------------------------------------------------------
 
     def can_ask(self, listener: str) -> bool:
-        return self.steering.can_ask(listener)
+        return self.steering.probes.can_ask(listener)
 
     def cannot_try(self) -> str | None:
         for each in self._listeners:
@@ -62,7 +62,7 @@ class SharedDelivery(Delivery):
         return None
 
     def open(self, generation: OpenGeneration, queue: int, *, fresh: bool) -> None:
-        number = self.steering.free
+        number = self.steering.turns.free
         generation.update_record(socket_number=number)
         self.steering.enter(generation.record.number, number, fresh=fresh)
         others = [each for each in self._host.generations.values() if each is not generation]
@@ -94,7 +94,7 @@ class SharedDelivery(Delivery):
     ) -> Way | None:
         if as_client:
             return self.steering.reach(listener, generation.knows)
-        return self.steering.ask(generation.record.number, listener, generation.knows)
+        return self.steering.probes.ask(generation.record.number, listener, generation.knows)
 
     def route_to(self, generation: OpenGeneration | None, *, again: bool = False) -> None:
         self._route = generation.record.number if generation is not None else None
@@ -139,7 +139,7 @@ class SharedDelivery(Delivery):
         return tuple(self._listeners)
 
     def number_for(self, listener: Listener) -> int:
-        return self.steering.number_for(listener)
+        return self.steering.turns.number_for(listener)
 
     def cannot_add(self, listeners: Collection[Listener]) -> str | None:
         hold = self.steering.hold
@@ -266,7 +266,7 @@ class SharedDelivery(Delivery):
     def close(self) -> tuple[str, ...]:
         self.steering.end()
         self._close_listeners()
-        current = self.steering.current
+        current = self.steering.turns.current
         left = tuple(filter(None, [each.leave(current) for each in self._listeners]))
         self._listeners.clear()
         return left

@@ -1,0 +1,143 @@
+"""Repairs sockets that workers have broken: they listen again, or others are bound in their place.
+
+A listening socket is an open file description that all workers share: any of them can shut it down
+for all.  Workers that run already do not have a socket that is bound in its place: for that there
+must be another generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ....core.events import SocketLost, Stranded
+from ....system import reuseport
+from ....system.listener import Listener
+from ...runtime import Runtime
+from .listener_hold import ListenerHold
+from .probes import LATER
+from .socket_restoring import SocketRestoring
+from .turns import Turns
+
+RESTART = "restart SocketProtector: until then a release that fails may keep clients out"
+
+
+class SocketRepair:
+    """Has each generation begin with sound sockets, and repairs those that it breaks."""
+
+    def __init__(
+        self,
+        shared: Callable[[], Sequence[Listener]],
+        runtime: Runtime,
+        turns: Turns,
+        hold: ListenerHold,
+        *,
+        steer: Callable[[], bool],
+        unwatch: Callable[[Listener], None],
+        watch_later: Callable[[], None],
+        bound: Callable[[Listener], None],
+        lost: Callable[[Listener, str], None],
+    ) -> None:
+        """shared: the listeners that get clients.  steer: tells the kernel where they come.
+
+        bound, lost: see SocketSteering.
+        """
+        self._shared, self._turns, self._hold = shared, turns, hold
+        self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
+        self._steer, self._unwatch, self._watch_later = steer, unwatch, watch_later
+        self._bound, self._lost = bound, lost
+        self.options = SocketRestoring(runtime, shared, self._replace)
+        self.ended = False  # what is shut down now may stay so
+
+    def mend(self, listener: Listener, socket_number: int) -> None:
+        """Have a socket that was shut down listen again, or another one in its place."""
+        if self.ended or listener.lost:
+            return
+        self._loop.unwatch(listener.socket_for(socket_number).fileno())
+        if listener.listen_again(socket_number):
+            # Before it is logged: until then new clients wait at the other socket, in vain.
+            self._steer()
+            self._log.write("warning", "listens-again", listen=listener.settings.address)
+        else:
+            self._replace(listener, socket_number)
+        self._watch_later()
+
+    def mend_all(self) -> None:
+        """Mend the sockets that get no client.  Of these epoll reports only one that was shut down.
+
+        One that a worker has connected is not reported, nor one on a device that is gone.
+        """
+        for each in self._shared():
+            for number in range(len(each.sockets)):
+                if not each.is_alive(number):
+                    self.mend(each, number)
+                elif self._is_out_of_reach(each, number):
+                    self._replace(each, number)
+
+    def _is_out_of_reach(self, listener: Listener, number: int) -> bool:
+        """Whether no client can come to a socket that listens: its device or its file is gone.
+
+        A release that starts on such a device cannot be asked, and time alone would make it ready.
+        """
+        turns = self._turns
+        if number == turns.number_for(listener):
+            return not listener.can_be_led_to(number)
+        starts_there = turns.accepting.get(turns.starting or 0) == number
+        return starts_there and reuseport.device_is_gone(listener.socket_for(number))
+
+    def make_ready(self, listener: Listener, socket_number: int) -> None:
+        """Have no generation begin with a socket of an earlier one.  Raises OSError."""
+        if not listener.is_alive(socket_number) or not listener.is_sound(socket_number):
+            self.mend(listener, socket_number)
+        self._unwatch(listener)
+        if listener.is_reserved_for_clients and not self._hold.on:
+            listener.adopt_reserved(socket_number)
+            self._bound(listener)
+        # Clients of a single one that no generation has come with the next generation.
+        awaited = any(index == listener.index for _, index in self._turns.unserved)
+        if (listener.has_sibling or not awaited) and listener.renew(socket_number):
+            self._bound(listener)
+
+    def make_sound(self, listener: Listener, socket_number: int, generation: int) -> None:
+        """Have no generation begin with what an earlier one has done to a socket."""
+        if not listener.has_sibling:
+            listener.let_in()
+        elif socket_number not in self._turns.accepting.values():
+            try:
+                reuseport.reset(listener.socket_for(socket_number))
+            except OSError:  # locked, and so it stays
+                self._replace(listener, socket_number)
+
+        def is_alone() -> bool:
+            return not self._turns.at(listener, socket_number)
+
+        self.options.begin(generation, listener, socket_number, is_alone)
+
+    def _replace(self, listener: Listener, socket_number: int) -> None:
+        """Have another socket in the place of one that a worker has broken."""
+        self._loop.unwatch(listener.socket_for(socket_number).fileno())
+        address = listener.settings.address
+        common = not listener.has_sibling
+        try:
+            listener.bind_anew(socket_number)
+        except OSError as error:
+            if error.errno in LATER:
+                return
+            if common:
+                listener.lost = True
+                self._lost(listener, error.strerror or str(error))
+                return
+            listener.go_on_without(socket_number)
+            why = error.strerror
+            self._log.write("warning", "one-socket-left", listen=address, error=why, hint=RESTART)
+        self._steer()
+        if common or listener.has_sibling:
+            self._log.write("warning", "bound-anew", listen=address)
+        lost = self._turns.lose(listener, None if common else socket_number)
+        self._bound(listener)
+        starting = self._turns.starting
+        if starting in lost:
+            # First: until it is gone no other one is started for the clients.
+            self._post(SocketLost(starting))
+            lost.remove(starting)
+        if lost:
+            self._post(Stranded())

@@ -1,0 +1,188 @@
+"""Watches the sockets: one that was shut down, and clients at one from which no worker accepts.
+
+For those clients a generation is started (`stranded`), which accepts from their socket.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from ....core.events import Stranded
+from ....system.listener import Listener
+from ....system.loop import READ, SHUT
+from ....system.sock_diag import Line, unaccepted
+from ...runtime import Runtime
+from .accept_watch import AcceptWatch
+from .probes import Probes
+from .turns import Turns
+
+#: How long workers that were told to finish have to accept waiting clients, before a generation is
+#: started for these; and how long after that a second one is, at the earliest.
+FIRST_RESCUE_S = 1.0
+LAST_RESCUE_S = 600.0
+
+_RESCUE = "steering-rescue"
+_MEND = "steering-mend"
+_MEND_AGAIN_S = 0.1
+_MOUNTED = "clients came to a socket that the path has left: mount its folder, not its file"
+
+
+class SocketWatch:
+    """Wakes us for what needs another generation, or another socket."""
+
+    def __init__(
+        self,
+        shared: Callable[[], Sequence[Listener]],
+        runtime: Runtime,
+        turns: Turns,
+        probes: Probes,
+        *,
+        mend: Callable[[Listener, int], None],
+        untaken: Callable[[float, int, bool, str], None],
+    ) -> None:
+        """shared: the listeners that get clients.  mend: repairs a socket that was shut down.
+
+        untaken: see SocketSteering.
+        """
+        self._shared, self._turns, self._probes = shared, turns, probes
+        self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
+        self._mend, self._say_untaken = mend, untaken
+        self.accepts = AcceptWatch(
+            self._loop, lines=self._lines, await_one=self.watch, say=self._untaken_by
+        )
+        self._ended = False
+        self._rescue_s = 0.0  # for so long after the last one none is started for them
+        self._rescued_at = 0.0
+
+    def end(self) -> None:
+        """Watch nothing any more."""
+        self._ended = True
+        self.accepts.end()
+        for each in self._shared():
+            self.unwatch(each)
+        self._loop.cancel(_RESCUE)
+        self._loop.cancel(_MEND)
+
+    def begin_anew(self) -> None:
+        """Note a new release: what it leaves is not due to the generations before it."""
+        self._rescue_s = 0.0
+
+    def look_again(self) -> None:
+        """Look at once: maybe no process is left that could accept clients."""
+        self._loop.cancel(_RESCUE)
+        self.watch()
+
+    def unwatch(self, listener: Listener) -> None:
+        """Forget a listener's sockets until the next watch(): others may take their place."""
+        for each in listener.sockets:
+            self._loop.unwatch(each.fileno())
+
+    def watch_later(self) -> None:
+        """Watch by a timer: a worker may shut its socket down again and again."""
+        self._loop.call_after(_MEND, _MEND_AGAIN_S, self.watch)
+
+    def _in_vain(self) -> list[tuple[Listener, int]]:
+        """Return the sockets from which no worker accepts."""
+        return [
+            (each, number)
+            for each in self._shared()
+            for number in range(len(each.sockets))
+            if not self._turns.is_served(each, number)
+        ]
+
+    def watch(self) -> None:
+        """Watch for sockets that are shut down, and for clients that wait in vain.
+
+        And for the next client at all, where it is not known that the workers accept.
+        """
+        if self._ended:
+            return
+        if self._turns.current not in self._turns.accepting.values():
+            self.accepts.end()
+        in_vain = self._in_vain()
+        if not in_vain:
+            self._loop.cancel(_RESCUE)
+        looked_at = [] if self._loop.due(_RESCUE) is not None else in_vain
+        awaited = self._lines_of(in_vain) if self.accepts.awaits else []
+        try:
+            for each in self._shared():
+                each.note()
+                for number, one in enumerate(each.sockets):
+                    self._loop.unwatch(one.fileno())
+                    expected = (each, number) in looked_at or (each, number) in awaited
+                    events = SHUT | READ if expected else SHUT
+                    self._loop.watch(one.fileno(), partial(self._look_at, each, number), events)
+        except OSError:  # of epoll: no memory
+            for each in self._shared():
+                self.unwatch(each)  # until then none may wake us
+            self._loop.call_after(_MEND, _MEND_AGAIN_S, self.watch)
+            if looked_at:
+                self._rescue_later()
+
+    def _look_at(self, listener: Listener, number: int) -> None:
+        if not listener.is_alive(number):
+            self._mend(listener, number)
+        elif (listener, number) in self._in_vain():
+            self._rescue_later()
+        elif self.accepts.awaits:
+            # A worker may have accepted by now: then none waits at the look.
+            self.accepts.came(listener.index)
+
+    def _lines_of(self, in_vain: Sequence[tuple[Listener, int]]) -> list[tuple[Listener, int]]:
+        """Return the sockets that new clients are steered to and workers accept from."""
+        known = [each for each in self._shared() if each.index not in self._turns.expected]
+        found = [(each, self._turns.current % len(each.sockets)) for each in known]
+        return [each for each in found if each not in in_vain]
+
+    def _lines(self) -> dict[int, Line]:
+        """Return the clients that wait for the generation whose turn it is, as far as is known."""
+        found: dict[int, Line] = {}
+        for each, number in self._lines_of(self._in_vain()):
+            if not each.has_waiting(number):
+                found[each.index] = ()
+                continue
+            try:
+                line = unaccepted(each.socket_for(number))
+            except OSError:
+                continue
+            if line:  # else they came from another network namespace
+                found[each.index] = line
+        return found
+
+    def _untaken_by(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
+        addresses = [each.settings.address for each in self._shared() if each.index in at]
+        self._say_untaken(seconds, waiting, ever, " ".join(addresses))
+
+    def _rescue_later(self) -> None:
+        """Look again later: a worker that was told to finish may still accept them.
+
+        At once where there is none, unless a generation was started for clients just now.
+        """
+        leaving, may_accept = {its for its, _ in self._turns.leaving.values()}, True
+        for each, number in self._in_vain():
+            self._loop.unwatch(each.socket_for(number).fileno())
+            there = {its % len(each.sockets) for its in leaving}
+            may_accept &= number in there or not each.has_waiting(number)
+        since_s = time.monotonic() - self._rescued_at
+        if since_s > LAST_RESCUE_S:
+            self._rescue_s = 0.0
+        delay_s = max(FIRST_RESCUE_S if may_accept else 0.0, self._rescue_s - since_s)
+        self._loop.call_after(_RESCUE, delay_s, self._rescue)
+
+    def _rescue(self) -> None:
+        unknown = self._probes.discard()
+        clients = [each for each in self._in_vain() if (each[0].index, each[1]) not in unknown]
+        waiting = [(each, number) for each, number in clients if each.has_waiting(number)]
+        if waiting:
+            addresses = " ".join(each.settings.address for each, _ in waiting)
+            passed_by = any(each.is_passed_by(number) for each, number in waiting)
+            hint = _MOUNTED if passed_by else None
+            self._log.write("warning", "stranded", listen=addresses, hint=hint)
+            self._rescued_at = time.monotonic()
+            self._rescue_s = min(2 * self._rescue_s or FIRST_RESCUE_S, LAST_RESCUE_S)
+            self._post(Stranded())
+        if unknown:
+            self._loop.call_after(_RESCUE, FIRST_RESCUE_S, self._rescue)
+        self.watch()  # it may be that no generation could be opened now

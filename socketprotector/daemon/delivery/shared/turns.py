@@ -1,0 +1,134 @@
+"""Which generation accepts from which socket, and at which socket the clients of a listener come.
+
+A value: it makes no system call.  socket_steering.py tells the kernel what stands here.
+"""
+
+from __future__ import annotations
+
+from ....model.lazy_dataclass import field, mutable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable
+
+    from ....system.listener import Listener
+
+
+@mutable
+class Turns:
+    """Sockets have the numbers 0 and 1; a listener with one socket has it under both."""
+
+    current: int = 0  # where new clients come
+    #: Generation -> the number of the socket that its workers accept from.
+    accepting: dict[int, int] = field(default_factory=dict)
+    #: Those that were told to finish and live on: the socket, and when.
+    leaving: dict[int, tuple[int, float]] = field(default_factory=dict)
+    #: Listeners that the current generation does not know: where their clients wait.
+    expected: dict[int, int] = field(default_factory=dict)
+    #: Generations, each with a listener whose socket they do not have: it was bound, or added,
+    #: after they had been started.
+    unserved: frozenset[tuple[int, int]] = frozenset()
+    #: Those of them whose later workers have that socket, beside others that do not.
+    partly_served: frozenset[tuple[int, int]] = frozenset()
+    given_back: bool = False  # sockets that were passed in get the new clients
+
+    @property
+    def free(self) -> int:
+        """The socket number, 0 or 1, that the next generation gets."""
+        return 1 - self.current if self.current in self.accepting.values() else self.current
+
+    @property
+    def starting(self) -> int | None:
+        """The newest generation, until new clients come to its socket."""
+        newest = max(self.accepting, default=0)
+        return newest if self.accepting.get(newest, self.current) != self.current else None
+
+    def number_for(self, listener: Listener) -> int:
+        """Return to which of its sockets new clients come, or after a hold."""
+        return self.expected.get(listener.index, self.current)
+
+    def at(self, listener: Listener, number: int) -> set[int]:
+        """Return the generations that accept from one of its sockets."""
+        count = len(listener.sockets)
+        return {each for each, its in self.accepting.items() if its % count == number % count}
+
+    def is_served(self, listener: Listener, number: int) -> bool:
+        """Return whether clients at one of its sockets are accepted, or a generation is to come."""
+        if self.given_back and listener.settings.foreign:
+            return True  # its owner accepts
+        there = self.at(listener, number)
+        if not there:
+            # While no generation accepts at all, or where the next one will, clients wait for that.
+            return not self.accepting or number == self.number_for(listener)
+        return any((generation, listener.index) not in self.unserved for generation in there)
+
+    def own(self, pairs: Iterable[Listener], number: int, generation: int = 0) -> list[Listener]:
+        """Return the pairs whose socket of this number gets no clients while the other one does.
+
+        generation: only those that it has, or some of its workers.
+        """
+        owners = self.given_back and number == 0
+        without = self.unserved - self.partly_served
+        return [
+            each
+            for each in pairs
+            if not (owners and each.settings.foreign) and (generation, each.index) not in without
+        ]
+
+    def leave(self, generation: int, now: float) -> int | None:
+        """Note that a generation accepts no more; return its socket's number if it did."""
+        number = self.accepting.pop(generation, None)
+        if number is not None:
+            self.leaving[generation] = number, now
+        self.unserved = frozenset(each for each in self.unserved if each[0] != generation)
+        self.partly_served &= self.unserved
+        return number
+
+    def expect(self, listener: Listener, *, dry_run: bool) -> int:
+        """Return at which socket the clients of a new listener wait for who is to know it.
+
+        dry_run: that generation is to get none, so where they will never be accepted.
+        """
+        number = self.expected[listener.index] = self.current if dry_run else self.free
+        if listener.has_sibling and not dry_run:  # else clients wait where a generation is
+            self.unserved |= {(generation, listener.index) for generation in self.accepting}
+        return number
+
+    def turn_to(
+        self, number: int, there: Collection[int], knows: Callable[[int], bool] | None
+    ) -> None:
+        """Have new clients come to socket 0 or 1.
+
+        there: the listeners, by index.  knows: whether the generation there knows one; None: it is
+        yet to come.  Clients of one that it does not know stay where they come now.
+        """
+        if knows is not None and number != self.current:
+            unknown = {index: self.current for index in there if not knows(index)}
+            self.expected = unknown | self.expected
+        self.expected = {
+            index: its
+            for index, its in self.expected.items()
+            if index in there and not (knows and knows(index))
+        }
+        self.current = number
+
+    def lose(self, listener: Listener, number: int | None) -> set[int]:
+        """Return the generations that lack a socket from now on, because another is in its place.
+
+        number: None for one that is common to all.
+        """
+        lost = {each for each, its in self.accepting.items() if number in (None, its)}
+        without = {(generation, listener.index) for generation in lost}
+        self.unserved |= without
+        self.partly_served -= without
+        return lost
+
+    def grow(self, generation: int, knows: Callable[[int], bool]) -> bool:
+        """Note that a worker is to be started, which has the sockets that there are now.
+
+        knows: whether its workers have a listener, by index.  Returns whether anything is new.
+        """
+        its = {each for each in self.unserved if each[0] == generation and knows(each[1])}
+        grown = not its <= self.partly_served
+        self.partly_served |= its
+        return grown

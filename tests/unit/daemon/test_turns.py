@@ -1,0 +1,156 @@
+"""Which generation accepts from which socket, as a value."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+from typing import Any, cast
+
+from socketprotector.daemon.delivery.shared.turns import Turns
+
+PAIR = cast("Any", SimpleNamespace(index=0, sockets=(1, 2), has_sibling=True))
+PAIR.settings = SimpleNamespace(foreign=False)
+ONE = cast("Any", SimpleNamespace(index=1, sockets=(1,), has_sibling=False))
+ONE.settings = SimpleNamespace(foreign=False)
+BOTH = (PAIR, ONE)
+
+
+def enter(turns: Turns, generation: int) -> None:
+    turns.accepting[generation] = turns.free
+
+
+def knows_all(index: int) -> bool:
+    return True
+
+
+def test_successive_generations_take_turns() -> None:
+    turns = Turns()
+    enter(turns, 1)
+    turns.turn_to(0, {0, 1}, knows_all)
+    enter(turns, 2)
+    assert turns.accepting == {1: 0, 2: 1}
+    assert turns.starting == 2
+
+    turns.turn_to(1, {0, 1}, knows_all)
+    assert turns.starting is None
+    assert turns.leave(1, 5.0) == 0
+    assert turns.free == 0
+    assert turns.leaving == {1: (0, 5.0)}
+
+
+def test_clients_of_a_listener_that_a_generation_does_not_know_stay_where_they_come() -> None:
+    turns = Turns()
+    enter(turns, 1)
+    turns.turn_to(0, {0, 1}, knows_all)
+    enter(turns, 2)
+    turns.turn_to(1, {0, 1}, lambda index: index == 1)
+
+    assert (turns.number_for(PAIR), turns.number_for(ONE)) == (0, 1)
+    turns.turn_to(1, {1}, knows_all)  # it was removed
+    assert turns.expected == {}
+
+
+def test_clients_of_a_new_listener_wait_for_the_generation_that_is_to_know_it() -> None:
+    turns = Turns()
+    enter(turns, 1)
+    assert turns.expect(PAIR, dry_run=False) == turns.free == 1
+    assert turns.unserved == {(1, 0)}
+    assert turns.is_served(PAIR, 1)  # a generation is to come
+    enter(turns, 2)
+    assert turns.grow(1, knows_all)
+    assert not turns.grow(1, knows_all)
+    turns.leave(1, 0.0)
+    assert (turns.unserved, turns.partly_served) == (frozenset(), frozenset())
+
+
+def test_who_lacks_a_socket_that_was_bound_in_the_place_of_another_one() -> None:
+    turns = Turns()
+    enter(turns, 1)
+    turns.turn_to(0, {0, 1}, knows_all)
+    enter(turns, 2)
+
+    assert turns.lose(PAIR, 0) == {1}
+    assert not turns.is_served(PAIR, 0)
+    assert turns.is_served(PAIR, 1)
+    assert turns.lose(ONE, None) == {1, 2}
+    assert not turns.is_served(ONE, 0)
+
+
+def test_what_was_passed_in_is_its_owner_s_at_the_end() -> None:
+    foreign = cast("Any", SimpleNamespace(**{**PAIR.__dict__, "settings": None}))
+    foreign.settings = SimpleNamespace(foreign=True)
+    turns = Turns()
+    enter(turns, 1)
+    turns.turn_to(1, {0}, None)
+    assert turns.own((foreign,), 0) == [foreign]
+    turns.given_back = True
+    assert turns.own((foreign,), 0) == []
+    assert turns.is_served(foreign, 0)
+
+
+def test_in_all_orders_of_six_events_clients_come_to_a_generation_or_to_the_next_one() -> None:
+    """enter, serve, roll back, leave the oldest, leave the newest, lose a socket."""
+
+    def serve(turns: Turns) -> None:
+        if turns.starting is not None:
+            turns.turn_to(turns.accepting[turns.starting], {0, 1}, knows_all)
+
+    def roll_back(turns: Turns) -> None:
+        older = [n for n in turns.accepting if turns.accepting[n] != turns.current]
+        if older:
+            turns.turn_to(turns.accepting[min(older)], {0, 1}, knows_all)
+
+    def open_next(turns: Turns) -> None:
+        if turns.free not in turns.accepting.values():
+            enter(turns, 1 + max((*turns.accepting, *turns.leaving), default=0))
+
+    def leave(turns: Turns, newest: bool) -> None:
+        others = [n for n in turns.accepting if turns.accepting[n] != turns.current]
+        if others:
+            turns.leave(max(others) if newest else min(others), 0.0)
+
+    events = (
+        open_next,
+        serve,
+        roll_back,
+        lambda turns: leave(turns, newest=False),
+        lambda turns: leave(turns, newest=True),
+        lambda turns: turns.lose(PAIR, turns.current),
+    )
+    first = Turns()
+    open_next(first)
+    serve(first)
+    reached = {repr(first): first}
+    for _ in range(6):
+        after = {}
+        for turns, event in itertools.product(reached.values(), events):
+            turns = copied(turns)
+            event(turns)
+            check(turns)
+            after[repr(turns)] = turns
+        reached = after
+    assert len(reached) > 100
+
+
+def copied(turns: Turns) -> Turns:
+    return Turns(
+        turns.current,
+        dict(turns.accepting),
+        dict(turns.leaving),
+        dict(turns.expected),
+        turns.unserved,
+        turns.partly_served,
+        turns.given_back,
+    )
+
+
+def check(turns: Turns) -> None:
+    assert len(turns.accepting) <= 2
+    assert len(set(turns.accepting.values())) == len(turns.accepting)
+    assert turns.free not in turns.accepting.values() or len(turns.accepting) == 2
+    for listener in BOTH:
+        number = turns.number_for(listener)
+        there = turns.at(listener, number)
+        lacking = {(n, listener.index) for n in there} <= turns.unserved
+        assert turns.is_served(listener, number) != (bool(there) and lacking)
+    assert {n for n, _ in turns.unserved} <= turns.accepting.keys()

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.rounds import rounds
+from tests.simulation.world import World
 
 ROOT = Path(__file__).parents[2]
 REGRESSIONS = Path(__file__).with_name("regressions.txt")
@@ -71,3 +72,15 @@ def test_the_same_seed_is_the_same_life(handoff: str) -> None:
     words = ("--handoff", handoff, "--seed", "7", "--steps", "500")
 
     assert simulate(*words) == simulate(*words)
+
+
+def test_a_verdict_may_be_said_again_with_its_beginning_and_not_amid_another_reload() -> None:
+    """A decision that a killed program had begun to carry out is repeated as a whole."""
+    world = World(1, 0, None)
+    for _ in range(2):
+        world._said("dry-run", {"generation": 5})
+        world._said("dry-run-failed", {"generation": 5})
+    world._said("dry-run", {"generation": 6})
+
+    with pytest.raises(AssertionError, match="amid another reload"):
+        world._said("dry-run-failed", {"generation": 5})

@@ -1543,7 +1543,8 @@ class World:
     def _said(self, event: str, fields: Mapping[str, Any]) -> None:
         """Look at what the protector logs, at once."""
         if event in ("reloading", "dry-run"):
-            self._outdated |= self._verdicts
+            # A program that was killed has its last decision repeated: beginning and verdict.
+            self._outdated |= {each for each in self._verdicts if each[1] != fields["generation"]}
         elif event in VERDICTS:
             verdict = event, fields["generation"]
             assert verdict not in self._outdated, f"{verdict} is said again, amid another reload"

@@ -69,7 +69,7 @@ def _bind_path(
 ) -> ListenerSettings:
     """Bind a socket file; a stale one is replaced, one that is in use is not."""
     with locked(path):
-        stale = _is_stale(path)
+        stale = socket_file.is_stale(path)
         if backlog is None:
             refuse_unwritable(os.path.dirname(path))
             return ListenerSettings(f"unix:{path}")
@@ -95,9 +95,9 @@ def _bind_beside(listen: Listen, path: str, backlog: int) -> tuple[socket.socket
     uid = uid if "user" in listen.options else -1
     gid = gid if "group" in listen.options else -1
     with locked(path):
-        stale = _is_stale(path)
+        stale = socket_file.is_stale(path)
         for each in socket_file.left_beside(path):
-            if _is_stale(each):
+            if socket_file.is_stale(each):
                 os.unlink(each)
         made = socket_file.bind(path, backlog, (uid, gid, mode, None), give_away)
         with on_error(made.close), on_error(socket_file.forget, path, made):
@@ -230,23 +230,3 @@ def give_away(fd: int, uid: int, gid: int) -> None:
     Source: fchownat(2), AT_EMPTY_PATH.
     """
     call_libc("fchownat", fd, b"", uid, gid, _AT_EMPTY_PATH)
-
-
-def _is_stale(path: str) -> bool:
-    """Whether a socket file is there on which no process listens.
-
-    Raises OSError(EADDRINUSE) when one does, and OSError(EEXIST) for what is no socket.
-    """
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return False
-    if not stat.S_ISSOCK(mode):
-        raise OSError(errno.EEXIST, "a file that is no socket is there")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        error = probe.connect_ex(path)
-    if error == errno.ECONNREFUSED:
-        return True
-    # EAGAIN: its backlog is full; EPROTOTYPE: a process has a datagram socket open.
-    number = errno.EADDRINUSE if error in (0, errno.EAGAIN, errno.EPROTOTYPE) else error
-    raise OSError(number, os.strerror(number))

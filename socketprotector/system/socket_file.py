@@ -30,6 +30,8 @@ from .sock_diag import accepted_unix, file_of
 LONGEST_PATH = 107
 _TRIES = 16
 _OWN = "~"
+#: What is renamed over the path.
+_NEW = "new"
 #: What a socket of a path is bound as, and whether it is the file that it keeps.
 _NAME = re.compile(r"(?P<folder>.*/)\.(?P<name>[^/]+)\.sp-(?P<number>[0-9a-f]{6})(?P<own>~?)")
 _ACL = "system.posix_acl_access"
@@ -178,7 +180,8 @@ def keep_file(path: str, one: socket.socket) -> None:
 def lead_to(path: str, one: socket.socket, ours: Iterable[socket.socket]) -> None:
     """Have clients of a path come to a socket from now on.
 
-    ours: all sockets of the path.  Raises OSError, also where another program's file is there.
+    ours: all sockets of the path.  A file that a killed program has left there is replaced.
+    Raises OSError, also where another program's file is there.
     """
     there = _known(path)
     if _is_file_of(path, one, there):
@@ -186,9 +189,9 @@ def lead_to(path: str, one: socket.socket, ours: Iterable[socket.socket]) -> Non
     before = next((each for each in ours if _is_file_of(path, each, there)), None)
     if before is not None:
         keep_file(path, before)
-    elif there != _NONE:
+    elif there != _NONE and not (_is_beside(path, there) and is_stale(path)):
         raise OSError(errno.EEXIST, "another program has put its file there", path)
-    new = _beside(path, "new")
+    new = _beside(path, _NEW)
     _unlink(new)  # of a program that was killed here
     os.link(own_file(path, one), new, follow_symlinks=False)
     with on_error(_unlink, new):
@@ -202,6 +205,7 @@ def forget(path: str, one: socket.socket) -> None:
 
 def remove(path: str, ours: Iterable[socket.socket]) -> None:
     """Remove the path, unless another program's file is there, and the file of each socket."""
+    _unlink(_beside(path, _NEW))  # of a program that was killed there
     for each in ours:
         if leads_to(path, each):
             _unlink(path)
@@ -215,6 +219,31 @@ def left_beside(path: str) -> Iterator[str]:
             found = _NAME.fullmatch(each.path)
             if found and path_of(each.path.removesuffix(_OWN)) == path:
                 yield each.path
+
+
+def is_stale(path: str) -> bool:
+    """Return whether a socket file is there on which no process listens.
+
+    Raises OSError(EADDRINUSE) when one does, and OSError(EEXIST) for what is no socket.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISSOCK(mode):
+        raise OSError(errno.EEXIST, "a file that is no socket is there")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        error = probe.connect_ex(path)
+    if error == errno.ECONNREFUSED:
+        return True
+    # EAGAIN: its backlog is full; EPROTOTYPE: a process has a datagram socket open.
+    number = errno.EADDRINUSE if error in (0, errno.EAGAIN, errno.EPROTOTYPE) else error
+    raise OSError(number, os.strerror(number))
+
+
+def _is_beside(path: str, found: tuple[int, int]) -> bool:
+    """Return whether a file is that of a socket of a path, maybe of a program that was killed."""
+    return any(_known(each) == found for each in left_beside(path))
 
 
 def _is_file_of(path: str, one: socket.socket, found: tuple[int, int]) -> bool:

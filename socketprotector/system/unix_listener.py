@@ -48,7 +48,12 @@ class UnixListener(Listener):
 
         See socket_file.py.
         """
-        ours = self.shared and self.settings.inode and not (self.settings.foreign or self.lost)
+        return "" if self.lost else self._path
+
+    @property
+    def _path(self) -> str:
+        """The same, also where no client comes any more."""
+        ours = self.shared and self.settings.inode and not self.settings.foreign
         path, _ = self.local_address if ours else ("", 0)
         return path if path and socket_file.has_room(path) else ""
 
@@ -148,7 +153,7 @@ class UnixListener(Listener):
 
     def _made_anew(self, socket_number: int) -> socket.socket:
         one = self.socket_for(socket_number)
-        if not (self.path and self.has_sibling):
+        if not self.path:
             made = self._bind_path()
             shut_down(one)
             return made
@@ -156,6 +161,8 @@ class UnixListener(Listener):
         with on_error(made.close), on_error(socket_file.forget, self.path, made):
             if socket_file.leads_to(self.path, one):
                 socket_file.lead_to(self.path, made, self.sockets)
+        if not self.has_sibling:  # else workers may still accept from it
+            shut_down(one)
         return made
 
     def _withdraw(self, one: socket.socket) -> None:
@@ -271,9 +278,10 @@ class UnixListener(Listener):
 
     def remove_files(self) -> None:
         """Remove the path, and the file of each socket, if they are ours."""
-        if self.path:
-            socket_file.remove(self.path, self._all)
-        remove_file(self.settings)
+        if self._path:
+            socket_file.remove(self._path, self._all)
+        else:
+            remove_file(self.settings)
 
 
 def _chown(fd: int, uid: int, gid: int) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 from socketprotector.daemon.delivery.shared.accept_counts import NO_MARK, AcceptCounts
+from socketprotector.launch.bind_unix import give_away
 from socketprotector.model.settings import ListenerSettings
-from socketprotector.system import accept_marks, reuseport
+from socketprotector.system import accept_marks, reuseport, socket_file
 from socketprotector.system.listener import Listener
 from socketprotector.system.listeners import listener_of
 from tests.boundary.listening import KINDS, listening
@@ -211,6 +214,26 @@ def test_with_a_socket_that_all_share_nothing_is_known(two: list[Listener]) -> N
     two[0].go_on_without(1)
 
     assert AcceptCounts(lambda: two).enter(1, ()) == ()
+
+
+def test_at_a_path_none_is_counted_for_a_generation_that_another_one_has_accepted(
+    tmp_path: Path,
+) -> None:
+    """Of that nothing is known any more, and the next one has its socket."""
+    path = str(tmp_path / "s")
+    first, second = (socket_file.bind(path, 8, (-1, -1, 0o600, None), give_away) for _ in "12")
+    socket_file.lead_to(path, first, [first, second])
+    settings = ListenerSettings(f"unix:{path}", 1, os.lstat(path).st_ino)
+    its = listener_of(first.detach(), 0, settings, shared=True, sibling=second.detach())
+    counts = AcceptCounts(lambda: [its])
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(path)
+        accepted, _ = its.socket.accept()
+        with accepted:
+            assert counts.enter(0, ()) == ()
+            assert counts.enter(1, ()) == ((0, socket_file.number_of(its.socket_for(1))),)
+    assert counts.enter(0, ()) == ((0, socket_file.number_of(its.socket)),)
+    its.close()
 
 
 def test_with_too_many_generations_no_more_is_known_of_the_last(counts: AcceptCounts) -> None:

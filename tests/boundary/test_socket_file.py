@@ -163,6 +163,32 @@ def test_a_kill_at_any_step_leaves_what_the_next_program_understands(
         os.unlink(os.path.join(os.path.dirname(sockets.path), each))
 
 
+def test_what_a_killed_program_was_about_to_rename_is_removed_at_the_end(
+    sockets: Sockets, tmp_path: Path
+) -> None:
+    own = socket_file.own_file(sockets.path, sockets.made[0])
+    os.link(own, tmp_path / ".web.sock.sp-new", follow_symlinks=False)
+
+    sockets.close()
+
+    assert files(tmp_path) == []
+
+
+def test_a_path_that_leads_to_a_socket_of_a_killed_program_is_led_on(sockets: Sockets) -> None:
+    """It was killed before any process kept that socket for the next one."""
+    killed = socket_file.bind(sockets.path, 16, RIGHTS, give_away)
+    left = socket_file.own_file(sockets.path, killed)
+    socket_file.lead_to(sockets.path, killed, [*sockets.made, killed])
+
+    with pytest.raises(OSError, match="in use"):  # as long as it lives
+        sockets.lead_to(0)
+    killed.close()
+    sockets.lead_to(0)
+
+    assert sockets.reached() == 0
+    os.unlink(left)
+
+
 def test_a_path_that_was_removed_is_made_again(sockets: Sockets) -> None:
     sockets.add()
     os.unlink(sockets.path)

@@ -27,9 +27,10 @@ from socketprotector.daemon.delivery.shared.socket_steering import SocketSteerin
 from socketprotector.daemon.delivery.shared.socket_watch import FIRST_RESCUE_S
 from socketprotector.daemon.delivery.way import SHUT_DOWN, Way
 from socketprotector.daemon.runtime import Runtime
+from socketprotector.launch.bind_unix import give_away
 from socketprotector.model.records import SteeringRecord
 from socketprotector.model.settings import ListenerSettings
-from socketprotector.system import reuseport, sock_diag
+from socketprotector.system import reuseport, sock_diag, socket_file
 from socketprotector.system.listener import Listener
 from socketprotector.system.listeners import listener_of
 from socketprotector.system.loop import READ, Loop
@@ -1680,6 +1681,7 @@ def test_one_listener_that_fails_keeps_none_of_the_others_on_hold(
 ) -> None:
     class Fails:
         index, lost, shared, has_sibling, can_be_held = 1, False, True, False, True
+        path = ""
 
         def steer(self, *_: object, **__: object) -> None:
             raise OSError(errno.ENOMEM, "Cannot allocate memory")
@@ -2177,3 +2179,119 @@ def test_a_socket_listens_again_with_its_own_limit(world: World) -> None:
     assert world.listener.listen_again(1)
 
     assert limit(world.listener.socket_for(1)) == before > 5
+
+
+@pytest.fixture
+def pair(world: World, tmp_path: Path) -> Listener:
+    """A path that leads to one of two sockets."""
+    path = str(tmp_path / "s")
+    made = [socket_file.bind(path, 16, (-1, -1, 0o600, None), give_away) for _ in range(2)]
+    socket_file.lead_to(path, made[0], made)
+    found = os.lstat(path)
+    settings = ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, 16)
+    first, second = (each.detach() for each in made)
+    world.listeners.append(listener_of(first, 1, settings, shared=True, sibling=second))
+    return world.listeners[-1]
+
+
+def come(world: World, path: str) -> socket.socket:
+    client = socket.socket(socket.AF_UNIX)
+    world.clients.append(client)
+    client.connect(path)
+    return client
+
+
+def test_no_socket_is_watched_that_is_closed(world: World, pair: Listener) -> None:
+    """Else its number, which another one gets, is watched for that one."""
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    before = pair.socket_for(1)
+    number = before.fileno()
+
+    world.steering.enter(2, 1)
+
+    assert before.fileno() < 0, "the next generation has another socket"
+    assert number not in world.loop._callbacks | world.loop._coming
+
+
+@pytest.mark.parametrize("held", [1, 2])
+def test_clients_that_have_waited_at_each_socket_are_all_served(
+    world: World, pair: Listener, held: int
+) -> None:
+    """Those of a hold too, at the next turn if the free socket had clients of its own."""
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    world.steering.turn_hold(True)
+    for _ in range(held):
+        come(world, pair.path)
+    come(world, pair.address_of(1)[0])  # as at a generation that has failed
+    world.steering.turn_hold(False)
+    assert pair.is_reserved_for_clients
+
+    world.steering.turn_to(1)
+    world.steering.leave(1)
+    world.steering.gone(1)
+    world.steering.enter(2, 1)
+    pair.socket_for(1).accept()[0].close()
+    world.steering.turn_to(1)
+
+    assert not pair.is_reserved_for_clients
+    assert pair.has_waiting(0)
+    world.pass_time(2 * FIRST_RESCUE_S)
+    assert world.stranded, "the next generation gets them"
+
+
+def test_a_socket_for_a_hold_is_kept_before_clients_come_to_it(
+    world: World, pair: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guard has it then, and the next program what waits there."""
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    led: list[tuple[bool, list[Listener]]] = []
+    steer = type(pair).steer
+
+    def steered(listener: Listener, *arguments: Any, held: bool = False) -> None:
+        if listener is pair and held:
+            led.append((listener.is_reserved_for_clients, list(world.bound)))
+        steer(listener, *arguments, held=held)
+
+    monkeypatch.setattr(type(pair), "steer", steered)
+    world.steering.turn_hold(True)
+
+    assert led == [(True, [pair])]
+
+
+def test_a_client_of_a_path_that_waited_is_read_from_before_one_quiesces(
+    world: World, pair: Listener
+) -> None:
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    client = come(world, pair.path)
+    client.send(b"a request")
+    world.steering.enter(2, 1)
+    supersede(world)
+    world.pass_time(QUIET_S)
+    accepted, _ = pair.socket_for(0).accept()
+    with accepted:
+        world.pass_time(2 * QUIET_S)
+        assert world.quiesced == []
+        accepted.recv(100)
+        world.pass_time(2 * QUIET_S)
+
+    assert world.quiesced == [1]
+
+
+def test_the_last_socket_of_a_path_is_bound_anew_whatever_the_path_led_to_before(
+    world: World, pair: Listener
+) -> None:
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    pair.bind_anew(0)
+    pair.go_on_without(1)
+    pair.socket.shutdown(socket.SHUT_RDWR)
+
+    world.steering._repairs.mend(pair, 0)
+
+    assert world.lost == []
+    come(world, pair.path)
+    assert pair.has_waiting()

@@ -72,10 +72,12 @@ class Connection(File):
         self.established = False  # its handshake is over
         self.said = False  # the client has sent its words
         self.said_at = 0  # in turns of the protector's loop
+        self.said_ns = 0
         self.heard = False  # and a server has read them
         self.late = False  # it was accepted by a worker that had been told to finish
         self.mark = 0  # of the socket that it has come to
         self.address = address  # where it is looked for by sock_diag
+        self.bound_as = ""  # of UNIX: as the socket that it has come to
         self.came_by: Address | None = address
         self.added = address.added if address is not None else 0
         self._lost = lost

@@ -12,12 +12,13 @@ accepts.
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
 import socket
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, cast
@@ -35,7 +36,7 @@ from socketprotector.daemon.effects import Effects
 from socketprotector.model.listen_fds import FIRST_FD
 from socketprotector.model.settings import ListenerSettings, Settings
 from socketprotector.system import inherited
-from tests.simulation.files import Connection, File, Question
+from tests.simulation.files import Connection, File, Question, failure
 from tests.simulation.kernel import End, Socket
 from tests.simulation.ports import Address, Listening
 from tests.simulation.world import BACKLOG, POLICIES, Voice, World
@@ -181,9 +182,9 @@ class Handed(World):
     """Everything around one protector whose workers accept."""
 
     ACCEPTS = False
-    ADDED = ("tcp", "tcp", "tcp", "tcp6", "zero", "alone", "unix", "abstract")
-    KINDS = (*ADDED[:6], "foreign", "unix", "abstract", "passed in")
-    PAIRED = ("tcp", "tcp", "tcp6", "zero")
+    ADDED = ("tcp", "tcp", "tcp", "tcp6", "zero", "alone", "unix", "unix", "long", "abstract")
+    KINDS = (*ADDED[:8], "foreign", "long", "single", "abstract", "passed in")
+    PAIRED = ("tcp", "tcp", "tcp6", "zero", "unix")
     ASKED = 0.4
     GAPS = (8, 30, 100)
     TIME = (0.98, (0.001, 0.02, 0.1, 0.2, 0.5), 20.0)
@@ -195,6 +196,7 @@ class Handed(World):
         self._has_stopped = False  # an earlier program
         self._impatient = random.Random(f"clients {self.seed}").random() < 0.3
         self._tempted = 0
+        self.kernel.moved = self._look_at_paths
         self._crowded = False  # there are too few descriptors for two generations
         self._mischievous = pick((False, False, True)) and not self._asks
         self._rude = pick((0.0, 0.5))
@@ -232,12 +234,15 @@ class Handed(World):
         self, number: int, pick: Callable[[Any], Any], kinds: Any = None
     ) -> ListenerSettings:
         kind = pick(self.PAIRED if self._asks else kinds or self.KINDS)
-        if kind in ("unix", "abstract", "passed in"):
-            # Too long for the names of two files, so that the generations share one.
-            path = f"/srv/{'s' * 90}{number}" if kind == "unix" else f"\0srv/{number}"
+        if kind in ("long", "single", "abstract", "passed in"):
+            # Too long for the names of two files, so that the generations share one; or the
+            # second one could not be had until now.
+            name = "s" * 90 if kind == "long" else "s"
+            path = f"/srv/{name}{number}" if kind in ("long", "single") else f"\0srv/{number}"
             one = self._bind(socket.AF_UNIX, path)
+        elif kind == "unix":
+            one = self._bind_beside(f"/srv/s{number}")
         else:
-            path = ""
             family = socket.AF_INET6 if kind == "tcp6" else socket.AF_INET
             one = self._bind(family, ("h", 1 + number))
         self._listening.append(one)
@@ -248,9 +253,23 @@ class Handed(World):
         elif kind in ("tcp", "tcp6", "zero"):
             one.port_zero = kind == "zero"
             self._seconds[one] = self._bind_second(one)
+        elif kind == "unix":
+            self._seconds[one] = self.kernel.bind_beside(one.address)
         if one.address.by_number and not one.foreign:
             self._thirds[one] = self._bind_third(one)
         return ListenerSettings(address, device=1 if inode else 0, inode=inode, foreign=one.foreign)
+
+    def _bind_beside(self, path: str) -> Listening:
+        """Bind the first socket of a path beside it.  Raises OSError."""
+        kernel = self.kernel
+        address = kernel.addresses.setdefault(path, Address(socket.AF_UNIX, path, kernel.names))
+        if address.told in self._listed or kernel.names.at(path) is not None:
+            raise failure(errno.EADDRINUSE)
+        kernel.names.pop(path, None)
+        kernel.remove_stale(path)
+        made = kernel.bind_beside(address)
+        kernel.names[path] = kernel.names[made.own_file]
+        return made
 
     def _bind_second(self, first: Listening) -> Listening:
         first.reuseport = True
@@ -333,7 +352,7 @@ class Handed(World):
             self._hup: 40,
             self._crash: 30,
             self._upgrade: 3 * common[self._upgrade],
-            self._unguard: 3 * (self.seed % 3 == 2 and self.fd_store == "guard"),
+            self._unguard: 6 * (self.seed % 3 == 2 and self.fd_store == "guard"),
             self._term: 2 * common[self._term],
         }
         return list(common.items())
@@ -386,7 +405,7 @@ class Handed(World):
 
     def _establish(self, to: Listening, connection: Connection) -> None:
         connection.established = True
-        connection.mark = to.mark
+        connection.mark, connection.bound_as = to.mark, to.bound_as
         assert not to.drops, f"{connection} would never be accepted"
         if self._chance() < 0.8:
             self._says(connection)
@@ -451,7 +470,7 @@ class Handed(World):
     def _says(self, connection: Connection) -> None:
         if not connection.said:
             connection.said = True
-            connection.said_at = self.turns
+            connection.said_at, connection.said_ns = self.turns, self.kernel.clock_ns
 
     def _one(self) -> Server | None:
         """A process of a worker that lives and does something."""
@@ -560,7 +579,16 @@ class Handed(World):
         """A client is refused."""
         why = self._has_stopped or self._reason() or address.disturbed
         why = why or not (address.served and address.kept)
+        if self._unkept and address.is_path:  # until the path is led from what was not kept
+            act = self._supervisor.effects if self._supervisor is not None else None
+            why = why or self._starting or act is None or not steering_of(act)._steered
         assert why, f"a client of {address.name} is refused"
+
+    def _look_at_paths(self) -> None:
+        """At every moment a path is a socket that lets clients in."""
+        for address in self._addresses:
+            if address.is_path and address.for_new() is None:
+                self._refused(address)
 
     # -- what a worker can do to what it shares ------------------------------------------
 
@@ -587,9 +615,13 @@ class Handed(World):
             if what == 8:
                 with suppress(OSError):
                     one.listen(10)
-        elif what == 5:
+        elif what == 5 and one.address.by_number:
             one.filtered = True
             one.locked = self._chance() < 0.5
+        elif not one.address.by_number:
+            names = (one.bound_as, one.address.name, one.own_file)
+            if one.address.is_path:
+                self.kernel.names.pop(names[what - 5], None)
         elif what == 6:
             one.reuseport = False
         elif one in one.address.group:
@@ -612,7 +644,8 @@ class Handed(World):
 
     def _is_steered(self, address: Address, ours: list[Listening], socket_number: int) -> bool:
         if not address.by_number:
-            return address.file is ours[0]
+            has_all = len(ours) == 1 or all(each.own_file for each in ours)
+            return address.file is ours[socket_number % len(ours)] and has_all
         if len(ours) == 1:
             return address.listening == ours
         wanted = (
@@ -762,6 +795,8 @@ class Handed(World):
             for each in its.clients.values() if listener.has_sibling else ():
                 one = (to for to in leader.listening.values() if each in to.backlog)
                 mine = any(each in server.connections for server in leader.living) or any(one)
+                if its.is_path and each.said_ns / 1e9 > drained_at:
+                    continue  # it was silent, and that is not known of a UNIX socket
                 if mine and each.said and each.said_at < self.turns and not each.excuse:
                     assert each.heard, f"{each} is not heard, and {leader.pid} told to finish"
 
@@ -785,6 +820,10 @@ class Handed(World):
         if number is None:
             return
         wanted = self.kernel.file(its.socket_for(number).fileno())
+        if its.path and its._reserved is not None and steering_of(act).hold.on:
+            reserved = self.kernel.file(its._reserved.fileno())
+            if steering_of(act)._as_held or to is reserved:
+                wanted = reserved
         told = f"{address.steered} of {[each.inode for each in address.group]}"
         assert to is wanted, f"a client comes to socket {to.inode} of {to.name}: {told}"
 
@@ -827,6 +866,13 @@ class Handed(World):
             found += one.backlog
         return Counter(each.mark for each in found if each.address is file.address)
 
+    def accepted_unix(self) -> Iterator[tuple[str, int, int]]:
+        self.kernel.enter("sock_diag")
+        for server in self._living():
+            for each in server.connections:
+                if each.bound_as:
+                    yield each.bound_as, each.number, int(each.said and not each.heard)
+
     def _check_counted(self, server: Server, connection: Connection) -> None:
         """What tells a generation's connections tells no other's.
 
@@ -864,8 +910,11 @@ class Handed(World):
             self._crowded = "Too many open files" in (fields["reason"] or "")
         if event == "stranded":
             for told in fields["listen"].split():
-                waiting = [each for one in self._at(told).listening for each in one.backlog]
+                there = self._at(told).listening
+                waiting = [each for one in there for each in one.backlog]
                 clients = [each for each in waiting if isinstance(each, Connection)]
+                if self._at(told).is_path:  # a question has no address that tells it from them
+                    continue
                 assert clients, f"another generation is started for {waiting}"
 
     def _check_dropped(self, address: Address) -> None:
@@ -916,8 +965,19 @@ class Handed(World):
         for file in (*self.store.values(), *unsent, self._line):
             file.drop()
         self.store = {}
+        self._check_files()
         for address in self._addresses:
             for each in address.listening:
                 assert each.foreign, f"socket {each.inode} of {each.name} is left behind"
                 refuses = each.refuses and not address.disturbed
                 assert not refuses, f"{each.name} of another process refuses"
+
+    def _check_files(self) -> None:
+        """No file is left; a kill leaves at most what the next start finds."""
+        left = [name for name, node in self.kernel.names.items() if name.startswith("/")]
+        assert not left or self.kills, f"{left} is left behind"
+        for address in self._addresses:
+            if address.is_path:
+                self.kernel.remove_stale(address.name)
+        left = [name for name in left if name in self.kernel.names]
+        assert not left, f"{left} is left behind, and no start removes it"

@@ -30,6 +30,7 @@ from itertools import count
 from types import SimpleNamespace
 from typing import Any, cast
 
+from socketprotector.system import socket_file
 from socketprotector.system.reuseport import NO_MARKS
 from tests.simulation.files import Connection, File, Question, failure
 from tests.simulation.ports import (
@@ -41,6 +42,7 @@ from tests.simulation.ports import (
     STEER,
     Address,
     Listening,
+    Names,
 )
 
 #: Charged to the sender for a message with one descriptor; see system/channel.py.
@@ -234,6 +236,9 @@ FAULTS: dict[str, tuple[int, ...]] = {
     "lock": (errno.EMFILE, errno.EBUSY),
     "give": (errno.EMFILE, errno.ENFILE),
     "bind": (errno.ENOMEM, errno.EADDRINUSE),
+    "bind_file": (errno.ENOMEM, errno.ENOSPC, errno.EACCES, errno.EADDRINUSE),
+    "link": (errno.ENOMEM, errno.ENOSPC, errno.EACCES, errno.EEXIST),
+    "rename": (errno.ENOMEM, errno.ENOSPC, errno.EACCES),
     "pidfd_open": (errno.EMFILE, errno.ENFILE, errno.ENOMEM),
     "posix_spawn": (errno.ENOENT, errno.EACCES, errno.EAGAIN, errno.ENOMEM, errno.E2BIG),
     "fork": (errno.EAGAIN, errno.ENOMEM),
@@ -258,8 +263,9 @@ class Kernel:
         self.limit = self.room  # now
         self.bound: dict[str, Datagrams] = {}
         self.addresses: dict[Any, Address] = {}  # by what a socket is bound to
-        self.beside: dict[str, Address] = {}  # and those whose file is to be renamed
-        self._inodes_beside = count(1_000_000)
+        self.names = Names()  # of UNIX sockets
+        self._numbers = count(1)  # in the names of those beside a path
+        self.moved: Callable[[], None] = lambda: None  # a name leads elsewhere, or nowhere
         self.binds_to_devices = True  # any process may (Linux 5.7)
         self.somaxconn = socket.SOMAXCONN  # whatever listen() asks for
         self.group_signals = True  # a pidfd leads to its group (Linux 6.9)
@@ -328,7 +334,10 @@ class Kernel:
         )
         heapq.heappush(self._free, fd)
         self.changes += 1
-        self.files.pop(fd).drop()
+        file = self.files.pop(fd)
+        file.drop()
+        if isinstance(file, Listening):
+            self.moved()
 
     def end_of_process(self) -> None:
         """Close all that the protector had."""
@@ -361,6 +370,7 @@ class Kernel:
                     isfile=lambda _: False,
                     join=os.path.join,
                     split=os.path.split,
+                    lexists=self._lexists,
                 ),
                 strerror=os.strerror,
                 getuid=lambda: 1000,
@@ -372,7 +382,7 @@ class Kernel:
                 dup=self._dup,
                 open=self._open,
                 listdir=lambda path: [],  # /proc is closed: those that are not reaped stay
-                scandir=lambda path: nullcontext(()),
+                scandir=self._scandir,
                 read=self._read,
                 pipe2=self._pipe2,
                 pread=lambda fd, size, at: self._memory(fd).read(size, at),
@@ -382,8 +392,12 @@ class Kernel:
                 lstat=self._lstat,
                 unlink=self._unlink,
                 rename=self._rename,
+                link=self._link,
+                getxattr=self._getxattr,
                 fsencode=os.fsencode,
+                fsdecode=os.fsdecode,
                 geteuid=lambda: 1000,
+                getegid=lambda: 1000,
                 urandom=random.Random(0).randbytes,
                 get_blocking=lambda fd: not self._listening(fd).nonblocking,
                 set_blocking=lambda fd, flag: None,
@@ -449,10 +463,9 @@ class Kernel:
         """Return what is at an address that is bound; port 0 is one of its own."""
         if name in self.addresses:
             return self.addresses[name]
-        if isinstance(name, str) and name.startswith("/"):  # it is to be renamed
-            made = self.beside.setdefault(name, Address(socket.AF_UNIX, name))
-            made.inodes = self._inodes_beside
-            return made
+        if isinstance(name, str):  # beside a path, or to be renamed
+            path = socket_file.path_of(name)
+            return self.addresses.get(path) or Address(socket.AF_UNIX, name, self.names)
         name = name[0], 50_000 + len(self.addresses)
         return self.addresses.setdefault(name, Address(socket.AF_INET, name))
 
@@ -472,30 +485,79 @@ class Kernel:
 
     def _lstat(self, path: str) -> Any:
         self.enter("lstat")
-        address = self.beside.get(path) or self.addresses.get(path)
-        if address is None or not address.path_inode:
+        if path == "/srv":
+            return SimpleNamespace(st_dev=1, st_ino=1, st_mode=0o40755, st_uid=1000, st_gid=1000)
+        node = self.names.get(path)
+        if node is None:
             raise failure(errno.ENOENT, path)
-        inode = address.path_inode
-        return SimpleNamespace(st_dev=1, st_ino=inode, st_mode=0o600, st_uid=1000, st_gid=1000)
+        mode = stat.S_IFSOCK | 0o600
+        return SimpleNamespace(
+            st_dev=1, st_ino=node.inode, st_mode=mode, st_uid=1000, st_gid=1000, st_nlink=1
+        )
+
+    def _lexists(self, path: str) -> bool:
+        self.enter("lstat")
+        return path in self.names
+
+    def _scandir(self, path: str) -> Any:
+        self.enter("open")
+        names = [SimpleNamespace(path=each) for each in self.names if each.startswith(f"{path}/")]
+        return nullcontext(names)
+
+    def _getxattr(self, path: str, name: str, *, follow_symlinks: bool) -> bytes:
+        raise failure(errno.ENODATA, path)
+
+    def _link(self, old: str, new: str, *, follow_symlinks: bool) -> None:
+        self.enter("link")
+        if old not in self.names:
+            raise failure(errno.ENOENT, old)
+        if new in self.names:
+            raise failure(errno.EEXIST, new)
+        self.names[new] = self.names[old]
+        self._is_at(new)
 
     def _rename(self, old: str, new: str) -> None:
         self.enter("rename")
-        source, target = self.beside.pop(old), self.addresses[new]
-        assert source.file is not None
-        target.file, target.path_inode = source.file, source.path_inode
-        target.listening += source.listening
-        source.file.address = target
+        if old not in self.names:
+            raise failure(errno.ENOENT, old)
+        if self.names[old] is not self.names.get(new):  # else nothing is done
+            self.names[new] = self.names.pop(old)
+        self._is_at(new)
+
+    def _is_at(self, path: str) -> None:
+        """Have a socket be one of the path that leads to it now."""
+        one, address = self.names[path].socket, self.addresses.get(path)
+        if one is not None and address is not None and one.address is not address:
+            address.listening += one.address.listening
+            one.address = address
         self.changes += 1
+        self.moved()
 
     def _unlink(self, path: str) -> None:
         self.enter("unlink")
-        if self.beside.pop(path, None) is not None:
-            return
-        address = self.addresses.get(path)
-        if address is None or not address.path_inode:
+        if path not in self.names:
             raise failure(errno.ENOENT, path)
-        address.file, address.path_inode = None, 0
+        del self.names[path]
         self.changes += 1
+        self.moved()
+
+    def bind_beside(self, address: Address) -> Listening:
+        """Bind one more socket of a path, as the launching process does."""
+        made = Listening(address)
+        folder, _, name = address.name.rpartition("/")
+        made.bind(address, f"{folder}/.{name}.sp-{next(self._numbers):06x}")
+        made.listen(self.somaxconn)
+        self.names[f"{made.bound_as}~"] = self.names.pop(made.bound_as)
+        return made
+
+    def remove_stale(self, path: str) -> None:
+        """Remove the files of a path on which no process listens, as that does."""
+        folder, _, file = path.rpartition("/")
+        self.names.pop(f"{folder}/.{file}.sp-new", None)
+        for name, node in list(self.names.items()):
+            beside = socket_file.path_of(name.removesuffix("~")) == path
+            if beside and (node.socket is None or node.socket.refuses):
+                del self.names[name]
 
     def _pwrite(self, fd: int, data: bytes, at: int) -> int:
         self.enter("pwrite")
@@ -619,6 +681,12 @@ class Kernel:
         self.enter("lock")
         yield
 
+    def file_of(self, which: Socket) -> int:
+        """In the place of sock_diag.file_of()."""
+        self.enter("sock_diag")
+        node = self._listening(which.fileno()).node
+        return node.inode if node is not None else 0
+
     def give(self, path: str, *_: Any) -> Any:
         """In the place of folder.give()."""
         self.enter("give")
@@ -645,9 +713,12 @@ class Kernel:
 
     def connect(self, one: Listening, target: Any) -> int:
         """Have a question come to an address, from what `one` is bound to; return as connect_ex."""
-        address = self.addresses.get(target)
         source = one.address.name[0] if one.address.name is not None else ""
-        to = address.for_new(self.questions, source) if address is not None else None
+        if isinstance(target, str):
+            to = self.names.at(target)
+        else:
+            address = self.addresses.get(target)
+            to = address.for_new(self.questions, source) if address is not None else None
         if to is None:
             return errno.ECONNREFUSED
         if to.drops or to.full:
@@ -770,7 +841,7 @@ class Kernel:
         file: File = pair()[0]
         if kind & socket.SOCK_DGRAM:
             file = Datagrams(self.bound)
-        elif kind == socket.SOCK_STREAM:
+        elif kind & ~socket.SOCK_NONBLOCK == socket.SOCK_STREAM:
             file = Listening(Address(family, None))
         return Socket(self, self.install(file))
 
@@ -803,6 +874,12 @@ class Socket:
     def fileno(self) -> int:
         return self._fd
 
+    def __enter__(self) -> Socket:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def setblocking(self, flag: bool) -> None:
         if isinstance(self._file, Listening):
             self._file.set_flags(not flag)
@@ -826,9 +903,10 @@ class Socket:
         self._kernel.changes += 1
 
     def bind(self, address: Any) -> None:
-        self._kernel.enter("bind")
+        is_path = isinstance(address, str) and address.startswith("/")
+        self._kernel.enter("bind_file" if is_path else "bind")
         if isinstance(self._file, Listening):
-            self._file.bind(self._kernel.address_at(address))
+            self._file.bind(self._kernel.address_at(address), address if is_path else "")
         else:
             assert isinstance(self._file, Datagrams)
             self._file.bind("@" + address[1:])

@@ -14,7 +14,7 @@ from collections import deque
 from itertools import count
 from typing import Any, cast
 
-from socketprotector.system import accept_marks
+from socketprotector.system import accept_marks, socket_file
 from tests.simulation.files import Connection, File, Question, failure
 
 IN, OUT, SHUT, HUP = select.EPOLLIN, select.EPOLLOUT, select.EPOLLRDHUP, select.EPOLLHUP
@@ -32,18 +32,45 @@ _MASK = {socket.SHUT_RD: 1, socket.SHUT_WR: 2, socket.SHUT_RDWR: 3}
 ASTRAY = ("h", 60_000)
 
 
+class Node:
+    """What a name of a UNIX socket stands for: a file that may have several, or an abstract one."""
+
+    def __init__(self, inode: int, socket: Listening) -> None:
+        self.inode = inode
+        self.socket: Listening | None = socket  # None: it is closed
+
+
+class Names(dict[str, Node]):
+    """The names that UNIX sockets have, all in one folder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._inodes = count(1_000_000)
+
+    def add(self, name: str, socket: Listening) -> None:
+        """Bind a socket.  Raises OSError."""
+        if name in self:
+            raise failure(errno.EADDRINUSE)
+        socket.node = self[name] = Node(next(self._inodes), socket)
+
+    def at(self, name: str) -> Listening | None:
+        """Return the socket that clients of a name come to."""
+        node = self.get(name)
+        return None if node is None or node.socket is None or node.socket.refuses else node.socket
+
+
 class Address:
     """What clients connect to, and the sockets that are bound to it."""
 
-    def __init__(self, family: int, name: Any) -> None:
+    def __init__(self, family: int, name: Any, names: Names | None = None) -> None:
+        """names: of all UNIX sockets."""
         self.family = family
         self.name = name
+        self.names = Names() if names is None else names
         self.listening: list[Listening] = []  # in the order of listen(2)
         self.group: list[Listening] = []  # of SO_REUSEPORT, by place
         self.steered: int | None = None  # to which place
         self.marked: dict[str, int] = {}  # and those that come from these
-        self.file: Listening | None = None  # of UNIX: what has the name
-        self.path_inode = 0  # and the file of that name, where it is a path
         #: A worker has done something to a socket, and that is not mended yet.
         self.disturbed = False
         self.clients: dict[int, Connection] = {}  # those that have begun to connect, until closed
@@ -61,6 +88,18 @@ class Address:
         return isinstance(self.name, str) and self.name.startswith("/")
 
     @property
+    def file(self) -> Listening | None:
+        """Of UNIX: what has the name."""
+        node = self.names.get(self.name)
+        return node.socket if node is not None else None
+
+    @property
+    def path_inode(self) -> int:
+        """And the file of that name, where it is a path."""
+        node = self.names.get(self.name) if self.is_path else None
+        return node.inode if node is not None else 0
+
+    @property
     def by_number(self) -> bool:
         """Whether it is a port."""
         return self.family != socket.AF_UNIX
@@ -75,7 +114,7 @@ class Address:
     def for_new(self, number: int = 0, source: str = "") -> Listening | None:
         """Return the socket that a client gets to that connects now; None: it is refused."""
         if not self.by_number:
-            return None if self.file is None or self.file.refuses else self.file
+            return self.names.at(self.name)
         found = self._chosen(number, source)
         return None if found is None or (found.filtered and not found.drops) else found
 
@@ -136,6 +175,8 @@ class Listening(File):
         self.accepted = 0
         self.sent: dict[str, int] = {}  # the place of the last one sent on, by address
         self.question: Question | None = None  # what it has connected by, instead of listening
+        self.bound_as = ""  # of UNIX
+        self.node: Node | None = None  # and the file that it was given then
 
     @property
     def family(self) -> int:
@@ -160,7 +201,8 @@ class Listening(File):
     @property
     def whole(self) -> bool:
         """Whether nothing is wrong with it."""
-        return self.listens and not (self.mask or self.astray or self.filtered or self.elsewhere)
+        shut = self.mask if self.address.by_number else self.mask & 1
+        return self.listens and not (shut or self.astray or self.filtered or self.elsewhere)
 
     @property
     def full(self) -> bool:
@@ -169,7 +211,19 @@ class Listening(File):
 
     @property
     def name(self) -> Any:
+        if not self.address.by_number:
+            return self.bound_as
         return ASTRAY if self.astray else self.address.name
+
+    def getsockname(self) -> Any:
+        return self.name
+
+    @property
+    def own_file(self) -> str:
+        """Where the file is that a socket of a path keeps for itself; "" if it has none."""
+        names = self.address.names
+        found = (name for name, node in names.items() if node is self.node and name.endswith("~"))
+        return next(found, "")
 
     def ready(self) -> int:
         if self.question is not None:
@@ -183,13 +237,14 @@ class Listening(File):
             events |= HUP
         return events
 
-    def bind(self, address: Address) -> None:
-        """Raises OSError (EADDRINUSE) where another one has the address and does not share it."""
+    def bind(self, address: Address, name: str = "") -> None:
+        """name: of one that is bound beside a path.
+
+        Raises OSError (EADDRINUSE) where another one has the address and does not share it.
+        """
         if not address.by_number:
-            if address.file is not None or address.path_inode:
-                raise failure(errno.EADDRINUSE)
-            address.file = self
-            address.path_inode = next(address.inodes) if address.is_path else 0
+            self.bound_as = name or address.name
+            address.names.add(self.bound_as, self)
         else:
             self._share(address)
         self.address = address
@@ -255,8 +310,10 @@ class Listening(File):
 
     def closed(self) -> None:
         self._leave()
-        if self.address.file is self:
-            self.address.file = None
+        if self.node is not None:
+            self.node.socket = None
+            if not self.address.is_path:
+                del self.address.names[self.bound_as]
 
     def attach(self, option: int, place: int, marked: dict[str, int]) -> None:
         """Attach a filter: one that refuses all, or one that steers.  Raises OSError."""
@@ -302,4 +359,6 @@ class Listening(File):
     @property
     def mark(self) -> int:
         """What the connections that it accepts are told by."""
+        if not self.address.by_number:
+            return socket_file.number_of(cast("Any", self))
         return accept_marks.mark_of(cast("Any", self))

@@ -74,12 +74,15 @@ def test_the_same_seed_is_the_same_life(handoff: str) -> None:
     assert simulate(*words) == simulate(*words)
 
 
-def test_a_verdict_may_be_said_again_with_its_beginning_and_not_amid_another_reload() -> None:
+def test_a_verdict_may_be_said_again_only_after_a_kill_that_the_state_does_not_tell_of_it() -> None:
     """A decision that a killed program had begun to carry out is repeated as a whole."""
     world = World(1, 0, None)
     for _ in range(2):
         world._said("dry-run", {"generation": 5})
         world._said("dry-run-failed", {"generation": 5})
+        world._said("reloading", {"generation": None})
+        world._forget_unsaved()
+    world._said("dry-run-failed", {"generation": 5})
     world._said("dry-run", {"generation": 6})
 
     with pytest.raises(AssertionError, match="amid another reload"):

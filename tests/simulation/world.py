@@ -83,6 +83,7 @@ from socketprotector.system import (
     program_spec,
     reuseport,
     sock_diag,
+    socket_file,
     spawn,
     unix_listener,
 )
@@ -475,6 +476,7 @@ class World:
         self._tried: set[int] = set()  # generations that only dry runs have opened
         self._older = asks() < 0.5  # an upgrade may be to a program that knows of no dry run
         self._verdicts: set[tuple[str, int]] = set()
+        self._unsaved: set[tuple[str, int]] = set()  # since the last state
         self._outdated: set[tuple[str, int]] = set()  # after which another reload has begun
         self._faulty = pick((0.0, 0.3, 0.6))  # how much of what interferes is a fault
         self._deadly = pick((0.0, 0.02, 0.1)) if self.fd_store != "none" else 0.0
@@ -571,9 +573,11 @@ class World:
 
     def _bind(self, family: int, name: Any) -> Listening:
         """Bind the first socket of an address, as the launching process does.  Raises OSError."""
-        address = self.kernel.addresses.setdefault(name, Address(family, name))
+        address = self.kernel.addresses.setdefault(name, Address(family, name, self.kernel.names))
         if address.told in self._listed:
             raise failure(errno.EADDRINUSE)
+        if address.is_path and address.file is None:
+            self.kernel.names.pop(name, None)  # a stale one is replaced
         made = Listening(address)
         made.bind(address)
         made.listen(self.kernel.somaxconn)
@@ -746,7 +750,14 @@ class World:
             return found
 
         queue, point = EventQueue(), Checkpoint(file, store, log, others)
-        runtime = Runtime(self._loop, log, queue.post, point.save)
+
+        def save() -> bool:
+            done = point.save()
+            if done:
+                self._unsaved.clear()
+            return done
+
+        runtime = Runtime(self._loop, log, queue.post, save)
         effects = Effects(
             settings,
             lambda host: kind(host, listeners),
@@ -842,6 +853,7 @@ class World:
         """Let the kernel close everything, and the guard or systemd start another program."""
         kernel = self.kernel
         kernel.dead = False
+        self._forget_unsaved()
         copies = set(self._outbox._unsent.values())
         held = {
             file
@@ -879,6 +891,10 @@ class World:
 
     def accepted(self, which: Socket, but: object = None, *, waiting: bool = False) -> Counter[int]:
         """In the place of accept_marks.connections()."""
+        raise NotImplementedError
+
+    def accepted_unix(self) -> Iterator[tuple[str, int, int]]:
+        """In the place of sock_diag.accepted_unix()."""
         raise NotImplementedError
 
     def _end_of_all(self, why: str) -> None:
@@ -1543,12 +1559,18 @@ class World:
     def _said(self, event: str, fields: Mapping[str, Any]) -> None:
         """Look at what the protector logs, at once."""
         if event in ("reloading", "dry-run"):
-            # A program that was killed has its last decision repeated: beginning and verdict.
-            self._outdated |= {each for each in self._verdicts if each[1] != fields["generation"]}
+            self._outdated |= self._verdicts
         elif event in VERDICTS:
             verdict = event, fields["generation"]
             assert verdict not in self._outdated, f"{verdict} is said again, amid another reload"
             self._verdicts.add(verdict)
+            self._unsaved.add(verdict)
+
+    def _forget_unsaved(self) -> None:
+        """Let the next program say again what the state does not tell: it repeats a decision."""
+        self._verdicts -= self._unsaved
+        self._outdated -= self._unsaved
+        self._unsaved.clear()
 
     def _check_history(self, fleet: Fleet, history: History) -> None:
         """Whoever waits for a verdict must not wait for ever."""
@@ -1691,6 +1713,10 @@ def installed(world: World) -> Iterator[None]:
         put(probes, "is_waiting", kernel.is_waiting)
         put(probes, "end_of", kernel.end_of)
         put(reuseport, "comes_from", kernel.comes_from)
+        put(socket_file, "give", kernel.give)
+        put(socket_file, "file_of", kernel.file_of)
+        put(socket_file, "accepted_unix", world.accepted_unix)
+        put(quiescing, "accepted_unix", world.accepted_unix)
         put(spawn, "_fork", kernel.fork)
         put(orphans, "Look", look)
         put(workers, "AT_ONCE", world._at_once)

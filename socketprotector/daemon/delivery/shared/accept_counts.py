@@ -63,7 +63,8 @@ class AcceptCounts:
         one = listener.socket_for(socket_number)
         if one.family == socket.AF_UNIX:
             mark = socket_file.number_of(one)
-            if (listener.index, mark) in taken:
+            # Also one whose marks are not known any more.
+            if (listener.index, mark) in taken or socket_file.connections(listener.path)[mark]:
                 raise OSError(errno.EBUSY, "it is the socket of another generation")
             return listener.index, mark
         used = {its for index, its in taken if index == listener.index} - {NO_MARK}

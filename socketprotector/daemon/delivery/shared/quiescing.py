@@ -136,7 +136,8 @@ class Quiescing:
             left = self._ask(its, own, accepted=not waiting)
         elif left and (still := self._ask(its, own, accepted=not waiting)) is not None:
             left = {client: still[client] for client in left if client in still}
-        its.unread = left
+        # Of UNIX sockets those that wait are not told: so ask again when they have been accepted.
+        its.unread = None if waiting else left
         its.waited_s += its.delay_s
         its.quiet_s += its.delay_s if its.quiet_looks else 0.0
         its.quiet_looks += 1

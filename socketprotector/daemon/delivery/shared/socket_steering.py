@@ -234,6 +234,7 @@ class SocketSteering:
         self.probes.clients_come({(each.index, self.turns.number_for(each)) for each in listeners})
         self.probes.discard()  # an earlier program may not have come to it
         self._steer()
+        self._adopt_held()  # clients may have waited at both sockets until now
         self._watch.watch()
         if socket_number in self.turns.accepting.values():
             self.accept_watch.begin(before_us=again)
@@ -391,6 +392,9 @@ class SocketSteering:
         not_held = None
         if self.hold.on and listener.can_be_held:
             try:
+                if listener.path and not listener.is_reserved_for_clients:
+                    listener.reserve()
+                    self._bound(listener)  # so that a kill loses no client that waits there
                 listener.steer(socket_number, self.probes.questions, held=True)
             except OSError as error:
                 not_held = error

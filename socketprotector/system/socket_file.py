@@ -87,6 +87,10 @@ def _beside(path: str, what: str) -> str:
     return f"{folder.removesuffix('/')}/.{name}.sp-{what}"
 
 
+def _drawn(path: str) -> str:
+    return _name(path, int.from_bytes(os.urandom(3), "big") or 1)
+
+
 def _bound_as(one: socket.socket) -> str:
     name = one.getsockname()
     return os.fsdecode(name) if name else ""
@@ -119,7 +123,7 @@ def _bind(one: socket.socket, path: str, mode: int) -> str:
     before = os.umask(0o777 & ~mode)
     try:
         for tries_left in reversed(range(_TRIES)):
-            name = _name(path, int.from_bytes(os.urandom(3), "big") or 1)
+            name = _drawn(path)
             if os.path.lexists(name + _OWN):
                 continue
             try:
@@ -193,6 +197,8 @@ def lead_to(path: str, one: socket.socket, ours: Iterable[socket.socket]) -> Non
         raise OSError(errno.EEXIST, "another program has put its file there", path)
     new = _beside(path, _NEW)
     _unlink(new)  # of a program that was killed here
+    if os.path.lexists(new):  # of another user, where many may write, as in /tmp
+        new = _drawn(path) + _OWN
     os.link(own_file(path, one), new, follow_symlinks=False)
     with on_error(_unlink, new):
         os.rename(new, path)

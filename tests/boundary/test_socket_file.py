@@ -189,6 +189,27 @@ def test_a_path_that_leads_to_a_socket_of_a_killed_program_is_led_on(sockets: So
     os.unlink(left)
 
 
+def test_no_file_of_another_user_keeps_a_path_from_leading_elsewhere(
+    sockets: Sockets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root can remove any file; in a folder as /tmp is, others cannot."""
+    theirs = f"{os.path.dirname(sockets.path)}/.web.sock.sp-new"
+    Path(theirs).touch()
+    unlink = os.unlink
+
+    def refuse(path: str) -> None:
+        if path == theirs:
+            raise PermissionError(errno.EPERM, "not its owner")
+        unlink(path)
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    sockets.add()
+    sockets.lead_to(1)
+    assert sockets.reached() == 1
+    monkeypatch.undo()
+    os.unlink(theirs)
+
+
 def test_a_path_that_was_removed_is_made_again(sockets: Sockets) -> None:
     sockets.add()
     os.unlink(sockets.path)

@@ -589,6 +589,7 @@ def test_a_socket_that_is_bound_anew_while_the_file_is_read_is_known_from_then_o
     revived(daemon, kill_protector(daemon))
 
     assert pid_in(ask(str(path))) == spawned(daemon, 2)[0]
+    daemon.log.wait_for("event=drained generation=1")  # a stop has a limit of its own
     daemon.stop()
     assert not path.exists()
 

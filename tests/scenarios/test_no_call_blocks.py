@@ -49,7 +49,7 @@ close_range dup dup2 dup3 epoll_create1 epoll_ctl eventfd2 execve exit exit_grou
 faccessat2 fchdir fchmod fchown fork fstat fstatfs ftruncate getcwd getdents64 getegid geteuid
 getgid getgroups getitimer getpeername getpgid getpgrp getpid getppid getpriority getrandom
 getresgid getresuid getrlimit getrusage getsid getsockname getsockopt gettid gettimeofday getuid
-kill listen lseek lstat
+kill lgetxattr link linkat listen lseek lsetxattr lstat
 madvise membarrier memfd_create mkdir mmap mprotect mremap munmap newfstatat open openat pidfd_open
 pidfd_send_signal pipe2 prctl pread64 prlimit64 pwrite64 readlink readlinkat rename renameat
 restart_syscall rseq rt_sigaction rt_sigprocmask rt_sigreturn sched_getaffinity sched_getparam

@@ -69,7 +69,7 @@ def lame_duck(instance: Instance, state: str, as_json: bool) -> None:
 def hold(instance: Instance, seconds: float | None, as_json: bool) -> None:
     """Accept nothing, refuse nothing: new clients wait in the kernel's backlog.
 
-    Under --handoff listener their own kernels try again, after 1, 3, 7 s and so on.
+    Under --handoff listener TCP clients' kernels try again, after 1, 3, 7 s and so on.
 
     Without --for it lasts as long as this command runs: Ctrl-C or TERM releases, and so does its
     being killed, after 5 s.

@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -158,12 +159,12 @@ def test_one_number_for_two_sockets_survives_a_number_that_is_half_taken(
     taken: list[int] = []
 
     def half_taken(
-        listen: Listen, family: int, host: str, port: int, backlog: int, *, free: bool
+        listen: Listen, family: int, host: str, port: int, backlog: int, **more: Any
     ) -> bind.Bound:
         if host == "127.0.0.2" and len(taken) < 3:
             taken.append(port)
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-        return real(listen, socket.AddressFamily(family), host, port, backlog, free=free)
+        return real(listen, socket.AddressFamily(family), host, port, backlog, **more)
 
     monkeypatch.setattr(bind, "_bind_one", half_taken)
 
@@ -201,7 +202,7 @@ def test_a_socket_that_cannot_be_given_away_is_removed_again(
     def refused(*_: object, **__: object) -> None:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
-    monkeypatch.setattr(bind_unix, "_chown", refused)
+    monkeypatch.setattr(bind_unix, "give_away", refused)
 
     with pytest.raises(SystemRefused, match="to give a socket away needs root"):
         bound("unix:s?user=0", folder=tmp_path)

@@ -974,7 +974,11 @@ class Handed(World):
 
     def _check_files(self) -> None:
         """No file is left; a kill leaves at most what the next start finds."""
-        left = [name for name, node in self.kernel.names.items() if name.startswith("/")]
+        left = [
+            name
+            for name, node in self.kernel.names.items()
+            if isinstance(name, str) and name.startswith("/")
+        ]
         assert not left or self.kills, f"{left} is left behind"
         for address in self._addresses:
             if address.is_path:

@@ -501,7 +501,11 @@ class Kernel:
 
     def _scandir(self, path: str) -> Any:
         self.enter("open")
-        names = [SimpleNamespace(path=each) for each in self.names if each.startswith(f"{path}/")]
+        names = [
+            SimpleNamespace(path=each)
+            for each in self.names
+            if isinstance(each, str) and each.startswith(f"{path}/")
+        ]
         return nullcontext(names)
 
     def _getxattr(self, path: str, name: str, *, follow_symlinks: bool) -> bytes:

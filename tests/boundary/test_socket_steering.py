@@ -292,6 +292,35 @@ def test_clients_wait_for_the_next_generation_as_soon_as_a_failed_one_has_left_i
     assert world.quiesced == [1]
 
 
+def test_one_goes_on_while_clients_come_to_it_and_an_earlier_one_has_the_other_socket(
+    reloaded: World,
+) -> None:
+    """Under stop-first, right after another reload."""
+    reloaded.steering.turn_to(1)
+    reloaded.quiesce(2)
+    reloaded.pass_time(LAST_S + 1)
+    assert reloaded.quiesced == []
+
+    reloaded.steering.leave(1)
+    reloaded.pass_time(QUIET_S + 0.3)
+
+    assert reloaded.quiesced == [2]
+
+
+def test_clients_of_a_socket_that_another_has_replaced_are_read_first(reloaded: World) -> None:
+    """It has accepted them before a worker shut the socket down."""
+    reloaded.steering.turns.lose(reloaded.listener, 0)
+    reloaded.unread = {b"early": False}
+    supersede(reloaded)
+    reloaded.pass_time(QUIET_S + 1)
+    assert reloaded.quiesced == []
+
+    reloaded.unread = {}
+    reloaded.pass_time(QUIET_S + 0.3)
+
+    assert reloaded.quiesced == [1]
+
+
 def test_one_quiesces_though_clients_come_while_no_other_generation_accepts(world: World) -> None:
     world.steering.enter(1, 0)
     world.steering.turn_to(0)

@@ -73,13 +73,13 @@ class Quiescing:
         *,
         own: Callable[[int, int], Sequence[Listener]],
         clients_wait: Callable[[Listener, int], bool],
-        is_steered: Callable[[], bool],
+        is_steered: Callable[[int], bool],
     ) -> None:
         """own: the listeners whose socket of a number gets no new clients while the other one does,
         as far as a generation has them.
 
         clients_wait: whether any do at a socket, by its number; questions of ours do not count.
-        is_steered: whether none comes to a generation whose turn is over.
+        is_steered: whether no new client comes to a generation.
         """
         self._loop, self._log = runtime.loop, runtime.log
         self._own, self._clients_wait, self._is_steered = own, clients_wait, is_steered
@@ -121,9 +121,13 @@ class Quiescing:
 
     def _look(self, generation: int) -> None:
         its, now = self._generations[generation], time.monotonic()
-        still_come = not self._is_steered()  # first: who comes after that is not among these
+        still_come = not self._is_steered(
+            generation
+        )  # first: who comes after that is not among these
         its.common = [each for each in its.common if each.has_waiting()]
         own = self._own(its.socket_number, generation)
+        # Also where another socket was bound in the place of its own: it has accepted before.
+        pairs = self._own(its.socket_number, 0)
         waiting = any(self._clients_wait(each, its.socket_number) for each in own) or bool(
             its.common
         )
@@ -133,8 +137,8 @@ class Quiescing:
         if left is None:
             # sock_diag knows the port, not the socket: it counts clients of the other one, too.
             # Of these only accepted ones matter: a backlog there is the other generation's.
-            left = self._ask(its, own, accepted=not waiting)
-        elif left and (still := self._ask(its, own, accepted=not waiting)) is not None:
+            left = self._ask(its, pairs, accepted=not waiting)
+        elif left and (still := self._ask(its, pairs, accepted=not waiting)) is not None:
             left = {client: still[client] for client in left if client in still}
         # Of UNIX sockets those that wait are not told: so ask again when they have been accepted.
         its.unread = None if waiting else left

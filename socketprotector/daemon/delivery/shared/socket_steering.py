@@ -74,7 +74,7 @@ class SocketSteering:
             runtime,
             own=lambda number, generation: self.turns.own(self._pairs, number, generation),
             clients_wait=self.probes.clients_wait,
-            is_steered=lambda: self._steered,
+            is_steered=self._comes_to_others,
         )
         self.hold = ListenerHold(listeners)
         self._repairs = SocketRepair(
@@ -324,6 +324,13 @@ class SocketSteering:
         self.turns.given_back = True
         if self.share:
             self._steer()
+
+    def _comes_to_others(self, generation: int) -> bool:
+        """Whether no new client comes to a generation.
+
+        One does as long as an earlier generation has not left the other socket.
+        """
+        return self._steered and self.turns.accepting[generation] != self.turns.current
 
     def _turn_away(self, generation: int) -> bool:
         """Have new clients wait for a generation that is yet to come; say whether that is news.

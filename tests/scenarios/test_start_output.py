@@ -15,7 +15,7 @@ import termios
 import pytest
 
 from tests import needs
-from tests.procfs import cpu_s, descriptors, wake_ups
+from tests.procfs import cpu_s, descriptors, status_of, wake_ups
 from tests.running import Client, Lines, ask, eventually, wait_gone
 from tests.scenarios.output import Syslog, relay_of, relays_of
 from tests.scenarios.starting import MINIMAL, Start, start_of
@@ -127,9 +127,14 @@ def test_stop_signals_do_not_end_the_relay(start: Start, syslog: Syslog) -> None
     ended = start("unix:s?mode=0600", "--", *TALKS, before=syslog.before)
     if ended.status == 77:
         needs.skip("mounts" if needs.IS_ROOT else "root")
-    relay = relay_of(start)
+    relay, signals = relay_of(start), (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    wanted = sum(1 << number - 1 for number in signals)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    def is_up() -> bool:
+        return int(status_of(relay)["SigIgn"], 16) & wanted == wanted
+
+    eventually(is_up, "the relay, which ignores them from then on")
+    for number in signals:
         os.kill(relay, number)
     with Client(f"{start.folder}/s", "still here"):
         syslog.wait_for("still here")

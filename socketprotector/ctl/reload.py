@@ -70,7 +70,7 @@ def reload(
     if not wait:
         if drained or timeout:
             raise click.UsageError("--no-wait goes with neither --drained nor --timeout")
-        generation = number_in(instance.request("reload", dry_run=dry_run), "generation")
+        generation = number_in(instance.request("reload", **_how(dry_run)), "generation")
         words = f"reload requested: generation {generation} will start; see status for the outcome"
         if dry_run:
             words = f"dry run requested: generation {generation} will be tried; see status for the "
@@ -145,14 +145,19 @@ def _ask_reload(client: Client, before: Message, *, dry_run: bool) -> int:
             "nothing was tried (socketprotectorctl upgrade, once a newer one is installed)",
         )
     try:
-        return number_in(client.request("reload", dry_run=dry_run), "generation")
+        return number_in(client.request("reload", **_how(dry_run)), "generation")
     except ConnectionLost:
         client.again()
     newest = max(_tried(before, dry_run=dry_run), default=0)
     for number in _tried(client.ask("status"), dry_run=dry_run):
         if number > newest:
             return number
-    return number_in(client.ask("reload", dry_run=dry_run), "generation")
+    return number_in(client.ask("reload", **_how(dry_run)), "generation")
+
+
+def _how(dry_run: bool) -> dict[str, bool]:
+    """Return the arguments of a reload: an older protector knows none, and refuses what is new."""
+    return {"dry_run": True} if dry_run else {}
 
 
 def _tried(status: Message, *, dry_run: bool) -> list[int]:

@@ -1845,7 +1845,7 @@ def test_another_program_knows_for_how_long_they_have_tried(reloaded: World, hel
         assert reloaded.steering.hold.late_s == pytest.approx(7.0)
         reloaded.now += 1.0
     reloaded.resume((1, 0))
-    assert not reloaded.steering.holds
+    assert not reloaded.steering.hold.on
     assert reloaded.steering.hold.late_s == pytest.approx(6.0 if held else 5.0)
 
 

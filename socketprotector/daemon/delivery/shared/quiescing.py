@@ -121,9 +121,8 @@ class Quiescing:
 
     def _look(self, generation: int) -> None:
         its, now = self._generations[generation], time.monotonic()
-        still_come = not self._is_steered(
-            generation
-        )  # first: who comes after that is not among these
+        # First: clients that come after that are not among those below.
+        still_come = not self._is_steered(generation)
         its.common = [each for each in its.common if each.has_waiting()]
         own = self._own(its.socket_number, generation)
         # Also where another socket was bound in the place of its own: it has accepted before.

@@ -164,7 +164,7 @@ class SharedDelivery(Delivery):
 
     @property
     def is_silent(self) -> bool:
-        return self.steering.holds
+        return self.steering.hold.on
 
     @property
     def late_s(self) -> float:

@@ -53,7 +53,7 @@ class SocketSteering:
         at which addresses.
         """
         self._listeners = listeners
-        self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
+        self._loop, self._log = runtime.loop, runtime.log
         self._persist = runtime.persist
         self._bound = bound
         self._steered = True  # the kernel knows the turns
@@ -156,11 +156,6 @@ class SocketSteering:
     def reach(self, name: str, knows: Callable[[int], bool] = lambda index: True) -> Way | None:
         """Return how the generation that gets the clients is reached; see Probes.reach()."""
         return self.probes.reach(self._shared, name, knows)
-
-    @property
-    def holds(self) -> bool:
-        """Whether new clients get no answer."""
-        return self.hold.on
 
     def gone(self, generation: int) -> None:
         """It has no workers any more."""

@@ -184,16 +184,17 @@ def keep_file(path: str, one: socket.socket) -> None:
 def lead_to(path: str, one: socket.socket, ours: Iterable[socket.socket]) -> None:
     """Have clients of a path come to a socket from now on.
 
-    ours: all sockets of the path.  A file that a killed program has left there is replaced.
+    ours: all sockets of the path.  A file that a closed socket has left there is replaced.
     Raises OSError, also where another program's file is there.
     """
     there = _known(path)
     if _is_file_of(path, one, there):
         return
     before = next((each for each in ours if _is_file_of(path, each, there)), None)
+    left: list[str] = []
     if before is not None:
         keep_file(path, before)
-    elif there != _NONE and not (_is_beside(path, there) and is_stale(path)):
+    elif there != _NONE and not (left := _left_by_a_socket(path, there)):
         raise OSError(errno.EEXIST, "another program has put its file there", path)
     new = _beside(path, _NEW)
     _unlink(new)  # of a program that was killed here
@@ -202,11 +203,17 @@ def lead_to(path: str, one: socket.socket, ours: Iterable[socket.socket]) -> Non
     os.link(own_file(path, one), new, follow_symlinks=False)
     with on_error(_unlink, new):
         os.rename(new, path)
+    for each in left:
+        _unlink(each)
 
 
 def forget(path: str, one: socket.socket) -> None:
-    """Remove the file of a socket that is about to be closed."""
-    _unlink(own_file(path, one))
+    """Remove the file of a socket that is about to be closed.
+
+    While its path leads to it the file stays: by that lead_to() knows that the path is ours.
+    """
+    if not leads_to(path, one):
+        _unlink(own_file(path, one))
 
 
 def remove(path: str, ours: Iterable[socket.socket]) -> None:
@@ -216,6 +223,11 @@ def remove(path: str, ours: Iterable[socket.socket]) -> None:
         if leads_to(path, each):
             _unlink(path)
         forget(path, each)
+    if (there := _known(path)) != _NONE:
+        with suppress(OSError):
+            for left in _left_by_a_socket(path, there):
+                _unlink(path)
+                _unlink(left)
 
 
 def left_beside(path: str) -> Iterator[str]:
@@ -247,9 +259,13 @@ def is_stale(path: str) -> bool:
     raise OSError(number, os.strerror(number))
 
 
-def _is_beside(path: str, found: tuple[int, int]) -> bool:
-    """Return whether a file is that of a socket of a path, maybe of a program that was killed."""
-    return any(_known(each) == found for each in left_beside(path))
+def _left_by_a_socket(path: str, found: tuple[int, int]) -> list[str]:
+    """Return which files beside a path are the one that is there, where no process listens on it.
+
+    The socket was closed, or the program was killed that had it.  Raises OSError.
+    """
+    left = [each for each in left_beside(path) if _known(each) == found]
+    return left if left and is_stale(path) else []
 
 
 def _is_file_of(path: str, one: socket.socket, found: tuple[int, int]) -> bool:

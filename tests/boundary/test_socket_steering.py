@@ -2324,3 +2324,54 @@ def test_the_last_socket_of_a_path_is_bound_anew_whatever_the_path_led_to_before
     assert world.lost == []
     come(world, pair.path)
     assert pair.has_waiting()
+
+
+@pytest.mark.parametrize("failing", [(), ("link",), ("rename",)])
+def test_a_path_whose_socket_was_broken_leads_to_the_other_as_soon_as_its_folder_lets_it(
+    world: World,
+    pair: Listener,
+    monkeypatch: pytest.MonkeyPatch,
+    failing: tuple[str, ...],
+) -> None:
+    """No other socket can be made for a while: the file that is there is still known as ours."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    pair.socket_for(0).shutdown(socket.SHUT_RDWR)
+    with monkeypatch.context() as full:
+        full.setattr(socket_file, "bind", fail)
+        for each in failing:
+            full.setattr(os, each, fail)
+        world.steering._repairs.mend(pair, 0)
+        world.pass_time(1.0)
+    world.pass_time(1.0)
+
+    assert not pair.has_sibling
+    come(world, pair.path)
+    assert pair.has_waiting()
+    folder = os.path.dirname(pair.path)
+    assert len(os.listdir(folder)) == 2, "the path, and the file of its socket"
+    pair.refuse_new()
+    assert os.listdir(folder) == []
+
+
+def test_a_path_that_leads_to_a_broken_socket_is_removed_at_the_end(
+    world: World, pair: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    pair.socket_for(0).shutdown(socket.SHUT_RDWR)
+    with monkeypatch.context() as full:
+        full.setattr(socket_file, "bind", fail)
+        full.setattr(os, "link", fail)
+        world.steering._repairs.mend(pair, 0)
+
+    pair.refuse_new()
+
+    assert os.listdir(os.path.dirname(pair.path)) == []

@@ -203,8 +203,12 @@ class UnixListener(Listener):
         """
         if self._reserved is None or self.has_waiting(socket_number):
             return
-        if socket_file.leads_to(self.path, self.socket_for(socket_number)):
+        one = self.socket_for(socket_number)
+        if socket_file.leads_to(self.path, one):
             socket_file.lead_to(self.path, self._reserved, self.sockets)
+            if self.has_waiting(socket_number):  # until then one could come
+                socket_file.lead_to(self.path, one, self._all)
+                return
         self.joined[socket_number % 2] += 1
         self._replace(socket_number, self._reserved)
         self._reserved = None

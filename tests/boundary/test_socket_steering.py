@@ -2375,3 +2375,23 @@ def test_a_path_that_leads_to_a_broken_socket_is_removed_at_the_end(
     pair.refuse_new()
 
     assert os.listdir(os.path.dirname(pair.path)) == []
+
+
+def test_a_client_that_comes_as_another_socket_is_put_in_the_place_of_its_one_waits_on(
+    world: World, pair: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No generation accepts there, so the path leads to the socket that a hold's is to replace."""
+    pair.reserve()
+    lead_to = socket_file.lead_to
+
+    def lead(path: str, one: socket.socket, ours: Collection[socket.socket]) -> None:
+        if not world.clients:
+            come(world, path)
+        lead_to(path, one, ours)
+
+    monkeypatch.setattr(socket_file, "lead_to", lead)
+    pair.adopt_reserved(0)
+
+    assert len(world.clients) == 1
+    assert pair.has_waiting(0)
+    assert socket_file.leads_to(pair.path, pair.socket_for(0))

@@ -1,15 +1,17 @@
 """Child processes: signal and reap them.  Never by pid alone: each has a pidfd.
 
-Source: pidfd_open(2), pidfd_send_signal(2), waitid(2).
+Source: pidfd_open(2), pidfd_send_signal(2), waitid(2); F_SETOWN_EX in fcntl(2).
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import resource
 import select
 import signal
+import struct
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -27,6 +29,9 @@ _known: dict[int, set[Process]] = {}
 _REAPED_AT_ONCE = 256
 #: PIDFD_SIGNAL_PROCESS_GROUP of pidfd_send_signal(2), from Linux 6.9 on.
 _PROCESS_GROUP = 1 << 2
+#: Of fcntl(2); Python has no names for them.
+_F_SETOWN_EX, _F_GETOWN_EX, _F_OWNER_PGRP = 15, 16, 2
+_OWNER = struct.Struct("2i")
 #: The kernel's count of a process's memory is this inexact: it adds up what each processor counts.
 _INEXACT_KIB = 1024
 
@@ -61,7 +66,11 @@ class Process:
     def of_child(cls, pid: int, lifeline: int = -1) -> Process:
         """Own a child that was just started.  Raises OSError, and then it is killed."""
         with on_error(_kill, pid):  # its end would never be noticed
-            return cls(pid, lifeline=lifeline)
+            child = cls(pid, lifeline=lifeline)
+        # The pidfd then knows the group itself, not its number, in each process that has it.
+        with suppress(OSError):  # it leads none
+            fcntl.fcntl(child.pidfd, _F_SETOWN_EX, _OWNER.pack(_F_OWNER_PGRP, pid))
+        return child
 
     def signal(self, number: int) -> None:
         """Send a signal to the process; nothing happens if it has ended.
@@ -112,10 +121,16 @@ class Process:
             return True
 
     def _is_anothers_number(self) -> bool:
-        """Whether it was reaped and another process has its number: then its group was empty."""
-        return _is_gone(lambda: signal.pidfd_send_signal(self.pidfd, 0)) and not _is_gone(
-            lambda: os.kill(self.pid, 0)
-        )
+        """Whether it was reaped, and its number is another process's or another group's.
+
+        Before Linux 5.12 a group whose leader has ended, too, is not told from its own.
+        """
+        if not _is_gone(lambda: signal.pidfd_send_signal(self.pidfd, 0)):
+            return False
+        if not _is_gone(lambda: os.kill(self.pid, 0)):
+            return True  # its group was empty before
+        kind, group = _OWNER.unpack(fcntl.fcntl(self.pidfd, _F_GETOWN_EX, bytes(_OWNER.size)))
+        return kind == _F_OWNER_PGRP and not group
 
     def has_ended(self) -> bool:
         """Say whether it has ended, reaped or not."""

@@ -387,32 +387,47 @@ if {old}:
             raise OSError(22, "Invalid argument")
         real(fd, number)
     signal.pidfd_send_signal = before
-def leader():
+def leader(leaves=False):
     receive, send = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.setsid()
+        if leaves and os.fork():
+            signal.pause()
         os.write(send, b"+")
         signal.pause()
     os.read(receive, 1)
     return pid
-first = Process(leader())
+def reused(leaves=False):
+    with open("/proc/sys/kernel/ns_last_pid", "w") as file:
+        file.write(str(first.pid - 1))
+    second = leader(leaves)
+    assert second == first.pid, (second, first.pid)
+    return second
+first = Process.of_child(leader())
+assert first.has_group(), "the positive control"
 os.kill(first.pid, signal.SIGKILL)
 if {adopted}:
     os.waitpid(first.pid, 0)
 else:
     while first.reap() is None:
         pass
-with open("/proc/sys/kernel/ns_last_pid", "w") as file:
-    file.write(str(first.pid - 1))
-second = leader()
-assert second == first.pid, (second, first.pid)
+second = reused()
 assert not first.has_group()
 assert not first.signal_group(signal.SIGKILL)
 first.kill_group()
 assert os.waitpid(second, os.WNOHANG) == (0, 0), "killed another's group"
 os.kill(second, signal.SIGKILL)
 os.waitpid(second, 0)
+# One whose leader has ended, too: its number stands for the group alone.
+second = reused(leaves=True)
+os.kill(second, signal.SIGKILL)
+os.waitpid(second, 0)
+assert not first.has_group()
+assert not first.signal_group(signal.SIGKILL)
+first.kill_group()
+assert os.waitpid(-1, os.WNOHANG) == (0, 0), "killed another's group"
+os.killpg(second, signal.SIGKILL)
 """
 
 

@@ -130,7 +130,7 @@ def reached_without_batches(canaries: int, per_second: float, fault: Fault) -> f
     return canaries + (1 - fault.share) ** canaries * rest
 
 
-# -- what docs/fleet-size.md shows ----------------------------------------------------------------
+# -- what fleet_size.md shows ---------------------------------------------------------------------
 
 HOSTS = 10_000
 PLANS = (

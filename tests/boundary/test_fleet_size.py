@@ -1,4 +1,4 @@
-"""The figures of docs/fleet-size.md: batches as Ansible makes them, and how far a fault comes."""
+"""The figures of bench/fleet_size.md: batches as Ansible makes them, and how far a fault comes."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_the_mean_is_that_of_many_releases(after_s: float) -> None:
 
 
 def test_the_table_of_the_document_is_that_of_the_code() -> None:
-    assert tables(Costs()) in (ROOT / "docs" / "fleet-size.md").read_text(encoding="utf-8")
+    assert tables(Costs()) in (ROOT / "bench" / "fleet_size.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("canaries", [1, 10, 100])
@@ -125,14 +125,14 @@ def test_a_rough_figure_from_elsewhere_is_what_comes_without_batches() -> None:
     """A rough figure from elsewhere: 422, 353 and 259 hosts."""
     found = [reached_without_batches(canaries, 10, ROUGH) for canaries in (1, 10, 100)]
 
-    text = (ROOT / "docs" / "fleet-size.md").read_text(encoding="utf-8")
+    text = (ROOT / "bench" / "fleet_size.md").read_text(encoding="utf-8")
     assert "{:.0f}, {:.0f} and {:.0f}".format(*found) in text
     assert found == pytest.approx([422, 353, 259], rel=0.06)
 
 
 def test_five_hosts_took_what_is_computed_within_a_tenth() -> None:
     """The document has what --measure has printed."""
-    text = (ROOT / "docs" / "fleet-size.md").read_text(encoding="utf-8")
+    text = (ROOT / "bench" / "fleet_size.md").read_text(encoding="utf-8")
     row = r"^\| ([^|]+) \| ([\d.]+) s \| (\d+) \| ([\d.]+) s \| ([\d.]+) s \|"
     rows = re.findall(row, text, re.MULTILINE)
     said = [(plan, float(settle_s), int(forks)) for plan, settle_s, forks, *_ in rows]

@@ -88,7 +88,7 @@ def pages() -> dict[Path, Page]:
 
 
 def test_there_is_a_page_for_each(pages: dict[Path, Page]) -> None:
-    wanted = [*links.PAGES, *links.MANUALS]
+    wanted = [*links.ON_THE_SITE, *links.MANUALS]
     names = {path.relative_to(ROOT).with_suffix(".html") for path in wanted}
 
     missing = names - {path.relative_to(SITE) for path in pages}

@@ -90,4 +90,4 @@ def test_each_page_stands_on_one_shelf() -> None:
     listed = re.findall(r"^\* \[[^\]]*\]\(([^)]*)\)", text, re.MULTILINE)
     here = Counter(name((INDEX.parent / each).resolve()) for each in listed)
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == links.SHELVES
-    assert here == Counter({*map(name, [*links.PAGES, *links.MANUALS])} - {name(INDEX)})
+    assert here == Counter({*map(name, [*links.ON_THE_SITE, *links.MANUALS])} - {name(INDEX)})

@@ -34,7 +34,7 @@ RUN: dict[str, tuple[str, ...]] = {
     "docs/control.md": (),
     "docs/handoff.md": ("curl", "uvicorn"),
     "docs/install.md": (),
-    "docs/internals/soak.md": ("make",),
+    "bench/soak.md": ("make",),
     "docs/legacy.md": ("curl",),
     "docs/load-balancers.md": ("curl", "haproxy"),
     "docs/log.md": ("logrotate",),

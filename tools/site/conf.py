@@ -37,8 +37,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "man_page"]
 root_doc = "docs/index"
 include_patterns = [
     "*.md",
-    *("bench/README.md", "client_lib/README.md", "client_lib/c/README.md", "exporter/README.md"),
-    *("docs/*.md", "docs/internals/*.md"),
+    *("client_lib/README.md", "client_lib/c/README.md", "exporter/README.md"),
+    "docs/*.md",
     *("docs/man/*.[18]", "client_lib/man/*.1", "exporter/man/*.8"),
 ]
 #: socketprotector.8 is another name of SocketProtector.8.

@@ -49,7 +49,6 @@ RUN: dict[str, tuple[str, ...]] = {
     "docs/operating.md": ("script",),
     "docs/page.md": ("curl", "systemctl"),
     "docs/reference.md": (),
-    "docs/proxy-protocol.md": ("curl", "haproxy", "gunicorn"),
     "docs/servers.md": (
         *("curl", "gunicorn", "hypercorn", "nginx", "node", "plackup", "starman", "uvicorn"),
     ),

@@ -18,7 +18,7 @@ ON_THE_SITE = sorted(
     }
 )
 #: All that people read: measurements and tests stand beside what makes them.
-PAGES = [*ON_THE_SITE, *sorted((ROOT / "bench").glob("*.md")), *sorted((ROOT / "tests").glob("*.md"))]
+PAGES = sorted({*ON_THE_SITE, *(ROOT / "bench").glob("*.md"), *(ROOT / "tests").glob("*.md")})
 #: .so: another name of a page that is there.
 MANUALS = sorted(
     path

@@ -197,10 +197,14 @@ class Fleet:
         return self.of(Phase.SETTLING) or self.of(Phase.SERVING)
 
     @property
+    def is_opening(self) -> bool:
+        """Whether a reload, a dry run or a replacement is under way."""
+        return bool(self.incoming or self.to_open or self.candidate or self.reading)
+
+    @property
     def is_changing(self) -> bool:
-        """Whether a reload, a dry run or a replacement is under way, or will be."""
-        coming = self.incoming or self.to_open or self.candidate
-        return bool(coming or self.reload_wanted or self.reading)
+        """Whether one is, or will be."""
+        return self.is_opening or self.reload_wanted
 
     def policy_of(self, fresh: bool) -> Policy:
         """The policy for opening a generation, fresh or from the last good command."""

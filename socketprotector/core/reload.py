@@ -67,14 +67,28 @@ def renew_requested(step: Step) -> None:
 
 
 def renew(step: Step) -> bool:
-    """Begin that, unless a generation is coming anyway, or none serves."""
+    """Begin that, unless a generation is coming anyway, or none serves.
+
+    A reload that is wanted, and has not begun, follows.
+    """
     fleet = step.fleet
-    if not fleet.of(Phase.SERVING) or fleet.stopping or fleet.is_changing:
+    if not fleet.of(Phase.SERVING) or fleet.stopping or fleet.is_opening:
         return False
     step.do(Report(ReportKind.RELOADING))
     step.fleet = replace(fleet, to_open=Next.LAST_GOOD)
     _make_room(step)
     return True
+
+
+def rescue(step: Step, number: int) -> None:
+    """Have the last good command accept the clients that a failed release has left.
+
+    Only a release: where that command fails, too, Stranded comes, less and less often.
+    """
+    fleet, failed = step.fleet, step.fleet[number]
+    is_over = failed.fresh and not failed.workers and _has_failed(fleet, failed)
+    if is_over and fleet.policy.has_two_places:
+        renew(step)
 
 
 def begin_if_wanted(step: Step) -> None:
@@ -84,15 +98,21 @@ def begin_if_wanted(step: Step) -> None:
         return
     if fleet.candidate:
         _begin(step)
-    elif fleet.reload_wanted:
+    elif fleet.reload_wanted and fleet.stop_requested:
+        # Only now: a client takes the first verdict from its number on for its own, and the
+        # reload before this one had none yet.
         step.fleet = replace(fleet, reload_wanted=False)
-        if fleet.stop_requested:
-            # Only now: a client takes the first verdict from its number on for its own, and the
-            # reload before this one had none yet.
-            step.fail_unopened(CALLED_OFF)
-        else:
-            step.do(Report(ReportKind.RELOADING))
-            _read_or_begin(step)
+        step.fail_unopened(CALLED_OFF)
+    elif fleet.reload_wanted and not _may_rescue(fleet):
+        step.fleet = replace(fleet, reload_wanted=False)
+        step.do(Report(ReportKind.RELOADING))
+        _read_or_begin(step)
+
+
+def _may_rescue(fleet: Fleet) -> bool:
+    """Whether a rescue comes first, or may come: a failed release is not gone yet."""
+    rescues = fleet.to_open is not None and fleet.of(Phase.SERVING) is not None
+    return rescues or bool(failed_in_the_way(fleet))
 
 
 def _read_or_begin(step: Step) -> None:
@@ -183,12 +203,27 @@ def in_the_way(fleet: Fleet) -> tuple[Generation, ...]:
     policy = fleet.policy_of(fleet.to_open is Next.FRESH)
     if policy.stop_first or not fleet.served:
         return fleet.generations
-    # Where workers accept there are sockets for two, and these still use one.
+    return tuple(each for each in fleet.generations if _takes_a_place(fleet, each))
+
+
+def _takes_a_place(fleet: Fleet, generation: Generation) -> bool:
+    """Whether a generation that ends uses one of the two sockets there are where workers accept."""
+    abandoned = fleet.policy.has_two_places and generation.phase is Phase.ABANDONED
+    return generation.quiescing or abandoned
+
+
+def _has_failed(fleet: Fleet, generation: Generation) -> bool:
+    """Whether another generation serves although this one, which does not start, is newer."""
+    serving = fleet.of(Phase.SERVING)
+    return serving is not None and generation.number > serving.number
+
+
+def failed_in_the_way(fleet: Fleet) -> tuple[Generation, ...]:
+    """Return the failed generations that must be gone before a requested reload begins."""
     return tuple(
-        generation
-        for generation in fleet.generations
-        if generation.quiescing
-        or (fleet.policy.has_two_places and generation.phase is Phase.ABANDONED)
+        each
+        for each in fleet.generations
+        if each.workers and _takes_a_place(fleet, each) and _has_failed(fleet, each)
     )
 
 
@@ -327,6 +362,8 @@ def fail(step: Step, number: int, reason: str, *, retry: bool = False) -> None:
         _abandon(step, number)
     if not step.fleet.served:
         _first_start_failed(step, number, reason, retry=retry)
+    elif serving and not failed.fresh and not settles and step.fleet.reload_wanted:
+        step.do(Report(ReportKind.RETRYING, number, reason))  # the verdict is that of the reload
     elif serving or failed.fresh or settles:
         step.report_failure(number, reason)
         if not serving:  # its channel broke meanwhile

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from ..model.lazy_dataclass import field, frozen
 from .events import Deadline, TimerKind
 from .fleet import Fleet, Generation, LameDuck, Phase, State, Stop
-from .reload import in_the_way
+from .reload import failed_in_the_way, in_the_way
 
 
 @frozen
@@ -70,13 +70,12 @@ def _reload(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
             yield _start(fleet, facts, generation)
         elif generation.phase is Phase.SETTLING:
             yield _settle(facts, generation)
-    if fleet.to_open:
-        if Deadline(TimerKind.OPEN) in fleet.timers:
-            failed = _count(fleet.failed_starts, "failure")
-            left_s = _left(facts, TimerKind.OPEN)
-            yield Wait("back-off", f"next start after {failed}", None, left_s)
-        for generation in in_the_way(fleet):
-            yield _end("room", facts, generation)
+    if fleet.to_open and Deadline(TimerKind.OPEN) in fleet.timers:
+        failed = _count(fleet.failed_starts, "failure")
+        left_s = _left(facts, TimerKind.OPEN)
+        yield Wait("back-off", f"next start after {failed}", None, left_s)
+    for generation in _awaited(fleet):
+        yield _end("room", facts, generation)
     if fleet.reload_wanted or (fleet.candidate and fleet.incoming and not fleet.incoming.fresh):
         yield Wait("earlier-reload", "a requested reload begins after the one under way")
 
@@ -154,10 +153,17 @@ def _leaving(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
     """Give those that keep no reload and no stop waiting."""
     if fleet.stopping:
         return
-    named = in_the_way(fleet) if fleet.to_open else ()
+    named = _awaited(fleet)
     for generation in fleet.generations:
         if generation.phase in (Phase.DRAINING, Phase.ABANDONED) and generation not in named:
             yield _end("drain", facts, generation)
+
+
+def _awaited(fleet: Fleet) -> tuple[Generation, ...]:
+    """Return the generations whose end the next one waits for."""
+    if fleet.to_open:
+        return in_the_way(fleet)
+    return failed_in_the_way(fleet) if fleet.reload_wanted else ()
 
 
 def _end(kind: str, facts: Facts, generation: Generation, left_s: float | None = None) -> Wait:

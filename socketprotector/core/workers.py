@@ -16,7 +16,7 @@ from ..model.policy import PROVEN_S
 from .actions import Report, ReportKind, Signal, Spawn, StartTimer, WorkerSignal
 from .events import Deadline, TimerKind, WorkerExited
 from .fleet import LEAVING, Fleet, Generation, Phase, State, Worker
-from .reload import fail
+from .reload import fail, rescue
 from .step import Step
 
 #: So many are started, or let go, until the loop turns: a few milliseconds' work.
@@ -41,7 +41,12 @@ def worker_exited(step: Step, event: WorkerExited) -> None:
     found = step.fleet.find(event.worker)
     if found is None or not found[1].alive:
         return
-    generation, worker = found
+    _exited(step, event, *found)
+    if event.waiting:
+        rescue(step, found[0].number)
+
+
+def _exited(step: Step, event: WorkerExited, generation: Generation, worker: Worker) -> None:
     told_to_end = Deadline(TimerKind.WORKER_KILL, worker.number) in step.fleet.timers
     for wait in (TimerKind.WORKER_START, TimerKind.WORKER_RETIRE, TimerKind.WORKER_KILL):
         step.cancel(wait, worker.number)

@@ -162,11 +162,15 @@ class PostMortem:
         """Look after what is left of a worker's process group; say whether anything is."""
         left = process.has_group()
         if left:
-            program = generation.program
-            self.groups.keep(record, process, program.finish_signal)
+            ended = partial(self._group_ended, record, generation)
+            self.groups.keep(record, process, generation.program.finish_signal, ended)
         else:
             process.close()
         return left
+
+    def _group_ended(self, record: WorkerRecord, generation: OpenGeneration) -> None:
+        waiting = self.delivery.waiting(generation) or 0
+        self.runtime.post(WorkerExited(record.number, "orphans gone", waiting=waiting))
 
     def adopt_group(
         self, record: WorkerRecord, descriptors: Mapping[str, int], generation: OpenGeneration

@@ -71,9 +71,7 @@ class WorkerPool:
         self.guarded = settings.guarded
         #: Whether a worker has said that it is ready: then the program speaks with us.
         self.spoken_with = False
-        self.groups = Groups(
-            loop, log, self.descriptors, lambda number: post(WorkerExited(number, "orphans gone"))
-        )
+        self.groups = Groups(loop, log, self.descriptors)
         kill_timeout_s, identity = settings.policy.kill_timeout_s, settings.worker_identity
         self.orphans = Orphans(loop, log, kill_timeout_s, identity, self.groups.has)
         self._spawner = WorkerSpawner(settings, loop, log, output, delivery)

@@ -53,6 +53,7 @@ class _Group:
     record: WorkerRecord
     process: Process  # the leader, which has ended
     drain_signal: int  # what has it finish; 0: it finishes by itself
+    ended: Callable[[], None]  # called when its last process is gone
     since: float  # it was last signalled, or the leader had ended
     logged: bool = False
     found_dead: bool = False  # by the last look in /proc
@@ -66,25 +67,31 @@ class Groups:
         loop: Loop,
         log: Log,
         descriptors: MutableMapping[str, int],
-        ended: Callable[[int], None],
     ) -> None:
-        """descriptors: where those of workers are by name, and the leaders' pidfds stay.
-
-        ended: called when the last process of a group is gone.
-        """
+        """descriptors: where those of workers are by name, and the leaders' pidfds stay."""
         self._descriptors = descriptors
         self._loop = loop
         self._log = log
-        self._ended = ended
         self._groups: dict[int, _Group] = {}
         self._census: Iterator[str] | None = None
         self._lives: dict[int, bool] = {}  # group -> whether any of it does, by the census so far
         self._census_cost_s = 0.0
 
-    def keep(self, record: WorkerRecord, process: Process, drain_signal: int) -> None:
-        """Look after what a process that has ended has left; takes ownership of the process."""
-        record = replace(record, orphaned=True)
-        self._groups[record.number] = _Group(record, process, drain_signal, time.monotonic())
+    def keep(
+        self,
+        record: WorkerRecord,
+        process: Process,
+        drain_signal: int,
+        ended: Callable[[], None],
+    ) -> None:
+        """Look after what a process that has ended has left; takes ownership of the process.
+
+        ended: called when the last process of the group is gone.
+        """
+        group = _Group(
+            replace(record, orphaned=True), process, drain_signal, ended, time.monotonic()
+        )
+        self._groups[record.number] = group
         self._descriptors[_name(record.number)] = process.pidfd
         self._look_later(record.number)
 
@@ -161,7 +168,7 @@ class Groups:
             self._tell("info", "orphans-gone", group)
         del self._descriptors[_name(number)]
         group.process.close()
-        self._ended(number)
+        group.ended()
 
     # -- groups of zombies ---------------------------------------------------------
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tests.hostile.attacked import LONGER_S, ROUNDS, run_delay_s
 from tests.running import Client, Protector, ask
+from tests.scenarios.operating import Operated
 from tests.scenarios.tools import Gate, Release, pid_in, spawned, worker
 
 MODE = ("--handoff", "listener", "--ready", "notify", "--kill-timeout", "0.1s")
@@ -25,15 +26,27 @@ class Served:
     """An instance whose release is exchanged, and its clients."""
 
     def __init__(self, start: Callable[..., Protector], folder: Path) -> None:
-        self.release, self.gate = Release(folder / "daemon"), Gate(folder / "gate")
-        self.release.becomes(*GOOD)
-        self.daemon = start(*MODE, "127.0.0.1:0", "--", self.release.path).ready()
+        self.folder, self.gate = folder, Gate(folder / "gate")
+        self.deploys("good", *GOOD)
+        control, current = folder / "control", folder / "current" / "daemon"
+        options = (*MODE, "--control", control)
+        self.daemon = start(*options, "127.0.0.1:0", "--", current).ready()
         self.address = "127.0.0.1", self.daemon.port
+        self.operated = Operated(self.daemon, control)
+
+    def deploys(self, name: str, *command: str) -> None:
+        """Make a release the current one."""
+        made = self.folder / name
+        made.mkdir(exist_ok=True)
+        Release(made / "daemon").becomes(*command)
+        new = self.folder / "new"
+        new.symlink_to(name)
+        new.rename(self.folder / "current")
 
     @contextmanager
     def taken(self) -> Iterator[list[Client]]:
         """Clients, of which the release has taken the last one, as it still lives."""
-        self.release.becomes(*worker("takes_clients", str(self.gate.path)))
+        self.deploys("takes", *worker("takes_clients", str(self.gate.path)))
         mark, found = self.daemon.signal(signal.SIGHUP), []
         try:
             while not self.daemon.log.look_for("^taken$", after=mark, within_s=0.01):
@@ -42,11 +55,6 @@ class Served:
         finally:
             for each in found:
                 each.close()
-
-    def fails(self) -> None:
-        """Have the release fail; the same file is executed by the one for its clients."""
-        self.release.becomes(*GOOD)
-        self.gate.open()
 
     def said_s(self, event: str) -> float:
         """Return when a line was written last."""
@@ -64,7 +72,7 @@ def test_clients_that_a_failing_release_has_taken_wait_for_its_end_and_for_a_sta
             failed = one.daemon.log.count("event=reload-failed")
             tasks = [f"{one.daemon.pid}", "thread-self"]
             without, mark = sum(map(run_delay_s, tasks)), len(one.daemon.log.seen)
-            one.fails()
+            one.gate.open()
             answers = {pid_in(each.hear()) for each in clients}
             heard_s, delay_s = time.time(), sum(map(run_delay_s, tasks)) - without
             one.daemon.log.wait_for("event=recovered", after=mark)
@@ -74,3 +82,25 @@ def test_clients_that_a_failing_release_has_taken_wait_for_its_end_and_for_a_sta
         longer_s.append(heard_s - one.said_s("drained") - start_s - delay_s)
     assert min(longer_s[1:]) < LONGER_S, longer_s
     assert pid_in(ask(one.address)) == spawned(one.daemon)[-1]
+
+
+def test_a_reload_that_was_requested_meanwhile_begins_once_they_are_served(
+    protector: Callable[..., Protector], tmp_path: Path
+) -> None:
+    """It may fail as well, and that late: here as late as the test wants."""
+    one, stuck = Served(protector, tmp_path), Gate(tmp_path / "stuck")
+    with one.taken() as clients:
+        one.deploys("later", *stuck.before("/bin/false"))
+        mark = len(one.daemon.log.seen)
+        one.daemon.signal(signal.SIGHUP)
+        one.operated.until("reload_wanted", True)
+        one.gate.open()
+
+        answers = {pid_in(each.hear()) for each in clients}
+
+        assert spawned(one.daemon)[-1] in answers
+    for event in ("reload-failed", "stranded", "recovered", "spawned generation=4"):
+        one.daemon.log.wait_for(f"event={event} ", after=mark)
+    stuck.open()
+    one.daemon.log.wait_for("event=reload-failed generation=4 ", after=mark)
+    assert pid_in(ask(one.address)) in spawned(one.daemon)

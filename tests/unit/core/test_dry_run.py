@@ -260,7 +260,7 @@ def test_a_reload_that_is_requested_meanwhile_begins_after_it(story: Story) -> N
 def test_where_workers_accept_it_begins_once_they_have_gone(story: Story) -> None:
     story.given_serving(Policy(workers_accept=True))
     story.and_also(DryRunRequested(), ReloadRequested(), WorkerReady(2))
-    assert story.fleet.to_open is Next.FRESH
+    assert (story.fleet.to_open, story.fleet.reload_wanted) == (None, True)
 
     assert Open(3, fresh=True) in story.when(WorkerExited(2, "ended"))
 

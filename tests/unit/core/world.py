@@ -82,7 +82,7 @@ from socketprotector.core.fleet import (
     Stop,
     Worker,
 )
-from socketprotector.core.reload import in_the_way
+from socketprotector.core.reload import failed_in_the_way, in_the_way
 from socketprotector.core.waiting import Facts, waits
 
 POLICIES = [
@@ -448,7 +448,9 @@ class World:
                 case Phase.SETTLING:
                     assert kinds == ["settle"]
                 case Phase.DRAINING | Phase.ABANDONED:
-                    coming = fleet.to_open is not None and generation in in_the_way(fleet)
+                    awaited = failed_in_the_way if fleet.to_open is None else in_the_way
+                    is_next = fleet.to_open or fleet.reload_wanted
+                    coming = is_next and generation in awaited(fleet)
                     assert kinds == ["stop" if fleet.stopping else "room" if coming else "drain"]
                 case Phase.SERVING if not fleet.stopping:
                     moves = any(  # READY may have crossed our signal

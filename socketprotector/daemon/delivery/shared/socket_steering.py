@@ -141,7 +141,7 @@ class SocketSteering:
             return 0
         number, count = self.turns.accepting[generation], 0
         for each in self._shared:
-            if not knows(each.index):
+            if not knows(each.index) or not self.probes.clients_wait(each, number):
                 continue
             if len(self.turns.at(each, number)) > 1:
                 return None

@@ -73,6 +73,9 @@ class SocketWatch:
         """Look at once: maybe no process is left that could accept clients."""
         self._loop.cancel(_RESCUE)
         self.watch()
+        wait = any(each.has_waiting(number) for each, number in self._in_vain())
+        if wait and not self._ended:
+            self._rescue_later()  # a generation for them may be opened in this very turn
 
     def unwatch(self, listener: Listener) -> None:
         """Forget a listener's sockets until the next watch(): others may take their place."""
@@ -169,7 +172,10 @@ class SocketWatch:
         if since_s > LAST_RESCUE_S:
             self._rescue_s = 0.0
         delay_s = max(FIRST_RESCUE_S if may_accept else 0.0, self._rescue_s - since_s)
-        self._loop.call_after(_RESCUE, delay_s, self._rescue)
+        if delay_s > 0:
+            self._loop.call_after(_RESCUE, delay_s, self._rescue)
+        else:
+            self._rescue()
 
     def _rescue(self) -> None:
         unknown = self._probes.discard()

@@ -1,0 +1,154 @@
+"""Where workers accept: clients that a failed release has left at its socket.
+
+The last good command accepts them, before a reload that was requested meanwhile begins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from socketprotector.core.actions import Action, Open, Report, ReportKind
+from socketprotector.core.events import (
+    DryRunRequested,
+    Event,
+    Quiesced,
+    ReloadRequested,
+    SettingsRead,
+    StopRequested,
+    Stranded,
+    TimerKind,
+    WorkerExited,
+    WorkerReady,
+)
+from socketprotector.core.fleet import Next, Phase, Policy
+from socketprotector.core.waiting import Facts, waits
+from tests.unit.conftest import Story
+
+ACCEPT = Policy(workers_accept=True)
+DIED = "exited with status 3"
+
+
+def died(worker: int, waiting: int = 1, *, orphans: bool = False) -> WorkerExited:
+    return WorkerExited(worker, DIED, waiting=waiting, orphans=orphans)
+
+
+def opened(actions: list[Action]) -> list[Open]:
+    return [each for each in actions if isinstance(each, Open)]
+
+
+def failing(story: Story, policy: Policy = ACCEPT, *, workers: int = 1) -> Story:
+    """Generation 2 starts, and a reload is requested."""
+    return story.given_serving(policy, workers=workers).and_also(*2 * [ReloadRequested()])
+
+
+def test_the_last_good_command_accepts_them_and_the_requested_reload_follows(story: Story) -> None:
+    actions = failing(story).when(died(2))
+
+    assert opened(actions) == [Open(3, fresh=False)]
+    assert Report(ReportKind.RELOAD_FAILED, 2, DIED) in actions
+    assert story.fleet.reload_wanted
+    assert Report(ReportKind.RECOVERED, 3) in story.when(WorkerReady(3))
+    assert opened(story.when(Quiesced(1))) == [Open(4, fresh=True)]
+    assert Report(ReportKind.RELOADED, 4) in story.when(WorkerReady(4))
+    assert not story.fleet.reload_wanted
+
+
+@pytest.mark.parametrize("requested", ["before it fails", "while it ends"])
+def test_it_is_decided_at_the_end_of_its_last_process(story: Story, requested: str) -> None:
+    story.given_serving(ACCEPT, workers=2).and_also(ReloadRequested())
+    if requested == "before it fails":
+        story.and_also(ReloadRequested())
+    story.and_also(died(3, waiting=0))
+    if requested == "while it ends":
+        story.and_also(ReloadRequested())
+    found = [(each.kind, each.generation) for each in waits(story.fleet, Facts({}))]
+    assert found == [("room", 2), ("earlier-reload", None)]
+
+    assert opened(story.when(died(4))) == [Open(3, fresh=False)]
+
+
+def test_so_it_is_where_what_its_workers_had_started_ends_last(story: Story) -> None:
+    failing(story).and_also(died(2, orphans=True))
+    assert (story.numbers(Phase.ABANDONED), story.fleet.to_open) == ({2}, None)
+
+    assert opened(story.when(WorkerExited(2, "orphans gone", waiting=2))) == [Open(3, fresh=False)]
+
+
+def test_a_release_that_is_rolled_back_leaves_clients_as_well(story: Story) -> None:
+    failing(story, replace(ACCEPT, settle_s=5.0), workers=2).and_also(*map(WorkerReady, (3, 4)))
+    story.and_also(died(3))
+    assert (story.draining, story.fleet.to_open) == ({2}, None)
+
+    assert opened(story.when(died(4))) == [Open(3, fresh=False)]
+
+
+@pytest.mark.parametrize("event", [died(2, waiting=0), died(2)], ids=["none waits", "not theirs"])
+def test_otherwise_the_requested_reload_begins_at_once(story: Story, event: Event) -> None:
+    """Where workers do not accept, what waits is not in the place of the next generation."""
+    failing(story, ACCEPT if event == died(2, waiting=0) else Policy())
+
+    assert opened(story.when(event)) == [Open(3, fresh=True)]
+
+
+def test_one_that_fails_as_well_is_no_verdict_and_is_not_repeated_at_once(story: Story) -> None:
+    """The requested reload accepts them then; its verdict is the one that was promised."""
+    failing(story).and_also(died(2))
+
+    actions = story.when(died(3))
+
+    assert Report(ReportKind.RETRYING, 3, DIED) in actions
+    assert not any(
+        isinstance(each, Report) and each.news is ReportKind.RELOAD_FAILED for each in actions
+    )
+    assert opened(actions) == [Open(4, fresh=True)]
+
+
+def test_no_other_generation_is_started_for_them(story: Story) -> None:
+    failing(story).and_also(died(2))
+
+    assert story.when(Stranded()) == []
+
+
+def test_those_that_are_found_later_come_first_as_well(story: Story) -> None:
+    """At the end of another process, as long as the failed release is there."""
+    failing(story, workers=2).and_also(died(3, waiting=0), Stranded(), ReloadRequested())
+
+    assert opened(story.when(died(4, waiting=0))) == [Open(3, fresh=False)]
+
+
+def test_a_dry_run_waits_only_to_be_opened(story: Story) -> None:
+    story.given_serving(ACCEPT)
+    story.fleet = replace(story.fleet, configured=True)
+    story.and_also(ReloadRequested(), SettingsRead(ACCEPT)).when_over(TimerKind.START, 2)
+
+    story.and_also(DryRunRequested(), SettingsRead(ACCEPT))
+
+    assert story.fleet.to_open is Next.FRESH
+    assert opened(story.when(died(2, waiting=0))) == [Open(3, fresh=True, dry_run=True)]
+
+
+def test_a_stop_calls_both_off(story: Story) -> None:
+    failing(story).and_also(died(2))
+
+    actions = story.when(StopRequested())
+
+    failed = [
+        each.generation
+        for each in actions
+        if isinstance(each, Report) and each.news is ReportKind.RELOAD_FAILED
+    ]
+    assert failed == [3, 4]
+    assert not story.fleet.reload_wanted
+
+
+def test_a_stop_beside_a_failed_release_calls_the_reload_off(story: Story) -> None:
+    failing(story).when_over(TimerKind.START, 2)
+    assert story.fleet.reload_wanted
+
+    actions = story.when(StopRequested())
+
+    assert not story.fleet.reload_wanted
+    assert any(isinstance(each, Report) and each.generation == 3 for each in actions)
+    assert opened(story.when(died(2))) == []

@@ -18,7 +18,7 @@ from dataclasses import replace
 from ..model.errors import Refusal, SystemRefused, UsageError
 from ..model.lazy_dataclass import frozen
 from ..model.settings import ListenerSettings
-from ..system import reuseport, socket_file
+from ..system import reuseport, socket_copy, socket_file
 from ..system.cleanup import on_error
 from ..system.listener import remove_file
 from ..system.sock_diag import listening
@@ -326,10 +326,10 @@ def reuse(left: Bound, listen: Listen, backlog: int) -> Bound:
     used = left.socket
     used.setblocking(False)
     if listen.path is not None:
-        reuseport.reapply_options(used, used)
+        socket_copy.reapply_options(used, used)
         return replace(left, settings=reapply_options(used, listen, listen.path, backlog))
     with _made(listen, socket.AddressFamily(used.family)) as fresh:
-        reuseport.reapply_options(used, fresh)
+        socket_copy.reapply_options(used, fresh)
     used.listen(backlog)
     return left
 

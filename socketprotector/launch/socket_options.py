@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 
 from ..model.errors import UsageError
 from ..model.lazy_dataclass import frozen
-from ..system.reuseport import IP_FREEBIND, IPV6_TRANSPARENT
+from ..system.socket_copy import IP_FREEBIND, IPV6_TRANSPARENT
 from .option_values import TIME
 
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,12}|[0-9]{1,12}")

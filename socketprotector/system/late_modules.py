@@ -37,8 +37,10 @@ LATE = (
     "model.known_servers",
     "model.waits",
     "system.accept_marks",
+    "system.bpf",
     "system.reuseport",
     "system.sock_diag",
+    "system.socket_copy",
     "system.socket_file",
 )
 #: Address space without memory behind it, until the system has no other (`ulimit -v`): more than

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 from ..model.settings import ListenerSettings
-from . import inherited, reuseport
+from . import bpf, inherited, socket_copy
 from .polling import events_of
 
 #: Nothing there, or gone again: the next wake-up brings the next client (accept(2) on Linux
@@ -40,7 +40,7 @@ AGAIN = frozenset(
 )
 #: The system is out of something: what cannot be had now can be later.
 SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-NO_MARKS: Mapping[reuseport.Mark, int] = {}
+NO_MARKS: Mapping[bpf.Mark, int] = {}
 #: One that was shut down hangs up; a UNIX one is readable then, too (tcp_poll(), unix_poll()).
 CLIENT_OR_END = select.POLLIN | select.POLLRDHUP
 
@@ -146,7 +146,7 @@ class Listener:
     def steer(
         self,
         socket_number: int,
-        marked: Mapping[reuseport.Mark, int] = NO_MARKS,
+        marked: Mapping[bpf.Mark, int] = NO_MARKS,
         *,
         held: bool = False,
     ) -> None:
@@ -318,7 +318,7 @@ class Listener:
         with suppress(OSError):
             self.reserve()
             return True
-        return reuseport.device_is_gone(one)
+        return socket_copy.device_is_gone(one)
 
     def close_reserved(self) -> None:
         """Let go of the third socket."""

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
 from ..model.lazy_dataclass import frozen
-from . import reuseport
+from . import reuseport, socket_copy
 
 #: An option's name and content; of BACKLOG the number.
 Snapshot = Mapping[str, bytes]
@@ -84,14 +84,14 @@ OPTIONS = (
     Option(_KEYS, _SO, 55, 36, stays="cannot be deleted by who does not know them"),
     Option("IP_TOS", _IP, socket.IP_TOS),
     Option("IP_TTL", _IP, socket.IP_TTL),
-    Option("IP_MINTTL", _IP, reuseport.IP_MINTTL),
+    Option("IP_MINTTL", _IP, socket_copy.IP_MINTTL),
     Option("IP_MTU_DISCOVER", _IP, 10),
     Option("IP_TRANSPARENT", _IP, socket.IP_TRANSPARENT, privilege="CAP_NET_ADMIN to set"),
     Option("IP_RECVERR", _IP, 11),
     Option("IPV6_RECVERR", _IPV6, 25),
     Option("IPV6_TCLASS", _IPV6, socket.IPV6_TCLASS),
     Option("IPV6_UNICAST_HOPS", _IPV6, socket.IPV6_UNICAST_HOPS),
-    Option("IPV6_MINHOPCOUNT", _IPV6, reuseport.IPV6_MINHOPCOUNT),
+    Option("IPV6_MINHOPCOUNT", _IPV6, socket_copy.IPV6_MINHOPCOUNT),
     Option("IPV6_MTU_DISCOVER", _IPV6, 23),
     Option("TCP_NODELAY", _TCP, socket.TCP_NODELAY),
     Option("TCP_MAXSEG", _TCP, socket.TCP_MAXSEG, cleared=True),

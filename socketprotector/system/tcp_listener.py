@@ -13,7 +13,7 @@ import socket
 from collections.abc import Mapping
 from contextlib import suppress
 
-from . import accept_marks, reuseport, sock_diag
+from . import accept_marks, bpf, reuseport, sock_diag, socket_copy
 from .listener import NO_MARKS, SCARCE, Listener, is_listening, shut_down
 
 
@@ -21,7 +21,7 @@ class TcpListener(Listener):
     """A TCP address: knows which member of its group is where, and to which new clients come."""
 
     #: To which new clients come, None where that is not known; and those with a mark.
-    _steered: tuple[int | None, Mapping[reuseport.Mark, int]] = None, NO_MARKS
+    _steered: tuple[int | None, Mapping[bpf.Mark, int]] = None, NO_MARKS
     _second: socket.socket | None = None  # of the two in the group, when that was told
     _last = 1  # which socket was the last to listen, as far as we know
 
@@ -151,7 +151,7 @@ class TcpListener(Listener):
     def steer(
         self,
         socket_number: int,
-        marked: Mapping[reuseport.Mark, int] = NO_MARKS,
+        marked: Mapping[bpf.Mark, int] = NO_MARKS,
         *,
         held: bool = False,
     ) -> None:
@@ -191,7 +191,7 @@ class TcpListener(Listener):
             self._end_silence()
         self._steered = None if held else socket_number % 2, dict(marked)
 
-    def _steer_to(self, to: socket.socket, marked: Mapping[reuseport.Mark, int]) -> None:
+    def _steer_to(self, to: socket.socket, marked: Mapping[bpf.Mark, int]) -> None:
         order, failed = self._order(), OSError(errno.ENOTCONN, "it does not listen")
 
         def member(one: socket.socket) -> int:
@@ -276,7 +276,7 @@ class TcpListener(Listener):
         if self.settings.foreign:
             return
         with suppress(OSError):
-            reuseport.let_in(self.socket)
+            socket_copy.let_in(self.socket)
 
     def refuse_new(self) -> bool:
         """Refuse new clients; those that have connected can still be accepted.

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from ..model.lazy_dataclass import replace
-from . import reuseport, socket_file
+from . import bpf, socket_file
 from .cleanup import on_error
 from .dir_lock import give, locked
 from .listener import (
@@ -104,7 +104,7 @@ class UnixListener(Listener):
     def steer(
         self,
         socket_number: int,
-        marked: Mapping[reuseport.Mark, int] = NO_MARKS,
+        marked: Mapping[bpf.Mark, int] = NO_MARKS,
         *,
         held: bool = False,
     ) -> None:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 
-from socketprotector.system import reuseport
+from socketprotector.system import bpf, reuseport
 
 COUNT = 20
 HERE, THERE = "10.99.0.1", "10.99.0.2"
@@ -66,7 +66,7 @@ with subprocess.Popen(STAYS, stdout=subprocess.PIPE) as other:
             first.setblocking(False)
             second = reuseport.make(first)
             assert second is not None
-            mark = reuseport.Mark.draw(socket.AF_INET)
+            mark = bpf.Mark.draw(socket.AF_INET)
             reuseport.steer(first, 0, {mark: 1})
             port = first.getsockname()[1]
             got_in = json.loads(run(*there, sys.executable, __file__, port, mark.source))

@@ -15,7 +15,7 @@ import pytest
 from socketprotector.launch.bind import bind_all
 from socketprotector.launch.listen_spec import Listen
 from socketprotector.model.settings import ListenerSettings
-from socketprotector.system import accept_marks, reuseport, sock_diag
+from socketprotector.system import accept_marks, bpf, reuseport, sock_diag, socket_copy
 from socketprotector.system.listener import Listener
 from socketprotector.system.listeners import listener_of
 from tests.unanswered import Unanswered
@@ -244,7 +244,7 @@ def test_while_one_is_asked_what_is_for_one_that_is_shut_down_comes_to_no_other(
 ) -> None:
     """Neither a client to the one that is asked, nor the question to the one that serves."""
     listener = shared(listen)
-    mark = reuseport.Mark.draw(listener.socket.family)
+    mark = bpf.Mark.draw(listener.socket.family)
     address, marked = listener.socket.getsockname(), {mark: asked}
     serving = 1 - asked
     for _ in range(2):  # in whatever order they stand then
@@ -373,7 +373,7 @@ def test_where_its_address_cannot_be_bound_the_spare_takes_its_place(
     listener = shared("127.0.0.1:0")
     spare = listener.reserve()
     kept = accept_marks.mark_of(listener.socket_for(socket_number))
-    monkeypatch.setattr(reuseport, "_bind_beside", fails)
+    monkeypatch.setattr(socket_copy, "bind_beside", fails)
     listener.steer(1 - socket_number)
 
     listener.bind_anew(socket_number)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.system import reuseport
+from socketprotector.system import bpf, reuseport, socket_copy
 from tests import needs
 from tests.boundary.listening import KINDS, listening
 from tests.running import DEADLINE_S, ROOT
@@ -76,7 +76,7 @@ def test_a_mark_leads_to_the_other_one_and_nobody_else_goes_there(
         with second:
             pair = one, second
             for target in hosts:
-                mark = reuseport.Mark.draw(socket.AF_INET6 if ":" in target else socket.AF_INET)
+                mark = bpf.Mark.draw(socket.AF_INET6 if ":" in target else socket.AF_INET)
                 reuseport.steer(one, 1 - meant, {mark: meant})
                 assert came(pair, hosts) == ((0, 12) if meant == 0 else (12, 0))
                 for _ in range(5):
@@ -108,7 +108,7 @@ def test_no_client_of_a_network_has_a_mark() -> None:
 
 def test_marks_differ() -> None:
     for family in (socket.AF_INET, socket.AF_INET6):
-        assert len({reuseport.Mark.draw(family) for _ in range(40)}) > 15
+        assert len({bpf.Mark.draw(family) for _ in range(40)}) > 15
 
 
 @pytest.mark.parametrize(("family", "host", "both", "hosts"), KINDS)
@@ -121,7 +121,7 @@ def test_one_with_a_mark_comes_in_where_new_clients_are_left_without_an_answer(
     ):
         reuseport.silence(silent)
         for target in hosts:
-            mark = reuseport.Mark.draw(socket.AF_INET6 if ":" in target else socket.AF_INET)
+            mark = bpf.Mark.draw(socket.AF_INET6 if ":" in target else socket.AF_INET)
             reuseport.steer(silent, 1, {mark: 0})
             with socket.socket(mark.family) as ours:
                 mark.put(ours)
@@ -279,7 +279,7 @@ def test_each_of_several_marks_leads_to_its_own_one(
         assert second is not None
         with second:
             of = socket.AF_INET6 if ":" in hosts[0] else socket.AF_INET
-            marks = {reuseport.Mark.draw(of): n % 2 for n in range(4)}
+            marks = {bpf.Mark.draw(of): n % 2 for n in range(4)}
             reuseport.steer(one, 0, marks)
             for mark, meant in marks.items():
                 with socket.socket(mark.family) as ours:
@@ -363,7 +363,7 @@ def test_no_generation_begins_with_a_socket_that_an_earlier_one_has_silenced(
             waiting = [clients.enter_context(Unanswered(each)) for each in places]
             for each in waiting:
                 each.tries_again()
-            reuseport.reset(one)
+            socket_copy.reset(one)
             one.listen(40)  # silence() left room for one client
             for each in waiting:
                 each.connects()

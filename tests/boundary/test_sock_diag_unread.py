@@ -9,8 +9,8 @@ from contextlib import ExitStack
 import pytest
 
 from socketprotector.system import sock_diag as module
-from socketprotector.system.reuseport import device_of
 from socketprotector.system.sock_diag import is_waiting, unread
+from socketprotector.system.socket_copy import device_of
 from tests import needs
 from tests.boundary.listening import KINDS, listening
 from tests.running import eventually

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import pytest
 
-from socketprotector.system import reuseport, socket_snapshot
+from socketprotector.system import reuseport, socket_copy, socket_snapshot
 from socketprotector.system.socket_snapshot import OPTIONS, Option, as_text, from_text
 from tests.boundary.listening import ignore_clients
 
@@ -76,7 +76,7 @@ def test_the_backlog_is_restored(listening: socket.socket) -> None:
     assert reuseport.queue(listening) == (0, 100)
 
 
-@pytest.mark.parametrize("device", [0x7FFFFFF0, reuseport.NO_DEVICE])
+@pytest.mark.parametrize("device", [0x7FFFFFF0, socket_copy.NO_DEVICE])
 def test_a_device_that_does_not_exist_is_restored_or_named(device: int) -> None:
     """Its name cannot be read, and no client reaches the socket."""
     with socket.create_server(("127.0.0.1", 0)) as one:

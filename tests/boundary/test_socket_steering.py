@@ -30,7 +30,7 @@ from socketprotector.daemon.runtime import Runtime
 from socketprotector.launch.bind_unix import give_away
 from socketprotector.model.records import SteeringRecord
 from socketprotector.model.settings import ListenerSettings
-from socketprotector.system import reuseport, sock_diag, socket_file
+from socketprotector.system import bpf, reuseport, sock_diag, socket_copy, socket_file
 from socketprotector.system.listener import Listener
 from socketprotector.system.listeners import listener_of
 from socketprotector.system.loop import READ, Loop
@@ -1270,7 +1270,7 @@ def test_of_a_question_that_cannot_be_put_the_kernel_keeps_nothing(
         patched.setattr(reuseport, "queue", raising(errno.ENOBUFS, "no buffer"))
         with pytest.raises(OSError, match="no buffer"):
             reloaded.steering.probes.ask(2, "")
-    marked: list[Mapping[reuseport.Mark, int]] = []
+    marked: list[Mapping[bpf.Mark, int]] = []
     monkeypatch.setattr(reuseport, "steer", lambda one, member, marks: marked.append(marks))
 
     reloaded.steering.turn_to(0, again=True)
@@ -2019,7 +2019,7 @@ def test_a_common_one_that_answers_signed_clients_alone_is_replaced_if_that_is_s
     world.listener.go_on_without(1)
     if spare:
         world.listener.reserve()
-    monkeypatch.setattr(reuseport, "_bind_beside", fails)
+    monkeypatch.setattr(socket_copy, "bind_beside", fails)
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
     world.listener.socket.listen(7)  # as it serves
@@ -2052,7 +2052,7 @@ def test_where_no_other_one_can_be_had_that_of_the_serving_generation_is_left_al
     world.steering.enter(2, 1)
     world.listener.socket_for(1).setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, 2000)
     world.steering.gone(2)
-    monkeypatch.setattr(reuseport, "_bind_beside", fails)
+    monkeypatch.setattr(socket_copy, "bind_beside", fails)
 
     world.steering.enter(3, 1)
 
@@ -2071,7 +2071,7 @@ def test_a_filter_of_a_failed_one_is_taken_from_a_common_socket(world: World) ->
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
     world.steering.enter(2, 1)
-    reuseport._attach(world.listener.socket, 26, ((6, 0, 0, 0),))  # SO_ATTACH_FILTER: drop
+    bpf.attach(world.listener.socket, 26, ((6, 0, 0, 0),))  # SO_ATTACH_FILTER: drop
 
     world.steering.leave(2)
 
@@ -2170,7 +2170,7 @@ def test_an_option_of_a_common_socket_that_cannot_be_restored_is_a_warning(world
 
 
 def wants_most_ttl(one: socket.socket) -> None:
-    one.setsockopt(socket.IPPROTO_IP, reuseport.IP_MINTTL, 255)
+    one.setsockopt(socket.IPPROTO_IP, socket_copy.IP_MINTTL, 255)
 
 
 @pytest.mark.parametrize("close", [ignore_clients, wants_most_ttl])

@@ -678,7 +678,7 @@ class Kernel:
         return b"" if question is None else b"%d" % question.number
 
     def comes_from(self, end: bytes | int, sources: Collection[str]) -> bool:
-        """In the place of reuseport.comes_from()."""
+        """In the place of bpf.comes_from()."""
         return isinstance(end, bytes) and self.sources.get(end) in sources
 
     @contextmanager

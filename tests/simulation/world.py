@@ -76,6 +76,7 @@ from socketprotector.model.question import ASKED
 from socketprotector.model.settings import ListenerSettings, Origin, Settings
 from socketprotector.system import (
     accept_marks,
+    bpf,
     inherited,
     orphans,
     peer_credentials,
@@ -1699,7 +1700,7 @@ def installed(world: World) -> Iterator[None]:
         put(asking, "KeptAsker", asker)
         put(settle_check, "KeptAsker", asker)
         put(config_reader, "ConfigReader", lambda _, loop, key: Reads(world, loop, key))
-        put(reuseport, "_attach", lambda to, option, code: to.attach(option, code[-1][3]))
+        put(bpf, "attach", lambda to, option, code: to.attach(option, code[-1][3]))
         put(reuseport, "steer", kernel.steer)
         put(accept_marks, "connections", world.accepted)
         put(sock_diag, "listening", kernel.listening)
@@ -1712,7 +1713,7 @@ def installed(world: World) -> Iterator[None]:
             put(module, "unaccepted", kernel.unaccepted)
         put(probes, "is_waiting", kernel.is_waiting)
         put(probes, "end_of", kernel.end_of)
-        put(reuseport, "comes_from", kernel.comes_from)
+        put(bpf, "comes_from", kernel.comes_from)
         put(socket_file, "give", kernel.give)
         put(socket_file, "file_of", kernel.file_of)
         put(socket_file, "accepted_unix", world.accepted_unix)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def delivery_for(mode: HandoffMode) -> type[Delivery]:
     """Return the class.  At the start: later its file may be another version's."""
     if mode.workers_accept:
-        import array  # noqa: F401  for steering (system/reuseport.py)
+        import array  # noqa: F401  for steering (system/bpf.py)
 
         from .shared.shared_delivery import SharedDelivery
 

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable
 
 from ...model.lazy_dataclass import mutable
-from ...system import reuseport
+from ...system import bpf
 from ...system.cleanup import on_error
 from ..generation import OpenGeneration
 
@@ -23,7 +23,7 @@ class Way:
     """How one is reached: where to connect to, and as whom."""
 
     address: tuple[str, int]  # of a UNIX socket its path, or "@" and its name, and 0
-    mark: reuseport.Mark | None
+    mark: bpf.Mark | None
     #: Whether this connection to it was not taken yet.  Raises OSError.
     waits: Callable[[socket.socket], bool]
     #: It is needed no more.

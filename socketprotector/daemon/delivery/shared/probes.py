@@ -1,6 +1,6 @@
 """Probes of a generation, whoever gets the clients: how they reach it, and how they are told apart.
 
-At a TCP address a probe has a mark (system/reuseport.py), by which the kernel steers it.  At a UNIX
+At a TCP address a probe has a mark (system/bpf.py), by which the kernel steers it.  At a UNIX
 path it connects to the file of that generation's socket.  A probe that no worker has accepted is
 thrown away, so that no generation is started for it.
 """
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from ....system import reuseport, socket_snapshot
+from ....system import bpf, reuseport, socket_copy, socket_snapshot
 from ....system.listener import SCARCE, Listener
 from ....system.sock_diag import end_of, is_waiting, unaccepted
 from ..way import Way, family_of
@@ -35,7 +35,7 @@ def _waits(listening: socket.socket, address: tuple[str, int], client: socket.so
     if listening.family == socket.AF_UNIX:
         return os.fstat(client.fileno()).st_ino in unaccepted(listening)
     try:
-        return is_waiting(client, address, reuseport.device_of(listening))
+        return is_waiting(client, address, socket_copy.device_of(listening))
     except OSError:  # sock_diag is not there
         return _has_waiting(listening)
 
@@ -72,9 +72,9 @@ class Probes:
         #: Those to which questions by IPv4 come, each with an address that no client has.
         self.asked_from: set[tuple[int, int, str]] = set()
         #: With what mark the generation that gets the clients is asked, by listener and socket.
-        self._marks: dict[tuple[int, int], reuseport.Mark] = {}
+        self._marks: dict[tuple[int, int], bpf.Mark] = {}
         #: Of connections that come to a socket whoever gets the clients: its generation is asked.
-        self.questions: dict[reuseport.Mark, int] = {}
+        self.questions: dict[bpf.Mark, int] = {}
         #: Of those that serve: where questions came that no worker has taken, and their ends.
         self._given_up: list[tuple[socket.socket, bytes | int]] = []
 
@@ -102,15 +102,15 @@ class Probes:
                 return way
         return None
 
-    def _mark_for(self, listener: Listener, address: tuple[str, int]) -> reuseport.Mark:
+    def _mark_for(self, listener: Listener, address: tuple[str, int]) -> bpf.Mark:
         place = listener.index, self._turns.current
         if place not in self._marks:
-            mark = self._marks[place] = reuseport.Mark.draw(family_of(address))
+            mark = self._marks[place] = bpf.Mark.draw(family_of(address))
             self._will_come_from(place, mark)
         return self._marks[place]
 
     def _will_come_from(
-        self, place: tuple[int, int], mark: reuseport.Mark | None, *, no_clients: bool = False
+        self, place: tuple[int, int], mark: bpf.Mark | None, *, no_clients: bool = False
     ) -> None:
         """Have the next program, too, know questions with a mark from clients.
 
@@ -169,7 +169,7 @@ class Probes:
         if asked.family == socket.AF_UNIX:  # it has a file of its own
             self._will_come_from(place, None, no_clients=no_clients)
             return Way(address, None, waits, lambda: None, holds=holds)
-        while (mark := reuseport.Mark.draw(family_of(address))) in self.questions:
+        while (mark := bpf.Mark.draw(family_of(address))) in self.questions:
             pass  # of IPv6 there are few
         self.questions[mark] = socket_number
         self._will_come_from(place, mark, no_clients=no_clients)
@@ -193,7 +193,7 @@ class Probes:
         named = (each for each in self._pairs() if name in ("", each.settings.name))
         return next((each for each in named if not each.lost and knows(each.index)), None)
 
-    def _stop_asking(self, mark: reuseport.Mark) -> None:
+    def _stop_asking(self, mark: bpf.Mark) -> None:
         """It is no more reached by this one."""
         if self.questions.pop(mark, None) is not None:
             self._steer()
@@ -217,7 +217,7 @@ class Probes:
             return waiting
         ends = unaccepted(one)
         gone = {0} if given_up else set()  # a question whose process has closed it
-        ours = [end for end in ends if end in given_up | gone or reuseport.comes_from(end, sources)]
+        ours = [end for end in ends if end in given_up | gone or bpf.comes_from(end, sources)]
         return waiting if waiting <= len(ours) else None
 
     def clients_wait(self, listener: Listener, number: int) -> bool:

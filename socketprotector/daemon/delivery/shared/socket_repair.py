@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ....core.events import SocketLost, Stranded
-from ....system import reuseport
+from ....system import socket_copy
 from ....system.listener import Listener
 from ...runtime import Runtime
 from .listener_hold import ListenerHold
@@ -82,7 +82,7 @@ class SocketRepair:
         if number == turns.number_for(listener):
             return not listener.can_be_led_to(number)
         starts_there = turns.accepting.get(turns.starting or 0) == number
-        return starts_there and reuseport.device_is_gone(listener.socket_for(number))
+        return starts_there and socket_copy.device_is_gone(listener.socket_for(number))
 
     def make_ready(self, listener: Listener, socket_number: int) -> None:
         """Have no generation begin with a socket of an earlier one.  Raises OSError."""
@@ -103,7 +103,7 @@ class SocketRepair:
             listener.let_in()
         elif socket_number not in self._turns.accepting.values():
             try:
-                reuseport.reset(listener.socket_for(socket_number))
+                socket_copy.reset(listener.socket_for(socket_number))
             except OSError:  # locked, and so it stays
                 self._replace(listener, socket_number)
 

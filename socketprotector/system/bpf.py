@@ -1,0 +1,141 @@
+"""Filters on sockets: programs of classic BPF, and those that select connections with a mark.
+
+A mark tells our own connections, which ask a generation (daemon/asking.py), from those of clients.
+That of IPv4 is a source address of 127/8 drawn at random, which no packet from a network may have.
+That of IPv6, with its one loopback address, is a traffic class drawn at random and the most hops,
+which no system begins with unless it is configured to.  Both stand in front of any options.
+
+Source: SO_ATTACH_FILTER and SO_ATTACH_REUSEPORT_CBPF in socket(7); SKF_NET_OFF in linux/filter.h.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Collection, Mapping, Sequence
+
+from ..model.lazy_dataclass import frozen
+from . import accept_marks
+
+#: One instruction: code, how far to jump if true and if false, value.
+Instruction = tuple[int, int, int, int]
+
+SO_ATTACH_FILTER = 26
+SO_ATTACH_REUSEPORT_CBPF = 51
+_INSTRUCTION = struct.Struct("HBBI")
+_PROGRAM = struct.Struct("HP")
+_RETURN = 0x06
+_LOAD_WORD, _LOAD_HALF, _LOAD_BYTE = 0x20, 0x28, 0x30
+_AND, _SHIFT_RIGHT, _IF_EQUAL = 0x54, 0x74, 0x15
+#: Where the IP header begins, whatever is in front of it.
+_IP = 0x1_0000_0000 - 0x10_0000
+_IPV6_TRAFFIC_CLASS, _IPV6_HOPS = 67, 16
+#: No packet has more left; nearly all systems let theirs begin with 64 or 128.
+MOST_TTL = 255
+
+#: Drops all packets.
+NOTHING: Sequence[Instruction] = ((_RETURN, 0, 0, 0),)
+#: Drops segments with SYN and without ACK and passes the rest, so that no new client comes while
+#: handshakes that are under way finish.
+NO_NEW_CLIENTS: Sequence[Instruction] = (
+    (0x30, 0, 0, 13),  # load the byte with the flags
+    (0x54, 0, 0, 0x12),  # keep SYN and ACK
+    (0x15, 0, 1, 0x02),  # SYN alone?
+    (_RETURN, 0, 0, 0),  # drop
+    (_RETURN, 0, 0, 0xFFFFFFFF),  # pass
+)
+
+
+@frozen
+class Mark:
+    """What tells our own connections from all others; drawn anew for each generation."""
+
+    source: str  # the address that they come from
+    traffic_class: int = 0  # of IPv6
+
+    @classmethod
+    def draw(cls, family: int) -> Mark:
+        """Draw one for connections of a family."""
+        one, two, three = os.urandom(3)
+        if family == socket.AF_INET6:
+            return cls("::1", (1 + one % 63) << 2)  # of six bits
+        return cls(f"127.{1 + one % 254}.{two}.{1 + three % 254}")
+
+    @property
+    def family(self) -> socket.AddressFamily:
+        """Of its connections."""
+        return socket.AF_INET6 if ":" in self.source else socket.AF_INET
+
+    @property
+    def options(self) -> tuple[tuple[int, int, int], ...]:
+        """What a socket needs for it beside its source: levels, options and values."""
+        # Where all ports are in use, one that is connected elsewhere can be had.
+        late = socket.IPPROTO_IP, accept_marks.IP_BIND_ADDRESS_NO_PORT, 1
+        if self.family == socket.AF_INET:
+            return (late,)
+        return (
+            late,
+            (socket.IPPROTO_IPV6, _IPV6_HOPS, MOST_TTL),
+            (socket.IPPROTO_IPV6, _IPV6_TRAFFIC_CLASS, self.traffic_class),
+        )
+
+    def put(self, one: socket.socket) -> None:
+        """Have a socket connect with it.  Raises OSError."""
+        for level, option, value in self.options:
+            one.setsockopt(level, option, value)
+        one.bind((self.source, 0))
+
+    def _checks(self) -> Sequence[tuple[int, int, int]]:
+        """Return what a packet with it has: how and from where to load it, and the value."""
+        source = struct.unpack("!4I" if ":" in self.source else "!I", self._packed())
+        if self.family == socket.AF_INET:
+            return ((_LOAD_WORD, 12, source[0]),)
+        words = ((_LOAD_WORD, 8 + 4 * at, word) for at, word in enumerate(source))
+        return ((_LOAD_BYTE, 7, MOST_TTL), *words)
+
+    def _packed(self) -> bytes:
+        return socket.inet_pton(self.family, self.source)
+
+    def program(self, member: int) -> Sequence[Instruction]:
+        """Return what selects a member for connections with it; for others what follows does."""
+        of_ipv6 = self.family == socket.AF_INET6
+        begins = 6 << 8 | self.traffic_class if of_ipv6 else 4 << 8
+        # Version and traffic class are the first 12 bits; of IPv4 the length follows the version.
+        kept = 0x0FF if of_ipv6 else 0
+        found = [(_LOAD_HALF, 0, 0, _IP), (_SHIFT_RIGHT, 0, 0, 4), (_AND, 0, 0, 0xF00 | kept)]
+        checks = [(load, _IP + at, value) for load, at, value in self._checks()]
+        found.append((_IF_EQUAL, 0, 2 * len(checks) + 1, begins))
+        for left, (load, at, value) in zip(reversed(range(len(checks))), checks, strict=True):
+            found += [(load, 0, 0, at), (_IF_EQUAL, 0, 2 * left + 1, value)]
+        return (*found, (_RETURN, 0, 0, member))
+
+
+def comes_from(end: bytes | int, sources: Collection[str]) -> bool:
+    """Whether a connection, as sock_diag.unaccepted() tells it, comes from one of these."""
+    if isinstance(end, int):
+        return False
+    address = end[2:].removeprefix(bytes(10) + b"\xff\xff").ljust(16, b"\0")
+    return address in [_packed(each).ljust(16, b"\0") for each in sources]
+
+
+def _packed(address: str) -> bytes:
+    return socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
+
+
+def selecting(member: int, marked: Mapping[Mark, int]) -> Sequence[Instruction]:
+    """Return what selects a member of a group, and another one for connections with a mark."""
+    by_mark = [each for mark, its in marked.items() for each in mark.program(its)]
+    return (*by_mark, (_RETURN, 0, 0, member))
+
+
+def attach(to: socket.socket, option: int, program: Sequence[Instruction]) -> None:
+    """Attach a program to a socket or its group, by the option that does it.  Raises OSError."""
+    try:
+        import array  # not at the top: most protectors steer nothing, and it takes 70 KB
+    except ImportError as error:
+        raise OSError(errno.ENOMEM, f"cannot load array: {error}") from error
+    code = array.array("B", b"".join(_INSTRUCTION.pack(*each) for each in program))
+    address, _ = code.buffer_info()
+    to.setsockopt(socket.SOL_SOCKET, option, _PROGRAM.pack(len(program), address))

@@ -166,6 +166,7 @@ class SteeringRecord:
     #: A generation (0: none yet), a listener, and its socket's options then.
     options: tuple[tuple[int, int, str], ...] = ()
     partly_served: tuple[tuple[int, int], ...] = ()  # of the unserved: later workers have it
+    lost: tuple[int, ...] = ()  # listeners whose clients come to the other socket: see Turns
 
 
 @frozen

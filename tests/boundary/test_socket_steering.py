@@ -2395,3 +2395,76 @@ def test_a_client_that_comes_as_another_socket_is_put_in_the_place_of_its_one_wa
     assert len(world.clients) == 1
     assert pair.has_waiting(0)
     assert socket_file.leads_to(pair.path, pair.socket_for(0))
+
+
+def lose_its_socket(world: World, pair: Listener) -> None:
+    """A worker of the serving generation, 1, shuts it down."""
+    pair.socket_for(0).shutdown(socket.SHUT_RDWR)
+    world.turn()
+    assert "bound-anew" in world.log.events
+
+
+def lose_its_file(world: World, pair: Listener) -> None:
+    """Another program removes it while a release settles, which then fails."""
+    world.steering.enter(2, 1)
+    world.steering.turn_to(1)
+    for each in map(Path, (pair.path, pair.address_of(0)[0], pair.address_of(1)[0])):
+        each.unlink(missing_ok=True)
+    world.steering.turn_to(0, again=True)
+    come(world, pair.path)
+    assert not pair.has_waiting(1), "the failed release gets no more clients"
+    world.steering.leave(2)
+    world.steering.gone(2)
+    assert "not-steered" not in world.log.events
+
+
+@pytest.mark.parametrize("lose", [lose_its_socket, lose_its_file])
+@pytest.mark.parametrize("killed", [False, True])
+def test_clients_of_a_lost_socket_wait_for_one_generation_alone(
+    world: World, pair: Listener, lose: Callable[[World, Listener], None], killed: bool
+) -> None:
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    lose(world, pair)
+    assert world.stranded == 1
+    if killed:
+        assert world.written is not None
+        world.resume((1, 0), record=world.written)
+    come(world, pair.path)
+    world.pass_time(2 * FIRST_RESCUE_S)
+    assert world.stranded > 1, "as long as no generation has begun"
+
+    world.steering.enter(3, world.steering.turns.free)
+    come(world, pair.path)
+    assert pair.has_waiting(1)
+    assert not pair.has_waiting(0)
+    assert not pair.is_reserved_for_clients
+    before = world.stranded
+    world.pass_time(60)
+    world.steering.turn_to(1)
+    come(world, pair.path)
+    assert pair.has_waiting(1)
+    assert not pair.has_waiting(0)
+    world.steering.leave(1)
+    world.pass_time(60)
+    assert world.stranded == before
+
+
+def test_clients_of_a_lost_socket_wait_on_when_the_next_generation_fails(
+    world: World, pair: Listener
+) -> None:
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    lose_its_socket(world, pair)
+    world.steering.enter(2, 1)
+    come(world, pair.path)
+    world.steering.leave(2)
+    world.steering.gone(2)
+    before = world.stranded
+    world.pass_time(2 * FIRST_RESCUE_S)
+
+    assert world.stranded > before
+    world.steering.enter(3, 1)
+    come(world, pair.path)
+    assert pair.has_waiting(1)
+    assert not pair.has_waiting(0)

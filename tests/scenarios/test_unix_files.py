@@ -12,8 +12,9 @@ import pytest
 from tests.load import Load
 from tests.running import Client, Protector, ask, eventually
 from tests.scenarios.adopting import kill_protector, revived, served, upgrade
+from tests.scenarios.asking import Asked
 from tests.scenarios.operating import Operated
-from tests.scenarios.tools import Release, pid_in, spawned, worker
+from tests.scenarios.tools import Gate, Release, pid_in, spawned, worker
 
 MODE = ("--handoff", "listener")
 SERVER = worker("accepts", "--ready", "never")
@@ -85,6 +86,44 @@ def test_clients_go_back_though_the_files_were_removed(
     daemon.reload()
     assert pid_in(ask(str(path))) == spawned(daemon)[-1]
     daemon.stop()
+    assert list(path.parent.iterdir()) == []
+
+
+def test_clients_wait_for_one_start_alone_when_a_release_fails_after_its_files_were_removed(
+    protector: Callable[..., Protector], path: Path, asked: Asked
+) -> None:
+    words = (*MODE, "--ready", "accept", "--settle", "1h", "--settle-check", "http:/healthz")
+    daemon = protector(*words, f"unix:{path}", "--", asked.release.path).ready()
+    mark = daemon.signal(signal.SIGHUP)
+    daemon.log.wait_for("event=route generation=2", after=mark)
+    tidy(path)
+    asked.bad()
+    daemon.log.wait_for("event=bound-anew", after=mark)
+    asked.good()
+
+    # Though the generation that accepts settles for an hour.
+    assert "200" in ask(str(path), "GET / HTTP/1.0\r\n\r")
+    daemon.log.wait_for("event=route generation=3", after=mark)
+    assert daemon.log.count("event=spawned") == 3
+    daemon.stop()
+    assert list(path.parent.iterdir()) == []
+
+
+def test_clients_of_a_socket_that_a_worker_shuts_down_wait_for_one_start_alone(
+    protector: Callable[..., Protector], path: Path, release: Release, tmp_path: Path
+) -> None:
+    gate = Gate(tmp_path / "gate")
+    release.becomes(*worker("hostile_listener", "shuts_it_down", gate.path))
+    words = (*MODE, "--settle", "1h", "--kill-timeout", "1s", f"unix:{path}", "--", release.path)
+    daemon = protector(*words).ready()
+    release.becomes(*SERVER)
+    gate.open()
+    daemon.log.wait_for("event=bound-anew")
+
+    assert pid_in(ask(str(path))) == spawned(daemon, 2)[0]
+    assert daemon.log.count("event=spawned") == 2
+    daemon.signal(signal.SIGINT)
+    assert daemon.wait() == 0
     assert list(path.parent.iterdir()) == []
 
 

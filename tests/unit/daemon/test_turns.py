@@ -8,9 +8,9 @@ from typing import Any, cast
 
 from socketprotector.daemon.delivery.shared.turns import Turns
 
-PAIR = cast("Any", SimpleNamespace(index=0, sockets=(1, 2), has_sibling=True))
+PAIR = cast("Any", SimpleNamespace(index=0, sockets=(1, 2), has_sibling=True, path="/s"))
 PAIR.settings = SimpleNamespace(foreign=False)
-ONE = cast("Any", SimpleNamespace(index=1, sockets=(1,), has_sibling=False))
+ONE = cast("Any", SimpleNamespace(index=1, sockets=(1,), has_sibling=False, path=""))
 ONE.settings = SimpleNamespace(foreign=False)
 BOTH = (PAIR, ONE)
 
@@ -76,6 +76,28 @@ def test_who_lacks_a_socket_that_was_bound_in_the_place_of_another_one() -> None
     assert not turns.is_served(ONE, 0)
 
 
+def test_clients_of_a_lost_socket_come_to_the_next_generations_and_are_not_forgotten() -> None:
+    turns = Turns()
+    enter(turns, 1)
+    turns.turn_to(0, {0, 1}, knows_all)
+    assert not turns.move_lost(PAIR)
+    turns.lose(PAIR, 0)
+    assert turns.lacks(PAIR)
+    assert turns.move_lost(PAIR)
+    assert not turns.lacks(PAIR)
+    assert turns.number_for(PAIR) == turns.free == 1
+    assert turns.number_for(ONE) == 0
+    assert not turns.is_served(PAIR, 1)  # until there is one
+
+    enter(turns, 2)
+    assert turns.is_served(PAIR, 1)
+    turns.leave(2, 0.0)  # it has failed
+    assert not turns.is_served(PAIR, 1)
+    enter(turns, 3)
+    turns.turn_to(1, {0, 1}, knows_all)
+    assert (turns.number_for(PAIR), turns.lost) == (1, frozenset())
+
+
 def test_what_was_passed_in_is_its_owner_s_at_the_end() -> None:
     foreign = cast("Any", SimpleNamespace(**{**PAIR.__dict__, "settings": None}))
     foreign.settings = SimpleNamespace(foreign=True)
@@ -89,7 +111,7 @@ def test_what_was_passed_in_is_its_owner_s_at_the_end() -> None:
 
 
 def test_in_all_orders_of_six_events_clients_come_to_a_generation_or_to_the_next_one() -> None:
-    """enter, serve, roll back, leave the oldest, leave the newest, lose a socket."""
+    """enter, serve, roll back, leave the oldest, leave the newest, lose a socket, move clients."""
 
     def serve(turns: Turns) -> None:
         if turns.starting is not None:
@@ -109,6 +131,10 @@ def test_in_all_orders_of_six_events_clients_come_to_a_generation_or_to_the_next
         if others:
             turns.leave(max(others) if newest else min(others), 0.0)
 
+    def move_lost(turns: Turns) -> None:
+        if turns.free not in turns.accepting.values():
+            turns.move_lost(PAIR)
+
     events = (
         open_next,
         serve,
@@ -116,6 +142,7 @@ def test_in_all_orders_of_six_events_clients_come_to_a_generation_or_to_the_next
         lambda turns: leave(turns, newest=False),
         lambda turns: leave(turns, newest=True),
         lambda turns: turns.lose(PAIR, turns.current),
+        move_lost,
     )
     first = Turns()
     open_next(first)
@@ -140,6 +167,7 @@ def copied(turns: Turns) -> Turns:
         dict(turns.expected),
         turns.unserved,
         turns.partly_served,
+        turns.lost,
         turns.given_back,
     )
 
@@ -152,5 +180,6 @@ def check(turns: Turns) -> None:
         number = turns.number_for(listener)
         there = turns.at(listener, number)
         lacking = {(n, listener.index) for n in there} <= turns.unserved
-        assert turns.is_served(listener, number) != (bool(there) and lacking)
+        in_vain = lacking if there else listener.index in turns.lost
+        assert turns.is_served(listener, number) != in_vain
     assert {n for n, _ in turns.unserved} <= turns.accepting.keys()

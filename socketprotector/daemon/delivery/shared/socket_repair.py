@@ -32,6 +32,7 @@ class SocketRepair:
         hold: ListenerHold,
         *,
         steer: Callable[[], bool],
+        adopt_held: Callable[[], None],
         unwatch: Callable[[Listener], None],
         watch_later: Callable[[], None],
         bound: Callable[[Listener], None],
@@ -39,11 +40,13 @@ class SocketRepair:
     ) -> None:
         """shared: the listeners that get clients.  steer: tells the kernel where they come.
 
+        adopt_held: has those that wait at a third socket served by the next generation.
         bound, lost: see SocketSteering.
         """
         self._shared, self._turns, self._hold = shared, turns, hold
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._steer, self._unwatch, self._watch_later = steer, unwatch, watch_later
+        self._adopt_held = adopt_held
         self._bound, self._lost = bound, lost
         self.options = SocketRestoring(runtime, shared, self._replace)
         self.ended = False  # what is shut down now may stay so
@@ -129,11 +132,12 @@ class SocketRepair:
             listener.go_on_without(socket_number)
             why = error.strerror
             self._log.write("warning", "one-socket-left", listen=address, error=why, hint=RESTART)
+        lost = self._turns.lose(listener, None if common else socket_number)
         self._steer()
         if common or listener.has_sibling:
             self._log.write("warning", "bound-anew", listen=address)
-        lost = self._turns.lose(listener, None if common else socket_number)
         self._bound(listener)
+        self._adopt_held()
         starting = self._turns.starting
         if starting in lost:
             # First: until it is gone no other one is started for the clients.

@@ -83,6 +83,7 @@ class SocketSteering:
             self.turns,
             self.hold,
             steer=self._steer,
+            adopt_held=self._adopt_held,
             unwatch=self._watch.unwatch,
             watch_later=self._watch.watch_later,
             bound=bound,
@@ -193,14 +194,20 @@ class SocketSteering:
     def _adopt_held(self) -> None:
         """Have clients that have waited at a socket during a hold served by the next generation."""
         free = self.turns.free
-        if not self.hold.on and free not in self.turns.accepting.values():
-            for each in self._pairs:
-                if each.is_reserved_for_clients:
-                    self._watch.unwatch(each)
-                    with suppress(OSError):  # then as the next generation starts
-                        each.adopt_reserved(free)
-                        self._bound(each)
-            self._watch.watch()
+        if self.hold.on or free in self.turns.accepting.values():
+            return
+        moved = False
+        for each in self._pairs:
+            moved |= self.turns.move_lost(each)
+            if each.is_reserved_for_clients:
+                self._watch.unwatch(each)
+                with suppress(OSError):  # then as the next generation starts
+                    each.adopt_reserved(free)
+                    self._bound(each)
+        if moved:
+            self._steer()
+            self._persist()
+        self._watch.watch()
 
     def expect(self, listener: Listener, *, dry_run: bool) -> None:
         """Steer the clients of a new listener to the generation that is to know it.
@@ -228,6 +235,7 @@ class SocketSteering:
         self.turns.turn_to(socket_number, {each.index for each in listeners}, knows)
         self.probes.clients_come({(each.index, self.turns.number_for(each)) for each in listeners})
         self.probes.discard()  # an earlier program may not have come to it
+        self._repairs.mend_all()
         self._steer()
         self._adopt_held()  # clients may have waited at both sockets until now
         self._watch.watch()
@@ -247,6 +255,7 @@ class SocketSteering:
             tuple(probes.asked_from),
             self._repairs.options.record,
             tuple(turns.partly_served),
+            tuple(turns.lost),
         )
 
     def adopt_record(self, record: SteeringRecord, *, held: bool) -> None:
@@ -258,6 +267,7 @@ class SocketSteering:
         turns.current = record.socket_number
         turns.unserved = frozenset(record.unserved)
         turns.partly_served = frozenset(record.partly_served)
+        turns.lost = frozenset(record.lost)
         turns.expected = dict(record.expected)
         turns.leaving = {generation: (its, at) for generation, its, at in record.leaving}
         probes.asked, probes.asked_from = set(record.asked), set(record.asked_from)
@@ -387,12 +397,13 @@ class SocketSteering:
     def _steer_one(self, listener: Listener, socket_number: int) -> OSError | None:
         """Have new clients come to one of its sockets, or during a hold get no answer.
 
-        Returns why it cannot be held now.  Raises OSError where clients come to the other socket.
+        So they wait, too, at a path whose socket the current generation lost.  Returns why they
+        cannot be held now.  Raises OSError where clients come to the other socket.
         """
         if self.turns.given_back and listener.settings.foreign:
             socket_number = 0
         not_held = None
-        if self.hold.on and listener.can_be_held:
+        if (self.hold.on or self.turns.lacks(listener)) and listener.can_be_held:
             try:
                 if listener.path and not listener.is_reserved_for_clients:
                     listener.reserve()

@@ -30,6 +30,8 @@ class Turns:
     unserved: frozenset[tuple[int, int]] = frozenset()
     #: Those of them whose later workers have that socket, beside others that do not.
     partly_served: frozenset[tuple[int, int]] = frozenset()
+    #: Listeners whose socket the current generation lost: clients come to the next one's socket.
+    lost: frozenset[int] = frozenset()
     given_back: bool = False  # sockets that were passed in get the new clients
 
     @property
@@ -45,6 +47,8 @@ class Turns:
 
     def number_for(self, listener: Listener) -> int:
         """Return to which of its sockets new clients come, or after a hold."""
+        if listener.index in self.lost:
+            return 1 - self.current
         return self.expected.get(listener.index, self.current)
 
     def at(self, listener: Listener, number: int) -> set[int]:
@@ -59,7 +63,8 @@ class Turns:
         there = self.at(listener, number)
         if not there:
             # While no generation accepts at all, or where the next one will, clients wait for that.
-            return not self.accepting or number == self.number_for(listener)
+            comes = number == self.number_for(listener) and listener.index not in self.lost
+            return not self.accepting or comes
         return any((generation, listener.index) not in self.unserved for generation in there)
 
     def own(self, pairs: Iterable[Listener], number: int, generation: int = 0) -> list[Listener]:
@@ -110,7 +115,21 @@ class Turns:
             for index, its in self.expected.items()
             if index in there and not (knows and knows(index))
         }
+        self.lost = frozenset() if number != self.current else self.lost & set(there)
         self.current = number
+
+    def lacks(self, listener: Listener) -> bool:
+        """Return whether clients of a path come to a socket that the current generation lost."""
+        if not listener.path or listener.index in self.lost:
+            return False
+        return not self.is_served(listener, self.number_for(listener))
+
+    def move_lost(self, listener: Listener) -> bool:
+        """Let clients of a lost socket come to the next generation's; return whether they move."""
+        moves = self.lacks(listener)
+        if moves:
+            self.lost |= {listener.index}
+        return moves
 
     def lose(self, listener: Listener, number: int | None) -> set[int]:
         """Return the generations that lack a socket from now on, because another is in its place.

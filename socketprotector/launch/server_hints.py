@@ -56,6 +56,7 @@ def of(settings: Settings, listens: Sequence[Listen], *, typed: bool) -> Iterato
         settles=settings.policy.settle_s > 0,
         after_s=settings.ready_after_s if settings.ready == "after" else None,
         drain_signal=signal.Signals(settings.drain_signal).name.removeprefix("SIG"),
+        unix=any(each.path is not None for each in listens),
         files=_files(settings, environment),
     )
     if found is None or (settings.mode.needs_library and _speaks(settings, environment)):

@@ -113,6 +113,8 @@ _SOCKET_OPTIONS: Mapping[str, re.Pattern[str]] = {
     "nginx": re.compile("NGINX="),
     "chaussette": re.compile("--fd"),
 }
+#: The servers whose module for inherited sockets, Net::Server::SS::PreFork, knows TCP alone.
+_TCP_ALONE = re.compile("starman$|(?:-s|--server)[= ]?Starman")
 #: By what gunicorn loads the application before it says READY=1, or may.
 _PRELOADS = re.compile("--preload|-c|--config|GUNICORN_CMD_ARGS=")
 #: A program that speaks with us says so in its command: these are ours.
@@ -188,13 +190,15 @@ def lacks(
     settles: bool,
     after_s: float | None,
     drain_signal: str,
+    unix: bool = False,
     files: str = "",
 ) -> str | None:
     """Say why a known server would not serve as it is started, or would only seem to.
 
     variables: the environment, as NAME=VALUE.  settles: a generation that fails soon after it was
     thought ready is rolled back.  after_s: when a timer says that it is ready, if one does.
-    drain_signal: without SIG.  files: what the server's configuration files say.
+    drain_signal: without SIG.  unix: it is handed a UNIX socket.  files: what the server's
+    configuration files say.
     """
     name = known(command)
     if name is None:
@@ -210,6 +214,9 @@ def lacks(
     names_it = _SOCKET_OPTIONS.get(name)
     if names_it is not None and not any(map(names_it.match, words)):
         return f"nothing tells {name} of the socket that it is handed"
+    at = program_index(command)
+    if unix and any(map(_TCP_ALONE.match, (name, *_pairs(command[at:])))):
+        return "Starman takes a UNIX socket for a TCP one and dies of its first client"
     graceful = KNOWN[name].drain_signal
     if graceful and drain_signal != graceful:
         return f"{drain_signal} cuts off the connections of {name} at a reload, {graceful} does not"

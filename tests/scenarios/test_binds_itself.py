@@ -155,6 +155,18 @@ def test_the_log_says_what_a_known_server_that_takes_no_socket_over_lacks(
     assert f"-- {uvicorn.path} --fd {{fd:http}} ... (--check shows it whole)" in told
 
 
+def test_a_start_says_that_starman_cannot_take_a_unix_socket(
+    protector: Command, tmp_path: Path
+) -> None:
+    starman = Release(tmp_path / "starman")
+    starman.becomes("sleep", "1000")
+    options = ("--handoff", "listener", "--ready", "after:1ms", "--drain-signal", "QUIT")
+    daemon = protector(*options, f"unix:{tmp_path}/s", "--", starman.path, "app.psgi").ready()
+
+    told = daemon.log.wait_for("takes a UNIX socket for a TCP one and dies of its first client")
+    assert "0.0.0.0:8000 -- starman" in told
+
+
 def test_a_warning_stays_in_status_until_a_reload_resolves_it(
     protector: Command, tmp_path: Path
 ) -> None:

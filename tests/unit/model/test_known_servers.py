@@ -95,6 +95,7 @@ def lacks(
     settles: bool = False,
     after_s: float | None = None,
     drain_signal: str = "",
+    unix: bool = False,
 ) -> str | None:
     words = shlex.split(command)
     name = known_servers.known(words)
@@ -106,6 +107,7 @@ def lacks(
         settles=settles,
         after_s=after_s,
         drain_signal=drain_signal or graceful or "TERM",
+        unix=unix,
     )
 
 
@@ -143,6 +145,23 @@ def test_the_advice_for_a_known_server_that_would_only_seem_to_serve_is_what_it_
 
     assert (told is not None) is (said is not None)
     assert (said or "") in (told or "")
+
+
+@together(
+    ("command", "unix", "dies"),
+    [
+        ("starman --preload-app app.psgi", True, True),
+        ("starman --preload-app app.psgi", False, False),
+        ("plackup -s Starman app.psgi", True, True),
+        ("plackup --server=Starman app.psgi", True, True),
+        ("plackup -s Starlet --starman app.psgi", True, False),
+        ("gunicorn --preload starman:app", True, False),
+    ],
+)
+def test_starman_is_warned_of_on_a_unix_socket(command: str, unix: bool, dies: bool) -> None:
+    told = lacks(command, unix=unix) or ""
+
+    assert ("dies of its first client" in told) is dies
 
 
 @together(

@@ -1,0 +1,163 @@
+"""When an old generation may be drained: what the kernel tells, in memory, and no process."""
+
+from __future__ import annotations
+
+import socket
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from socketprotector.daemon.delivery.shared import quiescing
+from socketprotector.daemon.delivery.shared.quiescing import LAST_S, QUIET_S, SILENT_S, Quiescing
+from socketprotector.system.listener import Listener
+from tests.unit.daemon.clock import Clock
+
+PORT, INDEX = 80, 3
+READ, SILENT = b"has sent something", b"has sent nothing"
+
+
+class World:
+    """One address of two sockets; generation 1 accepts at socket 0 and gets no new clients."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.clock = Clock()
+        self.unread: dict[bytes, bool] = {}  # client -> whether it is silent
+        self.shaking: set[bytes] = set()
+        self.in_backlog = False
+        self.is_steered = True
+        self.scarce = False
+        self.ended: list[float] = []
+        listener = SimpleNamespace(
+            socket=SimpleNamespace(family=socket.AF_INET),
+            port=PORT,
+            index=INDEX,
+            has_waiting=lambda: self.in_backlog,
+        )
+        self.listener = cast("Listener", listener)
+        patch.setattr(quiescing, "unread_by_port", self._unread)
+        patch.setattr(
+            quiescing, "handshakes_by_port", lambda _, ports: self._of(ports, self.shaking)
+        )
+        self.quiescing = Quiescing(
+            self.clock.use_in(patch, quiescing),
+            own=lambda _number, _generation: [self.listener],
+            clients_wait=lambda _listener, _number: self.in_backlog,
+            is_steered=lambda _number: self.is_steered,
+        )
+
+    def _unread(self, _family: int, ports: set[int], *, accepted: bool) -> Any:
+        if self.scarce:
+            raise OSError(24, "Too many open files")
+        assert accepted == (not self.in_backlog)
+        return self._of(ports, self.unread)
+
+    @staticmethod
+    def _of(ports: set[int], clients: Any) -> Any:
+        return {port: clients.copy() for port in ports}
+
+    def begin(self, **how: Any) -> None:
+        self.quiescing.begin(1, 0, self._over, **how)
+
+    def _over(self) -> None:
+        self.ended.append(self.clock.now)
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(monkeypatch)
+
+
+def test_without_clients_it_is_quiet_after_a_second(world: World) -> None:
+    world.begin()
+    world.clock.pass_time(QUIET_S - 0.2)
+    assert not world.ended
+    world.clock.pass_time(0.4)
+    assert len(world.ended) == 1
+    assert not world.clock.waits
+    assert not world.clock.lines
+
+
+def test_one_whose_workers_read_on_is_quiet_after_two_looks(world: World) -> None:
+    world.unread = {READ: False}  # they read from it before they leave
+    world.begin(reads_on=True)
+    assert not world.ended
+    world.clock.pass_time(0.05)
+    assert len(world.ended) == 1
+
+
+def test_there_a_handshake_that_is_under_way_is_waited_for(world: World) -> None:
+    world.shaking = {READ}
+    world.begin(reads_on=True)
+    world.clock.pass_time(1)
+    assert not world.ended
+    world.shaking.clear()
+    world.clock.pass_time(0.1)
+    assert len(world.ended) == 1
+
+
+def test_a_client_that_has_sent_something_is_waited_for_to_the_end(world: World) -> None:
+    world.unread = {READ: False}
+    world.begin()
+    world.clock.pass_time(LAST_S - 0.5)
+    assert not world.ended
+    world.clock.pass_time(1)
+    assert len(world.ended) == 1
+
+
+def test_a_silent_one_is_waited_for_a_while(world: World) -> None:
+    world.unread = {SILENT: True}
+    world.begin()
+    world.clock.pass_time(SILENT_S - 0.3)
+    assert not world.ended
+    world.clock.pass_time(0.6)
+    assert len(world.ended) == 1
+
+
+def test_clients_of_the_next_generation_are_none_of_its_own(world: World) -> None:
+    """Only what had come before the first look counts: others are at the other socket."""
+    world.begin()
+    world.clock.pass_time(0.5)
+    world.unread = {b"a later one": False}
+    world.clock.pass_time(0.8)
+    assert len(world.ended) == 1
+
+
+def test_as_long_as_clients_come_to_it_time_begins_again(world: World) -> None:
+    world.is_steered = False
+    world.begin()
+    world.clock.pass_time(3 * LAST_S)
+    assert not world.ended
+    world.is_steered = True
+    world.clock.pass_time(QUIET_S + 0.3)
+    assert len(world.ended) == 1
+
+
+def test_a_backlog_that_nobody_accepts_ends_with_a_line(world: World) -> None:
+    world.in_backlog = True
+    world.begin(common=[world.listener])
+    world.clock.pass_time(LAST_S + 0.2)
+    assert len(world.ended) == 1
+    assert world.clock.lines == ["not-taken"]
+
+
+def test_what_cannot_be_looked_up_now_is_not_taken_for_nothing(world: World) -> None:
+    world.scarce = True
+    world.begin()
+    world.clock.pass_time(LAST_S - 0.5)
+    assert not world.ended
+    world.scarce = False
+    world.unread = {READ: False}
+    world.clock.pass_time(0.3)
+    world.unread = {}
+    world.clock.pass_time(LAST_S)
+    assert len(world.ended) == 1
+
+
+def test_one_that_has_ended_is_not_looked_at_again(world: World) -> None:
+    world.begin()
+    assert world.quiescing.generations == (1,)
+    world.quiescing.end(1)
+    assert not world.clock.waits
+    world.clock.pass_time(LAST_S)
+    assert not world.ended

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import json
 import socket
-import sys
 from collections.abc import Callable
 
 from ..model.question import Question
 from ..model.text import in_units
 from ..system.channel import rights_of
 from ..system.cleanup import on_error
-from ..system.helper import BackOff, Ended, HelperProcess, Line, path_of
+from ..system.helper import BackOff, Ended, HelperProcess, Line
 from ..system.loop import Loop
 from .delivery.way import Way
 
-_SCRIPT = path_of("asker.py")
 _LINE_FD, _LISTENING_FD = 3, 4
 #: Of one that is kept running.
 _FIRST_DELAY_S = 0.1
@@ -53,15 +51,18 @@ class Asker:
         self._heard, self._ended, self._late = heard, ended, late or heard
         self._process: HelperProcess | None = None
         self._number = 0  # of the last question, of those that are asked once
-        argv: tuple[str, ...] = (sys.executable, "-I", "-S", _SCRIPT, str(_LINE_FD))
+        words = [str(_LINE_FD)]
         self._line, theirs = Line.make(loop, self._hear)
         descriptors = {_LINE_FD: theirs.fileno()}
         if listening is not None:
-            argv, descriptors[_LISTENING_FD] = (*argv, str(_LISTENING_FD)), listening.fileno()
+            words.append(str(_LISTENING_FD))
+            descriptors[_LISTENING_FD] = listening.fileno()
         with on_error(self.close), theirs:
             if way is not None and asked is not None:
                 self._line.socket.send(_told(way, asked), socket.MSG_DONTWAIT)
-            self._process = HelperProcess.start(argv, descriptors, loop, self._has_ended)
+            self._process = HelperProcess.start_own(
+                "asker.py", words, descriptors, loop, self._has_ended
+            )
 
     def ask(self, connection: socket.socket, way: Way, asked: Question, limit_s: float) -> None:
         """Have this asked once, by a connection that is being made; it stays the caller's.

@@ -15,7 +15,7 @@ from ..system.cleanup import on_error
 from ..system.helper import Ended
 from ..system.log import Log
 from ..system.loop import Loop
-from .asker_client import Asker, KeptAsker
+from . import asker_client
 from .delivery.way import BACKLOG, SHUT_DOWN, Reach, Way
 from .generation import OpenGeneration
 
@@ -32,7 +32,7 @@ class Forwarding:
         with on_error(self._listening.close):
             self._listening.bind(("127.0.0.1", 0))
             self._listening.listen(BACKLOG)
-        self._asker = KeptAsker(loop, self._start, ended)
+        self._asker = asker_client.KeptAsker(loop, self._start, ended)
 
     @property
     def address(self) -> tuple[str, int]:
@@ -45,8 +45,8 @@ class Forwarding:
         self._asker.close()
         self._listening.close()
 
-    def _start(self, ended: Ended) -> Asker:
-        return Asker(
+    def _start(self, ended: Ended) -> asker_client.Asker:
+        return asker_client.Asker(
             self._loop,
             self._way,
             _FORWARD,

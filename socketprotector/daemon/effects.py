@@ -11,7 +11,7 @@ recovery.py.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from .. import __version__
 from ..core.actions import (
@@ -60,18 +60,24 @@ from ..model.text import added
 from ..system.listener import Listener
 from ..system.program_spec import changed_file, program_of
 from ..system.sd_notify import Systemd
-from .asking import Asking
+from . import asking, health, settle_check
 from .check_probe import CheckProbes
 from .delivery import Delivery, Host
 from .generation import Generations, OpenGeneration
-from .health import Health
 from .live_settings import LiveSettings
 from .log_output import Output
 from .reports import Reports
 from .runtime import Runtime
-from .settle_check import SettleCheck
 from .start_report import StartReport
 from .worker_pool import WorkerPool
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from .asking import Asking
+    from .health import Health
+    from .settle_check import SettleCheck
 
 #: Actions that another program has to know of while they are not carried out.
 RECORDED = Undone | Report | StartTimer
@@ -121,33 +127,25 @@ class Effects:
                 lost=self._listener_lost,
                 bound=lambda listener: self.live_settings.bound_anew(listener),
                 untaken=self._say_untaken,
-                own_connection=lambda: self.health.tcp_connection,
+                own_connection=lambda: self.health.tcp_connection if self.health else None,
             )
         )
-        reach = self.delivery.reach
-        probes = CheckProbes(runtime.loop, runtime.log, reach)
-        self.output = output
+        self._runtime, self.output = runtime, output
+        self._probes = CheckProbes(runtime.loop, runtime.log, self.delivery.reach)
         self.pool = WorkerPool(
             settings,
             runtime,
             output,
             remember=self.reports.remember,
             delivery=self.delivery,
-            probes=probes,
+            probes=self._probes,
         )
-        self.asking = Asking(
-            runtime, reach=reach, answered=self.pool.answered, not_asked=self.pool.not_asked
-        )
-        self.settle_check = SettleCheck(runtime, reach, probes)
-        self.health = Health(
-            runtime,
-            settings=lambda: self.live_settings.settings,
-            delivery=self.delivery,
-            remember=self.reports.remember,
-        )
-        self._askers: tuple[WorkerPool | Asking | SettleCheck | Health, ...] = (
-            *(self.pool, self.asking, self.settle_check, self.health),
-        )
+        #: What is counted of the generations, by number.
+        self.counts: Callable[[], Mapping[int, Mapping[str, Any]]] = dict
+        # Those that are switched on, from their first use.
+        self.asking: Asking | None = None
+        self.settle_check: SettleCheck | None = None
+        self.health: Health | None = None
         self.live_settings = LiveSettings(
             settings, runtime, pool=self.pool, delivery=self.delivery, command=command
         )
@@ -164,12 +162,12 @@ class Effects:
             case Retire(worker):
                 self.pool.retire(worker)
             case Ask(number) if number in self.generations:
-                self.asking.ask(self.generations[number])
-            case StopAsking():
+                self._ask(self.generations[number])
+            case StopAsking() if self.asking is not None:
                 self.asking.stop()
             case CheckSettling(number) if number in self.generations:
-                self.settle_check.begin(self.generations[number])
-            case StopChecking():
+                self._check_settling(self.generations[number])
+            case StopChecking() if self.settle_check is not None:
                 self.settle_check.stop()
             case RouteTo(number):
                 self._route_to(number)
@@ -188,11 +186,14 @@ class Effects:
                 self.live_settings.read(dry_run=dry_run)
             case UseSettings():
                 self.live_settings.use()
-                self.health.settings_are()
+                if self.health is not None:
+                    self.health.settings_are()
+                elif self._route is not None:
+                    self._serves(self.generations[self._route])
             case ForgetSettings():
                 self.live_settings.forget()
             case CloseListeners(quick):
-                self.health.serves(None)
+                self._serves(None)
                 self._close_listeners(quick=quick)
             case StartTimer(deadline, seconds, True):
                 self._loop.extend(deadline, seconds)
@@ -211,7 +212,7 @@ class Effects:
             case Exit(status):
                 self.exit_status = status
                 self.pool.orphans.when_ended(self._stop_running)
-            case _:  # of a generation that could not be opened, and that was told
+            case _:  # of a generation that could not be opened, and that was told; or switched off
                 pass
 
     # -- to the next program and from the one before -----------------------------
@@ -253,13 +254,54 @@ class Effects:
     def suspend(self) -> None:
         """Ask and read nothing more in this program; the next one begins anew."""
         self.live_settings.stop_reading()
-        for each in self._askers:
+        for each in self._askers():
             each.suspend()
 
     def go_on(self) -> None:
         """There was no next one: ask again."""
-        for each in self._askers:
+        for each in self._askers():
             each.go_on()
+
+    def _askers(self) -> Iterable[WorkerPool | Asking | SettleCheck | Health]:
+        asking = (self.pool, self.asking, self.settle_check, self.health)
+        return [each for each in asking if each is not None]
+
+    # -- what is asked -------------------------------------------------------------
+
+    def _ask(self, generation: OpenGeneration) -> None:
+        if self.asking is None:
+            its = self.pool
+            self.asking = asking.Asking(
+                self._runtime,
+                reach=self.delivery.reach,
+                answered=its.answered,
+                not_asked=its.not_asked,
+            )
+        self.asking.ask(generation)
+
+    def _check_settling(self, generation: OpenGeneration) -> None:
+        if self.settle_check is None:
+            self.settle_check = settle_check.SettleCheck(
+                self._runtime, self.delivery.reach, self._probes, lambda: self.counts()
+            )
+        self.settle_check.begin(generation)
+
+    def _serves(self, generation: OpenGeneration | None) -> None:
+        """New clients come to this generation from now on; None: to none."""
+        if self.health is None:
+            if generation is None or not self.live_settings.settings.health:
+                return
+            self.health = health.Health(
+                self._runtime,
+                settings=lambda: self.live_settings.settings,
+                delivery=self.delivery,
+                remember=self.reports.remember,
+            )
+        self.health.serves(generation)
+
+    def says(self, number: int) -> str:
+        """Return why a generation that starts is not ready, as far as is known."""
+        return (self.asking and self.asking.last) or self.pool.check_says(number)
 
     # -- generations ---------------------------------------------------------
 
@@ -298,7 +340,7 @@ class Effects:
         generation = self.generations.get(number) if number is not None else None
         self._route = number if generation is not None else None
         if generation is None:
-            self.health.serves(None)
+            self._serves(None)
             self.delivery.route_to(None)
             return
         again = generation.record.serving_since > 0.0
@@ -306,7 +348,7 @@ class Effects:
             generation.update_record(serving_since=time.monotonic(), served_at=time.time())
         self.delivery.route_to(generation, again=again)
         self._log.write("info", "route", generation=number)
-        self.health.serves(generation)
+        self._serves(generation)
 
     def _same_file(self) -> str:
         """Say that the serving generation is affected, too, where its file was changed in place."""
@@ -391,7 +433,8 @@ class Effects:
             if idle_s < seconds:
                 run(seconds - idle_s)
                 return
-            if deadline.wait is TimerKind.SETTLE and self.settle_check.awaits(deadline.target):
+            settles = deadline.wait is TimerKind.SETTLE and self.settle_check
+            if settles and settles.awaits(deadline.target):
                 run(_SETTLE_AGAIN_S)
                 return
             self._note_due(deadline)
@@ -399,7 +442,7 @@ class Effects:
             silent = deadline.wait is TimerKind.START and not self.pool.spoken_with
             advice = ""
             if deadline.wait is TimerKind.START:
-                advice = self.asking.last or self.pool.check_says(deadline.target)
+                advice = self.says(deadline.target)
             if silent:
                 its = self.pool.advice(deadline.target, passes_over=bool(advice))
                 advice = "; ".join(filter(None, (advice, its)))

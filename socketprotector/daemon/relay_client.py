@@ -20,7 +20,6 @@ import select
 import signal
 import socket
 import struct
-import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Set
 from contextlib import suppress
@@ -29,7 +28,7 @@ from ..model.fd_budget import LEFT_BEHIND
 from ..model.lazy_dataclass import frozen
 from ..system import inherited
 from ..system.cleanup import on_error
-from ..system.helper import BackOff, HelperProcess, path_of
+from ..system.helper import BackOff, HelperProcess
 from ..system.polling import events_of, read_now
 from ..system.process import Process
 from .runtime import Runtime
@@ -171,7 +170,6 @@ class LogRelay:
     def _spawn(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         given = (self._name, self._kind, str(int(self._prefixed)), str(_LINE_FD))
-        argv = (sys.executable, "-I", "-S", path_of("log_relay.py"), *given)
         with on_error(ours.close), theirs, open(os.devnull, "r+b", buffering=0) as file:
             null = file.fileno()
             # It must not hold the write end, or it would never see its last writer go.
@@ -179,8 +177,8 @@ class LogRelay:
             shared = self._shared if self._shared >= 0 else null
             descriptors = {0: shared, 1: out, 2: null, _LINE_FD: theirs.fileno()}
             # SCHED_BATCH: it is to wake up for many lines, not for each.
-            self._helper = HelperProcess.start(
-                argv, descriptors, self._loop, self._ended, batch=True
+            self._helper = HelperProcess.start_own(
+                "log_relay.py", given, descriptors, self._loop, self._ended, batch=True
             )
         self._listen(ours)
         self._say_all()

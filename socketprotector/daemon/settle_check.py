@@ -34,6 +34,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    Counts = Callable[[], Mapping[int, Mapping[str, Any]]]
+
 _EVERY_S = 1.0
 #: How soon after something of ours has failed it is tried again.
 _AGAIN_S = 0.25
@@ -43,11 +45,11 @@ _NEXT, _LIMIT = "settle-check", "settle-check-limit"
 class SettleCheck:
     """Carries out CheckSettling and StopChecking."""
 
-    def __init__(self, runtime: Runtime, reach: Reach, probes: CheckProbes) -> None:
+    def __init__(self, runtime: Runtime, reach: Reach, probes: CheckProbes, counts: Counts) -> None:
+        """counts: what is counted of the generations, by number, for a command to read."""
         self._loop, self._post = runtime.loop, runtime.post
         self._reach, self._probes = reach, probes
-        #: What is counted of the generations, by number, for a command to read.
-        self.counts: Callable[[], Mapping[int, Mapping[str, Any]]] = dict
+        self._counts = counts
         self._generation: OpenGeneration | None = None
         self._asked = Question("")
         self._opened = ExitStack()  # what was asked last: by whom, and how it is reached
@@ -197,6 +199,6 @@ class SettleCheck:
 
     def _text(self, number: int) -> bytes:
         """Return what it reads: of the generation that settles, and of the one that stands by."""
-        counts = self.counts()
+        counts = self._counts()
         others = (each for each in counts.values() if each["phase"] == "serving")
         return json.dumps({"new": counts.get(number), "old": next(others, None)}).encode()

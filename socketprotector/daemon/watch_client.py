@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from collections.abc import Mapping
 
 from ..core.events import ReloadRequested
 from ..model.settings import Settings
 from ..system import inherited
-from ..system.helper import BackOff, HelperProcess, Line, path_of
+from ..system.helper import BackOff, HelperProcess, Line
 from ..system.process import Process
 from .runtime import Runtime
 
-_SCRIPT = path_of("file_watch.py")
 _LINE_FD = 3
 _FIRST_DELAY_S = 1.0
 _LAST_DELAY_S = 60.0
@@ -74,12 +72,15 @@ class FileWatch:
         sockets = [*settings.listeners, *([settings.control] if settings.control else [])]
         files += [s.address[len(_FILES) - 1 :] for s in sockets if s.address.startswith(_FILES)]
         ours = [file for file in files if file]
-        argv = (sys.executable, "-P", _SCRIPT, str(_LINE_FD), *settings.watch, "--", *ours)
+        words = (str(_LINE_FD), *settings.watch, "--", *ours)
         try:
             self._line, theirs = Line.make(self._loop, self._handle)
             with theirs:
                 descriptors = {_LINE_FD: theirs.fileno()}
-                self._process = HelperProcess.start(argv, descriptors, self._loop, self._ended)
+                self._process = HelperProcess.start_own(
+                    *("file_watch.py", words, descriptors, self._loop, self._ended),
+                    options=("-P",),
+                )
         except OSError as error:
             self._forget()
             self._again(error.strerror or str(error))

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from ..model import text
 from ..model.records import Program
-from . import inherited
+from . import inherited, late_modules
 from .cleanup import on_error
 from .loop import Loop
 from .polling import read_now
@@ -24,15 +25,14 @@ _PROVEN_S = 60.0
 _LAST_BYTES = 4096
 _MESSAGE_BYTES = 4096
 
-_PROGRAMS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "programs")
+#: Runs a program whose text is in a memfd; its path comes first.  Needs no /proc.
+_RUN = (
+    "import os,sys;del sys.argv[0];"
+    "exec(compile(os.pread({fd},os.fstat({fd}).st_size,0),sys.argv[0],'exec'))"
+)
 
 #: Called with how one ended.
 Ended = Callable[[str], None]
-
-
-def path_of(program: str) -> str:
-    """Return the file of a helper's program: an import would load what only the helper needs."""
-    return os.path.join(_PROGRAMS, program)
 
 
 class HelperProcess:
@@ -74,6 +74,31 @@ class HelperProcess:
         process = spawn(program, variables or {}, descriptors, tell_pid)
         with on_error(process.discard):  # the system is short of memory
             return cls(process, loop, ended)
+
+    @classmethod
+    def start_own(
+        cls,
+        program: str,
+        words: Sequence[str],
+        descriptors: Mapping[int, int],
+        loop: Loop,
+        ended: Ended,
+        *,
+        options: tuple[str, ...] = ("-I", "-S"),
+        batch: bool = False,
+    ) -> HelperProcess:
+        """Start one of late_modules.PROGRAMS, as it was when we started.  Raises OSError.
+
+        options: the interpreter's.
+        """
+        path, text = late_modules.program(program)
+        there = max(descriptors) + 1
+        argv = (sys.executable, *options, "-c", _RUN.format(fd=there), path, *words)
+        code = inherited.memory_file("sp.program", text)
+        try:
+            return cls.start(argv, {**descriptors, there: code}, loop, ended, batch=batch)
+        finally:
+            os.close(code)
 
     @classmethod
     def start_protector(

@@ -1,10 +1,11 @@
-"""Modules that the resident process loads at their first use, and what it forgets of each module.
+"""What the resident process loads or starts later, as it is now; what it forgets of each module.
 
 An idle protector never uses most of LATE.  Each module there is imported whole, as in
 `from ..model import known_servers`; the first name that is looked up in it loads it.  By then an
 upgrade may have replaced the package's files.  So the code of the version that started is kept,
 compiled, in one memfd: to load it takes no file and no descriptor.  It takes memory, of which
-there is a reserve.
+there is a reserve.  Programs that may be started later are there as text: the interpreter, too, may
+have been replaced.
 
 Nothing in the resident process reads annotations, the docstrings of modules and classes, or where a
 module was found.  Without them an idle protector is 0.3 MB smaller.
@@ -28,11 +29,15 @@ _PACKAGE = __name__.partition(".")[0]
 #: All that are late, without the package's name.
 LATE = (
     "core.waiting",
+    "daemon.asker_client",
+    "daemon.asking",
+    "daemon.config_reader",
     "daemon.control.commands",
     "daemon.control.status",
-    "daemon.config_reader",
+    "daemon.health",
     "daemon.recovery",
     "daemon.relay_client",
+    "daemon.settle_check",
     "daemon.watch_client",
     "model.known_servers",
     "model.waits",
@@ -43,6 +48,10 @@ LATE = (
     "system.socket_copy",
     "system.socket_file",
 )
+#: Programs that the resident process starts (system/helper.py), of programs/.
+PROGRAMS = ("asker.py", "file_watch.py", "log_relay.py")
+#: Where each is kept: descriptor, length, offset.
+_programs: dict[str, tuple[int, int, int]] = {}
 #: Address space without memory behind it, until the system has no other (`ulimit -v`): more than
 #: all of LATE needs.
 _RESERVE_BYTES = 2 * 1024 * 1024
@@ -99,16 +108,39 @@ def keep() -> None:
         spec = Finder.find_spec(name, sys.modules[parent].__path__)
         if spec is None or not isinstance(spec.loader, _Loader):
             continue  # from an archive: it is loaded as any other
-        code = marshal.dumps(spec.loader.get_code(name))
-        if os.pwrite(kept, code, end) < len(code):
-            raise OSError(28, "no memory to keep the code of late modules")
+        code = _write(kept, marshal.dumps(spec.loader.get_code(name)), end)
         module = _Late(name)
         module.__spec__, module.__loader__ = spec, spec.loader
         module.__file__, module.__package__ = spec.origin, parent
-        vars(module)["__kept__"] = kept, len(code), end
-        end += len(code)
+        vars(module)["__kept__"] = code
+        end += code[1]
         sys.modules[name] = module
+    for program in PROGRAMS:
+        with open(_path_of(program), "rb") as file:
+            _programs[program] = _write(kept, file.read(), end)
+        end += _programs[program][1]
     _fill_reserve()
+
+
+def program(name: str) -> tuple[str, bytes]:
+    """Return the path of one of PROGRAMS, and its text, as it was kept.  Raises OSError."""
+    path = _path_of(name)
+    if name in _programs:
+        return path, os.pread(*_programs[name])
+    with open(path, "rb") as file:  # by a process that keeps nothing
+        return path, file.read()
+
+
+def _path_of(program: str) -> str:
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    return os.path.join(package, "programs", program)
+
+
+def _write(kept: int, text: bytes, end: int) -> tuple[int, int, int]:
+    """Append to the memfd; return what pread() takes to read it.  Raises OSError."""
+    if os.pwrite(kept, text, end) < len(text):
+        raise OSError(28, "no memory to keep the code of late modules")
+    return kept, len(text), end
 
 
 def load_all() -> None:

@@ -285,7 +285,7 @@ def process(question: bytes = b"", *listening: socket.socket) -> Iterator[socket
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(DEADLINE_S)
     fds = (theirs.fileno(), *(each.fileno() for each in listening))
-    words = (sys.executable, "-I", "-S", asker_client._SCRIPT, *map(str, fds))
+    words = (sys.executable, "-I", "-S", asker.__file__, *map(str, fds))
     with ours, subprocess.Popen(words, pass_fds=fds) as running:
         theirs.close()
         if question:
@@ -395,7 +395,7 @@ def test_one_that_can_have_no_thread_says_so_in_a_line_and_ends(listening: bool)
     ours.settimeout(DEADLINE_S)
     with ours, socket.create_server(("127.0.0.1", 0)) as probe:
         fds = (theirs.fileno(), probe.fileno()) if listening else (theirs.fileno(),)
-        words = (sys.executable, "-c", code, asker_client._SCRIPT, *map(str, fds))
+        words = (sys.executable, "-c", code, asker.__file__, *map(str, fds))
         with subprocess.Popen(words, pass_fds=fds, stderr=subprocess.PIPE) as running:
             theirs.close()
             ours.send(told(probe.getsockname()))

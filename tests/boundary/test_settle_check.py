@@ -42,7 +42,7 @@ class Settling:
             judge=lambda _, why: why if holds else SHUT_DOWN,
         )
         runtime = Runtime(loop, cast("Any", None), self._post, lambda: True)
-        self.check = SettleCheck(runtime, cast("Any", reach), cast("Any", probes))
+        self.check = SettleCheck(runtime, cast("Any", reach), cast("Any", probes), dict)
         program = replace(SHELL, environment=(("PATH", os.environ["PATH"]),), settle_check=asked)
         generation = SimpleNamespace(program=program, record=SimpleNamespace(number=2))
         self.check.begin(cast("Any", generation))

@@ -8,8 +8,12 @@ import signal
 import socket
 from pathlib import Path
 
-from tests.running import DEADLINE_S, Protector, ask
-from tests.scenarios.adopting import Installation
+from socketprotector.system.late_modules import PROGRAMS
+from tests import needs
+from tests.procfs import running
+from tests.running import DEADLINE_S, MARK, ROOT, Protector, ask, marked
+from tests.scenarios.adopting import Installation, upgrade
+from tests.scenarios.asking import Asked
 from tests.scenarios.operating import Line, Operated
 from tests.scenarios.tools import EITHER_HANDOFF, pid_in, spawned, worker
 
@@ -30,9 +34,9 @@ def operated(
 def replace_by_a_broken_version(installation: Installation) -> None:
     """Have other files in the place of the removed ones: none of them can be loaded."""
     package = installation.folder / "one" / "socketprotector"
-    for folder in ("", "core", "daemon", "daemon/control", "model", "system"):
+    for folder in ("", "core", "daemon", "daemon/control", "model", "programs", "system"):
         (package / folder).mkdir()
-        for name in ("__init__.py", "commands.py", "known_servers.py", "status.py"):
+        for name in ("__init__.py", "commands.py", "known_servers.py", "status.py", *PROGRAMS):
             (package / folder / name).write_text("raise SystemExit('another version')\n")
 
 
@@ -51,6 +55,54 @@ def test_after_its_files_were_replaced_a_protector_holds_settles_and_restarts_wo
         [reload] = line.ask("history")["history"]
         assert reload["result"] == "reloaded"
     assert pid_in(ask(one.address)) == spawned(one.daemon)[-1]
+    one.daemon.stop()
+
+
+@EITHER_HANDOFF
+def test_its_programs_are_those_of_the_version_that_started(
+    installation: Installation,
+    place: Path,
+    asked: Asked,
+    tmp_path: Path,
+    marked_environment: dict[str, str],
+) -> None:
+    needs.module("watchfiles")
+    source = tmp_path / "source"
+    source.mkdir()
+    asks = ("--ready", "http:/healthz", "--settle-check", "http:/healthz", "--settle", "0.2s")
+    options = (*asks, "--health", "http:/healthz", "--health-every", "0.1s", "--log-prefix")
+    command = (str(asked.release.path),)
+    one = operated(installation, place, *options, "--watch", str(source), command=command)
+    log = one.daemon.log
+    log.wait_for("event=watching")
+    replace_by_a_broken_version(installation)
+
+    def kill(program: str) -> None:
+        for pid in running(program, marked(marked_environment[MARK])):
+            os.kill(pid, signal.SIGKILL)
+
+    def serves(number: int) -> None:
+        """The relay, the watcher and the asker are other processes, and do their work."""
+        mark = len(log.seen)
+        for each in PROGRAMS:
+            kill(each)
+        log.wait_for("event=relay-ended", after=mark)
+        log.wait_for("event=watching", after=mark)
+        with Line(place) as line:
+            line.ask("hold", seconds=60)
+            (source / f"{number}.py").write_text("pass")
+            log.wait_for(rf"event=reloaded generation={number}\b", after=mark)
+            line.ask("release")
+        log.wait_for(rf"event=healthy generation={number}\b", after=mark)
+        mark = len(log.seen)
+        log.wait_for(rf"\[{number} \d+\] asked by", after=mark)
+
+    serves(2)
+
+    shutil.rmtree(installation.folder / "one" / "socketprotector")
+    shutil.copytree(ROOT / "socketprotector", installation.folder / "one" / "socketprotector")
+    assert "event=adopted" in upgrade(one.daemon)
+    serves(3)
     one.daemon.stop()
 
 

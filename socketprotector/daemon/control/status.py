@@ -25,11 +25,12 @@ from ...system.check_command import shown
 from ...system.listener import Listener
 from ..effects import Effects
 from ..generation import OpenGeneration
-from ..health import Health
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+    from ..health import Health
 
 #: What a command that decides about a generation is told of it, besides how many workers it has.
 _COUNTED = (
@@ -69,9 +70,9 @@ def of_ready(settings: Settings) -> str:
             return kind
 
 
-def of_health(health: Health) -> dict[str, Any] | None:
+def of_health(health: Health | None) -> dict[str, Any] | None:
     """Say what the generation that serves answers; None: nothing is asked."""
-    if not health.asks:
+    if health is None or not health.asks:
         return None
     return {
         "asks": health.asks,
@@ -94,7 +95,7 @@ def of_waits(
     now, starting = time.monotonic(), fleet.of(Phase.STARTING)
     answer = ""
     if starting is not None:
-        answer = effects.asking.last or effects.pool.check_says(starting.number)
+        answer = effects.says(starting.number)
     settling = fleet.of(Phase.SETTLING)
     settles = effects.generations.get(settling.number) if settling is not None else None
     facts = Facts(
@@ -102,7 +103,7 @@ def of_waits(
         active={each["number"]: each["active"] for each in generations},
         answer=headline(answer),
         settle_check=shown(settles.program.settle_check) if settles is not None else "",
-        settle_check_due=effects.settle_check.is_due,
+        settle_check_due=effects.settle_check is not None and effects.settle_check.is_due,
         upgrade=upgrade,
         leftovers_end=effects.pool.orphans.found,
         late_clients_s=effects.late_clients_s,

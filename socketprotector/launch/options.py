@@ -179,7 +179,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
     ),
     "Workers": (
         Option("handoff", click.Choice(list(MODES)),
-               "How connections reach a worker; see docs/handoff.md.\n"
+               "How connections reach a worker; see docs/modes.md.\n"
                "connection: it takes them from a queue. listener: it accepts them itself, from the "
                "listening socket that it is given (unmodified servers). stdio: a program for each, "
                "as its stdin and stdout. legacy: as the C++ SocketProtector handed them over.",
@@ -192,7 +192,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("ready", READY, "How a worker shows that it is ready.\n"
                "notify: it sends READY=1. ack: it sends einhorn's ACK. fd:N: it writes a line to "
                "descriptor N. accept: it accepts a connection. http:/PATH (https:/PATH): it "
-               "answers 200 to 399; more in docs/handoff.md, \"The question\". check:CMD: this "
+               "answers 200 to 399; more in docs/probes.md. check:CMD: this "
                "command succeeds. after:TIME: it has lived for TIME.",
                unset="notify; with --handoff listener what comes first of notify, ack, fd and "
                "accept"),
@@ -208,7 +208,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("health", HEALTH, "Ask the workers while they serve, and say what they answer.\n"
                "http:/PATH, https:/PATH and accept are as with --ready; check:CMD runs a command. "
                "The answer is in status, metrics, log and the exporter's /readyz, and nothing is "
-               "done about it: docs/handoff.md, \"Health\".", unset="nothing is asked"),
+               "done about it: docs/probes.md.", unset="nothing is asked"),
         Option("health-every", TIME_EACH, "How often to ask that; 100ms or more.",
                "health_every_s", default="5s"),
         Option("health-failures", click.IntRange(1, _MANY),
@@ -239,7 +239,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "Ask the new generation meanwhile; after a bad answer the old one serves again.\n"
                "check:CMD, or CMD alone, run every second, gets the counts of both generations as "
                "JSON on stdin, and decides by its exit status; http:/PATH (https:/PATH) is as with "
-               "--ready. See docs/handoff.md, \"While it settles\".", unset="nothing is asked"),
+               "--ready. See docs/probes.md.", unset="nothing is asked"),
         Option("drain-signal", SIGNAL,
                "With --handoff listener: the signal that tells a worker to finish.\n"
                "One on the client library is told by the end of its line instead.",

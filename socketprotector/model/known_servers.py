@@ -127,9 +127,7 @@ TAKES = (
     f"a server has to take over the socket that it is handed, by number or variable ({_PAGE}); one "
     "that can only bind by itself wants a proxy in front (docs/when-not.md)"
 )
-STDIN = (
-    "does it serve on stdin and stdout, as under inetd? that is --handoff stdio (docs/handoff.md)"
-)
+STDIN = "does it serve on stdin and stdout, as under inetd? that is --handoff stdio (docs/modes.md)"
 _PYTHON = re.compile(r"python[0-9.]*$")
 #: Of hypercorn's own workers the first that is idle ends the others, requests in progress included.
 _SEVERAL = re.compile(r"(?:--workers[= ]|-w ?)0*(?:[2-9]|1\d)")

@@ -32,7 +32,6 @@ RUN: dict[str, tuple[str, ...]] = {
     "docs/confinement.md": ("apparmor_parser", "semanage", "restorecon", "systemctl"),
     "docs/containers.md": ("curl", "nsenter"),
     "docs/control.md": (),
-    "docs/handoff.md": ("curl", "uvicorn"),
     "docs/install.md": (),
     "bench/soak.md": ("make",),
     "docs/legacy.md": ("curl",),
@@ -42,12 +41,14 @@ RUN: dict[str, tuple[str, ...]] = {
     "docs/man/SampleClient.1": ("nc", "script"),
     "docs/man/SocketProtector.8": (),
     "docs/man/socketprotectorctl.1": ("jq", "script"),
+    "docs/modes.md": ("curl", "uvicorn"),
     "docs/moving.md": (
         *("curl", "gunicorn", "plackup", "start_server", "supervisord", "systemctl"),
         "systemd-socket-activate",
     ),
     "docs/operating.md": ("script",),
     "docs/page.md": ("curl", "systemctl"),
+    "docs/probes.md": ("curl",),
     "docs/reference.md": (),
     "docs/servers.md": (
         *("curl", "gunicorn", "hypercorn", "nginx", "node", "plackup", "starman", "uvicorn"),

@@ -232,7 +232,7 @@ def test_a_removed_listener_leaves_its_place_and_an_added_one_gets_another(
         ("tcp", 30, "connection"),
         ("unix", 30, "connection"),
         # Where workers accept no client is sorted, and at a UNIX socket the kernel does not say who
-        # waits: those that the old ones do not accept within a second are lost (docs/handoff.md).
+        # waits: those that the old ones do not accept within a second are lost (docs/modes.md).
         ("tcp", 30, "listener"),
     ],
     indirect=["handoff"],

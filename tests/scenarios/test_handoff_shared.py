@@ -1,6 +1,16 @@
 """`--handoff listener`: what the holders of a listening socket share stays as its workers have it.
 
 The tests have a copy of the socket, too, and so see what the workers see.
+
+What a process with a descriptor can change for all, beside what docs/listener-mode.md lists:
+
+* SO_PEERCRED of UNIX clients is the last caller of listen(): SocketProtector calls it at the first
+  start, as the user that it runs as;
+* IP_MULTICAST_LOOP, IP_MULTICAST_ALL and IP_BIND_ADDRESS_NO_PORT are the accept tag:
+  SocketProtector sets them when it binds, and where needed before a generation starts;
+* a socket that was shut down listens again at most ten times a second.  With the sysctl
+  net.ipv4.tcp_migrate_req the kernel gives its queued clients to the other socket of the address;
+* a socket that another program or an older version bound as port 0 cannot listen again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Unmodified servers under --handoff listener while the protector itself is replaced, under load.
 
-What they share with it (docs/handoff.md, "What is shared") stays as they have set it, or they would
-hang in accept().
+What they share with it (docs/listener-mode.md, "What is shared") stays as they have set it, or
+they would hang in accept().
 """
 
 from __future__ import annotations

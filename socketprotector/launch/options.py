@@ -145,7 +145,7 @@ def _user(found: Identity | None) -> str:
 #: What reads it is cli.py's.
 CONFIG = Option("config", TEXT, "TOML file with options, read again at each reload.\n"
                 "LISTEN and COMMAND may stand there, too. What the command line says overrides it. "
-                "See docs/config.md.",
+                "See docs/reference.md.",
                 metavar="FILE", no_key=_LINE_ONLY, is_eager=True, expose_value=False)
 GROUPS: Mapping[str, Sequence[Option]] = {
     "This instance": (

@@ -28,7 +28,6 @@ RUN: dict[str, tuple[str, ...]] = {
     "README.md": ("curl", "gunicorn", "script"),
     "bench/README.md": ("make",),
     "client_lib/man/socketprotector-run.1": ("socketprotector-run",),
-    "docs/config.md": (),
     "docs/confinement.md": ("apparmor_parser", "semanage", "restorecon", "systemctl"),
     "docs/containers.md": ("curl", "nsenter"),
     "docs/control.md": (),

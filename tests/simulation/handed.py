@@ -349,6 +349,7 @@ class Handed(World):
             self._crash_child: 8,
             self._mischief: 20 * self._mischievous,
             self._hold: 10,
+            self._folder: 4,
             self._hup: 40,
             self._crash: 30,
             self._upgrade: 3 * common[self._upgrade],
@@ -373,6 +374,16 @@ class Handed(World):
         self._say(f"a hold of {asked.seconds:g} s is asked for")
         self._loop.call_after("hold", 0.0, lambda: protector.runtime.post(asked))
         self._children_ended()  # so that it looks whose time has come
+
+    def _folder(self) -> None:
+        """The folder of paths cannot be written to for a while; or it can again."""
+        codes = (errno.EACCES, errno.EROFS, errno.ENOSPC)
+        self.kernel.unwritable = 0 if self.kernel.unwritable else self._random.choice(codes)
+        self._say(f"the folder cannot be written to: {self.kernel.unwritable}")
+
+    def _be_calm(self) -> None:
+        self.kernel.unwritable = 0
+        super()._be_calm()
 
     def _connect(self) -> None:
         self._connect_to(self._addresses[int(self._chance() * len(self._addresses))])
@@ -973,13 +984,13 @@ class Handed(World):
                 assert not refuses, f"{each.name} of another process refuses"
 
     def _check_files(self) -> None:
-        """No file is left; a kill leaves at most what the next start finds."""
+        """No file is left; a kill, or a folder, leaves at most what the next start finds."""
         left = [
             name
             for name, node in self.kernel.names.items()
             if isinstance(name, str) and name.startswith("/")
         ]
-        assert not left or self.kills, f"{left} is left behind"
+        assert not left or self.kills or self.kernel.not_removed, f"{left} is left behind"
         for address in self._addresses:
             if address.is_path:
                 self.kernel.remove_stale(address.name)

@@ -275,6 +275,8 @@ class Kernel:
         self.quiet_calls = 1 << 62  # until the world interferes
         self.questions = 0  # that were asked
         self.sources: dict[bytes, str] = {}  # of each the address that it comes from
+        self.unwritable = 0  # why a folder cannot be written to now
+        self.not_removed = False  # a file was to be removed then
         self.dead = False
         self.epoll: Watching | None = None
         self.wake: Pipe | None = None
@@ -301,6 +303,13 @@ class Kernel:
             if self.note:
                 self.note(f"  {call} fails: {errno.errorcode[code]}")
             raise failure(code)
+
+    def enter_folder(self, call: str) -> None:
+        """Begin a system call that changes a folder.  Raises OSError."""
+        self.enter(call)
+        if self.unwritable:
+            self.not_removed |= call == "unlink"
+            raise failure(self.unwritable)
 
     # -- descriptors -----------------------------------------------------------
 
@@ -512,7 +521,7 @@ class Kernel:
         raise failure(errno.ENODATA, path)
 
     def _link(self, old: str, new: str, *, follow_symlinks: bool) -> None:
-        self.enter("link")
+        self.enter_folder("link")
         if old not in self.names:
             raise failure(errno.ENOENT, old)
         if new in self.names:
@@ -521,7 +530,7 @@ class Kernel:
         self._is_at(new)
 
     def _rename(self, old: str, new: str) -> None:
-        self.enter("rename")
+        self.enter_folder("rename")
         if old not in self.names:
             raise failure(errno.ENOENT, old)
         if self.names[old] is not self.names.get(new):  # else nothing is done
@@ -538,7 +547,7 @@ class Kernel:
         self.moved()
 
     def _unlink(self, path: str) -> None:
-        self.enter("unlink")
+        self.enter_folder("unlink")
         if path not in self.names:
             raise failure(errno.ENOENT, path)
         del self.names[path]
@@ -684,7 +693,7 @@ class Kernel:
     @contextmanager
     def locked(self, path: str, patience_s: float = 0.0) -> Iterator[None]:
         """In the place of folder.locked()."""
-        self.enter("lock")
+        self.enter_folder("lock")
         yield
 
     def file_of(self, which: Socket) -> int:
@@ -910,7 +919,10 @@ class Socket:
 
     def bind(self, address: Any) -> None:
         is_path = isinstance(address, str) and address.startswith("/")
-        self._kernel.enter("bind_file" if is_path else "bind")
+        if is_path:
+            self._kernel.enter_folder("bind_file")
+        else:
+            self._kernel.enter("bind")
         if isinstance(self._file, Listening):
             self._file.bind(self._kernel.address_at(address), address if is_path else "")
         else:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rounds import rounds
+from tests.rounds import MANY, rounds
 from tests.simulation.world import World
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +22,8 @@ PARTS = rounds(1, 4)
 #: Those that found a fault had the usual 2,000; many of them begin alike.
 LIFE = rounds(300, 2000)
 STEPS = rounds(15_000, 250_000)
+#: Of the calls in stories, and lives that come off those.
+SHARE, STORIED = ("1", "2000") if MANY else ("0.03", "1")
 
 
 def simulate(*arguments: str) -> str:
@@ -64,6 +66,17 @@ def test_a_seed_that_has_once_failed(handoff: str) -> None:
     told = simulate("--verbose", "--handoff", handoff, "--steps", str(LIFE), "--seed", *seeds)
 
     assert f"seeds {seeds[0]} to {seeds[-1]}" in told
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(rounds(300, 3600))
+@pytest.mark.parametrize("handoff", ["connection", "listener"])
+def test_each_step_of_a_story_is_a_kill_and_a_failure(handoff: str) -> None:
+    told = simulate("--each-step", "--handoff", handoff, "--share", SHARE, "--lives", STORIED)
+
+    for verb in ("open", "close_listeners", "release"):
+        assert f"Delivery.{verb}\n" in told
+    assert "killed at 0 of" not in told.splitlines()[-2]
 
 
 @pytest.mark.costly

@@ -104,6 +104,7 @@ from tests.simulation.kernel import (
     Socket,
     pair,
 )
+from tests.simulation.points import point
 from tests.simulation.ports import IN, Address, Listening
 
 #: All that have been imported for the supervisor, so that none asks the real clock.
@@ -430,6 +431,7 @@ class World:
         self.delivered = 0
         self.lost: dict[str, int] = {}
         self.events: Counter[str] = Counter()  # in the protector's log
+        self.killed_at: Counter[str] = Counter()  # by what it did
         self._note = note
         self._random = random.Random(seed)
         self._chance = self._random.random
@@ -639,8 +641,11 @@ class World:
     def _bind_one(
         self, number: int, pick: Callable[[Any], Any], kinds: Any = None
     ) -> ListenerSettings:
-        self._listening.append(self._bind(pick(kinds or self.KINDS), ("h", 1 + number)))
-        return ListenerSettings(self._listening[-1].address.told)
+        family = pick(kinds or self.KINDS)
+        name = f"/srv/s{number}" if family == socket.AF_UNIX else ("h", 1 + number)
+        self._listening.append(self._bind(family, name))
+        address, inode = self._listening[-1].address.told, self._listening[-1].address.path_inode
+        return ListenerSettings(address, device=1 if inode else 0, inode=inode)
 
     def _at(self, address: str) -> Address:
         """Return what is at an address of the settings."""
@@ -1033,6 +1038,7 @@ class World:
         what = self._chance()
         if what < self._deadly and self._has_begun():
             self.kernel.dead = True
+            self.killed_at[point()[0]] += 1
             raise Killed
         if what < self._deadly + self._faulty:
             codes = FAULTS.get(call)

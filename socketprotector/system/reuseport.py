@@ -62,8 +62,21 @@ def steer_if_can(one: socket.socket) -> None:
         steer(one, 0)
 
 
-def make(first: socket.socket) -> socket.socket | None:
+def _steer_to_listening(beside: socket.socket) -> None:
+    """Steer to a socket beside which another one is about to listen, if it does listen.
+
+    One that was shut down would get a group of its own: listen() would fail as long as another one
+    is there.
+    """
+    if beside.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        steer_if_can(beside)
+
+
+def make(first: socket.socket, room: int = 0) -> socket.socket | None:
     """Return a sibling of a listening socket, which gets no clients yet; the caller owns it.
+
+    room: how many clients may wait, if not as many as at the first: one that was shut down cannot
+    tell.
 
     None for one that is not TCP, or that waits for data before it tells of a client
     (TCP_DEFER_ACCEPT): its handshakes could not be told from those that never end.
@@ -76,8 +89,8 @@ def make(first: socket.socket) -> socket.socket | None:
     first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     # From listen() on the kernel gives the sibling every other client, until the group is steered:
     # the filter of socket 0 is from before it listened, see prepare().
-    steer_if_can(first)
-    sibling = rebind(first, first.getsockname(), backlog(first), other_mark=True)
+    _steer_to_listening(first)
+    sibling = rebind(first, first.getsockname(), room or backlog(first), other_mark=True)
     with on_error(sibling.close):
         sibling.setblocking(False)
         steer(sibling, 0)  # it is of the same group; the filters of the first may be locked
@@ -157,7 +170,7 @@ def enlist(reserved: socket.socket, mark: int, backlog: int, beside: socket.sock
     _mark_if_can(reserved, mark)
     if beside is not None:
         beside.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        steer_if_can(beside)
+        _steer_to_listening(beside)
     reserved.listen(backlog)
     if beside is not None:
         steer(reserved, 0)

@@ -363,6 +363,30 @@ def test_one_of_two_is_bound_anew_beside_the_other(socket_number: int) -> None:
     listener.close()
 
 
+@pytest.mark.parametrize("spare", [True, False])
+@pytest.mark.parametrize("socket_number", [0, 1])
+def test_one_that_is_shut_down_listens_again_after_the_other_was_bound_anew(
+    socket_number: int, spare: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> socket.socket:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    listener = shared("127.0.0.1:0")
+    if spare:
+        listener.reserve()
+        monkeypatch.setattr(socket_copy, "bind_beside", fails)
+    listener.socket_for(1 - socket_number).shutdown(socket.SHUT_RDWR)
+
+    listener.bind_anew(socket_number)
+
+    assert reuseport.backlog(listener.socket_for(socket_number)) == 40
+    assert listener.listen_again(1 - socket_number)
+    for wanted in (0, 1):
+        listener.steer(wanted)
+        assert came(listener) == ([0, 8] if wanted else [8, 0])
+    listener.close()
+
+
 @pytest.mark.parametrize("socket_number", [0, 1])
 def test_where_its_address_cannot_be_bound_the_spare_takes_its_place(
     socket_number: int, monkeypatch: pytest.MonkeyPatch

@@ -1,6 +1,6 @@
 """The sockets of a TCP address: one, or a SO_REUSEPORT group of which the kernel selects a member.
 
-The filter that selects one: reuseport.py.
+What is to be done to the group: group.py; the programs and calls that do it: reuseport.py.
 
 Source: tcp(7); reuseport_select_sock() in net/core/sock_reuseport.c.
 """
@@ -10,20 +10,28 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 
-from . import accept_marks, bpf, reuseport, sock_diag, socket_copy
+from . import accept_marks, bpf, group, reuseport, sock_diag, socket_copy
 from .listener import NO_MARKS, SCARCE, Listener, is_listening, shut_down
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .group import Group, Plan, Step
 
 
 class TcpListener(Listener):
-    """A TCP address: knows which member of its group is where, and to which new clients come."""
+    """A TCP address: carries out what the value of its group says."""
 
-    #: To which new clients come, None where that is not known; and those with a mark.
-    _steered: tuple[int | None, Mapping[bpf.Mark, int]] = None, NO_MARKS
-    _second: socket.socket | None = None  # of the two in the group, when that was told
-    _last = 1  # which socket was the last to listen, as far as we know
+    _known: Group | None = None
+
+    @property
+    def _group(self) -> Group:
+        """What is known of its group; made at its first use, because most listeners need none."""
+        if self._known is None:
+            self._known = group.Group.of(len(self.sockets))
+        return self._known
 
     @property
     def port(self) -> int:
@@ -41,7 +49,8 @@ class TcpListener(Listener):
     def swap(self) -> None:
         """Exchange sockets 0 and 1, if there are two; before any generation has one."""
         super().swap()
-        self._last = 1 - self._last
+        if self.has_sibling:
+            self._group.swap()
 
     # -- one that was shut down ---------------------------------------------
 
@@ -71,52 +80,38 @@ class TcpListener(Listener):
 
         One that was bound as port 0 comes back on another port.
         """
-        one = self.socket_for(socket_number)
+        number = socket_number % len(self.sockets)
         self.joined[socket_number % 2] += 1
         try:
-            if not self._silent:
-                self._steer_for(socket_number)
-            # Shut down twice, it would pass that on to all connections that it accepts, until it
-            # is shut down as one that listens.
-            one.listen(self._backlogs[socket_number % len(self.sockets)])
-            one.shutdown(socket.SHUT_RDWR)
-            if not self._silent or self._second is not one:
-                # As late as that: from now on all comes to the other one, until this one listens.
-                self._end_silence()
-                self._steer_for(socket_number)
-            one.listen(self._backlogs[socket_number % len(self.sockets)])
-            self._end_silence()  # else it has the position of this one, which takes that again
+            self._look(or_guess=True)
+            self._carry_out(self._group.listen_again(number))
         except OSError:
             return False
-        self._last = socket_number % 2
-        if not self.is_alive(socket_number):
-            shut_down(one)
+        if not self.is_alive(number):
+            shut_down(self.sockets[number])
+            self._group.left(number)
             return False
         return True
 
-    def _steer_for(self, last: int) -> None:
-        """Have clients come where they were steered to as soon as this socket is the last member.
-
-        And none to it before it is its turn.
-        """
-        other = 1 - last % 2
-        if self.has_sibling and self.is_alive(other):
-            to, marked = self._steered
-            with suppress(OSError):  # its filter is locked
-                members = {mark: int(number != other) for mark, number in marked.items()}
-                reuseport.steer(self.socket_for(other), int(to not in (other, None)), members)
-
     def _made_anew(self, socket_number: int) -> socket.socket:
-        self._end_silence()
-        # Else it would go on in the group as long as a process has a copy.
-        shut_down(self.socket_for(socket_number))
-        return self._bind_port(socket_number)
+        number = socket_number % len(self.sockets)
+        self._look(or_guess=True)
+        # Else the old one would go on in the group as long as a process has a copy.
+        self._carry_out(self._group.make_room(number))
+        made = self._bind_port(number)
+        self._group.joined(number)
+        return made
 
     def _withdraw(self, one: socket.socket) -> None:
         """Keep new clients from a socket that is about to be closed, whoever has a copy."""
         if one is not self._reserved:
             self._end_silence()
         shut_down(one)
+
+    def go_on_without(self, socket_number: int) -> None:
+        """Have the sibling alone, under both numbers."""
+        super().go_on_without(socket_number)
+        self._known = None
 
     def _bind_port(self, socket_number: int) -> socket.socket:
         """Return another socket, bound beside the sibling, or the spare.  Raises OSError."""
@@ -130,11 +125,10 @@ class TcpListener(Listener):
         made = None
         if beside is not None:
             try:
-                made = reuseport.make(beside)
+                made = reuseport.make(beside, backlog)
             except OSError as error:
                 if spare is None or error.errno in SCARCE:
                     raise
-            self._last = socket_number % 2
         if made is not None:
             with suppress(OSError):  # then its connections are not counted
                 accept_marks.mark(made, accept_marks.mark_of(one))
@@ -161,56 +155,16 @@ class TcpListener(Listener):
         would come to a socket that is shut down gets no answer either: the third one, the last
         member, takes its position then.  Raises OSError.
         """
-        if not (self.has_sibling or held or self._silent):
+        if not (self.has_sibling or held or self._is_silent):
             return  # all come to the one there is
         for each in self.sockets:  # one without it takes all new clients, where it stands first
             each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if silent := self._silent:
-            last = self._order()[-1]
-            if last is not silent or not all(is_listening(each) for each in self.sockets):
-                self._end_silence()  # it has the position of one that has left
-            if last is not silent and last is not None:
-                # A server has had it listen again meanwhile: no position is known any more.
-                self.listen_again(self.sockets.index(last))
-        to = self.socket_for(socket_number)
+        self._look()
         guarded = bool(marked) and self.has_sibling and self.can_be_held
-        if held:
-            if not self._silent:
-                with suppress(OSError):  # so that none comes to it before it is silent
-                    self._steer_to(to, marked)
-            to = self._silence()
-        elif guarded:
-            with suppress(OSError):  # else what comes to one that is shut down comes to the other
-                self._silence()
-        try:
-            self._steer_to(to, marked)
-        except PermissionError:  # servers have locked the filters of theirs
-            self._silence()
-            self._steer_to(to, marked)
-        if not (held or guarded):
-            self._end_silence()
-        self._steered = None if held else socket_number % 2, dict(marked)
-
-    def _steer_to(self, to: socket.socket, marked: Mapping[bpf.Mark, int]) -> None:
-        order, failed = self._order(), OSError(errno.ENOTCONN, "it does not listen")
-
-        def member(one: socket.socket) -> int:
-            if one not in order:
-                one = self._silent or one
-            return order.index(one) if one in order else 0
-
-        its = {mark: member(self.socket_for(number)) for mark, number in marked.items()}
-        self._second = order[1] if len(order) > 1 else None
-        for each in reversed(order):
-            if each is None:
-                continue
-            try:  # a server may have locked the filters of its own
-                reuseport.steer(each, member(to), its)
-            except OSError as error:
-                failed = error
-            else:
-                return
-        raise failed
+        count = len(self.sockets)
+        its = {mark: number % count for mark, number in marked.items()}
+        plan = self._group.steer(socket_number % count, its, held=held, guarded=guarded)
+        self._carry_out(plan)
 
     @property
     def has_no_spare(self) -> bool:
@@ -233,39 +187,72 @@ class TcpListener(Listener):
         return self._reserved
 
     @property
-    def _silent(self) -> socket.socket | None:
-        """The third one while it is in the group, always as the last to listen of it."""
-        return self._reserved if self._reserved and is_listening(self._reserved) else None
-
-    def _silence(self) -> socket.socket:
-        if not self._silent:
-            reuseport.silence(self.reserve())
-        return self.reserve()
+    def _is_silent(self) -> bool:
+        """Whether the third one is in the group."""
+        return self._reserved is not None and is_listening(self._reserved)
 
     def _end_silence(self) -> None:
-        """Have it leave the group: others that listen again would come to stand before it."""
-        if self._silent:
-            shut_down(self._silent)
+        if self._is_silent:
+            self._carry_out(self._group.end_silence())
+            if self._reserved is not None:
+                shut_down(self._reserved)  # if that was not known
 
     # -- the group's members -------------------------------------------------------
 
-    def _order(self) -> list[socket.socket | None]:
-        """Return the members of the group, as they are counted; None for one that is not ours.
+    def _member(self, number: int) -> socket.socket:
+        return self.reserve() if number == group.SILENT else self.sockets[number]
 
-        Raises OSError.
+    def _carry_out(self, plan: Plan) -> None:
+        """Do what a plan says, and say what came of it.  Raises OSError where that gives up."""
+        error: OSError | None = None
+        while True:
+            try:
+                step = plan.send(error) if error is not None else next(plan)
+            except StopIteration:
+                return
+            try:
+                self._perform(step)
+            except OSError as failed:
+                error = failed
+            else:
+                error = None
+
+    def _perform(self, step: Step) -> None:
+        match step:
+            case group.Attach(to, position, marked):
+                reuseport.steer(self._member(to), position, marked)
+            case group.Join(group.SILENT):
+                reuseport.silence(self.reserve())
+            case group.Join(number):
+                self.sockets[number].listen(self._backlogs[number])
+            case group.Leave(number):
+                shut_down(self._member(number))
+
+    def _look(self, *, or_guess: bool = False) -> None:
+        """Have the value know the group's members.
+
+        Raises OSError where the kernel cannot tell for the moment: an earlier program may have
+        known better than we do.  or_guess: then our own calls tell.
         """
-        ours = self.sockets if self._last or not self.has_sibling else self.sockets[::-1]
-        if self._silent:
-            ours = [*ours, self._silent]
-        by_inode = {os.fstat(each.fileno()).st_ino: each for each in ours}
+        members = dict(enumerate(self.sockets))
+        if self._reserved is not None:
+            members[group.SILENT] = self._reserved
+        by_inode = {os.fstat(each.fileno()).st_ino: n for n, each in members.items()}
+        found: Collection[int] = ()
         try:
             found = sock_diag.listening(self.socket.family, self.port, by_inode.keys())
         except OSError as error:
-            if error.errno in SCARCE:
-                raise  # an earlier program may have known better than we do
-            return list(ours)  # sock_diag is not there
-        # None of them, where they are of another network namespace.
-        return [by_inode.get(each) for each in found] or list(ours)
+            if error.errno in SCARCE and not or_guess:
+                raise
+        # None of them, where they are of another network namespace, or sock_diag is not there.
+        if by_inode.keys().isdisjoint(found):
+            there = [number for number in range(len(self.sockets)) if self.is_alive(number)]
+            if self._is_silent:
+                there.append(group.SILENT)
+            before = [number for number in self._group.listed if number in there]
+            self._group.found((*before, *(n for n in there if n not in before)))
+        else:
+            self._group.found(tuple(by_inode.get(each, group.OTHER) for each in found))
 
     def let_in(self) -> None:
         """Have no generation begin on a socket, common to it and others, that lets no client in.

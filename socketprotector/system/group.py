@@ -1,0 +1,269 @@
+"""The SO_REUSEPORT group of a TCP address as a value: its members, and what steers clients to them.
+
+It makes no system call and has no socket.  A plan is a generator of steps.  tcp_listener.py carries
+each of them out and sends back its error, or None.
+
+The kernel counts members in the order of listen(2) until one leaves: then the last one takes its
+position.  A program selects members by position.  sock_diag reports the order of listen(2) alone,
+which differs once a member has left that was not the last.  So SILENT joins last, and leaves before
+another socket could come to stand behind it.  At rest, both orders are the same, or SILENT has the
+position of a socket that is shut down: what is for that socket gets no answer.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from ..model.lazy_dataclass import field, frozen, mutable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Generator, Mapping
+    from typing import Any
+
+    #: Which member each selects by position.
+    Program = tuple[int, Mapping[Any, int]]
+    Order = tuple[int, ...]
+
+#: Members beside sockets 0 and 1: the one that answers no client, and those of other processes.
+SILENT, OTHER = 2, -1
+
+
+@frozen
+class Attach:
+    """Attach a program to the group: the position of new clients, and those of marks."""
+
+    to: int  # by the socket of this member
+    position: int
+    marked: Mapping[Any, int]
+
+
+@frozen
+class Join:
+    """Have a member listen, as the last one of the group."""
+
+    member: int
+
+
+@frozen
+class Leave:
+    """Shut a member down."""
+
+    member: int
+
+
+if TYPE_CHECKING:
+    Step = Attach | Join | Leave
+    Plan = Generator[Step, OSError | None, None]
+    #: A part of a plan that ends with an error or None.
+    Try = Generator[Step, OSError | None, OSError | None]
+
+
+@mutable
+class Group:
+    """The members of an address' group, and where its clients are to come."""
+
+    sockets: Order  # 0, and 1 if there are two
+    listed: Order  # the members in the order of listen(2)
+    order: Order | None  # as the kernel counts them; None: that is not known
+    to: int | None = None  # where new clients come: to 0, 1 or SILENT; None: it was not steered yet
+    marked: Mapping[Any, int] = field(default_factory=dict)  # and those with a mark
+
+    @classmethod
+    def of(cls, count: int) -> Group:
+        """Return the group of so many sockets that were bound one after the other."""
+        members = tuple(range(count))
+        return cls(members, members, members)
+
+    # -- what has happened ---------------------------------------------------------
+
+    def found(self, listed: Order) -> None:
+        """Note the members that there are, in the order of listen(2)."""
+        if listed != self.listed:
+            self.order, self.listed = self._order_of(listed), listed
+
+    def _order_of(self, listed: Order) -> Order | None:
+        if SILENT not in listed:
+            return listed
+        if listed[-1] != SILENT:
+            return None  # a server has had its socket listen again, maybe more than once
+        # Those in front of SILENT have listened since before it joined.
+        if SILENT in self.listed and self.order is not None and set(listed) <= set(self.listed):
+            order = self.order
+            for each in self.listed:
+                if each not in listed:
+                    order = _without(order, each)
+            return order
+        return listed if set(self.sockets) <= set(listed) else None
+
+    def joined(self, member: int) -> None:
+        """Note that a member listens: it is the last one."""
+        if member not in self.listed:
+            self.listed = *self.listed, member
+            if self.order is not None:
+                self.order = *self.order, member
+
+    def left(self, member: int) -> None:
+        """Note that a member was shut down or closed."""
+        self.listed = tuple(each for each in self.listed if each != member)
+        if self.order is not None:
+            self.order = _without(self.order, member)
+        elif SILENT not in self.listed:
+            self.order = self.listed
+
+    def swap(self) -> None:
+        """Exchange sockets 0 and 1."""
+        other = {0: 1, 1: 0}
+        self.listed = tuple(other.get(each, each) for each in self.listed)
+        self.order = self.listed
+
+    # -- plans -----------------------------------------------------------------------
+
+    def steer(self, to: int, marked: Mapping[Any, int], *, held: bool, guarded: bool) -> Plan:
+        """Have new clients come to a socket, or where held get no answer; marks to their own.
+
+        guarded: SILENT is to have the position of a socket that is shut down.
+        """
+        yield from self._know()
+        self.to, self.marked = SILENT if held else to, dict(marked)
+        stays = held or guarded
+        if stays and not self._stands_well(held=held):
+            yield from self._end_silence()
+        if stays and not self.is_silent:
+            error = yield from self._try(Join(SILENT))
+            if error is not None and held:
+                raise error
+        error = yield from self._attach(self._order if stays else self._heard)
+        if error is not None:
+            raise error
+        if not stays and self.is_silent:
+            yield from self._do(Leave(SILENT))
+
+    def listen_again(self, number: int) -> Plan:
+        """Have a socket listen, also one that was shut down twice or that is half shut.
+
+        Such a socket would pass that on to all connections that it accepts, until it is shut down
+        while it listens.  So it joins twice.
+        """
+        yield from self._know()
+        # Where clients come is not known before this, after an earlier program or a server.
+        yield from self._attach(self._order, away=None if self.is_silent else number)
+        yield from self._do(Join(number))
+        yield from self._do(Leave(number))
+        if self.is_silent and self._order[0] == SILENT and len(self._order) > 1:
+            # Behind it this one would take its position, in front of one that has listened before.
+            yield from self._end_silence()
+        held = self.to == SILENT and self.is_silent
+        yield from self._attach(self._order if held else (*self._heard, number))
+        yield from self._do(Join(number))
+        if held:
+            yield from self._attach(self._order)
+        elif self.is_silent:
+            yield from self._do(Leave(SILENT))
+
+    def make_room(self, number: int) -> Plan:
+        """Have a socket leave, in the place of which another one is bound beside the rest."""
+        if number in self.listed:
+            if not self.is_silent:  # else that takes its position
+                yield from self._attach(self._order, away=number)
+            yield from self._do(Leave(number))
+        yield from self._end_silence()
+        yield from self._attach(self._order)
+        yield from self._end_silence()
+
+    def end_silence(self) -> Plan:
+        """Have SILENT leave."""
+        yield from self._end_silence()
+
+    # -- parts of plans --------------------------------------------------------------
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether SILENT is a member."""
+        return SILENT in self.listed
+
+    @property
+    def _order(self) -> Order:
+        return self.listed if self.order is None else self.order
+
+    @property
+    def _heard(self) -> Order:
+        """The order once SILENT has left."""
+        return _without(self._order, SILENT)
+
+    def _stands_well(self, *, held: bool) -> bool:
+        """Whether SILENT, if it is a member, has its position."""
+        if held or not self.is_silent:
+            return True
+        return self._order[-1] == SILENT or not set(self.sockets) <= set(self._order)
+
+    def _know(self) -> Plan:
+        """Have the positions known, if a server has changed them.
+
+        The one that listened last leaves before SILENT, and joins after that.  So at each step the
+        order of listen(2) tells the next program enough.
+        """
+        if self.order is not None:
+            return
+        last = self.listed[-1]
+        several = len(self.listed) > 2 and last not in (SILENT, OTHER)
+        if several:
+            yield from self._do(Leave(last))
+        yield from self._end_silence()
+        if several:
+            yield from self._attach((*self.listed, last))
+            yield from self._do(Join(last))
+
+    def _end_silence(self) -> Plan:
+        if self.is_silent:
+            if self.order is not None and len(self._heard) > 1:
+                yield from self._attach(self._heard)  # SILENT has one of these positions, or none
+            yield from self._do(Leave(SILENT))
+
+    def _attach(self, order: Order, away: int | None = None) -> Try:
+        """Select members by their positions in an order; away: as if that one had left.
+
+        Where servers have locked the filters of theirs, SILENT joins for it.
+        """
+        error: OSError | None = OSError(errno.ENOTCONN, "it does not listen")
+        there = [each for each in order if each not in (away, OTHER)]
+        instead = SILENT if SILENT in there else there[0] if there else order[0] if order else 0
+
+        def position(member: int | None) -> int:
+            its = member if member in there else instead
+            return order.index(its) if its in order else 0
+
+        marked = {mark: position(number) for mark, number in self.marked.items()}
+        to = position(self.to)
+        for member in reversed(self._order):
+            if member != OTHER:
+                error = yield from self._try(Attach(member, to, marked))
+                if error is None:
+                    return None
+        if isinstance(error, PermissionError) and not self.is_silent:
+            error = yield from self._try(Join(SILENT))
+            if error is None:
+                error = yield from self._try(Attach(SILENT, to, marked))
+        return error
+
+    def _try(self, step: Step) -> Try:
+        error = yield step
+        if error is None:
+            if isinstance(step, Join):
+                self.joined(step.member)
+            elif isinstance(step, Leave):
+                self.left(step.member)
+        return error
+
+    def _do(self, step: Join | Leave) -> Plan:
+        error = yield from self._try(step)
+        if error is not None:
+            raise error
+
+
+def _without(order: Order, member: int) -> Order:
+    """Return the order after a member has left: the last one has its position."""
+    if member not in order:
+        return order
+    at = order.index(member)
+    return (*order[:at], order[-1], *order[at + 1 : -1]) if at < len(order) - 1 else order[:-1]

@@ -1,0 +1,84 @@
+"""The group of an address as a value, against a model of the kernel's SO_REUSEPORT group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from socketprotector.system import group
+from socketprotector.system.group import SILENT, Group, Leave
+from tests.unit.system.group_model import EVENTS, UNSEEN, World
+
+
+def search(depth: int, *, sees: bool = True) -> int:
+    """Try all sequences of events; return how many states there were."""
+    World.left.clear()
+    first = World()
+    first.sees = sees
+    first.steer(first.wanted)
+    reached: dict[Any, tuple[World, tuple[str, ...]]] = {first.state: (first, ())}
+    seen = set(reached)
+    for _ in range(depth):
+        after: dict[Any, tuple[World, tuple[str, ...]]] = {}
+        for world, so_far in reached.values():
+            for name in EVENTS if sees else EVENTS.keys() - UNSEEN:
+                next_one = world.copy()
+                try:
+                    EVENTS[name](next_one)
+                except Exception as error:
+                    raise AssertionError(f"{[*so_far, name]}: {error}") from error
+                if next_one.state not in seen:
+                    seen.add(next_one.state)
+                    after[next_one.state] = next_one, (*so_far, name)
+        reached = after
+    return len(seen)
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_in_all_sequences_of_six_events_clients_come_where_the_value_says(sees: bool) -> None:
+    """After each single step, and in the next program where this one is killed after that."""
+    assert search(6, sees=sees) > (1000 if sees else 500)
+
+
+def keeps_the_order(order: group.Order, member: int) -> group.Order:
+    return tuple(each for each in order if each != member)
+
+
+def believes(self: Group, listed: group.Order) -> group.Order:
+    return listed
+
+
+def leaves_silence(self: Group) -> group.Plan:
+    yield from ()
+
+
+def ends_silence_at_once(self: Group) -> group.Plan:
+    if SILENT in self.listed:
+        yield Leave(SILENT)
+        self.left(SILENT)
+
+
+def is_known(self: Group) -> group.Plan:
+    self.order = self.listed
+    yield from ()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "wrong"),
+    [
+        (group, "_without", keeps_the_order),
+        (Group, "_order_of", believes),
+        (Group, "_know", is_known),
+        (Group, "_end_silence", leaves_silence),
+        (Group, "_end_silence", ends_silence_at_once),
+        (Group, "_stands_well", lambda self, *, held: True),
+        (Group, "_heard", property(lambda self: self._order)),
+    ],
+)
+def test_a_wrong_rule_is_found(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, wrong: Any
+) -> None:
+    monkeypatch.setattr(owner, name, wrong)
+    with pytest.raises(AssertionError):
+        search(6)

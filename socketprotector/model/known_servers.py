@@ -1,8 +1,8 @@
 """Which options well-known servers need, known by the name of their command.
 
 Pure.  Nothing is chosen by it: it is what --help and --check show, and what is said where a
-program that binds its own port was started without.  The same as in docs/servers.md and
-docs/coming-from.md, where the reasons stand.
+program that binds its own port was started without.  The same as in docs/servers.md,
+where the reasons stand.
 """
 
 from __future__ import annotations

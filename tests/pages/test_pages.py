@@ -62,7 +62,6 @@ RUN: dict[str, tuple[str, ...]] = {
 COSTLY = {"docs/moving.md", "docs/servers.md", "docs/tls.md"}
 #: Those whose commands another test runs.
 ELSEWHERE = {
-    "docs/coming-from.md": "tests/scenarios/test_coming_from.py runs all lines that are ours",
     "docs/fleet.md": "tests/fleet/rolling.py and what is beside it run what it shows",
     "docs/frameworks.md": "tests/frameworks/test_document.py runs each program and command",
     "client_lib/README.md": "tests/client/test_readme.py runs each program",

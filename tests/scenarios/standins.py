@@ -2,7 +2,7 @@
 
     standins.py NAME [ARG...]
 
-Answers `[pid] line` to the first line of each connection.  tests/scenarios/test_coming_from.py
+Answers `[pid] line` to the first line of each connection.  tests/scenarios/test_moving.py
 """
 
 from __future__ import annotations
@@ -27,11 +27,6 @@ def by_listen_fds(_: list[str]) -> int:
     assert os.environ["LISTEN_PID"] == str(os.getpid())
     assert int(os.environ["LISTEN_FDS"]) >= 1
     return 3
-
-
-def by_starter(_: list[str]) -> int:
-    """Server::Starter's list of name=number."""
-    return int(os.environ["SERVER_STARTER_PORT"].split(";")[0].rpartition("=")[2])
 
 
 def by_einhorn(_: list[str]) -> int:
@@ -75,11 +70,8 @@ def nothing() -> None:
 Server = tuple[Callable[[list[str]], int], Callable[[], None], signal.Signals]
 SERVERS: dict[str, Server] = {
     "chaussette": (by_number, nothing, signal.SIGTERM),
-    "gunicorn": (by_listen_fds, ready, signal.SIGTERM),
     "haproxy": (by_place, nothing, signal.SIGUSR1),
     "nginx": (by_nginx, nothing, signal.SIGQUIT),
-    "plackup": (by_starter, nothing, signal.SIGQUIT),
-    "server": (by_number, nothing, signal.SIGTERM),
     "uwsgi": (by_listen_fds, ready, signal.SIGHUP),
     "worker": (by_einhorn, acknowledge, signal.SIGUSR2),
 }

@@ -1,4 +1,4 @@
-"""docs/coming-from.md: the section on supervisord, with the real one."""
+"""docs/moving.md: the section on supervisord, with the real one and a server of the tests."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from tests.scenarios.adopting import served
 from tests.scenarios.tools import Gate, pid_in
 
 BIN = Path(sys.executable).parent
-PAGE = (ROOT / "docs" / "coming-from.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/moving.md").read_text(encoding="utf-8")
 SECTION = re.search(
-    r"^## supervisord\n.*?^```ini ours\n(\[program:web\]\n.*?)^```$", PAGE, re.MULTILINE | re.DOTALL
+    r"^```ini\n# web.new\n(\[program:web\]\n.*?)^```$", PAGE, re.MULTILINE | re.DOTALL
 )
 CONFIGURATION = """\
 [supervisord]
@@ -142,10 +142,12 @@ def supervised(
 
 @pytest.fixture
 def program() -> str:
-    """The page's."""
+    """Return the page's, with the server of these tests."""
     assert SECTION is not None
     assert " --guard " in SECTION[1]
-    return SECTION[1]
+    program, found = re.subn(r"--ready .*", "http=8000 -- ./server --fd {fd:http}", SECTION[1])
+    assert found == 1
+    return program
 
 
 Starter = Callable[[str], Supervisord]

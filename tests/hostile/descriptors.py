@@ -13,6 +13,7 @@ from collections.abc import Iterator
 #: A process that waits for this long has failed its test by the test's own deadline.
 LINGER_S = 600
 AF_XDP = 44
+SO_PASSRIGHTS = 83
 
 
 def send(sock: socket.socket, data: bytes, *fds: int, to: str = "") -> None:
@@ -20,6 +21,14 @@ def send(sock: socket.socket, data: bytes, *fds: int, to: str = "") -> None:
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
     where = ("\0" + to.removeprefix("@"),) if to else ()
     sock.sendmsg([data], rights if fds else [], 0, *where)
+
+
+def can_be_refused() -> bool:
+    """Whether the kernel can refuse what is sent with descriptors (SO_PASSRIGHTS, Linux 6.16)."""
+    with socket.socket(socket.AF_UNIX) as one, contextlib.suppress(OSError):
+        one.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+        return True
+    return False
 
 
 @contextlib.contextmanager

@@ -23,7 +23,13 @@ from socketprotector.system.loop import Loop
 from socketprotector.system.readiness import Readiness
 from socketprotector.system.sd_notify import NotifySocket
 from tests import needs
-from tests.hostile.descriptors import of_each_kind, room_for, send, slow_to_close
+from tests.hostile.descriptors import (
+    can_be_refused,
+    of_each_kind,
+    room_for,
+    send,
+    slow_to_close,
+)
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -248,15 +254,48 @@ def _said(client: socket.socket) -> bytes:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_one_that_was_not_accepted_does_not_hold_up_the_end(
+    tmp_path: Path, loop: Loop, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Before Linux 6.16: what it has sent is dropped with the listening socket."""
+    monkeypatch.setattr("socketprotector.daemon.control.server.refuse_descriptors", id)
+    control = Control(tmp_path / "control", loop, OURS)
+    with socket.socket(socket.AF_UNIX) as hostile, slow_to_close(kind) as fd:
+        hostile.connect(control.path)
+        send(hostile, STATUS, fd)
+        os.close(fd)
+
+        control.server.close()
+
+        with pytest.raises(ConnectionError):
+            hostile.send(STATUS)
+
+
+@needs.unless(can_be_refused(), "Linux 6.16, which refuses descriptors")
+def test_a_control_socket_refuses_descriptors(tmp_path: Path, loop: Loop) -> None:
+    """And takes what comes without any: the positive control."""
+    control = Control(tmp_path / "control", loop, OURS)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(control.path)
+        with pytest.raises(PermissionError):
+            send(client, STATUS, 0)
+        client.send(STATUS)
+        control.run_until(lambda: control.asked == ["status"])
+    control.server.close()
+
+
+@needs.unless(can_be_refused(), "Linux 6.16, which refuses descriptors")
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_instance_cannot_hold_up_a_command(tmp_path: Path, kind: str) -> None:
     """The connection of socketprotectorctl takes no descriptors where the kernel can refuse."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "control"))
         listener.listen()
         with connect(str(tmp_path / "control"), 5.0) as client:
-            if client.getsockopt(socket.SOL_SOCKET, 83) != 0:
-                needs.skip("Linux 6.16, which refuses descriptors")
             instance, _ = listener.accept()
-            with instance, slow_to_close(kind) as fd, pytest.raises(PermissionError):
-                send(instance, b"x", fd)
-            os.close(fd)
+            with instance:
+                with slow_to_close(kind) as fd, pytest.raises(PermissionError):
+                    send(instance, b"x", fd)
+                os.close(fd)
+                instance.send(b"y")
+                assert client.recv(1) == b"y", "the positive control"

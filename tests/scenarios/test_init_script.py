@@ -85,6 +85,7 @@ class Machine:
             text=True,
             timeout=2 * DEADLINE_S,
             check=False,
+            start_new_session=True,  # a signal to its own group ends nothing else
         )
         self.output = done.stdout
         print(f"$ socketprotector {' '.join(words)}\n{done.stdout}[{done.returncode}]")

@@ -122,6 +122,28 @@ def test_a_file_that_changes_before_the_rename_is_kept(
     assert {each.name for each in tmp_path.iterdir()} <= {"pid", "other"}
 
 
+def test_a_link_that_comes_in_its_place_just_now_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, other = tmp_path / "pid", tmp_path / "other"
+    path.write_text("1\n")
+    other.write_text("2\n")
+    real_open = os.open
+
+    def opens(name: str, flags: int, *more: int, **named: int) -> int:
+        if name == str(path):
+            path.unlink()
+            path.symlink_to(other)
+        return real_open(name, flags, *more, **named)
+
+    monkeypatch.setattr(os, "open", opens)
+    with pytest.raises(SystemRefused, match="symbolic links"):
+        PidFile(str(path)).acquire()
+
+    assert path.readlink() == other
+    assert other.read_text() == "2\n"
+
+
 def test_a_full_disk_is_not_said_to_be_a_matter_of_permissions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ import pytest
 from socketprotector.core.events import Event, SocketLost, Stranded
 from socketprotector.daemon.asker_client import KeptAsker
 from socketprotector.daemon.asking import Asking
+from socketprotector.daemon.control.status import of_listener
 from socketprotector.daemon.delivery import NEVER_TAKEN_S
 from socketprotector.daemon.delivery.shared import probes, quiescing
 from socketprotector.daemon.delivery.shared.probes import LEAVES_S
@@ -135,6 +136,17 @@ class World:
         made.listen()
         address = f"unix:@{made.getsockname()[1:].decode()}"
         self.listeners.append(listener_of(made.detach(), 1, ListenerSettings(address), shared=True))
+        return self.listeners[-1]
+
+    def add_pair(self, index: int) -> Listener:
+        """Another listener, with two sockets."""
+        made = socket.create_server(("127.0.0.1", 0))
+        second = reuseport.make(made)
+        assert second is not None
+        settings = ListenerSettings(f"tcp:127.0.0.1:{made.getsockname()[1]}")
+        self.listeners.append(
+            listener_of(made.detach(), index, settings, shared=True, sibling=second.detach())
+        )
         return self.listeners[-1]
 
     def ask(
@@ -1862,16 +1874,28 @@ def test_for_a_question_that_waits_not_all_connections_of_the_system_are_gone_th
             assert not probes._waits(listener, address, client)
 
 
+def test_one_is_reached_and_asked_at_a_listener_that_it_knows(world: World) -> None:
+    added = world.add_pair(1)
+    ports = [added.port, world.listener.port]
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    world.steering.enter(2, 1)
+
+    def asked(*knows: Callable[[int], bool]) -> list[int]:
+        ways = world.steering.reach("", *knows), world.steering.probes.ask(2, "", *knows)
+        for way in ways:
+            assert way is not None
+            way.close()
+        return [way.address[1] for way in ways if way]
+
+    assert asked(lambda index: index == 1) == ports[:1] * 2
+    assert asked() == ports[1:] * 2, "the positive control"
+
+
 def test_many_listeners_are_one_request_and_slow_answers_cost_no_more_time(world: World) -> None:
     """Where each look takes longer, fewer of them make up the quiet time, which is in seconds."""
     for index in range(2, 12):
-        made = socket.create_server(("127.0.0.1", 0))
-        second = reuseport.make(made)
-        assert second is not None
-        settings = ListenerSettings(f"tcp:127.0.0.1:{made.getsockname()[1]}")
-        world.listeners.append(
-            listener_of(made.detach(), index, settings, shared=True, sibling=second.detach())
-        )
+        world.add_pair(index)
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
     world.steering.enter(2, 1)
@@ -1882,8 +1906,19 @@ def test_many_listeners_are_one_request_and_slow_answers_cost_no_more_time(world
     world.pass_time(1.5 * (QUIET_S + 0.5))
 
     assert world.quiesced == [1]
-    for each in world.listeners[1:]:
-        each.close()
+
+
+def test_quiet_time_is_in_seconds_where_each_look_takes_its_time(reloaded: World) -> None:
+    """And so is the time for a client that says nothing, whom each look asks for."""
+    reloaded.unread = {b"silent": True}
+    reloaded.asking_s = 0.05  # so half a second passes between two looks
+    supersede(reloaded)
+
+    reloaded.pass_time(SILENT_S - 0.6)
+    assert reloaded.quiesced == []
+
+    reloaded.pass_time(1.6)
+    assert reloaded.quiesced == [1]
 
 
 # -- what a failed release has left ------------------------------------------------
@@ -1968,6 +2003,18 @@ def test_clients_come_to_the_serving_one_again_when_another_has_failed(world: Wo
     world.connect()
 
     assert world.waiting() == [0]
+
+
+def test_the_limit_in_status_is_that_of_the_socket_that_clients_come_to(world: World) -> None:
+    for number, backlog in enumerate((5, 7)):
+        world.listener.socket_for(number).listen(backlog)
+
+    shown = [of_listener(world.listener, number)["backlog_limit"] for number in (0, 1)]
+
+    assert shown == [5, 7]
+    world.steering.enter(1, 0)
+    world.steering.turn_to(1)
+    assert world.steering.turns.number_for(world.listener) == 1, "as status asks"
 
 
 def test_a_failed_one_leaves_the_whole_backlog_while_no_generation_accepts(world: World) -> None:

@@ -64,6 +64,50 @@ def test_nor_are_its_events(folder: Path, behaviour: str, monkeypatch: pytest.Mo
             client.request("reload")
 
 
+@pytest.mark.parametrize("behaviour", ["events", "no_end_of_line"])
+@pytest.mark.parametrize("follows", [False, True])
+def test_one_that_says_more_than_a_protector_could_is_none_before_its_time_is_over(
+    folder: Path, behaviour: str, follows: bool
+) -> None:
+    """So it cannot fill the memory meanwhile."""
+
+    def behave(send: false.Send) -> None:
+        if follows:
+            send(b'{"v":1,"id":1,"ok":true,"result":{}}\n')
+        false.BEHAVIOURS[behaviour](send)
+
+    with (
+        false.instance(folder / "x.control", behave) as path,
+        Client(path, 2.0, events=follows) as client,
+        pytest.raises(NoProtector) as refused,
+    ):
+        client.request("status")
+    assert refused.value.code == "no protector"
+
+
+def test_events_that_come_as_fast_as_they_are_read_put_no_deadline_off(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("socketprotector.ctl.client._MOST_EVENTS", 1 << 40)
+    monkeypatch.setattr("socketprotector.ctl.client._MOST_EVENT_BYTES", 1 << 40)
+    ended = []
+
+    def behave(send: false.Send) -> None:
+        send(b'{"v":1,"id":1,"ok":true,"result":{}}\n')
+        while send(false.EVENT):
+            pass
+        ended.append(True)
+
+    with false.instance(folder / "x.control", behave) as path:
+        with Client(path, 30.0, events=True) as client:
+            client._answer_s = WITHIN_S
+            with pytest.raises(NoProtector) as refused:
+                client.request("status")
+            assert refused.value.code == "silent"
+            assert client.event(0.0) is not None, "the positive control"
+        eventually(lambda: ended == [True], "the end of what it sends")
+
+
 def test_a_good_one_is_heard_beside_all_of_them(
     folder: Path, fakes: Callable[[str], Fake], ctl: Ctl
 ) -> None:

@@ -9,14 +9,14 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
 from socketprotector.programs import guard
 from tests.load import Load
-from tests.procfs import children_of, kinds_of, name_of, parent_of
+from tests.procfs import children_of, descriptors, kinds_of, name_of, parent_of
 from tests.rounds import rounds
 from tests.running import DEADLINE_S, Client, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import (
@@ -707,21 +707,39 @@ def test_term_with_a_protector_that_cannot_start_lets_the_workers_finish(
     assert list(tmp_path.iterdir()) == []
 
 
+def barely_enough(pid: int) -> int:
+    """A limit below which two are free once settings and state are closed, and no sooner."""
+    taken = descriptors(pid)
+    closed = {
+        fd for fd, to in taken.items() if to.startswith(("/memfd:sp.settings", "/memfd:sp.state"))
+    }
+
+    def free(limit: int, without: Iterable[int]) -> int:
+        return len(set(range(limit)) - {*without})
+
+    return next(n for n in range(max(taken)) if free(n, taken) < 2 <= free(n, {*taken} - closed))
+
+
 @EITHER_HANDOFF
+@pytest.mark.parametrize("says_why", [False, True])
 def test_term_to_a_guard_without_descriptors_lets_the_workers_finish(
-    guarded: Starter, tmp_path: Path
+    guarded: Starter, tmp_path: Path, says_why: bool
 ) -> None:
+    """says_why: what it lets go of first has room for its last line."""
     daemon = guarded()
     with Client(("127.0.0.1", daemon.port)) as held:
         first = pid_in(held.ask())
         at_rest(daemon)
         _, hard = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
-        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (3, hard))
+        soft = barely_enough(daemon.pid) if says_why else 3
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (soft, hard))
         kill_protector(daemon)
 
         daemon.signal(signal.SIGTERM)
 
         assert daemon.process.wait(DEADLINE_S) == guard.FAILED
+        if says_why:
+            daemon.log.wait_for("event=guard-gives-up")
         assert pid_in(held.ask()) == first
     assert wait_gone([first]) == []
     assert list(tmp_path.iterdir()) == []

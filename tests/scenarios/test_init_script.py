@@ -240,6 +240,20 @@ def test_a_line_of_the_file_changes_nothing_in_the_script_whatever_its_name(
 
 
 @needs.ANOTHER_USER
+def test_the_program_takes_no_modules_from_the_callers_folders(machine: Machine) -> None:
+    program, seen = machine.root / "program", machine.root / "seen"
+    program.write_text(f"#!/bin/sh\nenv >{seen}\nexit 1\n")
+    program.chmod(0o755)
+    machine.configure(PROGRAM=str(program))
+    planted = [f"PYTHON{each}=/planted" for each in ("PATH", "HOME", "USERBASE", "STARTUP")]
+
+    assert machine.run("start", before=("env", *planted)) == 1
+
+    found = seen.read_text()
+    assert "SOCKETPROTECTOR_STATUS_GROUP=socketprotector-status\n" in found
+    assert "/planted" not in found
+
+
 def test_the_run_directory_is_the_users_and_so_is_the_daemon(machine: Machine) -> None:
     # No Python, so no guard: it may be installed where the user nobody cannot go.
     machine.configure(

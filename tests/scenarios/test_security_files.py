@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import pwd
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 
 from socketprotector.launch.bind_unix import _give
 from socketprotector.launch.listen_spec import parse
+from socketprotector.system import log_file
 from socketprotector.system.env_file import read
 from tests import needs
 from tests.namespaces import any_users_python
@@ -110,6 +112,32 @@ def test_a_second_name_of_another_file_is_no_log_file(
     err = refused(start, "--log-file", theirs / "log")
 
     assert "it has another name (a hard link)" in err
+
+
+@needs_root
+def test_such_a_file_is_not_even_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To open it alone may have an effect: it may be a device, or a FIFO with a reader."""
+    theirs, log = tmp_path / "theirs", tmp_path / "theirs" / "log"
+    theirs.mkdir()
+    shutil.chown(theirs, "nobody")
+    log.touch()
+    opened: list[str] = []
+    real = os.open
+
+    def opens(path: str, flags: int, *more: int, **named: int) -> int:
+        opened.append(path)
+        return real(path, flags, *more, **named)
+
+    monkeypatch.setattr(os, "open", opens)
+
+    os.close(log_file.open_log(str(log)))
+    assert opened.count("log") > 0, "the positive control"
+
+    opened.clear()
+    os.link(log, tmp_path / "second")
+    with pytest.raises(PermissionError, match="hard link"):
+        log_file.open_log(str(log))
+    assert "log" not in opened
 
 
 @needs_root

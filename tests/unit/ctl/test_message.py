@@ -40,7 +40,10 @@ def read(text: str | bytes) -> Any:
 
 @pytest.mark.parametrize(
     "line",
-    [b"", b"3", b"null", b"[]", b"{", b"[" * 200_000, b'{"a":' * 200_000, b"\xff", b"9" * 9000],
+    [
+        *(b"", b"3", b"null", b"[]", b"{", b"\xff", b"9" * 9000),
+        *(b"[" * 200_000, b'{"a":' * 200_000, b'{"a":[' + b"[]," * 200_000 + b"0]}"),
+    ],
 )
 def test_what_is_no_message_is_none(line: bytes) -> None:
     assert read(line) is None

@@ -6,8 +6,10 @@ What never ends fails its test by the test's time limit.
 from __future__ import annotations
 
 import ast
+import math
 import re
 import socket
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -85,27 +87,31 @@ def test_one_that_says_more_than_a_protector_could_is_none_before_its_time_is_ov
     assert refused.value.code == "no protector"
 
 
+class Endless(socket.socket):
+    """There is always one more event to read; it ends a reader that reads on past its time."""
+
+    until = math.inf
+    late = 0
+
+    def recv(self, *_: object) -> bytes:
+        self.late += time.monotonic() > self.until
+        assert self.late < 3, "it reads on"
+        return false.EVENT
+
+
 def test_events_that_come_as_fast_as_they_are_read_put_no_deadline_off(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("socketprotector.ctl.client._MOST_EVENTS", 1 << 40)
     monkeypatch.setattr("socketprotector.ctl.client._MOST_EVENT_BYTES", 1 << 40)
-    ended = []
+    with Endless(socket.AF_UNIX) as endless:
+        client = Client.__new__(Client)
+        client.path, client._socket, client._follows, client._last_id = "x", endless, True, 1
+        client._begin()
+        endless.until = time.monotonic() + 0.05
 
-    def behave(send: false.Send) -> None:
-        send(b'{"v":1,"id":1,"ok":true,"result":{}}\n')
-        while send(false.EVENT):
-            pass
-        ended.append(True)
-
-    with false.instance(folder / "x.control", behave) as path:
-        with Client(path, 30.0, events=True) as client:
-            client._answer_s = WITHIN_S
-            with pytest.raises(NoProtector) as refused:
-                client.request("status")
-            assert refused.value.code == "silent"
-            assert client.event(0.0) is not None, "the positive control"
-        eventually(lambda: ended == [True], "the end of what it sends")
+        assert client.answer(endless.until) is None
+        assert client.event(0.0) is not None, "the positive control"
 
 
 def test_a_good_one_is_heard_beside_all_of_them(

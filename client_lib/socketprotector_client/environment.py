@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 #: As sd_listen_fds(3) has it.
 _FIRST_PASSED = 3
+#: No process has more descriptors, nor is any number longer than the second.
+_COUNT_DIGITS, _DIGITS = 6, 9
 
 
 class Environment:
@@ -75,7 +77,7 @@ def _add_lines(environ: Mapping[str, str], found: Environment) -> None:
     # A worker can do without a scoreboard: what does not name one is ignored.
     board, _, offset = environ.get(wire.ENV_SCOREBOARD, "").partition(":")
     found.return_fd = return_fd
-    if board.isdecimal() and offset.isdecimal():
+    if all(each.isdecimal() and len(each) <= _DIGITS for each in (board, offset)):
         found.board = int(board), int(offset)
     for fd in (return_fd, found.board[0]):
         if fd >= 0:
@@ -88,7 +90,9 @@ def passed_listeners(environ: Mapping[str, str]) -> Tuple[int, ...]:
     `--handoff listener`, or any service manager.  Source: sd_listen_fds(3).
     """
     count = environ.get("LISTEN_FDS", "")
-    if environ.get("LISTEN_PID") != str(os.getpid()) or not count.isdecimal():
+    if environ.get("LISTEN_PID") != str(os.getpid()):
+        return ()
+    if not count.isdecimal() or len(count) > _COUNT_DIGITS:
         return ()
     passed = range(_FIRST_PASSED, _FIRST_PASSED + int(count))
     found = tuple(fd for fd in passed if _kind_of(fd)[1:] == (socket.SOCK_STREAM, 1))
@@ -118,6 +122,6 @@ def _kind_of(fd: int) -> Tuple[int, int, int]:
 
 def _number(environ: Mapping[str, str], name: str, default: int) -> int:
     text = environ.get(name, "")
-    if text and not text.isdecimal():
-        raise ProtocolError(f"cannot use {name}={text!r}: it is not a number")
+    if text and not (text.isdecimal() and len(text) <= _DIGITS):
+        raise ProtocolError(f"cannot use {name}={text[:40]!r}: it is not a number")
     return int(text or default)

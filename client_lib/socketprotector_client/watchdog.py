@@ -21,6 +21,9 @@ from . import forking
 from .sd_notify import notify
 from .wait_set import LONGEST_WAIT_S
 
+#: Of a 64-bit number, which systemd takes.
+_USEC_DIGITS = 20
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Callable, Mapping
@@ -30,7 +33,7 @@ def interval_s(environ: Mapping[str, str]) -> float:
     """Return how often to speak: half of what is allowed, or oftener; 0 without a watchdog."""
     usec = environ.get("WATCHDOG_USEC", "")
     pid = environ.get("WATCHDOG_PID", "") or str(os.getpid())
-    if not usec.isdecimal() or pid != str(os.getpid()):
+    if not usec.isdecimal() or len(usec) > _USEC_DIGITS or pid != str(os.getpid()):
         return 0.0
     return min(int(usec) / 2_000_000, LONGEST_WAIT_S)  # of sleep(): 292 years
 

@@ -43,11 +43,12 @@ def passed() -> Passed:
     alone, or closed where it is ours.
     """
     pid, count, names, _ = (os.environ.pop(variable, "") for variable in _VARIABLES)
-    if pid != str(os.getpid()) or not count.isdigit():
+    if pid != str(os.getpid()):
         return Passed([], [], [])
+    numbers = range(inherited.FIRST, inherited.FIRST + inherited.number_in(count))
     called = chain(names.split(":") if names else (), repeat("unknown"))
     found = Passed([], [], [])
-    for fd, name in zip(range(inherited.FIRST, inherited.FIRST + int(count)), called, strict=False):
+    for fd, name in zip(numbers, called, strict=False):
         ours = name.startswith(inherited.OURS)
         if ours:
             found.stored.append(name)

@@ -54,7 +54,7 @@ def decoding() -> Iterator[None]:
         yield
     except DecodeError:
         raise
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise DecodeError(repr(error)) from error
 
 

@@ -23,6 +23,8 @@ _FD = struct.Struct("i").unpack
 _NO_CONNECTION = (-1, 0, 0)
 #: poll(2) takes milliseconds as a C int, 24.8 days, and an operator may give any time.
 _LONGEST_S = 86_400.0
+#: Of a 64-bit number, which systemd takes; and of a descriptor.
+_USEC_DIGITS, _DIGITS = 20, 9
 #: The exit status where a system call failed, or the command cannot be started.
 FAILED = 111
 
@@ -48,7 +50,8 @@ class Notifier:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if address else None
         usec = environ.get("WATCHDOG_USEC", "")
         #: How often WATCHDOG=1 is to be said: half of what is allowed, or oftener; 0: it is not.
-        self.watchdog_s = min(int(usec) / 2_000_000, _LONGEST_S) if usec.isdecimal() else 0.0
+        is_number = usec.isdecimal() and len(usec) <= _USEC_DIGITS
+        self.watchdog_s = min(int(usec) / 2_000_000, _LONGEST_S) if is_number else 0.0
 
     def ready(self) -> None:
         """Say so, waiting for room: a worker that does not is killed after --start-timeout."""
@@ -75,7 +78,7 @@ def inherited(environ: Mapping[str, str], name: str) -> int:
     Raises OSError.
     """
     text = environ.get(name, "").partition(":")[0]
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > _DIGITS:
         return -1
     os.set_inheritable(int(text), False)
     return int(text)

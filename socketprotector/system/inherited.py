@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # the guard imports this, and nothing that would make it larg
     from collections.abc import Iterable, Mapping
 
 FIRST = 3
+_DIGITS = 6
 SETTINGS = "sp.settings"
 LAUNCHER = "sp.launcher"  # where the launcher waits for a verdict
 TERMINAL = "sp.terminal"  # in the foreground: where the reason of a failed start is said
@@ -179,10 +180,10 @@ def receive() -> dict[str, int]:
     Sets close-on-exec on each and removes the variables from the environment.
     """
     count, pid, told, _ = (os.environ.pop(variable, "") for variable in _VARIABLES)
-    if pid != str(os.getpid()) or not count.isdigit():
+    if pid != str(os.getpid()):
         return {}
     found = {}
-    for name, fd in zip(_listed(told), range(FIRST, FIRST + int(count)), strict=False):
+    for name, fd in zip(_listed(told), range(FIRST, FIRST + number_in(count)), strict=False):
         if name == NOBODY:
             continue
         if name.startswith(OURS) and name not in found:
@@ -195,6 +196,12 @@ def receive() -> dict[str, int]:
     if (memfd := _memfd(told)) is not None:
         os.close(memfd)
     return found
+
+
+def number_in(text: str) -> int:
+    """Return what a variable says of descriptors; 0 for more than any process has."""
+    is_number = text.isascii() and text.isdigit() and len(text) <= _DIGITS
+    return int(text) if is_number else 0
 
 
 def is_ours() -> bool:
@@ -226,4 +233,4 @@ def _listed(told: str) -> list[str]:
 
 def _memfd(told: str) -> int | None:
     number = told.removeprefix(NAMES)
-    return int(number) if number != told and number.isdigit() else None
+    return (number_in(number) or None) if number != told else None

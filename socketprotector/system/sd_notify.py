@@ -40,6 +40,8 @@ WATCHDOG = "watchdog"
 #: The standard ones, sockets of .socket units, and what the next program opens before it raises
 #: its limit.
 _NOT_STORED = 64
+#: Of a 64-bit number, the longest that systemd says.
+_USEC_DIGITS = 20
 _DESCRIPTOR = struct.Struct("i")
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _CREDENTIALS = struct.Struct("3i")
@@ -147,7 +149,7 @@ def remove_folder(path: str) -> None:
 
 def _is_number(text: str) -> bool:
     # isdigit() alone is true of digits that int() does not take.
-    return text.isascii() and text.isdigit()
+    return text.isascii() and text.isdigit() and len(text) <= _USEC_DIGITS
 
 
 def parse(data: bytes) -> dict[str, str]:

@@ -87,6 +87,31 @@ def test_one_that_says_more_than_a_protector_could_is_none_before_its_time_is_ov
     assert refused.value.code == "no protector"
 
 
+def cuts(send: false.Send) -> None:
+    """End the connection without an answer."""
+    raise OSError
+
+
+@pytest.mark.parametrize("behave", [false.silence, false.drops, cuts])
+@pytest.mark.parametrize("follows", [False, True])
+def test_no_wait_for_one_is_longer_than_its_command_has(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    behave: Callable[[false.Send], None],
+    follows: bool,
+) -> None:
+    """--timeout bounds each wait: for an answer, and for a protector that is to come back."""
+    monkeypatch.setattr("socketprotector.ctl.client.RETURN_S", 3600.0)
+    with (
+        false.instance(folder / "x.control", behave) as path,
+        Client(path, 3600.0, until=time.monotonic() + WITHIN_S) as client,
+    ):
+        client._follows = follows
+        with pytest.raises(NoProtector) as refused:
+            client.ask("status")
+    assert refused.value.code == "silent"
+
+
 class Endless(socket.socket):
     """There is always one more event to read; it ends a reader that reads on past its time."""
 

@@ -9,6 +9,7 @@ import email
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -366,6 +367,39 @@ def test_pictures_of_a_packaged_page_are_on_the_web(tmp_path: Path) -> None:
             base, _, name = link.partition("/raw/main/")
             assert base == PROJECT["urls"]["Source"]
             assert (ROOT / name).is_file()
+
+
+def test_an_instance_that_hangs_holds_up_no_upgrade_of_the_package(tmp_path: Path) -> None:
+    """Nor those behind it: each has a time limit.  Here timeout(1) says at once that it is over."""
+    run, tools, asked = tmp_path / "run", tmp_path / "tools", tmp_path / "asked"
+    for each in (run, tools):
+        each.mkdir()
+    for name in ("bad", "good"):
+        with socket.socket(socket.AF_UNIX) as one:
+            one.bind(str(run / f"{name}.control"))
+    programs = {
+        "socketprotectorctl": f'echo "$2" >>{asked}; case $2 in *bad*) exec sleep 600 ;; esac',
+        "timeout": 'shift 2; case "$*" in *bad*) exit 124 ;; esac; exec "$@"',
+    }
+    for name, text in programs.items():
+        (tools / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tools / name).chmod(0o755)
+    script = (ROOT / "packaging" / "upgrade-running").read_text(encoding="utf-8")
+    for there in ("/run/socketprotector", "/run/user", "/usr/sbin/policy-rc.d"):
+        script = script.replace(there, str(run if there.endswith("protector") else tmp_path / "no"))
+
+    done = subprocess.run(
+        ["sh", "-c", script],
+        env={**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+
+    assert asked.read_text() == f"{run}/good.control\n"
+    assert f"warning: the protector at {run}/bad.control goes on" in done.stderr
+    assert "good" not in done.stderr
 
 
 @pytest.mark.parametrize("unit", ["exporter", "page"])

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given
-from hypothesis import settings as examples
+from hypothesis import given
 from hypothesis import strategies as st
 from socketprotector_exporter import peers_model
 
@@ -23,15 +22,8 @@ from socketprotector.model.control_requests import RequestError
 from socketprotector.model.einhorn import ack
 from socketprotector.system.sd_notify import parse
 from tests.hostile import instance as false
+from tests.hostile.examples import FEW, JSON
 
-# What is given here replaces what the profile suppresses.
-SUPPRESSED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-FEW = examples(max_examples=60, deadline=None, suppress_health_check=SUPPRESSED)
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-    max_leaves=20,
-)
 #: What a parser looks for, so that examples come near to it.
 WORDS = st.sampled_from(
     [

@@ -46,7 +46,7 @@ from socketprotector.programs import asker, guard, log_relay, worker_protocol
 from socketprotector.system import env_file, inherited, procfs, sd_notify
 from socketprotector.system.scoreboard import Board
 from socketprotector.system.state_file import StateError, StateFile
-from tests.hostile.test_parsers import FEW, JSON
+from tests.hostile.examples import FEW, JSON
 
 #: Numbers, and what only looks like one.
 NUMBERS = st.sampled_from(

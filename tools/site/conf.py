@@ -6,7 +6,7 @@ Sphinx's own.  What a site needs beside that is put into their text here, as it 
 * docs/index.md is a list of links for each shelf; behind each list comes the same as a table of
   contents, for the sidebar;
 * `<!-- autodoc MODULE -->` becomes what MODULE makes public, by its docstrings;
-* a link to a folder leads into the repository, because a site has no folders;
+* a link to a folder, or to a page that stands beside a test or a bench, leads into the repository;
 * a link that GitHub's readers see as the page's file (`[log.md](log.md)`) has that page's title;
 * a diagram is drawn;
 * the kinds of blocks that only tests know (tests/pages/page.py) are shown as plain text.
@@ -74,7 +74,7 @@ html_theme_options = {"top_of_page_buttons": []}
 _SHELF = re.compile(r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 _ENTRY = re.compile(r"^\* \[([^\]]*)\]\(([^)#]*)\)", re.MULTILINE)
 _AUTODOC = re.compile(r"^<!-- autodoc (\w+) -->$", re.MULTILINE)
-_LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?![a-z]+:|#)([^)#\s]+)\)")
+_LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 _NAMED_BY_FILE = re.compile(r"(?<!!)\[[\w./-]+\.md\]\(((?![a-z]+:)[^)#\s]+\.md)(#[^)\s]*)?\)")
 _MERMAID = re.compile(r"^```mermaid\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _TITLE = re.compile(r"^# (.*)$", re.MULTILINE)
@@ -130,10 +130,13 @@ def _prepare(app: Sphinx, docname: str, source: list[str]) -> None:
 
     def outside(found: re.Match[str]) -> str:
         target = (path.parent / found[2]).resolve()
-        if not target.is_dir():
-            return found[0]
         kept = target.relative_to(ROOT).as_posix()
-        return f"[{found[1]}]({PROJECT['urls']['Source']}/tree/main/{kept})"
+        if not target.is_dir() and (
+            target.suffix != ".md" or kept.removesuffix(".md") in app.env.found_docs
+        ):
+            return found[0]
+        kind = "tree" if target.is_dir() else "blob"
+        return f"[{found[1]}]({PROJECT['urls']['Source']}/{kind}/main/{kept}{found[3] or ''})"
 
     def titled(found: re.Match[str]) -> str:
         title = _TITLE.search((path.parent / found[1]).read_text(encoding="utf-8"))

@@ -148,7 +148,7 @@ def test_links_say_what_a_page_is_about_and_not_its_file(pages: dict[Path, Page]
     assert not files
 
 
-def test_each_page_has_the_four_shelves(pages: dict[Path, Page]) -> None:
+def test_each_page_has_all_shelves(pages: dict[Path, Page]) -> None:
     for path, page in pages.items():
         if path != SITE / "index.html":
             assert page.captions == links.SHELVES, path

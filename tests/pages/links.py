@@ -26,7 +26,7 @@ MANUALS = sorted(
     for path in folder.iterdir()
     if not path.read_text(encoding="utf-8").startswith(".so ")
 )
-SHELVES = ["Start", "How-to", "Reference", "Explanation"]
+SHELVES = ["Start", "My server", "Operate", "Look up", "How it works"]
 _BLOCK = re.compile(r"^```.*?^```$|^(?:    .*\n)+", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"`+[^`\n]+`+")
 _LINK = re.compile(r"\]\(<?([^)>\s]*)>?(?:\s+\"[^\"]*\")?\)")

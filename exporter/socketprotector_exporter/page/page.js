@@ -35,9 +35,8 @@ function date(at) {
 }
 const clock = (at) => date(at)?.toLocaleTimeString("en-GB") ?? "";
 function when(at) {
-  const day = date(at);
-  if (day === null) return "";
-  return day.toDateString() === new Date().toDateString() ? clock(at) : `${day.toLocaleDateString("en-CA")} ${clock(at)}`;
+  const day = date(at), is_today = day?.toDateString() === new Date().toDateString();
+  return is_today || day === null ? clock(at) : `${day.toLocaleDateString("en-CA")} ${clock(at)}`;
 }
 const SILENT = {
   connecting: "connecting", dead: "not running", silent: "no answer", denied: "no permission",

@@ -150,7 +150,7 @@ class Group:
         yield from self._attach(self._order, away=None if self.is_silent else number)
         yield from self._do(Join(number))
         yield from self._do(Leave(number))
-        if self.is_silent and self._order[0] == SILENT and len(self._order) > 1:
+        if self.is_silent and not self._order[-1] == self.listed[-1] == SILENT:
             # Behind it this one would take its position, in front of one that has listened before.
             yield from self._end_silence()
         held = self.to == SILENT and self.is_silent

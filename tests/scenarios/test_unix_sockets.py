@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -168,12 +169,34 @@ def test_clients_wait_through_a_hold_and_the_next_generation_answers(
     eventually(lambda: pid_in(ask(str(path))) != serving, "the next generation")
 
 
-def test_clients_of_a_socket_that_the_path_has_left_are_served_once_more_by_each_reload(
-    one: Operated, path: Path
+@pytest.fixture(params=["mounted", "linked"])
+def mounted(request: pytest.FixtureRequest, path: Path, tmp_path: Path) -> Iterator[Path]:
+    """Where the file of the socket stays, to which the path leads now: as in a container.
+
+    linked: another link to it stands for that, where nothing can be mounted.
+    """
+    place = tmp_path / "mounted"
+    request.getfixturevalue("one")
+    if request.param == "linked":
+        os.link(path, place)
+        yield place
+        return
+    place.touch()
+    script = f"mount --bind {path} {place} && echo mounted && exec cat"
+    command = ("unshare", "--mount", "sh", "-c", script)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as inside:
+        assert inside.stdin is not None
+        assert inside.stdout is not None
+        if inside.stdout.readline() != b"mounted\n":
+            needs.skip("mounts")
+        yield Path(f"/proc/{inside.pid}/root{place}")
+        inside.stdin.close()
+
+
+def test_clients_of_a_mounted_socket_file_are_served_once_more_by_each_reload(
+    one: Operated, path: Path, mounted: Path
 ) -> None:
-    """As where a container has the socket's file mounted; another link to it stands for that."""
-    mounted = path.parent.parent / "mounted"
-    os.link(path, mounted)
+    before = path.stat().st_ino
     with Load(f"unix:{mounted}") as load:
         for _ in range(2):
             mark = len(one.daemon.log.seen)
@@ -181,9 +204,23 @@ def test_clients_of_a_socket_that_the_path_has_left_are_served_once_more_by_each
             assert "mount its folder" in one.daemon.log.wait_for("event=stranded", after=mark)
             one.daemon.log.wait_for("event=recovered", after=mark)
             served(load)
+            assert mounted.stat().st_ino == before
 
     assert load.snapshot().failures == ()
     assert one.daemon.log.count("event=stranded") == 2
+
+
+def test_a_mounted_socket_file_to_which_no_client_comes_costs_no_generation(
+    one: Operated, mounted: Path
+) -> None:
+    """The file outlives its socket, so later clients are refused at once, and do not hang."""
+    for _ in range(2):
+        one.daemon.reload()
+    with pytest.raises(ConnectionRefusedError):
+        ask(str(mounted))
+
+    assert one.daemon.log.count("event=stranded") == 0
+    assert len(spawned(one.daemon)) == 3
 
 
 def test_a_hold_at_which_no_client_waited_starts_no_generation(one: Operated, path: Path) -> None:

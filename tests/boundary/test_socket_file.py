@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 import stat
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from socketprotector.launch.bind_unix import give_away
+from socketprotector.launch.bind_unix import bind_unix, give_away
+from socketprotector.launch.listen_spec import Listen
 from socketprotector.system import socket_file
 from tests import needs
 
@@ -50,6 +55,10 @@ class Sockets:
 
     def close(self) -> None:
         socket_file.remove(self.path, self.made)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Close them, as a kill does."""
         while self.made:
             self.made.pop().close()
 
@@ -134,33 +143,96 @@ def test_a_server_that_removes_its_socket_s_file_removes_nothing(sockets: Socket
         assert socket_file.path_of(each.getsockname()) == sockets.path
 
 
-@pytest.mark.parametrize("step", ["bound", "linked", "led"])
-def test_a_kill_at_any_step_leaves_what_the_next_program_understands(
-    sockets: Sockets, step: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sockets.add()
-    if step != "led":
-        monkeypatch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        monkeypatch.setattr(os, "unlink", lambda *_: None)
-    try:
-        if step == "bound":
-            sockets.add()
-        else:
-            sockets.lead_to(1)
-    except KeyboardInterrupt:
-        pass
-    monkeypatch.undo()
+#: What the interpreter reports before it happens, of all that changes files or addresses.
+CALLS = {"socket.bind", "os.rename", "os.link", "os.remove", "os.chown", "os.chmod", "os.setxattr"}
 
-    assert sockets.reached() == int(step == "led")
-    sockets.lead_to(1)
-    assert sockets.reached() == 1
-    sockets.lead_to(0)
-    assert sockets.reached() == 0
-    left = {os.path.basename(each) for each in socket_file.left_beside(sockets.path)}
-    own = {os.path.basename(socket_file.own_file(sockets.path, one)) for one in sockets.made}
-    assert own <= left
-    for each in left - own:
-        os.unlink(os.path.join(os.path.dirname(sockets.path), each))
+
+def killed_at(call: int, act: Callable[[], object]) -> bool:
+    """Do something in another process, killed before one of its calls; return whether it was."""
+    child = os.fork()
+    if child == 0:
+        left = call
+
+        def count(event: str, _: object) -> None:
+            nonlocal left
+            if event in CALLS:
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            sys.addaudithook(count)
+            act()
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def start(path: str) -> socket.socket:
+    made, _ = bind_unix(Listen(f"unix:{path}", path=path), path, 16, beside=True)
+    return made
+
+
+def bind_and_lead(sockets: Sockets) -> None:
+    sockets.add()
+    sockets.lead_to(-1)
+
+
+SWITCHES: dict[str, Callable[[Sockets], object]] = {
+    "bind": lambda sockets: sockets.add(),
+    "bind and lead": bind_and_lead,
+    "lead": lambda sockets: sockets.lead_to(1),
+}
+ENDS: dict[str, Callable[[Sockets], object]] = {
+    "forget": lambda sockets: socket_file.forget(sockets.path, sockets.made[1]),
+    "remove": lambda sockets: socket_file.remove(sockets.path, sockets.made),
+    "start": lambda sockets: start(sockets.path),
+}
+
+
+@pytest.mark.parametrize("act", SWITCHES)
+def test_a_kill_before_any_call_leaves_what_the_next_program_understands(
+    tmp_path: Path, act: str
+) -> None:
+    """The next program has the sockets, as from a guard; but none that was made just now."""
+    call, killed = 0, True
+    while killed:
+        call += 1
+        sockets = Sockets(tmp_path / "web.sock")
+        sockets.add()
+        killed = killed_at(call, partial(SWITCHES[act], sockets))
+        with suppress(ConnectionRefusedError):  # of one that only the killed program had
+            assert sockets.reached() in (0, 1)
+        sockets.add()
+        for number in (2, 1, 0):
+            sockets.lead_to(number)
+            assert sockets.reached() == number
+        sockets.let_go()
+        start(sockets.path).close()
+    assert call > 2
+
+
+@pytest.mark.parametrize("act", [*SWITCHES, *ENDS])
+def test_a_kill_before_any_call_leaves_what_the_next_start_removes(
+    tmp_path: Path, act: str
+) -> None:
+    path, call, killed = tmp_path / "web.sock", 0, True
+    while killed:
+        call += 1
+        sockets = Sockets(path)
+        sockets.add()
+        if act == "start":
+            sockets.let_go()
+        killed = killed_at(call, partial((SWITCHES | ENDS)[act], sockets))
+        sockets.let_go()
+
+        with start(sockets.path) as made:
+            own = os.path.basename(socket_file.own_file(sockets.path, made))
+            assert files(tmp_path) == sorted([own, path.name])
+            assert socket_file.leads_to(sockets.path, made)
+            socket_file.remove(sockets.path, [made])
+        assert files(tmp_path) == []
+    assert call > 1
 
 
 def test_what_a_killed_program_was_about_to_rename_is_removed_at_the_end(

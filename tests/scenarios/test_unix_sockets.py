@@ -6,8 +6,11 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -249,6 +252,103 @@ def test_a_stop_answers_what_waits_in_the_backlog(
         assert [pid_in(each.hear()) for each in (first, second)] == [spawned(daemon, 2)[0]] * 2
     assert daemon.wait() == 0
     assert list(path.parent.iterdir()) == []
+
+
+def fill(path: Path, clients: ExitStack) -> list[socket.socket]:
+    """Connect until a client that does not wait gets EAGAIN, as nginx does; each says a line."""
+    made: list[socket.socket] = []
+    while True:
+        client = clients.enter_context(socket.socket(socket.AF_UNIX))
+        client.setblocking(False)
+        try:
+            client.connect(str(path))
+        except BlockingIOError:
+            return made
+        client.sendall(b"hello\n")
+        client.settimeout(DEADLINE_S)
+        made.append(client)
+
+
+def ask_waiting(path: Path) -> str:
+    """Ask as a client does that waits in connect()."""
+    with socket.socket(socket.AF_UNIX) as client:
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            client.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(DEADLINE_S), 0))
+        client.connect(str(path))
+        client.sendall(b"hello\n")
+        return client.recv(100).decode()
+
+
+def all_are_answered(clients: list[socket.socket]) -> None:
+    assert all(client.recv(100).endswith(b" hello\n") for client in clients)
+
+
+def held(gate: Gate) -> int:
+    """Wait until a worker waits at a gate; return a descriptor that keeps it there until closed."""
+    found: list[int] = []
+
+    def waits() -> bool:
+        with suppress(OSError):
+            found.append(os.open(gate.path, os.O_WRONLY | os.O_NONBLOCK))
+        return bool(found)
+
+    eventually(waits, "a worker at the gate")
+    return found[0]
+
+
+BACKLOG = 5
+
+
+@pytest.fixture
+def full(
+    protector: Starter, path: Path, release: Release, tmp_path: Path
+) -> Iterator[tuple[Protector, int, list[socket.socket]]]:
+    """A worker that serves a client until a descriptor is closed, and a full backlog."""
+    gate = Gate(tmp_path / "gate")
+    release.becomes(*SERVER)
+    words = ("--settle", "1h", f"unix:{path}?backlog={BACKLOG}", "--", release.path)
+    daemon = protector(*MODE, *words).ready()
+    with ExitStack() as clients:
+        first = clients.enter_context(Client(str(path), f"wait {gate.path}"))
+        yield daemon, held(gate), fill(path, clients)
+        assert pid_in(first.hear()) == spawned(daemon, 1)[0]
+    daemon.signal(signal.SIGINT)
+    assert daemon.wait() == 0
+
+
+def test_a_full_backlog_has_clients_wait_or_try_again_whether_a_release_fails_or_not(
+    full: tuple[Protector, int, list[socket.socket]], path: Path, release: Release
+) -> None:
+    daemon, gate, waiting = full
+    assert len(waiting) == BACKLOG + 1
+    release.becomes(*worker("dies_before_ready"))
+    mark = daemon.signal(signal.SIGHUP)
+    with ThreadPoolExecutor(1) as others, ExitStack() as clients:
+        late = others.submit(ask_waiting, path)
+        daemon.log.wait_for("event=reload-failed generation=2", after=mark)
+        assert fill(path, clients) == []
+        os.close(gate)
+        all_are_answered(waiting)
+        assert pid_in(late.result()) == spawned(daemon, 1)[0]
+
+
+def test_clients_of_a_full_backlog_are_answered_when_the_release_that_has_it_fails(
+    full: tuple[Protector, int, list[socket.socket]], path: Path, tmp_path: Path
+) -> None:
+    daemon, gate, before = full
+    its = Gate(tmp_path / "its")
+    mark = daemon.signal(signal.SIGHUP)
+    daemon.log.wait_for("event=route generation=2", after=mark)
+    with ExitStack() as clients:
+        clients.enter_context(Client(str(path), f"wait {its.path}"))
+        clients.callback(os.close, held(its))
+        waiting = fill(path, clients)
+        assert len(waiting) == BACKLOG + 1
+        os.kill(spawned(daemon)[-1], signal.SIGKILL)
+        daemon.log.wait_for("event=reload-failed generation=2", after=mark)
+        assert fill(path, clients) == []  # that of the generation which serves is full, too
+        os.close(gate)
+        all_are_answered([*before, *waiting])
 
 
 def test_what_a_killed_protector_leaves_is_removed_by_the_next_start(

@@ -120,7 +120,10 @@ def pair(
 ) -> dict[int, Bound]:
     """Prepare what workers are to accept from; return their siblings by index.
 
-    See reuseport.py, and of UNIX sockets socket_file.py.  listens: the arguments that they are of.
+    The settings of a sibling are from now on those of both: a socket from the fd store, too, has a
+    file beside its path then.  See reuseport.py, and of UNIX sockets socket_file.py.
+
+    listens: the arguments that they are of.
     alone: why a path can have one socket only.
     The caller owns them.  `notice` gets a line for each address that should have one and cannot.
     O_NONBLOCK is set here and never again: the flag belongs to the open file description, which
@@ -145,6 +148,7 @@ def pair(
                 socket_file.keep_file(path, each.socket)
                 rights, backlog = socket_file.rights_of(path), each.settings.backlog
                 sibling = socket_file.bind(path, backlog, rights, give_away)
+                each = replace(each, settings=replace(each.settings, beside=True))
             elif (made := reuseport.make(each.socket)) is not None:
                 sibling = made
             else:

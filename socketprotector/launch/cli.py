@@ -144,6 +144,8 @@ def _launch(asked: ParsedOptions) -> int:
             notify_dir.make(settings, notices.append, dry=True)
         elif settings.policy.workers_accept:
             siblings = pair(bound, listens, notices.append, alone)
+            listeners = (siblings.get(n, each).settings for n, each in enumerate(bound))
+            settings = replace(settings, listeners=tuple(listeners))
             reserved = reserve(bound)
             bound += (*siblings.values(), *reserved.values())
             preflight.check_siblings(settings, siblings.keys())

@@ -202,6 +202,12 @@ def test_the_way_in_which_connections_are_handed_over_may_change(
     assert refused(port)
 
 
+def settings_of(pid: int) -> bytes:
+    """The settings that a protector has written down for the next one."""
+    files = Path(f"/proc/{pid}/fd").iterdir()
+    return next(each.read_bytes() for each in files if "sp.settings" in os.readlink(each))
+
+
 @EITHER_HANDOFF
 def test_a_path_keeps_its_file_and_clients_that_connect_meanwhile_wait(
     service: Service, handoff: str, tmp_path: Path
@@ -215,6 +221,8 @@ def test_a_path_keeps_its_file_and_clients_that_connect_meanwhile_wait(
         service.start(*words_of(handoff, f"unix:{path}?mode=640"))
         assert pid_in(waiting.hear()) == spawned(service.main, 1)[0]
     serves(service)
+    # By that an older program, which knows one socket for a path, refuses to go on.
+    assert (b'"beside"' in settings_of(service.main.pid)) is (handoff == "listener")
     assert path.stat().st_ino == found.st_ino
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
     service.stop()

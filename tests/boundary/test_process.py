@@ -25,6 +25,7 @@ from tests import needs
 from tests.boundary.ending import SHELL, end_of, is_open, running, settle, traced, until
 from tests.running import DEADLINE_S, ROOT, eventually
 from tests.together import together
+from tests.vm.programs import takes_a_number
 
 pytestmark = pytest.mark.usefixtures("in_root_directory")
 
@@ -376,70 +377,16 @@ def test_what_a_leader_leaves_of_its_group_is_signalled_after_it_was_reaped(
     process.close()
 
 
-ANOTHERS = """
-import os, signal, sys
-sys.path[:0] = {path!r}
-from socketprotector.system.process import Process
-if {old}:
-    real = signal.pidfd_send_signal
-    def before(fd, number, siginfo=None, flags=0):
-        if flags:
-            raise OSError(22, "Invalid argument")
-        real(fd, number)
-    signal.pidfd_send_signal = before
-def leader(leaves=False):
-    receive, send = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.setsid()
-        if leaves and os.fork():
-            signal.pause()
-        os.write(send, b"+")
-        signal.pause()
-    os.read(receive, 1)
-    return pid
-def reused(leaves=False):
-    with open("/proc/sys/kernel/ns_last_pid", "w") as file:
-        file.write(str(first.pid - 1))
-    second = leader(leaves)
-    assert second == first.pid, (second, first.pid)
-    return second
-first = Process.of_child(leader())
-assert first.has_group(), "the positive control"
-os.kill(first.pid, signal.SIGKILL)
-if {adopted}:
-    os.waitpid(first.pid, 0)
-else:
-    while first.reap() is None:
-        pass
-second = reused()
-assert not first.has_group()
-assert not first.signal_group(signal.SIGKILL)
-first.kill_group()
-assert os.waitpid(second, os.WNOHANG) == (0, 0), "killed another's group"
-os.kill(second, signal.SIGKILL)
-os.waitpid(second, 0)
-# One whose leader has ended, too: its number stands for the group alone.
-second = reused(leaves=True)
-os.kill(second, signal.SIGKILL)
-os.waitpid(second, 0)
-assert not first.has_group()
-assert not first.signal_group(signal.SIGKILL)
-first.kill_group()
-assert os.waitpid(-1, os.WNOHANG) == (0, 0), "killed another's group"
-os.killpg(second, signal.SIGKILL)
-"""
-
-
 @needs.ROOT
-@pytest.mark.parametrize("old", [False, True], ids=["6.9", "before"])
-@pytest.mark.parametrize("adopted", [False, True], ids=["ours", "adopted"])
+@pytest.mark.parametrize("kernel", [(), ("before",)], ids=["6.9", "before"])
+@pytest.mark.parametrize("reaped_by", ["us", "adopted"])
 def test_a_group_that_has_another_ones_number_by_now_is_left_alone(
-    old: bool, adopted: bool
+    kernel: tuple[str, ...], reaped_by: str
 ) -> None:
-    code = ANOTHERS.format(path=sys.path, old=old, adopted=adopted)
-    apart = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
-    subprocess.run([*apart, sys.executable, "-c", code], check=True, timeout=60)
+    assert takes_a_number.run(reaped_by, *kernel, path=sys.path) == "lived"
+    if kernel:
+        unasked = takes_a_number.run(reaped_by, "unasked", *kernel, path=sys.path)
+        assert unasked == "was killed"
 
 
 ORPHANS = """

@@ -37,6 +37,7 @@ from .guest import (
     systemd_version,
     waits_awake,
 )
+from .programs import takes_a_number
 from .promises import Say, promise
 
 ASYNCIO = f"{PYTHON} {PROGRAMS}/asyncio_server.py"
@@ -933,6 +934,16 @@ def _(say: Say) -> None:
 
 
 # -- without systemd -----------------------------------------------------------
+
+
+@promise("a process group's number that another group has by now is not signalled")
+def _(say: Say) -> None:
+    version = tuple(map(int, os.uname().release.split(".")[:2]))
+    for reaped_by in ("us", "adopted"):
+        assert takes_a_number.run(reaped_by) == "lived"
+    unasked = takes_a_number.run("adopted", "unasked")
+    say(f"Linux {version[0]}.{version[1]}: the other group lived; if not asked for, it {unasked}")
+    assert unasked == ("was killed" if version < (6, 9) else "lived")
 
 
 @promise("--guard outlives protector and guard, on this kernel")

@@ -1,0 +1,1 @@
+"""What the checks start in the machine."""

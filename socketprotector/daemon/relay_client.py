@@ -23,6 +23,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Mapping, Set
 from contextlib import suppress
+from functools import partial
 
 from ..model.fd_budget import LEFT_BEHIND
 from ..model.lazy_dataclass import frozen
@@ -55,8 +56,8 @@ _ROOM_S = 1.0
 #: How long the end waits for the relay, which ends at once unless a process still writes.
 _END_S = 3.0
 #: What it is told: a worker's pipe, to close it, a question for its last words, where lines go.
-_PIPE, _CLOSE, _WORDS, _PLACE = "+", "-", "?", "="
-_SHORT_HINT = "raise its limit of descriptors, where this has not: what it cannot read waits"
+_PIPE, _CLOSE, _WORDS, _PLACE, _END = "+", "-", "?", "=", "!"
+_SHORT_HINT = "its limit of descriptors was lowered: it is raised, or another relay started"
 _CLOSED_HINT = (
     "a process that writes there gets SIGPIPE; see: ls -l /proc/*/fd/* | grep pipe:.{pipe}"
 )
@@ -101,6 +102,7 @@ class LogRelay:
         self._written = select.epoll()
         self._stood = False  # it was stopped when we last looked
         self._short = False  # it had no descriptor for what it was told
+        self._is_to_end = False  # as it can have none
 
     # -- begin and go on -----------------------------------------------------
 
@@ -185,10 +187,12 @@ class LogRelay:
 
     def _ended(self, how: str) -> None:
         assert self._helper is not None
-        self._log.write("error", "relay-ended", pid=self._helper.process.pid)
+        if not self._is_to_end:
+            self._log.write("error", "relay-ended", pid=self._helper.process.pid)
+        self._loop.cancel("relay-end")
         if self._helper.proven:
             self._back_off.reset()
-        self._helper, self._stood, self._short = None, False, False
+        self._helper, self._stood, self._short, self._is_to_end = None, False, False, False
         self._hang_up()
         self._persist()
         self._start_again()
@@ -348,7 +352,7 @@ class LogRelay:
             fd, text = _STDERR if kind == _PLACE else -1, f"{kind}{number}"
             if kind == _PIPE and pipe is not None:
                 fd, text = pipe.read, f"{text} {pipe.generation} {pipe.pid}"
-            if fd >= 0 or kind in (_WORDS, _CLOSE):  # else it has closed that pipe meanwhile
+            if fd >= 0 or kind in (_WORDS, _CLOSE, _END):  # else it has closed that pipe meanwhile
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _DESCRIPTOR.pack(fd))]
                 try:
                     self._line.sendmsg([text.encode()], rights if fd >= 0 else [], _FLAGS)
@@ -389,9 +393,19 @@ class LogRelay:
         if not self._short and self._helper is not None:
             pid = self._helper.process.pid
             self._log.write("warning", "relay-short", pid=pid, hint=_SHORT_HINT)
-            with suppress(OSError, ValueError):  # it had ours, until somebody lowered it
-                resource.prlimit(pid, _NOFILE, resource.getrlimit(_NOFILE))
-        self._short = True
+            ours, self._short = resource.getrlimit(_NOFILE), True
+            try:  # it had ours, until somebody lowered it
+                resource.prlimit(pid, _NOFILE, ours)
+            except (OSError, ValueError):
+                with suppress(OSError):
+                    self._is_to_end = resource.prlimit(pid, _NOFILE)[1] < ours[1]
+        if self._is_to_end:  # only root can raise what we may not, and the next relay has ours
+            self._unsaid.appendleft((_END, 0))
+            self._say()
+            if self._helper is not None:  # an older one, or one that cannot write, does not end
+                kill = partial(self._helper.process.signal, signal.SIGKILL)
+                self._loop.call_after("relay-end", _LONGEST_S, kill)
+            return
         self._unsaid.append((kind, number))
         self._loop.call_after("relay-line", _ROOM_S, self._say)
 

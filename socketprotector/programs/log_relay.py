@@ -13,6 +13,7 @@ SEQPACKET socket on which the protector says:
     +NUMBER GENERATION PID   with a pipe: a worker's output.  PREFIXED 1: each line says whose it is
     -NUMBER                  reads what a pipe has and closes it, although a process may still write
     =                        with a descriptor: where lines go from now on (after a rotation)
+    !                        ends: another relay follows, and reads what is in the pipes
     ?NUMBER                  asks for the worker's last words.  Answered with NUMBER, a newline and
                              the last bytes of all that was in its pipe by then, which have been
                              passed on before
@@ -199,6 +200,10 @@ class Relay:
             self.say(line, data.partition(b" ")[0])
         elif data[:1] == b"?":
             self.answer(line, int(data[1:]))
+        elif data[:1] == b"!":
+            for each in list(self.streams.values()):
+                self.take(each, b"")
+            self.line = None
         elif data[:1] == b"-":
             stream = self.carry_all(int(data[1:]))
             if stream is not None:

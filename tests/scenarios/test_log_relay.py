@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import resource
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +15,14 @@ from threading import Thread
 
 import pytest
 
+from tests import needs
 from tests.boundary.ending import traced
 from tests.procfs import descriptors, state_of, wake_ups
 from tests.running import Client, eventually, wait_gone
 from tests.scenarios.output import relay_of, relays_of
 from tests.scenarios.starting import Start
 from tests.scenarios.tools import Release, hold, worker
+from tests.scenarios.users import A, Command
 
 #: Prints what it is told to, one line for each line.
 TALKS = worker("talks")
@@ -138,15 +142,19 @@ def test_a_relay_that_is_stopped_is_continued_and_holds_no_worker_up(start: Star
         assert wordless(start) == 201
 
 
+def lowest_free(pid: int) -> int:
+    """Return the number that the next descriptor of a process gets."""
+    opened = {int(each) for each in os.listdir(f"/proc/{pid}/fd")}
+    return next(each for each in range(len(opened) + 1) if each not in opened)
+
+
 def test_a_relay_whose_limit_of_descriptors_was_lowered_reads_from_new_workers(
     start: Start,
 ) -> None:
     with talking(start):
         relay = relay_of(start)
-        opened = {int(each) for each in os.listdir(f"/proc/{relay}/fd")}
         _, hard = resource.prlimit(relay, resource.RLIMIT_NOFILE)
-        full = next(each for each in range(len(opened) + 1) if each not in opened)
-        resource.prlimit(relay, resource.RLIMIT_NOFILE, (full, hard))
+        resource.prlimit(relay, resource.RLIMIT_NOFILE, (lowest_free(relay), hard))
         start.reload()
         with Client(f"{start.folder}/s") as client:
             for number in range(200):  # far more than a pipe holds
@@ -154,6 +162,34 @@ def test_a_relay_whose_limit_of_descriptors_was_lowered_reads_from_new_workers(
         start.wait_for("(?m)^199 ")
         assert start.log.count("event=relay-short") == 1
         assert relays_of(start) == [relay]
+
+
+@needs.ANOTHER_USER
+def test_a_relay_whose_limit_we_may_not_raise_is_replaced(command: Command) -> None:
+    """It passes on what is in the pipes first, so nothing is lost."""
+    start = command.start
+    command.up("--user", A, "unix:s", "--", *command.worker("talks"))
+    with Client(f"{start.folder}/s", "one") as client:
+        start.wait_for("(?m)^one$")
+        relay = relay_of(start)
+        full = 2 * [lowest_free(relay)]
+        code = f"import resource as r; r.prlimit({relay}, r.RLIMIT_NOFILE, {full})"
+        group = pwd.getpwnam(A).pw_gid
+        subprocess.run([command.python, "-c", code], user=A, group=group, cwd="/", check=True)
+        hold(relay)
+        assert client.ask("two")
+        start.reload()
+        os.kill(relay, signal.SIGCONT)
+        with Client(f"{start.folder}/s") as newer:
+            for number in range(200):  # far more than a pipe holds
+                assert newer.ask(f"{number} " + "x" * 1000)
+        start.wait_for("(?m)^199 ")
+        assert wait_gone([relay]) == []
+        assert len(relays_of(start)) == 1
+        assert start.log.count("event=relay-short ") == 1
+        assert "event=relay-ended" not in start.log
+        assert wordless(start) == 202
+    start.stop()
 
 
 def test_a_relay_that_cannot_be_continued_is_replaced(start: Start) -> None:

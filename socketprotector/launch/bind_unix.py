@@ -12,7 +12,7 @@ import stat
 import struct
 from functools import cache
 
-from ..model.errors import LIMITS, SystemRefused, UsageError
+from ..model.errors import SystemRefused, UsageError
 from ..model.settings import Identity, ListenerSettings
 from ..system import socket_file
 from ..system.cleanup import on_error
@@ -21,6 +21,7 @@ from ..system.privileges import call_libc
 from ..system.sock_diag import file_of
 from . import port_owner
 from .listen_spec import Listen, gid_of, uid_of
+from .pid_file import hint
 from .user_access import as_user, refuse_unwritable
 
 #: Of linux/fcntl.h.
@@ -58,9 +59,7 @@ def bind_unix(
             raise SystemRefused(f"{what}; remove it, or choose another path") from error
         if error.errno == errno.EPERM and {"user", "group"} & set(listen.options):
             raise SystemRefused(f"{what}; to give a socket away needs root") from error
-        if error.errno in LIMITS:
-            raise SystemRefused(f"{what}; raise {LIMITS[error.errno]}") from error
-        raise SystemRefused(f"{what}; check the folder, its permissions and the options") from error
+        raise SystemRefused(f"{what}; {hint(error, 'the options, the folder')}") from error
     return sock, settings
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests import needs
-from tests.running import Client, Protector, ask, eventually, wait_gone
+from tests.running import Client, Ended, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import protector_pid
 from tests.scenarios.faults import Disk, injected, listens, reload_unseen
 from tests.scenarios.starting import MINIMAL, Start
@@ -115,7 +115,7 @@ os.pwrite = pwrite
 """
 
 
-@pytest.mark.parametrize("code", ["ENOSPC", "EROFS"])
+@pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT", "EROFS"])
 def test_without_its_guard_a_pid_file_that_cannot_be_rewritten_is_reported(
     protector: Callable[..., Protector], tmp_path: Path, code: str
 ) -> None:
@@ -199,3 +199,121 @@ def test_on_a_full_disk_the_relay_drops_lines_and_holds_no_worker_up(
         eventually(printed, "a line again, on a line of its own")
     daemon.process.terminate()
     assert daemon.wait() == 0
+
+
+# -- a user's quota --------------------------------------------------------------
+
+#: As of a file system on which a user may have no more files, nor another block in one.
+QUOTA = """
+import builtins, socket
+
+def refuse(path):
+    if os.path.exists({flag!r}) and {part!r} in os.fsdecode(path):
+        raise fault("EDQUOT")
+
+def may_create(real):
+    def opens(path, flags, *rest, **more):
+        if flags & os.O_CREAT:
+            refuse(path)
+        return real(path, flags, *rest, **more)
+    return opens
+
+def may_write(real):
+    def writes(fd, *rest):
+        refuse(os.readlink(f"/proc/self/fd/{{fd}}"))
+        return real(fd, *rest)
+    return writes
+
+def may_make(real):
+    def makes(path, *rest, **more):
+        refuse(path)
+        return real(path, *rest, **more)
+    return makes
+
+def bind(self, address, real=socket.socket.bind):
+    if isinstance(address, str | bytes):
+        refuse(address)
+    return real(self, address)
+
+os.open, os.mkdir, socket.socket.bind = may_create(os.open), may_make(os.mkdir), bind
+os.write, os.pwrite = may_write(os.write), may_write(os.pwrite)
+"""
+
+
+class Quota:
+    """A quota that is used up for files with a part of a name, while it is."""
+
+    def __init__(self, folder: Path, part: str) -> None:
+        self._used_up = folder / "used-up"
+        text = QUOTA.format(flag=str(self._used_up), part=part)
+        self.environment = injected(folder / "fault", text)
+
+    def is_used_up(self, yes: bool = True) -> None:
+        self._used_up.touch() if yes else self._used_up.unlink()
+
+
+@pytest.fixture
+def quota(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Quota]:
+    return lambda part: Quota(tmp_path_factory.mktemp("quota"), part)
+
+
+def starts_without(start: Start, quota: Quota) -> Ended:
+    quota.is_used_up()
+    options = ("--log-file", start.folder / "log", "--control", start.folder / "control")
+    return start(
+        *options,
+        f"unix:{start.folder}/s?mode=0600",
+        *("--", *MINIMAL),
+        environment=quota.environment,
+    )
+
+
+@pytest.mark.parametrize("part", ["/pid", "/log", "/s"])
+def test_a_start_above_a_users_quota_is_refused_in_one_line_and_leaves_nothing(
+    start: Start, quota: Callable[[str], Quota], part: str
+) -> None:
+    ended = starts_without(start, quota(part))
+
+    assert ended.status == 111, ended
+    (line,) = ended.lines
+    assert f"{part}" in line
+    assert "Disk quota exceeded; free space there, or choose another disk" in line
+    assert start.left() == []
+
+
+@pytest.mark.parametrize(
+    ("part", "what"),
+    [("/control", "no control socket"), ("notify", "no private folder for the workers' notify")],
+)
+def test_what_only_operators_miss_is_named_in_one_line_and_it_serves(
+    start: Start, quota: Callable[[str], Quota], part: str, what: str
+) -> None:
+    ended = starts_without(start, quota(part))
+
+    assert ended.status == 0, ended
+    (line,) = ended.lines
+    assert what in line
+    assert "Disk quota exceeded" in line
+    assert ask(f"{start.folder}/s")
+    start.stop()
+
+
+def test_above_a_users_quota_a_reload_fails_and_a_later_one_does_not(
+    protector: Callable[..., Protector], quota: Callable[[str], Quota], tmp_path: Path
+) -> None:
+    """Each generation has a socket file of its own."""
+    files, path = quota(".sp-"), tmp_path / "socket"
+    words = ("--handoff", "listener", "--ready", "notify", f"unix:{path}", "--", *worker("accepts"))
+    daemon = protector(*words, **files.environment).ready()
+    before = ask(str(path))
+    files.is_used_up()
+
+    mark = daemon.signal(signal.SIGHUP)
+
+    line = daemon.log.wait_for("event=reload-failed ", after=mark)
+    assert "Disk quota exceeded" in line
+    assert ask(str(path)) == before
+    files.is_used_up(False)
+    daemon.reload()
+    assert ask(str(path)) != before
+    daemon.stop()

@@ -6,12 +6,15 @@ lives, and until another generation has started on that socket.
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
+
+import pytest
 
 from tests.hostile.attacked import LONGER_S, ROUNDS, run_delay_s
 from tests.running import Client, Protector, ask
@@ -82,6 +85,28 @@ def test_clients_that_a_failing_release_has_taken_wait_for_its_end_and_for_a_sta
         longer_s.append(heard_s - one.said_s("drained") - start_s - delay_s)
     assert min(longer_s[1:]) < LONGER_S, longer_s
     assert pid_in(ask(one.address)) == spawned(one.daemon)[-1]
+
+
+@pytest.mark.costly
+def test_a_release_that_closes_its_socket_and_lives_is_named_and_the_next_one_serves_its_clients(
+    protector: Callable[..., Protector], tmp_path: Path
+) -> None:
+    """The kernel says to nobody that it can accept no more: only that it accepts none."""
+    one = Served(protector, tmp_path)
+    one.deploys("closes", *worker("hostile_listener", "closes_it"))
+    mark = one.daemon.signal(signal.SIGHUP)
+    one.daemon.log.wait_for("^done$", after=mark)
+    with ExitStack() as stack:
+        clients = [stack.enter_context(Client(one.address, "hello")) for _ in range(3)]
+
+        line = one.daemon.log.wait_for("event=nobody-takes ", after=mark)
+        one.deploys("good", *GOOD)
+        one.daemon.reload()
+
+        # A call of accept() that is under way still takes the first one.
+        assert re.search(r" generation=2 waiting=[23] ", line)
+        assert {pid_in(each.hear()) for each in clients} <= {*spawned(one.daemon)}
+    assert one.daemon.log.count("event=nobody-takes ") == 1
 
 
 def test_a_reload_that_was_requested_meanwhile_begins_once_they_are_served(

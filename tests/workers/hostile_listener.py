@@ -66,6 +66,11 @@ def leaves_it_half_shut() -> None:
     LISTENER.listen(1)
 
 
+def closes_it() -> None:
+    """Its process lives on, and accepts no more."""
+    os.close(LISTENER.detach())
+
+
 def drops_clients_in_the_kernel() -> None:
     attach(SO_ATTACH_FILTER, 0)
 

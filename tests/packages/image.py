@@ -73,7 +73,8 @@ class Image:
     def build(self) -> None:
         self.buildah(
             *("build", "--isolation", "chroot", "--format", "docker", "--layers=false"),
-            *("--build-arg", "BASE=localhost/base", "--build-arg", "PIP_NO_INDEX=1"),
+            *("--build-context", "base=docker-image://localhost/base"),
+            *("--build-arg", "PIP_NO_INDEX=1"),
             *("--file", str(ROOT / "packaging" / "Containerfile"), "--tag", "localhost/image"),
             str(self.context),
         )

@@ -295,7 +295,7 @@ class Resident:
             terminal=terminal_of(settings.foreground),
             outlives_terminal=settings.outlives_terminal,
         )
-        effects.counts = lambda: status.counts_of(supervisor.fleet, effects)
+        effects.questions.counts = lambda: status.counts_of(supervisor.fleet, effects)
         return supervisor
 
     def _descriptors(self) -> dict[str, int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import socket
 
 from ..model.lazy_dataclass import field, mutable
-from ..model.question import Question
 from ..system.cleanup import on_error
 from ..system.helper import Ended
 from ..system.log import Log
@@ -19,20 +18,27 @@ from . import asker_client
 from .delivery.way import BACKLOG, SHUT_DOWN, Reach, Way
 from .generation import OpenGeneration
 
-_FORWARD = Question("forward")
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .asker_client import Asker
 
 
 class Forwarding:
-    """Keeps one process forwarding what comes to a socket of ours."""
+    """A process that forwards what comes to a socket of ours; there may be another one later."""
 
     def __init__(self, loop: Loop, way: Way, ended: Ended) -> None:
-        """Open the socket and start it; ended: see KeptAsker.  Raises OSError."""
+        """Open the socket and start it.  Raises OSError.
+
+        ended: called with how it has ended, or why none could be started.
+        """
         self._loop, self._way = loop, way
         self._listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         with on_error(self._listening.close):
             self._listening.bind(("127.0.0.1", 0))
             self._listening.listen(BACKLOG)
-        self._asker = asker_client.KeptAsker(loop, self._start, ended)
+        self._tell = ended
+        self._asker: Asker | None = None
+        self.go_on()
 
     @property
     def address(self) -> tuple[str, int]:
@@ -42,18 +48,23 @@ class Forwarding:
 
     def close(self) -> None:
         """Forward nothing more."""
-        self._asker.close()
+        if self._asker is not None:
+            self._asker.close()
         self._listening.close()
 
-    def _start(self, ended: Ended) -> asker_client.Asker:
-        return asker_client.Asker(
-            self._loop,
-            self._way,
-            _FORWARD,
-            heard=lambda why: None,
-            ended=ended,
-            listening=self._listening,
-        )
+    def go_on(self) -> None:
+        """Have a process that forwards, if there is none."""
+        if self._asker is None:
+            try:
+                self._asker = asker_client.Asker(
+                    self._loop, ended=self._ended, forwards=(self._way, self._listening)
+                )
+            except OSError as error:
+                self._tell(f"cannot be started: {error.strerror}")
+
+    def _ended(self, how: str) -> None:
+        self._asker = None
+        self._tell(how)
 
 
 @mutable
@@ -81,6 +92,8 @@ class CheckProbes:
             with on_error(way.close):
                 found = way, Forwarding(self.loop, way, ended) if way.is_ours_alone else None
             self._open[number] = found
+        elif found[1] is not None:
+            found[1].go_on()
         way, forwarding = found
         host, port = forwarding.address if forwarding is not None else way.address
         return f"{host}:{port}"

@@ -11,7 +11,7 @@ recovery.py.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 from .. import __version__
 from ..core.actions import (
@@ -60,24 +60,16 @@ from ..model.text import added
 from ..system.listener import Listener
 from ..system.program_spec import changed_file, program_of
 from ..system.sd_notify import Systemd
-from . import asking, health, settle_check
 from .check_probe import CheckProbes
 from .delivery import Delivery, Host
 from .generation import Generations, OpenGeneration
 from .live_settings import LiveSettings
 from .log_output import Output
+from .questions import Questions
 from .reports import Reports
 from .runtime import Runtime
 from .start_report import StartReport
 from .worker_pool import WorkerPool
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
-
-    from .asking import Asking
-    from .health import Health
-    from .settle_check import SettleCheck
 
 #: Actions that another program has to know of while they are not carried out.
 RECORDED = Undone | Report | StartTimer
@@ -127,25 +119,26 @@ class Effects:
                 lost=self._listener_lost,
                 bound=lambda listener: self.live_settings.bound_anew(listener),
                 untaken=self._say_untaken,
-                own_connection=lambda: self.health.tcp_connection if self.health else None,
+                own_connection=lambda: self.questions.tcp_connection,
             )
         )
-        self._runtime, self.output = runtime, output
-        self._probes = CheckProbes(runtime.loop, runtime.log, self.delivery.reach)
+        self.output = output
+        addresses = CheckProbes(runtime.loop, runtime.log, self.delivery.reach)
         self.pool = WorkerPool(
             settings,
             runtime,
             output,
             remember=self.reports.remember,
             delivery=self.delivery,
-            probes=self._probes,
+            probes=addresses,
         )
-        #: What is counted of the generations, by number.
-        self.counts: Callable[[], Mapping[int, Mapping[str, Any]]] = dict
-        # Those that are switched on, from their first use.
-        self.asking: Asking | None = None
-        self.settle_check: SettleCheck | None = None
-        self.health: Health | None = None
+        self.questions = Questions(
+            *(runtime, self.delivery, addresses),
+            settings=lambda: self.live_settings.settings,
+            remember=self.reports.remember,
+            answered=self.pool.answered,
+            not_asked=self.pool.not_asked,
+        )
         self.live_settings = LiveSettings(
             settings, runtime, pool=self.pool, delivery=self.delivery, command=command
         )
@@ -162,13 +155,13 @@ class Effects:
             case Retire(worker):
                 self.pool.retire(worker)
             case Ask(number) if number in self.generations:
-                self._ask(self.generations[number])
-            case StopAsking() if self.asking is not None:
-                self.asking.stop()
+                self.questions.ask(self.generations[number])
+            case StopAsking():
+                self.questions.stop_asking()
             case CheckSettling(number) if number in self.generations:
-                self._check_settling(self.generations[number])
-            case StopChecking() if self.settle_check is not None:
-                self.settle_check.stop()
+                self.questions.check(self.generations[number])
+            case StopChecking():
+                self.questions.stop_checking()
             case RouteTo(number):
                 self._route_to(number)
             case Quiesce(number):
@@ -186,14 +179,11 @@ class Effects:
                 self.live_settings.read(dry_run=dry_run)
             case UseSettings():
                 self.live_settings.use()
-                if self.health is not None:
-                    self.health.settings_are()
-                elif self._route is not None:
-                    self._serves(self.generations[self._route])
+                self.questions.settings_are(self.generations.get(self._route or 0))
             case ForgetSettings():
                 self.live_settings.forget()
             case CloseListeners(quick):
-                self._serves(None)
+                self.questions.serves(None)
                 self._close_listeners(quick=quick)
             case StartTimer(deadline, seconds, True):
                 self._loop.extend(deadline, seconds)
@@ -212,7 +202,7 @@ class Effects:
             case Exit(status):
                 self.exit_status = status
                 self.pool.orphans.when_ended(self._stop_running)
-            case _:  # of a generation that could not be opened, and that was told; or switched off
+            case _:  # of a generation that could not be opened, and that was told
                 pass
 
     # -- to the next program and from the one before -----------------------------
@@ -254,54 +244,13 @@ class Effects:
     def suspend(self) -> None:
         """Ask and read nothing more in this program; the next one begins anew."""
         self.live_settings.stop_reading()
-        for each in self._askers():
+        for each in (self.pool, self.questions):
             each.suspend()
 
     def go_on(self) -> None:
         """There was no next one: ask again."""
-        for each in self._askers():
+        for each in (self.pool, self.questions):
             each.go_on()
-
-    def _askers(self) -> Iterable[WorkerPool | Asking | SettleCheck | Health]:
-        asking = (self.pool, self.asking, self.settle_check, self.health)
-        return [each for each in asking if each is not None]
-
-    # -- what is asked -------------------------------------------------------------
-
-    def _ask(self, generation: OpenGeneration) -> None:
-        if self.asking is None:
-            its = self.pool
-            self.asking = asking.Asking(
-                self._runtime,
-                reach=self.delivery.reach,
-                answered=its.answered,
-                not_asked=its.not_asked,
-            )
-        self.asking.ask(generation)
-
-    def _check_settling(self, generation: OpenGeneration) -> None:
-        if self.settle_check is None:
-            self.settle_check = settle_check.SettleCheck(
-                self._runtime, self.delivery.reach, self._probes, lambda: self.counts()
-            )
-        self.settle_check.begin(generation)
-
-    def _serves(self, generation: OpenGeneration | None) -> None:
-        """New clients come to this generation from now on; None: to none."""
-        if self.health is None:
-            if generation is None or not self.live_settings.settings.health:
-                return
-            self.health = health.Health(
-                self._runtime,
-                settings=lambda: self.live_settings.settings,
-                delivery=self.delivery,
-                remember=self.reports.remember,
-            )
-        self.health.serves(generation)
-
-    def says(self, number: int) -> str:
-        """Return why a generation that starts is not ready, as far as is known."""
-        return (self.asking and self.asking.last) or self.pool.check_says(number)
 
     # -- generations ---------------------------------------------------------
 
@@ -340,7 +289,7 @@ class Effects:
         generation = self.generations.get(number) if number is not None else None
         self._route = number if generation is not None else None
         if generation is None:
-            self._serves(None)
+            self.questions.serves(None)
             self.delivery.route_to(None)
             return
         again = generation.record.serving_since > 0.0
@@ -348,7 +297,7 @@ class Effects:
             generation.update_record(serving_since=time.monotonic(), served_at=time.time())
         self.delivery.route_to(generation, again=again)
         self._log.write("info", "route", generation=number)
-        self._serves(generation)
+        self.questions.serves(generation)
 
     def _same_file(self) -> str:
         """Say that the serving generation is affected, too, where its file was changed in place."""
@@ -433,8 +382,7 @@ class Effects:
             if idle_s < seconds:
                 run(seconds - idle_s)
                 return
-            settles = deadline.wait is TimerKind.SETTLE and self.settle_check
-            if settles and settles.awaits(deadline.target):
+            if deadline.wait is TimerKind.SETTLE and self.questions.awaits(deadline.target):
                 run(_SETTLE_AGAIN_S)
                 return
             self._note_due(deadline)
@@ -442,7 +390,7 @@ class Effects:
             silent = deadline.wait is TimerKind.START and not self.pool.spoken_with
             advice = ""
             if deadline.wait is TimerKind.START:
-                advice = self.says(deadline.target)
+                advice = self.questions.last or self.pool.check_says(deadline.target)
             if silent:
                 its = self.pool.advice(deadline.target, passes_over=bool(advice))
                 advice = "; ".join(filter(None, (advice, its)))

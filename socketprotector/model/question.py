@@ -1,6 +1,6 @@
 """What a generation is asked, as a client would: accept, http: and https: of --ready and --health.
 
-Pure.  How it is asked: daemon/asking.py before it gets its first client, daemon/health.py later.
+Pure.  How it is asked: daemon/probe.py.
 """
 
 from __future__ import annotations

@@ -6,16 +6,15 @@ line, which is all that it knows of the protector.  Run as a script, on the stan
 
     python asker.py LINE
 
-LINE is the number of a SEQPACKET socket.  Each message there is a question, see `Asked`: one that
-comes with a connection is asked once, by that; another one again and again.  What it says of each
-try: `+` the answer was good; `-WHY` it was not; `~WHY` there was none in time.  In front of WHY
-stands the number of a question that has one, and a space.
+LINE is the number of a SEQPACKET socket.  Each message there is a question, see `Asked`, with a
+connection to ask by.  What it says of that: `+` the answer was good; `-WHY` it was not; `~WHY`
+there was none in time.  In front of WHY stands the number of the question, and a space.
 
 Under --handoff listener it also forwards what comes to the probe address:
 
     python asker.py LINE LISTENING
 
-It connects to where the question is, and copies bytes both ways.
+The one message says where it connects to; it copies bytes both ways.
 """
 
 from __future__ import annotations
@@ -37,11 +36,8 @@ from typing import Any
 LIMIT_S = 5.0
 #: And at most: sockets take milliseconds as a C int, 24.8 days, and an operator may give any time.
 _LONGEST_S = 86_400.0
-#: The next try begins after a tenth of the time that it has taken so far, from the first to the
-#: second of these.
-_FIRST_PAUSE_S = 0.05
-_LAST_PAUSE_S = 1.0
-_PAUSE_SHARE = 0.1
+#: Where the system is short of something.
+_PAUSE_S = 0.05
 #: What is read of one answer.
 _MOST_BYTES = 64 * 1024
 #: What is said of it.
@@ -254,15 +250,6 @@ def say(line: socket.socket, text: bytes) -> None:
         os._exit(0)  # as where the end of the line is read first
 
 
-def ask_again_and_again(line: socket.socket, asked: Asked) -> None:
-    """Say what each try has brought, for ever."""
-    began = time.monotonic()
-    while True:
-        say(line, asked.says())
-        for_s = time.monotonic() - began
-        time.sleep(min(max(_FIRST_PAUSE_S, _PAUSE_SHARE * for_s), _LAST_PAUSE_S))
-
-
 # -- the probe address -----------------------------------------------------------
 
 
@@ -276,7 +263,7 @@ def forward(listening: socket.socket, asked: Asked) -> None:
             threading.Thread(target=_forward_one, args=(one, asked, room), daemon=True).start()
         except (OSError, RuntimeError):  # the system is short of something
             room.release()
-            time.sleep(_FIRST_PAUSE_S)
+            time.sleep(_PAUSE_S)
 
 
 def _forward_one(one: socket.socket, asked: Asked, room: threading.BoundedSemaphore) -> None:
@@ -319,11 +306,9 @@ def main() -> None:
         with contextlib.suppress(Exception):
             if len(sys.argv) > 2:
                 forward(socket.socket(fileno=int(sys.argv[2])), asked)
-            elif given is not None:
+            else:
                 say(line, asked.says(given))
                 return
-            else:
-                ask_again_and_again(line, asked)
         os._exit(1)
 
     while True:
@@ -336,9 +321,7 @@ def main() -> None:
         given = socket.socket(fileno=fds[0]) if fds else None
         try:
             threading.Thread(target=work, args=(Asked(text), given), daemon=True).start()
-        except RuntimeError as error:
-            if given is None:
-                line.send(f"-the process that asks: {error}".encode())
+        except RuntimeError:  # no more threads
             os._exit(1)
 
 

@@ -11,8 +11,9 @@ from typing import Any, cast
 
 import pytest
 
-from socketprotector.daemon.health import UNHEALTHY, Health
+from socketprotector.daemon.health import Health
 from socketprotector.daemon.runtime import Runtime
+from socketprotector.daemon.verdicts import UNHEALTHY
 from socketprotector.model.history import History
 from socketprotector.system.loop import Loop
 from socketprotector.system.process import Process
@@ -39,7 +40,7 @@ def asked(loop: Loop, command: str, written: list[History]) -> Health:
     its = SimpleNamespace(
         health=f"check:{command}", health_every_s=0.02, health_failures=3, health_timeout_s=0.1
     )
-    way = SimpleNamespace(text="127.0.0.1:1", close=lambda: None)
+    way = SimpleNamespace(text="127.0.0.1:1", close=lambda: None, holds=lambda: True)
     health = Health(
         Runtime(loop, cast("Any", log), lambda _: None, persist),
         settings=lambda: cast("Any", its),
@@ -64,10 +65,13 @@ def test_beside_one_that_cannot_be_killed_no_other_is_started(
         patched.setattr(Process, "kill_group", anothers)
         written: list[History] = []
         health = asked(loop, "exec sleep 1000", written)
-        until(loop, lambda: health.failures >= 5)
-        assert (health.state, health.last) == (UNHEALTHY, "sleep: no answer within 100ms")
+        until(loop, lambda: health.known.failures >= 5)
+        assert (health.known.state, health.known.last) == (
+            UNHEALTHY,
+            "sleep: no answer within 100ms",
+        )
         assert [each.result for each in written[-1].health] == [UNHEALTHY]
-        assert written[-1].health[-1].reason == health.last
+        assert written[-1].health[-1].reason == health.known.last
         [first] = children()
 
         os.kill(first, signal.SIGKILL)

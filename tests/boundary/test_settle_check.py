@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from socketprotector.core.events import Event, SettleFailed
-from socketprotector.daemon import settle_check
-from socketprotector.daemon.asker_client import KeptAsker
-from socketprotector.daemon.delivery.way import SHUT_DOWN
+from socketprotector.daemon import probe, settle_check, verdicts
+from socketprotector.daemon.delivery.way import SHUT_DOWN, Way
 from socketprotector.daemon.runtime import Runtime
 from socketprotector.daemon.settle_check import SettleCheck
 from socketprotector.system.loop import Loop
@@ -24,8 +23,7 @@ from tests.running import DEADLINE_S
 
 pytestmark = pytest.mark.usefixtures("in_root_directory")
 
-LIMIT = "settle-check-limit"
-WAY = SimpleNamespace(close=lambda: None, holds=lambda: True)
+TIMER = "settle-check"
 
 
 class Settling:
@@ -59,7 +57,7 @@ class Settling:
         [failed] = self.posted
         assert isinstance(failed, SettleFailed)
         assert failed.generation == 2
-        assert self._loop.due(LIMIT) is None
+        assert self._loop.due(TIMER) is None
         settle(self._loop)
         return failed.reason.removeprefix("--settle-check: ")
 
@@ -67,32 +65,10 @@ class Settling:
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settle_check, "LIMIT_S", 0.3)
-    monkeypatch.setattr(settle_check, "_AGAIN_S", 0.01)
-
-
-def test_a_commands_time_begins_with_it_and_not_with_the_last_answer(
-    loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(settle_check, "_EVERY_S", 0.0)
-    tries, gate = tmp_path / "tries", tmp_path / "gate"
-    os.mkfifo(gate)
-    command = f"check:echo >>{tries}; test $(wc -l <{tries}) = 1 || {{ cat {gate}; false; }}"
-    settling = Settling(loop, command, lambda *_: None)
-    assert loop.due(LIMIT) is None
-
-    def opened() -> None:
-        try:
-            os.close(os.open(gate, os.O_WRONLY | os.O_NONBLOCK))  # the second one reads there
-        except OSError:
-            loop.call_after("open", 0.01, opened)
-        else:
-            second.append(loop.due(LIMIT))
-
-    second: list[float | None] = []
-    opened()
-
-    assert settling.fails() == "echo: exited with status 1"
-    assert second == [None]
+    monkeypatch.setattr(settle_check, "_ANSWERED_S", 0.3)
+    monkeypatch.setattr(verdicts, "_AGAIN_S", 0.01)
+    monkeypatch.setattr(verdicts, "UNKNOWN_S", 0.3)
+    monkeypatch.setattr(probe, "_ASKER_S", 0.0)
 
 
 @pytest.mark.usefixtures("soon")
@@ -110,23 +86,61 @@ def test_what_cannot_be_asked_is_as_bad(loop: Loop) -> None:
     assert Settling(loop, "http:/", none).fails().startswith("Too many open files")
 
 
+class Askers:
+    """In the place of asker_client.Asker: processes that answer, or hang until they are killed."""
+
+    def __init__(self, loop: Loop, why: str | None) -> None:
+        self._loop, self._why = loop, why
+        self.started = 0
+
+    def __call__(self, loop: Loop, *, heard: Any, ended: Any, **_: object) -> object:
+        self.started += 1
+
+        def ask(*_: object) -> None:
+            if self._why is not None:
+                loop.call_after("answer", 0.0, lambda: heard(self._why))
+
+        return SimpleNamespace(
+            ask=ask,
+            kill=lambda: ended("was killed by SIGKILL"),
+            close=lambda: loop.cancel("answer"),
+        )
+
+
+@pytest.fixture
+def way() -> Iterator[SimpleNamespace]:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        connecting = Way(listening.getsockname(), None, lambda _: True, lambda: None).connecting
+        yield SimpleNamespace(
+            target=listening.getsockname(),
+            connecting=connecting,
+            waits=lambda _: False,
+            give_up=lambda _: None,
+            is_unix=False,
+            close=lambda: None,
+            holds=lambda: True,
+        )
+
+
 @pytest.mark.usefixtures("soon")
-def test_what_could_not_be_asked_at_first_is_no_reason_later(
-    loop: Loop, monkeypatch: pytest.MonkeyPatch
+def test_what_hangs_is_killed_and_as_bad(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, way: SimpleNamespace
 ) -> None:
-    """The process that asks hangs then, say."""
-    hangs = SimpleNamespace(now=object(), close=lambda: None)
-    monkeypatch.setattr(KeptAsker, "repeating", lambda *_: hangs)
+    """Also where it could not be asked at first: that is no reason later."""
+    askers = Askers(loop, None)
+    monkeypatch.setattr(probe, "Asker", askers)
     tries: list[int] = []
 
     def later(*_: object) -> object:
         tries.append(1)
         if len(tries) < 3:
             raise OSError(errno.EMFILE, "Too many open files")
-        return WAY
+        return way
 
-    assert Settling(loop, "http:/", later).fails() == "no answer within 300ms"
-    assert len(tries) == 3
+    said = Settling(loop, "http:/", later).fails()
+
+    assert said == "the process that asks was killed by SIGKILL"
+    assert (len(tries), askers.started) == (3, 1)
 
 
 @pytest.mark.usefixtures("soon")
@@ -143,14 +157,10 @@ def test_what_another_generation_has_answered_is_neither_good_nor_bad(
 @pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize("why", ["", "GET /: 500, no text"])
 def test_nor_what_it_has_answered_by_http(
-    loop: Loop, why: str, monkeypatch: pytest.MonkeyPatch
+    loop: Loop, why: str, monkeypatch: pytest.MonkeyPatch, way: SimpleNamespace
 ) -> None:
-    def begin(loop: Loop, way: object, asked: object, heard: Any, ended: object) -> object:
-        loop.call_after("answer", 0.0, lambda: heard(why))
-        return SimpleNamespace(now=object(), close=lambda: loop.cancel("answer"))
-
-    monkeypatch.setattr(KeptAsker, "repeating", begin)
-    way = SimpleNamespace(close=lambda: None, holds=lambda: False)
+    monkeypatch.setattr(probe, "Asker", Askers(loop, why))
+    way.holds = lambda: False
     settling = Settling(loop, "http:/", lambda *_: way)
     assert settling.check.awaits(2)
     assert settling.fails() == SHUT_DOWN

@@ -17,7 +17,7 @@ from typing import Any, cast
 import pytest
 
 from socketprotector.core.events import Event, SocketLost, Stranded
-from socketprotector.daemon.asker_client import KeptAsker
+from socketprotector.daemon import probe
 from socketprotector.daemon.asking import Asking
 from socketprotector.daemon.control.status import of_listener
 from socketprotector.daemon.delivery import NEVER_TAKEN_S
@@ -26,7 +26,7 @@ from socketprotector.daemon.delivery.shared.probes import LEAVES_S
 from socketprotector.daemon.delivery.shared.quiescing import LAST_S, QUIET_S, SILENT_S
 from socketprotector.daemon.delivery.shared.socket_steering import SocketSteering
 from socketprotector.daemon.delivery.shared.socket_watch import FIRST_RESCUE_S
-from socketprotector.daemon.delivery.way import SHUT_DOWN, Way
+from socketprotector.daemon.delivery.way import SHUT_DOWN
 from socketprotector.daemon.runtime import Runtime
 from socketprotector.launch.bind_unix import give_away
 from socketprotector.model.records import SteeringRecord
@@ -1204,7 +1204,7 @@ class Answers:
     def __init__(self, world: World, ready: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.heard: list[Callable[[str], None]] = []
         self.ready: list[int] = []
-        monkeypatch.setattr(KeptAsker, "repeating", self._begin)
+        monkeypatch.setattr(probe, "Asker", self._begin)
         runtime = Runtime(world.loop, cast("Any", world.log), world.post, world.persist)
         self.asking = Asking(
             runtime,
@@ -1218,9 +1218,11 @@ class Answers:
         record = SimpleNamespace(number=2)
         self.asking.ask(cast("Any", SimpleNamespace(program=program, record=record)))
 
-    def _begin(self, loop: Loop, way: Way, asked: object, heard: Any, ended: object) -> object:
-        self.heard.append(heard)
-        return SimpleNamespace(close=lambda: None)
+    def _begin(self, loop: Loop, *, heard: Any, **_: object) -> object:
+        def ask(*_: object) -> None:
+            self.heard.append(heard)
+
+        return SimpleNamespace(ask=ask, kill=lambda: None, close=lambda: None)
 
 
 def test_what_another_one_has_accepted_while_the_asked_one_was_shut_down_is_no_answer(

@@ -33,7 +33,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any, cast
 
 from socketprotector_client import wire
@@ -50,11 +49,10 @@ from socketprotector.core.events import (
 from socketprotector.core.fleet import Fleet, LameDuck, Next, Phase, Policy, State, Stop
 from socketprotector.core.snapshot import Snapshot
 from socketprotector.daemon import (
-    asking,
     checkpoint,
     config_reader,
     inherited_listeners,
-    settle_check,
+    probe,
 )
 from socketprotector.daemon.checkpoint import Checkpoint
 from socketprotector.daemon.config_reader import ConfigAnswer
@@ -62,7 +60,6 @@ from socketprotector.daemon.delivery.queue.forwarder import Forwarder
 from socketprotector.daemon.delivery.queue.queue_delivery import QueueDelivery
 from socketprotector.daemon.delivery.shared import probes, quiescing, socket_steering, socket_watch
 from socketprotector.daemon.delivery.shared.shared_delivery import SharedDelivery
-from socketprotector.daemon.delivery.way import Way
 from socketprotector.daemon.effects import Effects
 from socketprotector.daemon.event_queue import EventQueue
 from socketprotector.daemon.log_output import Opened
@@ -126,7 +123,7 @@ BACKLOG = 200
 #: What ends a reload or a dry run, as it is logged.
 VERDICTS = ("reloaded", "recovered", "reload-failed", "dry-run-passed", "dry-run-failed")
 #: What --health asks by, for ever.
-HEALTH = {"health", "health-limit"}
+HEALTH = {"health"}
 #: How long an answer to a question by HTTP may take.
 ASKED_NS = 2_000_000_000
 #: Fewer workers than that are asked for in lives with many.
@@ -334,58 +331,54 @@ class Reads:
 
 
 class Asks:
-    """In the place of asker_client.KeptAsker: a process that asks again and again, by HTTP.
+    """In the place of asker_client.Asker: asks by HTTP, by a connection that it is given.
 
-    It may die, which closes its connection, and be started again.
+    It may die, and another one is started.
     """
 
     def __init__(
         self,
         world: World,
         loop: Loop,
-        way: Way,
         heard: Callable[[str], None],
+        late: Callable[[str], None],
         ended: Callable[[str], None],
     ) -> None:
-        self._world, self._loop, self._way = world, loop, way
-        self._heard, self._ended = heard, ended
+        self._world, self._loop = world, loop
+        self._heard, self._is_late, self._ended = heard, late, ended
         assert world._supervisor is not None
         its = (0.0, 0.15, 1.0) if world._supervisor.fleet.served else (0.0,)
         self._bad = world._random.choice(its)  # how many of its answers are
         self._question: Question | None = None
         self._asked_at = 0
+
+    def ask(self, connection: Any, *_: object) -> None:
+        self._question = connection._file.question  # None: there is no room for it
+        self._asked_at = self._world.kernel.clock_ns
         self._later()
+
+    def kill(self) -> None:
+        self.close()
+        self._ended("was killed")
 
     def close(self) -> None:
         self._loop.cancel(self)
-
-    @property
-    def now(self) -> Asks:
-        return self
 
     def _later(self) -> None:
         self._loop.call_after(self, self._world._chance(), self._look)
 
     def _look(self) -> None:
-        world, kernel = self._world, self._world.kernel
-        self._later()
+        world, question = self._world, self._question
         if not world._calm and world._chance() < 0.1:
-            self._question = None
-            self._ended("was killed")
-        elif self._question is None:
-            made = Listening(Address(socket.AF_INET, ("", 0)))
-            if self._way.mark is not None:
-                made.address.name = self._way.mark.source, 0
-            kernel.connect(made, self._way.target)
-            self._question, self._asked_at = made.question, kernel.clock_ns
-        elif self._question.over or self._question.taken:
-            bad = not self._question.taken or (not world._calm and world._chance() < self._bad)
-            self._question = None
+            self.kill()
+        elif question is not None and (question.over or question.taken):
+            bad = not question.taken or (not world._calm and world._chance() < self._bad)
             world.events["answered-badly" if bad else "answered-well"] += 1
             self._heard("GET /: 500" if bad else "")
-        elif kernel.clock_ns - self._asked_at > ASKED_NS:
-            self._question = None
-            self._heard("GET /: no answer")
+        elif world.kernel.clock_ns - self._asked_at > ASKED_NS:
+            self._is_late("GET /: no answer")
+        else:
+            self._later()
 
 
 def forwarder_of(effects: Effects) -> Forwarder | None:
@@ -1700,11 +1693,7 @@ def installed(world: World) -> Iterator[None]:
                 if hasattr(module, name):
                     put(module, name, getattr(kernel.modules, name))
         put(program_spec, "resolve", resolve)
-        asker = SimpleNamespace(
-            repeating=lambda loop, way, _, heard, ended: Asks(world, loop, way, heard, ended)
-        )
-        put(asking, "KeptAsker", asker)
-        put(settle_check, "KeptAsker", asker)
+        put(probe, "Asker", lambda loop, **told: Asks(world, loop, **told))
         put(config_reader, "ConfigReader", lambda _, loop, key: Reads(world, loop, key))
         put(bpf, "attach", lambda to, option, code: to.attach(option, code[-1][3]))
         put(reuseport, "steer", kernel.steer)

@@ -76,12 +76,12 @@ def of_health(health: Health | None) -> dict[str, Any] | None:
         return None
     return {
         "asks": health.asks,
-        "state": health.state,
-        "since_at": health.since_at,
-        "last": health.last,
-        "reason": health.reason,
-        "failures": health.failures,
-        "answered_at": health.answered_at,
+        "state": health.known.state,
+        "since_at": health.known.since_at,
+        "last": health.known.last,
+        "reason": health.known.reason,
+        "failures": health.known.failures,
+        "answered_at": health.known.answered_at,
     }
 
 
@@ -95,7 +95,7 @@ def of_waits(
     now, starting = time.monotonic(), fleet.of(Phase.STARTING)
     answer = ""
     if starting is not None:
-        answer = effects.says(starting.number)
+        answer = effects.questions.last or effects.pool.check_says(starting.number)
     settling = fleet.of(Phase.SETTLING)
     settles = effects.generations.get(settling.number) if settling is not None else None
     facts = Facts(
@@ -103,7 +103,7 @@ def of_waits(
         active={each["number"]: each["active"] for each in generations},
         answer=headline(answer),
         settle_check=shown(settles.program.settle_check) if settles is not None else "",
-        settle_check_due=effects.settle_check is not None and effects.settle_check.is_due,
+        settle_check_due=effects.questions.is_due,
         upgrade=upgrade,
         leftovers_end=effects.pool.orphans.found,
         late_clients_s=effects.late_clients_s,

@@ -180,9 +180,9 @@ GROUPS: Mapping[str, Sequence[Option]] = {
     "Workers": (
         Option("handoff", click.Choice(list(MODES)),
                "How connections reach a worker; see docs/modes.md.\n"
-               "connection: it takes them from a queue. listener: it accepts them itself, from the "
-               "listening socket that it is given (unmodified servers). stdio: a program for each, "
-               "as its stdin and stdout. legacy: as the C++ SocketProtector handed them over.",
+               "connection: the worker takes them from a queue. listener: the worker accepts them, "
+               "from an inherited socket (unmodified servers). stdio: each is stdin and stdout of "
+               "a program of its own. legacy: as under the C++ SocketProtector.",
                "handoff", STAYS, default="connection"),
         Option("shell", FLAG, "With --handoff stdio: run COMMAND by /bin/sh -c.", "shell"),
         Option("workers", click.IntRange(1, _MANY),
@@ -191,11 +191,10 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "workers", unset="1; 4 with --handoff stdio"),
         Option("ready", READY, "How a worker shows that it is ready.\n"
                "notify: it sends READY=1. ack: it sends einhorn's ACK. fd:N: it writes a line to "
-               "descriptor N. accept: it accepts a connection. http:/PATH (https:/PATH): it "
-               "answers 200 to 399; more in docs/probes.md. check:CMD: this "
-               "command succeeds. after:TIME: it has lived for TIME.",
-               unset="notify; with --handoff listener what comes first of notify, ack, fd and "
-               "accept"),
+               "descriptor N. accept: it accepts a connection. http:/PATH, https:/PATH: it "
+               "answers 200 to 399. check:CMD: the command succeeds. after:TIME: it has lived "
+               "for TIME. See docs/probes.md.",
+               unset="notify; with --handoff listener the first of notify, ack, fd and accept"),
         Option("start-timeout", TIME_ABOVE_0, "Time allowed to become ready.",
                "policy.start_timeout_s", default="60s"),
         Option("start-tries", click.IntRange(1, _MANY),
@@ -205,14 +204,14 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "Replace a worker that sent WATCHDOG=1 and then nothing for this time; 0: never.\n"
                "The client library sends it from the loop that serves.",
                "watchdog_s", default="0"),
-        Option("health", HEALTH, "Ask the workers while they serve, and say what they answer.\n"
-               "http:/PATH, https:/PATH and accept are as with --ready; check:CMD runs a command. "
-               "The answer is in status, metrics, log and the exporter's /readyz, and nothing is "
-               "done about it: docs/probes.md.", unset="nothing is asked"),
-        Option("health-every", TIME_EACH, "How often to ask that; 100ms or more.",
+        Option("health", HEALTH, "Probe the serving workers, and report the result.\n"
+               "http:/PATH, https:/PATH, accept and check:CMD are as with --ready. The result is "
+               "in status, metrics, log and the exporter's /readyz. It never restarts or rolls "
+               "back anything. See docs/probes.md.", unset="no probe"),
+        Option("health-every", TIME_EACH, "Time from one health probe to the next; 100ms or more.",
                "health_every_s", default="5s"),
         Option("health-failures", click.IntRange(1, _MANY),
-               "Bad answers in a row after which they are unhealthy.",
+               "Bad answers in a row that make the workers unhealthy.",
                "health_failures", default=3),
         Option("health-timeout", TIME_TO_ANSWER, "Time allowed for an answer; 10ms or more.",
                "health_timeout_s", default="2s"),
@@ -236,13 +235,13 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "If the new one fails within this time, the old one serves again.",
                "policy.settle_s", default="0"),
         Option("settle-check", SETTLE_CHECK,
-               "Ask the new generation meanwhile; after a bad answer the old one serves again.\n"
-               "check:CMD, or CMD alone, run every second, gets the counts of both generations as "
-               "JSON on stdin, and decides by its exit status; http:/PATH (https:/PATH) is as with "
-               "--ready. See docs/probes.md.", unset="nothing is asked"),
+               "Probe the new generation meanwhile; after a bad answer the old one serves again.\n"
+               "check:CMD, or CMD alone, runs every second. It gets the counts of both generations "
+               "as JSON on stdin; its exit status is the answer. http:/PATH, https:/PATH are as "
+               "with --ready. See docs/probes.md.", unset="no probe"),
         Option("drain-signal", SIGNAL,
                "With --handoff listener: the signal that tells a worker to finish.\n"
-               "One on the client library is told by the end of its line instead.",
+               "A worker on the client library gets the end of its line instead.",
                "drain_signal", default="TERM"),
         Option("drain-timeout", TIME,
                "Time an old generation has to finish its connections, then TERM; 0: no limit.",

@@ -33,7 +33,9 @@ _OWN = "~"
 #: What is renamed over the path.
 _NEW = "new"
 #: What a socket of a path is bound as, and whether it is the file that it keeps.
-_NAME = re.compile(r"(?P<folder>.*/)\.(?P<name>[^/]+)\.sp-(?P<number>[0-9a-f]{6})(?P<own>~?)")
+_NAME = re.compile(
+    r"(?P<folder>.*/)\.(?P<name>[^/]+)\.sp-(?P<number>[0-9a-f]{6})(?P<own>~?)", re.DOTALL
+)
 _ACL = "system.posix_acl_access"
 #: Device and inode of a file that is not there.
 _NONE = (0, 0)

@@ -374,6 +374,7 @@ def test_accepted_connections_are_counted_for_the_socket_that_has_them(sockets: 
         ("/run/web.sock", "/run/web.sock"),
         ("/run/.web.sock.sp-xyz", "/run/.web.sock.sp-xyz"),
         ("/.s.sp-000000", "/s"),
+        ("/a\nfolder/.web\nsock.sp-0a1b2c", "/a\nfolder/web\nsock"),
     ],
 )
 def test_what_a_socket_is_bound_as_names_its_path(name: str, path: str) -> None:

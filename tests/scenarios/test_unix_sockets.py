@@ -226,6 +226,16 @@ def test_a_mounted_socket_file_to_which_no_client_comes_costs_no_generation(
     assert len(spawned(one.daemon)) == 3
 
 
+def test_no_hold_makes_the_clients_of_a_later_one_wait(one: Operated, path: Path) -> None:
+    for _ in range(7):  # with twice the pause each time, the last one would wait for half a minute
+        with one.line() as line:
+            line.ask("hold", seconds=3600)
+            with Client(str(path), "hello") as late:
+                line.ask("release")
+                assert late.hear().endswith(" hello")
+    assert one.daemon.log.count("event=stranded") == 7
+
+
 def test_a_hold_at_which_no_client_waited_starts_no_generation(one: Operated, path: Path) -> None:
     for _ in range(2):
         with one.line() as line:

@@ -189,6 +189,8 @@ class SocketSteering:
         """Leave new clients without an answer; their kernels try again, and come in after it."""
         self.hold.turn(on)
         self._steer()
+        if not on:  # its clients wait for no back-off that others have caused
+            self._watch.end_back_off()
         self._adopt_held()
 
     def _adopt_held(self) -> None:

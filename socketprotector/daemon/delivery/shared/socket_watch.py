@@ -69,6 +69,11 @@ class SocketWatch:
         """Note a new release: what it leaves is not due to the generations before it."""
         self._rescue_s = 0.0
 
+    def end_back_off(self) -> None:
+        """Start the next generation for stranded clients without a pause."""
+        self._loop.cancel(_RESCUE)
+        self._rescue_s = 0.0
+
     def look_again(self) -> None:
         """Look at once: maybe no process is left that could accept clients."""
         self._loop.cancel(_RESCUE)

@@ -189,15 +189,11 @@ def lead_to(path: str, one: socket.socket, ours: Iterable[socket.socket]) -> Non
     ours: all sockets of the path.  A file that a closed socket has left there is replaced.
     Raises OSError, also where another program's file is there.
     """
-    there = _known(path)
-    if _is_file_of(path, one, there):
+    if leads_to(path, one):
         return
-    before = next((each for each in ours if _is_file_of(path, each, there)), None)
-    left: list[str] = []
+    before, left = found_at(path, ours)
     if before is not None:
         keep_file(path, before)
-    elif there != _NONE and not (left := _left_by_a_socket(path, there)):
-        raise OSError(errno.EEXIST, "another program has put its file there", path)
     new = _beside(path, _NEW)
     _unlink(new)  # of a program that was killed here
     if os.path.lexists(new):  # of another user, where many may write, as in /tmp
@@ -207,6 +203,19 @@ def lead_to(path: str, one: socket.socket, ours: Iterable[socket.socket]) -> Non
         os.rename(new, path)
     for each in left:
         _unlink(each)
+
+
+def found_at(path: str, ours: Iterable[socket.socket]) -> tuple[socket.socket | None, list[str]]:
+    """Return to which socket a path leads, or else the files of a closed one to which it leads.
+
+    Raises OSError(EEXIST) where another program's file is there.
+    """
+    there = _known(path)
+    one = next((each for each in ours if _is_file_of(path, each, there)), None)
+    left: list[str] = []
+    if one is None and there != _NONE and not (left := _left_by_a_socket(path, there)):
+        raise OSError(errno.EEXIST, "another program has put its file there; remove it", path)
+    return one, left
 
 
 def forget(path: str, one: socket.socket) -> None:

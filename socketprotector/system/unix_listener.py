@@ -138,6 +138,7 @@ class UnixListener(Listener):
             one = self.socket_for(socket_number)
             if socket_file.leads_to(self.path, one) or self.has_waiting(socket_number):
                 return False
+            socket_file.found_at(self.path, self._all)  # before a release starts for nothing
             self.bind_anew(socket_number)
             return True
         there = self.socket

@@ -650,6 +650,8 @@ def test_until_the_kernel_steers_to_the_new_one_the_old_one_serves(
         reloaded.pass_time(2 * LAST_S)
         assert reloaded.quiesced == []
         assert reloaded.log.events == ["not-steered"]
+        [warning] = reloaded.steering.warnings
+        assert warning.endswith(": new clients do not come to the newest generation: no memory")
         reloaded.connect()
         assert reloaded.waiting() == [0]
         reloaded.accept(0)
@@ -1724,7 +1726,7 @@ def test_one_listener_that_fails_keeps_none_of_the_others_on_hold(
 ) -> None:
     class Fails:
         index, lost, shared, has_sibling, can_be_held = 1, False, True, False, True
-        path = ""
+        path, settings = "", ListenerSettings("tcp:127.0.0.1:1")
 
         def steer(self, *_: object, **__: object) -> None:
             raise OSError(errno.ENOMEM, "Cannot allocate memory")

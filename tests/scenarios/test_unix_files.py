@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -162,3 +163,19 @@ def test_all_files_removed_and_a_reload(one: Operated, path: Path) -> None:
         path.unlink()
         one.daemon.reload()
         newest_answers(one, path)
+
+
+def test_a_reload_fails_while_another_program_s_file_is_at_the_path(
+    one: Operated, path: Path
+) -> None:
+    one.daemon.reload()
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as theirs:
+        theirs.bind(str(path))
+        mark = one.daemon.signal(signal.SIGHUP)
+        failed = one.daemon.log.wait_for("event=(reload-failed|reloaded)", after=mark)
+    assert f"{path}: another program has put its file there; remove it" in failed
+
+    path.unlink()
+    one.daemon.reload()
+    newest_answers(one, path)

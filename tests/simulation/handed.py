@@ -592,7 +592,7 @@ class Handed(World):
         why = why or not (address.served and address.kept)
         if self._unkept and address.is_path:  # until the path is led from what was not kept
             act = self._supervisor.effects if self._supervisor is not None else None
-            why = why or self._starting or act is None or not steering_of(act)._steered
+            why = why or self._starting or act is None or not steering_of(act).is_steered
         assert why, f"a client of {address.name} is refused"
 
     def _look_at_paths(self) -> None:
@@ -644,7 +644,7 @@ class Handed(World):
         act = self._supervisor.effects
         for its in act.delivery.listeners:
             address = self._at(its.settings.address)
-            if not address.disturbed or its.lost or not steering_of(act)._steered:
+            if not address.disturbed or its.lost or not steering_of(act).is_steered:
                 continue
             files = [self.kernel.file(each.fileno()) for each in its.sockets]
             ours = [each for each in files if isinstance(each, Listening) and each.whole]
@@ -816,7 +816,7 @@ class Handed(World):
         if self._supervisor is None or self._meanwhile or self._calm or address.disturbed:
             return
         act = self._supervisor.effects
-        if act._route is None or not steering_of(act)._steered:
+        if act._route is None or not steering_of(act).is_steered:
             return
         assert steering_of(act).turns.current == act.generations[act._route].record.socket_number
         listeners = {each.settings.address: each for each in act.delivery.listeners}
@@ -933,7 +933,7 @@ class Handed(World):
         if self._supervisor is None or self._meanwhile or self._calm or address.disturbed:
             return
         act = self._supervisor.effects
-        if act._route is None or not steering_of(act)._steered:
+        if act._route is None or not steering_of(act).is_steered:
             return
         assert steering_of(act).hold.on, f"{address.name} does not answer"
 

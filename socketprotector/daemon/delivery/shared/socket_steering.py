@@ -56,7 +56,8 @@ class SocketSteering:
         self._loop, self._log = runtime.loop, runtime.log
         self._persist = runtime.persist
         self._bound = bound
-        self._steered = True  # the kernel knows the turns
+        #: Addresses whose clients the kernel does not send where it is their turn, and why.
+        self._not_steered: dict[str, str] = {}
         self._as_held = True  # and who is to get no answer
         self.turns = Turns()
         self.probes = Probes(
@@ -89,6 +90,11 @@ class SocketSteering:
             bound=bound,
             lost=lost,
         )
+
+    @property
+    def is_steered(self) -> bool:
+        """Whether all clients come where it is their turn."""
+        return not self._not_steered
 
     @property
     def accept_watch(self) -> AcceptWatch:
@@ -308,7 +314,7 @@ class SocketSteering:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What releases have broken and only a restart repairs."""
+        """What keeps clients from where they should come."""
         lost = [
             f"{each.settings.address}: no client can connect; restart SocketProtector"
             for each in self._listeners()
@@ -319,7 +325,11 @@ class SocketSteering:
             for each in self._shared
             if each.has_no_spare
         ]
-        return *lost, *spent
+        others = [
+            f"{address}: new clients do not come to the newest generation: {why}"
+            for address, why in self._not_steered.items()
+        ]
+        return *lost, *spent, *others
 
     @property
     def share(self) -> bool:
@@ -337,7 +347,7 @@ class SocketSteering:
 
         One does as long as an earlier generation has not left the other socket.
         """
-        return self._steered and self.turns.accepting[generation] != self.turns.current
+        return self.is_steered and self.turns.accepting[generation] != self.turns.current
 
     def _turn_away(self, generation: int) -> bool:
         """Have new clients wait for a generation that is yet to come; say whether that is news.
@@ -366,23 +376,24 @@ class SocketSteering:
 
         Returns whether it was told.
         """
-        not_steered: OSError | None = None
+        not_steered: dict[str, str] = {}
         not_held: OSError | None = None
         for each in self._listeners():
             try:
                 not_held = self._steer_one(each, self.turns.number_for(each)) or not_held
             except OSError as error:
-                not_steered = error
-        if not_steered is not None and self._steered:
-            self._log.write("error", "not-steered", error=not_steered.strerror)
+                not_steered[each.settings.address] = error.strerror or str(error)
+        if new := not_steered.keys() - self._not_steered.keys():
+            why = " ".join(sorted({not_steered[each] for each in new}))
+            self._log.write("error", "not-steered", listen=" ".join(sorted(new)), error=why)
         if not_held is not None and self._as_held:
             self._log.write("error", "not-held", error=not_held.strerror)
-        self._steered, self._as_held = not_steered is None, not_held is None
+        self._not_steered, self._as_held = not_steered, not_held is None
         self._loop.cancel("steer")
-        if not (self._steered and self._as_held):
+        if self._not_steered or not self._as_held:
             self._loop.call_after("steer", _STEER_AGAIN_S, self._repair)
         self._steer_while_starting()
-        return self._steered
+        return self.is_steered
 
     def _steer_while_starting(self) -> None:
         """Repair again and again while a release starts: its workers can take the clients.

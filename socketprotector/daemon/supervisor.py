@@ -115,6 +115,7 @@ class Supervisor:
         """Supervise until nothing is left but to close it.  Returns the exit status."""
         self._reap_orphans()  # an earlier program may have been told, and not come to it
         self.runtime.loop.run()
+        self.upgrade.end()
         return self.effects.exit_status or 0
 
     def _work(self) -> None:

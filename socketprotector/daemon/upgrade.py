@@ -83,6 +83,11 @@ class Upgrade:
         """Whether the new program is asked now."""
         return self._probe is not None
 
+    def end(self) -> None:
+        """Kill the probe, if one runs: this process ends, so none is to take its place."""
+        if self._probe is not None:
+            self._probe.discard()
+
     def failed(self, reason: str) -> None:
         """Say that the old program goes on, and why."""
         self.log.write("error", "upgrade-failed", reason=reason, hint=f"{__version__} goes on")

@@ -437,6 +437,21 @@ def test_with_a_terminal_it_goes_on_and_ends_with_it(marked_environment: dict[st
     assert daemon.log.count("event=stopping")
 
 
+def test_a_stop_ends_the_probe_of_an_upgrade(installation: Installation, tmp_path: Path) -> None:
+    gate = Gate(tmp_path / "gate")
+    daemon = installation.start("127.0.0.1:0", "--", *MANY).ready()
+    installation.add("two")
+    installation.script("two", f"open({str(gate.path)!r}).read()\n")
+    installation.switch("two")
+    daemon.signal(signal.SIGUSR2)
+    eventually(lambda: len(children_of(daemon.pid)) > 1, "the probe")
+    children = children_of(daemon.pid)
+
+    daemon.stop()
+
+    assert wait_gone(children) == []
+
+
 def test_usr2_twice_is_one_upgrade(installation: Installation, tmp_path: Path) -> None:
     gate = Gate(tmp_path / "gate")
     daemon = installation.start("127.0.0.1:0", "--", *MANY).ready()

@@ -562,7 +562,8 @@ class World:
     def _pass_in(self) -> None:
         """Have the first listener be another process's that goes on listening."""
         one, *others = self.settings.listeners
-        listeners = (replace(one, foreign=True), *others)
+        # A file of its own is its owner's to remove.
+        listeners = (replace(one, foreign=True, device=0, inode=0), *others)
         self.settings = replace(self.settings, listeners=listeners)
         self._listening[0].foreign = True
         self._listening[0].take()

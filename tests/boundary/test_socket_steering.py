@@ -2519,3 +2519,20 @@ def test_clients_of_a_lost_socket_wait_on_when_the_next_generation_fails(
     come(world, pair.path)
     assert pair.has_waiting(1)
     assert not pair.has_waiting(0)
+
+
+def test_a_release_that_a_stop_calls_off_brings_no_client_back(
+    world: World, pair: Listener
+) -> None:
+    """It ends when new clients are refused already: nothing that it has broken is repaired."""
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    world.steering.enter(2, 1)
+    world.steering.end()
+    assert pair.refuse_new()
+
+    world.steering.gone(2)
+    world.pass_time(1.0)
+
+    assert os.listdir(os.path.dirname(pair.path)) == []
+    assert "bound-anew" not in world.log.events

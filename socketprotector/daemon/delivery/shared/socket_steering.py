@@ -404,8 +404,9 @@ class SocketSteering:
             self._loop.call_after("steer", _STEER_AGAIN_S, self._repair)
 
     def _repair(self) -> None:
-        self._repairs.mend_all()
-        self._steer()
+        if not self._repairs.ended:  # else it would bring clients whom no generation serves
+            self._repairs.mend_all()
+            self._steer()
 
     def _steer_one(self, listener: Listener, socket_number: int) -> OSError | None:
         """Have new clients come to one of its sockets, or during a hold get no answer.

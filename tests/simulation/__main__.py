@@ -60,6 +60,11 @@ class Told:
         names = ("turns", "kills", "faults", "upgrades", "connections")
         self.seen.update({name: its.get(name, 0) for name in names})
         self.seen.update({f"lost: {why}": n for why, n in its.get("lost", {}).items()})
+        for verb, where, number in its.get("points", ()):
+            self.points[verb, where] += number
+            self.reached.add((verb, where))
+        for each in its.get("found", ()):
+            self.hear({**each, "call": f"{its['call']}+{each['call'] - its['call']}"})
 
     def tell(self, seeds: Collection[int]) -> None:
         """Print all, and at how many places of each verb a protector was killed."""
@@ -75,7 +80,8 @@ def tell_stories(arguments: Any) -> int:
     """Have lives go wrong at each step of stories, or at one that is named."""
     if arguments.call:
         story = STORIES[handoff_of(arguments.seed[0], arguments.handoff)]
-        story(arguments.seed[0], print, struck=(arguments.call, arguments.fails_with)).live()
+        struck = arguments.call, arguments.fails_with
+        story(arguments.seed[0], print, struck=struck, acts=arguments.acts).live()
         return 0
     told = Told()
     tried: list[int] = []
@@ -115,6 +121,7 @@ def main() -> int:
     parser.add_argument("--handoff", choices=(*KINDS, "any"), default="any", help=HANDOFF)
     parser.add_argument("--lives", type=int, help="so many, instead of so many steps")
     parser.add_argument("--each-step", action="store_true", help=EACH_STEP)
+    parser.add_argument("--acts", nargs="+", default=(), help="of a story; else the seed's")
     parser.add_argument("--share", type=float, default=1.0, help="of the calls of stories")
     parser.add_argument("--call", type=int, help="trace the life of --seed that this call ends")
     parser.add_argument("--fails-with", type=int, default=0, help="an errno; 0: a kill")

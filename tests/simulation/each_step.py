@@ -4,7 +4,8 @@ The seed chooses the settings, and a story: what is asked for and what befalls w
 order.  All goes well but for that, and clients come at every moment.  At each system call of the
 protector this process forks.  In one child the protector is killed there, maybe once more soon
 after; in another the call fails, once or for as long as a folder cannot be written to.  Each child
-reloads once more, comes to rest and ends as any life does.
+reloads once more, comes to rest and ends as any life does.  Some children fork, too: at each call
+with which the next program resumes.
 
 So a protector is killed at each step of each verb of its delivery: `points` has where that was, of
 what was `reached`.
@@ -18,7 +19,7 @@ import os
 import random
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -39,6 +40,8 @@ KILL = 0
 OFTEN = 3
 #: A child is killed once more, in one of so many lives, after so many calls at most.
 TWICE, SOON = 3, 200
+#: In one of so many lives each of the first calls of the next program is a kill, too.
+FOLLOWED, RESUMING = 25, 120
 #: What fails as long as the folder of a path cannot be written to.
 UNWRITABLE = errno.EACCES
 
@@ -54,10 +57,12 @@ class Story(World):
         struck: tuple[int, int] | None = None,
         heard: Callable[[dict[str, Any]], None] = lambda found: None,
         share: float = 1.0,
+        acts: Collection[str] = (),
     ) -> None:
         """struck: at which call what happens, in a life alone; else in a child each.
 
         heard: what a child has found.  share: of the calls that may go wrong, how many do.
+        acts: what happens in the story; else the seed chooses that.
         """
         self._plot = random.Random(f"story {seed}")
         super().__init__(seed, 0, note)
@@ -65,14 +70,15 @@ class Story(World):
         self._calm_turns = 0
         self._struck_at, self._heard, self._share = struck, heard, share
         self._is_child = False
+        self._resumes = 0  # so many calls of the next program are a kill, too
+        self._theirs: list[dict[str, Any]] = []  # by children of a child
         self._n = 0
         self._once_more = 0
         self._breaks = False  # the release that is deployed
         self._broken: list[Any] = []
         self.reached: set[tuple[str, str]] = set()  # by verb and place
         self.points: Counter[tuple[str, str]] = Counter()  # where it was killed
-        self._story = list(self._chosen())
-        self.at = ""
+        self._story = [*(acts or self._chosen()), "stop"]
 
     def _choose(self, pick: Callable[[Any], Any]) -> Settings:
         if self.fd_store == "none":
@@ -104,7 +110,6 @@ class Story(World):
     def _chosen(self) -> Iterator[str]:
         found = {name: often for name, (_, often) in self._acts_by_name().items()}
         yield from self._plot.choices(list(found), list(found.values()), k=ACTS)
-        yield "stop"
 
     def _release(self) -> None:
         self._breaks = False
@@ -199,6 +204,14 @@ class Story(World):
             self._once_more -= 1
             if self._once_more == 0 and self._has_begun():
                 self._kill()
+            if self._resumes > 0 and self._has_begun():
+                self._resumes -= 1
+                verb, where = point()
+                place = verb, f"{where} {call}"
+                self.reached.add(place)
+                if self._is_due(place) and self._fork(f"{verb} {where} {call}", KILL):
+                    self._resumes = 0
+                    self._kill()
             return None
         if not self._has_begun():
             return None
@@ -233,8 +246,12 @@ class Story(World):
         its = random.Random(f"{self.seed} {self._n} {what}")
         self._is_child = True
         self._story = ["release", *self._story[-1:]]
+        self.reached.clear()
+        self.points.clear()
         if its.randrange(TWICE) == 0:
             self._once_more = its.randrange(1, SOON)
+        elif its.randrange(FOLLOWED) == 0 and what == KILL and self._struck_at is None:
+            self._resumes = RESUMING
         if what == KILL:
             self._kill()
         self.faults += 1
@@ -253,14 +270,18 @@ class Story(World):
         if pid == 0:
             os.close(reading)
             self._told_by = writing
-            self.at = at
+            self._theirs = []
             return True
         os.close(writing)
         with open(reading, "rb") as told:
             found = told.read()
         _, status = os.waitpid(pid, 0)
         said = json.loads(found) if found else {"error": f"ended with status {status}"}
-        self._heard({"seed": self.seed, "call": self._n, "what": what, "at": at, **said})
+        said = {"seed": self.seed, "call": self._n, "what": what, "at": at, **said}
+        if self._is_child:
+            self._theirs.append(said)
+        else:
+            self._heard(said)
         return False
 
     def live(self) -> None:
@@ -282,9 +303,11 @@ class Story(World):
                 "connections": self.connections,
                 "upgrades": self.upgrades,
                 "lost": self.lost,
+                "points": [(*place, count) for place, count in self.points.items()],
+                "found": self._theirs,
             }
-            with suppress(BrokenPipeError):
-                os.write(self._told_by, json.dumps(found).encode())
+            with suppress(BrokenPipeError), open(self._told_by, "wb") as told:
+                told.write(json.dumps(found).encode())
             os._exit(0)
 
 
@@ -295,7 +318,8 @@ class ListenerStory(Story, Handed):
         return super()._acts_by_name() | {
             "hold": (self._hold, 3),
             "end of the hold": (partial(self._request, "hold", HoldReleased()), 2),
-            "mischief": (self._mischief, 4 * self._mischievous),
+            "mischief": (self._mischief, 3 * self._mischievous),
+            "file removed": (self._remove_a_file, 2 * self._mischievous),
             "folder": (self._folder, 2),
         }
 

@@ -350,6 +350,7 @@ class Handed(World):
             self._mischief: 20 * self._mischievous,
             self._hold: 10,
             self._folder: 4,
+            self._remove_a_file: 4 * self._mischievous,
             self._hup: 40,
             self._crash: 30,
             self._upgrade: 3 * common[self._upgrade],
@@ -638,6 +639,21 @@ class Handed(World):
         elif one in one.address.group:
             one.address.steered = self._random.randrange(3)
 
+    def _remove_a_file(self) -> None:
+        """Somebody removes a file of a path: that, or the one that a socket keeps."""
+        paths = [each for each in self._addresses if each.is_path]
+        if not paths:
+            return
+        address = self._random.choice(paths)
+        names = [address.name, *(each.own_file for each in address.listening)]
+        name = self._random.choice(names)
+        self._say(f"somebody removes {name}")
+        address.disturbed = True
+        for one in address.listening:
+            for each in one.backlog:
+                each.excuse = MISCHIEF
+        self.kernel.names.pop(name, None)
+
     def _look_after_mischief(self) -> None:
         """See whether all that was done to an address is mended."""
         assert self._supervisor is not None
@@ -831,7 +847,8 @@ class Handed(World):
         if number is None:
             return
         wanted = self.kernel.file(its.socket_for(number).fileno())
-        if its.path and its._reserved is not None and steering_of(act).hold.on:
+        waits = steering_of(act).hold.on or steering_of(act).turns.lacks(its)
+        if its.path and its._reserved is not None and waits:
             reserved = self.kernel.file(its._reserved.fileno())
             if steering_of(act)._as_held or to is reserved:
                 wanted = reserved

@@ -299,6 +299,9 @@ class Upgrade:
     def failed(self, reason: str) -> None:
         pass
 
+    def end(self) -> None:
+        pass
+
     def execute(self, descriptors: dict[str, int]) -> None:
         self._kernel.dead = True
         raise Executed(descriptors)

@@ -848,6 +848,7 @@ class Handed(World):
             return
         wanted = self.kernel.file(its.socket_for(number).fileno())
         waits = steering_of(act).hold.on or steering_of(act).turns.lacks(its)
+        waits = waits and its.can_be_held
         if its.path and its._reserved is not None and waits:
             reserved = self.kernel.file(its._reserved.fileno())
             if steering_of(act)._as_held or to is reserved:

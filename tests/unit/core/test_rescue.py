@@ -111,6 +111,17 @@ def test_no_other_generation_is_started_for_them(story: Story) -> None:
     assert story.when(Stranded()) == []
 
 
+def test_one_generation_is_opened_for_them_though_their_socket_is_found_lost_first(
+    story: Story,
+) -> None:
+    """Where the path leads back to a lost socket, and where the release that settled is gone."""
+    story.given_serving(replace(ACCEPT, settle_s=5.0)).and_also(ReloadRequested(), WorkerReady(2))
+
+    actions = [*story.when(died(2)), *story.when(Stranded()), *story.when(Stranded())]
+
+    assert opened(actions) == [Open(3, fresh=False)]
+
+
 def test_those_that_are_found_later_come_first_as_well(story: Story) -> None:
     """At the end of another process, as long as the failed release is there."""
     failing(story, workers=2).and_also(died(3, waiting=0), Stranded(), ReloadRequested())

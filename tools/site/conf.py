@@ -136,7 +136,9 @@ def _prepare(app: Sphinx, docname: str, source: list[str]) -> None:
         ):
             return found[0]
         kind = "tree" if target.is_dir() else "blob"
-        return f"[{found[1]}]({PROJECT['urls']['Source']}/{kind}/main/{kept}{found[3] or ''})"
+        title = _TITLE.search(target.read_text("utf-8")) if found[1].endswith(".md") else None
+        shown = title[1] if title else found[1]
+        return f"[{shown}]({PROJECT['urls']['Source']}/{kind}/main/{kept}{found[3] or ''})"
 
     def titled(found: re.Match[str]) -> str:
         title = _TITLE.search((path.parent / found[1]).read_text(encoding="utf-8"))

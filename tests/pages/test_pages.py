@@ -28,7 +28,6 @@ RUN: dict[str, tuple[str, ...]] = {
     "README.md": ("curl", "gunicorn", "script"),
     "bench/README.md": ("make",),
     "client_lib/man/socketprotector-run.1": ("socketprotector-run",),
-    "docs/confinement.md": ("apparmor_parser", "semanage", "restorecon", "systemctl"),
     "docs/containers.md": ("curl", "nsenter"),
     "docs/control.md": (),
     "docs/install.md": (),
@@ -49,6 +48,7 @@ RUN: dict[str, tuple[str, ...]] = {
     "docs/page.md": ("curl", "systemctl"),
     "docs/probes.md": ("curl",),
     "docs/reference.md": (),
+    "docs/security.md": ("apparmor_parser", "semanage", "restorecon", "systemctl"),
     "docs/servers.md": (
         *("curl", "gunicorn", "hypercorn", "nginx", "node", "plackup", "starman", "uvicorn"),
     ),

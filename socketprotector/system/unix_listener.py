@@ -114,6 +114,8 @@ class UnixListener(Listener):
         """
         if self.path:
             to = self.reserve() if held else self.socket_for(socket_number)
+            if not self.has_sibling and not socket_file.has_file(self.path, to):
+                return  # others have removed the file of the only one: nothing can lead to it
             socket_file.lead_to(self.path, to, self._all)
             self._rights = socket_file.rights_of(self.path)
 

@@ -2537,3 +2537,22 @@ def test_a_release_that_a_stop_calls_off_brings_no_client_back(
 
     assert os.listdir(os.path.dirname(pair.path)) == []
     assert "bound-anew" not in world.log.events
+
+
+def test_a_path_whose_only_socket_lost_its_file_keeps_no_generation_from_its_end(
+    world: World, pair: Listener
+) -> None:
+    """No client comes by it, so none is to be brought elsewhere before."""
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    pair.go_on_without(1)
+    for each in (pair.path, socket_file.own_file(pair.path, pair.socket)):
+        os.unlink(each)
+    pair.__dict__["_rights"] = None  # as in a program that was executed since
+    world.steering.enter(2, 1)
+
+    supersede(world)
+    world.pass_time(2 * QUIET_S)
+
+    assert world.quiesced == [1]
+    assert "not-steered" not in world.log.events

@@ -220,6 +220,9 @@ class Handed(World):
     def _addresses(self) -> list[Address]:
         return list(dict.fromkeys(each.address for each in self._listening))
 
+    def _may_serve(self, worker: Any) -> bool:
+        return not worker.ended
+
     def _add(self, index: int, pick: Callable[[Any], Any], found: ConfigAnswer) -> ListenerSettings:
         its = super()._add(index, pick, found)
         second = self._seconds.get(self._listening[-1])
@@ -846,6 +849,8 @@ class Handed(World):
             number = self._number_of_the_last_to_know(its.index)
         if number is None:
             return
+        if its.index in steering_of(act).turns.lost:  # they wait for the next generation
+            number = steering_of(act).turns.number_for(its)
         wanted = self.kernel.file(its.socket_for(number).fileno())
         waits = steering_of(act).hold.on or steering_of(act).turns.lacks(its)
         waits = waits and its.can_be_held

@@ -965,6 +965,8 @@ class Socket:
         self._kernel.changes += 1
 
     def getsockopt(self, level: int, option: int, size: int = 0) -> Any:
+        if self._fd < 0:  # a probe may have one that was replaced meanwhile
+            raise failure(errno.EBADF)
         if isinstance(self._file, Listening):
             if (level, option) == (socket.IPPROTO_TCP, socket.TCP_INFO):
                 return struct.pack("=24x2I", len(self._file.backlog), self._file.room)

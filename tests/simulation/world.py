@@ -612,7 +612,11 @@ class World:
             lame_duck_s=old.policy.lame_duck_s,
             lame_duck_idle_s=old.policy.lame_duck_idle_s,
         )
-        alone = old.policy.stop_first or policy.stop_first or all(e.ended for e in self.workers)
+        alone = (
+            old.policy.stop_first
+            or policy.stop_first
+            or not any(map(self._may_serve, self.workers))
+        )
         for before, after in zip(old.listeners, places, strict=False):
             if after.removed and not before.removed:
                 address = self._at(after.address)
@@ -622,6 +626,10 @@ class World:
             old, listeners=tuple(places), policy=policy, workers=workers, queue=queue
         )
         return found
+
+    def _may_serve(self, worker: Any) -> bool:
+        """Whether a worker may get clients: none by a channel that one has shut down."""
+        return not (worker.ended or worker.read.no_receive)
 
     def _add(self, index: int, pick: Callable[[Any], Any], found: ConfigAnswer) -> ListenerSettings:
         """Bind one more listener, maybe where one was that was removed.  Raises OSError."""

@@ -171,7 +171,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "They can change nothing: for monitoring, as by socketprotector-exporter.",
                "status_group", STAYS, metavar="GROUP"),
         Option("watch", TEXT, "Reload when files below this path change. Repeatable.\n"
-               "For development: docs/watch.md.", metavar="PATH", multiple=True, no_key=_LINE_ONLY),
+               "For development: docs/start.md.", metavar="PATH", multiple=True, no_key=_LINE_ONLY),
         Option("version", FLAG, "Show the version and exit.", no_key=_LINE_ONLY,
                **_says(lambda ctx: f"SocketProtector, version {__version__}")),
         Option("help", FLAG, "Show this message and exit.", no_key=_LINE_ONLY, short="h?",

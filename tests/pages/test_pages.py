@@ -52,11 +52,10 @@ RUN: dict[str, tuple[str, ...]] = {
     "docs/servers.md": (
         *("curl", "gunicorn", "hypercorn", "nginx", "node", "plackup", "starman", "uvicorn"),
     ),
-    "docs/start.md": (),
+    "docs/start.md": ("curl", "script"),
     "docs/stdio.md": (),
     "docs/systemd.md": ("systemctl",),
     "docs/tls.md": ("openssl", "curl", "haproxy", "stunnel", "gunicorn", "uvicorn"),
-    "docs/watch.md": ("curl", "script"),
 }
 #: Above 3 s of a processor: not in `make test`, but in `make test-all`.
 COSTLY = {"docs/moving.md", "docs/servers.md", "docs/tls.md"}

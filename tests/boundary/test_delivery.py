@@ -13,6 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import count
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -25,9 +26,10 @@ from socketprotector.daemon.delivery.queue.queue_delivery import QueueDelivery
 from socketprotector.daemon.delivery.shared.shared_delivery import SharedDelivery
 from socketprotector.daemon.generation import OpenGeneration
 from socketprotector.daemon.runtime import Runtime
+from socketprotector.launch.bind_unix import give_away
 from socketprotector.model.records import GenerationRecord, Program
 from socketprotector.model.settings import ListenerSettings, Settings
-from socketprotector.system import inherited, reuseport
+from socketprotector.system import inherited, reuseport, socket_file
 from socketprotector.system.channel import Channel
 from socketprotector.system.inherited import Inherited
 from socketprotector.system.listener import Listener
@@ -503,3 +505,27 @@ def test_a_socket_that_somebody_has_shut_down_gets_clients_again(world: World) -
 
     world.until(lambda: client in world.taken[1], 1)
     assert world.lost == []
+
+
+def test_a_generation_is_asked_at_a_path_that_had_one_socket_left(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """It gets one of its own, so none is refused because it could not be asked."""
+    world = SharedWorld()
+    request.addfinalizer(world.close)
+    path = str(tmp_path / "s")
+    one = socket_file.bind(path, 16, (-1, -1, 0o600, None), give_away)
+    socket_file.lead_to(path, one, [one])
+    found = os.lstat(path)
+    settings = ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, 16)
+    left = listener_of(one.detach(), 0, settings, shared=True)
+    for each in world.delivery.listeners:
+        world.delivery.remove(each)
+    world.delivery.add(left, dry_run=False)
+
+    assert world.delivery.can_ask("")
+    tried = world.open(1)
+
+    way = world.delivery.reach(tried, "")
+    assert way is not None
+    way.close()

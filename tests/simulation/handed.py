@@ -643,19 +643,17 @@ class Handed(World):
             one.address.steered = self._random.randrange(3)
 
     def _remove_a_file(self) -> None:
-        """Somebody removes a file of a path: that, or the one that a socket keeps."""
+        """Somebody removes a path, as another server may at its end."""
         paths = [each for each in self._addresses if each.is_path]
         if not paths:
             return
         address = self._random.choice(paths)
-        names = [address.name, *(each.own_file for each in address.listening)]
-        name = self._random.choice(names)
-        self._say(f"somebody removes {name}")
+        self._say(f"somebody removes {address.name}")
         address.disturbed = True
         for one in address.listening:
             for each in one.backlog:
                 each.excuse = MISCHIEF
-        self.kernel.names.pop(name, None)
+        self.kernel.names.pop(address.name, None)
 
     def _look_after_mischief(self) -> None:
         """See whether all that was done to an address is mended."""

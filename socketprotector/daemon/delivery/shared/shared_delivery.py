@@ -52,7 +52,9 @@ class SharedDelivery(Delivery):
     # -- a generation ----------------------------------------------------------------
 
     def can_ask(self, listener: str) -> bool:
-        return self.steering.probes.can_ask(listener)
+        # With a path that has one socket left the generation gets another, if its folder lets it.
+        named = [each for each in self._listeners if listener in ("", each.settings.name)]
+        return self.steering.probes.can_ask(listener) or any(each.path for each in named)
 
     def cannot_try(self) -> str | None:
         for each in self._listeners:

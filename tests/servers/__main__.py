@@ -1,4 +1,4 @@
-"""Try the unmodified servers, and write what clients have seen into the table of docs/servers.md.
+"""Try the unmodified servers, and write what clients have seen into the table of tests/servers.md.
 
 python -m tests.servers [NAME...] [--trial TITLE]... [--jobs N]; all other cells stay as they are.
 """

@@ -1,4 +1,4 @@
-"""Measure the losses in docs/servers.md: python -m tests.servers.losses [NAME...] [--reloads N]."""
+"""Measure losses of tests/servers.md: python -m tests.servers.losses [NAME...] [--reloads N]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table in docs/servers.md of what clients have seen: a row for each server."""
+"""The table in tests/servers.md of what clients have seen: a row for each server."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from tests.running import ROOT
 from tests.servers.catalogue import SERVERS
 from tests.servers.trials import TRIALS
 
-PAGE = ROOT / "docs" / "servers.md"
+PAGE = ROOT / "tests" / "servers.md"
 _BEGIN, _END = "<!-- trials -->\n", "<!-- /trials -->\n"
 
 #: By server and by trial.

@@ -1,4 +1,4 @@
-"""What is tried with each unmodified server: a column of the table in docs/servers.md each.
+"""What is tried with each unmodified server: a column of the table in tests/servers.md each.
 
 A trial asserts what is promised for every server, and returns what clients have seen.
 """

@@ -12,38 +12,13 @@ import gc
 import os
 import signal
 import sys
-from types import ModuleType
 
 from .model.errors import lack_of_memory
-from .system import inherited
+from .system import inherited, late_stdlib
 
 _STDERR = 2
 _SYSTEM_REFUSED = 111  # errors.SystemRefused's
 _INTERRUPTED = 130
-#: Modules that the standard library imports, and that the resident process never uses: dataclasses
-#: has `inspect` (1 MB) to look at classes and `copy` (170 KB, with weakref) for asdict();
-#: socket has `selectors` (70 KB) for sendfile().
-UNUSED = ("inspect", "copy", "selectors")
-
-
-class _Later(ModuleType):
-    """A module that is loaded when somebody asks for something in it."""
-
-    def __getattr__(self, name: str) -> object:
-        # The import machinery itself asks for names like __spec__ and must not load it.
-        if name.startswith("__"):
-            raise AttributeError(name)
-        if sys.modules.get(self.__name__) is self:
-            del sys.modules[self.__name__]
-        return getattr(__import__(self.__name__), name)
-
-
-def defer(name: str) -> None:
-    """Load a module of the standard library only when code uses it.
-
-    A stand-in takes its place, and loads the module at the first use.
-    """
-    sys.modules.setdefault(name, _Later(name))
 
 
 def _loaded() -> None:
@@ -74,8 +49,8 @@ def _run() -> None:
         _loaded()
         sys.exit(reload_child.main())
     if inherited.is_ours():
-        for name in UNUSED:
-            defer(name)
+        for name in (*late_stdlib.UNUSED, "re"):
+            late_stdlib.defer(name)
         # Until its handlers stand a signal waits: it would end this program, and its workers go
         # on alone. The others who execute us have blocked them; systemd blocks nothing.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 
+from . import json_text
 from .lazy_dataclass import default_of
 
 TYPE_CHECKING = False
@@ -142,9 +143,9 @@ class Codec:
     def decode(self, data: bytes, changes: Iterable[bytes] = ()) -> Any:
         """Return the value that was encoded, with all changes.  Raises DecodeError for none."""
         with decoding():
-            tree = {"f": {"": json.loads(data)}}
+            tree = {"f": {"": json_text.parse(data)}}
             for each in changes:
-                for change in json.loads(each):
+                for change in json_text.parse(each):
                     _apply(tree, change)
             return self._in(tree["f"][""])
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 
+from . import json_text
 from .lazy_dataclass import field, frozen
 
 TYPE_CHECKING = False
@@ -90,7 +91,7 @@ _OPTIONAL = ("reload", "stop", "connections")
 def parse(line: bytes) -> Request:
     """Return the request in a line.  Raises RequestError for anything that is none."""
     try:
-        found = json.loads(line, object_pairs_hook=_each_once)
+        found = json_text.parse(line, _each_once)
     except (ValueError, RecursionError) as error:  # ValueError: UnicodeDecodeError too
         raise RequestError("invalid", f"a line is one JSON object: {_short(error)}") from None
     if not isinstance(found, dict):

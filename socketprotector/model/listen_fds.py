@@ -46,9 +46,10 @@ def ready_fd(settings: Settings) -> int:
 
     Either --ready names it, or {fd:ready} asks for one behind the listeners.
     """
+    if settings.ready_fd >= 0 or not settings.mode.workers_accept:
+        return settings.ready_fd
     words = (*settings.command, *(value for _, value in settings.environment))
-    names = {_name(found) for word in words for found in _PLACEHOLDER.finditer(word)}
-    if settings.ready_fd >= 0 or not settings.mode.workers_accept or READY_NAME not in names:
+    if READY_NAME not in {_name(found) for word in words for found in _PLACEHOLDER.finditer(word)}:
         return settings.ready_fd
     return FIRST_FD + len(descriptors(settings.listeners))
 

@@ -9,8 +9,7 @@ other way round is refused in words, or an option would be dropped without a wor
 
 from __future__ import annotations
 
-import json
-
+from . import json_text
 from .codec import FORMAT, Codec, DecodeError, NewerError, decoding, need_format, refusal
 from .handoff_modes import MODES, HandoffMode
 from .lazy_dataclass import field, frozen
@@ -184,7 +183,7 @@ def load(data: bytes) -> Settings:
     """
     try:
         with decoding():
-            values = json.loads(data)
+            values = json_text.parse(data)
             need_format(values["format"])
             found = _CODEC.value_of(values["settings"])
         if isinstance(found, Settings):

@@ -19,7 +19,7 @@ def run(program: str) -> str:
 
 def test_a_deferred_module_is_loaded_at_its_first_use() -> None:
     said = run(
-        "from socketprotector import __main__ as lazy\n"
+        "from socketprotector.system import late_stdlib as lazy\n"
         "import sys\n"
         "lazy.defer('inspect')\n"
         "import inspect\n"
@@ -32,6 +32,44 @@ def test_a_deferred_module_is_loaded_at_its_first_use() -> None:
     )
 
     assert said == "False\n(a: int) -> str\nTrue\nTrue True\n"
+
+
+def test_patterns_are_named_without_re_and_compiled_at_their_first_match() -> None:
+    said = run(
+        "import sys\n"
+        "from socketprotector.system import late_stdlib\n"
+        "late_stdlib.defer('re')\n"
+        "import json, re\n"
+        "number = re.compile('[a-f]([0-9]+)', re.IGNORECASE)\n"
+        "from socketprotector.model import codec, control_requests, json_text, settings\n"
+        "print(json_text.parse(b' {\"a\": [1, null]} '), '_sre' in sys.modules)\n"
+        "print(number.search('xB42')[1], number.fullmatch('b'), '_sre' in sys.modules)\n"
+        "print(json.loads(' [1]'), re.sub('a', 'b', 'a'))\n"
+    )
+
+    assert said == "{'a': [1, None]} False\n42 None True\n[1] b\n"
+
+
+def test_without_descriptors_for_re_the_next_match_loads_it() -> None:
+    said = run(
+        "import sys\n"
+        "from socketprotector.system import late_stdlib\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 're' and scarce:\n"
+        "            raise OSError(24, 'Too many open files')\n"
+        "late_stdlib.defer('re')\n"
+        "import re\n"
+        "found = re.compile('a')\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "for scarce in (True, False):\n"
+        "    try:\n"
+        "        print(found.match('a')[0])\n"
+        "    except OSError as error:\n"
+        "        print(error)\n"
+    )
+
+    assert said == "[Errno 24] Too many open files\na\n"
 
 
 def test_ctrl_c_while_the_demo_is_loaded_is_the_status_of_one_that_was_interrupted() -> None:
@@ -97,7 +135,7 @@ def test_without_memory_to_load_it_says_so_in_one_line(
 
 def test_a_module_that_is_there_is_not_deferred() -> None:
     assert run(
-        "from socketprotector import __main__ as lazy\nimport json\n"
+        "from socketprotector.system import late_stdlib as lazy\nimport json\n"
         "lazy.defer('json')\nprint(json.dumps(1))"
     )
 
@@ -105,7 +143,7 @@ def test_a_module_that_is_there_is_not_deferred() -> None:
 @needs.unless(sys.version_info < (3, 12), "Python 3.11, whose dataclasses use less of inspect")
 def test_the_resident_process_never_needs_inspect() -> None:
     said = run(
-        "from socketprotector import __main__ as lazy\n"
+        "from socketprotector.system import late_stdlib as lazy\n"
         "import sys\n"
         "lazy.defer('inspect')\n"
         "import socketprotector.daemon.resident\n"

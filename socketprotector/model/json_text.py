@@ -1,0 +1,25 @@
+"""JSON of one line, read without `re` (system/late_stdlib.py): json.loads() needs it for spaces."""
+
+from __future__ import annotations
+
+import json
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+_SPACES = " \t\r\n"
+
+
+def parse(text: bytes, members: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """Return the value of a JSON text in UTF-8, as json.loads() does.
+
+    members: makes what stands for an object of its names and values; a dict by default.
+    Raises ValueError, and RecursionError for one that is too deep.
+    """
+    decoded = text.decode().strip(_SPACES)
+    value, end = json.JSONDecoder(object_pairs_hook=members).raw_decode(decoded)
+    if end != len(decoded):
+        raise json.JSONDecodeError("Extra data", decoded, end)
+    return value

@@ -201,7 +201,7 @@ class Resident:
             pid=os.getpid(),
             name=settings.name,
             version=__version__,
-            listen=" ".join(each.address for each in settings.listeners),
+            listen=" ".join(each.address for each in settings.listeners if not each.removed),
         )
         if snapshot is None:
             for notice in settings.notices:

@@ -223,6 +223,9 @@ def test_a_removed_listener_leaves_its_place_and_an_added_one_gets_another(
     daemon.reload()
     assert told(str(path))["listener"] == place(handoff, 3)
 
+    adopted = upgrade(daemon)
+    assert adopted.endswith(f'listen="tcp:127.0.0.1:{address[1]} unix:{path}"'), adopted
+
 
 @pytest.mark.parametrize(
     ("kind", "clients", "handoff"),

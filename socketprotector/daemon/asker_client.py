@@ -55,13 +55,21 @@ class Asker:
                 "asker.py", words, descriptors, loop, self._has_ended
             )
 
-    def ask(self, connection: socket.socket, way: Way, asked: Question, limit_s: float) -> None:
+    def ask(
+        self,
+        connection: socket.socket,
+        way: Way,
+        asked: Question,
+        limit_s: float,
+        left_s: float,
+    ) -> None:
         """Have this asked once, by a connection that is being made; it stays the caller's.
 
-        What is said of an earlier one is not heard any more.  Raises OSError.
+        limit_s: for a good answer.  left_s: of that.  What is said of an earlier question is not
+        heard any more.  Raises OSError.
         """
         self._number += 1
-        limit = {"limit_s": limit_s, "limit": in_units(limit_s)}
+        limit = {"limit_s": left_s, "limit": in_units(limit_s)}
         told = [_told(way, asked, **limit, number=self._number)]
         self._line.socket.sendmsg(told, [rights_of(connection.fileno())], socket.MSG_DONTWAIT)
 

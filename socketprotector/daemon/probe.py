@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from ..model import question
 from ..model.errors import what_failed
@@ -161,25 +162,39 @@ class Probe:
         self._connection = one = way.connecting()
         self._made_at = self._asked_at
         failed = one.connect_ex(way.target)
-        if failed == errno.EAGAIN and way.is_unix:
+        if failed == errno.EAGAIN and way.is_unix:  # its backlog is full, and no kernel waits
             self._disconnect()
-            self._over(verdicts.UNMADE, self._cannot_connect(failed))
+            if self._left_s:
+                self._look_later(partial(self._send_again, generation, limit_s))
+            else:
+                self._over(verdicts.UNMADE, self._cannot_connect(failed))
         elif failed not in (0, errno.EINPROGRESS):
             kind = verdicts.REFUSED if failed in _NOT_THERE else verdicts.UNREACHED
             self._over(kind, self._cannot_connect(failed))
         elif asked.by_http:
             assert self._asker is not None
-            self._asker.ask(one, way, asked, limit_s)
-            self._loop.call_after(self, limit_s + _ASKER_S, self._asker.kill)
+            self._asker.ask(one, way, asked, limit_s, self._left_s)
+            self._loop.call_after(self, self._left_s + _ASKER_S, self._asker.kill)
         else:
-            self._look_later()
+            self._look_later(self._look)
+
+    def _send_again(self, generation: OpenGeneration, limit_s: float) -> None:
+        try:
+            self._send(generation, limit_s)
+        except OSError as error:
+            self._over(verdicts.CANNOT, what_failed(error))
+
+    @property
+    def _left_s(self) -> float:
+        return max(0.0, self._until - time.monotonic())
 
     def _cannot_connect(self, number: int) -> str:
+        why = "its backlog is full" if number == errno.EAGAIN else os.strerror(number)
         if self._asked.by_http:
             refused = number == errno.ECONNREFUSED
-            return f"GET {self._asked.path}: {'refused' if refused else os.strerror(number)}"
+            return f"GET {self._asked.path}: {'refused' if refused else why}"
         where = self._way.in_words if self._way is not None else "it"
-        return f"cannot connect to {where}: {os.strerror(number)}"
+        return f"cannot connect to {where}: {why}"
 
     def _disconnect(self) -> None:
         if self._connection is not None:
@@ -230,10 +245,10 @@ class Probe:
         kind = verdicts.UNTAKEN if made else verdicts.UNMADE
         return kind, f"a connection to {where} {what}"
 
-    def _look_later(self) -> None:
+    def _look_later(self, look: Callable[[], None]) -> None:
         waited_s = time.monotonic() - self._made_at
         delay_s = min(max(_FIRST_LOOK_S, _LOOK_SHARE * waited_s), _LAST_LOOK_S)
-        self._loop.call_after(self, delay_s, self._look)
+        self._loop.call_after(self, delay_s, look)
 
     def _look(self) -> None:
         way, one = self._way, self._connection
@@ -253,10 +268,10 @@ class Probe:
             self._over(verdicts.REFUSED, self._cannot_connect(failed))
         elif failed or not waits:
             self._over(verdicts.GOOD)
-        elif time.monotonic() >= self._until:
+        elif not self._left_s:
             self._over(*self._waiting())
         else:
-            self._look_later()
+            self._look_later(self._look)
 
     # -- by HTTP ---------------------------------------------------------------------
 

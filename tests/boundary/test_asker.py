@@ -345,7 +345,7 @@ def test_what_is_said_of_an_earlier_question_is_not_heard_any_more(
         way = Way(address, None, lambda one: False, lambda: None)
         with way.connecting() as one:
             one.connect_ex(address)
-            client.ask(one, way, Question("http", path="/p"), DEADLINE_S)
+            client.ask(one, way, Question("http", path="/p"), DEADLINE_S, DEADLINE_S)
 
     client = asker_client.Asker(loop, heard=hear, ended=heard.append)
     try:

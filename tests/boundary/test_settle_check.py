@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -164,3 +166,31 @@ def test_nor_what_it_has_answered_by_http(
     settling = Settling(loop, "http:/", lambda *_: way)
     assert settling.check.awaits(2)
     assert settling.fails() == SHUT_DOWN
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("frees", [True, False])
+def test_a_full_backlog_at_a_unix_path_is_waited_for_as_long_as_over_tcp(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, frees: bool
+) -> None:
+    """The kernel waits with no one's connect() there: a burst of clients must not roll back."""
+    monkeypatch.setattr(probe, "Asker", Askers(loop, "GET /: 500, no text"))
+    path, tries = str(tmp_path / "s"), itertools.count(1)
+    with socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX) as client:
+        listening.bind(path)
+        listening.listen(0)
+        client.connect(path)
+        way = Way((path, 0), None, lambda _: False, lambda: None)
+        make = way.connecting
+
+        def connecting() -> socket.socket:
+            if next(tries) == 3 and frees:
+                listening.accept()[0].close()
+            return make()
+
+        monkeypatch.setattr(way, "connecting", connecting)
+
+        said = Settling(loop, "http:/", lambda *_: way).fails()
+
+    assert said == ("GET /: 500, no text" if frees else "GET /: its backlog is full")
+    assert next(tries) > 3

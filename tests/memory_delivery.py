@@ -100,7 +100,7 @@ class MemoryDelivery(Delivery):
     def keeps(self, number: int) -> bool:
         return number in self.queues
 
-    def waiting(self, generation: OpenGeneration) -> int | None:
+    def waiting(self, generation: OpenGeneration, *, clients_only: bool = False) -> int | None:
         return len(self.queues[generation.record.number])
 
     def active(self, generation: OpenGeneration) -> int | None:

@@ -131,7 +131,7 @@ class PostMortem:
             served_s = time.monotonic() - known.ready_at
         else:
             reason = self._why(worker, end.how, last_words, detached, spoken_with=spoken_with)
-        waiting = self.delivery.waiting(worker.generation) or 0
+        waiting = self.delivery.waiting(worker.generation, clients_only=True) or 0
         return WorkerExited(number, reason, served_s, waiting, detached, orphans)
 
     def _why(
@@ -169,7 +169,7 @@ class PostMortem:
         return left
 
     def _group_ended(self, record: WorkerRecord, generation: OpenGeneration) -> None:
-        waiting = self.delivery.waiting(generation) or 0
+        waiting = self.delivery.waiting(generation, clients_only=True) or 0
         self.runtime.post(WorkerExited(record.number, "orphans gone", waiting=waiting))
 
     def adopt_group(

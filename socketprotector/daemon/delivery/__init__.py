@@ -137,8 +137,11 @@ class Delivery(ABC):
     # -- what is known of it -------------------------------------------------------
 
     @abstractmethod
-    def waiting(self, generation: OpenGeneration) -> int | None:
-        """Return how many clients wait for its workers; None: it is not known."""
+    def waiting(self, generation: OpenGeneration, *, clients_only: bool = False) -> int | None:
+        """Return how many clients wait for its workers; None: it is not known.
+
+        clients_only: 0 where only probes of ours do.
+        """
 
     @abstractmethod
     def active(self, generation: OpenGeneration) -> int | None:

@@ -150,7 +150,7 @@ class QueueDelivery(Delivery):
 
     # -- what is known of it -----------------------------------------------------------
 
-    def waiting(self, generation: OpenGeneration) -> int | None:
+    def waiting(self, generation: OpenGeneration, *, clients_only: bool = False) -> int | None:
         return self._of(generation).depth()
 
     def active(self, generation: OpenGeneration) -> int | None:

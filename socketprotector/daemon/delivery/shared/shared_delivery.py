@@ -121,8 +121,9 @@ class SharedDelivery(Delivery):
 
     # -- what is known of it -----------------------------------------------------------
 
-    def waiting(self, generation: OpenGeneration) -> int | None:
-        return self.steering.waiting(generation.record.number, generation.knows)
+    def waiting(self, generation: OpenGeneration, *, clients_only: bool = False) -> int | None:
+        number = generation.record.number
+        return self.steering.waiting(number, generation.knows, clients_only=clients_only)
 
     def active(self, generation: OpenGeneration) -> int | None:
         return self._counts.active(generation.record.marks)

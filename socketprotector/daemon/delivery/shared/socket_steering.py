@@ -138,9 +138,12 @@ class SocketSteering:
         if self.turns.grow(generation, knows):
             self._persist()  # before it accepts: the next program waits for its clients, too
 
-    def waiting(self, generation: int, knows: Callable[[int], bool]) -> int | None:
+    def waiting(
+        self, generation: int, knows: Callable[[int], bool], *, clients_only: bool = False
+    ) -> int | None:
         """Return how many clients wait for a generation to accept them; None: it is not known.
 
+        clients_only: 0 at a socket where only probes of ours wait.
         knows: whether its workers have a listener, by index.  At one that only a later generation
         is to have, or that is tried, clients may wait at the socket with its number, too.
         """
@@ -148,7 +151,9 @@ class SocketSteering:
             return 0
         number, count = self.turns.accepting[generation], 0
         for each in self._shared:
-            if not knows(each.index) or not self.probes.clients_wait(each, number):
+            if not knows(each.index):
+                continue
+            if clients_only and not self.probes.clients_wait(each, number):
                 continue
             if len(self.turns.at(each, number)) > 1:
                 return None

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from ..model.lazy_dataclass import replace
-from . import events, reload, stop, workers
+from . import events, reload, rescue, stop, workers
 from .actions import (
     Action,
     Ask,
@@ -86,6 +86,8 @@ def _answer(step: Step, event: Event) -> None:
             reload.call_off_dry_run(step, reload.UPGRADED)
         case events.Stranded():
             reload.renew(step)
+        case events.HeldClientsWait():
+            rescue.serve_held(step)
         case events.SocketLost(number):
             reload.socket_lost(step, number)
         case events.ChannelBroken(number, served_s):

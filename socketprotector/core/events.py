@@ -184,6 +184,14 @@ class Stranded(Event):
 
 
 @frozen
+class HeldClientsWait(Event):
+    """Clients of a hold that is over wait at a UNIX path, and each generation has its own socket.
+
+    The next one accepts them, so none of those that there are may be in its way.
+    """
+
+
+@frozen
 class SocketLost(Event):
     """A listening socket was replaced by one that a generation's workers do not have."""
 

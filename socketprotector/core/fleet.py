@@ -32,12 +32,12 @@ PHASES: dict[Phase, dict[Phase | None, str]] = {
     Phase.STARTING: {
         Phase.SERVING: "every worker is ready, or it has answered",
         Phase.SETTLING: "the same, with --settle, or accepted and said nothing",
-        Phase.ABANDONED: "a worker exited, was silent too long or broke the channel, a dry run was "
-        "over, or stop",
+        Phase.ABANDONED: "a worker exited, was silent too long or broke the channel, a dry run or "
+        "a hold was over, or stop",
     },
     Phase.SETTLING: {
-        Phase.SERVING: "lived as long as --settle, or stop",
-        Phase.DRAINING: "a worker exited, --settle-check failed, or quick stop",
+        Phase.SERVING: "lived as long as --settle, a hold was over, or stop",
+        Phase.DRAINING: "a worker exited, --settle-check failed, a hold was over, or quick stop",
     },
     Phase.SERVING: {Phase.DRAINING: "superseded, channel broken, or stop"},
     Phase.DRAINING: {None: "last worker gone"},

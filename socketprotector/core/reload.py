@@ -80,17 +80,6 @@ def renew(step: Step) -> bool:
     return True
 
 
-def rescue(step: Step, number: int) -> None:
-    """Have the last good command accept the clients that a failed release has left.
-
-    Only a release: where that command fails, too, Stranded comes, less and less often.
-    """
-    fleet, failed = step.fleet, step.fleet[number]
-    is_over = failed.fresh and not failed.workers and _has_failed(fleet, failed)
-    if is_over and fleet.policy.has_two_places:
-        renew(step)
-
-
 def begin_if_wanted(step: Step) -> None:
     """Begin the reload that is wanted, unless one (or the first start) is in progress."""
     fleet = step.fleet
@@ -212,7 +201,7 @@ def _takes_a_place(fleet: Fleet, generation: Generation) -> bool:
     return generation.quiescing or abandoned
 
 
-def _has_failed(fleet: Fleet, generation: Generation) -> bool:
+def has_failed(fleet: Fleet, generation: Generation) -> bool:
     """Whether another generation serves although this one, which does not start, is newer."""
     serving = fleet.of(Phase.SERVING)
     return serving is not None and generation.number > serving.number
@@ -223,7 +212,7 @@ def failed_in_the_way(fleet: Fleet) -> tuple[Generation, ...]:
     return tuple(
         each
         for each in fleet.generations
-        if each.workers and _takes_a_place(fleet, each) and _has_failed(fleet, each)
+        if each.workers and _takes_a_place(fleet, each) and has_failed(fleet, each)
     )
 
 
@@ -352,14 +341,7 @@ def fail(step: Step, number: int, reason: str, *, retry: bool = False) -> None:
     """
     serving, failed = step.fleet.of(Phase.SERVING), step.fleet[number]
     settles = failed.phase is Phase.SETTLING
-    if settles:
-        step.end_settling(number)
-        step.do(RouteTo(serving.number if serving else None))
-        if failed.fresh:
-            step.forget_settings()
-        step.drain(number, step.fleet.policy.drain_limit_s)
-    else:
-        _abandon(step, number)
+    take_back(step, failed)
     if not step.fleet.served:
         _first_start_failed(step, number, reason, retry=retry)
     elif serving and not failed.fresh and not settles and step.fleet.reload_wanted:
@@ -378,6 +360,19 @@ def settle_failed(step: Step, number: int, reason: str) -> None:
     generation = step.fleet.generation(number)
     if generation and generation.phase is Phase.SETTLING and step.fleet.of(Phase.SERVING):
         fail(step, number, reason)
+
+
+def take_back(step: Step, incoming: Generation) -> None:
+    """End a generation that starts, or settles: then the route goes back."""
+    number, serving = incoming.number, step.fleet.of(Phase.SERVING)
+    if incoming.phase is Phase.STARTING:
+        _abandon(step, number)
+        return
+    step.end_settling(number)
+    step.do(RouteTo(serving.number if serving else None))
+    if incoming.fresh:
+        step.forget_settings()
+    step.drain(number, step.fleet.policy.drain_limit_s)
 
 
 def _abandon(step: Step, number: int) -> None:

@@ -16,7 +16,8 @@ from ..model.policy import PROVEN_S
 from .actions import Report, ReportKind, Signal, Spawn, StartTimer, WorkerSignal
 from .events import Deadline, TimerKind, WorkerExited
 from .fleet import LEAVING, Fleet, Generation, Phase, State, Worker
-from .reload import fail, rescue
+from .reload import fail
+from .rescue import rescue
 from .step import Step
 
 #: So many are started, or let go, until the loop turns: a few milliseconds' work.

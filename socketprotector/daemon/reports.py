@@ -133,6 +133,8 @@ class Reports:
         number, reason = report.generation, report.reason
         if report.news is ReportKind.DRY_RUN:
             self.remember(lambda history: history.dry_run_began(number, now))
+        if report.news is ReportKind.RETRYING:
+            self.remember(lambda history: history.reload_begins_again(number))
         if (result := _RESULTS.get(report.news)) is not None:
             self.remember(lambda history: history.reload_ended(number, result, reason, now))
         if (verdict := _DRY_RUN_RESULTS.get(report.news)) is not None:

@@ -90,6 +90,11 @@ class History:
         begun = Reload(generation, began_at=at)
         return replace(self, reloads=_last((*self.reloads, begun), RELOADS))
 
+    def reload_begins_again(self, generation: int) -> History:
+        """Forget the generation that it began with, if it is one."""
+        others = (each for each in self.reloads if each.generation != generation)
+        return replace(self, reloads=tuple(others))
+
     def reload_ended(self, generation: int, result: str, reason: str, at: float) -> History:
         """Note the outcome, also of a reload whose beginning was not recorded."""
         others = tuple(each for each in self.reloads if each.generation != generation)

@@ -228,6 +228,11 @@ class Listener:
         """Whether clients may wait at the socket to which they came during a hold."""
         return False
 
+    @property
+    def has_held_client(self) -> bool:
+        """Whether one waits there."""
+        return False
+
     def adopt_reserved(self, socket_number: int) -> None:
         """Give a socket at which clients have waited during a hold to the next generation.
 

@@ -199,6 +199,12 @@ class UnixListener(Listener):
         """Whether clients may wait at the socket to which they came during a hold."""
         return bool(self.path) and self._reserved is not None
 
+    @property
+    def has_held_client(self) -> bool:
+        """Whether one waits there."""
+        held = self._reserved if self.path else None
+        return held is not None and has_client(held)
+
     def adopt_reserved(self, socket_number: int) -> None:
         """Give a socket at which clients have waited during a hold to the next generation.
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import pytest
 
-from socketprotector.core.events import Event, SocketLost, Stranded
+from socketprotector.core.events import Event, HeldClientsWait, SocketLost, Stranded
 from socketprotector.daemon import probe
 from socketprotector.daemon.asking import Asking
 from socketprotector.daemon.control.status import of_listener
@@ -66,7 +66,7 @@ class World:
         self.asked, self.asking_s = 0, 0.0
         self.loop, self.log = Loop(), Told()
         self.quiesced: list[int] = []
-        self.stranded = 0
+        self.stranded = self.held = 0
         self.socket_lost: list[int] = []
         self.bound: list[Listener] = []
         self.lost: list[Listener] = []
@@ -164,6 +164,8 @@ class World:
                 self.socket_lost.append(generation)
             case Stranded():
                 self.stranded += 1
+            case HeldClientsWait():
+                self.held += 1
 
     def connect(self) -> None:
         self.clients.append(socket.create_connection(self.listener.socket.getsockname()))
@@ -2446,6 +2448,35 @@ def test_a_client_that_comes_as_another_socket_is_put_in_the_place_of_its_one_wa
     assert len(world.clients) == 1
     assert pair.has_waiting(0)
     assert socket_file.leads_to(pair.path, pair.socket_for(0))
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["it starts", "it settles"])
+@pytest.mark.parametrize("killed", [False, True])
+def test_clients_of_a_hold_are_told_of_as_long_as_two_generations_have_both_sockets(
+    world: World, pair: Listener, turned: bool, killed: bool
+) -> None:
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    world.steering.turn_hold(True)
+    come(world, pair.path)
+    world.steering.enter(2, 1)
+    if turned:
+        world.steering.turn_to(1)
+    assert world.held == 0
+    if killed:
+        world.resume(*((2, 1), (1, 0)) if turned else ((1, 0), (2, 1)))
+    else:
+        world.steering.turn_hold(False)
+    assert world.held
+
+    world.steering.turn_to(0, again=True)
+    world.steering.leave(2)
+    assert pair.has_waiting(1)
+    before = world.held
+    world.steering.gone(2)
+    world.steering.enter(3, 1)
+    assert world.held == before
+    assert not pair.is_reserved_for_clients
 
 
 def lose_its_socket(world: World, pair: Listener) -> None:

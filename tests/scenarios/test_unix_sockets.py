@@ -233,7 +233,7 @@ def test_no_hold_makes_the_clients_of_a_later_one_wait(one: Operated, path: Path
             with Client(str(path), "hello") as late:
                 line.ask("release")
                 assert late.hear().endswith(" hello")
-    assert one.daemon.log.count("event=stranded") == 7
+    assert len(spawned(one.daemon)) == 8
 
 
 def test_a_hold_at_which_no_client_waited_starts_no_generation(one: Operated, path: Path) -> None:
@@ -246,6 +246,38 @@ def test_a_hold_at_which_no_client_waited_starts_no_generation(one: Operated, pa
 
     assert pid_in(ask(str(path))) == spawned(one.daemon, 2)[0]
     assert one.daemon.log.count("event=stranded") == 0
+
+
+@pytest.mark.parametrize("phase", ["hangs", "settles"])
+def test_clients_of_a_hold_that_ends_during_a_reload_wait_for_one_start_alone(
+    protector: Starter, path: Path, place: Path, release: Release, tmp_path: Path, phase: str
+) -> None:
+    gate = Gate(tmp_path / "gate")
+    release.becomes(*SERVER)
+    settle = ("--settle", "1h") if phase == "settles" else ()
+    words = (*MODE, *settle, "--control", place, f"unix:{path}", "--", release.path)
+    one = Operated(protector(*words).ready(), place)
+    with one.line() as line:
+        line.ask("hold", seconds=3600)
+        with Client(str(path), "hello") as late:
+            if phase == "hangs":
+                release.becomes(*gate.before(*SERVER))
+            mark = one.daemon.signal(signal.SIGHUP)
+            began = "spawned" if phase == "hangs" else "route"
+            one.daemon.log.wait_for(f"event={began} generation=2", after=mark)
+            release.becomes(*SERVER)
+            line.ask("release")
+
+            assert pid_in(late.hear()) == spawned(one.daemon, 3)[0]
+    one.daemon.log.wait_for("event=retrying generation=2 ", after=mark)
+    if phase == "hangs":
+        one.daemon.log.wait_for("event=reloaded generation=4", after=mark)
+        assert [each["result"] for each in one.status()["reloads"]] == ["reloaded"]
+    else:
+        assert one.status()["reload_wanted"]
+    assert one.daemon.log.count("event=reload-failed") == 0
+    one.daemon.stop()
+    assert list(path.parent.iterdir()) == []
 
 
 def test_a_stop_answers_what_waits_in_the_backlog(

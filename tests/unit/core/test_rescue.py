@@ -9,10 +9,11 @@ from dataclasses import replace
 
 import pytest
 
-from socketprotector.core.actions import Action, Open, Report, ReportKind
+from socketprotector.core.actions import Action, Open, Report, ReportKind, RouteTo
 from socketprotector.core.events import (
     DryRunRequested,
     Event,
+    HeldClientsWait,
     Quiesced,
     ReloadRequested,
     SettingsRead,
@@ -23,6 +24,7 @@ from socketprotector.core.events import (
     WorkerReady,
 )
 from socketprotector.core.fleet import Next, Phase, Policy
+from socketprotector.core.rescue import HELD_FIRST, SETTLED_BY_HOLD
 from socketprotector.core.waiting import Facts, waits
 from tests.unit.conftest import Story
 
@@ -163,3 +165,58 @@ def test_a_stop_beside_a_failed_release_calls_the_reload_off(story: Story) -> No
     assert not story.fleet.reload_wanted
     assert any(isinstance(each, Report) and each.generation == 3 for each in actions)
     assert opened(story.when(died(2))) == []
+
+
+@pytest.mark.parametrize("phase", [Phase.STARTING, Phase.SETTLING])
+def test_clients_of_a_hold_are_served_before_a_reload_that_keeps_their_socket(
+    story: Story, phase: Phase
+) -> None:
+    """It begins again after them, and only then has a verdict."""
+    story.given_serving(replace(ACCEPT, settle_s=60.0)).and_also(ReloadRequested())
+    if phase is Phase.SETTLING:
+        story.and_also(WorkerReady(2))
+
+    actions = story.when(HeldClientsWait())
+
+    assert (RouteTo(1) in actions) == (phase is Phase.SETTLING)
+    assert [each.news for each in actions if isinstance(each, Report)] == [
+        ReportKind.RETRYING,
+        ReportKind.RELOADING,
+    ]
+    assert story.when(HeldClientsWait()) == []
+    actions = story.when(died(2, waiting=0))
+    assert opened(actions) == [Open(3, fresh=False)]
+    assert story.fleet.reload_wanted
+    story.and_also(WorkerReady(3)).when_over(TimerKind.SETTLE, 3)
+    assert opened(story.when(Quiesced(1))) == [Open(4, fresh=True)]
+
+
+def test_clients_of_a_hold_come_before_a_dry_run(story: Story) -> None:
+    story.given_serving(ACCEPT).and_also(DryRunRequested())
+
+    actions = story.when(HeldClientsWait())
+
+    assert Report(ReportKind.DRY_RUN_FAILED, 2, HELD_FIRST) in actions
+    assert opened(story.when(died(2, waiting=0))) == [Open(3, fresh=False)]
+    assert not story.fleet.reload_wanted
+
+
+@pytest.mark.parametrize(
+    "events",
+    [(), (StopRequested(),), (Stranded(),)],
+    ids=["no reload", "a stop", "a start for other clients"],
+)
+def test_clients_of_a_hold_call_off_nothing_else(story: Story, events: tuple[Event, ...]) -> None:
+    """Their socket is free once one that drains has left it, or theirs is the next start."""
+    story.given_serving(ACCEPT).and_also(*events)
+
+    assert story.when(HeldClientsWait()) == []
+
+
+def test_for_clients_of_a_hold_one_that_settles_after_a_rescue_serves_for_good(
+    story: Story,
+) -> None:
+    story.given_serving(replace(ACCEPT, settle_s=60.0)).and_also(Stranded(), WorkerReady(2))
+
+    assert Report(ReportKind.RECOVERED, 2, SETTLED_BY_HOLD) in story.when(HeldClientsWait())
+    assert opened(story.when(Quiesced(1))) == [Open(3, fresh=False)]

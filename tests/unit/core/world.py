@@ -48,6 +48,7 @@ from socketprotector.core.events import (
     DryRunRequested,
     Event,
     HandingOver,
+    HeldClientsWait,
     HoldReleased,
     HoldRequested,
     KillRequested,
@@ -523,6 +524,7 @@ class World:
         yield LameDuckRequested(False)
         yield RenewRequested()
         yield Stranded()
+        yield HeldClientsWait()
         yield HandingOver()
         yield from map(SocketLost, self.channels)
         yield from map(KillRequested, self.channels)

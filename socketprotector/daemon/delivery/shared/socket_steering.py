@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+from ....core.events import HeldClientsWait
 from ....model.records import SteeringRecord
 from ....system import reuseport
 from ....system.listener import SCARCE, Listener
@@ -54,7 +55,7 @@ class SocketSteering:
         """
         self._listeners = listeners
         self._loop, self._log = runtime.loop, runtime.log
-        self._persist = runtime.persist
+        self._persist, self._post = runtime.persist, runtime.post
         self._bound = bound
         #: Addresses whose clients the kernel does not send where it is their turn, and why.
         self._not_steered: dict[str, str] = {}
@@ -207,7 +208,11 @@ class SocketSteering:
     def _adopt_held(self) -> None:
         """Have clients that have waited at a socket during a hold served by the next generation."""
         free = self.turns.free
-        if self.hold.on or free in self.turns.accepting.values():
+        if self.hold.on:
+            return
+        if free in self.turns.accepting.values():
+            if any(each.has_held_client for each in self._pairs):
+                self._post(HeldClientsWait())
             return
         moved = False
         for each in self._pairs:

@@ -1,0 +1,50 @@
+"""Where workers accept: clients that wait where none does come before a requested reload.
+
+Pure.  Of a failed release, or of a hold: the last good command accepts them.
+"""
+
+from __future__ import annotations
+
+from ..model.lazy_dataclass import replace
+from .actions import Report, ReportKind
+from .fleet import Phase
+from .reload import call_off_dry_run, has_failed, renew, take_back
+from .step import Step
+
+#: What becomes of a generation that starts or settles when clients of a hold wait.
+HELD_FIRST = "called off: clients of the hold that ended come first"
+#: Why another one of the last good command serves for good, which settles.
+SETTLED_BY_HOLD = "before --settle was over: clients of a hold wait"
+
+
+def rescue(step: Step, number: int) -> None:
+    """Have the last good command accept the clients that a failed release has left.
+
+    Only a release: where that command fails, too, Stranded comes, less and less often.
+    """
+    fleet, failed = step.fleet, step.fleet[number]
+    is_over = failed.fresh and not failed.workers and has_failed(fleet, failed)
+    if is_over and fleet.policy.has_two_places:
+        renew(step)
+
+
+def serve_held(step: Step) -> None:
+    """Have the last good command accept the clients of a hold; a reload under way begins again.
+
+    There is no third socket for it beside the serving and the incoming generation.  Where that one
+    starts for other clients that wait, these come first.
+    """
+    serving, incoming = step.fleet.of(Phase.SERVING), step.fleet.incoming
+    if not serving or not incoming or step.fleet.stop_requested:
+        return
+    if incoming.phase is Phase.STARTING and not incoming.fresh:
+        return
+    if step.fleet.dry_run:
+        call_off_dry_run(step, HELD_FIRST)
+    elif not incoming.fresh:
+        step.promote(incoming.number, SETTLED_BY_HOLD)
+    else:
+        take_back(step, incoming)
+        step.do(Report(ReportKind.RETRYING, incoming.number, HELD_FIRST))
+        step.fleet = replace(step.fleet, reload_wanted=True)
+    renew(step)

@@ -36,6 +36,8 @@ class UnixListener(Listener):
 
     #: Of the files of its path, which others may remove.
     _rights: socket_file.Rights | None = None
+    #: Sockets 0 and 1: whether the path led elsewhere at a moment at which no client waited there.
+    _left_empty = (False, False)
 
     @property
     def local_address(self) -> tuple[str, int]:
@@ -82,9 +84,20 @@ class UnixListener(Listener):
 
         As where its file is mounted elsewhere: a mount stays at the file that it was made of.
         """
-        if not (self.path and self.has_sibling) or self.is_fresh[socket_number % 2]:
+        if not (self.path and self.has_sibling and self._left_empty[socket_number % 2]):
             return False
         return not socket_file.leads_to(self.path, self.socket_for(socket_number))
+
+    def note(self) -> None:
+        """Remember where no client waits as the path leads elsewhere: later ones pass it by."""
+        if self.path and self.has_sibling:
+            with suppress(OSError):
+                there = [socket_file.leads_to(self.path, each) for each in self.sockets]
+                before = zip(self.sockets, there, self._left_empty, strict=True)
+                first, second = (
+                    not its and (was or not has_client(one)) for one, its, was in before
+                )
+                self._left_empty = first, second
 
     @property
     def hangs_up(self) -> bool:
@@ -147,12 +160,17 @@ class UnixListener(Listener):
         socket_file.keep_file(self.path, there)
         made = self._bind_file(there)
         self.sockets = [made, there] if socket_number == 0 else [there, made]
+        self._left_empty = (False, False)
         self._backlogs = [self._backlogs[0]] * 2
         # A name stands for one descriptor for ever.
         self._again[1] += 1
         if socket_number == 0:
             self._again[0] += 1
         return True
+
+    def _replace(self, socket_number: int, made: socket.socket) -> None:
+        super()._replace(socket_number, made)
+        self._left_empty = (False, False)
 
     def _made_anew(self, socket_number: int) -> socket.socket:
         one = self.socket_for(socket_number)

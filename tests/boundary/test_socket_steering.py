@@ -48,10 +48,13 @@ class Told:
 
     def __init__(self) -> None:
         self.events: list[str] = []
+        self.hints: list[str] = []
         self.then: Callable[[], None] = lambda: None
 
     def write(self, level: str, event: str, **fields: object) -> None:
         self.events.append(event)
+        if hint := fields.get("hint"):
+            self.hints.append(str(hint))
         self.then()
 
 
@@ -2477,6 +2480,32 @@ def test_clients_of_a_hold_are_told_of_as_long_as_two_generations_have_both_sock
     world.steering.enter(3, 1)
     assert world.held == before
     assert not pair.is_reserved_for_clients
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_mount_is_only_blamed_for_clients_that_come_where_the_path_does_not_lead(
+    world: World, pair: Listener, killed: bool
+) -> None:
+    """Those of a hold wait on where the start for them has failed."""
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    world.steering.turn_hold(True)
+    come(world, pair.path)
+    world.steering.turn_hold(False)
+    world.steering.enter(2, 1)
+    if killed:
+        world.resume((1, 0), (2, 1))
+    world.steering.gone(2)
+    world.pass_time(2 * FIRST_RESCUE_S)
+    assert world.stranded
+    assert world.log.hints == []
+
+    world.steering.enter(2, 1)
+    pair.socket_for(1).accept()[0].close()
+    world.steering.gone(2)
+    come(world, pair.address_of(1)[0])
+    world.pass_time(10 * FIRST_RESCUE_S)
+    assert any("mount its folder" in each for each in world.log.hints)
 
 
 def lose_its_socket(world: World, pair: Listener) -> None:

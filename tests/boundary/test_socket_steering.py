@@ -2508,6 +2508,20 @@ def test_a_mount_is_only_blamed_for_clients_that_come_where_the_path_does_not_le
     assert any("mount its folder" in each for each in world.log.hints)
 
 
+def test_a_hold_at_a_path_is_possible_again_as_soon_as_its_folder_is_there(
+    world: World, pair: Listener
+) -> None:
+    """A missing folder stands for one that is read-only, which it is for no root."""
+    folder = Path(pair.path).parent
+    aside = folder.with_name(f"{folder.name}-aside")
+    folder.rename(aside)
+    cannot = world.steering.hold.cannot() or ""
+    aside.rename(folder)
+
+    assert cannot.endswith("; possible once files can be made in its directory")
+    assert world.steering.hold.cannot() is None
+
+
 def lose_its_socket(world: World, pair: Listener) -> None:
     """A worker of the serving generation, 1, shuts it down."""
     pair.socket_for(0).shutdown(socket.SHUT_RDWR)

@@ -59,8 +59,11 @@ class ListenerHold:
                     each.reserve()
             except OSError as error:
                 why = f"{each.settings.address}: {error.strerror}"
-                # Else it would have been bound at the start, maybe by another user.
-                return why if error.errno in SCARCE else f"{why}; possible after a restart"
+                if error.errno in SCARCE:
+                    return why
+                # One of TCP would have been bound at the start, maybe by another user.
+                when = "once files can be made in its directory" if each.path else "after a restart"
+                return f"{why}; possible {when}"
         return refused
 
     def refusal(self, listeners: Iterable[Listener]) -> str | None:

@@ -45,7 +45,7 @@ LATE = (
     "model.waits",
     "system.accept_marks",
     "system.bpf",
-    "system.group",
+    "system.reuseport_group",
     "system.reuseport",
     "system.sock_diag",
     "system.socket_copy",

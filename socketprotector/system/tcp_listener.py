@@ -1,6 +1,6 @@
 """The sockets of a TCP address: one, or a SO_REUSEPORT group of which the kernel selects a member.
 
-What is to be done to the group: group.py; the programs and calls that do it: reuseport.py.
+What is to be done to the group: reuseport_group.py; programs and calls for it: reuseport.py.
 
 Source: tcp(7); reuseport_select_sock() in net/core/sock_reuseport.c.
 """
@@ -13,12 +13,12 @@ import socket
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 
-from . import accept_marks, bpf, group, reuseport, sock_diag, socket_copy
+from . import accept_marks, bpf, reuseport, reuseport_group, sock_diag, socket_copy
 from .listener import NO_MARKS, SCARCE, Listener, is_listening, shut_down
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .group import Group, Plan, Step
+    from .reuseport_group import Group, Plan, Step
 
 
 class TcpListener(Listener):
@@ -30,7 +30,7 @@ class TcpListener(Listener):
     def _group(self) -> Group:
         """What is known of its group; made at its first use, because most listeners need none."""
         if self._known is None:
-            self._known = group.Group.of(len(self.sockets))
+            self._known = reuseport_group.Group.of(len(self.sockets))
         return self._known
 
     @property
@@ -200,7 +200,7 @@ class TcpListener(Listener):
     # -- the group's members -------------------------------------------------------
 
     def _member(self, number: int) -> socket.socket:
-        return self.reserve() if number == group.SILENT else self.sockets[number]
+        return self.reserve() if number == reuseport_group.SILENT else self.sockets[number]
 
     def _carry_out(self, plan: Plan) -> None:
         """Do what a plan says, and say what came of it.  Raises OSError where that gives up."""
@@ -219,13 +219,13 @@ class TcpListener(Listener):
 
     def _perform(self, step: Step) -> None:
         match step:
-            case group.Attach(to, position, marked):
+            case reuseport_group.Attach(to, position, marked):
                 reuseport.steer(self._member(to), position, marked)
-            case group.Join(group.SILENT):
+            case reuseport_group.Join(reuseport_group.SILENT):
                 reuseport.silence(self.reserve())
-            case group.Join(number):
+            case reuseport_group.Join(number):
                 self.sockets[number].listen(self._backlogs[number])
-            case group.Leave(number):
+            case reuseport_group.Leave(number):
                 shut_down(self._member(number))
 
     def _look(self, *, or_guess: bool = False) -> None:
@@ -236,7 +236,7 @@ class TcpListener(Listener):
         """
         members = dict(enumerate(self.sockets))
         if self._reserved is not None:
-            members[group.SILENT] = self._reserved
+            members[reuseport_group.SILENT] = self._reserved
         by_inode = {os.fstat(each.fileno()).st_ino: n for n, each in members.items()}
         found: Collection[int] = ()
         try:
@@ -248,11 +248,11 @@ class TcpListener(Listener):
         if by_inode.keys().isdisjoint(found):
             there = [number for number in range(len(self.sockets)) if self.is_alive(number)]
             if self._is_silent:
-                there.append(group.SILENT)
+                there.append(reuseport_group.SILENT)
             before = [number for number in self._group.listed if number in there]
             self._group.found((*before, *(n for n in there if n not in before)))
         else:
-            self._group.found(tuple(by_inode.get(each, group.OTHER) for each in found))
+            self._group.found(tuple(by_inode.get(each, reuseport_group.OTHER) for each in found))
 
     def let_in(self) -> None:
         """Have no generation begin on a socket, common to it and others, that lets no client in.

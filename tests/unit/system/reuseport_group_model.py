@@ -10,8 +10,8 @@ import errno
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
 
-from socketprotector.system import group
-from socketprotector.system.group import OTHER, SILENT, Attach, Group, Join, Leave
+from socketprotector.system import reuseport_group as group
+from socketprotector.system.reuseport_group import OTHER, SILENT, Attach, Group, Join, Leave
 
 #: New clients, and connections with a mark.
 CLASSES = (None, "mark")

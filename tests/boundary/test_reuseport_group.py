@@ -14,11 +14,11 @@ import pytest
 from socketprotector.launch.bind import bind_all
 from socketprotector.launch.listen_spec import Listen
 from socketprotector.system import bpf, reuseport, sock_diag
-from socketprotector.system.group import OTHER, SILENT
 from socketprotector.system.listener import Listener
 from socketprotector.system.listeners import listener_of
+from socketprotector.system.reuseport_group import OTHER, SILENT
 from tests.running import DEADLINE_S
-from tests.unit.system.group_model import EVENTS, OF_WORKERS, World
+from tests.unit.system.reuseport_group_model import EVENTS, OF_WORKERS, World
 
 SEQUENCES = 60
 LOCK_FILTER = 44

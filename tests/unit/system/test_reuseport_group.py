@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from socketprotector.system import group
-from socketprotector.system.group import SILENT, Group, Leave
-from tests.unit.system.group_model import EVENTS, UNSEEN, World
+from socketprotector.system import reuseport_group as group
+from socketprotector.system.reuseport_group import SILENT, Group, Leave
+from tests.unit.system.reuseport_group_model import EVENTS, UNSEEN, World
 
 
 def search(*, sees: bool = True) -> int:

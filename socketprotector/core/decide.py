@@ -85,7 +85,7 @@ def _answer(step: Step, event: Event) -> None:
         case events.HandingOver():
             reload.call_off_dry_run(step, reload.UPGRADED)
         case events.Stranded():
-            reload.renew(step)
+            rescue.serve_stranded(step)
         case events.HeldClientsWait():
             rescue.serve_held(step)
         case events.SocketLost(number):

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from ..model.lazy_dataclass import replace
 from .actions import Report, ReportKind
-from .fleet import Phase
+from .fleet import Next, Phase
 from .reload import call_off_dry_run, has_failed, renew, take_back
 from .step import Step
 
 #: What becomes of a generation that starts or settles when clients of a hold wait.
 HELD_FIRST = "called off: clients of the hold that ended come first"
+#: What becomes of a release that is yet to be opened when clients wait where none accepts.
+STRANDED_FIRST = "called off: clients that wait where no worker accepts come first"
 #: Why another one of the last good command serves for good, which settles.
 SETTLED_BY_HOLD = "before --settle was over: clients of a hold wait"
 
@@ -47,4 +49,21 @@ def serve_held(step: Step) -> None:
         take_back(step, incoming)
         step.do(Report(ReportKind.RETRYING, incoming.number, HELD_FIRST))
         step.fleet = replace(step.fleet, reload_wanted=True)
+    renew(step)
+
+
+def serve_stranded(step: Step) -> None:
+    """Have the last good command accept clients that wait where no worker does any more.
+
+    A release that is yet to be opened would get them before it is ready, and lose them if it fails.
+    """
+    fleet = step.fleet
+    unopened = fleet.reading or fleet.candidate or fleet.to_open is Next.FRESH
+    if unopened and not fleet.incoming and fleet.of(Phase.SERVING) and not fleet.stop_requested:
+        if fleet.dry_run:
+            call_off_dry_run(step, STRANDED_FIRST)
+        else:
+            step.forget_settings()
+            step.do(Report(ReportKind.RETRYING, fleet.next_generation, STRANDED_FIRST))
+            step.fleet = replace(step.fleet, to_open=None, reload_wanted=True)
     renew(step)

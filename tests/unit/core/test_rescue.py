@@ -9,7 +9,15 @@ from dataclasses import replace
 
 import pytest
 
-from socketprotector.core.actions import Action, Open, Report, ReportKind, RouteTo
+from socketprotector.core.actions import (
+    Action,
+    ForgetSettings,
+    Open,
+    ReadSettings,
+    Report,
+    ReportKind,
+    RouteTo,
+)
 from socketprotector.core.events import (
     DryRunRequested,
     Event,
@@ -24,7 +32,7 @@ from socketprotector.core.events import (
     WorkerReady,
 )
 from socketprotector.core.fleet import Next, Phase, Policy
-from socketprotector.core.rescue import HELD_FIRST, SETTLED_BY_HOLD
+from socketprotector.core.rescue import HELD_FIRST, SETTLED_BY_HOLD, STRANDED_FIRST
 from socketprotector.core.waiting import Facts, waits
 from tests.unit.conftest import Story
 
@@ -220,3 +228,32 @@ def test_for_clients_of_a_hold_one_that_settles_after_a_rescue_serves_for_good(
 
     assert Report(ReportKind.RECOVERED, 2, SETTLED_BY_HOLD) in story.when(HeldClientsWait())
     assert opened(story.when(Quiesced(1))) == [Open(3, fresh=False)]
+
+
+def test_clients_that_wait_come_before_a_release_whose_configuration_is_read(story: Story) -> None:
+    """Those of a hold, say, that ends meanwhile: the release would get them before it is ready."""
+    story.given_serving(ACCEPT)
+    story.fleet = replace(story.fleet, configured=True)
+    story.and_also(ReloadRequested())
+    assert story.fleet.reading
+
+    actions = story.when(Stranded())
+
+    assert opened(actions) == [Open(2, fresh=False)]
+    assert Report(ReportKind.RETRYING, 2, STRANDED_FIRST) in actions
+    assert ForgetSettings() in actions
+    assert opened(story.when(SettingsRead(ACCEPT))) == []  # it had been on its way
+    assert ReadSettings() in story.when(WorkerReady(2))
+    assert opened(story.and_also(SettingsRead(ACCEPT)).when(Quiesced(1))) == [Open(3, fresh=True)]
+
+
+def test_and_before_a_dry_run_whose_configuration_is_read(story: Story) -> None:
+    story.given_serving(ACCEPT)
+    story.fleet = replace(story.fleet, configured=True)
+    story.and_also(DryRunRequested())
+
+    actions = story.when(Stranded())
+
+    assert Report(ReportKind.DRY_RUN_FAILED, 2, STRANDED_FIRST) in actions
+    assert [each.fresh for each in opened(actions)] == [False]
+    assert not story.fleet.reload_wanted

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ..model.lazy_dataclass import replace
 from .actions import Report, ReportKind
-from .fleet import Next, Phase
+from .fleet import Fleet, Next, Phase
 from .reload import call_off_dry_run, has_failed, renew, take_back
 from .step import Step
 
@@ -20,14 +20,18 @@ SETTLED_BY_HOLD = "before --settle was over: clients of a hold wait"
 
 
 def rescue(step: Step, number: int) -> None:
-    """Have the last good command accept the clients that a failed release has left.
+    """Have the last good command accept the clients that a generation has left at its end.
 
-    Only a release: where that command fails, too, Stranded comes, less and less often.
+    One of a failed release; of another, only before a release that would get them.  Where that
+    command fails, too, Stranded comes, less and less often.
     """
-    fleet, failed = step.fleet, step.fleet[number]
-    is_over = failed.fresh and not failed.workers and has_failed(fleet, failed)
-    if is_over and fleet.policy.has_two_places:
+    fleet, its = step.fleet, step.fleet.generation(number)
+    if (its is not None and its.workers) or not fleet.policy.has_two_places:
+        return
+    if its is not None and its.fresh and has_failed(fleet, its):
         renew(step)
+    elif _is_unopened(fleet):
+        serve_stranded(step)
 
 
 def serve_held(step: Step) -> None:
@@ -58,8 +62,7 @@ def serve_stranded(step: Step) -> None:
     A release that is yet to be opened would get them before it is ready, and lose them if it fails.
     """
     fleet = step.fleet
-    unopened = fleet.reading or fleet.candidate or fleet.to_open is Next.FRESH
-    if unopened and not fleet.incoming and fleet.of(Phase.SERVING) and not fleet.stop_requested:
+    if _is_unopened(fleet) and fleet.of(Phase.SERVING) and not fleet.stop_requested:
         if fleet.dry_run:
             call_off_dry_run(step, STRANDED_FIRST)
         else:
@@ -67,3 +70,9 @@ def serve_stranded(step: Step) -> None:
             step.do(Report(ReportKind.RETRYING, fleet.next_generation, STRANDED_FIRST))
             step.fleet = replace(step.fleet, to_open=None, reload_wanted=True)
     renew(step)
+
+
+def _is_unopened(fleet: Fleet) -> bool:
+    """Whether a reload or a dry run has begun, and its release is yet to be opened."""
+    comes = fleet.reading or fleet.candidate or fleet.to_open is Next.FRESH
+    return bool(comes and not fleet.incoming)

@@ -257,3 +257,18 @@ def test_and_before_a_dry_run_whose_configuration_is_read(story: Story) -> None:
     assert Report(ReportKind.DRY_RUN_FAILED, 2, STRANDED_FIRST) in actions
     assert [each.fresh for each in opened(actions)] == [False]
     assert not story.fleet.reload_wanted
+
+
+@pytest.mark.parametrize("waiting", [0, 1])
+def test_what_a_replaced_generation_has_left_comes_before_the_next_release(
+    story: Story, waiting: int
+) -> None:
+    """It was killed, or too busy to accept them within its time."""
+    story.given_serving(ACCEPT).and_also(ReloadRequested(), WorkerReady(2), ReloadRequested())
+    assert story.fleet.to_open is Next.FRESH
+
+    actions = story.when(died(1, waiting=waiting))
+
+    assert opened(actions) == [Open(3, fresh=not waiting)]
+    assert (Report(ReportKind.RETRYING, 3, STRANDED_FIRST) in actions) == bool(waiting)
+    assert story.fleet.reload_wanted == bool(waiting)

@@ -50,7 +50,7 @@ from tests.hostile.examples import FEW, JSON
 
 #: Numbers, and what only looks like one.
 NUMBERS = st.sampled_from(
-    ["", "0", "1", "3", "-1", "\u00b2", "\u0661", "9" * 6, "9" * 30, "9" * 5000, "1e3", " 3", "nan"]
+    ["", "0", "1", "3", "-1", "\u00b2", "\u0661", "9" * 4, "9" * 30, "9" * 5000, "1e3", " 3", "nan"]
 )
 TEXTS = NUMBERS | st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
 MINE = str(os.getpid())

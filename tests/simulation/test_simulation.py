@@ -23,7 +23,7 @@ PARTS = rounds(1, 4)
 LIFE = rounds(300, 2000)
 STEPS = rounds(15_000, 250_000)
 #: Of the calls in stories, and lives that come off those.
-SHARE, STORIED = ("1", "2000") if MANY else ("0.03", "1")
+SHARE, STORIED = ("1", "2000") if MANY else ("0.01", "1")
 
 
 def simulate(*arguments: str) -> str:

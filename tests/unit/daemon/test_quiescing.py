@@ -26,6 +26,7 @@ class World:
         self.shaking: set[bytes] = set()
         self.in_backlog = False
         self.is_steered = True
+        self.is_replaced = False
         self.scarce = False
         self.ended: list[float] = []
         listener = SimpleNamespace(
@@ -42,6 +43,7 @@ class World:
         self.quiescing = Quiescing(
             self.clock.use_in(patch, quiescing),
             own=lambda _number, _generation: [self.listener],
+            is_replaced=lambda _listener, _generation: self.is_replaced,
             clients_wait=lambda _listener, _number: self.in_backlog,
             is_steered=lambda _number: self.is_steered,
         )
@@ -112,6 +114,37 @@ def test_a_silent_one_is_waited_for_a_while(world: World) -> None:
     assert not world.ended
     world.clock.pass_time(0.6)
     assert len(world.ended) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "replaced", "waits"),
+    [
+        ("/run/.s.sp-000001", False, True),
+        ("/run/.s.sp-000002", False, False),
+        ("/run/.s.sp-000002", True, False),
+        ("/run/.s.sp-000009", False, False),
+        ("/run/.s.sp-000009", True, True),
+        ("/run/.other.sp-000009", True, False),
+    ],
+)
+def test_clients_of_a_replaced_unix_socket_are_waited_for(
+    world: World, monkeypatch: pytest.MonkeyPatch, name: str, replaced: bool, waits: bool
+) -> None:
+    """Its name is lost: it is any of the path that none of the sockets has."""
+    names = ("/run/.s.sp-000001", "/run/.s.sp-000002")
+    sockets = [SimpleNamespace(getsockname=lambda each=each: each) for each in names]
+    listener = SimpleNamespace(
+        socket=SimpleNamespace(family=socket.AF_UNIX),
+        sockets=sockets,
+        socket_for=sockets.__getitem__,
+        path="/run/s",
+        index=INDEX,
+    )
+    world.listener, world.is_replaced = cast("Listener", listener), replaced
+    monkeypatch.setattr(quiescing, "accepted_unix", lambda: [(name, 7, 1)])
+    world.begin()
+    world.clock.pass_time(LAST_S - 1.0)
+    assert bool(world.ended) != waits
 
 
 def test_clients_of_the_next_generation_are_none_of_its_own(world: World) -> None:

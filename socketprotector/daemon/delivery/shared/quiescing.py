@@ -15,6 +15,7 @@ from functools import partial
 from ....model.lazy_dataclass import mutable
 from ....system.listener import SCARCE, Listener
 from ....system.sock_diag import accepted_unix, handshakes_by_port, unread_by_port
+from ....system.socket_file import path_of
 from ...runtime import Runtime
 from .accept_watch import ASKING_SHARE
 
@@ -50,18 +51,26 @@ class _Generation:
 
 
 def _unread_unix(
-    listeners: Sequence[Listener], socket_number: int
+    listeners: Sequence[Listener], socket_number: int, replaced: Sequence[Listener]
 ) -> dict[tuple[int, bytes], bool]:
     """Return what Quiescing asks for of UNIX sockets.  Raises OSError.
 
     Which of the accepted ones has sent nothing at all is not known: none is waited for.
+
+    replaced: those whose socket was bound in the place of the generation's own.  The name of that
+    one is not known any more: it is any of its path that no socket has now.
     """
     by_name = {each.socket_for(socket_number).getsockname(): each.index for each in listeners}
-    return {
-        (by_name[name], b"%d" % inode): False
-        for name, inode, unread in accepted_unix()
-        if unread and name in by_name
-    }
+    by_path = {each.path: each.index for each in replaced}
+    now = {one.getsockname() for each in replaced for one in each.sockets}
+    found: dict[tuple[int, bytes], bool] = {}
+    for name, inode, unread in accepted_unix():
+        index = by_name.get(name)
+        if index is None and by_path and name not in now:
+            index = by_path.get(path_of(name))
+        if unread and index is not None:
+            found[index, b"%d" % inode] = False
+    return found
 
 
 class Quiescing:
@@ -72,17 +81,20 @@ class Quiescing:
         runtime: Runtime,
         *,
         own: Callable[[int, int], Sequence[Listener]],
+        is_replaced: Callable[[Listener, int], bool],
         clients_wait: Callable[[Listener, int], bool],
         is_steered: Callable[[int], bool],
     ) -> None:
         """own: the listeners whose socket of a number gets no new clients while the other one does,
         as far as a generation has them.
 
+        is_replaced: whether another socket was bound in the place of that of a generation.
         clients_wait: whether any do at a socket, by its number; questions of ours do not count.
         is_steered: whether no new client comes to a generation.
         """
         self._loop, self._log = runtime.loop, runtime.log
-        self._own, self._clients_wait, self._is_steered = own, clients_wait, is_steered
+        self._own, self._is_replaced = own, is_replaced
+        self._clients_wait, self._is_steered = clients_wait, is_steered
         self._generations: dict[int, _Generation] = {}
 
     def begin(
@@ -136,8 +148,8 @@ class Quiescing:
         if left is None:
             # sock_diag knows the port, not the socket: it counts clients of the other one, too.
             # Of these only accepted ones matter: a backlog there is the other generation's.
-            left = self._ask(its, pairs, accepted=not waiting)
-        elif left and (still := self._ask(its, pairs, accepted=not waiting)) is not None:
+            left = self._ask(generation, pairs, accepted=not waiting)
+        elif left and (still := self._ask(generation, pairs, accepted=not waiting)) is not None:
             left = {client: still[client] for client in left if client in still}
         # Of UNIX sockets those that wait are not told: so ask again when they have been accepted.
         its.unread = None if waiting else left
@@ -166,7 +178,7 @@ class Quiescing:
         self._loop.call_after(("quiesce", generation), its.delay_s, again)
 
     def _ask(
-        self, its: _Generation, pairs: Sequence[Listener], *, accepted: bool
+        self, generation: int, pairs: Sequence[Listener], *, accepted: bool
     ) -> dict[tuple[int, bytes], bool] | None:
         """Return the clients at these addresses that were not read from, and whether each is
         silent; none where the kernel does not tell.
@@ -175,12 +187,13 @@ class Quiescing:
 
         None where it could not be asked just now.
         """
-        found: dict[tuple[int, bytes], bool] = {}
+        its, found = self._generations[generation], dict[tuple[int, bytes], bool]()
         for family in {each.socket.family for each in pairs}:
             mine = [each for each in pairs if each.socket.family == family]
             if family == socket.AF_UNIX:
+                replaced = [each for each in mine if self._is_replaced(each, generation)]
                 try:
-                    found.update(_unread_unix(mine, its.socket_number))
+                    found.update(_unread_unix(mine, its.socket_number, replaced))
                 except OSError as error:
                     if error.errno in SCARCE:
                         return None

@@ -75,6 +75,7 @@ class SocketSteering:
         self._quiescing = Quiescing(
             runtime,
             own=lambda number, generation: self.turns.own(self._pairs, number, generation),
+            is_replaced=lambda each, generation: (generation, each.index) in self.turns.unserved,
             clients_wait=self.probes.clients_wait,
             is_steered=self._comes_to_others,
         )

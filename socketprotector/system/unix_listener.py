@@ -158,7 +158,11 @@ class UnixListener(Listener):
             return True
         there = self.socket
         socket_file.keep_file(self.path, there)
-        made = self._bind_file(there)
+        self._add_sibling(socket_number, self._bind_file(there))
+        return True
+
+    def _add_sibling(self, socket_number: int, made: socket.socket) -> None:
+        there = self.socket
         self.sockets = [made, there] if socket_number == 0 else [there, made]
         self._left_empty = (False, False)
         self._backlogs = [self._backlogs[0]] * 2
@@ -166,7 +170,6 @@ class UnixListener(Listener):
         self._again[1] += 1
         if socket_number == 0:
             self._again[0] += 1
-        return True
 
     def _replace(self, socket_number: int, made: socket.socket) -> None:
         super()._replace(socket_number, made)
@@ -228,7 +231,13 @@ class UnixListener(Listener):
 
         socket_number: where that is to accept; if clients wait there, they come first.
         """
-        if self._reserved is None or self.has_waiting(socket_number):
+        if self._reserved is None or (self.has_sibling and self.has_waiting(socket_number)):
+            return
+        if not self.has_sibling:  # lost during the hold
+            self._add_sibling(socket_number, self._reserved)
+            self._reserved = None
+            self._again[2] += 1
+            self.is_fresh[socket_number % 2] = True
             return
         one = self.socket_for(socket_number)
         if socket_file.leads_to(self.path, one):

@@ -1732,6 +1732,7 @@ def test_one_listener_that_fails_keeps_none_of_the_others_on_hold(
     class Fails:
         index, lost, shared, has_sibling, can_be_held = 1, False, True, False, True
         path, settings = "", ListenerSettings("tcp:127.0.0.1:1")
+        is_reserved_for_clients, has_held_client = False, False
 
         def steer(self, *_: object, **__: object) -> None:
             raise OSError(errno.ENOMEM, "Cannot allocate memory")
@@ -2431,6 +2432,31 @@ def test_a_path_that_leads_to_a_broken_socket_is_removed_at_the_end(
     pair.refuse_new()
 
     assert os.listdir(os.path.dirname(pair.path)) == []
+
+
+def test_clients_of_a_hold_are_served_where_one_socket_was_left_meanwhile(
+    world: World, pair: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> socket.socket:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    world.steering.turn_hold(True)
+    come(world, pair.path)
+    with monkeypatch.context() as read_only:
+        read_only.setattr(socket_file, "bind", fails)
+        pair.socket_for(0).shutdown(socket.SHUT_RDWR)
+        world.pass_time(1.0)
+        assert "one-socket-left" in world.log.events
+        before = world.stranded
+
+        world.steering.turn_hold(False)
+        world.pass_time(2 * FIRST_RESCUE_S)
+
+    assert world.stranded > before, "a generation is started for them"
+    world.steering.enter(2, 1)
+    assert pair.has_waiting(1)
 
 
 def test_a_client_that_comes_as_another_socket_is_put_in_the_place_of_its_one_waits_on(

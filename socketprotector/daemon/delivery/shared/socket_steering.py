@@ -212,12 +212,12 @@ class SocketSteering:
         if self.hold.on:
             return
         if free in self.turns.accepting.values():
-            if any(each.has_held_client for each in self._pairs):
+            if any(each.has_held_client for each in self._shared):
                 self._post(HeldClientsWait())
             return
         moved = False
-        for each in self._pairs:
-            moved |= self.turns.move_lost(each)
+        for each in self._shared:
+            moved |= each.has_sibling and self.turns.move_lost(each)
             if each.is_reserved_for_clients:
                 self._watch.unwatch(each)
                 with suppress(OSError):  # then as the next generation starts

@@ -587,12 +587,15 @@ def test_a_socket_that_is_bound_anew_while_the_file_is_read_is_known_from_then_o
     mark = reading(daemon)
     attack.open()
     daemon.log.wait_for("event=bound-anew", after=mark)
-    gated.through(daemon, "event=reloaded generation=2", mark)
+    # Clients that wait at the new socket may get the last good command first, as a generation.
+    line = gated.through(daemon, "event=reloaded", mark)
+    number = int(line.partition(" generation=")[2].split()[0])
 
     revived(daemon, kill_protector(daemon))
 
-    assert pid_in(ask(str(path))) == spawned(daemon, 2)[0]
-    daemon.log.wait_for("event=drained generation=1")  # a stop has a limit of its own
+    assert pid_in(ask(str(path))) == spawned(daemon, number)[0]
+    for older in range(1, number):  # a stop has a limit of its own
+        daemon.log.wait_for(f"event=drained generation={older}")
     daemon.stop()
     assert not path.exists()
 

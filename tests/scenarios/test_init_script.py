@@ -254,6 +254,7 @@ def test_the_program_takes_no_modules_from_the_callers_folders(machine: Machine)
     assert "/planted" not in found
 
 
+@needs.ANOTHER_USER
 def test_the_run_directory_is_the_users_and_so_is_the_daemon(machine: Machine) -> None:
     # No Python, so no guard: it may be installed where the user nobody cannot go.
     machine.configure(

@@ -11,7 +11,6 @@ import re
 import shlex
 import signal
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 
 import pytest
 
@@ -119,7 +118,7 @@ LEAVES = f"""
 case $SOCKETPROTECTOR_WORKER in
     0) echo '{ACK}' >&$EINHORN_SOCK_FD; exec {shlex.join(GOOD)} --silent;;
 esac
-setsid sh -c 'exec 3<"$0"; echo there; read x <&3; echo heard-$1; exec sleep 600' GATE \
+setsid sh -c 'exec 3<"$0"; echo there; read x <&3; echo heard-$1-$$; exec sleep 600' GATE \
     $SOCKETPROTECTOR_GENERATION &
 echo '{ACK}' >&$EINHORN_SOCK_FD
 exec sleep 600
@@ -160,10 +159,12 @@ def test_what_its_processes_in_other_sessions_keep_open_is_bounded(
     eventually(lambda: one.start.log.count("event=output-closed") == closed, "all the lines")
     os.close(holds)
     eventually(lambda: one.start.log.count("heard-") == LEFT_BEHIND, "the newest ones' lines")
-    assert len(re.findall(r"heard-5$", one.start.log, re.MULTILINE)) == each
-    for pid in one.strays():
-        with suppress(ProcessLookupError):  # the others' line has ended them
-            os.kill(pid, signal.SIGKILL)
+    # By the number that each has printed: one that is in execve(2) has no environment to be found
+    # by.  The others' line has ended them.
+    newest = re.findall(r"heard-(\d+)-(\d+)$", one.start.log, re.MULTILINE)
+    assert [generation for generation, _ in newest].count("5") == each
+    for _, pid in newest:
+        os.kill(int(pid), signal.SIGKILL)
     eventually(
         lambda: all(len(descriptors(pid)) <= n for pid, n in before.items()), "those of before"
     )

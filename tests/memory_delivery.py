@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from socketprotector.core.events import BacklogEmptied
 from socketprotector.daemon.delivery import Delivery, Handles, Host
-from socketprotector.daemon.delivery.way import Way
+from socketprotector.daemon.delivery.probe_target import ProbeTarget
 from socketprotector.daemon.generation import OpenGeneration
 from socketprotector.model.records import DeliveryRecord
 from socketprotector.model.settings import ListenerSettings, Settings
@@ -73,7 +73,7 @@ class MemoryDelivery(Delivery):
 
     def reach(
         self, generation: OpenGeneration, listener: str, *, as_client: bool = False
-    ) -> Way | None:
+    ) -> ProbeTarget | None:
         return None
 
     def route_to(self, generation: OpenGeneration | None, *, again: bool = False) -> None:
@@ -86,7 +86,7 @@ class MemoryDelivery(Delivery):
         on_quiet()
 
     def drain(self, generation: OpenGeneration) -> None:
-        generation.ends()
+        generation.note_ended()
         if self._route is not None and self._route is not generation:
             queue = self.queues[generation.record.number]
             self.queues[self._route.record.number] += queue

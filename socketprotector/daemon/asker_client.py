@@ -1,7 +1,7 @@
-"""Talks to the asker (programs/asker.py), a process that gets a connection with each question.
+"""Talks to the asker (programs/asker.py), a process that gets a connection with each probe.
 
-Or it forwards what comes to a socket.  It ends when its line is closed: by us, or because we have
-ended.
+It can forward the connections of a socket instead.  It exits when its line is closed: by us, or
+because we have exited.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from ..system.channel import rights_of
 from ..system.cleanup import on_error
 from ..system.helper import Ended, HelperProcess, Line
 from ..system.loop import Loop
-from .delivery.way import Way
+from .delivery.probe_target import ProbeTarget
 
 _LINE_FD, _LISTENING_FD = 3, 4
 
 
 class Asker:
-    """One such process."""
+    """One asker process."""
 
     def __init__(
         self,
@@ -31,13 +31,13 @@ class Asker:
         heard: Callable[[str], None] = lambda why: None,
         ended: Ended,
         late: Callable[[str], None] = lambda why: None,
-        forwards: tuple[Way, socket.socket] | None = None,
+        forwards: tuple[ProbeTarget, socket.socket] | None = None,
     ) -> None:
         """Start it.  Raises OSError.
 
-        heard: called with why an answer was not good, "" for one that was.  late: called instead
-        where none came in time.  ended: it has ended by itself, and how.  forwards: it is to
-        connect by this way, for each connection that comes there.
+        heard: called with why an answer is bad, "" if it is good.  late: called instead if no
+        answer came in time.  ended: called with how the process exited, unless we ended it.
+        forwards: it connects to this target for each connection that comes to this socket.
         """
         self._heard, self._ended, self._late = heard, ended, late
         self._process: HelperProcess | None = None
@@ -47,10 +47,10 @@ class Asker:
         descriptors = {_LINE_FD: theirs.fileno()}
         with on_error(self.close), theirs:
             if forwards is not None:
-                way, listening = forwards
+                target, listening = forwards
                 words.append(str(_LISTENING_FD))
                 descriptors[_LISTENING_FD] = listening.fileno()
-                self._line.socket.send(_told(way, Question("forward")), socket.MSG_DONTWAIT)
+                self._line.socket.send(_message(target, Question("forward")), socket.MSG_DONTWAIT)
             self._process = HelperProcess.start_own(
                 "asker.py", words, descriptors, loop, self._has_ended
             )
@@ -58,20 +58,20 @@ class Asker:
     def ask(
         self,
         connection: socket.socket,
-        way: Way,
+        target: ProbeTarget,
         asked: Question,
         limit_s: float,
         left_s: float,
     ) -> None:
-        """Have this asked once, by a connection that is being made; it stays the caller's.
+        """Send a probe over a connection that is being made, which stays the caller's.
 
-        limit_s: for a good answer.  left_s: of that.  What is said of an earlier question is not
-        heard any more.  Raises OSError.
+        limit_s: the time for a good answer.  left_s: what is left of it.  A later answer to an
+        earlier probe is ignored.  Raises OSError.
         """
         self._number += 1
         limit = {"limit_s": left_s, "limit": in_units(limit_s)}
-        told = [_told(way, asked, **limit, number=self._number)]
-        self._line.socket.sendmsg(told, [rights_of(connection.fileno())], socket.MSG_DONTWAIT)
+        message = _message(target, asked, **limit, number=self._number)
+        self._line.socket.sendmsg([message], [rights_of(connection.fileno())], socket.MSG_DONTWAIT)
 
     def close(self) -> None:
         """Let it end."""
@@ -81,7 +81,7 @@ class Asker:
             self._process = None
 
     def kill(self) -> None:
-        """Kill it, as it does not answer; that it has ended is told as ever."""
+        """Kill it because it does not answer; `ended` is called as usual."""
         if self._process is not None:
             self._process.process.kill_group()
 
@@ -95,11 +95,11 @@ class Asker:
         self._ended(how)
 
 
-def _told(way: Way, asked: Question, **more: object) -> bytes:
-    mark = way.mark
+def _message(target: ProbeTarget, asked: Question, **more: object) -> bytes:
+    mark = target.mark
     return json.dumps(
         {
-            "address": way.address,
+            "address": target.address,
             "source": mark.source if mark is not None else "",
             "options": mark.options if mark is not None else (),
             "kind": asked.kind,

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from ..model import question
 from ..model.question import Question
 from . import verdicts
-from .delivery.way import Reach
+from .delivery.probe_target import Reach
 from .generation import OpenGeneration
 from .probe import Probe
 from .runtime import Runtime
@@ -72,7 +72,7 @@ class Asking:
         self._loop.cancel(_TIMER)
         self._probe.end()
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """There was no next one."""
         if self._generation is not None:
             self._ask()
@@ -92,13 +92,13 @@ class Asking:
             self.stop()
             self._answered(number, self._asked.kind)
             return
-        cannot = verdict.kind in (verdicts.CANNOT, verdicts.NO_WAY)
+        cannot = verdict.kind in (verdicts.CANNOT, verdicts.NO_TARGET)
         why = f"cannot be asked: {verdict.why}" if cannot else verdict.why
         waits = verdict.kind in (verdicts.UNMADE, verdicts.UNTAKEN) and not self._asked.by_http
         if why != self.last and not waits:
             self._log.write("info", "not-answered", generation=number, reason=why)
         self.last = why
-        if verdict.kind != verdicts.NO_WAY:
+        if verdict.kind != verdicts.NO_TARGET:
             pause_s = verdicts.pause_s(time.monotonic() - self._began)
             self._loop.call_after(_TIMER, pause_s, self._ask)
         if verdicts.time_tells(generation.program.ready, verdict) and not self._probe.is_closed:

@@ -1,8 +1,8 @@
-"""Where a command of --ready check: or --settle-check reaches the generation that it is to check.
+"""The addresses at which check commands (--ready check:, --settle-check) reach their generation.
 
-With any client: each has an address of loopback, while it is checked.  In its channel is what comes
-there; under --handoff listener a helper process forwards it (programs/asker.py), as no process but
-ours connects in a way by which the kernel knows which generation is meant.
+Each generation has a loopback address while it is checked, so a command can use any client.  The
+generation gets these connections through its channel.  Under --handoff listener a helper process
+forwards them (programs/asker.py): only our connections carry the mark that selects a generation.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..system.helper import Ended
 from ..system.log import Log
 from ..system.loop import Loop
 from . import asker_client
-from .delivery.way import BACKLOG, SHUT_DOWN, Reach, Way
+from .delivery.probe_target import BACKLOG, SHUT_DOWN, ProbeTarget, Reach
 from .generation import OpenGeneration
 
 TYPE_CHECKING = False
@@ -24,25 +24,25 @@ if TYPE_CHECKING:
 
 
 class Forwarding:
-    """A process that forwards what comes to a socket of ours; there may be another one later."""
+    """Forwards connections from a loopback socket of ours, by a helper that can be restarted."""
 
-    def __init__(self, loop: Loop, way: Way, ended: Ended) -> None:
-        """Open the socket and start it.  Raises OSError.
+    def __init__(self, loop: Loop, target: ProbeTarget, ended: Ended) -> None:
+        """Open the socket and start the helper.  Raises OSError.
 
-        ended: called with how it has ended, or why none could be started.
+        ended: called with how the helper ended, or why it could not start.
         """
-        self._loop, self._way = loop, way
+        self._loop, self._target = loop, target
         self._listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         with on_error(self._listening.close):
             self._listening.bind(("127.0.0.1", 0))
             self._listening.listen(BACKLOG)
         self._tell = ended
         self._asker: Asker | None = None
-        self.go_on()
+        self.start()
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where what is to be forwarded comes."""
+        """The address from which connections are forwarded."""
         host, port = self._listening.getsockname()
         return host, port
 
@@ -52,12 +52,12 @@ class Forwarding:
             self._asker.close()
         self._listening.close()
 
-    def go_on(self) -> None:
-        """Have a process that forwards, if there is none."""
+    def start(self) -> None:
+        """Start the helper if it does not run."""
         if self._asker is None:
             try:
                 self._asker = asker_client.Asker(
-                    self._loop, ended=self._ended, forwards=(self._way, self._listening)
+                    self._loop, ended=self._ended, forwards=(self._target, self._listening)
                 )
             except OSError as error:
                 self._tell(f"cannot be started: {error.strerror}")
@@ -69,15 +69,15 @@ class Forwarding:
 
 @mutable
 class CheckProbes:
-    """The addresses, by generation."""
+    """The probe addresses of all generations that are being checked."""
 
     loop: Loop
     log: Log
     reach: Reach
-    _open: dict[int, tuple[Way, Forwarding | None]] = field(default_factory=dict)
+    _open: dict[int, tuple[ProbeTarget, Forwarding | None]] = field(default_factory=dict)
 
     def address(self, generation: OpenGeneration) -> str:
-        """Return where a generation is reached, "" where it cannot be.  Raises OSError."""
+        """Return a generation's probe address; "": it cannot be reached.  Raises OSError."""
         number = generation.record.number
 
         def ended(how: str) -> None:
@@ -86,40 +86,43 @@ class CheckProbes:
 
         found = self._open.get(number)
         if found is None:
-            way = self.reach(generation, "")
-            if way is None:
+            target = self.reach(generation, "")
+            if target is None:
                 return ""
-            with on_error(way.close):
-                found = way, Forwarding(self.loop, way, ended) if way.is_ours_alone else None
+            with on_error(target.close):
+                found = (
+                    target,
+                    Forwarding(self.loop, target, ended) if target.is_ours_alone else None,
+                )
             self._open[number] = found
         elif found[1] is not None:
-            found[1].go_on()
-        way, forwarding = found
-        host, port = forwarding.address if forwarding is not None else way.address
+            found[1].start()
+        target, forwarding = found
+        host, port = forwarding.address if forwarding is not None else target.address
         return f"{host}:{port}"
 
     def judge(self, generation: OpenGeneration, why: str) -> str:
-        """Return why what a command has answered is not good, "" if it is.
+        """Return why a command's answer is bad; "": it is good.
 
-        why: what it says itself.  It may have reached another generation: then the next command
+        why: the command's own reason.  If it may have reached another generation, the next command
         gets another address.
         """
         number = generation.record.number
-        way, _ = self._open.get(number, (None, None))
-        if way is None or way.holds():
+        target, _ = self._open.get(number, (None, None))
+        if target is None or target.holds():
             return why
         self.over(number)
         return SHUT_DOWN
 
     def over(self, number: int) -> None:
-        """No worker of this generation is checked any more."""
-        way, forwarding = self._open.pop(number, (None, None))
+        """Release the probe address of a generation."""
+        target, forwarding = self._open.pop(number, (None, None))
         if forwarding is not None:
             forwarding.close()
-        if way is not None:
-            way.close()
+        if target is not None:
+            target.close()
 
     def all_over(self) -> None:
-        """None is in this program."""
+        """Release all probe addresses."""
         for number in tuple(self._open):
             self.over(number)

@@ -117,7 +117,7 @@ class Effects:
                 runtime,
                 self.generations,
                 lost=self._listener_lost,
-                bound=lambda listener: self.live_settings.bound_anew(listener),
+                bound=lambda listener: self.live_settings.note_rebound(listener),
                 untaken=self._say_untaken,
                 own_connection=lambda: self.questions.tcp_connection,
             )
@@ -167,7 +167,7 @@ class Effects:
             case Quiesce(number):
                 self._quiesce(number)
             case Drain(number) if number in self.generations:
-                self.generations[number].drains()
+                self.generations[number].note_draining()
                 self.pool.drain(number)
                 self.delivery.drain(self.generations[number])
             case Release(number) if number in self.generations:
@@ -179,11 +179,11 @@ class Effects:
                 self.live_settings.read(dry_run=dry_run)
             case UseSettings():
                 self.live_settings.use()
-                self.questions.settings_are(self.generations.get(self._route or 0))
+                self.questions.apply_settings(self.generations.get(self._route or 0))
             case ForgetSettings():
                 self.live_settings.forget()
             case CloseListeners(quick):
-                self.questions.serves(None)
+                self.questions.set_serving(None)
                 self._close_listeners(quick=quick)
             case StartTimer(deadline, seconds, True):
                 self._loop.extend(deadline, seconds)
@@ -247,10 +247,10 @@ class Effects:
         for each in (self.pool, self.questions):
             each.suspend()
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """There was no next one: ask again."""
         for each in (self.pool, self.questions):
-            each.go_on()
+            each.resume()
 
     # -- generations ---------------------------------------------------------
 
@@ -289,7 +289,7 @@ class Effects:
         generation = self.generations.get(number) if number is not None else None
         self._route = number if generation is not None else None
         if generation is None:
-            self.questions.serves(None)
+            self.questions.set_serving(None)
             self.delivery.route_to(None)
             return
         again = generation.record.serving_since > 0.0
@@ -297,7 +297,7 @@ class Effects:
             generation.update_record(serving_since=time.monotonic(), served_at=time.time())
         self.delivery.route_to(generation, again=again)
         self._log.write("info", "route", generation=number)
-        self.questions.serves(generation)
+        self.questions.set_serving(generation)
 
     def _same_file(self) -> str:
         """Say that the serving generation is affected, too, where its file was changed in place."""
@@ -319,17 +319,17 @@ class Effects:
         if generation is None:
             over()
         else:
-            generation.drains()
+            generation.note_draining()
             self.delivery.begin_drain(generation, over, reads_on=self.pool.all_retire(number))
 
     @property
-    def they_stay(self) -> bool:
+    def listeners_survive_stop(self) -> bool:
         """Whether the listeners that are ours outlive a stop."""
         ours = [each for each in self.delivery.listeners if not each.settings.foreign]
         return bool(ours) and self._stay([name for each in ours for name in each.descriptors()])
 
     def _close_listeners(self, *, quick: bool) -> None:
-        stay, serving = self.they_stay, self._route
+        stay, serving = self.listeners_survive_stop, self._route
         self._loop.cancel(_LATE)
         late_s = 0.0 if quick or stay else self._late_s
         if late_s > 0.0:

@@ -18,12 +18,12 @@ class EventQueue:
     def __init__(self) -> None:
         self._events: deque[Event] = deque()
         #: Called when there are some.
-        self.work_off: Callable[[], None] = lambda: None
+        self.drain: Callable[[], None] = lambda: None
 
     def post(self, event: Event) -> None:
         """Add an event, and have the queue worked off."""
         self._events.append(event)
-        self.work_off()
+        self.drain()
 
     def add(self, events: Iterable[Event]) -> None:
         """Add events that can wait until the queue is worked off."""

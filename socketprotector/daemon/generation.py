@@ -46,7 +46,7 @@ class OpenGeneration:
         """Put another record in its place: a checkpoint sees by identity what has changed."""
         self.record = replace(self.record, **changes)  # type: ignore[arg-type]
 
-    def drains(self) -> None:
+    def note_draining(self) -> None:
         """Note since when it drains."""
         if self.record.drained_at is None:
             self.update_record(drained_at=time.time())
@@ -61,7 +61,7 @@ class OpenGeneration:
         """Whether its workers get no more: they read end of file, or were told to finish."""
         return self.record.ended
 
-    def ends(self) -> None:
+    def note_ended(self) -> None:
         """Note that its workers get no more."""
         if not self.record.ended:
             self.update_record(ended=True)

@@ -62,13 +62,13 @@ class Health:
         """That of the question which is under way, if it has one by TCP."""
         return self._probe.connection
 
-    def serves(self, generation: OpenGeneration | None) -> None:
+    def set_serving(self, generation: OpenGeneration | None) -> None:
         """New clients come to this generation from now on; None: to none."""
         if generation is not self._generation:
             self._generation = generation
             self._begin()
 
-    def settings_are(self) -> None:
+    def apply_settings(self) -> None:
         """A reload may have changed them."""
         if self._held_to != self._options():
             self._begin()
@@ -78,7 +78,7 @@ class Health:
         self._loop.cancel(_TIMER)
         self._probe.end()
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """There was no next one."""
         text = self._settings().health
         if self._generation is not None and text:
@@ -98,7 +98,7 @@ class Health:
         self._held_to = options
         self._probe.close()
         self.known = Serving(time.time())
-        self.go_on()
+        self.resume()
 
     def _ask(self) -> None:
         its, generation = self._settings(), self._generation

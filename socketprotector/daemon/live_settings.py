@@ -59,7 +59,7 @@ class LiveSettings:
         except MemoryError:
             self._post(SettingsFailed("cannot read the configuration: out of memory"))
             return
-        reader.read(self.settings, partial(self._were_read, dry_run=dry_run))
+        reader.read(self.settings, partial(self._on_config_read, dry_run=dry_run))
 
     def compare(self, done: Callable[[config_reader.ConfigAnswer], None]) -> bool:
         """Find out what a reload would change, and call back; False while that is going on."""
@@ -113,7 +113,7 @@ class LiveSettings:
             self.forget()
         self._remove_listeners()
 
-    def bound_anew(self, listener: Listener) -> None:
+    def note_rebound(self, listener: Listener) -> None:
         """Write down that a listener has another socket file: it is to be removed at the end."""
         index, its, candidate = listener.index, listener.settings, self.record.candidate
         self.record = SettingsRecord(
@@ -124,7 +124,7 @@ class LiveSettings:
 
     # -- inside ------------------------------------------------------------------
 
-    def _were_read(self, answer: config_reader.ConfigAnswer, *, dry_run: bool) -> None:
+    def _on_config_read(self, answer: config_reader.ConfigAnswer, *, dry_run: bool) -> None:
         old, new = self.settings, answer.settings
         if new is None:
             lines = answer.failure.split("\n")
@@ -169,7 +169,7 @@ class LiveSettings:
 
     def _hold_to(self, settings: Settings) -> None:
         self.record = SettingsRecord(settings)
-        self._pool.settings_are(settings)
+        self._pool.apply_settings(settings)
         self._remove_listeners()
 
     def _remove_listeners(self) -> None:

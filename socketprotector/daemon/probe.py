@@ -1,8 +1,8 @@
-"""Asks a generation one question: reaches it, has it answer, and says what came of that.
+"""Sends a generation one probe, and reports its verdict.
 
-How it is reached (`Way`) its delivery knows.  `accept` is asked here: a connection, that must not
-wait any more.  By HTTP another process asks, by a connection of ours (asker_client.py).  A command
-asks by itself.
+Its delivery knows how to reach it (`ProbeTarget`).  An `accept` probe is a connection of ours that
+a worker must accept.  An HTTP probe is sent by another process over a connection of ours
+(asker_client.py).  A check command connects without us.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..system.polling import events_of
 from . import verdicts
 from .asker_client import Asker
 from .check_probe import CheckProbes
-from .delivery.way import PROBE, SHUT_DOWN, Reach, Way
+from .delivery.probe_target import PROBE, SHUT_DOWN, ProbeTarget, Reach
 from .generation import OpenGeneration
 from .verdicts import Verdict
 
@@ -38,7 +38,7 @@ _NOT_THERE = (errno.ECONNREFUSED, errno.ENOENT)
 
 
 class Probe:
-    """One question at a time, to one generation until close()."""
+    """Probes one generation until close(), with one probe at a time."""
 
     def __init__(
         self,
@@ -49,24 +49,24 @@ class Probe:
         addresses: CheckProbes | None = None,
         reads: Callable[[int], bytes] = lambda number: b"",
     ) -> None:
-        """as_client: it reaches what serves, and each question has a way of its own.
+        """as_client: the probes reach the serving generation, each by a target of its own.
 
-        addresses: where commands reach a generation, if not as the other questions do.
-        reads: what they read, of a generation.
+        addresses: where commands reach a generation, if not where the other probes do.
+        reads: returns what a command reads on stdin, by generation number.
         """
         self._loop, self._reach, self._as_client = loop, reach, as_client
         self._addresses, self._reads = addresses, reads
         self._heard: Callable[[Verdict], None] | None = None
         self._asked = Question("")
         self._asked_at = self._until = 0.0
-        self._way: Way | None = None
-        #: Of a question that is under way, or that no worker has taken yet: so a server that takes
-        #: none does not get one after the other.
+        self._target: ProbeTarget | None = None
+        #: The connection of the present probe, or of one that no worker has accepted yet: so probes
+        #: do not pile up at a server that accepts none.
         self._connection: socket.socket | None = None
         self._made_at = 0.0
         self._was_reset = False
         self._asker: Asker | None = None
-        #: One that was late may live on: as another user's, or waiting for a disk.
+        #: A late command may survive its kill: as another user's process, or waiting for a disk.
         self._command: CheckCommand | None = None
         self._late = ""
 
@@ -77,7 +77,7 @@ class Probe:
         limit_s: float,
         heard: Callable[[Verdict], None],
     ) -> None:
-        """Ask; heard is called once, maybe at once, unless close() is before."""
+        """Send a probe; heard is called once, maybe at once, unless close() comes first."""
         self._asked, self._heard = asked, heard
         self._asked_at = time.monotonic()
         self._until = self._asked_at + limit_s
@@ -91,26 +91,26 @@ class Probe:
 
     @property
     def asks(self) -> bool:
-        """Whether a question is under way."""
+        """Whether a probe is under way."""
         return self._heard is not None
 
     @property
     def connection(self) -> socket.socket | None:
-        """That of the question by TCP that is under way, or was not taken yet."""
-        return self._connection if self._way is not None and not self._way.is_unix else None
+        """The TCP connection of a probe that is under way, or that no worker has accepted yet."""
+        return self._connection if self._target is not None and not self._target.is_unix else None
 
     @property
     def is_closed(self) -> bool:
-        """Whether workers keep clients out: see Way."""
-        return self._way is not None and self._way.is_closed()
+        """Whether workers keep clients out: see ProbeTarget."""
+        return self._target is not None and self._target.is_closed()
 
     def close(self) -> None:
-        """Give up what was asked of this generation."""
+        """Abandon the probe of this generation."""
         self._heard = None
         self._loop.cancel(self)
         with suppress(OSError):
-            if self._way is not None and self._connection is not None and self._waits():
-                self._way.give_up(self._connection)
+            if self._target is not None and self._connection is not None and self._waits():
+                self._target.abandon(self._connection)
         self._disconnect()
         self._leave()
         if self._command is not None:
@@ -119,7 +119,7 @@ class Probe:
         self._was_reset = False
 
     def end(self) -> None:
-        """Do that, and keep no process."""
+        """Abandon the probe, and end the asker process."""
         self.close()
         if self._asker is not None:
             self._asker.close()
@@ -128,9 +128,9 @@ class Probe:
     # -- inside --------------------------------------------------------------------
 
     def _over(self, kind: str, why: str = "") -> None:
-        """Say what came of it, unless that may be of another generation."""
+        """Report the verdict; MOVED if another generation may have answered."""
         self._loop.cancel(self)
-        holds = self._way is None or self._way.holds()
+        holds = self._target is None or self._target.holds()
         if not holds:
             kind, why = verdicts.MOVED, SHUT_DOWN
         if kind not in (verdicts.UNMADE, verdicts.UNTAKEN):
@@ -142,14 +142,14 @@ class Probe:
             heard(Verdict(kind, why))
 
     def _send(self, generation: OpenGeneration, limit_s: float) -> None:
-        """Raises OSError where it cannot be reached now."""
+        """Connect to the generation.  Raises OSError if it cannot be reached now."""
         asked = self._asked
-        self._way = self._way or self._reach(generation, asked.listener)
-        way = self._way
-        if way is None:
+        self._target = self._target or self._reach(generation, asked.listener)
+        target = self._target
+        if target is None:
             one_socket = "there is one socket for it and the one before"
             none = "there is no such listener any more"
-            self._over(verdicts.NO_WAY, none if self._as_client else one_socket)
+            self._over(verdicts.NO_TARGET, none if self._as_client else one_socket)
             return
         if asked.by_http and self._asker is None:
             try:
@@ -159,10 +159,10 @@ class Probe:
             except OSError as error:
                 error.strerror = f"the process that asks cannot be started: {error.strerror}"
                 raise
-        self._connection = one = way.connecting()
+        self._connection = client = target.connecting()
         self._made_at = self._asked_at
-        failed = one.connect_ex(way.target)
-        if failed == errno.EAGAIN and way.is_unix:  # its backlog is full, and no kernel waits
+        failed = client.connect_ex(target.connect_address)
+        if failed == errno.EAGAIN and target.is_unix:  # its backlog is full, and no kernel waits
             self._disconnect()
             if self._left_s:
                 self._look_later(partial(self._send_again, generation, limit_s))
@@ -173,7 +173,7 @@ class Probe:
             self._over(kind, self._cannot_connect(failed))
         elif asked.by_http:
             assert self._asker is not None
-            self._asker.ask(one, way, asked, limit_s, self._left_s)
+            self._asker.ask(client, target, asked, limit_s, self._left_s)
             self._loop.call_after(self, self._left_s + _ASKER_S, self._asker.kill)
         else:
             self._look_later(self._look)
@@ -193,7 +193,7 @@ class Probe:
         if self._asked.by_http:
             refused = number == errno.ECONNREFUSED
             return f"GET {self._asked.path}: {'refused' if refused else why}"
-        where = self._way.in_words if self._way is not None else "it"
+        where = self._target.in_words if self._target is not None else "it"
         return f"cannot connect to {where}: {why}"
 
     def _disconnect(self) -> None:
@@ -203,22 +203,22 @@ class Probe:
             self._connection = None
 
     def _leave(self) -> None:
-        if self._way is not None:
-            self._way.close()
-            self._way = None
+        if self._target is not None:
+            self._target.close()
+            self._target = None
 
     # -- whether it was taken --------------------------------------------------------
 
     def _waits(self) -> bool:
-        """Whether no worker has taken our connection yet.  Raises OSError: it came to none."""
-        way, one = self._way, self._connection
-        assert way is not None
+        """Return whether our connection waits to be accepted.  Raises OSError if it is lost."""
+        target, one = self._target, self._connection
+        assert target is not None
         assert one is not None
-        # Nor has the kernel where its backlog is full.
-        return not events_of(one, select.POLLOUT) or way.waits(one)
+        # It waits, too, while the kernel has not connected it because the backlog is full.
+        return not events_of(one, select.POLLOUT) or target.waits(one)
 
     def _still_waits(self) -> bool:
-        """Go on with what was asked before, and was not taken; else nothing of it is left."""
+        """Return whether the earlier probe still waits, and continue it; otherwise forget it."""
         if self._connection is None:
             return False
         waits: bool | None = None
@@ -237,11 +237,11 @@ class Probe:
         return True
 
     def _waiting(self) -> tuple[str, str]:
-        """Return of what kind that is, and why."""
+        """Return the verdict, and the reason, of a connection that no worker has accepted."""
         assert self._connection is not None
         made = events_of(self._connection, select.POLLOUT)
         what = "was accepted by no worker" if made else "could not be made"
-        where = self._way.in_words if self._way is not None else "it"
+        where = self._target.in_words if self._target is not None else "it"
         kind = verdicts.UNTAKEN if made else verdicts.UNMADE
         return kind, f"a connection to {where} {what}"
 
@@ -251,8 +251,8 @@ class Probe:
         self._loop.call_after(self, delay_s, look)
 
     def _look(self) -> None:
-        way, one = self._way, self._connection
-        assert way is not None
+        target, one = self._target, self._connection
+        assert target is not None
         assert one is not None
         failed = one.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         was_reset, self._was_reset = self._was_reset, failed == errno.ECONNRESET
@@ -260,11 +260,11 @@ class Probe:
             waits = not failed and self._waits()
         except OSError as error:
             failed = error.errno or errno.EIO
-        if not way.holds():
+        if not target.holds():
             self._over(verdicts.MOVED, SHUT_DOWN)
         elif failed and not (was_reset and self._was_reset):
-            # A reset is by what has accepted it, else it would have been refused; or as the
-            # listening socket was shut down, which is mended, and does not come twice in a row.
+            # A server that accepted resets a connection; so does a listening socket that is shut
+            # down, which we repair, so that does not happen twice in a row.
             self._over(verdicts.REFUSED, self._cannot_connect(failed))
         elif failed or not waits:
             self._over(verdicts.GOOD)
@@ -276,7 +276,7 @@ class Probe:
     # -- by HTTP ---------------------------------------------------------------------
 
     def _answered(self, why: str) -> None:
-        if self.asks:  # else it was given up
+        if self.asks:  # otherwise the probe was abandoned
             self._over(verdicts.BAD if why else verdicts.GOOD, why)
 
     def _is_late(self, why: str) -> None:
@@ -295,24 +295,24 @@ class Probe:
     # -- by a command ----------------------------------------------------------------
 
     def _run(self, generation: OpenGeneration, limit_s: float) -> None:
-        """Raises OSError or ValueError."""
-        if self._command is not None:  # beside one that lives on no other is started
+        """Run the check command.  Raises OSError or ValueError."""
+        if self._command is not None:  # a late command still runs: start no second
             self._loop.call_after(self, limit_s, lambda: self._over(verdicts.BAD, self._late))
             return
         if self._addresses is not None:
             address = self._addresses.address(generation)
         else:
-            self._way = way = self._reach(generation, "")
-            if way is None:
-                self._over(verdicts.NO_WAY, "there is no listener any more")
+            self._target = target = self._reach(generation, "")
+            if target is None:
+                self._over(verdicts.NO_TARGET, "there is no listener any more")
                 return
-            address = way.text
+            address = target.text
         number = generation.record.number
 
         def over(why: str) -> None:
             command, self._command = self._command, None
             if command is not None and command.is_late:
-                self._loop.cancel(self)  # that was its answer
+                self._loop.cancel(self)  # its answer has been reported as late
                 self._heard = None
                 return
             if self._addresses is not None:

@@ -89,7 +89,7 @@ class Questions:
         """Whether --settle is over, and the next good answer is waited for."""
         return self.settle_check is not None and self.settle_check.is_due
 
-    def serves(self, generation: OpenGeneration | None) -> None:
+    def set_serving(self, generation: OpenGeneration | None) -> None:
         """New clients come to this generation from now on; None: to none."""
         if self.health is None:
             if generation is None or not self._settings().health:
@@ -100,14 +100,14 @@ class Questions:
                 delivery=self._delivery,
                 remember=self._remember,
             )
-        self.health.serves(generation)
+        self.health.set_serving(generation)
 
-    def settings_are(self, route: OpenGeneration | None) -> None:
+    def apply_settings(self, route: OpenGeneration | None) -> None:
         """A reload may have changed them; route: where new clients come to."""
         if self.health is not None:
-            self.health.settings_are()
+            self.health.apply_settings()
         else:
-            self.serves(route)
+            self.set_serving(route)
 
     @property
     def tcp_connection(self) -> socket.socket | None:
@@ -119,10 +119,10 @@ class Questions:
         for each in self._used():
             each.suspend()
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """There was no next one."""
         for each in self._used():
-            each.go_on()
+            each.resume()
 
     def _used(self) -> Iterable[Asking | SettleCheck | Health]:
         parts = (self.asking, self.settle_check, self.health)

@@ -51,7 +51,7 @@ class Recovery:
         """
         effects, snapshot = self.effects, self.snapshot
         fleet, delivery = snapshot.fleet, effects.delivery
-        closing = fleet.stopping is not None and not effects.they_stay
+        closing = fleet.stopping is not None and not effects.listeners_survive_stop
         delivery.adopt(snapshot.delivery, self.left, held=fleet.held, closing=closing)
         broken = self._adopt_generations()
         for record in snapshot.workers:

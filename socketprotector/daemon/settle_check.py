@@ -22,7 +22,7 @@ from ..model.question import Question
 from ..system.check_command import LIMIT_S
 from . import verdicts
 from .check_probe import CheckProbes
-from .delivery.way import Reach
+from .delivery.probe_target import Reach
 from .generation import OpenGeneration
 from .probe import Probe
 from .runtime import Runtime
@@ -58,7 +58,7 @@ class SettleCheck:
         self._generation = generation
         self._asked = question.read_settle_check(generation.program.settle_check)
         self._known = Settling()
-        self.go_on()
+        self.resume()
 
     def stop(self) -> None:
         """Ask no more."""
@@ -72,7 +72,7 @@ class SettleCheck:
         if self._generation is not None:
             self._probes.over(self._generation.record.number)
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """There was no next one."""
         if self._generation is not None:
             self._known = replace(self._known, unknown_since=None)

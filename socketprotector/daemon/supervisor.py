@@ -42,7 +42,7 @@ _BEHIND_S = 10.0
 #: The timer that runs while it does.
 _HAND_OVER = "hand-over"
 #: After so much work of ours clients that wait are accepted: to start a worker takes 1 ms.
-_BREATH_S = 0.005
+_YIELD_AFTER_S = 0.005
 #: How soon to look again behind a child that another object here reaps; later each time in a row.
 _FIRST_REAP_S = 0.01
 _LAST_REAP_S = 1.0
@@ -79,12 +79,12 @@ class Supervisor:
     _recorded: deque[Action] = field(default_factory=deque)
     _working: bool = False
     _handing_over: bool = False
-    _breath_at: float = 0.0  # when to accept the next time
+    _yield_at: float = 0.0  # when to accept the next time
 
     def __post_init__(self) -> None:
         effects = self.effects
         self.checkpoint.begin(effects, lambda: effects.snapshot(self.fleet, self._recorded))
-        self.queue.work_off = self._work
+        self.queue.drain = self._work
         # SIGCHLD, too: ignored, as by our caller, it would have the kernel throw away how workers
         # ended.  Their own ends come by pidfds.
         self.runtime.loop.catch((*signals.TO_THE_PROTECTOR, signal.SIGCHLD), self._signalled)
@@ -105,7 +105,7 @@ class Supervisor:
         self._act(Hold, RouteTo)  # so that no client has to wait for what follows
         for events in recovery.adopt_workers():
             self.queue.add(events)
-            self._breathe()
+            self._yield_to_accepts()
         self._act()
         self.effects.reports.welcome(self.fleet)
         self._working = False
@@ -132,7 +132,7 @@ class Supervisor:
                 self.runtime.persist()
                 acted = bool(self._unfinished)
                 self._act()
-                self._breathe()
+                self._yield_to_accepts()
         finally:
             self._working = False
         if acted:
@@ -159,17 +159,17 @@ class Supervisor:
             kind = action.news if isinstance(action, Report) else type(action)
             if kind in _WRITTEN_AT_ONCE:
                 self.runtime.persist()
-            self._breathe()
+            self._yield_to_accepts()
 
-    def _breathe(self) -> None:
+    def _yield_to_accepts(self) -> None:
         """Go back to the connections in the middle of what concerns many workers.
 
         And to the watchdog; all else waits, so that one event is worked off after the other.
         """
-        if time.monotonic() >= self._breath_at:
+        if time.monotonic() >= self._yield_at:
             self.effects.delivery.look()
             self.runtime.loop.run_if_due(WATCHDOG)
-            self._breath_at = time.monotonic() + _BREATH_S
+            self._yield_at = time.monotonic() + _YIELD_AFTER_S
 
     def begin_upgrade(self) -> None:
         """Ask the new program whether it can take over; it is executed when it says so."""
@@ -209,7 +209,7 @@ class Supervisor:
         elif self.checkpoint.write():
             self.effects.suspend()
             self.upgrade.execute(self.checkpoint.descriptors())
-            self.effects.go_on()
+            self.effects.resume()
             if self.fleet.reading:
                 self.effects.perform(ReadSettings(self.fleet.dry_run))
         else:

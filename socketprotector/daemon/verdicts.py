@@ -18,7 +18,7 @@ UNMADE, UNTAKEN = "unmade", "untaken"
 #: Something of ours was missing: a descriptor, a process.
 CANNOT = "cannot"
 #: There is no socket by which this generation alone is reached.
-NO_WAY = "no-way"
+NO_TARGET = "no-way"
 #: The asked socket was shut down meanwhile: another generation may have answered.
 MOVED = "moved"
 
@@ -45,7 +45,7 @@ def pause_s(since_first_s: float) -> float:
 # -- before it has clients ---------------------------------------------------------
 
 #: No worker's doing: it may be ready nevertheless.
-_TELLS_NOTHING = (REFUSED, UNREACHED, UNMADE, NO_WAY)
+_TELLS_NOTHING = (REFUSED, UNREACHED, UNMADE, NO_TARGET)
 
 
 def time_tells(ready: str, verdict: Verdict) -> bool:

@@ -29,7 +29,7 @@ from ..system.process_groups import Groups
 from ..system.procfs import sockets_of
 from .check_probe import CheckProbes
 from .delivery import Delivery
-from .delivery.way import PROBE
+from .delivery.probe_target import PROBE
 from .first_programs import FirstPrograms
 from .generation import OpenGeneration
 from .log_output import Output
@@ -93,7 +93,7 @@ class WorkerPool:
             remember=remember,
         )
 
-    def settings_are(self, settings: Settings) -> None:
+    def apply_settings(self, settings: Settings) -> None:
         """A reload has changed them."""
         self._spawner.settings = settings
         self.limits.use(settings)
@@ -230,7 +230,7 @@ class WorkerPool:
         self._probes.all_over()
         self.orphans.stop_looking()
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """There was no next one."""
         for worker in self._workers.values():
             worker.readiness.check()

@@ -86,7 +86,7 @@ def named(number: int, descriptors: Mapping[str, int]) -> dict[str, int]:
     return {f"{inherited.WORKER}{number}.{name}": fd for name, fd in descriptors.items()}
 
 
-def _of_the_library(
+def client_library_env(
     generation: OpenGeneration, slot: int, end: socket.socket, free: Iterator[int]
 ) -> tuple[dict[int, int], dict[str, str]]:
     """Return RETURN's far end and the scoreboard, number there -> ours; and what the environment
@@ -138,9 +138,9 @@ class WorkerSpawner:
                 ours.callback(line.close)
                 theirs.callback(end.close)
                 handles = self.delivery.worker_handles(generation, slot, free, self.settings)
-                more, told_of_them = _of_the_library(generation, slot, end, free)
+                more, told_of_them = client_library_env(generation, slot, end, free)
                 descriptors = handles.descriptors | more
-                told = handles.told | told_of_them
+                told = handles.environment | told_of_them
                 offered = Readiness.offered(program, free, self.loop, number)
                 readiness, its_ends, variables = theirs.enter_context(offered)
                 output = theirs.enter_context(self.output.opened(number, generation.record.number))

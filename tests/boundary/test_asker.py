@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from socketprotector.daemon import asker_client
-from socketprotector.daemon.delivery.way import Way
+from socketprotector.daemon.delivery.probe_target import ProbeTarget
 from socketprotector.model.question import Question
 from socketprotector.programs import asker
 from socketprotector.system.loop import Loop
@@ -342,7 +342,7 @@ def test_what_is_said_of_an_earlier_question_is_not_heard_any_more(
         loop.running = False
 
     def ask(address: tuple[str, int]) -> None:
-        way = Way(address, None, lambda one: False, lambda: None)
+        way = ProbeTarget(address, None, lambda one: False, lambda: None)
         with way.connecting() as one:
             one.connect_ex(address)
             client.ask(one, way, Question("http", path="/p"), DEADLINE_S, DEADLINE_S)

@@ -10,7 +10,7 @@ import pytest
 
 from socketprotector.daemon import asker_client
 from socketprotector.daemon.check_probe import CheckProbes
-from socketprotector.daemon.delivery.way import SHUT_DOWN
+from socketprotector.daemon.delivery.probe_target import SHUT_DOWN
 from socketprotector.system.loop import Loop
 
 

@@ -102,7 +102,7 @@ class World(ABC):
         handles = self.delivery.worker_handles(generation, 0, free, settings)
         number = generation.record.number
         assert [*handles.descriptors] == [*range(FIRST_FD, next(free))]
-        assert handles.told
+        assert handles.environment
         self.handed[number] = [
             socket.socket(fileno=os.dup(fd)) for fd in handles.descriptors.values()
         ]
@@ -395,7 +395,7 @@ def test_a_generation_is_asked_that_gets_no_clients(world: World) -> None:
     assert world.delivery.reach(tried, "no such listener") is None
     one = way.connecting()
     world.clients.append(one)
-    assert one.connect_ex(way.target) in (0, errno.EINPROGRESS)
+    assert one.connect_ex(way.connect_address) in (0, errno.EINPROGRESS)
     question = one.getsockname()[1]
     assert way.waits(one)
 
@@ -414,7 +414,7 @@ def test_the_one_that_serves_is_asked_as_clients_ask_it(world: World) -> None:
         return
     one = way.connecting()
     world.clients.append(one)
-    assert one.connect_ex(way.target) in (0, errno.EINPROGRESS)
+    assert one.connect_ex(way.connect_address) in (0, errno.EINPROGRESS)
 
     world.until(lambda: one.getsockname()[1] in world.taken[1], 1)
     way.close()

@@ -239,7 +239,7 @@ class World:
             Runtime(cast("Loop", self.loop), cast("Any", self), self._post, lambda: True),
             [cast("Listener", each) for each in self.listeners],
             broken=self._broken,
-            mend=self._mend,
+            repair=self._repair,
             untaken=lambda seconds, waiting, ever: self.untaken.append(seconds),
         )
 
@@ -252,7 +252,7 @@ class World:
         self.broken += 1
         self.on_broken()
 
-    def _mend(self, listener: Listener) -> None:
+    def _repair(self, listener: Listener) -> None:
         if self.mending is not None:
             raise self.mending
         self.dead.append(listener.index)

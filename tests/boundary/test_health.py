@@ -49,7 +49,7 @@ def asked(loop: Loop, command: str, written: list[History]) -> Health:
     )
     program = replace(SHELL, environment=(("PATH", os.environ["PATH"]),))
     generation = SimpleNamespace(program=program, record=SimpleNamespace(number=1))
-    health.serves(cast("Any", generation))
+    health.set_serving(cast("Any", generation))
     return health
 
 

@@ -62,7 +62,7 @@ class World:
             Runtime(self.loop, cast("Any", self), lambda event: None, self._persist),
             listeners,
             broken=lambda: None,
-            mend=lambda listener: None,
+            repair=lambda listener: None,
         )
 
     def write(self, level: str, event: str, **fields: Any) -> None:

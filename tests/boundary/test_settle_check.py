@@ -16,7 +16,7 @@ import pytest
 
 from socketprotector.core.events import Event, SettleFailed
 from socketprotector.daemon import probe, settle_check, verdicts
-from socketprotector.daemon.delivery.way import SHUT_DOWN, Way
+from socketprotector.daemon.delivery.probe_target import SHUT_DOWN, ProbeTarget
 from socketprotector.daemon.runtime import Runtime
 from socketprotector.daemon.settle_check import SettleCheck
 from socketprotector.system.loop import Loop
@@ -112,12 +112,14 @@ class Askers:
 @pytest.fixture
 def way() -> Iterator[SimpleNamespace]:
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        connecting = Way(listening.getsockname(), None, lambda _: True, lambda: None).connecting
+        connecting = ProbeTarget(
+            listening.getsockname(), None, lambda _: True, lambda: None
+        ).connecting
         yield SimpleNamespace(
-            target=listening.getsockname(),
+            connect_address=listening.getsockname(),
             connecting=connecting,
             waits=lambda _: False,
-            give_up=lambda _: None,
+            abandon=lambda _: None,
             is_unix=False,
             close=lambda: None,
             holds=lambda: True,
@@ -180,7 +182,7 @@ def test_a_full_backlog_at_a_unix_path_is_waited_for_as_long_as_over_tcp(
         listening.bind(path)
         listening.listen(0)
         client.connect(path)
-        way = Way((path, 0), None, lambda _: False, lambda: None)
+        way = ProbeTarget((path, 0), None, lambda _: False, lambda: None)
         make = way.connecting
 
         def connecting() -> socket.socket:

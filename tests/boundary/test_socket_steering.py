@@ -21,12 +21,12 @@ from socketprotector.daemon import probe
 from socketprotector.daemon.asking import Asking
 from socketprotector.daemon.control.status import of_listener
 from socketprotector.daemon.delivery import NEVER_TAKEN_S
+from socketprotector.daemon.delivery.probe_target import SHUT_DOWN
 from socketprotector.daemon.delivery.shared import probes, quiescing
 from socketprotector.daemon.delivery.shared.probes import LEAVES_S
 from socketprotector.daemon.delivery.shared.quiescing import LAST_S, QUIET_S, SILENT_S
 from socketprotector.daemon.delivery.shared.socket_steering import SocketSteering
 from socketprotector.daemon.delivery.shared.socket_watch import FIRST_RESCUE_S
-from socketprotector.daemon.delivery.way import SHUT_DOWN
 from socketprotector.daemon.runtime import Runtime
 from socketprotector.launch.bind_unix import give_away
 from socketprotector.model.records import SteeringRecord
@@ -179,7 +179,7 @@ class World:
         assert way is not None
         ours = way.connecting()
         self.clients.append(ours)
-        assert ours.connect_ex(way.target) in (0, errno.EINPROGRESS)
+        assert ours.connect_ex(way.connect_address) in (0, errno.EINPROGRESS)
         assert way.waits(ours)
 
     def accept(self, socket_number: int) -> None:
@@ -249,7 +249,7 @@ def test_a_question_that_is_given_up_is_discarded_unless_a_client_waits_too(
         for _ in range(clients):
             reloaded.connect()
         assert way.waits(ours)
-        way.give_up(ours)
+        way.abandon(ours)
     reloaded.steering.turn_to(1)
     assert reloaded.waiting() == [0]
 
@@ -606,7 +606,7 @@ def test_where_no_process_is_left_that_could_accept_a_client_it_is_reported_at_o
     reloaded.pass_time(FIRST_RESCUE_S / 2)
     assert reloaded.stranded == 0
 
-    reloaded.steering.gone(1)
+    reloaded.steering.forget(1)
     reloaded.pass_time(0.02)
 
     assert reloaded.stranded == 1
@@ -619,12 +619,12 @@ def test_each_release_that_fails_has_its_clients_reported_at_once(reloaded: Worl
         reloaded.connect()
         before = reloaded.stranded
         reloaded.steering.leave(release)
-        reloaded.steering.gone(release)
+        reloaded.steering.forget(release)
         reloaded.pass_time(0.02)
         assert reloaded.stranded == before + 1
         reloaded.steering.enter(release + 1, 1)  # the one for them
         reloaded.steering.leave(release + 1)
-        reloaded.steering.gone(release + 1)
+        reloaded.steering.forget(release + 1)
         reloaded.pass_time(FIRST_RESCUE_S / 2)
         assert reloaded.stranded == before + 1
         reloaded.steering.enter(release + 2, 1, fresh=True)
@@ -1197,7 +1197,7 @@ def test_nor_by_another_program(reloaded: World) -> None:
 
 def test_one_is_asked_once_that_has_gone(reloaded: World) -> None:
     steering = left(reloaded)
-    steering.gone(1)
+    steering.forget(1)
 
     way = steering.probes.ask(3, "")
 
@@ -1446,7 +1446,7 @@ def test_what_a_killed_program_has_asked_is_no_client_to_the_next_one(
     if goes_on == "asks":
         reloaded.put_question(2)
 
-    reloaded.steering.gone(2)
+    reloaded.steering.forget(2)
     reloaded.pass_time(2 * FIRST_RESCUE_S)
 
     assert reloaded.waiting() == []
@@ -1466,7 +1466,7 @@ def test_what_one_that_had_clients_was_asked_is_no_client_either(
     if resumed:
         reloaded.resume((1, 0), (2, 1), record=reloaded.written)
     reloaded.steering.turn_to(0)
-    reloaded.steering.gone(2)
+    reloaded.steering.forget(2)
     reloaded.pass_time(FIRST_RESCUE_S / 2)
 
     assert reloaded.waiting() == [1] * client
@@ -1483,7 +1483,7 @@ def test_a_question_that_cannot_be_closed_for_want_of_descriptors_is_none_either
 
     reloaded.put_question(2)
     monkeypatch.setattr(reuseport, "discard_waiting", fails)
-    reloaded.steering.gone(2)
+    reloaded.steering.forget(2)
     reloaded.pass_time(2 * FIRST_RESCUE_S)
     assert reloaded.waiting() == [1]
     assert reloaded.loop.due("steering-rescue"), "until then nothing wakes us for it"
@@ -1504,7 +1504,7 @@ def test_a_client_that_has_come_where_one_was_asked_is_never_discarded(
     reloaded.steering.turn_to(0)
     if resumed:
         reloaded.resume((1, 0), (2, 1))
-    reloaded.steering.gone(2)
+    reloaded.steering.forget(2)
 
     assert reloaded.waiting() == [1]
 
@@ -1522,7 +1522,7 @@ def test_nor_one_that_came_while_the_other_socket_was_shut_down(
     assert reloaded.waiting() == [1]
     if resumed:
         reloaded.resume((1, 0), (2, 1))
-    reloaded.steering.gone(2)
+    reloaded.steering.forget(2)
     reloaded.pass_time(FIRST_RESCUE_S / 2)
 
     assert reloaded.waiting() == [1]
@@ -1539,7 +1539,7 @@ def test_nor_one_of_a_listener_that_only_the_asked_one_has(world: World, resumed
     world.connect()
     if resumed:
         world.resume((1, 0), (2, 1))
-    world.steering.gone(2)
+    world.steering.forget(2)
 
     assert world.waiting() == [1]
 
@@ -1548,12 +1548,12 @@ def test_nor_one_that_its_owner_is_to_accept(reloaded: World) -> None:
     reloaded.listener.settings = replace(reloaded.listener.settings, foreign=True)
     reloaded.steering.turn_to(1)
     reloaded.steering.leave(1)
-    reloaded.steering.gone(1)
+    reloaded.steering.forget(1)
     reloaded.steering.enter(3, 0)
     reloaded.put_question(3)
     reloaded.steering.give_back()
     reloaded.connect()
-    reloaded.steering.gone(3)
+    reloaded.steering.forget(3)
 
     assert reloaded.waiting() == [0]
 
@@ -1574,7 +1574,7 @@ def test_a_generation_that_settled_and_hung_leaves_no_client_where_only_question
     assert reloaded.quiesced == [2]
     assert "not-taken" not in reloaded.log.events
 
-    reloaded.steering.gone(2)
+    reloaded.steering.forget(2)
     reloaded.pass_time(2 * FIRST_RESCUE_S)
 
     assert reloaded.waiting() == []
@@ -1951,7 +1951,7 @@ def test_a_generation_begins_on_a_socket_as_it_was_made(world: World, how: str) 
     if how == "another program":
         world.resume((1, 0), (2, 1))
     world.steering.leave(2)
-    world.steering.gone(2)
+    world.steering.forget(2)
 
     world.steering.enter(3, 1)
 
@@ -2009,7 +2009,7 @@ def test_clients_come_to_the_serving_one_again_when_another_has_failed(world: Wo
     assert world.waiting() == [0]
     world.accept(0)
     one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)  # as it ends
-    world.steering.gone(2)
+    world.steering.forget(2)
     world.connect()
 
     assert world.waiting() == [0]
@@ -2036,7 +2036,7 @@ def test_a_failed_one_leaves_the_whole_backlog_while_no_generation_accepts(world
         world.steering.leave(1)
         assert limit(one) == made > 1
         one.listen(1)  # as it ends
-        world.steering.gone(1)
+        world.steering.forget(1)
         assert limit(one) == made
 
 
@@ -2056,7 +2056,7 @@ def test_a_socket_that_answers_signed_clients_alone_is_replaced(world: World) ->
     world.steering.turn_to(0)
     world.steering.enter(2, 1)
     ignore_clients(world.listener.socket_for(1))
-    world.steering.gone(2)
+    world.steering.forget(2)
 
     world.steering.enter(3, 1)
     world.steering.turn_to(1)
@@ -2084,7 +2084,7 @@ def test_a_common_one_that_answers_signed_clients_alone_is_replaced_if_that_is_s
     ignore_clients(world.listener.socket)
 
     world.steering.leave(2)
-    world.steering.gone(2)
+    world.steering.forget(2)
 
     assert world.log.events == (["bound-anew"] if spare else ["not-restored"])
     assert world.stranded == (1 if spare else 0)
@@ -2108,7 +2108,7 @@ def test_where_no_other_one_can_be_had_that_of_the_serving_generation_is_left_al
     serving.listen(7)
     world.steering.enter(2, 1)
     world.listener.socket_for(1).setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, 2000)
-    world.steering.gone(2)
+    world.steering.forget(2)
     monkeypatch.setattr(socket_copy, "bind_beside", fails)
 
     world.steering.enter(3, 1)
@@ -2143,7 +2143,7 @@ def test_a_socket_that_cannot_be_as_it_was_made_is_replaced(world: World) -> Non
     world.steering.enter(2, 1)
     one = world.listener.socket_for(1)
     one.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, 2000)
-    world.steering.gone(2)
+    world.steering.forget(2)
 
     world.steering.enter(3, 1)
 
@@ -2170,7 +2170,7 @@ def test_a_failed_one_leaves_a_common_socket_as_the_serving_one_had_it(
 
     assert limit(common) == 70
     common.listen(6)  # as it ends
-    world.steering.gone(2)
+    world.steering.forget(2)
     assert limit(common) == 70
 
 
@@ -2185,12 +2185,12 @@ def test_a_generation_begins_on_a_common_socket_with_its_whole_backlog(world: Wo
     assert limit(common) == made > 5
     world.steering.leave(2)
     assert limit(common) == 5, "as the serving one had it"
-    world.steering.gone(2)
+    world.steering.forget(2)
 
     world.steering.enter(3, 1)
     world.steering.turn_to(1)
     world.steering.leave(1)
-    world.steering.gone(1)
+    world.steering.forget(1)
     assert limit(common) == made
 
 
@@ -2202,14 +2202,14 @@ def test_what_a_generation_has_set_stays_while_it_serves(world: World) -> None:
     world.steering.turn_to(1)
     common.listen(60)
     world.steering.leave(1)
-    world.steering.gone(1)
+    world.steering.forget(1)
     assert limit(common) == 60
     world.steering.enter(3, 0)
     common.listen(8)
     world.steering.leave(3)
     world.steering.enter(4, 0)  # while the workers of 3 still end
     common.listen(50)
-    world.steering.gone(3)
+    world.steering.forget(3)
 
     assert limit(common) == 50
 
@@ -2221,7 +2221,7 @@ def test_an_option_of_a_common_socket_that_cannot_be_restored_is_a_warning(world
     common.setsockopt(socket.SOL_SOCKET, 44, 1)  # SO_LOCK_FILTER
 
     world.steering.leave(2)
-    world.steering.gone(2)
+    world.steering.forget(2)
 
     assert world.log.events == ["not-restored"]
 
@@ -2316,7 +2316,7 @@ def test_clients_that_have_waited_at_each_socket_are_all_served(
 
     world.steering.turn_to(1)
     world.steering.leave(1)
-    world.steering.gone(1)
+    world.steering.forget(1)
     world.steering.enter(2, 1)
     pair.socket_for(1).accept()[0].close()
     world.steering.turn_to(1)
@@ -2376,7 +2376,7 @@ def test_the_last_socket_of_a_path_is_bound_anew_whatever_the_path_led_to_before
     pair.go_on_without(1)
     pair.socket.shutdown(socket.SHUT_RDWR)
 
-    world.steering._repairs.mend(pair, 0)
+    world.steering._repairs.repair(pair, 0)
 
     assert world.lost == []
     come(world, pair.path)
@@ -2402,7 +2402,7 @@ def test_a_path_whose_socket_was_broken_leads_to_the_other_as_soon_as_its_folder
         full.setattr(socket_file, "bind", fail)
         for each in failing:
             full.setattr(os, each, fail)
-        world.steering._repairs.mend(pair, 0)
+        world.steering._repairs.repair(pair, 0)
         world.pass_time(1.0)
     world.pass_time(1.0)
 
@@ -2427,7 +2427,7 @@ def test_a_path_that_leads_to_a_broken_socket_is_removed_at_the_end(
     with monkeypatch.context() as full:
         full.setattr(socket_file, "bind", fail)
         full.setattr(os, "link", fail)
-        world.steering._repairs.mend(pair, 0)
+        world.steering._repairs.repair(pair, 0)
 
     pair.refuse_new()
 
@@ -2502,7 +2502,7 @@ def test_clients_of_a_hold_are_told_of_as_long_as_two_generations_have_both_sock
     world.steering.leave(2)
     assert pair.has_waiting(1)
     before = world.held
-    world.steering.gone(2)
+    world.steering.forget(2)
     world.steering.enter(3, 1)
     assert world.held == before
     assert not pair.is_reserved_for_clients
@@ -2521,14 +2521,14 @@ def test_a_mount_is_only_blamed_for_clients_that_come_where_the_path_does_not_le
     world.steering.enter(2, 1)
     if killed:
         world.resume((1, 0), (2, 1))
-    world.steering.gone(2)
+    world.steering.forget(2)
     world.pass_time(2 * FIRST_RESCUE_S)
     assert world.stranded
     assert world.log.hints == []
 
     world.steering.enter(2, 1)
     pair.socket_for(1).accept()[0].close()
-    world.steering.gone(2)
+    world.steering.forget(2)
     come(world, pair.address_of(1)[0])
     world.pass_time(10 * FIRST_RESCUE_S)
     assert any("mount its folder" in each for each in world.log.hints)
@@ -2565,7 +2565,7 @@ def lose_its_file(world: World, pair: Listener) -> None:
     come(world, pair.path)
     assert not pair.has_waiting(1), "the failed release gets no more clients"
     world.steering.leave(2)
-    world.steering.gone(2)
+    world.steering.forget(2)
     assert "not-steered" not in world.log.events
 
 
@@ -2611,7 +2611,7 @@ def test_clients_of_a_lost_socket_wait_on_when_the_next_generation_fails(
     world.steering.enter(2, 1)
     come(world, pair.path)
     world.steering.leave(2)
-    world.steering.gone(2)
+    world.steering.forget(2)
     before = world.stranded
     world.pass_time(2 * FIRST_RESCUE_S)
 
@@ -2632,7 +2632,7 @@ def test_a_release_that_a_stop_calls_off_brings_no_client_back(
     world.steering.end()
     assert pair.refuse_new()
 
-    world.steering.gone(2)
+    world.steering.forget(2)
     world.pass_time(1.0)
 
     assert os.listdir(os.path.dirname(pair.path)) == []

@@ -61,7 +61,7 @@ class Client:
     def begin(self) -> None:
         """Watch for its first request, which may take IDLE_S."""
         self._await_request()
-        self._go_on()
+        self._resume()
 
     def say(self, line: bytes) -> None:
         """Send a line, now or when the client has read on."""
@@ -167,9 +167,9 @@ class Client:
         if self._ending and not self._unsent:
             self.close()
         else:
-            self._go_on()
+            self._resume()
 
-    def _go_on(self) -> None:
+    def _resume(self) -> None:
         """Wait for what comes next, from or to this client."""
         if self._unsent:
             self._await(WRITE)
@@ -189,7 +189,7 @@ class Client:
         if self._has_more and not self._unsent:
             self._work()
         else:
-            self._go_on()
+            self._resume()
 
     @property
     def _has_more(self) -> bool:

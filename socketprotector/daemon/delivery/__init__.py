@@ -17,7 +17,7 @@ from ...system.inherited import Inherited
 from ...system.listener import Listener
 from ..generation import OpenGeneration
 from ..runtime import Runtime
-from .way import Way
+from .probe_target import ProbeTarget
 
 #: After how long it is reported that no worker takes: if none ever did, and if one has before.
 NEVER_TAKEN_S = 5.0
@@ -31,14 +31,14 @@ LAST_S = 10.0
 
 @mutable
 class Host:
-    """What a delivery is given by the process that builds it."""
+    """What the process that builds a delivery gives it."""
 
     runtime: Runtime
-    #: Those that are open, by number.
+    #: The open generations, by number.
     generations: Mapping[int, OpenGeneration]
-    #: A listener gets no clients any more, and why.
+    #: Called when a listener gets no more clients, with the reason.
     lost: Callable[[Listener, str], None]
-    #: A listener has another socket file.
+    #: Called when a listener has another socket file.
     bound: Callable[[Listener], None]
     #: For so many seconds no worker has taken any of so many clients, whether any ever was taken,
     #: and at which addresses they wait; None: in the queue.  Called once for each route.
@@ -49,17 +49,17 @@ class Host:
 
 @frozen
 class Handles:
-    """What a worker is given to take connections from."""
+    """The descriptors from which a worker takes connections, and how it finds them."""
 
     descriptors: dict[int, int]  # number there -> ours
-    told: dict[str, str]  # what its environment says of them
-    pid_in: str = ""  # the variable that has its pid
+    environment: dict[str, str]  # describes the descriptors to the worker
+    pid_in: str = ""  # the variable that holds the worker's pid
 
 
 class Delivery(ABC):
-    """Brings clients to the workers of one generation at a time: to that which has the route.
+    """Brings new clients to the workers of the generation that has the route.
 
-    Each order may be carried out twice: where a program is killed, the next one repeats it.
+    Each order may be carried out twice: after a kill, the next program repeats it.
     """
 
     #: Whether workers get the listening sockets.
@@ -81,16 +81,16 @@ class Delivery(ABC):
 
     @abstractmethod
     def open(self, generation: OpenGeneration, queue: int, *, fresh: bool) -> None:
-        """Have all that its workers are to be given.  Raises OSError, and leaves nothing.
+        """Make what the workers of a generation will need.  On OSError nothing is left open.
 
-        queue: for how many clients there is to be room in a queue.  fresh: it is a new release.
+        queue: how many clients a queue can hold.  fresh: the generation is a new release.
         """
 
     @abstractmethod
     def worker_handles(
         self, generation: OpenGeneration, slot: int, free: Iterator[int], settings: Settings
     ) -> Handles:
-        """Return what a worker is given that is about to start.  Raises OSError.
+        """Return the handles of a worker that is about to start.  Raises OSError.
 
         free: the numbers that its descriptors may have.
         """
@@ -98,11 +98,11 @@ class Delivery(ABC):
     @abstractmethod
     def reach(
         self, generation: OpenGeneration, listener: str, *, as_client: bool = False
-    ) -> Way | None:
-        """Return how a generation is asked, whoever has the route; None: it cannot be.
+    ) -> ProbeTarget | None:
+        """Return how to probe a generation, with or without the route; None: it is impossible.
 
-        listener: its name, "" for the first.  as_client: the generation has the route, and is
-        reached as clients reach it.  Raises OSError where it cannot be reached now.
+        listener: its name, "" for the first.  as_client: the generation has the route, and the
+        probe reaches it as clients do.  Raises OSError if it cannot be reached now.
         """
 
     @abstractmethod
@@ -116,15 +116,15 @@ class Delivery(ABC):
     def begin_drain(
         self, generation: OpenGeneration, on_quiet: Callable[[], None], *, reads_on: bool
     ) -> None:
-        """Call back when a generation without the route may be told to finish.
+        """Call back when a generation without the route may be ordered to finish.
 
-        That is when it has taken, and read from, all clients that have come to it.  reads_on: told
-        to finish, its workers read from those that they have taken.
+        Then it has accepted all its clients, and read from each.  reads_on: its workers still
+        read from accepted clients after that order, so only accepting is waited for.
         """
 
     @abstractmethod
     def drain(self, generation: OpenGeneration) -> None:
-        """Bring a generation nothing more, and take back what it has not taken."""
+        """Bring a generation no more clients, and take back those that it has not accepted."""
 
     @abstractmethod
     def release(self, generation: OpenGeneration) -> None:
@@ -152,7 +152,7 @@ class Delivery(ABC):
 
     @abstractmethod
     def untaken_s(self, generation: OpenGeneration) -> float | None:
-        """Return for how long it has taken none that waits; None: not long enough to report."""
+        """Return for how long it has accepted no waiting client; None: too short to report."""
 
     @abstractmethod
     def queue_limit(self, generation: OpenGeneration) -> int | None:
@@ -163,7 +163,7 @@ class Delivery(ABC):
     @property
     @abstractmethod
     def listeners(self) -> tuple[Listener, ...]:
-        """Those that clients come to."""
+        """The listeners that clients come to."""
 
     @abstractmethod
     def number_for(self, listener: Listener) -> int:
@@ -175,14 +175,14 @@ class Delivery(ABC):
 
     @abstractmethod
     def add(self, listener: Listener, *, dry_run: bool) -> None:
-        """Have one more, for the generations that know it; takes ownership.
+        """Add a listener, for the generations that know it; takes ownership.
 
-        dry_run: the generation that is to know it gets no clients.
+        dry_run: the generation that will know it gets no clients.
         """
 
     @abstractmethod
     def remove(self, listener: Listener) -> None:
-        """Refuse new clients, and serve those that have connected."""
+        """Refuse new clients of a listener, and serve its connected clients."""
 
     @abstractmethod
     def cannot_hold(self) -> str | None:
@@ -206,9 +206,9 @@ class Delivery(ABC):
     def close_listeners(
         self, serving: OpenGeneration | None, *, quick: bool, stay: bool = False
     ) -> None:
-        """Refuse new clients; quick: close at once.  Else BacklogEmptied follows.
+        """Refuse new clients; quick: close at once.  Otherwise BacklogEmptied follows.
 
-        stay: later clients are to wait for the next start, so our own listeners live on.
+        stay: later clients wait for the next start, so our own listeners survive.
         """
 
     # -- the whole ---------------------------------------------------------------------
@@ -216,12 +216,12 @@ class Delivery(ABC):
     @property
     @abstractmethod
     def forwarded(self) -> int | None:
-        """How many connections were accepted here, to be handed over; None: none ever is."""
+        """How many connections we accepted to hand over; None: workers accept."""
 
     @property
     @abstractmethod
     def lost(self) -> int | None:
-        """How many of those were lost on the way."""
+        """How many forwarded connections were lost on the way."""
 
     @property
     @abstractmethod
@@ -247,19 +247,19 @@ class Delivery(ABC):
 
     @abstractmethod
     def adopt(self, record: DeliveryRecord, left: Inherited, *, held: bool, closing: bool) -> None:
-        """Go on with what an earlier program had; takes descriptors that are no generation's.
+        """Resume from an earlier program's record; takes descriptors that are no generation's.
 
-        held: there is to be a hold.  closing: the listeners are about to be closed.
+        held: a hold must be in force.  closing: the listeners are about to be closed.
         """
 
     @abstractmethod
     def adopt_generation(
         self, generation: OpenGeneration, descriptors: Mapping[str, int], *, draining: bool
     ) -> bool:
-        """Go on with one that an earlier program opened; takes ownership of its descriptors.
+        """Adopt a generation that an earlier program opened; takes ownership of its descriptors.
 
-        draining: it drains already.  False: it was not stored in time, so nothing was ever brought
-        to it.
+        draining: it drains already.  Returns False if its descriptors were not stored in time: then
+        it never got a client.
         """
 
     @abstractmethod

@@ -12,7 +12,7 @@ from socketprotector.daemon.verdicts import (
     CANNOT,
     GOOD,
     MOVED,
-    NO_WAY,
+    NO_TARGET,
     REFUSED,
     UNHEALTHY,
     UNKNOWN,
@@ -26,7 +26,7 @@ from socketprotector.daemon.verdicts import (
 )
 from socketprotector.model.history import HEALTHY
 
-KINDS = (GOOD, BAD, REFUSED, UNREACHED, UNMADE, UNTAKEN, CANNOT, NO_WAY, MOVED)
+KINDS = (GOOD, BAD, REFUSED, UNREACHED, UNMADE, UNTAKEN, CANNOT, NO_TARGET, MOVED)
 #: How many answers in a row make another state of it.
 MOST = 2
 
@@ -45,7 +45,7 @@ def serving(*kinds: str) -> Serving:
 def test_time_tells_only_where_no_worker_can_have_caused_it_and_only_under_any(kind: str) -> None:
     verdict = Verdict(kind)
 
-    assert verdicts.time_tells("any", verdict) == (kind in (REFUSED, UNREACHED, UNMADE, NO_WAY))
+    assert verdicts.time_tells("any", verdict) == (kind in (REFUSED, UNREACHED, UNMADE, NO_TARGET))
     for ready in ("accept", "http", "https"):
         assert not verdicts.time_tells(ready, verdict)
 
@@ -59,7 +59,7 @@ def test_the_pause_is_a_tenth_of_the_time_that_it_has_taken() -> None:
 # -- while it settles --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [BAD, REFUSED, UNMADE, UNTAKEN, NO_WAY])
+@pytest.mark.parametrize("kind", [BAD, REFUSED, UNMADE, UNTAKEN, NO_TARGET])
 @pytest.mark.parametrize("first", [(), (GOOD,), (CANNOT,)])
 def test_the_first_bad_answer_of_one_that_settles_is_the_last(
     kind: str, first: tuple[str, ...]
@@ -135,7 +135,7 @@ def test_a_question_that_waits_changes_no_state_and_no_count(kind: str) -> None:
     assert serving(BAD, kind, BAD).state == UNHEALTHY
 
 
-@pytest.mark.parametrize("kind", [CANNOT, UNREACHED, NO_WAY, MOVED])
+@pytest.mark.parametrize("kind", [CANNOT, UNREACHED, NO_TARGET, MOVED])
 def test_what_cannot_be_asked_in_a_row_makes_it_unknown(kind: str) -> None:
     assert serving(GOOD, kind).state == HEALTHY
 

@@ -56,14 +56,14 @@ class Forwarder:
         listeners: Sequence[Listener],
         *,
         broken: Callable[[], None],
-        mend: Callable[[Listener], None],
+        repair: Callable[[Listener], None],
         untaken: Callable[[float, int, bool], None] = lambda seconds, waiting, ever: None,
         ended: Callable[[Channel], None] = lambda channel: None,
     ) -> None:
         """Take ownership of the listeners.
 
         broken: the route's channel was shut down.
-        mend: has a listener that was shut down listen again, or marks it as lost.  Raises OSError
+        repair: has a listener that was shut down listen again, or marks it as lost.  Raises OSError
         where the system is out of something.
         untaken: no worker has taken from the queue for so many seconds; how many connections wait,
         and whether any was ever taken.  Called once for each route.
@@ -72,7 +72,7 @@ class Forwarder:
         self._loop = loop = runtime.loop
         self._post = runtime.post
         self._listeners = list(listeners)
-        self._mend = mend
+        self._repair = repair
         self._ended = ended
         self._forwarded = 0  # by earlier programs
         self._lost = 0
@@ -96,10 +96,10 @@ class Forwarder:
         self._over: list[Listener] = []  # closed to new connections
         self._closing: _Closing | None = None
         stop = self._acceptor.end_all
-        self._shortage = Shortage(runtime, stop=stop, retry=self._go_on)
+        self._shortage = Shortage(runtime, stop=stop, retry=self._resume)
         self.outlet = Outlet(
             *(loop, self.undelivered, self.queue, self._shortage),
-            *(stop, self._go_on, broken),
+            *(stop, self._resume, broken),
         )
         self._drains = DrainingListeners(runtime, self.undelivered, self._shortage, self._end)
 
@@ -109,13 +109,13 @@ class Forwarder:
         """Give what comes from now on to this channel; None: hold it in the backlog."""
         self.outlet.lead_to(channel)
         self._acceptor.end_all()
-        self._go_on()
+        self._resume()
 
     def hold(self, on: bool) -> None:
         """Accept nothing, and refuse nothing: new clients wait in the backlog."""
         self._holding = on
         self._acceptor.end_all()
-        self._go_on()
+        self._resume()
 
     def drain(self, channel: Channel) -> None:
         """Take back untaken connections, as far as the route has room; then end the channel.
@@ -142,14 +142,14 @@ class Forwarder:
         self._leftovers.pop(channel, None)
         if channel.depth():
             self._leftovers[channel] = True
-            self._go_on()
+            self._resume()
         else:
             channel.close()  # there may be no route for long, and many that come to nothing
 
     def add(self, listener: Listener) -> None:
         """Accept from one more listener, for the generations that know it; takes ownership."""
         self._listeners.append(listener)
-        self._go_on()
+        self._resume()
 
     def remove(self, listener: Listener, to: Channel | None) -> None:
         """Refuse new clients.  The backlog goes to this channel; without one it is lost."""
@@ -265,7 +265,7 @@ class Forwarder:
             if self.forwarded == before:
                 return
 
-    def _go_on(self) -> None:
+    def _resume(self) -> None:
         """Deliver what is undelivered, then the leftovers, then accept; or stay held."""
         if self.outlet.route is not None:
             self.outlet.send_kept()
@@ -373,11 +373,11 @@ class Forwarder:
         self._acceptor.end(listener)
         if self._closing is None:
             try:
-                self._mend(listener)
+                self._repair(listener)
             except OSError as error:
                 self._shortage.begin("socket", error)
             else:
-                self._go_on()
+                self._resume()
 
     # -- the end -------------------------------------------------------------
 

@@ -30,7 +30,7 @@ class Outlet:
     #: Accepts nothing more.
     stop: Callable[[], None]
     #: There is room again.
-    go_on: Callable[[], None]
+    resume: Callable[[], None]
     #: The route's channel was shut down.
     broken: Callable[[], None]
     route: Channel | None = None
@@ -111,7 +111,7 @@ class Outlet:
 
     def _room(self) -> None:
         self._unwatch_full()
-        self.go_on()
+        self.resume()
 
     def _unwatch_full(self) -> None:
         if self._full is not None:

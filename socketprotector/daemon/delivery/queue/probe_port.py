@@ -19,7 +19,7 @@ from ....system.cleanup import on_error
 from ....system.listener import AGAIN
 from ....system.loop import Loop
 from ....system.polling import events_of
-from ..way import BACKLOG, Way
+from ..probe_target import BACKLOG, ProbeTarget
 from .queue_watch import QueueWatch
 
 #: How soon to accept again where the system was out of something.
@@ -52,10 +52,10 @@ class ProbePort:
             loop.watch(self._socket.fileno(), self._came)
 
     @property
-    def way(self) -> Way:
+    def way(self) -> ProbeTarget:
         """How its generation is reached."""
         host, port = self._socket.getsockname()
-        return Way((host, port), None, self._waits, self.close)
+        return ProbeTarget((host, port), None, self._waits, self.close)
 
     def close(self) -> None:
         """Send nothing more."""

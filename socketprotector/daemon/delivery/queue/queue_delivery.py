@@ -22,7 +22,7 @@ from ....system.listener import SCARCE, Listener
 from ....system.loop import SHUT
 from ...generation import OpenGeneration, known_to
 from .. import Delivery, Handles, Host
-from ..way import Way
+from ..probe_target import ProbeTarget
 from .forwarder import Forwarder
 from .probe_port import ProbePort
 
@@ -42,7 +42,7 @@ class QueueDelivery(Delivery):
             runtime,
             tuple(listeners),
             broken=self._route_is_broken,
-            mend=self._mend,
+            repair=self._repair,
             untaken=lambda seconds, waiting, ever: host.untaken(seconds, waiting, ever, None),
             ended=self._has_ended,
         )
@@ -78,18 +78,18 @@ class QueueDelivery(Delivery):
         self, generation: OpenGeneration, slot: int, free: Iterator[int], settings: Settings
     ) -> Handles:
         channel = next(free)
-        told = {
+        environment = {
             wire.ENV_CHANNEL: str(channel),
             wire.ENV_LISTENERS: generation.program.listeners,
             wire.ENV_GENERATION: str(generation.record.number),
             wire.ENV_WORKER: str(slot),
             wire.ENV_WORKERS: str(max(settings.processes, slot + 1)),
         }
-        return Handles({channel: self._of(generation).read.fileno()}, told)
+        return Handles({channel: self._of(generation).read.fileno()}, environment)
 
     def reach(
         self, generation: OpenGeneration, listener: str, *, as_client: bool = False
-    ) -> Way | None:
+    ) -> ProbeTarget | None:
         beside = self.forwarder.queue if generation.record.number == self._route else None
         for each in self.listeners:
             if listener in ("", each.settings.name) and generation.knows(each.index):
@@ -146,7 +146,7 @@ class QueueDelivery(Delivery):
     def _has_ended(self, channel: Channel) -> None:
         for number, generation in self._host.generations.items():
             if self._channels.get(number) is channel:
-                generation.ends()
+                generation.note_ended()
 
     # -- what is known of it -----------------------------------------------------------
 
@@ -186,7 +186,7 @@ class QueueDelivery(Delivery):
         ]
         self.forwarder.remove(listener, self._channels[max(served)] if served else None)
 
-    def _mend(self, listener: Listener) -> None:
+    def _repair(self, listener: Listener) -> None:
         """Have a listener listen again that was shut down, or another in its place, or none.
 
         Raises OSError where the system is out of something.

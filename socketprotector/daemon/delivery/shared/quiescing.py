@@ -1,8 +1,8 @@
-"""When a generation whose turn is over has accepted and read from all its clients.
+"""Finds out when a replaced generation has accepted, and read from, all its clients.
 
-It gets no new clients any more, and may have some that it has not accepted, or not read from: a
-server that is told to finish closes those.  The kernel tells which there are (sock_diag); it is
-asked again and again, at most a tenth of our time.  Where it does not tell, only time counts.
+It gets no new clients.  It may have clients that it has not accepted, or not read from: a server
+that is ordered to finish closes their connections.  We query the kernel for them (sock_diag) again
+and again, for at most a tenth of our time.  If the kernel does not answer, only time counts.
 """
 
 from __future__ import annotations
@@ -20,45 +20,45 @@ from ...runtime import Runtime
 from .accept_watch import ASKING_SHARE
 
 _LOOK_S = 0.1
-#: The same where the workers read from all that they have accepted before they leave: only those
-#: who are about to connect are waited for.
+#: The same for workers that read from all accepted clients before they exit: then only clients
+#: that are about to connect are waited for.
 _LOOK_SOON_S = 0.01
 _SOON_LOOKS = 2
 #: For how long all clients that had come must have been read from.
 QUIET_S = 1.0
 #: How long to wait for clients that have connected and send nothing.
 SILENT_S = 3.0
-#: After that long a generation is told to finish even if it has not read from all of them.
+#: After that long a generation is ordered to finish even if it has not read from all its clients.
 LAST_S = 10.0
 
 
 @mutable
 class _Generation:
-    """One that gets no new clients any more."""
+    """What is known of one generation that gets no new clients."""
 
     socket_number: int
-    over: Callable[[], None]
+    on_quiet: Callable[[], None]
     common: Sequence[Listener]  # without a second socket, and maybe with a backlog
-    reads_on: bool  # told to finish, its workers read from all that they have accepted
+    reads_on: bool  # its workers read from all accepted clients before they exit
     began: float
-    # In seconds as planned, not as passed: while the machine was suspended no worker could read.
+    # Planned seconds, not elapsed ones: while the machine was suspended no worker could read.
     delay_s: float = 0.0  # before this look
     waited_s: float = 0.0
     quiet_s: float = 0.0
     quiet_looks: int = 0
-    # Clients that had come before, and whether each is silent; None: yet to be asked for.
+    # Clients that connected before, and whether each is silent; None: not queried yet.
     unread: dict[tuple[int, bytes], bool] | None = None
 
 
 def _unread_unix(
     listeners: Sequence[Listener], socket_number: int, replaced: Sequence[Listener]
 ) -> dict[tuple[int, bytes], bool]:
-    """Return what Quiescing asks for of UNIX sockets.  Raises OSError.
+    """Return the unread clients of a generation's UNIX sockets.  Raises OSError.
 
-    Which of the accepted ones has sent nothing at all is not known: none is waited for.
+    The kernel does not say which accepted clients have sent nothing: none of them is waited for.
 
-    replaced: those whose socket was bound in the place of the generation's own.  The name of that
-    one is not known any more: it is any of its path that no socket has now.
+    replaced: listeners whose socket was bound in the place of the generation's own.  The name of
+    that earlier socket is lost: any name of this path that no present socket has may be its name.
     """
     by_name = {each.socket_for(socket_number).getsockname(): each.index for each in listeners}
     by_path = {each.path: each.index for each in replaced}
@@ -74,7 +74,7 @@ def _unread_unix(
 
 
 class Quiescing:
-    """The generations of which that is awaited."""
+    """The generations that are waiting to go quiet."""
 
     def __init__(
         self,
@@ -85,12 +85,12 @@ class Quiescing:
         clients_wait: Callable[[Listener, int], bool],
         is_steered: Callable[[int], bool],
     ) -> None:
-        """own: the listeners whose socket of a number gets no new clients while the other one does,
-        as far as a generation has them.
+        """own: returns a generation's listeners whose socket of this number gets no new clients
+        while the other socket does.
 
-        is_replaced: whether another socket was bound in the place of that of a generation.
-        clients_wait: whether any do at a socket, by its number; questions of ours do not count.
-        is_steered: whether no new client comes to a generation.
+        is_replaced: says whether another socket was bound in the place of a generation's socket.
+        clients_wait: says whether clients wait at a socket, by number; our probes do not count.
+        is_steered: says whether no new client comes to a generation.
         """
         self._loop, self._log = runtime.loop, runtime.log
         self._own, self._is_replaced = own, is_replaced
@@ -101,99 +101,99 @@ class Quiescing:
         self,
         generation: int,
         socket_number: int,
-        over: Callable[[], None],
+        on_quiet: Callable[[], None],
         *,
         common: Sequence[Listener] = (),
         reads_on: bool = False,
     ) -> None:
-        """Call back when it has accepted and read from all; reads_on: when it has accepted them.
+        """Call back when a generation has accepted, and read from, all its clients.
 
-        socket_number: where it accepts.  common: and these, which have one socket for all.
+        socket_number: where it accepts.  common: listeners with one socket for all generations,
+        which count, too.  reads_on: call back as soon as it has accepted them.
         """
         self._generations[generation] = _Generation(
-            socket_number, over, common, reads_on, began=time.monotonic()
+            socket_number, on_quiet, common, reads_on, began=time.monotonic()
         )
         self._look(generation)
 
     def end(self, generation: int) -> None:
-        """It accepts no more: nothing is to be waited for."""
+        """Stop waiting for a generation that accepts no more."""
         if self._generations.pop(generation, None) is not None:
             self._loop.cancel(("quiesce", generation))
 
     @property
     def generations(self) -> tuple[int, ...]:
-        """Those of which that is awaited."""
+        """The generations that are waited for."""
         return tuple(self._generations)
 
     def begin_again(self, generation: int) -> None:
-        """Clients have come to it until now."""
-        its = self._generations[generation]
-        its.began, its.waited_s, its.unread = time.monotonic(), 0.0, None
-        its.quiet_looks, its.quiet_s = 0, 0.0
+        """Start over for a generation that has got clients until now."""
+        state = self._generations[generation]
+        state.began, state.waited_s, state.unread = time.monotonic(), 0.0, None
+        state.quiet_looks, state.quiet_s = 0, 0.0
 
     def _look(self, generation: int) -> None:
-        its, now = self._generations[generation], time.monotonic()
-        # First: clients that come after that are not among those below.
+        state, now = self._generations[generation], time.monotonic()
+        # First, so that clients who come later do not count below.
         still_come = not self._is_steered(generation)
-        its.common = [each for each in its.common if each.has_waiting()]
-        own = self._own(its.socket_number, generation)
-        # Also where another socket was bound in the place of its own: it has accepted before.
-        pairs = self._own(its.socket_number, 0)
-        waiting = any(self._clients_wait(each, its.socket_number) for each in own) or bool(
-            its.common
+        state.common = [each for each in state.common if each.has_waiting()]
+        own = self._own(state.socket_number, generation)
+        # Replaced sockets too: the generation accepted from the earlier socket.
+        pairs = self._own(state.socket_number, 0)
+        waiting = any(self._clients_wait(each, state.socket_number) for each in own) or bool(
+            state.common
         )
         if still_come:
             self.begin_again(generation)
-        left = its.unread
-        if left is None:
-            # sock_diag knows the port, not the socket: it counts clients of the other one, too.
-            # Of these only accepted ones matter: a backlog there is the other generation's.
-            left = self._ask(generation, pairs, accepted=not waiting)
-        elif left and (still := self._ask(generation, pairs, accepted=not waiting)) is not None:
-            left = {client: still[client] for client in left if client in still}
-        # Of UNIX sockets those that wait are not told: so ask again when they have been accepted.
-        its.unread = None if waiting else left
-        its.waited_s += its.delay_s
-        its.quiet_s += its.delay_s if its.quiet_looks else 0.0
-        its.quiet_looks += 1
-        if waiting or still_come or left is None or not all(left.values()):
-            its.quiet_looks, its.quiet_s = 0, 0.0
-        if its.reads_on:
-            quiet = its.quiet_looks >= _SOON_LOOKS
+        unread = state.unread
+        if unread is None:
+            # sock_diag knows the port, not the socket, so it counts clients of the other socket,
+            # too.  Only accepted clients matter here: that backlog is the other generation's.
+            unread = self._ask(generation, pairs, accepted=not waiting)
+        elif unread and (still := self._ask(generation, pairs, accepted=not waiting)) is not None:
+            unread = {client: still[client] for client in unread if client in still}
+        # sock_diag omits clients in a UNIX backlog: query again when they have been accepted.
+        state.unread = None if waiting else unread
+        state.waited_s += state.delay_s
+        state.quiet_s += state.delay_s if state.quiet_looks else 0.0
+        state.quiet_looks += 1
+        if waiting or still_come or unread is None or not all(unread.values()):
+            state.quiet_looks, state.quiet_s = 0, 0.0
+        if state.reads_on:
+            quiet = state.quiet_looks >= _SOON_LOOKS
         else:
-            quiet = its.quiet_s > QUIET_S - _LOOK_S / 2
-        awaited = left and its.waited_s < SILENT_S - _LOOK_S / 2
-        late = now - its.began >= LAST_S
+            quiet = state.quiet_s > QUIET_S - _LOOK_S / 2
+        awaited = unread and state.waited_s < SILENT_S - _LOOK_S / 2
+        late = now - state.began >= LAST_S
         if late or (quiet and not awaited):
             if waiting:
                 hint = "its workers do not accept; the next generation gets what waits"
                 self._log.write("warning", "not-taken", generation=generation, hint=hint)
             del self._generations[generation]
-            its.over()
+            state.on_quiet()
             return
         asking_s = time.monotonic() - now
-        look_s = _LOOK_SOON_S if its.reads_on else _LOOK_S
-        its.delay_s = max(look_s, asking_s / ASKING_SHARE)
+        look_s = _LOOK_SOON_S if state.reads_on else _LOOK_S
+        state.delay_s = max(look_s, asking_s / ASKING_SHARE)
         again = partial(self._look, generation)
-        self._loop.call_after(("quiesce", generation), its.delay_s, again)
+        self._loop.call_after(("quiesce", generation), state.delay_s, again)
 
     def _ask(
         self, generation: int, pairs: Sequence[Listener], *, accepted: bool
     ) -> dict[tuple[int, bytes], bool] | None:
-        """Return the clients at these addresses that were not read from, and whether each is
-        silent; none where the kernel does not tell.
+        """Return the unread clients at these addresses, and whether each is silent.
 
-        accepted: without those in a backlog.  Of one that reads on, those about to connect.
-
-        None where it could not be asked just now.
+        Returns none for an address of which the kernel says nothing, and None if it cannot be
+        queried now.  accepted: without clients in a backlog.  For a generation that reads on,
+        returns the clients that are about to connect.
         """
-        its, found = self._generations[generation], dict[tuple[int, bytes], bool]()
+        state, found = self._generations[generation], dict[tuple[int, bytes], bool]()
         for family in {each.socket.family for each in pairs}:
             mine = [each for each in pairs if each.socket.family == family]
             if family == socket.AF_UNIX:
                 replaced = [each for each in mine if self._is_replaced(each, generation)]
                 try:
-                    found.update(_unread_unix(mine, its.socket_number, replaced))
+                    found.update(_unread_unix(mine, state.socket_number, replaced))
                 except OSError as error:
                     if error.errno in SCARCE:
                         return None
@@ -201,7 +201,7 @@ class Quiescing:
             ports = {each.port for each in mine}
             known: dict[int, dict[bytes, bool]]
             try:
-                if its.reads_on:
+                if state.reads_on:
                     shaking = handshakes_by_port(family, ports)
                     known = {port: dict.fromkeys(each, False) for port, each in shaking.items()}
                 else:
@@ -209,7 +209,7 @@ class Quiescing:
             except OSError as error:
                 if error.errno in SCARCE:
                     return None
-                continue  # sock_diag is not there: QUIET_S is far longer than most take
+                continue  # without sock_diag, QUIET_S is far longer than most workers need
             for each in mine:
                 clients = known[each.port].items()
                 found.update(((each.index, client), silent) for client, silent in clients)

@@ -20,7 +20,7 @@ from ....system.inherited import Inherited
 from ....system.listener import Listener
 from ...generation import OpenGeneration, known_to
 from .. import LAST_S, QUIET_S, Delivery, Handles, Host
-from ..way import Way
+from ..probe_target import ProbeTarget
 from .accept_counts import AcceptCounts
 from .listener_flags import ListenerFlags
 from .socket_steering import SocketSteering
@@ -86,14 +86,14 @@ class SharedDelivery(Delivery):
             why = "a listener was lost when the protector was killed; restart to have it"
             raise OSError(errno.ENOTCONN, why)
         self.steering.grow(number, generation.knows)
-        told = worker_variables(number, slot=slot, master_pid=os.getpid())
+        environment = worker_variables(number, slot=slot, master_pid=os.getpid())
         if settings.control is not None:
-            told["EINHORN_SOCK_PATH"] = settings.control.address.removeprefix("unix:")
-        return Handles({next(free): there[index] for index in wanted}, told, "LISTEN_PID")
+            environment["EINHORN_SOCK_PATH"] = settings.control.address.removeprefix("unix:")
+        return Handles({next(free): there[index] for index in wanted}, environment, "LISTEN_PID")
 
     def reach(
         self, generation: OpenGeneration, listener: str, *, as_client: bool = False
-    ) -> Way | None:
+    ) -> ProbeTarget | None:
         if as_client:
             return self.steering.reach(listener, generation.knows)
         return self.steering.probes.ask(generation.record.number, listener, generation.knows)
@@ -110,11 +110,11 @@ class SharedDelivery(Delivery):
         self.steering.quiesce(generation.record.number, on_quiet, reads_on=reads_on)
 
     def drain(self, generation: OpenGeneration) -> None:
-        generation.ends()
+        generation.note_ended()
         self.steering.leave(generation.record.number)
 
     def release(self, generation: OpenGeneration) -> None:
-        self.steering.gone(generation.record.number)
+        self.steering.forget(generation.record.number)
 
     def keeps(self, number: int) -> bool:
         return False

@@ -22,7 +22,7 @@ RESTART = "restart SocketProtector: until then a release that fails may keep cli
 
 
 class SocketRepair:
-    """Has each generation begin with sound sockets, and repairs those that it breaks."""
+    """Gives each generation sound sockets, and repairs the sockets that it breaks."""
 
     def __init__(
         self,
@@ -38,9 +38,9 @@ class SocketRepair:
         bound: Callable[[Listener], None],
         lost: Callable[[Listener, str], None],
     ) -> None:
-        """shared: the listeners that get clients.  steer: tells the kernel where they come.
+        """shared: returns the listeners that get clients.  steer: updates the kernel's steering.
 
-        adopt_held: has those that wait at a third socket served by the next generation.
+        adopt_held: passes clients at a third socket to the next generation.
         bound, lost: see SocketSteering.
         """
         self._shared, self._turns, self._hold = shared, turns, hold
@@ -49,10 +49,10 @@ class SocketRepair:
         self._adopt_held = adopt_held
         self._bound, self._lost = bound, lost
         self.options = SocketRestoring(runtime, shared, self._replace)
-        self.ended = False  # what is shut down now may stay so
+        self.ended = False  # True: a socket that is shut down stays so
 
-    def mend(self, listener: Listener, socket_number: int) -> None:
-        """Have a socket that was shut down listen again, or another one in its place."""
+    def repair(self, listener: Listener, socket_number: int) -> None:
+        """Make a socket that was shut down listen again, or bind another in its place."""
         if self.ended or listener.lost:
             return
         self._loop.unwatch(listener.socket_for(socket_number).fileno())
@@ -64,22 +64,24 @@ class SocketRepair:
             self._replace(listener, socket_number)
         self._watch_later()
 
-    def mend_all(self) -> None:
-        """Mend the sockets that get no client.  Of these epoll reports only one that was shut down.
+    def repair_all(self) -> None:
+        """Repair the sockets that get no client.
 
-        One that a worker has connected is not reported, nor one on a device that is gone.
+        Epoll reports a socket that was shut down, but neither a socket that a worker has connected
+        nor one on a device that is gone.
         """
         for each in self._shared():
             for number in range(len(each.sockets)):
                 if not each.is_alive(number):
-                    self.mend(each, number)
+                    self.repair(each, number)
                 elif self._is_out_of_reach(each, number):
                     self._replace(each, number)
 
     def _is_out_of_reach(self, listener: Listener, number: int) -> bool:
-        """Whether no client can come to a socket that listens: its device or its file is gone.
+        """Return whether a listening socket gets no client: its device or its file is gone.
 
-        A release that starts on such a device cannot be asked, and time alone would make it ready.
+        A release that starts on such a device cannot be probed, so a timer alone would make it
+        ready.
         """
         turns = self._turns
         if number == turns.number_for(listener):
@@ -88,26 +90,26 @@ class SocketRepair:
         return starts_there and socket_copy.device_is_gone(listener.socket_for(number))
 
     def make_ready(self, listener: Listener, socket_number: int) -> None:
-        """Have no generation begin with a socket of an earlier one.  Raises OSError."""
+        """Give a generation that starts a socket of its own.  Raises OSError."""
         if not listener.is_alive(socket_number) or not listener.is_sound(socket_number):
-            self.mend(listener, socket_number)
+            self.repair(listener, socket_number)
         self._unwatch(listener)
         if listener.is_reserved_for_clients and not self._hold.on:
             listener.adopt_reserved(socket_number)
             self._bound(listener)
-        # Clients of a single one that no generation has come with the next generation.
+        # Clients of a single socket that no generation has wait for the next generation.
         awaited = any(index == listener.index for _, index in self._turns.unserved)
         if (listener.has_sibling or not awaited) and listener.renew(socket_number):
             self._bound(listener)
 
     def make_sound(self, listener: Listener, socket_number: int, generation: int) -> None:
-        """Have no generation begin with what an earlier one has done to a socket."""
+        """Undo what an earlier generation has done to the socket of a new one."""
         if not listener.has_sibling:
             listener.let_in()
         elif socket_number not in self._turns.accepting.values():
             try:
                 socket_copy.reset(listener.socket_for(socket_number))
-            except OSError:  # locked, and so it stays
+            except OSError:  # its filter is locked for good
                 self._replace(listener, socket_number)
 
         def is_alone() -> bool:
@@ -116,7 +118,7 @@ class SocketRepair:
         self.options.begin(generation, listener, socket_number, is_alone)
 
     def _replace(self, listener: Listener, socket_number: int) -> None:
-        """Have another socket in the place of one that a worker has broken."""
+        """Bind another socket in the place of a broken one."""
         self._loop.unwatch(listener.socket_for(socket_number).fileno())
         address = listener.settings.address
         common = not listener.has_sibling
@@ -140,7 +142,7 @@ class SocketRepair:
         self._adopt_held()
         starting = self._turns.starting
         if starting in lost:
-            # First: until it is gone no other one is started for the clients.
+            # First, because no other generation starts for the clients until this one is gone.
             self._post(SocketLost(starting))
             lost.remove(starting)
         if lost:

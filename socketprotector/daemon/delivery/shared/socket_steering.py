@@ -1,10 +1,10 @@
 """Which socket the workers of a generation accept from, under --handoff listener.
 
-Each address has two sockets, 0 and 1, in one SO_REUSEPORT group (system/reuseport.py).  Of two
-generations that follow each other each has its own.  A program in the kernel steers new clients to
-the current generation, as soon as it is ready.  So the generation before it gets
-no new clients: it quiesces (quiescing.py) before it is told to finish.  A server that is told
-earlier closes connections that it has just accepted.
+Each address has two sockets, 0 and 1, in one SO_REUSEPORT group (system/reuseport.py).  The old and
+the new generation each have their own.  A program in the kernel steers new clients to the new
+generation as soon as it is ready.  Then the old one gets no new clients, and quiesces
+(quiescing.py) before it is ordered to finish.  Ordered earlier, a server would close connections
+that it has just accepted.
 
 A listener without a second socket is common to both generations.
 """
@@ -23,7 +23,7 @@ from ....system import reuseport
 from ....system.listener import SCARCE, Listener
 from ....system.sock_diag import unaccepted
 from ...runtime import Runtime
-from ..way import Way
+from ..probe_target import ProbeTarget
 from .accept_watch import AcceptWatch
 from .listener_hold import ListenerHold
 from .probes import Probes
@@ -47,19 +47,19 @@ class SocketSteering:
         lost: Callable[[Listener, str], None],
         untaken: Callable[[float, int, bool, str], None],
     ) -> None:
-        """listeners: those that there are; their owner's.
+        """listeners: returns all listeners, which stay their owner's.
 
-        bound: a listener has another socket.  lost: one has none any more, and why.
-        untaken: for so many seconds none of so many clients was accepted, whether any ever was, and
-        at which addresses.
+        bound: called when a listener has another socket.  lost: called when it has none any more,
+        with the reason.  untaken: called with how many seconds workers accepted none, how many
+        clients wait, whether any was ever accepted, and the addresses.
         """
         self._listeners = listeners
         self._loop, self._log = runtime.loop, runtime.log
         self._persist, self._post = runtime.persist, runtime.post
         self._bound = bound
-        #: Addresses whose clients the kernel does not send where it is their turn, and why.
+        #: Addresses whose clients the kernel sends to the wrong socket, and why.
         self._not_steered: dict[str, str] = {}
-        self._as_held = True  # and who is to get no answer
+        self._hold_installed = True  # the kernel has the hold state that we want
         self.turns = Turns()
         self.probes = Probes(
             lambda: self._pairs, self.turns, steer=self._steer, persist=runtime.persist
@@ -69,7 +69,7 @@ class SocketSteering:
             runtime,
             self.turns,
             self.probes,
-            mend=lambda listener, number: self._repairs.mend(listener, number),
+            repair=lambda listener, number: self._repairs.repair(listener, number),
             untaken=untaken,
         )
         self._quiescing = Quiescing(
@@ -95,35 +95,35 @@ class SocketSteering:
 
     @property
     def is_steered(self) -> bool:
-        """Whether all clients come where it is their turn."""
+        """Whether the kernel sends all clients to the right socket."""
         return not self._not_steered
 
     @property
     def accept_watch(self) -> AcceptWatch:
-        """What waits for the first client, where it is not known that the workers accept."""
+        """The watch for the first accepted client of a generation that has accepted none yet."""
         return self._watch.accepts
 
     def adopt(self, generation: int, socket_number: int) -> None:
-        """The workers of a generation have accepted there under an earlier program."""
+        """Note where a generation's workers accept, from before this program."""
         self.turns.accepting[generation] = socket_number
-        for each in self._shared:  # that one may have been killed while it listened again
+        for each in self._shared:  # the earlier program may have been killed during a repair
             if each.is_alive(socket_number) and not each.is_sound(socket_number):
-                self._repairs.mend(each, socket_number)
+                self._repairs.repair(each, socket_number)
         self._steer_while_starting()
         self._watch.watch()
 
     def enter(self, generation: int, socket_number: int, *, fresh: bool = False) -> None:
-        """The workers of a generation, which are yet to be started, accept there.
+        """Prepare a socket for a generation whose workers will start soon.
 
-        fresh: it is a new release, so what it leaves is not due to the generations before it.
-        Raises OSError where the path of a new release could not lead to its socket.
+        fresh: it is a new release, so earlier stranded clients do not delay a rescue.
+        Raises OSError if the path of a new release could not lead to its socket.
         """
         if fresh:
-            self._watch.begin_anew()
+            self._watch.note_new_release()
         for each in self._shared:
             try:
                 self._repairs.make_ready(each, socket_number)
-            except OSError as error:  # else it has the one that there is
+            except OSError as error:  # otherwise it keeps the present socket
                 if fresh and each.has_sibling and error.errno not in SCARCE:
                     self._watch.watch()
                     raise
@@ -133,9 +133,9 @@ class SocketSteering:
         self._watch.watch()
 
     def grow(self, generation: int, knows: Callable[[int], bool]) -> None:
-        """A generation is about to get another worker, which has the sockets that there are now.
+        """Note that a generation will get another worker, which inherits the present sockets.
 
-        knows: whether its workers have a listener, by index.
+        knows: says whether its workers have a listener, by index.
         """
         if self.turns.grow(generation, knows):
             self._persist()  # before it accepts: the next program waits for its clients, too
@@ -143,11 +143,11 @@ class SocketSteering:
     def waiting(
         self, generation: int, knows: Callable[[int], bool], *, clients_only: bool = False
     ) -> int | None:
-        """Return how many clients wait for a generation to accept them; None: it is not known.
+        """Return how many clients wait for a generation to accept them; None: unknown.
 
-        clients_only: 0 at a socket where only probes of ours wait.
-        knows: whether its workers have a listener, by index.  At one that only a later generation
-        is to have, or that is tried, clients may wait at the socket with its number, too.
+        clients_only: do not count a socket where only probes wait.
+        knows: says whether its workers have a listener, by index.  Clients of a listener that only
+        a later generation knows may wait at the same socket number.
         """
         if generation not in self.turns.accepting:
             return 0
@@ -159,27 +159,32 @@ class SocketSteering:
                 continue
             if len(self.turns.at(each, number)) > 1:
                 return None
-            one = each.socket_for(number)
+            listening = each.socket_for(number)
             try:
-                unix = one.family == socket.AF_UNIX
-                count += len(unaccepted(one)) if unix else reuseport.queue(one)[0]
+                unix = listening.family == socket.AF_UNIX
+                count += len(unaccepted(listening)) if unix else reuseport.queue(listening)[0]
             except (OSError, struct.error):
                 return None
         return count
 
-    def reach(self, name: str, knows: Callable[[int], bool] = lambda index: True) -> Way | None:
-        """Return how the generation that gets the clients is reached; see Probes.reach()."""
+    def reach(
+        self, name: str, knows: Callable[[int], bool] = lambda index: True
+    ) -> ProbeTarget | None:
+        """Return how to reach the serving generation; see Probes.reach()."""
         return self.probes.reach(self._shared, name, knows)
 
-    def gone(self, generation: int) -> None:
-        """It has no workers any more."""
+    def forget(self, generation: int) -> None:
+        """Forget a generation that has no workers any more."""
         self.leave(generation)
         socket_number, _ = self.turns.leaving.pop(generation, (0, 0.0))
         self._take_back(generation, socket_number, gone=True)
         self._watch.look_again()
 
     def leave(self, generation: int) -> None:
-        """Its workers accept no more: they were told to finish, which takes each server a while."""
+        """Note that a generation accepts no more: its workers were ordered to finish.
+
+        Each server needs a while for that.
+        """
         socket_number = self.turns.leave(generation, time.monotonic())
         if socket_number is not None:
             self._take_back(generation, socket_number, gone=False)
@@ -192,22 +197,25 @@ class SocketSteering:
         self._watch.watch()
 
     def _take_back(self, generation: int, socket_number: int, *, gone: bool) -> None:
-        """Undo what it has done to sockets; steer if it has failed: it may have steered, too."""
-        if not self._repairs.ended:  # else new clients are refused, and that stays so
+        """Undo a generation's changes to sockets; after a failure steer, which it may have broken.
+
+        gone: none of its workers is left.
+        """
+        if not self._repairs.ended:  # otherwise new clients stay refused
             self._repairs.options.end(generation, socket_number, self.turns.accepting, gone=gone)
         if self.turns.accepting and max(self.turns.accepting) < generation:
             self._repair()
 
     def turn_hold(self, on: bool) -> None:
-        """Leave new clients without an answer; their kernels try again, and come in after it."""
+        """Begin or end a hold: new clients get no answer, and their kernels retry until it ends."""
         self.hold.turn(on)
         self._steer()
-        if not on:  # its clients wait for no back-off that others have caused
+        if not on:  # the held clients must not wait for a back-off that others have caused
             self._watch.end_back_off()
         self._adopt_held()
 
     def _adopt_held(self) -> None:
-        """Have clients that have waited at a socket during a hold served by the next generation."""
+        """Pass clients that waited at a socket during a hold to the next generation."""
         free = self.turns.free
         if self.hold.on:
             return
@@ -231,7 +239,7 @@ class SocketSteering:
     def expect(self, listener: Listener, *, dry_run: bool) -> None:
         """Steer the clients of a new listener to the generation that is to know it.
 
-        dry_run: that is to get none, so to the socket where they will never be accepted.
+        dry_run: it gets no clients, so steer them to the socket that it will not accept from.
         """
         if self.turns.expect(listener, dry_run=dry_run) == 1:
             listener.swap()  # until now clients came to the first one
@@ -244,17 +252,17 @@ class SocketSteering:
         again: bool = False,
         knows: Callable[[int], bool] | None = None,
     ) -> None:
-        """Have new clients come to socket 0 or 1.
+        """Steer new clients to socket 0 or 1.
 
-        again: its generation had its turn before.  knows: whether it knows a listener, by index;
-        None: it is yet to come.  Clients of one that it does not know stay where they come now: at
-        a generation that knows it, until the listener is removed.
+        again: the generation there has served before.  knows: says whether it knows a listener, by
+        index; None: that generation is yet to come.  Clients of an unknown listener stay at their
+        present socket, with a generation that knows it, until the listener is removed.
         """
         listeners = self._listeners()
         self.turns.turn_to(socket_number, {each.index for each in listeners}, knows)
         self.probes.clients_come({(each.index, self.turns.number_for(each)) for each in listeners})
-        self.probes.discard()  # an earlier program may not have come to it
-        self._repairs.mend_all()
+        self.probes.discard()  # an earlier program may have been killed before it did this
+        self._repairs.repair_all()
         self._steer()
         self._adopt_held()  # clients may have waited at both sockets until now
         self._watch.watch()
@@ -262,13 +270,13 @@ class SocketSteering:
             self.accept_watch.begin(before_us=again)
 
     def record(self) -> SteeringRecord:
-        """Return what another program would have to know."""
+        """Return the record that the next program needs."""
         turns, probes = self.turns, self.probes
         return SteeringRecord(
             turns.current,
             tuple(turns.unserved),
             tuple(turns.expected.items()),
-            tuple((generation, *its) for generation, its in turns.leaving.items()),
+            tuple((generation, *place) for generation, place in turns.leaving.items()),
             self.hold.record,
             tuple(probes.asked),
             tuple(probes.asked_from),
@@ -278,9 +286,9 @@ class SocketSteering:
         )
 
     def adopt_record(self, record: SteeringRecord, *, held: bool) -> None:
-        """Go on with what an earlier program had told the kernel.
+        """Resume from an earlier program's record of the steering.
 
-        held: there is to be a hold, which it may not have come to begin, or to end.
+        held: a hold must be in force; the earlier program may have failed to begin or end it.
         """
         turns, probes = self.turns, self.probes
         turns.current = record.socket_number
@@ -288,29 +296,33 @@ class SocketSteering:
         turns.partly_served = frozenset(record.partly_served)
         turns.lost = frozenset(record.lost)
         turns.expected = dict(record.expected)
-        turns.leaving = {generation: (its, at) for generation, its, at in record.leaving}
+        turns.leaving = {generation: (number, at) for generation, number, at in record.leaving}
         probes.asked, probes.asked_from = set(record.asked), set(record.asked_from)
         self._repairs.options.record = record.options
         self.hold.record = record.hold
         if not held:
             self.hold.turn(on=False)
 
-    def quiesce(self, generation: int, over: Callable[[], None], *, reads_on: bool = False) -> None:
-        """Call back when a generation whose turn is over has accepted and read from all clients.
+    def quiesce(
+        self, generation: int, on_quiet: Callable[[], None], *, reads_on: bool = False
+    ) -> None:
+        """Call back when a replaced generation has accepted, and read from, all its clients.
 
-        reads_on: when it has accepted them.
+        reads_on: call back as soon as it has accepted them.
         """
         if generation not in self.turns.accepting or not self._pairs:
-            over()
+            on_quiet()
             return
         self._turn_away(generation)
-        self._quiescing.begin(generation, self.turns.accepting[generation], over, reads_on=reads_on)
+        self._quiescing.begin(
+            generation, self.turns.accepting[generation], on_quiet, reads_on=reads_on
+        )
 
-    def quiesce_last(self, generation: int, over: Callable[[], None]) -> None:
-        """Call back when the last generation has accepted all that came to it before.
+    def quiesce_last(self, generation: int, on_quiet: Callable[[], None]) -> None:
+        """Call back when the last generation has accepted all clients that came before this call.
 
-        Later clients wait for the next start: at once where there is a second socket, else as soon
-        as the generation is told to finish.
+        Later clients wait for the next start: from now on if there is a second socket, otherwise
+        from the generation's order to finish.
         """
         self.give_back()
         socket_number = self.turns.accepting.get(generation, 0)
@@ -319,13 +331,13 @@ class SocketSteering:
         awaited = self.turns.own(self._pairs, socket_number) or common
         if generation in self.turns.accepting and awaited:
             self._turn_away(generation)
-            self._quiescing.begin(generation, socket_number, over, common=common)
+            self._quiescing.begin(generation, socket_number, on_quiet, common=common)
         else:
-            over()
+            on_quiet()
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What keeps clients from where they should come."""
+        """The reasons why clients do not come to the right socket."""
         lost = [
             f"{each.settings.address}: no client can connect; restart SocketProtector"
             for each in self._listeners()
@@ -344,26 +356,26 @@ class SocketSteering:
 
     @property
     def share(self) -> bool:
-        """Whether there is a second socket of ours beside one that was passed in."""
+        """Whether a socket that was passed in has a second socket of ours beside it."""
         return any(each.settings.foreign for each in self._pairs)
 
     def give_back(self) -> None:
-        """Steer new clients to the sockets that were passed in: their owner goes on listening."""
+        """Steer new clients to the sockets that were passed in: their owner keeps listening."""
         self.turns.given_back = True
         if self.share:
             self._steer()
 
     def _comes_to_others(self, generation: int) -> bool:
-        """Whether no new client comes to a generation.
+        """Return whether no new client comes to a generation.
 
-        One does as long as an earlier generation has not left the other socket.
+        Clients come to it as long as an earlier generation has not left the other socket.
         """
         return self.is_steered and self.turns.accepting[generation] != self.turns.current
 
     def _turn_away(self, generation: int) -> bool:
-        """Have new clients wait for a generation that is yet to come; say whether that is news.
+        """Make new clients wait for a later generation; return whether that changes anything.
 
-        They wait at a socket from which no worker accepts, if there is one.
+        They wait at the socket from which no worker accepts, if there is one.
         """
         number, turns = self.turns.accepting[generation], self.turns
         is_due = number == turns.current and 1 - number not in turns.accepting.values()
@@ -372,7 +384,7 @@ class SocketSteering:
         return is_due
 
     def end(self) -> None:
-        """The listeners are about to be closed: what is shut down now may stay so."""
+        """Stop all repairs: the listeners are about to be closed."""
         self._repairs.ended = True
         self._watch.end()
 
@@ -383,9 +395,9 @@ class SocketSteering:
         return [each for each in self._listeners() if each.has_sibling]
 
     def _steer(self) -> bool:
-        """Tell the kernel; until it is told they come to the other socket, whose workers go on.
+        """Update the steering in the kernel; return whether that succeeded.
 
-        Returns whether it was told.
+        Until then clients come to the other socket, whose workers keep accepting.
         """
         not_steered: dict[str, str] = {}
         not_held: OSError | None = None
@@ -397,33 +409,33 @@ class SocketSteering:
         if new := not_steered.keys() - self._not_steered.keys():
             why = " ".join(sorted({not_steered[each] for each in new}))
             self._log.write("error", "not-steered", listen=" ".join(sorted(new)), error=why)
-        if not_held is not None and self._as_held:
+        if not_held is not None and self._hold_installed:
             self._log.write("error", "not-held", error=not_held.strerror)
-        self._not_steered, self._as_held = not_steered, not_held is None
+        self._not_steered, self._hold_installed = not_steered, not_held is None
         self._loop.cancel("steer")
-        if self._not_steered or not self._as_held:
+        if self._not_steered or not self._hold_installed:
             self._loop.call_after("steer", _STEER_AGAIN_S, self._repair)
         self._steer_while_starting()
         return self.is_steered
 
     def _steer_while_starting(self) -> None:
-        """Repair again and again while a release starts: its workers can take the clients.
+        """Repair again and again while a release starts: its workers can divert the clients.
 
-        By clearing SO_REUSEPORT, or by a filter for the group; or they connect the socket.
+        They do so by clearing SO_REUSEPORT, by a filter for the group, or by connecting the socket.
         """
         if self.turns.starting is not None and self._shared and not self._repairs.ended:
             self._loop.call_after("steer", _STEER_AGAIN_S, self._repair)
 
     def _repair(self) -> None:
-        if not self._repairs.ended:  # else it would bring clients whom no generation serves
-            self._repairs.mend_all()
+        if not self._repairs.ended:  # otherwise it would bring clients that no generation serves
+            self._repairs.repair_all()
             self._steer()
 
     def _steer_one(self, listener: Listener, socket_number: int) -> OSError | None:
-        """Have new clients come to one of its sockets, or during a hold get no answer.
+        """Steer a listener's new clients to a socket, or during a hold to one that never answers.
 
-        So they wait, too, at a path whose socket the current generation lost.  Returns why they
-        cannot be held now.  Raises OSError where clients come to the other socket.
+        Clients of a path whose socket the current generation lost are held, too.  Returns why they
+        cannot be held now.  Raises OSError if clients come to the other socket.
         """
         if self.turns.given_back and listener.settings.foreign:
             socket_number = 0

@@ -1,6 +1,6 @@
-"""Watches the sockets: one that was shut down, and clients at one from which no worker accepts.
+"""Watches for sockets that were shut down, and for clients at a socket that no worker accepts from.
 
-For those clients a generation is started (`stranded`), which accepts from their socket.
+A generation is started for stranded clients (`stranded`), and accepts from their socket.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from .accept_watch import AcceptWatch
 from .probes import Probes
 from .turns import Turns
 
-#: How long workers that were told to finish have to accept waiting clients, before a generation is
-#: started for these; and how long after that a second one is, at the earliest.
+#: How long finishing workers may still accept waiting clients before a generation is started for
+#: them; and the longest pause between two such generations.
 FIRST_RESCUE_S = 1.0
 LAST_RESCUE_S = 600.0
 
 _RESCUE = "steering-rescue"
-_MEND = "steering-mend"
-_MEND_AGAIN_S = 0.1
+_REPAIR = "steering-repair"
+_REPAIR_AGAIN_S = 0.1
 _MOUNTED = "clients came to a socket that the path has left: mount its folder, not its file"
 
 
 class SocketWatch:
-    """Wakes us for what needs another generation, or another socket."""
+    """Wakes us when clients need another generation, or a listener another socket."""
 
     def __init__(
         self,
@@ -39,34 +39,34 @@ class SocketWatch:
         turns: Turns,
         probes: Probes,
         *,
-        mend: Callable[[Listener, int], None],
+        repair: Callable[[Listener, int], None],
         untaken: Callable[[float, int, bool, str], None],
     ) -> None:
-        """shared: the listeners that get clients.  mend: repairs a socket that was shut down.
+        """shared: returns the listeners that get clients.  repair: repairs a shut-down socket.
 
         untaken: see SocketSteering.
         """
         self._shared, self._turns, self._probes = shared, turns, probes
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
-        self._mend, self._say_untaken = mend, untaken
+        self._repair, self._say_untaken = repair, untaken
         self.accepts = AcceptWatch(
             self._loop, lines=self._lines, await_one=self.watch, say=self._untaken_by
         )
         self._ended = False
-        self._rescue_s = 0.0  # for so long after the last one none is started for them
+        self._rescue_s = 0.0  # the pause after the last rescue before the next
         self._rescued_at = 0.0
 
     def end(self) -> None:
-        """Watch nothing any more."""
+        """Stop watching."""
         self._ended = True
         self.accepts.end()
         for each in self._shared():
             self.unwatch(each)
         self._loop.cancel(_RESCUE)
-        self._loop.cancel(_MEND)
+        self._loop.cancel(_REPAIR)
 
-    def begin_anew(self) -> None:
-        """Note a new release: what it leaves is not due to the generations before it."""
+    def note_new_release(self) -> None:
+        """Note a new release: earlier stranded clients do not delay a rescue."""
         self._rescue_s = 0.0
 
     def end_back_off(self) -> None:
@@ -75,21 +75,21 @@ class SocketWatch:
         self._rescue_s = 0.0
 
     def look_again(self) -> None:
-        """Look at once: maybe no process is left that could accept clients."""
+        """Look at once: maybe no process is left that could accept the clients."""
         self._loop.cancel(_RESCUE)
         self.watch()
         wait = any(each.has_waiting(number) for each, number in self._in_vain())
         if wait and not self._ended:
-            self._rescue_later()  # a generation for them may be opened in this very turn
+            self._rescue_later()  # the loop may open a generation for them in this very turn
 
     def unwatch(self, listener: Listener) -> None:
-        """Forget a listener's sockets until the next watch(): others may take their place."""
+        """Forget a listener's sockets until the next watch(): they may be replaced."""
         for each in listener.sockets:
             self._loop.unwatch(each.fileno())
 
     def watch_later(self) -> None:
         """Watch by a timer: a worker may shut its socket down again and again."""
-        self._loop.call_after(_MEND, _MEND_AGAIN_S, self.watch)
+        self._loop.call_after(_REPAIR, _REPAIR_AGAIN_S, self.watch)
 
     def _in_vain(self) -> list[tuple[Listener, int]]:
         """Return the sockets from which no worker accepts."""
@@ -103,7 +103,7 @@ class SocketWatch:
     def watch(self) -> None:
         """Watch for sockets that are shut down, and for clients that wait in vain.
 
-        And for the next client at all, where it is not known that the workers accept.
+        If no worker is known to accept yet, watch for the next client, too.
         """
         if self._ended:
             return
@@ -117,25 +117,26 @@ class SocketWatch:
         try:
             for each in self._shared():
                 each.note()
-                for number, one in enumerate(each.sockets):
-                    self._loop.unwatch(one.fileno())
+                for number, listening in enumerate(each.sockets):
+                    self._loop.unwatch(listening.fileno())
                     expected = (each, number) in looked_at or (each, number) in awaited
                     events = SHUT | READ if expected else SHUT
-                    self._loop.watch(one.fileno(), partial(self._look_at, each, number), events)
-        except OSError:  # of epoll: no memory
+                    look = partial(self._look_at, each, number)
+                    self._loop.watch(listening.fileno(), look, events)
+        except OSError:  # epoll is out of memory
             for each in self._shared():
-                self.unwatch(each)  # until then none may wake us
-            self._loop.call_after(_MEND, _MEND_AGAIN_S, self.watch)
+                self.unwatch(each)  # a socket left in epoll would wake us all the time
+            self._loop.call_after(_REPAIR, _REPAIR_AGAIN_S, self.watch)
             if looked_at:
                 self._rescue_later()
 
     def _look_at(self, listener: Listener, number: int) -> None:
         if not listener.is_alive(number):
-            self._mend(listener, number)
+            self._repair(listener, number)
         elif (listener, number) in self._in_vain():
             self._rescue_later()
         elif self.accepts.awaits:
-            # A worker may have accepted by now: then none waits at the look.
+            # A worker may have accepted the client by now: then the next look finds none.
             self.accepts.came(listener.index)
 
     def _lines_of(self, in_vain: Sequence[tuple[Listener, int]]) -> list[tuple[Listener, int]]:
@@ -145,7 +146,7 @@ class SocketWatch:
         return [each for each in found if each not in in_vain]
 
     def _lines(self) -> dict[int, Line]:
-        """Return the clients that wait for the generation whose turn it is, as far as is known."""
+        """Return the clients known to wait for the current generation, by listener index."""
         found: dict[int, Line] = {}
         for each, number in self._lines_of(self._in_vain()):
             if not each.has_waiting(number):
@@ -155,7 +156,7 @@ class SocketWatch:
                 line = unaccepted(each.socket_for(number))
             except OSError:
                 continue
-            if line:  # else they came from another network namespace
+            if line:  # otherwise the clients are of another network namespace
                 found[each.index] = line
         return found
 
@@ -164,14 +165,14 @@ class SocketWatch:
         self._say_untaken(seconds, waiting, ever, " ".join(addresses))
 
     def _rescue_later(self) -> None:
-        """Look again later: a worker that was told to finish may still accept them.
+        """Look again later: a finishing worker may still accept the stranded clients.
 
-        At once where there is none, unless a generation was started for clients just now.
+        Without such a worker look at once, unless a generation was started for clients just now.
         """
-        leaving, may_accept = {its for its, _ in self._turns.leaving.values()}, True
+        leaving, may_accept = {number for number, _ in self._turns.leaving.values()}, True
         for each, number in self._in_vain():
             self._loop.unwatch(each.socket_for(number).fileno())
-            there = {its % len(each.sockets) for its in leaving}
+            there = {left % len(each.sockets) for left in leaving}
             may_accept &= number in there or not each.has_waiting(number)
         since_s = time.monotonic() - self._rescued_at
         if since_s > LAST_RESCUE_S:
@@ -196,4 +197,4 @@ class SocketWatch:
             self._post(Stranded())
         if unknown:
             self._loop.call_after(_RESCUE, FIRST_RESCUE_S, self._rescue)
-        self.watch()  # it may be that no generation could be opened now
+        self.watch()  # maybe no generation can be opened now

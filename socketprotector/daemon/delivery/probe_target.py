@@ -1,4 +1,4 @@
-"""How a generation that is asked is reached."""
+"""Where and how a probe connects to one generation."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ from ...system import bpf
 from ...system.cleanup import on_error
 from ..generation import OpenGeneration
 
-#: Where a command that asks is told of it.
+#: The variable that gives a check command the address to probe.
 PROBE = "SOCKETPROTECTOR_PROBE"
-#: Questions come one after the other; those of a command may be a few at once.
+#: Probes come one after the other; a check command may make a few connections at once.
 BACKLOG = 16
-#: Of what was asked when the asked socket has left its SO_REUSEPORT group: maybe of another one.
+#: The verdict of a probe whose socket left its SO_REUSEPORT group: another generation may have
+#: answered.
 SHUT_DOWN = "its listening socket was shut down or closed to clients meanwhile"
 
 
 @mutable
-class Way:
-    """How one is reached: where to connect to, and as whom."""
+class ProbeTarget:
+    """Where a probe of one generation connects, and with which mark."""
 
     address: tuple[str, int]  # of a UNIX socket its path, or "@" and its name, and 0
     mark: bpf.Mark | None
-    #: Whether this connection to it was not taken yet.  Raises OSError.
+    #: Says whether no worker has accepted this connection yet.  Raises OSError.
     waits: Callable[[socket.socket], bool]
-    #: It is needed no more.
+    #: Releases the target, which is not needed any more.
     close: Callable[[], None]
-    #: A connection to it is given up that was not taken yet.
-    give_up: Callable[[socket.socket], None] = lambda one: None
-    #: Whether what was answered until now was answered by this generation: else it counts for
-    #: nothing, and what comes later does not either.
+    #: Notes that a connection is abandoned before a worker has accepted it.
+    abandon: Callable[[socket.socket], None] = lambda connection: None
+    #: Says whether this generation gave all answers so far.  Otherwise no answer counts, nor does
+    #: a later one.
     holds: Callable[[], bool] = lambda: True
-    #: Whether workers have set what keeps clients out, and the serving ones have not: time must not
-    #: tell that they are ready.
+    #: Says whether the workers keep clients out, and the serving ones do not.  Then a timer must
+    #: not make them ready.
     is_closed: Callable[[], bool] = lambda: False
 
     @property
@@ -44,12 +45,12 @@ class Way:
 
     @property
     def is_ours_alone(self) -> bool:
-        """Whether a process that connects there by itself may reach another generation."""
+        """Whether a process that connects there without us may reach another generation."""
         return self.mark is not None or self.is_unix
 
     @property
     def text(self) -> str:
-        """HOST:PORT, or what a UNIX socket is called."""
+        """HOST:PORT, or the name of a UNIX socket."""
         host, port = self.address
         if self.is_unix:
             return host
@@ -61,7 +62,7 @@ class Way:
         return self.text if self.is_unix else "{} port {}".format(*self.address)
 
     @property
-    def target(self) -> tuple[str, int] | str:
+    def connect_address(self) -> tuple[str, int] | str:
         """What connect() takes."""
         host, _ = self.address
         if not self.is_unix:
@@ -69,22 +70,22 @@ class Way:
         return f"\0{host[1:]}" if host.startswith("@") else host
 
     def connecting(self) -> socket.socket:
-        """Make a socket that may connect there, and does not wait.  Raises OSError."""
-        one = socket.socket(family_of(self.address), socket.SOCK_STREAM)
-        with on_error(one.close):
-            one.setblocking(False)
+        """Make a non-blocking socket that can connect there.  Raises OSError."""
+        client = socket.socket(family_of(self.address), socket.SOCK_STREAM)
+        with on_error(client.close):
+            client.setblocking(False)
             if self.mark is not None:
-                self.mark.put(one)
-        return one
+                self.mark.put(client)
+        return client
 
 
-#: Makes a way to a generation by a listener's name, "" for the first; None where there can be none.
+#: Makes the target of a generation by a listener's name, "" for the first; None: there can be none.
 #: Raises OSError.
-Reach = Callable[[OpenGeneration, str], Way | None]
+Reach = Callable[[OpenGeneration, str], ProbeTarget | None]
 
 
 def family_of(address: tuple[str, int]) -> int:
-    """Return that of a Way's address."""
+    """Return the address family of a target."""
     host, port = address
     if not port:
         return socket.AF_UNIX

@@ -21,13 +21,13 @@ class WorkerSignal(Enum):
     """The signals the lifecycle sends to workers, by name."""
 
     TERM = "TERM"
-    ABRT = "ABRT"  # to one that hangs: it may leave a core dump
+    ABRT = "ABRT"  # to a stuck worker: it may leave a core dump
     KILL = "KILL"
 
 
 @frozen
 class Open(Action):
-    """Make a generation's channel; fresh: resolve the command anew, else take the last good.
+    """Make a generation's channel; fresh: resolve the command again, not the last good.
 
     dry_run: it is to get no client, and is ended when it is ready.
     Where this cannot be done its Spawns are left out, and OpenFailed is the answer.
@@ -57,7 +57,7 @@ class Signal(Action):
 
 @frozen
 class Retire(Action):
-    """Have a worker finish: by the end of its RETURN line, or by the signal of its handoff."""
+    """Make a worker finish: by the end of its RETURN line, or by the signal of its handoff."""
 
     worker: int
 
@@ -143,7 +143,7 @@ class CloseListeners(Action):
 
 @frozen
 class ReadSettings(Action):
-    """Have the configuration read again, for what is opened fresh from then on.
+    """Read the configuration again, for generations that are opened fresh later.
 
     dry_run: that will get no client, of listeners that are added neither.
     """
@@ -158,14 +158,14 @@ class UseSettings(Action):
 
 @frozen
 class ForgetSettings(Action):
-    """What was read, or is being read, is given up, with the listeners that it added."""
+    """Discard the settings that were read or are being read, and their new listeners."""
 
 
 @frozen
 class StartTimer(Action):
     """Run a timer; with `extend` (of one that runs) an earlier end is moved, a later one stays.
 
-    LAME_DUCK_IDLE begins anew with each client that comes.
+    LAME_DUCK_IDLE restarts with each new client.
     """
 
     deadline: Deadline

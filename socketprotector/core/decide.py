@@ -172,7 +172,7 @@ def resume(
     route, undone = fleet.route, tuple(undone)
     actions: list[Action] = [Hold(True)] if fleet.held else []
     actions += [RouteTo(route.number if route else None)]
-    # First: clients of a listener that they remove go to a generation that is told to finish.
+    # First: clients of a removed listener go to the old generation before it must finish.
     actions += [each for each in undone if isinstance(each, UseSettings)]
     for generation in fleet.all_of(Phase.DRAINING):
         order = Quiesce if generation.quiescing else Drain

@@ -18,11 +18,11 @@ class TimerKind(Enum):
     START = "start"  # generation: all workers ready
     SETTLE = "settle"  # generation: has lived long enough
     DRAIN = "drain"  # generation: last worker gone
-    KILL = "kill"  # generation: was told to end
+    KILL = "kill"  # generation: was sent TERM
     WORKER_START = "worker-start"  # worker: a replacement's READY
     WORKER_RESPAWN = "worker-respawn"  # worker: back-off is over
     WORKER_RETIRE = "worker-retire"  # worker: was asked to leave
-    WORKER_KILL = "worker-kill"  # worker: was told to end
+    WORKER_KILL = "worker-kill"  # worker: was sent TERM
     OPEN = "open"  # fleet: back-off before the next generation is over
     HOLD = "hold"  # fleet: accepting again
     LAME_DUCK = "lame-duck"  # fleet: balancers know by now, and it stops
@@ -175,7 +175,7 @@ class SettleFailed(Event):
 
 @frozen
 class HandingOver(Event):
-    """Another program is to go on, which may be an older one that knows of no dry run."""
+    """Another program takes over; an older program may not know of dry runs."""
 
 
 @frozen
@@ -187,13 +187,13 @@ class Stranded(Event):
 class HeldClientsWait(Event):
     """Clients of a hold that is over wait at a UNIX path, and each generation has its own socket.
 
-    The next one accepts them, so none of those that there are may be in its way.
+    The next generation accepts them, so no existing generation may be in its way.
     """
 
 
 @frozen
 class SocketLost(Event):
-    """A listening socket was replaced by one that a generation's workers do not have."""
+    """A listening socket was replaced, and a generation's workers do not have the new one."""
 
     generation: int
 

@@ -91,7 +91,7 @@ class Generation:
     phase: Phase = Phase.STARTING
     fresh: bool = True  # started from the command as it is now, not from the last good one
     ending: bool = False  # was sent TERM by a deadline or stop; KILL follows
-    quiescing: bool = False  # drains, and is told to finish once it has accepted its clients
+    quiescing: bool = False  # drains, and finishes once it has accepted its clients
     workers: tuple[Worker, ...] = ()
     checked: bool = False  # settles, and is asked whether it does well
 
@@ -128,7 +128,7 @@ class Stop(Enum):
 
 
 class LameDuck(Enum):
-    """Whether balancers are told to send clients elsewhere, while all is served as before."""
+    """Whether the lame duck asks balancers to send clients elsewhere; serving continues."""
 
     OFF = "off"
     ON = "on"  # until that is taken back
@@ -177,7 +177,7 @@ class Fleet:
     exit_status: int = 0
     exiting: bool = False
 
-    timers: frozenset[Deadline] = frozenset()  # those that run
+    timers: frozenset[Deadline] = frozenset()  # the running timers
 
     def of(self, phase: Phase) -> Generation | None:
         """The newest generation in a phase, or None."""

@@ -29,7 +29,7 @@ STOP_FIRST = "with --reload-order stop-first the old workers end before the new 
 
 
 def launched(step: Step) -> None:
-    """Have the first generation opened."""
+    """Open the first generation."""
     if step.fleet.next_generation == 1:  # said twice: the program stands already
         step.fleet = replace(step.fleet, to_open=Next.FRESH)
 
@@ -67,9 +67,9 @@ def renew_requested(step: Step) -> None:
 
 
 def renew(step: Step) -> bool:
-    """Begin that, unless a generation is coming anyway, or none serves.
+    """Replace the workers, unless a generation is starting or none serves.
 
-    A reload that is wanted, and has not begun, follows.
+    A requested reload that has not begun follows.
     """
     fleet = step.fleet
     if not fleet.of(Phase.SERVING) or fleet.stopping or fleet.is_opening:
@@ -113,11 +113,11 @@ def _read_or_begin(step: Step) -> None:
 
 
 def settings_read(step: Step, policy: Policy, workers: int | None) -> None:
-    """Go on with what the configuration says: open_if_due() opens a generation of it.
+    """Continue a reload with the configuration: open_if_due() opens its generation.
 
-    workers: how many there are to be, where it says another number.
+    workers: the new number of workers, if the configuration changes it.
     """
-    if step.fleet.reading:  # else a stop has called it off
+    if step.fleet.reading:  # otherwise a stop has called it off
         step.fleet = replace(step.fleet, reading=False, candidate=Candidate(policy, workers))
 
 
@@ -129,7 +129,7 @@ def settings_failed(step: Step, reason: str) -> None:
 
 
 def try_nothing_unserved(step: Step) -> None:
-    """Try nothing while no generation serves: the last good one is to do so again."""
+    """Call off a dry run while no generation serves: the last good one must serve first."""
     if not step.fleet.of(Phase.SERVING):
         call_off_dry_run(step, "the generation that served has failed meanwhile")
 
@@ -159,7 +159,7 @@ def _begin(step: Step) -> None:
 
 
 def _begin_dry_run(step: Step) -> None:
-    """Change nothing but what is to come: what serves goes on, with what is known of it."""
+    """Open the dry run's generation beside the serving one, which stays as it is."""
     if step.fleet.policy_of(fresh=True).stop_first:
         step.forget_settings()
         step.fail_unopened(f"cannot be tried: {STOP_FIRST}")
@@ -168,7 +168,7 @@ def _begin_dry_run(step: Step) -> None:
 
 
 def _make_room(step: Step) -> None:
-    """Under stop-first the one that serves ends before the next one is opened."""
+    """Under stop-first, drain the serving generation before the next is opened."""
     policy = step.fleet.policy_of(step.fleet.to_open is Next.FRESH)
     if not policy.stop_first:
         return
@@ -177,7 +177,7 @@ def _make_room(step: Step) -> None:
         step.do(RouteTo(None))
         step.drain(old.number, policy.drain_limit_s)
     for generation in step.fleet.all_of(Phase.DRAINING):
-        # One that began to drain under another policy may have no end.
+        # A generation that began to drain under another policy may have no limit.
         ends = (
             Deadline(TimerKind.DRAIN, generation.number) in step.fleet.timers or generation.ending
         )
@@ -242,7 +242,7 @@ def _recover(step: Step, delay_s: float) -> None:
 
 
 def serve_if_ready(step: Step) -> None:
-    """Let a starting generation serve that has all of its workers, each of them ready."""
+    """Let a starting generation serve once all of its workers are ready."""
     starting = step.fleet.of(Phase.STARTING)
     if starting is None or step.fleet.policy_of(starting.fresh).answer_decides:
         return
@@ -260,7 +260,7 @@ def is_asked(fleet: Fleet, starting: Generation) -> bool:
 
 
 def ask_if_complete(step: Step) -> None:
-    """Ask a starting generation that has all of its workers; again if it has got more since."""
+    """Probe a starting generation that has all of its workers; again if it gets more."""
     starting = step.fleet.of(Phase.STARTING)
     if starting is None or not is_asked(step.fleet, starting):
         return
@@ -271,7 +271,7 @@ def ask_if_complete(step: Step) -> None:
 
 
 def answered(step: Step, number: int) -> None:
-    """Let a generation serve that has answered; what its workers say no longer matters."""
+    """Let a generation serve that has answered its probe; READY=1 no longer matters."""
     generation = step.fleet.generation(number)
     if generation is None or generation.phase is not Phase.STARTING:
         return
@@ -289,9 +289,12 @@ def answered(step: Step, number: int) -> None:
 
 
 def _all_ready(step: Step, number: int, *, standby_s: float = 0.0) -> None:
-    """standby_s: for so long at least the one before can be switched back to."""
+    """Let a generation serve whose workers are all ready.
+
+    standby_s: the previous generation can take over again for at least this long.
+    """
     if step.fleet.dry_run:
-        if standby_s > 0:  # it goes on until then, without clients: it may die soon
+        if standby_s > 0:  # it runs until then, without clients: it may die soon
             step.end_start(number)
             step.start(TimerKind.SETTLE, number, standby_s)
         elif Deadline(TimerKind.SETTLE, number) not in step.fleet.timers:
@@ -307,7 +310,7 @@ def _all_ready(step: Step, number: int, *, standby_s: float = 0.0) -> None:
 
 
 def settled(step: Step, number: int) -> None:
-    """A generation has lived long enough since it was ready."""
+    """Promote a generation that has settled, or pass its dry run."""
     if step.fleet.dry_run:
         _pass_dry_run(step, number)
     else:
@@ -324,7 +327,7 @@ def _pass_dry_run(step: Step, number: int) -> None:
 
 
 def open_failed(step: Step, number: int, reason: str) -> None:
-    """Fail a generation that could not be made: none of its workers was started."""
+    """Fail a generation that could not be opened: none of its workers was started."""
     generation = step.fleet.generation(number)
     if generation is None or generation.phase not in (Phase.STARTING, Phase.ABANDONED):
         return
@@ -335,9 +338,9 @@ def open_failed(step: Step, number: int, reason: str) -> None:
 
 
 def fail(step: Step, number: int, reason: str, *, retry: bool = False) -> None:
-    """Give up a generation that has not served alone yet, and say what comes instead.
+    """Fail a generation that has not served alone yet, and decide what follows.
 
-    One that settles has the route, which goes back to the one that still serves.
+    A settling generation has the route, which returns to the generation that still serves.
     """
     serving, failed = step.fleet.of(Phase.SERVING), step.fleet[number]
     settles = failed.phase is Phase.SETTLING
@@ -356,14 +359,14 @@ def fail(step: Step, number: int, reason: str, *, retry: bool = False) -> None:
 
 
 def settle_failed(step: Step, number: int, reason: str) -> None:
-    """Go back to the generation before it, as long as there is one."""
+    """Roll back to the previous generation, if it still serves."""
     generation = step.fleet.generation(number)
     if generation and generation.phase is Phase.SETTLING and step.fleet.of(Phase.SERVING):
         fail(step, number, reason)
 
 
 def take_back(step: Step, incoming: Generation) -> None:
-    """End a generation that starts, or settles: then the route goes back."""
+    """End a starting or settling generation; after settling, the route goes back."""
     number, serving = incoming.number, step.fleet.of(Phase.SERVING)
     if incoming.phase is Phase.STARTING:
         _abandon(step, number)
@@ -410,7 +413,7 @@ def socket_lost(step: Step, number: int) -> None:
 
 
 def channel_broken(step: Step, number: int, served_s: float) -> None:
-    """No connection can be sent through this generation's channel any more."""
+    """Replace a generation whose channel no longer carries connections."""
     generation = step.fleet.generation(number)
     phase = generation.phase if generation else None
     if phase not in (Phase.STARTING, Phase.SETTLING, Phase.SERVING):

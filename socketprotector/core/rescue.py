@@ -20,7 +20,7 @@ SETTLED_BY_HOLD = "before --settle was over: clients of a hold wait"
 
 
 def rescue(step: Step, number: int) -> None:
-    """Have the last good command accept the clients that a generation has left at its end.
+    """Open the last good command to accept clients that an ended generation has left.
 
     One of a failed release; of another, only before a release that would get them.  Where that
     command fails, too, Stranded comes, less and less often.
@@ -35,7 +35,7 @@ def rescue(step: Step, number: int) -> None:
 
 
 def serve_held(step: Step) -> None:
-    """Have the last good command accept the clients of a hold; a reload under way begins again.
+    """Open the last good command to accept held clients; a reload under way restarts.
 
     There is no third socket for it beside the serving and the incoming generation.  Where that one
     starts for other clients that wait, these come first.
@@ -57,7 +57,7 @@ def serve_held(step: Step) -> None:
 
 
 def serve_stranded(step: Step) -> None:
-    """Have the last good command accept clients that wait where no worker does any more.
+    """Open the last good command to accept clients that wait where no worker accepts.
 
     A release that is yet to be opened would get them before it is ready, and lose them if it fails.
     """

@@ -1,6 +1,6 @@
 """All that the next program needs to resume where this one stopped, as one value.
 
-Pure data.  Its classes are what the state is written in, by name: one that is renamed must still be
+Pure data.  The state records these classes by name: a renamed class must still be
 read (`renamed` of the codec).
 
 An older program can be started again, too: it leaves out a field that it does not know, but cannot

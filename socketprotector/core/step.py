@@ -56,13 +56,13 @@ class Step:
     # -- timers --------------------------------------------------------------
 
     def start(self, wait: TimerKind, target: int, seconds: float) -> None:
-        """Have a timer run; one of this kind and target that runs begins anew."""
+        """Start a timer; restart it if it is running for this kind and target."""
         deadline = Deadline(wait, target)
         self.fleet = replace(self.fleet, timers=self.fleet.timers | {deadline})
         self.do(StartTimer(deadline, seconds))
 
     def start_or_extend(self, wait: TimerKind, target: int, seconds: float) -> None:
-        """Have a timer run for so many seconds at least."""
+        """Start or extend a timer to run for at least this long."""
         deadline = Deadline(wait, target)
         if deadline in self.fleet.timers:
             self.do(StartTimer(deadline, seconds, extend=True))
@@ -99,7 +99,7 @@ class Step:
         self.start(TimerKind.WORKER_KILL, worker.number, self.fleet.policy.kill_timeout_s)
 
     def retire(self, worker: Worker) -> None:
-        """Have one worker finish what it has, and end it should that take too long."""
+        """Make a worker finish its connections, and end it if that takes too long."""
         finishes = worker.retires or worker.state is State.ORPHANED
         number = worker.number
         self.do(Retire(number) if finishes else Signal(number, WorkerSignal.TERM))
@@ -109,7 +109,7 @@ class Step:
     # -- generations ---------------------------------------------------------
 
     def end_start(self, number: int) -> None:
-        """A starting generation is ready, or is given up."""
+        """End a generation's start: it is ready, or has failed."""
         generation = self.fleet[number]
         self.cancel(TimerKind.START, number)
         self.cancel(TimerKind.SETTLE, number)
@@ -117,7 +117,7 @@ class Step:
             self.do(StopAsking(number))
 
     def settle(self, number: int, seconds: float) -> None:
-        """Keep the generation before it for so long, to go back to."""
+        """Keep the previous generation this long, for a rollback."""
         checked = bool(self.fleet.policy_of(self.fleet[number].fresh).settle_check)
         self.fleet = self.fleet.moved(number, Phase.SETTLING)
         self.start(TimerKind.SETTLE, number, seconds)
@@ -126,7 +126,7 @@ class Step:
             self.do(CheckSettling(number))
 
     def end_settling(self, number: int) -> None:
-        """A settling generation is to stay, or is rolled back."""
+        """End a generation's settling: it stays, or is rolled back."""
         self.cancel(TimerKind.SETTLE, number)
         generation = self.fleet[number]
         if generation.checked:
@@ -137,7 +137,7 @@ class Step:
         """Let a generation finish what it has."""
         self.fleet = self.fleet.moved(number, Phase.DRAINING)
         generation = self.fleet[number]
-        # Another one accepts; or is to come, and has a socket from which no worker accepts.
+        # Another generation accepts, or will, on a socket from which no worker accepts.
         others = self.fleet.route or self.fleet.to_open
         others_accept = self.fleet.policy.quiesces and others
         if others_accept and self.fleet.stopping is not Stop.QUICK:
@@ -147,7 +147,7 @@ class Step:
         else:
             self._end_channel(number, timeout_s)
         if self.fleet.queue_is_last and not generation.takers:
-            # Its slots all wait for a back-off: one must see whether something is queued.
+            # All of its slots wait for a back-off: some worker must take what is queued.
             for worker in [each for each in generation.workers if not each.alive][:1]:
                 self.spawn(number, worker)
         self.forget_waiting(number)
@@ -155,7 +155,7 @@ class Step:
             self.limit_draining()
 
     def quiesced(self, number: int) -> None:
-        """Have a generation finish that has accepted all clients that came to it."""
+        """Drain a generation that has accepted all of its clients."""
         generation = self.fleet.generation(number)
         if generation and generation.quiescing:
             self.fleet = self.fleet.with_generation(replace(generation, quiescing=False))
@@ -182,7 +182,7 @@ class Step:
             self.do(Report(ReportKind.MANY_DRAINING, reason=f"{len(draining)} generations"))
 
     def end_generation(self, number: int) -> None:
-        """Send TERM to what is left of a generation; KILL follows."""
+        """Send TERM to the rest of a generation; KILL follows."""
         self.forget_waiting(number)
         generation = self.fleet[number]
         if generation.ending or not generation.workers:
@@ -192,7 +192,7 @@ class Step:
         self.start(TimerKind.KILL, number, self.fleet.policy.kill_timeout_s)
 
     def kill_generation(self, number: int) -> None:
-        """Send KILL to what is left of a generation."""
+        """Send KILL to the rest of a generation."""
         alive = self.fleet[number].alive
         self.do(*(Signal(worker.number, WorkerSignal.KILL) for worker in alive))
 
@@ -210,7 +210,7 @@ class Step:
     # -- settings ------------------------------------------------------------
 
     def use_settings(self) -> None:
-        """What was read and is tried holds from now on."""
+        """Apply the settings of the candidate."""
         fleet, candidate = self.fleet, self.fleet.candidate
         if candidate:
             self.fleet = replace(
@@ -222,7 +222,7 @@ class Step:
             self.do(UseSettings())
 
     def forget_settings(self) -> None:
-        """What was read, or is being read, is given up."""
+        """Discard the settings that were read or are being read."""
         if self.fleet.reading or self.fleet.candidate:
             self.fleet = replace(self.fleet, reading=False, candidate=None)
             self.do(ForgetSettings())
@@ -254,9 +254,9 @@ class Step:
         self.do(Report(news, number, reason))
 
     def fail_unopened(self, reason: str) -> None:
-        """Say so of one that comes to no generation.
+        """Report the failure of a reload or dry run that opened no generation.
 
-        It uses up a generation's number: clients wait for one.
+        It uses up a generation's number: clients wait for a number.
         """
         number = self.fleet.next_generation
         self.fleet = replace(self.fleet, next_generation=number + 1)

@@ -4,8 +4,8 @@ operator asks for beside it: a lame duck, and `hold`.
 Pure.  A stop calls off all pending work; nothing new is started after it but a replacement for a
 worker that left something in a queue that no other generation can serve.
 
-Before a graceful stop there may be a lame duck (--lame-duck): all goes on as before, a reload that
-is under way too, only balancers are told, and nothing more that is requested is begun.
+Before a graceful stop there may be a lame duck (--lame-duck): serving continues, also a reload that
+is under way.  Balancers are asked to send clients elsewhere, and no new request begins.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .step import Step
 LISTENERS_LOST = 111
 #: What becomes of a reload or a dry run that is under way.
 CALLED_OFF = "called off: the protector stops"
-#: Why a generation that settles serves for good: nobody can go back any more.
+#: Why a settling generation is promoted: a rollback is no longer possible.
 SETTLED_BY_STOP = "before --settle was over: the protector stops"
 
 
@@ -52,7 +52,7 @@ def _begin_lame_duck(step: Step) -> None:
 
 
 def lame_duck_requested(step: Step, on: bool) -> None:
-    """Have balancers send clients elsewhere, or here again; all is served as before."""
+    """Ask balancers to send clients elsewhere, or back; serving continues."""
     if step.fleet.stop_requested:
         step.do(Report(ReportKind.REFUSED, reason="it is stopping"))
         return
@@ -63,7 +63,7 @@ def lame_duck_requested(step: Step, on: bool) -> None:
 
 
 def stop_gracefully(step: Step, reason: str = "") -> None:
-    """Begin that; reason: why, where nobody has requested it."""
+    """Begin a graceful stop; reason: why, if no operator requested it."""
     step.do(Report(ReportKind.STOPPING, reason=reason))
     _call_off(step, Stop.GRACEFUL)
     if step.fleet.route:
@@ -76,7 +76,7 @@ def stop_gracefully(step: Step, reason: str = "") -> None:
 
 
 def listeners_lost(step: Step) -> None:
-    """No client can connect any more: end, as failed, so that our supervisor starts us anew."""
+    """Stop as failed, so that our supervisor restarts us: no client can connect any more."""
     if step.fleet.stopping:
         return
     if not step.fleet.stop_requested:
@@ -85,7 +85,7 @@ def listeners_lost(step: Step) -> None:
 
 
 def backlog_emptied(step: Step) -> None:
-    """Let what serves finish: all that had connected before the listeners closed were accepted."""
+    """Drain the serving generation: all clients from before the close were accepted."""
     if step.fleet.stopping is not Stop.GRACEFUL:
         return
     step.fleet = replace(step.fleet, listeners_open=False)
@@ -136,7 +136,7 @@ def _call_off_incoming(step: Step, incoming: Generation) -> None:
     if starting:
         step.end_start(number)
         step.fleet = step.fleet.moved(number, Phase.ABANDONED)
-    # A first start has a verdict of its own; one that was to serve again after a failure has none.
+    # A first start has its own verdict; a recovery after a failure has none.
     recovers = starting and not incoming.fresh and step.fleet.of(Phase.SERVING) is None
     if step.fleet.served and not recovers:
         step.report_failure(number, CALLED_OFF)

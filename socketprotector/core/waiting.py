@@ -39,7 +39,7 @@ class Facts:
 
 
 def waits(fleet: Fleet, facts: Facts) -> tuple[Wait, ...]:
-    """Return all waits, first those that a reload waits for."""
+    """Return all waits, first the waits of a reload."""
     return (
         *_upgrade(facts),
         *_reload(fleet, facts),
@@ -150,7 +150,7 @@ def _stop_left(facts: Facts) -> float | None:
 
 
 def _leaving(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
-    """Give those that keep no reload and no stop waiting."""
+    """Yield the waits that delay no reload and no stop."""
     if fleet.stopping:
         return
     named = _awaited(fleet)
@@ -214,7 +214,7 @@ def _workers(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
     }
     finishing = [
         worker
-        for worker in serving.workers  # one that starts and has no deadline was sent KILL
+        for worker in serving.workers  # a starting worker without a deadline was sent KILL
         if worker.state in (State.STARTING, State.RETIRING, State.ORPHANED)
         and worker.number not in said
     ]

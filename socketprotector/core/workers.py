@@ -54,7 +54,7 @@ def _exited(step: Step, event: WorkerExited, generation: Generation, worker: Wor
     orphans = [Worker(worker.number, worker.slot, State.ORPHANED)] if event.orphans else []
     step.fleet = step.fleet.with_generation(generation.replaced(worker.number, *orphans))
     if worker.state is State.ORPHANED:
-        return  # its slot was filled, or given up, long ago
+        return  # its slot was filled or dropped long ago
     replacement = _replacement(generation, worker.number)
     if replacement:  # it stands for itself from now on
         step.fleet = step.fleet.with_worker(replace(replacement, replaces=0))
@@ -68,14 +68,14 @@ def _exited(step: Step, event: WorkerExited, generation: Generation, worker: Wor
         fail(step, generation.number, event.reason, retry=not event.detached)
     else:
         _take_over(step, worker.replaces)  # no other replacement is to come
-    for left in orphans:  # told last: where this rolls back, clients go elsewhere by then
-        _end_orphans(step, generation, worker, left, told_to_end=told_to_end)
+    for orphan in orphans:  # last: after a rollback, clients go elsewhere by then
+        _end_orphans(step, generation, worker, orphan, told_to_end=told_to_end)
 
 
 def _end_orphans(
     step: Step, generation: Generation, worker: Worker, left: Worker, *, told_to_end: bool
 ) -> None:
-    """Have what a dead worker has left finish, at the limits of any other worker that leaves.
+    """Let a dead worker's processes finish, within the limits of any leaving worker.
 
     generation, worker: before it died.
     """
@@ -161,7 +161,7 @@ def _start_waiting(step: Step, most: int) -> int:
 
 
 def _waiting(step: Step) -> Iterator[tuple[int, Worker]]:
-    """Give those that wait for nothing, with their generations' numbers."""
+    """Yield the workers that wait for nothing, with their generations' numbers."""
     before, timers = step.before, step.fleet.timers
     for generation in step.fleet.generations:
         as_it_was = before.timers is timers and before.generation(generation.number) is generation
@@ -202,7 +202,7 @@ def _resize(step: Step, most: int) -> int:
     as_it_was = before.of(Phase.SERVING) is serving and before.workers_wanted == wanted
     if as_it_was and before.timers is step.fleet.timers and not before.of(Phase.SETTLING):
         return 0
-    # A replacement counts once it has its slot; one that leaves replaces none.
+    # A replacement counts once it has its slot; a leaving worker replaces none.
     staying = tuple(map(_REPLACES, serving.workers)).count(0)
     staying -= sum(map(tuple(map(_STATE, serving.workers)).count, LEAVING))
     if staying > wanted:
@@ -249,7 +249,7 @@ def kill_requested(step: Step, number: int) -> None:
     step.kill_generation(number)
 
 
-# -- one that makes room for another --------------------------------------------
+# -- a worker that makes room for another ---------------------------------------
 
 
 def replace_requested(step: Step, number: int, reason: str, *, hung: bool) -> None:

@@ -332,5 +332,5 @@ class Probe:
             over=over,
             late=late,
             limit_s=limit_s,
-            told=self._reads(number),
+            stdin=self._reads(number),
         )

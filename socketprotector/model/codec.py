@@ -1,7 +1,7 @@
 """Values as JSON: how the state and the settings are written, and how what changes in them is.
 
-Classes and fields are told by name, so that a newer program reads what an older one wrote: a field
-that it does not find takes its default, and one that was renamed since is found by its old name.
+Classes and fields are identified by name, so that a newer program reads an older program's state: a
+missing field takes its default, and a renamed field is found by its old name.
 The other way round is refused in words.
 
 Pure.  One serializer for all values that outlive a program.

@@ -84,7 +84,7 @@ COMMANDS: Mapping[str, Mapping[str, Kind]] = {
 }
 #: For those who may look, and change nothing (--status-group).
 STATUS_COMMANDS = ("status", "history", "events")
-#: Those that can do without.
+#: Requests whose fields are optional.
 _OPTIONAL = ("reload", "stop", "connections")
 
 

@@ -22,7 +22,7 @@ HEALTHY = "healthy"
 
 @frozen
 class Reload:
-    """One that was tried; the generation is the one that it started."""
+    """A release that was tried, with the generation that it started."""
 
     generation: int
     result: str = "running"  # then reloaded or failed

@@ -16,7 +16,7 @@ def parse(text: bytes, members: Callable[[list[tuple[str, Any]]], Any] | None = 
     """Return the value of a JSON text in UTF-8, as json.loads() does.
 
     members: makes what stands for an object of its names and values; a dict by default.
-    Raises ValueError, and RecursionError for one that is too deep.
+    Raises ValueError, and RecursionError if the text is nested too deep.
     """
     decoded = text.decode().strip(_SPACES)
     value, end = json.JSONDecoder(object_pairs_hook=members).raw_decode(decoded)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     _T = TypeVar("_T")
 else:
-    KW_ONLY = None  # an annotation, which nobody evaluates
+    KW_ONLY = None  # only an annotation, never evaluated
 
     def dataclass_transform(**_):
         """Do nothing: `typing` would cost the resident process a megabyte."""
@@ -56,13 +56,13 @@ class _Factory:
 
 
 def field(*, default_factory: Callable[[], _T]) -> _T:
-    """Have a field's default made for each object."""
+    """Declare a field whose default is made for each object."""
     return _Factory(default_factory)  # type: ignore[return-value]
 
 
 @dataclass_transform(eq_default=False, field_specifiers=(field,))
 def mutable(cls: type[_T]) -> type[_T]:
-    """Have the annotated fields set by `__init__`; to be written above the class.
+    """Decorate a class so that `__init__` sets its annotated fields.
 
     There are no inherited fields, and field() is for a default_factory alone.
     """
@@ -106,7 +106,7 @@ class _Fields:
 def frozen(cls: type[_T]) -> type[_T]:
     """Make it a value, compared, hashed and shown by its fields.
 
-    That nobody sets a field is for the type checker to see.
+    Only the type checker enforces that no field is set.
     """
     made: Any = mutable(cls)
     #: Takes all fields at once.

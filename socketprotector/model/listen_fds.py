@@ -1,4 +1,4 @@
-"""The listening sockets that a server gets under --handoff listener, and how it is told of them.
+"""The listening sockets that a server gets under --handoff listener, and their variables.
 
 Pure.  Each server looks for them in its own way: a descriptor's number in its command, which a
 placeholder stands for, or a variable.
@@ -109,7 +109,7 @@ def listener_variables(listeners: Sequence[ListenerSettings]) -> dict[str, str]:
 
 
 def worker_variables(generation: int, *, slot: int, master_pid: int) -> dict[str, str]:
-    """Return those that differ between workers.  LISTEN_PID is known after the fork alone."""
+    """Return the variables that differ between workers, but LISTEN_PID: the fork sets it."""
     return {
         "SERVER_STARTER_GENERATION": str(generation),
         "EINHORN_MASTER_PID": str(master_pid),

@@ -62,7 +62,7 @@ def plain(fields: Mapping[str, object]) -> dict[str, str | float]:
 
 
 def is_own(line: str) -> bool:
-    """Whether a line is one that `Log` writes: where workers write too, it tells them apart."""
+    """Return whether `Log` wrote this line: workers may write to the same file."""
     prioritized = line[:1] == "<" and line[2:3] == ">"
     rest = line[3:] if prioritized else line
     if rest.startswith('{"time": "'):

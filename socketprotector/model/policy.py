@@ -57,7 +57,7 @@ class Policy:
 
     @property
     def any_worker_retires(self) -> bool:
-        """Whether each worker can be told by itself to finish, whatever it says of that."""
+        """Whether any worker can be told separately to finish, whatever it has declared."""
         return self.workers_accept
 
     @property

@@ -31,7 +31,7 @@ class Question:
     """What is asked, and which answer is good."""
 
     kind: str
-    listener: str = ""  # by its name; "": the first one that can be asked
+    listener: str = ""  # by its name; "": the first listener that can be probed
     host: str = ""  # the Host header; "": the address
     path: str = ""
     status: int = 0  # 0: any of 200 to 399

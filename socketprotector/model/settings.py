@@ -28,7 +28,7 @@ class ListenerSettings:
     device: int = 0  # st_dev and st_ino of the socket file, 0 without one
     inode: int = 0
     backlog: int = 0  # of a UNIX socket, which has to listen again
-    foreign: bool = False  # passed in by a service manager, which goes on listening
+    foreign: bool = False  # passed in by a service manager, which keeps listening
     text: str = ""  # the LISTEN argument that it is of
     nonblock: bool = False  # workers that it is handed to find it so
     priority: int = -1  # SO_PRIORITY of each connection, which inherits none; -1: the system's

@@ -1,4 +1,4 @@
-"""Filters on sockets: programs of classic BPF, and those that select connections with a mark.
+"""Filters on sockets: classic BPF programs, and programs that select connections by mark.
 
 A mark tells our own connections, which ask a generation (daemon/asking.py), from those of clients.
 That of IPv4 is a source address of 127/8 drawn at random, which no packet from a network may have.
@@ -50,7 +50,7 @@ NO_NEW_CLIENTS: Sequence[Instruction] = (
 
 @frozen
 class Mark:
-    """What tells our own connections from all others; drawn anew for each generation."""
+    """What distinguishes our own connections from all others; new for each generation."""
 
     source: str  # the address that they come from
     traffic_class: int = 0  # of IPv6
@@ -71,7 +71,7 @@ class Mark:
     @property
     def options(self) -> tuple[tuple[int, int, int], ...]:
         """What a socket needs for it beside its source: levels, options and values."""
-        # Where all ports are in use, one that is connected elsewhere can be had.
+        # If all ports are in use, a port that is connected elsewhere can be shared.
         late = socket.IPPROTO_IP, accept_marks.IP_BIND_ADDRESS_NO_PORT, 1
         if self.family == socket.AF_INET:
             return (late,)
@@ -82,7 +82,7 @@ class Mark:
         )
 
     def put(self, one: socket.socket) -> None:
-        """Have a socket connect with it.  Raises OSError."""
+        """Make a socket connect with this mark.  Raises OSError."""
         for level, option, value in self.options:
             one.setsockopt(level, option, value)
         one.bind((self.source, 0))

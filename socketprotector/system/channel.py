@@ -47,7 +47,7 @@ class Channel:
     """A generation's queue: `write` is ours alone, `read` is shared with its workers."""
 
     def __init__(self, read: socket.socket, write: socket.socket) -> None:
-        """Take ownership of both ends; `write` is closed already in one that was ended."""
+        """Take ownership of both ends; `write` is already closed if the channel was ended."""
         self.read = read
         self.write = write
         #: The listeners that its workers know, by index; None: all there are.
@@ -88,7 +88,7 @@ class Channel:
         if "write" not in descriptors:
             write.detach()  # a closed one, made without a descriptor, because none may be free
         adopted = cls(read, write)
-        adopted.taken_from = True  # an earlier program has not told
+        adopted.taken_from = True  # an earlier program may have taken from it
         return adopted
 
     def descriptors(self) -> dict[str, int]:

@@ -1,10 +1,10 @@
 """A command that checks something: `check:` of --ready, --health and --settle-check.
 
-By the shell, as the worker's user and in its environment.  It is asked for an exit status; of what
-it writes the last line is a reason for people.  That comes by a pipe, not into the log, where a
-command that writes much would fill the disk, and one that shows what clients sent could forge
-lines.  The pipe is read to its end, so that the command never waits for us; but a little at a time,
-so that we do not work for it alone.
+The shell runs the command as the worker's user and in its environment.  The exit status decides;
+the last line of output is the reason for people.  Output goes to a pipe, not to the log: there a
+verbose command would fill the disk, and a command that prints client data could forge lines.  The
+pipe is read to its end, so that the command never blocks; but in small reads, so that a verbose
+command cannot keep the event loop busy.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from .polling import read_now
 from .process import Process
 from .spawn import spawn
 
-#: One that takes longer hangs: it asks a server that does not answer, and the next one may fare
-#: better.  Twice the time that a resolver gives a name server (resolv.conf(5)).
+#: A check that takes longer is stuck: its server does not answer, and the next check may succeed.
+#: Twice the time that a resolver gives a name server (resolv.conf(5)).
 LIMIT_S = 10.0
-#: What a pipe holds; how soon after a read the next one is; and how many there are at the end,
-#: when something that has left its group may write on for ever.
+#: The size of a pipe; the pause between reads; and the number of reads at the end, when a process
+#: that has left the group may write for ever.
 _PIPE_BYTES, _READ_EVERY_S, _LAST_READS = 65_536, 0.01, 4
-#: What is kept of it, and shown.
+#: How much output is kept, and how much of the last line is shown.
 _KEPT_BYTES, _SHOWN = 4096, 200
 #: The program in a check, behind what is set for it alone; None where the shell has to read that.
 _PROGRAM = re.compile(
@@ -40,7 +40,7 @@ _PROGRAM = re.compile(
 
 
 class CheckCommand:
-    """One run of one.  Owns its process, and the pipe."""
+    """A running check command.  Owns its process and the pipe."""
 
     def __init__(
         self,
@@ -52,48 +52,48 @@ class CheckCommand:
         over: Callable[[str], None],
         late: Callable[[str], None],
         limit_s: float,
-        told: bytes = b"",
+        stdin: bytes = b"",
     ) -> None:
-        """Start it.  Raises OSError or ValueError.
+        """Start the command.  Raises OSError or ValueError.
 
-        program: as whom, where and with which environment.  variables: on top of that.
-        over: called once, when it has ended, with why it has failed; "" if it has not.
-        late: called before that, where it has not ended in time, with the same words; it has been
-        killed then, but may live on as another user's.  told: what it reads on stdin.
+        program: its user, directory and environment.  variables: added to the environment.
+        over: called once at the end, with the reason of a failure; "" for success.
+        late: called earlier with the same reason if the command exceeds its limit; it was killed
+        then, but may survive as another user.  stdin: its standard input.
         """
         self._loop, self._over, self._late = loop, over, late
         self._program = first_program(command)
-        self._said, self._why_late = b"", ""
+        self._tail, self._why_late = b"", ""
         self._output = -1
         self._process: Process | None = None
         shell = replace(program, path="/bin/sh", argv=("sh", "-c", command))
         with on_error(self.close):
-            self._start(shell, variables, told)
+            self._start(shell, variables, stdin)
             assert self._process is not None
             loop.watch(self._process.pidfd, self._ended)
-            loop.watch(self._output, self._hear)
-            loop.call_after(self, limit_s, lambda: self._time_is_over(limit_s))
+            loop.watch(self._output, self._on_output)
+            loop.call_after(self, limit_s, lambda: self._on_limit(limit_s))
 
-    def _start(self, shell: Program, variables: Mapping[str, str], told: bytes) -> None:
+    def _start(self, shell: Program, variables: Mapping[str, str], input_bytes: bytes) -> None:
         self._output, write = os.pipe2(os.O_CLOEXEC)
         try:
             os.set_blocking(self._output, False)  # our end alone is this
             descriptors = {1: write, 2: write}
-            stdin = inherited.memory_file("sp.check", told) if told else -1
+            stdin_fd = inherited.memory_file("sp.check", input_bytes) if input_bytes else -1
             try:
-                if told:
-                    descriptors[0] = stdin
+                if input_bytes:
+                    descriptors[0] = stdin_fd
                 self._process = spawn(shell, variables, descriptors, mortal=True)
             finally:
-                if told:
-                    os.close(stdin)
+                if input_bytes:
+                    os.close(stdin_fd)
         finally:
             os.close(write)
 
     def close(self) -> None:
-        """Kill it, if it has not ended, and hear no more; again: nothing."""
+        """Kill the command if it runs, and close its pipe; may be repeated."""
         self._loop.cancel(self)
-        self._loop.cancel(self._hear_again)
+        self._loop.cancel(self._resume_reading)
         if self._process is not None:
             self._loop.unwatch(self._process.pidfd)
             self._process.discard()
@@ -105,10 +105,10 @@ class CheckCommand:
 
     @property
     def is_late(self) -> bool:
-        """Whether it was killed, as it had not ended in time; it may live on."""
+        """Whether it exceeded its limit and was killed; it may survive."""
         return bool(self._why_late)
 
-    def _time_is_over(self, limit_s: float) -> None:
+    def _on_limit(self, limit_s: float) -> None:
         if self._process is None or self._process.has_ended():
             return  # that is handled next
         self._why_late = f"{self._program}: no answer within {text.in_units(limit_s)}"
@@ -121,32 +121,32 @@ class CheckCommand:
         if result is None or self._process is None:
             return
         with suppress(PermissionError):
-            self._process.kill_group()  # what it has left in the background: there are many checks
+            self._process.kill_group()  # background processes would pile up with each check
         for _ in range(_LAST_READS):
             if not self._read():
                 break
-        last = text.last_line(self._said)[:_SHOWN]
+        last = text.last_line(self._tail)[:_SHOWN]
         self.close()
         failed = ": ".join(filter(None, (self._program, result.how, last)))
         self._over(self._why_late or ("" if result.clean else failed))
 
-    # -- what it says ------------------------------------------------------------
+    # -- its output --------------------------------------------------------------
 
-    def _hear(self) -> None:
+    def _on_output(self) -> None:
         self._loop.unwatch(self._output)
         if self._read() != b"":
-            self._loop.call_after(self._hear_again, _READ_EVERY_S, self._hear_again)
+            self._loop.call_after(self._resume_reading, _READ_EVERY_S, self._resume_reading)
 
-    def _hear_again(self) -> None:
+    def _resume_reading(self) -> None:
         try:
-            self._loop.watch(self._output, self._hear)
+            self._loop.watch(self._output, self._on_output)
         except OSError:
-            self._loop.call_after(self._hear_again, _READ_EVERY_S, self._hear_again)
+            self._loop.call_after(self._resume_reading, _READ_EVERY_S, self._resume_reading)
 
     def _read(self) -> bytes | None:
-        """Keep the end of what it says; b"": that was all, None: for now."""
+        """Read output and keep its end; return b"" at the end, None if none is there yet."""
         data = read_now(os.read, self._output, _PIPE_BYTES)
-        self._said = (self._said + (data or b""))[-_KEPT_BYTES:]
+        self._tail = (self._tail + (data or b""))[-_KEPT_BYTES:]
         return data
 
 

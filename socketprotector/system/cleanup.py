@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def on_error(undo: Callable[..., object], *arguments: object) -> Iterator[None]:
-    """Call `undo` where the block raises, whatever that is; then it goes on being raised."""
+    """Call `undo` if the block raises any exception, then raise it again."""
     try:
         yield
     except BaseException:

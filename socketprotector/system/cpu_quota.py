@@ -84,7 +84,7 @@ class Quota:
 def _up(path: str, root: str, mount: str) -> list[str]:
     """Return the folders of a cgroup and of those above it, as far as they are mounted.
 
-    In a container the mount may begin at its own cgroup, whatever path it is told to have.
+    In a container the mount may begin at its own cgroup, despite the path in /proc.
     """
     inside = path.removeprefix(root) if root != "/" else path
     names = inside.strip("/").split("/")

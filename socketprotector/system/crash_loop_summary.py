@@ -139,11 +139,11 @@ class CrashLoopFilter:
         return self._withhold(key, line, ready=event == "worker-ready")
 
     def _leaves_as_asked(self, worker: int) -> bool:
-        """Whether a worker that served was told to leave: then its end is no death."""
+        """Whether a serving worker was told to leave: its exit is then no crash."""
         key = self._slot_of.get(worker, (0, _UNKNOWN))
         crashes = self._crashing.get(key)
         if crashes is None or crashes.ready_at is None:
-            return False  # one that never served, or ended by itself
+            return False  # it never served, or ended without a request
         self._slot_of[worker] = key[0], _UNKNOWN
         self._finish(key)
         return True
@@ -225,7 +225,7 @@ class CrashLoopFilter:
         """Write how many deaths there were since the last line."""
         crashes = self._crashing[key]
         generation, slot = key if key is not None else (self._failed, None)
-        told = {
+        fields = {
             "generation": generation,
             "slot": slot,
             "deaths": crashes.deaths,
@@ -235,10 +235,10 @@ class CrashLoopFilter:
         }
         crashes.untold = 0
         crashes.interval_s = min(crashes.interval_s * 2, LAST_INTERVAL_S)
-        self._write("warning", "crash-loop", {k: v for k, v in told.items() if v is not None})
+        self._write("warning", "crash-loop", {k: v for k, v in fields.items() if v is not None})
 
     def _finish(self, key: Key) -> None:
-        """Write the rest, and what was withheld of the worker that lives; begin anew."""
+        """Write the rest and the withheld lines of the living worker; start over."""
         crashes = self._crashing.get(key)
         if crashes is None:
             return

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # a program that is to stay small uses this, too
 
 #: Descriptors that a starting program opens at a time: a folder, a module, the loop's own.
 _NEEDED = 6
-#: What the kernel looks at (BINPRM_BUF_SIZE), and where it says what it was told to execute.
+#: The bytes that the kernel examines (BINPRM_BUF_SIZE), and where its extra formats are listed.
 _HEAD_BYTES, _FORMATS = 256, "/proc/sys/fs/binfmt_misc"
 
 
@@ -66,7 +66,7 @@ def refuse_format(path: str, directory: str = "") -> None:
 
 
 def _other_formats(head: bytes) -> bool:
-    """Return whether the kernel may have been told how to execute such a file (binfmt_misc)."""
+    """Return whether binfmt_misc may know how to execute such a file."""
     try:
         found = set(os.listdir(_FORMATS))
     except FileNotFoundError:

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 _FIRST_S = 0.001
 _SO_PASSRIGHTS = 83
 _UNREAD_BYTES = 65_536
-#: Each message that is read may wait anew.
+#: The limit starts again with each message that is read.
 _NEXT_S = 0.0001
 
 
@@ -39,7 +39,7 @@ def dropping() -> Iterator[None]:
 
 
 def refuse_descriptors(sock: socket.socket) -> None:
-    """Have the kernel refuse what is sent with descriptors, where it can (Linux 6.16).
+    """Make the kernel refuse messages with descriptors, if it can (Linux 6.16).
 
     For a listening socket this holds for its connections, too.
     """

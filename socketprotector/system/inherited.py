@@ -126,11 +126,11 @@ def names(descriptors: Iterable[str]) -> dict[str, str]:
     anything closes it.  Raises OSError.
     """
     found = tuple(descriptors)
-    told = ":".join(found)
-    if len(told) > NAMES_BYTES:
-        fd = memory_file(NAMES, told.encode(), 0)
-        told = f"{NAMES}{fd}"
-    return {"LISTEN_FDS": str(len(found)), "LISTEN_FDNAMES": told}
+    names = ":".join(found)
+    if len(names) > NAMES_BYTES:
+        fd = memory_file(NAMES, names.encode(), 0)
+        names = f"{NAMES}{fd}"
+    return {"LISTEN_FDS": str(len(found)), "LISTEN_FDNAMES": names}
 
 
 def memory_file(name: str, content: bytes, flags: int = os.MFD_CLOEXEC) -> int:
@@ -179,11 +179,11 @@ def receive() -> dict[str, int]:
 
     Sets close-on-exec on each and removes the variables from the environment.
     """
-    count, pid, told, _ = (os.environ.pop(variable, "") for variable in _VARIABLES)
+    count, pid, names, _ = (os.environ.pop(variable, "") for variable in _VARIABLES)
     if pid != str(os.getpid()):
         return {}
     found = {}
-    for name, fd in zip(_listed(told), range(FIRST, FIRST + number_in(count)), strict=False):
+    for name, fd in zip(_listed(names), range(FIRST, FIRST + number_in(count)), strict=False):
         if name == NOBODY:
             continue
         if name.startswith(OURS) and name not in found:
@@ -193,7 +193,7 @@ def receive() -> dict[str, int]:
             # What else the service manager passes (socket activation) was taken at the first
             # start and is among ours; several may have one name.
             os.close(fd)
-    if (memfd := _memfd(told)) is not None:
+    if (memfd := _memfd(names)) is not None:
         os.close(memfd)
     return found
 
@@ -224,13 +224,13 @@ def _listed_for_us() -> list[str]:
     return _listed(os.environ.get("LISTEN_FDNAMES", "")) if ours else []
 
 
-def _listed(told: str) -> list[str]:
+def _listed(names: str) -> list[str]:
     """Return the names that LISTEN_FDNAMES tells, or tells where to find.  Raises OSError."""
-    if (memfd := _memfd(told)) is not None:
-        told = os.pread(memfd, os.fstat(memfd).st_size, 0).decode()
-    return told.split(":")
+    if (memfd := _memfd(names)) is not None:
+        names = os.pread(memfd, os.fstat(memfd).st_size, 0).decode()
+    return names.split(":")
 
 
-def _memfd(told: str) -> int | None:
-    number = told.removeprefix(NAMES)
-    return (number_in(number) or None) if number != told else None
+def _memfd(names: str) -> int | None:
+    number = names.removeprefix(NAMES)
+    return (number_in(number) or None) if number != names else None

@@ -177,7 +177,7 @@ def _fill_reserve() -> None:
         if not _reserve:
             _reserve.append(bytes(_RESERVE_BYTES))  # calloc(3): no page is touched
     except MemoryError:
-        pass  # the next one that is loaded tries again
+        pass  # the next module that is loaded tries again
 
 
 def _forget(module: ModuleType) -> None:

@@ -41,7 +41,7 @@ AGAIN = frozenset(
 #: The system is out of something: what cannot be had now can be later.
 SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 NO_MARKS: Mapping[bpf.Mark, int] = {}
-#: One that was shut down hangs up; a UNIX one is readable then, too (tcp_poll(), unix_poll()).
+#: A socket that was shut down hangs up; a UNIX one is readable then, too (tcp_poll(), unix_poll()).
 CLIENT_OR_END = select.POLLIN | select.POLLRDHUP
 
 
@@ -99,9 +99,9 @@ class Listener:
         self._reserved = socket.socket(fileno=reserved) if reserved >= 0 else None
         self.shared = shared
         if not shared:
-            # The process that passes it in may have changed that.  On one that workers share
-            # nothing may be set: flags and options are those of the living ones, which may rely on
-            # them.  An asyncio server would hang in accept() if it blocked.
+            # The process that passed the socket in may have made it blocking.  A socket shared with
+            # workers must not be changed: living workers may rely on its flags and options.
+            # An asyncio server would get stuck in accept() if the socket blocked.
             self.socket.setblocking(False)
         self.index = index
         self.settings = settings
@@ -140,7 +140,7 @@ class Listener:
         raise NotImplementedError
 
     def listen_again(self, socket_number: int) -> bool:
-        """Have a socket listen again that was shut down; False where it does not."""
+        """Listen again on a socket that was shut down; return whether it does."""
         raise NotImplementedError
 
     def steer(
@@ -150,9 +150,9 @@ class Listener:
         *,
         held: bool = False,
     ) -> None:
-        """Have new clients come to socket 0 or 1, or where held get no answer.
+        """Route new clients to socket 0 or 1; if held, leave them without an answer.
 
-        marked: and those with a mark to a socket of their own.  Raises OSError.
+        marked: the socket of each probe mark.  Raises OSError.
         """
         raise NotImplementedError
 
@@ -162,23 +162,23 @@ class Listener:
         raise NotImplementedError
 
     def reserve(self) -> socket.socket:
-        """Have the third socket, which takes the rights to bind the address.  Raises OSError."""
+        """Return the third socket; making it needs the right to bind.  Raises OSError."""
         raise NotImplementedError
 
     def refuse_new(self) -> bool:
-        """Refuse new clients; those that have connected can still be accepted.
+        """Refuse new clients; clients that have connected can still be accepted.
 
-        Returns whether that could be had: else new ones come until it is closed, and after that,
-        where its owner has passed it in and goes on listening.
+        Returns whether that is possible.  Otherwise new clients come until the socket is closed,
+        and later too if its owner passed it in and keeps listening.
         """
         raise NotImplementedError
 
     def _made_anew(self, socket_number: int) -> socket.socket:
-        """Return another socket in the place of one.  Raises OSError."""
+        """Return a new socket to replace this one.  Raises OSError."""
         raise NotImplementedError
 
     def _withdraw(self, one: socket.socket) -> None:
-        """Keep new clients from a socket that is about to be closed, whoever has a copy."""
+        """Keep new clients from a socket before it is closed; other processes may have it."""
         raise NotImplementedError
 
     # -- what one family alone does ---------------------------------------------------
@@ -205,11 +205,11 @@ class Listener:
 
     @property
     def hangs_up(self) -> bool:
-        """Whether it is a UNIX one that was shut down: readable for ever, without a client."""
+        """Whether it is a UNIX socket that was shut down: always readable, without a client."""
         return False
 
     def note(self) -> None:
-        """Remember how many may wait: a worker that listens says it, and so should we then."""
+        """Remember the backlog that a worker has set, to use the same when listening again."""
 
     def renew(self, socket_number: int) -> bool:
         """Make another socket for a generation that is yet to start, and gets no clients yet.
@@ -230,7 +230,7 @@ class Listener:
 
     @property
     def has_held_client(self) -> bool:
-        """Whether one waits there."""
+        """Whether a client waits at that socket."""
         return False
 
     def adopt_reserved(self, socket_number: int) -> None:
@@ -240,10 +240,10 @@ class Listener:
         """
 
     def let_in(self) -> None:
-        """Have no generation begin on a socket, common to it and others, that lets no client in."""
+        """Remove filters and devices that keep clients out, before a generation starts."""
 
     def remove_files(self) -> None:
-        """Remove the socket files that are its own."""
+        """Remove the socket files that this listener made."""
 
     # -- the sockets ------------------------------------------------------------------
 
@@ -283,9 +283,9 @@ class Listener:
         }
 
     def bind_anew(self, socket_number: int) -> None:
-        """Have another socket in the place of one that is of no use any more.  Raises OSError.
+        """Replace a socket that is of no use any more.  Raises OSError.
 
-        Workers that have that one do not have this one.
+        Workers that have the old socket do not have the new one.
         """
         if self.settings.foreign:
             raise OSError(errno.EPERM, "it was passed in, and is not ours")
@@ -303,7 +303,7 @@ class Listener:
         self._again[number] += 1
 
     def go_on_without(self, socket_number: int) -> None:
-        """Have the sibling alone, under both numbers."""
+        """Drop a socket; the sibling then has both numbers."""
         number = socket_number % 2
         one = self.sockets.pop(number)
         del self._backlogs[number]
@@ -314,7 +314,7 @@ class Listener:
             self._again[0] += 1
 
     def can_do_without(self, one: socket.socket) -> bool:
-        """Whether one that keeps clients out may be given up: nothing is lost by that.
+        """Whether a socket that keeps clients out may be dropped without losing anything.
 
         There is a spare; or no client reaches it, because it is bound to a device that is gone.
         """
@@ -326,7 +326,7 @@ class Listener:
         return socket_copy.device_is_gone(one)
 
     def close_reserved(self) -> None:
-        """Let go of the third socket."""
+        """Close the third socket."""
         if self._reserved is not None:
             self._withdraw(self._reserved)  # a copy may be kept elsewhere
             self._reserved.close()
@@ -361,7 +361,7 @@ class Listener:
             self.close()
             return ""
         kept = self.socket_for(socket_number)
-        with suppress(OSError):  # then they come to the one that they came to before
+        with suppress(OSError):  # then new clients come to the same socket as before
             self._steer_last(socket_number)
         self.close_reserved()
         name = next(name for name, fd in self.descriptors().items() if fd == kept.fileno())
@@ -373,7 +373,7 @@ class Listener:
         return name
 
     def _steer_last(self, socket_number: int) -> None:
-        """Have clients come to the socket that the next start gets.  Raises OSError."""
+        """Route clients to the socket that the next start gets.  Raises OSError."""
 
     def has_waiting(self, socket_number: int | None = None) -> bool:
         """Whether a client has connected and was not accepted yet; socket_number: only there."""
@@ -397,7 +397,7 @@ def remove_file(settings: ListenerSettings) -> None:
 
 
 def is_file_of(settings: ListenerSettings, found: os.stat_result) -> bool:
-    """Return whether a file is the one that a listener has made."""
+    """Return whether a listener made this file."""
     return (found.st_dev, found.st_ino) == (settings.device, settings.inode)
 
 

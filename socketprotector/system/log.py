@@ -2,7 +2,7 @@
 
 Where stderr leads (terminal, file, journal, the relay to syslog) was settled before. A
 reader that is slow or gone never holds the protector up: a line that would block is
-dropped, and the next one that gets through says how many were.
+dropped, and the next line that gets through says how many.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Log:
     def observe(self, callback: Observer) -> None:
         """Call this, too, with each line at level info or above, whatever our own level is.
 
-        It is given plain values, those that are None left out.  It must neither block nor raise.
+        It gets plain values; None is left out.  It must neither block nor raise.
         """
         self._observers = (*self._observers, callback)
 

@@ -55,7 +55,7 @@ class Loop:
         self._count = 0
         self._asked_at = 0.0  # when it was last asked what is due
         self.running = True
-        #: Set, each time anew, where an event is expected within soon_ns: then the next wait does
+        #: Set each time an event is expected within soon_ns: then the next wait does
         #: not sleep so long.  To wake a core that sleeps costs more (17 us and above).
         self.soon = False
         self.take_signals: Callable[[], None] = lambda: None
@@ -117,7 +117,7 @@ class Loop:
             self._by_time.clear()
 
     def _take_in(self) -> None:
-        """Call back for what was watched since the last wait, all of which was told by now."""
+        """Call back for descriptors watched since the last wait, all reported by now."""
         self._callbacks |= self._coming
         self._coming.clear()
 
@@ -163,7 +163,7 @@ class Loop:
                 if number in wanted:  # not that of a timer (foreign_descriptors.py)
                     callback(number)
 
-        #: Calls back now for those that have come.
+        #: Calls back now for events that have come.
         self.take_signals = read
         self.watch(receive, read)
 

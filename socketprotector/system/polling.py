@@ -32,7 +32,7 @@ def events_of(one: int | socket, wanted: int) -> int:
 def read_now(read: Callable[..., bytes], *arguments: Any) -> bytes | None:
     """Return what `read`, which does not wait, finds.
 
-    b"": the end, also where whoever wrote there has ended in a bad way.  None: nothing yet, as
+    b"": the end, also if the writer has crashed.  None: nothing yet, as
     after a wake-up for a number that was another's before.
     """
     try:

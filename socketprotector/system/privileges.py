@@ -97,7 +97,7 @@ def adopt_group() -> None:
 
 
 def end_with_parent(number: int) -> None:
-    """Have the kernel send this signal to this process when its parent's thread ends, exec or not.
+    """Make the kernel signal this process when its parent's thread ends, also after exec.
 
     Its own children do not have that.  Raises OSError.
     """
@@ -175,7 +175,7 @@ def _prctl(option: int, *arguments: int) -> int:
 
 
 def _set_capabilities(kept: tuple[int, ...], inheritable: tuple[int, ...] = ()) -> None:
-    """Have these capabilities permitted and effective, and no others."""
+    """Set the permitted and effective capabilities to exactly these."""
     mask, inherited = (sum(1 << each for each in those) for those in (kept, inheritable))
     header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
     data = struct.pack("6I", mask, mask, inherited, 0, 0, 0)

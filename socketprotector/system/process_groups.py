@@ -52,7 +52,7 @@ class _Group:
 
     record: WorkerRecord
     process: Process  # the leader, which has ended
-    drain_signal: int  # what has it finish; 0: it finishes by itself
+    drain_signal: int  # tells the group to finish; 0: it finishes without a signal
     ended: Callable[[], None]  # called when its last process is gone
     since: float  # it was last signalled, or the leader had ended
     logged: bool = False
@@ -96,13 +96,13 @@ class Groups:
         self._look_later(record.number)
 
     def retire(self, number: int) -> None:
-        """Have a group finish, where a signal does that."""
+        """Send a group its drain signal, if it has one."""
         group = self._groups.get(number)
         if group is not None and group.drain_signal:
             self.signal(number, group.drain_signal)
 
     def signal(self, number: int, sign: int) -> None:
-        """Send a signal to what is left of a group; nothing happens to one that is gone."""
+        """Send a signal to the rest of a group; do nothing if the group is gone."""
         group = self._groups.get(number)
         if group is None or group.record.killed:
             return
@@ -181,7 +181,7 @@ class Groups:
         self._loop.call_after("census", min(delay_s, _LAST_CENSUS_S), self._count)
 
     def _count(self) -> None:
-        """Look at some processes more: which of the groups have one that lives?"""
+        """Scan some more processes to find which groups still have a living process."""
         began = time.monotonic()
         if self._census is None:
             self._lives, self._census_cost_s = {}, 0.0

@@ -6,7 +6,7 @@ or hangs.  after: a timer.  any: the first of READY=1, ack and fd, else the time
 the server was given the number of fd.  accept, http and https: the same, for what a worker says
 counts where its generation is not asked any more; while it is, the timer does not run.
 
-A line that was offered stays open until it was used or the worker ends: one that is known to be
+A line that was offered stays open until it was used or the worker ends: a line that is known to be
 ready by something else may write there later, and would be killed by SIGPIPE.
 
 Source: einhorn.py; s6's notification-fd.
@@ -45,7 +45,7 @@ class Readiness:
     """One worker's, beside its notify socket.  Owns our ends of its lines."""
 
     def __init__(self, program: Program, lines: Mapping[str, int], loop: Loop, number: int) -> None:
-        """Take ownership of the lines: those that descriptors() has named.
+        """Take ownership of the lines that descriptors() has named.
 
         number: the worker's.
         """

@@ -41,9 +41,9 @@ _SOON, _NEVER = struct.pack("ll", 0, 1), bytes(16)
 
 
 def prepare(bound: socket.socket) -> None:
-    """Steer the group of one that does not listen yet, so that one that joins it gets no clients.
+    """Steer the group of a bound socket before it listens, so that a sibling gets no clients.
 
-    It is alone on its address until make().
+    The socket is alone on its address until make().
     """
     if bound.family not in (socket.AF_INET, socket.AF_INET6):
         return
@@ -65,8 +65,8 @@ def steer_if_can(one: socket.socket) -> None:
 def _steer_to_listening(beside: socket.socket) -> None:
     """Steer to a socket beside which another one is about to listen, if it does listen.
 
-    One that was shut down would get a group of its own: listen() would fail as long as another one
-    is there.
+    After shutdown() it would get a group of its own, and listen() would fail while another group
+    has the address.
     """
     if beside.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         steer_if_can(beside)
@@ -75,12 +75,11 @@ def _steer_to_listening(beside: socket.socket) -> None:
 def make(first: socket.socket, room: int = 0) -> socket.socket | None:
     """Return a sibling of a listening socket, which gets no clients yet; the caller owns it.
 
-    room: how many clients may wait, if not as many as at the first: one that was shut down cannot
-    tell.
+    room: the sibling's backlog, if not that of the first socket: a socket that was shut down has
+    no backlog.
 
-    None for one that is not TCP, or that waits for data before it tells of a client
-    (TCP_DEFER_ACCEPT): its handshakes could not be told from those that never end.
-    Raises OSError where the system has none.
+    None for a UNIX socket, and under TCP_DEFER_ACCEPT: a handshake that waits for data could not
+    be distinguished from a handshake that never ends.  Raises OSError where that is impossible.
     """
     if first.family not in (socket.AF_INET, socket.AF_INET6):
         return None
@@ -127,9 +126,9 @@ def backlog(listening: socket.socket) -> int:
 def rebind(
     one: socket.socket, address: tuple[str, int], backlog: int, *, other_mark: bool = False
 ) -> socket.socket:
-    """Return another one that listens on an address, with the options of `one`.  Raises OSError.
+    """Return a new listening socket on an address, with the options of `one`.  Raises OSError.
 
-    other_mark: its connections are to be told from those of `one` (accept_marks.py).
+    other_mark: give its connections another mark than those of `one` (accept_marks.py).
     """
     made = socket_copy.bind_beside(one, address)
     with on_error(made.close):
@@ -140,19 +139,19 @@ def rebind(
 
 
 def steer(one: socket.socket, member: int, marked: Mapping[bpf.Mark, int] = NO_MARKS) -> None:
-    """Have clients that connect from now on come to one member of its group, counted from 0.
+    """Route new clients to a member of the socket's group, counted from 0.
 
-    marked: and connections with a mark to a member of their own.
-    Members are in the order of listen(2), until one leaves: then the last one takes its position.
-    Handshakes that are under way finish where they began.  Raises OSError.
+    marked: the member for each mark.
+    Members are in the order of listen(2); when a member leaves, the last takes its position.
+    A handshake finishes at the member where it began.  Raises OSError.
     """
     bpf.attach(one, bpf.SO_ATTACH_REUSEPORT_CBPF, bpf.selecting(member, marked))
 
 
 def reserve(one: socket.socket, address: tuple[str, int]) -> socket.socket:
-    """Return one that can join its group, to leave clients without an answer: silence().
+    """Return a socket that can join the group, to leave clients without an answer: silence().
 
-    It is bound and does not listen.  Raises OSError, too where we may not bind the address.
+    It is bound and does not listen.  Raises OSError, also without the right to bind the address.
     """
     one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     made = socket_copy.bind_beside(one, address)
@@ -162,7 +161,7 @@ def reserve(one: socket.socket, address: tuple[str, int]) -> socket.socket:
 
 
 def enlist(reserved: socket.socket, mark: int, backlog: int, beside: socket.socket | None) -> None:
-    """Have a reserved socket listen for clients, for good.  Raises OSError.
+    """Turn a reserved socket into a listening member of the group.  Raises OSError.
 
     beside: a member of the group, which gets the clients until the next steer().
     """
@@ -177,10 +176,10 @@ def enlist(reserved: socket.socket, mark: int, backlog: int, beside: socket.sock
 
 
 def silence(reserved: socket.socket) -> None:
-    """Have it join its group as the last member; shutdown() ends that.  Raises OSError.
+    """Add a reserved socket to its group as the last member; shutdown() ends that.  Raises OSError.
 
-    It drops what clients begin with, so their kernels try again.  Source: IP_MINTTL in ip(7),
-    tcp_v4_rcv() in tcp_ipv4.c; sk_acceptq_is_full() in sock.h for those that are let in by that.
+    It drops the first packet of a client, so the client's kernel tries again.  Source: IP_MINTTL
+    in ip(7), tcp_v4_rcv() in tcp_ipv4.c; sk_acceptq_is_full() in sock.h for the rest.
     """
     for level, option in socket_copy.least_ttl(reserved):
         reserved.setsockopt(level, option, bpf.MOST_TTL)
@@ -188,11 +187,11 @@ def silence(reserved: socket.socket) -> None:
 
 
 def refuse_new(listening: socket.socket) -> None:
-    """Refuse new clients; those that have connected can still be accepted.  Raises OSError.
+    """Refuse new clients; clients that have connected can still be accepted.  Raises OSError.
 
-    One that is bound to a device is found only by clients that come by it.  Handshakes that
-    are under way finish, for their device is the one of the socket when they began.  A filter
-    would do as well; but since 2026 kernels want CAP_NET_ADMIN for one on a TCP socket.
+    A socket that is bound to a device gets only clients of that device.  A handshake under way
+    finishes, because it keeps the device that the socket had when it began.  A filter would do
+    as well; but since 2026 kernels want CAP_NET_ADMIN for a filter on a TCP socket.
     """
     try:
         socket_copy.leave_devices(listening)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Program = tuple[int, Mapping[Any, int]]
     Order = tuple[int, ...]
 
-#: Members beside sockets 0 and 1: the one that answers no client, and those of other processes.
+#: Members beside sockets 0 and 1: our silent socket, and sockets of other processes.
 SILENT, OTHER = 2, -1
 
 
@@ -40,7 +40,7 @@ class Attach:
 
 @frozen
 class Join:
-    """Have a member listen, as the last one of the group."""
+    """Let a member listen, as the last of the group."""
 
     member: int
 
@@ -86,8 +86,8 @@ class Group:
         if SILENT not in listed:
             return listed
         if listed[-1] != SILENT:
-            return None  # a server has had its socket listen again, maybe more than once
-        # Those in front of SILENT have listened since before it joined.
+            return None  # a server has called listen() again, maybe more than once
+        # Members in front of SILENT have listened since before it joined.
         if SILENT in self.listed and self.order is not None and set(listed) <= set(self.listed):
             order = self.order
             for each in self.listed:
@@ -120,7 +120,7 @@ class Group:
     # -- plans -----------------------------------------------------------------------
 
     def steer(self, to: int, marked: Mapping[Any, int], *, held: bool, guarded: bool) -> Plan:
-        """Have new clients come to a socket, or where held get no answer; marks to their own.
+        """Route new clients to a socket, or if held to SILENT; each mark to its own socket.
 
         guarded: SILENT is to have the position of a socket that is shut down.
         """
@@ -140,7 +140,7 @@ class Group:
             yield from self._do(Leave(SILENT))
 
     def listen_again(self, number: int) -> Plan:
-        """Have a socket listen, also one that was shut down twice or that is half shut.
+        """Listen on a socket, even after two shutdowns or half a shutdown.
 
         Such a socket would pass that on to all connections that it accepts, until it is shut down
         while it listens.  So it joins twice.
@@ -151,7 +151,7 @@ class Group:
         yield from self._do(Join(number))
         yield from self._do(Leave(number))
         if self.is_silent and not self._order[-1] == self.listed[-1] == SILENT:
-            # Behind it this one would take its position, in front of one that has listened before.
+            # Behind SILENT it would take SILENT's position, in front of an older member.
             yield from self._end_silence()
         held = self.to == SILENT and self.is_silent
         yield from self._attach(self._order if held else (*self._heard, number))
@@ -162,7 +162,7 @@ class Group:
             yield from self._do(Leave(SILENT))
 
     def make_room(self, number: int) -> Plan:
-        """Have a socket leave, in the place of which another one is bound beside the rest."""
+        """Remove a socket from the group, before a new socket replaces it."""
         if number in self.listed:
             if not self.is_silent:  # else that takes its position
                 yield from self._attach(self._order, away=number)
@@ -172,7 +172,7 @@ class Group:
         yield from self._end_silence()
 
     def end_silence(self) -> Plan:
-        """Have SILENT leave."""
+        """Remove SILENT from the group."""
         yield from self._end_silence()
 
     # -- parts of plans --------------------------------------------------------------
@@ -198,10 +198,10 @@ class Group:
         return self._order[-1] == SILENT or not set(self.sockets) <= set(self._order)
 
     def _know(self) -> Plan:
-        """Have the positions known, if a server has changed them.
+        """Restore known positions, if a server has changed them.
 
-        The one that listened last leaves before SILENT, and joins after that.  So at each step the
-        order of listen(2) tells the next program enough.
+        The last member leaves before SILENT and joins after it.  So at each step the next program
+        can derive the positions from the order of listen(2).
         """
         if self.order is not None:
             return

@@ -23,7 +23,7 @@ SLOTS = 1024
 _COUNTERS = struct.Struct(f"{wire.BOARD_ACCEPTED_AT}Q")
 _TIMES = struct.Struct(f"{wire.BOARD_DESCRIPTORS}Q")
 _NOTHING = bytes(wire.BOARD_BYTES)
-#: What a worker may claim at most; more cannot be told apart from garbage.
+#: What a worker may claim at most; larger values are taken for garbage.
 _MOST = 2**53
 _MOST_OPEN = 2**20
 
@@ -32,7 +32,7 @@ class Board:
     """Owns the memfd."""
 
     def __init__(self, fd: int) -> None:
-        """Use one that make() made, in this program or an earlier one."""
+        """Use a scoreboard from make(), of this program or an earlier one."""
         self.fd = fd
 
     @classmethod

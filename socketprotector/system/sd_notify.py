@@ -176,7 +176,7 @@ class Outbox:
         `later` calls what it is given after a moment.
         """
         self._later = later
-        # Each time anew: a manager that was restarted has another socket under the same name.
+        # Connect each time: a restarted manager has another socket under the same name.
         self._to = (_bound_as(address),) if address else ()
         if line is None and address:
             # For life: where descriptors have run out, the watchdog wants to be fed all the same.
@@ -327,7 +327,7 @@ class Store:
         return bool(self._left_out)
 
     def sync(self, few: Mapping[str, int], many: Named | None = None) -> None:
-        """Have these descriptors kept, by name, and no others.  They stay the caller's.
+        """Keep exactly these descriptors in the store, by name.  The caller still owns them.
 
         A name stands for one descriptor for ever, so only names are compared; of the many only
         those that have changed.
@@ -355,7 +355,7 @@ class Store:
         self._few = before & due | few.keys()
 
     def _give(self, name: str, fd: int) -> bool:
-        """Have one kept; False where it must be tried again the next time."""
+        """Store a descriptor; return False if that must be tried again later."""
         if name in self.kept:
             return True
         room = self._bytes + len(name) < self._names_bytes and len(self.kept) < self._most
@@ -370,7 +370,7 @@ class Store:
         return True
 
     def forget(self, name: str) -> None:
-        """Have one no longer kept."""
+        """Remove a descriptor from the store."""
         self._left_out.discard(name)
         if name not in self.kept:
             return
@@ -396,7 +396,7 @@ class Systemd:
         self.watchdog_s = int(usec) / 2_000_000 if wanted else 0.0
 
     def send(self, **fields: str) -> None:
-        """Send assignments as one datagram, after those that could not be sent yet."""
+        """Send assignments as one datagram, after earlier assignments that are still unsent."""
         text = "\n".join(f"{name}={value}" for name, value in fields.items())
         for outbox in self._outboxes:
             outbox.send(text)

@@ -22,7 +22,7 @@ TO_THE_PROTECTOR = (*STOPS, *REQUESTS)
 
 
 def catch(numbers: Iterable[int]) -> int:
-    """Have each of these signals written, as a byte, to a pipe; return its read end."""
+    """Write each of these signals as a byte to a pipe; return the pipe's read end."""
     receive, send = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(send, warn_on_full_buffer=False)
     for number in numbers:
@@ -31,10 +31,10 @@ def catch(numbers: Iterable[int]) -> int:
 
 
 def block() -> None:
-    """Have none of them decide how this process ends.
+    """Block the signals while this process ends, so that none decides its exit status.
 
-    To be called last: as Python ends it gives each signal its default effect back, and one that
-    comes then would be the exit status.  Source: CPython's _PySignal_Fini.
+    Call this last: Python restores the default effect of each signal as it ends, and a signal
+    would then become the exit status.  Source: CPython's _PySignal_Fini.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, TO_THE_PROTECTOR)
 

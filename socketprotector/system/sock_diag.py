@@ -23,8 +23,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    #: What is told of a socket, and its attributes.
-    Told = tuple[tuple[Any, ...], bytes]
+    #: The fixed fields of a reply about one socket, and its attributes.
+    DiagReply = tuple[tuple[Any, ...], bytes]
 
 _SOCK_DIAG = 4  # the netlink family
 _BY_FAMILY = 20
@@ -32,47 +32,47 @@ _DONE, _ERROR = 3, 2
 _REQUEST, _REQUEST_AND_DUMP = 0x001, 0x301
 _ESTABLISHED, _SYN_RECV, _CLOSE_WAIT, _LISTEN = 1, 3, 8, 10
 _STATES = 1 << _ESTABLISHED | 1 << _SYN_RECV | 1 << _CLOSE_WAIT
-#: Those in which a process may have it open: all but CLOSE, TIME_WAIT, LISTEN and the handshake's.
+#: States in which a process may have the socket open: not CLOSE, TIME_WAIT, LISTEN or handshakes.
 _OPEN = 1 << _ESTABLISHED | 1 << 4 | 1 << 5 | 1 << _CLOSE_WAIT | 1 << 9 | 1 << 11
-_INFO = 2  # the attribute that holds a tcp_info, and the bit that asks for it is one less
-_SHUTDOWN = 8  # one that holds how a socket was shut down; it comes unasked
-_OPTIONS = 22  # one that holds some of its options, as bits; so does it, since 5.10
+_INFO = 2  # attribute: a tcp_info; the bit that requests it is one less
+_SHUTDOWN = 8  # attribute: which directions are shut down; always sent
+_OPTIONS = 22  # attribute: some socket options, as bits; always sent, since Linux 5.10
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
 #: Family, protocol, attributes, padding, states; then the socket: ports (in the network's order),
 #: two addresses, interface, cookie.
-_ASKED = struct.Struct("=BBBBI2s2s16s16sI8s")
+_INET_QUERY = struct.Struct("=BBBBI2s2s16s16sI8s")
 #: Family, state, timer, retransmissions; then the socket: ports, addresses, interface, cookie;
 #: timer, unread bytes, bytes to be sent, user, inode.
-_TOLD = struct.Struct("=BBBB2s2s16s16sI8sIIIII")
+_INET_REPLY = struct.Struct("=BBBB2s2s16s16sI8sIIIII")
 #: Family, protocol, padding, states, inode, attributes, cookie.
-_ASKED_UNIX = struct.Struct("=BBHIII8s")
+_UNIX_QUERY = struct.Struct("=BBHIII8s")
 #: Family, type, state, padding, inode, cookie.
-_TOLD_UNIX = struct.Struct("=BBBBI8s")
-#: What is asked for, and the attribute that tells it: the file; the clients of one that listens;
-#: the bytes to be read, and to be sent.
+_UNIX_REPLY = struct.Struct("=BBBBI8s")
+#: The bit that requests an attribute, and the attribute: the socket's file; the clients in a
+#: listening socket's queue; the unread and unsent bytes.
 _FILE, _PENDING, _QUEUES = (2, 1), (8, 3), (16, 4)
 _BOUND_AS = (1, 0)
-_INODE = struct.Struct("=I")  # and of a file the device
+_INODE = struct.Struct("=I")  # the device follows where the attribute is a file
 _ATTRIBUTE = struct.Struct("=HH")  # length, type
-_BYTES_RECEIVED_AT = 128  # in a tcp_info; an end of file counts as one
+_BYTES_RECEIVED_OFFSET = 128  # in a tcp_info; an end of file counts as one
 _COUNT = struct.Struct("=Q")
 _NO_COOKIE = b"\xff" * 8
 _ANSWER_BYTES = 65_536
 
-#: The clients that wait to be accepted at a socket: by port and address; of a UNIX socket by inode,
-#: in their order, 0 for one that has gone meanwhile.
+#: The clients that a socket has not accepted: TCP clients by port and address; UNIX clients by
+#: inode, in queue order, with 0 for a client that has disconnected.
 Line = frozenset[bytes] | tuple[int, ...]
 
 
 def unread(family: int, port: int, *, accepted: bool = False) -> dict[bytes, bool]:
     """Return the unread clients of a port, by their own port and address.
 
-    Each with whether it has connected and says nothing, so that it may go on like that.
+    The value is True for a client that has connected and sent nothing: it may stay silent.
 
-    accepted: without those that wait to be accepted.
+    accepted: leave out clients that wait to be accepted.
 
-    family: AF_INET, or AF_INET6 with IPv4 in it where the socket takes both.  Raises OSError
-    where it cannot be asked.
+    family: AF_INET, or AF_INET6, which includes IPv4 clients of a dual-stack socket.  Raises
+    OSError where sock_diag is unavailable.
     """
     return unread_by_port(family, (port,), accepted=accepted)[port]
 
@@ -80,115 +80,117 @@ def unread(family: int, port: int, *, accepted: bool = False) -> dict[bytes, boo
 def unread_by_port(
     family: int, ports: Collection[int], *, accepted: bool = False
 ) -> dict[int, dict[bytes, bool]]:
-    """Return what unread() does for each of several ports, by one request for all."""
+    """Return unread() for each of several ports, with a single query."""
     found: dict[int, dict[bytes, bool]] = {port: {} for port in ports}
-    for port, told, attributes in _tcp_by_port(family, found, _STATES, 1 << _INFO - 1):
-        _, state, _, _, _, theirs, _, client, *_, left, _, _, inode = told
+    for port, fields, attributes in _tcp_by_port(family, found, _STATES, 1 << _INFO - 1):
+        _, state, _, _, _, theirs, _, client, *_, left, _, _, inode = fields
         if state == _SYN_RECV:
             found[port][theirs + client] = False
-        elif inode or not accepted:  # it has one from the moment at which it is accepted
+        elif inode or not accepted:  # a connection has an inode once it is accepted
             info = _attribute(attributes, _INFO)
-            if len(info) < _BYTES_RECEIVED_AT + _COUNT.size:
-                continue  # the kernel, before 4.1, does not tell what has come
-            if _COUNT.unpack_from(info, _BYTES_RECEIVED_AT)[0] <= left:
+            if len(info) < _BYTES_RECEIVED_OFFSET + _COUNT.size:
+                continue  # Linux before 4.1 does not report the bytes received
+            if _COUNT.unpack_from(info, _BYTES_RECEIVED_OFFSET)[0] <= left:
                 found[port][theirs + client] = not left
     return found
 
 
 def listening(family: int, port: int, like: Collection[int] = ()) -> dict[int, int]:
-    """Return the sockets that listen on a port, by inode, the last that began to at the end.
+    """Return the sockets that listen on a port, by inode, in the order of their listen().
 
-    Each with how accepted ones find themselves shut down (1: for reading, 2: for writing).
-    like: only those at the addresses and devices of these.  Raises OSError where it cannot be
-    asked.
+    The value says how connections accepted there are shut down (1: for reading, 2: for writing).
+    like: only sockets with the address and device of these.  Raises OSError where sock_diag is
+    unavailable.
     """
-    all_told = list(_tcp(family, port, 1 << _LISTEN))
-    places = {told[6:9:2] for told, _ in all_told if told[-1] in like}
+    replies = list(_tcp(family, port, 1 << _LISTEN))
+    places = {fields[6:9:2] for fields, _ in replies if fields[-1] in like}
     found: dict[int, int] = {}
-    for told, attributes in all_told:
-        if not like or told[6:9:2] in places:
-            found[told[-1]] = int.from_bytes(_attribute(attributes, _SHUTDOWN)[:1], "little")
-    # The kernel puts each in front of the others; but those of IPv6 that share a port, behind.
+    for fields, attributes in replies:
+        if not like or fields[6:9:2] in places:
+            found[fields[-1]] = int.from_bytes(_attribute(attributes, _SHUTDOWN)[:1], "little")
+    # The kernel lists the newest first, but appends IPv6 sockets that share a port.
     return found if family == socket.AF_INET6 else dict(reversed(found.items()))
 
 
 def unaccepted(listening: socket.socket) -> Line:
-    """Return the clients that wait to be accepted; of all sockets of the same address.
+    """Return the clients that wait to be accepted at any socket of this address.
 
-    Raises OSError where it cannot be asked; a UNIX socket with some 900 that wait is one.
+    Raises OSError where the kernel does not answer: also for a UNIX socket with about 900 clients
+    waiting.
     """
     if listening.family == socket.AF_UNIX:
-        return tuple(each for (each,) in _INODE.iter_unpack(_of_unix(listening, *_PENDING)))
+        return tuple(each for (each,) in _INODE.iter_unpack(_unix_attribute(listening, *_PENDING)))
     address = _address(listening)
     found: set[bytes] = set()
     port = listening.getsockname()[1]
-    for told, _ in _tcp(listening.family, port, 1 << _ESTABLISHED | 1 << _CLOSE_WAIT):
-        _, _, _, _, _, theirs, ours, client, *_, inode = told
+    for fields, _ in _tcp(listening.family, port, 1 << _ESTABLISHED | 1 << _CLOSE_WAIT):
+        _, _, _, _, _, theirs, ours, client, *_, inode = fields
         if not inode and (not any(address) or ours[: len(address)] == address):
             found.add(theirs + client)
     return frozenset(found)
 
 
 def is_waiting(client: socket.socket, server: tuple[str, int], device: int = 0) -> bool:
-    """Return whether a connection of ours to this machine is yet to be accepted.
+    """Return whether our own connection to this machine waits to be accepted.
 
-    Also of one whose handshake the server's side has not finished, though ours has
-    (TCP_DEFER_ACCEPT): it is in no queue.  For all of a port the kernel goes through the table of
-    all connections, 4 ms for one of 262,144 places; this one it looks up there.
+    True also while only the server's side has not finished the handshake (TCP_DEFER_ACCEPT): the
+    connection is then in no queue.  A lookup of a single connection is cheap; a query by port walks
+    the table of all connections, 4 ms for 262,144 places.
 
-    device: to which the listener is bound, by its index.  Raises OSError where it cannot be asked.
+    device: index of the device that the listener is bound to.  Raises OSError where sock_diag is
+    unavailable.
     """
     family = client.family
     (port, address), (ours, our_address) = (
         (port.to_bytes(2, "big"), socket.inet_pton(family, host.partition("%")[0]).ljust(16, b"\0"))
         for host, port in (server, client.getsockname()[:2])
     )
-    asked = _ASKED.pack(
+    query = _INET_QUERY.pack(
         *(family, socket.IPPROTO_TCP, 0, 0, 0),
         *(port, ours, address, our_address, device, _NO_COOKIE),
     )
     try:
-        ((told, _),) = _ask(asked, _TOLD, dump=False)
+        ((fields, _),) = _query(query, _INET_REPLY, dump=False)
     except OSError as error:
         if error.errno != errno.ENOENT:
             raise
         return False  # closed by now
-    state, inode = told[1], told[-1]  # of the socket that listens, where that is closed by now
+    state, inode = fields[1], fields[-1]  # of the listening socket if the connection is closed
     return state == _SYN_RECV or (not inode and state in (_ESTABLISHED, _CLOSE_WAIT))
 
 
 def handshakes(family: int, port: int) -> frozenset[bytes]:
-    """Return the clients of a port that are about to connect, by their own port and address.
+    """Return the clients of a port in a handshake, by their own port and address.
 
-    Raises OSError where it cannot be asked.
+    Raises OSError where sock_diag is unavailable.
     """
     return frozenset(handshakes_by_port(family, (port,))[port])
 
 
 def handshakes_by_port(family: int, ports: Collection[int]) -> dict[int, set[bytes]]:
-    """Return what handshakes() does for each of several ports, by one request for all."""
+    """Return handshakes() for each of several ports, with a single query."""
     found: dict[int, set[bytes]] = {port: set() for port in ports}
-    for port, told, _ in _tcp_by_port(family, found, 1 << _SYN_RECV):
-        found[port].add(told[5] + told[7])
+    for port, fields, _ in _tcp_by_port(family, found, 1 << _SYN_RECV):
+        found[port].add(fields[5] + fields[7])
     return found
 
 
 def accepted(
-    listening: socket.socket, but: bytes = b"", *, waiting: bool = False
+    listening: socket.socket, exclude: bytes = b"", *, waiting: bool = False
 ) -> Counter[bytes]:
-    """Return how many connections at a socket's address processes have open, by their options.
+    """Return the number of open connections at a socket's address, by their options.
 
-    but: the end of a client that does not count, see end_of().  waiting: also those that wait to be
-    accepted.  Raises OSError where it cannot be asked, or is not told (before Linux 5.10).
+    exclude: a client's endpoint that does not count, see end_of().  waiting: include clients that
+    wait to be accepted.  Raises OSError where sock_diag is unavailable, or before Linux 5.10.
     """
     address = _address(listening)
     found: Counter[bytes] = Counter()
-    for told, attributes in _tcp(listening.family, listening.getsockname()[1], _OPEN):
-        if told[5] + told[7] == but:
+    for fields, attributes in _tcp(listening.family, listening.getsockname()[1], _OPEN):
+        if fields[5] + fields[7] == exclude:
             continue
-        # Without an inode are those that wait, and those that no process has open any more.
-        counts = told[-1] or (waiting and told[1] in (_ESTABLISHED, _CLOSE_WAIT))
-        if counts and (not any(address) or told[6][: len(address)] == address):
+        # No inode: the connection waits to be accepted, or no process has it open any more.
+        counts = fields[-1] or (waiting and fields[1] in (_ESTABLISHED, _CLOSE_WAIT))
+        if counts and (not any(address) or fields[6][: len(address)] == address):
             found[_attribute(attributes, _OPTIONS)] += 1
     if b"" in found:
         raise OSError(errno.EOPNOTSUPP, "the kernel does not tell")
@@ -196,12 +198,12 @@ def accepted(
 
 
 def _address(listening: socket.socket) -> bytes:
-    """Return the address that a socket is bound to; all zeros where it is any."""
+    """Return the address that a socket is bound to; zeros for the wildcard address."""
     return socket.inet_pton(listening.family, listening.getsockname()[0].partition("%")[0])
 
 
 def end_of(client: socket.socket, family: int) -> bytes:
-    """Return what tells a TCP client in the answers about a listener of a family."""
+    """Return the key of a TCP client in replies about a listener of this family."""
     host, port = client.getsockname()[:2]
     address = socket.inet_pton(client.family, host)
     if client.family == socket.AF_INET and family == socket.AF_INET6:
@@ -210,7 +212,7 @@ def end_of(client: socket.socket, family: int) -> bytes:
 
 
 def stands(before: Line, now: Line) -> bool:
-    """Whether no client of a backlog was accepted since: all wait, or have disconnected."""
+    """Return whether every client of `before` still waits or has disconnected."""
     if isinstance(before, tuple) and isinstance(now, tuple):
         return len(before) <= len(now) and all(
             each in (was, 0) for was, each in zip(before, now, strict=False)
@@ -219,53 +221,53 @@ def stands(before: Line, now: Line) -> bool:
 
 
 def address_of(inodes: Collection[int]) -> str | None:
-    """Return an address of one of these sockets that listens for TCP; None: none does.
+    """Return the address of a TCP listener among these sockets; None if there is none.
 
-    None too where sock_diag is unavailable.
+    Also None where sock_diag is unavailable.
     """
     for family in (socket.AF_INET, socket.AF_INET6) if inodes else ():
         try:
-            for told, _ in _tcp(family, 0, 1 << _LISTEN):
-                if told[-1] in inodes:
-                    of_ipv6 = told[0] == socket.AF_INET6
-                    host = socket.inet_ntop(told[0], told[6] if of_ipv6 else told[6][:4])
-                    port = int.from_bytes(told[4], "big")
+            for fields, _ in _tcp(family, 0, 1 << _LISTEN):
+                if fields[-1] in inodes:
+                    of_ipv6 = fields[0] == socket.AF_INET6
+                    host = socket.inet_ntop(fields[0], fields[6] if of_ipv6 else fields[6][:4])
+                    port = int.from_bytes(fields[4], "big")
                     return f"[{host}]:{port}" if of_ipv6 else f"{host}:{port}"
         except OSError:
             continue
     return None
 
 
-def file_of(one: socket.socket) -> int:
+def file_of(sock: socket.socket) -> int:
     """Return the inode of a UNIX socket's file, as its last 32 bits; 0 without one.
 
-    Also of one that has been removed.  Raises OSError where it cannot be asked.
+    The file may have been removed.  Raises OSError where sock_diag is unavailable.
     """
-    return int.from_bytes(_of_unix(one, *_FILE)[: _INODE.size], sys.byteorder)
+    return int.from_bytes(_unix_attribute(sock, *_FILE)[: _INODE.size], sys.byteorder)
 
 
-def queue_of_unix(one: socket.socket) -> tuple[int, int]:
-    """Return how many clients of a UNIX socket wait to be accepted, and how many may.
+def queue_of_unix(sock: socket.socket) -> tuple[int, int]:
+    """Return the length and the limit of a UNIX socket's accept queue.
 
-    Raises OSError where it cannot be asked.
+    Raises OSError where sock_diag is unavailable.
     """
-    found = _of_unix(one, *_QUEUES)
+    found = _unix_attribute(sock, *_QUEUES)
     if len(found) < 2 * _INODE.size:
         raise OSError(errno.EOPNOTSUPP, "the kernel does not tell")
     return _INODE.unpack_from(found)[0], _INODE.unpack_from(found, _INODE.size)[0]
 
 
 def unread_unix() -> dict[int, int]:
-    """Return inode -> bytes to be read, of all connected UNIX sockets; /proc does not say.
+    """Return the unread bytes of every connected UNIX socket, by inode; /proc does not show them.
 
-    Empty where it may not be asked.
+    Empty where sock_diag is unavailable.
     """
     show, wanted = _QUEUES
     found: dict[int, int] = {}
     try:
-        for told, attributes in _unix(1 << _ESTABLISHED, 0, show):
+        for fields, attributes in _unix(1 << _ESTABLISHED, 0, show):
             if queues := _attribute(attributes, wanted):
-                found[told[4]] = _INODE.unpack_from(queues)[0]
+                found[fields[4]] = _INODE.unpack_from(queues)[0]
     except OSError:
         return {}
     return found
@@ -274,64 +276,66 @@ def unread_unix() -> dict[int, int]:
 def accepted_unix() -> Iterator[tuple[str, int, int]]:
     """Yield each accepted connection of a UNIX socket: bound name, inode, and unread bytes.
 
-    Without those that wait to be accepted.  Raises OSError where it cannot be asked.
+    Clients that wait to be accepted are left out.  Raises OSError where sock_diag is unavailable.
     """
     show = _BOUND_AS[0] | _QUEUES[0]
-    for told, attributes in _unix(1 << _ESTABLISHED, 0, show):
+    for fields, attributes in _unix(1 << _ESTABLISHED, 0, show):
         if name := _attribute(attributes, _BOUND_AS[1]).rstrip(b"\0"):
             queues = _attribute(attributes, _QUEUES[1])
-            yield os.fsdecode(name), told[4], _INODE.unpack_from(queues)[0] if queues else 0
+            yield os.fsdecode(name), fields[4], _INODE.unpack_from(queues)[0] if queues else 0
 
 
-def _of_unix(one: socket.socket, show: int, wanted: int) -> bytes:
+def _unix_attribute(sock: socket.socket, show: int, wanted: int) -> bytes:
     """Return an attribute of a UNIX socket, empty where it has none.  Raises OSError."""
-    inode = os.fstat(one.fileno()).st_ino
+    inode = os.fstat(sock.fileno()).st_ino
     answers = [_attribute(attributes, wanted) for _, attributes in _unix(0xFFFFFFFF, inode, show)]
     return b"".join(answers)
 
 
-def _tcp(family: int, port: int, states: int, attributes: int = 0) -> Iterator[Told]:
-    """Ask for the sockets of a port, 0 for those of any.  Raises OSError."""
+def _tcp(family: int, port: int, states: int, attributes: int = 0) -> Iterator[DiagReply]:
+    """Query the sockets of a port, 0 for any port.  Raises OSError."""
     any_address = bytes(16)
-    asked = _ASKED.pack(
+    query = _INET_QUERY.pack(
         *(family, socket.IPPROTO_TCP, attributes, 0, states),
         *(port.to_bytes(2, "big"), bytes(2), any_address, any_address, 0, _NO_COOKIE),
     )
-    return _ask(asked, _TOLD, dump=True)
+    return _query(query, _INET_REPLY, dump=True)
 
 
 def _tcp_by_port(
     family: int, ports: Collection[int], states: int, attributes: int = 0
 ) -> Iterator[tuple[int, tuple[Any, ...], bytes]]:
-    """Ask for the sockets of several ports; yield the port with each.  Raises OSError.
+    """Query the sockets of several ports; yield the port with each.  Raises OSError.
 
-    For one port as for all the kernel goes through the table of all connections.
+    The kernel walks the table of all connections for a single port too, so a single query is best.
     """
     by_bytes = {port.to_bytes(2, "big"): port for port in ports}
-    asked = next(iter(ports)) if len(by_bytes) == 1 else 0
-    for told, more in _tcp(family, asked, states, attributes):
-        port = by_bytes.get(told[4])
+    queried_port = next(iter(ports)) if len(by_bytes) == 1 else 0
+    for fields, found_attributes in _tcp(family, queried_port, states, attributes):
+        port = by_bytes.get(fields[4])
         if port is not None:
-            yield port, told, more
+            yield port, fields, found_attributes
 
 
-def _unix(states: int, inode: int, show: int) -> Iterator[Told]:
-    """Ask for a UNIX socket, or with 0 as inode for all in these states.  Raises OSError."""
-    asked = _ASKED_UNIX.pack(socket.AF_UNIX, 0, 0, states, inode, show, _NO_COOKIE)
-    return _ask(asked, _TOLD_UNIX, dump=not inode)
+def _unix(states: int, inode: int, show: int) -> Iterator[DiagReply]:
+    """Query a UNIX socket, or with inode 0 all in these states.  Raises OSError."""
+    query = _UNIX_QUERY.pack(socket.AF_UNIX, 0, 0, states, inode, show, _NO_COOKIE)
+    return _query(query, _UNIX_REPLY, dump=not inode)
 
 
-def _ask(asked: bytes, form: struct.Struct, *, dump: bool) -> Iterator[Told]:
-    """Ask, and yield what is told of each socket, and its attributes.
+def _query(query: bytes, form: struct.Struct, *, dump: bool) -> Iterator[DiagReply]:
+    """Send a query and yield the reply about each socket.
 
-    dump: there are many answers, and an end to them.  Raises OSError, for a refusal too.
+    dump: the kernel sends many replies and an end marker.  Raises OSError, also for a refusal.
     """
     flags = _REQUEST_AND_DUMP if dump else _REQUEST
-    header = _HEADER.pack(_HEADER.size + len(asked), _BY_FAMILY, flags, 1, 0)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _SOCK_DIAG) as ask:
-        # The kernel has answered when it was asked: nothing here ever waits.
-        ask.send(header + asked, socket.MSG_DONTWAIT)
-        while data := ask.recv(_ANSWER_BYTES, socket.MSG_DONTWAIT):
+    header = _HEADER.pack(_HEADER.size + len(query), _BY_FAMILY, flags, 1, 0)
+    with socket.socket(
+        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _SOCK_DIAG
+    ) as netlink:
+        # The kernel replies during send(): nothing here ever waits.
+        netlink.send(header + query, socket.MSG_DONTWAIT)
+        while data := netlink.recv(_ANSWER_BYTES, socket.MSG_DONTWAIT):
             at = 0
             while at + _HEADER.size <= len(data):
                 length, kind, *_ = _HEADER.unpack_from(data, at)
@@ -348,7 +352,7 @@ def _ask(asked: bytes, form: struct.Struct, *, dump: bool) -> Iterator[Told]:
 
 
 def _attribute(attributes: bytes, wanted: int) -> bytes:
-    """Return the content of an attribute, empty where there is none."""
+    """Return the content of an attribute, empty if it is missing."""
     at = 0
     while at + _ATTRIBUTE.size <= len(attributes):
         length, kind = _ATTRIBUTE.unpack_from(attributes, at)

@@ -1,4 +1,4 @@
-"""The options of a listening socket: copied to one that is bound beside it, or taken back.
+"""The options of a listening socket: copied to a socket bound beside it, or reset.
 
 What workers set, and what is put back for the next generation: socket_snapshot.py.
 
@@ -29,7 +29,7 @@ IPV6_TRANSPARENT = 75
 #: What accepted connections inherit, or what the address is bound with.
 _COPIED = (
     (socket.SOL_SOCKET, socket.SO_REUSEADDR),
-    # Also of one that is dead: it holds the port as long as a worker has it.
+    # Also beside a socket that was shut down: it holds the port while a worker has it.
     (socket.SOL_SOCKET, socket.SO_REUSEPORT),
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
     (socket.SOL_SOCKET, socket.SO_PRIORITY),
@@ -79,7 +79,7 @@ def bind_beside(one: socket.socket, address: tuple[str, int]) -> socket.socket:
 
 
 def reset(listening: socket.socket) -> None:
-    """Take away what a server may have left that would harm the one that accepts after it.
+    """Reset options of an earlier server that would harm the next server on this socket.
 
     What let_in() does; time-outs and linger, which accepted connections inherit; and how much TTL
     packets must have left, which keeps clients out, too.  Raises OSError.
@@ -110,9 +110,9 @@ def least_ttl(one: socket.socket) -> Sequence[tuple[int, int]]:
 
 
 def reapply_options(used: socket.socket, fresh: socket.socket) -> None:
-    """Have a listening socket be as one would that is made and not bound yet.
+    """Give a listening socket the options of a fresh socket.
 
-    Raises OSError, with what is not to be had, where it cannot be: then part of it was done.
+    Raises OSError, naming the option that cannot be set: some options are set by then.
     """
     reset(used)
     if used.family == socket.AF_UNIX:

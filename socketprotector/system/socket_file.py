@@ -26,7 +26,7 @@ from .cleanup import on_error
 from .dir_lock import give
 from .sock_diag import accepted_unix, file_of
 
-#: The name of a UNIX socket has 108 bytes, with the one that ends it.
+#: The name of a UNIX socket has 108 bytes, with the terminating zero.
 LONGEST_PATH = 107
 _TRIES = 16
 _OWN = "~"
@@ -184,7 +184,7 @@ def keep_file(path: str, one: socket.socket) -> None:
 
 
 def lead_to(path: str, one: socket.socket, ours: Iterable[socket.socket]) -> None:
-    """Have clients of a path come to a socket from now on.
+    """Route clients of a path to a socket from now on.
 
     ours: all sockets of the path.  A file that a closed socket has left there is replaced.
     Raises OSError, also where another program's file is there.
@@ -271,9 +271,9 @@ def is_stale(path: str) -> bool:
 
 
 def _left_by_a_socket(path: str, found: tuple[int, int]) -> list[str]:
-    """Return which files beside a path are the one that is there, where no process listens on it.
+    """Return the files beside a path that are the file at the path, if no process listens on it.
 
-    The socket was closed, or the program was killed that had it.  Raises OSError.
+    The socket was closed, or its process was killed.  Raises OSError.
     """
     left = [each for each in left_beside(path) if _known(each) == found]
     return left if left and is_stale(path) else []
@@ -287,7 +287,7 @@ def _is_file_of(path: str, one: socket.socket, found: tuple[int, int]) -> bool:
     try:
         return file_of(one) == found[1] & 0xFFFFFFFF
     except OSError:
-        return False  # as far as can be told
+        return False  # unknown: assume that it does not
 
 
 def _known(path: str) -> tuple[int, int]:

@@ -1,11 +1,11 @@
 """The options of a listening socket that its workers can change: read, kept, and set again.
 
-A worker shares its listening socket with us, with other workers, and with the generation that uses
-the socket next.  What it sets stays there after it has ended.  OPTIONS is the one list of what
-counts: all that accepted connections inherit, and all that keeps clients out.
+A worker shares its listening socket with SocketProtector, with other workers, and with the
+generation that uses the socket next.  An option that it sets outlives it.  OPTIONS is the only list
+of the options that matter: connections inherit them, or they keep clients out.
 
-Not listed, because other modules own them: SO_REUSEPORT and its filters (reuseport.py), and what
-marks connections (accept_marks.py).
+Not listed, because other modules own them: SO_REUSEPORT and its filters (reuseport.py), and the
+options that mark connections (accept_marks.py).
 
 Source: socket(7), tcp(7), ip(7), ipv6(7); sock_setsockopt() in net/core/sock.c and
 do_tcp_setsockopt() in net/ipv4/tcp.c for what is settable on a socket that listens.
@@ -21,18 +21,18 @@ from contextlib import suppress
 from ..model.lazy_dataclass import frozen
 from . import reuseport, socket_copy
 
-#: An option's name and content; of BACKLOG the number.
+#: Option name -> content; for BACKLOG the limit as text.
 Snapshot = Mapping[str, bytes]
 
 BACKLOG = "backlog"
 _BYTES = 4
 _ORDER = sys.byteorder
 _DEVICE = "SO_BINDTOIFINDEX"
-#: What cannot be read: keys without which a client gets no answer.  The memory that they take can.
+#: Keys without which a client gets no answer.  They cannot be read, but their memory use can.
 _KEYS = "TCP_MD5SIG"
-#: Where SO_MEMINFO has that memory (SK_MEMINFO_OPTMEM of linux/sock_diag.h).
+#: Their memory use in SO_MEMINFO (SK_MEMINFO_OPTMEM of linux/sock_diag.h).
 _KEYS_AT = slice(24, 28)
-#: What keeps clients out as long as it stays.
+#: Options that keep clients out while they are set.
 KEEPS_CLIENTS_OUT = frozenset({_DEVICE, _KEYS})
 _CAN_CLOSE = KEEPS_CLIENTS_OUT | {"IP_MINTTL", "IPV6_MINHOPCOUNT"}
 _SO = socket.SOL_SOCKET
@@ -48,10 +48,10 @@ class Option:
     number: int
     size: int = _BYTES
     doubled: bool = False  # the kernel doubles what is set, and reads the double
-    cleared: bool = False  # 0 is what it begins with, and reads as another number
+    cleared: bool = False  # its initial value is set as 0 and reads as another number
     #: Why it cannot be set again on a socket that listens; "" where it can.
     stays: str = ""
-    #: What setting it may take; "" for nothing.
+    #: The privilege that setting it may need; "" for none.
     privilege: str = ""
 
 
@@ -118,83 +118,83 @@ OPTIONS = (
 )
 
 
-def take(one: socket.socket) -> Snapshot:
+def take(sock: socket.socket) -> Snapshot:
     """Return the options of a socket, without those that its kernel or family does not have."""
-    found = {each.name: content for each, content in _read(one)}
+    found = {each.name: content for each, content in _read(sock)}
     with suppress(OSError):
-        found[BACKLOG] = str(reuseport.queue(one)[1]).encode()
+        found[BACKLOG] = str(reuseport.queue(sock)[1]).encode()
     return found
 
 
-def closing(one: socket.socket) -> Snapshot:
-    """Return those of its options that can keep clients out."""
-    return {name: content for name, content in take(one).items() if name in _CAN_CLOSE}
+def closing(sock: socket.socket) -> Snapshot:
+    """Return the options of a socket that can keep clients out."""
+    return {name: content for name, content in take(sock).items() if name in _CAN_CLOSE}
 
 
-def restore(one: socket.socket, before: Snapshot) -> list[str]:
-    """Set the options of a listening socket as they were; return the names of those that stay."""
+def restore(sock: socket.socket, before: Snapshot) -> list[str]:
+    """Restore a listening socket's options; return the names of options that stay changed."""
     changed = []
-    for each, content in _read(one):
+    for each, content in _read(sock):
         wanted = before.get(each.name, content)
         if wanted != content:
             changed.append(each.name)
             with suppress(OSError):
-                _set(one, each, wanted)
+                _set(sock, each, wanted)
     with suppress(OSError):
         limit = before.get(BACKLOG)
-        if limit and _listens(one) and str(reuseport.queue(one)[1]).encode() != limit:
-            one.listen(int(limit))
+        if limit and _listens(sock) and str(reuseport.queue(sock)[1]).encode() != limit:
+            sock.listen(int(limit))
     if not changed:
         return []
-    return [each.name for each, content in _read(one) if content != before.get(each.name, content)]
+    return [each.name for each, content in _read(sock) if content != before.get(each.name, content)]
 
 
-def raise_backlog(one: socket.socket, made: Snapshot) -> None:
-    """Let as many clients wait as when the socket was made, if now fewer may."""
+def raise_backlog(sock: socket.socket, made: Snapshot) -> None:
+    """Raise a socket's backlog to the value it was made with, if it is lower now."""
     with suppress(OSError):
-        if BACKLOG in made and _listens(one) and reuseport.queue(one)[1] < int(made[BACKLOG]):
-            one.listen(int(made[BACKLOG]))
+        if BACKLOG in made and _listens(sock) and reuseport.queue(sock)[1] < int(made[BACKLOG]):
+            sock.listen(int(made[BACKLOG]))
 
 
-def _listens(one: socket.socket) -> bool:
-    """Return False after shutdown(): listen() would then change the order of the group."""
-    return bool(one.getsockopt(_SO, socket.SO_ACCEPTCONN))
+def _listens(sock: socket.socket) -> bool:
+    """Return whether the socket listens: after shutdown(), listen() would reorder the group."""
+    return bool(sock.getsockopt(_SO, socket.SO_ACCEPTCONN))
 
 
-def as_text(one: Snapshot) -> str:
+def as_text(snapshot: Snapshot) -> str:
     """Return a snapshot as text that from_text() reads."""
-    return " ".join(f"{name}={content.hex()}" for name, content in one.items())
+    return " ".join(f"{name}={content.hex()}" for name, content in snapshot.items())
 
 
 def from_text(text: str) -> Snapshot:
-    """Return the snapshot of a text that as_text() has written."""
+    """Return the snapshot in a text from as_text()."""
     pairs = (each.partition("=") for each in text.split())
     return {name: bytes.fromhex(content) for name, _, content in pairs}
 
 
-def _set(one: socket.socket, option: Option, wanted: bytes) -> None:
-    """Set an option to what it was read as.  Raises OSError."""
+def _set(sock: socket.socket, option: Option, wanted: bytes) -> None:
+    """Set an option to a value that was read earlier.  Raises OSError."""
     if option.doubled:
         wanted = (int.from_bytes(wanted, _ORDER) // 2).to_bytes(_BYTES, _ORDER)
     if option.cleared:
-        one.setsockopt(option.level, option.number, 0)
-        if one.getsockopt(option.level, option.number, option.size) == wanted:
+        sock.setsockopt(option.level, option.number, 0)
+        if sock.getsockopt(option.level, option.number, option.size) == wanted:
             return
-    one.setsockopt(option.level, option.number, wanted)
+    sock.setsockopt(option.level, option.number, wanted)
 
 
-def _read(one: socket.socket) -> Iterator[tuple[Option, bytes]]:
+def _read(sock: socket.socket) -> Iterator[tuple[Option, bytes]]:
     families = {_IPV6: (socket.AF_INET6,), _SO: None}
     for each in OPTIONS:
         of = families.get(each.level, (socket.AF_INET, socket.AF_INET6))
-        if of is not None and one.family not in of:
+        if of is not None and sock.family not in of:
             continue
         with suppress(OSError):  # an older kernel
-            content = one.getsockopt(each.level, each.number, each.size)
+            content = sock.getsockopt(each.level, each.number, each.size)
             if each.number == socket.SO_LINGER and each.level == _SO and not any(content[:4]):
                 content = bytes(each.size)  # off: the seconds of before do not count
             if each.name == _KEYS:
-                if one.family == socket.AF_UNIX:
+                if sock.family == socket.AF_UNIX:
                     continue
                 content = content[_KEYS_AT]
             yield each, content

@@ -87,7 +87,7 @@ def _spawn(
     """Do what spawn() does; return the pid.  lifeline: the number in the child of a mortal one."""
     forked = bool(program.identity is not None or program.nice or tell_pid or lifeline >= 0)
     kept = {RLIMITS[name]: resource.getrlimit(RLIMITS[name]) for name, _ in program.limits}
-    reserved = _reserve_fd()  # for its pidfd: one that cannot be watched must not be started
+    reserved = _reserve_fd()  # for its pidfd: a process that cannot be watched must not be started
     places: dict[int, int] = {}
     umask = os.umask(program.umask)
     try:

@@ -52,7 +52,7 @@ class TcpListener(Listener):
         if self.has_sibling:
             self._group.swap()
 
-    # -- one that was shut down ---------------------------------------------
+    # -- a socket that was shut down ----------------------------------------
 
     def is_alive(self, socket_number: int = 0) -> bool:
         """Whether clients can come to a socket, where it was bound."""
@@ -65,20 +65,20 @@ class TcpListener(Listener):
         try:
             found = sock_diag.listening(one.family, self.port)
         except OSError:
-            return True  # as far as can be told
+            return True  # unknown: assume that it is
         return not found.get(os.fstat(one.fileno()).st_ino, 0)
 
     def note(self) -> None:
-        """Remember how many may wait: a worker that listens says it, and so should we then."""
+        """Remember the backlog that a worker has set, to use the same when listening again."""
         for number, one in enumerate(self.sockets):
             if self.is_alive(number):
                 with suppress(OSError):  # the one before will do
                     self._backlogs[number] = reuseport.backlog(one)
 
     def listen_again(self, socket_number: int) -> bool:
-        """Have a socket listen again that was shut down; False where it does not.
+        """Listen again on a socket that was shut down; return whether it does.
 
-        One that was bound as port 0 comes back on another port.
+        A socket that was bound as port 0 would get another port.
         """
         number = socket_number % len(self.sockets)
         self.joined[socket_number % 2] += 1
@@ -96,20 +96,20 @@ class TcpListener(Listener):
     def _made_anew(self, socket_number: int) -> socket.socket:
         number = socket_number % len(self.sockets)
         self._look(or_guess=True)
-        # Else the old one would go on in the group as long as a process has a copy.
+        # Otherwise the old socket would stay in the group while a process has a copy.
         self._carry_out(self._group.make_room(number))
         made = self._bind_port(number)
         self._group.joined(number)
         return made
 
     def _withdraw(self, one: socket.socket) -> None:
-        """Keep new clients from a socket that is about to be closed, whoever has a copy."""
+        """Keep new clients from a socket before it is closed; other processes may have it."""
         if one is not self._reserved:
             self._end_silence()
         shut_down(one)
 
     def go_on_without(self, socket_number: int) -> None:
-        """Have the sibling alone, under both numbers."""
+        """Drop a socket; the sibling then has both numbers."""
         super().go_on_without(socket_number)
         self._known = None
 
@@ -149,26 +149,26 @@ class TcpListener(Listener):
         *,
         held: bool = False,
     ) -> None:
-        """Have new clients come to socket 0 or 1, or where held get no answer.
+        """Route new clients to socket 0 or 1; if held, leave them without an answer.
 
-        marked: and those with a mark to a socket of their own.  As long as there are any, what
-        would come to a socket that is shut down gets no answer either: the third one, the last
-        member, takes its position then.  Raises OSError.
+        marked: the socket of each probe mark.  While there are marks, clients of a socket that is
+        shut down get no answer either: the third socket, the last member, takes its position.
+        Raises OSError.
         """
         if not (self.has_sibling or held or self._is_silent):
-            return  # all come to the one there is
+            return  # there is only one socket
         for each in self.sockets:  # one without it takes all new clients, where it stands first
             each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         self._look()
         guarded = bool(marked) and self.has_sibling and self.can_be_held
         count = len(self.sockets)
-        its = {mark: number % count for mark, number in marked.items()}
-        plan = self._group.steer(socket_number % count, its, held=held, guarded=guarded)
+        socket_of_mark = {mark: number % count for mark, number in marked.items()}
+        plan = self._group.steer(socket_number % count, socket_of_mark, held=held, guarded=guarded)
         self._carry_out(plan)
 
     @property
     def has_no_spare(self) -> bool:
-        """Whether a socket was bound anew, and the next one cannot be."""
+        """Whether a socket was bound again, and no further one can be."""
         return self.can_be_held and any(self._again) and self._reserved is None
 
     # -- during a hold -------------------------------------------------------------
@@ -179,7 +179,7 @@ class TcpListener(Listener):
         return self.shared and not self.settings.foreign and not self.lost
 
     def reserve(self) -> socket.socket:
-        """Have the third socket, which takes the rights to bind the address.  Raises OSError."""
+        """Return the third socket; making it needs the right to bind.  Raises OSError."""
         if self._reserved is None:
             there = (each for n, each in enumerate(self.sockets) if self.is_alive(n))
             one = next(there, self.socket)
@@ -229,10 +229,10 @@ class TcpListener(Listener):
                 shut_down(self._member(number))
 
     def _look(self, *, or_guess: bool = False) -> None:
-        """Have the value know the group's members.
+        """Update the group's members from the kernel.
 
-        Raises OSError where the kernel cannot tell for the moment: an earlier program may have
-        known better than we do.  or_guess: then our own calls tell.
+        Raises OSError where the kernel lacks memory or descriptors for that now: an earlier
+        program may have known better than we do.  or_guess: rely on our own calls then.
         """
         members = dict(enumerate(self.sockets))
         if self._reserved is not None:
@@ -255,10 +255,10 @@ class TcpListener(Listener):
             self._group.found(tuple(by_inode.get(each, reuseport_group.OTHER) for each in found))
 
     def let_in(self) -> None:
-        """Have no generation begin on a socket, common to it and others, that lets no client in.
+        """Remove filters and devices that keep clients out, before a generation starts.
 
-        Time-outs and the like are those of the living; what is passed in is its owner's; and a
-        filter that is locked cannot be taken away.
+        Time-outs and the like stay: living workers use them.  A socket that was passed in belongs
+        to its owner, and a locked filter cannot be removed.
         """
         if self.settings.foreign:
             return
@@ -266,10 +266,10 @@ class TcpListener(Listener):
             socket_copy.let_in(self.socket)
 
     def refuse_new(self) -> bool:
-        """Refuse new clients; those that have connected can still be accepted.
+        """Refuse new clients; clients that have connected can still be accepted.
 
-        Returns whether that could be had: else new ones come until it is closed, and after that,
-        where its owner has passed it in and goes on listening.
+        Returns whether that is possible.  Otherwise new clients come until the socket is closed,
+        and later too if its owner passed it in and keeps listening.
         """
         if self.settings.foreign:
             return False

@@ -65,7 +65,7 @@ class UnixListener(Listener):
             return socket_file.own_file(self.path, self.socket_for(socket_number)), 0
         return self.local_address
 
-    # -- one that was shut down ---------------------------------------------
+    # -- a socket that was shut down ----------------------------------------
 
     def is_alive(self, socket_number: int = 0) -> bool:
         """Whether clients can come to a socket, where it was bound."""
@@ -95,7 +95,7 @@ class UnixListener(Listener):
                 there = [socket_file.leads_to(self.path, each) for each in self.sockets]
                 before = zip(self.sockets, there, self._left_empty, strict=True)
                 first, second = (
-                    not its and (was or not has_client(one)) for one, its, was in before
+                    not leads and (was or not has_client(one)) for one, leads, was in before
                 )
                 self._left_empty = first, second
 
@@ -121,9 +121,9 @@ class UnixListener(Listener):
         *,
         held: bool = False,
     ) -> None:
-        """Have new clients come to socket 0 or 1, or where held wait at one that no worker has.
+        """Route new clients to socket 0 or 1; if held, to a socket that no worker has.
 
-        marked: nothing has a mark here, because each socket has an address.  Raises OSError.
+        marked: unused, because each UNIX socket has an address of its own.  Raises OSError.
         """
         if self.path:
             to = self.reserve() if held else self.socket_for(socket_number)
@@ -138,8 +138,9 @@ class UnixListener(Listener):
     def renew(self, socket_number: int) -> bool:
         """Make another socket for a generation that is yet to start, and gets no clients yet.
 
-        So it shares its socket with no generation before it.  Where clients come to the one that
-        there is, or wait there, it stays.  Returns whether there is another.  Raises OSError.
+        The generation then shares its socket with no earlier generation.  A socket stays if the
+        path leads to it or clients wait there.  Returns whether a socket was made.  Raises
+        OSError.
         """
         is_new = self.is_fresh[socket_number % 2] = self._renew(socket_number)
         if is_new and not self.settings.beside:
@@ -190,7 +191,7 @@ class UnixListener(Listener):
         return made
 
     def _withdraw(self, one: socket.socket) -> None:
-        """Keep new clients from a socket: its workers may go on accepting those that came."""
+        """Keep new clients from a socket; its workers can still accept waiting clients."""
         if self.path:
             socket_file.forget(self.path, one)
 
@@ -202,7 +203,7 @@ class UnixListener(Listener):
         return bool(self.path) and self.has_sibling
 
     def reserve(self) -> socket.socket:
-        """Have the third socket, at which clients wait.  Raises OSError."""
+        """Return the third socket, at which clients wait.  Raises OSError."""
         if self._reserved is not None and self._is_lost(self._reserved):
             self._reserved.close()
             self._reserved = None
@@ -300,9 +301,9 @@ class UnixListener(Listener):
         return made
 
     def refuse_new(self) -> bool:
-        """Refuse new clients; those that have connected can still be accepted.
+        """Refuse new clients; clients that have connected can still be accepted.
 
-        Returns whether that could be had: not where its owner has passed it in.
+        Returns whether that is possible: not if the socket's owner passed it in.
         """
         if self.settings.foreign:
             return False

@@ -25,7 +25,7 @@ PROGRAM = replace(SHELL, environment=(("PATH", os.environ["PATH"]),))
 class Run:
     """One run of one, until it is over or late."""
 
-    def __init__(self, loop: Loop, command: str, limit_s: float = 60.0, told: bytes = b"") -> None:
+    def __init__(self, loop: Loop, command: str, limit_s: float = 60.0, stdin: bytes = b"") -> None:
         self._loop = loop
         self.said: list[str] = []
         self.late: list[str] = []
@@ -37,7 +37,7 @@ class Run:
             over=lambda why: self._ends(self.said, why),
             late=lambda why: self._ends(self.late, why),
             limit_s=limit_s,
-            told=told,
+            stdin=stdin,
         )
         assert self.command._process is not None
         self.pid = self.command._process.pid
@@ -97,7 +97,7 @@ def test_how_it_ends_is_what_it_says(
 
 
 def test_it_reads_what_it_is_told(loop: Loop) -> None:
-    assert Run(loop, "cat; false", told=b"{}").wait() == "cat: exited with status 1: {}"
+    assert Run(loop, "cat; false", stdin=b"{}").wait() == "cat: exited with status 1: {}"
 
 
 def test_however_much_it_writes_it_does_not_wait_for_us(loop: Loop) -> None:
@@ -122,7 +122,7 @@ def test_one_that_writes_without_end_takes_little_of_our_time(
     run.command.close()
 
     assert 1 < len(reads) < 5 + (time.monotonic() - began) / check_command._READ_EVERY_S
-    assert len(run.command._said) <= check_command._KEPT_BYTES
+    assert len(run.command._tail) <= check_command._KEPT_BYTES
     assert wait_gone([run.pid]) == []
 
 

@@ -186,7 +186,7 @@ def test_more_than_one_answer_holds_is_read(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_kernel_that_reports_less_is_no_error(
     first: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_BYTES_RECEIVED_AT", 4096)
+    monkeypatch.setattr(module, "_BYTES_RECEIVED_OFFSET", 4096)
     with socket.create_connection(first.getsockname()):
         assert known(first) == {}
 

@@ -1,10 +1,10 @@
-"""--ready accept, http:, https:: asks the generation that starts, which gets no clients yet.
+"""--ready accept, http:, https:: probes the starting generation, which gets no clients yet.
 
-Where workers accept, connections that reach it have a mark (system/reuseport.py); else what comes
-to a port of loopback is sent into its channel.
+If workers accept, a mark steers the probe to it (system/reuseport.py).  Otherwise connections to a
+loopback port are sent into its channel.
 
-Under the default of listener, a generation that cannot even be connected to may be ready
-nevertheless, so that time tells.
+Under the default of listener, a generation that refuses connections may be ready nevertheless, so
+a timer makes it ready.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .runtime import Runtime
 from .verdicts import Verdict
 
 _TIMER = "ask"
-#: A handshake is the kernel's, and takes no time: what takes longer does not depend on the workers.
+#: The kernel does the handshake at once: a longer wait does not depend on the workers.
 _ACCEPTED_S = 1.0
 _ANSWERED_S = 5.0
 
@@ -38,9 +38,9 @@ class Asking:
         answered: Callable[[int, str], None],
         not_asked: Callable[[int], None],
     ) -> None:
-        """answered: a generation has, to this kind of question.
+        """answered: called when a generation has answered this kind of probe.
 
-        not_asked: it cannot be asked, and need not be.
+        not_asked: called when a generation cannot be probed, and need not be.
         """
         self._loop, self._log = runtime.loop, runtime.log
         self._answered, self._not_asked = answered, not_asked
@@ -48,32 +48,32 @@ class Asking:
         self._asked = Question("")
         self._probe = Probe(runtime.loop, reach)
         self._began = 0.0
-        #: What the last answer was, for people: why it is not ready.
+        #: Why the generation is not ready, by its last answer.
         self.last = ""
 
     def ask(self, generation: OpenGeneration) -> None:
-        """Ask until it has answered, or until it is said that this does not matter any more."""
+        """Probe a generation until it answers, or until stop()."""
         self.stop()
         program = generation.program
         if program.ready == "any" and program.ready_after_s is None:
-            return  # it was given {fd:ready}
+            return  # it uses {fd:ready}
         self._generation, self._began = generation, time.monotonic()
         self._asked = question.read(program.ready_question or "accept")
         self.last = f"GET {self._asked.path}: not answered yet" if self._asked.by_http else ""
         self._ask()
 
     def stop(self) -> None:
-        """Ask no more."""
+        """Stop the probes."""
         self.suspend()
         self._generation, self.last = None, ""
 
     def suspend(self) -> None:
-        """Ask no more in this program; the next one asks again."""
+        """Stop the probes; the next program starts them again."""
         self._loop.cancel(_TIMER)
         self._probe.end()
 
     def resume(self) -> None:
-        """There was no next one."""
+        """Restart the probes after a failed exec."""
         if self._generation is not None:
             self._ask()
 

@@ -111,10 +111,10 @@ class CheckProbes:
         target, _ = self._open.get(number, (None, None))
         if target is None or target.holds():
             return why
-        self.over(number)
+        self.release(number)
         return SHUT_DOWN
 
-    def over(self, number: int) -> None:
+    def release(self, number: int) -> None:
         """Release the probe address of a generation."""
         target, forwarding = self._open.pop(number, (None, None))
         if forwarding is not None:
@@ -122,7 +122,7 @@ class CheckProbes:
         if target is not None:
             target.close()
 
-    def all_over(self) -> None:
+    def release_all(self) -> None:
         """Release all probe addresses."""
         for number in tuple(self._open):
-            self.over(number)
+            self.release(number)

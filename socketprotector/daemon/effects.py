@@ -1,11 +1,10 @@
 """Carries out the actions that the lifecycle orders, and turns what comes back into events.
 
-Where a program is killed in the middle of an action, the next one repeats it: each can be carried
-out twice, but for those that make something (Open, Spawn), which are written down at once.
+If a program is killed during an action, the next one repeats it.  So each action can be carried out
+twice, except Open and Spawn: the state records these at once.
 
-Generations are in generation.py, workers in worker_pool.py, connections in delivery/; what is said
-of them, and remembered: reports.py.  How they resume where another program stopped:
-recovery.py.
+Generations are in generation.py, workers in worker_pool.py, connections in delivery/, reports and
+history in reports.py.  recovery.py resumes where another program stopped.
 """
 
 from __future__ import annotations
@@ -71,9 +70,9 @@ from .runtime import Runtime
 from .start_report import StartReport
 from .worker_pool import WorkerPool
 
-#: Actions that another program has to know of while they are not carried out.
+#: Actions that the state records until they are carried out.
 RECORDED = Undone | Report | StartTimer
-#: Reports of a generation that has proved itself, where that is asked for.
+#: Reports of a generation that has proved itself.
 _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
 _FAILURE = (ReportKind.RELOAD_FAILED, ReportKind.DRY_RUN_FAILED)
 _CALLED_OFF = (CALLED_OFF, UPGRADED)
@@ -83,7 +82,7 @@ _LATE = "late"
 
 
 class Effects:
-    """The fleet's other half: what the numbers in it stand for."""
+    """The real generations, workers and timers that the numbers in the fleet stand for."""
 
     def __init__(
         self,
@@ -99,7 +98,7 @@ class Effects:
     ) -> None:
         """build: makes the delivery.  command: executes this program again.
 
-        `stay` says whether descriptors of these names are kept beyond our end, for the next start.
+        stay: says whether descriptors of these names survive our exit, for the next start.
         """
         self._loop, self._log = runtime.loop, runtime.log
         self._post = runtime.post
@@ -109,7 +108,7 @@ class Effects:
         )
         self.generations = Generations()
         self._route: int | None = None
-        self.last_good: Program | None = None  # what served last
+        self.last_good: Program | None = None  # of the generation that served last
         self._due: dict[Deadline, tuple[Deadline, float]] = {}  # when each timer runs out
         self.exit_status: int | None = None
         self.delivery = build(
@@ -144,7 +143,7 @@ class Effects:
         )
 
     def perform(self, action: Action) -> None:
-        """Carry out one action.  What fails comes back as an event."""
+        """Carry out one action.  A failure comes back as an event."""
         match action:
             case Open(number, fresh, dry_run):
                 self._open(number, fresh, dry_run=dry_run)
@@ -202,15 +201,15 @@ class Effects:
             case Exit(status):
                 self.exit_status = status
                 self.pool.orphans.when_ended(self._stop_running)
-            case _:  # of a generation that could not be opened, and that was told
+            case _:  # its generation failed to open: OpenFailed is posted already
                 pass
 
     # -- to the next program and from the one before -----------------------------
 
     def snapshot(self, fleet: Fleet, actions: Iterable[Action]) -> Snapshot:
-        """Return all that another program needs to go on, with these actions still to be done.
+        """Return all that the next program needs, with these actions still to be carried out.
 
-        Of RECORDED alone anything is told.
+        Only RECORDED actions are persisted.
         """
         now, delivery = time.monotonic(), self.delivery.record()
         self.generations.forget_released(self.delivery.keeps)
@@ -238,17 +237,17 @@ class Effects:
         return {**self.own_descriptors(), **self.pool.descriptors}
 
     def own_descriptors(self) -> dict[str, int]:
-        """Return those that are not one worker's: as few as there are generations."""
+        """Return the descriptors of no single worker: as few as there are generations."""
         return {**self.delivery.descriptors(), **self.generations.descriptors()}
 
     def suspend(self) -> None:
-        """Ask and read nothing more in this program; the next one begins anew."""
+        """Stop all probes and reading; the next program starts them again."""
         self.live_settings.stop_reading()
         for each in (self.pool, self.questions):
             each.suspend()
 
     def resume(self) -> None:
-        """There was no next one: ask again."""
+        """Restart the probes after a failed exec."""
         for each in (self.pool, self.questions):
             each.resume()
 
@@ -277,7 +276,7 @@ class Effects:
             self.reports.remember(lambda history: history.reload_began(number, time.time()))
 
     def _refuse_unless_asked(self, program: Program) -> None:
-        """Raise ValueError for one that only an answer makes ready, and that cannot be asked."""
+        """Raise ValueError if only a probe can make a program ready, and none can reach it."""
         if program.ready in question.KINDS:
             name = question.read(program.ready_question).listener
             if not self.delivery.can_ask(name):
@@ -300,7 +299,7 @@ class Effects:
         self.questions.set_serving(generation)
 
     def _same_file(self) -> str:
-        """Say that the serving generation is affected, too, where its file was changed in place."""
+        """Return a warning if the serving generation's file was changed in place; otherwise ""."""
         if self._route is None:
             return ""
         record = self.generations[self._route].record
@@ -312,19 +311,19 @@ class Effects:
         return f"a replaced worker of generation {self._route} runs the changed file: {file}"
 
     def _quiesce(self, number: int) -> None:
-        def over() -> None:
+        def on_quiet() -> None:
             self._post(Quiesced(number))
 
         generation = self.generations.get(number)
         if generation is None:
-            over()
+            on_quiet()
         else:
             generation.note_draining()
-            self.delivery.begin_drain(generation, over, reads_on=self.pool.all_retire(number))
+            self.delivery.begin_drain(generation, on_quiet, reads_on=self.pool.all_retire(number))
 
     @property
     def listeners_survive_stop(self) -> bool:
-        """Whether the listeners that are ours outlive a stop."""
+        """Whether our own listeners survive a stop."""
         ours = [each for each in self.delivery.listeners if not each.settings.foreign]
         return bool(ours) and self._stay([name for each in ours for name in each.descriptors()])
 
@@ -340,18 +339,21 @@ class Effects:
 
     @property
     def _late_s(self) -> float:
-        """For how long a graceful stop lets clients in that a hold has kept out."""
+        """For how long a graceful stop still accepts clients that a hold kept out."""
         stop_s = self.live_settings.settings.policy.stop_timeout_s
         return min(self.delivery.late_s, stop_s / 2 if stop_s else float("inf"))
 
     def _listener_lost(self, listener: Listener, reason: str) -> None:
-        """A listener gets no clients any more; if none does, our supervisor must act."""
+        """Report a lost listener; post ListenersLost when all are lost."""
         self.reports.listener_lost(listener.settings.address, reason)
         if all(each.lost for each in self.delivery.listeners):
             self._post(ListenersLost())
 
     def _say_untaken(self, seconds: float, waiting: int, ever: bool, listen: str | None) -> None:
-        """ever: one was taken before.  listen: where clients wait, if not in the queue."""
+        """Warn that workers accept no connection.
+
+        ever: one was accepted before.  listen: where clients wait, if not in the queue.
+        """
         number = self._route
         if number is None:
             return
@@ -386,20 +388,20 @@ class Effects:
                 run(_SETTLE_AGAIN_S)
                 return
             self._note_due(deadline)
-            # Else the program speaks with us, and it is not for want of READY=1.
+            # Otherwise the program sends READY=1, so a missing READY=1 is not the cause.
             silent = deadline.wait is TimerKind.START and not self.pool.spoken_with
             advice = ""
             if deadline.wait is TimerKind.START:
                 advice = self.questions.last or self.pool.check_says(deadline.target)
             if silent:
-                its = self.pool.advice(deadline.target, passes_over=bool(advice))
-                advice = "; ".join(filter(None, (advice, its)))
+                more = self.pool.advice(deadline.target, passes_over=bool(advice))
+                advice = "; ".join(filter(None, (advice, more)))
             self._post(DeadlinePassed(deadline, advice))
 
         run(seconds)
 
     def _note_due(self, deadline: Deadline) -> None:
-        """Note when a timer runs out, or that it does not run."""
+        """Record when a timer runs out, or that it is not set."""
         due = self._loop.due(deadline)
         if due is None:
             self._due.pop(deadline, None)
@@ -412,7 +414,7 @@ class Effects:
 
     @property
     def late_clients_s(self) -> float | None:
-        """For how long a stop still lets in clients that a hold has kept out; None: it does not."""
+        """For how long a stop still accepts clients that a hold kept out; None: it does not."""
         due = self._loop.due(_LATE)
         return max(0.0, due - time.monotonic()) if due is not None else None
 
@@ -420,10 +422,7 @@ class Effects:
         self._loop.running = False
 
     def close(self) -> tuple[str, ...]:
-        """Close what is left when nothing is supervised any more.
-
-        Returns the names of the sockets that live on for the next start.
-        """
+        """Close everything; return the names of the sockets that survive for the next start."""
         self.suspend()
         left, forwarded = self.delivery.close(), self.delivery.forwarded
         self._log.write("info", "stopped", connections=forwarded, lost=self.delivery.lost or None)

@@ -17,19 +17,19 @@ class EventQueue:
 
     def __init__(self) -> None:
         self._events: deque[Event] = deque()
-        #: Called when there are some.
+        #: Called when there are events.
         self.drain: Callable[[], None] = lambda: None
 
     def post(self, event: Event) -> None:
-        """Add an event, and have the queue worked off."""
+        """Add an event, and drain the queue."""
         self._events.append(event)
         self.drain()
 
     def add(self, events: Iterable[Event]) -> None:
-        """Add events that can wait until the queue is worked off."""
+        """Add events that can wait until the queue is drained the next time."""
         self._events.extend(events)
 
     def __iter__(self) -> Iterator[Event]:
-        """Take one after the other, until there are none."""
+        """Take the events in order, until there are none."""
         while self._events:
             yield self._events.popleft()

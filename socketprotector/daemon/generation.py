@@ -1,6 +1,6 @@
-"""A generation that is open: its record, and its scoreboard.
+"""An open generation: its record and its scoreboard.
 
-All that the next program needs is one record, replaced as a whole; the descriptors have names
+The next program needs one record, replaced as a whole, and descriptors by name
 (system/inherited.py).
 """
 
@@ -19,23 +19,23 @@ from ..system.scoreboard import Board
 
 @mutable
 class OpenGeneration:
-    """Owns the scoreboard; what brings it clients is its delivery's."""
+    """One open generation.  It owns its scoreboard; the delivery owns what brings it clients."""
 
     record: GenerationRecord
-    board: Board | None = None  # None: it could not be made, and nothing is counted
+    board: Board | None = None  # None: it cannot be made, and nothing is counted
 
     @classmethod
     def make(cls, number: int, program: Program) -> OpenGeneration:
-        """Make one with a scoreboard."""
+        """Make a generation with a scoreboard."""
         try:
             board = Board.make()
         except OSError:
-            board = None  # not worth failing for
+            board = None  # a generation without counts is better than none
         return cls(GenerationRecord(number, program, opened_at=time.time()), board)
 
     @classmethod
     def adopt(cls, record: GenerationRecord, board: int | None) -> OpenGeneration:
-        """Go on with one that an earlier program opened; takes ownership of its scoreboard."""
+        """Adopt a generation that an earlier program opened; takes ownership of its scoreboard."""
         return cls(record, Board(board) if board is not None else None)
 
     @property
@@ -43,52 +43,52 @@ class OpenGeneration:
         return self.record.program
 
     def update_record(self, **changes: object) -> None:
-        """Put another record in its place: a checkpoint sees by identity what has changed."""
+        """Replace the record: a checkpoint sees a change by identity."""
         self.record = replace(self.record, **changes)  # type: ignore[arg-type]
 
     def note_draining(self) -> None:
-        """Note since when it drains."""
+        """Record when it began to drain."""
         if self.record.drained_at is None:
             self.update_record(drained_at=time.time())
 
     def descriptors(self) -> dict[str, int]:
-        """Return what an adopter needs, by name."""
+        """Return the descriptors that the next program needs, by name."""
         name = f"{inherited.CHANNEL}{self.record.number}.board"
         return {name: self.board.fd} if self.board is not None else {}
 
     @property
     def ended(self) -> bool:
-        """Whether its workers get no more: they read end of file, or were told to finish."""
+        """Whether its workers get no more clients: they read end of file, or must finish."""
         return self.record.ended
 
     def note_ended(self) -> None:
-        """Note that its workers get no more."""
+        """Note that its workers get no more clients."""
         if not self.record.ended:
             self.update_record(ended=True)
 
     def knows(self, index: int) -> bool:
-        """Whether its workers were told of a listener."""
+        """Return whether its workers got a listener."""
         known = known_to(self.program)
         return known is None or index in known
 
     def counts(self, slot: int) -> Counts | None:
-        """Return what the worker in a slot has counted; None where it does not."""
+        """Return the counts of the worker in a slot; None if it does not count."""
         try:
             return self.board.read(slot) if self.board is not None else None
         except OSError:
             return None
 
     def take_counts(self, slot: int) -> int | None:
-        """Take over what a dead worker has counted; return how many connections died with it.
+        """Add up the counts of a dead worker; return how many connections it had open.
 
-        None where it did not count.  Makes the slot ready for the next one.
+        Returns None if it did not count.  Frees the slot for the next worker.
         """
         found = self.counts(slot)
         try:
             if self.board is not None:
                 self.board.clear(slot)
         except OSError:
-            self.forget_board()  # better nothing known than counted twice
+            self.forget_board()  # no counts are better than connections counted twice
         if found is None:
             return None
         past = (self.record.past or Counts()) + replace(found, active=0)
@@ -96,7 +96,7 @@ class OpenGeneration:
         return found.active
 
     def scoreboard_slot(self, slot: int) -> tuple[int, int] | None:
-        """Return the scoreboard's descriptor and a worker's offset in it, if it has a place."""
+        """Return the scoreboard's descriptor and a worker's offset in it; None: it has no place."""
         if self.board is None or self.board.offset(slot) < 0:
             return None
         return self.board.fd, self.board.offset(slot)
@@ -109,14 +109,14 @@ class OpenGeneration:
 
 
 class Generations(dict[int, OpenGeneration]):
-    """Those that are open, by number; and those that are released, while clients of theirs wait."""
+    """The open generations by number, and the released ones whose clients still wait."""
 
     def __init__(self) -> None:
         super().__init__()
         self.released: dict[int, OpenGeneration] = {}
 
     def release(self, number: int) -> OpenGeneration:
-        """Have one no longer open; clients of its own may wait for another one."""
+        """Release a generation; its clients may still wait for another one."""
         each = self.pop(number)
         each.update_record(released=True)
         each.forget_board()
@@ -124,21 +124,21 @@ class Generations(dict[int, OpenGeneration]):
         return each
 
     def forget_released(self, kept: Callable[[int], bool]) -> None:
-        """Forget those that are released, but where clients of theirs wait."""
+        """Forget the released generations, except those whose clients still wait."""
         self.released = {number: each for number, each in self.released.items() if kept(number)}
 
     def records(self) -> tuple[GenerationRecord, ...]:
-        """Return what another program would have to know."""
+        """Return the records that the next program needs."""
         return tuple(each.record for each in (*self.values(), *self.released.values()))
 
     def descriptors(self) -> dict[str, int]:
-        """Return all of their descriptors, by name."""
+        """Return the descriptors of all open generations, by name."""
         return {name: fd for each in self.values() for name, fd in each.descriptors().items()}
 
 
 def known_to(program: Program) -> frozenset[int] | None:
-    """Return the listeners that a program was told of, by index; None for one of old."""
+    """Return the listeners that a program gets, by index; None: unknown (of an old version)."""
     if not program.listeners:
         return None
-    told = program.listeners.split()
-    return frozenset(n for n, each in enumerate(told) if each != wire.REMOVED_LISTENER)
+    names = program.listeners.split()
+    return frozenset(n for n, name in enumerate(names) if name != wire.REMOVED_LISTENER)

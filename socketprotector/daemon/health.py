@@ -1,10 +1,10 @@
-"""--health: asks the generation that serves, every now and then, and says what it answers.
+"""--health: probes the serving generation periodically, and reports the result.
 
-Nothing follows from that but what is said: status, metrics, /readyz of the exporter, and an event
-when it changes.  What generations share, such as a database, fails for all of them at once, on
-every host: to start any of them again would make it worse.
+It takes no action: the result is in status, metrics and the exporter's /readyz, and an event says
+when it changes.  A dependency that generations share, such as a database, fails for all of them at
+once, on every host: a restart would make that worse.
 
-A question is a connection of ours, beside all that is counted.
+A probe is a connection of ours that no count includes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TIMER = "health"
 
 
 class Health:
-    """What is known of the generation that new clients come to."""
+    """The health check of the serving generation."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Health:
         delivery: Delivery,
         remember: Callable[[Callable[[History], History]], None],
     ) -> None:
-        """settings: those that hold.  remember: changes the history by the function given."""
+        """settings: returns those in force.  remember: changes the history by a function of it."""
         self._loop, self._log = runtime.loop, runtime.log
         self._persist, self._remember = runtime.persist, remember
         self._settings, self._delivery = settings, delivery
@@ -54,32 +54,32 @@ class Health:
 
     @property
     def asks(self) -> str:
-        """What is asked, as `status` says it; "": nothing."""
+        """The health check, as `status` shows it; "": there is none."""
         return shown(self._settings().health)
 
     @property
     def tcp_connection(self) -> socket.socket | None:
-        """That of the question which is under way, if it has one by TCP."""
+        """The TCP connection of the present probe, if it has one."""
         return self._probe.connection
 
     def set_serving(self, generation: OpenGeneration | None) -> None:
-        """New clients come to this generation from now on; None: to none."""
+        """Check this generation, which new clients come to from now on; None: check none."""
         if generation is not self._generation:
             self._generation = generation
             self._begin()
 
     def apply_settings(self) -> None:
-        """A reload may have changed them."""
+        """Begin again if a reload has changed the options."""
         if self._held_to != self._options():
             self._begin()
 
     def suspend(self) -> None:
-        """Ask no more in this program; the next one asks again."""
+        """Stop the probes; the next program starts them again."""
         self._loop.cancel(_TIMER)
         self._probe.end()
 
     def resume(self) -> None:
-        """There was no next one."""
+        """Start the probes, or restart them after a failed exec."""
         text = self._settings().health
         if self._generation is not None and text:
             self._asked = question.read_health(text)
@@ -88,8 +88,8 @@ class Health:
     # -- inside ------------------------------------------------------------------
 
     def _options(self) -> tuple[object, ...]:
-        its = self._settings()
-        return its.health, its.health_every_s, its.health_failures, its.health_timeout_s
+        found = self._settings()
+        return found.health, found.health_every_s, found.health_failures, found.health_timeout_s
 
     def _begin(self) -> None:
         options = self._options()
@@ -101,11 +101,11 @@ class Health:
         self.resume()
 
     def _ask(self) -> None:
-        its, generation = self._settings(), self._generation
+        settings, generation = self._settings(), self._generation
         assert generation is not None
-        self._loop.call_after(_TIMER, its.health_every_s, self._ask)
+        self._loop.call_after(_TIMER, settings.health_every_s, self._ask)
         if not self._delivery.is_silent and not self._probe.asks:
-            self._probe.ask(generation, self._asked, its.health_timeout_s, self._heard)
+            self._probe.ask(generation, self._asked, settings.health_timeout_s, self._heard)
 
     def _heard(self, verdict: Verdict) -> None:
         before, most = self.known, self._settings().health_failures
@@ -116,7 +116,7 @@ class Health:
         self._remember(
             lambda history: history.health_changed(number, known.state, known.last, known.since_at)
         )
-        self._persist()  # no decision follows, which would write it
+        self._persist()  # no decision follows that would write the state
         if known.state == HEALTHY:
             self._log.write("info", "healthy", generation=number)
         else:

@@ -1,7 +1,7 @@
 """The settings in force, the candidate settings of a reload, and the process that reads them.
 
-Candidate settings are used by the next generation and take effect once that serves; otherwise they
-are dropped.
+The next generation uses candidate settings.  They take effect when it serves; if it fails, they are
+dropped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .worker_pool import WorkerPool
 
 
 class LiveSettings:
-    """Holds the settings, and tells worker pool and delivery when they are others."""
+    """Holds the settings, and applies changed ones to the worker pool and the delivery."""
 
     def __init__(
         self,
@@ -36,23 +36,23 @@ class LiveSettings:
         command: tuple[str, ...],
     ) -> None:
         """command: executes this program again."""
-        #: What another program would have to know.  Replaced whole, as each that is written down.
+        #: What the next program needs.  Replaced whole, as each record of the state.
         self.record = SettingsRecord(settings)
         self._pool = pool
         self._delivery = delivery
         self._log, self._post, self._persist = runtime.log, runtime.post, runtime.persist
         self._command, self._loop = command, runtime.loop
-        self._readers: dict[str, config_reader.ConfigReader] = {}  # by what they read for
+        self._readers: dict[str, config_reader.ConfigReader] = {}  # by purpose
 
     @property
     def settings(self) -> Settings:
-        """Those that hold."""
+        """The settings in force."""
         return self.record.current
 
     def read(self, *, dry_run: bool) -> None:
-        """Have them read again; what comes of it is an event.
+        """Read the configuration again, in another process; the result is an event.
 
-        dry_run: the generation that is to use them gets no clients, of added listeners neither.
+        dry_run: the generation that will use it gets no clients, nor do added listeners.
         """
         try:
             reader = self._reader("reader")
@@ -62,7 +62,7 @@ class LiveSettings:
         reader.read(self.settings, partial(self._on_config_read, dry_run=dry_run))
 
     def compare(self, done: Callable[[config_reader.ConfigAnswer], None]) -> bool:
-        """Find out what a reload would change, and call back; False while that is going on."""
+        """Find out what a reload would change, and call back; return False if one call runs."""
         comparer = self._reader("comparer")
         if comparer.busy:
             return False
@@ -70,22 +70,22 @@ class LiveSettings:
         return True
 
     def _reader(self, purpose: str) -> config_reader.ConfigReader:
-        """Return what reads the configuration.  Raises MemoryError: its module is a late one."""
+        """Return the reader for a purpose.  Raises MemoryError: its module is loaded late."""
         if purpose not in self._readers:
             made = config_reader.ConfigReader(self._command, self._loop, purpose)
             self._readers[purpose] = made
         return self._readers[purpose]
 
     def use(self) -> None:
-        """Hold to what was read."""
+        """Put the candidate settings in force."""
         candidate = self.record.candidate
         if candidate is not None:
             if candidate.log_level != self.settings.log_level:
                 self._log.set_level(candidate.log_level)
-            self._hold_to(candidate)
+            self._put_in_force(candidate)
 
     def forget(self) -> None:
-        """Give up what was read.  The places of its listeners are never others'."""
+        """Drop the candidate settings.  Listener indices are never reused."""
         if "reader" in self._readers:
             self._readers["reader"].call_off()
         if self.record.candidate is not None:
@@ -94,19 +94,19 @@ class LiveSettings:
             self.record = SettingsRecord(self.settings)
             if added:
                 gone = (replace(each, removed=True) for each in added)
-                self._hold_to(replace(self.settings, listeners=(*there, *gone)))
+                self._put_in_force(replace(self.settings, listeners=(*there, *gone)))
 
     def stop_reading(self) -> None:
-        """End the processes that read: the program that replaces this one knows nothing of them."""
+        """End the reader processes: the next program knows nothing of them."""
         for each in self._readers.values():
             each.call_off()
 
     # -- to the next program and from the one before -----------------------------
 
     def adopt(self, snapshot: Snapshot) -> None:
-        """Go on with what was read: the fleet says whether it is still to be tried.
+        """Resume with the candidate settings, if the fleet still tries or uses them.
 
-        If it is to be used, that is ordered again.
+        The order to use them is repeated.
         """
         self.record = SettingsRecord(self.settings, snapshot.settings.candidate)
         if snapshot.fleet.candidate is None and UseSettings() not in snapshot.unfinished:
@@ -114,11 +114,11 @@ class LiveSettings:
         self._remove_listeners()
 
     def note_rebound(self, listener: Listener) -> None:
-        """Write down that a listener has another socket file: it is to be removed at the end."""
-        index, its, candidate = listener.index, listener.settings, self.record.candidate
+        """Record a listener's new socket file, which is to be removed at the end."""
+        index, bound, candidate = listener.index, listener.settings, self.record.candidate
         self.record = SettingsRecord(
-            _with_file(self.settings, index, its),
-            _with_file(candidate, index, its) if candidate is not None else None,
+            _with_file(self.settings, index, bound),
+            _with_file(candidate, index, bound) if candidate is not None else None,
         )
         self._persist()
 
@@ -158,8 +158,8 @@ class LiveSettings:
             "dry-run-configured" if dry_run else "configured",
             changes="; ".join(answer.changes) or "none",
         )
-        for index, its in enumerate(old.listeners):  # bound anew while that was read, maybe
-            new = _with_file(new, index, its)
+        for index, bound in enumerate(old.listeners):  # maybe bound again during the reading
+            new = _with_file(new, index, bound)
         self.record = SettingsRecord(old, new)
         for listener in added:
             self._delivery.add(listener, dry_run=dry_run)
@@ -167,21 +167,24 @@ class LiveSettings:
             SettingsRead(new.policy, new.processes if new.processes != old.processes else None)
         )
 
-    def _hold_to(self, settings: Settings) -> None:
+    def _put_in_force(self, settings: Settings) -> None:
         self.record = SettingsRecord(settings)
         self._pool.apply_settings(settings)
         self._remove_listeners()
 
     def _remove_listeners(self) -> None:
-        places = self.settings.listeners  # one that was added and is only tried has none
+        configured = self.settings.listeners  # without a candidate's added listeners
         for listener in self._delivery.listeners:
-            if listener.index < len(places) and places[listener.index].removed:
+            if listener.index < len(configured) and configured[listener.index].removed:
                 self._log.write("info", "listener-removed", address=listener.settings.address)
                 self._delivery.remove(listener)
 
 
-def _with_file(settings: Settings, index: int, its: ListenerSettings) -> Settings:
+def _with_file(settings: Settings, index: int, bound: ListenerSettings) -> Settings:
+    """Return settings in which a listener has this socket file."""
     found = list(settings.listeners)
     if index < len(found):
-        found[index] = replace(found[index], device=its.device, inode=its.inode, beside=its.beside)
+        found[index] = replace(
+            found[index], device=bound.device, inode=bound.inode, beside=bound.beside
+        )
     return replace(settings, listeners=tuple(found))

@@ -92,10 +92,10 @@ class PostMortem:
     def _end_from_elsewhere(self, worker: Worker, *, guarded: bool) -> End | None:
         """Return how one ended that another process has reaped; None: that is not told yet."""
         number = worker.record.number
-        if worker.told_end is not None or worker.end_due or not guarded:
+        if worker.end_from_guard is not None or worker.awaits_end or not guarded:
             self.runtime.loop.cancel(("status", number))
-            return worker.told_end or End(False, "ended with an unknown status")
-        worker.end_due = True
+            return worker.end_from_guard or End(False, "ended with an unknown status")
+        worker.awaits_end = True
         self.runtime.loop.unwatch(worker.process.pidfd)
         self.runtime.loop.call_after(("status", number), _STATUS_S, partial(self.ended, number))
         return None

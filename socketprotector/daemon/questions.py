@@ -1,4 +1,4 @@
-"""What generations are asked, from their start to their end; loaded where it is switched on."""
+"""The probes of a generation from start to end; each module is loaded when it is needed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Questions:
-    """The three times at which a generation is asked: each is made at its first use."""
+    """The probes of starting, settling and serving generations, each made at its first use."""
 
     def __init__(
         self,
@@ -40,14 +40,14 @@ class Questions:
         self._runtime, self._delivery, self._addresses = runtime, delivery, addresses
         self._settings, self._remember = settings, remember
         self._answered, self._not_asked = answered, not_asked
-        #: What is counted of the generations, by number.
+        #: Returns the counts of the generations, by number.
         self.counts: Callable[[], Mapping[int, Mapping[str, Any]]] = dict
         self.asking: Asking | None = None
         self.settle_check: SettleCheck | None = None
         self.health: Health | None = None
 
     def ask(self, generation: OpenGeneration) -> None:
-        """Ask one that starts, until it has answered."""
+        """Probe a starting generation until it answers."""
         if self.asking is None:
             self.asking = asking.Asking(
                 self._runtime,
@@ -58,17 +58,17 @@ class Questions:
         self.asking.ask(generation)
 
     def stop_asking(self) -> None:
-        """Ask it no more."""
+        """Stop the probes of the starting generation."""
         if self.asking is not None:
             self.asking.stop()
 
     @property
     def last(self) -> str:
-        """Why one that starts has not answered as it should, as far as is known."""
+        """Why the starting generation is not ready, by its last answer."""
         return self.asking.last if self.asking is not None else ""
 
     def check(self, generation: OpenGeneration) -> None:
-        """Ask one that settles, until it is to stop."""
+        """Probe a settling generation until stop_checking()."""
         if self.settle_check is None:
             self.settle_check = settle_check.SettleCheck(
                 self._runtime, self._delivery.reach, self._addresses, lambda: self.counts()
@@ -76,21 +76,21 @@ class Questions:
         self.settle_check.begin(generation)
 
     def stop_checking(self) -> None:
-        """Ask it no more."""
+        """Stop the probes of the settling generation."""
         if self.settle_check is not None:
             self.settle_check.stop()
 
     def awaits(self, number: int) -> bool:
-        """Whether a generation settles on, though its time is over, until its next good answer."""
+        """Return whether a generation, with --settle over, still needs a good answer."""
         return self.settle_check is not None and self.settle_check.awaits(number)
 
     @property
     def is_due(self) -> bool:
-        """Whether --settle is over, and the next good answer is waited for."""
+        """Whether --settle is over, and a good answer is still awaited."""
         return self.settle_check is not None and self.settle_check.is_due
 
     def set_serving(self, generation: OpenGeneration | None) -> None:
-        """New clients come to this generation from now on; None: to none."""
+        """Check the health of this generation, which new clients come to; None: of none."""
         if self.health is None:
             if generation is None or not self._settings().health:
                 return
@@ -103,7 +103,7 @@ class Questions:
         self.health.set_serving(generation)
 
     def apply_settings(self, route: OpenGeneration | None) -> None:
-        """A reload may have changed them; route: where new clients come to."""
+        """Apply the options of a reload; route: the generation that new clients come to."""
         if self.health is not None:
             self.health.apply_settings()
         else:
@@ -111,16 +111,16 @@ class Questions:
 
     @property
     def tcp_connection(self) -> socket.socket | None:
-        """That of a question to the generation that serves, if it has one by TCP."""
+        """The TCP connection of the present health probe, if it has one."""
         return self.health.tcp_connection if self.health is not None else None
 
     def suspend(self) -> None:
-        """Ask nothing more in this program; the next one asks again."""
+        """Stop all probes; the next program starts them again."""
         for each in self._used():
             each.suspend()
 
     def resume(self) -> None:
-        """There was no next one."""
+        """Restart the probes after a failed exec."""
         for each in self._used():
             each.resume()
 

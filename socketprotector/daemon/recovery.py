@@ -1,9 +1,9 @@
 """Resumes where another program stopped: each owner gets its record and its descriptors back.
 
-First what connections need, so that clients wait as little as possible; then the workers, one at a
-time, of which there may be a thousand.  Descriptors are stored before the state is written, and
-removed after it: so the state may mention one that was not stored in time, which is reported as an
-event, and the store may have one that the state does not mention, which is closed.
+Connections come first, so that clients wait as little as possible.  Then the workers follow, one at
+a time: there may be a thousand.  Descriptors are stored before the state is written, and removed
+after it.  So the state may mention a descriptor that was not stored in time: an event reports that.
+And the store may have a descriptor that the state does not mention: it is closed.
 """
 
 from __future__ import annotations
@@ -24,30 +24,29 @@ from ..system.inherited import Inherited
 from .effects import Effects
 from .generation import OpenGeneration
 
-#: Why something is missing that the fleet knows.
+#: Why a worker or generation of the fleet is missing.
 _KILLED = "the protector was killed while it was being started"
 _ENDED = "ended while the protector was killed"
-#: What is stored of each worker that can be gone on with.
+#: The descriptors without which a worker cannot be adopted.
 _STORED = {"process", "notify"}
 
 
 @mutable
 class Recovery:
-    """One time, at the start of a program."""
+    """One recovery, at the start of a program."""
 
     effects: Effects
     snapshot: Snapshot
-    #: What the other program has left; each owner takes its own, the rest is closed.
+    #: The descriptors of the earlier program; each owner takes its own, the rest is closed.
     left: Inherited
     _workers: list[tuple[WorkerRecord, dict[str, int], OpenGeneration]] = field(
         default_factory=list
     )
 
     def adopt(self) -> list[Event]:
-        """Go on with all but the workers; then there can be a route.
+        """Adopt all but the workers: then a generation can have the route.
 
-        Returns what the other program had not come to: events of what is in the fleet but was not
-        made yet.
+        Returns the events of generations that are in the fleet but were not made in time.
         """
         effects, snapshot = self.effects, self.snapshot
         fleet, delivery = snapshot.fleet, effects.delivery
@@ -75,19 +74,19 @@ class Recovery:
         return broken
 
     def dismiss_unknown(self) -> None:
-        """Have workers finish that the state does not mention: it could not be written in time.
+        """Order workers to finish that the state does not mention: it was not written in time.
 
-        Those that accept may look at nothing that we have; others read the end of their line.
+        Workers that accept need a signal; others read the end of their line.
         """
         settings, fleet = self.effects.live_settings.settings, self.snapshot.fleet
         known = {each.number for each in self.snapshot.workers}
         known |= {each.number for each in fleet.alive()}
-        for number, its in self.left.take_all(inherited.WORKER).items():
-            process = its.get("process", -1)
+        for number, descriptors in self.left.take_all(inherited.WORKER).items():
+            process = descriptors.get("process", -1)
             if process >= 0 and settings.finish_signal and int(number) not in known:
                 with suppress(OSError):  # most have ended, and were about to be forgotten
                     signal.pidfd_send_signal(process, settings.finish_signal)
-            for fd in its.values():
+            for fd in descriptors.values():
                 os.close(fd)
 
     def _adopt_generations(self) -> list[Event]:
@@ -104,20 +103,20 @@ class Recovery:
             else:
                 effects.generations[record.number] = each
                 if record.never_works and not record.ended:
-                    broken.append(_never_works(record))  # it may have ended before it could say so
+                    broken.append(_never_works(record))  # a kill may have lost this event
         return broken
 
     def adopt_workers(self) -> Iterator[tuple[Event, ...]]:
-        """Go on with the workers, one a step; gives what was not come to, as adopt() does."""
+        """Adopt one worker in each step; yield the events of workers that were not made in time."""
         ended: list[WorkerExited] = []
         pool, fleet = self.effects.pool, self.snapshot.fleet
         for record, mine, generation in self._workers:
-            # Without a line it can be told to finish by a signal alone.
+            # A worker without a line needs a signal to finish.
             needed = _STORED if generation.program.finish_signal else {*_STORED, "line"}
             if mine.keys() >= needed and not record.orphaned:
                 pool.adopt(record, mine, generation)
             else:
-                # The rest was given up when it had ended, and that may not have been written down.
+                # Some descriptors are dropped when a worker exits, maybe before its last record.
                 left = pool.adopt_group(record, mine, generation)
                 found = fleet.find(record.number)
                 if left != (found is not None and found[1].state is State.ORPHANED):
@@ -126,10 +125,10 @@ class Recovery:
         yield (*ended, *self._not_made({each.worker for each in ended}))
 
     def _not_made(self, ended: Collection[int]) -> list[Event]:
-        """Say what is in the fleet and could not be found; of those that ended it is said."""
+        """Return the events of missing parts of the fleet; ended: workers already reported."""
         pool, fleet = self.effects.pool, self.snapshot.fleet
         known = {record.number for record in pool.records()}.union(ended)
-        # One that had the route, and whose channel could not be stored, must not keep it.
+        # A generation with the route must lose it if its channel was not stored.
         lost: list[Event] = [
             OpenFailed(each.number, _KILLED)
             if each.phase in (Phase.STARTING, Phase.ABANDONED)
@@ -139,7 +138,7 @@ class Recovery:
         ]
         for worker in fleet.alive():
             if worker.number not in known:
-                pool.lost(worker.number)
+                pool.end_unfinished(worker.number)
                 lost.append(WorkerExited(worker.number, _KILLED))
         return lost
 

@@ -1,8 +1,7 @@
-"""Carries out `Report`: says what has happened to the log, to systemd and to the launching process.
+"""Carries out `Report`: informs the log, systemd and the launching process.
 
-And keeps it for people: the history, which the next program goes on with.  What is said here
-decides nothing.  systemd is told READY=1 and RELOADING=1 only until it has heard STOPPING=1, which
-they would contradict.
+It also keeps the history, which the next program continues.  No report decides anything.  After
+STOPPING=1, systemd gets no READY=1 or RELOADING=1: they would contradict it.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ _OF_RELOADS = (
     ReportKind.RECOVERED,
     ReportKind.RELOAD_FAILED,
 )
-#: From the last worker's end to our own, with time to spare.
+#: From the last worker's exit to ours, with time to spare.
 _TO_END_S = 5.0
 
 
 class Reports:
-    """What has happened, for people and for those who started us."""
+    """The reports to the log, the history, systemd and the launching process."""
 
     def __init__(
         self,
@@ -54,23 +53,23 @@ class Reports:
         *,
         policy: Callable[[], Policy],
     ) -> None:
-        """policy: returns the current one, for how long a stop may take."""
+        """policy: returns the policy in force, which limits a stop's duration."""
         self._log = log
         self._systemd = systemd
         self._start_report = start_report
         self._policy = policy
-        self._is_stopping = False  # systemd has heard so, or hears it by the exit status
+        self._is_stopping = False  # systemd knows it, or learns it from the exit status
         self.run = RunRecord(started_at=time.time())
 
     def adopt(self, record: RunRecord, log_level: str) -> None:
-        """Go on, in what is told of the run, where another program stopped."""
+        """Continue the run record of an earlier program."""
         started_at = record.started_at or self.run.started_at
         self.run = replace(record, started_at=started_at, restarts=record.restarts + 1)
         if log_level:
             self._log.set_level(log_level)
 
     def welcome(self, fleet: Fleet) -> None:
-        """Say again what the program before may not have come to say."""
+        """Repeat to systemd what the earlier program may not have sent."""
         if fleet.lame_duck is LameDuck.STOPPING:
             self._lame_duck()
         elif fleet.served and not fleet.stopping:
@@ -81,11 +80,11 @@ class Reports:
             self._stopping()
 
     def remember(self, change: Callable[[History], History]) -> None:
-        """Change the history, which is written with the next state."""
+        """Change the history; the next write of the state records it."""
         self.run = replace(self.run, history=change(self.run.history))
 
     def write(self, report: Report) -> None:
-        """Tell the log, the history, systemd and the launching process."""
+        """Send a report to the log, the history, systemd and the launching process."""
         first_line = headline(report.reason)
         _, _, last_words = report.reason.partition("\n")
         self._log.write(
@@ -107,7 +106,7 @@ class Reports:
             case ReportKind.RELOADED | ReportKind.RECOVERED:
                 self._systemd.send(READY="1", STATUS=serves)
             case ReportKind.RELOAD_FAILED:
-                # There is no word for "failed": ready again, and why in the status.
+                # systemd has no word for "failed": send READY=1, and the reason as status.
                 self._systemd.send(READY="1", STATUS=f"reload failed: {first_line}")
             case ReportKind.START_FAILED:
                 self._systemd.send(STATUS=f"start failed: {first_line}")
@@ -123,7 +122,7 @@ class Reports:
                 self._stopping(first_line)
 
     def listener_lost(self, address: str, reason: str) -> None:
-        """Say that a listener gets no clients any more."""
+        """Report that a listener gets no more clients."""
         hint = "a worker has shut it down or broken it; a restart is needed to have it again"
         self._log.write("error", "listener-lost", listen=address, error=reason, hint=hint)
         self._systemd.send(STATUS=f"nobody can connect to {address} any more: a worker broke it")
@@ -149,9 +148,9 @@ class Reports:
         self._stopping(f"lame duck, accepts for up to {in_units(seconds)}", before_s=seconds)
 
     def _stopping(self, reason: str = "", before_s: float = 0.0) -> None:
-        """before_s: how long it is until the stop begins."""
+        """Send STOPPING=1; before_s: the time until the stop begins."""
         self._is_stopping = True
-        # More time than its own TimeoutStopSec may allow: ours is the one to be kept.
+        # Our timeout must hold, even if the unit's TimeoutStopSec is shorter.
         policy = self._policy()
         status = f"stopping: {reason}" if reason else "stopping"
         seconds = before_s + policy.stop_timeout_s + policy.kill_timeout_s + _TO_END_S

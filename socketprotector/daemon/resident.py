@@ -23,12 +23,12 @@ from . import checkpoint
 from .assembly import Resident
 from .delivery.choice import delivery_for
 
-#: What a start takes beyond what a probe has: parts, and buffers.
+#: The memory that a start needs beyond a probe: for objects and buffers.
 _SPARE_BYTES = 4 * 1024 * 1024
 
 
 def main() -> None:
-    """Run until nothing is left to supervise, and exit with the status of that."""
+    """Supervise until the fleet has ended, and exit with its status."""
     command = executable.command_of(tuple(sys.argv[1:]))
     descriptors = inherited.receive()
     if inherited.PROBE in descriptors:
@@ -39,12 +39,12 @@ def main() -> None:
 
 
 def _probe(descriptors: dict[str, int]) -> int:
-    """Say whether this program could take over from the one that asks."""
+    """Answer whether this program can take over from the running one; return the exit status."""
     try:
         settings, _ = _held(descriptors, checkpoint.read(descriptors[inherited.STATE]))
         delivery_for(settings.mode)
         late_modules.load_all()  # a fault in them must not be found after the exec
-        # With its parts it needs more than this probe, and then there is no way back.
+        # A start needs more memory than this probe, and after the exec there is no way back.
         bytearray(_SPARE_BYTES)
     except (StateError, SettingsError) as error:
         print(error, file=sys.stderr)
@@ -54,12 +54,12 @@ def _probe(descriptors: dict[str, int]) -> int:
 
 
 def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
-    """Supervise with the inherited descriptors, which it owns.  Returns the exit status.
+    """Supervise with the inherited descriptors, taking ownership.  Returns the exit status.
 
-    command: how to execute this program again.
+    command: executes this program again.
     """
     os.chdir("/")  # only now: until here modules may have come from the caller's directory
-    # Read once: a thousand workers take their time.
+    # Read only once, because the state of a thousand workers is large.
     earlier: Snapshot | StateError | None = None
     try:
         if inherited.STATE in descriptors:
@@ -77,11 +77,11 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
     try:
         status = resident.supervise()
     except Exception as error:
-        # What is said of it must not be kept from a terminal for ever (`stty tostop`).
+        # The traceback must reach a terminal that stops background output (`stty tostop`).
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTOU,))
         if resident.began and resident.parents.store.keeps:
             raise  # the guard or systemd starts another one, which resumes
-        # It cannot be resumed: no process may be left waiting, and no file be left behind.
+        # No program can resume this: leave no process waiting, and no file.
         reason = str(error)
         if isinstance(error, OSError) and not resident.began:
             reason = f"cannot start: {what_failed(error)}"  # the system's fault, so no traceback
@@ -96,7 +96,7 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
 def _held(
     descriptors: dict[str, int], snapshot: Snapshot | None
 ) -> tuple[Settings, Sequence[ListenerSettings]]:
-    """Return the settings that hold, and all listeners that there may be.  Raises SettingsError."""
+    """Return the settings in force, and all possible listeners.  Raises SettingsError."""
     if snapshot is not None:
         found = snapshot.settings
         return found.current, (found.candidate or found.current).listeners
@@ -106,7 +106,7 @@ def _held(
 
 
 def _name_process() -> None:
-    """Show as SocketProtector where processes are listed by name (ps, pgrep, pkill)."""
+    """Name this process SocketProtector for ps, pgrep and pkill."""
     try:
         with open("/proc/self/comm", "w", encoding="ascii") as file:
             file.write("SocketProtector")

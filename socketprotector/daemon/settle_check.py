@@ -1,12 +1,12 @@
-"""--settle-check: asks the generation that has the route, as long as the one before it stands by.
+"""--settle-check: probes the new generation while the old one stands by.
 
-By HTTP the asker asks, as before a generation serves (asking.py).  A command gets what is counted
-of both generations, and decides by its own measure: it may ask at the probe address, or the
+An HTTP probe is sent by the asker, as before a generation serves (asking.py).  A command gets the
+counts of both generations, and decides by its own criteria: it can query the probe address, or the
 operator's metrics.
 
---settle is over with a good answer alone, so that none that takes long comes too late.
+--settle ends only with a good answer, so a slow bad answer never comes too late.
 
-A hold makes no difference: what is asked here reaches the generation all the same.
+A hold does not keep these probes from the generation.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class SettleCheck:
     """Carries out CheckSettling and StopChecking."""
 
     def __init__(self, runtime: Runtime, reach: Reach, probes: CheckProbes, counts: Counts) -> None:
-        """counts: what is counted of the generations, by number, for a command to read."""
+        """counts: returns the counts of the generations, by number, for a command to read."""
         self._loop, self._post = runtime.loop, runtime.post
         self._probes, self._counts = probes, counts
         self._probe = Probe(runtime.loop, reach, addresses=probes, reads=self._text)
@@ -53,7 +53,7 @@ class SettleCheck:
         self._known = Settling()
 
     def begin(self, generation: OpenGeneration) -> None:
-        """Ask until it is to stop."""
+        """Probe a generation until stop()."""
         self.stop()
         self._generation = generation
         self._asked = question.read_settle_check(generation.program.settle_check)
@@ -61,26 +61,26 @@ class SettleCheck:
         self.resume()
 
     def stop(self) -> None:
-        """Ask no more."""
+        """Stop the probes."""
         self.suspend()
         self._generation = None
 
     def suspend(self) -> None:
-        """Ask no more in this program; the next one asks again."""
+        """Stop the probes; the next program starts them again."""
         self._loop.cancel(_TIMER)
         self._probe.end()
         if self._generation is not None:
-            self._probes.over(self._generation.record.number)
+            self._probes.release(self._generation.record.number)
 
     def resume(self) -> None:
-        """There was no next one."""
+        """Start the probes, or restart them after a failed exec."""
         if self._generation is not None:
             self._known = replace(self._known, unknown_since=None)
             self._began = time.monotonic()
             self._ask()
 
     def awaits(self, number: int) -> bool:
-        """Whether a generation settles on, though its time is over, until its next good answer."""
+        """Return whether a generation, with --settle over, still needs a good answer."""
         generation = self._generation
         if generation is None or generation.record.number != number:
             return False
@@ -89,7 +89,7 @@ class SettleCheck:
 
     @property
     def is_due(self) -> bool:
-        """Whether --settle is over, and the next good answer is waited for."""
+        """Whether --settle is over, and a good answer is still awaited."""
         return self._generation is not None and self._known.is_over and not self._known.is_good
 
     # -- inside ------------------------------------------------------------------
@@ -118,7 +118,7 @@ class SettleCheck:
         self._loop.call_after(_TIMER, self._known.pause_s(usual_s), self._ask)
 
     def _text(self, number: int) -> bytes:
-        """Return what a command reads: of what settles, and of what stands by."""
+        """Return the counts that a command reads: of the new generation, and of the old one."""
         counts = self._counts()
         others = (each for each in counts.values() if each["phase"] == "serving")
         return json.dumps({"new": counts.get(number), "old": next(others, None)}).encode()

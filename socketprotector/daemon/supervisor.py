@@ -1,7 +1,7 @@
 """The loop's centre: facts come in as events, `decide` answers, effects act.
 
-Signals, pidfds, timers and notify sockets only put an event on the queue.  Nothing is
-decided here but what a signal means.
+Signals, pidfds, timers and notify sockets only put an event on the queue.  The only decision here
+is what a signal means.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .recovery import Recovery
 
-#: How soon to look again whether the guard or systemd has read what it was sent, and
-#: how long an upgrade waits for that: far longer than it takes one that reads at all.
+#: How soon to check again whether the guard or systemd has read what we sent, and how long an
+#: upgrade waits for that: a running reader needs far less.
 _AGAIN_S = 0.05
 _BEHIND_S = 10.0
-#: The timer that runs while it does.
+#: The timer that runs meanwhile.
 _HAND_OVER = "hand-over"
-#: After so much work of ours clients that wait are accepted: to start a worker takes 1 ms.
+#: After this much work we accept waiting clients: starting a worker takes 1 ms.
 _YIELD_AFTER_S = 0.005
-#: How soon to look again behind a child that another object here reaps; later each time in a row.
+#: How soon to reap again after a child that another object here reaps; doubles each time.
 _FIRST_REAP_S = 0.01
 _LAST_REAP_S = 1.0
-#: What cannot be repeated, so that the state tells at once that it was done: what was made must be
-#: known; and a verdict, said twice, would be taken for that of another reload.
+#: Actions that must not be repeated, so the state records them at once: a generation or worker
+#: would be made twice, and a second verdict would look like that of another reload.
 _WRITTEN_AT_ONCE = (
     *(Open, Spawn),
     *(ReportKind.RELOADED, ReportKind.RECOVERED, ReportKind.RELOAD_FAILED),
@@ -68,14 +68,14 @@ class Supervisor:
     runtime: Runtime
     _: KW_ONLY
     reopen_logs: Callable[[], None]
-    #: Told of each signal that has come, before it is acted on.
+    #: Called with each signal, before it is acted on.
     took: Callable[[int], object]
-    #: A descriptor of the terminal that a foreground protector lives on.
+    #: A descriptor of the terminal that a foreground protector runs on.
     terminal: int | None
-    #: It was started so as to go on without (nohup).
+    #: It was started to survive its terminal (nohup).
     outlives_terminal: bool
     _unfinished: deque[Action] = field(default_factory=deque)  # decided, maybe not carried out
-    # Those of them that the state tells of: it is written for each of a thousand spawns.
+    # The RECORDED ones of them, kept apart because each of a thousand spawns writes the state.
     _recorded: deque[Action] = field(default_factory=deque)
     _working: bool = False
     _handing_over: bool = False
@@ -85,8 +85,8 @@ class Supervisor:
         effects = self.effects
         self.checkpoint.begin(effects, lambda: effects.snapshot(self.fleet, self._recorded))
         self.queue.drain = self._work
-        # SIGCHLD, too: ignored, as by our caller, it would have the kernel throw away how workers
-        # ended.  Their own ends come by pidfds.
+        # SIGCHLD, too: if our caller ignored it, the kernel would discard the workers' exit status.
+        # The exits themselves come by pidfds.
         self.runtime.loop.catch((*signals.TO_THE_PROTECTOR, signal.SIGCHLD), self._signalled)
 
     def launch(self) -> None:
@@ -94,10 +94,10 @@ class Supervisor:
         self.runtime.post(Launched())
 
     def adopt(self, recovery: Recovery) -> None:
-        """Go on where another program stopped."""
+        """Resume where another program stopped."""
         snapshot = recovery.snapshot
         self.fleet = snapshot.fleet
-        self._working = True  # what comes back meanwhile waits until all of it stands again
+        self._working = True  # events wait until everything is restored
         now = time.monotonic()
         left_s = {each: due - now for each, due in snapshot.timers}
         self._order(resume(self.fleet, left_s, (*snapshot.unfinished, *snapshot.unsaid)))
@@ -112,14 +112,14 @@ class Supervisor:
         self._work()
 
     def run(self) -> int:
-        """Supervise until nothing is left but to close it.  Returns the exit status."""
-        self._reap_orphans()  # an earlier program may have been told, and not come to it
+        """Supervise until the fleet has ended.  Returns the exit status."""
+        self._reap_orphans()  # an earlier program may have got SIGCHLD and been killed before this
         self.runtime.loop.run()
         self.upgrade.end()
         return self.effects.exit_status or 0
 
     def _work(self) -> None:
-        """Work the queue off; what is posted meanwhile has its turn then."""
+        """Drain the event queue, with the events that are posted meanwhile."""
         if self._working:
             return
         self._working = True
@@ -139,16 +139,16 @@ class Supervisor:
             self.runtime.persist()
 
     def _order(self, actions: Iterable[Action]) -> None:
-        """Have these carried out after the others."""
+        """Append actions to those that are to be carried out."""
         for each in actions:
             self._unfinished.append(each)
             if isinstance(each, RECORDED):
                 self._recorded.append(each)
 
     def _act(self, *kinds: type[Action]) -> None:
-        """Carry out what was decided.  Killed in the middle of one, the next program repeats it.
+        """Carry out the decided actions.  After a kill, the next program repeats the last.
 
-        kinds: go no further than these.
+        kinds: stop at the first action of another kind.
         """
         while self._unfinished and (not kinds or isinstance(self._unfinished[0], kinds)):
             action = self._unfinished[0]
@@ -162,9 +162,9 @@ class Supervisor:
             self._yield_to_accepts()
 
     def _yield_to_accepts(self) -> None:
-        """Go back to the connections in the middle of what concerns many workers.
+        """Accept waiting clients, and feed the watchdog, in the middle of long work.
 
-        And to the watchdog; all else waits, so that one event is worked off after the other.
+        All else waits, so that events are handled one after the other.
         """
         if time.monotonic() >= self._yield_at:
             self.effects.delivery.look()
@@ -172,7 +172,7 @@ class Supervisor:
             self._yield_at = time.monotonic() + _YIELD_AFTER_S
 
     def begin_upgrade(self) -> None:
-        """Ask the new program whether it can take over; it is executed when it says so."""
+        """Probe whether the new program can take over, and execute it if it can."""
         if self._handing_over:
             return
         if self.runtime.loop.due(_HAND_OVER) is not None:
@@ -189,23 +189,23 @@ class Supervisor:
         return "the new program is asked whether it can take over" if self.upgrade.probes else ""
 
     def _hand_over(self, give_up_at: float | None = None) -> None:
-        """Become the new program, which goes on after the last signal that has come to us.
+        """Become the new program, which resumes after the last signal that we got.
 
-        give_up_at: where the guard or systemd was waited for before.
+        give_up_at: when to stop waiting for the guard or systemd; None: not waiting yet.
         """
         store = self.checkpoint.store
         if self.fleet.dry_run and store.flushed:
-            # As late as can be: where the upgrade fails for want of that, the dry run goes on.
+            # As late as possible: if the store is never flushed, the dry run continues.
             self.runtime.post(HandingOver())
         if not store.flushed:  # the next program relies on that
             self._hand_over_later(give_up_at)
             return
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         self._handing_over = True
-        # Those whose handler has run are known to this program alone.
+        # Only this program knows of signals whose handler has run.
         self.runtime.loop.take_signals()
         if self.effects.exit_status is not None:
-            pass  # nothing is left to go on with
+            pass  # the fleet has ended: there is nothing to hand over
         elif self.checkpoint.write():
             self.effects.suspend()
             self.upgrade.execute(self.checkpoint.descriptors())
@@ -218,7 +218,7 @@ class Supervisor:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _hand_over_later(self, give_up_at: float | None) -> None:
-        """Wait for the guard or systemd to catch up, but not for ever."""
+        """Wait up to _BEHIND_S for the guard or systemd to catch up."""
         now = time.monotonic()
         if give_up_at is None:
             give_up_at = now + _BEHIND_S
@@ -233,7 +233,7 @@ class Supervisor:
         self.runtime.loop.call_after(_HAND_OVER, _AGAIN_S, lambda: self._hand_over(give_up_at))
 
     def _reap_orphans(self, again_s: float = _FIRST_REAP_S) -> None:
-        """Reap discarded children, and those left to us as PID 1 of a container or sub-reaper."""
+        """Reap discarded children, and orphans that we get as PID 1 or sub-reaper."""
         reaped, more = reap_orphans()
         if reaped:
             self.effects.pool.groups.look()  # it may have been a worker's child
@@ -244,10 +244,10 @@ class Supervisor:
 
     def _signalled(self, number: int) -> None:
         if number == signal.SIGCHLD:
-            # When those have been called back that wait for a child of their own.
+            # After the callbacks of objects that wait for a child of their own.
             self.runtime.loop.call_after("reap", 0.0, self._reap_orphans)
             return
-        # Before, so that one that is our end is not that of the next program as well.
+        # First, so that a signal that ends us does not end the next program, too.
         self.took(number)
         self.runtime.log.write("info", "signal", signal=signal.Signals(number).name)
         match number:
@@ -270,7 +270,7 @@ class Supervisor:
                 self.begin_upgrade()
 
     def scale(self, asked: ScaleRequested) -> str | None:
-        """Have another number of workers; return why that cannot be, None if it can."""
+        """Change the number of workers; return why that is impossible, None if it is possible."""
         settings, now = self.effects.live_settings.settings, self.fleet.workers_wanted
         wanted = now + asked.change if asked.to is None else asked.to
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -294,10 +294,10 @@ class Supervisor:
 
 
 def terminal_of(foreground: bool) -> int | None:
-    """Return a descriptor of the terminal that we live on, if there is one.
+    """Return a descriptor of the terminal that we run on; None: there is none.
 
-    The controlling one, whose end sends HUP, whatever stdin, stdout and stderr are (nohup
-    turns all three away from it).
+    It is the controlling terminal, whose end sends HUP, whatever stdin, stdout and stderr are
+    (nohup redirects all three).
     """
     if not foreground:
         return None

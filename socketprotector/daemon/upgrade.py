@@ -1,8 +1,8 @@
-"""USR2: replaces the protector's own program in place, if the new one says that it can.
+"""USR2: replaces the protector's own program in place, if the new one can take over.
 
-A probe, which is a process of the new program, loads the state first and answers.  Only then
-does this process execute the new program: same pid, same children, nothing closed.
-The probe detects a broken installation, and nothing changes.
+First a probe, a process of the new program, loads the state and answers.  Only then does this
+process execute the new program: same pid, same children, nothing closed.  If the installation is
+broken, the probe fails, and nothing changes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..system.helper import HelperProcess, last_line
 from ..system.log import Log
 from ..system.loop import Loop
 
-#: How long the probe may take: it loads a program, on a busy machine.
+#: How long the probe may take to load the program on a busy machine.
 PROBE_S = 30.0
 _ANSWER_BYTES = 4096
 _ANSWER = b"ok "
@@ -31,17 +31,17 @@ _TIMER = "probe"
 class Upgrade:
     """One upgrade at a time: probe, then exec."""
 
-    #: Executes the protector, by a path that a new release changes.
+    #: Executes the protector, by a path that a new version replaces.
     command: tuple[str, ...]
     loop: Loop
     log: Log
     _: KW_ONLY
-    #: The new program is to have the capabilities that we kept (system/privileges.py).
+    #: The new program needs the capabilities that we kept (system/privileges.py).
     keeps: bool
     _probe: HelperProcess | None = None
 
     def begin(self, descriptors: Mapping[str, int], ready: Callable[[], None]) -> None:
-        """Probe the new program with the settings and the state; call back if it says yes."""
+        """Probe the new program with the settings and the state; call back if it can take over."""
         if self._probe is not None:
             self.log.write("info", "upgrade-under-way")
             return
@@ -64,14 +64,14 @@ class Upgrade:
         try:
             receive, send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             opened.callback(os.close, receive)
-            with open(send, "wb", buffering=0):  # closed here once the probe has it
+            with open(send, "wb", buffering=0):  # we close it once the probe has it
                 said = os.memfd_create("sp.probe", os.MFD_CLOEXEC)
                 opened.callback(os.close, said)
                 given = {name: descriptors[name] for name in (inherited.SETTINGS, inherited.STATE)}
                 given[inherited.PROBE] = send
                 start = HelperProcess.start_protector
                 self._probe = start(self.command, given, said, self.loop, ended)
-        except OSError as error:  # out of descriptors, too: then the old program goes on
+        except OSError as error:  # for example no descriptors are left: keep the old program
             opened.close()
             error.filename = error.filename or self.command[0]
             self.failed(what_failed(error))
@@ -80,22 +80,22 @@ class Upgrade:
 
     @property
     def probes(self) -> bool:
-        """Whether the new program is asked now."""
+        """Whether the probe is running."""
         return self._probe is not None
 
     def end(self) -> None:
-        """Kill the probe, if one runs: this process ends, so none is to take its place."""
+        """Kill a running probe: this process exits, so no program may replace it."""
         if self._probe is not None:
             self._probe.discard()
 
     def failed(self, reason: str) -> None:
-        """Say that the old program goes on, and why."""
+        """Log that the old program keeps running, and why."""
         self.log.write("error", "upgrade-failed", reason=reason, hint=f"{__version__} goes on")
 
     def execute(self, descriptors: Mapping[str, int]) -> None:
-        """Become the new program, to be called with signals blocked.
+        """Execute the new program.  Call it with signals blocked.
 
-        Returns only if that fails, with everything as it was.
+        It returns only if that fails, with nothing changed.
         """
         self.log.flush()
         kept = {name: fd for name, fd in descriptors.items() if fd >= inherited.FIRST}

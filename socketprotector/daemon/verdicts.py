@@ -1,7 +1,7 @@
-"""What may come of a question, and what follows from it at each time of a generation's life.
+"""The verdicts of a probe, and what follows from them in each phase of a generation.
 
-Pure: no socket, no clock.  probe.py asks; asking.py, settle_check.py and health.py carry out what
-is decided here.
+Pure: no socket, no clock.  probe.py sends probes; asking.py, settle_check.py and health.py carry
+out what is decided here.
 """
 
 from __future__ import annotations
@@ -9,75 +9,75 @@ from __future__ import annotations
 from ..model.history import HEALTHY
 from ..model.lazy_dataclass import frozen, replace
 
-#: A good answer; a bad one, or none in time.
+#: A good answer; a bad answer, or no answer in time.
 GOOD, BAD = "good", "bad"
-#: Nothing listens, or what listened has reset it; it cannot be connected to for another reason.
+#: Nothing listens, or the server reset the connection; connecting failed for another reason.
 REFUSED, UNREACHED = "refused", "unreached"
-#: It was not connected in time, as where a backlog is full; it was, and no worker has taken it.
+#: Not connected in time, for example because the backlog is full; connected, but not accepted.
 UNMADE, UNTAKEN = "unmade", "untaken"
-#: Something of ours was missing: a descriptor, a process.
+#: We lacked a descriptor or a process.
 CANNOT = "cannot"
-#: There is no socket by which this generation alone is reached.
+#: No socket leads to this generation alone.
 NO_TARGET = "no-way"
-#: The asked socket was shut down meanwhile: another generation may have answered.
+#: The probed socket was shut down meanwhile: another generation may have answered.
 MOVED = "moved"
 
-#: Before the next question: a tenth of the time since the first one, from here to there.
+#: The pause before the next probe: a tenth of the time since the first, within these limits.
 _FIRST_PAUSE_S, _LAST_PAUSE_S, _PAUSE_SHARE = 0.05, 1.0, 0.1
-#: Before the next one where nothing is known of the last; for how long that may go on.
+#: The pause after a probe without a verdict; and how long probes may stay without a verdict.
 _AGAIN_S = 0.25
 UNKNOWN_S = 10.0
 
 
 @frozen
 class Verdict:
-    """What came of one question."""
+    """The result of one probe."""
 
     kind: str
     why: str = ""  # for people
 
 
 def pause_s(since_first_s: float) -> float:
-    """Return how long to wait for the next question."""
+    """Return how long to wait before the next probe."""
     return min(max(_FIRST_PAUSE_S, _PAUSE_SHARE * since_first_s), _LAST_PAUSE_S)
 
 
 # -- before it has clients ---------------------------------------------------------
 
-#: No worker's doing: it may be ready nevertheless.
+#: No worker causes these verdicts: the generation may be ready nevertheless.
 _TELLS_NOTHING = (REFUSED, UNREACHED, UNMADE, NO_TARGET)
 
 
 def time_tells(ready: str, verdict: Verdict) -> bool:
-    """Say whether time is to tell that a generation is ready; ready: the kind of --ready."""
+    """Return whether a timer makes a generation ready; ready: the kind of --ready."""
     return ready == "any" and verdict.kind in _TELLS_NOTHING
 
 
 # -- while it settles --------------------------------------------------------------
 
-#: Of these nothing is known of the generation.
+#: These verdicts say nothing about the generation.
 _UNKNOWN = (CANNOT, UNREACHED, MOVED)
 
 
 @frozen
 class Settling:
-    """What is known of a generation that settles.
+    """What is known of a settling generation.
 
-    The first bad answer is the last: who asks twice before going back has clients fail meanwhile.
-    What cannot be asked for as long as an answer may take is as bad.
+    The first bad answer decides: during a second probe clients would keep failing.  If probes have
+    no verdict for UNKNOWN_S, that counts as a bad answer.
     """
 
-    is_over: bool = False  # the time of --settle is
-    is_good: bool = False  # a good answer has come since
+    is_over: bool = False  # the time of --settle has passed
+    is_good: bool = False  # a good answer has come since then
     unknown_since: float | None = None
-    bad: str = ""  # why it must not go on
+    bad: str = ""  # why the generation fails
 
     def over(self) -> Settling:
-        """Return the same once --settle is over: from then on one good answer is awaited."""
+        """Return this state with --settle over: from now on a good answer is awaited."""
         return self if self.is_over else replace(self, is_over=True, is_good=False)
 
     def after(self, verdict: Verdict, asked_at: float, now: float) -> Settling:
-        """Return what is known now."""
+        """Return the state after a verdict."""
         if verdict.kind == GOOD:
             return replace(self, is_good=True, unknown_since=None)
         since = asked_at if self.unknown_since is None else self.unknown_since
@@ -86,7 +86,7 @@ class Settling:
         return replace(self, bad=verdict.why)
 
     def pause_s(self, usual_s: float) -> float:
-        """Return how long to wait for the next question; usual_s: after a good answer."""
+        """Return how long to wait before the next probe; usual_s: the pause after a good answer."""
         return usual_s if self.unknown_since is None else _AGAIN_S
 
 
@@ -97,20 +97,20 @@ UNKNOWN, UNHEALTHY = "unknown", "unhealthy"
 
 @frozen
 class Serving:
-    """What is known of the generation that new clients come to: of one that has begun, nothing."""
+    """What is known of the serving generation's health: at first nothing."""
 
     since_at: float
     state: str = UNKNOWN
-    #: What came of the last question, in words; "": a good answer, or none was asked yet.
+    #: The result of the last probe, in words; "": a good answer, or no probe yet.
     last: str = ""
-    #: How many answers were bad, since the last good one, and the last of them.
+    #: How many bad answers came since the last good one, and the reason of the last.
     failures: int = 0
     reason: str = ""
     answered_at: float | None = None
-    missed: int = 0  # how often it could not be asked, in a row
+    missed: int = 0  # how many probes in a row had no verdict
 
     def after(self, verdict: Verdict, most: int, at: float) -> Serving:
-        """Return what is known now; most: so many in a row make another state of it."""
+        """Return the state after a verdict; most: how many in a row change the state."""
         state, why = self.state, verdict.why
         failures, missed, reason = self.failures, 0, self.reason
         answered_at: float | None = at
@@ -120,7 +120,7 @@ class Serving:
             case "bad" | "refused":
                 failures, reason = failures + 1, why
                 state = UNHEALTHY if failures >= most else state
-            case "unmade" | "untaken":  # as long as it stays so, no other is sent
+            case "unmade" | "untaken":  # no other probe is sent until a worker accepts it
                 why, answered_at = "busy: no worker has taken the question yet", self.answered_at
             case _:
                 why, missed, answered_at = f"not asked: {why}", self.missed + 1, self.answered_at

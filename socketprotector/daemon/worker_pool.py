@@ -1,8 +1,8 @@
-"""The workers that live, and the signals that they are sent.
+"""The running workers, and the signals that they are sent.
 
-Effects orders, the pool posts events.  Start: worker_spawn.py; what they say: worker_messages.py;
-exit: post_mortem.py.  A worker is identified by its number, which is never reused: its pid may be,
-as soon as it is reaped.
+Effects orders, the pool posts events.  Start: worker_spawn.py; messages: worker_messages.py;
+exit: post_mortem.py.  A worker is identified by its number, which is never reused.  Its pid can be
+reused as soon as it is reaped.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from .worker_messages import WorkerMessages
 from .worker_recycling import LimitWatch
 from .worker_spawn import Worker, WorkerSpawner, named
 
-#: So that --ready check:COMMAND can ask the right one: the port is the old ones', too.
+#: Lets --ready check:COMMAND probe the right worker: old workers share its port.
 _WORKER_PID = "SOCKETPROTECTOR_WORKER_PID"
-#: So many descriptors of workers are looked at for one that listens: each takes microseconds.
-_LOOKED_AT = 1000
+#: How many descriptors of workers to search for a listening one: each takes microseconds.
+_SEARCHED = 1000
 
 
 class WorkerPool:
-    """All workers that live."""
+    """All running workers."""
 
     def __init__(
         self,
@@ -63,13 +63,13 @@ class WorkerPool:
         loop, log, post = runtime.loop, runtime.log, runtime.post
         self._loop, self._log, self._post = loop, log, post
         self._workers: dict[int, Worker] = {}
-        self._records: dict[int, WorkerRecord] = {}  # theirs, for all are asked for at each step
+        self._records: dict[int, WorkerRecord] = {}  # kept here because each step needs them all
         self._by_pid: dict[int, int] = {}
-        #: All descriptors of workers that another program would need, those of their output too.
+        #: All descriptors of workers that the next program needs, with those of their output.
         self.descriptors = output.named
-        #: Whether a guard tells how a process ended that is no child of ours.
+        #: Whether a guard reports how a process exited that is no child of ours.
         self.guarded = settings.guarded
-        #: Whether a worker has said that it is ready: then the program speaks with us.
+        #: Whether a worker ever reported that it is ready: then the program knows how to.
         self.spoken_with = False
         self.groups = Groups(loop, log, self.descriptors)
         kill_timeout_s, identity = settings.policy.kill_timeout_s, settings.worker_identity
@@ -94,40 +94,43 @@ class WorkerPool:
         )
 
     def apply_settings(self, settings: Settings) -> None:
-        """A reload has changed them."""
+        """Use the settings of a reload."""
         self._spawner.settings = settings
         self.limits.use(settings)
 
     def advice(self, generation: int, *, passes_over: bool = False) -> str:
-        """Say what to do about a generation of which no worker takes a connection, if known.
+        """Return what to do about a generation that accepts no connection; "": unknown.
 
-        passes_over: there is one to be taken.
+        passes_over: a connection waits for it.
         """
-        its = [each for each in self._workers.values() if each.record.generation == generation]
-        if not its:
+        workers = self._workers_of(generation)
+        if not workers:
             return ""
-        # They are all of one program; of thousands, or of one with as many files, a part is asked.
-        pids = [each.process.pid for each in its]
+        # All workers run one program, so a part of thousands of workers or files is enough.
+        pids = [each.process.pid for each in workers]
         handed = {
-            os.fstat(one.fileno()).st_ino
+            os.fstat(listening.fileno()).st_ino
             for each in self._delivery.listeners
-            for one in each.sockets
+            for listening in each.sockets
         }
         return known_servers.advice(
-            its[0].generation.program,
-            listens=lambda: sock_diag.address_of(sockets_of(pids, _LOOKED_AT) - handed),
+            workers[0].generation.program,
+            listens=lambda: sock_diag.address_of(sockets_of(pids, _SEARCHED) - handed),
             passes_over=passes_over,
         )
 
     def check_says(self, generation: int) -> str:
-        """Return what came of the last check of a worker that is not ready; "" without one."""
-        its = (w for w in self._workers.values() if w.record.generation == generation)
-        return next((w.readiness.last for w in its if w.readiness.last), "")
+        """Return the last check result of a worker that is not ready; "": there is none."""
+        results = (each.readiness.last for each in self._workers_of(generation))
+        return next(filter(None, results), "")
+
+    def _workers_of(self, generation: int) -> list[Worker]:
+        return [each for each in self._workers.values() if each.record.generation == generation]
 
     # -- orders --------------------------------------------------------------
 
     def spawn(self, number: int, slot: int, generation: OpenGeneration) -> None:
-        """Start a worker.  What fails is its exit."""
+        """Start a worker.  A failure is reported as its exit."""
         try:
             worker = self._spawner.start(number, slot, generation)
         except (OSError, ValueError) as error:
@@ -153,7 +156,7 @@ class WorkerPool:
         )
 
     def signal(self, number: int, kind: WorkerSignal) -> None:
-        """Send a signal, KILL to the whole process group; nothing happens to one that is gone."""
+        """Send a worker a signal, KILL to its whole process group; no error if it has exited."""
         worker, sent = self._workers.get(number), signal.Signals[f"SIG{kind.value}"]
         if worker is None:
             self.groups.signal(number, sent)
@@ -169,48 +172,46 @@ class WorkerPool:
         )
 
     def retire(self, number: int) -> None:
-        """Have a worker finish: by the end of its RETURN line, or by a signal."""
+        """Order a worker to finish: by the end of its RETURN line, or by a signal."""
         worker = self._workers.get(number)
         if worker is None:
             self.groups.retire(number)
             return
-        self._tell_to_finish(worker)
+        self._order_to_finish(worker)
         self._log.write("info", "retired", worker=number)
 
     def drain(self, generation: int) -> None:
-        """Have workers finish that do not by themselves, when they read end of file."""
-        for worker in self._workers.values():
-            known = worker.record
-            signalled = worker.generation.program.finish_signal
-            if known.generation == generation and signalled and not known.asked_to_exit:
-                self._tell_to_finish(worker)
+        """Order a generation's workers to finish, unless end of file makes them finish."""
+        for worker in self._workers_of(generation):
+            if worker.generation.program.finish_signal and not worker.record.asked_to_exit:
+                self._order_to_finish(worker)
 
     def all_retire(self, generation: int) -> bool:
-        """Whether all workers of a generation leave when their RETURN lines end, none by a signal.
+        """Return whether all workers of a generation exit when their RETURN lines end.
 
-        They are on the client library, and read from what they have accepted before they leave.
+        Such workers use the client library, and read from all accepted clients before they exit.
         """
-        its = [each for each in self._records.values() if each.generation == generation]
+        records = [each for each in self._records.values() if each.generation == generation]
         orphans = any(each.generation == generation for each in self.groups.records())
-        return bool(its) and not orphans and all(each.retires for each in its)
+        return bool(records) and not orphans and all(each.retires for each in records)
 
-    def _tell_to_finish(self, worker: Worker) -> None:
+    def _order_to_finish(self, worker: Worker) -> None:
         finish_signal = worker.generation.program.finish_signal
         if worker.line is not None and (worker.record.retires or not finish_signal):
-            worker.line.shutdown(socket.SHUT_WR)  # what it says on it can still be heard
+            worker.line.shutdown(socket.SHUT_WR)  # we can still read what it writes there
         else:
             self._send(worker, finish_signal)
         self._note(worker, asked_to_exit=True)
 
     def _send(self, worker: Worker, number: int) -> bool:
-        """Send a signal, KILL to the whole process group, and log that; return whether we may."""
+        """Send a signal, KILL to the whole process group, and log it; return whether we may."""
         name = signal.Signals(number).name.removeprefix("SIG")
         try:
             if number == signal.SIGKILL:
                 worker.process.kill_group()
             else:
                 worker.process.signal(number)
-        except PermissionError as error:  # it has become another user's
+        except PermissionError as error:  # it has changed its user
             self._log.write(
                 "error",
                 "cannot-signal",
@@ -224,14 +225,14 @@ class WorkerPool:
         return True
 
     def suspend(self) -> None:
-        """End what only this program knows of; the next one begins it anew."""
+        """End the checks, which the next program starts again."""
         for worker in self._workers.values():
             worker.readiness.stop_check()
-        self._probes.all_over()
+        self._probes.release_all()
         self.orphans.stop_looking()
 
     def resume(self) -> None:
-        """There was no next one."""
+        """Restart the checks after a failed exec."""
         for worker in self._workers.values():
             worker.readiness.check()
         self.orphans.go_on()
@@ -239,18 +240,18 @@ class WorkerPool:
     # -- to the next program and from the one before -----------------------------
 
     def _note(self, worker: Worker, **changes: object) -> None:
-        """Have other fields in the record of a worker."""
+        """Change fields of a worker's record."""
         worker.record = replace(worker.record, **changes)  # type: ignore[arg-type]
         number = worker.record.number
-        if number in self._workers:  # else it could not be watched, or has ended
+        if number in self._workers:  # otherwise it has ended, or cannot be watched
             self._records[number] = worker.record
 
     def records(self) -> tuple[WorkerRecord, ...]:
-        """Return what is known of each worker."""
+        """Return the record of each worker and orphaned group."""
         return (*self._records.values(), *self.groups.records())
 
     def expect(self, record: WorkerRecord, descriptors: Mapping[str, int]) -> None:
-        """Have a worker in the state before it is adopted: we may be killed meanwhile."""
+        """Put a worker into the state before it is adopted: we may be killed meanwhile."""
         self._records[record.number] = record
         for name, fd in named(record.number, descriptors).items():
             self.descriptors[name] = fd
@@ -258,9 +259,9 @@ class WorkerPool:
     def adopt(
         self, record: WorkerRecord, descriptors: Mapping[str, int], generation: OpenGeneration
     ) -> None:
-        """Go on with a worker that an earlier program started; takes ownership.
+        """Adopt a worker that an earlier program started; takes ownership of its descriptors.
 
-        Raises KeyError when a descriptor is missing, OSError when it cannot be watched.
+        Raises KeyError if a descriptor is missing, OSError if the worker cannot be watched.
         """
         worker = self._spawner.adopt(record, descriptors, generation)
         worker.named = named(record.number, descriptors)
@@ -270,32 +271,32 @@ class WorkerPool:
     def adopt_group(
         self, record: WorkerRecord, descriptors: Mapping[str, int], generation: OpenGeneration
     ) -> bool:
-        """Go on with what a worker has left that has ended; takes ownership of its descriptors.
+        """Adopt the process group of an exited worker; takes ownership of its descriptors.
 
-        Returns whether anything is.
+        Returns whether a process of the group is left.
         """
         del self._records[record.number]  # its group has a record of its own
         for name in named(record.number, descriptors):
             del self.descriptors[name]
         return self._post_mortem.adopt_group(record, descriptors, generation)
 
-    def lost(self, number: int) -> None:
-        """A worker was being started when the earlier program was killed: end what there is."""
+    def end_unfinished(self, number: int) -> None:
+        """End a worker that the earlier program was starting when it was killed."""
         for address in self._spawner.addresses(number):
             self.orphans.end(address)
 
     def learn_status(self, pid: int, clean: bool, how: str) -> None:
-        """Learn how a process ended from its parent (the guard): it is no child of ours."""
+        """Note how a process exited, as reported by its parent, the guard."""
         self.groups.look()
         number = self._by_pid.get(pid)
         if number is not None:
             worker = self._workers[number]
-            worker.told_end = End(clean, how)
-            if worker.end_due:
+            worker.end_from_guard = End(clean, how)
+            if worker.awaits_end:
                 self._ended(number)
 
     def acked(self, pid: int) -> None:
-        """A worker says by another way than its own line that it is ready (einhorn's)."""
+        """Note that a worker reported by einhorn's protocol that it is ready."""
         number = self._by_pid.get(pid)
         if number is not None and self._workers[number].readiness.by_ack:
             self._is_ready(number, "ack")
@@ -303,10 +304,10 @@ class WorkerPool:
     # -- what comes back -----------------------------------------------------
 
     def _share_output(self, worker: Worker) -> None:
-        """Two write to the log file now: what stands there from here on is no one's last words."""
+        """Note that workers share the log file: its text is no single worker's last words now."""
         for each in reversed(self._workers.values()):
             if each.record.output_start < 0:
-                break  # so have all before it
+                break  # all earlier workers are marked, too
             self._note(each, output_start=-1)
         if self._workers:
             worker.record = replace(worker.record, output_start=-1)
@@ -361,18 +362,17 @@ class WorkerPool:
         )
 
     def _checked(self, worker: Worker) -> None:
-        """A worker is not checked any more: when none of its generation is, its probe goes."""
+        """Release a generation's probe address when none of its workers is checked any more."""
         generation = worker.record.generation
-        its = (each for each in self._workers.values() if each.record.generation == generation)
         if worker.generation.program.ready == "check" and not any(
-            each.readiness.is_checked for each in its
+            each.readiness.is_checked for each in self._workers_of(generation)
         ):
-            self._probes.over(generation)
+            self._probes.release(generation)
 
     def _keep_descriptors(self, worker: Worker) -> None:
-        """Have its descriptors kept that it has now, and no others."""
+        """Store a worker's present descriptors, and no others."""
         if worker.record.number not in self._workers:
-            return  # it could not be watched, or has ended
+            return  # it has ended, or cannot be watched
         before, worker.named = worker.named, worker.descriptors()
         for name in before.keys() - worker.named.keys():
             del self.descriptors[name]
@@ -380,16 +380,16 @@ class WorkerPool:
             self.descriptors[name] = worker.named[name]
 
     def answered(self, generation: int, by: str) -> None:
-        """A generation has: its workers are ready, unless one of them has ended meanwhile.
+        """Note that a generation answered the probe: its workers are ready if none has exited.
 
-        by: the kind of question.
+        by: the kind of probe.
         """
-        its = [w for w in self._workers.items() if w[1].record.generation == generation]
-        if all(self._note_ready(number, worker, by) for number, worker in its):
+        workers = [w for w in self._workers.items() if w[1].record.generation == generation]
+        if all(self._note_ready(number, worker, by) for number, worker in workers):
             self._post(Answered(generation))
 
     def not_asked(self, generation: int) -> None:
-        """A generation cannot be asked: time tells whether its workers are ready."""
+        """Let a timer make a generation's workers ready, because it cannot be probed."""
         for worker in self._workers.values():
             if worker.record.generation == generation and not worker.has_served:
                 worker.readiness.wait()
@@ -397,7 +397,7 @@ class WorkerPool:
     def _is_ready(self, number: int, by: str, *, retires: bool = False) -> None:
         worker = self._workers.get(number)
         if worker is None or worker.record.ready_by or worker.has_served:
-            if worker is not None and retires:  # it has answered before it said so
+            if worker is not None and retires:  # the probe made it ready before its message did
                 self._note(worker, retires=True)
             return
         if self._note_ready(number, worker, by, retires=retires):
@@ -405,7 +405,7 @@ class WorkerPool:
             self._post(WorkerReady(number, retires))
 
     def _note_ready(self, number: int, worker: Worker, by: str, *, retires: bool = False) -> bool:
-        """Note what says that a worker is ready; False: it has ended, so it must not serve."""
+        """Note how a worker became ready; return False if it has exited, and so must not serve."""
         if worker.has_served:
             return True
         self.spoken_with = self.spoken_with or by != "timer"
@@ -431,7 +431,7 @@ class WorkerPool:
             return
         del self._workers[number], self._records[number]
         self._checked(worker)
-        # One that its parent has reaped, because we adopted it: its pid may be another worker's.
+        # The parent may have reaped an adopted worker: then another worker may have its pid.
         if self._by_pid.get(worker.process.pid) == number:
             del self._by_pid[worker.process.pid]
         for name in worker.named:

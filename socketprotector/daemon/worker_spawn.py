@@ -1,13 +1,13 @@
 """Starts a worker: its descriptors, its environment, its process.
 
 A worker knows only the numbers of its descriptors and what its environment says about them
-(docs/protocol.md; where it accepts by itself, sd_listen_fds(3) and others).  It gets what its
-delivery hands out, a RETURN line of its own and its slot of the scoreboard.
+(docs/protocol.md; for workers that accept, also sd_listen_fds(3)).  It gets the handles of its
+delivery, a RETURN line of its own and its slot of the scoreboard.
 
-The open file description is shared, not the number: the channel's read end and the listening
-sockets are the same ones in all workers and here.  So no flag of them is set for one worker.
+All workers and we share the open file descriptions of the channel's read end and of the listening
+sockets.  So no flag is set on them for one worker.
 
-Close our copies of the worker's ends right after the spawn, or we never see end of file.
+We close our copies of the worker's ends right after the spawn: otherwise we never see end of file.
 """
 
 from __future__ import annotations
@@ -40,29 +40,29 @@ from .log_output import Output
 
 @mutable
 class Worker:
-    """One process, and what it speaks with us by."""
+    """One worker process, and the sockets between it and us."""
 
-    #: What another program would have to know.  Replaced whole, so that the checkpoint
-    #: sees by identity what has changed.
+    #: What the next program needs.  Replaced whole, so that the checkpoint sees a change by
+    #: identity.
     record: WorkerRecord
     generation: OpenGeneration  # not ours to close
     process: Process
     notify: NotifySocket
     line: socket.socket | None  # our end of its RETURN line, where it has one
     readiness: Readiness
-    named: dict[str, int] = field(default_factory=dict)  # those of descriptors() that are kept
+    named: dict[str, int] = field(default_factory=dict)  # the stored part of descriptors()
     ended: bool = False
-    last_words: str | None = None  # of one that has ended; None: they are awaited, or not asked for
-    told_end: End | None = None  # how it ended, from the guard
-    end_due: bool = False  # that is awaited
+    last_words: str | None = None  # after its end; None: still awaited, or not requested
+    end_from_guard: End | None = None  # how it ended, from the guard
+    awaits_end: bool = False  # its end must come from the guard
 
     @property
     def has_served(self) -> bool:
-        """Whether it was ready and lived: one that ends as it says so has not served."""
+        """Whether it was ready and alive: a worker that exits as it becomes ready never served."""
         return self.record.ready_at is not None
 
     def descriptors(self) -> dict[str, int]:
-        """Return what an adopter needs, by name."""
+        """Return the descriptors that the next program needs, by name."""
         found = {
             "process": self.process.pidfd,
             "notify": self.notify.fileno(),
@@ -73,7 +73,7 @@ class Worker:
         return named(self.record.number, found)
 
     def close(self) -> None:
-        """Close what it speaks with; its process may have left a group."""
+        """Close its sockets; other processes of its group may still run."""
         self.notify.close()
         self.readiness.close()
         if self.line is not None:
@@ -82,32 +82,32 @@ class Worker:
 
 
 def named(number: int, descriptors: Mapping[str, int]) -> dict[str, int]:
-    """Return a worker's descriptors by the names under which the next program finds them."""
+    """Return a worker's descriptors by the names that the next program looks for."""
     return {f"{inherited.WORKER}{number}.{name}": fd for name, fd in descriptors.items()}
 
 
 def client_library_env(
     generation: OpenGeneration, slot: int, end: socket.socket, free: Iterator[int]
 ) -> tuple[dict[int, int], dict[str, str]]:
-    """Return RETURN's far end and the scoreboard, number there -> ours; and what the environment
-    says of them.
+    """Return the descriptors and the environment variables that the client library uses.
 
-    One that accepts has them, too: it may be on the client library, which counts there and leaves
-    when that line ends.
+    The descriptors are the far end of the RETURN line and the scoreboard, number there -> ours.
+    Workers that accept get them, too: the client library counts there, and exits when that line
+    ends.
     """
     line = next(free)
-    descriptors, told = {line: end.fileno()}, {wire.ENV_RETURN: str(line)}
+    descriptors, environment = {line: end.fileno()}, {wire.ENV_RETURN: str(line)}
     board, offset = generation.scoreboard_slot(slot) or (-1, 0)
     if board >= 0:
         number = next(free)
         descriptors[number] = board
-        told[wire.ENV_SCOREBOARD] = f"{number}:{offset}"
-    return descriptors, told
+        environment[wire.ENV_SCOREBOARD] = f"{number}:{offset}"
+    return descriptors, environment
 
 
 @mutable
 class WorkerSpawner:
-    """Starts workers, and takes over those of an earlier program."""
+    """Starts workers, and adopts the workers of an earlier program."""
 
     settings: Settings
     loop: Loop
@@ -122,7 +122,7 @@ class WorkerSpawner:
         self._uids = frozenset({0, os.getuid(), *(each.uid for each in users if each)})
 
     def start(self, number: int, slot: int, generation: OpenGeneration) -> Worker:
-        """Start a process with all it needs.  Raises OSError or ValueError, and leaves nothing."""
+        """Start a worker process.  On OSError or ValueError nothing is left open."""
         program = generation.program
         with ExitStack() as ours:
             notify = self._notify_socket(number)
@@ -131,21 +131,21 @@ class WorkerSpawner:
             environment = {wire.ENV_NOTIFY: notify.address}
             if program.watchdog_s:
                 environment["WATCHDOG_USEC"] = str(int(program.watchdog_s * 1_000_000))
-            # --ready fd:N has that number for itself.
+            # The number of --ready fd:N is reserved.
             free = (fd for fd in count(FIRST_FD) if fd != program.ready_fd)
             with ExitStack() as theirs:
                 line, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 ours.callback(line.close)
                 theirs.callback(end.close)
                 handles = self.delivery.worker_handles(generation, slot, free, self.settings)
-                more, told_of_them = client_library_env(generation, slot, end, free)
+                more, library_environment = client_library_env(generation, slot, end, free)
                 descriptors = handles.descriptors | more
-                told = handles.environment | told_of_them
+                environment |= handles.environment | library_environment
                 offered = Readiness.offered(program, free, self.loop, number)
                 readiness, its_ends, variables = theirs.enter_context(offered)
                 output = theirs.enter_context(self.output.opened(number, generation.record.number))
                 descriptors |= its_ends | output.places
-                environment |= told | variables
+                environment |= variables
                 process = spawn(program, environment, descriptors, handles.pid_in)
                 output.pid = process.pid
             ours.pop_all()
@@ -162,9 +162,9 @@ class WorkerSpawner:
     def adopt(
         self, record: WorkerRecord, descriptors: Mapping[str, int], generation: OpenGeneration
     ) -> Worker:
-        """Take over one that an earlier program started, with its descriptors.
+        """Adopt a worker that an earlier program started, with its descriptors.
 
-        Raises KeyError when one of these is missing.
+        Raises KeyError if a descriptor is missing.
         """
         notify = socket.socket(fileno=descriptors["notify"])
         own = {n: fd for n, fd in descriptors.items() if n not in ("notify", "process", "line")}
@@ -181,21 +181,21 @@ class WorkerSpawner:
     # -- notify sockets --------------------------------------------------------
 
     def addresses(self, number: int) -> tuple[str, ...]:
-        """Return where a worker's notify socket may be, the better address first."""
+        """Return the addresses that a worker's notify socket may have, the better one first."""
         name = f"{self.settings.secret}-{number}"
-        # Any process that reads /proc/net/unix can fill the queue of an abstract one.
+        # Any process that reads /proc/net/unix can fill the queue of an abstract socket.
         abstract = f"@socketprotector-{name}"
         folder = self.settings.notify_folder
         return (f"{folder}/{name}", abstract) if folder else (abstract,)
 
     def _address_of(self, number: int, notify: socket.socket) -> str:
-        """Return where this one is, which an earlier program has made."""
+        """Return the address of a notify socket that an earlier program made."""
         first, *other = self.addresses(number)
-        # getsockname() returns an abstract one as bytes.
+        # getsockname() returns an abstract address as bytes.
         return other[0] if other and isinstance(notify.getsockname(), bytes) else first
 
     def _notify_socket(self, number: int) -> NotifySocket:
-        """Make a worker's, abstract where the folder has none.  Raises OSError."""
+        """Make a worker's notify socket, abstract if its folder fails.  Raises OSError."""
         *better, abstract = self.addresses(number)
         for path in better:
             try:

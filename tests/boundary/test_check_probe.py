@@ -33,7 +33,7 @@ def test_that_nothing_forwards_what_a_check_sends_is_logged(
 
     why = "the process that forwards cannot be started: no more processes"
     assert lines == [("warning", "check-unreachable", {"generation": 2, "reason": why})]
-    probes.all_over()
+    probes.release_all()
 
 
 def test_what_a_command_says_that_may_have_reached_another_generation_counts_for_nothing(
@@ -54,5 +54,5 @@ def test_what_a_command_says_that_may_have_reached_another_generation_counts_for
     assert probes.address(generation) == "127.0.0.1:2"
     assert probes.judge(generation, "") == ""
     assert probes.judge(generation, "no") == "no"
-    probes.all_over()
+    probes.release_all()
     assert probes.judge(generation, "") == ""

@@ -38,7 +38,7 @@ class Settling:
         self.posted: list[Event] = []
         probes = SimpleNamespace(
             address=lambda _: "",
-            over=lambda _: None,
+            release=lambda _: None,
             judge=lambda _, why: why if holds else SHUT_DOWN,
         )
         runtime = Runtime(loop, cast("Any", None), self._post, lambda: True)

@@ -39,6 +39,8 @@ $(COLLECTED): $(INSTALLED) $(shell find tests -name '*.py')
 test-tools: # install what tests take beside Python; where that fails they say what they need
 	-tools/install-packages gcc g++ libc6-dev valgrind libc6-dbg perl ruby
 	-tools/install-packages nodejs nginx-light starlet starman strace util-linux
+	-tools/install-packages golang-go
+	-command -v rustc >/dev/null || tools/install-packages rustc
 	-tools/install-packages apparmor curl haproxy iproute2 libserver-starter-perl logrotate openssl policycoreutils-python-utils stunnel4
 	-tools/install-packages jq netcat-openbsd python3-click python3-daemon python3-psutil python3-rich python3-prometheus-client
 

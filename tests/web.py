@@ -16,22 +16,32 @@ from dataclasses import dataclass, field
 from tests.load import GAP_S
 from tests.running import DEADLINE_S
 
-Address = tuple[str, int]
+#: Host and port, or the path of a UNIX socket.
+Address = tuple[str, int] | str
 
 
 class Connection:
     """One that stays open for as long as both sides want."""
 
     def __init__(self, address: Address) -> None:
-        self._socket = socket.create_connection(address, DEADLINE_S)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if isinstance(address, str):
+            self._socket = socket.socket(socket.AF_UNIX)
+            self._socket.settimeout(DEADLINE_S)
+            self._socket.connect(address)
+        else:
+            self._socket = socket.create_connection(address, DEADLINE_S)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._file = self._socket.makefile("rb")
         self.closing = False  # the answer said that it is the last one
 
     def send(self, path: str = "/", *, last: bool = False) -> None:
         """Send a request; last: and ask for the connection's end behind the answer."""
         end = "Connection: close\r\n" if last else ""
-        self._socket.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n{end}\r\n".encode())
+        self.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n{end}\r\n".encode())
+
+    def write(self, part: bytes) -> None:
+        """Send a part of a request."""
+        self._socket.sendall(part)
 
     def answer(self) -> int:
         """Return the pid of the worker that answers.  Raises OSError, EOFError or ValueError."""

@@ -62,6 +62,7 @@ COSTLY = {"docs/moving.md", "docs/servers.md", "docs/tls.md"}
 #: Those whose commands another test runs.
 ELSEWHERE = {
     "docs/fleet.md": "tests/fleet/rolling.py and what is beside it run what it shows",
+    "docs/inherited-socket.md": "tests/servers/test_inherited_socket.py builds and reloads each",
     "docs/frameworks.md": "tests/frameworks/test_document.py runs each program and command",
     "client_lib/README.md": "tests/client/test_readme.py runs each program",
     "exporter/README.md": "docs/page.md has the same commands",

@@ -214,7 +214,7 @@ def test_a_whole_life_on(suite: str, root_of: Callable[..., Path], packages: Pat
 def test_three_commands_from_a_clean_debian_to_a_broken_release(
     root_of: Callable[..., Path], built: Path
 ) -> None:
-    """Those of docs/start.md; apt-get takes what they need from where this machine does."""
+    """Those of docs/install.md; apt-get takes what they need from where this machine does."""
     root = root_of("bookworm", clean=True)
     words = (sys.executable, "-m", "tests.packages.start", "clean", root, built)
     told = run("unshare", *(each for each in NAMESPACES if each != "--net"), *words)

@@ -1,4 +1,4 @@
-"""The first five minutes of docs/start.md on a Debian that has nothing yet.
+"""The three commands of docs/install.md on a Debian that has nothing yet.
 
     unshare --mount --pid --fork --mount-proc python -m tests.packages.start clean ROOT FOLDER
 
@@ -42,12 +42,14 @@ def say_of_apt(root: Path) -> None:
 
 
 def commands() -> list[Command]:
-    """Return the page's commands from "Do it" on."""
-    text = (SOURCES / "docs" / "start.md").read_text(encoding="utf-8")
-    begins = text[: text.index("## Do it")].count("\n")
+    """Return the commands of the page's section."""
+    path = SOURCES / "docs" / "install.md"
+    text = path.read_text(encoding="utf-8")
+    at = text.index("### From a clean Debian")
+    begins, ends = (text[:each].count("\n") for each in (at, text.index("\n## ", at)))
     found, told = list[Command](), list[Command]()
-    for block in page.blocks(SOURCES / "docs" / "start.md"):
-        if block.line <= begins:
+    for block in page.blocks(path):
+        if not begins < block.line < ends:
             continue
         if block.is_text:
             told[-1].shown += block.text.strip().splitlines()

@@ -52,7 +52,7 @@ RUN: dict[str, tuple[str, ...]] = {
     "docs/servers.md": (
         *("curl", "gunicorn", "hypercorn", "nginx", "node", "plackup", "starman", "uvicorn"),
     ),
-    "docs/start.md": ("curl", "script"),
+    "docs/start.md": ("curl", "gunicorn", "script", "uvicorn"),
     "docs/stdio.md": (),
     "docs/systemd.md": ("systemctl",),
     "docs/tls.md": ("openssl", "curl", "haproxy", "stunnel", "gunicorn", "uvicorn"),

@@ -85,7 +85,7 @@ def test_a_request_in_progress_at_the_signal_is_answered(
         client.write(b"GET / HTTP/1.1\r\n")
         eventually(lambda: is_accepted(daemon.port, client.port), "the connection accepted")
         daemon.reload()
-        daemon.log.wait_for(rf"event=signalled\b.* signal=TERM")
+        daemon.log.wait_for(r"event=signalled\b.* signal=TERM")
         client.write(b"Host: x\r\nConnection: close\r\n\r\n")
 
         assert client.answer() == spawned(daemon)[0]

@@ -360,7 +360,7 @@ class Effects:
         since = f"for {seconds:.0f} s" if ever else "yet"
         self._log.write(
             "warning",
-            "nobody-takes",
+            "queue-stalled",
             generation=number,
             waiting=waiting,
             listen=listen,

@@ -99,14 +99,14 @@ def test_a_release_that_closes_its_socket_and_lives_is_named_and_the_next_one_se
     with ExitStack() as stack:
         clients = [stack.enter_context(Client(one.address, "hello")) for _ in range(3)]
 
-        line = one.daemon.log.wait_for("event=nobody-takes ", after=mark)
+        line = one.daemon.log.wait_for("event=queue-stalled ", after=mark)
         one.deploys("good", *GOOD)
         one.daemon.reload()
 
         # A call of accept() that is under way still takes the first one.
         assert re.search(r" generation=2 waiting=[23] ", line)
         assert {pid_in(each.hear()) for each in clients} <= {*spawned(one.daemon)}
-    assert one.daemon.log.count("event=nobody-takes ") == 1
+    assert one.daemon.log.count("event=queue-stalled ") == 1
 
 
 def test_a_reload_that_was_requested_meanwhile_begins_once_they_are_served(

@@ -249,7 +249,7 @@ def test_one_that_is_thought_ready_and_takes_no_client_is_reported(protector: Co
     command = ("--name", "web", "--ready", "after:1ms", "127.0.0.1:0", "--", "sleep", "1000")
     daemon = protector(*command).ready()
     with socket.create_connection(("127.0.0.1", daemon.port)):
-        line = daemon.log.wait_for("event=nobody-takes")
+        line = daemon.log.wait_for("event=queue-stalled")
 
         assert "generation=1 waiting=1" in line
         assert 'reason="no worker has taken a connection yet"' in line
@@ -271,7 +271,7 @@ def test_one_that_was_handed_the_socket_and_accepts_no_client_is_reported(
     where = address.removeprefix("unix:") if kind == "unix" else ("127.0.0.1", daemon.port)
     with socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET) as client:
         client.connect(where)
-        line = daemon.log.wait_for("event=nobody-takes")
+        line = daemon.log.wait_for("event=queue-stalled")
 
         assert f"generation=1 waiting=1 listen={daemon.addresses[0]}" in line
         assert 'reason="no worker has taken a connection yet"' in line
@@ -292,7 +292,7 @@ def test_one_of_two_sockets_that_a_server_ignores_is_reported(protector: Command
     with socket.create_connection(("127.0.0.1", ports[0])) as served:
         assert served.recv(1) == b""
     with socket.create_connection(("127.0.0.1", ports[1])):
-        line = daemon.log.wait_for("event=nobody-takes")
+        line = daemon.log.wait_for("event=queue-stalled")
 
     assert f"listen={daemon.addresses[1]} " in line
 

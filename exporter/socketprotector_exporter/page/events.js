@@ -3,7 +3,7 @@
 
 const ROWS = 200, LISTED = 120;
 const WEIGHTS = { error: 3, warning: 2 };
-const SAID = new Set(["reloaded", "reload-failed", "start-failed", "recovered", "crash-loop", "stopped", "lame-duck", "held", "nobody-takes", "healthy", "unhealthy", "health-unknown", "dry-run-passed", "dry-run-failed"]);
+const SAID = new Set(["reloaded", "reload-failed", "start-failed", "recovered", "crash-loop", "stopped", "lame-duck", "held", "queue-stalled", "healthy", "unhealthy", "health-unknown", "dry-run-passed", "dry-run-failed"]);
 const rows = new Map(); // id, run and generation -> {item, told: [{key, happened}], the newest first}
 const toldKeys = new Set();
 

@@ -321,7 +321,7 @@ class WorkerPool:
             lambda over, late: self._start_check(worker, over, late),
             lambda why: self._log.write(
                 "warning",
-                "check-hangs",
+                "check-timed-out",
                 worker=number,
                 check=first_program(program.ready_check),
                 for_s=LIMIT_S,

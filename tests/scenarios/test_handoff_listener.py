@@ -317,9 +317,9 @@ def test_a_check_that_hangs_is_asked_again_and_reported_without_its_arguments(
         *MODE, "--ready", f"check:PASSWORD=secret; {hangs}", "127.0.0.1:0", "--", *SERVER, **sooner
     ).ready()
 
-    told = [line for line in daemon.log.seen if "event=check-hangs" in line]
+    told = [line for line in daemon.log.seen if "event=check-timed-out" in line]
     assert [line.partition(" event=")[2] for line in told] == [
-        "check-hangs worker=1 check=sh for_s=0.5"
+        "check-timed-out worker=1 check=sh for_s=0.5"
     ]
     assert wait_gone([int(pid) for pid in tries.read_text().split()]) == []
     assert "secret" not in daemon.log.text()

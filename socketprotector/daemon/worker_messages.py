@@ -117,7 +117,7 @@ class WorkerMessages:
                 if self._loop.due(("word", number)) is not None:
                     return
                 reason = f"no WATCHDOG=1 for {in_units(limit_s)}"
-                self._log.write("error", "hangs", worker=number, reason=reason)
+                self._log.write("error", "worker-stuck", worker=number, reason=reason)
                 self._post(ReplaceRequested(number, reason, hung=True))
 
             self._loop.call_after(("word", number), limit_s, silent)

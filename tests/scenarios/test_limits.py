@@ -56,7 +56,7 @@ def hangs(web: Operated, line: Line, hanging: Client, last: tuple[str, ...]) -> 
     address = ("127.0.0.1", web.daemon.port)
     clients = [Client(address, "hello") for _ in range(20)]
 
-    assert line.event("hangs")["worker"] == 1
+    assert line.event("worker-stuck")["worker"] == 1
     new = line.event("spawned", worker=2)["pid"]
     for each in clients:  # it serves one at a time, too
         assert pid_in(each.hear()) == new
@@ -65,7 +65,7 @@ def hangs(web: Operated, line: Line, hanging: Client, last: tuple[str, ...]) -> 
     assert is_cut_off(hanging)
     in_order(
         web,
-        "event=hangs worker=1",
+        "event=worker-stuck worker=1",
         "event=replacing generation=1",
         "event=spawned generation=1 worker=2",
         "event=worker-ready generation=1 worker=2",
@@ -99,7 +99,7 @@ def test_one_that_hangs_with_its_first_client_is_replaced(operated: Operating) -
     line = web.line(follows=True)
 
     with Client(web.address, "hang") as hanging:
-        assert line.event("hangs")["worker"] == 1
+        assert line.event("worker-stuck")["worker"] == 1
         assert is_cut_off(hanging)
 
 
@@ -125,7 +125,7 @@ def test_an_event_loop_that_is_blocked_hangs(operated: Operating, tmp_path: Path
     release.becomes(*ASYNCIO)
     line = web.line(follows=True)
     with Client(web.address, "hello") as hanging:
-        assert line.event("hangs")["worker"] == 1
+        assert line.event("worker-stuck")["worker"] == 1
         line.event("worker-ready", worker=2)
         with Client(("127.0.0.1", web.daemon.port), "hello") as client:
             assert pid_in(client.hear()) == spawned(web.daemon)[1]
@@ -141,11 +141,11 @@ def test_one_that_is_well_is_left_alone_idle_and_under_load(
     line = web.line(follows=True)
     [pid] = web.pids(1)
     say_watchdog(pid)
-    nothing_of(line, ["hangs"], 5.0)
+    nothing_of(line, ["worker-stuck"], 5.0)
 
     with Load(f"127.0.0.1:{web.daemon.port}", concurrency=16) as load:
         served(load)
-        nothing_of(web.line(follows=True), ["hangs"], 5.0)
+        nothing_of(web.line(follows=True), ["worker-stuck"], 5.0)
     assert load.snapshot().failures == ()
     assert web.pids(1) == [pid]
 
@@ -169,7 +169,7 @@ def test_one_that_drains_or_retires_does_not_hang_however_long_it_takes(
     line.ask("replace", pid=pid)
     line.event("worker-ready", generation=2, worker=5)
 
-    nothing_of(line, ["hangs"], 5.0)
+    nothing_of(line, ["worker-stuck"], 5.0)
 
     assert {pid_in(each.ask()) for each in draining} == old
     assert pid_in(retiring.ask()) == pid
@@ -184,7 +184,7 @@ def test_a_pool_whose_threads_are_all_busy_does_not_hang(operated: Operating) ->
         pids = {pid_in(one.hear()), pid_in(another.hear())}
         say_watchdog(pids.pop())
 
-        nothing_of(line, ["hangs"], 5.0)
+        nothing_of(line, ["worker-stuck"], 5.0)
 
         assert pid_in(one.ask()) == pid_in(another.ask())
 
@@ -200,7 +200,7 @@ def test_what_was_said_while_the_protector_stood_still_counts(operated: Operatin
 
     web.daemon.signal(signal.SIGCONT)
 
-    nothing_of(line, ["hangs"], 0.5)
+    nothing_of(line, ["worker-stuck"], 0.5)
     assert web.pids(1) == [pid]
 
 
@@ -211,7 +211,7 @@ def test_a_worker_that_never_spoke_is_not_waited_for(operated: Operating) -> Non
     [pid] = web.pids(1)
     hold(pid)
 
-    nothing_of(line, ["hangs"], 0.5)
+    nothing_of(line, ["worker-stuck"], 0.5)
 
     os.kill(pid, signal.SIGCONT)
     assert web.pids(1) == [pid]
@@ -228,7 +228,7 @@ def test_that_one_has_spoken_is_known_after_an_upgrade(operated: Operating) -> N
     os.kill(pid, signal.SIGSTOP)
 
     assert line.event("exited", worker=1)["how"] == "was killed by SIGKILL"
-    in_order(web, "event=hangs worker=1", "event=worker-ready generation=1 worker=2")
+    in_order(web, "event=worker-stuck worker=1", "event=worker-ready generation=1 worker=2")
 
 
 # -- doing enough ----------------------------------------------------------------------

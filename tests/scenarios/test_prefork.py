@@ -15,7 +15,7 @@ def test_a_worker_whose_children_wait_beside_it_is_not_taken_for_one_that_hangs(
     [pid] = web.pids(1)
     say_watchdog(pid)
 
-    nothing_of(line, ["hangs"], 5.0)
+    nothing_of(line, ["worker-stuck"], 5.0)
 
     assert web.pids(1) == [pid]
     with Client(web.address, "hello") as client:

@@ -977,7 +977,7 @@ def test_a_release_that_loses_its_own_socket_as_it_starts_is_no_reason_to_replac
         one.listen()
     world.turn()
 
-    assert world.log.events == ["bound-anew"]
+    assert world.log.events == ["socket-replaced"]
     assert (world.socket_lost, world.stranded) == ([2], 0)
 
 
@@ -2061,7 +2061,7 @@ def test_a_socket_that_answers_signed_clients_alone_is_replaced(world: World) ->
     world.steering.enter(3, 1)
     world.steering.turn_to(1)
 
-    assert world.log.events == ["bound-anew"]
+    assert world.log.events == ["socket-replaced"]
     world.connect()
     assert world.waiting() == [1]
 
@@ -2086,7 +2086,7 @@ def test_a_common_one_that_answers_signed_clients_alone_is_replaced_if_that_is_s
     world.steering.leave(2)
     world.steering.forget(2)
 
-    assert world.log.events == (["bound-anew"] if spare else ["not-restored"])
+    assert world.log.events == (["socket-replaced"] if spare else ["not-restored"])
     assert world.stranded == (1 if spare else 0)
     if spare:
         assert world.steering.turns.unserved == {(1, 0)}
@@ -2147,7 +2147,7 @@ def test_a_socket_that_cannot_be_as_it_was_made_is_replaced(world: World) -> Non
 
     world.steering.enter(3, 1)
 
-    assert world.log.events == ["bound-anew"]
+    assert world.log.events == ["socket-replaced"]
     other = world.listener.socket_for(1)
     assert other is not one
     assert other.getsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP) == 0
@@ -2552,7 +2552,7 @@ def lose_its_socket(world: World, pair: Listener) -> None:
     """A worker of the serving generation, 1, shuts it down."""
     pair.socket_for(0).shutdown(socket.SHUT_RDWR)
     world.turn()
-    assert "bound-anew" in world.log.events
+    assert "socket-replaced" in world.log.events
 
 
 def lose_its_file(world: World, pair: Listener) -> None:
@@ -2636,7 +2636,7 @@ def test_a_release_that_a_stop_calls_off_brings_no_client_back(
     world.pass_time(1.0)
 
     assert os.listdir(os.path.dirname(pair.path)) == []
-    assert "bound-anew" not in world.log.events
+    assert "socket-replaced" not in world.log.events
 
 
 def test_a_path_whose_only_socket_lost_its_file_keeps_no_generation_from_its_end(

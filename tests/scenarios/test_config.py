@@ -586,7 +586,7 @@ def test_a_socket_that_is_bound_anew_while_the_file_is_read_is_known_from_then_o
     gated.file.says(keys)
     mark = reading(daemon)
     attack.open()
-    daemon.log.wait_for("event=bound-anew", after=mark)
+    daemon.log.wait_for("event=socket-replaced", after=mark)
     # Clients that wait at the new socket may get the last good command first, as a generation.
     line = gated.through(daemon, "event=reloaded", mark)
     number = int(line.partition(" generation=")[2].split()[0])

@@ -137,7 +137,7 @@ def test_a_unix_socket_that_it_shuts_down_is_bound_anew_and_another_generation_s
     daemon = protector(*MODE, *QUICK, f"unix:{path}?mode=0640", "--", release.path).ready()
     release.becomes(*GOOD)  # the same file is executed by the next one
     gate.open()
-    daemon.log.wait_for("event=bound-anew")
+    daemon.log.wait_for("event=socket-replaced")
     daemon.log.wait_for("event=recovered generation=2")
 
     assert pid_in(ask(str(path))) == spawned(daemon, 2)[0]
@@ -275,7 +275,7 @@ def test_releases_that_break_a_socket_which_cannot_be_bound_again_keep_no_client
         eventually(lambda: command.start.log.count(failed) == times, "its end")
         release.becomes(*command.worker("accepts"))
 
-    for times, event in ((1, "drained"), (2, "bound-anew")):
+    for times, event in ((1, "drained"), (2, "socket-replaced")):
         breaks(times)
         command.start.wait_for(f"event={event}")
         assert pid_in(ask(address, timeout_s=IN_TIME_S)) == command.worker_pid_of(1)

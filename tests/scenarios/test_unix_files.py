@@ -99,7 +99,7 @@ def test_clients_wait_for_one_start_alone_when_a_release_fails_after_its_files_w
     daemon.log.wait_for("event=route generation=2", after=mark)
     tidy(path)
     asked.bad()
-    daemon.log.wait_for("event=bound-anew", after=mark)
+    daemon.log.wait_for("event=socket-replaced", after=mark)
     asked.good()
 
     # Though the generation that accepts settles for an hour.
@@ -119,7 +119,7 @@ def test_clients_of_a_socket_that_a_worker_shuts_down_wait_for_one_start_alone(
     daemon = protector(*words).ready()
     release.becomes(*SERVER)
     gate.open()
-    daemon.log.wait_for("event=bound-anew")
+    daemon.log.wait_for("event=socket-replaced")
 
     assert pid_in(ask(str(path))) == spawned(daemon, 2)[0]
     assert daemon.log.count("event=spawned") == 2

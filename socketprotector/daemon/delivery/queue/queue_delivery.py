@@ -203,7 +203,7 @@ class QueueDelivery(Delivery):
             listener.lost = True
             self._host.lost(listener, error.strerror or str(error))
         else:
-            self._log.write("warning", "bound-anew", listen=address)
+            self._log.write("warning", "socket-replaced", listen=address)
             self._host.bound(listener)
 
     def cannot_hold(self) -> str | None:

@@ -137,7 +137,7 @@ class SocketRepair:
         lost = self._turns.lose(listener, None if common else socket_number)
         self._steer()
         if common or listener.has_sibling:
-            self._log.write("warning", "bound-anew", listen=address)
+            self._log.write("warning", "socket-replaced", listen=address)
         self._bound(listener)
         self._adopt_held()
         starting = self._turns.starting

@@ -93,7 +93,7 @@ class WorkerMessages:
 
     def _hear_later(self, number: int, worker: Worker, error: OSError) -> None:
         """Out of memory: what waits stays readable, so only a timer keeps us from spinning."""
-        self._log.write("error", "cannot-hear", worker=number, error=error.strerror)
+        self._log.write("error", "cannot-read-messages", worker=number, error=error.strerror)
         self._loop.unwatch(worker.notify.fileno())
         self._loop.call_after(("hear", number), _HEAR_AGAIN_S, lambda: self._hear_again(number))
 

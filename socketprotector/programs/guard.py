@@ -198,7 +198,7 @@ class Guard:
             except ConnectionResetError:
                 continue  # it is gone and had not read all; what it said is still here
             except OSError as error:
-                self.log("guard-cannot-hear", error=str(error.strerror))
+                self.log("guard-cannot-read", error=str(error.strerror))
                 return  # out of memory for the moment
             if not data:
                 self.close_line()

@@ -143,7 +143,7 @@ class LimitWatch:
             if resident_bytes(process.pid) is None and not process.has_ended():
                 self._log.write(
                     "warning",
-                    "cannot-look",
+                    "cannot-examine",
                     worker=number,
                     error=f"/proc/{process.pid} is not there or closed to us",
                     hint="--max-memory has no effect on workers whose memory cannot be read",

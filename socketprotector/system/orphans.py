@@ -122,7 +122,7 @@ class Orphans:
         if not procfs.is_ours():
             if not self._blind:
                 hint = "what a failed worker has detached from itself is not found"
-                self._log.write("warning", "cannot-look", error=procfs.MISSING, hint=hint)
+                self._log.write("warning", "cannot-examine", error=procfs.MISSING, hint=hint)
             self._blind = True
             self._looked(tuple(self._left), {}, "")
             return
@@ -134,7 +134,7 @@ class Orphans:
     def _cannot_look(self, why: str) -> None:
         """Try again later: out of descriptors or memory."""
         if why != self._trouble:  # once, not each second
-            self._log.write("error", "cannot-look", error=why)
+            self._log.write("error", "cannot-examine", error=why)
         self._trouble = why
         self._look_after(_LOOK_AGAIN_S)
 

@@ -177,7 +177,7 @@ def test_a_look_that_hangs_is_given_up_and_holds_nothing_up(
         with monkeypatch.context() as hangs:
             hangs.setattr(orphans, "_carrying", lambda wanted: signal.pause())
             found.end(ADDRESS)
-            until(loop, lambda: "cannot-look" in (event for event, _ in log.said))
+            until(loop, lambda: "cannot-examine" in (event for event, _ in log.said))
         monkeypatch.setattr(orphans, "_LOOK_S", 30.0)
         until(loop, lambda: log.said[-1][0] == "left-behind")
         assert log.said[-1] == ("left-behind", {"pid": ours, "signal": "SIGTERM"})
@@ -201,7 +201,7 @@ def test_what_keeps_us_from_looking_is_said_once_and_again_after_a_look(
                 more = len(counted) + 5
                 until(loop, lambda more=more: len(counted) >= more)  # type: ignore[misc]
             until(loop, lambda: not found.left)
-            assert log.said == [("cannot-look", {"error": "Operation not permitted"})] * said
+            assert log.said == [("cannot-examine", {"error": "Operation not permitted"})] * said
 
 
 def test_a_look_under_way_is_ended_before_another_program_begins_one(loop: Loop, log: Log) -> None:

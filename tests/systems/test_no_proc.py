@@ -77,13 +77,13 @@ def web(tmp_path: Path, marked_environment: dict[str, str]) -> Iterator[Protecto
 
 
 def test_that_a_workers_memory_is_not_known_is_said_once(web: Protector) -> None:
-    line = web.log.wait_for("event=cannot-look")
+    line = web.log.wait_for("event=cannot-examine")
     assert "--max-memory has no effect" in line
 
     web.reload()
     web.reload()  # takes longer than a look
 
-    assert web.log.count("event=cannot-look") == 1
+    assert web.log.count("event=cannot-examine") == 1
     assert web.log.count("event=replacing") == 0
     web.stop()
 
@@ -95,9 +95,9 @@ def test_what_a_failed_worker_leaves_is_not_looked_for_and_that_is_said_once(
     daemon = Protector(["127.0.0.1:0", "--", *worker], marked_environment, through=NO_PROC)
     try:
         assert daemon.wait() != 0
-        line = daemon.log.wait_for("event=cannot-look")
+        line = daemon.log.wait_for("event=cannot-examine")
         assert "no /proc of this PID namespace" in line
-        assert daemon.log.count("event=cannot-look") == 1
+        assert daemon.log.count("event=cannot-examine") == 1
     finally:
         daemon.end()
 

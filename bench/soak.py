@@ -308,7 +308,7 @@ def show(soak: Soak, short: Snapshot, idle: Snapshot) -> bool:
         print(f"- {count} x {what}")
     print(
         f"\nwhat came of them: {events['reloaded']} reloaded, {events['reload-failed']} reloads "
-        f"failed, {events['not-answered']} bad answers, {events['dry-run-passed']} dry runs "
+        f"failed, {events['probe-failed']} bad answers, {events['dry-run-passed']} dry runs "
         f"passed, {events['dry-run-failed']} failed, {events['upgrading']} upgraded, "
         f"{events['upgrade-failed']} upgrades failed, "
         f"{events['adopted']} adopted, {events['protector-died']} protectors died, "

@@ -96,7 +96,7 @@ class Asking:
         why = f"cannot be asked: {verdict.why}" if cannot else verdict.why
         waits = verdict.kind in (verdicts.UNMADE, verdicts.UNTAKEN) and not self._asked.by_http
         if why != self.last and not waits:
-            self._log.write("info", "not-answered", generation=number, reason=why)
+            self._log.write("info", "probe-failed", generation=number, reason=why)
         self.last = why
         if verdict.kind != verdicts.NO_TARGET:
             pause_s = verdicts.pause_s(time.monotonic() - self._began)

@@ -328,7 +328,7 @@ class WorkerPool:
             ),
             lambda why: self._log.write(
                 "info",
-                "not-answered",
+                "probe-failed",
                 generation=worker.record.generation,
                 worker=number,
                 reason=why,

@@ -207,7 +207,7 @@ def test_what_it_was_asked_is_in_no_count(operated: Operating, asked: Asked) -> 
     asked.bad()
     one.daemon.signal(signal.SIGHUP)
     one.until_generation(2, phase="starting")
-    one.daemon.log.wait_for("event=not-answered generation=2")
+    one.daemon.log.wait_for("event=probe-failed generation=2")
     status = one.status()
     one.daemon.log.wait_for("event=drained generation=2")
 
@@ -229,7 +229,7 @@ def test_another_protector_asks_anew(
     old = get(daemon.port)
     asked.bad()
     mark = daemon.signal(signal.SIGHUP)
-    daemon.log.wait_for("event=not-answered generation=2", after=mark)
+    daemon.log.wait_for("event=probe-failed generation=2", after=mark)
 
     if how == "upgrade":
         assert "event=adopted" in upgrade(daemon)
@@ -252,7 +252,7 @@ def test_an_asker_that_dies_is_followed_by_another(protector: Starter, asked: As
     eventually(lambda: len(askers(daemon)) == 1, "an asker")
     [first] = askers(daemon)
     os.kill(first, signal.SIGKILL)
-    daemon.log.wait_for("event=not-answered generation=2 .*was killed by SIGKILL", after=mark)
+    daemon.log.wait_for("event=probe-failed generation=2 .*was killed by SIGKILL", after=mark)
     asked.good()
 
     daemon.log.wait_for("event=reloaded generation=2", after=mark)
@@ -278,7 +278,7 @@ def test_the_worker_that_says_ready_is_not_ready_before_the_answer(
     asked.bad()
     mark = daemon.signal(signal.SIGHUP)
     daemon.log.wait_for("event=worker-ready generation=2", after=mark)
-    daemon.log.wait_for("event=not-answered generation=2", after=mark)
+    daemon.log.wait_for("event=probe-failed generation=2", after=mark)
     assert not any("event=route" in line for line in daemon.log.seen[mark:])
     asked.good()
     daemon.log.wait_for("event=reloaded generation=2", after=mark)

@@ -538,7 +538,7 @@ def test_one_that_does_not_accept_has_its_time_and_is_reported(reloaded: World) 
     reloaded.pass_time(LAST_S + 0.3)
 
     assert reloaded.quiesced == [1]
-    assert reloaded.log.events == ["not-taken"]
+    assert reloaded.log.events == ["not-accepted"]
     reloaded.steering.leave(1)
     reloaded.pass_time(FIRST_RESCUE_S + 0.3)
     assert reloaded.stranded == 1
@@ -1572,7 +1572,7 @@ def test_a_generation_that_settled_and_hung_leaves_no_client_where_only_question
     reloaded.quiesce(2)
     reloaded.pass_time(QUIET_S + 0.2)
     assert reloaded.quiesced == [2]
-    assert "not-taken" not in reloaded.log.events
+    assert "not-accepted" not in reloaded.log.events
 
     reloaded.steering.forget(2)
     reloaded.pass_time(2 * FIRST_RESCUE_S)

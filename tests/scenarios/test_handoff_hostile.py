@@ -90,7 +90,7 @@ def test_what_it_does_to_its_listener_harms_no_generation_after_it(
         answers = {pid_in(ask(address, timeout_s=IN_TIME_S)) for _ in range(20)}
         # Mostly of one: what it does on its way out may make yet another one necessary.
         assert answers <= set(spawned(daemon)) - set(before)
-    assert daemon.log.count("event=stranded|event=not-taken") == 0
+    assert daemon.log.count("event=stranded|event=not-accepted") == 0
     daemon.stop()
 
 

@@ -655,7 +655,7 @@ def test_one_of_the_library_leaves_when_all_its_clients_are_served(served_by: St
         assert pid_in(client.ask()) == old
         client.close()
     assert wait_gone([old]) == []
-    assert daemon.log.count("event=signalled|event=stranded|event=not-taken") == 0
+    assert daemon.log.count("event=signalled|event=stranded|event=not-accepted") == 0
 
 
 def test_one_of_the_library_is_told_to_finish_on_its_line_after_an_upgrade_too(

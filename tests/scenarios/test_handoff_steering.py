@@ -90,7 +90,7 @@ def test_clients_that_connected_before_are_served_by_the_old_one(served_by: Star
         assert answered(clients) == {old}
 
     assert wait_gone([old]) == []
-    assert daemon.log.count("event=stranded|event=not-taken") == 0
+    assert daemon.log.count("event=stranded|event=not-accepted") == 0
 
 
 #: A server that ends at once when it is told to, with all that it has not answered.  Each second
@@ -204,7 +204,7 @@ def test_one_that_never_accepts_is_told_to_finish_and_others_serve_waiting_clien
     stopped(old)
     with waiting(daemon, 20) as clients:
         mark = daemon.signal(signal.SIGHUP)
-        daemon.log.wait_for("event=not-taken generation=1", after=mark)
+        daemon.log.wait_for("event=not-accepted generation=1", after=mark)
         daemon.log.wait_for("event=signalled worker=1 signal=TERM", after=mark)
         daemon.log.wait_for("event=stranded", after=mark)
 
@@ -318,7 +318,7 @@ def test_clients_of_a_listener_that_a_reload_adds_get_to_the_first_that_knows_it
     daemon.log.wait_for("event=reloaded", after=mark)
     assert pid_in(ask(("127.0.0.1", port))) == new
     assert wait_gone(spawned(daemon, 1)) == []
-    assert daemon.log.count("event=stranded|event=not-taken") == 0
+    assert daemon.log.count("event=stranded|event=not-accepted") == 0
 
 
 def test_each_client_that_connects_to_a_listener_before_it_is_removed_is_served(
@@ -394,7 +394,7 @@ def test_clients_of_a_listener_that_a_reload_removes_stay_with_the_generation_th
     daemon.log.wait_for("event=reload-failed", after=mark)
     assert by_old()
     assert pid_in(ask(("127.0.0.1", kept))) == old
-    assert daemon.log.count("event=stranded|event=not-taken") == 0
+    assert daemon.log.count("event=stranded|event=not-accepted") == 0
 
 
 def test_a_stop_meanwhile_serves_clients_that_wait_for_either(served_by: Starter) -> None:

@@ -171,7 +171,7 @@ def test_a_backlog_that_nobody_accepts_ends_with_a_line(world: World) -> None:
     world.begin(common=[world.listener])
     world.clock.pass_time(LAST_S + 0.2)
     assert len(world.ended) == 1
-    assert world.clock.lines == ["not-taken"]
+    assert world.clock.lines == ["not-accepted"]
 
 
 def test_what_cannot_be_looked_up_now_is_not_taken_for_nothing(world: World) -> None:

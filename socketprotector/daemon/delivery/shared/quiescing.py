@@ -168,7 +168,7 @@ class Quiescing:
         if late or (quiet and not awaited):
             if waiting:
                 hint = "its workers do not accept; the next generation gets what waits"
-                self._log.write("warning", "not-taken", generation=generation, hint=hint)
+                self._log.write("warning", "not-accepted", generation=generation, hint=hint)
             del self._generations[generation]
             state.on_quiet()
             return

@@ -25,7 +25,7 @@ PACKAGE = ROOT / "socketprotector"
 _OF_REPORTS = ("generation", "reason", "last_words")
 #: It repeats what the lines that it stands for had.
 _OF_CRASH_LOOPS = (
-    *("generation", "slot", "deaths", "untold", "for_s", "worker", "how", "lost", "reason"),
+    *("generation", "slot", "deaths", "unreported", "for_s", "worker", "how", "lost", "reason"),
     *("last_words", "ago_s"),
 )
 #: Programs that stand as workers: what they read is for workers (docs/protocol.md).

@@ -57,7 +57,7 @@ class _CrashLoop:
 
     began: float
     deaths: int = 0  # quick ones, in a row
-    untold: int = 0  # of these, since the last line
+    unreported: int = 0  # of these, since the last line
     interval_s: float = FIRST_INTERVAL_S
     ready_at: float | None = None  # of the worker that lives
     died_at: float = 0.0
@@ -214,7 +214,7 @@ class CrashLoopFilter:
         crashes.withheld.clear()
         if crashes.deaths <= crashes.shown:
             return False
-        crashes.untold += 1
+        crashes.unreported += 1
         if self._loop.due(("crash-loop", key)) is None:
             self._loop.call_after(
                 ("crash-loop", key), crashes.interval_s, lambda: self._sum_up(key)
@@ -229,11 +229,11 @@ class CrashLoopFilter:
             "generation": generation,
             "slot": slot,
             "deaths": crashes.deaths,
-            "untold": crashes.untold,
+            "unreported": crashes.unreported,
             "for_s": round(time.monotonic() - crashes.began, 1),
             **crashes.last,
         }
-        crashes.untold = 0
+        crashes.unreported = 0
         crashes.interval_s = min(crashes.interval_s * 2, LAST_INTERVAL_S)
         self._write("warning", "crash-loop", {k: v for k, v in fields.items() if v is not None})
 
@@ -244,7 +244,7 @@ class CrashLoopFilter:
             return
         self._loop.cancel(("crash-loop", key))
         self._loop.cancel(("crash-loop-proven", key))
-        if crashes.untold:
+        if crashes.unreported:
             self._sum_up(key)
         del self._crashing[key]
         now = time.monotonic()

@@ -124,7 +124,7 @@ def test_the_first_deaths_are_logged_as_they_are_and_then_a_count(story: Story) 
             "generation": 1,
             "slot": 0,
             "deaths": SHOWN + 20,
-            "untold": 20,
+            "unreported": 20,
             "for_s": FIRST_INTERVAL_S,
             "worker": SHOWN + 20,
             "how": "exited with status 1",
@@ -306,7 +306,7 @@ def test_generations_that_are_retried_one_after_the_other_are_suppressed(story: 
     assert story.seen[0] == {
         "generation": SHOWN + 7,
         "deaths": SHOWN + 7,
-        "untold": 7,
+        "unreported": 7,
         "for_s": FIRST_INTERVAL_S,
         "reason": f"reason {SHOWN + 7}",
     }
@@ -334,7 +334,7 @@ def test_a_generation_that_breaks_again_and_again_is_suppressed(story: Story) ->
     story.say("reloaded", generation=SHOWN + 3)
 
     assert story.events() == ["crash-loop", "reloaded"]
-    assert story.seen[0]["untold"] == 2
+    assert story.seen[0]["unreported"] == 2
     assert story.loop.timers == {}
 
 

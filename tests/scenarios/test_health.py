@@ -84,7 +84,7 @@ def test_what_it_answers_is_said_and_nothing_is_done(
     asked.good()
     one.daemon.log.wait_for("event=healthy generation=1", after=mark)
 
-    assert one.until(state="healthy", last="", failures=0)["asks"] == HTTP
+    assert one.until(state="healthy", last="", failures=0)["probe"] == HTTP
     assert one.daemon.log.count("event=unhealthy") == 1
     assert one.daemon.worker_pids() == pids
     left = askers(one.daemon)
@@ -269,7 +269,7 @@ def test_a_command_asks_where_it_is_told(watched: Callable[..., Watched], asked:
     found = one.until(state="unhealthy")
     name = os.path.basename(sys.executable)
     assert found["last"] == f"{name}: exited with status 1"
-    assert found["asks"] == f"check:{name}"
+    assert found["probe"] == f"check:{name}"
     one.daemon.stop()
 
 

@@ -75,7 +75,7 @@ def of_health(health: Health | None) -> dict[str, Any] | None:
     if health is None or not health.asks:
         return None
     return {
-        "asks": health.asks,
+        "probe": health.asks,
         "state": health.known.state,
         "since_at": health.known.since_at,
         "last": health.known.last,

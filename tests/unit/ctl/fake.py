@@ -123,7 +123,7 @@ def owner(pid: int, **more: Any) -> Message:
 
 def health(state: str, last: str = "", reason: str = "") -> Message:
     return {
-        "asks": "http:/healthz",
+        "probe": "http:/healthz",
         "state": state,
         "since_at": 140.0,
         "last": last,

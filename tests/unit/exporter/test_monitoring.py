@@ -64,7 +64,7 @@ def recorded() -> tuple[str, str]:
         well = status(
             generation(8, "serving", worker(1), accepted=100 + 9000 * hour, wait_us=waits(hour)),
             forwarded=100 + 9000 * hour,
-            health={"asks": "http:/", "state": "healthy", "failures": 0},
+            health={"probe": "http:/", "state": "healthy", "failures": 0},
             reloads=[reload(8, "reloaded")],
         )
         draining = [generation(n, "draining", worker(n)) for n in range(4)]
@@ -75,12 +75,12 @@ def recorded() -> tuple[str, str]:
             route=None,
             crashes=60 * hour,
             held_s=9.0,
-            health={"asks": "http:/", "state": "unhealthy", "failures": 5},
+            health={"probe": "http:/", "state": "unhealthy", "failures": 5},
             reloads=[reload(8, "failed", "why")],
             dry_run=reload(9, "failed", "why"),
         )
         unasked = status(
-            health={"asks": "http:/", "state": "unknown", "failures": 0},
+            health={"probe": "http:/", "state": "unknown", "failures": 0},
             reloads=[reload(8, "reloaded")],
         )
         found.append(scrape({"well": well, "ill": ill, "unasked": unasked}, totals))

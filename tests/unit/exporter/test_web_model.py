@@ -245,14 +245,14 @@ def test_what_comes_of_health_is_shown(
     seen: Seen, state: object, last: str, notes: list[str]
 ) -> None:
     assert seen.see(status(health=None))["health"] == ""
-    shown = seen.see(status(health={"asks": "http:/", "state": state, "last": last}))
+    shown = seen.see(status(health={"probe": "http:/", "state": state, "last": last}))
 
     assert shown["health"] == (state if isinstance(state, str) else "unknown")
     assert shown["notes"] == notes
 
 
 def test_the_reason_is_the_last_bad_answer_though_the_next_question_waits(seen: Seen) -> None:
-    found = {"asks": "http:/", "state": "unhealthy", "last": "busy: none", "reason": "GET /: 500"}
+    found = {"probe": "http:/", "state": "unhealthy", "last": "busy: none", "reason": "GET /: 500"}
 
     assert seen.see(status(health=found))["notes"] == ["unhealthy: GET /: 500"]
 

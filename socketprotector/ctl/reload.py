@@ -75,7 +75,7 @@ def reload(
         if dry_run:
             words = f"dry run requested: generation {generation} will be tried; see status for the "
             words += "verdict"
-        answer(as_json, {"generation": generation, "result": "asked"}, words)
+        answer(as_json, {"generation": generation, "result": "requested"}, words)
         return
     with begin(instance, timeout, as_json, *_OUTCOME) as operation:
         before = operation.client.ask("status")
@@ -279,7 +279,7 @@ def upgrade(instance: Instance, wait: bool, timeout: float, as_json: bool) -> No
         operation.outcome["from"] = old
         if not wait:
             words = "see status (restarts, version) or the log for the outcome"
-            operation.ends("asked", f"upgrade requested; {words}")
+            operation.ends("requested", f"upgrade requested; {words}")
             return
         upgraded = _Upgraded(before, operation.tell)
         operation.wait(upgraded)
@@ -333,7 +333,7 @@ def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: b
             opened.callback(os.close, pidfds[-1])
         _ask_stop(operation.client, quick)
         if not wait:
-            operation.ends("asked", "stop requested")
+            operation.ends("requested", "stop requested")
             return
         with _unless_it_ended():
             operation.wait(_Stopped(operation.tell))

@@ -1,7 +1,7 @@
-"""The guard and the service manager: they started us, keep our descriptors, and hear how it goes.
+"""The guard and the service manager, which start us, keep our descriptors and get our status.
 
-With a guard it is the guard that keeps them, and whose pid the others know; without one it is
-systemd, where it has an fd store for us.
+A guard keeps the descriptors, and other processes know its pid.  Without a guard systemd keeps
+them, if it has an fd store for us.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from ..system.polling import read_now
 from ..system.sd_notify import WATCHDOG, Outbox, Store, Systemd, parse, room_of
 
 _MESSAGE_BYTES = 4096
-#: How long the guard may take to hear that we end for good.
+#: How long the guard may take to read that we exit for good.
 _FAREWELL_S = 5.0
-#: And the service manager, which may have stopped reading.
+#: The same for the service manager, which may have stopped reading.
 _MANAGER_S = 1.0
 
 
 class Parents:
-    """The line to the guard, what is sent to both, and the store of one of them."""
+    """The line to the guard, the messages to both, and the descriptor store."""
 
     def __init__(
         self, line: int | None, kept: Collection[str], later: Callable[[Callable[[], None]], None]
     ) -> None:
         """Take ownership of the guard's line.  kept: the names that came from a store.
 
-        `later` calls what it is given after a moment.
+        later: calls a function after a moment.
         """
         self.line = socket.socket(fileno=line) if line is not None else None
         self.guard = Outbox(later, self.line)
         self._manager = Outbox(later, address=os.environ.get("NOTIFY_SOCKET", ""))
-        # Under a guard it is the guard whose end means the end.
+        # Under a guard, the service ends when the guard exits.
         pid = os.getppid() if self.line is not None else os.getpid()
         self.systemd = Systemd(os.environ, pid, self._manager, self.guard)
         room = room_of(os.environ, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        # For an upgrade in place, whose limit is the one that we raise, no longer systemd's.
+        # An upgrade in place sees the limit that we raise, no longer systemd's.
         os.environ["FDSTORE"] = str(room)
         self.store = (
             Store(self.guard, kept)
@@ -52,13 +52,13 @@ class Parents:
     def watch(
         self, loop: Loop, learned: Callable[[int, bool, str], None], gone: Callable[[], None]
     ) -> None:
-        """Hear the guard, and feed the watchdog.
+        """Read the guard's messages, and feed the watchdog.
 
-        learned: how a process ended that the guard has reaped.  gone: there is no guard any more;
-        called at once where there is none.
+        learned: called with how a process exited that the guard reaped.  gone: called when the
+        guard exits, or at once if there is none.
         """
         if self.line is None:
-            gone()  # or it has ended under an earlier program
+            gone()  # maybe the guard exited under an earlier program
         else:
             loop.watch(self.line.fileno(), lambda: self._hear(loop, learned, gone))
         if self.systemd.watchdog_s:
@@ -82,7 +82,7 @@ class Parents:
             learned(int(pid), *status_of(int(status)))
 
     def _feed_watchdog(self, loop: Loop) -> None:
-        """Tell systemd's watchdog that the loop turns, and again in half the time it allows."""
+        """Send WATCHDOG=1 to systemd now, and again in half of WatchdogSec=."""
         self.systemd.send(WATCHDOG="1")
         loop.call_after(WATCHDOG, self.systemd.watchdog_s, lambda: self._feed_watchdog(loop))
 
@@ -93,16 +93,16 @@ class Parents:
         return {inherited.GUARD: self.line.fileno()}
 
     def stays(self, names: Iterable[str]) -> bool:
-        """Whether descriptors of these names outlive a stop.
+        """Return whether descriptors of these names survive a stop.
 
-        systemd keeps them while a restart waits, and drops them where none does (tried with 252).
-        Others that listen to sd_notify() keep nothing, and have no $INVOCATION_ID.
+        systemd keeps them while a restart is pending, and drops them otherwise (tried with 252).
+        Other service managers that read sd_notify() keep nothing, and set no $INVOCATION_ID.
         """
         systemd = self.line is None and bool(os.environ.get("INVOCATION_ID"))
         return systemd and self.store.holds(names)
 
     def finish(self, status: int, staying: Iterable[str]) -> None:
-        """Say the last words; only descriptors of these names are kept for the next start."""
+        """Send the exit status; only descriptors of these names are kept for the next start."""
         if self.line is None:
             self.store.sync(dict.fromkeys(staying, -1))
         self.systemd.send(EXIT_STATUS=str(status))

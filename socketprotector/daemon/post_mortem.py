@@ -29,15 +29,15 @@ from .log_output import Output
 from .runtime import Runtime
 from .worker_spawn import Worker
 
-#: How soon to ask again for the end of a worker that has ended, and that a tracer holds.
+#: How soon to reap again an exited worker that a tracer holds.
 _REAP_AGAIN_S = 0.1
-#: How long the guard may take to tell how a worker ended.
+#: How long the guard may take to report how a worker exited.
 _STATUS_S = 1.0
 
 
 @mutable
 class PostMortem:
-    """Looks into the end of each worker."""
+    """Determines how each worker ended."""
 
     runtime: Runtime
     output: Output
@@ -45,15 +45,15 @@ class PostMortem:
     delivery: Delivery
     groups: Groups
     orphans: Orphans
-    #: A worker has ended, as far as could be seen; more is known of it now.
+    #: Called when more is known about an exited worker.
     ended: Callable[[int], None]
-    #: Changes the history by the function that it is given.
+    #: Changes the history by a function of it.
     remember: Callable[[Callable[[History], History]], None]
 
     def end_of(self, worker: Worker, *, guarded: bool) -> End | None:
-        """Reap a worker that has ended; None: not yet, and then `ended` is called.
+        """Reap an exited worker; None: not yet, and `ended` will be called.
 
-        guarded: there is a guard, which tells how one ended that is no child of ours.
+        guarded: a guard reports how a worker exited that is no child of ours.
         """
         number = worker.record.number
         if not worker.ended:
@@ -63,7 +63,7 @@ class PostMortem:
             if not worker.has_served:
                 self.runtime.loop.unwatch(worker.process.pidfd)
                 self._ask(worker.record, partial(self._said, worker))
-                return None  # that may be called back at once, and all be over
+                return None  # the callback may come at once, and finish everything
         if not worker.has_served and worker.last_words is None:
             return None
         try:
@@ -71,7 +71,7 @@ class PostMortem:
         except ChildProcessError:
             return self._end_from_elsewhere(worker, guarded=guarded)
         if end is None:
-            # Its tracer sees it first, and stands still: a debugger, or strace.
+            # A stopped tracer (a debugger, strace) must wait for it first.
             self.runtime.loop.unwatch(worker.process.pidfd)
             self.runtime.loop.call_after(
                 ("reap", number), _REAP_AGAIN_S, partial(self.ended, number)
@@ -90,7 +90,7 @@ class PostMortem:
             self.remember(lambda history: history.with_last_words(number, last_words))
 
     def _end_from_elsewhere(self, worker: Worker, *, guarded: bool) -> End | None:
-        """Return how one ended that another process has reaped; None: that is not told yet."""
+        """Return how a worker exited that another process reaped; None: not reported yet."""
         number = worker.record.number
         if worker.end_from_guard is not None or worker.awaits_end or not guarded:
             self.runtime.loop.cancel(("status", number))
@@ -101,34 +101,34 @@ class PostMortem:
         return None
 
     def close(self, worker: Worker, end: End, *, spoken_with: bool) -> WorkerExited:
-        """Say what is known of an end, and look after what is left.  Closes the worker.
+        """Report a worker's exit, take care of its process group, and close it.
 
-        spoken_with: a worker of this program has said that it is ready.
+        spoken_with: a worker of this program has reported that it is ready.
         """
-        known, number = worker.record, worker.record.number
-        lost = worker.generation.take_counts(known.slot)
-        orphans = self.keep_group(known, worker.process, worker.generation)
+        record, number = worker.record, worker.record.number
+        lost = worker.generation.take_counts(record.slot)
+        orphans = self.keep_group(record, worker.process, worker.generation)
         worker.close()
         self.runtime.log.write(
             "info",
             "exited",
-            generation=known.generation,
+            generation=record.generation,
             worker=number,
             how=end.how,
             lost=lost or None,
         )
-        last_words, silent = worker.last_words or "", not known.ready_by and not worker.has_served
-        if silent:  # it has failed to start, or detached itself
+        last_words, silent = worker.last_words or "", not record.ready_by and not worker.has_served
+        if silent:  # it failed to start, or detached itself
             self.orphans.end(worker.notify.address)
         detached = end.clean and silent
-        if not known.asked_to_exit and not (end.clean and worker.generation.ended):
+        if not record.asked_to_exit and not (end.clean and worker.generation.ended):
             crash = _crash(worker, end, lost, last_words)
             self.remember(lambda history: history.with_crash(crash))
-            if worker.has_served:  # so its slot is filled without waiting for them
-                self._ask(known, partial(self._said_late, number))
+            if worker.has_served:  # its replacement does not wait for the last words
+                self._ask(record, partial(self._said_late, number))
         reason, served_s = end.how, 0.0
-        if known.ready_at is not None:
-            served_s = time.monotonic() - known.ready_at
+        if record.ready_at is not None:
+            served_s = time.monotonic() - record.ready_at
         else:
             reason = self._why(worker, end.how, last_words, detached, spoken_with=spoken_with)
         waiting = self.delivery.waiting(worker.generation, clients_only=True) or 0
@@ -137,7 +137,7 @@ class PostMortem:
     def _why(
         self, worker: Worker, how: str, last_words: str, detached: bool, *, spoken_with: bool
     ) -> str:
-        """Say why a worker that never served has ended, as far as can be known."""
+        """Return why a worker exited that never served, as far as we can know."""
         when = "as soon as it was ready" if worker.record.ready_by else "before it was ready"
         program = worker.generation.program
         reason = f"{escape(program.argv[0])} {how} {when}"
@@ -159,7 +159,7 @@ class PostMortem:
     def keep_group(
         self, record: WorkerRecord, process: Process, generation: OpenGeneration
     ) -> bool:
-        """Look after what is left of a worker's process group; say whether anything is."""
+        """Take care of what is left of a worker's process group; return whether anything is."""
         left = process.has_group()
         if left:
             ended = partial(self._group_ended, record, generation)
@@ -175,30 +175,30 @@ class PostMortem:
     def adopt_group(
         self, record: WorkerRecord, descriptors: Mapping[str, int], generation: OpenGeneration
     ) -> bool:
-        """Go on with what a worker has left that has ended; takes ownership of its descriptors.
+        """Adopt the process group of an exited worker; takes ownership of its descriptors.
 
-        Returns whether anything is.
+        Returns whether a process of the group is left.
         """
         for name, fd in descriptors.items():
             if name != "process":
-                os.close(fd)  # it was to be given up
+                os.close(fd)  # a group needs nothing else
         process = Process(record.pid, descriptors["process"])
         try:
             process.reap()
         except ChildProcessError:
-            pass  # it was another's child
+            pass  # it was the child of another process
         return self.keep_group(record, process, generation)
 
 
 def _crash(worker: Worker, end: End, lost: int | None, last_words: str) -> Crash:
-    known = worker.record
-    ready = known.ready_by or worker.has_served
+    record = worker.record
+    ready = record.ready_by or worker.has_served
     return Crash(
         at=time.time(),
-        generation=known.generation,
-        worker=known.number,
-        slot=known.slot,
-        pid=known.pid,
+        generation=record.generation,
+        worker=record.number,
+        slot=record.slot,
+        pid=record.pid,
         how=end.how,
         when="draining" if worker.generation.ended else "serving" if ready else "starting",
         lost=lost,

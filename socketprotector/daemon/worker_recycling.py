@@ -1,7 +1,7 @@
 """Replaces workers that have reached a limit: --retire-after, --max-memory, --max-age.
 
-So what a worker leaks is bounded without a reload.  The numbers are looked at once a second, and
-only where one of these is asked for.
+This bounds a worker's leaks without a reload.  The numbers are checked once a second, and only if
+one of these options is set.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from .worker_spawn import Worker
 
 #: How often to look.
 EVERY_S = 1.0
-#: A worker that is too large so soon needs more memory than --max-memory from its start on.
+#: A worker that is too large this soon needs more than --max-memory from its start on.
 _AT_ONCE_S = 5.0
 _PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 _TIMER = "limits"
 
 
 class BornTooLarge:
-    """Delays the replacement of workers that are too large at once: the next one is no smaller."""
+    """Delays the replacement of workers that are too large at once: the next is no smaller."""
 
     def __init__(self) -> None:
-        self._replaced: dict[int, bool] = {}  # by number of those that live: or waits for that
+        self._replaced: dict[int, bool] = {}  # number of a running worker -> False: it waits
         self._in_a_row = 0
         self._next_at = 0.0
 
     @property
     def is_loop(self) -> bool:
-        """Whether one replacement follows the other."""
+        """Whether replacements follow each other in a loop."""
         return self._in_a_row > FREE_DEATHS
 
     def next_s(self, now: float) -> float:
@@ -45,7 +45,7 @@ class BornTooLarge:
         return max(0.0, self._next_at - now)
 
     def may_replace(self, number: int, age_s: float, now: float) -> bool:
-        """Whether a worker that is too large now may be replaced; the answer yes is counted."""
+        """Return whether a worker that is too large may be replaced now, and count it."""
         replaced = self._replaced.get(number)
         if replaced or (replaced is None and age_s >= _AT_ONCE_S):
             return True
@@ -56,26 +56,26 @@ class BornTooLarge:
         return self._replaced[number]
 
     def forget(self, living: Container[int], *, a_grown_one_fits: bool) -> None:
-        """Forget workers that have ended; and the row, if it has."""
+        """Forget exited workers, and end the loop if a grown worker fits."""
         self._replaced = {each: said for each, said in self._replaced.items() if each in living}
         if a_grown_one_fits and not self._replaced:
             self._in_a_row = 0
 
 
 class LimitWatch:
-    """Has each worker replaced that has reached a limit."""
+    """Requests the replacement of each worker that has reached a limit."""
 
     def __init__(self, settings: Settings, runtime: Runtime, workers: Mapping[int, Worker]) -> None:
-        """workers: those that live, by number, at any time."""
+        """workers: the running workers by number, always up to date."""
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._workers = workers
-        self._blind = False  # no worker's memory can be looked at, and that was said
+        self._blind = False  # no worker's memory can be read, and the log says so
         self._said_uncounted = False
         self._large = BornTooLarge()
         self.use(settings)
 
     def use(self, settings: Settings) -> None:
-        """Have these limits hold from now on."""
+        """Put these limits in force."""
         self._limits, self._secret = settings.worker_limits, settings.secret
         self._large = BornTooLarge()
         self._loop.cancel(_TIMER)
@@ -109,7 +109,7 @@ class LimitWatch:
         self._loop.call_after(_TIMER, EVERY_S, self._look)
 
     def _may_replace(self, number: int, age_s: float, now: float) -> bool:
-        """Whether a worker that is too large may be replaced now; says once that each one is."""
+        """Return whether a worker that is too large may be replaced now; warn once of a loop."""
         before = self._large.is_loop
         may = self._large.may_replace(number, age_s, now)
         if self._large.is_loop and not before:
@@ -118,7 +118,7 @@ class LimitWatch:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What an operator is to change, if a limit replaces all workers again and again."""
+        """What an operator has to change if a limit replaces all workers again and again."""
         if not self._large.is_loop:
             return ()
         next_s = in_units(round(self._large.next_s(time.monotonic())))
@@ -130,14 +130,14 @@ class LimitWatch:
         return f"workers exceed --max-memory ({most}) within {soon} of their start; raise it"
 
     def _say_uncounted(self, number: int) -> None:
-        """Say once that a worker does not count its connections, so that none is too many."""
+        """Warn once that --retire-after has no effect on a worker that does not count."""
         if not self._said_uncounted:
             self._said_uncounted = True
             hint = "--retire-after has no effect on workers without the client library"
             self._log.write("warning", "not-counted", worker=number, hint=hint)
 
     def _cannot_look(self) -> bool:
-        """Say it where the memory of a worker is hidden from us, as by hidepid of proc(5)."""
+        """Return whether a worker's memory is hidden, as by hidepid of proc(5), and warn."""
         for number, worker in self._workers.items():
             process = worker.process
             if resident_bytes(process.pid) is None and not process.has_ended():
@@ -155,13 +155,13 @@ class LimitWatch:
 def exceeded(limits: Limits, key: str, *, age_s: float, accepted: int | None) -> str | None:
     """Return which limit of age or connections a worker has reached, in words; None: neither.
 
-    key: whatever is this worker's own, so that those which began together do not end together.
-    accepted: connections it has taken, None where they are not counted.
+    key: differs by worker, so that workers that start together do not end together.
+    accepted: how many connections it has accepted; None: they are not counted.
     """
     if limits.age_s and age_s >= limits.age_s:
         return f"older than {in_units(limits.age_s)}"
     if limits.connections and accepted is not None:
-        # Not hash(): it differs from one program to the next.
+        # Not hash(), which differs between two runs of the program.
         spread = binascii.crc32(key.encode()) % (2 * limits.spread + 1)
         most = limits.connections - limits.spread + spread
         if accepted >= most:
@@ -177,7 +177,7 @@ def too_large(limits: Limits, pid: int) -> str | None:
 
 
 def resident_bytes(pid: int) -> int | None:
-    """Return the resident memory of a process, None if it is gone or cannot be looked at."""
+    """Return the resident memory of a process; None: it has exited, or cannot be read."""
     try:
         if not procfs.is_ours():
             return None

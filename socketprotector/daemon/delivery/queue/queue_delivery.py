@@ -28,7 +28,7 @@ from .probe_port import ProbePort
 
 
 class QueueDelivery(Delivery):
-    """Owns the channels, by generation; the forwarder's are the listeners."""
+    """The owner of the generations' channels; the forwarder owns the listeners."""
 
     shares_listeners = False
 
@@ -103,7 +103,7 @@ class QueueDelivery(Delivery):
     def begin_drain(
         self, generation: OpenGeneration, on_quiet: Callable[[], None], *, reads_on: bool
     ) -> None:
-        on_quiet()  # what it has not taken goes elsewhere
+        on_quiet()  # connections that it has not taken go to another generation
 
     def drain(self, generation: OpenGeneration) -> None:
         channel = self._of(generation)
@@ -122,12 +122,12 @@ class QueueDelivery(Delivery):
         return self._channels[generation.record.number]
 
     def _open_channels(self) -> dict[int, Channel]:
-        """Return them without those that the forwarder has emptied and closed."""
+        """Return the channels that the forwarder has not emptied and closed."""
         self._channels = {n: each for n, each in self._channels.items() if not each.closed}
         return self._channels
 
     def _watch(self, number: int, channel: Channel) -> None:
-        """See at once when a worker shuts it down: maybe none is left that takes what is queued.
+        """Watch whether a worker shuts the channel down: maybe none is left that takes from it.
 
         Raises OSError.
         """
@@ -138,7 +138,7 @@ class QueueDelivery(Delivery):
             self._is_broken(self._route)
 
     def _is_broken(self, number: int) -> None:
-        """A worker has shut the channel down, which tells us but once."""
+        """Report that a worker has shut the channel down; epoll would report it all the time."""
         self._loop.unwatch(self._channels[number].read.fileno())
         since = self._host.generations[number].record.serving_since
         self._post(ChannelBroken(number, time.monotonic() - since if since else 0.0))
@@ -178,7 +178,7 @@ class QueueDelivery(Delivery):
         self.forwarder.add(listener)
 
     def remove(self, listener: Listener) -> None:
-        """Have the newest generation empty it that has served it."""
+        """Pass a listener's backlog to the newest generation that has served it."""
         served = [
             number
             for number, each in self._host.generations.items()
@@ -187,9 +187,9 @@ class QueueDelivery(Delivery):
         self.forwarder.remove(listener, self._channels[max(served)] if served else None)
 
     def _repair(self, listener: Listener) -> None:
-        """Have a listener listen again that was shut down, or another in its place, or none.
+        """Make a shut-down listener listen again, bind another in its place, or mark it as lost.
 
-        Raises OSError where the system is out of something.
+        Raises OSError if the system is short of descriptors or memory.
         """
         address = listener.settings.address
         if listener.listen_again(0):

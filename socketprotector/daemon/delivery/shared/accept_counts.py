@@ -1,9 +1,9 @@
-"""How many connections each generation has open that accepts them itself, as the kernel tells.
+"""Counts the open connections of each generation whose workers accept, from the kernel's data.
 
-For `status`: what a generation accepts has a mark of its own (system/accept_marks.py); what it
-accepts with NO_MARK is counted for none, and takes nothing from the counts of others.  To ask the
-kernel takes at most ASKING_SHARE of our time, however many connections there are and however often
-we are asked; in between the answer of before is given again.
+For `status`: connections that a generation accepts carry its accept mark (system/accept_marks.py).
+Connections with NO_MARK count for no generation.  Queries to the kernel take at most ASKING_SHARE
+of our time, however many connections there are and however often `status` is requested: in between
+the last answer is repeated.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from ....system import accept_marks, socket_file
 from ....system.listener import Listener
 from .accept_watch import ASKING_SHARE
 
-#: Of generations for which there was no mark of their own.
+#: The mark of generations for which no unused mark was left.
 NO_MARK = 0
 _OTHERS_WAIT = "clients wait there with the mark of another generation"
 
 
 @mutable
 class AcceptCounts:
-    """Asks for all generations at once."""
+    """The open connections of all generations, queried at once."""
 
     listeners: Callable[[], Sequence[Listener]]
-    #: Returns a connection of ours, which does not count, if there is one.
+    #: Returns our own connection, which does not count, if there is one.
     ours: Callable[[], socket.socket | None] = lambda: None
-    #: By the listener's index; those where the kernel does not tell are missing.
+    #: By listener index, without listeners of which the kernel says nothing.
     _found: dict[int, Counter[int]] = field(default_factory=dict)
     _again_at: float = 0.0
 
     def enter(
         self, socket_number: int, taken: Collection[tuple[int, int]]
     ) -> tuple[tuple[int, int], ...]:
-        """Have what is accepted at a socket, 0 or 1, by a generation that is yet to be started told
-        from all else; return the marks, with the indices of their listeners.
+        """Mark a socket, 0 or 1, for a generation that will start; return its marks.
 
-        taken: those of other generations.  Empty where it may accept connections that have the mark
-        of another one, which is not to be told from it any more.
+        Each mark comes with its listener's index.  taken: the marks of other generations.  The
+        result is empty if queued connections may carry another generation's mark: then the two
+        cannot be counted apart any more.
         """
         shared = [each for each in self.listeners() if each.shared and not each.lost]
         try:
@@ -54,29 +54,29 @@ class AcceptCounts:
     def _mark(
         self, listener: Listener, socket_number: int, taken: Collection[tuple[int, int]]
     ) -> tuple[int, int]:
-        """Return a listener and the mark of what is accepted at one of its sockets.
+        """Return a listener's index, and the mark that connections accepted at its socket get.
 
-        Raises OSError where what is accepted there may have the mark of another generation.
+        Raises OSError if they may carry the mark of another generation.
         """
         if not listener.has_sibling:
             raise OSError(errno.EOPNOTSUPP, "all generations accept from it")
         one = listener.socket_for(socket_number)
         if one.family == socket.AF_UNIX:
             mark = socket_file.number_of(one)
-            # Also one whose marks are not known any more.
+            # The other generation may be one whose marks are not known any more.
             if (listener.index, mark) in taken or socket_file.connections(listener.path)[mark]:
                 raise OSError(errno.EBUSY, "it is the socket of another generation")
             return listener.index, mark
-        used = {its for index, its in taken if index == listener.index} - {NO_MARK}
+        used = {mark for index, mark in taken if index == listener.index} - {NO_MARK}
         if accept_marks.mark_of(one) in used and listener.has_waiting(socket_number):
-            # It keeps the mark: a program that goes on after a kill must come to the same.
+            # Keep the mark, so that the next program after a kill comes to the same result.
             raise OSError(errno.EBUSY, _OTHERS_WAIT)
         mark = NO_MARK
-        with suppress(OSError):  # no descriptor to ask with, say, or the kernel does not tell
+        with suppress(OSError):  # for example no descriptor is left, or the kernel says nothing
             mark = self._unused(listener, socket_number, used)
         had = accept_marks.mark(one, mark, used)
         if had and listener.has_waiting(socket_number):
-            # They have one of those, whoever accepts them.
+            # Queued connections already carry one of these marks.
             had |= accept_marks.mark(one, NO_MARK, used)
             if not had.isdisjoint(used):
                 raise OSError(errno.EBUSY, _OTHERS_WAIT)
@@ -84,13 +84,13 @@ class AcceptCounts:
         return listener.index, mark
 
     def _unused(self, listener: Listener, socket_number: int, used: Collection[int]) -> int:
-        """Return a mark that is not in use, the socket's own if it can be; NO_MARK: there is none.
+        """Return an unused mark, preferably the socket's own; NO_MARK: none is left.
 
-        used: those of generations that are known.  Raises OSError.
+        used: the marks of known generations.  Raises OSError.
         """
         one, other = (listener.socket_for(n) for n in (socket_number, 1 - socket_number))
-        # Also those of generations that are gone, or of which they are not known any more: a
-        # process may have left its group, or have passed a connection on.
+        # With marks of released generations: a process may have left its group, or have passed a
+        # connection on.
         found = self._found[listener.index] = accept_marks.connections(one, self.ours())
         mark = accept_marks.mark_of(one)
         if mark != NO_MARK and mark not in {*used, *found}:
@@ -100,9 +100,9 @@ class AcceptCounts:
         return min(set(range(1, accept_marks.MARKS + 1)) - all_used, default=NO_MARK)
 
     def active(self, marks: Collection[tuple[int, int]]) -> int | None:
-        """Return how many connections of these marks processes have open; None: it is not known.
+        """Return how many open connections carry these marks; None: unknown.
 
-        marks: of a generation, with the indices of their listeners; none: it is not known.
+        marks: a generation's marks with their listeners' indices; empty: they are unknown.
         """
         if marks and time.monotonic() >= self._again_at:
             self._ask()

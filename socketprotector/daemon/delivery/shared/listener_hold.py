@@ -1,8 +1,8 @@
 """A hold under --handoff listener: new clients get no answer, so their kernels try again.
 
-Workers accept whatever comes to a socket of theirs, so during a hold new clients are steered to one
-that no worker has, and that answers nobody (system/reuseport.py).  It is ours alone: it outlives us
-with a guard or an fd store, as the hold does; without, it is gone with us, and so is the hold.
+Workers accept every client at their sockets.  So during a hold new clients are steered to a socket
+that no worker has, and that never answers (system/reuseport.py).  Only we have it: with a guard or
+an fd store it survives us, and so does the hold; otherwise both end with us.
 """
 
 from __future__ import annotations
@@ -14,43 +14,43 @@ from ....model.lazy_dataclass import field, mutable
 from ....model.records import HoldRecord
 from ....system.listener import SCARCE, Listener
 
-#: A client tries again after as long as it has tried, and a second; for those that have tried for
-#: longer than this a stop does not stay open.
+#: A client's retry interval grows with its waiting time.  A stop waits for retries at most this
+#: long.
 _LAST_S = 10.0
 
 
 @mutable
 class ListenerHold:
-    """Whether there is one, and who may still be trying after it."""
+    """The hold, and until when its clients may still retry."""
 
     listeners: Callable[[], Sequence[Listener]]
-    #: What another program would have to know.
+    #: What the next program needs.
     record: HoldRecord = field(default_factory=HoldRecord)
 
     @property
     def on(self) -> bool:
-        """Whether there is one."""
+        """Whether a hold is in force."""
         return self.record.began_at > 0.0
 
     def turn(self, on: bool) -> None:
-        """Begin or end it; to be told to the kernel."""
+        """Begin or end the hold; the caller updates the kernel."""
         now, tried_until = time.monotonic(), self.record.tried_until
         if on and not self.on:
             self.record = HoldRecord(now, tried_until)
         elif self.on and not on:
-            # Those of a UNIX socket wait in its backlog, and try once.
+            # Clients of a UNIX socket do not retry: they wait in its backlog.
             if any(each.can_be_held and not each.path for each in self.listeners()):
-                its_s = min(now - self.record.began_at + 1.0, _LAST_S)
-                tried_until = max(tried_until, now + its_s)
+                retry_s = min(now - self.record.began_at + 1.0, _LAST_S)
+                tried_until = max(tried_until, now + retry_s)
             self.record = HoldRecord(tried_until=tried_until)
 
     @property
     def late_s(self) -> float:
-        """For how long clients that it has kept out may come yet."""
+        """For how long clients that the hold kept out may still come."""
         return max(0.0, self.record.tried_until - time.monotonic())
 
     def cannot(self) -> str | None:
-        """Say why there can be none; None: there can."""
+        """Return why no hold is possible; None: it is possible."""
         listeners = self.listeners()
         refused = self.refusal(listeners)
         for each in listeners if refused is None else ():
@@ -61,13 +61,13 @@ class ListenerHold:
                 why = f"{each.settings.address}: {error.strerror}"
                 if error.errno in SCARCE:
                     return why
-                # One of TCP would have been bound at the start, maybe by another user.
+                # A TCP socket has to be bound at the start, maybe as another user.
                 when = "once files can be made in its directory" if each.path else "after a restart"
                 return f"{why}; possible {when}"
         return refused
 
     def refusal(self, listeners: Iterable[Listener]) -> str | None:
-        """Say why one of these cannot be held; None: each can."""
+        """Return why a listener cannot be held; None: all can."""
         for each in listeners:
             if not each.shared or each.lost or each.can_be_held:
                 continue

@@ -1,7 +1,7 @@
-"""The delivery where workers accept, from listening sockets that they share with the protector.
+"""The delivery in which workers accept, from listening sockets that they share with the protector.
 
-No connection passes through the protector.  It says which socket of an address gets new clients,
-and each generation has one of two: socket_steering.py.
+No connection passes through the protector.  It selects which of an address's two sockets gets new
+clients, and each generation has one of the two: socket_steering.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _CLOSE = "listeners-close"
 
 
 class SharedDelivery(Delivery):
-    """Owns the listeners; which generation accepts where, its steering knows."""
+    """The owner of the listeners; its steering knows which generation accepts where."""
 
     shares_listeners = True
 
@@ -47,12 +47,12 @@ class SharedDelivery(Delivery):
         self._counts = AcceptCounts(lambda: self._listeners, host.own_connection)
         self._flags = ListenerFlags(lambda: self._listeners, host.runtime)
         self._route: int | None = None
-        self._stay = False  # the listeners that are ours outlive us
+        self._stay = False  # our own listeners survive us
 
     # -- a generation ----------------------------------------------------------------
 
     def can_ask(self, listener: str) -> bool:
-        # With a path that has one socket left the generation gets another, if its folder lets it.
+        # A UNIX path with one socket left gets another for the generation, if its folder allows it.
         named = [each for each in self._listeners if listener in ("", each.settings.name)]
         return self.steering.probes.can_ask(listener) or any(each.path for each in named)
 
@@ -71,7 +71,7 @@ class SharedDelivery(Delivery):
         taken = {mark for each in others for mark in each.record.marks}
         marks = self._counts.enter(number, taken)
         generation.update_record(marks=marks)
-        if not marks:  # it may serve clients that came to another one, whose mark they have
+        if not marks:  # it may serve clients that carry another generation's mark
             for each in others:
                 each.update_record(marks=())
         self._flags.watch()
@@ -154,7 +154,7 @@ class SharedDelivery(Delivery):
         self.steering.expect(listener, dry_run=dry_run)
 
     def remove(self, listener: Listener) -> None:
-        """Its workers accept the backlog, as long as they live."""
+        """Refuse new clients of a listener; its workers accept the backlog."""
         self._listeners.remove(listener)
         listener.refuse_new()
         self._close(listener)
@@ -179,40 +179,40 @@ class SharedDelivery(Delivery):
         self._stay = stay
         if quick:
             self.steering.give_back()
-            if not stay:  # else the next start has them, though a worker shuts them
+            if not stay:  # otherwise the next start gets them, and a worker must not shut them
                 self.steering.end()
             self._close_listeners()
             return
-        # Later clients are the next start's, or those of the sockets' owner.
-        over = self._leave_the_rest if stay else self._refuse_new
+        # Later clients belong to the next start, or to the sockets' owner.
+        on_quiet = self._finish_closing if stay else self._refuse_new
         if serving is not None and (stay or self.steering.share):
-            self.steering.quiesce_last(serving.record.number, over)
+            self.steering.quiesce_last(serving.record.number, on_quiet)
         else:
-            over()
+            on_quiet()
 
-    def _leave_the_rest(self) -> None:
-        """All that came before were accepted; the others are the next start's."""
+    def _finish_closing(self) -> None:
+        """Close the listeners; clients that come later wait for the next start."""
         self._close_listeners()
         self._post(BacklogEmptied())
 
     def _refuse_new(self) -> None:
-        """Close the listeners once no client that has connected waits for workers any more."""
+        """Close the listeners once no connected client waits for a worker."""
         self.steering.end()
         refused = [each.refuse_new() for each in self._listeners if not each.settings.foreign]
         self._close_when_empty(float("inf") if all(refused) else time.monotonic() + LAST_S)
 
     def _close_when_empty(self, latest: float, *, again: bool = False) -> None:
-        # One that was passed in may never be empty: its owner goes on listening.
+        # A listener that was passed in may never be empty: its owner keeps listening.
         awaited = [e for e in self._listeners if not (e.settings.foreign or e.lost)]
         empty = again and not any(each.has_waiting() for each in awaited)
         if empty or not awaited or time.monotonic() > latest:
-            self._leave_the_rest()
+            self._finish_closing()
             return
         look = partial(self._close_when_empty, latest, again=True)
         self._loop.call_after(_CLOSE, QUIET_S, look)
 
     def _close_listeners(self) -> None:
-        """Close all but those that stay."""
+        """Close all listeners except those that survive a stop."""
         self._loop.cancel(_CLOSE)
         for each in self.listeners:
             if each.settings.foreign or not self._stay:
@@ -243,7 +243,7 @@ class SharedDelivery(Delivery):
         return self.steering.warnings
 
     def look(self) -> None:
-        pass  # clients need nothing of ours
+        pass  # workers accept without us
 
     def record(self) -> DeliveryRecord:
         return DeliveryRecord(steering=self.steering.record(), nonblocking=self._flags.record())
@@ -252,10 +252,10 @@ class SharedDelivery(Delivery):
         return {n: fd for each in self._listeners for n, fd in each.descriptors().items()}
 
     def adopt(self, record: DeliveryRecord, left: Inherited, *, held: bool, closing: bool) -> None:
-        self._flags.adopt(record.nonblocking)  # first: a worker may be about to accept
+        self._flags.adopt(record.nonblocking)  # first, because a worker may be about to accept
         self.steering.adopt_record(record.steering, held=held)
         if closing:
-            self.steering.end()  # what is shut down, we may have
+            self.steering.end()  # a shut-down socket may be our doing: do not repair it
 
     def adopt_generation(
         self, generation: OpenGeneration, descriptors: Mapping[str, int], *, draining: bool

@@ -1,6 +1,6 @@
 """Which generation accepts from which socket, and at which socket the clients of a listener come.
 
-A value: it makes no system call.  socket_steering.py tells the kernel what stands here.
+It makes no system call: socket_steering.py applies it to the kernel.
 """
 
 from __future__ import annotations
@@ -16,19 +16,22 @@ if TYPE_CHECKING:
 
 @mutable
 class Turns:
-    """Sockets have the numbers 0 and 1; a listener with one socket has it under both."""
+    """The assignment of sockets to generations.
+
+    Sockets have the numbers 0 and 1; a listener with one socket has it under both.
+    """
 
     current: int = 0  # where new clients come
     #: Generation -> the number of the socket that its workers accept from.
     accepting: dict[int, int] = field(default_factory=dict)
-    #: Those that were told to finish and live on: the socket, and when.
+    #: Finishing generation -> the number of its socket, and when it was ordered to finish.
     leaving: dict[int, tuple[int, float]] = field(default_factory=dict)
     #: Listeners that the current generation does not know: where their clients wait.
     expected: dict[int, int] = field(default_factory=dict)
     #: Generations, each with a listener whose socket they do not have: it was bound, or added,
     #: after they had been started.
     unserved: frozenset[tuple[int, int]] = frozenset()
-    #: Those of them whose later workers have that socket, beside others that do not.
+    #: The part of `unserved` whose later workers have that socket, while earlier ones do not.
     partly_served: frozenset[tuple[int, int]] = frozenset()
     #: Listeners whose socket the current generation lost: clients come to the next one's socket.
     lost: frozenset[int] = frozenset()
@@ -41,12 +44,12 @@ class Turns:
 
     @property
     def starting(self) -> int | None:
-        """The newest generation, until new clients come to its socket."""
+        """The newest generation, if new clients do not come to its socket yet."""
         newest = max(self.accepting, default=0)
         return newest if self.accepting.get(newest, self.current) != self.current else None
 
     def number_for(self, listener: Listener) -> int:
-        """Return to which of its sockets new clients come, or after a hold."""
+        """Return the number of the socket that new clients come to, or will after a hold."""
         if listener.index in self.lost:
             return 1 - self.current
         return self.expected.get(listener.index, self.current)
@@ -54,7 +57,11 @@ class Turns:
     def at(self, listener: Listener, number: int) -> set[int]:
         """Return the generations that accept from one of its sockets."""
         count = len(listener.sockets)
-        return {each for each, its in self.accepting.items() if its % count == number % count}
+        return {
+            generation
+            for generation, accepts in self.accepting.items()
+            if accepts % count == number % count
+        }
 
     def is_served(self, listener: Listener, number: int) -> bool:
         """Return whether clients at one of its sockets are accepted, or a generation is to come."""
@@ -70,7 +77,7 @@ class Turns:
     def own(self, pairs: Iterable[Listener], number: int, generation: int = 0) -> list[Listener]:
         """Return the pairs whose socket of this number gets no clients while the other one does.
 
-        generation: only those that it has, or some of its workers.
+        generation: only pairs that it or some of its workers have.
         """
         owners = self.given_back and number == 0
         without = self.unserved - self.partly_served
@@ -90,29 +97,29 @@ class Turns:
         return number
 
     def expect(self, listener: Listener, *, dry_run: bool) -> int:
-        """Return at which socket the clients of a new listener wait for who is to know it.
+        """Return the socket at which clients of a new listener wait for the next generation.
 
-        dry_run: that generation is to get none, so where they will never be accepted.
+        dry_run: that generation gets no clients, so they wait where it will not accept.
         """
         number = self.expected[listener.index] = self.current if dry_run else self.free
-        if listener.has_sibling and not dry_run:  # else clients wait where a generation is
+        if listener.has_sibling and not dry_run:  # otherwise they wait at a generation's socket
             self.unserved |= {(generation, listener.index) for generation in self.accepting}
         return number
 
     def turn_to(
         self, number: int, there: Collection[int], knows: Callable[[int], bool] | None
     ) -> None:
-        """Have new clients come to socket 0 or 1.
+        """Assign new clients to socket 0 or 1.
 
-        there: the listeners, by index.  knows: whether the generation there knows one; None: it is
-        yet to come.  Clients of one that it does not know stay where they come now.
+        there: the listeners, by index.  knows: says whether the generation there knows a listener;
+        None: that generation is yet to come.  Clients of an unknown listener stay where they are.
         """
         if knows is not None and number != self.current:
             unknown = {index: self.current for index in there if not knows(index)}
             self.expected = unknown | self.expected
         self.expected = {
-            index: its
-            for index, its in self.expected.items()
+            index: place
+            for index, place in self.expected.items()
             if index in there and not (knows and knows(index))
         }
         self.lost = frozenset() if number != self.current else self.lost & set(there)
@@ -134,20 +141,20 @@ class Turns:
     def lose(self, listener: Listener, number: int | None) -> set[int]:
         """Return the generations that lack a socket from now on, because another is in its place.
 
-        number: None for one that is common to all.
+        number: None for a socket that is common to all.
         """
-        lost = {each for each, its in self.accepting.items() if number in (None, its)}
+        lost = {each for each, accepts in self.accepting.items() if number in (None, accepts)}
         without = {(generation, listener.index) for generation in lost}
         self.unserved |= without
         self.partly_served -= without
         return lost
 
     def grow(self, generation: int, knows: Callable[[int], bool]) -> bool:
-        """Note that a worker is to be started, which has the sockets that there are now.
+        """Note that a worker will start, with the present sockets; return whether that is news.
 
-        knows: whether its workers have a listener, by index.  Returns whether anything is new.
+        knows: says whether its workers have a listener, by index.
         """
-        its = {each for each in self.unserved if each[0] == generation and knows(each[1])}
-        grown = not its <= self.partly_served
-        self.partly_served |= its
+        served = {each for each in self.unserved if each[0] == generation and knows(each[1])}
+        grown = not served <= self.partly_served
+        self.partly_served |= served
         return grown

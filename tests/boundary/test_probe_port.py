@@ -16,7 +16,7 @@ from tests.running import eventually
 def test_a_connection_that_could_not_be_sent_was_not_taken(loop: Loop) -> None:
     """It is closed, which looks the same to who has connected."""
     channel = Channel.make(4)
-    way = ProbePort(loop, channel, 0).way
+    way = ProbePort(loop, channel, 0).target
     with closing(channel), closing(way), socket.create_connection(way.address) as ours:
         assert way.waits(ours)
         channel.read.shutdown(socket.SHUT_RD)

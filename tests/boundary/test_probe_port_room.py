@@ -36,7 +36,7 @@ def fill(channel: Channel, fd: int) -> int:
 def test_what_finds_no_room_waits_and_is_sent_when_there_is_some(loop: Loop) -> None:
     with ExitStack() as stack:
         channel = stack.enter_context(closing(Channel.make(4)))
-        way = stack.enter_context(closing(ProbePort(loop, channel, 0).way))
+        way = stack.enter_context(closing(ProbePort(loop, channel, 0).target))
         clients = fill(channel, channel.read.fileno())
         ours = stack.enter_context(socket.create_connection(way.address))
         ours.setblocking(False)
@@ -73,7 +73,7 @@ def test_a_question_that_was_taken_does_not_wait_behind_another_ports(loop: Loop
         )
         clients.follow(channel)
         ways = [
-            stack.enter_context(closing(ProbePort(loop, channel, 0, clients).way)) for _ in "ab"
+            stack.enter_context(closing(ProbePort(loop, channel, 0, clients).target)) for _ in "ab"
         ]
         connections = []
         for count, way in enumerate(ways, 1):

@@ -1,7 +1,7 @@
-"""What a connection costs when nothing fails: accept, send to the route, close our copy.
+"""The fast path of a connection: accept, send to the route, close our copy.
 
-How many are accepted at a wake-up, and whether the next one is waited for awake, depends on how
-close together they come.  All else, and all that fails, is the forwarder's.
+How close together connections come decides how many a wake-up accepts, and whether we busy-poll for
+the next one.  The forwarder handles failures, and all else.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ STEADY = 8
 
 @mutable
 class Acceptor:
-    """Watches listeners, and sends what it accepts to one channel."""
+    """Accepts from the watched listeners, and sends to one channel."""
 
     loop: Loop
     queue: QueueWatch
     _: KW_ONLY
-    #: No more can be accepted from a listener, or none is there.
+    #: Called when accept fails, also because no client waits.
     accept_failed: Callable[[Listener, OSError], None]
-    #: A connection could not be sent; it takes ownership of the descriptor.
+    #: Called when a send fails; takes ownership of the descriptor.
     send_failed: Callable[[bytes, int, OSError], None]
-    #: Connections, those that could not be sent at once included.
+    #: How many connections were accepted, with failed sends.
     accepted: int = 0
     last_ns: int = 0  # when the last one was accepted
     _watched: dict[int, Callable[[], None]] = field(default_factory=dict)  # the listeners
     _steady: int = 0  # so many came one by one, each soon after the other
 
     def begin(self, listeners: Iterable[Listener], route: Channel) -> None:
-        """Accept from these, too, and send to the route.  Raises OSError."""
+        """Accept from these listeners, too, and send to the route.  Raises OSError."""
         for listener in listeners:
             fd = listener.fileno()
             if fd not in self._watched:
@@ -56,7 +56,7 @@ class Acceptor:
                 self._watched[fd] = ready
 
     def end(self, listener: Listener) -> None:
-        """Accept from one no more."""
+        """Stop accepting from a listener."""
         if self._watched.pop(listener.fileno(), None) is not None:
             self.loop.unwatch(listener.fileno())
 
@@ -66,22 +66,22 @@ class Acceptor:
         self._watched.clear()
 
     def accept_now(self, can: Callable[[], bool]) -> None:
-        """Accept from each, without waiting for the loop, as long as one can be sent."""
+        """Accept from each listener, without waiting for the loop, as long as `can` says yes."""
         for ready in tuple(self._watched.values()):
-            if can():  # the one before may have filled the channel, or found it broken
+            if can():  # the last send may have filled the channel, or found it broken
                 ready()
 
     def _accept_to(self, route: Channel, listener: Listener) -> Callable[[], None]:
-        """Return the callback for a listener; all that a connection needs is in its closure."""
+        """Return the callback for a listener; its closure has all that a connection needs."""
         accept = accept_of(listener)
         # Not Channel.send(), which would be one more call for each connection.
         send = route.write.sendmsg
         now, close = time.monotonic_ns, os.close
-        # What all of them have in common is packed once; that is half of what Python itself does.
+        # The common part is packed once: that halves the cost of the Python code.
         begin = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, listener.index, 0, 0)[:-8]
-        # Those of the connection before: the number that was closed last is given out next.
+        # Kept from the connection before: the kernel reuses the number that was closed last.
         number, rights = -1, [rights_of(-1)]
-        most = 1  # to be taken in one go
+        most = 1  # how many to accept in one go
 
         def ready() -> None:
             nonlocal number, rights, most
@@ -123,13 +123,13 @@ class Acceptor:
         return ready
 
     def _took(self, count: int, last_ns: int) -> None:
-        """So many were sent, the last one accepted then."""
+        """Count sent connections; last_ns: when the last was accepted."""
         self.accepted += count
         self.last_ns = last_ns
         if not self.queue.runs:
             self.queue.start()
 
     def _one_by_one(self, since_ns: int) -> None:
-        """One came alone, so long after the one before: expect the next one, or do not."""
+        """Decide whether to busy-poll after a single connection, by its distance to the last."""
         self._steady = self._steady + 1 if since_ns < self.loop.soon_ns else 0
         self.loop.soon = self._steady >= STEADY

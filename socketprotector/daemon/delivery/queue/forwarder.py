@@ -1,12 +1,12 @@
-"""When connections are accepted, and what becomes of those that no worker has taken.
+"""Decides when to accept connections, and recovers the connections that no worker has taken.
 
-The path of all others is acceptor.py's.  No worker is chosen here: workers take from the shared
-queue (client_lib's intake.py).  Connections never pass through `decide`.  The lifecycle sets the
-route and orders drains; what comes back is two facts: the channel broke, the backlog is empty.
+acceptor.py has the path of all other connections.  No worker is chosen here: workers take from the
+shared queue (client_lib's intake.py).  Connections never pass through `decide`.  The lifecycle sets
+the route and orders drains; two facts come back: the channel broke, the backlog is empty.
 
-Nothing is accepted that could not be delivered.  What was accepted and could not be sent after all
-is in undelivered.py, and goes first.  What was sent and not taken is in its channel: when the
-generation behind that drains or is gone, it is taken back and given to the route (leftovers).
+We accept only what we can deliver.  A connection whose send failed nevertheless is in
+undelivered.py, and goes first.  A connection that was sent and not taken is in its channel: when
+that generation drains or has exited, it is taken back and sent to the route (leftovers).
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ _QUIET = "forwarder-quiet"
 
 @mutable
 class _Closing:
-    """A graceful close: clients that have connected are served, then no more are accepted."""
+    """A graceful close: connected clients are served, and no later ones."""
 
-    stay: bool  # the listeners outlive us, with the clients that come later
-    latest: float = 0.0  # 0: new clients are refused, so it comes to an end by itself
+    stay: bool  # the listeners survive us, with the clients that come later
+    latest: float = 0.0  # when to close at the latest; 0: refused clients need no limit
     forwarded: int = -1  # at the last look since new clients are refused
 
 
 class Forwarder:
-    """Accepts while there is a route, and keeps each connection from being lost."""
+    """The path of connections to the route, without losing any."""
 
     def __init__(
         self,
@@ -62,12 +62,12 @@ class Forwarder:
     ) -> None:
         """Take ownership of the listeners.
 
-        broken: the route's channel was shut down.
-        repair: has a listener that was shut down listen again, or marks it as lost.  Raises OSError
-        where the system is out of something.
-        untaken: no worker has taken from the queue for so many seconds; how many connections wait,
-        and whether any was ever taken.  Called once for each route.
-        ended: a channel has its end of file, behind what is queued.
+        broken: called when the route's channel was shut down.
+        repair: makes a shut-down listener listen again, or marks it as lost.  Raises OSError if the
+        system is short of descriptors or memory.
+        untaken: called once for each route, with how many seconds no worker took a connection, how
+        many wait, and whether any was ever taken.
+        ended: called when a channel has its end of file, behind what is queued.
         """
         self._loop = loop = runtime.loop
         self._post = runtime.post
@@ -89,10 +89,10 @@ class Forwarder:
             accept_failed=self._accept_failed,
             send_failed=lambda *sent: self.outlet.send_failed(*sent),
         )
-        #: Channels with connections to be taken back as soon as a route has room, oldest first;
-        #: and whether their generation is gone: then they are closed afterwards.
+        #: Channels whose connections are taken back once a route has room, oldest first; True:
+        #: their generation is released, so they are closed afterwards.
         self._leftovers: dict[Channel, bool] = {}
-        self._holding = False  # nothing is to be accepted, by request
+        self._holding = False  # a hold: accept nothing
         self._over: list[Listener] = []  # closed to new connections
         self._closing: _Closing | None = None
         stop = self._acceptor.end_all
@@ -106,7 +106,7 @@ class Forwarder:
     # -- orders --------------------------------------------------------------
 
     def route_to(self, channel: Channel | None) -> None:
-        """Give what comes from now on to this channel; None: hold it in the backlog."""
+        """Send new connections to this channel; None: keep them in the backlog."""
         self.outlet.lead_to(channel)
         self._acceptor.end_all()
         self._resume()
@@ -120,13 +120,13 @@ class Forwarder:
     def drain(self, channel: Channel) -> None:
         """Take back untaken connections, as far as the route has room; then end the channel.
 
-        Without a route its workers finish it, except where one of them has shut it down:
-        they may not look again, so it is taken back for the next route.
+        Without a route its workers take the rest.  But if a worker has shut the channel down, they
+        may not read it again, so the rest is taken back for the next route.
         """
         shut = channel.is_shut()
         self._reclaim(channel)
         if not shut and self._drains.end_after(channel):
-            return  # what still comes by a removed listener goes there
+            return  # it still gets the backlog of a removed listener
         self._end(channel)
         if shut and channel.depth():
             self._leftovers.setdefault(channel, False)  # an earlier program may have begun
@@ -144,10 +144,10 @@ class Forwarder:
             self._leftovers[channel] = True
             self._resume()
         else:
-            channel.close()  # there may be no route for long, and many that come to nothing
+            channel.close()  # at once: many generations may fail before there is a route
 
     def add(self, listener: Listener) -> None:
-        """Accept from one more listener, for the generations that know it; takes ownership."""
+        """Add a listener, for the generations that know it; takes ownership."""
         self._listeners.append(listener)
         self._resume()
 
@@ -162,10 +162,9 @@ class Forwarder:
             self._drains.begin(listener, to)
 
     def close_listeners(self, *, quick: bool, stay: bool = False) -> None:
-        """Refuse new clients; quick: close at once, else after the backlog was sent on.
+        """Refuse new clients; quick: close at once, otherwise after the backlog was sent on.
 
-        stay: later clients are to wait for the next start, so our own listeners live until
-        close(), and after it.
+        stay: later clients wait for the next start, so our own listeners survive close().
         """
         self._closing = _Closing(stay)
         if quick:
@@ -174,7 +173,7 @@ class Forwarder:
         refused = not stay
         for listener in self._listeners:
             if listener.settings.foreign:
-                # Its owner goes on listening, so its backlog may never be empty.
+                # Its owner keeps listening, so its backlog may never be empty.
                 self._accept_no_more(listener)
             elif not stay:
                 refused = listener.refuse_new() and refused
@@ -192,9 +191,9 @@ class Forwarder:
         return [each for each in self._listeners if each not in self._over and not each.lost]
 
     def close(self) -> tuple[str, ...]:
-        """Close everything, with what could not be delivered (counted in `lost`).
+        """Close everything, with undelivered connections (counted in `lost`).
 
-        Returns the names of the sockets that the descriptor store is to keep for the next start.
+        Returns the names of the sockets that the descriptor store must keep for the next start.
         """
         self._close_listeners()
         left = tuple(filter(None, [each.leave(0) for each in self._listeners]))
@@ -211,7 +210,7 @@ class Forwarder:
 
     @property
     def forwarded(self) -> int:
-        """How many connections were accepted, to be sent to workers."""
+        """How many connections were accepted for the workers."""
         return self._forwarded + self._acceptor.accepted + self._drains.accepted
 
     @property
@@ -223,7 +222,7 @@ class Forwarder:
 
     @property
     def lost(self) -> int:
-        """How many of those were lost on the way."""
+        """How many accepted connections were lost on the way."""
         return self._lost + self._drains.lost
 
     @property
@@ -233,31 +232,31 @@ class Forwarder:
     # -- to the next program and from the one before -----------------------------
 
     def record(self) -> ForwarderRecord:
-        """Return what another program would have to know."""
+        """Return the record that the next program needs."""
         kept = self.undelivered
         return ForwarderRecord(self.forwarded, self.lost, number=kept.number, parked=kept.waiting)
 
     def adopt(self, record: ForwarderRecord, left: Inherited) -> None:
-        """Go on with what an earlier program had; takes its connections."""
+        """Adopt an earlier program's record, and its undelivered connections."""
         self._forwarded, self._lost = record.forwarded, record.lost
         first = ((record.number, record.pending),) if record.pending is not None else ()
         self.undelivered.adopt(record.number, (*first, *record.parked), left)
 
     def descriptors(self) -> dict[str, int]:
-        """Return the descriptors that are ours to pass on, by name."""
+        """Return the descriptors that the next program needs, by name."""
         listeners = (*self._listeners, *self._drains.listeners)
         found = {name: fd for each in listeners for name, fd in each.descriptors().items()}
         return found | self.undelivered.descriptors()
 
     def adopt_drained(self, channel: Channel) -> None:
-        """Go on with a channel that an earlier program has ended: empty it for the next route."""
+        """Adopt a channel that an earlier program ended: empty it for the next route."""
         if channel.depth():
             self._leftovers[channel] = False
 
     # -- the path ------------------------------------------------------------
 
     def look(self) -> None:
-        """Accept clients while something long keeps the loop from it."""
+        """Accept clients while long work blocks the loop."""
         self.outlet.look()
         for _ in range(LOOKS):
             before = self.forwarded
@@ -266,7 +265,7 @@ class Forwarder:
                 return
 
     def _resume(self) -> None:
-        """Deliver what is undelivered, then the leftovers, then accept; or stay held."""
+        """Send undelivered connections, then the leftovers; then accept, unless on hold."""
         if self.outlet.route is not None:
             self.outlet.send_kept()
             while self._leftovers and self.outlet.is_free:
@@ -280,11 +279,11 @@ class Forwarder:
             known = [each for each in self._awaited if self.outlet.route.knows_of(each.index)]
             try:
                 self._acceptor.begin(known, self.outlet.route)
-            except OSError as error:  # max_user_watches, or no memory
+            except OSError as error:  # max_user_watches is reached, or no memory is left
                 self._shortage.begin("epoll_ctl", error)
 
     def _send_again(self, route: Channel) -> None:
-        """Send all that the queue holds once more, in the same order."""
+        """Send all queued connections again, in the same order."""
         for _ in range(route.depth()):
             taken = self._shortage.take_back(route) if self.outlet.is_free else None
             if taken is None:
@@ -297,11 +296,11 @@ class Forwarder:
                 self.outlet.send(route, header, fd)
 
     def _reclaim(self, channel: Channel, *, last: bool = False) -> None:
-        """Move what waits in a channel to the route, oldest first, while there is room.
+        """Move a channel's connections to the route, oldest first, while there is room.
 
-        What came by a listener that the route does not know stays where it is: behind the
-        others, or with all that is behind it where the channel has ended.  last: its workers
-        are gone, and it is kept for another generation that knows it.
+        A connection by a listener that the route does not know goes back to the channel's end.  If
+        the channel has ended, it stays, with all behind it.  last: the channel's workers have
+        exited, and such a connection is kept for another generation.
         """
         route = self.outlet.route
         strange = route is not None and _lacks(route, channel)
@@ -312,7 +311,7 @@ class Forwarder:
             taken = self._shortage.take_back(channel)
             if taken is None:
                 if self.outlet.is_free and channel.depth():
-                    # Then it is not empty, whatever the call has said.
+                    # The channel is not empty, although the call returned nothing.
                     self._shortage.begin("recvmsg", BlockingIOError(errno.EAGAIN, "try again"))
                 return
             left -= 1
@@ -320,14 +319,14 @@ class Forwarder:
             if fd < 0:
                 self._lost += not is_probe(header)
             elif is_probe(header):
-                self.outlet.let_go(fd)  # it was for this generation
+                self.outlet.let_go(fd)  # it was for this channel's generation
             elif strange and route is not None and not route.knows_of(listener_of(header)):
                 self._put_back(channel, header, fd)
             elif self.outlet.route is not None:
                 self.outlet.send(self.outlet.route, header, fd)
 
     def _is_stuck(self, channel: Channel) -> bool:
-        """Whether the next one could neither be given to the route nor put back."""
+        """Return whether the next connection can neither go to the route nor be put back."""
         try:
             header = channel.peek() if channel.write.fileno() < 0 else None
         except OSError as error:
@@ -338,12 +337,12 @@ class Forwarder:
         return not known
 
     def _put_back(self, channel: Channel, header: bytes, fd: int) -> None:
-        """Send a connection to where it was taken from, or keep it.  Takes ownership of fd."""
+        """Send a connection back to its channel, or keep it.  Takes ownership of fd."""
         try:
             channel.send(header, fd)
         except OSError as error:
             if channel.write.fileno() >= 0 and error.errno not in BROKEN:
-                # It has not ended, so what is left may stay there.
+                # The channel has not ended, so the rest can stay there.
                 self._shortage.begin("sendmsg", error)
             there = (*self._listeners, *self._drains.listeners)
             if listener_of(header) in {each.index for each in there}:
@@ -363,13 +362,12 @@ class Forwarder:
         elif error.errno == errno.EINVAL and not listener.is_alive():
             self._is_shut(listener)
         else:
-            # The system is out of something (EMFILE, ENFILE, ENOBUFS, ENOMEM), or no
-            # manual page names the error: no reason to give the listeners up.  The socket stays
-            # readable, so only a timer helps.
+            # The system is short of descriptors or memory, or no manual page names the error: that
+            # is no reason to abandon the listener.  It stays readable, so only a timer helps.
             self._shortage.begin("accept", error)
 
     def _is_shut(self, listener: Listener) -> None:
-        """Have a listener mended that a worker has shut down."""
+        """Repair a listener that a worker has shut down."""
         self._acceptor.end(listener)
         if self._closing is None:
             try:
@@ -382,10 +380,10 @@ class Forwarder:
     # -- the end -------------------------------------------------------------
 
     def _close_when_quiet(self, closing: _Closing) -> None:
-        """Close the listeners once no client has come since the last look, or waits for workers."""
+        """Close the listeners once no client came since the last look, and none waits."""
         if self.outlet.is_free and not any(self._leftovers.values()):
             self._acceptor.accept_now(lambda: self.outlet.is_free)
-            if closing.stay:  # the backlog is a queue: earlier clients have come out of it first
+            if closing.stay:  # earlier clients leave the backlog first
                 for each in self._awaited:
                     if not each.has_waiting():
                         self._accept_no_more(each)
@@ -412,12 +410,12 @@ class Forwarder:
         self._drains.end()
 
     def _unwatch(self, listener: Listener) -> None:
-        """Stop watching its socket, which is about to be closed."""
+        """Stop watching a listener that is about to be closed."""
         self._loop.unwatch(listener.fileno())
 
 
 def _clients_in(channel: Channel) -> int:
-    """Take all out of a channel; return how many were clients."""
+    """Discard all connections in a channel; return how many were clients."""
     found = 0
     try:
         while taken := channel.take_back():
@@ -425,13 +423,13 @@ def _clients_in(channel: Channel) -> int:
             found += not is_probe(header)
             if fd >= 0:
                 os.close(fd)
-    except OSError:  # out of memory: what is left is closed with the channel, and taken for clients
+    except OSError:  # out of memory: the rest is closed with the channel, and counted as clients
         found += channel.depth()
     return found
 
 
 def _lacks(route: Channel, channel: Channel) -> bool:
-    """Whether a channel may hold something that a route must not be given."""
+    """Return whether a channel may hold connections that a route must not get."""
     if route.knows is None:
         return False
     return channel.knows is None or not channel.knows <= route.knows

@@ -1,8 +1,8 @@
-"""A listener that a reload has removed: refuses new clients, serves those that have connected.
+"""Drains listeners that a reload has removed: refuses new clients, serves connected ones.
 
-These go to the generation that knows the listener, not to the route.  This is off the path of
-all other connections: a timer checks the backlog, until none came between two checks.  Where no
-such generation is left, they are counted as lost, and the log says so.
+Connected clients go to the generation that knows the listener, not to the route.  A timer checks
+the backlog until no client came between two checks.  If no such generation is left, the clients
+count as lost, and the log says so.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from .. import LAST_S, QUIET_S
 from .shortage import Shortage
 from .undelivered import Undelivered
 
-#: Connections in one go; then others come in between.
+#: How many connections to send before the loop handles other events.
 BURST = 64
-#: Lost clients counted at most: where new ones cannot be refused, they may come as fast.
+#: How many lost clients to count: new ones that cannot be refused may come as fast as we count.
 MOST_LOST = 4096
 
 
@@ -35,14 +35,14 @@ class _Draining:
 
     listener: Listener
     channel: Channel  # its generation's
-    until: float = 0.0  # to be closed then, though new ones may still come; 0: they are refused
+    until: float = 0.0  # when to close though new clients may come; 0: they are refused
     quiet: bool = False  # no client came since the last look
 
     @property
     def timer(self) -> tuple[str, int]:
         return "listener-drain", self.listener.index
 
-    def is_its(self, index: int) -> bool:
+    def has_index(self, index: int) -> bool:
         return index == self.listener.index
 
     @property
@@ -51,7 +51,7 @@ class _Draining:
 
 
 class DrainingListeners:
-    """Owns those that were removed until they are closed; each channel is its generation's."""
+    """The removed listeners until they are closed; each channel is its generation's."""
 
     def __init__(
         self,
@@ -60,15 +60,15 @@ class DrainingListeners:
         shortage: Shortage,
         end_channel: Callable[[Channel], None],
     ) -> None:
-        """end_channel: lets the workers of one read end of file, and notes that."""
+        """end_channel: lets a channel's workers read end of file, and notes that."""
         self._loop, self._log = runtime.loop, runtime.log
         self._undelivered = undelivered
         self._shortage = shortage
         self._end_channel = end_channel
-        #: Connections that came by these listeners, and those that could not be delivered.
+        #: How many connections came by these listeners, and how many of them were lost.
         self.accepted = self.lost = 0
         self._draining: list[_Draining] = []
-        self._to_end: list[Channel] = []  # when nothing drains to them any more
+        self._to_end: list[Channel] = []  # to be ended when no listener drains to them
 
     @property
     def listeners(self) -> tuple[Listener, ...]:
@@ -86,21 +86,21 @@ class DrainingListeners:
         self._loop.call_after(each.timer, 0.0, partial(self._look, each))
 
     def end_after(self, channel: Channel) -> bool:
-        """End a channel when nothing drains to it any more; False: nothing does."""
+        """End a channel when no listener drains to it any more; False: none does now."""
         if not self._to(channel):
             return False
         self._to_end.append(channel)
         return True
 
     def end(self, channel: Channel | None = None) -> None:
-        """Close those that drain to a channel, or all, with what their backlogs still hold."""
+        """Close the listeners that drain to a channel, or all, with their backlogs."""
         for each in self._to(channel) if channel is not None else tuple(self._draining):
             self._end(each)
 
     def close(self, listener: Listener) -> None:
-        """Close one that drains to no channel; clients that still wait are lost, which is said."""
+        """Close a listener that drains to no channel, and log how many waiting clients are lost."""
         lost = self._undelivered.drop(lambda index: index == listener.index)
-        if not listener.settings.foreign:  # else others accept them
+        if not listener.settings.foreign:  # otherwise its owner accepts them
             dropped = self._drop_backlog(listener)
             self.accepted += dropped
             lost += dropped
@@ -111,8 +111,8 @@ class DrainingListeners:
         listener.close()
 
     def _drop_backlog(self, listener: Listener) -> int:
-        """Accept all that have connected and close them at once; return how many."""
-        self._shortage.spend_reserve()  # they are counted without a free descriptor, too
+        """Accept all connected clients and close them at once; return how many."""
+        self._shortage.spend_reserve()  # so that we can count them without a free descriptor
         found, accept = 0, accept_of(listener)
         for _ in range(MOST_LOST):
             try:
@@ -143,10 +143,10 @@ class DrainingListeners:
         try:
             while moved < BURST and self._move(each):
                 moved += 1
-        except OSError:  # the channel is broken: its generation takes nothing any more
+        except OSError:  # the channel is broken: its generation takes no more
             self._end(each)
             return
-        kept = self._undelivered.has(each.is_its)
+        kept = self._undelivered.has(each.has_index)
         empty = not moved and not kept and not each.is_full
         late = bool(each.until) and time.monotonic() > each.until
         if (empty and each.quiet) or (late and not kept):
@@ -157,11 +157,11 @@ class DrainingListeners:
         self._loop.call_after(each.timer, delay_s, partial(self._look, each))
 
     def _move(self, each: _Draining) -> bool:
-        """Send one on; False where there is none, or no room.  Raises OSError."""
+        """Send one connection on; return False if there is none, or no room.  Raises OSError."""
         if each.is_full:
             return False
-        if self._undelivered.has(each.is_its):  # it goes first
-            found = self._undelivered.take(each.is_its)
+        if self._undelivered.has(each.has_index):  # undelivered connections go first
+            found = self._undelivered.take(each.has_index)
         elif each.listener.settings.foreign:
             return False
         else:
@@ -180,11 +180,11 @@ class DrainingListeners:
         return True
 
     def _accept(self, each: _Draining) -> tuple[bytes, int] | None:
-        """Accept one; None where there is none."""
+        """Accept one connection; return None if there is none."""
         try:
             fd, _ = accept_of(each.listener)()
         except OSError as error:
-            # None there; or out of descriptors: tried again at the next look.
+            # No client waits; or out of descriptors: the next look tries again.
             each.quiet = each.quiet and error.errno in AGAIN
             return None
         self.accepted += 1

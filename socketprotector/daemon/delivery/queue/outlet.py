@@ -1,7 +1,7 @@
-"""Where connections are sent: the channel of the generation with the route, and what holds it up.
+"""Sends connections to the channel of the generation with the route, and handles what blocks that.
 
-That is a queue without room, a channel that is broken, or a shortage.  A connection that could not
-be sent is kept (undelivered.py), and goes first as soon as something else can be sent.
+A full queue, a broken channel or a shortage blocks it.  A connection whose send failed is kept
+(undelivered.py), and goes first as soon as sending is possible again.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from .undelivered import Undelivered
 
 @mutable
 class Outlet:
-    """Sends to the route, and knows whether it can."""
+    """The way to the route's channel, free or blocked."""
 
     loop: Loop
     undelivered: Undelivered
     queue: QueueWatch
     shortage: Shortage
-    #: Accepts nothing more.
+    #: Stops accepting.
     stop: Callable[[], None]
-    #: There is room again.
+    #: Called when there is room again.
     resume: Callable[[], None]
-    #: The route's channel was shut down.
+    #: Called when the route's channel was shut down.
     broken: Callable[[], None]
     route: Channel | None = None
     _full: Channel | None = None  # its write end is watched for room
 
     def lead_to(self, channel: Channel | None) -> None:
-        """Send to this channel from now on; None: to none."""
+        """Send to this channel from now on; None: send nothing."""
         self.route = channel
         self.queue.follow(channel)
         self._unwatch_full()
 
     @property
     def is_free(self) -> bool:
-        """Whether a connection could be delivered now."""
+        """Whether a connection can be delivered now."""
         return (
             self.route is not None
             and self._full is None
@@ -53,12 +53,12 @@ class Outlet:
         )
 
     def look(self) -> None:
-        """See whether there is room again, while something long keeps the loop from it."""
+        """Resume if there is room again, while long work blocks the loop."""
         if self._full is not None and self._full.has_room():
             self._room()
 
     def send_kept(self) -> None:
-        """Send what could not be sent before, and what no route before this one knew."""
+        """Send kept connections: failed sends, and connections that no earlier route knew."""
         route = self.route
         while route is not None and self.route is route and not self.shortage.lasts:
             if self._full is not None:
@@ -82,9 +82,9 @@ class Outlet:
             self.let_go(fd)
 
     def send_failed(self, header: bytes, fd: int, error: OSError) -> None:
-        """Keep a client's connection, and decide what it waits for.  Takes ownership of fd."""
+        """Keep a client's connection, and wait for what is missing.  Takes ownership of fd."""
         if is_probe(header):
-            self.let_go(fd)  # it was for this generation, and the next route may be another's
+            self.let_go(fd)  # it was for this generation, and the next route may be another one
         else:
             self.undelivered.keep_first(header, fd)
         self.stop()
@@ -97,7 +97,7 @@ class Outlet:
             self.shortage.begin("sendmsg", error)
 
     def let_go(self, fd: int) -> None:
-        """Close a connection that was sent, and have the reserve again: one may have used it."""
+        """Close our copy of a connection, and restore the reserve that it may have used."""
         os.close(fd)
         self.shortage.take_reserve()
 

@@ -1,9 +1,9 @@
-"""A port of loopback by which a generation is asked that takes connections from a channel.
+"""A loopback port for probes of a generation that takes connections from a channel.
 
-What comes there is sent into its channel, beside all that is counted.  Nothing else is ever in the
-channel of a generation that has not served, so what is left there is thrown away when it is given
-up, or is to serve.  In that of one that serves (--health) it stands among the clients, and is
-thrown away where these are taken back.
+Its connections are sent into that channel, and no count includes them.  The channel of a generation
+that has not served holds nothing else: the rest is discarded when it fails or begins to serve.  In
+a serving generation's channel (--health) probes queue among the clients, and are discarded when
+those are taken back.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from ....system.polling import events_of
 from ..probe_target import BACKLOG, ProbeTarget
 from .queue_watch import QueueWatch
 
-#: How soon to accept again where the system was out of something.
+#: How soon to accept again after a shortage.
 _ACCEPT_AGAIN_S = 0.1
 
 
 class ProbePort:
-    """A port of loopback; owns its socket."""
+    """One probe port; it owns its socket."""
 
     def __init__(
         self,
@@ -36,13 +36,13 @@ class ProbePort:
         index: int,
         beside: QueueWatch | None = None,
     ) -> None:
-        """Send what comes there into a channel, as by the listener of this index.
+        """Send its connections into a channel, as if they came by the listener of this index.
 
-        beside: of what is sent there, too: clients, and another's questions.  Raises OSError.
+        beside: counts what else is sent there: clients, and other probes.  Raises OSError.
         """
         self._loop, self._channel, self._index, self._beside = loop, channel, index, beside
-        self._behind = 0  # how much had been sent when the last question was
-        self._kept: socket.socket | None = None  # there is no room for it yet
+        self._behind = 0  # how much had been sent at the last probe
+        self._kept: socket.socket | None = None  # a probe that the channel has no room for yet
         self._failed: OSError | None = None
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         with on_error(self._socket.close):
@@ -52,13 +52,13 @@ class ProbePort:
             loop.watch(self._socket.fileno(), self._came)
 
     @property
-    def way(self) -> ProbeTarget:
-        """How its generation is reached."""
+    def target(self) -> ProbeTarget:
+        """Where a probe of its generation connects."""
         host, port = self._socket.getsockname()
         return ProbeTarget((host, port), None, self._waits, self.close)
 
     def close(self) -> None:
-        """Send nothing more."""
+        """Close the port, and stop sending."""
         self._loop.cancel(self)
         self._loop.unwatch(self._socket.fileno())
         self._socket.close()
@@ -71,12 +71,12 @@ class ProbePort:
             raise failed
         if self._kept is not None or events_of(self._socket, select.POLLIN):
             return True
-        # All that were sent after it stand behind it.
+        # Later connections queue behind the probe.
         behind = self._beside.sent - self._behind if self._beside is not None else 0
         return self._channel.depth() > behind
 
     def _later(self) -> None:
-        """It stays readable, so only a timer helps."""
+        """Accept again by a timer: the socket stays readable."""
         self._loop.unwatch(self._socket.fileno())
         self._loop.call_after(self, _ACCEPT_AGAIN_S, self._again)
 
@@ -101,26 +101,26 @@ class ProbePort:
             self._send()
 
     def _send(self) -> None:
-        """Send the one that was accepted, as soon as there is room."""
-        one = self._kept
-        assert one is not None
-        # Accepted at 0: it is no client's (docs/protocol.md).
+        """Send the accepted probe, as soon as there is room."""
+        probe = self._kept
+        assert probe is not None
+        # The accept time 0 marks a probe (docs/protocol.md).
         header = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, self._index, 0, 0)
         try:
-            self._channel.send(header, one.fileno())
+            self._channel.send(header, probe.fileno())
         except OSError as error:
             if error.errno == errno.EAGAIN:
                 self._later()
                 return
-            self._failed = error  # that it is closed must not look as if it had been taken
+            self._failed = error  # its close must not look as if a worker had taken it
         else:
             if self._beside is not None:
-                self._beside.add_uncounted()  # what another port sent does not stand behind it
+                self._beside.add_uncounted()  # probes of another port do not queue behind it
                 self._behind = self._beside.sent
-        one.close()
+        probe.close()
         self._kept = None
 
 
 def is_probe(header: bytes) -> bool:
-    """Whether a record in a channel is a question of ours."""
+    """Return whether a record in a channel is a probe of ours."""
     return not wire.HEADER.unpack_from(header)[-1]

@@ -93,7 +93,7 @@ class QueueDelivery(Delivery):
         beside = self.forwarder.queue if generation.record.number == self._route else None
         for each in self.listeners:
             if listener in ("", each.settings.name) and generation.knows(each.index):
-                return ProbePort(self._loop, self._of(generation), each.index, beside).way
+                return ProbePort(self._loop, self._of(generation), each.index, beside).target
         return None
 
     def route_to(self, generation: OpenGeneration | None, *, again: bool = False) -> None:

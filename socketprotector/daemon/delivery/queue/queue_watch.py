@@ -1,10 +1,10 @@
 """Detects that workers do not take connections from the queue of the routed generation.
 
-Workers may have the kernel wake one of them for a connection (EPOLLEXCLUSIVE).  One that is killed
-or stopped between its wake-up and its read leaves the others asleep, with a client waiting.  So
-while the queue is not empty, its head is checked.  If it is the same at two checks, the whole queue
-is sent again, in the same order: that wakes another worker.  While the queue is empty no timer
-runs, and accepting a connection tests one flag.
+The kernel may wake only one worker for a connection (EPOLLEXCLUSIVE).  A worker that is killed or
+stopped between its wake-up and its read leaves the others asleep, with a client waiting.  So while
+the queue is not empty, its head is checked.  If it is the same at two checks, the whole queue is
+sent again, in the same order: that wakes another worker.  While the queue is empty no timer runs,
+and accepting a connection tests one flag.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ....system.channel import Channel
 from ....system.loop import Loop
 from .. import NEVER_TAKEN_S, UNTAKEN_S
 
-#: The head of the queue is looked at after so long; while it stays the same, each look comes twice
-#: as late.
+#: The first and the longest pause before a look at the queue's head; the pause doubles while the
+#: head stays the same.
 FIRST_LOOK_S = 0.05
 LAST_LOOK_S = 1.6
 
@@ -27,19 +27,19 @@ _LOOK = "forwarder-look"
 
 @mutable
 class QueueWatch:
-    """Looks at the queue from the first send until it is empty."""
+    """The periodic look at the queue, from the first send until it is empty."""
 
     loop: Loop
     _: KW_ONLY
     #: Returns how many connections were ever sent.
     forwarded: Callable[[], int]
-    #: Sends all that is queued once more.
+    #: Sends all queued connections again.
     send_again: Callable[[Channel], None]
     #: See Forwarder.
     untaken: Callable[[float, int, bool], None]
-    #: Whether a look is due; else the next send has to start it.
+    #: Whether a look is due; otherwise the next send must call start().
     runs: bool = False
-    #: What the route was sent beside what `forwarded` counts, less what went elsewhere.
+    #: How many more connections than `forwarded` the route was sent; negative: fewer.
     _extra: int = 0
     _route: Channel | None = None
     _head: bytes | None = None  # at the last look
@@ -47,36 +47,36 @@ class QueueWatch:
     _look_s: float = FIRST_LOOK_S
 
     def follow(self, route: Channel | None) -> None:
-        """Have another route, or none."""
+        """Watch another route, or none."""
         self._route, self._head = route, None
         queued = route.depth() if route is not None else 0
         self._extra = queued - self.forwarded()
-        if queued:  # by an earlier program, or when it was the route before
+        if queued:  # by an earlier program, or when this channel was the route before
             self.start()
 
     def start(self) -> None:
-        """Look at the queue a while from now: something was sent."""
+        """Start the looks after a connection was sent."""
         self.runs = self._route is not None
         if self.runs:
             self.loop.call_after(_LOOK, self._look_s, self._look)
 
     @property
     def sent(self) -> int:
-        """How many the route was sent, from some moment on."""
+        """How many connections the route was sent, counted from an arbitrary start."""
         return self.forwarded() + self._extra
 
     def add_uncounted(self) -> None:
-        """Something was sent that `forwarded` does not count, or counts as of an earlier route."""
+        """Count a sent connection that `forwarded` omits, or counts for an earlier route."""
         self._extra += 1
         if not self.runs:
             self.start()
 
     def take_away(self) -> None:
-        """Something that was counted is not in the queue, or was taken back."""
+        """Subtract a counted connection that is not in the queue, or was taken back."""
         self._extra -= 1
 
     def untaken_s(self, channel: Channel) -> float | None:
-        """Return for how long nothing was taken from a channel; None: not long enough to report."""
+        """Return for how long no worker took a connection; None: too short to report."""
         if channel is not self._route or self._head is None:
             return None
         seconds = time.monotonic() - self._head_since

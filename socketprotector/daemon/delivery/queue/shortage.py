@@ -1,10 +1,10 @@
-"""The system is out of descriptors or memory: try again later, and keep one descriptor in reserve.
+"""Handles a shortage of descriptors or memory: retries later, and keeps one descriptor in reserve.
 
-An error of that kind (EMFILE, ENFILE, ENOBUFS, ENOMEM) is temporary.  A listener
-stays readable meanwhile, so only a timer keeps the loop from spinning.
+Such an error (EMFILE, ENFILE, ENOBUFS, ENOMEM) is temporary.  A listener stays readable meanwhile,
+so only a timer keeps the loop from spinning.
 
-The reserve is for taking a connection out of a channel: the kernel gives it a number in this
-process as it is received, and drops the connection where none is free (unix(7), MSG_CTRUNC).
+The reserve is for taking a connection out of a channel: the kernel gives it a descriptor number
+here, and drops the connection if none is free (unix(7), MSG_CTRUNC).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ....system.channel import Channel
 from ....system.helper import BackOff
 from ...runtime import Runtime
 
-#: Waits, each twice as long as the one before while it lasts.
+#: The first and the longest wait before a retry; each wait is twice the one before.
 FIRST_WAIT_S = 0.01
 LAST_WAIT_S = 0.5
 _RETRY = "forwarder-retry"
@@ -26,17 +26,17 @@ _RETRY = "forwarder-retry"
 
 @mutable
 class Shortage:
-    """Owns the reserve, and the timer after which there is another try."""
+    """The reserve, and the timer of the next retry."""
 
     runtime: Runtime
     _: KW_ONLY
-    #: Accepts nothing.
+    #: Stops accepting.
     stop: Callable[[], None]
-    #: Goes on, as far as can be.
+    #: Resumes, as far as possible.
     retry: Callable[[], None]
     #: Whether the timer runs.
     lasts: bool = False
-    #: A descriptor of no other use, -1 while it is spent.
+    #: A descriptor of no other use; -1 while it is spent.
     reserve: int = -1
     _back_off: BackOff = field(default_factory=lambda: BackOff(FIRST_WAIT_S, LAST_WAIT_S))
     _since: float = 0.0
@@ -45,7 +45,7 @@ class Shortage:
         self.take_reserve()
 
     def begin(self, call: str, error: OSError) -> None:
-        """Wait for descriptors or memory, longer each time in a row; say so the first time."""
+        """Wait for descriptors or memory, longer each time in a row; log the first time."""
         now = time.monotonic()
         if now - self._since > 2 * LAST_WAIT_S:
             self._back_off.reset()
@@ -63,7 +63,7 @@ class Shortage:
             self.take_reserve()
 
     def take_reserve(self) -> bool:
-        """Have the reserve; say whether it is there."""
+        """Open the reserve if it is spent; return whether it exists."""
         if self.reserve < 0:
             try:
                 self.reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
@@ -72,15 +72,15 @@ class Shortage:
         return self.reserve >= 0
 
     def spend_reserve(self) -> None:
-        """Have its number free for another descriptor."""
+        """Close the reserve, to free its number for another descriptor."""
         if self.reserve >= 0:
             os.close(self.reserve)
             self.reserve = -1
 
     def take_back(self, channel: Channel) -> tuple[bytes, int] | None:
-        """Take one out of a channel; None where there is none, or no free descriptor.
+        """Take a connection out of a channel; return None if there is none, or no free descriptor.
 
-        The reserve makes room: with none free the kernel would drop the connection silently.
+        The reserve makes room: without a free number the kernel would drop the connection silently.
         """
         if not self.take_reserve():
             return None
@@ -95,6 +95,6 @@ class Shortage:
         return taken
 
     def close(self) -> None:
-        """Wait for nothing more."""
+        """Cancel the retry, and close the reserve."""
         self.runtime.loop.cancel(_RETRY)
         self.spend_reserve()

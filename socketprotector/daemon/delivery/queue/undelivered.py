@@ -1,15 +1,15 @@
-"""Connections that were accepted and are in no channel: we alone have them.
+"""Accepted connections that are in no channel: only we have them.
 
-Nothing is accepted that could not be delivered, so there are few: the one whose send failed, and
-those whose listener the route does not know, which wait for a generation that does.
+There are few, because we accept only what we can deliver: a connection whose send failed, and
+connections whose listener the route does not know, which wait for a generation that does.
 
-All of them outlive the program: their headers are in the state, their descriptors go to the next
-program by name.  Two things are easily got wrong here:
+All of them survive this program: their headers are in the state, and the next program gets their
+descriptors by name.  Two things are easily got wrong here:
 
-* A connection is taken out of the state before it is sent.  Killed in between we lose it.  The
-  other way round the next program would send a copy of what a worker serves already.
-* The name of a descriptor is a number that no other connection ever had.  What keeps descriptors
-  for us (the guard, systemd's store) may still hold an older one under a number that is free again.
+* A connection is removed from the state before it is sent.  Killed in between, we lose it.  In the
+  other order, the next program would send a copy of a connection that a worker serves already.
+* A descriptor's name is a number that no other connection ever had.  The guard or systemd's store
+  may still hold an older descriptor under a number that is free again.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ from socketprotector_client import wire
 from ....system import inherited
 from ....system.inherited import Inherited
 
-#: Says of which listeners, by index, connections are meant.
+#: Selects connections by their listener's index.
 Wanted = Callable[[int], bool]
 
 
 class Undelivered:
-    """Owns the descriptors of these connections."""
+    """The undelivered connections, and the owner of their descriptors."""
 
     def __init__(self, persist: Callable[[], bool]) -> None:
-        """persist: writes the state; False: it could not be written."""
+        """persist: writes the state; returns False if that fails."""
         self.persist = persist
         #: The highest number that was ever used.
         self.number = 0
-        #: Header and descriptor by number, in the order of their turns.
+        #: Header and descriptor by number, in the order in which they are sent.
         self._waiting: dict[int, tuple[bytes, int]] = {}
 
     def has(self, wanted: Wanted) -> bool:
-        """Whether one waits that came by such a listener."""
+        """Return whether a connection by such a listener waits."""
         return any(wanted(listener_of(header)) for header, _ in self._waiting.values())
 
     def keep_first(self, header: bytes, fd: int) -> None:
-        """Have one wait that could not be sent: it goes next.  Takes ownership of fd."""
+        """Keep a connection whose send failed: it goes next.  Takes ownership of fd."""
         self._waiting = {self._new_number(): (header, fd), **self._waiting}
         self.persist()
 
     def keep_last(self, header: bytes, fd: int) -> None:
-        """Have one wait behind the others.  Takes ownership of fd."""
+        """Keep a connection behind the others.  Takes ownership of fd."""
         self._waiting[self._new_number()] = header, fd
         self.persist()
 
     def take(self, wanted: Wanted) -> tuple[bytes, int] | None:
-        """Give the first that came by such a listener to the caller, to be sent.
+        """Remove and return the first connection by such a listener, for the caller to send.
 
-        None where there is none, or where that could not be written down.
+        Returns None if there is none, or if the state cannot be written.
         """
         before = self._waiting
         for number, found in before.items():
@@ -67,7 +67,7 @@ class Undelivered:
         return None
 
     def drop(self, wanted: Wanted) -> int:
-        """Close those that came by such listeners; return how many."""
+        """Close the connections by such listeners; return how many."""
         gone = [n for n, (header, _) in self._waiting.items() if wanted(listener_of(header))]
         for number in gone:
             os.close(self._waiting.pop(number)[1])
@@ -81,7 +81,7 @@ class Undelivered:
 
     @property
     def waiting(self) -> tuple[tuple[int, bytes], ...]:
-        """What the state has of them: number and header of each."""
+        """The number and header of each connection, for the state."""
         return tuple((number, header) for number, (header, _) in self._waiting.items())
 
     def descriptors(self) -> dict[str, int]:
@@ -89,10 +89,10 @@ class Undelivered:
         return {f"{inherited.HAND}{number}": fd for number, (_, fd) in self._waiting.items()}
 
     def adopt(self, number: int, waiting: Iterable[tuple[int, bytes]], left: Inherited) -> None:
-        """Go on with what an earlier program had; takes their descriptors.
+        """Adopt an earlier program's connections; takes ownership of their descriptors.
 
-        number: the highest that it has written down.  Killed before it could write, it may have
-        had one more stored.  One without a descriptor could not be stored in time.
+        number: the highest that it recorded.  Killed before it could write, it may have stored one
+        more.  A connection without a descriptor was not stored in time.
         """
         self.number = number + 1
         for each, header in waiting:

@@ -1,8 +1,7 @@
-"""Has the configuration read again by a process of its own, because reading may hang.
+"""Reads the configuration again in a child process, because reading may block.
 
-And because it needs modules that are not to stay in the resident process.  launch/reload_child.py
-is given the current settings, reads everything as the launching process did, and exits; it
-documents the answer.
+It also needs modules that must not stay in the resident process.  launch/reload_child.py gets the
+current settings, reads everything as the launching process did, and exits; it documents the answer.
 """
 
 from __future__ import annotations
@@ -20,22 +19,22 @@ from ..system.helper import HelperProcess, last_line
 from ..system.loop import Loop
 
 _RECORD_BYTES = 64
-#: More than a file has that people write and read.
+#: More than any configuration or answer has.
 _MOST_BYTES = 16 * 1024 * 1024
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 
 
 @mutable
 class ConfigAnswer:
-    """What was read, or why it cannot be had.  The receiver owns the descriptors."""
+    """The new settings, or why reading failed.  The receiver owns the descriptors."""
 
-    failure: str = ""  # for people, line by line; empty: all is well
+    failure: str = ""  # for people, line by line; "": success
     settings: Settings | None = None
     listeners: dict[int, int] = field(default_factory=dict)  # place -> descriptor
     siblings: dict[int, int] = field(default_factory=dict)  # the same: see system/reuseport.py
     reserved: dict[int, int] = field(default_factory=dict)  # the same: for a hold
     changes: tuple[str, ...] = ()
-    fixed: tuple[str, ...] = ()  # those of the changes for which a reload would be refused
+    fixed: tuple[str, ...] = ()  # the changes that a reload would refuse
 
 
 @mutable
@@ -45,7 +44,7 @@ class ConfigReader:
     #: Executes the protector's program.
     command: tuple[str, ...]
     loop: Loop
-    #: Of its timer.
+    #: The key of its timer.
     key: Hashable
     _process: HelperProcess | None = None
     _line: socket.socket | None = None
@@ -61,10 +60,9 @@ class ConfigReader:
     def read(
         self, settings: Settings, done: Callable[[ConfigAnswer], None], *, dry: bool = False
     ) -> None:
-        """Read, bind what is new, and call back; dry: only say what would change.
+        """Read, bind new listeners, and call back; dry: only report what would change.
 
-        It ends by itself, or is killed after as long as a start may take.  Calls back at once where
-        it cannot begin.
+        The child is killed after start_timeout_s.  If it cannot start, the callback comes at once.
         """
         assert not self.busy
         self._failure = ""
@@ -80,7 +78,7 @@ class ConfigReader:
         self.loop.call_after(self.key, limit_s, lambda: self._too_late(limit_s))
 
     def call_off(self) -> None:
-        """End it, if one is under way; without calling back."""
+        """End a running child, without calling back."""
         if self._process is not None:
             self._done = _discard_answer
             self._release()
@@ -91,8 +89,8 @@ class ConfigReader:
         with theirs:
             self._said = os.memfd_create("sp.reader", os.MFD_CLOEXEC)
             held = inherited.memory_file(inherited.SETTINGS, dump(settings))
-            with open(held, "rb", buffering=0):  # closed here once the reader has it
-                # As at the start: UNIX sockets get their mode by the umask.
+            with open(held, "rb", buffering=0):  # we close it once the reader has it
+                # As at the start, the umask decides the mode of UNIX sockets.
                 self._process = HelperProcess.start_protector(
                     self.command,
                     {inherited.SETTINGS: held, name: theirs.fileno()},
@@ -104,7 +102,7 @@ class ConfigReader:
         self.loop.watch(self._line.fileno(), self._hear)
 
     def _hear(self) -> None:
-        """Take in what it has answered so far."""
+        """Read the child's answers so far."""
         assert self._line is not None
         while True:
             try:
@@ -176,7 +174,7 @@ class ConfigReader:
         return {int(name.removeprefix(kind)): self._heard.pop(name) for name in names}
 
     def _release(self) -> None:
-        """Close all that is left of it."""
+        """Close everything of the child."""
         self.loop.cancel(self.key)
         for fd in self._heard.values():
             os.close(fd)
@@ -198,7 +196,7 @@ def _text(fd: int) -> str:
 
 
 def _discard_answer(answer: ConfigAnswer) -> None:
-    """Close what came: it is waited for no more."""
+    """Close the descriptors of an answer that no caller waits for."""
     for each in (answer.listeners, answer.siblings, answer.reserved):
         for fd in each.values():
             os.close(fd)

@@ -1,8 +1,8 @@
-"""What the pools of --handoff stdio say of a generation's first programs, and what follows.
+"""Handles the reports of --handoff stdio pools about a generation's first programs.
 
-A pool says `failed` of each program that has failed at once, until one works
-(programs/stdio/first_programs.py).  One failure may be its client's: it is shown, and nothing
-else.  After NO_ACCIDENT of them a generation that settles fails; any other one goes on.
+A pool reports `failed` for each program that fails at once, until one works
+(programs/stdio/first_programs.py).  The client may have caused a single failure, so it is only
+shown.  After NO_ACCIDENT failures a settling generation fails; any other one keeps running.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _DIGITS = 9
 
 @mutable
 class FirstPrograms:
-    """Takes in what pools say."""
+    """The reports of pools about their first programs."""
 
     runtime: Runtime
     output: Output
-    #: Changes the history by the function that it is given.
+    #: Changes the history by a function of it.
     remember: Callable[[Callable[[History], History]], None]
 
     def said(self, worker: Worker, text: str) -> None:
-        """Take in one message of a worker: `works`, or `failed PID STATUS`."""
+        """Handle one message of a worker: `works`, or `failed PID STATUS`."""
         generation, record = worker.generation, worker.generation.record
         if not generation.program.mode.pooled or record.programs_work:
             return
@@ -54,15 +54,15 @@ class FirstPrograms:
         _, how = status_of(status)
         count = generation.record.programs_failed + 1
         generation.update_record(programs_failed=count, program_ended=how)
-        self.runtime.persist()  # the relay may take its time
+        self.runtime.persist()  # first, because the relay may need a while
 
         def done(found: str) -> None:
-            # By now others may have failed, too, and have said the same.
+            # By now other programs may have failed with the same words.
             last_words = _once(found, generation.record.programs_failed)
             if generation.record.programs_work:
                 return  # meanwhile
             generation.update_record(program_words=last_words)
-            if count <= NO_ACCIDENT:  # those that follow fail in the same way
+            if count <= NO_ACCIDENT:  # later programs fail in the same way
                 self._keep(worker, pid, f"program {how}", last_words, at)
             if count >= NO_ACCIDENT:
                 reason = generation.record.programs_fail
@@ -102,7 +102,7 @@ class FirstPrograms:
 
 
 def _once(last_words: str, most: int) -> str:
-    """Return last words that several programs have said one after the other as one has."""
+    """Return last words without repetitions by several programs."""
     lines = last_words.split("\n")
     for times in range(min(most, len(lines)), 1, -1):
         part = lines[: len(lines) // times]

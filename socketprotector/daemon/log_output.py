@@ -1,8 +1,8 @@
-"""Where the workers' output goes, and how a failed worker's last words are obtained.
+"""Directs the workers' output, and obtains a failed worker's last words.
 
-Workers write to the terminal or the journal themselves.  Where the log is ours (a file, syslog), or
-where lines get a prefix, each worker has a pipe of its own, which a relay process reads
-(log_relay.py): so a rotation includes running workers, and each line is known to be of one worker.
+Workers write to the terminal or the journal directly.  If the log is ours (a file, syslog), or if
+lines get a prefix, each worker has a pipe of its own, which a relay process reads (log_relay.py).
+So a rotation includes running workers, and each line belongs to a known worker.
 """
 
 from __future__ import annotations
@@ -28,14 +28,13 @@ _STDOUT, _STDERR = 1, 2
 LAST_LINES = 20
 _LAST_BYTES = 4096
 _WRITE = f"{inherited.RELAY}write"
-#: For /dev/stdout, opened anew by a worker that is another user.  A process that has not got the
-#: pipe cannot reach it.
+#: Lets a worker of another user open /dev/stdout again.  Only processes with the pipe can reach it.
 _REOPENED = 0o622
 
 
 @mutable
 class Opened:
-    """What a worker is started with to write to."""
+    """The output descriptors of a worker that is about to start."""
 
     places: dict[int, int] = field(default_factory=dict)  # number there -> descriptor here
     pid: int = 0  # to be set once it is started
@@ -50,14 +49,14 @@ class Output:
         ours = self._to_syslog or self._log_file is not None
         #: Each worker has a pipe of its own.
         self._relayed = settings.log_prefix or (ours and settings.log_relay)
-        #: All descriptors of workers that another program would need.
+        #: All output descriptors of workers that the next program needs.
         self.named = inherited.Named()
         self._relay: relay_client.LogRelay | None = None
 
     def begin(self, left: Inherited, runtime: Runtime) -> None:
-        """Start the relay if one is needed, or go on with an earlier program's.  Raises OSError.
+        """Start the relay if one is needed, or adopt an earlier program's.  Raises OSError.
 
-        Takes ownership of those of the descriptors that are the relay's.
+        Takes ownership of the relay's descriptors.
         """
         if not (self._to_syslog or self._relayed):
             return
@@ -65,7 +64,7 @@ class Output:
         name, prefixed = self._settings.name, self._settings.log_prefix
         self._relay = relay_client.LogRelay(name, kind, runtime, self.named, prefixed=prefixed)
         given = left.take_one(_WRITE)
-        if given is not None:  # else stderr has come along as it is
+        if given is not None:  # otherwise we have inherited stderr itself
             self._lead_to(given)
         relay, outputs = left.take_all(inherited.RELAY), left.take_all(inherited.OUTPUT)
         if relay or outputs:
@@ -78,13 +77,13 @@ class Output:
         self._relay.start(read)
 
     def _lead_to(self, fd: int) -> None:
-        """Let stdout and stderr lead there; takes ownership."""
+        """Redirect stdout and stderr to fd; takes ownership of it."""
         for standard in (_STDOUT, _STDERR):
             os.dup2(fd, standard, inheritable=True)
         os.close(fd)
 
     def descriptors(self) -> dict[str, int]:
-        """Return what the next program needs to go on with the relay, by name."""
+        """Return the relay's descriptors that the next program needs, by name."""
         if self._relay is None:
             return {}
         shared = {_WRITE: _STDERR} if self._to_syslog else {}
@@ -92,9 +91,9 @@ class Output:
 
     @contextmanager
     def opened(self, number: int, generation: int) -> Iterator[Opened]:
-        """Give what a worker is to write to, for the time in which it is started.
+        """Open a worker's output for the time of its start.
 
-        Nothing is left of it if that raises.  Raises OSError.
+        Raises OSError.  If the start raises, nothing is left open.
         """
         if self._relay is None or not self._relayed:
             yield Opened()
@@ -111,31 +110,31 @@ class Output:
         self._relay.read_from(number, relay_client.WorkerPipe(read, generation, given.pid))
 
     def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
-        """Keep the pipes of living workers, and of a few that have ended.
+        """Keep the pipes of running workers, and of a few exited ones; close the others.
 
-        living, numbers: how many workers live, and which.
+        living, numbers: how many workers run, and which.
         """
         if self._relay is not None:
             self._relay.close_oldest(living, numbers)
 
     def reopen(self) -> None:
-        """Open the log file anew under its name, after a rotation.  Raises OSError."""
+        """Open the log file again by its name, after a rotation.  Raises OSError."""
         if self._log_file is not None:
             self._lead_to(open_log(self._log_file))
             if self._relay is not None:
                 self._relay.reopened()
 
     def finish(self) -> None:
-        """Write no more, and let the relay flush; it stays if another process writes."""
+        """Stop writing, and let the relay flush; it stays if another process still writes."""
         if self._relay is not None:
             if self._to_syslog:
                 self._lead_to(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC))
             self._relay.finish()
 
     def position(self) -> int:
-        """Return where the output ends now: what one worker alone says comes after it.
+        """Return where the output ends now, before a worker writes.
 
-        -1 where that cannot be read back from here, or is asked for in another way.
+        Returns -1 if it cannot be read back, or if the relay provides last words.
         """
         if self._relayed:
             return -1
@@ -143,10 +142,10 @@ class Output:
         return found.st_size if stat.S_ISREG(found.st_mode) else -1
 
     def last_words(self, number: int, start: int, done: Callable[[str], None]) -> None:
-        """Call back with a worker's last lines, escaped; "" where they are unknown.
+        """Call back with a worker's last lines, escaped; "" if they are unknown.
 
-        At once, or when the relay has answered.  start: from where on no other process has
-        written; -1 if that is not so.
+        The callback comes at once, or when the relay has answered.  start: the position after which
+        only this worker has written; -1: there is none.
         """
         if self._relay is not None and self._relayed:
             self._relay.ask(number, lambda data: done(_lines(data)))
@@ -157,9 +156,9 @@ class Output:
             done("")
 
     def where_to_look(self) -> str:
-        """Say where a worker's words are when they are not known here, and what would keep them.
+        """Return where to find a worker's output that we do not have, and how to keep it.
 
-        Whoever reads that may sit at another terminal than the one that has them.
+        The reader may sit at another terminal than the one with the output.
         """
         kept = "" if self._relayed else "; --log-prefix keeps what workers say"
         if self._log_file is not None:
@@ -173,7 +172,7 @@ class Output:
 
     @property
     def keeps_words(self) -> bool:
-        """Whether each worker's last words are known here, however many write."""
+        """Whether we can get each worker's last words, however many workers write."""
         return self._relayed
 
 
@@ -187,11 +186,11 @@ def _end_of(path: str, start: int) -> bytes:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
-        return b""  # a folder closed to the user that was dropped to
+        return b""  # our user, after dropping root, may not enter the folder
     try:
         found = os.fstat(fd)
         if not os.path.samestat(found, os.fstat(_STDERR)):
-            return b""  # another file has that name by now, perhaps one that is not ours to show
+            return b""  # another file has that name now, perhaps a private one
         size = found.st_size
         return os.pread(fd, _LAST_BYTES, max(start, size - _LAST_BYTES))
     finally:

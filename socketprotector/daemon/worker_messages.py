@@ -1,4 +1,4 @@
-"""What workers say on their notify sockets (sd_notify(3)), and when one has been silent too long.
+"""Reads the workers' notify sockets (sd_notify(3)), and detects workers that are silent too long.
 
 Each message of a worker is handled, and its result checkpointed, before it is removed from its
 socket.  A program that replaces this one in between receives it again.
@@ -16,7 +16,7 @@ from .first_programs import FirstPrograms
 from .runtime import Runtime
 from .worker_spawn import Worker
 
-#: What is kept of a STATUS= line.
+#: How much of a STATUS= line is kept.
 _STATUS_CHARACTERS = 500
 #: Messages handled in one go: a worker that sends without end must not keep us from the rest.
 #: More than the kernel queues (net.unix.max_dgram_qlen, 10 to 512), so nothing said before
@@ -30,7 +30,7 @@ _RETIRES = wire.RETIRES_ON_RETURN.split("=")
 
 
 class WorkerMessages:
-    """The notify sockets of all workers that live."""
+    """The notify sockets of all running workers."""
 
     def __init__(
         self,
@@ -47,19 +47,19 @@ class WorkerMessages:
         self._note, self._ready = note, ready
 
     def watch(self, number: int, worker: Worker) -> None:
-        """Read what a worker says from now on.  Raises OSError."""
+        """Read a worker's messages from now on.  Raises OSError."""
         self._loop.watch(worker.notify.fileno(), lambda: self.read(number))
 
     def unwatch(self, number: int, worker: Worker) -> None:
-        """Read nothing more of a worker, and forget its timers."""
+        """Stop reading a worker's messages, and cancel its timers."""
         self._loop.unwatch(worker.notify.fileno())
         self._loop.cancel(("hear", number))
         self._loop.cancel(("word", number))
 
     def read(self, number: int) -> None:
-        """Handle what a worker has said on its notify socket.
+        """Handle a worker's messages on its notify socket.
 
-        Each message is handled, and what follows from it written down, before it is taken.
+        Each message is handled, and its result checkpointed, before it is removed.
         """
         worker = self._workers[number]
         for _ in range(_HEARD_AT_ONCE):
@@ -92,7 +92,7 @@ class WorkerMessages:
             self.await_word(number, worker)
 
     def _hear_later(self, number: int, worker: Worker, error: OSError) -> None:
-        """Out of memory: what waits stays readable, so only a timer keeps us from spinning."""
+        """Read again later, by a timer: out of memory, the socket would stay readable."""
         self._log.write("error", "cannot-read-messages", worker=number, error=error.strerror)
         self._loop.unwatch(worker.notify.fileno())
         self._loop.call_after(("hear", number), _HEAR_AGAIN_S, lambda: self._hear_again(number))
@@ -105,15 +105,15 @@ class WorkerMessages:
             self._hear_later(number, worker, error)
 
     def await_word(self, number: int, worker: Worker) -> None:
-        """Replace a worker that says nothing for too long from here on.
+        """Replace a worker that sends no WATCHDOG=1 in time from now on.
 
-        One that has spoken before it was ready has all the time that a start has.
+        Before a worker is ready only the start timeout limits it.
         """
         limit_s = worker.generation.program.watchdog_s
         if limit_s and worker.record.watched and worker.has_served:
 
             def silent() -> None:
-                self.read(number)  # it may have said so while we were too busy to read
+                self.read(number)  # its message may have come while we were too busy to read
                 if self._loop.due(("word", number)) is not None:
                     return
                 reason = f"no WATCHDOG=1 for {in_units(limit_s)}"

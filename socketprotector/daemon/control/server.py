@@ -28,7 +28,8 @@ from ...system.polling import read_now
 CLIENTS = 256
 IDLE_S = 30.0
 UNREAD_BYTES = 1024 * 1024
-#: Between two requests of a client: one that never stops asking takes a few percent of a core.
+#: The pause between two requests of a client, so that a client that never stops takes a few percent
+#: of a core.
 REST_S = 0.001
 _READ_BYTES = 65_536
 _SO_PEERGROUPS = 59
@@ -196,7 +197,7 @@ class Client:
         return b"\n" in self._received and not self._ending
 
     def _await(self, events: int) -> None:
-        """Have its descriptor watched for this alone."""
+        """Watch its descriptor for this alone."""
         fd = self.sock.fileno()
         if self._awaited == events:
             return

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from ..health import Health
 
-#: What a command that decides about a generation is told of it, besides how many workers it has.
+#: The counts of a generation that a check command gets, besides its number of workers.
 _COUNTED = (
     *("number", "phase", "serving_since_at", "queue"),
     *("accepted", "active", "finished", "errors", "lost", "wait_us"),

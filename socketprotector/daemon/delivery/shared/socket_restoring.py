@@ -1,13 +1,13 @@
-"""Takes back what a generation has done to the listening sockets that another one uses.
+"""Undoes what a generation has done to the listening sockets that another generation uses.
 
 Workers share their listening sockets.  A release that fails may have called listen(5), or set
 TCP_DEFER_ACCEPT, and that stays after it.  So the options (system/socket_snapshot.py) are restored
 
 * before a generation begins on a socket that no other one uses: as the socket was when it was made;
-* when a generation ends before an older one on the same socket, which is how a release fails: as
-  the socket was when it began.  What the serving generation has set before stays.
+* when a generation ends before an older one on the same socket, which means that a release failed:
+  as the socket was when it began.  Options that the serving generation set before stay.
 
-Where clients would be kept out by what cannot be restored, the socket is replaced.
+If an option that cannot be restored would keep clients out, the socket is replaced.
 
 But a backlog that the serving generation has lowered is raised again when the next one begins on
 the same socket, or when no generation accepts: more clients that wait harm neither.
@@ -22,12 +22,12 @@ from ....system.listener import Listener
 from ....system.socket_snapshot import Snapshot
 from ...runtime import Runtime
 
-#: Stands for no generation: the socket as it was made.
+#: Instead of a generation's number: the socket as it was made.
 _MADE = 0
 
 
 class SocketRestoring:
-    """Owns what the sockets of each listener were like, by generation and listener."""
+    """The earlier options of the listening sockets, by generation and listener."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class SocketRestoring:
         listeners: Callable[[], Sequence[Listener]],
         replace: Callable[[Listener, int], None],
     ) -> None:
-        """replace: has another socket in the place of one, by its number."""
+        """replace: binds another socket in the place of one, by its number."""
         self._log = runtime.log
         self._listeners = listeners
         self._replace = replace
@@ -43,7 +43,7 @@ class SocketRestoring:
 
     @property
     def record(self) -> tuple[tuple[int, int, str], ...]:
-        """What the next program has to know: generation, listener, snapshot."""
+        """What the next program needs: generation, listener, snapshot."""
         return tuple((*key, socket_snapshot.as_text(each)) for key, each in self._before.items())
 
     @record.setter
@@ -53,9 +53,9 @@ class SocketRestoring:
     def begin(
         self, generation: int, listener: Listener, socket_number: int, is_alone: Callable[[], bool]
     ) -> None:
-        """Make a socket ready for a generation.
+        """Prepare a socket for a generation.
 
-        is_alone: whether no other generation accepts from it.
+        is_alone: says whether no other generation accepts from it.
         """
         made = self._before.get((_MADE, listener.index))
         if made is not None and is_alone():
@@ -71,9 +71,9 @@ class SocketRestoring:
     def end(
         self, generation: int, socket_number: int, others: Collection[int], *, gone: bool
     ) -> None:
-        """Restore what a generation has changed, if the others are all older: then it has failed.
+        """Restore what a generation has changed, if all others are older: then it has failed.
 
-        gone: it has no workers any more, which could change more.
+        gone: it has no workers any more that could change more.
         """
         if not others:
             self._let_all_wait()
@@ -103,7 +103,7 @@ class SocketRestoring:
     def _restore(
         self, listener: Listener, socket_number: int, before: Snapshot, *, say: bool = True
     ) -> None:
-        """Restore a socket's options; else replace the socket, or log which options stay."""
+        """Restore a socket's options; otherwise replace the socket, or log which options stay."""
         one, count = listener.socket_for(socket_number), len(listener.sockets)
         stays = socket_snapshot.restore(one, before)
         # A socket that all generations share is replaced only where it keeps clients out, because
@@ -117,7 +117,7 @@ class SocketRestoring:
         ):
             self._replace(listener, socket_number)
             if listener.lost or len(listener.sockets) != count:
-                return  # what is left is the one of the generation that serves
+                return  # the socket that is left is the serving generation's
             stays = socket_snapshot.restore(listener.socket_for(socket_number), before)
         if stays and say:
             address, options = listener.settings.address, " ".join(stays)

@@ -41,21 +41,21 @@ _DESCRIPTOR = struct.Struct("i")
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 #: More than any answer has: 4096 bytes, which is TAIL_BYTES of the relay, and a number.
 _ANSWER_BYTES = 4096 + 64
-#: How long the relay may take to tell last words; another one may have to be started first.
+#: How long the relay may take to send last words; another relay may have to be started first.
 _WORDS_S = 2.0
 #: How soon to look whether what was written is read.
 _READS_S = 0.5
 #: Before another relay is started; longer each time in a row.
 _RESTART_S = 0.1
 _LONGEST_S = 10.0
-#: How soon to tell it again what its line had no room for, and to look at a pipe that the last
-#: writer has left and that is not read to its end.
+#: How soon to repeat a message that its line had no room for, and to check a pipe without writers
+#: that is not read to its end.
 _AGAIN_S = 0.1
-#: How soon to tell it again what it had no descriptor for.
+#: How soon to repeat a message that it had no descriptor for.
 _ROOM_S = 1.0
-#: How long the end waits for the relay, which ends at once unless a process still writes.
+#: How long our exit waits for the relay, which exits at once unless a process still writes.
 _END_S = 3.0
-#: What it is told: a worker's pipe, to close it, a question for its last words, where lines go.
+#: The messages to it: a worker's pipe, close it, send last words, where lines go, exit.
 _PIPE, _CLOSE, _WORDS, _PLACE, _END = "+", "-", "?", "=", "!"
 _SHORT_HINT = "its limit of descriptors was lowered: it is raised, or another relay started"
 _CLOSED_HINT = (
@@ -101,8 +101,8 @@ class LogRelay:
         #: Readable as soon as there is something in a pipe.
         self._written = select.epoll()
         self._stood = False  # it was stopped when we last looked
-        self._short = False  # it had no descriptor for what it was told
-        self._is_to_end = False  # as it can have none
+        self._short = False  # it had no descriptor for a message
+        self._is_to_end = False  # because its limit of descriptors cannot be raised
 
     # -- begin and go on -----------------------------------------------------
 
@@ -115,9 +115,9 @@ class LogRelay:
     def adopt(
         self, relay: Mapping[str, dict[str, int]], outputs: Mapping[str, Mapping[str, int]]
     ) -> None:
-        """Go on with the relay that an earlier program started; takes ownership.
+        """Adopt the relay that an earlier program started; takes ownership.
 
-        relay: what was left of RELAY, outputs: of OUTPUT.
+        relay: the inherited descriptors of RELAY; outputs: those of OUTPUT.
         """
         self._shared = relay.get("read", {}).get("", -1)
         lines = relay.get("line", {})
@@ -135,14 +135,14 @@ class LogRelay:
         self._choose(found)
 
     def _choose(self, found: list[tuple[Process, int]]) -> None:
-        """Go on with one of the relays.
+        """Adopt one of the relays, and end the others.
 
-        Two, if the program before was killed between giving one away and the other.
+        There are two if the earlier program was killed while it replaced one by the other.
         """
         if not found:
             self._spawn()
             return
-        # One that cannot be told of new workers is of no use.
+        # A relay without a line cannot learn of new workers, so it is of no use.
         usable = [each for each in found if not each[0].has_ended() and each[1] >= 0]
         chosen, line = (usable or found)[-1]
         for process, other in found:
@@ -158,7 +158,7 @@ class LogRelay:
         self._say_all()
 
     def descriptors(self) -> dict[str, int]:
-        """Return what the next program needs to go on with it, but for the workers' pipes."""
+        """Return the descriptors that the next program needs, except the workers' pipes."""
         found = {}
         if self._shared >= 0:
             found[f"{inherited.RELAY}read"] = self._shared
@@ -212,7 +212,7 @@ class LogRelay:
         self._line = line
         try:
             self._loop.watch(line.fileno(), self._hear)
-        except OSError:  # out of memory: then no last words are told
+        except OSError:  # out of memory: then there are no last words
             pass
 
     def _hang_up(self) -> None:
@@ -253,7 +253,7 @@ class LogRelay:
         if stands and not self._stood:
             self._log.write("warning", "relay-stopped", pid=process.pid)
         # What it has read and not passed on is lost only if it cannot go on (a debugger's).  Where
-        # its state cannot be seen (no /proc), it is continued: to one that runs that is nothing.
+        # its state cannot be seen (no /proc), we send CONT, which a running relay ignores.
         if stands is not False:
             process.signal(signal.SIGKILL if stands and self._stood else signal.SIGCONT)
         self._stood = bool(stands)
@@ -272,7 +272,7 @@ class LogRelay:
         self._workers[number] = pipe
         self._named[pipe.name(number)] = pipe.read
         try:
-            # For nothing but the end of the last writer, which is told of unasked.
+            # Events 0: epoll still reports that the last writer has closed it.
             self._loop.watch(pipe.read, lambda: self._left(number), 0)
             self._written.register(pipe.read, select.EPOLLIN)
         except OSError:  # the system is short of something: then we look
@@ -313,7 +313,7 @@ class LogRelay:
             return
         for number in sorted(self._workers.keys() - numbers())[:over]:
             pipe = self._workers[number]
-            if not events_of(pipe.read, 0):  # at the end of file the relay closes it by itself
+            if not events_of(pipe.read, 0):  # at the end of file the relay closes it anyway
                 self._log.write(
                     "warning",
                     "output-closed",
@@ -330,13 +330,13 @@ class LogRelay:
         self._loop.call_after(("output", number), _AGAIN_S, lambda: self._left(number))
 
     def reopened(self) -> None:
-        """Tell it that stderr leads elsewhere now, where lines go there."""
+        """Send the relay the new stderr, if it writes lines there."""
         if self._kind != "syslog":
             self._unsaid.append((_PLACE, 0))
             self._say()
 
     def _say_all(self) -> None:
-        """Tell a relay everything: it may know nothing yet, or not the last of it."""
+        """Repeat all messages: a new relay has none of them, an adopted one may lack the last."""
         self._unsaid.clear()
         self._unsaid.extend((_PIPE, number) for number in self._workers)
         if self._kind != "syslog":
@@ -345,7 +345,7 @@ class LogRelay:
         self._say()
 
     def _say(self) -> None:
-        """Tell it what it has not been told yet, without ever waiting for it."""
+        """Send it the messages that it has not got yet, without ever blocking."""
         while self._unsaid and self._line is not None:
             kind, number = self._unsaid[0]
             pipe = self._workers.get(number)
@@ -357,7 +357,7 @@ class LogRelay:
                 try:
                     self._line.sendmsg([text.encode()], rights if fd >= 0 else [], _FLAGS)
                 except (BrokenPipeError, ConnectionResetError):
-                    return  # it has died: the next one is told of all
+                    return  # it has died: the next relay gets all messages
                 except OSError:  # it is behind, as its own reader may be
                     self._loop.call_after("relay-line", _AGAIN_S, self._say)
                     return
@@ -366,9 +366,11 @@ class LogRelay:
     # -- last words ----------------------------------------------------------
 
     def ask(self, number: int, done: Callable[[bytes], None]) -> None:
-        """Ask for the last of what a worker has written; called back once, with b"" if too late."""
+        """Request a worker's last output; calls back once, with b"" if it comes too late."""
         self._asked.setdefault(number, []).append(done)
-        self._loop.call_after((_WORDS, number), _WORDS_S, lambda: self._give_up(number))
+        self._loop.call_after(
+            (_WORDS, number), _WORDS_S, lambda: self._finish_without_words(number)
+        )
         self._unsaid.append((_WORDS, number))
         self._say()
 
@@ -386,7 +388,7 @@ class LogRelay:
             self._tell_again(kind, int(data[1:]))
             return
         number, _, said = data.partition(b"\n")
-        self._told(int(number), said)
+        self._words_came(int(number), said)
 
     def _tell_again(self, kind: str, number: int) -> None:
         """Repeat what it had no descriptor for: we have the pipe, and nothing in it is lost."""
@@ -402,14 +404,14 @@ class LogRelay:
         if self._is_to_end:  # only root can raise what we may not, and the next relay has ours
             self._unsaid.appendleft((_END, 0))
             self._say()
-            if self._helper is not None:  # an older one, or one that cannot write, does not end
+            if self._helper is not None:  # a relay of an old version, or a blocked one, stays
                 kill = partial(self._helper.process.signal, signal.SIGKILL)
                 self._loop.call_after("relay-end", _LONGEST_S, kill)
             return
         self._unsaid.append((kind, number))
         self._loop.call_after("relay-line", _ROOM_S, self._say)
 
-    def _told(self, number: int, said: bytes) -> None:
+    def _words_came(self, number: int, said: bytes) -> None:
         asked = self._asked.get(number)
         if asked is None:
             return  # it was too late
@@ -419,10 +421,10 @@ class LogRelay:
             self._loop.cancel((_WORDS, number))
         done(said)
 
-    def _give_up(self, number: int) -> None:
-        """Call back, without words, all that still wait for a worker's."""
+    def _finish_without_words(self, number: int) -> None:
+        """Call back, without words, all callers that wait for a worker's."""
         while number in self._asked:
-            self._told(number, b"")
+            self._words_came(number, b"")
 
     # -- the end -------------------------------------------------------------
 

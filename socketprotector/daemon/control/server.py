@@ -251,7 +251,7 @@ class ControlServer:
             client.tell(lambda more: control_requests.event(name, at, level, {**fields, **more}))
 
     def finish(self) -> None:
-        """Answer what has been asked by now: at the end, after which nobody can ask any more.
+        """Answer all requests so far, just before the server closes.
 
         Also those who have come back to a program that ends before it turned to them.
         """

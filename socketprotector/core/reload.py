@@ -19,34 +19,34 @@ from .stop import CALLED_OFF, stop_quickly
 
 #: The exit status of a start that failed (3: rolled back).
 START_FAILED = 3
-#: What becomes of a dry run when the program is replaced.
+#: Why a dry run fails when the program is replaced.
 UPGRADED = "called off: the protector is being upgraded"
-#: Why there is no dry run under that order.
+#: Why a dry run is refused under stop-first.
 STOP_FIRST = "with --reload-order stop-first the old workers end before the new ones start"
 
 
-# -- what is to come ----------------------------------------------------------
+# -- the next generation ------------------------------------------------------
 
 
 def launched(step: Step) -> None:
     """Open the first generation."""
-    if step.fleet.next_generation == 1:  # said twice: the program stands already
+    if step.fleet.next_generation == 1:  # a repeated event: a generation exists already
         step.fleet = replace(step.fleet, to_open=Next.FRESH)
 
 
 def reload_requested(step: Step) -> None:
-    """Note that a reload is wanted; begin_if_wanted() begins it."""
+    """Queue a reload; begin_if_wanted() begins it."""
     if step.fleet.stop_requested:
         step.do(Report(ReportKind.REFUSED, reason="no reload while stopping"))
     else:
-        # Remember the wish: the newest configuration wins without a second HUP.
+        # Queue it: the newest configuration wins without a second HUP.
         step.fleet = replace(step.fleet, reload_wanted=True)
 
 
 def dry_run_requested(step: Step) -> None:
     """Begin a reload that ends before its switch.
 
-    It is not remembered until it can begin: it is to say what a reload would do now.
+    A dry run that cannot begin is refused, not queued: its verdict is about the present.
     """
     fleet = step.fleet
     if fleet.stop_requested or fleet.is_changing or not fleet.of(Phase.SERVING):
@@ -59,7 +59,7 @@ def dry_run_requested(step: Step) -> None:
 
 
 def renew_requested(step: Step) -> None:
-    """Replace the serving generation by one of the same program, as a reload does."""
+    """Replace the serving generation with the last good command, as a reload does."""
     if not renew(step):
         step.do(
             Report(ReportKind.REFUSED, reason="one generation is being replaced, or none serves")
@@ -81,15 +81,15 @@ def renew(step: Step) -> bool:
 
 
 def begin_if_wanted(step: Step) -> None:
-    """Begin the reload that is wanted, unless one (or the first start) is in progress."""
+    """Begin a queued reload, unless a reload or the first start is in progress."""
     fleet = step.fleet
     if fleet.incoming or fleet.to_open is Next.FRESH or fleet.reading:
         return
     if fleet.candidate:
         _begin(step)
     elif fleet.reload_wanted and fleet.stop_requested:
-        # Only now: a client takes the first verdict from its number on for its own, and the
-        # reload before this one had none yet.
+        # Only now: a caller takes the first verdict after its request as its own, and the
+        # previous reload had no verdict until now.
         step.fleet = replace(fleet, reload_wanted=False)
         step.fail_unopened(CALLED_OFF)
     elif fleet.reload_wanted and not _may_rescue(fleet):
@@ -99,7 +99,7 @@ def begin_if_wanted(step: Step) -> None:
 
 
 def _may_rescue(fleet: Fleet) -> bool:
-    """Whether a rescue comes first, or may come: a failed release is not gone yet."""
+    """Return whether a rescue runs, or may still: a failed release has not ended yet."""
     rescues = fleet.to_open is not None and fleet.of(Phase.SERVING) is not None
     return rescues or bool(failed_in_the_way(fleet))
 
@@ -135,7 +135,7 @@ def try_nothing_unserved(step: Step) -> None:
 
 
 def call_off_dry_run(step: Step, reason: str) -> None:
-    """Fail the dry run that is under way, if there is one."""
+    """Fail the current dry run, if there is one."""
     if not step.fleet.dry_run:
         return
     starting = step.fleet.of(Phase.STARTING)
@@ -152,7 +152,7 @@ def _begin(step: Step) -> None:
     if step.fleet.dry_run:
         _begin_dry_run(step)
         return
-    # Where a back-off runs no generation serves: the reload must not wait for it.
+    # During a back-off no generation serves: the reload must not wait for its end.
     step.cancel(TimerKind.OPEN)
     step.fleet = replace(step.fleet, to_open=Next.FRESH, failed_starts=0)
     _make_room(step)
@@ -186,7 +186,7 @@ def _make_room(step: Step) -> None:
 
 
 def in_the_way(fleet: Fleet) -> tuple[Generation, ...]:
-    """Return the generations that must be gone before the next one is opened."""
+    """Return the generations that must end before the next one opens."""
     # Under stop-first an older generation may hold what this one needs, and so may
     # the last try of a first start.
     policy = fleet.policy_of(fleet.to_open is Next.FRESH)
@@ -196,19 +196,19 @@ def in_the_way(fleet: Fleet) -> tuple[Generation, ...]:
 
 
 def _takes_a_place(fleet: Fleet, generation: Generation) -> bool:
-    """Whether a generation that ends uses one of the two sockets there are where workers accept."""
+    """Return whether an ending generation uses one of a listener's two sockets."""
     abandoned = fleet.policy.has_two_places and generation.phase is Phase.ABANDONED
     return generation.quiescing or abandoned
 
 
 def has_failed(fleet: Fleet, generation: Generation) -> bool:
-    """Whether another generation serves although this one, which does not start, is newer."""
+    """Return whether an older generation serves while this newer one has failed."""
     serving = fleet.of(Phase.SERVING)
     return serving is not None and generation.number > serving.number
 
 
 def failed_in_the_way(fleet: Fleet) -> tuple[Generation, ...]:
-    """Return the failed generations that must be gone before a requested reload begins."""
+    """Return the failed generations that must end before a queued reload begins."""
     return tuple(
         each
         for each in fleet.generations
@@ -217,7 +217,7 @@ def failed_in_the_way(fleet: Fleet) -> tuple[Generation, ...]:
 
 
 def open_if_due(step: Step) -> None:
-    """Open the generation that is to come, unless something stands in its way."""
+    """Open the next generation, unless a back-off or another generation delays it."""
     fleet = step.fleet
     if fleet.to_open is None or Deadline(TimerKind.OPEN) in fleet.timers or in_the_way(fleet):
         return
@@ -232,7 +232,7 @@ def open_if_due(step: Step) -> None:
 
 
 def _recover(step: Step, delay_s: float) -> None:
-    """No generation serves: open the last good command again."""
+    """Open the last good command again, because no generation serves."""
     step.fleet = replace(step.fleet, to_open=Next.LAST_GOOD)
     if delay_s > 0:
         step.start(TimerKind.OPEN, 0, delay_s)
@@ -255,7 +255,7 @@ def _is_complete(fleet: Fleet, starting: Generation) -> bool:
 
 
 def is_asked(fleet: Fleet, starting: Generation) -> bool:
-    """Whether a starting generation is being asked: all of its workers live."""
+    """Return whether a starting generation is probed: all of its workers are running."""
     return fleet.policy_of(starting.fresh).asks and _is_complete(fleet, starting)
 
 
@@ -276,7 +276,7 @@ def answered(step: Step, number: int) -> None:
     if generation is None or generation.phase is not Phase.STARTING:
         return
     if not _is_complete(step.fleet, generation):
-        return  # more workers are wanted meanwhile; once they live, it is asked again
+        return  # more workers are wanted meanwhile; once they run, it is probed again
     policy = step.fleet.policy_of(generation.fresh)
     workers = (
         each
@@ -348,10 +348,10 @@ def fail(step: Step, number: int, reason: str, *, retry: bool = False) -> None:
     if not step.fleet.served:
         _first_start_failed(step, number, reason, retry=retry)
     elif serving and not failed.fresh and not settles and step.fleet.reload_wanted:
-        step.do(Report(ReportKind.RETRYING, number, reason))  # the verdict is that of the reload
+        step.do(Report(ReportKind.RETRYING, number, reason))  # the queued reload brings the verdict
     elif serving or failed.fresh or settles:
         step.report_failure(number, reason)
-        if not serving:  # its channel broke meanwhile
+        if not serving:  # its channel has broken meanwhile
             _recover(step, 0.0)
     else:
         step.do(Report(ReportKind.RETRYING, number, reason))
@@ -379,7 +379,7 @@ def take_back(step: Step, incoming: Generation) -> None:
 
 
 def _abandon(step: Step, number: int) -> None:
-    """End a starting generation, which has had no client."""
+    """End a starting generation; it has had no client."""
     step.end_start(number)
     if step.fleet[number].fresh:
         step.forget_settings()
@@ -406,7 +406,7 @@ def _first_start_failed(step: Step, number: int, reason: str, *, retry: bool) ->
 
 
 def socket_lost(step: Step, number: int) -> None:
-    """Fail a generation that starts: it can never accept all that it would have to."""
+    """Fail a starting generation that lost a socket: it could not accept all clients."""
     generation = step.fleet.generation(number)
     if generation and generation.phase is Phase.STARTING:
         fail(step, number, "a worker shut down or broke its listening socket")
@@ -431,12 +431,12 @@ def _serving_broken(step: Step, number: int, served_s: float) -> None:
         step.do(RouteTo(None))
     step.drain(number, step.fleet.policy.drain_limit_s)
     if step.fleet.stopping:
-        step.close_listeners()  # no worker can serve what is still in the backlog
+        step.close_listeners()  # no worker can serve clients still in the backlog
         return
     if served_s >= PROVEN_S:
         step.fleet = replace(step.fleet, failed_starts=0)
     delay_s = _count_failure(step)
     fleet = step.fleet
-    reloads = fleet.to_open is Next.FRESH and not fleet.dry_run  # and that is waited for
+    reloads = fleet.to_open is Next.FRESH and not fleet.dry_run  # and a caller waits for that
     if fleet.incoming is None and not reloads:
         _recover(step, delay_s)

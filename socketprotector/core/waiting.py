@@ -1,4 +1,4 @@
-"""What a fleet waits for, and why, in words for the operator: the one place that says it.
+"""What a fleet waits for, and why, in words for the operator: the only place for these reasons.
 
 Pure.  `status` shows the result; the progress of commands and the page read it from there.
 """
@@ -20,18 +20,18 @@ class Wait:
     kind: str
     reason: str
     generation: int | None = None
-    left_s: float | None = None  # until it ends in any case; None: it has no limit
+    left_s: float | None = None  # until the wait ends at the latest; None: no limit
 
 
 @frozen
 class Facts:
-    """What the fleet does not know, and a reason needs."""
+    """Facts for the reasons that the fleet does not have."""
 
-    left_s: Mapping[Deadline, float] = field(default_factory=dict)  # of each timer that runs
+    left_s: Mapping[Deadline, float] = field(default_factory=dict)  # of each running timer
     #: Open connections by generation; None: not known.
     active: Mapping[int, int | None] = field(default_factory=dict)
     answer: str = ""  # the last answer of the starting generation to its probe or check
-    settle_check: str = ""  # what the settling generation is asked
+    settle_check: str = ""  # the check of the settling generation
     settle_check_due: bool = False  # --settle is over, and its next good answer is awaited
     upgrade: str = ""  # what an upgrade waits for
     leftovers_end: bool = False  # processes of failed workers were found, and signalled
@@ -89,7 +89,7 @@ def _start(fleet: Fleet, facts: Facts, generation: Generation) -> Wait:
     ready = sum(worker.state is State.READY for worker in generation.workers)
     known = [f"{ready} of {_count(wanted, 'worker')} ready"]
     if facts.answer:
-        # Where only the answer decides, what workers say does not matter.
+        # If only the answer decides, READY=1 of workers does not matter.
         known = known[: not fleet.policy_of(generation.fresh).answer_decides]
         known.append(_last_answer(facts.answer))
     reason = f"generation {number} starts: {'; '.join(known)}"
@@ -97,7 +97,7 @@ def _start(fleet: Fleet, facts: Facts, generation: Generation) -> Wait:
 
 
 def _last_answer(answer: str) -> str:
-    """Return it in words: `GET /healthz: 500` is an answer, `GET /healthz: refused` is none."""
+    """Return the answer in words: `GET /healthz: 500` is one, `GET /healthz: refused` is not."""
     asked, colon, said = answer.partition(": ")
     got_one = asked.startswith("GET ") and colon and said[:1].isdigit()
     return f"last answer to {answer}" if got_one else f"last probe: {answer}"
@@ -167,7 +167,7 @@ def _awaited(fleet: Fleet) -> tuple[Generation, ...]:
 
 
 def _end(kind: str, facts: Facts, generation: Generation, left_s: float | None = None) -> Wait:
-    """Return why a generation is still there."""
+    """Return the wait for a generation's end."""
     number, active = generation.number, facts.active.get(generation.number)
     workers = len(generation.alive)
     if generation.ending:
@@ -195,7 +195,7 @@ def _still(workers: int) -> str:
 
 
 def _workers(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
-    """Give waits for single workers of the serving generation, one for each kind of wait."""
+    """Yield waits for single workers of the serving generation, one for each kind of wait."""
     serving = fleet.of(Phase.SERVING)
     if serving is None or fleet.stopping:
         return
@@ -204,23 +204,23 @@ def _workers(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
         ("worker", TimerKind.WORKER_START, "to be ready"),
         ("worker", TimerKind.WORKER_KILL, "to exit after a signal"),
     ):
-        left = {w: _left(facts, timer, w.number) for w in serving.workers}
-        their = {worker: left_s for worker, left_s in left.items() if left_s is not None}
-        if their:
-            reason = f"{_count(len(their), 'worker')} of generation {serving.number} {words}"
-            yield Wait(kind, reason, serving.number, min(their.values()))
-    said = {
+        limits = (_left(facts, timer, worker.number) for worker in serving.workers)
+        waits_s = [left_s for left_s in limits if left_s is not None]
+        if waits_s:
+            reason = f"{_count(len(waits_s), 'worker')} of generation {serving.number} {words}"
+            yield Wait(kind, reason, serving.number, min(waits_s))
+    reported = {
         d.target for d in fleet.timers if d.wait in (TimerKind.WORKER_START, TimerKind.WORKER_KILL)
     }
     finishing = [
         worker
         for worker in serving.workers  # a starting worker without a deadline was sent KILL
         if worker.state in (State.STARTING, State.RETIRING, State.ORPHANED)
-        and worker.number not in said
+        and worker.number not in reported
     ]
     if finishing:
-        limits = [_left(facts, TimerKind.WORKER_RETIRE, each.number) for each in finishing]
-        known = [left_s for left_s in limits if left_s is not None]
+        retire_limits = [_left(facts, TimerKind.WORKER_RETIRE, w.number) for w in finishing]
+        known = [left_s for left_s in retire_limits if left_s is not None]
         what = _count(len(finishing), "worker")
         reason = f"{what} of generation {serving.number} to finish and exit"
         yield Wait("worker", reason, serving.number, min(known, default=None))

@@ -20,10 +20,10 @@ from .reload import fail
 from .rescue import rescue
 from .step import Step
 
-#: So many are started, or let go, until the loop turns: a few milliseconds' work.
+#: The workers started or retired per turn of the loop: a few milliseconds' work.
 AT_ONCE = 8
-#: Dead workers' process groups, each of which takes descriptors: so many may live on, or twice as
-#: many as there are to be workers.
+#: The most surviving process groups of dead workers, each of which takes descriptors; or twice the
+#: number of workers wanted, if that is more.
 MOST_ORPHANS = 64
 _NUMBER, _REPLACES, _STATE = attrgetter("number"), attrgetter("replaces"), attrgetter("state")
 
@@ -31,7 +31,7 @@ _NUMBER, _REPLACES, _STATE = attrgetter("number"), attrgetter("replaces"), attrg
 def worker_ready(step: Step, number: int, retires: bool) -> None:
     found = step.fleet.find(number)
     if found is None or found[1].state is not State.STARTING:
-        return  # said twice, or crossed our signal
+        return  # a repeated message, or it crossed our signal
     step.cancel(TimerKind.WORKER_START, number)
     ready = replace(found[1], state=State.READY, retires=retires, replaces=0)
     step.fleet = step.fleet.with_worker(ready)
@@ -48,7 +48,7 @@ def worker_exited(step: Step, event: WorkerExited) -> None:
 
 
 def _exited(step: Step, event: WorkerExited, generation: Generation, worker: Worker) -> None:
-    told_to_end = Deadline(TimerKind.WORKER_KILL, worker.number) in step.fleet.timers
+    was_signalled = Deadline(TimerKind.WORKER_KILL, worker.number) in step.fleet.timers
     for wait in (TimerKind.WORKER_START, TimerKind.WORKER_RETIRE, TimerKind.WORKER_KILL):
         step.cancel(wait, worker.number)
     orphans = [Worker(worker.number, worker.slot, State.ORPHANED)] if event.orphans else []
@@ -56,7 +56,7 @@ def _exited(step: Step, event: WorkerExited, generation: Generation, worker: Wor
     if worker.state is State.ORPHANED:
         return  # its slot was filled or dropped long ago
     replacement = _replacement(generation, worker.number)
-    if replacement:  # it stands for itself from now on
+    if replacement:  # it replaces no worker any more
         step.fleet = step.fleet.with_worker(replace(replacement, replaces=0))
     if generation.phase is Phase.SERVING and worker.state is not State.RETIRING:
         step.do(Report(ReportKind.EXITED, generation.number, event.reason))
@@ -69,11 +69,11 @@ def _exited(step: Step, event: WorkerExited, generation: Generation, worker: Wor
     else:
         _take_over(step, worker.replaces)  # no other replacement is to come
     for orphan in orphans:  # last: after a rollback, clients go elsewhere by then
-        _end_orphans(step, generation, worker, orphan, told_to_end=told_to_end)
+        _end_orphans(step, generation, worker, orphan, was_signalled=was_signalled)
 
 
 def _end_orphans(
-    step: Step, generation: Generation, worker: Worker, left: Worker, *, told_to_end: bool
+    step: Step, generation: Generation, worker: Worker, orphan: Worker, *, was_signalled: bool
 ) -> None:
     """Let a dead worker's processes finish, within the limits of any leaving worker.
 
@@ -81,18 +81,18 @@ def _end_orphans(
     """
     ended_now = step.fleet[generation.number].ending and not generation.ending
     if generation.phase is Phase.STARTING or ended_now:
-        return  # all that is left of it is ended
+        return  # its generation is ended as a whole
     if generation.ending:
-        step.do(Signal(left.number, WorkerSignal.TERM))
-    elif told_to_end or worker.state is State.STARTING:
-        step.end_worker(left)
+        step.do(Signal(orphan.number, WorkerSignal.TERM))
+    elif was_signalled or worker.state is State.STARTING:
+        step.end_worker(orphan)
     else:
-        step.retire(left)
+        step.retire(orphan)
         _end_oldest_orphans(step)
 
 
 def _end_oldest_orphans(step: Step) -> None:
-    """End what has lived on the longest, where there is too much of it."""
+    """End the oldest orphaned process groups if there are too many."""
     orphans = [each for each in step.fleet.alive() if each.state is State.ORPHANED]
     over = len(orphans) - max(MOST_ORPHANS, 2 * step.fleet.workers_wanted)
     for oldest in sorted(orphans, key=_NUMBER)[: max(0, over)]:
@@ -101,7 +101,7 @@ def _end_oldest_orphans(step: Step) -> None:
 
 
 def _is_last_taker(fleet: Fleet, number: int) -> bool:
-    """Say whether what waits in this queue would be lost without another worker."""
+    """Return whether queued clients would be lost without another worker."""
     generation = fleet[number]
     others = generation.takers or any(not w.alive for w in generation.workers)
     return fleet.queue_is_last and not generation.ending and not others
@@ -136,24 +136,24 @@ def scale_requested(step: Step, change: int, to: int | None) -> None:
 
 
 def reconcile(step: Step) -> None:
-    """Bring the generations to as many workers as are wanted, a few with each turn of the loop.
+    """Bring the generations to the wanted number of workers, a few per turn of the loop.
 
-    Each takes its time, and there may be thousands.  What is still missing stands nowhere: what
-    comes meanwhile, a stop or a smaller number, is decided on as if they had never been wanted.
+    Each takes time, and there may be thousands.  Missing workers are not recorded: a stop or a
+    smaller number in the meantime takes effect as if they had never been wanted.
     """
     if Deadline(TimerKind.TURN) in step.fleet.timers:
         return
-    left = AT_ONCE
-    # First the replacements: without them there are fewer than there were.
-    left -= _start_waiting(step, left)
-    left -= _fill(step, left)
-    left -= _resize(step, left)
-    if left < AT_ONCE:
+    budget = AT_ONCE
+    # Replacements first: without them there are fewer workers than before.
+    budget -= _start_waiting(step, budget)
+    budget -= _fill(step, budget)
+    budget -= _resize(step, budget)
+    if budget < AT_ONCE:
         step.start(TimerKind.TURN, 0, 0.0)
 
 
 def _start_waiting(step: Step, most: int) -> int:
-    """Start those for which a slot has been made; return how many."""
+    """Start the workers that have a slot and no process; return their number."""
     found = tuple(islice(_waiting(step), most))
     for number, worker in found:
         step.spawn(number, worker)
@@ -175,7 +175,7 @@ def _waiting(step: Step) -> Iterator[tuple[int, Worker]]:
 
 
 def _fill(step: Step, most: int) -> int:
-    """Start workers of a generation that has not got all of them yet; return how many."""
+    """Start missing workers of a starting generation; return their number."""
     fleet = step.fleet
     starting = fleet.of(Phase.STARTING)
     if starting is None:
@@ -187,17 +187,17 @@ def _fill(step: Step, most: int) -> int:
         next_worker = fleet.next_worker + len(new)
         step.fleet = replace(fleet.with_generation(filled), next_worker=next_worker)
         step.do(*(Spawn(filled.number, worker.number, worker.slot) for worker in new))
-        # They have their time from the last one's start on.
+        # The start limit runs from the last worker's start.
         policy = fleet.policy_of(starting.fresh)
         step.start_or_extend(TimerKind.START, filled.number, policy.start_timeout_s)
     return len(new)
 
 
 def _resize(step: Step, most: int) -> int:
-    """Let the serving generation grow or shrink; return by how many."""
+    """Grow or shrink the serving generation; return the number of workers changed."""
     serving = step.fleet.of(Phase.SERVING)
     if serving is None or step.fleet.stopping or step.fleet.of(Phase.SETTLING):
-        return 0  # while another settles it is not known yet which one is to grow
+        return 0  # until --settle is over, either generation may be the one to grow
     before, wanted = step.before, step.fleet.workers_wanted
     as_it_was = before.of(Phase.SERVING) is serving and before.workers_wanted == wanted
     if as_it_was and before.timers is step.fleet.timers and not before.of(Phase.SETTLING):
@@ -206,8 +206,8 @@ def _resize(step: Step, most: int) -> int:
     staying = tuple(map(_REPLACES, serving.workers)).count(0)
     staying -= sum(map(tuple(map(_STATE, serving.workers)).count, LEAVING))
     if staying > wanted:
-        left = [w for w in serving.workers if w.state not in LEAVING and not w.replaces]
-        over = sorted(left, key=lambda w: w.slot)[: wanted - 1 : -1][:most]
+        settled = [w for w in serving.workers if w.state not in LEAVING and not w.replaces]
+        over = sorted(settled, key=lambda w: w.slot)[: wanted - 1 : -1][:most]
         for worker in over:
             _retire(step, serving.number, worker)
             replacement = _replacement(serving, worker.number)
@@ -226,7 +226,7 @@ def _free_slots(generation: Generation) -> Iterator[int]:
 
 
 def _retire(step: Step, number: int, worker: Worker) -> None:
-    """Let one worker leave without a replacement."""
+    """Retire a worker without a replacement."""
     step.cancel(TimerKind.WORKER_START, worker.number)
     worker = replace(worker, replaces=0)
     if worker.state is State.WAITING:
@@ -253,7 +253,7 @@ def kill_requested(step: Step, number: int) -> None:
 
 
 def replace_requested(step: Step, number: int, reason: str, *, hung: bool) -> None:
-    """Start a worker's replacement first; where none would serve, only let it go."""
+    """Start a worker's replacement first; outside the serving generation, end it if stuck."""
     found = step.fleet.find(number)
     if found is None:
         return
@@ -264,7 +264,7 @@ def replace_requested(step: Step, number: int, reason: str, *, hung: bool) -> No
         if worker.state is State.RETIRING:
             step.end_worker(worker)
     if worker.state is not State.READY or _replacement(generation, number):
-        return  # it is on its way out, or not in yet
+        return  # it is leaving, or not ready yet
     if generation.phase is Phase.SERVING and not step.fleet.stopping:
         step.do(Report(ReportKind.REPLACING, generation.number, reason))
         step.add(generation.number, next(_free_slots(generation)), replaces=number)
@@ -274,14 +274,14 @@ def replace_requested(step: Step, number: int, reason: str, *, hung: bool) -> No
 
 
 def _replacement(generation: Generation, number: int) -> Worker | None:
-    """The worker that is to replace another one."""
+    """Return the worker that will replace another, if there is one."""
     if number not in map(_REPLACES, generation.workers):  # of thousands, fast
         return None
     return next(worker for worker in generation.workers if worker.replaces == number)
 
 
 def _take_over(step: Step, number: int) -> None:
-    """Let a worker go that was replaced, or which hangs."""
+    """Retire a worker whose replacement is ready, or end it if it is stuck."""
     found = step.fleet.find(number)
     if number and found and found[1].state is State.READY:
         generation, worker = found
@@ -312,5 +312,5 @@ def time_extended(step: Step, number: int, seconds: float) -> None:
 def too_slow(step: Step, number: int) -> None:
     """End a worker that was not ready, or has not left, in time."""
     found = step.fleet.find(number)
-    if found and not found[0].ending:  # else TERM was sent already
+    if found and not found[0].ending:  # otherwise TERM was sent already
         step.end_worker(found[1])

@@ -1,16 +1,16 @@
 """Crash-loop suppression: one line with a count instead of a full disk.
 
-Stands before the log. The first deaths of a loop are written as they are. What the loop repeats
-from then on is suppressed and counted, and summed up in one line at growing intervals: how often,
-and how it ended the last time. Once a worker has proved itself, and at a stop, the rest is
-summed up, and what was withheld of that worker is written. Observers of the log get everything.
+Filters lines before they reach the log. The first deaths of a loop are logged unchanged. Later
+deaths are suppressed, counted, and summed up in one line at growing intervals: the count, and the
+last cause. Once a worker has proved itself, and at a stop, the rest is summed up and that worker's
+withheld lines are written. Observers of the log get every line.
 
-There are two kinds of loop: workers that crash in one slot of a generation, and generations that
-fail one after the other because none serves.
+There are two kinds of loop: workers that crash in the same slot of a generation, and generations
+that fail in a row while none serves.
 
-It reads the log's own lines: their order is what it has to keep, and the core, which counts quick
-deaths for its back-off, knows neither when a worker was spawned nor what it said (the daemon
-writes these lines), nor when one has proved itself (only, at its end, that it had).
+The filter reads the log's own lines, because it has to keep their order. The core also counts quick
+deaths, for its back-off, but it does not know when a worker was spawned, what it wrote, or when it
+proved itself: it learns at the worker's end that it had.
 """
 
 from __future__ import annotations
@@ -24,46 +24,47 @@ from ..model.policy import PROVEN_S
 from .loop import Loop
 
 Fields = Mapping[str, object]
-#: When it came; level, event and fields.
+#: Time, level, event and fields.
 Line = tuple[float, str, str, Fields]
-#: Generation and slot; the slot is missing of a worker that could not even be spawned.
-#: None: generations, one after the other.
+#: Generation and slot; the slot is None for a worker that could not be spawned.
+#: None: the loop of generations.
 Key = tuple[int, int | None] | None
 
-#: Deaths in a row that are written as they are.
+#: Deaths in a row that are logged unchanged.
 SHOWN = 5
-#: From one line with a count to the next: doubled each time.
+#: The time between two summary lines: it doubles each time.
 FIRST_INTERVAL_S = 10.0
 LAST_INTERVAL_S = 3600.0
-#: A worker that could not be spawned is never ready: longer apart is no loop (back-off: 60 s).
+#: A worker that could not be spawned is never ready: deaths further apart are no loop (back-off:
+#: 60 s).
 _APART_S = 120.0
-#: The slot of a worker whose end is no death of a loop: spawned by an earlier program, or it served
-#: and was told to leave.
+#: The slot of a worker whose exit does not count: an earlier program spawned it, or it served and
+#: was asked to leave.
 _UNKNOWN = -1
-#: Lines of workers that live: a generation may have many of them.
+#: The most lines withheld of running workers: a generation may have many workers.
 _WITHHELD = 256
 
 _REPEATED = ("spawned", "worker-ready", "signalled", "exited")
 _FAILURES = ("retrying", "channel-broken")
-#: What generations that are opened one after the other repeat.
+#: The events that generations repeat when they fail in a row.
 _REPEATED_BY_GENERATIONS = (*_REPEATED, *_FAILURES, "route", "recovered", "drained")
-#: After these it is known how the generations go on.
+#: These events end a loop of generations.
 _VERDICTS = ("ready", "reloaded", "reload-failed", "start-failed")
 
 
 @mutable
 class _CrashLoop:
-    """The deaths in a row of one slot, or of generations."""
+    """A run of deaths of one slot, or of generations."""
 
     began: float
-    deaths: int = 0  # quick ones, in a row
-    unreported: int = 0  # of these, since the last line
+    deaths: int = 0  # quick deaths in a row
+    unreported: int = 0  # deaths since the last line
     interval_s: float = FIRST_INTERVAL_S
-    ready_at: float | None = None  # of the worker that lives
+    ready_at: float | None = None  # when the running worker was ready
     died_at: float = 0.0
     shown: int = SHOWN
-    last: Fields = field(default_factory=dict)  # how it ended the last time
-    #: What was withheld of the worker that lives, and when.
+    last: Fields = field(default_factory=dict)  # the fields of the last death
+    #: The withheld lines of the running worker.
     withheld: deque[Line] = field(default_factory=lambda: deque(maxlen=_WITHHELD))
 
     @property
@@ -75,19 +76,19 @@ class CrashLoopFilter:
     """Withholds lines that a crash loop repeats."""
 
     def __init__(self, write: Callable[[str, str, Fields], None], loop: Loop) -> None:
-        """`write` writes a line (level, event, fields) without asking here."""
+        """write: writes a line (level, event, fields) past this filter."""
         self._write = write
         self._loop = loop
         self._crashing: dict[Key, _CrashLoop] = {}
-        self._slot_of: dict[int, tuple[int, int | None]] = {}  # of workers that live
-        self._slot_counts: dict[int, int] = {}  # how many a generation has
+        self._slot_of: dict[int, tuple[int, int | None]] = {}  # of running workers
+        self._slot_counts: dict[int, int] = {}  # slots by generation
         self._just_ended: tuple[int, int | None] | None = None
         self._failed = 0  # the last generation that failed while no other served
         self._shown_to = 0  # the lines of later generations are withheld
         self._stopping = False
 
     def suppresses(self, level: str, event: str, fields: Fields) -> bool:
-        """Take note of a line that is about to be written; True: it is not to be written now."""
+        """Return whether a line is to be withheld; to be called for each line of the log."""
         if event == "stopping":
             self.flush()
             self._stopping = True
@@ -98,18 +99,18 @@ class CrashLoopFilter:
             _number(fields, "generation")
             or self._slot_of.get(_number(fields, "worker"), (0, None))[0]
         )
-        of_a_slot = self._of_a_slot(line, generation)
-        return self._of_generations(line, generation) or of_a_slot
+        for_slot = self._suppresses_for_slot(line, generation)
+        return self._suppresses_for_generations(line, generation) or for_slot
 
     def flush(self) -> None:
-        """Write what was withheld."""
+        """Write the withheld lines and all counts."""
         for key in list(self._crashing):
             self._finish(key)
         self._slot_of.clear()
 
     # -- workers of a slot --------------------------------------------------------
 
-    def _of_a_slot(self, line: Line, generation: int) -> bool:
+    def _suppresses_for_slot(self, line: Line, generation: int) -> bool:
         _, _, event, fields = line
         worker = _number(fields, "worker")
         just_ended, self._just_ended = self._just_ended, None
@@ -122,9 +123,11 @@ class CrashLoopFilter:
             slot = _number(fields, "slot")
             self._slot_of[worker] = generation, slot
             self._slot_counts[generation] = max(self._slot_counts.get(generation, 0), slot + 1)
-        if event == "exited" and not worker:  # the lifecycle says it once more, with the reason
-            return self._reason(just_ended, generation, fields)
-        if event in ("retired", "signalled") and self._leaves_as_asked(worker):
+        if (
+            event == "exited" and not worker
+        ):  # the core reports the same exit again, with its reason
+            return self._add_reason(just_ended, generation, fields)
+        if event in ("retired", "signalled") and self._leaves_on_request(worker):
             return False
         if event not in _REPEATED:
             return False
@@ -138,7 +141,7 @@ class CrashLoopFilter:
             return self._count_death(key, {"worker": worker, "how": fields.get("how")})
         return self._withhold(key, line, ready=event == "worker-ready")
 
-    def _leaves_as_asked(self, worker: int) -> bool:
+    def _leaves_on_request(self, worker: int) -> bool:
         """Whether a serving worker was told to leave: its exit is then no crash."""
         key = self._slot_of.get(worker, (0, _UNKNOWN))
         crashes = self._crashing.get(key)
@@ -148,12 +151,12 @@ class CrashLoopFilter:
         self._finish(key)
         return True
 
-    def _reason(
+    def _add_reason(
         self, ended: tuple[int, int | None] | None, generation: int, fields: Fields
     ) -> bool:
         reason = _why(fields)
         if ended is None or ended[0] != generation:
-            # All of its slots together, as the line does not say which one.
+            # Count all slots together: the line does not name the slot.
             shown = SHOWN * self._slot_counts.get(generation, 1)
             return self._count_death((generation, None), reason, shown)
         crashes = self._crashing.get(ended)
@@ -162,9 +165,9 @@ class CrashLoopFilter:
         crashes.last = {**crashes.last, **reason}
         return crashes.deaths > crashes.shown
 
-    # -- generations, one after the other ----------------------------------------
+    # -- generations that fail in a row --------------------------------------------
 
-    def _of_generations(self, line: Line, generation: int) -> bool:
+    def _suppresses_for_generations(self, line: Line, generation: int) -> bool:
         _, _, event, fields = line
         if event in _VERDICTS:
             self._finish(None)
@@ -183,7 +186,7 @@ class CrashLoopFilter:
     # -- deaths in a row -----------------------------------------------------------
 
     def _withhold(self, key: Key, line: Line, *, ready: bool) -> bool:
-        """Withhold a line of a worker, or of a generation, that lives; ready: it serves."""
+        """Withhold a line of a running worker or generation in a loop; ready: it is serving."""
         crashes = self._crashing.setdefault(key, _CrashLoop(line[0]))
         if ready:
             crashes.ready_at = line[0]
@@ -196,7 +199,7 @@ class CrashLoopFilter:
         return True
 
     def _count_death(self, key: Key, last: Fields, shown: int = SHOWN) -> bool:
-        """Count a death; True: it is not to be written now."""
+        """Count a death; return whether its line is to be withheld."""
         now = time.monotonic()
         crashes = self._crashing.get(key)
         if crashes is not None and (
@@ -222,7 +225,7 @@ class CrashLoopFilter:
         return True
 
     def _sum_up(self, key: Key) -> None:
-        """Write how many deaths there were since the last line."""
+        """Write the number of deaths since the last line."""
         crashes = self._crashing[key]
         generation, slot = key if key is not None else (self._failed, None)
         fields = {
@@ -238,7 +241,7 @@ class CrashLoopFilter:
         self._write("warning", "crash-loop", {k: v for k, v in fields.items() if v is not None})
 
     def _finish(self, key: Key) -> None:
-        """Write the rest and the withheld lines of the living worker; start over."""
+        """Write the rest and the withheld lines of the running worker; end the loop."""
         crashes = self._crashing.get(key)
         if crashes is None:
             return

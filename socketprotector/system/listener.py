@@ -19,9 +19,9 @@ from ..model.settings import ListenerSettings
 from . import bpf, inherited, socket_copy
 from .polling import events_of
 
-#: Nothing there, or gone again: the next wake-up brings the next client (accept(2) on Linux
+#: No client, or it has disconnected: the next wake-up brings the next client (accept(2) on Linux
 #: passes on errors of the connection itself).
-AGAIN = frozenset(
+TRANSIENT_ERRNOS = frozenset(
     {
         errno.EAGAIN,
         errno.EINTR,
@@ -38,8 +38,8 @@ AGAIN = frozenset(
         errno.EPERM,
     }
 )
-#: The system is out of something: what cannot be had now can be later.
-SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+#: The system is out of descriptors or memory: a later try may succeed.
+RESOURCE_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 NO_MARKS: Mapping[bpf.Mark, int] = {}
 #: A socket that was shut down hangs up; a UNIX one is readable then, too (tcp_poll(), unix_poll()).
 CLIENT_OR_END = select.POLLIN | select.POLLRDHUP

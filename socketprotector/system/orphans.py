@@ -1,14 +1,13 @@
-"""Processes that a worker which never served has left behind: found and ended.
+"""Finds and ends the processes that a failed worker, which never served, has left behind.
 
-A program that detaches itself, or that fails with children of its own, would go on living
-with its port and its files while the start is reported as failed.  What it has started
-carries its notify address, which is random and its own, in the environment.  Processes that have
-stayed in the worker's process group end with that (process_groups.py); this is about those that
-have left it.
+A program that detaches itself, or fails with children running, would keep its port and files while
+the start is reported as failed.  Its processes carry its notify address, which is random and
+unique, in their environment.  process_groups.py ends the processes in the worker's group; this
+module ends the processes that have left the group.
 
-A child of ours looks for them, for all addresses in one go: /proc may have thousands of
-processes, and one whose memory is locked (a page on a dead disk) blocks the reader of its
-environment.  It answers with a pidfd for each that it has found.
+A child process scans /proc for all addresses at once: there may be thousands of processes, and a
+process with locked memory (a page on a dead disk) blocks the reader of its environment.  The child
+sends a pidfd of each process that it finds.
 
 Source: proc(5), pidfd_send_signal(2), close_range(2).
 """
@@ -33,27 +32,27 @@ from .loop import Loop
 from .polling import events_of
 from .spawn import fork
 
-#: How often to look for what was started while one looked, or to kill what is there again.
+#: The most scans for processes started during a scan, and the most rounds of KILL.
 _LOOKS = 10
-#: How soon to look again whether those that were killed, or that the end waits for, are gone.
+#: The time until the next scan checks that signalled processes are gone.
 _DEATH_S = 0.2
-#: How soon to look again where there was nothing to look with.
+#: The time until the next scan after a scan failed.
 _LOOK_AGAIN_S = 1.0
-#: A look that takes longer hangs, and is killed.
+#: A scan that takes longer is stuck and is killed.
 _LOOK_S = 30.0
 _ANCILLARY = socket.CMSG_LEN(4)  # CMSG_SPACE of one int has room for two
 _FLAGS = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
-#: An address and a pid; or why nothing could be seen.
+#: An address and a pid; or why the scan failed.
 _MESSAGE_BYTES = 256
 _CANNOT = b"!"
 _TIMER, _TIMER_END, _LIMIT = "orphans", "orphans-end", "orphans-look"
 
-#: What was found: notify address -> (pid, pidfd) of each that has it.
+#: Notify address -> (pid, pidfd) of each process that has it.
 Found = Mapping[str, Sequence[tuple[int, int]]]
 
 
 class Orphans:
-    """Ends what failed workers leave: by TERM, and by KILL what takes too long."""
+    """Ends the processes that failed workers leave: by TERM, then by KILL."""
 
     def __init__(
         self,
@@ -72,31 +71,31 @@ class Orphans:
         self._loop = loop
         self._log = log
         self._kill_timeout_s = kill_timeout_s
-        #: Notify address -> when KILL is due; None before the first look.
+        #: Notify address -> when KILL is due; None before the first scan.
         self._left: dict[str, float | None] = {}
-        self._kills: dict[str, int] = {}  # how often there was something to kill
+        self._kills: dict[str, int] = {}  # rounds of KILL, by address
         self._look: Look | None = None
-        self._ended: Callable[[], None] | None = None  # waits for their end
-        self._blind = False  # and has said so
-        self._trouble = ""  # why the last look has failed
+        self._ended: Callable[[], None] | None = None  # called when all processes have ended
+        self._blind = False  # /proc is unusable, and that was logged
+        self._trouble = ""  # why the last scan failed
 
     @property
     def left(self) -> tuple[str, ...]:
-        """The addresses that have to be looked for: now, or when their time is over."""
+        """The addresses to scan for, now or when KILL is due."""
         return tuple(self._left)
 
     @property
     def found(self) -> bool:
-        """Whether a look has found some, which were sent TERM."""
+        """Whether a scan has found processes, which were sent TERM."""
         return any(due is not None for due in self._left.values())
 
     def end(self, address: str) -> None:
-        """End whatever has this notify address in its environment."""
+        """End the processes that have this notify address in their environment."""
         self._left.setdefault(address, None)
         self._look_after(0.0)
 
     def when_ended(self, done: Callable[[], None]) -> None:
-        """Call back, maybe at once, when nothing is left of them, or too much time has passed."""
+        """Call back, maybe at once, when all processes have ended or the limit has passed."""
         self._ended = done
         self._loop.call_after(_TIMER_END, self._kill_timeout_s + _LOOK_S, self._give_up)
         self.go_on()
@@ -108,7 +107,7 @@ class Orphans:
         self.go_on()
 
     def stop_looking(self) -> None:
-        """End the look that is under way: the program that replaces this one begins another."""
+        """Stop the current scan: the program that replaces this one begins another."""
         if self._look is not None:
             self._look.call_off()
             self._look = None
@@ -118,7 +117,7 @@ class Orphans:
             self._loop.call_after(_TIMER, seconds, self._begin)
 
     def _begin(self) -> None:
-        """Look for all of them, those included that came since the timer was set."""
+        """Scan for all addresses, also for addresses added since the timer was set."""
         if not procfs.is_ours():
             if not self._blind:
                 hint = "what a failed worker has detached from itself is not found"
@@ -139,7 +138,7 @@ class Orphans:
         self._look_after(_LOOK_AGAIN_S)
 
     def _looked(self, wanted: Collection[str], found: Found, why: str) -> None:
-        """Signal what was found, and close its pidfds.  why: not all could be seen."""
+        """Signal the processes found and close their pidfds.  why: the scan was incomplete."""
         self._look = None
         now = time.monotonic()
         for address, each in found.items():
@@ -162,7 +161,7 @@ class Orphans:
         self.go_on()
 
     def go_on(self) -> None:
-        """Look again when that is due; there may be nothing left to look for."""
+        """Schedule the next scan, or report the end when no address is left."""
         if self._left:
             now = time.monotonic()
             due = min(
@@ -176,7 +175,7 @@ class Orphans:
 
     def _signal(self, found: Sequence[tuple[int, int]], number: signal.Signals) -> None:
         for pid, pidfd in found:
-            # Where that fails it has ended, or become another user's.
+            # On failure the process has ended or changed its user.
             with suppress(ProcessLookupError, PermissionError):
                 if self._looked_after(os.getpgid(pid)):
                     continue  # a second TERM may mean something else to it than the first
@@ -250,14 +249,14 @@ class Look:
         self._process.discard()
 
     def call_off(self) -> None:
-        """End it without a result."""
+        """End the scan without a result."""
         self._release()
         _close(self._found)
 
 
 def _tell(line: socket.socket, wanted: tuple[str, ...], identity: Identity | None) -> None:
-    """In the child: look, and tell each that is found with its pidfd, then that this was all."""
-    os.setpgid(0, 0)  # so that nothing ends it with our own group
+    """Scan, in the child, and send each process found with its pidfd, then an end marker."""
+    os.setpgid(0, 0)  # so that a signal to our group does not end it
     # No connection or channel may be held open while this takes its time.
     os.closerange(0, line.fileno())
     os.closerange(line.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
@@ -278,7 +277,7 @@ def _tell(line: socket.socket, wanted: tuple[str, ...], identity: Identity | Non
 
 
 def _carrying(wanted: Collection[str]) -> list[tuple[str, int, int]]:
-    """Return (address, pid, pidfd) of each that has one of these; the caller closes the pidfds."""
+    """Return (address, pid, pidfd) of each process with such an address; the caller owns them."""
     variables = {f"NOTIFY_SOCKET={each}".encode(): each for each in wanted}
     known: set[int] = set()
     found: list[tuple[str, int, int]] = []
@@ -290,21 +289,21 @@ def _carrying(wanted: Collection[str]) -> list[tuple[str, int, int]]:
         found = more
         if not fresh and ended <= known:
             break
-        # One that has just ended may have left a child which this look came too early for.
+        # A process that has just ended may have left a child that this scan missed.
         known |= ended
     return found
 
 
 def _look_once(wanted: Mapping[bytes, str]) -> tuple[list[tuple[str, int, int]], set[int]]:
-    """Return those that have one of these in their environment, and the pids of those just ended.
+    """Return the processes with such a variable, and the pids of processes that just ended.
 
-    One that is about to end has no environment any more, as a thread of the kernel has none.
+    An ending process has no environment any more, just as a kernel thread has none.
     """
     found: list[tuple[str, int, int]] = []
     ended = set()
     for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
         try:
-            # First the pidfd: what is read then is of this process or of none.
+            # Open the pidfd first: then the environment is of this process or of none.
             pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
             ended.add(pid)

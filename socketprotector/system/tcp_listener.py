@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 
 from . import accept_marks, bpf, reuseport, reuseport_group, sock_diag, socket_copy
-from .listener import NO_MARKS, SCARCE, Listener, is_listening, shut_down
+from .listener import NO_MARKS, RESOURCE_ERRNOS, Listener, is_listening, shut_down
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class TcpListener(Listener):
             try:
                 made = reuseport.make(beside, backlog)
             except OSError as error:
-                if spare is None or error.errno in SCARCE:
+                if spare is None or error.errno in RESOURCE_ERRNOS:
                     raise
         if made is not None:
             with suppress(OSError):  # then its connections are not counted
@@ -242,7 +242,7 @@ class TcpListener(Listener):
         try:
             found = sock_diag.listening(self.socket.family, self.port, by_inode.keys())
         except OSError as error:
-            if error.errno in SCARCE and not or_guess:
+            if error.errno in RESOURCE_ERRNOS and not or_guess:
                 raise
         # None of them, where they are of another network namespace, or sock_diag is not there.
         if by_inode.keys().isdisjoint(found):

@@ -30,7 +30,7 @@ from socketprotector.daemon.delivery.queue.shortage import FIRST_WAIT_S, LAST_WA
 from socketprotector.daemon.runtime import Runtime
 from socketprotector.model.settings import ListenerSettings
 from socketprotector.system.channel import BROKEN, Channel, rights_of
-from socketprotector.system.listener import AGAIN, Listener
+from socketprotector.system.listener import TRANSIENT_ERRNOS, Listener
 from socketprotector.system.loop import Loop
 from tests.together import together
 
@@ -299,7 +299,7 @@ def world() -> Iterator[World]:
 # -- accept ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("code", sorted(AGAIN), ids=name)
+@pytest.mark.parametrize("code", sorted(TRANSIENT_ERRNOS), ids=name)
 def test_an_accept_that_finds_nothing_waits_for_the_next_client(world: World, code: int) -> None:
     channel = world.channel()
     world.forwarder.route_to(channel)

@@ -20,7 +20,7 @@ from ...model.control_requests import COMMANDS, STATUS_COMMANDS, Request, Reques
 from ...model.einhorn import ack
 from ...model.lazy_dataclass import KW_ONLY, field, mutable
 from ...system.foreign_descriptors import dropping, refuse_descriptors
-from ...system.listener import AGAIN, Listener
+from ...system.listener import TRANSIENT_ERRNOS, Listener
 from ...system.loop import READ, WRITE, Loop
 from ...system.peer_credentials import may_be_signalled, unmistakable_groups, unmistakable_users
 from ...system.polling import read_now
@@ -306,7 +306,9 @@ class ControlServer:
         try:
             sock, _ = self.listener.socket.accept()
         except OSError as error:
-            if error.errno not in AGAIN:  # out of descriptors or memory: it stays readable
+            if (
+                error.errno not in TRANSIENT_ERRNOS
+            ):  # out of descriptors or memory: it stays readable
                 self.loop.unwatch(self.listener.fileno())
                 self._listen_later()
             return

@@ -21,7 +21,7 @@ from ....model.lazy_dataclass import mutable
 from ....model.records import ForwarderRecord
 from ....system.channel import BROKEN, Channel
 from ....system.inherited import Inherited
-from ....system.listener import AGAIN, Listener
+from ....system.listener import TRANSIENT_ERRNOS, Listener
 from ...runtime import Runtime
 from .. import LAST_S, QUIET_S
 from .acceptor import Acceptor
@@ -354,7 +354,7 @@ class Forwarder:
     # -- what holds it up ----------------------------------------------------
 
     def _accept_failed(self, listener: Listener, error: OSError) -> None:
-        if error.errno in AGAIN:
+        if error.errno in TRANSIENT_ERRNOS:
             if listener.always_readable:  # shut down for a stop, and empty for the moment
                 self._loop.unwatch(listener.fileno())
             elif listener.hangs_up:

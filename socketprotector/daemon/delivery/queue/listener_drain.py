@@ -17,7 +17,7 @@ from socketprotector_client import wire
 
 from ....model.lazy_dataclass import mutable
 from ....system.channel import BROKEN, Channel
-from ....system.listener import AGAIN, Listener, accept_of
+from ....system.listener import TRANSIENT_ERRNOS, Listener, accept_of
 from ...runtime import Runtime
 from .. import LAST_S, QUIET_S
 from .shortage import Shortage
@@ -118,7 +118,7 @@ class DrainingListeners:
             try:
                 fd, _address = accept()
             except OSError as error:
-                if error.errno == errno.EAGAIN or error.errno not in AGAIN:
+                if error.errno == errno.EAGAIN or error.errno not in TRANSIENT_ERRNOS:
                     break
             else:
                 os.close(fd)
@@ -185,7 +185,7 @@ class DrainingListeners:
             fd, _ = accept_of(each.listener)()
         except OSError as error:
             # No client waits; or out of descriptors: the next look tries again.
-            each.quiet = each.quiet and error.errno in AGAIN
+            each.quiet = each.quiet and error.errno in TRANSIENT_ERRNOS
             return None
         self.accepted += 1
         index, now = each.listener.index, time.monotonic_ns()

@@ -16,7 +16,7 @@ from socketprotector_client import wire
 
 from ....system.channel import Channel
 from ....system.cleanup import on_error
-from ....system.listener import AGAIN
+from ....system.listener import TRANSIENT_ERRNOS
 from ....system.loop import Loop
 from ....system.polling import events_of
 from ..probe_target import BACKLOG, ProbeTarget
@@ -95,7 +95,7 @@ class ProbePort:
         try:
             self._kept, _ = self._socket.accept()
         except OSError as error:
-            if error.errno not in AGAIN:
+            if error.errno not in TRANSIENT_ERRNOS:
                 self._later()  # out of descriptors
         else:
             self._send()

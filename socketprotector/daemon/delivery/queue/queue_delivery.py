@@ -18,7 +18,7 @@ from ....model.settings import Settings
 from ....system import inherited
 from ....system.channel import Channel
 from ....system.inherited import Inherited
-from ....system.listener import SCARCE, Listener
+from ....system.listener import RESOURCE_ERRNOS, Listener
 from ....system.loop import SHUT
 from ...generation import OpenGeneration, known_to
 from .. import Delivery, Handles, Host
@@ -198,7 +198,7 @@ class QueueDelivery(Delivery):
         try:
             listener.bind_anew(0)
         except OSError as error:
-            if error.errno in SCARCE:
+            if error.errno in RESOURCE_ERRNOS:
                 raise
             listener.lost = True
             self._host.lost(listener, error.strerror or str(error))

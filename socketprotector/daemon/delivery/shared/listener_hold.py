@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ....model.lazy_dataclass import field, mutable
 from ....model.records import HoldRecord
-from ....system.listener import SCARCE, Listener
+from ....system.listener import RESOURCE_ERRNOS, Listener
 
 #: A client's retry interval grows with its waiting time.  A stop waits for retries at most this
 #: long.
@@ -59,7 +59,7 @@ class ListenerHold:
                     each.reserve()
             except OSError as error:
                 why = f"{each.settings.address}: {error.strerror}"
-                if error.errno in SCARCE:
+                if error.errno in RESOURCE_ERRNOS:
                     return why
                 # A TCP socket has to be bound at the start, maybe as another user.
                 when = "once files can be made in its directory" if each.path else "after a restart"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from ....system import bpf, reuseport, socket_copy, socket_snapshot
-from ....system.listener import SCARCE, Listener
+from ....system.listener import RESOURCE_ERRNOS, Listener
 from ....system.sock_diag import end_of, is_waiting, unaccepted
 from ..probe_target import ProbeTarget, family_of
 from .turns import Turns
@@ -25,7 +25,7 @@ LEAVES_S = 2.0
 #: The source of IPv6 probes, and of this machine's clients, too.
 _SOURCE_OF_IPV6 = "::1"
 #: A new socket cannot be made now, but can be later.
-LATER = SCARCE | {errno.EBUSY}
+RETRY_ERRNOS = RESOURCE_ERRNOS | {errno.EBUSY}
 
 
 def _waits(listening: socket.socket, address: tuple[str, int], client: socket.socket) -> bool:
@@ -249,7 +249,7 @@ class Probes:
                     continue
                 reuseport.discard_waiting(listening, waiting)
             except OSError as error:
-                if error.errno in LATER:
+                if error.errno in RETRY_ERRNOS:
                     unknown.add(place)
                 continue
             self._abandoned = [each for each in self._abandoned if each[0] is not listening]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from ....model.lazy_dataclass import mutable
-from ....system.listener import SCARCE, Listener
+from ....system.listener import RESOURCE_ERRNOS, Listener
 from ....system.sock_diag import accepted_unix, handshakes_by_port, unread_by_port
 from ....system.socket_file import path_of
 from ...runtime import Runtime
@@ -195,7 +195,7 @@ class Quiescing:
                 try:
                     found.update(_unread_unix(mine, state.socket_number, replaced))
                 except OSError as error:
-                    if error.errno in SCARCE:
+                    if error.errno in RESOURCE_ERRNOS:
                         return None
                 continue
             ports = {each.port for each in mine}
@@ -207,7 +207,7 @@ class Quiescing:
                 else:
                     known = unread_by_port(family, ports, accepted=accepted)
             except OSError as error:
-                if error.errno in SCARCE:
+                if error.errno in RESOURCE_ERRNOS:
                     return None
                 continue  # without sock_diag, QUIET_S is far longer than most workers need
             for each in mine:

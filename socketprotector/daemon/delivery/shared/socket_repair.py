@@ -14,8 +14,8 @@ from ....system import socket_copy
 from ....system.listener import Listener
 from ...runtime import Runtime
 from .listener_hold import ListenerHold
-from .probes import LATER
-from .socket_restoring import SocketRestoring
+from .probes import RETRY_ERRNOS
+from .socket_option_restore import SocketOptionRestore
 from .turns import Turns
 
 RESTART = "restart SocketProtector: until then a release that fails may keep clients out"
@@ -48,7 +48,7 @@ class SocketRepair:
         self._steer, self._unwatch, self._watch_later = steer, unwatch, watch_later
         self._adopt_held = adopt_held
         self._bound, self._lost = bound, lost
-        self.options = SocketRestoring(runtime, shared, self._replace)
+        self.options = SocketOptionRestore(runtime, shared, self._replace)
         self.ended = False  # True: a socket that is shut down stays so
 
     def repair(self, listener: Listener, socket_number: int) -> None:
@@ -125,7 +125,7 @@ class SocketRepair:
         try:
             listener.bind_anew(socket_number)
         except OSError as error:
-            if error.errno in LATER:
+            if error.errno in RETRY_ERRNOS:
                 return
             if common:
                 listener.lost = True

@@ -20,7 +20,7 @@ from contextlib import suppress
 from ....core.events import HeldClientsWait
 from ....model.records import SteeringRecord
 from ....system import reuseport
-from ....system.listener import SCARCE, Listener
+from ....system.listener import RESOURCE_ERRNOS, Listener
 from ....system.sock_diag import unaccepted
 from ...runtime import Runtime
 from ..probe_target import ProbeTarget
@@ -124,7 +124,7 @@ class SocketSteering:
             try:
                 self._repairs.make_ready(each, socket_number)
             except OSError as error:  # otherwise it keeps the present socket
-                if fresh and each.has_sibling and error.errno not in SCARCE:
+                if fresh and each.has_sibling and error.errno not in RESOURCE_ERRNOS:
                     self._watch.watch()
                     raise
             self._repairs.make_sound(each, socket_number, generation)

@@ -26,7 +26,7 @@ from ...runtime import Runtime
 _MADE = 0
 
 
-class SocketRestoring:
+class SocketOptionRestore:
     """The earlier options of the listening sockets, by generation and listener."""
 
     def __init__(

@@ -164,7 +164,7 @@ class Resident:
         return snapshot.fleet.exit_status
 
     def _become_resident(self) -> Loop:
-        """Have the limits, priority and user of the whole life; return its loop."""
+        """Set the limits, priority and user of this process; return its loop."""
         settings, quota = self.settings, Quota()
 
         def spare() -> bool:
@@ -175,7 +175,7 @@ class Resident:
             """
             return processors() > 1 and quota.processors() > 1
 
-        # Not before: from here on it is known who goes on if it fails.
+        # Not earlier: from here on another program can resume if this one fails.
         self._loop = loop = Loop(settings.busy_poll_s, spare)
         # Only the soft limit, and workers get the caller's back: each draining generation and
         # each worker costs descriptors here.
@@ -190,7 +190,7 @@ class Resident:
         return loop
 
     def _begin_log(self, runtime: Runtime, snapshot: Snapshot | None) -> None:
-        """Have the log where it is to be, and say in it what begins."""
+        """Open the log, and write the start event."""
         settings, log = self.settings, runtime.log
         log.suppress_crash_loops(runtime.loop)
         self._begin_output(runtime)

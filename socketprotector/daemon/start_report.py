@@ -30,7 +30,7 @@ class StartReport:
         self.failure = ""
 
     def watch(self, loop: Loop, gone: Callable[[], None]) -> None:
-        """Call back when the launching process ends before it was told anything."""
+        """Call back when the launching process exits before it gets a report."""
         if self._socket is not None:
             self._unwatch = partial(loop.unwatch, self._socket.fileno())
 

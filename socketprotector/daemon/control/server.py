@@ -230,7 +230,7 @@ class ControlServer:
     loop: Loop
     #: Answers a request, by client.say() now or later; may raise RequestError.
     handle: Callable[[Client, Request], None]
-    #: Is told of a pid that is ready in einhorn's words, which expect no answer.
+    #: Called with a pid that reports readiness by einhorn's protocol, which expects no answer.
     acked: Callable[[int], None]
     _: KW_ONLY
     #: Users that are heard, besides members of the group.

@@ -22,7 +22,7 @@ _TIMER = "listener-flags"
 
 
 class ListenerFlags:
-    """Which of those that were passed in do not block."""
+    """The non-blocking ones among the listeners that were passed in."""
 
     def __init__(self, listeners: Callable[[], Collection[Listener]], runtime: Runtime) -> None:
         """listeners: all that there are."""

@@ -212,7 +212,7 @@ class SharedDelivery(Delivery):
         self._loop.call_after(_CLOSE, QUIET_S, look)
 
     def _close_listeners(self) -> None:
-        """Close all listeners except those that survive a stop."""
+        """Close all listeners that do not survive a stop."""
         self._loop.cancel(_CLOSE)
         for each in self.listeners:
             if each.settings.foreign or not self._stay:

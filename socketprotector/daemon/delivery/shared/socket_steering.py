@@ -145,9 +145,7 @@ class SocketSteering:
     ) -> int | None:
         """Return how many clients wait for a generation to accept them; None: unknown.
 
-        clients_only: do not count a socket where only probes wait.
-        knows: says whether its workers have a listener, by index.  Clients of a listener that only
-        a later generation knows may wait at the same socket number.
+        clients_only: do not count a socket where only probes wait.  knows: see grow().
         """
         if generation not in self.turns.accepting:
             return 0
@@ -181,10 +179,7 @@ class SocketSteering:
         self._watch.look_again()
 
     def leave(self, generation: int) -> None:
-        """Note that a generation accepts no more: its workers were ordered to finish.
-
-        Each server needs a while for that.
-        """
+        """Note that a generation accepts no more: its workers were ordered to finish."""
         socket_number = self.turns.leave(generation, time.monotonic())
         if socket_number is not None:
             self._take_back(generation, socket_number, gone=False)
@@ -197,10 +192,7 @@ class SocketSteering:
         self._watch.watch()
 
     def _take_back(self, generation: int, socket_number: int, *, gone: bool) -> None:
-        """Undo a generation's changes to sockets; after a failure steer, which it may have broken.
-
-        gone: none of its workers is left.
-        """
+        """Undo a generation's changes to sockets; gone: none of its workers is left."""
         if not self._repairs.ended:  # otherwise new clients stay refused
             self._repairs.options.end(generation, socket_number, self.turns.accepting, gone=gone)
         if self.turns.accepting and max(self.turns.accepting) < generation:
@@ -366,10 +358,7 @@ class SocketSteering:
             self._steer()
 
     def _comes_to_others(self, generation: int) -> bool:
-        """Return whether no new client comes to a generation.
-
-        Clients come to it as long as an earlier generation has not left the other socket.
-        """
+        """Return whether no new client comes to a generation."""
         return self.is_steered and self.turns.accepting[generation] != self.turns.current
 
     def _turn_away(self, generation: int) -> bool:

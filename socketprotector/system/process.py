@@ -22,8 +22,7 @@ from .cleanup import on_error
 from .polling import events_of
 
 #: Processes that an object here reaps.  Any other child that ends was left to us.
-#: With their objects: one that was reaped, here or meanwhile, may be let go of when its number is
-#: another's already.
+#: With their objects: a reaped process may be released only after its number was reused.
 _known: dict[int, set[Process]] = {}
 #: Of those, so many are reaped in one go.
 _REAPED_AT_ONCE = 256
@@ -123,7 +122,7 @@ class Process:
     def _is_anothers_number(self) -> bool:
         """Whether it was reaped, and its number is another process's or another group's.
 
-        Before Linux 5.12 a group whose leader has ended, too, is not told from its own.
+        Before Linux 5.12 a group whose leader has ended, too, cannot be distinguished from its own.
         """
         if not _is_gone(lambda: signal.pidfd_send_signal(self.pidfd, 0)):
             return False

@@ -3,7 +3,7 @@
 Systemd's variables, and where each is read: LISTEN_PID, LISTEN_FDS, LISTEN_FDNAMES in
 launch/activation.py (the resident process: inherited.py); NOTIFY_SOCKET in daemon/parents.py;
 WATCHDOG_USEC, WATCHDOG_PID and FDSTORE here; INVOCATION_ID in daemon/parents.py; JOURNAL_STREAM in
-log.py; RUNTIME_DIRECTORY in launch/preflight.py.  What workers are told: daemon/worker_spawn.py.
+log.py; RUNTIME_DIRECTORY in launch/preflight.py.  Variables of workers: daemon/worker_spawn.py.
 
 Source: sd_notify(3); unix(7) for SCM_CREDENTIALS.
 """
@@ -26,10 +26,10 @@ from .inherited import Named
 from .peer_credentials import unmistakable_users
 
 #: The name in its folder under which each socket is bound.
-_TOLD = "new"
+_BOUND_NAME = "new"
 #: Longer datagrams are cut; systemd itself takes a page.
 _MAX_BYTES = 4096
-#: The manager is behind, or the system short; all else means that it is gone.
+#: The manager is slow, or resources are short; any other error means that it is gone.
 _LATER = frozenset(
     {errno.EAGAIN, errno.EINTR, errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM, errno.EMFILE}
 )
@@ -79,14 +79,13 @@ class NotifySocket:
         return self.socket.fileno()
 
     def hear(self, pid: int) -> Mapping[str, str] | None:
-        """Return what the next message assigns, or None when there is none.  Raises OSError.
+        """Return the assignments of the next message, None without a message.  Raises OSError.
 
-        It stays until take(): a program that is killed before it has written down what it
-        heard leaves it to the next one.
+        The message stays until take(): if this program is killed before it records the message,
+        the next program reads it.
 
-        A message counts when it comes from the worker (pid) or from one of the allowed
-        users: its sender may be gone by now, or the worker may have changed its user.
-        A stranger's assigns nothing.
+        A message counts if the worker (pid) or an allowed user sent it: its sender may have ended,
+        or the worker may have changed its user.  A stranger's message assigns nothing.
         """
         try:
             # No room for descriptors: none is made.
@@ -124,16 +123,16 @@ def _bound_as(address: str) -> str:
 
 
 def _bind_path(bound: socket.socket, path: str) -> None:
-    """Bind a path that /proc/net/unix does not tell: there stands what was bound first.
+    """Bind a path that /proc/net/unix does not reveal: it shows the name bound first.
 
-    Who may send is for the folder to say.
+    The folder's permissions decide who may send.
     """
-    told = os.path.join(os.path.dirname(path), _TOLD)
-    _remove(told)
-    bound.bind(told)
-    with on_error(_remove, told):
-        os.chmod(told, 0o666)
-        os.rename(told, path)
+    temporary = os.path.join(os.path.dirname(path), _BOUND_NAME)
+    _remove(temporary)
+    bound.bind(temporary)
+    with on_error(_remove, temporary):
+        os.chmod(temporary, 0o666)
+        os.rename(temporary, path)
 
 
 def _remove(path: str) -> None:
@@ -161,8 +160,8 @@ def parse(data: bytes) -> dict[str, str]:
 class Outbox:
     """Messages to a service manager, in order.  Never blocks, never raises.
 
-    What cannot be sent yet waits: a manager that misses READY=1 waits for it and then ends
-    us, and one that misses a descriptor cannot give it back.
+    Unsent messages wait: a manager that misses READY=1 ends us after its time-out, and a
+    manager that misses a descriptor cannot return it.
     """
 
     def __init__(
@@ -230,7 +229,7 @@ class Outbox:
                 if error.errno in _LATER:
                     self._later(self._flush)
                     return
-                # Else it is gone, or takes nothing from us.
+                # Otherwise the manager is gone, or refuses our messages.
             self._drop(data)
 
     def finish(self, seconds: float) -> None:
@@ -265,9 +264,9 @@ def room_of(environment: Mapping[str, str], soft_limit: int) -> int:
 
     Source: systemd.exec(5), $FDSTORE (since systemd 254); exec_child() in its sources.
     """
-    told = environment.get("FDSTORE", "")
+    stored = environment.get("FDSTORE", "")
     most = max(0, soft_limit - _NOT_STORED)
-    return min(int(told), most) if _is_number(told) else most
+    return min(int(stored), most) if _is_number(stored) else most
 
 
 class Store:

@@ -138,11 +138,11 @@ def _one_count(count: int, folder: Path) -> dict[str, Took]:
 
         def upgrade() -> None:
             os.kill(guarded(started.pid), signal.SIGUSR2)
-            _until(log, "adopted", 1)
+            _until(log, "resumed", 1)
 
         def kill() -> None:
             os.kill(guarded(started.pid), signal.SIGKILL)
-            _until(log, "adopted", 2)
+            _until(log, "resumed", 2)
 
         for act in (reload, upgrade, kill):
             pid = guarded(started.pid)

@@ -261,7 +261,7 @@ class Service:
                 self.generation_of[int(words["pid"])] = int(words["generation"])
             elif event == "route":
                 self.serving = int(words["generation"])
-            elif event in ("start", "adopted"):
+            elif event in ("start", "resumed", "adopted"):
                 self._begins(int(words["pid"]), words["version"])
             elif event == "upgrading":
                 self.begun = 0

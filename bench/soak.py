@@ -161,7 +161,7 @@ class Soak:
         self._weigh("loaded, before the guard is killed")
         self.torment.unguard()
         self.expect(
-            self.service.wait(lambda: self.service.events["unguarded"] > 0, REST_S),
+            self.service.wait(lambda: self.service.events["guard-died"] > 0, REST_S),
             "the protector never noticed that the guard was gone",
         )
         self.expect(self._pid_file_is_protectors(), "the pid file is not the protector's")
@@ -311,7 +311,7 @@ def show(soak: Soak, short: Snapshot, idle: Snapshot) -> bool:
         f"failed, {events['probe-failed']} bad answers, {events['dry-run-passed']} dry runs "
         f"passed, {events['dry-run-failed']} failed, {events['upgrading']} upgraded, "
         f"{events['upgrade-failed']} upgrades failed, "
-        f"{events['adopted']} adopted, {events['protector-died']} protectors died, "
+        f"{events['resumed']} resumed, {events['protector-died']} protectors died, "
         f"{events['broken']} channels broken"
     )
     print("\n".join(["", *_table(report.sizes)]))

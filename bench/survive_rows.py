@@ -89,7 +89,7 @@ def _longest_gap_ms(address: str, lasts_s: float, log: _Log | None = None, begun
         longest_s, last_s = max(longest_s, now_s - last_s), now_s
         if log is not None and now_s - looked_s > 0.05:
             looked_s = now_s
-            if log.count("adopted") > begun:
+            if log.count("resumed") > begun:
                 log, until_s = None, now_s + 0.1
         time.sleep(LIGHT_S)
     if log is not None:
@@ -123,10 +123,10 @@ def _upgrade(scale: Scale, words: Sequence[str], prefix: str, most_ms: float) ->
             gaps, quiet, spans, loads = [], [], [], []
             for _ in range(scale.rounds(100, 5)):
                 quiet.append(_longest_gap_ms(started.address, 0.3))
-                before = log.count("adopted")
+                before = log.count("resumed")
                 os.kill(started.pid, signal.SIGUSR2)
                 gaps.append(_longest_gap_ms(started.address, LIMIT_S, log, before))
-                spans.append(log.last_span_ms("upgrading", "adopted"))
+                spans.append(log.last_span_ms("upgrading", "resumed"))
                 loads.append(_load_ms())
     worst = quantile(gaps, 0.99)
     return [

@@ -106,7 +106,7 @@ class MemoryDelivery(Delivery):
     def active(self, generation: OpenGeneration) -> int | None:
         return None
 
-    def untaken_s(self, generation: OpenGeneration) -> float | None:
+    def oldest_waiting_s(self, generation: OpenGeneration) -> float | None:
         return None
 
     def queue_limit(self, generation: OpenGeneration) -> int | None:

@@ -43,7 +43,7 @@ def _sources() -> Iterator[tuple[Path, ast.Module]]:
 
 
 def _texts(node: ast.expr) -> list[str]:
-    """A text, or both of `"adopted" if snapshot else "start"`."""
+    """A text, or both of `"resumed" if snapshot else "start"`."""
     if isinstance(node, ast.IfExp):
         return [*_texts(node.body), *_texts(node.orelse)]
     return [node.value] if isinstance(node, ast.Constant) and isinstance(node.value, str) else []

@@ -182,7 +182,7 @@ class Instance:
             "rate": rounded(self._window.taken_rate(key)),
             "active": measure(generation, "active"),
             "queue": measure(generation, "queue"),
-            "untaken": measure(generation, "untaken_s"),
+            "untaken": measure(generation, "oldest_waiting_s"),
             "p50": quantile_us(waits, 0.50),
             "p99": quantile_us(waits, 0.99),
             "ready": sum(label(each, "state") in ("ready", "retiring") for each in workers),
@@ -308,7 +308,7 @@ def _notes(status: Status) -> list[str]:
     for each in listed(status, "generations"):
         if why := failing(each):
             found.append(cut(f"generation {number_in(each, 'number')}: {line(why)}"))
-        if (untaken := measure(each, "untaken_s")) is not None:
+        if (untaken := measure(each, "oldest_waiting_s")) is not None:
             number = number_in(each, "number")
             found.append(f"generation {number}: a client has waited for {untaken:.0f} s")
     return found

@@ -208,10 +208,10 @@ def crashes(instance: Instance, as_json: bool) -> None:
         say_last_words(text_in(each, "last_words"))
     if not found:
         say("no crashes")
-    elif (words_at := text_in(result, "words_at")) and not all(
+    elif (last_words_hint := text_in(result, "last_words_hint")) and not all(
         text_in(each, "last_words") for each in found
     ):
-        say(f"no last words: {words_at}")
+        say(f"no last words: {last_words_hint}")
 
 
 @command()

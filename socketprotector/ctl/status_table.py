@@ -89,7 +89,7 @@ def untaken(status: Message) -> list[tuple[int, float]]:
     """Return the generations whose workers take no client, and for how many seconds."""
     found = []
     for each in listed(status, "generations"):
-        seconds = each.get("untaken_s")
+        seconds = each.get("oldest_waiting_s")
         if isinstance(seconds, int | float):
             found.append((number_in(each, "number"), float(seconds)))
     return found

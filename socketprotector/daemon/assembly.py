@@ -197,7 +197,7 @@ class Resident:
         log.reopen()
         log.write(
             "info",
-            "adopted" if snapshot else "start",
+            "resumed" if snapshot else "start",
             pid=os.getpid(),
             name=settings.name,
             version=__version__,
@@ -216,7 +216,7 @@ class Resident:
         def unguarded() -> None:
             if self.parents.line is not None:
                 hint = "the guard is gone; restart to have one again"
-                log.write("error", "unguarded", hint=hint)
+                log.write("error", "guard-died", hint=hint)
                 self._write_pid(log)
             pool.guarded = False
 

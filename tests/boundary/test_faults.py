@@ -162,7 +162,7 @@ def test_a_call_that_fails(call: str, code: int, nth: int, then: str) -> None:
     assert world.delivered == world.connections == 6
     news = [line.split()[1] for line in world.said if line.startswith("  log: ")]
     if then == LATER:
-        assert news.count("scarce") <= 1
+        assert news.count("resources-exhausted") <= 1
     if then == RELOAD_FAILS:
         assert "reload-failed" in news
         assert "reloaded" not in news

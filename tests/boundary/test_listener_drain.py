@@ -71,7 +71,7 @@ class World:
             assert level == "warning"
             self.said.append((fields["address"].rpartition("/")[2], fields["lost"]))
         else:
-            assert (level, event) == ("error", "scarce")
+            assert (level, event) == ("error", "resources-exhausted")
             self.troubles.append((fields["call"], fields["error"]))
 
     def _persist(self) -> bool:

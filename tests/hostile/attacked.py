@@ -43,7 +43,7 @@ QUICK = ("--drain-timeout", "0.1s", "--kill-timeout", "0.1s", "--stop-timeout", 
 ORDINARY = frozenset(
     {
         *("spawned", "worker-ready", "exited", "route", "signal", "reloading", "reloaded"),
-        *("drained", "retired", "signalled", "reopened", "reload-failed", "scaled", "adopted"),
+        *("drained", "retired", "signalled", "reopened", "reload-failed", "scaled", "resumed"),
     }
 )
 

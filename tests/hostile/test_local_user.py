@@ -66,7 +66,7 @@ def test_nothing_that_an_instance_makes_can_be_used_against_it(
             one.works()
         protector = one.protector
         os.kill(protector, signal.SIGKILL)
-        one.start.wait_for("event=adopted")
+        one.start.wait_for("event=resumed")
         eventually(lambda: one.protector not in (protector, one.start.pid), "another one")
         one.is_listed()
         one.start.stop()

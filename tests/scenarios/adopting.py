@@ -42,7 +42,7 @@ def protector_pid(daemon: Protector) -> int:
     found = [
         int(match[1])
         for line in list(daemon.log.seen)
-        if (match := re.search(r"event=(?:start|adopted) pid=(\d+)", line))
+        if (match := re.search(r"event=(?:start|resumed|adopted) pid=(\d+)", line))
     ]
     return found[-1]
 
@@ -56,7 +56,7 @@ def kill_protector(daemon: Protector) -> int:
 
 def revived(daemon: Protector, mark: int) -> int:
     """Wait until another protector has gone on; return its pid."""
-    daemon.log.wait_for(r"event=adopted\b", after=mark)
+    daemon.log.wait_for(r"event=resumed\b", after=mark)
     # The line is written before all is adopted: a signal is answered after that.
     return protector_pid(daemon)
 
@@ -70,7 +70,7 @@ def at_rest(daemon: Protector) -> None:
 def upgrade(daemon: Protector) -> str:
     """USR2, and wait until the new program has gone on or the old one says why not."""
     mark = daemon.signal(signal.SIGUSR2)
-    return daemon.log.wait_for(r"event=(adopted|upgrade-failed)\b", after=mark)
+    return daemon.log.wait_for(r"event=(resumed|upgrade-failed)\b", after=mark)
 
 
 def served(load: Load, more: int = 20) -> Snapshot:

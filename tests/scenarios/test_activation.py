@@ -155,7 +155,7 @@ def test_several_sockets_of_one_name_cannot_be_told_apart_and_check_says_so(give
 def test_what_was_given_survives_an_upgrade_and_still_is_not_ours(giver: Giver) -> None:
     port = giver.tcp("web")
     daemon = giver.start("fd:web", "--", *MANY).ready()
-    assert "event=adopted" in upgrade(daemon)
+    assert "event=resumed" in upgrade(daemon)
     assert pid_in(ask(("127.0.0.1", port))) == spawned(daemon)[0]
     daemon.stop()
     assert still_listens(giver)

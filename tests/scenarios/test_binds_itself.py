@@ -255,7 +255,7 @@ def test_one_that_is_thought_ready_and_takes_no_client_is_reported(protector: Co
         assert 'reason="no worker has taken a connection yet"' in line
         assert "--handoff listener (docs/servers.md)" in line
         [generation] = json.loads(run("--name", "web", "status", "--json").out)["generations"]
-        assert generation["untaken_s"] >= 5
+        assert generation["oldest_waiting_s"] >= 5
         assert "no worker has taken a waiting client" in run("--name", "web", "status").out
         assert "takes nobody" in run("list").out
 
@@ -278,7 +278,7 @@ def test_one_that_was_handed_the_socket_and_accepts_no_client_is_reported(
         assert "it listens on 127.0.0.1:" in line
         assert "take over the socket that it is handed" in line
         [generation] = json.loads(run("--name", "web", "status", "--json").out)["generations"]
-        assert generation["untaken_s"] >= 5
+        assert generation["oldest_waiting_s"] >= 5
         assert "no worker has taken a waiting client" in run("--name", "web", "status").out
         assert "takes nobody" in run("list").out
 

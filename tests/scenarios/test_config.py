@@ -606,7 +606,7 @@ def test_an_upgrade_while_the_file_is_read_rereads_it(gated: Gated) -> None:
     gated.file.says("workers = 2")
     mark = reading(daemon)
 
-    assert "event=adopted" in upgrade(daemon)
+    assert "event=resumed" in upgrade(daemon)
     gated.through(daemon, "event=reloaded generation=2", mark)
 
     assert len(spawned(daemon, 2)) == 2
@@ -640,7 +640,7 @@ def test_what_was_read_outlives_the_protector_until_it_serves_or_fails(
         kill_protector(daemon)
         revived(daemon, mark)
     else:
-        assert "event=adopted" in upgrade(daemon)
+        assert "event=resumed" in upgrade(daemon)
     line = let_through(gate, daemon, "event=(reloaded|reload-failed)", mark)
 
     if good:
@@ -657,7 +657,7 @@ def test_what_was_read_outlives_the_protector_until_it_serves_or_fails(
     daemon.reload()
     assert told(f"{tmp_path}/t")["listener"] == place(handoff, 2 if good else 3)
     if how == "upgrade":
-        assert "event=adopted" in upgrade(daemon)
+        assert "event=resumed" in upgrade(daemon)
     assert told(f"{tmp_path}/t")["listener"] == place(handoff, 2 if good else 3)
     daemon.stop()
     assert [each.name for each in tmp_path.iterdir() if each.is_socket()] == []

@@ -225,7 +225,7 @@ def test_of_unmodified_servers_the_kernel_counts_served_and_waiting_clients(
             two.hear()
             three.hear()
             web.until_generation(1, active=1, queue=0)
-            assert "event=adopted" in upgrade(web.daemon)
+            assert "event=resumed" in upgrade(web.daemon)
             web.until_generation(2, active=2, queue=0)
             revived(web.daemon, kill_protector(web.daemon))
             web.line()
@@ -252,7 +252,7 @@ def test_where_workers_accept_nothing_is_reported_of_connections_that_it_never_s
 
     assert (found["forwarded"], found["lost"], found["queue_limit"]) == (None, None, None)
     [generation] = found["generations"]
-    for name in ("untaken_s", "accepted", "finished", "errors", "lost", "wait_us"):
+    for name in ("oldest_waiting_s", "accepted", "finished", "errors", "lost", "wait_us"):
         assert generation[name] is None, name
     assert (generation["queue"], generation["active"]) == (0, 0)
     web.daemon.stop()
@@ -1064,7 +1064,7 @@ def test_a_hold_outlives_the_program(operated: Operating) -> None:
     with Client(address, "hello") as client:
         revived(web.daemon, kill_protector(web.daemon))
         assert 0 < web.line().status()["held_s"] < 1000
-        assert "event=adopted" in upgrade(web.daemon)
+        assert "event=resumed" in upgrade(web.daemon)
         line = web.line()
         assert 0 < line.status()["held_s"] < 1000
         assert line.status()["forwarded"] == 0

@@ -234,7 +234,7 @@ def test_drained_is_waited_for_through_a_cut(beside: Beside, web: Start) -> None
         client.hear()
         running = beside("reload", "--drained")
         running.err.wait_for("drained 0/1 workers")
-        assert "adopted" in upgrade(daemon)
+        assert "resumed" in upgrade(daemon)
         revived(daemon, kill_protector(daemon))
 
         assert running.process.poll() is None, running.err.text()
@@ -271,7 +271,7 @@ def test_a_verdict_comes_through_a_cut_in_the_middle(
     running.err.wait_for("generation 2 is starting")
 
     if how == "upgrade":
-        assert "adopted" in upgrade(daemon)
+        assert "resumed" in upgrade(daemon)
     else:
         revived(daemon, kill_protector(daemon))
     running.err.wait_for("connecting again")
@@ -332,7 +332,7 @@ def verdict(daemon: Protector, generation: int) -> str:
         told, begun, back = "", False, False
         for line in list(daemon.log.seen):
             begun = begun or f"event=spawned generation={generation} " in line
-            back = back or (begun and "event=adopted" in line)
+            back = back or (begun and "event=resumed" in line)
             if re.search(rf"event=(reloaded|reload-failed) generation={generation}\b", line):
                 return line
             if back and re.search(rf"event=route generation={generation}\b", line):
@@ -429,7 +429,7 @@ def test_a_hold_lasts_through_an_upgrade_and_a_crash(beside: Beside, web: Start)
     running = beside("hold")
     running.out.wait_for("on hold")
 
-    assert "adopted" in upgrade(daemon)
+    assert "resumed" in upgrade(daemon)
     revived(daemon, kill_protector(daemon))
     with Client(("127.0.0.1", daemon.port), "hello") as client:
         until_at = state()["held_s"] + state()["now"]

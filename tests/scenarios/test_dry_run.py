@@ -439,7 +439,7 @@ def test_an_upgrade_calls_it_off(waiting: Waiting, beside: Callable[..., Running
     trying = begun(one, beside(one))
     tried = spawned(one.daemon, 2)
 
-    assert "event=adopted" in upgrade(one.daemon)
+    assert "event=resumed" in upgrade(one.daemon)
 
     assert trying.wait() == 3
     said = trying.err.text().splitlines()[-1]

@@ -338,7 +338,7 @@ def test_out_of_memory_under_a_guard_costs_no_connection(
         mark = len(daemon.log.seen)
         daemon.signal(signal.SIGHUP)
         daemon.log.wait_for("event=protector-died", after=mark)
-        daemon.log.wait_for("event=adopted", after=mark)
+        daemon.log.wait_for("event=resumed", after=mark)
 
         assert "out of memory: raise the limit" in daemon.log.text()
         assert pid_in(held.ask()) == first
@@ -387,7 +387,7 @@ def test_a_wall_clock_that_jumps_moves_the_dates_in_the_log_and_nothing_else(
         held.ask()
         began = time.monotonic()
         daemon.reload()
-        assert "event=adopted" in upgrade(daemon)
+        assert "event=resumed" in upgrade(daemon)
         daemon.log.wait_for("event=signalled .*signal=TERM")
         assert time.monotonic() - began >= 0.5
         held.ask()

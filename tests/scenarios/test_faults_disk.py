@@ -96,7 +96,7 @@ def test_without_its_guard_the_pid_file_is_rewritten_on_a_full_disk(
 
     daemon.process.kill()
 
-    daemon.log.wait_for("event=unguarded")
+    daemon.log.wait_for("event=guard-died")
     eventually(
         lambda: (disk.seen / "pid").read_text() == f"{protector_pid(daemon)}\n", "its own pid"
     )
@@ -132,7 +132,7 @@ def test_without_its_guard_a_pid_file_that_cannot_be_rewritten_is_reported(
     assert ask(("127.0.0.1", daemon.port)).endswith("hello")
     flag.unlink()
     os.kill(protector_pid(daemon), signal.SIGUSR2)  # the next program tries again
-    daemon.log.wait_for("event=adopted")
+    daemon.log.wait_for("event=resumed")
     eventually(lambda: pid_file.read_text() == f"{protector_pid(daemon)}\n", "its own pid")
     end_unguarded(daemon)
     assert not pid_file.exists()

@@ -125,7 +125,7 @@ def test_a_protector_killed_during_reloads_loses_no_generation(guarded: Starter)
             served(load, 32)
             assert len(load.snapshot().failures) - failed <= 1
     # Whatever became of each: one more reload works, and then two workers are left.
-    daemon.log.wait_for(r"event=adopted")
+    daemon.log.wait_for(r"event=resumed")
     at_rest(daemon)
     mark = daemon.signal(signal.SIGHUP)
     daemon.log.wait_for(r"event=reloaded\b", after=mark)
@@ -156,7 +156,7 @@ def test_without_its_guard_the_protector_goes_on_and_puts_its_own_pid_into_the_f
     with Load(f"127.0.0.1:{daemon.port}", concurrency=8) as load:
         served(load)
         daemon.process.kill()
-        daemon.log.wait_for("event=unguarded")
+        daemon.log.wait_for("event=guard-died")
         served(load)
         assert (tmp_path / "pid").read_text() == f"{pid}\n"
         assert (tmp_path / "pid").stat().st_ino == inode
@@ -179,7 +179,7 @@ def test_a_protector_that_lost_its_guard_after_it_was_adopted_replaces_workers_a
     pid = revived(daemon, kill_protector(daemon))
     at_rest(daemon)
     daemon.process.kill()
-    daemon.log.wait_for("event=unguarded")
+    daemon.log.wait_for("event=guard-died")
 
     os.kill(spawned(daemon)[0], signal.SIGKILL)
 
@@ -197,10 +197,10 @@ def test_upgraded_after_it_lost_its_guard_it_still_does_not_wait_to_hear_how_wor
     pid = revived(daemon, kill_protector(daemon))
     at_rest(daemon)
     daemon.process.kill()
-    daemon.log.wait_for("event=unguarded")
+    daemon.log.wait_for("event=guard-died")
     mark = len(daemon.log.seen)
     os.kill(pid, signal.SIGUSR2)
-    daemon.log.wait_for("event=adopted", after=mark)
+    daemon.log.wait_for("event=resumed", after=mark)
 
     os.kill(spawned(daemon)[0], signal.SIGKILL)
 
@@ -386,7 +386,7 @@ def test_killed_before_anything_served_the_launcher_still_gets_its_verdict(
         guard = start.pid
         [pid] = re.findall(r"event=start pid=(\d+)", start.log)
         os.kill(int(pid), signal.SIGKILL)
-        start.wait_for("event=adopted")
+        start.wait_for("event=resumed")
         gate.open()
         assert command.wait(DEADLINE_S) == 0, command.stderr
     assert start.pid == guard != int(pid)
@@ -413,7 +413,7 @@ def test_killed_before_anything_served_a_failed_start_is_still_reported(
         start.wait_for("event=reopened")
         [pid] = re.findall(r"event=start pid=(\d+)", start.log)
         os.kill(int(pid), signal.SIGKILL)
-        start.wait_for("event=adopted")
+        start.wait_for("event=resumed")
         gate.open()
         assert command.wait(DEADLINE_S) == 3
         assert command.stderr
@@ -445,14 +445,14 @@ def test_upgraded_in_place_and_then_killed_it_goes_on(guarded: Starter, tmp_path
     pid = protector_pid(daemon)
     with Load(f"127.0.0.1:{daemon.port}", concurrency=8) as load:
         served(load)
-        assert "event=adopted" in upgrade(daemon)
+        assert "event=resumed" in upgrade(daemon)
         assert protector_pid(daemon) == pid
         served(load)
         assert load.snapshot().failures == ()
 
         assert revived(daemon, kill_protector(daemon)) != pid
         served(load)
-        assert "event=adopted" in upgrade(daemon)
+        assert "event=resumed" in upgrade(daemon)
         served(load)
     assert len(load.snapshot().failures) <= 1
     assert (tmp_path / "pid").read_text() == f"{daemon.pid}\n"
@@ -813,7 +813,7 @@ def test_an_uncaught_exception_is_survived_and_its_traceback_logged(
         first = pid_in(held.ask())
         served(load)
         daemon.process.send_signal(signal.SIGUSR1)
-        read("event=adopted")
+        read("event=resumed")
         served(load)
         assert pid_in(held.ask()) == first
     assert load.snapshot().failures == ()

@@ -139,7 +139,7 @@ def test_programs_survive_the_protector_and_its_upgrade(protector: Starter) -> N
         assert client.ask() == "hello"
         revived(daemon, kill_protector(daemon))
         assert client.ask() == "hello"
-        assert "event=adopted" in upgrade(daemon)
+        assert "event=resumed" in upgrade(daemon)
         assert client.ask() == "hello"
     assert ask(here(daemon)) == "hello"
     at_rest(daemon)

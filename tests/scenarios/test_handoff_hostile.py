@@ -143,7 +143,7 @@ def test_a_unix_socket_that_it_shuts_down_is_bound_anew_and_another_generation_s
     assert pid_in(ask(str(path))) == spawned(daemon, 2)[0]
     assert path.stat().st_mode & 0o777 == 0o640
     assert wait_gone(spawned(daemon, 1)) == []
-    assert "event=adopted" in upgrade(daemon)
+    assert "event=resumed" in upgrade(daemon)
     daemon.reload()
     assert wait_gone(spawned(daemon, 2)) == []
     assert pid_in(ask(str(path))) == spawned(daemon, 3)[0]

@@ -364,7 +364,7 @@ def test_an_upgrade_amid_a_check_checks_again(served_by: Starter, tmp_path: Path
     eventually(lambda: len(pids.read_text().split()) == 2, "a check of the new one")
     there.touch()  # too late for that one, which sleeps
 
-    assert "event=adopted" in upgrade(daemon)
+    assert "event=resumed" in upgrade(daemon)
     daemon.log.wait_for("event=reloaded", after=mark)
 
     checks = [int(pid) for pid in pids.read_text().split()]
@@ -509,7 +509,7 @@ def test_a_hold_lasts_through_a_reload_an_upgrade_and_a_crash(operated: Operatin
         with Unanswered(daemon.address) as late:
             late.tries_again()
             daemon.daemon.reload()
-            assert "adopted" in upgrade(daemon.daemon)
+            assert "resumed" in upgrade(daemon.daemon)
             revived(daemon.daemon, kill_protector(daemon.daemon))
             with Unanswered(daemon.address) as later:
                 later.tries_again()
@@ -542,7 +542,7 @@ def test_a_stop_lets_those_in_that_a_hold_has_kept_out(operated: Operating) -> N
         late.tries_again()
         mark = daemon.daemon.signal(signal.SIGTERM)
         daemon.daemon.log.wait_for("event=stopping", after=mark)
-        assert "adopted" in upgrade(daemon.daemon)
+        assert "resumed" in upgrade(daemon.daemon)
         late.connects()
         late.say("hello")
         assert late.hear().endswith(" hello")
@@ -663,7 +663,7 @@ def test_one_of_the_library_is_told_to_finish_on_its_line_after_an_upgrade_too(
 ) -> None:
     daemon = operated("--guard", *MODE, *FAST, command=library_worker("echo"))
     first = spawned(daemon.daemon)
-    assert "event=adopted" in upgrade(daemon.daemon)
+    assert "event=resumed" in upgrade(daemon.daemon)
     daemon.daemon.reload()
     assert wait_gone(first) == []
     revived(daemon.daemon, kill_protector(daemon.daemon))

@@ -127,7 +127,7 @@ class Replaced:
 
     def replace(self) -> None:
         if self.how == "upgrade":
-            assert "event=adopted" in upgrade(self.daemon)
+            assert "event=resumed" in upgrade(self.daemon)
         elif self.how == "guard":
             revived(self.daemon, kill_protector(self.daemon))
         else:

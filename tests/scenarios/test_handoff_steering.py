@@ -310,7 +310,7 @@ def test_clients_of_a_listener_that_a_reload_adds_get_to_the_first_that_knows_it
     mark = daemon.signal(signal.SIGHUP)
     new = spawned(daemon, 2)[0]
     with Client(("127.0.0.1", port), "hello") as early:
-        assert "adopted" in upgrade(daemon)
+        assert "resumed" in upgrade(daemon)
         at_rest(daemon)
         with Client(("127.0.0.1", port), "hello") as late:
             gate.open()
@@ -386,7 +386,7 @@ def test_clients_of_a_listener_that_a_reload_removes_stay_with_the_generation_th
 
     assert by_old()
     assert pid_in(ask(("127.0.0.1", kept))) == new
-    assert "adopted" in upgrade(daemon)
+    assert "resumed" in upgrade(daemon)
     at_rest(daemon)
     assert by_old()
     assert pid_in(ask(("127.0.0.1", kept))) == new

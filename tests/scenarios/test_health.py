@@ -209,7 +209,7 @@ def test_another_protector_asks_anew(
 
     mark = len(one.daemon.log.seen)
     if how == "upgrade":
-        assert "event=adopted" in upgrade(one.daemon)
+        assert "event=resumed" in upgrade(one.daemon)
     else:
         revived(one.daemon, kill_protector(one.daemon))
     one.daemon.log.wait_for("event=unhealthy generation=1", after=mark)

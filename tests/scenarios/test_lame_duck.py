@@ -176,7 +176,7 @@ def test_an_upgrade_and_a_guard_go_on_with_it(operated: Operating) -> None:
     assert 0 < web.status()["lame_duck_s"] < 3600
     assert ask(address).endswith("] hello")
 
-    assert "event=adopted" in upgrade(web.daemon)
+    assert "event=resumed" in upgrade(web.daemon)
     eventually(lambda: web.status()["restarts"] == 2, "the one after that")
     status = web.status()
     assert (status["phase"], status["lame_duck"]) == ("stopping", "stopping")
@@ -207,7 +207,7 @@ def test_a_program_from_the_descriptor_store_goes_on_with_it(service: Service) -
     service.kill()
 
     second = service.start(*words)
-    second.log.wait_for("event=adopted")
+    second.log.wait_for("event=resumed")
 
     again = service.wait_for("STOPPING")  # nothing else: it is not ready
     assert again["STATUS"].startswith("stopping: lame duck")

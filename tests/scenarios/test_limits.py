@@ -222,7 +222,7 @@ def test_that_one_has_spoken_is_known_after_an_upgrade(operated: Operating) -> N
     web = operated("--watchdog", "500ms", "--kill-timeout", "100ms", command=(*OBEYS, "4"))
     [pid] = web.pids(1)
     say_watchdog(pid)
-    assert "event=adopted" in upgrade(web.daemon)
+    assert "event=resumed" in upgrade(web.daemon)
     line = web.line(follows=True)
 
     os.kill(pid, signal.SIGSTOP)
@@ -260,7 +260,7 @@ def test_a_worker_that_has_done_enough_is_replaced_under_load_and_nothing_fails(
     rate = rounds(200, 0) or None
     with Load(f"127.0.0.1:{web.daemon.port}", concurrency=8, rate_per_s=rate) as load:
         replaced(line, 4)
-        assert "event=adopted" in upgrade(web.daemon)
+        assert "event=resumed" in upgrade(web.daemon)
         line = web.line(follows=True)
         mark = len(web.daemon.log.seen)
         # The first two may have been on their way out.

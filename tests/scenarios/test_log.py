@@ -116,7 +116,7 @@ def test_the_guards_lines_have_the_form_of_the_others(protector: Start) -> None:
     daemon.log.wait_for('"event": "ready"')
     os.kill(started["pid"], signal.SIGKILL)
     died = json.loads(daemon.log.wait_for('"event": "protector-died"'))
-    daemon.log.wait_for('"event": "adopted"')
+    daemon.log.wait_for('"event": "resumed"')
     daemon.stop()
 
     assert died.pop("time")

@@ -104,7 +104,7 @@ def test_an_upgrade_and_its_own_death_under_a_guard_harm_no_workers_output(
             if act == "kill":
                 revived(daemon, kill_protector(daemon))
             else:
-                assert "event=adopted" in upgrade(daemon)
+                assert "event=resumed" in upgrade(daemon)
             client.say(f"after {act} {number}")
             daemon.log.wait_for(rf"^\[1 {pid}\] after {act} {number}$")
         daemon.reload()
@@ -295,7 +295,7 @@ def test_workers_of_another_user_write_through_it_too(command: Command) -> None:
     with Client(command.address, "one") as client:
         start.wait_for(r"(?m)^\[1 \d+\] one$")
         os.kill(command.protector, signal.SIGKILL)
-        start.wait_for("event=adopted")
+        start.wait_for("event=resumed")
         start.log_file.rename(start.folder / "log.1.sh")
         start.send(signal.SIGUSR1)
         start.wait_for("event=reopened")

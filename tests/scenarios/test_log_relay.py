@@ -228,7 +228,7 @@ def test_a_failure_is_reported_though_the_protector_is_replaced_meanwhile(
         start.send(signal.SIGUSR1)
         start.wait_for("event=reopened")  # it has stored what it spawned
         os.kill(protector, signal.SIGKILL if how == "kill" else signal.SIGUSR2)
-        start.wait_for("event=adopted")
+        start.wait_for("event=resumed")
         start.wait_for("event=reload-failed")
         assert "exited with status 7 before it was ready" in failures(start)[-1]
         start.wait_for("the reason of")
@@ -257,7 +257,7 @@ def test_an_upgrade_of_one_that_had_no_relay_gives_new_workers_one(start: Start)
         start.wait_for("(?m)^one$")
         relay = relay_of(start)
         start.send(signal.SIGUSR2)
-        start.wait_for("event=adopted")
+        start.wait_for("event=resumed")
         start.reload()
         (pid,) = spawned(start, 2)
         assert descriptors(pid)[1].startswith("pipe:")

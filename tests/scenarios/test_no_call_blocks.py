@@ -340,7 +340,7 @@ class Life:
             eventually(lambda: self.count(verdict) > before, verdict)
 
     def upgrade(self) -> None:
-        self._after("event=(adopted|upgrade-failed)", lambda: self.daemon.signal(signal.SIGUSR2))
+        self._after("event=(resumed|upgrade-failed)", lambda: self.daemon.signal(signal.SIGUSR2))
         self.control.close()
         self.control = Line(self.folder / "control")
 

@@ -153,7 +153,7 @@ def test_an_upgrade_and_a_restart_by_the_guard_go_on_in_the_same_folder(
             revived(daemon, kill_protector(daemon))
         else:
             # To the guard's child: SIGUSR2 is passed on.
-            assert "event=adopted" in upgrade(daemon)
+            assert "event=resumed" in upgrade(daemon)
         daemon.reload()
         addresses.append(address_of(spawned(daemon)[-1]))
 
@@ -169,7 +169,7 @@ def test_an_upgrade_and_a_restart_by_the_guard_go_on_in_the_same_folder(
 def test_a_worker_is_heard_on_its_path_after_an_upgrade(operated: Operating) -> None:
     web: Operated = operated(command=ECHO)
     [pid] = spawned(web.daemon)
-    assert "event=adopted" in upgrade(web.daemon)
+    assert "event=resumed" in upgrade(web.daemon)
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as one:
         one.sendto(b"STATUS=said after the upgrade", address_of(pid))
@@ -190,7 +190,7 @@ def test_a_folder_that_was_removed_keeps_no_worker_from_starting(protector: Star
 
     assert address_of(spawned(daemon)[-1]).startswith("@")
     daemon.log.wait_for("event=notify-socket-abstract worker=2 .*No such file or directory")
-    assert "event=adopted" in upgrade(daemon)  # which finds it under that name
+    assert "event=resumed" in upgrade(daemon)  # which finds it under that name
     daemon.reload()
     daemon.stop()
 

@@ -101,7 +101,7 @@ def test_its_programs_are_those_of_the_version_that_started(
 
     shutil.rmtree(installation.folder / "one" / "socketprotector")
     shutil.copytree(ROOT / "socketprotector", installation.folder / "one" / "socketprotector")
-    assert "event=adopted" in upgrade(one.daemon)
+    assert "event=resumed" in upgrade(one.daemon)
     serves(3)
     one.daemon.stop()
 

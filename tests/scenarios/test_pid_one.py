@@ -189,7 +189,7 @@ def test_the_first_process_is_upgraded_in_place(start: Start) -> None:
     for _ in range(5):
         os.kill(pid, signal.SIGUSR2)
         assert ask(("127.0.0.1", daemon.port)) == "hello"
-    daemon.log.wait_for("event=adopted")
+    daemon.log.wait_for("event=resumed")
 
     eventually(lambda: children_of(pid) == pools, "no child but its workers")
     os.kill(pid, signal.SIGTERM)

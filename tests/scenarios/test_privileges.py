@@ -123,7 +123,7 @@ def test_every_process_is_what_was_asked_for_and_stays_so(
     check(command, options, guarded=guarded)
 
     command.start.send(signal.SIGUSR2)
-    command.start.wait_for("event=adopted")
+    command.start.wait_for("event=resumed")
     command.start.reload()
     check(command, options, guarded=guarded)
 
@@ -131,7 +131,7 @@ def test_every_process_is_what_was_asked_for_and_stays_so(
         before = command.protector
         os.kill(before, signal.SIGKILL)
         assert not wait_gone([before])
-        eventually(lambda: command.start.log.count("event=adopted") == 2, "another protector")
+        eventually(lambda: command.start.log.count("event=resumed") == 2, "another protector")
         command.start.reload()
         check(command, options, guarded=guarded)
     assert ask(command.address) == "hello"

@@ -232,7 +232,7 @@ def test_another_protector_asks_anew(
     daemon.log.wait_for("event=probe-failed generation=2", after=mark)
 
     if how == "upgrade":
-        assert "event=adopted" in upgrade(daemon)
+        assert "event=resumed" in upgrade(daemon)
     else:
         revived(daemon, kill_protector(daemon))
     assert get(daemon.port) == old

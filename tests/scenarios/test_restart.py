@@ -129,7 +129,7 @@ def test_a_stop_leaves_the_listeners_alone_and_a_start_says_nothing_of_them(
     second = service.start(*words)
     serves(service)
     wait_stored(service, OWN | {"sp.listener.1"} | of_generation(1, 1))
-    assert second.log.count("event=adopted|event=notice") == 0
+    assert second.log.count("event=resumed|event=notice") == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -176,7 +176,7 @@ def test_what_is_no_longer_wanted_is_free_and_what_is_has_the_place_of_its_argum
 
     service.kill()  # the store has them under the names that go with the state
     third = service.start(*words)
-    third.log.wait_for("event=adopted")
+    third.log.wait_for("event=resumed")
     for port in (two, three):
         assert pid_in(ask(("127.0.0.1", port))) == worker_pid
     service.stop()
@@ -257,7 +257,7 @@ def test_one_that_is_killed_is_gone_on_with_and_not_started_afresh(
     wait_stored(service, OWN | of_generation(1, 1))
     service.kill()
     second = service.start("--workers", "3", *words)
-    second.log.wait_for("event=adopted")
+    second.log.wait_for("event=resumed")
     assert pid_in(ask(("127.0.0.1", port))) == spawned(first)[0]
     third = service.restart("--workers", "3", *words)
     serves(service)
@@ -291,7 +291,7 @@ def test_one_that_is_killed_amid_its_last_words_has_left_its_listeners(
         assert pid_in(waiting.hear()) == spawned(second)[0]
     serves(service)
     wait_stored(service, OWN | of_generation(1, 1))
-    assert second.log.count("event=adopted") == 0
+    assert second.log.count("event=resumed") == 0
 
 
 def test_one_whose_last_words_are_not_read_in_time_has_left_its_listeners(
@@ -313,7 +313,7 @@ def test_one_whose_last_words_are_not_read_in_time_has_left_its_listeners(
         assert pid_in(waiting.hear()) == spawned(second)[0]
     serves(service)
     wait_stored(service, OWN | of_generation(1, 1))
-    assert second.log.count("event=adopted") == 0
+    assert second.log.count("event=resumed") == 0
     service.stop()
 
 
@@ -334,7 +334,7 @@ def test_a_stop_that_is_killed_midway_is_gone_on_with_and_leaves_them(
         later = Client(("127.0.0.1", port), "later")
         service.kill()
         second = service.start(*words)
-        second.log.wait_for("event=adopted")
+        second.log.wait_for("event=resumed")
         held.ask()
     assert second.wait() == 0
     wait_stored(service, {"sp.listener.0"})

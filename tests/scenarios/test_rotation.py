@@ -128,7 +128,7 @@ def test_after_a_rotation_no_process_writes_to_the_old_file(
 
         os.kill(int(protector), signal.SIGKILL)
         start.wait_for("event=protector-died")  # the guard's word
-        start.wait_for("event=adopted")
+        start.wait_for("event=resumed")
     start.reload()
     with Client(f"{start.folder}/s", "from a new worker"):
         start.wait_for("(?m)^from a new worker$")

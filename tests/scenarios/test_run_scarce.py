@@ -49,7 +49,7 @@ def test_emfile_in_the_protector_holds_connections_and_does_not_spin(protector: 
     resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (free, hard))
 
     clients = [Client(("127.0.0.1", daemon.port), f"line {n}") for n in range(50)]
-    daemon.log.wait_for("event=scarce call=accept error=.Too many open files")
+    daemon.log.wait_for("event=resources-exhausted call=accept error=.Too many open files")
     watch_for_spinning(daemon.pid, 5, daemon)
     assert in_backlog(daemon.port) == 50
     resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (soft, hard))
@@ -177,7 +177,7 @@ def test_etoomanyrefs_as_another_user_holds_connections_and_does_not_spin(
         clients = [stack.enter_context(connect(f"line {n}")) for n in range(30)]
         eventually(lambda: in_backlog(daemon.port) == 0, "all of them in flight")
         clients += [stack.enter_context(connect(f"line {n}")) for n in range(30, 100)]
-        daemon.log.wait_for("event=scarce call=sendmsg error=.Too many references")
+        daemon.log.wait_for("event=resources-exhausted call=sendmsg error=.Too many references")
         watch_for_spinning(daemon.pid, 5, daemon)
         assert in_backlog(daemon.port) > 40
         os.kill(pid, signal.SIGCONT)

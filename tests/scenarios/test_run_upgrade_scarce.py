@@ -29,5 +29,5 @@ def test_an_upgrade_without_descriptors_is_refused_and_the_old_program_goes_on(
     resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (hard, hard))
     assert ask(("127.0.0.1", daemon.port))
     mark = daemon.signal(signal.SIGUSR2)
-    daemon.log.wait_for("event=adopted", after=mark)
+    daemon.log.wait_for("event=resumed", after=mark)
     daemon.stop()

@@ -80,7 +80,7 @@ def test_neither_argv_nor_log_nor_status_holds_a_secret(start: Start, manager: M
     start.reload()
     watched.look()
     start.send(signal.SIGUSR2)
-    start.wait_for("event=adopted")
+    start.wait_for("event=resumed")
     watched.look()
     # What fails says why, and quotes no value.
     watched.file.write_text(f"FROM_FILE={SECRETS['file']}\nno assignment {SECRETS['file']}\n")

@@ -311,7 +311,7 @@ def test_another_protector_asks_on(
     [old, new] = spawned(daemon)
 
     if how == "upgrade":
-        assert "event=adopted" in upgrade(daemon)
+        assert "event=resumed" in upgrade(daemon)
     else:
         revived(daemon, kill_protector(daemon))
     assert check.heard()["new"]["number"] == 2

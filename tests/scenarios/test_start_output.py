@@ -163,7 +163,7 @@ def test_an_upgrade_keeps_the_relay(start: Start, syslog: Syslog) -> None:
 
     for number in range(2):
         start.send(signal.SIGUSR2)
-        eventually(lambda n=number: syslog.count("event=adopted") == n + 1, "an upgrade")  # type: ignore[misc]
+        eventually(lambda n=number: syslog.count("event=resumed") == n + 1, "an upgrade")  # type: ignore[misc]
         prints(start, syslog, f"after upgrade {number}")
 
     assert relays_of(start) == [relay]
@@ -175,10 +175,10 @@ def test_an_upgrade_keeps_the_relay(start: Start, syslog: Syslog) -> None:
 def kill_guarded(start: Start, syslog: Syslog) -> None:
     """SIGKILL the protector of a guard, and wait for the one that goes on."""
     syslog.wait_for("event=start pid=")
-    known = syslog.count("event=adopted")
-    pids = [re.findall(r"event=(?:start|adopted) pid=(\d+)", line) for line in list(syslog.seen)]
+    known = syslog.count("event=resumed")
+    pids = [re.findall(r"event=(?:start|resumed) pid=(\d+)", line) for line in list(syslog.seen)]
     os.kill(int([pid for found in pids for pid in found][-1]), signal.SIGKILL)
-    eventually(lambda: syslog.count("event=adopted") > known, "another protector")
+    eventually(lambda: syslog.count("event=resumed") > known, "another protector")
 
 
 def test_under_a_guard_a_killed_protector_finds_the_relay_again(

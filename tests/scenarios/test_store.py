@@ -100,7 +100,7 @@ def test_no_more_is_stored_than_systemd_can_pass_on_below_the_soft_limit(service
     first.log.wait_for("event=store-full")
     mark = len(first.log.seen)
     first.signal(signal.SIGUSR2)
-    first.log.wait_for("event=adopted", after=mark)
+    first.log.wait_for("event=resumed", after=mark)
     first.reload()
     assert len(service.store) <= 36
 

@@ -99,7 +99,7 @@ class Supervisord:
         self.wait_for(r"event=ready\b", times)
 
     def protector(self) -> int:
-        return int(self.wait_for(r"event=(?:start|adopted) pid=(\d+)")[-1])
+        return int(self.wait_for(r"event=(?:start|resumed) pid=(\d+)")[-1])
 
     def workers(self) -> list[int]:
         """All that were started."""
@@ -189,7 +189,7 @@ def test_with_a_guard_a_killed_protector_is_not_missed(
     with Client(daemon.address, f"wait {gate.path}") as held:
         eventually(lambda: kinds_of(worker) != idle, "the worker serves it")
         os.kill(daemon.protector(), signal.SIGKILL)
-        daemon.wait_for("event=adopted")
+        daemon.wait_for("event=resumed")
         gate.open()
         assert pid_in(held.hear()) == worker
 

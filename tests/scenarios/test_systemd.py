@@ -313,7 +313,7 @@ def test_an_upgrade_waits_for_a_full_notify_socket_but_not_for_ever(
             manager.hear()
         assert manager.hear()["RELOADING"] == "1"
         assert manager.hear()["READY"] == "1"
-        assert "version=2.0.0" in daemon.log.wait_for("event=adopted")
+        assert "version=2.0.0" in daemon.log.wait_for("event=resumed")
     else:
         line = daemon.log.wait_for("event=upgrade-failed")
         assert "has not read on for 3s" in line

@@ -60,7 +60,7 @@ def test_a_killed_protector_is_reported_by_the_guard(start: Start) -> None:
         pid = int(re.findall(r"event=start pid=(\d+)", seen)[0])
         os.kill(pid, signal.SIGKILL)
         terminal.read_until("event=protector-died")
-        terminal.read_until("event=adopted")
+        terminal.read_until("event=resumed")
         os.kill(start.pid, signal.SIGTERM)
         terminal.read_until("event=stopped")
         assert process.wait(DEADLINE_S) == 0

@@ -58,7 +58,7 @@ def test_files_removed_while_idle_harm_no_reload(one: Operated, path: Path) -> N
             one.daemon.reload()
             served(load)
         tidy(path)
-        assert "event=adopted" in upgrade(one.daemon)
+        assert "event=resumed" in upgrade(one.daemon)
         one.daemon.reload()
         served(load)
         tidy(path)

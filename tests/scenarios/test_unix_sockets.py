@@ -69,7 +69,7 @@ def test_reloads_upgrades_and_kills_lose_no_client(one: Operated, path: Path) ->
         for _ in range(3):
             one.daemon.reload()
             served(load)
-        assert "event=adopted" in upgrade(one.daemon)
+        assert "event=resumed" in upgrade(one.daemon)
         one.daemon.reload()
         served(load)
         revived(one.daemon, kill_protector(one.daemon))
@@ -161,7 +161,7 @@ def test_clients_wait_through_a_hold_and_the_next_generation_answers(
         if amid == "reload":
             one.daemon.reload()
         elif amid == "upgrade":
-            assert "event=adopted" in upgrade(one.daemon)
+            assert "event=resumed" in upgrade(one.daemon)
         elif amid == "kill":
             revived(one.daemon, kill_protector(one.daemon))
         serving = spawned(one.daemon)[-1]

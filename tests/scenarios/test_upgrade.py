@@ -43,7 +43,7 @@ Starter = Callable[..., Protector]
 
 
 def upgraded(daemon: Protector) -> None:
-    assert "event=adopted" in upgrade(daemon), daemon.log.text()
+    assert "event=resumed" in upgrade(daemon), daemon.log.text()
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def test_a_new_release_behind_the_symlink_takes_over_and_says_its_version(
     upgraded(daemon)
 
     assert daemon.log.count(r"event=upgrading version=99\.1")
-    assert daemon.log.count(rf"event=adopted pid={daemon.pid} .* version=99\.1")
+    assert daemon.log.count(rf"event=resumed pid={daemon.pid} .* version=99\.1")
     assert pid_in(ask(("127.0.0.1", daemon.port))) == spawned(daemon)[0]
     shutil.rmtree(installation.folder / "one")
     upgraded(daemon)
@@ -407,7 +407,7 @@ def test_the_watchdog_is_fed_by_the_new_program_too(protector: Starter, tmp_path
         mark = daemon.signal(signal.SIGUSR2)
         # Heard all the while: nothing is upgraded whose manager has not read what was said.
         assert manager.wait_for("READY")["MAINPID"] == str(daemon.pid)
-        daemon.log.wait_for("event=adopted", after=mark)
+        daemon.log.wait_for("event=resumed", after=mark)
         manager.wait_for("WATCHDOG")
         assert manager.sender == daemon.pid
     daemon.stop()
@@ -426,7 +426,7 @@ def test_with_a_terminal_it_goes_on_and_ends_with_it(marked_environment: dict[st
         daemon.ready()
         [found] = re.findall(r"event=start pid=(\d+)", daemon.log.text())
         os.kill(int(found), signal.SIGUSR2)
-        daemon.log.wait_for("event=adopted")
+        daemon.log.wait_for("event=resumed")
         assert pid_in(ask(("127.0.0.1", daemon.port))) == spawned(daemon)[0]
         os.kill(int(found), signal.SIGHUP)  # the terminal lives: a reload
         daemon.log.wait_for("event=reloaded")
@@ -468,9 +468,9 @@ def test_usr2_twice_is_one_upgrade(installation: Installation, tmp_path: Path) -
     eventually(lambda: daemon.log.count("signal=SIGUSR2") >= 1, "the signal")
     gate.open()
 
-    daemon.log.wait_for("event=adopted", after=0)
+    daemon.log.wait_for("event=resumed", after=0)
     at_rest(daemon)
     assert mark >= 0
-    assert daemon.log.count("event=adopted") == 1
+    assert daemon.log.count("event=resumed") == 1
     assert len(children_of(daemon.pid)) == 1
     daemon.stop()

@@ -114,14 +114,14 @@ def load_on(daemon: Protector) -> Load:
 
 def upgraded(daemon: Protector) -> None:
     """Upgrade; this code has gone on."""
-    assert re.search(f"event=adopted .*{THIS_CODE}", upgrade(daemon)), daemon.log.text()
+    assert re.search(f"event=resumed .*{THIS_CODE}", upgrade(daemon)), daemon.log.text()
 
 
 def killed(daemon: Protector) -> None:
     """Kill the protector; its guard has started this code, which has gone on."""
     mark = kill_protector(daemon)
     revived(daemon, mark)
-    assert re.search(THIS_CODE, daemon.log.wait_for("event=adopted", after=mark))
+    assert re.search(THIS_CODE, daemon.log.wait_for("event=resumed", after=mark))
 
 
 # -- connections -----------------------------------------------------------------------
@@ -313,7 +313,7 @@ def test_relay_watcher_and_configuration_reader_are_found_by_the_paths_of_then(
         """What is changed is seen, and leads to a reload."""
         mark = len(daemon.log.seen)
         (source / name).write_text("pass\n")
-        daemon.log.wait_for("event=changed", after=mark)
+        daemon.log.wait_for("event=(?:files-)?changed", after=mark)  # earlier: changed
         daemon.log.wait_for("event=reloaded", after=mark)
 
     with load_on(daemon) as load:

@@ -43,7 +43,7 @@ def says(one: Operated, reason: str) -> None:
 
 def says_so_after_each_change_of_program(one: Operated, reason: str) -> None:
     says(one, reason)
-    assert "event=adopted" in upgrade(one.daemon)
+    assert "event=resumed" in upgrade(one.daemon)
     says(one, reason)
     revived(one.daemon, kill_protector(one.daemon))
     says(one, reason)

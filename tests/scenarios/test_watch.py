@@ -98,7 +98,7 @@ def test_a_change_is_a_reload(watching: Starter, source: Source) -> None:
     assert "event=reloaded generation=2" in after(daemon, lambda: source.save("two"))
 
     assert says(daemon) == "two"
-    assert daemon.log.count(f"event=changed path={source.path} ") == 1
+    assert daemon.log.count(f"event=files-changed path={source.path} ") == 1
     daemon.stop()
 
 
@@ -145,9 +145,9 @@ def test_files_that_are_not_sources_are_ignored_and_so_are_its_own(
     # Reported after all of these, which would have come with it at the latest.
     after(daemon, lambda: source.save("two"))
 
-    changed = daemon.log.wait_for("event=changed")
+    changed = daemon.log.wait_for("event=files-changed")
     assert f"path={source.path} files=1" in changed
-    assert daemon.log.count("event=changed") == 1
+    assert daemon.log.count("event=files-changed") == 1
     daemon.stop()
 
 
@@ -162,7 +162,7 @@ def test_a_log_in_the_watched_folder_leads_to_no_reload(start: Start) -> None:
     start.wait_for("event=reloaded generation=3")
     start.stop()
 
-    assert start.log.count("event=changed") == 2
+    assert start.log.count("event=files-changed") == 2
     assert [each for each in start.left() if "source.py" not in each] == []
 
 
@@ -192,7 +192,7 @@ def test_a_file_may_be_replaced_and_a_link_turned(
     after(daemon, lambda: put(tmp_path / "releases" / "b" / "more.py", "of the new one\n"))
     after(daemon, lambda: source.save("three"))
     assert says(daemon) == "three"
-    told = [line for line in daemon.log.seen if "event=changed" in line]
+    told = [line for line in daemon.log.seen if "event=files-changed" in line]
     assert ["beside" in line for line in told] == [False] * 4
     daemon.stop()
 
@@ -207,7 +207,7 @@ def test_another_folder_may_take_the_place_of_the_one_that_is_watched(
     source.folder.rename(tmp_path / "old")
     other.folder.rename(source.folder)
 
-    daemon.log.wait_for(f"event=changed path={source.folder} ")
+    daemon.log.wait_for(f"event=files-changed path={source.folder} ")
     eventually(lambda: says(daemon) == "two", "what is in the other folder")
     after(daemon, lambda: source.save("three"))
     assert says(daemon) == "three"
@@ -236,7 +236,7 @@ def test_it_stays_through_an_upgrade(
     daemon = watching()
     before = watcher_of(marked_environment[MARK])
 
-    assert "event=adopted" in upgrade(daemon)
+    assert "event=resumed" in upgrade(daemon)
 
     assert "event=reloaded" in after(daemon, lambda: source.save("two"))
     assert watcher_of(marked_environment[MARK]) == before

@@ -121,7 +121,7 @@ def parts(
         pass_time(1.5)
 
     def upgraded() -> None:
-        assert "event=adopted" in upgrade(daemon)
+        assert "event=resumed" in upgrade(daemon)
         reload()
 
     def killed() -> None:

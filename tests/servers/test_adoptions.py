@@ -39,7 +39,7 @@ def test_another_protector_goes_on_and_no_request_fails(
             if how == "guard":
                 revived(daemon, kill_protector(daemon))
             else:
-                assert "event=adopted" in upgrade(daemon)
+                assert "event=resumed" in upgrade(daemon)
             for _ in range(3):  # one by one, so that each is followed by an accept() of none
                 with Connection(("127.0.0.1", daemon.port)) as one:
                     assert one.ask(last=True)

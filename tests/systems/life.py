@@ -101,7 +101,7 @@ def _live(daemon: Protector, around: Surroundings, pid_file: Path) -> None:
     around.write("read again")
     daemon.reload()
     assert ask(address)
-    daemon.log.wait_for(r"event=adopted\b", after=daemon.signal(signal.SIGUSR2))
+    daemon.log.wait_for(r"event=resumed\b", after=daemon.signal(signal.SIGUSR2))
     assert ask(address)
     revived(daemon, kill_protector(daemon))
     assert ask(address)

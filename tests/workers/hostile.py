@@ -247,7 +247,9 @@ def prints_a_line_without_end() -> None:
 
 
 def prints_lines_without_end() -> None:
-    line = b"\x1b[2J\0\xff 2026-01-01T00:00:00.000Z error event=scarce call=accept\r\n\n"
+    line = (
+        b"\x1b[2J\0\xff 2026-01-01T00:00:00.000Z error event=resources-exhausted call=accept\r\n\n"
+    )
     for _ in range(MUCH // len(line * 1000)):
         os.write(1, line * 1000)
 

@@ -156,7 +156,7 @@ class CommandHandler:
         output = self._effects.output
         return {
             "crashes": status.plain(self._effects.reports.run.history.crashes),
-            "words_at": None if output.keeps_words else output.where_to_look(),
+            "last_words_hint": None if output.keeps_words else output.where_to_look(),
         }
 
     def _compare(self, client: Client, request: Request) -> None:

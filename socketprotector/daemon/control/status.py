@@ -194,7 +194,7 @@ def _of_generation(
         "draining_since_at": opened.record.drained_at,
         "path": opened.program.path,
         "queue": delivery.waiting(opened),
-        "untaken_s": delivery.untaken_s(opened),
+        "oldest_waiting_s": delivery.oldest_waiting_s(opened),
         "settle_check": shown(opened.program.settle_check),
         "first_programs": _of_first_programs(opened.record),
         "lost": opened.record.lost if total is not None else None,

@@ -151,7 +151,7 @@ class Delivery(ABC):
         """
 
     @abstractmethod
-    def untaken_s(self, generation: OpenGeneration) -> float | None:
+    def oldest_waiting_s(self, generation: OpenGeneration) -> float | None:
         """Return for how long it has accepted no waiting client; None: too short to report."""
 
     @abstractmethod

@@ -49,7 +49,7 @@ def generation(number: int, phase: str = "serving", *workers: Message, **more: A
         "path": "/srv/daemon",
         "first_programs": None,
         "queue": 0,
-        "untaken_s": None,
+        "oldest_waiting_s": None,
         "settle_check": "",
         "accepted": 120,
         "active": 3,

@@ -63,7 +63,7 @@ def test_the_fake_answers_as_a_real_protector(
         workers = client.request("connections")["workers"]
 
     made = fake.status(reloads=[fake.reload(8, "reloaded")], dry_run=fake.reload(9, "passed"))
-    crashes, words_at = answer["crashes"], answer["words_at"]
+    crashes, last_words_hint = answer["crashes"], answer["last_words_hint"]
     entries = [fake.entry("reload", 2, "reloaded"), fake.entry("dry-run", 3, "passed")]
     owners = [fake.owner(4712, accepted_at_by_fd={})]
     assert differences(real, made) == []
@@ -74,7 +74,7 @@ def test_the_fake_answers_as_a_real_protector(
     # Else nothing would have been compared.
     assert real["reloads"]
     assert crashes
-    assert words_at.endswith("; --log-prefix keeps what workers say")
+    assert last_words_hint.endswith("; --log-prefix keeps what workers say")
     assert workers[0]["accepted_at_by_fd"] == {}
     assert real["generations"][0]["workers"][0]["accepted"] is not None
     assert differences({"a": 1, "b": ""}, {"a": "", "c": ""}) != []

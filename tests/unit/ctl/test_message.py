@@ -22,7 +22,7 @@ from socketprotector.ctl.status_table import heading, last_reload, listeners, su
 from tests.unit.ctl.fake import generation, health, reload, status, worker
 
 FULL = status(
-    generation(7, "draining", worker(1), draining_since_at=150.0, untaken_s=31.0),
+    generation(7, "draining", worker(1), draining_since_at=150.0, oldest_waiting_s=31.0),
     generation(8, "serving", worker(2)),
     held_s=3.0,
     lame_duck_s=4.0,

@@ -353,11 +353,14 @@ def test_crashes(fake: Fake, ctl: Ctl) -> None:
 
 
 def test_crashes_say_what_would_keep_last_words(fake: Fake, ctl: Ctl) -> None:
-    answer: Message = {"crashes": [crash(last_words="")], "words_at": "see the journal; --keep"}
+    answer: Message = {
+        "crashes": [crash(last_words="")],
+        "last_words_hint": "see the journal; --keep",
+    }
     fake.answers["crashes"] = lambda *_: answer
     assert ctl("crashes").out.endswith("\nno last words: see the journal; --keep\n")
 
-    kept: list[Message] = [{"crashes": [crash()]}, {"words_at": None}, {"crashes": []}]
+    kept: list[Message] = [{"crashes": [crash()]}, {"last_words_hint": None}, {"crashes": []}]
     for known in kept:
         fake.answers["crashes"] = partial(lambda known, *_: {**answer, **known}, known)
         assert "no last words" not in ctl("crashes").out

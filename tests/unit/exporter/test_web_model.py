@@ -192,7 +192,7 @@ def test_a_failed_release_shows_its_last_words_and_whether_it_is_the_last_one(se
 def test_what_an_operator_should_know_is_noted(seen: Seen) -> None:
     assert seen.see(status())["notes"] == []
     notes = seen.see(
-        status(generation(8, untaken_s=31.2), held_s=9.0, lame_duck="on", phase="serving")
+        status(generation(8, oldest_waiting_s=31.2), held_s=9.0, lame_duck="on", phase="serving")
     )["notes"]
     assert notes == [
         "held: accepts nothing",

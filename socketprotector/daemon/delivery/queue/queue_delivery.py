@@ -156,8 +156,8 @@ class QueueDelivery(Delivery):
     def active(self, generation: OpenGeneration) -> int | None:
         return None
 
-    def untaken_s(self, generation: OpenGeneration) -> float | None:
-        return self.forwarder.queue.untaken_s(self._of(generation))
+    def oldest_waiting_s(self, generation: OpenGeneration) -> float | None:
+        return self.forwarder.queue.oldest_waiting_s(self._of(generation))
 
     def queue_limit(self, generation: OpenGeneration) -> int | None:
         return self._of(generation).capacity()

@@ -75,7 +75,7 @@ class QueueWatch:
         """Subtract a counted connection that is not in the queue, or was taken back."""
         self._extra -= 1
 
-    def untaken_s(self, channel: Channel) -> float | None:
+    def oldest_waiting_s(self, channel: Channel) -> float | None:
         """Return for how long no worker took a connection; None: too short to report."""
         if channel is not self._route or self._head is None:
             return None
@@ -94,7 +94,7 @@ class QueueWatch:
             return
         if head is not None and head == self._head:
             self._look_s = min(2 * self._look_s, LAST_LOOK_S)
-            seconds = self.untaken_s(route)
+            seconds = self.oldest_waiting_s(route)
             if seconds is not None and not route.said_untaken:
                 route.said_untaken = True
                 self.untaken(seconds, route.depth(), route.taken_from)

@@ -50,7 +50,9 @@ class Shortage:
         if now - self._since > 2 * LAST_WAIT_S:
             self._back_off.reset()
             hint = "accepting again by a timer"
-            self.runtime.log.write("error", "scarce", call=call, error=error.strerror, hint=hint)
+            self.runtime.log.write(
+                "error", "resources-exhausted", call=call, error=error.strerror, hint=hint
+            )
         self._since = now
         self.lasts = True
         self.stop()

@@ -128,7 +128,7 @@ class SharedDelivery(Delivery):
     def active(self, generation: OpenGeneration) -> int | None:
         return self._counts.active(generation.record.marks)
 
-    def untaken_s(self, generation: OpenGeneration) -> float | None:
+    def oldest_waiting_s(self, generation: OpenGeneration) -> float | None:
         serves = generation.record.number == self._route
         return self.steering.accept_watch.seconds if serves else None
 

@@ -35,6 +35,8 @@ RUN: dict[str, tuple[str, ...]] = {
     "docs/legacy.md": ("curl",),
     "docs/load-balancers.md": ("curl", "haproxy"),
     "docs/log.md": ("logrotate",),
+    "docs/long-lived.md": ("curl", "uvicorn"),
+    "docs/memory.md": ("curl", "gunicorn", "pgrep"),
     "docs/metrics.md": ("curl", "openssl"),
     "docs/man/SampleClient.1": ("nc", "script"),
     "docs/man/SocketProtector.8": (),
@@ -55,6 +57,7 @@ RUN: dict[str, tuple[str, ...]] = {
     "docs/start.md": ("curl", "gunicorn", "script", "uvicorn"),
     "docs/stdio.md": (),
     "docs/systemd.md": ("systemctl",),
+    "docs/sysv.md": ("curl",),
     "docs/tls.md": ("openssl", "curl", "haproxy", "stunnel", "gunicorn", "uvicorn"),
 }
 #: Above 3 s of a processor: not in `make test`, but in `make test-all`.

@@ -1,6 +1,6 @@
-"""What follows from an event: `decide(fleet, event) -> (fleet, actions)`, and its values.
+"""The decisions of the lifecycle: `decide(fleet, event) -> (fleet, actions)`, and its values.
 
-decide.py: which function answers which event.  step.py: drains, their limits, timers.  workers.py:
-how many start at once, respawns, `scale`.  Pure; carried out in daemon/.
+decide.py: which function handles which event.  step.py: drains, their limits, timers.  workers.py:
+how many workers start at once, respawns, `scale`.  Pure: daemon/ carries the actions out.
 May import: model.
 """

@@ -1,4 +1,4 @@
-"""The actions of the lifecycle: orders that decide() gives, and effects carry out.
+"""The actions of the lifecycle: decide() orders them, daemon/effects.py carries them out.
 
 Pure data, as events are.
 """
@@ -12,25 +12,26 @@ from .events import Deadline
 
 
 class Action:
-    """An order."""
+    """One order to the effects."""
 
     __slots__ = ()
 
 
 class WorkerSignal(Enum):
-    """The signals the lifecycle sends to workers, by name."""
+    """A signal that the lifecycle sends to workers, by name."""
 
     TERM = "TERM"
-    ABRT = "ABRT"  # to a stuck worker: it may leave a core dump
+    ABRT = "ABRT"  # to a stuck worker, which may leave a core dump
     KILL = "KILL"
 
 
 @frozen
 class Open(Action):
-    """Make a generation's channel; fresh: resolve the command again, not the last good.
+    """Make a generation's channel.
 
-    dry_run: it is to get no client, and is ended when it is ready.
-    Where this cannot be done its Spawns are left out, and OpenFailed is the answer.
+    fresh: resolve the command again, instead of using the last good one.
+    dry_run: the generation gets no client, and ends when it is ready.
+    If the channel cannot be made, effects skip the generation's Spawns and post OpenFailed.
     """
 
     generation: int
@@ -49,7 +50,10 @@ class Spawn(Action):
 
 @frozen
 class Signal(Action):
-    """Send a signal to a worker; KILL, and any to an orphaned one, to its whole process group."""
+    """Send a signal to a worker.
+
+    KILL, and any signal to an orphaned worker, goes to the whole process group.
+    """
 
     worker: int
     signal: WorkerSignal
@@ -57,30 +61,30 @@ class Signal(Action):
 
 @frozen
 class Retire(Action):
-    """Make a worker finish: by the end of its RETURN line, or by the signal of its handoff."""
+    """Make a worker finish: by end of file on its RETURN line, or by the mode's drain signal."""
 
     worker: int
 
 
 @frozen
-class Ask(Action):
-    """Ask a generation, all of whose workers live, until it answers: `Answered`."""
+class Probe(Action):
+    """Probe a generation with all of its workers running, until it answers: `Answered`."""
 
     generation: int
 
 
 @frozen
-class StopAsking(Action):
-    """Ask a generation no more; what it was asked and has not taken is forgotten."""
+class StopProbing(Action):
+    """Stop probing a generation, and drop the probes that it has not accepted."""
 
     generation: int
 
 
 @frozen
 class CheckSettling(Action):
-    """Ask a generation that settles again and again, until a bad answer: `SettleFailed`.
+    """Check a settling generation repeatedly, until a check fails: `SettleFailed`.
 
-    The time of SETTLE is over only once a good one has come after it.
+    The SETTLE timer passes only once a check has succeeded after its time.
     """
 
     generation: int
@@ -88,30 +92,30 @@ class CheckSettling(Action):
 
 @frozen
 class StopChecking(Action):
-    """Ask that no more."""
+    """Stop checking a settling generation."""
 
     generation: int
 
 
 @frozen
 class RouteTo(Action):
-    """Give new connections to this generation; None: hold them."""
+    """Give new connections to this generation; None: keep them waiting."""
 
     generation: int | None
 
 
 @frozen
 class Quiesce(Action):
-    """Wait until a generation without new clients has accepted all that came: `Quiesced`."""
+    """Wait until a generation without new clients has accepted its earlier ones: `Quiesced`."""
 
     generation: int
 
 
 @frozen
 class Drain(Action):
-    """Reclaim what this generation has not taken, for the route; then end its channel.
+    """Reclaim a generation's waiting connections for the route; then end its channel.
 
-    Without a route nothing is reclaimed: its workers finish it.
+    Without a route nothing is reclaimed: the generation's workers serve those connections.
     """
 
     generation: int
@@ -119,9 +123,9 @@ class Drain(Action):
 
 @frozen
 class Release(Action):
-    """Close what a generation that is gone has left; what still waits goes to the route.
+    """Close the descriptors of a generation that is gone; its waiting clients go to the route.
 
-    Without a route it is held until there is one.
+    Without a route these clients wait until there is one.
     """
 
     generation: int
@@ -129,14 +133,17 @@ class Release(Action):
 
 @frozen
 class Hold(Action):
-    """Accept nothing from now on, or go on accepting."""
+    """Stop accepting, or accept again."""
 
     on: bool
 
 
 @frozen
 class CloseListeners(Action):
-    """Take no new clients; quick: close at once, else first send on what has connected."""
+    """Accept no new clients.
+
+    quick: close at once; otherwise first deliver the clients that have connected.
+    """
 
     quick: bool
 
@@ -145,7 +152,7 @@ class CloseListeners(Action):
 class ReadSettings(Action):
     """Read the configuration again, for generations that are opened fresh later.
 
-    dry_run: that will get no client, of listeners that are added neither.
+    dry_run: the generation will get no client, not even from added listeners.
     """
 
     dry_run: bool = False
@@ -153,7 +160,7 @@ class ReadSettings(Action):
 
 @frozen
 class UseSettings(Action):
-    """What was read holds from now on for everything; listeners that it lacks are drained."""
+    """Apply the settings that were read to everything; drain the listeners that they lack."""
 
 
 @frozen
@@ -163,8 +170,9 @@ class ForgetSettings(Action):
 
 @frozen
 class StartTimer(Action):
-    """Run a timer; with `extend` (of one that runs) an earlier end is moved, a later one stays.
+    """Run a timer.
 
+    extend: the timer runs already; move its end only if that makes it later.
     LAME_DUCK_IDLE restarts with each new client.
     """
 
@@ -181,19 +189,19 @@ class CancelTimer(Action):
 
 
 class ReportKind(Enum):
-    """What a Report announces to the operator, the launching process and systemd."""
+    """A kind of news for the operator, the launching process and systemd."""
 
-    READY = "ready"  # the first generation serves
+    READY = "ready"  # the first generation is serving
     RELOADING = "reloading"
     RELOADED = "reloaded"
     RECOVERED = "recovered"  # the last good command serves again, after something failed
     RELOAD_FAILED = "reload-failed"
-    DRY_RUN = "dry-run"  # it begins
+    DRY_RUN = "dry-run"  # a dry run begins
     DRY_RUN_PASSED = "dry-run-passed"
     DRY_RUN_FAILED = "dry-run-failed"
     START_FAILED = "start-failed"
     RETRYING = "retrying"
-    LAME_DUCK = "lame-duck"  # a stop was requested, and begins later
+    LAME_DUCK = "lame-duck"  # a stop was requested, and begins after the lame duck
     LAME_DUCK_ON = "lame-duck-on"
     LAME_DUCK_OFF = "lame-duck-off"
     STOPPING = "stopping"
@@ -209,7 +217,7 @@ class ReportKind(Enum):
 
 @frozen
 class Report(Action):
-    """Tell what happened; reason is for people."""
+    """Report what happened; reason is for people."""
 
     news: ReportKind
     generation: int = 0
@@ -218,6 +226,6 @@ class Report(Action):
 
 @frozen
 class Exit(Action):
-    """The last action: nothing is left to supervise."""
+    """Exit the resident process: nothing is left to supervise."""
 
     status: int

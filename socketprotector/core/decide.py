@@ -1,11 +1,11 @@
-"""What follows from an event: `decide(fleet, event) -> (fleet, actions)`.
+"""The one decision function: `decide(fleet, event) -> (fleet, actions)`.
 
 Pure: no clock, process, socket or logger.  Time comes in as events and goes out as
-StartTimer.  Each event is handled first (reload.py, workers.py, stop.py); then `_go_on` does
-what has become possible, whatever the event was.  A late event finds its subject
-gone, and changes nothing.
+StartTimer.  `_handle` first handles the event (reload.py, workers.py, stop.py); then `_advance`
+does what has become possible, after any event.  A late event, whose generation or worker
+is gone, changes nothing.
 
-The order of the actions is part of the answer.
+The order of the actions is part of the result.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ..model.lazy_dataclass import replace
 from . import events, reload, rescue, stop, workers
 from .actions import (
     Action,
-    Ask,
     CheckSettling,
     CloseListeners,
     Drain,
     Hold,
+    Probe,
     Quiesce,
     ReadSettings,
     Release,
@@ -37,16 +37,19 @@ from .step import Step
 
 
 def decide(fleet: Fleet, event: Event) -> tuple[Fleet, tuple[Action, ...]]:
-    """Say what follows from one event.  Never raises for an event that comes late."""
+    """Return the new fleet, and the actions that follow from one event.
+
+    Never raises for an event that comes late.
+    """
     if fleet.exiting:
         return fleet, ()
     step = Step(fleet)
-    _answer(step, event)
-    _go_on(step)
+    _handle(step, event)
+    _advance(step)
     return step.fleet, tuple(step.actions)
 
 
-def _answer(step: Step, event: Event) -> None:
+def _handle(step: Step, event: Event) -> None:
     match event:
         case events.Launched():
             reload.launched(step)
@@ -103,7 +106,7 @@ def _answer(step: Step, event: Event) -> None:
         case events.SettingsFailed(reason):
             reload.settings_failed(step, reason)
         case events.DeadlinePassed(deadline, advice):
-            if deadline in step.fleet.timers:  # else it crossed its CancelTimer
+            if deadline in step.fleet.timers:  # otherwise it crossed its CancelTimer
                 step.fleet = replace(step.fleet, timers=step.fleet.timers - {deadline})
                 _deadline_passed(step, deadline, advice)
 
@@ -126,7 +129,7 @@ def _deadline_passed(step: Step, deadline: Deadline, advice: str) -> None:
             if step.fleet.find(number) is not None:
                 step.do(Signal(number, WorkerSignal.KILL))
         case TimerKind.OPEN | TimerKind.TURN | TimerKind.WORKER_RESPAWN:
-            pass  # `_go_on` opens, or starts, what is due
+            pass  # `_advance` opens the generation, or starts the workers, now due
         case TimerKind.HOLD:
             stop.release_hold(step)
         case TimerKind.LAME_DUCK | TimerKind.LAME_DUCK_IDLE:
@@ -135,25 +138,25 @@ def _deadline_passed(step: Step, deadline: Deadline, advice: str) -> None:
             stop.stop_quickly(step)
 
 
-def _go_on(step: Step) -> None:
-    """Do what has become possible; wherever nothing has, this changes nothing."""
+def _advance(step: Step) -> None:
+    """Do what has become possible; without any such step, change nothing."""
     reload.serve_if_ready(step)
     reload.try_nothing_unserved(step)
     reload.begin_if_wanted(step)
-    _release_what_is_gone(step)
+    _release_gone_generations(step)
     reload.open_if_due(step)
     workers.reconcile(step)
-    reload.ask_if_complete(step)
+    reload.probe_if_complete(step)
     stop.exit_if_done(step)
 
 
-def _release_what_is_gone(step: Step) -> None:
+def _release_gone_generations(step: Step) -> None:
     for generation in step.fleet.generations:
         if not generation.workers and None in PHASES[generation.phase]:
             step.cancel(TimerKind.DRAIN, generation.number)
             step.cancel(TimerKind.KILL, generation.number)
-            left = tuple(g for g in step.fleet.generations if g.number != generation.number)
-            step.fleet = replace(step.fleet, generations=left)
+            remaining = tuple(g for g in step.fleet.generations if g.number != generation.number)
+            step.fleet = replace(step.fleet, generations=remaining)
             step.do(Release(generation.number))
 
 
@@ -162,12 +165,12 @@ def resume(
     left_s: Mapping[Deadline, float],
     undone: Iterable[Action] = (),
 ) -> tuple[Action, ...]:
-    """Say what brings the world to what a fleet says, when another program stopped midway.
+    """Return the actions that make the world match a fleet, after another program stopped midway.
 
-    Every action can be done again without harm.  `left_s`: seconds left of each timer; one
-    that is not known runs out at once.  `undone`: what the other program was about to do and
-    the fleet does not tell; to tell all workers again that are to end would be a second TERM,
-    which many programs take for "at once".
+    Each action can be repeated without harm.
+    left_s: seconds left of each timer; a timer without an entry runs out at once.
+    undone: ordered actions that the fleet does not imply.  They are recorded, because repeating
+    TERM to every ending worker would be a second TERM, which many programs take for "at once".
     """
     route, undone = fleet.route, tuple(undone)
     actions: list[Action] = [Hold(True)] if fleet.held else []
@@ -178,8 +181,8 @@ def resume(
         order = Quiesce if generation.quiescing else Drain
         actions.append(order(generation.number))
     starting = fleet.of(Phase.STARTING)
-    if starting and reload.is_asked(fleet, starting):
-        actions.append(Ask(starting.number))
+    if starting and reload.is_probed(fleet, starting):
+        actions.append(Probe(starting.number))
     settling = fleet.of(Phase.SETTLING)
     if settling and settling.checked:
         actions.append(CheckSettling(settling.number))
@@ -189,7 +192,7 @@ def resume(
     if fleet.stopping:
         quick = fleet.stopping is Stop.QUICK or not fleet.listeners_open
         actions.append(CloseListeners(quick))
-    # It is not known when the last client came to the other program.
+    # The state does not record when the last client came to the other program.
     left_s = {**left_s, Deadline(TimerKind.LAME_DUCK_IDLE): fleet.policy.lame_duck_idle_s}
     actions += [StartTimer(each, max(0.0, left_s.get(each, 0.0))) for each in fleet.timers]
     return tuple(actions)

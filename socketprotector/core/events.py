@@ -1,7 +1,7 @@
-"""The events of the lifecycle: facts that happened; and the names of its timers.
+"""The events of the lifecycle (facts that happened), and the names of its timers.
 
-Pure data.  An event names generations and workers by number only; what a number
-stands for (a process, a channel) is the business of effects.
+Pure data.  An event names generations and workers by number only; daemon/effects.py knows the
+process or channel behind a number.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from ..model.policy import Policy
 
 
 class TimerKind(Enum):
-    """What a deadline is about; the target is a generation's or a worker's number."""
+    """A kind of deadline; its target is a generation's or a worker's number, or 0: the fleet."""
 
-    START = "start"  # generation: all workers ready
-    SETTLE = "settle"  # generation: has lived long enough
-    DRAIN = "drain"  # generation: last worker gone
-    KILL = "kill"  # generation: was sent TERM
-    WORKER_START = "worker-start"  # worker: a replacement's READY
+    START = "start"  # generation: all workers are ready by then, or it fails
+    SETTLE = "settle"  # generation: has settled, and is promoted
+    DRAIN = "drain"  # generation: its last worker has exited by then, or gets TERM
+    KILL = "kill"  # generation: TERM was sent; KILL follows
+    WORKER_START = "worker-start"  # worker: a replacement is ready by then, or gets TERM
     WORKER_RESPAWN = "worker-respawn"  # worker: back-off is over
-    WORKER_RETIRE = "worker-retire"  # worker: was asked to leave
-    WORKER_KILL = "worker-kill"  # worker: was sent TERM
+    WORKER_RETIRE = "worker-retire"  # worker: has finished by then, or gets TERM
+    WORKER_KILL = "worker-kill"  # worker: TERM was sent; KILL follows
     OPEN = "open"  # fleet: back-off before the next generation is over
-    HOLD = "hold"  # fleet: accepting again
-    LAME_DUCK = "lame-duck"  # fleet: balancers know by now, and it stops
-    LAME_DUCK_IDLE = "lame-duck-idle"  # fleet: no client has come for so long, so they do
-    STOP = "stop"  # fleet: graceful stop takes too long
-    TURN = "turn"  # fleet: the loop has turned, so more workers may be started
+    HOLD = "hold"  # fleet: the hold ends
+    LAME_DUCK = "lame-duck"  # fleet: balancers have noticed the lame duck by now; the stop begins
+    LAME_DUCK_IDLE = "lame-duck-idle"  # fleet: no client came for so long; the stop begins
+    STOP = "stop"  # fleet: a graceful stop becomes a quick one
+    TURN = "turn"  # fleet: the event loop has turned, so more workers may be started
 
 
 @frozen
@@ -40,43 +40,43 @@ class Deadline:
 
 
 class Event:
-    """A fact."""
+    """One fact."""
 
     __slots__ = ()
 
 
 @frozen
 class Launched(Event):
-    """The program stands and may start its first generation."""
+    """The resident process is set up and may start its first generation."""
 
 
 @frozen
 class ReloadRequested(Event):
-    """A reload was requested: a generation of the command as it is now."""
+    """A reload was requested: a new generation of the command as it is now."""
 
 
 @frozen
 class DryRunRequested(Event):
-    """The same was requested up to the switch, which is left out."""
+    """A dry run was requested: a reload that ends before its switch."""
 
 
 @frozen
 class StopRequested(Event):
-    """A stop was requested; quick: without waiting for what is being served."""
+    """A stop was requested; quick: without waiting for open connections."""
 
     quick: bool = False
 
 
 @frozen
 class LameDuckRequested(Event):
-    """Balancers are to send clients elsewhere, or here again, while all is served as before."""
+    """A lame duck was requested or ended: balancers send clients elsewhere; serving continues."""
 
     on: bool
 
 
 @frozen
 class ScaleRequested(Event):
-    """So many workers more (or fewer) were requested; with `to`, so many in all."""
+    """Another number of workers was requested: `change` more (or fewer), or `to` in all."""
 
     change: int = 0
     to: int | None = None
@@ -84,33 +84,33 @@ class ScaleRequested(Event):
 
 @frozen
 class HoldRequested(Event):
-    """A hold was requested: nothing accepted, and nothing refused, for so long."""
+    """A hold was requested: for so many seconds clients are neither accepted nor refused."""
 
     seconds: float
 
 
 @frozen
 class HoldReleased(Event):
-    """The hold is to end before its time."""
+    """An operator ended the hold before its time."""
 
 
 @frozen
 class RenewRequested(Event):
-    """The serving generation is to be replaced by one of the same program."""
+    """A replacement of the serving generation by the last good command was requested."""
 
 
 @frozen
 class KillRequested(Event):
-    """A generation on its way out is to be killed, not waited for."""
+    """An operator requested KILL for a draining or failed generation."""
 
     generation: int
 
 
 @frozen
 class ReplaceRequested(Event):
-    """A worker is to make room for another one: it is too old or large, or was asked for.
+    """A worker is to be replaced: it is too old or large, or an operator requested it.
 
-    hung: it has stopped saying WATCHDOG=1, so it can be asked for nothing.
+    hung: the worker is stuck (no WATCHDOG=1 in time), so it cannot be made to finish.
     """
 
     worker: int
@@ -120,7 +120,7 @@ class ReplaceRequested(Event):
 
 @frozen
 class WorkerReady(Event):
-    """A worker said READY, or its timer said so for it."""
+    """A worker is ready; retires: it can finish separately from its generation."""
 
     worker: int
     retires: bool = False
@@ -130,9 +130,10 @@ class WorkerReady(Event):
 class WorkerExited(Event):
     """A worker's process ended, or could not be spawned.
 
-    `served_s`: seconds since its READY, 0 without one.  `waiting`: connections in its
-    generation's queue then.  `detached`: ended with status 0 before READY.  `orphans`: what it
-    had started lives on; when that has ended it is said again, without.
+    served_s: seconds since its READY, 0 without one.
+    waiting: connections in its generation's queue at that moment.
+    detached: it exited with status 0 before READY.
+    orphans: processes that it started are running; a second event follows when they have ended.
     """
 
     worker: int
@@ -145,7 +146,7 @@ class WorkerExited(Event):
 
 @frozen
 class OpenFailed(Event):
-    """A generation could not be opened: the command or what it needs is not there."""
+    """A generation could not be opened: the command, or a resource for it, is missing."""
 
     generation: int
     reason: str
@@ -153,21 +154,21 @@ class OpenFailed(Event):
 
 @frozen
 class Quiesced(Event):
-    """A generation whose workers accept has accepted all clients that had come to it."""
+    """A generation whose workers accept has accepted all clients that came to it."""
 
     generation: int
 
 
 @frozen
 class Answered(Event):
-    """A generation that was asked has answered as it should."""
+    """A generation has passed its probe."""
 
     generation: int
 
 
 @frozen
 class SettleFailed(Event):
-    """What a settling generation was asked shows that it must not go on; reason is for people."""
+    """A settling generation has failed its check; reason is for people."""
 
     generation: int
     reason: str
@@ -175,19 +176,19 @@ class SettleFailed(Event):
 
 @frozen
 class HandingOver(Event):
-    """Another program takes over; an older program may not know of dry runs."""
+    """An upgrade hands over to another program, which may be too old to know of dry runs."""
 
 
 @frozen
 class Stranded(Event):
-    """Clients wait where no generation accepts any more."""
+    """Clients wait at a socket from which no generation accepts any more."""
 
 
 @frozen
 class HeldClientsWait(Event):
-    """Clients of a hold that is over wait at a UNIX path, and each generation has its own socket.
+    """After a hold, clients wait at a UNIX path whose generations have their own sockets.
 
-    The next generation accepts them, so no existing generation may be in its way.
+    Only the next generation accepts these clients, so no existing one may delay its start.
     """
 
 
@@ -205,7 +206,7 @@ class ListenersLost(Event):
 
 @frozen
 class ChannelBroken(Event):
-    """A worker shut down the channel that all of its generation share."""
+    """A worker shut down the channel that all workers of its generation share."""
 
     generation: int
     served_s: float = 0.0
@@ -213,7 +214,7 @@ class ChannelBroken(Event):
 
 @frozen
 class TimeExtended(Event):
-    """A worker asked for more time for what it is doing (EXTEND_TIMEOUT_USEC)."""
+    """A worker asked for more time (EXTEND_TIMEOUT_USEC)."""
 
     worker: int
     seconds: float
@@ -221,12 +222,12 @@ class TimeExtended(Event):
 
 @frozen
 class BacklogEmptied(Event):
-    """What had connected before the stop is sent; the listeners are closed."""
+    """All clients from before the stop are delivered, and the listeners are closed."""
 
 
 @frozen
 class SettingsRead(Event):
-    """The configuration was read again and is valid.  workers: None for as many as before."""
+    """The configuration was read again and is valid; workers: None: as many as before."""
 
     policy: Policy
     workers: int | None = None
@@ -241,7 +242,7 @@ class SettingsFailed(Event):
 
 @frozen
 class DeadlinePassed(Event):
-    """A timer ran out; advice: what is known of why nothing came before it did, for people."""
+    """A timer ran out; advice: the likely cause of the timeout, for people."""
 
     deadline: Deadline
     advice: str = ""

@@ -1,7 +1,7 @@
-"""What is supervised, as values: workers, generations, the fleet (the policy: model/policy.py).
+"""The supervised things as values: workers, generations, the fleet (the policy: model/policy.py).
 
 Pure data.  Nothing here knows a clock, process, socket or logger; the supervisor
-keeps one Fleet and replaces it by what `decide.decide` answers.
+keeps one Fleet and replaces it with the result of `decide.decide`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ class Phase(Enum):
     """The phase of a generation.  A generation that is gone is no longer in the fleet."""
 
     STARTING = "starting"
-    SETTLING = "settling"  # has the route, but the one before it can still be switched back to
+    SETTLING = "settling"  # has the route, but a rollback to the previous generation is possible
     SERVING = "serving"
     DRAINING = "draining"
     ABANDONED = "abandoned"
 
 
-#: Each way a generation can go, and why.  `Fleet.moved` walks only these, and the
+#: Each change of a generation's phase, and its causes.  `Fleet.moved` allows only these, and the
 #: diagram in ARCHITECTURE.md is drawn from them.  None: the generation is gone.
 PHASES: dict[Phase, dict[Phase | None, str]] = {
     Phase.STARTING: {
@@ -51,11 +51,11 @@ class State(Enum):
     WAITING = "waiting"  # not spawned yet: a back-off timer runs, or its turn has not come
     STARTING = "starting"
     READY = "ready"
-    RETIRING = "retiring"  # was asked to leave; no worker replaces it
-    ORPHANED = "orphaned"  # its process has ended, and what that had started has not
+    RETIRING = "retiring"  # finishes its connections and leaves; no worker replaces it
+    ORPHANED = "orphaned"  # its process has ended, but processes that it started are running
 
 
-#: States of workers that others replace, or have replaced.
+#: States of workers that no longer count: their slots are dropped, or filled by other workers.
 LEAVING = (State.RETIRING, State.ORPHANED)
 
 
@@ -66,10 +66,10 @@ class Worker:
     number: int
     slot: int
     state: State = State.STARTING
-    retires: bool = False  # leaves when its RETURN line ends
+    retires: bool = False  # finishes and leaves when its RETURN line ends
     quick_deaths: int = 0  # in a row, in this slot
-    replaces: int = 0  # the number of the worker that leaves when this one is ready
-    hung: bool = False  # it is to leave, and cannot be asked to
+    replaces: int = 0  # the number of the worker that leaves when this worker is ready
+    hung: bool = False  # stuck: it must leave, and does not react to messages
 
     @property
     def alive(self) -> bool:
@@ -83,17 +83,17 @@ _NUMBER = attrgetter("number")
 class Generation:
     """All workers started from one version of the command.
 
-    What concerns one of a thousand workers must not look at all of them.  They stand in the order
-    of their numbers, so that one is found by halves; the copy of a tuple is no work to speak of.
+    An event about one of a thousand workers must not look at all of them.  So workers stand in the
+    order of their numbers, and a binary search finds one; copying the tuple costs little.
     """
 
     number: int
     phase: Phase = Phase.STARTING
     fresh: bool = True  # started from the command as it is now, not from the last good one
-    ending: bool = False  # was sent TERM by a deadline or stop; KILL follows
+    ending: bool = False  # a deadline or a stop sent TERM; KILL follows
     quiescing: bool = False  # drains, and finishes once it has accepted its clients
     workers: tuple[Worker, ...] = ()
-    checked: bool = False  # settles, and is asked whether it does well
+    checked: bool = False  # settles, and --settle-check checks it
 
     @property
     def alive(self) -> tuple[Worker, ...]:
@@ -110,33 +110,33 @@ class Generation:
         return found[0] if found and found[0].number == number else None
 
     def replaced(self, number: int, *changed: Worker) -> Generation:
-        """Return it with a worker, which it has, changed; or without that one."""
+        """Return the generation with one of its workers changed, or without that worker."""
         at = bisect_left(self.workers, number, key=_NUMBER)
         return replace(self, workers=(*self.workers[:at], *changed, *self.workers[at + 1 :]))
 
     @property
     def takers(self) -> tuple[Worker, ...]:
-        """The workers that take, or will take, what waits in the queue."""
+        """The workers that take, or will take, connections from the queue."""
         return tuple(w for w in self.alive if w.state not in LEAVING)
 
 
 class Stop(Enum):
-    """How the whole fleet is to end."""
+    """How the whole fleet ends."""
 
     GRACEFUL = "graceful"
     QUICK = "quick"
 
 
 class LameDuck(Enum):
-    """Whether the lame duck asks balancers to send clients elsewhere; serving continues."""
+    """Whether balancers are asked to send clients elsewhere; serving continues."""
 
     OFF = "off"
-    ON = "on"  # until that is taken back
-    STOPPING = "stopping"  # until its timer starts the graceful stop that was requested
+    ON = "on"  # until an operator switches it off
+    STOPPING = "stopping"  # until the LAME_DUCK timer starts the requested graceful stop
 
 
 class Next(Enum):
-    """Which command the next generation is opened with, once nothing stands in its way."""
+    """Which command the next generation is opened with, once nothing delays it."""
 
     FRESH = "fresh"
     LAST_GOOD = "last good"
@@ -144,15 +144,15 @@ class Next(Enum):
 
 @frozen
 class Candidate:
-    """What the configuration said when it was read again; it has not served yet."""
+    """Settings that a reload has read; no generation has served with them yet."""
 
     policy: Policy
-    workers: int | None = None  # None: as many as are wanted anyway
+    workers: int | None = None  # None: as many as before
 
 
 @frozen
 class Fleet:
-    """Everything the lifecycle knows.  Wishes (what is wanted) stand apart from what is."""
+    """Everything the lifecycle knows, with wanted and actual state in separate fields."""
 
     policy: Policy = field(default_factory=Policy)
     workers_wanted: int = 1
@@ -163,24 +163,24 @@ class Fleet:
     reload_wanted: bool = False
     lame_duck: LameDuck = LameDuck.OFF
     stopping: Stop | None = None
-    to_open: Next | None = None  # waits for an older generation's end or a back-off's
+    to_open: Next | None = None  # waits for the end of an older generation or of a back-off
 
     configured: bool = False  # a reload begins with reading the configuration again
-    reading: bool = False  # that is being done
-    candidate: Candidate | None = None  # what was read, until it serves or has failed
-    dry_run: bool = False  # what is read, opened or starting now is only tried, and never serves
+    reading: bool = False  # the configuration is being read
+    candidate: Candidate | None = None  # the settings read, until they serve or have failed
+    dry_run: bool = False  # the generation being read, opened or started gets no clients
 
-    served: bool = False  # something has been ready once
-    failed_starts: int = 0  # generations in a row that failed while nothing else served
+    served: bool = False  # a generation has served, since the first start
+    failed_starts: int = 0  # generations in a row that failed while no other one served
     listeners_open: bool = True
-    held: bool = False  # nothing is accepted, as was requested
+    held: bool = False  # an operator's hold: no client is accepted
     exit_status: int = 0
     exiting: bool = False
 
     timers: frozenset[Deadline] = frozenset()  # the running timers
 
     def of(self, phase: Phase) -> Generation | None:
-        """The newest generation in a phase, or None."""
+        """Return the newest generation in a phase, or None."""
         return next((g for g in reversed(self.generations) if g.phase is phase), None)
 
     def all_of(self, phase: Phase) -> tuple[Generation, ...]:
@@ -203,15 +203,15 @@ class Fleet:
 
     @property
     def is_changing(self) -> bool:
-        """Whether one is, or will be."""
+        """Whether a reload, a dry run or a replacement is under way or queued."""
         return self.is_opening or self.reload_wanted
 
     def policy_of(self, fresh: bool) -> Policy:
-        """The policy for opening a generation, fresh or from the last good command."""
+        """Return the policy for opening a generation, fresh or from the last good command."""
         return self.candidate.policy if fresh and self.candidate else self.policy
 
     def wanted_in(self, generation: Generation) -> int:
-        """How many workers a generation is to have."""
+        """Return the wanted number of workers of a generation."""
         candidate = self.candidate if generation.fresh else None
         return (candidate.workers if candidate else None) or self.workers_wanted
 
@@ -219,12 +219,12 @@ class Fleet:
         return next((g for g in self.generations if g.number == number), None)
 
     def __getitem__(self, number: int) -> Generation:
-        """Return a generation that is known not to be gone."""
+        """Return a generation that the fleet still has."""
         (found,) = (g for g in self.generations if g.number == number)
         return found
 
     def find(self, worker: int) -> tuple[Generation, Worker] | None:
-        """The generation and entry of a worker by its number."""
+        """Return a worker and its generation, by the worker's number; None: the worker is gone."""
         found = ((each, each.worker(worker)) for each in self.generations)
         return next(((generation, entry) for generation, entry in found if entry), None)
 
@@ -234,33 +234,33 @@ class Fleet:
 
     @property
     def stop_requested(self) -> bool:
-        """It ends, now or after its lame duck: nothing that is requested then is begun."""
+        """Whether the fleet stops, now or after its lame duck; no new request begins then."""
         return self.stopping is not None or self.lame_duck is LameDuck.STOPPING
 
     @property
     def queue_is_last(self) -> bool:
-        """What waits in a draining generation's queue can go to no other, now or later.
+        """Whether only a draining generation itself can serve the clients in its queue.
 
-        Where workers accept nothing does: it would be in the backlog, which is closed by then.
+        Never where workers accept: clients wait in the backlog there, which a stop has closed.
         """
         stops = self.stopping is Stop.GRACEFUL and self.route is None
         return stops and self.policy.queues
 
     def with_generation(self, changed: Generation) -> Fleet:
-        """Replace the generation with the same number."""
+        """Return the fleet with a changed generation in place of that with the same number."""
         number = changed.number
         generations = tuple(changed if g.number == number else g for g in self.generations)
         return replace(self, generations=generations)
 
     def with_worker(self, changed: Worker) -> Fleet:
-        """Replace the worker in the same generation and slot."""
+        """Return the fleet with a changed worker in place of that with the same number."""
         found = self.find(changed.number)
         return self.with_generation(found[0].replaced(changed.number, changed)) if found else self
 
     def moved(self, number: int, phase: Phase) -> Fleet:
-        """Move a generation to another phase along PHASES.
+        """Return the fleet with a generation in another phase.
 
-        Raises ValueError for a way PHASES does not have: a fault of ours.
+        Raises ValueError for a change that PHASES does not have: a bug in SocketProtector.
         """
         generation = self[number]
         if phase not in PHASES[generation.phase]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from ..model.backoff import backoff_s
 from ..model.lazy_dataclass import replace
 from ..model.policy import PROVEN_S, STANDBY_S
-from .actions import Ask, Open, ReadSettings, Report, ReportKind, RouteTo
+from .actions import Open, Probe, ReadSettings, Report, ReportKind, RouteTo
 from .events import Deadline, TimerKind
 from .fleet import Candidate, Fleet, Generation, Next, Phase, Policy, State
 from .step import Step
@@ -35,11 +35,11 @@ def launched(step: Step) -> None:
 
 
 def reload_requested(step: Step) -> None:
-    """Queue a reload; begin_if_wanted() begins it."""
+    """Queue a reload, which begin_if_wanted() begins."""
     if step.fleet.stop_requested:
         step.do(Report(ReportKind.REFUSED, reason="no reload while stopping"))
     else:
-        # Queue it: the newest configuration wins without a second HUP.
+        # Queued even during a reload, so that the newest release wins without another HUP.
         step.fleet = replace(step.fleet, reload_wanted=True)
 
 
@@ -129,7 +129,7 @@ def settings_failed(step: Step, reason: str) -> None:
 
 
 def try_nothing_unserved(step: Step) -> None:
-    """Call off a dry run while no generation serves: the last good one must serve first."""
+    """Call off a dry run while no generation serves: the last good command must serve first."""
     if not step.fleet.of(Phase.SERVING):
         call_off_dry_run(step, "the generation that served has failed meanwhile")
 
@@ -254,20 +254,20 @@ def _is_complete(fleet: Fleet, starting: Generation) -> bool:
     return len(starting.workers) >= fleet.wanted_in(starting)
 
 
-def is_asked(fleet: Fleet, starting: Generation) -> bool:
+def is_probed(fleet: Fleet, starting: Generation) -> bool:
     """Return whether a starting generation is probed: all of its workers are running."""
-    return fleet.policy_of(starting.fresh).asks and _is_complete(fleet, starting)
+    return fleet.policy_of(starting.fresh).probes and _is_complete(fleet, starting)
 
 
-def ask_if_complete(step: Step) -> None:
+def probe_if_complete(step: Step) -> None:
     """Probe a starting generation that has all of its workers; again if it gets more."""
     starting = step.fleet.of(Phase.STARTING)
-    if starting is None or not is_asked(step.fleet, starting):
+    if starting is None or not is_probed(step.fleet, starting):
         return
     before = step.before.generation(starting.number)
     as_it_was = before is not None and len(before.workers) == len(starting.workers)
-    if before is None or not (as_it_was and is_asked(step.before, before)):
-        step.do(Ask(starting.number))
+    if before is None or not (as_it_was and is_probed(step.before, before)):
+        step.do(Probe(starting.number))
 
 
 def answered(step: Step, number: int) -> None:
@@ -338,9 +338,9 @@ def open_failed(step: Step, number: int, reason: str) -> None:
 
 
 def fail(step: Step, number: int, reason: str, *, retry: bool = False) -> None:
-    """Fail a generation that has not served alone yet, and decide what follows.
+    """Fail a starting or settling generation, and decide what follows.
 
-    A settling generation has the route, which returns to the generation that still serves.
+    After settling, the route returns to the generation that still serves.
     """
     serving, failed = step.fleet.of(Phase.SERVING), step.fleet[number]
     settles = failed.phase is Phase.SETTLING
@@ -379,7 +379,7 @@ def take_back(step: Step, incoming: Generation) -> None:
 
 
 def _abandon(step: Step, number: int) -> None:
-    """End a starting generation; it has had no client."""
+    """End a starting generation, which has had no client."""
     step.end_start(number)
     if step.fleet[number].fresh:
         step.forget_settings()
@@ -417,7 +417,7 @@ def channel_broken(step: Step, number: int, served_s: float) -> None:
     generation = step.fleet.generation(number)
     phase = generation.phase if generation else None
     if phase not in (Phase.STARTING, Phase.SETTLING, Phase.SERVING):
-        return  # ended already
+        return  # no new connections go through it
     reason = "a worker shut down the channel"
     step.do(Report(ReportKind.BROKEN, number, reason))
     if phase is Phase.SERVING:
@@ -437,6 +437,6 @@ def _serving_broken(step: Step, number: int, served_s: float) -> None:
         step.fleet = replace(step.fleet, failed_starts=0)
     delay_s = _count_failure(step)
     fleet = step.fleet
-    reloads = fleet.to_open is Next.FRESH and not fleet.dry_run  # and a caller waits for that
-    if fleet.incoming is None and not reloads:
+    reload_begun = fleet.to_open is Next.FRESH and not fleet.dry_run  # its caller waits
+    if fleet.incoming is None and not reload_begun:
         _recover(step, delay_s)

@@ -1,6 +1,7 @@
-"""Where workers accept: clients that wait where none does come before a requested reload.
+"""Rescues: serve clients that wait at a socket without workers, before a requested reload.
 
-Pure.  Of a failed release, or of a hold: the last good command accepts them.
+Pure.  They are clients of a failed release, or of a hold, where workers accept.  The last good
+command is opened again and accepts them.
 """
 
 from __future__ import annotations
@@ -11,24 +12,24 @@ from .fleet import Fleet, Next, Phase
 from .reload import call_off_dry_run, has_failed, renew, take_back
 from .step import Step
 
-#: What becomes of a generation that starts or settles when clients of a hold wait.
+#: The verdict of a starting or settling generation when clients of a hold wait.
 HELD_FIRST = "called off: clients of the hold that ended come first"
-#: What becomes of a release that is yet to be opened when clients wait where none accepts.
+#: The verdict of an unopened release when clients wait where no worker accepts.
 STRANDED_FIRST = "called off: clients that wait where no worker accepts come first"
-#: Why another one of the last good command serves for good, which settles.
+#: Why a settling generation of the last good command is promoted early.
 SETTLED_BY_HOLD = "before --settle was over: clients of a hold wait"
 
 
 def rescue(step: Step, number: int) -> None:
-    """Open the last good command to accept clients that an ended generation has left.
+    """Open the last good command to accept the clients that an ended generation has left.
 
-    One of a failed release; of another, only before a release that would get them.  Where that
-    command fails, too, Stranded comes, less and less often.
+    Only after a failed release, or if an unopened release would get these clients.  If the last
+    good command fails, too, Stranded events follow, at growing intervals.
     """
-    fleet, its = step.fleet, step.fleet.generation(number)
-    if (its is not None and its.workers) or not fleet.policy.has_two_places:
+    fleet, ended = step.fleet, step.fleet.generation(number)
+    if (ended is not None and ended.workers) or not fleet.policy.has_two_places:
         return
-    if its is not None and its.fresh and has_failed(fleet, its):
+    if ended is not None and ended.fresh and has_failed(fleet, ended):
         renew(step)
     elif _is_unopened(fleet):
         serve_stranded(step)
@@ -37,8 +38,8 @@ def rescue(step: Step, number: int) -> None:
 def serve_held(step: Step) -> None:
     """Open the last good command to accept held clients; a reload under way restarts.
 
-    There is no third socket for it beside the serving and the incoming generation.  Where that one
-    starts for other clients that wait, these come first.
+    There is no third socket beside those of the serving and the incoming generation, so the
+    incoming one is called off.  But a starting rescue of other clients finishes first.
     """
     serving, incoming = step.fleet.of(Phase.SERVING), step.fleet.incoming
     if not serving or not incoming or step.fleet.stop_requested:
@@ -59,7 +60,7 @@ def serve_held(step: Step) -> None:
 def serve_stranded(step: Step) -> None:
     """Open the last good command to accept clients that wait where no worker accepts.
 
-    A release that is yet to be opened would get them before it is ready, and lose them if it fails.
+    An unopened release would get these clients before it is ready, and lose them if it fails.
     """
     fleet = step.fleet
     if _is_unopened(fleet) and fleet.of(Phase.SERVING) and not fleet.stop_requested:
@@ -73,6 +74,6 @@ def serve_stranded(step: Step) -> None:
 
 
 def _is_unopened(fleet: Fleet) -> bool:
-    """Whether a reload or a dry run has begun, and its release is yet to be opened."""
-    comes = fleet.reading or fleet.candidate or fleet.to_open is Next.FRESH
-    return bool(comes and not fleet.incoming)
+    """Return whether a reload or a dry run has begun, and its release is not opened yet."""
+    begun = fleet.reading or fleet.candidate or fleet.to_open is Next.FRESH
+    return bool(begun and not fleet.incoming)

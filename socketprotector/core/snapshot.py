@@ -1,10 +1,10 @@
-"""All that the next program needs to resume where this one stopped, as one value.
+"""The state with which the next program resumes where this one stopped, as one value.
 
-Pure data.  The state records these classes by name: a renamed class must still be
-read (`renamed` of the codec).
+Pure data.  The state records these classes by name, so a renamed class must still be
+readable (`renamed` of the codec).
 
-An older program can be started again, too: it leaves out a field that it does not know, but cannot
-read a class or a value that it does not know.  So what is new has a field of its own.
+An older program may read this state, too.  It ignores an unknown field, but cannot
+read an unknown class or value.  So new content gets a new field.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ from .actions import Report, ReportKind, Retire, Signal, UseSettings, WorkerSign
 from .events import Deadline, TimerKind
 from .fleet import Candidate, Fleet, Generation, LameDuck, Next, Phase, State, Stop, Worker
 
-#: What another program has to do that finds it ordered, as the fleet does not tell.
+#: The ordered actions that the next program must repeat, because the fleet does not imply them.
 Undone = Signal | Retire | UseSettings
 
 
 @frozen
 class Snapshot:
-    """Made of the records that their owners keep; each gets its own back."""
+    """All records of one moment; at recovery each owner gets its own record back."""
 
     fleet: Fleet
     settings: SettingsRecord
-    unfinished: tuple[Undone, ...] = ()  # ordered; maybe not carried out
-    timers: tuple[tuple[Deadline, float], ...] = ()  # and when each runs out
+    unfinished: tuple[Undone, ...] = ()  # ordered; perhaps not carried out
+    timers: tuple[tuple[Deadline, float], ...] = ()  # each with the time when it runs out
     generations: tuple[GenerationRecord, ...] = ()
-    last_good: Program | None = None  # what served last, to be opened again
+    last_good: Program | None = None  # the last program that served, for a recovery
     workers: tuple[WorkerRecord, ...] = ()
-    orphans: tuple[str, ...] = ()  # what failed workers left, told to end: by notify address
+    orphans: tuple[str, ...] = ()  # notify addresses of failed workers: their processes got TERM
     forwarder: ForwarderRecord = field(default_factory=ForwarderRecord)
     steering: SteeringRecord = field(default_factory=SteeringRecord)
     nonblocking: tuple[int, ...] = ()  # see DeliveryRecord
     run: RunRecord = field(default_factory=RunRecord)
-    log_level: str = ""  # asked for meanwhile
+    log_level: str = ""  # set by an operator at run time
     version: str = ""  # of the program that wrote this
-    unsaid: tuple[Report, ...] = ()  # ordered like what is unfinished
+    unsaid: tuple[Report, ...] = ()  # reports that were ordered; perhaps not made
 
     @property
     def delivery(self) -> DeliveryRecord:
-        """What brought clients to workers."""
+        """The delivery's records."""
         return DeliveryRecord(self.forwarder, self.steering, self.nonblocking)
 
 

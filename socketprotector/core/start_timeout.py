@@ -1,6 +1,6 @@
-"""A program that never says that it is ready looks like one that is slow: so say what was awaited.
+"""The reason of a start that was not ready in time: "not ready within 60 s; ...".
 
-The reason of a start that was not ready in time: "not ready within 60 s; ...".
+It names the missing message: a program that never sends READY looks like a slow program.
 """
 
 from __future__ import annotations
@@ -23,6 +23,6 @@ READY_HINTS = {
 
 
 def not_ready(policy: Policy, advice: str) -> str:
-    """Return the reason.  advice: what the daemon found out about the cause, or empty."""
+    """Return the reason.  advice: the daemon's findings about the cause, or empty."""
     hints = "; ".join(filter(None, (advice, READY_HINTS.get(policy.ready, ""))))
     return f"not ready within {in_units(policy.start_timeout_s)}; {hints}"

@@ -1,15 +1,15 @@
-"""Builds up the result of one decide() call: the new fleet and the actions.
+"""The result of one decide() call under construction: the new fleet and the actions.
 
 Pure.  Each method changes the fleet and orders the matching action in one place, so that the two
-cannot diverge: no timer runs that the fleet does not know, no worker is spawned that it has
-forgotten.  Shared by reload.py, workers.py and stop.py:
+cannot diverge: no timer runs that the fleet does not know, and no worker is spawned that the fleet
+does not list.  Shared by reload.py, workers.py and stop.py:
 
 * timers: start, extend, cancel
 * workers: spawn, retire, end (TERM or ABRT; KILL after --kill-timeout)
 * generations: drain, the limits on draining (--drain-timeout, --max-draining, the warning about
   many draining generations), end, kill
-* settings that were read: use or forget them
-* verdicts: a generation serves for good, or a reload or dry run has failed
+* the candidate settings: use or forget them
+* verdicts: a generation is promoted, or a reload or dry run has failed
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from .actions import (
     Signal,
     Spawn,
     StartTimer,
-    StopAsking,
     StopChecking,
+    StopProbing,
     UseSettings,
     WorkerSignal,
 )
 from .events import Deadline, TimerKind
 from .fleet import Fleet, Phase, State, Stop, Worker
 
-#: From so many draining generations on a warning is due where nothing limits them.
+#: Without --max-draining, a warning is due from this many draining generations on.
 MANY_DRAINING = 4
 
 
 class Step:
-    """What one event has led to so far."""
+    """The fleet and the actions that one event has led to so far."""
 
     def __init__(self, fleet: Fleet) -> None:
-        self.before = fleet  # all that an earlier step had to do was done in it
+        self.before = fleet  # earlier steps left nothing undone in it
         self.fleet = fleet
         self.actions: list[Action] = []
 
     def do(self, *actions: Action) -> None:
-        """Order actions behind all others."""
+        """Append actions."""
         self.actions.extend(actions)
 
     # -- timers --------------------------------------------------------------
@@ -70,7 +70,7 @@ class Step:
             self.start(wait, target, seconds)
 
     def cancel(self, wait: TimerKind, target: int = 0) -> None:
-        """Forget a timer if it runs."""
+        """Cancel a timer, if it runs."""
         deadline = Deadline(wait, target)
         if deadline in self.fleet.timers:
             self.fleet = replace(self.fleet, timers=self.fleet.timers - {deadline})
@@ -79,7 +79,7 @@ class Step:
     # -- workers -------------------------------------------------------------
 
     def add(self, number: int, slot: int, *, quick_deaths: int = 0, replaces: int = 0) -> Worker:
-        """Enter a new worker, not spawned yet, in a generation."""
+        """Add a new worker, not spawned yet, to a generation, and return it."""
         new, generation = self.fleet.next_worker, self.fleet[number]
         worker = Worker(new, slot, State.WAITING, quick_deaths=quick_deaths, replaces=replaces)
         generation = replace(generation, workers=(*generation.workers, worker))
@@ -87,19 +87,19 @@ class Step:
         return worker
 
     def spawn(self, generation: int, worker: Worker) -> None:
-        """Start the process of a worker that waits in a generation that stands already."""
+        """Start the process of a worker that waits in an open generation."""
         self.cancel(TimerKind.WORKER_RESPAWN, worker.number)
         self.fleet = self.fleet.with_worker(replace(worker, state=State.STARTING))
         self.do(Spawn(generation, worker.number, worker.slot))
         self.start(TimerKind.WORKER_START, worker.number, self.fleet.policy.start_timeout_s)
 
     def end_worker(self, worker: Worker) -> None:
-        """Send TERM to one worker, ABRT where it hangs; KILL follows."""
+        """Send TERM to one worker, or ABRT if it is stuck; KILL follows."""
         self.do(Signal(worker.number, WorkerSignal.ABRT if worker.hung else WorkerSignal.TERM))
         self.start(TimerKind.WORKER_KILL, worker.number, self.fleet.policy.kill_timeout_s)
 
     def retire(self, worker: Worker) -> None:
-        """Make a worker finish its connections, and end it if that takes too long."""
+        """Make a worker finish its connections; --drain-timeout limits the time."""
         finishes = worker.retires or worker.state is State.ORPHANED
         number = worker.number
         self.do(Retire(number) if finishes else Signal(number, WorkerSignal.TERM))
@@ -109,15 +109,15 @@ class Step:
     # -- generations ---------------------------------------------------------
 
     def end_start(self, number: int) -> None:
-        """End a generation's start: it is ready, or has failed."""
+        """Cancel what a generation's start has running: it is ready, or has failed."""
         generation = self.fleet[number]
         self.cancel(TimerKind.START, number)
         self.cancel(TimerKind.SETTLE, number)
-        if self.fleet.policy_of(generation.fresh).asks:
-            self.do(StopAsking(number))
+        if self.fleet.policy_of(generation.fresh).probes:
+            self.do(StopProbing(number))
 
     def settle(self, number: int, seconds: float) -> None:
-        """Keep the previous generation this long, for a rollback."""
+        """Let a generation settle: the previous one stays this long, for a rollback."""
         checked = bool(self.fleet.policy_of(self.fleet[number].fresh).settle_check)
         self.fleet = self.fleet.moved(number, Phase.SETTLING)
         self.start(TimerKind.SETTLE, number, seconds)
@@ -126,7 +126,7 @@ class Step:
             self.do(CheckSettling(number))
 
     def end_settling(self, number: int) -> None:
-        """End a generation's settling: it stays, or is rolled back."""
+        """Cancel what a generation's settling has running: it is promoted, or rolled back."""
         self.cancel(TimerKind.SETTLE, number)
         generation = self.fleet[number]
         if generation.checked:
@@ -134,14 +134,14 @@ class Step:
             self.do(StopChecking(number))
 
     def drain(self, number: int, timeout_s: float) -> None:
-        """Let a generation finish what it has."""
+        """Let a generation finish its connections."""
         self.fleet = self.fleet.moved(number, Phase.DRAINING)
         generation = self.fleet[number]
         # Another generation accepts, or will, on a socket from which no worker accepts.
         others = self.fleet.route or self.fleet.to_open
         others_accept = self.fleet.policy.quiesces and others
         if others_accept and self.fleet.stopping is not Stop.QUICK:
-            # It may not have accepted all clients that came before, nor read what they sent.
+            # Earlier clients may not be accepted yet, or their first bytes not read.
             self.fleet = self.fleet.with_generation(replace(generation, quiescing=True))
             self.do(Quiesce(number))
         else:
@@ -163,7 +163,7 @@ class Step:
 
     @property
     def _drain_limit_s(self) -> float:
-        """How long a generation may drain from now on; 0: no limit of its own, as in a stop."""
+        """How long a generation may drain from now on; 0: no limit, or that of the stop."""
         return 0.0 if self.fleet.stopping else self.fleet.policy.drain_limit_s
 
     def _end_channel(self, number: int, timeout_s: float) -> None:
@@ -172,7 +172,7 @@ class Step:
             self.start(TimerKind.DRAIN, number, timeout_s)
 
     def limit_draining(self) -> None:
-        """End the oldest that drain above --max-draining; without a limit warn of many."""
+        """End the oldest draining generations above --max-draining; without it, warn of many."""
         draining = [g for g in self.fleet.all_of(Phase.DRAINING) if g.workers]
         limit = self.fleet.policy.max_draining
         if limit:
@@ -182,7 +182,7 @@ class Step:
             self.do(Report(ReportKind.MANY_DRAINING, reason=f"{len(draining)} generations"))
 
     def end_generation(self, number: int) -> None:
-        """Send TERM to the rest of a generation; KILL follows."""
+        """Send TERM to all workers of a generation, once; KILL follows."""
         self.forget_waiting(number)
         generation = self.fleet[number]
         if generation.ending or not generation.workers:
@@ -192,7 +192,7 @@ class Step:
         self.start(TimerKind.KILL, number, self.fleet.policy.kill_timeout_s)
 
     def kill_generation(self, number: int) -> None:
-        """Send KILL to the rest of a generation."""
+        """Send KILL to all workers of a generation."""
         alive = self.fleet[number].alive
         self.do(*(Signal(worker.number, WorkerSignal.KILL) for worker in alive))
 
@@ -203,9 +203,9 @@ class Step:
         self.fleet = self.fleet.with_generation(replace(generation, workers=generation.alive))
         for worker in gone:
             self.cancel(TimerKind.WORKER_RESPAWN, worker.number)
-            left = generation.worker(worker.replaces)
-            if left and left.alive and left.hung and not generation.ending:
-                self.end_worker(left)  # its replacement will not come any more
+            old = generation.worker(worker.replaces)
+            if old and old.alive and old.hung and not generation.ending:
+                self.end_worker(old)  # its replacement will never be spawned
 
     # -- settings ------------------------------------------------------------
 
@@ -222,7 +222,7 @@ class Step:
             self.do(UseSettings())
 
     def forget_settings(self) -> None:
-        """Discard the settings that were read or are being read."""
+        """Discard the candidate settings, or stop reading them."""
         if self.fleet.reading or self.fleet.candidate:
             self.fleet = replace(self.fleet, reading=False, candidate=None)
             self.do(ForgetSettings())
@@ -230,9 +230,9 @@ class Step:
     # -- verdicts ------------------------------------------------------------
 
     def promote(self, number: int, reason: str = "") -> None:
-        """Make the generation that has the route the serving one; the one before it drains.
+        """Make the generation with the route the serving one, and drain the previous one.
 
-        reason: why already, where --settle is not over.
+        reason: why before --settle is over; otherwise empty.
         """
         old = self.fleet.of(Phase.SERVING)
         self.end_settling(number)
@@ -247,7 +247,7 @@ class Step:
         self.fleet = replace(self.fleet, served=True)
 
     def report_failure(self, number: int, reason: str) -> None:
-        """Say that the reload or dry run of this generation has failed."""
+        """Report that the reload or dry run of this generation has failed."""
         dry_run = self.fleet.dry_run
         self.fleet = replace(self.fleet, dry_run=False)
         news = ReportKind.DRY_RUN_FAILED if dry_run else ReportKind.RELOAD_FAILED
@@ -256,7 +256,7 @@ class Step:
     def fail_unopened(self, reason: str) -> None:
         """Report the failure of a reload or dry run that opened no generation.
 
-        It uses up a generation's number: clients wait for a number.
+        It uses up a generation number, because control clients wait for the verdict on a number.
         """
         number = self.fleet.next_generation
         self.fleet = replace(self.fleet, next_generation=number + 1)
@@ -265,7 +265,7 @@ class Step:
     # -- listeners -----------------------------------------------------------
 
     def close_listeners(self) -> None:
-        """Close all listeners without accepting what waits there; once."""
+        """Close all listeners, once, without accepting the clients that wait there."""
         if self.fleet.listeners_open:
             self.fleet = replace(self.fleet, listeners_open=False)
             self.do(CloseListeners(quick=True))

@@ -1,11 +1,10 @@
-"""Shutdown: graceful (workers finish the connections they have) or quick (TERM now); and what an
-operator asks for beside it: a lame duck, and `hold`.
+"""Stops: graceful (workers finish their connections) or quick (TERM now); lame duck and hold.
 
-Pure.  A stop calls off all pending work; nothing new is started after it but a replacement for a
-worker that left something in a queue that no other generation can serve.
+Pure.  A stop calls off all pending work.  After it a worker is started only if clients in a queue
+have no other worker left, and no other generation can serve them.
 
-Before a graceful stop there may be a lame duck (--lame-duck): serving continues, also a reload that
-is under way.  Balancers are asked to send clients elsewhere, and no new request begins.
+Before a graceful stop there may be a lame duck (--lame-duck): serving continues, and so does a
+reload that is under way.  Balancers are asked to send clients elsewhere; no new request begins.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ from .events import TimerKind
 from .fleet import Fleet, Generation, LameDuck, Next, Phase, Stop
 from .step import Step
 
-#: The exit status of a stop because no client could connect any more (errors.SystemRefused).
+#: The exit status of a stop after which no client could connect (errors.SystemRefused).
 LISTENERS_LOST = 111
-#: What becomes of a reload or a dry run that is under way.
+#: The verdict of a reload or a dry run that is under way.
 CALLED_OFF = "called off: the protector stops"
 #: Why a settling generation is promoted: a rollback is no longer possible.
 SETTLED_BY_STOP = "before --settle was over: the protector stops"
 
 
 def stop_requested(step: Step, quick: bool) -> None:
-    """Requested again it comes sooner: a lame duck ends, a graceful stop becomes a quick one."""
+    """Begin a stop, or its next stage: a lame duck, a graceful stop, a quick stop."""
     fleet = step.fleet
     if fleet.stopping:
-        stop_quickly(step)  # the last time and later this finds nothing left to do
+        stop_quickly(step)  # repeated, this changes nothing
     elif quick:
         step.do(Report(ReportKind.STOPPING))
         stop_quickly(step)
@@ -41,7 +40,7 @@ def stop_requested(step: Step, quick: bool) -> None:
 
 def _begin_lame_duck(step: Step) -> None:
     policy = step.fleet.policy
-    release_hold(step)  # what waits in the backlog is to be taken
+    release_hold(step)  # the clients in the backlog are to be served
     step.fleet = replace(step.fleet, lame_duck=LameDuck.STOPPING)
     step.do(
         Report(ReportKind.LAME_DUCK, reason=f"accepts for another {in_units(policy.lame_duck_s)}")
@@ -69,14 +68,14 @@ def stop_gracefully(step: Step, reason: str = "") -> None:
     if step.fleet.route:
         step.do(CloseListeners(quick=False))
     else:
-        # No worker can serve what has connected; the draining ones still finish theirs.
+        # No worker can serve the waiting clients; draining workers still finish theirs.
         step.close_listeners()
     if step.fleet.generations:
         step.start(TimerKind.STOP, 0, step.fleet.policy.stop_timeout_s)
 
 
 def listeners_lost(step: Step) -> None:
-    """Stop as failed, so that our supervisor restarts us: no client can connect any more."""
+    """Stop with a failure, so that systemd or the guard restarts us: no client can connect."""
     if step.fleet.stopping:
         return
     if not step.fleet.stop_requested:
@@ -85,13 +84,13 @@ def listeners_lost(step: Step) -> None:
 
 
 def backlog_emptied(step: Step) -> None:
-    """Drain the serving generation: all clients from before the close were accepted."""
+    """Drain the serving generation: all clients from before the stop are delivered."""
     if step.fleet.stopping is not Stop.GRACEFUL:
         return
     step.fleet = replace(step.fleet, listeners_open=False)
     serving = step.fleet.of(Phase.SERVING)
     if serving:
-        # Without a route first, Drain would take back what it has and send it to itself.
+        # With a route, Drain would reclaim the generation's clients and send them to it again.
         step.do(RouteTo(None))
         step.drain(serving.number, 0.0)
 
@@ -111,18 +110,18 @@ def stop_quickly(step: Step) -> None:
 
 
 def _call_off(step: Step, stop: Stop) -> None:
-    """Give up whatever was to come; of each reload and dry run it is said what becomes of it.
+    """Call off all pending work, with a verdict for each reload and dry run.
 
-    Of a wish for another reload, too: reload.begin_if_wanted().
+    A queued reload gets its verdict later, from reload.begin_if_wanted().
     """
     for wait in (TimerKind.OPEN, TimerKind.LAME_DUCK, TimerKind.LAME_DUCK_IDLE):
         step.cancel(wait)
-    release_hold(step)  # what waits in the backlog is to be taken
+    release_hold(step)  # the clients in the backlog are to be served
     before = step.fleet
     step.fleet = replace(before, stopping=stop, lame_duck=LameDuck.OFF, to_open=None)
     incoming = before.incoming
     if incoming and incoming.phase is Phase.SETTLING and stop is Stop.GRACEFUL:
-        step.promote(incoming.number, SETTLED_BY_STOP)  # it serves to the end
+        step.promote(incoming.number, SETTLED_BY_STOP)  # it serves the last clients
     elif incoming:
         _call_off_incoming(step, incoming)
     step.forget_settings()
@@ -145,7 +144,7 @@ def _call_off_incoming(step: Step, incoming: Generation) -> None:
 
 
 def _has_unopened(fleet: Fleet) -> bool:
-    """Whether a reload, a dry run or a replacement has begun that has no generation yet."""
+    """Return whether a reload, dry run or replacement has begun and has no generation yet."""
     if not fleet.served:
         return False  # that would be the first start
     if fleet.reading or fleet.to_open is Next.FRESH:
@@ -156,7 +155,7 @@ def _has_unopened(fleet: Fleet) -> bool:
 
 
 def hold_requested(step: Step, seconds: float) -> None:
-    """Accept nothing for so long; asked again, from now on."""
+    """Accept no client for so long; a repeated request restarts the time."""
     if step.fleet.stop_requested:
         step.do(Report(ReportKind.REFUSED, reason="no hold while stopping"))
         return
@@ -167,7 +166,7 @@ def hold_requested(step: Step, seconds: float) -> None:
 
 
 def release_hold(step: Step) -> None:
-    """Accept again, if there is a hold."""
+    """End the hold, if there is one."""
     if step.fleet.held:
         step.cancel(TimerKind.HOLD)
         step.fleet = replace(step.fleet, held=False)
@@ -175,7 +174,7 @@ def release_hold(step: Step) -> None:
 
 
 def exit_if_done(step: Step) -> None:
-    """End when a stop was requested and no generation is left."""
+    """Exit if a stop was requested and no generation is left."""
     fleet = step.fleet
     if fleet.stopping and not fleet.generations:
         step.cancel(TimerKind.STOP)

@@ -1,4 +1,4 @@
-"""What a fleet waits for, and why, in words for the operator: the only place for these reasons.
+"""The waits of a fleet and their reasons, in words for the operator: the only place for them.
 
 Pure.  `status` shows the result; the progress of commands and the page read it from there.
 """
@@ -25,21 +25,21 @@ class Wait:
 
 @frozen
 class Facts:
-    """Facts for the reasons that the fleet does not have."""
+    """The facts for these reasons that are not in the fleet."""
 
     left_s: Mapping[Deadline, float] = field(default_factory=dict)  # of each running timer
     #: Open connections by generation; None: not known.
     active: Mapping[int, int | None] = field(default_factory=dict)
     answer: str = ""  # the last answer of the starting generation to its probe or check
     settle_check: str = ""  # the check of the settling generation
-    settle_check_due: bool = False  # --settle is over, and its next good answer is awaited
-    upgrade: str = ""  # what an upgrade waits for
+    settle_check_due: bool = False  # --settle is over, and the check's next success is awaited
+    upgrade: str = ""  # the current step of an upgrade
     leftovers_end: bool = False  # processes of failed workers were found, and signalled
-    late_clients_s: float | None = None  # a stop lets in clients that a hold has kept out
+    late_clients_s: float | None = None  # for so long a stop lets in clients of an earlier hold
 
 
 def waits(fleet: Fleet, facts: Facts) -> tuple[Wait, ...]:
-    """Return all waits, first the waits of a reload."""
+    """Return all waits, those of a reload first."""
     return (
         *_upgrade(facts),
         *_reload(fleet, facts),
@@ -112,7 +112,7 @@ def _settle(facts: Facts, generation: Generation) -> Wait:
     return Wait("settle", reason, number, _left(facts, TimerKind.SETTLE, number))
 
 
-# -- what an operator has requested ------------------------------------------------
+# -- requests of an operator -------------------------------------------------------
 
 
 def _operator(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
@@ -199,7 +199,7 @@ def _workers(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
     serving = fleet.of(Phase.SERVING)
     if serving is None or fleet.stopping:
         return
-    for kind, timer, words in (
+    for kind, timer, awaited in (
         ("respawn", TimerKind.WORKER_RESPAWN, "to be started again after a quick death"),
         ("worker", TimerKind.WORKER_START, "to be ready"),
         ("worker", TimerKind.WORKER_KILL, "to exit after a signal"),
@@ -207,7 +207,7 @@ def _workers(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
         limits = (_left(facts, timer, worker.number) for worker in serving.workers)
         waits_s = [left_s for left_s in limits if left_s is not None]
         if waits_s:
-            reason = f"{_count(len(waits_s), 'worker')} of generation {serving.number} {words}"
+            reason = f"{_count(len(waits_s), 'worker')} of generation {serving.number} {awaited}"
             yield Wait(kind, reason, serving.number, min(waits_s))
     reported = {
         d.target for d in fleet.timers if d.wait in (TimerKind.WORKER_START, TimerKind.WORKER_KILL)

@@ -1,4 +1,4 @@
-"""Workers in their generation: ready, dead, replaced, more of them, fewer of them.
+"""Workers of a generation: ready, exited, replaced, scaled up and down.
 
 Pure.  The rule: a process is gone only on WorkerExited; a signal or a deadline never
 removes it from the fleet.
@@ -22,13 +22,14 @@ from .step import Step
 
 #: The workers started or retired per turn of the loop: a few milliseconds' work.
 AT_ONCE = 8
-#: The most surviving process groups of dead workers, each of which takes descriptors; or twice the
-#: number of workers wanted, if that is more.
+#: The most process groups of exited workers that may live on, because each takes descriptors.
+#: Twice the wanted number of workers may, if that is more.
 MOST_ORPHANS = 64
 _NUMBER, _REPLACES, _STATE = attrgetter("number"), attrgetter("replaces"), attrgetter("state")
 
 
 def worker_ready(step: Step, number: int, retires: bool) -> None:
+    """Mark a starting worker ready, and retire the worker that it replaces."""
     found = step.fleet.find(number)
     if found is None or found[1].state is not State.STARTING:
         return  # a repeated message, or it crossed our signal
@@ -39,6 +40,7 @@ def worker_ready(step: Step, number: int, retires: bool) -> None:
 
 
 def worker_exited(step: Step, event: WorkerExited) -> None:
+    """Remove an exited worker, and respawn it, fail its generation or rescue its clients."""
     found = step.fleet.find(event.worker)
     if found is None or not found[1].alive:
         return
@@ -75,9 +77,9 @@ def _exited(step: Step, event: WorkerExited, generation: Generation, worker: Wor
 def _end_orphans(
     step: Step, generation: Generation, worker: Worker, orphan: Worker, *, was_signalled: bool
 ) -> None:
-    """Let a dead worker's processes finish, within the limits of any leaving worker.
+    """Let an exited worker's processes finish, within the limits of any leaving worker.
 
-    generation, worker: before it died.
+    generation, worker: as they were before the exit.
     """
     ended_now = step.fleet[generation.number].ending and not generation.ending
     if generation.phase is Phase.STARTING or ended_now:
@@ -108,7 +110,7 @@ def _is_last_taker(fleet: Fleet, number: int) -> bool:
 
 
 def _respawn(step: Step, number: int, dead: Worker, served_s: float) -> None:
-    """Fill a dead worker's slot, at once or after a back-off."""
+    """Fill an exited worker's slot, at once or after a back-off."""
     deaths = 0 if served_s >= PROVEN_S else dead.quick_deaths + 1
     new = step.add(number, dead.slot, quick_deaths=deaths, replaces=dead.replaces)
     delay_s = backoff_s(deaths)
@@ -120,6 +122,7 @@ def _respawn(step: Step, number: int, dead: Worker, served_s: float) -> None:
 
 
 def scale_requested(step: Step, change: int, to: int | None) -> None:
+    """Change the wanted number of workers; reconcile() starts or retires them."""
     wanted = step.fleet.workers_wanted + change if to is None else to
     if step.fleet.stop_requested:
         step.do(Report(ReportKind.REFUSED, reason="no scaling while stopping"))
@@ -138,8 +141,8 @@ def scale_requested(step: Step, change: int, to: int | None) -> None:
 def reconcile(step: Step) -> None:
     """Bring the generations to the wanted number of workers, a few per turn of the loop.
 
-    Each takes time, and there may be thousands.  Missing workers are not recorded: a stop or a
-    smaller number in the meantime takes effect as if they had never been wanted.
+    Each start takes time, and thousands may be wanted.  Missing workers are not recorded: after a
+    stop, or a smaller number in the meantime, none of them is started.
     """
     if Deadline(TimerKind.TURN) in step.fleet.timers:
         return
@@ -161,7 +164,7 @@ def _start_waiting(step: Step, most: int) -> int:
 
 
 def _waiting(step: Step) -> Iterator[tuple[int, Worker]]:
-    """Yield the workers that wait for nothing, with their generations' numbers."""
+    """Yield the workers that may start now, each with its generation's number."""
     before, timers = step.before, step.fleet.timers
     for generation in step.fleet.generations:
         as_it_was = before.timers is timers and before.generation(generation.number) is generation
@@ -241,6 +244,7 @@ def _retire(step: Step, number: int, worker: Worker) -> None:
 
 
 def kill_requested(step: Step, number: int) -> None:
+    """Send KILL to a draining or failed generation; refuse any other."""
     generation = step.fleet.generation(number)
     if generation is None or generation.phase not in (Phase.DRAINING, Phase.ABANDONED):
         step.do(Report(ReportKind.REFUSED, number, "only what drains or was given up is killed"))
@@ -253,7 +257,10 @@ def kill_requested(step: Step, number: int) -> None:
 
 
 def replace_requested(step: Step, number: int, reason: str, *, hung: bool) -> None:
-    """Start a worker's replacement first; outside the serving generation, end it if stuck."""
+    """Replace a worker of the serving generation; of any other, end the worker if it is stuck.
+
+    The worker leaves when its replacement is ready.
+    """
     found = step.fleet.find(number)
     if found is None:
         return
@@ -270,12 +277,12 @@ def replace_requested(step: Step, number: int, reason: str, *, hung: bool) -> No
         step.add(generation.number, next(_free_slots(generation)), replaces=number)
     elif hung:
         step.do(Report(ReportKind.REPLACING, generation.number, reason))
-        step.end_worker(worker)  # it stays in its generation, whose failure its end may be
+        step.end_worker(worker)  # without a replacement: its exit may fail the generation
 
 
 def _replacement(generation: Generation, number: int) -> Worker | None:
     """Return the worker that will replace another, if there is one."""
-    if number not in map(_REPLACES, generation.workers):  # of thousands, fast
+    if number not in map(_REPLACES, generation.workers):  # fast, also with thousands of workers
         return None
     return next(worker for worker in generation.workers if worker.replaces == number)
 
@@ -295,6 +302,7 @@ def _take_over(step: Step, number: int) -> None:
 
 
 def time_extended(step: Step, number: int, seconds: float) -> None:
+    """Extend the running deadlines of a worker, its generation and the stop."""
     found = step.fleet.find(number)
     if found is None:
         return
@@ -310,7 +318,7 @@ def time_extended(step: Step, number: int, seconds: float) -> None:
 
 
 def too_slow(step: Step, number: int) -> None:
-    """End a worker that was not ready, or has not left, in time."""
+    """End a worker that was not ready in time, or has not finished in time."""
     found = step.fleet.find(number)
     if found and not found[0].ending:  # otherwise TERM was sent already
         step.end_worker(found[1])

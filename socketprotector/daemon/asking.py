@@ -28,7 +28,7 @@ _ANSWERED_S = 5.0
 
 
 class Asking:
-    """Carries out Ask and StopAsking."""
+    """Carries out Probe and StopProbing."""
 
     def __init__(
         self,

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable
 from .. import __version__
 from ..core.actions import (
     Action,
-    Ask,
     CancelTimer,
     CheckSettling,
     CloseListeners,
@@ -24,6 +23,7 @@ from ..core.actions import (
     ForgetSettings,
     Hold,
     Open,
+    Probe,
     Quiesce,
     ReadSettings,
     Release,
@@ -34,8 +34,8 @@ from ..core.actions import (
     Signal,
     Spawn,
     StartTimer,
-    StopAsking,
     StopChecking,
+    StopProbing,
     UseSettings,
 )
 from ..core.events import (
@@ -153,9 +153,9 @@ class Effects:
                 self.pool.signal(worker, kind)
             case Retire(worker):
                 self.pool.retire(worker)
-            case Ask(number) if number in self.generations:
+            case Probe(number) if number in self.generations:
                 self.questions.ask(self.generations[number])
-            case StopAsking():
+            case StopProbing():
                 self.questions.stop_asking()
             case CheckSettling(number) if number in self.generations:
                 self.questions.check(self.generations[number])

@@ -36,7 +36,7 @@ class Policy:
     settle_check: str = ""  # what a settling generation is asked: see question.py; "": nothing
 
     @property
-    def asks(self) -> bool:
+    def probes(self) -> bool:
         """Whether a generation is asked as a client would ask it, before it gets the first one."""
         return self.ready in question.ASKED
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from socketprotector.core.actions import (
-    Ask,
     CancelTimer,
     ForgetSettings,
     Open,
+    Probe,
     ReadSettings,
     Release,
     Report,
@@ -19,7 +19,7 @@ from socketprotector.core.actions import (
     Signal,
     Spawn,
     StartTimer,
-    StopAsking,
+    StopProbing,
     WorkerSignal,
 )
 from socketprotector.core.decide import resume
@@ -104,8 +104,8 @@ def test_it_passes_when_all_are_ready_and_ends_what_it_has_started(story: Story)
 def test_it_passes_when_the_release_has_answered(story: Story) -> None:
     story.given(Policy(ready="http")).and_also(Launched(), Answered(1))
 
-    assert Ask(2) in story.when(DryRunRequested())
-    assert story.when(Answered(2)) == [CancelTimer(START_2), StopAsking(2), *ENDED, PASSED]
+    assert Probe(2) in story.when(DryRunRequested())
+    assert story.when(Answered(2)) == [CancelTimer(START_2), StopProbing(2), *ENDED, PASSED]
 
 
 def test_one_that_has_only_accepted_is_awaited_for_as_long_as_a_reload_would(
@@ -115,7 +115,7 @@ def test_one_that_has_only_accepted_is_awaited_for_as_long_as_a_reload_would(
 
     assert story.when(Answered(2)) == [
         CancelTimer(START_2),
-        StopAsking(2),
+        StopProbing(2),
         StartTimer(SETTLE_2, STANDBY_S),
     ]
     assert story.when_over(TimerKind.SETTLE, 2)[-1] == PASSED
@@ -126,7 +126,7 @@ def test_and_fails_if_it_dies_within_that(story: Story) -> None:
 
     actions = story.when(WorkerExited(2, DIED))
 
-    assert actions == [CancelTimer(SETTLE_2), StopAsking(2), failed(DIED), Release(2)]
+    assert actions == [CancelTimer(SETTLE_2), StopProbing(2), failed(DIED), Release(2)]
     assert story.serving == {1}
 
 
@@ -351,7 +351,7 @@ def test_another_program_goes_on_with_it(story: Story) -> None:
     actions = resume(story.fleet, {})
 
     assert actions[0] == RouteTo(1)
-    assert Ask(2) in actions
+    assert Probe(2) in actions
     assert story.when(DeadlinePassed(START_2, "GET /: 500"))[-1] == failed(
         "not ready within 1m; GET /: 500"
     )

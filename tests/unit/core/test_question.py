@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from socketprotector.core.actions import (
-    Ask,
     CancelTimer,
     Drain,
     Open,
+    Probe,
     Quiesce,
     Release,
     Report,
@@ -16,7 +16,7 @@ from socketprotector.core.actions import (
     RouteTo,
     Spawn,
     StartTimer,
-    StopAsking,
+    StopProbing,
 )
 from socketprotector.core.decide import resume
 from socketprotector.core.events import (
@@ -50,7 +50,7 @@ def test_it_is_asked_once_all_of_its_workers_live(story: Story) -> None:
         Spawn(1, worker=1, slot=0),
         Spawn(1, worker=2, slot=1),
         StartTimer(Deadline(TimerKind.START, 1), 60.0),
-        Ask(1),
+        Probe(1),
     ]
 
 
@@ -59,8 +59,8 @@ def test_more_workers_than_are_started_at_once_are_awaited(story: Story) -> None
 
     actions = story.when(Launched())
 
-    assert actions.count(Ask(1)) == 1
-    assert actions.index(Ask(1)) > actions.index(Spawn(1, worker=20, slot=19))
+    assert actions.count(Probe(1)) == 1
+    assert actions.index(Probe(1)) > actions.index(Spawn(1, worker=20, slot=19))
 
 
 def test_the_answer_makes_all_of_its_workers_ready(story: Story) -> None:
@@ -68,7 +68,7 @@ def test_the_answer_makes_all_of_its_workers_ready(story: Story) -> None:
 
     assert story.when(Answered(2)) == [
         CancelTimer(START_2),
-        StopAsking(2),
+        StopProbing(2),
         RouteTo(2),
         StartTimer(Deadline(TimerKind.SETTLE, 2), STANDBY_S),
     ]
@@ -105,7 +105,7 @@ def test_words_of_all_workers_are_as_good_as_the_answer_by_default(story: Story)
 
     assert story.when(WorkerReady(2)) == [
         CancelTimer(START_2),
-        StopAsking(2),
+        StopProbing(2),
         RouteTo(2),
         Quiesce(1),
         Report(ReportKind.RELOADED, 2),
@@ -126,7 +126,7 @@ def test_no_word_makes_one_ready_that_is_asked_by_wish(story: Story) -> None:
     assert story.when(WorkerReady(4)) == []
     assert story.when(Answered(2)) == [
         CancelTimer(START_2),
-        StopAsking(2),
+        StopProbing(2),
         RouteTo(2),
         Drain(1),
         Report(ReportKind.RELOADED, 2),
@@ -139,7 +139,7 @@ def test_the_first_start_has_none_to_go_back_to(story: Story) -> None:
 
     assert story.when(Answered(1)) == [
         CancelTimer(Deadline(TimerKind.START, 1)),
-        StopAsking(1),
+        StopProbing(1),
         RouteTo(1),
         Report(ReportKind.READY, 1),
     ]
@@ -152,7 +152,7 @@ def test_the_last_answer_is_told_when_it_was_not_ready_in_time(story: Story) -> 
     actions = story.when(DeadlinePassed(START_2, answer))
 
     reason = f"not ready within 1m; {answer}"
-    assert actions[0] == StopAsking(2)
+    assert actions[0] == StopProbing(2)
     assert Report(ReportKind.RELOAD_FAILED, 2, reason) in actions
     assert story.serving == {1}
 
@@ -165,7 +165,7 @@ def test_it_is_asked_no_more_once_it_is_given_up(
 ) -> None:
     story.given(ALONE).and_also(Launched(), Answered(1), ReloadRequested())
 
-    assert StopAsking(2) in story.when(event)
+    assert StopProbing(2) in story.when(event)
     assert story.when(Answered(2)) == []
 
 
@@ -173,21 +173,21 @@ def test_a_worker_that_is_wanted_meanwhile_is_awaited_and_it_is_asked_again(stor
     story.given(ALONE).and_also(Launched(), Answered(1), ReloadRequested())
 
     actions = story.when_at_once(ScaleRequested(+1))
-    assert Ask(2) in actions
+    assert Probe(2) in actions
     assert Spawn(2, worker=3, slot=1) in actions
 
 
 def test_what_serves_is_not_asked_and_a_late_answer_changes_nothing(story: Story) -> None:
     story.given(ALONE).and_also(Launched(), Answered(1))
 
-    assert Ask(1) not in story.when(ScaleRequested(+1))
+    assert Probe(1) not in story.when(ScaleRequested(+1))
     assert story.when(Answered(1)) == []
     assert story.when(Answered(7)) == []
 
 
 def test_another_program_asks_anew(story: Story) -> None:
     story.given(ALONE).and_also(Launched())
-    assert Ask(1) in resume(story.fleet, {})
+    assert Probe(1) in resume(story.fleet, {})
 
     story.and_also(Answered(1))
-    assert Ask(1) not in resume(story.fleet, {})
+    assert Probe(1) not in resume(story.fleet, {})

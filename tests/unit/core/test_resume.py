@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from socketprotector.core.actions import (
     Action,
-    Ask,
     CheckSettling,
     CloseListeners,
     Drain,
     Hold,
+    Probe,
     Quiesce,
     ReadSettings,
     Report,
@@ -139,7 +139,7 @@ class KilledWorld(World):
                 self.listeners = "closed" if quick else "closing"
             case ReadSettings():
                 self.reader = True
-            case Ask(number):
+            case Probe(number):
                 self.in_question = number
             case CheckSettling(number):
                 self.checked = number

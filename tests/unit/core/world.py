@@ -14,7 +14,6 @@ import pytest
 from socketprotector.core import workers
 from socketprotector.core.actions import (
     Action,
-    Ask,
     CancelTimer,
     CheckSettling,
     CloseListeners,
@@ -23,6 +22,7 @@ from socketprotector.core.actions import (
     ForgetSettings,
     Hold,
     Open,
+    Probe,
     Quiesce,
     ReadSettings,
     Release,
@@ -33,8 +33,8 @@ from socketprotector.core.actions import (
     Signal,
     Spawn,
     StartTimer,
-    StopAsking,
     StopChecking,
+    StopProbing,
     UseSettings,
     WorkerSignal,
 )
@@ -252,11 +252,11 @@ class World:
             case CloseListeners(quick):
                 assert self.listeners == "open" or (quick and self.listeners == "closing")
                 self.listeners = "closed" if quick else "closing"
-            case Ask(number):
+            case Probe(number):
                 assert self.channels[number] in ("open", "failed")
                 assert self.route != number, "it serves, and is asked whether it may"
                 self.in_question = number
-            case StopAsking(number):
+            case StopProbing(number):
                 assert self.in_question in (None, number), "another one is asked"
                 self.in_question = None
             case CheckSettling(number):
@@ -337,7 +337,7 @@ class World:
             assert self.in_question is None, "what is asked does not start"
         elif self.runs(TimerKind.SETTLE, starting.number):
             pass  # it has answered
-        elif fleet.policy_of(starting.fresh).asks and not self.runs(TimerKind.TURN):
+        elif fleet.policy_of(starting.fresh).probes and not self.runs(TimerKind.TURN):
             assert self.in_question == starting.number, "nobody asks it"
         settling = fleet.of(Phase.SETTLING)
         assert self.checked == (settling.number if settling and settling.checked else None)

@@ -63,7 +63,7 @@ def test_an_answer_is_good_as_load_balancers_have_it_or_as_it_was_asked_for() ->
 
 def test_which_policies_ask_and_which_are_ready_by_the_answer_alone() -> None:
     told = {
-        kind: (Policy(ready=kind).asks, Policy(ready=kind).answer_decides)
+        kind: (Policy(ready=kind).probes, Policy(ready=kind).answer_decides)
         for kind in (*("notify", "ack", "fd", "check", "after", "any", "accept", "http", "https"),)
     }
 

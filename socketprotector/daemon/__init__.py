@@ -1,6 +1,6 @@
-"""The resident process: one loop: events come in, core decides, the actions are carried out.
+"""The resident process: a single loop takes events, lets core decide, and carries the actions out.
 
 What a signal or an event causes: supervisor.py.  How connections reach workers: delivery/.
-One thread for the life of the service: memory and time count.
+The process has one thread and runs as long as the service, so memory and time count.
 May import: core, model, system.
 """

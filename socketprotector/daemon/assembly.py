@@ -1,6 +1,6 @@
-"""The parts of the resident process, and how they are put together.
+"""Creates the parts of the resident process, and connects them.
 
-What another program left (a state, descriptors) goes to the parts that own it.
+An earlier program may have left a state and descriptors: each goes to the part that owns it.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ if TYPE_CHECKING:
     from ..model.control_requests import Request
     from .control.server import Client
 
-#: How soon to try again where a manager's socket was full.
+#: How soon to send again to a service manager whose socket was full.
 _AGAIN_S = 0.1
 _OWN = (inherited.SETTINGS, inherited.STATE, inherited.PID_FILE, inherited.NOTIFY)
 _STDERR = 2
 
 
 class Resident:
-    """The parts of the process, and how they are put together."""
+    """The resident process: its parts, from the start to the exit."""
 
     def __init__(
         self,
@@ -62,69 +62,77 @@ class Resident:
         earlier: Snapshot | StateError | None,
         command: tuple[str, ...],
     ) -> None:
-        """earlier: where another program stopped, or why that cannot be resumed."""
-        # At the first start they come from the launching process; only a guard has them too.
+        """Take ownership of the descriptors.
+
+        earlier: the state of an earlier program, or why it cannot be resumed.
+        """
+        # At a first start without a guard the descriptors come from the launching process, so no
+        # store has copies of them.
         known = inherited.GUARD in descriptors or inherited.STATE in descriptors
         kept = descriptors.keys() - {inherited.GUARD} if known else set()
         self.settings = settings
-        self.left_over = left = Inherited(descriptors)
-        #: Those of the process itself, which are no part's.
-        self.own = {n: fd for n in _OWN if (fd := left.take_one(n)) is not None}
+        self.unclaimed = unclaimed = Inherited(descriptors)
+        #: The descriptors of the process itself, which belong to none of its parts.
+        self.own = {n: fd for n in _OWN if (fd := unclaimed.take_one(n)) is not None}
         self.earlier = earlier
         self.command = command
         self.output = Output(settings)
-        self.parents = Parents(left.take_one(inherited.GUARD), kept, self._later)
+        self.parents = Parents(unclaimed.take_one(inherited.GUARD), kept, self._retry_later)
         self.start_report = StartReport(
-            left.take_one(inherited.LAUNCHER),
-            left.take_one(inherited.TERMINAL),
+            unclaimed.take_one(inherited.LAUNCHER),
+            unclaimed.take_one(inherited.TERMINAL),
             self.parents.systemd.pid,
         )
         self.delivery = delivery_for(settings.mode)
-        self.listeners = adopt(left, listeners, self.delivery.shares_listeners)
-        control = left.take_one(inherited.CONTROL)
+        self.listeners = adopt(unclaimed, listeners, self.delivery.shares_listeners)
+        control = unclaimed.take_one(inherited.CONTROL)
         self.control_listener = (
             listener_of(control, -1, settings.control)
             if control is not None and settings.control is not None
             else None
         )
         self.began = False
-        self.staying: tuple[str, ...] = ()  # names of listeners that live on for the next start
+        #: The names of the listening sockets that survive for the next start.
+        self.surviving: tuple[str, ...] = ()
         self.watcher: watch_client.FileWatch | None = None
         self._loop: Loop | None = None
 
     def supervise(self) -> int:
-        """Go on with what there is, or begin; return the exit status when nothing is left."""
-        snapshot = self._where_to_begin()
+        """Resume from an earlier state, or start; return the exit status when the fleet has ended.
+
+        Raises StateError if the earlier state cannot be resumed.
+        """
+        snapshot = self._snapshot_to_resume()
         if snapshot is not None and snapshot.fleet.exiting:
-            return self._end_again(snapshot)
+            return self._finish_exit(snapshot)
         self.began = snapshot is not None
         loop = self._become_resident()
         for listener in self.listeners:
-            if snapshot is None or not listener.shared:  # else a worker has said how it listens
+            if snapshot is None or not listener.shared:  # otherwise workers have set its options
                 listener.claim()
         settings = self.settings
         log = Log(settings.log_level, prioritized=settings.to_syslog, form=settings.log_format)
-        # First where events go, and what writes the state: all parts are given both.
+        # The event queue and the checkpoint come first, because all parts need both.
         queue = EventQueue()
         checkpoint = Checkpoint(
             StateFile(self.own[inherited.STATE]), self.parents.store, log, self._descriptors
         )
         runtime = Runtime(loop, log, queue.post, checkpoint.save)
         self._begin_log(runtime, snapshot)
-        supervisor = self._put_together(runtime, queue, checkpoint)
-        control = self._control(supervisor, runtime)
-        self._attend(supervisor, runtime)
-        # They were blocked from the start, so that none of them could come too early.
+        supervisor = self._make_supervisor(runtime, queue, checkpoint)
+        control = self._make_control(supervisor, runtime)
+        self._watch_parents(supervisor, runtime)
+        # Signals were blocked from the start: before this line no part could handle one.
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         self.began = True
-        watchers = self.left_over.take_all(inherited.WATCH)
+        watchers = self.unclaimed.take_all(inherited.WATCH)
         if snapshot is None:
-            self.left_over.close()
+            self.unclaimed.close()
             supervisor.launch()
         else:
-            supervisor.adopt(recovery.Recovery(supervisor.effects, snapshot, self.left_over))
-        # Signals are taken from here on; and by which of them workers finish, should none of us
-        # be there to say so.
+            supervisor.adopt(recovery.Recovery(supervisor.effects, snapshot, self.unclaimed))
+        # The guard learns that we handle signals now, and which signal makes workers finish: it
+        # sends that signal if no protector can be started.
         self.parents.guard.send(f"X_BEGAN=1\nX_FINISH={settings.finish_signal}")
         if settings.watch or watchers:
             self.watcher = watch_client.FileWatch(settings, runtime)
@@ -132,7 +140,7 @@ class Resident:
         status = supervisor.run()
         if control is not None:
             control.finish()
-        self.staying = supervisor.effects.close()
+        self.surviving = supervisor.effects.close()
         if self.watcher is not None:
             self.watcher.close()
         if control is not None:
@@ -140,10 +148,10 @@ class Resident:
         log.close()
         return status
 
-    def _where_to_begin(self) -> Snapshot | None:
-        """Return where another program stopped; else have a state file of our own.
+    def _snapshot_to_resume(self) -> Snapshot | None:
+        """Return the snapshot of an earlier program; None: this is a first start.
 
-        Raises StateError where that cannot be resumed.
+        A first start makes the state file.  Raises StateError if the state cannot be resumed.
         """
         if isinstance(self.earlier, StateError):
             raise self.earlier
@@ -154,12 +162,12 @@ class Resident:
                 raise SystemRefused(f"cannot keep the state in memory: {error.strerror}") from error
         return self.earlier
 
-    def _end_again(self, snapshot: Snapshot) -> int:
-        """All was done but the last words."""
+    def _finish_exit(self, snapshot: Snapshot) -> int:
+        """Complete the exit of an earlier program whose fleet had ended; return its exit status."""
         ours = [each for each in self.listeners if not each.settings.foreign]
         if self.parents.stays(name for each in ours for name in each.descriptors()):
             number = snapshot.steering.socket_number
-            self.staying = tuple(filter(None, [each.leave(number) for each in ours]))
+            self.surviving = tuple(filter(None, [each.leave(number) for each in ours]))
         self._close_listeners()
         return snapshot.fleet.exit_status
 
@@ -167,18 +175,18 @@ class Resident:
         """Set the limits, priority and user of this process; return its loop."""
         settings, quota = self.settings, Quota()
 
-        def spare() -> bool:
-            """With one core no client could connect while we poll for one.
+        def has_spare_core() -> bool:
+            """Return whether busy polling takes no time from clients and workers.
 
-            Under a quota (cpu.max), which the set of cores does not show, polling would spend what
-            the workers need.
+            On a single core, no client could connect while we poll.  Under a quota (cpu.max),
+            polling would use up the workers' time.
             """
             return processors() > 1 and quota.processors() > 1
 
-        # Not earlier: from here on another program can resume if this one fails.
-        self._loop = loop = Loop(settings.busy_poll_s, spare)
-        # Only the soft limit, and workers get the caller's back: each draining generation and
-        # each worker costs descriptors here.
+        # Not earlier: once the loop exists, another program can resume if this one fails.
+        self._loop = loop = Loop(settings.busy_poll_s, has_spare_core)
+        # Each worker and each draining generation costs descriptors here.  Workers get back the
+        # soft limit of our caller.
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         spawn.use_batch_policy()
@@ -186,7 +194,7 @@ class Resident:
             starts_others = settings.worker_identity is not None
             privileges.become(settings.identity, settings.nice, starts_others=starts_others)
             if starts_others:
-                privileges.reclaim()  # an upgrade in place has brought them along
+                privileges.reclaim()  # an upgrade in place inherits these capabilities
         return loop
 
     def _begin_log(self, runtime: Runtime, snapshot: Snapshot | None) -> None:
@@ -209,34 +217,34 @@ class Resident:
         else:
             self._write_pid(log)
 
-    def _attend(self, supervisor: Supervisor, runtime: Runtime) -> None:
-        """Hear the guard and the launching process."""
+    def _watch_parents(self, supervisor: Supervisor, runtime: Runtime) -> None:
+        """Read messages of the guard, and watch for the exit of the launching process."""
         log, pool = runtime.log, supervisor.effects.pool
 
-        def unguarded() -> None:
+        def on_guard_gone() -> None:
             if self.parents.line is not None:
                 hint = "the guard is gone; restart to have one again"
                 log.write("error", "guard-died", hint=hint)
                 self._write_pid(log)
             pool.guarded = False
 
-        self.parents.watch(runtime.loop, pool.learn_status, unguarded)
+        self.parents.watch(runtime.loop, pool.learn_status, on_guard_gone)
         self.start_report.watch(runtime.loop, lambda: runtime.post(StopRequested(quick=True)))
 
     def fail(self, reason: str) -> None:
-        """Nothing could be started, or can go on: let go of what is ours."""
+        """Release the listeners after a failure that no program can resume; note the reason."""
         self.start_report.failure = self.start_report.failure or reason
         self._close_listeners()
 
     def finish(self, status: int) -> None:
-        """Leave only listeners that stay, and tell the launcher, the guard and systemd."""
+        """Leave only surviving listeners; report the exit to launcher, guard and systemd."""
         store = self.parents.store
         if self.parents.line is None:
-            # First: without it what is there is no state to go on with, but left for a start.
+            # First: the next program takes stored descriptors without settings for a fresh start.
             store.forget(inherited.SETTINGS)
-            # What keeps a copy may not read in time that it is to go; the file is the same one.
+            # systemd may not drop its copy in time, but that is the same file, now empty.
             os.ftruncate(self.own[inherited.SETTINGS], 0)
-        # The relay ends with its last writer, and a copy in the fd store would be one.
+        # The relay exits after its last writer, and a copy in the fd store would count as a writer.
         for name in self.output.descriptors():
             store.forget(name)
         self.output.finish()
@@ -245,28 +253,29 @@ class Resident:
         if self.settings.pid_file is not None and inherited.PID_FILE in self.own:
             pid_file_removal.remove(self.settings.pid_file, self.own[inherited.PID_FILE])
         self.start_report.failed(status)
-        self.parents.finish(status, self.staying)
+        self.parents.finish(status, self.surviving)
 
-    # -- putting together ----------------------------------------------------
+    # -- the parts -------------------------------------------------------------
 
     def _begin_output(self, runtime: Runtime) -> None:
         settings = self.settings
         try:
-            self.output.begin(self.left_over, runtime)
+            self.output.begin(self.unclaimed, runtime)
         except OSError as error:
             where = "to syslog" if settings.to_syslog else "of workers' output"
             asked = " for --log-prefix" if settings.log_prefix else ""
             why = f"cannot start the relay {where}{asked}: {what_failed(error)}"
             if settings.to_syslog or asked:
                 raise SystemRefused(why) from error
-            # No relay was asked for: workers write to the file themselves.
+            # The operator did not request a relay, so workers can write to the file directly.
             self.output = Output(replace(settings, log_relay=False))
             runtime.log.reopen()
             runtime.log.write("warning", "notice", text=why)
 
-    def _put_together(
+    def _make_supervisor(
         self, runtime: Runtime, queue: EventQueue, checkpoint: Checkpoint
     ) -> Supervisor:
+        """Create the supervisor with its effects."""
         settings = self.settings
         effects = Effects(
             settings,
@@ -299,7 +308,7 @@ class Resident:
         return supervisor
 
     def _descriptors(self) -> dict[str, int]:
-        """The descriptors of the process itself, by name."""
+        """Return the descriptors of the process itself, by name."""
         found = dict(self.own)
         if self.control_listener is not None:
             found[inherited.CONTROL] = self.control_listener.fileno()
@@ -308,8 +317,8 @@ class Resident:
         theirs = (self.parents, self.start_report, self.output)
         return found | {name: fd for each in theirs for name, fd in each.descriptors().items()}
 
-    def _later(self, again: Callable[[], None]) -> None:
-        if self._loop is not None:  # else it is the end already, and finish() waits for room
+    def _retry_later(self, again: Callable[[], None]) -> None:
+        if self._loop is not None:  # otherwise this process exits, and finish() waits for room
             self._loop.call_after(again, _AGAIN_S, again)
 
     def _reopen_logs(self, log: Log) -> None:
@@ -318,7 +327,7 @@ class Resident:
         except OSError as error:
             log.write("error", "reopen-failed", file=error.filename, error=error.strerror)
         else:
-            # What it says, and all that the next protector does, is for the new file, too.
+            # The guard writes to the new file, too, and so does the protector that it starts next.
             if self.settings.log_file is not None:
                 self.parents.guard.send("X_OUTPUT=1", _STDERR)
         log.reopen()
@@ -326,14 +335,14 @@ class Resident:
 
     # -- the control socket ----------------------------------------------------
 
-    def _control(self, supervisor: Supervisor, runtime: Runtime) -> ControlServer | None:
-        """Answer operators from here on."""
+    def _make_control(self, supervisor: Supervisor, runtime: Runtime) -> ControlServer | None:
+        """Open the control socket to operators; None: there is none."""
         settings = self.settings
         if self.control_listener is None:
             return None
 
         def handle(client: Client, request: Request) -> None:
-            with client.within_memory():  # nothing of the request is done yet
+            with client.within_memory():  # if memory runs out here, the request has done nothing
                 handler = commands.CommandHandler(supervisor, runtime)
             if not client.gone:
                 handler.handle(client, request)
@@ -360,13 +369,13 @@ class Resident:
                 listener.close()
 
     def _write_pid(self, log: Log) -> None:
-        """Write the pid that is to be signalled into the pid file, which we hold."""
+        """Write the pid that operators should signal into the pid file, which we have locked."""
         lock = self.own.get(inherited.PID_FILE)
         if lock is None:
             return
         try:
             text = b"%d\n" % self.parents.systemd.pid
-            # In this order a reader always finds a whole pid in the first line.
+            # In this order the first line always has a whole pid, whenever it is read.
             os.pwrite(lock, text, 0)
             os.ftruncate(lock, len(text))
         except OSError as error:

@@ -1,9 +1,9 @@
-"""Keeps ready, at any time, all that the next program needs.
+"""Saves, before each action, all that the next program needs to resume.
 
 Descriptors go to the fd store (systemd's, or the guard); the state memfd says what they are for.
-Descriptors first, then the state, then the action: so whatever the state mentions exists, whenever
-we are killed.  Only changes are stored and written: one worker's step costs what one worker costs,
-however many there are.
+Descriptors come first, then the state, then the action.  So whenever we are killed, all descriptors
+that the state mentions exist.  Only changes are stored and written, so a step of one worker costs
+the same however many workers there are.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ _FULL = "workers that come now do not outlive us; docs/reliability.md, How many 
 
 @mutable
 class Checkpoint:
-    """Writes down, after each step, where another program could go on."""
+    """Writes the state, and stores the descriptors that it mentions, after each decision."""
 
     file: StateFile
     store: Store
     log: Log
-    #: Names the descriptors that are neither generations', workers' nor listeners'.
+    #: Returns the descriptors of no generation, worker or listener, by name.
     others: Callable[[], Mapping[str, int]]
     _effects: Effects | None = None
     _snapshot: Callable[[], Snapshot] | None = None
-    _written: Snapshot | None = None  # what the state says, as far as we know
+    _written: Snapshot | None = None  # the last snapshot in the state; None: unknown
     _failing: bool = False
     _behind: bool = False
     _full: bool = False
 
     def begin(self, effects: Effects, snapshot: Callable[[], Snapshot]) -> None:
-        """There is something to be kept from now on: descriptors, and what belongs to them."""
+        """Start to save these effects; snapshot: returns the state to write."""
         self._effects, self._snapshot = effects, snapshot
 
     def descriptors(self) -> dict[str, int]:
@@ -48,10 +48,10 @@ class Checkpoint:
         return {**self.others(), **self._effects.descriptors()}
 
     def save(self) -> bool:
-        """Make it so that a kill from here on loses nothing that can be kept.
+        """Store the descriptors and write the state, so that the next program can resume.
 
-        Returns whether the state says how things are.  Does nothing without an fd
-        store: then a kill takes all descriptors anyway.
+        Returns False if the state could not be written.  Without an fd store it writes nothing:
+        then a kill closes all descriptors, so no program can resume.
         """
         if self._effects is None:
             return True
@@ -78,10 +78,10 @@ class Checkpoint:
         return True
 
     def write(self) -> bool:
-        """Write the state; say whether another program could go on from it now.
+        """Write the state; return whether another program could resume from it now.
 
-        It could not without a descriptor that the fd store was not sent yet: the next program
-        takes what it inherits for stored.
+        It cannot while the fd store lacks a descriptor: the next program regards all descriptors
+        that it inherits as stored.
         """
         wanted = self.descriptors().keys() - {inherited.GUARD}
         return self._write() and self.store.has(wanted)
@@ -89,7 +89,7 @@ class Checkpoint:
     def _write(self) -> bool:
         assert self._snapshot is not None
         snapshot, before = self._snapshot(), self._written
-        self._written = None  # until it is
+        self._written = None  # until the write has succeeded
         try:
             if before is None or not self.file.takes_changes:
                 self.file.write(CODEC.encode(snapshot))
@@ -106,9 +106,9 @@ class Checkpoint:
 
 
 def read(fd: int) -> Snapshot | None:
-    """Return what another program has written to its state memfd; None for an empty one.
+    """Return the snapshot in an earlier program's state memfd; None: the memfd is empty.
 
-    Raises StateError when it is a newer program's, or damaged.
+    Raises StateError if a newer program wrote it, or if it is damaged.
     """
     file = StateFile(fd)
     if file.empty:

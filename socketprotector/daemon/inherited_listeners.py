@@ -1,4 +1,4 @@
-"""The listeners that a program inherits: which sockets each of them has."""
+"""Builds the listeners from the sockets that a program inherits."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from ..system.inherited import Inherited
 from ..system.listener import Listener
 from ..system.listeners import listener_of
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    pass
 
+def adopt(
+    unclaimed: Inherited, settings: Sequence[ListenerSettings], shared: bool
+) -> list[Listener]:
+    """Adopt the inherited listeners; takes ownership of their descriptors.
 
-def adopt(left: Inherited, settings: Sequence[ListenerSettings], shared: bool) -> list[Listener]:
-    """Adopt the listeners that there are; those in no place are of a reload that never came to be.
-
-    Each may have several sockets, of which the newest is in use: a number stands behind the name.
+    Several sockets may be inherited for one place of a listener.  The number behind the name says
+    which is the newest: that one is in use.
     """
     made = []
     for index, each in enumerate(settings):
-        first, again = _newest(left.take(inherited.LISTENER, index))
-        second, second_again = _newest(left.take(inherited.SIBLING, index))
-        third, third_again = _newest(left.take(inherited.RESERVED, index))
-        if first >= 0:  # else it was closed already
+        first, again = _newest(unclaimed.take(inherited.LISTENER, index))
+        second, second_again = _newest(unclaimed.take(inherited.SIBLING, index))
+        third, third_again = _newest(unclaimed.take(inherited.RESERVED, index))
+        if first >= 0:  # otherwise an earlier program has closed it
             numbers = again, second_again, third_again
             made.append(
                 listener_of(
@@ -39,13 +38,13 @@ def adopt(left: Inherited, settings: Sequence[ListenerSettings], shared: bool) -
                 os.close(fd)
     ours = [each for each in made if not shared and not each.settings.foreign]
     for listener in [each for each in ours if not each.listens]:
-        made.remove(listener)  # an earlier program was about to close it
+        made.remove(listener)  # an earlier program had shut it down, and was about to close it
         listener.close()
     return made
 
 
 def _newest(found: dict[str, int]) -> tuple[int, int]:
-    """Return the newest of some sockets and its number, and close the others; -1 for none."""
+    """Return the newest of some sockets with its number, and close the others; -1: no socket."""
     numbered = {int(name or 0): fd for name, fd in found.items()}
     newest = max(numbered, default=0)
     fd = numbered.pop(newest, -1)

@@ -53,7 +53,7 @@ class Output:
         self.named = inherited.Named()
         self._relay: relay_client.LogRelay | None = None
 
-    def begin(self, left: Inherited, runtime: Runtime) -> None:
+    def begin(self, unclaimed: Inherited, runtime: Runtime) -> None:
         """Start the relay if one is needed, or adopt an earlier program's.  Raises OSError.
 
         Takes ownership of the relay's descriptors.
@@ -63,10 +63,10 @@ class Output:
         kind = "syslog" if self._to_syslog else "journal" if is_journal() else "lines"
         name, prefixed = self._settings.name, self._settings.log_prefix
         self._relay = relay_client.LogRelay(name, kind, runtime, self.named, prefixed=prefixed)
-        given = left.take_one(_WRITE)
+        given = unclaimed.take_one(_WRITE)
         if given is not None:  # otherwise we have inherited stderr itself
             self._lead_to(given)
-        relay, outputs = left.take_all(inherited.RELAY), left.take_all(inherited.OUTPUT)
+        relay, outputs = unclaimed.take_all(inherited.RELAY), unclaimed.take_all(inherited.OUTPUT)
         if relay or outputs:
             self._relay.adopt(relay, outputs)
             return

@@ -1,7 +1,7 @@
-"""The guard and the service manager, which start us, keep our descriptors and get our status.
+"""The guard and the service manager: they start us, keep our descriptors and get our status.
 
-A guard keeps the descriptors, and other processes know its pid.  Without a guard systemd keeps
-them, if it has an fd store for us.
+With a guard, the guard keeps the descriptors, and its pid is the service's.  Without a guard,
+systemd keeps them if the unit has an fd store.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ class Parents:
     def __init__(
         self, line: int | None, kept: Collection[str], later: Callable[[Callable[[], None]], None]
     ) -> None:
-        """Take ownership of the guard's line.  kept: the names that came from a store.
+        """Take ownership of the guard's line.
 
-        later: calls a function after a moment.
+        kept: the names of descriptors that came from a store.  later: calls a function after a
+        moment.
         """
         self.line = socket.socket(fileno=line) if line is not None else None
         self.guard = Outbox(later, self.line)
@@ -54,8 +55,8 @@ class Parents:
     ) -> None:
         """Read the guard's messages, and feed the watchdog.
 
-        learned: called with how a process exited that the guard reaped.  gone: called when the
-        guard exits, or at once if there is none.
+        learned: called with the pid of a process that the guard reaped, and how it exited.  gone:
+        called when the guard exits, or at once if there is none.
         """
         if self.line is None:
             gone()  # maybe the guard exited under an earlier program
@@ -101,10 +102,10 @@ class Parents:
         systemd = self.line is None and bool(os.environ.get("INVOCATION_ID"))
         return systemd and self.store.holds(names)
 
-    def finish(self, status: int, staying: Iterable[str]) -> None:
-        """Send the exit status; only descriptors of these names are kept for the next start."""
+    def finish(self, status: int, surviving: Iterable[str]) -> None:
+        """Send the exit status; surviving: names of the descriptors to keep for the next start."""
         if self.line is None:
-            self.store.sync(dict.fromkeys(staying, -1))
+            self.store.sync(dict.fromkeys(surviving, -1))
         self.systemd.send(EXIT_STATUS=str(status))
         self.guard.finish(_FAREWELL_S)
-        self._manager.finish(_MANAGER_S)  # what it keeps it would pass to another start
+        self._manager.finish(_MANAGER_S)  # descriptors that it did not drop reach the next start

@@ -38,7 +38,7 @@ class Recovery:
     effects: Effects
     snapshot: Snapshot
     #: The descriptors of the earlier program; each owner takes its own, the rest is closed.
-    left: Inherited
+    unclaimed: Inherited
     _workers: list[tuple[WorkerRecord, dict[str, int], OpenGeneration]] = field(
         default_factory=list
     )
@@ -51,12 +51,14 @@ class Recovery:
         effects, snapshot = self.effects, self.snapshot
         fleet, delivery = snapshot.fleet, effects.delivery
         closing = fleet.stopping is not None and not effects.listeners_survive_stop
-        delivery.adopt(snapshot.delivery, self.left, held=fleet.held, closing=closing)
+        delivery.adopt(snapshot.delivery, self.unclaimed, held=fleet.held, closing=closing)
         broken = self._adopt_generations()
         for record in snapshot.workers:
             generation = effects.generations.get(record.generation)
-            if generation is not None and self.left.has(inherited.WORKER, record.number, "process"):
-                mine = self.left.take(inherited.WORKER, record.number)
+            if generation is not None and self.unclaimed.has(
+                inherited.WORKER, record.number, "process"
+            ):
+                mine = self.unclaimed.take(inherited.WORKER, record.number)
                 effects.pool.expect(record, mine)
                 self._workers.append((record, mine, generation))
         serving = fleet.of(Phase.SERVING)
@@ -66,7 +68,7 @@ class Recovery:
             effects.pool.orphans.end(address)
         effects.reports.adopt(snapshot.run, snapshot.log_level)
         self.dismiss_unknown()
-        self.left.close()
+        self.unclaimed.close()
         effects.live_settings.adopt(snapshot)
         for released in effects.generations.released.values():
             released.forget_board()
@@ -81,7 +83,7 @@ class Recovery:
         settings, fleet = self.effects.live_settings.settings, self.snapshot.fleet
         known = {each.number for each in self.snapshot.workers}
         known |= {each.number for each in fleet.alive()}
-        for number, descriptors in self.left.take_all(inherited.WORKER).items():
+        for number, descriptors in self.unclaimed.take_all(inherited.WORKER).items():
             process = descriptors.get("process", -1)
             if process >= 0 and settings.finish_signal and int(number) not in known:
                 with suppress(OSError):  # most have ended, and were about to be forgotten
@@ -92,7 +94,7 @@ class Recovery:
     def _adopt_generations(self) -> list[Event]:
         effects, fleet, broken = self.effects, self.snapshot.fleet, list[Event]()
         for record in self.snapshot.generations:
-            mine = self.left.take(inherited.CHANNEL, record.number)
+            mine = self.unclaimed.take(inherited.CHANNEL, record.number)
             each = OpenGeneration.adopt(record, mine.pop("board", None))
             known = None if record.released else fleet.generation(record.number)
             draining = known is not None and known.phase is Phase.DRAINING

@@ -1,7 +1,8 @@
-"""The exit status of the command that was typed is the outcome of the first start.
+"""Reports to the launching process whether the first generation started.
 
-So the launching process waits for it, and gets one JSON object a line (launch/await_verdict.py is
-the other side).  In the foreground nothing waits, and the reason of a failure goes to the terminal.
+The operator's command exits with that result, so the launching process waits for it.  Each message
+is one line with a JSON object (launch/await_verdict.py reads them).  In the foreground no process
+waits, and the reason of a failure goes to the terminal.
 """
 
 from __future__ import annotations
@@ -19,10 +20,14 @@ from ..system.terminal import tell
 
 
 class StartReport:
-    """Says how the start went: once, and only the start."""
+    """The report of the first start, which is sent once."""
 
     def __init__(self, line: int | None, terminal: int | None, pid: int) -> None:
-        """Take ownership of the descriptors.  pid: of whose end it is to wait for."""
+        """Take ownership of the descriptors.
+
+        line: to the launching process; None: it does not wait.  pid: the process whose exit it
+        waits for.
+        """
         self._pid = pid
         self._socket = socket.socket(fileno=line) if line is not None else None
         self._terminal = terminal
@@ -34,15 +39,15 @@ class StartReport:
         if self._socket is not None:
             self._unwatch = partial(loop.unwatch, self._socket.fileno())
 
-            def hung_up() -> None:
+            def on_exit() -> None:
                 self._unwatch()
                 gone()
 
-            loop.watch(self._socket.fileno(), hung_up)
-            self._say(pid=self._pid)
+            loop.watch(self._socket.fileno(), on_exit)
+            self._send(pid=self._pid)
 
     def descriptors(self) -> dict[str, int]:
-        """Return what the next program needs to tell it in our place, by name."""
+        """Return the descriptors with which the next program can send the report, by name."""
         found = {}
         if self._socket is not None:
             found[inherited.LAUNCHER] = self._socket.fileno()
@@ -51,8 +56,8 @@ class StartReport:
         return found
 
     def started(self) -> None:
-        """Tell that the first generation serves; this is the last word."""
-        self._say(ready=True)
+        """Report that the first generation is serving; no report follows."""
+        self._send(ready=True)
         if self._socket is not None:
             self._unwatch()
             self._socket.close()
@@ -62,22 +67,22 @@ class StartReport:
             self._terminal = None
 
     def failed(self, status: int) -> None:
-        """Tell, at the very end, that the start has failed and nothing is left behind.
+        """Report, just before this process exits, that the start has failed.
 
-        The line stays open until this process has ended: that is what the other side waits for.
+        The line stays open until this process exits: the launching process waits for that.
         """
-        self._say(
+        self._send(
             failed=self.failure or "it was stopped before anything served",
             status=status or Refusal.status,
         )
         if self._terminal is not None and self.failure:
             tell(self.failure, self._terminal)
 
-    def _say(self, **words: object) -> None:
+    def _send(self, **fields: object) -> None:
         if self._socket is not None:
             try:
-                # A few lines in all, for which there is room though it should not read them.
-                data = json.dumps(words).encode() + b"\n"
+                # The socket's buffer has room for all reports, even if none is read.
+                data = json.dumps(fields).encode() + b"\n"
                 self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             except OSError:
-                pass  # it was killed; its end of the line says so to the loop
+                pass  # the launching process was killed: the loop reports that its line is closed

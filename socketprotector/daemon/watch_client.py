@@ -1,8 +1,8 @@
 """--watch: reloads when files change.
 
-A process (programs/file_watch.py) watches the files and reports over a socket.  It outlives an
-upgrade and, with the guard or systemd's fd store, the protector's own death.  It exits when the
-socket is closed.
+A watcher process (programs/file_watch.py) watches the files and reports over a socket.  The watcher
+survives an upgrade and, with the guard or systemd's fd store, a kill of the protector.  It exits
+when the socket is closed.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ class FileWatch:
         self._process: HelperProcess | None = None
         self._line: Line | None = None
         self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
-        self._warned = False  # that one after the other ends
+        self._warned = False  # the log has the first of several failures in a row
 
-    def start(self, left: Mapping[str, Mapping[str, int]]) -> None:
-        """Watch, with the watcher of an earlier program if it left one; takes ownership.
+    def start(self, watchers: Mapping[str, Mapping[str, int]]) -> None:
+        """Adopt the watcher of an earlier program, or start one; takes ownership.
 
-        left: its descriptors, by its pid.
+        watchers: the descriptors of earlier watchers, by pid.
         """
-        for pid, mine in left.items():
+        for pid, mine in watchers.items():
             if self._settings.watch and self._process is None and len(mine) == 2:
                 process = Process(int(pid), mine["process"])
                 self._process = HelperProcess(process, self._loop, self._ended)
                 line = socket.socket(fileno=mine["line"])
                 self._line = Line(self._loop, line, self._handle)
-            else:  # it was given away in part, or there is nothing to watch any more
+            else:  # not all of its descriptors were stored, or --watch is off now
                 for fd in mine.values():
                     os.close(fd)
         if self._line is None and self._settings.watch:
             self._spawn()
 
     def descriptors(self) -> dict[str, int]:
-        """Return what the next program needs to go on with it, by name."""
+        """Return the descriptors with which the next program adopts the watcher, by name."""
         if self._process is None or self._line is None:
             return {}
         process = self._process.process
@@ -62,7 +62,7 @@ class FileWatch:
         return {f"{mine}.process": process.pidfd, f"{mine}.line": self._line.socket.fileno()}
 
     def close(self) -> None:
-        """Watch no more."""
+        """Stop watching: the watcher exits."""
         self._loop.cancel("watch")
         self._forget()
 
@@ -83,9 +83,9 @@ class FileWatch:
                 )
         except OSError as error:
             self._forget()
-            self._again(error.strerror or str(error))
+            self._spawn_later(error.strerror or str(error))
             return
-        self._runtime.persist()  # there are other descriptors now
+        self._runtime.persist()  # the descriptors have changed
 
     def _handle(self, text: str) -> None:
         match text[:1]:
@@ -107,10 +107,10 @@ class FileWatch:
             self._line.hear()
         self._forget()
         self._runtime.persist()
-        self._again(how)
+        self._spawn_later(how)
 
     def _forget(self) -> None:
-        """Close what is ours: then it ends."""
+        """Close our ends of the watcher's socket and process: then the watcher exits."""
         if self._line is not None:
             self._line.close()
             self._line = None
@@ -118,13 +118,13 @@ class FileWatch:
             self._process.close()
             self._process = None
 
-    def _again(self, why: str) -> None:
-        """Start another one, later each time in a row."""
+    def _spawn_later(self, why: str) -> None:
+        """Start another watcher, after a longer pause each time in a row."""
         self._warn(why)
         self._loop.call_after("watch", self._back_off.wait_s(), self._spawn)
 
     def _warn(self, why: str) -> None:
-        """Say it once in a row, with the first reason that is known."""
+        """Log the first of several failures in a row."""
         if not self._warned:
             self._warned = True
             self._log.write("warning", "watch-ended", reason=why, hint="it is started again")

@@ -340,7 +340,7 @@ def test_events_that_a_client_does_not_read_are_left_out_and_counted(desk: Desk)
     for each in (reader, sleeper):
         each.hear()
     number = 0
-    while not any(each._left_out for each in desk.control._clients.values()):
+    while not any(each._dropped for each in desk.control._clients.values()):
         number += 1
         desk.control.tell("info", "spam", {"number": number, "text": "x" * 10_000})
         assert reader.hear()[0]["number"] == number

@@ -1,4 +1,5 @@
 """The control socket: its clients, its commands, its answers (docs/control.md).
 
-What a status says of the protector: commands.py; of generations, workers, listeners: status.py.
+server.py reads requests and sends answers, commands.py carries commands out.  The values of
+`status` are in commands.py (the protector) and status.py (generations, workers, listeners).
 """

@@ -1,6 +1,7 @@
-"""The commands of the control socket: they read, or post an event to the supervisor.
+"""Carries out the commands of the control socket: each reads values, or posts an event.
 
-The result of a long operation is an event to clients that follow (docs/control.md).
+A long operation is answered at once; clients that follow events get its result as an event
+(docs/control.md).
 """
 
 from __future__ import annotations
@@ -41,15 +42,15 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-#: What changes nothing, and so cannot leave anything half done.
-_LOOKS = ("status", "history", "connections", "crashes")
+#: Commands that change nothing, and so cannot leave anything half done.
+_READ_ONLY = ("status", "history", "connections", "crashes")
 _NOT_WHILE_STOPPING = ("reload", "upgrade", "lame-duck", "scale", "hold", "replace")
 _ENDING = (Phase.DRAINING, Phase.ABANDONED)
 
 
 @mutable
 class CommandHandler:
-    """Answers requests for a supervisor."""
+    """Carries out requests to a supervisor, and answers them."""
 
     supervisor: Supervisor
     runtime: Runtime
@@ -59,14 +60,17 @@ class CommandHandler:
         return self.supervisor.effects
 
     def handle(self, client: Client, request: Request) -> None:
-        """Carry out a request by the method of its name, and answer it.  Raises RequestError."""
+        """Carry out a request by the method `do_` + its name, and answer it.
+
+        Raises RequestError.
+        """
         if request.command == "events":
             client.follows = True
             client.say(control_requests.answer(request.id, {}))
             return
         try:
             fleet = self.supervisor.fleet
-            ended = fleet.exiting and request.command not in (*_LOOKS, "stop")
+            ended = fleet.exiting and request.command not in (*_READ_ONLY, "stop")
             if ended or (fleet.stop_requested and request.command in _NOT_WHILE_STOPPING):
                 raise RequestError("refused", "it is stopping")
             if request.command == "diff":
@@ -78,8 +82,8 @@ class CommandHandler:
             wrong.id = request.id
             raise
         except Exception as error:
-            if request.command not in _LOOKS:
-                raise  # something may be half done: a restart goes on from the state
+            if request.command not in _READ_ONLY:
+                raise  # the command may be half done: a restart resumes from the state
             self.runtime.log.write(
                 "error", "command-failed", command=request.command, error=repr(error)
             )
@@ -88,7 +92,7 @@ class CommandHandler:
             ) from error
         client.say(control_requests.answer(request.id, result))
 
-    # -- looking -----------------------------------------------------------------
+    # -- commands that read ------------------------------------------------------
 
     def do_status(self) -> Mapping[str, Any]:
         effects, fleet = self._effects, self.supervisor.fleet
@@ -140,7 +144,7 @@ class CommandHandler:
         return {"history": self._effects.reports.run.history.entries()}
 
     def _left_s(self, wait: TimerKind) -> float | None:
-        """Return the seconds until a timer of the fleet runs out; None where it does not run."""
+        """Return the seconds until a timer of the fleet runs out; None: it is not set."""
         due = self.runtime.loop.due(Deadline(wait))
         return max(0.0, due - time.monotonic()) if due is not None else None
 
@@ -160,7 +164,7 @@ class CommandHandler:
         }
 
     def _compare(self, client: Client, request: Request) -> None:
-        """Answer when a process of its own has compared, which may take seconds."""
+        """Answer `diff` when a helper process has read the configuration, maybe after seconds."""
         if not self._effects.live_settings.settings.origin.configured:
             raise RequestError("unknown", "there is no configuration file; see --config")
 
@@ -176,7 +180,7 @@ class CommandHandler:
         if not self._effects.live_settings.compare(done):
             raise RequestError("busy", "a diff is under way; try again after it")
 
-    # -- doing -------------------------------------------------------------------
+    # -- commands that change something ------------------------------------------
 
     def do_reload(self, dry_run: bool = False) -> Mapping[str, Any]:
         fleet = self.supervisor.fleet
@@ -202,7 +206,7 @@ class CommandHandler:
             raise RequestError("refused", f"no dry run: {cannot}")
 
     def do_upgrade(self) -> Mapping[str, Any]:
-        # Later, so that the answer is sent before this program is another one.
+        # Later, so that the client gets the answer before another program is executed.
         self.runtime.loop.call_after("upgrade-asked", 0.0, self.supervisor.begin_upgrade)
         return {"from": __version__, "starts": self._effects.reports.run.restarts + 1}
 

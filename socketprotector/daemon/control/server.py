@@ -1,8 +1,8 @@
-"""The control socket: clients, lines, limits.  The meaning of commands is in commands.py.
+"""Serves the control socket: clients, lines, limits.  commands.py carries out the commands.
 
-Everything is done a little at a time, so that no client delays a connection: one request of one
-client for each turn of the loop, never a call that blocks, and a client that sends too much, reads
-too little or stays idle is disconnected.
+No client of the control socket may delay the service's clients.  So each turn of the loop answers
+one request of one client, and no call blocks.  A client that sends too much, reads too little or
+stays idle is disconnected.
 
 Source: docs/control.md; einhorn.py; unix(7) for SO_PEERCRED and SO_PEERGROUPS.
 """
@@ -28,44 +28,44 @@ from ...system.polling import read_now
 CLIENTS = 256
 IDLE_S = 30.0
 UNREAD_BYTES = 1024 * 1024
-#: The pause between two requests of a client, so that a client that never stops takes a few percent
-#: of a core.
+#: The pause between two requests of a client: with it, a client that sends requests without end
+#: takes a few percent of a core.
 REST_S = 0.001
 _READ_BYTES = 65_536
 _SO_PEERGROUPS = 59
 _CREDENTIALS = struct.Struct("i2I")
 _GROUPS_BYTES = 1024  # 256 groups; Python's getsockopt() takes no more
-#: How soon to accept again where the system is out of descriptors or memory.
+#: How soon to accept again after the system ran out of descriptors or memory.
 _AGAIN_S = 0.5
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 
 @mutable
 class Client:
-    """One connection.  Answers are sent by say()."""
+    """One client of the control socket."""
 
     sock: socket.socket
     server: ControlServer
     loop: Loop
-    may: Collection[str]  # the commands that it may give
-    follows: bool = False  # it wants to hear events
-    _awaited: int = 0  # what its descriptor is watched for; 0: it is not
+    may: Collection[str]  # the commands that it may send
+    follows: bool = False  # it gets events
+    _awaited: int = 0  # the events that its descriptor is watched for; 0: it is not watched
     _received: bytearray = field(default_factory=bytearray)
     _unsent: bytearray = field(default_factory=bytearray)
-    _ending: bool = False  # after what is unsent
-    _left_out: int = 0
+    _ending: bool = False  # close once all is sent
+    _dropped: int = 0  # events since the last that was sent
 
     @property
     def gone(self) -> bool:
         return self.sock.fileno() < 0
 
     def begin(self) -> None:
-        """Watch for its first request, which may take IDLE_S."""
+        """Wait up to IDLE_S for the first request."""
         self._await_request()
         self._resume()
 
     def say(self, line: bytes) -> None:
-        """Send a line, now or when the client has read on."""
+        """Send a line, now or when the client has read the lines before it."""
         if self.gone or self._ending:
             return
         with self.within_memory():
@@ -78,14 +78,18 @@ class Client:
             self._send()
 
     def tell(self, line: Callable[[Mapping[str, object]], bytes]) -> None:
-        """Send an event, unless too much is unread already; the next one says how many were not."""
+        """Send an event, or drop it if the client has too much unread.
+
+        line: makes the event's line, with more fields: the next event has the number of dropped
+        ones.
+        """
         data = b""
         with self.within_memory():
-            data = line({"dropped": self._left_out} if self._left_out else {})
+            data = line({"dropped": self._dropped} if self._dropped else {})
         if len(self._unsent) + len(data) > UNREAD_BYTES:
-            self._left_out += 1
+            self._dropped += 1
             return
-        self._left_out = 0
+        self._dropped = 0
         self.say(data)
 
     def end(self, line: bytes) -> None:
@@ -96,7 +100,7 @@ class Client:
             self.close()
 
     def finish(self) -> None:
-        """Answer all that it has asked by now."""
+        """Answer all requests that the client has sent so far."""
         data = self._receive()
         *lines, _ = (self._received + (data or b"")).split(b"\n")
         self._received.clear()
@@ -105,7 +109,7 @@ class Client:
 
     @contextmanager
     def within_memory(self) -> Iterator[None]:
-        """End this client, and no other one, where there is no memory for it (`ulimit -v`)."""
+        """Disconnect this client alone if memory runs out for it (`ulimit -v`)."""
         try:
             yield
         except MemoryError:
@@ -124,7 +128,7 @@ class Client:
                 self.sock.close()
 
     def _receive(self) -> bytes | None:
-        """Return what has come: b"" at the end, None where nothing has."""
+        """Return the bytes received; b"": end of file, None: nothing yet."""
         with dropping(), self.within_memory():
             return read_now(self.sock.recv, _READ_BYTES, socket.MSG_DONTWAIT)
         return None
@@ -138,10 +142,10 @@ class Client:
             return
         with self.within_memory():
             self._received += data
-        self._work()
+        self._answer_one()
 
-    def _work(self) -> None:
-        """Answer one request, if a whole one is there; the rest has its turn later."""
+    def _answer_one(self) -> None:
+        """Answer one request, if it is complete; later requests wait for another turn."""
         line, rest = b"", None
         with self.within_memory():
             found, end, after = self._received.partition(b"\n")
@@ -152,11 +156,11 @@ class Client:
         elif rest is not None:
             self._received = rest
             self._await_request()
-            self._rest()
+            self._pause()
             self.server.take(self, line)
 
     def _send(self) -> None:
-        """Send what the client has room for."""
+        """Send as much as the client's socket has room for."""
         try:
             sent = self.sock.send(self._unsent, _FLAGS)
         except BlockingIOError:
@@ -171,24 +175,24 @@ class Client:
             self._resume()
 
     def _resume(self) -> None:
-        """Wait for what comes next, from or to this client."""
+        """Wait until the client can read, or sends; or until the pause is over."""
         if self._unsent:
             self._await(WRITE)
         elif self.loop.due(("control-more", self.sock.fileno())) is not None:
             self._await(0)
         elif self._has_more:
-            self._rest()
+            self._pause()
         else:
             self._await(READ)
 
-    def _rest(self) -> None:
-        """Let all others come first."""
+    def _pause(self) -> None:
+        """Let all other clients come first."""
         self._await(0)
         self.loop.call_after(("control-more", self.sock.fileno()), REST_S, self._more)
 
     def _more(self) -> None:
         if self._has_more and not self._unsent:
-            self._work()
+            self._answer_one()
         else:
             self._resume()
 
@@ -197,7 +201,7 @@ class Client:
         return b"\n" in self._received and not self._ending
 
     def _await(self, events: int) -> None:
-        """Watch its descriptor for this alone."""
+        """Watch the client's descriptor for these events alone; 0: do not watch it."""
         fd = self.sock.fileno()
         if self._awaited == events:
             return
@@ -213,30 +217,30 @@ class Client:
                 self._awaited = events
 
     def _await_request(self) -> None:
-        """Give a client so long for its next request, unless it follows events."""
+        """Disconnect the client if no request comes within IDLE_S, unless it follows events."""
 
-        def idle() -> None:
+        def on_idle() -> None:
             if not self.follows:
                 self.close()
 
-        self.loop.call_after(("control-idle", self.sock.fileno()), IDLE_S, idle)
+        self.loop.call_after(("control-idle", self.sock.fileno()), IDLE_S, on_idle)
 
 
 @mutable
 class ControlServer:
-    """Listens on the control socket, which it owns."""
+    """The owner of the control socket and its clients."""
 
     listener: Listener
     loop: Loop
-    #: Answers a request, by client.say() now or later; may raise RequestError.
+    #: Answers a request, by client.say() now or later.  Raises RequestError.
     handle: Callable[[Client, Request], None]
     #: Called with a pid that reports readiness by einhorn's protocol, which expects no answer.
     acked: Callable[[int], None]
     _: KW_ONLY
-    #: Users that are heard, besides members of the group.
+    #: Users that may send all commands, and a group whose members may, too.
     uids: frozenset[int]
     group: int | None
-    #: Whose members may look, and change nothing.
+    #: A group whose members may send the commands that read.
     status_group: int | None = None
     _clients: dict[int, Client] = field(default_factory=dict)
 
@@ -245,7 +249,7 @@ class ControlServer:
         self._listen()
 
     def tell(self, level: str, name: str, fields: Mapping[str, object]) -> None:
-        """Tell all clients that follow of an event."""
+        """Send an event to all clients that follow events."""
         at = time.time()
         for client in [each for each in self._clients.values() if each.follows]:
             client.tell(lambda more: control_requests.event(name, at, level, {**fields, **more}))
@@ -253,7 +257,7 @@ class ControlServer:
     def finish(self) -> None:
         """Answer all requests so far, just before the server closes.
 
-        Also those who have come back to a program that ends before it turned to them.
+        That includes clients that have connected and are not accepted yet.
         """
         for _ in range(CLIENTS):
             self._accept()
@@ -261,7 +265,7 @@ class ControlServer:
             client.finish()
 
     def close(self) -> None:
-        """End all connections and the socket."""
+        """Close all clients and the socket."""
         for client in list(self._clients.values()):
             client.close()
         self.loop.cancel(("control", "again"))
@@ -270,7 +274,7 @@ class ControlServer:
             self.listener.close()
 
     def take(self, client: Client, line: bytes) -> None:
-        """Answer one line; einhorn's ACK gets no answer, and its connection is closed."""
+        """Answer one line of a client; einhorn's ACK gets no answer, and its client is closed."""
         pid = ack(line) if client.may is COMMANDS else None
         if pid is not None:
             client.close()
@@ -302,13 +306,12 @@ class ControlServer:
         self.loop.call_after(("control", "again"), _AGAIN_S, self._listen)
 
     def _accept(self) -> None:
-        """Accept one client; the next one has its turn in the next turn of the loop."""
+        """Accept one client; the next turn of the loop accepts the next one."""
         try:
             sock, _ = self.listener.socket.accept()
         except OSError as error:
-            if (
-                error.errno not in TRANSIENT_ERRNOS
-            ):  # out of descriptors or memory: it stays readable
+            if error.errno not in TRANSIENT_ERRNOS:
+                # Out of descriptors or memory: the socket stays readable, so wait by a timer.
                 self.loop.unwatch(self.listener.fileno())
                 self._listen_later()
             return
@@ -325,7 +328,7 @@ class ControlServer:
         client.close()
 
     def _commands_for(self, sock: socket.socket) -> Collection[str]:
-        """Return the commands that a new client may give: none to a stranger."""
+        """Return the commands that a new client may send; none to an unknown user."""
         try:
             found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         except OSError:
@@ -340,7 +343,7 @@ class ControlServer:
             more = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES)
             groups.update(each for (each,) in struct.iter_unpack("I", more))
         except OSError:
-            pass  # more groups than there is room for
+            pass  # more groups than _GROUPS_BYTES has room for
         for group, commands in ((self.group, COMMANDS), (self.status_group, STATUS_COMMANDS)):
             if group is not None and group in unmistakable_groups({group}) & groups:
                 return commands

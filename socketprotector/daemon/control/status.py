@@ -1,6 +1,6 @@
-"""The values behind `status`, `connections` and `crashes`.
+"""Collects the values of `status`, `connections` and `crashes`, and changes nothing.
 
-Reads, and changes nothing.  Names and units are those of docs/control.md.
+docs/control.md has their names and units.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 
     from ..health import Health
 
-#: The counts of a generation that a check command gets, besides its number of workers.
+#: The fields of a generation that a check command gets, besides its number of workers.
 _COUNTED = (
     *("number", "phase", "serving_since_at", "queue"),
     *("accepted", "active", "finished", "errors", "lost", "wait_us"),
 )
-#: In what state a worker may have connections.
+#: States in which a worker may have connections.
 _WITH_CONNECTIONS = (State.READY, State.RETIRING, State.ORPHANED)
 
 
 def phase_of(fleet: Fleet) -> str:
-    """Say in a word what the whole is doing."""
+    """Return the phase of the whole service, in one word."""
     if fleet.stop_requested:
         return "stopping"
     if not fleet.served:
@@ -55,13 +55,13 @@ def phase_of(fleet: Fleet) -> str:
 
 
 def of_ready(settings: Settings) -> str:
-    """Say what makes a worker ready."""
+    """Return what makes a worker ready, in words."""
     match settings.ready:
         case "after":
             return f"after {in_units(settings.ready_after_s or 0.0)} (only a timer)"
         case "any":
-            asked = ready_after_s(settings) is not None  # else it was given {fd:ready}
-            return "notify, ack, a line or accept" if asked else "notify, ack or a line"
+            is_probed = ready_after_s(settings) is not None  # otherwise it uses {fd:ready}
+            return "notify, ack, a line or accept" if is_probed else "notify, ack or a line"
         case "http" | "https":
             return settings.ready_question
         case "fd":
@@ -71,7 +71,7 @@ def of_ready(settings: Settings) -> str:
 
 
 def of_health(health: Health | None) -> dict[str, Any] | None:
-    """Say what the generation that serves answers; None: nothing is asked."""
+    """Return the health of the serving generation; None: there is no health check."""
     if health is None or not health.asks:
         return None
     return {
@@ -88,9 +88,9 @@ def of_health(health: Health | None) -> dict[str, Any] | None:
 def of_waits(
     fleet: Fleet, effects: Effects, generations: Iterable[Mapping[str, Any]], upgrade: str
 ) -> dict[str, Any]:
-    """Return the field `waits_for`, absent where nothing is waited for.
+    """Return the field `waits_for`; an empty result if SocketProtector waits for nothing.
 
-    generations: what of_generations() has returned.  upgrade: what one waits for.
+    generations: the result of of_generations().  upgrade: what an upgrade waits for.
     """
     now, starting = time.monotonic(), fleet.of(Phase.STARTING)
     answer = ""
@@ -113,15 +113,16 @@ def of_waits(
 
 
 def of_warnings(settings: Settings) -> list[str]:
-    """Return the warnings of the start that still hold.
+    """Return the warnings of the start that still apply.
 
-    Those of UNIX sockets name the rights of a file or folder, which an operator may have changed.
+    A warning about a UNIX socket names the rights of a file or folder, and an operator may have
+    changed them.
     """
     return [each for each in settings.warnings if not _is_resolved(each)]
 
 
 def _is_resolved(warning: str) -> bool:
-    """Return whether a warning of launch/unix_access.py names other rights than the present."""
+    """Return whether the rights that a warning of launch/unix_access.py names have changed."""
     if not warning.startswith("unix:/"):
         return False
     for before, after in (("unix:", ": only "), (", but the folder ", " does not ")):
@@ -133,14 +134,14 @@ def _is_resolved(warning: str) -> bool:
 
 
 def of_listener(listener: Listener, socket_number: int) -> dict[str, Any]:
-    """Return what is known of a listener; its backlog only where the kernel reports it.
+    """Return the fields of a listener; the backlog is None if the kernel does not report it.
 
-    socket_number: the socket that new clients come to, whose limit counts.
+    socket_number: the socket that new clients come to, which determines the limit.
     """
     waiting = limit = None
     with suppress(OSError, struct.error):
-        both = [reuseport.queue(each) for each in listener.sockets]
-        waiting, limit = sum(each[0] for each in both), both[socket_number % len(both)][1]
+        queues = [reuseport.queue(each) for each in listener.sockets]
+        waiting, limit = sum(each[0] for each in queues), queues[socket_number % len(queues)][1]
     return {
         "index": listener.index,
         "address": listener.settings.address,
@@ -151,17 +152,17 @@ def of_listener(listener: Listener, socket_number: int) -> dict[str, Any]:
 
 
 def of_generations(fleet: Fleet, effects: Effects) -> list[dict[str, Any]]:
-    """Say what is known of each generation that is not gone, the oldest first."""
+    """Return the fields of each existing generation, the oldest first."""
     by_number = {each.number: each for each in effects.pool.records()}
     return [
         _of_generation(each, effects, by_number)
         for each in fleet.generations
-        if each.number in effects.generations  # else it could not be opened
+        if each.number in effects.generations  # otherwise it could not be opened
     ]
 
 
 def counts_of(fleet: Fleet, effects: Effects) -> dict[int, dict[str, Any]]:
-    """Say what is counted of each generation, by its number: for --settle-check."""
+    """Return the counts of each generation, by number, as a --settle-check command reads them."""
     return {
         each["number"]: {name: each[name] for name in _COUNTED} | {"workers": len(each["workers"])}
         for each in of_generations(fleet, effects)
@@ -175,15 +176,15 @@ def _of_generation(
     counts = {
         worker.number: opened.counts(worker.slot)
         for worker in generation.alive
-        if worker.state is not State.ORPHANED  # its slot in the scoreboard is another's
+        if worker.state is not State.ORPHANED  # another worker uses its slot in the scoreboard
     }
     known = [each for each in (opened.record.past, *counts.values()) if each is not None]
-    # One worker that has connections and does not count them makes every sum unknown.
-    silent = any(
+    # If one worker has connections and does not count them, every sum is unknown.
+    is_incomplete = any(
         each.state in _WITH_CONNECTIONS and counts.get(each.number) is None
         for each in generation.alive
     )
-    total = sum(known, Counts()) if known and not silent else None
+    total = sum(known, Counts()) if known and not is_incomplete else None
     delivery = effects.delivery
     active = delivery.active(opened) if total is None else total.active
     return {
@@ -209,7 +210,7 @@ def _of_generation(
 
 
 def _of_first_programs(record: GenerationRecord) -> dict[str, Any] | None:
-    """Say how they have failed; None: one has worked, or none has failed, or there are none."""
+    """Return how a pool's first programs failed; None: none has failed, or one has worked."""
     if not record.programs_failed:
         return None
     return {
@@ -243,7 +244,7 @@ def _of_counts(counts: Counts | None) -> dict[str, int | None]:
     return {
         "accepted": counts.accepted,
         "active": counts.active,
-        # What the protector asks is open, too, and not accepted from a client.
+        # A probe's connection is active, but not counted as accepted.
         "finished": max(0, counts.accepted - counts.active),
         "errors": counts.errors,
     }
@@ -261,7 +262,10 @@ def _of_waits(waits: Sequence[int]) -> dict[str, Any]:
 def of_connections(
     generations: Mapping[int, OpenGeneration], records: Iterable[WorkerRecord], only: int | None
 ) -> list[dict[str, Any]]:
-    """Say where the connections of each worker are to be looked for, and how old they are."""
+    """Return the pid of each worker, whose sockets are its connections, and their ages.
+
+    only: a generation; None: all.
+    """
     offset = time.time() - time.monotonic()
     found = []
     for record in records:
@@ -279,7 +283,7 @@ def of_connections(
                 "pid": record.pid,
                 "accepted_at_by_fd": times,
                 "orphaned": record.orphaned,
-                # At the latest: a draining worker takes nothing any more.
+                # All its connections are older: a draining worker takes no more.
                 "since_at": opened.record.drained_at or record.started_at,
             }
         )
@@ -287,5 +291,5 @@ def of_connections(
 
 
 def plain(values: Iterable[object]) -> list[dict[str, Any]]:
-    """Return frozen values as what JSON knows."""
+    """Return frozen values as dictionaries, which JSON can encode."""
     return [as_dict(each) for each in values]

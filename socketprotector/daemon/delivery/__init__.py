@@ -246,7 +246,9 @@ class Delivery(ABC):
         """Return what the next program needs, by name."""
 
     @abstractmethod
-    def adopt(self, record: DeliveryRecord, left: Inherited, *, held: bool, closing: bool) -> None:
+    def adopt(
+        self, record: DeliveryRecord, unclaimed: Inherited, *, held: bool, closing: bool
+    ) -> None:
         """Resume from an earlier program's record; takes descriptors that are no generation's.
 
         held: a hold must be in force.  closing: the listeners are about to be closed.

@@ -236,11 +236,11 @@ class Forwarder:
         kept = self.undelivered
         return ForwarderRecord(self.forwarded, self.lost, number=kept.number, parked=kept.waiting)
 
-    def adopt(self, record: ForwarderRecord, left: Inherited) -> None:
+    def adopt(self, record: ForwarderRecord, unclaimed: Inherited) -> None:
         """Adopt an earlier program's record, and its undelivered connections."""
         self._forwarded, self._lost = record.forwarded, record.lost
         first = ((record.number, record.pending),) if record.pending is not None else ()
-        self.undelivered.adopt(record.number, (*first, *record.parked), left)
+        self.undelivered.adopt(record.number, (*first, *record.parked), unclaimed)
 
     def descriptors(self) -> dict[str, int]:
         """Return the descriptors that the next program needs, by name."""

@@ -260,8 +260,10 @@ class QueueDelivery(Delivery):
             found |= {f"{before}{name}": fd for name, fd in channel.descriptors().items()}
         return found
 
-    def adopt(self, record: DeliveryRecord, left: Inherited, *, held: bool, closing: bool) -> None:
-        self.forwarder.adopt(record.forwarder, left)
+    def adopt(
+        self, record: DeliveryRecord, unclaimed: Inherited, *, held: bool, closing: bool
+    ) -> None:
+        self.forwarder.adopt(record.forwarder, unclaimed)
 
     def adopt_generation(
         self, generation: OpenGeneration, descriptors: Mapping[str, int], *, draining: bool

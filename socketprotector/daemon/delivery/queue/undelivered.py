@@ -88,7 +88,9 @@ class Undelivered:
         """Return all descriptors, by name."""
         return {f"{inherited.HAND}{number}": fd for number, (_, fd) in self._waiting.items()}
 
-    def adopt(self, number: int, waiting: Iterable[tuple[int, bytes]], left: Inherited) -> None:
+    def adopt(
+        self, number: int, waiting: Iterable[tuple[int, bytes]], unclaimed: Inherited
+    ) -> None:
         """Adopt an earlier program's connections; takes ownership of their descriptors.
 
         number: the highest that it recorded.  Killed before it could write, it may have stored one
@@ -96,7 +98,7 @@ class Undelivered:
         """
         self.number = number + 1
         for each, header in waiting:
-            fd = left.take_one(f"{inherited.HAND}{each}")
+            fd = unclaimed.take_one(f"{inherited.HAND}{each}")
             if fd is not None:
                 self._waiting[each] = header, fd
 

@@ -251,7 +251,9 @@ class SharedDelivery(Delivery):
     def descriptors(self) -> dict[str, int]:
         return {n: fd for each in self._listeners for n, fd in each.descriptors().items()}
 
-    def adopt(self, record: DeliveryRecord, left: Inherited, *, held: bool, closing: bool) -> None:
+    def adopt(
+        self, record: DeliveryRecord, unclaimed: Inherited, *, held: bool, closing: bool
+    ) -> None:
         self._flags.adopt(record.nonblocking)  # first, because a worker may be about to accept
         self.steering.adopt_record(record.steering, held=held)
         if closing:

@@ -91,3 +91,13 @@ def test_each_page_stands_on_one_shelf() -> None:
     here = Counter(name((INDEX.parent / each).resolve()) for each in listed)
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == links.SHELVES
     assert here == Counter({*map(name, [*links.ON_THE_SITE, *links.MANUALS])} - {name(INDEX)})
+
+
+def test_each_link_of_a_shelf_says_what_it_leads_to() -> None:
+    links_of_shelves = re.findall(r"^\* .*$", INDEX.read_text(encoding="utf-8"), re.MULTILINE)
+    without = [
+        each for each in links_of_shelves if not re.fullmatch(r"\* \[[^\]]*\]\([^)]*\): \S.*", each)
+    ]
+
+    assert links_of_shelves
+    assert not without

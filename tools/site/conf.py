@@ -3,13 +3,14 @@
 The pages are the Markdown files of the repository, as GitHub shows them; nothing in them is
 Sphinx's own.  What a site needs beside that is put into their text here, as it is read:
 
-* docs/index.md is a list of links for each shelf; behind each list comes the same as a table of
-  contents, for the sidebar;
+* README.md is the front page, index.html; docs/index.md is a list of links for each shelf, and
+  behind the text of the front page comes the same as tables of contents, for the sidebar;
 * `<!-- autodoc MODULE -->` becomes what MODULE makes public, by its docstrings;
 * a link to a folder, or to a page that stands beside a test or a bench, leads into the repository;
 * a link that GitHub's readers see as the page's file (`[log.md](log.md)`) has that page's title;
 * a diagram is drawn;
-* the kinds of blocks that only tests know (tests/pages/page.py) are shown as plain text.
+* the kinds of blocks that only tests know (tests/pages/page.py) are shown as plain text; output
+  and drawings have a class, which says that there is nothing to copy.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ project = "SocketProtector"
 version = release = PROJECT["version"]
 html_title = f"SocketProtector {release}"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "man_page"]
-root_doc = "docs/index"
+root_doc = "README"
 include_patterns = [
     "*.md",
     *("client_lib/README.md", "client_lib/c/README.md", "exporter/README.md"),
@@ -62,8 +63,7 @@ html_theme = "furo"
 templates_path = ["templates"]
 html_static_path = ["static"]
 html_css_files = ["site.css"]
-# For those who open the folder's first page.
-html_additional_pages = {"index": "first.html"}
+html_js_files = [("copy.js", {"defer": "defer"})]
 html_copy_source = False
 html_show_copyright = False
 html_show_sphinx = False
@@ -71,6 +71,7 @@ html_use_index = False
 html_domain_indices = False
 html_theme_options = {"top_of_page_buttons": []}
 
+_ALL_PAGES = "docs/index.md"
 _SHELF = re.compile(r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 _ENTRY = re.compile(r"^\* \[([^\]]*)\]\(([^)#]*)\)", re.MULTILINE)
 _AUTODOC = re.compile(r"^<!-- autodoc (\w+) -->$", re.MULTILINE)
@@ -79,11 +80,11 @@ _NAMED_BY_FILE = re.compile(r"(?<!!)\[[\w./-]+\.md\]\(((?![a-z]+:)[^)#\s]+\.md)(
 _MERMAID = re.compile(r"^```mermaid\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _TITLE = re.compile(r"^# (.*)$", re.MULTILINE)
 #: Lexers of the same name would stumble over these, or there is none.
-_PLAIN = re.compile(
-    r"^```(?:apparmor|conf|control|drawing|haproxy|json status|line|message|postinst"
-    r"|report)(?: ours)?$",
-    re.MULTILINE,
+_PLAIN = re.compile(r"^```(?:apparmor|conf|haproxy|postinst)(?: ours)?$", re.MULTILINE)
+_OUTPUT = re.compile(
+    r"^```(?:control|json status|line|message|report|text(?: terminal)?)$", re.MULTILINE
 )
+_DRAWING = re.compile(r"^```drawing$", re.MULTILINE)
 #: What axe-core finds wrong with the theme: keys must reach what scrolls, headings have a level,
 #: landmarks a name, and a cell without words heads no column.
 _ACCESSIBLE = {
@@ -92,19 +93,34 @@ _ACCESSIBLE = {
     '<aside class="toc-drawer">': '<aside class="toc-drawer" aria-label="This page">',
     '<div class="table-wrapper': '<div tabindex="0" class="table-wrapper',
     '<th class="head"><p></p></th>': "<td></td>",
-    "<pre>": '<pre tabindex="0">',
+    '<div class="drawing highlight-text notranslate"><div class="highlight"><pre>': (
+        '<div class="drawing highlight-text notranslate"><div class="highlight"><pre tabindex="0">'
+    ),
 }
+_TAG = re.compile(r"(</?(\w+)[^>]*>)")
+_WITH_OPTIONS = {"code", "pre", "strong"}
+_DASHES = re.compile(r"(?<![\w-])--?[A-Za-z][\w-]*")
+#: `-- COMMAND`, as code in a sentence and as one of the lexer of shells.
+_SEPARATOR = re.compile(
+    r'<span class="pre">--</span> <span class="pre">[^<]+</span>'
+    r'|(?<![\w!-])--(?: |<span class="w"> </span>)(?:<span class="\w+">[^\s<]+</span>|[^\s<]{1,24})'
+)
 
 
-def _with_shelves(text: str) -> str:
-    def shelf(found: re.Match[str]) -> str:
+def _shelves() -> str:
+    """Return each list of docs/index.md as a table of contents of README.md."""
+    lines = []
+    for number, shelf in enumerate(_SHELF.finditer((ROOT / _ALL_PAGES).read_text("utf-8"))):
         entries = [
-            f"{name} <{posixpath.splitext(path)[0]}>" for name, path in _ENTRY.findall(found[2])
+            (name, posixpath.normpath(f"docs/{path}")) for name, path in _ENTRY.findall(shelf[2])
         ]
-        tree = ["```{toctree}", ":hidden:", f":caption: {found[1]}", "", *entries, "```", ""]
-        return found[0].rstrip("\n") + "\n\n" + "\n".join(tree) + "\n"
-
-    return _SHELF.sub(shelf, text)
+        lines += ["", "```{toctree}", ":hidden:", f":caption: {shelf[1]}", ""]
+        for name, path in entries:
+            target = posixpath.splitext(path)[0]
+            lines.append(f"{name} <{'self' if target == root_doc else target}>")
+        lines += [f"All pages <{posixpath.splitext(_ALL_PAGES)[0]}>"] * (number == 0)
+        lines += ["```", ""]
+    return "\n".join(lines)
 
 
 def _documented(found: re.Match[str]) -> str:
@@ -145,20 +161,42 @@ def _prepare(app: Sphinx, docname: str, source: list[str]) -> None:
         return f"[{title[1]}]({found[1]}{found[2] or ''})" if title else found[0]
 
     text = _NAMED_BY_FILE.sub(titled, _LINK.sub(outside, source[0]))
+    text = _OUTPUT.sub("```{code-block} text\n:class: output\n", text)
+    text = _DRAWING.sub("```{code-block} text\n:class: drawing\n", text)
     text = _MERMAID.sub(lambda found: phases.picture(found[1]), _PLAIN.sub("```text", text))
     if docname == root_doc:
-        text = _with_shelves(text)
+        text += _shelves()
     source[0] = _AUTODOC.sub(_documented, text)
 
 
-def _make_accessible(app: Sphinx, error: Exception | None) -> None:
+def _with_whole_options(html: str) -> str:
+    """Return a page on which no line of code ends in dashes: of an option, or before a command."""
+    parts = _TAG.split(_SEPARATOR.sub(_whole, html))  # text, tag, its name, text, ...
+    depth = 0
+    for at in range(0, len(parts), 3):
+        if at and parts[at - 1] in _WITH_OPTIONS:
+            depth += -1 if parts[at - 2].startswith("</") else 1
+        if depth:
+            parts[at] = _DASHES.sub(_whole, parts[at])
+    return "".join(part for at, part in enumerate(parts) if at % 3 != 2)
+
+
+def _whole(found: re.Match[str]) -> str:
+    return f'<span class="option">{found[0]}</span>'
+
+
+def _finish(app: Sphinx, error: Exception | None) -> None:
     for path in Path(app.outdir).rglob("*.html"):
         text = path.read_text(encoding="utf-8")
         for theirs, ours in _ACCESSIBLE.items():
             text = text.replace(theirs, ours)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(_with_whole_options(text), encoding="utf-8")
+    # The first page of the folder; relative links lead to the same places from there.
+    front = Path(app.outdir, f"{root_doc}.html")
+    if front.exists():
+        Path(app.outdir, "index.html").write_bytes(front.read_bytes())
 
 
 def setup(app: Sphinx) -> None:
     app.connect("source-read", _prepare)
-    app.connect("build-finished", _make_accessible)
+    app.connect("build-finished", _finish)

@@ -1,7 +1,7 @@
-"""The hook by which hatchling makes the long description of both distributions.
+"""The hatchling hook that makes the long description of both distributions.
 
-It is README.md with its links made absolute, since a package index knows no repository; those in
-the repository stay relative.  `folder` in pyproject.toml says where that README.md is there.
+It is README.md with absolute links, because a package index shows it outside the repository.
+`folder` in pyproject.toml is the README.md's folder in the repository.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from pathlib import Path
 
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
-#: An image or a link, up to the end of what it leads to; none that is absolute or on the page.
+#: A relative image or link, up to the end of its target.
 RELATIVE = re.compile(r"(!\[[^\]]*|)\]\((?![a-z]+:|#)([^)\s]+)")
 
 
 def with_absolute_links(text: str, repository: str, version: str, folder: str) -> str:
-    """Return a page of Markdown whose links lead to the repository as it was at that version."""
+    """Return a Markdown page with its relative links made absolute, to the tag of `version`."""
 
     def absolute(found: re.Match[str]) -> str:
         image, target = found.groups()
@@ -30,7 +30,7 @@ def with_absolute_links(text: str, repository: str, version: str, folder: str) -
 
 
 class ReadmeHook(MetadataHookInterface):
-    """Sets `readme`, which pyproject.toml calls dynamic."""
+    """Sets `readme`, a dynamic field in pyproject.toml."""
 
     def update(self, metadata: dict) -> None:  # type: ignore[type-arg]
         text = Path(self.root, "README.md").read_text(encoding="utf-8")

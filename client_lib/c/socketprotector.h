@@ -1,4 +1,5 @@
-/* A worker's side of SocketProtector, for C (C99) and C++ (C++11).  Linux; one header, nothing to link.
+/* The client library of SocketProtector's workers, for C (C99) and C++ (C++11) on Linux.
+ * One header, nothing to link.
  *
  *     struct sp_worker sp;
  *     struct sp_connection client;
@@ -12,12 +13,12 @@
  *     }
  *     sp_close(&sp);
  *
- * Under a protector the connections come from its channel; without one this process binds and listens
- * on the address itself.  README.md beside this file says more; the protocol is docs/protocol.md.
+ * Under a protector the connections come from its channel; without a protector this process binds and
+ * listens on the address itself.  More: README.md beside this file; the protocol: docs/protocol.md.
  *
- * No global state, no malloc.  Functions return what they say, or -1 (SP_ERROR) with errno set.  One
- * thread at a time calls sp_next or sp_take; sp_closed, sp_failed, sp_draining and sp_notify may be
- * called by any thread meanwhile.
+ * No global state, no malloc.  On failure a function returns -1 (SP_ERROR) and sets errno.  Only one
+ * thread at a time may call sp_next or sp_take.  Meanwhile any thread may call sp_closed, sp_failed,
+ * sp_draining and sp_notify.
  *
  * Include it before any system header, or compile with -D_GNU_SOURCE (accept4, POLLRDHUP).
  *
@@ -52,41 +53,41 @@
 #endif
 
 enum { SP_VERSION = 1, SP_KIND_CONNECTION = 1, SP_HEADER_BYTES = 16 };
-enum { SP_BACKLOG = 4096 }; /* as the protector's --backlog; the kernel lowers it to somaxconn */
-enum { SP_FDS_MAX = 16 };   /* without a protector: addresses that one name may have */
-/* The scoreboard: words of 8 bytes, and what they are. */
+enum { SP_BACKLOG = 4096 }; /* the protector's default of --backlog; the kernel lowers it to somaxconn */
+enum { SP_FDS_MAX = 16 };   /* without a protector: the most addresses of one host name */
+/* The scoreboard: its size and the meaning of its words, in units of 8 bytes. */
 enum { SP_BOARD_WORDS = 1024, SP_BOARD_STATE = 0, SP_BOARD_TAKEN = 1, SP_BOARD_OPEN = 2,
        SP_BOARD_FAILED = 3, SP_BOARD_WAITS = 16, SP_BOARD_WAIT_WORDS = 32, SP_BOARD_ACCEPTED_AT = 64 };
 
 enum sp_result {
-    SP_ERROR = -1,     /* errno says which */
-    SP_NOTHING = 0,    /* nobody now: the time is over, or another worker was quicker */
-    SP_CONNECTION = 1, /* one was taken */
-    SP_DRAINED = 2,    /* no more will come: finish what you have, then exit */
-    SP_RETIRED = 3,    /* the same, but for this worker alone: what is queued is for others */
-    SP_WOKEN = 4       /* the caller's own descriptor is readable */
+    SP_ERROR = -1,     /* errno has the reason */
+    SP_NOTHING = 0,    /* no connection: the time is over, or another worker was quicker */
+    SP_CONNECTION = 1, /* one connection was taken */
+    SP_DRAINED = 2,    /* no more connections will come: finish the open ones, then exit */
+    SP_RETIRED = 3,    /* the same for this worker alone: queued connections are for other workers */
+    SP_WOKEN = 4       /* the caller's wake_fd is readable */
 };
 
 struct sp_connection {
-    int fd;                  /* the caller's; blocking, close-on-exec */
-    int listener;            /* for sp_listener() */
-    uint64_t accepted_at_ns; /* CLOCK_MONOTONIC */
+    int fd;                  /* owned by the caller; blocking, close-on-exec */
+    int listener;            /* the index for sp_listener() */
+    uint64_t accepted_at_ns; /* time of accept, CLOCK_MONOTONIC */
 };
 
-/* Only read it.  A loop of its own (epoll) watches fds[0] to fds[count - 1] for input. */
+/* Read-only for the caller.  An event loop (epoll) watches fds[0] to fds[count - 1] for input. */
 struct sp_worker {
     int fds[SP_FDS_MAX]; /* the RETURN line if there is one, then the channel or the listening sockets */
     int count;
-    int channel;     /* -1 without a protector.  Shared by all workers: never set a flag on it */
-    int return_line; /* -1 for none */
+    int channel;     /* -1 without a protector.  All workers share it: never set a flag on it */
+    int return_line; /* -1: none */
     int generation, worker;
-    int watchdog_ms; /* call sp_alive() at least so often; -1 for never.  Fit as a time-out */
+    int watchdog_ms; /* call sp_alive() at least so often; -1: never.  Usable as poll()'s timeout */
 
     enum sp_result ended;
     int spare, notify;
     pid_t owner;
     uint64_t alive_ns;
-    void *board;      /* the mapping, and in it this worker's record; NULL for none */
+    void *board;      /* the mapping of the scoreboard, NULL for none; words: this worker's record */
     size_t board_bytes;
     uint64_t *words;
     const char *listeners;
@@ -101,7 +102,7 @@ static inline uint64_t sp__now_ns(void)
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-/* The decimal number at text, and where it ends; -1 for none, or one above INT_MAX. */
+/* Returns the decimal number at text, and its end; -1 for no number, or one above INT_MAX. */
 static inline int sp__number(const char *text, const char **end)
 {
     long long value = 0;
@@ -112,7 +113,7 @@ static inline int sp__number(const char *text, const char **end)
     return at == text || value > INT_MAX ? -1 : (int)value;
 }
 
-/* The number in a variable: missing is `otherwise`; -1 and EINVAL for what is no number. */
+/* Returns the number in a variable, `otherwise` if it is not set; -1 and EINVAL for no number. */
 static inline int sp__variable(const char *name, int otherwise)
 {
     const char *text = getenv(name), *end;
@@ -136,7 +137,7 @@ static inline void sp__close(int *fd)
     errno = error;
 }
 
-/* ---- The scoreboard: what `socketprotectorctl status` shows of this worker ---- */
+/* ---- The scoreboard: this worker's counts for `socketprotectorctl status` ---- */
 
 static inline void sp__board_open(struct sp_worker *sp)
 {
@@ -144,13 +145,13 @@ static inline void sp__board_open(struct sp_worker *sp)
     long page = sysconf(_SC_PAGESIZE);
     struct stat is;
     int fd, offset, before;
-    /* A worker can do without: what is no scoreboard is none. */
+    /* The scoreboard is optional: a value that does not name one is ignored. */
     if (!text || (fd = sp__number(text, &end)) < 0 || *end != ':')
         return;
     if ((offset = sp__number(end + 1, &end)) < 0 || *end || offset % 8 || fstat(fd, &is) < 0)
         return;
     before = offset % (int)page;
-    /* Beyond the end of the file a store would be a SIGBUS. */
+    /* A store beyond the end of the file would raise SIGBUS. */
     if (S_ISREG(is.st_mode) && is.st_size >= (off_t)offset + 8 * SP_BOARD_WORDS) {
         sp->board_bytes = (size_t)before + 8 * SP_BOARD_WORDS;
         sp->board = mmap(NULL, sp->board_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset - before);
@@ -166,25 +167,25 @@ static inline void sp__board_open(struct sp_worker *sp)
 
 static inline void sp__count(struct sp_worker *sp, int word, uint64_t change)
 {
-    if (sp->words) /* atomic: several threads may count, and the protector never sees half a word */
+    if (sp->words) /* atomic: several threads may count, and the protector must not see half a word */
         __atomic_fetch_add(&sp->words[word], change, __ATOMIC_RELAXED);
 }
 
-/* Counts the end of a connection that was taken; call it after close(). */
+/* Counts the end of a taken connection; call it after close(). */
 static inline void sp_closed(struct sp_worker *sp)
 {
     sp__count(sp, SP_BOARD_OPEN, (uint64_t)-1);
 }
 
-/* Counts a connection whose serving failed. */
+/* Counts a connection that could not be served; sp_closed() is due in addition. */
 static inline void sp_failed(struct sp_worker *sp)
 {
     sp__count(sp, SP_BOARD_FAILED, 1);
 }
 
-/* Says that nobody counts, and counts no more: for a program that cannot call sp_closed(), and for a
- * forked child before it takes connections itself.  (A child that only serves one leaves all of
- * this alone; its parent calls sp_closed() when it is over.) */
+/* Stops counting, and marks this worker's counts as unknown.  For a program that cannot call
+ * sp_closed(), and for a forked child before it takes connections itself.  (A child that only serves
+ * one connection need not call it; the parent calls sp_closed() when the child has ended.) */
 static inline void sp_count_nothing(struct sp_worker *sp)
 {
     if (sp->words)
@@ -210,7 +211,7 @@ static inline void sp__count_taken(struct sp_worker *sp, const struct sp_connect
                          __ATOMIC_RELAXED);
 }
 
-/* ---- News for the protector: sd_notify ---- */
+/* ---- Messages to the protector: sd_notify ---- */
 
 static inline int sp__notify_open(struct sp_worker *sp)
 {
@@ -221,23 +222,23 @@ static inline int sp__notify_open(struct sp_worker *sp)
         return 0;
     to->sun_family = AF_UNIX;
     memcpy(to->sun_path, name, length + 1);
-    /* A path is counted with its NUL, an abstract name without: unix(7). */
+    /* The length includes the NUL of a path, but not of an abstract name: unix(7). */
     sp->notify_bytes = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + length + (*name == '/'));
     if (*name == '@')
         to->sun_path[0] = '\0';
-    /* Kept for life: WATCHDOG=1 must get through when there are no descriptors left.  Connected, so that
-     * it does when the path cannot be seen any more (chroot).  Nobody there now: sp__tell tries again. */
+    /* Kept for life: WATCHDOG=1 must get through even without a free descriptor.  Connected, so that it
+     * gets through when the path is out of reach (chroot).  If connect() fails, sp__send tries again. */
     sp->notify = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     if (sp->notify >= 0)
         connect(sp->notify, (struct sockaddr *)to, sp->notify_bytes);
     return sp->notify < 0 ? -1 : 0;
 }
 
-static inline int sp__tell(struct sp_worker *sp, const char *lines, int flags)
+static inline int sp__send(struct sp_worker *sp, const char *lines, int flags)
 {
     if (sp->notify < 0 || send(sp->notify, lines, strlen(lines), flags | MSG_NOSIGNAL) >= 0)
         return 0;
-    /* Whoever was there is gone, and maybe another one came in that place. */
+    /* The receiver is gone; another one may have taken its place. */
     if ((errno != ECONNREFUSED && errno != ENOTCONN && errno != ECONNRESET)
         || connect(sp->notify, (struct sockaddr *)&sp->notify_address, sp->notify_bytes) < 0)
         return -1;
@@ -245,29 +246,29 @@ static inline int sp__tell(struct sp_worker *sp, const char *lines, int flags)
 }
 
 /* Sends lines such as "STATUS=warm", separated by '\n', in one datagram.  Never blocks, raises no
- * SIGPIPE.  Returns 0 if it was sent or nobody wants to be told, -1 if nobody takes it now: EAGAIN, when
- * the receiver has ten messages to read (say it again later, if it matters: EXTEND_TIMEOUT_USEC does),
- * ECONNREFUSED, ENOENT (sendto(2)), which is nothing to fail for. */
+ * SIGPIPE.  Returns 0 if it was sent, or if there is no NOTIFY_SOCKET.  Otherwise returns -1 with errno:
+ * EAGAIN: the receiver has ten unread messages; send an important one (EXTEND_TIMEOUT_USEC) again later.
+ * ECONNREFUSED, ENOENT (sendto(2)): there is no receiver; a worker should ignore that. */
 static inline int sp_notify(struct sp_worker *sp, const char *lines)
 {
-    return sp__tell(sp, lines, MSG_DONTWAIT);
+    return sp__send(sp, lines, MSG_DONTWAIT);
 }
 
-/* Says READY=1, and that this worker leaves when its RETURN line ends.  Waits until there is room for
- * it: who is not heard was started in vain, and is killed after --start-timeout.  Returns as sp_notify
- * does, but never -1 with EAGAIN. */
+/* Sends READY=1, and declares that this worker finishes when its RETURN line ends.  Waits until the
+ * receiver has room, because the protector kills a worker without READY=1 after --start-timeout.  Returns
+ * as sp_notify does, but never -1 with EAGAIN. */
 static inline int sp_ready(struct sp_worker *sp)
 {
-    /* In one datagram: the protector must know both before it relies on one. */
+    /* In one datagram: the protector must know both before it relies on either. */
     const char *lines = sp->return_line < 0 ? "READY=1" : "READY=1\nX_SOCKETPROTECTOR_RETIRE=1";
     int result;
     do
-        result = sp__tell(sp, lines, 0);
+        result = sp__send(sp, lines, 0);
     while (result < 0 && errno == EINTR);
     return result;
 }
 
-/* Says WATCHDOG=1, where there is one and it is time to.  Cheap: call it whenever the loop turns. */
+/* Sends WATCHDOG=1 if a watchdog is set and the message is due.  Cheap: call it in each turn of a loop. */
 static inline void sp_alive(struct sp_worker *sp)
 {
     uint64_t now_ns;
@@ -276,7 +277,7 @@ static inline void sp_alive(struct sp_worker *sp)
     now_ns = sp__now_ns();
     if (now_ns - sp->alive_ns < (uint64_t)sp->watchdog_ms * 500000u)
         return;
-    if (sp->owner != getpid()) /* a forked child must not speak for a parent that hangs */
+    if (sp->owner != getpid()) /* a forked child must not answer for a stuck parent */
         sp->watchdog_ms = -1;
     else if (!sp_notify(sp, "WATCHDOG=1"))
         sp->alive_ns = now_ns;
@@ -300,7 +301,7 @@ static inline int sp__listen_on(struct sp_worker *sp, const struct sockaddr *add
     int on = 1, fd;
     if (sp->count == SP_FDS_MAX)
         return 0;
-    /* Non-blocking: between poll() and accept() the client may be gone, accept(2). */
+    /* Non-blocking: the client may disconnect between poll() and accept(), see accept(2). */
     fd = socket(address->sa_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (fd < 0)
         return -1;
@@ -335,7 +336,7 @@ static inline int sp__listen_unix(struct sp_worker *sp, const char *path, int ba
         return sp__listen_on(sp, (struct sockaddr *)&at, bytes, backlog);
     }
     if (stat(path, &is) == 0 && S_ISSOCK(is.st_mode)) {
-        /* A stale one is replaced, a living one is not; a full backlog (EAGAIN) is alive. */
+        /* A stale socket is replaced, a live one is not; EAGAIN, a full backlog, means alive. */
         probe = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
         if (probe < 0)
             return -1;
@@ -373,11 +374,11 @@ static inline int sp__listen_tcp(struct sp_worker *sp, const char *address, int 
     if (failed && failed != EAI_SYSTEM)
         errno = failed == EAI_MEMORY ? ENOMEM : EADDRNOTAVAIL;
     for (each = found; each && !failed; each = each->ai_next) {
-        if (!number && sp->count) { /* one number for all, as the system chose it for the first */
+        if (!number && sp->count) { /* port 0: all get the port that the system chose for the first */
             failed = getsockname(sp->fds[0], (struct sockaddr *)&bound, &bytes);
             ((struct sockaddr_in6 *)(void *)each->ai_addr)->sin6_port = bound.sin6_port;
         }
-        /* No IPv6 on this machine: the addresses before it do. */
+        /* No IPv6 on this machine: the earlier addresses suffice. */
         if (sp__listen_on(sp, each->ai_addr, each->ai_addrlen, backlog) < 0)
             failed = !sp->count || (errno != EAFNOSUPPORT && errno != EADDRNOTAVAIL);
     }
@@ -386,10 +387,10 @@ static inline int sp__listen_tcp(struct sp_worker *sp, const char *address, int 
     return failed ? -1 : 0;
 }
 
-/* ---- Begin and end ---- */
+/* ---- Open and close ---- */
 
-/* Gives back all that sp_open() took.  Other workers keep the channel; a UNIX socket's path of our
- * own is removed.  Connections stay open.  Keeps errno. */
+/* Releases everything that sp_open() acquired.  Other workers keep the channel; the path of this
+ * process's own UNIX socket is removed.  Connections stay open.  Keeps errno. */
 static inline void sp_close(struct sp_worker *sp)
 {
     struct sockaddr_un at;
@@ -432,7 +433,7 @@ static inline int sp__inherit(struct sp_worker *sp)
         errno = EPROTOTYPE;
         return -1;
     }
-    /* A program that this worker starts must neither hold the channel open nor take from it. */
+    /* Close-on-exec: a program that this worker starts must not hold the channel or take from it. */
     if (sp->return_line >= 0) {
         if (fcntl(sp->return_line, F_SETFD, FD_CLOEXEC) < 0)
             return -1;
@@ -442,15 +443,17 @@ static inline int sp__inherit(struct sp_worker *sp)
     return fcntl(sp->channel, F_SETFD, FD_CLOEXEC);
 }
 
-/* Finds this worker's place, or, without a protector, listens on `address` with `backlog` (0: 4096).
+/* Opens the channel from the environment.  Without a protector, listens on `address` with `backlog`
+ * (0: 4096).
  *
  * address: "4321" (every address), "host:4321", "[::1]:4321", "unix:/path", "unix:@name", or NULL for a
- * program that only runs under a protector.  The variables are read once; their text must stay.
+ * program that only runs under a protector.  Reads the variables once; their text must stay in memory.
  *
- * Returns 0, or -1 with nothing left open and errno: EBADF, ENOTSOCK or EPROTOTYPE: the environment
- * names a channel that is none here (a program that a worker starts inherits the variables but not the
- * descriptors: unset them for it); EINVAL: no number, or no address; EDESTADDRREQ: no protector and no
- * address; EADDRNOTAVAIL: unknown host; else as socket(2), bind(2), listen(2) say. */
+ * Returns 0, or -1 with nothing left open and errno set:
+ * EBADF, ENOTSOCK or EPROTOTYPE: the environment names a descriptor that is not a channel.  A program that
+ * a worker starts inherits the variables but not the descriptors: unset the variables for it.
+ * EINVAL: a malformed variable or address.  EDESTADDRREQ: neither a protector nor an address.
+ * EADDRNOTAVAIL: an unknown host.  Others: see socket(2), bind(2), listen(2). */
 static inline int sp_open(struct sp_worker *sp, const char *address, int backlog)
 {
     int failed = 0;
@@ -460,7 +463,7 @@ static inline int sp_open(struct sp_worker *sp, const char *address, int backlog
     sp->watchdog_ms = -1;
     if (getenv("SOCKETPROTECTOR_CHANNEL")) {
         failed = sp__inherit(sp);
-        if (failed) { /* the numbers may be anybody's: close none of them */
+        if (failed) { /* the numbers may belong to other files: close none of them */
             sp->count = 0;
             sp->channel = sp->return_line = -1;
         } else {
@@ -484,9 +487,9 @@ static inline int sp_open(struct sp_worker *sp, const char *address, int backlog
 }
 
 /* Writes the name of a listener, such as "tcp:0.0.0.0:4321" or "unix:/run/x.sock", into `name`, cut to
- * `size` bytes with its NUL; "-" is a listener that was removed.  Returns its whole length, or -1 and
- * ENOENT for an index that this generation was not told of, and without a protector (getsockname(2)
- * on the connection tells there). */
+ * `size` bytes with its NUL; "-" is a removed listener.  Returns the name's whole length.  Returns -1 with
+ * ENOENT for an index that this generation does not have, and without a protector: use getsockname(2) on
+ * the connection there. */
 static inline int sp_listener(const struct sp_worker *sp, int index, char *name, size_t size)
 {
     const char *from = sp->listeners ? sp->listeners : "";
@@ -513,10 +516,11 @@ static inline int sp_listener(const struct sp_worker *sp, int index, char *name,
 
 /* ---- Connections ---- */
 
-/* Whether no more will come.  For a server of long-lived connections: ask after each request. */
+/* Returns whether no more connections will come.  A server with keep-alive connections calls it after
+ * each request, and if it is true ends the connection with that answer. */
 static inline int sp_draining(const struct sp_worker *sp)
 {
-    struct pollfd lines[2]; /* POLLRDHUP is there while connections are still queued, and takes none */
+    struct pollfd lines[2]; /* POLLRDHUP is reported while connections are still queued, and takes none */
     lines[0].fd = sp->channel;
     lines[1].fd = sp->return_line;
     lines[0].events = lines[1].events = POLLRDHUP;
@@ -543,9 +547,9 @@ static inline enum sp_result sp__receive(struct sp_worker *sp, struct sp_connect
     message.msg_iov = &data;
     message.msg_iovlen = 1;
     message.msg_control = &control;
-    /* CMSG_SPACE has room for two: the second, which nobody looks for, would stay open. */
+    /* CMSG_SPACE has room for two: a second descriptor would be received unnoticed, and stay open. */
     message.msg_controllen = CMSG_LEN(sizeof(int));
-    /* Without waiting, by this flag and not by O_NONBLOCK, which all workers share. */
+    /* MSG_DONTWAIT, not O_NONBLOCK, because all workers share that flag of the channel. */
     got = recvmsg(sp->channel, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
     if (got < 0)
         return errno == EAGAIN ? SP_NOTHING : SP_ERROR;
@@ -580,7 +584,7 @@ static inline enum sp_result sp__accept(struct sp_worker *sp, int fd, struct sp_
         client->listener++;
     if (client->fd >= 0)
         return SP_CONNECTION;
-    switch (errno) { /* it was broken already, or the network just failed: accept(2) */
+    switch (errno) { /* the connection is broken already, or the network just failed: accept(2) */
     case EAGAIN: case EINTR: case ECONNABORTED: case EHOSTDOWN: case EHOSTUNREACH: case ENETDOWN:
     case ENETUNREACH: case ENONET: case ENOPROTOOPT: case EPERM: case EPROTO:
         return SP_NOTHING;
@@ -589,14 +593,16 @@ static inline enum sp_result sp__accept(struct sp_worker *sp, int fd, struct sp_
     }
 }
 
-/* Takes one connection from `fd`, the one of sp->fds that is readable.  Never blocks.
+/* Takes one connection from `fd`, a readable descriptor of sp->fds.  Never blocks.  Returns:
  *
- * SP_CONNECTION: client is filled in, and its fd is the caller's to close.  SP_NOTHING: go on waiting.
- * SP_DRAINED, SP_RETIRED: take sp->fds out of your poll set, for they stay readable for ever; finish.
- * SP_ERROR: EMFILE: there is no descriptor to spare, so none was taken and nothing is lost: stop
- * watching until one of yours is closed.  ECONNABORTED: another thread used the last descriptor in
- * between, and a connection is lost.  EPROTO: the protector speaks another version; that connection is
- * closed.  Else as recvmsg(2) and accept(2) say. */
+ * SP_CONNECTION: client is filled in; the caller closes client->fd.
+ * SP_NOTHING: keep waiting.
+ * SP_DRAINED, SP_RETIRED: remove sp->fds from your poll set, because they stay readable for ever; finish.
+ * SP_ERROR with EMFILE: no descriptor is free, so no connection was taken and none is lost.  Stop watching
+ * sp->fds until one of your connections is closed.
+ * SP_ERROR with ECONNABORTED: another thread used the last free descriptor; a connection is lost.
+ * SP_ERROR with EPROTO: the protector speaks another version; that connection is closed.
+ * SP_ERROR with another errno: see recvmsg(2) and accept(2). */
 static inline enum sp_result sp_take(struct sp_worker *sp, int fd, struct sp_connection *client)
 {
     enum sp_result result;
@@ -608,18 +614,18 @@ static inline enum sp_result sp_take(struct sp_worker *sp, int fd, struct sp_con
     if (fd == sp->return_line) {
         struct pollfd end;
         ssize_t got;
-        if (sp->owner != getpid()) { /* what is said there is for the parent */
+        if (sp->owner != getpid()) { /* messages on the line are for the parent to read */
             end.fd = fd;
             end.events = POLLRDHUP;
             return poll(&end, 1, 0) > 0 ? sp->ended = SP_RETIRED : SP_NOTHING;
         }
         got = recv(fd, nothing, sizeof nothing, MSG_DONTWAIT);
-        /* Nothing is said on it yet; a later protector may.  One that is gone ends it as well. */
+        /* Only its end counts: a later protector may send something.  A dead protector ends it, too. */
         if (got > 0 || (got < 0 && (errno == EAGAIN || errno == EINTR)))
             return SP_NOTHING;
         return sp->ended = SP_RETIRED;
     }
-    /* The kernel drops a connection that it cannot give a number to.  So one is held, and let go now. */
+    /* The kernel drops a connection without a free descriptor.  So a spare one is held, and released now. */
     if (sp->spare < 0 && (sp->spare = fcntl(fd, F_DUPFD_CLOEXEC, 0)) < 0)
         return SP_ERROR;
     sp__close(&sp->spare);
@@ -633,13 +639,15 @@ static inline enum sp_result sp_take(struct sp_worker *sp, int fd, struct sp_con
     return result;
 }
 
-/* Waits until a connection was taken, all is over, `wake_fd` (-1: none) is readable, or `timeout_ms`
- * (-1: for ever) has passed, which is SP_NOTHING.  Says WATCHDOG=1 as long as it waits; whoever serves
- * for long between two calls says it with sp_alive().
+/* Waits and takes one connection.  Returns as sp_take does, and in addition:
  *
- * A signal handler that writes to a pipe, or a signalfd, is what wake_fd is for: a signal that comes
- * right before poll() would not be seen.  Returns what sp_take returns, and SP_ERROR with EINTR if a
- * handler ran. */
+ * SP_NOTHING: `timeout_ms` (-1: for ever) has passed.
+ * SP_WOKEN: `wake_fd` (-1: none) is readable.
+ * SP_ERROR with EINTR: a signal handler ran.
+ *
+ * wake_fd: a signalfd, or a pipe that a signal handler writes to; without it a signal right before poll()
+ * would go unnoticed.  Sends WATCHDOG=1 while it waits.  A program that serves for long between two calls
+ * calls sp_alive() meanwhile. */
 static inline enum sp_result sp_next(struct sp_worker *sp, struct sp_connection *client, int timeout_ms,
                                      int wake_fd)
 {
@@ -664,7 +672,7 @@ static inline enum sp_result sp_next(struct sp_worker *sp, struct sp_connection 
             return SP_ERROR;
         if (lines[sp->count].revents)
             return SP_WOKEN;
-        /* The RETURN line is first: under load there is always a connection. */
+        /* The RETURN line is first: under load a connection is always waiting. */
         for (i = 0; i < sp->count; i++)
             if (lines[i].revents && (result = sp_take(sp, sp->fds[i], client)) != SP_NOTHING)
                 return result;

@@ -4,8 +4,8 @@
 #     SocketProtector --workers 4 4321 -- perl echo.pl 4321
 #     perl echo.pl 4321                 # without a protector
 #
-# Perl's core has no recvmsg.  This one makes the system call itself, which needs to know the layout
-# of its arguments: 64-bit Linux on x86_64 and aarch64.  Elsewhere take Socket::MsgHdr from CPAN.
+# Perl's core has no recvmsg, so take() makes the system call itself.  It knows the layout of the
+# arguments for 64-bit Linux on x86_64 and aarch64.  Elsewhere use Socket::MsgHdr from CPAN.
 use strict;
 use warnings;
 use Config;
@@ -24,13 +24,13 @@ use constant {
 
 my ($machine) = $Config{archname} =~ /^(x86_64|aarch64)/;
 
-# Take one connection: its descriptor, undef when there is none now; dies at anything odd, returns
-# -1 at the end of the file.
+# Takes one connection and returns its descriptor; undef if none waits, -1 at end of file.  Dies on
+# any error.
 sub take {
     my ($channel) = @_;
     die "cannot call recvmsg on $Config{archname}\n" unless $machine && $Config{ptrsize} == 8;
     my ($header, $control, $vector) = ('', '');
-    vec($header, 15, 8) = 0;     # buffers of their own, which the kernel may write to
+    vec($header, 15, 8) = 0;     # unshared buffers, because the kernel writes to them
     vec($control, 23, 8) = 0;    # struct cmsghdr and one int: CMSG_LEN is 20 of these 24
     $vector = pack 'P Q', $header, 16;
     my $message = pack 'Q L x4 P Q P Q l x4', 0, 0, $vector, 1, $control, 20, 0;
@@ -55,9 +55,9 @@ sub notify {
     $name =~ s/^@/\0/;
     socket my $line, AF_UNIX, SOCK_DGRAM, 0 or return;
     my $address = pack_sockaddr_un($name);
-    # Perl pads the address with NULs, and in an abstract name each of them counts.
+    # Perl pads the address with NULs, each of which would be part of an abstract name.
     $address = substr $address, 0, 2 + length $name if $name =~ /^\0/;
-    # Waits for room, which the protector makes as it reads: READY=1 is not said twice.
+    # Waits until the protector's queue has room, because READY=1 is sent only once.
     1 until defined send($line, $lines, MSG_NOSIGNAL_, $address) || $! != EINTR;
 }
 
@@ -70,7 +70,7 @@ sub inherited {
 
 my $stopping = 0;
 pipe my $wake, my $ring or die "cannot make a pipe: $!\n";
-# A signal right before select() would not be seen; what is in the pipe is.
+# The pipe, because a signal right before select() would go unnoticed.
 $SIG{TERM} = sub { $stopping = 1; syswrite $ring, "\0" };
 $SIG{PIPE} = 'IGNORE';
 

@@ -6,13 +6,13 @@
 #     SocketProtector --workers 4 4321 -- ruby echo.rb 4321
 #     ruby echo.rb 4321                 # without a protector
 #
-# Ruby's socket library has recvmsg.  With MSG_DONTWAIT it leaves the flags of the channel, which all
-# workers share, as they are; descriptors that it receives are close-on-exec.
+# Ruby's socket library has recvmsg.  With MSG_DONTWAIT it does not change the channel's flags, which
+# all workers share.  Received descriptors are close-on-exec.
 require 'socket'
 
 CONTROL_BYTES = 20 # CMSG_LEN of one descriptor on a 64-bit machine
 
-# Takes one connection: a socket, nil when there is none now, :end at the end of the file.
+# Takes one connection and returns its socket; nil if none waits, :end at end of file.
 def take(channel)
   header, _, _, *control = channel.recvmsg_nonblock(
     16, Socket::MSG_DONTWAIT, CONTROL_BYTES, scm_rights: true, exception: false
@@ -32,24 +32,24 @@ end
 def notify(lines)
   name = ENV['NOTIFY_SOCKET'] or return
   Socket.open(:UNIX, :DGRAM) do |line|
-    # Addrinfo.unix keeps an abstract name's length.  Connected, it can be waited for: Ruby's sendmsg
-    # waits for room, which the protector makes as it reads.  READY=1 is not said twice.
+    # Addrinfo.unix keeps an abstract name's length.  Connected, because Ruby's sendmsg then waits until
+    # the protector's queue has room; READY=1 is sent only once.
     line.connect(Addrinfo.unix(name.sub(/\A@/, "\0")))
     line.sendmsg(lines, Socket::MSG_NOSIGNAL)
   end
 rescue SystemCallError
-  nil # news are nothing to fail for
+  nil # a lost message must not end the worker
 end
 
 def inherited(name)
   Socket.for_fd(Integer(ENV.fetch(name), 10)).tap { |line| line.close_on_exec = true }
 end
 
-# A signal right before select would not be seen; what is in the pipe is.
+# The pipe, because a signal right before select would go unnoticed.
 WAKE, RING = IO.pipe
 trap('TERM') { RING.write_nonblock("\0", exception: false) }
 
-# Returns those that are readable; none of them at SIGTERM.
+# Returns the readable ones of the given descriptors; none after SIGTERM.
 def wait_for(*lines)
   readable, = IO.select([WAKE, *lines])
   readable.include?(WAKE) ? [] : readable
@@ -84,7 +84,7 @@ channel = inherited('SOCKETPROTECTOR_CHANNEL')
 line = inherited('SOCKETPROTECTOR_RETURN')
 notify("READY=1\nX_SOCKETPROTECTOR_RETIRE=1")
 until (readable = wait_for(line, channel)).empty?
-  # Nothing is said on it yet; a later protector may.
+  # Only its end counts: a later protector may send something.
   break if readable.include?(line) && line.recv(64).to_s.empty? # nil since Ruby 3.3
 
   client = take(channel) or next # another worker may have been quicker

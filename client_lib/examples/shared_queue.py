@@ -13,7 +13,7 @@ def talk(client, peer):
     for line in client.makefile("rb"):
         client.sendall(b"[%d] %s" % (os.getpid(), line))
         if line.strip() == b"quit":
-            return  # closes it; then this child is ready for another
+            return  # SocketServer closes the connection; this child takes the next one
 
 
 address, children = (sys.argv[1:] + ["8888", "1"][len(sys.argv) - 1 :])[:2]

@@ -1,8 +1,8 @@
-"""Client library for daemons that SocketProtector hands their connections to.
+"""Client library for daemons that get their connections from SocketProtector.
 
 The same program runs under the protector and without it.  Choose one way to
 get connections: `connections`, `serve`, `aserve`, `Listener` for a framework, `Channel`
-for a loop of your own, or `SocketServer` for children that share what their parent accepts.
+for an event loop of your own, or `SocketServer` for forked children that share one queue.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-#: Public name -> its module.  Loaded at first use: the protector needs only `wire` of this
-#: package in its memory, and a blocking daemon no asyncio.
+#: Public name -> its module, loaded at first use.  So the protector loads only `wire` of this
+#: package, and a blocking daemon loads no asyncio.
 _MODULES = {
     "Channel": "channel",
     "Connection": "connection",

@@ -1,11 +1,11 @@
-"""The process that accepts for a SocketServer: from the backlog into the queue, nothing else.
+"""The accepting process of a SocketServer: it moves connections from the backlog to the queue.
 
-A process of its own, not a thread: a program that forks must have no thread, or its
-children inherit locks that are never released.  It begins with a fresh interpreter and
-nothing but the descriptors below, and ends when the parent's line does, however that
-comes about.  Then no new client gets in, and those that have connected are still queued.
+It is a process, not a thread: a program that forks must have no thread, because its
+children would inherit locks that are never released.  It starts with a fresh interpreter and
+only the descriptors below, and ends when the parent's line ends, even if the parent is killed.
+It then refuses new clients, and queues the connected ones.
 
-Rule: holds one connection at most.  While the queue is full the backlog holds the rest.
+Rule: it holds one connection at most.  While the queue is full the backlog holds the rest.
 
 Source: tcp(7), unix(7), socket(7) for SO_ATTACH_FILTER.
 """
@@ -38,21 +38,21 @@ PROGRAM = (
     "from socketprotector_client.accepting import main; main()"
 )
 
-# How soon to look again while the system is short of something.
+# How soon to try again while the system is short of a resource.
 _RETRY_S = 0.05
-# Handshakes that are under way at the stop finish in so long, or begin again.
+# Handshakes that are under way at the stop finish within this time, or the client repeats them.
 _QUIET_MS = 200
-# So many are queued after the stop, more than a backlog holds: where the system does not let us
-# refuse new clients they might come for ever.
+# The most connections queued after the stop, more than a backlog holds.  Without it, new clients
+# might come for ever on a system that does not let us refuse them.
 _MOST_AT_STOP = 1 << 16
-# Connections of one listener in one go; then the others, and the parent, have their turn.
+# Connections of one listener in a row; then other listeners, and the parent, have their turn.
 _BURST = 64
 
-# The errors of sending once no process can take any more.
+# The errors of sending when no process is left to take connections.
 _BROKEN = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
 
 _SO_ATTACH_FILTER = 26
-# Drops segments with SYN and without ACK and passes the rest, so that no client begins to connect
+# Drops segments with SYN and without ACK, and passes all others.  So no client begins to connect
 # while handshakes that are under way finish.
 _NO_NEW_CLIENTS = b"".join(
     struct.pack("HBBI", *instruction)
@@ -67,9 +67,9 @@ _NO_NEW_CLIENTS = b"".join(
 
 
 def arguments(queue_fd: int, listeners: Mapping[int, str]) -> list[str]:
-    """Return the arguments for PROGRAM; the names of the listeners are for `ps`.
+    """Return the arguments for PROGRAM, whose standard input is the parent's line.
 
-    Its standard input is the parent's line.
+    The names of the listeners are only for the output of `ps`.
     """
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     return [package, str(queue_fd), *(f"{fd}={name}" for fd, name in listeners.items())]
@@ -77,8 +77,8 @@ def arguments(queue_fd: int, listeners: Mapping[int, str]) -> list[str]:
 
 def main() -> None:
     """Accept until the parent's line ends, then empty the backlog and exit."""
-    # Its end follows from the parent's; a signal to all processes of a service must not
-    # cut off clients that wait.
+    # This process ends with its parent.  A signal to all processes of a service must not
+    # cut off waiting clients.
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     numbers = [0, *(int(word.partition("=")[0]) for word in sys.argv[2:])]
@@ -88,7 +88,7 @@ def main() -> None:
         acceptor.accept_for_parent()
         acceptor.empty()
     except BrokenPipeError:
-        pass  # no process is left that could take a connection
+        pass  # no process is left to take connections
     finally:
         acceptor.close()
 
@@ -102,26 +102,26 @@ class _Acceptor:
         self._parent = parent
         self._queue = queue
         self._listeners = {one.fileno(): (index, one) for index, one in enumerate(listeners)}
-        self._pending: Optional[tuple[bytes, socket.socket]] = None  # accepted, and no room for it
-        self._shortage = 0  # errno of what the system is short of
+        self._pending: Optional[tuple[bytes, socket.socket]] = None  # accepted; the queue is full
+        self._shortage = 0  # the errno of the current shortage, 0 without one
 
     def accept_for_parent(self) -> None:
-        """Move connections until the parent's line ends.  Raises BrokenPipeError."""
-        self._parent.send(b"\0")  # the parent waits for it
+        """Move connections to the queue until the parent's line ends.  Raises BrokenPipeError."""
+        self._parent.send(b"\0")  # the parent waits for this byte
         parent = self._parent.fileno()
         while parent not in (ready := self._wait([parent, *self._listeners])):
             self._move(ready)
 
     def empty(self) -> None:
-        """Let no new client in, and move those that have connected.  Raises BrokenPipeError."""
+        """Refuse new clients, and move the connected ones.  Raises BrokenPipeError."""
         for _, listener in self._listeners.values():
             _refuse_new(listener)
-        # A UNIX socket has no handshake, and stays readable once it was shut down.
+        # A UNIX socket has no handshake, and stays readable after its shutdown.
         over_tcp = [fd for fd, (_, one) in self._listeners.items() if one.family != socket.AF_UNIX]
-        left = _MOST_AT_STOP
-        while left > 0:
+        remaining = _MOST_AT_STOP
+        while remaining > 0:
             moved = self._move(self._listeners)
-            left -= moved
+            remaining -= moved
             if moved or self._shortage:
                 continue
             if self._pending is not None:
@@ -130,16 +130,16 @@ class _Acceptor:
                 return
 
     def close(self) -> None:
-        """End the queue for its readers.  shutdown(), because a copy may live elsewhere."""
+        """End the queue for its readers, by shutdown(): another process may have a copy."""
         for end in (self._queue, *(one for _, one in self._listeners.values())):
             try:
                 end.shutdown(socket.SHUT_RDWR)
             except OSError:
-                pass  # was shut down already
+                pass  # it was shut down already
             end.close()
 
     def _wait(self, fds: Iterable[int], timeout_ms: Optional[int] = None) -> list[int]:
-        """Return those of fds that are readable; while the queue is full, no listeners."""
+        """Return the readable ones of fds; while the queue is full, no listeners."""
         poll = select.poll()
         if self._pending is not None:
             poll.register(self._queue, select.POLLOUT)
@@ -149,7 +149,7 @@ class _Acceptor:
         return [fd for fd, _ in poll.poll(timeout_ms)]
 
     def _move(self, fds: Iterable[int]) -> int:
-        """Accept from the listeners among fds and queue; return how many came."""
+        """Accept from the listeners among fds and queue the connections; return their number."""
         moved = 0
         try:
             for fd in self._listeners.keys() & fds:
@@ -162,18 +162,18 @@ class _Acceptor:
         except OSError as error:
             if error.errno in _BROKEN:
                 raise BrokenPipeError from error
-            if self._shortage != error.errno:  # once, not each time it is tried
+            if self._shortage != error.errno:  # logged once, not at each try
                 _log.error("cannot accept: %s; trying again", error.strerror)
             self._shortage = error.errno or errno.EIO
             time.sleep(_RETRY_S)
         return moved
 
     def _accept(self, index: int, listener: socket.socket) -> bool:
-        """Have one connection pending; return whether there was one."""
+        """Accept one connection into `_pending`; return whether there was one."""
         try:
             connection, _ = listener.accept()
         except OSError as error:
-            # EINVAL: it was shut down, and no client waits there any more.
+            # EINVAL: the listener was shut down, and no client waits there any more.
             if error.errno in NOTHING_TO_ACCEPT or error.errno == errno.EINVAL:
                 return False
             raise
@@ -182,7 +182,7 @@ class _Acceptor:
         return True
 
     def _send(self) -> bool:
-        """Queue what is pending; return whether nothing is any more."""
+        """Queue the pending connection; return whether none is pending any more."""
         if self._pending is None:
             return True
         header, connection = self._pending
@@ -197,9 +197,9 @@ class _Acceptor:
 
 
 def _refuse_new(listener: socket.socket) -> None:
-    """Let no new client connect; those that have can still be accepted."""
+    """Let no new client connect; connected clients can still be accepted."""
     if listener.family == socket.AF_UNIX:
-        # In this order: once connections are refused, another may take the path for its own.
+        # Unlink first: once connections are refused, another program may bind the path.
         path = listener.getsockname()
         if isinstance(path, str) and path:
             try:
@@ -215,4 +215,4 @@ def _refuse_new(listener: socket.socket) -> None:
             socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", length // 8, address)
         )
     except OSError:
-        pass  # not granted (optmem_max): new ones come until it is closed
+        pass  # not granted (optmem_max): new clients come until the socket is closed

@@ -1,7 +1,7 @@
-"""Listen addresses: the forms people write, the names the protector gives, and binding.
+"""Listen addresses: how people write them, how the protector names them, and binding.
 
-Without a protector a worker binds and listens itself, with the same meaning
-of each form as on the protector's command line.
+Without a protector a worker binds and listens itself, and each form means
+the same as on the protector's command line.
 
 Rule: knows nothing of channels and workers.
 """
@@ -22,30 +22,30 @@ if TYPE_CHECKING:
 
     #: 4321, "4321", "host:4321", "[::1]:4321", "unix:/path", ("host", 4321).
     OneAddress = Union[int, str, Tuple[str, int]]
-    #: One of these, or a list of them.
+    #: One address, or a list of addresses.
     ListenAddress = Union[OneAddress, Sequence[OneAddress]]
 
-# How often a free port may turn out to be taken on the other address family.
+# How often to try another port when a free one is taken in the other address family.
 _PORT_TRIES = 20
 
 
 class Endpoint(namedtuple("Endpoint", ("family", "address"))):
-    """Where to bind: one address family and one address as bind() takes it."""
+    """One place to bind: the address family, and the address as bind() takes it."""
 
     __slots__ = ()
 
 
 def resolve(address: ListenAddress) -> list[list[Endpoint]]:
-    """Return the endpoints of each address given, in order.
+    """Return the endpoints of each address, in order.
 
     A port alone means every address of this machine: 0.0.0.0, then [::].
-    Raises ValueError for what is no address, socket.gaierror for an unknown host.
+    Raises ValueError for a malformed address, socket.gaierror for an unknown host.
     """
     if isinstance(address, (int, str)):
         return [_resolve_one(address)]
     if isinstance(address, tuple) and len(address) == 2:
         host, port = address
-        # A pair is one address, unless it is two.
+        # A tuple of two addresses is not a (host, port) pair.
         if isinstance(host, str) and isinstance(port, int):
             return [_resolve_one(f"[{host}]:{port}")]
     return [endpoints for one in address for endpoints in resolve(one)]
@@ -77,8 +77,8 @@ def listen(address: Optional[ListenAddress], backlog: int) -> list[socket.socket
     """Bind and listen on every endpoint of address; return the sockets, non-blocking.
 
     The caller owns them.  A stale UNIX socket is replaced, a live one is not.
-    Raises ValueError for None, what `resolve` raises, and OSError if one cannot be bound; then
-    none is.
+    Raises ValueError for None, the errors of `resolve`, and OSError if an endpoint cannot be
+    bound; then no endpoint is bound.
     """
     if address is None:
         raise ValueError(
@@ -97,16 +97,16 @@ def listen(address: Optional[ListenAddress], backlog: int) -> list[socket.socket
 def _listen_together(
     endpoints: Sequence[Endpoint], backlog: int, tries_left: int = _PORT_TRIES
 ) -> list[socket.socket]:
-    """Listen on the endpoints of one address: port 0 takes one number for all."""
+    """Listen on the endpoints of one address; for port 0 all get the same free port."""
     sockets: list[socket.socket] = []
     try:
         for family, address in endpoints:
-            if sockets and not address[1]:  # (a UNIX socket is the only one of its address)
+            if sockets and not address[1]:  # never a UNIX socket: it is alone in its address
                 address = (address[0], sockets[-1].getsockname()[1], *address[2:])
             try:
                 sockets.append(_listen_on(family, address, backlog))
             except OSError as error:
-                # No IPv6 on this machine: the addresses before it do.
+                # No IPv6 on this machine: the earlier addresses suffice.
                 if not sockets or error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
                     raise
     except OSError as error:
@@ -132,7 +132,7 @@ def _listen_on(family: int, address: Any, backlog: int) -> socket.socket:
         listener.setblocking(False)
     except OSError as error:
         listener.close()
-        # (No errno: the path of a UNIX socket is too long.)
+        # Without errno: the path of a UNIX socket is too long.
         reason = os.strerror(error.errno) if error.errno else error
         where = name_of(family, address)
         raise OSError(error.errno, f"cannot listen on {where}: {reason}") from error
@@ -140,18 +140,18 @@ def _listen_on(family: int, address: Any, backlog: int) -> socket.socket:
 
 
 def _remove_if_stale(path: str) -> None:
-    # connect() refuses a regular file in the same words as a stale socket.
+    # connect() fails for a regular file with the same error as for a stale socket.
     if path.startswith("\0") or not (os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode)):
         return
     with Socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        # A full backlog must read as "alive", not block.
+        # Non-blocking: a socket with a full backlog is alive, and connect() must not wait for it.
         probe.setblocking(False)
         if probe.connect_ex(path) == errno.ECONNREFUSED:
             os.unlink(path)
 
 
 def close_all(listeners: Iterable[socket.socket]) -> None:
-    """Close listening sockets, and remove the paths of UNIX ones."""
+    """Close listening sockets, and remove the paths of UNIX sockets."""
     for listener in listeners:
         path = listener.getsockname() if listener.family == socket.AF_UNIX else ""
         listener.close()
@@ -165,7 +165,7 @@ def close_all(listeners: Iterable[socket.socket]) -> None:
 def name_of(family: int, address: Any) -> str:
     """Return the name of a listen address as the protector writes it: `tcp:[::1]:4321`."""
     if family == socket.AF_UNIX:
-        # An abstract name is read back as bytes.
+        # getsockname() returns an abstract name as bytes.
         path = os.fsdecode(address)
         return f"unix:@{path[1:]}" if path.startswith("\0") else f"unix:{path}"
     host, port = address[:2]
@@ -173,7 +173,7 @@ def name_of(family: int, address: Any) -> str:
 
 
 def family_of(name: str) -> Optional[int]:
-    """Return the address family of a listener's name, None if the name does not tell."""
+    """Return the address family of a listener's name, None if the name has none."""
     if name.startswith("unix:"):
         return socket.AF_UNIX
     if name.startswith("tcp:["):
@@ -182,7 +182,7 @@ def family_of(name: str) -> Optional[int]:
 
 
 def sockname_of(name: str) -> Any:
-    """Return what getsockname() would give on the listener of that name."""
+    """Return the getsockname() of the listener with this name."""
     if name.startswith("unix:"):
         path = name[len("unix:") :]
         return b"\0" + os.fsencode(path[1:]) if path.startswith("@") else path

@@ -1,6 +1,6 @@
 """Connections for anyio, on asyncio and on trio: an anyio.abc.Listener.
 
-anyio's own listeners hand their socket to the loop below them, and trio takes no subclass.
+anyio's own listeners pass their socket to the event loop, and trio accepts no subclass of socket.
 
 Source: anyio.readthedocs.io, "API reference", anyio.abc.Listener.
 """
@@ -22,7 +22,7 @@ Handler = Callable[[anyio.abc.SocketStream], Awaitable[object]]
 
 
 class Listener(TaskListener, anyio.abc.Listener[anyio.abc.SocketStream]):
-    """A listener of anyio's kind, with or without a protector."""
+    """A listener for anyio, with or without a protector."""
 
     _library, _waiting, _ended = anyio, anyio, anyio.EndOfStream
 
@@ -31,24 +31,25 @@ class Listener(TaskListener, anyio.abc.Listener[anyio.abc.SocketStream]):
     ) -> None:
         """Await handler(stream) in a task for each connection; return when drained.
 
-        The stream is closed after the handler.  An exception in a handler ends all, unless it runs
-        in a task_group of yours.  On drain, handlers finish before this returns.  SIGTERM
-        begins the drain where the program does not handle it, in the main thread.
+        The stream is closed after the handler.  An exception in a handler cancels all handlers and
+        is raised here, unless they run in your own task_group.  On drain, handlers finish before
+        this returns.  SIGTERM begins the drain if this is the main thread and the program does not
+        handle the signal.
         """
         async with anyio.create_task_group() as own:
             await self._serve(handler, own, task_group or own)
 
     async def accept(self) -> anyio.abc.SocketStream:
-        """Return the next connection, which is the caller's; says READY=1 the first time.
+        """Return the next connection, which the caller owns; the first call sends READY=1.
 
-        When the worker drains it waits until all connections that it returned are closed, then
+        When the worker drains, this waits until all returned connections are closed, and then
         raises anyio.EndOfStream.  Raises anyio.ClosedResourceError after aclose.
         """
         return await self._stream(await self._take())
 
     @property
     def extra_attributes(self) -> dict[Any, Callable[[], Any]]:
-        """What anyio's listeners tell of themselves: the address of the first listener."""
+        """The typed attributes of anyio's listeners: the address of the first listener."""
         return {anyio.abc.SocketAttribute.local_address: lambda: self._intake.source.sockname}
 
     @staticmethod

@@ -1,6 +1,6 @@
-"""What the listeners for trio and anyio share: both libraries call the same things the same.
+"""The common part of the listeners for trio and anyio, whose APIs use the same names.
 
-Rule: imports neither of them.
+Rule: imports neither library.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _Handler = Callable[[Any], Awaitable[object]]
 
 
 class TaskListener:
-    """Takes connections in a task, and ends when the last one is closed."""
+    """A listener that tasks accept from; after a drain it ends with its last connection."""
 
-    #: The library, what has its wait_readable, and what it raises after the last connection.
+    #: The library, its module with wait_readable, and its exception for the end of connections.
     _library: Any
     _waiting: Any
     _ended: Type[Exception]
@@ -31,18 +31,18 @@ class TaskListener:
     def __init__(
         self, address: Optional[ListenAddress] = None, *, limit: Optional[int] = None
     ) -> None:
-        """Bind `address` where there is no protector.
+        """Take connections from the protector; without one, bind `address`.
 
         `address`, `limit` and errors are those of `connections`.
         """
         self._intake = current().open_intake(address, limit)
         self._closed = False
         self._pause = self._library.CancelScope()
-        # Where the loop keeps the epoll that BesideEpoll replaces: an object, an attribute's name.
+        # The object that holds the loop's epoll, which BesideEpoll replaces, and the attribute.
         self._loop: Tuple[object, str] = (None, "")
 
     async def aclose(self) -> None:
-        """Accept no more.  What was accepted stays open."""
+        """Stop accepting; accepted connections stay open."""
         if not self._closed:
             self._closed = True
             self._waiting.notify_closing(self._intake.fileno())
@@ -56,7 +56,7 @@ class TaskListener:
 
     async def _take(self) -> socket.socket:
         current().ready()
-        # Before, for after it there is a connection to lose.
+        # Before taking: a cancellation after it would lose the connection.
         await self._library.lowlevel.checkpoint()
         while not self._closed:
             try:
@@ -77,13 +77,13 @@ class TaskListener:
         self._intake.await_last()
         while len(self._intake.open):
             await self._waiting.wait_readable(self._intake.fileno())
-        # Those whose end was only looked for would pass for lost.
+        # No event announces the end of detached connections; uncounted, they would look lost.
         self._intake.board.count_open()
-        # In a thread: a callback may want this very loop to do something.
+        # In a thread: a callback may need this event loop.
         await self._library.to_thread.run_sync(current().drain.finish)
 
     async def _serve(self, handler: _Handler, own: Any, tasks: Any) -> None:
-        """Handle each connection in one of tasks, until drained; then cancel what own waits for."""
+        """Start a handler in `tasks` for each connection; once drained, cancel `own`."""
         if term_is_free():
             await own.start(self._obey_term)
         try:

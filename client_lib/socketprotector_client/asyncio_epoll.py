@@ -1,12 +1,12 @@
-"""The queue in the epoll of an asyncio loop itself, so that one idle worker is woken, not all.
+"""Put the queue into an asyncio loop's own epoll, so that a connection wakes one idle worker.
 
-EPOLLEXCLUSIVE has the kernel wake one of those that wait in epoll_wait.  It does not pass through
-an epoll within another: no process waits in the inner one, so all are woken.  The descriptor that
-an intake gives to a loop is such an inner one.  So the queue itself moves into the loop's own
-epoll, and what the loop would do for that descriptor is done for the queue.
+EPOLLEXCLUSIVE makes the kernel wake one waiter in epoll_wait.  It has no effect through
+a nested epoll: no process waits in the inner epoll, so all workers wake.  The descriptor that
+an intake gives to a loop is such an inner epoll.  So the queue itself moves into the loop's
+epoll, and its events run the reader that the loop has for the intake's descriptor.
 
-asyncio has no way to ask for the flag.  It is set behind its back, on the epoll whose number
-`selectors.EpollSelector.fileno` tells; where a loop has no such selector all are woken.
+asyncio has no option for the flag.  So this module sets it on the loop's epoll, whose number
+`selectors.EpollSelector.fileno` returns; for a loop without such a selector all workers wake.
 
 Source: epoll_ctl(2); ep_poll_callback in the kernel's fs/eventpoll.c.
 """
@@ -22,9 +22,9 @@ from .wait_set import WaitSet
 
 
 def join_loop(intake: Intake, number: int) -> None:
-    """Let the running loop, which watches `number` for an intake, wait for the queue itself.
+    """Make the running loop, which watches `number` for an intake, wait for the queue itself.
 
-    Where it cannot be, nothing is changed.
+    If that is impossible, change nothing.
     """
     if intake.queue.may_join:
         try:
@@ -34,7 +34,7 @@ def join_loop(intake: Intake, number: int) -> None:
 
 
 def reader_of(number: int) -> Optional[Any]:
-    """Return the handle that the running loop has for a descriptor, None if it watches no such."""
+    """Return the running loop's reader handle for a descriptor, None without one."""
     selector = _selector_of(asyncio._get_running_loop())
     key = selector.get_map().get(number) if selector is not None else None
     reader = key.data[0] if key is not None else None
@@ -47,12 +47,12 @@ def _selector_of(loop: Any) -> Optional[selectors.EpollSelector]:
 
 
 class _Joined(WaitSet):
-    """The epoll of the running loop, for as long as that watches the intake's descriptor."""
+    """The epoll of the running loop, while the loop watches the intake's descriptor."""
 
     def __init__(self, intake: Intake, number: int) -> None:
-        """Do for the queue what the loop does for `number`.
+        """Run the loop's reader for `number` when the queue is readable.
 
-        Raises ValueError where that cannot be, OSError when the system is out of something.
+        Raises ValueError if the loop does not allow that, OSError without a resource of the system.
         """
         self._loop: Any = asyncio.get_running_loop()
         selector = _selector_of(self._loop)
@@ -70,11 +70,11 @@ class _Joined(WaitSet):
         self.remove([self._fd])
 
     def close(self) -> None:
-        """Be in the loop no more."""
+        """Remove the queue from the loop."""
         try:
             self._loop.remove_reader(self._fd)
         except RuntimeError:
-            pass  # it is closed
+            pass  # the loop is closed
         super().close()
 
     def _ready(self) -> None:

@@ -1,11 +1,11 @@
-"""The worker's end of the channel: takes one connection at a time, and nothing else.
+"""The worker's end of the channel, from which it takes one connection at a time.
 
-Rule: one system call for one connection, no waiting, no policy.  The caller of
-`take` decides when, and has a descriptor to spare.
+Rule: one system call for each connection, no waiting, no policy.  The caller of
+`take` decides when to take, and keeps a descriptor free.
 
-The channel's open file description is shared by all workers and the
-protector.  So nothing here sets a flag, an option or a timeout on it: a
-blocking mode set by one would hit all.
+All workers and the protector share the channel's open file description.
+So nothing here sets a flag, an option or a timeout on it: a
+blocking mode set by one process would affect all.
 """
 
 from __future__ import annotations
@@ -27,47 +27,47 @@ if TYPE_CHECKING:
 
 _log = Logger(__name__)
 
-# socket.recv_fds drops its flags in Python 3.11, so it would hand out
-# descriptors without close-on-exec; hence recvmsg.
+# recvmsg, because socket.recv_fds ignores its flags in Python 3.11: descriptors
+# would come without close-on-exec.
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 
-# CMSG_SPACE of one int has room for two on 64-bit machines: the second one
+# CMSG_SPACE of one int has room for two on 64-bit machines: a second descriptor
 # would be received unnoticed, and stay open.
 _CONTROL_BYTES = socket.CMSG_LEN(struct.calcsize("i"))
 _FD = struct.Struct("i")
 
 _HEADER = wire.HEADER.unpack
 # State after the header is cut off on purpose: only a returned connection has
-# any, and those are refused here.
+# state, and `take` refuses such messages.
 _HEADER_BYTES = wire.HEADER.size
 
 
 class Channel:
     """The queue of connections that all workers of a generation share.
 
-    For a worker with a loop of its own: watch `fileno()` and call `take()` when
-    it is readable.  At the end of the file it stays readable for ever; remove
-    it from an epoll before closing it, for other processes hold it too.
+    For a worker with an event loop of its own: watch `fileno()` and call `take()` when
+    it is readable.  At end of file it stays readable for ever.  Remove
+    it from an epoll before closing it: other processes hold the same file open.
     """
 
     def __init__(self, fd: int, listeners: tuple[str, ...] = ()) -> None:
         """Take ownership of fd; listeners are the listen addresses in index order."""
-        # With the flag named, Python takes it for set and sets it never, which it does otherwise
-        # after socket.setdefaulttimeout.
+        # With SOCK_NONBLOCK in its type, Python believes that the flag is set and never sets it.
+        # Without, it would set the flag after socket.setdefaulttimeout.
         kind = socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK
         self._socket = Socket(socket.AF_UNIX, kind, 0, fileno=fd)
         #: Listen addresses in index order, such as `tcp:0.0.0.0:4321`.
         self.listeners = listeners
-        #: Address family of each listener; with it `socket.socket(family, type, 0, fd)`
-        #: needs not ask the kernel.
+        #: Address family of each listener, None if unknown; passed to
+        #: `socket.socket(family, type, 0, fd)` it saves system calls.
         self.families: tuple[Optional[int], ...] = tuple(map(family_of, listeners))
 
     @classmethod
     def from_environment(cls) -> Optional[Channel]:
-        """Return the channel this worker was started with, None without a protector.
+        """Return the channel that the environment names, None without a protector.
 
         Call it once: the Channel owns the descriptor from then on.  Raises
-        ProtocolError if the environment names something that is no channel.
+        ProtocolError if the named descriptor is not a channel.
         """
         environment = read_environment(os.environ)
         if environment.channel_fd < 0:
@@ -75,18 +75,18 @@ class Channel:
         return cls(environment.channel_fd, environment.listeners)
 
     def fileno(self) -> int:
-        """Return the descriptor to wait on.  Never set O_NONBLOCK on it."""
+        """Return the descriptor to wait on.  Never set O_NONBLOCK on it: all workers share it."""
         return self._socket.fileno()
 
     def take(self) -> Optional[tuple[int, int, int]]:
-        """Take one connection; return None when there is none now.  Never blocks.
+        """Take one connection, or return None if none waits.  Never blocks.
 
-        Returns (descriptor, listener index, CLOCK_MONOTONIC ns at accept).  The
+        Returns (descriptor, listener index, time of accept in CLOCK_MONOTONIC ns).  The
         caller owns the descriptor, which is blocking and close-on-exec.
 
-        Raises Drained at the end of the file, ProtocolError for a message of
-        another version (its connection is closed), OutOfDescriptors if the
-        process had no descriptor left: then that connection is lost.
+        Raises Drained at end of file.  Raises ProtocolError for a message of another
+        version, whose connection is closed.  Raises OutOfDescriptors if the process had
+        no free descriptor; that connection is lost.
         """
         while True:
             try:
@@ -111,12 +111,12 @@ class Channel:
 
 
 def _refuse(data: bytes, control: list[tuple[int, int, bytes]], flags: int) -> None:
-    """Raise what is wrong with a message, or return if it may be passed over."""
+    """Raise the error for a message that is no connection; return if it can be skipped."""
     for _, _, content in control:
         os.close(_FD.unpack(content)[0])
     if not data and not control:
         raise Drained
-    # This bit alone: MSG_CMSG_CLOEXEC comes back among the flags, so they are never 0.
+    # Test this bit alone: recvmsg returns MSG_CMSG_CLOEXEC among the flags.
     if not control and flags & socket.MSG_CTRUNC:
         raise OutOfDescriptors
     if data[0] != wire.VERSION:
@@ -126,6 +126,6 @@ def _refuse(data: bytes, control: list[tuple[int, int, bytes]], flags: int) -> N
         )
     if not control or len(data) < _HEADER_BYTES:
         raise ProtocolError(f"cannot read a message of {len(data)} bytes without a connection")
-    # A connection in the middle of its conversation must not be served as a
-    # new one, and this library never says that it takes such.
+    # A returned connection is in the middle of its conversation and must not be served
+    # as a new one; this library never declares that it takes returned connections.
     _log.error("cannot serve a message of kind %d: unknown here; its connection is closed", data[1])

@@ -1,7 +1,7 @@
-"""The children that a SocketServer's parent has forked: how they begin, and that they are reaped.
+"""The forked children of a SocketServer's parent: forking, signals and reaping.
 
-Signals are taken one by one where the parent waits, never in a handler: a child is forked
-when nothing is half done, and no signal comes too early.
+The parent waits for its signals with sigwaitinfo, never in a handler.  So it never forks
+in the middle of other work, and misses no early signal.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Callable, Set, Union
 
-    #: As pthread_sigmask gives it.
+    #: A signal mask as pthread_sigmask returns it.
     _Mask = Set[Union[int, signal.Signals]]
 
 _log = Logger(__name__)
 
 
 class Children:
-    """The children of this process that live."""
+    """The living children of this process."""
 
     def __init__(self) -> None:
         self._pids: Set[int] = set()
@@ -36,16 +36,16 @@ class Children:
         stop: Callable[[], None],
         is_over: Callable[[], bool],
     ) -> None:
-        """Fork count children that call work; return when all have ended and is_over().
+        """Fork `count` children that call work; return when all have ended and is_over() is true.
 
-        Says READY=1 once they are forked.  stop: called at SIGTERM, where the program does not
-        handle it.  USR1 forks one more.
+        Sends READY=1 once they are forked.  USR1 forks one more.
+        stop: called at SIGTERM, if the program does not handle that signal.
         """
         news = {signal.SIGCHLD, signal.SIGUSR1}
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             news.add(signal.SIGTERM)
         if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or no signal comes at their end
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would never be delivered
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, news)
         try:
             for _ in range(count):
@@ -66,12 +66,12 @@ class Children:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def terminate(self) -> None:
-        """Send SIGTERM to all."""
+        """Send SIGTERM to all children."""
         for pid in self._pids:
-            os.kill(pid, signal.SIGTERM)  # not reaped yet, so the number is still theirs
+            os.kill(pid, signal.SIGTERM)  # not reaped yet, so the pid is still the child's
 
     def _fork(self, work: Callable[[], object], mask: _Mask) -> None:
-        _flush()  # or the child would write it once more
+        _flush()  # otherwise the child would write buffered output again
         pid = os.fork()
         if pid:
             self._pids.add(pid)
@@ -89,7 +89,7 @@ class Children:
         except BaseException:
             _log.exception("child %d failed", os.getpid())
         finally:
-            # Past here is the parent's program.
+            # Returning would run the parent's program in the child.
             os._exit(status)
 
     def _reap(self) -> None:
@@ -97,7 +97,7 @@ class Children:
             try:
                 ended, status = os.waitpid(pid, os.WNOHANG)
             except ChildProcessError:
-                ended, status = pid, 0  # the program has asked for it itself
+                ended, status = pid, 0  # the program has reaped it itself
             if ended:
                 self._pids.discard(pid)
                 if status:
@@ -110,4 +110,4 @@ def _flush() -> None:
         try:
             stream.flush()
         except (AttributeError, OSError, ValueError):
-            pass  # there is none, or its reader is gone
+            pass  # the stream is missing, or its reader is gone

@@ -1,7 +1,7 @@
-"""A connection as it is handed out, and the count of those still open.
+"""A connection that the library hands out, and the count of open connections.
 
-The count decides when a worker may take more and when a draining one may
-leave, so it must be right however a connection ends: closed, closed only by
+The count decides when a worker may take more, and when a draining worker may
+exit.  So it must be right however a connection ends: closed, closed with
 the last file made from it, dropped without close, or wrapped in TLS.
 """
 
@@ -21,19 +21,19 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Callable, Optional, Union
 
-# So many can be asked for each connection that is taken: 0.3 us each.
+# So many detached descriptors are polled for each connection that is taken: 0.3 us each.
 _FEW = 32
 
 
 class Connection(Socket):
-    """A plain blocking socket that also knows where it came from."""
+    """A plain blocking socket that also knows its listener, its peer and its time of accept."""
 
-    # Each connection pays for what is here: slots are half as dear as a dict.
+    # Slots: half the cost of a dict, for each connection.
     __slots__ = (
         "_entry", "_ledger", "_sockname", "accepted_at_ns", "family", "listener", "peer", "type"
     )  # fmt: skip
 
-    # The socket's own properties look up the enum each time, for as long as accept() takes.
+    # Attributes, because the socket's own properties look up an enum as slowly as accept() runs.
     family: AddressFamily
     type: SocketKind
 
@@ -43,24 +43,24 @@ class Connection(Socket):
         _init(self, family, type, proto, fileno)
         self.family = family if isinstance(family, AddressFamily) else super().family
         self.type = type if isinstance(type, SocketKind) else super().type
-        #: Name of the listener it came through, such as `tcp:0.0.0.0:4321`.
+        #: Name of the listener that the client connected to, such as `tcp:0.0.0.0:4321`.
         self.listener = ""
-        #: The client's address, as accept() gives it.
+        #: The client's address, as accept() returns it.
         self.peer: Any = None
-        #: CLOCK_MONOTONIC nanoseconds at which it was accepted.
+        #: Time of accept in CLOCK_MONOTONIC nanoseconds.
         self.accepted_at_ns = 0
         self._sockname: Any = None
         self._ledger: Optional[OpenConnections] = None
         self._entry: Optional[weakref.ref[Connection]] = None  # in the ledger
 
     def getpeername(self) -> Any:
-        """Return the client's address without asking the kernel: it stays known after a reset."""
+        """Return the client's address without a system call, even after a reset."""
         if self.peer is None or self.fileno() < 0:
             return Socket.getpeername(self)
         return self.peer
 
     def getsockname(self) -> Any:
-        """Return the address that the client connected to; the kernel is asked once."""
+        """Return the address that the client connected to, with one system call at most."""
         if self._sockname is None or self.fileno() < 0:
             self._sockname = Socket.getsockname(self)
         return self._sockname
@@ -74,17 +74,17 @@ class Connection(Socket):
             ledger.forget(self)
 
     def detach(self) -> int:
-        """Give up the descriptor, which counts as open until it is closed."""
+        """Return the descriptor without closing it; it counts as open until it is closed."""
         ledger = self._ledger
         if ledger is not None:
             try:
                 ledger.follow(self)
-            except OSError:  # uvloop closes the number first; it must not be closed again
+            except OSError:  # uvloop has closed the descriptor first; do not close it again
                 ledger.forget(self)
         return super().detach()
 
     def dup(self) -> Connection:
-        """Return a second descriptor of the same connection; it counts on its own."""
+        """Return a second descriptor of the same connection; both count as open."""
         copy = super().dup()
         copy.listener, copy.peer = self.listener, self.peer
         copy.accepted_at_ns = self.accepted_at_ns
@@ -93,31 +93,31 @@ class Connection(Socket):
         return copy
 
 
-# super() would be looked up, and made, for each connection.
+# Module variables, because super() would cost a lookup and an object for each connection.
 _init, _close = Socket.__init__, Socket.close
 
 
 class OpenConnections:
-    """How many handed-out connections are open.  Thread-safe without a lock.
+    """The handed-out connections that are open.  Thread-safe without a lock.
 
-    A lock would be taken by the garbage collector in the middle of whatever
-    holds it; single operations on sets and dicts are atomic instead.
+    With a lock, the garbage collector could deadlock in a thread that holds it.
+    Single operations on sets and dicts are atomic instead.
     """
 
     def __init__(self, on_change: Callable[[], None]) -> None:
-        """Call on_change after each end that is noticed, in whichever thread it happens.
+        """Call on_change after each connection's end, in the thread that ends it.
 
-        Also when an end can no longer be noticed, only looked for.
+        Also after detach: the end of a detached connection has no event, and is polled for.
         """
         self._on_change = on_change
         self._when_collected = self._collected  # one bound method for all
-        # All: by the object, or by the descriptor that was detached.
+        # All open connections: an object, or a detached descriptor.
         self._open: set[Union[weakref.ref[Connection], int]] = set()
-        # Descriptor to inode, of those that ssl or others took over: no event
-        # says that they were closed.
+        # Detached descriptor -> inode.  ssl or other code owns these, and no event
+        # announces that they were closed.
         self._detached: dict[int, int] = {}
-        self._look_at = 0
-        #: Returns how many there are as far as is known, without asking the system.
+        self._next_poll_at = 0  # so many detached ones make the next poll due
+        #: Returns the number of connections not known to be closed, without a system call.
         self.known = self._open.__len__
 
     def __len__(self) -> int:
@@ -126,26 +126,26 @@ class OpenConnections:
         return len(self._open)
 
     def reached(self, limit: int) -> bool:
-        """Return whether so many are open.
+        """Return whether at least `limit` connections are open.
 
-        Those that must be asked are not all asked each time where they are many.
+        Many detached descriptors are not all polled at each call.
         """
         if self._detached:
-            asked = len(self._detached)
-            if asked <= _FEW or asked >= self._look_at or len(self._open) >= limit:
+            detached = len(self._detached)
+            if detached <= _FEW or detached >= self._next_poll_at or len(self._open) >= limit:
                 self._drop_closed()
-                self._look_at = 2 * len(self._detached)
+                self._next_poll_at = 2 * len(self._detached)
         return len(self._open) >= limit
 
     @property
-    def must_be_asked(self) -> bool:
-        """Whether one of them may end without on_change being called."""
+    def must_be_polled(self) -> bool:
+        """Whether a connection may end without a call of on_change."""
         return bool(self._detached)
 
     def any_unread(self) -> bool:
-        """Whether one of them has sent nothing yet, or something that was not read.
+        """Return whether a client has sent nothing yet, or bytes that were not read.
 
-        For any thread; one that is closed meanwhile may be mistaken for another.
+        For any thread.  A connection closed meanwhile may be mistaken for a new one.
         """
         known = [one if isinstance(one, int) else one() for one in list(self._open)]
         numbers = [one.fileno() if isinstance(one, Connection) else one for one in known]
@@ -158,10 +158,10 @@ class OpenConnections:
 
     def forget(self, connection: Connection) -> None:
         entry = connection._entry
-        if entry is not None:  # another reference would cost more to make and to hash
-            connection._entry = None  # and see the object's end
+        if entry is not None:  # kept, because a new reference costs more to make and to hash
+            connection._entry = None  # otherwise it would see the object's end
             self._open.discard(entry)
-        on_change = self._on_change  # (called as an attribute it would be looked up anew)
+        on_change = self._on_change  # a local variable is faster to call than an attribute
         on_change()
 
     def follow(self, connection: Connection) -> None:
@@ -172,14 +172,14 @@ class OpenConnections:
             self.forget(connection)
 
     def exchange(self, connection: Connection) -> socket.socket:
-        """Return a plain socket instead of the connection, for libraries that take no subclass.
+        """Return a plain socket for the connection, for libraries that accept no subclass.
 
-        Call `ended` after its end; else it is only looked for.
+        Call `ended` after its end; otherwise its end is only polled for.
         """
         return Socket(connection.family, connection.type, connection.proto, connection.detach())
 
     def ended(self) -> None:
-        """One of those that must be asked has ended."""
+        """Note that a detached connection has ended."""
         if len(self._detached) <= _FEW:
             self._drop_closed()
         self._on_change()
@@ -192,7 +192,7 @@ class OpenConnections:
     def _drop_closed(self) -> None:
         for fd, inode in list(self._detached.items()):
             try:
-                # The number may belong to another file by now.
+                # The descriptor may belong to another file by now.
                 is_open = os.fstat(fd).st_ino == inode
             except OSError:
                 is_open = False
@@ -201,7 +201,7 @@ class OpenConnections:
                 self._open.discard(fd)
 
 
-# struct tcp_info in linux/tcp.h: tcpi_bytes_received, and room up to its end.
+# struct tcp_info in linux/tcp.h: the offset of tcpi_bytes_received, and the size up to its end.
 _BYTES_RECEIVED_AT = 128
 _TCP_INFO_BYTES = 136
 
@@ -213,11 +213,11 @@ def _is_unread(fd: int) -> bool:
             return True
         borrowed = Socket(fileno=fd)
     except OSError:
-        return False  # it was closed just now
+        return False  # another thread has closed it
     try:
         found = borrowed.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
     except OSError:
-        return False  # a UNIX socket, where nothing counts, or the client is gone
+        return False  # a UNIX socket, which has no such counter, or the client is gone
     finally:
         borrowed.detach()
     # An end of file counts as one byte.

@@ -1,7 +1,7 @@
-"""How many descriptors there are, and one held ready for the next connection.
+"""The limit of descriptors, and a spare descriptor for the next connection.
 
-The kernel drops a connection that it cannot give a number to, and only the receiver learns of
-it.  So none is taken unless one number is certainly free.
+If the receiver has no free descriptor, the kernel drops the connection.  So the library takes a
+connection only while a descriptor is certainly free.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ import resource
 import sys
 
 if sys.version_info < (3, 9, 6):
-    # There the end of a thread loads this library, and aborts the process where no descriptor
-    # is free for it (bpo-44434).
+    # On these versions the end of a thread loads this library, and aborts the process if no
+    # descriptor is free for it (bpo-44434).
     import ctypes
 
     try:
         ctypes.CDLL("libgcc_s.so.1")
     except OSError:
-        pass  # another C library
+        pass  # a C library without it
 
-#: Descriptors that are left to the program by the default limit.
+#: Descriptors that the default limit leaves to the program.
 LEFT_TO_PROGRAM = 64
 
 
 def default_limit() -> int:
-    """Return how many connections this process may hold: RLIMIT_NOFILE less a reserve."""
+    """Return the default limit of open connections: RLIMIT_NOFILE less LEFT_TO_PROGRAM."""
     return max(1, _limit() - LEFT_TO_PROGRAM)
 
 
 def has_room(count: int) -> bool:
-    """Return whether so many descriptors are free for certain; False where it is not known.
+    """Return whether `count` descriptors are certainly free; False if unknown.
 
-    Linux gives how many are open as the size of /proc/self/fd since 6.2; before, it is 0.
+    Since Linux 6.2 the size of /proc/self/fd is the number of open descriptors; before, it is 0.
     """
     try:
         used = os.stat("/proc/self/fd").st_size
@@ -47,15 +47,15 @@ def _limit() -> int:
 
 
 class Spare:
-    """A descriptor to give up right before one is received.  One thread at a time."""
+    """A spare descriptor, released right before a connection is received.  One thread at a time."""
 
     def __init__(self, of: int) -> None:
-        """Hold a copy of the descriptor `of`: any open file would do."""
+        """Make spare descriptors as copies of `of`; any open file would do."""
         self._of = of
         self._fd = -1
 
     def hold(self) -> bool:
-        """Return whether a descriptor is held, after trying to get one."""
+        """Hold a descriptor, if one is free; return whether one is held."""
         if self._fd < 0:
             try:
                 self._fd = os.dup(self._of)
@@ -63,8 +63,8 @@ class Spare:
                 return False
         return True
 
-    def give_up(self) -> None:
-        """Close what is held, if anything."""
+    def release(self) -> None:
+        """Close the held descriptor, if there is one."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)

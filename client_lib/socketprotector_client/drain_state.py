@@ -1,9 +1,8 @@
-"""Whether this worker is draining, and what is called when it begins.
+"""The drain of this worker: whether it has begun, and the callbacks for that moment.
 
-Draining begins once and never ends.  It begins when the protector ends the
-channel or this worker's RETURN line, or at SIGTERM.  The first two are seen
-where connections are taken; `begun` looks for itself, so that a handler that
-keeps every thread busy learns it too.
+A drain begins once and never ends.  It begins when the protector ends the
+channel or this worker's RETURN line, or at SIGTERM.  The intake notices the first two
+when it takes connections.  `begun` polls, too: handlers may keep every thread busy.
 """
 
 from __future__ import annotations
@@ -23,28 +22,28 @@ _log = Logger(__name__)
 
 
 class Drain:
-    """The fact that no more connections will come, for one process."""
+    """The state of one process's drain: whether more connections will come."""
 
     def __init__(self, fds: Sequence[int]) -> None:
-        """Watch fds, which stay the caller's: the end of one of them begins the drain."""
+        """Watch fds, which the caller keeps: end of file on any of them begins the drain."""
         self._fds = tuple(fds)
         self._begun = False
         self._callbacks_called = False
         self._callbacks: list[Callable[[], object]] = []
         self._lock = threading.Lock()
         self._thread: Optional[threading.Thread] = None
-        # Wakes the thread.  Never closed: a signal handler writes to it at any time, and must
-        # not hit a number that was given to another file.
+        # Wakes the thread.  Never closed: a signal handler may write to it at any time, and the
+        # number must not belong to another file then.
         self._pipe: Optional[tuple[int, int]] = None
         forking.register(self)
 
     def follow(self, fd: int) -> None:
-        """Watch fd, too, which its owner never closes before the process ends or drains."""
+        """Also watch fd, which its owner must not close before the process drains or ends."""
         if fd not in self._fds:
             self._fds = (*self._fds, fd)
 
     def begin(self) -> None:
-        """Begin to drain.  May be called from a signal handler: no lock, never raises."""
+        """Begin the drain.  Safe in a signal handler: takes no lock, never raises."""
         self._begun = True
         if self._pipe is not None:
             try:
@@ -53,24 +52,24 @@ class Drain:
                 pass  # the pipe is full, so its reader is awake already
 
     def begun(self) -> bool:
-        """Return whether no more connections will come.  One poll() until then."""
-        # POLLRDHUP is there while connections are still queued, and asking
+        """Return whether no more connections will come.  Costs one poll() until it is true."""
+        # POLLRDHUP is reported while connections are still queued, and polling
         # for it takes none.
         if not self._begun and self._fds and _hung_up(self._fds):
             self.begin()
         return self._begun
 
     def on_begin(self, callback: Callable[[], object]) -> None:
-        """Call callback once when the drain begins, in a thread of this library's own.
+        """Call callback once when the drain begins, in the library's own thread.
 
-        At once, in the calling thread, if all others have been called already.
+        If the other callbacks have been called already, call it at once in the caller's thread.
         """
         with self._lock:
             if not self._callbacks_called:
                 self._callbacks.append(callback)
                 if self._thread is None:
-                    # Neither a signal handler nor a loop that may be busy for long may call
-                    # code that we do not know.
+                    # A thread, because unknown code must not run in a signal handler, nor wait
+                    # for a busy event loop.
                     self._pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
                     self._thread = threading.Thread(
                         target=self._call_back, name="socketprotector-drain", daemon=True
@@ -107,11 +106,12 @@ class Drain:
 
 
 def _hung_up(fds: Sequence[int], *, or_readable: Optional[int] = None) -> bool:
-    """Return whether one of fds has ended; with another one, wait until it has or that can be read.
+    """Return whether one of fds is at end of file.
 
-    A poll object of its own for each call: two threads cannot share one.
+    With or_readable, first wait for that, or until or_readable is readable.
+    Each call has its own poll object, because two threads cannot share one.
     """
-    # One that waits is gevent's where gevent has patched, and wakes up by the other one only.
+    # With gevent's patches a waiting poll is gevent's, and wakes only by or_readable.
     poll = system.poll() if or_readable is None else select.poll()
     for fd in fds:
         poll.register(fd, select.POLLRDHUP)

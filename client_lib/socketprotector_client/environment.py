@@ -1,8 +1,8 @@
-"""What the protector tells a worker through its environment.
+"""The worker's environment variables from the protector, read and checked.
 
-Rule: reads and checks, keeps nothing.  The one thing it does to the process
-is to set close-on-exec on the descriptors named there, so that a program
-which the worker starts never holds a channel open or takes from it.
+Rule: keeps nothing.  Its only effect on the process is close-on-exec on the
+descriptors named in the variables.  So a program that the worker starts
+never holds a channel open or takes from it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Mapping, Tuple
 
-#: As sd_listen_fds(3) has it.
+#: The first passed descriptor, by sd_listen_fds(3).
 _FIRST_PASSED = 3
-#: No process has more descriptors, nor is any number longer than the second.
+#: The most digits of a count of descriptors, and of any other number.
 _COUNT_DIGITS, _DIGITS = 6, 9
 
 
 class Environment:
-    """A worker's descriptors, -1 where it has none, and the names of its listeners."""
+    """A worker's descriptors (-1: missing) and the names of its listeners."""
 
     def __init__(self) -> None:
         self.channel_fd = -1
@@ -33,18 +33,18 @@ class Environment:
         self.return_fd = -1
         #: Listen addresses in index order, such as `tcp:0.0.0.0:4321`.
         self.listeners: Tuple[str, ...] = ()
-        #: How many workers take from the channel, as many as there were to be at the start.
+        #: The number of workers that take from the channel, as configured at the start.
         self.workers = 1
-        #: The scoreboard, and where in it this worker's record is.
+        #: The scoreboard's descriptor, and the offset of this worker's record in bytes.
         self.board = (-1, 0)
-        #: Listening sockets to accept from, where there is no channel.
+        #: Without a channel: listening sockets to accept from.
         self.passed: Tuple[int, ...] = ()
 
 
 def read_environment(environ: Mapping[str, str]) -> Environment:
-    """Return what a worker was given: nothing where no protector started this process.
+    """Return the worker's descriptors and listeners; none if no protector started this process.
 
-    Raises ProtocolError if the variables are there but the channel is not.
+    Raises ProtocolError if the variables name a descriptor that is not a channel.
     """
     found = Environment()
     if wire.ENV_CHANNEL not in environ:
@@ -53,8 +53,8 @@ def read_environment(environ: Mapping[str, str]) -> Environment:
             _add_lines(environ, found)
         return found
     channel_fd = _number(environ, wire.ENV_CHANNEL, -1)
-    # Variables are inherited further than descriptors.  A program started by a
-    # worker would otherwise take whatever happens to have this number.
+    # A program that a worker starts inherits the variables, but not the descriptors.
+    # Another file may have this number there.
     if not _is_line(channel_fd):
         raise ProtocolError(
             f"cannot use descriptor {channel_fd} named by {wire.ENV_CHANNEL}: it is not a channel; "
@@ -73,8 +73,8 @@ def _add_lines(environ: Mapping[str, str], found: Environment) -> None:
     """Add the RETURN line and the scoreboard that the environment names."""
     return_fd = _number(environ, wire.ENV_RETURN, -1)
     if found.passed and not _is_line(return_fd):
-        return  # another service manager's worker, below a protector
-    # A worker can do without a scoreboard: what does not name one is ignored.
+        return  # the worker of another service manager, which runs under a protector
+    # The scoreboard is optional, so a value that does not name one is ignored.
     board, _, offset = environ.get(wire.ENV_SCOREBOARD, "").partition(":")
     found.return_fd = return_fd
     if all(each.isdecimal() and len(each) <= _DIGITS for each in (board, offset)):
@@ -85,9 +85,9 @@ def _add_lines(environ: Mapping[str, str], found: Environment) -> None:
 
 
 def passed_listeners(environ: Mapping[str, str]) -> Tuple[int, ...]:
-    """Return the listening sockets that this process was handed, none where it was not.
+    """Return the listening sockets that were passed to this process; empty without any.
 
-    `--handoff listener`, or any service manager.  Source: sd_listen_fds(3).
+    They come from `--handoff listener`, or any service manager.  Source: sd_listen_fds(3).
     """
     count = environ.get("LISTEN_FDS", "")
     if environ.get("LISTEN_PID") != str(os.getpid()):
@@ -106,10 +106,11 @@ def _is_line(fd: int) -> bool:
 
 
 def _kind_of(fd: int) -> Tuple[int, int, int]:
-    """Return a socket's family, its type, and 1 if it listens; (-1, -1, 0) of anything else."""
+    """Return a socket's family, its type, and 1 if it listens; (-1, -1, 0) for any other file."""
     asked = socket.SO_DOMAIN, socket.SO_TYPE, socket.SO_ACCEPTCONN
     try:
-        # As if it had the flag: socket.setdefaulttimeout would set it, for all who share it.
+        # SOCK_NONBLOCK keeps Python from setting the flag, after socket.setdefaulttimeout, on a
+        # socket that other processes share.
         probe = Socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK, 0, fd)
     except (OSError, ValueError):
         return -1, -1, 0

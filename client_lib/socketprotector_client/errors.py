@@ -1,4 +1,4 @@
-"""What this library raises of its own; everything else stays the OSError it was."""
+"""The library's own exceptions; all other errors are the OSError of the system call."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import os
 
 
 class Drained(Exception):
-    """No connection will come any more: finish what you have, then exit."""
+    """No more connections will come: finish the open ones, then exit."""
 
 
 class ProtocolError(Exception):
-    """The protector, or the environment, said what this library does not understand."""
+    """A message of the protector, or a variable of the environment, is not understood."""
 
 
 class OutOfDescriptors(OSError):
-    """A connection was lost because there was no descriptor to receive it with.
+    """A connection was lost, because the process had no free descriptor to receive it.
 
-    Only `Channel.take` can raise it: the rest of the library never takes a
-    connection unless a descriptor is to spare.
+    Only `Channel.take` raises it: the rest of the library keeps a descriptor
+    free for each connection that it takes.
     """
 
     def __init__(self) -> None:

@@ -1,12 +1,12 @@
-"""How a worker ends whose server knows nothing of draining.
+"""The end of a drained worker whose server has no notion of draining.
 
-A server that handles SIGTERM knows how to finish: it is sent one.  Any other
-would be killed by it in the middle of its answers; for that one the
-connections handed out are counted down, and then its accept() exits.
+A server that handles SIGTERM can finish: it gets one.  Any other server
+would be killed by the signal in the middle of its answers.  For such a server
+accept() waits until all handed-out connections are closed, and then exits.
 
-Servers that finish close idle connections.  One that was taken a moment ago looks idle to them,
-too, while its first request is still on its way, or has come and was not read.  Its client would
-be disconnected without an answer; so SIGTERM waits for those.
+A finishing server closes idle connections.  A connection that was just taken looks idle
+while its first request is under way or unread, and its client would
+be disconnected without an answer.  So SIGTERM waits for such connections.
 """
 
 from __future__ import annotations
@@ -27,65 +27,64 @@ if TYPE_CHECKING:
 
 _log = Logger(__name__)
 
-# A server in a thread of its own has the main thread waiting for something.
-# If that is the server's end, the process is gone long before.
+# If the server runs in a thread of its own, the main thread may wait for something else.
+# If it waits for the server's end, the process has exited long before.
 _MAIN_THREAD_GRACE_S = 2.0
 
-# How long a client that has connected may take to begin its request; browsers open
-# connections ahead of need and then say nothing.
-_FIRST_WORDS_S = 1.0
-# Twice in a row all has to be read: an event loop that has read a request takes it up in the
-# turn after that.
-_LOOK_S = 0.01
-_LOOKS = 2
+# How long a connected client may take to begin its request.  Browsers open
+# connections ahead of need and then send nothing.
+_FIRST_REQUEST_S = 1.0
+# All must be read twice in a row: an event loop handles a request one turn after it has read it.
+_POLL_S = 0.01
+_POLLS = 2
 
 
-class Leave:
-    """The end of the process that a drained listener belongs to."""
+class DrainExit:
+    """The exit of the process whose listener has drained."""
 
     def __init__(self, intake: Intake, pid: Optional[int] = None) -> None:
-        """Look for what there is; `begin` begins it.
+        """Find out whether the program handles SIGTERM; `begin` begins the exit.
 
-        pid: the process that gets SIGTERM instead (a parent that ends its children by itself).
+        pid: the process that gets SIGTERM instead, such as a parent that ends its children.
         """
         self._intake = intake
         self._pid = os.getpid() if pid is None else pid
-        # None is a handler that was installed from C; a TermWatch's is not the program's.
+        # None: a handler installed from C.  A TermWatch's handler is ours, not the program's.
         handler = signal.getsignal(signal.SIGTERM)
         is_own = isinstance(getattr(handler, "__self__", None), TermWatch)
         self._waits = pid is None and (is_own or handler in (signal.SIG_DFL, signal.SIG_IGN))
-        self._signals = 0  # sent by us
+        self._sent = 0  # signals from here
 
     def begin(self) -> None:
-        """Begin it.  Sends SIGTERM to this process if it has a handler for that."""
+        """Send SIGTERM once the clients' bytes are read, if the program handles that signal."""
         if self._waits:
             self._intake.await_last()
         elif not len(self._intake.open):
             self._send()
         else:
-            # A thread, for the loop has to go on to read what is waited for.
+            # In a thread, because the event loop must keep reading from the clients.
             threading.Thread(
                 target=self._term_when_read, name="socketprotector-leave", daemon=True
             ).start()
 
-    def again(self) -> None:
-        """Send it once more: its handler took the first one for the begin of the drain.
+    def resend(self) -> None:
+        """Send SIGTERM again, for a handler that took the first one as the begin of the drain.
 
-        One that came from elsewhere may have been; but what drains already needs no such begin.
-        For the handler itself.
+        Call it in that handler.  Only one signal is sent again: a draining server needs no other
+        begin.
         """
-        if self._signals == 1:
+        if self._sent == 1:
             self._send()
 
     def _send(self) -> None:
-        self._signals += 1  # before: the handler may run at once
+        self._sent += 1  # before the signal, whose handler may run at once
         os.kill(self._pid, signal.SIGTERM)
 
-    def proceed(self, timeout_s: Optional[float]) -> None:
-        """Wait up to timeout_s for the end; return if it has not come yet.
+    def wait(self, timeout_s: Optional[float]) -> None:
+        """Wait up to timeout_s for the process's end, and return if it has not come.
 
-        Raises SystemExit(0) when it is this server that ends the process and
-        the last connection is closed.
+        Raises SystemExit(0) once the last connection is closed, if the server
+        does not handle SIGTERM.
         """
         while True:
             if self._waits and not len(self._intake.open):
@@ -95,17 +94,17 @@ class Leave:
                 return
 
     def _term_when_read(self) -> None:
-        deadline = time.monotonic() + _FIRST_WORDS_S
-        looks = 0
-        while looks < _LOOKS and time.monotonic() < deadline:
-            time.sleep(_LOOK_S)
-            looks = 0 if self._intake.open.any_unread() else looks + 1
+        deadline = time.monotonic() + _FIRST_REQUEST_S
+        polls = 0
+        while polls < _POLLS and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+            polls = 0 if self._intake.open.any_unread() else polls + 1
         self._send()
 
     def _exit(self) -> None:
         self._waits = False
         self._intake.waits.hush()
-        # Those that ssl has closed were not seen to end, and would pass for lost.
+        # No event announces connections that ssl has closed; uncounted, they would look lost.
         self._intake.board.count_open()
         current().drain.finish()
         if threading.current_thread() is not threading.main_thread():

@@ -1,12 +1,11 @@
-"""Keep a forked child of a worker from disturbing its parent.
+"""The fork hook that keeps a worker's forked child from disturbing its parent.
 
-A child inherits epoll descriptors, pipes and signal handlers that it shares
-with its parent: a SIGTERM to the child alone would make the parent drain.
-Objects that own such things register here and put themselves right in the
-child.
+A child shares epoll descriptors, pipes and signal handlers with its parent:
+a SIGTERM to the child alone would make the parent drain.  The owners of
+such things register here and repair themselves in the child.
 
-The set below is the only state of a module in this library: a fork hook
-cannot be taken back, so there is one, and it holds its objects weakly.
+The set below is the only module state in this library.  A fork hook
+cannot be removed, so there is one hook, and it holds its objects weakly.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
     class Forkable(Protocol):
         def after_fork_in_child(self) -> None:
-            """Give up what is shared with the parent; runs in the child, right after the fork."""
+            """Drop what is shared with the parent; runs in the child, right after the fork."""
 
 
 def register(owner: Forkable) -> None:
@@ -33,9 +32,9 @@ def register(owner: Forkable) -> None:
 def _owners() -> weakref.WeakSet[Forkable]:
     owners: weakref.WeakSet[Forkable] = weakref.WeakSet()
 
-    def put_right() -> None:
+    def repair() -> None:
         for owner in list(owners):
             owner.after_fork_in_child()
 
-    os.register_at_fork(after_in_child=put_right)
+    os.register_at_fork(after_in_child=repair)
     return owners

@@ -1,14 +1,14 @@
 """Connections for gevent's servers, with gevent's patching and without.
 
-The drop-in Listener is a socket, which gevent's servers ask for its descriptors below Python, and
-which waits in a way that would hold up all greenlets.
+The library's drop-in Listener does not fit: gevent's servers accept from its descriptor below
+Python, and its waits would block all greenlets.
 
     WSGIServer(Listener(4321), app, handler_class=WSGIHandler).serve_forever()
 
-Rule: nothing here waits but greenlets of its own.
+Rule: only greenlets of this module wait here.
 
 Source: gevent.org, "gevent.baseserver" and "gevent.pywsgi"; a server needs `fileno`, and `_accept`
-as sockets have it.
+as on sockets.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from gevent.socket import socket as gevent_socket
 from gevent.socket import wait_read
 
 from .errors import Drained
-from .exit_after_drain import Leave
+from .exit_after_drain import DrainExit
 from .intake import Intake
 from .process import draining
 from .wait_set import WaitSet
@@ -39,24 +39,24 @@ from .worker import current
 if TYPE_CHECKING:
     from .address import ListenAddress
 
-# A client that has just read an answer gets the next request through in this time.
+# A client that has just read an answer has this long to send its next request.
 _IDLE_S = 1.0
 
 
 class Listener:
-    """What gevent's StreamServer and WSGIServer take for a listening socket."""
+    """A listening socket for gevent's StreamServer and WSGIServer."""
 
-    #: A server asks for it where a socket would have one.
+    #: Servers read this attribute of their socket.
     timeout = 0.0
-    #: A server makes its sockets with these: -1, ask the kernel, for listeners may differ.
+    #: Servers make client sockets with these.  -1: ask the kernel, because listeners may differ.
     family = type = proto = -1
 
     def __init__(
         self, address: Optional[ListenAddress] = None, *, limit: Optional[int] = None
     ) -> None:
-        """Bind `address` where there is no protector.
+        """Take connections from the protector; without one, bind `address`.
 
-        `address`, `limit` and errors are those of `connections`.  Says READY=1 once a server
+        `address`, `limit` and errors are those of `connections`.  Sends READY=1 once a server
         waits for connections.
         """
         self._intake: Intake = current().open_intake(address, limit)
@@ -64,13 +64,13 @@ class Listener:
         self._leaving = False
         self._queue: Optional[_Queue] = None
         self._rung = False
-        #: Handlers that wait for the next request of a client that they have answered.
+        #: Handlers that have answered their client and wait for its next request.
         self.idle: weakref.WeakSet[WSGIHandler] = weakref.WeakSet()
 
     def fileno(self) -> int:
         current().ready()
         if self._queue is not None:
-            self._queue.wait_again()  # a server begins anew
+            self._queue.wait_again()  # a server starts again
         elif self._intake.queue.may_join:
             self._queue = _Queue(self._intake, self._ring)
         return self._intake.fileno()
@@ -80,12 +80,12 @@ class Listener:
         return self._intake.source.sockname
 
     def accept(self) -> Tuple[gevent_socket, Any]:
-        """Return (socket, client's address).  Never waits: BlockingIOError if there is none."""
+        """Return (socket, client's address).  Raises BlockingIOError if no client waits."""
         fd, peer = self._accept()
         return gevent_socket(fileno=fd), peer
 
     def close(self) -> None:
-        """Accept no more."""
+        """Stop accepting."""
         self._intake.close()
 
     def _ring(self) -> None:
@@ -93,7 +93,7 @@ class Listener:
         self._intake.waits.ring()
 
     def _accept(self) -> Tuple[int, Any]:
-        # Servers accept until it fails, and would take the whole queue before they serve.
+        # Servers accept until an error, and would take the whole queue before they serve.
         connection = None
         if self._rung and not self._leaving:
             self._rung = False
@@ -112,12 +112,12 @@ class Listener:
         return connection.detach(), connection.peer
 
     def _leave(self) -> None:
-        leave = Leave(self._intake)
-        leave.begin()
+        end = DrainExit(self._intake)
+        end.begin()
         for handler in list(self.idle):
             handler.end_idle()
         while True:
-            leave.proceed(0)  # raises SystemExit after the last client
+            end.wait(0)  # raises SystemExit after the last client
             wait_read(self._intake.fileno())
 
 
@@ -126,18 +126,21 @@ _EVENT = struct.Struct("=IQ" if platform.machine() == "x86_64" else "@IQ")
 
 
 class _Queue(WaitSet):
-    """The queue in the epoll of gevent's loop itself, so that one idle worker is woken, not all.
+    """The queue in the epoll of gevent's loop itself, so that the kernel wakes one idle worker.
 
-    libev waits in C, so its epoll cannot be replaced (shared_epoll.py).  It watches the queue in
-    its own way first, and then the flag is added: by epoll_ctl with the data that libev has given,
-    which /proc shows, for by that it knows its own.  Where any of this is otherwise nothing is
-    changed, and all are woken.
+    libev waits in C, so its epoll cannot be replaced (shared_epoll.py).  It first watches the queue
+    in its own way; then epoll_ctl adds the flag, with the data by which libev knows the
+    descriptor.  /proc shows that data.  If any of these steps fails, nothing is changed, and all
+    idle workers wake.
 
     Source: ev_epoll.c of libev; proc(5), /proc/PID/fdinfo.
     """
 
     def __init__(self, intake: Intake, ready: Callable[[], None]) -> None:
-        """ready: called for each wake-up; then the queue is not watched until `wait_again`."""
+        """Watch the intake's queue.
+
+        ready: called for each wake-up; then the queue is not watched until `wait_again`.
+        """
         self._intake = intake
         (self._fd,) = intake.source.fds
         self._ready = ready
@@ -148,7 +151,7 @@ class _Queue(WaitSet):
         super().__init__(of=loop.fileno() if getattr(loop, "backend", "") == "epoll" else -1)
         self._watcher = loop.io(self._fd, 1, ref=False)
         self._watcher.start(self._is_ready)
-        gevent.spawn_later(0, self._join)  # by then libev has told the kernel
+        gevent.spawn_later(0, self._join)  # by then libev has registered the queue
 
     def add(self, fds: Iterable[int], events: int = select.EPOLLIN) -> None:
         self._wanted = True
@@ -163,7 +166,7 @@ class _Queue(WaitSet):
         super().remove(fds)
 
     def wait_again(self) -> None:
-        """Wait again, last of all workers."""
+        """Watch the queue again, behind all other workers."""
         if self._wanted:
             try:
                 self.add((self._fd,), select.EPOLLIN | select.EPOLLEXCLUSIVE)
@@ -181,7 +184,7 @@ class _Queue(WaitSet):
         super().forget()
 
     def _join(self) -> None:
-        if os.getpid() != self._pid:  # a child's loop has another epoll than this one
+        if os.getpid() != self._pid:  # a forked child's loop has its own epoll
             self.forget()
             return
         try:
@@ -199,7 +202,7 @@ class _Queue(WaitSet):
 
     def _is_ready(self) -> None:
         if self._wanted:
-            # Whether the server takes it or is full: meanwhile it is for the other workers.
+            # Until the server has accepted, or is full, other workers may take connections.
             super().remove((self._fd,))
             self._ready()
 
@@ -209,7 +212,7 @@ _EPOLL_CTL_ADD = 1
 
 
 class WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
-    """gevent's, that answers `Connection: close` and ends idle connections in a drain."""
+    """gevent's handler that, during a drain, sends `Connection: close` and ends idle clients."""
 
     close_connection: bool
     _answered = False
@@ -238,8 +241,8 @@ class WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
         super().finalize_headers()
 
     def end_idle(self) -> None:
-        """Let the greenlet that waits for a request read the end of the file."""
+        """Give end of file to the greenlet that waits for the next request."""
         try:
             self.socket.shutdown(socket.SHUT_RD)
         except OSError:
-            pass  # its client was quicker
+            pass  # the client has disconnected

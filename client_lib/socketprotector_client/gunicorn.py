@@ -2,13 +2,13 @@
 
     gunicorn -c python:socketprotector_client.gunicorn -b ADDRESS MODULE:APP
 
-Or, in a configuration of your own, import the three hooks.  For gunicorn's sync and gthread
-workers; the others accept in ways of their own.  Without a protector nothing is changed.
+Or import the three hooks into your own configuration.  For gunicorn's sync and gthread
+workers; other kinds accept without Python's accept().  Without a protector nothing is changed.
 
-gunicorn's master is the protector's worker, and its own workers share the queue.  Two things
-are not as gunicorn has them: READY=1 is said by the first worker that has loaded the
-application, not by the master before that (or an application that cannot be loaded would pass for
-ready); and the worker that sees the end asks the master to stop, which would else replace it.
+gunicorn's master is the protector's worker, and gunicorn's workers share the queue.  Two things
+differ from plain gunicorn.  The first worker that has loaded the application sends READY=1,
+not the master before that: an application that cannot be loaded must not look ready.  And the
+worker that sees the drain makes the master stop, which would otherwise replace that worker.
 
 Source: docs.gunicorn.org, "Server Hooks" and "Signal Handling".
 """
@@ -30,10 +30,10 @@ __all__ = ["on_starting", "post_worker_init", "when_ready"]
 
 
 class _Listener(Listener):
-    """What gunicorn's workers accept from."""
+    """The listening socket of gunicorn's workers."""
 
     def sleep_for(self, worker: Any) -> None:
-        """Have one of all idle workers woken for a connection: see shared_epoll.py."""
+        """Make the kernel wake one idle worker for a connection, not all: see shared_epoll.py."""
         intake = self._opened()
         self._ended_by = os.getppid()
         poller = getattr(worker, "poller", None)
@@ -44,32 +44,32 @@ class _Listener(Listener):
             worker.wait = partial(_wait, worker, intake)
 
     def get_backlog(self) -> Optional[int]:
-        """Return None: the queue is the protector's, which reports it."""
+        """Return None: the protector owns the queue and reports its length."""
         return None
 
 
 def on_starting(server: Any) -> None:
-    """Give the master a Listener, so that it binds nothing."""
+    """Give the master a Listener, so that it binds no socket."""
     if current().channel is None:
         return
     _check_worker_class(server)
-    # Both kinds of worker accept once for each wake-up.
+    # take=None: both kinds of worker accept once for each wake-up.
     server.LISTENERS = [_Listener(take=None)]
-    # A UNIX socket's path is the protector's: not to be removed at the end.
+    # The protector owns a UNIX socket's path: gunicorn must not remove it at the end.
     server.systemd = True
-    # The master would say READY=1 now.
+    # Without the variable the master does not send READY=1 now.
     server.socketprotector_notify = os.environ.pop(wire.ENV_NOTIFY, None)
 
 
 def when_ready(server: Any) -> None:
-    """Undo what was only for the start of the master."""
+    """Restore NOTIFY_SOCKET, which on_starting() hides from the master."""
     address = getattr(server, "socketprotector_notify", None)
     if address is not None:
         os.environ[wire.ENV_NOTIFY] = address
 
 
 def post_worker_init(worker: Any) -> None:
-    """Say READY=1 in a worker that has loaded the application."""
+    """Send READY=1 from a worker that has loaded the application."""
     if current().channel is not None:
         for each in worker.sockets:
             if isinstance(each, _Listener):
@@ -78,7 +78,7 @@ def post_worker_init(worker: Any) -> None:
 
 
 def _wait(worker: Any, intake: Intake, timeout: float) -> List[Any]:
-    """Do what gunicorn's sync worker does before it accepts again, but by select()."""
+    """Wait for a connection or a signal, in place of the select() of gunicorn's sync worker."""
     worker.notify()
     ours, signalled = intake.sleep(timeout)
     if signalled:

@@ -1,10 +1,10 @@
-"""Takes connections one at a time, counts them, and knows when to stop.
+"""The intake: takes connections one at a time, counts them, and stops at the limit or the drain.
 
-All ways to get connections (iterator, threads, asyncio, drop-in listener) take from here.  At
-the limit, and after the end, the channel is simply not waited for: nothing
-spins, and no flag of the shared channel is ever touched.
+All ways to get connections (iterator, threads, asyncio, drop-in listener) use an intake.  At
+the limit, and after the end, it does not wait for the channel: nothing
+spins, and no flag of the shared channel is changed.
 
-Rule: never takes a connection without a descriptor to spare.
+Rule: never takes a connection without a free descriptor.
 """
 
 from __future__ import annotations
@@ -32,20 +32,23 @@ if TYPE_CHECKING:
 
 _log = Logger(__name__)
 
-# How soon to look again when no event will say that it is worth it.
+# How soon to try again when no event announces the right moment.
 _RETRY_S = 0.05
 
-# A look at how many descriptors are free serves so many connections in a row, where other
-# threads have that many to open meanwhile.
+# One look at the number of free descriptors suffices for a row of this many connections,
+# if _OTHERS more are free for other threads.
 _ROW, _OTHERS = 32, 256
 
-# accept() fails with these while the system is short of something; the
+# accept() fails with these errors while the system is short of a resource; the
 # connection waits.
 _OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 class Intake:
-    """The connections of one call or listener.  Several threads may call `get`."""
+    """The connections of one call of `connections` or `serve`, or of one listener.
+
+    Several threads may call `get`.
+    """
 
     def __init__(
         self,
@@ -55,39 +58,39 @@ class Intake:
         names: dict[int, str],
         board: Scoreboard,
     ) -> None:
-        """Take ownership of source.  At most limit connections are open at once.
+        """Take ownership of source.  At most `limit` connections are open at once.
 
-        names: gets the listener of each connection, by descriptor.
-        board: counts them.
+        names: filled with the listener of each connection, by descriptor.
+        board: counts the connections.
         """
         self.open = OpenConnections(self._changed)
         self.board = board
         board.follow(self.open)
         self.source = source
-        #: Called in a forked child after the descriptor stands for another epoll.
+        #: Called in a forked child, after its descriptor got an epoll of its own.
         self.on_renewal: Optional[Callable[[], None]] = None
         self._drain = drain
         self._limit = default_limit() if limit is None else limit
         self._names = names
-        self._beside = -1  # an event loop's descriptor, which `sleep` waits for, too
-        self._orders: dict[int, Callable[[], None]] = {}
+        self._beside = -1  # an event loop's descriptor, for which `sleep` also waits
+        self._actions: dict[int, Callable[[], None]] = {}
         self._ends: list[int] = []
         self.waits = WaitSet()
         self.queue = QueueWait(source, self.waits)
         self._fds = self.queue.fds
-        # What is readable nearly always; with several, what never is.
+        # The usual result of a wait, with a short path in _look; with several listeners none.
         self._channel_alone = [*self._fds] if len(self._fds) == 1 else [-1]
-        self._stop_asked = False
+        self._drain_requested = False
         self._ended = False
-        # Several threads call `get`; that all are busy does not mean that one hangs.
+        # Several threads call `get`: all may be busy without being stuck.
         self._pooled = False
-        # Those of them that wait for the kernel to choose one.
+        # The threads of the pool that wait for the kernel to choose one.
         self._idle: set[int] = set()
         self._awaits_last = False
         self._will_look_again = False
-        # What get_further takes from; -1: all must be looked at first.
+        # The descriptor that get_next takes from; -1: look at all descriptors first.
         self._row_fd = -1
-        # So many more find a free descriptor; -1: not known.
+        # For so many more connections descriptors are certainly free; -1: unknown.
         self._room = -1
         self._spare = Spare(self.waits.fileno())
         self._spare.hold()
@@ -96,44 +99,44 @@ class Intake:
         forking.register(self)
 
     def fileno(self) -> int:
-        """Return the descriptor that is readable when `get` has something to do."""
+        """Return the descriptor that is readable when `get` would not wait."""
         return self.waits.fileno()
 
-    def obey(self, fd: int, act: Callable[[], None]) -> None:
-        """Call act from `get` when fd is readable.  fd stays the caller's.
+    def on_readable(self, fd: int, act: Callable[[], None]) -> None:
+        """Make `get` call act when fd is readable.  The caller keeps fd.
 
-        Not in a forked child: there fd is the parent's to read.
+        Not in a forked child, where fd is for the parent to read.
         """
-        self._orders[fd] = act
+        self._actions[fd] = act
         self.waits.add([fd])
 
-    def obey_end(self, fd: int) -> None:
-        """Begin the drain at the end of fd, from which nothing is read.  fd stays the caller's.
+    def drain_at_end_of(self, fd: int) -> None:
+        """Begin the drain when fd is at end of file.  The caller keeps fd.
 
-        So forked children may do it as well.
+        Nothing is read from fd, so forked children may watch it, too.
         """
         self._ends.append(fd)
-        self._orders[fd] = self.drained
+        self._actions[fd] = self.drained
         self.waits.add([fd], select.EPOLLRDHUP)
 
     def get(self, timeout_s: Optional[float] = None) -> Optional[Connection]:
-        """Wait for the next connection and return it, None if none came within timeout_s.
+        """Wait for the next connection and return it; None if none came within timeout_s.
 
-        The caller owns it.  Raises Drained once nothing more will come, and
+        The caller owns the connection.  Raises Drained once no more will come, and
         ProtocolError for a message of another version.
         """
         if self._pooled and self.source.wakes_one:
             return self._get_chosen()
-        # One thread waits, the others wait for the lock: a connection wakes
-        # one of them, not all.
+        # One thread waits for connections, the others for the lock: a connection wakes
+        # one thread, not all.
         if not self._turn.acquire(timeout=-1 if timeout_s is None else timeout_s):
             return None
         try:
             self._room = -1
-            if self.queue.elsewhere:
+            if self.queue.in_loop:
                 self.queue.leave_loop()
-            if self.queue.stands_first:
-                self.queue.stand_last()
+            if self.queue.has_taken:
+                self.queue.move_behind()
             deadline = None if timeout_s is None else time.monotonic() + timeout_s
             while not self._ended:
                 connection = self._look(self.waits.wait(timeout_s))
@@ -148,16 +151,19 @@ class Intake:
             self._turn.release()
 
     def share(self) -> None:
-        """Several threads will call `get`, without a timeout."""
+        """Prepare for several threads that call `get` without a timeout."""
         self._pooled = True
         if self.source.wakes_one:
             self.queue.share()
-            # A thread that ends must be able to wake the others, without a descriptor to spare.
+            # Make the bell now: an ending thread wakes the others even without a free descriptor.
             self.waits.ring()
             self.waits.hush()
 
     def get_now(self) -> Optional[Connection]:
-        """As `get`, without waiting.  A row begins that get_further may continue."""
+        """Return a connection as `get` does, without waiting; None if none waits.
+
+        get_next() may continue this row.
+        """
         if not self._turn.acquire(False):
             return None
         try:
@@ -172,8 +178,8 @@ class Intake:
         finally:
             self._turn.release()
 
-    def get_further(self) -> Optional[Connection]:
-        """The same right after get_now, with no look at anything but connections."""
+    def get_next(self) -> Optional[Connection]:
+        """Return the row's next connection, right after get_now; it looks at connections only."""
         turn = self._turn
         if not turn.acquire(False):
             return None
@@ -190,76 +196,76 @@ class Intake:
         return self.get_now()
 
     def has_more(self) -> bool:
-        """Return whether `get` would have something to do."""
+        """Return whether `get` would not wait."""
         if self.waits.wait(0):
             return True
-        if not (self.queue.elsewhere and self.queue.waited):
+        if not (self.queue.in_loop and self.queue.waited):
             return False
         poll = system.poll()
         poll.register(self._fds[0], select.POLLIN)
         return bool(poll.poll(0))
 
     def sleep_beside(self, fd: int) -> None:
-        """Have `sleep` wait for another descriptor, too, which stays the caller's."""
+        """Make `sleep` also wait for fd, which the caller keeps."""
         self.waits.remove([self._beside])
         self._beside = fd
         self.waits.add([fd])
 
     def sleep(self, timeout_s: Optional[float]) -> Tuple[bool, bool]:
-        """Wait where one of the idle workers is woken for a connection, not all.
+        """Wait so that a connection wakes one idle worker, not all.
 
-        Return whether `get` has something to do, and whether the other descriptor is readable.
+        Return whether `get` would not wait, and whether the descriptor of sleep_beside is readable.
         """
-        if self.queue.elsewhere:
+        if self.queue.in_loop:
             self.queue.leave_loop()
-        if self.queue.stands_first:
-            self.queue.stand_last()
+        if self.queue.has_taken:
+            self.queue.move_behind()
         ready = self.waits.wait(timeout_s)
         others = self._beside in ready
         return len(ready) > others, others
 
-    def ask_to_stop(self) -> None:
-        """Begin the drain; take no more once `get` is awake.  Fit for a signal handler."""
-        self._stop_asked = True
+    def request_drain(self) -> None:
+        """Begin the drain; stop taking at the next `get`.  Safe in a signal handler."""
+        self._drain_requested = True
         self._row_fd = -1
         self._drain.begin()
 
     def drained(self) -> None:
-        """Begin the drain and take no more: the protector said so."""
+        """Begin the drain and stop taking, as the protector requests."""
         self._drain.begin()
         self.end()
 
     def interrupt(self) -> None:
-        """Take no more, and let every thread that waits in `get` know."""
+        """Stop taking, and wake every thread that waits in `get`."""
         self.end()
         self.waits.ring()
 
     @property
     def may_be_silent(self) -> bool:
-        """Whether all is well though `get` is not called: no more is taken, or a pool is busy."""
+        """Whether a worker may be healthy without a call of `get`: it drains, or a pool is busy."""
         return self._ended or (self._pooled and not self._idle and not self._turn.locked())
 
     def end(self) -> None:
-        """Take no more.  What is queued stays for others; what was handed out stays open."""
+        """Stop taking: queued connections stay for other workers, handed-out ones stay open."""
         if self._ended:
             return
         self._ended = True
         self._row_fd = -1
         self.queue.waited = False
         self.queue.leave_loop()
-        # Before closing: other processes have these files open, too, so closing alone would leave
-        # them in the epoll, under numbers that are gone (epoll(7), "Questions and answers").
-        self.waits.remove((*self._fds, *self._orders))
+        # Remove them before closing: other processes have these files open, so after close() they
+        # would stay in the epoll, under stale numbers (epoll(7), "Questions and answers").
+        self.waits.remove((*self._fds, *self._actions))
         self.source.close()
-        self._spare.give_up()
+        self._spare.release()
 
     def await_last(self) -> None:
-        """After the end: become readable when no handed-out connection is open."""
+        """After the end: make `fileno` readable once all handed-out connections are closed."""
         self._awaits_last = True
         self._look_again()
 
     def close(self) -> None:
-        """Take no more and close the descriptor."""
+        """Stop taking, and close the descriptor."""
         self.end()
         self.waits.close()
 
@@ -269,9 +275,9 @@ class Intake:
         self._pid = os.getpid()
         self._beside = -1
         self._will_look_again = False
-        self._orders = dict.fromkeys(self._ends, self.drained)
-        # It is a copy of the parent's epoll, and leaves a descriptor for another one.
-        self._spare.give_up()
+        self._actions = dict.fromkeys(self._ends, self.drained)
+        # The child needs an epoll of its own; the released spare leaves a descriptor for it.
+        self._spare.release()
         self.queue.after_fork_in_child([] if self._ended else self._ends)
         if not self._ended:
             self._spare.hold()
@@ -279,9 +285,9 @@ class Intake:
             self.on_renewal()
 
     def _get_chosen(self) -> Connection:
-        """As `get`, where all threads wait and the kernel wakes one of them.
+        """Return a connection as `get` does, while all threads wait and the kernel wakes one.
 
-        Where they wait for a lock instead, a second one would wake for each connection.
+        If the threads waited for a lock instead, each connection would wake a second thread.
         """
         me = threading.get_ident()
         while not self._ended:
@@ -294,27 +300,27 @@ class Intake:
                 if self._ended:
                     break
                 if ready != self._channel_alone:
-                    # Another thread may have carried out the order meanwhile.
+                    # Another thread may have carried out the action meanwhile.
                     ready = [fd for fd in ready if fd in self._fds] + self.waits.wait(0)
                 self._room = -1
                 connection = self._look(ready)
                 if any(fd in self._fds for fd in ready):
-                    self.queue.stand_last()  # or no thread would be woken for what else is there
+                    self.queue.move_behind()  # otherwise no thread wakes for the next connection
             if connection is not None:
                 return connection
         self.waits.ring()  # for the others
         raise Drained
 
     def _look(self, ready: list[int]) -> Optional[Connection]:
-        if self.queue.elsewhere and self.queue.waited:
-            ready += self._fds  # the loop has seen them, or may have
-        if ready == self._channel_alone and not self._stop_asked:
+        if self.queue.in_loop and self.queue.waited:
+            ready += self._fds  # the loop watches them, and may have seen a connection
+        if ready == self._channel_alone and not self._drain_requested:
             return self._take(ready[0])
-        # Orders before connections: under load there is always a connection.
+        # Actions before connections: under load a connection is always waiting.
         for fd in ready:
-            if fd in self._orders:
-                self._orders[fd]()
-        if self._stop_asked:
+            if fd in self._actions:
+                self._actions[fd]()
+        if self._drain_requested:
             self.end()
             self.waits.hush()
         for fd in ready:
@@ -337,7 +343,7 @@ class Intake:
             if not self._spare.hold():
                 self._pause(short=True)
                 return None
-            self._spare.give_up()
+            self._spare.release()
         try:
             connection = self.source.take(fd)
         except Drained:
@@ -350,37 +356,37 @@ class Intake:
             self._pause(short=True)
             return None
         finally:
-            # Before the next one: a worker that is woken and cannot take leaves the others asleep.
+            # Now, before the next wake-up: if this worker wakes and cannot take, no other wakes.
             if room <= 0 and not self._ended and not self._spare.hold():
                 self._pause(short=True)
         if connection is not None:
-            self.queue.stands_first = True
+            self.queue.has_taken = True
             number = connection.fileno()
             self._names[number] = connection.listener
             self.open.add(connection)
-            self.board.took(number, connection.accepted_at_ns)
+            self.board.count_taken(number, connection.accepted_at_ns)
             if self.open.known() >= self._limit and self.open.reached(self._limit):
                 self._pause(short=False)
         return connection
 
     def _pause(self, *, short: bool) -> None:
-        """Leave further connections in the queue.
+        """Leave further connections in the queue until one of ours is closed.
 
-        Until one of ours is closed; if the system is short of something, until it may have it.
+        short: the system lacks a resource; look again soon.
         """
         self._row_fd = -1
         self.queue.pause()
         if not short and len(self.open) < self._limit:
-            self._resume()  # one was closed in between, and has seen no pause
-        elif short or self.open.must_be_asked:
+            self._resume()  # a connection was closed just before the pause began
+        elif short or self.open.must_be_polled:
             self._look_again_later()
 
     def _resume(self) -> None:
-        # Without a lock, in any thread: too early is harmless, for _take looks
-        # at the count again.
+        # Without a lock, in any thread: resuming too early is harmless, because _take
+        # checks the count again.
         if not self.queue.waited and not self._ended and os.getpid() == self._pid:
             self.queue.resume()
-            if self._ended:  # in the meantime, by another thread
+            if self._ended:  # meanwhile, in another thread
                 self.queue.pause()
 
     def _changed(self) -> None:
@@ -389,14 +395,14 @@ class Intake:
             self._look_again()
 
     def _look_again(self) -> None:
-        """See what follows from the number of open connections, in any thread."""
+        """Resume or end, depending on the number of open connections.  For any thread."""
         if not self.queue.waited:
             self._resume()
         if self._awaits_last and os.getpid() == self._pid:
             if not len(self.open):
                 self._awaits_last = False
                 self.waits.ring()
-            elif self.open.must_be_asked:
+            elif self.open.must_be_polled:
                 self._look_again_later()
 
     def _look_again_later(self) -> None:

@@ -1,12 +1,12 @@
-"""A listening socket whose accept() takes from the protector.
+"""A listening socket whose accept() takes connections from the protector.
 
-For frameworks that want a socket: asyncio, aiohttp, uvicorn, waitress,
+For frameworks that expect a socket: asyncio, aiohttp, uvicorn, waitress,
 socketserver, http.server.  They call accept in Python, so a subclass is
 enough; uvloop and others that accept below Python cannot use it.
 
-The descriptor that the framework watches is the intake's epoll, private to
+The framework watches a descriptor of the intake's epoll, which is private to
 this process.  So the framework may set it non-blocking, shut it down or close
-it without touching the channel, which all workers share.
+it without an effect on the channel, which all workers share.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import socket
 from .address import name_of
 from .connection import Connection
 from .errors import Drained
-from .exit_after_drain import Leave
+from .exit_after_drain import DrainExit
 from .intake import Intake
 from .signals import TermWatch
 from .system import Socket, running_asyncio
@@ -30,17 +30,18 @@ if TYPE_CHECKING:
 
     from .address import ListenAddress
 
-# One for each turn of an event loop costs a third of the rate, 16 a fortieth; more is no gain.
-# All workers together: a row leaves the others, who are just waking up, without their share.
+# The most connections taken in a row, all workers of a generation together.  One per turn of an
+# event loop costs a third of the rate, 16 cost a fortieth; more gain nothing.  But a long row
+# leaves none for workers that are just waking up.
 _MOST = 32
 
-_AGAIN = os.strerror(errno.EAGAIN)
+_EAGAIN_TEXT = os.strerror(errno.EAGAIN)
 
 
 class Listener(Socket):
     """A drop-in for a listening socket, with or without a protector."""
 
-    #: The process that is sent SIGTERM at the end, if not this one.
+    #: The process that gets SIGTERM after the drain; None: this process.
     _ended_by: Optional[int] = None
 
     def __init__(
@@ -50,17 +51,16 @@ class Listener(Socket):
         limit: Optional[int] = None,
         take: Optional[int] = 0,
     ) -> None:
-        """Bind `address` where there is no protector, or leave that to bind().
+        """Take connections from the protector; without one, bind `address` now, or in bind().
 
-        While `limit` accepted connections are open, further ones stay in the queue.
+        limit: while so many accepted connections are open, further ones stay in the queue.
+        take: accept fails once with BlockingIOError after so many connections in a row.  Otherwise
+        an event loop, which accepts until an error, would take the whole queue before it serves.
+        0 adapts the row: 1 connection, and under load, with a queue that is never empty, up to 32
+        divided by the number of workers.  None: no such errors, for loops that accept once for each
+        wake-up.  A blocking listener ignores `take`.
 
-        Event loops call accept until it fails, and would take the whole queue
-        before they serve the first: after `take` connections in a row accept
-        fails once with BlockingIOError.  0: after the first, and under load, where the
-        queue is never empty, after up to 32, shared by all workers of the generation.
-        None for loops that accept once for each wake-up.  Without effect on a blocking listener.
-
-        Raises what `connections` raises, except that the address may be missing.
+        Raises the errors of `connections`, except that the address may be missing.
         """
         super().__init__(socket.AF_INET, socket.SOCK_STREAM)
         self._limit = limit
@@ -73,7 +73,7 @@ class Listener(Socket):
         self._reader: object = None  # asyncio's handle for us when it last called accept
         self._may_join = True
         self._intake: Optional[Intake] = None
-        self._leave: Optional[Leave] = None
+        self._exit: Optional[DrainExit] = None
         self._term: Optional[TermWatch] = None
         try:
             if address is not None or current().is_served:
@@ -85,9 +85,12 @@ class Listener(Socket):
     def accept(self) -> Tuple[Connection, Any]:
         """Return (socket, client's address), as socket.accept does.
 
-        When the worker drains nothing is returned any more, and the process
-        ends: by SIGTERM if it has a handler for that, else with SystemExit(0) from
-        here once every connection handed out is closed.
+        Raises BlockingIOError if no client waits and this listener is non-blocking, and
+        socket.timeout after its timeout.
+
+        In a drain no connection is returned, and the process ends.  It gets SIGTERM
+        if it handles that signal; otherwise this raises SystemExit(0) once every
+        returned connection is closed.
         """
         intake = self._intake or self._opened()
         if not self._said_ready:
@@ -100,49 +103,49 @@ class Listener(Socket):
         try:
             if timeout_s != 0.0:
                 connection = intake.get(timeout_s)
-            # asyncio accepts up to `backlog` times in a row (_accept_connection): of 60 in the
-            # queue it took all 60 before its first handler ran.
+            # asyncio accepts up to `backlog` times in a row (_accept_connection).  With a queue
+            # of 60 connections it took all 60 before its first handler ran.
             elif self._taken < self._take:
-                connection = intake.get_further() if self._taken else intake.get_now()
+                connection = intake.get_next() if self._taken else intake.get_now()
                 if connection is None and self._adapts and 1 < self._take >= self._taken * 2:
                     self._take //= 2
             elif self._adapts and self._take < self._most and intake.has_more():
                 self._take *= 2
         except Drained:
-            if self._leave is None:
-                self._leave = Leave(intake, self._ended_by)
-                self._leave.begin()
-            self._leave.proceed(timeout_s)
+            if self._exit is None:
+                self._exit = DrainExit(intake, self._ended_by)
+                self._exit.begin()
+            self._exit.wait(timeout_s)
         if connection is None:
             self._taken = 0
             if timeout_s == 0:
-                intake.queue.rest()
-                raise BlockingIOError(errno.EAGAIN, _AGAIN)
+                intake.queue.move_back_in_loop()
+                raise BlockingIOError(errno.EAGAIN, _EAGAIN_TEXT)
             raise socket.timeout("timed out")
         self._taken += self._counts
         return connection, connection.peer
 
     def bind(self, address: Any) -> None:
-        """Bind and listen, unless there is a protector or it is bound already."""
+        """Bind and listen; do nothing under a protector, or if it is bound already."""
         if self._intake is None:
             if isinstance(address, tuple):
-                # Exactly what the caller says, not what a bare port would mean.
+                # An empty host means 0.0.0.0 here, not also [::] as a bare port would.
                 address = (address[0] or "0.0.0.0", address[1])
             else:
                 address = name_of(socket.AF_UNIX, address)
             self._open(address)
 
     def listen(self, backlog: int = DEFAULT_BACKLOG) -> None:
-        """Say READY=1; without a protector, also set the backlog."""
+        """Send READY=1; without a protector, also set the backlog."""
         intake = self._opened()
-        intake.queue.leave_loop()  # another one may begin to use this socket
+        intake.queue.leave_loop()  # another event loop may begin to use this socket
         intake.source.set_backlog(backlog)
         current().ready()
 
     def setblocking(self, flag: bool) -> None:
-        """Set the mode of this socket, which no other process shares.
+        """Set whether accept() of this Listener waits; no other process is affected.
 
-        Raises RuntimeError on uvloop, which asks for it before it accepts below Python.
+        Raises RuntimeError on uvloop, which calls this and then accepts below Python.
         """
         if not flag:
             _refuse_uvloop()
@@ -163,7 +166,10 @@ class Listener(Socket):
         return socket.AF_INET if len(address) == 2 else socket.AF_INET6
 
     def getsockopt(self, level: int, optname: int, buflen: int = 0) -> Any:
-        """Answer what a listening stream socket answers; other options are not known here."""
+        """Return SO_ACCEPTCONN, SO_DOMAIN, SO_ERROR or SO_TYPE of a listening stream socket.
+
+        Raises OSError (ENOPROTOOPT) for any other option.
+        """
         answers = {
             socket.SO_ACCEPTCONN: 1,
             socket.SO_DOMAIN: self.family,
@@ -175,13 +181,13 @@ class Listener(Socket):
         raise OSError(errno.ENOPROTOOPT, os.strerror(errno.ENOPROTOOPT))
 
     def setsockopt(self, *args: Any) -> None:
-        """Do nothing: the protector's listeners are set by its own options."""
+        """Do nothing: the protector's own options configure its listeners."""
 
     def shutdown(self, how: int) -> None:
-        """Do nothing: on the channel it would end the whole generation."""
+        """Do nothing: a shutdown of the channel would end the whole generation."""
 
     def close(self) -> None:
-        """Accept no more.  The channel stays open for the other workers and listeners."""
+        """Stop accepting; the channel stays open for other workers and listeners."""
         super().close()
         if self._intake is not None and self.fileno() < 0:
             self._intake.close()
@@ -189,26 +195,26 @@ class Listener(Socket):
                 self._term.stop()
 
     def detach(self) -> int:
-        """Refused: what is left is no socket, so accept() would fail on it."""
+        """Raise OSError (EOPNOTSUPP): the descriptor is not a socket, so accept() would fail."""
         raise OSError(
             errno.EOPNOTSUPP, "cannot detach a Listener: wrap the accepted connections instead"
         )
 
     def stop_accepting(self) -> None:
-        """Begin to drain, as if the protector had said so.  For a signal's handler.
+        """Begin to drain, as at the protector's request.  Safe in a signal handler.
 
-        Raises OSError when the system is out of descriptors.
+        Raises OSError if no descriptor is free.
         """
         intake = self._opened()
-        intake.ask_to_stop()
+        intake.request_drain()
         intake.waits.ring()
-        if self._leave is not None:
-            self._leave.again()
+        if self._exit is not None:
+            self._exit.resend()
 
     def _join_loop(self, intake: Intake) -> None:
-        """Have asyncio wait for the queue itself, where it calls accept for the second time.
+        """Make asyncio wait for the queue itself, if it accepts with the same reader again.
 
-        loop.sock_accept, which wants one connection only, is another reader each time.
+        loop.sock_accept, which takes one connection only, uses a new reader each time.
         """
         before, self._reader = self._reader, None
         if running_asyncio() is not None:
@@ -227,19 +233,19 @@ class Listener(Socket):
         intake.on_renewal = self._take_number
         self._take_number()
         if current().passed:
-            # A server without a RETURN line is told by the signal alone.
+            # Without a RETURN line, SIGTERM is the only request to drain.
             self._term = TermWatch(intake)
         return intake
 
     def _take_number(self) -> None:
-        # This socket's number now stands for the epoll.  The reverse, a socket
-        # made of the epoll's number, CPython refuses.
+        # This socket's descriptor becomes the epoll.  CPython refuses the reverse, a
+        # socket object made from the epoll's descriptor.
         if self.fileno() >= 0:
             os.dup2(self._opened().fileno(), self.fileno(), inheritable=False)
 
 
 def _refuse_uvloop() -> None:
-    # Silence would be worse: it would listen on what is no socket, and serve no client.
+    # Without the error it would listen on a descriptor that is no socket, and serve no client.
     if type(running_asyncio()).__module__.partition(".")[0] == "uvloop":
         raise RuntimeError(
             "cannot use a Listener on uvloop, which accepts below Python: use asyncio's own event "

@@ -1,7 +1,7 @@
-"""The library's own lines for the program's log, without loading `logging`.
+"""The library's lines in the program's log, without loading `logging`.
 
-`logging` takes 8 ms of each start and a megabyte of each worker.  Where the program has not loaded
-it, no program has configured it: a warning or an error then goes to stderr, as `logging` writes it.
+`logging` costs 8 ms of each start and a megabyte of each worker.  If the program has not loaded
+it, it is not configured: a warning or an error then goes to stderr, in the format of `logging`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Logger:
     """The part of logging.Logger that this library uses."""
 
     def __init__(self, name: str) -> None:
-        """name: of the logger in `logging`."""
+        """Log as the logger `name` of `logging`."""
         self._name = name
 
     def debug(self, message: str, *args: object) -> None:
@@ -39,7 +39,7 @@ class Logger:
     def _log(
         self, level: int, message: str, args: tuple[object, ...], *, traceback: bool = False
     ) -> None:
-        # Never imported here: a line may be about a process that cannot open a file.
+        # Not imported here: the process may be unable to open a file, which the line may report.
         logging: Any = sys.modules.get("logging")
         if hasattr(logging, "getLogger"):
             logger = logging.getLogger(self._name)
@@ -55,5 +55,5 @@ def _print(line: str) -> None:
         try:
             sys.stderr.write(line + "\n")
             sys.stderr.flush()
-        except (OSError, ValueError):  # closed: a worker does not end for a line of its log
+        except (OSError, ValueError):  # closed: a lost line must not end the worker
             pass

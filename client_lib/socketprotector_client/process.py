@@ -1,4 +1,4 @@
-"""Questions and messages that concern the whole process."""
+"""The functions about the whole process: draining, ready, and the listener of a connection."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ if TYPE_CHECKING:
 def draining() -> bool:
     """Return whether this worker gets no more connections and should finish.
 
-    A server of long-lived connections asks after each request, and then answers
-    with `Connection: close`.  Costs one poll() until it is true; it stays true.
+    A server with keep-alive connections calls it after each request, and if it is true answers
+    with `Connection: close`.  Once true it stays true; until then it costs one poll().
     """
     return current().drain.begun()
 
 
 def on_drain(callback: Callable[[], object]) -> None:
-    """Call callback once when the drain begins; at once if it has begun already.
+    """Call callback() once when the drain begins; at once if it has begun already.
 
-    It runs in a thread of the library's own (in asyncio, pass on with
-    loop.call_soon_threadsafe).  `serve`, `aserve` and `connections` wait for it
-    before they end.  An exception in it is logged.
+    It runs in the library's own thread; in asyncio, use loop.call_soon_threadsafe
+    to reach the event loop.  `serve`, `aserve` and `connections` wait for its end
+    before they return.  An exception in it is logged.
     """
     current().drain.on_begin(callback)
 
 
 def ready() -> None:
-    """Say READY=1, once, for a program that takes from the Channel itself.
+    """Send READY=1, once, for a program that takes from a Channel itself.
 
-    All other ways to get connections say it on their own.
+    All other ways to get connections send it automatically.
     """
     current().ready(retires=False)
 
 
 def listener_of(connection: Union[HasFileno, HasExtraInfo]) -> str:
-    """Return the listen address that an open connection came through: `tcp:0.0.0.0:80`.
+    """Return the listen address of an open connection, such as `tcp:0.0.0.0:80`.
 
-    Takes what the framework has: a socket (wrapped in TLS, too), an asyncio
-    transport or a StreamWriter.  Raises KeyError for any other socket.
+    connection: a socket (also wrapped in TLS), an asyncio transport or a StreamWriter.
+    Raises KeyError for a socket that this library did not hand out.
     """
     if not hasattr(connection, "fileno"):
         connection = connection.get_extra_info("socket")  # type: ignore[assignment]

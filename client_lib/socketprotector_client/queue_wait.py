@@ -1,8 +1,8 @@
-"""In which set the queue is waited for, and at which place in the line of those that wait.
+"""A worker's wait for the queue: in which epoll, and at which place among the waiting workers.
 
-The set is the intake's own, or the one of an event loop that waits for the queue itself.  The
-kernel wakes the first waiter (EPOLLEXCLUSIVE).  A worker that has taken a connection moves to the
-end of the line, or it would get nearly all of them.
+The epoll is the intake's own, or that of an event loop which waits for the queue itself.  The
+kernel wakes the first waiter (EPOLLEXCLUSIVE).  A worker that has taken a connection moves behind
+the others; otherwise it would get nearly all connections.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from .wait_set import WaitSet
 
 
 class QueueWait:
-    """The descriptors of a source, while they are waited for."""
+    """The wait for the descriptors of one source."""
 
     def __init__(self, source: Source, own: WaitSet) -> None:
-        """own: the intake's set, in which they begin."""
+        """Begin to wait in the intake's own set."""
         self.fds = tuple(source.fds)
-        #: Whether they are waited for: the intake has neither paused nor ended.
+        #: Whether the intake waits for them: it has neither paused nor ended.
         self.waited = True
-        #: Whether a loop's set has them, not the intake's own.
-        self.elsewhere = False
-        #: Whether a connection has been taken since they moved to the end of the line.
-        self.stands_first = False
+        #: Whether they are in an event loop's set, not in the intake's own.
+        self.in_loop = False
+        #: Whether a connection was taken since they moved behind the other workers.
+        self.has_taken = False
         self._wakes_one = source.wakes_one
         self._events = select.EPOLLIN | (select.EPOLLEXCLUSIVE if source.wakes_one else 0)
         self._own = self._set = own
@@ -32,15 +32,15 @@ class QueueWait:
 
     @property
     def may_join(self) -> bool:
-        """Whether they may move into the set of an event loop."""
-        return self.waited and self._wakes_one and not self.elsewhere
+        """Whether the descriptors may move into the set of an event loop."""
+        return self.waited and self._wakes_one and not self.in_loop
 
     def join(self, loop: WaitSet) -> None:
-        """Wait in the set of a loop, which becomes ours, until `leave_loop`.
+        """Wait in the set of an event loop until `leave_loop`; takes ownership of the set.
 
-        Then one of the idle workers is woken for a connection, not all.
+        A connection then wakes one idle worker, not all.
         """
-        self._set, self.elsewhere = loop, True
+        self._set, self.in_loop = loop, True
         try:
             loop.add(self.fds, self._events)
         except OSError:
@@ -51,45 +51,45 @@ class QueueWait:
     def leave_loop(self) -> None:
         """Wait in the intake's own set, as before `join`."""
         joined, self._set = self._set, self._own
-        if joined is not self._own:  # of two threads one has found it
-            self.elsewhere = False
+        if joined is not self._own:  # of two threads, only one gets here
+            self.in_loop = False
             joined.close()
             if self.waited:
                 self._own.add(self.fds, self._events)
 
     def share(self) -> None:
-        """Have the kernel wake one of several threads that wait, not each in turn."""
+        """Make the kernel wake one of several waiting threads, not each in turn."""
         self._events |= select.EPOLLET
-        self.stand_last()
+        self.move_behind()
 
-    def stand_last(self) -> None:
-        """Let the other waiters be woken before us; what has come meanwhile is not missed."""
-        self.stands_first = False
+    def move_behind(self) -> None:
+        """Move behind the other waiting workers; a connection that has come is not missed."""
+        self.has_taken = False
         if self._wakes_one and self.waited:
             self._set.remove(self.fds)
             self._set.add(self.fds, self._events)
 
-    def rest(self) -> None:
-        """Stand last in a loop that turns now: the caller takes no more before."""
-        if self.stands_first and self.elsewhere:
-            self.stand_last()
+    def move_back_in_loop(self) -> None:
+        """Move behind the other workers, if in a loop: the caller takes no more in this turn."""
+        if self.has_taken and self.in_loop:
+            self.move_behind()
 
     def pause(self) -> None:
         """Leave further connections in the queue."""
-        # In this order: a thread that sees the flag adds what has been removed.
+        # In this order: a thread that sees the flag cleared adds the removed descriptors.
         self._set.remove(self.fds)
         self.waited = False
 
     def resume(self) -> None:
-        """Wait for them again."""
+        """Wait for connections again."""
         self.waited = True
         self._set.add(self.fds, self._events)
 
     def after_fork_in_child(self, ends: list[int]) -> None:
-        """Wait in the child's own copy of the intake's set, which it has to itself from here on."""
-        if self.elsewhere:
+        """Wait in a set of the child's own, which replaces its copy of the parent's."""
+        if self.in_loop:
             self._set.forget()
-            self._set, self.elsewhere = self._own, False
+            self._set, self.in_loop = self._own, False
         else:
-            self.stands_first = False
+            self.has_taken = False
         self._own.renew(self.fds if self.waited else (), ends, self._events)

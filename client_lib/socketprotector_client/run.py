@@ -1,10 +1,10 @@
-"""socketprotector-run MODULE:APP: serve an ASGI or WSGI application as it is.
+"""socketprotector-run MODULE:APP: serve an unmodified ASGI or WSGI application.
 
-ASGI by uvicorn, on the loop of asyncio, and WSGI by waitress; each is an extra of this
-distribution, loaded only when there is an application for it.
+uvicorn on asyncio's event loop serves ASGI, waitress serves WSGI.  Each is an extra of this
+distribution, and is loaded only for an application of its kind.
 
-Exit statuses: 0 drained, 2 wrong use or a missing extra, 111 if the system refuses to listen; else
-what the application's failure makes of it (1 for an exception at import, 3 from uvicorn).
+Exit statuses: 0 drained, 2 wrong use or a missing extra, 111 the system refuses to listen.  A
+failure of the application has others: 1 for an exception at import, 3 from uvicorn.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from .worker import current
 
 _PROGRAM = "socketprotector-run"
 _ASGI, _WSGI = "ASGI", "WSGI"
-#: What each kind of application is served by, and the extra that installs it.
+#: The server for each kind of application, and the extra that installs it.
 _SERVERS = {_ASGI: ("uvicorn", "asgi"), _WSGI: ("waitress", "wsgi")}
 
 
 class _CannotRun(Exception):
-    """Wrong use, or status 111: the system refuses.  In one line."""
+    """One line on why the command fails: wrong use (status 2), or a system call failed (111)."""
 
     def __init__(self, message: str, status: int = 2) -> None:
         super().__init__(message)
@@ -109,18 +109,21 @@ def _run(given: argparse.Namespace) -> int:
 
 
 def _load(text: str, factory: bool) -> Any:
-    """Import what MODULE:APP names.  What the module itself raises goes through."""
+    """Return the application that MODULE:APP names.
+
+    Raises _CannotRun if there is none; exceptions of the module itself pass through.
+    """
     module_name, colon, attributes = text.partition(":")
     if not (colon and module_name and attributes):
         raise _CannotRun(f"cannot use {text!r}: want MODULE:APP, such as shop.web:app")
-    # As `python -m` has it; a console script has its own folder there.
+    # The working directory, as for `python -m`; a console script has its own folder there.
     sys.path.insert(0, os.getcwd())
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if not f"{module_name}.".startswith(f"{missing}."):
-            raise  # something that the module itself wants
+            raise  # a module that the application itself imports
         raise _CannotRun(
             f"cannot import {module_name}: there is no module {missing} in {os.getcwd()} or on "
             f"Python's path"
@@ -141,7 +144,7 @@ def _load(text: str, factory: bool) -> Any:
 
 
 def _kind_of(app: Any, text: str) -> str:
-    """Tell by what it is called with: (scope, receive, send), or (environ, start_response)."""
+    """Return ASGI or WSGI, by the parameters: (scope, receive, send), (environ, start_response)."""
     plain = app
     while isinstance(plain, functools.partial):
         plain = plain.func
@@ -172,20 +175,20 @@ def _listener(address: Optional[List[str]], take: Optional[int]) -> Listener:
 def _serve_asgi(app: Any, address: Optional[List[str]]) -> None:
     import uvicorn
 
-    # uvicorn raises the signal once more when it has finished, and would be killed by it.  Not for
-    # waitress, which needs none: it ends after its last client.
+    # After its shutdown uvicorn raises the signal again, which would kill it without a handler.
+    # waitress gets no handler: it ends after its last client.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    # uvloop would accept below Python; and which kind it is we know, where uvicorn would guess.
+    # loop: uvloop would accept below Python.  interface: known here, while uvicorn would guess.
     config = uvicorn.Config(
         app, loop="asyncio", interface="asgi3", log_level="warning", access_log=False
     )
     listener = _listener(address, take=1)
 
     class Server(uvicorn.Server):
-        """Under `--handoff listener` a signal may begin the drain.
+        """A uvicorn server whose first SIGTERM goes to the listener, under `--handoff listener`.
 
-        uvicorn would disconnect clients that have connected and were not read yet.  So the
-        listener gets the first SIGTERM, takes no more, and sends the next once those were read.
+        There SIGTERM may begin the drain, at which uvicorn disconnects clients whose request is
+        unread.  The listener stops accepting, and sends SIGTERM again once they are read.
         """
 
         _has_stopped = not current().passed
@@ -197,7 +200,7 @@ def _serve_asgi(app: Any, address: Optional[List[str]]) -> None:
                     listener.stop_accepting()
                     return
                 except OSError:
-                    pass  # out of descriptors: better soon than never
+                    pass  # no free descriptor: end now, even if unread clients are cut off
             super().handle_exit(sig, frame)
 
     Server(config).run(sockets=[listener])

@@ -1,9 +1,9 @@
-"""What this worker counts, where the protector can read it: plain stores, no system call.
+"""This worker's counts, in memory that the protector reads: plain stores, no system call.
 
-The protector reads whenever it likes, also after our death.  So each value is one aligned
-8-byte store, which is never seen half written.
+The protector may read at any time, also after the worker's death.  So each value is one aligned
+8-byte store, which no reader sees half written.
 
-Rule: counts what is reported to it, and never fails: without a scoreboard nothing is written.
+Rule: never fails; without a scoreboard nothing is written.
 
 Source: docs/protocol.md, section "Scoreboard".
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from typing import Callable, Optional, Tuple
 
 _LAST_WAIT = wire.BOARD_WAIT_WORDS - 1
-# Looked up for every connection.
+# Module variables, because each connection needs them.
 _ACCEPTED, _ACTIVE, _WAITS = wire.BOARD_ACCEPTED, wire.BOARD_ACTIVE, wire.BOARD_WAITS
 _DESCRIPTORS, _ACCEPTED_AT = wire.BOARD_DESCRIPTORS, wire.BOARD_ACCEPTED_AT
 
@@ -32,9 +32,9 @@ class Scoreboard:
     """One worker's record.  Several threads may write."""
 
     def __init__(self, fd: int, offset: int) -> None:
-        """Map the record; takes ownership of fd.  Where that fails nothing is counted.
+        """Map the record at `offset` (bytes); take ownership of fd.  On failure count nothing.
 
-        fd: -1 for none.
+        fd: -1: there is no scoreboard.
         """
         self._words = _map(fd, offset)
         self._parents: Optional[memoryview] = None
@@ -42,17 +42,17 @@ class Scoreboard:
         self._lock = threading.Lock()
         # Tuples, because finalizers read them.
         self._open: Tuple[OpenConnections, ...] = ()
-        self._now_open: Callable[[], int] = int  # of nothing it is 0
+        self._now_open: Callable[[], int] = int  # returns 0
         if self._words is not None:
             self._words[wire.BOARD_STATE] = wire.BOARD_COUNTED
             forking.register(self)
 
-    def took(self, fd: int, accepted_at_ns: int) -> None:
-        """Count a connection that was taken; not one of the protector's own, accepted at 0."""
+    def count_taken(self, fd: int, accepted_at_ns: int) -> None:
+        """Count a taken connection; accepted_at_ns: 0 for the protector's own, not counted."""
         words = self._words
         if words is None:
             if self._parents is not None:
-                self._give_up()
+                self._mark_uncounted()
             return
         if accepted_at_ns:
             wait_us = (time.monotonic_ns() - accepted_at_ns) // 1000
@@ -65,59 +65,59 @@ class Scoreboard:
         self.count_open()
 
     def follow(self, connections: OpenConnections) -> None:
-        """Count these among the open ones, until the last of them is closed."""
+        """Include these connections in the count of open ones, until the last is closed."""
         if self._words is not None and not self._open:
             self._words[wire.BOARD_STATE] = wire.BOARD_COUNTED  # see leave_uncounted
         self._open = opened = (*(each for each in self._open if each.known()), connections)
-        if len(opened) == 1:  # nearly always, and each connection would pay for the sum
+        if len(opened) == 1:  # nearly always; it saves a sum for each connection
             self._now_open = connections.known
         else:
             self._now_open = lambda: sum(each.known() for each in opened)
 
     def leave_uncounted(self) -> None:
-        """Say that nothing is counted here, unless something is: what is not known is not 0."""
+        """Mark the record as uncounted, unless something is counted: unknown is not 0."""
         if self._words is not None and not self._open:
             self._words[wire.BOARD_STATE] = wire.BOARD_UNKNOWN
 
     def count_open(self) -> None:
-        """Write down how many connections are open now.  Also fit for a finalizer."""
+        """Store the number of open connections.  Safe in a finalizer."""
         words = self._words
         if words is None:
             return
         now_open, written = self._now_open, -1
-        # Without a lock, which a finalizer could find held by its own thread: the thread that
-        # stores last has seen the last change.
+        # Without a lock: a finalizer's own thread might hold it.  The loop makes sure that the
+        # thread which stores last has seen the last change.
         while (now := now_open()) != written:
             words[_ACTIVE] = written = now
 
-    def failed(self) -> None:
-        """Count a handler that raised."""
+    def count_error(self) -> None:
+        """Count a handler that raised an exception."""
         with self._lock:
             if self._words is not None:
                 self._words[wire.BOARD_ERRORS] += 1
 
-    def _give_up(self) -> None:
-        """A forked child takes, too: what its parent counts is not whole any more."""
+    def _mark_uncounted(self) -> None:
+        """Mark the parent's record as uncounted: a forked child takes connections, too."""
         parents, self._parents = self._parents, None
         try:
             os.kill(self._owner, 0)
         except PermissionError:
-            pass  # it lives, and is another user's now
+            pass  # the parent lives, as another user
         except OSError:
-            return  # the record of a worker that has ended may be another's by now
+            return  # the parent has ended, and its record may belong to another worker by now
         if parents is not None:
             parents[wire.BOARD_STATE] = wire.BOARD_UNKNOWN
 
     def after_fork_in_child(self) -> None:
-        # It would write over what its parent counts.
+        # The child would overwrite its parent's counts.
         self._lock = threading.Lock()
         self._words, self._parents = None, self._parents or self._words
 
 
 def _map(fd: int, offset: int) -> Optional[memoryview]:
-    """Return the record as unsigned 8-byte words.
+    """Return the record as unsigned 8-byte words, or None if it cannot be mapped.
 
-    (struct.pack_into would do, but stores byte by byte.)
+    Not struct.pack_into, which stores byte by byte.
     """
     if fd < 0:
         return None
@@ -125,7 +125,7 @@ def _map(fd: int, offset: int) -> Optional[memoryview]:
     try:
         shared = mmap.mmap(fd, offset - start + wire.BOARD_BYTES, offset=start)
     except (OSError, ValueError):
-        return None  # another protector's idea of a scoreboard, or no memory
+        return None  # not a scoreboard of this size, or no memory
     finally:
         os.close(fd)  # the mapping stays
     return memoryview(shared)[offset - start :].cast("Q")

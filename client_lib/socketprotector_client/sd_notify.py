@@ -1,12 +1,12 @@
-"""Tell the protector (or systemd, where there is none) how this process is doing.
+"""Messages about this process's state to the protector, or to systemd without a protector.
 
-Datagrams to NOTIFY_SOCKET, whose queue has room for a few (net.unix.max_dgram_qlen, 10) until the
-receiver reads on.  A message is never worth blocking for, nor failing for; but one that found no
-room must not be lost either, because most are sent once: without READY=1 a start has failed.
-So a thread waits for room instead of the caller, and ends when nothing waits.
+They are datagrams to NOTIFY_SOCKET, whose queue holds few unread ones (net.unix.max_dgram_qlen,
+10).  A message must neither block nor fail the caller.  But it must not be lost if the queue is
+full, because most are sent once: without READY=1 a start fails.
+So a thread waits for room instead of the caller, and ends when all messages are sent.
 
-One connected socket is kept for life: it gets WATCHDOG=1 out when no descriptor is left, and when
-the path was removed or cannot be seen any more (chroot).
+One connected socket is kept for life.  It sends WATCHDOG=1 even without a free descriptor, and
+after the path was removed or is out of reach (chroot).
 
 Source: man 3 sd_notify; unix(7).
 """
@@ -26,7 +26,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Dict, Optional, Sequence, Tuple
 
-#: As without a connection: the receiver is gone, and maybe another one came.
+#: The errors after the receiver is gone; another one may have taken its place.
 _GONE = (errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOTCONN, errno.EPIPE)
 _FULL = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM)
 
@@ -34,21 +34,21 @@ _FULL = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM)
 def notify(*lines: str, **fields: object) -> bool:
     """Send lines such as "READY=1", and fields (`status="warm"` becomes STATUS=warm).
 
-    All of them travel in one datagram.  Never blocks and never raises because
-    of the receiver.  Returns True if the datagram was handed to the kernel,
-    False if there is no NOTIFY_SOCKET or no receiver, or if there is no room now: then it is sent
-    as soon as there is, unless the same names have been given other values by then.
+    All lines and fields go out in one datagram.  Never blocks, and never raises because
+    of the receiver.  Returns True if the kernel has taken the datagram.  Returns
+    False without NOTIFY_SOCKET or a receiver, or while the receiver's queue is full.  In the last
+    case a thread sends it later, unless a newer message with the same names replaces it.
     """
     address = os.environ.get(wire.ENV_NOTIFY, "")
     if not address.startswith(("/", "@")):
         return False
     words = [*lines, *(f"{name.upper()}={value}" for name, value in fields.items())]
-    # A line end within a value would be read as the next assignment.
+    # The receiver would read a line end within a value as the next assignment.
     return _sender(address).send([" ".join(word.splitlines()) for word in words])
 
 
 class _Sender:
-    """The way to one address."""
+    """The sender to one address."""
 
     def __init__(self, address: str) -> None:
         self._address = "\0" + address[1:] if address.startswith("@") else address
@@ -57,7 +57,7 @@ class _Sender:
         forking.register(self)
 
     def after_fork_in_child(self) -> None:
-        # What the parent waits to send, and its thread, are not the child's.
+        # The parent's waiting messages and its thread are not the child's.
         self._lock = allocate_lock()
         self._waiting: Dict[Tuple[str, ...], bytes] = {}  # names -> message, oldest first
         self._has_thread = False
@@ -70,7 +70,7 @@ class _Sender:
             self._line = None
 
     def send(self, words: Sequence[str]) -> bool:
-        """Send a message now, else later; return whether it was sent."""
+        """Send a message now, or later if the queue is full; return whether it was sent."""
         message = "\n".join(words).encode("utf-8", "replace")
         with self._lock:
             if not self._waiting:
@@ -81,7 +81,7 @@ class _Sender:
                         return False
                 else:
                     return True
-            # Behind what waits already, and instead of what it makes out of date.
+            # Behind the waiting messages, and in place of one with the same names.
             names = tuple(word.partition("=")[0] for word in words)
             self._waiting.pop(names, None)
             self._waiting[names] = message
@@ -94,7 +94,7 @@ class _Sender:
         return False
 
     def _send_waiting(self) -> None:
-        """In a thread: send all that waits, one after the other, waiting for room."""
+        """Send the waiting messages in order, waiting for room.  Runs in a thread."""
         while True:
             with self._lock:
                 if not self._waiting:
@@ -110,7 +110,7 @@ class _Sender:
                     del self._waiting[names]
 
     def _send(self, message: bytes, flags: int) -> None:
-        """Send it, connecting anew where the receiver was replaced.  Raises OSError."""
+        """Send a message; connect again if the receiver was replaced.  Raises OSError."""
         flags |= socket.MSG_NOSIGNAL
         if self._line is not None:
             try:
@@ -125,12 +125,12 @@ class _Sender:
         except OSError:
             line.close()
             raise
-        # As with the channel: closing is the kernel's job, without a warning at exit.
+        # Detached at exit, so that Python does not warn; the kernel closes it.
         atexit.register(line.detach)
         self.close()
         self._line = line
         line.send(message, flags)
 
 
-#: One for each address.
+#: Returns the one sender for an address.
 _sender = lru_cache(maxsize=None)(_Sender)

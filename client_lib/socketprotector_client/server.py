@@ -1,9 +1,9 @@
-"""A parent accepts, the children it forks take turns: a small protector, where there is none.
+"""A shared queue for forked children: a small protector for programs that run without one.
 
-The parent binds; a process beside it accepts (accepting.py says why no thread) and puts each
+The parent binds.  A separate process accepts (accepting.py says why it is no thread) and puts each
 connection into a queue that all children share, in the format of docs/protocol.md.
 
-Under a protector the queue is the protector's, and nothing is bound or started.
+Under a protector the children use the protector's queue, and nothing is bound or started.
 
 Source: unix(7); docs/protocol.md, section "Channel".
 """
@@ -33,19 +33,19 @@ if TYPE_CHECKING:
 
 _log = Logger(__name__)
 
-#: As the protector's --queue.
+#: The protector's default of --queue.
 DEFAULT_QUEUE = 256
 
 
 class SocketServer:
-    """A listening socket whose connections wait in one queue for whichever child is free.
+    """A listening socket whose connections wait in one queue for the next free child.
 
-    Make it before forking; it leaves no thread in the parent.  Each has a queue of its own, so
-    one program may have several.
+    Make it before forking; it leaves no thread in the parent.  Each SocketServer has its own
+    queue, so one program may have several.
     """
 
     _closed = _stopping = False
-    # The accepting process, and the line to it, whose end ends it; both in the parent only.
+    # In the parent only: the accepting process, and the line to it, whose end stops it.
     _process: Optional[subprocess.Popen[bytes]] = None
     _line: Optional[socket.socket] = None
     # In a child, while it takes connections.
@@ -58,14 +58,14 @@ class SocketServer:
         queue: int = DEFAULT_QUEUE,
         backlog: int = DEFAULT_BACKLOG,
     ) -> None:
-        """Bind and begin to accept.  Clients may connect, and send, before there is a child.
+        """Bind and begin to accept.  Clients may connect and send before there is a child.
 
         address: where to listen; ignored under a protector.
-        queue: about how many connections wait untaken; further ones stay in the backlog.
+        queue: about how many connections may wait; further ones stay in the backlog.
 
-        Raises ValueError without protector and address and for a queue below 6, OSError if the
-        address cannot be bound or the accepting process not started, and under a protector
-        RuntimeError for a second one: there is only one queue.
+        Raises ValueError for a queue below 6, or if there is neither a protector nor an address.
+        Raises OSError if the address cannot be bound, or the accepting process not started.
+        Raises RuntimeError for a second SocketServer under a protector, which has only one queue.
         """
         if queue < wire.SMALLEST_QUEUE:
             raise ValueError(
@@ -86,16 +86,16 @@ class SocketServer:
 
     @property
     def listeners(self) -> tuple[str, ...]:
-        """The listen addresses, such as `tcp:0.0.0.0:4321`, with the port that was chosen for 0."""
+        """The listen addresses, such as `tcp:0.0.0.0:4321`; port 0 shows as the chosen port."""
         return self._channel.listeners
 
     def client(self, handler: Handler) -> None:
-        """In a child: call handler(socket, client's address), one connection after the other.
+        """Call handler(socket, client's address), one connection after the other.  For a child.
 
-        The socket is closed after the handler, and the next one is taken only when the last
-        is closed.  Returns at the end of the queue (the server was closed, or its parent is
-        gone), and at SIGTERM after the connection it has; the queue is then left to other children.
-        An exception in a handler is logged.
+        The socket is closed after the handler; only then the next connection is taken.  An
+        exception in a handler is logged.  Returns at the end of the queue: the server was closed,
+        or the parent has ended.  Also returns at SIGTERM, after its current connection; the queue
+        stays for the other children.
         """
         worker = current()
         self._intake = worker.open_queue(self._channel, limit=1)
@@ -105,14 +105,14 @@ class SocketServer:
             self._intake = None
 
     def run(self, handler: Handler, children: int = 1) -> None:
-        """In the parent: fork children that call `client(handler)`; return when all have ended.
+        """Fork children that call `client(handler)`; return when all have ended.  For the parent.
 
-        USR1 forks one more.  SIGTERM, where the program does not handle it, closes the server: the
-        children serve clients that have connected, then end.  A child that dies is not replaced.
+        USR1 forks one more.  If the program does not handle SIGTERM, that signal closes the server:
+        the children serve the connected clients, then end.  A child that dies is not replaced.
         Call it in the main thread.
 
-        Raises ChildProcessError if the accepting process was killed, or under a protector
-        if no child is left (the protector then starts this program again).
+        Raises ChildProcessError if the accepting process was killed.  Under a protector, raises it
+        if no child is left; the protector then starts this program again.
         """
         try:
             self._children.run(lambda: self.client(handler), children, self._stop, self._is_over)
@@ -124,17 +124,18 @@ class SocketServer:
             )
 
     def close(self, timeout_s: Optional[float] = None) -> None:
-        """Let no new client in; the children serve those that have connected, then the queue ends.
+        """Refuse new clients; the children serve the connected ones, then the queue ends.
 
-        In the parent: returns once all that had connected are in the queue and the address
-        is free.  That takes as long as the queue is full; after timeout_s those that are not in it
-        are cut off.  In a child only that child's `client` returns, after the connection it
-        has.  Under a protector, whose queue it is, nothing else ends.
+        In the parent: returns once all connected clients are in the queue and the address
+        is free.  It waits while the queue is full; clients that are not in the queue after
+        timeout_s are cut off.  In a child: only that child's `client` returns, after its
+        current connection.  Under a protector the queue itself stays, because it belongs to the
+        protector.
         """
         if self._closed:
             return
         self._closed = True
-        if self._intake is not None:  # this is a handler of a signal: let `client` return
+        if self._intake is not None:  # called in a signal handler: make `client` return
             self._intake.drained()
             self._intake.interrupt()
             if self._process is None:
@@ -143,7 +144,7 @@ class SocketServer:
             current().is_lent = False
             return
         self._stop()
-        # Else the accepting process would wait for ever for room in a queue that no child reads.
+        # Otherwise the accepting process would wait for ever, for room in a queue without readers.
         self._channel.close()
         if self._line is not None and self._process is not None:
             try:
@@ -164,11 +165,14 @@ class SocketServer:
         self._children = Children()
         if self._line is not None and self._process is not None:
             self._line.close()
-            self._process.poll()  # no child of ours: so it is not missed at the end
+            self._process.poll()  # it is no child of this process, so wait() must not expect it
             self._line = self._process = None
 
     def __getstate__(self) -> Mapping[str, Any]:
-        """For multiprocessing, which passes it to a process that it spawns; nothing else may."""
+        """Return the state for multiprocessing, which passes a server to a spawned process.
+
+        Raises RuntimeError outside such a spawn.
+        """
         from multiprocessing import context, reduction
 
         context.assert_spawning(self)
@@ -183,7 +187,7 @@ class SocketServer:
         os.set_inheritable(fd, False)
         self._children = Children()
         if state["under_protector"]:
-            # What this process inherited of the environment is true of its parent only.
+            # These inherited variables hold for the parent only.
             for name in (wire.ENV_RETURN, wire.ENV_SCOREBOARD, "WATCHDOG_USEC"):
                 os.environ.pop(name, None)
             os.environ[wire.ENV_CHANNEL] = str(fd)
@@ -201,10 +205,10 @@ class SocketServer:
             named = {one.fileno(): name_of(one.family, one.getsockname()) for one in sockets}
             read, write = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with read, write:
-                # Nothing is read there, and what a child had sent would be an ECONNRESET for the
-                # child that takes next once this end is closed (unix_release_sock).
+                # The write end is never read.  If a child sent something, the next child would
+                # get ECONNRESET when this end is closed (unix_release_sock).
                 write.shutdown(socket.SHUT_RD)
-                # The kernel doubles what is asked, and clamps it to net.core.wmem_max before.
+                # The kernel clamps this value to net.core.wmem_max, and then doubles it.
                 room = queue * wire.RECORD_CHARGE_BYTES // 2
                 write.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, room)
                 self._spawn(write.fileno(), named)
@@ -213,7 +217,7 @@ class SocketServer:
             close_all(sockets)
             raise
         for one in sockets:
-            one.close()  # the accepting process has them, and removes the paths of UNIX ones
+            one.close()  # the accepting process has copies, and removes the paths of UNIX sockets
         forking.register(self)
 
     def _spawn(self, queue_fd: int, named: Mapping[int, str]) -> None:
@@ -224,7 +228,7 @@ class SocketServer:
         try:
             with theirs:
                 self._process = subprocess.Popen(
-                    # -I -S: nothing of the program's environment, nothing but this package.
+                    # -I -S: without the program's environment, and with this package only.
                     [sys.executable, "-I", "-S", "-c", accepting.PROGRAM, *words],
                     stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
@@ -239,18 +243,21 @@ class SocketServer:
             raise
 
     def _stop(self) -> None:
-        """Begin to close, without waiting."""
+        """Begin to close the server, without waiting."""
         self._stopping = True
         if self._line is not None:
             try:
                 self._line.shutdown(socket.SHUT_WR)
             except OSError:
-                pass  # it was killed
+                pass  # the accepting process was killed
         elif self._channel is current().channel:
             self._children.terminate()
 
     def _is_over(self) -> bool:
-        """Whether no more will be asked of children, now that none is left."""
+        """Return whether the server has ended, now that no child is left.
+
+        Raises ChildProcessError if children are still needed, under a protector.
+        """
         if self._stopping:
             return True
         if self._process is not None:

@@ -1,7 +1,7 @@
-"""Serve connections one after the other, or with a pool of threads.
+"""Serving of connections one after the other, or in a pool of threads.
 
 The same program runs under the protector and without it, and ends in the same
-way: when nothing more will come, what is being served is finished.
+way: when no more connections will come, it finishes the open ones.
 """
 
 from __future__ import annotations
@@ -22,32 +22,33 @@ if TYPE_CHECKING:
 
     from .address import ListenAddress
 
-    #: Called with the connection and the client's address as accept() gives it.
+    #: Called with the connection and the client's address, as accept() returns it.
     Handler = Callable[[Connection, Any], object]
 
 _log = Logger(__name__)
 
-#: Threads mostly wait for their client, so more than there are processors.
+#: More threads than processors, because a thread mostly waits for its client.
 DEFAULT_THREADS = 16
 
 
 def connections(
     address: Optional[ListenAddress] = None, *, limit: Optional[int] = None
 ) -> Iterator[Tuple[Connection, Any]]:
-    """Iterate over (socket, client's address); end when the worker drains.
+    """Yield (socket, client's address) for each connection; end when the worker drains.
 
-    Each socket is a plain blocking one that the caller owns and closes.  While
-    `limit` of them are open (default: RLIMIT_NOFILE less 64), further
+    Each socket is a `Connection`: a blocking socket that the caller owns and closes.
+    While `limit` sockets are open (default: RLIMIT_NOFILE less 64), further
     connections stay in the queue that all workers share, or in the backlog.
 
-    Without a protector it binds `address` and listens; under one the address is
-    ignored.  Says READY=1.  The drain begins when the protector asks for it, or
+    Without a protector it binds `address` and listens; under a protector the address is
+    ignored.  Sends READY=1.  The drain begins at the protector's request, or
     at SIGTERM if this is the main thread and SIGTERM has no handler.
 
-    Raises ValueError without protector and address, OSError if the address
-    cannot be bound, ProtocolError if the protector speaks another version.
+    Raises ValueError if `limit` is below 1, or if there is neither a protector nor an
+    address.  Raises OSError if the address cannot be bound, and ProtocolError if the
+    protector speaks another version.
     """
-    # Not a generator itself: these errors belong to the call, not to the first step.
+    # Not a generator itself, so that the call raises these errors, not the first step.
     worker = current()
     intake = worker.open_intake(address, limit)
     worker.ready()
@@ -63,7 +64,7 @@ def _iterate(worker: Worker, intake: Intake) -> Iterator[Tuple[Connection, Any]]
                 break
             if connection is not None:
                 yield connection, connection.peer
-                # Or the last one would count as open while the next is waited for.
+                # Otherwise a dropped connection would count as open during the next wait.
                 del connection
 
 
@@ -89,10 +90,11 @@ def serve(
 
     Up to `threads` handlers run at once, one of them in the calling thread; a
     connection is only taken when a thread is free for it.  The socket is closed
-    after the handler.  An exception in a handler is logged, the others go on.
-    On drain, handlers finish before this returns.
+    after the handler.  An exception in a handler is logged, and serving continues.
+    On drain, running handlers finish before this returns.
 
     `address`, `limit`, SIGTERM, READY=1 and errors are those of `connections`.
+    Also raises ValueError if `threads` is below 1.
     """
     if threads < 1:
         raise ValueError(f"cannot serve with threads={threads}: at least 1 is needed")
@@ -101,11 +103,11 @@ def serve(
 
 
 def serve_from(worker: Worker, intake: Intake, handler: Handler, threads: int) -> None:
-    """As `serve`, from an intake; takes ownership of it."""
+    """Serve as `serve` does, from an intake; takes ownership of it."""
     errors: List[BaseException] = []
-    # None takes before all have begun.  For the ninth thread of a process glibc opens
-    # /sys/devices/system/cpu/online for a moment (arena_get2() in malloc/arena.c), and where no
-    # other descriptor is free it would get the one that was given up for a connection.
+    # No thread takes a connection before all have begun.  For the ninth thread of a process glibc
+    # briefly opens /sys/devices/system/cpu/online (arena_get2() in malloc/arena.c).  That open
+    # could take the last free descriptor, which was released for a connection.
     all_begun = threading.Event()
 
     def work_elsewhere() -> None:
@@ -116,7 +118,7 @@ def serve_from(worker: Worker, intake: Intake, handler: Handler, threads: int) -
             errors.append(error)
             intake.interrupt()
 
-    # Daemons, so that Ctrl-C ends a program whose clients never hang up.
+    # Daemon threads, so that Ctrl-C ends a program whose clients never disconnect.
     others = [
         threading.Thread(target=work_elsewhere, name=f"serve-{number}", daemon=True)
         for number in range(1, threads)
@@ -125,7 +127,7 @@ def serve_from(worker: Worker, intake: Intake, handler: Handler, threads: int) -
         if others:
             intake.share()
         for thread in others:
-            thread.start()  # returns when it has begun
+            thread.start()  # returns when the thread has begun
         worker.ready()
         all_begun.set()
         try:
@@ -153,7 +155,7 @@ def _serve_all(intake: Intake, handler: Handler) -> None:
         try:
             handler(connection, connection.peer)
         except Exception:
-            intake.board.failed()
+            intake.board.count_error()
             _log.exception("handler failed for a client of %s", connection.listener)
         finally:
             connection.close()

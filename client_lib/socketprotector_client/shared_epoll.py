@@ -1,12 +1,12 @@
-"""The queue beside the epoll of an event loop, so that one idle worker is woken, not all.
+"""Put an event loop's epoll into the intake's epoll, so that the kernel wakes one idle worker.
 
-EPOLLEXCLUSIVE has the kernel wake one of those that wait in epoll_wait.  It does not pass through
-an epoll within another: so an intake's must not be within the loop's.  The other way round there
-is no harm, for no other process waits for what is in the loop's.  So the loop sleeps in the
-intake's epoll, the loop's own being one of the descriptors there.
+EPOLLEXCLUSIVE makes the kernel wake one waiter in epoll_wait.  It has no effect through
+a nested epoll, so the intake's epoll must not be inside the loop's.  The reverse does
+no harm, because no other process waits for the loop's descriptors.  So the loop sleeps in the
+intake's epoll, which has the loop's own epoll as one of its descriptors.
 
-No loop has a way to ask for that.  Each has an object of type select.epoll somewhere; it is
-replaced by another one that answers as it does, and where there is none all are woken, as before.
+No loop has an option for that.  Each loop holds an object of type select.epoll; it is
+replaced by an object with the same methods.  For a loop without one, all idle workers wake.
 
 Source: epoll(7); ep_poll_callback in the kernel's fs/eventpoll.c.
 """
@@ -25,26 +25,29 @@ if TYPE_CHECKING:
 
 
 class BesideEpoll:
-    """An event loop's epoll, but for one number: that is the intake's, which is not in there."""
+    """A stand-in for a loop's epoll that keeps the intake's descriptor out of that epoll."""
 
     def __init__(self, epoll: select.epoll, intake: Intake, number: int) -> None:
-        """Both stay their owners'.  number: by which the loop knows the intake."""
+        """Stand in for `epoll`; both arguments keep their owners.
+
+        number: the descriptor by which the loop knows the intake.
+        """
         self._epoll = epoll
         self._intake = intake
         self._number = number
-        self._events = 0  # those of it that the loop waits for
+        self._events = 0  # the intake's events for which the loop waits
         intake.sleep_beside(epoll.fileno())
 
     @classmethod
     def put(cls, holder: object, name: str, intake: Intake, number: int) -> None:
-        """Replace the epoll that an attribute of a loop holds, if it is one."""
+        """Replace the epoll in an attribute of a loop, if it holds one."""
         epoll = getattr(holder, name, None)
         if isinstance(epoll, select.epoll) and intake.source.wakes_one:
             setattr(holder, name, cls(epoll, intake, number))
 
     @staticmethod
     def take_back(holder: object, name: str, intake: Intake) -> None:
-        """Give the loop its own epoll back."""
+        """Put the loop's own epoll back into the attribute."""
         found = getattr(holder, name, None)
         if isinstance(found, BesideEpoll) and found._intake is intake:
             setattr(holder, name, found._epoll)
@@ -83,9 +86,9 @@ class BesideEpoll:
 
 
 def loop_with_epoll() -> Tuple[object, str]:
-    """Return what holds the epoll of the running loop of trio or asyncio, and its name there.
+    """Return the object that holds the epoll of trio's or asyncio's loop, and its attribute.
 
-    Neither has a public name for it; where it is not to be found, there is no such attribute.
+    Neither library has a public name for it; an unknown loop's object lacks the attribute.
     """
     trio: Any = sys.modules.get("trio")
     try:

@@ -1,9 +1,9 @@
-"""SIGTERM as a way to begin the drain, while a call of this library serves.
+"""SIGTERM begins the drain, while a call of this library serves.
 
-Rule: the handler only notes the fact and never raises, so it may strike
-anywhere, even between a connection's arrival and its owner.  The signal also
-becomes a byte in a pipe (signal.set_wakeup_fd), so that a thread that is just
-going to wait does not miss it.
+Rule: the handler only records the signal and never raises.  So it may run
+anywhere, even before a taken connection has an owner.  The signal also
+becomes a byte in a pipe (signal.set_wakeup_fd), so that a thread that is about
+to wait does not miss it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 
 def term_is_free() -> bool:
-    """Return whether SIGTERM is ours to handle: in the main thread, where the program does not."""
+    """Return whether the library may handle SIGTERM: in the main thread, without a handler."""
     is_main = threading.current_thread() is threading.main_thread()
     return is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 class TermWatch:
-    """Begins the drain at SIGTERM until `stop`, where it is ours to handle."""
+    """Begins the drain at SIGTERM until `stop`, if the library may handle that signal."""
 
     def __init__(self, intake: Intake) -> None:
-        self._begin = intake.ask_to_stop
+        self._begin = intake.request_drain
         self._pipe: Optional[tuple[int, int]] = None
         self._previous_wakeup_fd = -1
         if term_is_free():
@@ -40,12 +40,12 @@ class TermWatch:
             self._previous_wakeup_fd = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
             signal.signal(signal.SIGTERM, self._on_term)
             forking.register(self)
-            intake.obey(read_fd, self._read)
+            intake.on_readable(read_fd, self._read)
 
     def stop(self) -> None:
-        """Put everything back as it was."""
-        # A generator may be collected in another thread; then the handler
-        # stays, which does no harm, and so must its pipe.
+        """Restore SIGTERM's default and the previous wakeup descriptor."""
+        # A generator may be collected in another thread.  Then the handler
+        # stays, harmlessly, and its pipe must stay, too.
         if threading.current_thread() is threading.main_thread():
             self._undo(self._previous_wakeup_fd)
 
@@ -53,8 +53,8 @@ class TermWatch:
         self._undo(-1)
 
     def _read(self) -> None:
-        # Not left to the handler alone: that runs in the main thread, which
-        # may be waiting for the very thread that is reading here.
+        # The handler alone is not enough: it runs in the main thread, which
+        # may wait for the thread that reads here.
         if self._pipe is not None and signal.SIGTERM in os.read(self._pipe[0], 4096):
             self._begin()
 
@@ -68,7 +68,7 @@ class TermWatch:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         found = signal.set_wakeup_fd(wakeup_fd)
         if found != self._pipe[1]:
-            signal.set_wakeup_fd(found)  # the program has set another one meanwhile
+            signal.set_wakeup_fd(found)  # the program has meanwhile set its own
         for fd in self._pipe:
             os.close(fd)
         self._pipe = None

@@ -1,6 +1,6 @@
-"""Where connections come from: the channel, or listening sockets of our own.
+"""The sources of connections: the channel, or listening sockets.
 
-Both give the same thing, so that nothing above needs to know whether there is
+Both return the same objects, so that the callers need not know whether there is
 a protector.
 
 Rule: a source never waits, never counts and never decides when to take.
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 _log = Logger(__name__)
 
-# The kernel took the connection from the backlog and it was broken already,
-# or the network failed just then: man 2 accept says to go on as after EAGAIN.
+# The connection was broken before accept(), or the network failed just then.
+# accept(2) says to treat these errors like EAGAIN.
 NOTHING_TO_ACCEPT = frozenset(
     {
         errno.EAGAIN,
@@ -44,32 +44,35 @@ NOTHING_TO_ACCEPT = frozenset(
 
 
 class Source:
-    """What an Intake takes from."""
+    """The source of one Intake's connections."""
 
-    #: Have the kernel wake one waiter, not all.  A worker may die between wake-up and take: only
-    #: where the protector then wakes another.
+    #: Whether the kernel wakes one waiter, not all.  Only under a protector: it wakes another
+    #: worker if the first one dies before it takes the connection.
     wakes_one = False
     #: The descriptors to wait on.
     fds: Sequence[int]
-    #: What getsockname() gives on the first listener.
+    #: The getsockname() of the first listener.
     sockname: Any
 
     def take(self, fd: int) -> Optional[Connection]:
-        """Take one connection from fd, None if there is none.  The caller owns it."""
+        """Take one connection from fd, which the caller then owns; return None if none waits."""
         raise NotImplementedError
 
     def set_backlog(self, backlog: int) -> None:
-        """Let so many connections wait in the kernel, where that is ours to say."""
+        """Let so many connections wait in the kernel, if this process owns the listeners."""
 
     def close(self) -> None:
-        """Give up what this source owns."""
+        """Close the descriptors that this source owns."""
 
 
 class ChannelSource(Source):
-    """Connections that the protector accepted.  The channel stays the caller's."""
+    """The connections that the protector accepted."""
 
     def __init__(self, channel: Channel, *, wakes_one: bool) -> None:
-        """wakes_one: the protector is behind it, which sends again what is not taken."""
+        """Take from the channel, which the caller keeps.
+
+        wakes_one: it is the protector's channel, and the protector sends untaken connections again.
+        """
         self._channel = channel
         self.wakes_one = wakes_one
         self._listeners = [_Kind(name) for name in channel.listeners]
@@ -85,13 +88,13 @@ class ChannelSource(Source):
         try:
             kind = self._listeners[index]
         except IndexError:
-            kind = _Kind("")  # this generation does not know it: ask the kernel
+            kind = _Kind("")  # unknown to this generation: the kernel tells family and type
         connection = Connection(kind.family, kind.type, kind.proto, fd)
         try:
             connection.peer = Socket.getpeername(connection)
         except OSError:
-            # The client reset it while it was queued: whatever it had sent is
-            # gone with it, and accept() would not have shown it either.
+            # The client reset the connection in the queue.  Its bytes are
+            # gone, and accept() would not have returned it either.
             _log.debug("a client of %s was gone before its connection was taken", kind.name)
             connection.close()
             return None
@@ -101,25 +104,27 @@ class ChannelSource(Source):
 
 
 class _Kind:
-    """What is known of all connections of one listener."""
+    """The properties of all connections of one listener."""
 
     def __init__(self, name: str) -> None:
         family = family_of(name)
         self.name = name
         self.family = -1 if family is None else family
         self.type = -1 if family is None else socket.SOCK_STREAM
-        # As in sockets that asyncio makes itself: it sets TCP_NODELAY only
-        # where the protocol number says TCP.
+        # As in asyncio's own sockets: it sets TCP_NODELAY only on a socket
+        # with the protocol number of TCP.
         self.proto = {-1: -1, int(socket.AF_UNIX): 0}.get(self.family, socket.IPPROTO_TCP)
 
 
 class ListenSource(Source):
-    """Connections that this process accepts itself, from sockets of its own or handed ones."""
+    """The connections that this process accepts itself, from its own or passed sockets."""
 
     def __init__(self, listeners: List[socket.socket], *, handed: bool) -> None:
-        """Take ownership of the sockets; handed: other processes accept from them, too, and go on.
+        """Take ownership of the sockets.
 
-        Sets O_NONBLOCK for all of them: a worker that comes second must not wait in accept().
+        Sets O_NONBLOCK on each, because a worker that loses the race for a client must not wait in
+        accept().
+        handed: other processes accept from them, too, and keep them open.
         """
         for one in listeners:
             one.setblocking(False)
@@ -153,7 +158,7 @@ class ListenSource(Source):
     def close(self) -> None:
         if os.getpid() == self._owner_pid and not self._handed:
             close_all(self.listeners)
-        else:  # the UNIX sockets of others stay, as a forked child's parent's
+        else:  # UNIX paths stay for the other processes, such as a forked child's parent
             for one in self.listeners:
                 one.close()
         self.listeners = []

@@ -1,7 +1,7 @@
-"""Serve connections in asyncio, with the streams of asyncio.start_server.
+"""Serving in asyncio, with the streams of asyncio.start_server.
 
-One connection is taken for each turn of the event loop, so that a worker
-never takes a whole queue before its first handler has run.
+Each turn of the event loop takes one connection.  So a worker
+never takes the whole queue before its first handler has run.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ async def aserve(
     """Await handler(reader, writer) in a task for each connection; return when drained.
 
     The writer is closed after the handler.  An exception in a handler is
-    logged, the others go on.  On drain, handlers finish before this returns; if
-    it is cancelled they are cancelled too.
+    logged, and serving continues.  On drain, handlers finish before this returns; a
+    cancellation of this call cancels the handlers.
 
     `address`, `limit`, SIGTERM, READY=1 and errors are those of `connections`.
-    `listener_of(writer)` tells the listener.
+    `listener_of(writer)` returns the listener's address.
     """
     worker = current()
     intake = worker.open_intake(address, limit)
@@ -65,7 +65,7 @@ async def aserve(
         intake.close()
         for task in service.tasks:
             task.cancel()
-    # In a thread: a callback may want this very loop to do something.
+    # In a thread: a callback may need this event loop.
     await loop.run_in_executor(None, worker.drain.finish)
 
 
@@ -75,7 +75,7 @@ class _Service:
         self._intake = intake
         self._handler = handler
         self.tasks: Set[asyncio.Task[None]] = set()
-        #: Done when no more is taken; its result says why, if that is not the drain.
+        #: Done when no more connections are taken; its result is None at a drain, or the error.
         self.ended: asyncio.Future[Optional[Exception]] = self._loop.create_future()
 
     def take_one(self) -> None:
@@ -86,7 +86,7 @@ class _Service:
         except Exception as error:
             self._end(error)
         else:
-            self._intake.queue.rest()
+            self._intake.queue.move_back_in_loop()
             if connection is not None:
                 task = self._loop.create_task(self._serve_one(connection))
                 self.tasks.add(task)
@@ -111,11 +111,11 @@ class _Service:
         try:
             await self._handler(reader, writer)
         except Exception:
-            self._intake.board.failed()
+            self._intake.board.count_error()
             _log.exception("handler failed for a client of %s", listener)
         finally:
             writer.close()
         try:
             await writer.wait_closed()
         except OSError:
-            pass  # the client was gone before all was written
+            pass  # the client disconnected before all was written

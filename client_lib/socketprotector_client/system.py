@@ -1,7 +1,7 @@
 """The system's own sockets, epoll, poll and threads, also in a program that gevent has patched.
 
-gevent replaces them in the modules themselves.  Its sockets set O_NONBLOCK, which on the channel
-all processes share; and epoll it takes away.
+gevent replaces them in the standard modules.  Its sockets set O_NONBLOCK, which all processes
+would share on the channel, and it removes epoll.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Socket", "allocate_lock", "epoll", "poll", "running_asyncio", "start
 
 
 def running_asyncio() -> Any:
-    """Return asyncio's running loop, None without one; does not import asyncio, which is large."""
+    """Return asyncio's running loop, or None; without importing asyncio, which is large."""
     asyncio = sys.modules.get("asyncio")
     return asyncio._get_running_loop() if asyncio is not None else None
 

@@ -1,7 +1,7 @@
-"""Connections for trio: a trio.abc.Listener, and `serve` where nothing else is needed.
+"""Connections for trio: a trio.abc.Listener, and the function `serve` for simple servers.
 
-trio takes no subclass of socket, neither for listening nor for what was accepted, so the drop-in
-Listener cannot be used there.
+trio accepts no subclass of socket, neither for listeners nor for connections, so the drop-in
+Listener does not work there.
 
 Source: trio.readthedocs.io, "The abstract Stream API", trio.abc.Listener.
 """
@@ -23,15 +23,15 @@ Handler = Callable[[trio.SocketStream], Awaitable[object]]
 
 
 class Listener(TaskListener, trio.abc.Listener[trio.SocketStream]):
-    """A listener of trio's kind, with or without a protector."""
+    """A listener for trio, with or without a protector."""
 
     _library, _waiting, _ended = trio, trio.lowlevel, trio.EndOfChannel
 
     async def accept(self) -> trio.SocketStream:
-        """Return the next connection, which is the caller's; says READY=1 the first time.
+        """Return the next connection, which the caller owns; the first call sends READY=1.
 
-        When the worker drains it waits until all connections that it returned are closed, for
-        trio.serve_listeners cancels their handlers at the end; then it raises trio.EndOfChannel.
+        When the worker drains, this waits until all returned connections are closed, because
+        trio.serve_listeners cancels handlers at the end.  Then it raises trio.EndOfChannel.
         Raises trio.ClosedResourceError after aclose.
         """
         return await self._stream(await self._take())
@@ -46,8 +46,8 @@ async def serve(
 ) -> None:
     """Await handler(stream) in a task for each connection; return when drained.
 
-    The stream is closed after the handler.  An exception in a handler ends all, as with
-    trio.serve_tcp.  On drain, handlers finish before this returns.
+    The stream is closed after the handler.  An exception in a handler cancels all handlers and is
+    raised here, as by trio.serve_tcp.  On drain, handlers finish before this returns.
 
     `address`, `limit`, SIGTERM, READY=1 and errors are those of `connections`.
     """

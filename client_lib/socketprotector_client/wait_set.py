@@ -1,12 +1,12 @@
-"""One descriptor that stands for everything an intake waits for.
+"""One descriptor that is readable when anything an intake waits for is readable.
 
-It is an epoll of this process's own.  The channel's own descriptor would not
-do: it is shared, stays readable for ever at its end, and even replacing it
-(dup2) leaves it in the epoll of an event loop as long as another worker holds
-it.  What is taken out of this one is out for every watcher.
+It is an epoll of this process.  The channel's own descriptor would not do: all
+workers share it, and at its end it stays readable for ever.  Even if it is replaced
+(dup2), it stays in the epoll of an event loop while another worker holds
+it.  A descriptor removed from this epoll is removed for every watcher.
 
-Safe against other threads and the garbage collector without a lock: each
-step is one system call, and doing it twice is harmless.
+Safe with other threads and the garbage collector, without a lock: each
+step is one system call, and repeating it is harmless.
 """
 
 from __future__ import annotations
@@ -22,24 +22,27 @@ if TYPE_CHECKING:
     from typing import Iterable, Optional
 
 _EVENTS_AT_ONCE = 8
-#: epoll_wait(2) takes milliseconds as a C int, 24.8 days; a program may have given any time.
+#: The longest time for epoll_wait(2), whose C int of milliseconds ends at 24.8 days.
 LONGEST_WAIT_S = 86_400.0
 
 
 class WaitSet:
-    """The descriptors that are waited for.  They stay their owners'."""
+    """A set of descriptors to wait for; their owners keep them."""
 
     def __init__(self, of: int = -1) -> None:
-        """of: another's epoll, to add to it and remove from it; -1: a new one."""
+        """Make a set in a new epoll, or in a copy of the epoll `of`, which its owner keeps."""
         self._epoll = epoll() if of < 0 else epoll.fromfd(os.dup(of))
         self._bell: Optional[socket.socket] = None
 
     def fileno(self) -> int:
-        """Return the descriptor that is readable when one of the set is."""
+        """Return the descriptor that is readable when any descriptor of the set is."""
         return self._epoll.fileno()
 
     def wait(self, timeout_s: Optional[float]) -> list[int]:
-        """Return those that are readable or at their end, after timeout_s, or a day, none."""
+        """Wait, and return the descriptors that are readable or at end of file.
+
+        Returns none after timeout_s, or after a day if timeout_s is longer.
+        """
         if timeout_s is not None and timeout_s > LONGEST_WAIT_S:
             timeout_s = LONGEST_WAIT_S
         return [fd for fd, _ in self._epoll.poll(timeout_s, _EVENTS_AT_ONCE)]
@@ -51,8 +54,8 @@ class WaitSet:
             except FileExistsError:
                 pass
             except (OSError, ValueError):
-                # Closed by another thread just now: not a failure of the caller, which may
-                # only have closed a connection.
+                # Not an error if another thread has closed the set: the caller may only have
+                # closed a connection.
                 if not self._epoll.closed:
                     raise
 
@@ -61,29 +64,29 @@ class WaitSet:
             try:
                 self._epoll.unregister(fd)
             except (OSError, ValueError):
-                pass  # it was not in there, or all is closed
+                pass  # it was not in the set, or the set is closed
 
     def ring(self) -> None:
-        """Be readable, whatever is in the set, until `hush`.
+        """Make the set readable until `hush`.
 
-        Fit for a signal handler, but the first time it may raise OSError.
+        Safe in a signal handler, but the first call may raise OSError.
         """
         if self._epoll.closed:
             return
         if self._bell is None:
-            # A fresh stream socket polls as hung up: one descriptor, not two.
+            # A new stream socket polls as hung up, and takes one descriptor where a pipe takes two.
             self._bell = Socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.add([self._bell.fileno()])
 
     def hush(self) -> None:
-        """Take `ring` back."""
+        """End the effect of `ring`."""
         if self._bell is not None:
             self.remove([self._bell.fileno()])
 
     def renew(self, fds: Iterable[int], ends: Iterable[int], events: int) -> None:
-        """In a forked child: keep the number, but share nothing with the parent any more.
+        """Put a new epoll under the same number.  For a forked child, which shared the parent's.
 
-        (Nothing may be taken out of the inherited epoll, for it would be out for the parent, too.)
+        A removal from the inherited epoll would also remove the descriptor for the parent.
         """
         if not self._epoll.closed:
             fresh = epoll()
@@ -96,7 +99,7 @@ class WaitSet:
             self._bell = None
 
     def forget(self) -> None:
-        """In a forked child: close what is ours, and leave another's epoll as it is."""
+        """Close this set without a change to another owner's epoll.  For a forked child."""
         WaitSet.close(self)
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
-"""waitress on a Listener, with what it lacks for a drain: an end for idle clients.
+"""waitress on a Listener, with an end for idle clients in a drain.
 
-waitress knows no graceful stop.  Idle keep-alive connections end there after
-`channel_timeout` (120 s), and as long a draining worker would live for them.  Here that time
-becomes short when the drain begins, and waitress closes them in its own way.
+waitress has no graceful stop.  It closes idle keep-alive connections after
+`channel_timeout` (120 s), so a draining worker would live that long.  Here the time
+becomes short when the drain begins, and waitress closes idle connections itself.
 
 Source: docs.pylonsproject.org/projects/waitress, "Arguments to waitress.serve".
 """
@@ -21,8 +21,8 @@ from .wait_set import LONGEST_WAIT_S
 if TYPE_CHECKING:
     from .address import ListenAddress
 
-# A client that has just connected, or just read an answer, gets its next request through in
-# this time, hence not 0.  waitress looks once a second.
+# Not 0: a client that has just connected, or read an answer, has this long to send its next
+# request.  waitress checks once a second.
 _IDLE_S = 1
 
 
@@ -33,17 +33,17 @@ def serve(
     limit: Optional[int] = None,
     **options: Any,
 ) -> None:
-    """Serve a WSGI application; return when drained.
+    """Serve a WSGI application; return when drained.  Requests under way finish first.
 
-    `address` and `limit` are those of Listener.  options: waitress's own, but those that say
-    where to listen.  A request under way is finished before the end.
+    `address`, `limit` and errors are those of Listener.
+    options: any of waitress.serve(), except those that say where to listen.
     """
-    # waitress accepts once for each wake-up, so there is nothing to bound.
+    # take=None: waitress accepts once for each wake-up.
     serve_on(Listener(address, limit=limit, take=None), app, **options)
 
 
 def serve_on(listener: Listener, app: Any, **options: Any) -> None:
-    """Serve on a Listener that is there already; takes ownership of it."""
+    """Serve on an existing Listener; takes ownership of it."""
     server = create_server(app, sockets=[listener], **options)
 
     def end_idle() -> None:
@@ -57,16 +57,16 @@ def serve_on(listener: Listener, app: Any, **options: Any) -> None:
 
 
 class _Loop:
-    """waitress's loop, that sleeps where one of all idle workers is woken: see shared_epoll.py."""
+    """waitress's loop, with a wait in which one idle worker wakes, not all: see shared_epoll.py."""
 
     def __init__(self, listener: Listener) -> None:
         self._intake = listener._opened()
-        self._epoll = select.epoll()  # all but the listener
+        self._epoll = select.epoll()  # of all descriptors but the listener
         self._watched: Dict[int, Tuple[Any, int]] = {}
         self._intake.sleep_beside(self._epoll.fileno())
 
     def loop(self, timeout: float, map: Dict[int, Any], use_poll: bool = False) -> None:
-        """Serve those in the map, by descriptor, until there are none."""
+        """Serve the dispatchers in `map` (by descriptor) until it is empty."""
         while map:
             accepting = self._watch(map)
             if accepting is not None:
@@ -81,7 +81,7 @@ class _Loop:
                 wasyncore.read(accepting)
 
     def _watch(self, map: Dict[int, Any]) -> Any:
-        """Update the epoll; return the listener's dispatcher if that is to accept."""
+        """Update the epoll; return the listener's dispatcher if it wants to accept."""
         wanted, accepting = {}, None
         for fd, each in list(map.items()):
             flags = select.EPOLLIN | select.EPOLLPRI if each.readable() else 0
@@ -95,7 +95,7 @@ class _Loop:
             try:
                 self._epoll.unregister(fd)
             except OSError:
-                pass  # it was closed
+                pass  # the descriptor was closed
         for fd, (each, flags) in wanted.items():
             if self._watched.get(fd) != (each, flags):
                 try:

@@ -1,7 +1,7 @@
-"""What this process is: a protector's worker, or one that listens by itself.
+"""This process as a worker: under a protector, or with listening sockets of its own.
 
-A process has one environment, one channel and one drain, so there is one
-Worker, made when it is first asked for and never at import.
+A process has one environment, one channel and one drain.  So there is one
+Worker, made at its first use and never at import.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
     from .address import ListenAddress
 
-#: As the protector's --backlog; the kernel lowers it to net.core.somaxconn.
+#: The protector's default of --backlog; the kernel lowers it to net.core.somaxconn.
 DEFAULT_BACKLOG = 4096
 
 
 @lru_cache(maxsize=None)
 def current() -> Worker:
-    """Return what this process is.  Raises ProtocolError for a broken environment."""
+    """Return this process's Worker.  Raises ProtocolError for a broken environment."""
     return Worker(os.environ)
 
 
@@ -47,25 +47,25 @@ class Worker:
         environment = read_environment(environ)
         self._board = Scoreboard(*environment.board)
         self.channel: Optional[Channel] = None
-        #: How many workers take connections from the same queue, as far as is known.
+        #: The number of workers with the same queue, as configured at the start.
         self.sharers = environment.workers
         #: Whether a SocketServer uses the channel.
         self.is_lent = False
-        #: Listening sockets that others have, too (`--handoff listener`).
+        #: Listening sockets shared with other processes (`--handoff listener`).
         self.passed = environment.passed
-        self._watchdogs: List[Watchdog] = []  # to be started when this process serves
+        self._watchdogs: List[Watchdog] = []  # they start when this process serves
         self._return_line: Optional[socket.socket] = None
         if environment.channel_fd >= 0:
             self.channel = Channel(environment.channel_fd, environment.listeners)
-            # Kept for life: closing is the kernel's job, without a warning at exit.
+            # Detached at exit, so that Python does not warn; the kernel closes it.
             atexit.register(self.channel.detach)
         if environment.return_fd >= 0:
             self._return_line = Socket(fileno=environment.return_fd)
             atexit.register(self._return_line.detach)
         self._watchdog_s = interval_s(environ) if self.is_served else 0.0
         self.drain = Drain([line.fileno() for line in (self.channel, self._return_line) if line])
-        #: Which listener each connection came through.  Entries are replaced when
-        #: their number is used again, so those of open connections are right.
+        #: The listener of each connection, by descriptor.  A reused descriptor
+        #: replaces its entry, so the entries of open connections are right.
         self.listener_by_fd: dict[int, str] = {}
         self._said_ready = False
         self._lock = threading.Lock()
@@ -77,12 +77,12 @@ class Worker:
         return self.channel is not None or bool(self.passed)
 
     def open_intake(self, address: Optional[ListenAddress], limit: Optional[int]) -> Intake:
-        """Return a new intake; the caller closes it.
+        """Return a new intake, which the caller closes.
 
-        Without a protector it accepts from what it was handed, or binds and listens on address.
-        Raises what address.listen raises.
+        Without a channel it accepts from the passed sockets, or binds and listens on `address`.
+        Raises ValueError for a limit below 1, and the errors of address.listen.
         """
-        # Before anything is bound.
+        # Checked before a socket is bound.
         if limit is not None and limit < 1:
             raise ValueError(f"cannot work with limit={limit}: at least 1 is needed")
         source: Source
@@ -95,7 +95,7 @@ class Worker:
         return self._open(source, limit)
 
     def open_queue(self, channel: Channel, limit: int) -> Intake:
-        """Return a new intake from a channel, which stays the caller's; the caller closes it."""
+        """Return a new intake of a channel; the caller keeps the channel and closes the intake."""
         if channel is not self.channel:
             self.drain.follow(channel.fileno())
         return self._open(ChannelSource(channel, wakes_one=channel is self.channel), limit)
@@ -103,11 +103,11 @@ class Worker:
     def _open(self, source: Source, limit: Optional[int]) -> Intake:
         intake = Intake(source, self.drain, limit, self.listener_by_fd, self._board)
         if self._return_line is not None:
-            # Nothing is sent on it yet; a later protector may, to the process that it started.
-            intake.obey_end(self._return_line.fileno())
+            # Only its end counts.  A later protector may send something, for the parent to read.
+            intake.drain_at_end_of(self._return_line.fileno())
         if self._watchdog_s:
             watchdog = Watchdog(self._watchdog_s, lambda: intake.may_be_silent)
-            intake.obey(watchdog.fileno(), watchdog.answer)
+            intake.on_readable(watchdog.fileno(), watchdog.answer)
             with self._lock:
                 if self._said_ready:
                     watchdog.start()
@@ -116,11 +116,11 @@ class Worker:
         return intake
 
     def ready(self, *, retires: bool = True) -> None:
-        """Say READY=1, the first time; later calls do nothing.
+        """Send READY=1; later calls do nothing.
 
-        Where the protector has not read on for a while it is heard once it does: see notify().
-        retires: whether this worker leaves when its RETURN line ends; not where the program takes
-        from the Channel itself, which is not counted either.
+        If the protector is slow to read its messages, it gets this one later: see notify().
+        retires: whether this worker finishes when its RETURN line ends.  False for a program that
+        takes from the Channel itself, whose connections are not counted either.
         """
         with self._lock:
             if self._said_ready:
@@ -130,12 +130,12 @@ class Worker:
                 self._watchdogs.pop().start()
         if not retires:
             self._board.leave_uncounted()
-        # In one datagram: the protector must know both before it relies on one.
+        # In one datagram: the protector must know both before it relies on either.
         can_retire = retires and self._return_line is not None
         notify("READY=1", *([wire.RETIRES_ON_RETURN] if can_retire else []))
 
     def after_fork_in_child(self) -> None:
-        # It is the parent that the protector watches.
+        # The protector watches the parent, not the child.
         self._lock = threading.Lock()
         self._watchdog_s = 0.0
         self._watchdogs = []

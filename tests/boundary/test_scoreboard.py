@@ -36,8 +36,8 @@ def record(board: Board) -> Iterator[memoryview]:
 
 def test_what_a_worker_counts_is_read(board: Board) -> None:
     worker = Scoreboard(os.dup(board.fd), board.offset(2))
-    worker.took(7, 99)
-    worker.failed()
+    worker.count_taken(7, 99)
+    worker.count_error()
 
     found = board.read(2)
 

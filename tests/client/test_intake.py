@@ -52,7 +52,7 @@ def test_orders_are_seen_however_many_connections_wait(take: int | None) -> None
         ours, theirs = socket.socketpair()
         listener.accept()[0].close()
 
-        intake.obey(ours.fileno(), lambda: seen.append(len(ours.recv(1))))
+        intake.on_readable(ours.fileno(), lambda: seen.append(len(ours.recv(1))))
         theirs.send(b"!")
         taken = 1
         while not seen and taken < 40:

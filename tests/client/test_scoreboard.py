@@ -73,7 +73,7 @@ def test_a_connection_is_counted_with_its_wait(
 ) -> None:
     monkeypatch.setattr("time.monotonic_ns", lambda: 10**18)
 
-    record.board.took(7, 10**18 - wait_us * US)
+    record.board.count_taken(7, 10**18 - wait_us * US)
 
     assert record.word(wire.BOARD_ACCEPTED) == 1
     waits = record.words()[wire.BOARD_WAITS : wire.BOARD_WAITS + wire.BOARD_WAIT_WORDS]
@@ -82,18 +82,18 @@ def test_a_connection_is_counted_with_its_wait(
 
 
 def test_a_descriptor_beyond_the_record_has_no_place_in_it(record: Record) -> None:
-    record.board.took(wire.BOARD_DESCRIPTORS, 1)
-    record.board.took(wire.BOARD_DESCRIPTORS - 1, 1)
+    record.board.count_taken(wire.BOARD_DESCRIPTORS, 1)
+    record.board.count_taken(wire.BOARD_DESCRIPTORS - 1, 1)
 
     assert record.word(wire.BOARD_ACCEPTED) == 2
     assert record.words()[-1] == 1
 
 
 def test_what_the_protector_asks_is_not_counted(record: Record) -> None:
-    record.board.took(7, 1)
+    record.board.count_taken(7, 1)
     before = record.words()
 
-    record.board.took(7, 0)
+    record.board.count_taken(7, 0)
 
     after = record.words()
     assert after[wire.BOARD_ACCEPTED_AT + 7] == 0
@@ -104,7 +104,7 @@ def test_what_is_open_is_counted_however_it_ends(record: Record) -> None:
     opened = OpenConnections(record.board.count_open)
     record.board.follow(opened)
     closed, dropped = connection(record.board, opened), connection(record.board, opened)
-    record.board.took(closed.fileno(), 1)
+    record.board.count_taken(closed.fileno(), 1)
     assert record.word(wire.BOARD_ACTIVE) == 2
 
     closed.close()
@@ -135,8 +135,8 @@ def test_threads_lose_no_count(record: Record) -> None:
     def work() -> None:
         for _ in range(300):
             made = connection(record.board, opened)
-            record.board.took(made.fileno(), 1)
-            record.board.failed()
+            record.board.count_taken(made.fileno(), 1)
+            record.board.count_error()
             made.close()
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -151,11 +151,11 @@ def test_threads_lose_no_count(record: Record) -> None:
 
 
 def test_a_forked_child_that_takes_makes_the_count_unknown(record: Record) -> None:
-    record.board.took(1, 1)
+    record.board.count_taken(1, 1)
     child = os.fork()
     if child == 0:
-        record.board.failed()
-        record.board.took(2, 1)
+        record.board.count_error()
+        record.board.count_taken(2, 1)
         os._exit(0)
     os.waitpid(child, 0)
 
@@ -166,7 +166,7 @@ def test_a_forked_child_that_takes_makes_the_count_unknown(record: Record) -> No
 def test_a_forked_child_that_takes_nothing_changes_nothing(record: Record) -> None:
     child = os.fork()
     if child == 0:
-        record.board.failed()
+        record.board.count_error()
         os._exit(0)
     os.waitpid(child, 0)
 
@@ -183,7 +183,7 @@ def test_what_is_left_of_a_worker_does_not_write_into_its_successors_record(
         board = Scoreboard(os.dup(record.fd), PLACE)
         if os.fork() == 0:
             os.read(go[0], 1)
-            board.took(2, 1)
+            board.count_taken(2, 1)
             os.write(gone[1], b"!")
         os._exit(0)
     os.waitpid(worker, 0)  # what is reaped is followed by another
@@ -203,6 +203,6 @@ def test_what_is_no_scoreboard_is_done_without(what: str) -> None:
 
     board = Scoreboard(fd, 0)
 
-    board.took(5, 1)
+    board.count_taken(5, 1)
     board.count_open()
-    board.failed()
+    board.count_error()

@@ -70,7 +70,7 @@ PATIENT = """
 from socketprotector_client import exit_after_drain
 from tests.frameworks.programs.pages import asgi
 
-exit_after_drain._FIRST_WORDS_S = 600
+exit_after_drain._FIRST_REQUEST_S = 600
 """
 
 

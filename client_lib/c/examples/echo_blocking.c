@@ -22,7 +22,7 @@ static int send_all(int fd, const char *text, size_t bytes)
     return 0;
 }
 
-/* Returns -1 if the conversation ended in another way than by `quit` or an end of file. */
+/* Returns 0 after `quit` or end of file, -1 if the conversation ended in another way. */
 static int serve(struct sp_worker *sp, int fd, int stop_fd)
 {
     char line[LINE_BYTES], reply[LINE_BYTES + 32], *end;
@@ -31,7 +31,7 @@ static int serve(struct sp_worker *sp, int fd, int stop_fd)
         struct pollfd lines[2] = {{fd, POLLIN, 0}, {stop_fd, POLLIN, 0}};
         int ready = poll(lines, 2, sp->watchdog_ms);
         ssize_t more;
-        sp_alive(sp); /* or a long conversation would pass for a worker that hangs */
+        sp_alive(sp); /* otherwise a worker in a long conversation would look stuck */
         if (ready == 0)
             continue;
         if (ready < 0 || lines[1].revents)
@@ -64,7 +64,7 @@ int main(int argc, char **argv)
     sigset_t term;
     int stop_fd;
 
-    /* SIGTERM becomes something to wait for, so that it never strikes between two calls. */
+    /* SIGTERM becomes a readable descriptor, so that it never arrives unnoticed between two calls. */
     sigemptyset(&term);
     sigaddset(&term, SIGTERM);
     sigprocmask(SIG_BLOCK, &term, NULL);

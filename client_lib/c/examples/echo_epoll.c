@@ -12,7 +12,7 @@
 enum { LINE_BYTES = 4096, EVENTS = 64, RETRY_MS = 50 };
 
 struct client {
-    struct client *next, **here; /* all clients, and what points to this one */
+    struct client *next, **here; /* the list of all clients; here: the pointer to this client */
     int fd;
     size_t got;
     char line[LINE_BYTES];
@@ -38,16 +38,16 @@ static void watch_for_connections(int on)
     watching = on;
     for (i = 0; i < sp.count; i++)
         if (sp.fds[i] == sp.return_line)
-            continue; /* is watched to the end */
+            continue; /* watched until the end */
         else if (!on)
             epoll_ctl(epoll_fd, EPOLL_CTL_DEL, sp.fds[i], NULL);
-        else if (watch(sp.fds[i], &sp.fds[i]) < 0) /* known by the place where its number stands */
+        else if (watch(sp.fds[i], &sp.fds[i]) < 0) /* main() recognizes it by its place in sp.fds */
             fprintf(stderr, "cannot watch descriptor %d: %s\n", sp.fds[i], strerror(errno));
 }
 
 static void end(struct client *client, int failed)
 {
-    /* Before closing: another copy may still be open for a moment, and would stay watched. */
+    /* Before closing: the file stays in the epoll while another process holds a copy. */
     epoll_ctl(epoll_fd, EPOLL_CTL_DEL, client->fd, NULL);
     close(client->fd);
     *client->here = client->next;
@@ -58,7 +58,7 @@ static void end(struct client *client, int failed)
         sp_failed(&sp);
     sp_closed(&sp);
     if (!sp.ended)
-        watch_for_connections(1); /* now there is a descriptor for one more */
+        watch_for_connections(1); /* a descriptor is free again */
 }
 
 static void begin(int fd)
@@ -102,7 +102,7 @@ static void serve(struct client *client)
         }
         memcpy(reply + head, client->line, bytes);
         bytes += (size_t)head;
-        /* A client that sends without reading is not worth a buffer here. */
+        /* A client that sends without reading is cut off, to keep the example short. */
         if (send(client->fd, reply, bytes, MSG_DONTWAIT | MSG_NOSIGNAL) != (ssize_t)bytes) {
             end(client, 1);
             return;
@@ -123,12 +123,12 @@ static void take(int fd)
         break;
     case SP_DRAINED:
     case SP_RETIRED:
-        watch_for_connections(0); /* they stay readable for ever */
+        watch_for_connections(0); /* the descriptors stay readable for ever */
         epoll_ctl(epoll_fd, EPOLL_CTL_DEL, sp.return_line, NULL);
         break;
     case SP_ERROR:
         if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM)
-            watch_for_connections(0); /* the rest waits where it is, until one of ours ends */
+            watch_for_connections(0); /* connections wait in the queue until one of ours is closed */
         else
             fprintf(stderr, "cannot take a connection: %s\n", strerror(errno));
         break;

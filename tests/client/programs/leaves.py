@@ -13,8 +13,8 @@ from socketprotector_client import Connection, Listener, draining, exit_after_dr
 
 from tests.client.programs.talk import say
 
-exit_after_drain._FIRST_WORDS_S = float(sys.argv[1])
-exit_after_drain._LOOK_S = 0.001
+exit_after_drain._FIRST_REQUEST_S = float(sys.argv[1])
+exit_after_drain._POLL_S = 0.001
 
 ended = False
 

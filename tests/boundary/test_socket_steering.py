@@ -2300,6 +2300,31 @@ def test_no_socket_is_watched_that_is_closed(world: World, pair: Listener) -> No
     assert number not in world.loop._callbacks | world.loop._coming
 
 
+def test_a_client_at_the_socket_of_a_probed_generation_is_kept_while_the_path_cannot_change(
+    world: World, pair: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path still leads to the socket of the generation before the serving one."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    pair.settings = replace(pair.settings, name="s")
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    world.steering.enter(2, 1)
+    monkeypatch.setattr(os, "rename", fail)
+    world.steering.turn_to(1)
+    world.steering.forget(1)
+    world.pass_time(LEAVES_S + 0.1)
+    world.steering.enter(3, 0)
+    assert world.steering.probes.ask(3, "s") is not None
+    come(world, pair.path)
+
+    world.steering.forget(3)
+
+    assert pair.has_waiting(0)
+
+
 @pytest.mark.parametrize("held", [1, 2])
 def test_clients_that_have_waited_at_each_socket_are_all_served(
     world: World, pair: Listener, held: int

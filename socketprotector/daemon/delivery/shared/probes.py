@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from ....system import bpf, reuseport, socket_copy, socket_snapshot
+from ....system.cleanup import on_error
 from ....system.listener import RESOURCE_ERRNOS, Listener
 from ....system.sock_diag import end_of, is_waiting, unaccepted
 from ..probe_target import ProbeTarget, family_of
@@ -156,7 +157,6 @@ class Probes:
                 raise OSError(errno.EAGAIN, why)
         address, asked = found.address_of(socket_number), found.socket_for(socket_number)
         place = found.index, socket_number
-        no_clients = socket_number != self._turns.number_for(found) and not _has_waiting(asked)
         waits = partial(_waits, asked, address)
         # While this socket is in no group, the kernel gives a marked probe to the other socket.
         times, closing = found.joined[socket_number], socket_snapshot.closing
@@ -170,21 +170,28 @@ class Probes:
             )
 
         if asked.family == socket.AF_UNIX:  # the socket has a file of its own, so needs no mark
+            no_clients = self._steer() and self._is_for_probes(found, socket_number)
             self._will_come_from(place, None, no_clients=no_clients)
             return ProbeTarget(address, None, waits, lambda: None, holds=holds)
         while (mark := bpf.Mark.draw(family_of(address))) in self.questions:
             pass  # IPv6 has few marks
         self.questions[mark] = socket_number
+        with on_error(self.questions.pop, mark):
+            if not self._steer():  # the probe would reach the old generation, which answers
+                raise OSError(errno.EAGAIN, "new clients cannot be steered now")
+            no_clients = self._is_for_probes(found, socket_number)
         self._will_come_from(place, mark, no_clients=no_clients)
-        if not self._steer():  # the probe would reach the old generation, which answers
-            del self.questions[mark]
-            raise OSError(errno.EAGAIN, "new clients cannot be steered now")
         close = partial(self._stop_asking, mark)
 
         def is_closed() -> bool:
             return closed != closing(serving)
 
         return ProbeTarget(address, mark, waits, close, holds=holds, is_closed=is_closed)
+
+    def _is_for_probes(self, listener: Listener, number: int) -> bool:
+        """Return whether only probes come to a socket, now that new clients are steered."""
+        is_current = number == self._turns.number_for(listener)
+        return not is_current and not _has_waiting(listener.socket_for(number))
 
     def can_ask(self, name: str) -> bool:
         """Return whether ask() finds a listener of this name."""

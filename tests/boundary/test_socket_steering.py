@@ -2484,6 +2484,27 @@ def test_clients_of_a_hold_are_served_where_one_socket_was_left_meanwhile(
     assert pair.has_waiting(1)
 
 
+def test_a_hold_applies_to_a_path_again_as_soon_as_it_has_two_sockets_again(
+    world: World, pair: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> socket.socket:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    with monkeypatch.context() as read_only:
+        read_only.setattr(socket_file, "bind", fails)
+        pair.socket_for(1).shutdown(socket.SHUT_RDWR)
+        world.steering._repairs.repair(pair, 1)
+    assert not pair.has_sibling
+    world.steering.turn_hold(True)
+
+    world.steering.enter(2, 1)
+    come(world, pair.path)
+
+    assert pair.has_held_client
+
+
 def test_a_client_that_comes_as_another_socket_is_put_in_the_place_of_its_one_waits_on(
     world: World, pair: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,7 +129,7 @@ class SocketSteering:
                     raise
             self._repairs.make_sound(each, socket_number, generation)
         self.turns.accepting[generation] = socket_number
-        self._steer_while_starting()
+        self._steer()  # a path that has two sockets again can be held again
         self._watch.watch()
 
     def grow(self, generation: int, knows: Callable[[int], bool]) -> None:

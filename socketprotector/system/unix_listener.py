@@ -321,7 +321,8 @@ class UnixListener(Listener):
         """Remove the path, and the file of each socket, if they are ours."""
         if self._path:
             socket_file.remove(self._path, self._all)
-        else:
+        # Also where no file is beside it, because then the kernel has to say whose the path is.
+        if not (self._path and self.settings.beside):
             remove_file(self.settings)
 
 

@@ -15,16 +15,16 @@ import pytest
 from socketprotector.launch.bind import bind_all
 from socketprotector.launch.listen_spec import Listen
 from socketprotector.model.settings import ListenerSettings
-from socketprotector.system import accept_marks, bpf, reuseport, sock_diag, socket_copy
+from socketprotector.system import accept_marks, bpf, reuseport, sock_diag, socket_copy, socket_file
 from socketprotector.system.listener import Listener
 from socketprotector.system.listeners import listener_of
 from tests.unanswered import Unanswered
 
 
-def adopted(made: socket.socket, settings: ListenerSettings) -> Listener:
+def adopted(made: socket.socket, settings: ListenerSettings, *, shared: bool = False) -> Listener:
     made.listen(10)
     made.setblocking(False)
-    return listener_of(made.detach(), 0, settings)
+    return listener_of(made.detach(), 0, settings, shared=shared)
 
 
 def on_tcp(family: socket.AddressFamily, host: str) -> tuple[Listener, tuple[str, int]]:
@@ -34,11 +34,12 @@ def on_tcp(family: socket.AddressFamily, host: str) -> tuple[Listener, tuple[str
     return adopted(made, ListenerSettings(f"tcp:{host}:{port}")), (host, port)
 
 
-def on_file(path: Path) -> Listener:
+def on_file(path: Path, *, shared: bool = False) -> Listener:
     made = socket.socket(socket.AF_UNIX)
     made.bind(str(path))
     found = path.stat()
-    return adopted(made, ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino))
+    settings = ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino)
+    return adopted(made, settings, shared=shared)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +94,21 @@ def test_closing_removes_its_own_file_and_no_other(tmp_path: Path) -> None:
     first.close()
     assert path.exists()
     second.close()
+    assert not path.exists()
+
+
+def test_closing_removes_the_file_of_a_shared_socket_though_the_kernel_cannot_tell_whose_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+
+    path = tmp_path / "socket"
+    listener = on_file(path, shared=True)
+    monkeypatch.setattr(socket_file, "file_of", fail)
+
+    listener.close()
+
     assert not path.exists()
 
 

@@ -507,6 +507,24 @@ def test_a_socket_that_somebody_has_shut_down_gets_clients_again(world: World) -
     assert world.lost == []
 
 
+def test_connections_are_counted_for_no_generation_once_several_share_a_socket(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    world = SharedWorld()
+    request.addfinalizer(world.close)
+    first, second = world.serving(1), world.serving(2)
+    assert [world.delivery.active(each) for each in (first, second)] == [0, 0]
+    [listener] = world.delivery.listeners
+    monkeypatch.setattr(listener, "bind_anew", fail)
+    assert isinstance(world.delivery, SharedDelivery)
+    world.delivery.steering._repairs._replace(listener, second.record.socket_number)
+
+    assert [world.delivery.active(each) for each in (first, second)] == [None, None]
+
+
 def test_a_generation_is_asked_at_a_path_that_had_one_socket_left(
     request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

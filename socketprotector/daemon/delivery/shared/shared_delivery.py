@@ -40,7 +40,7 @@ class SharedDelivery(Delivery):
         self.steering = SocketSteering(
             lambda: self._listeners,
             host.runtime,
-            bound=host.bound,
+            bound=self._note_bound,
             lost=host.lost,
             untaken=host.untaken,
         )
@@ -75,6 +75,13 @@ class SharedDelivery(Delivery):
             for each in others:
                 each.update_record(marks=())
         self._flags.watch()
+
+    def _note_bound(self, listener: Listener) -> None:
+        """Pass on that a listener has another socket, or one socket less."""
+        if not listener.has_sibling:  # a mark there no longer tells whose worker has accepted
+            for each in self._host.generations.values():
+                each.update_record(marks=())
+        self._host.bound(listener)
 
     def worker_handles(
         self, generation: OpenGeneration, slot: int, free: Iterator[int], settings: Settings

@@ -389,6 +389,11 @@ def forwarder_of(effects: Effects) -> Forwarder | None:
     return delivery.forwarder if isinstance(delivery, QueueDelivery) else None
 
 
+def _number_of(worker: Any) -> int:
+    """Return its number, which its notify address has."""
+    return int(worker.address.rpartition("-")[2])
+
+
 def is_for_questions(file: File) -> bool:
     """Whether it is of a question: that, our end of it, or where it comes to."""
     if isinstance(file, Listening):
@@ -823,7 +828,7 @@ class World:
         told = {each.number for each in snapshot.workers}
         told |= {each.number for each in snapshot.fleet.alive()}
         for each in self.workers:
-            each.unknown = each.unknown or int(each.address.rpartition("-")[2]) not in told
+            each.unknown = each.unknown or _number_of(each) not in told
         self._unwritten = False
 
     def _settings_of(self, snapshot: Snapshot | None) -> Settings:
@@ -1246,8 +1251,9 @@ class World:
         """Whether the protector knows it, and has not lost its line by a kill."""
         if self._supervisor is None or self._starting or self._unkept:
             return False
+        # By its number: one that was killed before it was known may have the pid of another.
         records = self._supervisor.effects.pool.records()
-        return worker.pid in {each.pid for each in records if not each.orphaned}
+        return _number_of(worker) in {each.number for each in records if not each.orphaned}
 
     def _ack(self, pid: int) -> bool:
         """Say it by the control socket; return whether it was open."""

@@ -2325,6 +2325,22 @@ def test_a_client_at_the_socket_of_a_probed_generation_is_kept_while_the_path_ca
     assert pair.has_waiting(0)
 
 
+def test_a_client_of_a_probed_generation_is_kept_by_the_program_after_a_kill_at_the_switch(
+    world: World, pair: Listener
+) -> None:
+    pair.settings = replace(pair.settings, name="s")
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    world.steering.enter(2, 1)
+    assert world.steering.probes.ask(2, "s") is not None
+    world.steering.turn_to(1)
+    come(world, pair.path)
+
+    world.resume((1, 0), record=world.written)
+
+    assert pair.has_waiting(1)
+
+
 @pytest.mark.parametrize("held", [1, 2])
 def test_clients_that_have_waited_at_each_socket_are_all_served(
     world: World, pair: Listener, held: int

@@ -267,4 +267,6 @@ class Probes:
 
     def clients_come(self, places: set[tuple[int, int]]) -> None:
         """Note that clients come to these sockets, by listener and number, from now on."""
-        self.asked -= places
+        if not places.isdisjoint(self.asked):
+            self.asked -= places
+            self._persist()  # before the first client: if we are killed, the next program keeps it

@@ -635,7 +635,9 @@ class Handed(World):
             one.locked = self._chance() < 0.5
         elif not one.address.by_number:
             names = (one.bound_as, one.address.name, one.own_file)
-            if one.address.is_path:
+            # While the path leads to it, its own file alone says that the path is ours.  A full
+            # disk may keep the path there until the socket is closed: then the operator removes it.
+            if one.address.is_path and not (what == 7 and one.address.file is one):
                 self.kernel.names.pop(names[what - 5], None)
         elif what == 6:
             one.reuseport = False

@@ -1,6 +1,6 @@
-"""Plain values that every other folder speaks in: settings, records, modes, texts, formats.
+"""Plain values that all other folders share: settings, records, modes, texts, formats.
 
-What a handoff mode can do and which options it refuses: handoff_modes.py.  Variables a worker gets
-to find its listeners: listen_fds.py.  What outlives the program: records.py.  No system call.
+Capabilities of a handoff mode, and options it refuses: handoff_modes.py.  A worker's variables for
+its listeners: listen_fds.py.  The records that outlive the program: records.py.  No system call.
 May import: nothing.
 """

@@ -1,7 +1,7 @@
-"""Back-off: one accident costs nothing, and a program that cannot live costs the machine little.
+"""Back-off: a single crash costs no time, and a program that always crashes costs little CPU.
 
-So the first quick deaths, of a slot's workers, of generations, or of a guarded protector, are
-followed by the next try at once, and later ones by a longer wait each time.
+After the first quick deaths the next try begins at once, after later ones following a growing wait.
+This holds for the workers of a slot, for generations, and for a guarded protector.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ MAX_DELAY_S = 60.0
 
 
 def backoff_s(quick_deaths: int) -> float:
-    """Seconds to wait before the next try after so many quick deaths in a row."""
+    """Return the seconds to wait before the next try, after so many quick deaths in a row."""
     if quick_deaths <= FREE_DEATHS:
         return 0.0
     # The exponent is bounded because a float overflows after a thousand doublings.

@@ -1,8 +1,8 @@
-"""Values as JSON: how the state and the settings are written, and how what changes in them is.
+"""The JSON form of values: the state, the settings, and the changes between two states.
 
-Classes and fields are identified by name, so that a newer program reads an older program's state: a
-missing field takes its default, and a renamed field is found by its old name.
-The other way round is refused in words.
+Classes and fields are identified by name, so that a newer program reads an older program's state.
+A missing field takes its default, and a renamed field is found by its old name.
+An older program refuses a newer program's state, with the reason.
 
 Pure.  One serializer for all values that outlive a program.
 """
@@ -21,7 +21,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-#: Grows when a program of one format could not make sense of what is written in the other.
+#: Increased by each change after which old and new programs cannot read each other's values.
 FORMAT = 3
 
 
@@ -30,7 +30,7 @@ def _float(value: float) -> str:
     return float.__repr__(value) if finite else json.dumps(value)
 
 
-#: What json.dumps() would say, without its preparations.
+#: The same text as json.dumps(), without its set-up cost.
 _PLAIN: Mapping[type, Callable[[Any], str]] = {
     str: json.encoder.encode_basestring_ascii,
     int: int.__repr__,
@@ -41,16 +41,16 @@ _PLAIN: Mapping[type, Callable[[Any], str]] = {
 
 
 class DecodeError(ValueError):
-    """It is no value of these classes; the message says why."""
+    """The bytes are no value of the codec's classes; the message says why."""
 
 
 class NewerError(DecodeError):
-    """A newer program has written it; the message says what shows that."""
+    """A newer program has written the bytes; the message says what is unknown here."""
 
 
 @contextmanager
 def decoding() -> Iterator[None]:
-    """Raise DecodeError for what is not of the expected form."""
+    """Turn the errors of a malformed value into DecodeError."""
     try:
         yield
     except DecodeError:
@@ -60,7 +60,7 @@ def decoding() -> Iterator[None]:
 
 
 def need_format(written: int) -> None:
-    """Raise DecodeError for what was written in another format than this program's."""
+    """Raise DecodeError if `written` is not this program's format."""
     if written > FORMAT:
         raise NewerError(f"format {written}, this one reads up to {FORMAT}")
     if written < FORMAT:
@@ -71,7 +71,7 @@ def need_format(written: int) -> None:
 
 
 def refusal(what: str, error: DecodeError) -> str:
-    """Say why something cannot be used.  what: `the state`."""
+    """Return why something cannot be read.  what: its name, such as `the state`."""
     why = str(error)
     if isinstance(error, NewerError):
         why = f"written by a newer program ({why}); start that one, or stop and start afresh"
@@ -79,7 +79,7 @@ def refusal(what: str, error: DecodeError) -> str:
 
 
 class Codec:
-    """Turns values of known classes into JSON and back."""
+    """The JSON form of a set of classes."""
 
     def __init__(
         self,
@@ -90,13 +90,13 @@ class Codec:
         added: Collection[str] = (),
         said: Collection[str] = (),
     ) -> None:
-        """classes: the frozen dataclasses and enums that may occur, each of another name.
+        """Encode these classes: frozen dataclasses and enums with distinct names.
 
-        renamed: `Class` or `Class.field` as an older program calls it, and today's name.
-        strict: a field that one of these does not have is refused, not dropped.
-        added: `Class.field` that older programs do not have: left out while it is at its default.
-        said: of these the fields that no program acts on.  Written apart, so that an older program
-        passes over them, whatever their value is.
+        renamed: `Class` or `Class.field` of an older program -> the name today.
+        strict: classes whose unknown fields are refused, not dropped.
+        added: `Class.field` that older programs lack, and that is left out while at its default.
+        said: `Class.field` on which no program acts.  It is written apart, so that an older program
+        skips it, whatever its value.
         """
         self._classes: Mapping[str, type] = {each.__name__: each for each in classes}
         self._fields: dict[type, tuple[str, ...]] = {
@@ -104,7 +104,7 @@ class Codec:
             for each in self._classes.values()
             if hasattr(each, "__match_args__")
         }
-        # By today's name of the class, and the field's old one.
+        # The class's name today -> a field's old name -> its name today.
         self._renamed: dict[str, dict[str, str]] = {}
         self._older = dict(self._classes)
         for old, new in (renamed or {}).items():
@@ -125,39 +125,39 @@ class Codec:
             self._said.setdefault(self._classes[kind], []).append(name)
 
     def encode(self, value: object) -> bytes:
-        """Return a value of these classes, tuples, frozensets and plain JSON as bytes.
+        """Return a value as bytes: of these classes, tuples, frozensets and plain JSON values.
 
-        Raises TypeError for anything else.
+        Raises TypeError for any other value.
         """
         return self._text(value).encode()
 
     def changes(self, old: object, new: object) -> bytes:
-        """Return what makes the one value the other, for decode(); empty if nothing does.
+        """Return the changes from `old` to `new`, for decode(); empty if they are equal.
 
-        Parts that are the same objects cost next to nothing.
+        Parts that are identical objects cost almost nothing.
         """
         found: list[str] = []
         self._compare("", old, new, found)
         return f"[{','.join(found)}]".encode() if found else b""
 
     def decode(self, data: bytes, changes: Iterable[bytes] = ()) -> Any:
-        """Return the value that was encoded, with all changes.  Raises DecodeError for none."""
+        """Return the encoded value with all changes applied.  Raises DecodeError."""
         with decoding():
             tree = {"f": {"": json_text.parse(data)}}
             for each in changes:
                 for change in json_text.parse(each):
                     _apply(tree, change)
-            return self._in(tree["f"][""])
+            return self._value(tree["f"][""])
 
     def value_of(self, tree: Any) -> Any:
-        """Return the value of what json.loads() has made of one.  Raises DecodeError for none."""
+        """Return the value that a parsed JSON tree stands for.  Raises DecodeError."""
         with decoding():
-            return self._in(tree)
+            return self._value(tree)
 
     def _compare(self, path: str, old: object, new: object, found: list[str]) -> None:
-        """Note each difference: a path with a value, with a slice or with what a set lost and got.
+        """Append each difference: a path, with a value, a slice, or a set's lost and new items.
 
-        path: the names and indexes that lead there, each after a comma.
+        path: the names and indexes that lead to the difference, each after a comma.
         """
         if old is new:
             return
@@ -187,7 +187,7 @@ class Codec:
         added = self._added.get(known, {})
         for name in names:
             one, other = getattr(old, name), getattr(new, name)
-            if name in added and one == added[name] != other:  # so it was not written
+            if name in added and one == added[name] != other:  # a default value was not written
                 found.append(f'{{"p":[""{path},"{name}"],"v":{self._text(other)}}}')
             else:
                 self._compare(f'{path},"{name}"', one, other, found)
@@ -195,15 +195,16 @@ class Codec:
     def _compare_tuples(
         self, path: str, old: tuple[object, ...], new: tuple[object, ...], found: list[str]
     ) -> None:
-        first = _alike(old, new)
+        first = _common_prefix(old, new)
         if len(old) == len(new) and old[first + 1 :] == new[first + 1 :]:
-            if first < len(new):  # one of a thousand, as nearly always
+            if first < len(new):  # nearly always one of a thousand items has changed
                 self._compare(f"{path},{first}", old[first], new[first], found)
             return
-        last = _alike(old[first:][::-1], new[first:][::-1])
+        last = _common_prefix(old[first:][::-1], new[first:][::-1])
         before, after = old[first : len(old) - last], new[first : len(new) - last]
         if len(before) == len(after) and after and after[0] in before:
-            # The oldest make room for others: else each would be written as changes of another.
+            # The oldest items make room for new ones.  Without this case, each remaining item
+            # would be written as a change of the item in its old place.
             gone = before.index(after[0])
             found.append(f'{{"p":[""{path}],"at":{first},"n":{gone},"v":[]}}')
             self._compare_tuples(path, old[:first] + old[first + gone :], new, found)
@@ -240,19 +241,19 @@ class Codec:
             return f'{{"s":{self._text(tuple(sorted(value, key=repr)))}}}'
         if isinstance(value, Enum) and type(value).__name__ in self._classes:
             return f'{{"e":"{type(value).__name__}","v":{self._text(value.value)}}}'
-        if isinstance(value, int):  # a signal's number is one with a name
+        if isinstance(value, int):  # such as signal.Signals, a named subclass
             return int.__repr__(value)
         raise TypeError(f"{type(value).__name__} is no part of the state")
 
-    def _in(self, value: Any) -> object:
+    def _value(self, value: Any) -> object:
         if isinstance(value, list):
-            return tuple(self._in(each) for each in value)
+            return tuple(self._value(each) for each in value)
         if not isinstance(value, dict):
             return value
         if "b" in value:
             return bytes.fromhex(value["b"])
         if "s" in value:
-            return frozenset(self._in(each) for each in value["s"])
+            return frozenset(self._value(each) for each in value["s"])
         if "e" in value:
             return self._older[value["e"]](value["v"])
         if value["c"] not in self._older:
@@ -264,24 +265,24 @@ class Codec:
             raise NewerError(f"this one does not know {', '.join(sorted(unknown))}")
         return known(
             **{
-                name: v if type(v) in plain else self._in(v)
+                name: v if type(v) in plain else self._value(v)
                 for name, v in (found | value.get("said", {})).items()
                 if name in names
             }
         )
 
     def _today(self, known: type, written: dict[str, Any]) -> dict[str, Any]:
-        """Return what was written for a class under the names that its fields have now."""
+        """Return a class's written fields under their names of today."""
         renamed = self._renamed.get(known.__name__)
         if renamed is None:
             return written
         return {renamed.get(field, field): value for field, value in written.items()}
 
 
-def _alike(one: tuple[object, ...], other: tuple[object, ...]) -> int:
-    """Return with how many equal items both begin.
+def _common_prefix(one: tuple[object, ...], other: tuple[object, ...]) -> int:
+    """Return the number of equal items at the beginning of both tuples.
 
-    By halves, because a comparison of slices does not leave the interpreter's own code.
+    By bisection, because slices are compared in C.
     """
     low, high = 0, min(len(one), len(other))
     while low < high:
@@ -294,7 +295,7 @@ def _alike(one: tuple[object, ...], other: tuple[object, ...]) -> int:
 
 
 def _apply(tree: Any, change: Any) -> None:
-    """Put one change into what json.loads() has made of a value."""
+    """Apply one change to a value's parsed JSON tree."""
     *path, last = change["p"]
     holder = tree["f"]
     for step in path:
@@ -303,7 +304,7 @@ def _apply(tree: Any, change: Any) -> None:
     if "at" in change:
         holder[last][change["at"] : change["at"] + change["n"]] = change["v"]
     elif "less" in change:
-        left = [each for each in holder[last]["s"] if each not in change["less"]]
-        holder[last]["s"] = left + change["more"]
+        kept = [each for each in holder[last]["s"] if each not in change["less"]]
+        holder[last]["s"] = kept + change["more"]
     else:
         holder[last] = change["v"]

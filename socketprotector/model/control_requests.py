@@ -1,7 +1,6 @@
-"""Requests on the control socket: lines in, checked requests out.
+"""Parsing of requests on the control socket, and the lines of their answers.
 
-Pure.  Nothing is done halfway: a request with anything in it that its command does not know
-is refused as a whole.
+Pure.  A request with an unknown or wrong argument is refused as a whole, never done in part.
 
 Source: docs/control.md.
 """
@@ -18,19 +17,19 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    #: What a value has to be, in words, and whether one is.
+    #: The allowed values of an argument in words, and the test for them.
     Kind = tuple[str, Callable[[Any], bool]]
 
 VERSION = 1
 LINE_BYTES = 65_536
 _ID_CHARACTERS = 64
-#: A number of a generation, worker or process; more than any of these can be.
+#: Above every number of a generation, worker or process.
 _MOST = 2**31
 _ENVELOPE = ("v", "id", "command")
 
 
 class RequestError(Exception):
-    """A request that is answered with an error."""
+    """A request is wrong; the text and the code are its answer."""
 
     def __init__(self, code: str, text: str, request_id: object = None) -> None:
         super().__init__(text)
@@ -40,7 +39,7 @@ class RequestError(Exception):
 
 @frozen
 class Request:
-    """A command that is known, with arguments that it takes."""
+    """A known command with valid arguments."""
 
     command: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -62,7 +61,7 @@ _LEVEL: Kind = (
     '"debug", "info", "warning" or "error"',
     lambda value: value in ("debug", "info", "warning", "error"),
 )
-#: Command -> the arguments it takes: exactly one of them, but for _OPTIONAL.
+#: Command -> its arguments, of which exactly one is needed, except in _OPTIONAL.
 COMMANDS: Mapping[str, Mapping[str, Kind]] = {
     "status": {},
     "history": {},
@@ -82,14 +81,14 @@ COMMANDS: Mapping[str, Mapping[str, Kind]] = {
     "diff": {},
     "events": {},
 }
-#: For those who may look, and change nothing (--status-group).
+#: The read-only commands that --status-group may send.
 STATUS_COMMANDS = ("status", "history", "events")
-#: Requests whose fields are optional.
+#: Commands whose arguments are optional.
 _OPTIONAL = ("reload", "stop", "connections")
 
 
 def parse(line: bytes) -> Request:
-    """Return the request in a line.  Raises RequestError for anything that is none."""
+    """Return the request in a line.  Raises RequestError for any other line."""
     try:
         found = json_text.parse(line, _each_once)
     except (ValueError, RecursionError) as error:  # ValueError: UnicodeDecodeError too
@@ -108,13 +107,13 @@ def parse(line: bytes) -> Request:
             "unknown", f"unknown command {_short(command)}; known: {known}", request_id
         )
     arguments = {name: value for name, value in found.items() if name not in _ENVELOPE}
-    wrong = _what_is_wrong(command, arguments)
+    wrong = _fault(command, arguments)
     if wrong is not None:
         raise RequestError("invalid", f"{command}: {wrong}", request_id)
     return Request(command, arguments, request_id)
 
 
-def _what_is_wrong(command: str, arguments: Mapping[str, object]) -> str | None:
+def _fault(command: str, arguments: Mapping[str, object]) -> str | None:
     allowed = COMMANDS[command]
     for name, value in arguments.items():
         if name not in allowed:
@@ -131,7 +130,7 @@ def _what_is_wrong(command: str, arguments: Mapping[str, object]) -> str | None:
 def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a name stands twice")  # and it is unknown which one is meant
+        raise ValueError("a name stands twice")  # parsers differ in which one they use
     return found
 
 
@@ -141,7 +140,7 @@ def _is_id(value: object) -> bool:
     try:
         return len(json.dumps(value, allow_nan=False)) <= _ID_CHARACTERS
     except ValueError:
-        return False  # Python reads NaN and Infinity, which no JSON could bring back
+        return False  # Python reads NaN and Infinity, which valid JSON cannot return
 
 
 def _short(value: object) -> str:
@@ -150,19 +149,19 @@ def _short(value: object) -> str:
 
 
 def answer(request_id: object, result: Mapping[str, object]) -> bytes:
-    """Return the line that says that a request was carried out."""
+    """Return the answer to a request that was carried out."""
     return _line({"v": VERSION, "id": request_id, "ok": True, "result": result})
 
 
 def refusal(wrong: RequestError) -> bytes:
-    """Return the line that says why one was not."""
+    """Return the answer to a wrong request, with the reason."""
     text = {"ok": False, "code": wrong.code, "error": str(wrong)}
     return _line({"v": VERSION, "id": wrong.id, **text})
 
 
 def event(name: str, at: float, level: str, fields: Mapping[str, object]) -> bytes:
-    """Return the line that tells of something that happened."""
-    # Ours last: no field may pass for them.
+    """Return the line of an event.  at: in seconds since the epoch."""
+    # Our own keys last, so that no field can replace them.
     return _line({**fields, "v": VERSION, "event": name, "at": at, "level": level})
 
 

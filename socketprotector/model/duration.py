@@ -1,8 +1,7 @@
-"""Durations as people write them on a command line: of the daemon, and of socketprotectorctl.
+"""Parsing of durations on the command lines of the daemon and of socketprotectorctl.
 
-How one is shown: text.in_units, which the resident process has without click.
-
-Other kinds of value, which the daemon alone has, are in launch/option_values.py.
+text.in_units shows them, without click, which the resident process does not load.
+The other option values of the daemon are in launch/option_values.py.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ import click
 
 from .text import UNITS_US, in_units, shortened
 
-#: 31 years and more are a mistake.
+#: From 31 years on a duration must be a mistake.
 _MOST_S = 1e9
 
 _UNITS = {unit: us / 1_000_000 for unit, us in UNITS_US.items()}
-#: Several units, the greatest first, each once.
+#: Several units, each at most once, the greatest first.
 _SEVERAL = re.compile("(?=.)" + "".join(rf"(?:([0-9]+(?:\.[0-9]+)?){unit})?" for unit in _UNITS))
 
 
 class Value(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.1.3 (Debian 12)
-    """A kind of value that has a function which reads it, or raises ValueError with the reason."""
+    """A type of option value, with a function that reads it or raises ValueError with a reason."""
 
     def __init__(
         self, name: str, read: Callable[[str], Any], show: Callable[[Any], str] = str
@@ -48,7 +47,7 @@ class Duration(Value):
         self._zero, self._least_s = zero, least_s
 
     def read(self, text: str) -> float:
-        """Return seconds.  Raises ValueError with what may be written instead."""
+        """Return the duration in seconds.  Raises ValueError with the reason and valid forms."""
         text = text.strip()
         seconds = _seconds(text)
         if seconds >= _MOST_S:
@@ -64,11 +63,11 @@ class Duration(Value):
 
 
 def _seconds(text: str) -> float:
-    """Return what a duration is in seconds; -1: it is none."""
+    """Return a duration in seconds, -1 for a malformed one."""
     if several := _SEVERAL.fullmatch(text):
         parts = zip(several.groups("0"), _UNITS.values(), strict=True)
         return sum(float(number) * seconds for number, seconds in parts)
-    # Whatever else float() takes, before one unit or none.
+    # Any other form of float(), with one unit or none.
     unit = next((u for u in reversed(_UNITS) if text.endswith(u)), "")
     try:
         return float(text.removesuffix(unit)) * _UNITS.get(unit, 1.0)

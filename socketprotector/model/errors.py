@@ -8,23 +8,23 @@ from .text import escape
 
 
 class Refusal(Exception):
-    """One clear line for the operator: what, with which, and what to do."""
+    """One line for the operator: what failed, with which value, and what to do."""
 
     status = 100
 
 
 class UsageError(Refusal):
-    """The command line (or a file it names) asks for something that cannot be."""
+    """The command line (or a file it names) is wrong or contradicts itself."""
 
     status = 2
 
 
 class Mistaken(UsageError):
-    """Several mistakes, as in a file: one line each, safe to show."""
+    """Several mistakes, such as of a file: one line for each, safe to show."""
 
 
 class SystemRefused(Refusal):
-    """A system call failed; the message holds the system's own words."""
+    """A system call failed; the message has the system's own words."""
 
     status = 111
 
@@ -38,14 +38,14 @@ class AlreadyRunning(Refusal):
         self.holder = holder
 
 
-#: What an operator can raise.
+#: The limits that an operator can raise, by errno.
 LIMITS = {
     errno.EMFILE: "the hard limit (ulimit -Hn, LimitNOFILE= of a unit)",
     errno.EFBIG: "the limit of file sizes (ulimit -f, LimitFSIZE= of a unit)",
 }
 
 
-#: What EAGAIN means where a process cannot be started.
+#: The meaning of EAGAIN when a process cannot be started.
 NO_PROCESSES = (
     "no more processes: raise RLIMIT_NPROC of the user (ulimit -u, LimitNPROC= of a unit), or "
     "TasksMax= of the service"
@@ -54,14 +54,14 @@ _FREE_MEMORY = "raise the limit (ulimit -v, LimitAS= of a unit), or free some"
 
 
 def lack_of_memory(error: MemoryError | ImportError) -> str:
-    """Return what a program without memory to be loaded says; empty: the error is another one."""
+    """Return the message for a program without memory to load it; empty for any other error."""
     if isinstance(error, ImportError) and ".so" not in str(error):
         return ""
     return f"out of memory ({error}): {_FREE_MEMORY}".replace(" ()", "")
 
 
 def what_failed(error: BaseException) -> str:
-    """Say an error's cause and the file it is about."""
+    """Return an error's cause, with the file that it is about."""
     if isinstance(error, MemoryError):
         return f"out of memory: {_FREE_MEMORY}"
     if isinstance(error, OSError) and error.errno in LIMITS:

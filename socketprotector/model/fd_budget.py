@@ -1,4 +1,4 @@
-"""How many workers there can be: each uses some of the protector's descriptors.
+"""The most workers that the limit of descriptors allows: the protector keeps some for each.
 
 Pure.  docs/reliability.md, How many workers, has the same in words.
 """
@@ -8,21 +8,21 @@ from __future__ import annotations
 from . import question
 from .settings import Settings
 
-#: For all else: standard files, listeners, state, channels, guard, relay, and what a start takes.
+#: The descriptors for standard files, listeners, state, channels, guard, relay, and a start.
 _OTHERS = 32
-#: So many ended workers' pipes are kept, beside those of the workers, for processes that they left.
+#: So many output pipes of ended workers are kept, for the processes that these workers left.
 LEFT_BEHIND = 32
 _RAISE = "raise that (ulimit -Hn, LimitNOFILE= of a unit)"
 
 
 def of_a_worker(settings: Settings) -> int:
-    """Return how many descriptors one worker keeps: process, notify socket, line, what is asked."""
+    """Return the number of descriptors for one worker: pidfd, notify socket, line, output, ack."""
     acks = settings.ready in ("ack", *question.ASKED)
     return 3 + _relayed(settings) + acks
 
 
 def most(settings: Settings, hard: int) -> int:
-    """Return how many workers a hard limit of descriptors has room for; one is always tried."""
+    """Return the most workers within a hard limit of descriptors; at least 1."""
     others = _OTHERS + LEFT_BEHIND * _relayed(settings)
     return max(1, (hard - others) // of_a_worker(settings))
 
@@ -33,9 +33,9 @@ def _relayed(settings: Settings) -> bool:
 
 
 def refused(settings: Settings, wanted: int, hard: int) -> str | None:
-    """Say why there cannot be so many workers at once, and what to do; None: there can be.
+    """Return why so many workers are impossible, and what to do; None if they are possible.
 
-    hard: the limit that the protector raises its own to; below 0 there is none.
+    hard: the hard limit, to which the protector raises its own; below 0: no limit.
     """
     room = most(settings, hard)
     if hard < 0 or wanted <= room:
@@ -47,7 +47,7 @@ def refused(settings: Settings, wanted: int, hard: int) -> str | None:
 
 
 def doubtful(settings: Settings, wanted: int, hard: int) -> str | None:
-    """Say that there is no room for those of a reload beside so many workers; None: there is."""
+    """Return a warning if a reload of so many workers would exceed the limit; None otherwise."""
     if hard < 0 or settings.policy.stop_first or 2 * wanted <= most(settings, hard):
         return None
     return (

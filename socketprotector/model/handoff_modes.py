@@ -1,11 +1,11 @@
-"""The handoff modes: what each can do, and the options and commands each refuses.
+"""The handoff modes: the capabilities of each, and the options and commands each refuses.
 
-Pure.  Under `connection` we accept, and workers take connections from their generation's queue
-(docs/protocol.md); under `stdio` and `legacy` a program of ours does that in the command's place.
-Under `listener` workers accept by themselves, from listening sockets that they share with us.
+Pure.  Under `connection` the protector accepts, and workers take connections from their
+generation's queue (docs/protocol.md).  Under `stdio` and `legacy` an adapter of SocketProtector
+takes them for the command.  Under `listener` workers accept from sockets that the protector shares.
 
-No other module compares a mode's name, which is what the command line, settings, state and JSON
-have: a new mode is a new value here, and a new capability where an existing one does not say it.
+The command line, settings, state and JSON have a mode's name; no other module compares names.
+So a new mode is a new value here, with a new capability if the existing ones do not suffice.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from .lazy_dataclass import field, frozen
 
 @frozen
 class HandoffMode:
-    """What follows from one --handoff."""
+    """The capabilities of one --handoff."""
 
     name: str
-    workers_accept: bool = False  # else we do, and connections go through a queue
-    adapter: str = ""  # the module of programs/ that runs as the worker, started with the command
-    pooled: bool = False  # each connection is a process: --workers limits how many there are
+    workers_accept: bool = False  # otherwise the protector accepts, and connections are queued
+    adapter: str = ""  # the module of programs/ that runs as the worker and starts the command
+    pooled: bool = False  # each connection is a process: --workers is the most at once
     knows_ports_alone: bool = False  # no UNIX socket: a worker asks for a listener by its port
-    workers: int = 1  # where --workers is not given
-    ready: str = "notify"  # the same of --ready
+    workers: int = 1  # the default of --workers
+    ready: str = "notify"  # the default of --ready
     ready_after_s: float | None = None
-    ready_hint: str = ""  # of core/start_timeout.py's, where --ready does not say it
-    #: Options that it has no use for, and why, in words.
+    ready_hint: str = ""  # the key in core/start_timeout.py, if it is not the --ready
+    #: Refused options -> the reason.
     refuses: Mapping[str, str] = field(default_factory=dict)
-    #: Control commands that it cannot carry out, and why.
+    #: Refused control commands -> the reason.
     cannot: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -39,9 +39,9 @@ class HandoffMode:
         return not (self.workers_accept or self.adapter)
 
     def refused(self, given: Collection[str]) -> str | None:
-        """Say which of the options given it refuses, and why; None: none of them.
+        """Return the first refused option with the reason, or None.
 
-        given: names of options without their dashes.
+        given: the given options' names without dashes.
         """
         for option in given:
             if option in self.refuses:
@@ -49,8 +49,8 @@ class HandoffMode:
         return None
 
 
-#: Where a generation cannot be asked, or a worker joins one that serves, and says nothing: it is
-#: taken as ready when it has lived so long.
+#: A worker that sends no message counts as ready after this long, if its generation cannot be
+#: probed, or is serving already.
 ALIVE_S = 1.0
 NEEDS_LISTENER = "it needs --handoff listener"
 _DRAIN_SIGNAL = {"drain-signal": NEEDS_LISTENER}
@@ -87,5 +87,5 @@ LEGACY = HandoffMode(
     ready_hint="legacy",
     refuses={**_COUNTS, **_DRAIN_SIGNAL, **_SHELL, **_READY},
 )
-#: By name, in the order in which --help shows them.
+#: The modes by name, in the order of --help.
 MODES = {each.name: each for each in (CONNECTION, LISTENER, STDIO, LEGACY)}

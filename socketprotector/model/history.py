@@ -1,6 +1,6 @@
-"""The history: reloads and dry runs, how health checks of --health went, and workers that crashed.
+"""The history: reloads, dry runs, changes of health, and crashes of workers.
 
-Pure: frozen values, kept in the state like everything else that has to outlive the program.
+Pure: frozen values, kept in the state because they must outlive the program.
 Times are seconds since the epoch, for people.
 """
 
@@ -13,19 +13,19 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-#: The last so many are remembered.
+#: The number of last entries that are kept.
 RELOADS, DRY_RUNS, HEALTH_CHANGES, CRASHES = 50, 20, 50, 20
-#: Of the last so many reloads, and dry runs, last words are remembered, too; `status` has these.
+#: The last reloads and dry runs whose last words are kept, too; `status` shows these.
 RECENT = 10
 HEALTHY = "healthy"
 
 
 @frozen
 class Reload:
-    """A release that was tried, with the generation that it started."""
+    """A reload or a dry run: the generation that it started, and its result."""
 
     generation: int
-    result: str = "running"  # then reloaded or failed
+    result: str = "running"  # later reloaded or failed
     reason: str = ""
     began_at: float = 0.0
     ended_at: float | None = None
@@ -33,7 +33,7 @@ class Reload:
 
 @frozen
 class Crash:
-    """A worker that ended without being asked to, or badly."""
+    """A worker that exited without a request, or with an error."""
 
     at: float
     generation: int
@@ -42,7 +42,7 @@ class Crash:
     pid: int
     how: str
     when: str  # starting, serving or draining
-    lost: int | None = None  # connections that were open in it, where it has counted
+    lost: int | None = None  # connections that were open in it; None: not counted
     last_words: str = ""
     cpu_s: float | None = None
     max_rss_kib: int | None = None
@@ -50,24 +50,24 @@ class Crash:
 
 @frozen
 class History:
-    """The last of each, the newest last."""
+    """The last entries of each kind, the newest last."""
 
     reloads: tuple[Reload, ...] = ()
     crashes: tuple[Crash, ...] = ()
-    crashed: int = 0  # in all
-    dry_run: Reload | None = None  # the last one; then passed or failed
+    crashed: int = 0  # the number of all crashes
+    dry_run: Reload | None = None  # the last dry run; its result becomes passed or failed
     earlier_dry_runs: tuple[Reload, ...] = ()
-    #: A generation that became healthy, unhealthy or unknown; the reason is the last answer.
-    health: tuple[Reload, ...] = ()  # written as reloads are: an older program knows no other class
+    #: Generations that became healthy, unhealthy or unknown; the reason is the last answer.
+    health: tuple[Reload, ...] = ()  # the class is Reload, because older programs know no other
 
     def with_crash(self, crash: Crash) -> History:
-        """Add one; not what a dry run finds out, which is in its verdict: nothing served there."""
+        """Return the history with a crash added, but not of a dry run, whose verdict has it."""
         if self.dry_run is not None and self.dry_run.generation == crash.generation:
             return self
         return replace(self, crashes=(*self.crashes, crash)[-CRASHES:], crashed=self.crashed + 1)
 
     def with_last_words(self, worker: int, last_words: str) -> History:
-        """Add what a worker that has crashed turned out to have said."""
+        """Return the history with the last words of a crashed worker, which were read later."""
         crashes = (
             replace(each, last_words=last_words) if each.worker == worker else each
             for each in self.crashes
@@ -75,28 +75,28 @@ class History:
         return replace(self, crashes=tuple(crashes))
 
     def dry_run_began(self, generation: int, at: float) -> History:
-        """Note that one is under way; the one before is an earlier one from now on."""
+        """Return the history with a dry run that begins; the previous one becomes an older one."""
         earlier = (*self.earlier_dry_runs, *([self.dry_run] if self.dry_run else []))
         begun = Reload(generation, began_at=at)
         return replace(self, dry_run=begun, earlier_dry_runs=_last(earlier, DRY_RUNS - 1))
 
     def dry_run_ended(self, generation: int, result: str, reason: str, at: float) -> History:
-        """Note its result, `passed` or `failed`, and why."""
+        """Return the history with a dry run's result, `passed` or `failed`, and its reason."""
         began_at = self.dry_run.began_at if self.dry_run is not None else at
         return replace(self, dry_run=Reload(generation, result, reason, began_at, at))
 
     def reload_began(self, generation: int, at: float) -> History:
-        """Note that one is under way; of the last RELOADS it is the latest."""
+        """Return the history with a reload that begins."""
         begun = Reload(generation, began_at=at)
         return replace(self, reloads=_last((*self.reloads, begun), RELOADS))
 
     def reload_begins_again(self, generation: int) -> History:
-        """Forget the generation that it began with, if it is one."""
+        """Return the history without a reload's first generation; another one follows."""
         others = (each for each in self.reloads if each.generation != generation)
         return replace(self, reloads=tuple(others))
 
     def reload_ended(self, generation: int, result: str, reason: str, at: float) -> History:
-        """Note the outcome, also of a reload whose beginning was not recorded."""
+        """Return the history with a reload's result, even if its beginning was not recorded."""
         others = tuple(each for each in self.reloads if each.generation != generation)
         begun = next((each for each in self.reloads if each.generation == generation), None)
         ended = replace(
@@ -105,10 +105,10 @@ class History:
         return replace(self, reloads=_last((*others, ended), RELOADS))
 
     def health_changed(self, generation: int, state: str, reason: str, at: float) -> History:
-        """Note what the health check found, where that is news.
+        """Return the history with a health check's result, if it differs from the last one.
 
-        A generation counts as healthy until a check says otherwise.  The program after a restart
-        finds out again what is known already.
+        A generation counts as healthy until a check fails.  After a restart of the protector the
+        first result often repeats the recorded one.
         """
         last = self.health[-1] if self.health else None
         known = last.result if last is not None and last.generation == generation else HEALTHY
@@ -118,7 +118,7 @@ class History:
         return replace(self, health=(*self.health, change)[-HEALTH_CHANGES:])
 
     def entries(self) -> list[dict[str, Any]]:
-        """Return reloads, dry runs and changes of health in one form, by the time they began."""
+        """Return reloads, dry runs and changes of health as dicts, in the order of their begin."""
         dry_runs = (*self.earlier_dry_runs, *([self.dry_run] if self.dry_run else []))
         found = [_entry("reload", each) for each in self.reloads]
         found += [_entry("dry-run", each) for each in dry_runs]
@@ -131,7 +131,7 @@ def _entry(kind: str, each: Reload) -> dict[str, Any]:
 
 
 def _last(reloads: tuple[Reload, ...], most: int) -> tuple[Reload, ...]:
-    """Return the last ones; of those before RECENT only the first line of the reason."""
+    """Return the last `most` reloads; of all but the last RECENT only the reason's first line."""
     kept = reloads[-most:]
     older = (
         replace(each, reason=headline(each.reason)) if "\n" in each.reason else each

@@ -1,4 +1,4 @@
-"""JSON of one line, read without `re` (system/late_stdlib.py): json.loads() needs it for spaces."""
+"""Parsing of one-line JSON without `re`, which json.loads() needs for spaces (late_stdlib.py)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SPACES = " \t\r\n"
 def parse(text: bytes, members: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """Return the value of a JSON text in UTF-8, as json.loads() does.
 
-    members: makes what stands for an object of its names and values; a dict by default.
+    members: turns an object's pairs of name and value into its value; by default a dict.
     Raises ValueError, and RecursionError if the text is nested too deep.
     """
     decoded = text.decode().strip(_SPACES)

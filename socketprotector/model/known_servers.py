@@ -1,8 +1,8 @@
-"""Which options well-known servers need, known by the name of their command.
+"""The options that well-known servers need, by the name of their command.
 
-Pure.  Nothing is chosen by it: it is what --help and --check show, and what is said where a
-program that binds its own port was started without.  The same as in docs/servers.md,
-where the reasons stand.
+Pure.  It changes no setting: --help and --check show it, and so do messages about a
+program that binds its own port and was started without these options.  docs/servers.md has the
+same options, with the reasons.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ _PAGE = "docs/servers.md"
 
 @frozen
 class Server:
-    """How a well-known server is started under --handoff listener."""
+    """The command line of a well-known server under --handoff listener."""
 
     listen: str
-    options: str = ""  # of ours
-    adds: str = ""  # what stands behind its name
-    rest: str = ""  # what is the user's own there
-    #: Its options that bind an address, or say what `adds` says, with a value and without.  None:
-    #: whether a command can be turned into another one is not known.
+    options: str = ""  # options of SocketProtector
+    adds: str = ""  # the server's options, behind its name
+    rest: str = ""  # an example of the user's own words
+    #: The server's options that must go: they bind an address, or contradict `adds`.  drops have a
+    #: value, flags have none.  drops is None if commands cannot be rewritten for this server.
     drops: tuple[str, ...] | None = None
     flags: tuple[str, ...] = ()
-    #: How long it keeps open connections after the drain signal, and its option for that.  None: as
-    #: long as they are open, unless the option says otherwise.
+    #: How long the server keeps open connections after the drain signal, and its option for that.
+    #: None: as long as they are open, unless the option sets a limit.
     limit_s: float | None = None
     limit_option: str = ""
 
     @property
     def drain_signal(self) -> str:
-        """Return what must replace TERM, which cuts connections off; "" if TERM is right."""
+        """Return the signal to use instead of TERM, which cuts connections off; "": use TERM."""
         _, named, after = self.options.partition("--drain-signal ")
         return after.partition(" ")[0] if named else ""
 
@@ -106,41 +106,41 @@ KNOWN: Mapping[str, Server] = {
     ),
     "puma": Server(listen="127.0.0.1:9292", adds="-b tcp://127.0.0.1:9292", rest="config.ru"),
 }
-#: What names the socket to some of these, in the command or as NAME=VALUE in the environment.
+#: The words that name the socket to a server, in its command or as NAME=VALUE in its environment.
 _SOCKET_OPTIONS: Mapping[str, re.Pattern[str]] = {
     "uvicorn": re.compile("--fd|UVICORN_FD="),
     "hypercorn": re.compile(".*fd://|-c|--config"),
     "nginx": re.compile("NGINX="),
     "chaussette": re.compile("--fd"),
 }
-#: The servers whose module for inherited sockets, Net::Server::SS::PreFork, knows TCP alone.
+#: Servers whose module for inherited sockets, Net::Server::SS::PreFork, supports only TCP.
 _TCP_ALONE = re.compile("starman$|(?:-s|--server)[= ]?Starman")
-#: By what gunicorn loads the application before it says READY=1, or may.
+#: Words with which gunicorn may load the application before it sends READY=1.
 _PRELOADS = re.compile("--preload|-c|--config|GUNICORN_CMD_ARGS=")
-#: A program that speaks with us says so in its command: these are ours.
+#: Part of a command that uses the client library or an adapter.
 OURS = "socketprotector"
-#: Load an application by themselves, which may fail.
+#: Servers that load an application, which may fail.
 _LOADS = ("gunicorn", "uvicorn", "hypercorn")
 WANTS = f"a program that binds its own port wants --handoff {LISTENER.name} ({_PAGE})"
-#: The same where it is to accept from the socket that it is handed.
+#: The same for a server that should accept from the passed socket.
 TAKES = (
     f"a server has to take over the socket that it is handed, by number or variable ({_PAGE}); one "
     "that can only bind by itself wants a proxy in front (docs/when-not.md)"
 )
 STDIN = "does it serve on stdin and stdout, as under inetd? that is --handoff stdio (docs/modes.md)"
 _PYTHON = re.compile(r"python[0-9.]*$")
-#: Of hypercorn's own workers the first that is idle ends the others, requests in progress included.
+#: In hypercorn the first idle worker ends its other workers, with their requests in progress.
 _SEVERAL = re.compile(r"(?:--workers[= ]|-w ?)0*(?:[2-9]|1\d)")
-#: Any of puma's own workers; its single process has no limit.
+#: puma with workers of its own; puma as a single process has no limit.
 _CLUSTERED = re.compile(r"(?:--workers[= ]|-w ?|WEB_CONCURRENCY=)0*[1-9]")
 _CLUSTER_LIMIT_S = 30.0
-#: The file that may set what the command does not.
+#: A configuration file in the command, which may set more options.
 _CONFIGURED = re.compile(r"-c$|--config|--ini|.*\.(?:ini|toml|ya?ml|xml)$")
 _TAKEN = re.compile(r"address already in use|EADDRINUSE|errno 98\b|os error 98\b", re.IGNORECASE)
 
 
 def known(command: Sequence[str]) -> str | None:
-    """Return the name of the well-known server that a command starts, if it is one."""
+    """Return the name of the well-known server that a command starts, or None."""
     if any(OURS in word for word in command[1:]):
         return None
     at = program_index(command)
@@ -163,14 +163,14 @@ def _base(path: str) -> str:
 
 
 def line(name: str) -> str:
-    """Return a command line for a known server, ready to be copied."""
+    """Return an example command line for a known server."""
     server = KNOWN[name]
     words = (server.options, server.listen, "--", name, server.adds, server.rest)
     return " ".join(filter(None, (f"SocketProtector --handoff {LISTENER.name}", *words)))
 
 
 def to_add(name: str) -> str:
-    """Say what to add to a command that starts a known server."""
+    """Return the advice what to add to a command that starts a known server."""
     server = KNOWN[name]
     listen = server.listen.strip("'")
     called = f", call its address {listen.partition('=')[0]}=..." if "=" in listen else ""
@@ -191,12 +191,14 @@ def lacks(
     unix: bool = False,
     files: str = "",
 ) -> str | None:
-    """Say why a known server would not serve as it is started, or would only seem to.
+    """Return why a known server cannot serve with this command, or only seems to; None if it can.
 
-    variables: the environment, as NAME=VALUE.  settles: a generation that fails soon after it was
-    thought ready is rolled back.  after_s: when a timer says that it is ready, if one does.
-    drain_signal: without SIG.  unix: it is handed a UNIX socket.  files: what the server's
-    configuration files say.
+    variables: the environment, as NAME=VALUE.
+    settles: whether a generation that fails soon after it was ready is rolled back.
+    after_s: the time after which a timer makes a worker ready; None without a timer.
+    drain_signal: its name without SIG.
+    unix: whether the server gets a UNIX socket.
+    files: the contents of the server's configuration files.
     """
     name = known(command)
     if name is None:
@@ -223,7 +225,7 @@ def lacks(
     if settles or name not in _LOADS:
         return None
     if name == "gunicorn" and "preload_app" in files:
-        return None  # set, or left alone by an operator who knows of it
+        return None  # the operator has set it, or knows of it
     if name == "gunicorn" and not any(map(_PRELOADS.match, words)):
         return (
             "gunicorn says that it is ready before it has loaded the application, so a reload "
@@ -244,11 +246,11 @@ def drain_limit(
     drain_limit_s: float,
     files: str = "",
 ) -> str | None:
-    """Say that a known server ends open connections sooner than SocketProtector, by its own limit.
+    """Return a warning that a server's own limit ends open connections before --drain-timeout.
 
-    None: it does not, or the operator chose that limit and no longer one for SocketProtector.
-    drain_limit_s: that of --drain-timeout; 0: none.  files: what the server's configuration files
-    say; one that sets the limit has chosen it.
+    None: it does not, or the operator has set that limit and no longer --drain-timeout.
+    drain_limit_s: the --drain-timeout; 0: no limit.
+    files: the contents of the server's configuration files; a limit in them is the operator's.
     """
     name = known(command)
     if name is None:
@@ -279,7 +281,7 @@ def drain_limit(
 
 
 def _value(words: Sequence[str], option: str) -> str:
-    """Return the last value that words give an option; "" if they do not."""
+    """Return the last value of an option in `words`, "" without one."""
     found = ""
     for word, following in _neighbours(words):
         if option and word == option:
@@ -294,12 +296,12 @@ def _neighbours(words: Sequence[str]) -> Iterable[tuple[str, str]]:
 
 
 def _pairs(words: Sequence[str]) -> Iterable[str]:
-    """Return each word, and each together with the next one."""
+    """Return each word, and each word together with the next one."""
     return (text for one, next_one in _neighbours(words) for text in (one, f"{one} {next_one}"))
 
 
 def table() -> str:
-    r"""Return all that is known, as click's \b has it: a paragraph that is not wrapped."""
+    r"""Return the command lines of all known servers; \b keeps click from wrapping them."""
     return "\n".join(("\b", "Servers that bind their own port, as in:", *map(line, KNOWN)))
 
 
@@ -311,10 +313,12 @@ def advice(
     listens: Callable[[], str | None] = lambda: None,
     passes_over: bool = False,
 ) -> str:
-    """Say what to do about a program that takes no connection; "" where nothing is known.
+    """Return advice about a program that takes no connection; "" without any.
 
-    said: its last words.  unseen: they are not ours to see.  listens: returns an address where it
-    listens by itself, if it does.  passes_over: clients wait, and it is the one to accept them.
+    said: its last words.
+    unseen: whether its output is not readable for SocketProtector.
+    listens: returns the address of a listener that the program has bound itself, or None.
+    passes_over: whether clients wait in the socket from which it should accept.
     """
     name = known(program.argv)
     if program.mode.workers_accept and (passes_over or _TAKEN.search(said)):
@@ -336,9 +340,9 @@ def advice(
 
 
 def hint(program: Program, *, taken_from: bool, advice: Callable[[], str]) -> str | None:
-    """Say what to do where clients wait and workers take none; None where nothing is known.
+    """Return advice for clients that wait while workers take none; None without any.
 
-    taken_from: a connection was taken, as far as is known, so its port is not the program's own.
+    taken_from: whether workers have taken a connection; then the program uses the right port.
     """
     if taken_from:
         return "its workers are busy, or hang: see their counts, scale, or have a --watchdog"

@@ -2,19 +2,19 @@
 
 `@dataclass` compiles the functions of each class in each process: six for an immutable class.  The
 resident process has more than a hundred classes, and accepts no client while a new program starts,
-at an upgrade or after a kill.  So comparing, hashing and showing a value is written here once for
+at an upgrade or after a kill.  So the functions that compare, hash and show values exist once, for
 all classes.  `__init__` is compiled with the second object of a class, because most classes have
-one object or none.  What `dataclasses` wants to know of a class is found out when it first asks,
-and the module is loaded then: that costs 0.14 MB.
+one object or none.  The fields that `dataclasses` reads of a class are made at their first use,
+which loads that module: 0.14 MB.
 
 With `@dataclass(slots=True)` instead, a program that resumes needs 1.24 times the CPU: 313 ms
 against 261, on a busy machine with Python 3.11.  The medians of `python -m bench upgrade survive`
 become 1.46 and 1.15 times as long, by 228 and 220 ms.  RssAnon of an idle protector grows by
-0.8 MB.  These are medians of 25 pairs, the two alternating in one run.
+0.8 MB.  These are medians of 25 pairs, alternating in one run.
 
-Slots would take a second class in the place of each, because `__slots__` is read when a class is
-made; the first one is garbage of 2 KB that is never collected.  Since Python 3.11 a value without
-slots is as small.
+Slots would need a second class for each, because `__slots__` is read when a class is
+made.  The first class is garbage of 2 KB that is never collected.  Since Python 3.11 a value
+without slots is as small.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ else:
     KW_ONLY = None  # only an annotation, never evaluated
 
     def dataclass_transform(**_):
-        """Do nothing: `typing` would cost the resident process a megabyte."""
+        """Do nothing, like typing.dataclass_transform, which costs the process a megabyte."""
         return lambda made: made
 
     def replace(one, /, **changes):
-        """Return a value with other content in some fields, as dataclasses.replace() does.
+        """Return a value with changed fields, as dataclasses.replace() does.
 
-        That asks for what `dataclasses` knows of a class, and loads `inspect` in Python 3.12.
+        dataclasses.replace() itself would load `dataclasses`, and `inspect` in Python 3.12.
         """
         return type(one)(**{name: getattr(one, name) for name in one._names} | changes)
 
 
-#: Stands for a value that is not given.
+#: The mark of a missing value.
 _MISSING: Any = object()
 
 
 class _Factory:
-    """Stands for a default that is made for each object."""
+    """A default that is made for each object."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self.make = make
@@ -62,9 +62,9 @@ def field(*, default_factory: Callable[[], _T]) -> _T:
 
 @dataclass_transform(eq_default=False, field_specifiers=(field,))
 def mutable(cls: type[_T]) -> type[_T]:
-    """Decorate a class so that `__init__` sets its annotated fields.
+    """Give a class an `__init__` that sets its annotated fields.
 
-    There are no inherited fields, and field() is for a default_factory alone.
+    Fields are not inherited, and field() supports only default_factory.
     """
     made: Any = cls
     names = positional = tuple(cls.__annotations__)
@@ -75,14 +75,14 @@ def mutable(cls: type[_T]) -> type[_T]:
     made._defaults = {name: body[name] for name in names if name in body}
     for name in made._defaults:
         delattr(cls, name)
-    made._names, made.__init__ = names, _first
+    made._names, made.__init__ = names, _init_of_first
     made.__match_args__ = positional  # type: ignore[misc]
     made.__dataclass_fields__ = _Fields()
     return cls
 
 
 class _Fields:
-    """Stands for the fields of a class, as `dataclasses` keeps them, until they are asked for."""
+    """The `__dataclass_fields__` of a class, made at their first use."""
 
     __slots__ = ()
 
@@ -104,20 +104,20 @@ class _Fields:
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
 def frozen(cls: type[_T]) -> type[_T]:
-    """Make it a value, compared, hashed and shown by its fields.
+    """Make a class a value: its objects are compared, hashed and shown by their fields.
 
-    Only the type checker enforces that no field is set.
+    Only the type checker forbids to set a field.
     """
     made: Any = mutable(cls)
-    #: Takes all fields at once.
+    #: Returns all fields at once.
     made._of = attrgetter(*(made._names or ["__class__"]))
-    made.__eq__, made.__hash__, made.__repr__ = _equal, _hash, _show
+    made.__eq__, made.__hash__, made.__repr__ = _equal, _hash, _repr
     return made  # type: ignore[no-any-return]
 
 
-def _first(self: Any, *values: Any, **named: Any) -> None:
+def _init_of_first(self: Any, *values: Any, **named: Any) -> None:
     cls: Any = type(self)
-    cls.__init__ = _second
+    cls.__init__ = _init_of_second
     given = {**dict(zip(cls.__match_args__, values, strict=False)), **named}
     wrong = len(given) < len(values) + len(named)
     for name in cls._names:
@@ -129,19 +129,19 @@ def _first(self: Any, *values: Any, **named: Any) -> None:
         wrong |= value is _MISSING
         setattr(self, name, value)
     if wrong or given:
-        init_of(cls)(self, *values, **named)  # raises what Python says of such arguments
+        init_of(cls)(self, *values, **named)  # raises Python's TypeError for these arguments
     elif hasattr(cls, "__post_init__"):
         self.__post_init__()
 
 
-def _second(self: Any, *values: Any, **named: Any) -> None:
+def _init_of_second(self: Any, *values: Any, **named: Any) -> None:
     cls: Any = type(self)
     cls.__init__ = init_of(cls)
     cls.__init__(self, *values, **named)
 
 
 def init_of(cls: type) -> Any:
-    """Compile what sets the fields of a class, as a dataclass has it."""
+    """Return a compiled `__init__` of a class, as @dataclass makes it."""
     made: Any = cls
     parameters, lines = ["self"], ["pass"]
     known: dict[str, Any] = {}
@@ -167,9 +167,9 @@ def default_of(cls: Any, name: str) -> Any:
 
 
 def as_dict(one: Any) -> dict[str, Any]:
-    """Return a value's fields by name, with values in it as mappings, too.
+    """Return a value's fields by name, with nested values as dicts, too.
 
-    As dataclasses.asdict(), but nothing is copied: that loads a module of 170 KB.
+    Like dataclasses.asdict(), but without copies, for which that loads a module of 170 KB.
     """
     return {name: _as_plain(getattr(one, name)) for name in one._names}
 
@@ -192,6 +192,6 @@ def _hash(self: Any) -> int:
     return hash(self._of(self))
 
 
-def _show(self: Any) -> str:
+def _repr(self: Any) -> str:
     shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in self._names)
     return f"{self.__class__.__qualname__}({shown})"

@@ -1,7 +1,7 @@
 """The listening sockets that a server gets under --handoff listener, and their variables.
 
-Pure.  Each server looks for them in its own way: a descriptor's number in its command, which a
-placeholder stands for, or a variable.
+Pure.  Each server finds them in its own way: by a descriptor's number in its command, where the
+operator writes a placeholder, or by a variable.
 
 Source: sd_listen_fds(3); Server::Starter's SERVER_STARTER_PORT; einhorn's EINHORN_FD_n; circus'
 $(circus.sockets.NAME); nginx' NGINX.
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from .settings import ListenerSettings, Settings
 
-#: The first descriptor that a server is handed, as sd_listen_fds(3) has it.
+#: The first passed descriptor, by sd_listen_fds(3).
 FIRST_FD = 3
 
 _PLACEHOLDER = re.compile(
@@ -22,29 +22,29 @@ _PLACEHOLDER = re.compile(
     r"|\(\(circus\.sockets\.(?P<old>[^()]*)\)\)",
     re.IGNORECASE,
 )
-#: Stands for the descriptor on which a line says ready; see system/readiness.py.
+#: The name in a placeholder for the ready descriptor; see system/readiness.py.
 READY_NAME = "ready"
 
 
 class PlaceholderError(ValueError):
-    """A placeholder stands for nothing, or for several; the message says which."""
+    """A placeholder matches no listener, or several; the message says which."""
 
 
 def descriptors(listeners: Sequence[ListenerSettings]) -> dict[int, int]:
-    """Return the number that each listener has in a worker, by index; removed ones have none."""
+    """Return the descriptors of listeners in a worker: index -> number, without removed ones."""
     living = [index for index, each in enumerate(listeners) if not each.removed]
     return {index: fd for fd, index in enumerate(living, FIRST_FD)}
 
 
 def placeholders(words: Sequence[str]) -> list[str]:
-    """Return what stands in a command for a descriptor, as it stands there."""
+    """Return the placeholders for descriptors in a command, as they are written."""
     return [found[0] for word in words for found in _PLACEHOLDER.finditer(word)]
 
 
 def ready_fd(settings: Settings) -> int:
-    """Return the number of the descriptor on which a line says ready, -1 if there is none.
+    """Return the number of the ready descriptor in a worker, -1 without one.
 
-    Either --ready names it, or {fd:ready} asks for one behind the listeners.
+    Either --ready names it, or {fd:ready} requests one behind the listeners.
     """
     if settings.ready_fd >= 0 or not settings.mode.workers_accept:
         return settings.ready_fd
@@ -55,9 +55,9 @@ def ready_fd(settings: Settings) -> int:
 
 
 def ready_after_s(settings: Settings) -> float | None:
-    """Return after how long a worker that says nothing is ready; None: it is to say so.
+    """Return after how many seconds a worker without a message counts as ready; None: never.
 
-    A server that was given {fd:ready} will: until then it is not ready, however long it takes.
+    A server with {fd:ready} will write to it, so it is not ready before.
     """
     writes = settings.ready == "any" and ready_fd(settings) >= 0
     return None if writes else settings.ready_after_s
@@ -66,20 +66,20 @@ def ready_after_s(settings: Settings) -> float | None:
 def fill(
     words: Sequence[str], listeners: Sequence[ListenerSettings], ready: int = -1
 ) -> tuple[str, ...]:
-    """Replace placeholders by descriptors' numbers.  Raises PlaceholderError."""
+    """Return the words with descriptors' numbers for placeholders.  Raises PlaceholderError."""
     numbers = descriptors(listeners)
 
     def number(found: re.Match[str]) -> str:
         name = _name(found)
-        mine = [index for index in numbers if listeners[index].name.lower() == name]
-        if len(mine) > 1:
-            addresses = ", ".join(listeners[index].address for index in mine)
+        matches = [index for index in numbers if listeners[index].name.lower() == name]
+        if len(matches) > 1:
+            addresses = ", ".join(listeners[index].address for index in matches)
             raise PlaceholderError(
-                f"{found[0]}: {name} stands for {len(mine)} listeners ({addresses}); "
+                f"{found[0]}: {name} stands for {len(matches)} listeners ({addresses}); "
                 "give each a name of its own, as in a=127.0.0.1:80 b=[::1]:80"
             )
-        if mine:
-            return str(numbers[mine[0]])
+        if matches:
+            return str(numbers[matches[0]])
         if name == READY_NAME and ready >= 0:
             return str(ready)
         names = dict.fromkeys(listeners[index].name for index in numbers)
@@ -92,7 +92,7 @@ def fill(
 
 
 def listener_variables(listeners: Sequence[ListenerSettings]) -> dict[str, str]:
-    """Return the variables in which each kind of server looks for the listeners."""
+    """Return the variables by which the kinds of servers find their listeners."""
     numbers = descriptors(listeners)
     found = {
         "LISTEN_FDS": str(len(numbers)),
@@ -109,7 +109,7 @@ def listener_variables(listeners: Sequence[ListenerSettings]) -> dict[str, str]:
 
 
 def worker_variables(generation: int, *, slot: int, master_pid: int) -> dict[str, str]:
-    """Return the variables that differ between workers, but LISTEN_PID: the fork sets it."""
+    """Return the variables that differ between workers, except LISTEN_PID, which the fork sets."""
     return {
         "SERVER_STARTER_GENERATION": str(generation),
         "EINHORN_MASTER_PID": str(master_pid),
@@ -118,12 +118,12 @@ def worker_variables(generation: int, *, slot: int, master_pid: int) -> dict[str
 
 
 def _name(found: re.Match[str]) -> str:
-    """circus takes names in lower case; two never differ only in that."""
+    """Return the name in a placeholder, in lower case as circus uses it; no two names clash."""
     return (found["fd"] or found["circus"] or found["old"] or "").lower()
 
 
 def _starter_name(listener: ListenerSettings) -> str:
-    """What Server::Starter calls it: the port alone where no host was named, else the address."""
+    """Return Server::Starter's name of a listener: the port if LISTEN has no host."""
     kind, _, rest = listener.address.partition(":")
     if kind == "unix":
         return rest

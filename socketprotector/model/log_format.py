@@ -1,11 +1,11 @@
-"""The format of a log line: key=value text or a JSON object, and how ours are recognized.
+"""The format of a log line, key=value text or a JSON object, and a test for our own lines.
 
-Pure.  Whatever a field holds, a line is one line of printable characters.
+Pure.  Each line is one line of printable characters, whatever its fields have.
 """
 
 from __future__ import annotations
 
-# Not `json`: the guard, which writes lines of this form, would keep a megabyte of it.
+# Not `json`, which would cost the guard a megabyte: it writes such lines, too.
 from _json import encode_basestring_ascii
 from time import gmtime, strftime
 
@@ -22,15 +22,16 @@ _COLOURS = {"debug": _FAINT, "info": "\x1b[32m", "warning": "\x1b[33m", "error":
 
 
 def stamp(now: float) -> str:
-    """Return a time since the epoch as it stands in the log: UTC, to the millisecond."""
+    """Return a time since the epoch in the log's format: UTC, to the millisecond."""
     seconds = strftime("%Y-%m-%dT%H:%M:%S", gmtime(now))
     return f"{seconds}.{int(now % 1 * 1000):03d}Z"
 
 
 def as_text(level: str, event: str, fields: Mapping[str, object], now: float | None = None) -> str:
-    """`TIME LEVEL event=EVENT NAME=VALUE...`, or without the first two for a reader that adds them.
+    """Return `TIME LEVEL event=EVENT NAME=VALUE...`.
 
-    Such a reader gets a priority instead (sd-daemon(3)).
+    Without `now`, time and level are replaced by a priority (sd-daemon(3)), for a reader that adds
+    them itself.
     """
     pairs = _pairs(event, fields)
     if now is None:
@@ -39,7 +40,7 @@ def as_text(level: str, event: str, fields: Mapping[str, object], now: float | N
 
 
 def as_coloured(level: str, event: str, fields: Mapping[str, object], now: float) -> str:
-    """The same for a terminal."""
+    """Return the text line with colours, for a terminal."""
     shown = f"{_COLOURS[level]}{level}{_PLAIN}"
     return f"{_FAINT}{stamp(now)}{_PLAIN} {shown} {_pairs(event, fields)}\n"
 
@@ -47,14 +48,14 @@ def as_coloured(level: str, event: str, fields: Mapping[str, object], now: float
 def as_json(
     level: str, event: str, fields: Mapping[str, object], now: float, *, prioritized: bool = False
 ) -> str:
-    """One object: time, level, event and the fields; behind a priority where one is wanted."""
+    """Return one JSON object: time, level, event and the fields; with a priority before it."""
     content = {"time": stamp(now), "level": level, "event": event, **plain(fields)}
     pairs = ", ".join(f"{_json(name)}: {_json(value)}" for name, value in content.items())
     return f"{f'<{LEVELS[level]}>' if prioritized else ''}{{{pairs}}}\n"
 
 
 def plain(fields: Mapping[str, object]) -> dict[str, str | float]:
-    """Return fields as JSON has values: what is neither a number nor true or false is its text."""
+    """Return the fields with JSON values: numbers and booleans stay, all others become text."""
     return {
         name: value if isinstance(value, str | int | float) else str(value)
         for name, value in fields.items()
@@ -62,7 +63,7 @@ def plain(fields: Mapping[str, object]) -> dict[str, str | float]:
 
 
 def is_own(line: str) -> bool:
-    """Return whether `Log` wrote this line: workers may write to the same file."""
+    """Return whether `Log` has written this line, not a worker that writes to the same file."""
     prioritized = line[:1] == "<" and line[2:3] == ">"
     rest = line[3:] if prioritized else line
     if rest.startswith('{"time": "'):

@@ -1,6 +1,6 @@
-"""What a generation is asked, as a client would: accept, http: and https: of --ready and --health.
+"""The probes and checks of a generation as values: accept, http:, https: and check:COMMAND.
 
-Pure.  How it is asked: daemon/probe.py.
+Pure.  They are the values of --ready, --health and --settle-check; daemon/probe.py sends them.
 """
 
 from __future__ import annotations
@@ -9,26 +9,26 @@ import re
 
 from .lazy_dataclass import frozen
 
-#: A command, which --health runs again and again.
+#: A check by a command.
 CHECK = "check"
-#: Kinds of --ready that only an answer meets.
+#: Kinds of --ready under which only a probe's answer makes a generation ready.
 KINDS = ("accept", "http", "https")
-#: The kinds under which a generation is asked.  Of `any` the question is one of several ways.
+#: Kinds of --ready under which a generation is probed; for `any` a probe is one of several ways.
 ASKED = ("any", *KINDS)
-#: What --ready takes besides, and is hardly the name of a command.
+#: Other values of --ready, which --settle-check does not take for the name of a command.
 _READY_ALONE = ("accept", "notify", "ack", "fd", "after")
 #: `http:`, `[LISTENER]`, `//HOST`, the path, `=STATUS`.
 _URL = re.compile(
     r"(?P<kind>https?):(?:\[(?P<name>[^][]+)\])?(?://(?P<host>[^/\s]+))?"
     r"(?P<path>/(?!/)\S*?)(?:=(?P<status>[1-5][0-9][0-9]))?"
 )
-#: Answers that are good where no other is asked for: what load balancers take, too.
+#: The good statuses if none is given: the same as of load balancers.
 _GOOD = range(200, 400)
 
 
 @frozen
 class Question:
-    """What is asked, and which answer is good."""
+    """One probe or check, with its good answers."""
 
     kind: str
     listener: str = ""  # by its name; "": the first listener that can be probed
@@ -38,7 +38,7 @@ class Question:
 
     @property
     def by_http(self) -> bool:
-        """Whether it is asked by HTTP."""
+        """Whether it is an HTTP request."""
         return self.kind in ("http", "https")
 
     @property
@@ -48,7 +48,7 @@ class Question:
 
 
 def refusal(text: str, where: str) -> str:
-    """Say why a question cannot be asked: an option, as it was written.  where: its listeners."""
+    """Return why a probe is impossible.  text: the option as written; where: its listeners."""
     return (
         f"{text}: old and new generation accept from the same socket of {where} (?defer_accept, "
         "an abstract name, passed in without ReusePort=yes, or a folder where none can be made), "
@@ -57,9 +57,9 @@ def refusal(text: str, where: str) -> str:
 
 
 def read(text: str) -> Question:
-    """Read `accept`, `http:/p`, `http:/p=204`, `http://name/p`, `http:[LISTENER]/p`, `https:...`.
+    """Return the probe in a text.  Raises ValueError for any other text.
 
-    Raises ValueError for anything else.
+    text: `accept`, `http:/p`, `http:/p=204`, `http://name/p`, `http:[LISTENER]/p`, `https:...`.
     """
     if text == "accept":
         return Question(text)
@@ -71,9 +71,9 @@ def read(text: str) -> Question:
 
 
 def read_health(text: str) -> Question:
-    """Read what --health takes: the same, and `check:COMMAND`, of which the path is the command.
+    """Return the check in a value of --health: a probe, or `check:COMMAND` (path: the command).
 
-    Raises ValueError for anything else.
+    Raises ValueError for any other text.
     """
     kind, _, command = text.partition(":")
     if kind == CHECK and command.strip():
@@ -85,9 +85,9 @@ def read_health(text: str) -> Question:
 
 
 def read_settle_check(text: str) -> Question:
-    """Read what --settle-check takes: http: and https: as above, `check:COMMAND`, or a command.
+    """Return the check in a value of --settle-check: http:, https:, `check:COMMAND` or a command.
 
-    Of a command that is the path.  Raises ValueError for anything else.
+    A command becomes the path.  Raises ValueError for any other text.
     """
     kind, _, rest = text.partition(":")
     if kind in ("http", "https"):

@@ -1,7 +1,7 @@
-"""The records of programs, generations and workers, as values that can outlive the program.
+"""The records of programs, generations and workers, as values that outlive the resident process.
 
-Pure data.  Descriptors are not in here: they have names under which the next program finds them
-again.  Times are CLOCK_MONOTONIC seconds where nothing else is said: they hold until a reboot.
+Pure data, without descriptors: the next program finds those by name.
+Times are CLOCK_MONOTONIC seconds, valid until a reboot, unless a comment says otherwise.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .settings import Identity, Settings
 
 @frozen
 class Program:
-    """What to execute, wholly resolved: the same again for a respawn."""
+    """A fully resolved command, which a respawn executes again."""
 
     path: str
     argv: tuple[str, ...]
@@ -25,9 +25,9 @@ class Program:
     umask: int
     limits: tuple[tuple[str, int], ...]
     nice: int
-    identity: Identity | None = None  # the user to run as, if not ours
-    batch: bool = False  # the scheduling policy that the caller had (SCHED_BATCH)
-    listeners: str = ""  # as the environment tells them; those are all that it ever knows of
+    identity: Identity | None = None  # the user to run as; None: the protector's
+    batch: bool = False  # the caller's scheduling policy was SCHED_BATCH
+    listeners: str = ""  # as in its environment; the generation never learns of others
     handoff: str = "connection"
     ready: str = "notify"
     ready_after_s: float | None = None
@@ -45,13 +45,13 @@ class Program:
 
     @property
     def finish_signal(self) -> int:
-        """What has a worker finish; 0: no signal, it reads end of file."""
+        """The signal that makes a worker finish; 0: none, the worker reads end of file."""
         return self.drain_signal if self.mode.workers_accept else 0
 
 
 @frozen
 class Counts:
-    """What workers have counted of their connections."""
+    """The workers' counts of their connections."""
 
     accepted: int = 0
     active: int = 0
@@ -67,28 +67,28 @@ class Counts:
         )
 
 
-#: So many first programs, as --handoff stdio runs them.
+#: So many failed first programs of --handoff stdio show that the command does not work.
 NO_ACCIDENT = 3
 
 
 @frozen
 class GenerationRecord:
-    """An open generation, or one that is released and not yet empty."""
+    """An open generation, or a released one whose queue still has connections."""
 
     number: int
     program: Program
     serving_since: float = 0.0
-    ended: bool = False  # its workers get no more: they read end of file, or were told to finish
+    ended: bool = False  # its workers get no more clients: they read end of file, or got a signal
     released: bool = False
-    opened_at: float = 0.0  # these three in seconds since the epoch, for people
+    opened_at: float = 0.0  # this and the next two: seconds since the epoch, for people
     served_at: float | None = None
     drained_at: float | None = None
-    past: Counts | None = None  # of workers that have ended
-    lost: int = 0  # connections that were open in those
-    socket_number: int = 0  # where its workers accept, if they do: see delivery/shared/
-    marks: tuple[tuple[int, int], ...] = ()  # of what they accept, by listener; none: unknown
-    # Of --handoff stdio: whether a program has worked; until then how many failed at once, how the
-    # last of them ended, and what was its last output.
+    past: Counts | None = None  # the counts of ended workers
+    lost: int = 0  # connections that were open in workers that ended
+    socket_number: int = 0  # the socket from which its workers accept: see delivery/shared/
+    marks: tuple[tuple[int, int], ...] = ()  # listener -> accept tag; empty: unknown
+    # Of --handoff stdio: whether a program has worked.  Until then: how many failed at once, how
+    # the last one ended, and its last output.
     programs_work: bool = False
     programs_failed: int = 0
     program_ended: str = ""
@@ -96,12 +96,12 @@ class GenerationRecord:
 
     @property
     def never_works(self) -> bool:
-        """Whether so many of its first programs have failed, and none has worked: no accident."""
+        """Whether its first NO_ACCIDENT programs have failed and none has worked."""
         return self.programs_failed >= NO_ACCIDENT
 
     @property
     def programs_fail(self) -> str:
-        """How the first programs have failed, in words; "": they have not."""
+        """How the first programs have failed, in words; "" if they have not."""
         count = self.programs_failed
         which = "first program" if count == 1 else f"first {count} programs"
         last = "" if count == 1 else "the last "
@@ -110,68 +110,67 @@ class GenerationRecord:
 
 @frozen
 class WorkerRecord:
-    """A worker's process and what it has said."""
+    """A worker's process, and the messages that it has sent."""
 
     number: int
     generation: int
     pid: int
-    output_start: int  # where the output stood when it began; -1: others have written since
+    output_start: int  # the log file's size when it began; -1: others have written since
     ready_at: float | None = None
     slot: int = 0
     started_at: float = 0.0  # seconds since the epoch, for people
     asked_to_exit: bool = False
-    watched: bool = False  # it has said WATCHDOG=1
+    watched: bool = False  # it has sent WATCHDOG=1
     status: str = ""
-    aborted: bool = False  # it hung, so its end was not asked for
-    ready_by: str = ""  # what said that it is ready
-    orphaned: bool = False  # its process has ended; what that has left is looked after
-    killed: bool = False  # its process group was sent KILL
-    retires: bool = False  # it leaves when its RETURN line ends
+    aborted: bool = False  # it got ABRT because it was stuck; its end is a crash
+    ready_by: str = ""  # the kind of message or event that made it ready
+    orphaned: bool = False  # its process has ended; processes that it started are supervised
+    killed: bool = False  # its process group got KILL
+    retires: bool = False  # it finishes when its RETURN line ends
 
 
 @frozen
 class ForwarderRecord:
-    """What was forwarded, and the connections that were accepted and are in no channel."""
+    """The counts of forwarded connections, and the accepted connections that are in no channel."""
 
     forwarded: int = 0
     lost: int = 0
-    pending: bytes | None = None  # the header of the one whose send failed
-    number: int = 0  # the highest that was ever used; that of the pending one, if there is one
-    parked: tuple[tuple[int, bytes], ...] = ()  # numbers and headers of those not for the route
+    pending: bytes | None = None  # the header of the connection whose send failed
+    number: int = 0  # the highest connection number so far; it is that of the pending connection
+    parked: tuple[tuple[int, bytes], ...] = ()  # number and header of each that waits for a drain
 
 
 @frozen
 class HoldRecord:
-    """A hold where workers accept, and those that it has kept out."""
+    """A hold where workers accept, and the time until which its clients try to connect."""
 
     began_at: float = 0.0  # 0: there is none
-    tried_until: float = 0.0  # clients of this one, or of one before, try to connect until then
+    tried_until: float = 0.0  # clients of this hold, or of an earlier one, try until then
 
 
 @frozen
 class SteeringRecord:
-    """Which socket of each address gets new clients, and which generations lack one."""
+    """Which socket of each address gets new clients, and which generations lack a socket."""
 
     socket_number: int = 0
-    unserved: tuple[tuple[int, int], ...] = ()  # a generation, and a listener without its socket
-    expected: tuple[
-        tuple[int, int], ...
-    ] = ()  # a listener of a candidate, and where its clients go
-    leaving: tuple[tuple[int, int, float], ...] = ()  # told to finish: with its socket, and when
+    unserved: tuple[tuple[int, int], ...] = ()  # (generation, listener that it has no socket of)
+    #: (a candidate's listener, the number of the socket that gets its clients).
+    expected: tuple[tuple[int, int], ...] = ()
+    #: (finishing generation, its socket's number, the time when it began to finish).
+    leaving: tuple[tuple[int, int, float], ...] = ()
     hold: HoldRecord = field(default_factory=HoldRecord)
-    asked: tuple[
-        tuple[int, int], ...
-    ] = ()  # listeners and sockets: questions by IPv6 alone wait there
-    asked_from: tuple[tuple[int, int, str], ...] = ()  # of IPv4: from where they come
-    #: A generation (0: none yet), a listener, and its socket's options then.
+    #: (listener, socket): over IPv6, only probes wait at that socket.
+    asked: tuple[tuple[int, int], ...] = ()
+    asked_from: tuple[tuple[int, int, str], ...] = ()  # the same with the origin of IPv4 probes
+    #: (generation (0: none yet), listener, the options that its socket had).
     options: tuple[tuple[int, int, str], ...] = ()
-    partly_served: tuple[tuple[int, int], ...] = ()  # of the unserved: later workers have it
+    partly_served: tuple[tuple[int, int], ...] = ()  # the unserved whose later workers have it
     lost: tuple[int, ...] = ()  # listeners whose clients come to the other socket: see Turns
 
 
 @frozen
 class DeliveryRecord:
-    """What the next program's delivery has to know; the state has each of these by itself."""
+    """The records for the next program's delivery; the state stores each in its own field."""
 
     forwarder: ForwarderRecord = field(default_factory=ForwarderRecord)
     steering: SteeringRecord = field(default_factory=SteeringRecord)
@@ -180,16 +179,16 @@ class DeliveryRecord:
 
 @frozen
 class SettingsRecord:
-    """The settings that hold, and those that are tried."""
+    """The current settings, and those that a reload is trying."""
 
     current: Settings
-    candidate: Settings | None = None  # read again, and not used yet
+    candidate: Settings | None = None  # read by a reload; no generation has served with them
 
 
 @frozen
 class RunRecord:
-    """What outlives the programs that follow each other, for people."""
+    """The run of an instance, over all its resident processes, for people."""
 
-    started_at: float = 0.0  # of the first program, in seconds since the epoch
-    restarts: int = 0  # programs before this one, killed ones and upgraded
+    started_at: float = 0.0  # the first program's start, in seconds since the epoch
+    restarts: int = 0  # the number of earlier programs, upgraded or killed
     history: History = field(default_factory=History)

@@ -1,10 +1,10 @@
-"""What the operator asked for, checked and resolved, as one frozen value.
+"""The operator's settings, checked and resolved, as one frozen value.
 
-Pure.  The launching process makes it; the resident process reads it back from a
-memfd (`dump` and `load` are the two sides).  Units are in the names.
+Pure.  The launching process makes it and writes it to a memfd (`dump`); the resident
+process reads it from there (`load`).  Units are in the names.
 
-A newer program reads what an older one wrote: what it does not find takes its default.  The
-other way round is refused in words, or an option would be dropped without a word.
+A newer program reads an older program's settings; a missing field takes its default.  An older
+program refuses a newer program's settings, because it would silently drop an option.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ class SettingsError(ValueError):
 
 @frozen
 class ListenerSettings:
-    """One bound socket: its canonical address and, for a UNIX path, the file that is ours."""
+    """One bound socket: its canonical address and, for a UNIX path, our socket file."""
 
     address: str  # tcp:HOST:PORT, tcp:[HOST6]:PORT, unix:/path, unix:@name
     device: int = 0  # st_dev and st_ino of the socket file, 0 without one
     inode: int = 0
-    backlog: int = 0  # of a UNIX socket, which has to listen again
+    backlog: int = 0  # of a UNIX socket, because its successors must listen, too
     foreign: bool = False  # passed in by a service manager, which keeps listening
-    text: str = ""  # the LISTEN argument that it is of
-    nonblock: bool = False  # workers that it is handed to find it so
-    priority: int = -1  # SO_PRIORITY of each connection, which inherits none; -1: the system's
-    name: str = ""  # what it is called: NAME=LISTEN, else the port or the file's name
+    text: str = ""  # the LISTEN argument
+    nonblock: bool = False  # workers get it with O_NONBLOCK
+    priority: int = -1  # SO_PRIORITY for each connection, which inherits none; -1: the default
+    name: str = ""  # from NAME=LISTEN, or the port, or the file's name
     removed: bool = False  # by a reload; its index is never used again
-    # Its path leads to several sockets in turn (system/socket_file.py).  A program that does not
-    # know this field refuses to go on: it would leave the path at a socket that no worker has.
+    # Its path leads to several sockets in turn (system/socket_file.py).  A program without
+    # this field refuses the settings: it would leave the path at a socket that no worker has.
     beside: bool = False
 
 
 @frozen
 class Origin:
-    """What a configuration file is read again with: as the caller said it, where he was."""
+    """The caller's command line and surroundings, for reading the configuration file again."""
 
     words: tuple[str, ...] = ()  # the command line
     directory: str = "/"
@@ -51,7 +51,7 @@ class Origin:
 
 @frozen
 class Identity:
-    """The user that everything runs as after the start."""
+    """A user to run as."""
 
     user: str
     uid: int
@@ -63,10 +63,10 @@ class Identity:
 
 @frozen
 class Limits:
-    """When a worker makes room for another one; 0: never."""
+    """The limits at which a worker is replaced; 0: never."""
 
     connections: int = 0
-    spread: int = 0  # the number of each varies by up to this
+    spread: int = 0  # each worker's limit of connections varies by up to this
     memory_bytes: int = 0
     age_s: float = 0.0
 
@@ -77,7 +77,7 @@ class Limits:
 
 @frozen
 class Settings:
-    """Everything the resident process needs to know."""
+    """All settings of the resident process."""
 
     name: str
     command: tuple[str, ...]
@@ -85,31 +85,31 @@ class Settings:
     listeners: tuple[ListenerSettings, ...] = ()
     policy: Policy = field(default_factory=Policy)
     handoff: str = "connection"  # see handoff_modes.py
-    shell: bool = False  # of stdio: COMMAND is for /bin/sh
-    pools: int = 1  # of stdio: processes that start programs, at most; one for each core
-    drain_signal: int = 15  # of listener: what tells a worker to finish
+    shell: bool = False  # stdio: COMMAND is for /bin/sh
+    pools: int = 1  # stdio: the most processes that start programs, one for each core
+    drain_signal: int = 15  # listener: the signal that makes a worker finish
     workers: int = 1
-    #: What says so: notify, ack, fd, check, after (a timer), any; accept, http and https, where the
-    #: generation is asked.
+    #: The kind of --ready: notify, ack, fd, check, after (a timer), any; or a probe: accept, http,
+    #: https.
     ready: str = "notify"
-    ready_after_s: float | None = None  # the timer of `after` and of those that are asked
-    ready_fd: int = -1  # of fd: the number in the worker
-    ready_check: str = ""  # of check: for /bin/sh
-    ready_question: str = ""  # of those that are asked: see model/question.py
-    health: str = ""  # what the generation that serves is asked: see model/question.py; "": nothing
+    ready_after_s: float | None = None  # the timer of `after` and of probed kinds
+    ready_fd: int = -1  # the number in the worker, for kind fd
+    ready_check: str = ""  # the command for /bin/sh, for kind check
+    ready_question: str = ""  # the probe of a probed kind: see model/question.py
+    health: str = ""  # the health check of the serving generation: see model/question.py; "": none
     health_every_s: float = 5.0
-    health_failures: int = 3  # bad answers in a row that make it unhealthy
+    health_failures: int = 3  # failed checks in a row that make a generation unhealthy
     health_timeout_s: float = 2.0
     queue: int = 256
-    busy_poll_s: float = 0.0002  # how long the next connection is waited for awake, if expected
+    busy_poll_s: float = 0.0002  # how long to poll for an expected connection before sleeping
     identity: Identity | None = None
-    worker_identity: Identity | None = None  # None: the same
+    worker_identity: Identity | None = None  # None: the same as identity
     no_new_privileges: bool = False
     umask: int = 0o022
-    nofile_soft: int = 1024  # what the caller had; the protector raises its own
-    limits: tuple[tuple[str, int], ...] = ()  # of workers: nofile, core
+    nofile_soft: int = 1024  # the caller's limit; the protector raises its own
+    limits: tuple[tuple[str, int], ...] = ()  # resource limits of workers: nofile, core
     nice: int = 0
-    keep_env: tuple[str, ...] | None = None  # names of ours that workers get; None: all
+    keep_env: tuple[str, ...] | None = None  # the inherited variables that workers get; None: all
     batch: bool = False  # the caller's scheduling policy was SCHED_BATCH
     environment: tuple[tuple[str, str], ...] = ()
     env_file: str | None = None
@@ -117,26 +117,26 @@ class Settings:
     log_file: str | None = None
     log_level: str = "info"
     log_format: str = "text"
-    log_relay: bool = True  # workers' output goes through the relay where the log is ours
-    log_prefix: bool = False  # workers' lines say which one wrote them
-    watch: tuple[str, ...] = ()  # paths; a reload when something changes there
+    log_relay: bool = True  # workers' output goes through the relay if the log is ours
+    log_prefix: bool = False  # lines of output begin with their worker's number
+    watch: tuple[str, ...] = ()  # paths whose changes cause a reload
     foreground: bool = False
     guarded: bool = False
     outlives_terminal: bool = False  # HUP was ignored at start (nohup)
-    watchdog_s: float = 0.0  # how long a worker that has said WATCHDOG=1 may then be silent
+    watchdog_s: float = 0.0  # the longest silence of a worker that has sent WATCHDOG=1
     worker_limits: Limits = field(default_factory=Limits)
     control: ListenerSettings | None = None  # the control socket
-    control_group: int | None = None  # whose members may use it, too
-    status_group: int | None = None  # whose members may ask it for status and events
+    control_group: int | None = None  # the group whose members may also use it
+    status_group: int | None = None  # the group whose members may read status and events
     secret: str = ""  # part of each worker's notify address, so that it cannot be guessed
-    notify_folder: str = ""  # where these addresses are; "": they are abstract
-    notices: tuple[str, ...] = ()  # lines for the operator at the start: for the log too
-    warnings: tuple[str, ...] = ()  # what these settings lack, until others replace them
+    notify_folder: str = ""  # the folder of these addresses; "": they are abstract
+    notices: tuple[str, ...] = ()  # lines for the operator at the start, and for the log
+    warnings: tuple[str, ...] = ()  # defects of these settings, shown while they are in use
     origin: Origin = field(default_factory=Origin)
 
     @property
     def finish_signal(self) -> int:
-        """What has a worker finish; 0: no signal, it reads end of file."""
+        """The signal that makes a worker finish; 0: none, the worker reads end of file."""
         return self.drain_signal if self.mode.workers_accept else 0
 
     @property
@@ -146,27 +146,27 @@ class Settings:
 
     @property
     def processes(self) -> int:
-        """How many workers a generation has: under stdio a few start all programs."""
+        """The number of workers in a generation: under stdio a few pools start all programs."""
         return min(self.workers, self.pools) if self.mode.pooled else self.workers
 
     @property
     def to_syslog(self) -> bool:
-        """Whether syslog is the only place for the log and for what workers write."""
+        """Whether the log and the workers' output go to syslog only."""
         return not self.foreground and self.log_file is None
 
     @property
     def executed(self) -> tuple[str, ...]:
-        """The words that are executed: the command, or the shell that reads it."""
+        """The executed words: the command, or the shell that reads it."""
         return ("/bin/sh",) if self.shell else self.command
 
 
-#: All classes that settings are made of.  A field that one of them does not have is refused, or an
-#: option would be dropped without a word.
+#: All classes of settings.  An unknown field in them is refused, because dropping it would silently
+#: drop an option.
 CLASSES = (Settings, ListenerSettings, Policy, Identity, Limits, Origin)
-#: So that an older program, which reads its configuration by this one, is refused only what it
-#: cannot do.
+#: Newer fields, left out at their defaults.  An older resident process reads its configuration with
+#: this program's help, and refuses only settings that it cannot honour.
 ADDED = ("Settings.warnings", "ListenerSettings.beside")
-#: Of these what is for people alone: an older program passes over it.
+#: Fields for people only: an older program skips them.
 SAID = ("Settings.warnings",)
 _CODEC = Codec(CLASSES, strict=CLASSES, added=ADDED, said=SAID)
 
@@ -177,9 +177,9 @@ def dump(settings: Settings) -> bytes:
 
 
 def load(data: bytes) -> Settings:
-    """Return the settings `dump` wrote, here or in an older program.
+    """Return the settings that `dump` wrote, in this program or an older one.
 
-    Raises SettingsError for a newer program's, and for anything else.
+    Raises SettingsError for a newer program's settings, and for malformed data.
     """
     try:
         with decoding():

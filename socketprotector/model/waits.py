@@ -1,4 +1,6 @@
-"""How long connections have waited, as workers count it: bucket n of a histogram is below 2**n us.
+"""Quantiles of the times that connections have waited, as workers count them.
+
+Bucket n of their histogram counts the waits below 2**n us.
 
 The buckets themselves: docs/protocol.md.
 """
@@ -9,9 +11,9 @@ from collections.abc import Sequence
 
 
 def quantile_us(waits: Sequence[int], share: float) -> int | None:
-    """Return the longest wait of the bucket in which so large a share of all has been reached.
+    """Return the longest wait (us) of the first bucket that reaches this share of all waits.
 
-    None where nothing was counted.
+    Return None if no wait was counted.
     """
     wanted, seen = share * sum(waits), 0
     for bucket, count in enumerate(waits):

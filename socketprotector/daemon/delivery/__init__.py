@@ -1,7 +1,7 @@
-"""How clients reach workers: the contract, and a folder for each of the two ways.
+"""How clients reach workers: the contract of a delivery, and a folder for each of the two kinds.
 
 queue/: the protector accepts, and hands over.  shared/: workers accept, from shared sockets.
-Neither imports from the other.  choice.py says which one is built; all else knows `Delivery`.
+Neither imports from the other.  choice.py selects one; all other modules know only `Delivery`.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from ..generation import OpenGeneration
 from ..runtime import Runtime
 from .probe_target import ProbeTarget
 
-#: After how long it is reported that no worker takes: if none ever did, and if one has before.
+#: How long workers may accept no client before that is reported: if they never accepted one, and
+#: if they did before.
 NEVER_TAKEN_S = 5.0
 UNTAKEN_S = 30.0
-#: Handshakes that are under way finish in so long, or begin again: a stop looks so often whether a
-#: client has come.
+#: A handshake takes no longer than this, or the client repeats it.  So a stop checks at this
+#: interval whether a client has come.
 QUIET_S = 0.2
-#: Where new clients cannot be refused they might come for ever: listeners close after so long.
+#: Listeners that cannot refuse new clients close after this time, even if clients still come.
 LAST_S = 10.0
 
 
 @mutable
 class Host:
-    """What the process that builds a delivery gives it."""
+    """The parts of the resident process that a delivery uses."""
 
     runtime: Runtime
     #: The open generations, by number.
@@ -40,10 +41,10 @@ class Host:
     lost: Callable[[Listener, str], None]
     #: Called when a listener has another socket file.
     bound: Callable[[Listener], None]
-    #: For so many seconds no worker has taken any of so many clients, whether any ever was taken,
-    #: and at which addresses they wait; None: in the queue.  Called once for each route.
+    #: Called once for each route if workers accept no client: with the seconds, how many clients
+    #: wait, whether one was ever accepted, and at which addresses they wait (None: in the queue).
     untaken: Callable[[float, int, bool, str | None], None]
-    #: Returns a TCP connection of ours to the generation that serves, if there is one.
+    #: Returns our own TCP connection to the serving generation, if there is one.
     own_connection: Callable[[], socket.socket | None]
 
 
@@ -51,7 +52,7 @@ class Host:
 class Handles:
     """The descriptors from which a worker takes connections, and how it finds them."""
 
-    descriptors: dict[int, int]  # number there -> ours
+    descriptors: dict[int, int]  # descriptor in the worker -> ours
     environment: dict[str, str]  # describes the descriptors to the worker
     pid_in: str = ""  # the variable that holds the worker's pid
 
@@ -59,7 +60,7 @@ class Handles:
 class Delivery(ABC):
     """Brings new clients to the workers of the generation that has the route.
 
-    Each order may be carried out twice: after a kill, the next program repeats it.
+    Each order must have the same effect if it is repeated: after a kill the next program does so.
     """
 
     #: Whether workers get the listening sockets.
@@ -73,15 +74,15 @@ class Delivery(ABC):
 
     @abstractmethod
     def can_ask(self, listener: str) -> bool:
-        """Say whether reach() reaches a generation that has no clients yet; listener: see there."""
+        """Return whether reach() can reach a generation without clients; listener: as there."""
 
     @abstractmethod
     def cannot_try(self) -> str | None:
-        """Say why a generation cannot start without getting clients; None: it can."""
+        """Return why a dry run is impossible; None: it is possible."""
 
     @abstractmethod
     def open(self, generation: OpenGeneration, queue: int, *, fresh: bool) -> None:
-        """Make what the workers of a generation will need.  On OSError nothing is left open.
+        """Prepare the sockets of a generation's workers.  On OSError nothing is left open.
 
         queue: how many clients a queue can hold.  fresh: the generation is a new release.
         """
@@ -92,14 +93,14 @@ class Delivery(ABC):
     ) -> Handles:
         """Return the handles of a worker that is about to start.  Raises OSError.
 
-        free: the numbers that its descriptors may have.
+        free: descriptor numbers that are unused in the worker.
         """
 
     @abstractmethod
     def reach(
         self, generation: OpenGeneration, listener: str, *, as_client: bool = False
     ) -> ProbeTarget | None:
-        """Return how to probe a generation, with or without the route; None: it is impossible.
+        """Return the target for probes of a generation; None: they are impossible.
 
         listener: its name, "" for the first.  as_client: the generation has the route, and the
         probe reaches it as clients do.  Raises OSError if it cannot be reached now.
@@ -107,7 +108,7 @@ class Delivery(ABC):
 
     @abstractmethod
     def route_to(self, generation: OpenGeneration | None, *, again: bool = False) -> None:
-        """Bring new clients to this generation; None: to none, so that they wait.
+        """Bring new clients to this generation; None: let them wait.
 
         again: it has had the route before.
         """
@@ -116,62 +117,62 @@ class Delivery(ABC):
     def begin_drain(
         self, generation: OpenGeneration, on_quiet: Callable[[], None], *, reads_on: bool
     ) -> None:
-        """Call back when a generation without the route may be ordered to finish.
+        """Call back when a generation without the route can be ordered to finish.
 
-        Then it has accepted all its clients, and read from each.  reads_on: its workers still
-        read from accepted clients after that order, so only accepting is waited for.
+        By then its workers have accepted all its clients, and read from each.  reads_on: they still
+        read from accepted clients after that order, so call back when all are accepted.
         """
 
     @abstractmethod
     def drain(self, generation: OpenGeneration) -> None:
-        """Bring a generation no more clients, and take back those that it has not accepted."""
+        """Bring a generation no more clients, and take back clients that it has not accepted."""
 
     @abstractmethod
     def release(self, generation: OpenGeneration) -> None:
-        """Let go of a generation that has no workers any more."""
+        """Release a generation whose workers have all exited."""
 
     @abstractmethod
     def keeps(self, number: int) -> bool:
-        """Say whether clients of a generation that was released wait for another one."""
+        """Return whether clients of a released generation still wait for another generation."""
 
-    # -- what is known of it -------------------------------------------------------
+    # -- counts --------------------------------------------------------------------
 
     @abstractmethod
     def waiting(self, generation: OpenGeneration, *, clients_only: bool = False) -> int | None:
-        """Return how many clients wait for its workers; None: it is not known.
+        """Return the number of clients waiting for a generation; None: unknown.
 
-        clients_only: 0 where only probes of ours do.
+        clients_only: return 0 if only our probes wait.
         """
 
     @abstractmethod
     def active(self, generation: OpenGeneration) -> int | None:
-        """Return how many connections are open that it has accepted; None: it is not known.
+        """Return the number of a generation's open connections; None: unknown.
 
-        For workers that do not count them.
+        It is used for workers that do not count their connections.
         """
 
     @abstractmethod
     def oldest_waiting_s(self, generation: OpenGeneration) -> float | None:
-        """Return for how long it has accepted no waiting client; None: too short to report."""
+        """Return for how long no waiting client was accepted; None: too short to report."""
 
     @abstractmethod
     def queue_limit(self, generation: OpenGeneration) -> int | None:
-        """Return for how many clients its queue has room; None: there is none."""
+        """Return how many clients a generation's queue has room for; None: it has no queue."""
 
     # -- listeners -------------------------------------------------------------------
 
     @property
     @abstractmethod
     def listeners(self) -> tuple[Listener, ...]:
-        """The listeners that clients come to."""
+        """The listeners that clients can connect to."""
 
     @abstractmethod
     def number_for(self, listener: Listener) -> int:
-        """Return to which socket of a listener new clients come."""
+        """Return the number of the listener's socket that new clients come to."""
 
     @abstractmethod
     def cannot_add(self, listeners: Collection[Listener]) -> str | None:
-        """Say why these cannot be added now; None: they can."""
+        """Return why these listeners cannot be added now; None: they can."""
 
     @abstractmethod
     def add(self, listener: Listener, *, dry_run: bool) -> None:
@@ -186,11 +187,11 @@ class Delivery(ABC):
 
     @abstractmethod
     def cannot_hold(self) -> str | None:
-        """Say why there can be no hold; None: there can."""
+        """Return why a hold is impossible; None: it is possible."""
 
     @abstractmethod
     def hold(self, on: bool) -> None:
-        """Bring no client to a worker, and refuse none."""
+        """Begin or end a hold: during it, clients reach no worker, and none is refused."""
 
     @property
     @abstractmethod
@@ -200,15 +201,16 @@ class Delivery(ABC):
     @property
     @abstractmethod
     def late_s(self) -> float:
-        """For how long clients may still come that a hold has kept out."""
+        """For how long clients that a hold kept out may still retry."""
 
     @abstractmethod
     def close_listeners(
         self, serving: OpenGeneration | None, *, quick: bool, stay: bool = False
     ) -> None:
-        """Refuse new clients; quick: close at once.  Otherwise BacklogEmptied follows.
+        """Refuse new clients, and post BacklogEmptied once all earlier ones are accepted.
 
-        stay: later clients wait for the next start, so our own listeners survive.
+        quick: close at once, and post nothing.  stay: later clients wait for the next start, so our
+        own listeners survive.
         """
 
     # -- the whole ---------------------------------------------------------------------
@@ -226,30 +228,30 @@ class Delivery(ABC):
     @property
     @abstractmethod
     def idle_s(self) -> float:
-        """For how long no client has come; 0 while one waits, or where that is not known."""
+        """For how long no client has come; 0: a client waits, or it is unknown."""
 
     @property
     @abstractmethod
     def warnings(self) -> tuple[str, ...]:
-        """What only a restart repairs."""
+        """The faults that only a restart repairs."""
 
     @abstractmethod
     def look(self) -> None:
-        """Serve clients while something long keeps the loop from it."""
+        """Accept clients while long work blocks the loop."""
 
     @abstractmethod
     def record(self) -> DeliveryRecord:
-        """Return what the next program has to know."""
+        """Return the record that the next program needs."""
 
     @abstractmethod
     def descriptors(self) -> dict[str, int]:
-        """Return what the next program needs, by name."""
+        """Return the descriptors that the next program needs, by name."""
 
     @abstractmethod
     def adopt(
         self, record: DeliveryRecord, unclaimed: Inherited, *, held: bool, closing: bool
     ) -> None:
-        """Resume from an earlier program's record; takes descriptors that are no generation's.
+        """Resume from an earlier program's record, and claim descriptors of no single generation.
 
         held: a hold must be in force.  closing: the listeners are about to be closed.
         """
@@ -260,10 +262,10 @@ class Delivery(ABC):
     ) -> bool:
         """Adopt a generation that an earlier program opened; takes ownership of its descriptors.
 
-        draining: it drains already.  Returns False if its descriptors were not stored in time: then
-        it never got a client.
+        draining: it drains already.  Returns False if its descriptors were not stored in time: such
+        a generation never got a client.
         """
 
     @abstractmethod
     def close(self) -> tuple[str, ...]:
-        """Close everything; return the names of the sockets that live on for the next start."""
+        """Close everything; return the names of the sockets that survive for the next start."""

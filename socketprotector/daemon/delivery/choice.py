@@ -10,7 +10,10 @@ if TYPE_CHECKING:
 
 
 def delivery_for(mode: HandoffMode) -> type[Delivery]:
-    """Return the class.  At the start: later its file may be another version's."""
+    """Return the delivery class of a handoff mode.
+
+    Call it at the start of a program: later an upgrade may have replaced the class's file.
+    """
     if mode.workers_accept:
         import array  # noqa: F401  for steering (system/bpf.py)
 

@@ -25,17 +25,17 @@ class ProbeTarget:
 
     address: tuple[str, int]  # of a UNIX socket its path, or "@" and its name, and 0
     mark: bpf.Mark | None
-    #: Says whether no worker has accepted this connection yet.  Raises OSError.
+    #: Returns whether this connection still waits for a worker to accept it.  Raises OSError.
     waits: Callable[[socket.socket], bool]
-    #: Releases the target, which is not needed any more.
+    #: Releases the target after the last probe.
     close: Callable[[], None]
     #: Notes that a connection is abandoned before a worker has accepted it.
     abandon: Callable[[socket.socket], None] = lambda connection: None
-    #: Says whether this generation gave all answers so far.  Otherwise no answer counts, nor does
-    #: a later one.
+    #: Returns whether this generation gave all answers so far.  Otherwise no answer counts, neither
+    #: earlier nor later ones.
     holds: Callable[[], bool] = lambda: True
-    #: Says whether the workers keep clients out, and the serving ones do not.  Then a timer must
-    #: not make them ready.
+    #: Returns whether the probed workers keep clients out while the serving workers do not.  Then a
+    #: timer must not make the probed workers ready.
     is_closed: Callable[[], bool] = lambda: False
 
     @property
@@ -45,7 +45,7 @@ class ProbeTarget:
 
     @property
     def is_ours_alone(self) -> bool:
-        """Whether a process that connects there without us may reach another generation."""
+        """Whether only we can reach this generation there: other processes may reach another."""
         return self.mark is not None or self.is_unix
 
     @property
@@ -58,12 +58,12 @@ class ProbeTarget:
 
     @property
     def in_words(self) -> str:
-        """The same for people."""
+        """The address in words, for messages."""
         return self.text if self.is_unix else "{} port {}".format(*self.address)
 
     @property
     def connect_address(self) -> tuple[str, int] | str:
-        """What connect() takes."""
+        """The address as connect() takes it."""
         host, _ = self.address
         if not self.is_unix:
             return self.address
@@ -79,8 +79,8 @@ class ProbeTarget:
         return client
 
 
-#: Makes the target of a generation by a listener's name, "" for the first; None: there can be none.
-#: Raises OSError.
+#: Returns the target of a generation by a listener's name ("" for the first); None: a probe is
+#: impossible.  Raises OSError.
 Reach = Callable[[OpenGeneration, str], ProbeTarget | None]
 
 

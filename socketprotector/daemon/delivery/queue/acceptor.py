@@ -1,7 +1,7 @@
 """The fast path of a connection: accept, send to the route, close our copy.
 
-How close together connections come decides how many a wake-up accepts, and whether we busy-poll for
-the next one.  The forwarder handles failures, and all else.
+The distance between connections decides how many a wake-up accepts, and whether we busy-poll for
+the next one.  The forwarder handles failures, and everything else.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from ....system.listener import Listener, accept_of
 from ....system.loop import Loop
 from .queue_watch import QueueWatch
 
-#: Connections closer together than this were waiting: then a wake-up takes all that wait, so many
-#: at most, as long as it finds more than one.  Else it takes one, because the accept that finds
-#: nothing costs 4 us (measured), and so does another turn of the loop.
+#: Connections that come closer together than this have been waiting.  Then a wake-up accepts up to
+#: BURST, as long as it finds more than one.  Otherwise it accepts one: an accept that finds none
+#: costs 4 us (measured), as much as another turn of the loop.
 BUSY_NS = 25_000
 BURST = 32
-#: So many in a row came one by one, and each soon after the other: then the next one is expected
-#: to do so, too, and waited for awake (--busy-poll).  Where several come at once it is not: then
-#: the core is better left to the workers.
+#: After so many single connections in a row, each soon after the one before, the next is expected
+#: soon: we busy-poll for it (--busy-poll).  If several come at once we do not: the workers need the
+#: core.
 STEADY = 8
 
 
@@ -40,11 +40,11 @@ class Acceptor:
     accept_failed: Callable[[Listener, OSError], None]
     #: Called when a send fails; takes ownership of the descriptor.
     send_failed: Callable[[bytes, int, OSError], None]
-    #: How many connections were accepted, with failed sends.
+    #: The number of accepted connections, including those whose send failed.
     accepted: int = 0
     last_ns: int = 0  # when the last one was accepted
-    _watched: dict[int, Callable[[], None]] = field(default_factory=dict)  # the listeners
-    _steady: int = 0  # so many came one by one, each soon after the other
+    _watched: dict[int, Callable[[], None]] = field(default_factory=dict)  # by descriptor
+    _steady: int = 0  # single connections in a row, each soon after the one before
 
     def begin(self, listeners: Iterable[Listener], route: Channel) -> None:
         """Accept from these listeners, too, and send to the route.  Raises OSError."""
@@ -65,14 +65,14 @@ class Acceptor:
             self.loop.unwatch(fd)
         self._watched.clear()
 
-    def accept_now(self, can: Callable[[], bool]) -> None:
-        """Accept from each listener, without waiting for the loop, as long as `can` says yes."""
+    def accept_now(self, can_send: Callable[[], bool]) -> None:
+        """Accept from each listener, without waiting for the loop, while can_send returns True."""
         for ready in tuple(self._watched.values()):
-            if can():  # the last send may have filled the channel, or found it broken
+            if can_send():  # the last send may have filled the channel, or found it broken
                 ready()
 
     def _accept_to(self, route: Channel, listener: Listener) -> Callable[[], None]:
-        """Return the callback for a listener; its closure has all that a connection needs."""
+        """Return the callback for a readable listener: a closure, because that is the fastest."""
         accept = accept_of(listener)
         # Not Channel.send(), which would be one more call for each connection.
         send = route.write.sendmsg
@@ -91,7 +91,7 @@ class Acceptor:
                     fd, _ = accept()
                 except OSError as error:
                     if count:
-                        self._took(count, at)
+                        self._count_sent(count, at)
                     self._steady = 0
                     if count < 2:
                         most = 1
@@ -105,31 +105,31 @@ class Acceptor:
                     send([header], rights, SEND_FLAGS)
                 except OSError as error:
                     if count:
-                        self._took(count, at)
+                        self._count_sent(count, at)
                     self.accepted += 1  # but it is in no queue yet
                     self.last_ns = at
                     self.queue.take_away()
                     self.send_failed(header, fd, error)
                     return
                 close(fd)
-            self._took(most, at)
+            self._count_sent(most, at)
             if most > 1:
                 self._steady = 0
             elif at - before > BUSY_NS:
-                self._one_by_one(at - before)
+                self._expect_next(at - before)
             else:
                 most = BURST
 
         return ready
 
-    def _took(self, count: int, last_ns: int) -> None:
+    def _count_sent(self, count: int, last_ns: int) -> None:
         """Count sent connections; last_ns: when the last was accepted."""
         self.accepted += count
         self.last_ns = last_ns
         if not self.queue.runs:
             self.queue.start()
 
-    def _one_by_one(self, since_ns: int) -> None:
-        """Decide whether to busy-poll after a single connection, by its distance to the last."""
+    def _expect_next(self, since_ns: int) -> None:
+        """Decide whether to busy-poll for the next connection; since_ns: the last distance."""
         self._steady = self._steady + 1 if since_ns < self.loop.soon_ns else 0
         self.loop.soon = self._steady >= STEADY

@@ -1,12 +1,12 @@
 """Decides when to accept connections, and recovers the connections that no worker has taken.
 
-acceptor.py has the path of all other connections.  No worker is chosen here: workers take from the
+acceptor.py is the fast path, without failures.  No worker is chosen here: workers take from the
 shared queue (client_lib's intake.py).  Connections never pass through `decide`.  The lifecycle sets
 the route and orders drains; two facts come back: the channel broke, the backlog is empty.
 
-We accept only what we can deliver.  A connection whose send failed nevertheless is in
-undelivered.py, and goes first.  A connection that was sent and not taken is in its channel: when
-that generation drains or has exited, it is taken back and sent to the route (leftovers).
+We accept only what we can deliver.  If a send fails nevertheless, the connection is kept in
+undelivered.py, and goes first.  When a generation drains or has exited, the connections left in its
+channel are taken back and sent to the route (leftovers).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .queue_watch import QueueWatch
 from .shortage import Shortage
 from .undelivered import Undelivered, listener_of
 
-#: Rounds of accepting at most in one look() while something else keeps the loop busy.
+#: The most rounds of accepting in one look().
 LOOKS = 16
 
 _QUIET = "forwarder-quiet"
@@ -48,7 +48,7 @@ class _Closing:
 
 
 class Forwarder:
-    """The path of connections to the route, without losing any."""
+    """Sends connections to the route, without losing any."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class Forwarder:
         #: their generation is released, so they are closed afterwards.
         self._leftovers: dict[Channel, bool] = {}
         self._holding = False  # a hold: accept nothing
-        self._over: list[Listener] = []  # closed to new connections
+        self._ended_listeners: list[Listener] = []  # no longer accepted from
         self._closing: _Closing | None = None
         stop = self._acceptor.end_all
         self._shortage = Shortage(runtime, stop=stop, retry=self._resume)
@@ -136,7 +136,7 @@ class Forwarder:
         self._ended(channel)
 
     def release(self, channel: Channel) -> None:
-        """Close a channel that has no workers, once what is left in it went to a route."""
+        """Close a channel without workers once its connections have gone to a route."""
         self._drains.end(channel)
         self._end(channel)
         self._leftovers.pop(channel, None)
@@ -182,13 +182,14 @@ class Forwarder:
         self._close_when_quiet(self._closing)
 
     def _accept_no_more(self, listener: Listener) -> None:
-        self._over.append(listener)
+        self._ended_listeners.append(listener)
         self._acceptor.end(listener)
 
     @property
-    def _awaited(self) -> list[Listener]:
+    def _accepting(self) -> list[Listener]:
         """The listeners that are still accepted from."""
-        return [each for each in self._listeners if each not in self._over and not each.lost]
+        ended = self._ended_listeners
+        return [each for each in self._listeners if each not in ended and not each.lost]
 
     def close(self) -> tuple[str, ...]:
         """Close everything, with undelivered connections (counted in `lost`).
@@ -196,17 +197,17 @@ class Forwarder:
         Returns the names of the sockets that the descriptor store must keep for the next start.
         """
         self._close_listeners()
-        left = tuple(filter(None, [each.leave(0) for each in self._listeners]))
+        surviving = tuple(filter(None, [each.leave(0) for each in self._listeners]))
         self._listeners.clear()
         self.route_to(None)
         self._lost += self.undelivered.drop(lambda _: True)
-        for channel, gone in self._leftovers.items():
-            if gone:
+        for channel, is_released in self._leftovers.items():
+            if is_released:
                 self._lost += _clients_in(channel)
                 channel.close()
         self._leftovers.clear()
         self._shortage.close()
-        return left
+        return surviving
 
     @property
     def forwarded(self) -> int:
@@ -269,14 +270,14 @@ class Forwarder:
         if self.outlet.route is not None:
             self.outlet.send_kept()
             while self._leftovers and self.outlet.is_free:
-                channel, gone = next(iter(self._leftovers.items()))
-                self._reclaim(channel, last=gone)
+                channel, is_released = next(iter(self._leftovers.items()))
+                self._reclaim(channel, last=is_released)
                 if self.outlet.is_free:
                     self._leftovers.pop(channel, None)
-                    if gone:
+                    if is_released:
                         channel.close()
         if self.outlet.is_free and self.outlet.route is not None and not self._holding:
-            known = [each for each in self._awaited if self.outlet.route.knows_of(each.index)]
+            known = [each for each in self._accepting if self.outlet.route.knows_of(each.index)]
             try:
                 self._acceptor.begin(known, self.outlet.route)
             except OSError as error:  # max_user_watches is reached, or no memory is left
@@ -299,14 +300,14 @@ class Forwarder:
         """Move a channel's connections to the route, oldest first, while there is room.
 
         A connection by a listener that the route does not know goes back to the channel's end.  If
-        the channel has ended, it stays, with all behind it.  last: the channel's workers have
-        exited, and such a connection is kept for another generation.
+        the channel has ended, that connection stays, with all behind it.  last: the channel's
+        workers have exited, and such a connection is kept for another generation.
         """
         route = self.outlet.route
-        strange = route is not None and _lacks(route, channel)
-        left = channel.depth() if strange else -1
+        has_unknown = route is not None and _may_have_unknown(channel, route)
+        remaining = channel.depth() if has_unknown else -1
         while self.outlet.is_free and self.outlet.route not in (None, channel):
-            if not left or (strange and not last and self._is_stuck(channel)):
+            if not remaining or (has_unknown and not last and self._is_stuck(channel)):
                 return
             taken = self._shortage.take_back(channel)
             if taken is None:
@@ -314,13 +315,13 @@ class Forwarder:
                     # The channel is not empty, although the call returned nothing.
                     self._shortage.begin("recvmsg", BlockingIOError(errno.EAGAIN, "try again"))
                 return
-            left -= 1
+            remaining -= 1
             header, fd = taken
             if fd < 0:
                 self._lost += not is_probe(header)
             elif is_probe(header):
                 self.outlet.let_go(fd)  # it was for this channel's generation
-            elif strange and route is not None and not route.knows_of(listener_of(header)):
+            elif has_unknown and route is not None and not route.knows_of(listener_of(header)):
                 self._put_back(channel, header, fd)
             elif self.outlet.route is not None:
                 self.outlet.send(self.outlet.route, header, fd)
@@ -344,29 +345,29 @@ class Forwarder:
             if channel.write.fileno() >= 0 and error.errno not in BROKEN:
                 # The channel has not ended, so the rest can stay there.
                 self._shortage.begin("sendmsg", error)
-            there = (*self._listeners, *self._drains.listeners)
-            if listener_of(header) in {each.index for each in there}:
+            listeners = (*self._listeners, *self._drains.listeners)
+            if listener_of(header) in {each.index for each in listeners}:
                 self.undelivered.keep_last(header, fd)
                 return
             self._lost += 1  # no generation is left that knows the listener
         self.outlet.let_go(fd)
 
-    # -- what holds it up ----------------------------------------------------
+    # -- failures --------------------------------------------------------------
 
     def _accept_failed(self, listener: Listener, error: OSError) -> None:
         if error.errno in TRANSIENT_ERRNOS:
             if listener.always_readable:  # shut down for a stop, and empty for the moment
                 self._loop.unwatch(listener.fileno())
             elif listener.hangs_up:
-                self._is_shut(listener)
+                self._repair_shut(listener)
         elif error.errno == errno.EINVAL and not listener.is_alive():
-            self._is_shut(listener)
+            self._repair_shut(listener)
         else:
-            # The system is short of descriptors or memory, or no manual page names the error: that
-            # is no reason to abandon the listener.  It stays readable, so only a timer helps.
+            # Descriptors or memory are short, or the error is undocumented.  Neither is a reason to
+            # abandon the listener.  It stays readable, so accept again by a timer.
             self._shortage.begin("accept", error)
 
-    def _is_shut(self, listener: Listener) -> None:
+    def _repair_shut(self, listener: Listener) -> None:
         """Repair a listener that a worker has shut down."""
         self._acceptor.end(listener)
         if self._closing is None:
@@ -380,17 +381,18 @@ class Forwarder:
     # -- the end -------------------------------------------------------------
 
     def _close_when_quiet(self, closing: _Closing) -> None:
-        """Close the listeners once no client came since the last look, and none waits."""
+        """Close the listeners once no client has come since the last look, and none waits."""
         if self.outlet.is_free and not any(self._leftovers.values()):
             self._acceptor.accept_now(lambda: self.outlet.is_free)
             if closing.stay:  # earlier clients leave the backlog first
-                for each in self._awaited:
+                for each in self._accepting:
                     if not each.has_waiting():
                         self._accept_no_more(each)
             quiet = self.forwarded == closing.forwarded
             late = bool(closing.latest) and time.monotonic() > closing.latest
-            over = (quiet or not self._awaited) and not (closing.stay and self._drains.listeners)
-            if self.outlet.is_free and (over or late):
+            drains = closing.stay and self._drains.listeners
+            done = (quiet or not self._accepting) and not drains
+            if self.outlet.is_free and (done or late):
                 self._close_listeners()
                 self._post(BacklogEmptied())
                 return
@@ -402,7 +404,7 @@ class Forwarder:
         self._acceptor.end_all()
         for listener in tuple(self._listeners):
             if self._closing and self._closing.stay and not listener.settings.foreign:
-                self._over.append(listener)
+                self._ended_listeners.append(listener)
                 continue
             self._unwatch(listener)
             listener.close()
@@ -428,8 +430,8 @@ def _clients_in(channel: Channel) -> int:
     return found
 
 
-def _lacks(route: Channel, channel: Channel) -> bool:
-    """Return whether a channel may hold connections that a route must not get."""
+def _may_have_unknown(channel: Channel, route: Channel) -> bool:
+    """Return whether a channel may have connections by listeners that a route does not know."""
     if route.knows is None:
         return False
     return channel.knows is None or not channel.knows <= route.knows

@@ -51,7 +51,7 @@ class _Draining:
 
 
 class DrainingListeners:
-    """The removed listeners until they are closed; each channel is its generation's."""
+    """The removed listeners that still have connected clients to serve."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class DrainingListeners:
         shortage: Shortage,
         end_channel: Callable[[Channel], None],
     ) -> None:
-        """end_channel: lets a channel's workers read end of file, and notes that."""
+        """end_channel: lets a channel's workers read end of file, and records that."""
         self._loop, self._log = runtime.loop, runtime.log
         self._undelivered = undelivered
         self._shortage = shortage
@@ -75,9 +75,9 @@ class DrainingListeners:
         return tuple(each.listener for each in self._draining)
 
     def begin(self, listener: Listener, to: Channel) -> None:
-        """Send the backlog to the channel, then close the listener; takes ownership.
+        """Refuse new clients, send the backlog to a channel, then close the listener.
 
-        New clients are refused; a socket that was passed in is left as it is, with its backlog.
+        Takes ownership.  A socket that was passed in keeps its backlog: its owner accepts it.
         """
         each = _Draining(listener, to)
         self._draining.append(each)
@@ -86,7 +86,7 @@ class DrainingListeners:
         self._loop.call_after(each.timer, 0.0, partial(self._look, each))
 
     def end_after(self, channel: Channel) -> bool:
-        """End a channel when no listener drains to it any more; False: none does now."""
+        """End a channel when no listener drains to it any more; return False if none does now."""
         if not self._to(channel):
             return False
         self._to_end.append(channel)

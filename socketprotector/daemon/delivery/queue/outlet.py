@@ -21,7 +21,7 @@ from .undelivered import Undelivered
 
 @mutable
 class Outlet:
-    """The way to the route's channel, free or blocked."""
+    """The sending side of the route's channel, free or blocked."""
 
     loop: Loop
     undelivered: Undelivered

@@ -1,9 +1,9 @@
 """A loopback port for probes of a generation that takes connections from a channel.
 
-Its connections are sent into that channel, and no count includes them.  The channel of a generation
-that has not served holds nothing else: the rest is discarded when it fails or begins to serve.  In
-a serving generation's channel (--health) probes queue among the clients, and are discarded when
-those are taken back.
+The port's connections are sent into that channel, and no count includes them.  Until a generation
+serves, its channel has only probes, and those left are discarded when it fails or begins to serve.
+In a serving generation's channel (--health) probes queue among the clients; when clients are taken
+back, the probes are discarded.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ class ProbePort:
         loop: Loop,
         channel: Channel,
         index: int,
-        beside: QueueWatch | None = None,
+        queue: QueueWatch | None = None,
     ) -> None:
         """Send its connections into a channel, as if they came by the listener of this index.
 
-        beside: counts what else is sent there: clients, and other probes.  Raises OSError.
+        queue: counts clients and probes that are sent there; None: the channel has no clients.
+        Raises OSError.
         """
-        self._loop, self._channel, self._index, self._beside = loop, channel, index, beside
-        self._behind = 0  # how much had been sent at the last probe
+        self._loop, self._channel, self._index, self._queue = loop, channel, index, queue
+        self._sent_before = 0  # connections sent to the queue, up to the last probe
         self._kept: socket.socket | None = None  # a probe that the channel has no room for yet
         self._failed: OSError | None = None
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -49,7 +50,7 @@ class ProbePort:
             self._socket.setblocking(False)
             self._socket.bind(("127.0.0.1", 0))
             self._socket.listen(BACKLOG)
-            loop.watch(self._socket.fileno(), self._came)
+            loop.watch(self._socket.fileno(), self._accept)
 
     @property
     def target(self) -> ProbeTarget:
@@ -65,38 +66,39 @@ class ProbePort:
         if self._kept is not None:
             self._kept.close()
 
-    def _waits(self, one: socket.socket) -> bool:
+    def _waits(self, client: socket.socket) -> bool:
+        """Return whether the last probe still waits.  Raises OSError."""
         if self._failed is not None:
             failed, self._failed = self._failed, None
             raise failed
         if self._kept is not None or events_of(self._socket, select.POLLIN):
             return True
-        # Later connections queue behind the probe.
-        behind = self._beside.sent - self._behind if self._beside is not None else 0
+        # Connections that were sent after the probe queue behind it.
+        behind = self._queue.sent - self._sent_before if self._queue is not None else 0
         return self._channel.depth() > behind
 
-    def _later(self) -> None:
+    def _accept_later(self) -> None:
         """Accept again by a timer: the socket stays readable."""
         self._loop.unwatch(self._socket.fileno())
-        self._loop.call_after(self, _ACCEPT_AGAIN_S, self._again)
+        self._loop.call_after(self, _ACCEPT_AGAIN_S, self._accept_again)
 
-    def _again(self) -> None:
+    def _accept_again(self) -> None:
         try:
-            self._loop.watch(self._socket.fileno(), self._came)
+            self._loop.watch(self._socket.fileno(), self._accept)
         except OSError:
-            self._later()
+            self._accept_later()
         else:
             if self._kept is not None:
                 self._send()
 
-    def _came(self) -> None:
+    def _accept(self) -> None:
         if self._kept is not None:
             return
         try:
             self._kept, _ = self._socket.accept()
         except OSError as error:
             if error.errno not in TRANSIENT_ERRNOS:
-                self._later()  # out of descriptors
+                self._accept_later()  # out of descriptors
         else:
             self._send()
 
@@ -110,13 +112,13 @@ class ProbePort:
             self._channel.send(header, probe.fileno())
         except OSError as error:
             if error.errno == errno.EAGAIN:
-                self._later()
+                self._accept_later()
                 return
-            self._failed = error  # its close must not look as if a worker had taken it
+            self._failed = error  # _waits() must not conclude that a worker has taken the probe
         else:
-            if self._beside is not None:
-                self._beside.add_uncounted()  # probes of another port do not queue behind it
-                self._behind = self._beside.sent
+            if self._queue is not None:
+                self._queue.add_uncounted()  # so that no other port counts it as behind its probe
+                self._sent_before = self._queue.sent
         probe.close()
         self._kept = None
 

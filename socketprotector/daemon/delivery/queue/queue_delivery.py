@@ -1,7 +1,7 @@
 """The delivery where the protector accepts: each generation has a queue, its channel.
 
-All workers of a generation take from one queue.  The protector keeps both ends, so that a queue
-outlives its workers, and what they have not taken goes to the generation that has the route.
+All workers of a generation take from one queue.  The protector keeps both ends, so a queue outlives
+its workers.  Connections that they have not taken go to the generation that has the route.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class QueueDelivery(Delivery):
         self.forwarder = Forwarder(
             runtime,
             tuple(listeners),
-            broken=self._route_is_broken,
+            broken=self._report_broken_route,
             repair=self._repair,
             untaken=lambda seconds, waiting, ever: host.untaken(seconds, waiting, ever, None),
-            ended=self._has_ended,
+            ended=self._note_ended,
         )
 
     # -- a generation ----------------------------------------------------------------
@@ -90,10 +90,10 @@ class QueueDelivery(Delivery):
     def reach(
         self, generation: OpenGeneration, listener: str, *, as_client: bool = False
     ) -> ProbeTarget | None:
-        beside = self.forwarder.queue if generation.record.number == self._route else None
+        queue = self.forwarder.queue if generation.record.number == self._route else None
         for each in self.listeners:
             if listener in ("", each.settings.name) and generation.knows(each.index):
-                return ProbePort(self._loop, self._of(generation), each.index, beside).target
+                return ProbePort(self._loop, self._of(generation), each.index, queue).target
         return None
 
     def route_to(self, generation: OpenGeneration | None, *, again: bool = False) -> None:
@@ -103,7 +103,7 @@ class QueueDelivery(Delivery):
     def begin_drain(
         self, generation: OpenGeneration, on_quiet: Callable[[], None], *, reads_on: bool
     ) -> None:
-        on_quiet()  # connections that it has not taken go to another generation
+        on_quiet()  # connections that its workers have not taken go to another generation
 
     def drain(self, generation: OpenGeneration) -> None:
         channel = self._of(generation)
@@ -127,28 +127,29 @@ class QueueDelivery(Delivery):
         return self._channels
 
     def _watch(self, number: int, channel: Channel) -> None:
-        """Watch whether a worker shuts the channel down: maybe none is left that takes from it.
+        """Watch for a worker that shuts the channel down: then other workers may take no more.
 
         Raises OSError.
         """
-        self._loop.watch(channel.read.fileno(), lambda: self._is_broken(number), SHUT)
+        self._loop.watch(channel.read.fileno(), lambda: self._report_broken(number), SHUT)
 
-    def _route_is_broken(self) -> None:
+    def _report_broken_route(self) -> None:
         if self._route is not None:
-            self._is_broken(self._route)
+            self._report_broken(self._route)
 
-    def _is_broken(self, number: int) -> None:
-        """Report that a worker has shut the channel down; epoll would report it all the time."""
+    def _report_broken(self, number: int) -> None:
+        """Report once that a worker has shut a channel down: epoll would report it all the time."""
         self._loop.unwatch(self._channels[number].read.fileno())
         since = self._host.generations[number].record.serving_since
         self._post(ChannelBroken(number, time.monotonic() - since if since else 0.0))
 
-    def _has_ended(self, channel: Channel) -> None:
+    def _note_ended(self, channel: Channel) -> None:
+        """Note that the workers of a channel's generation get no more clients."""
         for number, generation in self._host.generations.items():
             if self._channels.get(number) is channel:
                 generation.note_ended()
 
-    # -- what is known of it -----------------------------------------------------------
+    # -- counts ------------------------------------------------------------------------
 
     def waiting(self, generation: OpenGeneration, *, clients_only: bool = False) -> int | None:
         return self._of(generation).depth()
@@ -285,7 +286,7 @@ class QueueDelivery(Delivery):
         return True
 
     def close(self) -> tuple[str, ...]:
-        left = self.forwarder.close()
+        surviving = self.forwarder.close()
         for channel in self._channels.values():
             channel.close()
-        return left
+        return surviving

@@ -2,7 +2,7 @@
 
 The kernel may wake only one worker for a connection (EPOLLEXCLUSIVE).  A worker that is killed or
 stopped between its wake-up and its read leaves the others asleep, with a client waiting.  So while
-the queue is not empty, its head is checked.  If it is the same at two checks, the whole queue is
+the queue is not empty, we check its head.  If two checks find the same head, the whole queue is
 sent again, in the same order: that wakes another worker.  While the queue is empty no timer runs,
 and accepting a connection tests one flag.
 """
@@ -39,7 +39,7 @@ class QueueWatch:
     untaken: Callable[[float, int, bool], None]
     #: Whether a look is due; otherwise the next send must call start().
     runs: bool = False
-    #: How many more connections than `forwarded` the route was sent; negative: fewer.
+    #: The connections sent to the route, minus `forwarded`.
     _extra: int = 0
     _route: Channel | None = None
     _head: bytes | None = None  # at the last look
@@ -62,7 +62,7 @@ class QueueWatch:
 
     @property
     def sent(self) -> int:
-        """How many connections the route was sent, counted from an arbitrary start."""
+        """How many connections were sent to the route, counted from an arbitrary start."""
         return self.forwarded() + self._extra
 
     def add_uncounted(self) -> None:

@@ -36,7 +36,7 @@ class Shortage:
     retry: Callable[[], None]
     #: Whether the timer runs.
     lasts: bool = False
-    #: A descriptor of no other use; -1 while it is spent.
+    #: The reserve descriptor; -1 while it is spent.
     reserve: int = -1
     _back_off: BackOff = field(default_factory=lambda: BackOff(FIRST_WAIT_S, LAST_WAIT_S))
     _since: float = 0.0

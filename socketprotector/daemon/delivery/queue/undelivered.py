@@ -4,12 +4,12 @@ There are few, because we accept only what we can deliver: a connection whose se
 connections whose listener the route does not know, which wait for a generation that does.
 
 All of them survive this program: their headers are in the state, and the next program gets their
-descriptors by name.  Two things are easily got wrong here:
+descriptors by name.  Two rules hold here:
 
-* A connection is removed from the state before it is sent.  Killed in between, we lose it.  In the
-  other order, the next program would send a copy of a connection that a worker serves already.
-* A descriptor's name is a number that no other connection ever had.  The guard or systemd's store
-  may still hold an older descriptor under a number that is free again.
+* A connection is removed from the state before it is sent.  If we are killed in between, it is
+  lost.  In the other order, the next program would send a connection that a worker already serves.
+* A descriptor's name is a number that no other connection ever had.  If numbers were reused, the
+  guard or systemd's store might still have an older descriptor under the same name.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ class Undelivered:
     ) -> None:
         """Adopt an earlier program's connections; takes ownership of their descriptors.
 
-        number: the highest that it recorded.  Killed before it could write, it may have stored one
-        more.  A connection without a descriptor was not stored in time.
+        number: the highest number in its record.  If it was killed before it wrote the record, it
+        may have stored one more.  A connection without a descriptor was not stored in time.
         """
         self.number = number + 1
         for each, header in waiting:

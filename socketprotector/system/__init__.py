@@ -1,6 +1,6 @@
-"""One thin module for each thing of the kernel, of systemd or of files that we use.
+"""One thin module for each thing of the kernel, of systemd or of files that SocketProtector uses.
 
-Signals by number: signals.py.  What systemd tells in variables, and hears: sd_notify.py.  Each
-wraps calls and says what they raise; none decides what becomes of the service.
+Signals by number: signals.py.  Variables from systemd, and messages to it: sd_notify.py.  Each
+module wraps calls and documents their errors; none decides anything about the service.
 May import: model.
 """

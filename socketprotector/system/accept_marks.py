@@ -1,7 +1,7 @@
-"""Marks that connections inherit from their listening socket, and the number of each.
+"""Accept tags, which connections inherit from their listening socket, and counts by tag.
 
 The kernel does not report which socket accepted a connection.  But a connection inherits the
-options of its listening socket, and sock_diag reports some of them.  A mark is encoded in options
+options of its listening socket, and sock_diag reports some of them.  A tag is encoded in options
 that have no effect on TCP: multicast delivery, and when connect() chooses a port.
 
 Source: ip(7); struct inet_diag_sockopt in linux/inet_diag.h (since Linux 5.10).
@@ -19,8 +19,8 @@ from .sock_diag import accepted, end_of
 
 IP_BIND_ADDRESS_NO_PORT = 24
 IP_MULTICAST_ALL = 49
-#: An option and its bit in the two bytes of the reply; bit-fields are filled from the other end on
-#: a big-endian machine.
+#: An option and its bit in the two bytes of the reply; a big-endian machine fills bit-fields from
+#: the other end.
 _BITS = (
     (socket.IP_MULTICAST_LOOP, 0x0010 if sys.byteorder == "little" else 0x0008),
     (IP_BIND_ADDRESS_NO_PORT, 0x0100 if sys.byteorder == "little" else 0x8000),

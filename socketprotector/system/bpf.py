@@ -1,9 +1,9 @@
 """Filters on sockets: classic BPF programs, and programs that select connections by mark.
 
-A mark tells our own connections, which ask a generation (daemon/asking.py), from those of clients.
-That of IPv4 is a source address of 127/8 drawn at random, which no packet from a network may have.
-That of IPv6, with its one loopback address, is a traffic class drawn at random and the most hops,
-which no system begins with unless it is configured to.  Both stand in front of any options.
+A mark distinguishes our probe connections (daemon/asking.py) from clients.
+An IPv4 mark is a random source address of 127/8, which no packet from a network may have.
+IPv6 has only one loopback address, so its mark is a random traffic class and the highest hop limit.
+No system uses that limit unless it is configured to.  Both are in the fixed part of the IP header.
 
 Source: SO_ATTACH_FILTER and SO_ATTACH_REUSEPORT_CBPF in socket(7); SKF_NET_OFF in linux/filter.h.
 """
@@ -19,7 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 from ..model.lazy_dataclass import frozen
 from . import accept_marks
 
-#: One instruction: code, how far to jump if true and if false, value.
+#: One instruction: code, jump distance if true, jump distance if false, value.
 Instruction = tuple[int, int, int, int]
 
 SO_ATTACH_FILTER = 26
@@ -29,15 +29,15 @@ _PROGRAM = struct.Struct("HP")
 _RETURN = 0x06
 _LOAD_WORD, _LOAD_HALF, _LOAD_BYTE = 0x20, 0x28, 0x30
 _AND, _SHIFT_RIGHT, _IF_EQUAL = 0x54, 0x74, 0x15
-#: Where the IP header begins, whatever is in front of it.
+#: The offset of the IP header (SKF_NET_OFF).
 _IP = 0x1_0000_0000 - 0x10_0000
 _IPV6_TRAFFIC_CLASS, _IPV6_HOPS = 67, 16
-#: No packet has more left; nearly all systems let theirs begin with 64 or 128.
+#: The highest TTL of a packet; nearly all systems start with 64 or 128.
 MOST_TTL = 255
 
 #: Drops all packets.
 NOTHING: Sequence[Instruction] = ((_RETURN, 0, 0, 0),)
-#: Drops segments with SYN and without ACK and passes the rest, so that no new client comes while
+#: Drops segments with SYN and without ACK, and passes all others.  So no new client comes while
 #: handshakes that are under way finish.
 NO_NEW_CLIENTS: Sequence[Instruction] = (
     (0x30, 0, 0, 13),  # load the byte with the flags
@@ -50,28 +50,28 @@ NO_NEW_CLIENTS: Sequence[Instruction] = (
 
 @frozen
 class Mark:
-    """What distinguishes our own connections from all others; new for each generation."""
+    """The origin of our own connections, by which a filter knows them; new for each generation."""
 
-    source: str  # the address that they come from
-    traffic_class: int = 0  # of IPv6
+    source: str  # their source address
+    traffic_class: int = 0  # for IPv6
 
     @classmethod
     def draw(cls, family: int) -> Mark:
-        """Draw one for connections of a family."""
+        """Return a random mark for connections of a family."""
         one, two, three = os.urandom(3)
         if family == socket.AF_INET6:
-            return cls("::1", (1 + one % 63) << 2)  # of six bits
+            return cls("::1", (1 + one % 63) << 2)  # six bits
         return cls(f"127.{1 + one % 254}.{two}.{1 + three % 254}")
 
     @property
     def family(self) -> socket.AddressFamily:
-        """Of its connections."""
+        """The address family of its connections."""
         return socket.AF_INET6 if ":" in self.source else socket.AF_INET
 
     @property
     def options(self) -> tuple[tuple[int, int, int], ...]:
-        """What a socket needs for it beside its source: levels, options and values."""
-        # If all ports are in use, a port that is connected elsewhere can be shared.
+        """The socket options of the mark, beside its source: levels, options and values."""
+        # Even if all ports are in use, a port with a connection to another address can be shared.
         late = socket.IPPROTO_IP, accept_marks.IP_BIND_ADDRESS_NO_PORT, 1
         if self.family == socket.AF_INET:
             return (late,)
@@ -88,7 +88,7 @@ class Mark:
         one.bind((self.source, 0))
 
     def _checks(self) -> Sequence[tuple[int, int, int]]:
-        """Return what a packet with it has: how and from where to load it, and the value."""
+        """Return the checks for a packet with this mark: load instruction, offset, and value."""
         source = struct.unpack("!4I" if ":" in self.source else "!I", self._packed())
         if self.family == socket.AF_INET:
             return ((_LOAD_WORD, 12, source[0]),)
@@ -99,21 +99,24 @@ class Mark:
         return socket.inet_pton(self.family, self.source)
 
     def program(self, member: int) -> Sequence[Instruction]:
-        """Return what selects a member for connections with it; for others what follows does."""
+        """Return instructions that select a member for connections with this mark.
+
+        For other connections the instructions behind these decide.
+        """
         of_ipv6 = self.family == socket.AF_INET6
         begins = 6 << 8 | self.traffic_class if of_ipv6 else 4 << 8
-        # Version and traffic class are the first 12 bits; of IPv4 the length follows the version.
+        # The first 12 bits are IPv6's version and traffic class, or IPv4's version, length and TOS.
         kept = 0x0FF if of_ipv6 else 0
         found = [(_LOAD_HALF, 0, 0, _IP), (_SHIFT_RIGHT, 0, 0, 4), (_AND, 0, 0, 0xF00 | kept)]
         checks = [(load, _IP + at, value) for load, at, value in self._checks()]
         found.append((_IF_EQUAL, 0, 2 * len(checks) + 1, begins))
-        for left, (load, at, value) in zip(reversed(range(len(checks))), checks, strict=True):
-            found += [(load, 0, 0, at), (_IF_EQUAL, 0, 2 * left + 1, value)]
+        for following, (load, at, value) in zip(reversed(range(len(checks))), checks, strict=True):
+            found += [(load, 0, 0, at), (_IF_EQUAL, 0, 2 * following + 1, value)]
         return (*found, (_RETURN, 0, 0, member))
 
 
 def comes_from(end: bytes | int, sources: Collection[str]) -> bool:
-    """Whether a connection, as sock_diag.unaccepted() tells it, comes from one of these."""
+    """Return whether a connection from sock_diag.unaccepted() has one of these source addresses."""
     if isinstance(end, int):
         return False
     address = end[2:].removeprefix(bytes(10) + b"\xff\xff").ljust(16, b"\0")
@@ -125,15 +128,15 @@ def _packed(address: str) -> bytes:
 
 
 def selecting(member: int, marked: Mapping[Mark, int]) -> Sequence[Instruction]:
-    """Return what selects a member of a group, and another one for connections with a mark."""
-    by_mark = [each for mark, its in marked.items() for each in mark.program(its)]
+    """Return a program that selects a group member, with another member for each mark."""
+    by_mark = [each for mark, target in marked.items() for each in mark.program(target)]
     return (*by_mark, (_RETURN, 0, 0, member))
 
 
 def attach(to: socket.socket, option: int, program: Sequence[Instruction]) -> None:
-    """Attach a program to a socket or its group, by the option that does it.  Raises OSError."""
+    """Attach a program to a socket or to its group, with this option.  Raises OSError."""
     try:
-        import array  # not at the top: most protectors steer nothing, and it takes 70 KB
+        import array  # not at the top: it costs 70 KB, and most protectors attach no program
     except ImportError as error:
         raise OSError(errno.ENOMEM, f"cannot load array: {error}") from error
     code = array.array("B", b"".join(_INSTRUCTION.pack(*each) for each in program))

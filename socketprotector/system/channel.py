@@ -1,8 +1,8 @@
 """The protector's two ends of a generation's channel.
 
-Both ends are kept, so that the queue outlives the workers and can be taken back.
-Never set O_NONBLOCK or a time-out here: the flag would be every worker's too, for it belongs to the
-open file description (fcntl(2)).
+The protector keeps both ends, so that the queue outlives the workers and can be reclaimed.
+Never set O_NONBLOCK or a timeout here: it belongs to the open file description (fcntl(2)), so it
+would affect every worker.
 
 Source: docs/protocol.md, section "Channel"; unix(7), cmsg(3).
 """
@@ -29,77 +29,78 @@ if os.uname().machine.startswith(("alpha", "mips", "ppc", "sh", "sparc", "xtensa
 
     FIONREAD: int = termios.FIONREAD
 else:
-    FIONREAD = 0x541B  # asm-generic/ioctls.h; to load termios takes 60 KB
+    FIONREAD = 0x541B  # asm-generic/ioctls.h; loading termios costs 60 KB
 
 SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-#: What sending says once a worker has shut the channel down.
+#: The errors of sending once a worker has shut the channel down.
 BROKEN = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
 _TAKE_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-#: CMSG_SPACE of one int has room for two: the second would be received unnoticed, and stay open.
+#: CMSG_SPACE of one int has room for two: a second descriptor would be received unnoticed, and stay
+#: open.
 _ONE_DESCRIPTOR = socket.CMSG_LEN(4)
 _PACK_DESCRIPTOR = struct.Struct("i").pack
-#: Read here, not at the first channel: a client library that lacks it is an incomplete
-#: installation, which the probe of an upgrade is to find by importing this.
+#: Read at import, not at the first channel.  So the probe of an upgrade, which imports this module,
+#: finds an incomplete installation whose client library lacks it.
 _CHARGE_BYTES = wire.RECORD_CHARGE_BYTES
 
 
 class Channel:
-    """A generation's queue: `write` is ours alone, `read` is shared with its workers."""
+    """A generation's queue: only the protector has `write`; its workers share `read`."""
 
     def __init__(self, read: socket.socket, write: socket.socket) -> None:
         """Take ownership of both ends; `write` is already closed if the channel was ended."""
         self.read = read
         self.write = write
-        #: The listeners that its workers know, by index; None: all there are.
+        #: The indexes of the listeners that its workers know; None: all listeners.
         self.knows: frozenset[int] | None = None
-        #: Whether any worker has been seen to take from it.
+        #: Whether a worker has taken a connection from it.
         self.taken_from = False
-        #: Whether it was said that no worker does.
+        #: Whether it was reported that no worker takes from it.
         self.said_untaken = False
 
     def knows_of(self, index: int) -> bool:
-        """Whether its workers can be given connections of a listener."""
+        """Return whether its workers know a listener, so that they can get its connections."""
         return self.knows is None or index in self.knows
 
     @classmethod
     def make(cls, queue: int) -> Channel:
-        """Make the pair with room for about `queue` untaken connections.
+        """Return a new channel with room for about `queue` untaken connections.
 
-        Raises OSError when the system is out of descriptors or memory.
+        Raises OSError if the system is out of descriptors or memory.
         """
         read, write = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with on_error(read.close), on_error(write.close):
-            # Nothing is read here, and what a worker had sent would be an ECONNRESET for the
-            # next worker that takes once this end is closed (unix_release_sock).
+            # The write end is never read.  If a worker sent something, the next worker would
+            # get ECONNRESET when this end is closed (unix_release_sock).
             write.shutdown(socket.SHUT_RD)
-            # The kernel doubles what is asked and clamps it to 2 x net.core.wmem_max.
+            # The kernel doubles this value, and clamps it to 2 x net.core.wmem_max.
             wanted = queue * _CHARGE_BYTES // 2
             write.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, wanted)
         return cls(read, write)
 
     @classmethod
     def adopt(cls, descriptors: Mapping[str, int]) -> Channel:
-        """Take ownership of the ends that descriptors() named in an earlier program.
+        """Return a channel from the ends that descriptors() named in an earlier program; own them.
 
-        Raises KeyError when the read end is missing.  Without a write end it was ended.
+        Without a write end the channel was ended.  Raises KeyError if the read end is missing.
         """
         read = socket.socket(fileno=descriptors["read"])
         write = socket.socket(fileno=descriptors.get("write", descriptors["read"]))
         if "write" not in descriptors:
-            write.detach()  # a closed one, made without a descriptor, because none may be free
+            write.detach()  # a closed socket, made without opening a descriptor: none may be free
         adopted = cls(read, write)
         adopted.taken_from = True  # an earlier program may have taken from it
         return adopted
 
     def descriptors(self) -> dict[str, int]:
-        """Return what an adopter needs, by name."""
+        """Return the descriptors for adopt() in the next program, by name."""
         found = {"read": self.read.fileno()}
         if not self.has_ended:
             found["write"] = self.write.fileno()
         return found
 
     def capacity(self) -> int:
-        """Return how many untaken connections it has room for."""
+        """Return the number of untaken connections that it has room for."""
         granted = self.write.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
         return -(-granted // _CHARGE_BYTES)
 
@@ -109,36 +110,36 @@ class Channel:
 
     @property
     def has_ended(self) -> bool:
-        """Whether workers read end of file, after what is queued."""
+        """Whether workers read end of file, behind the queued connections."""
         return self.write.fileno() < 0
 
     def depth(self) -> int:
-        """Return how many connections were sent and not yet taken."""
+        """Return the number of untaken connections."""
         waiting = bytearray(4)
         fcntl.ioctl(self.read, FIONREAD, waiting)
         return int.from_bytes(waiting, "little") // wire.HEADER.size
 
     def is_shut(self) -> bool:
-        """Say whether a worker has shut it down, so that nothing more can be sent through it."""
+        """Return whether a worker has shut the channel down, so that nothing more can be sent."""
         if self.has_ended:
             return False
         return bool(events_of(self.read, select.POLLRDHUP))
 
     def has_room(self) -> bool:
-        """Say whether its write end would wake a process that waits for room."""
+        """Return whether the write end has room, as poll(2) reports it."""
         return bool(events_of(self.write, select.POLLOUT))
 
     def send(self, header: bytes, fd: int) -> None:
         """Queue a connection; the caller still owns fd.  Raises OSError: BROKEN, EAGAIN if full.
 
-        A new connection goes without this call, which would be one more: see acceptor.py.
+        acceptor.py sends new connections itself, to save a Python call for each.
         """
         self.write.sendmsg([header], [rights_of(fd)], SEND_FLAGS)
 
     def peek(self) -> bytes | None:
-        """Return the header of the oldest untaken message, which stays; None when nothing waits."""
+        """Return the header of the oldest message, which stays queued; None if there is none."""
         try:
-            # No room for descriptors: none is made.
+            # Without room for descriptors the kernel creates none.
             data, _, _, _ = self.read.recvmsg(
                 wire.HEADER.size, 0, socket.MSG_PEEK | socket.MSG_DONTWAIT
             )
@@ -147,10 +148,10 @@ class Channel:
         return data or None
 
     def take_back(self) -> tuple[bytes, int] | None:
-        """Receive the oldest untaken message as (header and state, descriptor).
+        """Take the oldest message: (header and state, descriptor); None if the queue is empty.
 
-        The caller owns the descriptor and has one to spare: without a free one the kernel
-        drops the connection, and -1 stands in its place.  None when nothing waits.
+        The caller owns the descriptor, and must have a free one: otherwise the kernel
+        drops the connection, and -1 is returned in its place.
         """
         try:
             data, ancillary, _, _ = self.read.recvmsg(
@@ -166,10 +167,10 @@ class Channel:
         return data, -1
 
     def end(self) -> None:
-        """Let the workers read end of file after what is queued.
+        """Let the workers read end of file behind the queued connections.
 
-        shutdown(), because a copy of this end may live elsewhere, and close() alone
-        would then tell no worker.
+        By shutdown(): another process may have a copy of this end, and then close() alone
+        would have no effect on the workers.
         """
         if not self.has_ended:
             with suppress(OSError):  # a worker has shut it down already
@@ -177,11 +178,11 @@ class Channel:
             self.write.close()
 
     def close(self) -> None:
-        """Close all that is left of the channel."""
+        """Close both ends."""
         self.end()
         self.read.close()
 
 
 def rights_of(fd: int) -> tuple[int, int, bytes]:
-    """Return what carries a descriptor in a message."""
+    """Return the ancillary data that carries a descriptor in a message."""
     return socket.SOL_SOCKET, socket.SCM_RIGHTS, _PACK_DESCRIPTOR(fd)

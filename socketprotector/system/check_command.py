@@ -1,4 +1,4 @@
-"""A command that checks something: `check:` of --ready, --health and --settle-check.
+"""Check commands: `check:` of --ready, --health and --settle-check.
 
 The shell runs the command as the worker's user and in its environment.  The exit status decides;
 the last line of output is the reason for people.  Output goes to a pipe, not to the log: there a
@@ -24,15 +24,15 @@ from .polling import read_now
 from .process import Process
 from .spawn import spawn
 
-#: A check that takes longer is stuck: its server does not answer, and the next check may succeed.
-#: Twice the time that a resolver gives a name server (resolv.conf(5)).
+#: A check that takes longer is stuck; it is killed, because the next check may succeed.
+#: Twice the time that a resolver allows a name server (resolv.conf(5)).
 LIMIT_S = 10.0
-#: The size of a pipe; the pause between reads; and the number of reads at the end, when a process
-#: that has left the group may write for ever.
+#: The size of a pipe; the pause between reads; and the number of reads at the end, because a
+#: process that has left the group may write for ever.
 _PIPE_BYTES, _READ_EVERY_S, _LAST_READS = 65_536, 0.01, 4
-#: How much output is kept, and how much of the last line is shown.
+#: The bytes of output that are kept, and the characters of the last line that are shown.
 _KEPT_BYTES, _SHOWN = 4096, 200
-#: The program in a check, behind what is set for it alone; None where the shell has to read that.
+#: The program in a check, behind its variable assignments; no match if these need a shell.
 _PROGRAM = re.compile(
     r"""\s*(?:[A-Za-z_]\w*=(?:'[^']*'|"[^"\\$`]*"|[^\s'"\\$`;&|<>()]*)\s+)*"""
     r"""(?:exec\s+)?(?:[\w.+@/-]*/)?([\w.+][\w.+-]*)(?=[\s;&|<>]|$)"""
@@ -56,10 +56,12 @@ class CheckCommand:
     ) -> None:
         """Start the command.  Raises OSError or ValueError.
 
-        program: its user, directory and environment.  variables: added to the environment.
+        program: the worker's program, for its user, directory and environment.
+        variables: added to the environment.
         over: called once at the end, with the reason of a failure; "" for success.
-        late: called earlier with the same reason if the command exceeds its limit; it was killed
-        then, but may survive as another user.  stdin: its standard input.
+        late: called with the same reason when the command exceeds its limit and is killed.  The
+        command may survive as another user; `over` follows at its end.
+        stdin: its standard input.
         """
         self._loop, self._over, self._late = loop, over, late
         self._program = first_program(command)
@@ -77,7 +79,7 @@ class CheckCommand:
     def _start(self, shell: Program, variables: Mapping[str, str], input_bytes: bytes) -> None:
         self._output, write = os.pipe2(os.O_CLOEXEC)
         try:
-            os.set_blocking(self._output, False)  # our end alone is this
+            os.set_blocking(self._output, False)  # this affects only our end
             descriptors = {1: write, 2: write}
             stdin_fd = inherited.memory_file("sp.check", input_bytes) if input_bytes else -1
             try:
@@ -110,9 +112,9 @@ class CheckCommand:
 
     def _on_limit(self, limit_s: float) -> None:
         if self._process is None or self._process.has_ended():
-            return  # that is handled next
+            return  # _ended() is called next
         self._why_late = f"{self._program}: no answer within {text.in_units(limit_s)}"
-        with suppress(PermissionError):  # it has become another user's
+        with suppress(PermissionError):  # the process has changed its user
             self._process.kill_group()
         self._late(self._why_late)
 
@@ -144,19 +146,19 @@ class CheckCommand:
             self._loop.call_after(self._resume_reading, _READ_EVERY_S, self._resume_reading)
 
     def _read(self) -> bytes | None:
-        """Read output and keep its end; return b"" at the end, None if none is there yet."""
+        """Read output and keep its tail; return b"" at end of file, None if no output waits."""
         data = read_now(os.read, self._output, _PIPE_BYTES)
         self._tail = (self._tail + (data or b""))[-_KEPT_BYTES:]
         return data
 
 
 def first_program(command: str) -> str:
-    """Return which program a shell's command runs first: in the rest there may be secrets."""
+    """Return the first program of a shell command; the rest of it may contain secrets."""
     found = _PROGRAM.match(command)
-    return found[1] if found and found[1] != "exec" else "sh"  # exec alone: only redirections
+    return found[1] if found and found[1] != "exec" else "sh"  # exec with redirections only
 
 
 def shown(question: str) -> str:
-    """Return what --health or --settle-check asks, for people; of a command its program alone."""
+    """Return a check for people: --health or --settle-check, with a command's program only."""
     kind, _, command = question.partition(":")
     return f"{kind}:{first_program(command)}" if kind == "check" else question

@@ -1,6 +1,6 @@
-"""What is undone where a block fails: what it has opened has no owner yet.
+"""Clean-up for a block that fails before its new resources have an owner.
 
-contextlib.ExitStack would undo it at the end of a block that succeeds, too.
+contextlib.ExitStack would also clean up after a block that succeeds.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The default path of control sockets (docs/control.md).
 
-Shared by the protector that creates one and the programs that look for it.
+Shared by the protector, which creates the socket, and the programs that look for it.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ import os
 from collections.abc import Mapping
 
 SYSTEM = "/run/socketprotector"
-#: Where logind has a folder for each user who is logged in: pam_systemd(8).
+#: The parents of logind's folders for logged-in users: pam_systemd(8).
 _SESSIONS = ("/run/user/", "/var/run/user/")
 SUFFIX = ".control"
-#: In an instance's own folder, as units and the init script make one for each.
+#: The socket's name in an instance's own folder, which units and the init script make.
 IN_OWN_FOLDER = "control"
 
 
 def folders(environment: Mapping[str, str], user: int) -> list[str]:
-    """Return where control sockets are, the one where this user makes new ones first.
+    """Return the folders of control sockets; the first is for new sockets of this user.
 
-    A folder in which logind keeps a session's files is removed at logout, with all that a service
-    of root's would have there; and after `su` it is somebody else's.
+    logind removes a session's folder at logout, together with files of a service of root in
+    it.  After `su` the folder belongs to another user.  So root does not use it first.
     """
     own = environment.get("XDG_RUNTIME_DIR")
     if own is None or not os.path.isabs(own):
@@ -30,27 +30,27 @@ def folders(environment: Mapping[str, str], user: int) -> list[str]:
 
 
 def key_of(name: str) -> str:
-    """Return what stands for a name in a path."""
+    """Return a name in a form for paths."""
     return name.replace("/", "_")
 
 
 def apart(name: str, address: str) -> tuple[str, str]:
-    """Return what one of several of a name is called, by its first listener's address.
+    """Return two names for one of several instances of a name, by its first listener's address.
 
-    By its port or file; and where another one has the same in another place, by all of it.
+    The first name has the port or file; the second has the whole address, if the first is taken.
     """
     whole = address.partition(":")[2]
     return f"{name}:{os.path.basename(address.rpartition(':')[2])}", f"{name}:{whole}"
 
 
 def key(path: str) -> str:
-    """Return what a control socket's name was made from."""
+    """Return the name in a control socket's path, as key_of() made it."""
     folder, name = os.path.split(path)
     return os.path.basename(folder) if name == IN_OWN_FOLDER else name.removesuffix(SUFFIX)
 
 
 def sockets(environment: Mapping[str, str], user: int) -> list[str]:
-    """Return the paths of all control sockets in the folders, living or dead."""
+    """Return the paths of all control sockets in the folders, live or stale."""
     found = []
     for folder in folders(environment, user):
         try:

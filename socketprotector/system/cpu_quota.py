@@ -1,7 +1,7 @@
-"""How much processor time the system allows us, and by which policy: quotas of cgroups, scheduler.
+"""The processor time that the system allows this process: quotas of cgroups, scheduling policy.
 
-The set of processors that we may run on does not tell of it.  A container with half a
-processor's worth sees them all, and stands still as soon as its share of a period is spent.
+The set of allowed processors does not show a quota.  A container with half a
+processor's worth sees all processors, and stands still once its share of a period is used up.
 
 Source: kernel documentation, admin-guide/cgroup-v2 (cpu.max) and scheduler/sched-bwc
 (cpu.cfs_quota_us); cgroups(7), proc(5) for mountinfo.
@@ -12,13 +12,13 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 
-#: Of cgroup v2, and of v1, where -1 is no quota.
+#: The files of cgroup v2, and of v1, where -1 means no quota.
 _NEW: tuple[str, ...] = ("cpu.max",)
 _OLD: tuple[str, ...] = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
 
 
 def scheduler() -> int | None:
-    """Return our scheduling policy; None where the system has none to tell (musl: ENOSYS)."""
+    """Return our scheduling policy; None if the system does not report it (musl: ENOSYS)."""
     try:
         return os.sched_getscheduler(0)
     except OSError:
@@ -26,27 +26,24 @@ def scheduler() -> int | None:
 
 
 def processors() -> int:
-    """Return how many of the system's processors this process may run on."""
+    """Return the number of processors that this process may run on."""
     try:
         return len(os.sched_getaffinity(0))
     except OSError:
-        return os.cpu_count() or 1  # forbidden here
+        return os.cpu_count() or 1  # the system call is forbidden
 
 
 class Quota:
-    """The files that say it; what they say may change at any time, and our cgroup, too."""
+    """The quota files of this process's cgroups; their contents and the cgroup may change."""
 
     def __init__(self, proc: str = "/proc/self") -> None:
-        """proc: where this process tells of its cgroups and mounts.
-
-        Nothing is found where that cannot be read: then there is no quota as far as we know.
-        """
+        """Read cgroups and mounts from `proc`; if it cannot be read, assume no quota."""
         self._proc = proc
-        self._groups = ""  # in which the files below were found
-        self._files: list[tuple[str, ...]] = []  # each with a quota and its period
+        self._groups = ""  # the cgroups for which _files was made
+        self._files: list[tuple[str, ...]] = []  # the files of one quota and its period
 
     def _find(self) -> None:
-        """Find the files, if we were moved since they were found."""
+        """Find the files again, if this process is in another cgroup now."""
         try:
             groups = _read(f"{self._proc}/cgroup")
             if groups == self._groups:
@@ -69,11 +66,11 @@ class Quota:
             self._files += [tuple(f"{folder}/{file}" for file in files) for folder in folders]
 
     def processors(self) -> float:
-        """Return how many processors' worth of time we have; infinity where nothing limits it."""
+        """Return the allowed processor time as a number of processors; infinity without a quota."""
         self._find()
         least = float("inf")
         for files in self._files:
-            # "max" is no number, and the root has no such file.
+            # "max" is not a number, and the root cgroup has no such file.
             with suppress(OSError, ValueError):
                 quota, period = " ".join(map(_read, files)).split()
                 if int(quota) > 0:
@@ -82,9 +79,9 @@ class Quota:
 
 
 def _up(path: str, root: str, mount: str) -> list[str]:
-    """Return the folders of a cgroup and of those above it, as far as they are mounted.
+    """Return the folders of a cgroup and of its ancestors, as far as they are mounted.
 
-    In a container the mount may begin at its own cgroup, despite the path in /proc.
+    In a container the mount may begin at the container's cgroup, despite the path in /proc.
     """
     inside = path.removeprefix(root) if root != "/" else path
     names = inside.strip("/").split("/")

@@ -9,8 +9,8 @@ There are two kinds of loop: workers that crash in the same slot of a generation
 that fail in a row while none serves.
 
 The filter reads the log's own lines, because it has to keep their order. The core also counts quick
-deaths, for its back-off, but it does not know when a worker was spawned, what it wrote, or when it
-proved itself: it learns at the worker's end that it had.
+deaths, for its back-off.  But it does not know when a worker was spawned, what it wrote, or when it
+proved itself: the core learns the last only at the worker's exit.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LAST_INTERVAL_S = 3600.0
 #: 60 s).
 _APART_S = 120.0
 #: The slot of a worker whose exit does not count: an earlier program spawned it, or it served and
-#: was asked to leave.
+#: left on request.
 _UNKNOWN = -1
 #: The most lines withheld of running workers: a generation may have many workers.
 _WITHHELD = 256
@@ -88,7 +88,7 @@ class CrashLoopFilter:
         self._stopping = False
 
     def suppresses(self, level: str, event: str, fields: Fields) -> bool:
-        """Return whether a line is to be withheld; to be called for each line of the log."""
+        """Return whether to withhold a line; call it for each line of the log."""
         if event == "stopping":
             self.flush()
             self._stopping = True
@@ -142,7 +142,7 @@ class CrashLoopFilter:
         return self._withhold(key, line, ready=event == "worker-ready")
 
     def _leaves_on_request(self, worker: int) -> bool:
-        """Whether a serving worker was told to leave: its exit is then no crash."""
+        """Return whether a worker leaves on request after serving; its exit is then no crash."""
         key = self._slot_of.get(worker, (0, _UNKNOWN))
         crashes = self._crashing.get(key)
         if crashes is None or crashes.ready_at is None:
@@ -199,7 +199,7 @@ class CrashLoopFilter:
         return True
 
     def _count_death(self, key: Key, last: Fields, shown: int = SHOWN) -> bool:
-        """Count a death; return whether its line is to be withheld."""
+        """Count a death; return whether to withhold its line."""
         now = time.monotonic()
         crashes = self._crashing.get(key)
         if crashes is not None and (

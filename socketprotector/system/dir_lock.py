@@ -1,7 +1,7 @@
 """Locks a folder while a file in it is checked and replaced.
 
-A process that finds a stale file and replaces it does both under this lock; so two that start at
-once cannot remove each other's.
+A process that finds a stale file and replaces it does both under this lock.  So two processes that
+start at once cannot remove each other's file.
 
 Source: flock(2).
 """
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-#: It is held for some system calls; what holds it for so long is no program of ours.
+#: SocketProtector holds the lock for a few system calls; after this time another program has it.
 _LOCK_S = 5.0
 _LOOK_AGAIN_MS = 5
 
@@ -26,7 +26,7 @@ _LOOK_AGAIN_MS = 5
 def locked(path: str, patience_s: float = _LOCK_S) -> Iterator[None]:
     """Hold the lock of the folder that `path` is in.
 
-    Raises OSError, EBUSY when another program keeps the folder locked for so long.
+    Raises OSError; EBUSY if another program keeps the folder locked for patience_s.
     """
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -47,10 +47,10 @@ def locked(path: str, patience_s: float = _LOCK_S) -> Iterator[None]:
 
 
 def give(path: str, uid: int, gid: int, chown: Callable[[int, int, int], None]) -> os.stat_result:
-    """Give a socket file that we have just made to a user and group (-1: as it is).
+    """Give a socket file that we have just made to a user and group (-1: unchanged).
 
-    Returns what it is.  By a descriptor: another user who may write to the folder could put another
-    file in its place meanwhile.  Raises OSError.
+    Returns the file's stat result.  By a descriptor, because another user with write access to the
+    folder could replace the file meanwhile.  Raises OSError.
     """
     fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:

@@ -1,7 +1,7 @@
-"""Environment files: NAME=VALUE lines, as EnvironmentFile= of systemd reads them.
+"""Environment files: NAME=VALUE lines, as in systemd's EnvironmentFile=.
 
-Blank lines and lines that begin with # or ; are passed over; a value may stand in
-single or double quotes; a leading `export ` is allowed, so that a shell can read it too.
+Blank lines and lines that begin with # or ; are skipped.  A value may have
+single or double quotes.  A leading `export ` is allowed, so that a shell can read the file, too.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import os
 import re
 import stat
 
-#: More does not fit the environment of a process (execve(2)).
+#: The most bytes; more do not fit into the environment of a process (execve(2)).
 MAX_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
 def parse(text: str, name: str) -> dict[str, str]:
-    """Return the assignments in text.  Raises ValueError naming `name` and the line."""
+    """Return the assignments in text.  Raises ValueError with `name` and the line."""
     found = {}
     for number, line in enumerate(text.splitlines(), 1):
         line = line.strip()
@@ -38,11 +38,11 @@ def parse(text: str, name: str) -> dict[str, str]:
 
 
 def contents(path: str) -> bytes:
-    """Return what is in a file that is read again later.
+    """Return the contents of a file that is read again later.
 
     Raises OSError, or ValueError for a file that is too long or cannot be read twice.
     """
-    # Its owner may be the workers' user: nothing there may make the protector wait, or grow.
+    # The workers' user may own the file, so it must not make the protector wait or grow.
     # Before it is opened, because to open a device may do something.
     refuse_kind(os.stat(path), path)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
@@ -52,7 +52,7 @@ def contents(path: str) -> bytes:
             data = file.read(MAX_BYTES + 1)
     finally:
         os.close(fd)
-    if data is None:  # as of /proc/kmsg, which says that it is a regular file
+    if data is None:  # such as /proc/kmsg, which claims to be a regular file
         raise BlockingIOError(errno.EAGAIN, "reading it would wait", path)
     if len(data) > MAX_BYTES:
         raise ValueError(f"{path}: more than {MAX_BYTES} bytes")
@@ -71,5 +71,5 @@ def refuse_kind(found: os.stat_result, path: str) -> None:
 
 def read(path: str) -> dict[str, str]:
     """Return the assignments in a file.  Raises OSError, or ValueError with the line."""
-    # Bytes that are no text are passed on as they are, like those of our own environment.
+    # Bytes that are no UTF-8 are passed on unchanged, as in our own environment.
     return parse(contents(path).decode("utf-8", "surrogateescape"), path)

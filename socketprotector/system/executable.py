@@ -1,4 +1,4 @@
-"""Finds the executable file of a command, and our own.
+"""The executable file of a command, and SocketProtector's own.
 
 Source: execve(2), binfmt_misc of the kernel's documentation.
 """
@@ -10,22 +10,22 @@ import stat
 import sys
 
 TYPE_CHECKING = False
-if TYPE_CHECKING:  # a program that is to stay small uses this, too
+if TYPE_CHECKING:  # the guard, which must stay small, imports this module
     from collections.abc import Sequence
 
-#: Descriptors that a starting program opens at a time: a folder, a module, the loop's own.
+#: The descriptors that a starting program has open at once: a folder, a module, the loop's own.
 _NEEDED = 6
-#: The bytes that the kernel examines (BINPRM_BUF_SIZE), and where its extra formats are listed.
+#: The bytes that the kernel examines (BINPRM_BUF_SIZE), and the folder that lists extra formats.
 _HEAD_BYTES, _FORMATS = 256, "/proc/sys/fs/binfmt_misc"
 
 
 def resolve(command: Sequence[str], directory: str, search: str) -> tuple[str, tuple[str, ...]]:
     """Return (real path, argv) of a command as it is now.
 
-    Symlinks are followed, so that a generation that was started from one release never
-    starts a process of the next; the last one only where the name stays the same or the
-    file is no script, because such a script goes by the name it was called by.
-    Raises FileNotFoundError, or PermissionError where it is no executable file.
+    Symlinks are followed, so that a generation of one release never
+    starts a process of the next.  A final symlink with another name is not followed if it leads to
+    a script, because such a script looks at the name by which it was called.
+    Raises FileNotFoundError, or PermissionError if it is no executable file.
     """
     name = command[0]
     found = os.path.join(directory, name) if "/" in name else _search(name, search)
@@ -39,9 +39,9 @@ def resolve(command: Sequence[str], directory: str, search: str) -> tuple[str, t
 
 
 def refuse_format(path: str, directory: str = "") -> None:
-    """Raise OSError for an executable file that the kernel would not execute.
+    """Raise OSError for an executable file that the kernel cannot execute; pass doubtful files.
 
-    directory: where it would be executed.  What cannot be known is not refused.
+    directory: the working directory at its execution.
     """
     try:
         with open(path, "rb") as file:
@@ -58,7 +58,7 @@ def refuse_format(path: str, directory: str = "") -> None:
                 2, "the interpreter in its first line is missing", path
             ) from None
         except (OSError, ValueError):
-            pass  # it may be there for another user
+            pass  # another user may be able to see it
     elif not head:
         raise OSError(8, "it is empty", path)
     elif head[:4] != b"\x7fELF" and not _other_formats(head):
@@ -73,15 +73,15 @@ def _other_formats(head: bytes) -> bool:
         return not os.path.exists("/proc/self")
     except OSError:
         found = set()
-    # A container does not see which there are; none is for a shell's script without `#!`.
+    # A container cannot list the formats; but no format is for a shell script without `#!`.
     return bool(found - {"register", "status"}) or (not found and b"\0" in head)
 
 
 def command_of(label: tuple[str, ...], safe: Sequence[str] = ("-P",)) -> tuple[str, ...]:
-    """Return how this very program is executed again, by the path it was called by.
+    """Return the command that executes this program again, by the path by which it was called.
 
-    A script is taken by that path, so that a symlink to another release is followed; else
-    it is the interpreter with -m.  `label` is shown in the process list.
+    A script is executed by that path, so that a symlink to another release is followed.
+    Otherwise it is the interpreter with -m.  `label`: words for the process list.
     """
     script = sys.argv[0]
     if os.path.basename(script) != "__main__.py" and os.access(script, os.X_OK):
@@ -90,7 +90,10 @@ def command_of(label: tuple[str, ...], safe: Sequence[str] = ("-P",)) -> tuple[s
 
 
 def _search(name: str, search: str) -> str:
-    """Find an executable file by name in the folders of a PATH."""
+    """Return the path of an executable file, by its name in the folders of a PATH.
+
+    Raises FileNotFoundError.
+    """
     for folder in search.split(":"):
         path = os.path.join(folder or ".", name)
         if os.path.isfile(path) and os.access(path, os.X_OK):
@@ -107,7 +110,7 @@ def _is_script(path: str) -> bool:
 
 
 def need_descriptors() -> None:
-    """Raise OSError if a program could not even be loaded: after the exec it would be too late."""
+    """Raise OSError if too few descriptors are free to load a program, before the exec."""
     opened: list[int] = []
     try:
         for _ in range(_NEEDED):

@@ -1,6 +1,6 @@
-"""Processes of our own program beside the workers: relay, watcher, configuration reader, probe.
+"""Helper processes of SocketProtector: relay, watcher, asker, configuration reader, upgrade probe.
 
-All are started, reaped and released here; the protocol with each is in the module that starts it.
+This module starts, reaps and releases them; the module that starts a helper has its protocol.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ _PROVEN_S = 60.0
 _LAST_BYTES = 4096
 _MESSAGE_BYTES = 4096
 
-#: Runs a program whose text is in a memfd; its path comes first.  Needs no /proc.
+#: Runs a program whose source is in a memfd, without /proc; its path is the first argument.
 _RUN = (
     "import os,sys;del sys.argv[0];"
     "exec(compile(os.pread({fd},os.fstat({fd}).st_size,0),sys.argv[0],'exec'))"
 )
 
-#: Called with how one ended.
+#: Called with how a helper ended.
 Ended = Callable[[str], None]
 
 
 class HelperProcess:
-    """One of them.  Owns the process, until that has ended or is let go of."""
+    """One helper.  Owns the process until it has ended or is released."""
 
     def __init__(self, process: Process, loop: Loop, ended: Ended) -> None:
-        """Go on with a process.  Calls back once, when it is reaped.  Raises OSError."""
+        """Watch a running process; call `ended` once, when it is reaped.  Raises OSError."""
         self.process = process
         self._since = time.monotonic()
         self._loop = loop
@@ -60,7 +60,7 @@ class HelperProcess:
         batch: bool = False,
         tell_pid: str = "",
     ) -> HelperProcess:
-        """Start one with our own environment; for the rest see spawn().  Raises OSError."""
+        """Start a helper with our own environment; arguments: see spawn().  Raises OSError."""
         program = Program(
             path=argv[0],
             argv=argv,
@@ -87,9 +87,9 @@ class HelperProcess:
         options: tuple[str, ...] = ("-I", "-S"),
         batch: bool = False,
     ) -> HelperProcess:
-        """Start one of late_modules.PROGRAMS, as it was when we started.  Raises OSError.
+        """Start one of late_modules.PROGRAMS, as it was at our own start.  Raises OSError.
 
-        options: the interpreter's.
+        options: options of the interpreter.
         """
         path, text = late_modules.program(program)
         there = max(descriptors) + 1
@@ -113,7 +113,7 @@ class HelperProcess:
     ) -> HelperProcess:
         """Start the protector's program with descriptors that it finds by name.  Raises OSError.
 
-        output: where what it writes goes.
+        output: the descriptor for its stdout and stderr.
         """
         return cls.start(
             command,
@@ -131,23 +131,23 @@ class HelperProcess:
         with suppress(ChildProcessError):
             end = self.process.reap()
             if end is None:
-                return  # it cannot be waited for yet: it is traced
+                return  # a traced process cannot be waited for yet
             how = end.how
         self.close()
         self._ended(how)
 
     @property
     def proven(self) -> bool:
-        """Whether it has lived so long that it was no failure from the beginning."""
+        """Whether it has lived long enough not to count as a failed start."""
         return time.monotonic() - self._since >= _PROVEN_S
 
     def close(self) -> None:
-        """Let go of it, whether it runs or not; it is reaped as any other child then."""
+        """Release the process, running or not; it is reaped like any other child later."""
         if self._disown():
             self.process.close()
 
     def discard(self) -> None:
-        """Kill it, if it has not ended, and let go of it."""
+        """Kill the process, if it runs, and release it."""
         if self._disown():
             self.process.discard()
 
@@ -159,27 +159,30 @@ class HelperProcess:
 
 
 class BackOff:
-    """How long to wait before one is started again: longer each time in a row."""
+    """The waits before a helper is started again: each is twice the one before."""
 
     def __init__(self, first_s: float, longest_s: float) -> None:
         self._first_s = self._next_s = first_s
         self._longest_s = longest_s
 
     def reset(self) -> None:
-        """Wait for the first time again: one has done well."""
+        """Begin with the first wait again, because a helper has worked."""
         self._next_s = self._first_s
 
     def wait_s(self) -> float:
-        """Return how long to wait this time."""
+        """Return the seconds to wait this time."""
         wait_s, self._next_s = self._next_s, min(self._next_s * 2, self._longest_s)
         return wait_s
 
 
 class Line:
-    """Our end of a SEQPACKET socket, on which one of them says something with each message."""
+    """Our end of a SEQPACKET socket on which a helper sends messages."""
 
     def __init__(self, loop: Loop, one: socket.socket, heard: Callable[[str], None]) -> None:
-        """Take ownership of the socket.  Raises OSError, with the socket closed."""
+        """Take ownership of the socket, and call `heard` with each message.
+
+        Raises OSError, after closing the socket.
+        """
         self._loop, self._heard = loop, heard
         self.socket = one
         with on_error(one.close):
@@ -187,13 +190,13 @@ class Line:
 
     @classmethod
     def make(cls, loop: Loop, heard: Callable[[str], None]) -> tuple[Line, socket.socket]:
-        """Make one, and the end that is the process's.  Raises OSError."""
+        """Return a new line, and the helper's end of it.  Raises OSError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with on_error(theirs.close):
             return cls(loop, ours, heard), theirs
 
     def hear(self) -> None:
-        """Handle all that was said so far; the end of the process comes by its pidfd."""
+        """Handle all waiting messages; the pidfd reports the helper's end."""
         while self.socket.fileno() >= 0:
             data = read_now(self.socket.recv, _MESSAGE_BYTES, socket.MSG_DONTWAIT)
             if data is None:
@@ -204,13 +207,13 @@ class Line:
             self._heard(data.decode("utf-8", "replace"))
 
     def close(self) -> None:
-        """Hear no more: the process ends, as its end of the line does."""
+        """Close the line, at which the helper ends."""
         self._loop.unwatch(self.socket.fileno())
         self.socket.close()
 
 
 def last_line(output: int) -> str:
-    """Return the last line that was written to a file, in words where there is none."""
+    """Return the last line in a file of output, or "it said nothing"."""
     size = os.fstat(output).st_size
     last = os.pread(output, _LAST_BYTES, max(0, size - _LAST_BYTES))
     return text.last_line(last) or "it said nothing"

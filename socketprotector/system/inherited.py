@@ -1,10 +1,10 @@
-"""How the resident process inherits its descriptors by name, from any predecessor.
+"""The descriptors that the resident process inherits by name, from any predecessor.
 
-The predecessor names those at 3, 4, ..., as systemd does for a service (sd_listen_fds(3)); ours
-begin with `sp.`.
+The predecessor names the descriptors 3, 4, ..., as systemd does for a service (sd_listen_fds(3)).
+SocketProtector's names begin with `sp.`.
 
-Names that are too long for the environment are put into a memfd, and the only name in
-the environment gives its number: `sp.names.N`.
+Names that are too long for the environment go into a memfd; the only name in
+the environment then has its number: `sp.names.N`.
 """
 
 from __future__ import annotations
@@ -19,48 +19,48 @@ if TYPE_CHECKING:  # the guard imports this, and nothing that would make it larg
 FIRST = 3
 _DIGITS = 6
 SETTINGS = "sp.settings"
-LAUNCHER = "sp.launcher"  # where the launcher waits for a verdict
-TERMINAL = "sp.terminal"  # in the foreground: where the reason of a failed start is said
+LAUNCHER = "sp.launcher"  # the launching process waits there for a verdict
+TERMINAL = "sp.terminal"  # in the foreground: for the reason of a failed start
 PID_FILE = "sp.pidfile"  # holds the lock
-LISTENER = "sp.listener."  # and its index
-SIBLING = "sp.twin."  # the same: the other socket of its address, see reuseport.py
-RESERVED = "sp.reserved."  # the same: a third one, for a hold
+LISTENER = "sp.listener."  # + its index
+SIBLING = "sp.twin."  # + its index: the other socket of its address, see reuseport.py
+RESERVED = "sp.reserved."  # + its index: a third socket, for a hold
 NOTIFY = "sp.notify"  # holds the lock of the folder of notify sockets
 STATE = "sp.state"
 GUARD = "sp.guard"  # the line to the guard
-READER = "sp.reader"  # this process reads the configuration again, and answers there
-READER_DRY = "sp.reader.dry"  # the same, only to say what would change
-PROBE = "sp.probe"  # this process is only asked whether it could take over
-CHANNEL = "sp.channel."  # and its generation, .read or .write
-WORKER = "sp.worker."  # and its number, .process, .notify or .line
-HAND = "sp.hand."  # and a number: the connection whose send failed
+READER = "sp.reader"  # this process reads the configuration again, and answers on it
+READER_DRY = "sp.reader.dry"  # the same, but it only reports what would change
+PROBE = "sp.probe"  # this process only answers whether it could take over
+CHANNEL = "sp.channel."  # + its generation, .read or .write
+WORKER = "sp.worker."  # + its number, .process, .notify or .line
+HAND = "sp.hand."  # + a number: the connection whose send failed
 CONTROL = "sp.control"  # the listening control socket
-RELAY = "sp.relay."  # read, write; .process or .line, and its pid
-OUTPUT = "sp.output."  # number, generation and pid of a worker: what it writes
-WATCH = "sp.watch."  # and the watcher's pid, .process or .line
-NAMES = "sp.names."  # and the number of the memfd that has the names
-#: One string of the environment has at most 128 KiB, with the variable's name (execve(2));
-#: systemd's store (docs/reliability.md) is bound to that.
+RELAY = "sp.relay."  # + read or write; or .process or .line, and its pid
+OUTPUT = "sp.output."  # + number, generation and pid of a worker: the pipe of its output
+WATCH = "sp.watch."  # + the watcher's pid, .process or .line
+NAMES = "sp.names."  # + the number of the memfd that has the names
+#: A string of the environment has at most 128 KiB, with the variable's name (execve(2)); this also
+#: limits systemd's fd store (docs/reliability.md).
 NAMES_BYTES = 120 * 1024
 STORE_NAMES_BYTES = 128 * 1024 - len("LISTEN_FDNAMES=") - 1
-#: Stands for a number in between that is not passed on.
-NOBODY = "sp.none"
+#: The name of a number in between that is not passed on.
+UNUSED = "sp.none"
 OURS = "sp."
-#: The variable that says which process they are for.
+#: The variable with the pid of the process that the descriptors are for.
 PID = "LISTEN_PID"
 _VARIABLES = ("LISTEN_FDS", PID, "LISTEN_FDNAMES", "LISTEN_PIDFDID")
 
 
 class Named(dict[str, int]):
-    """Descriptors by name, of which it is known which names have come or gone of late.
+    """Descriptors by name, with the set of names that were added or removed lately.
 
-    So that the fd store need not compare all of them again.  Change it by `[name] = fd` and
-    `del` alone.
+    With it the fd store need not compare all names.  Change it only by `[name] = fd` and
+    `del`.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        #: Emptied by the fd store, which takes note of them.
+        #: The fd store empties this set when it has handled the names.
         self.changed: set[str] = set()
 
     def __setitem__(self, name: str, fd: int) -> None:
@@ -73,26 +73,26 @@ class Named(dict[str, int]):
 
 
 class Inherited:
-    """Descriptors that another program has left, by name: each is taken once, by its owner."""
+    """The descriptors of an earlier program, by name; each owner takes its own, once."""
 
     def __init__(self, descriptors: Mapping[str, int]) -> None:
-        """Take ownership of them."""
-        # By prefix and key (`sp.worker.`, `12`), so that to take a thousand takes a thousand steps.
+        """Take ownership of the descriptors."""
+        # By prefix and key (`sp.worker.`, `12`), so that taking a thousand takes a thousand steps.
         self._left: dict[tuple[str, str], dict[str, int]] = {}
         for name, fd in descriptors.items():
             kind, key, rest = _parts(name)
             self._left.setdefault((kind, key), {})[rest] = fd
 
     def has(self, kind: str, key: int | str = "", rest: str = "") -> bool:
-        """Whether there is `{kind}{key}.{rest}`."""
+        """Return whether there is a descriptor `{kind}{key}.{rest}`."""
         return rest in self._left.get((kind, str(key)), {})
 
     def take(self, kind: str, key: int | str) -> dict[str, int]:
-        """Give what is called `{kind}{key}.REST` to the caller, by REST; "" where there is none."""
+        """Return the descriptors `{kind}{key}.REST`, by REST, or "", for the caller to own."""
         return self._left.pop((kind, str(key)), {})
 
     def take_one(self, name: str) -> int | None:
-        """Give one to the caller, if it is there."""
+        """Return a descriptor, which the caller then owns; None if it is missing."""
         kind, key, rest = _parts(name)
         group = self._left.get((kind, key), {})
         found = group.pop(rest, None)
@@ -101,29 +101,29 @@ class Inherited:
         return found
 
     def take_all(self, kind: str) -> dict[str, dict[str, int]]:
-        """Give all of a kind to the caller: `{kind}7.read` is {"7": {"read": fd}}."""
+        """Return all of a kind, for the caller to own: `{kind}7.read` as {"7": {"read": fd}}."""
         keys = [key for each, key in self._left if each == kind]
         return {key: self._left.pop((kind, key)) for key in keys}
 
     def close(self) -> None:
-        """Close what was not taken: it was on its way out when the other program ended."""
+        """Close the descriptors without an owner: the earlier program was about to close them."""
         while self._left:
             for fd in self._left.popitem()[1].values():
                 os.close(fd)
 
 
 def _parts(name: str) -> tuple[str, str, str]:
-    """Split `sp.worker.12.process`; what has no key, as `sp.settings`, is one part."""
+    """Split `sp.worker.12.process`; a name without a key, such as `sp.settings`, is one part."""
     kind, dot, more = name.removeprefix(OURS).partition(".")
     key, _, rest = more.partition(".")
     return (f"{OURS}{kind}.", key, rest) if dot else (name, "", "")
 
 
 def names(descriptors: Iterable[str]) -> dict[str, str]:
-    """Return the variables that name descriptors at 3, 4, ..., without the pid they are for.
+    """Return the variables that name descriptors at 3, 4, ..., without LISTEN_PID.
 
-    Too long, they go into a memfd that an exec leaves open; a caller that does not execute
-    anything closes it.  Raises OSError.
+    Names that are too long go into a memfd that stays open over an exec; a caller that does not
+    execute a program closes it.  Raises OSError.
     """
     found = tuple(descriptors)
     names = ":".join(found)
@@ -136,7 +136,7 @@ def names(descriptors: Iterable[str]) -> dict[str, str]:
 def memory_file(name: str, content: bytes, flags: int = os.MFD_CLOEXEC) -> int:
     """Make a memfd with this content; return its descriptor.
 
-    Raises OSError, also where the limit of file sizes would cut the content off.
+    Raises OSError, also if the limit of file sizes would cut the content off.
     """
     fd = os.memfd_create(name, flags)
     try:
@@ -149,19 +149,19 @@ def memory_file(name: str, content: bytes, flags: int = os.MFD_CLOEXEC) -> int:
 
 
 class kept_through_exec:
-    """Lets descriptors survive an exec where they are; gives the variables that name them.
+    """Lets descriptors survive an exec under their numbers; yields the variables that name them.
 
-    Nothing is moved, so that all is undone at the end of the block: if the exec fails.
+    No descriptor is moved.  So after a failed exec the end of the block undoes everything.
     """
 
     def __init__(self, descriptors: Mapping[str, int]) -> None:
         self._fds = by_number = {fd: name for name, fd in descriptors.items()}
         last = max(by_number, default=FIRST - 1)
-        self._names = [by_number.get(fd, NOBODY) for fd in range(FIRST, last + 1)]
+        self._names = [by_number.get(fd, UNUSED) for fd in range(FIRST, last + 1)]
         self._variables: dict[str, str] = {}
 
     def __enter__(self) -> dict[str, str]:
-        """Make them inheritable.  Raises OSError."""
+        """Make the descriptors inheritable; return the variables.  Raises OSError."""
         self._variables = names(self._names)
         for fd in self._fds:
             os.set_inheritable(fd, True)
@@ -175,7 +175,7 @@ class kept_through_exec:
 
 
 def receive() -> dict[str, int]:
-    """Return name -> descriptor of what was left for this process; the caller owns them.
+    """Return the descriptors for this process by name; the caller owns them.
 
     Sets close-on-exec on each and removes the variables from the environment.
     """
@@ -184,14 +184,14 @@ def receive() -> dict[str, int]:
         return {}
     found = {}
     for name, fd in zip(_listed(names), range(FIRST, FIRST + number_in(count)), strict=False):
-        if name == NOBODY:
+        if name == UNUSED:
             continue
         if name.startswith(OURS) and name not in found:
             found[name] = fd
             os.set_inheritable(fd, False)
         else:
-            # What else the service manager passes (socket activation) was taken at the first
-            # start and is among ours; several may have one name.
+            # Descriptors of socket activation were adopted at the first start, under our own
+            # names; several of the service manager's may have the same name.
             os.close(fd)
     if (memfd := _memfd(names)) is not None:
         os.close(memfd)
@@ -199,33 +199,33 @@ def receive() -> dict[str, int]:
 
 
 def number_in(text: str) -> int:
-    """Return what a variable says of descriptors; 0 for more than any process has."""
+    """Return the number of descriptors in a variable; 0 for no number or too many digits."""
     is_number = text.isascii() and text.isdigit() and len(text) <= _DIGITS
     return int(text) if is_number else 0
 
 
 def is_ours() -> bool:
-    """Whether descriptors were left for this very process, our settings among them.
+    """Return whether this process inherits a state to resume: it has non-empty settings.
 
-    They are empty after a graceful stop: then there is nothing to resume.
+    After a graceful stop the settings are empty.
     """
     names = _listed_for_us()
     return SETTINGS in names and os.fstat(FIRST + names.index(SETTINGS)).st_size > 0
 
 
 def is_for_reader() -> bool:
-    """Whether this process is to read a configuration again."""
+    """Return whether this process is a configuration reader."""
     return not {READER, READER_DRY}.isdisjoint(_listed_for_us())
 
 
 def _listed_for_us() -> list[str]:
-    """Return the names of descriptors that were left for this very process.  Raises OSError."""
+    """Return the names of the descriptors for this process.  Raises OSError."""
     ours = os.environ.get(PID) == str(os.getpid())
     return _listed(os.environ.get("LISTEN_FDNAMES", "")) if ours else []
 
 
 def _listed(names: str) -> list[str]:
-    """Return the names that LISTEN_FDNAMES tells, or tells where to find.  Raises OSError."""
+    """Return the names in LISTEN_FDNAMES, or in the memfd that it names.  Raises OSError."""
     if (memfd := _memfd(names)) is not None:
         names = os.pread(memfd, os.fstat(memfd).st_size, 0).decode()
     return names.split(":")

@@ -1,14 +1,14 @@
-"""What the resident process loads or starts later, as it is now; what it forgets of each module.
+"""Late modules: code kept at the start and loaded at its first use; memory saved in all modules.
 
-An idle protector never uses most of LATE.  Each module there is imported whole, as in
-`from ..model import known_servers`; the first name that is looked up in it loads it.  By then an
-upgrade may have replaced the package's files.  So the code of the version that started is kept,
-compiled, in one memfd: to load it takes no file and no descriptor.  It takes memory, of which
-there is a reserve.  Programs that may be started later are there as text: the interpreter, too, may
-have been replaced.
+An idle protector never uses most of LATE.  Such a module is imported whole, as in
+`from ..model import known_servers`; the first look-up of a name in it loads it.  By then an
+upgrade may have replaced the package's files.  So the compiled code of the running version is kept
+in one memfd, and loading it needs no file and no descriptor.  It needs memory, for which
+there is a reserve.  Programs that are started later are kept as source, because the interpreter
+may have been replaced, too.
 
-Nothing in the resident process reads annotations, the docstrings of modules and classes, or where a
-module was found.  Without them an idle protector is 0.3 MB smaller.
+The resident process never reads annotations, docstrings of modules and classes, or a module's
+location.  Without them an idle protector is 0.3 MB smaller.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _PACKAGE = __name__.partition(".")[0]
-#: All that are late, without the package's name.
+#: The names of all late modules, without the package's name.
 LATE = (
     "core.waiting",
     "daemon.asker_client",
@@ -51,18 +51,17 @@ LATE = (
     "system.socket_copy",
     "system.socket_file",
 )
-#: Programs that the resident process starts (system/helper.py), of programs/.
+#: The programs in programs/ that the resident process starts (system/helper.py).
 PROGRAMS = ("asker.py", "file_watch.py", "log_relay.py")
-#: Where each is kept: descriptor, length, offset.
+#: Program -> descriptor, length and offset of its source.
 _programs: dict[str, tuple[int, int, int]] = {}
-#: Address space without memory behind it, until the system has no other (`ulimit -v`): more than
-#: all of LATE needs.
+#: A reserve of untouched address space for a shortage (`ulimit -v`): more than all of LATE needs.
 _RESERVE_BYTES = 2 * 1024 * 1024
 _reserve: list[bytes] = []
 
 
 class _Loader(importing.SourceFileLoader):
-    """Loads a module of the package, which then forgets what only tools read."""
+    """Loads a module of the package, and drops the parts that only tools read."""
 
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)
@@ -70,13 +69,13 @@ class _Loader(importing.SourceFileLoader):
 
 
 class Finder:
-    """Finds modules of the package as Python does, for a loader of ours."""
+    """Finds modules of the package as Python does, and gives them our loader."""
 
     @staticmethod
     def find_spec(
         name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return where a module of the package is; None for any other module."""
+        """Return the spec of a module of the package; None for any other module."""
         if path is None or not name.startswith(f"{_PACKAGE}."):
             return None
         spec = importing.PathFinder.find_spec(name, path, target)
@@ -86,10 +85,10 @@ class Finder:
 
 
 class _Late(ModuleType):
-    """A module that is loaded when its first name is looked up."""
+    """A stand-in for a module, which loads it when a name in it is looked up."""
 
     def __getattr__(self, name: str) -> Any:
-        # The import machinery itself asks for names like __path__ and must not load it.
+        # The import machinery looks up names like __path__, which must not load the module.
         if name.startswith("__"):
             raise AttributeError(name)
         _load(self)
@@ -97,7 +96,7 @@ class _Late(ModuleType):
 
 
 def keep() -> None:
-    """Keep the code of late modules as it is now, and put stand-ins in their places.
+    """Keep the present code of the late modules, and put stand-ins in their places.
 
     Raises OSError.
     """
@@ -110,7 +109,7 @@ def keep() -> None:
         __import__(parent)
         spec = Finder.find_spec(name, sys.modules[parent].__path__)
         if spec is None or not isinstance(spec.loader, _Loader):
-            continue  # from an archive: it is loaded as any other
+            continue  # from an archive: it is loaded like any other module
         code = _write(kept, marshal.dumps(spec.loader.get_code(name)), end)
         module = _Late(name)
         module.__spec__, module.__loader__ = spec, spec.loader
@@ -126,11 +125,11 @@ def keep() -> None:
 
 
 def program(name: str) -> tuple[str, bytes]:
-    """Return the path of one of PROGRAMS, and its text, as it was kept.  Raises OSError."""
+    """Return the path and the kept source of one of PROGRAMS.  Raises OSError."""
     path = _path_of(name)
     if name in _programs:
         return path, os.pread(*_programs[name])
-    with open(path, "rb") as file:  # by a process that keeps nothing
+    with open(path, "rb") as file:  # in a process that has not called keep()
         return path, file.read()
 
 
@@ -140,14 +139,14 @@ def _path_of(program: str) -> str:
 
 
 def _write(kept: int, text: bytes, end: int) -> tuple[int, int, int]:
-    """Append to the memfd; return what pread() takes to read it.  Raises OSError."""
+    """Append to the memfd; return the arguments of pread() for it.  Raises OSError."""
     if os.pwrite(kept, text, end) < len(text):
         raise OSError(28, "no memory to keep the code of late modules")
     return kept, len(text), end
 
 
 def load_all() -> None:
-    """Load every late module: what is wrong in one of them is raised."""
+    """Load every late module; raise the error of a broken one."""
     for each in LATE:
         module = sys.modules.get(f"{_PACKAGE}.{each}")
         if isinstance(module, _Late):
@@ -155,7 +154,7 @@ def load_all() -> None:
 
 
 def _load(module: ModuleType) -> None:
-    """Make a module of a stand-in.  Raises MemoryError, and then it is a stand-in still."""
+    """Turn a stand-in into its module.  After a MemoryError it is still a stand-in."""
     before = {**vars(module)}
     for last in (False, True):
         try:
@@ -177,11 +176,11 @@ def _fill_reserve() -> None:
         if not _reserve:
             _reserve.append(bytes(_RESERVE_BYTES))  # calloc(3): no page is touched
     except MemoryError:
-        pass  # the next module that is loaded tries again
+        pass  # tried again after the next module is loaded
 
 
 def _forget(module: ModuleType) -> None:
-    """Drop annotations, the docstrings of the module and its classes, and how it was found."""
+    """Drop annotations, the docstrings of the module and its classes, and its location."""
     module.__doc__ = module.__spec__ = module.__loader__ = None
     vars(module).pop("__cached__", None)
     _forget_in(vars(module), module.__name__)

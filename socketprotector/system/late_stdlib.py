@@ -1,8 +1,8 @@
-"""Modules of the standard library that an idle protector imports and does not use.
+"""Stand-ins for modules of the standard library that an idle protector imports and does not use.
 
-A stand-in takes the place of each, and loads it at the first use.  `re`, with what it imports, is
-0.4 MB: json and some modules of ours name patterns when they are imported, and match none of them
-until a command, a listener or a file has something to match.
+A stand-in loads its module at the first use.  `re` costs 0.4 MB with its own imports.  json and
+some of our modules define patterns when they are imported, and use them only later, for a
+command, a listener or a file.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-#: Modules that the standard library imports, and that the resident process never uses: dataclasses
-#: has `inspect` (1 MB) to look at classes and `copy` (170 KB, with weakref) for asdict();
-#: socket has `selectors` (70 KB) for sendfile().
+#: Modules that the standard library imports, and that the resident process never uses.  dataclasses
+#: imports `inspect` (1 MB) to examine classes and `copy` (170 KB, with weakref) for asdict();
+#: socket imports `selectors` (70 KB) for sendfile().
 UNUSED = ("inspect", "copy", "selectors")
 
 
 class _Later(ModuleType):
-    """A module that is loaded when somebody asks for something in it."""
+    """A stand-in for a module, which loads it when a name in it is looked up."""
 
     def __getattr__(self, name: str) -> Any:
-        # The import machinery itself asks for names like __spec__ and must not load it.
+        # The import machinery looks up names like __spec__, which must not load the module.
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(_loaded(self), name)
 
 
 class _LaterRe(_Later):
-    """The module `re`: a pattern can be named before it is loaded."""
+    """A stand-in for `re`: defining a pattern does not load the module."""
 
     IGNORECASE, MULTILINE, DOTALL, VERBOSE = 2, 8, 16, 64  # as in _sre
 
@@ -51,7 +51,7 @@ class _LaterPattern:
             raise AttributeError(name)
 
         def method(*given: Any) -> Any:
-            # `re` itself keeps what was compiled.
+            # `re` itself caches compiled patterns.
             return getattr(_loaded(self._module).compile(*self._given), name)(*given)
 
         return method
@@ -70,5 +70,5 @@ def _loaded(stand_in: ModuleType) -> Any:
     try:
         return __import__(name)
     except BaseException:
-        sys.modules.setdefault(name, stand_in)  # out of descriptors or memory: the next use tries
+        sys.modules.setdefault(name, stand_in)  # out of descriptors or memory: try again later
         raise

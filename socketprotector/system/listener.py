@@ -1,7 +1,7 @@
-"""The listening sockets in the resident process: accept from them, and end them well.
+"""The listening sockets in the resident process: accepting from them, and closing them.
 
-launch/bind.py and launch/bind_unix.py have bound them before this process begins; they arrive as
-descriptors.  What differs by family: tcp_listener.py, unix_listener.py.
+launch/bind.py and launch/bind_unix.py bind them before this process begins; they arrive as
+descriptors.  The two families are in tcp_listener.py and unix_listener.py.
 
 Source: tcp(7), unix(7).
 """
@@ -19,8 +19,8 @@ from ..model.settings import ListenerSettings
 from . import bpf, inherited, socket_copy
 from .polling import events_of
 
-#: No client, or it has disconnected: the next wake-up brings the next client (accept(2) on Linux
-#: passes on errors of the connection itself).
+#: There is no client, or the client has disconnected; the next wake-up brings the next client.
+#: accept(2) on Linux also returns errors of the connection itself.
 TRANSIENT_ERRNOS = frozenset(
     {
         errno.EAGAIN,
@@ -41,13 +41,14 @@ TRANSIENT_ERRNOS = frozenset(
 #: The system is out of descriptors or memory: a later try may succeed.
 RESOURCE_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 NO_MARKS: Mapping[bpf.Mark, int] = {}
-#: A socket that was shut down hangs up; a UNIX one is readable then, too (tcp_poll(), unix_poll()).
+#: A socket that was shut down reports a hang-up; a UNIX socket is also readable then (tcp_poll(),
+#: unix_poll()).
 CLIENT_OR_END = select.POLLIN | select.POLLRDHUP
 
 
 def accept_of(listener: Listener) -> Callable[[], tuple[int, object]]:
-    """Return what accepts one connection, as a descriptor, with the priority it is to have."""
-    # socket.accept() would build a socket object only for us to take it apart.
+    """Return a function that accepts one connection as a descriptor, and sets its priority."""
+    # Not socket.accept(), which would build a socket object that is not needed.
     accept: Callable[[], tuple[int, object]]
     accept = listener.socket._accept  # type: ignore[attr-defined]
     priority = listener.settings.priority
@@ -58,7 +59,7 @@ def accept_of(listener: Listener) -> Callable[[], tuple[int, object]]:
     def accept_and_set() -> tuple[int, object]:
         fd, address = accept()
         one = socket.socket(family, socket.SOCK_STREAM, 0, fd)
-        # OSError: a program that drops privileges may lose the right to those above 6.
+        # OSError: a program without privileges may not set a priority above 6.
         with suppress(OSError):
             one.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, priority)
         one.detach()
@@ -68,10 +69,10 @@ def accept_of(listener: Listener) -> Callable[[], tuple[int, object]]:
 
 
 class Listener:
-    """The listening socket of one address, or two of them, so that two generations have one each.
+    """The listening sockets of one address: one, or two, so that two generations have one each.
 
-    Owns the descriptors, and the socket files that it made.  tcp_listener.py and unix_listener.py
-    have the two kinds.
+    Owns the descriptors, and the socket files that it made.  The two kinds are in
+    tcp_listener.py and unix_listener.py.
     """
 
     def __init__(
@@ -85,15 +86,15 @@ class Listener:
         reserved: int = -1,
         again: tuple[int, ...] = (0, 0, 0),
     ) -> None:
-        """Adopt a bound, listening descriptor.  `index` is for life.
+        """Adopt a bound, listening descriptor.  `index` never changes.
 
-        shared: workers have it too, and accept from it: then it is theirs to the end.  sibling:
-        another one for the same address, so that two generations have one each.
-        reserved: a third one, which no worker gets: new clients come there during a hold.  And it
-        is the spare where we may not bind the address.
-        again: how often each of the three was bound anew, which is part of its name.
+        shared: workers have it, too, and accept from it until they end.
+        sibling: another socket of the same address, so that two generations have one each.
+        reserved: a third socket, which no worker gets; new clients come to it during a hold.  It is
+        also the spare if we may not bind the address.
+        again: how often each of the three sockets was bound again, which is part of its name.
         """
-        #: Socket 0, and where it has a sibling socket 1.
+        #: Socket 0, and its sibling, socket 1, if there is one.
         self.sockets = [socket.socket(fileno=each) for each in (fd, sibling) if each >= 0]
         self._again = list(again)
         self._reserved = socket.socket(fileno=reserved) if reserved >= 0 else None
@@ -105,42 +106,42 @@ class Listener:
             self.socket.setblocking(False)
         self.index = index
         self.settings = settings
-        #: How many may wait at each of the two, where it is to listen again.
+        #: The backlog of each of the two, for listening again.
         self._backlogs = [settings.backlog or socket.SOMAXCONN] * 2
-        #: How often each of the two has come into its SO_REUSEPORT group again.
+        #: How often each of the two has joined its SO_REUSEPORT group again.
         self.joined = [0, 0]
-        #: Whether each of the two was made for the generation that accepts there, and for no other.
+        #: Whether each of the two was made for the generation that accepts from it, and no other.
         self.is_fresh = [False, False]
-        #: It gets no clients any more: it was shut down, and cannot be bound again.
+        #: Whether it gets no clients any more: it was shut down, and cannot be bound again.
         self.lost = False
-        #: It tells of clients whether there are any or not, so it should not be polled.
+        #: Whether it is readable without a client, so that polling it is useless.
         self.always_readable = False
 
     def fileno(self) -> int:
         return self.socket.fileno()
 
-    # -- what differs by family ---------------------------------------------------
+    # -- different in each family -------------------------------------------------
 
     @property
     def port(self) -> int:
-        """That of its TCP address: a socket that was shut down may have another one."""
+        """The port of its TCP address; a socket that was shut down may have another one."""
         return 0
 
     @property
     def local_address(self) -> tuple[str, int]:
-        """Where a process of this machine reaches it; of a UNIX socket path or @name, and 0."""
+        """Its address for processes of this machine; for a UNIX socket path or @name, and 0."""
         raise NotImplementedError
 
     def is_alive(self, socket_number: int = 0) -> bool:
-        """Whether clients can come to a socket, where it was bound."""
+        """Return whether clients can connect to a socket at its address."""
         raise NotImplementedError
 
     def is_sound(self, socket_number: int) -> bool:
-        """Whether accepted clients can be spoken with: not where it was shut down twice before."""
+        """Return whether accepted connections work: not after two shutdowns of the socket."""
         raise NotImplementedError
 
     def listen_again(self, socket_number: int) -> bool:
-        """Listen again on a socket that was shut down; return whether it does."""
+        """Listen again on a socket that was shut down; return whether that succeeded."""
         raise NotImplementedError
 
     def steer(
@@ -158,11 +159,14 @@ class Listener:
 
     @property
     def can_be_held(self) -> bool:
-        """Whether clients can be left without an answer, though workers accept."""
+        """Whether a hold can leave new clients without an answer, though workers accept."""
         raise NotImplementedError
 
     def reserve(self) -> socket.socket:
-        """Return the third socket; making it needs the right to bind.  Raises OSError."""
+        """Return the third socket; make it first, if need be, which needs the right to bind.
+
+        Raises OSError.
+        """
         raise NotImplementedError
 
     def refuse_new(self) -> bool:
@@ -181,26 +185,26 @@ class Listener:
         """Keep new clients from a socket before it is closed; other processes may have it."""
         raise NotImplementedError
 
-    # -- what one family alone does ---------------------------------------------------
+    # -- in one family only ---------------------------------------------------------
 
     @property
     def path(self) -> str:
-        """The path that leads to one of its sockets, each with a file of its own; "" if none can.
+        """The path that leads to one of its sockets, each with its own file; "" if impossible.
 
         See socket_file.py.
         """
         return ""
 
     def address_of(self, socket_number: int) -> tuple[str, int]:
-        """Return where a process of this machine reaches one of its sockets, if only by a mark."""
+        """Return the address of one of its sockets for this machine; over TCP a mark selects it."""
         return self.local_address
 
     def can_be_led_to(self, socket_number: int) -> bool:
-        """Whether its address can lead to a socket that listens."""
+        """Return whether the address can be made to lead to a socket."""
         return True
 
     def is_passed_by(self, socket_number: int) -> bool:
-        """Whether clients can come to a socket to which its address leads no more."""
+        """Return whether clients can come to a socket to which the address no longer leads."""
         return False
 
     @property
@@ -212,31 +216,31 @@ class Listener:
         """Remember the backlog that a worker has set, to use the same when listening again."""
 
     def renew(self, socket_number: int) -> bool:
-        """Make another socket for a generation that is yet to start, and gets no clients yet.
+        """Make a new socket, without clients yet, for a generation that has not started.
 
-        Returns whether there is another.  Raises OSError.
+        Returns whether a socket was made.  Raises OSError.
         """
         return False
 
     @property
     def has_no_spare(self) -> bool:
-        """Whether a socket was bound anew, and the next one cannot be."""
+        """Whether a socket was bound again, and a further one cannot be."""
         return False
 
     @property
     def is_reserved_for_clients(self) -> bool:
-        """Whether clients may wait at the socket to which they came during a hold."""
+        """Whether clients of a hold may wait at the third socket."""
         return False
 
     @property
     def has_held_client(self) -> bool:
-        """Whether a client waits at that socket."""
+        """Whether a client of a hold waits at the third socket."""
         return False
 
     def adopt_reserved(self, socket_number: int) -> None:
-        """Give a socket at which clients have waited during a hold to the next generation.
+        """Give the third socket, at which clients of a hold wait, to the next generation.
 
-        socket_number: where that is to accept; if clients wait there, they come first.
+        socket_number: the socket of that generation; clients that wait there come first.
         """
 
     def let_in(self) -> None:
@@ -253,25 +257,25 @@ class Listener:
         return len(self.sockets) == 2
 
     def socket_for(self, socket_number: int) -> socket.socket:
-        """Socket 0 or 1; both are the same one where it has no sibling."""
+        """Return socket 0 or 1; without a sibling both are the same socket."""
         return self.sockets[socket_number % len(self.sockets)]
 
     def swap(self) -> None:
-        """Exchange sockets 0 and 1, if there are two; before any generation has one."""
+        """Exchange sockets 0 and 1, if there are two; only before a generation has one."""
         self.sockets.reverse()
 
     @property
     def blocks(self) -> bool:
-        """Whether accept() waits, for all processes that have it: each of them can change that."""
+        """Whether accept() waits; each process that shares the socket can change that for all."""
         return os.get_blocking(self.fileno())
 
     @property
     def listens(self) -> bool:
-        """Whether it was not shut down yet."""
+        """Whether socket 0 was not shut down yet."""
         return is_listening(self.socket)
 
     def descriptors(self) -> dict[str, int]:
-        """Return what an adopter needs, by name.  A name stands for one descriptor for ever."""
+        """Return the descriptors for the next program, by name; a name is never reused."""
         first, second = [*self.sockets, None][:2]
         kinds = (inherited.LISTENER, inherited.SIBLING, inherited.RESERVED)
         return {
@@ -283,10 +287,7 @@ class Listener:
         }
 
     def bind_anew(self, socket_number: int) -> None:
-        """Replace a socket that is of no use any more.  Raises OSError.
-
-        Workers that have the old socket do not have the new one.
-        """
+        """Replace a broken socket with a new one, which no worker has yet.  Raises OSError."""
         if self.settings.foreign:
             raise OSError(errno.EPERM, "it was passed in, and is not ours")
         self.joined[socket_number % 2] += 1
@@ -295,7 +296,7 @@ class Listener:
         self._replace(socket_number, made)
 
     def _replace(self, socket_number: int, made: socket.socket) -> None:
-        """Put a socket in the place of one, which is closed."""
+        """Replace a socket with another one, and close the old one."""
         number = socket_number % len(self.sockets)
         self._withdraw(self.sockets[number])
         self.sockets[number].close()
@@ -303,20 +304,20 @@ class Listener:
         self._again[number] += 1
 
     def go_on_without(self, socket_number: int) -> None:
-        """Drop a socket; the sibling then has both numbers."""
+        """Close a socket for good; its sibling then has both numbers."""
         number = socket_number % 2
         one = self.sockets.pop(number)
         del self._backlogs[number]
         self._withdraw(one)
         shut_down(one)
         one.close()
-        if number == 0:  # a name stands for one descriptor for ever
+        if number == 0:  # a name must never get another descriptor
             self._again[0] += 1
 
     def can_do_without(self, one: socket.socket) -> bool:
-        """Whether a socket that keeps clients out may be dropped without losing anything.
+        """Return whether a socket that keeps clients out can be dropped without a loss.
 
-        There is a spare; or no client reaches it, because it is bound to a device that is gone.
+        It can if there is a spare, or if it is bound to a missing device, so no client reaches it.
         """
         if not self.can_be_held:
             return False
@@ -328,21 +329,21 @@ class Listener:
     def close_reserved(self) -> None:
         """Close the third socket."""
         if self._reserved is not None:
-            self._withdraw(self._reserved)  # a copy may be kept elsewhere
+            self._withdraw(self._reserved)  # another process may have a copy
             self._reserved.close()
             self._reserved = None
 
     # -- the end -------------------------------------------------------------------
 
     def claim(self) -> None:
-        """Listen once more: clients of a UNIX socket see the process that did it last."""
+        """Listen again: clients of a UNIX socket see the pid of the last listen()."""
         for each in self.sockets if self.settings.backlog else ():
             each.listen(self.settings.backlog)
 
     def close(self) -> None:
-        """Stop listening.  shutdown(), because a copy of the descriptor may live elsewhere.
+        """Stop listening, by shutdown(): another process may have a copy of the descriptor.
 
-        One that workers share ends with the last of them.
+        A socket that workers share listens until the last worker ends.
         """
         self.remove_files()
         if not self.settings.foreign and not self.shared:
@@ -352,23 +353,23 @@ class Listener:
             each.close()
 
     def leave(self, socket_number: int) -> str:
-        """Close our copies alone: the fd store has a socket for the next start.
+        """Close our copies only: the fd store keeps a socket for the next start.
 
-        socket_number: of two, the one to which new clients come.  Returns its name there, ""
-        where there is none: then it is closed.
+        socket_number: the socket to which new clients come.  Returns its name in the store, or
+        "" if no socket is left there: then everything is closed.
         """
         if self.settings.foreign or not self.is_alive(socket_number):
             self.close()
             return ""
         kept = self.socket_for(socket_number)
-        with suppress(OSError):  # then new clients come to the same socket as before
+        with suppress(OSError):  # on failure new clients come to the same socket as before
             self._steer_last(socket_number)
         self.close_reserved()
         name = next(name for name, fd in self.descriptors().items() if fd == kept.fileno())
         for each in self.sockets:
             if each is not kept:
                 self._withdraw(each)
-                shut_down(each)  # a process with a copy would get clients that it never accepts
+                shut_down(each)  # otherwise a copy in another process would get clients
             each.close()
         return name
 
@@ -376,22 +377,22 @@ class Listener:
         """Route clients to the socket that the next start gets.  Raises OSError."""
 
     def has_waiting(self, socket_number: int | None = None) -> bool:
-        """Whether a client has connected and was not accepted yet; socket_number: only there."""
-        asked = self.sockets if socket_number is None else (self.socket_for(socket_number),)
-        return any(map(has_client, asked))
+        """Return whether a connected client waits to be accepted; None: at any of the sockets."""
+        polled = self.sockets if socket_number is None else (self.socket_for(socket_number),)
+        return any(map(has_client, polled))
 
-    @property  # the last one: behind it `socket` is no module to a type checker
+    @property  # last in the class: after it a type checker takes `socket` for this property
     def socket(self) -> socket.socket:
         """Socket 0."""
         return self.sockets[0]
 
 
 def remove_file(settings: ListenerSettings) -> None:
-    """Remove the socket file of a listener, if it has one, unless it was replaced by another."""
+    """Remove the socket file of a listener, unless another file has replaced it."""
     if not settings.inode:
         return
     path = settings.address.removeprefix("unix:")
-    with suppress(OSError):  # removed already, or the folder is no longer ours: said at start
+    with suppress(OSError):  # removed already, or no write access, which was reported at the start
         if is_file_of(settings, os.lstat(path)):
             os.unlink(path)
 
@@ -412,6 +413,6 @@ def is_listening(one: socket.socket) -> bool:
 
 
 def shut_down(one: socket.socket) -> None:
-    """Shut a socket down, for all processes that have it."""
-    with suppress(OSError):  # it is already
+    """Shut a socket down for all processes that have it."""
+    with suppress(OSError):  # it was shut down already
         one.shutdown(socket.SHUT_RDWR)

@@ -1,4 +1,4 @@
-"""Makes the listener of an address: of TCP or UNIX."""
+"""The choice of the listener class for an address, TCP or UNIX."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def listener_of(
     reserved: int = -1,
     again: tuple[int, ...] = (0, 0, 0),
 ) -> Listener:
-    """Return what owns a bound, listening descriptor; see Listener."""
+    """Return the listener that owns a bound, listening descriptor; see Listener."""
     kind = UnixListener if settings.address.startswith("unix:") else TcpListener
     return kind(fd, index, settings, shared=shared, sibling=sibling, reserved=reserved, again=again)

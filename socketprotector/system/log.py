@@ -1,8 +1,8 @@
 """The protector's own log: one line (model/log_format.py) for each event and action, on stderr.
 
-Where stderr leads (terminal, file, journal, the relay to syslog) was settled before. A
-reader that is slow or gone never holds the protector up: a line that would block is
-dropped, and the next line that gets through says how many.
+The launching process has set up stderr (terminal, file, journal, the relay to syslog). A
+slow or missing reader never blocks the protector: a line that would block is
+dropped, and the next written line has the number of dropped lines.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .crash_loop_summary import CrashLoopFilter
 from .loop import Loop
 from .terminal import put, put_at_once
 
-#: What an observer is called with: level, event and fields.
+#: Called with level, event and fields.
 Observer = Callable[[str, str, Mapping[str, object]], None]
 
 _STDERR = 2
@@ -29,9 +29,10 @@ class Log:
     """Writes lines to stderr without ever blocking or raising."""
 
     def __init__(self, level: str, *, prioritized: bool = False, form: str = "text") -> None:
-        """prioritized: the reader adds the time and wants a <N> priority (sd-daemon(3)).
+        """Write lines from this level on.
 
-        form: one of line.FORMATS.
+        prioritized: the reader adds the time and expects a <N> priority (sd-daemon(3)).
+        form: one of log_format.FORMATS.
         """
         self.level = level
         self._threshold = LEVELS[level]
@@ -41,39 +42,39 @@ class Log:
         self._json = form == "json"
         self._coloured = False
         self._dropped = 0
-        self._end = b""  # of a line that was cut off
+        self._end = b""  # the line end that a cut line still needs
         self._fd = -1
         self._put: Callable[[int, bytes], int] = os.write
         self._socket: socket.socket | None = None
         self.reopen()
 
     def set_level(self, level: str) -> None:
-        """Write from now on what is at this level or above it.  Raises KeyError."""
+        """Write lines from this level on.  Raises KeyError."""
         self._threshold = LEVELS[level]
         self.level = level
         self.flush()
 
     def observe(self, callback: Observer) -> None:
-        """Call this, too, with each line at level info or above, whatever our own level is.
+        """Also call `callback` with each line at level info or above, whatever the log's level.
 
-        It gets plain values; None is left out.  It must neither block nor raise.
+        It gets plain values, without fields that are None.  It must neither block nor raise.
         """
         self._observers = (*self._observers, callback)
 
     def suppress_crash_loops(self, loop: Loop) -> None:
-        """Write what a crash loop repeats as one line with a count, but for --log-level debug."""
+        """Sum up the lines of a crash loop in one line with a count, except at level debug."""
         self._filter = CrashLoopFilter(self._write, loop)
 
     def flush(self) -> None:
-        """Write what was withheld; to be called before this program is replaced."""
+        """Write the withheld lines; call it before this program is replaced."""
         if self._filter is not None:
             self._filter.flush()
 
     def reopen(self) -> None:
-        """Follow stderr to where it leads now.
+        """Write to the present stderr from now on.
 
-        A description of our own, because O_NONBLOCK on the inherited one would reach
-        every worker's output.  A socket cannot be opened again, but takes MSG_DONTWAIT.
+        With an open file description of our own, because O_NONBLOCK on the inherited one would
+        affect every worker's output.  A socket cannot be opened again, but allows MSG_DONTWAIT.
         """
         self._close()
         self._coloured = _wants_colour()
@@ -84,7 +85,7 @@ class Log:
         self._fd = os.dup(_STDERR)
         self._put = put if os.isatty(_STDERR) else os.write
         if stat.S_ISREG(mode):
-            return  # never blocks, and all processes must write at one and the same offset
+            return  # it never blocks, and all processes must share one file offset
         flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
         try:
             fd = os.open(f"/proc/self/fd/{_STDERR}", flags)
@@ -98,8 +99,8 @@ class Log:
         """Write one line.  A field that is None is left out."""
         given = {name: value for name, value in fields.items() if value is not None}
         if self._observers and LEVELS[level] <= _OBSERVED:
-            for tell in self._observers:
-                tell(level, event, plain(given))
+            for observer in self._observers:
+                observer(level, event, plain(given))
         if self._filter is None or self.level == "debug" or LEVELS[level] > _OBSERVED:
             suppressed = False
         else:
@@ -122,7 +123,7 @@ class Log:
         except OSError:
             self._dropped += 1
             return
-        # The last that went onto a disk, before it was full, may be a part of a line.
+        # On a disk that is full now the last line may be incomplete.
         cut = sent < len(data)
         self._end = b"\n" if cut else b""
         self._dropped = self._dropped + 1 if cut else 0
@@ -138,7 +139,7 @@ class Log:
         return as_text(level, event, fields, now)
 
     def close(self) -> None:
-        """Write no more, after what was withheld."""
+        """Write the withheld lines, then stop writing."""
         self.flush()
         self._close()
 
@@ -152,12 +153,12 @@ class Log:
 
 
 def _wants_colour() -> bool:
-    """Whether stderr is a terminal whose user wants colour (no-color.org)."""
+    """Return whether stderr is a terminal whose user wants colour (no-color.org)."""
     dull = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     return not dull and os.isatty(_STDERR)
 
 
 def is_journal() -> bool:
-    """Whether stderr is the journal's socket (systemd.exec(5), JOURNAL_STREAM)."""
+    """Return whether stderr is the journal's socket (systemd.exec(5), JOURNAL_STREAM)."""
     found = os.fstat(_STDERR)
     return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"

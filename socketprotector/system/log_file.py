@@ -1,7 +1,7 @@
 """Opens the log file so that a user with write access to its folder cannot trick root.
 
-Root opens it, often in a folder of the daemon's own user: a symbolic link or hard link there must
-not make root write to a file that this user could not write.  Root's own links, in folders that
+Root opens the file, often in a folder of the daemon's user.  A symbolic link or hard link there
+must not make root write to a file that this user cannot write.  Root's own links, in folders that
 only root may write, are followed.
 
 Source: open(2), symlink(7), fifo(7).
@@ -19,7 +19,7 @@ from ..model.settings import Identity
 from .cleanup import on_error
 from .peer_credentials import unmistakable_users
 
-#: Without waiting: a FIFO without a reader would block the opener.
+#: O_NONBLOCK, because opening a FIFO without a reader would wait.
 _FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _LINKED = "a symbolic link that others than root may change"
@@ -28,9 +28,9 @@ _LINKS = 40
 
 
 def open_log(path: str, identity: Identity | None = None) -> int:
-    """Open or make a log file, to append to; the caller owns the descriptor.
+    """Open or make a log file for appending; the caller owns the descriptor.
 
-    identity: whose a new one is to be.  Raises OSError.
+    identity: the owner of a new file.  Raises OSError.
     """
     try:
         if os.geteuid() != 0 or _is_roots(path):
@@ -43,7 +43,7 @@ def open_log(path: str, identity: Identity | None = None) -> int:
         raise
     with on_error(os.close, fd):
         if made and identity is not None:
-            os.fchown(fd, identity.uid, identity.gid)  # it will reopen it
+            os.fchown(fd, identity.uid, identity.gid)  # this user will reopen the file
         os.set_blocking(fd, True)
     return fd
 
@@ -57,12 +57,12 @@ def _open(path: str, folder: int | None = None, flags: int = 0) -> tuple[int, bo
 
 
 def _open_strictly(path: str, identity: Identity | None) -> tuple[int, bool]:
-    """Open it in exactly this folder, as this very file: no symbolic link, no second name."""
+    """Open a file in exactly this folder, and refuse symbolic links and hard links."""
     parent, name = os.path.split(os.path.normpath(path))
     folder = _open_folder(parent)
     try:
         around = os.fstat(folder)
-        with suppress(FileNotFoundError):  # before it is opened: that alone may have an effect
+        with suppress(FileNotFoundError):  # checked first, because even opening may have an effect
             _refuse(os.lstat(name, dir_fd=folder), around, identity, path)
         try:
             fd, made = _open(name, folder, os.O_NOFOLLOW)
@@ -73,23 +73,23 @@ def _open_strictly(path: str, identity: Identity | None) -> tuple[int, bool]:
     finally:
         os.close(folder)
     with on_error(os.close, fd):
-        _refuse(os.fstat(fd), around, identity, path)  # it may be another one by now
+        _refuse(os.fstat(fd), around, identity, path)  # another user may have replaced the file
     return fd, made
 
 
 def _refuse(
     found: os.stat_result, around: os.stat_result, identity: Identity | None, path: str
 ) -> None:
-    """Raise OSError for a file that others may have put there; around: its folder."""
-    theirs = unmistakable_users((0, around.st_uid, *((identity.uid,) if identity else ())))
+    """Raise OSError for a file that another user may have made; around: its folder's stat."""
+    trusted = unmistakable_users((0, around.st_uid, *((identity.uid,) if identity else ())))
     if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
         raise OSError(errno.EPERM, "it has another name (a hard link)", path)
-    if around.st_mode & stat.S_IWOTH and found.st_uid not in theirs:
+    if around.st_mode & stat.S_IWOTH and found.st_uid not in trusted:
         raise OSError(errno.EPERM, "somebody else has put a file there", path)
 
 
 def _open_folder(path: str) -> int:
-    """Open a folder, as the caller's, by a path in which there is no symbolic link."""
+    """Open a folder by a path without symbolic links; the caller owns the descriptor."""
     folder = os.open("/", _FOLDER)
     for name in path.split("/"):
         try:
@@ -105,7 +105,7 @@ def _open_folder(path: str) -> int:
 
 
 def _is_roots(path: str) -> bool:
-    """Whether root alone may change where a path leads."""
+    """Return whether only root can change the file to which a path leads."""
     here, shared, links = "/", False, 0
     names = deque(path.split("/"))
     while names:
@@ -116,7 +116,7 @@ def _is_roots(path: str) -> bool:
         try:
             found = os.lstat(there)
         except FileNotFoundError:
-            return not names and not shared  # it will be made
+            return not names and not shared  # the file will be made
         if found.st_uid != 0:
             return False
         if stat.S_ISLNK(found.st_mode):

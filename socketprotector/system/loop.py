@@ -1,12 +1,12 @@
-"""One thread's wait for everything: descriptors, signals and timers.
+"""The event loop: one thread's wait for descriptors, signals and timers.
 
-`select.epoll` itself, not `selectors`: the wait is part of the path of every
-connection, and the wrapper adds 0.7 us to it.
+It uses `select.epoll` directly, because each connection needs a wait, and `selectors`
+would add 0.7 us to it.
 
-One wait returns many events, and what the first of them leads to may close a number that a later
-one is about, and use it again for something else.  So a callback is called only for events that
-were found when it was watched already: until the next wait it stands apart.  Callbacks tolerate a
-wake-up that finds nothing: what there was may have been taken meanwhile.
+One wait returns many events.  The callback of an early event may close a descriptor that a later
+event is about, and open another file under its number.  So a new callback is called only for events
+of later waits.  Callbacks must tolerate a wake-up without an event, because another callback may
+have handled it.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ from . import signals
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 SHUT = select.EPOLLRDHUP
-#: Cancelled timers stay in the list until they come up or are this many too many: a reload
-#: each second with a drain limit of a day would else keep 86,400 of them.
+#: Cancelled timers stay in the list until they are due, or until there are this many too many.
+#: Without this limit, a reload each second with a drain limit of a day would keep 86,400 timers.
 _STALE = 64
-#: How much one wait returns at most (Python asks for FD_SETSIZE - 1).
+#: The most events that one wait returns (Python asks for FD_SETSIZE - 1).
 _FOUND_AT_ONCE = 1023
-#: No wait is longer: epoll_wait(2) takes milliseconds as a C int, 24.8 days, and an operator may
-#: give any time.  A wake-up at which nothing is due costs nothing.
+#: The longest wait: epoll_wait(2) takes milliseconds as a C int, 24.8 days, and an operator may
+#: give any time.  A wake-up without a due timer costs almost nothing.
 LONGEST_WAIT_S = 86_400.0
 _COMING = "loop-coming"
-#: How often to ask whether there is processor time to spare: an operator may change that.
+#: How often to look for spare processor time again: an operator may change the quota.
 _ASK_NS = 2_000_000_000
 
 
 class Loop:
-    """Calls back when a descriptor is ready, a timer runs out or a signal came."""
+    """Calls back when a descriptor is ready, a timer runs out or a signal arrives."""
 
     def __init__(self, soon_s: float = 0.0, spare: Callable[[], bool] | None = None) -> None:
-        """soon_s: for how long the next event is asked for again and again where it is expected.
+        """Make an event loop.
 
-        spare: says whether there is processor time for that; asked now and then.
+        soon_s: for how long to poll for an expected event without sleeping.
+        spare: returns whether there is processor time for polling; called now and then.
         """
         self._epoll = select.epoll()
         self._spare = spare
@@ -53,37 +54,37 @@ class Loop:
         self._timers: dict[Hashable, tuple[float, int, Callable[[], None]]] = {}
         self._by_time: list[tuple[float, int, Hashable]] = []
         self._count = 0
-        self._asked_at = 0.0  # when it was last asked what is due
+        self._asked_at = 0.0  # when due timers were last looked for
         self.running = True
-        #: Set each time an event is expected within soon_ns: then the next wait does
-        #: not sleep so long.  To wake a core that sleeps costs more (17 us and above).
+        #: Set it each time an event is expected within soon_ns: the next wait then polls that long
+        #: before it sleeps, because waking a sleeping core costs more (17 us and above).
         self.soon = False
         self.take_signals: Callable[[], None] = lambda: None
 
     # -- descriptors ---------------------------------------------------------
 
     def watch(self, fd: int, callback: Callable[[], None], events: int = READ) -> None:
-        """Call back whenever fd is ready.  The caller keeps fd and unwatches it before closing.
+        """Call back whenever fd is ready.  The caller keeps fd, and unwatches it before closing.
 
-        Else events go on for a number that is no longer there, as long as another process has
+        Otherwise events continue for a closed number while another process has
         a copy: epoll(7), "Questions and answers".
         """
         self._epoll.register(fd, events)
         if not self._coming:
-            # A timer, so that _until_due() is called, which takes them in: the path of a connection
-            # need not ask for both.
+            # The timer makes run() call _until_due(), which activates new callbacks.  So run() need
+            # not check for them in each turn.
             self.call_after(_COMING, 0.0, self._take_in)
         self._coming[fd] = callback
 
     def unwatch(self, fd: int) -> None:
-        """Stop calling back for fd; nothing happens if it is not watched."""
+        """Stop calling back for fd; do nothing if it is not watched."""
         if self._callbacks.pop(fd, None) or self._coming.pop(fd, None):
             self._epoll.unregister(fd)
 
     # -- timers --------------------------------------------------------------
 
     def call_after(self, key: Hashable, seconds: float, callback: Callable[[], None]) -> None:
-        """Call back once after some seconds; the same key again replaces the timer."""
+        """Call back once after some seconds; a repeated key replaces the timer."""
         self._count += 1
         due = time.monotonic() + seconds
         self._timers[key] = (due, self._count, callback)
@@ -99,32 +100,32 @@ class Loop:
             self.call_after(key, seconds, timer[2])
 
     def run_if_due(self, key: Hashable) -> None:
-        """Call back now for a timer that has run out, while something long keeps us from run()."""
+        """Call back now if a timer has run out.  For long work, during which run() cannot."""
         timer = self._timers.get(key)
         if timer is not None and timer[0] <= time.monotonic():
             self.cancel(key)
             timer[2]()
 
     def due(self, key: Hashable) -> float | None:
-        """Return when a timer runs out (CLOCK_MONOTONIC seconds), None if it does not run."""
+        """Return the time when a timer runs out (CLOCK_MONOTONIC seconds), None if it is off."""
         timer = self._timers.get(key)
         return timer[0] if timer is not None else None
 
     def cancel(self, key: Hashable) -> None:
-        """Forget a timer; nothing happens if it does not run."""
+        """Cancel a timer; do nothing if it does not run."""
         self._timers.pop(key, None)
         if not self._timers:
             self._by_time.clear()
 
     def _take_in(self) -> None:
-        """Call back for descriptors watched since the last wait, all reported by now."""
+        """Activate the callbacks added since the last wait; its events were all handled."""
         self._callbacks |= self._coming
         self._coming.clear()
 
     def _until_due(self) -> float | None:
-        """Return how many seconds to wait for the next timer: 0 if it is due, None without one.
+        """Return the seconds until the next timer: 0 if it is due, None without a timer.
 
-        What was watched since the last wait is called back for from here on.
+        Also activate the callbacks added since the last wait.
         """
         if self._coming:
             self._take_in()
@@ -140,7 +141,7 @@ class Loop:
         return None
 
     def _run_due(self) -> None:
-        """Call back for what was due when the last wait began."""
+        """Call back for the timers that were due when the last wait began."""
         while self.running and self._by_time and self._by_time[0][0] <= self._asked_at:
             _, count, key = self._by_time.pop(0)
             timer = self._timers.get(key)
@@ -158,12 +159,12 @@ class Loop:
             try:
                 received = os.read(receive, 512)
             except BlockingIOError:
-                return  # taken meanwhile
+                return  # read already
             for number in received:
-                if number in wanted:  # not that of a timer (foreign_descriptors.py)
+                if number in wanted:  # not SIGALRM (foreign_descriptors.py)
                     callback(number)
 
-        #: Calls back now for events that have come.
+        #: Calls back now for signals that have arrived.
         self.take_signals = read
         self.watch(receive, read)
 
@@ -180,13 +181,13 @@ class Loop:
                 callback = callbacks.get(fd)
                 if callback is not None:
                     callback()
-            # After all that had come by then: a protector that has stood still, or begins with the
-            # timers of another, must not end a worker that has long said that it is ready.
+            # Timers only after all waiting events.  A protector that was suspended, or that resumes
+            # with old timers, must not end a worker whose READY=1 waits to be read.
             if timeout == 0 and len(found) < _FOUND_AT_ONCE:
                 self._run_due()
 
     def _poll_briefly(self, timeout: float | None) -> list[tuple[int, int]] | None:
-        """Return what is ready within soon_ns, None if nothing is."""
+        """Poll for up to soon_ns; return the events, or None."""
         self.soon = False
         poll, now = self._epoll.poll, time.monotonic_ns
         begin = now()
@@ -195,8 +196,8 @@ class Loop:
             self._ask_at_ns = begin + _ASK_NS
         if not self._has_spare:
             return None
-        left = self.soon_ns if timeout is None else min(self.soon_ns, int(timeout * 1e9))
-        end = begin + left
+        limit_ns = self.soon_ns if timeout is None else min(self.soon_ns, int(timeout * 1e9))
+        end = begin + limit_ns
         while now() < end:
             found = poll(0)
             if found:

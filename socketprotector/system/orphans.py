@@ -1,4 +1,4 @@
-"""Finds and ends the processes that a failed worker, which never served, has left behind.
+"""Finds and ends the processes that failed workers, which never served, have left behind.
 
 A program that detaches itself, or fails with children running, would keep its port and files while
 the start is reported as failed.  Its processes carry its notify address, which is random and
@@ -190,7 +190,7 @@ def _close(found: Found) -> None:
 
 
 class Look:
-    """One look over /proc, by a child of ours, for all processes with one of some addresses."""
+    """One scan of /proc, in a child process, for all processes with one of these addresses."""
 
     def __init__(
         self,
@@ -199,11 +199,11 @@ class Look:
         identity: Identity | None,
         done: Callable[[Collection[str], Found, str], None],
     ) -> None:
-        """Begin, and call back once.  Raises OSError.
+        """Begin the scan, and call `done` once.  Raises OSError.
 
-        identity: the user to look as, if not ours: another user's environments cannot be read.
-        done: is given the addresses, what was found, whose pidfds it owns, and why not all could
-        be seen.
+        identity: the user to scan as, if not ours: other users' environments cannot be read.
+        done: called with the addresses, the processes found, whose pidfds it owns, and the reason
+        if the scan is incomplete.
         """
         self._loop = loop
         self._wanted = wanted
@@ -218,7 +218,7 @@ class Look:
         loop.call_after(_LIMIT, _LOOK_S, lambda: self._end(hangs))
 
     def _hear(self) -> None:
-        """Take in what it has found so far; the last message says that this was all."""
+        """Receive the processes found so far; the last message ends the scan."""
         while True:
             try:
                 data, control, flags, _ = self._line.recvmsg(_MESSAGE_BYTES, _ANCILLARY, _FLAGS)
@@ -257,18 +257,18 @@ class Look:
 def _tell(line: socket.socket, wanted: tuple[str, ...], identity: Identity | None) -> None:
     """Scan, in the child, and send each process found with its pidfd, then an end marker."""
     os.setpgid(0, 0)  # so that a signal to our group does not end it
-    # No connection or channel may be held open while this takes its time.
+    # A long scan must not hold a connection or a channel open.
     os.closerange(0, line.fileno())
     os.closerange(line.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
     why = ""
     try:
-        # So that pkill by the protector's name does not find this process.  Where privileges were
-        # dropped the file is root's: then it keeps the protector's name.
+        # So that pkill by the protector's name does not find this process.  After a drop of
+        # privileges the file belongs to root, and the process keeps the protector's name.
         with suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as file:
             file.write("sp-orphans")
         if identity is not None:
             privileges.hand_over(identity)
-        # send_fds drops its flags (CPython 3.11), so it waits for room, which this child may.
+        # send_fds ignores its flags (CPython 3.11), so it waits for room; this child may wait.
         for address, pid, pidfd in _carrying(wanted):
             socket.send_fds(line, [f"{address} {pid}".encode()], [pidfd])
     except OSError as error:

@@ -1,7 +1,7 @@
-"""The credentials of a UNIX socket's peer, and when a uid may be the overflow uid.
+"""The credentials of a UNIX socket's peer, and the ambiguous overflow uid.
 
-In a user namespace all users without a mapping appear as one, the overflow user (`nobody`
-elsewhere).  So that uid identifies a user only if every uid is mapped.
+In a user namespace all users without a mapping appear as one, the overflow user, which has the uid
+of `nobody`.  So that uid identifies a user only if every uid is mapped.
 
 Source: user_namespaces(7), unix(7), pidfd_send_signal(2).
 """
@@ -17,27 +17,27 @@ from collections.abc import Iterable
 _USERS, _GROUPS = ("uid_map", "overflowuid"), ("gid_map", "overflowgid")
 #: The kernel's default for both.
 _OVERFLOW = 65534
-#: As many as there are: the map of a system that is in no namespace.
+#: The number of mapped uids in a system without a user namespace: all.
 _ALL = 2**32 - 1
 _SO_PEERPIDFD = 77  # Linux 6.5
 
 
 def unmistakable_users(uids: Iterable[int]) -> frozenset[int]:
-    """Return those numbers that stand for one user each."""
+    """Return the uids that stand for one user each."""
     return frozenset(uids) - _ambiguous(*_USERS)
 
 
 def unmistakable_groups(gids: Iterable[int]) -> frozenset[int]:
-    """Return those numbers that stand for one group each."""
+    """Return the gids that stand for one group each."""
     return frozenset(gids) - _ambiguous(*_GROUPS)
 
 
 def may_be_signalled(connection: socket.socket) -> bool:
-    """Whether we may signal the process that has connected: then it is a process of our own user.
+    """Return whether we may signal the peer's process, so that it is trusted.
 
-    Or of our namespace, where we may signal all of that; a stranger from outside it is neither,
-    for the kernel compares users and not their numbers.  False, too, where it has ended,
-    and before Linux 6.5, which does not tell which one it is.
+    It is then of our own user, or of our user namespace if we may signal all processes there.  A
+    process from outside is refused, because the kernel compares users, not their numbers.  False
+    also if the process has ended, and before Linux 6.5, which does not identify it.
     """
     try:
         found = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4)
@@ -54,14 +54,14 @@ def may_be_signalled(connection: socket.socket) -> bool:
 
 
 def _ambiguous(map_name: str, overflow_name: str) -> frozenset[int]:
-    """Return the number that may be any user's, if there is one here."""
+    """Return the overflow number, if several users or groups may have it."""
     try:
         with open(f"/proc/self/{map_name}", encoding="ascii") as file:
             if sum(int(line.split()[2]) for line in file) >= _ALL:
                 return frozenset()
     except FileNotFoundError:
         if os.path.exists("/proc/self"):
-            return frozenset()  # a kernel without namespaces of users
+            return frozenset()  # a kernel without user namespaces
     except (OSError, ValueError, IndexError):
         pass
     try:

@@ -1,4 +1,4 @@
-"""Removes the pid file; only the process that holds its lock may: the protector, or the guard.
+"""Removes the pid file.  Only the holder of its lock may do so: the protector, or the guard.
 
 launch/pid_file.py writes and locks it.
 """
@@ -9,9 +9,9 @@ import os
 
 
 def remove(path: str, lock: int) -> None:
-    """Remove the file, if it is still the one whose lock this descriptor holds."""
+    """Remove the file, if this descriptor still holds its lock."""
     try:
         if os.path.samestat(os.lstat(path), os.fstat(lock)):
             os.unlink(path)
     except OSError:
-        pass  # removed already, or in a folder that is not this user's: said at start
+        pass  # removed already, or no write access, which was reported at the start

@@ -1,4 +1,4 @@
-"""What a descriptor is ready for at this moment, and has: calls that do not wait."""
+"""Polling and reading a descriptor without waiting."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def events_of(one: int | socket, wanted: int) -> int:
-    """Return which of these events there are, POLLHUP and POLLERR unasked.  Raises OSError.
+    """Return the present events among `wanted`, and POLLHUP and POLLERR.  Raises OSError.
 
-    None is known of while another process has our limit of descriptors lowered to 0 (prlimit(2)):
-    then poll(2) looks at nothing, and what we were about to do must wait, not end us.
+    Return 0 while another process has lowered our limit of descriptors to 0 (prlimit(2)): poll(2)
+    fails then, and the caller must try again later, not fail.
     """
     poll = select.poll()
     poll.register(one, wanted)
@@ -30,10 +30,10 @@ def events_of(one: int | socket, wanted: int) -> int:
 
 
 def read_now(read: Callable[..., bytes], *arguments: Any) -> bytes | None:
-    """Return what `read`, which does not wait, finds.
+    """Return the bytes that `read` returns without waiting.
 
-    b"": the end, also if the writer has crashed.  None: nothing yet, as
-    after a wake-up for a number that was another's before.
+    b"": end of file, also after a crash of the writer.  None: nothing yet, for example
+    after a wake-up for another file that had this number before.
     """
     try:
         return read(*arguments)

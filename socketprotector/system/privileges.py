@@ -1,7 +1,7 @@
-"""Drops to a user for good, and lets workers be started as another user.
+"""Drops privileges for good, and keeps the few that starting workers as another user needs.
 
-With --worker-user the protector keeps CAP_SETUID, CAP_SETGID and CAP_KILL and nothing else.
-Programs it executes do not inherit them, except its own successor (`lent()`).
+With --worker-user the protector keeps only CAP_SETUID, CAP_SETGID and CAP_KILL.
+Programs that it executes do not inherit them, except its own successor (`lent()`).
 
 Source: capabilities(7), prctl(2), capset(2).
 """
@@ -32,14 +32,14 @@ _CAPABILITY_VERSION_3 = 0x20080522
 
 
 def become(identity: Identity, nice: int, *, starts_others: bool) -> None:
-    """Drop to another user for good, supplementary groups and capabilities too.
+    """Become another user for good, with its groups and without capabilities.
 
-    nice: what workers are to have; a value below 0 is allowed to that user before.
-    starts_others: keep what starting and killing processes of yet another user takes.
+    nice: the workers' nice value; a value below 0 is permitted to that user first.
+    starts_others: keep the capabilities for starting and killing processes of a third user.
     Raises SystemRefused.
     """
     if os.getresuid() == (identity.uid,) * 3 != (0, 0, 0):
-        return  # an earlier program has
+        return  # an earlier program has done so
     if nice < 0:
         try:
             resource.setrlimit(resource.RLIMIT_NICE, (20 - nice, 20 - nice))
@@ -68,9 +68,10 @@ def become(identity: Identity, nice: int, *, starts_others: bool) -> None:
 
 
 def _may_have_capabilities() -> bool:
-    """Say whether a change of the user has left some (SECBIT_NO_SETUID_FIXUP, capabilities(7)).
+    """Return whether capabilities may be left after the change of user.
 
-    Not asked of prctl(2), which usually would be called for this alone.
+    They are left with SECBIT_NO_SETUID_FIXUP (capabilities(7)).  Read from /proc, because prctl(2)
+    would need ctypes for this alone.
     """
     try:
         with open("/proc/self/status", encoding="ascii", errors="replace") as file:
@@ -81,15 +82,15 @@ def _may_have_capabilities() -> bool:
 
 
 def no_new_privileges() -> None:
-    """Let nothing that this process executes gain privileges (set-user-id programs).
+    """Keep this process and its children from gaining privileges by set-user-id programs, for good.
 
-    For its children too, and never undone.  Raises OSError.
+    Raises OSError.
     """
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
 def adopt_group() -> None:
-    """Make this process, and what it executes, the parent of what a dead child leaves.
+    """Make this process the parent of its dead children's processes, also after an exec.
 
     Raises OSError.
     """
@@ -97,29 +98,26 @@ def adopt_group() -> None:
 
 
 def end_with_parent(number: int) -> None:
-    """Make the kernel signal this process when its parent's thread ends, also after exec.
+    """Make the kernel signal this process when its parent's thread ends, also after an exec.
 
-    Its own children do not have that.  Raises OSError.
+    Its own children do not inherit that.  Raises OSError.
     """
     _prctl(_PR_SET_PDEATHSIG, number)
 
 
 def hand_over(identity: Identity) -> None:
-    """Become a user that a worker runs as, with no capability; for a forked child.
-
-    Raises OSError.
-    """
-    import ctypes  # noqa: F401 -- loaded by us: that user need not be able to read it
+    """Become a worker's user, without capabilities; for a forked child.  Raises OSError."""
+    import ctypes  # noqa: F401 -- loaded now, because that user may be unable to read it
 
     change_user(identity)
     _set_capabilities(())
 
 
 def _bounding_set() -> Iterator[int]:
-    """Return what is in it still: an earlier program may have dropped from it.
+    """Yield the capabilities in the bounding set; an earlier program may have dropped some.
 
-    The kernel knows no capability behind the first that it takes for a mistake; it says the
-    last in /proc, too, which may not be there.
+    The first one with EINVAL is behind the last.  /proc has the last one, too, but it may be
+    missing.
     """
     for capability in count():
         try:
@@ -140,7 +138,7 @@ def change_user(identity: Identity) -> None:
 
 @contextmanager
 def lent() -> Iterator[None]:
-    """While this lasts, what is executed has the capabilities that we keep."""
+    """Let executed programs have our capabilities until the block ends."""
     try:
         _set_capabilities(KEPT, inheritable=KEPT)
         for capability in KEPT:
@@ -151,17 +149,17 @@ def lent() -> Iterator[None]:
 
 
 def reclaim() -> None:
-    """Let nothing that we execute from here on have our capabilities."""
+    """Let executed programs have no capabilities from now on."""
     _prctl(_PR_CAP_AMBIENT, _AMBIENT_CLEAR_ALL)
     _set_capabilities(KEPT)
 
 
 def call_libc(function: str, *arguments: int | bytes) -> int:
-    """Call a function of the C library that Python has no name for.  Raises OSError."""
-    # Half a megabyte, and only where privileges are in play, or a socket file is given away.
+    """Call a function of the C library that Python does not offer.  Raises OSError."""
+    # Imported here: it costs half a megabyte, and only --worker-user and the like need it.
     import ctypes
 
-    # Each number as wide as a register: prctl(2) takes unsigned longs, and cannot tell C so.
+    # unsigned long, because prctl(2) has variable arguments, which C does not convert.
     words = (ctypes.c_ulong(each) if isinstance(each, int) else each for each in arguments)
     result = int(getattr(ctypes.CDLL(None, use_errno=True), function)(*words))
     if result < 0:
@@ -176,7 +174,7 @@ def _prctl(option: int, *arguments: int) -> int:
 
 def _set_capabilities(kept: tuple[int, ...], inheritable: tuple[int, ...] = ()) -> None:
     """Set the permitted and effective capabilities to exactly these."""
-    mask, inherited = (sum(1 << each for each in those) for those in (kept, inheritable))
+    mask, inherited = (sum(1 << each for each in chosen) for chosen in (kept, inheritable))
     header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
     data = struct.pack("6I", mask, mask, inherited, 0, 0, 0)
     call_libc("capset", header, data)

@@ -1,4 +1,4 @@
-"""Child processes: signal and reap them.  Never by pid alone: each has a pidfd.
+"""Signals to child processes, and their reaping; each has a pidfd, because a pid is reused.
 
 Source: pidfd_open(2), pidfd_send_signal(2), waitid(2); F_SETOWN_EX in fcntl(2).
 """
@@ -21,17 +21,17 @@ from . import procfs
 from .cleanup import on_error
 from .polling import events_of
 
-#: Processes that an object here reaps.  Any other child that ends was left to us.
-#: With their objects: a reaped process may be released only after its number was reused.
+#: Pid -> the objects that reap it.  Any other child is an orphan, which reap_orphans() reaps.
+#: Several objects, because a reaped process may be released only after its pid was reused.
 _known: dict[int, set[Process]] = {}
-#: Of those, so many are reaped in one go.
+#: The most orphans that are reaped at once.
 _REAPED_AT_ONCE = 256
 #: PIDFD_SIGNAL_PROCESS_GROUP of pidfd_send_signal(2), from Linux 6.9 on.
 _PROCESS_GROUP = 1 << 2
-#: Of fcntl(2); Python has no names for them.
+#: Constants of fcntl(2) that Python lacks.
 _F_SETOWN_EX, _F_GETOWN_EX, _F_OWNER_PGRP = 15, 16, 2
 _OWNER = struct.Struct("2i")
-#: The kernel's count of a process's memory is this inexact: it adds up what each processor counts.
+#: The error of the kernel's count of a process's memory, which adds up the processors' counts.
 _INEXACT_KIB = 1024
 
 
@@ -41,60 +41,63 @@ class End:
 
     clean: bool  # exited with status 0
     how: str
-    cpu_s: float | None = None  # of itself and of its own children that it has waited for
-    max_rss_kib: int | None = None  # its peak, if that is above ours: see _own_kib()
+    cpu_s: float | None = None  # its processor time, with its reaped children's
+    max_rss_kib: int | None = None  # its peak memory, if that is above ours: see _own_kib()
 
 
 class Process:
     """A child of ours.  Owns the pidfd, which is readable once the process has ended."""
 
     def __init__(self, pid: int, pidfd: int = -1, lifeline: int = -1) -> None:
-        """Open it, or take ownership of a pidfd that an earlier program had opened.
+        """Open a pidfd, or take ownership of a pidfd that an earlier program opened.
 
-        lifeline: what its group ends with, see spawn(); it is owned from here on.  Raises OSError
-        when the system is out of descriptors.
+        lifeline: the descriptor with whose end its group is killed, see spawn(); owned from now on.
+        Raises OSError if the system is out of descriptors.
         """
         self.pid = pid
         self._adopted = pidfd >= 0
         self._lifeline = lifeline
         self.pidfd = pidfd if pidfd >= 0 else os.pidfd_open(pid)
-        self.reaped = False  # and so its number may be another's
+        self.reaped = False  # once true, another process may have its pid
         _known.setdefault(pid, set()).add(self)
 
     @classmethod
     def of_child(cls, pid: int, lifeline: int = -1) -> Process:
-        """Own a child that was just started.  Raises OSError, and then it is killed."""
-        with on_error(_kill, pid):  # its end would never be noticed
+        """Return the object of a child that was just started.
+
+        Raises OSError after killing the child.
+        """
+        with on_error(_kill, pid):  # without a pidfd its end would go unnoticed
             child = cls(pid, lifeline=lifeline)
-        # The pidfd then knows the group itself, not its number, in each process that has it.
-        with suppress(OSError):  # it leads none
+        # Owner of the pidfd becomes the group itself, not its number: see _is_anothers_number().
+        with suppress(OSError):  # it leads no group
             fcntl.fcntl(child.pidfd, _F_SETOWN_EX, _OWNER.pack(_F_OWNER_PGRP, pid))
         return child
 
     def signal(self, number: int) -> None:
-        """Send a signal to the process; nothing happens if it has ended.
+        """Send a signal to the process; do nothing if it has ended.
 
-        Raises PermissionError if it has become another user's.
+        Raises PermissionError if the process has changed its user.
         """
         if not self.reaped:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, number)
 
     def kill_group(self) -> None:
-        """Send KILL to the process and all of its group.
+        """Send KILL to the process and its group.
 
-        Raises PermissionError if all of it has become another user's.
+        Raises PermissionError if all processes of the group have changed their user.
         """
         if not self.signal_group(signal.SIGKILL):
-            self.signal(signal.SIGKILL)  # it has not made its group yet, or left it
+            self.signal(signal.SIGKILL)  # it has not made its group yet, or has left it
 
     def signal_group(self, number: int) -> bool:
-        """Send a signal to all of the group that it leads, or led; say whether it has a process.
+        """Send a signal to the group that the process leads or led; return whether it exists.
 
-        Raises PermissionError if all of it has become another user's.
+        Raises PermissionError if all processes of the group have changed their user.
         """
         try:
-            # By the pidfd, which no other group is ever reached by.
+            # By the pidfd, which never reaches another group.
             signal.pidfd_send_signal(self.pidfd, number, None, _PROCESS_GROUP)
         except ProcessLookupError:
             return False
@@ -103,7 +106,7 @@ class Process:
                 raise
         else:
             return True
-        # Before Linux 6.9: by the number, which is no other's as long as a process is in the group.
+        # Before Linux 6.9: by its number, which is not reused while the group has a process.
         if self._is_anothers_number():
             return False
         try:
@@ -113,45 +116,45 @@ class Process:
         return True
 
     def has_group(self) -> bool:
-        """Say whether the group that it leads, or led, has a process; itself until it is reaped."""
+        """Return whether the group that it leads or led has a process, unreaped ones included."""
         try:
             return self.signal_group(0)
         except PermissionError:
             return True
 
     def _is_anothers_number(self) -> bool:
-        """Whether it was reaped, and its number is another process's or another group's.
+        """Return whether it was reaped, and another process or group has its number.
 
-        Before Linux 5.12 a group whose leader has ended, too, cannot be distinguished from its own.
+        Before Linux 5.12 another group whose leader has ended cannot be distinguished from its own.
         """
         if not _is_gone(lambda: signal.pidfd_send_signal(self.pidfd, 0)):
             return False
         if not _is_gone(lambda: os.kill(self.pid, 0)):
-            return True  # its group was empty before
+            return True  # the number was reused, so its own group is empty
         kind, group = _OWNER.unpack(fcntl.fcntl(self.pidfd, _F_GETOWN_EX, bytes(_OWNER.size)))
         return kind == _F_OWNER_PGRP and not group
 
     def has_ended(self) -> bool:
-        """Say whether it has ended, reaped or not."""
-        # Asked twice, as nothing is known by the one while our limit of descriptors is 0.
+        """Return whether it has ended, reaped or not."""
+        # Two checks, because poll() fails while our limit of descriptors is 0.
         return bool(events_of(self.pidfd, select.POLLIN)) or self._is_zombie()
 
     def _is_zombie(self) -> bool:
         options = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        with suppress(ChildProcessError):  # another's child
+        with suppress(ChildProcessError):  # it is another process's child
             return os.waitid(os.P_PIDFD, self.pidfd, options) is not None
         return _is_gone(lambda: signal.pidfd_send_signal(self.pidfd, 0))
 
     def is_stopped(self) -> bool | None:
-        """Say whether it stands still (SIGSTOP, a debugger); None where that cannot be seen."""
+        """Return whether it is suspended (SIGSTOP, a debugger); None if unknown."""
         found = procfs.state_of(self.pid)
         return found and found[0] in (b"T", b"t") and not self.has_ended()
 
     def reap(self) -> End | None:
         """Return how it ended, or None while it runs.
 
-        Raises ChildProcessError when it is no child of ours (any more) and has ended: then its
-        status is with the process that has reaped it.
+        Raises ChildProcessError if it has ended and is not our child (any more): another process
+        has its status.
         """
         try:
             found = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -162,35 +165,35 @@ class Process:
             raise
         if found is None:
             return None
-        # By its number, because waitid() does not tell what it used; until this returns the
-        # number is no other process's.
+        # By its pid, because waitid() does not return its resource usage.  The pid cannot be
+        # reused before this call.
         _, status, used = os.wait4(self.pid, os.WNOHANG)
         self._note_reaped()
         clean, how = text.status_of(status)
         return End(clean, how, used.ru_utime + used.ru_stime, self._own_kib(used.ru_maxrss))
 
     def _own_kib(self, peak_kib: int) -> int | None:
-        """Return the peak of its memory; None if that may have been our own, before the exec.
+        """Return its peak memory; None if that may be our own memory, from before its exec.
 
-        Source: setmax_mm_hiwater_rss() in exec_mmap() of fs/exec.c counts the memory that it left.
+        Source: setmax_mm_hiwater_rss() in exec_mmap() of fs/exec.c, which counts the old memory.
         """
         ours_kib = None if self._adopted else procfs.peak_kib()
-        if ours_kib is None:  # that of each program which was executed in our process
+        if ours_kib is None:  # the peak of all programs that were executed in our process
             ours_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak_kib if peak_kib > ours_kib + _INEXACT_KIB else None
 
     def discard(self) -> None:
-        """Kill it with its group and let go of it, pidfd and all.
+        """Kill the process with its group, and close the pidfd.
 
-        It is reaped with the orphans: one that waits for a disk cannot be waited for.
+        reap_orphans() reaps it later, because a process that waits for a disk cannot be waited for.
         """
         if not self.reaped:
-            with suppress(PermissionError):  # it has become another user's, and ends when it likes
+            with suppress(PermissionError):  # it has changed its user, and cannot be killed
                 self.kill_group()
         self.close()
 
     def close(self) -> None:
-        """Close the pidfd.  A child that lives on is reaped with the orphans."""
+        """Close the pidfd; reap_orphans() reaps a child that still runs."""
         os.close(self.pidfd)
         if self._lifeline >= 0:
             os.close(self._lifeline)
@@ -201,14 +204,14 @@ class Process:
         self._forget()
 
     def _forget(self) -> None:
-        its = _known.get(self.pid, set())
-        its.discard(self)
-        if not its:
+        objects = _known.get(self.pid, set())
+        objects.discard(self)
+        if not objects:
             _known.pop(self.pid, None)
 
 
 def _is_gone(probe: Callable[[], None]) -> bool:
-    """Whether a signal 0 reaches no process; one that has become another user's is there."""
+    """Return whether a signal 0 reaches no process; a process of another user does exist."""
     try:
         probe()
     except OSError as error:
@@ -217,9 +220,9 @@ def _is_gone(probe: Callable[[], None]) -> bool:
 
 
 def _kill(pid: int) -> None:
-    """Kill a child that was not reaped yet, and its group; it is reaped with the orphans.
+    """Kill an unreaped child and its group; reap_orphans() reaps it later.
 
-    Not waited for: it may wait for a disk.
+    Without waiting, because the child may wait for a disk.
     """
     try:
         os.killpg(pid, signal.SIGKILL)
@@ -229,14 +232,14 @@ def _kill(pid: int) -> None:
 
 
 def reap_orphans() -> tuple[int, bool]:
-    """Reap children that have ended and that no object here owns.
+    """Reap ended children that no Process owns.
 
-    They were discarded, or are left to us by others where we are the first process of a container
-    (PID 1), or were made a sub-reaper.  Returns how many there were, and whether to come again
-    soon: there are more, or one that another object here is about to reap comes before them.
+    They were discarded, or were left to us as PID 1 of a container or as a sub-reaper.  Returns
+    their number, and whether to call it again soon: there may be more, or an owned process that is
+    not reaped yet comes first.
     """
-    # Which child has ended a signal does not tell: several signals are one.  This names one,
-    # the same again until it is reaped.
+    # Not by SIGCHLD, because several signals merge into one.  waitid() names one child, the
+    # same again until it is reaped.
     for reaped in range(_REAPED_AT_ONCE):
         try:
             found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -246,5 +249,5 @@ def reap_orphans() -> tuple[int, bool]:
             return reaped, False
         if found.si_pid in _known:
             return reaped, True
-        os.waitpid(found.si_pid, os.WNOHANG)  # it has ended: but no call here may wait at all
+        os.waitpid(found.si_pid, os.WNOHANG)  # it has ended; WNOHANG, because no call may wait
     return _REAPED_AT_ONCE, True

@@ -1,13 +1,14 @@
 """Process groups that outlive their leader: signalled to finish, and watched until they are gone.
 
-A worker is the leader of a session and of a process group of its own.  What it has started is
-in that group, and goes on when the worker has ended: the children of a pre-fork master, which
-would serve an old version for ever; the programs of a stdio pool, which finish their connections.
+A worker is the leader of its own session and process group.  The processes that it has started are
+in that group, and run on when the worker has ended.  Such are the children of a pre-fork master,
+which would serve an old version for ever, and the programs of a stdio pool, which finish their
+connections.
 
-The kernel does not report a group's end.  So we poll, soon at first and seldom later, and at
-once when a process was reaped that may have been in one.  A group of
-processes that have ended and are not reaped, as in a container whose first process does not,
-is still a group to the kernel: that is looked up in /proc, some processes at a time.
+The kernel does not report a group's end.  So we poll, soon at first and rarely later, and at
+once when a process that may have been in a group was reaped.  A group of
+ended but unreaped processes, as in a container whose first process does not reap, still exists for
+the kernel.  A scan of /proc, some processes at a time, finds such groups.
 
 Source: pidfd_send_signal(2), proc(5) for `stat`.
 """
@@ -27,22 +28,22 @@ from .log import Log
 from .loop import Loop
 from .process import Process
 
-#: The first look at a group comes so soon: mostly it is just ending.
+#: The time until the first look at a group: mostly it is just ending.
 _FIRST_LOOK_S = 0.005
-#: The next ones come after this share of the time that it has been so, but not later than that.
+#: Later looks come after this share of the group's age, and after _LAST_LOOK_S at the latest.
 _LOOK_SHARE = 0.125
 _LAST_LOOK_S = 2.0
-#: One that lives so long is logged.
+#: A group that lives this long is logged.
 _LINGERS_S = 0.5
-#: What was killed is gone by then, or it is not reaped, or hangs in the kernel.
+#: A killed group that is not gone by then is unreaped, or stuck in the kernel.
 _KILLED_S = 10.0
-#: A look in /proc comes after so long, then after this share of the time that it has been so, and
-#: takes a twentieth of our time at most.
+#: The time until the first scan of /proc; later scans come after a share of the youngest group's
+#: age.  Scans take a twentieth of our time at most.
 _CENSUS_S = 0.1
 _CENSUS_SHARE = 0.5
 _LAST_CENSUS_S = 60.0
 _CENSUS_COST = 20
-#: Processes looked at in one go, which takes a millisecond.
+#: The processes scanned at once, which takes a millisecond.
 _CENSUS_SLICE = 50
 
 
@@ -52,15 +53,15 @@ class _Group:
 
     record: WorkerRecord
     process: Process  # the leader, which has ended
-    drain_signal: int  # tells the group to finish; 0: it finishes without a signal
+    drain_signal: int  # makes the group finish; 0: it finishes without a signal
     ended: Callable[[], None]  # called when its last process is gone
-    since: float  # it was last signalled, or the leader had ended
+    since: float  # the time of the last signal, or of the leader's end
     logged: bool = False
-    found_dead: bool = False  # by the last look in /proc
+    found_dead: bool = False  # by the last scan of /proc
 
 
 class Groups:
-    """All groups without a leader, by its worker's number.  Owns the leaders' pidfds."""
+    """All groups whose leader has ended, by the worker's number.  Owns the leaders' pidfds."""
 
     def __init__(
         self,
@@ -68,13 +69,13 @@ class Groups:
         log: Log,
         descriptors: MutableMapping[str, int],
     ) -> None:
-        """descriptors: where those of workers are by name, and the leaders' pidfds stay."""
+        """Keep the leaders' pidfds in `descriptors`, the workers' descriptors by name."""
         self._descriptors = descriptors
         self._loop = loop
         self._log = log
         self._groups: dict[int, _Group] = {}
         self._census: Iterator[str] | None = None
-        self._lives: dict[int, bool] = {}  # group -> whether any of it does, by the census so far
+        self._lives: dict[int, bool] = {}  # group -> whether it has a living process, as scanned
         self._census_cost_s = 0.0
 
     def keep(
@@ -84,7 +85,7 @@ class Groups:
         drain_signal: int,
         ended: Callable[[], None],
     ) -> None:
-        """Look after what a process that has ended has left; takes ownership of the process.
+        """Watch the group of a leader that has ended; takes ownership of the process.
 
         ended: called when the last process of the group is gone.
         """
@@ -102,7 +103,7 @@ class Groups:
             self.signal(number, group.drain_signal)
 
     def signal(self, number: int, sign: int) -> None:
-        """Send a signal to the rest of a group; do nothing if the group is gone."""
+        """Send a signal to a group; do nothing if the group is gone."""
         group = self._groups.get(number)
         if group is None or group.record.killed:
             return
@@ -110,7 +111,7 @@ class Groups:
         fields = {"worker": number, "group": group.process.pid, "signal": name}
         try:
             group.process.signal_group(sign)
-        except PermissionError as error:  # all of it has become another user's
+        except PermissionError as error:  # all its processes have changed their user
             self._log.write("error", "cannot-signal", **fields, error=error.strerror)
             return
         self._log.write("info", "signalled", **fields)
@@ -119,21 +120,21 @@ class Groups:
         self._look_later(number)
 
     def has(self, group: int) -> bool:
-        """Say whether a process group is one of them."""
+        """Return whether a process group is watched here."""
         return any(each.process.pid == group for each in self._groups.values())
 
     def look(self) -> None:
-        """Look at all groups as soon as there is time: one of them may have ended."""
+        """Look at all groups in the next turn of the loop: a group may have ended."""
         for number in self._groups:
             self._look_soon(number, 0.0)
 
     @property
     def numbers(self) -> Set[int]:
-        """Return the numbers of the leaders."""
+        """The worker numbers of the leaders."""
         return self._groups.keys()
 
     def records(self) -> tuple[WorkerRecord, ...]:
-        """Return what is known of the leaders."""
+        """Return the records of the leaders."""
         return tuple(group.record for group in self._groups.values())
 
     def _look_later(self, number: int) -> None:
@@ -147,16 +148,16 @@ class Groups:
     def _look(self, number: int) -> None:
         group = self._groups[number]
         age_s = time.monotonic() - group.since
-        left = group.process.has_group()
-        if left and group.record.killed and age_s >= _KILLED_S:
+        exists = group.process.has_group()
+        if exists and group.record.killed and age_s >= _KILLED_S:
             hint = "killed processes are not reaped by their parent, or hang in the kernel"
-            self._tell("error", "orphans-stay", group, hint)
-            left = False
-        if left:
+            self._report("error", "orphans-stay", group, hint)
+            exists = False
+        if exists:
             self._count_later()
             if not group.logged and age_s >= _LINGERS_S:
                 group.logged = True
-                self._tell("warning", "orphans", group, f"see: ps -s {group.process.pid}")
+                self._report("warning", "orphans", group, f"see: ps -s {group.process.pid}")
             self._look_later(number)
         else:
             self._gone(number)
@@ -165,7 +166,7 @@ class Groups:
         group = self._groups.pop(number)
         self._loop.cancel(("group", number))
         if group.logged:
-            self._tell("info", "orphans-gone", group)
+            self._report("info", "orphans-gone", group)
         del self._descriptors[_name(number)]
         group.process.close()
         group.ended()
@@ -181,14 +182,14 @@ class Groups:
         self._loop.call_after("census", min(delay_s, _LAST_CENSUS_S), self._count)
 
     def _count(self) -> None:
-        """Scan some more processes to find which groups still have a living process."""
+        """Scan more processes for groups that still have a living process."""
         began = time.monotonic()
         if self._census is None:
             self._lives, self._census_cost_s = {}, 0.0
             try:
                 self._census = iter(os.listdir("/proc"))
             except OSError:
-                return  # none is mounted, or there is no descriptor left for now
+                return  # /proc is not mounted, or no descriptor is free
         names = list(islice(self._census, _CENSUS_SLICE))
         for name in names:
             if name.isdigit() and (found := procfs.state_of(name)) is not None:
@@ -200,8 +201,8 @@ class Groups:
             return
         self._census = None
         for number, each in list(self._groups.items()):
-            # One that is hidden from us (hidepid) is not dead.  And twice in a row, because a
-            # process may fork into the part that has been looked at already.
+            # A group that is hidden from us (hidepid) is not dead.  It must look dead twice in a
+            # row, because a process may fork into the part of /proc that was scanned already.
             dead = self._lives.get(each.process.pid) is False
             if dead and each.found_dead:
                 self._gone(number)
@@ -209,7 +210,7 @@ class Groups:
         if self._groups:
             self._count_later()
 
-    def _tell(self, level: str, event: str, group: _Group, hint: str | None = None) -> None:
+    def _report(self, level: str, event: str, group: _Group, hint: str | None = None) -> None:
         self._log.write(
             level,
             event,

@@ -1,7 +1,7 @@
-"""What /proc shows of processes; it is not mounted everywhere, and may be of another PID namespace.
+"""Facts about processes from /proc, which may be missing, or of another PID namespace.
 
-In a PID namespace with the /proc of another one its numbers mean other processes than to
-kill(2).  `/proc/self` shows both cases: proc(5).
+With the /proc of another PID namespace its numbers are not those of kill(2).  `/proc/self` shows
+both cases: proc(5).
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 
-#: What cannot be had without it, in the words of an error.
+#: The error text without a usable /proc.
 MISSING = "no /proc of this PID namespace is mounted"
 
 
 def is_ours() -> bool:
-    """Whether there is a /proc whose numbers are those of the processes that we see."""
+    """Return whether /proc is mounted and of our own PID namespace."""
     try:
         return os.readlink("/proc/self") == str(os.getpid())
     except OSError:
@@ -24,7 +24,7 @@ def is_ours() -> bool:
 
 
 def peak_kib() -> int | None:
-    """Return the most memory that this program has had, in KiB; None: not known."""
+    """Return this program's peak memory in KiB; None if unknown."""
     try:
         with open("/proc/self/status", "rb") as file:
             _, found, rest = file.read().partition(b"\nVmHWM:")
@@ -34,7 +34,7 @@ def peak_kib() -> int | None:
 
 
 def state_of(pid: int | str) -> tuple[bytes, int] | None:
-    """Return the state of a process, one letter, and its process group; None: not known."""
+    """Return a process's state (one letter) and process group; None if unknown."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             stat = file.read()
@@ -45,7 +45,7 @@ def state_of(pid: int | str) -> tuple[bytes, int] | None:
 
 
 def parent_of(pid: int) -> int | None:
-    """Return the parent of a process; None: not known."""
+    """Return the parent's pid of a process; None if unknown."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             return int(file.read().rpartition(b")")[2].split()[1])
@@ -54,9 +54,9 @@ def parent_of(pid: int) -> int | None:
 
 
 def sockets(pid: int) -> Iterator[tuple[int, int]]:
-    """Yield the sockets that a process has open: number and inode.
+    """Yield the open sockets of a process: descriptor and inode.
 
-    Raises OSError where it is gone, or /proc does not show it.
+    Raises OSError if the process is gone, or /proc does not show it.
     """
     for name in os.listdir(f"/proc/{pid}/fd"):
         with suppress(FileNotFoundError):  # closed meanwhile
@@ -66,23 +66,23 @@ def sockets(pid: int) -> Iterator[tuple[int, int]]:
 
 
 def sockets_of(pids: Iterable[int], most: int) -> set[int]:
-    """Return the sockets that processes have, by inode, among the first so many descriptors.
+    """Return the inodes of the processes' sockets, among their first `most` descriptors.
 
-    Empty where it is unknown.
+    Empty if unknown.
     """
-    left, found = most, set[int]()
+    budget, found = most, set[int]()
     for pid in pids if is_ours() else ():
         try:
             with os.scandir(f"/proc/{pid}/fd") as entries:
-                names = [each.path for each in islice(entries, left)]
+                names = [each.path for each in islice(entries, budget)]
         except OSError:
             continue
-        left -= len(names)
+        budget -= len(names)
         for name in names:
             with suppress(OSError):  # closed meanwhile
                 kind, _, inode = os.readlink(name).partition(":[")
                 if kind == "socket":
                     found.add(int(inode.rstrip("]")))
-        if not left:
+        if not budget:
             break
     return found

@@ -1,4 +1,4 @@
-"""What a generation is started from: command, environment, limits, resolved as things are now."""
+"""The program of a new generation: command, environment and limits, resolved at this moment."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..model.settings import Settings
 from . import env_file
 from .executable import resolve
 
-#: What belongs to the protector alone and must not reach a worker.
+#: Prefixes of the protector's own variables, which must not reach a worker.
 _PRIVATE = ("NOTIFY_SOCKET", "LISTEN_", "WATCHDOG_", "SOCKETPROTECTOR_", "FDSTORE")
 
-#: systemd's, for workers that do not get the caller's PATH (systemd.exec(5)).
+#: The PATH of workers that do not get the caller's PATH: systemd's (systemd.exec(5)).
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-#: Runs an adapter from this very package, wherever it was loaded from, and little else.
+#: Runs an adapter of this package, from the location of the running code.
 _RUN = (
     "import sys; sys.path[:0] = sys.argv.pop(1).split(':'); "
     "from socketprotector.programs.{} import main; main()"
@@ -29,7 +29,7 @@ _RUN = (
 
 
 def program_of(settings: Settings) -> Program:
-    """Resolve the command as it is now.  Raises OSError or ValueError."""
+    """Return the program of the command, as it is now.  Raises OSError or ValueError."""
     environment = inherited_environment(settings)
     own = env_file.read(settings.env_file) if settings.env_file is not None else {}
     own = {**own, **dict(settings.environment)}
@@ -73,13 +73,13 @@ def program_of(settings: Settings) -> Program:
 
 
 def changed_file(program: Program, since: float) -> str:
-    """Return a file of a program that was changed after a time, which a new process would run.
+    """Return a file of a program that has changed since a time; "" for none, or if unknown.
 
-    since: seconds since the epoch.  It is the executable, or the first argument that is a file,
-    such as an interpreter's script.  "": none was, or that cannot be known.
+    It is the executable, or the first argument that is a file, such as an interpreter's script.
+    since: seconds since the epoch.
     """
     path, argv = program.path, program.argv
-    if program.mode.adapter and "--" in argv:  # else it is what an older program has started
+    if program.mode.adapter and "--" in argv:  # otherwise an older protector has started it
         at = argv.index("--")
         options, argv = argv[:at], argv[at + 1 :]
         if "--shell" in options:
@@ -99,7 +99,7 @@ def _paths(directory: str, words: Iterable[str]) -> Iterator[str]:
 
 
 def inherited_environment(settings: Settings) -> dict[str, str]:
-    """Return what workers get of our environment, and who they are, as login(1) tells it."""
+    """Return the inherited part of the workers' environment, with their user's variables."""
     keep = settings.keep_env
     found = {
         name: value
@@ -116,7 +116,7 @@ def inherited_environment(settings: Settings) -> dict[str, str]:
 
 
 def _adapted(settings: Settings, path: str, argv: tuple[str, ...]) -> tuple[str, ...]:
-    """Return what starts the adapter that starts a command."""
+    """Return path and argv of the adapter that starts a command."""
     files = (package, wire.__file__)
     packages = dict.fromkeys(os.path.dirname(os.path.dirname(each)) for each in files)
     run = _RUN.format(settings.mode.adapter)

@@ -1,13 +1,16 @@
-"""Ways in which a worker becomes ready other than READY=1, which the worker pool receives.
+"""The ways in which a worker becomes ready, other than READY=1, which the worker pool receives.
 
-ack: einhorn's, a line on a socket that the environment names.  fd: a line on a descriptor whose
-number the worker knows, as with s6.  check: a command that succeeds, asked again where it fails
-or hangs.  after: a timer.  any: the first of READY=1, ack and fd, else the timer; without it where
-the server was given the number of fd.  accept, http and https: the same, for what a worker says
-counts where its generation is not asked any more; while it is, the timer does not run.
+ack: einhorn's line on a socket that the environment names.
+fd: a line on a descriptor whose number the worker knows, as with s6.
+check: a command that succeeds; it runs again if it fails or is stuck.
+after: a timer.
+any: the first of READY=1, ack and fd, or the timer.  There is no timer if the server knows the
+number of fd.
+accept, http and https: the same as any once the generation is no longer probed.  While it is, the
+timer does not run.
 
-A line that was offered stays open until it was used or the worker ends: a line that is known to be
-ready by something else may write there later, and would be killed by SIGPIPE.
+A line stays open until it is used or the worker ends.  A worker that became ready in another way
+may write to it later, and SIGPIPE would kill it.
 
 Source: einhorn.py; s6's notification-fd.
 """
@@ -30,39 +33,39 @@ from .polling import read_now
 
 #: Both kinds of line are short; a longer one is cut.
 _LINE_BYTES = 4096
-#: How soon after a check that failed the next one begins.
+#: The pause between a failed check and the next one.
 CHECK_EVERY_S = 0.25
-#: Names of descriptors; `line` is RETURN's (daemon/worker_pool.py).
+#: Names of descriptors; `line` is the RETURN line (daemon/worker_pool.py).
 _ACK, _NEWLINE = "ack", "newline"
-#: Kinds that a line brings.
+#: The kinds of --ready under which an ack, a line and READY=1 count.
 _BY_ACK, _BY_LINE, _BY_WORD = ((kind, *question.ASKED) for kind in ("ack", "fd", "notify"))
 _CHECK, _AFTER = "check", "after"
-#: Starts a check, with what is to be called when it is over, and before that if it hangs.
+#: Starts a check; the arguments are called when it is over, and before that if it is stuck.
 StartCheck = Callable[[Callable[[str], None], Callable[[str], None]], CheckCommand]
 
 
 class Readiness:
-    """One worker's, beside its notify socket.  Owns our ends of its lines."""
+    """The readiness of one worker, beside its notify socket.  Owns our ends of its lines."""
 
     def __init__(self, program: Program, lines: Mapping[str, int], loop: Loop, number: int) -> None:
         """Take ownership of the lines that descriptors() has named.
 
-        number: the worker's.
+        number: the worker's number.
         """
         self._program = program
         self._loop = loop
         self._number = number
         self._lines = dict(lines)
         for fd in self._lines.values():
-            os.set_blocking(fd, False)  # our end alone is this: the worker's is another description
+            os.set_blocking(fd, False)  # the worker's end has its own description, and its own flag
         self._ready: Callable[[str], None] = _nothing
         self._hangs: Callable[[str], None] = _nothing
         self._fails: Callable[[str], None] = _nothing
         self._changed: Callable[[], None] | None = None
         self._heard: dict[str, bytes] = {}
-        self._start_check: StartCheck | None = None  # where one is to be run
+        self._start_check: StartCheck | None = None  # None: no check is needed
         self._check: CheckCommand | None = None
-        #: What came of the last check that has failed, for people.
+        #: The failure of the last check, for people.
         self.last = ""
 
     @classmethod
@@ -70,10 +73,10 @@ class Readiness:
     def offered(
         cls, program: Program, free: Iterator[int], loop: Loop, number: int
     ) -> Iterator[tuple[Readiness, dict[int, int], dict[str, str]]]:
-        """Make the lines; the worker's ends are there while its process is started.
+        """Make the lines, and keep the worker's ends open until the block has started its process.
 
-        Gives number there -> ours, too, and what the environment says of them.
-        free: numbers that it has no other descriptor at.  Nothing is left if that raises.
+        Yields the readiness, number in the worker -> our descriptor, and environment variables.
+        free: unused numbers in the worker.  If the block raises, no line is left.
         Raises OSError.
         """
         theirs: dict[int, int] = {}
@@ -109,11 +112,11 @@ class Readiness:
 
     @property
     def is_checked(self) -> bool:
-        """Whether a command is run again and again for it."""
+        """Whether a check command is repeated until it succeeds."""
         return self._start_check is not None
 
     def descriptors(self) -> dict[str, int]:
-        """Return what an adopter needs, by name."""
+        """Return the descriptors for the next program, by name."""
         return dict(self._lines)
 
     def watch(
@@ -127,11 +130,13 @@ class Readiness:
         known: bool = False,
         asked: bool = False,
     ) -> None:
-        """Call back each time something says so, with what that is.  Raises OSError.
+        """Watch the lines, and call back when the worker is ready.  Raises OSError.
 
-        known: it is ready, and its lines are only to be read.  asked: its generation is, or will
-        be, so no timer says so.  hangs, fails: called for the first check that does, with why.
-        changed: descriptors() has.
+        ready: called with the way in which the worker became ready, perhaps several times.
+        hangs, fails: called for the first check that is stuck, or fails, with the reason.
+        changed: called when descriptors() has changed.
+        known: the worker is ready already, and its lines are only read.
+        asked: its generation is probed, or will be, so no timer makes it ready.
         """
         self._changed = changed
         for name, fd in self._lines.items():
@@ -146,7 +151,7 @@ class Readiness:
             self.check()
 
     def wait(self) -> None:
-        """Take it as ready, if nothing says so before, after so long; said again, no later."""
+        """Start the timer after which the worker counts as ready; a running timer stays."""
         after_s, timer = self._program.ready_after_s, (_AFTER, self._number)
         if after_s is not None and self._loop.due(timer) is None:
             self._loop.call_after(timer, after_s, lambda: self._ready("timer"))
@@ -182,7 +187,7 @@ class Readiness:
     # -- the check ---------------------------------------------------------------
 
     def check(self) -> None:
-        """Begin to run the command, again and again, where there is one and it matters."""
+        """Run the check command until it succeeds, if there is one and it is still needed."""
         if self._start_check is None:
             return
         try:
@@ -201,20 +206,20 @@ class Readiness:
         self._loop.call_after((_CHECK, self._number), CHECK_EVERY_S, self.check)
 
     def _check_hangs(self, why: str) -> None:
-        """It was killed; its end, which is not waited for here, has the next one begin."""
+        """Report a stuck check, which was killed; the next one begins at its end."""
         hangs, self._hangs = self._hangs, _nothing
-        self._fails = _nothing  # once is enough
+        self._fails = _nothing  # one report is enough
         hangs(why)
 
     def stop_check(self) -> None:
-        """End the check that is under way: its result would be lost."""
+        """End the running check: its result no longer matters."""
         self._loop.cancel((_CHECK, self._number))
         if self._check is not None:
             self._check.close()
             self._check = None
 
     def is_known(self) -> None:
-        """The worker is ready; what it still says of that is read, and means nothing."""
+        """Note that the worker is ready; its lines are still read, without an effect."""
         self.stop_check()
         self._loop.cancel((_AFTER, self._number))
         self._ready = self._hangs = self._fails = _nothing
@@ -222,13 +227,13 @@ class Readiness:
         self.last = ""
 
     def close(self) -> None:
-        """Nothing more is to be heard."""
+        """Close the lines."""
         self.is_known()
         for name in tuple(self._lines):
             self._forget(name)
-        # It leads back to the owner of this, and such circles are found late.
+        # It refers to our owner, and the garbage collector finds such cycles late.
         self._changed = None
 
 
 def _nothing(said: str) -> None:
-    """It is known already, or not watched yet."""
+    """Do nothing: readiness is known already, or not watched yet."""

@@ -1,17 +1,17 @@
-"""The reuseport sibling of a listening socket, and which of the two gets new clients.
+"""The reuseport sibling of a listening socket, and which of the two sockets gets new clients.
 
 Two consecutive generations accept from one socket each (daemon/delivery/shared/).  Sockets 0 and
 1 belong to one SO_REUSEPORT group; a one-instruction BPF filter selects the group member by index.
 The kernel runs it for each new connection.
 
 During a hold (listener_hold.py there) the group has a third member, which answers no client.  No
-worker has it: without us it is gone, and the kernel, whose filter then names no member, gives each
-client to one of those that are left.  A filter of this kind cannot refuse one.
+worker has it, so it is gone if the protector dies.  The filter then names no member, and the kernel
+gives each client to a remaining member, because a filter of this kind cannot refuse a client.
 
-While a generation is asked (daemon/asking.py), the filter (bpf.py) also sends connections with a
-mark to that generation's socket.  The third member is then there, too, as the last one: so it takes
-the position of a socket that is shut down.  Connections to that get no answer, instead of one from
-the other generation.
+While a generation is probed (daemon/asking.py), the filter (bpf.py) also sends connections with a
+mark to that generation's socket.  The third member is then the last member.  So it takes the
+position of a socket that is shut down, and probes for that socket get no answer, instead of one
+from the other generation.
 
 Socket 0 is bound without SO_REUSEPORT, so that a port in use is refused as usual, and no
 other process can bind the port later without SO_REUSEPORT.
@@ -32,18 +32,18 @@ from contextlib import suppress
 from . import accept_marks, bpf, sock_diag, socket_copy
 from .cleanup import on_error
 
-#: Where tcp_info holds the accept queue's length and limit of a listening socket (tcp.h).
+#: The accept queue's length and limit in the tcp_info of a listening socket (tcp.h).
 _QUEUE = struct.Struct("=24x2I")
 
 NO_MARKS: Mapping[bpf.Mark, int] = {}
-#: A time that is over at once, and none.
+#: The shortest timeout, and no timeout.
 _SOON, _NEVER = struct.pack("ll", 0, 1), bytes(16)
 
 
 def prepare(bound: socket.socket) -> None:
     """Steer the group of a bound socket before it listens, so that a sibling gets no clients.
 
-    The socket is alone on its address until make().
+    The socket stays alone at its address until make().
     """
     if bound.family not in (socket.AF_INET, socket.AF_INET6):
         return
@@ -54,19 +54,19 @@ def prepare(bound: socket.socket) -> None:
 
 
 def steer_if_can(one: socket.socket) -> None:
-    """Steer to member 0 where that can be had: not where it listens, in no group yet.
+    """Steer to member 0, if possible.
 
-    Nor where a worker has locked its filters; then its sibling can.
+    It is impossible by a socket that listens without a group, or whose filters a worker has locked.
     """
     with suppress(OSError):
         steer(one, 0)
 
 
 def _steer_to_listening(beside: socket.socket) -> None:
-    """Steer to a socket beside which another one is about to listen, if it does listen.
+    """Steer to a listening socket, before another one listens beside it.
 
-    After shutdown() it would get a group of its own, and listen() would fail while another group
-    has the address.
+    Not to a socket after shutdown(): it would get a group of its own, and listen() would fail while
+    another group has the address.
     """
     if beside.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         steer_if_can(beside)
@@ -75,29 +75,28 @@ def _steer_to_listening(beside: socket.socket) -> None:
 def make(first: socket.socket, room: int = 0) -> socket.socket | None:
     """Return a sibling of a listening socket, which gets no clients yet; the caller owns it.
 
-    room: the sibling's backlog, if not that of the first socket: a socket that was shut down has
-    no backlog.
+    room: the sibling's backlog; 0: that of the first socket, which it lacks after a shutdown.
 
     None for a UNIX socket, and under TCP_DEFER_ACCEPT: a handshake that waits for data could not
-    be distinguished from a handshake that never ends.  Raises OSError where that is impossible.
+    be distinguished from a handshake that never ends.  Raises OSError.
     """
     if first.family not in (socket.AF_INET, socket.AF_INET6):
         return None
     if first.getsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT):
         return None
     first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    # From listen() on the kernel gives the sibling every other client, until the group is steered:
-    # the filter of socket 0 is from before it listened, see prepare().
+    # From listen() on the kernel would give the sibling every other client, unless the group is
+    # steered: the filter of socket 0 was attached before it listened, see prepare().
     _steer_to_listening(first)
     sibling = rebind(first, first.getsockname(), room or backlog(first), other_mark=True)
     with on_error(sibling.close):
         sibling.setblocking(False)
-        steer(sibling, 0)  # it is of the same group; the filters of the first may be locked
+        steer(sibling, 0)  # by a member without locks; those of the first may be locked
     return sibling
 
 
 def queue(listening: socket.socket) -> tuple[int, int]:
-    """Return how many clients wait to be accepted, and how many may.  Raises OSError."""
+    """Return the length and the limit of a socket's accept queue.  Raises OSError."""
     if listening.family == socket.AF_UNIX:
         return sock_diag.queue_of_unix(listening)
     info = listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _QUEUE.size)
@@ -106,10 +105,10 @@ def queue(listening: socket.socket) -> tuple[int, int]:
 
 
 def discard_waiting(listening: socket.socket, count: int) -> None:
-    """Close the first that wait to be accepted, where no process accepts.  Raises OSError."""
+    """Accept and close the first `count` waiting clients of an idle socket.  Raises OSError."""
     if not count:
         return
-    # Of all processes that have it the flag for not waiting would be; and so is this, for a moment.
+    # Not O_NONBLOCK, which all processes with the socket share; they share this, too, but briefly.
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _SOON)
     try:
         for _ in range(count):
@@ -119,7 +118,10 @@ def discard_waiting(listening: socket.socket, count: int) -> None:
 
 
 def backlog(listening: socket.socket) -> int:
-    """Return how many may wait to be accepted: the last listen() has said it.  Raises OSError."""
+    """Return the limit of a socket's accept queue, as the last listen() has set it.
+
+    Raises OSError.
+    """
     return queue(listening)[1]
 
 
@@ -128,7 +130,7 @@ def rebind(
 ) -> socket.socket:
     """Return a new listening socket on an address, with the options of `one`.  Raises OSError.
 
-    other_mark: give its connections another mark than those of `one` (accept_marks.py).
+    other_mark: give its connections another accept tag than those of `one` (accept_marks.py).
     """
     made = socket_copy.bind_beside(one, address)
     with on_error(made.close):
@@ -139,23 +141,23 @@ def rebind(
 
 
 def steer(one: socket.socket, member: int, marked: Mapping[bpf.Mark, int] = NO_MARKS) -> None:
-    """Route new clients to a member of the socket's group, counted from 0.
+    """Route new clients to a member of the socket's group, counted from 0.  Raises OSError.
 
     marked: the member for each mark.
     Members are in the order of listen(2); when a member leaves, the last takes its position.
-    A handshake finishes at the member where it began.  Raises OSError.
+    A handshake finishes at the member at which it began.
     """
     bpf.attach(one, bpf.SO_ATTACH_REUSEPORT_CBPF, bpf.selecting(member, marked))
 
 
 def reserve(one: socket.socket, address: tuple[str, int]) -> socket.socket:
-    """Return a socket that can join the group, to leave clients without an answer: silence().
+    """Return a bound socket for silence(), which joins the group to leave clients unanswered.
 
-    It is bound and does not listen.  Raises OSError, also without the right to bind the address.
+    It does not listen yet.  Raises OSError, also without the right to bind the address.
     """
     one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     made = socket_copy.bind_beside(one, address)
-    with suppress(OSError):  # since 2026 kernels want CAP_NET_ADMIN for that on a TCP socket
+    with suppress(OSError):  # since 2026 kernels require CAP_NET_ADMIN for that on a TCP socket
         bpf.attach(made, bpf.SO_ATTACH_FILTER, bpf.NOTHING)
     return made
 
@@ -163,7 +165,7 @@ def reserve(one: socket.socket, address: tuple[str, int]) -> socket.socket:
 def enlist(reserved: socket.socket, mark: int, backlog: int, beside: socket.socket | None) -> None:
     """Turn a reserved socket into a listening member of the group.  Raises OSError.
 
-    beside: a member of the group, which gets the clients until the next steer().
+    beside: a member of the group, which gets new clients until the next steer().
     """
     socket_copy.reset(reserved)
     _mark_if_can(reserved, mark)
@@ -176,10 +178,10 @@ def enlist(reserved: socket.socket, mark: int, backlog: int, beside: socket.sock
 
 
 def silence(reserved: socket.socket) -> None:
-    """Add a reserved socket to its group as the last member; shutdown() ends that.  Raises OSError.
+    """Add a reserved socket to its group as the last member, until shutdown().  Raises OSError.
 
-    It drops the first packet of a client, so the client's kernel tries again.  Source: IP_MINTTL
-    in ip(7), tcp_v4_rcv() in tcp_ipv4.c; sk_acceptq_is_full() in sock.h for the rest.
+    It drops the first packet of each client, whose kernel tries again.  Source: IP_MINTTL
+    in ip(7), tcp_v4_rcv() in tcp_ipv4.c; sk_acceptq_is_full() in sock.h for the backlog of 0.
     """
     for level, option in socket_copy.least_ttl(reserved):
         reserved.setsockopt(level, option, bpf.MOST_TTL)
@@ -191,15 +193,15 @@ def refuse_new(listening: socket.socket) -> None:
 
     A socket that is bound to a device gets only clients of that device.  A handshake under way
     finishes, because it keeps the device that the socket had when it began.  A filter would do
-    as well; but since 2026 kernels want CAP_NET_ADMIN for a filter on a TCP socket.
+    as well; but since 2026 kernels require CAP_NET_ADMIN for a filter on a TCP socket.
     """
     try:
         socket_copy.leave_devices(listening)
     except OSError:
-        # It has a device already, or the kernel is older than 5.7, which asks for CAP_NET_RAW.
+        # It has a device already, or the kernel is older than 5.7 and requires CAP_NET_RAW.
         bpf.attach(listening, bpf.SO_ATTACH_FILTER, bpf.NO_NEW_CLIENTS)
 
 
 def _mark_if_can(one: socket.socket, mark: int) -> None:
-    with suppress(OSError):  # then its connections are not counted
+    with suppress(OSError):  # on failure its connections are not counted
         accept_marks.mark(one, mark)

@@ -1,13 +1,13 @@
-"""The SO_REUSEPORT group of a TCP address as a value: its members, and what steers clients to them.
+"""The SO_REUSEPORT group of a TCP address as a value: its members, and the plans to steer clients.
 
 It makes no system call and has no socket.  A plan is a generator of steps.  tcp_listener.py carries
-each of them out and sends back its error, or None.
+each step out and sends back its error, or None.
 
-The kernel counts members in the order of listen(2) until one leaves: then the last one takes its
-position.  A program selects members by position.  sock_diag reports the order of listen(2) alone,
-which differs once a member has left that was not the last.  So SILENT joins last, and leaves before
-another socket could come to stand behind it.  At rest, both orders are the same, or SILENT has the
-position of a socket that is shut down: what is for that socket gets no answer.
+The kernel counts members in the order of listen(2) until a member leaves: the last member then
+takes its position.  A program selects members by position.  sock_diag reports only the order of
+listen(2), which differs once a member other than the last has left.  So SILENT joins last, and
+leaves before another socket could join behind it.  Between plans both orders are the same, or
+SILENT has the position of a socket that is shut down, whose clients then get no answer.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
     from typing import Any
 
-    #: Which member each selects by position.
+    #: The position of new clients, and the position of each mark.
     Program = tuple[int, Mapping[Any, int]]
     Order = tuple[int, ...]
 
-#: Members beside sockets 0 and 1: our silent socket, and sockets of other processes.
+#: The numbers of other members than sockets 0 and 1: our silent socket, and foreign sockets.
 SILENT, OTHER = 2, -1
 
 
 @frozen
 class Attach:
-    """Attach a program to the group: the position of new clients, and those of marks."""
+    """Attach a program to the group: the position of new clients, and of each mark."""
 
-    to: int  # by the socket of this member
+    to: int  # the member by whose socket it is attached
     position: int
     marked: Mapping[Any, int]
 
 
 @frozen
 class Join:
-    """Let a member listen, as the last of the group."""
+    """Let a member listen; it becomes the last of the group."""
 
     member: int
 
@@ -61,24 +61,24 @@ if TYPE_CHECKING:
 
 @mutable
 class Group:
-    """The members of an address' group, and where its clients are to come."""
+    """The members of an address's group, and the targets of its clients."""
 
     sockets: Order  # 0, and 1 if there are two
     listed: Order  # the members in the order of listen(2)
-    order: Order | None  # as the kernel counts them; None: that is not known
-    to: int | None = None  # where new clients come: to 0, 1 or SILENT; None: it was not steered yet
-    marked: Mapping[Any, int] = field(default_factory=dict)  # and those with a mark
+    order: Order | None  # the members by the kernel's positions; None: unknown
+    to: int | None = None  # the target of new clients: 0, 1 or SILENT; None: not steered yet
+    marked: Mapping[Any, int] = field(default_factory=dict)  # the target of each mark
 
     @classmethod
     def of(cls, count: int) -> Group:
-        """Return the group of so many sockets that were bound one after the other."""
+        """Return the group of `count` sockets that listened one after the other."""
         members = tuple(range(count))
         return cls(members, members, members)
 
     # -- what has happened ---------------------------------------------------------
 
     def found(self, listed: Order) -> None:
-        """Note the members that there are, in the order of listen(2)."""
+        """Note the present members, in the order of listen(2)."""
         if listed != self.listed:
             self.order, self.listed = self._order_of(listed), listed
 
@@ -86,7 +86,7 @@ class Group:
         if SILENT not in listed:
             return listed
         if listed[-1] != SILENT:
-            return None  # a server has called listen() again, maybe more than once
+            return None  # a server has called listen() again, perhaps more than once
         # Members in front of SILENT have listened since before it joined.
         if SILENT in self.listed and self.order is not None and set(listed) <= set(self.listed):
             order = self.order
@@ -97,7 +97,7 @@ class Group:
         return listed if set(self.sockets) <= set(listed) else None
 
     def joined(self, member: int) -> None:
-        """Note that a member listens: it is the last one."""
+        """Note that a member listens; it is the last one now."""
         if member not in self.listed:
             self.listed = *self.listed, member
             if self.order is not None:
@@ -120,9 +120,9 @@ class Group:
     # -- plans -----------------------------------------------------------------------
 
     def steer(self, to: int, marked: Mapping[Any, int], *, held: bool, guarded: bool) -> Plan:
-        """Route new clients to a socket, or if held to SILENT; each mark to its own socket.
+        """Route new clients to a socket, or during a hold to SILENT; each mark to its own socket.
 
-        guarded: SILENT is to have the position of a socket that is shut down.
+        guarded: SILENT must take the position of a socket that is shut down.
         """
         yield from self._know()
         self.to, self.marked = SILENT if held else to, dict(marked)
@@ -142,16 +142,16 @@ class Group:
     def listen_again(self, number: int) -> Plan:
         """Listen on a socket, even after two shutdowns or half a shutdown.
 
-        Such a socket would pass that on to all connections that it accepts, until it is shut down
+        Connections would inherit that shutdown, until the socket is shut down
         while it listens.  So it joins twice.
         """
         yield from self._know()
-        # Where clients come is not known before this, after an earlier program or a server.
+        # An earlier program, or a server, may have steered the group to any position before this.
         yield from self._attach(self._order, away=None if self.is_silent else number)
         yield from self._do(Join(number))
         yield from self._do(Leave(number))
         if self.is_silent and not self._order[-1] == self.listed[-1] == SILENT:
-            # Behind SILENT it would take SILENT's position, in front of an older member.
+            # Joining behind SILENT, it would later take SILENT's position, before an older member.
             yield from self._end_silence()
         held = self.to == SILENT and self.is_silent
         yield from self._attach(self._order if held else (*self._heard, number))
@@ -164,7 +164,7 @@ class Group:
     def make_room(self, number: int) -> Plan:
         """Remove a socket from the group, before a new socket replaces it."""
         if number in self.listed:
-            if not self.is_silent:  # else that takes its position
+            if not self.is_silent:  # otherwise SILENT takes its position
                 yield from self._attach(self._order, away=number)
             yield from self._do(Leave(number))
         yield from self._end_silence()
@@ -188,17 +188,17 @@ class Group:
 
     @property
     def _heard(self) -> Order:
-        """The order once SILENT has left."""
+        """The order without SILENT."""
         return _without(self._order, SILENT)
 
     def _stands_well(self, *, held: bool) -> bool:
-        """Whether SILENT, if it is a member, has its position."""
+        """Return whether SILENT, if it is a member, has a suitable position."""
         if held or not self.is_silent:
             return True
         return self._order[-1] == SILENT or not set(self.sockets) <= set(self._order)
 
     def _know(self) -> Plan:
-        """Restore known positions, if a server has changed them.
+        """Restore known positions if a server has changed them.
 
         The last member leaves before SILENT and joins after it.  So at each step the next program
         can derive the positions from the order of listen(2).
@@ -217,21 +217,24 @@ class Group:
     def _end_silence(self) -> Plan:
         if self.is_silent:
             if self.order is not None and len(self._heard) > 1:
-                yield from self._attach(self._heard)  # SILENT has one of these positions, or none
+                yield from self._attach(self._heard)  # positions that hold after SILENT has left
             yield from self._do(Leave(SILENT))
 
     def _attach(self, order: Order, away: int | None = None) -> Try:
-        """Select members by their positions in an order; away: as if that one had left.
+        """Attach a program with the targets' positions in an order.
 
-        Where servers have locked the filters of theirs, SILENT joins for it.
+        away: a member that is treated as if it had left.
+        If servers have locked the filters of their sockets, SILENT joins to attach it.
         """
         error: OSError | None = OSError(errno.ENOTCONN, "it does not listen")
-        there = [each for each in order if each not in (away, OTHER)]
-        instead = SILENT if SILENT in there else there[0] if there else order[0] if order else 0
+        present = [each for each in order if each not in (away, OTHER)]
+        fallback = next(iter(present or order), 0)
+        if SILENT in present:
+            fallback = SILENT
 
         def position(member: int | None) -> int:
-            its = member if member in there else instead
-            return order.index(its) if its in order else 0
+            target = member if member in present else fallback
+            return order.index(target) if target in order else 0
 
         marked = {mark: position(number) for mark, number in self.marked.items()}
         to = position(self.to)
@@ -262,7 +265,7 @@ class Group:
 
 
 def _without(order: Order, member: int) -> Order:
-    """Return the order after a member has left: the last one has its position."""
+    """Return the order after a member has left: the last member takes its position."""
     if member not in order:
         return order
     at = order.index(member)

@@ -1,8 +1,8 @@
-"""A generation's scoreboard: the workers' counters, in memory that they share with us.
+"""A generation's scoreboard: the workers' counters, in memory shared with the protector.
 
-One record for each slot, written by the worker in it and read by us on request.  The memory cannot
-be resized, so no read faults because another process has truncated it.  The values are the workers'
-and not trusted: each is read with a limit.
+The worker in a slot writes its record, and the protector reads it on request.  The memory cannot
+be resized, so no process can make a read fail by truncating it.  The values come from workers
+and are not trusted: each has a limit.
 
 Source: docs/protocol.md, section "Scoreboard"; memfd_create(2), fcntl(2) for the seals.
 """
@@ -18,26 +18,26 @@ from socketprotector_client import wire
 from ..model.records import Counts
 from .cleanup import on_error
 
-#: More slots than this are not counted; the memory of an unused one is never touched.
+#: The slots that are counted; the memory of an unused slot is never touched.
 SLOTS = 1024
 _COUNTERS = struct.Struct(f"{wire.BOARD_ACCEPTED_AT}Q")
 _TIMES = struct.Struct(f"{wire.BOARD_DESCRIPTORS}Q")
 _NOTHING = bytes(wire.BOARD_BYTES)
-#: What a worker may claim at most; larger values are taken for garbage.
+#: The highest values that are believed.
 _MOST = 2**53
 _MOST_OPEN = 2**20
 
 
 class Board:
-    """Owns the memfd."""
+    """The scoreboard of one generation.  Owns its memfd."""
 
     def __init__(self, fd: int) -> None:
-        """Use a scoreboard from make(), of this program or an earlier one."""
+        """Use the memfd of a scoreboard that this program or an earlier one has made."""
         self.fd = fd
 
     @classmethod
     def make(cls) -> Board:
-        """Make an empty one.  Raises OSError."""
+        """Return an empty scoreboard.  Raises OSError."""
         fd = os.memfd_create("sp.board", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         with on_error(os.close, fd):
             os.ftruncate(fd, SLOTS * wire.BOARD_BYTES)
@@ -46,11 +46,11 @@ class Board:
         return cls(fd)
 
     def offset(self, slot: int) -> int:
-        """Return the offset of a worker's record, -1 where there is none for it."""
+        """Return the offset of a slot's record, -1 if the slot is not counted."""
         return slot * wire.BOARD_BYTES if slot < SLOTS else -1
 
     def read(self, slot: int) -> Counts | None:
-        """Return what the worker in this slot has counted; None where it does not count."""
+        """Return the counts of the worker in a slot; None if it does not count."""
         if slot >= SLOTS:
             return None
         words = _COUNTERS.unpack(os.pread(self.fd, _COUNTERS.size, slot * wire.BOARD_BYTES))
@@ -65,7 +65,7 @@ class Board:
         )
 
     def accepted_at(self, slot: int) -> dict[int, int]:
-        """Return CLOCK_MONOTONIC ns at accept by descriptor number, stale ones among them."""
+        """Return descriptor -> time of accept (CLOCK_MONOTONIC ns), with stale entries."""
         if slot >= SLOTS:
             return {}
         at = slot * wire.BOARD_BYTES + 8 * wire.BOARD_ACCEPTED_AT
@@ -73,7 +73,7 @@ class Board:
         return {fd: ns for fd, ns in enumerate(times) if ns}
 
     def clear(self, slot: int) -> None:
-        """Make the slot ready for its next worker."""
+        """Clear a slot's record for its next worker."""
         if slot < SLOTS:
             os.pwrite(self.fd, _NOTHING, slot * wire.BOARD_BYTES)
 

@@ -1,6 +1,6 @@
-"""The sd_notify protocol, both ways: from workers to us, and from us to systemd.
+"""The sd_notify protocol in both directions: from workers to us, and from us to systemd.
 
-Systemd's variables, and where each is read: LISTEN_PID, LISTEN_FDS, LISTEN_FDNAMES in
+systemd's variables, and the modules that read them: LISTEN_PID, LISTEN_FDS, LISTEN_FDNAMES in
 launch/activation.py (the resident process: inherited.py); NOTIFY_SOCKET in daemon/parents.py;
 WATCHDOG_USEC, WATCHDOG_PID and FDSTORE here; INVOCATION_ID in daemon/parents.py; JOURNAL_STREAM in
 log.py; RUNTIME_DIRECTORY in launch/preflight.py.  Variables of workers: daemon/worker_spawn.py.
@@ -25,22 +25,22 @@ from .foreign_descriptors import drop_unread, dropping
 from .inherited import Named
 from .peer_credentials import unmistakable_users
 
-#: The name in its folder under which each socket is bound.
+#: The file name under which each socket is first bound.
 _BOUND_NAME = "new"
-#: Longer datagrams are cut; systemd itself takes a page.
+#: Longer datagrams are cut; systemd itself accepts a page.
 _MAX_BYTES = 4096
-#: The manager is slow, or resources are short; any other error means that it is gone.
+#: The errors of a slow manager or a shortage; any other error means that the manager is gone.
 _LATER = frozenset(
     {errno.EAGAIN, errno.EINTR, errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM, errno.EMFILE}
 )
-#: Without FDPOLL=0 systemd drops what hangs up, as a channel that drains does.
+#: Without FDPOLL=0 systemd drops descriptors that hang up, such as a draining channel.
 _STORE = "FDSTORE=1\nFDNAME={}\nFDPOLL=0"
-#: The timer that has the watchdog fed.
+#: The key of the timer that feeds the watchdog.
 WATCHDOG = "watchdog"
-#: The standard ones, sockets of .socket units, and what the next program opens before it raises
-#: its limit.
+#: Descriptors that are not in the store: standard files, sockets of .socket units, and those that
+#: the next program opens before it raises its limit.
 _NOT_STORED = 64
-#: Of a 64-bit number, the longest that systemd says.
+#: The digits of a 64-bit number, the longest in systemd's variables.
 _USEC_DIGITS = 20
 _DESCRIPTOR = struct.Struct("i")
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
@@ -49,15 +49,15 @@ _SENDER_BYTES = socket.CMSG_SPACE(_CREDENTIALS.size)
 
 
 class NotifySocket:
-    """The socket on which one worker sends to us.  Its address identifies the worker."""
+    """The socket on which one worker sends messages to us.  Its address identifies the worker."""
 
     def __init__(self, bound: socket.socket, address: str, allowed_uids: frozenset[int]) -> None:
         """Take ownership of a socket that make() bound to the address."""
         self.socket = bound
         self.address = address
         self._is_abstract = address.startswith("@")
-        # Any process can send to an abstract name: there a number must stand for one user.  To the
-        # path only those can that were given its name.
+        # Any process can send to an abstract name, so a uid must stand for one user there.  Only
+        # processes that got the path can send to it.
         self._allowed = unmistakable_users(allowed_uids) if self._is_abstract else allowed_uids
 
     @classmethod
@@ -88,7 +88,7 @@ class NotifySocket:
         or the worker may have changed its user.  A stranger's message assigns nothing.
         """
         try:
-            # No room for descriptors: none is made.
+            # Without room for descriptors the kernel creates none.
             data, ancillary, _, _ = self.socket.recvmsg(
                 _MAX_BYTES, _SENDER_BYTES, socket.MSG_DONTWAIT | socket.MSG_PEEK
             )
@@ -102,15 +102,15 @@ class NotifySocket:
         return {}
 
     def take(self) -> None:
-        """Remove the message that was heard; the kernel drops the descriptors that came with it.
+        """Remove the message that hear() returned; the kernel drops its descriptors.
 
-        For the one of a BARRIER that is the sign that all is handled.  Raises OSError.
+        The sender of a BARRIER sees by that drop that all messages were handled.  Raises OSError.
         """
         with dropping():
             self.socket.recv(1, socket.MSG_DONTWAIT)
 
     def close(self) -> None:
-        """Close it, and remove its file."""
+        """Close the socket, and remove its file."""
         drop_unread(self.socket)
         self.socket.close()
         if not self._is_abstract:
@@ -118,14 +118,14 @@ class NotifySocket:
 
 
 def _bound_as(address: str) -> str:
-    """Return what the kernel calls an address: an abstract one begins with a NUL."""
+    """Return an address in the kernel's form: an abstract one begins with a NUL."""
     return "\0" + address[1:] if address.startswith("@") else address
 
 
 def _bind_path(bound: socket.socket, path: str) -> None:
-    """Bind a path that /proc/net/unix does not reveal: it shows the name bound first.
+    """Bind a path that /proc/net/unix does not reveal: it shows the name that was bound first.
 
-    The folder's permissions decide who may send.
+    The folder's permissions decide which users may send.
     """
     temporary = os.path.join(os.path.dirname(path), _BOUND_NAME)
     _remove(temporary)
@@ -141,18 +141,18 @@ def _remove(path: str) -> None:
 
 
 def remove_folder(path: str) -> None:
-    """Remove the folder of notify sockets if it is empty and we may; else the next start does."""
+    """Remove the folder of notify sockets, if it is empty and removable."""
     with suppress(OSError):
         os.rmdir(path)
 
 
 def _is_number(text: str) -> bool:
-    # isdigit() alone is true of digits that int() does not take.
+    # isdigit() alone is also true for digits that int() refuses.
     return text.isascii() and text.isdigit() and len(text) <= _USEC_DIGITS
 
 
 def parse(data: bytes) -> dict[str, str]:
-    """Return the NAME=VALUE lines of a datagram; what is no such line is passed over."""
+    """Return the NAME=VALUE lines of a datagram, without other lines."""
     lines = (line.partition("=") for line in data.decode("utf-8", "replace").split("\n"))
     return {name: value for name, found, value in lines if found and name}
 
@@ -160,7 +160,7 @@ def parse(data: bytes) -> dict[str, str]:
 class Outbox:
     """Messages to a service manager, in order.  Never blocks, never raises.
 
-    Unsent messages wait: a manager that misses READY=1 ends us after its time-out, and a
+    Unsent messages wait: a manager that misses READY=1 ends us after its timeout, and a
     manager that misses a descriptor cannot return it.
     """
 
@@ -170,15 +170,15 @@ class Outbox:
         line: socket.socket | None = None,
         address: str = "",
     ) -> None:
-        """Send over a connected line, which it owns, or to an address; with neither, nowhere.
+        """Send over a connected line, which it owns, or to an address; without both, nowhere.
 
-        `later` calls what it is given after a moment.
+        later: calls its argument after a moment.
         """
         self._later = later
-        # Connect each time: a restarted manager has another socket under the same name.
+        # Not connected: a restarted manager has another socket under the same name.
         self._to = (_bound_as(address),) if address else ()
         if line is None and address:
-            # For life: where descriptors have run out, the watchdog wants to be fed all the same.
+            # Kept for life: the watchdog must be fed even without a free descriptor.
             line = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._line = line
         #: Text -> copy of a descriptor, -1 for none.
@@ -190,11 +190,11 @@ class Outbox:
 
     @property
     def waiting(self) -> bool:
-        """Whether something could not be sent yet."""
+        """Whether a message could not be sent yet."""
         return bool(self._unsent)
 
     def send(self, text: str, fd: int = -1) -> bool:
-        """Send a message, with a copy of a descriptor if one is given; False if that fails."""
+        """Send a message, with a copy of `fd`, if given; return False if that cannot be copied."""
         if self._line is None:
             return True
         try:
@@ -203,14 +203,14 @@ class Outbox:
             return False
         # A file's name in a status need not be UTF-8.
         data = text.encode("utf-8", "backslashreplace")
-        # Once is enough: the watchdog's would fill the memory, and the last word stays last.
+        # One copy of each text: watchdog messages must not pile up, and the last one stays last.
         self._drop(data)
         self._unsent[data] = copy
         self._flush()
         return True
 
     def withdraw(self, text: str) -> bool:
-        """Forget a message that still waits, with its descriptor; False if there is none."""
+        """Drop an unsent message with its descriptor; return False if there is none."""
         return self._drop(text.encode("utf-8", "backslashreplace"))
 
     def _drop(self, data: bytes) -> bool:
@@ -233,22 +233,22 @@ class Outbox:
             self._drop(data)
 
     def finish(self, seconds: float) -> None:
-        """Send what is left, waiting for room so long; then no more."""
+        """Send the unsent messages, waiting for room for up to `seconds`; then close."""
         deadline = time.monotonic() + seconds
         poll = select.poll()
         if self._line is not None:
-            # A datagram socket is writable however full its peer is, unless it is connected to it.
-            with suppress(OSError):  # no such peer: then each message fails, too
+            # Connected, because an unconnected datagram socket polls as writable with a full peer.
+            with suppress(OSError):  # without a peer each message fails, too
                 for address in self._to:
                     self._line.connect(address)
             poll.register(self._line, select.POLLOUT)
-        while self._unsent and (left := deadline - time.monotonic()) > 0:
-            poll.poll(left * 1000)
+        while self._unsent and (left_s := deadline - time.monotonic()) > 0:
+            poll.poll(left_s * 1000)
             self._flush()
         self.close()
 
     def close(self) -> None:
-        """Send no more."""
+        """Close the line, and drop the unsent messages."""
         if self._line is not None:
             self._line.close()
             self._line = None
@@ -257,10 +257,10 @@ class Outbox:
 
 
 def room_of(environment: Mapping[str, str], soft_limit: int) -> int:
-    """Return how many descriptors a service manager has room for, and can pass on.
+    """Return the number of descriptors that a service manager can store and pass on.
 
-    soft_limit: of descriptors, as it has set it for us.  systemd sets it for the next program, too,
-    before it puts what is stored there in place, and one number beyond it makes that start fail.
+    soft_limit: the limit of descriptors that the manager has set for us.  systemd also sets it for
+    the next program before it passes the stored descriptors; a number beyond it fails the start.
 
     Source: systemd.exec(5), $FDSTORE (since systemd 254); exec_child() in its sources.
     """
@@ -283,65 +283,66 @@ class Store:
         most: int = sys.maxsize,
         names_bytes: int = sys.maxsize,
     ) -> None:
-        """`kept`: the names under which descriptors came from there.
+        """Use the store behind an outbox.
 
-        most: descriptors that it has room for; names_bytes: the same for their names, each with a
+        kept: the names of descriptors that came from the store.
+        most: the most descriptors; names_bytes: the most bytes of their names, each with a
         separator.
         """
         self._outbox = outbox
-        #: The names under which there is something.
+        #: The names of the stored descriptors.
         self.kept = set(kept)
         self._most, self._names_bytes = most, names_bytes
         self._bytes = sum(len(name) + 1 for name in self.kept)
-        self._left_out: set[str] = set()  # because it was full
-        self._few: set[str] = set()  # those of `kept` and `_due` that each sync() is given
-        self._due = set(kept)  # to be given, or to be forgotten
+        self._left_out: set[str] = set()  # not stored, because the store was full
+        self._few: set[str] = set()  # the names in `few` of the last sync()
+        self._due = set(kept)  # to be stored, or to be forgotten
 
     @property
     def flushed(self) -> bool:
-        """Whether all has been sent."""
+        """Whether all messages to the store have been sent."""
         return not self._outbox.waiting
 
     @property
     def keeps(self) -> bool:
-        """Whether there is a store at all."""
+        """Whether there is a store."""
         return self._outbox.open
 
     @property
     def complete(self) -> bool:
-        """Whether all that was wanted last has been given away."""
+        """Whether the last sync() has stored or removed everything."""
         return not self._due
 
     def has(self, wanted: Iterable[str]) -> bool:
-        """Whether all of these were given away, and nothing is still to be said."""
+        """Return whether all of these were sent to the store, or left out because it is full."""
         return not self.keeps or (self.flushed and (self.kept | self._left_out).issuperset(wanted))
 
     def holds(self, names: Iterable[str]) -> bool:
-        """Whether all of these were given away and taken."""
+        """Return whether all of these are in the store."""
         return self.keeps and self.kept.issuperset(names)
 
     @property
     def full(self) -> bool:
-        """Whether some had to be left out: after a kill their workers are missing."""
+        """Whether descriptors were left out; after a kill their workers are missing."""
         return bool(self._left_out)
 
     def sync(self, few: Mapping[str, int], many: Named | None = None) -> None:
-        """Keep exactly these descriptors in the store, by name.  The caller still owns them.
+        """Make the store hold exactly these descriptors, by name.  The caller still owns them.
 
-        A name stands for one descriptor for ever, so only names are compared; of the many only
-        those that have changed.
+        A name is never reused for another descriptor, so only names are compared; of `many` only
+        the changed ones.
         """
         if not self.keeps:
             if many is not None:
-                many.changed.clear()  # or the name of each worker would stay there
+                many.changed.clear()  # otherwise each worker's name would stay in it
             return
         before, due = self._few, self._due
         due |= (before ^ few.keys()) | self._left_out  # there may be room by now
         due |= self.kept if many is None else many.changed
         many = Named() if many is None else many
         many.changed.clear()
-        # First what is new: it may be in the place of what is over, and we be killed in between.
-        # In this order: what all depends on comes first.
+        # New descriptors first: they may replace old ones, and we may be killed in between.
+        # In the given order: the most important come first.
         given = [self._give(name, few[name]) for name in few]
         for name in tuple(due):
             if name not in few and name not in many and (all(given) or name not in before):
@@ -360,7 +361,7 @@ class Store:
         room = self._bytes + len(name) < self._names_bytes and len(self.kept) < self._most
         if not room:
             self._left_out.add(name)
-            return True  # nothing is gained by trying
+            return True  # trying again would not help
         if not self._outbox.send(_STORE.format(name), fd):
             return False
         self._left_out.discard(name)
@@ -373,8 +374,8 @@ class Store:
         self._left_out.discard(name)
         if name not in self.kept:
             return
-        # What was not sent yet must not be: its copy would hold a connection open that a
-        # worker has closed.
+        # An unsent message is withdrawn: its copy would hold a connection open that a worker
+        # has closed.
         if not self._outbox.withdraw(_STORE.format(name)):
             self._outbox.send(f"FDSTOREREMOVE=1\nFDNAME={name}")
         self.kept.discard(name)
@@ -382,16 +383,19 @@ class Store:
 
 
 class Systemd:
-    """The service manager that started us, if one did; and the guard, which listens along."""
+    """The service manager that started us, if any; and the guard, which gets the same messages."""
 
     def __init__(self, environment: Mapping[str, str], pid: int, *outboxes: Outbox) -> None:
-        """pid: the main process of the service.  The first outbox leads to NOTIFY_SOCKET."""
+        """Send to all outboxes; the first leads to NOTIFY_SOCKET.
+
+        pid: the main process of the service.
+        """
         self.pid = pid
         self._outboxes = outboxes
         usec = environment.get("WATCHDOG_USEC", "")
         ours = environment.get("WATCHDOG_PID", str(pid)) == str(pid)
         wanted = ours and outboxes[0].open and _is_number(usec)
-        #: Seconds between two WATCHDOG=1, half of what the manager allows; 0 without one.
+        #: Seconds between two WATCHDOG=1, half of the allowed time; 0 without a watchdog.
         self.watchdog_s = int(usec) / 2_000_000 if wanted else 0.0
 
     def send(self, **fields: str) -> None:
@@ -401,6 +405,6 @@ class Systemd:
             outbox.send(text)
 
     def reloading(self) -> None:
-        """RELOADING=1 needs the time beside it, else `systemctl reload` waits for ever."""
+        """Send RELOADING=1, with the time, without which `systemctl reload` waits for ever."""
         usec = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self.send(RELOADING="1", MONOTONIC_USEC=str(usec), STATUS="reloading")

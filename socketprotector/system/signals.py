@@ -1,6 +1,6 @@
-"""The signals that the protector handles, and signals as bytes in a pipe.
+"""The signals that the protector handles, and their delivery as bytes in a pipe.
 
-What a signal means is decided where the pipe is read, never in a handler.
+The reader of the pipe acts on a signal; a handler never does.
 
 Source: signal.set_wakeup_fd; the self-pipe trick.
 """
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 STOPS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
-#: The others that operators send.  The launching process blocks them for the resident one.
+#: Operators' other signals.  The launching process blocks them for the resident process.
 REQUESTS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU)
-#: What daemon/supervisor.py handles, and the guard passes on to it.
+#: The signals that daemon/supervisor.py handles, and that the guard passes on.
 TO_THE_PROTECTOR = (*STOPS, *REQUESTS)
 
 
@@ -31,7 +31,7 @@ def catch(numbers: Iterable[int]) -> int:
 
 
 def block() -> None:
-    """Block the signals while this process ends, so that none decides its exit status.
+    """Block these signals while this process ends, so that none changes its exit status.
 
     Call this last: Python restores the default effect of each signal as it ends, and a signal
     would then become the exit status.  Source: CPython's _PySignal_Fini.

@@ -1,6 +1,6 @@
 """The options of a listening socket: copied to a socket bound beside it, or reset.
 
-What workers set, and what is put back for the next generation: socket_snapshot.py.
+socket_snapshot.py restores the options that workers change.
 
 Source: socket(7), ip(7), ipv6(7), tcp(7).
 """
@@ -16,20 +16,20 @@ from .cleanup import on_error
 
 _SO_DETACH_FILTER = 27
 _SO_BINDTOIFINDEX = 62
-#: Which of a socket's buffers have a size that was asked for, and so are not adapted (since 5.14).
+#: The socket's buffers whose size was set, so that the kernel does not adapt it (since 5.14).
 _SO_BUF_LOCK = 72
 #: No network device ever has this number.
 NO_DEVICE = 0x7FFFFFFF
-#: Of linux/in.h and linux/in6.h; the socket module has no names for them.
+#: Constants of linux/in.h and linux/in6.h that the socket module lacks.
 IP_FREEBIND = 15
 IP_MINTTL = 21
 IPV6_MINHOPCOUNT = 73
 IPV6_TRANSPARENT = 75
 
-#: What accepted connections inherit, or what the address is bound with.
+#: Options that accepted connections inherit, or that binding the address needs.
 _COPIED = (
     (socket.SOL_SOCKET, socket.SO_REUSEADDR),
-    # Also beside a socket that was shut down: it holds the port while a worker has it.
+    # Needed even beside a socket that was shut down, which holds the port while a worker has it.
     (socket.SOL_SOCKET, socket.SO_REUSEPORT),
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
     (socket.SOL_SOCKET, socket.SO_PRIORITY),
@@ -53,14 +53,14 @@ _OF_IPV6 = (
     (socket.IPPROTO_IPV6, socket.IPV6_TCLASS),
     (socket.IPPROTO_IPV6, IPV6_TRANSPARENT),
 )
-#: The kernel doubles what is set, and tells the double.
+#: The kernel doubles the set value, and returns the doubled one.
 _DOUBLED = ((socket.SOL_SOCKET, socket.SO_RCVBUF), (socket.SOL_SOCKET, socket.SO_SNDBUF))
 _TEXTS = (
     (socket.SOL_SOCKET, socket.SO_BINDTODEVICE),
     (socket.IPPROTO_TCP, socket.TCP_CONGESTION),
 )
 _NAME_BYTES = 16
-#: What the kernel begins with: no time-outs, no linger, and one byte is enough to tell of.
+#: The kernel's initial values: no timeouts, no linger, and readable from one byte on.
 _HARMLESS = (
     (socket.SO_RCVTIMEO, bytes(16)),
     (socket.SO_SNDTIMEO, bytes(16)),
@@ -81,8 +81,8 @@ def bind_beside(one: socket.socket, address: tuple[str, int]) -> socket.socket:
 def reset(listening: socket.socket) -> None:
     """Reset options of an earlier server that would harm the next server on this socket.
 
-    What let_in() does; time-outs and linger, which accepted connections inherit; and how much TTL
-    packets must have left, which keeps clients out, too.  Raises OSError.
+    They are those of let_in(); timeouts and linger, which accepted connections inherit; and the
+    least TTL of packets, which can keep clients out.  Raises OSError.
     """
     for level, option in least_ttl(listening):
         listening.setsockopt(level, option, 0)
@@ -92,19 +92,19 @@ def reset(listening: socket.socket) -> None:
 
 
 def let_in(listening: socket.socket) -> None:
-    """Take away what keeps clients out: a filter, a device that does not exist.
+    """Remove the filter, or the missing device, that keeps clients out.
 
-    Raises OSError where the filter is locked, or we may not change the device.
+    Raises OSError if the filter is locked, or the device may not be changed.
     """
     if device_of(listening) == NO_DEVICE:
         listening.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, 0)
-    with suppress(FileNotFoundError):  # there is none
+    with suppress(FileNotFoundError):  # there is no filter
         listening.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
 
 
 def least_ttl(one: socket.socket) -> Sequence[tuple[int, int]]:
-    """Return the options that say how much TTL packets must have left, for each protocol."""
-    if one.family == socket.AF_INET6:  # which takes clients of IPv4, too
+    """Return the options for the least TTL of packets, for each protocol of the socket."""
+    if one.family == socket.AF_INET6:  # it takes IPv4 clients, too
         return (socket.IPPROTO_IP, IP_MINTTL), (socket.IPPROTO_IPV6, IPV6_MINHOPCOUNT)
     return ((socket.IPPROTO_IP, IP_MINTTL),) if one.family == socket.AF_INET else ()
 
@@ -134,12 +134,12 @@ def _locks(one: socket.socket) -> int | None:
 
 
 def device_of(listening: socket.socket) -> int:
-    """Return the index of the device that it is bound to, 0: none.  Raises OSError."""
+    """Return the index of the device that a socket is bound to, 0 for none.  Raises OSError."""
     return listening.getsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX)
 
 
 def device_is_gone(listening: socket.socket) -> bool:
-    """Whether it is bound to a device that does not exist, and so gets no client."""
+    """Return whether a socket is bound to a missing device, and so gets no client."""
     try:
         listening.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, _NAME_BYTES)
     except OSError as error:
@@ -148,14 +148,17 @@ def device_is_gone(listening: socket.socket) -> bool:
 
 
 def leave_devices(listening: socket.socket) -> None:
-    """Bind it to a device that does not exist, so that no client finds it.  Raises OSError."""
+    """Bind a socket to a device that does not exist, so that no client reaches it.
+
+    Raises OSError.
+    """
     if device_of(listening) == NO_DEVICE:
         return
     listening.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, NO_DEVICE)
 
 
 def copy(first: socket.socket, second: socket.socket) -> None:
-    """Set the options of one as another has them.  Raises OSError where we may not."""
+    """Copy the options of the first socket to the second.  Raises OSError without the right to."""
     options = _COPIED + (_OF_IPV6 if first.family == socket.AF_INET6 else ())
     for level, option in options:
         value = first.getsockopt(level, option)

@@ -1,14 +1,14 @@
 """The socket files of a UNIX path from which workers accept: a socket for each generation.
 
-Each socket has a file of its own beside the path, and the path is a hard link to one of them.  A
-rename makes it lead to another one: at every moment it is a socket that listens.
+Each socket has its own file beside the path, and the path is a hard link to one of these files.  A
+rename makes it a link to another file; at every moment the path leads to a listening socket.
 
-A socket is bound under a name that no file keeps.  getsockname() shows that name, and a server that
-removes its socket's file at its end removes nothing.  What the socket accepts has that name, too.
+A socket is bound under a name that no file keeps.  getsockname() returns that name, so a server
+that removes its socket's file at its end removes nothing.  Accepted connections have it, too.
 
-No record says where the path leads: files and inodes do, also after a kill in between.
+No record has the target of the path: files and inodes show it, even after a kill in between.
 
-Source: unix(7); link(2), rename(2): what a rename replaces is never missing.
+Source: unix(7); link(2), rename(2), which replaces a file without a gap.
 """
 
 from __future__ import annotations
@@ -30,53 +30,53 @@ from .sock_diag import accepted_unix, file_of
 LONGEST_PATH = 107
 _TRIES = 16
 _OWN = "~"
-#: What is renamed over the path.
+#: The suffix of the link that is renamed over the path.
 _NEW = "new"
-#: What a socket of a path is bound as, and whether it is the file that it keeps.
+#: The name that a socket of a path is bound to, or with `own` the file that it keeps.
 _NAME = re.compile(
     r"(?P<folder>.*/)\.(?P<name>[^/]+)\.sp-(?P<number>[0-9a-f]{6})(?P<own>~?)", re.DOTALL
 )
 _ACL = "system.posix_acl_access"
-#: Device and inode of a file that is not there.
+#: Device and inode of a missing file.
 _NONE = (0, 0)
 
 Chown = Callable[[int, int, int], None]
-#: User and group (-1: as it comes), mode and access list of a file.
+#: User and group (-1: unchanged), mode and access list of a file.
 Rights = tuple[int, int, int, bytes | None]
 
 
 def path_of(name: str) -> str:
-    """Return the path that clients connect to, from what a socket of that path is bound as."""
+    """Return the path that clients connect to, from the name to which a socket of it is bound."""
     found = _NAME.fullmatch(name)
     return found["folder"] + found["name"] if found else name
 
 
 def files_of(name: str) -> list[str]:
-    """Return the files that there may be of a socket, from what it is bound as."""
+    """Return the existing files of a socket, from the name that it is bound to."""
     return [each for each in (name + _OWN, path_of(name)) if os.path.lexists(each)]
 
 
 def number_of(one: socket.socket) -> int:
-    """Return what distinguishes a socket's connections from others of its path; 0: nothing does."""
+    """Return the number in the names of a socket's connections; 0 if their name has none."""
     found = _NAME.fullmatch(_bound_as(one))
     return int(found["number"], 16) if found else 0
 
 
 def connections(path: str) -> Counter[int]:
-    """Return how many accepted connections processes have open, by number_of() the socket.
+    """Return the number of open accepted connections, by number_of() their socket.
 
-    Raises OSError where the kernel does not tell.
+    Raises OSError if the kernel does not report them.
     """
     found = Counter[int]()
     for name, _, _ in accepted_unix():
-        its = _NAME.fullmatch(name)
-        if its and path_of(name) == path:
-            found[int(its["number"], 16)] += 1
+        parts = _NAME.fullmatch(name)
+        if parts and path_of(name) == path:
+            found[int(parts["number"], 16)] += 1
     return found
 
 
 def has_room(path: str) -> bool:
-    """Return whether the files beside a path have names that clients can connect to."""
+    """Return whether the names of files beside a path are short enough to connect to."""
     return len(os.fsencode(_name(path, 0) + _OWN)) <= LONGEST_PATH
 
 
@@ -101,12 +101,12 @@ def _bound_as(one: socket.socket) -> str:
 def own_file(path: str, one: socket.socket) -> str:
     """Return the name of a socket's own file."""
     name = _bound_as(one)
-    # One that is bound as the path had it for itself, and gets a file when it loses that.
+    # A socket that is bound to the path itself gets its own file when it loses the path.
     return (_name(path, 0) if name == path else name) + _OWN
 
 
 def bind(path: str, backlog: int, rights: Rights, chown: Chown) -> socket.socket:
-    """Return a socket that listens, with a file of its own beside the path.  Raises OSError."""
+    """Return a new listening socket with its own file beside the path.  Raises OSError."""
     uid, gid, mode, acl = rights
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with on_error(made.close):
@@ -121,7 +121,7 @@ def bind(path: str, backlog: int, rights: Rights, chown: Chown) -> socket.socket
 
 
 def _bind(one: socket.socket, path: str, mode: int) -> str:
-    """Bind a socket under a name that no file has.  Raises OSError."""
+    """Bind a socket to an unused name, and return the name.  Raises OSError."""
     before = os.umask(0o777 & ~mode)
     try:
         for tries_left in reversed(range(_TRIES)):
@@ -141,18 +141,15 @@ def _bind(one: socket.socket, path: str, mode: int) -> str:
 
 
 def rights_of(path: str) -> Rights:
-    """Return what bind() takes, to give another socket the rights that a path has.
-
-    Raises OSError.
-    """
+    """Return the rights of a path's file, for bind().  Raises OSError."""
     found = os.lstat(path)
     folder = os.lstat(os.path.dirname(path))
     setgid = bool(folder.st_mode & stat.S_ISGID)
     gid = folder.st_gid if setgid else os.getegid()
     acl = None
-    with suppress(OSError):  # it has none, or the file system has not
+    with suppress(OSError):  # there is no access list, or the file system has none
         acl = os.getxattr(path, _ACL, follow_symlinks=False)
-    # A group that may not write cannot connect, so no client misses it.
+    # A group without write permission cannot connect, so it need not be copied.
     matters = os.geteuid() == 0 or found.st_mode & stat.S_IWGRP
     same = found.st_gid == gid or not matters
     return (
@@ -164,85 +161,85 @@ def rights_of(path: str) -> Rights:
 
 
 def leads_to(path: str, one: socket.socket) -> bool:
-    """Return whether clients of a path come to a socket."""
-    return _is_file_of(path, one, _known(path))
+    """Return whether a path leads to a socket."""
+    return _is_file_of(path, one, _identity(path))
 
 
 def has_file(path: str, one: socket.socket) -> bool:
-    """Return whether clients of a path can be led to a socket: others may have removed its file."""
-    return _known(own_file(path, one)) != _NONE or leads_to(path, one)
+    """Return whether a path can lead to a socket: another program may have removed its file."""
+    return _identity(own_file(path, one)) != _NONE or leads_to(path, one)
 
 
 def keep_file(path: str, one: socket.socket) -> None:
-    """Give a socket to which its path leads a file of its own, if it has none.
+    """Give the socket to which its path leads its own file, if it has none.
 
-    A program before this one may have bound it as the path.  Raises OSError.
+    An earlier program may have bound it to the path itself.  Raises OSError.
     """
     own = own_file(path, one)
-    if _known(own) == _NONE and leads_to(path, one):
+    if _identity(own) == _NONE and leads_to(path, one):
         os.link(path, own, follow_symlinks=False)
 
 
 def lead_to(path: str, one: socket.socket, ours: Iterable[socket.socket]) -> None:
-    """Route clients of a path to a socket from now on.
+    """Route new clients of a path to a socket.
 
-    ours: all sockets of the path.  A file that a closed socket has left there is replaced.
-    Raises OSError, also where another program's file is there.
+    ours: all sockets of the path.  A file that a closed socket has left at the path is replaced.
+    Raises OSError, also if another program's file is at the path.
     """
     if leads_to(path, one):
         return
-    before, left = found_at(path, ours)
+    before, stale = found_at(path, ours)
     if before is not None:
         keep_file(path, before)
     new = _beside(path, _NEW)
-    _unlink(new)  # of a program that was killed here
-    if os.path.lexists(new):  # of another user, where many may write, as in /tmp
+    _unlink(new)  # left by a program that was killed here
+    if os.path.lexists(new):  # another user's, in a folder such as /tmp
         new = _drawn(path) + _OWN
     os.link(own_file(path, one), new, follow_symlinks=False)
     with on_error(_unlink, new):
         os.rename(new, path)
-    for each in left:
+    for each in stale:
         _unlink(each)
 
 
 def found_at(path: str, ours: Iterable[socket.socket]) -> tuple[socket.socket | None, list[str]]:
-    """Return to which socket a path leads, or else the files of a closed one to which it leads.
+    """Return the socket to which a path leads, or None and the files of a closed socket there.
 
-    Raises OSError(EEXIST) where another program's file is there.
+    Raises OSError(EEXIST) if another program's file is at the path.
     """
-    there = _known(path)
-    one = next((each for each in ours if _is_file_of(path, each, there)), None)
-    left: list[str] = []
-    if one is None and there != _NONE and not (left := _left_by_a_socket(path, there)):
+    found = _identity(path)
+    one = next((each for each in ours if _is_file_of(path, each, found)), None)
+    stale: list[str] = []
+    if one is None and found != _NONE and not (stale := _stale_files(path, found)):
         raise OSError(errno.EEXIST, "another program has put its file there; remove it", path)
-    return one, left
+    return one, stale
 
 
 def forget(path: str, one: socket.socket) -> None:
     """Remove the file of a socket that is about to be closed.
 
-    While its path leads to it the file stays: by that lead_to() knows that the path is ours.
+    While the path leads to the socket its file stays: by it lead_to() knows that the path is ours.
     """
     if not leads_to(path, one):
         _unlink(own_file(path, one))
 
 
 def remove(path: str, ours: Iterable[socket.socket]) -> None:
-    """Remove the path, unless another program's file is there, and the file of each socket."""
-    _unlink(_beside(path, _NEW))  # of a program that was killed there
+    """Remove the path, unless it is another program's file, and the file of each socket."""
+    _unlink(_beside(path, _NEW))  # left by a program that was killed in lead_to()
     for each in ours:
         if leads_to(path, each):
             _unlink(path)
         forget(path, each)
-    if (there := _known(path)) != _NONE:
+    if (found := _identity(path)) != _NONE:
         with suppress(OSError):
-            for left in _left_by_a_socket(path, there):
+            for stale in _stale_files(path, found):
                 _unlink(path)
-                _unlink(left)
+                _unlink(stale)
 
 
 def left_beside(path: str) -> Iterator[str]:
-    """Yield what a killed program may have left beside a path.  Raises OSError."""
+    """Yield the files that a killed program may have left beside a path.  Raises OSError."""
     with os.scandir(os.path.dirname(path) or "/") as entries:
         for each in entries:
             found = _NAME.fullmatch(each.path)
@@ -251,9 +248,9 @@ def left_beside(path: str) -> Iterator[str]:
 
 
 def is_stale(path: str) -> bool:
-    """Return whether a socket file is there on which no process listens.
+    """Return whether a path is a socket file on which no process listens.
 
-    Raises OSError(EADDRINUSE) when one does, and OSError(EEXIST) for what is no socket.
+    Raises OSError(EADDRINUSE) if a process listens, and OSError(EEXIST) for another kind of file.
     """
     try:
         mode = os.lstat(path).st_mode
@@ -270,28 +267,28 @@ def is_stale(path: str) -> bool:
     raise OSError(number, os.strerror(number))
 
 
-def _left_by_a_socket(path: str, found: tuple[int, int]) -> list[str]:
-    """Return the files beside a path that are the file at the path, if no process listens on it.
+def _stale_files(path: str, found: tuple[int, int]) -> list[str]:
+    """Return the links beside a path to the file at the path, if no process listens on it.
 
     The socket was closed, or its process was killed.  Raises OSError.
     """
-    left = [each for each in left_beside(path) if _known(each) == found]
-    return left if left and is_stale(path) else []
+    links = [each for each in left_beside(path) if _identity(each) == found]
+    return links if links and is_stale(path) else []
 
 
 def _is_file_of(path: str, one: socket.socket, found: tuple[int, int]) -> bool:
-    """Return whether a file is what a socket of a path is bound to."""
-    own = _known(own_file(path, one))
+    """Return whether a file, by device and inode, is that of a socket of a path."""
+    own = _identity(own_file(path, one))
     if own != _NONE or found == _NONE:
         return own == found != _NONE
     try:
         return file_of(one) == found[1] & 0xFFFFFFFF
     except OSError:
-        return False  # unknown: assume that it does not
+        return False  # unknown
 
 
-def _known(path: str) -> tuple[int, int]:
-    """Return device and inode of a file, 0 and 0 where there is none."""
+def _identity(path: str) -> tuple[int, int]:
+    """Return device and inode of a file, (0, 0) if it is missing."""
     try:
         found = os.lstat(path)
     except FileNotFoundError:

@@ -1,11 +1,11 @@
-"""The options of a listening socket that its workers can change: read, kept, and set again.
+"""Snapshots of the options that workers can change on a listening socket, and their restoring.
 
 A worker shares its listening socket with SocketProtector, with other workers, and with the
-generation that uses the socket next.  An option that it sets outlives it.  OPTIONS is the only list
-of the options that matter: connections inherit them, or they keep clients out.
+generation that uses the socket next.  An option that a worker sets outlives it.  OPTIONS is the
+only list of the options that matter: connections inherit them, or they keep clients out.
 
 Not listed, because other modules own them: SO_REUSEPORT and its filters (reuseport.py), and the
-options that mark connections (accept_marks.py).
+options of accept tags (accept_marks.py).
 
 Source: socket(7), tcp(7), ip(7), ipv6(7); sock_setsockopt() in net/core/sock.c and
 do_tcp_setsockopt() in net/ipv4/tcp.c for what is settable on a socket that listens.
@@ -49,7 +49,7 @@ class Option:
     size: int = _BYTES
     doubled: bool = False  # the kernel doubles what is set, and reads the double
     cleared: bool = False  # its initial value is set as 0 and reads as another number
-    #: Why it cannot be set again on a socket that listens; "" where it can.
+    #: Why it cannot be set again on a listening socket; "" if it can.
     stays: str = ""
     #: The privilege that setting it may need; "" for none.
     privilege: str = ""
@@ -119,7 +119,7 @@ OPTIONS = (
 
 
 def take(sock: socket.socket) -> Snapshot:
-    """Return the options of a socket, without those that its kernel or family does not have."""
+    """Return the options of a socket, as far as its kernel and family have them."""
     found = {each.name: content for each, content in _read(sock)}
     with suppress(OSError):
         found[BACKLOG] = str(reuseport.queue(sock)[1]).encode()

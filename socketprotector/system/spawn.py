@@ -34,24 +34,26 @@ def spawn(
 ) -> Process:
     """Start a program as the leader of a session of its own.
 
-    extra: environment on top of the program's.  tell_pid: the variable that its pid goes to.
-    mortal: it is killed with its group when we end, in whatever way, or execute another program.
-    descriptors: number in the child -> ours, which stays ours; nothing else than these and
-    0, 1, 2 is inherited, with /dev/null as 0.  Raises OSError with the reason of posix_spawn,
-    or of its directory, and ValueError for a limit above the hard one or a NUL in the
-    environment; then no process is left.
+    extra: environment on top of the program's.
+    descriptors: number in the child -> our descriptor, which we keep.  The child inherits only
+    these and 0, 1, 2, with /dev/null as 0.
+    tell_pid: the name of a variable for its pid; "": none.
+    mortal: kill it with its group when we end in any way, or execute another program.
 
-    posix_spawn sets neither directory, umask nor limits, so they are set here around
-    it and put back: this process has one thread.  What cannot be put back (a nice value), or is
-    known only afterwards (its pid), or takes another user, or a limit below the descriptors that
-    we have, is done in a fork: see _fork().
+    Raises OSError with the reason of posix_spawn, or of the directory.  Raises ValueError for a
+    limit above the hard limit, or a NUL in the environment.  Then no process is left.
+
+    posix_spawn sets neither directory, umask nor limits.  So they are set here around it and
+    restored, which is safe because this process has one thread.  Some things need a fork, see
+    _fork(): a nice value, which cannot be restored; the pid, which is known only afterwards;
+    another user; and a limit below the descriptors that we have.
     """
     environment = {**dict(program.environment), **extra}
     if not mortal:
         return Process.of_child(_spawn(program, environment, descriptors, tell_pid))
-    # Where the last writer of a pipe ends, the kernel sends a signal to the process or group that
-    # owns the read end: here KILL to the group, with us as the only writer.  PR_SET_PDEATHSIG
-    # would reach its leader alone.
+    # When the last writer of a pipe ends, the kernel signals the process or group that owns the
+    # read end: here KILL to the group, with us as the only writer.  PR_SET_PDEATHSIG would
+    # reach only its leader.
     # Source: F_SETOWN, F_SETSIG and O_ASYNC in fcntl(2); pipe_release() in fs/pipe.c.
     receive, send = os.pipe2(os.O_CLOEXEC)
     try:
@@ -65,9 +67,9 @@ def spawn(
 
 
 def fork(act: Callable[[], None]) -> Process:
-    """Start a child that does this in our own memory, and ends.  Raises OSError.
+    """Start a child that calls `act` in a copy of our memory, and ends.  Raises OSError.
 
-    It takes no signal but KILL.
+    It receives no signal but KILL.
     """
     reserved = _reserve_fd()  # for its pidfd
     try:
@@ -84,17 +86,20 @@ def _spawn(
     tell_pid: str,
     lifeline: int = -1,
 ) -> int:
-    """Do what spawn() does; return the pid.  lifeline: the number in the child of a mortal one."""
+    """Start a program as spawn() does; return its pid.
+
+    lifeline: the number in a mortal child of the pipe's read end; -1: it is not mortal.
+    """
     forked = bool(program.identity is not None or program.nice or tell_pid or lifeline >= 0)
     kept = {RLIMITS[name]: resource.getrlimit(RLIMITS[name]) for name, _ in program.limits}
-    reserved = _reserve_fd()  # for its pidfd: a process that cannot be watched must not be started
+    reserved = _reserve_fd()  # for its pidfd: without one the process could not be watched
     places: dict[int, int] = {}
     umask = os.umask(program.umask)
     try:
         for theirs, ours in descriptors.items():
-            # Out of the way first: a target's number may be another source's.
+            # Copied out of the way first: a target's number may be another source's number.
             places[theirs] = fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, max(descriptors) + 1)
-        # posix_spawn takes no number above the limit of the process that it starts.
+        # posix_spawn accepts no number above the limit of the started process.
         above = max(places.values(), default=0)
         forked = forked or any(n == "nofile" and value <= above for n, value in program.limits)
         os.chdir(program.directory)
@@ -123,7 +128,7 @@ def _spawn(
             error.strerror = "the interpreter in its first line is missing"
         raise
     except BlockingIOError as error:
-        # EAGAIN, "resource temporarily unavailable", does not tell which one.
+        # EAGAIN, "resource temporarily unavailable", does not say which resource.
         error.strerror = NO_PROCESSES
         raise
     finally:
@@ -137,29 +142,28 @@ def _spawn(
 
 
 def _limit(program: Program) -> None:
-    """Set the soft limits of a program.  Raises ValueError for one above the hard one."""
+    """Set the soft limits of a program.  Raises ValueError for a limit above the hard limit."""
     for name, value in program.limits:
         which = RLIMITS[name]
         resource.setrlimit(which, (value, resource.getrlimit(which)[1]))
 
 
 def use_batch_policy() -> None:
-    """Use SCHED_BATCH, so as not to preempt the worker just woken, and wake several in one go.
+    """Use SCHED_BATCH, so that the protector does not preempt a worker that it has just woken.
 
-    Under load a protector that preempts the worker which it has just woken costs both
-    (bench/README.md).  One that was started with another policy, or a nice value below 0, keeps
-    it.
+    Under load such a preemption costs both time (bench/README.md).  A protector that was started
+    with another policy, or a nice value below 0, keeps it.
     """
     if scheduler() == os.SCHED_OTHER and os.getpriority(os.PRIO_PROCESS, 0) >= 0:
-        with suppress(OSError):  # forbidden here (a system call filter): slower, not wrong
+        with suppress(OSError):  # forbidden by a system call filter: slower, not wrong
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def needs_normal_policy(program: Program) -> bool:
-    """Whether a program is to have the policy back that we have left in use_batch_policy().
+    """Return whether a program needs the policy that we had before use_batch_policy().
 
-    Never with musl, which answers ENOSYS to that question and to posix_spawn's attribute for it
-    (src/process/posix_spawnattr_sched.c).
+    Never with musl, which has neither the system call nor posix_spawn's attribute (ENOSYS;
+    src/process/posix_spawnattr_sched.c).
     """
     return not program.batch and scheduler() == os.SCHED_BATCH
 
@@ -171,13 +175,13 @@ def _fork(
     tell_pid: str,
     lifeline: int,
 ) -> int:
-    """Start a program, maybe as another user or with its pid in a variable; return its pid.
+    """Start a program by fork and exec, for the features that posix_spawn lacks; return its pid.
 
-    It is also what can have itself killed when we end: see spawn().
-    Not through a program that changes the user: the loader in it would follow the worker's
-    environment (LD_PRELOAD) while it still has the privilege to become any user.  Nor through a
-    shell that sets the variable, or nice(1): a small container has neither.
-    places: number in the child -> ours, which is above all of these.
+    These are another user, its pid in a variable, and its kill when we end: see spawn().
+    Not through a program that changes the user: the loader in it would obey the worker's
+    environment (LD_PRELOAD) while it may still become any user.  Nor through a shell that sets the
+    variable, or nice(1): a small container has neither.
+    places: number in the child -> our descriptor, whose number is above all of these.
     """
     above = max((2, *places)) + 1
     receive, send = os.pipe2(os.O_CLOEXEC)
@@ -189,7 +193,7 @@ def _fork(
             _become(program, environment, places, tell_pid, lifeline)
         except OSError as error:
             os.write(answer, b"%d" % (error.errno or errno.EIO))
-        except BaseException as error:  # as a NUL in the environment
+        except BaseException as error:  # such as ValueError for a NUL in the environment
             os.write(answer, str(error).encode())
 
     with open(receive, "rb") as answer:
@@ -197,7 +201,7 @@ def _fork(
             pid = _fork_child(become)
         finally:
             os.close(send)
-        failure = answer.read()  # end of file: it was executed
+        failure = answer.read()  # end of file without an answer: the program was executed
     if failure:
         os.waitpid(pid, 0)
         if not failure.isdigit():
@@ -207,11 +211,11 @@ def _fork(
 
 
 def _fork_child(act: Callable[[], None]) -> int:
-    """Fork a child that does this in our own memory, and ends.  Raises OSError.
+    """Fork a child that calls `act` and ends; return its pid.  Raises OSError.
 
-    It shares our epoll and every socket, so it does as little as possible.
+    It shares our epoll and every socket, so it must do as little as possible.
     """
-    # Else a signal in the child would be reported to our own loop.
+    # Signals are blocked, because the child's would be reported to our own loop.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         pid = os.fork()
@@ -232,7 +236,7 @@ def _become(
     tell_pid: str,
     lifeline: int,
 ) -> None:
-    """In the forked child: become the worker.  Returns only by raising."""
+    """Become the program, in the forked child.  Never returns; raises an exception on failure."""
     os.setsid()
     null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     os.dup2(null, 0)
@@ -249,15 +253,15 @@ def _become(
         environment = {**environment, tell_pid: str(os.getpid())}
     if program.identity is not None:
         privileges.hand_over(program.identity)
-    if lifeline >= 0:  # as the user that it is from now on, which may kill it
+    if lifeline >= 0:  # after the change of user, because that user must be allowed to kill it
         fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
         fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpid())
         fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)
-    _limit(program)  # the last of all: until then our own descriptors count, which are many
+    _limit(program)  # last, because our own descriptors may exceed the limit
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.execve(program.path, program.argv, environment)
 
 
 def _reserve_fd() -> int:
-    """Open a descriptor only to close it for another one.  Raises OSError where none is free."""
+    """Open a descriptor to keep one free for later.  Raises OSError if none is free."""
     return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)

@@ -1,12 +1,12 @@
 """The state that outlives the program: values in a memfd, written atomically.
 
-The memfd holds two slots.  A slot begins with a whole value; what has changed in it since then
-follows, one record a change, because to write all of a thousand workers for each of them would
-take the time of a million.  Once the changes are longer than the value, a whole one goes to the
-other slot.  Each record has a checksum, so a program that dies in the middle of one leaves
-what was before it.
+The memfd holds two slots.  A slot begins with a whole value, and a record for each later change
+follows.  Without change records, a thousand changes would write a thousand workers each.  Once the
+changes are longer than the value, a whole value goes to the
+other slot.  Each record has a checksum, so a program that dies in the middle of a record leaves
+the state before it.
 
-What a value looks like in there: model/codec.py.
+The format of a value: model/codec.py.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import struct
 
 from ..model.codec import FORMAT, DecodeError, need_format, refusal
 
-#: magic, format, sequence, length, checksum of all before and of the payload; a change has the
-#: sequence of the whole value that it follows.
+#: magic, format, sequence, length; then the checksum of these and the payload.  A change has the
+#: sequence of its whole value.
 _HEADER = struct.Struct("<4sIQQ")
 _CHECKSUM = struct.Struct("<I")
 _RECORD_BYTES = _HEADER.size + _CHECKSUM.size  # without the payload
 _WHOLE, _CHANGE = b"SPst", b"SPch"
-#: The file is sparse: a slot takes the memory of what was written to it.
+#: The file is sparse: a slot takes only the memory that was written.
 _SLOT_BYTES = 64 * 1024 * 1024
-#: What the limit of file sizes (RLIMIT_FSIZE) has to allow.
+#: The file size that the limit of file sizes (RLIMIT_FSIZE) must allow.
 MOST_BYTES = 2 * _SLOT_BYTES
-#: As long may the changes be, also where the value is shorter.
+#: Changes may always be this long, even if the value is shorter.
 _CHANGES_BYTES = 16 * 1024
 
 
@@ -36,40 +36,40 @@ class StateError(Exception):
 
 
 class StateFile:
-    """The memfd.  Owns its descriptor."""
+    """The memfd of the state.  Owns its descriptor."""
 
     def __init__(self, fd: int) -> None:
-        """Use a memfd that make() made, in this program or an earlier one."""
+        """Use the memfd that make() returned, in this program or an earlier one."""
         self.fd = fd
         self._sequence = max((sequence for sequence, _, _ in self._slots()), default=0)
-        self._whole_bytes = self._bytes = 0  # of what this program has written to the slot
+        self._whole_bytes = self._bytes = 0  # the bytes that this program has written to the slot
 
     @classmethod
     def make(cls) -> StateFile:
-        """Make an empty one.  Raises OSError."""
+        """Return an empty state file.  Raises OSError."""
         return cls(os.memfd_create("sp.state", os.MFD_CLOEXEC))
 
     @property
     def empty(self) -> bool:
-        """Whether nothing has ever been written."""
+        """Whether no state has been written."""
         return os.fstat(self.fd).st_size == 0
 
     @property
     def takes_changes(self) -> bool:
-        """Whether a change may follow what this program has written; else all of it is due."""
+        """Whether write_change() is allowed; otherwise a whole state is due."""
         changes = self._bytes - self._whole_bytes
         return self._bytes > 0 and changes <= max(self._whole_bytes, _CHANGES_BYTES)
 
     def write(self, payload: bytes) -> None:
-        """Replace the state.  Raises OSError, and then the one before still stands."""
+        """Replace the state.  Raises OSError; the earlier state then stays valid."""
         sequence = self._sequence + 1
         self._whole_bytes = self._bytes = self._put(_WHOLE, sequence, 0, payload)
         self._sequence = sequence
 
     def write_change(self, payload: bytes) -> None:
-        """Add a change to the state.  Raises OSError, and then the one before still stands.
+        """Add a change to the state; only if takes_changes.
 
-        Only where it takes changes.
+        Raises OSError; the earlier state then stays valid.
         """
         self._bytes += self._put(_CHANGE, self._sequence, self._bytes, payload)
 
@@ -87,7 +87,7 @@ class StateFile:
     def read(self) -> tuple[bytes, ...]:
         """Return the newest whole state and its changes.
 
-        Raises StateError when there is none, or when it is in another format.
+        Raises StateError if there is no state, or if it has another format.
         """
         newest = max(self._slots(), default=None)
         if newest is None:
@@ -109,7 +109,7 @@ class StateFile:
         return [(each[1], each[2], each[3]) for each in found if each and each[0] == _WHOLE]
 
     def _record(self, slot: int, at: int) -> tuple[bytes, int, int, bytes] | None:
-        """Return (kind, sequence, format, payload) of a record, None where none is whole."""
+        """Return (kind, sequence, format, payload) of a record, None if no intact one is there."""
         head = os.pread(self.fd, _RECORD_BYTES, slot * _SLOT_BYTES + at)
         if len(head) < _RECORD_BYTES:
             return None

@@ -1,6 +1,6 @@
-"""The sockets of a TCP address: one, or a SO_REUSEPORT group of which the kernel selects a member.
+"""The sockets of a TCP address: one, or a SO_REUSEPORT group from which the kernel selects.
 
-What is to be done to the group: reuseport_group.py; programs and calls for it: reuseport.py.
+The plans for the group: reuseport_group.py; its programs and system calls: reuseport.py.
 
 Source: tcp(7); reuseport_select_sock() in net/core/sock_reuseport.c.
 """
@@ -22,32 +22,32 @@ if TYPE_CHECKING:
 
 
 class TcpListener(Listener):
-    """A TCP address: carries out what the value of its group says."""
+    """The listener of a TCP address; it carries out the plans of its group."""
 
     _known: Group | None = None
 
     @property
     def _group(self) -> Group:
-        """What is known of its group; made at its first use, because most listeners need none."""
+        """The value of its group, made at its first use, because most listeners need none."""
         if self._known is None:
             self._known = reuseport_group.Group.of(len(self.sockets))
         return self._known
 
     @property
     def port(self) -> int:
-        """That of its address: a socket that was shut down may have another one."""
+        """The port of its address; a socket that was shut down may have another one."""
         return _bound_to(self.settings.address)[1]
 
     @property
     def local_address(self) -> tuple[str, int]:
-        """Where a process of this machine reaches it."""
+        """Its address for processes of this machine."""
         host, port = _bound_to(self.settings.address)
         if host == "::" and self.socket.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
             return "::1", port
         return ("127.0.0.1" if host in ("0.0.0.0", "::") else host), port
 
     def swap(self) -> None:
-        """Exchange sockets 0 and 1, if there are two; before any generation has one."""
+        """Exchange sockets 0 and 1, if there are two; only before a generation has one."""
         super().swap()
         if self.has_sibling:
             self._group.swap()
@@ -55,12 +55,12 @@ class TcpListener(Listener):
     # -- a socket that was shut down ----------------------------------------
 
     def is_alive(self, socket_number: int = 0) -> bool:
-        """Whether clients can come to a socket, where it was bound."""
+        """Return whether clients can connect to a socket at its address."""
         one = self.socket_for(socket_number)
         return is_listening(one) and bool(one.getsockname()[1] == self.port)
 
     def is_sound(self, socket_number: int) -> bool:
-        """Whether accepted clients can be spoken with: not where it was shut down twice before."""
+        """Return whether accepted connections work: not after two shutdowns of the socket."""
         one = self.socket_for(socket_number)
         try:
             found = sock_diag.listening(one.family, self.port)
@@ -72,11 +72,11 @@ class TcpListener(Listener):
         """Remember the backlog that a worker has set, to use the same when listening again."""
         for number, one in enumerate(self.sockets):
             if self.is_alive(number):
-                with suppress(OSError):  # the one before will do
+                with suppress(OSError):  # on failure the earlier value stays
                     self._backlogs[number] = reuseport.backlog(one)
 
     def listen_again(self, socket_number: int) -> bool:
-        """Listen again on a socket that was shut down; return whether it does.
+        """Listen again on a socket that was shut down; return whether that succeeded.
 
         A socket that was bound as port 0 would get another port.
         """
@@ -109,7 +109,7 @@ class TcpListener(Listener):
         shut_down(one)
 
     def go_on_without(self, socket_number: int) -> None:
-        """Drop a socket; the sibling then has both numbers."""
+        """Close a socket for good; its sibling then has both numbers."""
         super().go_on_without(socket_number)
         self._known = None
 
@@ -118,7 +118,7 @@ class TcpListener(Listener):
         number = socket_number % len(self.sockets)
         one, other = self.socket_for(socket_number), self.socket_for(1 - socket_number)
         backlog, spare = self._backlogs[number], self._reserved
-        # Alone, or its sibling has come back on another port.
+        # None: there is no sibling, or it has another port after a shutdown.
         beside = None if other is one or other.getsockname()[1] != self.port else other
         if beside is None and spare is None:
             return reuseport.rebind(one, _bound_to(self.settings.address), backlog)
@@ -130,7 +130,7 @@ class TcpListener(Listener):
                 if spare is None or error.errno in RESOURCE_ERRNOS:
                     raise
         if made is not None:
-            with suppress(OSError):  # then its connections are not counted
+            with suppress(OSError):  # on failure its connections are not counted
                 accept_marks.mark(made, accept_marks.mark_of(one))
             return made
         if spare is None:
@@ -138,7 +138,7 @@ class TcpListener(Listener):
         reuseport.enlist(spare, accept_marks.mark_of(one), backlog, beside)
         self._reserved = None
         self._again[2] += 1
-        with suppress(OSError):  # now: it gets the options of a socket that no worker has had
+        with suppress(OSError):  # now, while the options are those of a socket without workers
             self._reserved = reuseport.reserve(spare, _bound_to(self.settings.address))
         return spare
 
@@ -157,7 +157,7 @@ class TcpListener(Listener):
         """
         if not (self.has_sibling or held or self._is_silent):
             return  # there is only one socket
-        for each in self.sockets:  # one without it takes all new clients, where it stands first
+        for each in self.sockets:  # a first socket without it would get all new clients
             each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         self._look()
         guarded = bool(marked) and self.has_sibling and self.can_be_held
@@ -175,27 +175,30 @@ class TcpListener(Listener):
 
     @property
     def can_be_held(self) -> bool:
-        """Whether clients can be left without an answer, though workers accept."""
+        """Whether a hold can leave new clients without an answer, though workers accept."""
         return self.shared and not self.settings.foreign and not self.lost
 
     def reserve(self) -> socket.socket:
-        """Return the third socket; making it needs the right to bind.  Raises OSError."""
+        """Return the third socket; make it first, if need be, which needs the right to bind.
+
+        Raises OSError.
+        """
         if self._reserved is None:
-            there = (each for n, each in enumerate(self.sockets) if self.is_alive(n))
-            one = next(there, self.socket)
+            alive = (each for n, each in enumerate(self.sockets) if self.is_alive(n))
+            one = next(alive, self.socket)
             self._reserved = reuseport.reserve(one, one.getsockname())
         return self._reserved
 
     @property
     def _is_silent(self) -> bool:
-        """Whether the third one is in the group."""
+        """Whether the third socket is in the group."""
         return self._reserved is not None and is_listening(self._reserved)
 
     def _end_silence(self) -> None:
         if self._is_silent:
             self._carry_out(self._group.end_silence())
             if self._reserved is not None:
-                shut_down(self._reserved)  # if that was not known
+                shut_down(self._reserved)  # in case the group did not know of it
 
     # -- the group's members -------------------------------------------------------
 
@@ -203,7 +206,7 @@ class TcpListener(Listener):
         return self.reserve() if number == reuseport_group.SILENT else self.sockets[number]
 
     def _carry_out(self, plan: Plan) -> None:
-        """Do what a plan says, and say what came of it.  Raises OSError where that gives up."""
+        """Carry out a plan, and send each step's error back.  Raises the plan's OSError."""
         error: OSError | None = None
         while True:
             try:
@@ -231,8 +234,8 @@ class TcpListener(Listener):
     def _look(self, *, or_guess: bool = False) -> None:
         """Update the group's members from the kernel.
 
-        Raises OSError where the kernel lacks memory or descriptors for that now: an earlier
-        program may have known better than we do.  or_guess: rely on our own calls then.
+        Raises OSError if memory or descriptors are short: then our own knowledge may be older than
+        an earlier program's.  or_guess: rely on our own knowledge then.
         """
         members = dict(enumerate(self.sockets))
         if self._reserved is not None:
@@ -244,21 +247,21 @@ class TcpListener(Listener):
         except OSError as error:
             if error.errno in RESOURCE_ERRNOS and not or_guess:
                 raise
-        # None of them, where they are of another network namespace, or sock_diag is not there.
+        # None of ours is listed if they are of another network namespace, or without sock_diag.
         if by_inode.keys().isdisjoint(found):
-            there = [number for number in range(len(self.sockets)) if self.is_alive(number)]
+            alive = [number for number in range(len(self.sockets)) if self.is_alive(number)]
             if self._is_silent:
-                there.append(reuseport_group.SILENT)
-            before = [number for number in self._group.listed if number in there]
-            self._group.found((*before, *(n for n in there if n not in before)))
+                alive.append(reuseport_group.SILENT)
+            before = [number for number in self._group.listed if number in alive]
+            self._group.found((*before, *(n for n in alive if n not in before)))
         else:
             self._group.found(tuple(by_inode.get(each, reuseport_group.OTHER) for each in found))
 
     def let_in(self) -> None:
         """Remove filters and devices that keep clients out, before a generation starts.
 
-        Time-outs and the like stay: living workers use them.  A socket that was passed in belongs
-        to its owner, and a locked filter cannot be removed.
+        Timeouts and other options stay, because living workers use them.  A socket that was passed
+        in belongs to its owner, and a locked filter cannot be removed.
         """
         if self.settings.foreign:
             return
@@ -277,7 +280,7 @@ class TcpListener(Listener):
             for each in self.sockets:
                 reuseport.refuse_new(each)
         except OSError:
-            return False  # optmem_max, or a filter that is locked
+            return False  # because of optmem_max, or a locked filter
         return True
 
 

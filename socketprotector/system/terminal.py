@@ -1,6 +1,6 @@
-"""Writes to the operator's terminal: whole lines, escaped, and never a reason to fail.
+"""Output to the operator's terminal: whole lines, escaped.
 
-The terminal may be closed, or the pipe (`| head`): the start continues all the same.
+A failure to write is ignored: the start continues without the terminal, or the pipe (`| head`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STDOUT, STDERR = 1, 2
 
 
 def tell(text: str, where: int = STDERR) -> None:
-    """Say something that may have several lines."""
+    """Write a message of one or more lines."""
     lines = [escape(line) for line in f"SocketProtector: {text}".split("\n")]
     try:
         put(where, "\n".join([*lines, ""]).encode("utf-8", "backslashreplace"))
@@ -27,11 +27,11 @@ def tell(text: str, where: int = STDERR) -> None:
 
 
 def put(fd: int, data: bytes) -> int:
-    """Write to what may be a terminal, also from the background.  Raises OSError.
+    """Write to a file that may be a terminal, also from the background.  Raises OSError.
 
-    Under `stty tostop` that would send SIGTTOU to all of our group, which stops each process
-    that has not caught it, and has the others try again for ever.  Where it is blocked it is not
-    sent, and the write goes through (POSIX, General Terminal Interface, Terminal Access Control).
+    Under `stty tostop` that would send SIGTTOU to our whole group.  It stops each process without
+    a handler, and makes the others try again for ever.  While the signal is blocked it is not
+    sent, and the write succeeds (POSIX, General Terminal Interface, Terminal Access Control).
     """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTOU,))
     try:
@@ -41,16 +41,16 @@ def put(fd: int, data: bytes) -> int:
 
 
 def put_at_once(fd: int, data: bytes) -> int:
-    """Write to a pipe, terminal or file that others share without ever waiting for its reader.
+    """Write to a pipe, terminal or file that other processes share, without waiting for its reader.
 
-    Raises OSError where it would have to.  O_NONBLOCK would reach all that share the descriptor.
+    Raises OSError if it would have to wait.  Not by O_NONBLOCK, which would affect all sharers.
     """
     if not stat.S_ISFIFO(os.fstat(fd).st_mode):
         if not events_of(fd, select.POLLOUT):
             raise BlockingIOError
         return put(fd, data)
-    # Not poll and write: another writer may take the room in between.  RWF_NOWAIT is unknown to
-    # musl, and to pipes before Linux 6.4.
+    # Not by poll and write: another writer may take the room in between.  RWF_NOWAIT is missing in
+    # musl, and for pipes before Linux 6.4.
     receive, send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         written = os.write(send, data)
@@ -61,11 +61,11 @@ def put_at_once(fd: int, data: bytes) -> int:
 
 
 def stand_on_three_descriptors() -> None:
-    """Put /dev/null where stdin, stdout or stderr is closed: no socket may get such a number."""
+    """Open /dev/null as stdin, stdout or stderr, if closed: no socket may get such a number."""
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest that is free, which is this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is fd
             # ruff: noqa: SIM115 -- it stays open for the life of the process
             setattr(sys, name, open(fd, "r" if fd == 0 else "w", closefd=False))

@@ -1,6 +1,6 @@
-"""The sockets of a UNIX address: one, or one for each generation, to one of which the path leads.
+"""The sockets of a UNIX address: one, or one for each generation; the path leads to one of them.
 
-The files: socket_file.py.
+Their files: socket_file.py.
 
 Source: unix(7).
 """
@@ -32,11 +32,11 @@ from .polling import events_of
 
 
 class UnixListener(Listener):
-    """A path or abstract name."""
+    """The listener of a path or abstract name."""
 
-    #: Of the files of its path, which others may remove.
+    #: The rights of its path's files, kept because another program may remove the files.
     _rights: socket_file.Rights | None = None
-    #: Sockets 0 and 1: whether the path led elsewhere at a moment at which no client waited there.
+    #: For sockets 0 and 1: whether no client waited there at a moment when the path led elsewhere.
     _left_empty = (False, False)
 
     @property
@@ -46,7 +46,7 @@ class UnixListener(Listener):
 
     @property
     def path(self) -> str:
-        """The path that leads to one of its sockets, each with a file of its own; "" if none can.
+        """The path that leads to one of its sockets, each with its own file; "" if impossible.
 
         See socket_file.py.
         """
@@ -54,13 +54,13 @@ class UnixListener(Listener):
 
     @property
     def _path(self) -> str:
-        """The same, also where no client comes any more."""
+        """The same path, even if the listener is lost."""
         ours = self.shared and self.settings.inode and not self.settings.foreign
         path, _ = self.local_address if ours else ("", 0)
         return path if path and socket_file.has_room(path) else ""
 
     def address_of(self, socket_number: int) -> tuple[str, int]:
-        """Return where a process of this machine reaches one of its sockets."""
+        """Return the address of one of its sockets for processes of this machine."""
         if self.path and self.has_sibling:
             return socket_file.own_file(self.path, self.socket_for(socket_number)), 0
         return self.local_address
@@ -68,32 +68,35 @@ class UnixListener(Listener):
     # -- a socket that was shut down ----------------------------------------
 
     def is_alive(self, socket_number: int = 0) -> bool:
-        """Whether clients can come to a socket, where it was bound."""
+        """Return whether clients can connect to a socket at its address."""
         one = self.socket_for(socket_number)
         hung_up = events_of(one, CLIENT_OR_END) & (select.POLLRDHUP | select.POLLHUP)
         return is_listening(one) and not hung_up
 
     def can_be_led_to(self, socket_number: int) -> bool:
-        """Whether clients of its path can come to a socket: others may have removed its file."""
+        """Return whether the path can lead to a socket: another program may remove its file."""
         if not (self.path and self.has_sibling):
             return True
         return socket_file.has_file(self.path, self.socket_for(socket_number))
 
     def is_passed_by(self, socket_number: int) -> bool:
-        """Whether clients can come to a socket to which its path leads no more.
+        """Return whether clients can come to a socket to which its path no longer leads.
 
-        As where its file is mounted elsewhere: a mount stays at the file that it was made of.
+        They can if the file is mounted elsewhere, because a mount keeps its original file.
         """
         if not (self.path and self.has_sibling and self._left_empty[socket_number % 2]):
             return False
         return not socket_file.leads_to(self.path, self.socket_for(socket_number))
 
     def note(self) -> None:
-        """Remember where no client waits as the path leads elsewhere: later ones pass it by."""
+        """Remember the sockets without clients to which the path does not lead.
+
+        Clients that come to such a socket later have not come by the path.
+        """
         if self.path and self.has_sibling:
             with suppress(OSError):
-                there = [socket_file.leads_to(self.path, each) for each in self.sockets]
-                before = zip(self.sockets, there, self._left_empty, strict=True)
+                targets = [socket_file.leads_to(self.path, each) for each in self.sockets]
+                before = zip(self.sockets, targets, self._left_empty, strict=True)
                 first, second = (
                     not leads and (was or not has_client(one)) for one, leads, was in before
                 )
@@ -101,15 +104,15 @@ class UnixListener(Listener):
 
     @property
     def hangs_up(self) -> bool:
-        """Whether it was shut down: readable for ever, without a client."""
+        """Whether it was shut down: always readable, without a client."""
         return not self.is_alive()
 
     def is_sound(self, socket_number: int) -> bool:
-        """Whether accepted clients can be spoken with: they always can."""
+        """Return True: accepted connections always work."""
         return True
 
     def listen_again(self, socket_number: int) -> bool:
-        """Return False: the kernel says that it listens, and refuses every client."""
+        """Return False: after a shutdown listen() succeeds, but the kernel refuses all clients."""
         return False
 
     # -- where the path leads ---------------------------------------------------
@@ -128,7 +131,7 @@ class UnixListener(Listener):
         if self.path:
             to = self.reserve() if held else self.socket_for(socket_number)
             if not self.has_sibling and not socket_file.has_file(self.path, to):
-                return  # others have removed the file of the only one: nothing can lead to it
+                return  # another program has removed the only socket's file: no path can lead to it
             socket_file.lead_to(self.path, to, self._all)
             self._rights = socket_file.rights_of(self.path)
 
@@ -136,10 +139,10 @@ class UnixListener(Listener):
         self.steer(socket_number)
 
     def renew(self, socket_number: int) -> bool:
-        """Make another socket for a generation that is yet to start, and gets no clients yet.
+        """Make a new socket, without clients yet, for a generation that has not started.
 
-        The generation then shares its socket with no earlier generation.  A socket stays if the
-        path leads to it or clients wait there.  Returns whether a socket was made.  Raises
+        So that generation shares its socket with no earlier one.  The old socket stays if the
+        path leads to it, or if clients wait there.  Returns whether a socket was made.  Raises
         OSError.
         """
         is_new = self.is_fresh[socket_number % 2] = self._renew(socket_number)
@@ -154,7 +157,7 @@ class UnixListener(Listener):
             one = self.socket_for(socket_number)
             if socket_file.leads_to(self.path, one) or self.has_waiting(socket_number):
                 return False
-            socket_file.found_at(self.path, self._all)  # before a release starts for nothing
+            socket_file.found_at(self.path, self._all)  # raises before a release starts in vain
             self.bind_anew(socket_number)
             return True
         there = self.socket
@@ -167,7 +170,7 @@ class UnixListener(Listener):
         self.sockets = [made, there] if socket_number == 0 else [there, made]
         self._left_empty = (False, False)
         self._backlogs = [self._backlogs[0]] * 2
-        # A name stands for one descriptor for ever.
+        # A name must never get another descriptor.
         self._again[1] += 1
         if socket_number == 0:
             self._again[0] += 1
@@ -186,7 +189,7 @@ class UnixListener(Listener):
         with on_error(made.close), on_error(socket_file.forget, self.path, made):
             if socket_file.leads_to(self.path, one):
                 socket_file.lead_to(self.path, made, self.sockets)
-        if not self.has_sibling:  # else workers may still accept from it
+        if not self.has_sibling:  # otherwise workers may still accept from it
             shut_down(one)
         return made
 
@@ -199,11 +202,11 @@ class UnixListener(Listener):
 
     @property
     def can_be_held(self) -> bool:
-        """Whether clients can be left without an answer, though workers accept."""
+        """Whether a hold can leave new clients without an answer, though workers accept."""
         return bool(self.path) and self.has_sibling
 
     def reserve(self) -> socket.socket:
-        """Return the third socket, at which clients wait.  Raises OSError."""
+        """Return the third socket, at which clients wait during a hold.  Raises OSError."""
         if self._reserved is not None and self._is_lost(self._reserved):
             self._reserved.close()
             self._reserved = None
@@ -213,28 +216,28 @@ class UnixListener(Listener):
         return self._reserved
 
     def _is_lost(self, one: socket.socket) -> bool:
-        """Whether no client can come to a socket any more, and none waits there."""
+        """Return whether no client can come to a socket any more, and none waits there."""
         return not (socket_file.has_file(self.path, one) or has_client(one))
 
     @property
     def is_reserved_for_clients(self) -> bool:
-        """Whether clients may wait at the socket to which they came during a hold."""
+        """Whether clients of a hold may wait at the third socket."""
         return bool(self.path) and self._reserved is not None
 
     @property
     def has_held_client(self) -> bool:
-        """Whether one waits there."""
+        """Whether a client of a hold waits at the third socket."""
         held = self._reserved if self.path else None
         return held is not None and has_client(held)
 
     def adopt_reserved(self, socket_number: int) -> None:
-        """Give a socket at which clients have waited during a hold to the next generation.
+        """Give the third socket, at which clients of a hold wait, to the next generation.
 
-        socket_number: where that is to accept; if clients wait there, they come first.
+        socket_number: the socket of that generation; clients that wait there come first.
         """
         if self._reserved is None or (self.has_sibling and self.has_waiting(socket_number)):
             return
-        if not self.has_sibling:  # lost during the hold
+        if not self.has_sibling:  # the sibling was lost during the hold
             self._add_sibling(socket_number, self._reserved)
             self._reserved = None
             self._again[2] += 1
@@ -243,7 +246,7 @@ class UnixListener(Listener):
         one = self.socket_for(socket_number)
         if socket_file.leads_to(self.path, one):
             socket_file.lead_to(self.path, self._reserved, self.sockets)
-            if self.has_waiting(socket_number):  # until then one could come
+            if self.has_waiting(socket_number):  # a client has come just before
                 socket_file.lead_to(self.path, one, self._all)
                 return
         self.joined[socket_number % 2] += 1
@@ -255,7 +258,7 @@ class UnixListener(Listener):
     # -- files ---------------------------------------------------------------------
 
     def _bind_file(self, like: socket.socket) -> socket.socket:
-        """Return another socket of our path, which no client reaches yet.  Raises OSError."""
+        """Return a new socket of our path, which no client reaches yet.  Raises OSError."""
         with suppress(FileNotFoundError):
             self._rights = socket_file.rights_of(self.path)
         if self._rights is None:
@@ -269,19 +272,19 @@ class UnixListener(Listener):
         return made
 
     def _bind_path(self) -> socket.socket:
-        """Bind a socket file in the place of ours.  Raises OSError."""
+        """Return a new socket whose file replaces ours at the path.  Raises OSError."""
         path = self.settings.address.removeprefix("unix:")
         made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with on_error(made.close):
             if not self.settings.inode:
-                made.bind("\0" + path[1:])  # which fails as long as a process has the old one
+                made.bind("\0" + path[1:])  # fails while a process has the old socket
                 made.listen(self._backlogs[0])
                 return made
             with locked(path, 0.0):
                 old = os.lstat(path)
                 if not is_file_of(self.settings, old):
                     raise OSError(errno.EEXIST, "somebody has put another file in its place")
-                # Under another name until it listens: a client always finds one of the two.
+                # Under another name until it listens, so that a client always finds a socket.
                 beside = f"{os.path.dirname(path)}/.{os.urandom(2).hex()}"
                 if len(os.fsencode(beside)) > socket_file.LONGEST_PATH:
                     os.unlink(path)
@@ -311,7 +314,7 @@ class UnixListener(Listener):
         if not self.shared:
             self.socket.shutdown(socket.SHUT_RD)
             self.always_readable = True
-        return True  # or they would have to know it by another name
+        return True  # a shared socket: without its path only a client with another name reaches it
 
     @property
     def _all(self) -> list[socket.socket]:
@@ -321,10 +324,10 @@ class UnixListener(Listener):
         """Remove the path, and the file of each socket, if they are ours."""
         if self._path:
             socket_file.remove(self._path, self._all)
-        # Also where no file is beside it, because then the kernel has to say whose the path is.
+        # Without files beside the path, only device and inode show that the path is ours.
         if not (self._path and self.settings.beside):
             remove_file(self.settings)
 
 
 def _chown(fd: int, uid: int, gid: int) -> None:
-    os.chown(f"/proc/self/fd/{fd}", uid, gid)  # ctypes, which needs no /proc, costs memory
+    os.chown(f"/proc/self/fd/{fd}", uid, gid)  # by /proc, because ctypes costs memory

@@ -78,7 +78,7 @@ LEAVE = "inherited.kept_through_exec(files)"
 def told(given: dict[str, int], *names: str) -> list[str]:
     """Names of descriptors by their numbers, from 3 on, with gaps."""
     by_number = dict(zip(given.values(), names, strict=True))
-    return [by_number.get(fd, inherited.NOBODY) for fd in range(3, max(by_number) + 1)]
+    return [by_number.get(fd, inherited.UNUSED) for fd in range(3, max(by_number) + 1)]
 
 
 def test_what_is_left_is_found_by_name_and_goes_no_further(files: dict[str, int]) -> None:

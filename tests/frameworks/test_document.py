@@ -17,16 +17,16 @@ import pytest
 
 from tests import needs
 from tests.frameworks.asking import PATH, port_of
+from tests.pages import page
 from tests.running import DEADLINE_S, ROOT, Protector
 
-TEXT = (ROOT / "docs" / "frameworks.md").read_text()
+PAGE = ROOT / "docs" / "frameworks.md"
+TEXT = PAGE.read_text()
 #: By the name of the file, which is the comment in the first line.
 FILES = dict(re.findall(r"^```python\n# (\S+\.py)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE))
 PROGRAMS = [name for name in FILES if "/" not in name]
-#: Indented, outside of the programs; a remark may stand behind.
-COMMANDS = re.findall(
-    r"^    (\S.*?)(?:  +#.*)?$", re.sub(r"^```.*?^```$", "", TEXT, flags=re.S | re.M), re.MULTILINE
-)
+#: Indented, outside of the programs.
+COMMANDS = [each for block in page.blocks(PAGE) if not block.kind for each in block.commands]
 UNDER = "SocketProtector 4321 -- "
 #: What stands there for each program.
 RUN = f"{UNDER}python on_uvicorn.py"

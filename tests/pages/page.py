@@ -18,7 +18,7 @@ A block between ``` is, by the words behind these:
     another one     a file, whose first line (the second, behind #!) names it: `# /etc/web.toml`;
                     what /bin/sh is to run it has to understand
 
-A command whose line ends in `# exit status 3` ends with that, the others with 0.
+A command below the line `# exit status 3` ends with that, the others with 0.
 
 What stands between .EX and .EE of a manual page is `sh`; with `.\\" terminal` before it,
 `sh terminal`.
@@ -34,7 +34,7 @@ from shlex import quote
 _FENCE = re.compile(r"^```(.*)$")
 _INDENTED = re.compile(r"^    (?=\S)")
 _NAMED = re.compile(r"^(?:#!.*\n)?(?:#|//) (\S+)\n")
-_STATUS = re.compile(r"^(.*?)\s+# exit status (\d+)\b.*$", re.MULTILINE)
+_STATUS = re.compile(r"^# exit status (\d+)\b.*\n((?:.*\\\n)*.*)$", re.MULTILINE)
 
 
 #: What is not there, and what programs say of that once they have understood what they are to do.
@@ -70,6 +70,11 @@ class Block:
         """Whether it is nothing that could be run; a command is not hidden in it."""
         begin = (line.strip("$ ").partition(" ")[0] for line in self.text.split("\n"))
         return self.kind in ("drawing", "mermaid", "report") and _PROGRAMS.isdisjoint(begin)
+
+    @property
+    def is_output(self) -> bool:
+        """Whether a program has written it: its lines are as long as they are."""
+        return self.kind.partition(" ")[0] in _OUTPUT
 
     @property
     def taker(self) -> str | None:
@@ -194,6 +199,7 @@ _screen() {
 make() { command make --dry-run "$@"; }"""
 _END = "+++ the end of the page"
 _EOF = "END-OF-THE-FILE"
+_OUTPUT = {"control", "json", "line", "message", "report", "text"}
 _RUN = {"sh", "sh terminal", "sh tree", "control", "json status"}
 _TAKERS = {
     "line": "tests/boundary/test_crash_loop_summary.py",
@@ -221,4 +227,4 @@ def _written(name: str, text: str) -> str:
 
 
 def _with_status(found: re.Match[str]) -> str:
-    return f"_is=0; {found[1]} || _is=$?; [ $_is = {found[2]} ] || {{ echo status $_is; exit 1; }}"
+    return f"_is=0; {found[2]} || _is=$?; [ $_is = {found[1]} ] || {{ echo status $_is; exit 1; }}"

@@ -73,6 +73,9 @@ ELSEWHERE = {
 }
 NAMESPACES = ("--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 PAGE_S = 120.0
+#: Of the pages on the site, and of a line of code there, at 1280 px.
+SITE = [*links.ON_THE_SITE, *links.MANUALS]
+COLUMNS = 90
 
 is_root = needs.root_with("unshare", "ip")
 
@@ -152,6 +155,33 @@ def test_nothing_on_a_page_is_only_to_be_looked_at(name: str) -> None:
         assert is_used or block.taker or block.is_picture, f"{name}:{block.line}: not run"
         assert not block.taker or f'"{name}"' in (ROOT / block.taker).read_text()
     assert name not in RUN or any(block.is_run for block in found)
+
+
+@together("name", [path.relative_to(ROOT).as_posix() for path in SITE])
+def test_code_fits_the_column_of_the_site_and_its_comments_have_lines_of_their_own(
+    name: str,
+) -> None:
+    lines = [
+        line
+        for block in blocks(name)
+        if not (block.is_picture or block.is_output)
+        for line in block.text.split("\n")
+    ]
+
+    assert not [line for line in lines if len(line) > COLUMNS]
+    assert not [line for line in lines if re.search(r"\S\s+(?:#|//) ", line)]
+
+
+def test_a_command_may_be_wanted_to_fail() -> None:
+    text = "# exit status 3: it is broken\nsh -c \\\n    'exit 3'\n"
+    done = subprocess.run(["bash", "-c", page.script([Block(1, "sh", text)])], capture_output=True)
+    assert done.returncode == 0
+
+    done = subprocess.run(
+        ["bash", "-c", page.script([Block(1, "sh", text.replace("'exit 3'", "true"))])],
+        capture_output=True,
+    )
+    assert b"status 0" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,9 @@ def program() -> str:
     """Return the page's, with the server of these tests."""
     assert SECTION is not None
     assert " --guard " in SECTION[1]
-    program, found = re.subn(r"--ready .*", "http=8000 -- ./server --fd {fd:http}", SECTION[1])
+    program, found = re.subn(
+        r"--ready .*\n +127.*", "http=8000 -- ./server --fd {fd:http}", SECTION[1]
+    )
     assert found == 1
     return program
 

@@ -314,7 +314,7 @@ class Resident:
             found[inherited.CONTROL] = self.control_listener.fileno()
         if self.watcher is not None:
             found |= self.watcher.descriptors()
-        theirs = (self.parents, self.start_report, self.output)
+        theirs = (self.parents, self.start_report)
         return found | {name: fd for each in theirs for name, fd in each.descriptors().items()}
 
     def _retry_later(self, again: Callable[[], None]) -> None:

@@ -237,8 +237,12 @@ class Effects:
         return {**self.own_descriptors(), **self.pool.descriptors}
 
     def own_descriptors(self) -> dict[str, int]:
-        """Return the descriptors of no single worker: as few as there are generations."""
-        return {**self.delivery.descriptors(), **self.generations.descriptors()}
+        """Return the descriptors of no single worker: as few as there are generations.
+
+        First what clients need: an fd store that is full keeps no more.
+        """
+        found = {**self.delivery.descriptors(), **self.generations.descriptors()}
+        return {**found, **self.output.descriptors()}
 
     def suspend(self) -> None:
         """Stop all probes and reading; the next program starts them again."""

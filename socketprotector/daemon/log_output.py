@@ -1,8 +1,9 @@
 """Directs the workers' output, and obtains a failed worker's last words.
 
-Workers write to the terminal or the journal directly.  If the log is ours (a file, syslog), or if
-lines get a prefix, each worker has a pipe of its own, which a relay process reads (log_relay.py).
-So a rotation includes running workers, and each line belongs to a known worker.
+Workers write to a terminal, to /dev/null and to the file of `-f 2>FILE` directly.  Where the log is
+a file of ours, syslog, the journal or a pipe, and where lines get a prefix, each worker has its own
+pipe, which a relay process reads (log_relay.py).  So a rotation includes running workers, and each
+line belongs to a known worker.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ _STDOUT, _STDERR = 1, 2
 LAST_LINES = 20
 _LAST_BYTES = 4096
 _WRITE = f"{inherited.RELAY}write"
+#: What would keep a worker's output.
+_KEPT = "--log-prefix shows it here"
+_NOT_RELAYED = "the log relay, which is off, shows it here"
 #: Lets a worker of another user open /dev/stdout again.  Only processes with the pipe can reach it.
 _REOPENED = 0o622
 
@@ -48,7 +52,7 @@ class Output:
         self._log_file, self._to_syslog = settings.log_file, settings.to_syslog
         ours = self._to_syslog or self._log_file is not None
         #: Each worker has a pipe of its own.
-        self._relayed = settings.log_prefix or (ours and settings.log_relay)
+        self._relayed = settings.log_prefix or (settings.log_relay and (ours or _is_stream()))
         #: All output descriptors of workers that the next program needs.
         self.named = inherited.Named()
         self._relay: relay_client.LogRelay | None = None
@@ -101,7 +105,9 @@ class Output:
         read, write = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(read, False)  # of this end only: the worker's is another description
         os.fchmod(write, _REOPENED)
-        given = Opened({_STDOUT: write, _STDERR: write})
+        # A stdout of its own stays one, unless lines get a prefix.
+        both = self._settings.log_prefix or os.path.sameopenfile(_STDOUT, _STDERR)
+        given = Opened(dict.fromkeys((_STDOUT, _STDERR) if both else (_STDERR,), write))
         try:
             with on_error(os.close, read):
                 yield given
@@ -160,20 +166,40 @@ class Output:
 
         The reader may sit at another terminal than the one with the output.
         """
-        kept = "" if self._relayed else "; --log-prefix keeps what workers say"
         if self._log_file is not None:
-            return f"see {text.escape(self._log_file)}{kept}"
-        if self._to_syslog:
-            return f"see syslog{kept}"
-        if is_journal():
-            return f"see the journal{kept}"
-        place = "the terminal" if os.isatty(_STDERR) else "stderr"
-        return f"what it said is on {place} of SocketProtector -f{kept}"
+            where = f"see {text.escape(self._log_file)}"
+        elif self._to_syslog:
+            where = "see syslog"
+        elif is_journal():
+            where = f"see {_journal_command()}"
+        else:
+            place = "the terminal" if os.isatty(_STDERR) else "stderr"
+            where = f"see {place} of SocketProtector -f"
+        if self._relayed:
+            return where
+        return f"{where}; {_KEPT if self._settings.log_relay else _NOT_RELAYED}"
 
     @property
     def keeps_words(self) -> bool:
         """Whether we can get each worker's last words, however many workers write."""
         return self._relayed
+
+
+def _is_stream() -> bool:
+    """Whether stderr can be neither read back nor seen by an operator: a pipe, or the journal."""
+    mode = os.fstat(_STDERR).st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+
+def _journal_command() -> str:
+    """Return the command that shows the journal of our unit."""
+    try:
+        with open("/proc/self/cgroup", encoding="utf-8", errors="replace") as file:
+            units = [name for name in file.read().split("/") if name.rstrip().endswith(".service")]
+    except OSError:
+        units = []
+    of_unit = f" -u {text.escape(units[-1].strip())}" if units else ""
+    return f"`journalctl{of_unit}`"
 
 
 def _lines(data: bytes) -> str:

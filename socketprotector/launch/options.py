@@ -319,12 +319,12 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "text: key=value, in colour on a terminal unless NO_COLOR is set. json: one object "
                "a line.", "log_format", STAYS, default="text"),
         Option("log-prefix", FLAG, "Begin each line of a worker with [GENERATION PID].\n"
-               "Then the last words of one that failed are known with -f and in the journal, too "
+               "Also with -f on a terminal or a file, it keeps a failed worker's last words "
                "(docs/log.md).",
                "log_prefix", STAYS),
-        Option("no-log-relay", FLAG, "Let workers write to the log file or to syslog themselves.\n"
-               "Then those that run go on with the old file after a rotation, and the last words "
-               "of one that failed are not known (docs/log.md).",
+        Option("no-log-relay", FLAG, "Let workers write to the log themselves.\n"
+               "This saves 10.5 MB. After a rotation running workers keep the old file, and a "
+               "failed worker's last words are not known (docs/log.md).",
                "log_relay", STAYS, show=lambda relay: "false" if relay else "true"),
     ),
 }

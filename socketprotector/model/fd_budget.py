@@ -18,18 +18,13 @@ _RAISE = "raise that (ulimit -Hn, LimitNOFILE= of a unit)"
 def of_a_worker(settings: Settings) -> int:
     """Return the number of descriptors for one worker: pidfd, notify socket, line, output, ack."""
     acks = settings.ready in ("ack", *question.ASKED)
-    return 3 + _relayed(settings) + acks
+    return 3 + settings.log_relay + acks
 
 
 def most(settings: Settings, hard: int) -> int:
     """Return the most workers within a hard limit of descriptors; at least 1."""
-    others = _OTHERS + LEFT_BEHIND * _relayed(settings)
+    others = _OTHERS + LEFT_BEHIND * settings.log_relay
     return max(1, (hard - others) // of_a_worker(settings))
-
-
-def _relayed(settings: Settings) -> bool:
-    ours = settings.log_file is not None or not settings.foreground
-    return settings.log_prefix or (ours and settings.log_relay)
 
 
 def refused(settings: Settings, wanted: int, hard: int) -> str | None:

@@ -117,7 +117,7 @@ class Settings:
     log_file: str | None = None
     log_level: str = "info"
     log_format: str = "text"
-    log_relay: bool = True  # workers' output goes through the relay if the log is ours
+    log_relay: bool = True  # workers write through the relay, unless to a terminal or a file
     log_prefix: bool = False  # lines of output begin with their worker's number
     watch: tuple[str, ...] = ()  # paths whose changes cause a reload
     foreground: bool = False

@@ -40,7 +40,10 @@ def test_where_its_port_is_ours_the_start_says_what_it_wants(
 
     said = failed(protector, f"127.0.0.1:{port}", "--", sys.executable, "-c", _LISTENS.format(port))
 
-    assert "if it says that its address is in use: a program that binds its own port wants" in said
+    assert (
+        "it binds an address by itself, which is taken; a program that binds its own port wants"
+        in said
+    )
     assert "--handoff listener (docs/servers.md)" in said
     assert "after:" not in said
 

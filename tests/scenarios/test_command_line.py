@@ -73,18 +73,18 @@ def test_more_workers_than_there_are_descriptors_for_are_refused(
     ended = start(*check, "--workers", "600", *words, before=WITH_200_DESCRIPTORS)
 
     assert ended.status == 2
-    assert "600 workers take 3 descriptors each, and the hard limit of 200 has room" in ended.err
+    assert "600 workers take 4 descriptors each, and the hard limit of 200 has room" in ended.err
     assert ended.err.count("\n") == 1
     assert start.left() == []
 
 
 def test_check_says_where_a_reload_would_find_no_room(start: Start) -> None:
-    words = ["-f", "--workers", "40", "127.0.0.1:0", "--", *MINIMAL]
+    words = ["-f", "--workers", "30", "127.0.0.1:0", "--", *MINIMAL]
 
     ended = start("--check", *words, before=WITH_200_DESCRIPTORS)
 
     assert ended.status == 0
-    assert "40 workers: a reload starts as many beside them" in ended.err
+    assert "30 workers: a reload starts as many beside them" in ended.err
 
 
 @pytest.mark.parametrize("guard", [["--guard"], []], ids=["guard", "plain"])

@@ -175,6 +175,52 @@ def test_list_shows_two_and_one_that_was_killed(
 # -- reload ------------------------------------------------------------------------------
 
 
+BROKEN = "import sys; print('starting', file=sys.stderr); raise RuntimeError('no such table')"
+
+
+@pytest.mark.parametrize("after", ["start", "upgrade", "kill"])
+def test_a_failed_reload_shows_the_end_of_the_traceback_where_stderr_is_a_pipe(
+    web: Start, release: Release, after: str
+) -> None:
+    daemon = web("--guard")
+    if after == "upgrade":
+        upgrade(daemon)
+    if after == "kill":
+        revived(daemon, kill_protector(daemon))
+    release.becomes(sys.executable, "-c", BROKEN)
+
+    failed = run("reload", "--name", "web")
+
+    assert failed.status == 3, failed
+    assert "RuntimeError: no such table" in failed.err
+    assert "raise RuntimeError" in failed.err or "File " in failed.err
+    daemon.log.wait_for("^RuntimeError: no such table$")  # in the log, too
+    daemon.stop()
+
+
+def test_a_stdout_of_its_own_stays_one_and_stderr_is_kept(web: Start, release: Release) -> None:
+    daemon = web()
+    release.write("#!/bin/sh\necho to stdout\necho to stderr >&2\nexit 1\n")
+
+    failed = run("reload", "--name", "web")
+
+    assert "to stderr" in failed.err
+    assert "to stdout" not in failed.err
+    daemon.out.wait_for("^to stdout$")
+    daemon.log.wait_for("^to stderr$")
+    daemon.stop()
+
+
+def test_without_the_relay_a_failed_reload_says_where_to_look(web: Start, release: Release) -> None:
+    daemon = web("--no-log-relay")
+    release.write("#!/bin/sh\nexit 1\n")
+
+    failed = run("reload", "--name", "web")
+
+    assert "see stderr of SocketProtector -f; the log relay" in failed.err
+    daemon.stop()
+
+
 @EITHER_HANDOFF
 def test_reload_under_load_ends_when_the_new_generation_serves(web: Start) -> None:
     daemon = web("--workers", "2")

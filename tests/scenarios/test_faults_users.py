@@ -68,7 +68,7 @@ def test_without_processes_a_reload_fails_a_respawn_backs_off_and_both_recover(
     daemon = Protector(
         [*users, "--chdir", "/", "127.0.0.1:0", "--", *worker_for_any_user()],
         marked_environment,
-        through=("prlimit", "--nproc=3"),
+        through=("prlimit", "--nproc=4"),
     )
     try:
         daemon.ready()

@@ -450,6 +450,17 @@ def test_a_reload_to_a_release_that_does_not_start_is_reported_and_the_old_one_s
     assert len(load.snapshot().pids) == 1
 
 
+def test_a_failed_reload_shows_the_end_of_the_traceback(machine: Machine) -> None:
+    daemon = release(machine, f"exec {ECHO}")
+    machine.configure(command=daemon, RELOAD_WAIT="30")
+    machine.start()
+    release(machine, f"exec {sys.executable} -c 'raise RuntimeError(\"no such table\")'")
+
+    assert machine.run("reload") == 1
+
+    assert "RuntimeError: no such table" in machine.output
+
+
 def test_a_reload_of_what_does_not_run_is_7(machine: Machine) -> None:
     machine.configure()
 

@@ -52,7 +52,7 @@ def stop_in_between(daemon: Protector) -> None:
 
     One that is ended in the middle has written less than the others.
     """
-    eventually(lambda: children_of(daemon.pid) == [], "the end of those that were started")
+    eventually(lambda: daemon.worker_pids() == [], "the end of those that were started")
     daemon.stop()
 
 

@@ -200,7 +200,7 @@ def test_what_a_failed_worker_leaves_is_told_once_to_end(protector: Starter) -> 
     )
     words = 'sh -c "$1" stays & setsid sh -c "$1" detached & sleep 0.5'
     daemon = protector(
-        *MODE,
+        *(*MODE, "--no-log-relay"),
         *("--kill-timeout", "500ms", "--start-tries", "1", "127.0.0.1:0"),
         *("--", "sh", "-c", words, "-", counts),
     )

@@ -103,7 +103,7 @@ def test_how_workers_ended_is_known_however_many_orphans_end_meanwhile(
 def test_orphans_end_is_seen_at_once_where_they_are_left_to_us(
     start: Start, through: tuple[str, ...]
 ) -> None:
-    mode = ("--handoff", "listener", "--ready", "notify", "127.0.0.1:0")
+    mode = ("--no-log-relay", "--handoff", "listener", "--ready", "notify", "127.0.0.1:0")
     daemon = start(through, *mode, "--", *worker("master", "v1")).ready()
     pid = inner(daemon)
     [master] = children_of(pid)
@@ -207,7 +207,7 @@ def test_orphans_that_have_ended_and_are_never_reaped_count_as_gone(start: Start
         "import os, sys; pid = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ); "
         "sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))",
     )
-    mode = ("--handoff", "listener", "--ready", "notify", "127.0.0.1:0")
+    mode = ("--no-log-relay", "--handoff", "listener", "--ready", "notify", "127.0.0.1:0")
     daemon = start((*CONTAINER, *first), *mode, "--", *worker("master", "v1")).ready()
     reaper = inner(daemon)
     [pid] = children_of(reaper)

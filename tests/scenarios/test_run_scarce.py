@@ -89,7 +89,7 @@ def test_emfile_where_workers_accept_costs_only_the_replacement_its_time(
 def test_emfile_at_a_reload_keeps_what_serves_and_what_is_queued(
     protector: Start, handoff: str
 ) -> None:
-    daemon = protector("127.0.0.1:0", "--", *worker("many")).ready()
+    daemon = protector("--no-log-relay", "127.0.0.1:0", "--", *worker("many")).ready()
     (pid,) = spawned(daemon)
     kinds = kinds_at_rest(daemon)
     hold(pid)
@@ -152,7 +152,7 @@ def test_a_low_hard_limit_stops_reloads_and_not_service(
         for client, owner in clients:
             assert client.ask("still") == f"{owner} still"
             client.close()
-        eventually(lambda: len(children_of(daemon.pid)) == 1, "the end of all that drained")
+        eventually(lambda: len(daemon.worker_pids()) == 1, "the end of all that drained")
         daemon.reload()
         daemon.stop()
 
@@ -196,7 +196,7 @@ def test_an_idle_protector_does_not_wake_up(protector: Start) -> None:
     for _ in range(3):
         daemon.reload()
         ask(("127.0.0.1", daemon.port))
-    eventually(lambda: len(children_of(daemon.pid)) == 1, "the end of all that drained")
+    eventually(lambda: len(daemon.worker_pids()) == 1, "the end of all that drained")
     daemon.log.wait_for("event=drained generation=3")
     # One look at the queue comes 50 ms after the last connection; with that all is done.
     resting, at_rest = wake_ups(daemon.pid), time.monotonic()
@@ -226,10 +226,10 @@ def test_an_idle_protector_does_not_wake_up(protector: Start) -> None:
 @EITHER_HANDOFF
 def test_reload_after_reload_leaks_nothing(protector: Start, handoff: str) -> None:
     """Where workers accept each takes a second, in which the old ones read their clients."""
-    daemon = protector("127.0.0.1:0", "--", *worker("many")).ready()
+    daemon = protector("--no-log-relay", "127.0.0.1:0", "--", *worker("many")).ready()
 
     def settle() -> None:
-        eventually(lambda: len(children_of(daemon.pid)) == 1, "the end of all that drained")
+        eventually(lambda: len(daemon.worker_pids()) == 1, "the end of all that drained")
 
     # What a heap takes for its holes grows ever less: a leak is what does not.
     first, more = (

@@ -111,7 +111,9 @@ def test_a_user_that_may_not_be_taken_on_is_refused(start: Start, mode: tuple[st
 # -- when workers are started --------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["log file", "log file in the foreground", "relay", "stderr"])
+@pytest.mark.parametrize(
+    "where", ["log file", "log file in the foreground", "relay", "stderr", "pipe"]
+)
 def test_a_worker_that_exits_at_once_is_reported_with_its_last_words(
     start: Start, where: str
 ) -> None:
@@ -119,7 +121,7 @@ def test_a_worker_that_exits_at_once_is_reported_with_its_last_words(
     stderr: int = subprocess.PIPE
     if "log file" in where:
         words[:0] = ["--log-file", start.log_file]
-    if where in ("log file in the foreground", "stderr"):
+    if where in ("log file in the foreground", "stderr", "pipe"):
         words.insert(0, "-f")
     if where == "stderr":
         stderr = os.open(start.folder / "stderr.sh", os.O_RDWR | os.O_CREAT)
@@ -138,15 +140,13 @@ def test_a_worker_that_exits_at_once_is_reported_with_its_last_words(
     assert start.left() == []
 
 
-def test_a_worker_that_exits_at_once_where_its_output_cannot_be_read_back_says_where_to_look(
-    start: Start,
-) -> None:
-    ended = start("-f", "127.0.0.1:0", "--", *worker("dies_before_ready"))
+def test_a_start_without_the_log_relay_says_where_the_workers_output_is(start: Start) -> None:
+    ended = start("-f", "--no-log-relay", "127.0.0.1:0", "--", *worker("dies_before_ready"))
 
     assert ended.status == 3
     assert "exited with status 1 before it was ready" in ended.lines[-1]
     assert ended.lines[-1].endswith(
-        "; what it said is on stderr of SocketProtector -f; --log-prefix keeps what workers say"
+        "; see stderr of SocketProtector -f; the log relay, which is off, shows it here"
     )
 
 

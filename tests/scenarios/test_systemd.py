@@ -10,6 +10,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -484,11 +485,11 @@ class Unit:
             assert found == 1, key
         self.config.write_text("\n".join([text, *lines]))
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self, stderr: int = subprocess.PIPE, **environment: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [*COMMAND, *words_of(self._start, self.runtime, self.config)],
-            env=self._environment,
-            stderr=subprocess.PIPE,
+            env={**self._environment, **environment},
+            stderr=stderr,
             text=True,
         )
 
@@ -563,6 +564,27 @@ def test_a_reload_of_the_unit_takes_an_edit_and_fails_in_words_on_a_mistake(unit
     assert unit.manager.wait_for("READY")["STATUS"].endswith(" serves")
     assert "event=configured" in (said := ended(process)), said
     assert "workers: 1 -> 2" in said, said
+
+
+@pytest.mark.parametrize("line", ["", "no-log-relay = true"], ids=["shipped", "no relay"])
+def test_a_failed_reload_of_the_unit_shows_the_end_of_the_traceback(unit: Unit, line: str) -> None:
+    """The journal is a socket.  Without the relay the command that shows it is named."""
+    unit.settings(line)
+    ours, journal = socket.socketpair()
+    found = os.fstat(journal.fileno())
+    process = unit.start(stderr=journal.fileno(), JOURNAL_STREAM=f"{found.st_dev}:{found.st_ino}")
+    journal.close()
+    unit.manager.wait_for("READY")
+
+    unit.settings(line, command=(sys.executable, "-c", "raise RuntimeError('no such table')"))
+    done = unit.reload()
+
+    assert done.returncode == 3, done
+    wanted = "see `journalctl" if line else "RuntimeError: no such table"
+    assert wanted in done.stderr
+    process.terminate()
+    assert process.wait(DEADLINE_S) == 0
+    ours.close()
 
 
 @needs.ROOT

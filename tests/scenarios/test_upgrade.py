@@ -68,7 +68,7 @@ def test_upgrades_and_reloads_under_load_lose_nothing_at_all(
     last = spawned(daemon)[-2:]
     assert wait_gone([pid for pid in spawned(daemon) if pid not in last]) == []
     no_more_open(descriptors, daemon.pid)
-    assert sorted(children_of(daemon.pid)) == sorted(last)
+    assert sorted(daemon.worker_pids()) == sorted(last)
     after = pid_file.stat()
     assert (after.st_ino, pid_file.read_text()) == (before.st_ino, f"{daemon.pid}\n")
     daemon.stop()
@@ -205,7 +205,7 @@ def test_a_release_that_cannot_take_over_changes_nothing_and_the_log_says_why(
     assert re.search(why, line), line
     assert f'hint="{__version__} goes on"' in line
     no_more_open(descriptors, daemon.pid)
-    assert children_of(daemon.pid) == spawned(daemon)
+    assert daemon.worker_pids() == spawned(daemon)
     daemon.reload()
     installation.switch("one")
     upgraded(daemon)
@@ -442,9 +442,10 @@ def test_a_stop_ends_the_probe_of_an_upgrade(installation: Installation, tmp_pat
     daemon = installation.start("127.0.0.1:0", "--", *MANY).ready()
     installation.add("two")
     installation.script("two", f"open({str(gate.path)!r}).read()\n")
+    before = len(children_of(daemon.pid))
     installation.switch("two")
     daemon.signal(signal.SIGUSR2)
-    eventually(lambda: len(children_of(daemon.pid)) > 1, "the probe")
+    eventually(lambda: len(children_of(daemon.pid)) > before, "the probe")
     children = children_of(daemon.pid)
 
     daemon.stop()
@@ -472,5 +473,5 @@ def test_usr2_twice_is_one_upgrade(installation: Installation, tmp_path: Path) -
     at_rest(daemon)
     assert mark >= 0
     assert daemon.log.count("event=resumed") == 1
-    assert len(children_of(daemon.pid)) == 1
+    assert len(daemon.worker_pids()) == 1
     daemon.stop()

@@ -13,20 +13,17 @@ NO_LIMIT = -1
 
 
 def settings(**given: Any) -> Settings:
-    return Settings("web", ("./daemon",), "/", **{"foreground": True, **given})
+    return Settings("web", ("./daemon",), "/", **given)
 
 
 @together(
     ("given", "each"),
     [
-        ({}, 3),
-        ({"log_file": "/var/log/web"}, 4),
-        ({"log_file": "/var/log/web", "log_relay": False}, 3),
-        ({"foreground": False}, 4),
-        ({"log_prefix": True}, 4),
-        ({"handoff": "listener"}, 3),
-        ({"handoff": "listener", "ready": "any"}, 4),
-        ({"ready": "ack"}, 4),
+        ({}, 4),
+        ({"log_relay": False}, 3),
+        ({"handoff": "listener"}, 4),
+        ({"handoff": "listener", "ready": "any"}, 5),
+        ({"ready": "ack"}, 5),
     ],
 )
 def test_a_worker_takes_what_it_is_asked_for_by(given: dict[str, Any], each: int) -> None:
@@ -39,13 +36,13 @@ def test_as_many_as_there_is_room_for_are_not_refused_and_one_more_is() -> None:
     assert fd_budget.refused(settings(), most, 1024) is None
     said = fd_budget.refused(settings(), most + 1, 1024)
     assert said is not None
-    assert f"{most + 1} workers take 3 descriptors each" in said
+    assert f"{most + 1} workers take 4 descriptors each" in said
     assert f"the hard limit of 1024 has room for {most};" in said
     assert "ulimit -Hn" in said
 
 
 def test_with_a_relay_there_is_room_for_what_ended_workers_leave() -> None:
-    with_relay, without = settings(log_prefix=True), settings(ready="ack")
+    with_relay, without = settings(), settings(log_relay=False, ready="ack")
 
     room = fd_budget.most(without, 1024) - fd_budget.most(with_relay, 1024)
     assert room * fd_budget.of_a_worker(with_relay) == fd_budget.LEFT_BEHIND

@@ -45,38 +45,46 @@ _FAMILIES: tuple[tuple[Any, ...], ...] = (
     (Gauge, "up", "1 if the instance answered"),
     (Info, "build", "`version` of the protector."),
     (Gauge, "start_time_seconds", "When it was started, since the epoch."),
-    (Total, "restarts", "Programs that went on where another stopped: crashes and upgrades."),
-    (Gauge, "phase", "1 for the phase that it is in.", "phase"),
-    (Gauge, "serving", "1 if new connections go to a generation."),
-    (Gauge, "held", "1 if it accepts nothing because it was told so."),
-    (Gauge, "lame_duck", "1 if it serves, and clients are to be sent elsewhere."),
-    (Gauge, "healthy", "1 if what serves answers well to --health, 0 if it does not."),
-    (Gauge, "health_failures", "Bad answers to it, since the last good one."),
+    (
+        Total,
+        "restarts",
+        "Times that a new process of SocketProtector resumed: crashes and upgrades.",
+    ),
+    (Gauge, "phase", "1 for the current phase.", "phase"),
+    (Gauge, "serving", "1 if a generation gets new connections."),
+    (Gauge, "held", "1 during a hold: no connection is accepted."),
+    (Gauge, "lame_duck", "1 if it is serving, and load balancers should send clients elsewhere."),
+    (Gauge, "healthy", "1 if the serving generation passes --health, 0 if it fails."),
+    (Gauge, "health_failures", "Failed health checks since the last that passed."),
     (Gauge, "guarded", "1 under --guard."),
     (Gauge, "generations", "Generations in each phase.", "phase"),
     (Gauge, "workers", "Workers in each state, of all generations.", "state"),
-    (Gauge, "workers_wanted", "Workers that the serving generation is to have."),
-    (Total, "worker_crashes", "Workers that ended unasked."),
+    (Gauge, "workers_wanted", "Workers that the serving generation should have."),
+    (Total, "worker_crashes", "Workers that ended without an order to."),
     (Total, "connections_accepted", "Connections accepted and sent to workers."),
     (Total, "connections_taken", "Connections that workers have taken."),
     (Total, "connections_finished", "Connections that workers have finished."),
-    (Total, "connection_errors", "Connections whose handler has failed."),
+    (Total, "connection_errors", "Connections whose handler failed."),
     (
         Total,
         "connections_lost",
-        "Lost in the hands of the `protector`, or open in a `worker` that died.",
+        "Lost by the `protector`, or open in a `worker` that died.",
         "by",
     ),
     (Gauge, "connections_active", "Connections that workers have open."),
     (Gauge, "queue_depth", "Connections sent to workers and not yet taken."),
-    (Gauge, "queue_limit", "How many fit there."),
+    (Gauge, "queue_limit", "Connections that fit in the queue."),
     (Gauge, "backlog_depth", "Connections that wait in the kernel.", "listener"),
-    (Gauge, "backlog_limit", "How many fit there.", "listener"),
+    (Gauge, "backlog_limit", "Connections that fit in the backlog.", "listener"),
     (Histogram, "wait_seconds", "From accept to being taken by a worker; there is no sum."),
-    (Total, "reloads", "Reloads that have ended: `reloaded` or `failed`.", "result"),
-    (Gauge, "last_reload_successful", "1 if the last reload that has ended succeeded."),
+    (Total, "reloads", "Ended reloads: `reloaded` or `failed`.", "result"),
+    (Gauge, "last_reload_successful", "1 if the last ended reload succeeded."),
     (Gauge, "last_dry_run_successful", "1 if the last dry run passed; until the next reload."),
-    (Gauge, "last_reload_success_timestamp_seconds", "When one last did, since the epoch."),
+    (
+        Gauge,
+        "last_reload_success_timestamp_seconds",
+        "When a reload last succeeded, since the epoch.",
+    ),
 )
 #: What is not known has no value.
 _HEALTH = {"healthy": 1.0, "unhealthy": 0.0}
@@ -113,7 +121,7 @@ class MetricSet:
         try:
             totals.see(status)
             self._add(instance, status, totals)
-        except Exception:  # a status that nobody has thought of
+        except Exception:  # a status of an unknown form
             for name, samples in before.items():
                 del self._families[name].samples[samples:]
             self.add_silent(instance)

@@ -40,7 +40,7 @@ _COUNTS = ("connections_accepted_total", "connections_taken_total")
 #: What may be said of an instance, the worst first, and how bad it is.
 STATES = {
     "no answer": "bad",
-    "serves nobody": "bad",
+    "not serving": "bad",
     "unhealthy": "bad",
     "reload failed": "bad",
     "unknown": "warn",
@@ -76,7 +76,7 @@ class Sampled:
         if value("up") != 1:
             return "no answer"
         if self.phase == "waiting":
-            return "serves nobody"
+            return "not serving"
         if value("serving") != 1:
             return self.phase if self.phase in STATES and self.phase != "serving" else "unknown"
         if value("healthy") == 0:

@@ -264,7 +264,7 @@ def _notes_of_generations(status: Status) -> dict[int, tuple[str, str]]:
     for new in settling:
         olds = [each for each in generations if label(each, "phase") == "serving"]
         check = cut(line(text_in(new, "settle_check")), 80)
-        note = f"--settle-check asks {check}" if check else ""
+        note = f"--settle-check probes {check}" if check else ""
         for old in olds:
             number = number_in(old, "number")
             found[number] = "standby", "gets new clients again if the new one fails"
@@ -298,13 +298,13 @@ def _notes(status: Status) -> list[str]:
     """Return what an operator should know beside the phase."""
     found = []
     if measure(status, "held_s") is not None:
-        found.append("held: accepts nothing")
+        found.append("held: accepts no connection")
     if (why := unhealthy(status)) is not None:
         found.append(cut(f"unhealthy: {line(why)}"))
     elif _health(status) == "unknown" and (last := text_in(status["health"], "last")):
         found.append(cut(f"health unknown: {line(last)}"))
     if is_lame_duck(status):
-        found.append("lame duck: /readyz says 503")
+        found.append("lame duck: /readyz answers 503")
     for each in listed(status, "generations"):
         if why := failing(each):
             found.append(cut(f"generation {number_in(each, 'number')}: {line(why)}"))

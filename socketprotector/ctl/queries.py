@@ -328,7 +328,7 @@ def list_all(instance: Instance, living: bool, as_json: bool) -> None:
     for name, each in zip(names, found, strict=True):
         try:
             rows.append(_row(name, each))
-        except Exception:  # a status that nobody has thought of hides no other instance
+        except Exception:  # a status of an unknown form hides no other instance
             rows.append(_row(name, SocketAnswer(each.path, pid=each.pid, why="no protector")))
     headings = "NAME PHASE PID GENERATION UP FORWARDED LISTENS CONTROL"
     render.show(render.columns(headings, rows))
@@ -341,7 +341,7 @@ def _row(name: str, found: SocketAnswer) -> tuple[str | int | None, ...]:
     state = found.result or {}
     phase = label(state, "phase")
     if status_table.untaken(state):
-        phase = "takes nobody"
+        phase = "stuck"
     elif is_lame_duck(state):
         phase = "lame duck"
     elif unhealthy(state) is not None:

@@ -48,13 +48,13 @@ def heading(status: Message) -> list[Text]:
     warnings = []
     held_s = status.get("held_s")
     if isinstance(held_s, int | float):
-        warnings.append(f"held: accepts nothing for another {render.duration_text(held_s)}")
+        warnings.append(f"held: accepts no connection for another {render.duration_text(held_s)}")
     lame_duck_s = status.get("lame_duck_s")
     if isinstance(lame_duck_s, int | float):
         span = render.duration_text(lame_duck_s)
-        warnings.append(f"lame duck: /readyz says 503; accepts for another {span}, then stops")
+        warnings.append(f"lame duck: /readyz answers 503; accepts for another {span}, then stops")
     elif status.get("lame_duck") == "on":
-        warnings.append("lame duck: /readyz says 503; serves on")
+        warnings.append("lame duck: /readyz answers 503; still serving")
     if says := _says(status):
         warnings.append(says)
     # Of a hold and a lame duck the lines above say more.
@@ -102,7 +102,7 @@ def listeners(status: Message) -> list[Text]:
         words = f"listens on {text_in(each, 'address')}"
         if each.get("backlog") is not None:  # the kernel does not tell for UNIX sockets
             waiting, limit = render.counts(each, "backlog", "backlog_limit")
-            words += f", {waiting} of {limit} wait"
+            words += f", {waiting} of {limit} waiting"
         found.append(render.line(words))
     return found
 

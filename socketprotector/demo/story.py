@@ -79,7 +79,7 @@ class Story:
 
     def _start(self, opened: ExitStack) -> None:
         self._screen.say(
-            f"A server, and {PER_S} clients a second that are not to notice what happens to it."
+            f"A server, and {PER_S} clients a second, which must not notice what happens to it."
         )
         self._title("Start release 1")
         words = self._protected.words
@@ -93,21 +93,21 @@ class Story:
             opened.enter_context(Load(address, concurrency=LASTING, lines=6, pause_s=0.5)),
         ]
         self._shown = [load.snapshot() for load in self._loads]
-        self._remark(f"It serves on {address}. From now on clients connect all the time.")
+        self._remark(f"It is serving on {address}. From now on clients connect all the time.")
         self._watch()
 
     def _deploy(self) -> None:
         self._title("Deploy release 2")
         if self._reload(2) != 0:
             raise NotAsPromised("the reload failed")
-        self._remark("New connections go to release 2; release 1 finishes those that it has.")
+        self._remark("New connections go to release 2; release 1 finishes its open ones.")
         self._watch()
 
     def _deploy_broken(self) -> None:
         self._title("Deploy release 3, which is broken: it imports a module that is not there")
         if self._reload(3) != 3:
-            raise NotAsPromised("the broken release was taken")
-        self._remark("Exit status 3. Release 2 serves on, and there is nothing to roll back.")
+            raise NotAsPromised("the broken release got clients")
+        self._remark("Exit status 3. Release 2 is still serving. There is nothing to roll back.")
         self._watch()
 
     def _kill_worker(self) -> None:
@@ -119,7 +119,7 @@ class Story:
             lambda: self._full(lambda workers: victim not in workers), "it was not replaced"
         )
         new = ", ".join(map(str, now - before))
-        self._remark(f"The other worker went on; process {new} has taken its place.")
+        self._remark(f"The other worker kept serving; process {new} replaced the killed one.")
         self._watch()
 
     def _kill_protector(self) -> None:

@@ -164,7 +164,7 @@ def test_dry_run_settling_and_health_are_seen(
     told = status(serving, new, phase="settling", reloads=[reload(11, "running")])
     happens("route", told)
     browser.until(f"{lane('web', 8)} === 'standby' && {lane('web', 11)} === 'settling'")
-    assert "--settle-check asks http:/healthz" in browser.run(f"return {note}")
+    assert "--settle-check probes http:/healthz" in browser.run(f"return {note}")
     happens("unhealthy", status(health=health("unhealthy", "GET /healthz: 500")))
     browser.until("document.querySelector('#attention').textContent === 'web unhealthy'")
     assert browser.text(".notes") == "unhealthy: GET /healthz: 500"

@@ -260,7 +260,7 @@ def test_one_that_is_thought_ready_and_takes_no_client_is_reported(protector: Co
         [generation] = json.loads(run("--name", "web", "status", "--json").out)["generations"]
         assert generation["oldest_waiting_s"] >= 5
         assert "no worker has taken a waiting client" in run("--name", "web", "status").out
-        assert "takes nobody" in run("list").out
+        assert "stuck" in run("list").out
 
 
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
@@ -283,7 +283,7 @@ def test_one_that_was_handed_the_socket_and_accepts_no_client_is_reported(
         [generation] = json.loads(run("--name", "web", "status", "--json").out)["generations"]
         assert generation["oldest_waiting_s"] >= 5
         assert "no worker has taken a waiting client" in run("--name", "web", "status").out
-        assert "takes nobody" in run("list").out
+        assert "stuck" in run("list").out
 
 
 @pytest.mark.costly

@@ -80,7 +80,7 @@ function tone(data) {
 }
 function trouble(data) {
   if (data.why) return SILENT[data.why] || data.why;
-  if (data.phase === "waiting") return "serves nobody";
+  if (data.phase === "waiting") return "not serving";
   if (data.health === "unhealthy") return "unhealthy";
   if (data.failed && data.failed.last) return `release ${data.failed.generation} failed`;
   return data.notes[0] || data.phase;

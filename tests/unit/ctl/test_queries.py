@@ -45,10 +45,10 @@ UNKNOWN_HISTORY = [
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        ({"lame_duck": "on"}, "lame duck: /readyz says 503; serves on"),
+        ({"lame_duck": "on"}, "lame duck: /readyz answers 503; still serving"),
         (
             {"phase": "stopping", "lame_duck": "stopping", "lame_duck_s": 12.0},
-            "lame duck: /readyz says 503; accepts for another 12s, then stops",
+            "lame duck: /readyz answers 503; accepts for another 12s, then stops",
         ),
     ],
 )
@@ -120,9 +120,9 @@ def test_status_shows_what_runs(fake: Fake, ctl: Ctl) -> None:
     assert said.status == 0
     assert said.out.splitlines() == [
         "web: serving, pid 11, version 0.1.0, up 2m30s, guarded",
-        "held: accepts nothing for another 12s",
+        "held: accepts no connection for another 12s",
         "forwarded 12,345, lost 0, queue of 278, ready: notify, command: ./daemon",
-        "listens on tcp:0.0.0.0:4321, 3 of 4,096 wait",
+        "listens on tcp:0.0.0.0:4321, 3 of 4,096 waiting",
         "last reload: generation 10 failed 49s ago: no",
         "2 crashes: socketprotectorctl crashes",
         "",
@@ -156,7 +156,7 @@ def test_status_of_an_unmodified_server_leaves_out_what_cannot_be_known(
         "web: serving, pid {}, version 0.1.0, up 2m30s".format(fake.status["pid"]),
         "warning: it lacks \\x1b",
         "ready: notify, command: ./daemon",
-        "listens on tcp:0.0.0.0:4321, 3 of 4,096 wait",
+        "listens on tcp:0.0.0.0:4321, 3 of 4,096 waiting",
         "",
         "GEN  PHASE      AGE  READY  QUEUE",
         "  8  serving  1m40s    1/1      0",

@@ -138,7 +138,7 @@ def seen() -> Seen:
         (metrics(phase="new"), "serving", "good"),
         (metrics(last_reload_successful=0, held=1), "reload failed", "bad"),
         (metrics(healthy=0, last_reload_successful=0), "unhealthy", "bad"),
-        (metrics(phase="waiting", serving=0, healthy=0), "serves nobody", "bad"),
+        (metrics(phase="waiting", serving=0, healthy=0), "not serving", "bad"),
         (b'socketprotector_up{instance="web"} 0.0\n', "no answer", "bad"),
         (b"", "no instance", "warn"),
     ],

@@ -195,8 +195,8 @@ def test_what_an_operator_should_know_is_noted(seen: Seen) -> None:
         status(generation(8, oldest_waiting_s=31.2), held_s=9.0, lame_duck="on", phase="serving")
     )["notes"]
     assert notes == [
-        "held: accepts nothing",
-        "lame duck: /readyz says 503",
+        "held: accepts no connection",
+        "lame duck: /readyz answers 503",
         "generation 8: a client has waited for 31 s",
     ]
 
@@ -286,7 +286,7 @@ def test_what_is_tried_gets_no_client_and_its_verdict_stands_until_a_reload(seen
     ("check", "note"),
     [
         ("", "generation 7 stands by"),
-        ("http:/", "--settle-check asks http:/; generation 7 stands by"),
+        ("http:/", "--settle-check probes http:/; generation 7 stands by"),
     ],
 )
 def test_while_one_settles_the_one_before_stands_by(seen: Seen, check: str, note: str) -> None:

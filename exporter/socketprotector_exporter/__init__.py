@@ -1,5 +1,5 @@
-"""socketprotector-exporter: what control sockets say, as metrics for Prometheus and as a page.
+"""socketprotector-exporter: the status of instances as metrics for Prometheus and as a page.
 
-The protector has no HTTP server inside; the exporter is a separate process and a distribution of
-its own: if it dies, no service is affected.  Of socketprotector it imports `ctl.api` alone.
+The protector has no HTTP server.  The exporter is a separate process and a separate distribution:
+if it dies, no service is affected.  It imports only `ctl.api` of socketprotector.
 """

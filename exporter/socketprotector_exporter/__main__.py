@@ -1,6 +1,6 @@
 """`socketprotector-exporter` and `python -m socketprotector_exporter`.
 
-The program is loaded by a function, so that one line says where there is no memory to load it.
+A function loads the program, so that a lack of memory gives an error of one line.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _FREE_MEMORY = "raise the limit (ulimit -v, LimitAS= of a unit), or free some"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run until it is stopped.  Returns the exit status.
+    """Run until a signal stops it; return the exit status.
 
-    arguments: of the command line; the process's own by default.
+    arguments: the words of the command line; None: the process's own.
     """
     try:
         from . import main as program

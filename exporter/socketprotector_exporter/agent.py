@@ -1,22 +1,23 @@
-"""Tells HAProxy whether to send clients to an instance, at its agent-check.
+"""The answers to HAProxy's agent-check: whether to send clients to an instance.
 
-HAProxy connects and sends the name of an instance (`agent-send "web\\n"`); it is answered with one
-line, and the connection ends:
+HAProxy connects and sends the name of an instance (`agent-send "web\\n"`).  The agent answers with
+one line, and closes the connection:
 
-    up 100%         it is ready.  So it is while it is held: its clients wait and are served
-    up ready 100%   the same, and undo a drain; see below
-    up drain        it is a lame duck: no new clients, those that are there go on
-    down #WORD      it does not serve; the word is its phase
+    up 100%         the instance is ready; also during a hold, after which its clients are served
+    up ready 100%   the same, and end a drain; see below
+    up drain        the instance is a lame duck: no new clients, but present ones stay
+    down #WORD      the instance does not serve; the word is its phase
 
-An instance that does not answer, or that is not there, gets no answer either: HAProxy then leaves
-everything as it is, and its own check (`check`) decides.
+For a missing instance, or one without an answer, the agent sends nothing.  HAProxy then changes
+nothing, and its own check (`check`) decides.
 
-Only the agent undoes a drain that it has ordered, and it does that with `ready`.  But that undoes
-also what an operator has set in HAProxy (`set server ... state maint`), so it is not said for ever:
-only for a minute after a drain, and after the first look at an instance that was started anew, or
-at any by an exporter that was started anew, for neither knows what HAProxy was told before.
+HAProxy ends a drain that the agent has ordered only at `ready`.  But `ready` also undoes an
+operator's setting in HAProxy (`set server ... state maint`).  So the agent sends it for a minute
+only: after a drain, and after the first check of a restarted instance.  A restarted exporter does
+so for every instance, because it does not know its earlier answers.
 
-No weight by load: leastconn sees that sooner.  No last words: anyone may read HAProxy's page.
+There is no weight by load, which leastconn notices sooner.  There are no last words, because
+anyone may read HAProxy's page.
 
 Source: HAProxy 2.6, configuration manual, 5.2, "agent-check" and "agent-send".
 """
@@ -35,36 +36,36 @@ from socketprotector.ctl.api import Status, is_lame_duck, measure, why_not_ready
 from .bounded import CONNECTION_S, BoundedServer
 from .collector import ProtectorCollector
 
-#: How long `ready` is said: many checks, whatever agent-inter is (2 s by default).
+#: How long the agent sends `ready`: for many checks with any agent-inter (2 s by default).
 READY_S = 60.0
 _WORD = re.compile(r"[a-z-]{1,32}")
 _NAME_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """What HAProxy was told of an instance."""
+class Advice:
+    """The advice that HAProxy has got about an instance."""
 
-    #: That of the instance, as its status has it: another one is another instance.
+    #: The start time in the instance's status, which changes with a restart.
     started_at: float | None
-    #: When it was first told that it is ready, after a drain or at all; None: not yet.
+    #: The time of the first `ready`, after a drain or at all; None: not yet.
     ready_since_s: float | None = None
 
 
-def advise(before: Told | None, status: Status, now_s: float) -> tuple[Told, str]:
-    """Return the line for an instance, and what is to be remembered until the next one.
+def advise(before: Advice | None, status: Status, now_s: float) -> tuple[Advice, str]:
+    """Return the advice for an instance, and its line.
 
-    before: what was remembered of it; None: it was never asked for.  now_s: of a monotonic clock.
+    before: the last advice; None: this is the first check.  now_s: a monotonic time.
     """
     started_at = measure(status, "started_at")
-    known = before if before is not None and before.started_at == started_at else Told(started_at)
+    known = before if before is not None and before.started_at == started_at else Advice(started_at)
     if is_lame_duck(status):
-        return Told(started_at), "up drain"
+        return Advice(started_at), "up drain"
     if why := why_not_ready(status):
         return known, f"down #{why if _WORD.fullmatch(why) else 'not-serving'}"
     since_s = now_s if known.ready_since_s is None else known.ready_since_s
     line = "up ready 100%" if now_s - since_s < READY_S else "up 100%"
-    return Told(started_at, since_s), line
+    return Advice(started_at, since_s), line
 
 
 class Agent(BoundedServer):
@@ -78,18 +79,19 @@ class Agent(BoundedServer):
     ) -> None:
         """Bind and listen.  Raises OSError."""
         self._instances, self._clock = instances, clock
-        self._told: dict[str, Told] = {}  # by the path of the control socket
-        self._telling = threading.Lock()
+        self._advice: dict[str, Advice] = {}  # by the path of the control socket
+        self._advising = threading.Lock()
         super().__init__(address, _Handler)
 
     def answer(self, name: str) -> str:
-        """Return the line for the instance of that name; empty where it does not answer."""
+        """Return the line for the instance of that name; empty if it does not answer."""
         found = [each for _, each in self._instances.ask_one(name)]
         if len(found) != 1 or found[0] is None or found[0].result is None:
             return ""
         path = found[0].path
-        with self._telling:
-            self._told[path], line = advise(self._told.get(path), found[0].result, self._clock())
+        with self._advising:
+            before = self._advice.get(path)
+            self._advice[path], line = advise(before, found[0].result, self._clock())
         return line
 
 
@@ -107,7 +109,7 @@ class _Handler(BaseRequestHandler):
             self.request.sendall(f"{line}\n".encode())
 
     def _name(self) -> str:
-        """Read the name; empty where none has come in time."""
+        """Return the name that HAProxy sends; empty if none comes in time."""
         until_s, read = time.monotonic() + CONNECTION_S, b""
         while b"\n" not in read:
             left_s = until_s - time.monotonic()

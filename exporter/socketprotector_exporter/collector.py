@@ -1,6 +1,6 @@
-"""Choose the control sockets, and collect their answers; both again for each scrape.
+"""The choice of control sockets, and the collection of their answers; both for each scrape.
 
-Clients that ask at the same moment share an answer: a slow instance delays none of them twice.
+Clients with simultaneous requests share an answer, so a slow instance delays each only once.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from .counters import Counters
 from .joined import Joined
 from .metrics import MetricSet
 
-#: Far below the 10 s that Prometheus waits by itself.
+#: Far below Prometheus's default limit of 10 s.
 ANSWER_S = 2.0
 
 
 def _by_name(name: str) -> str:
-    """Return the path of its control socket, or "" where there is none."""
+    """Return the path of an instance's control socket, or "" if it has none."""
     try:
         return discovery.by_name(name)
     except (NoProtector, UsageError):
@@ -40,9 +40,9 @@ def _by_name(name: str) -> str:
 
 
 def labels(found: Sequence[SocketAnswer]) -> list[str]:
-    """What to call instances: the path of the socket where nothing else tells two apart.
+    """Return distinct labels of instances: names, or the socket's path for an ambiguous name.
 
-    Each is another one, and can be encoded: a file's name may have any bytes.
+    Each is valid UTF-8, although a file's name may have any bytes.
     """
     names, paths = (
         [os.fsencode(each).decode("utf-8", "backslashreplace") for each in texts]
@@ -55,10 +55,10 @@ def labels(found: Sequence[SocketAnswer]) -> list[str]:
 
 
 class ProtectorCollector(Collector):
-    """Asks the instances at each scrape, and remembers their counts."""
+    """Queries the instances at each scrape, and remembers their counts."""
 
     def __init__(self, names: Sequence[str] = (), paths: Sequence[str] = ()) -> None:
-        """Of the instances with these names or control sockets; without any, of all there are."""
+        """Query the instances with these names or control sockets; without any, all instances."""
         self._names = names
         self._paths = paths
         self._totals: dict[str, Counters] = {}  # by the path of the control socket
@@ -68,11 +68,11 @@ class ProtectorCollector(Collector):
         self._closed: frozenset[str] = frozenset()  # control sockets that this user may not use
 
     def collect(self) -> list[Metric]:
-        """Ask all, and return their answers as metrics."""
+        """Query the instances, and return their answers as metrics."""
         return self._metrics.get()
 
     def _collect(self) -> list[Metric]:
-        """Do that, one time after the other: no older answer is counted after a newer one."""
+        """Collect, never twice at once: no older answer may be counted after a newer one."""
         series = MetricSet()
         answers = self._ask()
         known = {found.path for _, found in answers if found is not None}
@@ -86,20 +86,19 @@ class ProtectorCollector(Collector):
         return [family for family in series.families() if family.samples]
 
     def describe(self) -> list[Metric]:
-        """Query no instance when this is registered."""
+        """Return the families without samples, so that registering queries no instance."""
         return list(MetricSet().families())
 
     def paths(self) -> list[str]:
-        """Return the control sockets that were chosen, or all there are."""
+        """Return the paths of the chosen control sockets, or of all."""
         named = [path for name in self._names if (path := _by_name(name))]
         paths = self._paths if self._names or self._paths else discovery.sockets()
         return list(dict.fromkeys([*named, *paths]))
 
     def unready(self, name: str = "") -> tuple[list[str], list[str]]:
-        """Return a line for each instance that was asked for and is not ready for clients.
+        """Return a line for each unready instance, and a line for each ready but unhealthy one.
 
-        And for each that is, and answers badly to --health.  name: of that one alone, which no
-        other one delays.
+        name: only this instance, without waiting for others; "": all instances.
         """
         answers = self.ask_one(name) if name else self._all.get()
         if not answers:
@@ -110,11 +109,11 @@ class ProtectorCollector(Collector):
         return unready, [f"{name}: unhealthy: {why}" for name, why in says if why is not None]
 
     def ask_one(self, name: str) -> list[tuple[str, SocketAnswer | None]]:
-        """Ask the chosen instance of that name, which no other one delays.
+        """Query one of the chosen instances by its name, without waiting for others.
 
-        Returns its name and answer, or None where there is no such control socket.
+        Returns its name and answer, or None if there is no such control socket.
         """
-        if self._paths and name not in self._names:  # what those are called only they can tell
+        if self._paths and name not in self._names:  # only the instances know their names
             return [each for each in self._all.get() if each[0] == name] or [(name, None)]
         path = _by_name(name) if name in self._names or not self._names else ""
         return [(name, self._one.get(path) if path else None)]
@@ -132,7 +131,7 @@ class ProtectorCollector(Collector):
         ]
 
     def _name_closed(self, paths: set[str]) -> None:
-        """Write a line for each instance that this user may not ask, the first time."""
+        """Write a line for each instance that denies this user, the first time."""
         before, self._closed = self._closed, frozenset(paths)
         for path in sorted(paths - before):
             text = f"{path}: permission denied; start that instance with --status-group"

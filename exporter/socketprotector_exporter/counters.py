@@ -1,7 +1,7 @@
-"""Counts that only grow, made of the generations and reloads in a status, which come and go.
+"""Counts that only grow, from the generations and reloads in a status, which come and go.
 
-A generation that is gone has left the status, and its counts with it; a status has the last
-ten reloads.  So what was seen is remembered here, for each instance.
+A generation that is gone is no longer in the status, nor are its counts; and a status has only
+the last ten reloads.  So earlier counts are remembered here, for each instance.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 from socketprotector.ctl.api import Status, label, listed, measure
 
-#: Of a generation, where its workers count (docs/control.md).
+#: The counts of a generation whose workers count (docs/control.md).
 COUNTED = ("accepted", "finished", "errors", "lost")
 RESULTS = ("reloaded", "failed")
 BUCKETS = 32
@@ -22,7 +22,7 @@ _Counts = dict[str, float]
 
 
 class Counters:
-    """Of one instance."""
+    """The counts of one instance."""
 
     def __init__(self) -> None:
         self.reloads = dict.fromkeys(RESULTS, 0)
@@ -35,18 +35,18 @@ class Counters:
         self._reloads: set[tuple[float, float]] = set()
 
     def see(self, status: Status) -> None:
-        """Take in a status; what it no longer has stays counted."""
+        """Add a status; counts that are no longer in it stay."""
         self._see_forwarded(status)
         self._see_generations(status)
         self._see_reloads(status)
 
     def count(self, name: str) -> float | None:
-        """Return one of COUNTED over all generations; None where workers do not count."""
+        """Return one of COUNTED over all generations; None if workers do not count."""
         return self._all().get(name)
 
     @property
     def waits(self) -> list[float] | None:
-        """How many connections waited how long: as in a status, bucket n is below 2^n us."""
+        """The histogram of waits, as in a status: bucket n counts the waits below 2^n us."""
         found = self._all()
         return [found[bucket] for bucket in _BUCKETS] if _BUCKETS[0] in found else None
 
@@ -59,18 +59,18 @@ class Counters:
     def _see_forwarded(self, status: Status) -> None:
         forwarded, started_at = measure(status, "forwarded"), measure(status, "started_at")
         if started_at != self._started_at:
-            self._started_at, self.forwarded = started_at, None  # another protector's
+            self._started_at, self.forwarded = started_at, None  # of another protector
         if forwarded is not None:
-            # It is written down with events only: what was forwarded since the last one before a
-            # crash is forgotten by the program that comes back.
+            # The state has this count as of the last event, so after a crash the next program
+            # reports a lower one.
             self.forwarded = max(forwarded, self.forwarded or 0.0)
 
     def _see_generations(self, status: Status) -> None:
         there: dict[tuple[float, float], _Counts] = {}
         for each in listed(status, "generations"):
-            # The number alone begins anew with a new protector.
+            # Not the number alone, which begins at 1 with a new protector.
             key = (measure(each, "number") or 0.0, measure(each, "opened_at") or 0.0)
-            # Workers write these: one that counts backwards must not take us along.
+            # Workers write these counts: a worker that counts backwards must not lower ours.
             there[key] = _merged(self._living.pop(key, {}), _counts(each), max)
         for gone in self._living.values():
             self._gone = _merged(self._gone, gone, operator.add)
@@ -81,7 +81,7 @@ class Counters:
         for each in listed(status, "reloads"):
             result = label(each, "result")
             if result not in RESULTS:
-                continue  # it runs
+                continue  # it is under way
             key = (measure(each, "generation") or 0.0, measure(each, "began_at") or 0.0)
             there.add(key)
             self.last_result = result

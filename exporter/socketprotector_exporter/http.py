@@ -26,17 +26,17 @@ from .collector import ProtectorCollector
 from .token_file import read_token
 
 _PAGES = "/metrics, /healthz, /readyz, /readyz/NAME"
-#: What the path of one instance's page begins with.
+#: The beginning of the path for one instance.
 _ONE = "/readyz/"
-#: Behind either: unhealthy is not ready.
+#: The query with which an unhealthy instance counts as unready.
 _HEALTH = "health"
 _HEAD_BYTES = 16 * 1024
 
 
 class Server(BoundedServer):
-    """Listens; a thread for each connection.
+    """The HTTP or HTTPS server, with a thread for each connection.
 
-    No HTTPServer: that looks its own name up, for many seconds where no name server answers.
+    Not an HTTPServer, which looks its own name up: without a name server that takes many seconds.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Server(BoundedServer):
     ) -> None:
         """Bind and listen.  Raises OSError.
 
-        token: the file with what a client has to bring for /metrics; None: nothing.
+        token: the file of the token that /metrics requires; None: no token.
         """
         self.instances = instances
         self.token = token
@@ -58,7 +58,7 @@ class Server(BoundedServer):
         super().__init__(address, Handler)
 
     def get_request(self) -> tuple[Any, Any]:
-        """Accept; the handshake of TLS is left to the thread.  Raises OSError."""
+        """Accept a connection; its thread makes the TLS handshake.  Raises OSError."""
         request, address = super().get_request()
         if self._tls is not None:
             request = self._tls.wrap_socket(
@@ -67,29 +67,29 @@ class Server(BoundedServer):
         return request, address
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        """Answer.  Raises OSError: no TLS, or not in time."""
+        """Serve a connection.  Raises OSError if the client speaks no TLS, or too slowly."""
         if self._tls is not None:
             request.do_handshake()
         super().finish_request(request, client_address)
 
 
 class _TooLong(OSError):
-    """A request's head has more bytes, or takes more time, than any of ours."""
+    """A request's head exceeds the limit of bytes or of time."""
 
 
 class _Head(io.RawIOBase):
-    """The bytes of a request's head: http.server would take 6 MB of it, before any token."""
+    """A bounded reader of a request's head; http.server would read 6 MB, before any token."""
 
     def __init__(self, request: Any) -> None:
         self._request = request
         self._left, self._until_s = _HEAD_BYTES, time.monotonic() + CONNECTION_S
 
     def readable(self) -> bool:
-        """Say that it can be read, as io asks."""
+        """Return True, as io requires."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Read what has come.  Raises _TooLong, OSError."""
+        """Read the available bytes.  Raises _TooLong, OSError."""
         left_s = self._until_s - time.monotonic()
         if not self._left or left_s <= 0:
             raise _TooLong
@@ -101,7 +101,7 @@ class _Head(io.RawIOBase):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection, for one request."""
+    """One connection with one request."""
 
     server: Server
     server_version = f"socketprotector-exporter/{__version__}"
@@ -110,13 +110,13 @@ class Handler(BaseHTTPRequestHandler):
     error_content_type = "text/plain; charset=utf-8"
 
     def setup(self) -> None:
-        """Read the request through a bound."""
+        """Read the request through the bounded reader."""
         super().setup()
         self.rfile.close()
         self.rfile = io.BufferedReader(_Head(self.request))
 
     def handle(self) -> None:
-        """Answer one request; its head may be too long."""
+        """Answer one request, also one with a head that is too long."""
         try:
             super().handle()
         except _TooLong:
@@ -145,14 +145,14 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def _format(self) -> tuple[Callable[[CollectorRegistry], bytes], str]:
-        """Return what writes the metrics, and its content type."""
+        """Return the encoder of the metrics that the client accepts, and its content type."""
         try:
             return choose_encoder(self.headers.get("Accept") or "")
-        except Exception:  # it trips over odd versions: a client's fault, and plain text is for all
+        except Exception:  # it fails on odd versions of a client; any client accepts plain text
             return choose_encoder("")
 
     def _is_refused(self) -> bool:
-        """Answer a client that has not brought the token; the other pages are for balancers."""
+        """Return whether the client lacks the token, after answering it.  For /metrics only."""
         if self.server.token is None:
             return False
         try:
@@ -168,11 +168,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def _say_ready(self, name: str, query: str) -> None:
         unready, unhealthy = self.server.instances.unready(name)
-        # A bad answer may be that of all hosts at once: only who asks for it takes them all out.
+        # All hosts may be unhealthy at once, so only a balancer that asks for it takes them out.
         counts = _HEALTH in query.split("&")
         refused = unready or (counts and unhealthy)
         status = HTTPStatus.SERVICE_UNAVAILABLE if refused else HTTPStatus.OK
-        # A name may be the client's own, and a reason what a worker has answered.
+        # Escaped: the name may come from the client, and a reason from a worker.
         self._say(status, "\n".join(map(escape, (*unready, *unhealthy))) or "ok")
 
     def _say(self, status: HTTPStatus, text: str, *headers: tuple[str, str]) -> None:
@@ -192,4 +192,4 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Log nothing: there is a request for each scrape."""
+        """Log nothing: each scrape would be a line."""

@@ -1,7 +1,7 @@
-"""Makes an answer once for all clients that wait for it.
+"""Answers that are made once for all waiting clients.
 
-However many clients ask, and however slow or large an answer is, it is made once at a time.  A
-client that comes meanwhile gets the next one, so none is older than its request.
+For any number of clients, only one answer is made at a time, however slow or large it is.  A
+client that comes meanwhile gets the next answer, so no answer is older than its request.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ _T = TypeVar("_T")
 
 
 class _Run(Future[_T]):
-    """The making of one answer; `next` is the one that follows."""
+    """One answer under construction; `next` is the following answer."""
 
     next: _Run[_T] | None = None
 
 
 class Joined(Generic[_T]):
-    """Answers to clients in several threads, by what they ask for."""
+    """The shared answers to clients in several threads, by key."""
 
     def __init__(self, make: Callable[[str], _T]) -> None:
-        """make: makes the answer; for each key one call at a time."""
+        """Make answers with `make`, one call at a time for each key."""
         self._make = make
         self._runs: dict[str, _Run[_T]] = {}
         self._alone = threading.Lock()
 
     def get(self, key: str = "") -> _T:
-        """Return an answer that was begun after this call.  Raises what `make` raises."""
+        """Return an answer that was begun after this call.  Raises the errors of `make`."""
         with self._alone:
             before = self._runs.get(key)
             run = before.next if before is not None else None

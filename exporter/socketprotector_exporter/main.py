@@ -34,9 +34,9 @@ from socketprotector.ctl.api import (
 
 NAME = "socketprotector-exporter"
 DEFAULT = "127.0.0.1:9517"
-#: What the extra `web` installs; `exporter` has the first only.
+#: The packages of the extra `web`; `exporter` installs the first only.
 _FROM_ELSEWHERE = ("prometheus_client", "starlette", "uvicorn")
-#: mallopt(3); and the size above which memory is given back as soon as it is free.
+#: For mallopt(3): larger blocks of memory go back to the system as soon as they are free.
 _M_MMAP_THRESHOLD, _LARGE_BYTES = -3, 128 * 1024
 
 
@@ -141,10 +141,10 @@ def _command(**given: Any) -> int:
     tls = _tls(given["tls_cert"], given["tls_key"])
     if given["token"] is not None:
         _check_token(given["token"], given["listen"], address[0], tls)
-    # Each once: a name that is given twice would be two series with the same labels.
+    # Without duplicates: a repeated name would make two series with the same labels.
     names, paths = tuple(dict.fromkeys(given["name"])), tuple(dict.fromkeys(given["control"]))
     instances = ProtectorCollector(names, paths)
-    with suppress(AttributeError):  # glibc raises this limit with each large message that it frees
+    with suppress(AttributeError):  # set, because glibc raises the limit at each large free()
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
     with ExitStack() as opened:
         page = None
@@ -198,7 +198,7 @@ def _tls(cert: str | None, key: str | None) -> ssl.SSLContext | None:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     for option, file in (("--tls-cert", cert), ("--tls-key", key or cert)):
         try:
-            env_file.refuse_kind(os.stat(file), file)  # to open a FIFO would wait for its writer
+            env_file.refuse_kind(os.stat(file), file)  # opening a FIFO would wait for its writer
             with open(file, "rb"):
                 pass
         except OSError as error:
@@ -206,7 +206,7 @@ def _tls(cert: str | None, key: str | None) -> ssl.SSLContext | None:
         except ValueError as error:
             raise UsageError(f"{option} {error}") from error
     try:
-        # Without a password given OpenSSL would ask for one on the terminal.
+        # With an empty password, because OpenSSL would otherwise ask for it on the terminal.
         context.load_cert_chain(cert, key, password="")
     except (ssl.SSLError, ValueError) as error:
         said = f"--tls-cert {cert}" + (f" --tls-key {key}" if key else "")
@@ -217,7 +217,7 @@ def _tls(cert: str | None, key: str | None) -> ssl.SSLContext | None:
 
 
 def _check_token(file: str, listen: str, host: str, tls: ssl.SSLContext | None) -> None:
-    """Refuse a token that cannot be used, or that others would read on its way."""
+    """Raise UsageError for an unusable token, or an address at which others could read it."""
     from .token_file import read_token
 
     if tls is None and not ipaddress.ip_address(host).is_loopback:
@@ -229,7 +229,7 @@ def _check_token(file: str, listen: str, host: str, tls: ssl.SSLContext | None) 
 
 
 class _Stopped(SystemExit):
-    """A signal has told it to end."""
+    """A signal has requested the end of the program."""
 
 
 def _stop(*_: object) -> None:
@@ -237,9 +237,9 @@ def _stop(*_: object) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run until it is stopped.  Returns the exit status.
+    """Run until a signal stops it; return the exit status.
 
-    arguments: of the command line; the process's own by default.
+    arguments: the words of the command line; None: the process's own.
     """
     stand_on_three_descriptors()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -249,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except _Stopped:
-        # All is closed.  While Python ends the page's thread would go on, and fail.
+        # All is closed.  At a normal end of Python the page's thread would still run, and fail.
         os._exit(0)
     except click.ClickException as error:
         message = in_one_line(error.format_message())

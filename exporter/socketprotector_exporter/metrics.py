@@ -1,8 +1,8 @@
-"""Which metrics there are, and how they are made of a status.
+"""The metrics, and their values from a status.
 
-Names and units as Prometheus wants them: base units, counters end in _total.  No label has more
-values than there are instances, listeners, phases, states or results: no pid and no generation.
-docs/metrics.md lists them; a test compares.
+Names and units follow Prometheus: base units, counters end in _total.  The labels are instances,
+listeners, phases, states and results, and never a pid or a generation, so there are few series.
+docs/metrics.md lists the metrics; a test compares.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .counters import BUCKETS, RESULTS, Counters
 PHASES = ("starting", "serving", "reloading", "settling", "stopping", "waiting")
 GENERATION_PHASES = ("starting", "settling", "serving", "draining", "abandoned")
 STATES = ("starting", "ready", "retiring", "orphaned", "waiting")
-#: No connection was ever given to these: what they have not counted is nothing.
+#: Phases without connections: in them an unknown count is no gap.
 _WITHOUT_CONNECTIONS = ("starting", "abandoned")
 _INSTANCE = "instance"
 #: Upper ends in seconds; the last bucket has none.
@@ -86,9 +86,9 @@ _FAMILIES: tuple[tuple[Any, ...], ...] = (
         "When a reload last succeeded, since the epoch.",
     ),
 )
-#: What is not known has no value.
+#: The values of known states; an unknown state has no sample.
 _HEALTH = {"healthy": 1.0, "unhealthy": 0.0}
-#: Those whose value is a field of the status.
+#: Metric -> the field of the status with its value.
 _FIELDS = {
     "start_time_seconds": "started_at",
     "restarts": "restarts",
@@ -108,7 +108,7 @@ class MetricSet:
         }
 
     def families(self) -> Iterator[Metric]:
-        """Yield all of them; some may have no samples."""
+        """Yield all metric families, also those without samples."""
         yield from self._families.values()
 
     def add_silent(self, instance: str) -> None:
@@ -116,7 +116,7 @@ class MetricSet:
         self._put("up", instance, 0.0)
 
     def add(self, instance: str, status: Status, totals: Counters) -> None:
-        """Add an instance by its status; all or nothing of it, so that it hides no other one."""
+        """Add an instance's samples; none if its status is malformed, so that others stay valid."""
         before = {name: len(family.samples) for name, family in self._families.items()}
         try:
             totals.see(status)
@@ -190,7 +190,7 @@ class MetricSet:
     # -- samples -------------------------------------------------------------
 
     def _put(self, name: str, instance: str, value: float | None, *labels: str) -> None:
-        """Add a sample; none for what is not known."""
+        """Add a sample; None: the value is unknown, and there is no sample."""
         if value is not None:
             self._families[name].add_metric([instance, *labels], value)
 
@@ -202,14 +202,14 @@ class MetricSet:
         things: Iterable[Status],
         by: str = "phase",
     ) -> None:
-        """Add how many things there are of each kind: 0 is known."""
+        """Add the number of things of each known kind, also 0."""
         counts = Counter(label(thing, by) for thing in things)
         for each in known:
             self._put(name, instance, float(counts[each]), each)
 
 
 def _sum(generations: Iterable[Status], name: str) -> float | None:
-    """Add up what each has; None where one does not say, or where there is none."""
+    """Return the sum over the generations; None if one is unknown, or without any."""
     total = None
     for each in generations:
         value = measure(each, name)

@@ -1,8 +1,8 @@
-"""Looks names of hosts up, without one that nobody answers for delaying another.
+"""Look-ups of host names in which a slow name delays no other.
 
-getaddrinfo() cannot be given up, and takes 10 s and more where a name server is silent.  So each
-name has a thread for it, and is asked with what was found last.  The threads are daemons: no end of
-the program waits for them.
+getaddrinfo() cannot be cancelled, and takes 10 s and more if a name server is silent.  So each
+look-up has its own thread, and callers meanwhile use the last result.  The threads are daemon
+threads, so the program does not wait for them at its end.
 
 Source: getaddrinfo(3), resolv.conf(5).
 """
@@ -16,23 +16,24 @@ from contextlib import suppress
 
 
 class Names:
-    """The addresses that names have had, in the event loop of who asks."""
+    """The last known addresses of names; for one event loop."""
 
     def __init__(self) -> None:
         self._known: dict[str, list[str]] = {}
         self._under_way: dict[str, asyncio.Future[list[str]]] = {}
 
     async def addresses(self, name: str) -> list[str]:
-        """Return what was found last, and have it looked up for the next time.
+        """Return the last known addresses, and start a look-up for the next call.
 
-        Waits where nothing is known.  Raises OSError, UnicodeError and RuntimeError: no thread.
+        Without known addresses, wait for the look-up.  Raises OSError and UnicodeError, and
+        RuntimeError if no thread can be started.
         """
         under_way = self._under_way.get(name) or self._look_up(name)
         known = self._known.get(name)
         return await asyncio.shield(under_way) if known is None else known
 
     def forget(self) -> None:
-        """Nobody asks any more: what was found may be so no longer."""
+        """Drop the known addresses, which may be outdated at the next use."""
         self._known.clear()
 
     def _look_up(self, name: str) -> asyncio.Future[list[str]]:
@@ -41,8 +42,8 @@ class Names:
         def look_up() -> None:
             found: list[str] | Exception
             try:
-                all_of_it = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-                found = [str(each[4][0]) for each in all_of_it]
+                infos = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+                found = [str(each[4][0]) for each in infos]
             except Exception as error:
                 found = error
             with suppress(RuntimeError):  # the loop has ended meanwhile
@@ -59,6 +60,6 @@ class Names:
             under_way.set_result(found)
             return
         if not (isinstance(found, socket.gaierror) and found.errno == socket.EAI_AGAIN):
-            self._known.pop(name, None)  # as the servers say; these are there, and know of none
+            self._known.pop(name, None)  # the name server has answered that there is no address
         under_way.set_exception(found)
-        under_way.exception()  # nobody may wait for it
+        under_way.exception()  # marks it as read, because perhaps no caller waits for it

@@ -1,9 +1,9 @@
-"""Asks the exporters of other hosts for their metrics, while somebody looks at the page.
+"""Polls the exporters of other hosts for their metrics, while the page has a viewer.
 
-A host that hangs, or sends without end, delays no other one: none waits for another.  What bounds
-the cost is the pace: AT_ONCE hosts every TURN_S, each asked every EVERY_S at most and for ANSWER_S
-at most, so no more than AT_ONCE * ANSWER_S / TURN_S are being asked at a time.  They are few at
-once because each takes memory: asyncio's TLS has 256 KiB for a connection.
+A host that is stuck, or sends without end, delays no other host: none waits for another.  The pace
+bounds the cost: AT_ONCE hosts every TURN_S; each at most every EVERY_S, and for ANSWER_S at most.
+So no more than AT_ONCE * ANSWER_S / TURN_S are polled at a time.  They are few
+because each takes memory: asyncio's TLS has 256 KiB for a connection.
 
 Source: RFC 9110, 9112; docs.openssl.org, X509_STORE_CTX_get_error.
 """
@@ -30,7 +30,7 @@ from .token_file import read_token
 
 EVERY_S, ANSWER_S = 5.0, 4.0
 AT_ONCE, TURN_S = 4, 0.1
-#: Viewers are told of all that came in so many turns.
+#: Viewers get the results of this many turns together.
 TURNS = 10
 #: An exporter with 100 instances sends 600 KB.
 MOST_BYTES = 2 << 20
@@ -39,7 +39,7 @@ _PIECE_BYTES = 65_536
 _HEAD = re.compile(rb"HTTP/1\.[01] (\d{3})[ \r]")
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,15})[ \t]*\r\n", re.IGNORECASE)
 _ENCODED = re.compile(rb"\r\n(transfer|content)-encoding:", re.IGNORECASE)
-#: By X509_V_ERR_*.
+#: X509_V_ERR_* -> the reason in words.
 _CERTIFICATES = {
     **dict.fromkeys((2, 18, 19, 20, 21), "its certificate is not from our CA"),
     **dict.fromkeys((62, 64), "its certificate is for another name"),
@@ -51,18 +51,18 @@ _NO_TLS = ("WRONG_VERSION_NUMBER", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILU
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """What `--peers`, `--peers-ca` and `--peers-token` were given."""
+    """The files of `--peers`, `--peers-ca` and `--peers-token`."""
 
     peers: str
     ca: str | None = None
     token: str | None = None
 
     def stamp(self) -> tuple[object, ...]:
-        """Return what is another one once a file has changed."""
+        """Return a value that differs once a file has changed."""
         return tuple(map(_stamp, filter(None, (self.peers, self.ca, self.token))))
 
     def read(self) -> Plan:
-        """Return what is in them.  Raises UsageError: one line that names the file."""
+        """Return the contents of the files.  Raises UsageError: one line that names the file."""
         try:
             peers = parse(env_file.contents(self.peers).decode("utf-8-sig"), self.peers)
         except UnicodeDecodeError as error:
@@ -72,7 +72,7 @@ class Files:
         except ValueError as error:
             raise UsageError(f"--peers {error}") from error
         try:
-            if self.ca is not None:  # OpenSSL would wait for the writer of a FIFO
+            if self.ca is not None:  # checked, because OpenSSL would wait for the writer of a FIFO
                 env_file.refuse_kind(os.stat(self.ca), self.ca)
             tls = ssl.create_default_context(cafile=self.ca)
         except ssl.SSLError as error:
@@ -95,7 +95,7 @@ def _stamp(file: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Whom to ask, whom to believe, and what to bring."""
+    """The hosts to poll, the trusted certificates, and our token."""
 
     peers: tuple[Peer, ...]
     tls: ssl.SSLContext
@@ -103,12 +103,12 @@ class Plan:
 
 
 class Peers:
-    """All hosts of the file, and what each has said."""
+    """All hosts of the file, with the last answer of each."""
 
     def __init__(self, files: Files, say: Callable[[str], None]) -> None:
         """Read the files.  Raises UsageError.
 
-        say: is told in one line what is wrong with them later; the hosts of before then stay.
+        say: called with one line when the files become wrong later; the earlier hosts then stay.
         """
         self._files, self._say = files, say
         self._stamp = files.stamp()
@@ -118,14 +118,14 @@ class Peers:
 
     @property
     def hosts(self) -> list[Host]:
-        """All there are, in the order of the file."""
+        """All hosts, in the order of the file."""
         return list(self._hosts.values())
 
     async def run(self, looked: asyncio.Event, tell: Callable[[Iterable[Host]], None]) -> None:
-        """Ask while somebody looks; until it is cancelled.
+        """Poll the hosts while there is a viewer, until cancelled.
 
-        looked: is set while somebody does.  tell: is called with hosts that may have changed, and
-        when the file has other ones.
+        looked: set while there is a viewer.
+        tell: called with hosts that may have changed, and when the file has other hosts.
         """
         while True:
             await looked.wait()
@@ -142,25 +142,25 @@ class Peers:
         looked: asyncio.Event,
         tell: Callable[[Iterable[Host]], None],
     ) -> None:
-        left: deque[Peer] = deque()
+        waiting: deque[Peer] = deque()
         heard: list[Host] = []
         due = 0.0
         while looked.is_set():
-            left.extendleft(self._read_again())
-            if not left and time.monotonic() >= due:
-                left.extend(self._hosts)
+            waiting.extendleft(self._read_again())
+            if not waiting and time.monotonic() >= due:
+                waiting.extend(self._hosts)
                 due = time.monotonic() + EVERY_S
             for _ in range(TURNS):
-                for _ in range(min(AT_ONCE, len(left))):
-                    peer = left.popleft()
-                    if peer in self._hosts:  # else it is no longer in the file
+                for _ in range(min(AT_ONCE, len(waiting))):
+                    peer = waiting.popleft()
+                    if peer in self._hosts:  # otherwise it is no longer in the file
                         asks.create_task(self._ask(peer, self._hosts[peer], heard))
                 await asyncio.sleep(TURN_S)
             tell(heard)
             heard.clear()
 
     def _read_again(self) -> list[Peer]:
-        """Take what the files say now, and return what is new; a host that stays goes on."""
+        """Read changed files again, and return the new hosts; other hosts keep their answers."""
         stamp = self._files.stamp()
         if stamp == self._stamp:
             return []
@@ -180,7 +180,7 @@ class Peers:
             async with asyncio.timeout(ANSWER_S):
                 await self._get(peer, scan)
             host.saw(scan.end(), time.monotonic(), time.time())
-        except Exception as error:  # whatever it is, it is said in the host's cell
+        except Exception as error:  # any error is shown in the host's cell
             host.failed(why_not(error), time.time())
         heard.append(host)
 
@@ -188,7 +188,7 @@ class Peers:
         """Feed a host's metrics to `scan`.  Raises NoMetrics, OSError and IncompleteReadError."""
         reader, writer = await self._connect(peer)
         try:
-            # 1.0: then it sends no chunks, and ends the connection behind its answer.
+            # HTTP 1.0: the host sends no chunks, and closes the connection after its answer.
             bring = f"Authorization: Bearer {self._plan.token}\r\n" if self._plan.token else ""
             writer.write(
                 f"GET {peer.path} HTTP/1.0\r\nHost: {peer.where}\r\nAccept: text/plain\r\n"
@@ -231,9 +231,9 @@ class Peers:
 
 
 def _length(head: bytes, brought: bool) -> int | None:
-    """Return how long the answer is that begins so, None where it is not said.  Raises NoMetrics.
+    """Return the content length in an answer's head, None without one.  Raises NoMetrics.
 
-    brought: whether it was asked with a token.
+    brought: whether the request had a token.
     """
     status = _HEAD.match(head)
     if status is None:
@@ -249,7 +249,7 @@ def _length(head: bytes, brought: bool) -> int | None:
 
 
 def why_not(error: Exception) -> str:
-    """Say in some words why a host gave no answer."""
+    """Return in a few words why a host gave no answer."""
     match error:
         case NoMetrics():
             return str(error)

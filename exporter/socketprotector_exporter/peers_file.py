@@ -1,6 +1,6 @@
-"""The file of `--peers`: a host a line, by the address of its exporter.
+"""The file of `--peers`: one host in each line, by the address of its exporter.
 
-    # NAME, if the host is to have another one, and the address
+    # NAME, if it differs from the host's name, and the address
     https://web-1.example.org:9517
     database https://10.0.0.12:9517
 
@@ -26,7 +26,7 @@ _METRICS = "/metrics"
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A host, and where its exporter answers."""
+    """A host, with the address of its exporter."""
 
     name: str
     host: str  # a name or an address, without brackets
@@ -36,14 +36,14 @@ class Peer:
 
     @property
     def where(self) -> str:
-        """Host and port, as a Host header has them."""
+        """Host and port, in the form of a Host header."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def parse(text: str, file: str) -> tuple[Peer, ...]:
     """Return the peers in a file's text, in its order.
 
-    Raises UsageError: one line that names file and line, and says what to write.
+    Raises UsageError: one line with file and line number, and a valid form.
     """
     found: list[Peer] = []
     lines: dict[str, int] = {}
@@ -68,7 +68,7 @@ def parse(text: str, file: str) -> tuple[Peer, ...]:
 def _peer(words: list[str], said: str) -> Peer:
     address = _ADDRESS.fullmatch(words[-1])
     if len(words) > 2 or address is None or not 0 < int(address["port"]) < 65536:
-        # The line is not repeated: someone may have written a password there.
+        # The message does not repeat the line, which may contain a password.
         raise UsageError(
             f"{said}: write [NAME] https://HOST:PORT, as in web-1 https://10.0.0.11:9517"
         )

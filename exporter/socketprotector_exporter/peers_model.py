@@ -1,7 +1,7 @@
-"""What the page shows of another host, made of what its exporter answers at /metrics.
+"""The page's model of another host, from its exporter's answer at /metrics.
 
-Pure: times are arguments, and everything returned is JSON.  The other host is not trusted: what it
-answers is read line by line, whatever its length; names of instances are cut and have no control
+Pure: times are arguments, and everything returned is JSON.  The other host is not trusted: its
+answer is read line by line, whatever its length; names of instances are cut and have no control
 characters.
 """
 
@@ -19,13 +19,13 @@ from socketprotector.ctl.api import text
 from .metrics import PHASES
 from .web_series import rounded
 
-#: The longest line that is read; ours have 200 bytes.
+#: The longest line that is read; our exporter's lines have 200 bytes.
 LINE_BYTES = 65_536
-#: Ours have 20 of an instance.  Each takes a microsecond or two, so this bounds what a host costs.
+#: Our exporter sends 20 for an instance.  Each takes 1 or 2 microseconds, so this bounds the cost.
 _SAMPLES = 10_000
 _NAMED = 3
 _NAME_CHARACTERS = 80
-#: Possessive: what does not match is given up after one look, so nobody can keep us busy.
+#: Possessive quantifiers: a mismatch fails at once, so no host can keep us busy.
 _SAMPLE = re.compile(
     rb"^socketprotector_(up|serving|held|lame_duck|healthy|last_reload_successful|phase"
     rb"|connections_(?:accepted_total|taken_total|active))"
@@ -34,10 +34,10 @@ _SAMPLE = re.compile(
 )
 _LABEL = re.compile(rb'(instance|phase)="((?:[^"\\]|\\.)*)"')
 _ESCAPED = re.compile(r"\\(.)")
-#: The first that the exporter has is how connections are counted.
+#: The counts of connections, the preferred one first.
 _COUNTS = ("connections_accepted_total", "connections_taken_total")
 
-#: What may be said of an instance, the worst first, and how bad it is.
+#: The states of an instance, the worst first -> the tone in which the page shows it.
 STATES = {
     "no answer": "bad",
     "not serving": "bad",
@@ -52,14 +52,14 @@ STATES = {
     "reloading": "busy",
     "serving": "good",
 }
-#: And of a host.
+#: Further states of a host.
 ASKING, SILENT, EMPTY = "asking", "not answering", "no instance"
 _TONES = {**STATES, ASKING: "wait", SILENT: "bad", EMPTY: "warn"}
 _WORST = tuple(STATES)
 
 
 class NoMetrics(Exception):
-    """What came is not what an exporter answers; the text says what it is instead."""
+    """An answer is not that of an exporter; the text says why."""
 
 
 @dataclass(slots=True)
@@ -71,7 +71,7 @@ class Sampled:
 
     @property
     def state(self) -> str:
-        """The worst that is to be said of it, one of STATES."""
+        """The most serious of STATES that holds."""
         value = self.values.get
         if value("up") != 1:
             return "no answer"
@@ -91,12 +91,12 @@ class Sampled:
 
     @property
     def count(self) -> tuple[str, float] | None:
-        """How many connections there were, and which count that is; None where none is known."""
+        """The first known count of connections, with its name; None if none is known."""
         return next(((each, self.values[each]) for each in _COUNTS if each in self.values), None)
 
 
 class Scan:
-    """Takes in an answer piece by piece, and keeps of it what is shown."""
+    """Parses an answer piece by piece, and keeps the shown part."""
 
     def __init__(self) -> None:
         self.instances: dict[str, Sampled] = {}
@@ -105,7 +105,7 @@ class Scan:
         self._samples = 0
 
     def feed(self, piece: bytes) -> None:
-        """Take in a piece.  Raises NoMetrics."""
+        """Parse a piece.  Raises NoMetrics."""
         whole, _, self._rest = (self._rest + piece).rpartition(b"\n")
         if len(self._rest) > LINE_BYTES:
             raise NoMetrics("sends no metrics of ours")
@@ -139,7 +139,7 @@ class Scan:
 
 
 def _unescaped(value: bytes) -> str:
-    value = value[: 4 * _NAME_CHARACTERS]  # no character of it has more bytes
+    value = value[: 4 * _NAME_CHARACTERS]  # a character has 4 bytes at most
     whole = _ESCAPED.sub(
         lambda found: "\n" if found[1] == "n" else found[1], value.decode("utf-8", "replace")
     )
@@ -159,12 +159,12 @@ class Host:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        #: The same after a restart, so that a page that stayed open recognizes it.
+        #: The same after a restart of the exporter, so that an open page recognizes the host.
         self.id = hashlib.blake2s(name.encode(), digest_size=5).hexdigest()
         self.forget()
 
     def forget(self) -> None:
-        """Nobody asks it any more: what it said may be so no longer."""
+        """Drop the last answer, which may be outdated at the next use."""
         self._state, self._note = ASKING, ""
         self._since: float | None = None
         self._instances: int | None = None
@@ -173,12 +173,12 @@ class Host:
         self._counted: tuple[float, Mapping[tuple[str, str], float]] | None = None
 
     def failed(self, why: str, clock: float) -> None:
-        """Take in that it gave no answer.  why: in some words; clock: since the epoch."""
+        """Note that the host gave no answer.  why: in a few words; clock: since the epoch."""
         self._instances = self._rate = self._active = self._counted = None
         self._becomes(SILENT, why, clock)
 
     def saw(self, instances: Mapping[str, Sampled], at: float, clock: float) -> None:
-        """Take in an answer.  at: a monotonic time; clock: since the epoch."""
+        """Note the host's answer.  at: a monotonic time; clock: seconds since the epoch."""
         living = {name: one for name, one in instances.items() if one.values.get("up") == 1}
         counts = {(name, one.count[0]): one.count[1] for name, one in living.items() if one.count}
         self._instances = len(instances)
@@ -199,7 +199,7 @@ class Host:
         self._note = note
 
     def shown(self) -> dict[str, Any]:
-        """Return all that is shown of it; what is not known is null."""
+        """Return the shown fields; an unknown value is null."""
         return {
             "id": self.id,
             "name": self.name,
@@ -219,7 +219,7 @@ def _rate(
     at: float,
     counts: Mapping[tuple[str, str], float],
 ) -> float | None:
-    """Return connections a second; None where one is not known, or counts from its start anew."""
+    """Return connections per second; None if a count is unknown, or was reset by a restart."""
     if not counts or at <= before_at:
         return None
     more = [count - before.get(each, math.inf) for each, count in counts.items()]

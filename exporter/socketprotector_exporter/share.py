@@ -1,7 +1,7 @@
-"""Bounds how much of the page's time one instance can take, whatever it sends.
+"""A bound on the page's processor time for one instance, whatever the instance sends.
 
-All instances are heard in one thread.  One that sends events without end, or answers that take long
-to read, is read more slowly; what it sends meanwhile stays in its socket.
+One thread reads from all instances.  It reads more slowly from an instance that sends events
+without end, or answers that take long to parse; unread bytes stay in the instance's socket.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-#: A reload of a hundred workers takes less: it is shown at once.
+#: Processor time without a pause: more than a reload of a hundred workers takes.
 _FREE_S = 0.05
-#: Of one processor.
+#: The allowed share of one processor.
 _SHARE = 0.05
 
 
 class Share:
-    """The processor's time that went to one instance."""
+    """The processor time spent on one instance."""
 
     def __init__(self, clock: Callable[[], float] = time.thread_time) -> None:
-        """clock: that of the thread that hears all instances."""
+        """Measure with `clock`: by default the processor time of the calling thread."""
         self._clock = clock
         self._spent_s = 0.0
         self._began_s: float | None = None
@@ -29,7 +29,7 @@ class Share:
         self._began_s = self._clock()
 
     def owed_s(self) -> float:
-        """Return for how long to read no more of it; 0.0 where it has taken little."""
+        """Return for how many seconds to read nothing from the instance; 0.0 if it took little."""
         if self._began_s is not None:
             self._spent_s += self._clock() - self._began_s
             self._began_s = None

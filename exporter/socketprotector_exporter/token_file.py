@@ -1,7 +1,7 @@
-"""A token in a file: what a client brings to read /metrics.
+"""The token file, whose token a client sends to read /metrics.
 
-A file, and no option or variable: those are there for other users to read.  It is read each time it
-is needed, so a new token takes no restart.
+A file, because other users can read options and variables.  It is read at each use, so a new token
+needs no restart.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import stat
 from socketprotector.ctl.api import UsageError
 
 _BYTES = 4096
-#: What a header can carry as it is.  Source: RFC 6750, 2.1.
+#: The characters that a header can carry unquoted.  Source: RFC 6750, 2.1.
 _TOKEN = re.compile(rb"[\w.~+/-]+=*", re.ASCII)
 
 
 def read_token(option: str, file: str) -> str:
-    """Return the token in a file: the only word there.
+    """Return the token in a file, the only word there.
 
-    option: that gave the file.  Raises UsageError: one line that names both.
+    option: the option that named the file.  Raises UsageError: one line with option and file.
     """
     said = f"{option} {file}"
     try:
@@ -39,4 +39,4 @@ def read_token(option: str, file: str) -> str:
 
 
 def _without_waiting(file: str, flags: int) -> int:
-    return os.open(file, flags | os.O_NONBLOCK)  # for the other end of a FIFO
+    return os.open(file, flags | os.O_NONBLOCK)  # opening a FIFO would wait for its other end

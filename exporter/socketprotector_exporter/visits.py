@@ -1,9 +1,9 @@
-"""Accepts the page's connections, so that no number of idle ones takes descriptors from others.
+"""Accepts the page's connections within a limit, so that idle ones do not use up descriptors.
 
-uvicorn's own limit counts after accept: idle connections then fill the descriptors, /metrics
+uvicorn's own limit counts after accept: idle connections then use all descriptors, /metrics
 gets none, and a listener that cannot accept stays readable and burns a core.  Here each connection
-has a place.  Without a free one the listener is not watched, and the connection whose request has
-been waited for the longest is closed.  A request's head is bounded in time and in size.
+has a place.  Without a free place the listener is not watched, and the connection with the longest
+wait for its request is closed.  A request's head is bounded in time and in size.
 
 Source: uvicorn's H11Protocol; asyncio's connect_accepted_socket.
 """
@@ -23,7 +23,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 PLACES = 256
 HEAD_BYTES = 16 * 1024
 HEAD_S = 10.0
-#: After an accept that failed for lack of descriptors or memory.
+#: The pause after an accept that failed for lack of descriptors or memory.
 _SHORT_S = 1.0
 
 
@@ -31,11 +31,11 @@ class Visits:
     """The connections of one listening socket."""
 
     def __init__(self, listening: socket.socket, config: uvicorn.Config, state: Any) -> None:
-        """state: that of the uvicorn.Server with this config."""
+        """Accept from `listening`, for the uvicorn.Server with this config and state."""
         self._listening = listening
         self._free = PLACES
         self._is_watched = False
-        #: Those whose request is waited for, the longest first, and what ends that.
+        #: The connections that wait for a request, the longest first, with the timer of the limit.
         self._waited_for: dict[_Visit, asyncio.TimerHandle] = {}
         self._beginning: set[asyncio.Task[None]] = set()
         arguments: dict[str, Any] = {"config": config, "server_state": state}
@@ -44,7 +44,7 @@ class Visits:
         self._make = partial(_Visit, self, **arguments)
 
     def watch(self) -> None:
-        """Accept from now on."""
+        """Begin to accept."""
         if not self._is_watched:
             self._is_watched = True
             self._listening.setblocking(False)
@@ -56,7 +56,7 @@ class Visits:
 
     def _accept(self) -> None:
         if not self._free:
-            self._pause()  # until one has left
+            self._pause()  # until a connection has ended
             if oldest := next(iter(self._waited_for), None):
                 self.asked(oldest)
                 oldest.transport.abort()
@@ -82,18 +82,18 @@ class Visits:
             self._left()
 
     def waits(self, visit: _Visit) -> None:
-        """A client has no request that is being answered: it is to send one in time."""
+        """Note that a connection waits for a request, which must come in time."""
         if visit not in self._waited_for:
             loop = asyncio.get_running_loop()
             self._waited_for[visit] = loop.call_later(HEAD_S, visit.transport.abort)
 
     def asked(self, visit: _Visit) -> None:
-        """A client's request is there, or it is no longer waited for."""
+        """Note that a connection has its request, or waits no more."""
         if (timer := self._waited_for.pop(visit, None)) is not None:
             timer.cancel()
 
     def ended(self, visit: _Visit) -> None:
-        """A connection has ended."""
+        """Note that a connection has ended."""
         self.asked(visit)
         self._left()
 
@@ -110,7 +110,7 @@ class _Heads(h11.Connection):
         self.has_body = False
 
     def next_event(self) -> Any:
-        """Return the next event but those of a body: to parse small chunks takes the processor."""
+        """Return the next event, without those of a body: parsing small chunks costs much time."""
         if self.has_body:
             return h11.NEED_DATA
         event = super().next_event()

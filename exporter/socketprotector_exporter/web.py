@@ -1,7 +1,7 @@
-"""The page: what `--web` serves, to whom, and in a thread of its own.
+"""The page of `--web`: its requests, its allowed hosts, and its thread.
 
-It is read-only for good: it answers GET and HEAD, takes no argument and asks instances for nothing
-but status and events.  Beside it runs /metrics (http.py), which needs none of this.
+It is read-only by design: it answers GET and HEAD, takes no argument and reads only status and
+events from instances.  /metrics (http.py) is independent of it.
 
 Source: starlette.io; asgi.readthedocs.io; developer.mozilla.org for the headers.
 """
@@ -36,7 +36,7 @@ from .web_hub import Hub
 
 DEFAULT = "127.0.0.1:9433"
 VIEWERS = 64
-#: A viewer that reads nothing for so long is gone.
+#: A viewer that reads nothing for this long is gone.
 _UNREAD_MS = 60_000
 _BACKLOG = 256
 _FOLDER = Path(__file__).with_name("page")
@@ -48,8 +48,8 @@ _FILES = {
     "/page.js": ("page.js", "text/javascript"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
-#: How a browser that is on this machine calls it.  A page of another site that has its name resolve
-#: to 127.0.0.1 (DNS rebinding) comes with that site's name.
+#: The Host names of a browser on this machine.  Another site whose name resolves to 127.0.0.1 (DNS
+#: rebinding) comes with its own name, and is refused.
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -66,7 +66,7 @@ _HEADERS = {
 
 
 class _Guard:
-    """Refuses other hosts, and adds the headers to every answer."""
+    """Refuses requests for other host names, and adds the headers to every answer."""
 
     def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
         self._app = app
@@ -98,7 +98,7 @@ def _name_in(host: str) -> str:
 def application(hub: Hub, hosts: Sequence[str] = ()) -> ASGIApp:
     """Return the page and its events as an ASGI application.
 
-    hosts: names by which it may be called, besides those of the loopback address.
+    hosts: allowed host names, besides those of the loopback address.
     """
 
     async def events(request: Request) -> ASGIApp:
@@ -107,7 +107,7 @@ def application(hub: Hub, hosts: Sequence[str] = ()) -> ASGIApp:
         return to_viewer
 
     async def to_viewer(scope: Scope, receive: Receive, send: Send) -> None:
-        # Nothing is awaited between the two: of many that come at once each one counts.
+        # No await between the check and viewer(), so that simultaneous viewers are all counted.
         if hub.viewers >= VIEWERS:
             refusal = PlainTextResponse(f"{VIEWERS} viewers are there already\n", 503)
             return await refusal(scope, receive, send)
@@ -129,7 +129,7 @@ def _file(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
 
 
 class Page:
-    """A socket that listens, and a thread that serves the page there."""
+    """A listening socket, and a thread that serves the page on it."""
 
     def __init__(
         self,
@@ -140,8 +140,10 @@ class Page:
     ) -> None:
         """Bind and listen.  Raises UsageError and OSError.
 
-        address: what `--web` was given; hosts: what `--web-host` was; find: returns the control
-        sockets, and may block; peers: other hosts to be shown.
+        address: the value of `--web`.
+        hosts: the values of `--web-host`.
+        find: returns the paths of control sockets; it may block.
+        peers: other hosts to show.
         """
         self._hosts, self._find, self._peers = hosts, find, peers
         self._path, self._socket = "", socket.socket()
@@ -153,7 +155,7 @@ class Page:
 
     @property
     def where(self) -> str:
-        """Where it answers, in words."""
+        """The address of the page, for people."""
         return f"unix:{self._path}" if self._path else f"http://{self._netloc}/"
 
     @property
@@ -162,11 +164,11 @@ class Page:
         return f"{f'[{host}]' if ':' in host else host}:{port}"
 
     def start(self) -> None:
-        """Serve for as long as the process lives."""
+        """Begin to serve, until the process ends."""
         threading.Thread(target=self._run, name="page", daemon=True).start()
 
     def close(self) -> None:
-        """Listen no more, and remove the socket file."""
+        """Close the socket, and remove its file."""
         self._socket.close()
         if self._path:
             try:
@@ -177,7 +179,7 @@ class Page:
     def _run(self) -> None:
         try:
             asyncio.run(self._serve())
-        except BaseException:  # without the page it would only look as if all were well
+        except BaseException:  # ends the process, because a missing page would go unnoticed
             traceback.print_exc()
             os._exit(SystemRefused.status)
 
@@ -219,7 +221,7 @@ def _bind_tcp(address: str) -> socket.socket:
     made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     with on_error(made.close):
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # What it accepts inherits that: a viewer that has gone to sleep keeps no place for ever.
+        # Connections inherit it, so that a sleeping viewer does not keep its place for ever.
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_MS)
         made.bind((host, int(port)))
         made.listen(_BACKLOG)
@@ -227,7 +229,7 @@ def _bind_tcp(address: str) -> socket.socket:
 
 
 def _bind_unix(address: str) -> tuple[str, socket.socket]:
-    """Bind a path; a socket file on which no process listens is replaced."""
+    """Bind a path, in place of a stale socket file; return the path and the socket."""
     path, _, query = address.removeprefix("unix:").partition("?")
     options = dict(each.partition("=")[::2] for each in query.split("&") if each)
     mode = options.pop("mode", "0600")
@@ -236,7 +238,7 @@ def _bind_unix(address: str) -> tuple[str, socket.socket]:
     made = socket.socket(socket.AF_UNIX)
     with on_error(made.close):
         _remove_stale(path)
-        # The mode must hold from the first moment, so the umask makes it: no other thread runs yet.
+        # By umask, so that the mode holds from the first moment; no other thread runs yet.
         before = os.umask(0o777 & ~int(mode, 8))
         try:
             made.bind(path)
@@ -250,7 +252,7 @@ def _remove_stale(path: str) -> None:
     """Remove a socket file that another exporter has left."""
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            return  # bind() refuses it
+            return  # bind() raises the error
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX) as probe:

@@ -1,8 +1,8 @@
-"""Keeps one control connection to each instance, and tells viewers what has changed.
+"""Keeps one control connection to each instance, and sends changes to viewers.
 
-However many viewers there are, an instance is asked once and each change is encoded once.  A viewer
-gets the newest state when it is ready for more: one that reads slowly holds nothing up, and nothing
-piles up for it.
+For any number of viewers, an instance is queried once and each change is encoded once.  A viewer
+gets the newest state when it is ready for more.  So a slow viewer delays nothing, and no messages
+pile up for it.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ from .web_model import Instance
 from .web_series import STEP_S
 from .web_text import line, shortened
 
-#: How often an instance is asked for its status: while something changes and somebody looks, while
-#: nothing does, and while nobody looks (a step of the sparklines).
+#: How often an instance is queried for its status: with a viewer and changes, with a viewer and no
+#: changes, and without a viewer (a step of the sparklines).
 BUSY_S, QUIET_S, UNSEEN_S = 1.0, 2.5, float(STEP_S)
-#: After an event: at once, but not for each of a hundred in a row.
+#: The shortest time between queries after events, of which a hundred may come in a row.
 _EVENTFUL_S = 0.1
 _ANSWER_S = 2.0
 _LOOK_FOR_S = 2.0
-#: An instance whose socket is gone is shown for this long, so that a viewer sees how it ended.
+#: How long an instance without a socket is shown, so that a viewer sees how it ended.
 KEPT_S = 60.0
 _RECONNECT_S, _RECONNECT_MOST_S = 0.1, 5.0
 EVENTS = 200
-#: Changes of this long are told together.
+#: Changes within this time are sent together.
 _GATHER_S = 0.1
-#: So that both sides learn of a connection that has gone.
+#: The interval of empty messages, by which both sides notice a dead connection.
 _BEAT_S = 15.0
-#: Of one instance; twice as much is read ahead.
+#: The read buffer for an instance; asyncio reads twice as much ahead.
 _UNREAD_BYTES = 64 * 1024
 #: Instances at a time for a new viewer.
 _PART = 8
@@ -63,7 +63,7 @@ _STATUS_PLEASE = json.dumps({"v": VERSION, "id": "status", "command": "status"})
 
 
 class _Shown:
-    """What viewers are told of an instance or a host, and when that last changed."""
+    """The encoded state of an instance or a host, and the number of its last change."""
 
     def __init__(self) -> None:
         self.changed = 0
@@ -77,28 +77,29 @@ class _Feed(_Shown):
         super().__init__()
         self.instance = Instance(path)
         self.task: asyncio.Task[None] | None = None
-        self.gone_at: float | None = None  # since when there is no such socket
+        self.gone_at: float | None = None  # the time when its socket was first missing
 
 
 class Hub:
-    """All instances, and whoever looks at them.  For one event loop."""
+    """All instances and viewers.  For one event loop."""
 
     def __init__(self, find: Callable[[], list[str]], peers: Peers | None = None) -> None:
-        """find: returns the paths of control sockets; may block, and is called in a thread.
+        """Follow the instances whose control sockets `find` returns.
 
-        peers: other hosts, which are asked while there is a viewer.
+        find: may block; called in a thread.
+        peers: other hosts, which are polled while there is a viewer.
         """
         self._find = find
         self._peers = peers
         self._hosts: dict[str, _Shown] = {}  # by id, in the order of the file
         self._feeds: dict[str, _Feed] = {}
-        self._change = 0  # counts all changes
-        self._listed = 0  # the one in which an instance came, went or got another name
-        self._hosts_listed = 0  # and the one in which that file had other hosts
+        self._change = 0  # the number of the last change
+        self._listed = 0  # the last change in which an instance came, went or got another name
+        self._hosts_listed = 0  # the last change in which the file of peers had other hosts
         self._ticked = 0
         self._events: deque[tuple[int, bytes]] = deque(maxlen=EVENTS)
         self._viewers: set[asyncio.Event] = set()
-        self._looked = asyncio.Event()  # there is one
+        self._looked = asyncio.Event()  # set while there is a viewer
         if peers is not None:
             self._show_hosts(peers.hosts)
 
@@ -107,7 +108,7 @@ class Hub:
         return len(self._viewers)
 
     async def run(self) -> None:
-        """Look for instances, and follow each; until it is cancelled."""
+        """Look for instances and follow each, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._tick())
             if self._peers is not None:
@@ -118,7 +119,7 @@ class Hub:
 
     @contextmanager
     def viewer(self) -> Iterator[asyncio.Event]:
-        """Count one more viewer.  Yields what is set when there is something to tell."""
+        """Count one more viewer.  Yields an event that is set when there are changes."""
         news = asyncio.Event()
         self._viewers.add(news)
         self._looked.set()
@@ -130,7 +131,7 @@ class Hub:
                 self._looked.clear()
 
     async def watch(self, news: asyncio.Event) -> AsyncIterator[bytes]:
-        """Yield server-sent events for a viewer: all there is, then what changes."""
+        """Yield server-sent events for a viewer: the whole state, then the changes."""
         seen = self._change
         hello = {"version": __version__, "host": socket.gethostname(), "now": time.time()}
         ids = {"ids": self._ids(), "host_ids": list(self._hosts)}
@@ -152,7 +153,7 @@ class Hub:
             before, seen = seen, self._change
             yield _message(b"state", self._since(before))
 
-    # -- telling -----------------------------------------------------------------
+    # -- sending changes ---------------------------------------------------------
 
     def _changed(self) -> int:
         self._change += 1
@@ -174,7 +175,7 @@ class Hub:
         return [feed.instance.id for feed in self._feeds.values()]
 
     def _points(self) -> dict[str, Any]:
-        """The newest of each sparkline; short, as each viewer gets it every STEP_S."""
+        """Return the newest points of each sparkline, for viewers every STEP_S."""
         return {feed.instance.id: feed.instance.history.points(2) for feed in self._feeds.values()}
 
     async def _tick(self) -> None:
@@ -186,13 +187,13 @@ class Hub:
         self._show_as(feed, feed.instance.shown())
 
     def _show_as(self, shown: _Shown, found: dict[str, Any]) -> None:
-        """Tell of an instance or a host if it looks otherwise than before."""
+        """Note a change of an instance or a host, if it looks different now."""
         encoded = _json(found)
         if encoded != shown.encoded:
             shown.encoded, shown.changed = encoded, self._changed()
 
     def _show_hosts(self, hosts: Iterable[Host]) -> None:
-        """Tell of hosts that look otherwise than before, and of a file that has other ones."""
+        """Note changes of hosts, and of the hosts in the file."""
         assert self._peers is not None
         ids = [host.id for host in self._peers.hosts]
         if ids != list(self._hosts):
@@ -203,10 +204,10 @@ class Hub:
             if host.id in self._hosts:
                 self._show_as(self._hosts[host.id], host.shown())
 
-    # -- following ---------------------------------------------------------------
+    # -- following instances -----------------------------------------------------
 
     def _follow(self, paths: Sequence[str], tasks: asyncio.TaskGroup) -> None:
-        """Begin with what is new, and forget what is gone, a minute later."""
+        """Follow new sockets, and drop instances whose socket has been gone for KEPT_S."""
         listed, now = list(self._feeds), time.monotonic()
         for path in set(listed) - set(paths):
             feed = self._feeds[path]
@@ -228,7 +229,7 @@ class Hub:
             self._listed = self._changed()
 
     def _name(self) -> None:
-        """Call each by its name; two that have the same are told apart."""
+        """Update the names of all instances; instances with the same name get distinct labels."""
         feeds = list(self._feeds.values())
         found = [SocketAnswer(each.instance.path, each.instance.status) for each in feeds]
         for feed, name in zip(feeds, map(line, labels(found)), strict=True):
@@ -237,7 +238,7 @@ class Hub:
                 self._show(feed)
 
     async def _keep(self, feed: _Feed) -> None:
-        """Stay connected to an instance; connect again where that ends, while there is a socket."""
+        """Stay connected to an instance; connect again after an end, while it has a socket."""
         pause_s = _RECONNECT_S
         while True:
             try:
@@ -260,7 +261,7 @@ class Hub:
             pause_s = min(2 * pause_s, _RECONNECT_MOST_S)
 
     async def _hear(self, feed: _Feed) -> None:
-        """Ask an instance, and hear its events, until the connection ends."""
+        """Query an instance, and receive its events, until the connection ends."""
         reader, writer = await asyncio.open_unix_connection(
             sock=connect(feed.instance.path, 0), limit=_UNREAD_BYTES
         )
@@ -271,13 +272,13 @@ class Hub:
             due = asked_at + _ANSWER_S
             share = Share()
             while True:
-                if pause_s := share.owed_s():  # one that floods us leaves time for the others
+                if pause_s := share.owed_s():  # an instance that floods us must not delay others
                     await asyncio.sleep(pause_s)
                 try:
                     async with asyncio.timeout(None if due == math.inf else due - time.monotonic()):
                         line = await lines.next()
                 except TimeoutError:
-                    if not answered:  # suspended, it may be; the answer comes when it goes on
+                    if not answered:  # perhaps it is suspended; it will answer when it resumes
                         feed.instance.lost("silent")
                         self._show(feed)
                         due = math.inf
@@ -307,7 +308,7 @@ class Hub:
                     answered = True
                     due = asked_at + self._interval_s(changes=feed.changed != before)
                 elif message.get("id") != "events":
-                    raise NoProtector(feed.instance.path, "no protector")  # nothing was asked
+                    raise NoProtector(feed.instance.path, "no protector")  # an unexpected answer
         finally:
             writer.close()
 
@@ -328,14 +329,14 @@ class Hub:
 
 
 class _Lines:
-    """The lines of an instance, of which little waits unread: a long one is read in pieces."""
+    """The lines from an instance, with a small buffer: a long line is read in pieces."""
 
     def __init__(self, reader: asyncio.StreamReader) -> None:
         self._reader = reader
         self._begun = bytearray()
 
     async def next(self) -> bytes:
-        """Return the next line; what was read of it stays if this is cancelled.
+        """Return the next line; after a cancellation the bytes read so far are kept.
 
         Raises LimitOverrunError for a line longer than LONGEST_LINE, IncompleteReadError at EOF.
         """

@@ -1,4 +1,4 @@
-"""What the page shows of one instance, made of its statuses and events.
+"""The page's model of one instance, from its statuses and events.
 
 Pure: times are arguments, and everything returned is JSON.
 """
@@ -28,17 +28,17 @@ from socketprotector.ctl.api import (
 from .web_series import SPARKLINES, History, Key, Window, key_of, rounded
 from .web_text import cut, event_line, line, verdict_of
 
-#: More workers than that are a number.
+#: The workers that are drawn; further ones are only counted.
 CELLS = 96
-#: Of generations that only end, older ones are a number: a card would be taller than the screen.
+#: The ending generations that are drawn; older ones are only counted, to keep a card short.
 ENDING_LANES = 4
 _ENDING = ("draining", "abandoned")
-#: Of those that keep a draining generation alive.
+#: The named workers of those that keep a draining generation alive.
 _NAMED = 4
 _MOST_WARNINGS, _WARNING_CHARACTERS = 10, 500
 _PHASES = ("starting", "settling", "serving", "draining", "abandoned")
 _WITHOUT_CONNECTIONS = ("starting", "abandoned")
-#: Since when a generation is in a phase; in the others, since it was opened.
+#: Phase -> the field with the time when it began; for other phases, the time of opening.
 _SINCE = {
     "serving": "serving_since_at",
     "settling": "serving_since_at",
@@ -47,29 +47,30 @@ _SINCE = {
 
 
 class Instance:
-    """One control socket, living or not."""
+    """The instance of one control socket, living or not."""
 
     def __init__(self, path: str) -> None:
         self.path = path
-        #: The same after a restart, so that a page that stayed open recognizes it.
+        #: The same after a restart of the exporter, so that an open page recognizes the instance.
         self.id = hashlib.blake2s(path.encode("utf-8", "replace"), digest_size=5).hexdigest()
         self.name = path
         self.history = History()
         self.status: Status | None = None
-        self.why = "connecting"  # there is no status
+        self.why = "connecting"  # why there is no status; "": there is one
         self._stopped = False
         self._seen_at = 0.0
         self._newest = 0  # the number of the newest generation
-        self._generation_of: dict[int, int] = {}  # by the worker's number
+        self._generation_of: dict[int, int] = {}  # worker's number -> generation's number
         self._shown: dict[str, Any] = {}
         self._window = Window()
-        self._most: dict[Key, tuple[float, int]] = {}  # connections, workers: as it began to drain
+        #: Generation -> connections and workers when its drain began.
+        self._most: dict[Key, tuple[float, int]] = {}
         self._failed: dict[str, Any] | None = None
 
     def lost(self, why: str, *, has_socket: bool = True) -> None:
-        """Take in that it does not answer; what it last said stays.
+        """Note that the instance does not answer; its last status stays shown.
 
-        has_socket: whether its file is there, which a stop removes and a kill leaves.
+        has_socket: whether the socket's file exists, which a stop removes and a kill leaves.
         """
         if not has_socket and self._shown and self.why in ("", "gone"):
             self._stopped = True
@@ -78,7 +79,7 @@ class Instance:
         self._newest = 0  # the next status may be another protector's
 
     def see(self, status: Status, at: float, clock: float) -> None:
-        """Take in a status.  at: a monotonic time; clock: since the epoch."""
+        """Update from a status.  at: a monotonic time; clock: seconds since the epoch."""
         self.status, self.why = status, ""
         self._stopped, self._seen_at = False, clock
         self._number(status)
@@ -87,16 +88,16 @@ class Instance:
         self.history.put(clock, **{name: self._shown[name] for name in SPARKLINES})
 
     def shown(self) -> dict[str, Any]:
-        """Return all of it but the history."""
+        """Return the shown fields, without the history."""
         found = {"id": self.id, "name": self.name, "why": self.why, **self._shown}
         if self.why and self._shown:
-            found["seen"] = self._seen_at  # what is shown was so until then
+            found["seen"] = self._seen_at  # the time of the last status
         return found
 
     # -- events ------------------------------------------------------------------
 
     def hear(self, message: Status) -> dict[str, Any]:
-        """Take in an event, and return what the page shows of it."""
+        """Update from an event, and return its shown fields."""
         happened = label(message, "event")
         if happened == "stopped":
             self._stopped = True
@@ -116,11 +117,11 @@ class Instance:
                 self._generation_of[number_in(worker, "number")] = number
 
     def _generation_in(self, message: Status) -> int:
-        """Return the number of the generation that an event belongs to; 0: to none."""
+        """Return the number of an event's generation; 0: none."""
         if not self._newest:
             return 0  # before the first status
         if label(message, "event") == "reloading":
-            return self._newest + 1  # it is not opened yet
+            return self._newest + 1  # the generation is not opened yet
         worker = number_in(message, "worker")
         number = number_in(message, "generation") or self._generation_of.get(worker, 0)
         if number and worker:
@@ -128,7 +129,7 @@ class Instance:
         self._newest = max(self._newest, number)
         return number
 
-    # -- making it ---------------------------------------------------------------
+    # -- the shown fields --------------------------------------------------------
 
     def _see(self, status: Status) -> dict[str, Any]:
         generations = listed(status, "generations")
@@ -166,7 +167,10 @@ class Instance:
         }
 
     def _lane(self, generation: Status, shown_as: str, note: str) -> dict[str, Any]:
-        """shown_as: instead of its phase; note: what that means for it."""
+        """Return the lane of a generation.
+
+        shown_as: shown instead of its phase; note: the meaning of that.
+        """
         key, phase = key_of(generation), label(generation, "phase")
         workers = listed(generation, "workers")
         waits = self._window.waits([key])
@@ -176,7 +180,7 @@ class Instance:
             "note": note,
             "since": measure(generation, _SINCE.get(phase or "", "opened_at")),
             "path": line(text_in(generation, "path")),
-            # Nothing was given to it yet, so there is nothing that it could not count.
+            # Without connections there is no unknown count.
             "counts": phase not in _WITHOUT_CONNECTIONS,
             "unknown": _unknown_of(generation),
             "rate": rounded(self._window.taken_rate(key)),
@@ -194,12 +198,12 @@ class Instance:
     def _drain(
         self, key: Key, generation: Status, workers: Sequence[Status], *, drains: bool
     ) -> dict[str, Any] | None:
-        """How far a generation is, and who keeps it alive.
+        """Return the progress of a drain, and the workers that keep the generation alive.
 
-        By its connections; by its workers where those are not counted.
+        In connections; or in workers, if connections are not counted.
         """
         active, most = measure(generation, "active"), self._most.get(key, (0.0, 0))
-        if not drains:  # from here on it can only become fewer
+        if not drains:  # remembered, because the numbers only fall during a drain
             self._most[key] = active or 0.0, len(workers)
             return None
         self._most[key] = max(most[0], active or 0.0), max(most[1], len(workers))
@@ -224,7 +228,7 @@ class Instance:
         return {**self._failed, "last": bool(failed) and failed[-1] is ended[-1]}
 
     def _rate(self, lanes: Iterable[Mapping[str, Any]]) -> float | int | None:
-        """Connections a second: as the protector counts them, else as the workers do."""
+        """Return connections per second, by the protector's counts or the workers'."""
         forwarded = self._window.forwarded_rate()
         if forwarded is not None:
             return rounded(forwarded)
@@ -232,7 +236,7 @@ class Instance:
 
 
 def _shown_lanes(lanes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the lanes, the newest on top, and how many older ones are left out."""
+    """Return the lanes, the newest first, and the number of older ones left out."""
     lanes.sort(key=lambda lane: -lane["number"])
     ending = [lane for lane in lanes if lane["phase"] in _ENDING]
     left_out = ending[ENDING_LANES:]
@@ -243,7 +247,7 @@ def _shown_lanes(lanes: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _tried(status: Status) -> dict[str, Any] | None:
-    """Return what came of the last dry run, until there is a reload."""
+    """Return the result of the last dry run, until a reload follows."""
     dry_run = standing_dry_run(status)
     if dry_run is None:
         return None
@@ -251,9 +255,9 @@ def _tried(status: Status) -> dict[str, Any] | None:
 
 
 def _notes_of_generations(status: Status) -> dict[int, tuple[str, str]]:
-    """Return, by its number, what a generation is shown as instead of its phase, and what it is in.
+    """Return generation -> (text instead of its phase, note), for unusual situations.
 
-    In a dry run it gets no client; while a new one settles, the one before it stands by.
+    In a dry run a generation gets no client; while a new one settles, the old one stands by.
     """
     found = {}
     dry_run = status.get("dry_run")
@@ -274,7 +278,7 @@ def _notes_of_generations(status: Status) -> dict[int, tuple[str, str]]:
 
 
 def _unknown(status: Status) -> list[str]:
-    """Return which figures of an instance cannot be known."""
+    """Return the names of an instance's unknown figures."""
     generations = listed(status, "generations")
     counting = [each for each in generations if label(each, "phase") not in _WITHOUT_CONNECTIONS]
     found = [name for each in counting for name in _unknown_of(each)]
@@ -284,7 +288,7 @@ def _unknown(status: Status) -> list[str]:
 
 
 def _unknown_of(generation: Status) -> list[str]:
-    """Return which figures of a generation cannot be known: its workers do not count."""
+    """Return the names of a generation's unknown figures, which its workers do not count."""
     known = {
         "active": measure(generation, "active") is not None,
         "queue": measure(generation, "queue") is not None,
@@ -295,7 +299,7 @@ def _unknown_of(generation: Status) -> list[str]:
 
 
 def _notes(status: Status) -> list[str]:
-    """Return what an operator should know beside the phase."""
+    """Return notes for the operator, beside the phase."""
     found = []
     if measure(status, "held_s") is not None:
         found.append("held: accepts no connection")
@@ -315,7 +319,7 @@ def _notes(status: Status) -> list[str]:
 
 
 def _warnings(status: Status) -> list[str]:
-    """Return what the settings lack, as the start has said."""
+    """Return the warnings about the settings, as at the start."""
     found = status.get("warnings")
     texts = [each for each in found if isinstance(each, str)] if isinstance(found, list) else []
     more = len(texts) - _MOST_WARNINGS
@@ -324,7 +328,7 @@ def _warnings(status: Status) -> list[str]:
 
 
 def _health(status: Status) -> str:
-    """Return the state that --health says; empty without it."""
+    """Return the state by --health; empty without it."""
     health = status.get("health")
     if not isinstance(health, dict):
         return ""
@@ -333,7 +337,7 @@ def _health(status: Status) -> str:
 
 
 def _cell(worker: Status) -> list[Any]:
-    """Number, pid, state, connections, STATUS=."""
+    """Return a worker's number, pid, state, connections and STATUS=."""
     return [
         number_in(worker, "number"),
         number_in(worker, "pid"),
@@ -344,7 +348,7 @@ def _cell(worker: Status) -> list[Any]:
 
 
 def _keeps_alive(worker: Status) -> bool:
-    # Unknown, or processes that an ended worker has left: it is that one's turn all the same.
+    # A worker with an unknown count, or with processes that outlive it, may also keep it alive.
     return measure(worker, "active") != 0.0
 
 
@@ -357,6 +361,6 @@ def _keeper(worker: Status) -> str:
 
 
 def _sum(values: Iterable[float | None]) -> float | None:
-    """Add up; None where one is not known, or there is none."""
+    """Return the sum; None if a value is unknown, or without values."""
     found = list(values)
     return sum(found) if found and None not in found else None  # type: ignore[arg-type]

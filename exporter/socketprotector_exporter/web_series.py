@@ -1,4 +1,4 @@
-"""What the page shows of an instance over time: rates and waits of a window, and sparklines.
+"""The figures of an instance over time: rates and waits in a window, and sparklines.
 
 Pure: times are arguments.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 from socketprotector.ctl.api import Status, listed, measure
 
-#: Rates and waits are those of this long.
+#: The length of the window for rates and waits.
 WINDOW_S = 5.0
 #: Sparklines: ten minutes.
 STEP_S = 5
@@ -23,18 +23,18 @@ POINTS = 120
 SPARKLINES = ("rate", "active", "p99")
 _BUCKETS = 32
 
-#: A generation, also of another protector at the same socket, whose numbers begin at 1 again.
+#: Number and opening time of a generation; another protector's numbers begin at 1 again.
 Key = tuple[float, float]
 
 
 def key_of(generation: Status) -> Key:
-    """Return what tells a generation from all others."""
+    """Return the key of a generation, unique over protectors at the same socket."""
     return measure(generation, "number") or 0.0, measure(generation, "opened_at") or 0.0
 
 
 @dataclass(slots=True)
 class History:
-    """The last POINTS steps of STEP_S seconds; NaN where nothing is known."""
+    """The values of the last POINTS steps of STEP_S seconds; NaN: unknown."""
 
     _step: int = 0
     _values: dict[str, array[float]] = field(
@@ -44,7 +44,7 @@ class History:
     def put(self, at: float, **values: float | None) -> None:
         """Set the values of the step that `at` is in."""
         step = int(at // STEP_S)
-        # After a gap, or if the clock was set back, nothing old may pass for new.
+        # After a gap, or if the clock was set back, old values must not look new.
         known = 0 <= step - self._step < POINTS
         for missed in range(self._step + 1 if known else step - POINTS + 1, step):
             self._set(missed, dict.fromkeys(SPARKLINES))
@@ -57,7 +57,7 @@ class History:
             column[step % POINTS] = math.nan if value is None else value
 
     def points(self, last: int = POINTS) -> dict[str, Any]:
-        """Return the last so many steps, the oldest first, and which one is the newest."""
+        """Return the last steps, the oldest first, and the number of the newest step."""
         steps = range(self._step - last + 1, self._step + 1) if self._step else ()
         found = {
             name: [rounded(column[step % POINTS]) for step in steps]
@@ -72,7 +72,7 @@ def _are_unknown(values: Iterable[float | None]) -> bool:
 
 
 def rounded(value: float | None) -> float | int | None:
-    """Return a number of few characters."""
+    """Return a number rounded to few characters; None if it is unknown or infinite."""
     if value is None or not math.isfinite(value):
         return None
     return round(value) if value >= 10 else round(value, 1)
@@ -80,7 +80,7 @@ def rounded(value: float | None) -> float | int | None:
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """What had been counted at a time, by generation: None where nothing is known."""
+    """The counts at one time, by generation; None: unknown."""
 
     at: float
     forwarded: float | None
@@ -89,17 +89,17 @@ class _Sample:
 
 
 class Window:
-    """What an instance has counted within the last WINDOW_S seconds."""
+    """The counts of an instance within the last WINDOW_S seconds."""
 
     def __init__(self) -> None:
         self._samples: deque[_Sample] = deque()
 
     def clear(self) -> None:
-        """Forget all: the next status may be another protector's."""
+        """Drop all samples, because the next status may be another protector's."""
         self._samples.clear()
 
     def see(self, status: Status, at: float) -> None:
-        """Take in a status of that time."""
+        """Add a status of this time."""
         sample = _sample(status, at)
         if self._samples and _went_back(self._samples[-1], sample):
             self.clear()  # another protector's counts
@@ -108,11 +108,11 @@ class Window:
             self._samples.popleft()
 
     def forwarded_rate(self) -> float | None:
-        """Return how many connections a second the protector forwards; None: not known."""
+        """Return the connections per second that the protector forwards; None if unknown."""
         return self._rate(lambda sample: sample.forwarded)
 
     def taken_rate(self, key: Key) -> float | None:
-        """Return how many connections a second a generation takes; None: not known."""
+        """Return the connections per second that a generation takes; None if unknown."""
         return self._rate(lambda sample: sample.taken.get(key))
 
     def _rate(self, of: Callable[[_Sample], float | None]) -> float | None:
@@ -124,7 +124,7 @@ class Window:
         return max(0.0, (known[-1][1] - known[0][1]) / (known[-1][0] - known[0][0]))
 
     def waits(self, keys: Iterable[Key]) -> list[int]:
-        """Return how many connections of these generations waited how long, by bucket."""
+        """Return the histogram of waits of these generations' connections."""
         found = [0] * _BUCKETS
         for key in keys:
             known = [sample.waits[key] for sample in self._samples if key in sample.waits]

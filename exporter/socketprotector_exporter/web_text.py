@@ -1,7 +1,7 @@
-"""The texts that the page shows: of events, verdicts and last words.
+"""The page's texts of events, verdicts and last words.
 
-Workers write them, so they are cut and have no control characters; the page inserts them as text,
-never as HTML.
+Workers may write them, so they are cut and have no control characters.  The page inserts them as
+text, never as HTML.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import Any
 from socketprotector.ctl.api import Status, label, measure, number_in, text, text_in
 
 _LINE_CHARACTERS = 240
-#: The end of last words says what happened.
+#: The shown end of last words, which has the reason.
 _WORDS_CHARACTERS = 4000
-#: Of generations, listeners, waits: no page shows more, and to draw each takes its time.
+#: The most generations, listeners or waits on the page, because drawing each takes time.
 _MEMBERS = 64
 _NOT_FIELDS = ("v", "event", "at", "level", "last_words")
 
 
 def shortened(status: Status) -> Status:
-    """Return a status with the last of its lists' members, as many as a page can show."""
+    """Return a status with the last _MEMBERS members of each list."""
     return {
         name: value[-_MEMBERS:] if isinstance(value, list) else value
         for name, value in status.items()
@@ -27,13 +27,13 @@ def shortened(status: Status) -> Status:
 
 
 def event_line(message: Status, generation: int = 0) -> dict[str, Any]:
-    """Return what the page shows of an event.  generation: the one that it belongs to, if any."""
+    """Return the shown fields of an event.  generation: its generation's number; 0: none."""
     fields = [
         f"{line(name)}={text.field(_begun(value) if isinstance(value, str) else value)}"
         for name, value in message.items()
         if name not in _NOT_FIELDS
         and isinstance(value, str | int | float)
-        and not (generation and name == "generation")  # it is shown beside the event's name
+        and not (generation and name == "generation")  # shown beside the event's name
     ]
     return {
         "at": measure(message, "at"),
@@ -46,7 +46,7 @@ def event_line(message: Status, generation: int = 0) -> dict[str, Any]:
 
 
 def verdict_of(reload: Status) -> dict[str, Any]:
-    """Return how a reload or a dry run has ended."""
+    """Return the shown result of a reload or a dry run."""
     reason = text_in(reload, "reason")
     words = words_of(reason.partition("\n")[2])
     return {
@@ -75,7 +75,7 @@ def line(value: str) -> str:
 
 
 def _begun(value: str) -> str:
-    """Return what is enough to be cut: to escape 256 KB takes its time."""
+    """Return the beginning of a text, because escaping 256 KB would take long."""
     return value[: _LINE_CHARACTERS + 1]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from socketprotector_exporter import bounded
-from socketprotector_exporter.agent import READY_S, Agent, Told, advise
+from socketprotector_exporter.agent import READY_S, Advice, Agent, advise
 from socketprotector_exporter.bounded import CONNECTIONS, BoundedServer
 from socketprotector_exporter.http import Server
 
@@ -31,7 +31,7 @@ STOPPING = {"phase": "stopping", "lame_duck": "stopping"}
 
 def told(*looks: Look) -> list[str]:
     """What HAProxy is told at these times of one instance, by one exporter."""
-    before: Told | None = None
+    before: Advice | None = None
     lines = []
     for now_s, more in looks:
         before, line = advise(before, status(**more), now_s)

@@ -1,6 +1,6 @@
-"""Processes of their own beside the resident one: guard, log relay, file watch, stdio, legacy.
+"""Programs that run as processes beside the resident one: guard, relay, asker, watcher, adapters.
 
 The guard keeps descriptors and starts a killed protector again, which adopts the workers.
-They are executed, never called; some by their path and without this package (python -I -S).
+All programs are executed, never called; some by path and without this package (python -I -S).
 May import: model, system.
 """

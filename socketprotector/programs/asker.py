@@ -1,20 +1,20 @@
-"""The asker: asks a generation by HTTP whether it may serve.
+"""The asker: sends HTTP probes to a generation, and reports the answers.
 
-A process of its own, because http.client and ssl are not to stay in the protector, and what answers
-may do so badly or never.  It is given questions, says what came of each try, and ends with its
-line, which is all that it knows of the protector.  Run as a script, on the standard library alone:
+It is a process of its own: http.client and ssl must not stay in the protector's memory, and a
+server may answer badly or never.  The asker knows only its line to the protector, and exits when
+that line is closed.  It runs as a script, on the standard library alone:
 
     python asker.py LINE
 
-LINE is the number of a SEQPACKET socket.  Each message there is a question, see `Asked`, with a
-connection to ask by.  What it says of that: `+` the answer was good; `-WHY` it was not; `~WHY`
-there was none in time.  In front of WHY stands the number of the question, and a space.
+LINE is the number of a SEQPACKET socket.  Each message there describes a probe (see `Asked`), and
+has a connection to send it over.  The asker's report is `+` for a good answer, `-WHY` for a bad
+one, `~WHY` for none in time.  The number of the probe and a space come before WHY.
 
-Under --handoff listener it also forwards what comes to the probe address:
+Under --handoff listener the asker also forwards connections from the probe address:
 
     python asker.py LINE LISTENING
 
-The one message says where it connects to; it copies bytes both ways.
+Then a single message says where to connect to; the asker copies bytes both ways.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ import threading
 import time
 from typing import Any
 
-#: Each try, where the question does not say.
+#: The time limit of a probe that has none of its own.
 LIMIT_S = 5.0
-#: And at most: sockets take milliseconds as a C int, 24.8 days, and an operator may give any time.
+#: The longest limit.  An operator may set any time, but a socket's timeout is a C int of
+#: milliseconds: 24.8 days.
 _LONGEST_S = 86_400.0
-#: Where the system is short of something.
+#: The pause before another accept while the system is short of descriptors or memory.
 _PAUSE_S = 0.05
-#: What is read of one answer.
+#: How much of an answer is read.
 _MOST_BYTES = 64 * 1024
-#: What is said of it.
+#: How many characters of an answer are reported.
 _SHOWN = 120
 _COPIED_BYTES = 64 * 1024
 #: Connections that are forwarded at once; others wait.
@@ -48,37 +49,37 @@ _AT_ONCE = 64
 
 
 class BadAnswer(Exception):
-    """It is no HTTP, or too much of it; the message says why."""
+    """An answer that is not HTTP, or too long; the message says why."""
 
 
 class Answer(io.RawIOBase):
-    """What comes from a socket, until the try's time is over or it is too much."""
+    """The bytes from a socket, up to the probe's time limit and _MOST_BYTES."""
 
-    def __init__(self, one: socket.socket, until: float) -> None:
-        self._socket, self._until = one, until
-        self._left = _MOST_BYTES
+    def __init__(self, connection: socket.socket, until: float) -> None:
+        self._socket, self._until = connection, until
+        self._remaining = _MOST_BYTES
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        if not self._left:
+        if not self._remaining:
             raise BadAnswer(f"more than {_MOST_BYTES // 1024} KiB")
         self._socket.settimeout(max(0.001, self._until - time.monotonic()))
-        count = self._socket.recv_into(memoryview(buffer)[: self._left])
-        self._left -= count
+        count = self._socket.recv_into(memoryview(buffer)[: self._remaining])
+        self._remaining -= count
         return count
 
 
 class Lines(io.BufferedReader):
-    """An answer whose header must be whole: http.client takes the end of file as its end."""
+    """An answer that must have a complete header: http.client accepts one that end of file cuts."""
 
     _begun = False
 
     def flush(self) -> None:
-        """Do nothing: each response flushes what another one of the same answer has closed.
+        """Do nothing: a response may flush this reader after an earlier (1xx) one closed it.
 
-        Python 3.13 would report that on stderr, for each answer with 1xx before it.
+        Python 3.13 would report that on stderr.
         """
 
     def readline(self, size: int | None = -1, /) -> bytes:
@@ -90,7 +91,7 @@ class Lines(io.BufferedReader):
 
 
 class Answering:
-    """What http.client.HTTPResponse takes as a socket."""
+    """An answer in the form of a socket, for http.client.HTTPResponse."""
 
     def __init__(self, answer: Answer) -> None:
         self._lines = Lines(answer)
@@ -100,51 +101,50 @@ class Answering:
 
 
 class Asked:
-    """One question: where, as whom, and what.
+    """One probe, as the protector describes it in JSON.
 
-    As the protector sends it: JSON with `address`, `source` and `options` (of the socket) of a
-    connection that reaches the generation, where a path has port 0; and `kind`, `host`, `path` and
-    `good`, all good statuses; and maybe a `number`, and `limit_s` of each try, which is `limit` in
-    words.
+    `address`, `source` and `options` (of the socket) make a connection to the generation; the path
+    of a UNIX socket has port 0.  `kind`, `host` and `path` are the request's; `good` has all good
+    statuses.  Optional: `number`, `limit_s`, and `limit`, which is `limit_s` in words.
     """
 
     def __init__(self, text: bytes) -> None:
-        self._told = json.loads(text)
-        limit_s: float = self._told.get("limit_s", LIMIT_S)
+        self._fields = json.loads(text)
+        limit_s: float = self._fields.get("limit_s", LIMIT_S)
         self._limit_s = min(limit_s, _LONGEST_S)
-        words: str = self._told.get("limit", f"{LIMIT_S:.0f}s")
+        words: str = self._fields.get("limit", f"{LIMIT_S:.0f}s")
         self._limit = words if limit_s <= _LONGEST_S else "1d"
         self._late = False
 
     def connect(self, limit_s: float) -> socket.socket:
         """Connect to the generation.  Raises OSError."""
-        told = self._told
-        host, port = told["address"]
+        fields = self._fields
+        host, port = fields["address"]
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        one = socket.socket(family if port else socket.AF_UNIX)
+        connection = socket.socket(family if port else socket.AF_UNIX)
         try:
-            for level, option, value in told["options"]:
-                one.setsockopt(level, option, value)
-            if told["source"]:
-                one.bind((told["source"], 0))
-            one.settimeout(limit_s)
-            one.connect((host, port) if port else host)
+            for level, option, value in fields["options"]:
+                connection.setsockopt(level, option, value)
+            if fields["source"]:
+                connection.bind((fields["source"], 0))
+            connection.settimeout(limit_s)
+            connection.connect((host, port) if port else host)
         except BaseException:
-            one.close()
+            connection.close()
             raise
-        return one
+        return connection
 
-    def says(self, given: socket.socket | None = None) -> bytes:
-        """Ask, and return what to say of it."""
+    def report(self, given: socket.socket | None = None) -> bytes:
+        """Send the probe, and return the report for the protector."""
         why = self.ask(given)
         sign = "+" if not why else "~" if self._late else "-"
-        number = f"{self._told['number']} " if "number" in self._told else ""
+        number = f"{self._fields['number']} " if "number" in self._fields else ""
         return f"{sign}{number}{why}".encode()
 
     def ask(self, given: socket.socket | None = None) -> str:
-        """Return why the answer is not good; "" if it is.
+        """Send the probe, and return why the answer is bad; "": it is good.
 
-        given: a connection, maybe not yet made.
+        given: a connection, maybe not yet established.
         """
         until = time.monotonic() + self._limit_s
         self._late = False
@@ -168,29 +168,33 @@ class Asked:
             if hasattr(error, "reason"):  # an SSLError
                 why = f"no TLS: {error.reason or why}"
         except Exception as error:
-            # What the standard library makes of an odd host, say; or it has no ssl here.
+            # For example the host's name is invalid, or this Python has no ssl.
             why = f"cannot be asked: {_shown(str(error) or type(error).__name__)}"
-        return f"GET {self._told['path']}: {why}" if why else ""
+        return f"GET {self._fields['path']}: {why}" if why else ""
 
     def _fetch(self, plain: socket.socket, until: float) -> str:
-        told = self._told
+        """Send the request, and return why the answer is bad; "": it is good."""
+        fields = self._fields
         plain.settimeout(max(0.001, until - time.monotonic()))
-        with self._secured(plain) as one:
+        with self._secured(plain) as connection:
             header = (
-                f"GET {told['path']} HTTP/1.1",
-                f"Host: {told['host'] or _shown_address(*told['address'])}",
+                f"GET {fields['path']} HTTP/1.1",
+                f"Host: {fields['host'] or _shown_address(*fields['address'])}",
                 "User-Agent: SocketProtector",
                 "Accept: */*",
                 "Connection: close",
             )
-            one.sendall("".join(f"{line}\r\n" for line in (*header, "")).encode("ascii"))
-            answering = Answering(Answer(one, until))
-            said: list[http.client.HTTPResponse] = []  # kept, as one that is not closes the rest
-            while not said or (100 <= said[-1].status < 200 and said[-1].status != 101):
-                said.append(http.client.HTTPResponse(answering, method="GET"))  # type: ignore[arg-type]
-                said[-1].begin()  # 103, say, comes before the answer
-            response = said[-1]
-            if response.status in told["good"]:
+            connection.sendall("".join(f"{line}\r\n" for line in (*header, "")).encode("ascii"))
+            answering = Answering(Answer(connection, until))
+            # All responses are kept: a discarded one would close the connection.
+            responses: list[http.client.HTTPResponse] = []
+            while not responses or (
+                100 <= responses[-1].status < 200 and responses[-1].status != 101
+            ):
+                responses.append(http.client.HTTPResponse(answering, method="GET"))  # type: ignore[arg-type]
+                responses[-1].begin()  # for example 103 comes before the answer
+            response = responses[-1]
+            if response.status in fields["good"]:
                 return ""
             try:
                 body = response.read1(_SHOWN)
@@ -200,33 +204,33 @@ class Asked:
             return f"{response.status}, {says or _line(response.reason) or 'no text'}"
 
     def _secured(self, plain: socket.socket) -> socket.socket:
-        if self._told["kind"] != "https":
+        if self._fields["kind"] != "https":
             return plain
         import ssl  # here: not every Python has it
 
-        # It is our own: what is asked is whether it answers, not who it is.
+        # No certificate is verified: the server is our own worker.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-        host: str = self._told["host"]
+        host: str = self._fields["host"]
         name = "" if host.startswith("[") else host.partition(":")[0]  # without the port
-        name.encode("idna")  # one that is none is told here, before that has taken the socket
+        name.encode("idna")  # an invalid name fails here, before wrap_socket() owns the socket
         return context.wrap_socket(plain, server_hostname=name or None)
 
 
-def _await_connected(one: socket.socket, until: float) -> None:
-    """Raises OSError, TimeoutError where that takes too long."""
+def _await_connected(connection: socket.socket, until: float) -> None:
+    """Wait until a connection is established.  Raises OSError; TimeoutError: not in time."""
     waiting = select.poll()
-    waiting.register(one.fileno(), select.POLLOUT)
+    waiting.register(connection.fileno(), select.POLLOUT)
     if not waiting.poll(max(0.0, until - time.monotonic()) * 1000):
         raise TimeoutError
-    if failed := one.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+    if failed := connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
         raise OSError(failed, os.strerror(failed))
-    one.settimeout(max(0.001, until - time.monotonic()))
+    connection.settimeout(max(0.001, until - time.monotonic()))
 
 
 def _shown_address(host: str, port: int) -> str:
-    """Return what stands in the Host header."""
+    """Return an address as the Host header has it."""
     if not port:
         return "localhost"  # it is a UNIX socket
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -237,87 +241,88 @@ def _shown(text: str) -> str:
 
 
 def _line(text: str) -> str:
-    """Return one short line of what may be anything."""
+    """Return any text as one short printable line."""
     line = " ".join(text.split())[:_SHOWN]
     return "".join(each if each.isprintable() else "?" for each in line)
 
 
 def say(line: socket.socket, text: bytes) -> None:
-    """Send a message to the protector; end where it does not listen any more."""
+    """Send a message to the protector; exit if the protector has closed the line."""
     try:
         line.send(text)
     except (BrokenPipeError, ConnectionResetError):
-        os._exit(0)  # as where the end of the line is read first
+        os._exit(0)  # the same as at the line's end of file in main()
 
 
 # -- the probe address -----------------------------------------------------------
 
 
 def forward(listening: socket.socket, asked: Asked) -> None:
-    """Copy what comes there to the generation, and back, for ever."""
+    """Forward all connections of a listening socket to the generation; never return."""
     room = threading.BoundedSemaphore(_AT_ONCE)
     while True:
         room.acquire()
         try:
-            one, _ = listening.accept()
-            threading.Thread(target=_forward_one, args=(one, asked, room), daemon=True).start()
-        except (OSError, RuntimeError):  # the system is short of something
+            client, _ = listening.accept()
+            threading.Thread(target=_forward_one, args=(client, asked, room), daemon=True).start()
+        except (OSError, RuntimeError):  # out of descriptors, memory or threads
             room.release()
             time.sleep(_PAUSE_S)
 
 
-def _forward_one(one: socket.socket, asked: Asked, room: threading.BoundedSemaphore) -> None:
+def _forward_one(client: socket.socket, asked: Asked, room: threading.BoundedSemaphore) -> None:
     try:
-        with one, asked.connect(LIMIT_S) as other:
-            other.settimeout(None)
-            back = threading.Thread(target=_copy, args=(other, one), daemon=True)
+        with client, asked.connect(LIMIT_S) as server:
+            server.settimeout(None)
+            back = threading.Thread(target=_copy, args=(server, client), daemon=True)
             back.start()
-            _copy(one, other)
+            _copy(client, server)
             back.join()
     except (OSError, RuntimeError):
-        pass  # the generation does not listen, say, which whoever has connected sees
+        pass  # for example the generation does not listen; the client sees a closed connection
     finally:
         room.release()
 
 
-def _copy(one: socket.socket, other: socket.socket) -> None:
-    """Copy until the end of file, and pass that on."""
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    """Copy bytes until end of file, and pass the end of file on."""
     try:
-        while data := one.recv(_COPIED_BYTES):
-            other.sendall(data)
+        while data := source.recv(_COPIED_BYTES):
+            target.sendall(data)
     except OSError:
-        for each in (one, other):  # the other direction ends, too
+        for each in (source, target):  # the other direction ends, too
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
     else:
         with contextlib.suppress(OSError):
-            other.shutdown(socket.SHUT_WR)
+            target.shutdown(socket.SHUT_WR)
 
 
 def main() -> None:
-    # It ends with its line only: a stop of the service ends the protector first.
+    # Only the end of the line ends the asker: at a stop the protector exits first.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     line = socket.socket(fileno=int(sys.argv[1]))
     line.set_inheritable(False)
 
     def work(asked: Asked, given: socket.socket | None) -> None:
-        # Not for long: the line has ended; or there is no memory, and another process is due.
+        # An exception means that memory ran out, or the line has ended: exit, and let the protector
+        # start another asker.
         with contextlib.suppress(Exception):
             if len(sys.argv) > 2:
                 forward(socket.socket(fileno=int(sys.argv[2])), asked)
             else:
-                say(line, asked.says(given))
+                say(line, asked.report(given))
                 return
         os._exit(1)
 
     while True:
         try:
             text, fds, _, _ = socket.recv_fds(line, _MOST_BYTES, 1)
-        except ConnectionResetError:  # its other end was closed before what we said was read
+        except ConnectionResetError:  # the protector closed the line before it read our report
             text, fds = b"", []
         if not text:
-            os._exit(0)  # what is under way has nothing to finish
+            os._exit(0)  # the running threads have nothing to finish
         given = socket.socket(fileno=fds[0]) if fds else None
         try:
             threading.Thread(target=work, args=(Asked(text), given), daemon=True).start()

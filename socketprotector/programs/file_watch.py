@@ -1,13 +1,13 @@
-"""The watcher: says when files change.  For the development loop (--watch).
+"""The watcher: reports changed files to the protector, for development (--watch).
 
-A process of its own, because what watches files is not to stay in the protector.  It lives as
-long as its line, which is all that it knows of the protector.  Run as a script, on the standard
-library and watchfiles alone:
+It is a process of its own, because watchfiles must not stay in the protector's memory.  The watcher
+knows only its line to the protector, and exits when that line is closed.  It runs as a script, on
+the standard library and watchfiles alone:
 
     python file_watch.py LINE PATH... -- IGNORED...
 
-LINE is the number of a SEQPACKET socket.  What it says there: `=` it watches; `+N PATH` so many
-files have changed, one of them; `!WHY` it ends.
+LINE is the number of a SEQPACKET socket.  The watcher's messages: `=` it watches now; `+N PATH`
+N files have changed, PATH is one of them; `!WHY` it exits.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from collections.abc import Callable, Collection, Iterable
 
 from watchfiles import Change, DefaultFilter, watch
 
-#: So long nothing may change before it is told: an editor, or git, writes many files in a row.
+#: Changes are reported once there was none for this time: an editor, or git, writes many files in a
+#: row.
 QUIET_MS = 200
-#: Files that never stop changing are told of after that.
+#: If changes never stop, they are reported after this time.
 LONGEST_MS = 2000
-#: The first time it returns without a change says that it watches by now.
+#: watch() returns after this time without a change: by then it watches.
 _LOOK_MS = 250
 _MOST_BYTES = 2000
-#: What is there anew, told by the program before to itself.
-_ANEW = "SOCKETPROTECTOR_WATCHED_ANEW"
+#: The variable with the folder that was replaced, for the watcher that is executed because of that.
+_REPLACED = "SOCKETPROTECTOR_WATCHED_ANEW"
 Filter = Callable[[Change, str], bool]
 
 
 def say(line: socket.socket, text: str) -> None:
-    """Tell the protector; it may be gone, which is our end, too."""
+    """Send a message to the protector; exit if the protector has closed the line."""
     try:
         line.send(text.encode("utf-8", "backslashreplace")[:_MOST_BYTES])
     except OSError:
@@ -42,7 +43,7 @@ def say(line: socket.socket, text: str) -> None:
 
 
 class Below(DefaultFilter):
-    """The files below a folder, without generated ones, and without these."""
+    """Selects the files below a folder, except generated and ignored ones."""
 
     def __init__(self, ignored: Collection[str]) -> None:
         super().__init__()
@@ -53,15 +54,15 @@ class Below(DefaultFilter):
 
 
 def only(names: Iterable[str], folders: Collection[str]) -> Filter:
-    """These very names, whatever they are; and folders that are there anew."""
+    """Return a filter for these names, of files or links, and for folders that are replaced."""
     wanted = frozenset(names)
     return lambda change, path: path in wanted or (change is Change.added and path in folders)
 
 
-def begin_anew(line: socket.socket, folder: str) -> None:
-    """Look at another folder of the same name: what looks below it sees the one of before."""
+def restart(line: socket.socket, folder: str) -> None:
+    """Execute this program again, because a folder was replaced: watch() still sees the old one."""
     line.set_inheritable(True)
-    os.execve(sys.executable, sys.orig_argv, {**os.environ, _ANEW: folder})
+    os.execve(sys.executable, sys.orig_argv, {**os.environ, _REPLACED: folder})
 
 
 def look(
@@ -72,7 +73,7 @@ def look(
     recursive: bool,
     folders: Collection[str],
 ) -> None:
-    """Tell of each change, for ever, or until one of the folders is there anew.
+    """Report each change to the protector; restart this program if one of the folders is replaced.
 
     began: set once it watches.
     """
@@ -91,7 +92,7 @@ def look(
             began.set()
             for change, path in changes:
                 if change is Change.added and path in folders:
-                    begin_anew(line, path)
+                    restart(line, path)
             if changes:
                 say(line, f"+{len(changes)} {min(path for _, path in changes)}")
     except BaseException as error:
@@ -100,7 +101,7 @@ def look(
 
 
 def main() -> None:
-    # It ends with its line only: a stop of the service ends the protector first.
+    # Only the end of the line ends the watcher: at a stop the protector exits first.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     line = socket.socket(fileno=int(sys.argv[1]))
@@ -112,24 +113,24 @@ def main() -> None:
         say(line, f"!{missing[0]}: No such file or directory")
         os._exit(1)
     folders = [path for path in paths if os.path.isdir(path)]
-    # What is replaced by another of its name: a file, a `current` link.
+    # Files and `current` links are often replaced, not changed.
     names = [path for path in paths if os.path.islink(path) or not os.path.isdir(path)]
-    # The folder, not the file: one that is replaced by another is not there any more.
-    around = sorted({os.path.dirname(path) for path in paths})
+    # So their folders are watched: a watch of a file ends when the file is replaced.
+    parents = sorted({os.path.dirname(path) for path in paths})
     begun = []
-    for there, wanted, recursive, looked_for in (
+    for watched, wanted, recursive, replaceable in (
         (folders, Below(ignored), True, []),
-        (around, only(names, folders), False, folders),
+        (parents, only(names, folders), False, folders),
     ):
-        if there:
+        if watched:
             begun.append(threading.Event())
-            given = (line, there, wanted, begun[-1], recursive, looked_for)
+            given = (line, watched, wanted, begun[-1], recursive, replaceable)
             threading.Thread(target=look, args=given, daemon=True).start()
     for began in begun:
         began.wait()
     say(line, "=")
-    if anew := os.environ.pop(_ANEW, ""):
-        say(line, f"+1 {anew}")
+    if replaced := os.environ.pop(_REPLACED, ""):
+        say(line, f"+1 {replaced}")
     while line.recv(1):
         pass
     os._exit(0)  # threads that wait for a change have nothing to finish

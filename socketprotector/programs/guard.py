@@ -1,10 +1,10 @@
-"""`--guard`: a tiny parent that keeps the protector's descriptors and starts it again.
+"""`--guard`: a tiny parent that keeps the protector's descriptors, and restarts a killed protector.
 
-It plays systemd's file descriptor store for everyone without systemd: the same messages
-(sd_notify(3): FDSTORE, FDSTOREREMOVE, FDNAME), over a socket pair.  It is the pid file's
-process, passes signals on, and adopts and reaps what the protector leaves when it is killed.
+The guard replaces systemd's file descriptor store on hosts without systemd.  It takes the same
+messages (sd_notify(3): FDSTORE, FDSTOREREMOVE, FDNAME), over a socket pair.  The pid file names the
+guard, and the guard passes signals on.  It adopts and reaps the children of a killed protector.
 
-Executed by its path, on built-in modules alone (`socket` and `signal` would cost 2 MB):
+It is executed by its path, on built-in modules alone (`socket` and `signal` would cost 2 MB):
 
     python -I -S guard.py [--json] [--pid-file=FILE] COMMAND...
 
@@ -21,9 +21,9 @@ import stat
 import sys
 import time
 
-if not __package__:  # executed by its path: the package that it is in is not on the path then
+if not __package__:  # executed by its path: then sys.path lacks this package
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-# Modules that import little themselves: a test holds it.
+# Only modules that import little themselves; a test enforces that.
 from socketprotector.model import log_format
 from socketprotector.model.backoff import backoff_s
 from socketprotector.model.errors import NO_PROCESSES
@@ -35,21 +35,23 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 NAME = "SocketProtector"
-#: Where the pid file is: /proc, which could tell, is not mounted everywhere.
+#: The pid file's path.  /proc has it, too, but is not mounted everywhere.
 PID_FILE_OPTION = "--pid-file="
-#: The way to syslog, where that is where lines go.
+#: The pipe to the relay, if log lines go to syslog.
 RELAY = f"{inherited.RELAY}write"
-#: No client of a protector waits longer for the next one; what it has served for counts.
+#: The longest wait before the next protector is started.  The time that the last one served is
+#: subtracted.
 LAST_WAIT_S = 10.0
 #: Its exit status when the protector cannot be started at all (errors.SystemRefused).
 FAILED = 111
-#: How workers ended is sent to the next protector, too, where the one before may not have read it.
+#: How many recent exits of workers are sent to the next protector, too, and for how long: the
+#: killed protector may not have read them.
 LAST_STATUSES = 255
 SENT_AGAIN_S = 10.0
 #: Sockets that may have files, by the beginnings of their names.
 WITH_FILES = (inherited.LISTENER, inherited.SIBLING, inherited.RESERVED)
 _MESSAGE_BYTES = 4096
-#: What a descriptor that is ready to be written to takes without blocking (PIPE_BUF).
+#: How much a writable pipe takes without blocking (PIPE_BUF).
 _LINE_BYTES = 4096
 _NO_SIGNALS: tuple[int, ...] = ()
 
@@ -67,7 +69,7 @@ class Guard:
     ) -> None:
         """Take ownership of the descriptors in the store.
 
-        json: the form of log lines.  pid_file_path: where the one is whose lock is in the store.
+        json: log lines are JSON.  pid_file_path: the pid file, whose lock is in the store.
         """
         self.command = command
         self.json = json
@@ -75,27 +77,27 @@ class Guard:
         self.store = store
         self.line: socket.socket | None = None
         self.pid = 0  # of the protector, 0 while none runs
-        self.accepted_at: float | None = None  # when this protector said READY
-        self.first = True  # this protector is
-        self.verdict: int | None = None  # the exit status it said it will have
-        self.finish = 0  # the signal that has workers that accept finish
-        self.deaths = 0  # in a row, of protectors that died by themselves and soon
-        self.due: float | None = None  # when to start the next one
-        self.untaken: list[int] = []  # signals that no protector has said it took
-        self.stopping = False  # a stop was taken
-        self.began = False  # it has said anything: it has gone on, and takes signals
-        self.statuses: list[tuple[float, bytes]] = []  # how workers ended, and when that was known
-        self.sent = 0  # of these to this protector: it may be behind
-        self.dropped = 0  # lines that could not be written
+        self.accepted_at: float | None = None  # when this protector sent READY=1
+        self.first = True  # this protector is the first
+        self.verdict: int | None = None  # the exit status that the protector has announced
+        self.finish = 0  # the signal that makes workers finish; 0: they need none
+        self.deaths = 0  # crashes in a row, each soon after its start
+        self.due: float | None = None  # when to start the next protector
+        self.untaken: list[int] = []  # signals that no protector has confirmed
+        self.stopping = False  # a protector has confirmed a stop
+        self.began = False  # this protector has sent a message: it handles signals
+        self.statuses: list[tuple[float, bytes]] = []  # exits of workers: when, and the message
+        self.sent = 0  # how many of these were sent to this protector
+        self.dropped = 0  # log lines that could not be written
 
     # -- the protector ---------------------------------------------------------
 
     def start(self) -> None:
-        """Start a protector with all that is in the store."""
+        """Start a protector with all descriptors in the store."""
         self.due = None
         self.accepted_at, self.began = None, False
         theirs = None
-        # Blocked until its handlers stand: a signal in between waits, it does not kill.
+        # Blocked until the protector has its handlers: an earlier signal waits, and kills nothing.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -115,7 +117,7 @@ class Guard:
             signal.pthread_sigmask(signal.SIG_SETMASK, _NO_SIGNALS)
         for number in self.untaken:
             os.kill(self.pid, number)
-        # What was sent to the one before may not have been read.
+        # The protector before may not have read recent messages.
         recent = time.monotonic() - SENT_AGAIN_S
         sent, unsent = self.statuses[: self.sent], self.statuses[self.sent :]
         self.statuses = [*(each for each in sent if each[0] > recent), *unsent]
@@ -123,7 +125,10 @@ class Guard:
         self.send_statuses()
 
     def start_later(self, event: str, served_s: float = 0.0, **why: str | float) -> None:
-        """Start the next one: later each time in a row, less what the last one has served."""
+        """Start the next protector, after a longer wait for each crash in a row.
+
+        served_s: how long the last one served; the wait is shorter by that.
+        """
         wait_s = max(0.0, min(backoff_s(self.deaths), LAST_WAIT_S) - served_s)
         if self.deaths > 1:
             why["in_a_row"] = self.deaths
@@ -131,9 +136,9 @@ class Guard:
         self.due = time.monotonic() + wait_s
 
     def _become(self, descriptors: dict[str, int]) -> None:
-        """Be the protector; never returns."""
+        """Execute the protector in this child process; never return."""
         try:
-            # Where they are: to move them takes as many again, and there may not be as many.
+            # The descriptors keep their numbers: to move them needs as many free ones.
             with inherited.kept_through_exec(descriptors) as variables:
                 os.execve(self.command[0], self.command, {**os.environ, **variables})
         except OSError as error:
@@ -142,13 +147,13 @@ class Guard:
             os._exit(FAILED)
 
     def close_line(self) -> None:
-        """Let go of the protector's line, if there is one."""
+        """Close the line to the protector, if there is one."""
         if self.line is not None:
             self.line.close()
             self.line = None
 
     def ended(self, status: int) -> None:
-        """Handle the protector's exit: for good if it said so, else start it again."""
+        """Handle the protector's exit: exit, too, if it was announced; otherwise restart it."""
         self.hear()
         self.pid = 0
         self.close_line()
@@ -163,26 +168,26 @@ class Guard:
         served_s = 0.0
         if self.accepted_at is not None:
             served_s = time.monotonic() - self.accepted_at
-            # KILL comes from without, and says nothing of the next one.
+            # KILL has an outside cause, so the next protector need not wait.
             if served_s >= LAST_WAIT_S or code == -signal.SIGKILL:
                 self.deaths = 0
         self.start_later("protector-died", served_s, protector=how)
 
     def give_up_if_pointless(self, how: str, status: int) -> None:
-        """Give up if no other protector is to follow the one that could not begin or go on.
+        """Exit if another protector would be useless after this one failed.
 
-        how: what became of that one.  status: the guard's exit status then.
+        how: how this protector failed.  status: the guard's exit status then.
         """
-        # Of the first only: after it something may be served, by workers that live on.
+        # Only after the first protector: later, workers may be running and serving.
         if self.first and self.accepted_at is None:
             self.give_up(f"{how} before it ever accepted", status)
         stops = self.stopping or any(number in signals.STOPS for number in self.untaken)
         if stops and not self.began:
-            # Workers finish what they have when the last end of their channel is closed; those
-            # that accept get a signal.
+            # Workers finish when our exit closes the last end of their channel; workers that accept
+            # get a signal.
             self.give_up(f"{how} when it was to stop", status)
 
-    # -- what it says ----------------------------------------------------------
+    # -- messages of the protector -----------------------------------------------
 
     def hear(self) -> None:
         """Handle all messages that wait on the line."""
@@ -196,10 +201,10 @@ class Guard:
             except BlockingIOError:
                 return  # nothing more for now
             except ConnectionResetError:
-                continue  # it is gone and had not read all; what it said is still here
+                continue  # it exited with messages unread; its own messages can still be read
             except OSError as error:
                 self.log("guard-cannot-read", error=str(error.strerror))
-                return  # out of memory for the moment
+                return  # out of memory: the next poll() tries again
             if not data:
                 self.close_line()
                 return
@@ -209,7 +214,7 @@ class Guard:
                 self.log("guard-cannot-keep", error="out of descriptors")
 
     def take(self, said: dict[str, str], fd: int) -> None:
-        """Do what one message asks for.  Takes ownership of its descriptor."""
+        """Handle one message of the protector.  Takes ownership of its descriptor."""
         self.began = True
         self.stopping = self.stopping or "STOPPING" in said
         took = int(said.get("X_TOOK", "0"))
@@ -223,7 +228,7 @@ class Guard:
             self.forget(name)
             self.store[name] = fd
         elif fd >= 0:
-            if "X_OUTPUT" in said:  # the log file was opened anew; the next protector inherits it
+            if "X_OUTPUT" in said:  # the log file was reopened; the next protector inherits it
                 os.dup2(fd, 1)
                 os.dup2(fd, 2)
             os.close(fd)
@@ -242,16 +247,16 @@ class Guard:
             os.close(self.store.pop(name))
 
     def give_up(self, why: str, status: int) -> NoReturn:
-        """Leave nothing behind that says we are here, have workers finish, and exit."""
+        """Order the workers to finish, remove the pid file and sockets' files, and exit."""
         for name in (inherited.SETTINGS, inherited.STATE):
-            self.forget(name)  # a line to a pipe takes two descriptors, and there may be none left
+            self.forget(name)  # a log line to a pipe takes two descriptors; none may be free
         self.log("guard-gives-up", protector=why)
         for name, fd in self.store.items():
             if self.finish and name.startswith(inherited.WORKER) and name.endswith(".process"):
                 try:
                     signal.pidfd_send_signal(fd, self.finish)
                 except OSError:
-                    pass  # it has ended, or has become another user's
+                    pass  # the worker has exited, or has changed its user
         if inherited.PID_FILE in self.store:
             pid_file_removal.remove(self.pid_file_path, self.store[inherited.PID_FILE])
         self.remove_files()
@@ -270,12 +275,12 @@ class Guard:
             try:
                 os.rmdir(os.readlink(f"/proc/self/fd/{self.store[inherited.NOTIFY]}"))
             except OSError:
-                pass  # workers live on, or there is no /proc
+                pass  # workers still use the folder, or there is no /proc
 
     def log(self, event: str, **fields: str | float) -> None:
-        """Write a line as the protector writes its own, to where that goes: maybe to its relay.
+        """Write a line to the protector's log, in the same form.
 
-        One that would block is dropped, and the next one says how many were.
+        A line that would block is dropped; the next one has the number of dropped lines.
         """
         if self.dropped:
             fields["dropped_lines"] = self.dropped
@@ -291,23 +296,23 @@ class Guard:
     # -- signals and children --------------------------------------------------
 
     def signalled(self, number: int) -> None:
-        """Pass a signal on; unless this protector says that it took it, it is for the next one."""
+        """Pass a signal on; if this protector does not confirm it, the next one gets it, too."""
         if number == signal.SIGCHLD:
             self.reap()
             return
         if number in signals.STOPS:
-            self.deaths = 0  # whatever they were of: a stop is not to wait for the next one
+            self.deaths = 0  # so that a stop does not wait long for the next protector
         if self.pid:
             os.kill(self.pid, number)
         else:
             self.due = time.monotonic()
-        # It may be dead, or die before it gets to that: then it is for the next one.
+        # The protector may be dead, or die before it handles the signal.
         took_a_stop = self.pid and self.stopping and number in signals.STOPS
         if number not in self.untaken and not took_a_stop:
             self.untaken.append(number)
 
     def reap(self) -> None:
-        """Reap every child that has ended; the protector is told of those it left to us."""
+        """Reap every exited child, and report the exits of adopted workers to the protector."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -322,22 +327,22 @@ class Guard:
                 self.send_statuses()
 
     def send_statuses(self) -> None:
-        """Send the protector as many as there is room for: it may be suspended, or behind."""
+        """Send as many exits of workers as the line has room for: the protector may be behind."""
         while self.sent < len(self.statuses) and self.line is not None:
             _, text = self.statuses[self.sent]
             try:
                 self.line.send(text, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             except OSError:
-                break  # no room; or it is gone, and they are for the next one
+                break  # no room; or the protector has exited, and the next one gets them
             self.sent += 1
-        over = max(0, self.sent - LAST_STATUSES)
-        del self.statuses[:over]
-        self.sent -= over
+        excess = max(0, self.sent - LAST_STATUSES)
+        del self.statuses[:excess]
+        self.sent -= excess
 
     def run(self) -> None:
-        """Serve until the protector has ended for good; leaves by SystemExit.
+        """Run protectors until one announces its exit.  Raises SystemExit with its status.
 
-        After that a signal may still change the exit status: see signals.block().
+        After that a signal could still change the exit status: see signals.block().
         """
         try:
             receive = signals.catch((*signals.TO_THE_PROTECTOR, signal.SIGCHLD))
@@ -365,9 +370,9 @@ class Guard:
 
 
 def write(fd: int, line: bytes) -> None:
-    """Write a line without ever waiting for a reader.  Raises OSError if it would have to.
+    """Write a line without ever waiting for a reader.  Raises OSError if the write would block.
 
-    A description of our own, as system/log.py has, cannot be opened where it is another user's.
+    system/log.py opens a file description of its own instead, but that may be denied here.
     """
     line = line[: _LINE_BYTES - 1].rstrip(b"\n") + b"\n"
     if not stat.S_ISSOCK(os.fstat(fd).st_mode):
@@ -381,9 +386,9 @@ def write(fd: int, line: bytes) -> None:
 
 
 def remove_if_stale(path: str) -> None:
-    """Remove the files of a socket on which no process listens.  path: what it is bound as."""
+    """Remove the files of a socket on which no process listens.  path: the bound address."""
     try:
-        # Only at the end: it costs memory.  It fails where descriptors have run out.
+        # Imported only at the exit, because of its memory; fails if descriptors have run out.
         from socketprotector.system.dir_lock import locked
         from socketprotector.system.socket_file import files_of
 

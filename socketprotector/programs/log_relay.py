@@ -1,28 +1,28 @@
-"""The relay: carries what the workers (and the protector) print to where the log goes.
+"""The relay: carries the output of the workers and the protector to the log.
 
-A process of its own, so that no output depends on the protector; it lives as long
-as its last writer.  It also remembers the last of what each worker has written: a failed
-worker's last words, for which the protector asks.  Run as a script, on the standard library
-alone:
+It is a process of its own, so that no output depends on the protector; it exits after its last
+writer.  It also remembers the last output of each worker: the protector requests these last words
+when a worker fails.  It runs as a script, on the standard library alone:
 
     python log_relay.py NAME KIND PREFIXED LINE-DESCRIPTOR
 
-On stdin are lines for syslog, if it is a pipe; they may begin with <N>, sd-daemon(3).  LINE is a
-SEQPACKET socket on which the protector says:
+If stdin is a pipe, it has lines for syslog, which may begin with <N>, sd-daemon(3).  LINE is a
+SEQPACKET socket.  The protector's messages there:
 
-    +NUMBER GENERATION PID   with a pipe: a worker's output.  PREFIXED 1: each line says whose it is
-    -NUMBER                  reads what a pipe has and closes it, although a process may still write
-    =                        with a descriptor: where lines go from now on (after a rotation)
-    !                        ends: another relay follows, and reads what is in the pipes
-    ?NUMBER                  asks for the worker's last words.  Answered with NUMBER, a newline and
-                             the last bytes of all that was in its pipe by then, which have been
-                             passed on before
+    +NUMBER GENERATION PID   (with a pipe) carry a worker's output; if PREFIXED is 1, each line gets
+                             the worker's generation and pid
+    -NUMBER                  read what is in a worker's pipe and close it, even if a process could
+                             still write there
+    =                        (with a descriptor) write lines there from now on, after a rotation
+    !                        exit: another relay follows, and reads what is in the pipes
+    ?NUMBER                  send a worker's last words: pass on what is in its pipe, then answer
+                             with NUMBER, a newline and the last bytes
 
-A descriptor that it has no room for it never gets: it says the + or = again, with the number, and
-is to be told once more.
+If the relay has no free descriptor for a message, it sends the + or = back, with the number.  Then
+the protector repeats the message.
 
-KIND says where lines go: `syslog`, `journal` (a stream that wants <N> first), or `lines`: the
-latter two are stdout at first.
+KIND is the log: `syslog`, `journal` (a stream of lines that begin with <N>), or `lines`.  The
+latter two go to stdout until the first `=`.
 """
 
 from __future__ import annotations
@@ -35,27 +35,28 @@ import sys
 import syslog
 import time
 
-#: What is remembered of a worker, and of how many that have ended.
+#: How much output of a worker is remembered, and of how many exited workers.
 TAIL_BYTES = 4096
 ENDED = 1024
 #: A longer line goes out in pieces: syslog daemons cut at 8 KiB.
 LINE_BYTES = 8000
-#: Into a file it goes whole, unless it is longer than this.
+#: Into a file a line goes whole, unless it is longer than this.
 HELD_BYTES = 256 * 1024
 _READ_BYTES = 65536
-#: For how long lines are gathered once some were passed on.  Else each line of a worker that writes
-#: one after the other would wake us, and on a busy machine that worker would have to wait for us.
+#: For how long to gather lines after some were passed on.  Otherwise each line would wake us, and
+#: on a busy machine the worker would have to wait for us.
 _GATHER_MS = 5
-#: A writer of so much meanwhile will fill its pipe, and would have to wait: no gathering then.
+#: A worker that writes this much in one go would fill its pipe and wait.  Then lines are not
+#: gathered for _HURRY_S.
 _MANY_BYTES = 16384
 _HURRY_S = 0.1
-#: A pipe holds as many reads at most (fs.pipe-max-size).
+#: A full pipe takes at most this many reads (fs.pipe-max-size).
 _READS = 16
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 
 def log(line: bytes) -> None:
-    """Send one line to syslog, with the priority it begins with if it does."""
+    """Send one line to syslog, with the priority that it begins with, if any."""
     priority = syslog.LOG_INFO
     if len(line) > 2 and line[:1] == b"<" and line[2:3] == b">" and line[1:2].isdigit():
         priority, line = int(line[1:2]) & 7, line[3:]
@@ -68,16 +69,16 @@ class Stream:
     """The lines of one writer."""
 
     def __init__(self, fd: int, number: int, prefix: bytes) -> None:
-        """number: the worker's, -1 for the shared one.  prefix: of each line; it may be empty."""
+        """number: the worker's; -1: the shared stream.  prefix: of each line; it may be empty."""
         self.fd = fd
         self.number = number
         self.prefix = prefix
-        self.rest = b""  # a line whose end has not come yet
-        self.tail = b""  # the last of it
+        self.rest = b""  # an incomplete line
+        self.tail = b""  # the last bytes of the output
 
 
 class Relay:
-    """Reads from all there are, until no process is left that could write or bring another."""
+    """Carries all streams, until no writer is left and the protector has closed its line."""
 
     def __init__(self, line: int, kind: str, *, prefixed: bool) -> None:
         self.kind = kind
@@ -85,41 +86,41 @@ class Relay:
         self.line: socket.socket | None = socket.socket(fileno=line)
         self.streams: dict[int, Stream] = {}  # by descriptor
         self.known: dict[int, Stream] = {}  # by the worker's number
-        self.ended: dict[int, bytes] = {}  # the last words of those that have ended
-        self.cut = False  # the last line could not be written to its end
-        # Not poll: that would ask for all of hundreds of pipes each time one is written to.
+        self.ended: dict[int, bytes] = {}  # the last words of exited workers, by number
+        self.cut = False  # the last line was written in part
+        # Not poll(), which would examine hundreds of pipes at each write.
         self.epoll = select.epoll()
         self.epoll.register(line, select.EPOLLIN)
-        self.gathering = select.poll()  # ends when the protector says something
+        self.gathering = select.poll()  # a message of the protector ends the wait
         self.gathering.register(line, select.POLLIN)
-        self.hurry_s = 0.0  # the time until which nothing is gathered
+        self.hurry_s = 0.0  # until when lines are not gathered
 
     def add(self, stream: Stream) -> None:
-        """Carry it from here on.  Raises PermissionError for what is no pipe (/dev/null)."""
+        """Carry a stream from now on.  Raises PermissionError if it is /dev/null, not a pipe."""
         self.epoll.register(stream.fd, select.EPOLLIN)
         self.streams[stream.fd] = stream
         if stream.number >= 0:
             self.known[stream.number] = stream
 
     def run(self) -> None:
-        """Carry lines until the last one has gone."""
+        """Carry lines until the last stream has ended, and the protector's line, too."""
         while self.streams or self.line is not None:
             ready = [fd for fd, _ in self.epoll.poll()]
             if self.line is not None and self.line.fileno() in ready:
-                # First: what is written after a rotation belongs into the new file.
+                # First, because lines that were written after a rotation belong into the new file.
                 self.hear(self.line)
                 continue
             self.gather(max(self.carry(self.streams[fd]) for fd in ready))
 
     def gather(self, most: int) -> None:
-        """Let more lines come before we look again.  most: bytes that one had written this time."""
+        """Wait for more lines before the next read.  most: the most bytes read from one stream."""
         if most >= _MANY_BYTES:
             self.hurry_s = time.monotonic() + _HURRY_S
         elif time.monotonic() >= self.hurry_s:
             self.gathering.poll(_GATHER_MS)
 
     def carry(self, stream: Stream) -> int:
-        """Pass on what is there of one; return how many bytes that was."""
+        """Read once from a stream and pass the bytes on; return how many they were."""
         try:
             data = os.read(stream.fd, _READ_BYTES)
         except BlockingIOError:
@@ -128,7 +129,7 @@ class Relay:
         return len(data)
 
     def take(self, stream: Stream, data: bytes) -> None:
-        """Pass on what one has written; b"" is its end."""
+        """Pass on the output of a stream; b"": end of file."""
         stream.tail = (stream.tail + data)[-TAIL_BYTES:]
         if self.kind == "lines" and not stream.prefix:
             self.carry_whole(stream, data)
@@ -138,14 +139,14 @@ class Relay:
             self.end(stream)
 
     def carry_all(self, number: int) -> Stream | None:
-        """Pass on all that a worker's pipe has; return its stream unless that has ended."""
+        """Pass on all that is in a worker's pipe; return its stream unless that has ended."""
         for _ in range(_READS):
             if number not in self.known or not self.carry(self.known[number]):
                 break
         return self.known.get(number)
 
     def carry_whole(self, stream: Stream, data: bytes) -> None:
-        """Write what is there as it is, up to the end of a line: so no line is torn apart."""
+        """Write output unchanged, but only whole lines, so that lines of workers never mix."""
         whole, found, rest = (stream.rest + data).rpartition(b"\n")
         if len(rest) > HELD_BYTES:
             whole, found, rest = whole + found + rest, b"", b""
@@ -158,11 +159,11 @@ class Relay:
         *lines, stream.rest = (stream.rest + data).split(b"\n")
         if not data or len(stream.rest) > LINE_BYTES:
             lines, stream.rest = [*lines, *filter(None, [stream.rest])], b""
-        said = [self.shown(stream.prefix, line) for line in lines]
+        shown = [self.shown(stream.prefix, line) for line in lines]
         if self.kind != "syslog":
-            self.write(b"".join(line + b"\n" for line in said))
+            self.write(b"".join(line + b"\n" for line in shown))
             return
-        for line in said:
+        for line in shown:
             log(line)
 
     def shown(self, prefix: bytes, line: bytes) -> bytes:
@@ -171,8 +172,8 @@ class Relay:
         return prefix + line
 
     def end(self, stream: Stream) -> None:
-        """Its last writer has gone, or is not read any more."""
-        # Before closing: the protector has the pipe open, too, so it would stay in the set
+        """Close a stream, because its last writer has exited or the protector ordered it."""
+        # Before closing: the protector has the pipe open, too, so it would stay in the epoll set
         # (epoll(7)).
         self.epoll.unregister(stream.fd)
         os.close(stream.fd)
@@ -184,7 +185,7 @@ class Relay:
                 del self.ended[next(iter(self.ended))]
 
     def hear(self, line: socket.socket) -> None:
-        """Take in what to read from, where to write to, or a question."""
+        """Handle one message of the protector."""
         try:
             # CMSG_SPACE of one int has room for two.
             data, control, flags, _ = line.recvmsg(256, socket.CMSG_LEN(4), socket.MSG_CMSG_CLOEXEC)
@@ -214,14 +215,14 @@ class Relay:
             self.cut = False
         elif fds:
             number, generation, pid = (int(word) for word in data[1:].split())
-            if number in self.known:  # told again, by a protector that did not know
+            if number in self.known:  # a new protector repeats the message
                 os.close(fds[0])
                 return
             prefix = b"[%d %d] " % (generation, pid) if self.prefixed else b""
             self.add(Stream(fds[0], number, prefix))
 
     def answer(self, line: socket.socket, number: int) -> None:
-        """Tell a worker's last words, once all that it has written is passed on."""
+        """Send a worker's last words, after passing on all that it has written."""
         stream = self.carry_all(number)
         tail = stream.tail if stream is not None else self.ended.get(number, b"")
         self.say(line, b"%d\n" % number + tail)
@@ -230,10 +231,10 @@ class Relay:
         try:
             line.send(what, _FLAGS)
         except OSError:
-            pass  # it is gone, or has stopped reading and will not wait for this
+            pass  # the protector has exited, or does not read; it does not wait for this message
 
     def write(self, data: bytes) -> None:
-        """Write to where lines go; what cannot be written (a full disk) is lost, and we go on."""
+        """Write to the log; bytes that cannot be written (for example a full disk) are lost."""
         if self.cut and data:
             data = b"\n" + data
         try:
@@ -246,7 +247,7 @@ class Relay:
 
 def main() -> None:
     name, kind, prefixed, line = sys.argv[1:]
-    # It ends at end of file only: a stop of the service must not cut off its last lines.
+    # Only end of file ends the relay: a stop of the service must not cut off its last lines.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     syslog.openlog(name, 0, syslog.LOG_DAEMON)
@@ -254,7 +255,7 @@ def main() -> None:
     try:
         relay.add(Stream(0, -1, b""))
     except PermissionError:
-        pass  # /dev/null: nothing writes there
+        pass  # stdin is /dev/null: there are no lines for syslog
     relay.run()
 
 

@@ -1,6 +1,6 @@
-"""A worker's side of docs/protocol.md, for the adapters: stdio's pool and legacy's.
+"""A worker's side of docs/protocol.md, for the stdio pool and the legacy adapter.
 
-Each of them stays as long as the service, so this imports little.
+Both run as long as the service, so this module imports little.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import struct
 
 from socketprotector_client import wire
 
-#: The reasons for which a message is worth sending again.
+#: The errors after which a message should be sent again.
 _FULL = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM)
 # Never O_NONBLOCK: all workers and the protector share the channel's open file description.
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-# CMSG_SPACE would have room for a second descriptor, which would not be looked for.
+# CMSG_SPACE would have room for a second descriptor, which no code here would close.
 _CONTROL_BYTES = socket.CMSG_LEN(4)
 _HEADER, _HEADER_BYTES = wire.HEADER.unpack, wire.HEADER.size
 _FD = struct.Struct("i").unpack
 _NO_CONNECTION = (-1, 0, 0)
 #: poll(2) takes milliseconds as a C int, 24.8 days, and an operator may give any time.
 _LONGEST_S = 86_400.0
-#: Of a 64-bit number, which systemd takes; and of a descriptor.
+#: The most digits of a 64-bit number, which systemd accepts; and of a descriptor.
 _USEC_DIGITS, _DIGITS = 20, 9
 #: The exit status where a system call failed, or the command cannot be started.
 FAILED = 111
@@ -42,25 +42,25 @@ class Refusal(Exception):
 
 
 class Notifier:
-    """Speaks sd_notify on a socket that it keeps, so that it can when descriptors are scarce."""
+    """Sends sd_notify messages on a socket that stays open, in case descriptors run out."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         address = environ.get(wire.ENV_NOTIFY, "")
         self._address = os.fsencode("\0" + address[1:] if address[:1] == "@" else address)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if address else None
         usec = environ.get("WATCHDOG_USEC", "")
-        #: How often WATCHDOG=1 is to be said: half of what is allowed, or oftener; 0: it is not.
+        #: The interval of WATCHDOG=1: half of the limit at most; 0: it is not required.
         is_number = usec.isdecimal() and len(usec) <= _USEC_DIGITS
         self.watchdog_s = min(int(usec) / 2_000_000, _LONGEST_S) if is_number else 0.0
 
     def ready(self) -> None:
-        """Say so, waiting for room: a worker that does not is killed after --start-timeout."""
-        self.tell(f"READY=1\n{wire.RETIRES_ON_RETURN}", wait=True)
+        """Send READY=1, and wait for room: without it, --start-timeout ends this worker."""
+        self.send(f"READY=1\n{wire.RETIRES_ON_RETURN}", wait=True)
 
-    def tell(self, text: str, *, wait: bool = False) -> bool:
-        """Say it; return whether it is worth saying again: there was no room.
+    def send(self, text: str, *, wait: bool = False) -> bool:
+        """Send a message; return True if there was no room, so that it should be sent again.
 
-        wait: for room instead, as long as it takes.
+        wait: wait for room instead, as long as it takes.
         """
         if self._socket is None:
             return False
@@ -73,7 +73,7 @@ class Notifier:
 
 
 def inherited(environ: Mapping[str, str], name: str) -> int:
-    """Return the descriptor that a variable names, and keep it from our children; -1: none.
+    """Return the descriptor that a variable names, which no child inherits; -1: there is none.
 
     Raises OSError.
     """
@@ -87,8 +87,8 @@ def inherited(environ: Mapping[str, str], name: str) -> int:
 def receive(channel: socket.socket, say: Callable[[str], None]) -> tuple[int, int, int] | None:
     """Return a connection, its listener's index and when it was accepted (ns); None: end of file.
 
-    The descriptor is -1 where the message has no connection, which was said.  Raises OSError,
-    BlockingIOError where there is no message.
+    The descriptor is -1 if the message has no connection; the log says so.  Raises OSError,
+    BlockingIOError if there is no message.
     """
     data, control, flags, _ = channel.recvmsg(_HEADER_BYTES, _CONTROL_BYTES, _FLAGS)
     if not control:

@@ -57,7 +57,7 @@ def test_a_program_that_ends_badly_and_has_sent_nothing_has_failed_at_once(pair:
     client.sendall(b"hello\n")
     first.look()
     first.ended(12, FAILED)
-    assert (first.unsaid, first.work, first.holds) == (
+    assert (first.unsent, first.work, first.holds) == (
         [f"X_SOCKETPROTECTOR_PROGRAM=failed 12 {FAILED}"],
         False,
         False,
@@ -71,7 +71,7 @@ def test_one_that_has_sent_something_works_however_it_ends(pair: Pair, status: i
     client.sendall(b"hello\n")
     end.sendall(b"no\n")
     first.ended(12, status)
-    assert (first.unsaid, first.work) == (["X_SOCKETPROTECTOR_PROGRAM=works"], True)
+    assert (first.unsent, first.work) == (["X_SOCKETPROTECTOR_PROGRAM=works"], True)
     assert not first.watches
 
 
@@ -95,7 +95,7 @@ def test_status_0_works_whatever_was_sent(pair: Pair) -> None:
 def test_a_program_that_was_not_watched_works_by_its_status_alone() -> None:
     first = FirstPrograms()
     first.ended(12, FAILED)
-    assert (first.work, first.unsaid) == (False, [])
+    assert (first.work, first.unsent) == (False, [])
     first.ended(13, 0)
     assert first.work
 
@@ -106,7 +106,7 @@ def test_a_client_that_leaves_without_a_word_proves_nothing(tcp: Pair) -> None:
     client.close()
     end.recv(1)  # its end has come
     first.ended(12, FAILED)
-    assert (first.unsaid, first.work, first.holds) == ([], False, False)
+    assert (first.unsent, first.work, first.holds) == ([], False, False)
 
 
 def test_a_client_that_has_sent_all_of_it_is_still_there(tcp: Pair) -> None:
@@ -117,7 +117,7 @@ def test_a_client_that_has_sent_all_of_it_is_still_there(tcp: Pair) -> None:
     while end.recv(100):
         pass
     first.ended(12, FAILED)
-    assert first.unsaid == [f"X_SOCKETPROTECTOR_PROGRAM=failed 12 {FAILED}"]
+    assert first.unsent == [f"X_SOCKETPROTECTOR_PROGRAM=failed 12 {FAILED}"]
 
 
 def test_a_unix_client_whose_words_were_read_proves_nothing() -> None:
@@ -127,7 +127,7 @@ def test_a_unix_client_whose_words_were_read_proves_nothing() -> None:
         client.sendall(b"hello")
         end.recv(100)
         first.ended(12, FAILED)
-    assert (first.unsaid, first.work) == ([], False)
+    assert (first.unsent, first.work) == ([], False)
 
 
 def test_one_that_lives_on_has_not_failed(tcp: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,1 +1,1 @@
-"""`--handoff legacy`: the worker that serves a daemon built for the C++ SocketProtector."""
+"""`--handoff legacy`: a worker that adapts a daemon built for the C++ SocketProtector."""

@@ -1,16 +1,17 @@
-"""`--handoff legacy`: serves a daemon that was built for the C++ SocketProtector.
+"""`--handoff legacy`: passes connections to a daemon that was built for the C++ SocketProtector.
 
 Such a daemon connects to the abstract stream socket `sock_srv_PORT` (stream.py) and reads
-connections from it; end of file means drain.  This program is a worker on one side
-(docs/protocol.md) and that stream's writer on the other.  Run with a worker's
-environment, COMMAND becomes its child:
+connections from it; end of file means drain.  To the protector this program is a worker
+(docs/protocol.md); to the daemon it is the writer of that stream.  It runs with a worker's
+environment, and COMMAND becomes its child:
 
     python -m socketprotector.programs.legacy.adapter -- COMMAND [ARG...]
 
-Rule: what waits, waits in the channel.  A stream holds two connections at most that the child
-has not read, because those are lost with the child; and this process at most one.
+Rule: connections wait in the channel.  A stream has two unread connections at most, because a crash
+of the child loses them; this process has one at most.
 
-Its exit is its child's: the same status, the same signal.  Source: docs/legacy.md, unix(7).
+It exits like its child: with the same status, or by the same signal.
+Source: docs/legacy.md, unix(7).
 """
 
 from __future__ import annotations
@@ -31,30 +32,31 @@ from ..worker_protocol import FAILED, Notifier, Refusal, inherited, receive, wri
 from .stream import Stream, described, peer_of
 
 PROGRAM = "socketprotector.legacy"
-#: How often a name is tried where no other worker tells us that it is free, or where one may not.
+#: How often to try a name that is in use: if no other worker reports that it is free; and if one
+#: should report that.
 _RETRY_S = 0.1
 _LOOK_S = 1.0
-#: A name that is not free by then is worth a line.
-_TELL_S = 5.0
-#: A child that reads no more should end soon; one that does not is replaced.
+#: If a name is not free by then, the log says so.
+_LOG_S = 5.0
+#: How long a child that reads no more connections may take to exit before it is replaced.
 LEAVE_S = 5.0
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 _PASSED_ON = (*_STOPS, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
 _SO_PEERPIDFD = 77  # Linux 6.5
 _GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)
-#: ETOOMANYREFS: too many descriptors of this user are under way in sockets.
+#: ETOOMANYREFS: too many descriptors of this user wait in sockets.
 _SCARCE = (errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM)
 _CLOSED = select.POLLHUP | select.POLLERR | select.POLLNVAL
 _NO_SIGNALS: tuple[int, ...] = ()
-#: Of the environment these are the worker's, not the child's.
+#: Variables of the worker that the child does not get.
 _OURS = (b"SOCKETPROTECTOR_", b"NOTIFY_SOCKET=", b"WATCHDOG_")
 
 
 class Adapter:
-    """A worker with a child that speaks the original's protocol."""
+    """A worker whose child speaks the protocol of the C++ SocketProtector."""
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
-        """Look at what we were given.  Raises Refusal."""
+        """Take the descriptors that the environment names.  Raises Refusal."""
         if wire.ENV_CHANNEL not in environment:
             raise Refusal("must be started by SocketProtector (--handoff legacy): no channel")
         self.command = command
@@ -62,7 +64,7 @@ class Adapter:
         self.line: socket.socket | None = None  # RETURN
         if wire.ENV_RETURN in environment:
             self.line = given(environment, wire.ENV_RETURN)
-        if wire.ENV_SCOREBOARD in environment:  # what the child serves is not ours to count
+        if wire.ENV_SCOREBOARD in environment:  # we cannot count the child's connections
             os.close(int(environment[wire.ENV_SCOREBOARD].partition(":")[0]))
         ports = ports_of(environment.get(wire.ENV_LISTENERS, ""))
         self.by_port = {port: Stream(port) for port in sorted({*ports} - {0})}
@@ -71,15 +73,15 @@ class Adapter:
         self.notifier = Notifier(environment)
         self.due: float | None = None  # of the next WATCHDOG=1
         self.pending: tuple[Stream, int] | None = None  # taken from the channel, not yet sent
-        self.leaving = False  # no more from the channel
+        self.leaving = False  # take no more from the channel
         self.pid = self.pidfd = 0  # of the child
         self.strangers = 0
         self.wake = signals.catch(_PASSED_ON)
 
     def run(self) -> int:
-        """Serve until the child has ended; return how, as os.waitstatus_to_exitcode() does."""
+        """Serve until the child has exited; return its os.waitstatus_to_exitcode()."""
         try:
-            for stream in self.streams:  # sorted: no two workers wait for each other
+            for stream in self.streams:  # sorted, so that no two workers wait for each other
                 if not self.claim(stream):
                     return 0
             self.spawn()
@@ -90,31 +92,31 @@ class Adapter:
             return self.status()
         except Exception:
             if self.pid:
-                os.kill(self.pid, signal.SIGTERM)  # no connection would be served
+                os.kill(self.pid, signal.SIGTERM)  # without us it gets no connections
             raise
 
     # -- the start -------------------------------------------------------------
 
     def claim(self, stream: Stream) -> bool:
-        """Bind the name of a stream, once it is free; return whether it is still wanted."""
-        tell_at = time.monotonic() + _TELL_S
+        """Bind the name of a stream once it is free; return False if this worker must leave."""
+        log_at = time.monotonic() + _LOG_S
         while not stream.claim():
             line = stream.knock()
             if line is None:
                 self.look({}, _RETRY_S)
             else:
                 if line.fileno() in self.look({line.fileno(): 0}, _LOOK_S):
-                    self.look({}, _RETRY_S / 10)  # its owner may close all that it accepts
+                    self.look({}, _RETRY_S / 10)  # its owner may close all accepted connections
                 line.close()
             if self.leaving:
                 return False
-            if time.monotonic() > tell_at:
-                tell_at = float("inf")
+            if time.monotonic() > log_at:
+                log_at = float("inf")
                 say(f"waiting for the name sock_srv_{stream.port}, held by {stream.holder()}")
         return True
 
     def spawn(self) -> None:
-        """Start the child, with what this worker was given less what is the worker's own."""
+        """Start the child, with this worker's environment except the worker's own variables."""
         try:
             self.pid = os.posix_spawnp(
                 self.command[0],
@@ -129,7 +131,7 @@ class Adapter:
         self.pidfd = os.pidfd_open(self.pid)
 
     def connected(self) -> bool:
-        """Wait until the child has connected to each name; say whether it has."""
+        """Wait until the child has connected to each name; return whether it has."""
         while waiting := [(each, each.listener) for each in self.streams if each.listener]:
             found = self.look({listener.fileno(): select.POLLIN for _, listener in waiting})
             for stream, listener in waiting:
@@ -143,7 +145,7 @@ class Adapter:
             if missing and self.leaving:
                 for _, listener in waiting:
                     listener.close()
-                os.kill(self.pid, signal.SIGTERM)  # there is no end of file that it could see
+                os.kill(self.pid, signal.SIGTERM)  # it has no stream on which to see end of file
                 return False
         return True
 
@@ -164,22 +166,22 @@ class Adapter:
         connection.close()
 
     def is_ours(self, connection: socket.socket) -> bool:
-        """Whether the child has connected, or one of those it has started.
+        """Return whether the child has connected, or a process that the child has started.
 
-        The pidfd holds the number for as long as we look at that process.
+        While the peer's pidfd is open, the kernel does not reuse its pid.
         """
         pid = peer_of(connection)
-        if pid == self.pid:  # not reaped, so it is still its number
+        if pid == self.pid:  # the child is not reaped, so its pid cannot be reused
             return True
         try:
             option = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4)
             pidfd = int.from_bytes(option, sys.byteorder)
         except OSError as error:
             if error.errno != errno.ENOPROTOOPT:
-                return False  # it has ended
+                return False  # the peer has exited
             pidfd = -1
         try:
-            # No process can enter a session: those in ours were started from here.
+            # No process can enter a session, so all processes in ours were started from here.
             ours = os.getsid(pid) == os.getpid()
             while not ours and pid > 1:
                 pid = parent_of(pid)
@@ -194,7 +196,7 @@ class Adapter:
     # -- serving ---------------------------------------------------------------
 
     def serve(self) -> None:
-        """Hand connections on until there are no more, or the child wants none."""
+        """Send connections to the child until there are no more, or the child reads no more."""
         connections = [(each, each.connection) for each in self.streams if each.connection]
         while self.pending is not None or not self.leaving:
             wanted = {
@@ -216,12 +218,15 @@ class Adapter:
                     return self.closed()
                 if error.errno not in _SCARCE:
                     raise
-                self.look({}, _RETRY_S)  # poll would say at once that there is room
+                self.look({}, _RETRY_S)  # poll() would report room at once
         for _, connection in connections:
             connection.shutdown(socket.SHUT_WR)
 
     def move(self) -> None:
-        """Send what is pending, else take the next one if there is room wherever it may go."""
+        """Send the pending connection.  If none is pending, take one first.
+
+        It is taken only if all streams have room, because it may belong to any of them.
+        """
         if self.pending is None and not self.leaving and all(each.room for each in self.streams):
             self.take()
         if self.pending is not None:
@@ -235,7 +240,7 @@ class Adapter:
         try:
             taken = receive(self.channel, say)
         except BlockingIOError:
-            return  # another worker was quicker
+            return  # another worker has taken it
         if taken is None:
             self.leaving = True
             return
@@ -247,20 +252,20 @@ class Adapter:
             os.close(fd)
 
     def closed(self) -> None:
-        """The child reads no more: let it end, and be replaced if it does not."""
+        """Wait for the exit of a child that reads no more; exit if it takes longer than LEAVE_S."""
         for stream in self.streams:
             if stream.connection is not None:
                 stream.connection.close()
         self.leaving = True
         until = time.monotonic() + LEAVE_S
-        while (left := until - time.monotonic()) > 0:
-            if self.pidfd in self.look({}, left):
+        while (left_s := until - time.monotonic()) > 0:
+            if self.pidfd in self.look({}, left_s):
                 return
         say(f"{self.command[0]} reads no more connections but has not ended: it is left alone")
         sys.exit(1)
 
     def status(self) -> int:
-        """Wait for the child's end; return how."""
+        """Wait for the child's exit; return its os.waitstatus_to_exitcode()."""
         while self.pidfd not in self.look({}):
             pass
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
@@ -268,11 +273,14 @@ class Adapter:
     # -- waiting ---------------------------------------------------------------
 
     def look(self, wanted: dict[int, int], timeout_s: float | None = None) -> dict[int, int]:
-        """Wait for one of these, a signal, the child's end or ours; return what has come."""
+        """Wait for events of these descriptors, a signal, the child's exit or the RETURN line.
+
+        Returns the events by descriptor, and has handled signals and the line.
+        """
         until = None if timeout_s is None else time.monotonic() + timeout_s
         if self.due is not None:
             if time.monotonic() >= self.due:
-                self.notifier.tell("WATCHDOG=1")
+                self.notifier.send("WATCHDOG=1")
                 self.due = time.monotonic() + self.notifier.watchdog_s
             until = self.due if until is None else min(until, self.due)
         poll = select.poll()
@@ -293,16 +301,16 @@ class Adapter:
         return found
 
     def signalled(self, number: int) -> None:
-        """Pass a signal on: the sender means the daemon."""
+        """Pass a signal on to the child: it is meant for the daemon."""
         if number in _STOPS:
             self.leaving = True
         if self.pid:
-            os.kill(self.pid, number)  # not reaped yet, so it is its number
+            os.kill(self.pid, number)  # the child is not reaped, so its pid cannot be reused
 
     def hear(self, line: socket.socket) -> None:
         try:
             if line.recv(64, socket.MSG_DONTWAIT):
-                return  # nothing is said there yet
+                return  # the protector sends no data there yet
         except BlockingIOError:
             return
         except OSError:
@@ -313,7 +321,7 @@ class Adapter:
 
 
 def ports_of(listeners: str) -> list[int]:
-    """Return the port of each listener, 0 for one that was removed.  Raises Refusal."""
+    """Return the port of each listener; 0: the listener was removed.  Raises Refusal."""
     ports = []
     for each in listeners.split():
         kind, _, rest = each.partition(":")
@@ -333,7 +341,7 @@ def ports_of(listeners: str) -> list[int]:
 
 
 def given(environment: dict[str, str], name: str) -> socket.socket:
-    """Return the socket that a variable names; no child is to inherit it.  Raises Refusal."""
+    """Return the socket that a variable names, which no child inherits.  Raises Refusal."""
     try:
         return socket.socket(fileno=inherited(environment, name))
     except (OSError, ValueError) as error:
@@ -341,11 +349,14 @@ def given(environment: dict[str, str], name: str) -> socket.socket:
 
 
 def environment_of_child() -> dict[bytes, bytes]:
-    """Return the environment as we were given it: Python itself may have added LC_CTYPE."""
+    """Return the environment of this worker without the worker's own variables.
+
+    It is read from /proc, because Python may have added LC_CTYPE to os.environ.
+    """
     try:
         with open("/proc/self/environ", "rb") as file:
             pairs = file.read().split(b"\0")
-    except OSError:  # no /proc: then with that, which does no harm
+    except OSError:  # no /proc: LC_CTYPE does no harm
         pairs = [name + b"=" + value for name, value in os.environb.items()]
     pairs = [each for each in pairs if not each.startswith(_OURS)]
     return {name: value for name, found, value in (each.partition(b"=") for each in pairs) if found}
@@ -362,11 +373,11 @@ def say(text: str) -> None:
 
 
 def end_like(code: int) -> None:
-    """End as the child did: by its signal, or with its status."""
+    """Exit as the child did: by its signal, or with its status."""
     if code < 0:
         import resource
 
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the child's core is the one to look at
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # only the child's core file is of use
         if -code not in (signal.SIGKILL, signal.SIGSTOP):
             signal.signal(-code, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, _NO_SIGNALS)

@@ -1,7 +1,7 @@
 """The abstract stream socket of one port, over which the daemon gets its connections.
 
-Each message is one byte with a descriptor; the name goes from worker to worker as each child
-connects.  Source: docs/legacy.md, unix(7).
+Each message is one byte with a descriptor.  The socket's name passes from worker to worker: a
+worker frees it when its child has connected.  Source: docs/legacy.md, unix(7).
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ import _socket as socket
 import errno
 import sys
 
-#: Both ends of the original give the address's full length, so the name ends in NULs.
+#: The C++ SocketProtector and its daemons use the address's full length: the name ends in NULs.
 SUN_PATH_BYTES = 108
-#: Where workers that wait for a name learn that it is free; nothing is ever accepted there.
+#: Workers that wait for a name connect here, and see a hang-up when it is free.  No connection is
+#: accepted there.
 _QUEUE_NAME = "\0socketprotector.legacy.%d"
-#: The smallest send buffer: writable again as soon as the child has left one message unread.
+#: The smallest send buffer: it is writable when one message at most is unread.
 _SNDBUF_BYTES = 1
 _WAITING = 128
 _STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 
 
 class Stream:
-    """One port's way to the child: a listener with the port's name, then what connected."""
+    """The stream of one port to the child: a listener with the port's name, then a connection."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -29,10 +30,10 @@ class Stream:
         self.queue: socket.socket | None = None
         self.listener: socket.socket | None = None
         self.connection: socket.socket | None = None
-        self.room = False  # for one more
+        self.room = False  # for one more message
 
     def claim(self) -> bool:
-        """Take the name; say whether it was free.  The turn (queue) first, which is kept."""
+        """Take the next place for the name (queue), then the name; return whether it succeeded."""
         if self.queue is None:
             self.queue = listen((_QUEUE_NAME % self.port).encode())
         if self.queue is not None:
@@ -40,12 +41,16 @@ class Stream:
         return self.listener is not None
 
     def knock(self) -> socket.socket | None:
-        """Return a connection that ends when the process that has the turn lets it go."""
+        """Return a connection that ends when the next place for the name is free; None: we have it.
+
+        Also None if the connection fails.
+        """
         return None if self.queue is not None else connect((_QUEUE_NAME % self.port).encode())
 
     def holder(self) -> str:
-        """Say which process has the name that we want."""
-        # With the turn it is not a worker of ours, and asking costs a worker no line in the log.
+        """Return which process has the name that we want, in words."""
+        # If we have the next place, no worker of ours has the name.  Otherwise do not connect to
+        # the name itself: a worker would log that connection.
         line = self.knock() if self.queue is None else connect(self.name)
         if line is None:
             return "another process"
@@ -57,20 +62,20 @@ class Stream:
         """Take ownership of the child's connection, and free the name for the next worker."""
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SNDBUF_BYTES)
         self.connection = connection
-        # In this order: the next in turn finds the name free.
+        # In this order: the next worker then finds the name free.
         for each in (self.listener, self.queue):
             if each is not None:
                 each.close()
         self.listener = self.queue = None
 
     def send(self, fd: int) -> bool:
-        """Send a descriptor, which stays ours; say whether there was room for it.
+        """Send a descriptor, which stays ours; return whether there was room for it.
 
-        Raises OSError when it is read no more.
+        Raises OSError if the child has closed its end.
         """
         assert self.connection is not None
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))
-        self.room = False  # unknown: poll tells
+        self.room = False  # unknown until poll() reports it
         try:
             self.connection.sendmsg([b"x"], [rights], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except BlockingIOError:
@@ -79,21 +84,21 @@ class Stream:
 
 
 def listen(name: bytes) -> socket.socket | None:
-    """Return a listener with an abstract name, or None if it is another's."""
-    one = socket.socket(socket.AF_UNIX, _STREAM)
+    """Return a listener with an abstract name; None: the name is in use."""
+    listener = socket.socket(socket.AF_UNIX, _STREAM)
     try:
-        one.bind(name)
+        listener.bind(name)
     except OSError as error:
-        one.close()
+        listener.close()
         if error.errno == errno.EADDRINUSE:
             return None
         raise
-    one.listen(_WAITING)
-    return one
+    listener.listen(_WAITING)
+    return listener
 
 
 def connect(name: bytes) -> socket.socket | None:
-    """Return a connection to an abstract name, or None if none listens there, or it has no room."""
+    """Return a connection to an abstract name; None: nothing listens there, or it has no room."""
     line = socket.socket(socket.AF_UNIX, _STREAM)
     try:
         line.connect(name)

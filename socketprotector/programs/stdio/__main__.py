@@ -1,7 +1,7 @@
 """python -I -m socketprotector.programs.stdio --at-once N [OPTION...] -- COMMAND [ARG...]
 
-Started by SocketProtector as a worker.  Exit status 2: used in a wrong way; 111: COMMAND cannot
-be started, or a system call failed.
+SocketProtector starts this program as a worker.  Exit status 2: wrong usage; 111: COMMAND cannot be
+started, or a system call failed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def run(words: list[str]) -> None:
-    """Serve until the end; raises Refusal or OSError."""
+    """Serve until the pool has drained.  Raises Refusal or OSError."""
     values, shell, command = parsed(words)
     at_once, pools = number(values, "--at-once", 0), number(values, "--of", 1)
     environ = os.environ
@@ -47,7 +47,7 @@ def run(words: list[str]) -> None:
     channel, line = (inherited(environ, name) for name in (wire.ENV_CHANNEL, wire.ENV_RETURN))
     inherited(environ, wire.ENV_SCOREBOARD)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would hide how programs end
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, it would hide how programs end
     try:
         starter = starter_of(command, shell, values.get("--file", ""))
     except OSError as error:
@@ -68,7 +68,7 @@ def run(words: list[str]) -> None:
 
 
 def parsed(words: list[str]) -> tuple[dict[str, str], bool, list[str]]:
-    """Return (values of options, whether --shell, the command)."""
+    """Return the options' values, whether --shell is set, and the command.  Raises Refusal."""
     if "--" not in words or words[-1] == "--":
         raise Refusal(f"no COMMAND after --; {USAGE}")
     end = words.index("--")
@@ -95,7 +95,7 @@ def number(values: dict[str, str], option: str, default: int) -> int:
 
 
 def slots_of(at_once: int, pools: int, slot: int) -> int:
-    """Return how many of all slots are this pool's.  One that was added later brings its own."""
+    """Return how many of all slots this pool gets; a pool that is added later has one slot."""
     return at_once // pools + (slot < at_once % pools) if slot < pools else 1
 
 

@@ -1,4 +1,4 @@
-"""The environment of a program: its client's address, and none of our variables.
+"""Makes the environment of a program: with its client's address, and without our variables.
 
 Source: tcp-environ(5) of ucspi-tcp and its IPv6 variant, the protocol of ucspi-unix,
 systemd.exec(5) ($REMOTE_ADDR).
@@ -10,7 +10,7 @@ import _socket as socket
 import os
 import struct
 
-#: What is the pool's own, or would be said of another connection than the program's.
+#: Variables of the pool itself, and variables that describe another connection.
 _NOT_PASSED_ON = (
     *(b"SOCKETPROTECTOR_", b"NOTIFY_SOCKET", b"WATCHDOG_", b"LISTEN_", b"FDSTORE"),
     *(b"TCPLOCAL", b"TCPREMOTE", b"TCP6", b"UNIXLOCAL", b"UNIXREMOTE", b"REMOTE_", b"PROTO="),
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Environments:
-    """Makes the environment of one program after the other."""
+    """Makes the environment of each program."""
 
     def __init__(self, environ: dict[bytes, bytes], listeners: str) -> None:
         """listeners: the value of SOCKETPROTECTOR_LISTENERS."""
@@ -37,9 +37,9 @@ class Environments:
         self._ours = {b"UNIXLOCALUID": b"%d" % os.getuid(), b"UNIXLOCALGID": b"%d" % os.getgid()}
 
     def of(self, fd: int, listener: int) -> dict[bytes, bytes] | None:
-        """Return the environment for a connection, None where its client is gone already.
+        """Return the environment for a connection; None: its client has left already.
 
-        fd stays the caller's.  listener: its index.
+        fd: the connection, which stays the caller's.  listener: the listener's index.
         """
         try:
             connection = socket.socket(fileno=fd)
@@ -61,15 +61,15 @@ class Environments:
 
 
 def tcp(local: Address, remote: Address) -> dict[bytes, bytes]:
-    """Return what is said of a TCP connection; of an IPv6 one both ways of saying it.
+    """Return the variables of a TCP connection: for IPv6, both the TCP and the TCP6 ones.
 
-    An IPv4 client of an IPv6 socket is an IPv4 client.
+    A client with a mapped address (IPv4 to an IPv6 socket) counts as an IPv4 client.
     """
     ip, port = remote[0], b"%d" % remote[1]
     own, own_port = local[0].removeprefix(_MAPPED).encode(), b"%d" % local[1]
     mapped = ip.startswith(_MAPPED)
     address = ip.removeprefix(_MAPPED).encode()
-    told = {
+    found = {
         b"PROTO": b"TCP",
         b"TCPLOCALIP": own,
         b"TCPLOCALPORT": own_port,
@@ -79,27 +79,27 @@ def tcp(local: Address, remote: Address) -> dict[bytes, bytes]:
         b"REMOTE_PORT": port,
     }
     if ":" not in ip or mapped:
-        return told
-    told[b"PROTO"] = b"TCP6"
-    told[b"TCP6LOCALIP"], told[b"TCP6LOCALPORT"] = own, own_port
-    told[b"TCP6REMOTEIP"], told[b"TCP6REMOTEPORT"] = address, port
+        return found
+    found[b"PROTO"] = b"TCP6"
+    found[b"TCP6LOCALIP"], found[b"TCP6LOCALPORT"] = own, own_port
+    found[b"TCP6REMOTEIP"], found[b"TCP6REMOTEPORT"] = address, port
     scope = remote[3] if len(remote) > 3 else 0
     if scope:
-        # A link-local address means nothing without it.
+        # A link-local address is useless without its interface.
         try:
-            told[b"TCP6INTERFACE"] = socket.if_indextoname(scope).encode()
+            found[b"TCP6INTERFACE"] = socket.if_indextoname(scope).encode()
         except OSError:
-            pass  # it was taken away
-    return told
+            pass  # the interface was removed
+    return found
 
 
 def unix(local: bytes, remote: bytes | str, credentials: bytes) -> dict[bytes, bytes]:
-    """Return what is said of a UNIX connection.
+    """Return the variables of a UNIX connection.
 
-    The credentials are those of the process that connected, when it did.
+    credentials: of the process that connected, at that time.
     """
     pid, uid, gid = _CREDENTIALS.unpack(credentials)
-    told = {
+    found = {
         b"PROTO": b"UNIX",
         b"UNIXLOCALPATH": local,
         b"UNIXREMOTEEUID": b"%d" % uid,
@@ -109,14 +109,14 @@ def unix(local: bytes, remote: bytes | str, credentials: bytes) -> dict[bytes, b
     name = os.fsencode(remote)
     if name[:1] == b"\0":
         name = b"@" + name[1:]
-    # The client has chosen it.
+    # The client has chosen this name, so it may have any bytes.
     if name and b"\0" not in name:
-        told[b"UNIXREMOTEPATH"] = told[b"REMOTE_ADDR"] = name
-    return told
+        found[b"UNIXREMOTEPATH"] = found[b"REMOTE_ADDR"] = name
+    return found
 
 
 def path_of(word: str) -> bytes:
-    """Return the path in a percent-encoded `unix:/path` or `unix:@name`, b"" of anything else."""
+    """Return the path in a percent-encoded `unix:/path` or `unix:@name`; b"": it is neither."""
     kind, _, rest = word.partition(":")
     if kind != "unix":
         return b""

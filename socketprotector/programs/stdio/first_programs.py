@@ -1,12 +1,12 @@
 """Detects a release whose first programs fail at once: docs/stdio.md has the rule.
 
-A program has failed at once if it ends with a status other than 0, or by a signal, has sent its
-client nothing, and its client is still there or has sent something.  The first program that ends
-with status 0, sends something or lives on shows that the release works: from then on nothing here
-is done.
+A program has failed at once if all of this holds: it ends by a signal or with a status other than
+0; it has sent its client nothing; and the client is still there, or has sent something.  The first
+program that ends with status 0, sends something, or runs for LIVED_S proves that the release works.
+After that no program is watched.
 
-What a program has sent is known by a copy of its connection, which is kept for that, for as long
-as a client may wait for its end without noticing.
+To learn whether a program has sent something, we keep a copy of its connection.  We keep it only
+briefly, because the client sees the program's end only when the copy is closed.
 
 Source: tcp(7), linux/tcp.h (struct tcp_info), unix(7), tcp(7) (SIOCINQ, SIOCOUTQ).
 """
@@ -23,35 +23,35 @@ import time
 
 from socketprotector_client import wire
 
-#: So many programs are looked at side by side.
+#: How many programs are watched at the same time.
 WATCHED = 3
-#: A program that has lived so long has not failed at once.
+#: A program that has run for this long has not failed at once.
 LIVED_S = 10.0
 _INFO_BYTES = 160
 _INFO_WORDS = struct.Struct("=I")
-#: Where tcp_info has what is queued and not sent, and how many segments with data went each way.
+#: Offsets in tcp_info: bytes queued but not sent, and segments with data received and sent.
 _NOT_SENT, _SEGMENTS_IN, _SEGMENTS_OUT = 144, 152, 156
 _GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 _HUNG_UP = select.POLLRDHUP
 
 
 class FirstPrograms:
-    """What is known of the programs of a pool until one works."""
+    """The watched programs of a pool, until one works."""
 
     def __init__(self) -> None:
-        self.work = False
-        #: Messages for the protector that it has not been sent yet.
-        self.unsaid: list[str] = []
-        self._held: dict[int, tuple[int, float]] = {}  # by pid: our copy, and when it started
+        self.work = False  # a program has worked
+        #: Messages that are still to be sent to the protector.
+        self.unsent: list[str] = []
+        self._held: dict[int, tuple[int, float]] = {}  # by pid: our copy, and the start time
 
     @property
     def watches(self) -> bool:
-        """Whether a program that starts now is to be watched."""
+        """Whether a program that starts now should be watched."""
         return not self.work and len(self._held) < WATCHED
 
     @property
     def holds(self) -> bool:
-        """Whether there are copies of connections, to be looked at soon."""
+        """Whether there are copies of connections, which look() should check soon."""
         return bool(self._held)
 
     def started(self, pid: int, fd: int) -> None:
@@ -59,7 +59,7 @@ class FirstPrograms:
         self._held[pid] = fd, time.monotonic()
 
     def look(self) -> None:
-        """Let go of the connections of programs that cannot fail at once any more."""
+        """Close the copies of connections whose programs can no longer fail at once."""
         now = time.monotonic()
         for pid, (fd, since) in tuple(self._held.items()):
             sent = has_sent(fd)
@@ -70,19 +70,19 @@ class FirstPrograms:
                 self._let_go(pid)
 
     def ended(self, pid: int, status: int) -> None:
-        """Take in the end of a program.  status: as wait(2) gives it."""
+        """Judge a program that has ended.  status: as wait(2) gives it."""
         if self.work:
             return
         fd, _ = self._held.get(pid, (-1, 0.0))
         if status == 0 or (fd >= 0 and has_sent(fd)):
             self._works()
         elif fd >= 0 and has_sent(fd) is False and not has_left(fd):
-            self.unsaid.append(f"{wire.PROGRAM}=failed {pid} {status}")
+            self.unsent.append(f"{wire.PROGRAM}=failed {pid} {status}")
         self._let_go(pid)
 
     def _works(self) -> None:
         self.work = True
-        self.unsaid = [f"{wire.PROGRAM}=works"]
+        self.unsent = [f"{wire.PROGRAM}=works"]
         for pid in tuple(self._held):
             self._let_go(pid)
 
@@ -93,9 +93,9 @@ class FirstPrograms:
 
 
 def has_sent(fd: int) -> bool | None:
-    """Return whether something was sent on a connection; None: that cannot be known.
+    """Return whether something was sent on a connection; None: unknown.
 
-    Of a UNIX socket it is known only while something that the client has sent is unread.
+    For a UNIX socket the answer is known only while bytes of the client are unread.
     """
     info = _tcp_info(fd)
     if info is not None:
@@ -108,7 +108,7 @@ def has_sent(fd: int) -> bool | None:
 
 
 def has_left(fd: int) -> bool:
-    """Return whether the client has gone without having sent anything, as a port scanner does."""
+    """Return whether the client has left and sent nothing, like a port scanner."""
     info = _tcp_info(fd)
     if info is None or _word(info, _SEGMENTS_IN):
         return False
@@ -118,14 +118,14 @@ def has_left(fd: int) -> bool:
 
 
 def _tcp_info(fd: int) -> bytes | None:
-    """Return what the kernel knows of a TCP connection; None: it is none, or too old a kernel."""
-    one = socket.socket(fileno=fd)
+    """Return the tcp_info of a connection; None: it is not TCP, or the kernel is too old."""
+    connection = socket.socket(fileno=fd)
     try:
-        info: bytes = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
+        info: bytes = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
     except OSError:
         return None
     finally:
-        one.detach()
+        connection.detach()
     return info if len(info) == _INFO_BYTES else None
 
 

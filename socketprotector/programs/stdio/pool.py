@@ -1,12 +1,11 @@
-"""Takes connections while there are free slots, starts a program for each, sees programs end.
+"""Takes connections while slots are free, starts a program for each, and reaps the programs.
 
-One loop.  What is fixed: no connection is taken without a slot for its program and a descriptor
-to spare, and one that was taken has its program, however long that takes; our copy of it
-is closed as soon as the program runs, so that the client sees the program's end (of the first
-programs as soon as one of them works: first_programs.py).
+A connection is taken only if there is a slot for its program and a spare descriptor.  Its program
+is started, however long that takes.  Then we close our copy of the connection, so that the client
+sees the program's end.  (Copies for the first programs are kept longer: first_programs.py.)
 
-A connection is pending from when it was taken until its program was started.  There is one at
-most, and while there is one nothing is taken.
+A connection is pending from its taking until its program is started.  There is one at most, and
+meanwhile no other connection is taken.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ from .programs import Programs
 from .report import Board, say
 from .spawn import Starter
 
-#: How long to wait before a program is tried again: this, then twice as long each time.
+#: How long to wait before another try to start a program; twice as long each time.
 FIRST_WAIT_S = 0.01
 LAST_WAIT_S = 1.0
-#: How often to look at programs whose end nothing tells, and for a descriptor to spare.
+#: How often to check programs without a pidfd, and whether a descriptor is free again.
 _LOOK_S = 0.05
-#: STATUS= is said no oftener.
+#: The shortest interval of STATUS= messages.
 _STATUS_S = 1.0
 _EVENTS = select.EPOLLIN
-#: One pool is woken for a connection, not all: a tenth of what a program costs is saved.  It is
-#: always the same one that wakes at a low rate, which is as good as any.  One that is killed after
-#: its wake-up leaves the client waiting; the protector looks after what stays in the queue.
+#: A connection wakes one pool, not all, which saves a tenth of a program's cost.  At a low rate the
+#: kernel always wakes the same pool, which does no harm.  If a pool is killed after its wake-up,
+#: the client waits in the queue until the protector sends it again.
 _ONE_OF_US = select.EPOLLIN | select.EPOLLEXCLUSIVE
-#: What passes, so that we do not end for it (ENOSPC: fs.epoll.max_user_watches).
+#: Temporary errors, which must not end the pool (ENOSPC: fs.epoll.max_user_watches).
 _NO_MEMORY = (errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC)
 
 TYPE_CHECKING = False
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
 
 
 class Pool:
-    """Runs until there is nothing to take and no program any more."""
+    """The programs of one worker, and the connections that it takes for them."""
 
     def __init__(
         self,
@@ -60,7 +59,7 @@ class Pool:
         notifier: Notifier,
         board: Board,
     ) -> None:
-        """Take ownership of channel and line (-1: none)."""
+        """Take ownership of the channel, and of the RETURN line (-1: none)."""
         self._channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, channel)
         self._line = line
         self._slots = slots
@@ -72,9 +71,9 @@ class Pool:
         self._listening = False  # the channel is in the epoll set
         self._pending: tuple[int, dict[bytes, bytes]] | None = None
         self._wait_s = FIRST_WAIT_S
-        self._trouble = 0  # the errno that was said to be in the way of starting programs
-        self._scarce = False  # that there is no descriptor was said
-        #: What is to be called, and when.
+        self._trouble = 0  # the logged errno that keeps programs from starting; 0: none
+        self._scarce = False  # the log says that no descriptor is free
+        #: When to call each function.
         self._timers: dict[Callable[[], None], float] = {}
         if notifier.watchdog_s:
             self._call_after(0.0, self._feed_watchdog)
@@ -106,14 +105,14 @@ class Pool:
             come |= self._call_due()
             if come:
                 self._take()
-            # Not before: the others may sleep through a connection that we were woken for.
+            # After _take(): the wake-up for a connection came to us, and other pools may sleep.
             if leave:
                 self._stop_taking()
 
     # -- connections ---------------------------------------------------------
 
     def _take(self) -> None:
-        """Take and start, until there is no free slot or no connection."""
+        """Take connections and start their programs, while there are both slots and connections."""
         if not self._taking:
             return
         full = False
@@ -136,24 +135,24 @@ class Pool:
             if taken is None:
                 self._stop_taking()
             elif taken[0] >= 0:
-                self._came(*taken)
-        # A pool that listens must be able to take: with EPOLLEXCLUSIVE no other one is woken.
+                self._add_pending(*taken)
+        # A pool that listens must be able to take: with EPOLLEXCLUSIVE no other pool is woken.
         full = not self._may_take() or full
         self._listen(self._taking and not self._pending and not full)
 
-    def _came(self, fd: int, listener: int, accepted_at_ns: int) -> None:
+    def _add_pending(self, fd: int, listener: int, accepted_at_ns: int) -> None:
         self._board.took(accepted_at_ns)
         environment = self._environments.of(fd, listener)
         if environment is None:
-            os.close(fd)  # the client is gone, which is no mistake
+            os.close(fd)  # the client has left, which is no error
             return
         self._pending = fd, environment
         self._start()
 
     def _start(self) -> None:
-        """Start a program for the pending connection, or see to it that it is tried again."""
+        """Start a program for the pending connection; if that fails, try again later."""
         if self._pending is None:
-            return  # a signal came first
+            return  # SIGTERM has closed it
         fd, environment = self._pending
         try:
             pid = self._starter.start(fd, environment)
@@ -187,7 +186,10 @@ class Pool:
         self._wait_s = min(2 * self._wait_s, LAST_WAIT_S)
 
     def _may_take(self) -> bool:
-        """Have a descriptor to spare, for the connection and then for its program's end."""
+        """Open the spare descriptor if it is spent; return whether a connection can be taken.
+
+        The connection needs that descriptor, and later its program's pidfd does.
+        """
         if self._spare < 0:
             try:
                 self._spare = os.dup(2)
@@ -203,7 +205,7 @@ class Pool:
         return True
 
     def _listen(self, wanted: bool) -> None:
-        """Wait for connections, or do not: what may not be taken would keep us awake."""
+        """Watch the channel, or stop watching: unwanted connections would wake us all the time."""
         if wanted and not self._listening:
             try:
                 self._epoll.register(self._channel.fileno(), _ONE_OF_US)
@@ -216,7 +218,7 @@ class Pool:
             self._epoll.unregister(self._channel.fileno())
         self._listening = wanted
 
-    # -- what else there is --------------------------------------------------
+    # -- programs, timers and signals ------------------------------------------
 
     def _ended(self, pidfd: int) -> bool:
         """Handle the end of a program; return whether there is a free slot now."""
@@ -225,11 +227,11 @@ class Pool:
         if self._trouble == errno.EAGAIN:
             self._timers[self._start] = 0.0
         self._call_after(_STATUS_S, self._say_status)
-        self._say_of_first()
+        self._report_first()
         return True
 
     def _call_after(self, seconds: float, call: Callable[[], None]) -> None:
-        """Call something then, unless it is to be called sooner."""
+        """Call a function after this time, unless it will be called sooner."""
         self._timers.setdefault(call, time.monotonic() + seconds)
 
     def _timeout_s(self) -> float | None:
@@ -238,7 +240,7 @@ class Pool:
         return max(0.0, min(self._timers.values()) - time.monotonic())
 
     def _call_due(self) -> bool:
-        """Call what is due; say whether there may be a connection to take."""
+        """Call the functions that are due; return whether there may be a connection to take."""
         now = time.monotonic()
         due = [call for call, at in self._timers.items() if now >= at]
         for call in due:
@@ -247,26 +249,26 @@ class Pool:
         return bool(due) and not self._listening
 
     def _feed_watchdog(self) -> None:
-        self._notifier.tell("WATCHDOG=1")  # lost for once at most: half the time is left
+        self._notifier.send("WATCHDOG=1")  # a single one may be lost: half the limit is left
         self._call_after(self._notifier.watchdog_s, self._feed_watchdog)
 
     def _say_status(self) -> None:
         count = len(self._programs)
-        if self._notifier.tell(f"STATUS={count} of {self._slots} programs run"):
+        if self._notifier.send(f"STATUS={count} of {self._slots} programs run"):
             self._call_after(_STATUS_S, self._say_status)
 
-    def _say_of_first(self) -> None:
-        unsaid = self._first.unsaid
-        while unsaid:
-            if self._notifier.tell(unsaid[0]):
-                self._call_after(_LOOK_S, self._say_of_first)
+    def _report_first(self) -> None:
+        unsent = self._first.unsent
+        while unsent:
+            if self._notifier.send(unsent[0]):
+                self._call_after(_LOOK_S, self._report_first)
                 return
-            del unsaid[0]
+            del unsent[0]
 
     def _look(self) -> None:
         self._programs.look()
         self._first.look()
-        self._say_of_first()
+        self._report_first()
         if self._programs.unseen or self._first.holds:
             self._look_soon()
 
@@ -274,7 +276,7 @@ class Pool:
         self._call_after(_LOOK_S, self._look)
 
     def _line_ended(self) -> bool:
-        """End of file on the RETURN line: retire.  Nothing is said on it yet."""
+        """Return whether the RETURN line has ended; the protector sends no data there."""
         try:
             data = os.read(self._line, 4096)
         except OSError:
@@ -284,14 +286,14 @@ class Pool:
         return not data
 
     def _signalled(self) -> None:
-        """TERM: there is no more time, for the programs either."""
+        """Handle SIGTERM: stop taking, and pass the signal on to the programs."""
         os.read(self._wake, 4096)
         self._stop_taking()
         if self._pending:
             say("a connection was closed: no program could be started for it until the end")
             os.close(self._pending[0])
             self._pending = None
-        # Not to the programs alone: what they have started is of this group, too, as KILL is.
+        # To the whole process group, as KILL goes: it includes processes that programs started.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if os.getpgrp() == os.getpid():
             os.killpg(0, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The programs that run: each has a pidfd in the pool's epoll set, and is waited for once.
+"""The running programs: each has a pidfd in the pool's epoll set, and is reaped once.
 
 Source: pidfd_open(2), waitpid(2).
 """
@@ -16,28 +16,28 @@ if TYPE_CHECKING:
 
 
 class Programs:
-    """Those that were started and have not been waited for."""
+    """The programs that were started and are not reaped yet."""
 
     def __init__(
         self, epoll: select.epoll, board: Board, ended: Callable[[int, int], None]
     ) -> None:
-        """ended: called with the pid and the status of each, as wait(2) gives it."""
+        """ended: called with a program's pid and its status, as wait(2) gives it."""
         self._epoll = epoll
         self._board = board
         self._ended = ended
         self._pids: dict[int, int] = {}  # by pidfd
-        self._blind: list[int] = []  # pids of those whose end nothing will tell
+        self._unwatched: list[int] = []  # pids of programs without a pidfd
 
     def __len__(self) -> int:
-        return len(self._pids) + len(self._blind)
+        return len(self._pids) + len(self._unwatched)
 
     def __contains__(self, fd: int) -> bool:
         return fd in self._pids
 
     @property
     def unseen(self) -> bool:
-        """Whether there are some to be looked at now and then."""
-        return bool(self._blind)
+        """Whether look() must be called periodically, because programs have no pidfd."""
+        return bool(self._unwatched)
 
     def add(self, pid: int) -> None:
         """Wait for the end of a child of ours."""
@@ -49,34 +49,35 @@ class Programs:
         except OSError:  # out of descriptors, or of memory
             if pidfd >= 0:
                 os.close(pidfd)
-            self._blind.append(pid)
+            self._unwatched.append(pid)
         self._board.running(len(self))
 
     def ended(self, pidfd: int) -> bool:
-        """Take the status of the one whose pidfd is readable; say whether it is gone."""
-        if not self._waited_for(self._pids[pidfd]):
-            return False  # its tracer is to be told first
+        """Reap the program whose pidfd is readable; return False if it cannot be reaped yet."""
+        if not self._reap(self._pids[pidfd]):
+            return False  # its tracer must wait for it first
         del self._pids[pidfd]
-        # What we have just started may hold a copy of it for a moment.
+        # Explicitly: a program that is just starting may have a copy of the pidfd for a moment.
         self._epoll.unregister(pidfd)
         os.close(pidfd)
         self._board.running(len(self))
         return True
 
     def look(self) -> None:
-        """Take the status of those that have ended without our being told."""
-        self._blind = [pid for pid in self._blind if not self._waited_for(pid)]
+        """Reap the ended programs that have no pidfd."""
+        self._unwatched = [pid for pid in self._unwatched if not self._reap(pid)]
         self._board.running(len(self))
 
     def signal(self, number: int) -> None:
-        """Send all of them a signal.  They are not reaped, so their pids are no other process's."""
-        for pid in (*self._pids.values(), *self._blind):
+        """Send all programs a signal: until they are reaped, their pids cannot be reused."""
+        for pid in (*self._pids.values(), *self._unwatched):
             os.kill(pid, number)
 
-    def _waited_for(self, pid: int) -> bool:
-        gone, status = os.waitpid(pid, os.WNOHANG)
-        if gone:
+    def _reap(self, pid: int) -> bool:
+        """Reap a program if it has ended; return whether it was reaped."""
+        reaped, status = os.waitpid(pid, os.WNOHANG)
+        if reaped:
             self._ended(pid, status)
-        if gone and status:
+        if reaped and status:
             self._board.failed()
-        return bool(gone)
+        return bool(reaped)

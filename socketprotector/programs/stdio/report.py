@@ -1,6 +1,6 @@
-"""What the pool reports: its counts to the protector, messages to people.
+"""Reports of the pool: counts to the protector, messages to the log.
 
-Nothing here raises: a failed report must not end a program.  Source: docs/protocol.md.
+No function here raises: a failed report must not end a program.  Source: docs/protocol.md.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Board:
         self._words[wire.BOARD_ACTIVE] = count
 
     def failed(self) -> None:
-        """Count a program that ended otherwise than with status 0."""
+        """Count a program that did not end with status 0."""
         self._words[wire.BOARD_ERRORS] += 1
 
 
 def _map(value: str) -> memoryview:
-    """Return the record as 8-byte words; without a scoreboard some that are never read."""
+    """Return the record as 8-byte words; without a scoreboard, words that no process reads."""
     fd, _, offset = value.partition(":")
     if fd.isdecimal() and offset.isdecimal():
         start = int(offset) // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
@@ -56,5 +56,5 @@ def _map(value: str) -> memoryview:
             os.close(int(fd))  # the mapping stays
             return memoryview(shared)[begin:].cast("Q")
         except (OSError, ValueError):
-            pass  # another protector's idea of a scoreboard, or no memory
+            pass  # the scoreboard of an incompatible protector, or no memory
     return memoryview(bytearray(wire.BOARD_BYTES)).cast("Q")

@@ -1,4 +1,4 @@
-"""Starts programs: what they have in common is computed once.
+"""Starts programs; the values that all of them share are computed once.
 
 Source: posix_spawn(3).
 """
@@ -16,10 +16,9 @@ _SHELL = "/bin/sh"
 
 
 class Starter:
-    """One command.
+    """A command that can be started many times.
 
-    With posix_spawn 1,960 programs a second were started; forks of Python that wait, and then exec,
-    came to 870.
+    posix_spawn starts 1,960 programs a second; waiting forks of Python that then exec start 870.
     """
 
     def __init__(self, path: str, argv: tuple[str, ...]) -> None:
@@ -30,9 +29,9 @@ class Starter:
     def start(self, fd: int, environment: dict[bytes, bytes]) -> int:
         """Start the program with a connection as stdin and stdout; return its pid.
 
-        It is in our process group, so what ends that ends it, too.  All other descriptors
-        than 0, 1 and 2 are close-on-exec here.  fd stays the caller's.  Raises OSError with the
-        reason of posix_spawn, which returns when the program has been executed or has not.
+        The program is in our process group, so signals to the group reach it, too.  All descriptors
+        except 0, 1 and 2 are close-on-exec here.  fd: the connection, which stays the caller's.
+        Raises OSError, also if the exec fails: posix_spawn returns after it.
         """
         return os.posix_spawn(
             self._path,
@@ -45,9 +44,9 @@ class Starter:
 
 
 def starter_of(command: list[str], shell: bool, path: str) -> Starter:
-    """Find what is to be started; raises OSError where that cannot be executed.
+    """Return the starter of a command.  Raises OSError if its file cannot be executed.
 
-    path: the file, where the protector has found it before; else it is looked for.
+    path: the file that the protector has found; "": search for it.
     """
     if shell:
         return Starter(_SHELL, ("sh", "-c", command[0]))

@@ -31,8 +31,8 @@ class World:
         self.untaken = AcceptWatch(
             self.loop,
             lines=self.ask,
-            await_one=lambda: None,
-            say=lambda *said: self.said.append(said),
+            awaits_changed=lambda: None,
+            report=lambda *said: self.said.append(said),
         )
 
     def ask(self) -> dict[int, Line]:
@@ -54,7 +54,7 @@ class World:
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     made = World(monkeypatch)
-    made.untaken.begin(before_us=False)
+    made.untaken.begin(served_before=False)
     yield made
     made.loop.close()
 
@@ -105,7 +105,7 @@ def test_one_that_is_busy_is_not_reported(world: World) -> None:
 
 
 def test_one_that_had_its_turn_before_is_not_said_to_have_accepted_none(world: World) -> None:
-    world.untaken.begin(before_us=True)
+    world.untaken.begin(served_before=True)
     come(world, frozenset({A}))
     world.pass_time(LOOK_S + UNTAKEN_S)
     assert [ever for _, _, ever, _ in world.said] == [True]
@@ -114,7 +114,7 @@ def test_one_that_had_its_turn_before_is_not_said_to_have_accepted_none(world: W
 def test_another_generation_starts_afresh(world: World) -> None:
     come(world, frozenset({A}))
     world.pass_time(FIRST_LOOK_S + NEVER_TAKEN_S)
-    world.untaken.begin(before_us=False)
+    world.untaken.begin(served_before=False)
     assert world.untaken.seconds is None
 
     come(world, frozenset({A}))

@@ -20,7 +20,7 @@ from ....system import accept_marks, socket_file
 from ....system.listener import Listener
 from .accept_watch import ASKING_SHARE
 
-#: The mark of generations for which no unused mark was left.
+#: The mark of a generation that found no unused mark.
 NO_MARK = 0
 _OTHERS_WAIT = "clients wait there with the mark of another generation"
 
@@ -30,9 +30,10 @@ class AcceptCounts:
     """The open connections of all generations, queried at once."""
 
     listeners: Callable[[], Sequence[Listener]]
-    #: Returns our own connection, which does not count, if there is one.
+    #: Returns our own connection, if there is one; it does not count.
     ours: Callable[[], socket.socket | None] = lambda: None
-    #: By listener index, without listeners of which the kernel says nothing.
+    #: The connections of each mark, by listener index; without listeners that the kernel does not
+    #: report.
     _found: dict[int, Counter[int]] = field(default_factory=dict)
     _again_at: float = 0.0
 
@@ -60,25 +61,25 @@ class AcceptCounts:
         """
         if not listener.has_sibling:
             raise OSError(errno.EOPNOTSUPP, "all generations accept from it")
-        one = listener.socket_for(socket_number)
-        if one.family == socket.AF_UNIX:
-            mark = socket_file.number_of(one)
-            # The other generation may be one whose marks are not known any more.
+        listening = listener.socket_for(socket_number)
+        if listening.family == socket.AF_UNIX:
+            mark = socket_file.number_of(listening)
+            # Connections may also belong to a generation whose marks we no longer know.
             if (listener.index, mark) in taken or socket_file.connections(listener.path)[mark]:
                 raise OSError(errno.EBUSY, "it is the socket of another generation")
             return listener.index, mark
         used = {mark for index, mark in taken if index == listener.index} - {NO_MARK}
-        if accept_marks.mark_of(one) in used and listener.has_waiting(socket_number):
+        if accept_marks.mark_of(listening) in used and listener.has_waiting(socket_number):
             # Keep the mark, so that the next program after a kill comes to the same result.
             raise OSError(errno.EBUSY, _OTHERS_WAIT)
         mark = NO_MARK
         with suppress(OSError):  # for example no descriptor is left, or the kernel says nothing
             mark = self._unused(listener, socket_number, used)
-        had = accept_marks.mark(one, mark, used)
-        if had and listener.has_waiting(socket_number):
+        earlier = accept_marks.mark(listening, mark, used)
+        if earlier and listener.has_waiting(socket_number):
             # Queued connections already carry one of these marks.
-            had |= accept_marks.mark(one, NO_MARK, used)
-            if not had.isdisjoint(used):
+            earlier |= accept_marks.mark(listening, NO_MARK, used)
+            if not earlier.isdisjoint(used):
                 raise OSError(errno.EBUSY, _OTHERS_WAIT)
             mark = NO_MARK
         return listener.index, mark
@@ -88,14 +89,14 @@ class AcceptCounts:
 
         used: the marks of known generations.  Raises OSError.
         """
-        one, other = (listener.socket_for(n) for n in (socket_number, 1 - socket_number))
-        # With marks of released generations: a process may have left its group, or have passed a
-        # connection on.
-        found = self._found[listener.index] = accept_marks.connections(one, self.ours())
-        mark = accept_marks.mark_of(one)
+        listening, other = (listener.socket_for(n) for n in (socket_number, 1 - socket_number))
+        # Marks of released generations may be among them: a process may have left its process
+        # group, or have passed a connection on.
+        found = self._found[listener.index] = accept_marks.connections(listening, self.ours())
+        mark = accept_marks.mark_of(listening)
         if mark != NO_MARK and mark not in {*used, *found}:
             return mark
-        waiting = accept_marks.connections(one, waiting=True)
+        waiting = accept_marks.connections(listening, waiting=True)
         all_used = {*used, *found, *waiting, accept_marks.mark_of(other)}
         return min(set(range(1, accept_marks.MARKS + 1)) - all_used, default=NO_MARK)
 
@@ -105,12 +106,13 @@ class AcceptCounts:
         marks: a generation's marks with their listeners' indices; empty: they are unknown.
         """
         if marks and time.monotonic() >= self._again_at:
-            self._ask()
+            self._query()
         if not marks or any(mark == NO_MARK or index not in self._found for index, mark in marks):
             return None
         return sum(self._found[index][mark] for index, mark in marks)
 
-    def _ask(self) -> None:
+    def _query(self) -> None:
+        """Count the open connections of all listeners."""
         began = time.monotonic()
         self._found.clear()
         for each in self.listeners():

@@ -1,10 +1,11 @@
 """Detects that workers do not accept, under --handoff listener.
 
-No connection passes through us there, and none may wake us needlessly.  So only the first client
-of a generation wakes us.  After a while we ask the kernel for the backlog (sock_diag), and then
-again: accept() takes the oldest, so if all clients of the first answer are still in the second,
-none was accepted in between.  Where the backlog is empty we wait for the next client.  So nothing
-happens while no client connects, and in normal operation we wake up at most twice in LOOK_S.
+No connection passes through us in that mode, and none may wake us needlessly.  So only the first
+client of a generation wakes us.  After a while we read the backlog from the kernel (sock_diag), and
+later read it again.  accept() takes the oldest client.  So if all clients of the first answer are
+still in the second, none was accepted in between.  If the backlog is empty, we wait for the next
+client.  So while no client connects we sleep, and in normal operation we wake up at most twice in
+LOOK_S.
 """
 
 from __future__ import annotations
@@ -17,51 +18,53 @@ from ....system.loop import Loop
 from ....system.sock_diag import Line, stands
 from .. import NEVER_TAKEN_S, UNTAKEN_S
 
-#: How soon to look, and to look again: while none was ever accepted, and when one was.
+#: The pause between two looks: until a first client is accepted, and later.
 FIRST_LOOK_S = NEVER_TAKEN_S / 4
 LOOK_S = UNTAKEN_S / 2
-#: To ask the kernel takes at most this share of our time, however many connections there are.
+#: Queries to the kernel take at most this share of our time, however many connections there are.
 ASKING_SHARE = 0.1
 _LOOK = "untaken"
 
 
 @mutable
 class AcceptWatch:
-    """Watches over the generation that new clients come to."""
+    """Watches the generation that new clients come to."""
 
     loop: Loop
     _: KW_ONLY
     #: Returns the clients in each backlog, by the listener's index, as far as is known.
     lines: Callable[[], Mapping[int, Line]]
-    #: `awaits` has changed: whether came() is to be called for the next client.
-    await_one: Callable[[], None]
-    #: For so many seconds none of so many clients was accepted, whether any ever was, and at which
-    #: listeners.  Called once for each generation.
-    say: Callable[[float, int, bool, frozenset[int]], None]
+    #: Called when `awaits` changes: while it is True, the next client must lead to came().
+    awaits_changed: Callable[[], None]
+    #: Called once for each generation whose workers do not accept: with the seconds, how many
+    #: clients wait, whether one was ever accepted, and the listeners' indices.
+    report: Callable[[float, int, bool, frozenset[int]], None]
     awaits: bool = False
-    _said: bool = False
-    _accepted: set[int] = field(default_factory=set)  # listeners by which a client was
-    _before_us: bool = False  # it had its turn already: a client may have been, by any
-    #: The backlog, and since when all of it waits; empty: a client came, and no more is known.
+    _reported: bool = False
+    _accepted: set[int] = field(default_factory=set)  # listeners of which a client was accepted
+    #: The generation has served before, so it may have accepted clients of any listener.
+    _served_before: bool = False
+    #: By listener: the backlog, and since when none of it was accepted.  An empty backlog: a client
+    #: came, and the kernel was not queried yet.
     _waiting: dict[int, tuple[Line, float]] = field(default_factory=dict)
 
-    def begin(self, *, before_us: bool) -> None:
-        """Another generation has its turn, or has it again."""
-        self._said, self._before_us = False, before_us
+    def begin(self, *, served_before: bool) -> None:
+        """Watch the generation that clients come to from now on; served_before: not newly."""
+        self._reported, self._served_before = False, served_before
         self._accepted.clear()
         self._await()
 
     def end(self) -> None:
-        """No generation has its turn any more."""
+        """Watch no generation."""
         self.loop.cancel(_LOOK)
         self._waiting.clear()
         self.awaits = False
 
     def came(self, index: int) -> None:
-        """A client has come by a listener, and waits to be accepted."""
+        """Note that a client has come to a listener, and waits to be accepted."""
         self._waiting[index] = frozenset(), time.monotonic()
         self.awaits = False
-        self.await_one()
+        self.awaits_changed()
         self._look_later(0.0)
 
     @property
@@ -72,12 +75,13 @@ class AcceptWatch:
     def _await(self) -> None:
         self.end()
         self.awaits = True
-        self.await_one()
+        self.awaits_changed()
 
-    def _look_later(self, asking_s: float) -> None:
-        seldom = self._before_us or self._waiting.keys() <= self._accepted
+    def _look_later(self, query_s: float) -> None:
+        """Look again later; query_s: how long the query to the kernel took."""
+        seldom = self._served_before or self._waiting.keys() <= self._accepted
         delay_s = LOOK_S if seldom else FIRST_LOOK_S
-        self.loop.call_after(_LOOK, max(delay_s, asking_s / ASKING_SHARE), self._look)
+        self.loop.call_after(_LOOK, max(delay_s, query_s / ASKING_SHARE), self._look)
 
     def _look(self) -> None:
         began = time.monotonic()
@@ -85,7 +89,7 @@ class AcceptWatch:
         for index, (before, since) in list(self._waiting.items()):
             line = found.get(index)
             if line is None or not line or not stands(before, line):
-                self._accepted.add(index)  # or it is not known: looked at as seldom
+                self._accepted.add(index)  # also if it is unknown: then look as seldom
                 del self._waiting[index]
             else:
                 self._waiting[index] = line, since if before else began
@@ -96,11 +100,11 @@ class AcceptWatch:
             self._await()
             return
         passed_over = self._passed_over()
-        if passed_over and not self._said:
-            self._said = True
+        if passed_over and not self._reported:
+            self._reported = True
             count = sum(len(self._waiting[index][0]) for index in passed_over)
-            ever = self._before_us or passed_over.keys() <= self._accepted
-            self.say(max(passed_over.values()), count, ever, frozenset(passed_over))
+            ever = self._served_before or passed_over.keys() <= self._accepted
+            self.report(max(passed_over.values()), count, ever, frozenset(passed_over))
         self._look_later(time.monotonic() - began)
 
     def _passed_over(self) -> dict[int, float]:
@@ -110,4 +114,4 @@ class AcceptWatch:
         return {index: seconds for index, seconds in found.items() if seconds >= self._limit(index)}
 
     def _limit(self, index: int) -> float:
-        return UNTAKEN_S if self._before_us or index in self._accepted else NEVER_TAKEN_S
+        return UNTAKEN_S if self._served_before or index in self._accepted else NEVER_TAKEN_S

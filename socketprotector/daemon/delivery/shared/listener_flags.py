@@ -1,8 +1,9 @@
-"""O_NONBLOCK of listening sockets that were passed in: recorded, and restored by the next program.
+"""Records O_NONBLOCK of listening sockets that were passed in; the next program restores the flag.
 
-Workers may set it as they like.  It belongs to the open file description, so it is shared with the
-process that passed the socket in.  systemd sets it again at each start of the service (NonBlocking=
-of the unit), under running workers that have set it otherwise; not on those from its fd store.
+Workers may change the flag.  It belongs to the open file description, so we share it with the
+process that passed the socket in.  At each start of the service systemd sets the flag to
+NonBlocking= of the unit, even if running workers have changed it.  systemd leaves the flags of
+sockets in its fd store unchanged.
 
 Source: systemd.service(5), fcntl(2).
 """
@@ -14,18 +15,18 @@ from collections.abc import Callable, Collection
 from ....system.listener import Listener
 from ...runtime import Runtime
 
-#: A server that has just been started sets up its sockets: looked at after so long, then after
-#: twice that, and so on, until it is this.
+#: A server sets its sockets up soon after its start.  So the flags are checked after _FIRST_S, then
+#: after pauses that double, up to _LAST_S.
 _FIRST_S = 1.0
 _LAST_S = 64.0
 _TIMER = "listener-flags"
 
 
 class ListenerFlags:
-    """The non-blocking ones among the listeners that were passed in."""
+    """The O_NONBLOCK flags of the listeners that were passed in."""
 
     def __init__(self, listeners: Callable[[], Collection[Listener]], runtime: Runtime) -> None:
-        """listeners: all that there are."""
+        """listeners: returns all listeners."""
         self._listeners = listeners
         self._runtime = runtime
         self._nonblocking: tuple[int, ...] = ()
@@ -35,12 +36,12 @@ class ListenerFlags:
         return [each for each in self._listeners() if each.shared and each.settings.foreign]
 
     def record(self) -> tuple[int, ...]:
-        """Return which do not block now, by index."""
+        """Return the indices of the listeners that are non-blocking now."""
         self._nonblocking = tuple(each.index for each in self._passed_in if not each.blocks)
         return self._nonblocking
 
     def watch(self, after_s: float = _FIRST_S) -> None:
-        """See for a while whether workers set them: nothing tells of it."""
+        """Check for a while whether workers change the flags, which the kernel does not report."""
         if self._passed_in:
             if self._nonblocking != self.record():
                 self._runtime.persist()
@@ -49,6 +50,6 @@ class ListenerFlags:
                 self._runtime.loop.call_after(_TIMER, after_s, lambda: self.watch(again))
 
     def adopt(self, nonblocking: Collection[int]) -> None:
-        """Put them back to what an earlier program has written down."""
+        """Restore the flags that an earlier program recorded."""
         for each in self._passed_in:
             each.socket.setblocking(each.index not in nonblocking)

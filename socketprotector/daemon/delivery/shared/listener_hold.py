@@ -1,8 +1,8 @@
 """A hold under --handoff listener: new clients get no answer, so their kernels try again.
 
 Workers accept every client at their sockets.  So during a hold new clients are steered to a socket
-that no worker has, and that never answers (system/reuseport.py).  Only we have it: with a guard or
-an fd store it survives us, and so does the hold; otherwise both end with us.
+that no worker has, and that never answers (system/reuseport.py).  Only we have that socket.  With a
+guard or an fd store, the socket and the hold survive us; otherwise both end with us.
 """
 
 from __future__ import annotations

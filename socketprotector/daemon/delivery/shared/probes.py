@@ -1,4 +1,4 @@
-"""Probes of a generation, with or without clients: how they reach it, and how we recognize them.
+"""Probes of a generation, with or without clients: how they reach it, and how we recognise them.
 
 At a TCP address a probe has a mark (system/bpf.py), by which the kernel steers it.  At a UNIX
 path it connects to the file of that generation's socket.  We discard a probe that no worker
@@ -66,8 +66,11 @@ class Probes:
         steer: Callable[[], bool],
         persist: Callable[[], bool],
     ) -> None:
-        """pairs: returns the listeners with two sockets.  steer: updates the kernel's steering, and
-        returns whether it succeeded.  persist: writes the record down."""
+        """pairs: returns the listeners with two sockets.
+
+        steer: updates the kernel's steering, and returns whether it succeeded.  persist: writes the
+        state.
+        """
         self._pairs, self._turns = pairs, turns
         self._steer, self._persist = steer, persist
         #: Sockets, by listener and number, whose ::1 or UNIX peers can only be probes of this
@@ -96,7 +99,7 @@ class Probes:
         for each in listeners:
             if name in ("", each.settings.name) and knows(each.index):
                 asked = each.socket_for(self._turns.current)
-                # As for ask(): the probe never leaves this machine, even to a foreign address.
+                # As in ask(): the probe never leaves this machine.
                 unix = asked.family == socket.AF_UNIX
                 address = each.address_of(self._turns.current)
                 mark = None if unix else self._mark_for(each, address)
@@ -129,8 +132,8 @@ class Probes:
             return
         self._persist()  # before the first probe: if we are killed, the next program finds it
 
-    def _note_abandoned(self, asked: socket.socket, one: socket.socket) -> None:
-        self._abandoned.append((asked, _end_of(one, asked)))
+    def _note_abandoned(self, listening: socket.socket, client: socket.socket) -> None:
+        self._abandoned.append((listening, _end_of(client, listening)))
 
     def ask(
         self, generation: int, name: str, knows: Callable[[int], bool] = lambda index: True
@@ -139,9 +142,10 @@ class Probes:
 
         name: the listener's, "" for the first that has two sockets.  knows: says whether the
         generation knows a listener, by index.
-        The serving generation is reached, too: a hold does not block the probe, which never leaves
-        this machine (the address may be foreign).  Raises OSError; EAGAIN also while workers of an
-        earlier generation could answer.
+
+        This works for the serving generation, too, and during a hold.  The probe never leaves this
+        machine, even if the address is another machine's.  Raises OSError; EAGAIN also while
+        workers of an earlier generation could answer.
         """
         socket_number = self._turns.accepting.get(generation)
         if socket_number is None:
@@ -208,7 +212,7 @@ class Probes:
         if self.questions.pop(mark, None) is not None:
             self._steer()
 
-    def _questions_at(self, listener: Listener, number: int) -> int | None:
+    def _probes_at(self, listener: Listener, number: int) -> int | None:
         """Return how many probes wait at a listener's socket; None: a client waits, too.
 
         Raises OSError.
@@ -222,7 +226,7 @@ class Probes:
             sources.add(_SOURCE_OF_IPV6)
         if not (abandoned or sources):
             return None
-        waiting, _ = reuseport.queue(listening)  # first: later connections queue behind these
+        waiting, _ = reuseport.queue(listening)  # first: later connections do not count
         if listening.family == socket.AF_UNIX and place in self.asked:
             return waiting
         ends = unaccepted(listening)
@@ -233,25 +237,25 @@ class Probes:
     def clients_wait(self, listener: Listener, number: int) -> bool:
         """Return whether a client may wait at a listener's socket, and not only probes."""
         try:
-            return self._questions_at(listener, number) is None
+            return self._probes_at(listener, number) is None
         except OSError:
             return True
 
     def discard(self) -> set[tuple[int, int]]:
         """Flush the probes at sockets that no worker accepts from: no generation starts for them.
 
-        Where a client waits, too, a generation starts, and accepts both.  Returns the sockets, by
-        listener and number, whose queues cannot be read now.
+        If a client waits there, too, nothing is flushed: a generation starts, and accepts both.
+        Returns the sockets, by listener and number, whose queues cannot be read now.
         """
         unknown = set()
         for each, number in [(each, number) for each in self._pairs() for number in (0, 1)]:
-            there = number in self._turns.accepting.values()
-            accepts = there and self._turns.is_served(each, number)
-            if accepts or each not in self._turns.own(self._pairs(), number):
+            is_assigned = number in self._turns.accepting.values()
+            is_accepted = is_assigned and self._turns.is_served(each, number)
+            if is_accepted or each not in self._turns.own(self._pairs(), number):
                 continue
             listening, place = each.socket_for(number), (each.index, number)
             try:
-                waiting = self._questions_at(each, number)
+                waiting = self._probes_at(each, number)
                 if waiting is None:
                     continue
                 reuseport.discard_waiting(listening, waiting)

@@ -1,8 +1,9 @@
 """Finds out when a replaced generation has accepted, and read from, all its clients.
 
-It gets no new clients.  It may have clients that it has not accepted, or not read from: a server
-that is ordered to finish closes their connections.  We query the kernel for them (sock_diag) again
-and again, for at most a tenth of our time.  If the kernel does not answer, only time counts.
+Such a generation gets no new clients.  But some clients may not be accepted yet, or not read from:
+a server that is ordered to finish closes their connections.  So we query the kernel for them
+(sock_diag) repeatedly, for at most a tenth of our time.  If the kernel does not answer, we wait for
+a fixed time.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ _LOOK_S = 0.1
 #: that are about to connect are waited for.
 _LOOK_SOON_S = 0.01
 _SOON_LOOKS = 2
-#: For how long all clients that had come must have been read from.
+#: A generation is quiet if no unread client was found for this time.
 QUIET_S = 1.0
 #: How long to wait for clients that have connected and send nothing.
 SILENT_S = 3.0
-#: After that long a generation is ordered to finish even if it has not read from all its clients.
+#: After this time a generation is ordered to finish even if it has not read from all its clients.
 LAST_S = 10.0
 
 
 @mutable
 class _Generation:
-    """What is known of one generation that gets no new clients."""
+    """One generation that gets no new clients, and its unread clients."""
 
     socket_number: int
     on_quiet: Callable[[], None]
-    common: Sequence[Listener]  # without a second socket, and maybe with a backlog
+    common: Sequence[Listener]  # listeners without a second socket that may have a backlog
     reads_on: bool  # its workers read from all accepted clients before they exit
     began: float
     # Planned seconds, not elapsed ones: while the machine was suspended no worker could read.
@@ -55,18 +56,18 @@ def _unread_unix(
 ) -> dict[tuple[int, bytes], bool]:
     """Return the unread clients of a generation's UNIX sockets.  Raises OSError.
 
-    The kernel does not say which accepted clients have sent nothing: none of them is waited for.
+    The kernel does not report accepted clients that have sent nothing, so we do not wait for them.
 
-    replaced: listeners whose socket was bound in the place of the generation's own.  The name of
-    that earlier socket is lost: any name of this path that no present socket has may be its name.
+    replaced: listeners whose socket was bound in the place of the generation's own.  We have lost
+    the name of that earlier socket: it may be any name of the path that no present socket has.
     """
     by_name = {each.socket_for(socket_number).getsockname(): each.index for each in listeners}
     by_path = {each.path: each.index for each in replaced}
-    now = {one.getsockname() for each in replaced for one in each.sockets}
+    present = {listening.getsockname() for each in replaced for listening in each.sockets}
     found: dict[tuple[int, bytes], bool] = {}
     for name, inode, unread in accepted_unix():
         index = by_name.get(name)
-        if index is None and by_path and name not in now:
+        if index is None and by_path and name not in present:
             index = by_path.get(path_of(name))
         if unread and index is not None:
             found[index, b"%d" % inode] = False
@@ -134,7 +135,7 @@ class Quiescing:
 
     def _look(self, generation: int) -> None:
         state, now = self._generations[generation], time.monotonic()
-        # First, so that clients who come later do not count below.
+        # First, so that clients that come later do not count below.
         still_come = not self._is_steered(generation)
         state.common = [each for each in state.common if each.has_waiting()]
         own = self._own(state.socket_number, generation)
@@ -147,10 +148,10 @@ class Quiescing:
             self.begin_again(generation)
         unread = state.unread
         if unread is None:
-            # sock_diag knows the port, not the socket, so it counts clients of the other socket,
-            # too.  Only accepted clients matter here: that backlog is the other generation's.
-            unread = self._ask(generation, pairs, accepted=not waiting)
-        elif unread and (still := self._ask(generation, pairs, accepted=not waiting)) is not None:
+            # sock_diag reports by port, so it includes clients in the backlog of the other socket.
+            # Those belong to the other generation, so leave the backlogs out if ours is empty.
+            unread = self._query(generation, pairs, accepted=not waiting)
+        elif unread and (still := self._query(generation, pairs, accepted=not waiting)) is not None:
             unread = {client: still[client] for client in unread if client in still}
         # sock_diag omits clients in a UNIX backlog: query again when they have been accepted.
         state.unread = None if waiting else unread
@@ -172,20 +173,20 @@ class Quiescing:
             del self._generations[generation]
             state.on_quiet()
             return
-        asking_s = time.monotonic() - now
+        query_s = time.monotonic() - now
         look_s = _LOOK_SOON_S if state.reads_on else _LOOK_S
-        state.delay_s = max(look_s, asking_s / ASKING_SHARE)
+        state.delay_s = max(look_s, query_s / ASKING_SHARE)
         again = partial(self._look, generation)
         self._loop.call_after(("quiesce", generation), state.delay_s, again)
 
-    def _ask(
+    def _query(
         self, generation: int, pairs: Sequence[Listener], *, accepted: bool
     ) -> dict[tuple[int, bytes], bool] | None:
         """Return the unread clients at these addresses, and whether each is silent.
 
-        Returns none for an address of which the kernel says nothing, and None if it cannot be
-        queried now.  accepted: without clients in a backlog.  For a generation that reads on,
-        returns the clients that are about to connect.
+        If the generation reads on, return the clients that are about to connect instead.  Addresses
+        that the kernel does not report are left out.  None: the kernel cannot be queried now.
+        accepted: leave out clients in a backlog.
         """
         state, found = self._generations[generation], dict[tuple[int, bytes], bool]()
         for family in {each.socket.family for each in pairs}:

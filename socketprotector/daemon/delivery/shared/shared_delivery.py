@@ -52,7 +52,7 @@ class SharedDelivery(Delivery):
     # -- a generation ----------------------------------------------------------------
 
     def can_ask(self, listener: str) -> bool:
-        # A UNIX path with one socket left gets another for the generation, if its folder allows it.
+        # A UNIX path with one socket left gets another at the start of a generation, if possible.
         named = [each for each in self._listeners if listener in ("", each.settings.name)]
         return self.steering.probes.can_ask(listener) or any(each.path for each in named)
 
@@ -126,7 +126,7 @@ class SharedDelivery(Delivery):
     def keeps(self, number: int) -> bool:
         return False
 
-    # -- what is known of it -----------------------------------------------------------
+    # -- counts ------------------------------------------------------------------------
 
     def waiting(self, generation: OpenGeneration, *, clients_only: bool = False) -> int | None:
         number = generation.record.number
@@ -279,6 +279,6 @@ class SharedDelivery(Delivery):
         self.steering.end()
         self._close_listeners()
         current = self.steering.turns.current
-        left = tuple(filter(None, [each.leave(current) for each in self._listeners]))
+        surviving = tuple(filter(None, [each.leave(current) for each in self._listeners]))
         self._listeners.clear()
-        return left
+        return surviving

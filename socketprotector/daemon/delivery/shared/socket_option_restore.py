@@ -1,16 +1,17 @@
 """Undoes what a generation has done to the listening sockets that another generation uses.
 
 Workers share their listening sockets.  A release that fails may have called listen(5), or set
-TCP_DEFER_ACCEPT, and that stays after it.  So the options (system/socket_snapshot.py) are restored
+TCP_DEFER_ACCEPT, and such options remain after its exit.  So they (system/socket_snapshot.py) are
+restored in two cases:
 
-* before a generation begins on a socket that no other one uses: as the socket was when it was made;
-* when a generation ends before an older one on the same socket, which means that a release failed:
-  as the socket was when it began.  Options that the serving generation set before stay.
+* A generation begins on a socket that no other generation uses: restore the new socket's options.
+* A release fails, that is, a generation ends before an older one on the same socket: restore the
+  options at the release's start.  So earlier changes of the serving generation remain.
 
-If an option that cannot be restored would keep clients out, the socket is replaced.
+If an option cannot be restored and would keep clients out, the socket is replaced.
 
-But a backlog that the serving generation has lowered is raised again when the next one begins on
-the same socket, or when no generation accepts: more clients that wait harm neither.
+A backlog that the serving generation has lowered is raised again in two cases: when another
+generation begins on the same socket, and when no generation accepts.  A longer backlog is harmless.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ....system.listener import Listener
 from ....system.socket_snapshot import Snapshot
 from ...runtime import Runtime
 
-#: Instead of a generation's number: the socket as it was made.
+#: The key of a new socket's options, in the place of a generation's number.
 _MADE = 0
 
 
@@ -35,7 +36,7 @@ class SocketOptionRestore:
         listeners: Callable[[], Sequence[Listener]],
         replace: Callable[[Listener, int], None],
     ) -> None:
-        """replace: binds another socket in the place of one, by its number."""
+        """replace: binds another socket in the place of a listener's, by the socket's number."""
         self._log = runtime.log
         self._listeners = listeners
         self._replace = replace
@@ -43,7 +44,7 @@ class SocketOptionRestore:
 
     @property
     def record(self) -> tuple[tuple[int, int, str], ...]:
-        """What the next program needs: generation, listener, snapshot."""
+        """The snapshots that the next program needs, by generation and listener."""
         return tuple((*key, socket_snapshot.as_text(each)) for key, each in self._before.items())
 
     @record.setter
@@ -60,23 +61,23 @@ class SocketOptionRestore:
         made = self._before.get((_MADE, listener.index))
         if made is not None and is_alone():
             self._restore(listener, socket_number, made)
-        one = listener.socket_for(socket_number)
-        if not is_alone():  # maybe only now, because no other socket could be bound
-            self._before[generation, listener.index] = socket_snapshot.take(one)
+        listening = listener.socket_for(socket_number)
+        if not is_alone():  # maybe only since _restore(), which could not bind another socket
+            self._before[generation, listener.index] = socket_snapshot.take(listening)
             if made is not None:
-                socket_snapshot.raise_backlog(one, made)
+                socket_snapshot.raise_backlog(listening, made)
         elif made is None:
-            self._before[_MADE, listener.index] = socket_snapshot.take(one)
+            self._before[_MADE, listener.index] = socket_snapshot.take(listening)
 
     def end(
         self, generation: int, socket_number: int, others: Collection[int], *, gone: bool
     ) -> None:
-        """Restore what a generation has changed, if all others are older: then it has failed.
+        """Restore the options that a generation has changed, if all others are older: it failed.
 
-        gone: it has no workers any more that could change more.
+        gone: all its workers have exited, so none can change an option later.
         """
         if not others:
-            self._let_all_wait()
+            self._raise_backlogs()
         mine = [key for key in self._before if key[0] == generation]
         if others and max(others) < generation:
             by_index = {each.index: each for each in self._listeners() if not each.lost}
@@ -91,28 +92,28 @@ class SocketOptionRestore:
         for key in mine if gone else ():
             del self._before[key]
 
-    def _let_all_wait(self) -> None:
-        """Raise each backlog: clients wait for the next generation, which may start much later."""
+    def _raise_backlogs(self) -> None:
+        """Raise each backlog, because clients may have to wait long for the next generation."""
         for listener in self._listeners():
             made = self._before.get((_MADE, listener.index))
             if made is None or listener.lost:
                 continue
-            for one in listener.sockets:
-                socket_snapshot.raise_backlog(one, made)
+            for listening in listener.sockets:
+                socket_snapshot.raise_backlog(listening, made)
 
     def _restore(
         self, listener: Listener, socket_number: int, before: Snapshot, *, say: bool = True
     ) -> None:
         """Restore a socket's options; otherwise replace the socket, or log which options stay."""
-        one, count = listener.socket_for(socket_number), len(listener.sockets)
-        stays = socket_snapshot.restore(one, before)
-        # A socket that all generations share is replaced only where it keeps clients out, because
-        # the serving generation must then be replaced, too.
+        listening, count = listener.socket_for(socket_number), len(listener.sockets)
+        stays = socket_snapshot.restore(listening, before)
+        # A socket that all generations share is replaced only if it keeps clients out: then the
+        # serving generation must be replaced, too.
         if stays and (
             listener.has_sibling
             or (
                 socket_snapshot.KEEPS_CLIENTS_OUT.intersection(stays)
-                and listener.can_do_without(one)
+                and listener.can_do_without(listening)
             )
         ):
             self._replace(listener, socket_number)

@@ -1,8 +1,8 @@
-"""Repairs sockets that workers have broken: they listen again, or others are bound in their place.
+"""Repairs sockets that workers have broken: makes them listen again, or binds other ones instead.
 
-A listening socket is an open file description that all workers share: any of them can shut it down
-for all.  Workers that run already do not have a socket that is bound in its place: for that there
-must be another generation.
+A listening socket is an open file description that all workers share, so any worker can shut it
+down for all.  Running workers do not get a socket that is bound in its place, so another generation
+has to start.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class SocketRepair:
         self._adopt_held = adopt_held
         self._bound, self._lost = bound, lost
         self.options = SocketOptionRestore(runtime, shared, self._replace)
-        self.ended = False  # True: a socket that is shut down stays so
+        self.ended = False  # True: sockets that are shut down are not repaired
 
     def repair(self, listener: Listener, socket_number: int) -> None:
         """Make a socket that was shut down listen again, or bind another in its place."""
@@ -142,7 +142,7 @@ class SocketRepair:
         self._adopt_held()
         starting = self._turns.starting
         if starting in lost:
-            # First, because no other generation starts for the clients until this one is gone.
+            # First: no generation starts for the clients until the starting one has failed.
             self._post(SocketLost(starting))
             lost.remove(starting)
         if lost:

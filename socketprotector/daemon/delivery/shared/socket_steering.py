@@ -47,7 +47,7 @@ class SocketSteering:
         lost: Callable[[Listener, str], None],
         untaken: Callable[[float, int, bool, str], None],
     ) -> None:
-        """listeners: returns all listeners, which stay their owner's.
+        """listeners: returns all listeners, which their owner closes.
 
         bound: called when a listener has another socket.  lost: called when it has none any more,
         with the reason.  untaken: called with how many seconds workers accepted none, how many
@@ -59,7 +59,7 @@ class SocketSteering:
         self._bound = bound
         #: Addresses whose clients the kernel sends to the wrong socket, and why.
         self._not_steered: dict[str, str] = {}
-        self._hold_installed = True  # the kernel has the hold state that we want
+        self._hold_installed = True  # the kernel's hold state is the wanted one
         self.turns = Turns()
         self.probes = Probes(
             lambda: self._pairs, self.turns, steer=self._steer, persist=runtime.persist
@@ -77,7 +77,7 @@ class SocketSteering:
             own=lambda number, generation: self.turns.own(self._pairs, number, generation),
             is_replaced=lambda each, generation: (generation, each.index) in self.turns.unserved,
             clients_wait=self.probes.clients_wait,
-            is_steered=self._comes_to_others,
+            is_steered=self._gets_no_client,
         )
         self.hold = ListenerHold(listeners)
         self._repairs = SocketRepair(
@@ -202,7 +202,7 @@ class SocketSteering:
         """Begin or end a hold: new clients get no answer, and their kernels retry until it ends."""
         self.hold.turn(on)
         self._steer()
-        if not on:  # the held clients must not wait for a back-off that others have caused
+        if not on:  # the held clients must not wait for a back-off that other clients have caused
             self._watch.end_back_off()
         self._adopt_held()
 
@@ -229,12 +229,12 @@ class SocketSteering:
         self._watch.watch()
 
     def expect(self, listener: Listener, *, dry_run: bool) -> None:
-        """Steer the clients of a new listener to the generation that is to know it.
+        """Steer the clients of a new listener to the next generation, which will know it.
 
-        dry_run: it gets no clients, so steer them to the socket that it will not accept from.
+        dry_run: that generation gets no clients, so steer them to the socket that it does not use.
         """
         if self.turns.expect(listener, dry_run=dry_run) == 1:
-            listener.swap()  # until now clients came to the first one
+            listener.swap()  # until now clients came to the first socket
         self._steer()
 
     def turn_to(
@@ -247,8 +247,8 @@ class SocketSteering:
         """Steer new clients to socket 0 or 1.
 
         again: the generation there has served before.  knows: says whether it knows a listener, by
-        index; None: that generation is yet to come.  Clients of an unknown listener stay at their
-        present socket, with a generation that knows it, until the listener is removed.
+        index; None: no generation has that socket yet.  Clients of an unknown listener stay at
+        their present socket, with a generation that knows it, until the listener is removed.
         """
         listeners = self._listeners()
         self.turns.turn_to(socket_number, {each.index for each in listeners}, knows)
@@ -259,7 +259,7 @@ class SocketSteering:
         self._adopt_held()  # clients may have waited at both sockets until now
         self._watch.watch()
         if socket_number in self.turns.accepting.values():
-            self.accept_watch.begin(before_us=again)
+            self.accept_watch.begin(served_before=again)
 
     def record(self) -> SteeringRecord:
         """Return the record that the next program needs."""
@@ -357,7 +357,7 @@ class SocketSteering:
         if self.share:
             self._steer()
 
-    def _comes_to_others(self, generation: int) -> bool:
+    def _gets_no_client(self, generation: int) -> bool:
         """Return whether no new client comes to a generation."""
         return self.is_steered and self.turns.accepting[generation] != self.turns.current
 
@@ -377,7 +377,7 @@ class SocketSteering:
         self._repairs.ended = True
         self._watch.end()
 
-    # -- whose turn it is --------------------------------------------------------
+    # -- steering ------------------------------------------------------------------
 
     @property
     def _pairs(self) -> list[Listener]:
@@ -416,7 +416,7 @@ class SocketSteering:
             self._loop.call_after("steer", _STEER_AGAIN_S, self._repair)
 
     def _repair(self) -> None:
-        if not self._repairs.ended:  # otherwise it would bring clients that no generation serves
+        if not self._repairs.ended:  # otherwise clients would come that no generation serves
             self._repairs.repair_all()
             self._steer()
 

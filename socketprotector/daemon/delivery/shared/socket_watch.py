@@ -50,7 +50,10 @@ class SocketWatch:
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._repair, self._say_untaken = repair, untaken
         self.accepts = AcceptWatch(
-            self._loop, lines=self._lines, await_one=self.watch, say=self._untaken_by
+            self._loop,
+            lines=self._waiting_clients,
+            awaits_changed=self.watch,
+            report=self._report_untaken,
         )
         self._ended = False
         self._rescue_s = 0.0  # the pause after the last rescue before the next
@@ -78,9 +81,9 @@ class SocketWatch:
         """Look at once: maybe no process is left that could accept the clients."""
         self._loop.cancel(_RESCUE)
         self.watch()
-        wait = any(each.has_waiting(number) for each, number in self._in_vain())
+        wait = any(each.has_waiting(number) for each, number in self._without_worker())
         if wait and not self._ended:
-            self._rescue_later()  # the loop may open a generation for them in this very turn
+            self._rescue_later()  # not now: this turn of the loop may open a generation for them
 
     def unwatch(self, listener: Listener) -> None:
         """Forget a listener's sockets until the next watch(): they may be replaced."""
@@ -91,7 +94,7 @@ class SocketWatch:
         """Watch by a timer: a worker may shut its socket down again and again."""
         self._loop.call_after(_REPAIR, _REPAIR_AGAIN_S, self.watch)
 
-    def _in_vain(self) -> list[tuple[Listener, int]]:
+    def _without_worker(self) -> list[tuple[Listener, int]]:
         """Return the sockets from which no worker accepts."""
         return [
             (each, number)
@@ -101,7 +104,7 @@ class SocketWatch:
         ]
 
     def watch(self) -> None:
-        """Watch for sockets that are shut down, and for clients that wait in vain.
+        """Watch for sockets that are shut down, and for clients that no worker accepts.
 
         If no worker is known to accept yet, watch for the next client, too.
         """
@@ -109,46 +112,48 @@ class SocketWatch:
             return
         if self._turns.current not in self._turns.accepting.values():
             self.accepts.end()
-        in_vain = self._in_vain()
-        if not in_vain:
+        without_worker = self._without_worker()
+        if not without_worker:
             self._loop.cancel(_RESCUE)
-        looked_at = [] if self._loop.due(_RESCUE) is not None else in_vain
-        awaited = self._lines_of(in_vain) if self.accepts.awaits else []
+        stranding = [] if self._loop.due(_RESCUE) is not None else without_worker
+        awaited = self._served_sockets(without_worker) if self.accepts.awaits else []
         try:
             for each in self._shared():
                 each.note()
                 for number, listening in enumerate(each.sockets):
                     self._loop.unwatch(listening.fileno())
-                    expected = (each, number) in looked_at or (each, number) in awaited
-                    events = SHUT | READ if expected else SHUT
+                    reads = (each, number) in stranding or (each, number) in awaited
+                    events = SHUT | READ if reads else SHUT
                     look = partial(self._look_at, each, number)
                     self._loop.watch(listening.fileno(), look, events)
         except OSError:  # epoll is out of memory
             for each in self._shared():
                 self.unwatch(each)  # a socket left in epoll would wake us all the time
             self._loop.call_after(_REPAIR, _REPAIR_AGAIN_S, self.watch)
-            if looked_at:
+            if stranding:
                 self._rescue_later()
 
     def _look_at(self, listener: Listener, number: int) -> None:
         if not listener.is_alive(number):
             self._repair(listener, number)
-        elif (listener, number) in self._in_vain():
+        elif (listener, number) in self._without_worker():
             self._rescue_later()
         elif self.accepts.awaits:
             # A worker may have accepted the client by now: then the next look finds none.
             self.accepts.came(listener.index)
 
-    def _lines_of(self, in_vain: Sequence[tuple[Listener, int]]) -> list[tuple[Listener, int]]:
+    def _served_sockets(
+        self, without_worker: Sequence[tuple[Listener, int]]
+    ) -> list[tuple[Listener, int]]:
         """Return the sockets that new clients are steered to and workers accept from."""
         known = [each for each in self._shared() if each.index not in self._turns.expected]
         found = [(each, self._turns.current % len(each.sockets)) for each in known]
-        return [each for each in found if each not in in_vain]
+        return [each for each in found if each not in without_worker]
 
-    def _lines(self) -> dict[int, Line]:
+    def _waiting_clients(self) -> dict[int, Line]:
         """Return the clients known to wait for the current generation, by listener index."""
         found: dict[int, Line] = {}
-        for each, number in self._lines_of(self._in_vain()):
+        for each, number in self._served_sockets(self._without_worker()):
             if not each.has_waiting(number):
                 found[each.index] = ()
                 continue
@@ -160,7 +165,7 @@ class SocketWatch:
                 found[each.index] = line
         return found
 
-    def _untaken_by(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
+    def _report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
         addresses = [each.settings.address for each in self._shared() if each.index in at]
         self._say_untaken(seconds, waiting, ever, " ".join(addresses))
 
@@ -170,10 +175,10 @@ class SocketWatch:
         Without such a worker look at once, unless a generation was started for clients just now.
         """
         leaving, may_accept = {number for number, _ in self._turns.leaving.values()}, True
-        for each, number in self._in_vain():
+        for each, number in self._without_worker():
             self._loop.unwatch(each.socket_for(number).fileno())
-            there = {left % len(each.sockets) for left in leaving}
-            may_accept &= number in there or not each.has_waiting(number)
+            finishing = {place % len(each.sockets) for place in leaving}
+            may_accept &= number in finishing or not each.has_waiting(number)
         since_s = time.monotonic() - self._rescued_at
         if since_s > LAST_RESCUE_S:
             self._rescue_s = 0.0
@@ -185,8 +190,12 @@ class SocketWatch:
 
     def _rescue(self) -> None:
         unknown = self._probes.discard()
-        clients = [each for each in self._in_vain() if (each[0].index, each[1]) not in unknown]
-        waiting = [(each, number) for each, number in clients if each.has_waiting(number)]
+        readable = [
+            (each, number)
+            for each, number in self._without_worker()
+            if (each.index, number) not in unknown
+        ]
+        waiting = [(each, number) for each, number in readable if each.has_waiting(number)]
         if waiting:
             addresses = " ".join(each.settings.address for each, _ in waiting)
             passed_by = any(each.is_passed_by(number) for each, number in waiting)
@@ -197,4 +206,4 @@ class SocketWatch:
             self._post(Stranded())
         if unknown:
             self._loop.call_after(_RESCUE, FIRST_RESCUE_S, self._rescue)
-        self.watch()  # maybe no generation can be opened now
+        self.watch()  # in case no generation can be opened now

@@ -1,6 +1,6 @@
-"""Which generation accepts from which socket, and at which socket the clients of a listener come.
+"""Which generation accepts from which socket, and which socket a listener's clients come to.
 
-It makes no system call: socket_steering.py applies it to the kernel.
+This module makes no system call: socket_steering.py applies the assignment to the kernel.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Turns:
     leaving: dict[int, tuple[int, float]] = field(default_factory=dict)
     #: Listeners that the current generation does not know: where their clients wait.
     expected: dict[int, int] = field(default_factory=dict)
-    #: Generations, each with a listener whose socket they do not have: it was bound, or added,
-    #: after they had been started.
+    #: A generation and a listener whose socket it lacks: the socket was bound, or the listener
+    #: added, after the generation had started.
     unserved: frozenset[tuple[int, int]] = frozenset()
-    #: The part of `unserved` whose later workers have that socket, while earlier ones do not.
+    #: The part of `unserved` in which later workers have that socket, while earlier ones do not.
     partly_served: frozenset[tuple[int, int]] = frozenset()
-    #: Listeners whose socket the current generation lost: clients come to the next one's socket.
+    #: Listeners whose socket the current generation lost: clients come to the next generation's.
     lost: frozenset[int] = frozenset()
     given_back: bool = False  # sockets that were passed in get the new clients
 
@@ -64,27 +64,29 @@ class Turns:
         }
 
     def is_served(self, listener: Listener, number: int) -> bool:
-        """Return whether clients at one of its sockets are accepted, or a generation is to come."""
+        """Return whether a generation accepts from one of its sockets, or the next one will."""
         if self.given_back and listener.settings.foreign:
             return True  # its owner accepts
         there = self.at(listener, number)
         if not there:
-            # While no generation accepts at all, or where the next one will, clients wait for that.
-            comes = number == self.number_for(listener) and listener.index not in self.lost
-            return not self.accepting or comes
+            # While no generation accepts at all, clients wait for the next one.  Otherwise they do
+            # so only at the socket that it gets.
+            is_next = number == self.number_for(listener) and listener.index not in self.lost
+            return not self.accepting or is_next
         return any((generation, listener.index) not in self.unserved for generation in there)
 
     def own(self, pairs: Iterable[Listener], number: int, generation: int = 0) -> list[Listener]:
-        """Return the pairs whose socket of this number gets no clients while the other one does.
+        """Return the listeners whose socket of this number gets no clients while the other does.
 
-        generation: only pairs that it or some of its workers have.
+        pairs: the listeners with two sockets.  generation: only listeners that it, or some of its
+        workers, have; 0: all.
         """
-        owners = self.given_back and number == 0
-        without = self.unserved - self.partly_served
+        is_owners = self.given_back and number == 0
+        lacking = self.unserved - self.partly_served
         return [
             each
             for each in pairs
-            if not (owners and each.settings.foreign) and (generation, each.index) not in without
+            if not (is_owners and each.settings.foreign) and (generation, each.index) not in lacking
         ]
 
     def leave(self, generation: int, now: float) -> int | None:
@@ -111,8 +113,9 @@ class Turns:
     ) -> None:
         """Assign new clients to socket 0 or 1.
 
-        there: the listeners, by index.  knows: says whether the generation there knows a listener;
-        None: that generation is yet to come.  Clients of an unknown listener stay where they are.
+        there: the listeners' indices.  knows: says whether the generation at that socket knows a
+        listener; None: no generation has it yet.  Clients of an unknown listener stay at their
+        socket.
         """
         if knows is not None and number != self.current:
             unknown = {index: self.current for index in there if not knows(index)}
@@ -144,13 +147,13 @@ class Turns:
         number: None for a socket that is common to all.
         """
         lost = {each for each, accepts in self.accepting.items() if number in (None, accepts)}
-        without = {(generation, listener.index) for generation in lost}
-        self.unserved |= without
-        self.partly_served -= without
+        lacking = {(generation, listener.index) for generation in lost}
+        self.unserved |= lacking
+        self.partly_served -= lacking
         return lost
 
     def grow(self, generation: int, knows: Callable[[int], bool]) -> bool:
-        """Note that a worker will start, with the present sockets; return whether that is news.
+        """Note that a worker will start with the present sockets; return whether this changed.
 
         knows: says whether its workers have a listener, by index.
         """

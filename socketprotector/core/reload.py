@@ -37,7 +37,7 @@ def launched(step: Step) -> None:
 def reload_requested(step: Step) -> None:
     """Queue a reload, which begin_if_wanted() begins."""
     if step.fleet.stop_requested:
-        step.do(Report(ReportKind.REFUSED, reason="no reload while stopping"))
+        step.do(Report(ReportKind.REFUSED, reason="cannot reload: a stop is in progress"))
     else:
         # Queued even during a reload, so that the newest release wins without another HUP.
         step.fleet = replace(step.fleet, reload_wanted=True)
@@ -50,7 +50,7 @@ def dry_run_requested(step: Step) -> None:
     """
     fleet = step.fleet
     if fleet.stop_requested or fleet.is_changing or not fleet.of(Phase.SERVING):
-        reason = "no dry run beside a reload or a stop, nor while none serves"
+        reason = "cannot dry-run now: a reload or stop is in progress, or nothing is serving"
         step.do(Report(ReportKind.REFUSED, reason=reason))
         return
     step.fleet = replace(fleet, dry_run=True)
@@ -61,9 +61,8 @@ def dry_run_requested(step: Step) -> None:
 def renew_requested(step: Step) -> None:
     """Replace the serving generation with the last good command, as a reload does."""
     if not renew(step):
-        step.do(
-            Report(ReportKind.REFUSED, reason="one generation is being replaced, or none serves")
-        )
+        reason = "a replacement is already in progress, or nothing is serving; see `status`"
+        step.do(Report(ReportKind.REFUSED, reason=reason))
 
 
 def renew(step: Step) -> bool:
@@ -131,7 +130,7 @@ def settings_failed(step: Step, reason: str) -> None:
 def try_nothing_unserved(step: Step) -> None:
     """Call off a dry run while no generation serves: the last good command must serve first."""
     if not step.fleet.of(Phase.SERVING):
-        call_off_dry_run(step, "the generation that served has failed meanwhile")
+        call_off_dry_run(step, "the serving generation failed during the dry run; see `crashes`")
 
 
 def call_off_dry_run(step: Step, reason: str) -> None:

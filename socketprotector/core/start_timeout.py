@@ -10,15 +10,17 @@ from ..model.text import in_units
 
 #: What to check, for each kind of readiness (--ready).
 READY_HINTS = {
-    "notify": "a worker says READY=1 to NOTIFY_SOCKET, as socketprotector_client does for it",
-    "ack": "a worker sends einhorn's ACK",
-    "fd": "a worker writes a line to the descriptor of --ready fd:N",
+    "notify": "no worker sent READY=1; use socketprotector_client, `systemd-notify --ready`, or "
+    "another --ready",
+    "ack": "no worker sent einhorn's ACK; send it, or use another --ready",
+    "fd": "no worker wrote a line to the descriptor of --ready fd:N; write it, or use another "
+    "--ready",
     "check": "the command of --ready check: did not succeed; try it while a worker runs",
-    "after": "--ready after: is longer than --start-timeout",
-    "legacy": "the daemon has not connected to the abstract socket sock_srv_PORT, as the library "
-    "of the C++ SocketProtector does",
-    "any": "a worker accepts a connection from the socket that it is handed, says READY=1 to "
-    "NOTIFY_SOCKET, sends einhorn's ACK or writes to {fd:ready}",
+    "after": "--ready after: is longer than --start-timeout; raise --start-timeout",
+    "legacy": "the daemon did not connect to the abstract socket sock_srv_PORT; link it with the "
+    "library of the C++ SocketProtector",
+    "any": "no worker accepted on its socket, sent READY=1 or einhorn's ACK, or wrote to "
+    "{fd:ready}; see --ready",
 }
 
 

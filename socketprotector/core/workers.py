@@ -125,9 +125,13 @@ def scale_requested(step: Step, change: int, to: int | None) -> None:
     """Change the wanted number of workers; reconcile() starts or retires them."""
     wanted = step.fleet.workers_wanted + change if to is None else to
     if step.fleet.stop_requested:
-        step.do(Report(ReportKind.REFUSED, reason="no scaling while stopping"))
+        step.do(Report(ReportKind.REFUSED, reason="cannot scale: a stop is in progress"))
     elif wanted < 1:
-        step.do(Report(ReportKind.REFUSED, reason="there is always one worker at least"))
+        step.do(
+            Report(
+                ReportKind.REFUSED, reason="cannot go below 1 worker; to end the service use `stop`"
+            )
+        )
     elif wanted != step.fleet.workers_wanted:
         step.fleet = replace(step.fleet, workers_wanted=wanted)
         candidate = step.fleet.candidate
@@ -247,7 +251,8 @@ def kill_requested(step: Step, number: int) -> None:
     """Send KILL to a draining or failed generation; refuse any other."""
     generation = step.fleet.generation(number)
     if generation is None or generation.phase not in (Phase.DRAINING, Phase.ABANDONED):
-        step.do(Report(ReportKind.REFUSED, number, "only what drains or was given up is killed"))
+        reason = f"generation {number} is not draining or failed, so it is not killed; see `status`"
+        step.do(Report(ReportKind.REFUSED, number, reason))
         return
     step.forget_waiting(number)
     step.kill_generation(number)

@@ -176,7 +176,8 @@ class Client:
             self._socket.sendall(json.dumps(asked).encode() + b"\n")
         except TimeoutError:
             raise NoProtector(
-                f"{self.path}: the protector does not read the request", "silent"
+                f"{self.path}: the protector does not read the request; is it suspended (SIGSTOP)?",
+                "silent",
             ) from None
         except OSError as error:
             # A refusal is sent before the connection ends: that line may be there to read.
@@ -274,7 +275,7 @@ class Client:
     def foreign(self) -> NoProtector:
         """Return the error that says so of what answers."""
         return NoProtector(
-            f"{self.path}: what answers there is not SocketProtector", "no protector"
+            f"{self.path}: the process there is not SocketProtector; check the path", "no protector"
         )
 
     def close(self) -> None:
@@ -325,10 +326,13 @@ def _connect(sock: socket.socket, path: str) -> None:
 def _unreachable(path: str, error: OSError) -> NoProtector | RequestRefused:
     match error:
         case PermissionError():
-            why = "not for this user; ask as root or as the protector's"
+            why = "permission denied; run as root, as its user, or join its --control-group"
             return RequestRefused("denied", f"{escape(path)}: {why}")
         case FileNotFoundError():
-            why = "there is no control socket; does the protector run?"
+            why = (
+                "no such socket; no protector is running there, or it has --no-control; "
+                "`socketprotectorctl list` shows what runs"
+            )
         case ConnectionRefusedError():
             why = "no process listens there any more; the protector has ended"
         case TimeoutError() | BlockingIOError():

@@ -27,7 +27,7 @@ _LISTENING = "0A"
 #: UNIX sockets that were accepted or have connected: SS_CONNECTED of linux/net.h.
 _CONNECTED = "03"
 EXACT, AT_LEAST, AT_MOST = "exact", "at least", "at most"
-_HIDDEN = "not in /proc (hidepid, or it is not mounted here): ask as root, where it is"
+_HIDDEN = "not in /proc (hidepid, or not mounted here); run as root, where /proc is mounted"
 _V4_MAPPED = b"\0" * 10 + b"\xff\xff"
 
 
@@ -88,7 +88,7 @@ def look(
                 tables[space] = dict(_sockets(pids[0], addresses))
             inodes = _inodes(pids)
         except PermissionError:
-            why = "not allowed: ask as root or its user"
+            why = "permission denied; run as root or as the worker's user"
             unseen.append(HiddenWorker(generation, number, pid, why))
             continue
         except (FileNotFoundError, ProcessLookupError):

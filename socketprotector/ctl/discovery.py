@@ -141,10 +141,12 @@ def the_only_one() -> str:
     """Return the socket of the one protector that lives."""
     living = [path for path in sockets() if _listening(path)]
     if not living:
-        raise NoProtector(f"no protector has a control socket in {where()}; is one running?")
+        raise NoProtector(
+            f"no protector has a control socket in {where()}; start one, or pass --control PATH"
+        )
     if len(living) > 1:
         known = _names(sorted(names(ask_all(living))))
-        raise UsageError(f"which one? say --name NAME: {known}")
+        raise UsageError(f"several protectors run; choose one by --name NAME: {known}")
     return living[0]
 
 
@@ -173,7 +175,9 @@ def _pid(file: str) -> int:
         finally:
             os.close(fd)
     except FileNotFoundError:
-        raise NoProtector(f"--pid-file {file}: there is none; does the protector run?") from None
+        raise NoProtector(
+            f"--pid-file {file}: no such file; start the protector, or check the path"
+        ) from None
     except OSError as error:
         raise UsageError(f"--pid-file {file}: {error.strerror}") from None
     if not regular:

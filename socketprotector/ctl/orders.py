@@ -161,7 +161,7 @@ def _generation_or_pid(which: str, status: Message) -> dict[str, int]:
     if number not in numbers | pids:
         known = ", ".join(map(str, sorted(numbers)))
         raise RequestRefused(
-            "unknown", f"{number} is no generation and no worker's pid; generations: {known}"
+            "unknown", f"{number} is neither a generation nor a worker's pid; generations: {known}"
         )
     return {"pid" if number in pids else "generation": number}
 

@@ -66,10 +66,12 @@ def reload(
     With --dry-run it ends before it takes over, and the exit status is that of a reload.
     """
     if dry_run and drained:
-        raise click.UsageError("--dry-run does not go with --drained: nothing is to drain")
+        raise click.UsageError("--dry-run does not work with --drained; leave one out")
     if not wait:
         if drained or timeout:
-            raise click.UsageError("--no-wait goes with neither --drained nor --timeout")
+            raise click.UsageError(
+                "--no-wait does not work with --drained or --timeout; leave one out"
+            )
         generation = number_in(instance.request("reload", **_how(dry_run)), "generation")
         words = f"reload requested: generation {generation} will start; see status for the outcome"
         if dry_run:
@@ -173,7 +175,8 @@ def _judged(operation: Operation, watched: Reload) -> Verdict:
         end = "it was stopped" if watched.stopping else str(error)
         serves = "ready" if watched.dry_run else "serving"
         raise NoProtector(
-            f"generation {watched.generation} was not seen {serves}: {end}"
+            f"lost sight of generation {watched.generation} before it was {serves}: {end}; "
+            "see `status` or the log"
         ) from error
     assert watched.verdict is not None
     return watched.verdict

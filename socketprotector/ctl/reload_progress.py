@@ -220,7 +220,7 @@ class Reload(Awaited):
         # More than once: between two reloads, a single look says nothing.
         self._forgotten += 1
         if self._forgotten > 2:
-            reason = "the protector knows nothing of it any more; see its log"
+            reason = "its verdict is no longer known; see `history` and the log"
             self.verdict = Verdict(False, self.generation, reason)
 
     # -- what follows -------------------------------------------------------------

@@ -223,7 +223,9 @@ class Resident:
 
         def on_guard_gone() -> None:
             if self.parents.line is not None:
-                hint = "the guard is gone; restart to have one again"
+                hint = (
+                    "the next crash of SocketProtector loses connections; restart when convenient"
+                )
                 log.write("error", "guard-died", hint=hint)
                 self._write_pid(log)
             pool.guarded = False

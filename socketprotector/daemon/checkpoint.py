@@ -19,7 +19,10 @@ from ..system.sd_notify import Store
 from ..system.state_file import StateError, StateFile
 from .effects import Effects
 
-_FULL = "workers that come now do not outlive us; docs/reliability.md, How many workers"
+_FULL = (
+    "workers started from now on end with a crash of SocketProtector; raise "
+    "FileDescriptorStoreMax= and LimitNOFILE="
+)
 
 
 @mutable

@@ -240,10 +240,11 @@ class Probe:
         """Return the verdict, and the reason, of a connection that no worker has accepted."""
         assert self._connection is not None
         made = events_of(self._connection, select.POLLOUT)
-        what = "was accepted by no worker" if made else "could not be made"
         where = self._target.in_words if self._target is not None else "it"
-        kind = verdicts.UNTAKEN if made else verdicts.UNMADE
-        return kind, f"a connection to {where} {what}"
+        if not made:
+            return verdicts.UNMADE, f"a connection to {where} could not be made"
+        why = f"no worker accepted the probe at {where}"
+        return verdicts.UNTAKEN, f"{why}; is the server listening on the socket it was given?"
 
     def _look_later(self, look: Callable[[], None]) -> None:
         waited_s = time.monotonic() - self._made_at

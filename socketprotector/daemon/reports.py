@@ -123,9 +123,9 @@ class Reports:
 
     def listener_lost(self, address: str, reason: str) -> None:
         """Report that a listener gets no more clients."""
-        hint = "a worker has shut it down or broken it; a restart is needed to have it again"
+        hint = "a worker has shut it down or broken it; restart to restore it"
         self._log.write("error", "listener-lost", listen=address, error=reason, hint=hint)
-        self._systemd.send(STATUS=f"nobody can connect to {address} any more: a worker broke it")
+        self._systemd.send(STATUS=f"{address} no longer accepts connections; restart to restore it")
 
     def _remember_reload(self, report: Report) -> None:
         now = time.time()

@@ -227,7 +227,7 @@ class Supervisor:
             )
         elif now >= give_up_at:
             self.upgrade.failed(
-                f"the guard or systemd has not read on for {in_units(_BEHIND_S)}: it hangs"
+                f"the guard or systemd has not responded for {in_units(_BEHIND_S)}; try again"
             )
             return
         self.runtime.loop.call_after(_HAND_OVER, _AGAIN_S, lambda: self._hand_over(give_up_at))

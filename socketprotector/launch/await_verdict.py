@@ -27,9 +27,10 @@ _INTERRUPTED = 130
 _CALLS_OFF = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
 
 
-def wait(line: socket.socket) -> int:
+def wait(line: socket.socket, log: str = "syslog") -> int:
     """Wait, tell the terminal what went wrong, and return the exit status.
 
+    log: where the resident process writes.
     Takes ownership of the line; to be called with signals blocked, which it unblocks.
     """
     receive = signals.catch(_CALLS_OFF)
@@ -84,7 +85,7 @@ def wait(line: socket.socket) -> int:
     if "failed" in verdict:
         tell(verdict["failed"])
         return int(verdict["status"])
-    tell("the protector was killed before anything served; look at the log")
+    tell(f"the protector was killed before a generation was serving; see {escape(log)}")
     return SystemRefused.status
 
 

@@ -180,9 +180,8 @@ def reserve(bound: Iterable[Bound]) -> dict[int, Bound]:
 
 def _alone(one: Bound, why: str) -> str:
     return (
-        f"{one.settings.address}: there can be no second socket ({why}), so old and new "
-        "generation accept from the same one: at a reload a server that closes connections which "
-        "it has accepted and not read loses those"
+        f"{one.settings.address}: no second socket ({why}). Servers that close "
+        "accepted-but-unread connections may drop a few at each reload"
     )
 
 

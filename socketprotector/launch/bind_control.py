@@ -61,13 +61,12 @@ def bind_control(settings: Settings, notice: Callable[[str], None]) -> Bound | N
         else:
             if called != settings.name:
                 notice(
-                    f"another protector is called {settings.name}: socketprotectorctl --name "
-                    f"{settings.name} is refused for both now, in that one's ExecReload= too; this "
-                    f"one is --name {called}, and that one --name {settings.name}:PORT (see "
-                    "socketprotectorctl list); start one with another --name"
+                    f"another protector is already named {settings.name}. Use --name {called} for "
+                    f"this one, --name {settings.name}:PORT for the other (`socketprotectorctl "
+                    "list`), or restart one with a different --name"
                 )
             return bound
-    notice(f"no control socket: {why}; see --control")
+    notice(f"no control socket: {why}; reload by HUP, or restart with another --control PATH")
     return None
 
 

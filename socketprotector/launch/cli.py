@@ -98,7 +98,7 @@ def _launch(asked: ParsedOptions) -> int:
     """Bind and go on to a resident process; or only say whether that could be done."""
     settings, check, listens = asked.settings, asked.check, asked.listens
     if not os.path.isfile(__file__):  # Python runs no file of a wheel on PYTHONPATH, as guard.py
-        raise SystemRefused("it is in an archive, of which parts cannot be run: install it")
+        raise SystemRefused("running from a zip or wheel is not supported; pip install it")
     kernel_calls.check()
     if asked.control != "":
         path = asked.control or default_path(settings.name)

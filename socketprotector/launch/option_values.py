@@ -156,7 +156,7 @@ def limit(name: str, text: str) -> int:
     try:
         value = resource.RLIM_INFINITY if unlimited else int(text)
     except ValueError:
-        raise UsageError(f"{asked}: not a whole number") from None
+        raise UsageError(f"{asked}: not a whole number; write e.g. 1024") from None
     if not (unlimited or low <= value <= high):
         raise UsageError(f"{asked}: must be from {low} to {high}")
     if name == "nice":

@@ -136,9 +136,11 @@ def check_mode(settings: Settings, given: Collection[str], listens: Sequence[Lis
     check_question(settings, listens)
     for each in listens if settings.mode.knows_ports_alone else ():
         if each.path is not None:
-            raise UsageError(f"{each.text}: --handoff legacy knows workers by their port; give one")
+            raise UsageError(
+                f"{each.text}: --handoff legacy works with a port alone; give PORT or HOST:PORT"
+            )
     if settings.log_prefix and not settings.log_relay:
-        raise UsageError("--log-prefix is written by the log relay: leave out --no-log-relay")
+        raise UsageError("--log-prefix needs the log relay; leave out --no-log-relay")
     if settings.shell and len(settings.command) > 1:
         raise UsageError("--shell takes COMMAND as one word, in quotes: -- 'cat | tr a b'")
 
@@ -189,9 +191,11 @@ def check_settle_check(settings: Settings, listens: Sequence[Listen]) -> None:
     if not policy.settle_check:
         return
     if not policy.settle_s:
-        raise UsageError("--settle-check without --settle, the time in which it is asked")
+        raise UsageError("--settle-check needs --settle TIME")
     if policy.stop_first:
-        raise UsageError("--settle-check with --reload-order stop-first: none stands by meanwhile")
+        raise UsageError(
+            "--settle-check does not work with --reload-order stop-first; leave one out"
+        )
     if asked := _settle_check(settings):
         _reaches_one(settings, *asked, listens)
     else:

@@ -85,7 +85,7 @@ class OptionResolver:
             preflight.check_settle_check(settings, listens)
         with self._about("lame_duck_idle"):
             if given["lame_duck_idle"] and not given["lame_duck"]:
-                raise UsageError("--lame-duck-idle without --lame-duck, which it ends earlier")
+                raise UsageError("--lame-duck-idle needs --lame-duck TIME")
         if file is not None:
             file.refuse_if_mistaken()
             self._refuse_what_is_missing()
@@ -252,8 +252,8 @@ def _fitting(listen: Listen, mode: HandoffMode) -> Listen:
         return listen
     if "priority" in listen.options:
         raise UsageError(
-            f"{listen.text}: priority cannot be had with --handoff {mode.name}: connections "
-            "inherit none; let the server set it"
+            f"{listen.text}: ?priority= does not work with --handoff {mode.name}; set SO_PRIORITY "
+            "in the server"
         )
     if listen.host or listen.path or listen.passed:
         return listen

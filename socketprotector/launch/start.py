@@ -81,7 +81,7 @@ def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
     for each in bound.values():
         each.socket.close()
     os.waitpid(child, 0)  # the first of the two forks ends at once
-    return wait(ours)
+    return wait(ours, settings.log_file or "syslog")
 
 
 def _cannot_detach(error: OSError) -> SystemRefused:
@@ -148,7 +148,8 @@ def _become_resident(
         except OSError as error:
             if error.filename is None or error.errno == errno.EMFILE:
                 raise SystemRefused(
-                    f"cannot pass the descriptors on: {what_failed(error)}"
+                    f"cannot pass descriptors to the resident process: {what_failed(error)}; "
+                    "raise its limits (ulimit -n), or free memory"
                 ) from error
             raise SystemRefused(
                 f"cannot execute {error.filename}: {error.strerror}; was it removed meanwhile, "

@@ -213,7 +213,7 @@ def lacks(
     words = (*command, *variables)
     names_it = _SOCKET_OPTIONS.get(name)
     if names_it is not None and not any(map(names_it.match, words)):
-        return f"nothing tells {name} of the socket that it is handed"
+        return f"{name} was not given the socket"
     at = program_index(command)
     if unix and any(map(_TCP_ALONE.match, (name, *_pairs(command[at:])))):
         return "Starman takes a UNIX socket for a TCP one and dies of its first client"
@@ -334,7 +334,7 @@ def advice(
     if _TAKEN.search(said):
         return f"it binds an address by itself, which is taken; {WANTS}"
     if unseen:
-        return f"if it says that its address is in use: {WANTS}"
+        return f"if its output says that its address is in use: {WANTS}"
     address = listens()
     return f"it listens on {address} by itself; {WANTS}" if address else ""
 
@@ -345,5 +345,5 @@ def hint(program: Program, *, taken_from: bool, advice: Callable[[], str]) -> st
     taken_from: whether workers have taken a connection; then the program uses the right port.
     """
     if taken_from:
-        return "its workers are busy, or hang: see their counts, scale, or have a --watchdog"
+        return "workers are busy or stuck: check `status`; then `scale +1`, or set --watchdog"
     return advice() or (WANTS if program.mode.needs_library else None)

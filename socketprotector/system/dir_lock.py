@@ -56,7 +56,8 @@ def give(path: str, uid: int, gid: int, chown: Callable[[int, int, int], None]) 
     try:
         found = os.fstat(fd)
         if not stat.S_ISSOCK(found.st_mode) or found.st_nlink > 1 or found.st_uid != os.geteuid():
-            raise OSError(errno.EEXIST, "somebody else has put a file there")
+            why = f"user {found.st_uid} owns the file there; remove it or choose another path"
+            raise OSError(errno.EEXIST, why)
         if (uid, gid) != (-1, -1):
             chown(fd, uid, gid)
         return found

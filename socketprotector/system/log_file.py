@@ -85,7 +85,8 @@ def _refuse(
     if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
         raise OSError(errno.EPERM, "it has another name (a hard link)", path)
     if around.st_mode & stat.S_IWOTH and found.st_uid not in trusted:
-        raise OSError(errno.EPERM, "somebody else has put a file there", path)
+        why = f"user {found.st_uid} owns it; remove it or choose another path"
+        raise OSError(errno.EPERM, why, path)
 
 
 def _open_folder(path: str) -> int:

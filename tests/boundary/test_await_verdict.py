@@ -113,7 +113,7 @@ def test_an_end_without_a_word_is_reported(waiting: Waiting) -> None:
 
     status, said = waiting.ends()
     assert status == 111
-    assert "was killed before anything served" in said
+    assert "was killed before a generation was serving" in said
 
 
 def test_a_pid_that_is_gone_is_no_trouble(waiting: Waiting) -> None:

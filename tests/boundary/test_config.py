@@ -290,11 +290,11 @@ memory = 2
         ("worker-user = 'x'\n", "line 1: worker-user: --worker-user needs --user, which "),
         (
             "settle-check = 'true'\n",
-            "line 1: settle-check: --settle-check without --settle, the time in which it is asked",
+            "line 1: settle-check: --settle-check needs --settle TIME",
         ),
         (
             "lame-duck-idle = 5\n",
-            "line 1: lame-duck-idle: --lame-duck-idle without --lame-duck, which it ends earlier",
+            "line 1: lame-duck-idle: --lame-duck-idle needs --lame-duck TIME",
         ),
         ("command = ['/no/such']\n", "line 1: command: cannot run /no/such: No such file"),
         ("limit.nice = -30\n", "line 1: limit.nice: nice=-30: must be from -20 to 19"),

@@ -380,7 +380,10 @@ def test_so_many_clients_and_no_more_until_one_leaves(desk: Desk) -> None:
 
     one_more = desk.call(STATUS)
     [refused] = one_more.hear()
-    assert (refused["code"], refused["error"]) == ("busy", "256 clients are connected already")
+    assert (refused["code"], refused["error"]) == (
+        "busy",
+        "256 clients are connected already; try again after one has left",
+    )
     one_more.hear_end()
 
     callers[17].socket.close()
@@ -466,7 +469,7 @@ def as_nobody(
 def test_a_stranger_gets_the_reason_and_is_ended(desk: Desk) -> None:
     refused = as_nobody(desk)
 
-    assert (refused["code"], refused["error"]) == ("denied", "not for this user")
+    assert (refused["code"], refused["error"]) == ("denied", "permission denied")
     assert desk.clients == 0
     assert desk.asked == []
 

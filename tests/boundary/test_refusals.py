@@ -68,7 +68,11 @@ def test_help_names_every_option(typed: Typed, words: str) -> None:
 def test_one_that_is_not_unpacked_says_so(typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "__file__", "/srv/socketprotector.whl/socketprotector/launch/cli.py")
 
-    refused(typed("127.0.0.1:0", "--", "true"), 111, "in an archive.* install it")
+    refused(
+        typed("127.0.0.1:0", "--", "true"),
+        111,
+        "from a zip or wheel is not supported; pip install it",
+    )
 
 
 # -- words ---------------------------------------------------------------------
@@ -89,10 +93,10 @@ def test_one_that_is_not_unpacked_says_so(typed: Typed, monkeypatch: pytest.Monk
         (["--settle", "soon", "0", "--", "true"], "write 500ms, 10s, 1h30m or seconds"),
         (["--settle", "-1s", "0", "--", "true"], "write 500ms"),
         (["--settle", "nan", "0", "--", "true"], "write 500ms"),
-        (["--settle-check", "true", "0", "--", "true"], "--settle-check without --settle"),
+        (["--settle-check", "true", "0", "--", "true"], "--settle-check needs --settle TIME"),
         (
             [*SETTLES, "true", "--reload-order", "stop-first", "0", "--", "true"],
-            "--settle-check with --reload-order stop-first: none stands by",
+            "--settle-check does not work with --reload-order stop-first",
         ),
         ([*SETTLES, "http:x", "0", "--", "true"], "write http:/path"),
         ([*SETTLES, "accept", "0", "--", "true"], "'accept' is for --ready"),
@@ -304,7 +308,7 @@ def test_what_is_no_stale_socket_is_not_replaced(typed: Typed, kind: str) -> Non
 def test_a_priority_cannot_be_had_where_the_workers_accept(typed: Typed) -> None:
     ended = typed(*LISTENER, "--check", "0?priority=3", "--", "true")
 
-    refused(ended, 2, "priority cannot be had with --handoff listener: connections inherit none")
+    refused(ended, 2, "[?]priority= does not work with --handoff listener; set SO_PRIORITY")
 
 
 # -- the command, and files ----------------------------------------------------
@@ -617,7 +621,7 @@ def test_check_refuses_a_name_as_a_start_does(
             "workers on the client library alone",
         ),
         (("--handoff", "stdio", "--ready", "ack"), "the adapter says when it is ready"),
-        (("--handoff", "legacy", "unix:s"), "knows workers by their port"),
+        (("--handoff", "legacy", "unix:s"), "works with a port alone"),
     ],
 )
 def test_what_needs_another_mode_says_which(

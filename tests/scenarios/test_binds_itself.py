@@ -154,7 +154,7 @@ def test_the_log_says_what_a_known_server_that_takes_no_socket_over_lacks(
     options = ("--handoff", "listener", "--ready", "after:1ms", "127.0.0.1:0")
     daemon = protector(*options, "--", uvicorn.path, "app:app").ready()
 
-    told = daemon.log.wait_for("nothing tells uvicorn of the socket that it is handed")
+    told = daemon.log.wait_for("uvicorn was not given the socket")
     assert f"-- {uvicorn.path} --fd {{fd:http}} ... (--check shows it whole)" in told
 
 
@@ -188,9 +188,9 @@ def test_a_warning_stays_in_status_until_a_reload_resolves_it(
         return [*json.loads(run("--control", control, "status", "--json").out)["warnings"]]
 
     before = warnings()
-    assert ["of the socket that it is handed" in each for each in before].count(True) == 1
+    assert ["was not given the socket" in each for each in before].count(True) == 1
     assert [f"{tmp_path}/s: only user" in each for each in before].count(True) == 1
-    assert "warning: nothing tells uvicorn" in run("--control", control, "status").out
+    assert "warning: uvicorn was not given the socket" in run("--control", control, "status").out
 
     assert run("--control", control, "upgrade").status == 0
     assert warnings() == before

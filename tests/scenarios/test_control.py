@@ -418,7 +418,10 @@ def test_where_connections_are_is_shown(operated: Operating) -> None:
         assert len(sockets) == 1
         assert began - 1 <= times[sockets.pop()] <= web.status()["now"]
         assert line.ask("connections", generation=1)["workers"][0]["pid"] == found["pid"]
-    assert line.refused("connections", generation=9) == ("unknown", "there is no generation 9")
+    assert line.refused("connections", generation=9) == (
+        "unknown",
+        "there is no generation 9; `status` lists them",
+    )
 
 
 # -- doing -------------------------------------------------------------------------
@@ -549,7 +552,10 @@ def test_workers_are_scaled_to_and_by(operated: Operating) -> None:
     assert line.ask("scale", to=3) == {"workers": 3}
     assert line.ask("scale", by=-1) == {"workers": 2}
     assert line.ask("scale", by=0) == {"workers": 2}
-    assert line.refused("scale", by=-2) == ("refused", "there is always one worker at least")
+    assert line.refused("scale", by=-2) == (
+        "refused",
+        "cannot go below 1 worker; to end the service use `stop`",
+    )
 
     eventually(lambda: len(web.pids(1)) == 2, "two workers")
     assert line.status()["workers_wanted"] == 2
@@ -602,7 +608,10 @@ def test_a_worker_is_replaced_by_its_pid_when_its_replacement_serves(operated: O
     assert len(found) == 2
     assert old[0] not in found
     assert old[1] in found
-    assert line.refused("replace", pid=old[0]) == ("unknown", f"process {old[0]} is no worker")
+    assert line.refused("replace", pid=old[0]) == (
+        "unknown",
+        f"process {old[0]} is not a worker of python; `status` lists them",
+    )
     assert line.refused("replace", pid=web.daemon.pid)[0] == "unknown"
     assert line.status()["crashes"] == 0
 
@@ -619,15 +628,15 @@ def test_what_drains_already_or_is_not_there_is_not_replaced(
         line.event("reloaded", generation=2)
 
         code, text = line.refused("replace", generation=1)
-        assert (code, text) == ("refused", "generation 1 drains already; kill ends it")
+        assert (code, text) == ("refused", "generation 1 is draining already; `kill` ends it")
         assert line.refused("replace", pid=old)[0] == "refused"
-        missing = ("unknown", "there is no generation 7")
+        missing = ("unknown", "there is no generation 7; `status` lists them")
         assert line.refused("replace", generation=7) == missing
         release.becomes(*gate.before(*MANY))
         line.ask("reload")
         assert line.refused("replace", generation=2) == (
             "refused",
-            "a reload is under way; try again after it",
+            "a reload is in progress; try again after it",
         )
         gate.open()
         line.event("reloaded", generation=3)
@@ -643,7 +652,10 @@ def test_what_is_left_of_a_draining_generation_is_killed(operated: Operating) ->
             "refused",
             "generation 1 is serving; replace it first",
         )
-        assert line.refused("kill", generation=5) == ("unknown", "there is no generation 5")
+        assert line.refused("kill", generation=5) == (
+            "unknown",
+            "there is no generation 5; `status` lists them",
+        )
         line.ask("reload")
         line.event("reloaded", generation=2)
 
@@ -772,9 +784,8 @@ def test_two_of_a_name_are_told_apart_by_the_port_and_that_is_said(protector: St
     second = protector("127.0.0.1:0", "--", *MANY).ready()
 
     said = second.log.wait_for("event=notice")
-    assert f"another protector is called {name}: " in said
-    assert f"--name {name} is refused for both now" in said
-    assert f"this one is --name {name}:{second.port}, and that one --name {name}:PORT (see " in said
+    assert f"another protector is already named {name}. " in said
+    assert f"Use --name {name}:{second.port} for this one, --name {name}:PORT for the other" in said
     assert first.log.count("event=notice") == 0
     for daemon, key in ((first, name), (second, f"{name}:{second.port}")):
         with Line(default_path(key)) as line:
@@ -825,7 +836,7 @@ def test_each_of_a_name_can_be_operated_though_their_files_are_called_alike(
     ]
 
     keys = ["web", "web:s", f"web:{paths[2]}".replace("/", "_")]
-    daemons[2].log.wait_for(f"event=notice .*--name web:{paths[2]}, and")
+    daemons[2].log.wait_for(f"event=notice .*--name web:{paths[2]} for this one")
     for daemon, key in zip(daemons, keys, strict=True):
         with Line(default_path(key)) as line:
             assert line.status()["pid"] == daemon.pid

@@ -305,7 +305,7 @@ def test_it_does_not_go_with_drained() -> None:
     said = run("--name", "web", "reload", "--dry-run", "--drained")
 
     assert said.status == 2
-    assert "nothing is to drain" in said.err
+    assert "does not work with --drained" in said.err
 
 
 # -- beside other things ---------------------------------------------------------------------
@@ -343,7 +343,7 @@ def test_another_one_and_one_beside_a_reload_are_refused(
     assert one.status()["dry_run"]["result"] == "running"
     said = dry_run(one)
     assert said.status == 100
-    assert "one is under way" in said.err
+    assert "another dry run is in progress" in said.err
     waiting.gate.open()
     assert trying.wait() == 0
     mark = one.daemon.signal(signal.SIGHUP)
@@ -352,7 +352,7 @@ def test_another_one_and_one_beside_a_reload_are_refused(
     said = dry_run(one)
 
     assert said.status == 100
-    assert "a reload is under way" in said.err
+    assert "a reload is in progress" in said.err
     waiting.gate.open()
     one.daemon.log.wait_for("event=reloaded generation=3", after=mark)
     one.daemon.stop()

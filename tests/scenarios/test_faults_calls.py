@@ -42,8 +42,8 @@ os.memfd_create = memfd_create
 @pytest.mark.parametrize(
     ("name", "mode", "reason"),
     [
-        ("sp.settings", (), "cannot pass the descriptors on"),
-        ("sp.settings", ("-f",), "cannot pass the descriptors on"),
+        ("sp.settings", (), "cannot pass descriptors to the resident process"),
+        ("sp.settings", ("-f",), "cannot pass descriptors to the resident process"),
         ("sp.state", ("--log-file", "log"), "cannot keep the state in memory"),
         ("sp.state", ("-f",), "cannot keep the state in memory"),
         ("sp.state", ("--guard", "--log-file", "log"), "cannot keep the state in memory"),
@@ -104,7 +104,7 @@ def test_with_too_low_a_limit_the_start_says_which_and_leaves_nothing(
     assert ended.status == 111, ended
     *_, line = ended.lines
     which = "ulimit -Hn" if "n" in limit else "ulimit -f"
-    assert line.startswith("SocketProtector: cannot pass the descriptors on: ")
+    assert line.startswith("SocketProtector: cannot pass descriptors to the resident process: ")
     assert which in line
     assert start.left() == []
     assert "Traceback" not in start.log

@@ -75,7 +75,7 @@ def test_a_release_that_never_accepts_is_told_from_one_that_does(
 
     release.becomes(*worker("never_ready"))
     line = reload_failed(daemon)
-    assert f"127.0.0.1 port {daemon.port} was accepted by no worker" in line
+    assert f"no worker accepted the probe at 127.0.0.1 port {daemon.port}" in line
     daemon.log.wait_for("event=drained generation=2")
     assert ask(("127.0.0.1", daemon.port)) == old
 
@@ -189,7 +189,7 @@ def test_a_release_that_takes_no_connection_serves_nobody(
 
     line = reload_failed(daemon)
 
-    why = "accepted by no worker" if kind == "accept" else "GET /healthz: no(t answered| answer)"
+    why = "no worker accepted" if kind == "accept" else "GET /healthz: no(t answered| answer)"
     assert re.search(why, line)
     daemon.log.wait_for("event=drained generation=2")
     assert get(daemon.port) == old
@@ -294,7 +294,7 @@ def test_a_connection_that_waits_for_data_was_not_accepted(
     daemon = protector(*words, "--", asked.release.path).ready()
     asked.becomes("--defers", "--never")
 
-    assert "was accepted by no worker" in reload_failed(daemon)
+    assert "no worker accepted the probe" in reload_failed(daemon)
     daemon.stop()
 
 

@@ -205,8 +205,8 @@ def test_a_worker_that_is_never_ready_is_reported_with_what_ready_means(
     ("ready", "hint"),
     [
         ("check:echo gone; exit 1", "echo: exited with status 1: gone; the command of --ready"),
-        ("ack", "a worker sends einhorn's ACK"),
-        ("fd:3", "a worker writes a line to the descriptor of --ready fd:N"),
+        ("ack", "no worker sent einhorn's ACK"),
+        ("fd:3", "no worker wrote a line to the descriptor of --ready fd:N"),
         ("after:30s", "--ready after: is longer than --start-timeout"),
     ],
 )

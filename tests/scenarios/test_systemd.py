@@ -317,7 +317,7 @@ def test_an_upgrade_waits_for_a_full_notify_socket_but_not_for_ever(
         assert "version=2.0.0" in daemon.log.wait_for("event=resumed")
     else:
         line = daemon.log.wait_for("event=upgrade-failed")
-        assert "has not read on for 3s" in line
+        assert "has not responded for 3s" in line
         mark = daemon.signal(signal.SIGUSR2)
         line = daemon.log.wait_for("event=upgrade-failed", after=mark)
         assert "the guard or systemd is behind" in line

@@ -138,7 +138,7 @@ def never_accepts(at: Place) -> Outcome:
     """It hangs while it loads: no connection is sent where none is accepted."""
     with loaded(at, *SHORT, ready=ACCEPT) as one:
         one.release.hangs()
-        verdict = refused(run("reload"), "accepted by no worker")
+        verdict = refused(run("reload"), "no worker accepted")
         only_the_first_serves(one)
     return one.outcome(verdict)
 

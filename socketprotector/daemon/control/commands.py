@@ -88,7 +88,9 @@ class CommandHandler:
                 "error", "command-failed", command=request.command, error=repr(error)
             )
             raise RequestError(
-                "failed", "a fault of the protector; its log says more", request.id
+                "failed",
+                "internal error; details are in the log (event=command-failed)",
+                request.id,
             ) from error
         client.say(control_requests.answer(request.id, result))
 
@@ -151,7 +153,9 @@ class CommandHandler:
     def do_connections(self, generation: int | None = None) -> Mapping[str, Any]:
         generations = self._effects.generations
         if generation is not None and generation not in generations:
-            raise RequestError("unknown", f"there is no generation {generation}")
+            raise RequestError(
+                "unknown", f"there is no generation {generation}; `status` lists them"
+            )
         return {
             "workers": status.of_connections(generations, self._effects.pool.records(), generation)
         }
@@ -166,7 +170,9 @@ class CommandHandler:
     def _compare(self, client: Client, request: Request) -> None:
         """Answer `diff` when a helper process has read the configuration, maybe after seconds."""
         if not self._effects.live_settings.settings.origin.configured:
-            raise RequestError("unknown", "there is no configuration file; see --config")
+            raise RequestError(
+                "unknown", "there is no configuration file; start with --config FILE to use one"
+            )
 
         def done(answer: ConfigAnswer) -> None:
             if answer.failure:
@@ -178,7 +184,7 @@ class CommandHandler:
                 client.say(control_requests.answer(request.id, result))
 
         if not self._effects.live_settings.compare(done):
-            raise RequestError("busy", "a diff is under way; try again after it")
+            raise RequestError("busy", "another diff is in progress; try again after it")
 
     # -- commands that change something ------------------------------------------
 
@@ -197,11 +203,11 @@ class CommandHandler:
         if settings.policy.stop_first:
             cannot = STOP_FIRST
         elif fleet.dry_run:
-            cannot = "one is under way; try again after it"
+            cannot = "another dry run is in progress; try again after it"
         elif fleet.is_changing:
-            cannot = "a reload is under way; try again after it"
+            cannot = "a reload is in progress; try again after it"
         elif fleet.of(Phase.SERVING) is None:
-            cannot = "no generation serves; reload instead"
+            cannot = "no generation is serving; reload instead"
         if cannot:
             raise RequestError("refused", f"no dry run: {cannot}")
 
@@ -224,7 +230,7 @@ class CommandHandler:
         fleet = self.supervisor.fleet
         wanted = fleet.workers_wanted + by if to is None else to
         if wanted < 1:
-            raise RequestError("refused", "there is always one worker at least")
+            raise RequestError("refused", "cannot go below 1 worker; to end the service use `stop`")
         cannot = self.supervisor.scale(ScaleRequested(to=wanted))
         if cannot is not None:
             raise RequestError("refused", cannot)
@@ -249,11 +255,15 @@ class CommandHandler:
             return self._replace_worker(fleet, pid)
         found = fleet.generation(generation or 0)
         if found is None:
-            raise RequestError("unknown", f"there is no generation {generation}")
+            raise RequestError(
+                "unknown", f"there is no generation {generation}; `status` lists them"
+            )
         if found.phase in _ENDING:
-            raise RequestError("refused", f"generation {generation} drains already; kill ends it")
+            raise RequestError(
+                "refused", f"generation {generation} is draining already; `kill` ends it"
+            )
         if found.phase is not Phase.SERVING or fleet.is_changing:
-            raise RequestError("refused", "a reload is under way; try again after it")
+            raise RequestError("refused", "a reload is in progress; try again after it")
         self.runtime.post(RenewRequested())
         return {"generation": generation}
 
@@ -261,11 +271,13 @@ class CommandHandler:
         number = next((r.number for r in self._effects.pool.records() if r.pid == pid), None)
         found = fleet.find(number) if number is not None else None
         if found is None:
-            raise RequestError("unknown", f"process {pid} is no worker")
+            name = self._effects.live_settings.settings.name
+            why = f"process {pid} is not a worker of {name}; `status` lists them"
+            raise RequestError("unknown", why)
         generation, worker = found
         if generation.phase is not Phase.SERVING or worker.state is not State.READY:
             raise RequestError(
-                "refused", f"process {pid} does not serve: it is on its way in or out"
+                "refused", f"worker {pid} is still starting or already stopping; try again"
             )
         self.runtime.post(ReplaceRequested(worker.number, "an operator wants that"))
         return {"worker": worker.number}
@@ -273,7 +285,9 @@ class CommandHandler:
     def do_kill(self, generation: int) -> Mapping[str, Any]:
         found = self.supervisor.fleet.generation(generation)
         if found is None:
-            raise RequestError("unknown", f"there is no generation {generation}")
+            raise RequestError(
+                "unknown", f"there is no generation {generation}; `status` lists them"
+            )
         if found.phase not in _ENDING:
             raise RequestError(
                 "refused", f"generation {generation} is {found.phase.value}; replace it first"

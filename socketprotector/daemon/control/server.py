@@ -317,9 +317,11 @@ class ControlServer:
             return
         client = Client(sock, self, self.loop, self._commands_for(sock))
         if not client.may:
-            wrong = RequestError("denied", "not for this user")
+            wrong = RequestError("denied", "permission denied")
         elif len(self._clients) >= CLIENTS:
-            wrong = RequestError("busy", f"{CLIENTS} clients are connected already")
+            wrong = RequestError(
+                "busy", f"{CLIENTS} clients are connected already; try again after one has left"
+            )
         else:
             self._clients[sock.fileno()] = client
             client.begin()

@@ -327,7 +327,7 @@ def test_what_serves_comes_first_if_it_fails(story: Story, answered: bool) -> No
 
     actions = story.when(ChannelBroken(1, served_s=20.0))
 
-    assert failed("the generation that served has failed meanwhile") in actions
+    assert failed("the serving generation failed during the dry run; see `crashes`") in actions
     assert story.fleet.to_open is Next.LAST_GOOD
     story.and_also(WorkerExited(2, "ended"), Quiesced(1), WorkerExited(1, "ended"))
     assert story.starting == {3}
@@ -339,7 +339,7 @@ def test_and_so_it_does_while_the_file_is_read(configured: Story) -> None:
 
     actions = story.when(ChannelBroken(1, served_s=20.0))
 
-    assert failed("the generation that served has failed meanwhile") in actions
+    assert failed("the serving generation failed during the dry run; see `crashes`") in actions
     assert ForgetSettings() in actions
     assert Open(3, fresh=False) in actions
     assert story.when(SettingsRead(Policy(), 2)) == []

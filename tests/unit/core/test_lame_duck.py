@@ -139,8 +139,8 @@ def test_what_waits_on_hold_is_accepted(story: Story) -> None:
 @pytest.mark.parametrize(
     ("event", "reason"),
     [
-        (ReloadRequested(), "no reload while stopping"),
-        (ScaleRequested(+1), "no scaling while stopping"),
+        (ReloadRequested(), "cannot reload: a stop is in progress"),
+        (ScaleRequested(+1), "cannot scale: a stop is in progress"),
         (HoldRequested(3.0), "no hold while stopping"),
         (LameDuckRequested(False), "it is stopping"),
     ],

@@ -474,5 +474,5 @@ def test_a_reload_while_stopping_is_refused(story: Story) -> None:
     story.given_serving().and_also(StopRequested())
 
     assert story.when(ReloadRequested()) == [
-        Report(ReportKind.REFUSED, reason="no reload while stopping")
+        Report(ReportKind.REFUSED, reason="cannot reload: a stop is in progress")
     ]

@@ -53,7 +53,7 @@ def test_a_start_tells_how_many_workers_are_ready_and_what_the_last_answer_was(
     "answer",
     [
         "GET /healthz: refused",
-        "a connection to 127.0.0.1 port 80 was accepted by no worker",
+        "no worker accepted the probe at 127.0.0.1 port 80",
         "the check exited with status 1: 40 % of all requests fail",
     ],
 )

@@ -241,7 +241,7 @@ def test_there_is_always_one_worker(story: Story) -> None:
     story.given_serving()
 
     assert story.when(ScaleRequested(-1)) == [
-        Report(ReportKind.REFUSED, reason="there is always one worker at least")
+        Report(ReportKind.REFUSED, reason="cannot go below 1 worker; to end the service use `stop`")
     ]
     assert story.fleet.workers_wanted == 1
 
@@ -280,7 +280,7 @@ def test_scaling_while_stopping_is_refused(story: Story) -> None:
     story.given_serving().and_also(StopRequested())
 
     assert story.when(ScaleRequested(+1)) == [
-        Report(ReportKind.REFUSED, reason="no scaling while stopping")
+        Report(ReportKind.REFUSED, reason="cannot scale: a stop is in progress")
     ]
 
 

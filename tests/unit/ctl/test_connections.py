@@ -168,7 +168,7 @@ def test_a_worker_of_another_user_is_reported(monkeypatch: pytest.MonkeyPatch) -
     _, unseen = connections.look([owner(1)], ["tcp:0.0.0.0:1"], now=1.0)
 
     assert [(each.pid, each.why) for each in unseen] == [
-        (1, "not allowed: ask as root or its user")
+        (1, "permission denied; run as root or as the worker's user")
     ]
 
 

@@ -44,7 +44,7 @@ def test_none_is_status_1_and_several_are_status_2(fakes: Fakes, ctl: Ctl) -> No
     assert none.status == 1
     assert "no protector has a control socket in " in none.err
     assert several.status == 2
-    assert several.err.endswith("say --name NAME: api, web\n")
+    assert several.err.endswith("choose one by --name NAME: api, web\n")
 
 
 @pytest.mark.parametrize("option", ["--control", "--pid-file", "--name"])
@@ -215,8 +215,8 @@ def test_by_path_however_long(tmp_path: Path, folder: Path, ctl: Ctl) -> None:
     gone = level(ctl, "--control", str(tmp_path / "none"))
     assert (gone.status, gone.err) == (
         1,
-        f"socketprotectorctl: {tmp_path}/none: there is no control socket; "
-        "does the protector run?\n",
+        f"socketprotectorctl: {tmp_path}/none: no such socket; no protector is running there, "
+        "or it has --no-control; `socketprotectorctl list` shows what runs\n",
     )
 
 
@@ -261,7 +261,7 @@ def test_a_pid_file_that_is_no_file_is_refused_at_once(
 @pytest.mark.parametrize(
     ("content", "status", "words"),
     [
-        (None, 1, "there is none; does the protector run?"),
+        (None, 1, "no such file; start the protector, or check the path"),
         ("junk", 2, "it contains no pid"),
         ("999999999", 1, "process 999999999 is gone"),
         ("1", 1, "no control socket of process 1 in "),
@@ -303,7 +303,7 @@ def test_list_shows_the_living_the_dead_the_denied_and_the_silent(
     fakes("web")
 
     def no(*_: object) -> None:
-        raise Refusing("denied", "not for this user")
+        raise Refusing("denied", "permission denied")
 
     fakes("secret").answers["status"] = no
     fakes("slow").answers["status"] = lambda *_: None

@@ -135,7 +135,7 @@ def test_replace_finds_out_whether_it_is_a_generation_or_a_pid(fake: Fake, ctl: 
     )
     neither = ctl("replace", "7")
     assert neither.status == 100
-    assert "7 is no generation and no worker's pid; generations: 8" in neither.err
+    assert "7 is neither a generation nor a worker's pid; generations: 8" in neither.err
     asked = [each for each in fake.asked if each["command"] == "replace"]
     assert asked == [{"command": "replace", "pid": 4712}, {"command": "replace", "generation": 8}]
 

@@ -331,7 +331,10 @@ def test_a_protector_that_does_not_come_back_is_status_1(
     said = ctl("reload")
 
     assert said.status == 1
-    assert "generation 9 was not seen serving: the protector did not come back" in said.err
+    assert (
+        "lost sight of generation 9 before it was serving: the protector did not come back"
+        in said.err
+    )
 
 
 def test_a_stop_in_the_middle_is_status_1(fake: Fake, ctl: Ctl) -> None:
@@ -346,7 +349,7 @@ def test_a_stop_in_the_middle_is_status_1(fake: Fake, ctl: Ctl) -> None:
     said = ctl("reload")
 
     assert said.status == 1
-    assert "generation 9 was not seen serving: it was stopped" in said.err
+    assert "lost sight of generation 9 before it was serving: it was stopped" in said.err
     assert time.monotonic() - began < client.RETURN_S
 
 
@@ -649,18 +652,21 @@ def test_no_wait_says_that_it_was_asked(fake: Fake, ctl: Ctl) -> None:
 
 def test_a_refusal_is_status_100(fake: Fake, ctl: Ctl) -> None:
     def answer(_: Connection, __: Message) -> Message:
-        raise Refusing("refused", "no reload while stopping")
+        raise Refusing("refused", "cannot reload: a stop is in progress")
 
     fake.answers["reload"] = answer
 
     said = ctl("reload")
 
-    assert (said.status, said.err) == (100, "socketprotectorctl: no reload while stopping\n")
+    assert (said.status, said.err) == (
+        100,
+        "socketprotectorctl: cannot reload: a stop is in progress\n",
+    )
 
 
 def test_a_user_that_may_not_ask_is_refused_in_json_too(fake: Fake, ctl: Ctl) -> None:
     def answer(_: Connection, __: Message) -> Message:
-        raise Refusing("denied", "not for this user")
+        raise Refusing("denied", "permission denied")
 
     fake.answers["events"] = answer
 
@@ -753,7 +759,7 @@ def test_a_reload_that_the_protector_has_forgotten_is_no_success(fake: Fake, ctl
     said = ctl("reload", "--timeout", "60s")
 
     assert said.status == 3
-    assert "knows nothing of it any more" in said.err
+    assert "its verdict is no longer known" in said.err
 
 
 # -- an output that takes nothing ----------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Talks to the asker (programs/asker.py), a process that gets a connection with each probe.
+"""Starts askers (programs/asker.py), and exchanges messages with them.
 
-It can forward the connections of a socket instead.  It exits when its line is closed: by us, or
-because we have exited.
+An asker sends HTTP probes over connections that we pass to it, or it forwards the connections of a
+socket.  It exits when its line is closed: by us, or because we have exited.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LINE_FD, _LISTENING_FD = 3, 4
 
 
 class Asker:
-    """One asker process."""
+    """One asker process, and our line to it."""
 
     def __init__(
         self,
@@ -37,11 +37,11 @@ class Asker:
 
         heard: called with why an answer is bad, "" if it is good.  late: called instead if no
         answer came in time.  ended: called with how the process exited, unless we ended it.
-        forwards: it connects to this target for each connection that comes to this socket.
+        forwards: a target and a socket: the asker forwards the socket's connections to the target.
         """
         self._heard, self._ended, self._late = heard, ended, late
         self._process: HelperProcess | None = None
-        self._number = 0  # of the last question
+        self._number = 0  # of the last probe
         words = [str(_LINE_FD)]
         self._line, theirs = Line.make(loop, self._hear)
         descriptors = {_LINE_FD: theirs.fileno()}
@@ -63,10 +63,10 @@ class Asker:
         limit_s: float,
         left_s: float,
     ) -> None:
-        """Send a probe over a connection that is being made, which stays the caller's.
+        """Send a probe over a connection, which stays the caller's and may not be established yet.
 
-        limit_s: the time for a good answer.  left_s: what is left of it.  A later answer to an
-        earlier probe is ignored.  Raises OSError.
+        limit_s: the time for a good answer.  left_s: the rest of that time.  Answers to earlier
+        probes are ignored from now on.  Raises OSError.
         """
         self._number += 1
         limit = {"limit_s": left_s, "limit": in_units(limit_s)}
@@ -74,14 +74,14 @@ class Asker:
         self._line.socket.sendmsg([message], [rights_of(connection.fileno())], socket.MSG_DONTWAIT)
 
     def close(self) -> None:
-        """Let it end."""
+        """Close the line, so that the asker exits."""
         self._line.close()
         if self._process is not None:
             self._process.close()
             self._process = None
 
     def kill(self) -> None:
-        """Kill it because it does not answer; `ended` is called as usual."""
+        """Kill an asker that does not answer; `ended` is called as usual."""
         if self._process is not None:
             self._process.process.kill_group()
 

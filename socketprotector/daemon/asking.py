@@ -1,10 +1,10 @@
 """--ready accept, http:, https:: probes the starting generation, which gets no clients yet.
 
-If workers accept, a mark steers the probe to it (system/reuseport.py).  Otherwise connections to a
-loopback port are sent into its channel.
+If workers accept, a mark steers the probe to that generation (system/reuseport.py).  Otherwise the
+probe connects to a loopback port, and is sent into the generation's channel.
 
-Under the default of listener, a generation that refuses connections may be ready nevertheless, so
-a timer makes it ready.
+Under the default --ready of listener mode, a generation that refuses connections may be ready
+nevertheless, so a timer makes it ready.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Asking:
         self.stop()
         program = generation.program
         if program.ready == "any" and program.ready_after_s is None:
-            return  # it uses {fd:ready}
+            return  # its command uses {fd:ready}
         self._generation, self._began = generation, time.monotonic()
         self._asked = question.read(program.ready_question or "accept")
         self.last = f"GET {self._asked.path}: not answered yet" if self._asked.by_http else ""

@@ -1,7 +1,8 @@
 """Reads the configuration again in a child process, because reading may block.
 
-It also needs modules that must not stay in the resident process.  launch/reload_child.py gets the
-current settings, reads everything as the launching process did, and exits; it documents the answer.
+Reading also needs modules that must not stay in the resident process.  The child
+(launch/reload_child.py) gets the current settings, reads everything as the launching process did,
+and exits.  That module documents its answer.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ class ConfigAnswer:
     failure: str = ""  # for people, line by line; "": success
     settings: Settings | None = None
     listeners: dict[int, int] = field(default_factory=dict)  # place -> descriptor
-    siblings: dict[int, int] = field(default_factory=dict)  # the same: see system/reuseport.py
-    reserved: dict[int, int] = field(default_factory=dict)  # the same: for a hold
+    siblings: dict[int, int] = field(default_factory=dict)  # second sockets, likewise
+    reserved: dict[int, int] = field(default_factory=dict)  # third sockets, for a hold, likewise
     changes: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()  # the changes that a reload would refuse
 
 
 @mutable
 class ConfigReader:
-    """One reading at a time."""
+    """Runs one reading child at a time."""
 
     #: Executes the protector's program.
     command: tuple[str, ...]
@@ -169,12 +170,12 @@ class ConfigReader:
         return tuple(_text(self._heard[name]).splitlines()) if name in self._heard else ()
 
     def _take_heard(self, kind: str) -> dict[int, int]:
-        """Hand over the descriptors of a kind, by place."""
+        """Remove and return the descriptors of a kind, by place."""
         names = [name for name in self._heard if name.startswith(kind)]
         return {int(name.removeprefix(kind)): self._heard.pop(name) for name in names}
 
     def _release(self) -> None:
-        """Close everything of the child."""
+        """Release the child process, its line and its descriptors."""
         self.loop.cancel(self.key)
         for fd in self._heard.values():
             os.close(fd)

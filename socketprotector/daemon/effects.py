@@ -76,7 +76,7 @@ RECORDED = Undone | Report | StartTimer
 _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
 _FAILURE = (ReportKind.RELOAD_FAILED, ReportKind.DRY_RUN_FAILED)
 _CALLED_OFF = (CALLED_OFF, UPGRADED)
-#: How soon to look again whether a good answer has come after --settle.
+#: How soon to check again for a good answer after --settle.
 _SETTLE_AGAIN_S = 0.1
 _LATE = "late"
 
@@ -109,7 +109,7 @@ class Effects:
         self.generations = Generations()
         self._route: int | None = None
         self.last_good: Program | None = None  # of the generation that served last
-        self._due: dict[Deadline, tuple[Deadline, float]] = {}  # when each timer runs out
+        self._due: dict[Deadline, tuple[Deadline, float]] = {}  # each timer, and when it runs out
         self.exit_status: int | None = None
         self.delivery = build(
             Host(
@@ -237,9 +237,9 @@ class Effects:
         return {**self.own_descriptors(), **self.pool.descriptors}
 
     def own_descriptors(self) -> dict[str, int]:
-        """Return the descriptors of no single worker: as few as there are generations.
+        """Return the descriptors that belong to no single worker, by name.
 
-        First what clients need: an fd store that is full keeps no more.
+        Descriptors that clients need come first: a full fd store keeps no more.
         """
         found = {**self.delivery.descriptors(), **self.generations.descriptors()}
         return {**found, **self.output.descriptors()}
@@ -428,6 +428,6 @@ class Effects:
     def close(self) -> tuple[str, ...]:
         """Close everything; return the names of the sockets that survive for the next start."""
         self.suspend()
-        left, forwarded = self.delivery.close(), self.delivery.forwarded
+        surviving, forwarded = self.delivery.close(), self.delivery.forwarded
         self._log.write("info", "stopped", connections=forwarded, lost=self.delivery.lost or None)
-        return left
+        return surviving

@@ -1,7 +1,7 @@
 """Carries every event to the supervisor.
 
-It is created first so that producers can be given `post` before the supervisor, which depends on
-them, exists.
+The queue is created first: all parts that post events need it, and the supervisor, which takes the
+events, needs those parts.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Handles the reports of --handoff stdio pools about a generation's first programs.
 
 A pool reports `failed` for each program that fails at once, until one works
-(programs/stdio/first_programs.py).  The client may have caused a single failure, so it is only
-shown.  After NO_ACCIDENT failures a settling generation fails; any other one keeps running.
+(programs/stdio/first_programs.py).  A client may have caused a single failure, so that is only
+shown.  After NO_ACCIDENT failures a settling generation fails; any other generation keeps running.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .log_output import Output
 from .runtime import Runtime
 from .worker_spawn import Worker
 
-#: A pid, or a status as wait(2) gives it.
+#: The most digits of a pid, or of a status as wait(2) gives it.
 _DIGITS = 9
 
 
@@ -60,7 +60,7 @@ class FirstPrograms:
             # By now other programs may have failed with the same words.
             last_words = _once(found, generation.record.programs_failed)
             if generation.record.programs_work:
-                return  # meanwhile
+                return  # another program has worked meanwhile
             generation.update_record(program_words=last_words)
             if count <= NO_ACCIDENT:  # later programs fail in the same way
                 self._keep(worker, pid, f"program {how}", last_words, at)

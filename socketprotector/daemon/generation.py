@@ -1,6 +1,6 @@
 """An open generation: its record and its scoreboard.
 
-The next program needs one record, replaced as a whole, and descriptors by name
+The next program gets the record from the state, and the scoreboard's descriptor by name
 (system/inherited.py).
 """
 
@@ -19,7 +19,7 @@ from ..system.scoreboard import Board
 
 @mutable
 class OpenGeneration:
-    """One open generation.  It owns its scoreboard; the delivery owns what brings it clients."""
+    """One open generation.  It owns its scoreboard; the delivery owns its sockets."""
 
     record: GenerationRecord
     board: Board | None = None  # None: it cannot be made, and nothing is counted
@@ -43,7 +43,7 @@ class OpenGeneration:
         return self.record.program
 
     def update_record(self, **changes: object) -> None:
-        """Replace the record: a checkpoint sees a change by identity."""
+        """Replace the record as a whole: a checkpoint detects a change by identity."""
         self.record = replace(self.record, **changes)  # type: ignore[arg-type]
 
     def note_draining(self) -> None:
@@ -67,7 +67,7 @@ class OpenGeneration:
             self.update_record(ended=True)
 
     def knows(self, index: int) -> bool:
-        """Return whether its workers got a listener."""
+        """Return whether its workers were given a listener; index: the listener's."""
         known = known_to(self.program)
         return known is None or index in known
 

@@ -38,7 +38,10 @@ class Health:
         delivery: Delivery,
         remember: Callable[[Callable[[History], History]], None],
     ) -> None:
-        """settings: returns those in force.  remember: changes the history by a function of it."""
+        """settings: returns the settings in force.
+
+        remember: changes the history by a function of it.
+        """
         self._loop, self._log = runtime.loop, runtime.log
         self._persist, self._remember = runtime.persist, remember
         self._settings, self._delivery = settings, delivery
@@ -48,7 +51,7 @@ class Health:
             as_client=True,
         )
         self._generation: OpenGeneration | None = None
-        self._held_to: tuple[object, ...] = ()
+        self._applied: tuple[object, ...] = ()  # the options of the present probes
         self._asked = Question("")
         self.known = Serving(time.time())
 
@@ -70,7 +73,7 @@ class Health:
 
     def apply_settings(self) -> None:
         """Begin again if a reload has changed the options."""
-        if self._held_to != self._options():
+        if self._applied != self._options():
             self._begin()
 
     def suspend(self) -> None:
@@ -93,9 +96,9 @@ class Health:
 
     def _begin(self) -> None:
         options = self._options()
-        if self._generation is None or options != self._held_to:
+        if self._generation is None or options != self._applied:
             self.suspend()
-        self._held_to = options
+        self._applied = options
         self._probe.close()
         self.known = Serving(time.time())
         self.resume()

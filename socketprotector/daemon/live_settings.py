@@ -36,7 +36,7 @@ class LiveSettings:
         command: tuple[str, ...],
     ) -> None:
         """command: executes this program again."""
-        #: What the next program needs.  Replaced whole, as each record of the state.
+        #: The record that the next program needs; like each record of the state, replaced whole.
         self.record = SettingsRecord(settings)
         self._pool = pool
         self._delivery = delivery
@@ -62,7 +62,7 @@ class LiveSettings:
         reader.read(self.settings, partial(self._on_config_read, dry_run=dry_run))
 
     def compare(self, done: Callable[[config_reader.ConfigAnswer], None]) -> bool:
-        """Find out what a reload would change, and call back; return False if one call runs."""
+        """Find out what a reload would change, and call back; return False if one is running."""
         comparer = self._reader("comparer")
         if comparer.busy:
             return False
@@ -114,7 +114,7 @@ class LiveSettings:
         self._remove_listeners()
 
     def note_rebound(self, listener: Listener) -> None:
-        """Record a listener's new socket file, which is to be removed at the end."""
+        """Record a listener's new socket file, which we remove at our exit."""
         index, bound, candidate = listener.index, listener.settings, self.record.candidate
         self.record = SettingsRecord(
             _with_file(self.settings, index, bound),

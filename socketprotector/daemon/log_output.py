@@ -40,8 +40,8 @@ _REOPENED = 0o622
 class Opened:
     """The output descriptors of a worker that is about to start."""
 
-    places: dict[int, int] = field(default_factory=dict)  # number there -> descriptor here
-    pid: int = 0  # to be set once it is started
+    places: dict[int, int] = field(default_factory=dict)  # descriptor in the worker -> ours
+    pid: int = 0  # the caller sets it once the worker has started
 
 
 class Output:

@@ -1,10 +1,14 @@
 """Determines, when a worker has exited, its status, the reason, and the processes it left.
 
-The order is fixed.  First its last words, where it has not served: they are the reason of a failed
-start, and may have to come from the relay process.  Until then it is not reaped, so that a program
-that replaces this one meanwhile finds it exited, and asks again.  Then its exit status: from wait,
-or from the guard, where an earlier program was its parent (waitid(2) fails with ECHILD here).  Last
-the processes it left: while its process group exists, the kernel does not reuse its pid.
+The order is fixed:
+
+1. The last words, if the worker never served: they are the reason of a failed start, and may have
+   to come from the relay.  The worker is not reaped before, so that a program that replaces this
+   one meanwhile finds it exited, and requests its last words again.
+2. The exit status: from waitid(2), or from the guard.  If an earlier program was the worker's
+   parent, waitid(2) fails here with ECHILD.
+3. The processes that the worker left: while its process group exists, the kernel does not reuse its
+   pid.
 """
 
 from __future__ import annotations
@@ -62,8 +66,8 @@ class PostMortem:
             worker.ended = True
             if not worker.has_served:
                 self.runtime.loop.unwatch(worker.process.pidfd)
-                self._ask(worker.record, partial(self._said, worker))
-                return None  # the callback may come at once, and finish everything
+                self._request_words(worker.record, partial(self._note_words, worker))
+                return None  # the callback may have come at once, and finished everything
         if not worker.has_served and worker.last_words is None:
             return None
         try:
@@ -78,14 +82,14 @@ class PostMortem:
             )
         return end
 
-    def _ask(self, record: WorkerRecord, done: Callable[[str], None]) -> None:
+    def _request_words(self, record: WorkerRecord, done: Callable[[str], None]) -> None:
         self.output.last_words(record.number, record.output_start, done)
 
-    def _said(self, worker: Worker, last_words: str) -> None:
+    def _note_words(self, worker: Worker, last_words: str) -> None:
         worker.last_words = last_words
         self.ended(worker.record.number)
 
-    def _said_late(self, number: int, last_words: str) -> None:
+    def _remember_words(self, number: int, last_words: str) -> None:
         if last_words:
             self.remember(lambda history: history.with_last_words(number, last_words))
 
@@ -125,7 +129,7 @@ class PostMortem:
             crash = _crash(worker, end, lost, last_words)
             self.remember(lambda history: history.with_crash(crash))
             if worker.has_served:  # its replacement does not wait for the last words
-                self._ask(record, partial(self._said_late, number))
+                self._request_words(record, partial(self._remember_words, number))
         reason, served_s = end.how, 0.0
         if record.ready_at is not None:
             served_s = time.monotonic() - record.ready_at
@@ -154,19 +158,19 @@ class PostMortem:
             return f"{reason}{LAST_WORDS}\n{last_words}"
         return "; ".join(filter(None, (reason, where)))
 
-    # -- what is left ------------------------------------------------------------
+    # -- process groups ----------------------------------------------------------
 
     def keep_group(
         self, record: WorkerRecord, process: Process, generation: OpenGeneration
     ) -> bool:
-        """Take care of what is left of a worker's process group; return whether anything is."""
-        left = process.has_group()
-        if left:
+        """Watch the processes left in a worker's process group; return whether there are any."""
+        has_group = process.has_group()
+        if has_group:
             ended = partial(self._group_ended, record, generation)
             self.groups.keep(record, process, generation.program.finish_signal, ended)
         else:
             process.close()
-        return left
+        return has_group
 
     def _group_ended(self, record: WorkerRecord, generation: OpenGeneration) -> None:
         waiting = self.delivery.waiting(generation, clients_only=True) or 0
@@ -181,12 +185,12 @@ class PostMortem:
         """
         for name, fd in descriptors.items():
             if name != "process":
-                os.close(fd)  # a group needs nothing else
+                os.close(fd)  # a process group needs no other descriptor
         process = Process(record.pid, descriptors["process"])
         try:
             process.reap()
         except ChildProcessError:
-            pass  # it was the child of another process
+            pass  # another process was its parent
         return self.keep_group(record, process, generation)
 
 

@@ -1,8 +1,8 @@
-"""Sends a generation one probe, and reports its verdict.
+"""Sends a probe to a generation, and reports the verdict.
 
-Its delivery knows how to reach it (`ProbeTarget`).  An `accept` probe is a connection of ours that
-a worker must accept.  An HTTP probe is sent by another process over a connection of ours
-(asker_client.py).  A check command connects without us.
+The delivery knows how to reach the generation (`ProbeTarget`).  There are three kinds.  For
+`accept`, a worker must accept a connection of ours.  For HTTP, another process sends the request
+over a connection of ours (asker_client.py).  A check command makes its own connections.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from .delivery.probe_target import PROBE, SHUT_DOWN, ProbeTarget, Reach
 from .generation import OpenGeneration
 from .verdicts import Verdict
 
-#: How soon to look whether a connection was taken: a tenth of the time that it waits, within these.
+#: The pause between checks whether a connection was accepted: the first, the longest, and its share
+#: of the time that the connection has waited.
 _FIRST_LOOK_S, _LAST_LOOK_S, _LOOK_SHARE = 0.005, 1.0, 0.1
 #: How much longer than its limit the asker may take: it is starting, or the machine is busy.
 _ASKER_S = 10.0
-#: What connecting says where nothing listens.
+#: The errors of connect() to an address where no process listens.
 _NOT_THERE = (errno.ECONNREFUSED, errno.ENOENT)
 
 
@@ -51,8 +52,8 @@ class Probe:
     ) -> None:
         """as_client: the probes reach the serving generation, each by a target of its own.
 
-        addresses: where commands reach a generation, if not where the other probes do.
-        reads: returns what a command reads on stdin, by generation number.
+        addresses: the addresses at which commands reach a generation; None: the target's.  reads:
+        returns the stdin of a command, by generation number.
         """
         self._loop, self._reach, self._as_client = loop, reach, as_client
         self._addresses, self._reads = addresses, reads
@@ -60,13 +61,14 @@ class Probe:
         self._asked = Question("")
         self._asked_at = self._until = 0.0
         self._target: ProbeTarget | None = None
-        #: The connection of the present probe, or of one that no worker has accepted yet: so probes
-        #: do not pile up at a server that accepts none.
+        #: The connection of the present probe, or of an earlier one that no worker has accepted:
+        #: it is reused, so that probes do not pile up at a server that accepts none.
         self._connection: socket.socket | None = None
         self._made_at = 0.0
         self._was_reset = False
         self._asker: Asker | None = None
-        #: A late command may survive its kill: as another user's process, or waiting for a disk.
+        #: The running command.  A late one may survive its kill: as another user's process, or
+        #: while it waits for a disk.
         self._command: CheckCommand | None = None
         self._late = ""
 
@@ -87,7 +89,7 @@ class Probe:
             elif not self._still_waits():
                 self._send(generation, limit_s)
         except (OSError, ValueError) as error:
-            self._over(verdicts.CANNOT, what_failed(error))
+            self._finish(verdicts.CANNOT, what_failed(error))
 
     @property
     def asks(self) -> bool:
@@ -127,7 +129,7 @@ class Probe:
 
     # -- inside --------------------------------------------------------------------
 
-    def _over(self, kind: str, why: str = "") -> None:
+    def _finish(self, kind: str, why: str = "") -> None:
         """Report the verdict; MOVED if another generation may have answered."""
         self._loop.cancel(self)
         holds = self._target is None or self._target.holds()
@@ -149,7 +151,7 @@ class Probe:
         if target is None:
             one_socket = "there is one socket for it and the one before"
             none = "there is no such listener any more"
-            self._over(verdicts.NO_TARGET, none if self._as_client else one_socket)
+            self._finish(verdicts.NO_TARGET, none if self._as_client else one_socket)
             return
         if asked.by_http and self._asker is None:
             try:
@@ -167,10 +169,10 @@ class Probe:
             if self._left_s:
                 self._look_later(partial(self._send_again, generation, limit_s))
             else:
-                self._over(verdicts.UNMADE, self._cannot_connect(failed))
+                self._finish(verdicts.UNMADE, self._cannot_connect(failed))
         elif failed not in (0, errno.EINPROGRESS):
             kind = verdicts.REFUSED if failed in _NOT_THERE else verdicts.UNREACHED
-            self._over(kind, self._cannot_connect(failed))
+            self._finish(kind, self._cannot_connect(failed))
         elif asked.by_http:
             assert self._asker is not None
             self._asker.ask(client, target, asked, limit_s, self._left_s)
@@ -182,7 +184,7 @@ class Probe:
         try:
             self._send(generation, limit_s)
         except OSError as error:
-            self._over(verdicts.CANNOT, what_failed(error))
+            self._finish(verdicts.CANNOT, what_failed(error))
 
     @property
     def _left_s(self) -> float:
@@ -207,22 +209,22 @@ class Probe:
             self._target.close()
             self._target = None
 
-    # -- whether it was taken --------------------------------------------------------
+    # -- whether a worker has accepted it ----------------------------------------------
 
     def _waits(self) -> bool:
         """Return whether our connection waits to be accepted.  Raises OSError if it is lost."""
-        target, one = self._target, self._connection
+        target, connection = self._target, self._connection
         assert target is not None
-        assert one is not None
-        # It waits, too, while the kernel has not connected it because the backlog is full.
-        return not events_of(one, select.POLLOUT) or target.waits(one)
+        assert connection is not None
+        # It also waits while the backlog is full, so that the kernel has not connected it.
+        return not events_of(connection, select.POLLOUT) or target.waits(connection)
 
     def _still_waits(self) -> bool:
-        """Return whether the earlier probe still waits, and continue it; otherwise forget it."""
+        """Continue an earlier probe that still waits, and return True; otherwise forget it."""
         if self._connection is None:
             return False
         waits: bool | None = None
-        with suppress(OSError):  # it came to no worker
+        with suppress(OSError):  # the connection is lost
             if not self._connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 waits = self._waits()
         if waits is None or (self._asked.by_http and not waits):
@@ -231,7 +233,7 @@ class Probe:
                 self._leave()
             return False
         if self._asked.by_http:
-            self._over(self._waiting()[0], self._late)
+            self._finish(self._waiting()[0], self._late)
         else:
             self._look()
         return True
@@ -252,25 +254,25 @@ class Probe:
         self._loop.call_after(self, delay_s, look)
 
     def _look(self) -> None:
-        target, one = self._target, self._connection
+        target, connection = self._target, self._connection
         assert target is not None
-        assert one is not None
-        failed = one.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        assert connection is not None
+        failed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         was_reset, self._was_reset = self._was_reset, failed == errno.ECONNRESET
         try:
             waits = not failed and self._waits()
         except OSError as error:
             failed = error.errno or errno.EIO
         if not target.holds():
-            self._over(verdicts.MOVED, SHUT_DOWN)
+            self._finish(verdicts.MOVED, SHUT_DOWN)
         elif failed and not (was_reset and self._was_reset):
-            # A server that accepted resets a connection; so does a listening socket that is shut
-            # down, which we repair, so that does not happen twice in a row.
-            self._over(verdicts.REFUSED, self._cannot_connect(failed))
+            # A reset has two causes.  A server has accepted the connection; or a listening socket
+            # was shut down, but we repair that, so it does not happen twice in a row.
+            self._finish(verdicts.REFUSED, self._cannot_connect(failed))
         elif failed or not waits:
-            self._over(verdicts.GOOD)
+            self._finish(verdicts.GOOD)
         elif not self._left_s:
-            self._over(*self._waiting())
+            self._finish(*self._waiting())
         else:
             self._look_later(self._look)
 
@@ -278,7 +280,7 @@ class Probe:
 
     def _answered(self, why: str) -> None:
         if self.asks:  # otherwise the probe was abandoned
-            self._over(verdicts.BAD if why else verdicts.GOOD, why)
+            self._finish(verdicts.BAD if why else verdicts.GOOD, why)
 
     def _is_late(self, why: str) -> None:
         self._late, kind = why, verdicts.BAD
@@ -286,51 +288,51 @@ class Probe:
             if self._connection is not None and self._waits():
                 kind, _ = self._waiting()
         if self.asks:
-            self._over(kind, why)
+            self._finish(kind, why)
 
     def _asker_ended(self, how: str) -> None:
         self._asker = None
         if self.asks:
-            self._over(verdicts.CANNOT, f"the process that asks {how}")
+            self._finish(verdicts.CANNOT, f"the process that asks {how}")
 
     # -- by a command ----------------------------------------------------------------
 
     def _run(self, generation: OpenGeneration, limit_s: float) -> None:
         """Run the check command.  Raises OSError or ValueError."""
         if self._command is not None:  # a late command still runs: start no second
-            self._loop.call_after(self, limit_s, lambda: self._over(verdicts.BAD, self._late))
+            self._loop.call_after(self, limit_s, lambda: self._finish(verdicts.BAD, self._late))
             return
         if self._addresses is not None:
             address = self._addresses.address(generation)
         else:
             self._target = target = self._reach(generation, "")
             if target is None:
-                self._over(verdicts.NO_TARGET, "there is no listener any more")
+                self._finish(verdicts.NO_TARGET, "there is no listener any more")
                 return
             address = target.text
         number = generation.record.number
 
-        def over(why: str) -> None:
+        def ended(why: str) -> None:
             command, self._command = self._command, None
             if command is not None and command.is_late:
-                self._loop.cancel(self)  # its answer has been reported as late
+                self._loop.cancel(self)  # late() has reported the verdict
                 self._heard = None
                 return
             if self._addresses is not None:
                 why = self._addresses.judge(generation, why)
             kind = verdicts.MOVED if why == SHUT_DOWN else verdicts.BAD if why else verdicts.GOOD
-            self._over(kind, why)
+            self._finish(kind, why)
 
         def late(why: str) -> None:
             self._late = why
-            self._over(verdicts.BAD, why)
+            self._finish(verdicts.BAD, why)
 
         self._command = CheckCommand(
             self._loop,
             generation.program,
             self._asked.path,
             {PROBE: address} if address else {},
-            over=over,
+            over=ended,
             late=late,
             limit_s=limit_s,
             stdin=self._reads(number),

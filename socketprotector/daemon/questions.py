@@ -90,7 +90,7 @@ class Questions:
         return self.settle_check is not None and self.settle_check.is_due
 
     def set_serving(self, generation: OpenGeneration | None) -> None:
-        """Check the health of this generation, which new clients come to; None: of none."""
+        """Check the health of this generation, which new clients come to; None: check none."""
         if self.health is None:
             if generation is None or not self._settings().health:
                 return

@@ -1,9 +1,11 @@
 """Resumes where another program stopped: each owner gets its record and its descriptors back.
 
 Connections come first, so that clients wait as little as possible.  Then the workers follow, one at
-a time: there may be a thousand.  Descriptors are stored before the state is written, and removed
-after it.  So the state may mention a descriptor that was not stored in time: an event reports that.
-And the store may have a descriptor that the state does not mention: it is closed.
+a time: there may be a thousand.
+
+A kill may come between a start, the storing of descriptors and the writing of the state.  If a
+descriptor that the state mentions is missing, an event reports that.  If the state does not mention
+a stored descriptor, it is closed.
 """
 
 from __future__ import annotations
@@ -76,9 +78,9 @@ class Recovery:
         return broken
 
     def dismiss_unknown(self) -> None:
-        """Order workers to finish that the state does not mention: it was not written in time.
+        """Order workers to finish that are not in the state: it was not written in time.
 
-        Workers that accept need a signal; others read the end of their line.
+        Workers that accept need a signal; other workers read the end of their line.
         """
         settings, fleet = self.effects.live_settings.settings, self.snapshot.fleet
         known = {each.number for each in self.snapshot.workers}
@@ -118,11 +120,11 @@ class Recovery:
             if mine.keys() >= needed and not record.orphaned:
                 pool.adopt(record, mine, generation)
             else:
-                # Some descriptors are dropped when a worker exits, maybe before its last record.
-                left = pool.adopt_group(record, mine, generation)
+                # The worker had exited: its descriptors may be dropped before its last record.
+                has_group = pool.adopt_group(record, mine, generation)
                 found = fleet.find(record.number)
-                if left != (found is not None and found[1].state is State.ORPHANED):
-                    ended.append(WorkerExited(record.number, _ENDED, orphans=left))
+                if has_group != (found is not None and found[1].state is State.ORPHANED):
+                    ended.append(WorkerExited(record.number, _ENDED, orphans=has_group))
             yield ()
         yield (*ended, *self._not_made({each.worker for each in ended}))
 

@@ -1,15 +1,15 @@
 """The protector's side of the relay process: the pipes it reads, last words, and its replacement.
 
-The protector keeps the read end of every pipe, too, so that the relay's death breaks no worker's
-output; the next relay reads on.  A worker's pipe is kept until its last writer has exited, which
-may be a process that the worker has left behind.  Of such pipes there are a few at most: workers
-that come and go could otherwise take all our descriptors, and no client could be accepted.
+The protector keeps the read end of every pipe, too.  So if the relay dies, no worker's output
+breaks, and the next relay reads on.  A worker's pipe is kept until its last writer has exited; that
+may be a process that the worker left behind.  Only a few such pipes are kept: otherwise they could
+take all our descriptors, and no client could be accepted.
 
-A stopped relay would block each worker that writes, once its pipe is full.  The kernel does not
-report that, and we must not poll while idle.  The first byte a worker writes starts a timer; as
-long as a pipe is not empty when it fires, we check the relay's state.
+If the relay is stopped, each worker blocks once its pipe is full.  The kernel does not report that,
+and we must not poll while idle.  So the first byte that a worker writes starts a timer.  If a pipe
+is not empty when the timer fires, we check the relay's state.
 
-Source: proc(5) for a process's state, pipe(7), epoll(7) for one in another.
+Source: proc(5) for a process's state, pipe(7), epoll(7) for an epoll set in another one.
 """
 
 from __future__ import annotations
@@ -39,23 +39,24 @@ _NOFILE = resource.RLIMIT_NOFILE
 _LINE_FD = 3
 _DESCRIPTOR = struct.Struct("i")
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-#: More than any answer has: 4096 bytes, which is TAIL_BYTES of the relay, and a number.
+#: More than any answer has: 4096 bytes (TAIL_BYTES of the relay) and a number.
 _ANSWER_BYTES = 4096 + 64
 #: How long the relay may take to send last words; another relay may have to be started first.
 _WORDS_S = 2.0
-#: How soon to look whether what was written is read.
+#: How long the relay may take to read output before we check its state.
 _READS_S = 0.5
-#: Before another relay is started; longer each time in a row.
+#: The first and the longest wait before another relay is started.
 _RESTART_S = 0.1
 _LONGEST_S = 10.0
-#: How soon to repeat a message that its line had no room for, and to check a pipe without writers
-#: that is not read to its end.
+#: How soon to repeat a message that the relay's line had no room for, and to check again a pipe
+#: that has no writers but unread output.
 _AGAIN_S = 0.1
-#: How soon to repeat a message that it had no descriptor for.
+#: How soon to repeat a message for which the relay had no free descriptor.
 _ROOM_S = 1.0
 #: How long our exit waits for the relay, which exits at once unless a process still writes.
 _END_S = 3.0
-#: The messages to it: a worker's pipe, close it, send last words, where lines go, exit.
+#: The messages to the relay: read a worker's pipe, close it, send last words, write lines to this
+#: descriptor, exit.
 _PIPE, _CLOSE, _WORDS, _PLACE, _END = "+", "-", "?", "=", "!"
 _SHORT_HINT = "its limit of descriptors was lowered: it is raised, or another relay started"
 _CLOSED_HINT = (
@@ -72,42 +73,43 @@ class WorkerPipe:
     pid: int
 
     def name(self, number: int) -> str:
-        """How another program finds it; number: the worker's."""
+        """Return the name by which the next program finds the descriptor; number: the worker's."""
         return f"{inherited.OUTPUT}{number}.{self.generation}.{self.pid}"
 
 
 class LogRelay:
-    """One relay process, and all that it reads from."""
+    """The relay process, and the pipes that it reads."""
 
     def __init__(
         self, name: str, kind: str, runtime: Runtime, named: inherited.Named, *, prefixed: bool
     ) -> None:
-        """name: in syslog.  kind: where lines go, as programs/log_relay.py has it.  named: the
-        workers' descriptors.
+        """name: the name of the lines in syslog.  kind: KIND of programs/log_relay.py.
+
+        named: the workers' descriptors.
         """
         self._named = named
         self._name = name
         self._kind = kind
         self._loop, self._log, self._persist = runtime.loop, runtime.log, runtime.persist
         self._prefixed = prefixed
-        self._shared = -1  # the read end of what all write to, on its way to syslog
+        self._shared = -1  # the read end of the pipe that all write to, for syslog; -1: none
         self._helper: HelperProcess | None = None
         self._line: socket.socket | None = None
         self._workers: dict[int, WorkerPipe] = {}  # by the worker's number
         self._back_off = BackOff(_RESTART_S, _LONGEST_S)
-        self._unsaid: deque[tuple[str, int]] = deque()  # kind and the worker's number
-        #: Callbacks that wait for a worker's last words, in the order in which they asked.
+        self._unsent: deque[tuple[str, int]] = deque()  # kind and the worker's number
+        #: Callbacks that wait for last words, by the worker's number, in the order of the requests.
         self._asked: dict[int, list[Callable[[bytes], None]]] = {}
-        #: Readable as soon as there is something in a pipe.
+        #: Readable as soon as any pipe has output.
         self._written = select.epoll()
-        self._stood = False  # it was stopped when we last looked
-        self._short = False  # it had no descriptor for a message
-        self._is_to_end = False  # because its limit of descriptors cannot be raised
+        self._was_stopped = False  # at our last look
+        self._short = False  # the relay had no descriptor for a message
+        self._must_end = False  # its limit of descriptors cannot be raised
 
-    # -- begin and go on -----------------------------------------------------
+    # -- the process -----------------------------------------------------------
 
     def start(self, shared: int) -> None:
-        """Start the relay.  shared: what it reads on stdin, or -1.  Raises OSError."""
+        """Start the relay.  shared: its stdin; -1: none.  Raises OSError."""
         self._shared = shared
         self._begin_to_watch()
         self._spawn()
@@ -137,7 +139,7 @@ class LogRelay:
     def _choose(self, found: list[tuple[Process, int]]) -> None:
         """Adopt one of the relays, and end the others.
 
-        There are two if the earlier program was killed while it replaced one by the other.
+        There are two relays if the earlier program was killed while it replaced one by the other.
         """
         if not found:
             self._spawn()
@@ -174,11 +176,11 @@ class LogRelay:
         given = (self._name, self._kind, str(int(self._prefixed)), str(_LINE_FD))
         with on_error(ours.close), theirs, open(os.devnull, "r+b", buffering=0) as file:
             null = file.fileno()
-            # It must not hold the write end, or it would never see its last writer go.
+            # The relay must not have the write end, or it would never see end of file.
             out = null if self._kind == "syslog" else _STDERR
             shared = self._shared if self._shared >= 0 else null
             descriptors = {0: shared, 1: out, 2: null, _LINE_FD: theirs.fileno()}
-            # SCHED_BATCH: it is to wake up for many lines, not for each.
+            # SCHED_BATCH: the relay should wake up for many lines, not for each.
             self._helper = HelperProcess.start_own(
                 "log_relay.py", given, descriptors, self._loop, self._ended, batch=True
             )
@@ -187,12 +189,12 @@ class LogRelay:
 
     def _ended(self, how: str) -> None:
         assert self._helper is not None
-        if not self._is_to_end:
+        if not self._must_end:
             self._log.write("error", "relay-ended", pid=self._helper.process.pid)
         self._loop.cancel("relay-end")
         if self._helper.proven:
             self._back_off.reset()
-        self._helper, self._stood, self._short, self._is_to_end = None, False, False, False
+        self._helper, self._was_stopped, self._short, self._must_end = None, False, False, False
         self._hang_up()
         self._persist()
         self._start_again()
@@ -204,7 +206,7 @@ class LogRelay:
             except OSError:  # out of descriptors: what is written waits in the pipes
                 self._start_again()
             else:
-                self._persist()  # else the next program starts another one, beside this one
+                self._persist()  # otherwise the next program would start a second relay
 
         self._loop.call_after("relay", self._back_off.wait_s(), again)
 
@@ -221,7 +223,7 @@ class LogRelay:
             self._line.close()
             self._line = None
 
-    # -- whether it reads -----------------------------------------------------
+    # -- whether the relay reads --------------------------------------------------
 
     def _begin_to_watch(self) -> None:
         if self._shared >= 0:
@@ -240,52 +242,53 @@ class LogRelay:
         self._loop.call_after("relay-reads", _READS_S, self._look)
 
     def _look(self) -> None:
-        """Continue a relay that was stopped while something is to be read, then replace it."""
+        """Continue a relay that is stopped while output is unread; if it stays stopped, kill it."""
         if not self._written.poll(0, 1):
-            self._stood = False
+            self._was_stopped = False
             self._wait_for_output()
             return
         self._loop.call_after("relay-reads", _READS_S, self._look)
         if self._helper is None:
             return
         process = self._helper.process
-        stands = process.is_stopped()
-        if stands and not self._stood:
+        stopped = process.is_stopped()
+        if stopped and not self._was_stopped:
             self._log.write("warning", "relay-stopped", pid=process.pid)
-        # What it has read and not passed on is lost only if it cannot go on (a debugger's).  Where
-        # its state cannot be seen (no /proc), we send CONT, which a running relay ignores.
-        if stands is not False:
-            process.signal(signal.SIGKILL if stands and self._stood else signal.SIGCONT)
-        self._stood = bool(stands)
+        # A kill loses the output that the relay has read and not passed on, so CONT comes first.
+        # If we cannot read its state (no /proc), we send CONT, too: a running relay ignores that.
+        if stopped is not False:
+            process.signal(signal.SIGKILL if stopped and self._was_stopped else signal.SIGCONT)
+        self._was_stopped = bool(stopped)
 
     # -- workers -------------------------------------------------------------
 
     def read_from(self, number: int, pipe: WorkerPipe) -> None:
-        """Carry what a worker writes; takes ownership of the read end."""
+        """Carry a worker's output from now on; takes ownership of the read end."""
         self._keep(number, pipe)
-        self._unsaid.append((_PIPE, number))
+        self._unsent.append((_PIPE, number))
         self._say()
 
     def _keep(self, number: int, pipe: WorkerPipe) -> None:
-        if number in self._workers:  # of a worker that was started after the state was written last
+        if number in self._workers:  # an earlier program was killed before it recorded that worker
             self._let_go(number)
         self._workers[number] = pipe
         self._named[pipe.name(number)] = pipe.read
         try:
             # Events 0: epoll still reports that the last writer has closed it.
-            self._loop.watch(pipe.read, lambda: self._left(number), 0)
+            self._loop.watch(pipe.read, lambda: self._close_if_done(number), 0)
             self._written.register(pipe.read, select.EPOLLIN)
-        except OSError:  # the system is short of something: then we look
+        except OSError:  # out of descriptors or memory: check by a timer
             self._look_later(number)
 
-    def _left(self, number: int) -> None:
-        """Let go of a pipe that the last writer has left, once it is read to its end."""
+    def _close_if_done(self, number: int) -> None:
+        """Close a pipe that has no writers any more, once it is read to its end."""
         pipe = self._workers[number]
-        left = events_of(pipe.read, 0)
-        # Also if a limit of no descriptors hides them: the watch would call back at once, for ever.
+        has_hung_up = events_of(pipe.read, 0)
+        # In any case: under a descriptor limit of 0 events_of() sees nothing, and the watch would
+        # call back all the time.
         self._loop.unwatch(pipe.read)
-        # Asked after that: one call for both might miss what was written last.
-        if not left or events_of(pipe.read, select.POLLIN) & select.POLLIN:
+        # Two calls, in this order: a single one might miss the last output.
+        if not has_hung_up or events_of(pipe.read, select.POLLIN) & select.POLLIN:
             self._look_later(number)
             return
         self._let_go(number)
@@ -300,7 +303,7 @@ class LogRelay:
         try:
             self._written.unregister(pipe.read)
         except FileNotFoundError:
-            pass  # there was no memory for it
+            pass  # _keep() had no memory to register it
         os.close(pipe.read)
 
     def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
@@ -308,10 +311,10 @@ class LogRelay:
 
         living, numbers: how many workers have not ended, and which.
         """
-        over = len(self._workers) - living - LEFT_BEHIND
-        if over <= 0:
+        excess = len(self._workers) - living - LEFT_BEHIND
+        if excess <= 0:
             return
-        for number in sorted(self._workers.keys() - numbers())[:over]:
+        for number in sorted(self._workers.keys() - numbers())[:excess]:
             pipe = self._workers[number]
             if not events_of(pipe.read, 0):  # at the end of file the relay closes it anyway
                 self._log.write(
@@ -322,46 +325,46 @@ class LogRelay:
                     pid=pipe.pid,
                     hint=_CLOSED_HINT.format(pipe=os.fstat(pipe.read).st_ino),
                 )
-                self._unsaid.append((_CLOSE, number))
+                self._unsent.append((_CLOSE, number))
             self._let_go(number)
         self._say()
 
     def _look_later(self, number: int) -> None:
-        self._loop.call_after(("output", number), _AGAIN_S, lambda: self._left(number))
+        self._loop.call_after(("output", number), _AGAIN_S, lambda: self._close_if_done(number))
 
     def reopened(self) -> None:
         """Send the relay the new stderr, if it writes lines there."""
         if self._kind != "syslog":
-            self._unsaid.append((_PLACE, 0))
+            self._unsent.append((_PLACE, 0))
             self._say()
 
     def _say_all(self) -> None:
         """Repeat all messages: a new relay has none of them, an adopted one may lack the last."""
-        self._unsaid.clear()
-        self._unsaid.extend((_PIPE, number) for number in self._workers)
+        self._unsent.clear()
+        self._unsent.extend((_PIPE, number) for number in self._workers)
         if self._kind != "syslog":
-            self._unsaid.append((_PLACE, 0))
-        self._unsaid.extend((_WORDS, number) for number, each in self._asked.items() for _ in each)
+            self._unsent.append((_PLACE, 0))
+        self._unsent.extend((_WORDS, number) for number, each in self._asked.items() for _ in each)
         self._say()
 
     def _say(self) -> None:
-        """Send it the messages that it has not got yet, without ever blocking."""
-        while self._unsaid and self._line is not None:
-            kind, number = self._unsaid[0]
+        """Send the relay all unsent messages, without ever blocking."""
+        while self._unsent and self._line is not None:
+            kind, number = self._unsent[0]
             pipe = self._workers.get(number)
             fd, text = _STDERR if kind == _PLACE else -1, f"{kind}{number}"
             if kind == _PIPE and pipe is not None:
                 fd, text = pipe.read, f"{text} {pipe.generation} {pipe.pid}"
-            if fd >= 0 or kind in (_WORDS, _CLOSE, _END):  # else it has closed that pipe meanwhile
+            if fd >= 0 or kind in (_WORDS, _CLOSE, _END):  # otherwise the pipe is closed already
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _DESCRIPTOR.pack(fd))]
                 try:
                     self._line.sendmsg([text.encode()], rights if fd >= 0 else [], _FLAGS)
                 except (BrokenPipeError, ConnectionResetError):
                     return  # it has died: the next relay gets all messages
-                except OSError:  # it is behind, as its own reader may be
+                except OSError:  # no room: the relay, or the reader of its output, is behind
                     self._loop.call_after("relay-line", _AGAIN_S, self._say)
                     return
-            self._unsaid.popleft()
+            self._unsent.popleft()
 
     # -- last words ----------------------------------------------------------
 
@@ -371,7 +374,7 @@ class LogRelay:
         self._loop.call_after(
             (_WORDS, number), _WORDS_S, lambda: self._finish_without_words(number)
         )
-        self._unsaid.append((_WORDS, number))
+        self._unsent.append((_WORDS, number))
         self._say()
 
     def _hear(self) -> None:
@@ -381,7 +384,7 @@ class LogRelay:
         if data is None:
             return
         if not data:
-            self._loop.unwatch(self._line.fileno())  # it dies, which its pidfd tells
+            self._loop.unwatch(self._line.fileno())  # the relay has exited: _ended() follows
             return
         kind = chr(data[0])
         if kind in (_PIPE, _PLACE):
@@ -391,30 +394,30 @@ class LogRelay:
         self._words_came(int(number), said)
 
     def _tell_again(self, kind: str, number: int) -> None:
-        """Repeat what it had no descriptor for: we have the pipe, and nothing in it is lost."""
+        """Repeat a message for which the relay had no descriptor; the pipe keeps its output."""
         if not self._short and self._helper is not None:
             pid = self._helper.process.pid
             self._log.write("warning", "relay-short", pid=pid, hint=_SHORT_HINT)
             ours, self._short = resource.getrlimit(_NOFILE), True
-            try:  # it had ours, until somebody lowered it
+            try:  # the relay had our limit, until another process lowered it
                 resource.prlimit(pid, _NOFILE, ours)
             except (OSError, ValueError):
                 with suppress(OSError):
-                    self._is_to_end = resource.prlimit(pid, _NOFILE)[1] < ours[1]
-        if self._is_to_end:  # only root can raise what we may not, and the next relay has ours
-            self._unsaid.appendleft((_END, 0))
+                    self._must_end = resource.prlimit(pid, _NOFILE)[1] < ours[1]
+        if self._must_end:  # only root could raise its limit; the next relay gets ours
+            self._unsent.appendleft((_END, 0))
             self._say()
             if self._helper is not None:  # a relay of an old version, or a blocked one, stays
                 kill = partial(self._helper.process.signal, signal.SIGKILL)
                 self._loop.call_after("relay-end", _LONGEST_S, kill)
             return
-        self._unsaid.append((kind, number))
+        self._unsent.append((kind, number))
         self._loop.call_after("relay-line", _ROOM_S, self._say)
 
     def _words_came(self, number: int, said: bytes) -> None:
         asked = self._asked.get(number)
         if asked is None:
-            return  # it was too late
+            return  # the answer came too late
         done = asked.pop(0)
         if not asked:
             del self._asked[number]
@@ -422,14 +425,14 @@ class LogRelay:
         done(said)
 
     def _finish_without_words(self, number: int) -> None:
-        """Call back, without words, all callers that wait for a worker's."""
+        """Call back all callers that wait for a worker's last words, with none."""
         while number in self._asked:
             self._words_came(number, b"")
 
     # -- the end -------------------------------------------------------------
 
     def finish(self) -> None:
-        """Let it flush; it stays if a process still writes."""
+        """Let the relay flush its output and exit; it stays if a process still writes."""
         self._hang_up()
         if self._helper is not None:
             self._helper.process.signal(signal.SIGCONT)

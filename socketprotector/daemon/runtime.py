@@ -1,4 +1,4 @@
-"""What nearly every part of the resident process works with, made before any of them."""
+"""The objects that nearly every part of the resident process uses, made before the parts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..system.loop import Loop
 
 @mutable
 class Runtime:
-    """The same for all parts; none of them owns it."""
+    """The loop, the log, the event queue and the checkpoint, shared by all parts."""
 
     loop: Loop
     log: Log

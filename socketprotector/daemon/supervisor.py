@@ -1,4 +1,4 @@
-"""The loop's centre: facts come in as events, `decide` answers, effects act.
+"""Passes each event to `decide`, and the actions that follow to the effects.
 
 Signals, pidfds, timers and notify sockets only put an event on the queue.  The only decision here
 is what a signal means.
@@ -46,8 +46,8 @@ _YIELD_AFTER_S = 0.005
 #: How soon to reap again after a child that another object here reaps; doubles each time.
 _FIRST_REAP_S = 0.01
 _LAST_REAP_S = 1.0
-#: Actions that must not be repeated, so the state records them at once: a generation or worker
-#: would be made twice, and a second verdict would look like that of another reload.
+#: Actions that must not be repeated, so the state records them at once.  A repetition would make a
+#: second generation or worker, or a verdict that looks like another reload's.
 _WRITTEN_AT_ONCE = (
     *(Open, Spawn),
     *(ReportKind.RELOADED, ReportKind.RECOVERED, ReportKind.RELOAD_FAILED),
@@ -72,10 +72,11 @@ class Supervisor:
     took: Callable[[int], object]
     #: A descriptor of the terminal that a foreground protector runs on.
     terminal: int | None
-    #: It was started to survive its terminal (nohup).
+    #: The protector was started to survive its terminal (nohup).
     outlives_terminal: bool
     _unfinished: deque[Action] = field(default_factory=deque)  # decided, maybe not carried out
-    # The RECORDED ones of them, kept apart because each of a thousand spawns writes the state.
+    # The RECORDED part of _unfinished, kept apart because each of a thousand spawns writes the
+    # state.
     _recorded: deque[Action] = field(default_factory=deque)
     _working: bool = False
     _handing_over: bool = False
@@ -139,7 +140,7 @@ class Supervisor:
             self.runtime.persist()
 
     def _order(self, actions: Iterable[Action]) -> None:
-        """Append actions to those that are to be carried out."""
+        """Append actions to the unfinished ones."""
         for each in actions:
             self._unfinished.append(each)
             if isinstance(each, RECORDED):
@@ -164,7 +165,7 @@ class Supervisor:
     def _yield_to_accepts(self) -> None:
         """Accept waiting clients, and feed the watchdog, in the middle of long work.
 
-        All else waits, so that events are handled one after the other.
+        Everything else waits, so that events are handled one after the other.
         """
         if time.monotonic() >= self._yield_at:
             self.effects.delivery.look()
@@ -236,7 +237,7 @@ class Supervisor:
         """Reap discarded children, and orphans that we get as PID 1 or sub-reaper."""
         reaped, more = reap_orphans()
         if reaped:
-            self.effects.pool.groups.look()  # it may have been a worker's child
+            self.effects.pool.groups.look()  # the reaped process may have been in a worker's group
         if more:
             later_s = min(2 * again_s, _LAST_REAP_S)
             delay_s = 0.0 if reaped else again_s

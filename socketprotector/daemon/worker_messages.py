@@ -18,13 +18,13 @@ from .worker_spawn import Worker
 
 #: How much of a STATUS= line is kept.
 _STATUS_CHARACTERS = 500
-#: Messages handled in one go: a worker that sends without end must not keep us from the rest.
-#: More than the kernel queues (net.unix.max_dgram_qlen, 10 to 512), so nothing said before
-#: a worker's end is missed.
+#: The most messages handled in one go: a worker that sends without end must not block us.  The
+#: kernel queues fewer (net.unix.max_dgram_qlen, 10 to 512), so no message before a worker's exit is
+#: missed.
 _HEARD_AT_ONCE = 1024
 #: How long to wait before reading again from a socket that could not be read.
 _HEAR_AGAIN_S = 0.1
-#: Microseconds a worker may ask for, in digits: some 30 years.
+#: The most digits of the microseconds that a worker may request: about 30 years.
 _USEC_DIGITS = 15
 _RETIRES = wire.RETIRES_ON_RETURN.split("=")
 
@@ -77,7 +77,7 @@ class WorkerMessages:
         if fields.get("READY") == "1" and worker.readiness.by_word:
             self._ready(number, "notify", retires=fields.get(_RETIRES[0]) == _RETIRES[1])
         usec = fields.get("EXTEND_TIMEOUT_USEC", "")
-        # isdigit() alone is true of digits that int() does not take.
+        # isdigit() alone accepts digits that int() rejects.
         if usec.isascii() and usec.isdigit() and len(usec) <= _USEC_DIGITS:
             self._post(TimeExtended(number, int(usec) / 1_000_000))
         if "STATUS" in fields:

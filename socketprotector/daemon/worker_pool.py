@@ -1,4 +1,4 @@
-"""The running workers, and the signals that they are sent.
+"""The running workers: starts them, signals them, and posts events about them.
 
 Effects orders, the pool posts events.  Start: worker_spawn.py; messages: worker_messages.py;
 exit: post_mortem.py.  A worker is identified by its number, which is never reused.  Its pid can be
@@ -63,13 +63,13 @@ class WorkerPool:
         loop, log, post = runtime.loop, runtime.log, runtime.post
         self._loop, self._log, self._post = loop, log, post
         self._workers: dict[int, Worker] = {}
-        self._records: dict[int, WorkerRecord] = {}  # kept here because each step needs them all
+        self._records: dict[int, WorkerRecord] = {}  # kept apart: each checkpoint needs them all
         self._by_pid: dict[int, int] = {}
         #: All descriptors of workers that the next program needs, with those of their output.
         self.descriptors = output.named
         #: Whether a guard reports how a process exited that is no child of ours.
         self.guarded = settings.guarded
-        #: Whether a worker ever reported that it is ready: then the program knows how to.
+        #: Whether a worker ever reported that it is ready, so the program can do that.
         self.spoken_with = False
         self.groups = Groups(loop, log, self.descriptors)
         kill_timeout_s, identity = settings.policy.kill_timeout_s, settings.worker_identity
@@ -301,7 +301,7 @@ class WorkerPool:
         if number is not None and self._workers[number].readiness.by_ack:
             self._is_ready(number, "ack")
 
-    # -- what comes back -----------------------------------------------------
+    # -- readiness and exits -------------------------------------------------
 
     def _share_output(self, worker: Worker) -> None:
         """Note that workers share the log file: its text is no single worker's last words now."""

@@ -28,10 +28,13 @@ _TIMER = "limits"
 
 
 class BornTooLarge:
-    """Delays the replacement of workers that are too large at once: the next is no smaller."""
+    """Delays the replacement of workers that are too large from the start.
+
+    A replacement would be too large, too.
+    """
 
     def __init__(self) -> None:
-        self._replaced: dict[int, bool] = {}  # number of a running worker -> False: it waits
+        self._replaced: dict[int, bool] = {}  # running worker -> it may be replaced now
         self._in_a_row = 0
         self._next_at = 0.0
 

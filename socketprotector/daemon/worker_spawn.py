@@ -42,13 +42,13 @@ from .log_output import Output
 class Worker:
     """One worker process, and the sockets between it and us."""
 
-    #: What the next program needs.  Replaced whole, so that the checkpoint sees a change by
+    #: The record that the next program needs; replaced whole, as a checkpoint detects a change by
     #: identity.
     record: WorkerRecord
     generation: OpenGeneration  # not ours to close
     process: Process
     notify: NotifySocket
-    line: socket.socket | None  # our end of its RETURN line, where it has one
+    line: socket.socket | None  # our end of its RETURN line, if it has one
     readiness: Readiness
     named: dict[str, int] = field(default_factory=dict)  # the stored part of descriptors()
     ended: bool = False

@@ -421,7 +421,7 @@ class SocketSteering:
             self._steer()
 
     def _steer_one(self, listener: Listener, socket_number: int) -> OSError | None:
-        """Steer a listener's new clients to a socket, or during a hold to one that never answers.
+        """Steer a listener's new clients to a socket, or to the silent socket during a hold.
 
         Clients of a path whose socket the current generation lost are held, too.  Returns why they
         cannot be held now.  Raises OSError if clients come to the other socket.

@@ -1,9 +1,9 @@
 """Directs the workers' output, and obtains a failed worker's last words.
 
-Workers write to a terminal, to /dev/null and to the file of `-f 2>FILE` directly.  Where the log is
-a file of ours, syslog, the journal or a pipe, and where lines get a prefix, each worker has its own
-pipe, which a relay process reads (log_relay.py).  So a rotation includes running workers, and each
-line belongs to a known worker.
+Workers write to a terminal, to /dev/null and to the file of `-f 2>FILE` directly.  In two cases
+each worker has its own pipe, which a relay process reads (log_relay.py).  Either the log is a file
+of ours, syslog, the journal or a pipe; or lines get a prefix.  So a rotation includes running
+workers, and each line belongs to a known worker.
 """
 
 from __future__ import annotations

@@ -61,8 +61,8 @@ class Probe:
         self._asked = Question("")
         self._asked_at = self._until = 0.0
         self._target: ProbeTarget | None = None
-        #: The connection of the present probe, or of an earlier one that no worker has accepted:
-        #: it is reused, so that probes do not pile up at a server that accepts none.
+        #: The connection of the present probe.  A connection that no worker has accepted is reused,
+        #: so that probes do not pile up at a server that accepts none.
         self._connection: socket.socket | None = None
         self._made_at = 0.0
         self._was_reset = False
@@ -267,7 +267,7 @@ class Probe:
             self._finish(verdicts.MOVED, SHUT_DOWN)
         elif failed and not (was_reset and self._was_reset):
             # A reset has two causes.  A server has accepted the connection; or a listening socket
-            # was shut down, but we repair that, so it does not happen twice in a row.
+            # was shut down.  We repair the latter, so it does not happen twice in a row.
             self._finish(verdicts.REFUSED, self._cannot_connect(failed))
         elif failed or not waits:
             self._finish(verdicts.GOOD)

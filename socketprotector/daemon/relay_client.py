@@ -48,8 +48,8 @@ _READS_S = 0.5
 #: The first and the longest wait before another relay is started.
 _RESTART_S = 0.1
 _LONGEST_S = 10.0
-#: How soon to repeat a message that the relay's line had no room for, and to check again a pipe
-#: that has no writers but unread output.
+#: How soon to repeat a message that the relay's line had no room for; and to check a pipe again
+#: that still has unread output.
 _AGAIN_S = 0.1
 #: How soon to repeat a message for which the relay had no free descriptor.
 _ROOM_S = 1.0

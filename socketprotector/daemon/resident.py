@@ -1,9 +1,9 @@
 """The long-running process: executed by the launcher, not forked from it, so that it stays small.
 
-It inherits its descriptors by name (system/inherited.py): from the launching process, from itself
-(an upgrade in place), from the guard, or from systemd after a crash.  If a state is among them, it
-resumes where another program stopped.  Heavy imports do not belong here: a test has the list of
-allowed ones, and bench/ measures the memory.
+It inherits its descriptors by name (system/inherited.py).  They come from the launching process, or
+from itself in an upgrade.  After a crash they come from the guard or systemd.  If a state is among
+them, it resumes where another program stopped.  Heavy imports do not belong here: a test has the
+list of allowed ones, and bench/ measures the memory.
 """
 
 from __future__ import annotations

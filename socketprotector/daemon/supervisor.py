@@ -35,8 +35,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .recovery import Recovery
 
-#: How soon to check again whether the guard or systemd has read what we sent, and how long an
-#: upgrade waits for that: a running reader needs far less.
+#: How soon to check again whether the guard or systemd has read our messages, and how long an
+#: upgrade waits for that.  A running reader needs far less.
 _AGAIN_S = 0.05
 _BEHIND_S = 10.0
 #: The timer that runs meanwhile.

@@ -72,7 +72,7 @@ class Answer(io.RawIOBase):
 
 
 class Lines(io.BufferedReader):
-    """An answer that must have a complete header; http.client accepts a header cut by end of file."""
+    """An answer that must have a complete header: http.client does not check that."""
 
     _begun = False
 

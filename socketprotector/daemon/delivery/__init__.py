@@ -41,8 +41,8 @@ class Host:
     lost: Callable[[Listener, str], None]
     #: Called when a listener has another socket file.
     bound: Callable[[Listener], None]
-    #: Called once for each route if workers accept no client: with the seconds, how many clients
-    #: wait, whether one was ever accepted, and at which addresses they wait (None: in the queue).
+    #: Called once for each route if workers accept no client.  Arguments: the seconds, how many
+    #: clients wait, whether one was ever accepted, and the addresses (None: they are in the queue).
     untaken: Callable[[float, int, bool, str | None], None]
     #: Returns our own TCP connection to the serving generation, if there is one.
     own_connection: Callable[[], socket.socket | None]

@@ -1,9 +1,9 @@
 """Detects a release whose first programs fail at once: docs/stdio.md has the rule.
 
-A program has failed at once if all of this holds: it ends by a signal or with a status other than
-0; it has sent its client nothing; and the client is still there, or has sent something.  The first
-program that ends with status 0, sends something, or runs for LIVED_S proves that the release works.
-After that no program is watched.
+A program has failed at once if it ends by a signal or with a status other than 0, and has sent its
+client nothing.  It does not count if the client left without sending anything.  The first program
+that ends with status 0, sends something, or runs for LIVED_S proves that the release works.  After
+that no program is watched.
 
 To learn whether a program has sent something, we keep a copy of its connection.  We keep it only
 briefly, because the client sees the program's end only when the copy is closed.

@@ -3,8 +3,8 @@
 Such an error (EMFILE, ENFILE, ENOBUFS, ENOMEM) is temporary.  A listener stays readable meanwhile,
 so only a timer keeps the loop from spinning.
 
-The reserve is for taking a connection out of a channel: the kernel gives it a descriptor number
-here, and drops the connection if none is free (unix(7), MSG_CTRUNC).
+The reserve is for taking a connection out of a channel.  The kernel gives that connection a
+descriptor number here, and drops it if no number is free (unix(7), MSG_CTRUNC).
 """
 
 from __future__ import annotations

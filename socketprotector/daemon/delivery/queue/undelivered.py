@@ -1,7 +1,8 @@
 """Accepted connections that are in no channel: only we have them.
 
-There are few, because we accept only what we can deliver: a connection whose send failed, and
-connections whose listener the route does not know, which wait for a generation that does.
+There are few, because we accept only what we can deliver.  One kind is a connection whose send
+failed.  The other is connections by a listener that the route does not know: they wait for a
+generation that knows it.
 
 All of them survive this program: their headers are in the state, and the next program gets their
 descriptors by name.  Two rules hold here:

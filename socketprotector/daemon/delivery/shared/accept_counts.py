@@ -2,8 +2,8 @@
 
 For `status`: connections that a generation accepts carry its accept mark (system/accept_marks.py).
 Connections with NO_MARK count for no generation.  Queries to the kernel take at most ASKING_SHARE
-of our time, however many connections there are and however often `status` is requested: in between
-the last answer is repeated.
+of our time, however many connections there are.  If `status` is requested more often, the last
+answer is repeated.
 """
 
 from __future__ import annotations

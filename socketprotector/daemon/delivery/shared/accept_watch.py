@@ -36,8 +36,8 @@ class AcceptWatch:
     lines: Callable[[], Mapping[int, Line]]
     #: Called when `awaits` changes: while it is True, the next client must lead to came().
     awaits_changed: Callable[[], None]
-    #: Called once for each generation whose workers do not accept: with the seconds, how many
-    #: clients wait, whether one was ever accepted, and the listeners' indices.
+    #: Called once for each generation whose workers do not accept.  Arguments: the seconds, how
+    #: many clients wait, whether one was ever accepted, and the listeners' indices.
     report: Callable[[float, int, bool, frozenset[int]], None]
     awaits: bool = False
     _reported: bool = False

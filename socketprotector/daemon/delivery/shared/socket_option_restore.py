@@ -10,8 +10,8 @@ restored in two cases:
 
 If an option cannot be restored and would keep clients out, the socket is replaced.
 
-A backlog that the serving generation has lowered is raised again in two cases: when another
-generation begins on the same socket, and when no generation accepts.  A longer backlog is harmless.
+If the serving generation has lowered a backlog, it is raised again when another generation begins
+on the same socket, or when no generation accepts.  A longer backlog is harmless.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What the code says of itself, for the tables of the documents (tools/reference.py).
+"""Facts about the code for the tables of the documents (tools/reference.py).
 
-Read from the source, because none of it is a table there: which events are logged, with which level
-and fields, and which environment variables are read.
+They are parsed from the source, because no table there has them: the logged events with their
+levels and fields, the exit statuses, and the environment variables.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from socketprotector.model.errors import Refusal  # noqa: E402
 from socketprotector.model.log_format import LEVELS  # noqa: E402
 
 PACKAGE = ROOT / "socketprotector"
-#: What Reports.write() writes for each Report.
+#: The fields that Reports.write() writes for each Report.
 _OF_REPORTS = ("generation", "reason", "last_words")
-#: It repeats what the lines that it stands for had.
+#: The fields of crash-loop, which repeats fields of the suppressed lines.
 _OF_CRASH_LOOPS = (
     *("generation", "slot", "deaths", "unreported", "for_s", "worker", "how", "lost", "reason"),
     *("last_words", "ago_s"),
 )
-#: Programs that stand as workers: what they read is for workers (docs/protocol.md).
+#: Programs that run as workers; their variables are those of workers (docs/protocol.md).
 _WORKERS = ("programs/stdio", "programs/legacy", "programs/worker_protocol.py")
 
-#: What a program of ours tells itself by; or its completion, in a shell.
+#: Variables that our programs set for themselves, or for a shell's completion.
 _OWN = {"SOCKETPROTECTOR_WATCHED_ANEW", "_SOCKETPROTECTOR_COMPLETE"}
 
 Events = dict[str, tuple[list[str], list[str]]]
@@ -43,14 +43,14 @@ def _sources() -> Iterator[tuple[Path, ast.Module]]:
 
 
 def _texts(node: ast.expr) -> list[str]:
-    """A text, or both of `"resumed" if snapshot else "start"`."""
+    """Return the text of a constant, or both texts of `"resumed" if snapshot else "start"`."""
     if isinstance(node, ast.IfExp):
         return [*_texts(node.body), *_texts(node.orelse)]
     return [node.value] if isinstance(node, ast.Constant) and isinstance(node.value, str) else []
 
 
 def _fields(call: ast.Call, function: ast.AST) -> list[str]:
-    """The names that a call is given, those of a `**fields` made right before it included."""
+    """Return the names of a call's keywords, including those of a `**fields` made before it."""
     found = []
     for keyword in call.keywords:
         if keyword.arg is not None:
@@ -73,7 +73,7 @@ def _fields(call: ast.Call, function: ast.AST) -> list[str]:
 
 
 def log_events() -> Events:
-    """Event -> its levels and its fields, as they stand in calls: write("info", "ready", ...)."""
+    """Return event -> its levels and fields, from calls like write("info", "ready", ...)."""
     found: Events = {}
 
     def add(event: str, levels: list[str], fields: list[str]) -> None:
@@ -86,7 +86,7 @@ def log_events() -> Events:
     for path, module in _sources():
         functions = [node for node in ast.walk(module) if isinstance(node, ast.FunctionDef)]
         for function in functions:
-            # A method that writes for others: what it adds to what they say.
+            # A method that writes for its callers: the fields that it adds to theirs.
             adds = [
                 _fields(call, function)
                 for call in ast.walk(function)
@@ -131,10 +131,10 @@ def _is_call(node: ast.AST, name: str) -> bool:
 
 
 def exit_statuses() -> set[int]:
-    """Those of SocketProtector: of its errors, and of the first start."""
+    """Return the exit statuses of SocketProtector: of its errors, and of the first start."""
     from socketprotector.core.reload import START_FAILED
     from socketprotector.launch import await_verdict
-    from socketprotector.launch import cli as _  # noqa: F401 -- all errors that there are
+    from socketprotector.launch import cli as _  # noqa: F401 -- defines all errors
 
     def statuses(kind: type[Refusal]) -> set[int]:
         below = [each for each in kind.__subclasses__() if ".ctl." not in each.__module__]
@@ -144,7 +144,7 @@ def exit_statuses() -> set[int]:
 
 
 def environment() -> set[str]:
-    """The environment variables that SocketProtector itself reads."""
+    """Return the environment variables that SocketProtector itself reads."""
     found: set[str] = set()
     for path, module in _sources():
         name = path.relative_to(PACKAGE).as_posix()
@@ -161,7 +161,7 @@ def _is_environment(node: ast.expr) -> bool:
 
 
 def _keys(function: ast.FunctionDef) -> Iterator[ast.expr]:
-    """What stands for a name in environ.get(NAME), environ[NAME] and NAME in environ."""
+    """Yield the expression NAME of environ.get(NAME), environ[NAME] and NAME in environ."""
     for node in ast.walk(function):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             if node.func.attr in ("get", "pop") and _is_environment(node.func.value):
@@ -174,16 +174,16 @@ def _keys(function: ast.FunctionDef) -> Iterator[ast.expr]:
 
 
 def _values(key: ast.expr, function: ast.FunctionDef, module: str) -> set[str]:
-    """The names that a key can be: a text, a constant of the module, or each of several."""
+    """Return the possible values of a key: a text, a constant of the module, or several texts."""
     if isinstance(key, ast.Constant):
         return {str(key.value)}
     for node in ast.walk(function):
         if isinstance(node, ast.comprehension) and ast.unparse(node.target) == ast.unparse(key):
             key = node.iter
-    its = "socketprotector." + module.removesuffix(".py").replace("/", ".")
-    scope = vars(importlib.import_module(its.removesuffix(".__init__")))
+    module_name = "socketprotector." + module.removesuffix(".py").replace("/", ".")
+    scope = vars(importlib.import_module(module_name.removesuffix(".__init__")))
     try:
         value = eval(compile(ast.Expression(key), module, "eval"), scope)
     except NameError:
-        return set()  # an argument: who calls it has the name
+        return set()  # an argument: the caller has the name
     return {value} if isinstance(value, str) else set(value)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Write requirements/release.txt: what a release needs, pinned with the hashes of its wheels.
+"""Write requirements/release.txt: the requirements of a release, pinned with their wheels' hashes.
 
-    tools/pin.py        (asks the package index that pip is set up for; changes nothing else)
+    tools/pin.py        (queries the package index that pip is configured for; changes nothing else)
 
-For the run-time dependencies and the build backend of both packages, with all that these
-need; the wheels of every Linux platform here, for CPython 3.11 and later.
+They are the run-time dependencies and the build backend of both packages, with their own
+requirements; for the wheels of every Linux platform here and CPython 3.11 and later.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def pip(*words: str) -> str:
 
 
 def wanted() -> list[str]:
-    """The requirements that the two projects name."""
+    """Return the direct requirements of the two projects."""
     found = []
     for path in PROJECTS:
         project = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -61,7 +61,7 @@ def wanted() -> list[str]:
 
 
 def pinned() -> dict[str, str]:
-    """NAME==VERSION of all of them and of what they need -> what that needs in turn."""
+    """Return NAME==VERSION of all direct and indirect requirements -> its own requirements."""
     words = ("install", "--dry-run", "--ignore-installed", "--only-binary", ":all:")
     report = json.loads(pip(*words, "--report", "-", *wanted()))
     found = {}
@@ -73,7 +73,7 @@ def pinned() -> dict[str, str]:
 
 
 def hashes(requirement: str) -> list[str]:
-    """The hashes of all its wheels that may be installed."""
+    """Return the hashes of all installable wheels of a requirement."""
     with tempfile.TemporaryDirectory() as name:
         for python in PYTHONS:
             for platforms in PLATFORMS:

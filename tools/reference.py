@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""Write the tables of the documents that say what the code is: options, events, metrics, ...
+"""Write the generated tables of the documents: options, events, metrics, ...
 
-tools/reference.py            (what stands between the marks in PAGES; `make docs`)
-tools/reference.py --check    (write nothing; status 1 where a page differs; `make lint`)
+tools/reference.py            (writes the text between the marks in PAGES; `make docs`)
+tools/reference.py --check    (writes nothing; status 1 if a page differs; `make lint`)
 
-Of some tables only the last column is written by people: what a row means.  Its first one has
-names, which are those that the code has, no more and no fewer; the columns between are made of
-the code.
+In some tables people write the last column, the meaning of a row.  The first column must have
+exactly the names in the code; the columns between are generated.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ from socketprotector.model.duration import Value  # noqa: E402
 from socketprotector.model.handoff_modes import MODES  # noqa: E402
 from socketprotector.system import signals  # noqa: E402
 
-#: Which modes refuse an option, by its name.
+#: Option -> the modes that refuse it.
 REFUSING = {
     option: [mode for mode, each in MODES.items() if option in each.refuses]
     for option in {option for each in MODES.values() for option in each.refuses}
 }
-#: docs/...: as they are named in a text; options likewise.
+#: The names of pages and of options in a text.
 PAGE = re.compile(r"\bdocs/([\w-]+\.md)")
 LONG = re.compile(
     r"(?<![\w`-])--[a-z][a-z-]*(?: (?:connection|listener|stdio|legacy|debug))?(?![\w-])"
@@ -62,7 +61,7 @@ def default(option: Option) -> str:
 
 
 def key(option: Option) -> str:
-    """What its value is in a file."""
+    """Return the type of an option's value in a configuration file."""
     if option.no_key:
         return "no key" if option.no_key.startswith("for") else f"no key; {option.no_key}"
     if option.multiple:
@@ -89,7 +88,7 @@ def written(option: Option) -> str:
 
 
 def options(text: str) -> str:
-    """The tables of options in the reference."""
+    """Return the tables of options in the reference."""
     found = []
     for title, group in GROUPS.items():
         found.append(f"### {title}\n")
@@ -113,12 +112,12 @@ def options(text: str) -> str:
 
 
 def roff(text: str) -> str:
-    """A text as a manual page has it: dashes of options are no hyphens."""
+    """Return a text for a manual page: the dashes of options are no hyphens."""
     return re.sub(r"(?<!\w)-", r"\\-", text.replace("\\", r"\e").replace("`", ""))
 
 
 def manual_options(text: str) -> str:
-    """The same for the manual page."""
+    """Return the options for the manual page."""
     found = []
     for title, group in GROUPS.items():
         found.append(f".SS {title}")
@@ -134,7 +133,7 @@ def manual_options(text: str) -> str:
 
 
 class Wrong(Exception):
-    """What people have to mend in a page."""
+    """A mistake in a page that people must fix."""
 
 
 def cells(row: str) -> list[str]:
@@ -142,9 +141,9 @@ def cells(row: str) -> list[str]:
 
 
 def filled(text: str, facts: Mapping[str, tuple[str, ...]]) -> str:
-    """Return tables with the columns behind the first one made anew, but for the last one.
+    """Return tables with newly generated columns between the first and the last.
 
-    Raises Wrong where their names are not those of the facts.
+    Raises Wrong if their names differ from those of the facts.
     """
     lines, named, is_body = [], [], False
     for line in text.splitlines():
@@ -159,13 +158,13 @@ def filled(text: str, facts: Mapping[str, tuple[str, ...]]) -> str:
             line = f"| {' | '.join([first, *made, meaning])} |".replace("|  |", "| |")
             named += names
         lines.append(line + "\n")
-    if left := sorted(facts.keys() - set(named)):
-        raise Wrong(f"no row for {', '.join(left)}: add it, with what it means")
+    if missing := sorted(facts.keys() - set(named)):
+        raise Wrong(f"no row for {', '.join(missing)}: add it, with its meaning")
     return "".join(lines)
 
 
 def unique(lists: Iterable[list[str]]) -> list[str]:
-    """Each of them once, in order, without empty ones."""
+    """Return the items of all lists in order, without duplicates and empty ones."""
     return [*dict.fromkeys(each for found in lists for each in found if each)]
 
 
@@ -214,7 +213,7 @@ def environment(text: str) -> str:
 
 
 def manual_table(mark: str) -> Callable[[str], str]:
-    """A table of the reference as a list of the manual page."""
+    """Return a function that makes a table of the reference a list of the manual page."""
 
     def made(text: str) -> str:
         table = between(REFERENCE.read_text(encoding="utf-8"), f"<!-- {mark} -->\n")
@@ -229,8 +228,8 @@ def manual_table(mark: str) -> Callable[[str], str]:
 
 REFERENCE = ROOT / "docs" / "reference.md"
 MANUAL = ROOT / "docs" / "man" / "SocketProtector.8"
-#: What stands between the marks `NAME` and `/NAME` of a page; made of what stands there now.  The
-#: manual page is last, since it repeats the reference.
+#: Page, mark, and the function that makes the text between the marks `NAME` and `/NAME` from the
+#: present text.  The manual page is last, because it repeats the reference.
 PAGES: tuple[tuple[Path, str, Callable[[str], str]], ...] = (
     (REFERENCE, "options", options),
     (REFERENCE, "signals", signal_names),
@@ -257,7 +256,7 @@ def between(text: str, begin: str) -> str:
 
 
 def main(words: list[str]) -> int:
-    """Write the pages, or say which are to be written."""
+    """Write the pages, or with --check report the differing ones."""
     status = 0
     for path, mark, make in PAGES:
         name = path.relative_to(ROOT)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Say whether what is tagged can be released:  tools/release_check.py TAG REPOSITORY
+"""Check whether a tag can be released:  tools/release_check.py TAG REPOSITORY
 
-The tag is v and the version of each distribution, of the packages that say one, and of a section
-of CHANGELOG.md; their links lead to that repository; what they need of each other is of this
-version.
+The tag must be v and the version in each distribution, in each package with a version, and in a
+section of CHANGELOG.md.  The links must lead to that repository.  Requirements among the
+distributions must have this version.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def mistakes(tag: str, repository: str) -> list[str]:
-    """What does not agree, each in a line."""
+    """Return the mistakes, each as one line."""
     found = []
     version = tag.removeprefix("v")
     if tag == version:
@@ -32,11 +32,11 @@ def mistakes(tag: str, repository: str) -> list[str]:
         what = project["name"]
         if project["version"] != version:
             found.append(f"{what}: version {project['version']} in pyproject.toml, tag {tag}")
-        told = re.search(
+        declared = re.search(
             r'^__version__ = "([^"]+)"', (folder / package / "__init__.py").read_text(), re.M
         )
-        if told and told[1] != version:
-            found.append(f"{what}: __version__ is {told[1]}, tag {tag}")
+        if declared and declared[1] != version:
+            found.append(f"{what}: __version__ is {declared[1]}, tag {tag}")
         if project["urls"]["Source"].lower() != repository.lower():
             found.append(f"{what}: urls.Source is {project['urls']['Source']}, not {repository}")
         extras = project.get("optional-dependencies", {}).values()
@@ -53,7 +53,7 @@ def mistakes(tag: str, repository: str) -> list[str]:
 
 
 def main(words: list[str]) -> int:
-    """Print what does not agree."""
+    """Print the mistakes; return the exit status."""
     if len(words) != 2:
         print("usage: tools/release_check.py TAG REPOSITORY", file=sys.stderr)
         return 2

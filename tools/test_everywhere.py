@@ -27,9 +27,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent
 LOGS = HERE / "build" / "everywhere"
 TEST = ("make", "test", "LOGS=")
-#: What a Debian has beside the least; the rest is what `make test` installs, if it may.
+#: The packages of a minimal Debian for the tests; `make test` installs further ones, if it may.
 PACKAGES = "python3,python3-venv,make,git,ca-certificates"
-#: Becomes a container's root: everything of the machine but what is bound stays outside.
+#: A script that enters a container; only bound parts of the machine are visible in it.
 ENTERS = """
 set -eu
 root=$1; shift
@@ -56,7 +56,7 @@ exec "$@"
 
 @dataclass
 class Result:
-    """What came of a run."""
+    """The result of a run."""
 
     setup: str
     wall_s: float
@@ -66,14 +66,14 @@ class Result:
 
 
 def clone(folder: Path) -> Path:
-    """Copy what is committed here."""
+    """Clone this repository into a folder, and return the clone."""
     subprocess.run(["git", "clone", "-q", "--no-hardlinks", HERE, folder / "clone"], check=True)
     return folder / "clone"
 
 
 @contextmanager
 def copy(mode: int = 0o755) -> Iterator[Path]:
-    """A copy in a folder of this mode."""
+    """Yield a clone in a temporary folder of this mode."""
     with tempfile.TemporaryDirectory(prefix="everywhere-", dir="/var/tmp") as name:
         Path(name).chmod(mode)
         yield clone(Path(name))
@@ -86,7 +86,7 @@ def run(words: tuple[str, ...], log: Path, cwd: Path) -> bool:
 
 
 class Setups:
-    """The set-ups by name; each runs the tests once, into logs that it returns."""
+    """The set-ups; each method runs the tests once and writes a log."""
 
     def __init__(self, roots: Path) -> None:
         self.roots = roots
@@ -102,7 +102,7 @@ class Setups:
         }
 
     def as_user(self, log: Path) -> bool:
-        """An ordinary user with Debian's Python, and the packages that root would install."""
+        """Run as an ordinary user with Debian's Python, and the packages that root installs."""
         subprocess.run(["make", "-s", "test-tools"], cwd=HERE, check=False)
         words = (str(HERE / "tools" / "as-user"), *TEST, "PYTHON=/usr/bin/python3")
         return run(words, log, HERE)
@@ -112,7 +112,7 @@ class Setups:
             return run((*TEST, f"PYTHON={interpreter}"), log, place)
 
     def beside(self, log: Path) -> bool:
-        """Two runs at once; the first one's log is looked at, the second one's must pass, too."""
+        """Run twice at once; both runs must pass, and `log` is that of the first."""
         with copy() as one, copy() as other:
             second = log.with_suffix(".second.log")
             with second.open("w", encoding="utf-8") as out:
@@ -122,7 +122,7 @@ class Setups:
                 return process.wait() == 0 and good
 
     def hogs(self, log: Path) -> bool:
-        """Beside two processes that take all the CPU that they get."""
+        """Run beside two processes that use all the CPU time that they get."""
         with ExitStack() as stack:
             for _ in range(2):
                 hog = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while 1: pass"]))
@@ -130,7 +130,7 @@ class Setups:
             return self.as_root(log, sys.executable)
 
     def in_debian(self, log: Path, suite: str, *through: str) -> bool:
-        """A Debian with Python, venv, make and git: as root, who installs what is missing."""
+        """Run in a Debian with Python, venv, make and git, as root, who installs the rest."""
         made = self.debian(suite)
         with tempfile.TemporaryDirectory(prefix="everywhere-", dir="/var/tmp") as name:
             root = Path(name) / "root"
@@ -166,7 +166,7 @@ def python(version: str) -> str:
 
 
 def pips_paths() -> set[str]:
-    """Return the files and folders that pip is configured with here, and its configuration."""
+    """Return the files and folders of pip's configuration, and its contents."""
     pip = (sys.executable, "-m", "pip", "config")
     words = ""
     for command in ("debug", "list"):

@@ -36,7 +36,7 @@ def serve(
     """Serve a WSGI application; return when drained.  Requests under way finish first.
 
     `address`, `limit` and errors are those of Listener.
-    options: any of waitress.serve(), except those that say where to listen.
+    options: any option of waitress.serve(), except its listen addresses.
     """
     # take=None: waitress accepts once for each wake-up.
     serve_on(Listener(address, limit=limit, take=None), app, **options)

@@ -33,7 +33,7 @@ CELLS = 96
 #: The ending generations that are drawn; older ones are only counted, to keep a card short.
 ENDING_LANES = 4
 _ENDING = ("draining", "abandoned")
-#: The named workers of those that keep a draining generation alive.
+#: The number of named workers among all that keep a draining generation alive.
 _NAMED = 4
 _MOST_WARNINGS, _WARNING_CHARACTERS = 10, 500
 _PHASES = ("starting", "settling", "serving", "draining", "abandoned")

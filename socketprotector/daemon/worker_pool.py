@@ -235,7 +235,7 @@ class WorkerPool:
         """Restart the checks after a failed exec."""
         for worker in self._workers.values():
             worker.readiness.check()
-        self.orphans.go_on()
+        self.orphans.schedule()
 
     # -- to the next program and from the one before -----------------------------
 

@@ -1,6 +1,6 @@
 """`SocketProtector demo`: 20 seconds of a server under load, with releases, kills and a count.
 
-A program of its own: it runs the others as a user would, in a folder that it removes.
+It runs the other programs as a user would, in a temporary folder.
 load.py and seen.py are the clients; the tests use them, too.
 May import: ctl, model, system.
 """

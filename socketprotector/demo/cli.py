@@ -1,4 +1,4 @@
-"""The command line of the demo; what it starts and makes is gone when it ends.
+"""The command line of the demo, which ends and removes all that it has started and made.
 
 Every error is one line: what, where, how to fix it.
 """
@@ -62,9 +62,9 @@ def command(pause: float) -> int:
 
 
 class _Stops:
-    """INT, TERM and HUP raise KeyboardInterrupt; while they are held back, when they no longer are.
+    """Turns INT, TERM and HUP into KeyboardInterrupt, at once, or after `release`.
 
-    Not by a signal mask: what is started then would inherit it.
+    Not by a signal mask, which started programs would inherit.
     """
 
     def __init__(self) -> None:
@@ -79,11 +79,11 @@ class _Stops:
             raise KeyboardInterrupt
 
     def hold(self) -> None:
-        """From now on they only are noted."""
+        """Record signals without an effect from now on."""
         self._held = True
 
     def release(self) -> None:
-        """From now on they interrupt.  Raises KeyboardInterrupt if one has come meanwhile."""
+        """Let signals interrupt again.  Raises KeyboardInterrupt if one has come meanwhile."""
         self._held = False
         if self._came:
             raise KeyboardInterrupt
@@ -136,19 +136,19 @@ def _run(pause_s: float) -> int:
 
 
 def _place() -> str:
-    """Return where its folder is to be: where others are, unless that is too deep for a socket."""
+    """Return the parent of the demo's folder: the usual one, if it is short enough for a socket."""
     usual = tempfile.gettempdir()
     return usual if len(os.fsencode(usual)) <= _DEEPEST else "/tmp"
 
 
 def _log(protected: Protected) -> str:
-    """Return the end of its log, for people."""
+    """Return the end of the protector's log, for people."""
     lines = "\n".join(f"  {escape(line)}" for line in protected.said(_LOG_LINES))
     return f"The end of its log:\n{lines}"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Show the demo, or what may be asked of it; return the exit status."""
+    """Show the demo, or its help or version; return the exit status."""
     try:
         return int(command.main(arguments, prog_name=NAME, standalone_mode=False) or 0)
     except click.ClickException as error:

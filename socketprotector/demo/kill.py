@@ -1,7 +1,7 @@
-"""Kills a process in such a way that what it held is known: stopped, looked at, killed.
+"""Kills a process after suspending it and recording its open connections.
 
-So a connection that ended with its process is told from one that was lost, by its port and not
-by the time.
+So a connection that ended with its process can be distinguished from a lost connection, by its port
+and not by the time.
 
 Source: proc(5): `fd`, `net/tcp` and `task/TID/stat`.
 """
@@ -22,9 +22,9 @@ _LISTENS = "0A"
 
 
 def kill(pid: int) -> Kill:
-    """Send KILL to a process; return when, and what it held.
+    """Send KILL to a process; return the time, and the connections that it held.
 
-    Raises OSError where it is gone, or /proc does not show it.
+    Raises OSError if it is gone, or /proc does not show it.
     """
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -36,10 +36,10 @@ def kill(pid: int) -> Kill:
 
 
 def accepted_by(pid: int) -> frozenset[int]:
-    """Return the ports of the TCP clients whose connections a process has open, of IPv4 and here.
+    """Return the ports of the local IPv4 clients whose TCP connections a process has open.
 
-    SIGSTOP was sent to it, and its threads are waited for, a second at most.  Raises OSError where
-    it is gone, or /proc does not show it.
+    The process has got SIGSTOP; this waits for its threads to stop, a second at most.  Raises
+    OSError if it is gone, or /proc does not show it.
     """
     until_s = time.monotonic() + _STOPS_S
     while _runs(pid) and time.monotonic() < until_s:
@@ -56,7 +56,7 @@ def accepted_by(pid: int) -> frozenset[int]:
 
 
 def _runs(pid: int) -> bool:
-    """Whether a thread of a process runs.  Raises OSError where there is no such process."""
+    """Return whether a thread of a process runs.  Raises OSError without such a process."""
     for thread in os.listdir(f"/proc/{pid}/task"):
         try:
             with open(f"/proc/{pid}/task/{thread}/stat", "rb") as file:

@@ -2,15 +2,15 @@
 
 It holds many line conversations in one thread of its own: connect, send `hello N`,
 expect a reply that ends with the same line (`[pid] hello N`), close.  No failure is
-retried or hidden: each keeps its kind and its time, so that a caller that kills a worker can
-tell what that worker held (`split_by_kills`) from what the protector lost.
+retried or hidden: each keeps its kind and its time.  So a caller that kills a worker can
+separate that worker's connections (`split_by_kills`) from connections that the protector lost.
 
     with Load("127.0.0.1:4321", concurrency=16) as load:
         ...
         load.wait_for(lambda now: new_pid in now.pids)
     assert not load.snapshot().failures
 
-bench/load.c, in the repository, is the one for measuring: it costs a third of this one.
+For measurements use bench/load.c, in the repository, which needs a third of the CPU time.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ HTTP = b"GET /hello-%d HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
 
 def parse_address(text: str) -> tuple[socket.AddressFamily, Any]:
-    """Return the family and the address that connect() takes.
+    """Return the family and the address for connect().
 
     `HOST:PORT`, `[HOST6]:PORT`, `tcp:` before either, `unix:/path`, `unix:@name`, `/path`.
     """
@@ -92,13 +92,16 @@ class _Conversation:
 
 
 class Load:
-    """Keeps `concurrency` conversations going, in a thread, from start() until stop().
+    """Keeps `concurrency` conversations open, in a thread, from start() until stop().
 
-    Each one sends `lines` lines, `pause_s` apart (all must be answered by the same worker), then
-    closes; with `until_eof` it shuts its side down first and wants the end of file from the other,
-    so it sees that no other process keeps a copy of the connection open.  `rate_per_s` bounds how
-    many are begun; `count` ends the load by itself.  `timeout_s` is for each line and for the end.
-    `http`: a line is asked for by `GET /hello-N`, one request a connection.
+    Each conversation sends `lines` lines, `pause_s` apart, then closes.  The same worker must
+    answer all lines.
+    until_eof: shut our side down first and wait for end of file, which shows that no other process
+    keeps a copy of the connection.
+    rate_per_s: the most conversations begun per second.
+    count: end the load after so many conversations.
+    timeout_s: the limit for each line and for the end.
+    http: request a line by `GET /hello-N`, one request for each connection.
     """
 
     def __init__(
@@ -139,20 +142,20 @@ class Load:
         self._thread = threading.Thread(target=self._run, name="load", daemon=True)
 
     def start(self) -> Self:
-        """Begin; returns at once."""
+        """Begin the load, and return at once."""
         self._thread.start()
         return self
 
     def snapshot(self) -> Snapshot:
-        """Return what has happened so far."""
+        """Return the counts so far."""
         with self._changed:
             return self._snapshot()
 
     def wait_for(self, fact: Callable[[Snapshot], bool], timeout_s: float = 30.0) -> Snapshot:
-        """Return the first snapshot of which `fact` holds.
+        """Return the first snapshot for which `fact` is true.
 
-        Raises TimeoutError, with the last snapshot in words, if it does not within `timeout_s` or
-        the load has ended.
+        Raises TimeoutError, with the last snapshot in words, after `timeout_s` or at the load's
+        end.
         """
         deadline_s = time.monotonic() + timeout_s
         with self._changed:
@@ -164,7 +167,7 @@ class Load:
             return now
 
     def stop(self) -> Snapshot:
-        """Begin no more, wait for those under way (each has its timeout), return the whole."""
+        """End the load after the open conversations, or their timeouts; return all counts."""
         with self._changed:
             self._stopping = True
             if not self._ended:
@@ -172,7 +175,7 @@ class Load:
         return self.join()
 
     def hurry(self) -> None:
-        """Let each conversation say one last line at once and end; none is begun any more."""
+        """Begin no more conversations; make each open one send its last line at once and end."""
         with self._changed:
             self._stopping = True
             if self._ended:
@@ -185,7 +188,7 @@ class Load:
             os.eventfd_write(self._wake, 1)
 
     def join(self) -> Snapshot:
-        """Wait until the load has ended by itself (`count`) and return the whole."""
+        """Wait until a load with `count` has ended, and return all counts."""
         self._thread.join()
         if self._broken is not None:
             raise RuntimeError("the load client itself failed") from self._broken

@@ -1,7 +1,7 @@
 """The protector of the demo, in the foreground under its guard, and the releases that it serves.
 
-All of it is in one folder: the control socket, the log, and a folder for each release, of which
-the link `current` is one.
+One folder has the control socket, the log, a folder for each release, and the link `current` to one
+release.
 """
 
 from __future__ import annotations
@@ -54,24 +54,24 @@ def lay_out(folder: Path) -> None:
 
 
 def choose(folder: Path, number: int) -> None:
-    """Let `current` lead to a release: `ln -sfn`, without a moment at which there is none."""
+    """Make `current` lead to a release, like `ln -sfn`, but without a moment without the link."""
     link = folder / "next"
     link.symlink_to(f"release-{number}")
     link.replace(folder / "current")
 
 
 def free_name() -> str:
-    """Return a name that no protector has that socketprotectorctl would find."""
+    """Return a name that no protector has, as far as socketprotectorctl finds them."""
     names = discovery.names(discovery.everything())
     taken = {each.partition(":")[0] for each in names}  # several of a name have a listener's behind
     return "demo" if "demo" not in taken else f"demo-{os.getpid()}"
 
 
 class Protected:
-    """A protector that was started; the caller ends it."""
+    """A running protector; the caller ends it."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        """Start it; `serves` waits.  Raises OSError."""
+        """Start the protector, without waiting until it serves.  Raises OSError."""
         self.folder = folder
         self.name = name
         self._environment = {
@@ -90,9 +90,9 @@ class Protected:
     def run(
         self, *words: str, stdout: IO[bytes] | int, lasting: bool = False
     ) -> subprocess.Popen[bytes]:
-        """Start one of the programs in its folder, stderr where stdout goes.  Raises OSError.
+        """Start one of SocketProtector's programs in the folder, with stderr as stdout.
 
-        lasting: in a session of its own, until we end it, or are killed ourselves.
+        lasting: in a session of its own, until we end it or are killed.  Raises OSError.
         """
         return subprocess.Popen(
             [each for word in words for each in PROGRAMS.get(word, (word,))],
@@ -106,7 +106,7 @@ class Protected:
         )
 
     def status(self) -> Message | None:
-        """Return what it says of itself; None: it does not answer, or not yet."""
+        """Return the protector's status; None if it does not answer (yet)."""
         try:
             with Client(self._control, _ANSWER_S) as client:
                 return client.request("status")
@@ -115,11 +115,11 @@ class Protected:
 
     @property
     def has_ended(self) -> bool:
-        """Whether its guard has ended, and so all of it."""
+        """Whether its guard has ended, and with it the protector."""
         return self._process.poll() is not None
 
     def said(self, lines: int) -> list[str]:
-        """Return the end of its log, and of what it said besides."""
+        """Return the end of its log, and of its other output."""
         files = (self.folder / name for name in ("log", "output"))
         texts = (
             each.read_text(encoding="utf-8", errors="replace") for each in files if each.exists()
@@ -127,9 +127,9 @@ class Protected:
         return [line for text in texts for line in text.splitlines()[-lines:]]
 
     def end(self) -> None:
-        """End it and its workers at once, if it runs; return when they are gone.
+        """End the protector and its workers at once, if it runs; return when they are gone.
 
-        Raises TimeoutExpired: it was killed, and workers end when they find that it is gone.
+        Raises TimeoutExpired after killing it; its workers end when they notice that.
         """
         if not self.has_ended:
             self._process.send_signal(signal.SIGINT)
@@ -148,7 +148,7 @@ def address_of(status: Message) -> str:
 
 
 def workers_of(status: Message) -> frozenset[int]:
-    """Return the pids of the workers of the generation that serves, those that are ready."""
+    """Return the pids of the ready workers of the serving generation."""
     return frozenset(
         number_in(worker, "pid")
         for generation in listed(status, "generations")

@@ -1,4 +1,4 @@
-"""What the demo says: lines that stay, and on a terminal below them one that is drawn anew.
+"""The demo's output: permanent lines, and on a terminal a last line that is redrawn.
 
 ASCII only: the terminal's encoding may be any.
 """
@@ -15,7 +15,7 @@ from rich.text import Text
 
 
 class Screen:
-    """Writes to stdout; whole lines where that is no terminal."""
+    """Writes to stdout; only whole lines if it is no terminal."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False, markup=False, emoji=False)
@@ -23,7 +23,7 @@ class Screen:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """While this lasts there may be a line for what happens now; it goes at the end."""
+        """Allow a redrawn last line until the block ends, which removes it."""
         if not self._console.is_terminal or self._console.is_dumb_terminal:
             yield
             return
@@ -34,7 +34,7 @@ class Screen:
                 self._live = None
 
     def say(self, text: str = "", style: str = "", indent: int = 0) -> None:
-        """Write a text of one line or more; what does not fit goes on below it."""
+        """Write a text of one or more lines, wrapped to the width."""
         begin = " " * indent
         lines = [begin + line for line in text.split("\n")]
         if self._console.is_terminal:
@@ -48,7 +48,7 @@ class Screen:
             self._console.print(Text(line, style=style), soft_wrap=True)
 
     def now(self, text: str) -> None:
-        """Write what happens now over what was written so before; without a terminal: nothing."""
+        """Redraw the last line; do nothing without a terminal."""
         if self._live is not None:
             shown = Text(f"  {text}", style="dim", no_wrap=True, overflow="ellipsis")
             self._live.update(shown, refresh=True)

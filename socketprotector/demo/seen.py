@@ -1,6 +1,6 @@
-"""What a load has seen: failures by kind and time, latencies, which worker answered.
+"""The results of a load: failures by kind and time, latencies, and the workers that answered.
 
-Values only; nothing here opens, waits or counts by itself.  load.py fills it.
+Values only; load.py fills them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def smallest_in_bucket_us(index: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One conversation that did not end as it should.  Times are CLOCK_MONOTONIC seconds."""
+    """A failed conversation.  Times are CLOCK_MONOTONIC seconds."""
 
     kind: Kind
     at_s: float
@@ -45,7 +45,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What had happened at one moment.  `pids` is in the order in which they first answered."""
+    """The results at one moment.  `pids` is in the order of the workers' first answers."""
 
     at_s: float
     begun: int
@@ -73,7 +73,7 @@ class Snapshot:
         return 0.0
 
     def since(self, earlier: Snapshot) -> Snapshot:
-        """Return what happened between two snapshots of one load."""
+        """Return the results between an earlier snapshot of the same load and this one."""
         answers = Counter(self.pids)
         answers.subtract(earlier.pids)
         return Snapshot(
@@ -98,10 +98,10 @@ class Kill:
     held: frozenset[int]
 
     def has_ended(self, failure: Failure) -> bool:
-        """Whether a connection failed because the process that held it was killed.
+        """Return whether a connection failed because the process that held it was killed.
 
-        Refused, timed out and wrong are never excused by a kill, nor is a connection that was
-        begun after it, whose port may have been another's before.
+        A kill never excuses refused, timed out and wrong conversations.  Nor does it excuse a
+        connection begun after it, whose port may have belonged to another one before.
         """
         return (
             failure.kind in ("reset", "empty")
@@ -113,7 +113,7 @@ class Kill:
 def split_by_kills(
     failures: Iterable[Failure], kills: Iterable[Kill]
 ) -> tuple[list[Failure], list[Failure]]:
-    """Divide failures into (those of connections that a killed process held, all others)."""
+    """Return (failures of connections that a killed process held, all other failures)."""
     known = list(kills)
     ended: list[Failure] = []
     others: list[Failure] = []

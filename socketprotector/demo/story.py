@@ -1,7 +1,7 @@
-"""What happens in the demo, step by step, and what the clients see of it.
+"""The steps of the demo, and the clients' results after each.
 
-Nothing here knows what comes out: what is said is what was seen, and where that is not what
-SocketProtector promises, the demo ends with status 1.
+The demo shows only measured results.  If they are not what SocketProtector promises, it ends with
+status 1.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _Found = TypeVar("_Found")
 
 
 class NotAsPromised(Exception):
-    """What happened is not what SocketProtector promises; the text says what."""
+    """A result is not what SocketProtector promises; the text has the result."""
 
 
 class Story:
@@ -60,9 +60,9 @@ class Story:
         self._drawn_s, self._drawn = time.monotonic(), 0
 
     def tell(self) -> bool:
-        """Tell all of it; return whether no connection failed.
+        """Run all steps; return whether no connection failed.
 
-        Raises NotAsPromised, and SystemRefused where this machine lacks what the clients need.
+        Raises NotAsPromised, and SystemRefused if this machine lacks a resource for the clients.
         """
         with ExitStack() as opened:
             opened.callback(self._hurry)
@@ -159,7 +159,7 @@ class Story:
         return self._run("socketprotectorctl", "reload")
 
     def _run(self, program: str, *words: str) -> int:
-        """Run a program as a user would; show what it says; return its exit status."""
+        """Run a program as a user would, show its output, and return its exit status."""
         shown = (program, "--name", self._protected.name, *words)
         self._command(" ".join(shown))
         with self._protected.run(*shown, stdout=subprocess.PIPE) as process, on_error(process.kill):
@@ -192,7 +192,7 @@ class Story:
         return status if status and status.get("phase") == "serving" else None
 
     def _full(self, fact: Callable[[frozenset[int]], bool]) -> frozenset[int] | None:
-        """Return the workers, if none is missing and the fact holds of them."""
+        """Return the workers, if none is missing and `fact` is true for them; otherwise None."""
         workers = workers_of(self._protected.status() or {})
         return workers if len(workers) == WORKERS and fact(workers) else None
 
@@ -204,7 +204,7 @@ class Story:
         return back
 
     def _wait(self, look: Callable[[], _Found | None], otherwise: str) -> _Found:
-        """Return the first thing that is found.  Raises NotAsPromised."""
+        """Wait until `find` returns a result, and return it.  Raises NotAsPromised."""
         until_s = time.monotonic() + LIMIT_S
         while (found := look()) is None:
             if self._protected.has_ended or time.monotonic() > until_s:
@@ -214,7 +214,7 @@ class Story:
         return found
 
     def _watch(self) -> None:
-        """Let a step be looked at; then say what clients have seen since the one before."""
+        """Pause after a step; then show the clients' results since the step before."""
         until_s = time.monotonic() + self._pause_s
         while (left_s := until_s - time.monotonic()) > 0:
             self._show()
@@ -235,7 +235,7 @@ class Story:
     def _split(self, loads: list[Snapshot]) -> tuple[list[Failure], list[Failure]]:
         """Return the failures (of connections that a killed process held, all others).
 
-        Raises SystemRefused if one is the clients' own: then the rest would not say anything.
+        Raises SystemRefused for a failure of the clients' own, which makes the others meaningless.
         """
         failures = [failure for load in loads for failure in load.failures]
         for each in failures:
@@ -256,7 +256,7 @@ class Story:
         self._screen.say(text, indent=2)
 
     def _show(self) -> None:
-        """Draw what happens now, at most every SHOW_EVERY_S."""
+        """Redraw the current figures, at most every SHOW_EVERY_S."""
         since_s = time.monotonic() - self._drawn_s
         if since_s < SHOW_EVERY_S or not self._loads:
             return
@@ -269,6 +269,6 @@ class Story:
 
 
 def _counts(connections: int, failed: list[Failure], ended: list[Failure]) -> str:
-    """Say how connections ended.  ended: those that a killed process held."""
+    """Return in words how connections ended.  ended: the number that a killed process held."""
     cut = f", {len(ended)} cut by our kill -9" if ended else ""
     return f"{connections:,} connections, {len(failed)} failed{cut}"

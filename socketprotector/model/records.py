@@ -179,7 +179,7 @@ class DeliveryRecord:
 
 @frozen
 class SettingsRecord:
-    """The current settings, and those that a reload is trying."""
+    """The current settings, and the candidate of a reload."""
 
     current: Settings
     candidate: Settings | None = None  # read by a reload; no generation has served with them

@@ -303,7 +303,7 @@ class Listener:
         self.sockets[number] = made
         self._again[number] += 1
 
-    def go_on_without(self, socket_number: int) -> None:
+    def drop_socket(self, socket_number: int) -> None:
         """Close a socket for good; its sibling then has both numbers."""
         number = socket_number % 2
         one = self.sockets.pop(number)

@@ -33,13 +33,13 @@ from .polling import events_of
 from .spawn import fork
 
 #: The most scans for processes started during a scan, and the most rounds of KILL.
-_LOOKS = 10
+_MOST_SCANS = 10
 #: The time until the next scan checks that signalled processes are gone.
 _DEATH_S = 0.2
 #: The time until the next scan after a scan failed.
-_LOOK_AGAIN_S = 1.0
+_SCAN_AGAIN_S = 1.0
 #: A scan that takes longer is stuck and is killed.
-_LOOK_S = 30.0
+_SCAN_S = 30.0
 _ANCILLARY = socket.CMSG_LEN(4)  # CMSG_SPACE of one int has room for two
 _FLAGS = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
 #: An address and a pid; or why the scan failed.
@@ -60,13 +60,14 @@ class Orphans:
         log: Log,
         kill_timeout_s: float,
         identity: Identity | None,
-        looked_after: Callable[[int], bool],
+        is_group_watched: Callable[[int], bool],
     ) -> None:
-        """identity: the user that the workers run as, if not ours.
+        """Make it without work; `end` adds addresses.
 
-        looked_after: whether process_groups.py ends a process group.
+        identity: the user that the workers run as, if not ours.
+        is_group_watched: whether process_groups.py ends a process group.
         """
-        self._looked_after = looked_after
+        self._is_group_watched = is_group_watched
         self._identity = identity
         self._loop = loop
         self._log = log
@@ -74,7 +75,7 @@ class Orphans:
         #: Notify address -> when KILL is due; None before the first scan.
         self._left: dict[str, float | None] = {}
         self._kills: dict[str, int] = {}  # rounds of KILL, by address
-        self._look: Look | None = None
+        self._scan: Scan | None = None
         self._ended: Callable[[], None] | None = None  # called when all processes have ended
         self._blind = False  # /proc is unusable, and that was logged
         self._trouble = ""  # why the last scan failed
@@ -92,28 +93,28 @@ class Orphans:
     def end(self, address: str) -> None:
         """End the processes that have this notify address in their environment."""
         self._left.setdefault(address, None)
-        self._look_after(0.0)
+        self._scan_after(0.0)
 
     def when_ended(self, done: Callable[[], None]) -> None:
-        """Call back, maybe at once, when all processes have ended or the limit has passed."""
+        """Call back, perhaps at once, when all processes have ended or the limit has passed."""
         self._ended = done
-        self._loop.call_after(_TIMER_END, self._kill_timeout_s + _LOOK_S, self._give_up)
-        self.go_on()
+        self._loop.call_after(_TIMER_END, self._kill_timeout_s + _SCAN_S, self._stop_waiting)
+        self.schedule()
 
-    def _give_up(self) -> None:
+    def _stop_waiting(self) -> None:
         self.stop_looking()
         self._loop.cancel(_TIMER)
         self._left.clear()
-        self.go_on()
+        self.schedule()
 
     def stop_looking(self) -> None:
         """Stop the current scan: the program that replaces this one begins another."""
-        if self._look is not None:
-            self._look.call_off()
-            self._look = None
+        if self._scan is not None:
+            self._scan.call_off()
+            self._scan = None
 
-    def _look_after(self, seconds: float) -> None:
-        if self._look is None:
+    def _scan_after(self, seconds: float) -> None:
+        if self._scan is None:
             self._loop.call_after(_TIMER, seconds, self._begin)
 
     def _begin(self) -> None:
@@ -123,23 +124,23 @@ class Orphans:
                 hint = "what a failed worker has detached from itself is not found"
                 self._log.write("warning", "cannot-examine", error=procfs.MISSING, hint=hint)
             self._blind = True
-            self._looked(tuple(self._left), {}, "")
+            self._scanned(tuple(self._left), {}, "")
             return
         try:
-            self._look = Look(self._loop, tuple(self._left), self._identity, self._looked)
+            self._scan = Scan(self._loop, tuple(self._left), self._identity, self._scanned)
         except OSError as error:
-            self._cannot_look(error.strerror or str(error))
+            self._cannot_scan(error.strerror or str(error))
 
-    def _cannot_look(self, why: str) -> None:
+    def _cannot_scan(self, why: str) -> None:
         """Try again later: out of descriptors or memory."""
         if why != self._trouble:  # once, not each second
             self._log.write("error", "cannot-examine", error=why)
         self._trouble = why
-        self._look_after(_LOOK_AGAIN_S)
+        self._scan_after(_SCAN_AGAIN_S)
 
-    def _looked(self, wanted: Collection[str], found: Found, why: str) -> None:
+    def _scanned(self, wanted: Collection[str], found: Found, why: str) -> None:
         """Signal the processes found and close their pidfds.  why: the scan was incomplete."""
-        self._look = None
+        self._scan = None
         now = time.monotonic()
         for address, each in found.items():
             due = self._left.get(address)
@@ -151,23 +152,23 @@ class Orphans:
                 self._signal(each, signal.SIGKILL)
         _close(found)
         if why:
-            self._cannot_look(why)
+            self._cannot_scan(why)
             return
         self._trouble = ""
         for address in wanted:
-            if address not in found or self._kills.get(address, 0) >= _LOOKS:
+            if address not in found or self._kills.get(address, 0) >= _MOST_SCANS:
                 self._left.pop(address, None)
                 self._kills.pop(address, None)
-        self.go_on()
+        self.schedule()
 
-    def go_on(self) -> None:
+    def schedule(self) -> None:
         """Schedule the next scan, or report the end when no address is left."""
         if self._left:
             now = time.monotonic()
             due = min(
                 0.0 if each is None else max(each - now, _DEATH_S) for each in self._left.values()
             )
-            self._look_after(min(due, _DEATH_S) if self._ended is not None else due)
+            self._scan_after(min(due, _DEATH_S) if self._ended is not None else due)
         elif self._ended is not None:
             self._loop.cancel(_TIMER_END)
             done, self._ended = self._ended, None
@@ -177,7 +178,7 @@ class Orphans:
         for pid, pidfd in found:
             # On failure the process has ended or changed its user.
             with suppress(ProcessLookupError, PermissionError):
-                if self._looked_after(os.getpgid(pid)):
+                if self._is_group_watched(os.getpgid(pid)):
                     continue  # a second TERM may mean something else to it than the first
                 signal.pidfd_send_signal(pidfd, number)
                 self._log.write("warning", "left-behind", pid=pid, signal=number.name)
@@ -189,7 +190,7 @@ def _close(found: Found) -> None:
             os.close(pidfd)
 
 
-class Look:
+class Scan:
     """One scan of /proc, in a child process, for all processes with one of these addresses."""
 
     def __init__(
@@ -213,9 +214,9 @@ class Look:
         fd = self._line.fileno()
         with theirs, on_error(self._line.close), on_error(loop.unwatch, fd):
             loop.watch(fd, self._hear)
-            self._process = fork(lambda: _tell(theirs, wanted, identity))
-        hangs = f"the look at /proc took longer than {in_units(_LOOK_S)}"
-        loop.call_after(_LIMIT, _LOOK_S, lambda: self._end(hangs))
+            self._process = fork(lambda: _send_found(theirs, wanted, identity))
+        hangs = f"the look at /proc took longer than {in_units(_SCAN_S)}"
+        loop.call_after(_LIMIT, _SCAN_S, lambda: self._end(hangs))
 
     def _hear(self) -> None:
         """Receive the processes found so far; the last message ends the scan."""
@@ -254,7 +255,7 @@ class Look:
         _close(self._found)
 
 
-def _tell(line: socket.socket, wanted: tuple[str, ...], identity: Identity | None) -> None:
+def _send_found(line: socket.socket, wanted: tuple[str, ...], identity: Identity | None) -> None:
     """Scan, in the child, and send each process found with its pidfd, then an end marker."""
     os.setpgid(0, 0)  # so that a signal to our group does not end it
     # A long scan must not hold a connection or a channel open.
@@ -269,20 +270,20 @@ def _tell(line: socket.socket, wanted: tuple[str, ...], identity: Identity | Non
         if identity is not None:
             privileges.hand_over(identity)
         # send_fds ignores its flags (CPython 3.11), so it waits for room; this child may wait.
-        for address, pid, pidfd in _carrying(wanted):
+        for address, pid, pidfd in _with_address(wanted):
             socket.send_fds(line, [f"{address} {pid}".encode()], [pidfd])
     except OSError as error:
         why = error.strerror or str(error)
     line.send(_CANNOT + why.encode()[: _MESSAGE_BYTES - 1])
 
 
-def _carrying(wanted: Collection[str]) -> list[tuple[str, int, int]]:
+def _with_address(wanted: Collection[str]) -> list[tuple[str, int, int]]:
     """Return (address, pid, pidfd) of each process with such an address; the caller owns them."""
     variables = {f"NOTIFY_SOCKET={each}".encode(): each for each in wanted}
     known: set[int] = set()
     found: list[tuple[str, int, int]] = []
-    for _ in range(_LOOKS):
-        more, ended = _look_once(variables)
+    for _ in range(_MOST_SCANS):
+        more, ended = _scan_once(variables)
         fresh = {pid for _, pid, _ in more} - {pid for _, pid, _ in found}
         for _, _, pidfd in found:
             os.close(pidfd)
@@ -294,7 +295,7 @@ def _carrying(wanted: Collection[str]) -> list[tuple[str, int, int]]:
     return found
 
 
-def _look_once(wanted: Mapping[bytes, str]) -> tuple[list[tuple[str, int, int]], set[int]]:
+def _scan_once(wanted: Mapping[bytes, str]) -> tuple[list[tuple[str, int, int]], set[int]]:
     """Return the processes with such a variable, and the pids of processes that just ended.
 
     An ending process has no environment any more, just as a kernel thread has none.

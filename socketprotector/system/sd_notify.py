@@ -37,7 +37,7 @@ _LATER = frozenset(
 _STORE = "FDSTORE=1\nFDNAME={}\nFDPOLL=0"
 #: The key of the timer that feeds the watchdog.
 WATCHDOG = "watchdog"
-#: Descriptors that are not in the store: standard files, sockets of .socket units, and those that
+#: Room for descriptors outside the store: standard files, sockets of .socket units, and files that
 #: the next program opens before it raises its limit.
 _NOT_STORED = 64
 #: The digits of a 64-bit number, the longest in systemd's variables.

@@ -1,7 +1,7 @@
 """Socket facts from sock_diag: unaccepted and unread clients, listen order, a UNIX socket's path.
 
-Unread clients are those whose handshake is under way, those that have connected and sent nothing,
-and those whose data no process has read.
+An unread client is in a handshake, or has connected and sent nothing, or has sent data that no
+process has read.
 
 Only for this process's network namespace.
 

@@ -108,9 +108,9 @@ class TcpListener(Listener):
             self._end_silence()
         shut_down(one)
 
-    def go_on_without(self, socket_number: int) -> None:
+    def drop_socket(self, socket_number: int) -> None:
         """Close a socket for good; its sibling then has both numbers."""
-        super().go_on_without(socket_number)
+        super().drop_socket(socket_number)
         self._known = None
 
     def _bind_port(self, socket_number: int) -> socket.socket:

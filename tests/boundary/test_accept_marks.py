@@ -211,7 +211,7 @@ def test_the_next_program_finds_the_same_where_a_client_of_another_one_waits(
 
 
 def test_with_a_socket_that_all_share_nothing_is_known(two: list[Listener]) -> None:
-    two[0].go_on_without(1)
+    two[0].drop_socket(1)
 
     assert AcceptCounts(lambda: two).enter(1, ()) == ()
 

@@ -436,7 +436,7 @@ def test_where_one_of_two_cannot_be_bound_anew_the_other_serves_both(socket_numb
     listener = shared("127.0.0.1:0")
     other = listener.socket_for(1 - socket_number).fileno()
 
-    listener.go_on_without(socket_number)
+    listener.drop_socket(socket_number)
 
     assert [each.fileno() for each in listener.sockets] == [other]
     assert [name.startswith("sp.listener.0") for name in listener.descriptors()] == [True]

@@ -37,7 +37,7 @@ def living(environment: dict[str, str]) -> Iterator[int]:
 
 def found() -> list[int]:
     pids = []
-    for address, pid, pidfd in orphans._carrying([ADDRESS, f"{ADDRESS}-another"]):
+    for address, pid, pidfd in orphans._with_address([ADDRESS, f"{ADDRESS}-another"]):
         assert address == ADDRESS
         pids.append(pid)
         os.close(pidfd)
@@ -108,14 +108,14 @@ def looks(
 ) -> Iterator[tuple[Orphans, list[int]]]:
     """What ends orphans, and of how many addresses each of its looks was."""
     counted: list[int] = []
-    real = orphans.Look
+    real = orphans.Scan
 
     def look(loop: Loop, wanted: tuple[str, ...], *more: Any) -> Any:
         counted.append(len(wanted))
         return real(loop, wanted, *more)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(orphans, "Look", look)
+        patched.setattr(orphans, "Scan", look)
         yield Orphans(loop, log, kill_timeout_s, None, lambda group: False), counted  # type: ignore[arg-type]
     settle(loop)
 
@@ -171,14 +171,14 @@ def test_a_look_that_hangs_is_given_up_and_holds_nothing_up(
     loop: Loop, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one at a process whose memory is locked."""
-    monkeypatch.setattr(orphans, "_LOOK_S", 0.1)
-    monkeypatch.setattr(orphans, "_LOOK_AGAIN_S", 0.05)
+    monkeypatch.setattr(orphans, "_SCAN_S", 0.1)
+    monkeypatch.setattr(orphans, "_SCAN_AGAIN_S", 0.05)
     with looks(loop, log) as (found, counted), living({"NOTIFY_SOCKET": ADDRESS}) as ours:
         with monkeypatch.context() as hangs:
-            hangs.setattr(orphans, "_carrying", lambda wanted: signal.pause())
+            hangs.setattr(orphans, "_with_address", lambda wanted: signal.pause())
             found.end(ADDRESS)
             until(loop, lambda: "cannot-examine" in (event for event, _ in log.said))
-        monkeypatch.setattr(orphans, "_LOOK_S", 30.0)
+        monkeypatch.setattr(orphans, "_SCAN_S", 30.0)
         until(loop, lambda: log.said[-1][0] == "left-behind")
         assert log.said[-1] == ("left-behind", {"pid": ours, "signal": "SIGTERM"})
         assert len(counted) >= 2
@@ -188,7 +188,7 @@ def test_a_look_that_hangs_is_given_up_and_holds_nothing_up(
 def test_what_keeps_us_from_looking_is_said_once_and_again_after_a_look(
     loop: Loop, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(orphans, "_LOOK_AGAIN_S", 0.01)
+    monkeypatch.setattr(orphans, "_SCAN_AGAIN_S", 0.01)
 
     def refused(wanted: object) -> object:
         raise PermissionError(errno.EPERM, "Operation not permitted")
@@ -196,7 +196,7 @@ def test_what_keeps_us_from_looking_is_said_once_and_again_after_a_look(
     with looks(loop, log) as (found, counted):
         for said in (1, 2):
             with monkeypatch.context() as patched:
-                patched.setattr(orphans, "_carrying", refused)
+                patched.setattr(orphans, "_with_address", refused)
                 found.end(ADDRESS)
                 more = len(counted) + 5
                 until(loop, lambda more=more: len(counted) >= more)  # type: ignore[misc]
@@ -210,7 +210,7 @@ def test_a_look_under_way_is_ended_before_another_program_begins_one(loop: Loop,
         until(loop, lambda: counted == [1])
         found.stop_looking()
         assert found.left == (ADDRESS,)  # the caller learns what there is to look for
-        found.go_on()
+        found.schedule()
         until(loop, lambda: bool(log.said))
         assert done(loop, found)
 
@@ -220,7 +220,7 @@ def test_nothing_of_ours_is_open_in_the_process_that_looks(
 ) -> None:
     """An undelivered connection, for one, must end for its client when the worker closes it."""
     receive, send = os.pipe()
-    monkeypatch.setattr(orphans, "_carrying", lambda wanted: signal.pause())
+    monkeypatch.setattr(orphans, "_with_address", lambda wanted: signal.pause())
     with looks(loop, log) as (found, counted):
         found.end(ADDRESS)
         until(loop, lambda: counted == [1])

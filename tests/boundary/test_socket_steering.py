@@ -1332,7 +1332,7 @@ def test_at_a_socket_of_two_generations_it_is_unknown_for_which_a_client_waits(
     reloaded: World,
 ) -> None:
     its = queue_of(reloaded, {1: range(1), 2: range(1)})
-    reloaded.listener.go_on_without(1)
+    reloaded.listener.drop_socket(1)
     reloaded.connect()
     assert [its(n) for n in (1, 2)] == [None, None]
 
@@ -1778,7 +1778,7 @@ def test_where_no_silent_socket_can_be_had_clients_are_served_until_it_can(
 
 def test_one_socket_for_all_generations_is_held_too(world: World) -> None:
     """As with ?defer_accept, and where the second one could not be bound anew."""
-    world.listener.go_on_without(1)
+    world.listener.drop_socket(1)
     assert world.steering.hold.cannot() is None
     for _ in range(2):
         on_hold(world)
@@ -2073,7 +2073,7 @@ def test_a_common_one_that_answers_signed_clients_alone_is_replaced_if_that_is_s
     def fails(*_: object) -> socket.socket:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    world.listener.go_on_without(1)
+    world.listener.drop_socket(1)
     if spare:
         world.listener.reserve()
     monkeypatch.setattr(socket_copy, "bind_beside", fails)
@@ -2124,7 +2124,7 @@ def test_where_no_other_one_can_be_had_that_of_the_serving_generation_is_left_al
 
 @needs.ROOT  # since 2026 kernels want CAP_NET_ADMIN for a filter
 def test_a_filter_of_a_failed_one_is_taken_from_a_common_socket(world: World) -> None:
-    world.listener.go_on_without(1)
+    world.listener.drop_socket(1)
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
     world.steering.enter(2, 1)
@@ -2414,7 +2414,7 @@ def test_the_last_socket_of_a_path_is_bound_anew_whatever_the_path_led_to_before
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
     pair.bind_anew(0)
-    pair.go_on_without(1)
+    pair.drop_socket(1)
     pair.socket.shutdown(socket.SHUT_RDWR)
 
     world.steering._repairs.repair(pair, 0)
@@ -2707,7 +2707,7 @@ def test_a_path_whose_only_socket_lost_its_file_keeps_no_generation_from_its_end
     """No client comes by it, so none is to be brought elsewhere before."""
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
-    pair.go_on_without(1)
+    pair.drop_socket(1)
     for each in (pair.path, socket_file.own_file(pair.path, pair.socket)):
         os.unlink(each)
     pair.__dict__["_rights"] = None  # as in a program that was executed since

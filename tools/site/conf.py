@@ -1,16 +1,16 @@
-"""What Sphinx is told to make the documents a site: `make docs` builds it in build/site.
+"""The configuration with which Sphinx builds the site: `make docs` builds it in build/site.
 
-The pages are the Markdown files of the repository, as GitHub shows them; nothing in them is
-Sphinx's own.  What a site needs beside that is put into their text here, as it is read:
+The pages are the Markdown files of the repository, as GitHub shows them, without any text
+for Sphinx.  This module adds the site's own parts to their text when Sphinx reads them:
 
 * README.md is the front page, index.html; docs/index.md is a list of links for each shelf, and
-  behind the text of the front page comes the same as tables of contents, for the sidebar;
-* `<!-- autodoc MODULE -->` becomes what MODULE makes public, by its docstrings;
+  the front page gets the same lists as tables of contents, for the sidebar;
+* `<!-- autodoc MODULE -->` becomes the reference of MODULE's public names, by their docstrings;
 * a link to a folder, or to a page that stands beside a test or a bench, leads into the repository;
-* a link that GitHub's readers see as the page's file (`[log.md](log.md)`) has that page's title;
+* a link with a file's name as its text (`[log.md](log.md)`) gets that page's title;
 * a diagram is drawn;
 * the kinds of blocks that only tests know (tests/pages/page.py) are shown as plain text; output
-  and drawings have a class, which says that there is nothing to copy.
+  and drawings get a class, which marks them as nothing to copy.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ exclude_patterns = [".*", "build", "dist", "docs/man/socketprotector.8"]
 
 myst_heading_anchors = 6
 highlight_language = "text"
-# They would make a dash of the two of an option.
+# Smart quotes would turn the two dashes of an option into one.
 smartquotes = False
 # Docstrings are plain text with `names`.
 default_role = "code"
 autodoc_member_order = "bysource"
-# Names of the standard library: there is no network to look them up.  And what only a checker of
-# types sees.
+# Names of the standard library, which a build without network cannot look up, and names that only
+# a type checker sees.
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!socketprotector_client\b).*"),
     (r"py:class", r"socketprotector_client\.process\.Has.*"),
@@ -79,14 +79,14 @@ _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 _NAMED_BY_FILE = re.compile(r"(?<!!)\[[\w./-]+\.md\]\(((?![a-z]+:)[^)#\s]+\.md)(#[^)\s]*)?\)")
 _MERMAID = re.compile(r"^```mermaid\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _TITLE = re.compile(r"^# (.*)$", re.MULTILINE)
-#: Lexers of the same name would stumble over these, or there is none.
+#: Blocks for which Pygments has no lexer, or an unsuitable one of the same name.
 _PLAIN = re.compile(r"^```(?:apparmor|conf|haproxy|postinst)(?: ours)?$", re.MULTILINE)
 _OUTPUT = re.compile(
     r"^```(?:control|json status|line|message|report|text(?: terminal)?)$", re.MULTILINE
 )
 _DRAWING = re.compile(r"^```drawing$", re.MULTILINE)
-#: What axe-core finds wrong with the theme: keys must reach what scrolls, headings have a level,
-#: landmarks a name, and a cell without words heads no column.
+#: Fixes of the theme for axe-core: scrolling parts must be reachable by keys, headings need a
+#: level, landmarks a name, and an empty cell must not head a column.
 _ACCESSIBLE = {
     '<p class="caption" role="heading">': '<p class="caption" role="heading" aria-level="2">',
     '<aside class="sidebar-drawer">': '<aside class="sidebar-drawer" aria-label="All pages">',
@@ -100,7 +100,7 @@ _ACCESSIBLE = {
 _TAG = re.compile(r"(</?(\w+)[^>]*>)")
 _WITH_OPTIONS = {"code", "pre", "strong"}
 _DASHES = re.compile(r"(?<![\w-])--?[A-Za-z][\w-]*")
-#: `-- COMMAND`, as code in a sentence and as one of the lexer of shells.
+#: `-- COMMAND`, as code in a sentence and as the output of the shell lexer.
 _SEPARATOR = re.compile(
     r'<span class="pre">--</span> <span class="pre">[^<]+</span>'
     r'|(?<![\w!-])--(?: |<span class="w"> </span>)(?:<span class="\w+">[^\s<]+</span>|[^\s<]{1,24})'
@@ -124,13 +124,14 @@ def _shelves() -> str:
 
 
 def _documented(found: re.Match[str]) -> str:
-    """What a module makes public: functions, then classes, then errors."""
+    """Return the reference of a module's public names: functions, then classes, then errors."""
     module = importlib.import_module(found[1])
     sorts: dict[str, list[str]] = {"function": [], "class": [], "exception": []}
     for name in module.__all__:
-        its = getattr(module, name)
-        sort = "function" if not isinstance(its, type) else "class"
-        sorts["exception" if sort == "class" and issubclass(its, Exception) else sort].append(name)
+        value = getattr(module, name)
+        sort = "function" if not isinstance(value, type) else "class"
+        is_error = isinstance(value, type) and issubclass(value, Exception)
+        sorts["exception" if is_error else sort].append(name)
     lines = ["```{eval-rst}", f".. module:: {found[1]}", ""]
     for sort, names in sorts.items():
         for name in names:
@@ -191,7 +192,7 @@ def _finish(app: Sphinx, error: Exception | None) -> None:
         for theirs, ours in _ACCESSIBLE.items():
             text = text.replace(theirs, ours)
         path.write_text(_with_whole_options(text), encoding="utf-8")
-    # The first page of the folder; relative links lead to the same places from there.
+    # A copy as the folder's first page; its relative links lead to the same places.
     front = Path(app.outdir, f"{root_doc}.html")
     if front.exists():
         Path(app.outdir, "index.html").write_bytes(front.read_bytes())

@@ -1,6 +1,6 @@
-"""Reads manual pages, so that they are pages of the site, too.
+"""A parser of manual pages, which makes them pages of the site.
 
-It knows the macros of man(7) that ours use, and no more: any other is an error, with its line.
+It knows only the macros of man(7) in our manual pages; any other is an error, with its line.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ManPage(Parser):
         self._sections: list[nodes.Element] = [document]
         self._text: nodes.Element | None = None  # the paragraph that text goes to
         self._terms: nodes.definition_list | None = None
-        self._is_term = False  # the next text is one
+        self._is_term = False  # whether the next text is a term
         self._literal: list[str] | None = None
         for number, line in enumerate(inputstring.splitlines(), 1):
             try:
@@ -74,7 +74,7 @@ class ManPage(Parser):
             getattr(self, "_do_" + macro[1:])(rest)
 
     def _in_fonts(self, fonts: str, rest: str) -> Iterator[nodes.Node]:
-        """Of .B and .I all of it; of .BR and the like one word after the other, without spaces."""
+        """Add text: for .B and .I as a whole; for .BR and the like each word in the next font."""
         words = _words(rest)
         if len(fonts) == 1:
             words = [" ".join(words)]
@@ -142,7 +142,7 @@ class ManPage(Parser):
         self._is_term = True
 
     def _do_IP(self, rest: str) -> None:
-        """A further paragraph of what was last defined; with a word, what that word means."""
+        """Begin a further paragraph of the last term; or with a word, a new term."""
         if rest:
             self._do_TP("")
             self._put(_inline(_words(rest)[0]))
@@ -154,7 +154,7 @@ class ManPage(Parser):
         self._do_IP("")
 
     def _place(self) -> nodes.Element:
-        """Return where a paragraph goes that is no term."""
+        """Return the parent of a paragraph that is no term."""
         return self._sections[-1] if self._terms is None else self._terms[-1][1]
 
     def _do_EX(self, rest: str) -> None:

@@ -1,4 +1,4 @@
-"""Draws ARCHITECTURE.md's diagram of states for the site, which has no program that could.
+"""Draws ARCHITECTURE.md's state diagram for the site, which has no other program for that.
 
 GitHub draws it from the same text (Mermaid).  States are columns and their arrows are rows, so that
 long reasons have room and nothing has to be laid out.
@@ -12,7 +12,7 @@ from html import escape
 _ARROW = re.compile(r"^ *(\S+) --> (\S+?)(?: : (.+))?$", re.MULTILINE)
 _BEGIN, _END = "(begin)", "(end)"
 _COLUMN, _HEAD, _ROW = 110, 44, 40
-#: Of a letter, about.
+#: The approximate width of a letter.
 _LETTER = 6.2
 
 
@@ -32,7 +32,7 @@ def picture(diagram: str) -> str:
     width, height = _COLUMN * len(states), _HEAD + _ROW * len(arrows) + 8
     said = "; ".join(f"{a} to {b}" + (f": {why}" if why else "") for a, b, why in arrows)
     lines = [
-        # Keys must reach what scrolls.
+        # With tabindex, because a scrolling part must be reachable by keys.
         '<div class="drawing" tabindex="0">',
         f'<svg class="phases" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(said)}"'
         ' fill="none" stroke="currentColor" font-size="12">',

@@ -4,19 +4,19 @@
 const ROWS = 200, LISTED = 120;
 const WEIGHTS = { error: 3, warning: 2 };
 const SAID = new Set(["reloaded", "reload-failed", "start-failed", "recovered", "crash-loop", "stopped", "lame-duck", "held", "queue-stalled", "healthy", "unhealthy", "health-unknown", "dry-run-passed", "dry-run-failed"]);
-const rows = new Map(); // id, run and generation -> {item, told: [{key, happened}], the newest first}
-const toldKeys = new Set();
+const rows = new Map(); // id, run and generation -> {item, entries: [{key, happened}], the newest first}
+const seenKeys = new Set();
 
 const weight = ({ event, level }) => (event.endsWith("-failed") ? 4 : WEIGHTS[level] || (SAID.has(event) ? 2 : 1));
 
 function tell(happened, live) {
   const key = JSON.stringify(happened);
-  if (toldKeys.has(key)) return; // sent again after the connection was lost
-  toldKeys.add(key);
+  if (seenKeys.has(key)) return; // sent again after the connection was lost
+  seenKeys.add(key);
   const item = happened.release ? inRelease(key, happened) : made("li", undefined, "row");
   if (!happened.release) {
     label(item, item, happened, true);
-    item.forget = () => toldKeys.delete(key);
+    item.forget = () => seenKeys.delete(key);
   }
   const list = $("events"), focused = document.activeElement;
   if (list.firstElementChild !== item) list.prepend(item);
@@ -33,22 +33,22 @@ function inRelease(key, happened) {
   const id = `${happened.id} ${happened.release}`;
   if (!rows.has(id)) {
     const item = copy("release");
-    const told = [];
+    const entries = [];
     item.forget = () => {
       rows.delete(id);
-      told.forEach((each) => toldKeys.delete(each.key));
+      entries.forEach((each) => seenKeys.delete(each.key));
     };
-    rows.set(id, { item, told });
+    rows.set(id, { item, entries });
   }
-  const { item, told } = rows.get(id), list = item.querySelector("ol"), line = made("li");
-  told.unshift({ key, happened });
+  const { item, entries } = rows.get(id), list = item.querySelector("ol"), line = made("li");
+  entries.unshift({ key, happened });
   label(line, line, happened, false);
   list.prepend(line);
-  if (told.length > LISTED) {
-    toldKeys.delete(told.pop().key);
+  if (entries.length > LISTED) {
+    seenKeys.delete(entries.pop().key);
     list.lastElementChild.remove();
   }
-  const worst = told.map((each) => each.happened).reduce((one, other) => (weight(other) > weight(one) ? other : one));
+  const worst = entries.map((each) => each.happened).reduce((one, other) => (weight(other) > weight(one) ? other : one));
   label(item, item.querySelector("summary"), worst, true);
   return item;
 }

@@ -58,7 +58,7 @@ function made(tag, value, kind) {
   return element;
 }
 const copy = (id) => $(id).content.firstElementChild.cloneNode(true);
-/** Ages are written anew each second.  until: when this one stopped growing, if it did. */
+/** Make an element show an age, updated each second.  until: when it stopped growing, if it did. */
 function since(element, at, before, until) {
   element.dataset.since = at ?? "";
   element.dataset.until = until ?? "";
@@ -262,7 +262,7 @@ function sparklines(one) {
   });
 }
 
-const told = (counts) => [...counts].sort().map(([word, count]) => [count, word]);
+const counted = (counts) => [...counts].sort().map(([word, count]) => [count, word]);
 function write(list, parts) {
   const key = JSON.stringify(parts.map(([value, word]) => [number(value), word]));
   if (list.dataset.key === key) return;
@@ -302,7 +302,7 @@ function summarize() {
     if (!data.why && data.rate != null) rates.push(data.rate);
     if (["bad", "warn"].includes(card.dataset.tone)) wrong.push(data);
   }
-  write($("summary"), [[instances.size, instances.size === 1 ? "instance" : "instances"], ...total(rates), ...told(counts)]);
+  write($("summary"), [[instances.size, instances.size === 1 ? "instance" : "instances"], ...total(rates), ...counted(counts)]);
   wrong.sort(byName);
   const troubles = wrong.map((data) => [`#i-${data.id}`, data.name, trouble(data)]);
   const states = new Map();
@@ -311,7 +311,7 @@ function summarize() {
     states.set(data.state, (states.get(data.state) || 0) + 1);
     if (["bad", "warn"].includes(data.tone)) troubles.push([`#h-${data.id}`, data.name, data.state]);
   }
-  write($("hosts-summary"), [[hosts.size, hosts.size === 1 ? "host" : "hosts"], ...told(states)]);
+  write($("hosts-summary"), [[hosts.size, hosts.size === 1 ? "host" : "hosts"], ...counted(states)]);
   attend(troubles);
   document.title = `${troubles.length ? `(${troubles.length}) ` : ""}${$("host").textContent || "SocketProtector"}`;
   $("empty").hidden = instances.size > 0;
@@ -345,7 +345,7 @@ function take(one, points) {
   if (!points || !points.step) return;
   points.rate.forEach((_, place) => {
     const point = [points.rate[place], points.active[place], points.p99[place]];
-    // What was seen before the exporter was started anew stays.
+    // Points from before a restart of the exporter stay.
     if (point.some((value) => value != null)) one.points.set(points.step - points.rate.length + 1 + place, point);
   });
   step = Math.max(step, points.step);

@@ -131,7 +131,7 @@ class SocketRepair:
                 listener.lost = True
                 self._lost(listener, error.strerror or str(error))
                 return
-            listener.go_on_without(socket_number)
+            listener.drop_socket(socket_number)
             why = error.strerror
             self._log.write("warning", "one-socket-left", listen=address, error=why, hint=RESTART)
         lost = self._turns.lose(listener, None if common else socket_number)

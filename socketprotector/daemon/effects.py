@@ -117,7 +117,7 @@ class Effects:
                 self.generations,
                 lost=self._listener_lost,
                 bound=lambda listener: self.live_settings.note_rebound(listener),
-                untaken=self._say_untaken,
+                untaken=self._report_untaken,
                 own_connection=lambda: self.questions.tcp_connection,
             )
         )
@@ -204,7 +204,7 @@ class Effects:
             case _:  # its generation failed to open: OpenFailed is posted already
                 pass
 
-    # -- to the next program and from the one before -----------------------------
+    # -- from one program to the next ---------------------------------------------
 
     def snapshot(self, fleet: Fleet, actions: Iterable[Action]) -> Snapshot:
         """Return all that the next program needs, with these actions still to be carried out.
@@ -262,7 +262,7 @@ class Effects:
             live = self.live_settings
             settings = (fresh and live.record.candidate) or live.settings
             program = self.last_good if self.last_good and not fresh else program_of(settings)
-            self._refuse_unless_asked(program)
+            self._refuse_unless_reachable(program)
             if dry_run and (cannot := self.delivery.cannot_try()):
                 raise ValueError(f"cannot be tried: {cannot}")
             self.generations.forget_released(self.delivery.keeps)  # without an fd store, too
@@ -279,7 +279,7 @@ class Effects:
         if fresh and self.last_good is not None and not dry_run:
             self.reports.remember(lambda history: history.reload_began(number, time.time()))
 
-    def _refuse_unless_asked(self, program: Program) -> None:
+    def _refuse_unless_reachable(self, program: Program) -> None:
         """Raise ValueError if only a probe can make a program ready, and none can reach it."""
         if program.ready in question.KINDS:
             name = question.read(program.ready_question).listener
@@ -353,7 +353,7 @@ class Effects:
         if all(each.lost for each in self.delivery.listeners):
             self._post(ListenersLost())
 
-    def _say_untaken(self, seconds: float, waiting: int, ever: bool, listen: str | None) -> None:
+    def _report_untaken(self, seconds: float, waiting: int, ever: bool, listen: str | None) -> None:
         """Warn that workers accept no connection.
 
         ever: one was accepted before.  listen: where clients wait, if not in the queue.

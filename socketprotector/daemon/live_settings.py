@@ -101,7 +101,7 @@ class LiveSettings:
         for each in self._readers.values():
             each.call_off()
 
-    # -- to the next program and from the one before -----------------------------
+    # -- from one program to the next ---------------------------------------------
 
     def adopt(self, snapshot: Snapshot) -> None:
         """Resume with the candidate settings, if the fleet still tries or uses them.

@@ -105,7 +105,7 @@ class Output:
         read, write = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(read, False)  # of this end only: the worker's is another description
         os.fchmod(write, _REOPENED)
-        # A stdout of its own stays one, unless lines get a prefix.
+        # If the protector's stdout and stderr differ, stdout is relayed only for the prefix.
         both = self._settings.log_prefix or os.path.sameopenfile(_STDOUT, _STDERR)
         given = Opened(dict.fromkeys((_STDOUT, _STDERR) if both else (_STDERR,), write))
         try:
@@ -186,7 +186,7 @@ class Output:
 
 
 def _is_stream() -> bool:
-    """Whether stderr can be neither read back nor seen by an operator: a pipe, or the journal."""
+    """Return whether stderr is a pipe or the journal, from which we cannot read last words."""
     mode = os.fstat(_STDERR).st_mode
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 

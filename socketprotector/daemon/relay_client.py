@@ -438,5 +438,5 @@ class LogRelay:
             self._helper.process.signal(signal.SIGCONT)
             poll = select.poll()
             poll.register(self._helper.process.pidfd, select.POLLIN)
-            with suppress(OSError):  # a limit of no descriptors: then it flushes without us
+            with suppress(OSError):  # under a descriptor limit of 0 the relay flushes without us
                 poll.poll(_END_S * 1000)

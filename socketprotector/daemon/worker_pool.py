@@ -237,7 +237,7 @@ class WorkerPool:
             worker.readiness.check()
         self.orphans.schedule()
 
-    # -- to the next program and from the one before -----------------------------
+    # -- from one program to the next ---------------------------------------------
 
     def _note(self, worker: Worker, **changes: object) -> None:
         """Change fields of a worker's record."""

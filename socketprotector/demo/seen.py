@@ -50,7 +50,7 @@ class Snapshot:
     at_s: float
     begun: int
     open_now: int
-    connections: int  # conversations without a failure
+    connections: int  # those that ended as they should
     failures: tuple[Failure, ...]
     pids: dict[int, int]  # answers by each worker
     backlog_full: int

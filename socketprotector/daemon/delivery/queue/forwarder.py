@@ -40,7 +40,7 @@ _QUIET = "forwarder-quiet"
 
 @mutable
 class _Closing:
-    """A graceful close: connected clients are served, and no later ones."""
+    """A graceful close: it serves connected clients, but no later ones."""
 
     stay: bool  # the listeners survive us, with the clients that come later
     latest: float = 0.0  # when to close at the latest; 0: refused clients need no limit
@@ -230,7 +230,7 @@ class Forwarder:
     def listeners(self) -> tuple[Listener, ...]:
         return tuple(self._listeners)
 
-    # -- to the next program and from the one before -----------------------------
+    # -- from one program to the next ---------------------------------------------
 
     def record(self) -> ForwarderRecord:
         """Return the record that the next program needs."""

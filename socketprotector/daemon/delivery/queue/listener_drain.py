@@ -25,7 +25,7 @@ from .undelivered import Undelivered
 
 #: How many connections to send before the loop handles other events.
 BURST = 64
-#: How many lost clients to count: new ones that cannot be refused may come as fast as we count.
+#: The most lost clients to count: new clients that cannot be refused may come as fast as we count.
 MOST_LOST = 4096
 
 

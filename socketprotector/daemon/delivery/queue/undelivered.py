@@ -78,7 +78,7 @@ class Undelivered:
         self.number += 1
         return self.number
 
-    # -- to the next program and from the one before -------------------------
+    # -- from one program to the next -----------------------------------------
 
     @property
     def waiting(self) -> tuple[tuple[int, bytes], ...]:

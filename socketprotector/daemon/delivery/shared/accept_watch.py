@@ -49,7 +49,7 @@ class AcceptWatch:
     _waiting: dict[int, tuple[Line, float]] = field(default_factory=dict)
 
     def begin(self, *, served_before: bool) -> None:
-        """Watch the generation that clients come to from now on; served_before: not newly."""
+        """Watch the generation that clients come to from now on, maybe not for the first time."""
         self._reported, self._served_before = False, served_before
         self._accepted.clear()
         self._await()

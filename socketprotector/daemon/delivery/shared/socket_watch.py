@@ -48,7 +48,7 @@ class SocketWatch:
         """
         self._shared, self._turns, self._probes = shared, turns, probes
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
-        self._repair, self._say_untaken = repair, untaken
+        self._repair, self._untaken = repair, untaken
         self.accepts = AcceptWatch(
             self._loop,
             lines=self._waiting_clients,
@@ -167,7 +167,7 @@ class SocketWatch:
 
     def _report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
         addresses = [each.settings.address for each in self._shared() if each.index in at]
-        self._say_untaken(seconds, waiting, ever, " ".join(addresses))
+        self._untaken(seconds, waiting, ever, " ".join(addresses))
 
     def _rescue_later(self) -> None:
         """Look again later: a finishing worker may still accept the stranded clients.

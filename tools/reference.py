@@ -81,12 +81,6 @@ def names(option: Option) -> list[str]:
     return sorted(option.opts, key=len)
 
 
-def written(option: Option) -> str:
-    if isinstance(option.kind, click.Choice):
-        return "|".join(map(str, option.kind.choices))
-    return "" if option.kind is FLAG else str(option.metavar)
-
-
 def options(text: str) -> str:
     """Return the tables of options in the reference."""
     found = []
@@ -96,7 +90,7 @@ def options(text: str) -> str:
         found.append("|---|---|---|---|---|")
         for option in group:
             called = ", ".join(f"`{name}`" for name in names(option)[:-1])
-            last = f"`{' '.join(filter(None, (names(option)[-1], written(option))))}`"
+            last = f"`{f'{names(option)[-1]} {option.values}'.rstrip()}`"
             reload = "" if option.no_key else option.at_reload
             cells = [
                 ", ".join(filter(None, (called, last))),
@@ -125,7 +119,7 @@ def manual_options(text: str) -> str:
             called = ", ".join(rf"\fB{roff(name)}\fR" for name in names(option))
             found += [
                 ".TP",
-                f"{called} \\fI{roff(written(option))}\\fR" if written(option) else called,
+                f"{called} \\fI{roff(option.values)}\\fR" if option.values else called,
             ]
             unset = f" Default: {default(option)}." if default(option) else ""
             found.append(roff(meaning(option) + unset))

@@ -1,6 +1,6 @@
 """A shared queue for forked children: a small protector for programs that run without one.
 
-The parent binds.  A separate process accepts (accepting.py says why it is no thread) and puts each
+The parent binds.  A separate process accepts; accepting.py says why it is no thread.  It puts each
 connection into a queue that all children share, in the format of docs/protocol.md.
 
 Under a protector the children use the protector's queue, and nothing is bound or started.

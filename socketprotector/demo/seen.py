@@ -50,7 +50,7 @@ class Snapshot:
     at_s: float
     begun: int
     open_now: int
-    connections: int  # those that ended as they should
+    connections: int  # conversations without a failure
     failures: tuple[Failure, ...]
     pids: dict[int, int]  # answers by each worker
     backlog_full: int

@@ -14,7 +14,6 @@ from typing import Any
 
 import click
 
-from ..model import known_servers
 from ..model.errors import Mistaken, Refusal, SystemRefused, UsageError
 from ..model.settings import ListenerSettings, Settings
 from ..model.text import escape, in_one_line
@@ -34,18 +33,9 @@ from . import (
 from .bind import bind_all, discard_all, pair, reserve
 from .bind_control import default_path
 from .bind_unix import why_alone
+from .help_pages import HelpCommand
 from .resolve import OptionResolver, ParsedOptions
 from .start import launch
-
-
-class _Command(click.Command):
-    """Shows its options in their groups."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for title, group in options.GROUPS.items():
-            rows = (each.get_help_record(ctx) for each in group)
-            with formatter.section(title):
-                formatter.write_dl([row for row in rows if row is not None])
 
 
 def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
@@ -66,31 +56,15 @@ def _resolve(**given: Any) -> ParsedOptions:
     return resolver.resolve(ctx, given)
 
 
-COMMAND = _Command(
+COMMAND = HelpCommand(
     None,
     callback=_resolve,
     params=[
         click.Argument(["listen"], nargs=-1, metavar="LISTEN... -- COMMAND [ARG...]"),
         *options.OPTIONS,
     ],
-    # No docstring: `python -OO` has none.
-    help="""Own the listening sockets of a daemon, so that it can be restarted or upgraded, or
-    crash, without clients noticing.
-
-    LISTEN is PORT, HOST:PORT, [HOST6]:PORT, unix:PATH, unix:@NAME or fd:NAME, with options as in
-    4321?backlog=100&defer_accept=5 or unix:/run/x.sock?mode=0660&user=www&group=www.
-
-    Signals: HUP reload; TERM, QUIT stop; INT stop at once; USR1 reopen the log file; USR2 replace
-    the protector's own program; TTIN, TTOU one worker more, one fewer.
-
-    TIME is 500ms, 10s, 1h30m, 1d or plain seconds.
-
-    SocketProtector demo shows in 20 seconds what it does.
-    """,
     add_help_option=False,
-    context_settings={"show_default": True},
     options_metavar="[OPTIONS]",
-    epilog=known_servers.table(),
 )
 
 

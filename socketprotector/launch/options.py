@@ -1,8 +1,9 @@
-"""Every option, once: the command line, the configuration file, what a reload compares, the manual
-page and docs/reference.md are made from this table (the latter two by tools/reference.py).
+"""Every option, once.  This table makes the command line, its help and completion, the keys of the
+configuration file, and what a reload compares; tools/reference.py makes the manual page and
+docs/reference.md from it.
 
-A new option is a row here and the field of Settings that it names; where its value is not simply
-that of the field, resolve.py makes it.
+A new option is a row here and the field of Settings that it names.  If its value is not the
+field's, resolve.py converts it.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ from .option_values import (
     TIME_TO_ANSWER,
 )
 
-#: What a reload that reads a file does with another value, where it is not said in words.
+#: What a reload does with a changed value in the file; other options say it in words.
 CHANGES, STAYS = "changes", "stays"
-#: Long options that the original program wrote with one dash.
+#: Long options that the C++ program wrote with one dash.
 _ONE_DASH = ("pid-file", "foreground", "verbose")
 _LINE_ONLY = "for the command line only"
-#: More is a mistake, and would not fit the system calls.
+#: A larger number is a mistake, and does not fit the system calls.
 _MANY = 1_000_000
-#: Values that this system has names for, by what stands for them in --help.
+#: The names that this system has for a value, by the value's name in --help.
 _NAMED: Mapping[str, Callable[[], list[str]]] = {
     "USER": lambda: [each.pw_name for each in pwd.getpwall()],
     "GROUP": lambda: [each.gr_name for each in grp.getgrall()],
@@ -59,7 +60,7 @@ _NAMED: Mapping[str, Callable[[], list[str]]] = {
 
 
 class Option(click.Option):
-    """One option: what click knows of it, and all else."""
+    """One option: its row of the help, of the documents and of the configuration file."""
 
     def __init__(
         self,
@@ -72,14 +73,18 @@ class Option(click.Option):
         unset: str = "",
         short: str = "",
         no_key: str = "",
+        common: bool = False,
+        metavar: str = "",
+        placeholder: str = "",
         show: Callable[[Any], str] | None = None,
         **more: Any,
     ) -> None:
-        """key: its name without dashes, also in a file.  kind: how a value is read.  text: of
-        --help; lines after the first are for the manual and the reference.  field: the one of
-        Settings that it decides, as "policy.settle_s".  unset: what holds without it, where no
-        default says that.  no_key: why it is not for a file.  show: makes a field's value one for
-        people.  more: for click.
+        """key: its name without dashes, also in a file.  kind: how a value is read.  text: its
+        first line is for --help, all lines for the manual and the reference.  field: what it sets
+        in Settings, as "policy.settle_s".  unset: the default in words.  no_key: why a file cannot
+        have it.  common: --help shows it; --help-all shows every option.  metavar: what its value
+        may be, if not as kind says.  placeholder: shorter, for the help alone.  show: formats a
+        value of the field for people.  more: for click.
         """
         self.key = key
         self.kind = kind
@@ -88,16 +93,23 @@ class Option(click.Option):
         self.at_reload = at_reload
         self.unset = unset
         self.no_key = no_key
+        self.common = common
         self._show = show
+        self.default_words = unset or str(more.get("default", ""))
         if kind is FLAG:
             more["is_flag"] = True
+            self.values = ""
         else:
-            more["type"] = kind
-        if not isinstance(kind, click.Choice) and kind is not FLAG:
-            number = isinstance(kind, click.types.IntParamType)
-            more.setdefault("metavar", "N" if number else kind.name)
-        brief = text.partition("\n")[0] + (f"  [default: {unset}]" if unset else "")
-        super().__init__([*(f"-{each}" for each in short), f"--{key}"], help=brief, **more)
+            self.values = metavar or _values(kind)
+            more |= {"type": kind, "metavar": placeholder or self.values}
+        names = [*(f"-{each}" for each in short), f"--{key}"]
+        super().__init__(names, help=text.partition("\n")[0], **more)
+
+    def help_row(self) -> tuple[str, str]:
+        """Return its names with the value's placeholder, and its first line with the default."""
+        names = ", ".join(sorted(self.opts, key=len))
+        default = f"  [default: {self.default_words}]" if self.default_words else ""
+        return f"{names} {self.metavar or ''}".rstrip(), f"{self.help}{default}"
 
     def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
         super().add_to_parser(parser, ctx)
@@ -106,13 +118,14 @@ class Option(click.Option):
             parser.add_option(self, [f"-{self.key}"], self.name, **flag)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
-        """Return what may stand behind it, by what stands for that in --help."""
+        """Return the values that may follow it."""
         from click.shell_completion import CompletionItem
 
-        shown = self.metavar or ""
-        if shown in ("FILE", "PATH", "DIR"):
-            return [CompletionItem(incomplete, type="dir" if shown == "DIR" else "file")]
-        words = _NAMED[shown]() if shown in _NAMED else re.findall(r"\b[a-z]+\b(?!:)", shown)
+        if self.values in ("FILE", "PATH", "DIR"):
+            kind = "dir" if self.values == "DIR" else "file"
+            return [CompletionItem(incomplete, type=kind)]
+        named = _NAMED.get(self.values)
+        words = named() if named else re.findall(r"\b[a-z]+\b(?!:)", self.values)
         found = [CompletionItem(word) for word in words if word.startswith(incomplete)]
         return found or super().shell_complete(ctx, incomplete)
 
@@ -126,15 +139,25 @@ class Option(click.Option):
         return text.lower() if self.kind is FLAG else text
 
 
-def _says(text: Callable[[click.Context], str]) -> Mapping[str, Any]:
-    """Return what makes an option one that says something and ends the command."""
+def _values(kind: Any) -> str:
+    """Return what the documents and shells know of a value, by its kind."""
+    if isinstance(kind, click.Choice):
+        return "|".join(map(str, kind.choices))
+    if isinstance(kind, click.types.IntParamType):
+        return "N"
+    name: str = kind.name
+    return name
 
-    def say(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+
+def _shows(text: Callable[[Any], str]) -> Mapping[str, Any]:
+    """Return the arguments for an option that prints a text and ends the command."""
+
+    def show(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         if value and not ctx.resilient_parsing:
             click.echo(text(ctx))
             ctx.exit()
 
-    return {"is_eager": True, "expose_value": False, "callback": say}
+    return {"is_eager": True, "expose_value": False, "callback": show}
 
 
 def _user(found: Identity | None) -> str:
@@ -142,79 +165,81 @@ def _user(found: Identity | None) -> str:
 
 
 # fmt: off
-#: What reads it is cli.py's.
-CONFIG = Option("config", TEXT, "TOML file with options, read again at each reload.\n"
-                "LISTEN and COMMAND may stand there, too. What the command line says overrides it. "
+#: cli.py adds the callback that reads the file.
+CONFIG = Option("config", TEXT, "Read options from a TOML file, at each reload too.\n"
+                "It may have LISTEN and COMMAND, too. The command line overrides it. "
                 "See docs/reference.md.",
-                metavar="FILE", no_key=_LINE_ONLY, is_eager=True, expose_value=False)
+                metavar="FILE", no_key=_LINE_ONLY, common=True, is_eager=True, expose_value=False)
 GROUPS: Mapping[str, Sequence[Option]] = {
-    "This instance": (
-        CONFIG,
-        Option("name", TEXT, "Name of this instance.\n"
-               "It is in status, log, syslog, ps and metrics, and socketprotectorctl --name finds "
-               "by it.", "name", STAYS, metavar="NAME", unset="the command's"),
-        Option("pid-file", TEXT, "Write the protector's process ID to this file.\n"
-               "The file is locked as long as the protector lives: a second one is refused, "
-               "a stale file replaced.", "pid_file", STAYS, metavar="FILE"),
-        Option("foreground", FLAG, "Do not detach.", "foreground", STAYS, short="f"),
-        Option("guard", FLAG, "Run under a small parent that restarts a protector that dies.\n"
-               "The parent holds the descriptors meanwhile: nothing is closed.", "guarded", STAYS),
-        Option("check", FLAG, "Say whether it would start, and start nothing.\n"
-               "Where the pid file is held: whether it would after the end of that one.",
-               no_key=_LINE_ONLY),
-        Option("control", TEXT, "Path of the control socket.", at_reload=STAYS, metavar="PATH",
-               unset="NAME.control in $XDG_RUNTIME_DIR/socketprotector or /run/socketprotector"),
-        Option("no-control", FLAG, "Have no control socket.", at_reload=STAYS),
-        Option("control-group", TEXT, "Let members of this group use the control socket.",
-               "control_group", STAYS, metavar="GROUP"),
-        Option("status-group", TEXT, "Let members of this group ask it for status and events.\n"
-               "They can change nothing: for monitoring, as by socketprotector-exporter.",
-               "status_group", STAYS, metavar="GROUP"),
-        Option("watch", TEXT, "Reload when files below this path change. Repeatable.\n"
-               "For development: docs/start.md.", metavar="PATH", multiple=True, no_key=_LINE_ONLY),
-        Option("version", FLAG, "Show the version and exit.", no_key=_LINE_ONLY,
-               **_says(lambda ctx: f"SocketProtector, version {__version__}")),
-        Option("help", FLAG, "Show this message and exit.", no_key=_LINE_ONLY, short="h?",
-               **_says(click.Context.get_help)),
-    ),
-    "Workers": (
+    "Listen": (
         Option("handoff", click.Choice(list(MODES)),
-               "How connections reach a worker; see docs/modes.md.\n"
+               "Choose how workers get connections: connection (client library), listener (the "
+               "server accepts), stdio or legacy.\n"
                "connection: the worker takes them from a queue. listener: the worker accepts them, "
                "from an inherited socket (unmodified servers). stdio: each is stdin and stdout of "
-               "a program of its own. legacy: as under the C++ SocketProtector.",
-               "handoff", STAYS, default="connection"),
-        Option("shell", FLAG, "With --handoff stdio: run COMMAND by /bin/sh -c.", "shell"),
-        Option("workers", click.IntRange(1, _MANY),
-               "Worker processes; with --handoff stdio programs that run at once.\n"
-               "What signals TTIN and TTOU made of it stays until the file says another number.",
-               "workers", unset="1; 4 with --handoff stdio"),
-        Option("ready", READY, "How a worker shows that it is ready.\n"
+               "a program of its own. legacy: as under the C++ SocketProtector. "
+               "See docs/modes.md.",
+               "handoff", STAYS, placeholder="MODE", common=True, default="connection"),
+        Option("backlog", click.IntRange(1, _MANY),
+               "Let this many connections wait in the kernel, for each listener.",
+               at_reload="holds for listeners that are added", default=4096),
+        Option("queue", click.IntRange(wire.SMALLEST_QUEUE, _MANY),
+               "Let this many connections wait in the queue of the workers.",
+               "queue", default=256),
+        Option("busy-poll", TIME,
+               "Wait awake this long for the next of a row of connections; 0: sleep at once.\n"
+               "Only while they come one by one, each sooner than that. It takes 30 % from the "
+               "latency for one processor's time, and is used only where there is more than one.",
+               "busy_poll_s", STAYS, default="200us"),
+    ),
+    "Start": (
+        Option("name", TEXT, "Name this instance.\n"
+               "The name is in status, log, syslog, ps and metrics, and is for socketprotectorctl "
+               "--name.",
+               "name", STAYS, metavar="NAME", common=True, unset="the command's"),
+        Option("foreground", FLAG, "Do not detach; log to the terminal unless --log-file.",
+               "foreground", STAYS, short="f", common=True),
+        Option("guard", FLAG, "Restart SocketProtector if it dies; sockets stay open.\n"
+               "A small parent process holds the descriptors meanwhile.",
+               "guarded", STAYS, common=True),
+        Option("pid-file", TEXT, "Write the protector's process ID to this file.\n"
+               "The protector locks the file while it lives: a second start is refused, "
+               "a stale file replaced.", "pid_file", STAYS, metavar="FILE"),
+        Option("ready", READY, "Choose how a worker shows that it is ready: notify, ack, fd:N, "
+               "accept, http:PATH, check:CMD or after:TIME.\n"
                "notify: it sends READY=1. ack: it sends einhorn's ACK. fd:N: it writes a line to "
                "descriptor N. accept: it accepts a connection. http:/PATH, https:/PATH: it "
                "answers 200 to 399. check:CMD: the command succeeds. after:TIME: it has lived "
-               "for TIME. See docs/probes.md.",
+               "for TIME. See docs/probes.md.", placeholder="HOW", common=True,
                unset="notify; with --handoff listener the first of notify, ack, fd and accept"),
-        Option("start-timeout", TIME_ABOVE_0, "Time allowed to become ready.",
+        Option("start-timeout", TIME_ABOVE_0, "Allow workers this long to become ready.",
                "policy.start_timeout_s", default="60s"),
         Option("start-tries", click.IntRange(1, _MANY),
-               "Attempts at the first start, if the worker exits before it is ready.",
+               "Try the first start this often, if the worker exits before it is ready.",
                "policy.start_tries", "changes; it counts at the first start alone", default=3),
+    ),
+    "Reload": (
+        Option("reload-order", click.Choice(["start-first", "stop-first"]),
+               "Start the new workers before the old ones stop, or after.\n"
+               "stop-first is for a daemon that holds something exclusive; clients wait meanwhile.",
+               "policy.stop_first", default="start-first",
+               show=lambda first: "stop-first" if first else "start-first"),
+        Option("settle", TIME, "Keep the old generation on standby this long after the switch.\n"
+               "If the new one fails within this time, the old one serves again.",
+               "policy.settle_s", default="0"),
+        Option("watch", TEXT, "Reload when files below this path change. Repeatable.\n"
+               "For development: docs/start.md.", metavar="PATH", multiple=True, no_key=_LINE_ONLY),
+    ),
+    "Workers": (
+        Option("workers", click.IntRange(1, _MANY), "Run this many workers.\n"
+               "With --handoff stdio: programs at once. What signals TTIN and TTOU made of it "
+               "stays until the file says another number.",
+               "workers", common=True, unset="1; 4 with stdio"),
+        Option("shell", FLAG, "With --handoff stdio: run COMMAND by /bin/sh -c.", "shell"),
         Option("watchdog", TIME,
                "Replace a worker that sent WATCHDOG=1 and then nothing for this time; 0: never.\n"
                "The client library sends it from the loop that serves.",
                "watchdog_s", default="0"),
-        Option("health", HEALTH, "Probe the serving workers, and report the result.\n"
-               "http:/PATH, https:/PATH, accept and check:CMD are as with --ready. The result is "
-               "in status, metrics, log and the exporter's /readyz. It never restarts or rolls "
-               "back anything. See docs/probes.md.", unset="no probe"),
-        Option("health-every", TIME_EACH, "Time from one health probe to the next; 100ms or more.",
-               "health_every_s", default="5s"),
-        Option("health-failures", click.IntRange(1, _MANY),
-               "Bad answers in a row that make the workers unhealthy.",
-               "health_failures", default=3),
-        Option("health-timeout", TIME_TO_ANSWER, "Time allowed for an answer; 10ms or more.",
-               "health_timeout_s", default="2s"),
         Option("retire-after", SHARE,
                "Replace a worker after N connections, varied by up to J; 0: never.\n"
                "As for the next two, its replacement starts first.\n"
@@ -224,33 +249,58 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "worker_limits.memory_bytes", default="0"),
         Option("max-age", TIME, "Replace a worker of this age; 0: never.",
                "worker_limits.age_s", default="0"),
+        Option("chdir", TEXT, "Start workers in this directory.\n"
+               "A symbolic link in it is followed at each reload.",
+               "directory", metavar="DIR", unset="the caller's"),
+        Option("umask", OCTAL, "Set the umask of the workers.", "umask", unset="the caller's"),
+        Option("limit", PAIR, "Set a resource limit: nofile, core or nice. Repeatable.",
+               metavar="NAME=N", multiple=True, unset="the caller's"),
+        Option("env", PAIR, "Set an environment variable. Repeatable.\n"
+               "ps shows arguments: put secrets into a file.", multiple=True),
+        Option("env-file", TEXT, "Read NAME=VALUE lines from this file, again at each reload.",
+               "env_file", "changes, and is read again", metavar="FILE"),
+        Option("clear-env", FLAG, "Pass on none of the caller's environment; PATH is systemd's."),
+        Option("keep-env", NAMES, "Pass on only these variables of the caller's environment.\n"
+               "See docs/security.md.", "keep_env", unset="all",
+               show=lambda names: "all" if names is None else NAMES.show(names)),
     ),
-    "Reload and stop": (
-        Option("reload-order", click.Choice(["start-first", "stop-first"]),
-               "Start the new workers before the old ones stop, or after.\n"
-               "stop-first is for a daemon that holds something exclusive; clients wait meanwhile.",
-               "policy.stop_first", default="start-first",
-               show=lambda first: "stop-first" if first else "start-first"),
-        Option("settle", TIME, "Keep the old generation on standby this long after the switch.\n"
-               "If the new one fails within this time, the old one serves again.",
-               "policy.settle_s", default="0"),
+    "Checks": (
         Option("settle-check", SETTLE_CHECK,
-               "Probe the new generation meanwhile; after a bad answer the old one serves again.\n"
+               "Probe the new generation during --settle; after a bad answer the old one serves "
+               "again.\n"
                "check:CMD, or CMD alone, runs every second. It gets the counts of both generations "
                "as JSON on stdin; its exit status is the answer. http:/PATH, https:/PATH are as "
                "with --ready. See docs/probes.md.", unset="no probe"),
+        Option("health", HEALTH, "Probe the serving workers, and report the result.\n"
+               "http:/PATH, https:/PATH, accept and check:CMD are as with --ready. The result is "
+               "in status, metrics, log and the exporter's /readyz. It never restarts or rolls "
+               "back anything. See docs/probes.md.", unset="no probe"),
+        Option("health-every", TIME_EACH, "Wait this long between health probes; 100ms or more.",
+               "health_every_s", default="5s"),
+        Option("health-failures", click.IntRange(1, _MANY),
+               "Report unhealthy after this many bad answers in a row.",
+               "health_failures", default=3),
+        Option("health-timeout", TIME_TO_ANSWER, "Wait this long for an answer; 10ms or more.",
+               "health_timeout_s", default="2s"),
+    ),
+    "Drain": (
+        Option("drain-timeout", TIME,
+               "Let an old generation finish its connections this long, then send TERM; "
+               "0: no limit.",
+               "policy.drain_timeout_s", common=True, default="0"),
         Option("drain-signal", SIGNAL,
-               "With --handoff listener: the signal that tells a worker to finish.\n"
+               "With --handoff listener: ask workers to finish by this signal.\n"
                "A worker on the client library gets the end of its line instead.",
                "drain_signal", default="TERM"),
-        Option("drain-timeout", TIME,
-               "Time an old generation has to finish its connections, then TERM; 0: no limit.",
-               "policy.drain_timeout_s", default="0"),
         Option("max-draining", click.IntRange(0, _MANY),
-               "Old generations that may drain at a time; above it the oldest ends; 0: no limit.",
+               "Let this many old generations drain at a time, then end the oldest; 0: no limit.",
                "policy.max_draining", default=0),
+        Option("stop-timeout", TIME, "Allow this long for a graceful stop, then send TERM.",
+               "policy.stop_timeout_s", default="30s"),
+        Option("kill-timeout", TIME, "Send KILL this long after TERM.",
+               "policy.kill_timeout_s", default="5s"),
         Option("lame-duck", TIME,
-               "Time to serve on after a stop was requested, while /readyz says 503; 0: none.\n"
+               "Serve this long after a stop was requested, while /readyz says 503; 0: none.\n"
                "So load balancers send clients elsewhere before the first one would be refused. "
                "A second TERM ends it; INT stops at once. See docs/load-balancers.md.",
                "policy.lame_duck_s", default="0"),
@@ -258,74 +308,63 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "End --lame-duck earlier, when no client has come for this time; 0: never.\n"
                "A balancer that looks seldom may still send one after that.",
                "policy.lame_duck_idle_s", default="0"),
-        Option("stop-timeout", TIME, "Time allowed for a graceful stop, then TERM.",
-               "policy.stop_timeout_s", default="30s"),
-        Option("kill-timeout", TIME, "Time from TERM to KILL.",
-               "policy.kill_timeout_s", default="5s"),
-    ),
-    "Connections": (
-        Option("backlog", click.IntRange(1, _MANY),
-               "Connections that may wait in the kernel, for each listener.",
-               at_reload="holds for listeners that are added", default=4096),
-        Option("queue", click.IntRange(wire.SMALLEST_QUEUE, _MANY),
-               "Connections sent to the workers that none has taken yet, at most.",
-               "queue", default=256),
-        Option("busy-poll", TIME,
-               "Wait awake this long for the next of a row of connections; 0: sleep at once.\n"
-               "Only while they come one by one, each sooner than that. It takes 30 % from the "
-               "latency for one processor's time, and is used only where there is more than one.",
-               "busy_poll_s", STAYS, default="200us"),
-    ),
-    "Users and privileges": (
-        Option("user", TEXT, "Run as this user once the sockets are bound; needs root.",
-               "identity", STAYS, metavar="USER", show=_user),
-        Option("group", TEXT, "Group to run as.",
-               at_reload=STAYS, metavar="GROUP", unset="the user's"),
-        Option("worker-user", TEXT, "Run the workers as this user instead; needs --user.\n"
-               "The protector keeps CAP_SETUID, CAP_SETGID and CAP_KILL; only then is it isolated "
-               "from them.", "worker_identity", STAYS, metavar="USER", show=_user),
-        Option("require-user", FLAG, "Refuse to be root unless --user says so.\n"
-               "For units and scripts.", no_key=_LINE_ONLY),
-        Option("no-new-privs", FLAG,
-               "Let no set-user-ID program gain privileges, here and in the workers.",
-               "no_new_privileges", STAYS),
-    ),
-    "Environment of the workers": (
-        Option("chdir", TEXT, "Directory where workers start.\n"
-               "A symbolic link in it is followed at each reload.",
-               "directory", metavar="DIR", unset="the caller's"),
-        Option("umask", OCTAL, "umask of the workers.", "umask", unset="the caller's"),
-        Option("limit", PAIR, "Resource limit: nofile, core or nice. Repeatable.",
-               metavar="NAME=N", multiple=True, unset="the caller's"),
-        Option("env", PAIR, "Environment variable. Repeatable.\n"
-               "ps shows arguments: put secrets into a file.", multiple=True),
-        Option("env-file", TEXT, "File of NAME=VALUE lines, read again at each reload.",
-               "env_file", "changes, and is read again", metavar="FILE"),
-        Option("clear-env", FLAG, "Pass on none of the caller's environment; PATH is systemd's."),
-        Option("keep-env", NAMES, "Pass on only these variables of the caller's environment.\n"
-               "See docs/security.md.", "keep_env", unset="all",
-               show=lambda names: "all" if names is None else NAMES.show(names)),
     ),
     "Log": (
-        Option("log-file", TEXT, "Log file of the protector and the workers.\n"
+        Option("log-file", TEXT, "Write the log, and what workers print, to this file.\n"
                "Where no syslog daemon listens at /dev/log, lines are lost until one does; the "
                "start says so.",
-               "log_file", STAYS, metavar="FILE", unset="syslog, or the terminal with -f"),
-        Option("log-level", click.Choice(list(LEVELS)), "Lowest level that is logged.",
+               "log_file", STAYS, metavar="FILE", common=True,
+               unset="syslog, or the terminal with -f"),
+        Option("log-level", click.Choice(list(LEVELS)), "Log this level, and those above it.",
                "log_level", default="info"),
         Option("verbose", FLAG, "Log every decision: --log-level debug.",
                short="v", no_key='write log-level = "debug"'),
-        Option("log-format", click.Choice(FORMATS), "Format of each line.\n"
+        Option("log-format", click.Choice(FORMATS), "Write each line in this format.\n"
                "text: key=value, in colour on a terminal unless NO_COLOR is set. json: one object "
                "a line.", "log_format", STAYS, default="text"),
         Option("log-prefix", FLAG, "Begin each line of a worker with [GENERATION PID].\n"
                "Also with -f on a terminal or a file, it keeps a failed worker's last words "
                "(docs/log.md).",
-               "log_prefix", STAYS),
+               "log_prefix", STAYS, common=True),
         Option("no-log-relay", FLAG, "Let workers write to the log themselves.\n"
                "This saves 10.5 MB. After a rotation running workers keep the old file, and a "
                "failed worker's last words are not known (docs/log.md).",
                "log_relay", STAYS, show=lambda relay: "false" if relay else "true"),
+    ),
+    "Security": (
+        Option("user", TEXT, "Run as this user after binding; needs root.",
+               "identity", STAYS, metavar="USER", common=True, show=_user),
+        Option("group", TEXT, "Run as this group.",
+               at_reload=STAYS, metavar="GROUP", unset="the user's"),
+        Option("worker-user", TEXT, "Run the workers as this user instead; needs --user.\n"
+               "The protector keeps CAP_SETUID, CAP_SETGID and CAP_KILL; only then is it isolated "
+               "from them.", "worker_identity", STAYS, metavar="USER", show=_user),
+        Option("require-user", FLAG, "Refuse to run as root unless --user says so.\n"
+               "For units and scripts.", no_key=_LINE_ONLY),
+        Option("no-new-privs", FLAG,
+               "Let no set-user-ID program gain privileges, here and in the workers.",
+               "no_new_privileges", STAYS),
+        Option("control-group", TEXT, "Let members of this group use the control socket.",
+               "control_group", STAYS, metavar="GROUP"),
+        Option("status-group", TEXT, "Let members of this group read status and events.\n"
+               "They can change nothing: for monitoring, as by socketprotector-exporter.",
+               "status_group", STAYS, metavar="GROUP"),
+    ),
+    "Configuration": (
+        CONFIG,
+        Option("check", FLAG, "Check all that a start needs, and start nothing.\n"
+               "Beside a running protector with the same pid file: a start after its end.",
+               no_key=_LINE_ONLY, common=True),
+        Option("control", TEXT, "Put the control socket at this path.", at_reload=STAYS,
+               metavar="PATH",
+               unset="NAME.control in $XDG_RUNTIME_DIR/socketprotector or /run/socketprotector"),
+        Option("no-control", FLAG, "Make no control socket.", at_reload=STAYS),
+        Option("version", FLAG, "Show the version and exit.", no_key=_LINE_ONLY,
+               **_shows(lambda ctx: f"SocketProtector, version {__version__}")),
+        Option("help", FLAG, "Show the common options and exit.", no_key=_LINE_ONLY, short="h?",
+               **_shows(lambda ctx: ctx.get_help())),
+        Option("help-all", FLAG, "Show every option and exit.", no_key=_LINE_ONLY,
+               **_shows(lambda ctx: ctx.command.full_help(ctx))),
     ),
 }
 # fmt: on

@@ -300,11 +300,6 @@ def _pairs(words: Sequence[str]) -> Iterable[str]:
     return (text for one, next_one in _neighbours(words) for text in (one, f"{one} {next_one}"))
 
 
-def table() -> str:
-    r"""Return the command lines of all known servers; \b keeps click from wrapping them."""
-    return "\n".join(("\b", "Servers that bind their own port, as in:", *map(line, KNOWN)))
-
-
 def advice(
     program: Program,
     *,

@@ -1,7 +1,7 @@
 """Text for people: exits of processes, durations, and text that is safe to show.
 
-Pure.  Text from a worker or a client is escaped before it reaches a
-terminal or a log, so that it cannot forge a line or control the terminal.
+Pure.  Text from a worker or a client is escaped before it reaches a terminal or a log.
+So it can neither forge a line nor control the terminal.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ def resolve(command: Sequence[str], directory: str, search: str) -> tuple[str, t
     """Return (real path, argv) of a command as it is now.
 
     Symlinks are followed, so that a generation of one release never
-    starts a process of the next.  A final symlink with another name is not followed if it leads to
-    a script, because such a script looks at the name by which it was called.
+    starts a process of the next.  Only a final symlink with another name that leads to a script is
+    not followed: such a script looks at the name by which it was called.
     Raises FileNotFoundError, or PermissionError if it is no executable file.
     """
     name = command[0]

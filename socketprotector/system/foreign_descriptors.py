@@ -1,11 +1,11 @@
 """Descriptors in messages of other processes, which are dropped instead of received.
 
-A received descriptor can be of any kind.  Closing it may wait for its sender (a file of
-FUSE), and without a free descriptor the rest of the message is left in an unknown state.  So every
+A received descriptor can be of any kind.  Closing it may wait for its sender (a file of FUSE).
+Without a free descriptor the rest of the message is left in an unknown state.  So every
 such message is read without room for descriptors, and the kernel drops them.
 
 When the kernel drops the last copy of a TCP socket with SO_LINGER, it waits as long as the
-sender has set, even if that socket was in the queue of a UNIX socket.  A signal ends this
+sender has set.  It does so even for a socket in the queue of a UNIX socket.  A signal ends this
 wait, so a timer sends one.
 
 Source: unix(7); socket(7), SO_LINGER; setitimer(2); sk_stream_wait_close() in Linux.

@@ -2,8 +2,8 @@
 
 A worker is the leader of its own session and process group.  The processes that it has started are
 in that group, and run on when the worker has ended.  Such are the children of a pre-fork master,
-which would serve an old version for ever, and the programs of a stdio pool, which finish their
-connections.
+which would serve an old version for ever.  So are the programs of a stdio pool, which finish
+their connections.
 
 The kernel does not report a group's end.  So we poll, soon at first and rarely later, and at
 once when a process that may have been in a group was reaped.  A group of

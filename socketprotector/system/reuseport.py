@@ -10,11 +10,11 @@ gives each client to a remaining member, because a filter of this kind cannot re
 
 While a generation is probed (daemon/asking.py), the filter (bpf.py) also sends connections with a
 mark to that generation's socket.  The third member is then the last member.  So it takes the
-position of a socket that is shut down, and probes for that socket get no answer, instead of one
+position of a socket that is shut down.  Probes for that socket then get no answer, instead of one
 from the other generation.
 
-Socket 0 is bound without SO_REUSEPORT, so that a port in use is refused as usual, and no
-other process can bind the port later without SO_REUSEPORT.
+Socket 0 is bound without SO_REUSEPORT.  So a port in use is refused as usual, and no other process
+can bind the port later without SO_REUSEPORT.
 
 A socket that was shut down has left the group; when it listens again it is the last member.
 

@@ -185,17 +185,18 @@ def test_every_option_has_a_key_and_every_key_its_effect(read: Reader, tmp_path:
         assert dataclasses.replace(one, settings=same, config=None) != plain_asked, key
 
 
-def test_help_is_the_same_without_docstrings() -> None:
+@pytest.mark.parametrize("page", ["--help", "--help-all"])
+def test_help_is_the_same_without_docstrings(page: str) -> None:
     said = [
         subprocess.run(
-            [sys.executable, *flags, "-m", "socketprotector", "--help"],
+            [sys.executable, *flags, "-m", "socketprotector", page],
             capture_output=True,
             check=True,
         ).stdout
         for flags in ((), ("-OO",))
     ]
 
-    assert b"Own the listening sockets" in said[0]
+    assert b"Open the sockets of a daemon" in said[0]
     assert said[0] == said[1]
 
 

@@ -20,6 +20,7 @@ import pytest
 from socketprotector.launch import cli, options
 from socketprotector.launch.preflight import check_siblings
 from socketprotector.launch.resolve import ParsedOptions
+from socketprotector.model import known_servers
 from socketprotector.model.errors import UsageError
 from socketprotector.model.settings import ListenerSettings
 from tests import needs
@@ -29,14 +30,6 @@ from tests.together import together
 
 needs_root = needs.ANOTHER_USER
 
-OPTIONS = (
-    *("--pid-file", "--foreground", "--verbose", "--help", "--version", "--workers"),
-    *("--reload-order", "--ready", "--settle", "--settle-check"),
-    *("--start-timeout", "--start-tries"),
-    *("--drain-timeout", "--max-draining", "--stop-timeout", "--kill-timeout", "--backlog"),
-    *("--queue", "--user", "--group", "--chdir", "--umask", "--limit", "--env", "--env-file"),
-    *("--log-file", "--log-level", "--name", "--check"),
-)
 #: The names of the types of options that take a number.
 MEASURES = ("TIME", "SIZE", "N[+-J]", "integer range", "OCTAL")
 LISTENER = ("--handoff", "listener")
@@ -57,12 +50,34 @@ def mode(request: pytest.FixtureRequest) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("words", ["-h", "-?", "--help"])
-def test_help_names_every_option(typed: Typed, words: str) -> None:
+def test_help_is_one_screen_of_common_options(typed: Typed, words: str) -> None:
     ended = typed(words)
 
+    lines = ended.out.splitlines()
+    shown = re.findall(
+        r"^  (?:-\w, )?(--[\w-]+)[ \n]", ended.out.split("Options:")[1], re.MULTILINE
+    )
     assert ended.status == 0
-    assert "LISTEN... -- COMMAND [ARG...]" in ended.out
-    assert [option for option in OPTIONS if option not in ended.out] == []
+    assert "LISTEN... -- COMMAND [ARG...]" in lines[0]
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 79
+    assert shown == [f"--{each.key}" for each in options.OPTIONS if each.common]
+    assert len(shown) == 12
+    assert "Signals: HUP reload; TERM stop" in ended.out
+    assert "--help-all: every option" in ended.out
+
+
+def test_help_all_names_every_option_in_its_group(typed: Typed) -> None:
+    ended = typed("--help-all")
+
+    assert ended.status == 0
+    assert re.findall(r"^(?:([A-Z]\w+):$|  (?:-.+, )?--([\w-]+))", ended.out, re.MULTILINE) == [
+        found
+        for title, group in options.GROUPS.items()
+        for found in ((title, ""), *(("", each.key) for each in group))
+    ]
+    for name in known_servers.KNOWN:
+        assert f"  {known_servers.line(name)}\n" in f"{ended.out}\n"
 
 
 def test_one_that_is_not_unpacked_says_so(typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:

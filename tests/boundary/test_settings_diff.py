@@ -107,7 +107,7 @@ def test_what_cannot_change_is_reported_apart() -> None:
     assert list(forbidden(old, replace(old, identity=Identity("web", 33, 33, (33, 4))))) == []
     assert list(forbidden(old, replace(SETTINGS, guarded=True, log_relay=False))) == [
         "guard: false -> true",
-        "user: web (group 33) -> none",
         "no-log-relay: false -> true",
+        "user: web (group 33) -> none",
     ]
     assert list(changes(old, replace(SETTINGS, guarded=True))) == []

@@ -84,8 +84,8 @@ def blocks(name: str) -> list[Block]:
     return page.blocks(ROOT / name)
 
 
-def ran(folder: Path, name: str) -> str:
-    """What a page says when it is run."""
+def ran_script(folder: Path, script: str, name: str = "the script") -> str:
+    """Return what a script prints in namespaces of its own."""
     path = [str(HERE / "standins"), str(Path(sys.executable).parent), os.environ["PATH"], "/sbin"]
     environment = {
         "PATH": os.pathsep.join(path),
@@ -97,7 +97,7 @@ def ran(folder: Path, name: str) -> str:
         "PAGE_VENV": sys.prefix,
         "PAGE_ROOT": str(ROOT),
     }
-    words = [str(HERE / "inside.sh"), str(folder), page.script(blocks(name))]
+    words = [str(HERE / "inside.sh"), str(folder), script]
     try:
         done = subprocess.run(
             ["unshare", *NAMESPACES, "bash", *words],
@@ -122,7 +122,7 @@ def test_a_page_does_and_says_what_it_shows(tmp_path: Path, name: str) -> None:
     if missing:
         needs.skip(", ".join(missing))
 
-    output = ran(tmp_path, name)
+    output = ran_script(tmp_path, page.script(blocks(name)), name)
 
     print(output)
     assert page.is_whole(output), f"{name} ended early:\n{output}"

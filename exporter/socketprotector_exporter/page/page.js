@@ -120,7 +120,7 @@ function draw(one) {
   drawLanes(one);
   text(card.querySelector(".more"), data.more_lanes ? `and ${number(data.more_lanes)} older; socketprotectorctl status has all` : "");
   const { failed, tried } = data;
-  drawVerdict(card.querySelector(".failed"), failed, failed && `release ${failed.generation} failed at ${when(failed.at)}${failed.last ? "" : ", a later one serves"}`, data.name);
+  drawVerdict(card.querySelector(".failed"), failed, failed && `release ${failed.generation} failed at ${when(failed.at)}${failed.last ? "" : ", a later one is serving"}`, data.name);
   drawVerdict(card.querySelector(".tried"), tried && !tried.passed && { ...tried, last: true }, tried && `dry run ${tried.generation} failed at ${when(tried.at)}`, data.name);
 }
 

@@ -17,11 +17,10 @@ from ..model import text
 from ..model.lazy_dataclass import field, mutable
 from ..model.log_format import is_own
 from ..model.settings import Settings
-from ..system import inherited
+from ..system import inherited, log_file
 from ..system.cleanup import on_error
 from ..system.inherited import Inherited
 from ..system.log import is_journal
-from ..system.log_file import open_log
 from . import relay_client
 from .runtime import Runtime
 
@@ -126,7 +125,7 @@ class Output:
     def reopen(self) -> None:
         """Open the log file again by its name, after a rotation.  Raises OSError."""
         if self._log_file is not None:
-            self._lead_to(open_log(self._log_file))
+            self._lead_to(log_file.open_log(self._log_file))
             if self._relay is not None:
                 self._relay.reopened()
 

@@ -45,6 +45,8 @@ LATE = (
     "model.waits",
     "system.accept_marks",
     "system.bpf",
+    "system.log_file",
+    "system.privileges",
     "system.reuseport_group",
     "system.reuseport",
     "system.sock_diag",

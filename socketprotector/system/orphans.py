@@ -258,6 +258,7 @@ class Scan:
 def _send_found(line: socket.socket, wanted: tuple[str, ...], identity: Identity | None) -> None:
     """Scan, in the child, and send each process found with its pidfd, then an end marker."""
     os.setpgid(0, 0)  # so that a signal to our group does not end it
+    hand_over = privileges.hand_over  # a late module: loaded while its memfd is still open
     # A long scan must not hold a connection or a channel open.
     os.closerange(0, line.fileno())
     os.closerange(line.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
@@ -268,7 +269,7 @@ def _send_found(line: socket.socket, wanted: tuple[str, ...], identity: Identity
         with suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as file:
             file.write("sp-orphans")
         if identity is not None:
-            privileges.hand_over(identity)
+            hand_over(identity)
         # send_fds ignores its flags (CPython 3.11), so it waits for room; this child may wait.
         for address, pid, pidfd in _with_address(wanted):
             socket.send_fds(line, [f"{address} {pid}".encode()], [pidfd])

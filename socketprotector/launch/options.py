@@ -225,7 +225,8 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "policy.stop_first", default="start-first",
                show=lambda first: "stop-first" if first else "start-first"),
         Option("settle", TIME, "Keep the old generation on standby this long after the switch.\n"
-               "If the new one fails within this time, the old one serves again.",
+               "If the new one fails within this time, the old one serves again. Not with "
+               "--reload-order stop-first.",
                "policy.settle_s", default="0"),
         Option("watch", TEXT, "Reload when files below this path change. Repeatable.\n"
                "For development: docs/start.md.", metavar="PATH", multiple=True, no_key=_LINE_ONLY),

@@ -185,6 +185,12 @@ def _asked_of(asked: str, name: str, listens: Sequence[Listen]) -> list[Listen]:
     return mine
 
 
+def check_settle(settings: Settings) -> None:
+    """Refuse to settle without an old generation, which stop-first has ended."""
+    if settings.policy.settle_s and settings.policy.stop_first:
+        raise UsageError("--settle does not work with --reload-order stop-first; leave one out")
+
+
 def check_settle_check(settings: Settings, listens: Sequence[Listen]) -> None:
     """Refuse a question that would never be asked, or that no listener can be asked."""
     policy = settings.policy
@@ -192,10 +198,6 @@ def check_settle_check(settings: Settings, listens: Sequence[Listen]) -> None:
         return
     if not policy.settle_s:
         raise UsageError("--settle-check needs --settle TIME")
-    if policy.stop_first:
-        raise UsageError(
-            "--settle-check does not work with --reload-order stop-first; leave one out"
-        )
     if asked := _settle_check(settings):
         _reaches_one(settings, *asked, listens)
     else:

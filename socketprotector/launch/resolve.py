@@ -81,6 +81,8 @@ class OptionResolver:
             preflight.check_mode(settings, self._said(), listens)
         with self._about("workers"):
             preflight.check_workers(settings)
+        with self._about("settle"):
+            preflight.check_settle(settings)
         with self._about("settle_check"):
             preflight.check_settle_check(settings, listens)
         with self._about("lame_duck_idle"):

@@ -110,8 +110,8 @@ def test_one_that_is_not_unpacked_says_so(typed: Typed, monkeypatch: pytest.Monk
         (["--settle", "nan", "0", "--", "true"], "write 500ms"),
         (["--settle-check", "true", "0", "--", "true"], "--settle-check needs --settle TIME"),
         (
-            [*SETTLES, "true", "--reload-order", "stop-first", "0", "--", "true"],
-            "--settle-check does not work with --reload-order stop-first",
+            ["--settle", "5s", "--reload-order", "stop-first", "0", "--", "true"],
+            "--settle does not work with --reload-order stop-first; leave one out",
         ),
         ([*SETTLES, "http:x", "0", "--", "true"], "write http:/path"),
         ([*SETTLES, "accept", "0", "--", "true"], "'accept' is for --ready"),

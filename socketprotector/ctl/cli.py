@@ -21,6 +21,7 @@ from ..model.errors import Refusal, UsageError, what_failed
 from ..model.text import escape
 from . import discovery
 from .client import ANSWER_S, Client, Message
+from .help_pages import HelpGroup, print_full_help
 
 NAME = "socketprotectorctl"
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -87,19 +88,24 @@ def _take(ctx: click.Context, param: click.Parameter, value: str | None) -> None
     ctx.obj = Instance(**{str(param.name): value})
 
 
+def _complete_name(_: click.Context, __: click.Parameter, begun: str) -> list[str]:
+    """Return the names of running protectors that begin so."""
+    return discovery.running(begun)
+
+
 def _instance_options(function: Function, *, hidden: bool = False) -> Function:
     """Add the options that choose an instance: to the program, and to each command, too."""
     for name, metavar, text in (
-        ("pid-file", "FILE", "The protector whose pid is in this file."),
-        ("control", "PATH", "The protector with that control socket."),
-        ("name", None, "The protector of that name."),
+        ("pid-file", "FILE", "Choose it by its pid file."),
+        ("control", "PATH", "Choose it by its control socket."),
+        ("name", "NAME", "Choose the protector of this name."),
     ):
         function = click.option(
             f"--{name}",
             metavar=metavar,
-            # Shells complete it as a file; who may do what there is said by the answer.
-            type=click.Path(readable=False) if metavar else None,
-            shell_complete=None if metavar else lambda _, __, begun: discovery.running(begun),
+            # Shells complete a path as a file; the answer says if this user has the permission.
+            type=None if name == "name" else click.Path(readable=False),
+            shell_complete=_complete_name if name == "name" else None,
             hidden=hidden,
             expose_value=False,
             callback=_take,
@@ -109,6 +115,7 @@ def _instance_options(function: Function, *, hidden: bool = False) -> Function:
 
 
 @click.group(
+    cls=HelpGroup,
     context_settings={"help_option_names": ["-h", "-?", "--help"], "show_default": True},
     invoke_without_command=True,
     options_metavar="[--name NAME | --control PATH | --pid-file FILE]",
@@ -116,24 +123,17 @@ def _instance_options(function: Function, *, hidden: bool = False) -> Function:
 )
 @_instance_options
 @click.version_option(__version__, prog_name=NAME)
+@click.option(
+    "--help-all",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=print_full_help,
+    help="Show every command and exit.",
+)
 @click.pass_context
 def program(ctx: click.Context) -> None:
-    """Look at a SocketProtector that runs, and tell it what to do.
-
-    Without an option: the only one that runs.  It may stand behind the command, too.
-    Each command has --json.
-
-    \b
-    Exit status:
-      0    done
-      1    no protector is there, or it was lost for good
-      2    the command line is wrong
-      3    reload, upgrade: the new version was not taken, the old one serves;
-           diff: a reload would be refused; ready: it is not
-      4    not done within --timeout; it may still come
-      100  the protector refuses, or does not let this user ask
-      130  interrupted
-    """
+    """Run a command for one instance."""
     if ctx.invoked_subcommand is None:
         raise UsageError(f"no command; there are {', '.join(program.list_commands(ctx))}")
     ctx.ensure_object(Instance)

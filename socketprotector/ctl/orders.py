@@ -44,7 +44,7 @@ def scale(instance: Instance, workers: str, as_json: bool) -> None:
 # -- for load balancers --------------------------------------------------------------------
 
 
-@command("lame-duck", short_help="Be not ready for load balancers, and serve on.")
+@command("lame-duck", short_help="Report not ready to load balancers, and keep serving.")
 @click.argument("state", metavar="on|off", type=click.Choice(["on", "off"]))
 def lame_duck(instance: Instance, state: str, as_json: bool) -> None:
     """Serve on, while /readyz of the exporter says 503: balancers send new clients elsewhere.
@@ -99,7 +99,7 @@ def _release(client: Client) -> None:
 
 @contextmanager
 def _asked_to_end() -> Iterator[Callable[[float], bool]]:
-    """Yield a function that waits some seconds and returns whether INT, TERM or HUP came.
+    """Yield a function that waits some seconds and returns True if INT, TERM or HUP came.
 
     They are blocked meanwhile, so none can come between a hold and its release unseen.
     """
@@ -166,7 +166,7 @@ def _generation_or_pid(which: str, status: Message) -> dict[str, int]:
     return {"pid" if number in pids else "generation": number}
 
 
-@command(short_help="KILL what is left of an old generation.")
+@command(short_help="Send KILL to the rest of an old generation.")
 @click.argument("generation", type=GENERATION, shell_complete=known_generations)
 def kill(instance: Instance, generation: int, as_json: bool) -> None:
     """KILL what is left of a generation that drains or was abandoned; its connections end."""
@@ -183,11 +183,11 @@ def kill(instance: Instance, generation: int, as_json: bool) -> None:
 @command("log-level")
 @click.argument("level", type=click.Choice(_LEVELS))
 def log_level(instance: Instance, level: str, as_json: bool) -> None:
-    """What the protector logs, until its next start."""
+    """Set the log level until the protector's next start."""
     answer(as_json, instance.request("log-level", level=level), f"log level {level}")
 
 
 @command()
 def reopen(instance: Instance, as_json: bool) -> None:
-    """Open the log file anew, after a rotation."""
+    """Reopen the log file, after a rotation."""
     answer(as_json, instance.request("reopen"), "reopened")

@@ -56,7 +56,7 @@ GENERATION = click.IntRange(1, 2**31 - 1)
 
 @command(short_help="Show generations, workers and the last reload.")
 def status(instance: Instance, as_json: bool) -> None:
-    """What runs: generations, workers, queues, waits, the last reload."""
+    """Show generations, workers, queues, waits and the last reload."""
     found = instance.request("status")
     if as_json:
         say_json(found)
@@ -77,11 +77,14 @@ def status(instance: Instance, as_json: bool) -> None:
     render.show(*status_table.left_out(found))
 
 
-@command(short_help="Whether clients may be sent to it, as exit status.")
+@command(short_help="Say by the exit status if it is ready for clients.")
 @click.option("--health", is_flag=True, help="What is unhealthy is not ready, either.")
 def ready(instance: Instance, health: bool, as_json: bool) -> None:
-    """Whether it is ready for clients, for probes: the exit status is 0, or 3 if it does not serve,
-    or is a lame duck. One that is held is ready. As /readyz of the exporter says it."""
+    """Say if SocketProtector is ready for clients, as /readyz of the exporter does.
+
+    For probes: the exit status is 0, or 3 if no generation is serving, or as a lame duck. During a
+    hold it is ready.
+    """
     found = instance.request("status")
     why, answer = why_not_ready(found), unhealthy(found)
     if health and not why and answer is not None:
@@ -96,7 +99,7 @@ def ready(instance: Instance, health: bool, as_json: bool) -> None:
 
 @command(short_help="List the last reloads, dry runs and failed health checks.")
 def history(instance: Instance, as_json: bool) -> None:
-    """The last reloads and dry runs, with result and reason, and failed health checks.
+    """List the last reloads and dry runs, with result and reason, and failed health checks.
 
     The newest last: 50 reloads, 20 dry runs, 50 changes of health. The last ten reloads and dry
     runs show last words. Upgrades and crashes of the protector lose none of it.
@@ -188,7 +191,7 @@ def _show_connections(state: Message, found: list[Connection], unseen: list[Hidd
 
 @command(short_help="List the last crashes of workers.")
 def crashes(instance: Instance, as_json: bool) -> None:
-    """The last workers that failed: how, when, what was lost, their last words."""
+    """List the last workers that failed: how, when, what was lost, their last words."""
     result = instance.request("crashes")
     found = listed(result, "crashes")
     if as_json:
@@ -216,7 +219,7 @@ def crashes(instance: Instance, as_json: bool) -> None:
 
 @command()
 def diff(instance: Instance, as_json: bool) -> None:
-    """What a reload would change."""
+    """Show what a reload would change."""
     with instance.client(_DIFF_S) as client:
         try:
             result = client.request("diff")
@@ -243,7 +246,7 @@ def diff(instance: Instance, as_json: bool) -> None:
 @command(short_help="Print events as they happen.")
 @click.option("--follow", is_flag=True, help="Continue when the protector restarts.")
 def events(instance: Instance, follow: bool, as_json: bool) -> None:
-    """Everything that happens from now on, until Ctrl-C; across upgrades and crashes."""
+    """Print all events from now on, until Ctrl-C; across upgrades and crashes."""
     path = instance.path()
     with _opened(path, follow) as client:
         while True:
@@ -298,10 +301,10 @@ def _show_event(event: Message, as_json: bool) -> None:
 # -- list -------------------------------------------------------------------------------
 
 
-@command("list", short_help="All protectors on this machine.")
+@command("list", short_help="List all protectors on this machine.")
 @click.option("--living", is_flag=True, help="Leave out sockets of protectors that have ended.")
 def list_all(instance: Instance, living: bool, as_json: bool) -> None:
-    """All protectors whose control sockets are in the usual folders."""
+    """List all protectors whose control sockets are in the usual folders."""
     if instance != Instance():
         raise click.UsageError("list shows all; it takes no --name, --control or --pid-file")
     found = [each for each in discovery.everything() if each.alive or not living]

@@ -76,10 +76,10 @@ def _waits(status: Message) -> list[int]:
     return total
 
 
-@command(short_help="The same on one screen, every second.")
-@click.option("--interval", default="1s", type=Duration(zero=False), help="Between two looks.")
+@command(short_help="Show the same on one screen, every second.")
+@click.option("--interval", default="1s", type=Duration(zero=False), help="Time between two looks.")
 def top(instance: Instance, interval: float, as_json: bool) -> None:
-    """Rates, waits, generations and workers, drawn anew every second; q or Ctrl-C ends.
+    """Show rates, waits, generations and workers every second; q or Ctrl-C ends.
 
     With --json: a status line every interval.
     """
@@ -120,7 +120,7 @@ def _screen(client: Client, interval: float) -> None:
 
 @contextmanager
 def _keys() -> Iterator[Callable[[float], bool]]:
-    """Yield what waits some seconds and says whether q was pressed."""
+    """Yield a function that waits some seconds and returns True if q was pressed."""
     fd = sys.stdin.fileno()
     before = termios.tcgetattr(fd)
 

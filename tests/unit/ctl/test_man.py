@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import tomllib
@@ -10,10 +11,14 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 from socketprotector_client import run
 from socketprotector_exporter import main as exporter
 
-from socketprotector.ctl import main  # noqa: F401 -- adds the commands
+from socketprotector.ctl import (
+    help_pages,
+    main,  # noqa: F401 -- adds the commands
+)
 from socketprotector.ctl.cli import program
 from socketprotector.demo import cli as demo
 from socketprotector.launch import cli
@@ -58,6 +63,34 @@ def test_every_option_and_command_has_its_place(page: str) -> None:
         wanted |= {name, *options_of(each)}
 
     assert wanted <= words, f"not in docs/man/{page}: {sorted(wanted - words)}"
+
+
+def test_commands_stand_in_the_groups_of_help_all() -> None:
+    section = text_of("socketprotectorctl.1").partition(".SH COMMANDS\n")[2].partition(".SH ")[0]
+    titles = re.findall(r"^\.SS (.+)", section, re.MULTILINE)
+    names = re.findall(r"^\.TP\n\.\w+ \"?([\w-]+)", section, re.MULTILINE)
+
+    assert titles == [*help_pages.GROUPS]
+    assert names == [name for group in help_pages.GROUPS.values() for name in group]
+    assert sorted(names) == sorted(program.commands)
+
+
+def test_help_of_ctl_is_one_screen_and_help_all_has_every_command() -> None:
+    runner = CliRunner()
+    brief, full = (
+        runner.invoke(program, [page], prog_name="socketprotectorctl").output
+        for page in ("--help", "--help-all")
+    )
+    shown = re.findall(r"^  ([a-z-]+)  ", full.partition("--help  ")[2], re.MULTILINE)
+
+    assert len(brief.splitlines()) <= 40
+    assert max(map(len, brief.splitlines())) <= 79
+    assert re.findall(r"^  ([a-z-]+)  ", brief, re.MULTILINE) == [*help_pages.COMMON]
+    assert shown == [name for group in help_pages.GROUPS.values() for name in group]
+    assert "  130  interrupted" in full
+    for line in help_pages.EXAMPLES:
+        words = shlex.split(line.partition(" &&")[0])[1:]
+        program.commands[words[2]].make_context(words[2], words[3:], parent=None)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -1,0 +1,103 @@
+"""--help of socketprotectorctl, which fits one screen, and --help-all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import click
+
+#: Every command once, as the manual page has them.
+GROUPS = {
+    "Queries": (
+        *("status", "ready", "connections", "history", "crashes", "diff", "events", "list"),
+        "top",
+    ),
+    "Reload, upgrade, stop": ("reload", "upgrade", "stop"),
+    "Immediate commands": (
+        *("scale", "lame-duck", "hold", "release", "replace", "kill", "log-level", "reopen"),
+    ),
+    "Shell": ("completion",),
+}
+#: The commands of --help.
+COMMON = (
+    *("list", "status", "top", "reload", "diff", "history", "crashes", "connections"),
+    *("scale", "upgrade", "stop"),
+)
+_PURPOSE = """Inspect and control a running SocketProtector. Without an option: the only one that
+is running. Options may also follow the command."""
+_STATUS = """Exit status of reload and upgrade: 0: the new version is serving; 3: it failed, and
+the old one is still serving."""
+_MORE = """--help-all: every command and exit status. COMMAND --help: its options. Each command
+has --json."""
+EXAMPLES = (
+    "socketprotectorctl --name web reload --timeout 2m && echo deployed",
+    "socketprotectorctl --name web reload --dry-run",
+    "socketprotectorctl --name web status --json",
+)
+_STATUSES = (
+    ("0", "done"),
+    ("1", "no protector is running, or its connection was lost for good"),
+    ("2", "the command line is wrong"),
+    (
+        "3",
+        "reload, upgrade: the new version failed, and the old one is still serving; diff: a "
+        "reload would be refused; ready: not ready",
+    ),
+    ("4", "not done within --timeout; it may still succeed"),
+    ("100", "the protector refuses, or this user has no permission"),
+    ("130", "interrupted"),
+)
+
+
+class HelpGroup(click.Group):
+    """A group of commands with these two pages."""
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write --help."""
+        self.format_usage(ctx, formatter)
+        _write_paragraphs(formatter, _PURPOSE)
+        self._write_options(ctx, formatter)
+        self._write_commands(formatter, "Commands", COMMON)
+        with formatter.section("Examples"):
+            for line in EXAMPLES:
+                formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+        _write_paragraphs(formatter, _STATUS, _MORE)
+
+    def full_help(self, ctx: click.Context) -> str:
+        """Return --help-all."""
+        formatter = ctx.make_formatter()
+        self.format_usage(ctx, formatter)
+        _write_paragraphs(formatter, _PURPOSE, _MORE)
+        self._write_options(ctx, formatter)
+        for title, names in GROUPS.items():
+            self._write_commands(formatter, title, names)
+        with formatter.section("Exit status"):
+            formatter.write_dl(_STATUSES)
+        return formatter.getvalue().rstrip("\n")
+
+    def _write_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = (each.get_help_record(ctx) for each in self.get_params(ctx))
+        with formatter.section("Options"):
+            formatter.write_dl([row for row in rows if row is not None])
+
+    def _write_commands(
+        self, formatter: click.HelpFormatter, title: str, names: Iterable[str]
+    ) -> None:
+        with formatter.section(title):
+            rows = [(name, self.commands[name].get_short_help_str(60)) for name in names]
+            formatter.write_dl(rows)
+
+
+def print_full_help(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    """Print --help-all and exit, as the callback of that option."""
+    if value and not ctx.resilient_parsing:
+        assert isinstance(ctx.command, HelpGroup)
+        click.echo(ctx.command.full_help(ctx))
+        ctx.exit()
+
+
+def _write_paragraphs(formatter: click.HelpFormatter, *texts: str) -> None:
+    for each in texts:
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text(each)

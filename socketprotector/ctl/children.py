@@ -1,4 +1,4 @@
-"""The processes that an unmodified server starts by itself, such as gunicorn's workers.
+"""The child processes of an unmodified server, such as gunicorn's workers.
 
 Read from /proc by the command, not by SocketProtector, which knows only the processes that it
 starts.  Where /proc is missing, hides them or is of another PID namespace, none are found.

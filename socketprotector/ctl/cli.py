@@ -178,7 +178,7 @@ def say_json(value: Any) -> None:
 
 
 def plural(number: int, one: str, more: str = "") -> str:
-    """crash, crashes -> the one that goes with the number."""
+    """Return the singular or the plural, as the number needs it."""
     return one if number == 1 else more or f"{one}s"
 
 

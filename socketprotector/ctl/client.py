@@ -29,10 +29,10 @@ from .fields import label, text_in
 from .message import message_in
 
 VERSION = 1
-#: A protector answers within milliseconds; one that starts after a crash takes some hundred, and
+#: A protector answers within milliseconds, after a crash within some hundred, and
 #: a machine that is short of everything longer.
 ANSWER_S = 10.0
-#: A guard starts a killed protector within 0.3 s, and later after one that dies all the time.
+#: A guard starts a killed protector within 0.3 s, and later if it dies all the time.
 RETURN_S = 10.0
 _TRY_EVERY_S = 0.05
 #: A protector keeps 1 MiB for a client that does not read: a longer line is none of its own.
@@ -90,7 +90,7 @@ class Client:
         """Connect again, within RETURN_S at most; return the status.
 
         Raises NoProtector when none came back.  Both requests are sent before the first answer:
-        one that comes back only to end answers what has come by then.
+        a protector that comes back only to end answers the requests that it has by then.
         """
         limit_s = self._at_most(min(within_s, RETURN_S))
         until = time.monotonic() + limit_s
@@ -119,7 +119,7 @@ class Client:
 
     @property
     def peer_pid(self) -> int:
-        """The process that made the socket listen: the protector, or one that it came from."""
+        """Return the process that made the socket listen: the protector, or its ancestor."""
         credentials = self._socket.getsockopt(
             socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
         )
@@ -228,7 +228,7 @@ class Client:
     # -- lines -------------------------------------------------------------------
 
     def _is_over(self, until: float) -> bool:
-        """Whether the time is over and no whole line is left."""
+        """Return True if the time is over and no whole line is left."""
         return time.monotonic() >= until and b"\n" not in self._buffer
 
     def _message(self, until: float) -> tuple[Message, int] | None:
@@ -344,7 +344,7 @@ def _unreachable(path: str, error: OSError) -> NoProtector | RequestRefused:
 
 
 def lives(pid: int) -> bool:
-    """Whether there is such a process, or a zombie: not asked of /proc, which may hide it."""
+    """Return True if the process exists, or is a zombie; /proc may hide it, so it is not used."""
     try:
         os.kill(pid, 0)
     except PermissionError:

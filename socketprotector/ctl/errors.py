@@ -31,7 +31,7 @@ class ConnectionLost(NoProtector):
 
 
 class NewVersionFailed(ControlError):
-    """The new version was tried and given up; the one before serves on."""
+    """The new version failed; the old version is still serving."""
 
     status = 3
     result = "failed"

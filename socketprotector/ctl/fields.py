@@ -44,12 +44,12 @@ def measure(message: Status, name: str) -> float | None:
 
 
 def is_lame_duck(status: Status) -> bool:
-    """Whether clients are to be sent elsewhere, though it serves."""
+    """Return True if load balancers should send clients elsewhere, although it is serving."""
     return status.get("lame_duck") in ("on", "stopping")
 
 
 def serves(status: Status) -> bool:
-    """Whether new connections go to a generation."""
+    """Return True if a generation gets new connections."""
     stops = text_in(status, "phase") == "stopping" and not is_lame_duck(status)
     return measure(status, "route") is not None and not stops
 
@@ -77,7 +77,7 @@ def standing_dry_run(status: Status) -> Status | None:
 def unhealthy(status: Status) -> str | None:
     """Return the last bad answer of an instance that is unhealthy; None: it is not, or none knows.
 
-    What comes of a question later may be nobody's answer: it is busy.
+    A probe without an answer may also mean that the workers are busy.
     """
     health = status.get("health")
     if not isinstance(health, dict) or health.get("state") != "unhealthy":

@@ -23,8 +23,8 @@ COMMON = (
     *("list", "status", "top", "reload", "diff", "history", "crashes", "connections"),
     *("scale", "upgrade", "stop"),
 )
-_PURPOSE = """Inspect and control a running SocketProtector. Without an option: the only one that
-is running. Options may also follow the command."""
+_PURPOSE = """Inspect and control a running SocketProtector. Without --name, --control or
+--pid-file: the only running one. These options may also follow the command."""
 _STATUS = """Exit status of reload and upgrade: 0: the new version is serving; 3: it failed, and
 the old one is still serving."""
 _MORE = """--help-all: every command and exit status. COMMAND --help: its options. Each command

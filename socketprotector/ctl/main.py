@@ -44,7 +44,7 @@ PROGRAMS = ("SocketProtector", "socketprotector", NAME, "socketprotector-exporte
 def completion(instance: Instance, shell: str, of: Sequence[str], as_json: bool) -> None:
     """Print the script for a shell, as in: eval "$(socketprotectorctl completion bash)".
 
-    It is for all of SocketProtector's programs, or for those that are named.
+    It completes all of SocketProtector's programs, or the named ones.
     """
     _ = instance
     found = get_completion_class(shell)

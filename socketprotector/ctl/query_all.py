@@ -32,7 +32,7 @@ class SocketAnswer:
 
     @property
     def alive(self) -> bool:
-        """Whether a process listens there."""
+        """Return True if a process listens there."""
         return self.why != "dead"
 
 

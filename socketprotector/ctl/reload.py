@@ -60,8 +60,8 @@ def reload(
 ) -> None:
     """Start the new version beside the old one; it takes over when it is ready.
 
-    Waits until the new generation serves and --settle is over, or is given up: then the exit
-    status is 3, what served before serves on, and the reason is said.
+    Waits until the new generation is serving and --settle is over.  If the new generation fails,
+    prints the reason and exits with 3; the old one is still serving.
 
     With --dry-run it ends before it takes over, and the exit status is that of a reload.
     """
@@ -130,7 +130,7 @@ def _count_losses(operation: Operation) -> Message:
     assert operation.losses is not None
     try:
         after = operation.client.request("status")
-        while operation.hear(0.0) is not None:  # those that came before that answer
+        while operation.hear(0.0) is not None:  # events from before that answer
             pass
     except ControlError:
         return {}
@@ -193,7 +193,7 @@ def _unless_it_ended(meant: Callable[[], bool] = lambda: True) -> Iterator[None]
 
 
 class _Older(Awaited):
-    """The end of all generations before the one that serves after a reload."""
+    """The end of all generations before the serving one, after a reload."""
 
     heeded = ("drained", "exited")
 
@@ -273,8 +273,8 @@ def _quoted(last_words: str) -> str:
 def upgrade(instance: Instance, wait: bool, timeout: float, as_json: bool) -> None:
     """Replace the protector's own program in place: same pid, same workers, nothing closed.
 
-    Waits until the new one serves. Where it cannot take over the exit status is 3, and the old
-    one goes on as if nothing had been tried.
+    Waits until the new program is serving. If it cannot take over, the exit status is 3, and the
+    old program still serves.
     """
     with begin(instance, timeout, as_json) as operation:
         before = operation.client.ask("status")
@@ -323,7 +323,7 @@ class _Upgraded(Awaited):
 @click.option("--quick", is_flag=True, help="At once: TERM to the workers, then KILL.")
 @_TIMEOUT
 def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: bool) -> None:
-    """Stop: serve those that have connected, let the workers finish, end."""
+    """Stop: serve the connected clients, let the workers finish, exit."""
     with begin(instance, timeout, as_json) as operation, ExitStack() as opened:
         before = operation.client.ask("status")
         # The protector's process and its guard's, so that "stopped" means that they are gone.

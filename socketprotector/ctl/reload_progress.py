@@ -52,7 +52,7 @@ class ProgressThrottle:
     _last: object = None
 
     def is_news(self, left: int, words: str) -> bool:
-        """Whether this text, about so many workers that are left, is to be shown."""
+        """Return True if this text, about so many remaining workers, is news."""
         self._whole = max(self._whole, left)
         mark = words if self._whole <= _PARTS else -(-left * _PARTS // self._whole)
         before, self._last = self._last, mark
@@ -61,7 +61,7 @@ class ProgressThrottle:
 
 @dataclass(slots=True)
 class WaitsShown:
-    """Which waits were shown: of those that last each reason, and the same one every so often."""
+    """The waits that were shown: each reason once, and a lasting one again from time to time."""
 
     tell: Callable[[str], None]
     now: list[Wait] = field(default_factory=list)
@@ -209,7 +209,7 @@ class Reload(Awaited):
             self._ready(number, ready)
             if each.get("phase") == "settling":
                 self._switched(number)
-        # Once this reload is under way, one that waits for it is another.
+        # Once this reload is under way, a waiting reload is another one.
         kinds = [each for each in OF_RELOAD if self._now is None or each != "earlier-reload"]
         self.waits.looked(status, kinds)
         # Waiting: under stop-first no generation has the route until the old one has quiesced.

@@ -1,7 +1,7 @@
 """Sockets that the service manager has opened for us (socket activation).
 
 They are taken by name (`fd:NAME`) or because they are bound to the address that a LISTEN
-argument means.  The service manager goes on listening on them when we stop.
+argument means.  The service manager still listens on them after we stop.
 
 Those of our own names come from the descriptor store, and are no part of that: see
 stored_listeners.py.

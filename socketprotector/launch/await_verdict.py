@@ -69,7 +69,7 @@ def wait(line: socket.socket, log: str = "syslog") -> int:
             called_off = _is_too_late(receive) or called_off
             if not called_off:
                 return 0
-            with suppress(OSError):  # it has ended by itself, or has not said its pid
+            with suppress(OSError):  # it has ended, or has not sent its pid
                 # Both crossed: it serves, but was called off.
                 signal.pidfd_send_signal(resident, signal.SIGINT)
             break

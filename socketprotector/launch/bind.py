@@ -80,7 +80,7 @@ def bind_all(
 
     passed: what stands for an argument (by its index) already; it is taken as it is.  left: the
     same by canonical address (stored_listeners.py).  have: canonical addresses that are bound
-    already, and are left out.  released: those that a running protector has until its end; only for
+    already, and are left out.  released: those free after a running protector's end; only for
     a dry look.  earlier: arguments before these, by place().  alone: for workers that accept, see
     pair().  The caller owns what is returned.  When one fails, what was bound is closed again.
     Raises Refusal.  `notice` gets what is worth knowing.
@@ -186,7 +186,7 @@ def _alone(one: Bound, why: str) -> str:
 
 
 def _kept_from(given: socket.socket, bound: Sequence[Bound]) -> str:
-    """Say why one that was given to us may not share its address; nothing where it may.
+    """Return why a passed socket may not share its address; "" if it may.
 
     The unit says so (`ReusePort=yes`), and the group is ours alone: positions in it would be wrong
     where what an earlier protector has left behind still listens.
@@ -232,7 +232,7 @@ def _resolved(listen: Listen, host: str) -> list[_Address]:
 
 
 def _has_ipv6() -> bool:
-    """Whether an IPv6 socket can be bound: the kernel may lack it, or have it turned off."""
+    """Return True if an IPv6 socket can be bound: the kernel may lack IPv6, or disable it."""
     try:
         with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
             probe.bind(("::1", 0))
@@ -322,7 +322,7 @@ def _overlap(one: str, other: str) -> bool:
 
 
 def reuse(left: Bound, listen: Listen, backlog: int) -> Bound:
-    """Have a listening socket be as one that is bound now would be.
+    """Set up an inherited listening socket like a newly bound one.
 
     Raises OSError, with what is not to be had, where it cannot be, and Refusal.
     """
@@ -360,7 +360,7 @@ def _bind_one(
         elif port or backlog is None:
             sock.bind((host, port))
         else:
-            # By its number: one that was bound as port 0 comes back on another if a worker shuts
+            # By its number: a socket bound as port 0 comes back on another port if a worker shuts
             # it down and it listens again (SOCK_BINDPORT_LOCK, tcp_set_state() in net/ipv4/tcp.c).
             # As long as neither listens both may have it.
             with _made(listen, family) as chooser:

@@ -34,7 +34,7 @@ def _folder() -> str:
 def bind_control(settings: Settings, notice: Callable[[str], None]) -> Bound | None:
     """Bind it, for root, the protector's user and the settings' group.
 
-    Returns None where none is wanted, or where it fails; then `notice` is told why.
+    Returns None if no socket is wanted, or on failure, after passing the reason to `notice`.
     """
     if settings.control is None:
         return None

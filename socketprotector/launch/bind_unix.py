@@ -66,7 +66,7 @@ def bind_unix(
 def _bind_path(
     sock: socket.socket, listen: Listen, path: str, backlog: int | None
 ) -> ListenerSettings:
-    """Bind a socket file; a stale one is replaced, one that is in use is not."""
+    """Bind a socket file; a stale one is replaced, a used one is not."""
     with locked(path):
         stale = socket_file.is_stale(path)
         if backlog is None:
@@ -174,7 +174,7 @@ def admit_group(sock: socket.socket, path: str, gid: int) -> None:
 def reapply_options(
     sock: socket.socket, listen: Listen, path: str, backlog: int
 ) -> ListenerSettings:
-    """Have a listening socket be as bind_unix() would make it.  Raises OSError where it cannot be.
+    """Set up a listening socket as bind_unix() makes one.  Raises OSError if that fails.
 
     path: that of the argument, which is where it was bound.
     """
@@ -211,7 +211,7 @@ def rights_of_new(listen: Listen, path: str) -> tuple[int, int, int]:
 
 
 def is_file_of(sock: socket.socket, found: os.stat_result) -> bool:
-    """Whether a file is the one that a UNIX socket is bound to.  Raises OSError."""
+    """Return True if a UNIX socket is bound to this file.  Raises OSError."""
     return stat.S_ISSOCK(found.st_mode) and file_of(sock) == found.st_ino & 0xFFFFFFFF
 
 

@@ -98,17 +98,17 @@ class ConfigFile:
         try:
             yield
         except UsageError as error:
-            # It may name the option, which may be another one of the same look.
-            told = _OPTION.match(str(error))
-            key = told[1] if told and (told[1],) in self._places else str(where[0])
+            # The message may name another option than `where`.
+            option = _OPTION.match(str(error))
+            key = option[1] if option and (option[1],) in self._places else str(where[0])
             where = where if key == where[0] else (key,)
-            self.mistake(where, str(error)[told.end() if told and told[1] == key else 0 :])
+            self.mistake(where, str(error)[option.end() if option and option[1] == key else 0 :])
 
     def refuse_if_mistaken(self) -> None:
         """Raise Mistaken if anything was noted."""
         if self._mistakes:
-            told = dict.fromkeys(self._line(*each) for each in sorted(self._mistakes))
-            raise Mistaken("\n".join(told))
+            lines = dict.fromkeys(self._line(*each) for each in sorted(self._mistakes))
+            raise Mistaken("\n".join(lines))
 
     def _line(self, number: int, reason: str) -> str:
         return escape(f"{self.path} line {number}: {reason}")

@@ -1,7 +1,7 @@
 """The directory of the workers' notify sockets, which keeps other users out.
 
 Anybody who reads /proc/net/unix could send to an abstract name, and fill its queue; and in a user
-namespace that shares the host's network, other users cannot be told apart there.  Names in this
+namespace that shares the host's network, other users look alike there.  Names in this
 folder can neither be listed (mode 0711) nor guessed, and are not in /proc/net/unix
 (system/sd_notify.py): a process that can connect is a worker, whatever its user, or has the
 name from one.

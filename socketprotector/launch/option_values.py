@@ -176,5 +176,5 @@ def nofile_of_workers(environment: Mapping[str, str]) -> int:
     It is ours, or what a unit says whose protector needs a higher one before it can raise it.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    told = environment.get("SOCKETPROTECTOR_NOFILE", "")
-    return min(int(told), hard) if told.isascii() and told.isdigit() else soft
+    wanted = environment.get("SOCKETPROTECTOR_NOFILE", "")
+    return min(int(wanted), hard) if wanted.isascii() and wanted.isdigit() else soft

@@ -42,7 +42,7 @@ def hint(error: OSError, place: str) -> str:
 def _has_open(pid: int, path: str) -> bool:
     """Return whether a process has a file of that name open, as each protector has its own.
 
-    True where that cannot be seen.  Whoever can read the file of a killed protector can lock it.
+    True if /proc does not show it.  Any user who can read a killed protector's file can lock it.
     """
     try:
         os.kill(pid, 0)

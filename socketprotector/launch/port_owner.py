@@ -26,7 +26,7 @@ def of_port(host: str, port: int) -> str:
 
 
 def _of_port(host: str, port: int) -> str:
-    import psutil  # takes a tenth of a start, and only one that fails comes here
+    import psutil  # takes a tenth of a start; only a failed start needs it
 
     pid = None
     with suppress(psutil.Error, OSError):  # no /proc, or it is closed to us

@@ -207,7 +207,7 @@ def check_settle_check(settings: Settings, listens: Sequence[Listen]) -> None:
 def check_siblings(settings: Settings, siblings: Collection[int]) -> None:
     """Refuse the same once it is known which sockets have a second one.
 
-    siblings: the indexes of those that have.
+    siblings: the indexes of the listeners with a second socket.
     """
     if not settings.mode.workers_accept:
         return

@@ -121,7 +121,7 @@ def _changes(running: Settings, new: Settings) -> list[str]:
 
 
 def _control(running: Settings, asked: ParsedOptions) -> Iterator[str]:
-    """Tell whether the control socket would have to move."""
+    """Yield the change if the control socket would move."""
     if running.control is not None and asked.control is not None:
         was = running.control.address.removeprefix("unix:")
         if asked.control != was:
@@ -153,7 +153,7 @@ def _listeners(
             kept.update(mine)
             earlier |= dict.fromkeys(map(place, have), listen)
             if any(each.text == listen.text for each in there if not each.removed):
-                continue  # a name is not resolved anew, port 0 no other one
+                continue  # a name is not resolved again, port 0 keeps its number
             if listen.passed is not None:
                 raise UsageError(f"{listen.text}: sockets are passed at a start only; {RESTART}")
             added = bind_all(

@@ -46,7 +46,7 @@ class ParsedOptions:
 
 
 class OptionResolver:
-    """One look at all that was given: a mistake in the file is told with its line."""
+    """The options of one start or reload; a mistake in the file is reported with its line."""
 
     def __init__(self, words: Sequence[str], command: list[str], running: Settings | None) -> None:
         """words: the command line, with the command that was split off.  running: of a protector

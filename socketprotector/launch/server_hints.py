@@ -33,7 +33,7 @@ _REFUSED = {
 }
 #: What gunicorn and puma read without being asked to.
 _UNASKED = ("gunicorn.conf.py", "config/puma.rb")
-#: Of each file, in bytes.  One that uses the client library imports it at the top.
+#: Bytes read of each file.  A program that uses the client library imports it at the top.
 _LOOKED_AT = 1 << 16
 
 
@@ -88,7 +88,7 @@ def drain_limits(settings: Settings) -> Iterator[str]:
 
 
 def _speaks(settings: Settings, environment: Mapping[str, str]) -> bool:
-    """Whether a file that the command names, or that gunicorn reads, uses the client library."""
+    """Return True if a file of the command, or one that gunicorn reads, uses the client library."""
     words = _words(settings, environment)
     return known_servers.OURS in "".join((*words, _files(settings, environment)))
 

@@ -62,7 +62,7 @@ def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
             raise _cannot_detach(error) from error
     if child == 0:
         ours.close()
-        # The resident process takes over from the one that systemd watches.
+        # The resident process takes over from the process that systemd watches.
         if os.environ.get("WATCHDOG_PID") == str(os.getppid()):
             del os.environ["WATCHDOG_PID"]
         try:
@@ -232,10 +232,10 @@ def _exec(
         if settings.identity is not None:
             # The guard needs no more than the protector, and can give no more to the next one.
             privileges.become(settings.identity, settings.nice, starts_others=starts_others)
-        told = ["--json"] if settings.log_format == "json" else []
+        guard_options = ["--json"] if settings.log_format == "json" else []
         if settings.pid_file is not None:
-            told.append(f"{guard.PID_FILE_OPTION}{settings.pid_file}")
-        command = [sys.executable, "-I", "-S", guard.__file__, *told, *command]
+            guard_options.append(f"{guard.PID_FILE_OPTION}{settings.pid_file}")
+        command = [sys.executable, "-I", "-S", guard.__file__, *guard_options, *command]
     need_descriptors()  # its own reason would be in the log only
     with (
         privileges.lent() if settings.guarded and starts_others else nullcontext(),

@@ -3,7 +3,7 @@
 systemd keeps what is in its descriptor store while a restart waits, and clients that connect
 meanwhile wait in the kernel.  Of the protector before us nothing else is there: its workers have
 finished, and its settings do not matter.  So this is no adoption, but a start that finds some of
-its addresses bound already.  (One that was killed has its settings there as well, and a start that
+its addresses bound already.  (A killed protector has its settings there as well, and a start that
 finds these does not come here: inherited.is_ours().)
 
 Runs in the launching process.
@@ -80,7 +80,7 @@ def _let_go(left: Bound) -> None:
 
 
 def store(passed: Passed, bound: Mapping[str, Bound]) -> None:
-    """Have systemd keep what was taken under its new name, and nothing else of ours.
+    """Store the used sockets with systemd under their new names, and remove our others.
 
     bound: by their names from now on.
     """

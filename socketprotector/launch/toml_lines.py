@@ -1,6 +1,6 @@
 """The line of each key and of each list value in a TOML text: tomllib does not give it.
 
-For a text that tomllib has read.  It is cut into statements, and each of them is read by itself;
+For a text that tomllib has read.  It is cut into statements, and each of them is read separately;
 all that is known of TOML here is what strings and comments look like.
 """
 

@@ -507,6 +507,28 @@ def test_a_socket_that_somebody_has_shut_down_gets_clients_again(world: World) -
     assert world.lost == []
 
 
+def test_none_is_tried_while_clients_come_to_the_socket_that_it_would_have(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    world = SharedWorld()
+    request.addfinalizer(world.close)
+    world.serving(1)
+    world.open(2)
+    with monkeypatch.context() as patched:
+        patched.setattr(reuseport, "steer", fail)
+        world.route_to(2)
+        world.end(1)
+        client = world.connect()
+        assert world.delivery.cannot_try()
+        world.open(3)
+        world.until(lambda: client in world.taken[3], 2, 3)  # else it would be tried with clients
+
+    world.until(lambda: world.delivery.cannot_try() is None)
+
+
 def test_connections_are_counted_for_no_generation_once_several_share_a_socket(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,7 +61,8 @@ class SharedDelivery(Delivery):
             if not each.has_sibling:
                 address = each.settings.address
                 return f"{address} has one socket for all generations, which accept directly"
-        return None
+        # Clients may come to the very socket that the tried generation would accept from.
+        return None if self.steering.is_steered else "new clients cannot be steered now"
 
     def open(self, generation: OpenGeneration, queue: int, *, fresh: bool) -> None:
         number = self.steering.turns.free

@@ -25,6 +25,11 @@ def adopt(
         first, again = _newest(unclaimed.take(inherited.LISTENER, index))
         second, second_again = _newest(unclaimed.take(inherited.SIBLING, index))
         third, third_again = _newest(unclaimed.take(inherited.RESERVED, index))
+        # A program that was killed may have left a socket under its earlier name, too.
+        if _is_same(second, (first,)):
+            second = -1
+        if _is_same(third, (first, second)):
+            third, third_again = -1, third_again + 1
         if first >= 0:  # otherwise an earlier program has closed it
             numbers = again, second_again, third_again
             made.append(
@@ -41,6 +46,15 @@ def adopt(
         made.remove(listener)  # an earlier program had shut it down, and was about to close it
         listener.close()
     return made
+
+
+def _is_same(fd: int, others: Sequence[int]) -> bool:
+    """Return whether a descriptor is of the same socket as others; if so, close it."""
+    inodes = {os.fstat(each).st_ino for each in others if each >= 0}
+    same = fd >= 0 and os.fstat(fd).st_ino in inodes
+    if same:
+        os.close(fd)
+    return same
 
 
 def _newest(found: dict[str, int]) -> tuple[int, int]:

@@ -507,6 +507,35 @@ def test_a_socket_that_somebody_has_shut_down_gets_clients_again(world: World) -
     assert world.lost == []
 
 
+@pytest.mark.parametrize(
+    ("name", "earlier"),
+    [
+        (inherited.SIBLING + "0.1", inherited.RESERVED + "0"),
+        (inherited.SIBLING + "0.1", inherited.LISTENER + "0"),
+    ],
+)
+def test_a_socket_that_a_killed_program_left_under_two_names_is_one(
+    request: pytest.FixtureRequest, name: str, earlier: str
+) -> None:
+    """Two generations would accept from it."""
+    world = SharedWorld()
+    request.addfinalizer(world.close)
+    [before] = world.delivery.listeners
+    before.reserve()
+    found = {each: os.dup(fd) for each, fd in before.descriptors().items()}
+    found[name] = os.dup(found[earlier])
+
+    left = Inherited(found)
+    [listener] = inherited_listeners.adopt(left, [before.settings], shared=True)
+
+    left.close()
+    fds = listener.descriptors().values()
+    assert len({os.fstat(each).st_ino for each in fds}) == len(fds) == 2
+    for each in (*listener.sockets, listener._reserved):
+        if each is not None:
+            each.close()
+
+
 def test_none_is_tried_while_clients_come_to_the_socket_that_it_would_have(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -688,8 +688,17 @@ class Handed(World):
     def _check(self) -> None:
         super()._check()
         self._has_stopped = self._has_stopped or bool(self._reason())
+        self._check_sockets()
         if self._mischievous:
             self._look_after_mischief()
+
+    def _check_sockets(self) -> None:
+        """No socket of a listener has two names: else two generations would accept from one."""
+        assert self._supervisor is not None
+        for listener in self._supervisor.effects.delivery.listeners:
+            fds = listener.descriptors()
+            files = {self.kernel.file(fd) for fd in fds.values()}
+            assert len(files) == len(fds), f"{listener.settings.address} has one of {fds} twice"
 
     # -- how it ends -------------------------------------------------------------------
 

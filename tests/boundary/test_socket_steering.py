@@ -2500,6 +2500,50 @@ def test_clients_of_a_hold_are_served_where_one_socket_was_left_meanwhile(
     assert pair.has_waiting(1)
 
 
+def test_clients_of_a_hold_are_served_though_both_sockets_were_broken_meanwhile(
+    world: World, pair: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> socket.socket:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    world.steering.turn_hold(True)
+    come(world, pair.path)
+    monkeypatch.setattr(socket_file, "bind", fails)
+    for number in (1, 0):
+        pair.socket_for(number).shutdown(socket.SHUT_RDWR)
+        world.steering._repairs.repair(pair, number)
+
+    assert world.lost == []
+    assert world.stranded
+    assert pair.has_waiting()
+    world.steering.turn_hold(False)
+    come(world, pair.path)
+
+
+def test_a_listener_that_is_closed_for_a_repair_of_another_is_not_looked_at(
+    world: World, pair: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that a reload has added: the reload is called off for the clients of the other."""
+    world.listeners.reverse()
+    added = world.listener
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    pair.socket_for(0).shutdown(socket.SHUT_RDWR)
+
+    def close(_: Event) -> None:
+        if added in world.listeners:
+            world.listeners.remove(added)
+            added.close()
+
+    monkeypatch.setattr(world.steering._repairs, "_post", close)
+    world.steering._repair()
+
+    assert world.log.events == ["socket-replaced"]
+    assert world.listeners == [pair]
+
+
 def test_a_hold_applies_to_a_path_again_as_soon_as_it_has_two_sockets_again(
     world: World, pair: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:

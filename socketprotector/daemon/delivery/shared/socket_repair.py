@@ -72,6 +72,8 @@ class SocketRepair:
         """
         for each in self._shared():
             for number in range(len(each.sockets)):
+                if each not in self._shared():
+                    break  # a reload had added it, and was called off for clients of another
                 if not each.is_alive(number):
                     self.repair(each, number)
                 elif self._is_out_of_reach(each, number):
@@ -127,13 +129,18 @@ class SocketRepair:
         except OSError as error:
             if error.errno in RETRY_ERRNOS:
                 return
-            if common:
+            if common and not listener.is_reserved_for_clients:
                 listener.lost = True
                 self._lost(listener, error.strerror or str(error))
                 return
-            listener.drop_socket(socket_number)
-            why = error.strerror
-            self._log.write("warning", "one-socket-left", listen=address, error=why, hint=RESTART)
+            if common:  # the third socket takes its place, because clients may wait there
+                listener.adopt_reserved(0)
+                listener.drop_socket(1)
+            else:
+                listener.drop_socket(socket_number)
+                why = error.strerror
+                said = {"listen": address, "error": why, "hint": RESTART}
+                self._log.write("warning", "one-socket-left", **said)
         lost = self._turns.lose(listener, None if common else socket_number)
         self._steer()
         if common or listener.has_sibling:

@@ -267,6 +267,9 @@ class Output:
         self._chance = chance
         self.named = inherited.Named()
 
+    def descriptors(self) -> dict[str, int]:
+        return {}
+
     def position(self) -> int:
         return 0
 

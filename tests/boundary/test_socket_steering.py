@@ -1473,13 +1473,14 @@ def test_what_one_that_had_clients_was_asked_is_no_client_either(
     assert reloaded.stranded == client
 
 
-def test_a_question_that_cannot_be_closed_for_want_of_descriptors_is_none_either(
-    reloaded: World, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ECONNABORTED, errno.EPROTO])
+def test_a_question_that_cannot_be_closed_for_the_moment_is_none_either(
+    reloaded: World, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     discard = reuseport.discard_waiting
 
     def fails(*_: object) -> None:
-        raise OSError(errno.EMFILE, "Too many open files")
+        raise OSError(number, os.strerror(number))
 
     reloaded.put_question(2)
     monkeypatch.setattr(reuseport, "discard_waiting", fails)

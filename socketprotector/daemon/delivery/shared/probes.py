@@ -16,7 +16,7 @@ from functools import partial
 
 from ....system import bpf, reuseport, socket_copy, socket_snapshot
 from ....system.cleanup import on_error
-from ....system.listener import RESOURCE_ERRNOS, Listener
+from ....system.listener import RESOURCE_ERRNOS, TRANSIENT_ERRNOS, Listener
 from ....system.sock_diag import end_of, is_waiting, unaccepted
 from ..probe_target import ProbeTarget, family_of
 from .turns import Turns
@@ -260,7 +260,7 @@ class Probes:
                     continue
                 reuseport.discard_waiting(listening, waiting)
             except OSError as error:
-                if error.errno in RETRY_ERRNOS:
+                if error.errno in RETRY_ERRNOS | TRANSIENT_ERRNOS:
                     unknown.add(place)
                 continue
             self._abandoned = [each for each in self._abandoned if each[0] is not listening]

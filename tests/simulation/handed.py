@@ -937,7 +937,8 @@ class Handed(World):
             its = [n for n, each in act.generations.items() if mark in each.record.marks]
             assert its in ([], [mine]), f"{connection} of {mine} is counted for {its}"
             if its:
-                others = (each for each in self._living() if each.leader.generation != mine)
+                known = act.generations.keys() - {mine}
+                others = (each for each in self._living() if each.leader.generation in known)
                 same = [
                     each
                     for other in others

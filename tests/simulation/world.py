@@ -273,9 +273,6 @@ class Output:
     def position(self) -> int:
         return 0
 
-    def descriptors(self) -> dict[str, int]:
-        return {}
-
     @contextmanager
     def opened(self, number: int, generation: int) -> Iterator[Opened]:
         yield Opened()

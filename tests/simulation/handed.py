@@ -968,6 +968,8 @@ class Handed(World):
         act = self._supervisor.effects
         if act._route is None or not steering_of(act).is_steered:
             return
+        if not (address.served and address.kept):
+            return  # the fd store still has it, of a candidate that no state tells of
         assert steering_of(act).hold.on, f"{address.name} does not answer"
 
     def _check_waiting(self) -> None:

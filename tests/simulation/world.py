@@ -636,8 +636,8 @@ class World:
         return found
 
     def _may_serve(self, worker: Any) -> bool:
-        """Whether a worker may get clients: none by a channel that one has shut down."""
-        return not (worker.ended or worker.read.no_receive)
+        """Whether a worker may get clients: none that leaves, or by a shut-down channel."""
+        return not (worker.ended or worker.leaving or worker.read.no_receive)
 
     def _add(self, index: int, pick: Callable[[Any], Any], found: ConfigAnswer) -> ListenerSettings:
         """Bind one more listener, maybe where one was that was removed.  Raises OSError."""
@@ -1735,7 +1735,7 @@ def installed(world: World) -> Iterator[None]:
         put(socket_file, "accepted_unix", world.accepted_unix)
         put(quiescing, "accepted_unix", world.accepted_unix)
         put(spawn, "_fork", kernel.fork)
-        put(orphans, "Look", look)
+        put(orphans, "Scan", look)
         put(workers, "AT_ONCE", world._at_once)
         put(peer_credentials, "_ambiguous", lambda *_: frozenset())
         yield

@@ -88,7 +88,7 @@ def drain_limits(settings: Settings) -> Iterator[str]:
 
 
 def _speaks(settings: Settings, environment: Mapping[str, str]) -> bool:
-    """Return True if a file of the command, or one that gunicorn reads, uses the client library."""
+    """Return True if a file that the command names, or gunicorn reads, uses the client library."""
     words = _words(settings, environment)
     return known_servers.OURS in "".join((*words, _files(settings, environment)))
 

@@ -10,7 +10,7 @@ import pytest
 
 from socketprotector.launch.help_pages import EXAMPLES
 from tests import needs
-from tests.pages.test_pages import is_root, ran_script
+from tests.pages.namespaced import is_root, ran_script
 
 #: The programs that the examples start; `web` stands for a server in Go or Rust.
 PROGRAMS = f"""

@@ -5,7 +5,6 @@ A page is run by one shell, in namespaces of its own: it may have port 443, /etc
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ import pytest
 
 from tests import needs
 from tests.pages import links, page
+from tests.pages.namespaced import is_root, ran_script
 from tests.pages.page import Block
 from tests.running import ROOT
 from tests.together import together
@@ -71,46 +71,13 @@ ELSEWHERE = {
     "exporter/README.md": "docs/page.md has the same commands",
     "client_lib/c/README.md": "tests/c/test_header.py runs the program, test_examples.py the rest",
 }
-NAMESPACES = ("--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
-PAGE_S = 120.0
 #: Of the pages on the site, and of a line of code there, at 1280 px.
 SITE = [*links.ON_THE_SITE, *links.MANUALS]
 COLUMNS = 90
 
-is_root = needs.root_with("unshare", "ip")
-
 
 def blocks(name: str) -> list[Block]:
     return page.blocks(ROOT / name)
-
-
-def ran_script(folder: Path, script: str, name: str = "the script") -> str:
-    """Return what a script prints in namespaces of its own."""
-    path = [str(HERE / "standins"), str(Path(sys.executable).parent), os.environ["PATH"], "/sbin"]
-    environment = {
-        "PATH": os.pathsep.join(path),
-        "HOME": "/srv/home",
-        "LANG": "C.UTF-8",
-        "NO_COLOR": "1",
-        "SHELL": "/bin/bash",  # of terminals
-        "TERM": "linux",
-        "PAGE_VENV": sys.prefix,
-        "PAGE_ROOT": str(ROOT),
-    }
-    words = [str(HERE / "inside.sh"), str(folder), script]
-    try:
-        done = subprocess.run(
-            ["unshare", *NAMESPACES, "bash", *words],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            timeout=PAGE_S,
-            start_new_session=True,
-        )
-    except subprocess.TimeoutExpired as late:
-        pytest.fail(f"{name} did not end:\n{(late.output or b'').decode('utf-8', 'replace')}")
-    return done.stdout.decode("utf-8", "replace")
 
 
 @is_root

@@ -370,7 +370,7 @@ def test_there_is_always_one_worker(protector: Start) -> None:
 
     mark = daemon.signal(signal.SIGTTOU)
 
-    daemon.log.wait_for("event=refused .*one worker at least", after=mark)
+    daemon.log.wait_for("event=refused .*cannot go below 1 worker", after=mark)
     assert ask(("127.0.0.1", daemon.port)).endswith("] hello")
     daemon.stop()
 

@@ -180,7 +180,8 @@ def left_out(status: Message) -> list[Text]:
         return []
     why = "their workers do not use the client library, which counts them"
     if _workers_accept(status):
-        why = "workers accept, so SocketProtector cannot count; see socketprotectorctl connections"
+        why = "workers accept, so SocketProtector cannot count these"
+        why += "; see socketprotectorctl connections"
     return [render.line(), render.line(f"not shown: {', '.join(hidden)}: {why}")]
 
 
@@ -229,8 +230,8 @@ def last_reload(status: Message) -> list[Text]:
         running = dry_run.get("result") == "running"
         found.append(_reload("dry run under way" if running else "last dry run", dry_run, now))
     if crashes := number_in(status, "crashes"):
-        words = f"{crashes:,} {plural(crashes, 'crash', 'crashes')}"
-        found.append(render.line(f"{words}: socketprotectorctl crashes"))
+        words = f"{crashes:,} {plural(crashes, 'worker')} failed"
+        found.append(render.line(f"{words}; see: socketprotectorctl crashes"))
     return found
 
 

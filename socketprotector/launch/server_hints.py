@@ -73,7 +73,7 @@ def of(settings: Settings, listens: Sequence[Listen], *, typed: bool) -> Iterato
 
 
 def drain_limits(settings: Settings) -> Iterator[str]:
-    """Say when a well-known server ends open connections, if that is before --drain-timeout."""
+    """Yield a warning if a known server cuts open connections before --drain-timeout does."""
     if settings.mode.workers_accept:
         with suppress(OSError, ValueError):
             environment = preflight.environment_of(settings)

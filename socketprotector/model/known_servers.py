@@ -246,7 +246,7 @@ def drain_limit(
     drain_limit_s: float,
     files: str = "",
 ) -> str | None:
-    """Return a warning that a server's own limit ends open connections before --drain-timeout.
+    """Return a warning that a server's own limit cuts open connections before --drain-timeout.
 
     None: it does not, or the operator has set that limit and no longer --drain-timeout.
     drain_limit_s: the --drain-timeout; 0: no limit.
@@ -275,9 +275,9 @@ def drain_limit(
         return None
     after = f"{in_units(limit_s)} after a reload" if limit_s else "at a reload"
     by = option and f" ({option}{' or its file' if file else ''})"
-    ours = in_units(drain_limit_s) if drain_limit_s else "0: no limit"
-    how = f"; raise {option} for streams" if option else ""
-    return f"{name} ends open connections {after}{by}, before --drain-timeout ({ours}) does{how}"
+    ours = f", before --drain-timeout ({in_units(drain_limit_s)})" if drain_limit_s else ""
+    how = f"; raise {option if ours else 'it'} if you serve streams" if option else ""
+    return f"{name} cuts connections still open {after}{by}{ours}{how}"
 
 
 def _value(words: Sequence[str], option: str) -> str:

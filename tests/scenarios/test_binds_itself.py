@@ -94,7 +94,7 @@ def test_a_check_names_the_servers_own_limit_beside_ours(
     daemon = protector("--check", *words, "--preload", "app")
 
     assert daemon.wait() == 0
-    said = "30s after a reload (--graceful-timeout), before --drain-timeout (1h) does"
+    said = "30s after a reload (--graceful-timeout), before --drain-timeout (1h)"
     assert said in daemon.log.text()
 
 

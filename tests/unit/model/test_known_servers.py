@@ -193,12 +193,12 @@ def limit(command: str, drain_limit_s: float = 0.0, **variables: str) -> str | N
 @together(
     ("command", "said"),
     [
-        ("gunicorn app", "gunicorn ends open connections 30s after a reload (--graceful-timeout)"),
-        ("hypercorn --bind fd://3 app", "hypercorn ends open connections 3s after a reload"),
-        ("uwsgi --master", "uwsgi ends open connections 1m after a reload (--worker-reload-mercy)"),
-        ("chaussette --fd 3 app", "chaussette ends open connections at a reload, before"),
+        ("gunicorn app", "still open 30s after a reload (--graceful-timeout)"),
+        ("hypercorn --bind fd://3 app", "hypercorn cuts connections still open 3s after a reload"),
+        ("uwsgi --master", "still open 1m after a reload (--worker-reload-mercy)"),
+        ("chaussette --fd 3 app", "chaussette cuts connections still open at a reload"),
         ("gunicorn -c own.py app", "(--graceful-timeout or its file)"),
-        ("puma -w 2", "puma ends open connections 30s after a reload (worker_shutdown_timeout)"),
+        ("puma -w 2", "still open 30s after a reload (worker_shutdown_timeout)"),
         ("puma --workers=1", "30s after"),
         ("uwsgi app.ini", "(--worker-reload-mercy or its file)"),
     ],
@@ -208,8 +208,17 @@ def test_a_limit_of_the_server_is_named_beside_ours(command: str, said: str) -> 
 
     assert found is not None
     assert said in found
-    assert "before --drain-timeout (0: no limit) does" in found
-    assert "before --drain-timeout (1h) does" in (limit(command, 3600.0) or "")
+    assert "--drain-timeout" not in found
+    assert ", before --drain-timeout (1h)" in (limit(command, 3600.0) or "")
+
+
+def test_the_warning_of_a_servers_limit_says_what_to_do() -> None:
+    begin = "gunicorn cuts connections still open 30s after a reload (--graceful-timeout)"
+
+    assert limit("gunicorn app") == f"{begin}; raise it if you serve streams"
+    ours = f"{begin}, before --drain-timeout (1h)"
+    assert limit("gunicorn app", 3600.0) == f"{ours}; raise --graceful-timeout if you serve streams"
+    assert limit("chaussette app") == "chaussette cuts connections still open at a reload"
 
 
 @together(

@@ -3,7 +3,7 @@
     python -m bench.page [SECONDS [HOSTS]]
 
 The instances are stand-ins in this process: they cost what they are asked for, and the exporter
-is measured alone.  docs/page.md has the figures.  Status 1: more than what was promised.
+is measured alone.  docs/metrics.md has the figures.  Status 1: more than what was promised.
 """
 
 from __future__ import annotations

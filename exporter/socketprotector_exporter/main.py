@@ -107,7 +107,7 @@ def _command(**given: Any) -> int:
     /metrics, /healthz, /readyz, /readyz/NAME.  docs/metrics.md lists the metrics.
 
     With --agent it says to HAProxy when to drain an instance: docs/load-balancers.md.
-    With --web people see it live in a browser: docs/page.md."""
+    With --web people see it live in a browser: docs/metrics.md."""
     if given["all_instances"] and (given["name"] or given["control"]):
         raise UsageError("--all with --name or --control: leave one of them out")
     if given["web_host"] and given["web"] is None:

@@ -125,7 +125,7 @@ WANTS = f"a program that binds its own port wants --handoff {LISTENER.name} ({_P
 #: The same for a server that should accept from the passed socket.
 TAKES = (
     f"a server has to take over the socket that it is handed, by number or variable ({_PAGE}); one "
-    "that can only bind by itself wants a proxy in front (docs/when-not.md)"
+    "that can only bind by itself wants a proxy in front (docs/comparison.md)"
 )
 STDIN = "does it serve on stdin and stdout, as under inetd? that is --handoff stdio (docs/modes.md)"
 _PYTHON = re.compile(r"python[0-9.]*$")

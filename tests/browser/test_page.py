@@ -28,7 +28,7 @@ from tests.unit.exporter.conftest import Exporter
 Fakes = Callable[[str], Fake]
 Starter = Callable[..., Exporter]
 Protectors = Callable[..., Protector]
-#: Where screenshots go: those of docs/page.md are made by `make test-page SHOTS=docs/images`.
+#: Where screenshots go: those of docs/metrics.md are made by `make test-page SHOTS=docs/images`.
 SHOTS = os.environ.get("SOCKETPROTECTOR_SHOTS")
 #: How long there is load before them: ten minutes fill the sparklines.
 LOADED_S = float(os.environ.get("SOCKETPROTECTOR_LOADED_S", "1"))

@@ -16,7 +16,7 @@ from tests.running import ROOT
 SITE = ROOT / "build" / "site"
 #: One of each kind: shelves, tables, signatures, a manual page, pictures, programs.
 PAGES = [
-    *("docs/index", "docs/reference", "docs/log", "docs/client-api", "docs/man/SocketProtector"),
+    *("docs/index", "docs/reference", "docs/log", "client_lib/README", "docs/man/SocketProtector"),
     *("docs/page", "docs/comparison", "README", "client_lib/README", "ARCHITECTURE", "search"),
 ]
 

@@ -556,6 +556,6 @@ def test_it_loads_little() -> None:
 
 
 def test_the_constants_are_those_of_the_documentation() -> None:
-    text = (ROOT / "docs" / "legacy.md").read_text()
+    text = (ROOT / "docs" / "stdio.md").read_text()
     assert f"{stream.SUN_PATH_BYTES} bytes" in text
     assert f"{adapter.LEAVE_S:g} s" in text

@@ -359,7 +359,7 @@ def test_the_profile_of_apparmor_lets_no_worker_replace_another_service_s_pid_fi
 
 
 def test_pictures_of_a_packaged_page_are_on_the_web(tmp_path: Path) -> None:
-    for page in ("README.md", "docs/page.md"):
+    for page in ("README.md", "docs/metrics.md"):
         copied = tmp_path / Path(page).name
         shutil.copy(ROOT / page, copied)
         subprocess.run([ROOT / "packaging" / "link-pictures", copied], check=True)

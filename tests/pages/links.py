@@ -14,11 +14,16 @@ ON_THE_SITE = sorted(
         *ROOT.glob("*.md"),
         *(ROOT / "docs").rglob("*.md"),
         *(ROOT / "client_lib").rglob("*.md"),
-        *(ROOT / "exporter").glob("*.md"),
     }
 )
-#: All that people read: measurements and tests stand beside what makes them.
-PAGES = sorted({*ON_THE_SITE, *(ROOT / "bench").glob("*.md"), *(ROOT / "tests").glob("*.md")})
+#: All that people read: measurements and tests are beside what makes them, and the exporter has a
+#: page for an index of packages.
+PAGES = sorted(
+    {
+        *ON_THE_SITE,
+        *(page for each in ("bench", "exporter", "tests") for page in (ROOT / each).glob("*.md")),
+    }
+)
 #: .so: another name of a page that is there.
 MANUALS = sorted(
     path

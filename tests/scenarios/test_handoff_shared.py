@@ -2,7 +2,7 @@
 
 The tests have a copy of the socket, too, and so see what the workers see.
 
-What a process with a descriptor can change for all, beside what docs/listener-mode.md lists:
+What a process with a descriptor can change for all, beside what docs/modes.md lists:
 
 * SO_PEERCRED of UNIX clients is the last caller of listen(): SocketProtector calls it at the first
   start, as the user that it runs as;

@@ -1,6 +1,6 @@
 """Unmodified servers under --handoff listener while the protector itself is replaced, under load.
 
-What they share with it (docs/listener-mode.md, "What is shared") stays as they have set it, or
+What they share with it (docs/modes.md, "What is shared") stays as they have set it, or
 they would hang in accept().
 """
 

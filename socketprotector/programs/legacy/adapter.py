@@ -11,7 +11,7 @@ Rule: connections wait in the channel.  A stream has two unread connections at m
 of the child loses them; this process has one at most.
 
 It exits like its child: with the same status, or by the same signal.
-Source: docs/legacy.md, unix(7).
+Source: docs/stdio.md, unix(7).
 """
 
 from __future__ import annotations

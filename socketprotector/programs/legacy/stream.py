@@ -1,7 +1,7 @@
 """The abstract stream socket of one port, over which the daemon gets its connections.
 
 Each message is one byte with a descriptor.  The socket's name passes from worker to worker: a
-worker frees it when its child has connected.  Source: docs/legacy.md, unix(7).
+worker frees it when its child has connected.  Source: docs/stdio.md, unix(7).
 """
 
 from __future__ import annotations

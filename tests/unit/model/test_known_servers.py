@@ -83,7 +83,7 @@ def test_the_advice_for_one_that_binds_the_socket_it_was_handed_is_to_take_it_ov
     told = known_servers.advice(program, said="bind: Address already in use")
 
     assert "take over the socket that it is handed" in told
-    assert "a proxy in front (docs/when-not.md)" in told
+    assert "a proxy in front (docs/comparison.md)" in told
     assert ("uvicorn --fd {fd:http}" in told) is (argv[0] == "uvicorn")
     assert known_servers.advice(program, said="no such module") == ""
 

@@ -31,11 +31,14 @@ class OpenGeneration:
             board = Board.make()
         except OSError:
             board = None  # a generation without counts is better than none
-        return cls(GenerationRecord(number, program, opened_at=time.time()), board)
+        record = GenerationRecord(number, program, knows=known_to(program), opened_at=time.time())
+        return cls(record, board)
 
     @classmethod
     def adopt(cls, record: GenerationRecord, board: int | None) -> OpenGeneration:
         """Adopt a generation that an earlier program opened; takes ownership of its scoreboard."""
+        if record.knows is None:  # an older program did not record it
+            record = replace(record, knows=known_to(record.program))
         return cls(record, Board(board) if board is not None else None)
 
     @property
@@ -68,7 +71,7 @@ class OpenGeneration:
 
     def knows(self, index: int) -> bool:
         """Return whether its workers were given a listener; index: the listener's."""
-        known = known_to(self.program)
+        known = self.record.knows
         return known is None or index in known
 
     def counts(self, slot: int) -> Counts | None:
@@ -137,7 +140,7 @@ class Generations(dict[int, OpenGeneration]):
 
 
 def known_to(program: Program) -> frozenset[int] | None:
-    """Return the listeners that a program gets, by index; None: unknown (of an old version)."""
+    """Return the listeners that a program gets, by index; None: all."""
     if not program.listeners:
         return None
     names = program.listeners.split()

@@ -51,19 +51,9 @@ class Channel:
         """Take ownership of both ends; `write` is already closed if the channel was ended."""
         self.read = read
         self.write = write
-        #: The indexes of the listeners that its workers know; None: all listeners.
-        self.knows: frozenset[int] | None = None
-        #: Whether a worker has taken a connection from it.
-        self.taken_from = False
-        #: Whether it was reported that no worker takes from it.
-        self.said_untaken = False
 
-    def knows_of(self, index: int) -> bool:
-        """Return whether its workers know a listener, so that they can get its connections."""
-        return self.knows is None or index in self.knows
-
-    @classmethod
-    def make(cls, queue: int) -> Channel:
+    @staticmethod
+    def make(queue: int) -> Channel:
         """Return a new channel with room for about `queue` untaken connections.
 
         Raises OSError if the system is out of descriptors or memory.
@@ -76,10 +66,10 @@ class Channel:
             # The kernel doubles this value, and clamps it to 2 x net.core.wmem_max.
             wanted = queue * _CHARGE_BYTES // 2
             write.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, wanted)
-        return cls(read, write)
+        return Channel(read, write)
 
-    @classmethod
-    def adopt(cls, descriptors: Mapping[str, int]) -> Channel:
+    @staticmethod
+    def adopt(descriptors: Mapping[str, int]) -> Channel:
         """Return a channel from the ends that descriptors() named in an earlier program; own them.
 
         Without a write end the channel was ended.  Raises KeyError if the read end is missing.
@@ -88,9 +78,7 @@ class Channel:
         write = socket.socket(fileno=descriptors.get("write", descriptors["read"]))
         if "write" not in descriptors:
             write.detach()  # a closed socket, made without opening a descriptor: none may be free
-        adopted = cls(read, write)
-        adopted.taken_from = True  # an earlier program may have taken from it
-        return adopted
+        return Channel(read, write)
 
     def descriptors(self) -> dict[str, int]:
         """Return the descriptors for adopt() in the next program, by name."""

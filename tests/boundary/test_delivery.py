@@ -90,7 +90,9 @@ class World(ABC):
         """Open a generation that knows the listeners which there are, with one worker."""
         told = wire.pack_listeners([each.settings.address for each in self.delivery.listeners])
         program = Program("/w", ("w",), "/", (), 0, (), 0, listeners=told)
-        made = self.generations[number] = OpenGeneration(GenerationRecord(number, program))
+        made = self.generations[number] = OpenGeneration.adopt(
+            GenerationRecord(number, program), None
+        )
         self.delivery.open(made, 64, fresh=True)
         self.start_worker(made)
         return made

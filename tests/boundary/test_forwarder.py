@@ -29,9 +29,10 @@ from socketprotector.daemon.delivery.queue.queue_watch import (
 from socketprotector.daemon.delivery.queue.shortage import FIRST_WAIT_S, LAST_WAIT_S
 from socketprotector.daemon.runtime import Runtime
 from socketprotector.model.settings import ListenerSettings
-from socketprotector.system.channel import BROKEN, Channel, rights_of
+from socketprotector.system.channel import BROKEN, rights_of
 from socketprotector.system.listener import TRANSIENT_ERRNOS, Listener
 from socketprotector.system.loop import Loop
+from tests.generation_channel import generation_channel
 from tests.together import together
 
 FD = struct.Struct("i")
@@ -776,7 +777,7 @@ def test_the_end_comes_though_what_is_left_cannot_be_looked_at(world: World, cod
 def test_taking_back_works_with_the_reserve_alone() -> None:
     """Not one descriptor is free: the reserve makes room for the one in our hands."""
     world = World()
-    old, new = Channel.make(64), Channel.make(64)
+    old, new = generation_channel(), generation_channel()
     world.forwarder.route_to(old)
     world.listeners[0].backlog.extend(range(5))
     world.turn()

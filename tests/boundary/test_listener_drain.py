@@ -16,14 +16,15 @@ from socketprotector_client import wire
 
 from socketprotector.daemon.delivery import QUIET_S
 from socketprotector.daemon.delivery.queue.forwarder import Forwarder
+from socketprotector.daemon.delivery.queue.generation_channel import GenerationChannel
 from socketprotector.daemon.runtime import Runtime
 from socketprotector.model.settings import ListenerSettings
-from socketprotector.system.channel import Channel
 from socketprotector.system.inherited import Inherited
 from socketprotector.system.listener import Listener
 from socketprotector.system.listeners import listener_of
 from socketprotector.system.loop import Loop
 from tests.boundary.conftest import Turns
+from tests.generation_channel import generation_channel
 
 
 class Scarce(socket.socket):
@@ -89,10 +90,9 @@ class World:
         settings = ListenerSettings(f"unix:{path}", *ours, foreign=foreign)
         return listener_of(sock.detach(), index, settings)
 
-    def channel(self, knows: set[int], queue: int = 64) -> Channel:
-        made = Channel.make(queue)
+    def channel(self, knows: set[int], queue: int = 64) -> GenerationChannel:
+        made = generation_channel(queue, frozenset(knows))
         made.write = Scarce(made.write.detach())
-        made.knows = frozenset(knows)
         return made
 
     def connect(self, index: int, times: int = 1) -> None:
@@ -133,7 +133,7 @@ def world(tmp_path: Path, turns: Turns) -> Iterator[World]:
     made.close()
 
 
-def taken(channel: Channel) -> list[int]:
+def taken(channel: GenerationChannel) -> list[int]:
     """The listeners of what waits in a channel, oldest first."""
     found = []
     while (each := channel.take_back()) is not None:
@@ -142,7 +142,7 @@ def taken(channel: Channel) -> list[int]:
     return found
 
 
-def heard(channel: Channel) -> list[int]:
+def heard(channel: GenerationChannel) -> list[int]:
     """What the clients queued in a channel have sent, oldest first."""
     found: list[int] = []
     while (each := channel.take_back()) is not None:
@@ -151,7 +151,7 @@ def heard(channel: Channel) -> list[int]:
     return found
 
 
-def short(channel: Channel, times: int = 1) -> None:
+def short(channel: GenerationChannel, times: int = 1) -> None:
     """Have the system be short of something when something is sent there."""
     assert isinstance(channel.write, Scarce)
     channel.write.failures = times
@@ -359,7 +359,7 @@ def test_a_client_parked_for_a_generation_without_the_route_outlives_the_program
     small.close()
 
 
-def left(world: World, before: Channel, clients: int) -> None:
+def left(world: World, before: GenerationChannel, clients: int) -> None:
     """Have a generation leave so many clients of listener 1, which only the old one knows."""
     world.forwarder.route_to(world.old)
     world.connect(1, clients)

@@ -12,6 +12,7 @@ from socketprotector.daemon.delivery.queue.probe_port import ProbePort, is_probe
 from socketprotector.daemon.delivery.queue.queue_watch import QueueWatch
 from socketprotector.system.channel import Channel
 from socketprotector.system.loop import Loop
+from tests.generation_channel import generation_channel
 from tests.running import eventually
 
 
@@ -67,7 +68,7 @@ def test_a_question_that_was_taken_does_not_wait_behind_another_ports(loop: Loop
     Whoever took the other one for it would not end it, and so the other one would never be taken.
     """
     with ExitStack() as stack:
-        channel = stack.enter_context(closing(Channel.make(4)))
+        channel = stack.enter_context(closing(generation_channel(4)))
         clients = QueueWatch(
             loop, forwarded=lambda: 0, send_again=lambda _: None, untaken=lambda *_: None
         )

@@ -19,12 +19,13 @@ from collections.abc import Callable, Sequence
 from ....core.events import BacklogEmptied
 from ....model.lazy_dataclass import mutable
 from ....model.records import ForwarderRecord
-from ....system.channel import BROKEN, Channel
+from ....system.channel import BROKEN
 from ....system.inherited import Inherited
 from ....system.listener import TRANSIENT_ERRNOS, Listener
 from ...runtime import Runtime
 from .. import LAST_S, QUIET_S
 from .acceptor import Acceptor
+from .generation_channel import GenerationChannel
 from .listener_drain import DrainingListeners
 from .outlet import Outlet
 from .probe_port import is_probe
@@ -58,7 +59,6 @@ class Forwarder:
         broken: Callable[[], None],
         repair: Callable[[Listener], None],
         untaken: Callable[[float, int, bool], None] = lambda seconds, waiting, ever: None,
-        ended: Callable[[Channel], None] = lambda channel: None,
     ) -> None:
         """Take ownership of the listeners.
 
@@ -67,13 +67,11 @@ class Forwarder:
         system is short of descriptors or memory.
         untaken: called once for each route, with how many seconds no worker took a connection, how
         many wait, and whether any was ever taken.
-        ended: called when a channel has its end of file, behind what is queued.
         """
         self._loop = loop = runtime.loop
         self._post = runtime.post
         self._listeners = list(listeners)
         self._repair = repair
-        self._ended = ended
         self._forwarded = 0  # by earlier programs
         self._lost = 0
         self.undelivered = Undelivered(runtime.persist)
@@ -91,7 +89,7 @@ class Forwarder:
         )
         #: Channels whose connections are taken back once a route has room, oldest first; True:
         #: their generation is released, so they are closed afterwards.
-        self._leftovers: dict[Channel, bool] = {}
+        self._leftovers: dict[GenerationChannel, bool] = {}
         self._holding = False  # a hold: accept nothing
         self._ended_listeners: list[Listener] = []  # no longer accepted from
         self._closing: _Closing | None = None
@@ -101,11 +99,11 @@ class Forwarder:
             *(loop, self.undelivered, self.queue, self._shortage),
             *(stop, self._resume, broken),
         )
-        self._drains = DrainingListeners(runtime, self.undelivered, self._shortage, self._end)
+        self._drains = DrainingListeners(runtime, self.undelivered, self._shortage)
 
     # -- orders --------------------------------------------------------------
 
-    def route_to(self, channel: Channel | None) -> None:
+    def route_to(self, channel: GenerationChannel | None) -> None:
         """Send new connections to this channel; None: keep them in the backlog."""
         self.outlet.lead_to(channel)
         self._acceptor.end_all()
@@ -117,7 +115,7 @@ class Forwarder:
         self._acceptor.end_all()
         self._resume()
 
-    def drain(self, channel: Channel) -> None:
+    def drain(self, channel: GenerationChannel) -> None:
         """Take back untaken connections, as far as the route has room; then end the channel.
 
         Without a route its workers take the rest.  But if a worker has shut the channel down, they
@@ -127,18 +125,14 @@ class Forwarder:
         self._reclaim(channel)
         if not shut and self._drains.end_after(channel):
             return  # it still gets the backlog of a removed listener
-        self._end(channel)
+        channel.end()
         if shut and channel.depth():
             self._leftovers.setdefault(channel, False)  # an earlier program may have begun
 
-    def _end(self, channel: Channel) -> None:
-        channel.end()
-        self._ended(channel)
-
-    def release(self, channel: Channel) -> None:
+    def release(self, channel: GenerationChannel) -> None:
         """Close a channel without workers once its connections have gone to a route."""
         self._drains.end(channel)
-        self._end(channel)
+        channel.end()
         self._leftovers.pop(channel, None)
         if channel.depth():
             self._leftovers[channel] = True
@@ -151,7 +145,7 @@ class Forwarder:
         self._listeners.append(listener)
         self._resume()
 
-    def remove(self, listener: Listener, to: Channel | None) -> None:
+    def remove(self, listener: Listener, to: GenerationChannel | None) -> None:
         """Refuse new clients.  The backlog goes to this channel; without one it is lost."""
         self._listeners.remove(listener)
         self._acceptor.end(listener)
@@ -249,7 +243,7 @@ class Forwarder:
         found = {name: fd for each in listeners for name, fd in each.descriptors().items()}
         return found | self.undelivered.descriptors()
 
-    def adopt_drained(self, channel: Channel) -> None:
+    def adopt_drained(self, channel: GenerationChannel) -> None:
         """Adopt a channel that an earlier program ended: empty it for the next route."""
         if channel.depth():
             self._leftovers[channel] = False
@@ -283,7 +277,7 @@ class Forwarder:
             except OSError as error:  # max_user_watches is reached, or no memory is left
                 self._shortage.begin("epoll_ctl", error)
 
-    def _send_again(self, route: Channel) -> None:
+    def _send_again(self, route: GenerationChannel) -> None:
         """Send all queued connections again, in the same order."""
         for _ in range(route.depth()):
             taken = self._shortage.take_back(route) if self.outlet.is_free else None
@@ -296,7 +290,7 @@ class Forwarder:
             else:
                 self.outlet.send(route, header, fd)
 
-    def _reclaim(self, channel: Channel, *, last: bool = False) -> None:
+    def _reclaim(self, channel: GenerationChannel, *, last: bool = False) -> None:
         """Move a channel's connections to the route, oldest first, while there is room.
 
         A connection by a listener that the route does not know goes back to the channel's end.  If
@@ -326,7 +320,7 @@ class Forwarder:
             elif self.outlet.route is not None:
                 self.outlet.send(self.outlet.route, header, fd)
 
-    def _is_stuck(self, channel: Channel) -> bool:
+    def _is_stuck(self, channel: GenerationChannel) -> bool:
         """Return whether the next connection can neither go to the route nor be put back."""
         try:
             header = channel.peek() if channel.write.fileno() < 0 else None
@@ -337,7 +331,7 @@ class Forwarder:
         known = route is None or header is None or route.knows_of(listener_of(header))
         return not known
 
-    def _put_back(self, channel: Channel, header: bytes, fd: int) -> None:
+    def _put_back(self, channel: GenerationChannel, header: bytes, fd: int) -> None:
         """Send a connection back to its channel, or keep it.  Takes ownership of fd."""
         try:
             channel.send(header, fd)
@@ -416,7 +410,7 @@ class Forwarder:
         self._loop.unwatch(listener.fileno())
 
 
-def _clients_in(channel: Channel) -> int:
+def _clients_in(channel: GenerationChannel) -> int:
     """Discard all connections in a channel; return how many were clients."""
     found = 0
     try:
@@ -430,7 +424,7 @@ def _clients_in(channel: Channel) -> int:
     return found
 
 
-def _may_have_unknown(channel: Channel, route: Channel) -> bool:
+def _may_have_unknown(channel: GenerationChannel, route: GenerationChannel) -> bool:
     """Return whether a channel may have connections by listeners that a route does not know."""
     if route.knows is None:
         return False

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable
 from functools import partial
 
 from socketprotector_client import wire
@@ -53,18 +52,10 @@ class _Draining:
 class DrainingListeners:
     """The removed listeners that still have connected clients to serve."""
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        undelivered: Undelivered,
-        shortage: Shortage,
-        end_channel: Callable[[Channel], None],
-    ) -> None:
-        """end_channel: lets a channel's workers read end of file, and records that."""
+    def __init__(self, runtime: Runtime, undelivered: Undelivered, shortage: Shortage) -> None:
         self._loop, self._log = runtime.loop, runtime.log
         self._undelivered = undelivered
         self._shortage = shortage
-        self._end_channel = end_channel
         #: How many connections came by these listeners, and how many of them were lost.
         self.accepted = self.lost = 0
         self._draining: list[_Draining] = []
@@ -135,7 +126,7 @@ class DrainingListeners:
         self._draining.remove(each)
         if each.channel in self._to_end and not self._to(each.channel):
             self._to_end.remove(each.channel)
-            self._end_channel(each.channel)
+            each.channel.end()
         self._undelivered.persist()
 
     def _look(self, each: _Draining) -> None:

@@ -11,8 +11,9 @@ import os
 from collections.abc import Callable
 
 from ....model.lazy_dataclass import mutable
-from ....system.channel import BROKEN, Channel
+from ....system.channel import BROKEN
 from ....system.loop import WRITE, Loop
+from .generation_channel import GenerationChannel
 from .probe_port import is_probe
 from .queue_watch import QueueWatch
 from .shortage import Shortage
@@ -33,10 +34,10 @@ class Outlet:
     resume: Callable[[], None]
     #: Called when the route's channel was shut down.
     broken: Callable[[], None]
-    route: Channel | None = None
-    _full: Channel | None = None  # its write end is watched for room
+    route: GenerationChannel | None = None
+    _full: GenerationChannel | None = None  # its write end is watched for room
 
-    def lead_to(self, channel: Channel | None) -> None:
+    def lead_to(self, channel: GenerationChannel | None) -> None:
         """Send to this channel from now on; None: send nothing."""
         self.route = channel
         self.queue.follow(channel)
@@ -71,7 +72,7 @@ class Outlet:
             else:
                 self.send(route, *taken)
 
-    def send(self, route: Channel, header: bytes, fd: int) -> None:
+    def send(self, route: GenerationChannel, header: bytes, fd: int) -> None:
         """Send one connection, or keep it.  Takes ownership of fd."""
         try:
             route.send(header, fd)
@@ -101,7 +102,7 @@ class Outlet:
         os.close(fd)
         self.shortage.take_reserve()
 
-    def _await_room(self, channel: Channel) -> None:
+    def _await_room(self, channel: GenerationChannel) -> None:
         try:
             self.loop.watch(channel.write.fileno(), self._room, WRITE)
         except OSError as error:

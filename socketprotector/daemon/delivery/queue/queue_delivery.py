@@ -20,10 +20,11 @@ from ....system.channel import Channel
 from ....system.inherited import Inherited
 from ....system.listener import RESOURCE_ERRNOS, Listener
 from ....system.loop import SHUT
-from ...generation import OpenGeneration, known_to
+from ...generation import OpenGeneration
 from .. import Delivery, Handles, Host
 from ..probe_target import ProbeTarget
 from .forwarder import Forwarder
+from .generation_channel import GenerationChannel
 from .probe_port import ProbePort
 
 
@@ -36,7 +37,7 @@ class QueueDelivery(Delivery):
         self._host = host
         runtime = host.runtime
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
-        self._channels: dict[int, Channel] = {}
+        self._channels: dict[int, GenerationChannel] = {}
         self._route: int | None = None
         self.forwarder = Forwarder(
             runtime,
@@ -44,7 +45,6 @@ class QueueDelivery(Delivery):
             broken=self._report_broken_route,
             repair=self._repair,
             untaken=lambda seconds, waiting, ever: host.untaken(seconds, waiting, ever, None),
-            ended=self._note_ended,
         )
 
     # -- a generation ----------------------------------------------------------------
@@ -56,8 +56,7 @@ class QueueDelivery(Delivery):
         return None
 
     def open(self, generation: OpenGeneration, queue: int, *, fresh: bool) -> None:
-        channel = Channel.make(queue)
-        channel.knows = known_to(generation.program)
+        channel = GenerationChannel(Channel.make(queue), generation)
         try:
             self._watch(generation.record.number, channel)
         except OSError:
@@ -118,15 +117,15 @@ class QueueDelivery(Delivery):
     def keeps(self, number: int) -> bool:
         return number in self._open_channels()
 
-    def _of(self, generation: OpenGeneration) -> Channel:
+    def _of(self, generation: OpenGeneration) -> GenerationChannel:
         return self._channels[generation.record.number]
 
-    def _open_channels(self) -> dict[int, Channel]:
+    def _open_channels(self) -> dict[int, GenerationChannel]:
         """Return the channels that the forwarder has not emptied and closed."""
         self._channels = {n: each for n, each in self._channels.items() if not each.closed}
         return self._channels
 
-    def _watch(self, number: int, channel: Channel) -> None:
+    def _watch(self, number: int, channel: GenerationChannel) -> None:
         """Watch for a worker that shuts the channel down: then other workers may take no more.
 
         Raises OSError.
@@ -142,12 +141,6 @@ class QueueDelivery(Delivery):
         self._loop.unwatch(self._channels[number].read.fileno())
         since = self._host.generations[number].record.serving_since
         self._post(ChannelBroken(number, time.monotonic() - since if since else 0.0))
-
-    def _note_ended(self, channel: Channel) -> None:
-        """Note that the workers of a channel's generation get no more clients."""
-        for number, generation in self._host.generations.items():
-            if self._channels.get(number) is channel:
-                generation.note_ended()
 
     # -- counts ------------------------------------------------------------------------
 
@@ -273,8 +266,8 @@ class QueueDelivery(Delivery):
             for fd in descriptors.values():
                 os.close(fd)
             return False
-        record, channel = generation.record, Channel.adopt(descriptors)
-        channel.knows = known_to(record.program)
+        record = generation.record
+        channel = GenerationChannel(Channel.adopt(descriptors), generation, adopted=True)
         self._channels[record.number] = channel
         if draining:
             self.forwarder.adopt_drained(channel)

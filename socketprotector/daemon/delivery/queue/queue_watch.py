@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable
 
 from ....model.lazy_dataclass import KW_ONLY, mutable
-from ....system.channel import Channel
 from ....system.loop import Loop
 from .. import NEVER_TAKEN_S, UNTAKEN_S
+from .generation_channel import GenerationChannel
 
 #: The first and the longest pause before a look at the queue's head; the pause doubles while the
 #: head stays the same.
@@ -34,19 +34,19 @@ class QueueWatch:
     #: Returns how many connections were ever sent.
     forwarded: Callable[[], int]
     #: Sends all queued connections again.
-    send_again: Callable[[Channel], None]
+    send_again: Callable[[GenerationChannel], None]
     #: See Forwarder.
     untaken: Callable[[float, int, bool], None]
     #: Whether a look is due; otherwise the next send must call start().
     runs: bool = False
     #: The connections sent to the route, minus `forwarded`.
     _extra: int = 0
-    _route: Channel | None = None
+    _route: GenerationChannel | None = None
     _head: bytes | None = None  # at the last look
     _head_since: float = 0.0
     _look_s: float = FIRST_LOOK_S
 
-    def follow(self, route: Channel | None) -> None:
+    def follow(self, route: GenerationChannel | None) -> None:
         """Watch another route, or none."""
         self._route, self._head = route, None
         queued = route.depth() if route is not None else 0
@@ -75,7 +75,7 @@ class QueueWatch:
         """Subtract a counted connection that is not in the queue, or was taken back."""
         self._extra -= 1
 
-    def oldest_waiting_s(self, channel: Channel) -> float | None:
+    def oldest_waiting_s(self, channel: GenerationChannel) -> float | None:
         """Return for how long no worker took a connection; None: too short to report."""
         if channel is not self._route or self._head is None:
             return None

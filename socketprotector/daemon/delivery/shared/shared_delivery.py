@@ -18,7 +18,7 @@ from ....model.records import DeliveryRecord
 from ....model.settings import Settings
 from ....system.inherited import Inherited
 from ....system.listener import Listener
-from ...generation import OpenGeneration, known_to
+from ...generation import OpenGeneration
 from .. import LAST_S, QUIET_S, Delivery, Handles, Host
 from ..probe_target import ProbeTarget
 from .accept_counts import AcceptCounts
@@ -88,7 +88,7 @@ class SharedDelivery(Delivery):
         self, generation: OpenGeneration, slot: int, free: Iterator[int], settings: Settings
     ) -> Handles:
         number, socket_number = generation.record.number, generation.record.socket_number
-        wanted = sorted(known_to(generation.program) or ())
+        wanted = sorted(generation.record.knows or ())
         there = {each.index: each.socket_for(socket_number).fileno() for each in self._listeners}
         if not there.keys() >= set(wanted):
             why = "a listener was lost when the protector was killed; restart to have it"

@@ -1,0 +1,24 @@
+"""What an open generation takes from a record, its own or an older program's."""
+
+from __future__ import annotations
+
+from socketprotector.core.snapshot import CODEC
+from socketprotector.daemon.generation import OpenGeneration
+from socketprotector.model.records import GenerationRecord, Program
+
+PROGRAM = Program("/w", ("w",), "/", (), 0, (), 0, listeners="tcp:127.0.0.1:80 - unix:/s")
+
+
+def test_which_listeners_it_knows_is_in_its_record() -> None:
+    made = OpenGeneration.make(1, PROGRAM)
+    made.forget_board()
+
+    assert made.record.knows == frozenset({0, 2})
+    assert [made.knows(index) for index in range(4)] == [True, False, True, False]
+    assert CODEC.decode(CODEC.encode(made.record)) == made.record
+
+
+def test_a_record_of_an_older_program_gets_the_listeners_that_its_program_names() -> None:
+    adopted = OpenGeneration.adopt(GenerationRecord(1, PROGRAM), None)
+
+    assert adopted.record.knows == frozenset({0, 2})

@@ -1,8 +1,9 @@
 """Measure servers on a UNIX socket behind nginx and HAProxy: python -m tests.servers.behind.
 
 A server is reloaded under load, gets a release that cannot be loaded, one that hangs and one that
-answers 500; then its master is killed, the protector upgraded, and the protector killed beside its
-guard.  After each of these a line says what the clients of that part have seen.
+answers 500; then its master is killed, the protector upgraded, the protector killed beside its
+guard, and the guard killed.  After each of these a line says what the clients of that part have
+seen.  With --results a later call measures the parts that are not in the file.
 """
 
 from __future__ import annotations
@@ -10,84 +11,119 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from bench.processes import free_port
-from tests.running import Protector, mark
-from tests.scenarios.adopting import kill_protector, revived, upgrade
+from tests.running import Protector, mark, wait_gone
+from tests.scenarios.adopting import kill_protector, protector_pid, revived, upgrade
 from tests.scenarios.operating import pass_time
 from tests.scenarios.tools import spawned
+from tests.servers.behind_results import Cell, Count, add, read, tables
 from tests.servers.catalogue import BEHIND, WAIT_S, Release
 from tests.servers.proxies import PROXIES, proxied
 from tests.unit.ctl.conftest import run
 from tests.web import Traffic
 
+UNIX, TCP = "unix", "tcp"
 #: Children that load the application themselves have the release of before by then.
 LOADS_S = 3.0
 
 
-class Part:
-    """Prints what the clients have seen since the part before."""
+class Parts:
+    """Counts what the clients have seen in each part, and prints it."""
 
-    def __init__(self, row: str, traffic: Traffic) -> None:
-        self._row, self._seen = row, traffic.seen
+    def __init__(self, cell: Cell, traffic: Traffic) -> None:
+        self.counts: dict[str, Count] = {}
+        self._cell, self._seen = cell, traffic.seen
         self._answers, self._failures = 0, Counter[str]()
 
-    def ends(self, name: str) -> None:
-        """Say what clients have seen since the part before."""
+    def ends(self, name: str, seconds: float) -> None:
+        """Take what clients have seen since the part before."""
         answers, failures = self._seen.answers.total(), Counter(self._seen.failures)
         new = failures - self._failures
-        of = answers - self._answers + new.total()
-        print(f"{self._row} {name}: {new.total()} of {of} {dict(new) or ''}", flush=True)
+        count = Count(answers - self._answers + new.total(), new)
+        print(f"{self._cell}: {name} ({seconds:.0f} s): {count.text} {dict(new) or ''}", flush=True)
+        self.counts[name] = count
         self._answers, self._failures = answers, failures
 
 
-def measure(name: str, given: argparse.Namespace, clients: int) -> None:
-    """Start one server behind one proxy, and go through all parts."""
-    server = BEHIND[name]
+def measure(cell: Cell, given: argparse.Namespace, wanted: Sequence[str]) -> None:
+    """Start one server behind one proxy, and go through the wanted parts."""
+    server = replace(BEHIND[cell.server], listener="?nodelay=1" if given.nodelay else "")
     with tempfile.TemporaryDirectory(prefix="sp-") as text, mark() as marks:
         folder = Path(text)
         os.environ["XDG_RUNTIME_DIR"] = text
-        path = None if given.tcp else folder / "web.sock"
+        path = folder / "web.sock" if cell.transport == UNIX else None
         options = ("--guard", "--start-timeout", "8s", "--kill-timeout", "1s")
         words, release = server.deployed(
             folder, free_port, *options, *given.option, ready=("--ready", "http:/"), unix=path
         )
         daemon = Protector(words, {**marks, "WAIT_S": WAIT_S})
-        row = f"{name}, {given.proxy}, {'kept' if given.kept else 'single'}, {clients}:"
         try:
             daemon.ready()
             server_at = f"unix:{path}" if path else f"127.0.0.1:{daemon.port}"
             port = free_port()
             with (
-                proxied(
-                    given.proxy, server_at, port, folder, kept=given.kept, retries=given.retries
-                ),
-                Traffic(("127.0.0.1", port), kept=True, clients=clients, pause_s=0.005) as traffic,
+                proxied(cell.proxy, server_at, port, folder, kept=cell.kept, retries=given.retries),
+                Traffic(
+                    ("127.0.0.1", port), kept=True, clients=cell.clients, pause_s=0.005
+                ) as traffic,
             ):
                 traffic.wait_for(spawned(daemon)[-1])
-                parts(daemon, release, traffic, Part(row, traffic), given)
+                counted = Parts(cell, traffic)
+                try:
+                    go_through(daemon, release, traffic, counted, given, wanted)
+                finally:
+                    if given.results:
+                        add(given.results, cell, counted.counts)
             if os.environ.get("SHOW_LOG"):
                 print((folder / "proxy.log").read_text(), (folder / "error.log").read_text())
-            daemon.stop()
+            stop(daemon)
         finally:
             daemon.end()
-            if daemon.process.returncode or os.environ.get("SHOW_LOG"):
+            if sys.exc_info()[0] or os.environ.get("SHOW_LOG"):
                 print(daemon.log.text())
 
 
-def parts(
+def stop(daemon: Protector) -> None:
+    """Stop the protector, whose guard may have been killed."""
+    if daemon.process.poll() is None:
+        daemon.stop()
+    else:
+        pid = protector_pid(daemon)
+        os.kill(pid, signal.SIGTERM)
+        assert wait_gone([pid]) == [], daemon.log.text()
+
+
+def names_of_parts(reloads: int) -> list[str]:
+    """Return the parts in their order."""
+    broken = ("cannot be loaded", "hangs", "answers 500")
+    return [
+        f"{reloads} reloads",
+        *broken,
+        "master killed",
+        "USR2",
+        "protector killed",
+        "guard killed",
+    ]
+
+
+def go_through(
     daemon: Protector,
     release: Release,
     traffic: Traffic,
-    part: Part,
+    counted: Parts,
     given: argparse.Namespace,
+    wanted: Sequence[str],
 ) -> None:
-    """Go through those that are wanted."""
+    """Go through the wanted parts."""
 
     def serves() -> None:
         if given.kept:  # connections that are never idle stay with the old one
@@ -124,27 +160,33 @@ def parts(
         assert "event=resumed" in upgrade(daemon)
         reload()
 
-    def killed() -> None:
+    def protector_killed() -> None:
         revived(daemon, kill_protector(daemon))
         reload()
 
-    each: dict[str, Callable[[], None]] = {
-        f"{given.reloads} reloads": many,
-        "cannot be loaded": lambda: refused(release.breaks),
-        "hangs": lambda: refused(release.hangs),
-        "answers 500": lambda: refused(lambda: release.answers(500)),
-        "master killed": master_killed,
-        "USR2": upgraded,
-        "protector killed": killed,
-    }
-    for name, act in each.items():
-        if not given.part or any(word in name for word in given.part):
+    def guard_killed() -> None:
+        daemon.process.kill()
+        daemon.log.wait_for("event=guard-died")
+        reload()
+
+    acts: tuple[Callable[[], None], ...] = (
+        many,
+        lambda: refused(release.breaks),
+        lambda: refused(release.hangs),
+        lambda: refused(lambda: release.answers(500)),
+        master_killed,
+        upgraded,
+        protector_killed,
+        guard_killed,
+    )
+    for name, act in zip(names_of_parts(given.reloads), acts, strict=True):
+        if name in wanted:
             began = time.monotonic()
             act()
-            part.ends(f"{name} ({time.monotonic() - began:.0f} s)")
+            counted.ends(name, time.monotonic() - began)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.servers.behind", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BEHIND))
     parser.add_argument("--proxy", choices=list(PROXIES), default="nginx")
@@ -153,13 +195,37 @@ def main() -> None:
     parser.add_argument("--clients", default="4,64")
     parser.add_argument("--reloads", type=int, default=20)
     parser.add_argument("--tcp", action="store_true", help="a port instead of a path, to compare")
+    parser.add_argument("--nodelay", action="store_true", help="with --tcp: TCP_NODELAY")
     parser.add_argument("--part", action="append", metavar="WORD", help="only parts with it")
     parser.add_argument("--option", action="append", default=[], help="one more of ours")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="add to it what is not there")
+    parser.add_argument("--table", action="store_true", help="print the tables of --results, only")
     given = parser.parse_args()
-    for name in given.names or list(BEHIND):
+    if given.table:
+        print(tables(read(given.results)), end="")
+        return 0
+    transport = (TCP + " nodelay" if given.nodelay else TCP) if given.tcp else UNIX
+    names = given.names or [name for name, each in BEHIND.items() if given.tcp or each.at_path]
+    status = 0
+    for name in names:
         for clients in map(int, given.clients.split(",")):
-            measure(name, given, clients)
+            cell = Cell(name, transport, given.proxy, given.kept, clients)
+            there = read(given.results).get(cell, {}) if given.results else {}
+            wanted = [
+                part
+                for part in names_of_parts(given.reloads)
+                if part not in there
+                and (not given.part or any(word in part for word in given.part))
+            ]
+            try:
+                if wanted:
+                    measure(cell, given, wanted)
+            except AssertionError:
+                traceback.print_exc()
+                print(f"{cell}: FAILED", flush=True)
+                status = 1
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -65,6 +65,7 @@ class Server:
     program: str = ""  # or the program; from a Debian package
     listener: str = ""  # options of ours
     tells: bool = False  # that it is ready, by itself, where it is not asked
+    at_path: bool = True  # it can accept on a UNIX socket
     waits: bool = False  # for the first request of each connection that it has accepted
 
     def deployed(
@@ -186,6 +187,7 @@ _ALL = (
         *("starman", "--preload-app", "--workers", "12", "app.psgi"),
         options=("--drain-signal", "QUIT"),
         program="starman",
+        at_path=False,
     ),
     _command(
         "nginx",
@@ -198,11 +200,19 @@ _ALL = (
 )
 SERVERS = {each.name: each for each in _ALL}
 
-#: Those that are tried behind a proxy, on a UNIX socket.
+#: Those that are tried behind a proxy.
 BEHIND = {
     **{
         name: SERVERS[name]
-        for name in ("gunicorn", "gunicorn-threads", "uvicorn", "hypercorn", "node", "starlet")
+        for name in (
+            "gunicorn",
+            "gunicorn-threads",
+            "uvicorn",
+            "hypercorn",
+            "node",
+            "starlet",
+            "starman",
+        )
     },
     "gunicorn-uvicorn": _command(
         "gunicorn-uvicorn",

@@ -6,12 +6,13 @@ or a loop, for tests of what stands above it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
 from socketprotector.core.events import BacklogEmptied
-from socketprotector.daemon.delivery import Delivery, Handles, Host
+from socketprotector.daemon.delivery import Delivery, Handles
+from socketprotector.daemon.delivery.host import Host
 from socketprotector.daemon.delivery.probe_target import ProbeTarget
 from socketprotector.daemon.generation import OpenGeneration
 from socketprotector.model.records import DeliveryRecord
@@ -32,7 +33,15 @@ def listener(index: int) -> Listener:
 class MemoryDelivery(Delivery):
     """Has a queue for each generation, and moves clients at once."""
 
-    shares_listeners = False
+    @classmethod
+    def make_listener(
+        cls, index: int, settings: ListenerSettings, fds: Sequence[int], again: tuple[int, ...]
+    ) -> Listener:
+        raise NotImplementedError
+
+    @classmethod
+    def leave(cls, listeners: Collection[Listener], record: DeliveryRecord) -> tuple[str, ...]:
+        return ()
 
     def __init__(self, host: Host, listeners: Collection[Listener]) -> None:
         self._host = host
@@ -116,8 +125,12 @@ class MemoryDelivery(Delivery):
     def listeners(self) -> tuple[Listener, ...]:
         return tuple(self._listeners)
 
-    def number_for(self, listener: Listener) -> int:
-        return 0
+    def backlog(self, listener: Listener) -> tuple[int, int] | None:
+        return None
+
+    @property
+    def worker_sockets(self) -> frozenset[int]:
+        return frozenset()
 
     def cannot_add(self, listeners: Collection[Listener]) -> str | None:
         return None

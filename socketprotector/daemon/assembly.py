@@ -84,7 +84,7 @@ class Resident:
             self.parents.systemd.pid,
         )
         self.delivery = delivery_for(settings.mode)
-        self.listeners = adopt(unclaimed, listeners, self.delivery.shares_listeners)
+        self.listeners = adopt(unclaimed, listeners, self.delivery)
         control = unclaimed.take_one(inherited.CONTROL)
         self.control_listener = (
             listener_of(control, -1, settings.control)
@@ -108,8 +108,7 @@ class Resident:
         self.began = snapshot is not None
         loop = self._become_resident()
         for listener in self.listeners:
-            if snapshot is None or not listener.shared:  # otherwise workers have set its options
-                listener.claim()
+            listener.claim(resumed=snapshot is not None)
         settings = self.settings
         log = Log(settings.log_level, prioritized=settings.to_syslog, form=settings.log_format)
         # The event queue and the checkpoint come first, because all parts need both.
@@ -166,8 +165,7 @@ class Resident:
         """Complete the exit of an earlier program whose fleet had ended; return its exit status."""
         ours = [each for each in self.listeners if not each.settings.foreign]
         if self.parents.stays(name for each in ours for name in each.descriptors()):
-            number = snapshot.steering.socket_number
-            self.surviving = tuple(filter(None, [each.leave(number) for each in ours]))
+            self.surviving = self.delivery.leave(ours, snapshot.delivery)
         self._close_listeners()
         return snapshot.fleet.exit_status
 
@@ -350,7 +348,7 @@ class Resident:
                 handler.handle(client, request)
 
         uids = {0, os.getuid()} | ({settings.identity.uid} if settings.identity else set())
-        self.control_listener.claim()
+        self.control_listener.claim(resumed=self.began)
         control = ControlServer(
             self.control_listener,
             runtime.loop,

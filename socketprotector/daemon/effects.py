@@ -9,6 +9,7 @@ history in reports.py.  recovery.py resumes where another program stopped.
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Iterable
 
@@ -60,7 +61,8 @@ from ..system.listener import Listener
 from ..system.program_spec import changed_file, program_of
 from ..system.sd_notify import Systemd
 from .check_probe import CheckProbes
-from .delivery import Delivery, Host
+from .delivery import Delivery
+from .delivery.host import Host
 from .generation import Generations, OpenGeneration
 from .live_settings import LiveSettings
 from .log_output import Output
@@ -81,7 +83,7 @@ _SETTLE_AGAIN_S = 0.1
 _LATE = "late"
 
 
-class Effects:
+class Effects(Host):
     """The real generations, workers and timers that the numbers in the fleet stand for."""
 
     def __init__(
@@ -100,27 +102,18 @@ class Effects:
 
         stay: says whether descriptors of these names survive our exit, for the next start.
         """
-        self._loop, self._log = runtime.loop, runtime.log
-        self._post = runtime.post
+        self.runtime = runtime
+        self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._stay = stay
         self.reports = Reports(
             runtime.log, systemd, start_report, policy=lambda: self.live_settings.settings.policy
         )
-        self.generations = Generations()
+        self.generations: Generations = Generations()
         self._route: int | None = None
         self.last_good: Program | None = None  # of the generation that served last
         self._due: dict[Deadline, tuple[Deadline, float]] = {}  # each timer, and when it runs out
         self.exit_status: int | None = None
-        self.delivery = build(
-            Host(
-                runtime,
-                self.generations,
-                lost=self._listener_lost,
-                bound=lambda listener: self.live_settings.note_rebound(listener),
-                untaken=self._report_untaken,
-                own_connection=lambda: self.questions.tcp_connection,
-            )
-        )
+        self.delivery = build(self)
         self.output = output
         addresses = CheckProbes(runtime.loop, runtime.log, self.delivery.reach)
         self.pool = WorkerPool(
@@ -347,17 +340,27 @@ class Effects:
         stop_s = self.live_settings.settings.policy.stop_timeout_s
         return min(self.delivery.late_s, stop_s / 2 if stop_s else float("inf"))
 
-    def _listener_lost(self, listener: Listener, reason: str) -> None:
+    # -- as the host of the delivery ---------------------------------------------
+
+    def listener_lost(self, listener: Listener, reason: str) -> None:
         """Report a lost listener; post ListenersLost when all are lost."""
         self.reports.listener_lost(listener.settings.address, reason)
         if all(each.lost for each in self.delivery.listeners):
             self._post(ListenersLost())
 
-    def _report_untaken(self, seconds: float, waiting: int, ever: bool, listen: str | None) -> None:
-        """Warn that workers accept no connection.
+    def listener_bound(self, listener: Listener) -> None:
+        """Record a listener's new socket file."""
+        self.live_settings.note_rebound(listener)
 
-        ever: one was accepted before.  listen: where clients wait, if not in the queue.
-        """
+    @property
+    def own_connection(self) -> socket.socket | None:
+        """The TCP connection of the present health probe, if it has one."""
+        return self.questions.tcp_connection
+
+    def report_untaken(
+        self, seconds: float, waiting: int, ever: bool, listen: str | None = None
+    ) -> None:
+        """Warn that workers accept no connection."""
         number = self._route
         if number is None:
             return

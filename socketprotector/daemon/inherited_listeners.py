@@ -9,13 +9,13 @@ from ..model.settings import ListenerSettings
 from ..system import inherited
 from ..system.inherited import Inherited
 from ..system.listener import Listener
-from ..system.listeners import listener_of
+from .delivery import Delivery
 
 
 def adopt(
-    unclaimed: Inherited, settings: Sequence[ListenerSettings], shared: bool
+    unclaimed: Inherited, settings: Sequence[ListenerSettings], kind: type[Delivery]
 ) -> list[Listener]:
-    """Adopt the inherited listeners; takes ownership of their descriptors.
+    """Adopt the inherited listeners, for this delivery; takes ownership of their descriptors.
 
     Several sockets may be inherited for one place of a listener.  The number behind the name says
     which is the newest: that one is in use.
@@ -32,18 +32,13 @@ def adopt(
             third, third_again = -1, third_again + 1
         if first >= 0:  # otherwise an earlier program has closed it
             numbers = again, second_again, third_again
-            made.append(
-                listener_of(
-                    first, index, each, shared=shared, sibling=second, reserved=third, again=numbers
-                )
-            )
+            made.append(kind.make_listener(index, each, (first, second, third), numbers))
             continue
         for fd in (second, third):
             if fd >= 0:
                 os.close(fd)
-    ours = [each for each in made if not shared and not each.settings.foreign]
-    for listener in [each for each in ours if not each.listens]:
-        made.remove(listener)  # an earlier program had shut it down, and was about to close it
+    for listener in [each for each in made if each.is_ending]:
+        made.remove(listener)
         listener.close()
     return made
 

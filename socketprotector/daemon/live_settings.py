@@ -16,7 +16,6 @@ from ..model.lazy_dataclass import replace
 from ..model.records import SettingsRecord
 from ..model.settings import ListenerSettings, Settings
 from ..system.listener import Listener
-from ..system.listeners import listener_of
 from . import config_reader
 from .delivery import Delivery
 from .runtime import Runtime
@@ -134,13 +133,11 @@ class LiveSettings:
             self._post(SettingsFailed("\n".join((lines[0] + more, *lines[1:]))))
             return
         added = [
-            listener_of(
-                fd,
+            self._delivery.make_listener(
                 n,
                 new.listeners[n],
-                shared=self._delivery.shares_listeners,
-                sibling=answer.siblings.get(n, -1),
-                reserved=answer.reserved.get(n, -1),
+                (fd, answer.siblings.get(n, -1), answer.reserved.get(n, -1)),
+                again=(0, 0, 0),
             )
             for n, fd in answer.listeners.items()
         ]

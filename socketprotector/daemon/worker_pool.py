@@ -7,7 +7,6 @@ reused as soon as it is reaped.
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import time
@@ -108,14 +107,11 @@ class WorkerPool:
             return ""
         # All workers run one program, so a part of thousands of workers or files is enough.
         pids = [each.process.pid for each in workers]
-        handed = {
-            os.fstat(listening.fileno()).st_ino
-            for each in self._delivery.listeners
-            for listening in each.sockets
-        }
         return known_servers.advice(
             workers[0].generation.program,
-            listens=lambda: sock_diag.address_of(sockets_of(pids, _SEARCHED) - handed),
+            listens=lambda: sock_diag.address_of(
+                sockets_of(pids, _SEARCHED) - self._delivery.worker_sockets
+            ),
             passes_over=passes_over,
         )
 

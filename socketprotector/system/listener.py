@@ -12,11 +12,12 @@ import errno
 import os
 import select
 import socket
+import struct
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 from ..model.settings import ListenerSettings
-from . import bpf, inherited, socket_copy
+from . import bpf, inherited, reuseport, socket_copy
 from .polling import events_of
 
 #: There is no client, or the client has disconnected; the next wake-up brings the next client.
@@ -270,9 +271,9 @@ class Listener:
         return os.get_blocking(self.fileno())
 
     @property
-    def listens(self) -> bool:
-        """Whether socket 0 was not shut down yet."""
-        return is_listening(self.socket)
+    def is_ending(self) -> bool:
+        """Whether an earlier program had shut it down, and was about to close it."""
+        return not (self.shared or self.settings.foreign or is_listening(self.socket))
 
     def descriptors(self) -> dict[str, int]:
         """Return the descriptors for the next program, by name; a name is never reused."""
@@ -335,8 +336,13 @@ class Listener:
 
     # -- the end -------------------------------------------------------------------
 
-    def claim(self) -> None:
-        """Listen again: clients of a UNIX socket see the pid of the last listen()."""
+    def claim(self, *, resumed: bool) -> None:
+        """Listen again: clients of a UNIX socket see the pid of the last listen().
+
+        resumed: an earlier program had it, so workers may have set its options.
+        """
+        if resumed and self.shared:
+            return
         for each in self.sockets if self.settings.backlog else ():
             each.listen(self.settings.backlog)
 
@@ -375,6 +381,17 @@ class Listener:
 
     def _steer_last(self, socket_number: int) -> None:
         """Route clients to the socket that the next start gets.  Raises OSError."""
+
+    def backlog(self, socket_number: int) -> tuple[int, int] | None:
+        """Return how many clients wait at its sockets, and how many can; None: unknown.
+
+        socket_number: the socket that new clients come to, which determines the limit.
+        """
+        try:
+            queues = [reuseport.queue(each) for each in self.sockets]
+        except (OSError, struct.error):
+            return None
+        return sum(each[0] for each in queues), queues[socket_number % len(queues)][1]
 
     def has_waiting(self, socket_number: int | None = None) -> bool:
         """Return whether a connected client waits to be accepted; None: at any of the sockets."""

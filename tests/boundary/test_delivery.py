@@ -10,7 +10,7 @@ import os
 import select
 import socket
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -21,7 +21,8 @@ from socketprotector_client import wire
 
 from socketprotector.core.events import BacklogEmptied, Event
 from socketprotector.daemon import inherited_listeners
-from socketprotector.daemon.delivery import Delivery, Host
+from socketprotector.daemon.delivery import Delivery
+from socketprotector.daemon.delivery.host import Host
 from socketprotector.daemon.delivery.queue.queue_delivery import QueueDelivery
 from socketprotector.daemon.delivery.shared.shared_delivery import SharedDelivery
 from socketprotector.daemon.generation import OpenGeneration
@@ -43,7 +44,7 @@ from tests.running import DEADLINE_S
 FIRST_FD = 3
 
 
-class World(ABC):
+class World(Host):
     """A delivery, and the generations and clients around it."""
 
     kind: type[Delivery]
@@ -62,16 +63,23 @@ class World(ABC):
         self.delivery = self.build([self.listener(0)])
 
     def build(self, listeners: list[Listener]) -> Delivery:
-        runtime = Runtime(self.loop, cast("Any", self), self.posted.append, self._persist)
-        host = Host(
-            runtime,
-            self.generations,
-            lost=lambda listener, why: self.lost.append(listener),
-            bound=lambda listener: None,
-            untaken=lambda *said: None,
-            own_connection=lambda: None,
-        )
-        return self.kind(host, listeners)
+        self.runtime = Runtime(self.loop, cast("Any", self), self.posted.append, self._persist)
+        return self.kind(self, listeners)
+
+    def listener_lost(self, listener: Listener, reason: str) -> None:
+        self.lost.append(listener)
+
+    def listener_bound(self, listener: Listener) -> None:
+        pass
+
+    def report_untaken(
+        self, seconds: float, waiting: int, ever: bool, listen: str | None = None
+    ) -> None:
+        pass
+
+    @property
+    def own_connection(self) -> socket.socket | None:
+        return None
 
     def write(self, level: str, event: str, **fields: object) -> None:
         """As a log."""
@@ -194,7 +202,7 @@ class World(ABC):
 
     def _adopted(self, before: Delivery, left: Inherited) -> list[Listener]:
         settings = [each.settings for each in before.listeners]
-        return inherited_listeners.adopt(left, settings, self.kind.shares_listeners)
+        return inherited_listeners.adopt(left, settings, self.kind)
 
     def close(self) -> None:
         for delivery, loop in ((self.delivery, self.loop), *self.earlier):
@@ -528,7 +536,7 @@ def test_a_socket_that_a_killed_program_left_under_two_names_is_one(
     found[name] = os.dup(found[earlier])
 
     left = Inherited(found)
-    [listener] = inherited_listeners.adopt(left, [before.settings], shared=True)
+    [listener] = inherited_listeners.adopt(left, [before.settings], SharedDelivery)
 
     left.close()
     fds = listener.descriptors().values()

@@ -19,7 +19,6 @@ import pytest
 from socketprotector.core.events import Event, HeldClientsWait, SocketLost, Stranded
 from socketprotector.daemon import probe
 from socketprotector.daemon.asking import Asking
-from socketprotector.daemon.control.status import of_listener
 from socketprotector.daemon.delivery import NEVER_TAKEN_S
 from socketprotector.daemon.delivery.probe_target import SHUT_DOWN
 from socketprotector.daemon.delivery.shared import probes, quiescing
@@ -2020,9 +2019,9 @@ def test_the_limit_in_status_is_that_of_the_socket_that_clients_come_to(world: W
     for number, backlog in enumerate((5, 7)):
         world.listener.socket_for(number).listen(backlog)
 
-    shown = [of_listener(world.listener, number)["backlog_limit"] for number in (0, 1)]
+    limits = [world.listener.backlog(number) for number in (0, 1)]
 
-    assert shown == [5, 7]
+    assert limits == [(0, 5), (0, 7)]
     world.steering.enter(1, 0)
     world.steering.turn_to(1)
     assert world.steering.turns.number_for(world.listener) == 1, "as status asks"

@@ -749,7 +749,7 @@ class World:
         coming = (snapshot.settings.candidate if snapshot else None) or settings
         own = {inherited.STATE, inherited.GUARD}
         left = Inherited({name: fd for name, fd in given.items() if name not in own})
-        listeners = inherited_listeners.adopt(left, coming.listeners, kind.shares_listeners)
+        listeners = inherited_listeners.adopt(left, coming.listeners, kind)
         if snapshot is not None and snapshot.fleet.exiting:
             self._why_lost = "killed at the very end"
             for each in listeners:

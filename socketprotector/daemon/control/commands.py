@@ -127,9 +127,7 @@ class CommandHandler:
             "forwarded": delivery.forwarded,
             "lost": delivery.lost,
             "queue_limit": delivery.queue_limit(route) if route else None,
-            "listeners": [
-                status.of_listener(each, delivery.number_for(each)) for each in delivery.listeners
-            ],
+            "listeners": [status.of_listener(each, delivery) for each in delivery.listeners],
             "generations": generations,
             **status.of_waits(fleet, effects, generations, self.supervisor.upgrade_waits_for()),
             "dry_run": as_dict(history.dry_run) if history.dry_run is not None else None,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import stat
-import struct
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -20,9 +19,9 @@ from ...model.records import Counts, GenerationRecord, WorkerRecord
 from ...model.settings import Settings
 from ...model.text import headline, in_units
 from ...model.waits import quantile_us
-from ...system import reuseport
 from ...system.check_command import shown
 from ...system.listener import Listener
+from ..delivery import Delivery
 from ..effects import Effects
 from ..generation import OpenGeneration
 
@@ -133,15 +132,9 @@ def _is_resolved(warning: str) -> bool:
     return False
 
 
-def of_listener(listener: Listener, socket_number: int) -> dict[str, Any]:
-    """Return the fields of a listener; the backlog is None if the kernel does not report it.
-
-    socket_number: the socket that new clients come to, which determines the limit.
-    """
-    waiting = limit = None
-    with suppress(OSError, struct.error):
-        queues = [reuseport.queue(each) for each in listener.sockets]
-        waiting, limit = sum(each[0] for each in queues), queues[socket_number % len(queues)][1]
+def of_listener(listener: Listener, delivery: Delivery) -> dict[str, Any]:
+    """Return the fields of a listener; the backlog is None if the kernel does not report it."""
+    waiting, limit = delivery.backlog(listener) or (None, None)
     return {
         "index": listener.index,
         "address": listener.settings.address,

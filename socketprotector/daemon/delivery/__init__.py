@@ -6,17 +6,16 @@ Neither imports from the other.  choice.py selects one; all other modules know o
 
 from __future__ import annotations
 
-import socket
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
-from ...model.lazy_dataclass import frozen, mutable
+from ...model.lazy_dataclass import frozen
 from ...model.records import DeliveryRecord
-from ...model.settings import Settings
+from ...model.settings import ListenerSettings, Settings
 from ...system.inherited import Inherited
 from ...system.listener import Listener
 from ..generation import OpenGeneration
-from ..runtime import Runtime
+from .host import Host
 from .probe_target import ProbeTarget
 
 #: How long workers may accept no client before that is reported: if they never accepted one, and
@@ -28,24 +27,6 @@ UNTAKEN_S = 30.0
 QUIET_S = 0.2
 #: Listeners that cannot refuse new clients close after this time, even if clients still come.
 LAST_S = 10.0
-
-
-@mutable
-class Host:
-    """The parts of the resident process that a delivery uses."""
-
-    runtime: Runtime
-    #: The open generations, by number.
-    generations: Mapping[int, OpenGeneration]
-    #: Called when a listener gets no more clients, with the reason.
-    lost: Callable[[Listener, str], None]
-    #: Called when a listener has another socket file.
-    bound: Callable[[Listener], None]
-    #: Called once for each route if workers accept no client.  Arguments: the seconds, how many
-    #: clients wait, whether one was ever accepted, and the addresses (None: they are in the queue).
-    untaken: Callable[[float, int, bool, str | None], None]
-    #: Returns our own TCP connection to the serving generation, if there is one.
-    own_connection: Callable[[], socket.socket | None]
 
 
 @frozen
@@ -63,8 +44,23 @@ class Delivery(ABC):
     Each order must have the same effect if it is repeated: after a kill the next program does so.
     """
 
-    #: Whether workers get the listening sockets.
-    shares_listeners: bool
+    @classmethod
+    @abstractmethod
+    def make_listener(
+        cls, index: int, settings: ListenerSettings, fds: Sequence[int], again: tuple[int, ...]
+    ) -> Listener:
+        """Make a listener of its first, second and reserved socket; -1: there is none.
+
+        again: how often each was bound again.
+        """
+
+    @classmethod
+    @abstractmethod
+    def leave(cls, listeners: Collection[Listener], record: DeliveryRecord) -> tuple[str, ...]:
+        """Close the listeners for an earlier program that has ended.
+
+        Returns the names of the sockets that survive for the next start.
+        """
 
     @abstractmethod
     def __init__(self, host: Host, listeners: Collection[Listener]) -> None:
@@ -167,8 +163,13 @@ class Delivery(ABC):
         """The listeners that clients can connect to."""
 
     @abstractmethod
-    def number_for(self, listener: Listener) -> int:
-        """Return the number of the listener's socket that new clients come to."""
+    def backlog(self, listener: Listener) -> tuple[int, int] | None:
+        """Return how many clients wait at a listener, and how many can; None: unknown."""
+
+    @property
+    @abstractmethod
+    def worker_sockets(self) -> frozenset[int]:
+        """The inodes of the listening sockets that workers get."""
 
     @abstractmethod
     def cannot_add(self, listeners: Collection[Listener]) -> str | None:

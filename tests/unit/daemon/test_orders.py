@@ -9,7 +9,7 @@ import pytest
 
 from socketprotector.core.actions import CloseListeners, Drain, Hold, Quiesce, Release, RouteTo
 from socketprotector.core.events import BacklogEmptied, Event, Quiesced
-from socketprotector.daemon.delivery import Host
+from socketprotector.daemon.delivery.host import Host
 from socketprotector.daemon.effects import Effects
 from socketprotector.daemon.generation import OpenGeneration
 from socketprotector.daemon.runtime import Runtime

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from socketprotector_client import wire
 
 from ....core.events import ChannelBroken
 from ....model.records import DeliveryRecord
-from ....model.settings import Settings
+from ....model.settings import ListenerSettings, Settings
 from ....system import inherited
 from ....system.channel import Channel
 from ....system.inherited import Inherited
 from ....system.listener import RESOURCE_ERRNOS, Listener
+from ....system.listeners import listener_of
 from ....system.loop import SHUT
 from ...generation import OpenGeneration
-from .. import Delivery, Handles, Host
+from .. import Delivery, Handles
+from ..host import Host
 from ..probe_target import ProbeTarget
 from .forwarder import Forwarder
 from .generation_channel import GenerationChannel
@@ -31,7 +33,16 @@ from .probe_port import ProbePort
 class QueueDelivery(Delivery):
     """The owner of the generations' channels; the forwarder owns the listeners."""
 
-    shares_listeners = False
+    @classmethod
+    def make_listener(
+        cls, index: int, settings: ListenerSettings, fds: Sequence[int], again: tuple[int, ...]
+    ) -> Listener:
+        first, sibling, reserved = fds
+        return listener_of(first, index, settings, sibling=sibling, reserved=reserved, again=again)
+
+    @classmethod
+    def leave(cls, listeners: Collection[Listener], record: DeliveryRecord) -> tuple[str, ...]:
+        return tuple(filter(None, [each.leave(0) for each in listeners]))
 
     def __init__(self, host: Host, listeners: Collection[Listener]) -> None:
         self._host = host
@@ -44,7 +55,7 @@ class QueueDelivery(Delivery):
             tuple(listeners),
             broken=self._report_broken_route,
             repair=self._repair,
-            untaken=lambda seconds, waiting, ever: host.untaken(seconds, waiting, ever, None),
+            untaken=host.report_untaken,
         )
 
     # -- a generation ----------------------------------------------------------------
@@ -162,8 +173,12 @@ class QueueDelivery(Delivery):
     def listeners(self) -> tuple[Listener, ...]:
         return self.forwarder.listeners
 
-    def number_for(self, listener: Listener) -> int:
-        return 0
+    def backlog(self, listener: Listener) -> tuple[int, int] | None:
+        return listener.backlog(0)
+
+    @property
+    def worker_sockets(self) -> frozenset[int]:
+        return frozenset()
 
     def cannot_add(self, listeners: Collection[Listener]) -> str | None:
         return None
@@ -195,10 +210,10 @@ class QueueDelivery(Delivery):
             if error.errno in RESOURCE_ERRNOS:
                 raise
             listener.lost = True
-            self._host.lost(listener, error.strerror or str(error))
+            self._host.listener_lost(listener, error.strerror or str(error))
         else:
             self._log.write("warning", "socket-replaced", listen=address)
-            self._host.bound(listener)
+            self._host.listener_bound(listener)
 
     def cannot_hold(self) -> str | None:
         return None

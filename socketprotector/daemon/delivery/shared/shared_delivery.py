@@ -9,17 +9,19 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 
 from ....core.events import BacklogEmptied
 from ....model.listen_fds import worker_variables
 from ....model.records import DeliveryRecord
-from ....model.settings import Settings
+from ....model.settings import ListenerSettings, Settings
 from ....system.inherited import Inherited
 from ....system.listener import Listener
+from ....system.listeners import listener_of
 from ...generation import OpenGeneration
-from .. import LAST_S, QUIET_S, Delivery, Handles, Host
+from .. import LAST_S, QUIET_S, Delivery, Handles
+from ..host import Host
 from ..probe_target import ProbeTarget
 from .accept_counts import AcceptCounts
 from .listener_flags import ListenerFlags
@@ -31,7 +33,19 @@ _CLOSE = "listeners-close"
 class SharedDelivery(Delivery):
     """The owner of the listeners; its steering knows which generation accepts where."""
 
-    shares_listeners = True
+    @classmethod
+    def make_listener(
+        cls, index: int, settings: ListenerSettings, fds: Sequence[int], again: tuple[int, ...]
+    ) -> Listener:
+        first, sibling, reserved = fds
+        return listener_of(
+            first, index, settings, shared=True, sibling=sibling, reserved=reserved, again=again
+        )
+
+    @classmethod
+    def leave(cls, listeners: Collection[Listener], record: DeliveryRecord) -> tuple[str, ...]:
+        number = record.steering.socket_number
+        return tuple(filter(None, [each.leave(number) for each in listeners]))
 
     def __init__(self, host: Host, listeners: Collection[Listener]) -> None:
         self._host = host
@@ -41,10 +55,10 @@ class SharedDelivery(Delivery):
             lambda: self._listeners,
             host.runtime,
             bound=self._note_bound,
-            lost=host.lost,
-            untaken=host.untaken,
+            lost=host.listener_lost,
+            untaken=host.report_untaken,
         )
-        self._counts = AcceptCounts(lambda: self._listeners, host.own_connection)
+        self._counts = AcceptCounts(lambda: self._listeners, lambda: host.own_connection)
         self._flags = ListenerFlags(lambda: self._listeners, host.runtime)
         self._route: int | None = None
         self._stay = False  # our own listeners survive us
@@ -82,7 +96,7 @@ class SharedDelivery(Delivery):
         if not listener.has_sibling:  # a mark there no longer tells whose worker has accepted
             for each in self._host.generations.values():
                 each.update_record(marks=())
-        self._host.bound(listener)
+        self._host.listener_bound(listener)
 
     def worker_handles(
         self, generation: OpenGeneration, slot: int, free: Iterator[int], settings: Settings
@@ -149,8 +163,13 @@ class SharedDelivery(Delivery):
     def listeners(self) -> tuple[Listener, ...]:
         return tuple(self._listeners)
 
-    def number_for(self, listener: Listener) -> int:
-        return self.steering.turns.number_for(listener)
+    def backlog(self, listener: Listener) -> tuple[int, int] | None:
+        return listener.backlog(self.steering.turns.number_for(listener))
+
+    @property
+    def worker_sockets(self) -> frozenset[int]:
+        sockets = [listening for each in self._listeners for listening in each.sockets]
+        return frozenset(os.fstat(each.fileno()).st_ino for each in sockets)
 
     def cannot_add(self, listeners: Collection[Listener]) -> str | None:
         hold = self.steering.hold

@@ -1,0 +1,41 @@
+"""The resident process, as its delivery knows it."""
+
+from __future__ import annotations
+
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+from ...system.listener import Listener
+from ..generation import OpenGeneration
+from ..runtime import Runtime
+
+
+class Host(ABC):
+    """What a delivery uses of the resident process, and what it reports to it."""
+
+    runtime: Runtime
+    generations: Mapping[int, OpenGeneration]  # the open ones, by number
+
+    @abstractmethod
+    def listener_lost(self, listener: Listener, reason: str) -> None:
+        """Note that a listener gets no more clients."""
+
+    @abstractmethod
+    def listener_bound(self, listener: Listener) -> None:
+        """Note that a listener has another socket file."""
+
+    @abstractmethod
+    def report_untaken(
+        self, seconds: float, waiting: int, ever: bool, listen: str | None = None
+    ) -> None:
+        """Report, once for each route, that workers have accepted no client for this time.
+
+        waiting: how many clients wait.  ever: one was accepted before.  listen: the addresses where
+        they wait; None: in the queue.
+        """
+
+    @property
+    @abstractmethod
+    def own_connection(self) -> socket.socket | None:
+        """Our own TCP connection to the serving generation, if there is one."""

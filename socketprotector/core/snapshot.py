@@ -67,4 +67,12 @@ CLASSES = (
     *(HoldRecord, SettingsRecord, RunRecord, Crash, History, Reload, Snapshot),
     *settings.CLASSES,
 )
-CODEC = Codec(CLASSES, strict=settings.CLASSES, added=settings.ADDED, said=settings.SAID)
+#: `Class.field` of an older program -> the name today.
+RENAMED = {"GenerationRecord.marks": "accept_tags"}
+CODEC = Codec(
+    CLASSES,
+    renamed=RENAMED,
+    strict=settings.CLASSES,
+    added=settings.ADDED,
+    said=settings.SAID,
+)

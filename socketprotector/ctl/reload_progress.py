@@ -54,9 +54,9 @@ class ProgressThrottle:
     def is_news(self, left: int, words: str) -> bool:
         """Return True if this text, about so many remaining workers, is news."""
         self._whole = max(self._whole, left)
-        mark = words if self._whole <= _PARTS else -(-left * _PARTS // self._whole)
-        before, self._last = self._last, mark
-        return mark != before
+        step = words if self._whole <= _PARTS else -(-left * _PARTS // self._whole)
+        before, self._last = self._last, step
+        return step != before
 
 
 @dataclass(slots=True)

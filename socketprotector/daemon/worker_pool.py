@@ -303,7 +303,7 @@ class WorkerPool:
         """Note that workers share the log file: its text is no single worker's last words now."""
         for each in reversed(self._workers.values()):
             if each.record.output_start < 0:
-                break  # all earlier workers are marked, too
+                break  # all earlier workers have it, too
             self._note(each, output_start=-1)
         if self._workers:
             worker.record = replace(worker.record, output_start=-1)

@@ -44,7 +44,7 @@ else:
         return type(one)(**{name: getattr(one, name) for name in one._names} | changes)
 
 
-#: The mark of a missing value.
+#: Stands for a missing value.
 _MISSING: Any = object()
 
 

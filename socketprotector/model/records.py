@@ -87,7 +87,7 @@ class GenerationRecord:
     past: Counts | None = None  # the counts of ended workers
     lost: int = 0  # connections that were open in workers that ended
     socket_number: int = 0  # the socket from which its workers accept: see delivery/shared/
-    marks: tuple[tuple[int, int], ...] = ()  # listener -> accept tag; empty: unknown
+    accept_tags: tuple[tuple[int, int], ...] = ()  # by listener's index; empty: unknown
     # Of --handoff stdio: whether a program has worked.  Until then: how many failed at once, how
     # the last one ended, and its last output.
     programs_work: bool = False

@@ -73,14 +73,14 @@ def added(reason: str, more: str) -> str:
     if not more:
         return reason
     first, end, words = reason.partition("\n")
-    mark = LAST_WORDS if first.endswith(LAST_WORDS) else ""
-    return f"{headline(reason)}; {more}{mark}{end}{words}"
+    before = LAST_WORDS if first.endswith(LAST_WORDS) else ""
+    return f"{headline(reason)}; {more}{before}{end}{words}"
 
 
 def field(value: object) -> str:
     """Return a log field's value, quoted if it needs quotes."""
     text = str(value)
-    if text and text.isprintable() and not any(mark in text for mark in ' "=\\'):
+    if text and text.isprintable() and not any(each in text for each in ' "=\\'):
         return text
     return '"' + escape(text.replace("\\", "\\\\")).replace('"', '\\"') + '"'
 

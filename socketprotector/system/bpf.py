@@ -17,7 +17,7 @@ import struct
 from collections.abc import Collection, Mapping, Sequence
 
 from ..model.lazy_dataclass import frozen
-from . import accept_marks
+from . import accept_tags
 
 #: One instruction: code, jump distance if true, jump distance if false, value.
 Instruction = tuple[int, int, int, int]
@@ -72,7 +72,7 @@ class Mark:
     def options(self) -> tuple[tuple[int, int, int], ...]:
         """The socket options of the mark, beside its source: levels, options and values."""
         # Even if all ports are in use, a port with a connection to another address can be shared.
-        late = socket.IPPROTO_IP, accept_marks.IP_BIND_ADDRESS_NO_PORT, 1
+        late = socket.IPPROTO_IP, accept_tags.IP_BIND_ADDRESS_NO_PORT, 1
         if self.family == socket.AF_INET:
             return (late,)
         return (

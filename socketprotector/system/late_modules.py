@@ -43,7 +43,7 @@ LATE = (
     "daemon.watch_client",
     "model.known_servers",
     "model.waits",
-    "system.accept_marks",
+    "system.accept_tags",
     "system.bpf",
     "system.log_file",
     "system.privileges",

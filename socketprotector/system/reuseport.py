@@ -29,7 +29,7 @@ import struct
 from collections.abc import Mapping
 from contextlib import suppress
 
-from . import accept_marks, bpf, sock_diag, socket_copy
+from . import accept_tags, bpf, sock_diag, socket_copy
 from .cleanup import on_error
 
 #: The accept queue's length and limit in the tcp_info of a listening socket (tcp.h).
@@ -50,7 +50,7 @@ def prepare(bound: socket.socket) -> None:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     steer_if_can(bound)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
-    _mark_if_can(bound, 1)
+    _tag_if_can(bound, 1)
 
 
 def steer_if_can(one: socket.socket) -> None:
@@ -88,7 +88,7 @@ def make(first: socket.socket, room: int = 0) -> socket.socket | None:
     # From listen() on the kernel would give the sibling every other client, unless the group is
     # steered: the filter of socket 0 was attached before it listened, see prepare().
     _steer_to_listening(first)
-    sibling = rebind(first, first.getsockname(), room or backlog(first), other_mark=True)
+    sibling = rebind(first, first.getsockname(), room or backlog(first), other_tag=True)
     with on_error(sibling.close):
         sibling.setblocking(False)
         steer(sibling, 0)  # by a member without locks; those of the first may be locked
@@ -126,16 +126,16 @@ def backlog(listening: socket.socket) -> int:
 
 
 def rebind(
-    one: socket.socket, address: tuple[str, int], backlog: int, *, other_mark: bool = False
+    one: socket.socket, address: tuple[str, int], backlog: int, *, other_tag: bool = False
 ) -> socket.socket:
     """Return a new listening socket on an address, with the options of `one`.  Raises OSError.
 
-    other_mark: give its connections another accept tag than those of `one` (accept_marks.py).
+    other_tag: give its connections another accept tag than those of `one` (accept_tags.py).
     """
     made = socket_copy.bind_beside(one, address)
     with on_error(made.close):
-        mark = accept_marks.mark_of(one)
-        _mark_if_can(made, (2 if mark != 2 else 1) if other_mark else mark)
+        tag = accept_tags.tag_of(one)
+        _tag_if_can(made, (2 if tag != 2 else 1) if other_tag else tag)
         made.listen(backlog)
     return made
 
@@ -162,13 +162,13 @@ def reserve(one: socket.socket, address: tuple[str, int]) -> socket.socket:
     return made
 
 
-def enlist(reserved: socket.socket, mark: int, backlog: int, beside: socket.socket | None) -> None:
+def enlist(reserved: socket.socket, tag: int, backlog: int, beside: socket.socket | None) -> None:
     """Turn a reserved socket into a listening member of the group.  Raises OSError.
 
     beside: a member of the group, which gets new clients until the next steer().
     """
     socket_copy.reset(reserved)
-    _mark_if_can(reserved, mark)
+    _tag_if_can(reserved, tag)
     if beside is not None:
         beside.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         _steer_to_listening(beside)
@@ -202,6 +202,6 @@ def refuse_new(listening: socket.socket) -> None:
         bpf.attach(listening, bpf.SO_ATTACH_FILTER, bpf.NO_NEW_CLIENTS)
 
 
-def _mark_if_can(one: socket.socket, mark: int) -> None:
+def _tag_if_can(one: socket.socket, tag: int) -> None:
     with suppress(OSError):  # on failure its connections are not counted
-        accept_marks.mark(one, mark)
+        accept_tags.tag(one, tag)

@@ -5,7 +5,7 @@ generation that uses the socket next.  An option that a worker sets outlives it.
 only list of the options that matter: connections inherit them, or they keep clients out.
 
 Not listed, because other modules own them: SO_REUSEPORT and its filters (reuseport.py), and the
-options of accept tags (accept_marks.py).
+options of accept tags (accept_tags.py).
 
 Source: socket(7), tcp(7), ip(7), ipv6(7); sock_setsockopt() in net/core/sock.c and
 do_tcp_setsockopt() in net/ipv4/tcp.c for what is settable on a socket that listens.

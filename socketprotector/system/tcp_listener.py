@@ -13,7 +13,7 @@ import socket
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 
-from . import accept_marks, bpf, reuseport, reuseport_group, sock_diag, socket_copy
+from . import accept_tags, bpf, reuseport, reuseport_group, sock_diag, socket_copy
 from .listener import NO_MARKS, RESOURCE_ERRNOS, Listener, is_listening, shut_down
 
 TYPE_CHECKING = False
@@ -131,11 +131,11 @@ class TcpListener(Listener):
                     raise
         if made is not None:
             with suppress(OSError):  # on failure its connections are not counted
-                accept_marks.mark(made, accept_marks.mark_of(one))
+                accept_tags.tag(made, accept_tags.tag_of(one))
             return made
         if spare is None:
             raise OSError(errno.EOPNOTSUPP, "the other one waits for data")
-        reuseport.enlist(spare, accept_marks.mark_of(one), backlog, beside)
+        reuseport.enlist(spare, accept_tags.tag_of(one), backlog, beside)
         self._reserved = None
         self._again[2] += 1
         with suppress(OSError):  # now, while the options are those of a socket without workers

@@ -15,7 +15,7 @@ import pytest
 from socketprotector.launch.bind import bind_all
 from socketprotector.launch.listen_spec import Listen
 from socketprotector.model.settings import ListenerSettings
-from socketprotector.system import accept_marks, bpf, reuseport, sock_diag, socket_copy, socket_file
+from socketprotector.system import accept_tags, bpf, reuseport, sock_diag, socket_copy, socket_file
 from socketprotector.system.listener import Listener
 from socketprotector.system.listeners import listener_of
 from tests.unanswered import Unanswered
@@ -412,14 +412,14 @@ def test_where_its_address_cannot_be_bound_the_spare_takes_its_place(
 
     listener = shared("127.0.0.1:0")
     spare = listener.reserve()
-    kept = accept_marks.mark_of(listener.socket_for(socket_number))
+    kept = accept_tags.tag_of(listener.socket_for(socket_number))
     monkeypatch.setattr(socket_copy, "bind_beside", fails)
     listener.steer(1 - socket_number)
 
     listener.bind_anew(socket_number)
 
     assert listener.socket_for(socket_number) is spare
-    assert accept_marks.mark_of(spare) == kept
+    assert accept_tags.tag_of(spare) == kept
     assert listener.has_no_spare
     assert came(listener) == ([0, 8] if socket_number == 0 else [8, 0]), "it gets none yet"
     for wanted in (0, 1):

@@ -39,11 +39,11 @@ class File:
 class Question(File):
     """What the protector asks a generation by; no client's, so nobody has to take it."""
 
-    def __init__(self, number: int, address: Address, mark: int) -> None:
+    def __init__(self, number: int, address: Address, tag: int) -> None:
         super().__init__()
         self.number = number  # below 0
         self.address = address
-        self.mark = mark  # of the socket that it has come to
+        self.tag = tag  # of the socket that it has come to
         self.taken = False
         self.excuse = ""  # why it may be taken for a client
         self.over = False  # closed: by who has taken it, or as its listening socket was shut down
@@ -75,7 +75,7 @@ class Connection(File):
         self.said_ns = 0
         self.heard = False  # and a server has read them
         self.late = False  # it was accepted by a worker that had been told to finish
-        self.mark = 0  # of the socket that it has come to
+        self.tag = 0  # of the socket that it has come to
         self.address = address  # where it is looked for by sock_diag
         self.bound_as = ""  # of UNIX: as the socket that it has come to
         self.came_by: Address | None = address

@@ -28,7 +28,7 @@ from socketprotector_client import wire
 from socketprotector.core.events import HoldRequested
 from socketprotector.core.fleet import Phase, State
 from socketprotector.daemon.config_reader import ConfigAnswer
-from socketprotector.daemon.delivery.shared.accept_counts import NO_MARK
+from socketprotector.daemon.delivery.shared.accept_counts import NO_TAG
 from socketprotector.daemon.delivery.shared.quiescing import LAST_S
 from socketprotector.daemon.delivery.shared.shared_delivery import SharedDelivery
 from socketprotector.daemon.delivery.shared.socket_steering import SocketSteering
@@ -420,7 +420,7 @@ class Handed(World):
 
     def _establish(self, to: Listening, connection: Connection) -> None:
         connection.established = True
-        connection.mark, connection.bound_as = to.mark, to.bound_as
+        connection.tag, connection.bound_as = to.tag, to.bound_as
         assert not to.drops, f"{connection} would never be accepted"
         if self._chance() < 0.8:
             self._says(connection)
@@ -907,7 +907,7 @@ class Handed(World):
             found += server.connections
         for one in file.address.listening if waiting else ():
             found += one.backlog
-        return Counter(each.mark for each in found if each.address is file.address)
+        return Counter(each.tag for each in found if each.address is file.address)
 
     def accepted_unix(self) -> Iterator[tuple[str, int, int]]:
         self.kernel.enter("sock_diag")
@@ -924,7 +924,7 @@ class Handed(World):
         """
         if self._supervisor is None or self._meanwhile or connection.late:
             return
-        if connection.mark == NO_MARK:
+        if connection.tag == NO_TAG:
             return  # it is counted for none
         act, mine = self._supervisor.effects, server.leader.generation
         if mine not in act.generations:
@@ -933,8 +933,8 @@ class Handed(World):
             address = self._at(listener.settings.address)
             if address is not connection.address or address.disturbed:
                 continue
-            mark = listener.index, connection.mark
-            its = [n for n, each in act.generations.items() if mark in each.record.marks]
+            tag = listener.index, connection.tag
+            its = [n for n, each in act.generations.items() if tag in each.record.accept_tags]
             assert its in ([], [mine]), f"{connection} of {mine} is counted for {its}"
             if its:
                 known = act.generations.keys() - {mine}
@@ -943,7 +943,7 @@ class Handed(World):
                     each
                     for other in others
                     for each in other.connections
-                    if each.address is address and each.mark == connection.mark and not each.late
+                    if each.address is address and each.tag == connection.tag and not each.late
                 ]
                 assert not same, f"{same} are counted for {mine}"
 

@@ -739,7 +739,7 @@ class Kernel:
         if to.drops or to.full:
             return errno.EINPROGRESS if to.address.by_number else errno.EAGAIN
         self.questions += 1
-        question = one.question = Question(-self.questions, to.address, to.mark)
+        question = one.question = Question(-self.questions, to.address, to.tag)
         question.take()
         self.sources[b"%d" % question.number] = source
         if self.note:

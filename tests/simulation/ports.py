@@ -14,7 +14,7 @@ from collections import deque
 from itertools import count
 from typing import Any, cast
 
-from socketprotector.system import accept_marks, socket_file
+from socketprotector.system import accept_tags, socket_file
 from tests.simulation.files import Connection, File, Question, failure
 
 IN, OUT, SHUT, HUP = select.EPOLLIN, select.EPOLLOUT, select.EPOLLRDHUP, select.EPOLLHUP
@@ -23,7 +23,7 @@ ATTACH_FILTER, DETACH_FILTER, STEER, BIND_TO_DEVICE = 26, 27, 51, 62
 IP_MINTTL = 21
 #: What is set of those that are marks, as long as no process has changed it.
 _SET: dict[int, tuple[int, ...]] = {
-    socket.AF_INET: (socket.IP_MULTICAST_LOOP, accept_marks.IP_MULTICAST_ALL),
+    socket.AF_INET: (socket.IP_MULTICAST_LOOP, accept_tags.IP_MULTICAST_ALL),
     socket.AF_INET6: (socket.IP_MULTICAST_LOOP,),
     socket.AF_UNIX: (),
 }
@@ -357,8 +357,8 @@ class Listening(File):
     getsockopt = get
 
     @property
-    def mark(self) -> int:
+    def tag(self) -> int:
         """What the connections that it accepts are told by."""
         if not self.address.by_number:
             return socket_file.number_of(cast("Any", self))
-        return accept_marks.mark_of(cast("Any", self))
+        return accept_tags.tag_of(cast("Any", self))

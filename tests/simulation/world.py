@@ -72,7 +72,7 @@ from socketprotector.model.history import History
 from socketprotector.model.question import ASKED
 from socketprotector.model.settings import ListenerSettings, Origin, Settings
 from socketprotector.system import (
-    accept_marks,
+    accept_tags,
     bpf,
     inherited,
     orphans,
@@ -909,7 +909,7 @@ class World:
         return {name: kernel.install(file) for name, file in self.store.items()}
 
     def accepted(self, which: Socket, but: object = None, *, waiting: bool = False) -> Counter[int]:
-        """In the place of accept_marks.connections()."""
+        """In the place of accept_tags.connections()."""
         raise NotImplementedError
 
     def accepted_unix(self) -> Iterator[tuple[str, int, int]]:
@@ -1718,7 +1718,7 @@ def installed(world: World) -> Iterator[None]:
         put(config_reader, "ConfigReader", lambda _, loop, key: Reads(world, loop, key))
         put(bpf, "attach", lambda to, option, code: to.attach(option, code[-1][3]))
         put(reuseport, "steer", kernel.steer)
-        put(accept_marks, "connections", world.accepted)
+        put(accept_tags, "connections", world.accepted)
         put(sock_diag, "listening", kernel.listening)
         put(sock_diag, "queue_of_unix", kernel.queue_of_unix)
         put(unix_listener, "locked", kernel.locked)

@@ -22,3 +22,10 @@ def test_a_record_of_an_older_program_gets_the_listeners_that_its_program_names(
     adopted = OpenGeneration.adopt(GenerationRecord(1, PROGRAM), None)
 
     assert adopted.record.knows == frozenset({0, 2})
+
+
+def test_the_accept_tags_of_an_older_program_are_read_by_their_old_name() -> None:
+    record = GenerationRecord(1, PROGRAM, accept_tags=((0, 3),))
+    written = CODEC.encode(record).replace(b'"accept_tags"', b'"marks"')
+
+    assert CODEC.decode(written) == record

@@ -63,7 +63,7 @@ class Forwarder:
         """Take ownership of the listeners.
 
         broken: called when the route's channel was shut down.
-        repair: makes a shut-down listener listen again, or marks it as lost.  Raises OSError if the
+        repair: makes a shut-down listener listen again, or sets it to lost.  Raises OSError if the
         system is short of descriptors or memory.
         untaken: called once for each route, with how many seconds no worker took a connection, how
         many wait, and whether any was ever taken.

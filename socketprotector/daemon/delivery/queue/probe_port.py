@@ -106,7 +106,7 @@ class ProbePort:
         """Send the accepted probe, as soon as there is room."""
         probe = self._kept
         assert probe is not None
-        # The accept time 0 marks a probe (docs/protocol.md).
+        # The accept time 0 means a probe (docs/protocol.md).
         header = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, self._index, 0, 0)
         try:
             self._channel.send(header, probe.fileno())

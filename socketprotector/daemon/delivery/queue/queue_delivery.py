@@ -196,7 +196,7 @@ class QueueDelivery(Delivery):
         self.forwarder.remove(listener, self._channels[max(served)] if served else None)
 
     def _repair(self, listener: Listener) -> None:
-        """Make a shut-down listener listen again, bind another in its place, or mark it as lost.
+        """Make a shut-down listener listen again, bind another in its place, or set it to lost.
 
         Raises OSError if the system is short of descriptors or memory.
         """

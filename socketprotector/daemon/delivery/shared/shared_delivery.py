@@ -83,19 +83,19 @@ class SharedDelivery(Delivery):
         generation.update_record(socket_number=number)
         self.steering.enter(generation.record.number, number, fresh=fresh)
         others = [each for each in self._host.generations.values() if each is not generation]
-        taken = {mark for each in others for mark in each.record.marks}
-        marks = self._counts.enter(number, taken)
-        generation.update_record(marks=marks)
-        if not marks:  # it may serve clients that carry another generation's mark
+        taken = {tag for each in others for tag in each.record.accept_tags}
+        tags = self._counts.enter(number, taken)
+        generation.update_record(accept_tags=tags)
+        if not tags:  # it may serve clients that carry another generation's tag
             for each in others:
-                each.update_record(marks=())
+                each.update_record(accept_tags=())
         self._flags.watch()
 
     def _note_bound(self, listener: Listener) -> None:
         """Pass on that a listener has another socket, or one socket less."""
-        if not listener.has_sibling:  # a mark there no longer tells whose worker has accepted
+        if not listener.has_sibling:  # a tag there no longer tells whose worker has accepted
             for each in self._host.generations.values():
-                each.update_record(marks=())
+                each.update_record(accept_tags=())
         self._host.listener_bound(listener)
 
     def worker_handles(
@@ -148,7 +148,7 @@ class SharedDelivery(Delivery):
         return self.steering.waiting(number, generation.knows, clients_only=clients_only)
 
     def active(self, generation: OpenGeneration) -> int | None:
-        return self._counts.active(generation.record.marks)
+        return self._counts.active(generation.record.accept_tags)
 
     def oldest_waiting_s(self, generation: OpenGeneration) -> float | None:
         serves = generation.record.number == self._route

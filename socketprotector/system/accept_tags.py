@@ -26,19 +26,19 @@ _BITS = (
     (IP_BIND_ADDRESS_NO_PORT, 0x0100 if sys.byteorder == "little" else 0x8000),
     (IP_MULTICAST_ALL, 0x0040 if sys.byteorder == "little" else 0x0002),
 )
-#: The number of marks; they are counted from 1, and 0 means no mark.
-MARKS = (1 << len(_BITS)) - 1
+#: The number of tags; they are counted from 1, and 0 means no tag.
+TAGS = (1 << len(_BITS)) - 1
 
 
-def mark(
+def tag(
     listening: socket.socket, number: int, exclude: Collection[int] = frozenset()
 ) -> frozenset[int]:
-    """Mark the connections that a socket accepts from now on.  Raises OSError.
+    """Tag the connections that a socket accepts from now on.  Raises OSError.
 
-    The options are set in turn, and a client may connect in between.  Returns the marks that the
+    The options are set in turn, and a client may connect in between.  Returns the tags that the
     socket had until the last: none of `exclude` in between, if some order avoids them.
     """
-    unmarked, before = _unmarked(listening.family), mark_of(listening)
+    untagged, before = _untagged(listening.family), tag_of(listening)
     changed = [place for place in range(len(_BITS)) if (before ^ number) >> place & 1]
 
     def had(order: Sequence[int]) -> frozenset[int]:
@@ -47,38 +47,38 @@ def mark(
 
     order = min(permutations(changed), key=lambda order: len(had(order).intersection(exclude)))
     for place in order:
-        value = (number ^ unmarked) >> place & 1
+        value = (number ^ untagged) >> place & 1
         listening.setsockopt(socket.IPPROTO_IP, _BITS[place][0], value)
     return had(order)
 
 
-def mark_of(listening: socket.socket) -> int:
-    """Return the mark of a socket, 0 for none.  Raises OSError."""
+def tag_of(listening: socket.socket) -> int:
+    """Return the tag of a socket, 0 for none.  Raises OSError."""
     found = sum(
         listening.getsockopt(socket.IPPROTO_IP, option) << place
         for place, (option, _) in enumerate(_BITS)
     )
-    return found ^ _unmarked(listening.family)
+    return found ^ _untagged(listening.family)
 
 
 def connections(
     listening: socket.socket, exclude: socket.socket | None = None, *, waiting: bool = False
 ) -> Counter[int]:
-    """Return the number of open connections at a socket's address, by mark.
+    """Return the number of open connections at a socket's address, by tag.
 
     exclude: a client that does not count.  waiting: include clients that wait to be accepted.
     Raises OSError where the kernel does not report them.
     """
-    unmarked = _unmarked(listening.family)
+    untagged = _untagged(listening.family)
     counted: Counter[int] = Counter()
     excluded = end_of(exclude, listening.family) if exclude is not None else b""
     for options, count in accepted(listening, excluded, waiting=waiting).items():
         bits = int.from_bytes(options, "little")
         found = sum(bool(bits & bit) << place for place, (_, bit) in enumerate(_BITS))
-        counted[found ^ unmarked] += count
+        counted[found ^ untagged] += count
     return counted
 
 
-def _unmarked(family: int) -> int:
+def _untagged(family: int) -> int:
     """Return the options of a socket that no process has changed."""
     return 0b001 if family == socket.AF_INET6 else 0b101

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.daemon.delivery.shared.accept_counts import NO_MARK, AcceptCounts
+from socketprotector.daemon.delivery.shared.accept_counts import NO_TAG, AcceptCounts
 from socketprotector.launch.bind_unix import give_away
 from socketprotector.model.settings import ListenerSettings
-from socketprotector.system import accept_marks, reuseport, socket_file
+from socketprotector.system import accept_tags, reuseport, socket_file
 from socketprotector.system.listener import Listener
 from socketprotector.system.listeners import listener_of
 from tests.boundary.listening import KINDS, listening
@@ -41,13 +41,13 @@ def test_what_two_sockets_of_an_address_have_accepted_is_told_apart(
     stack: ExitStack, family: int, host: str, both: bool, hosts: tuple[str, ...]
 ) -> None:
     one = stack.enter_context(listening(family, host, both=both))
-    assert accept_marks.mark_of(one) == 0
+    assert accept_tags.tag_of(one) == 0
     accept(stack, one, hosts[0], 1)
-    accept_marks.mark(one, 1)
+    accept_tags.tag(one, 1)
     other = reuseport.make(one)
     assert other is not None
     stack.enter_context(other)
-    assert (accept_marks.mark_of(one), accept_marks.mark_of(other)) == (1, 2)
+    assert (accept_tags.tag_of(one), accept_tags.tag_of(other)) == (1, 2)
 
     first = accept(stack, one, hosts[-1], 3)
     reuseport.steer(one, 1)
@@ -55,18 +55,18 @@ def test_what_two_sockets_of_an_address_have_accepted_is_told_apart(
     stack.enter_context(socket.create_connection((hosts[0], one.getsockname()[1])))  # waits
 
     counted = Counter({0: 1, 1: 3, 2: 2})
-    assert accept_marks.connections(one) == accept_marks.connections(other) == counted
+    assert accept_tags.connections(one) == accept_tags.connections(other) == counted
     first[0].close()
     first[1].shutdown(socket.SHUT_WR)
-    assert accept_marks.connections(one) == Counter({0: 1, 1: 2, 2: 2})
+    assert accept_tags.connections(one) == Counter({0: 1, 1: 2, 2: 2})
 
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
-def test_there_are_so_many_marks(family: int) -> None:
+def test_there_are_so_many_tags(family: int) -> None:
     with socket.socket(family) as one:
-        for number in (*range(accept_marks.MARKS + 1), 0):
-            accept_marks.mark(one, number)
-            assert accept_marks.mark_of(one) == number
+        for number in (*range(accept_tags.TAGS + 1), 0):
+            accept_tags.tag(one, number)
+            assert accept_tags.tag_of(one) == number
 
 
 def test_those_at_another_address_of_the_port_are_not_counted(stack: ExitStack) -> None:
@@ -76,12 +76,12 @@ def test_those_at_another_address_of_the_port_are_not_counted(stack: ExitStack) 
     other.bind(("127.0.0.2", one.getsockname()[1]))
     other.listen()
     for each in (one, other):
-        accept_marks.mark(each, 3)
+        accept_tags.tag(each, 3)
     accept(stack, one, "127.0.0.1", 1)
     accept(stack, other, "127.0.0.2", 2)
 
-    assert accept_marks.connections(one) == Counter({3: 1})
-    assert accept_marks.connections(other) == Counter({3: 2})
+    assert accept_tags.connections(one) == Counter({3: 1})
+    assert accept_tags.connections(other) == Counter({3: 2})
 
 
 class Told:
@@ -91,7 +91,7 @@ class Told:
         self.now, self.takes_s, self.asked = 100.0, 0.5, 0
         self.says: list[dict[int, int]] = []  # of one listener after the other
         monkeypatch.setattr("time.monotonic", lambda: self.now)
-        monkeypatch.setattr(accept_marks, "connections", self.connections)
+        monkeypatch.setattr(accept_tags, "connections", self.connections)
 
     def connections(
         self, listening: socket.socket, but: socket.socket | None = None, *, waiting: bool = False
@@ -119,7 +119,7 @@ def two(stack: ExitStack) -> list[Listener]:
     return found
 
 
-def test_a_generation_has_what_has_its_marks_at_all_its_listeners(
+def test_a_generation_has_what_has_its_tags_at_all_its_listeners(
     monkeypatch: pytest.MonkeyPatch, two: list[Listener]
 ) -> None:
     told = Told(monkeypatch)
@@ -159,9 +159,9 @@ def test_the_kernel_is_asked_for_a_tenth_of_the_time_at_most(
 # -- whose connections are whose --------------------------------------------------------
 
 
-def has(told: Told, *marks: int) -> None:
-    """Have connections open of these marks."""
-    told.says = [dict.fromkeys(marks, 1) or {0: 1}]
+def has(told: Told, *tags: int) -> None:
+    """Have connections open of these tags."""
+    told.says = [dict.fromkeys(tags, 1) or {0: 1}]
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def counts(two: list[Listener]) -> AcceptCounts:
 
 
 @pytest.mark.usefixtures("told")
-def test_each_generation_has_a_mark_of_its_own(counts: AcceptCounts) -> None:
+def test_each_generation_has_a_tag_of_its_own(counts: AcceptCounts) -> None:
     first = counts.enter(0, ())
     second = counts.enter(1, first)
     again = counts.enter(0, second)
@@ -238,30 +238,30 @@ def test_at_a_path_none_is_counted_for_a_generation_that_another_one_has_accepte
 
 def test_with_too_many_generations_no_more_is_known_of_the_last(counts: AcceptCounts) -> None:
     """And the others are not forgotten, as with ()."""
-    taken = {(0, mark) for mark in range(1, accept_marks.MARKS + 1)}
-    marks = counts.enter(0, taken)
+    taken = {(0, tag) for tag in range(1, accept_tags.TAGS + 1)}
+    tags = counts.enter(0, taken)
 
-    assert marks == ((0, NO_MARK),)
-    assert counts.active(marks) is None
-    assert counts.enter(1, marks) not in ((), marks), "the next one is known again"
+    assert tags == ((0, NO_TAG),)
+    assert counts.active(tags) is None
+    assert counts.enter(1, tags) not in ((), tags), "the next one is known again"
 
 
-def test_a_mark_of_which_connections_are_open_is_nobody_elses(
+def test_a_tag_of_which_connections_are_open_is_nobody_elses(
     stack: ExitStack, counts: AcceptCounts, two: list[Listener]
 ) -> None:
-    """A generation may be gone, or more than there are marks: each has a client for ever."""
+    """A generation may be gone, or more than there are tags: each has a client for ever."""
     its = two[0]
     known: list[tuple[tuple[int, int], ...]] = []
     for generation in range(64):
         number = generation % 2
-        marks = counts.enter(number, ())  # whose marks are taken is not known any more
+        tags = counts.enter(number, ())  # whose tags are taken is not known any more
         its.steer(number)
         stack.enter_context(socket.create_connection(its.socket.getsockname()))
         stack.enter_context(its.socket_for(number).accept()[0])
-        known.append(marks)
+        known.append(tags)
     counts._again_at = 0.0
 
-    assert [counts.active(marks) for marks in known] == [1] * 7 + [None] * 57
+    assert [counts.active(tags) for tags in known] == [1] * 7 + [None] * 57
 
 
 def test_a_generation_that_begins_while_the_kernel_does_not_tell_takes_nothing_from_others(
@@ -272,69 +272,69 @@ def test_a_generation_that_begins_while_the_kernel_does_not_tell_takes_nothing_f
     told.says = [{}]
     second = counts.enter(1, first)
     again = counts.enter(0, {*first, *second})
-    has(told, *(mark for _, mark in first))
+    has(told, *(tag for _, tag in first))
     counts._again_at = 0.0
 
-    assert second == again == ((0, NO_MARK),)
-    assert [counts.active(marks) for marks in (first, second, again)] == [1, None, None]
+    assert second == again == ((0, NO_TAG),)
+    assert [counts.active(tags) for tags in (first, second, again)] == [1, None, None]
 
 
-def test_whose_client_waits_is_not_known_where_only_the_gone_had_that_mark(
+def test_whose_client_waits_is_not_known_where_only_the_gone_had_that_tag(
     told: Told, counts: AcceptCounts, two: list[Listener]
 ) -> None:
     first = counts.enter(0, ())
     second = counts.enter(1, first)
-    has(told, *(mark for _, mark in first))  # a connection of the first is left
+    has(told, *(tag for _, tag in first))  # a connection of the first is left
     with socket.create_connection(two[0].socket.getsockname()):
-        assert counts.enter(0, second) == ((0, NO_MARK),)
+        assert counts.enter(0, second) == ((0, NO_TAG),)
 
 
 def test_one_that_came_between_two_options_is_counted_for_no_generation(
     told: Told, counts: AcceptCounts, two: list[Listener]
 ) -> None:
-    accept_marks.mark(two[0].socket, 1)
+    accept_tags.tag(two[0].socket, 1)
     has(told, 1)  # of one that is gone
     taken = {(0, its) for its in (2, 3, 4, 5, 7)}
     with socket.create_connection(two[0].socket.getsockname()):
         assert counts.enter(0, taken) == (), "on the way from 1 to 6 it has one of the others"
 
 
-def test_on_its_way_a_socket_has_no_mark_that_is_anothers_if_it_can_be(stack: ExitStack) -> None:
+def test_on_its_way_a_socket_has_no_tag_that_is_anothers_if_it_can_be(stack: ExitStack) -> None:
     one = stack.enter_context(listening(socket.AF_INET, "127.0.0.1"))
-    accept_marks.mark(one, 3)
+    accept_tags.tag(one, 3)
 
-    assert accept_marks.mark(one, 0, {2}) == {3, 1}
-    accept_marks.mark(one, 3)
-    assert accept_marks.mark(one, 0, {1}) == {3, 2}
-    assert accept_marks.mark(one, 0) == set()
-    assert accept_marks.mark(one, 7, {1, 2, 3, 4, 6}) & {1, 2, 3, 4, 6}
-    assert accept_marks.mark_of(one) == 7
+    assert accept_tags.tag(one, 0, {2}) == {3, 1}
+    accept_tags.tag(one, 3)
+    assert accept_tags.tag(one, 0, {1}) == {3, 2}
+    assert accept_tags.tag(one, 0) == set()
+    assert accept_tags.tag(one, 7, {1, 2, 3, 4, 6}) & {1, 2, 3, 4, 6}
+    assert accept_tags.tag_of(one) == 7
 
 
 def test_one_that_no_process_has_open_any_more_does_not_wait(stack: ExitStack) -> None:
     """It waits for its client's end, for up to a minute, and has no options any more."""
     one = stack.enter_context(listening(socket.AF_INET, "127.0.0.1"))
-    accept_marks.mark(one, 3)
+    accept_tags.tag(one, 3)
     for accepted in accept(stack, one, "127.0.0.1", 2):
         accepted.close()
     stack.enter_context(socket.create_connection(one.getsockname()))  # waits
     ended = stack.enter_context(socket.create_connection(one.getsockname()))  # so does this
     ended.shutdown(socket.SHUT_WR)
 
-    assert accept_marks.connections(one) == Counter()
-    assert accept_marks.connections(one, waiting=True) == Counter({3: 2})
+    assert accept_tags.connections(one) == Counter()
+    assert accept_tags.connections(one, waiting=True) == Counter({3: 2})
 
 
-def test_the_mark_of_clients_that_wait_elsewhere_is_given_to_none(
+def test_the_tag_of_clients_that_wait_elsewhere_is_given_to_none(
     stack: ExitStack, counts: AcceptCounts, two: list[Listener]
 ) -> None:
     """Who accepts them has it then: a generation that was started for them."""
     its = two[0]
     first = counts.enter(0, ())
     stack.enter_context(socket.create_connection(its.socket.getsockname()))
-    assert counts.enter(0, first) == ()  # for him; and it is not known whose mark that is
+    assert counts.enter(0, first) == ()  # for him; and it is not known whose tag that is
 
-    found = counts.enter(1, {(0, accept_marks.mark_of(its.sockets[1]))})
+    found = counts.enter(1, {(0, accept_tags.tag_of(its.sockets[1]))})
 
     assert found
     assert not set(found) & set(first)

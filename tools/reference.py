@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "exporter")]
 from socketprotector_exporter.metrics import MetricSet  # noqa: E402
 
 from socketprotector.launch.option_values import FLAG, TEXT, TIME  # noqa: E402
-from socketprotector.launch.options import GROUPS, STAYS, Option  # noqa: E402
+from socketprotector.launch.options import CHANGES, GROUPS, STAYS, Option  # noqa: E402
 from socketprotector.model import control_requests  # noqa: E402
 from socketprotector.model.duration import Value  # noqa: E402
 from socketprotector.model.handoff_modes import MODES  # noqa: E402
@@ -97,7 +97,7 @@ def options(text: str) -> str:
                 LONG.sub(lambda each: f"`{each[0]}`", meaning(option)),
                 LONG.sub(lambda each: f"`{each[0]}`", default(option)),
                 key(option),
-                "needs a restart" if reload == STAYS else reload,
+                {STAYS: "restart", CHANGES: ""}.get(reload, reload),
             ]
             row = " | ".join(each.replace("|", "\\|") for each in cells)
             found.append("| " + PAGE.sub(r"[docs/\1](\1)", row) + " |")

@@ -175,10 +175,8 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("handoff", click.Choice(list(MODES)),
                "Choose how workers get connections: connection (client library), listener (the "
                "server accepts), stdio or legacy.\n"
-               "connection: the worker takes them from a queue. listener: the worker accepts them, "
-               "from an inherited socket (unmodified servers). stdio: each is stdin and stdout of "
-               "a program of its own. legacy: as under the C++ SocketProtector. "
-               "See docs/modes.md.",
+               "stdio: each is stdin and stdout of a program of its own. legacy: as under the C++ "
+               "SocketProtector. See docs/modes.md.",
                "handoff", STAYS, placeholder="MODE", common=True, default="connection"),
         Option("backlog", click.IntRange(1, _MANY),
                "Let this many connections wait in the kernel, for each listener.",

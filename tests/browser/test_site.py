@@ -17,7 +17,7 @@ SITE = ROOT / "build" / "site"
 #: One of each kind: shelves, tables, signatures, a manual page, pictures, programs.
 PAGES = [
     *("docs/index", "docs/reference", "docs/log", "client_lib/README", "docs/man/SocketProtector"),
-    *("docs/page", "docs/comparison", "README", "client_lib/README", "ARCHITECTURE", "search"),
+    *("docs/metrics", "docs/comparison", "README", "client_lib/README", "ARCHITECTURE", "search"),
 ]
 
 

@@ -78,6 +78,12 @@ def names_of(path: Path) -> list[tuple[str, tuple[str, ...]]]:
     return names_in(parsed(path), path)
 
 
+@cache
+def attributes_of(path: Path) -> set[str]:
+    """The names of all attributes that a module reads or sets."""
+    return {node.attr for node in ast.walk(parsed(path)) if isinstance(node, ast.Attribute)}
+
+
 def names_in(tree: ast.AST, path: Path) -> list[tuple[str, tuple[str, ...]]]:
     """Each import in a part of a file, as names_of()."""
     found: list[tuple[str, tuple[str, ...]]] = []
@@ -234,18 +240,47 @@ def test_a_delivery_is_known_to_its_own_modules_alone(module: str) -> None:
     assert {delivery_of(other) for other in siblings(module)} <= {"", delivery_of(module)}
 
 
-def test_who_accepts_is_asked_by_the_process_only_to_choose_its_delivery() -> None:
-    """Others ask a delivery, or the capability that they need by its name."""
-    asked = {
-        module
-        for module, path in MODULES.items()
-        for node in ast.walk(parsed(path))
-        if room_of(module) in ("core", "daemon", "programs")
-        and isinstance(node, ast.Attribute)
-        and node.attr == "workers_accept"
-    }
+#: The modules that act on a capability of a mode after the start, each by its name.
+ASKED_FOR = {
+    "adapter": {"system.program_spec"},
+    "cannot": {"daemon.control.commands", "daemon.supervisor"},
+    "finish_signal": {
+        *{"daemon.assembly", "daemon.post_mortem", "daemon.recovery", "daemon.worker_pool"},
+    },
+    "pooled": {"daemon.first_programs", "system.program_spec"},
+    "workers_accept": {"daemon.delivery.choice", "system.program_spec"},
+}
+#: The fields of a mode, without those that others have by the same name.
+CAPABILITIES = {
+    *{*handoff_modes.HandoffMode.__match_args__} - {"name", "ready", "ready_after_s", "workers"},
+    *{"finish_signal", "needs_library"},
+}
 
-    assert asked == {"daemon.delivery.choice"}
+
+def test_a_capability_is_asked_by_the_modules_that_act_on_it_and_no_others() -> None:
+    """Others ask the delivery, or the core, which asks a capability of its policy by name."""
+    asked: dict[str, set[str]] = {}
+    for module, path in MODULES.items():
+        if room_of(module) in ("core", "daemon", "programs", "system"):
+            for name in attributes_of(path) & CAPABILITIES:
+                asked.setdefault(name, set()).add(module)
+
+    assert asked == ASKED_FOR
+
+
+#: What a listener says of its sockets: a delivery alone asks for it.
+SOCKETS = {
+    *{"has_sibling", "has_waiting", "is_alive", "reserve", "shared", "socket_for", "sockets"},
+    *{"steer"},
+}
+
+
+@together(
+    "module",
+    [m for m in MODULES if m.startswith("daemon.") and not m.startswith("daemon.delivery")],
+)
+def test_the_sockets_of_a_listener_are_read_in_a_delivery_alone(module: str) -> None:
+    assert not attributes_of(MODULES[module]) & SOCKETS
 
 
 @together("module", [m for m in MODULES if m.startswith("programs.")])

@@ -58,7 +58,7 @@ from ..model.records import Program
 from ..model.settings import Settings
 from ..model.text import added
 from ..system.listener import Listener
-from ..system.program_spec import changed_file, program_of
+from ..system.program_spec import change_of, program_of
 from ..system.sd_notify import Systemd
 from .check_probe import CheckProbes
 from .delivery import Delivery
@@ -297,15 +297,7 @@ class Effects(Host):
 
     def _same_file(self) -> str:
         """Return a warning if the serving generation's file was changed in place; otherwise ""."""
-        if self._route is None:
-            return ""
-        record = self.generations[self._route].record
-        file = changed_file(record.program, record.opened_at)
-        if not file:
-            return ""
-        if record.program.mode.pooled:
-            return f"generation {self._route} runs the same changed file: {file}"
-        return f"a replaced worker of generation {self._route} runs the changed file: {file}"
+        return change_of(self.generations[self._route].record) if self._route is not None else ""
 
     def _quiesce(self, number: int) -> None:
         def on_quiet() -> None:

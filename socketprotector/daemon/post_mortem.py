@@ -146,9 +146,7 @@ class PostMortem:
         program = worker.generation.program
         reason = f"{escape(program.argv[0])} {how} {when}"
         if detached:
-            reason += "; does it detach itself? tell it to stay in the foreground"
-            if program.mode.needs_library:
-                reason += f"; {known_servers.STDIN}"
+            reason += f"; {known_servers.detached(program)}"
         where = "" if last_words else self.output.where_to_look()
         unseen = bool(where) and not detached
         advice = known_servers.advice(program, said=last_words, unseen=unseen)

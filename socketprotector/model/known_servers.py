@@ -334,6 +334,12 @@ def advice(
     return f"it listens on {address} by itself; {WANTS}" if address else ""
 
 
+def detached(program: Program) -> str:
+    """Return the advice about a worker that exited at once, and left a process of its own."""
+    advice = "does it detach itself? tell it to stay in the foreground"
+    return f"{advice}; {STDIN}" if program.mode.needs_library else advice
+
+
 def hint(program: Program, *, taken_from: bool, advice: Callable[[], str]) -> str | None:
     """Return advice for clients that wait while workers take none; None without any.
 

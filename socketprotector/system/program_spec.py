@@ -10,7 +10,7 @@ from socketprotector_client import wire
 
 from .. import __file__ as package
 from ..model import listen_fds
-from ..model.records import Program
+from ..model.records import GenerationRecord, Program
 from ..model.settings import Settings
 from . import env_file
 from .executable import resolve
@@ -70,6 +70,16 @@ def program_of(settings: Settings) -> Program:
         drain_signal=settings.drain_signal,
         watchdog_s=settings.watchdog_s,
     )
+
+
+def change_of(record: GenerationRecord) -> str:
+    """Return a warning if a serving generation's file was changed in place; otherwise ""."""
+    file = changed_file(record.program, record.opened_at)
+    if not file:
+        return ""
+    if record.program.mode.pooled:
+        return f"generation {record.number} runs the same changed file: {file}"
+    return f"a replaced worker of generation {record.number} runs the changed file: {file}"
 
 
 def changed_file(program: Program, since: float) -> str:

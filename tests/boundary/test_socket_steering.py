@@ -1759,7 +1759,7 @@ def test_where_no_silent_socket_can_be_had_clients_are_served_until_it_can(
 
     with monkeypatch.context() as short:
         short.setattr("socketprotector.system.reuseport.reserve", fails)
-        found = reloaded.steering.hold.cannot()
+        found = reloaded.steering.hold.cannot_begin()
         assert found == f"{reloaded.listener.settings.address}: Too many open files"
         on_hold(reloaded)
         reloaded.connect()
@@ -1779,7 +1779,7 @@ def test_where_no_silent_socket_can_be_had_clients_are_served_until_it_can(
 def test_one_socket_for_all_generations_is_held_too(world: World) -> None:
     """As with ?defer_accept, and where the second one could not be bound anew."""
     world.listener.drop_socket(1)
-    assert world.steering.hold.cannot() is None
+    assert world.steering.hold.cannot_begin() is None
     for _ in range(2):
         on_hold(world)
         with Unanswered(world.listener.socket.getsockname()) as late:
@@ -1807,20 +1807,20 @@ def test_questions_of_two_generations_do_not_meet(reloaded: World) -> None:
 
 
 def test_what_is_not_ours_alone_cannot_be_held(world: World, tmp_path: Path) -> None:
-    assert world.steering.hold.cannot() is None
+    assert world.steering.hold.cannot_begin() is None
     with socket.socket(socket.AF_UNIX) as unix:
         unix.bind(str(tmp_path / "s"))
         unix.listen()
         settings = ListenerSettings(f"unix:{tmp_path / 's'}")
         world.listeners.append(listener_of(os.dup(unix.fileno()), 1, settings, shared=True))
-    assert world.steering.hold.cannot() == (
+    assert world.steering.hold.cannot_begin() == (
         f"unix:{tmp_path / 's'} has one socket for all, from which workers accept directly"
     )
     world.listener.settings = replace(world.listener.settings, foreign=True)
     cannot = f"{world.listener.settings.address} was passed in, and its owner goes on listening"
-    assert (world.steering.hold.cannot() or "").startswith(cannot)
+    assert (world.steering.hold.cannot_begin() or "").startswith(cannot)
     world.listeners[0].lost = world.listeners[1].lost = True
-    assert world.steering.hold.cannot() is None
+    assert world.steering.hold.cannot_begin() is None
 
 
 def test_those_that_tried_meanwhile_may_come_for_as_long_again_and_a_second(
@@ -2647,11 +2647,11 @@ def test_a_hold_at_a_path_is_possible_again_as_soon_as_its_folder_is_there(
     folder = Path(pair.path).parent
     aside = folder.with_name(f"{folder.name}-aside")
     folder.rename(aside)
-    cannot = world.steering.hold.cannot() or ""
+    cannot = world.steering.hold.cannot_begin() or ""
     aside.rename(folder)
 
     assert cannot.endswith("; possible once files can be made in its directory")
-    assert world.steering.hold.cannot() is None
+    assert world.steering.hold.cannot_begin() is None
 
 
 def lose_its_socket(world: World, pair: Listener) -> None:

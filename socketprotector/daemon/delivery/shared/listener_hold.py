@@ -49,7 +49,7 @@ class ListenerHold:
         """For how long clients that the hold kept out may still come."""
         return max(0.0, self.record.tried_until - time.monotonic())
 
-    def cannot(self) -> str | None:
+    def cannot_begin(self) -> str | None:
         """Return why no hold is possible; None: it is possible."""
         listeners = self.listeners()
         refused = self.refusal(listeners)

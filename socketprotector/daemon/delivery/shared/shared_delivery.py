@@ -187,7 +187,7 @@ class SharedDelivery(Delivery):
         self._close(listener)
 
     def cannot_hold(self) -> str | None:
-        return self.steering.hold.cannot()
+        return self.steering.hold.cannot_begin()
 
     def hold(self, on: bool) -> None:
         self.steering.turn_hold(on)

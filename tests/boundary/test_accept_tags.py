@@ -1,4 +1,4 @@
-"""Marks that accepted connections have from the socket that accepted them, and their count."""
+"""Tags that accepted connections have from the socket that accepted them, and their count."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from socketprotector.daemon.delivery.shared.accept_counts import NO_TAG, AcceptCounts
+from socketprotector.daemon.delivery.shared.shared_listeners import SharedListeners
 from socketprotector.launch.bind_unix import give_away
 from socketprotector.model.settings import ListenerSettings
 from socketprotector.system import accept_tags, reuseport, socket_file
@@ -119,12 +122,18 @@ def two(stack: ExitStack) -> list[Listener]:
     return found
 
 
+def counting(listeners: list[Listener]) -> AcceptCounts:
+    """The counts at these listeners; the process has no connection of its own."""
+    host = SimpleNamespace(own_connection=None)
+    return AcceptCounts(SharedListeners(cast("Any", host), listeners))
+
+
 def test_a_generation_has_what_has_its_tags_at_all_its_listeners(
     monkeypatch: pytest.MonkeyPatch, two: list[Listener]
 ) -> None:
     told = Told(monkeypatch)
     told.says = [{1: 10, 2: 20, 0: 7}, {1: 1, 3: 3}]
-    counts = AcceptCounts(lambda: two)
+    counts = counting(two)
 
     assert counts.active(((0, 1), (1, 3))) == 13
     assert counts.active(((0, 2),)) == 20
@@ -135,7 +144,7 @@ def test_a_generation_has_what_has_its_tags_at_all_its_listeners(
 def test_what_is_not_known_is_none(monkeypatch: pytest.MonkeyPatch, two: list[Listener]) -> None:
     told = Told(monkeypatch)
     told.says = [{1: 10}, {}]
-    counts = AcceptCounts(lambda: two)
+    counts = counting(two)
 
     assert counts.active(()) is None
     assert counts.active(((0, 1), (1, 3))) is None
@@ -148,7 +157,7 @@ def test_the_kernel_is_asked_for_a_tenth_of_the_time_at_most(
 ) -> None:
     told = Told(monkeypatch)
     told.says = [{1: 10}, {1: 5}]
-    counts = AcceptCounts(lambda: two)
+    counts = counting(two)
     for _ in range(100):
         counts.active(((0, 1),))
         told.now += 1.0
@@ -175,7 +184,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Told:
 @pytest.fixture
 def counts(two: list[Listener]) -> AcceptCounts:
     """Those of a single listener."""
-    return AcceptCounts(lambda: two[:1])
+    return counting(two[:1])
 
 
 @pytest.mark.usefixtures("told")
@@ -213,7 +222,7 @@ def test_the_next_program_finds_the_same_where_a_client_of_another_one_waits(
 def test_with_a_socket_that_all_share_nothing_is_known(two: list[Listener]) -> None:
     two[0].drop_socket(1)
 
-    assert AcceptCounts(lambda: two).enter(1, ()) == ()
+    assert counting(two).enter(1, ()) == ()
 
 
 def test_at_a_path_none_is_counted_for_a_generation_that_another_one_has_accepted(
@@ -225,7 +234,7 @@ def test_at_a_path_none_is_counted_for_a_generation_that_another_one_has_accepte
     socket_file.lead_to(path, first, [first, second])
     settings = ListenerSettings(f"unix:{path}", 1, os.lstat(path).st_ino)
     its = listener_of(first.detach(), 0, settings, shared=True, sibling=second.detach())
-    counts = AcceptCounts(lambda: [its])
+    counts = counting([its])
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(path)
         accepted, _ = its.socket.accept()

@@ -581,7 +581,7 @@ def test_connections_are_counted_for_no_generation_once_several_share_a_socket(
     [listener] = world.delivery.listeners
     monkeypatch.setattr(listener, "bind_anew", fail)
     assert isinstance(world.delivery, SharedDelivery)
-    world.delivery.steering._repairs._replace(listener, second.record.socket_number)
+    world.delivery.steering._repairs.replace(listener, second.record.socket_number)
 
     assert [world.delivery.active(each) for each in (first, second)] == [None, None]
 

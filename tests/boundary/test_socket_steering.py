@@ -20,10 +20,12 @@ from socketprotector.core.events import Event, HeldClientsWait, SocketLost, Stra
 from socketprotector.daemon import probe
 from socketprotector.daemon.asking import Asking
 from socketprotector.daemon.delivery import NEVER_TAKEN_S
+from socketprotector.daemon.delivery.host import Host
 from socketprotector.daemon.delivery.probe_target import SHUT_DOWN
 from socketprotector.daemon.delivery.shared import probes, quiescing
 from socketprotector.daemon.delivery.shared.probes import LEAVES_S
 from socketprotector.daemon.delivery.shared.quiescing import LAST_S, QUIET_S, SILENT_S
+from socketprotector.daemon.delivery.shared.shared_listeners import SharedListeners
 from socketprotector.daemon.delivery.shared.socket_steering import SocketSteering
 from socketprotector.daemon.delivery.shared.socket_watch import FIRST_RESCUE_S
 from socketprotector.daemon.runtime import Runtime
@@ -57,7 +59,7 @@ class Told:
         self.then()
 
 
-class World:
+class World(Host):
     """One address, and the time, which stands still until it is moved."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,19 +95,35 @@ class World:
         settings = ListenerSettings(f"tcp:127.0.0.1:{first.getsockname()[1]}")
         fds = first.detach(), second.detach()
         self.listener = listener_of(fds[0], 0, settings, shared=True, sibling=fds[1])
-        self.listeners = [self.listener]
+        self.shared = SharedListeners(self, [self.listener])
         self.clients: list[socket.socket] = []
         self.written: SteeringRecord | None = None
+        self.generations = {}
+        self.runtime = Runtime(self.loop, cast("Any", self.log), self.post, self.persist)
         self.steering = self._made()
 
     def _made(self) -> SocketSteering:
-        return SocketSteering(
-            lambda: self.listeners,
-            Runtime(self.loop, cast("Any", self.log), self.post, self.persist),
-            bound=self.bound.append,
-            lost=lambda listener, why: self.lost.append(listener),
-            untaken=lambda *said: self.untaken.append(said),
-        )
+        return SocketSteering(self.shared)
+
+    @property
+    def listeners(self) -> list[Listener]:
+        return self.shared.all
+
+    def listener_lost(self, listener: Listener, reason: str) -> None:
+        self.lost.append(listener)
+
+    def listener_bound(self, listener: Listener) -> None:
+        self.bound.append(listener)
+
+    def report_untaken(
+        self, seconds: float, waiting: int, ever: bool, listen: str | None = None
+    ) -> None:
+        assert listen is not None
+        self.untaken.append((seconds, waiting, ever, listen))
+
+    @property
+    def own_connection(self) -> socket.socket | None:
+        return None
 
     def persist(self) -> bool:
         self.written = self.steering.record()
@@ -422,7 +440,7 @@ def test_a_socket_that_only_a_later_worker_has_is_waited_for(world: World, kille
     """Else that worker is told to finish with clients that it has not read from."""
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
-    world.steering._repairs._replace(world.listener, 0)
+    world.steering._repairs.replace(world.listener, 0)
     world.steering.grow(1, lambda index: True)
     world.steering.enter(2, world.steering.turns.free)
     world.connect()
@@ -442,7 +460,7 @@ def test_a_socket_that_only_a_later_worker_has_is_waited_for(world: World, kille
 def test_a_socket_that_no_worker_has_is_not_waited_for(world: World) -> None:
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
-    world.steering._repairs._replace(world.listener, 0)
+    world.steering._repairs.replace(world.listener, 0)
     world.steering.grow(1, lambda index: False)
     world.steering.enter(2, world.steering.turns.free)
     world.connect()
@@ -681,7 +699,7 @@ def test_where_the_kernel_does_not_report_handshakes_only_time_counts(
 
 def test_without_a_second_socket_one_quiesces_at_once(world: World) -> None:
     plain = socket.create_server(("127.0.0.1", 0))
-    kept, world.listeners = (
+    kept, world.shared.all = (
         world.listeners,
         [listener_of(plain.detach(), 1, ListenerSettings("tcp:127.0.0.1:81"), shared=True)],
     )
@@ -692,7 +710,7 @@ def test_without_a_second_socket_one_quiesces_at_once(world: World) -> None:
 
     assert world.quiesced == [1]
     world.listeners[0].close()
-    world.listeners = kept
+    world.shared.all = kept
 
 
 def test_clients_of_a_new_listener_go_to_the_next_generation(world: World) -> None:
@@ -1661,13 +1679,7 @@ def test_another_program_ends_a_hold_of_which_it_knows_no_more(
     else:
         reloaded.listener.close()
         reloaded.listeners[:] = [listener]
-    other = SocketSteering(
-        lambda: [listener],
-        Runtime(reloaded.loop, cast("Any", reloaded.log), reloaded.post, lambda: True),
-        bound=lambda listener: None,
-        lost=lambda listener, why: None,
-        untaken=lambda *said: None,
-    )
+    other = SocketSteering(SharedListeners(reloaded, [listener]))
     other.adopt_record(reloaded.steering.record(), held=False)
     reloaded.listener = listener
 
@@ -1740,7 +1752,7 @@ def test_one_listener_that_fails_keeps_none_of_the_others_on_hold(
     for fails_first in (True, False):
         fails = cast("Any", Fails())
         its = [fails, reloaded.listener] if fails_first else [reloaded.listener, fails]
-        monkeypatch.setattr(reloaded.steering, "_listeners", lambda its=its: its)
+        monkeypatch.setattr(reloaded.shared, "all", its)
         on_hold(reloaded)
         with Unanswered(reloaded.listener.socket.getsockname()) as late:
             late.tries_again()

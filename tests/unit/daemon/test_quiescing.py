@@ -10,6 +10,7 @@ import pytest
 
 from socketprotector.daemon.delivery.shared import quiescing
 from socketprotector.daemon.delivery.shared.quiescing import LAST_S, QUIET_S, SILENT_S, Quiescing
+from socketprotector.daemon.delivery.shared.turns import Turns
 from socketprotector.system.listener import Listener
 from tests.unit.daemon.clock import Clock
 
@@ -26,7 +27,6 @@ class World:
         self.shaking: set[bytes] = set()
         self.in_backlog = False
         self.is_steered = True
-        self.is_replaced = False
         self.scarce = False
         self.ended: list[float] = []
         listener = SimpleNamespace(
@@ -35,17 +35,18 @@ class World:
             index=INDEX,
             has_waiting=lambda: self.in_backlog,
         )
-        self.listener = cast("Listener", listener)
+        self.pairs = [cast("Listener", listener)]
         patch.setattr(quiescing, "unread_by_port", self._unread)
         patch.setattr(
             quiescing, "handshakes_by_port", lambda _, ports: self._of(ports, self.shaking)
         )
+        host = SimpleNamespace(runtime=self.clock.use_in(patch, quiescing))
+        self.turns = Turns()
         self.quiescing = Quiescing(
-            self.clock.use_in(patch, quiescing),
-            own=lambda _number, _generation: [self.listener],
-            is_replaced=lambda _listener, _generation: self.is_replaced,
-            clients_wait=lambda _listener, _number: self.in_backlog,
-            is_steered=lambda _number: self.is_steered,
+            cast("Any", SimpleNamespace(host=host, pairs=self.pairs)),
+            self.turns,
+            cast("Any", SimpleNamespace(clients_wait=lambda *_: self.in_backlog)),
+            cast("Any", SimpleNamespace(gets_no_client=lambda _: self.is_steered)),
         )
 
     def _unread(self, _family: int, ports: set[int], *, accepted: bool) -> Any:
@@ -140,7 +141,8 @@ def test_clients_of_a_replaced_unix_socket_are_waited_for(
         path="/run/s",
         index=INDEX,
     )
-    world.listener, world.is_replaced = cast("Listener", listener), replaced
+    world.pairs[:] = [cast("Listener", listener)]
+    world.turns.unserved = frozenset({(1, INDEX)} if replaced else ())
     monkeypatch.setattr(quiescing, "accepted_unix", lambda: [(name, 7, 1)])
     world.begin()
     world.clock.pass_time(LAST_S - 1.0)
@@ -168,7 +170,7 @@ def test_as_long_as_clients_come_to_it_time_begins_again(world: World) -> None:
 
 def test_a_backlog_that_nobody_accepts_ends_with_a_line(world: World) -> None:
     world.in_backlog = True
-    world.begin(common=[world.listener])
+    world.begin(common=world.pairs)
     world.clock.pass_time(LAST_S + 0.2)
     assert len(world.ended) == 1
     assert world.clock.lines == ["not-accepted"]

@@ -12,13 +12,14 @@ import errno
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection
 from contextlib import suppress
 
 from ....model.lazy_dataclass import field, mutable
 from ....system import accept_tags, socket_file
 from ....system.listener import Listener
 from .accept_watch import ASKING_SHARE
+from .shared_listeners import SharedListeners
 
 #: The tag of a generation that found no unused tag.
 NO_TAG = 0
@@ -29,9 +30,7 @@ _OTHERS_WAIT = "clients wait there with the tag of another generation"
 class AcceptCounts:
     """The open connections of all generations, queried at once."""
 
-    listeners: Callable[[], Sequence[Listener]]
-    #: Returns our own connection, if there is one; it does not count.
-    ours: Callable[[], socket.socket | None] = lambda: None
+    listeners: SharedListeners
     #: The connections of each tag, by listener index; without listeners that the kernel does not
     #: report.
     _found: dict[int, Counter[int]] = field(default_factory=dict)
@@ -46,9 +45,8 @@ class AcceptCounts:
         result is empty if queued connections may carry another generation's tag: then the two
         cannot be counted apart any more.
         """
-        shared = [each for each in self.listeners() if each.shared and not each.lost]
         try:
-            return tuple(self._tag(each, socket_number, taken) for each in shared)
+            return tuple(self._tag(each, socket_number, taken) for each in self.listeners.living)
         except OSError:
             return ()
 
@@ -92,7 +90,8 @@ class AcceptCounts:
         listening, other = (listener.socket_for(n) for n in (socket_number, 1 - socket_number))
         # Marks of released generations may be among them: a process may have left its process
         # group, or have passed a connection on.
-        found = self._found[listener.index] = accept_tags.connections(listening, self.ours())
+        ours = self.listeners.host.own_connection
+        found = self._found[listener.index] = accept_tags.connections(listening, ours)
         tag = accept_tags.tag_of(listening)
         if tag != NO_TAG and tag not in {*used, *found}:
             return tag
@@ -115,14 +114,14 @@ class AcceptCounts:
         """Count the open connections of all listeners."""
         began = time.monotonic()
         self._found.clear()
-        for each in self.listeners():
-            if each.has_sibling:
-                try:
-                    if each.path:
-                        self._found[each.index] = socket_file.connections(each.path)
-                        continue
-                    self._found[each.index] = accept_tags.connections(each.socket, self.ours())
-                except OSError:
-                    continue
+        ours = self.listeners.host.own_connection  # it does not count
+        for each in self.listeners.pairs:
+            try:
+                if each.path:
+                    self._found[each.index] = socket_file.connections(each.path)
+                else:
+                    self._found[each.index] = accept_tags.connections(each.socket, ours)
+            except OSError:
+                continue
         ended = time.monotonic()
         self._again_at = ended + (ended - began) / ASKING_SHARE

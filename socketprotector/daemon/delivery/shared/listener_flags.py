@@ -10,10 +10,10 @@ Source: systemd.service(5), fcntl(2).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 from ....system.listener import Listener
-from ...runtime import Runtime
+from .shared_listeners import SharedListeners
 
 #: A server sets its sockets up soon after its start.  So the flags are checked after _FIRST_S, then
 #: after pauses that double, up to _LAST_S.
@@ -25,15 +25,14 @@ _TIMER = "listener-flags"
 class ListenerFlags:
     """The O_NONBLOCK flags of the listeners that were passed in."""
 
-    def __init__(self, listeners: Callable[[], Collection[Listener]], runtime: Runtime) -> None:
-        """listeners: returns all listeners."""
+    def __init__(self, listeners: SharedListeners) -> None:
         self._listeners = listeners
-        self._runtime = runtime
+        self._runtime = listeners.host.runtime
         self._nonblocking: tuple[int, ...] = ()
 
     @property
     def _passed_in(self) -> list[Listener]:
-        return [each for each in self._listeners() if each.shared and each.settings.foreign]
+        return [each for each in self._listeners.all if each.shared and each.settings.foreign]
 
     def record(self) -> tuple[int, ...]:
         """Return the indices of the listeners that are non-blocking now."""

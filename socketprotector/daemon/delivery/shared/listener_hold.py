@@ -8,11 +8,12 @@ guard or an fd store, the socket and the hold survive us; otherwise both end wit
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 
 from ....model.lazy_dataclass import field, mutable
 from ....model.records import HoldRecord
 from ....system.listener import RESOURCE_ERRNOS, Listener
+from .shared_listeners import SharedListeners
 
 #: A client's retry interval grows with its waiting time.  A stop waits for retries at most this
 #: long.
@@ -23,7 +24,7 @@ _LAST_S = 10.0
 class ListenerHold:
     """The hold, and until when its clients may still retry."""
 
-    listeners: Callable[[], Sequence[Listener]]
+    listeners: SharedListeners
     #: What the next program needs.
     record: HoldRecord = field(default_factory=HoldRecord)
 
@@ -39,7 +40,7 @@ class ListenerHold:
             self.record = HoldRecord(now, tried_until)
         elif self.on and not on:
             # Clients of a UNIX socket do not retry: they wait in its backlog.
-            if any(each.can_be_held and not each.path for each in self.listeners()):
+            if any(each.can_be_held and not each.path for each in self.listeners.all):
                 retry_s = min(now - self.record.began_at + 1.0, _LAST_S)
                 tried_until = max(tried_until, now + retry_s)
             self.record = HoldRecord(tried_until=tried_until)
@@ -51,7 +52,7 @@ class ListenerHold:
 
     def cannot_begin(self) -> str | None:
         """Return why no hold is possible; None: it is possible."""
-        listeners = self.listeners()
+        listeners = self.listeners.all
         refused = self.refusal(listeners)
         for each in listeners if refused is None else ():
             try:

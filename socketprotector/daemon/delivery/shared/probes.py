@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 from ....system import bpf, reuseport, socket_copy, socket_snapshot
@@ -19,6 +19,7 @@ from ....system.cleanup import on_error
 from ....system.listener import RESOURCE_ERRNOS, TRANSIENT_ERRNOS, Listener
 from ....system.sock_diag import end_of, is_waiting, unaccepted
 from ..probe_target import ProbeTarget, family_of
+from .shared_listeners import SharedListeners, Steering
 from .turns import Turns
 
 #: Workers may accept for so long after the order to finish: gunicorn's threads check once a second.
@@ -58,21 +59,9 @@ def _has_waiting(listening: socket.socket) -> bool:
 class Probes:
     """The probes of all generations, and the sockets at which some still wait."""
 
-    def __init__(
-        self,
-        pairs: Callable[[], Sequence[Listener]],
-        turns: Turns,
-        *,
-        steer: Callable[[], bool],
-        persist: Callable[[], bool],
-    ) -> None:
-        """pairs: returns the listeners with two sockets.
-
-        steer: updates the kernel's steering, and returns whether it succeeded.  persist: writes the
-        state.
-        """
-        self._pairs, self._turns = pairs, turns
-        self._steer, self._persist = steer, persist
+    def __init__(self, listeners: SharedListeners, turns: Turns, steering: Steering) -> None:
+        self._listeners, self._turns, self._steering = listeners, turns, steering
+        self._persist = listeners.host.runtime.persist
         #: Sockets, by listener and number, whose ::1 or UNIX peers can only be probes of this
         #: program or an earlier one.
         self.asked: set[tuple[int, int]] = set()
@@ -86,17 +75,14 @@ class Probes:
         self._abandoned: list[tuple[socket.socket, bytes | int]] = []
 
     def reach(
-        self,
-        listeners: Sequence[Listener],
-        name: str,
-        knows: Callable[[int], bool] = lambda index: True,
+        self, name: str, knows: Callable[[int], bool] = lambda index: True
     ) -> ProbeTarget | None:
         """Return how to reach the serving generation as clients do; None: no such listener.
 
         name: the listener's, "" for the first.  knows: says whether that generation knows a
         listener, by index.
         """
-        for each in listeners:
+        for each in self._listeners.living:
             if name in ("", each.settings.name) and knows(each.index):
                 asked = each.socket_for(self._turns.current)
                 # As in ask(): the probe never leaves this machine.
@@ -174,14 +160,14 @@ class Probes:
             )
 
         if asked.family == socket.AF_UNIX:  # the socket has a file of its own, so needs no mark
-            no_clients = self._steer() and self._is_for_probes(found, socket_number)
+            no_clients = self._steering.steer() and self._is_for_probes(found, socket_number)
             self._will_come_from(place, None, no_clients=no_clients)
             return ProbeTarget(address, None, waits, lambda: None, holds=holds)
         while (mark := bpf.Mark.draw(family_of(address))) in self.questions:
             pass  # IPv6 has few marks
         self.questions[mark] = socket_number
         with on_error(self.questions.pop, mark):
-            if not self._steer():  # the probe would reach the old generation, which answers
+            if not self._steering.steer():  # the old generation would answer
                 raise OSError(errno.EAGAIN, "new clients cannot be steered now")
             no_clients = self._is_for_probes(found, socket_number)
         self._will_come_from(place, mark, no_clients=no_clients)
@@ -204,13 +190,13 @@ class Probes:
     def _askable(
         self, name: str, knows: Callable[[int], bool] = lambda index: True
     ) -> Listener | None:
-        named = (each for each in self._pairs() if name in ("", each.settings.name))
+        named = (each for each in self._listeners.pairs if name in ("", each.settings.name))
         return next((each for each in named if not each.lost and knows(each.index)), None)
 
     def _stop_asking(self, mark: bpf.Mark) -> None:
         """Stop steering connections with this mark."""
         if self.questions.pop(mark, None) is not None:
-            self._steer()
+            self._steering.steer()
 
     def _probes_at(self, listener: Listener, number: int) -> int | None:
         """Return how many probes wait at a listener's socket; None: a client waits, too.
@@ -248,10 +234,10 @@ class Probes:
         Returns the sockets, by listener and number, whose queues cannot be read now.
         """
         unknown = set()
-        for each, number in [(each, number) for each in self._pairs() for number in (0, 1)]:
+        for each, number in [(each, number) for each in self._listeners.pairs for number in (0, 1)]:
             is_assigned = number in self._turns.accepting.values()
             is_accepted = is_assigned and self._turns.is_served(each, number)
-            if is_accepted or each not in self._turns.own(self._pairs(), number):
+            if is_accepted or each not in self._turns.own(self._listeners.pairs, number):
                 continue
             listening, place = each.socket_for(number), (each.index, number)
             try:

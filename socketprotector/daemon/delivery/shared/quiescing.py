@@ -17,8 +17,10 @@ from ....model.lazy_dataclass import mutable
 from ....system.listener import RESOURCE_ERRNOS, Listener
 from ....system.sock_diag import accepted_unix, handshakes_by_port, unread_by_port
 from ....system.socket_file import path_of
-from ...runtime import Runtime
 from .accept_watch import ASKING_SHARE
+from .probes import Probes
+from .shared_listeners import SharedListeners, Steering
+from .turns import Turns
 
 _LOOK_S = 0.1
 #: The same for workers that read from all accepted clients before they exit: then only clients
@@ -78,24 +80,12 @@ class Quiescing:
     """The generations that are waiting to go quiet."""
 
     def __init__(
-        self,
-        runtime: Runtime,
-        *,
-        own: Callable[[int, int], Sequence[Listener]],
-        is_replaced: Callable[[Listener, int], bool],
-        clients_wait: Callable[[Listener, int], bool],
-        is_steered: Callable[[int], bool],
+        self, listeners: SharedListeners, turns: Turns, probes: Probes, steering: Steering
     ) -> None:
-        """own: returns a generation's listeners whose socket of this number gets no new clients
-        while the other socket does.
-
-        is_replaced: says whether another socket was bound in the place of a generation's socket.
-        clients_wait: says whether clients wait at a socket, by number; our probes do not count.
-        is_steered: says whether no new client comes to a generation.
-        """
+        self._listeners, self._turns = listeners, turns
+        self._probes, self._steering = probes, steering
+        runtime = listeners.host.runtime
         self._loop, self._log = runtime.loop, runtime.log
-        self._own, self._is_replaced = own, is_replaced
-        self._clients_wait, self._is_steered = clients_wait, is_steered
         self._generations: dict[int, _Generation] = {}
 
     def begin(
@@ -136,12 +126,12 @@ class Quiescing:
     def _look(self, generation: int) -> None:
         state, now = self._generations[generation], time.monotonic()
         # First, so that clients that come later do not count below.
-        still_come = not self._is_steered(generation)
+        still_come = not self._steering.gets_no_client(generation)
         state.common = [each for each in state.common if each.has_waiting()]
-        own = self._own(state.socket_number, generation)
+        own = self._turns.own(self._listeners.pairs, state.socket_number, generation)
         # Replaced sockets too: the generation accepted from the earlier socket.
-        pairs = self._own(state.socket_number, 0)
-        waiting = any(self._clients_wait(each, state.socket_number) for each in own) or bool(
+        pairs = self._turns.own(self._listeners.pairs, state.socket_number)
+        waiting = any(self._probes.clients_wait(each, state.socket_number) for each in own) or bool(
             state.common
         )
         if still_come:
@@ -192,7 +182,9 @@ class Quiescing:
         for family in {each.socket.family for each in pairs}:
             mine = [each for each in pairs if each.socket.family == family]
             if family == socket.AF_UNIX:
-                replaced = [each for each in mine if self._is_replaced(each, generation)]
+                replaced = [
+                    each for each in mine if (generation, each.index) in self._turns.unserved
+                ]
                 try:
                     found.update(_unread_unix(mine, state.socket_number, replaced))
                 except OSError as error:

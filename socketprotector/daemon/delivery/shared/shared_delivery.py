@@ -25,6 +25,7 @@ from ..host import Host
 from ..probe_target import ProbeTarget
 from .accept_counts import AcceptCounts
 from .listener_flags import ListenerFlags
+from .shared_listeners import SharedListeners
 from .socket_steering import SocketSteering
 
 _CLOSE = "listeners-close"
@@ -50,16 +51,11 @@ class SharedDelivery(Delivery):
     def __init__(self, host: Host, listeners: Collection[Listener]) -> None:
         self._host = host
         self._loop, self._post = host.runtime.loop, host.runtime.post
-        self._listeners = list(listeners)
-        self.steering = SocketSteering(
-            lambda: self._listeners,
-            host.runtime,
-            bound=self._note_bound,
-            lost=host.listener_lost,
-            untaken=host.report_untaken,
-        )
-        self._counts = AcceptCounts(lambda: self._listeners, lambda: host.own_connection)
-        self._flags = ListenerFlags(lambda: self._listeners, host.runtime)
+        shared = SharedListeners(host, listeners)
+        self._listeners = shared.all
+        self.steering = SocketSteering(shared)
+        self._counts = AcceptCounts(shared)
+        self._flags = ListenerFlags(shared)
         self._route: int | None = None
         self._stay = False  # our own listeners survive us
 
@@ -90,13 +86,6 @@ class SharedDelivery(Delivery):
             for each in others:
                 each.update_record(accept_tags=())
         self._flags.watch()
-
-    def _note_bound(self, listener: Listener) -> None:
-        """Pass on that a listener has another socket, or one socket less."""
-        if not listener.has_sibling:  # a tag there no longer tells whose worker has accepted
-            for each in self._host.generations.values():
-                each.update_record(accept_tags=())
-        self._host.listener_bound(listener)
 
     def worker_handles(
         self, generation: OpenGeneration, slot: int, free: Iterator[int], settings: Settings

@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Sequence
 from ....system import socket_snapshot
 from ....system.listener import Listener
 from ....system.socket_snapshot import Snapshot
-from ...runtime import Runtime
+from .shared_listeners import SharedListeners, Steering
 
 #: The key of a new socket's options, in the place of a generation's number.
 _MADE = 0
@@ -30,16 +30,10 @@ _MADE = 0
 class SocketOptionRestore:
     """The earlier options of the listening sockets, by generation and listener."""
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        listeners: Callable[[], Sequence[Listener]],
-        replace: Callable[[Listener, int], None],
-    ) -> None:
-        """replace: binds another socket in the place of a listener's, by the socket's number."""
-        self._log = runtime.log
+    def __init__(self, listeners: SharedListeners, steering: Steering) -> None:
+        self._log = listeners.host.runtime.log
         self._listeners = listeners
-        self._replace = replace
+        self._steering = steering
         self._before: dict[tuple[int, int], Snapshot] = {}
 
     @property
@@ -80,7 +74,7 @@ class SocketOptionRestore:
             self._raise_backlogs()
         mine = [key for key in self._before if key[0] == generation]
         if others and max(others) < generation:
-            by_index = {each.index: each for each in self._listeners() if not each.lost}
+            by_index = {each.index: each for each in self._listeners.living}
             for key in mine:
                 if key[1] in by_index:
                     listener = by_index[key[1]]
@@ -94,9 +88,9 @@ class SocketOptionRestore:
 
     def _raise_backlogs(self) -> None:
         """Raise each backlog, because clients may have to wait long for the next generation."""
-        for listener in self._listeners():
+        for listener in self._listeners.living:
             made = self._before.get((_MADE, listener.index))
-            if made is None or listener.lost:
+            if made is None:
                 continue
             for listening in listener.sockets:
                 socket_snapshot.raise_backlog(listening, made)
@@ -116,7 +110,7 @@ class SocketOptionRestore:
                 and listener.can_do_without(listening)
             )
         ):
-            self._replace(listener, socket_number)
+            self._steering.replace(listener, socket_number)
             if listener.lost or len(listener.sockets) != count:
                 return  # the socket that is left is the serving generation's
             stays = socket_snapshot.restore(listener.socket_for(socket_number), before)

@@ -7,15 +7,14 @@ has to start.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 from ....core.events import SocketLost, Stranded
 from ....system import socket_copy
 from ....system.listener import Listener
-from ...runtime import Runtime
 from .listener_hold import ListenerHold
 from .probes import RETRY_ERRNOS
+from .shared_listeners import SharedListeners, Steering
 from .socket_option_restore import SocketOptionRestore
+from .socket_watch import SocketWatch
 from .turns import Turns
 
 RESTART = "restart SocketProtector: until then a release that fails may keep clients out"
@@ -26,29 +25,17 @@ class SocketRepair:
 
     def __init__(
         self,
-        shared: Callable[[], Sequence[Listener]],
-        runtime: Runtime,
+        listeners: SharedListeners,
         turns: Turns,
         hold: ListenerHold,
-        *,
-        steer: Callable[[], bool],
-        adopt_held: Callable[[], None],
-        unwatch: Callable[[Listener], None],
-        watch_later: Callable[[], None],
-        bound: Callable[[Listener], None],
-        lost: Callable[[Listener, str], None],
+        watch: SocketWatch,
+        steering: Steering,
     ) -> None:
-        """shared: returns the listeners that get clients.  steer: updates the kernel's steering.
-
-        adopt_held: passes clients at a third socket to the next generation.
-        bound, lost: see SocketSteering.
-        """
-        self._shared, self._turns, self._hold = shared, turns, hold
+        self._listeners, self._turns, self._hold = listeners, turns, hold
+        self._watch, self._steering = watch, steering
+        runtime = listeners.host.runtime
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
-        self._steer, self._unwatch, self._watch_later = steer, unwatch, watch_later
-        self._adopt_held = adopt_held
-        self._bound, self._lost = bound, lost
-        self.options = SocketOptionRestore(runtime, shared, self._replace)
+        self.options = SocketOptionRestore(listeners, steering)
         self.ended = False  # True: sockets that are shut down are not repaired
 
     def repair(self, listener: Listener, socket_number: int) -> None:
@@ -58,11 +45,11 @@ class SocketRepair:
         self._loop.unwatch(listener.socket_for(socket_number).fileno())
         if listener.listen_again(socket_number):
             # Before it is logged: until then new clients wait at the other socket, in vain.
-            self._steer()
+            self._steering.steer()
             self._log.write("warning", "listens-again", listen=listener.settings.address)
         else:
-            self._replace(listener, socket_number)
-        self._watch_later()
+            self.replace(listener, socket_number)
+        self._watch.watch_later()
 
     def repair_all(self) -> None:
         """Repair the sockets that get no client.
@@ -70,14 +57,14 @@ class SocketRepair:
         Epoll reports a socket that was shut down, but neither a socket that a worker has connected
         nor one on a device that is gone.
         """
-        for each in self._shared():
+        for each in self._listeners.living:
             for number in range(len(each.sockets)):
-                if each not in self._shared():
+                if each not in self._listeners.living:
                     break  # a reload had added it, and was called off for clients of another
                 if not each.is_alive(number):
                     self.repair(each, number)
                 elif self._is_out_of_reach(each, number):
-                    self._replace(each, number)
+                    self.replace(each, number)
 
     def _is_out_of_reach(self, listener: Listener, number: int) -> bool:
         """Return whether a listening socket gets no client: its device or its file is gone.
@@ -95,14 +82,14 @@ class SocketRepair:
         """Give a generation that starts a socket of its own.  Raises OSError."""
         if not listener.is_alive(socket_number) or not listener.is_sound(socket_number):
             self.repair(listener, socket_number)
-        self._unwatch(listener)
+        self._watch.unwatch(listener)
         if listener.is_reserved_for_clients and not self._hold.on:
             listener.adopt_reserved(socket_number)
-            self._bound(listener)
+            self._listeners.note_bound(listener)
         # Clients of a single socket that no generation has wait for the next generation.
         awaited = any(index == listener.index for _, index in self._turns.unserved)
         if (listener.has_sibling or not awaited) and listener.renew(socket_number):
-            self._bound(listener)
+            self._listeners.note_bound(listener)
 
     def make_sound(self, listener: Listener, socket_number: int, generation: int) -> None:
         """Undo what an earlier generation has done to the socket of a new one."""
@@ -112,14 +99,14 @@ class SocketRepair:
             try:
                 socket_copy.reset(listener.socket_for(socket_number))
             except OSError:  # its filter is locked for good
-                self._replace(listener, socket_number)
+                self.replace(listener, socket_number)
 
         def is_alone() -> bool:
             return not self._turns.at(listener, socket_number)
 
         self.options.begin(generation, listener, socket_number, is_alone)
 
-    def _replace(self, listener: Listener, socket_number: int) -> None:
+    def replace(self, listener: Listener, socket_number: int) -> None:
         """Bind another socket in the place of a broken one."""
         self._loop.unwatch(listener.socket_for(socket_number).fileno())
         address = listener.settings.address
@@ -130,8 +117,7 @@ class SocketRepair:
             if error.errno in RETRY_ERRNOS:
                 return
             if common and not listener.is_reserved_for_clients:
-                listener.lost = True
-                self._lost(listener, error.strerror or str(error))
+                self._listeners.lose(listener, error.strerror or str(error))
                 return
             if common:  # the third socket takes its place, because clients may wait there
                 listener.adopt_reserved(0)
@@ -142,11 +128,11 @@ class SocketRepair:
                 said = {"listen": address, "error": why, "hint": RESTART}
                 self._log.write("warning", "one-socket-left", **said)
         lost = self._turns.lose(listener, None if common else socket_number)
-        self._steer()
+        self._steering.steer()
         if common or listener.has_sibling:
             self._log.write("warning", "socket-replaced", listen=address)
-        self._bound(listener)
-        self._adopt_held()
+        self._listeners.note_bound(listener)
+        self._steering.adopt_held()
         starting = self._turns.starting
         if starting in lost:
             # First: no generation starts for the clients until the starting one has failed.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import socket
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 
 from ....core.events import HeldClientsWait
@@ -22,12 +22,12 @@ from ....model.records import SteeringRecord
 from ....system import reuseport
 from ....system.listener import RESOURCE_ERRNOS, Listener
 from ....system.sock_diag import unaccepted
-from ...runtime import Runtime
 from ..probe_target import ProbeTarget
 from .accept_watch import AcceptWatch
 from .listener_hold import ListenerHold
 from .probes import Probes
 from .quiescing import Quiescing
+from .shared_listeners import SharedListeners, Steering
 from .socket_repair import RESTART, SocketRepair
 from .socket_watch import SocketWatch
 from .turns import Turns
@@ -35,63 +35,23 @@ from .turns import Turns
 _STEER_AGAIN_S = 0.5
 
 
-class SocketSteering:
+class SocketSteering(Steering):
     """Knows which generation accepts from which socket, and steers new clients."""
 
-    def __init__(
-        self,
-        listeners: Callable[[], Sequence[Listener]],
-        runtime: Runtime,
-        *,
-        bound: Callable[[Listener], None],
-        lost: Callable[[Listener, str], None],
-        untaken: Callable[[float, int, bool, str], None],
-    ) -> None:
-        """listeners: returns all listeners, which their owner closes.
-
-        bound: called when a listener has another socket.  lost: called when it has none any more,
-        with the reason.  untaken: called with how many seconds workers accepted none, how many
-        clients wait, whether any was ever accepted, and the addresses.
-        """
+    def __init__(self, listeners: SharedListeners) -> None:
         self._listeners = listeners
+        runtime = listeners.host.runtime
         self._loop, self._log = runtime.loop, runtime.log
         self._persist, self._post = runtime.persist, runtime.post
-        self._bound = bound
         #: Addresses whose clients the kernel sends to the wrong socket, and why.
         self._not_steered: dict[str, str] = {}
         self._hold_installed = True  # the kernel's hold state is the wanted one
         self.turns = Turns()
-        self.probes = Probes(
-            lambda: self._pairs, self.turns, steer=self._steer, persist=runtime.persist
-        )
-        self._watch = SocketWatch(
-            lambda: self._shared,
-            runtime,
-            self.turns,
-            self.probes,
-            repair=lambda listener, number: self._repairs.repair(listener, number),
-            untaken=untaken,
-        )
-        self._quiescing = Quiescing(
-            runtime,
-            own=lambda number, generation: self.turns.own(self._pairs, number, generation),
-            is_replaced=lambda each, generation: (generation, each.index) in self.turns.unserved,
-            clients_wait=self.probes.clients_wait,
-            is_steered=self._gets_no_client,
-        )
         self.hold = ListenerHold(listeners)
-        self._repairs = SocketRepair(
-            lambda: self._shared,
-            runtime,
-            self.turns,
-            self.hold,
-            steer=self._steer,
-            adopt_held=self._adopt_held,
-            unwatch=self._watch.unwatch,
-            watch_later=self._watch.watch_later,
-            bound=bound,
-            lost=lost,
-        )
+        self.probes = Probes(listeners, self.turns, self)
+        self._watch = SocketWatch(listeners, self.turns, self.probes, self)
+        self._quiescing = Quiescing(listeners, self.turns, self.probes, self)
+        self._repairs = SocketRepair(listeners, self.turns, self.hold, self._watch, self)
 
     @property
     def is_steered(self) -> bool:
@@ -106,7 +66,8 @@ class SocketSteering:
     def adopt(self, generation: int, socket_number: int) -> None:
         """Note where a generation's workers accept, from before this program."""
         self.turns.accepting[generation] = socket_number
-        for each in self._shared:  # the earlier program may have been killed during a repair
+        # The earlier program may have been killed during a repair.
+        for each in self._listeners.living:
             if each.is_alive(socket_number) and not each.is_sound(socket_number):
                 self._repairs.repair(each, socket_number)
         self._steer_while_starting()
@@ -120,7 +81,7 @@ class SocketSteering:
         """
         if fresh:
             self._watch.note_new_release()
-        for each in self._shared:
+        for each in self._listeners.living:
             try:
                 self._repairs.make_ready(each, socket_number)
             except OSError as error:  # otherwise it keeps the present socket
@@ -129,7 +90,7 @@ class SocketSteering:
                     raise
             self._repairs.make_sound(each, socket_number, generation)
         self.turns.accepting[generation] = socket_number
-        self._steer()  # a path that has two sockets again can be held again
+        self.steer()  # a path that has two sockets again can be held again
         self._watch.watch()
 
     def grow(self, generation: int, knows: Callable[[int], bool]) -> None:
@@ -150,7 +111,7 @@ class SocketSteering:
         if generation not in self.turns.accepting:
             return 0
         number, count = self.turns.accepting[generation], 0
-        for each in self._shared:
+        for each in self._listeners.living:
             if not knows(each.index):
                 continue
             if clients_only and not self.probes.clients_wait(each, number):
@@ -169,7 +130,7 @@ class SocketSteering:
         self, name: str, knows: Callable[[int], bool] = lambda index: True
     ) -> ProbeTarget | None:
         """Return how to reach the serving generation; see Probes.reach()."""
-        return self.probes.reach(self._shared, name, knows)
+        return self.probes.reach(name, knows)
 
     def forget(self, generation: int) -> None:
         """Forget a generation that has no workers any more."""
@@ -188,7 +149,7 @@ class SocketSteering:
         for each in self._quiescing.generations:
             if self._turn_away(each):
                 self._quiescing.begin_again(each)
-        self._adopt_held()
+        self.adopt_held()
         self._watch.watch()
 
     def _take_back(self, generation: int, socket_number: int, *, gone: bool) -> None:
@@ -201,30 +162,30 @@ class SocketSteering:
     def turn_hold(self, on: bool) -> None:
         """Begin or end a hold: new clients get no answer, and their kernels retry until it ends."""
         self.hold.turn(on)
-        self._steer()
+        self.steer()
         if not on:  # the held clients must not wait for a back-off that other clients have caused
             self._watch.end_back_off()
-        self._adopt_held()
+        self.adopt_held()
 
-    def _adopt_held(self) -> None:
+    def adopt_held(self) -> None:
         """Pass clients that waited at a socket during a hold to the next generation."""
         free = self.turns.free
         if self.hold.on:
             return
         if free in self.turns.accepting.values():
-            if any(each.has_held_client for each in self._shared):
+            if any(each.has_held_client for each in self._listeners.living):
                 self._post(HeldClientsWait())
             return
         moved = False
-        for each in self._shared:
+        for each in self._listeners.living:
             moved |= each.has_sibling and self.turns.move_lost(each)
             if each.is_reserved_for_clients:
                 self._watch.unwatch(each)
                 with suppress(OSError):  # then as the next generation starts
                     each.adopt_reserved(free)
-                    self._bound(each)
+                    self._listeners.note_bound(each)
         if moved:
-            self._steer()
+            self.steer()
             self._persist()
         self._watch.watch()
 
@@ -235,7 +196,7 @@ class SocketSteering:
         """
         if self.turns.expect(listener, dry_run=dry_run) == 1:
             listener.swap()  # until now clients came to the first socket
-        self._steer()
+        self.steer()
 
     def turn_to(
         self,
@@ -250,13 +211,13 @@ class SocketSteering:
         index; None: no generation has that socket yet.  Clients of an unknown listener stay at
         their present socket, with a generation that knows it, until the listener is removed.
         """
-        listeners = self._listeners()
+        listeners = self._listeners.all
         self.turns.turn_to(socket_number, {each.index for each in listeners}, knows)
         self.probes.clients_come({(each.index, self.turns.number_for(each)) for each in listeners})
         self.probes.discard()  # an earlier program may have been killed before it did this
         self._repairs.repair_all()
-        self._steer()
-        self._adopt_held()  # clients may have waited at both sockets until now
+        self.steer()
+        self.adopt_held()  # clients may have waited at both sockets until now
         self._watch.watch()
         if socket_number in self.turns.accepting.values():
             self.accept_watch.begin(served_before=again)
@@ -302,7 +263,7 @@ class SocketSteering:
 
         reads_on: call back as soon as it has accepted them.
         """
-        if generation not in self.turns.accepting or not self._pairs:
+        if generation not in self.turns.accepting or not self._listeners.pairs:
             on_quiet()
             return
         self._turn_away(generation)
@@ -318,9 +279,9 @@ class SocketSteering:
         """
         self.give_back()
         socket_number = self.turns.accepting.get(generation, 0)
-        common = [each for each in self._shared if not each.has_sibling]
+        common = [each for each in self._listeners.living if not each.has_sibling]
         self.accept_watch.end()
-        awaited = self.turns.own(self._pairs, socket_number) or common
+        awaited = self.turns.own(self._listeners.pairs, socket_number) or common
         if generation in self.turns.accepting and awaited:
             self._turn_away(generation)
             self._quiescing.begin(generation, socket_number, on_quiet, common=common)
@@ -332,12 +293,12 @@ class SocketSteering:
         """The reasons why clients do not come to the right socket."""
         lost = [
             f"{each.settings.address}: no client can connect; restart SocketProtector"
-            for each in self._listeners()
+            for each in self._listeners.all
             if each.lost
         ]
         spent = [
             f"{each.settings.address}: a release broke a socket, and no spare is left; {RESTART}"
-            for each in self._shared
+            for each in self._listeners.living
             if each.has_no_spare
         ]
         others = [
@@ -349,15 +310,15 @@ class SocketSteering:
     @property
     def share(self) -> bool:
         """Whether a socket that was passed in has a second socket of ours beside it."""
-        return any(each.settings.foreign for each in self._pairs)
+        return any(each.settings.foreign for each in self._listeners.pairs)
 
     def give_back(self) -> None:
         """Steer new clients to the sockets that were passed in: their owner keeps listening."""
         self.turns.given_back = True
         if self.share:
-            self._steer()
+            self.steer()
 
-    def _gets_no_client(self, generation: int) -> bool:
+    def gets_no_client(self, generation: int) -> bool:
         """Return whether no new client comes to a generation."""
         return self.is_steered and self.turns.accepting[generation] != self.turns.current
 
@@ -379,18 +340,14 @@ class SocketSteering:
 
     # -- steering ------------------------------------------------------------------
 
-    @property
-    def _pairs(self) -> list[Listener]:
-        return [each for each in self._listeners() if each.has_sibling]
-
-    def _steer(self) -> bool:
+    def steer(self) -> bool:
         """Update the steering in the kernel; return whether that succeeded.
 
         Until then clients come to the other socket, whose workers keep accepting.
         """
         not_steered: dict[str, str] = {}
         not_held: OSError | None = None
-        for each in self._listeners():
+        for each in self._listeners.all:
             try:
                 not_held = self._steer_one(each, self.turns.number_for(each)) or not_held
             except OSError as error:
@@ -412,13 +369,21 @@ class SocketSteering:
 
         They do so by clearing SO_REUSEPORT, by a filter for the group, or by connecting the socket.
         """
-        if self.turns.starting is not None and self._shared and not self._repairs.ended:
+        if self.turns.starting is not None and self._listeners.living and not self._repairs.ended:
             self._loop.call_after("steer", _STEER_AGAIN_S, self._repair)
+
+    def repair(self, listener: Listener, socket_number: int) -> None:
+        """Repair a socket that was shut down."""
+        self._repairs.repair(listener, socket_number)
+
+    def replace(self, listener: Listener, socket_number: int) -> None:
+        """Bind another socket in the place of a broken one."""
+        self._repairs.replace(listener, socket_number)
 
     def _repair(self) -> None:
         if not self._repairs.ended:  # otherwise clients would come that no generation serves
             self._repairs.repair_all()
-            self._steer()
+            self.steer()
 
     def _steer_one(self, listener: Listener, socket_number: int) -> OSError | None:
         """Steer a listener's new clients to a socket, or to the silent socket during a hold.
@@ -433,7 +398,8 @@ class SocketSteering:
             try:
                 if listener.path and not listener.is_reserved_for_clients:
                     listener.reserve()
-                    self._bound(listener)  # so that a kill loses no client that waits there
+                    # So that a kill loses no client that waits there.
+                    self._listeners.note_bound(listener)
                 listener.steer(socket_number, self.probes.questions, held=True)
             except OSError as error:
                 not_held = error
@@ -441,7 +407,3 @@ class SocketSteering:
                 return None
         listener.steer(socket_number, self.probes.questions)
         return not_held
-
-    @property
-    def _shared(self) -> list[Listener]:
-        return [each for each in self._listeners() if each.shared and not each.lost]

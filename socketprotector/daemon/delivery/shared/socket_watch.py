@@ -6,16 +6,16 @@ A generation is started for stranded clients (`stranded`), and accepts from thei
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from ....core.events import Stranded
 from ....system.listener import Listener
 from ....system.loop import READ, SHUT
 from ....system.sock_diag import Line, unaccepted
-from ...runtime import Runtime
 from .accept_watch import AcceptWatch
 from .probes import Probes
+from .shared_listeners import SharedListeners, Steering
 from .turns import Turns
 
 #: How long finishing workers may still accept waiting clients before a generation is started for
@@ -34,21 +34,15 @@ class SocketWatch:
 
     def __init__(
         self,
-        shared: Callable[[], Sequence[Listener]],
-        runtime: Runtime,
+        listeners: SharedListeners,
         turns: Turns,
         probes: Probes,
-        *,
-        repair: Callable[[Listener, int], None],
-        untaken: Callable[[float, int, bool, str], None],
+        steering: Steering,
     ) -> None:
-        """shared: returns the listeners that get clients.  repair: repairs a shut-down socket.
-
-        untaken: see SocketSteering.
-        """
-        self._shared, self._turns, self._probes = shared, turns, probes
+        self._listeners, self._turns, self._probes = listeners, turns, probes
+        runtime = listeners.host.runtime
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
-        self._repair, self._untaken = repair, untaken
+        self._steering = steering
         self.accepts = AcceptWatch(
             self._loop,
             lines=self._waiting_clients,
@@ -63,7 +57,7 @@ class SocketWatch:
         """Stop watching."""
         self._ended = True
         self.accepts.end()
-        for each in self._shared():
+        for each in self._listeners.living:
             self.unwatch(each)
         self._loop.cancel(_RESCUE)
         self._loop.cancel(_REPAIR)
@@ -98,7 +92,7 @@ class SocketWatch:
         """Return the sockets from which no worker accepts."""
         return [
             (each, number)
-            for each in self._shared()
+            for each in self._listeners.living
             for number in range(len(each.sockets))
             if not self._turns.is_served(each, number)
         ]
@@ -118,7 +112,7 @@ class SocketWatch:
         stranding = [] if self._loop.due(_RESCUE) is not None else without_worker
         awaited = self._served_sockets(without_worker) if self.accepts.awaits else []
         try:
-            for each in self._shared():
+            for each in self._listeners.living:
                 each.note()
                 for number, listening in enumerate(each.sockets):
                     self._loop.unwatch(listening.fileno())
@@ -127,7 +121,7 @@ class SocketWatch:
                     look = partial(self._look_at, each, number)
                     self._loop.watch(listening.fileno(), look, events)
         except OSError:  # epoll is out of memory
-            for each in self._shared():
+            for each in self._listeners.living:
                 self.unwatch(each)  # a socket left in epoll would wake us all the time
             self._loop.call_after(_REPAIR, _REPAIR_AGAIN_S, self.watch)
             if stranding:
@@ -135,7 +129,7 @@ class SocketWatch:
 
     def _look_at(self, listener: Listener, number: int) -> None:
         if not listener.is_alive(number):
-            self._repair(listener, number)
+            self._steering.repair(listener, number)
         elif (listener, number) in self._without_worker():
             self._rescue_later()
         elif self.accepts.awaits:
@@ -146,7 +140,7 @@ class SocketWatch:
         self, without_worker: Sequence[tuple[Listener, int]]
     ) -> list[tuple[Listener, int]]:
         """Return the sockets that new clients are steered to and workers accept from."""
-        known = [each for each in self._shared() if each.index not in self._turns.expected]
+        known = [each for each in self._listeners.living if each.index not in self._turns.expected]
         found = [(each, self._turns.current % len(each.sockets)) for each in known]
         return [each for each in found if each not in without_worker]
 
@@ -166,8 +160,8 @@ class SocketWatch:
         return found
 
     def _report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
-        addresses = [each.settings.address for each in self._shared() if each.index in at]
-        self._untaken(seconds, waiting, ever, " ".join(addresses))
+        addresses = [each.settings.address for each in self._listeners.living if each.index in at]
+        self._listeners.host.report_untaken(seconds, waiting, ever, " ".join(addresses))
 
     def _rescue_later(self) -> None:
         """Look again later: a finishing worker may still accept the stranded clients.

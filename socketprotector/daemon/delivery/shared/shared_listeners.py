@@ -1,0 +1,64 @@
+"""The listeners from which workers accept, and the orders that parts of the steering give."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+from ....system.listener import Listener
+from ..host import Host
+
+
+class SharedListeners:
+    """All listeners of the delivery, which each part reads and only the delivery changes."""
+
+    def __init__(self, host: Host, listeners: Iterable[Listener]) -> None:
+        """Take ownership of the listeners."""
+        self.host = host
+        self.all = list(listeners)
+
+    @property
+    def living(self) -> list[Listener]:
+        """The listeners that get clients."""
+        return [each for each in self.all if each.shared and not each.lost]
+
+    @property
+    def pairs(self) -> list[Listener]:
+        """The listeners with two sockets, so that two generations have one each."""
+        return [each for each in self.all if each.has_sibling]
+
+    def note_bound(self, listener: Listener) -> None:
+        """Note that a listener has another socket, or one socket less."""
+        if not listener.has_sibling:  # a tag there no longer tells whose worker has accepted
+            for each in self.host.generations.values():
+                each.update_record(accept_tags=())
+        self.host.listener_bound(listener)
+
+    def lose(self, listener: Listener, reason: str) -> None:
+        """Note that a listener gets no more clients."""
+        listener.lost = True
+        self.host.listener_lost(listener, reason)
+
+
+class Steering(ABC):
+    """The orders that the parts of the steering give to the whole."""
+
+    @abstractmethod
+    def steer(self) -> bool:
+        """Update the steering in the kernel; return whether that succeeded."""
+
+    @abstractmethod
+    def repair(self, listener: Listener, socket_number: int) -> None:
+        """Repair a socket that was shut down."""
+
+    @abstractmethod
+    def replace(self, listener: Listener, socket_number: int) -> None:
+        """Bind another socket in the place of a broken one."""
+
+    @abstractmethod
+    def adopt_held(self) -> None:
+        """Pass clients that waited at a socket during a hold to the next generation."""
+
+    @abstractmethod
+    def gets_no_client(self, generation: int) -> bool:
+        """Return whether no new client comes to a generation."""

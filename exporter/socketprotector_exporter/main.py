@@ -106,7 +106,7 @@ def _command(**given: Any) -> int:
     """Answer Prometheus with what the protectors on this machine say of themselves:
     /metrics, /healthz, /readyz, /readyz/NAME.  docs/metrics.md lists the metrics.
 
-    With --agent it says to HAProxy when to drain an instance: docs/load-balancers.md.
+    With --agent it says to HAProxy when to drain an instance: docs/fleet.md.
     With --web people see it live in a browser: docs/metrics.md."""
     if given["all_instances"] and (given["name"] or given["control"]):
         raise UsageError("--all with --name or --control: leave one of them out")

@@ -301,7 +301,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("lame-duck", TIME,
                "Serve this long after a stop was requested, while /readyz says 503; 0: none.\n"
                "So load balancers send clients elsewhere before the first one would be refused. "
-               "A second TERM ends it; INT stops at once. See docs/load-balancers.md.",
+               "A second TERM ends it; INT stops at once. See docs/fleet.md.",
                "policy.lame_duck_s", default="0"),
         Option("lame-duck-idle", TIME,
                "End --lame-duck earlier, when no client has come for this time; 0: never.\n"

@@ -32,7 +32,7 @@ RUN: dict[str, tuple[str, ...]] = {
     "docs/control.md": (),
     "docs/install.md": (),
     "bench/soak.md": ("make",),
-    "docs/load-balancers.md": ("curl", "haproxy"),
+    "docs/fleet.md": ("curl", "haproxy"),
     "docs/log.md": ("logrotate",),
     "docs/long-lived.md": ("curl", "uvicorn"),
     "docs/memory.md": ("curl", "gunicorn", "pgrep"),
@@ -62,7 +62,6 @@ RUN: dict[str, tuple[str, ...]] = {
 COSTLY = {"docs/moving.md", "docs/servers.md", "docs/tls.md"}
 #: Those whose commands another test runs.
 ELSEWHERE = {
-    "docs/fleet.md": "tests/fleet/rolling.py and what is beside it run what it shows",
     "docs/inherited-socket.md": "tests/servers/test_inherited_socket.py builds and reloads each",
     "docs/frameworks.md": "tests/frameworks/test_document.py runs each program and command",
     "client_lib/README.md": "tests/client/test_readme.py runs each program",

@@ -46,6 +46,7 @@ LATE = (
     "system.accept_tags",
     "system.bpf",
     "system.log_file",
+    "system.path_group",
     "system.privileges",
     "system.reuseport_group",
     "system.reuseport",

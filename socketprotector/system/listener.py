@@ -200,9 +200,9 @@ class Listener:
         """Return the address of one of its sockets for this machine; over TCP a mark selects it."""
         return self.local_address
 
-    def can_be_led_to(self, socket_number: int) -> bool:
-        """Return whether the address can be made to lead to a socket."""
-        return True
+    def is_out_of_reach(self, socket_number: int) -> bool:
+        """Return whether a socket is to be replaced, because the address cannot lead to it."""
+        return False
 
     def is_passed_by(self, socket_number: int) -> bool:
         """Return whether clients can come to a socket to which the address no longer leads."""

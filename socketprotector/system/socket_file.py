@@ -6,7 +6,8 @@ rename makes it a link to another file; at every moment the path leads to a list
 A socket is bound under a name that no file keeps.  getsockname() returns that name, so a server
 that removes its socket's file at its end removes nothing.  Accepted connections have it, too.
 
-No record has the target of the path: files and inodes show it, even after a kill in between.
+No record has the target of the path: files and inodes show it, even after a kill in between.  What
+is decided from that is a value: path_group.py.
 
 Source: unix(7); link(2), rename(2), which replaces a file without a gap.
 """
@@ -19,12 +20,18 @@ import re
 import socket
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 
+from ..model.lazy_dataclass import replace
+from . import path_group
 from .cleanup import on_error
 from .dir_lock import give
 from .sock_diag import accepted_unix, file_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .path_group import PathGroup, Step
 
 #: The name of a UNIX socket has 108 bytes, with the terminating zero.
 LONGEST_PATH = 107
@@ -43,6 +50,8 @@ _NONE = (0, 0)
 Chown = Callable[[int, int, int], None]
 #: User and group (-1: unchanged), mode and access list of a file.
 Rights = tuple[int, int, int, bytes | None]
+#: The sockets of a path, by their numbers in its value.
+Members = Mapping[int, socket.socket]
 
 
 def path_of(name: str) -> str:
@@ -167,7 +176,7 @@ def leads_to(path: str, one: socket.socket) -> bool:
 
 def has_file(path: str, one: socket.socket) -> bool:
     """Return whether a path can lead to a socket: another program may have removed its file."""
-    return _identity(own_file(path, one)) != _NONE or leads_to(path, one)
+    return look(path, {0: one}).can_lead_to(0)
 
 
 def keep_file(path: str, one: socket.socket) -> None:
@@ -175,9 +184,8 @@ def keep_file(path: str, one: socket.socket) -> None:
 
     An earlier program may have bound it to the path itself.  Raises OSError.
     """
-    own = own_file(path, one)
-    if _identity(own) == _NONE and leads_to(path, one):
-        os.link(path, own, follow_symlinks=False)
+    for step in look(path, {0: one}).keep():
+        perform(path, step, {0: one})
 
 
 def lead_to(path: str, one: socket.socket, ours: Iterable[socket.socket]) -> None:
@@ -186,56 +194,89 @@ def lead_to(path: str, one: socket.socket, ours: Iterable[socket.socket]) -> Non
     ours: all sockets of the path.  A file that a closed socket has left at the path is replaced.
     Raises OSError, also if another program's file is at the path.
     """
-    if leads_to(path, one):
-        return
-    before, stale = found_at(path, ours)
-    if before is not None:
-        keep_file(path, before)
-    new = _beside(path, _NEW)
-    _unlink(new)  # left by a program that was killed here
-    if os.path.lexists(new):  # another user's, in a folder such as /tmp
-        new = _drawn(path) + _OWN
-    os.link(own_file(path, one), new, follow_symlinks=False)
-    with on_error(_unlink, new):
-        os.rename(new, path)
-    for each in stale:
-        _unlink(each)
-
-
-def found_at(path: str, ours: Iterable[socket.socket]) -> tuple[socket.socket | None, list[str]]:
-    """Return the socket to which a path leads, or None and the files of a closed socket there.
-
-    Raises OSError(EEXIST) if another program's file is at the path.
-    """
-    found = _identity(path)
-    one = next((each for each in ours if _is_file_of(path, each, found)), None)
-    stale: list[str] = []
-    if one is None and found != _NONE and not (stale := _stale_files(path, found)):
-        raise OSError(errno.EEXIST, "another program has put its file there; remove it", path)
-    return one, stale
+    members = dict(enumerate([one, *(each for each in ours if each is not one)]))
+    for step in examine(path, look(path, members)).lead_to(0):
+        perform(path, step, members)
 
 
 def forget(path: str, one: socket.socket) -> None:
-    """Remove the file of a socket that is about to be closed.
-
-    While the path leads to the socket its file stays: by it lead_to() knows that the path is ours.
-    """
-    if not leads_to(path, one):
-        _unlink(own_file(path, one))
+    """Remove the file of a socket that is about to be closed, unless the path leads to it."""
+    for step in look(path, {0: one}).withdraw(0):
+        perform(path, step, {0: one})
 
 
 def remove(path: str, ours: Iterable[socket.socket]) -> None:
-    """Remove the path, unless it is another program's file, and the file of each socket."""
-    _unlink(_beside(path, _NEW))  # left by a program that was killed in lead_to()
-    for each in ours:
-        if leads_to(path, each):
+    """Remove the path, unless it is another program's file, and all our files beside it."""
+    members = dict(enumerate(ours))
+    group = look(path, members)
+    with suppress(OSError):
+        group = examine(path, group, members)
+    for step in group.remove():
+        perform(path, step, members)
+
+
+# -- the value of a path: path_group.py ------------------------------------------------
+
+
+def look(path: str, members: Members) -> PathGroup:
+    """Return what the file system has of a path's sockets.  Raises OSError."""
+    found = _identity(path)
+    target = next((n for n, one in members.items() if _is_file_of(path, one, found)), None)
+    if target is None:
+        target = path_group.MISSING if found == _NONE else path_group.OTHER
+    return path_group.PathGroup(
+        frozenset(members),
+        target,
+        frozenset(n for n, one in members.items() if _identity(own_file(path, one)) != _NONE),
+    )
+
+
+def examine(path: str, group: PathGroup, members: Members | None = None) -> PathGroup:
+    """Return the value with the files of closed sockets; look() does not search for them.
+
+    members: search for all files beside the path that none of these has; None: only for the files
+    of the socket that the path leads to.  Raises OSError.
+    """
+    leftovers: list[str] = []
+    target = group.leads_to
+    if target == path_group.OTHER and (leftovers := _stale_files(path, _identity(path))):
+        target = path_group.STALE
+    if members is not None:
+        own = {own_file(path, one) for one in members.values()}
+        known = {_identity(each) for each in own}
+        for each in left_beside(path):
+            if each not in own and (_identity(each) in known or _is_leftover(each)):
+                leftovers.append(each)
+    return replace(group, leads_to=target, leftovers=tuple(dict.fromkeys(leftovers)))
+
+
+def _is_leftover(name: str) -> bool:
+    try:
+        return is_stale(name)
+    except OSError:
+        return False  # a process listens there, maybe a worker
+
+
+def perform(path: str, step: Step, members: Members) -> None:
+    """Carry out a step that changes files.  Raises OSError if it makes or renames one."""
+    match step:
+        case path_group.Keep(number):
+            os.link(path, own_file(path, members[number]), follow_symlinks=False)
+        case path_group.Switch(number):
+            _unlink(staged := _beside(path, _NEW))  # left by a program that was killed here
+            if os.path.lexists(staged):  # another user's, in a folder such as /tmp
+                staged = _drawn(path) + _OWN
+            os.link(own_file(path, members[number]), staged, follow_symlinks=False)
+            with on_error(_unlink, staged):
+                os.rename(staged, path)
+        case path_group.RemovePath():
             _unlink(path)
-        forget(path, each)
-    if (found := _identity(path)) != _NONE:
-        with suppress(OSError):
-            for stale in _stale_files(path, found):
-                _unlink(path)
-                _unlink(stale)
+        case path_group.RemoveStaged():
+            _unlink(_beside(path, _NEW))
+        case path_group.RemoveFile(number):
+            _unlink(own_file(path, members[number]))
+        case path_group.RemoveLeftover(name):
+            _unlink(name)
 
 
 def left_beside(path: str) -> Iterator[str]:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from ..model.lazy_dataclass import replace
-from . import bpf, socket_file
+from . import bpf, path_group, socket_file
 from .cleanup import on_error
 from .dir_lock import give, locked
 from .listener import (
@@ -30,14 +30,20 @@ from .listener import (
 )
 from .polling import events_of
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .path_group import PathGroup, Plan, Step
+
 
 class UnixListener(Listener):
     """The listener of a path or abstract name."""
 
     #: The rights of its path's files, kept because another program may remove the files.
     _rights: socket_file.Rights | None = None
-    #: For sockets 0 and 1: whether no client waited there at a moment when the path led elsewhere.
-    _left_empty = (False, False)
+    #: A socket that has no place yet.
+    _made: socket.socket | None = None
+    #: The value of its path at the last look.
+    _known: PathGroup | None = None
 
     @property
     def local_address(self) -> tuple[str, int]:
@@ -73,20 +79,17 @@ class UnixListener(Listener):
         hung_up = events_of(one, CLIENT_OR_END) & (select.POLLRDHUP | select.POLLHUP)
         return is_listening(one) and not hung_up
 
-    def can_be_led_to(self, socket_number: int) -> bool:
-        """Return whether the path can lead to a socket: another program may remove its file."""
-        if not (self.path and self.has_sibling):
-            return True
-        return socket_file.has_file(self.path, self.socket_for(socket_number))
+    def is_out_of_reach(self, socket_number: int) -> bool:
+        """Return whether a socket is to be replaced: another program has removed its file."""
+        return bool(self.path) and self._look().is_out_of_reach(socket_number % 2)
 
     def is_passed_by(self, socket_number: int) -> bool:
         """Return whether clients can come to a socket to which its path no longer leads.
 
         They can if the file is mounted elsewhere, because a mount keeps its original file.
         """
-        if not (self.path and self.has_sibling and self._left_empty[socket_number % 2]):
-            return False
-        return not socket_file.leads_to(self.path, self.socket_for(socket_number))
+        was_left = self._known is not None and bool(self._known.left_empty)
+        return was_left and self._look().is_passed_by(socket_number % 2)
 
     def note(self) -> None:
         """Remember the sockets without clients to which the path does not lead.
@@ -95,12 +98,7 @@ class UnixListener(Listener):
         """
         if self.path and self.has_sibling:
             with suppress(OSError):
-                targets = [socket_file.leads_to(self.path, each) for each in self.sockets]
-                before = zip(self.sockets, targets, self._left_empty, strict=True)
-                first, second = (
-                    not leads and (was or not has_client(one)) for one, leads, was in before
-                )
-                self._left_empty = first, second
+                self._known = self._look().noted()
 
     @property
     def hangs_up(self) -> bool:
@@ -129,11 +127,11 @@ class UnixListener(Listener):
         marked: unused, because each UNIX socket has an address of its own.  Raises OSError.
         """
         if self.path:
-            to = self.reserve() if held else self.socket_for(socket_number)
-            if not self.has_sibling and not socket_file.has_file(self.path, to):
-                return  # another program has removed the only socket's file: no path can lead to it
-            socket_file.lead_to(self.path, to, self._all)
-            self._rights = socket_file.rights_of(self.path)
+            if held:
+                self.reserve()
+            self._carry_out(self._examine().steer(socket_number % len(self.sockets), held=held))
+            with suppress(FileNotFoundError):
+                self._rights = socket_file.rights_of(self.path)
 
     def _steer_last(self, socket_number: int) -> None:
         self.steer(socket_number)
@@ -145,52 +143,24 @@ class UnixListener(Listener):
         path leads to it, or if clients wait there.  Returns whether a socket was made.  Raises
         OSError.
         """
-        is_new = self.is_fresh[socket_number % 2] = self._renew(socket_number)
-        if is_new and not self.settings.beside:
+        plan = self._examine().renew(socket_number % 2) if self.path else ()
+        self.is_fresh[socket_number % 2] = bool(plan)
+        self._carry_out(plan)
+        if plan and not self.settings.beside:
             self.settings = replace(self.settings, beside=True)
-        return is_new
+        return bool(plan)
 
-    def _renew(self, socket_number: int) -> bool:
+    def bind_anew(self, socket_number: int) -> None:
+        """Replace a broken socket with a new one, which no worker has yet.  Raises OSError."""
         if not self.path:
-            return False
-        if self.has_sibling:
-            one = self.socket_for(socket_number)
-            if socket_file.leads_to(self.path, one) or self.has_waiting(socket_number):
-                return False
-            socket_file.found_at(self.path, self._all)  # raises before a release starts in vain
-            self.bind_anew(socket_number)
-            return True
-        there = self.socket
-        socket_file.keep_file(self.path, there)
-        self._add_sibling(socket_number, self._bind_file(there))
-        return True
-
-    def _add_sibling(self, socket_number: int, made: socket.socket) -> None:
-        there = self.socket
-        self.sockets = [made, there] if socket_number == 0 else [there, made]
-        self._left_empty = (False, False)
-        self._backlogs = [self._backlogs[0]] * 2
-        # A name must never get another descriptor.
-        self._again[1] += 1
-        if socket_number == 0:
-            self._again[0] += 1
-
-    def _replace(self, socket_number: int, made: socket.socket) -> None:
-        super()._replace(socket_number, made)
-        self._left_empty = (False, False)
+            super().bind_anew(socket_number)
+            return
+        self.joined[socket_number % 2] += 1
+        self._carry_out(self._examine().bind_anew(socket_number % len(self.sockets)))
 
     def _made_anew(self, socket_number: int) -> socket.socket:
-        one = self.socket_for(socket_number)
-        if not self.path:
-            made = self._bind_path()
-            shut_down(one)
-            return made
-        made = self._bind_file(one)
-        with on_error(made.close), on_error(socket_file.forget, self.path, made):
-            if socket_file.leads_to(self.path, one):
-                socket_file.lead_to(self.path, made, self.sockets)
-        if not self.has_sibling:  # otherwise workers may still accept from it
-            shut_down(one)
+        made = self._bind_path()
+        shut_down(self.socket_for(socket_number))
         return made
 
     def _withdraw(self, one: socket.socket) -> None:
@@ -207,17 +177,9 @@ class UnixListener(Listener):
 
     def reserve(self) -> socket.socket:
         """Return the third socket, at which clients wait during a hold.  Raises OSError."""
-        if self._reserved is not None and self._is_lost(self._reserved):
-            self._reserved.close()
-            self._reserved = None
-            self._again[2] += 1
-        if self._reserved is None:
-            self._reserved = self._bind_file(self.socket)
+        self._carry_out(self._look().reserve())
+        assert self._reserved is not None
         return self._reserved
-
-    def _is_lost(self, one: socket.socket) -> bool:
-        """Return whether no client can come to a socket any more, and none waits there."""
-        return not (socket_file.has_file(self.path, one) or has_client(one))
 
     @property
     def is_reserved_for_clients(self) -> bool:
@@ -235,29 +197,90 @@ class UnixListener(Listener):
 
         socket_number: the socket of that generation; clients that wait there come first.
         """
-        if self._reserved is None or (self.has_sibling and self.has_waiting(socket_number)):
-            return
-        if not self.has_sibling:  # the sibling was lost during the hold
-            self._add_sibling(socket_number, self._reserved)
+        number = socket_number % 2
+        plan = self._examine().adopt_reserve(number)
+        self._carry_out(plan)
+        if path_group.Switch(path_group.RESERVE) in plan:
+            plan = self._examine().adopt_reserve(number, led=True)
+            self._carry_out(plan)
+        if path_group.Place(path_group.RESERVE, number) in plan:
+            self.joined[number] += 1
+            self.is_fresh[number] = True
+
+    # -- the value of the path -----------------------------------------------------
+
+    def _members(self) -> dict[int, socket.socket]:
+        others = {path_group.RESERVE: self._reserved, path_group.MADE: self._made}
+        members = dict(enumerate(self.sockets))
+        return members | {n: each for n, each in others.items() if each is not None}
+
+    def _look(self) -> PathGroup:
+        """Return the value of the path now.  Raises OSError."""
+        members = self._members()
+        waiting = frozenset(n for n, one in members.items() if has_client(one))
+        left_empty = frozenset[int]() if self._known is None else self._known.left_empty
+        found = socket_file.look(self._path, members)
+        self._known = replace(found, waiting=waiting, left_empty=left_empty)
+        return self._known
+
+    def _examine(self) -> PathGroup:
+        """Return the value of the path with the files of closed sockets.  Raises OSError."""
+        return socket_file.examine(self.path, self._look())
+
+    def _carry_out(self, plan: Plan) -> None:
+        """Carry out a plan; undo what a failed step leaves.  Raises OSError."""
+        for at, step in enumerate(plan):
+            try:
+                self._perform(step)
+            except OSError:
+                for each in path_group.undo(plan[:at]):
+                    self._perform(each)
+                raise
+
+    def _perform(self, step: Step) -> None:
+        match step:
+            case path_group.Bind(number):
+                made = self._bind_file()
+                if number == path_group.RESERVE:
+                    self._reserved = made
+                else:
+                    self._made = made
+            case path_group.ShutDown(number):
+                shut_down(self._members()[number])
+            case path_group.Close(number):
+                self._members()[number].close()
+                self._vacate(number)
+            case path_group.Place(member, number):
+                self._place(self._members()[member], number)
+                self._vacate(member)
+            case _:
+                socket_file.perform(self._path, step, self._members())
+
+    def _vacate(self, member: int) -> None:
+        if member == path_group.RESERVE:
             self._reserved = None
             self._again[2] += 1
-            self.is_fresh[socket_number % 2] = True
+        elif member == path_group.MADE:
+            self._made = None
+
+    def _place(self, made: socket.socket, number: int) -> None:
+        """Put a socket in the place of a closed one, or beside a single one."""
+        # A name must never get another descriptor.
+        self._known = None if self._known is None else self._known.replaced()
+        if self.sockets[number % len(self.sockets)].fileno() < 0:
+            self.sockets[number] = made
+            self._again[number] += 1
             return
-        one = self.socket_for(socket_number)
-        if socket_file.leads_to(self.path, one):
-            socket_file.lead_to(self.path, self._reserved, self.sockets)
-            if self.has_waiting(socket_number):  # a client has come just before
-                socket_file.lead_to(self.path, one, self._all)
-                return
-        self.joined[socket_number % 2] += 1
-        self._replace(socket_number, self._reserved)
-        self._reserved = None
-        self._again[2] += 1
-        self.is_fresh[socket_number % 2] = True
+        there = self.socket
+        self.sockets = [made, there] if number == 0 else [there, made]
+        self._backlogs = [self._backlogs[0]] * 2
+        self._again[1] += 1
+        if number == 0:
+            self._again[0] += 1
 
     # -- files ---------------------------------------------------------------------
 
-    def _bind_file(self, like: socket.socket) -> socket.socket:
+    def _bind_file(self) -> socket.socket:
         """Return a new socket of our path, which no client reaches yet.  Raises OSError."""
         with suppress(FileNotFoundError):
             self._rights = socket_file.rights_of(self.path)
@@ -268,7 +291,7 @@ class UnixListener(Listener):
         except OSError as error:
             error.filename = os.path.dirname(self.path)
             raise
-        made.setblocking(os.get_blocking(like.fileno()))
+        made.setblocking(os.get_blocking(self.fileno()))
         return made
 
     def _bind_path(self) -> socket.socket:
@@ -316,14 +339,10 @@ class UnixListener(Listener):
             self.always_readable = True
         return True  # a shared socket: without its path only a client with another name reaches it
 
-    @property
-    def _all(self) -> list[socket.socket]:
-        return [*self.sockets, *((self._reserved,) if self._reserved else ())]
-
     def remove_files(self) -> None:
         """Remove the path, and the file of each socket, if they are ours."""
         if self._path:
-            socket_file.remove(self._path, self._all)
+            socket_file.remove(self._path, self._members().values())
         # Without files beside the path, only device and inode show that the path is ours.
         if not (self._path and self.settings.beside):
             remove_file(self.settings)

@@ -2582,14 +2582,14 @@ def test_a_client_that_comes_as_another_socket_is_put_in_the_place_of_its_one_wa
 ) -> None:
     """No generation accepts there, so the path leads to the socket that a hold's is to replace."""
     pair.reserve()
-    lead_to = socket_file.lead_to
+    rename = os.rename
 
-    def lead(path: str, one: socket.socket, ours: Collection[socket.socket]) -> None:
-        if not world.clients:
+    def lead(source: str, path: str) -> None:
+        if not world.clients and path == pair.path:
             come(world, path)
-        lead_to(path, one, ours)
+        rename(source, path)
 
-    monkeypatch.setattr(socket_file, "lead_to", lead)
+    monkeypatch.setattr(os, "rename", lead)
     pair.adopt_reserved(0)
 
     assert len(world.clients) == 1

@@ -74,7 +74,7 @@ class SocketRepair:
         """
         turns = self._turns
         if number == turns.number_for(listener):
-            return not listener.can_be_led_to(number)
+            return listener.is_out_of_reach(number)
         starts_there = turns.accepting.get(turns.starting or 0) == number
         return starts_there and socket_copy.device_is_gone(listener.socket_for(number))
 

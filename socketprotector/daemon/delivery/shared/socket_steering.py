@@ -396,10 +396,12 @@ class SocketSteering(Steering):
         not_held = None
         if (self.hold.on or self.turns.lacks(listener)) and listener.can_be_held:
             try:
-                if listener.path and not listener.is_reserved_for_clients:
+                if listener.path:
+                    before = listener.descriptors()
                     listener.reserve()
-                    # So that a kill loses no client that waits there.
-                    self._listeners.note_bound(listener)
+                    if listener.descriptors() != before:
+                        # So that a kill loses no client that waits there.
+                        self._listeners.note_bound(listener)
                 listener.steer(socket_number, self.probes.questions, held=True)
             except OSError as error:
                 not_held = error

@@ -200,6 +200,18 @@ class Listener:
         """Return the address of one of its sockets for this machine; over TCP a mark selects it."""
         return self.local_address
 
+    def file_at(self, socket_number: int) -> tuple[int, int]:
+        """Return device and inode of a socket's own file; 0 and 0 if it has none.
+
+        Raises OSError if another program has removed or replaced the file.
+        """
+        return 0, 0
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether no client can connect any more, because another program has removed its files."""
+        return False
+
     def is_out_of_reach(self, socket_number: int) -> bool:
         """Return whether a socket is to be replaced, because the address cannot lead to it."""
         return False

@@ -108,6 +108,7 @@ class PathGroup:
     leftovers: tuple[str, ...] = ()  # files of closed sockets, at the path or beside it
     #: Sockets 0 and 1 that had no client at a moment when the path led elsewhere.
     left_empty: frozenset[int] = frozenset()
+    path: str | None = None  # for messages
 
     @property
     def is_pair(self) -> bool:
@@ -117,6 +118,14 @@ class PathGroup:
     def can_lead_to(self, member: int) -> bool:
         """Return whether the path can lead to a member: another program may remove its file."""
         return member in self.own or self.leads_to == member
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether no client can connect by the path, and none of the files is left to change that.
+
+        Another program has removed them.
+        """
+        return not any(map(self.can_lead_to, self.members))
 
     def is_out_of_reach(self, number: int) -> bool:
         """Return whether a socket is to be replaced, because no path can lead to it.
@@ -170,7 +179,7 @@ class PathGroup:
             return ()
         self._check_path()
         if member not in self.own:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.path)
         return (*self.keep(), Switch(member), *self._remove_leftovers())
 
     def keep(self) -> Plan:
@@ -244,7 +253,7 @@ class PathGroup:
     def _check_path(self) -> None:
         if self.leads_to == OTHER:
             why = "another program has put its file there; remove it"
-            raise OSError(errno.EEXIST, why)
+            raise OSError(errno.EEXIST, why, self.path)
 
     def _put(self, member: int, number: int) -> Plan:
         """Put a member in the place of another one."""

@@ -114,6 +114,21 @@ def own_file(path: str, one: socket.socket) -> str:
     return (_name(path, 0) if name == path else name) + _OWN
 
 
+def identity_of(path: str, one: socket.socket) -> tuple[int, int]:
+    """Return device and inode of a socket's own file.
+
+    Raises OSError if the file is missing, or is another program's.
+    """
+    found = os.lstat(own_file(path, one))
+    try:
+        inode = file_of(one)
+    except OSError:  # without sock_diag
+        inode = found.st_ino & 0xFFFFFFFF
+    if inode != found.st_ino & 0xFFFFFFFF:
+        raise OSError(errno.ESTALE, "another program has replaced the file of its socket")
+    return found.st_dev, found.st_ino
+
+
 def bind(path: str, backlog: int, rights: Rights, chown: Chown) -> socket.socket:
     """Return a new listening socket with its own file beside the path.  Raises OSError."""
     uid, gid, mode, acl = rights
@@ -228,6 +243,7 @@ def look(path: str, members: Members) -> PathGroup:
         frozenset(members),
         target,
         frozenset(n for n, one in members.items() if _identity(own_file(path, one)) != _NONE),
+        path=path,
     )
 
 

@@ -71,6 +71,12 @@ class UnixListener(Listener):
             return socket_file.own_file(self.path, self.socket_for(socket_number)), 0
         return self.local_address
 
+    def file_at(self, socket_number: int) -> tuple[int, int]:
+        """Return device and inode of a socket's own file.  Raises OSError if it is not ours."""
+        if self.path and self.has_sibling:
+            return socket_file.identity_of(self.path, self.socket_for(socket_number))
+        return super().file_at(socket_number)
+
     # -- a socket that was shut down ----------------------------------------
 
     def is_alive(self, socket_number: int = 0) -> bool:
@@ -78,6 +84,13 @@ class UnixListener(Listener):
         one = self.socket_for(socket_number)
         hung_up = events_of(one, CLIENT_OR_END) & (select.POLLRDHUP | select.POLLHUP)
         return is_listening(one) and not hung_up
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether no client can connect any more, because another program has removed its files."""
+        if not self.settings.inode or self.settings.foreign:
+            return False
+        return self._look().is_cut_off if self.path else not os.path.lexists(self.local_address[0])
 
     def is_out_of_reach(self, socket_number: int) -> bool:
         """Return whether a socket is to be replaced: another program has removed its file."""

@@ -2353,6 +2353,51 @@ def test_a_client_of_a_probed_generation_is_kept_by_the_program_after_a_kill_at_
     assert pair.has_waiting(1)
 
 
+def test_a_release_without_clients_fails_where_all_files_of_a_path_were_removed_before_a_kill(
+    world: World, pair: Listener
+) -> None:
+    """The next program does not know the files' rights, so it can make none."""
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    for each in {pair.path, pair.address_of(0)[0], pair.address_of(1)[0]}:
+        os.unlink(each)
+    pair.__dict__["_rights"] = None
+    world.resume((1, 0))
+
+    with pytest.raises(OSError, match=r"no client can connect; restart SocketProtector") as failed:
+        world.steering.enter(2, 1, fresh=True)
+
+    assert failed.value.filename == pair.local_address[0]
+    assert 2 not in world.steering.turns.accepting
+    world.steering.enter(3, 1)  # no release: a worker's clients are served on
+
+
+def test_a_probe_of_a_path_counts_only_if_it_has_reached_the_generation_s_own_socket(
+    world: World, pair: Listener
+) -> None:
+    """By device and inode of its file: another program may have put a socket of its own there."""
+    pair.settings = replace(pair.settings, name="s")
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    world.steering.enter(2, 1)
+    way = world.steering.probes.ask(2, "s")
+    assert way is not None
+    file = Path(way.text)
+    aside = file.with_name("aside")
+    file.rename(aside)
+    assert not way.holds()
+    with socket.socket(socket.AF_UNIX) as other, way.connecting() as client:
+        other.bind(way.text)
+        other.listen()
+        assert client.connect_ex(way.connect_address) == 0
+        assert not way.waits(client), "it looks as if a worker had accepted it"
+        assert not way.holds()
+        with pytest.raises(OSError, match="another program has replaced"):
+            world.steering.probes.ask(2, "s")
+    aside.rename(file)
+    assert way.holds()
+
+
 @pytest.mark.parametrize("held", [1, 2])
 def test_clients_that_have_waited_at_each_socket_are_all_served(
     world: World, pair: Listener, held: int

@@ -12,6 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 from ....system import bpf, reuseport, socket_copy, socket_snapshot
@@ -160,9 +161,17 @@ class Probes:
             )
 
         if asked.family == socket.AF_UNIX:  # the socket has a file of its own, so needs no mark
+            file = found.file_at(socket_number)
             no_clients = self._steering.steer() and self._is_for_probes(found, socket_number)
             self._will_come_from(place, None, no_clients=no_clients)
-            return ProbeTarget(address, None, waits, lambda: None, holds=holds)
+
+            def reached() -> bool:
+                """Return whether its file still leads to the socket."""
+                with suppress(OSError):
+                    return holds() and found.file_at(socket_number) == file
+                return False
+
+            return ProbeTarget(address, None, waits, lambda: None, holds=reached)
         while (mark := bpf.Mark.draw(family_of(address))) in self.questions:
             pass  # IPv6 has few marks
         self.questions[mark] = socket_number

@@ -7,6 +7,8 @@ has to start.
 
 from __future__ import annotations
 
+import errno
+
 from ....core.events import SocketLost, Stranded
 from ....system import socket_copy
 from ....system.listener import Listener
@@ -17,6 +19,7 @@ from .socket_option_restore import SocketOptionRestore
 from .socket_watch import SocketWatch
 from .turns import Turns
 
+_CUT_OFF = "its socket file was removed, so no client can connect; restart SocketProtector"
 RESTART = "restart SocketProtector: until then a release that fails may keep clients out"
 
 
@@ -90,6 +93,8 @@ class SocketRepair:
         awaited = any(index == listener.index for _, index in self._turns.unserved)
         if (listener.has_sibling or not awaited) and listener.renew(socket_number):
             self._listeners.note_bound(listener)
+        if listener.is_cut_off:
+            raise FileNotFoundError(errno.ENOENT, _CUT_OFF, listener.local_address[0])
 
     def make_sound(self, listener: Listener, socket_number: int, generation: int) -> None:
         """Undo what an earlier generation has done to the socket of a new one."""

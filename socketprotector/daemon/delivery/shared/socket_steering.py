@@ -77,7 +77,7 @@ class SocketSteering(Steering):
         """Prepare a socket for a generation whose workers will start soon.
 
         fresh: it is a new release, so earlier stranded clients do not delay a rescue.
-        Raises OSError if the path of a new release could not lead to its socket.
+        Raises OSError if the path of a new release could not lead to its socket, or is gone.
         """
         if fresh:
             self._watch.note_new_release()
@@ -85,7 +85,8 @@ class SocketSteering(Steering):
             try:
                 self._repairs.make_ready(each, socket_number)
             except OSError as error:  # otherwise it keeps the present socket
-                if fresh and each.has_sibling and error.errno not in RESOURCE_ERRNOS:
+                misses = each.has_sibling or each.is_cut_off
+                if fresh and misses and error.errno not in RESOURCE_ERRNOS:
                     self._watch.watch()
                     raise
             self._repairs.make_sound(each, socket_number, generation)

@@ -30,6 +30,10 @@ def listener(index: int) -> Listener:
     return cast("Listener", made)
 
 
+#: How many clients can wait at a listener.
+MOST = 100
+
+
 class MemoryDelivery(Delivery):
     """Has a queue for each generation, and moves clients at once."""
 
@@ -126,7 +130,7 @@ class MemoryDelivery(Delivery):
         return tuple(self._listeners)
 
     def backlog(self, listener: Listener) -> tuple[int, int] | None:
-        return None
+        return len(cast("Any", listener).backlog), MOST
 
     @property
     def worker_sockets(self) -> frozenset[int]:

@@ -56,7 +56,7 @@ class OpenGeneration:
 
     def descriptors(self) -> dict[str, int]:
         """Return the descriptors that the next program needs, by name."""
-        name = f"{inherited.CHANNEL}{self.record.number}.board"
+        name = f"{inherited.GENERATION}{self.record.number}.board"
         return {name: self.board.fd} if self.board is not None else {}
 
     @property

@@ -96,7 +96,7 @@ class Recovery:
     def _adopt_generations(self) -> list[Event]:
         effects, fleet, broken = self.effects, self.snapshot.fleet, list[Event]()
         for record in self.snapshot.generations:
-            mine = self.unclaimed.take(inherited.CHANNEL, record.number)
+            mine = self.unclaimed.take(inherited.GENERATION, record.number)
             each = OpenGeneration.adopt(record, mine.pop("board", None))
             known = None if record.released else fleet.generation(record.number)
             draining = known is not None and known.phase is Phase.DRAINING

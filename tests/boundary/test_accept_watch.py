@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 from socketprotector.daemon.delivery import NEVER_TAKEN_S, UNTAKEN_S
-from socketprotector.daemon.delivery.shared.accept_watch import FIRST_LOOK_S, LOOK_S, AcceptWatch
+from socketprotector.daemon.delivery.shared.accept_watch import (
+    FIRST_LOOK_S,
+    LOOK_S,
+    AcceptWatch,
+    Backlogs,
+)
 from socketprotector.system.loop import Loop
 from socketprotector.system.sock_diag import Line, stands, unaccepted
 from tests.boundary.listening import KINDS, listening
@@ -18,7 +23,7 @@ from tests.boundary.listening import KINDS, listening
 A, B, C = (bytes([each]) for each in b"abc")
 
 
-class World:
+class World(Backlogs):
     """Who waits at which listener, and the time."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,16 +33,17 @@ class World:
         self.lines: dict[int, Line] = {}
         self.asked = 0
         self.said: list[tuple[float, int, bool, frozenset[int]]] = []
-        self.untaken = AcceptWatch(
-            self.loop,
-            lines=self.ask,
-            awaits_changed=lambda: None,
-            report=lambda *said: self.said.append(said),
-        )
+        self.untaken = AcceptWatch(self.loop, self)
 
-    def ask(self) -> dict[int, Line]:
+    def waiting_clients(self) -> dict[int, Line]:
         self.asked += 1
         return self.lines
+
+    def watch(self) -> None:
+        pass
+
+    def report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
+        self.said.append((seconds, waiting, ever, at))
 
     def pass_time(self, seconds: float) -> None:
         until = self.now + seconds

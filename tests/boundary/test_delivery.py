@@ -196,7 +196,7 @@ class World(Host):
         self.delivery = self.build(self._adopted(before, left))
         self.delivery.adopt(before.record(), left, held=held, closing=False)
         for number, each in self.generations.items():
-            mine = left.take(inherited.CHANNEL, number)
+            mine = left.take(inherited.GENERATION, number)
             assert self.delivery.adopt_generation(each, mine, draining=False)
         left.close()
 
@@ -463,6 +463,16 @@ def test_a_graceful_end_serves_those_who_have_connected(world: World) -> None:
 
     assert world.delivery.listeners == ()
     assert world.posted.count(BacklogEmptied()) == 1
+
+
+def test_it_says_how_many_wait_at_a_listener_and_how_many_can(world: World) -> None:
+    [listener] = world.delivery.listeners
+    world.connect()
+    world.until(lambda: (world.delivery.backlog(listener) or (0, 0))[0] == 1)
+    found = world.delivery.backlog(listener)
+
+    assert found is not None
+    assert found[1] > 1
 
 
 def test_a_quick_end_waits_for_nobody(world: World) -> None:

@@ -179,7 +179,7 @@ def test_thousands_of_names_left_and_not_executed_leave_nothing(
 def test_names_are_grouped_by_what_they_are_about() -> None:
     given = {"sp.channel.1.read": 5, "sp.channel.1.write": 6, "sp.channel.12.read": 7, "sp.x": 8}
 
-    assert Inherited(given).take_all(inherited.CHANNEL) == {
+    assert Inherited(given).take_all(inherited.GENERATION) == {
         "1": {"read": 5, "write": 6},
         "12": {"read": 7},
     }

@@ -265,7 +265,7 @@ class QueueDelivery(Delivery):
     def descriptors(self) -> dict[str, int]:
         found = self.forwarder.descriptors()
         for number, channel in self._open_channels().items():
-            before = f"{inherited.CHANNEL}{number}."
+            before = f"{inherited.GENERATION}{number}."
             found |= {f"{before}{name}": fd for name, fd in channel.descriptors().items()}
         return found
 

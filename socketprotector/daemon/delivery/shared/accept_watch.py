@@ -11,9 +11,10 @@ LOOK_S.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
-from ....model.lazy_dataclass import KW_ONLY, field, mutable
+from ....model.lazy_dataclass import field, mutable
 from ....system.loop import Loop
 from ....system.sock_diag import Line, stands
 from .. import NEVER_TAKEN_S, UNTAKEN_S
@@ -26,19 +27,31 @@ ASKING_SHARE = 0.1
 _LOOK = "untaken"
 
 
+class Backlogs(ABC):
+    """The backlogs of the sockets that new clients come to."""
+
+    @abstractmethod
+    def waiting_clients(self) -> Mapping[int, Line]:
+        """Return the clients in each backlog, by the listener's index, as far as is known."""
+
+    @abstractmethod
+    def watch(self) -> None:
+        """Follow a change of `awaits`: while it is True, the next client must lead to came()."""
+
+    @abstractmethod
+    def report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
+        """Report, once for each generation, that its workers do not accept.
+
+        waiting: how many clients wait.  ever: one was accepted before.  at: the listeners' indices.
+        """
+
+
 @mutable
 class AcceptWatch:
     """Watches the generation that new clients come to."""
 
     loop: Loop
-    _: KW_ONLY
-    #: Returns the clients in each backlog, by the listener's index, as far as is known.
-    lines: Callable[[], Mapping[int, Line]]
-    #: Called when `awaits` changes: while it is True, the next client must lead to came().
-    awaits_changed: Callable[[], None]
-    #: Called once for each generation whose workers do not accept.  Arguments: the seconds, how
-    #: many clients wait, whether one was ever accepted, and the listeners' indices.
-    report: Callable[[float, int, bool, frozenset[int]], None]
+    backlogs: Backlogs
     awaits: bool = False
     _reported: bool = False
     _accepted: set[int] = field(default_factory=set)  # listeners of which a client was accepted
@@ -64,7 +77,7 @@ class AcceptWatch:
         """Note that a client has come to a listener, and waits to be accepted."""
         self._waiting[index] = frozenset(), time.monotonic()
         self.awaits = False
-        self.awaits_changed()
+        self.backlogs.watch()
         self._look_later(0.0)
 
     @property
@@ -75,7 +88,7 @@ class AcceptWatch:
     def _await(self) -> None:
         self.end()
         self.awaits = True
-        self.awaits_changed()
+        self.backlogs.watch()
 
     def _look_later(self, query_s: float) -> None:
         """Look again later; query_s: how long the query to the kernel took."""
@@ -85,7 +98,7 @@ class AcceptWatch:
 
     def _look(self) -> None:
         began = time.monotonic()
-        found = self.lines()
+        found = self.backlogs.waiting_clients()
         for index, (before, since) in list(self._waiting.items()):
             line = found.get(index)
             if line is None or not line or not stands(before, line):
@@ -104,7 +117,8 @@ class AcceptWatch:
             self._reported = True
             count = sum(len(self._waiting[index][0]) for index in passed_over)
             ever = self._served_before or passed_over.keys() <= self._accepted
-            self.report(max(passed_over.values()), count, ever, frozenset(passed_over))
+            seconds, at = max(passed_over.values()), frozenset(passed_over)
+            self.backlogs.report_untaken(seconds, count, ever, at)
         self._look_later(time.monotonic() - began)
 
     def _passed_over(self) -> dict[int, float]:

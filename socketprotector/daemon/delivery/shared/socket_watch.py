@@ -13,7 +13,7 @@ from ....core.events import Stranded
 from ....system.listener import Listener
 from ....system.loop import READ, SHUT
 from ....system.sock_diag import Line, unaccepted
-from .accept_watch import AcceptWatch
+from .accept_watch import AcceptWatch, Backlogs
 from .probes import Probes
 from .shared_listeners import SharedListeners, Steering
 from .turns import Turns
@@ -29,7 +29,7 @@ _REPAIR_AGAIN_S = 0.1
 _MOUNTED = "clients came to a socket that the path has left: mount its folder, not its file"
 
 
-class SocketWatch:
+class SocketWatch(Backlogs):
     """Wakes us when clients need another generation, or a listener another socket."""
 
     def __init__(
@@ -43,12 +43,7 @@ class SocketWatch:
         runtime = listeners.host.runtime
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._steering = steering
-        self.accepts = AcceptWatch(
-            self._loop,
-            lines=self._waiting_clients,
-            awaits_changed=self.watch,
-            report=self._report_untaken,
-        )
+        self.accepts = AcceptWatch(self._loop, self)
         self._ended = False
         self._rescue_s = 0.0  # the pause after the last rescue before the next
         self._rescued_at = 0.0
@@ -144,7 +139,7 @@ class SocketWatch:
         found = [(each, self._turns.current % len(each.sockets)) for each in known]
         return [each for each in found if each not in without_worker]
 
-    def _waiting_clients(self) -> dict[int, Line]:
+    def waiting_clients(self) -> dict[int, Line]:
         """Return the clients known to wait for the current generation, by listener index."""
         found: dict[int, Line] = {}
         for each, number in self._served_sockets(self._without_worker()):
@@ -159,7 +154,8 @@ class SocketWatch:
                 found[each.index] = line
         return found
 
-    def _report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
+    def report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
+        """Report the addresses at which workers do not accept."""
         addresses = [each.settings.address for each in self._listeners.living if each.index in at]
         self._listeners.host.report_untaken(seconds, waiting, ever, " ".join(addresses))
 

@@ -9,6 +9,7 @@ import errno
 import os
 import select
 import socket
+import tempfile
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -618,3 +619,73 @@ def test_a_generation_is_asked_at_a_path_that_had_one_socket_left(
     way = world.delivery.reach(tried, "")
     assert way is not None
     way.close()
+
+
+class PathWorld(SharedWorld):
+    """The shared delivery at a UNIX path, each generation with a socket of its own."""
+
+    def listener(self, index: int) -> Listener:
+        self.folder = tempfile.TemporaryDirectory()
+        path = f"{self.folder.name}/s{index}"
+        first, second = (socket_file.bind(path, 16, (-1, -1, 0o600, None), give_away) for _ in "12")
+        socket_file.lead_to(path, first, [first, second])
+        found = os.lstat(path)
+        settings = ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, 16, beside=True)
+        return listener_of(first.detach(), index, settings, shared=True, sibling=second.detach())
+
+    def connect_unix(self, address: str = "") -> socket.socket:
+        client = socket.socket(socket.AF_UNIX)
+        self.clients.append(client)
+        client.connect(address or self.delivery.listeners[0].local_address[0])
+        return client
+
+    def take(self, number: int) -> bool:
+        for one in self.handed[number]:
+            if events_of(one, select.POLLIN) == select.POLLIN:
+                one.accept()[0].close()
+                self.taken[number].append(1)
+                return True
+        return False
+
+    def close(self) -> None:
+        super().close()
+        self.folder.cleanup()
+
+
+@pytest.fixture
+def at_path() -> Iterator[PathWorld]:
+    made = PathWorld()
+    yield made
+    made.close()
+
+
+def test_a_graceful_end_awaits_no_client_of_a_release_that_was_called_off(
+    at_path: PathWorld,
+) -> None:
+    """No worker accepts from its socket any more."""
+    serving = at_path.serving(1)
+    tried = at_path.open(2)
+    at_path.connect_unix(at_path.delivery.listeners[0].address_of(tried.record.socket_number)[0])
+    at_path.delivery.drain(tried)
+    del at_path.generations[2]
+    at_path.delivery.release(tried)
+    client = at_path.connect_unix()
+
+    at_path.delivery.close_listeners(serving, quick=False)
+    at_path.until(lambda: BacklogEmptied() in at_path.posted, 1)
+
+    assert at_path.taken[1] == [1]
+    assert client.recv(1) == b""
+
+
+def test_a_graceful_end_awaits_no_probe_that_has_come_beside_a_client_of_a_hold(
+    at_path: PathWorld,
+) -> None:
+    serving = at_path.serving(1)
+    at_path.delivery.hold(True)
+    at_path.connect_unix()
+    at_path.connect_unix().close()  # a probe that was abandoned
+    at_path.delivery.hold(False)
+
+    at_path.delivery.close_listeners(serving, quick=False)
+    at_path.until(lambda: BacklogEmptied() in at_path.posted, 1)

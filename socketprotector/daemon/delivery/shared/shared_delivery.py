@@ -220,7 +220,8 @@ class SharedDelivery(Delivery):
     def _close_when_empty(self, latest: float, *, again: bool = False) -> None:
         # A listener that was passed in may never be empty: its owner keeps listening.
         awaited = [e for e in self._listeners if not (e.settings.foreign or e.lost)]
-        empty = again and not any(each.has_waiting() for each in awaited)
+        # Clients elsewhere, such as those of a release that was called off, get no worker any more.
+        empty = again and not any(map(self.steering.accepts_waiting, awaited))
         if empty or not awaited or time.monotonic() > latest:
             self._finish_closing()
             return

@@ -25,7 +25,7 @@ from ....system.sock_diag import unaccepted
 from ..probe_target import ProbeTarget
 from .accept_watch import AcceptWatch
 from .listener_hold import ListenerHold
-from .probes import Probes
+from .probes import LEAVES_S, Probes
 from .quiescing import Quiescing
 from .shared_listeners import SharedListeners, Steering
 from .socket_repair import RESTART, SocketRepair
@@ -288,6 +288,14 @@ class SocketSteering(Steering):
             self._quiescing.begin(generation, socket_number, on_quiet, common=common)
         else:
             on_quiet()
+
+    def accepts_waiting(self, listener: Listener) -> bool:
+        """Return whether clients wait at a listener where workers may still accept them."""
+        left_since = time.monotonic() - LEAVES_S
+        return any(
+            listener.has_waiting(number) and self.turns.is_accepted(listener, number, left_since)
+            for number in range(len(listener.sockets))
+        )
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -75,6 +75,21 @@ class Turns:
             return not self.accepting or is_next
         return any((generation, listener.index) not in self.unserved for generation in there)
 
+    def is_accepted(self, listener: Listener, number: int, left_since: float) -> bool:
+        """Return whether workers may still accept from one of a listener's sockets.
+
+        left_since: workers that were ordered to finish before then accept no more.
+        """
+        lacking = self.unserved - self.partly_served
+        there = self.at(listener, number)
+        if any((generation, listener.index) not in lacking for generation in there):
+            return True
+        count = len(listener.sockets)
+        return any(
+            place % count == number % count and ordered_at > left_since
+            for place, ordered_at in self.leaving.values()
+        )
+
     def own(self, pairs: Iterable[Listener], number: int, generation: int = 0) -> list[Listener]:
         """Return the listeners whose socket of this number gets no clients while the other does.
 

@@ -454,30 +454,30 @@ class World:
 
 
 OURS: Mapping[str, Event] = {
-    "open": World.open,
-    "route": World.route,
-    "end": World.end,
-    "hold": World.hold,
-    "restart": World.restart,
+    "open": lambda world: world.open(),
+    "route": lambda world: world.route(),
+    "end": lambda world: world.end(),
+    "hold": lambda world: world.hold(),
+    "restart": lambda world: world.restart(),
 }
 #: These leave the path leading to a socket, also if the program is killed meanwhile.
 STEADY = frozenset(OURS)
 OF_OTHERS: Mapping[str, Event] = {
-    "client": World.client,
-    "accept": World.accept,
+    "client": lambda world: world.client(),
+    "accept": lambda world: world.accept(),
     "shut 0": lambda world: world.break_(0),
     "shut 1": lambda world: world.break_(1),
     "shut current, full": lambda world: world.while_full(lambda one: one.break_(one.current)),
 }
 RARE: Mapping[str, Event] = {
-    "lose files": World.lose_files,
-    "lose path": World.lose_path,
+    "lose files": lambda world: world.lose_files(),
+    "lose path": lambda world: world.lose_path(),
     "lose file 0": lambda world: world.lose_file(0),
     "lose file 1": lambda world: world.lose_file(1),
-    "replace path": World.replace_path,
+    "replace path": lambda world: world.replace_path(),
     "client at 0": lambda world: world.client_at(0),
     "client at 1": lambda world: world.client_at(1),
-    "route, full": lambda world: world.while_full(World.route),
+    "route, full": lambda world: world.while_full(lambda world: world.route()),
     "start anew": lambda world: world.start_anew(killed=False),
     "all killed": lambda world: world.start_anew(killed=True),
 }

@@ -345,7 +345,7 @@ class World:
         self.steer()
         self.adopt_held()
 
-    def start_anew(self, *, killed: bool) -> None:
+    def start_again(self, *, killed: bool) -> None:
         """All processes end, or are killed; another program binds the path again."""
         names = self.files.names
         if killed:
@@ -354,7 +354,7 @@ class World:
             return
         else:
             self.stop()
-            self.files.waiting.clear()  # the workers have accepted who came meanwhile
+            self.files.waiting.clear()  # the workers have accepted later clients
         self.members, self.recorded, self.workers = {}, {}, {}
         if names.get(PATH) == FOREIGN:
             names.pop(PATH)  # its owner removes it: otherwise no program could start
@@ -431,7 +431,7 @@ class World:
         return one == FOREIGN or (one in having and one not in self.files.shut)
 
     def check_instant(self) -> None:
-        """A client can connect at each moment, and has a process that will accept."""
+        """A client can connect at each moment, and a process has its socket."""
         having = (self.members, self.recorded, self.workers)
         self.check_clients({one for each in having for one in each.values()})
         if self.path_before is None:
@@ -478,8 +478,8 @@ RARE: Mapping[str, Event] = {
     "client at 0": lambda world: world.client_at(0),
     "client at 1": lambda world: world.client_at(1),
     "route, full": lambda world: world.while_full(lambda world: world.route()),
-    "start anew": lambda world: world.start_anew(killed=False),
-    "all killed": lambda world: world.start_anew(killed=True),
+    "start again": lambda world: world.start_again(killed=False),
+    "all killed": lambda world: world.start_again(killed=True),
 }
 COMMON = {**OURS, **OF_OTHERS}
 EVENTS = {**COMMON, **RARE}

@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 import tempfile
-import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -34,6 +33,10 @@ from tests.web import Traffic
 UNIX, TCP = "unix", "tcp"
 #: Children that load the application themselves have the release of before by then.
 LOADS_S = 3.0
+#: How long clients go on after a part, so that its failures are counted in it.
+GOES_ON_S = 1.5
+#: The part that has a reload after each other part.
+BETWEEN = "reloads between"
 
 
 class Parts:
@@ -44,13 +47,13 @@ class Parts:
         self._cell, self._seen = cell, traffic.seen
         self._answers, self._failures = 0, Counter[str]()
 
-    def ends(self, name: str, seconds: float) -> None:
+    def ends(self, name: str) -> None:
         """Take what clients have seen since the part before."""
         answers, failures = self._seen.answers.total(), Counter(self._seen.failures)
         new = failures - self._failures
         count = Count(answers - self._answers + new.total(), new)
-        print(f"{self._cell}: {name} ({seconds:.0f} s): {count.text} {dict(new) or ''}", flush=True)
-        self.counts[name] = count
+        print(f"{self._cell}: {name}: {count.text} {dict(new) or ''}", flush=True)
+        self.counts[name] = self.counts.get(name, Count()) + count
         self._answers, self._failures = answers, failures
 
 
@@ -131,15 +134,16 @@ def go_through(
         else:
             traffic.wait_for(spawned(daemon)[-1])
 
-    def reload() -> None:
+    def reload(*words: str) -> None:
         # Not by a signal to the process that we started: that is the guard.
-        done = run("reload")
+        done = run("reload", *words)
         assert done.status == 0, f"{done}\n{daemon.log.text()}"
         serves()
 
     def many() -> None:
-        for _ in range(given.reloads):
+        for _ in range(given.reloads - 1):
             reload()
+        reload("--drained")
 
     def refused(spoil: Callable[[], None]) -> None:
         pass_time(LOADS_S)
@@ -148,26 +152,20 @@ def go_through(
         assert done.status == 3, f"{done}\n{daemon.log.text()}"
         print(f"  {done.err.strip()}")
         release.answers(200)
-        reload()
 
     def master_killed() -> None:
         os.kill(spawned(daemon)[-1], signal.SIGKILL)
         serves()
-        traffic.wait_for_answers(100)
-        pass_time(1.5)
 
     def upgraded() -> None:
         assert "event=resumed" in upgrade(daemon)
-        reload()
 
     def protector_killed() -> None:
         revived(daemon, kill_protector(daemon))
-        reload()
 
     def guard_killed() -> None:
         daemon.process.kill()
         daemon.log.wait_for("event=guard-died")
-        reload()
 
     acts: tuple[Callable[[], None], ...] = (
         many,
@@ -181,9 +179,12 @@ def go_through(
     )
     for name, act in zip(names_of_parts(given.reloads), acts, strict=True):
         if name in wanted:
-            began = time.monotonic()
             act()
-            counted.ends(name, time.monotonic() - began)
+            pass_time(GOES_ON_S)
+            counted.ends(name)
+            if act is not many:
+                reload("--drained")
+                counted.ends(BETWEEN)
 
 
 def main() -> int:

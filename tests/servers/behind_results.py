@@ -99,9 +99,10 @@ def tables(found: Found) -> str:
     second = _table(
         ["server", "over", "connections", *others],
         (
-            [*row, "kept" if kept else "single", *went_on(*row, kept)]
+            [*row, "kept" if kept else "single", *counts]
             for row in rows
             for kept in (False, True)
+            if set(counts := went_on(*row, kept)) != {NOT_RUN}
         ),
     )
     return f"{first}\n{second}"

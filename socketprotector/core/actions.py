@@ -61,30 +61,30 @@ class Signal(Action):
 
 @frozen
 class Retire(Action):
-    """Make a worker finish: by end of file on its RETURN line, or by the mode's drain signal."""
+    """Make a worker finish and exit: by end of file on its RETURN line, or the drain signal."""
 
     worker: int
 
 
 @frozen
 class Probe(Action):
-    """Probe a generation with all of its workers running, until it answers: `Answered`."""
+    """Probe a generation whose workers all run.  When it passes, effects post Answered."""
 
     generation: int
 
 
 @frozen
 class StopProbing(Action):
-    """Stop probing a generation, and drop the probes that it has not accepted."""
+    """Stop probing a generation, and discard the probes that its workers have not accepted."""
 
     generation: int
 
 
 @frozen
 class CheckSettling(Action):
-    """Check a settling generation repeatedly, until a check fails: `SettleFailed`.
+    """Check a settling generation repeatedly.  When a check fails, effects post SettleFailed.
 
-    The SETTLE timer passes only once a check has succeeded after its time.
+    When the SETTLE timer runs out, effects await another good check before they post its end.
     """
 
     generation: int
@@ -99,14 +99,17 @@ class StopChecking(Action):
 
 @frozen
 class RouteTo(Action):
-    """Give new connections to this generation; None: keep them waiting."""
+    """Send new connections to this generation; with None, let them wait."""
 
     generation: int | None
 
 
 @frozen
 class Quiesce(Action):
-    """Wait until a generation without new clients has accepted its earlier ones: `Quiesced`."""
+    """Wait until a generation that gets no new clients has accepted the earlier ones.
+
+    Effects then post Quiesced.
+    """
 
     generation: int
 
@@ -115,7 +118,7 @@ class Quiesce(Action):
 class Drain(Action):
     """Reclaim a generation's waiting connections for the route; then end its channel.
 
-    Without a route nothing is reclaimed: the generation's workers serve those connections.
+    Without a route effects reclaim nothing: the generation's own workers serve these connections.
     """
 
     generation: int
@@ -150,9 +153,9 @@ class CloseListeners(Action):
 
 @frozen
 class ReadSettings(Action):
-    """Read the configuration again, for generations that are opened fresh later.
+    """Read the configuration again, for the next generation that is opened fresh.
 
-    dry_run: the generation will get no client, not even from added listeners.
+    dry_run: this generation will get no client, not even from added listeners.
     """
 
     dry_run: bool = False
@@ -160,7 +163,7 @@ class ReadSettings(Action):
 
 @frozen
 class UseSettings(Action):
-    """Apply the settings that were read to everything; drain the listeners that they lack."""
+    """Apply the newly read settings everywhere; drain the listeners that they no longer name."""
 
 
 @frozen
@@ -172,7 +175,7 @@ class ForgetSettings(Action):
 class StartTimer(Action):
     """Run a timer.
 
-    extend: the timer runs already; move its end only if that makes it later.
+    extend: the timer is running; move its end, but never to an earlier time.
     LAME_DUCK_IDLE restarts with each new client.
     """
 
@@ -217,7 +220,7 @@ class ReportKind(Enum):
 
 @frozen
 class Report(Action):
-    """Report what happened; reason is for people."""
+    """Report what happened.  reason: a text for people."""
 
     news: ReportKind
     generation: int = 0

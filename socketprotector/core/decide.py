@@ -1,9 +1,9 @@
 """The one decision function: `decide(fleet, event) -> (fleet, actions)`.
 
 Pure: no clock, process, socket or logger.  Time comes in as events and goes out as
-StartTimer.  `_handle` first handles the event (reload.py, workers.py, stop.py); then `_advance`
-does what has become possible, after any event.  A late event, whose generation or worker
-is gone, changes nothing.
+StartTimer.  `_handle` first handles the event (reload.py, workers.py, stop.py).  Then `_advance`
+takes every step that has become possible.  An event changes nothing if its generation or worker
+is gone.
 
 The order of the actions is part of the result.
 """
@@ -39,7 +39,7 @@ from .step import Step
 def decide(fleet: Fleet, event: Event) -> tuple[Fleet, tuple[Action, ...]]:
     """Return the new fleet, and the actions that follow from one event.
 
-    Never raises for an event that comes late.
+    Never raises, not even for an event whose generation or worker is gone.
     """
     if fleet.exiting:
         return fleet, ()
@@ -106,7 +106,7 @@ def _handle(step: Step, event: Event) -> None:
         case events.SettingsFailed(reason):
             reload.settings_failed(step, reason)
         case events.DeadlinePassed(deadline, advice):
-            if deadline in step.fleet.timers:  # otherwise it crossed its CancelTimer
+            if deadline in step.fleet.timers:  # otherwise it ran out just before its CancelTimer
                 step.fleet = replace(step.fleet, timers=step.fleet.timers - {deadline})
                 _deadline_passed(step, deadline, advice)
 
@@ -129,7 +129,7 @@ def _deadline_passed(step: Step, deadline: Deadline, advice: str) -> None:
             if step.fleet.find(number) is not None:
                 step.do(Signal(number, WorkerSignal.KILL))
         case TimerKind.OPEN | TimerKind.TURN | TimerKind.WORKER_RESPAWN:
-            pass  # `_advance` opens the generation, or starts the workers, now due
+            pass  # `_advance` opens the generation or starts the workers that are due now
         case TimerKind.HOLD:
             stop.release_hold(step)
         case TimerKind.LAME_DUCK | TimerKind.LAME_DUCK_IDLE:
@@ -139,7 +139,7 @@ def _deadline_passed(step: Step, deadline: Deadline, advice: str) -> None:
 
 
 def _advance(step: Step) -> None:
-    """Do what has become possible; without any such step, change nothing."""
+    """Take every step that has become possible; if there is none, change nothing."""
     reload.serve_if_ready(step)
     reload.try_nothing_unserved(step)
     reload.begin_if_wanted(step)
@@ -165,17 +165,19 @@ def resume(
     left_s: Mapping[Deadline, float],
     undone: Iterable[Action] = (),
 ) -> tuple[Action, ...]:
-    """Return the actions that make the world match a fleet, after another program stopped midway.
+    """Return the actions that make the world match a fleet, if the previous program has ended.
 
     Each action can be repeated without harm.
     left_s: seconds left of each timer; a timer without an entry runs out at once.
-    undone: ordered actions that the fleet does not imply.  They are recorded, because repeating
-    TERM to every ending worker would be a second TERM, which many programs take for "at once".
+    undone: actions that the previous program ordered and perhaps did not carry out.  They are
+    recorded, because sending TERM to every ending worker again would do harm: many programs
+    exit at once on a second TERM.
     """
     route, undone = fleet.route, tuple(undone)
     actions: list[Action] = [Hold(True)] if fleet.held else []
     actions += [RouteTo(route.number if route else None)]
-    # First: clients of a removed listener go to the old generation before it must finish.
+    # This comes first, so that the old generation gets the clients of a removed listener before
+    # it drains.
     actions += [each for each in undone if isinstance(each, UseSettings)]
     for generation in fleet.all_of(Phase.DRAINING):
         order = Quiesce if generation.quiescing else Drain
@@ -192,7 +194,7 @@ def resume(
     if fleet.stopping:
         quick = fleet.stopping is Stop.QUICK or not fleet.listeners_open
         actions.append(CloseListeners(quick))
-    # The state does not record when the last client came to the other program.
+    # The state does not record when the last client came, so the time starts again.
     left_s = {**left_s, Deadline(TimerKind.LAME_DUCK_IDLE): fleet.policy.lame_duck_idle_s}
     actions += [StartTimer(each, max(0.0, left_s.get(each, 0.0))) for each in fleet.timers]
     return tuple(actions)

@@ -13,27 +13,27 @@ from ..model.policy import Policy
 
 
 class TimerKind(Enum):
-    """A kind of deadline; its target is a generation's or a worker's number, or 0: the fleet."""
+    """A kind of deadline.  Its target is the number of a generation or worker; 0: the fleet."""
 
     START = "start"  # generation: all workers are ready by then, or it fails
-    SETTLE = "settle"  # generation: has settled, and is promoted
+    SETTLE = "settle"  # generation: it has settled, and is promoted
     DRAIN = "drain"  # generation: its last worker has exited by then, or gets TERM
     KILL = "kill"  # generation: TERM was sent; KILL follows
     WORKER_START = "worker-start"  # worker: a replacement is ready by then, or gets TERM
-    WORKER_RESPAWN = "worker-respawn"  # worker: back-off is over
-    WORKER_RETIRE = "worker-retire"  # worker: has finished by then, or gets TERM
+    WORKER_RESPAWN = "worker-respawn"  # worker: its back-off is over
+    WORKER_RETIRE = "worker-retire"  # worker: it has finished by then, or gets TERM
     WORKER_KILL = "worker-kill"  # worker: TERM was sent; KILL follows
     OPEN = "open"  # fleet: back-off before the next generation is over
     HOLD = "hold"  # fleet: the hold ends
     LAME_DUCK = "lame-duck"  # fleet: balancers have noticed the lame duck by now; the stop begins
-    LAME_DUCK_IDLE = "lame-duck-idle"  # fleet: no client came for so long; the stop begins
+    LAME_DUCK_IDLE = "lame-duck-idle"  # fleet: no client has come for a while; the stop begins
     STOP = "stop"  # fleet: a graceful stop becomes a quick one
     TURN = "turn"  # fleet: the event loop has turned, so more workers may be started
 
 
 @frozen
 class Deadline:
-    """The name of a timer; starting it again replaces it."""
+    """The name of a timer.  Of each name at most one timer runs."""
 
     wait: TimerKind
     target: int = 0
@@ -52,7 +52,7 @@ class Launched(Event):
 
 @frozen
 class ReloadRequested(Event):
-    """A reload was requested: a new generation of the command as it is now."""
+    """A reload was requested: a new generation from the command as it is now."""
 
 
 @frozen
@@ -69,7 +69,10 @@ class StopRequested(Event):
 
 @frozen
 class LameDuckRequested(Event):
-    """A lame duck was requested or ended: balancers send clients elsewhere; serving continues."""
+    """An operator switched the lame duck on or off: balancers are asked to send no more clients.
+
+    Serving continues.
+    """
 
     on: bool
 
@@ -84,7 +87,7 @@ class ScaleRequested(Event):
 
 @frozen
 class HoldRequested(Event):
-    """A hold was requested: for so many seconds clients are neither accepted nor refused."""
+    """A hold was requested: for this many seconds clients are neither accepted nor refused."""
 
     seconds: float
 
@@ -108,9 +111,9 @@ class KillRequested(Event):
 
 @frozen
 class ReplaceRequested(Event):
-    """A worker is to be replaced: it is too old or large, or an operator requested it.
+    """A worker must be replaced: it is too old, too large or stuck, or an operator requested it.
 
-    hung: the worker is stuck (no WATCHDOG=1 in time), so it cannot be made to finish.
+    hung: the worker is stuck (it sent no WATCHDOG=1 in time), so it would not react to a message.
     """
 
     worker: int
@@ -120,7 +123,7 @@ class ReplaceRequested(Event):
 
 @frozen
 class WorkerReady(Event):
-    """A worker is ready; retires: it can finish separately from its generation."""
+    """A worker is ready.  retires: it can finish while the rest of its generation serves."""
 
     worker: int
     retires: bool = False
@@ -168,7 +171,7 @@ class Answered(Event):
 
 @frozen
 class SettleFailed(Event):
-    """A settling generation has failed its check; reason is for people."""
+    """A settling generation has failed its check.  reason: a text for people."""
 
     generation: int
     reason: str
@@ -188,7 +191,7 @@ class Stranded(Event):
 class HeldClientsWait(Event):
     """After a hold, clients wait at a UNIX path whose generations have their own sockets.
 
-    Only the next generation accepts these clients, so no existing one may delay its start.
+    Only a new generation can accept these clients, so a reload under way must not delay it.
     """
 
 
@@ -201,7 +204,7 @@ class SocketLost(Event):
 
 @frozen
 class ListenersLost(Event):
-    """The last listener was shut down, and none can be bound instead."""
+    """The last listener was shut down, and no other can be bound in its place."""
 
 
 @frozen
@@ -227,7 +230,7 @@ class BacklogEmptied(Event):
 
 @frozen
 class SettingsRead(Event):
-    """The configuration was read again and is valid; workers: None: as many as before."""
+    """The configuration was read again and is valid.  workers: None for no change."""
 
     policy: Policy
     workers: int | None = None
@@ -235,7 +238,7 @@ class SettingsRead(Event):
 
 @frozen
 class SettingsFailed(Event):
-    """The configuration was read again and is not valid; reason is for people."""
+    """The configuration was read again and is not valid.  reason: a text for people."""
 
     reason: str
 

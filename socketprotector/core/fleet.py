@@ -1,7 +1,7 @@
-"""The supervised things as values: workers, generations, the fleet (the policy: model/policy.py).
+"""Workers, generations and the fleet, as values.  Their policy is in model/policy.py.
 
-Pure data.  Nothing here knows a clock, process, socket or logger; the supervisor
-keeps one Fleet and replaces it with the result of `decide.decide`.
+Pure data: no clock, process, socket or logger.  The supervisor keeps one Fleet, and replaces it
+with each result of `decide.decide`.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ class Phase(Enum):
 #: diagram in ARCHITECTURE.md is drawn from them.  None: the generation is gone.
 PHASES: dict[Phase, dict[Phase | None, str]] = {
     Phase.STARTING: {
-        Phase.SERVING: "every worker is ready, or it has answered",
-        Phase.SETTLING: "the same, with --settle, or accepted and said nothing",
-        Phase.ABANDONED: "a worker exited, was silent too long or broke the channel, a dry run or "
-        "a hold was over, or stop",
+        Phase.SERVING: "every worker is ready, or it passed its probe",
+        Phase.SETTLING: "the same, with --settle, or it accepted a probe without a READY message",
+        Phase.ABANDONED: "a worker exited, was not ready in time or broke the channel, a dry run "
+        "or a hold ended, or a stop began",
     },
     Phase.SETTLING: {
-        Phase.SERVING: "lived as long as --settle, a hold was over, or stop",
-        Phase.DRAINING: "a worker exited, --settle-check failed, a hold was over, or quick stop",
+        Phase.SERVING: "--settle is over, a hold ended, or a stop began",
+        Phase.DRAINING: "a worker exited, --settle-check failed, a hold ended, "
+        "or a quick stop began",
     },
-    Phase.SERVING: {Phase.DRAINING: "superseded, channel broken, or stop"},
+    Phase.SERVING: {Phase.DRAINING: "replaced, channel broken, or a stop began"},
     Phase.DRAINING: {None: "last worker gone"},
     Phase.ABANDONED: {None: "last worker gone"},
 }
@@ -55,7 +56,7 @@ class State(Enum):
     ORPHANED = "orphaned"  # its process has ended, but processes that it started are running
 
 
-#: States of workers that no longer count: their slots are dropped, or filled by other workers.
+#: States of workers that no longer count: their slots are dropped, or filled with other workers.
 LEAVING = (State.RETIRING, State.ORPHANED)
 
 
@@ -66,7 +67,7 @@ class Worker:
     number: int
     slot: int
     state: State = State.STARTING
-    retires: bool = False  # finishes and leaves when its RETURN line ends
+    retires: bool = False  # it finishes and leaves when its RETURN line ends
     quick_deaths: int = 0  # in a row, in this slot
     replaces: int = 0  # the number of the worker that leaves when this worker is ready
     hung: bool = False  # stuck: it must leave, and does not react to messages
@@ -83,17 +84,17 @@ _NUMBER = attrgetter("number")
 class Generation:
     """All workers started from one version of the command.
 
-    An event about one of a thousand workers must not look at all of them.  So workers stand in the
-    order of their numbers, and a binary search finds one; copying the tuple costs little.
+    A generation may have a thousand workers, and an event about one must not look at all of them.
+    So they are sorted by number, for a binary search.  Copying the tuple costs little.
     """
 
     number: int
     phase: Phase = Phase.STARTING
     fresh: bool = True  # started from the command as it is now, not from the last good one
     ending: bool = False  # a deadline or a stop sent TERM; KILL follows
-    quiescing: bool = False  # drains, and finishes once it has accepted its clients
+    quiescing: bool = False  # draining, and still accepting the clients that came before
     workers: tuple[Worker, ...] = ()
-    checked: bool = False  # settles, and --settle-check checks it
+    checked: bool = False  # settling, and --settle-check is probing it
 
     @property
     def alive(self) -> tuple[Worker, ...]:
@@ -101,7 +102,7 @@ class Generation:
 
     @property
     def ready(self) -> bool:
-        # From the end: the worker started last is mostly the last one to be ready.
+        # From the end: the worker started last is usually the last to be ready.
         return all(worker.state is State.READY for worker in reversed(self.workers))
 
     def worker(self, number: int) -> Worker | None:
@@ -144,7 +145,7 @@ class Next(Enum):
 
 @frozen
 class Candidate:
-    """Settings that a reload has read; no generation has served with them yet."""
+    """Settings that a reload has read, before a generation serves with them."""
 
     policy: Policy
     workers: int | None = None  # None: as many as before
@@ -163,15 +164,15 @@ class Fleet:
     reload_wanted: bool = False
     lame_duck: LameDuck = LameDuck.OFF
     stopping: Stop | None = None
-    to_open: Next | None = None  # waits for the end of an older generation or of a back-off
+    to_open: Next | None = None  # to be opened once older generations and a back-off have ended
 
     configured: bool = False  # a reload begins with reading the configuration again
     reading: bool = False  # the configuration is being read
-    candidate: Candidate | None = None  # the settings read, until they serve or have failed
-    dry_run: bool = False  # the generation being read, opened or started gets no clients
+    candidate: Candidate | None = None  # the new settings, until they are applied or discarded
+    dry_run: bool = False  # the reload under way is a dry run: its generation gets no clients
 
     served: bool = False  # a generation has served, since the first start
-    failed_starts: int = 0  # generations in a row that failed while no other one served
+    failed_starts: int = 0  # generations in a row that failed while no other generation served
     listeners_open: bool = True
     held: bool = False  # an operator's hold: no client is accepted
     exit_status: int = 0
@@ -188,7 +189,7 @@ class Fleet:
 
     @property
     def incoming(self) -> Generation | None:
-        """The generation that a reload (or start) in progress is about."""
+        """The generation that the reload, or start, under way has opened."""
         return self.of(Phase.STARTING) or self.of(Phase.SETTLING)
 
     @property
@@ -207,11 +208,11 @@ class Fleet:
         return self.is_opening or self.reload_wanted
 
     def policy_of(self, fresh: bool) -> Policy:
-        """Return the policy for opening a generation, fresh or from the last good command."""
+        """Return the policy of a generation that is opened fresh, or from the last good command."""
         return self.candidate.policy if fresh and self.candidate else self.policy
 
     def wanted_in(self, generation: Generation) -> int:
-        """Return the wanted number of workers of a generation."""
+        """Return how many workers a generation should have."""
         candidate = self.candidate if generation.fresh else None
         return (candidate.workers if candidate else None) or self.workers_wanted
 
@@ -219,7 +220,7 @@ class Fleet:
         return next((g for g in self.generations if g.number == number), None)
 
     def __getitem__(self, number: int) -> Generation:
-        """Return a generation that the fleet still has."""
+        """Return a generation by its number.  The fleet must still have it."""
         (found,) = (g for g in self.generations if g.number == number)
         return found
 
@@ -239,28 +240,28 @@ class Fleet:
 
     @property
     def queue_is_last(self) -> bool:
-        """Whether only a draining generation itself can serve the clients in its queue.
+        """Whether the clients in a draining generation's queue have only its workers left.
 
-        Never where workers accept: clients wait in the backlog there, which a stop has closed.
+        False where workers accept: there clients wait in the backlog, and a stop has closed it.
         """
         stops = self.stopping is Stop.GRACEFUL and self.route is None
         return stops and self.policy.queues
 
     def with_generation(self, changed: Generation) -> Fleet:
-        """Return the fleet with a changed generation in place of that with the same number."""
+        """Return the fleet with a changed generation in place of the one with its number."""
         number = changed.number
         generations = tuple(changed if g.number == number else g for g in self.generations)
         return replace(self, generations=generations)
 
     def with_worker(self, changed: Worker) -> Fleet:
-        """Return the fleet with a changed worker in place of that with the same number."""
+        """Return the fleet with a changed worker in place of the one with its number."""
         found = self.find(changed.number)
         return self.with_generation(found[0].replaced(changed.number, changed)) if found else self
 
     def moved(self, number: int, phase: Phase) -> Fleet:
         """Return the fleet with a generation in another phase.
 
-        Raises ValueError for a change that PHASES does not have: a bug in SocketProtector.
+        Raises ValueError for a change that PHASES does not list: a bug in SocketProtector.
         """
         generation = self[number]
         if phase not in PHASES[generation.phase]:

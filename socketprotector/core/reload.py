@@ -2,7 +2,7 @@
 
 Pure.  Two rules hold it together:
 
-* Route before draining: at every moment a generation owns new connections.
+* Route before draining: at every moment some generation gets the new connections.
 * A generation that fails while another serves changes nothing for clients.
 """
 
@@ -17,7 +17,7 @@ from .fleet import Candidate, Fleet, Generation, Next, Phase, Policy, State
 from .step import Step
 from .stop import CALLED_OFF, stop_quickly
 
-#: The exit status of a start that failed (3: rolled back).
+#: The exit status of SocketProtector after a start that failed.
 START_FAILED = 3
 #: Why a dry run fails when the program is replaced.
 UPGRADED = "called off: the protector is being upgraded"
@@ -66,9 +66,9 @@ def renew_requested(step: Step) -> None:
 
 
 def renew(step: Step) -> bool:
-    """Replace the workers, unless a generation is starting or none serves.
+    """Replace the serving generation with the last good command; return whether this has begun.
 
-    A requested reload that has not begun follows.
+    It cannot begin during a stop or a reload, or if no generation serves.  A queued reload follows.
     """
     fleet = step.fleet
     if not fleet.of(Phase.SERVING) or fleet.stopping or fleet.is_opening:
@@ -87,8 +87,8 @@ def begin_if_wanted(step: Step) -> None:
     if fleet.candidate:
         _begin(step)
     elif fleet.reload_wanted and fleet.stop_requested:
-        # Only now: a caller takes the first verdict after its request as its own, and the
-        # previous reload had no verdict until now.
+        # Not earlier: a caller takes the first verdict after its request for its own, and until
+        # now that was the verdict of the previous reload.
         step.fleet = replace(fleet, reload_wanted=False)
         step.fail_unopened(CALLED_OFF)
     elif fleet.reload_wanted and not _may_rescue(fleet):
@@ -98,7 +98,7 @@ def begin_if_wanted(step: Step) -> None:
 
 
 def _may_rescue(fleet: Fleet) -> bool:
-    """Return whether a rescue runs, or may still: a failed release has not ended yet."""
+    """Return whether a rescue is under way, or may follow the end of a failed release."""
     rescues = fleet.to_open is not None and fleet.of(Phase.SERVING) is not None
     return rescues or bool(failed_in_the_way(fleet))
 
@@ -151,7 +151,7 @@ def _begin(step: Step) -> None:
     if step.fleet.dry_run:
         _begin_dry_run(step)
         return
-    # During a back-off no generation serves: the reload must not wait for its end.
+    # During a back-off no generation serves, so the reload must not wait until it is over.
     step.cancel(TimerKind.OPEN)
     step.fleet = replace(step.fleet, to_open=Next.FRESH, failed_starts=0)
     _make_room(step)
@@ -161,7 +161,7 @@ def _begin_dry_run(step: Step) -> None:
     """Open the dry run's generation beside the serving one, which stays as it is."""
     if step.fleet.policy_of(fresh=True).stop_first:
         step.forget_settings()
-        step.fail_unopened(f"cannot be tried: {STOP_FIRST}")
+        step.fail_unopened(f"cannot dry-run: {STOP_FIRST}")
     else:
         step.fleet = replace(step.fleet, to_open=Next.FRESH)
 
@@ -186,8 +186,8 @@ def _make_room(step: Step) -> None:
 
 def in_the_way(fleet: Fleet) -> tuple[Generation, ...]:
     """Return the generations that must end before the next one opens."""
-    # Under stop-first an older generation may hold what this one needs, and so may
-    # the last try of a first start.
+    # Under stop-first an older generation may hold a resource that the next one needs.  At a
+    # first start the attempt that has failed may hold it.
     policy = fleet.policy_of(fleet.to_open is Next.FRESH)
     if policy.stop_first or not fleet.served:
         return fleet.generations
@@ -201,7 +201,7 @@ def _takes_a_place(fleet: Fleet, generation: Generation) -> bool:
 
 
 def has_failed(fleet: Fleet, generation: Generation) -> bool:
-    """Return whether an older generation serves while this newer one has failed."""
+    """Return whether a generation that is leaving has failed: an older generation serves."""
     serving = fleet.of(Phase.SERVING)
     return serving is not None and generation.number > serving.number
 
@@ -254,12 +254,12 @@ def _is_complete(fleet: Fleet, starting: Generation) -> bool:
 
 
 def is_probed(fleet: Fleet, starting: Generation) -> bool:
-    """Return whether a starting generation is probed: all of its workers are running."""
+    """Return whether a starting generation is to be probed now: all of its workers run."""
     return fleet.policy_of(starting.fresh).probes and _is_complete(fleet, starting)
 
 
 def probe_if_complete(step: Step) -> None:
-    """Probe a starting generation that has all of its workers; again if it gets more."""
+    """Probe a starting generation once all of its workers run; repeat this if it gets more."""
     starting = step.fleet.of(Phase.STARTING)
     if starting is None or not is_probed(step.fleet, starting):
         return
@@ -270,12 +270,12 @@ def probe_if_complete(step: Step) -> None:
 
 
 def answered(step: Step, number: int) -> None:
-    """Let a generation serve that has answered its probe; READY=1 no longer matters."""
+    """Let a generation that has passed its probe serve, whether its workers sent READY or not."""
     generation = step.fleet.generation(number)
     if generation is None or generation.phase is not Phase.STARTING:
         return
     if not _is_complete(step.fleet, generation):
-        return  # more workers are wanted meanwhile; once they run, it is probed again
+        return  # more workers are wanted by now; once they run, the generation is probed again
     policy = step.fleet.policy_of(generation.fresh)
     workers = (
         each
@@ -288,12 +288,12 @@ def answered(step: Step, number: int) -> None:
 
 
 def _all_ready(step: Step, number: int, *, standby_s: float = 0.0) -> None:
-    """Let a generation serve whose workers are all ready.
+    """Let a generation whose workers are all ready serve, or pass its dry run.
 
-    standby_s: the previous generation can take over again for at least this long.
+    standby_s: keep the previous generation able to take over for at least this long.
     """
     if step.fleet.dry_run:
-        if standby_s > 0:  # it runs until then, without clients: it may die soon
+        if standby_s > 0:  # run it so long without clients, to see whether it dies
             step.end_start(number)
             step.start(TimerKind.SETTLE, number, standby_s)
         elif Deadline(TimerKind.SETTLE, number) not in step.fleet.timers:
@@ -330,7 +330,7 @@ def open_failed(step: Step, number: int, reason: str) -> None:
     generation = step.fleet.generation(number)
     if generation is None or generation.phase not in (Phase.STARTING, Phase.ABANDONED):
         return
-    # None of its workers was ever spawned, also where a stop came first.
+    # None of its workers was ever spawned, even if a stop has abandoned it.
     step.fleet = step.fleet.with_generation(replace(generation, workers=()))
     if generation.phase is Phase.STARTING:
         fail(step, number, reason)
@@ -339,7 +339,8 @@ def open_failed(step: Step, number: int, reason: str) -> None:
 def fail(step: Step, number: int, reason: str, *, retry: bool = False) -> None:
     """Fail a starting or settling generation, and decide what follows.
 
-    After settling, the route returns to the generation that still serves.
+    The route of a settling generation returns to the serving one.
+    retry: a first start may try again (--start-tries).
     """
     serving, failed = step.fleet.of(Phase.SERVING), step.fleet[number]
     settles = failed.phase is Phase.SETTLING
@@ -350,7 +351,7 @@ def fail(step: Step, number: int, reason: str, *, retry: bool = False) -> None:
         step.do(Report(ReportKind.RETRYING, number, reason))  # the queued reload brings the verdict
     elif serving or failed.fresh or settles:
         step.report_failure(number, reason)
-        if not serving:  # its channel has broken meanwhile
+        if not serving:  # the channel of the old generation broke during the reload
             _recover(step, 0.0)
     else:
         step.do(Report(ReportKind.RETRYING, number, reason))
@@ -365,7 +366,7 @@ def settle_failed(step: Step, number: int, reason: str) -> None:
 
 
 def take_back(step: Step, incoming: Generation) -> None:
-    """End a starting or settling generation; after settling, the route goes back."""
+    """End a starting or settling generation; return a settling one's route to the serving one."""
     number, serving = incoming.number, step.fleet.of(Phase.SERVING)
     if incoming.phase is Phase.STARTING:
         _abandon(step, number)
@@ -436,6 +437,6 @@ def _serving_broken(step: Step, number: int, served_s: float) -> None:
         step.fleet = replace(step.fleet, failed_starts=0)
     delay_s = _count_failure(step)
     fleet = step.fleet
-    reload_begun = fleet.to_open is Next.FRESH and not fleet.dry_run  # its caller waits
+    reload_begun = fleet.to_open is Next.FRESH and not fleet.dry_run  # its caller awaits a verdict
     if fleet.incoming is None and not reload_begun:
         _recover(step, delay_s)

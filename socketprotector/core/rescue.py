@@ -1,7 +1,7 @@
 """Rescues: serve clients that wait at a socket without workers, before a requested reload.
 
-Pure.  They are clients of a failed release, or of a hold, where workers accept.  The last good
-command is opened again and accepts them.
+Pure.  Needed only where workers accept, after a failed release or a hold.  A rescue opens the
+last good command again, and its workers accept these clients.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from .reload import call_off_dry_run, has_failed, renew, take_back
 from .step import Step
 
 #: The verdict of a starting or settling generation when clients of a hold wait.
-HELD_FIRST = "called off: clients of the hold that ended come first"
+HELD_FIRST = "called off: clients that waited during the hold come first"
 #: The verdict of an unopened release when clients wait where no worker accepts.
-STRANDED_FIRST = "called off: clients that wait where no worker accepts come first"
+STRANDED_FIRST = "called off: clients at a socket without workers come first"
 #: Why a settling generation of the last good command is promoted early.
-SETTLED_BY_HOLD = "before --settle was over: clients of a hold wait"
+SETTLED_BY_HOLD = "before --settle was over: clients of a hold are waiting"
 
 
 def rescue(step: Step, number: int) -> None:
     """Open the last good command to accept the clients that an ended generation has left.
 
-    Only after a failed release, or if an unopened release would get these clients.  If the last
-    good command fails, too, Stranded events follow, at growing intervals.
+    This is needed only after a failed release, or if an unopened release would get these clients.
+    If the last good command fails, too, Stranded events follow, at growing intervals.
     """
     fleet, ended = step.fleet, step.fleet.generation(number)
     if (ended is not None and ended.workers) or not fleet.policy.has_two_places:
@@ -36,10 +36,10 @@ def rescue(step: Step, number: int) -> None:
 
 
 def serve_held(step: Step) -> None:
-    """Open the last good command to accept held clients; a reload under way restarts.
+    """Open the last good command to accept clients of a hold; start a reload under way again.
 
-    There is no third socket beside those of the serving and the incoming generation, so the
-    incoming one is called off.  But a starting rescue of other clients finishes first.
+    Only two generations can accept at once, so the incoming one must make room.  A release is
+    called off; the last good command is promoted if it settles, and awaited if it starts.
     """
     serving, incoming = step.fleet.of(Phase.SERVING), step.fleet.incoming
     if not serving or not incoming or step.fleet.stop_requested:
@@ -58,7 +58,7 @@ def serve_held(step: Step) -> None:
 
 
 def serve_stranded(step: Step) -> None:
-    """Open the last good command to accept clients that wait where no worker accepts.
+    """Open the last good command to accept clients that wait at a socket without workers.
 
     An unopened release would get these clients before it is ready, and lose them if it fails.
     """
@@ -74,6 +74,6 @@ def serve_stranded(step: Step) -> None:
 
 
 def _is_unopened(fleet: Fleet) -> bool:
-    """Return whether a reload or a dry run has begun, and its release is not opened yet."""
+    """Return whether a reload or a dry run has begun and has not opened its release yet."""
     begun = fleet.reading or fleet.candidate or fleet.to_open is Next.FRESH
     return bool(begun and not fleet.incoming)

@@ -1,10 +1,10 @@
 """The state with which the next program resumes where this one stopped, as one value.
 
-Pure data.  The state records these classes by name, so a renamed class must still be
-readable (`renamed` of the codec).
+Pure data.  The state records these classes by name, so a renamed class must still be readable
+(`renamed` of the codec).
 
-An older program may read this state, too.  It ignores an unknown field, but cannot
-read an unknown class or value.  So new content gets a new field.
+An older program may read this state, too.  It ignores an unknown field, but cannot read an
+unknown class or value.  So new content gets a new field.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Snapshot:
     fleet: Fleet
     settings: SettingsRecord
     unfinished: tuple[Undone, ...] = ()  # ordered; perhaps not carried out
-    timers: tuple[tuple[Deadline, float], ...] = ()  # each with the time when it runs out
+    timers: tuple[tuple[Deadline, float], ...] = ()  # each with the time at which it runs out
     generations: tuple[GenerationRecord, ...] = ()
     last_good: Program | None = None  # the last program that served, for a recovery
     workers: tuple[WorkerRecord, ...] = ()
-    orphans: tuple[str, ...] = ()  # notify addresses of failed workers: their processes got TERM
+    orphans: tuple[str, ...] = ()  # notify addresses of failed workers whose orphans got TERM
     forwarder: ForwarderRecord = field(default_factory=ForwarderRecord)
     steering: SteeringRecord = field(default_factory=SteeringRecord)
     nonblocking: tuple[int, ...] = ()  # see DeliveryRecord

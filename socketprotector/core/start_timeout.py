@@ -1,6 +1,7 @@
 """The reason of a start that was not ready in time: "not ready within 60 s; ...".
 
-It names the missing message: a program that never sends READY looks like a slow program.
+It names the message that did not come, because a program that never sends READY looks like a
+slow one.
 """
 
 from __future__ import annotations
@@ -25,6 +26,6 @@ READY_HINTS = {
 
 
 def not_ready(policy: Policy, advice: str) -> str:
-    """Return the reason.  advice: the daemon's findings about the cause, or empty."""
+    """Return the reason of a start timeout.  advice: what the daemon found out, or empty."""
     hints = "; ".join(filter(None, (advice, READY_HINTS.get(policy.ready, ""))))
     return f"not ready within {in_units(policy.start_timeout_s)}; {hints}"

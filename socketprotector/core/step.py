@@ -45,7 +45,7 @@ class Step:
     """The fleet and the actions that one event has led to so far."""
 
     def __init__(self, fleet: Fleet) -> None:
-        self.before = fleet  # earlier steps left nothing undone in it
+        self.before = fleet  # earlier steps have done all that was possible in it
         self.fleet = fleet
         self.actions: list[Action] = []
 
@@ -62,7 +62,7 @@ class Step:
         self.do(StartTimer(deadline, seconds))
 
     def start_or_extend(self, wait: TimerKind, target: int, seconds: float) -> None:
-        """Start or extend a timer to run for at least this long."""
+        """Start a timer, or extend a running one to run for at least this long."""
         deadline = Deadline(wait, target)
         if deadline in self.fleet.timers:
             self.do(StartTimer(deadline, seconds, extend=True))
@@ -109,7 +109,7 @@ class Step:
     # -- generations ---------------------------------------------------------
 
     def end_start(self, number: int) -> None:
-        """Cancel what a generation's start has running: it is ready, or has failed."""
+        """Cancel the timers and probes of a generation's start, which is ready or has failed."""
         generation = self.fleet[number]
         self.cancel(TimerKind.START, number)
         self.cancel(TimerKind.SETTLE, number)
@@ -117,7 +117,7 @@ class Step:
             self.do(StopProbing(number))
 
     def settle(self, number: int, seconds: float) -> None:
-        """Let a generation settle: the previous one stays this long, for a rollback."""
+        """Let a generation settle: keep the previous one this long, for a rollback."""
         checked = bool(self.fleet.policy_of(self.fleet[number].fresh).settle_check)
         self.fleet = self.fleet.moved(number, Phase.SETTLING)
         self.start(TimerKind.SETTLE, number, seconds)
@@ -126,7 +126,7 @@ class Step:
             self.do(CheckSettling(number))
 
     def end_settling(self, number: int) -> None:
-        """Cancel what a generation's settling has running: it is promoted, or rolled back."""
+        """Cancel the timer and the check of a generation's settling."""
         self.cancel(TimerKind.SETTLE, number)
         generation = self.fleet[number]
         if generation.checked:
@@ -137,17 +137,17 @@ class Step:
         """Let a generation finish its connections."""
         self.fleet = self.fleet.moved(number, Phase.DRAINING)
         generation = self.fleet[number]
-        # Another generation accepts, or will, on a socket from which no worker accepts.
+        # Another generation accepts new clients from a socket of its own, now or soon.
         others = self.fleet.route or self.fleet.to_open
         others_accept = self.fleet.policy.quiesces and others
         if others_accept and self.fleet.stopping is not Stop.QUICK:
-            # Earlier clients may not be accepted yet, or their first bytes not read.
+            # The old workers may not have accepted all earlier clients, or read their first bytes.
             self.fleet = self.fleet.with_generation(replace(generation, quiescing=True))
             self.do(Quiesce(number))
         else:
             self._end_channel(number, timeout_s)
         if self.fleet.queue_is_last and not generation.takers:
-            # All of its slots wait for a back-off: some worker must take what is queued.
+            # All of its workers wait for a back-off, but one must take the queued connections.
             for worker in [each for each in generation.workers if not each.alive][:1]:
                 self.spawn(number, worker)
         self.forget_waiting(number)
@@ -163,7 +163,7 @@ class Step:
 
     @property
     def _drain_limit_s(self) -> float:
-        """How long a generation may drain from now on; 0: no limit, or that of the stop."""
+        """How long a generation may drain from now on; 0: no limit but that of a stop."""
         return 0.0 if self.fleet.stopping else self.fleet.policy.drain_limit_s
 
     def _end_channel(self, number: int, timeout_s: float) -> None:
@@ -232,7 +232,7 @@ class Step:
     def promote(self, number: int, reason: str = "") -> None:
         """Make the generation with the route the serving one, and drain the previous one.
 
-        reason: why before --settle is over; otherwise empty.
+        reason: why this happens before --settle is over; otherwise empty.
         """
         old = self.fleet.of(Phase.SERVING)
         self.end_settling(number)

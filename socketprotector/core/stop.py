@@ -1,10 +1,10 @@
 """Stops: graceful (workers finish their connections) or quick (TERM now); lame duck and hold.
 
-Pure.  A stop calls off all pending work.  After it a worker is started only if clients in a queue
-have no other worker left, and no other generation can serve them.
+Pure.  A stop calls off all pending work.  Afterwards a worker is started only for queued clients
+that no other worker or generation can serve.
 
-Before a graceful stop there may be a lame duck (--lame-duck): serving continues, and so does a
-reload that is under way.  Balancers are asked to send clients elsewhere; no new request begins.
+A lame duck (--lame-duck) may precede a graceful stop.  Balancers are asked to send clients
+elsewhere.  Serving continues, and so does a reload under way, but no new request begins.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from .step import Step
 #: The exit status of a stop after which no client could connect (errors.SystemRefused).
 LISTENERS_LOST = 111
 #: The verdict of a reload or a dry run that is under way.
-CALLED_OFF = "called off: the protector stops"
+CALLED_OFF = "called off: the protector is stopping"
 #: Why a settling generation is promoted: a rollback is no longer possible.
-SETTLED_BY_STOP = "before --settle was over: the protector stops"
+SETTLED_BY_STOP = "before --settle was over: the protector is stopping"
 
 
 def stop_requested(step: Step, quick: bool) -> None:
     """Begin a stop, or its next stage: a lame duck, a graceful stop, a quick stop."""
     fleet = step.fleet
     if fleet.stopping:
-        stop_quickly(step)  # repeated, this changes nothing
+        stop_quickly(step)  # during a quick stop this changes nothing
     elif quick:
         step.do(Report(ReportKind.STOPPING))
         stop_quickly(step)
@@ -40,11 +40,10 @@ def stop_requested(step: Step, quick: bool) -> None:
 
 def _begin_lame_duck(step: Step) -> None:
     policy = step.fleet.policy
-    release_hold(step)  # the clients in the backlog are to be served
+    release_hold(step)  # so that clients in the backlog are served
     step.fleet = replace(step.fleet, lame_duck=LameDuck.STOPPING)
-    step.do(
-        Report(ReportKind.LAME_DUCK, reason=f"accepts for another {in_units(policy.lame_duck_s)}")
-    )
+    reason = f"still serving; the stop begins in {in_units(policy.lame_duck_s)}"
+    step.do(Report(ReportKind.LAME_DUCK, reason=reason))
     step.start(TimerKind.LAME_DUCK, 0, policy.lame_duck_s)
     if policy.lame_duck_idle_s > 0:
         step.start(TimerKind.LAME_DUCK_IDLE, 0, policy.lame_duck_idle_s)
@@ -53,7 +52,7 @@ def _begin_lame_duck(step: Step) -> None:
 def lame_duck_requested(step: Step, on: bool) -> None:
     """Ask balancers to send clients elsewhere, or back; serving continues."""
     if step.fleet.stop_requested:
-        step.do(Report(ReportKind.REFUSED, reason="it is stopping"))
+        step.do(Report(ReportKind.REFUSED, reason="a stop is in progress"))
         return
     wanted = LameDuck.ON if on else LameDuck.OFF
     if step.fleet.lame_duck is not wanted:
@@ -75,7 +74,7 @@ def stop_gracefully(step: Step, reason: str = "") -> None:
 
 
 def listeners_lost(step: Step) -> None:
-    """Stop with a failure, so that systemd or the guard restarts us: no client can connect."""
+    """Stop with a failure, because no client can connect: systemd or the guard restarts us."""
     if step.fleet.stopping:
         return
     if not step.fleet.stop_requested:
@@ -116,7 +115,7 @@ def _call_off(step: Step, stop: Stop) -> None:
     """
     for wait in (TimerKind.OPEN, TimerKind.LAME_DUCK, TimerKind.LAME_DUCK_IDLE):
         step.cancel(wait)
-    release_hold(step)  # the clients in the backlog are to be served
+    release_hold(step)  # so that clients in the backlog are served
     before = step.fleet
     step.fleet = replace(before, stopping=stop, lame_duck=LameDuck.OFF, to_open=None)
     incoming = before.incoming
@@ -146,7 +145,7 @@ def _call_off_incoming(step: Step, incoming: Generation) -> None:
 def _has_unopened(fleet: Fleet) -> bool:
     """Return whether a reload, dry run or replacement has begun and has no generation yet."""
     if not fleet.served:
-        return False  # that would be the first start
+        return False  # only the first start, which has its own verdict
     if fleet.reading or fleet.to_open is Next.FRESH:
         return True
     if fleet.candidate:
@@ -155,9 +154,9 @@ def _has_unopened(fleet: Fleet) -> bool:
 
 
 def hold_requested(step: Step, seconds: float) -> None:
-    """Accept no client for so long; a repeated request restarts the time."""
+    """Accept no client for this long; another request starts the time again."""
     if step.fleet.stop_requested:
-        step.do(Report(ReportKind.REFUSED, reason="no hold while stopping"))
+        step.do(Report(ReportKind.REFUSED, reason="cannot hold: a stop is in progress"))
         return
     if not step.fleet.held:
         step.fleet = replace(step.fleet, held=True)

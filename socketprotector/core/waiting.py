@@ -1,6 +1,6 @@
-"""The waits of a fleet and their reasons, in words for the operator: the only place for them.
+"""What a fleet waits for and why, in words for the operator.
 
-Pure.  `status` shows the result; the progress of commands and the page read it from there.
+Pure.  `status` shows the result.  Commands that show progress, and the page, take it from there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Wait:
 
 @frozen
 class Facts:
-    """The facts for these reasons that are not in the fleet."""
+    """Facts for these reasons that the fleet does not record."""
 
     left_s: Mapping[Deadline, float] = field(default_factory=dict)  # of each running timer
     #: Open connections by generation; None: not known.
@@ -34,8 +34,8 @@ class Facts:
     settle_check: str = ""  # the check of the settling generation
     settle_check_due: bool = False  # --settle is over, and the check's next success is awaited
     upgrade: str = ""  # the current step of an upgrade
-    leftovers_end: bool = False  # processes of failed workers were found, and signalled
-    late_clients_s: float | None = None  # for so long a stop lets in clients of an earlier hold
+    leftovers_end: bool = False  # processes of failed workers were found and signalled
+    late_clients_s: float | None = None  # how long a stop still accepts clients of an earlier hold
 
 
 def waits(fleet: Fleet, facts: Facts) -> tuple[Wait, ...]:
@@ -89,7 +89,7 @@ def _start(fleet: Fleet, facts: Facts, generation: Generation) -> Wait:
     ready = sum(worker.state is State.READY for worker in generation.workers)
     known = [f"{ready} of {_count(wanted, 'worker')} ready"]
     if facts.answer:
-        # If only the answer decides, READY=1 of workers does not matter.
+        # If only the answer decides, READY=1 from workers does not matter.
         known = known[: not fleet.policy_of(generation.fresh).answer_decides]
         known.append(_last_answer(facts.answer))
     reason = f"generation {number} starts: {'; '.join(known)}"
@@ -106,9 +106,10 @@ def _last_answer(answer: str) -> str:
 def _settle(facts: Facts, generation: Generation) -> Wait:
     number = generation.number
     if generation.checked and facts.settle_check_due:
-        reason = f"settling: no good answer to --settle-check {facts.settle_check} since --settle"
+        check = facts.settle_check
+        reason = f"settling: --settle is over, but --settle-check {check} has not passed since"
         return Wait("settle", reason, number)
-    reason = f"settling, asked {facts.settle_check}" if generation.checked else "settling"
+    reason = f"settling, checked by {facts.settle_check}" if generation.checked else "settling"
     return Wait("settle", reason, number, _left(facts, TimerKind.SETTLE, number))
 
 
@@ -125,7 +126,7 @@ def _operator(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
 
 def _stop(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
     if fleet.exiting:
-        ends = "processes that failed workers left are being ended"
+        ends = "stopped: ending processes that failed workers left behind"
         looks = "stopped: looking for processes that workers left behind"
         yield Wait("stop", ends if facts.leftovers_end else looks)
         return
@@ -133,9 +134,9 @@ def _stop(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
         return
     if fleet.stopping is Stop.GRACEFUL and fleet.listeners_open:
         late = facts.late_clients_s
-        reason = "stopping: clients that have connected are accepted"
+        reason = "stopping: accepting clients that have already connected"
         if late is not None:
-            reason = "stopping: clients that the hold kept out are let in"
+            reason = "stopping: accepting clients that waited during the hold"
         yield Wait("stop", reason, None, late if late is not None else _stop_left(facts))
     for generation in fleet.generations:
         if generation.phase in (Phase.DRAINING, Phase.ABANDONED):
@@ -160,29 +161,29 @@ def _leaving(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
 
 
 def _awaited(fleet: Fleet) -> tuple[Generation, ...]:
-    """Return the generations whose end the next one waits for."""
+    """Return the generations that must end before the next one opens."""
     if fleet.to_open:
         return in_the_way(fleet)
     return failed_in_the_way(fleet) if fleet.reload_wanted else ()
 
 
 def _end(kind: str, facts: Facts, generation: Generation, left_s: float | None = None) -> Wait:
-    """Return the wait for a generation's end."""
+    """Return the wait for the end of a leaving generation."""
     number, active = generation.number, facts.active.get(generation.number)
     workers = len(generation.alive)
     if generation.ending:
-        reason = f"generation {number} was told to end; {_still(workers)}"
+        reason = f"generation {number} was sent TERM; {_still(workers)}"
         return Wait(kind, reason, number, _left(facts, TimerKind.KILL, number))
     if left_s is None:
         left_s = _left(facts, TimerKind.DRAIN, number)
     if generation.quiescing:
-        reason = f"generation {number} accepts and reads the clients that came to it"
+        reason = f"generation {number} is accepting the clients that connected before the switch"
     elif active:
         reason = f"generation {number} still has {_count(active, 'connection')}"
     elif active == 0:
         reason = f"generation {number} has no connection; {_still(workers)}"
     else:
-        reason = f"generation {number} drains; {_still(workers)}"
+        reason = f"generation {number} is draining; {_still(workers)}"
     return Wait(kind, reason, number, left_s)
 
 
@@ -200,21 +201,21 @@ def _workers(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
     if serving is None or fleet.stopping:
         return
     for kind, timer, awaited in (
-        ("respawn", TimerKind.WORKER_RESPAWN, "to be started again after a quick death"),
-        ("worker", TimerKind.WORKER_START, "to be ready"),
-        ("worker", TimerKind.WORKER_KILL, "to exit after a signal"),
+        ("respawn", TimerKind.WORKER_RESPAWN, "restart delayed after a quick death"),
+        ("worker", TimerKind.WORKER_START, "not ready yet"),
+        ("worker", TimerKind.WORKER_KILL, "signalled, not exited yet"),
     ):
         limits = (_left(facts, timer, worker.number) for worker in serving.workers)
         waits_s = [left_s for left_s in limits if left_s is not None]
         if waits_s:
-            reason = f"{_count(len(waits_s), 'worker')} of generation {serving.number} {awaited}"
+            reason = f"{_count(len(waits_s), 'worker')} of generation {serving.number}: {awaited}"
             yield Wait(kind, reason, serving.number, min(waits_s))
     reported = {
         d.target for d in fleet.timers if d.wait in (TimerKind.WORKER_START, TimerKind.WORKER_KILL)
     }
     finishing = [
         worker
-        for worker in serving.workers  # a starting worker without a deadline was sent KILL
+        for worker in serving.workers  # one that starts without a deadline was sent KILL
         if worker.state in (State.STARTING, State.RETIRING, State.ORPHANED)
         and worker.number not in reported
     ]
@@ -222,5 +223,5 @@ def _workers(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
         retire_limits = [_left(facts, TimerKind.WORKER_RETIRE, w.number) for w in finishing]
         known = [left_s for left_s in retire_limits if left_s is not None]
         what = _count(len(finishing), "worker")
-        reason = f"{what} of generation {serving.number} to finish and exit"
+        reason = f"{what} of generation {serving.number}: finishing, not exited yet"
         yield Wait("worker", reason, serving.number, min(known, default=None))

@@ -20,10 +20,10 @@ from .reload import fail
 from .rescue import rescue
 from .step import Step
 
-#: The workers started or retired per turn of the loop: a few milliseconds' work.
+#: The most workers to start or retire in one turn of the loop: a few milliseconds' work.
 AT_ONCE = 8
-#: The most process groups of exited workers that may live on, because each takes descriptors.
-#: Twice the wanted number of workers may, if that is more.
+#: The most process groups that may outlive their workers, because each takes descriptors.  Twice
+#: the wanted number of workers is the limit, if that is more.
 MOST_ORPHANS = 64
 _NUMBER, _REPLACES, _STATE = attrgetter("number"), attrgetter("replaces"), attrgetter("state")
 
@@ -32,7 +32,7 @@ def worker_ready(step: Step, number: int, retires: bool) -> None:
     """Mark a starting worker ready, and retire the worker that it replaces."""
     found = step.fleet.find(number)
     if found is None or found[1].state is not State.STARTING:
-        return  # a repeated message, or it crossed our signal
+        return  # a repeated message, or sent before our signal arrived
     step.cancel(TimerKind.WORKER_START, number)
     ready = replace(found[1], state=State.READY, retires=retires, replaces=0)
     step.fleet = step.fleet.with_worker(ready)
@@ -58,7 +58,7 @@ def _exited(step: Step, event: WorkerExited, generation: Generation, worker: Wor
     if worker.state is State.ORPHANED:
         return  # its slot was filled or dropped long ago
     replacement = _replacement(generation, worker.number)
-    if replacement:  # it replaces no worker any more
+    if replacement:  # there is no worker left that it could replace
         step.fleet = step.fleet.with_worker(replace(replacement, replaces=0))
     if generation.phase is Phase.SERVING and worker.state is not State.RETIRING:
         step.do(Report(ReportKind.EXITED, generation.number, event.reason))
@@ -69,21 +69,21 @@ def _exited(step: Step, event: WorkerExited, generation: Generation, worker: Wor
     elif generation.phase in (Phase.STARTING, Phase.SETTLING):
         fail(step, generation.number, event.reason, retry=not event.detached)
     else:
-        _take_over(step, worker.replaces)  # no other replacement is to come
-    for orphan in orphans:  # last: after a rollback, clients go elsewhere by then
+        _take_over(step, worker.replaces)  # no other replacement will come
+    for orphan in orphans:  # last, so that after a rollback clients already go elsewhere
         _end_orphans(step, generation, worker, orphan, was_signalled=was_signalled)
 
 
 def _end_orphans(
     step: Step, generation: Generation, worker: Worker, orphan: Worker, *, was_signalled: bool
 ) -> None:
-    """Let an exited worker's processes finish, within the limits of any leaving worker.
+    """Let the processes that a worker left behind finish, within the limits of a leaving worker.
 
     generation, worker: as they were before the exit.
     """
     ended_now = step.fleet[generation.number].ending and not generation.ending
     if generation.phase is Phase.STARTING or ended_now:
-        return  # its generation is ended as a whole
+        return  # the signals to its generation include these processes
     if generation.ending:
         step.do(Signal(orphan.number, WorkerSignal.TERM))
     elif was_signalled or worker.state is State.STARTING:
@@ -145,8 +145,8 @@ def scale_requested(step: Step, change: int, to: int | None) -> None:
 def reconcile(step: Step) -> None:
     """Bring the generations to the wanted number of workers, a few per turn of the loop.
 
-    Each start takes time, and thousands may be wanted.  Missing workers are not recorded: after a
-    stop, or a smaller number in the meantime, none of them is started.
+    Each start takes time, and thousands of workers may be wanted.  The missing number is computed
+    in each turn, so a stop or a smaller number in the meantime takes effect at once.
     """
     if Deadline(TimerKind.TURN) in step.fleet.timers:
         return
@@ -160,7 +160,7 @@ def reconcile(step: Step) -> None:
 
 
 def _start_waiting(step: Step, most: int) -> int:
-    """Start the workers that have a slot and no process; return their number."""
+    """Start the workers that have a slot and no process; return how many were started."""
     found = tuple(islice(_waiting(step), most))
     for number, worker in found:
         step.spawn(number, worker)
@@ -182,7 +182,7 @@ def _waiting(step: Step) -> Iterator[tuple[int, Worker]]:
 
 
 def _fill(step: Step, most: int) -> int:
-    """Start missing workers of a starting generation; return their number."""
+    """Start missing workers of a starting generation; return how many were started."""
     fleet = step.fleet
     starting = fleet.of(Phase.STARTING)
     if starting is None:
@@ -209,7 +209,7 @@ def _resize(step: Step, most: int) -> int:
     as_it_was = before.of(Phase.SERVING) is serving and before.workers_wanted == wanted
     if as_it_was and before.timers is step.fleet.timers and not before.of(Phase.SETTLING):
         return 0
-    # A replacement counts once it has its slot; a leaving worker replaces none.
+    # A replacement does not count until it has taken over; a leaving worker no longer counts.
     staying = tuple(map(_REPLACES, serving.workers)).count(0)
     staying -= sum(map(tuple(map(_STATE, serving.workers)).count, LEAVING))
     if staying > wanted:
@@ -242,7 +242,7 @@ def _retire(step: Step, number: int, worker: Worker) -> None:
         return
     step.fleet = step.fleet.with_worker(replace(worker, state=State.RETIRING))
     if worker.state is not State.READY or worker.hung:
-        step.end_worker(worker)  # it has nothing to finish, or never will
+        step.end_worker(worker)  # it has nothing to finish, or is stuck
     else:
         step.retire(worker)
 
@@ -251,20 +251,20 @@ def kill_requested(step: Step, number: int) -> None:
     """Send KILL to a draining or failed generation; refuse any other."""
     generation = step.fleet.generation(number)
     if generation is None or generation.phase not in (Phase.DRAINING, Phase.ABANDONED):
-        reason = f"generation {number} is not draining or failed, so it is not killed; see `status`"
+        reason = f"`kill` takes only a draining or failed generation, {number} is neither"
         step.do(Report(ReportKind.REFUSED, number, reason))
         return
     step.forget_waiting(number)
     step.kill_generation(number)
 
 
-# -- a worker that makes room for another ---------------------------------------
+# -- replacing a worker ----------------------------------------------------------
 
 
 def replace_requested(step: Step, number: int, reason: str, *, hung: bool) -> None:
-    """Replace a worker of the serving generation; of any other, end the worker if it is stuck.
+    """Replace a worker of the serving generation, which leaves when its replacement is ready.
 
-    The worker leaves when its replacement is ready.
+    A worker of another generation is ended if it is stuck, and stays otherwise.
     """
     found = step.fleet.find(number)
     if found is None:
@@ -282,12 +282,12 @@ def replace_requested(step: Step, number: int, reason: str, *, hung: bool) -> No
         step.add(generation.number, next(_free_slots(generation)), replaces=number)
     elif hung:
         step.do(Report(ReportKind.REPLACING, generation.number, reason))
-        step.end_worker(worker)  # without a replacement: its exit may fail the generation
+        step.end_worker(worker)  # without a replacement, so its exit may fail the generation
 
 
 def _replacement(generation: Generation, number: int) -> Worker | None:
     """Return the worker that will replace another, if there is one."""
-    if number not in map(_REPLACES, generation.workers):  # fast, also with thousands of workers
+    if number not in map(_REPLACES, generation.workers):  # fast even with thousands of workers
         return None
     return next(worker for worker in generation.workers if worker.replaces == number)
 

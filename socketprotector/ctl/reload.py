@@ -373,7 +373,7 @@ class _Stopped(Awaited):
         self.waits.looked(status, OF_STOP)
         seconds = measure(status, "lame_duck_s")
         if seconds is not None and not self._lame_duck_told:
-            self.tell(f"lame duck: accepts for another {in_units(round(seconds))}")
+            self.tell(f"lame duck: still serving; the stop begins in {in_units(round(seconds))}")
             self._lame_duck_told = True
 
     def waits_for(self) -> str:

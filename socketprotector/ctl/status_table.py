@@ -52,7 +52,7 @@ def heading(status: Message) -> list[Text]:
     lame_duck_s = status.get("lame_duck_s")
     if isinstance(lame_duck_s, int | float):
         span = render.duration_text(lame_duck_s)
-        warnings.append(f"lame duck: /readyz answers 503; accepts for another {span}, then stops")
+        warnings.append(f"lame duck: /readyz answers 503; still serving, stop in {span}")
     elif status.get("lame_duck") == "on":
         warnings.append("lame duck: /readyz answers 503; still serving")
     if says := _says(status):

@@ -257,7 +257,7 @@ class Effects(Host):
             program = self.last_good if self.last_good and not fresh else program_of(settings)
             self._refuse_unless_reachable(program)
             if dry_run and (cannot := self.delivery.cannot_try()):
-                raise ValueError(f"cannot be tried: {cannot}")
+                raise ValueError(f"cannot dry-run: {cannot}")
             self.generations.forget_released(self.delivery.keeps)  # without an fd store, too
             made = self.generations[number] = OpenGeneration.make(number, program)
             try:

@@ -161,7 +161,7 @@ def test_status_while_it_stops_and_what_it_then_refuses(operated: Operating) -> 
             ("lame-duck", {"on": True}),
             ("replace", {"generation": 1}),
         ):
-            assert line.refused(command, **arguments) == ("refused", "it is stopping")
+            assert line.refused(command, **arguments) == ("refused", "a stop is in progress")
         assert client.ask() == f"[{spawned(web.daemon)[0]}] hello"
     line.event("stopped")
     assert line.hear() == {}

@@ -343,9 +343,9 @@ def test_a_stop_in_the_middle_has_the_verdict_of_what_serves_to_the_end(
 
     assert running.wait() == (0 if settles else 3)
     told = json.loads(running.out.text())
-    why = "before --settle was over: the protector stops"
+    why = "before --settle was over: the protector is stopping"
     assert (told["result"], told["reason"]) == (
-        ("reloaded", why) if settles else ("failed", "called off: the protector stops")
+        ("reloaded", why) if settles else ("failed", "called off: the protector is stopping")
     )
     said = [line for line in daemon.log.seen if re.search("event=(reloaded|reload-failed) ", line)]
     assert len(said) == 1

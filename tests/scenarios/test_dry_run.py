@@ -240,7 +240,7 @@ def test_the_file_is_tried_with_what_it_adds_and_nothing_of_it_stays(
     ("keys", "why"),
     [
         ("colour = 1", "colour: unknown key"),
-        ('reload-order = "stop-first"', "cannot be tried: with --reload-order stop-first"),
+        ('reload-order = "stop-first"', "cannot dry-run: with --reload-order stop-first"),
     ],
 )
 def test_a_file_that_cannot_be_tried_is_told(
@@ -270,7 +270,7 @@ def test_an_added_socket_that_all_would_accept_from_cannot_be_tried(
     said = dry_run(one)
 
     assert said.status == 3
-    assert "cannot be tried: unix:" in said.err
+    assert "cannot dry-run: unix:" in said.err
     assert not path.exists()
     one.daemon.stop()
 
@@ -388,7 +388,7 @@ def test_a_stop_ends_it(waiting: Waiting, beside: Callable[..., Running]) -> Non
     assert trying.wait() == 3
     said = trying.err.text().splitlines()[-1]
     assert said.endswith(
-        "not ready to reload: generation 2 failed: called off: the protector stops"
+        "not ready to reload: generation 2 failed: called off: the protector is stopping"
     )
     one.daemon.log.wait_for("event=dry-run-failed generation=2 reason=.called off")
     assert wait_gone(tried) == []

@@ -46,7 +46,7 @@ def test_clients_are_served_after_term_until_its_time_is_over(operated: Operatin
         served(load)
         early.hear()
         assert line.ask("stop") == {}
-        assert "accepts for another 1h" in line.event("lame-duck")["reason"]
+        assert "the stop begins in 1h" in line.event("lame-duck")["reason"]
 
         served(load, 50)
         status = line.status()
@@ -57,7 +57,7 @@ def test_clients_are_served_after_term_until_its_time_is_over(operated: Operatin
         )
         assert 3500 < status["lame_duck_s"] <= 3600
         for command, arguments in (("reload", {}), ("hold", {"seconds": 1}), ("upgrade", {})):
-            assert line.refused(command, **arguments) == ("refused", "it is stopping")
+            assert line.refused(command, **arguments) == ("refused", "a stop is in progress")
         os.kill(spawned(web.daemon)[0], signal.SIGKILL)
         line.event("worker-ready")
         served(load, 50)

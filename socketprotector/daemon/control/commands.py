@@ -72,7 +72,7 @@ class CommandHandler:
             fleet = self.supervisor.fleet
             ended = fleet.exiting and request.command not in (*_READ_ONLY, "stop")
             if ended or (fleet.stop_requested and request.command in _NOT_WHILE_STOPPING):
-                raise RequestError("refused", "it is stopping")
+                raise RequestError("refused", "a stop is in progress")
             if request.command == "diff":
                 self._compare(client, request)
                 return

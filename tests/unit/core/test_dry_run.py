@@ -211,7 +211,7 @@ def test_a_file_that_says_stop_first_cannot_be_tried(configured: Story) -> None:
 
     assert story.when(SettingsRead(Policy(stop_first=True))) == [
         ForgetSettings(),
-        failed(f"cannot be tried: {STOP_FIRST}"),
+        failed(f"cannot dry-run: {STOP_FIRST}"),
     ]
 
     as_before(story, before)

@@ -44,7 +44,7 @@ STOPS = [
     CloseListeners(quick=False),
     StartTimer(Deadline(TimerKind.STOP), 30.0),
 ]
-BEGUN = Report(ReportKind.LAME_DUCK, reason="accepts for another 10s")
+BEGUN = Report(ReportKind.LAME_DUCK, reason="still serving; the stop begins in 10s")
 LAME_DUCK = Deadline(TimerKind.LAME_DUCK)
 IDLE = Deadline(TimerKind.LAME_DUCK_IDLE)
 
@@ -141,8 +141,8 @@ def test_what_waits_on_hold_is_accepted(story: Story) -> None:
     [
         (ReloadRequested(), "cannot reload: a stop is in progress"),
         (ScaleRequested(+1), "cannot scale: a stop is in progress"),
-        (HoldRequested(3.0), "no hold while stopping"),
-        (LameDuckRequested(False), "it is stopping"),
+        (HoldRequested(3.0), "cannot hold: a stop is in progress"),
+        (LameDuckRequested(False), "a stop is in progress"),
     ],
     ids=lambda value: type(value).__name__,
 )

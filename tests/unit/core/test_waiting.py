@@ -68,9 +68,9 @@ def test_a_generation_settles_until_the_time_is_over_and_the_next_answer_good(
 ) -> None:
     story.given_serving(Policy(settle_s=5.0, settle_check="http:/healthz"))
     story.and_also(ReloadRequested(), WorkerReady(2))
-    assert reasons(story, settle_check="http:/healthz") == ["settling, asked http:/healthz"]
+    assert reasons(story, settle_check="http:/healthz") == ["settling, checked by http:/healthz"]
     assert reasons(story, settle_check="http:/healthz", settle_check_due=True) == [
-        "settling: no good answer to --settle-check http:/healthz since --settle"
+        "settling: --settle is over, but --settle-check http:/healthz has not passed since"
     ]
 
 
@@ -83,17 +83,17 @@ def test_stop_first_waits_for_the_connections_of_the_one_before(story: Story) ->
     assert reasons(story, active={1: 0}) == [
         "generation 1 has no connection; 1 worker has not exited"
     ]
-    assert reasons(story, active={1: None}) == ["generation 1 drains; 1 worker has not exited"]
+    assert reasons(story, active={1: None}) == ["generation 1 is draining; 1 worker has not exited"]
     story.when_over(TimerKind.DRAIN, 1)
-    assert reasons(story, active={1: 1}) == [
-        "generation 1 was told to end; 1 worker has not exited"
-    ]
+    assert reasons(story, active={1: 1}) == ["generation 1 was sent TERM; 1 worker has not exited"]
 
 
 def test_where_workers_accept_the_clients_that_came_are_served_first(story: Story) -> None:
     story.given_serving(Policy(workers_accept=True)).and_also(ReloadRequested(), WorkerReady(2))
     story.when(ReloadRequested())
-    assert reasons(story) == ["generation 1 accepts and reads the clients that came to it"]
+    assert reasons(story) == [
+        "generation 1 is accepting the clients that connected before the switch"
+    ]
     [wait] = waits(story.fleet, Facts())
     assert wait.kind == "room", "the next generation has no socket before that"
 
@@ -122,7 +122,7 @@ def test_back_offs_say_after_what(story: Story) -> None:
     while not any(each.wait is TimerKind.WORKER_RESPAWN for each in story.fleet.timers):
         [worker] = story.fleet.generations[0].workers
         story.and_also(WorkerReady(worker.number), WorkerExited(worker.number, DIED))
-    assert reasons(story) == ["1 worker of generation 1 to be started again after a quick death"]
+    assert reasons(story) == ["1 worker of generation 1: restart delayed after a quick death"]
 
 
 def test_a_dry_run_is_watched_before_its_verdict(story: Story) -> None:
@@ -143,11 +143,11 @@ def test_what_an_operator_has_requested_is_a_wait_too(story: Story) -> None:
 def test_a_stop_says_which_generation_keeps_it(story: Story) -> None:
     story.given_serving().and_also(ReloadRequested(), WorkerReady(2), StopRequested())
     assert reasons(story, active={1: 2}) == [
-        "stopping: clients that have connected are accepted",
+        "stopping: accepting clients that have already connected",
         "generation 1 still has 2 connections",
     ]
     assert reasons(story, late_clients_s=1.0)[0] == (
-        "stopping: clients that the hold kept out are let in"
+        "stopping: accepting clients that waited during the hold"
     )
 
 
@@ -156,15 +156,15 @@ def test_a_stop_looks_for_what_workers_left_and_says_what_it_found(story: Story)
     assert story.fleet.exiting
     assert reasons(story) == ["stopped: looking for processes that workers left behind"]
     assert reasons(story, leftovers_end=True) == [
-        "processes that failed workers left are being ended"
+        "stopped: ending processes that failed workers left behind"
     ]
 
 
 def test_a_worker_that_is_replaced_is_waited_for(story: Story) -> None:
     story.given_serving().and_also(ReplaceRequested(1, "too old"))
-    assert reasons(story) == ["1 worker of generation 1 to be ready"]
+    assert reasons(story) == ["1 worker of generation 1: not ready yet"]
     story.when(WorkerReady(2))
-    assert reasons(story) == ["1 worker of generation 1 to finish and exit"]
+    assert reasons(story) == ["1 worker of generation 1: finishing, not exited yet"]
 
 
 def test_an_upgrade_says_what_it_waits_for(story: Story) -> None:

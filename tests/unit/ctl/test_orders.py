@@ -221,7 +221,7 @@ def test_stop_says_once_for_how_long_it_still_accepts(
 
     said = ctl("stop")
 
-    assert said == Ended(0, "stopped: web\n", "lame duck: accepts for another 10s\n")
+    assert said == Ended(0, "stopped: web\n", "lame duck: still serving; the stop begins in 10s\n")
 
 
 @pytest.mark.parametrize("silent_at_the_end", [False, True])

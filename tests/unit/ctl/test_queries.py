@@ -48,7 +48,7 @@ UNKNOWN_HISTORY = [
         ({"lame_duck": "on"}, "lame duck: /readyz answers 503; still serving"),
         (
             {"phase": "stopping", "lame_duck": "stopping", "lame_duck_s": 12.0},
-            "lame duck: /readyz answers 503; accepts for another 12s, then stops",
+            "lame duck: /readyz answers 503; still serving, stop in 12s",
         ),
     ],
 )

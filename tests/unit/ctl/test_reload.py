@@ -353,7 +353,7 @@ def test_a_stop_in_the_middle_is_status_1(fake: Fake, ctl: Ctl) -> None:
     assert time.monotonic() - began < client.RETURN_S
 
 
-REASON = "before --settle was over: the protector stops"
+REASON = "before --settle was over: the protector is stopping"
 
 
 @pytest.mark.parametrize("more", [(), ("--drained",)], ids=["", "drained"])

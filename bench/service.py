@@ -12,6 +12,7 @@ import re
 import select
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,9 +26,12 @@ from bench.earlier import EarlierCode
 from bench.held import held_ports
 from bench.processes import descendants, resident_kib
 from socketprotector.demo.kill import accepted_by
+from socketprotector.demo.load import client_number
+from socketprotector.system import procfs
 
 ROOT = Path(__file__).resolve().parent.parent
 _PR_SET_CHILD_SUBREAPER = 36
+_SYS_PIDFD_GETFD = 438  # on every architecture
 _NAME = "SocketProtector"
 _DIES_S = 10.0
 
@@ -41,7 +45,7 @@ class Kind:
     options: tuple[str, ...] = ()
     #: What it is asked, as --ready and as --health: what earlier code does not know.
     question: str = "accept"
-    listen: str = "127.0.0.1:0"
+    listen: str = "127.0.0.1:0"  # {folder}: its own
     http: bool = False  # it is asked by one HTTP request a connection
     scales: bool = True  # it loses nothing where a worker of a generation that serves is ended
 
@@ -61,6 +65,13 @@ SERVICES = {
     for each in (
         Kind("connection", f"{_PYTHON} -m bench.held {{held}}"),
         Kind("asyncio", f"{_PYTHON} -m bench.listening asyncio {{fd}}", _LISTENER, scales=False),
+        Kind(
+            "unix",
+            f"{_PYTHON} -m bench.listening asyncio {{fd}}",
+            _LISTENER,
+            listen="unix:{folder}/socket",
+            scales=False,
+        ),
         Kind("prefork", f"{_PYTHON} -m bench.listening prefork {{fd}}", _LISTENER, scales=False),
         Kind(
             "uvicorn",
@@ -117,6 +128,25 @@ def open_files(pid: int) -> list[str]:
     return sorted(found)
 
 
+def unix_clients_of(pid: int, pidfd: int) -> frozenset[int]:
+    """Return the numbers of the UNIX clients whose connections a stopped process has open."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    numbers = set()
+    for number, _ in procfs.sockets(pid):
+        fd = libc.syscall(_SYS_PIDFD_GETFD, pidfd, number, 0)
+        if fd < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        with socket.socket(fileno=fd) as held:
+            try:
+                name = held.getpeername()
+            except OSError:
+                continue  # a listening socket
+        if isinstance(name, bytes):
+            numbers.add(client_number(name))
+    return frozenset(numbers - {0})
+
+
 def become_sub_reaper() -> None:
     """From now on whatever our descendants leave behind becomes our child."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -166,6 +196,7 @@ class Service:
         earlier: what it is started by, until the first upgrade.
         """
         self.kind = kind
+        self._listen = kind.listen.format(folder=folder)
         self.log = folder / "log"
         self.pid_file = folder / "pid"
         self.address = ""
@@ -221,7 +252,11 @@ class Service:
             *(self._earlier.command if self._earlier is not None else installed),
             *("--guard", *self._options),
             *("--pid-file", str(self.pid_file), "--log-file", str(self.log)),
-            *(f"web={self.kind.listen}", "--", str(self._folder / "current" / "daemon")),
+            *(
+                f"web={self._listen}",
+                "--",
+                str(self._folder / "current" / "daemon"),
+            ),
             *(["{fd:web}"] if self.kind.accepts else []),
         ]
 
@@ -235,7 +270,8 @@ class Service:
             check=True,
             env={**os.environ, **own},
         )
-        self.address = done.stdout.split()[-1].removeprefix("tcp:")
+        # It prints no UNIX path.
+        self.address = (done.stdout.split() or [self._listen])[-1].removeprefix("tcp:")
         self.guard = int(self.pid_file.read_text())
         self.look()
 
@@ -335,11 +371,17 @@ class Service:
         os.kill(pid, number)
 
     def try_release(self) -> None:
-        """Have the release started without giving it a client; nobody waits for the outcome."""
+        """Order a dry run of the release, without a wait for the outcome."""
+        self._order("reload", "--dry-run", "--timeout", "10s")
+
+    def hold(self, seconds: float) -> None:
+        """Order a hold of that length, without a wait for the answer."""
+        self._order("hold", "--for", f"{seconds * 1000:.0f}ms")
+
+    def _order(self, *words: str) -> None:
         ctl = Path(sys.executable).with_name("socketprotectorctl")
-        words = (str(ctl), "--pid-file", str(self.pid_file), "reload", "--dry-run", "--timeout")
         subprocess.Popen(
-            [*words, "10s"],
+            [str(ctl), "--pid-file", str(self.pid_file), *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -367,7 +409,7 @@ class Service:
             held: frozenset[int] = frozenset()
             if victim == "worker" and self.kind.accepts:
                 signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
-                held = accepted_by(pid)
+                held = accepted_by(pid) | unix_clients_of(pid, pidfd)
             before_s = time.monotonic()
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             after_s = time.monotonic()

@@ -1,10 +1,10 @@
 """python -m bench.soak MINUTES: everything at once that may happen to protected services.
 
 Two at a time: one whose workers are handed connections, and one whose workers accept by
-themselves, of four kinds one after the other (`--kind`: one alone).  Load, idle connections, and
-random reloads, upgrades, kills, scaling, bad releases, stops and shortages, from a seed that is
-printed.  At the end a report for each; exit status 1 if a connection failed that no kill accounts
-for, if an idle one changed hands, or if anything leaked.
+themselves, of five kinds one after the other (`--kind`: one alone).  Load, idle connections, and
+random reloads, upgrades, kills, holds, scaling, bad releases, stops and shortages, from a seed
+that is printed.  At the end a report for each; exit status 1 if a connection failed that no kill
+accounts for, if an idle one changed hands, or if anything leaked.
 `--from COMMIT`: each service is started by that commit's code, and the first upgrade is one to this
 code; after a minute the service is stopped, and another one is started.
 Then, for as long again, the simulation with seeds of its own (tests/simulation).

@@ -45,6 +45,7 @@ class Torment:
             self._stop_protector: 2,
             self._stop_relay: 2,
             self._few_descriptors: 1,
+            self._hold: 1,
         }
         if not service.from_earlier:
             self._actions |= {self._dry_run: 3, self._wrong_once_settling: 2}
@@ -160,6 +161,10 @@ class Torment:
         """Of the release that is there, which may be a bad one."""
         self._service.try_release()
         return "reload --dry-run"
+
+    def _hold(self) -> str:
+        self._service.hold(self._random.uniform(0.1, 1.0))
+        return "hold"
 
     def _wrong_once_settling(self) -> str:
         self._service.failing.touch()

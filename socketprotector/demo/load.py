@@ -47,6 +47,7 @@ BACKLOG_FULL_S = 0.001  # a full UNIX backlog says EAGAIN where a blocking clien
 SWEEP_S = 0.05
 CATCH_UP_S = 0.01
 PID = re.compile(rb"\[(\d+)\] ")
+AUTOMATIC = re.compile(rb"\0[0-9a-f]{5}")
 HTTP = b"GET /hello-%d HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
 
@@ -68,7 +69,14 @@ def _port_of(sock: socket.socket) -> int:
         name = sock.getsockname()
     except OSError:
         return 0
+    if isinstance(name, bytes):  # the automatic one of a UNIX client
+        return client_number(name)
     return int(name[1]) if isinstance(name, tuple) else 0
+
+
+def client_number(name: bytes) -> int:
+    """Return the number in the automatic name of a UNIX socket (unix(7)); 0 for another name."""
+    return int(name[1:], 16) if AUTOMATIC.fullmatch(name) else 0
 
 
 class _Conversation:
@@ -130,6 +138,7 @@ class Load:
         self._open: dict[int, _Conversation] = {}
         self._pauses: list[tuple[float, int, _Conversation]] = []
         self._next_begin_s = 0.0
+        self._full_since_s = 0.0  # 0 while the backlog has room
         self._begun = self._finished = self._said = self._backlog_full = 0
         self._failures: list[Failure] = []
         self._pids: dict[int, int] = {}
@@ -263,12 +272,19 @@ class Load:
         except OSError as error:
             self._count_failure("local", now_s, None, str(error))
             return
+        if self._family == socket.AF_UNIX:
+            sock.bind("")  # an automatic name, so that a server can distinguish its clients
         code = sock.connect_ex(self._address)
         if code == errno.EAGAIN and self._family == socket.AF_UNIX:
             self._backlog_full += 1
             self._next_begin_s = now_s + BACKLOG_FULL_S
             sock.close()
+            self._full_since_s = self._full_since_s or now_s
+            if now_s - self._full_since_s > self._timeout_s:
+                self._count_failure("timed_out", self._full_since_s, None, "a full backlog")
+                self._full_since_s = 0.0
             return
+        self._full_since_s = 0.0
         self._begun += 1
         if self._left is not None:
             self._left -= 1

@@ -40,7 +40,7 @@ class Failure:
     started_s: float
     pid: int | None  # of the worker that answered an earlier line of the same conversation
     detail: str
-    port: int = 0  # the client's own, 0 for a UNIX socket
+    port: int = 0  # the client's own; of a UNIX client the number in its automatic name
 
 
 @dataclass(frozen=True)

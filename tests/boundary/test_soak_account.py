@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import socket
+from pathlib import Path
+
 from bench.account import LATE_S, SOON_S, Kill, account
+from bench.service import unix_clients_of
+from socketprotector.demo.load import Load
 from socketprotector.demo.seen import Failure, Kind
 
 
@@ -77,3 +83,35 @@ def test_the_kill_of_the_guard_excuses_nothing() -> None:
     lost = failure()
 
     assert account([lost], [Kill("guard", 4, 10.0, 10.001)]).unaccounted == [lost]
+
+
+def test_a_process_that_holds_a_unix_client_is_known_by_the_number_that_its_failure_has(
+    tmp_path: Path,
+) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen()
+        load = Load(f"unix:{tmp_path}/socket", concurrency=1, count=1, timeout_s=60).start()
+        held, _ = listener.accept()
+        pidfd = os.pidfd_open(os.getpid())
+        with held:
+            held.recv(100)
+            found = unix_clients_of(os.getpid(), pidfd)
+        os.close(pidfd)
+        (failed,) = load.join().failures
+
+    assert failed.kind == "empty"
+    assert failed.port in found
+    assert failed.port != 0
+
+
+def test_a_unix_client_that_finds_the_backlog_full_for_too_long_has_failed(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen(0)
+        first.connect(str(tmp_path / "socket"))
+        with Load(f"unix:{tmp_path}/socket", concurrency=1, timeout_s=0.1) as load:
+            seen = load.wait_for(lambda now: bool(now.failures))
+
+    assert {each.kind for each in seen.failures} == {"timed_out"}
+    assert {each.detail for each in seen.failures} == {"a full backlog"}

@@ -27,6 +27,7 @@ from socketprotector_client import wire
 
 from socketprotector.core.events import HoldRequested
 from socketprotector.core.fleet import Phase, State
+from socketprotector.core.snapshot import Snapshot
 from socketprotector.daemon.config_reader import ConfigAnswer
 from socketprotector.daemon.delivery.shared.accept_counts import NO_TAG
 from socketprotector.daemon.delivery.shared.quiescing import LAST_S
@@ -332,6 +333,15 @@ class Handed(World):
         for address in self._addresses:
             for each in address.clients.values():
                 each.excuse = why
+
+    def _forget_others(self, snapshot: Snapshot) -> None:
+        """Note which workers and questions the state does not tell of."""
+        super()._forget_others(snapshot)
+        told = {source for *_, source in snapshot.delivery.steering.asked_from}
+        waiting = (each for address in self._addresses for each in address.listening)
+        for each in (each for one in waiting for each in one.backlog):
+            if isinstance(each, Question) and self.kernel.sources[b"%d" % each.number] not in told:
+                each.excuse = "the protector was killed before the state told of it"
 
     # -- what may happen ---------------------------------------------------------------
 
@@ -956,7 +966,7 @@ class Handed(World):
             for told in fields["listen"].split():
                 there = self._at(told).listening
                 waiting = [each for one in there for each in one.backlog]
-                clients = [each for each in waiting if isinstance(each, Connection)]
+                clients = [each for each in waiting if isinstance(each, Connection) or each.excuse]
                 if self._at(told).is_path:  # a question has no address that tells it from them
                     continue
                 assert clients, f"another generation is started for {waiting}"

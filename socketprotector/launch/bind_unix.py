@@ -6,6 +6,7 @@ Source: unix(7), bind(2).
 from __future__ import annotations
 
 import errno
+import grp
 import os
 import socket
 import stat
@@ -126,16 +127,24 @@ def why_alone(listen: Listen, path: str, identity: Identity | None) -> str:
         return ""  # the bind says it
     if identity is None or identity.uid == 0:
         return ""
-    user = identity.user
+    user, missing = identity.user, []
     if not _may_write(identity, folder):
-        return f"user {user} cannot make files in {folder}: give that folder to the user"
+        missing.append(f"user {user} cannot make files in {folder}: chown {user} {folder}")
     if uid != identity.uid:
-        return f"the socket is not to be user {user}'s: add ?user={user}"
+        missing.append(f"the socket does not belong to user {user}: add ?user={user}")
     # A group that may not write cannot connect, so no client misses it.
     counts = bool(mode & stat.S_IWGRP) and not setgid
     if counts and gid not in (identity.gid, *identity.groups):
-        return f"user {user} is not in the socket's group: add ?group= with one of the user's"
-    return ""
+        advice = f"add --group {_group_name(gid)}" if "group" in listen.options else "add ?group="
+        missing.append(f"user {user} is not in the socket's group {_group_name(gid)}: {advice}")
+    return "; ".join(missing)
+
+
+def _group_name(gid: int) -> str:
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)
 
 
 @cache

@@ -301,7 +301,7 @@ class _Upgraded(Awaited):
     def heard(self, event: Message) -> None:
         if event.get("event") == "upgrade-failed":
             raise NewVersionFailed(
-                f"not upgraded: {self._before.get('version')} goes on: {text_in(event, 'reason')}"
+                f"not upgraded: {self._before.get('version')} keeps running: {text_in(event, 'reason')}"
                 + _quoted(text_in(event, "last_words"))
             )
 

@@ -81,7 +81,7 @@ class CheckProbes:
         number = generation.record.number
 
         def ended(how: str) -> None:
-            why = f"the process that forwards {how}"
+            why = f"the probe forwarder {how}"
             self.log.write("warning", "check-unreachable", generation=number, reason=why)
 
         found = self._open.get(number)

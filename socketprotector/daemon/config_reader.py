@@ -20,7 +20,7 @@ from ..system.helper import HelperProcess, last_line
 from ..system.loop import Loop
 
 _RECORD_BYTES = 64
-#: More than any configuration or answer has.
+#: The size limit of an answer; no configuration comes near it.
 _MOST_BYTES = 16 * 1024 * 1024
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 
@@ -31,7 +31,7 @@ class ConfigAnswer:
 
     failure: str = ""  # for people, line by line; "": success
     settings: Settings | None = None
-    listeners: dict[int, int] = field(default_factory=dict)  # place -> descriptor
+    listeners: dict[int, int] = field(default_factory=dict)  # listener index -> descriptor
     siblings: dict[int, int] = field(default_factory=dict)  # second sockets, likewise
     reserved: dict[int, int] = field(default_factory=dict)  # third sockets, for a hold, likewise
     changes: tuple[str, ...] = ()
@@ -63,7 +63,7 @@ class ConfigReader:
     ) -> None:
         """Read, bind new listeners, and call back; dry: only report what would change.
 
-        The child is killed after start_timeout_s.  If it cannot start, the callback comes at once.
+        The child is killed after start_timeout_s.  If it cannot start, `done` is called at once.
         """
         assert not self.busy
         self._failure = ""
@@ -114,7 +114,7 @@ class ConfigReader:
             except BlockingIOError:
                 return
             except OSError as error:
-                self._failure = f"cannot hear the answer: {error.strerror}"
+                self._failure = f"cannot receive the answer: {error.strerror}"
                 data, control, flags = b"", [], 0
             fds = [int.from_bytes(each[2][:4], sys.byteorder) for each in control]
             if flags & socket.MSG_CTRUNC:
@@ -138,9 +138,9 @@ class ConfigReader:
             self._hear()
         done, self._done = self._done, _discard_answer
         try:
-            answer = self._answer(f"the process that was to read it {how}")
+            answer = self._answer(f"the reader process {how}")
         except OSError as error:
-            answer = ConfigAnswer(f"cannot take the answer: {error.strerror}")
+            answer = ConfigAnswer(f"cannot read the answer: {error.strerror}")
         self._release()
         done(answer)
 
@@ -170,7 +170,7 @@ class ConfigReader:
         return tuple(_text(self._heard[name]).splitlines()) if name in self._heard else ()
 
     def _take_heard(self, kind: str) -> dict[int, int]:
-        """Remove and return the descriptors of a kind, by place."""
+        """Remove and return the descriptors of a kind, by listener index."""
         names = [name for name in self._heard if name.startswith(kind)]
         return {int(name.removeprefix(kind)): self._heard.pop(name) for name in names}
 
@@ -197,7 +197,7 @@ def _text(fd: int) -> str:
 
 
 def _discard_answer(answer: ConfigAnswer) -> None:
-    """Close the descriptors of an answer that no caller waits for."""
+    """Close the descriptors of an answer that no caller needs any more."""
     for each in (answer.listeners, answer.siblings, answer.reserved):
         for fd in each.values():
             os.close(fd)

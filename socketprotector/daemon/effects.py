@@ -1,7 +1,7 @@
-"""Carries out the actions that the lifecycle orders, and turns what comes back into events.
+"""Carries out the actions that the lifecycle orders, and turns their results into events.
 
-If a program is killed during an action, the next one repeats it.  So each action can be carried out
-twice, except Open and Spawn: the state records these at once.
+If a program is killed during an action, the next program repeats the action.  So each action can be
+carried out twice, except Open and Spawn: the state records these at once.
 
 Generations are in generation.py, workers in worker_pool.py, connections in delivery/, reports and
 history in reports.py.  recovery.py resumes where another program stopped.
@@ -84,7 +84,7 @@ _LATE = "late"
 
 
 class Effects(Host):
-    """The real generations, workers and timers that the numbers in the fleet stand for."""
+    """The generations, workers and timers that the fleet knows only by number."""
 
     def __init__(
         self,
@@ -100,7 +100,8 @@ class Effects(Host):
     ) -> None:
         """build: makes the delivery.  command: executes this program again.
 
-        stay: says whether descriptors of these names survive our exit, for the next start.
+        stay: returns whether the descriptors with these names survive our exit, for the next
+        start.
         """
         self.runtime = runtime
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
@@ -273,7 +274,7 @@ class Effects(Host):
             self.reports.remember(lambda history: history.reload_began(number, time.time()))
 
     def _refuse_unless_reachable(self, program: Program) -> None:
-        """Raise ValueError if only a probe can make a program ready, and none can reach it."""
+        """Raise ValueError if only a probe can make a program ready, but no probe can reach it."""
         if program.ready in question.KINDS:
             name = question.read(program.ready_question).listener
             if not self.delivery.can_ask(name):
@@ -328,7 +329,7 @@ class Effects(Host):
 
     @property
     def _late_s(self) -> float:
-        """For how long a graceful stop still accepts clients that a hold kept out."""
+        """How long a graceful stop still accepts clients that a hold kept out."""
         stop_s = self.live_settings.settings.policy.stop_timeout_s
         return min(self.delivery.late_s, stop_s / 2 if stop_s else float("inf"))
 
@@ -363,7 +364,7 @@ class Effects(Host):
             generation=number,
             waiting=waiting,
             listen=listen,
-            reason=f"no worker has taken a connection {since}",
+            reason=f"no worker has accepted a connection {since}",
             hint=known_servers.hint(
                 self.generations[number].program,
                 taken_from=ever,
@@ -387,7 +388,7 @@ class Effects(Host):
                 run(_SETTLE_AGAIN_S)
                 return
             self._note_due(deadline)
-            # Otherwise the program sends READY=1, so a missing READY=1 is not the cause.
+            # Once a worker has sent READY=1, the program can do that, and needs no such advice.
             silent = deadline.wait is TimerKind.START and not self.pool.spoken_with
             advice = ""
             if deadline.wait is TimerKind.START:
@@ -413,7 +414,7 @@ class Effects(Host):
 
     @property
     def late_clients_s(self) -> float | None:
-        """For how long a stop still accepts clients that a hold kept out; None: it does not."""
+        """How long a stop still accepts clients that a hold kept out; None: it does not."""
         due = self._loop.due(_LATE)
         return max(0.0, due - time.monotonic()) if due is not None else None
 

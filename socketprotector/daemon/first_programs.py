@@ -1,8 +1,9 @@
 """Handles the reports of --handoff stdio pools about a generation's first programs.
 
-A pool reports `failed` for each program that fails at once, until one works
-(programs/stdio/first_programs.py).  A client may have caused a single failure, so that is only
-shown.  After NO_ACCIDENT failures a settling generation fails; any other generation keeps running.
+A pool reports `failed` for each program that fails at once, until a program works
+(programs/stdio/first_programs.py).  A client may have caused a single failure, so a single failure
+is only shown.  After NO_ACCIDENT failures a settling generation fails; any other generation keeps
+running.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class FirstPrograms:
 
     runtime: Runtime
     output: Output
-    #: Changes the history by a function of it.
+    #: Replaces the history by a function's result for it.
     remember: Callable[[Callable[[History], History]], None]
 
     def said(self, worker: Worker, text: str) -> None:
@@ -54,7 +55,7 @@ class FirstPrograms:
         _, how = status_of(status)
         count = generation.record.programs_failed + 1
         generation.update_record(programs_failed=count, program_ended=how)
-        self.runtime.persist()  # first, because the relay may need a while
+        self.runtime.persist()  # before the relay is queried, which may take a while
 
         def done(found: str) -> None:
             # By now other programs may have failed with the same words.
@@ -62,7 +63,7 @@ class FirstPrograms:
             if generation.record.programs_work:
                 return  # another program has worked meanwhile
             generation.update_record(program_words=last_words)
-            if count <= NO_ACCIDENT:  # later programs fail in the same way
+            if count <= NO_ACCIDENT:  # later failures would only repeat these
                 self._keep(worker, pid, f"program {how}", last_words, at)
             if count >= NO_ACCIDENT:
                 reason = generation.record.programs_fail

@@ -70,7 +70,7 @@ class OpenGeneration:
             self.update_record(ended=True)
 
     def knows(self, index: int) -> bool:
-        """Return whether its workers were given a listener; index: the listener's."""
+        """Return whether its workers were given the listener with this index."""
         known = self.record.knows
         return known is None or index in known
 
@@ -119,7 +119,7 @@ class Generations(dict[int, OpenGeneration]):
         self.released: dict[int, OpenGeneration] = {}
 
     def release(self, number: int) -> OpenGeneration:
-        """Release a generation; its clients may still wait for another one."""
+        """Release a generation; its waiting clients may still go to another generation."""
         each = self.pop(number)
         each.update_record(released=True)
         each.forget_board()

@@ -17,15 +17,15 @@ def adopt(
 ) -> list[Listener]:
     """Adopt the inherited listeners, for this delivery; takes ownership of their descriptors.
 
-    Several sockets may be inherited for one place of a listener.  The number behind the name says
-    which is the newest: that one is in use.
+    Several sockets may be inherited for one role of a listener.  The number behind the name says
+    which socket is the newest: only that socket is in use.
     """
     made = []
     for index, each in enumerate(settings):
         first, again = _newest(unclaimed.take(inherited.LISTENER, index))
         second, second_again = _newest(unclaimed.take(inherited.SIBLING, index))
         third, third_again = _newest(unclaimed.take(inherited.RESERVED, index))
-        # A program that was killed may have left a socket under its earlier name, too.
+        # A killed program may have left a socket under its earlier name as well.
         if _is_same(second, (first,)):
             second = -1
         if _is_same(third, (first, second)):
@@ -44,7 +44,7 @@ def adopt(
 
 
 def _is_same(fd: int, others: Sequence[int]) -> bool:
-    """Return whether a descriptor is of the same socket as others; if so, close it."""
+    """Close a descriptor of a socket that one of the others has, too; return whether it was."""
     inodes = {os.fstat(each).st_ino for each in others if each >= 0}
     same = fd >= 0 and os.fstat(fd).st_ino in inodes
     if same:
@@ -53,7 +53,7 @@ def _is_same(fd: int, others: Sequence[int]) -> bool:
 
 
 def _newest(found: dict[str, int]) -> tuple[int, int]:
-    """Return the newest of some sockets with its number, and close the others; -1: no socket."""
+    """Return the newest socket with its number, and close the others; -1: no socket."""
     numbered = {int(name or 0): fd for name, fd in found.items()}
     newest = max(numbered, default=0)
     fd = numbered.pop(newest, -1)

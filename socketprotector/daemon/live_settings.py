@@ -51,7 +51,7 @@ class LiveSettings:
     def read(self, *, dry_run: bool) -> None:
         """Read the configuration again, in another process; the result is an event.
 
-        dry_run: the generation that will use it gets no clients, nor do added listeners.
+        dry_run: no clients come to the generation that will use it, or to added listeners.
         """
         try:
             reader = self._reader("reader")
@@ -155,7 +155,7 @@ class LiveSettings:
             "dry-run-configured" if dry_run else "configured",
             changes="; ".join(answer.changes) or "none",
         )
-        for index, bound in enumerate(old.listeners):  # maybe bound again during the reading
+        for index, bound in enumerate(old.listeners):  # a socket file may be new since the reading
             new = _with_file(new, index, bound)
         self.record = SettingsRecord(old, new)
         for listener in added:

@@ -1,9 +1,9 @@
 """Directs the workers' output, and obtains a failed worker's last words.
 
 Workers write to a terminal, to /dev/null and to the file of `-f 2>FILE` directly.  In two cases
-each worker has its own pipe, which a relay process reads (log_relay.py).  Either the log is a file
-of ours, syslog, the journal or a pipe; or lines get a prefix.  So a rotation includes running
-workers, and each line belongs to a known worker.
+each worker has its own pipe, which a relay process reads (log_relay.py): the log is a file of ours,
+syslog, the journal or a pipe; or lines get a prefix.  So running workers need not reopen a rotated
+log, and each line belongs to a known worker.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ _STDOUT, _STDERR = 1, 2
 LAST_LINES = 20
 _LAST_BYTES = 4096
 _WRITE = f"{inherited.RELAY}write"
-#: What would keep a worker's output.
+#: How an operator gets a worker's output into the log.
 _KEPT = "--log-prefix shows it here"
 _NOT_RELAYED = "the log relay, which is off, shows it here"
-#: Lets a worker of another user open /dev/stdout again.  Only processes with the pipe can reach it.
+#: The pipe's mode: a worker of another user may open /dev/stdout again.  No other process can
+#: reach the pipe.
 _REOPENED = 0o622
 
 
@@ -102,7 +103,7 @@ class Output:
             yield Opened()
             return
         read, write = os.pipe2(os.O_CLOEXEC)
-        os.set_blocking(read, False)  # of this end only: the worker's is another description
+        os.set_blocking(read, False)  # the worker's end is unaffected
         os.fchmod(write, _REOPENED)
         # If the protector's stdout and stderr differ, stdout is relayed only for the prefix.
         both = self._settings.log_prefix or os.path.sameopenfile(_STDOUT, _STDERR)
@@ -163,7 +164,7 @@ class Output:
     def where_to_look(self) -> str:
         """Return where to find a worker's output that we do not have, and how to keep it.
 
-        The reader may sit at another terminal than the one with the output.
+        The operator may sit at another terminal than the one that shows the output.
         """
         if self._log_file is not None:
             where = f"see {text.escape(self._log_file)}"
@@ -191,7 +192,7 @@ def _is_stream() -> bool:
 
 
 def _journal_command() -> str:
-    """Return the command that shows the journal of our unit."""
+    """Return the shell command that shows the journal of our unit."""
     try:
         with open("/proc/self/cgroup", encoding="utf-8", errors="replace") as file:
             units = [name for name in file.read().split("/") if name.rstrip().endswith(".service")]

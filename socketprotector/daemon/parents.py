@@ -1,7 +1,7 @@
 """The guard and the service manager: they start us, keep our descriptors and get our status.
 
-With a guard, the guard keeps the descriptors, and its pid is the service's.  Without a guard,
-systemd keeps them if the unit has an fd store.
+A guard keeps the descriptors, and its pid is the service's main pid.  Without a guard, systemd
+keeps the descriptors if the unit has an fd store.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Parents:
         """Take ownership of the guard's line.
 
         kept: the names of descriptors that came from a store.  later: calls a function after a
-        moment.
+        short pause.
         """
         self.line = socket.socket(fileno=line) if line is not None else None
         self.guard = Outbox(later, self.line)
@@ -42,7 +42,8 @@ class Parents:
         pid = os.getppid() if self.line is not None else os.getpid()
         self.systemd = Systemd(os.environ, pid, self._manager, self.guard)
         room = room_of(os.environ, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        # An upgrade in place sees the limit that we raise, no longer systemd's.
+        # After an upgrade in place getrlimit() returns the limit that we have raised, no longer
+        # systemd's limit.
         os.environ["FDSTORE"] = str(room)
         self.store = (
             Store(self.guard, kept)
@@ -59,7 +60,7 @@ class Parents:
         called when the guard exits, or at once if there is none.
         """
         if self.line is None:
-            gone()  # maybe the guard exited under an earlier program
+            gone()  # the guard may have exited under an earlier program
         else:
             loop.watch(self.line.fileno(), lambda: self._hear(loop, learned, gone))
         if self.systemd.watchdog_s:
@@ -83,7 +84,7 @@ class Parents:
             learned(int(pid), *status_of(int(status)))
 
     def _feed_watchdog(self, loop: Loop) -> None:
-        """Send WATCHDOG=1 to systemd now, and again in half of WatchdogSec=."""
+        """Send WATCHDOG=1 to systemd now, and again after half of WatchdogSec=."""
         self.systemd.send(WATCHDOG="1")
         loop.call_after(WATCHDOG, self.systemd.watchdog_s, lambda: self._feed_watchdog(loop))
 
@@ -108,4 +109,4 @@ class Parents:
             self.store.sync(dict.fromkeys(surviving, -1))
         self.systemd.send(EXIT_STATUS=str(status))
         self.guard.finish(_FAREWELL_S)
-        self._manager.finish(_MANAGER_S)  # descriptors that it did not drop reach the next start
+        self._manager.finish(_MANAGER_S)  # the next start gets the descriptors that systemd keeps

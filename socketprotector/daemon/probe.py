@@ -159,7 +159,7 @@ class Probe:
                     self._loop, heard=self._answered, late=self._is_late, ended=self._asker_ended
                 )
             except OSError as error:
-                error.strerror = f"the process that asks cannot be started: {error.strerror}"
+                error.strerror = f"the probe process cannot be started: {error.strerror}"
                 raise
         self._connection = client = target.connecting()
         self._made_at = self._asked_at
@@ -293,7 +293,7 @@ class Probe:
     def _asker_ended(self, how: str) -> None:
         self._asker = None
         if self.asks:
-            self._finish(verdicts.CANNOT, f"the process that asks {how}")
+            self._finish(verdicts.CANNOT, f"the probe process {how}")
 
     # -- by a command ----------------------------------------------------------------
 

@@ -81,7 +81,7 @@ class Questions:
             self.settle_check.stop()
 
     def awaits(self, number: int) -> bool:
-        """Return whether a generation, with --settle over, still needs a good answer."""
+        """Return whether a generation's --settle is over, but a good answer is missing."""
         return self.settle_check is not None and self.settle_check.awaits(number)
 
     @property
@@ -90,7 +90,7 @@ class Questions:
         return self.settle_check is not None and self.settle_check.is_due
 
     def set_serving(self, generation: OpenGeneration | None) -> None:
-        """Check the health of this generation, which new clients come to; None: check none."""
+        """Check the health of this generation, which gets new clients; None: check none."""
         if self.health is None:
             if generation is None or not self._settings().health:
                 return
@@ -103,7 +103,7 @@ class Questions:
         self.health.set_serving(generation)
 
     def apply_settings(self, route: OpenGeneration | None) -> None:
-        """Apply the options of a reload; route: the generation that new clients come to."""
+        """Apply the options of a reload; route: the generation that gets new clients."""
         if self.health is not None:
             self.health.apply_settings()
         else:

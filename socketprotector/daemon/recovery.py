@@ -39,7 +39,7 @@ class Recovery:
 
     effects: Effects
     snapshot: Snapshot
-    #: The descriptors of the earlier program; each owner takes its own, the rest is closed.
+    #: The earlier program's descriptors; each owner takes its part, and the rest is closed.
     unclaimed: Inherited
     _workers: list[tuple[WorkerRecord, dict[str, int], OpenGeneration]] = field(
         default_factory=list
@@ -48,7 +48,7 @@ class Recovery:
     def adopt(self) -> list[Event]:
         """Adopt all but the workers: then a generation can have the route.
 
-        Returns the events of generations that are in the fleet but were not made in time.
+        Returns events for the generations that are in the fleet but were not made in time.
         """
         effects, snapshot = self.effects, self.snapshot
         fleet, delivery = snapshot.fleet, effects.delivery
@@ -78,9 +78,9 @@ class Recovery:
         return broken
 
     def dismiss_unknown(self) -> None:
-        """Order workers to finish that are not in the state: it was not written in time.
+        """Order workers to finish if the state, not written in time, does not mention them.
 
-        Workers that accept need a signal; other workers read the end of their line.
+        Workers that accept need a signal; other workers read end of file on their line.
         """
         settings, fleet = self.effects.live_settings.settings, self.snapshot.fleet
         known = {each.number for each in self.snapshot.workers}
@@ -111,7 +111,7 @@ class Recovery:
         return broken
 
     def adopt_workers(self) -> Iterator[tuple[Event, ...]]:
-        """Adopt one worker in each step; yield the events of workers that were not made in time."""
+        """Adopt one worker in each step; yield events for workers that were not made in time."""
         ended: list[WorkerExited] = []
         pool, fleet = self.effects.pool, self.snapshot.fleet
         for record, mine, generation in self._workers:
@@ -120,7 +120,7 @@ class Recovery:
             if mine.keys() >= needed and not record.orphaned:
                 pool.adopt(record, mine, generation)
             else:
-                # The worker had exited: its descriptors may be dropped before its last record.
+                # The worker had exited: its descriptors may leave the store before its record ends.
                 has_group = pool.adopt_group(record, mine, generation)
                 found = fleet.find(record.number)
                 if has_group != (found is not None and found[1].state is State.ORPHANED):
@@ -129,10 +129,10 @@ class Recovery:
         yield (*ended, *self._not_made({each.worker for each in ended}))
 
     def _not_made(self, ended: Collection[int]) -> list[Event]:
-        """Return the events of missing parts of the fleet; ended: workers already reported."""
+        """Return events for the missing parts of the fleet; ended: workers already reported."""
         pool, fleet = self.effects.pool, self.snapshot.fleet
         known = {record.number for record in pool.records()}.union(ended)
-        # A generation with the route must lose it if its channel was not stored.
+        # If the channel of the generation with the route was not stored, it must lose the route.
         lost: list[Event] = [
             OpenFailed(each.number, _KILLED)
             if each.phase in (Phase.STARTING, Phase.ABANDONED)

@@ -1,13 +1,13 @@
 """The protector's side of the relay process: the pipes it reads, last words, and its replacement.
 
-The protector keeps the read end of every pipe, too.  So if the relay dies, no worker's output
-breaks, and the next relay reads on.  A worker's pipe is kept until its last writer has exited; that
-may be a process that the worker left behind.  Only a few such pipes are kept: otherwise they could
-take all our descriptors, and no client could be accepted.
+The protector keeps the read end of every pipe, too.  So if the relay dies, workers can still write,
+and the next relay continues reading.  A worker's pipe is kept until its last writer has exited;
+that may be a process that the worker left behind.  Only a few such pipes are kept: otherwise they
+could take all our descriptors, and no client could be accepted.
 
-If the relay is stopped, each worker blocks once its pipe is full.  The kernel does not report that,
-and we must not poll while idle.  So the first byte that a worker writes starts a timer.  If a pipe
-is not empty when the timer fires, we check the relay's state.
+If the relay is suspended (SIGSTOP), each worker blocks once its pipe is full.  The kernel does not
+report that, and we must not poll while idle.  So the first byte that a worker writes starts a
+timer.  If a pipe is not empty when the timer fires, we check the relay's state.
 
 Source: proc(5) for a process's state, pipe(7), epoll(7) for an epoll set in another one.
 """
@@ -39,7 +39,7 @@ _NOFILE = resource.RLIMIT_NOFILE
 _LINE_FD = 3
 _DESCRIPTOR = struct.Struct("i")
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-#: More than any answer has: 4096 bytes (TAIL_BYTES of the relay) and a number.
+#: No answer is longer: at most 4096 bytes (TAIL_BYTES of the relay) and a number.
 _ANSWER_BYTES = 4096 + 64
 #: How long the relay may take to send last words; another relay may have to be started first.
 _WORDS_S = 2.0
@@ -48,17 +48,17 @@ _READS_S = 0.5
 #: The first and the longest wait before another relay is started.
 _RESTART_S = 0.1
 _LONGEST_S = 10.0
-#: How soon to repeat a message that the relay's line had no room for; and to check a pipe again
-#: that still has unread output.
+#: How soon to repeat a message after the relay's line was full, and to check a pipe again that
+#: still has unread output.
 _AGAIN_S = 0.1
-#: How soon to repeat a message for which the relay had no free descriptor.
+#: How soon to repeat a message after the relay lacked a free descriptor for it.
 _ROOM_S = 1.0
 #: How long our exit waits for the relay, which exits at once unless a process still writes.
 _END_S = 3.0
-#: The messages to the relay: read a worker's pipe, close it, send last words, write lines to this
-#: descriptor, exit.
+#: The messages to the relay: read a worker's pipe, close the pipe, send last words, write lines to
+#: this descriptor, exit.
 _PIPE, _CLOSE, _WORDS, _PLACE, _END = "+", "-", "?", "=", "!"
-_SHORT_HINT = "its limit of descriptors was lowered: it is raised, or another relay started"
+_SHORT_HINT = "its descriptor limit was lowered; SocketProtector raises it, or starts another relay"
 _CLOSED_HINT = (
     "a process that writes there gets SIGPIPE; see: ls -l /proc/*/fd/* | grep pipe:.{pipe}"
 )
@@ -92,7 +92,7 @@ class LogRelay:
         self._kind = kind
         self._loop, self._log, self._persist = runtime.loop, runtime.log, runtime.persist
         self._prefixed = prefixed
-        self._shared = -1  # the read end of the pipe that all write to, for syslog; -1: none
+        self._shared = -1  # for syslog: the read end of the pipe that all workers share; -1: none
         self._helper: HelperProcess | None = None
         self._line: socket.socket | None = None
         self._workers: dict[int, WorkerPipe] = {}  # by the worker's number
@@ -102,7 +102,7 @@ class LogRelay:
         self._asked: dict[int, list[Callable[[bytes], None]]] = {}
         #: Readable as soon as any pipe has output.
         self._written = select.epoll()
-        self._was_stopped = False  # at our last look
+        self._was_stopped = False  # the relay was suspended at our last check
         self._short = False  # the relay had no descriptor for a message
         self._must_end = False  # its limit of descriptors cannot be raised
 
@@ -203,7 +203,7 @@ class LogRelay:
         def again() -> None:
             try:
                 self._spawn()
-            except OSError:  # out of descriptors: what is written waits in the pipes
+            except OSError:  # out of descriptors: until then the pipes hold the output
                 self._start_again()
             else:
                 self._persist()  # otherwise the next program would start a second relay
@@ -242,7 +242,7 @@ class LogRelay:
         self._loop.call_after("relay-reads", _READS_S, self._look)
 
     def _look(self) -> None:
-        """Continue a relay that is stopped while output is unread; if it stays stopped, kill it."""
+        """Send CONT to a relay that is suspended while output is unread; if that fails, kill it."""
         if not self._written.poll(0, 1):
             self._was_stopped = False
             self._wait_for_output()
@@ -255,7 +255,7 @@ class LogRelay:
         if stopped and not self._was_stopped:
             self._log.write("warning", "relay-stopped", pid=process.pid)
         # A kill loses the output that the relay has read and not passed on, so CONT comes first.
-        # If we cannot read its state (no /proc), we send CONT, too: a running relay ignores that.
+        # If we cannot read its state (no /proc), we send CONT anyway: a running relay ignores it.
         if stopped is not False:
             process.signal(signal.SIGKILL if stopped and self._was_stopped else signal.SIGCONT)
         self._was_stopped = bool(stopped)
@@ -274,20 +274,20 @@ class LogRelay:
         self._workers[number] = pipe
         self._named[pipe.name(number)] = pipe.read
         try:
-            # Events 0: epoll still reports that the last writer has closed it.
+            # Events 0: epoll still reports when the last writer has closed the pipe.
             self._loop.watch(pipe.read, lambda: self._close_if_done(number), 0)
             self._written.register(pipe.read, select.EPOLLIN)
         except OSError:  # out of descriptors or memory: check by a timer
             self._look_later(number)
 
     def _close_if_done(self, number: int) -> None:
-        """Close a pipe that has no writers any more, once it is read to its end."""
+        """Close a pipe without writers, once it is read to its end."""
         pipe = self._workers[number]
         has_hung_up = events_of(pipe.read, 0)
-        # In any case: under a descriptor limit of 0 events_of() sees nothing, and the watch would
-        # call back all the time.
+        # Always unwatch: under a descriptor limit of 0 events_of() sees nothing, and a watch left
+        # in place would call back all the time.
         self._loop.unwatch(pipe.read)
-        # Two calls, in this order: a single one might miss the last output.
+        # Check for hang-up first, then for output: a single call might miss the last output.
         if not has_hung_up or events_of(pipe.read, select.POLLIN) & select.POLLIN:
             self._look_later(number)
             return
@@ -295,7 +295,7 @@ class LogRelay:
         self._persist()
 
     def _let_go(self, number: int) -> None:
-        """Close a worker's pipe here; the relay reads its own to the end."""
+        """Close our copy of a worker's pipe; the relay reads its copy to the end."""
         pipe = self._workers.pop(number)
         del self._named[pipe.name(number)]
         self._loop.cancel(("output", number))
@@ -307,7 +307,7 @@ class LogRelay:
         os.close(pipe.read)
 
     def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
-        """Close pipes that processes of ended workers keep open, the oldest first, down to a few.
+        """Close all but a few pipes that processes left by ended workers keep open, oldest first.
 
         living, numbers: how many workers have not ended, and which.
         """
@@ -316,7 +316,7 @@ class LogRelay:
             return
         for number in sorted(self._workers.keys() - numbers())[:excess]:
             pipe = self._workers[number]
-            if not events_of(pipe.read, 0):  # at the end of file the relay closes it anyway
+            if not events_of(pipe.read, 0):  # otherwise the relay closes it at end of file
                 self._log.write(
                     "warning",
                     "output-closed",
@@ -339,7 +339,7 @@ class LogRelay:
             self._say()
 
     def _say_all(self) -> None:
-        """Repeat all messages: a new relay has none of them, an adopted one may lack the last."""
+        """Repeat all messages: a new relay has got none, an adopted relay may lack the last."""
         self._unsent.clear()
         self._unsent.extend((_PIPE, number) for number in self._workers)
         if self._kind != "syslog":
@@ -360,7 +360,7 @@ class LogRelay:
                 try:
                     self._line.sendmsg([text.encode()], rights if fd >= 0 else [], _FLAGS)
                 except (BrokenPipeError, ConnectionResetError):
-                    return  # it has died: the next relay gets all messages
+                    return  # the relay has died: the next relay gets all messages
                 except OSError:  # no room: the relay, or the reader of its output, is behind
                     self._loop.call_after("relay-line", _AGAIN_S, self._say)
                     return
@@ -394,7 +394,7 @@ class LogRelay:
         self._words_came(int(number), said)
 
     def _tell_again(self, kind: str, number: int) -> None:
-        """Repeat a message for which the relay had no descriptor; the pipe keeps its output."""
+        """Repeat a message later: the relay lacked a descriptor; the pipe keeps the output."""
         if not self._short and self._helper is not None:
             pid = self._helper.process.pid
             self._log.write("warning", "relay-short", pid=pid, hint=_SHORT_HINT)
@@ -407,7 +407,7 @@ class LogRelay:
         if self._must_end:  # only root could raise its limit; the next relay gets ours
             self._unsent.appendleft((_END, 0))
             self._say()
-            if self._helper is not None:  # a relay of an old version, or a blocked one, stays
+            if self._helper is not None:  # end() fails for a relay that is old or blocked: keep it
                 kill = partial(self._helper.process.signal, signal.SIGKILL)
                 self._loop.call_after("relay-end", _LONGEST_S, kill)
             return

@@ -18,5 +18,5 @@ class Runtime:
     log: Log
     #: Brings an event to the supervisor.
     post: Callable[[Event], None]
-    #: Writes the state, which has changed without an event; returns whether that is done.
+    #: Writes the state after a change without an event; returns whether that succeeded.
     persist: Callable[[], bool]

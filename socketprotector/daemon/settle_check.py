@@ -1,12 +1,12 @@
-"""--settle-check: probes the new generation while the old one stands by.
+"""--settle-check: probes the new generation during --settle, while the old one is kept.
 
-An HTTP probe is sent by the asker, as before a generation serves (asking.py).  A command gets the
-counts of both generations, and decides by its own criteria: it can query the probe address, or the
-operator's metrics.
+The asker process sends HTTP probes, as it does before a generation serves (asking.py).  A check
+command gets the counts of both generations, and decides by its own criteria: it can query the
+probe address, or the operator's metrics.
 
---settle ends only with a good answer, so a slow bad answer never comes too late.
+--settle does not end before a good answer, so a slow bad answer never comes too late.
 
-A hold does not keep these probes from the generation.
+These probes reach the generation during a hold, too.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
     Counts = Callable[[], Mapping[int, Mapping[str, Any]]]
 
-_EVERY_S = 1.0  # a command
-_ANSWERED_S = 5.0  # by HTTP
+_EVERY_S = 1.0  # the pause between two check commands
+_ANSWERED_S = 5.0  # how long an HTTP answer may take
 _TIMER = "settle-check"
 
 
@@ -80,7 +80,7 @@ class SettleCheck:
             self._ask()
 
     def awaits(self, number: int) -> bool:
-        """Return whether a generation, with --settle over, still needs a good answer."""
+        """Return whether a generation's --settle is over, but a good answer is missing."""
         generation = self._generation
         if generation is None or generation.record.number != number:
             return False
@@ -118,7 +118,7 @@ class SettleCheck:
         self._loop.call_after(_TIMER, self._known.pause_s(usual_s), self._ask)
 
     def _text(self, number: int) -> bytes:
-        """Return the counts that a command reads: of the new generation, and of the old one."""
+        """Return the counts that a check command reads, of the new and the old generation."""
         counts = self._counts()
         others = (each for each in counts.values() if each["phase"] == "serving")
         return json.dumps({"new": counts.get(number), "old": next(others, None)}).encode()

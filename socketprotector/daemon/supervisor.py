@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .recovery import Recovery
 
 #: How soon to check again whether the guard or systemd has read our messages, and how long an
-#: upgrade waits for that.  A running reader needs far less.
+#: upgrade waits for that.  The guard and systemd usually need far less.
 _AGAIN_S = 0.05
 _BEHIND_S = 10.0
 #: The timer that runs meanwhile.
@@ -103,7 +103,7 @@ class Supervisor:
         left_s = {each: due - now for each, due in snapshot.timers}
         self._order(resume(self.fleet, left_s, (*snapshot.unfinished, *snapshot.unsaid)))
         self.queue.add(recovery.adopt())
-        self._act(Hold, RouteTo)  # so that no client has to wait for what follows
+        self._act(Hold, RouteTo)  # before the slow rest, so that clients need not wait for it
         for events in recovery.adopt_workers():
             self.queue.add(events)
             self._yield_to_accepts()
@@ -120,11 +120,11 @@ class Supervisor:
         return self.effects.exit_status or 0
 
     def _work(self) -> None:
-        """Drain the event queue, with the events that are posted meanwhile."""
+        """Drain the event queue, including events that are posted meanwhile."""
         if self._working:
             return
         self._working = True
-        acted = True  # the caller may have
+        acted = True  # the caller may have acted
         try:
             for event in self.queue:
                 self.fleet, actions = decide(self.fleet, event)
@@ -147,7 +147,7 @@ class Supervisor:
                 self._recorded.append(each)
 
     def _act(self, *kinds: type[Action]) -> None:
-        """Carry out the decided actions.  After a kill, the next program repeats the last.
+        """Carry out the decided actions.  After a kill, the next program repeats the last action.
 
         kinds: stop at the first action of another kind.
         """
@@ -173,7 +173,7 @@ class Supervisor:
             self._yield_at = time.monotonic() + _YIELD_AFTER_S
 
     def begin_upgrade(self) -> None:
-        """Probe whether the new program can take over, and execute it if it can."""
+        """Probe the new program, and execute it if it can take over."""
         if self._handing_over:
             return
         if self.runtime.loop.due(_HAND_OVER) is not None:
@@ -187,10 +187,10 @@ class Supervisor:
         """Return what an upgrade waits for, in words; "" without one."""
         if self.runtime.loop.due(_HAND_OVER) is not None:
             return "the guard or systemd has not taken over all descriptors yet"
-        return "the new program is asked whether it can take over" if self.upgrade.probes else ""
+        return "a probe of the new program is still running" if self.upgrade.probes else ""
 
     def _hand_over(self, give_up_at: float | None = None) -> None:
-        """Become the new program, which resumes after the last signal that we got.
+        """Become the new program, which resumes after the last signal that we handled.
 
         give_up_at: when to stop waiting for the guard or systemd; None: not waiting yet.
         """
@@ -203,7 +203,7 @@ class Supervisor:
             return
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         self._handing_over = True
-        # Only this program knows of signals whose handler has run.
+        # The new program cannot learn of signals whose handler has run here.
         self.runtime.loop.take_signals()
         if self.effects.exit_status is not None:
             pass  # the fleet has ended: there is nothing to hand over
@@ -219,7 +219,7 @@ class Supervisor:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _hand_over_later(self, give_up_at: float | None) -> None:
-        """Wait up to _BEHIND_S for the guard or systemd to catch up."""
+        """Try again until the guard or systemd has caught up, for up to _BEHIND_S."""
         now = time.monotonic()
         if give_up_at is None:
             give_up_at = now + _BEHIND_S
@@ -234,7 +234,7 @@ class Supervisor:
         self.runtime.loop.call_after(_HAND_OVER, _AGAIN_S, lambda: self._hand_over(give_up_at))
 
     def _reap_orphans(self, again_s: float = _FIRST_REAP_S) -> None:
-        """Reap discarded children, and orphans that we get as PID 1 or sub-reaper."""
+        """Reap children without an owner, and orphans that we get as PID 1 or sub-reaper."""
         reaped, more = reap_orphans()
         if reaped:
             self.effects.pool.groups.look()  # the reaped process may have been in a worker's group
@@ -245,10 +245,10 @@ class Supervisor:
 
     def _signalled(self, number: int) -> None:
         if number == signal.SIGCHLD:
-            # After the callbacks of objects that wait for a child of their own.
+            # Objects that wait for a child of their own come first: reap the rest after them.
             self.runtime.loop.call_after("reap", 0.0, self._reap_orphans)
             return
-        # First, so that a signal that ends us does not end the next program, too.
+        # Take the signal first: if it ends us, it must not end the next program, too.
         self.took(number)
         self.runtime.log.write("info", "signal", signal=signal.Signals(number).name)
         match number:
@@ -271,7 +271,7 @@ class Supervisor:
                 self.begin_upgrade()
 
     def scale(self, asked: ScaleRequested) -> str | None:
-        """Change the number of workers; return why that is impossible, None if it is possible."""
+        """Change the number of workers; return why that is impossible, or None."""
         settings, now = self.effects.live_settings.settings, self.fleet.workers_wanted
         wanted = now + asked.change if asked.to is None else asked.to
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -297,8 +297,8 @@ class Supervisor:
 def terminal_of(foreground: bool) -> int | None:
     """Return a descriptor of the terminal that we run on; None: there is none.
 
-    It is the controlling terminal, whose end sends HUP, whatever stdin, stdout and stderr are
-    (nohup redirects all three).
+    It is the controlling terminal, which sends HUP when it is closed.  stdin, stdout and stderr may
+    lead elsewhere: nohup redirects all three.
     """
     if not foreground:
         return None

@@ -1,6 +1,6 @@
-"""USR2: replaces the protector's own program in place, if the new one can take over.
+"""USR2: replaces the protector's own program in place, if the new program can take over.
 
-First a probe, a process of the new program, loads the state and answers.  Only then does this
+First a probe process runs the new program, which loads the state and answers.  Only then does this
 process execute the new program: same pid, same children, nothing closed.  If the installation is
 broken, the probe fails, and nothing changes.
 """
@@ -36,7 +36,7 @@ class Upgrade:
     loop: Loop
     log: Log
     _: KW_ONLY
-    #: The new program needs the capabilities that we kept (system/privileges.py).
+    #: Whether the new program needs the capabilities that we kept (system/privileges.py).
     keeps: bool
     _probe: HelperProcess | None = None
 
@@ -64,14 +64,14 @@ class Upgrade:
         try:
             receive, send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             opened.callback(os.close, receive)
-            with open(send, "wb", buffering=0):  # we close it once the probe has it
+            with open(send, "wb", buffering=0):  # close our copy once the probe has its own
                 said = os.memfd_create("sp.probe", os.MFD_CLOEXEC)
                 opened.callback(os.close, said)
                 given = {name: descriptors[name] for name in (inherited.SETTINGS, inherited.STATE)}
                 given[inherited.PROBE] = send
                 start = HelperProcess.start_protector
                 self._probe = start(self.command, given, said, self.loop, ended)
-        except OSError as error:  # for example no descriptors are left: keep the old program
+        except OSError as error:  # for example too few descriptors: the old program stays
             opened.close()
             error.filename = error.filename or self.command[0]
             self.failed(what_failed(error))
@@ -84,13 +84,14 @@ class Upgrade:
         return self._probe is not None
 
     def end(self) -> None:
-        """Kill a running probe: this process exits, so no program may replace it."""
+        """Kill a running probe, because this process exits and must not be replaced."""
         if self._probe is not None:
             self._probe.discard()
 
     def failed(self, reason: str) -> None:
         """Log that the old program keeps running, and why."""
-        self.log.write("error", "upgrade-failed", reason=reason, hint=f"{__version__} goes on")
+        hint = f"{__version__} keeps running"
+        self.log.write("error", "upgrade-failed", reason=reason, hint=hint)
 
     def execute(self, descriptors: Mapping[str, int]) -> None:
         """Execute the new program.  Call it with signals blocked.

@@ -121,9 +121,9 @@ class Serving:
                 failures, reason = failures + 1, why
                 state = UNHEALTHY if failures >= most else state
             case "unmade" | "untaken":  # no other probe is sent until a worker accepts it
-                why, answered_at = "busy: no worker has taken the question yet", self.answered_at
+                why, answered_at = "busy: no worker has accepted the probe yet", self.answered_at
             case _:
-                why, missed, answered_at = f"not asked: {why}", self.missed + 1, self.answered_at
+                why, missed, answered_at = f"not probed: {why}", self.missed + 1, self.answered_at
                 state = UNKNOWN if missed >= most else state
         since_at = self.since_at if state == self.state else at
         return Serving(since_at, state, why, failures, reason, answered_at, missed)

@@ -1,7 +1,7 @@
 """Reads the workers' notify sockets (sd_notify(3)), and detects workers that are silent too long.
 
-Each message of a worker is handled, and its result checkpointed, before it is removed from its
-socket.  A program that replaces this one in between receives it again.
+Each message is handled, and the result checkpointed, before the message is removed from its socket.
+If another program replaces this one before that, it receives the message again.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class WorkerMessages:
     def read(self, number: int) -> None:
         """Handle a worker's messages on its notify socket.
 
-        Each message is handled, and its result checkpointed, before it is removed.
+        Each message is handled, and the result checkpointed, before the message is removed.
         """
         worker = self._workers[number]
         for _ in range(_HEARD_AT_ONCE):
@@ -92,7 +92,7 @@ class WorkerMessages:
             self.await_word(number, worker)
 
     def _hear_later(self, number: int, worker: Worker, error: OSError) -> None:
-        """Read again later, by a timer: out of memory, the socket would stay readable."""
+        """Read again by a timer: the socket stays readable while we are out of memory."""
         self._log.write("error", "cannot-read-messages", worker=number, error=error.strerror)
         self._loop.unwatch(worker.notify.fileno())
         self._loop.call_after(("hear", number), _HEAR_AGAIN_S, lambda: self._hear_again(number))
@@ -107,7 +107,7 @@ class WorkerMessages:
     def await_word(self, number: int, worker: Worker) -> None:
         """Replace a worker that sends no WATCHDOG=1 in time from now on.
 
-        Before a worker is ready only the start timeout limits it.
+        Until a worker is ready, only the start timeout applies.
         """
         limit_s = worker.generation.program.watchdog_s
         if limit_s and worker.record.watched and worker.has_served:

@@ -34,7 +34,7 @@ class BornTooLarge:
     """
 
     def __init__(self) -> None:
-        self._replaced: dict[int, bool] = {}  # running worker -> it may be replaced now
+        self._replaced: dict[int, bool] = {}  # running worker -> whether it may be replaced
         self._in_a_row = 0
         self._next_at = 0.0
 
@@ -125,7 +125,7 @@ class LimitWatch:
         if not self._large.is_loop:
             return ()
         next_s = in_units(round(self._large.next_s(time.monotonic())))
-        return (f"{self._hint}; the next one is replaced in {next_s}",)
+        return (f"{self._hint}; the next worker is replaced in {next_s}",)
 
     @property
     def _hint(self) -> str:
@@ -140,7 +140,7 @@ class LimitWatch:
             self._log.write("warning", "not-counted", worker=number, hint=hint)
 
     def _cannot_look(self) -> bool:
-        """Return whether a worker's memory is hidden, as by hidepid of proc(5), and warn."""
+        """Return whether a worker's memory is unreadable (as with hidepid, proc(5)), and warn."""
         for number, worker in self._workers.items():
             process = worker.process
             if resident_bytes(process.pid) is None and not process.has_ended():
@@ -148,7 +148,7 @@ class LimitWatch:
                     "warning",
                     "cannot-examine",
                     worker=number,
-                    error=f"/proc/{process.pid} is not there or closed to us",
+                    error=f"/proc/{process.pid} is missing or unreadable",
                     hint="--max-memory has no effect on workers whose memory cannot be read",
                 )
                 return True
@@ -173,7 +173,7 @@ def exceeded(limits: Limits, key: str, *, age_s: float, accepted: int | None) ->
 
 
 def too_large(limits: Limits, pid: int) -> str | None:
-    """Return how large a process is, in words, if that is too much; None: it is not, or unknown."""
+    """Return a process's size, in words, if it exceeds the limit; None: within it, or unknown."""
     if limits.memory_bytes and (used := resident_bytes(pid) or 0) >= limits.memory_bytes:
         return f"{used >> 20} MiB resident, its limit is {limits.memory_bytes >> 20} MiB"
     return None

@@ -143,7 +143,7 @@ def test_what_hangs_is_killed_and_as_bad(
 
     said = Settling(loop, "http:/", later).fails()
 
-    assert said == "the process that asks was killed by SIGKILL"
+    assert said == "the probe process was killed by SIGKILL"
     assert (len(tries), askers.started) == (3, 1)
 
 

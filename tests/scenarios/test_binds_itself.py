@@ -255,7 +255,7 @@ def test_one_that_is_thought_ready_and_takes_no_client_is_reported(protector: Co
         line = daemon.log.wait_for("event=queue-stalled")
 
         assert "generation=1 waiting=1" in line
-        assert 'reason="no worker has taken a connection yet"' in line
+        assert 'reason="no worker has accepted a connection yet"' in line
         assert "--handoff listener (docs/servers.md)" in line
         [generation] = json.loads(run("--name", "web", "status", "--json").out)["generations"]
         assert generation["oldest_waiting_s"] >= 5
@@ -277,7 +277,7 @@ def test_one_that_was_handed_the_socket_and_accepts_no_client_is_reported(
         line = daemon.log.wait_for("event=queue-stalled")
 
         assert f"generation=1 waiting=1 listen={daemon.addresses[0]}" in line
-        assert 'reason="no worker has taken a connection yet"' in line
+        assert 'reason="no worker has accepted a connection yet"' in line
         assert "it listens on 127.0.0.1:" in line
         assert "take over the socket that it is handed" in line
         [generation] = json.loads(run("--name", "web", "status", "--json").out)["generations"]

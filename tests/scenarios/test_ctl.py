@@ -585,7 +585,7 @@ def test_upgrade_that_works_and_one_that_stays_with_the_old(
 
     assert said.status == 3
     assert said.out == ""
-    assert "not upgraded: 9.8.7 goes on: " in said.err
+    assert "not upgraded: 9.8.7 keeps running: " in said.err
     assert "no such " in said.err
     assert "\x1b" not in said.err
     assert pid_in(ask(("127.0.0.1", daemon.port))) > 0

@@ -138,7 +138,7 @@ def test_a_question_that_no_worker_takes_is_busy_and_no_failure(
     limit = ("--health-failures", "1", "--health-timeout", "100ms")
     one = watched(kind, "--ready", "after:0s", "--drain-timeout", "1s", *limit)
 
-    one.until(last="busy: no worker has taken the question yet")
+    one.until(last="busy: no worker has accepted the probe yet")
     for _ in range(5):
         assert one.says["state"] == "unknown"
         assert one.one.status()["generations"][0]["queue"] == 1  # the same one
@@ -250,7 +250,7 @@ def test_a_protector_that_can_open_nothing_does_not_know(
 
     resource.prlimit(one.daemon.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
     line = one.daemon.log.wait_for("event=health-unknown generation=1")
-    assert "not asked: Too many open files" in line
+    assert "not probed: Too many open files" in line
     mark = len(one.daemon.log.seen)
     resource.prlimit(one.daemon.pid, resource.RLIMIT_NOFILE, limits)
 

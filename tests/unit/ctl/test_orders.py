@@ -303,8 +303,8 @@ def test_upgrade_that_stays_with_the_old_is_status_3_with_the_probes_words(
     assert said == Ended(
         3,
         "",
-        "socketprotectorctl: not upgraded: 0.1.0 goes on: the new program exited with status 1: "
-        "boom\\x1b\n",
+        "socketprotectorctl: not upgraded: 0.1.0 keeps running: the new program exited with "
+        "status 1: boom\\x1b\n",
     )
 
 

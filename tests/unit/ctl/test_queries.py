@@ -69,16 +69,16 @@ def test_status_and_list_tell_of_a_lame_duck(
             'unhealthy for 1m: GET /healthz: 500, "database gone"',
         ),
         (
-            health("unhealthy", "busy: no worker has taken the question yet", "GET /: 500, gone"),
-            "unhealthy for 1m: GET /: 500, gone; last: busy: no worker has taken the question yet",
+            health("unhealthy", "busy: no worker has accepted the probe yet", "GET /: 500, gone"),
+            "unhealthy for 1m: GET /: 500, gone; last: busy: no worker has accepted the probe yet",
         ),
         (
-            health("unknown", "not asked: the process that asks was killed by SIGKILL"),
-            "health is unknown; last: not asked: the process that asks was killed by SIGKILL",
+            health("unknown", "not probed: the probe process was killed by SIGKILL"),
+            "health is unknown; last: not probed: the probe process was killed by SIGKILL",
         ),
         (
-            health("healthy", "busy: no worker has taken the question yet"),
-            "health is healthy; last: busy: no worker has taken the question yet",
+            health("healthy", "busy: no worker has accepted the probe yet"),
+            "health is healthy; last: busy: no worker has accepted the probe yet",
         ),
     ],
 )

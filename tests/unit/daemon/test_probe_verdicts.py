@@ -130,7 +130,7 @@ def test_a_question_that_waits_changes_no_state_and_no_count(kind: str) -> None:
     known = serving(BAD, kind, kind, kind)
 
     assert (known.state, known.failures, known.answered_at) == (UNKNOWN, 1, 1.0)
-    assert known.last == "busy: no worker has taken the question yet"
+    assert known.last == "busy: no worker has accepted the probe yet"
     assert known.reason == "why bad"
     assert serving(BAD, kind, BAD).state == UNHEALTHY
 
@@ -141,7 +141,7 @@ def test_what_cannot_be_asked_in_a_row_makes_it_unknown(kind: str) -> None:
 
     known = serving(GOOD, kind, kind)
 
-    assert (known.state, known.last) == (UNKNOWN, f"not asked: why {kind}")
+    assert (known.state, known.last) == (UNKNOWN, f"not probed: why {kind}")
     assert (known.answered_at, known.failures) == (1.0, 0)
 
 

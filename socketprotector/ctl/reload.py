@@ -301,8 +301,8 @@ class _Upgraded(Awaited):
     def heard(self, event: Message) -> None:
         if event.get("event") == "upgrade-failed":
             raise NewVersionFailed(
-                f"not upgraded: {self._before.get('version')} keeps running: {text_in(event, 'reason')}"
-                + _quoted(text_in(event, "last_words"))
+                f"not upgraded: {self._before.get('version')} keeps running: "
+                f"{text_in(event, 'reason')}" + _quoted(text_in(event, "last_words"))
             )
 
     def looked(self, status: Message) -> None:

@@ -1,7 +1,7 @@
 """Starts askers (programs/asker.py), and exchanges messages with them.
 
 An asker sends HTTP probes over connections that we pass to it, or it forwards the connections of a
-socket.  It exits when its line is closed: by us, or because we have exited.
+socket.  It exits when we close its line, or exit.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ class Asker:
     ) -> None:
         """Start it.  Raises OSError.
 
-        heard: called with why an answer is bad, "" if it is good.  late: called instead if no
-        answer came in time.  ended: called with how the process exited, unless we ended it.
+        heard: called with the reason why an answer is bad, "" for a good answer.  late: called
+        instead if no answer came in time.  ended: called with how the process exited, unless we
+        ended the process.
         forwards: a target and a socket: the asker forwards the socket's connections to the target.
         """
         self._heard, self._ended, self._late = heard, ended, late
@@ -65,8 +66,8 @@ class Asker:
     ) -> None:
         """Send a probe over a connection, which stays the caller's and may not be established yet.
 
-        limit_s: the time for a good answer.  left_s: the rest of that time.  Answers to earlier
-        probes are ignored from now on.  Raises OSError.
+        limit_s: how long a good answer may take.  left_s: what is left of that time.  Answers to
+        earlier probes are ignored from now on.  Raises OSError.
         """
         self._number += 1
         limit = {"limit_s": left_s, "limit": in_units(limit_s)}

@@ -1,7 +1,7 @@
 """--ready accept, http:, https:: probes the starting generation, which gets no clients yet.
 
 If workers accept, a mark steers the probe to that generation (system/reuseport.py).  Otherwise the
-probe connects to a loopback port, and is sent into the generation's channel.
+probe connects to a loopback port, whose connections go into the generation's channel.
 
 Under the default --ready of listener mode, a generation that refuses connections may be ready
 nevertheless, so a timer makes it ready.
@@ -22,7 +22,7 @@ from .runtime import Runtime
 from .verdicts import Verdict
 
 _TIMER = "ask"
-#: The kernel does the handshake at once: a longer wait does not depend on the workers.
+#: How long connecting may take.  The kernel does the handshake without the workers.
 _ACCEPTED_S = 1.0
 _ANSWERED_S = 5.0
 
@@ -40,7 +40,7 @@ class Asking:
     ) -> None:
         """answered: called when a generation has answered this kind of probe.
 
-        not_asked: called when a generation cannot be probed, and need not be.
+        not_asked: called when a generation that need not be probed cannot be probed.
         """
         self._loop, self._log = runtime.loop, runtime.log
         self._answered, self._not_asked = answered, not_asked
@@ -93,7 +93,7 @@ class Asking:
             self._answered(number, self._asked.kind)
             return
         cannot = verdict.kind in (verdicts.CANNOT, verdicts.NO_TARGET)
-        why = f"cannot be asked: {verdict.why}" if cannot else verdict.why
+        why = f"cannot be probed: {verdict.why}" if cannot else verdict.why
         waits = verdict.kind in (verdicts.UNMADE, verdicts.UNTAKEN) and not self._asked.by_http
         if why != self.last and not waits:
             self._log.write("info", "probe-failed", generation=number, reason=why)

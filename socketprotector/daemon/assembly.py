@@ -66,8 +66,8 @@ class Resident:
 
         earlier: the state of an earlier program, or why it cannot be resumed.
         """
-        # At a first start without a guard the descriptors come from the launching process, so no
-        # store has copies of them.
+        # At a first start without a guard no store has copies of the descriptors, because they come
+        # from the launching process.
         known = inherited.GUARD in descriptors or inherited.STATE in descriptors
         kept = descriptors.keys() - {inherited.GUARD} if known else set()
         self.settings = settings
@@ -181,7 +181,7 @@ class Resident:
             """
             return processors() > 1 and quota.processors() > 1
 
-        # Not earlier: once the loop exists, another program can resume if this one fails.
+        # From here on another program can resume if this program fails.
         self._loop = loop = Loop(settings.busy_poll_s, has_spare_core)
         # Each worker and each draining generation costs descriptors here.  Workers get back the
         # soft limit of our caller.
@@ -240,7 +240,8 @@ class Resident:
         """Leave only surviving listeners; report the exit to launcher, guard and systemd."""
         store = self.parents.store
         if self.parents.line is None:
-            # First: the next program takes stored descriptors without settings for a fresh start.
+            # Remove the settings first: without them the next program makes a fresh start with the
+            # stored descriptors.
             store.forget(inherited.SETTINGS)
             # systemd may not drop its copy in time, but that is the same file, now empty.
             os.ftruncate(self.own[inherited.SETTINGS], 0)
@@ -267,7 +268,7 @@ class Resident:
             why = f"cannot start the relay {where}{asked}: {what_failed(error)}"
             if settings.to_syslog or asked:
                 raise SystemRefused(why) from error
-            # The operator did not request a relay, so workers can write to the file directly.
+            # The operator did not request the relay, so workers can write to the file directly.
             self.output = Output(replace(settings, log_relay=False))
             runtime.log.reopen()
             runtime.log.write("warning", "notice", text=why)
@@ -327,7 +328,7 @@ class Resident:
         except OSError as error:
             log.write("error", "reopen-failed", file=error.filename, error=error.strerror)
         else:
-            # The guard writes to the new file, too, and so does the protector that it starts next.
+            # The guard, and the protector that the guard starts next, write to the new file, too.
             if self.settings.log_file is not None:
                 self.parents.guard.send("X_OUTPUT=1", _STDERR)
         log.reopen()
@@ -375,7 +376,7 @@ class Resident:
             return
         try:
             text = b"%d\n" % self.parents.systemd.pid
-            # In this order the first line always has a whole pid, whenever it is read.
+            # Write first, then truncate: so a reader always finds a whole pid in the first line.
             os.pwrite(lock, text, 0)
             os.ftruncate(lock, len(text))
         except OSError as error:

@@ -2,7 +2,8 @@
 
 Each generation has a loopback address while it is checked, so a command can use any client.  The
 generation gets these connections through its channel.  Under --handoff listener a helper process
-forwards them (programs/asker.py): only our connections carry the mark that selects a generation.
+(programs/asker.py) forwards them over our connections: only these carry the mark that selects a
+generation.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Descriptors go to the fd store (systemd's, or the guard); the state memfd says what they are for.
 Descriptors come first, then the state, then the action.  So whenever we are killed, all descriptors
-that the state mentions exist.  Only changes are stored and written, so a step of one worker costs
-the same however many workers there are.
+that the state mentions exist.  Only changes are stored and written, so a change of one worker
+costs the same however many workers there are.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Checkpoint:
     file: StateFile
     store: Store
     log: Log
-    #: Returns the descriptors of no generation, worker or listener, by name.
+    #: Returns the descriptors that belong to no generation, worker or listener, by name.
     others: Callable[[], Mapping[str, int]]
     _effects: Effects | None = None
     _snapshot: Callable[[], Snapshot] | None = None
@@ -42,7 +42,7 @@ class Checkpoint:
     _full: bool = False
 
     def begin(self, effects: Effects, snapshot: Callable[[], Snapshot]) -> None:
-        """Start to save these effects; snapshot: returns the state to write."""
+        """Start to save the state of these effects; snapshot: returns the state to write."""
         self._effects, self._snapshot = effects, snapshot
 
     def descriptors(self) -> dict[str, int]:
@@ -62,7 +62,7 @@ class Checkpoint:
             self.store.sync({}, self._effects.pool.descriptors)
             return True
         wanted = {**self.others(), **self._effects.own_descriptors()}
-        wanted.pop(inherited.GUARD, None)  # each program gets a line of its own
+        wanted.pop(inherited.GUARD, None)  # the guard makes a new line for each program
         self.store.sync(wanted, self._effects.pool.descriptors)
         if self.store.full and not self._full:
             self.log.write("warning", "store-full", descriptors=len(self.store.kept), hint=_FULL)
@@ -122,5 +122,5 @@ def read(fd: int) -> Snapshot | None:
     except DecodeError as error:
         raise StateError(refusal("the state", error)) from error
     if not isinstance(snapshot, Snapshot):
-        raise StateError("the state is no snapshot of a protector")
+        raise StateError("the state has no snapshot of a protector")
     return snapshot

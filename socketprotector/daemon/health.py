@@ -1,10 +1,10 @@
 """--health: probes the serving generation periodically, and reports the result.
 
-It takes no action: the result is in status, metrics and the exporter's /readyz, and an event says
-when it changes.  A dependency that generations share, such as a database, fails for all of them at
-once, on every host: a restart would make that worse.
+It takes no action: the result is in status, metrics and the exporter's /readyz, and an event
+reports each change.  A dependency that generations share, such as a database, fails for all of them
+at once, on every host: a restart would make that worse.
 
-A probe is a connection of ours that no count includes.
+No count of clients or connections includes our probes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Health:
             as_client=True,
         )
         self._generation: OpenGeneration | None = None
-        self._applied: tuple[object, ...] = ()  # the options of the present probes
+        self._applied: tuple[object, ...] = ()  # the options that the present probes use
         self._asked = Question("")
         self.known = Serving(time.time())
 
@@ -66,13 +66,13 @@ class Health:
         return self._probe.connection
 
     def set_serving(self, generation: OpenGeneration | None) -> None:
-        """Check this generation, which new clients come to from now on; None: check none."""
+        """Check this generation, which gets new clients from now on; None: check none."""
         if generation is not self._generation:
             self._generation = generation
             self._begin()
 
     def apply_settings(self) -> None:
-        """Begin again if a reload has changed the options."""
+        """Restart the check if a reload has changed the options."""
         if self._applied != self._options():
             self._begin()
 
@@ -119,7 +119,7 @@ class Health:
         self._remember(
             lambda history: history.health_changed(number, known.state, known.last, known.since_at)
         )
-        self._persist()  # no decision follows that would write the state
+        self._persist()  # no decision follows, so the state is not written otherwise
         if known.state == HEALTHY:
             self._log.write("info", "healthy", generation=number)
         else:

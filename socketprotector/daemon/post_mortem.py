@@ -1,4 +1,4 @@
-"""Determines, when a worker has exited, its status, the reason, and the processes it left.
+"""Determines an exited worker's status, the reason of its exit, and the processes that it left.
 
 The order is fixed:
 
@@ -55,9 +55,9 @@ class PostMortem:
     remember: Callable[[Callable[[History], History]], None]
 
     def end_of(self, worker: Worker, *, guarded: bool) -> End | None:
-        """Reap an exited worker; None: not yet, and `ended` will be called.
+        """Reap an exited worker; None: its end is not known yet, and `ended` will be called.
 
-        guarded: a guard reports how a worker exited that is no child of ours.
+        guarded: there is a guard, which reports how workers exited that are not our children.
         """
         number = worker.record.number
         if not worker.ended:
@@ -75,7 +75,7 @@ class PostMortem:
         except ChildProcessError:
             return self._end_from_elsewhere(worker, guarded=guarded)
         if end is None:
-            # A stopped tracer (a debugger, strace) must wait for it first.
+            # A suspended tracer (a debugger, strace) must wait for the worker before us.
             self.runtime.loop.unwatch(worker.process.pidfd)
             self.runtime.loop.call_after(
                 ("reap", number), _REAP_AGAIN_S, partial(self.ended, number)
@@ -94,7 +94,7 @@ class PostMortem:
             self.remember(lambda history: history.with_last_words(number, last_words))
 
     def _end_from_elsewhere(self, worker: Worker, *, guarded: bool) -> End | None:
-        """Return how a worker exited that another process reaped; None: not reported yet."""
+        """Return how a worker that another process reaped has exited; None: not known yet."""
         number = worker.record.number
         if worker.end_from_guard is not None or worker.awaits_end or not guarded:
             self.runtime.loop.cancel(("status", number))
@@ -105,9 +105,9 @@ class PostMortem:
         return None
 
     def close(self, worker: Worker, end: End, *, spoken_with: bool) -> WorkerExited:
-        """Report a worker's exit, take care of its process group, and close it.
+        """Report a worker's exit, watch its process group, and close the worker's sockets.
 
-        spoken_with: a worker of this program has reported that it is ready.
+        spoken_with: some worker has reported that it is ready, so the program can do that.
         """
         record, number = worker.record, worker.record.number
         lost = worker.generation.take_counts(record.slot)
@@ -141,7 +141,7 @@ class PostMortem:
     def _why(
         self, worker: Worker, how: str, last_words: str, detached: bool, *, spoken_with: bool
     ) -> str:
-        """Return why a worker exited that never served, as far as we can know."""
+        """Return why a worker that never served has exited, as far as we can know."""
         when = "as soon as it was ready" if worker.record.ready_by else "before it was ready"
         program = worker.generation.program
         reason = f"{escape(program.argv[0])} {how} {when}"
@@ -188,7 +188,7 @@ class PostMortem:
         try:
             process.reap()
         except ChildProcessError:
-            pass  # another process was its parent
+            pass  # the worker is another process's child
         return self.keep_group(record, process, generation)
 
 

@@ -29,10 +29,10 @@ from .delivery.probe_target import PROBE, SHUT_DOWN, ProbeTarget, Reach
 from .generation import OpenGeneration
 from .verdicts import Verdict
 
-#: The pause between checks whether a connection was accepted: the first, the longest, and its share
-#: of the time that the connection has waited.
+#: The pause between two checks whether a connection was accepted: the first, the longest, and the
+#: share of the time that the connection has waited.
 _FIRST_LOOK_S, _LAST_LOOK_S, _LOOK_SHARE = 0.005, 1.0, 0.1
-#: How much longer than its limit the asker may take: it is starting, or the machine is busy.
+#: How much longer than the probe's limit the asker may take: to start, or on a busy machine.
 _ASKER_S = 10.0
 #: The errors of connect() to an address where no process listens.
 _NOT_THERE = (errno.ECONNREFUSED, errno.ENOENT)
@@ -50,7 +50,7 @@ class Probe:
         addresses: CheckProbes | None = None,
         reads: Callable[[int], bytes] = lambda number: b"",
     ) -> None:
-        """as_client: the probes reach the serving generation, each by a target of its own.
+        """as_client: probe the serving generation, with a new target for each probe.
 
         addresses: the addresses at which commands reach a generation; None: the target's.  reads:
         returns the stdin of a command, by generation number.
@@ -79,7 +79,7 @@ class Probe:
         limit_s: float,
         heard: Callable[[Verdict], None],
     ) -> None:
-        """Send a probe; heard is called once, maybe at once, unless close() comes first."""
+        """Send a probe; `heard` is called once, maybe at once, unless close() comes first."""
         self._asked, self._heard = asked, heard
         self._asked_at = time.monotonic()
         self._until = self._asked_at + limit_s
@@ -149,8 +149,8 @@ class Probe:
         self._target = self._target or self._reach(generation, asked.listener)
         target = self._target
         if target is None:
-            one_socket = "there is one socket for it and the one before"
-            none = "there is no such listener any more"
+            one_socket = "both generations share one socket"
+            none = "there is no such listener"
             self._finish(verdicts.NO_TARGET, none if self._as_client else one_socket)
             return
         if asked.by_http and self._asker is None:
@@ -164,7 +164,7 @@ class Probe:
         self._connection = client = target.connecting()
         self._made_at = self._asked_at
         failed = client.connect_ex(target.connect_address)
-        if failed == errno.EAGAIN and target.is_unix:  # its backlog is full, and no kernel waits
+        if failed == errno.EAGAIN and target.is_unix:  # its backlog is full: try again
             self._disconnect()
             if self._left_s:
                 self._look_later(partial(self._send_again, generation, limit_s))
@@ -216,7 +216,7 @@ class Probe:
         target, connection = self._target, self._connection
         assert target is not None
         assert connection is not None
-        # It also waits while the backlog is full, so that the kernel has not connected it.
+        # While the backlog is full, the kernel has not even connected it: it waits, too.
         return not events_of(connection, select.POLLOUT) or target.waits(connection)
 
     def _still_waits(self) -> bool:
@@ -266,8 +266,9 @@ class Probe:
         if not target.holds():
             self._finish(verdicts.MOVED, SHUT_DOWN)
         elif failed and not (was_reset and self._was_reset):
-            # A reset has two causes.  A server has accepted the connection; or a listening socket
-            # was shut down.  We repair the latter, so it does not happen twice in a row.
+            # A reset has two causes: a server accepted and reset the connection, or the listening
+            # socket was shut down.  We repair such a socket, so that is not the cause twice in a
+            # row.
             self._finish(verdicts.REFUSED, self._cannot_connect(failed))
         elif failed or not waits:
             self._finish(verdicts.GOOD)
@@ -299,7 +300,7 @@ class Probe:
 
     def _run(self, generation: OpenGeneration, limit_s: float) -> None:
         """Run the check command.  Raises OSError or ValueError."""
-        if self._command is not None:  # a late command still runs: start no second
+        if self._command is not None:  # a late command still runs: start no second command
             self._loop.call_after(self, limit_s, lambda: self._finish(verdicts.BAD, self._late))
             return
         if self._addresses is not None:
@@ -307,7 +308,7 @@ class Probe:
         else:
             self._target = target = self._reach(generation, "")
             if target is None:
-                self._finish(verdicts.NO_TARGET, "there is no listener any more")
+                self._finish(verdicts.NO_TARGET, "no listener is left")
                 return
             address = target.text
         number = generation.record.number

@@ -1,7 +1,7 @@
 """Carries out `Report`: informs the log, systemd and the launching process.
 
 It also keeps the history, which the next program continues.  No report decides anything.  After
-STOPPING=1, systemd gets no READY=1 or RELOADING=1: they would contradict it.
+STOPPING=1, systemd gets no READY=1 or RELOADING=1, which would contradict STOPPING=1.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _OF_RELOADS = (
     ReportKind.RECOVERED,
     ReportKind.RELOAD_FAILED,
 )
-#: From the last worker's exit to ours, with time to spare.
+#: The time from the last worker's exit to ours, with a margin.
 _TO_END_S = 5.0
 
 
@@ -58,7 +58,7 @@ class Reports:
         self._systemd = systemd
         self._start_report = start_report
         self._policy = policy
-        self._is_stopping = False  # systemd knows it, or learns it from the exit status
+        self._is_stopping = False  # systemd knows of the stop, or learns of it from the exit status
         self.run = RunRecord(started_at=time.time())
 
     def adopt(self, record: RunRecord, log_level: str) -> None:
@@ -73,7 +73,7 @@ class Reports:
         if fleet.lame_duck is LameDuck.STOPPING:
             self._lame_duck()
         elif fleet.served and not fleet.stopping:
-            self._ready("went on after a restart")
+            self._ready("resumed after a restart")
             if fleet.incoming and not fleet.dry_run:
                 self._systemd.reloading()
         elif fleet.stopping:
@@ -150,7 +150,7 @@ class Reports:
     def _stopping(self, reason: str = "", before_s: float = 0.0) -> None:
         """Send STOPPING=1; before_s: the time until the stop begins."""
         self._is_stopping = True
-        # Our timeout must hold, even if the unit's TimeoutStopSec is shorter.
+        # Our timeout must apply even if the unit's TimeoutStopSec is shorter.
         policy = self._policy()
         status = f"stopping: {reason}" if reason else "stopping"
         seconds = before_s + policy.stop_timeout_s + policy.kill_timeout_s + _TO_END_S

@@ -1,8 +1,8 @@
 """Reports to the launching process whether the first generation started.
 
-The operator's command exits with that result, so the launching process waits for it.  Each message
-is one line with a JSON object (launch/await_verdict.py reads them).  In the foreground no process
-waits, and the reason of a failure goes to the terminal.
+The operator's command exits with that result, so the launching process waits for the report.  Each
+message is one line with a JSON object (launch/await_verdict.py reads them).  In the foreground no
+process waits, and the reason of a failure goes to the terminal.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class StartReport:
     def __init__(self, line: int | None, terminal: int | None, pid: int) -> None:
         """Take ownership of the descriptors.
 
-        line: to the launching process; None: it does not wait.  pid: the process whose exit it
-        waits for.
+        line: to the launching process; None: that does not wait.  pid: the process for whose exit
+        the launching process waits.
         """
         self._pid = pid
         self._socket = socket.socket(fileno=line) if line is not None else None
@@ -85,4 +85,4 @@ class StartReport:
                 data = json.dumps(fields).encode() + b"\n"
                 self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             except OSError:
-                pass  # the launching process was killed: the loop reports that its line is closed
+                pass  # the launching process was killed: the loop will report the closed line

@@ -34,7 +34,7 @@ class FileWatch:
         self._process: HelperProcess | None = None
         self._line: Line | None = None
         self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
-        self._warned = False  # the log has the first of several failures in a row
+        self._warned = False  # the first of several failures in a row was logged
 
     def start(self, watchers: Mapping[str, Mapping[str, int]]) -> None:
         """Adopt the watcher of an earlier program, or start one; takes ownership.
@@ -119,7 +119,7 @@ class FileWatch:
             self._process = None
 
     def _spawn_later(self, why: str) -> None:
-        """Start another watcher, after a longer pause each time in a row."""
+        """Start another watcher, after a pause that grows with each failure in a row."""
         self._warn(why)
         self._loop.call_after("watch", self._back_off.wait_s(), self._spawn)
 
@@ -127,4 +127,6 @@ class FileWatch:
         """Log the first of several failures in a row."""
         if not self._warned:
             self._warned = True
-            self._log.write("warning", "watch-ended", reason=why, hint="it is started again")
+            self._log.write(
+                "warning", "watch-ended", reason=why, hint="another watcher starts soon"
+            )

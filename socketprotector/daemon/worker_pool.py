@@ -1,8 +1,8 @@
 """The running workers: starts them, signals them, and posts events about them.
 
-Effects orders, the pool posts events.  Start: worker_spawn.py; messages: worker_messages.py;
-exit: post_mortem.py.  A worker is identified by its number, which is never reused.  Its pid can be
-reused as soon as it is reaped.
+Effects gives the orders, and the pool posts events.  Start: worker_spawn.py; messages:
+worker_messages.py; exit: post_mortem.py.  A worker is identified by its number, which is never
+reused.  Its pid can be reused as soon as it is reaped.
 """
 
 from __future__ import annotations
@@ -62,11 +62,13 @@ class WorkerPool:
         loop, log, post = runtime.loop, runtime.log, runtime.post
         self._loop, self._log, self._post = loop, log, post
         self._workers: dict[int, Worker] = {}
-        self._records: dict[int, WorkerRecord] = {}  # kept apart: each checkpoint needs them all
+        self._records: dict[
+            int, WorkerRecord
+        ] = {}  # kept apart from the workers: each checkpoint needs all records
         self._by_pid: dict[int, int] = {}
-        #: All descriptors of workers that the next program needs, with those of their output.
+        #: All descriptors of workers and their output that the next program needs.
         self.descriptors = output.named
-        #: Whether a guard reports how a process exited that is no child of ours.
+        #: Whether a guard reports how workers exited that are not our children.
         self.guarded = settings.guarded
         #: Whether a worker ever reported that it is ready, so the program can do that.
         self.spoken_with = False
@@ -100,7 +102,7 @@ class WorkerPool:
     def advice(self, generation: int, *, passes_over: bool = False) -> str:
         """Return what to do about a generation that accepts no connection; "": unknown.
 
-        passes_over: a connection waits for it.
+        passes_over: a connection waits, and no worker accepts it.
         """
         workers = self._workers_of(generation)
         if not workers:
@@ -116,7 +118,7 @@ class WorkerPool:
         )
 
     def check_says(self, generation: int) -> str:
-        """Return the last check result of a worker that is not ready; "": there is none."""
+        """Return a check result of a worker that is not ready yet; "": there is none."""
         results = (each.readiness.last for each in self._workers_of(generation))
         return next(filter(None, results), "")
 
@@ -177,7 +179,7 @@ class WorkerPool:
         self._log.write("info", "retired", worker=number)
 
     def drain(self, generation: int) -> None:
-        """Order a generation's workers to finish, unless end of file makes them finish."""
+        """Order a generation's workers to finish, unless they finish at end of file."""
         for worker in self._workers_of(generation):
             if worker.generation.program.finish_signal and not worker.record.asked_to_exit:
                 self._order_to_finish(worker)
@@ -185,7 +187,7 @@ class WorkerPool:
     def all_retire(self, generation: int) -> bool:
         """Return whether all workers of a generation exit when their RETURN lines end.
 
-        Such workers use the client library, and read from all accepted clients before they exit.
+        Such workers use the client library, which reads from all accepted clients before the exit.
         """
         records = [each for each in self._records.values() if each.generation == generation]
         orphans = any(each.generation == generation for each in self.groups.records())
@@ -207,7 +209,7 @@ class WorkerPool:
                 worker.process.kill_group()
             else:
                 worker.process.signal(number)
-        except PermissionError as error:  # it has changed its user
+        except PermissionError as error:  # the process has changed its user
             self._log.write(
                 "error",
                 "cannot-signal",
@@ -247,7 +249,7 @@ class WorkerPool:
         return (*self._records.values(), *self.groups.records())
 
     def expect(self, record: WorkerRecord, descriptors: Mapping[str, int]) -> None:
-        """Put a worker into the state before it is adopted: we may be killed meanwhile."""
+        """Put a worker into the state before its adoption, during which we may be killed."""
         self._records[record.number] = record
         for name, fd in named(record.number, descriptors).items():
             self.descriptors[name] = fd
@@ -300,10 +302,10 @@ class WorkerPool:
     # -- readiness and exits -------------------------------------------------
 
     def _share_output(self, worker: Worker) -> None:
-        """Note that workers share the log file: its text is no single worker's last words now."""
+        """Note that workers share the log file: its end is no single worker's last words now."""
         for each in reversed(self._workers.values()):
             if each.record.output_start < 0:
-                break  # all earlier workers have it, too
+                break  # all earlier workers have the note, too
             self._note(each, output_start=-1)
         if self._workers:
             worker.record = replace(worker.record, output_start=-1)
@@ -358,7 +360,7 @@ class WorkerPool:
         )
 
     def _checked(self, worker: Worker) -> None:
-        """Release a generation's probe address when none of its workers is checked any more."""
+        """Release a generation's probe address once no worker of it is checked any more."""
         generation = worker.record.generation
         if worker.generation.program.ready == "check" and not any(
             each.readiness.is_checked for each in self._workers_of(generation)
@@ -393,7 +395,9 @@ class WorkerPool:
     def _is_ready(self, number: int, by: str, *, retires: bool = False) -> None:
         worker = self._workers.get(number)
         if worker is None or worker.record.ready_by or worker.has_served:
-            if worker is not None and retires:  # the probe made it ready before its message did
+            if (
+                worker is not None and retires
+            ):  # the probe had made the worker ready before its message came
                 self._note(worker, retires=True)
             return
         if self._note_ready(number, worker, by, retires=retires):
@@ -427,7 +431,7 @@ class WorkerPool:
             return
         del self._workers[number], self._records[number]
         self._checked(worker)
-        # The parent may have reaped an adopted worker: then another worker may have its pid.
+        # If its parent has reaped an adopted worker, another worker may have the same pid by now.
         if self._by_pid.get(worker.process.pid) == number:
             del self._by_pid[worker.process.pid]
         for name in worker.named:

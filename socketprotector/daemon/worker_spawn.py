@@ -1,13 +1,14 @@
 """Starts a worker: its descriptors, its environment, its process.
 
-A worker knows only the numbers of its descriptors and what its environment says about them
-(docs/protocol.md; for workers that accept, also sd_listen_fds(3)).  It gets the handles of its
-delivery, a RETURN line of its own and its slot of the scoreboard.
+A worker's environment describes its descriptors, by number (docs/protocol.md; for workers that
+accept, also sd_listen_fds(3)).  A worker gets the handles of its delivery, a RETURN line of its own
+and its slot of the scoreboard.
 
-All workers and we share the open file descriptions of the channel's read end and of the listening
-sockets.  So no flag is set on them for one worker.
+We and all workers share the open file descriptions of the channel's read end and of the listening
+sockets.  A flag there affects all sharers, so we set none.
 
-We close our copies of the worker's ends right after the spawn: otherwise we never see end of file.
+We close our copies of the worker's ends right after the spawn: otherwise we would never see end of
+file.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ from .log_output import Output
 class Worker:
     """One worker process, and the sockets between it and us."""
 
-    #: The record that the next program needs; replaced whole, as a checkpoint detects a change by
-    #: identity.
+    #: The record that the next program needs.  It is always replaced whole, because a checkpoint
+    #: detects a change by identity.
     record: WorkerRecord
     generation: OpenGeneration  # not ours to close
     process: Process
@@ -58,7 +59,7 @@ class Worker:
 
     @property
     def has_served(self) -> bool:
-        """Whether it was ready and alive: a worker that exits as it becomes ready never served."""
+        """Whether it served: a worker that exits as soon as it is ready never did."""
         return self.record.ready_at is not None
 
     def descriptors(self) -> dict[str, int]:
@@ -91,9 +92,9 @@ def client_library_env(
 ) -> tuple[dict[int, int], dict[str, str]]:
     """Return the descriptors and the environment variables that the client library uses.
 
-    The descriptors are the far end of the RETURN line and the scoreboard, number there -> ours.
-    Workers that accept get them, too: the client library counts there, and exits when that line
-    ends.
+    The descriptors, number in the worker -> ours, are the worker's end of the RETURN line and the
+    scoreboard.  Workers that accept get both, too: the client library counts in the scoreboard, and
+    exits at the line's end of file.
     """
     line = next(free)
     descriptors, environment = {line: end.fileno()}, {wire.ENV_RETURN: str(line)}

@@ -1,4 +1,4 @@
-"""The control socket: its clients, its commands, its answers (docs/control.md).
+"""The control socket: clients, commands and answers (docs/control.md).
 
 server.py reads requests and sends answers, commands.py carries commands out.  The values of
 `status` are in commands.py (the protector) and status.py (generations, workers, listeners).

@@ -1,7 +1,7 @@
 """Carries out the commands of the control socket: each reads values, or posts an event.
 
-A long operation is answered at once; clients that follow events get its result as an event
-(docs/control.md).
+A command for a long operation is answered at once; clients that follow events get the result as an
+event (docs/control.md).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-#: Commands that change nothing, and so cannot leave anything half done.
+#: Commands that change nothing, so a failure leaves nothing half done.
 _READ_ONLY = ("status", "history", "connections", "crashes")
 _NOT_WHILE_STOPPING = ("reload", "upgrade", "lame-duck", "scale", "hold", "replace")
 _ENDING = (Phase.DRAINING, Phase.ABANDONED)
@@ -166,7 +166,7 @@ class CommandHandler:
         }
 
     def _compare(self, client: Client, request: Request) -> None:
-        """Answer `diff` when a helper process has read the configuration, maybe after seconds."""
+        """Answer `diff` once a helper process has read the configuration: this may take seconds."""
         if not self._effects.live_settings.settings.origin.configured:
             raise RequestError(
                 "unknown", "there is no configuration file; start with --config FILE to use one"
@@ -210,7 +210,7 @@ class CommandHandler:
             raise RequestError("refused", f"no dry run: {cannot}")
 
     def do_upgrade(self) -> Mapping[str, Any]:
-        # Later, so that the client gets the answer before another program is executed.
+        # Upgrade later, so that the client gets the answer before the exec.
         self.runtime.loop.call_after("upgrade-asked", 0.0, self.supervisor.begin_upgrade)
         return {"from": __version__, "starts": self._effects.reports.run.restarts + 1}
 
@@ -277,7 +277,7 @@ class CommandHandler:
             raise RequestError(
                 "refused", f"worker {pid} is still starting or already stopping; try again"
             )
-        self.runtime.post(ReplaceRequested(worker.number, "an operator wants that"))
+        self.runtime.post(ReplaceRequested(worker.number, "requested by an operator"))
         return {"worker": worker.number}
 
     def do_kill(self, generation: int) -> Mapping[str, Any]:

@@ -28,13 +28,13 @@ from ...system.polling import read_now
 CLIENTS = 256
 IDLE_S = 30.0
 UNREAD_BYTES = 1024 * 1024
-#: The pause between two requests of a client: with it, a client that sends requests without end
-#: takes a few percent of a core.
+#: The pause between two requests of a client.  It limits a client that sends requests without end
+#: to a few percent of a core.
 REST_S = 0.001
 _READ_BYTES = 65_536
 _SO_PEERGROUPS = 59
 _CREDENTIALS = struct.Struct("i2I")
-_GROUPS_BYTES = 1024  # 256 groups; Python's getsockopt() takes no more
+_GROUPS_BYTES = 1024  # 256 groups; Python's getsockopt() accepts no larger buffer
 #: How soon to accept again after the system ran out of descriptors or memory.
 _AGAIN_S = 0.5
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
@@ -49,11 +49,11 @@ class Client:
     loop: Loop
     may: Collection[str]  # the commands that it may send
     follows: bool = False  # it gets events
-    _awaited: int = 0  # the events that its descriptor is watched for; 0: it is not watched
+    _awaited: int = 0  # the events for which its descriptor is watched; 0: it is not watched
     _received: bytearray = field(default_factory=bytearray)
     _unsent: bytearray = field(default_factory=bytearray)
-    _ending: bool = False  # close once all is sent
-    _dropped: int = 0  # events since the last that was sent
+    _ending: bool = False  # close once everything is sent
+    _dropped: int = 0  # how many events were dropped since the last sent event
 
     @property
     def gone(self) -> bool:
@@ -65,7 +65,7 @@ class Client:
         self._resume()
 
     def say(self, line: bytes) -> None:
-        """Send a line, now or when the client has read the lines before it."""
+        """Send a line, now or once the client has read the earlier lines."""
         if self.gone or self._ending:
             return
         with self.within_memory():
@@ -81,7 +81,7 @@ class Client:
         """Send an event, or drop it if the client has too much unread.
 
         line: makes the event's line, with more fields: the next event has the number of dropped
-        ones.
+        events.
         """
         data = b""
         with self.within_memory():
@@ -145,7 +145,7 @@ class Client:
         self._answer_one()
 
     def _answer_one(self) -> None:
-        """Answer one request, if it is complete; later requests wait for another turn."""
+        """Answer one request if it is complete; later requests wait for the next turn."""
         line, rest = b"", None
         with self.within_memory():
             found, end, after = self._received.partition(b"\n")
@@ -175,7 +175,7 @@ class Client:
             self._resume()
 
     def _resume(self) -> None:
-        """Wait until the client can read, or sends; or until the pause is over."""
+        """Wait until the client can take output, or sends a request, or the pause is over."""
         if self._unsent:
             self._await(WRITE)
         elif self.loop.due(("control-more", self.sock.fileno())) is not None:
@@ -237,10 +237,10 @@ class ControlServer:
     #: Called with a pid that reports readiness by einhorn's protocol, which expects no answer.
     acked: Callable[[int], None]
     _: KW_ONLY
-    #: Users that may send all commands, and a group whose members may, too.
+    #: The users, and a group whose members, may send all commands.
     uids: frozenset[int]
     group: int | None
-    #: A group whose members may send the commands that read.
+    #: A group whose members may send only the commands that read.
     status_group: int | None = None
     _clients: dict[int, Client] = field(default_factory=dict)
 
@@ -257,7 +257,7 @@ class ControlServer:
     def finish(self) -> None:
         """Answer all requests so far, just before the server closes.
 
-        That includes clients that have connected and are not accepted yet.
+        That includes clients that have connected but are not accepted yet.
         """
         for _ in range(CLIENTS):
             self._accept()
@@ -345,7 +345,7 @@ class ControlServer:
             more = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES)
             groups.update(each for (each,) in struct.iter_unpack("I", more))
         except OSError:
-            pass  # more groups than _GROUPS_BYTES has room for
+            pass  # the client has more groups than fit into _GROUPS_BYTES
         for group, commands in ((self.group, COMMANDS), (self.status_group, STATUS_COMMANDS)):
             if group is not None and group in unmistakable_groups({group}) & groups:
                 return commands

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from ..health import Health
 
-#: The fields of a generation that a check command gets, besides its number of workers.
+#: The fields of a generation that a check command gets, beside its number of workers.
 _COUNTED = (
     *("number", "phase", "serving_since_at", "queue"),
     *("accepted", "active", "finished", "errors", "lost", "wait_us"),
@@ -257,7 +257,7 @@ def of_connections(
 ) -> list[dict[str, Any]]:
     """Return the pid of each worker, whose sockets are its connections, and their ages.
 
-    only: a generation; None: all.
+    only: the number of a generation; None: all generations.
     """
     offset = time.time() - time.monotonic()
     found = []
@@ -276,7 +276,7 @@ def of_connections(
                 "pid": record.pid,
                 "accepted_at_by_fd": times,
                 "orphaned": record.orphaned,
-                # All its connections are older: a draining worker takes no more.
+                # A draining worker takes no more, so all its connections are older.
                 "since_at": opened.record.drained_at or record.started_at,
             }
         )

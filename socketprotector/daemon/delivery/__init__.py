@@ -18,11 +18,11 @@ from ..generation import OpenGeneration
 from .host import Host
 from .probe_target import ProbeTarget
 
-#: How long workers may accept no client before that is reported: if they never accepted one, and
-#: if they did before.
+#: How long workers may accept no client before that is reported: workers that never accepted a
+#: client, and workers that did.
 NEVER_TAKEN_S = 5.0
 UNTAKEN_S = 30.0
-#: A handshake takes no longer than this, or the client repeats it.  So a stop checks at this
+#: The longest duration of a handshake: after that the client repeats it.  So a stop checks at this
 #: interval whether a client has come.
 QUIET_S = 0.2
 #: Listeners that cannot refuse new clients close after this time, even if clients still come.
@@ -41,7 +41,7 @@ class Handles:
 class Delivery(ABC):
     """Brings new clients to the workers of the generation that has the route.
 
-    Each order must have the same effect if it is repeated: after a kill the next program does so.
+    Each order must have the same effect if repeated: after a kill the next program repeats orders.
     """
 
     @classmethod
@@ -49,9 +49,9 @@ class Delivery(ABC):
     def make_listener(
         cls, index: int, settings: ListenerSettings, fds: Sequence[int], again: tuple[int, ...]
     ) -> Listener:
-        """Make a listener of its first, second and reserved socket; -1: there is none.
+        """Make a listener from its first, second and reserved socket; -1: no such socket.
 
-        again: how often each was bound again.
+        again: how often each socket was bound again.
         """
 
     @classmethod
@@ -70,7 +70,7 @@ class Delivery(ABC):
 
     @abstractmethod
     def can_ask(self, listener: str) -> bool:
-        """Return whether reach() can reach a generation without clients; listener: as there."""
+        """Return whether reach() can reach a generation without clients; listener: see reach()."""
 
     @abstractmethod
     def cannot_try(self) -> str | None:
@@ -115,13 +115,13 @@ class Delivery(ABC):
     ) -> None:
         """Call back when a generation without the route can be ordered to finish.
 
-        By then its workers have accepted all its clients, and read from each.  reads_on: they still
-        read from accepted clients after that order, so call back when all are accepted.
+        By then its workers have accepted all its clients, and read from each.  reads_on: they read
+        from accepted clients even after that order, so call back once all are accepted.
         """
 
     @abstractmethod
     def drain(self, generation: OpenGeneration) -> None:
-        """Bring a generation no more clients, and take back clients that it has not accepted."""
+        """Bring a generation no more clients, and take back the clients that it did not accept."""
 
     @abstractmethod
     def release(self, generation: OpenGeneration) -> None:
@@ -149,7 +149,7 @@ class Delivery(ABC):
 
     @abstractmethod
     def oldest_waiting_s(self, generation: OpenGeneration) -> float | None:
-        """Return for how long no waiting client was accepted; None: too short to report."""
+        """Return how long no waiting client has been accepted; None: too short to report."""
 
     @abstractmethod
     def queue_limit(self, generation: OpenGeneration) -> int | None:
@@ -184,7 +184,7 @@ class Delivery(ABC):
 
     @abstractmethod
     def remove(self, listener: Listener) -> None:
-        """Refuse new clients of a listener, and serve its connected clients."""
+        """Refuse new clients of a listener, but bring its connected clients to workers."""
 
     @abstractmethod
     def cannot_hold(self) -> str | None:
@@ -202,7 +202,7 @@ class Delivery(ABC):
     @property
     @abstractmethod
     def late_s(self) -> float:
-        """For how long clients that a hold kept out may still retry."""
+        """How long clients that a hold kept out may still retry."""
 
     @abstractmethod
     def close_listeners(
@@ -210,8 +210,8 @@ class Delivery(ABC):
     ) -> None:
         """Refuse new clients, and post BacklogEmptied once all earlier ones are accepted.
 
-        quick: close at once, and post nothing.  stay: later clients wait for the next start, so our
-        own listeners survive.
+        quick: close at once, and post nothing.  stay: our own listeners survive, and later clients
+        wait there for the next start.
         """
 
     # -- the whole ---------------------------------------------------------------------
@@ -229,7 +229,7 @@ class Delivery(ABC):
     @property
     @abstractmethod
     def idle_s(self) -> float:
-        """For how long no client has come; 0: a client waits, or it is unknown."""
+        """How long no client has come; 0: a client waits, or it is unknown."""
 
     @property
     @abstractmethod
@@ -254,7 +254,7 @@ class Delivery(ABC):
     ) -> None:
         """Resume from an earlier program's record, and claim descriptors of no single generation.
 
-        held: a hold must be in force.  closing: the listeners are about to be closed.
+        held: a hold is to be in force.  closing: the listeners are about to be closed.
         """
 
     @abstractmethod
@@ -263,8 +263,8 @@ class Delivery(ABC):
     ) -> bool:
         """Adopt a generation that an earlier program opened; takes ownership of its descriptors.
 
-        draining: it drains already.  Returns False if its descriptors were not stored in time: such
-        a generation never got a client.
+        draining: the generation drains already.  Returns False if its descriptors were not stored
+        in time: such a generation never got a client.
         """
 
     @abstractmethod

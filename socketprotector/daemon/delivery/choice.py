@@ -1,4 +1,4 @@
-"""Which delivery a process builds, by its handoff mode; the other one is never loaded."""
+"""Which delivery a process builds, by its handoff mode; the other delivery is never loaded."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class Host(ABC):
 
     @abstractmethod
     def listener_bound(self, listener: Listener) -> None:
-        """Note that a listener has another socket file."""
+        """Note that a listener has a new socket file."""
 
     @abstractmethod
     def report_untaken(
@@ -31,8 +31,8 @@ class Host(ABC):
     ) -> None:
         """Report, once for each route, that workers have accepted no client for this time.
 
-        waiting: how many clients wait.  ever: one was accepted before.  listen: the addresses where
-        they wait; None: in the queue.
+        waiting: how many clients wait.  ever: a client was accepted before.  listen: the addresses
+        where clients wait; None: in the queue.
         """
 
     @property

@@ -12,7 +12,8 @@ from ..generation import OpenGeneration
 
 #: The variable that gives a check command the address to probe.
 PROBE = "SOCKETPROTECTOR_PROBE"
-#: Probes come one after the other; a check command may make a few connections at once.
+#: A few places suffice: we probe one after the other, and a check command may connect a few times
+#: at once.
 BACKLOG = 16
 #: The verdict of a probe whose socket left its SO_REUSEPORT group: another generation may have
 #: answered.
@@ -23,7 +24,7 @@ SHUT_DOWN = "its listening socket was shut down or closed to clients meanwhile"
 class ProbeTarget:
     """Where a probe of one generation connects, and with which mark."""
 
-    address: tuple[str, int]  # of a UNIX socket its path, or "@" and its name, and 0
+    address: tuple[str, int]  # of a UNIX socket: its path, or "@" and its name; and 0
     mark: bpf.Mark | None
     #: Returns whether this connection still waits for a worker to accept it.  Raises OSError.
     waits: Callable[[socket.socket], bool]
@@ -31,8 +32,8 @@ class ProbeTarget:
     close: Callable[[], None]
     #: Notes that a connection is abandoned before a worker has accepted it.
     abandon: Callable[[socket.socket], None] = lambda connection: None
-    #: Returns whether this generation gave all answers so far.  Otherwise no answer counts, neither
-    #: earlier nor later ones.
+    #: Returns whether this generation gave all answers so far.  Otherwise neither earlier nor later
+    #: answers count.
     holds: Callable[[], bool] = lambda: True
     #: Returns whether the probed workers keep clients out while the serving workers do not.  Then a
     #: timer must not make the probed workers ready.
@@ -45,7 +46,7 @@ class ProbeTarget:
 
     @property
     def is_ours_alone(self) -> bool:
-        """Whether only we can reach this generation there: other processes may reach another."""
+        """Whether only we reach this generation there: other processes may reach another one."""
         return self.mark is not None or self.is_unix
 
     @property

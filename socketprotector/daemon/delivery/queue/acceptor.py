@@ -1,7 +1,7 @@
 """The fast path of a connection: accept, send to the route, close our copy.
 
-The distance between connections decides how many a wake-up accepts, and whether we busy-poll for
-the next one.  The forwarder handles failures, and everything else.
+The interval between connections decides how many a wake-up accepts, and whether we busy-poll for
+the next connection.  The forwarder handles failures, and everything else.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from ....system.loop import Loop
 from .queue_watch import QueueWatch
 
 #: Connections that come closer together than this have been waiting.  Then a wake-up accepts up to
-#: BURST, as long as it finds more than one.  Otherwise it accepts one: an accept that finds none
-#: costs 4 us (measured), as much as another turn of the loop.
+#: BURST, as long as it finds more than one.  Otherwise it accepts a single connection: an accept
+#: without a client costs 4 us (measured), as much as another turn of the loop.
 BUSY_NS = 25_000
 BURST = 32
-#: After so many single connections in a row, each soon after the one before, the next is expected
-#: soon: we busy-poll for it (--busy-poll).  If several come at once we do not: the workers need the
-#: core.
+#: After so many single connections in quick succession, we busy-poll for the next connection
+#: (--busy-poll).  If several come at once we do not: the workers need the core.
 STEADY = 8
 
 
@@ -42,9 +41,9 @@ class Acceptor:
     send_failed: Callable[[bytes, int, OSError], None]
     #: The number of accepted connections, including those whose send failed.
     accepted: int = 0
-    last_ns: int = 0  # when the last one was accepted
+    last_ns: int = 0  # when the last connection was accepted
     _watched: dict[int, Callable[[], None]] = field(default_factory=dict)  # by descriptor
-    _steady: int = 0  # single connections in a row, each soon after the one before
+    _steady: int = 0  # how many single connections came in quick succession
 
     def begin(self, listeners: Iterable[Listener], route: Channel) -> None:
         """Accept from these listeners, too, and send to the route.  Raises OSError."""
@@ -74,12 +73,12 @@ class Acceptor:
     def _accept_to(self, route: Channel, listener: Listener) -> Callable[[], None]:
         """Return the callback for a readable listener: a closure, because that is the fastest."""
         accept = accept_of(listener)
-        # Not Channel.send(), which would be one more call for each connection.
+        # Channel.send() would cost one more call for each connection.
         send = route.write.sendmsg
         now, close = time.monotonic_ns, os.close
         # The common part is packed once: that halves the cost of the Python code.
         begin = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, listener.index, 0, 0)[:-8]
-        # Kept from the connection before: the kernel reuses the number that was closed last.
+        # Usually the next connection has the same number: the kernel reuses the last closed number.
         number, rights = -1, [rights_of(-1)]
         most = 1  # how many to accept in one go
 
@@ -106,7 +105,7 @@ class Acceptor:
                 except OSError as error:
                     if count:
                         self._count_sent(count, at)
-                    self.accepted += 1  # but it is in no queue yet
+                    self.accepted += 1  # accepted, but in no queue yet
                     self.last_ns = at
                     self.queue.take_away()
                     self.send_failed(header, fd, error)
@@ -123,13 +122,13 @@ class Acceptor:
         return ready
 
     def _count_sent(self, count: int, last_ns: int) -> None:
-        """Count sent connections; last_ns: when the last was accepted."""
+        """Count sent connections; last_ns: when the last connection was accepted."""
         self.accepted += count
         self.last_ns = last_ns
         if not self.queue.runs:
             self.queue.start()
 
     def _expect_next(self, since_ns: int) -> None:
-        """Decide whether to busy-poll for the next connection; since_ns: the last distance."""
+        """Decide whether to busy-poll for the next connection; since_ns: the last interval."""
         self._steady = self._steady + 1 if since_ns < self.loop.soon_ns else 0
         self.loop.soon = self._steady >= STEADY

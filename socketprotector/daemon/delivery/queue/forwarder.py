@@ -2,11 +2,11 @@
 
 acceptor.py is the fast path, without failures.  No worker is chosen here: workers take from the
 shared queue (client_lib's intake.py).  Connections never pass through `decide`.  The lifecycle sets
-the route and orders drains; two facts come back: the channel broke, the backlog is empty.
+the route and orders drains; it gets two facts back: the channel broke, the backlog is empty.
 
-We accept only what we can deliver.  If a send fails nevertheless, the connection is kept in
-undelivered.py, and goes first.  When a generation drains or has exited, the connections left in its
-channel are taken back and sent to the route (leftovers).
+We accept only what we can deliver.  If a send fails nevertheless, undelivered.py keeps the
+connection, which goes first later.  When a generation drains or has exited, the connections left in
+its channel are taken back and sent to the route (leftovers).
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _QUIET = "forwarder-quiet"
 
 @mutable
 class _Closing:
-    """A graceful close: it serves connected clients, but no later ones."""
+    """A graceful close: connected clients still go to workers, later clients do not."""
 
     stay: bool  # the listeners survive us, with the clients that come later
-    latest: float = 0.0  # when to close at the latest; 0: refused clients need no limit
-    forwarded: int = -1  # at the last look since new clients are refused
+    latest: float = 0.0  # when to close at the latest; 0: clients are refused, so no limit
+    forwarded: int = -1  # its value at the last look; -1: no look since clients are refused
 
 
 class Forwarder:
@@ -88,10 +88,10 @@ class Forwarder:
             send_failed=lambda *sent: self.outlet.send_failed(*sent),
         )
         #: Channels whose connections are taken back once a route has room, oldest first; True:
-        #: their generation is released, so they are closed afterwards.
+        #: the generation is released, so its channel is closed afterwards.
         self._leftovers: dict[GenerationChannel, bool] = {}
         self._holding = False  # a hold: accept nothing
-        self._ended_listeners: list[Listener] = []  # no longer accepted from
+        self._ended_listeners: list[Listener] = []  # we accept from them no longer
         self._closing: _Closing | None = None
         stop = self._acceptor.end_all
         self._shortage = Shortage(runtime, stop=stop, retry=self._resume)
@@ -118,13 +118,13 @@ class Forwarder:
     def drain(self, channel: GenerationChannel) -> None:
         """Take back untaken connections, as far as the route has room; then end the channel.
 
-        Without a route its workers take the rest.  But if a worker has shut the channel down, they
-        may not read it again, so the rest is taken back for the next route.
+        Without a route the channel's workers take the rest.  But if a worker has shut the channel
+        down, the workers may never read it again, so the rest is taken back for the next route.
         """
         shut = channel.is_shut()
         self._reclaim(channel)
         if not shut and self._drains.end_after(channel):
-            return  # it still gets the backlog of a removed listener
+            return  # the channel still gets the backlog of a removed listener
         channel.end()
         if shut and channel.depth():
             self._leftovers.setdefault(channel, False)  # an earlier program may have begun
@@ -138,7 +138,7 @@ class Forwarder:
             self._leftovers[channel] = True
             self._resume()
         else:
-            channel.close()  # at once: many generations may fail before there is a route
+            channel.close()  # do not wait for a route: many generations may fail before that
 
     def add(self, listener: Listener) -> None:
         """Add a listener, for the generations that know it; takes ownership."""
@@ -146,7 +146,7 @@ class Forwarder:
         self._resume()
 
     def remove(self, listener: Listener, to: GenerationChannel | None) -> None:
-        """Refuse new clients.  The backlog goes to this channel; without one it is lost."""
+        """Refuse new clients.  The backlog goes to channel `to`; without a channel it is lost."""
         self._listeners.remove(listener)
         self._acceptor.end(listener)
         self._unwatch(listener)
@@ -158,7 +158,7 @@ class Forwarder:
     def close_listeners(self, *, quick: bool, stay: bool = False) -> None:
         """Refuse new clients; quick: close at once, otherwise after the backlog was sent on.
 
-        stay: later clients wait for the next start, so our own listeners survive close().
+        stay: our own listeners survive close(), and later clients wait there for the next start.
         """
         self._closing = _Closing(stay)
         if quick:
@@ -181,7 +181,7 @@ class Forwarder:
 
     @property
     def _accepting(self) -> list[Listener]:
-        """The listeners that are still accepted from."""
+        """The listeners from which we still accept."""
         ended = self._ended_listeners
         return [each for each in self._listeners if each not in ended and not each.lost]
 
@@ -210,7 +210,7 @@ class Forwarder:
 
     @property
     def idle_s(self) -> float:
-        """For how long no client has come; 0 while one waits to be accepted."""
+        """How long no client has come; 0 while a client waits to be accepted."""
         if any(each.has_waiting() for each in self._listeners):
             return 0.0
         return (time.monotonic_ns() - self._acceptor.last_ns) / 1e9
@@ -294,8 +294,8 @@ class Forwarder:
         """Move a channel's connections to the route, oldest first, while there is room.
 
         A connection by a listener that the route does not know goes back to the channel's end.  If
-        the channel has ended, that connection stays, with all behind it.  last: the channel's
-        workers have exited, and such a connection is kept for another generation.
+        the channel has ended, that connection stays, with all connections behind it.  last: the
+        channel's workers have exited, so such a connection is kept for another generation.
         """
         route = self.outlet.route
         has_unknown = route is not None and _may_have_unknown(channel, route)
@@ -314,7 +314,7 @@ class Forwarder:
             if fd < 0:
                 self._lost += not is_probe(header)
             elif is_probe(header):
-                self.outlet.let_go(fd)  # it was for this channel's generation
+                self.outlet.let_go(fd)  # only a probe of this channel's generation
             elif has_unknown and route is not None and not route.knows_of(listener_of(header)):
                 self._put_back(channel, header, fd)
             elif self.outlet.route is not None:
@@ -337,7 +337,7 @@ class Forwarder:
             channel.send(header, fd)
         except OSError as error:
             if channel.write.fileno() >= 0 and error.errno not in BROKEN:
-                # The channel has not ended, so the rest can stay there.
+                # The channel has not ended, so the rest can stay in it.
                 self._shortage.begin("sendmsg", error)
             listeners = (*self._listeners, *self._drains.listeners)
             if listener_of(header) in {each.index for each in listeners}:
@@ -350,15 +350,15 @@ class Forwarder:
 
     def _accept_failed(self, listener: Listener, error: OSError) -> None:
         if error.errno in TRANSIENT_ERRNOS:
-            if listener.always_readable:  # shut down for a stop, and empty for the moment
+            if listener.always_readable:  # shut down for a stop; no client waits at present
                 self._loop.unwatch(listener.fileno())
             elif listener.hangs_up:
                 self._repair_shut(listener)
         elif error.errno == errno.EINVAL and not listener.is_alive():
             self._repair_shut(listener)
         else:
-            # Descriptors or memory are short, or the error is undocumented.  Neither is a reason to
-            # abandon the listener.  It stays readable, so accept again by a timer.
+            # Descriptors or memory are short, or the error is undocumented.  In both cases we keep
+            # the listener.  It stays readable, so accept again by a timer.
             self._shortage.begin("accept", error)
 
     def _repair_shut(self, listener: Listener) -> None:
@@ -378,7 +378,7 @@ class Forwarder:
         """Close the listeners once no client has come since the last look, and none waits."""
         if self.outlet.is_free and not any(self._leftovers.values()):
             self._acceptor.accept_now(lambda: self.outlet.is_free)
-            if closing.stay:  # earlier clients leave the backlog first
+            if closing.stay:  # earlier clients are accepted first
                 for each in self._accepting:
                     if not each.has_waiting():
                         self._accept_no_more(each)
@@ -419,7 +419,7 @@ def _clients_in(channel: GenerationChannel) -> int:
             found += not is_probe(header)
             if fd >= 0:
                 os.close(fd)
-    except OSError:  # out of memory: the rest is closed with the channel, and counted as clients
+    except OSError:  # out of memory: the rest counts as clients, and is closed with the channel
         found += channel.depth()
     return found
 

@@ -10,10 +10,10 @@ class GenerationChannel(Channel):
     """A generation's channel; its end goes into the generation's record."""
 
     def __init__(self, ends: Channel, generation: OpenGeneration, *, adopted: bool = False) -> None:
-        """Take ownership of both ends.  adopted: an earlier program has made them."""
+        """Take ownership of both ends.  adopted: an earlier program made the channel."""
         super().__init__(ends.read, ends.write)
         self.generation = generation
-        #: Whether a worker has taken a connection from it; an earlier program may have seen that.
+        #: Whether a worker has taken a connection from it; assumed for an adopted channel.
         self.taken_from = adopted
         #: Whether it was reported that no worker takes from it.
         self.said_untaken = False

@@ -1,8 +1,8 @@
-"""Drains listeners that a reload has removed: refuses new clients, serves connected ones.
+"""Drains listeners that a reload has removed: refuses new clients, delivers connected ones.
 
 Connected clients go to the generation that knows the listener, not to the route.  A timer checks
 the backlog until no client came between two checks.  If no such generation is left, the clients
-count as lost, and the log says so.
+count as lost, and the loss is logged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .undelivered import Undelivered
 
 #: How many connections to send before the loop handles other events.
 BURST = 64
-#: The most lost clients to count: new clients that cannot be refused may come as fast as we count.
+#: The most lost clients to count: clients that we cannot refuse may come as fast as we count.
 MOST_LOST = 4096
 
 
@@ -34,7 +34,7 @@ class _Draining:
 
     listener: Listener
     channel: Channel  # its generation's
-    until: float = 0.0  # when to close though new clients may come; 0: they are refused
+    until: float = 0.0  # when to close even if clients come; 0: new clients are refused
     quiet: bool = False  # no client came since the last look
 
     @property
@@ -50,7 +50,7 @@ class _Draining:
 
 
 class DrainingListeners:
-    """The removed listeners that still have connected clients to serve."""
+    """The removed listeners that still have connected clients to deliver."""
 
     def __init__(self, runtime: Runtime, undelivered: Undelivered, shortage: Shortage) -> None:
         self._loop, self._log = runtime.loop, runtime.log
@@ -59,7 +59,7 @@ class DrainingListeners:
         #: How many connections came by these listeners, and how many of them were lost.
         self.accepted = self.lost = 0
         self._draining: list[_Draining] = []
-        self._to_end: list[Channel] = []  # to be ended when no listener drains to them
+        self._to_end: list[Channel] = []  # channels to end once no listener drains to them
 
     @property
     def listeners(self) -> tuple[Listener, ...]:
@@ -77,14 +77,14 @@ class DrainingListeners:
         self._loop.call_after(each.timer, 0.0, partial(self._look, each))
 
     def end_after(self, channel: Channel) -> bool:
-        """End a channel when no listener drains to it any more; return False if none does now."""
+        """End a channel once no listener drains to it; return False if no listener does now."""
         if not self._to(channel):
             return False
         self._to_end.append(channel)
         return True
 
     def end(self, channel: Channel | None = None) -> None:
-        """Close the listeners that drain to a channel, or all, with their backlogs."""
+        """Close the listeners that drain to a channel, or all listeners, with their backlogs."""
         for each in self._to(channel) if channel is not None else tuple(self._draining):
             self._end(each)
 
@@ -148,7 +148,7 @@ class DrainingListeners:
         self._loop.call_after(each.timer, delay_s, partial(self._look, each))
 
     def _move(self, each: _Draining) -> bool:
-        """Send one connection on; return False if there is none, or no room.  Raises OSError."""
+        """Send one connection on; return False without a connection or room.  Raises OSError."""
         if each.is_full:
             return False
         if self._undelivered.has(each.has_index):  # undelivered connections go first

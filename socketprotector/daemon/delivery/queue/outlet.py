@@ -59,7 +59,7 @@ class Outlet:
             self._room()
 
     def send_kept(self) -> None:
-        """Send kept connections: failed sends, and connections that no earlier route knew."""
+        """Send kept connections: of failed sends, and of listeners that no earlier route knew."""
         route = self.route
         while route is not None and self.route is route and not self.shortage.lasts:
             if self._full is not None:
@@ -83,9 +83,9 @@ class Outlet:
             self.let_go(fd)
 
     def send_failed(self, header: bytes, fd: int, error: OSError) -> None:
-        """Keep a client's connection, and wait for what is missing.  Takes ownership of fd."""
+        """Keep a client's connection until sending is possible again.  Takes ownership of fd."""
         if is_probe(header):
-            self.let_go(fd)  # it was for this generation, and the next route may be another one
+            self.let_go(fd)  # the probe must not reach the generation of the next route
         else:
             self.undelivered.keep_first(header, fd)
         self.stop()

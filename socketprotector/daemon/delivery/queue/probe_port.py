@@ -1,9 +1,9 @@
 """A loopback port for probes of a generation that takes connections from a channel.
 
 The port's connections are sent into that channel, and no count includes them.  Until a generation
-serves, its channel has only probes, and those left are discarded when it fails or begins to serve.
-In a serving generation's channel (--health) probes queue among the clients; when clients are taken
-back, the probes are discarded.
+serves, its channel has only probes; the remaining probes are discarded when it fails or begins to
+serve.  In a serving generation's channel (--health) probes queue among the clients; when clients
+are taken back, the probes are discarded.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class ProbePort:
     ) -> None:
         """Send its connections into a channel, as if they came by the listener of this index.
 
-        queue: counts clients and probes that are sent there; None: the channel has no clients.
+        queue: counts the clients and probes sent to the channel; None: the channel has no clients.
         Raises OSError.
         """
         self._loop, self._channel, self._index, self._queue = loop, channel, index, queue
-        self._sent_before = 0  # connections sent to the queue, up to the last probe
+        self._sent_before = 0  # how many connections were sent up to the last probe
         self._kept: socket.socket | None = None  # a probe that the channel has no room for yet
         self._failed: OSError | None = None
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -54,7 +54,7 @@ class ProbePort:
 
     @property
     def target(self) -> ProbeTarget:
-        """Where a probe of its generation connects."""
+        """The target that a probe of its generation connects to."""
         host, port = self._socket.getsockname()
         return ProbeTarget((host, port), None, self._waits, self.close)
 
@@ -114,10 +114,11 @@ class ProbePort:
             if error.errno == errno.EAGAIN:
                 self._accept_later()
                 return
-            self._failed = error  # _waits() must not conclude that a worker has taken the probe
+            self._failed = error  # otherwise _waits() would report that a worker took the probe
         else:
             if self._queue is not None:
-                self._queue.add_uncounted()  # so that no other port counts it as behind its probe
+                # Otherwise another port would count it as behind that port's probe.
+                self._queue.add_uncounted()
                 self._sent_before = self._queue.sent
         probe.close()
         self._kept = None

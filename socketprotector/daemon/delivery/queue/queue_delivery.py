@@ -1,7 +1,7 @@
 """The delivery where the protector accepts: each generation has a queue, its channel.
 
 All workers of a generation take from one queue.  The protector keeps both ends, so a queue outlives
-its workers.  Connections that they have not taken go to the generation that has the route.
+its workers.  Connections that no worker took go to the generation that has the route.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class QueueDelivery(Delivery):
     def begin_drain(
         self, generation: OpenGeneration, on_quiet: Callable[[], None], *, reads_on: bool
     ) -> None:
-        on_quiet()  # connections that its workers have not taken go to another generation
+        on_quiet()  # connections that no worker took go to another generation
 
     def drain(self, generation: OpenGeneration) -> None:
         channel = self._of(generation)
@@ -132,12 +132,12 @@ class QueueDelivery(Delivery):
         return self._channels[generation.record.number]
 
     def _open_channels(self) -> dict[int, GenerationChannel]:
-        """Return the channels that the forwarder has not emptied and closed."""
+        """Return the channels that the forwarder has not yet emptied and closed."""
         self._channels = {n: each for n, each in self._channels.items() if not each.closed}
         return self._channels
 
     def _watch(self, number: int, channel: GenerationChannel) -> None:
-        """Watch for a worker that shuts the channel down: then other workers may take no more.
+        """Watch for a worker that shuts the channel down: other workers may then take no more.
 
         Raises OSError.
         """
@@ -148,7 +148,7 @@ class QueueDelivery(Delivery):
             self._report_broken(self._route)
 
     def _report_broken(self, number: int) -> None:
-        """Report once that a worker has shut a channel down: epoll would report it all the time."""
+        """Report once that a worker has shut a channel down: epoll would report it for ever."""
         self._loop.unwatch(self._channels[number].read.fileno())
         since = self._host.generations[number].record.serving_since
         self._post(ChannelBroken(number, time.monotonic() - since if since else 0.0))
@@ -196,7 +196,7 @@ class QueueDelivery(Delivery):
         self.forwarder.remove(listener, self._channels[max(served)] if served else None)
 
     def _repair(self, listener: Listener) -> None:
-        """Make a shut-down listener listen again, bind another in its place, or set it to lost.
+        """Make a shut-down listener listen again, or bind another socket, or set it to lost.
 
         Raises OSError if the system is short of descriptors or memory.
         """

@@ -1,9 +1,9 @@
 """Detects that workers do not take connections from the queue of the routed generation.
 
-The kernel may wake only one worker for a connection (EPOLLEXCLUSIVE).  A worker that is killed or
-stopped between its wake-up and its read leaves the others asleep, with a client waiting.  So while
-the queue is not empty, we check its head.  If two checks find the same head, the whole queue is
-sent again, in the same order: that wakes another worker.  While the queue is empty no timer runs,
+The kernel may wake only one worker for a connection (EPOLLEXCLUSIVE).  If that worker is killed or
+suspended before it reads, the other workers sleep on, with a client waiting.  So while the queue is
+not empty, we check its head.  If two checks find the same head, the whole queue is sent again, in
+the same order: that wakes another worker.  While the queue is empty no timer runs,
 and accepting a connection tests one flag.
 """
 
@@ -51,7 +51,7 @@ class QueueWatch:
         self._route, self._head = route, None
         queued = route.depth() if route is not None else 0
         self._extra = queued - self.forwarded()
-        if queued:  # by an earlier program, or when this channel was the route before
+        if queued:  # sent by an earlier program, or when this was the route before
             self.start()
 
     def start(self) -> None:
@@ -66,7 +66,7 @@ class QueueWatch:
         return self.forwarded() + self._extra
 
     def add_uncounted(self) -> None:
-        """Count a sent connection that `forwarded` omits, or counts for an earlier route."""
+        """Count a sent connection that `forwarded` does not count, or not for this route."""
         self._extra += 1
         if not self.runs:
             self.start()
@@ -76,7 +76,7 @@ class QueueWatch:
         self._extra -= 1
 
     def oldest_waiting_s(self, channel: GenerationChannel) -> float | None:
-        """Return for how long no worker took a connection; None: too short to report."""
+        """Return how long no worker has taken a connection; None: too short to report."""
         if channel is not self._route or self._head is None:
             return None
         seconds = time.monotonic() - self._head_since

@@ -18,7 +18,7 @@ from ....system.channel import Channel
 from ....system.helper import BackOff
 from ...runtime import Runtime
 
-#: The first and the longest wait before a retry; each wait is twice the one before.
+#: The first and the longest wait before a retry; each wait is twice as long as the last.
 FIRST_WAIT_S = 0.01
 LAST_WAIT_S = 0.5
 _RETRY = "forwarder-retry"
@@ -45,7 +45,7 @@ class Shortage:
         self.take_reserve()
 
     def begin(self, call: str, error: OSError) -> None:
-        """Wait for descriptors or memory, longer each time in a row; log the first time."""
+        """Wait for descriptors or memory, longer after each failure; log the first failure."""
         now = time.monotonic()
         if now - self._since > 2 * LAST_WAIT_S:
             self._back_off.reset()
@@ -80,7 +80,7 @@ class Shortage:
             self.reserve = -1
 
     def take_back(self, channel: Channel) -> tuple[bytes, int] | None:
-        """Take a connection out of a channel; return None if there is none, or no free descriptor.
+        """Take a connection out of a channel; return None without a connection or descriptor.
 
         The reserve makes room: without a free number the kernel would drop the connection silently.
         """

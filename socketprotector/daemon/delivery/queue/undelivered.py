@@ -1,14 +1,14 @@
 """Accepted connections that are in no channel: only we have them.
 
-There are few, because we accept only what we can deliver.  One kind is a connection whose send
-failed.  The other is connections by a listener that the route does not know: they wait for a
-generation that knows it.
+There are few, because we accept only what we can deliver: connections whose send failed, and
+connections by a listener that the route does not know.  The latter wait for a generation that knows
+the listener.
 
 All of them survive this program: their headers are in the state, and the next program gets their
 descriptors by name.  Two rules hold here:
 
 * A connection is removed from the state before it is sent.  If we are killed in between, it is
-  lost.  In the other order, the next program would send a connection that a worker already serves.
+  lost.  With the other order, the next program would send a connection that a worker already has.
 * A descriptor's name is a number that no other connection ever had.  If numbers were reused, the
   guard or systemd's store might still have an older descriptor under the same name.
 """

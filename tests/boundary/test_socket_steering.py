@@ -673,7 +673,7 @@ def test_until_the_kernel_steers_to_the_new_one_the_old_one_serves(
         assert reloaded.quiesced == []
         assert reloaded.log.events == ["not-steered"]
         [warning] = reloaded.steering.warnings
-        assert warning.endswith(": new clients do not come to the newest generation: no memory")
+        assert warning.endswith(": new clients do not reach the newest generation: no memory")
         reloaded.connect()
         assert reloaded.waiting() == [0]
         reloaded.accept(0)
@@ -1826,10 +1826,11 @@ def test_what_is_not_ours_alone_cannot_be_held(world: World, tmp_path: Path) -> 
         settings = ListenerSettings(f"unix:{tmp_path / 's'}")
         world.listeners.append(listener_of(os.dup(unix.fileno()), 1, settings, shared=True))
     assert world.steering.hold.cannot_begin() == (
-        f"unix:{tmp_path / 's'} has one socket for all, from which workers accept directly"
+        f"unix:{tmp_path / 's'} has one socket for all generations, "
+        "from which workers accept directly"
     )
     world.listener.settings = replace(world.listener.settings, foreign=True)
-    cannot = f"{world.listener.settings.address} was passed in, and its owner goes on listening"
+    cannot = f"{world.listener.settings.address} was passed in, and its owner keeps listening"
     assert (world.steering.hold.cannot_begin() or "").startswith(cannot)
     world.listeners[0].lost = world.listeners[1].lost = True
     assert world.steering.hold.cannot_begin() is None

@@ -494,7 +494,7 @@ def test_a_hold_of_a_unix_socket_is_refused_in_words(operated: Operating, tmp_pa
 
     assert code == "refused"
     assert said == (
-        f"hold is unavailable: unix:{path} has one socket for all, "
+        f"hold is unavailable: unix:{path} has one socket for all generations, "
         "from which workers accept directly"
     )
 
@@ -605,8 +605,8 @@ def test_what_cannot_be_held_is_not_added_during_a_hold(protector: Starter, tmp_
         line.ask("release")
 
     assert (
-        f"on hold, and unix:{added} has one socket for all, from which workers accept directly; "
-        "release it first"
+        f"on hold, and unix:{added} has one socket for all generations, "
+        "from which workers accept directly; release it first"
     ) in said
     assert not added.exists()
     daemon.reload()

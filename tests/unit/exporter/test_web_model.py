@@ -237,7 +237,7 @@ def test_what_it_waits_for_is_shown_with_the_time_that_is_left(seen: Seen) -> No
         ("healthy", "", []),
         ("unhealthy", "answered 503\n", ["unhealthy: answered 503\\n"]),
         ("unknown", "", []),
-        ("unknown", "not probed: no process", ["health unknown: not asked: no process"]),
+        ("unknown", "not probed: no process", ["health unknown: not probed: no process"]),
         (3, "", []),
     ],
 )

@@ -31,8 +31,7 @@ class AcceptCounts:
     """The open connections of all generations, queried at once."""
 
     listeners: SharedListeners
-    #: The connections of each tag, by listener index; without listeners that the kernel does not
-    #: report.
+    #: The connections of each tag, by the index of each listener that the kernel reports.
     _found: dict[int, Counter[int]] = field(default_factory=dict)
     _again_at: float = 0.0
 
@@ -42,8 +41,8 @@ class AcceptCounts:
         """Tag a socket, 0 or 1, for a generation that will start; return its tags.
 
         Each tag comes with its listener's index.  taken: the tags of other generations.  The
-        result is empty if queued connections may carry another generation's tag: then the two
-        cannot be counted apart any more.
+        result is empty if queued connections may carry another generation's tag: then the
+        connections of the two generations cannot be counted separately.
         """
         try:
             return tuple(self._tag(each, socket_number, taken) for each in self.listeners.living)
@@ -71,7 +70,7 @@ class AcceptCounts:
             # Keep the tag, so that the next program after a kill comes to the same result.
             raise OSError(errno.EBUSY, _OTHERS_WAIT)
         tag = NO_TAG
-        with suppress(OSError):  # for example no descriptor is left, or the kernel says nothing
+        with suppress(OSError):  # for example no descriptor is left, or the kernel gives no answer
             tag = self._unused(listener, socket_number, used)
         earlier = accept_tags.tag(listening, tag, used)
         if earlier and listener.has_waiting(socket_number):
@@ -88,8 +87,8 @@ class AcceptCounts:
         used: the tags of known generations.  Raises OSError.
         """
         listening, other = (listener.socket_for(n) for n in (socket_number, 1 - socket_number))
-        # Marks of released generations may be among them: a process may have left its process
-        # group, or have passed a connection on.
+        # Open connections may carry tags of released generations: a process may have left its
+        # process group, or have passed a connection on.
         ours = self.listeners.host.own_connection
         found = self._found[listener.index] = accept_tags.connections(listening, ours)
         tag = accept_tags.tag_of(listening)
@@ -114,7 +113,7 @@ class AcceptCounts:
         """Count the open connections of all listeners."""
         began = time.monotonic()
         self._found.clear()
-        ours = self.listeners.host.own_connection  # it does not count
+        ours = self.listeners.host.own_connection  # our probe does not count
         for each in self.listeners.pairs:
             try:
                 if each.path:

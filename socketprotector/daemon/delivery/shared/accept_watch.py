@@ -1,11 +1,11 @@
 """Detects that workers do not accept, under --handoff listener.
 
-No connection passes through us in that mode, and none may wake us needlessly.  So only the first
-client of a generation wakes us.  After a while we read the backlog from the kernel (sock_diag), and
-later read it again.  accept() takes the oldest client.  So if all clients of the first answer are
-still in the second, none was accepted in between.  If the backlog is empty, we wait for the next
-client.  So while no client connects we sleep, and in normal operation we wake up at most twice in
-LOOK_S.
+In that mode no connection passes through us, and no connection may wake us needlessly.  So only a
+generation's first client wakes us.  After a while we read the backlog from the kernel (sock_diag),
+and later read it again.  accept() takes the oldest client.  So if the second answer still has all
+clients of the first, no client was accepted in between.  If the backlog is empty, we wait for the
+next client.  So while no client connects we sleep, and in normal operation we wake up at most twice
+in LOOK_S.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LOOK = "untaken"
 
 
 class Backlogs(ABC):
-    """The backlogs of the sockets that new clients come to."""
+    """The backlogs of the sockets that get new clients."""
 
     @abstractmethod
     def waiting_clients(self) -> Mapping[int, Line]:
@@ -36,33 +36,34 @@ class Backlogs(ABC):
 
     @abstractmethod
     def watch(self) -> None:
-        """Follow a change of `awaits`: while it is True, the next client must lead to came()."""
+        """Follow a change of `awaits`: while it is True, call came() for the next client."""
 
     @abstractmethod
     def report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
         """Report, once for each generation, that its workers do not accept.
 
-        waiting: how many clients wait.  ever: one was accepted before.  at: the listeners' indices.
+        waiting: how many clients wait.  ever: a client was accepted before.  at: the listeners'
+        indices.
         """
 
 
 @mutable
 class AcceptWatch:
-    """Watches the generation that new clients come to."""
+    """Watches the generation that gets new clients."""
 
     loop: Loop
     backlogs: Backlogs
     awaits: bool = False
     _reported: bool = False
-    _accepted: set[int] = field(default_factory=set)  # listeners of which a client was accepted
+    _accepted: set[int] = field(default_factory=set)  # the listeners at which a client was accepted
     #: The generation has served before, so it may have accepted clients of any listener.
     _served_before: bool = False
-    #: By listener: the backlog, and since when none of it was accepted.  An empty backlog: a client
-    #: came, and the kernel was not queried yet.
+    #: By listener: the backlog, and since when no client of it was accepted.  An empty backlog: a
+    #: client came, and the kernel was not queried yet.
     _waiting: dict[int, tuple[Line, float]] = field(default_factory=dict)
 
     def begin(self, *, served_before: bool) -> None:
-        """Watch the generation that clients come to from now on, maybe not for the first time."""
+        """Watch the generation that gets clients from now on, maybe not for the first time."""
         self._reported, self._served_before = False, served_before
         self._accepted.clear()
         self._await()
@@ -82,7 +83,7 @@ class AcceptWatch:
 
     @property
     def seconds(self) -> float | None:
-        """For how long no waiting client was accepted; None: not long enough to report."""
+        """How long no waiting client has been accepted; None: not long enough to report."""
         return max(self._passed_over().values(), default=None)
 
     def _await(self) -> None:
@@ -102,7 +103,7 @@ class AcceptWatch:
         for index, (before, since) in list(self._waiting.items()):
             line = found.get(index)
             if line is None or not line or not stands(before, line):
-                self._accepted.add(index)  # also if it is unknown: then look as seldom
+                self._accepted.add(index)  # even if the backlog is unknown: then look as seldom
                 del self._waiting[index]
             else:
                 self._waiting[index] = line, since if before else began

@@ -1,6 +1,6 @@
 """Records O_NONBLOCK of listening sockets that were passed in; the next program restores the flag.
 
-Workers may change the flag.  It belongs to the open file description, so we share it with the
+Workers may change the flag.  The flag belongs to the open file description, so we share it with the
 process that passed the socket in.  At each start of the service systemd sets the flag to
 NonBlocking= of the unit, even if running workers have changed it.  systemd leaves the flags of
 sockets in its fd store unchanged.
@@ -15,7 +15,7 @@ from collections.abc import Collection
 from ....system.listener import Listener
 from .shared_listeners import SharedListeners
 
-#: A server sets its sockets up soon after its start.  So the flags are checked after _FIRST_S, then
+#: A server sets up its sockets soon after its start.  So we check the flags after _FIRST_S, then
 #: after pauses that double, up to _LAST_S.
 _FIRST_S = 1.0
 _LAST_S = 64.0
@@ -40,7 +40,7 @@ class ListenerFlags:
         return self._nonblocking
 
     def watch(self, after_s: float = _FIRST_S) -> None:
-        """Check for a while whether workers change the flags, which the kernel does not report."""
+        """Check for a while whether workers change the flags: the kernel reports no change."""
         if self._passed_in:
             if self._nonblocking != self.record():
                 self._runtime.persist()

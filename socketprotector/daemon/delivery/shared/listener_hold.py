@@ -47,7 +47,7 @@ class ListenerHold:
 
     @property
     def late_s(self) -> float:
-        """For how long clients that the hold kept out may still come."""
+        """How long clients that the hold kept out may still come."""
         return max(0.0, self.record.tried_until - time.monotonic())
 
     def cannot_begin(self) -> str | None:
@@ -62,18 +62,20 @@ class ListenerHold:
                 why = f"{each.settings.address}: {error.strerror}"
                 if error.errno in RESOURCE_ERRNOS:
                     return why
-                # A TCP socket has to be bound at the start, maybe as another user.
+                # A TCP socket must be bound at the start: we may have dropped privileges since.
                 when = "once files can be made in its directory" if each.path else "after a restart"
                 return f"{why}; possible {when}"
         return refused
 
     def refusal(self, listeners: Iterable[Listener]) -> str | None:
-        """Return why a listener cannot be held; None: all can."""
+        """Return why a listener cannot be held; None: all listeners can."""
         for each in listeners:
             if not each.shared or each.lost or each.can_be_held:
                 continue
             address = each.settings.address
             if each.settings.foreign:
-                return f"{address} was passed in, and its owner goes on listening there"
-            return f"{address} has one socket for all, from which workers accept directly"
+                return f"{address} was passed in, and its owner keeps listening there"
+            return (
+                f"{address} has one socket for all generations, from which workers accept directly"
+            )
         return None

@@ -23,9 +23,10 @@ from ..probe_target import ProbeTarget, family_of
 from .shared_listeners import SharedListeners, Steering
 from .turns import Turns
 
-#: Workers may accept for so long after the order to finish: gunicorn's threads check once a second.
+#: How long workers may still accept after the order to finish: gunicorn's threads check once a
+#: second.
 LEAVES_S = 2.0
-#: The source of IPv6 probes, and of this machine's clients, too.
+#: The source address of IPv6 probes, but also of this machine's clients.
 _SOURCE_OF_IPV6 = "::1"
 #: A new socket cannot be made now, but can be later.
 RETRY_ERRNOS = RESOURCE_ERRNOS | {errno.EBUSY}
@@ -47,7 +48,7 @@ def _waits(listening: socket.socket, address: tuple[str, int], client: socket.so
 
 
 def _end_of(client: socket.socket, listening: socket.socket) -> bytes | int:
-    """Return the key by which unaccepted() lists our connection."""
+    """Return the key under which unaccepted() lists our connection."""
     if listening.family == socket.AF_UNIX:
         return os.fstat(client.fileno()).st_ino
     return end_of(client, listening.family)
@@ -58,7 +59,7 @@ def _has_waiting(listening: socket.socket) -> bool:
 
 
 class Probes:
-    """The probes of all generations, and the sockets at which some still wait."""
+    """The probes of all generations, and the sockets at which probes still wait."""
 
     def __init__(self, listeners: SharedListeners, turns: Turns, steering: Steering) -> None:
         self._listeners, self._turns, self._steering = listeners, turns, steering
@@ -91,7 +92,7 @@ class Probes:
                 address = each.address_of(self._turns.current)
                 mark = None if unix else self._mark_for(each, address)
                 target = ProbeTarget(address, mark, partial(_waits, asked, address), lambda: None)
-                if each.has_sibling:  # otherwise the next generation accepts it
+                if each.has_sibling:  # otherwise the next generation accepts the probe
                     target.abandon = partial(self._note_abandoned, asked)
                 return target
         return None
@@ -108,8 +109,8 @@ class Probes:
     ) -> None:
         """Record where probes come from, so that the next program does not take them for clients.
 
-        IPv6 probes share ::1 with this machine's clients, and UNIX probes have no address.  So both
-        are recorded only for a socket that no client comes to.
+        IPv6 probes share ::1 with this machine's clients, and UNIX probes have no address.  So
+        these are recorded only for a socket that gets no clients.
         """
         if mark is not None and mark.family == socket.AF_INET:
             self.asked_from.add((*place, mark.source))
@@ -117,7 +118,7 @@ class Probes:
             self.asked.add(place)
         else:
             return
-        self._persist()  # before the first probe: if we are killed, the next program finds it
+        self._persist()  # before the first probe: if we are killed, the next program must know
 
     def _note_abandoned(self, listening: socket.socket, client: socket.socket) -> None:
         self._abandoned.append((listening, _end_of(client, listening)))
@@ -131,8 +132,8 @@ class Probes:
         generation knows a listener, by index.
 
         This works for the serving generation, too, and during a hold.  The probe never leaves this
-        machine, even if the address is another machine's.  Raises OSError; EAGAIN also while
-        workers of an earlier generation could answer.
+        machine, even if the address is another machine's.  Raises OSError; EAGAIN, for example,
+        while workers of an earlier generation could answer.
         """
         socket_number = self._turns.accepting.get(generation)
         if socket_number is None:
@@ -144,12 +145,12 @@ class Probes:
             if found.is_fresh[socket_number]:
                 break
             if left_number == socket_number and time.monotonic() < ordered_at + LEAVES_S:
-                why = "workers that were told to finish may still accept from its socket"
+                why = "workers that were ordered to finish may still accept from its socket"
                 raise OSError(errno.EAGAIN, why)
         address, asked = found.address_of(socket_number), found.socket_for(socket_number)
         place = found.index, socket_number
         waits = partial(_waits, asked, address)
-        # While this socket is in no group, the kernel gives a marked probe to the other socket.
+        # If this socket leaves the group, the kernel gives a marked probe to the other socket.
         times, closing = found.joined[socket_number], socket_snapshot.closing
         closed, serving = closing(asked), found.socket_for(self._turns.number_for(found))
 
@@ -176,7 +177,7 @@ class Probes:
             pass  # IPv6 has few marks
         self.questions[mark] = socket_number
         with on_error(self.questions.pop, mark):
-            if not self._steering.steer():  # the old generation would answer
+            if not self._steering.steer():  # otherwise the old generation would answer
                 raise OSError(errno.EAGAIN, "new clients cannot be steered now")
             no_clients = self._is_for_probes(found, socket_number)
         self._will_come_from(place, mark, no_clients=no_clients)
@@ -188,7 +189,7 @@ class Probes:
         return ProbeTarget(address, mark, waits, close, holds=holds, is_closed=is_closed)
 
     def _is_for_probes(self, listener: Listener, number: int) -> bool:
-        """Return whether only probes come to a socket, now that new clients are steered."""
+        """Return whether a socket gets only probes, now that new clients are steered."""
         is_current = number == self._turns.number_for(listener)
         return not is_current and not _has_waiting(listener.socket_for(number))
 
@@ -221,23 +222,23 @@ class Probes:
             sources.add(_SOURCE_OF_IPV6)
         if not (abandoned or sources):
             return None
-        waiting, _ = reuseport.queue(listening)  # first: later connections do not count
+        waiting, _ = reuseport.queue(listening)  # queried first: later connections do not count
         if listening.family == socket.AF_UNIX and place in self.asked:
             return waiting
         ends = unaccepted(listening)
-        gone = {0} if abandoned else set()  # a probe that its process has closed
+        gone = {0} if abandoned else set()  # 0: a probe whose connection is closed
         ours = [end for end in ends if end in abandoned | gone or bpf.comes_from(end, sources)]
         return waiting if waiting <= len(ours) else None
 
     def clients_wait(self, listener: Listener, number: int) -> bool:
-        """Return whether a client may wait at a listener's socket, and not only probes."""
+        """Return whether a client, not only probes, may wait at a listener's socket."""
         try:
             return self._probes_at(listener, number) is None
         except OSError:
             return True
 
     def discard(self) -> set[tuple[int, int]]:
-        """Flush the probes at sockets that no worker accepts from: no generation starts for them.
+        """Flush probes where no worker accepts, so that no generation starts for them.
 
         If a client waits there, too, nothing is flushed: a generation starts, and accepts both.
         Returns the sockets, by listener and number, whose queues cannot be read now.
@@ -265,7 +266,7 @@ class Probes:
         return unknown
 
     def clients_come(self, places: set[tuple[int, int]]) -> None:
-        """Note that clients come to these sockets, by listener and number, from now on."""
+        """Note that these sockets, by listener and number, get clients from now on."""
         if not places.isdisjoint(self.asked):
             self.asked -= places
-            self._persist()  # before the first client: if we are killed, the next program keeps it
+            self._persist()  # before the first client: the next program must not discard it

@@ -1,9 +1,9 @@
 """Finds out when a replaced generation has accepted, and read from, all its clients.
 
-Such a generation gets no new clients.  But some clients may not be accepted yet, or not read from:
-a server that is ordered to finish closes their connections.  So we query the kernel for them
-(sock_diag) repeatedly, for at most a tenth of our time.  If the kernel does not answer, we wait for
-a fixed time.
+Such a generation gets no new clients.  But it may not have accepted some clients yet, or not read
+from them: a server that is ordered to finish closes their connections.  So we query the kernel for
+them (sock_diag) repeatedly, for at most a tenth of our time.  If the kernel does not answer, we
+wait for a fixed time.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .shared_listeners import SharedListeners, Steering
 from .turns import Turns
 
 _LOOK_S = 0.1
-#: The same for workers that read from all accepted clients before they exit: then only clients
-#: that are about to connect are waited for.
+#: The same for workers that read from all accepted clients before they exit: then we wait only for
+#: clients that are about to connect.
 _LOOK_SOON_S = 0.01
 _SOON_LOOKS = 2
 #: A generation is quiet if no unread client was found for this time.
@@ -44,12 +44,12 @@ class _Generation:
     common: Sequence[Listener]  # listeners without a second socket that may have a backlog
     reads_on: bool  # its workers read from all accepted clients before they exit
     began: float
-    # Planned seconds, not elapsed ones: while the machine was suspended no worker could read.
+    # Planned, not elapsed, seconds: while the machine is suspended no worker can read.
     delay_s: float = 0.0  # before this look
     waited_s: float = 0.0
     quiet_s: float = 0.0
     quiet_looks: int = 0
-    # Clients that connected before, and whether each is silent; None: not queried yet.
+    # Clients that connected earlier, and whether each is silent; None: not queried yet.
     unread: dict[tuple[int, bytes], bool] | None = None
 
 
@@ -60,8 +60,8 @@ def _unread_unix(
 
     The kernel does not report accepted clients that have sent nothing, so we do not wait for them.
 
-    replaced: listeners whose socket was bound in the place of the generation's own.  We have lost
-    the name of that earlier socket: it may be any name of the path that no present socket has.
+    replaced: listeners where another socket has replaced the generation's own.  We no longer know
+    the name of the generation's socket: it is some name of the path that no present socket has.
     """
     by_name = {each.socket_for(socket_number).getsockname(): each.index for each in listeners}
     by_path = {each.path: each.index for each in replaced}
@@ -99,8 +99,8 @@ class Quiescing:
     ) -> None:
         """Call back when a generation has accepted, and read from, all its clients.
 
-        socket_number: where it accepts.  common: listeners with one socket for all generations,
-        which count, too.  reads_on: call back as soon as it has accepted them.
+        socket_number: its socket.  common: listeners with one socket for all generations, which
+        count, too.  reads_on: call back as soon as the generation has accepted its clients.
         """
         self._generations[generation] = _Generation(
             socket_number, on_quiet, common, reads_on, began=time.monotonic()
@@ -114,7 +114,7 @@ class Quiescing:
 
     @property
     def generations(self) -> tuple[int, ...]:
-        """The generations that are waited for."""
+        """The generations that we wait for."""
         return tuple(self._generations)
 
     def begin_again(self, generation: int) -> None:
@@ -125,11 +125,11 @@ class Quiescing:
 
     def _look(self, generation: int) -> None:
         state, now = self._generations[generation], time.monotonic()
-        # First, so that clients that come later do not count below.
+        # Query this first, so that later clients do not count below.
         still_come = not self._steering.gets_no_client(generation)
         state.common = [each for each in state.common if each.has_waiting()]
         own = self._turns.own(self._listeners.pairs, state.socket_number, generation)
-        # Replaced sockets too: the generation accepted from the earlier socket.
+        # Include replaced sockets: the generation accepted from the earlier socket.
         pairs = self._turns.own(self._listeners.pairs, state.socket_number)
         waiting = any(self._probes.clients_wait(each, state.socket_number) for each in own) or bool(
             state.common
@@ -138,8 +138,8 @@ class Quiescing:
             self.begin_again(generation)
         unread = state.unread
         if unread is None:
-            # sock_diag reports by port, so it includes clients in the backlog of the other socket.
-            # Those belong to the other generation, so leave the backlogs out if ours is empty.
+            # sock_diag reports by port, so it includes the other socket's backlog.  Those clients
+            # belong to the other generation, so leave out all backlogs if ours is empty.
             unread = self._query(generation, pairs, accepted=not waiting)
         elif unread and (still := self._query(generation, pairs, accepted=not waiting)) is not None:
             unread = {client: still[client] for client in unread if client in still}
@@ -158,7 +158,7 @@ class Quiescing:
         late = now - state.began >= LAST_S
         if late or (quiet and not awaited):
             if waiting:
-                hint = "its workers do not accept; the next generation gets what waits"
+                hint = "its workers do not accept; the next generation gets the waiting clients"
                 self._log.write("warning", "not-accepted", generation=generation, hint=hint)
             del self._generations[generation]
             state.on_quiet()
@@ -174,8 +174,9 @@ class Quiescing:
     ) -> dict[tuple[int, bytes], bool] | None:
         """Return the unread clients at these addresses, and whether each is silent.
 
-        If the generation reads on, return the clients that are about to connect instead.  Addresses
-        that the kernel does not report are left out.  None: the kernel cannot be queried now.
+        For a generation with `reads_on`, return instead the clients that are about to connect.
+        Addresses that the kernel does not report are left out.  None: the kernel cannot be queried
+        now.
         accepted: leave out clients in a backlog.
         """
         state, found = self._generations[generation], dict[tuple[int, bytes], bool]()
@@ -202,7 +203,7 @@ class Quiescing:
             except OSError as error:
                 if error.errno in RESOURCE_ERRNOS:
                     return None
-                continue  # without sock_diag, QUIET_S is far longer than most workers need
+                continue  # without sock_diag we wait QUIET_S, far longer than most workers need
             for each in mine:
                 clients = known[each.port].items()
                 found.update(((each.index, client), silent) for client, silent in clients)

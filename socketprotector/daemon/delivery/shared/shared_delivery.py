@@ -71,7 +71,7 @@ class SharedDelivery(Delivery):
             if not each.has_sibling:
                 address = each.settings.address
                 return f"{address} has one socket for all generations, which accept directly"
-        # Clients may come to the very socket that the tried generation would accept from.
+        # The tried generation's socket might get clients.
         return None if self.steering.is_steered else "new clients cannot be steered now"
 
     def open(self, generation: OpenGeneration, queue: int, *, fresh: bool) -> None:
@@ -82,7 +82,7 @@ class SharedDelivery(Delivery):
         taken = {tag for each in others for tag in each.record.accept_tags}
         tags = self._counts.enter(number, taken)
         generation.update_record(accept_tags=tags)
-        if not tags:  # it may serve clients that carry another generation's tag
+        if not tags:  # its clients may carry another generation's tag
             for each in others:
                 each.update_record(accept_tags=())
         self._flags.watch()
@@ -94,7 +94,7 @@ class SharedDelivery(Delivery):
         wanted = sorted(generation.record.knows or ())
         there = {each.index: each.socket_for(socket_number).fileno() for each in self._listeners}
         if not there.keys() >= set(wanted):
-            why = "a listener was lost when the protector was killed; restart to have it"
+            why = "a listener was lost when the protector was killed; restart to restore it"
             raise OSError(errno.ENOTCONN, why)
         self.steering.grow(number, generation.knows)
         environment = worker_variables(number, slot=slot, master_pid=os.getpid())
@@ -170,7 +170,7 @@ class SharedDelivery(Delivery):
         self.steering.expect(listener, dry_run=dry_run)
 
     def remove(self, listener: Listener) -> None:
-        """Refuse new clients of a listener; its workers accept the backlog."""
+        """Refuse new clients of a listener; the workers that have it accept the backlog."""
         self._listeners.remove(listener)
         listener.refuse_new()
         self._close(listener)
@@ -195,11 +195,11 @@ class SharedDelivery(Delivery):
         self._stay = stay
         if quick:
             self.steering.give_back()
-            if not stay:  # otherwise the next start gets them, and a worker must not shut them
+            if not stay:  # otherwise keep repairing the sockets: the next start gets them
                 self.steering.end()
             self._close_listeners()
             return
-        # Later clients belong to the next start, or to the sockets' owner.
+        # Later clients belong to the next start, or to the process that owns the sockets.
         on_quiet = self._finish_closing if stay else self._refuse_new
         if serving is not None and (stay or self.steering.share):
             self.steering.quiesce_last(serving.record.number, on_quiet)
@@ -220,7 +220,7 @@ class SharedDelivery(Delivery):
     def _close_when_empty(self, latest: float, *, again: bool = False) -> None:
         # A listener that was passed in may never be empty: its owner keeps listening.
         awaited = [e for e in self._listeners if not (e.settings.foreign or e.lost)]
-        # Clients elsewhere, such as those of a release that was called off, get no worker any more.
+        # No worker will accept clients at other sockets, such as a cancelled release's.
         empty = again and not any(map(self.steering.accepts_waiting, awaited))
         if empty or not awaited or time.monotonic() > latest:
             self._finish_closing()
@@ -274,12 +274,12 @@ class SharedDelivery(Delivery):
         self._flags.adopt(record.nonblocking)  # first, because a worker may be about to accept
         self.steering.adopt_record(record.steering, held=held)
         if closing:
-            self.steering.end()  # a shut-down socket may be our doing: do not repair it
+            self.steering.end()  # we may have shut sockets down ourselves: do not repair them
 
     def adopt_generation(
         self, generation: OpenGeneration, descriptors: Mapping[str, int], *, draining: bool
     ) -> bool:
-        for fd in descriptors.values():  # earlier programs made a channel that no worker had
+        for fd in descriptors.values():  # earlier versions made a channel that no worker used
             os.close(fd)
         if not (generation.ended or generation.record.released):
             self.steering.adopt(generation.record.number, generation.record.socket_number)

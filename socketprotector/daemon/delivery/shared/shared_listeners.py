@@ -29,7 +29,7 @@ class SharedListeners:
 
     def note_bound(self, listener: Listener) -> None:
         """Note that a listener has another socket, or one socket less."""
-        if not listener.has_sibling:  # a tag there no longer tells whose worker has accepted
+        if not listener.has_sibling:  # tags no longer tell the generations apart there
             for each in self.host.generations.values():
                 each.update_record(accept_tags=())
         self.host.listener_bound(listener)

@@ -1,17 +1,17 @@
 """Undoes what a generation has done to the listening sockets that another generation uses.
 
 Workers share their listening sockets.  A release that fails may have called listen(5), or set
-TCP_DEFER_ACCEPT, and such options remain after its exit.  So they (system/socket_snapshot.py) are
-restored in two cases:
+TCP_DEFER_ACCEPT, and such options remain after its exit.  So we restore the options
+(system/socket_snapshot.py) in two cases:
 
 * A generation begins on a socket that no other generation uses: restore the new socket's options.
-* A release fails, that is, a generation ends before an older one on the same socket: restore the
-  options at the release's start.  So earlier changes of the serving generation remain.
+* A release fails, that is, a generation ends before an older generation on the same socket: restore
+  the options at the release's start.  So earlier changes of the serving generation remain.
 
 If an option cannot be restored and would keep clients out, the socket is replaced.
 
-If the serving generation has lowered a backlog, it is raised again when another generation begins
-on the same socket, or when no generation accepts.  A longer backlog is harmless.
+If the serving generation has lowered a backlog, we raise it again when another generation begins on
+the same socket, or when no generation accepts.  A longer backlog is harmless.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ....system.listener import Listener
 from ....system.socket_snapshot import Snapshot
 from .shared_listeners import SharedListeners, Steering
 
-#: The key of a new socket's options, in the place of a generation's number.
+#: The key of a new socket's options, where others have a generation's number.
 _MADE = 0
 
 
@@ -56,7 +56,7 @@ class SocketOptionRestore:
         if made is not None and is_alone():
             self._restore(listener, socket_number, made)
         listening = listener.socket_for(socket_number)
-        if not is_alone():  # maybe only since _restore(), which could not bind another socket
+        if not is_alone():  # also if _restore() could not bind another socket
             self._before[generation, listener.index] = socket_snapshot.take(listening)
             if made is not None:
                 socket_snapshot.raise_backlog(listening, made)
@@ -66,7 +66,7 @@ class SocketOptionRestore:
     def end(
         self, generation: int, socket_number: int, others: Collection[int], *, gone: bool
     ) -> None:
-        """Restore the options that a generation has changed, if all others are older: it failed.
+        """Restore the options that a failed generation has changed; it failed if it is the newest.
 
         gone: all its workers have exited, so none can change an option later.
         """
@@ -87,7 +87,7 @@ class SocketOptionRestore:
             del self._before[key]
 
     def _raise_backlogs(self) -> None:
-        """Raise each backlog, because clients may have to wait long for the next generation."""
+        """Raise each backlog, because clients may wait long for the next generation."""
         for listener in self._listeners.living:
             made = self._before.get((_MADE, listener.index))
             if made is None:
@@ -101,7 +101,7 @@ class SocketOptionRestore:
         """Restore a socket's options; otherwise replace the socket, or log which options stay."""
         listening, count = listener.socket_for(socket_number), len(listener.sockets)
         stays = socket_snapshot.restore(listening, before)
-        # A socket that all generations share is replaced only if it keeps clients out: then the
+        # Replace a socket that all generations share only if it keeps clients out, because then the
         # serving generation must be replaced, too.
         if stays and (
             listener.has_sibling
@@ -112,9 +112,9 @@ class SocketOptionRestore:
         ):
             self._steering.replace(listener, socket_number)
             if listener.lost or len(listener.sockets) != count:
-                return  # the socket that is left is the serving generation's
+                return  # the remaining socket is the serving generation's
             stays = socket_snapshot.restore(listener.socket_for(socket_number), before)
         if stays and say:
             address, options = listener.settings.address, " ".join(stays)
-            hint = "restart SocketProtector to have another socket"
+            hint = "restart SocketProtector to get another socket"
             self._log.write("warning", "not-restored", listen=address, options=options, hint=hint)

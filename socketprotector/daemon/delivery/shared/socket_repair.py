@@ -1,8 +1,8 @@
-"""Repairs sockets that workers have broken: makes them listen again, or binds other ones instead.
+"""Repairs sockets that workers have broken: makes them listen again, or binds new sockets instead.
 
 A listening socket is an open file description that all workers share, so any worker can shut it
-down for all.  Running workers do not get a socket that is bound in its place, so another generation
-has to start.
+down for all.  Running workers cannot get a socket that replaces it, so another generation has to
+start.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class SocketRepair:
             return
         self._loop.unwatch(listener.socket_for(socket_number).fileno())
         if listener.listen_again(socket_number):
-            # Before it is logged: until then new clients wait at the other socket, in vain.
+            # Steer before the log line: until then new clients wait in vain at the other socket.
             self._steering.steer()
             self._log.write("warning", "listens-again", listen=listener.settings.address)
         else:
@@ -55,24 +55,24 @@ class SocketRepair:
         self._watch.watch_later()
 
     def repair_all(self) -> None:
-        """Repair the sockets that get no client.
+        """Repair the sockets that no client can reach.
 
-        Epoll reports a socket that was shut down, but neither a socket that a worker has connected
-        nor one on a device that is gone.
+        Epoll reports a socket that was shut down.  It reports neither a socket that a worker has
+        connected nor a socket on a missing device.
         """
         for each in self._listeners.living:
             for number in range(len(each.sockets)):
                 if each not in self._listeners.living:
-                    break  # a reload had added it, and was called off for clients of another
+                    break  # the repair of another listener has cancelled the reload that added it
                 if not each.is_alive(number):
                     self.repair(each, number)
                 elif self._is_out_of_reach(each, number):
                     self.replace(each, number)
 
     def _is_out_of_reach(self, listener: Listener, number: int) -> bool:
-        """Return whether a listening socket gets no client: its device or its file is gone.
+        """Return whether no client can reach a listening socket: its device or file is gone.
 
-        A release that starts on such a device cannot be probed, so a timer alone would make it
+        A release that starts on such a socket cannot be probed, so only a timer would make it
         ready.
         """
         turns = self._turns
@@ -82,14 +82,14 @@ class SocketRepair:
         return starts_there and socket_copy.device_is_gone(listener.socket_for(number))
 
     def make_ready(self, listener: Listener, socket_number: int) -> None:
-        """Give a generation that starts a socket of its own.  Raises OSError."""
+        """Give a starting generation its own socket.  Raises OSError."""
         if not listener.is_alive(socket_number) or not listener.is_sound(socket_number):
             self.repair(listener, socket_number)
         self._watch.unwatch(listener)
         if listener.is_reserved_for_clients and not self._hold.on:
             listener.adopt_reserved(socket_number)
             self._listeners.note_bound(listener)
-        # Clients of a single socket that no generation has wait for the next generation.
+        # If no generation has a single socket, its clients wait for the next generation.
         awaited = any(index == listener.index for _, index in self._turns.unserved)
         if (listener.has_sibling or not awaited) and listener.renew(socket_number):
             self._listeners.note_bound(listener)
@@ -124,7 +124,7 @@ class SocketRepair:
             if common and not listener.is_reserved_for_clients:
                 self._listeners.lose(listener, error.strerror or str(error))
                 return
-            if common:  # the third socket takes its place, because clients may wait there
+            if common:  # the third socket, where clients may wait, takes its place
                 listener.adopt_reserved(0)
                 listener.drop_socket(1)
             else:
@@ -140,7 +140,7 @@ class SocketRepair:
         self._steering.adopt_held()
         starting = self._turns.starting
         if starting in lost:
-            # First: no generation starts for the clients until the starting one has failed.
+            # Post this first: the starting generation must fail before another generation starts.
             self._post(SocketLost(starting))
             lost.remove(starting)
         if lost:

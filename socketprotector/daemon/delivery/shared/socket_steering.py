@@ -1,10 +1,10 @@
 """Which socket the workers of a generation accept from, under --handoff listener.
 
 Each address has two sockets, 0 and 1, in one SO_REUSEPORT group (system/reuseport.py).  The old and
-the new generation each have their own.  A program in the kernel steers new clients to the new
-generation as soon as it is ready.  Then the old one gets no new clients, and quiesces
-(quiescing.py) before it is ordered to finish.  Ordered earlier, a server would close connections
-that it has just accepted.
+the new generation have one socket each.  A program in the kernel steers new clients to the new
+generation as soon as it is ready.  Then the old generation gets no new clients, and quiesces
+(quiescing.py) before it is ordered to finish.  If it were ordered earlier, a server would close
+connections that it has just accepted.
 
 A listener without a second socket is common to both generations.
 """
@@ -60,11 +60,11 @@ class SocketSteering(Steering):
 
     @property
     def accept_watch(self) -> AcceptWatch:
-        """The watch for the first accepted client of a generation that has accepted none yet."""
+        """The watch for the first client that a generation accepts."""
         return self._watch.accepts
 
     def adopt(self, generation: int, socket_number: int) -> None:
-        """Note where a generation's workers accept, from before this program."""
+        """Note where the workers of an earlier program's generation accept."""
         self.turns.accepting[generation] = socket_number
         # The earlier program may have been killed during a repair.
         for each in self._listeners.living:
@@ -76,8 +76,8 @@ class SocketSteering(Steering):
     def enter(self, generation: int, socket_number: int, *, fresh: bool = False) -> None:
         """Prepare a socket for a generation whose workers will start soon.
 
-        fresh: it is a new release, so earlier stranded clients do not delay a rescue.
-        Raises OSError if the path of a new release could not lead to its socket, or is gone.
+        fresh: it is a new release, which ends the back-off of earlier rescues.  Raises OSError if
+        the path could not lead to the socket of a new release, or is gone.
         """
         if fresh:
             self._watch.note_new_release()
@@ -91,7 +91,7 @@ class SocketSteering(Steering):
                     raise
             self._repairs.make_sound(each, socket_number, generation)
         self.turns.accepting[generation] = socket_number
-        self.steer()  # a path that has two sockets again can be held again
+        self.steer()  # a path with two sockets again can be held again
         self._watch.watch()
 
     def grow(self, generation: int, knows: Callable[[int], bool]) -> None:
@@ -100,14 +100,14 @@ class SocketSteering(Steering):
         knows: says whether its workers have a listener, by index.
         """
         if self.turns.grow(generation, knows):
-            self._persist()  # before it accepts: the next program waits for its clients, too
+            self._persist()  # before it accepts: the next program must wait for its clients, too
 
     def waiting(
         self, generation: int, knows: Callable[[int], bool], *, clients_only: bool = False
     ) -> int | None:
         """Return how many clients wait for a generation to accept them; None: unknown.
 
-        clients_only: do not count a socket where only probes wait.  knows: see grow().
+        clients_only: ignore a socket where only probes wait.  knows: see grow().
         """
         if generation not in self.turns.accepting:
             return 0
@@ -134,7 +134,7 @@ class SocketSteering(Steering):
         return self.probes.reach(name, knows)
 
     def forget(self, generation: int) -> None:
-        """Forget a generation that has no workers any more."""
+        """Forget a generation without workers."""
         self.leave(generation)
         socket_number, _ = self.turns.leaving.pop(generation, (0, 0.0))
         self._take_back(generation, socket_number, gone=True)
@@ -164,7 +164,7 @@ class SocketSteering(Steering):
         """Begin or end a hold: new clients get no answer, and their kernels retry until it ends."""
         self.hold.turn(on)
         self.steer()
-        if not on:  # the held clients must not wait for a back-off that other clients have caused
+        if not on:  # the held clients must not wait for a back-off that others have caused
             self._watch.end_back_off()
         self.adopt_held()
 
@@ -182,7 +182,7 @@ class SocketSteering(Steering):
             moved |= each.has_sibling and self.turns.move_lost(each)
             if each.is_reserved_for_clients:
                 self._watch.unwatch(each)
-                with suppress(OSError):  # then as the next generation starts
+                with suppress(OSError):  # on failure this is tried at the next generation's start
                     each.adopt_reserved(free)
                     self._listeners.note_bound(each)
         if moved:
@@ -193,10 +193,10 @@ class SocketSteering(Steering):
     def expect(self, listener: Listener, *, dry_run: bool) -> None:
         """Steer the clients of a new listener to the next generation, which will know it.
 
-        dry_run: that generation gets no clients, so steer them to the socket that it does not use.
+        dry_run: the next generation gets no clients: steer them to the socket that it does not use.
         """
         if self.turns.expect(listener, dry_run=dry_run) == 1:
-            listener.swap()  # until now clients came to the first socket
+            listener.swap()  # the first socket has got the clients until now
         self.steer()
 
     def turn_to(
@@ -208,9 +208,10 @@ class SocketSteering(Steering):
     ) -> None:
         """Steer new clients to socket 0 or 1.
 
-        again: the generation there has served before.  knows: says whether it knows a listener, by
-        index; None: no generation has that socket yet.  Clients of an unknown listener stay at
-        their present socket, with a generation that knows it, until the listener is removed.
+        again: the generation there has served before.  knows: returns whether that generation knows
+        a listener, by index; None: no generation has that socket yet.  Clients of an unknown
+        listener stay at their present socket, with a generation that knows the listener, until the
+        listener is removed.
         """
         listeners = self._listeners.all
         self.turns.turn_to(socket_number, {each.index for each in listeners}, knows)
@@ -242,7 +243,7 @@ class SocketSteering(Steering):
     def adopt_record(self, record: SteeringRecord, *, held: bool) -> None:
         """Resume from an earlier program's record of the steering.
 
-        held: a hold must be in force; the earlier program may have failed to begin or end it.
+        held: a hold is to be in force; the earlier program may have failed to begin or end it.
         """
         turns, probes = self.turns, self.probes
         turns.current = record.socket_number
@@ -262,7 +263,7 @@ class SocketSteering(Steering):
     ) -> None:
         """Call back when a replaced generation has accepted, and read from, all its clients.
 
-        reads_on: call back as soon as it has accepted them.
+        reads_on: call back as soon as the generation has accepted its clients.
         """
         if generation not in self.turns.accepting or not self._listeners.pairs:
             on_quiet()
@@ -275,8 +276,8 @@ class SocketSteering(Steering):
     def quiesce_last(self, generation: int, on_quiet: Callable[[], None]) -> None:
         """Call back when the last generation has accepted all clients that came before this call.
 
-        Later clients wait for the next start: from now on if there is a second socket, otherwise
-        from the generation's order to finish.
+        Later clients wait for the next start: with a second socket from now on, otherwise from the
+        generation's order to finish.
         """
         self.give_back()
         socket_number = self.turns.accepting.get(generation, 0)
@@ -299,7 +300,7 @@ class SocketSteering(Steering):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """The reasons why clients do not come to the right socket."""
+        """The reasons why clients cannot connect, or reach the wrong socket."""
         lost = [
             f"{each.settings.address}: no client can connect; restart SocketProtector"
             for each in self._listeners.all
@@ -311,7 +312,7 @@ class SocketSteering(Steering):
             if each.has_no_spare
         ]
         others = [
-            f"{address}: new clients do not come to the newest generation: {why}"
+            f"{address}: new clients do not reach the newest generation: {why}"
             for address, why in self._not_steered.items()
         ]
         return *lost, *spent, *others
@@ -328,7 +329,7 @@ class SocketSteering(Steering):
             self.steer()
 
     def gets_no_client(self, generation: int) -> bool:
-        """Return whether no new client comes to a generation."""
+        """Return whether a generation gets no new clients."""
         return self.is_steered and self.turns.accepting[generation] != self.turns.current
 
     def _turn_away(self, generation: int) -> bool:
@@ -352,7 +353,7 @@ class SocketSteering(Steering):
     def steer(self) -> bool:
         """Update the steering in the kernel; return whether that succeeded.
 
-        Until then clients come to the other socket, whose workers keep accepting.
+        If it fails, clients still go to the other socket, whose workers keep accepting.
         """
         not_steered: dict[str, str] = {}
         not_held: OSError | None = None
@@ -374,9 +375,9 @@ class SocketSteering(Steering):
         return self.is_steered
 
     def _steer_while_starting(self) -> None:
-        """Repair again and again while a release starts: its workers can divert the clients.
+        """Repair repeatedly while a release starts, because its workers can divert the clients.
 
-        They do so by clearing SO_REUSEPORT, by a filter for the group, or by connecting the socket.
+        They could clear SO_REUSEPORT, attach a filter to the group, or connect the socket.
         """
         if self.turns.starting is not None and self._listeners.living and not self._repairs.ended:
             self._loop.call_after("steer", _STEER_AGAIN_S, self._repair)
@@ -390,15 +391,15 @@ class SocketSteering(Steering):
         self._repairs.replace(listener, socket_number)
 
     def _repair(self) -> None:
-        if not self._repairs.ended:  # otherwise clients would come that no generation serves
+        if not self._repairs.ended:  # otherwise clients would wait here that no generation accepts
             self._repairs.repair_all()
             self.steer()
 
     def _steer_one(self, listener: Listener, socket_number: int) -> OSError | None:
         """Steer a listener's new clients to a socket, or to the silent socket during a hold.
 
-        Clients of a path whose socket the current generation lost are held, too.  Returns why they
-        cannot be held now.  Raises OSError if clients come to the other socket.
+        Clients of a path whose socket the current generation lost are held, too.  Returns why
+        clients cannot be held now.  Raises OSError if clients still go to the other socket.
         """
         if self.turns.given_back and listener.settings.foreign:
             socket_number = 0

@@ -1,6 +1,7 @@
-"""Watches for sockets that were shut down, and for clients at a socket that no worker accepts from.
+"""Watches for sockets that were shut down, and for stranded clients.
 
-A generation is started for stranded clients (`stranded`), and accepts from their socket.
+A client is stranded at a socket from which no worker accepts.  A generation is started for stranded
+clients (event `stranded`), and accepts from their socket.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .shared_listeners import SharedListeners, Steering
 from .turns import Turns
 
 #: How long finishing workers may still accept waiting clients before a generation is started for
-#: them; and the longest pause between two such generations.
+#: these clients; and the longest pause between two such generations.
 FIRST_RESCUE_S = 1.0
 LAST_RESCUE_S = 600.0
 
@@ -45,7 +46,7 @@ class SocketWatch(Backlogs):
         self._steering = steering
         self.accepts = AcceptWatch(self._loop, self)
         self._ended = False
-        self._rescue_s = 0.0  # the pause after the last rescue before the next
+        self._rescue_s = 0.0  # the pause between the last rescue and the next
         self._rescued_at = 0.0
 
     def end(self) -> None:
@@ -58,7 +59,7 @@ class SocketWatch(Backlogs):
         self._loop.cancel(_REPAIR)
 
     def note_new_release(self) -> None:
-        """Note a new release: earlier stranded clients do not delay a rescue."""
+        """Note a new release: end the back-off that earlier stranded clients have caused."""
         self._rescue_s = 0.0
 
     def end_back_off(self) -> None:
@@ -72,7 +73,7 @@ class SocketWatch(Backlogs):
         self.watch()
         wait = any(each.has_waiting(number) for each, number in self._without_worker())
         if wait and not self._ended:
-            self._rescue_later()  # not now: this turn of the loop may open a generation for them
+            self._rescue_later()  # this turn of the loop may still open a generation for them
 
     def unwatch(self, listener: Listener) -> None:
         """Forget a listener's sockets until the next watch(): they may be replaced."""
@@ -80,7 +81,7 @@ class SocketWatch(Backlogs):
             self._loop.unwatch(each.fileno())
 
     def watch_later(self) -> None:
-        """Watch by a timer: a worker may shut its socket down again and again."""
+        """Watch by a timer, because a worker may shut its socket down again and again."""
         self._loop.call_after(_REPAIR, _REPAIR_AGAIN_S, self.watch)
 
     def _without_worker(self) -> list[tuple[Listener, int]]:
@@ -95,7 +96,7 @@ class SocketWatch(Backlogs):
     def watch(self) -> None:
         """Watch for sockets that are shut down, and for clients that no worker accepts.
 
-        If no worker is known to accept yet, watch for the next client, too.
+        Until a worker is known to accept, watch for the next client, too.
         """
         if self._ended:
             return
@@ -134,7 +135,7 @@ class SocketWatch(Backlogs):
     def _served_sockets(
         self, without_worker: Sequence[tuple[Listener, int]]
     ) -> list[tuple[Listener, int]]:
-        """Return the sockets that new clients are steered to and workers accept from."""
+        """Return the sockets that get new clients and from which workers accept."""
         known = [each for each in self._listeners.living if each.index not in self._turns.expected]
         found = [(each, self._turns.current % len(each.sockets)) for each in known]
         return [each for each in found if each not in without_worker]
@@ -150,7 +151,7 @@ class SocketWatch(Backlogs):
                 line = unaccepted(each.socket_for(number))
             except OSError:
                 continue
-            if line:  # otherwise the clients are of another network namespace
+            if line:  # an empty answer: the clients are of another network namespace
                 found[each.index] = line
         return found
 
@@ -162,7 +163,7 @@ class SocketWatch(Backlogs):
     def _rescue_later(self) -> None:
         """Look again later: a finishing worker may still accept the stranded clients.
 
-        Without such a worker look at once, unless a generation was started for clients just now.
+        Without such a worker look at once, unless a generation was started for clients recently.
         """
         leaving, may_accept = {number for number, _ in self._turns.leaving.values()}, True
         for each, number in self._without_worker():

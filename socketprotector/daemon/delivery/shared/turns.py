@@ -1,4 +1,4 @@
-"""Which generation accepts from which socket, and which socket a listener's clients come to.
+"""Which generation accepts from which socket, and which socket gets a listener's clients.
 
 This module makes no system call: socket_steering.py applies the assignment to the kernel.
 """
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 class Turns:
     """The assignment of sockets to generations.
 
-    Sockets have the numbers 0 and 1; a listener with one socket has it under both.
+    Sockets have the numbers 0 and 1; a single socket of a listener has both numbers.
     """
 
-    current: int = 0  # where new clients come
+    current: int = 0  # the number of the socket that gets new clients
     #: Generation -> the number of the socket that its workers accept from.
     accepting: dict[int, int] = field(default_factory=dict)
     #: Finishing generation -> the number of its socket, and when it was ordered to finish.
     leaving: dict[int, tuple[int, float]] = field(default_factory=dict)
-    #: Listeners that the current generation does not know: where their clients wait.
+    #: Listener that the current generation does not know -> the socket where its clients wait.
     expected: dict[int, int] = field(default_factory=dict)
-    #: A generation and a listener whose socket it lacks: the socket was bound, or the listener
-    #: added, after the generation had started.
+    #: A generation and a listener whose socket it lacks, because the socket was bound, or the
+    #: listener added, after the generation's start.
     unserved: frozenset[tuple[int, int]] = frozenset()
-    #: The part of `unserved` in which later workers have that socket, while earlier ones do not.
+    #: The part of `unserved` where later workers have that socket, but earlier workers do not.
     partly_served: frozenset[tuple[int, int]] = frozenset()
-    #: Listeners whose socket the current generation lost: clients come to the next generation's.
+    #: Listeners whose socket the current generation lost: the next generation's gets the clients.
     lost: frozenset[int] = frozenset()
     given_back: bool = False  # sockets that were passed in get the new clients
 
@@ -44,12 +44,12 @@ class Turns:
 
     @property
     def starting(self) -> int | None:
-        """The newest generation, if new clients do not come to its socket yet."""
+        """The newest generation, if its socket does not get new clients yet."""
         newest = max(self.accepting, default=0)
         return newest if self.accepting.get(newest, self.current) != self.current else None
 
     def number_for(self, listener: Listener) -> int:
-        """Return the number of the socket that new clients come to, or will after a hold."""
+        """Return the number of the socket that gets new clients, or will get them after a hold."""
         if listener.index in self.lost:
             return 1 - self.current
         return self.expected.get(listener.index, self.current)
@@ -64,13 +64,13 @@ class Turns:
         }
 
     def is_served(self, listener: Listener, number: int) -> bool:
-        """Return whether a generation accepts from one of its sockets, or the next one will."""
+        """Return whether a generation, or the next generation, accepts from one of its sockets."""
         if self.given_back and listener.settings.foreign:
             return True  # its owner accepts
         there = self.at(listener, number)
         if not there:
-            # While no generation accepts at all, clients wait for the next one.  Otherwise they do
-            # so only at the socket that it gets.
+            # While no generation accepts at all, the next generation gets the clients of any
+            # socket.  Otherwise it gets only the clients of its own socket.
             is_next = number == self.number_for(listener) and listener.index not in self.lost
             return not self.accepting or is_next
         return any((generation, listener.index) not in self.unserved for generation in there)
@@ -93,8 +93,8 @@ class Turns:
     def own(self, pairs: Iterable[Listener], number: int, generation: int = 0) -> list[Listener]:
         """Return the listeners whose socket of this number gets no clients while the other does.
 
-        pairs: the listeners with two sockets.  generation: only listeners that it, or some of its
-        workers, have; 0: all.
+        pairs: the listeners with two sockets.  generation: only listeners that this generation, or
+        some of its workers, have; 0: all listeners.
         """
         is_owners = self.given_back and number == 0
         lacking = self.unserved - self.partly_served
@@ -119,7 +119,7 @@ class Turns:
         dry_run: that generation gets no clients, so they wait where it will not accept.
         """
         number = self.expected[listener.index] = self.current if dry_run else self.free
-        if listener.has_sibling and not dry_run:  # otherwise they wait at a generation's socket
+        if listener.has_sibling and not dry_run:  # otherwise they wait at a present socket
             self.unserved |= {(generation, listener.index) for generation in self.accepting}
         return number
 
@@ -128,9 +128,9 @@ class Turns:
     ) -> None:
         """Assign new clients to socket 0 or 1.
 
-        there: the listeners' indices.  knows: says whether the generation at that socket knows a
-        listener; None: no generation has it yet.  Clients of an unknown listener stay at their
-        socket.
+        there: the listeners' indices.  knows: returns whether the generation at that socket knows a
+        listener; None: no generation has that socket yet.  Clients of an unknown listener stay at
+        their socket.
         """
         if knows is not None and number != self.current:
             unknown = {index: self.current for index in there if not knows(index)}
@@ -144,20 +144,20 @@ class Turns:
         self.current = number
 
     def lacks(self, listener: Listener) -> bool:
-        """Return whether clients of a path come to a socket that the current generation lost."""
+        """Return whether a path's clients go to a socket that the current generation lost."""
         if not listener.path or listener.index in self.lost:
             return False
         return not self.is_served(listener, self.number_for(listener))
 
     def move_lost(self, listener: Listener) -> bool:
-        """Let clients of a lost socket come to the next generation's; return whether they move."""
+        """Move clients of a lost socket to the next generation's; return whether they move."""
         moves = self.lacks(listener)
         if moves:
             self.lost |= {listener.index}
         return moves
 
     def lose(self, listener: Listener, number: int | None) -> set[int]:
-        """Return the generations that lack a socket from now on, because another is in its place.
+        """Return the generations that lack a socket from now on, because it was replaced.
 
         number: None for a socket that is common to all.
         """

@@ -51,7 +51,11 @@ def lame_duck(instance: Instance, state: str, as_json: bool) -> None:
 
     It lasts until off, or a stop.
     """
-    words = "lame duck: serves on, and is not ready for more" if state == "on" else "ready again"
+    words = (
+        "lame duck: still serving, but not ready for new clients"
+        if state == "on"
+        else "ready again"
+    )
     answer(as_json, instance.request("lame-duck", on=state == "on"), words)
 
 

@@ -94,7 +94,7 @@ def ready(instance: Instance, health: bool, as_json: bool) -> None:
     if why:
         raise NotReady(f"not ready: {why}")
     if not as_json:
-        say(f"ready: generation {number_in(found, 'route')} serves")
+        say(f"ready: generation {number_in(found, 'route')} is serving")
 
 
 @command(short_help="List the last reloads, dry runs and failed health checks.")

@@ -99,15 +99,16 @@ def reload(
         if not found.taken:
             _given_up(operation, found, "not ready to reload" if dry_run else "not reloaded")
         if dry_run:
-            serves = f"; generation {old} serves on" if serves_still and old is not None else ""
-            words = f"would reload: generation {found.generation} was ready, and is ended{serves}"
+            still = serves_still and old is not None
+            words = f"would reload: generation {found.generation} became ready and was stopped"
+            words += f"; generation {old} is still serving" if still else ""
             operation.ends("passed", words)
             return
-        after = f", after generation {old}" if isinstance(old, int) else ""
+        instead = f" in place of generation {old}" if isinstance(old, int) else ""
         why = f", {found.reason}" if found.reason else ""
         gone = "; nothing older is left" if drained else ""
         operation.outcome["reason"] = found.reason or None
-        words = f"reloaded: generation {found.generation} serves{after}{why}{gone}"
+        words = f"reloaded: generation {found.generation} is serving{instead}{why}{gone}"
         words += _first_programs(after_all, found.generation)
         operation.ends("reloaded", words)
 
@@ -243,7 +244,7 @@ def _given_up(operation: Operation, found: Verdict, what: str) -> None:
         status = {}
     route = status.get("route")
     if isinstance(route, int) and status.get("phase") != "stopping":
-        text += f"; generation {route} serves on"
+        text += f"; generation {route} is still serving"
     raise NewVersionFailed(text + _quoted(last_words))
 
 

@@ -78,7 +78,7 @@ class WaitsShown:
             key = each.kind, each.generation
             reason, shown_at = earlier.get(key, ("", at - _CHANGED_S + _LASTS_S))
             if at - shown_at >= (_REPEATED_S if reason == each.reason else _CHANGED_S):
-                self.tell(f"waits: {escape(each.text)}")
+                self.tell(f"waiting: {escape(each.text)}")
                 reason, shown_at = each.reason, at
             self._shown[key] = reason, shown_at
 

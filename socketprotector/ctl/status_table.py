@@ -59,7 +59,7 @@ def heading(status: Message) -> list[Text]:
         warnings.append(says)
     # Of a hold and a lame duck the lines above say more.
     shown = [each for each in waits_of(status) if each.kind not in ("hold", "lame-duck")]
-    warnings += [f"waits: {each.text}" for each in shown]
+    warnings += [f"waiting: {each.text}" for each in shown]
     for each in listed(status, "generations"):
         if why := failing(each):
             warnings.append(f"generation {number_in(each, 'number')}: {why}")

@@ -95,16 +95,16 @@ class Reports:
             last_words=last_words or None,
         )
         self._remember_reload(report)
-        serves = f"generation {report.generation} serves"
+        serving = f"generation {report.generation} is serving"
         match report.news:
             case ReportKind.READY:
-                self._ready(serves)
+                self._ready(serving)
             case _ if self._is_stopping and report.news in _OF_RELOADS:
                 pass  # READY=1 and their status would contradict STOPPING=1
             case ReportKind.RELOADING:
                 self._systemd.reloading()
             case ReportKind.RELOADED | ReportKind.RECOVERED:
-                self._systemd.send(READY="1", STATUS=serves)
+                self._systemd.send(READY="1", STATUS=serving)
             case ReportKind.RELOAD_FAILED:
                 # systemd has no word for "failed": send READY=1, and the reason as status.
                 self._systemd.send(READY="1", STATUS=f"reload failed: {first_line}")
@@ -115,7 +115,7 @@ class Reports:
             case ReportKind.LAME_DUCK:
                 self._lame_duck()
             case ReportKind.LAME_DUCK_ON:
-                self._systemd.send(STATUS="lame duck: serves on, and is not ready for more")
+                self._systemd.send(STATUS="lame duck: still serving, but not ready for new clients")
             case ReportKind.LAME_DUCK_OFF:
                 self._systemd.send(STATUS="ready again, after a lame duck")
             case ReportKind.STOPPING:

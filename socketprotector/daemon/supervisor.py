@@ -187,7 +187,7 @@ class Supervisor:
         """Return what an upgrade waits for, in words; "" without one."""
         if self.runtime.loop.due(_HAND_OVER) is not None:
             return "the guard or systemd has not taken over all descriptors yet"
-        return "a probe of the new program is still running" if self.upgrade.probes else ""
+        return "probing the new program" if self.upgrade.probes else ""
 
     def _hand_over(self, give_up_at: float | None = None) -> None:
         """Become the new program, which resumes after the last signal that we handled.

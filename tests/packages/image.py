@@ -202,7 +202,7 @@ def test_as_pid_1_it_serves_reloads_and_ends_with_status_0(
     daemon.log.wait_for(r"event=reloaded\b", after=mark)
     assert ask(address)
     reloaded = executed(image, pid, "socketprotectorctl", "reload")
-    assert (reloaded.returncode, "generation 3 serves" in reloaded.stdout) == (0, True)
+    assert (reloaded.returncode, "generation 3 is serving" in reloaded.stdout) == (0, True)
     assert VERSION in executed(image, pid, "socketprotector", "--version").stdout
 
     os.kill(pid, signal.SIGTERM)

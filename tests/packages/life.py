@@ -195,7 +195,7 @@ def live_as_deb() -> None:
     (ROOT / "etc/socketprotector/web.toml").write_text("# for purge\n")
     start_by_script("web")
     first = ask()
-    assert "generation 2 serves" in inside(INIT, "reload", "web")
+    assert "generation 2 is serving" in inside(INIT, "reload", "web")
     assert ask() != first
     inside("socketprotectorctl", "ready")
     before = status()

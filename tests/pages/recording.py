@@ -18,7 +18,7 @@ _AT_TIMES = re.compile(
     r"\d+ failed +[\d,]+ so far +[\d,]+ connections/s"
     r"|generation \d+ is starting|ready \d/\d|switched: new connections go to generation \d+"
     r"|waits for generation \d+ \([^)]*\)"
-    r"|waits: .*?(?= (?:waits|ready|switched:|reloaded:|stopped:|socketprotectorctl:))"
+    r"|waiting: .*?(?= (?:waiting|ready|switched:|reloaded:|stopped:|socketprotectorctl:))"
     r"|, \d+ cut by our kill -9"
 )
 #: Where it runs, and with which interpreter.

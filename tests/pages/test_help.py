@@ -74,5 +74,5 @@ socketprotectorctl stop && echo ended
     )
 
     assert said.count("hello\n") == 2, said
-    assert "reloaded: generation 2 serves" in said
+    assert "reloaded: generation 2 is serving" in said
     assert "ended\n" in said

@@ -230,7 +230,7 @@ def test_reload_under_load_ends_when_the_new_generation_serves(web: Start) -> No
         seen = load.stop()
 
     assert said.status == 0, said.err
-    assert said.out == "reloaded: generation 2 serves, after generation 1\n"
+    assert said.out == "reloaded: generation 2 is serving in place of generation 1\n"
     assert "generation 2 is starting\n" in said.err
     assert "ready 2/2\n" in said.err
     assert "switched: new connections go to generation 2\n" in said.err
@@ -250,7 +250,7 @@ def test_a_broken_release_is_status_3_with_reason_and_last_words(
     assert said.out == ""
     assert "generation 2 failed: " in said.err
     assert "exited with status 7" in said.err
-    assert "generation 1 serves on" in said.err
+    assert "generation 1 is still serving" in said.err
     assert "cannot read \\x1b[31mapp.conf" in said.err
     assert "\x1b" not in said.err
     assert pid_in(ask(("127.0.0.1", port()))) > 0
@@ -302,7 +302,7 @@ def test_settle_is_waited_for_and_a_death_in_it_is_no_success(
         os.kill(each["pid"], signal.SIGKILL)
 
     assert running.wait() == 3
-    assert "generation 1 serves on" in running.err.text()
+    assert "generation 1 is still serving" in running.err.text()
 
 
 @pytest.mark.parametrize("how", ["upgrade", "SIGKILL under --guard"])
@@ -325,9 +325,9 @@ def test_a_verdict_comes_through_a_cut_in_the_middle(
 
     assert running.wait() == (0 if works else 3)
     if works:
-        assert running.out.seen == ["reloaded: generation 2 serves, after generation 1"]
+        assert running.out.seen == ["reloaded: generation 2 is serving in place of generation 1"]
     else:
-        assert "generation 1 serves on" in running.err.text()
+        assert "generation 1 is still serving" in running.err.text()
 
 
 @pytest.mark.parametrize("settles", [True, False])
@@ -544,7 +544,7 @@ def test_stop_is_waited_for_though_the_protector_is_killed_in_the_middle(
     with Client(("127.0.0.1", daemon.port), "hello") as client:
         client.hear()
         running = beside("stop")
-        running.err.wait_for("^waits: generation 1 ")
+        running.err.wait_for("^waiting: generation 1 ")
         revived(daemon, kill_protector(daemon))
 
         assert running.process.poll() is None, running.err.text()

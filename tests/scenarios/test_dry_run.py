@@ -24,7 +24,7 @@ from tests.scenarios.tools import EITHER_HANDOFF, Gate, Release, pid_in, spawned
 from tests.unit.ctl.conftest import run
 
 Starter = Callable[..., Protector]
-PASSED = "would reload: generation 2 was ready, and is ended; generation 1 serves on\n"
+PASSED = "would reload: generation 2 became ready and was stopped; generation 1 is still serving\n"
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_a_release_that_would_not_serve_is_what_a_failed_reload_is(
     last = said.err.splitlines()[-1]
     assert last.startswith("socketprotectorctl: not ready to reload: generation 2 failed: ")
     assert why in said.err
-    assert "generation 1 serves on" in said.err
+    assert "generation 1 is still serving" in said.err
     assert what_serves(one) == before
     assert one.status()["dry_run"]["result"] == "failed"
     assert one.status()["crashes"] == 0

@@ -385,7 +385,7 @@ def test_a_reload_under_load_fails_no_client_and_says_that_it_worked(
 
         assert machine.run(action) == 0
 
-        assert "reloaded: generation 2 serves, after generation 1" in machine.output
+        assert "reloaded: generation 2 is serving in place of generation 1" in machine.output
         now = load.wait_for(lambda now: set(now.pids) - old != set(), DEADLINE_S)
         load.wait_for(lambda later: later.connections > now.connections + 100, DEADLINE_S)
     assert load.snapshot().failures == ()
@@ -401,7 +401,7 @@ def test_a_reload_does_not_wait_for_clients_that_are_still_being_served(machine:
 
         assert machine.run("reload") == 0
 
-        assert "reloaded: generation 2 serves, after generation 1" in machine.output
+        assert "reloaded: generation 2 is serving in place of generation 1" in machine.output
         assert held.ask("mine") == old
 
 
@@ -443,7 +443,7 @@ def test_a_reload_to_a_release_that_does_not_start_is_reported_and_the_old_one_s
         assert machine.run("reload") == 1
 
         assert "web: not reloaded: generation 2 failed" in machine.output
-        assert "generation 1 serves" in machine.output
+        assert "generation 1 is still serving" in machine.output
         now = load.snapshot()
         load.wait_for(lambda later: later.connections > now.connections + 10, DEADLINE_S)
     assert load.snapshot().failures == ()
@@ -486,7 +486,7 @@ def test_a_restart_with_the_settings_of_the_start_is_an_upgrade_and_a_reload_and
         assert machine.run(action) == 0
 
         assert "upgraded: pid " in machine.output
-        assert "reloaded: generation 2 serves, after generation 1" in machine.output
+        assert "reloaded: generation 2 is serving in place of generation 1" in machine.output
         now = load.wait_for(lambda now: set(now.pids) - old != set(), DEADLINE_S)
         load.wait_for(lambda later: later.connections > now.connections + 100, DEADLINE_S)
     assert load.snapshot().failures == ()
@@ -556,7 +556,7 @@ def test_a_restart_with_a_mistake_in_the_settings_stops_nothing(
 
     for action in ("restart", "try-restart"):
         assert machine.run(action) == 6
-        assert f"it is not stopped: pid {pid} serves on" in machine.output
+        assert f"it is not stopped: pid {pid} is still serving" in machine.output
     assert worker_of(address) == worker
 
     machine.configure(**same)

@@ -122,7 +122,9 @@ def test_a_bad_answer_gives_the_clients_back_to_the_one_that_stands_by(
         assert trying.wait() == 3
     finally:
         trying.end()
-    reason = 'failed: --settle-check: GET /healthz: 500, "database gone"; generation 1 serves on'
+    reason = (
+        'failed: --settle-check: GET /healthz: 500, "database gone"; generation 1 is still serving'
+    )
     assert reason in trying.err.text()
     assert get(one.address[1]) == old
     said = events_after(one.daemon, mark)

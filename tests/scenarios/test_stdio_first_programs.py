@@ -70,7 +70,7 @@ def test_with_settle_the_reload_fails_and_says_that_both_run_the_same_file(
     assert trying.err.text().endswith(
         "not reloaded: generation 2 failed: its first 3 programs failed at once: the last exited "
         f"with status 7; generation 1 runs the same changed file: {release.path}; "
-        "generation 1 serves on\n  | oh dear"
+        "generation 1 is still serving\n  | oh dear"
     )
     crashes = [line.partition("pid")[2] for line in ctl(one, "crashes") if "program" in line]
     assert len(crashes) == 3
@@ -96,7 +96,7 @@ def test_without_settle_status_says_so_until_a_program_works(
     one = serving(operated, release)
     release.write(BROKEN)
     assert ctl(one, "reload") == [
-        "reloaded: generation 2 serves, after generation 1; no program of it has run yet"
+        "reloaded: generation 2 is serving in place of generation 1; no program of it has run yet"
     ]
     in_vain(one)
     eventually(lambda: first_of(one, 2) is not None, "a program that failed at once")

@@ -196,7 +196,7 @@ def test_killed_during_a_reload_the_new_generation_takes_over(
     service.wait_for("READY")
     service.wait_for("RELOADING")
     gate.open()
-    assert service.wait_for("READY")["STATUS"] == "generation 2 serves"
+    assert service.wait_for("READY")["STATUS"] == "generation 2 is serving"
     assert pid_in(ask(("127.0.0.1", port))) == new
     second.stop()
 

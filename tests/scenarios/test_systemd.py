@@ -93,7 +93,7 @@ def test_ready_comes_with_main_pid_and_status_when_the_first_generation_serves(
     assert each_manager.hear() == {
         "READY": "1",
         "MAINPID": str(daemon.pid),
-        "STATUS": "generation 1 serves",
+        "STATUS": "generation 1 is serving",
     }
     assert each_manager.sender == daemon.pid
     daemon.stop()
@@ -112,7 +112,7 @@ def test_a_reload_is_announced_with_its_time_and_then_ready_again(
 
     assert reloading["RELOADING"] == "1"
     assert before <= int(reloading["MONOTONIC_USEC"]) <= after
-    assert manager.hear() == {"READY": "1", "STATUS": "generation 2 serves"}
+    assert manager.hear() == {"READY": "1", "STATUS": "generation 2 is serving"}
     daemon.stop()
 
 
@@ -536,7 +536,7 @@ def test_the_units_command_lines_start_and_reload(unit: Unit) -> None:
 
     assert unit.reload().returncode == 0
     unit.manager.wait_for("RELOADING")
-    assert unit.manager.wait_for("READY")["STATUS"] == "generation 2 serves"
+    assert unit.manager.wait_for("READY")["STATUS"] == "generation 2 is serving"
 
     ended(process)
     assert list(unit.runtime.iterdir()) == []
@@ -798,7 +798,7 @@ def test_the_capabilities_that_the_units_leave_are_enough(
         env={**os.environ, **marked_environment, "NOTIFY_SOCKET": manager.address},
     )
     try:
-        assert manager.wait_for("READY")["STATUS"] == "generation 1 serves"
+        assert manager.wait_for("READY")["STATUS"] == "generation 1 is serving"
     finally:
         process.send_signal(signal.SIGINT)
         status = process.wait(DEADLINE_S)

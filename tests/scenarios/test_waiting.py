@@ -58,8 +58,8 @@ def test_a_bad_answer_to_a_probe_is_named_while_it_is_waited_for(
     asked.bad()
 
     with reloading(one) as trying:
-        assert trying.err.wait_for(r"^waits: .*500").startswith(
-            f"waits: generation 2 starts: {BAD}, "
+        assert trying.err.wait_for(r"^waiting: .*500").startswith(
+            f"waiting: generation 2 starts: {BAD}, "
         )
         says_so_after_each_change_of_program(one, BAD)
         asked.good()
@@ -74,7 +74,7 @@ def test_stop_first_names_the_connection_that_it_waits_for(operated: Operating) 
     one = operated("--guard", *order, command=(*OBEYS, "8"))
     with Client(one.address, "pid") as client, reloading(one) as trying:
         client.hear()
-        assert trying.err.wait_for(rf"^waits: {OPEN}, ")
+        assert trying.err.wait_for(rf"^waiting: {OPEN}, ")
         says_so_after_each_change_of_program(one, OPEN)
         client.close()
         assert trying.wait() == 0, trying.err.text()

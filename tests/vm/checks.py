@@ -83,7 +83,7 @@ def _(say: Say) -> None:
 
         worker = ask_line(service.port)
         assert service.show("ActiveState") == "active"
-        assert service.status_text == "generation 1 serves"
+        assert service.status_text == "generation 1 is serving"
         assert service.pid == int(Path("/run/socketprotector/start/pid").read_text())
         assert set(service.processes()) == {service.pid, worker}
         assert resource.prlimit(worker, resource.RLIMIT_NOFILE) == (1024, 524288)
@@ -119,7 +119,7 @@ def _(say: Say) -> None:
             first = held.ask()
             for generation in range(2, 7):
                 service.reload()
-                assert service.status_text == f"generation {generation} serves"
+                assert service.status_text == f"generation {generation} is serving"
                 load.more()
             assert held.ask() == first
         eventually(lambda: not lives(first), "the end of the first generation")
@@ -372,7 +372,7 @@ def _(say: Say) -> None:
     with Service("signals") as service, load_on(service.start()) as load:
         assert service.processes()
         service.signal(signal.SIGHUP)
-        eventually(lambda: service.status_text == "generation 2 serves", "the reload")
+        eventually(lambda: service.status_text == "generation 2 is serving", "the reload")
         load.more()
         none_failed(load, say, "HUP by systemctl kill")
         service.signal(signal.SIGTERM)
@@ -478,7 +478,7 @@ def _(say: Say) -> None:
         assert set(service.workers()) == first
         load.more()
         gate.open("w").close()  # all that wait to read, read on
-        eventually(lambda: service.status_text == "generation 2 serves", "the reload", 1200)
+        eventually(lambda: service.status_text == "generation 2 is serving", "the reload", 1200)
         second = set(service.workers())
         assert len(second) == 600
         assert not first & second
@@ -670,7 +670,7 @@ def _(say: Say) -> None:
     ):
         for generation in (2, 3):
             service.reload()
-            assert service.status_text == f"generation {generation} serves"
+            assert service.status_text == f"generation {generation} is serving"
             load.more()
         release.write_text("#!/bin/sh\nexit 7\n")
         service.reload()
@@ -814,7 +814,7 @@ def _(say: Say) -> None:
         service.start()
         with load_on(service) as load:
             service.reload()
-            assert service.status_text == "generation 2 serves"
+            assert service.status_text == "generation 2 is serving"
             service.kill()
             service.upgrade()
             load.more()

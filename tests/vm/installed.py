@@ -235,7 +235,7 @@ def _(say: Say) -> None:
                 with _page(), closing(_Viewer()) as viewer:
                     viewer.until("packaged", why="", phase="serving")
                 service.reload()
-                assert service.status_text == "generation 2 serves"
+                assert service.status_text == "generation 2 is serving"
                 load.more()
 
                 _took("next", "0.1.1", service, load, say)

@@ -169,6 +169,4 @@ def test_a_worker_that_is_replaced_is_waited_for(story: Story) -> None:
 
 def test_an_upgrade_says_what_it_waits_for(story: Story) -> None:
     story.given_serving()
-    assert reasons(story, upgrade="the new program is asked") == [
-        "upgrade: the new program is asked"
-    ]
+    assert reasons(story, upgrade="probing the new program") == ["upgrade: probing the new program"]

@@ -75,7 +75,7 @@ def test_what_the_protector_finds_wrong_with_an_argument_is_status_2(fake: Fake,
 
 @pytest.mark.parametrize(
     ("state", "words"),
-    [("on", "lame duck: serves on, and is not ready for more\n"), ("off", "ready again\n")],
+    [("on", "lame duck: still serving, but not ready for new clients\n"), ("off", "ready again\n")],
 )
 def test_lame_duck(state: str, words: str, fake: Fake, ctl: Ctl) -> None:
     fake.answers["lame-duck"] = lambda *_: {"lame_duck": state}

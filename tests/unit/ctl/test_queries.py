@@ -91,9 +91,9 @@ def test_status_and_list_tell_of_health(found: Message, told: str, fake: Fake, c
 
 def test_status_says_what_is_waited_for(fake: Fake, ctl: Ctl) -> None:
     reason = {"kind": "settle", "generation": 9, "reason": "settling", "left_s": 3.5}
-    assert "waits: " not in ctl("status").out
+    assert "waiting: " not in ctl("status").out
     fake.status["waits_for"] = [reason]
-    assert "\nwaits: settling, 4 s left\n" in ctl("status").out
+    assert "\nwaiting: settling, 4 s left\n" in ctl("status").out
     assert json.loads(ctl("status", "--json").out)["waits_for"] == [reason]
 
 
@@ -273,7 +273,7 @@ def test_ready_is_an_exit_status(more: Message, why: str, fake: Fake, ctl: Ctl) 
     if why:
         assert said == Ended(3, "", f"socketprotectorctl: not ready: {why}\n")
     else:
-        assert said == Ended(0, "ready: generation 8 serves\n", "")
+        assert said == Ended(0, "ready: generation 8 is serving\n", "")
     assert as_json.status == said.status
     assert json.loads(as_json.out) == {"ready": not why, "why": why or None}
 

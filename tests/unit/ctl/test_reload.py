@@ -61,7 +61,7 @@ def test_it_waits_until_the_new_generation_serves_and_shows_the_way(fake: Fake, 
 
     assert said == Ended(
         0,
-        "reloaded: generation 9 serves, after generation 8\n",
+        "reloaded: generation 9 is serving in place of generation 8\n",
         "generation 9 is starting\nready 1/2\nready 2/2\n"
         "switched: new connections go to generation 9\n",
     )
@@ -127,7 +127,7 @@ def test_a_release_that_is_given_up_is_status_3_with_the_reason_and_the_last_wor
     assert said.out == ""
     assert said.err == (
         "socketprotectorctl: not reloaded: generation 9 failed: worker 15 exited with "
-        "status 1; generation 8 serves on\n  | Traceback\n  | \\x1b[2JImportError: app\n"
+        "status 1; generation 8 is still serving\n  | Traceback\n  | \\x1b[2JImportError: app\n"
     )
 
 
@@ -153,7 +153,7 @@ def test_a_dry_run_that_passes_is_status_0_once_what_was_tried_is_gone(
 
     assert ctl("reload", "--dry-run") == Ended(
         0,
-        "would reload: generation 9 was ready, and is ended; generation 8 serves on\n",
+        "would reload: generation 9 became ready and was stopped; generation 8 is still serving\n",
         "generation 9 is starting\nready 1/1\n",
     )
     assert {"command": "reload", "dry_run": True} in fake.asked
@@ -174,7 +174,7 @@ def test_one_that_fails_is_status_3_as_its_reload_would_be(fake: Fake, ctl: Ctl)
     assert (said.status, said.out) == (3, "")
     assert said.err == (
         "socketprotectorctl: not ready to reload: generation 9 failed: exited with status 1; "
-        "generation 8 serves on\n  | no database\n"
+        "generation 8 is still serving\n  | no database\n"
     )
 
 
@@ -201,7 +201,8 @@ def test_its_last_words_are_in_that_too(fake: Fake, ctl: Ctl) -> None:
     reloading(fake, then)
 
     assert ctl("reload", "--dry-run").err.endswith(
-        "not ready to reload: generation 9 failed: exited with status 1; generation 8 serves on\n"
+        "not ready to reload: generation 9 failed: exited with status 1; "
+        "generation 8 is still serving\n"
         "  | no database\n"
     )
 
@@ -228,7 +229,7 @@ def test_a_stop_after_its_verdict_ends_what_was_tried_too(
     said = ctl("reload", "--dry-run")
 
     assert said.status == status, said
-    assert "serves on" not in said.out + said.err
+    assert "still serving" not in said.out + said.err
     assert time.monotonic() - began < client.RETURN_S
 
 
@@ -259,7 +260,7 @@ def test_what_became_of_an_earlier_reload_is_no_verdict(fake: Fake, ctl: Ctl) ->
 
     assert (said.status, said.out) == (
         0,
-        "reloaded: generation 11 serves, after generation 8\n",
+        "reloaded: generation 11 is serving in place of generation 8\n",
     )
     assert "the reload before it is still going on" in said.err
 
@@ -273,7 +274,10 @@ def test_an_upgrade_in_the_middle_only_means_to_look_into_status(fake: Fake, ctl
 
     said = ctl("reload")
 
-    assert (said.status, said.out) == (0, "reloaded: generation 9 serves, after generation 8\n")
+    assert (said.status, said.out) == (
+        0,
+        "reloaded: generation 9 is serving in place of generation 8\n",
+    )
     assert "connecting again" in said.err
 
 
@@ -289,7 +293,9 @@ def test_a_crash_in_the_middle_does_not_make_a_failure_a_success(fake: Fake, ctl
     said = ctl("reload")
 
     assert said.status == 3
-    assert "failed: not ready within 1s; generation 8 serves on\n  | no database\n" in said.err
+    assert (
+        "failed: not ready within 1s; generation 8 is still serving\n  | no database\n" in said.err
+    )
 
 
 def test_a_request_that_was_cut_off_is_asked_again_unless_it_was_heard(
@@ -487,7 +493,7 @@ def test_drained_waits_for_the_end_of_the_old_generations(fake: Fake, ctl: Ctl) 
 
     assert (said.status, said.out) == (
         0,
-        "reloaded: generation 9 serves, after generation 8; nothing older is left\n",
+        "reloaded: generation 9 is serving in place of generation 8; nothing older is left\n",
     )
     assert said.err == "drained 0/2 workers\ndrained 2/2 workers\n"
 
@@ -579,7 +585,7 @@ def test_json_has_a_reason_of_one_line_where_the_protector_gives_none(fake: Fake
 
     told = outcome(ctl("reload", "--json"))
 
-    reason = "not reloaded: generation 9 failed; generation 8 serves on"
+    reason = "not reloaded: generation 9 failed; generation 8 is still serving"
     assert told == {**OUTCOME, "result": "failed", "reason": reason, "last_words": "no\nbase"}
 
 
@@ -693,12 +699,12 @@ def test_a_reload_that_waits_for_this_one_is_no_wait_of_this_one() -> None:
     first, second = (Reload(each, {"phase": "serving"}, said.append) for each in (9, 10))
     later = {"kind": "earlier-reload", "reason": "begins after the one under way"}
     for each in (first, second):
-        assert "waits: begins after the one under way" not in said
+        assert "waiting: begins after the one under way" not in said
         for at in (1.0, 9.0):  # it lasts
             found = waiting(at, "0 of 1 worker ready")
             found["waits_for"].append(later)
             each.looked(found)
-    assert "waits: begins after the one under way" in said
+    assert "waiting: begins after the one under way" in said
 
 
 def test_each_wait_has_its_reason_in_the_progress_and_is_repeated_now_and_then() -> None:
@@ -711,10 +717,10 @@ def test_each_wait_has_its_reason_in_the_progress_and_is_repeated_now_and_then()
     reload.looked(waiting(20.0, "last answer to GET /healthz: 404\x1b[2J"))
     reload.looked(waiting(20.1, "so many that change at once"))
 
-    assert [each for each in said if each.startswith("waits")] == [
-        "waits: last answer to GET /healthz: 500, 98 s left",
-        "waits: last answer to GET /healthz: 500, 88 s left",
-        "waits: last answer to GET /healthz: 404\\x1b[2J, 80 s left",
+    assert [each for each in said if each.startswith("waiting")] == [
+        "waiting: last answer to GET /healthz: 500, 98 s left",
+        "waiting: last answer to GET /healthz: 500, 88 s left",
+        "waiting: last answer to GET /healthz: 404\\x1b[2J, 80 s left",
     ]
     assert reload.waits_for().endswith(": so many that change at once")
 
@@ -729,7 +735,7 @@ def test_a_wait_that_is_soon_over_is_no_line() -> None:
     for at in (1.5, 1.8, 2.0):
         waits.looked(waiting(at, "lasting"), ("start",))
 
-    assert said == ["waits: lasting, 98 s left"]
+    assert said == ["waiting: lasting, 98 s left"]
 
 
 def test_what_keeps_no_reload_is_not_in_its_progress() -> None:

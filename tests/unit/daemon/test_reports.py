@@ -57,7 +57,7 @@ def world() -> World:
 
 
 def test_the_first_ready_report_informs_systemd_and_the_launching_process(world: World) -> None:
-    status = "generation 2 serves"
+    status = "generation 2 is serving"
 
     assert world.write(ReportKind.READY) == [{"READY": "1", "MAINPID": "7", "STATUS": status}]
     assert world.started == 1
@@ -97,7 +97,7 @@ def test_systemd_gets_no_report_of_a_reload_after_the_stop_began(
 def test_a_lame_duck_without_a_stop_lets_reloads_report(world: World) -> None:
     assert len(world.write(ReportKind.LAME_DUCK_ON, ReportKind.LAME_DUCK_OFF)) == 2
 
-    assert world.write(ReportKind.RELOADED) == [{"READY": "1", "STATUS": "generation 2 serves"}]
+    assert world.write(ReportKind.RELOADED) == [{"READY": "1", "STATUS": "generation 2 is serving"}]
 
 
 def test_a_stop_requests_the_time_that_it_may_take(world: World) -> None:

@@ -60,6 +60,11 @@ class MemoryDelivery(Delivery):
         cast("Any", to).backlog.append(client)
         self._move()
 
+    def probe(self, target: ProbeTarget, probe: int) -> None:
+        """Have a probe come."""
+        _, number = target.address
+        self.queues[number].append(probe)
+
     def _move(self) -> None:
         if self._route is None or self._held:
             return
@@ -70,8 +75,11 @@ class MemoryDelivery(Delivery):
                 queue += backlog
                 backlog.clear()
 
+    def _named(self, name: str) -> Iterator[Listener]:
+        return (each for each in self._listeners if name in ("", each.settings.name))
+
     def can_ask(self, listener: str) -> bool:
-        return False
+        return any(self._named(listener))
 
     def cannot_try(self) -> str | None:
         return None
@@ -87,7 +95,14 @@ class MemoryDelivery(Delivery):
     def reach(
         self, generation: OpenGeneration, listener: str, *, as_client: bool = False
     ) -> ProbeTarget | None:
-        return None
+        if not any(generation.knows(each.index) for each in self._named(listener)):
+            return None
+        number = generation.record.number
+
+        def waits(probe: object) -> bool:
+            return probe in self.queues[number]
+
+        return ProbeTarget(("generation", number), None, waits, lambda: None)
 
     def route_to(self, generation: OpenGeneration | None, *, again: bool = False) -> None:
         self._route = generation

@@ -23,7 +23,18 @@ EXPORTER = ROOT / "exporter" / "socketprotector_exporter"
 
 #: Each costs the resident process memory for life (design: idle in 16 MB).
 HEAVY = {
-    *{"asyncio", "attr", "click", "concurrent", "ctypes", "daemon", "email", "http", "lockfile"},
+    *{
+        "array",
+        "asyncio",
+        "attr",
+        "click",
+        "concurrent",
+        "ctypes",
+        "daemon",
+        "email",
+        "http",
+        "lockfile",
+    },
     *{"logging", "multiprocessing", "pathlib", "prometheus_client", "psutil", "rich", "shutil"},
     *{"ssl", "subprocess", "tempfile", "threading", "typing", "urllib", "uuid", "watchfiles"},
     *{"copy", "inspect", "selectors", "weakref", "zipfile"},

@@ -13,11 +13,11 @@ from operator import attrgetter
 from ..model.backoff import backoff_s
 from ..model.lazy_dataclass import replace
 from ..model.policy import PROVEN_S
+from . import rescue
 from .actions import Report, ReportKind, Signal, Spawn, StartTimer, WorkerSignal
 from .events import Deadline, TimerKind, WorkerExited
 from .fleet import LEAVING, Fleet, Generation, Phase, State, Worker
 from .reload import fail
-from .rescue import rescue
 from .step import Step
 
 #: The most workers to start or retire in one turn of the loop: a few milliseconds' work.
@@ -46,7 +46,7 @@ def worker_exited(step: Step, event: WorkerExited) -> None:
         return
     _exited(step, event, *found)
     if event.waiting:
-        rescue(step, found[0].number)
+        rescue.rescue(step, found[0].number)
 
 
 def _exited(step: Step, event: WorkerExited, generation: Generation, worker: Worker) -> None:

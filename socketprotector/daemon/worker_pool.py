@@ -20,8 +20,7 @@ from ..model.history import History
 from ..model.lazy_dataclass import replace
 from ..model.records import WorkerRecord
 from ..model.settings import Settings
-from ..system import sock_diag
-from ..system.check_command import LIMIT_S, CheckCommand, first_program
+from ..system import check_command, sock_diag
 from ..system.orphans import Orphans
 from ..system.process import End
 from ..system.process_groups import Groups
@@ -321,8 +320,8 @@ class WorkerPool:
                 "warning",
                 "check-timed-out",
                 worker=number,
-                check=first_program(program.ready_check),
-                for_s=LIMIT_S,
+                check=check_command.first_program(program.ready_check),
+                for_s=check_command.LIMIT_S,
             ),
             lambda why: self._log.write(
                 "info",
@@ -343,20 +342,20 @@ class WorkerPool:
 
     def _start_check(
         self, worker: Worker, over: Callable[[str], None], late: Callable[[str], None]
-    ) -> CheckCommand:
+    ) -> check_command.CheckCommand:
         """Run the command of --ready check once.  Raises OSError or ValueError."""
         program = worker.generation.program
         variables = {_WORKER_PID: str(worker.process.pid)}
         if address := self._probes.address(worker.generation):
             variables[PROBE] = address
-        return CheckCommand(
+        return check_command.CheckCommand(
             self._loop,
             program,
             program.ready_check,
             variables,
             over=lambda why: over(self._probes.judge(worker.generation, why)),
             late=late,
-            limit_s=LIMIT_S,
+            limit_s=check_command.LIMIT_S,
         )
 
     def _checked(self, worker: Worker) -> None:

@@ -4,8 +4,8 @@ An idle protector never uses most of LATE.  Such a module is imported whole, as 
 `from ..model import known_servers`; the first look-up of a name in it loads it.  By then an
 upgrade may have replaced the package's files.  So the compiled code of the running version is kept
 in one memfd, and loading it needs no file and no descriptor.  It needs memory, for which
-there is a reserve.  Programs that are started later are kept as source, because the interpreter
-may have been replaced, too.
+there is a reserve.  The memfd also has the modules of the standard library that come late, and the
+programs that are started later: these as source, because the interpreter may have been replaced.
 
 The resident process never reads annotations, docstrings of modules and classes, or a module's
 location.  Without them an idle protector is 0.3 MB smaller.
@@ -23,11 +23,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from importlib.machinery import ModuleSpec
-    from typing import Any
+    from typing import Any, ClassVar
 
 _PACKAGE = __name__.partition(".")[0]
 #: The names of all late modules, without the package's name.
 LATE = (
+    "core.rescue",
     "core.waiting",
     "daemon.asker_client",
     "daemon.asking",
@@ -41,10 +42,14 @@ LATE = (
     "daemon.settle_check",
     "daemon.verdicts",
     "daemon.watch_client",
+    "model.control_requests",
+    "model.einhorn",
     "model.known_servers",
     "model.waits",
     "system.accept_tags",
     "system.bpf",
+    "system.check_command",
+    "system.env_file",
     "system.log_file",
     "system.path_group",
     "system.privileges",
@@ -54,6 +59,8 @@ LATE = (
     "system.socket_copy",
     "system.socket_file",
 )
+#: Late modules of the standard library, a package before its modules (system/late_stdlib.py).
+STDLIB = ("copyreg", "re", "re._casefix", "re._constants", "re._parser", "re._compiler")
 #: The programs in programs/ that the resident process starts (system/helper.py).
 PROGRAMS = ("asker.py", "file_watch.py", "log_relay.py")
 #: Program -> descriptor, length and offset of its source.
@@ -71,14 +78,33 @@ class _Loader(importing.SourceFileLoader):
         _forget(module)
 
 
+class _KeptLoader:
+    """Loads a module of the standard library from its kept code."""
+
+    def __init__(self, kept: tuple[int, int, int]) -> None:
+        self._kept = kept
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Let Python make the module."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Run the module's code."""
+        exec(marshal.loads(os.pread(*self._kept)), vars(module))
+
+
 class Finder:
-    """Finds modules of the package as Python does, and gives them our loader."""
+    """Finds modules of the package as Python does, and gives them our loader; and kept modules."""
+
+    #: The specs of kept modules of the standard library.
+    stdlib: ClassVar[dict[str, ModuleSpec]] = {}
 
     @staticmethod
     def find_spec(
         name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return the spec of a module of the package; None for any other module."""
+        """Return the spec of a module that is kept or the package's; None for any other one."""
+        if name in Finder.stdlib:
+            return Finder.stdlib[name]
         if path is None or not name.startswith(f"{_PACKAGE}."):
             return None
         spec = importing.PathFinder.find_spec(name, path, target)
@@ -105,7 +131,6 @@ def keep() -> None:
     """
     sys.meta_path.insert(0, Finder)
     kept = os.memfd_create("sp.late", os.MFD_CLOEXEC)
-    end = 0
     for each in LATE:
         name = f"{_PACKAGE}.{each}"
         parent = name.rpartition(".")[0]
@@ -113,18 +138,27 @@ def keep() -> None:
         spec = Finder.find_spec(name, sys.modules[parent].__path__)
         if spec is None or not isinstance(spec.loader, _Loader):
             continue  # from an archive: it is loaded like any other module
-        code = _write(kept, marshal.dumps(spec.loader.get_code(name)), end)
         module = _Late(name)
-        module.__spec__, module.__loader__ = spec, spec.loader
         module.__file__, module.__package__ = spec.origin, parent
-        vars(module)["__kept__"] = code
-        end += code[1]
+        vars(module)["__kept__"] = _write(kept, marshal.dumps(spec.loader.get_code(name)))
         sys.modules[name] = module
     for program in PROGRAMS:
         with open(_path_of(program), "rb") as file:
-            _programs[program] = _write(kept, file.read(), end)
-        end += _programs[program][1]
+            _programs[program] = _write(kept, file.read())
+    _keep_stdlib(kept)
     _fill_reserve()
+
+
+def _keep_stdlib(kept: int) -> None:
+    folder = None
+    for name in STDLIB:
+        spec = importing.PathFinder.find_spec(name, folder if "." in name else None)
+        if spec is None or not isinstance(spec.loader, importing.SourceFileLoader):
+            continue  # frozen, or from an archive
+        folder = spec.submodule_search_locations or folder
+        code = marshal.dumps(spec.loader.get_code(name))
+        spec.loader = _KeptLoader(_write(kept, code))  # type: ignore[assignment]
+        Finder.stdlib[name] = spec
 
 
 def program(name: str) -> tuple[str, bytes]:
@@ -141,8 +175,9 @@ def _path_of(program: str) -> str:
     return os.path.join(package, "programs", program)
 
 
-def _write(kept: int, text: bytes, end: int) -> tuple[int, int, int]:
+def _write(kept: int, text: bytes) -> tuple[int, int, int]:
     """Append to the memfd; return the arguments of pread() for it.  Raises OSError."""
+    end = os.fstat(kept).st_size
     if os.pwrite(kept, text, end) < len(text):
         raise OSError(28, "no memory to keep the code of late modules")
     return kept, len(text), end

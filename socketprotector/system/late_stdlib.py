@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-#: Modules that the standard library imports, and that the resident process never uses.  dataclasses
+#: Modules that the standard library imports, and that an idle protector never uses.  dataclasses
 #: imports `inspect` (1 MB) to examine classes and `copy` (170 KB, with weakref) for asdict();
-#: socket imports `selectors` (70 KB) for sendfile().
-UNUSED = ("inspect", "copy", "selectors")
+#: socket imports `selectors` (70 KB) for sendfile() and `array` (100 KB) for send_fds().  Where
+#: workers accept, `array` is loaded at the start (daemon/delivery/choice.py).
+UNUSED = ("array", "inspect", "copy", "selectors")
 
 
 class _Later(ModuleType):

@@ -18,6 +18,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -270,9 +271,10 @@ def _send_found(line: socket.socket, wanted: tuple[str, ...], identity: Identity
             file.write("sp-orphans")
         if identity is not None:
             hand_over(identity)
-        # send_fds ignores its flags (CPython 3.11), so it waits for room; this child may wait.
+        # This child may wait for room.
         for address, pid, pidfd in _with_address(wanted):
-            socket.send_fds(line, [f"{address} {pid}".encode()], [pidfd])
+            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", pidfd))
+            line.sendmsg([f"{address} {pid}".encode()], [rights])
     except OSError as error:
         why = error.strerror or str(error)
     line.send(_CANNOT + why.encode()[: _MESSAGE_BYTES - 1])

@@ -22,14 +22,19 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from ..model import question
-from ..model.einhorn import ack
+from ..model import einhorn, question
 from ..model.errors import what_failed
 from ..model.records import Program
-from .check_command import CheckCommand
 from .foreign_descriptors import drop_unread, dropping
 from .loop import Loop
 from .polling import read_now
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .check_command import CheckCommand
+
+    #: Starts a check; the arguments are called when it is over, and before that if it is stuck.
+    StartCheck = Callable[[Callable[[str], None], Callable[[str], None]], CheckCommand]
 
 #: Both kinds of line are short; a longer one is cut.
 _LINE_BYTES = 4096
@@ -40,8 +45,6 @@ _ACK, _NEWLINE = "ack", "newline"
 #: The kinds of --ready under which an ack, a line and READY=1 count.
 _BY_ACK, _BY_LINE, _BY_WORD = ((kind, *question.ASKED) for kind in ("ack", "fd", "notify"))
 _CHECK, _AFTER = "check", "after"
-#: Starts a check; the arguments are called when it is over, and before that if it is stuck.
-StartCheck = Callable[[Callable[[str], None], Callable[[str], None]], CheckCommand]
 
 
 class Readiness:
@@ -165,7 +168,11 @@ class Readiness:
             return
         heard = (self._heard.get(name, b"") + data)[-_LINE_BYTES:]
         *whole, self._heard[name] = heard.split(b"\n")
-        said = bool(whole) if name == _NEWLINE else any(ack(each) is not None for each in whole)
+        said = (
+            bool(whole)
+            if name == _NEWLINE
+            else any(einhorn.ack(each) is not None for each in whole)
+        )
         if said or not data:
             self._forget(name)
         if said:

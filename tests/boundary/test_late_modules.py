@@ -19,7 +19,8 @@ from tests.running import DEADLINE_S, ROOT
 #: Starts as the resident process does, in a package that is gone then.
 BEGIN = f"""
 import os, resource, shutil, sys
-from socketprotector.system import late_modules
+from socketprotector.system import late_modules, late_stdlib
+late_stdlib.defer("re")
 late_modules.keep()
 from socketprotector.daemon import resident
 from socketprotector.daemon.delivery.queue import queue_delivery
@@ -73,6 +74,16 @@ print(opened, sorted({*sys.modules} - before))
 
     assert loaded == [f"{name} True True" for name in LATE]
     assert last == "[] []"
+
+
+def test_regular_expressions_are_loaded_without_any_file(package: Path) -> None:
+    code = """
+opened = []
+sys.addaudithook(lambda event, args: opened.append(args) if event == "open" else None)
+import re
+print(re.compile("(?i)a+|[b-d]").match("AAb")[0], "_sre" in sys.modules, opened)
+"""
+    assert run(package, code) == "AA True []\n"
 
 
 def test_a_name_of_a_late_module_is_what_its_module_says(package: Path) -> None:

@@ -12,8 +12,8 @@ from socketprotector.system.late_modules import PROGRAMS
 from tests import needs
 from tests.procfs import running
 from tests.running import DEADLINE_S, MARK, ROOT, Protector, ask, marked
-from tests.scenarios.adopting import Installation, upgrade
-from tests.scenarios.asking import Asked
+from tests.scenarios.adopting import Installation, kill_protector, revived, upgrade
+from tests.scenarios.asking import Asked, get
 from tests.scenarios.operating import Line, Operated
 from tests.scenarios.tools import EITHER_HANDOFF, pid_in, spawned, worker
 
@@ -103,6 +103,35 @@ def test_its_programs_are_those_of_the_version_that_started(
     shutil.copytree(ROOT / "socketprotector", installation.folder / "one" / "socketprotector")
     assert "event=resumed" in upgrade(one.daemon)
     serves(3)
+    one.daemon.stop()
+
+
+@EITHER_HANDOFF
+def test_a_killed_protector_whose_package_was_replaced_comes_back_as_the_new_version(
+    installation: Installation, place: Path, asked: Asked
+) -> None:
+    asks = ("--ready", "http:/healthz", "--settle-check", "http:/healthz", "--settle", "0.2s")
+    options = ("--guard", *asks, "--health", "http:/healthz", "--health-every", "0.1s")
+    one = operated(installation, place, *options, command=(str(asked.release.path),))
+    package = installation.folder / "one" / "socketprotector"
+    shutil.copytree(ROOT / "socketprotector", package)
+    installation.change("one", "__init__", r'__version__ = ".*"', '__version__ = "9.9.9"')
+
+    def reload_while_held(number: int) -> None:
+        mark = len(one.daemon.log.seen)
+        with Line(place) as line:
+            line.ask("hold", seconds=60)
+            line.ask("reload")
+            one.daemon.log.wait_for(rf"event=reloaded generation={number}\b", after=mark)
+            line.ask("release")
+        one.daemon.log.wait_for(rf"event=healthy generation={number}\b", after=mark)
+        assert get(one.address[1])
+
+    reload_while_held(2)
+    assert one.status()["version"] != "9.9.9"
+    revived(one.daemon, kill_protector(one.daemon))
+    assert one.status()["version"] == "9.9.9"
+    reload_while_held(3)
     one.daemon.stop()
 
 

@@ -15,9 +15,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
-from ...model import control_requests
-from ...model.control_requests import COMMANDS, STATUS_COMMANDS, Request, RequestError
-from ...model.einhorn import ack
+from ...model import control_requests, einhorn
 from ...model.lazy_dataclass import KW_ONLY, field, mutable
 from ...system.foreign_descriptors import dropping, refuse_descriptors
 from ...system.listener import TRANSIENT_ERRNOS, Listener
@@ -152,7 +150,7 @@ class Client:
             line, rest = bytes(found), after if end else None
         if len(line) > control_requests.LINE_BYTES:
             most = f"a line has up to {control_requests.LINE_BYTES} bytes"
-            self.end(control_requests.refusal(RequestError("invalid", most)))
+            self.end(control_requests.refusal(control_requests.RequestError("invalid", most)))
         elif rest is not None:
             self._received = rest
             self._await_request()
@@ -233,7 +231,7 @@ class ControlServer:
     listener: Listener
     loop: Loop
     #: Answers a request, by client.say() now or later.  Raises RequestError.
-    handle: Callable[[Client, Request], None]
+    handle: Callable[[Client, control_requests.Request], None]
     #: Called with a pid that reports readiness by einhorn's protocol, which expects no answer.
     acked: Callable[[int], None]
     _: KW_ONLY
@@ -275,7 +273,7 @@ class ControlServer:
 
     def take(self, client: Client, line: bytes) -> None:
         """Answer one line of a client; einhorn's ACK gets no answer, and its client is closed."""
-        pid = ack(line) if client.may is COMMANDS else None
+        pid = einhorn.ack(line) if client.may is control_requests.COMMANDS else None
         if pid is not None:
             client.close()
             self.acked(pid)
@@ -288,9 +286,9 @@ class ControlServer:
             if request.command not in client.may:
                 may = ", ".join(client.may)
                 why = f"{request.command}: members of --status-group may use only {may}"
-                raise RequestError("denied", why, request.id)
+                raise control_requests.RequestError("denied", why, request.id)
             self.handle(client, request)
-        except RequestError as wrong:
+        except control_requests.RequestError as wrong:
             client.say(control_requests.refusal(wrong))
 
     def forget(self, fd: int) -> None:
@@ -317,9 +315,9 @@ class ControlServer:
             return
         client = Client(sock, self, self.loop, self._commands_for(sock))
         if not client.may:
-            wrong = RequestError("denied", "permission denied")
+            wrong = control_requests.RequestError("denied", "permission denied")
         elif len(self._clients) >= CLIENTS:
-            wrong = RequestError(
+            wrong = control_requests.RequestError(
                 "busy", f"{CLIENTS} clients are connected already; try again after one has left"
             )
         else:
@@ -337,16 +335,19 @@ class ControlServer:
             return ()
         _, uid, gid = _CREDENTIALS.unpack(found)
         if uid in unmistakable_users(self.uids):
-            return COMMANDS
+            return control_requests.COMMANDS
         if uid in self.uids and may_be_signalled(sock):
-            return COMMANDS
+            return control_requests.COMMANDS
         groups = {gid}
         try:
             more = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES)
             groups.update(each for (each,) in struct.iter_unpack("I", more))
         except OSError:
             pass  # the client has more groups than fit into _GROUPS_BYTES
-        for group, commands in ((self.group, COMMANDS), (self.status_group, STATUS_COMMANDS)):
+        for group, commands in (
+            (self.group, control_requests.COMMANDS),
+            (self.status_group, control_requests.STATUS_COMMANDS),
+        ):
             if group is not None and group in unmistakable_groups({group}) & groups:
                 return commands
         return ()

@@ -15,10 +15,11 @@ def delivery_for(mode: HandoffMode) -> type[Delivery]:
     Call it at the start of a program: later an upgrade may have replaced the class's file.
     """
     if mode.workers_accept:
-        import array  # noqa: F401  for steering (system/bpf.py)
+        import array
 
         from .shared.shared_delivery import SharedDelivery
 
+        array.array("B")  # loads the module while its file is there; for steering (system/bpf.py)
         return SharedDelivery
     from .queue.queue_delivery import QueueDelivery
 

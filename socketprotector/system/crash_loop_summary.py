@@ -1,16 +1,11 @@
-"""Crash-loop suppression: one line with a count instead of a full disk.
+"""The log's limit for crash loops: after SHOWN deaths one line with a count, not a full disk.
 
-Filters lines before they reach the log. The first deaths of a loop are logged unchanged. Later
-deaths are suppressed, counted, and summed up in one line at growing intervals: the count, and the
-last cause. Once a worker has proved itself, and at a stop, the rest is summed up and that worker's
-withheld lines are written. Observers of the log get every line.
+Later deaths are counted, and one line at growing intervals has the count and the last cause.  When
+a worker has proved itself, and at a stop, the rest is summed up, and the lines withheld of the
+running worker are written.  Observers of the log get every line.
 
-There are two kinds of loop: workers that crash in the same slot of a generation, and generations
-that fail in a row while none serves.
-
-The filter reads the log's own lines, because it has to keep their order. The core also counts quick
-deaths, for its back-off.  But it does not know when a worker was spawned, what it wrote, or when it
-proved itself: the core learns the last only at the worker's exit.
+The limit is for each slot of a generation, and for generations that fail in a row while none
+serves.  It reads the log's own lines, which also say when a worker was spawned and why it ended.
 """
 
 from __future__ import annotations
@@ -26,29 +21,22 @@ from .loop import Loop
 Fields = Mapping[str, object]
 #: Time, level, event and fields.
 Line = tuple[float, str, str, Fields]
-#: Generation and slot; the slot is None for a worker that could not be spawned.
-#: None: the loop of generations.
-Key = tuple[int, int | None] | None
+#: Generation and slot; the slot None is of workers that could not be spawned.
+Slot = tuple[int, int | None]
+Key = Slot | None  # None: the loop of generations
 
 #: Deaths in a row that are logged unchanged.
 SHOWN = 5
-#: The time between two summary lines: it doubles each time.
-FIRST_INTERVAL_S = 10.0
-LAST_INTERVAL_S = 3600.0
-#: A worker that could not be spawned is never ready: deaths further apart are no loop (back-off:
-#: 60 s).
-_APART_S = 120.0
+#: The time between two lines with a count: it doubles each time.
+FIRST_INTERVAL_S, LAST_INTERVAL_S = 10.0, 3600.0
 #: The slot of a worker whose exit does not count: an earlier program spawned it, or it served and
 #: left on request.
 _UNKNOWN = -1
-#: The most lines withheld of running workers: a generation may have many workers.
-_WITHHELD = 256
 
 _REPEATED = ("spawned", "worker-ready", "signalled", "exited")
+#: The events that generations repeat when they fail in a row, and those that end such a loop.
 _FAILURES = ("retrying", "channel-broken")
-#: The events that generations repeat when they fail in a row.
 _REPEATED_BY_GENERATIONS = (*_REPEATED, *_FAILURES, "route", "recovered", "drained")
-#: These events end a loop of generations.
 _VERDICTS = ("ready", "reloaded", "reload-failed", "start-failed")
 
 
@@ -61,28 +49,20 @@ class _CrashLoop:
     unreported: int = 0  # deaths since the last line
     interval_s: float = FIRST_INTERVAL_S
     ready_at: float | None = None  # when the running worker was ready
-    died_at: float = 0.0
-    shown: int = SHOWN
     last: Fields = field(default_factory=dict)  # the fields of the last death
-    #: The withheld lines of the running worker.
-    withheld: deque[Line] = field(default_factory=lambda: deque(maxlen=_WITHHELD))
-
-    @property
-    def suppressed(self) -> bool:
-        return self.deaths >= self.shown
+    #: The withheld lines of the running worker, or of a generation's many workers.
+    withheld: deque[Line] = field(default_factory=lambda: deque(maxlen=256))
 
 
 class CrashLoopFilter:
     """Withholds lines that a crash loop repeats."""
 
     def __init__(self, write: Callable[[str, str, Fields], None], loop: Loop) -> None:
-        """write: writes a line (level, event, fields) past this filter."""
-        self._write = write
-        self._loop = loop
+        """Limit the lines; write: writes one (level, event, fields) past this filter."""
+        self._write, self._loop = write, loop
         self._crashing: dict[Key, _CrashLoop] = {}
-        self._slot_of: dict[int, tuple[int, int | None]] = {}  # of running workers
-        self._slot_counts: dict[int, int] = {}  # slots by generation
-        self._just_ended: tuple[int, int | None] | None = None
+        self._slot_of: dict[int, Slot] = {}  # of running workers
+        self._just_ended: Slot | None = None
         self._failed = 0  # the last generation that failed while no other served
         self._shown_to = 0  # the lines of later generations are withheld
         self._stopping = False
@@ -95,12 +75,10 @@ class CrashLoopFilter:
         if self._stopping:
             return False
         line = (time.monotonic(), level, event, fields)
-        generation = (
-            _number(fields, "generation")
-            or self._slot_of.get(_number(fields, "worker"), (0, None))[0]
-        )
-        for_slot = self._suppresses_for_slot(line, generation)
-        return self._suppresses_for_generations(line, generation) or for_slot
+        slot = self._slot_of.get(_number(fields, "worker"))
+        generation = _number(fields, "generation") or (slot[0] if slot else 0)
+        of_slot = self._suppresses_of_slot(line, slot or (generation, _UNKNOWN))
+        return self._suppresses_of_generation(line, generation) or of_slot
 
     def flush(self) -> None:
         """Write the withheld lines and all counts."""
@@ -108,126 +86,84 @@ class CrashLoopFilter:
             self._finish(key)
         self._slot_of.clear()
 
-    # -- workers of a slot --------------------------------------------------------
-
-    def _suppresses_for_slot(self, line: Line, generation: int) -> bool:
-        _, _, event, fields = line
+    def _suppresses_of_slot(self, line: Line, slot: Slot) -> bool:
+        now, _, event, fields = line
         worker = _number(fields, "worker")
         just_ended, self._just_ended = self._just_ended, None
         if event == "drained":
-            for key in [key for key in self._crashing if key is not None and key[0] == generation]:
+            for key in [key for key in self._crashing if key is not None and key[0] == slot[0]]:
                 self._finish(key)
-            self._slot_counts.pop(generation, None)
-            return False
-        if event == "spawned":
-            slot = _number(fields, "slot")
-            self._slot_of[worker] = generation, slot
-            self._slot_counts[generation] = max(self._slot_counts.get(generation, 0), slot + 1)
-        if (
-            event == "exited" and not worker
-        ):  # the core reports the same exit again, with its reason
-            return self._add_reason(just_ended, generation, fields)
-        if event in ("retired", "signalled") and self._leaves_on_request(worker):
-            return False
-        if event not in _REPEATED:
-            return False
-        key = self._slot_of.get(worker, (generation, _UNKNOWN))
-        if event == "exited":
+        elif event == "spawned":
+            self._finish((slot[0], None))
+            slot = self._slot_of[worker] = slot[0], _number(fields, "slot")
+        elif event == "exited" and worker:
             self._slot_of.pop(worker, None)
-            self._just_ended = key
-        if key[1] == _UNKNOWN:
+            self._just_ended = slot
+            if slot[1] != _UNKNOWN:
+                return self._count_death(slot, now, worker=worker, how=fields.get("how"))
+        elif event == "exited" and (just_ended is None or just_ended[0] != slot[0]):
+            return self._count_death((slot[0], None), now, **_why(fields))
+        elif event == "exited" and (crashes := self._crashing.get(just_ended)):
+            crashes.last = {**crashes.last, **_why(fields)}  # the same exit again, with its reason
+            return crashes.deaths > SHOWN
+        elif event in ("retired", "signalled") and self._serves(slot):
+            self._slot_of[worker] = slot[0], _UNKNOWN  # its exit is no crash
+            self._finish(slot)
             return False
-        if event == "exited":
-            return self._count_death(key, {"worker": worker, "how": fields.get("how")})
-        return self._withhold(key, line, ready=event == "worker-ready")
+        return event in _REPEATED and slot[1] != _UNKNOWN and self._withholds(slot, line)
 
-    def _leaves_on_request(self, worker: int) -> bool:
-        """Return whether a worker leaves on request after serving; its exit is then no crash."""
-        key = self._slot_of.get(worker, (0, _UNKNOWN))
-        crashes = self._crashing.get(key)
-        if crashes is None or crashes.ready_at is None:
-            return False  # it never served, or ended without a request
-        self._slot_of[worker] = key[0], _UNKNOWN
-        self._finish(key)
-        return True
+    def _serves(self, slot: Slot) -> bool:
+        return slot in self._crashing and self._crashing[slot].ready_at is not None
 
-    def _add_reason(
-        self, ended: tuple[int, int | None] | None, generation: int, fields: Fields
-    ) -> bool:
-        reason = _why(fields)
-        if ended is None or ended[0] != generation:
-            # Count all slots together: the line does not name the slot.
-            shown = SHOWN * self._slot_counts.get(generation, 1)
-            return self._count_death((generation, None), reason, shown)
-        crashes = self._crashing.get(ended)
-        if crashes is None:
-            return False
-        crashes.last = {**crashes.last, **reason}
-        return crashes.deaths > crashes.shown
-
-    # -- generations that fail in a row --------------------------------------------
-
-    def _suppresses_for_generations(self, line: Line, generation: int) -> bool:
-        _, _, event, fields = line
+    def _suppresses_of_generation(self, line: Line, generation: int) -> bool:
+        now, _, event, fields = line
         if event in _VERDICTS:
             self._finish(None)
         if event in _FAILURES and generation > self._failed:
             self._failed = generation
-            suppressed = self._count_death(None, _why(fields))
-            if not suppressed:
-                self._shown_to = generation
-            return suppressed
-        recovers = event == "recovered"
-        repeated = event in _REPEATED_BY_GENERATIONS and generation > self._shown_to
-        if repeated and (recovers or None in self._crashing):
-            return self._withhold(None, line, ready=recovers)
-        return False
+            if self._count_death(None, now, **_why(fields)):
+                return True
+            self._shown_to = generation
+        if event not in _REPEATED_BY_GENERATIONS or generation <= self._shown_to:
+            return False
+        return (event == "recovered" or None in self._crashing) and self._withholds(None, line)
 
-    # -- deaths in a row -----------------------------------------------------------
-
-    def _withhold(self, key: Key, line: Line, *, ready: bool) -> bool:
-        """Withhold a line of a running worker or generation in a loop; ready: it is serving."""
-        crashes = self._crashing.setdefault(key, _CrashLoop(line[0]))
+    def _withholds(self, key: Key, line: Line) -> bool:
+        """Withhold a line of a running worker or generation in a loop; return whether it is."""
+        now, _, event, _ = line
+        crashes = self._crashing.setdefault(key, _CrashLoop(now))
+        ready = event == ("recovered" if key is None else "worker-ready")
         if ready:
-            crashes.ready_at = line[0]
-        if not crashes.suppressed:
+            crashes.ready_at = now
+        if crashes.deaths < SHOWN:
             return False
         if ready:
-            proven = ("crash-loop-proven", key)
-            self._loop.call_after(proven, PROVEN_S, lambda: self._finish(key))
+            self._loop.call_after(("crash-loop-over", key), PROVEN_S, lambda: self._finish(key))
         crashes.withheld.append(line)
         return True
 
-    def _count_death(self, key: Key, last: Fields, shown: int = SHOWN) -> bool:
+    def _count_death(self, key: Key, now: float, **last: object) -> bool:
         """Count a death; return whether to withhold its line."""
-        now = time.monotonic()
-        crashes = self._crashing.get(key)
-        if crashes is not None and (
-            (crashes.ready_at is not None and now - crashes.ready_at >= PROVEN_S)
-            or (key is not None and key[1] is None and now - crashes.died_at > _APART_S)
-        ):
-            self._finish(key)
         crashes = self._crashing.setdefault(key, _CrashLoop(now))
-        self._loop.cancel(("crash-loop-proven", key))
-        crashes.shown = shown
+        if crashes.ready_at is not None and now - crashes.ready_at >= PROVEN_S:
+            self._finish(key)
+            crashes = self._crashing[key] = _CrashLoop(now)
+        self._loop.cancel(("crash-loop-over", key))
         crashes.deaths += 1
-        crashes.ready_at = None
-        crashes.died_at = now
-        crashes.last = last
+        crashes.ready_at, crashes.last = None, last
         crashes.withheld.clear()
-        if crashes.deaths <= crashes.shown:
+        if crashes.deaths <= SHOWN:
             return False
         crashes.unreported += 1
-        if self._loop.due(("crash-loop", key)) is None:
-            self._loop.call_after(
-                ("crash-loop", key), crashes.interval_s, lambda: self._sum_up(key)
-            )
+        timer = ("crash-loop", key)
+        if self._loop.due(timer) is None:
+            self._loop.call_after(timer, crashes.interval_s, lambda: self._sum_up(key))
         return True
 
     def _sum_up(self, key: Key) -> None:
         """Write the number of deaths since the last line."""
         crashes = self._crashing[key]
-        generation, slot = key if key is not None else (self._failed, None)
+        generation, slot = key or (self._failed, None)
         fields = {
             "generation": generation,
             "slot": slot,
@@ -242,20 +178,18 @@ class CrashLoopFilter:
 
     def _finish(self, key: Key) -> None:
         """Write the rest and the withheld lines of the running worker; end the loop."""
-        crashes = self._crashing.get(key)
-        if crashes is None:
+        if key not in self._crashing:
             return
         self._loop.cancel(("crash-loop", key))
-        self._loop.cancel(("crash-loop-proven", key))
-        if crashes.unreported:
+        self._loop.cancel(("crash-loop-over", key))
+        if self._crashing[key].unreported:
             self._sum_up(key)
-        del self._crashing[key]
-        now = time.monotonic()
-        for when, level, event, fields in crashes.withheld:
-            self._write(level, event, {**fields, "ago_s": round(now - when, 1)})
+        for when, level, event, fields in self._crashing.pop(key).withheld:
+            ago_s = round(time.monotonic() - when, 1)
+            self._write(level, event, {**fields, "ago_s": ago_s})
 
 
-def _why(fields: Fields) -> Fields:
+def _why(fields: Fields) -> dict[str, object]:
     return {name: fields.get(name) for name in ("reason", "last_words")}
 
 

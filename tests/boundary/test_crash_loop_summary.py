@@ -259,25 +259,21 @@ def test_the_end_of_the_generation_ends_the_loop(story: Story) -> None:
     assert story.seen[1]["how"] == "exited with status 0"
 
 
-def test_a_worker_that_cannot_be_spawned_is_suppressed_too(story: Story) -> None:
+def test_workers_that_cannot_be_spawned_have_one_limit_for_each_generation(story: Story) -> None:
+    for slot in range(3):
+        story.spawn(slot=slot)
+    story.events()
     for _ in range(SHOWN + 4):
         story.say("exited", generation=1, reason="cannot start: No such file")
         story.loop.pass_time(1)
 
     assert story.events() == ["exited"] * SHOWN
-    story.filter.flush()
-    assert story.events() == ["crash-loop"]
+    story.spawn()
+    assert story.events() == ["crash-loop", "spawned"]
     assert story.seen[0]["reason"] == "cannot start: No such file"
-
-
-def test_of_workers_that_cannot_be_spawned_so_many_are_logged_for_each_slot(story: Story) -> None:
-    for slot in range(3):
-        story.spawn(slot=slot)
-    story.events()
-    for _ in range(3 * SHOWN + 4):
-        story.say("exited", generation=1, reason="cannot start: No such file")
-
-    assert story.events() == ["exited"] * 3 * SHOWN
+    assert story.seen[0]["unreported"] == 4
+    story.say("exited", generation=1, reason="cannot start: No such file")
+    assert story.events() == ["exited"]
 
 
 def test_workers_of_an_earlier_program_are_logged_as_they_are(story: Story) -> None:
@@ -344,5 +340,5 @@ def test_what_is_known_stays_bounded(story: Story) -> None:
         story.say("drained", generation=generation)
 
     kept = story.filter
-    assert [kept._crashing, kept._slot_of, kept._slot_counts] == [{}, {}, {}]
+    assert [kept._crashing, kept._slot_of] == [{}, {}]
     assert story.loop.timers == {}

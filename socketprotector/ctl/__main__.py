@@ -1,6 +1,6 @@
 """`socketprotectorctl` and `python -m socketprotector.ctl`.
 
-The program is loaded by a function, so that one line says where there is no memory to load it.
+A function loads the program, so that it can report in one line that memory is too short for that.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _STATUS = 1  # cli.OutputFailed's
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the process's own by default.  Returns the exit status."""
+    """Run one command, by default that of the process's arguments.  Returns the exit status."""
     try:
         from . import main as program
 

@@ -1,8 +1,8 @@
-"""What other distributions may import of this one: socketprotector-exporter imports nothing else.
+"""The names that other distributions may import: socketprotector-exporter imports only these.
 
-It finds control sockets, queries them and reads the answers; with what a program beside the
-protector needs for its own messages, files and exit statuses.  Standard library only.
-A name is changed or removed here only together with the exporter.
+They find control sockets, query them and read the answers.  Others help a program beside the
+protector with its own messages, files and exit statuses.  Standard library only.
+Change or remove a name here only together with the exporter.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The child processes of an unmodified server, such as gunicorn's workers.
 
-Read from /proc by the command, not by SocketProtector, which knows only the processes that it
-starts.  Where /proc is missing, hides them or is of another PID namespace, none are found.
+The command reads them from /proc: SocketProtector knows only the processes that it starts.
+None are found if /proc is missing, hides them, or belongs to another PID namespace.
 
 Source: proc(5), `task/TID/children` (CONFIG_PROC_CHILDREN) and `stat`.
 """
@@ -27,14 +27,14 @@ def children_of(status: Message) -> dict[int, list[int]]:
     for generation in listed(status, "generations"):
         for worker in listed(generation, "workers"):
             pid = number_in(worker, "pid")
-            # In another PID namespace that number is another process, of another parent.
+            # In another PID namespace this pid belongs to another process, with another parent.
             if pid > 0 and procfs.parent_of(pid) in parents:
                 found[pid] = [each for each in _children(pid) if _lives(each)]
     return found
 
 
 def _children(pid: int) -> list[int]:
-    """Return what the threads of a process have started; empty where that is not shown."""
+    """Return the pids that the threads of a process have started; [] if /proc hides them."""
     found = []
     try:
         for thread in os.listdir(f"/proc/{pid}/task"):

@@ -1,6 +1,6 @@
-"""The command line of socketprotectorctl: instance options, then a command with its own.
+"""The command line of socketprotectorctl: instance options, a command, the command's options.
 
-Every error is one line: what, where, how to fix it.
+Every error is one line: what failed, where, and how to fix it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class OutputClosed(Exception):
-    """The reader of the answer has gone (`| head`): no error.  click would exit with status 1."""
+    """The reader of stdout has exited (`| head`), which is no error; click would exit with 1."""
 
 
 class OutputFailed(Refusal):
-    """The answer cannot be written, as to a full disk, or not be asked for."""
+    """The answer cannot be written (a full disk, for example), or an OSError prevented it."""
 
     status = 1
 
@@ -43,7 +43,7 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """Which protector is meant; looked for when a command asks."""
+    """The protector that the options name; the first request looks for its socket."""
 
     name: str | None = None
     control: str | None = None
@@ -62,14 +62,14 @@ class Instance:
     def client(
         self, answer_s: float = ANSWER_S, *, events: bool = False, until: float = math.inf
     ) -> Client:
-        """Return a connection, which the caller closes.  Raises NoProtector, UsageError.
+        """Return a new connection, which the caller closes.  Raises NoProtector, UsageError.
 
-        answer_s: how long an answer may take.  events: follow them, too.  until: see Client.
+        answer_s: how long an answer may take.  events: whether to follow them.  until: see Client.
         """
         return Client(self.path(), answer_s, events=events, until=until)
 
     def request(self, command: str, **arguments: Any) -> Message:
-        """Return the result of a request over a connection of its own.
+        """Send a request over a new connection, and return its result.
 
         Raises ControlError, UsageError.
         """
@@ -78,7 +78,7 @@ class Instance:
 
 
 def _take(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    """Take an instance option, before the command or behind it."""
+    """Store an instance option, given before or after the command."""
     if value is None:
         return
     given = [name for name, before in asdict(ctx.obj or Instance()).items() if before is not None]
@@ -89,12 +89,12 @@ def _take(ctx: click.Context, param: click.Parameter, value: str | None) -> None
 
 
 def _complete_name(_: click.Context, __: click.Parameter, begun: str) -> list[str]:
-    """Return the names of running protectors that begin so."""
+    """Return the names of running protectors that begin with this text."""
     return discovery.running(begun)
 
 
 def _instance_options(function: Function, *, hidden: bool = False) -> Function:
-    """Add the options that choose an instance: to the program, and to each command, too."""
+    """Add the options that choose an instance, to the program or to one of its commands."""
     for name, metavar, text in (
         ("pid-file", "FILE", "Choose it by its pid file."),
         ("control", "PATH", "Choose it by its control socket."),
@@ -103,7 +103,7 @@ def _instance_options(function: Function, *, hidden: bool = False) -> Function:
         function = click.option(
             f"--{name}",
             metavar=metavar,
-            # Shells complete a path as a file; the answer says if this user has the permission.
+            # A path, so that shells complete files; a request reports a missing permission.
             type=None if name == "name" else click.Path(readable=False),
             shell_complete=_complete_name if name == "name" else None,
             hidden=hidden,
@@ -140,7 +140,7 @@ def program(ctx: click.Context) -> None:
 
 
 def command(name: str | None = None, **settings: Any) -> Callable[[Function], click.Command]:
-    """Make a command of a function: its instance first, `as_json` among its arguments."""
+    """Make a command of a function that takes the instance first, and `as_json` by name."""
 
     def made(function: Function) -> click.Command:
         @wraps(function)
@@ -163,27 +163,27 @@ def command(name: str | None = None, **settings: Any) -> Callable[[Function], cl
     return made
 
 
-# -- what is said -------------------------------------------------------------------
+# -- output -------------------------------------------------------------------------
 
 
 def say(text: str) -> None:
-    """Print a line of the answer, escaped: nothing in it can drive a terminal."""
+    """Print a line of the answer, escaped, so that it cannot control the terminal."""
     print(escape(text), flush=True)
 
 
 def say_json(value: Any) -> None:
-    """Print a value as one line; nothing in it can drive a terminal."""
+    """Print a value as one line of JSON, which cannot control the terminal."""
     # ensure_ascii leaves only DEL of the control characters.
     print(json.dumps(value).replace("\x7f", "\\u007f"), flush=True)
 
 
 def plural(number: int, one: str, more: str = "") -> str:
-    """Return the singular or the plural, as the number needs it."""
+    """Return the singular for 1, and otherwise the plural."""
     return one if number == 1 else more or f"{one}s"
 
 
 def answer(as_json: bool, result: Message, words: str) -> None:
-    """Print the result of an order, or with --json the protector's."""
+    """Print the outcome of a command in words, or with --json the protector's result."""
     if as_json:
         say_outcome(say_json, result)
     else:
@@ -191,7 +191,7 @@ def answer(as_json: bool, result: Message, words: str) -> None:
 
 
 def say_outcome(print_it: Callable[[Any], None], outcome: Any) -> None:
-    """Print what an order has done; where that cannot be written, its exit status still tells."""
+    """Print the outcome of a command; if that fails, the exit status still reports it."""
     try:
         print_it(outcome)
     except OSError as error:
@@ -206,7 +206,7 @@ def discard_output() -> None:
 
 
 def say_last_words(text: str) -> None:
-    """Print a worker's last words, below what they belong to."""
+    """Print a worker's last words, indented below the preceding line."""
     for line in text.strip("\n").split("\n"):
         if line:
             say(f"  | {line}")

@@ -1,10 +1,10 @@
 """A connection to a control socket: a request, its answer, and the events in between.
 
-An upgrade or a crash ends the connection and leaves the socket: a client that waits connects
-again, for as long as a successor can still be expected.
+An upgrade or a crash ends the connection, but the socket stays.  A waiting client connects
+again, as long as it can expect a new process to answer there.
 
-Standard library only; no output, errors are raised.  It blocks, each time at most for a given time.
-The peer's data is checked for its shape and limited in length.
+Standard library only.  It prints nothing, and raises errors.  Each call blocks for a given time
+at most.  It checks the form of the peer's data, and limits its length.
 
 Source: docs/control.md; unix(7) for SO_PEERCRED.
 """
@@ -29,17 +29,17 @@ from .fields import label, text_in
 from .message import message_in
 
 VERSION = 1
-#: A protector answers within milliseconds, after a crash within some hundred, and
-#: a machine that is short of everything longer.
+#: A protector answers within milliseconds, and within some hundred after a crash.
+#: On an overloaded machine it takes longer.
 ANSWER_S = 10.0
-#: A guard starts a killed protector within 0.3 s, and later if it dies all the time.
+#: A guard restarts a killed protector within 0.3 s, or later if it keeps dying.
 RETURN_S = 10.0
 _TRY_EVERY_S = 0.05
-#: A protector keeps 1 MiB for a client that does not read: a longer line is none of its own.
+#: A protector buffers at most 1 MiB for a client, so it never sends a longer line.
 LONGEST_LINE = 1024 * 1024
-#: Before the answer to a request.
+#: How many events, and of how many bytes, may come before the answer to a request.
 _MOST_EVENTS, _MOST_EVENT_BYTES = 10_000, 2 * 1024 * 1024
-#: sun_path's room, less the zero at its end (unix(7)).
+#: The size of sun_path, without the zero byte at its end (unix(7)).
 _LONGEST_PATH = 107
 
 Message = dict[str, Any]
@@ -56,9 +56,9 @@ class Client:
         events: bool = False,
         until: float = math.inf,
     ) -> None:
-        """Connect, and follow events if asked to.  Raises NoProtector, RequestRefused.
+        """Connect, and follow events if `events` is true.  Raises NoProtector, RequestRefused.
 
-        until: of time.monotonic(); no wait ends later.
+        until: when every wait ends at the latest, by time.monotonic().
         """
         self.path = path
         self._answer_s = answer_s
@@ -75,12 +75,12 @@ class Client:
         self._begin()
 
     def _at_most(self, within_s: float) -> float:
-        """Return a time to wait, cut at `until`; 0 would mean that the socket does not block."""
+        """Limit a time to wait by `until`, but never to 0, which makes a socket non-blocking."""
         left_s = self._until - time.monotonic()
         return min(within_s, max(0.001, left_s)) if within_s else within_s
 
     def _begin(self) -> None:
-        """Forget what an earlier connection has sent."""
+        """Discard what the peer sent over an earlier connection."""
         self._buffer = bytearray()
         self._events: deque[Message] = deque()
         self._events_bytes = 0
@@ -89,8 +89,8 @@ class Client:
     def again(self, within_s: float = math.inf) -> Message:
         """Connect again, within RETURN_S at most; return the status.
 
-        Raises NoProtector when none came back.  Both requests are sent before the first answer:
-        a protector that comes back only to end answers the requests that it has by then.
+        Raises NoProtector if no protector came back.  Both requests are sent before the first
+        answer, because a protector that is about to exit answers only the requests it has.
         """
         limit_s = self._at_most(min(within_s, RETURN_S))
         until = time.monotonic() + limit_s
@@ -119,7 +119,7 @@ class Client:
 
     @property
     def peer_pid(self) -> int:
-        """Return the process that made the socket listen: the protector, or its ancestor."""
+        """Return the pid of the process that called listen(): the protector or its ancestor."""
         credentials = self._socket.getsockopt(
             socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
         )
@@ -128,18 +128,19 @@ class Client:
     # -- requests ----------------------------------------------------------------
 
     def request(self, command: str, **arguments: Any) -> Message:
-        """Ask once, and return the result.
+        """Send a request once, and return its result.
 
-        Raises RequestRefused for a no, ConnectionLost when the connection ended before the
-        answer came: it is unknown whether it was heard.  NoProtector when no answer came in
-        time; after that the connection is of no use any more.
+        Raises RequestRefused if the protector refuses.  ConnectionLost: the connection ended
+        before the answer, so the protector may or may not have read the request.  NoProtector:
+        no answer came in time; the connection cannot be used any more.
         """
         return self._request(command, arguments, self._answer_s)
 
     def ask(self, command: str, **arguments: Any) -> Message:
-        """Ask what may be asked twice: when the connection ends before the answer, it is.
+        """Send a request that is safe to repeat, and return its result.
 
-        As often as that happens within RETURN_S: a crash may follow an upgrade.
+        It is repeated whenever the connection ends before the answer, for RETURN_S at most: a
+        crash may follow an upgrade.
         """
         until = time.monotonic() + self._at_most(RETURN_S)
         while True:
@@ -180,15 +181,15 @@ class Client:
                 "silent",
             ) from None
         except OSError as error:
-            # A refusal is sent before the connection ends: that line may be there to read.
+            # The protector may have sent a refusal before it closed; `answer` reads that line.
             if error.errno not in (errno.EPIPE, errno.ECONNRESET):
                 raise NoProtector(f"{self.path}: {error.strerror}") from error
 
     def answer(self, until: float) -> Message | None:
-        """Return the result of the last request, or None when it has not come by then.
+        """Return the result of the last request; None if it has not come by `until`.
 
-        Raises NoProtector where more events come than a protector sends, or more answers than
-        there were requests.
+        Raises NoProtector if the peer sends more events than a protector does, or more answers
+        than there were requests.
         """
         while (found := self._message(until)) is not None:
             message, size = found
@@ -201,7 +202,7 @@ class Client:
             elif message.get("id") in (self._last_id, None):
                 return _result(message)
             else:
-                self._passed_over += 1  # of a request whose answer was not waited for
+                self._passed_over += 1  # the late answer to an earlier request
                 if self._passed_over > self._last_id:
                     raise self.foreign()
             if self._is_over(until):
@@ -209,9 +210,9 @@ class Client:
         return None
 
     def event(self, timeout_s: float) -> Message | None:
-        """Return the next event, or None when none came in time.
+        """Return the next event; None if none came in time.
 
-        Raises ConnectionLost: then connect `again`, and look into status.
+        Raises ConnectionLost.  The caller then connects `again`, and reads the status.
         """
         until = time.monotonic() + timeout_s
         while not self._events:
@@ -222,17 +223,17 @@ class Client:
                 return found[0]
             if self._is_over(until):
                 return None
-        self._events_bytes = 0  # from here on they only become fewer
+        self._events_bytes = 0  # no further event is buffered before the next request
         return self._events.popleft()
 
     # -- lines -------------------------------------------------------------------
 
     def _is_over(self, until: float) -> bool:
-        """Return True if the time is over and no whole line is left."""
+        """Return True if the time is over and no complete line is buffered."""
         return time.monotonic() >= until and b"\n" not in self._buffer
 
     def _message(self, until: float) -> tuple[Message, int] | None:
-        """Return the next message and its length."""
+        """Return the next message and its length; None if none came in time."""
         line = self._line(until)
         if line is None:
             return None
@@ -244,7 +245,7 @@ class Client:
     def _line(self, until: float) -> bytes | None:
         searched = 0
         while (end := self._buffer.find(b"\n", searched)) < 0:
-            # Once is looked in any case: an event that is there is taken with 0 s to wait.
+            # Read once in any case, so that 0 s is enough for an event that has arrived.
             left_s = max(0.0, until - time.monotonic())
             if searched and not left_s:
                 return None
@@ -269,17 +270,17 @@ class Client:
 
     @property
     def unread_bytes(self) -> int:
-        """What it has read and not returned."""
+        """How many bytes it has read, but not yet returned."""
         return len(self._buffer) + self._events_bytes
 
     def foreign(self) -> NoProtector:
-        """Return the error that says so of what answers."""
+        """Return the error for a peer that is not SocketProtector."""
         return NoProtector(
             f"{self.path}: the process there is not SocketProtector; check the path", "no protector"
         )
 
     def close(self) -> None:
-        """Close the connection, and forget what it has sent; again: nothing."""
+        """Close the connection and discard what it has sent.  May be called twice."""
         self._socket.close()
         self._begin()
 
@@ -293,9 +294,9 @@ class Client:
 def connect(path: str, timeout_s: float) -> socket.socket:
     """Return a connected socket, which the caller closes.
 
-    Raises NoProtector, and RequestRefused (denied) where the socket's mode forbids it.
-    timeout_s: how long a full backlog is waited for; 0 is not at all (then the socket does
-    not block).
+    Raises NoProtector, or RequestRefused (denied) if the socket's mode forbids it.
+    timeout_s: how long to wait if the backlog is full; 0: not at all, and the returned socket is
+    non-blocking.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -344,7 +345,7 @@ def _unreachable(path: str, error: OSError) -> NoProtector | RequestRefused:
 
 
 def lives(pid: int) -> bool:
-    """Return True if the process exists, or is a zombie; /proc may hide it, so it is not used."""
+    """Return True if the process exists, even as a zombie.  /proc is not used: it may hide it."""
     try:
         os.kill(pid, 0)
     except PermissionError:

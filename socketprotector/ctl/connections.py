@@ -1,8 +1,8 @@
-"""Which connections a worker has: read from /proc, where the protector knows nothing of them.
+"""Reads the connections of workers from /proc, because the protector does not know them.
 
-Only sockets whose local address is one of the listeners'; a worker's own connections (to a
-database, say) are not shown.  A worker's children are looked through, too: a server
-may fork one for each connection.
+It finds sockets whose local address is a listener's, and not a worker's own connections (to a
+database, say).  It also searches the worker's children: a server may fork one for each
+connection.
 
 Source: proc(5), `net/tcp`: local and remote address, state, tx_queue:rx_queue, inode.
 """
@@ -22,7 +22,7 @@ from ..system.socket_file import path_of
 from .client import Message, lives
 from .fields import listed, number_in, text_in
 
-#: A state that proc(5) calls TCP_LISTEN.
+#: The state TCP_LISTEN of proc(5).
 _LISTENING = "0A"
 #: UNIX sockets that were accepted or have connected: SS_CONNECTED of linux/net.h.
 _CONNECTED = "03"
@@ -41,13 +41,13 @@ class Connection:
     local: str
     peer: str
     age_s: float
-    bound: str  # what the age is: EXACT, AT_LEAST or AT_MOST
+    bound: str  # how age_s is meant: EXACT, AT_LEAST or AT_MOST
     waiting_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class HiddenWorker:
-    """A worker that could not be looked at, and why."""
+    """A worker whose connections cannot be read, and why."""
 
     generation: int
     worker: int
@@ -64,11 +64,12 @@ class _Socket(TypedDict):
 def look(
     workers: Iterable[Message], listeners: Iterable[str], now: float, draining: Container[int] = ()
 ) -> tuple[list[Connection], list[HiddenWorker]]:
-    """Look the workers' connections up, as `connections` of docs/control.md names them.
+    """Return the workers' connections, and the workers whose connections cannot be read.
 
-    listeners: their canonical addresses; now: the time since the epoch.  draining: generations
-    that take nothing any more, so that what they have is as old as that at least.  What others
-    have is as old as their worker at most.
+    workers: as `connections` of docs/control.md returns them.  listeners: their canonical
+    addresses.  now: the time since the epoch.  draining: generations that get no clients any
+    more.  Without its exact time, a connection of theirs is at least as old as the drain; any
+    other is at most as old as its worker.
     """
     addresses = tuple(listeners)
     found: list[Connection] = []
@@ -81,7 +82,7 @@ def look(
             continue  # not started yet
         pids = _session(pid) if worker.get("orphaned") is True else [pid]
         if not pids:
-            continue  # all of them have ended meanwhile
+            continue  # all of its processes have ended meanwhile
         try:
             space = os.readlink(f"/proc/{pids[0]}/ns/net")
             if space not in tables:
@@ -92,7 +93,7 @@ def look(
             unseen.append(HiddenWorker(generation, number, pid, why))
             continue
         except (FileNotFoundError, ProcessLookupError):
-            if lives(pid):  # else it has ended meanwhile
+            if lives(pid):  # otherwise the worker has ended meanwhile
                 unseen.append(HiddenWorker(generation, number, pid, _HIDDEN))
             continue
         times = worker.get("accepted_at_by_fd")
@@ -114,7 +115,7 @@ def addresses_of(status: Message) -> list[str]:
 
 
 def _session(leader: int) -> list[int]:
-    """Return the living processes of a session, whose leader has ended."""
+    """Return the living processes of a session whose leader has ended."""
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -128,9 +129,10 @@ def _session(leader: int) -> list[int]:
 
 
 def _inodes(pids: Sequence[int]) -> dict[int, int | None]:
-    """Return the sockets of processes and of their descendants.
+    """Return the inodes of the sockets of these processes and their descendants.
 
-    With their numbers in the first process, which is the worker; None: it does not have them.
+    The value is the socket's descriptor in the first process, the worker; None if the worker
+    does not have this socket.
     """
     found: dict[int, int | None] = {}
     worker, todo = pids[0], list(reversed(pids))
@@ -138,7 +140,7 @@ def _inodes(pids: Sequence[int]) -> dict[int, int | None]:
         each = todo.pop()
         try:
             for number, inode in procfs.sockets(each):
-                # A descendant's numbers say nothing about the worker's.
+                # A descendant numbers its descriptors differently.
                 found.setdefault(inode, number if each == worker else None)
             with open(f"/proc/{each}/task/{each}/children", encoding="ascii") as children:
                 todo += [int(word) for word in children.read().split()]
@@ -149,7 +151,7 @@ def _inodes(pids: Sequence[int]) -> dict[int, int | None]:
 
 
 def _sockets(pid: int, addresses: tuple[str, ...]) -> Iterator[tuple[int, _Socket]]:
-    """All connections to the listeners in the network namespace of a process, by inode."""
+    """Yield each connection to the listeners in a process's network namespace, by inode."""
     tcp = {each[4:] for each in addresses if each.startswith("tcp:")}
     unix = {each[5:] for each in addresses if each.startswith("unix:")}
     if tcp:
@@ -176,7 +178,7 @@ def _unix(path: str, addresses: set[str]) -> Iterator[tuple[int, _Socket]]:
     waiting = unread_unix()
     for words in _lines(path):
         if len(words) < 7 or not words[6].isdecimal():
-            continue  # the rest of a name that has a line break in it, which anyone may give
+            continue  # the rest of a line: any process may put a line break into a name
         state, inode = words[5], words[6]
         name = path_of(" ".join(words[7:]))  # a path may have blanks in it
         if state == _CONNECTED and name in addresses:

@@ -1,4 +1,4 @@
-"""Finds the control socket: by path, by name, by pid file, or the only one there is."""
+"""Finds a control socket by path, by name, by pid file, or as the only one that lives."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .query_all import SocketAnswer, ask_all
 
 _NAMES_SHOWN = 8
 
-#: Characters that mean nothing to a shell, wherever in a word.
+#: Characters that no shell treats specially, wherever they are in a word.
 _SHELL_SAFE = frozenset(string.ascii_letters + string.digits + "@%+:,./_-")
 
 
@@ -30,8 +30,8 @@ def sockets() -> list[str]:
 
 
 def by_path(path: str) -> str:
-    """Return the whole path of a control socket.  Raises UsageError for another kind of file."""
-    with suppress(OSError):  # to connect says why
+    """Return the absolute path of a control socket.  Raises UsageError for another kind of file."""
+    with suppress(OSError):  # connect() will report it
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             raise UsageError(
                 f"--control {path}: it is no socket; name a control socket, as "
@@ -41,11 +41,12 @@ def by_path(path: str) -> str:
 
 
 def by_name(name: str) -> str:
-    """Return the socket of the protector of a name, or NAME:LISTENER of several that have it.
+    """Return the socket of the protector with this name.
 
-    A listener's port alone is a name, too, if no protector has it as its name.
+    If several protectors share a name, NAME:LISTENER chooses one.  A listener's port alone is a
+    name, too, unless a protector has it as its name.
     """
-    # As the protector does: its name may be that of a path.
+    # The protector makes its key from its name in the same way; the name may be a path.
     key, found = control_path.key_of(name), sockets()
     there = [path for path in found if control_path.key(path) == key]
     others = [path for path in found if control_path.key(path).startswith(f"{key}:")]
@@ -59,7 +60,7 @@ def by_name(name: str) -> str:
     ]
     if len(meant) > 1:
         apart = [called[path] for path in meant]
-        if len(set(apart)) < len(apart):  # at the same listener, too
+        if len(set(apart)) < len(apart):  # some share the listener, too
             apart = [f"--control {path}" for path in meant]
         raise UsageError(f"--name {name}: which one? {_names(apart)}")
     if meant or living or there:
@@ -69,19 +70,20 @@ def by_name(name: str) -> str:
 
 
 def running(begun: str) -> list[str]:
-    """Return the names of instances that run, for one who has begun to type one.
+    """Return the names of running instances that begin with a text, for completion in a shell.
 
-    Without those in which a shell would see a command: any process can choose its name.
+    It leaves out names with characters that are special to a shell: any process can choose its
+    name.
     """
     found = names(everything())
     return [each for each in found if each.startswith(begun) and not set(each) - _SHELL_SAFE]
 
 
 def names(found: Sequence[SocketAnswer]) -> list[str]:
-    """Return what each is called: its name, with its listener where several have that name.
+    """Return a name for each: its own, with its listener if several share that name.
 
-    The name is the socket's where a protector does not answer.  Any process can choose its name:
-    the one whose own folder is called so keeps it.
+    A protector that does not answer gets its socket's name.  Any process can choose its name, so
+    only the protector in the folder of that name keeps it without a listener.
     """
     longer = [_names_of(each) for each in found]
     called = [plain for plain, *_ in longer]
@@ -101,7 +103,7 @@ def _own_folder(name: str) -> str:
 
 
 def _names_of(found: SocketAnswer) -> tuple[str, ...]:
-    """Return what one may be called, the shortest first."""
+    """Return the names that an instance may have, the shortest first."""
     status = found.result or {}
     name = label(status, "name") or control_path.key(found.path)
     listeners = listed(status, "listeners")
@@ -113,7 +115,7 @@ def _names_of(found: SocketAnswer) -> tuple[str, ...]:
 
 
 def by_pid_file(file: str) -> str:
-    """Return the socket of the protector whose pid stands in a file."""
+    """Return the socket of the protector whose pid is in this file."""
     pid = _pid(file)
     if not lives(pid):
         raise NoProtector(f"--pid-file {file}: process {pid} is gone; the protector has ended")
@@ -121,11 +123,11 @@ def by_pid_file(file: str) -> str:
     there = []
     for each in found:
         status = each.result or {}
-        # Under --guard the pid file holds the guard's: main_pid.
+        # Under --guard the pid file holds the pid of the guard: main_pid.
         if each.alive and pid in (each.pid, status.get("pid"), status.get("main_pid")):
             there.append(each)
     if there:
-        # Any process can say any number: the socket in the same folder is right, then the kernel.
+        # Any process can report any pid: prefer the socket beside the file, then the kernel's pid.
         folder = os.path.dirname(os.path.abspath(file))
         there.sort(key=lambda each: (os.path.dirname(each.path) != folder, each.pid != pid))
         return there[0].path
@@ -138,7 +140,7 @@ def by_pid_file(file: str) -> str:
 
 
 def the_only_one() -> str:
-    """Return the socket of the one protector that lives."""
+    """Return the socket of the only protector that is running."""
     living = [path for path in sockets() if _listening(path)]
     if not living:
         raise NoProtector(
@@ -151,7 +153,7 @@ def the_only_one() -> str:
 
 
 def everything() -> list[SocketAnswer]:
-    """Ask all that are in both folders for their status."""
+    """Return the answers of all control sockets in the usual folders to a status request."""
     return ask_all(sockets())
 
 
@@ -161,13 +163,13 @@ def _listening(path: str) -> bool:
     except NoProtector as error:
         return error.code == "silent"
     except RequestRefused:
-        pass  # a process listens, and does not let us in: the request will say so
+        pass  # a process listens, but we have no permission: the request will report it
     return True
 
 
 def _pid(file: str) -> int:
     try:
-        # Without O_NONBLOCK the open of a FIFO waits for a writer.
+        # Without O_NONBLOCK, opening a FIFO waits for a writer.
         fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             regular = stat.S_ISREG(os.fstat(fd).st_mode)
@@ -189,7 +191,7 @@ def _pid(file: str) -> int:
 
 
 def where() -> str:
-    """Return the folders in which control sockets are looked for, in words."""
+    """Return the folders that are searched for control sockets, in words."""
     return " or ".join(control_path.folders(os.environ, os.geteuid()))
 
 

@@ -7,16 +7,16 @@ from ..model.text import escape
 
 
 class ControlError(Refusal):
-    """A request to a protector, or what it asked for, has failed."""
+    """A request to a protector failed, or the command that it began."""
 
-    #: The outcome in one word, as `--json` of reload, upgrade and stop says it.
+    #: The outcome in one word, which `--json` of reload, upgrade and stop prints.
     result = "lost"
 
 
 class NoProtector(ControlError):
     """No protector answers at the control socket, or none came back to it.
 
-    code: dead, silent (it does not answer) or no protector (another program does).
+    code: dead, silent (it does not answer) or no protector (another program answers).
     """
 
     status = 1
@@ -27,7 +27,7 @@ class NoProtector(ControlError):
 
 
 class ConnectionLost(NoProtector):
-    """The connection ended: an upgrade, a crash, a stop.  A command that waits connects again."""
+    """The connection ended by an upgrade, crash or stop.  A waiting command connects again."""
 
 
 class NewVersionFailed(ControlError):
@@ -38,21 +38,21 @@ class NewVersionFailed(ControlError):
 
 
 class NotReady(ControlError):
-    """It is there, and clients are not to be sent to it."""
+    """The protector is running, but load balancers should not send it clients."""
 
     status = 3
     result = "not ready"
 
 
 class TimedOut(ControlError):
-    """The outcome may still come; --timeout is over."""
+    """--timeout is over; the outcome may still come."""
 
     status = 4
     result = "timed out"
 
 
 class RequestRefused(ControlError):
-    """The protector answered, and it was no.  code: that of docs/control.md."""
+    """The protector refused a request.  code: one of those in docs/control.md."""
 
     status = 100
     result = "refused"
@@ -60,5 +60,5 @@ class RequestRefused(ControlError):
     def __init__(self, code: str, error: str) -> None:
         super().__init__(error)
         self.code = code
-        if code == "invalid":  # a number out of range, say: a mistake of the command line
+        if code == "invalid":  # a mistake in the command line, such as a number out of range
             self.status = UsageError.status

@@ -18,25 +18,25 @@ _IN_SECONDS = 120
 
 
 def listed(message: Status, name: str) -> list[Status]:
-    """Return a list of objects, whatever is there instead left out."""
+    """Return the objects in a list; [] if the field is not a list."""
     value = message.get(name)
     return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 
 
 def number_in(message: Status, name: str) -> int:
-    """Return a whole number, 0 where none is."""
+    """Return a whole number; 0 if the field is none."""
     value = message.get(name)
     return value if isinstance(value, int) else 0
 
 
 def text_in(message: Status, name: str) -> str:
-    """Return a text, empty where none is."""
+    """Return a text; "" if the field is none."""
     value = message.get(name)
     return value if isinstance(value, str) else ""
 
 
 def measure(message: Status, name: str) -> float | None:
-    """Return a finite number that is not below 0; None where none is: no metric is made a 0."""
+    """Return a finite number from 0; None if the field is none, so that no metric shows 0."""
     value = message.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -55,18 +55,18 @@ def serves(status: Status) -> bool:
 
 
 def why_not_ready(status: Status) -> str:
-    """Return why clients are not to be sent to it; empty if they are.
+    """Return why a load balancer should send no clients to a protector; "" if it should.
 
-    A hold is no reason: its clients wait and are served, and a hold of all hosts at once would
-    leave a balancer without any.
+    A hold is no reason: its clients wait and are served later.  If it were one, a hold of all hosts
+    at once would leave the balancer without any.
     """
     if is_lame_duck(status):
         return "lame duck"
-    return "" if serves(status) else text_in(status, "phase") or "it does not serve"
+    return "" if serves(status) else text_in(status, "phase") or "no generation is serving"
 
 
 def standing_dry_run(status: Status) -> Status | None:
-    """Return the last dry run that has ended; None where a reload has begun since."""
+    """Return the last dry run that has ended; None if a reload has begun since."""
     dry_run = status.get("dry_run")
     if not isinstance(dry_run, dict) or label(dry_run, "result") not in ("passed", "failed"):
         return None
@@ -75,7 +75,7 @@ def standing_dry_run(status: Status) -> Status | None:
 
 
 def unhealthy(status: Status) -> str | None:
-    """Return the last bad answer of an instance that is unhealthy; None: it is not, or none knows.
+    """Return the last bad answer of an unhealthy instance; None if it is healthy or unknown.
 
     A probe without an answer may also mean that the workers are busy.
     """
@@ -87,7 +87,7 @@ def unhealthy(status: Status) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """One entry of `waits_for`, of any protector."""
+    """One entry of `waits_for` in a status."""
 
     kind: str
     generation: int
@@ -96,7 +96,7 @@ class Wait:
 
     @property
     def text(self) -> str:
-        """The reason, and how long the wait lasts at most."""
+        """The reason, and how much longer the wait lasts at most."""
         if self.left_s is None:
             return self.reason
         whole = math.ceil(self.left_s)
@@ -105,7 +105,7 @@ class Wait:
 
 
 def waits_of(status: Status) -> list[Wait]:
-    """Return what a protector waits for, that which a reload waits for first."""
+    """Return the waits of a protector; those that delay a reload come first."""
     return [
         Wait(
             text_in(each, "kind"),
@@ -118,7 +118,7 @@ def waits_of(status: Status) -> list[Wait]:
 
 
 def failing(generation: Status) -> str:
-    """Say how the first programs of a generation fail, with their last line; "": they do not."""
+    """Return how a generation's first programs fail, with their last line; "" if they do not."""
     found = generation.get("first_programs")
     if not isinstance(found, dict):
         return ""
@@ -127,6 +127,6 @@ def failing(generation: Status) -> str:
 
 
 def label(message: Status, name: str) -> str | None:
-    """Return a text that no metric's label makes too long; None where none is."""
+    """Return a text, cut to the length of a metric's label; None if the field is none."""
     value = message.get(name)
     return value[:_LABEL_CHARACTERS] if isinstance(value, str) else None

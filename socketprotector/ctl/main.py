@@ -1,6 +1,6 @@
-"""The command line of socketprotectorctl with all its commands: run one.
+"""Runs one of all commands of socketprotectorctl.
 
-Every error is one line on stderr, and an exit status (errors.py).
+Every error becomes one line on stderr, and an exit status (errors.py).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from .cli import (
     say_json,
 )
 
-#: Each has added its commands to the program.
+#: Importing these modules has added their commands to the program.
 COMMANDS = (orders, queries, reload, top)
 INTERRUPTED = 130
-#: Those whose lines a shell can complete: they answer it by their own options.
+#: The programs whose command lines a shell can complete; each computes its own completions.
 PROGRAMS = ("SocketProtector", "socketprotector", NAME, "socketprotector-exporter")
 
 
@@ -52,7 +52,7 @@ def completion(instance: Instance, shell: str, of: Sequence[str], as_json: bool)
     scripts = []
     for name in of or PROGRAMS:
         asks = f"_{name.replace('-', '_')}_COMPLETE".upper()
-        # Not the class's own source(): that of bash runs a bash to look at its version.
+        # Not the source() of the subclass: the one for bash runs bash to read its version.
         scripts.append(ShellComplete.source(found(program, {}, name, asks)))
     script = "\n".join(scripts)
     if as_json:
@@ -62,10 +62,10 @@ def completion(instance: Instance, shell: str, of: Sequence[str], as_json: bool)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the process's own by default.  Returns the exit status."""
+    """Run one command, by default that of the process's arguments.  Returns the exit status."""
     stand_on_three_descriptors()
-    if isinstance(sys.stdout, TextIOWrapper):  # last words are of any language, a locale is not
-        with suppress(OSError):  # it was opened on a file that can be sought in, and is a pipe now
+    if isinstance(sys.stdout, TextIOWrapper):  # the locale may lack characters of last words
+        with suppress(OSError):  # opened on a seekable file that is a pipe now
             sys.stdout.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Refusal as error:
         if isinstance(error, OutputFailed):
             discard_output()
-        # One line, whatever a path in it holds; last words have lines of their own.
+        # A path may hold a line break, so escape it; last words keep their own lines.
         complain(escape(str(error)) if isinstance(error, UsageError) else str(error))
         return error.status
     except MemoryError as error:

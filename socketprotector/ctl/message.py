@@ -1,7 +1,7 @@
-"""Reads a message of a control socket, and bounds what can be in it: once, for all who read on.
+"""Parses a message of a control socket, and limits its values, so that no caller has to.
 
-The peer may be a newer protector, or no protector at all.  After this its numbers can be shown and
-added up, its texts can be encoded, and no list, text or nesting is without an end.
+The peer may be a newer protector, or no protector at all.  The numbers of a parsed message can be
+shown and added up, its texts can be encoded, and its lists, texts and nesting are limited.
 """
 
 from __future__ import annotations
@@ -9,22 +9,22 @@ from __future__ import annotations
 import json
 from typing import Any
 
-#: The values of a line, which take about 100 bytes each: the status of 1,000 workers has 20,000.
+#: Most values in a line; each takes about 100 bytes.  The status of 1,000 workers has 20,000.
 _VALUES = 200_000
-#: A status has 8: the buckets of a generation's waits.
+#: The deepest nesting.  A status has 8 levels, down to the buckets of a generation's waits.
 _DEPTH = 16
 _CHARACTERS = 1 << 18
-#: Of a list or an object: a generation may have thousands of workers.
+#: Most members of a list or an object: a generation may have thousands of workers.
 _MEMBERS = 1 << 16
-#: Beyond this no count and no time is meant.
+#: A larger number can be neither a count nor a time.
 _GREATEST = 1 << 63
 
 
 def message_in(line: bytes) -> dict[str, Any] | None:
-    """Return the message that a line is; None where it is none.
+    """Parse a line; None if it is not a message.
 
-    Null is in the place of what no protector sends: numbers without a meaning, and what is nested
-    too deep.  Long texts and lists are cut.
+    Numbers without a meaning, and values that are nested too deep, become None: no protector sends
+    them.  Long texts and lists are cut.
     """
     if sum(map(line.count, (b",", b":", b"[", b"{"))) > _VALUES:
         return None
@@ -42,19 +42,19 @@ def _bounded(value: Any, depth: int) -> Any:
         return {_text(name): _bounded(each, depth - 1) for name, each in members}
     if kind is list and depth:
         return [
-            # Most are counts, and a call for each costs more than all else here.
+            # Most values are counts; a function call for each would be the largest cost here.
             each if type(each) is int and 0 <= each <= _GREATEST else _bounded(each, depth - 1)
             for each in value[:_MEMBERS]
         ]
     if kind is str:
         return _text(value)
     if kind is int or kind is float:
-        return value if -_GREATEST <= value <= _GREATEST else None  # NaN is neither
+        return value if -_GREATEST <= value <= _GREATEST else None  # NaN becomes None, too
     return value if kind is bool else None
 
 
 def _text(value: str) -> str:
     if value.isascii():
         return value if len(value) <= _CHARACTERS else value[:_CHARACTERS]
-    # Half of a surrogate pair, which JSON can name, is no character.
+    # JSON can contain half of a surrogate pair, which cannot be encoded.
     return value[:_CHARACTERS].encode("utf-8", "replace").decode()

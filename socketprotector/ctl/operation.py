@@ -1,4 +1,4 @@
-"""Wait for the result of an order: up to a deadline, over a connection that may be cut."""
+"""Waits for the result of a command up to a deadline, even if the connection is cut."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _GONE_S = 0.2
 
 
 class Operation:
-    """One order, its connection, its deadline and its outcome."""
+    """One command that waits: its connection, its deadline and its outcome."""
 
     client: Client
 
     def __init__(self, timeout_s: float, as_json: bool, fields: Sequence[str] = ()) -> None:
-        """fields: of what --json prints, besides the result; null until they are known."""
+        """fields: what --json prints besides the result; null until they are known."""
         self.outcome: Message = {"result": None, **dict.fromkeys(fields)}
         self.losses: Losses | None = None
         self._as_json = as_json
@@ -44,7 +44,10 @@ class Operation:
             say_outcome(say, words)
 
     def slice_s(self, waits_for: str) -> float:
-        """Return how long to wait for the next thing.  Raises TimedOut."""
+        """Return how long to wait for the next event.  Raises TimedOut.
+
+        waits_for: for the error, in words that follow "still waits for".
+        """
         left_s = self.until - time.monotonic()
         if left_s <= 0:
             raise TimedOut(f"not within {in_units(self._timeout_s)}: still waits for {waits_for}")
@@ -58,9 +61,9 @@ class Operation:
         return event
 
     def wait(self, awaited: Awaited, *, look: bool = False) -> None:
-        """Hear events, and look into status while none comes, until nothing is waited for.
+        """Read events, and the status while no event comes, until `awaited` is complete.
 
-        look: into status first.  Raises NoProtector, TimedOut.
+        look: read the status first.  Raises NoProtector, TimedOut.
         """
         while waits_for := awaited.waits_for():
             try:
@@ -74,12 +77,12 @@ class Operation:
                 look = event is None or event.get("event") in awaited.heeded
             except ConnectionLost:
                 self._again(awaited)
-            except NoProtector:  # it is there, and does not answer
+            except NoProtector:  # the protector lives, but does not answer
                 self.slice_s(waits_for)
                 raise
 
     def _again(self, awaited: Awaited) -> None:
-        """Take what had come before the connection was cut; then connect again, and look."""
+        """Read the events from before the cut; then connect again, and read the status."""
         with suppress(ConnectionLost):
             while event := self.hear(0.0):
                 awaited.heard(event)
@@ -114,7 +117,7 @@ def begin(instance: Instance, timeout_s: float, as_json: bool, *fields: str) -> 
         raise
     except KeyboardInterrupt:
         outcome["result"] = "interrupted"
-        tell("interrupted: it goes on; only the waiting has ended")
+        tell("interrupted: only the wait has ended; the operation continues")
         raise
     finally:
         outcome["waited_s"] = round(time.monotonic() - begun, 3)

@@ -1,6 +1,4 @@
-"""scale, lame-duck, hold, release, replace, kill, log-level, reopen: orders that are done when
-answered.
-"""
+"""scale, lame-duck, hold, release, replace, kill, log-level, reopen: commands that end at once."""
 
 from __future__ import annotations
 
@@ -20,12 +18,12 @@ from .errors import ControlError, RequestRefused
 from .fields import listed, number_in
 from .queries import GENERATION, known_generations
 
-#: A hold without --for is asked for again so often, and each time for so long: a command that
-#: is killed, or whose terminal is gone, holds clients up no longer.
+#: How often a hold without --for is renewed, and for how long each time.  So the hold ends soon
+#: after the command is killed or its terminal is gone.
 _HOLD_EVERY_S = 1.0
 _HOLD_EACH_S = 5.0
 _LEVELS = ("debug", "info", "warning", "error")
-#: So that `scale -1` is a number and no option.
+#: With this `scale -1` is a number, not an option.
 _NEGATIVE = {"ignore_unknown_options": True}
 
 
@@ -47,7 +45,7 @@ def scale(instance: Instance, workers: str, as_json: bool) -> None:
 @command("lame-duck", short_help="Report not ready to load balancers, and keep serving.")
 @click.argument("state", metavar="on|off", type=click.Choice(["on", "off"]))
 def lame_duck(instance: Instance, state: str, as_json: bool) -> None:
-    """Serve on, while /readyz of the exporter says 503: balancers send new clients elsewhere.
+    """Keep serving, while /readyz of the exporter answers 503: balancers send clients elsewhere.
 
     It lasts until off, or a stop.
     """
@@ -75,8 +73,8 @@ def hold(instance: Instance, seconds: float | None, as_json: bool) -> None:
 
     Under --handoff listener TCP clients' kernels try again, after 1, 3, 7 s and so on.
 
-    Without --for it lasts as long as this command runs: Ctrl-C or TERM releases, and so does its
-    being killed, after 5 s.
+    Without --for it lasts as long as this command runs: Ctrl-C or TERM releases. If this command
+    is killed, the hold ends within 5 s.
     """
     if seconds is not None:
         result = instance.request("hold", seconds=seconds)
@@ -98,14 +96,14 @@ def _release(client: Client) -> None:
     try:
         client.ask("release")
     except ControlError:
-        tell(f"could not release; it ends by itself within {in_units(_HOLD_EACH_S)}")
+        tell(f"could not release; the hold ends within {in_units(_HOLD_EACH_S)}")
 
 
 @contextmanager
 def _asked_to_end() -> Iterator[Callable[[float], bool]]:
     """Yield a function that waits some seconds and returns True if INT, TERM or HUP came.
 
-    They are blocked meanwhile, so none can come between a hold and its release unseen.
+    These signals are blocked meanwhile, so that none is missed between a hold and its release.
     """
     numbers = {
         number
@@ -117,13 +115,13 @@ def _asked_to_end() -> Iterator[Callable[[float], bool]]:
         yield lambda seconds: signal.sigtimedwait(numbers, seconds) is not None
     finally:
         while signal.sigtimedwait(numbers, 0) is not None:
-            pass  # a second Ctrl-C asks for what is done already
+            pass  # discard a second Ctrl-C: the release is done
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @command(short_help="End a hold.")
 def release(instance: Instance, as_json: bool) -> None:
-    """End a hold: accept again, those first that have waited longest."""
+    """End a hold: accept again, first the clients that have waited longest."""
     answer(as_json, instance.request("release"), "released")
 
 
@@ -135,16 +133,16 @@ def release(instance: Instance, as_json: bool) -> None:
 def replace(instance: Instance, which: str, as_json: bool) -> None:
     """Replace the serving generation, or one worker, by another of the same program.
 
-    Where a number is both a generation and a pid: generation:N or pid:N.
+    If a number is both a generation and a pid, write generation:N or pid:N.
     """
     with instance.client() as client:
         wanted = _generation_or_pid(which, client.request("status"))
         result = client.request("replace", **wanted)
     if "generation" in wanted:
         number = wanted["generation"]
-        words = f"generation {number} is replaced by one of the same program, and then drains"
+        words = f"generation {number} is being replaced by one of the same program, and then drains"
     else:
-        words = f"worker {number_in(result, 'worker')} is replaced, then asked to leave"
+        words = f"worker {number_in(result, 'worker')} is being replaced, then asked to leave"
     answer(as_json, result, words)
 
 
@@ -173,7 +171,7 @@ def _generation_or_pid(which: str, status: Message) -> dict[str, int]:
 @command(short_help="Send KILL to the rest of an old generation.")
 @click.argument("generation", type=GENERATION, shell_complete=known_generations)
 def kill(instance: Instance, generation: int, as_json: bool) -> None:
-    """KILL what is left of a generation that drains or was abandoned; its connections end."""
+    """Send KILL to the workers of a draining or failed generation; their connections end."""
     result = instance.request("kill", generation=generation)
     killed = number_in(result, "workers")
     answer(

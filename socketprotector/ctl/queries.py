@@ -31,17 +31,17 @@ from .query_all import SocketAnswer
 from .reload_progress import LEAVING
 
 _AGAIN_EVERY_S = 1.0
-#: A process of its own reads the file and resolves the names in it.
+#: `diff` takes longer: a separate process reads the file and resolves the names in it.
 _DIFF_S = 60.0
-#: How long one look for the next event takes; its end is not visible.
+#: How long one wait for the next event lasts; its end is not visible.
 _LISTEN_S = 3600.0
-#: What `list` shows of an instance's listeners.
+#: How many addresses of an instance `list` shows, and how much of each.
 _ADDRESSES, _ADDRESS_CHARACTERS = 64, 200
 _BOUNDS = {EXACT: "", AT_LEAST: ">=", AT_MOST: "<="}
 
 
 def known_generations(ctx: click.Context, _: click.Parameter, begun: str) -> list[str]:
-    """For completion: the generations of the instance that the line names so far."""
+    """Complete a generation of the instance that the command line names so far."""
     try:
         generations = listed((ctx.obj or Instance()).request("status"), "generations")
     except Exception:  # an error is shown when the command is run, not while it is typed
@@ -77,13 +77,13 @@ def status(instance: Instance, as_json: bool) -> None:
     render.show(*status_table.left_out(found))
 
 
-@command(short_help="Say by the exit status if it is ready for clients.")
-@click.option("--health", is_flag=True, help="What is unhealthy is not ready, either.")
+@command(short_help="Tell by the exit status if it is ready for clients.")
+@click.option("--health", is_flag=True, help="Report an unhealthy instance as not ready.")
 def ready(instance: Instance, health: bool, as_json: bool) -> None:
-    """Say if SocketProtector is ready for clients, as /readyz of the exporter does.
+    """Tell if SocketProtector is ready for clients, as /readyz of the exporter does.
 
-    For probes: the exit status is 0, or 3 if no generation is serving, or as a lame duck. During a
-    hold it is ready.
+    For probes: the exit status is 0 if it is ready. It is 3 if no generation is serving, or if
+    SocketProtector is a lame duck. During a hold it is ready.
     """
     found = instance.request("status")
     why, answer = why_not_ready(found), unhealthy(found)
@@ -102,7 +102,7 @@ def history(instance: Instance, as_json: bool) -> None:
     """List the last reloads and dry runs, with result and reason, and failed health checks.
 
     The newest last: 50 reloads, 20 dry runs, 50 changes of health. The last ten reloads and dry
-    runs show last words. Upgrades and crashes of the protector lose none of it.
+    runs show last words. The history survives upgrades and crashes of the protector.
     """
     try:
         result = instance.request("history")
@@ -139,9 +139,9 @@ def history(instance: Instance, as_json: bool) -> None:
 @command(short_help="List connections: peer, age, worker.")
 @click.argument("generation", type=GENERATION, required=False, shell_complete=known_generations)
 def connections(instance: Instance, generation: int | None, as_json: bool) -> None:
-    """Who is connected, for how long, and to which worker: what keeps a generation alive.
+    """Show who is connected, for how long, and to which worker: what keeps a generation alive.
 
-    Looked up in /proc: as root, or as the workers' user. An age with >= or <= is at
+    It reads /proc, so run it as root or as the workers' user. An age with >= or <= is at
     least or at most that.
     """
     with instance.client() as client:
@@ -182,7 +182,7 @@ def _show_connections(state: Message, found: list[Connection], unseen: list[Hidd
         words = f"{count} {plural(count, 'connection')}, oldest {oldest}"
         say(f"generation {number} {phases.get(number, '')}: {words}")
     if not found:
-        say("no connections" + (" where it may look" if unseen else ""))
+        say("no connections" + (" that this user may see" if unseen else ""))
     for each in unseen:
         complain(
             f"worker {each.worker} of generation {each.generation}, pid {each.pid}: {each.why}"
@@ -246,7 +246,7 @@ def diff(instance: Instance, as_json: bool) -> None:
 @command(short_help="Print events as they happen.")
 @click.option("--follow", is_flag=True, help="Continue when the protector restarts.")
 def events(instance: Instance, follow: bool, as_json: bool) -> None:
-    """Print all events from now on, until Ctrl-C; across upgrades and crashes."""
+    """Print all events from now on, until Ctrl-C. It continues after upgrades and crashes."""
     path = instance.path()
     with _opened(path, follow) as client:
         while True:
@@ -331,14 +331,14 @@ def list_all(instance: Instance, living: bool, as_json: bool) -> None:
     for name, each in zip(names, found, strict=True):
         try:
             rows.append(_row(name, each))
-        except Exception:  # a status of an unknown form hides no other instance
+        except Exception:  # an unknown form of a status must not hide the other instances
             rows.append(_row(name, SocketAnswer(each.path, pid=each.pid, why="no protector")))
     headings = "NAME PHASE PID GENERATION UP FORWARDED LISTENS CONTROL"
     render.show(render.columns(headings, rows))
 
 
 def _row(name: str, found: SocketAnswer) -> tuple[str | int | None, ...]:
-    """Return what `list` shows of an instance."""
+    """Return the row of an instance in `list`."""
     from . import render, status_table
 
     state = found.result or {}

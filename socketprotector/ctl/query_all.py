@@ -1,6 +1,6 @@
-"""Asks many control sockets for their status at once, in one loop, each with a timeout.
+"""Requests the status from many control sockets at once, in one loop with one timeout.
 
-A hundred instances, some of them dead or stopped, take no longer than the slowest answer.
+A hundred instances, some of them dead or suspended, take no longer than the slowest answer.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from .errors import NoProtector, RequestRefused
 
 #: A protector that takes longer is shown as silent.
 SURVEY_S = 0.8
-#: Most bytes of incomplete answers, all together; above it the longest is not SocketProtector's.
+#: Most bytes of all incomplete answers; above it, the longest is taken as not SocketProtector's.
 #: The status of an instance with 1,000 workers has 300 KB.
 _MOST_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class SocketAnswer:
-    """The answer of one socket, or in one word why there is none."""
+    """The answer of one socket, or a word for why there is none."""
 
     path: str
     result: Message | None = None
@@ -37,7 +37,7 @@ class SocketAnswer:
 
 
 def ask_all(paths: Iterable[str], within_s: float = SURVEY_S) -> list[SocketAnswer]:
-    """Ask all of them for their status; return each one's answer, in their order."""
+    """Request the status from all of these sockets; return their answers in the same order."""
     paths = list(paths)
     found: dict[str, SocketAnswer] = {}
     until = time.monotonic() + within_s
@@ -50,12 +50,12 @@ def ask_all(paths: Iterable[str], within_s: float = SURVEY_S) -> list[SocketAnsw
                 found[path] = SocketAnswer(path, why=error.code)
                 continue
             selector.register(client, selectors.EVENT_READ, client)
-            found[path] = SocketAnswer(path, pid=client.peer_pid, why="silent")  # so far
+            found[path] = SocketAnswer(path, pid=client.peer_pid, why="silent")  # until it answers
         while selector.get_map() and (left_s := until - time.monotonic()) > 0:
             for key, _ in selector.select(left_s):
                 client = key.data
                 if client.fileno() < 0:
-                    continue  # closed in this round, for its length
+                    continue  # closed in this round, because its answer is too long
                 answer = _answer_of(client)
                 if answer is None and (longest := _longest_of_too_much(selector)) is not None:
                     client, code = longest, longest.foreign().code
@@ -68,7 +68,7 @@ def ask_all(paths: Iterable[str], within_s: float = SURVEY_S) -> list[SocketAnsw
 
 
 def _answer_of(client: Client) -> SocketAnswer | None:
-    """Return the answer, or why there is none; None while it is incomplete."""
+    """Return the answer, or why there is none; None while the answer is incomplete."""
     try:
         result = client.answer(0.0)
     except (NoProtector, RequestRefused) as error:
@@ -78,7 +78,7 @@ def _answer_of(client: Client) -> SocketAnswer | None:
 
 
 def _longest_of_too_much(selector: selectors.BaseSelector) -> Client | None:
-    """Return the client with the longest incomplete answer, if all together are too long."""
+    """Return the client with the longest incomplete answer, if their sum is too long."""
     clients: list[Client] = [key.data for key in selector.get_map().values()]
     if sum(each.unread_bytes for each in clients) <= _MOST_BYTES:
         return None

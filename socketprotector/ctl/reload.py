@@ -1,7 +1,7 @@
 """reload, upgrade, stop: commands that take a while, and end in a verdict.
 
-Each is requested at once and then awaited, so that the exit status says how it ended.
-Only what the protector calls a success is one.
+Each sends its request at once and then waits, so that the exit status is the outcome.
+Only a success that the protector reports counts as one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .reload_progress import (
     tries,
 )
 
-#: What `reload --json` says besides the result and waited_s; null where it is not known.
+#: The fields of `reload --json` besides result and waited_s; null if unknown.
 _OUTCOME = ("name", "from", "generation", "reason", "last_words", "lost")
 
 _WAIT = click.option("--wait/--no-wait", default=True, help="Wait for the outcome, or return.")
@@ -53,7 +53,7 @@ _TIMEOUT = click.option(
 @command(short_help="Start the new version, and report the outcome.")
 @_WAIT
 @click.option("--drained", is_flag=True, help="Wait for the end of the old generations, too.")
-@click.option("--dry-run", is_flag=True, help="Start it and see it ready, then end it: no client.")
+@click.option("--dry-run", is_flag=True, help="Start it, stop it when it is ready; no clients.")
 @_TIMEOUT
 def reload(
     instance: Instance, wait: bool, drained: bool, dry_run: bool, timeout: float, as_json: bool
@@ -63,7 +63,8 @@ def reload(
     Waits until the new generation is serving and --settle is over.  If the new generation fails,
     prints the reason and exits with 3; the old one is still serving.
 
-    With --dry-run it ends before it takes over, and the exit status is that of a reload.
+    With --dry-run the new generation is stopped when it is ready, and gets no clients. The exit
+    status is that of a reload.
     """
     if dry_run and drained:
         raise click.UsageError("--dry-run does not work with --drained; leave one out")
@@ -114,7 +115,7 @@ def reload(
 
 
 def _first_programs(status: Message, generation: int) -> str:
-    """Say what its first programs have shown of a generation, where each connection is one."""
+    """Return how a generation's first programs do, if each connection gets a program; or ""."""
     mode = MODES.get(text_in(status, "handoff"))
     if mode is None or not mode.pooled:
         return ""
@@ -127,7 +128,7 @@ def _first_programs(status: Message, generation: int) -> str:
 
 
 def _count_losses(operation: Operation) -> Message:
-    """Note how many connections were lost since the reload was asked for; return the status."""
+    """Store how many connections were lost since the reload was requested; return the status."""
     assert operation.losses is not None
     try:
         after = operation.client.request("status")
@@ -140,7 +141,7 @@ def _count_losses(operation: Operation) -> Message:
 
 
 def _ask_reload(client: Client, before: Message, *, dry_run: bool) -> int:
-    """Ask for it; where the connection ends before the answer, see whether it was heard."""
+    """Request the reload; if the connection ends early, request it again unless it has begun."""
     if dry_run and "dry_run" not in before:
         raise RequestRefused(
             "unknown",
@@ -159,7 +160,7 @@ def _ask_reload(client: Client, before: Message, *, dry_run: bool) -> int:
 
 
 def _how(dry_run: bool) -> dict[str, bool]:
-    """Return the arguments of a reload: an older protector knows none, and refuses what is new."""
+    """Return the arguments of a reload; an older protector takes none, and refuses new ones."""
     return {"dry_run": True} if dry_run else {}
 
 
@@ -185,7 +186,7 @@ def _judged(operation: Operation, watched: Reload) -> Verdict:
 
 @contextmanager
 def _unless_it_ended(meant: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Take the protector's end for the end of all that it had, if that is what it means."""
+    """Ignore that the protector has ended, if `meant()`: its generations have ended, too."""
     try:
         yield
     except NoProtector as error:
@@ -194,7 +195,7 @@ def _unless_it_ended(meant: Callable[[], bool] = lambda: True) -> Iterator[None]
 
 
 class _Older(Awaited):
-    """The end of all generations before the serving one, after a reload."""
+    """Waits until all generations before the serving one have ended, after a reload."""
 
     heeded = ("drained", "exited")
 
@@ -223,7 +224,7 @@ class _Older(Awaited):
 
 
 class _Tried(_Older):
-    """The end of the generation that a dry run has started."""
+    """Waits until the generation that a dry run has started has ended."""
 
     def _left_in(self, status: Message) -> str:
         there = {number_in(each, "number") for each in listed(status, "generations")}
@@ -231,7 +232,7 @@ class _Tried(_Older):
 
 
 def _given_up(operation: Operation, found: Verdict, what: str) -> None:
-    """Raise what says why, with the last words of the worker that failed."""
+    """Raise an error with the reason, and the last words of the worker that failed."""
     last_words = found.last_words or _last_words(operation.client, found.generation)
     operation.outcome["reason"] = found.reason or None
     operation.outcome["last_words"] = last_words or None
@@ -249,7 +250,7 @@ def _given_up(operation: Operation, found: Verdict, what: str) -> None:
 
 
 def _last_words(client: Client, generation: int) -> str:
-    """Look for them where a cut connection has lost the event."""
+    """Return the last words from `crashes`: a cut connection may have missed their event."""
     try:
         crashes = listed(client.request("crashes"), "crashes")
     except ControlError:
@@ -274,8 +275,8 @@ def _quoted(last_words: str) -> str:
 def upgrade(instance: Instance, wait: bool, timeout: float, as_json: bool) -> None:
     """Replace the protector's own program in place: same pid, same workers, nothing closed.
 
-    Waits until the new program is serving. If it cannot take over, the exit status is 3, and the
-    old program still serves.
+    Waits until the new program is running. If it cannot take over, the exit status is 3, and the
+    old program keeps running.
     """
     with begin(instance, timeout, as_json) as operation:
         before = operation.client.ask("status")
@@ -293,7 +294,7 @@ def upgrade(instance: Instance, wait: bool, timeout: float, as_json: bool) -> No
 
 
 class _Upgraded(Awaited):
-    """The new program: its status counts one restart more."""
+    """Waits for the new program: its status counts one restart more."""
 
     def __init__(self, before: Message, tell: Callable[[str], None]) -> None:
         super().__init__(tell)
@@ -349,20 +350,20 @@ def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: b
 
 
 def _ask_stop(client: Client, quick: bool) -> None:
-    """Ask once: a second time would be heard as "at once"."""
+    """Request the stop only once, because a second request stops at once."""
     try:
         client.request("stop", quick=quick)
     except ConnectionLost:
         try:
             client.again()
-            if client.ask("status").get("phase") != "stopping":  # it was not heard
+            if client.ask("status").get("phase") != "stopping":  # the request was lost
                 client.request("stop", quick=quick)
         except NoProtector:
-            pass  # it has ended; that is looked at next
+            pass  # it has ended; the caller waits for that next
 
 
 class _Stopped(Awaited):
-    """The end of the protector: there is something to wait for as long as it answers."""
+    """Waits until the protector no longer answers, because it has ended."""
 
     heeded = ("lame-duck", "drained", "exited", "stopping")
     stopping = True

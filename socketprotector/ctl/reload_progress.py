@@ -1,8 +1,8 @@
-"""The verdict of a reload, derived from events and from status: pure, and never too early.
+"""Derives the verdict of a reload from events and from status: pure, and never too early.
 
-Two sources, because a connection may be cut and events be missed: whatever an event says,
-`status` says too, later.  The verdict is the first `reloaded` or `reload-failed` for the promised
-generation, or for a later one; nothing else is a success.
+There are two sources, because a cut connection may miss events.  `status` reports the same as the
+events, only later.  The verdict is the first `reloaded` or `reload-failed` of the promised
+generation, or of a later one; nothing else is a success.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from .fields import Wait, listed, measure, number_in, text_in, waits_of
 #: The phases of generations that get no connections any more.
 LEAVING = ("draining", "abandoned")
 _STARTING = ("starting", "settling")
-#: The events that are verdicts, and whether they are good.
+#: The events that are verdicts, and whether each is a success.
 _VERDICTS = {"reloaded": True, "reload-failed": False}
 _DRY_RUN_VERDICTS = {"dry-run-passed": True, "dry-run-failed": False}
-#: The good results in a status.
+#: The results in a status that are successes.
 _GOOD = ("reloaded", "passed")
 #: The kinds of waits that keep a reload from its verdict, and those of a stop.
 OF_RELOAD = ("upgrade", "configuration", "start", "settle", "back-off", "room", "earlier-reload")
 OF_STOP = ("stop",)
-#: How often a reason that stays the same is shown again, with the time that is left; how soon
-#: another reason for the same wait is shown; and how long a wait lasts that is worth a line.
+#: How often to repeat an unchanged reason, with the time left; how soon to show a changed reason
+#: of the same wait; and how long a wait must last before it gets a line.
 _REPEATED_S, _CHANGED_S, _LASTS_S = 10.0, 1.0, 0.5
-#: Of more workers than this only each further part of so many is worth a line.
+#: With more workers than this, show progress only in this many parts.
 _PARTS = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How it ended."""
+    """How a reload or dry run ended.  taken: it succeeded."""
 
     taken: bool
     generation: int
@@ -46,13 +46,13 @@ class Verdict:
 
 @dataclass(slots=True)
 class ProgressThrottle:
-    """What was shown of a count of workers: each change of a few, each tenth part of many."""
+    """Decides which counts of workers to show: each change of a few, each tenth of many."""
 
     _whole: int = 0
     _last: object = None
 
     def is_news(self, left: int, words: str) -> bool:
-        """Return True if this text, about so many remaining workers, is news."""
+        """Return True if this text should be shown.  left: how many workers remain."""
         self._whole = max(self._whole, left)
         step = words if self._whole <= _PARTS else -(-left * _PARTS // self._whole)
         before, self._last = self._last, step
@@ -61,14 +61,14 @@ class ProgressThrottle:
 
 @dataclass(slots=True)
 class WaitsShown:
-    """The waits that were shown: each reason once, and a lasting one again from time to time."""
+    """Shows each reason of a wait once, and again from time to time while it lasts."""
 
     tell: Callable[[str], None]
     now: list[Wait] = field(default_factory=list)
     _shown: dict[tuple[str, int], tuple[str, float]] = field(default_factory=dict)
 
     def looked(self, status: Message, kinds: Collection[str], before: float = math.inf) -> None:
-        """Show the waits of these kinds, of generations below a number."""
+        """Show the waits of these kinds.  before: only of generations below this number."""
         at = measure(status, "now") or 0.0
         self.now = [
             each for each in waits_of(status) if each.kind in kinds and each.generation < before
@@ -83,13 +83,13 @@ class WaitsShown:
             self._shown[key] = reason, shown_at
 
     def added_to(self, words: str) -> str:
-        """Return what is waited for with its reasons."""
+        """Return these words, followed by the reasons of the present waits."""
         return ": ".join(filter(None, (words, "; ".join(each.reason for each in self.now))))
 
 
 @dataclass(slots=True)
 class _Generation:
-    """The state of the generation that starts."""
+    """The progress of the generation that is starting."""
 
     number: int
     ready: set[int] = field(default_factory=set)
@@ -98,27 +98,27 @@ class _Generation:
 
 
 class Awaited:
-    """What a command waits for.  Events say it at once; status says all of it, but later."""
+    """What a command waits for.  Events report it at once; status reports all of it, later."""
 
     #: Events after which the status is requested at once.
     heeded: tuple[str, ...] = ()
     #: The step to show when the connection is cut, unless a stop explains it.
     cut = ""
-    #: The protector is being stopped: none comes back after its end.
+    #: Whether the protector is being stopped, so that none comes back after it.
     stopping = False
 
     def __init__(self, tell: Callable[[str], None]) -> None:
-        """tell: shows a step."""
+        """tell: prints a line of progress."""
         self.tell = tell
         self.waits = WaitsShown(tell)
 
     def heard(self, event: Message) -> None:
-        """Take an event."""
+        """Process an event."""
         if event.get("event") == "stopping":
             self._stops()
 
     def looked(self, status: Message) -> None:
-        """Take a status."""
+        """Process a status."""
         if status.get("phase") == "stopping":
             self._stops()
 
@@ -128,12 +128,12 @@ class Awaited:
             self.tell("the protector is being stopped")
 
     def waits_for(self) -> str:
-        """Return what is still to come, in words that follow "still waits for"; empty: nothing."""
+        """Return what is missing, in words that follow "still waits for"; "": nothing."""
         raise NotImplementedError
 
 
 class Reload(Awaited):
-    """One reload that is waited for."""
+    """Waits for the verdict of one reload or dry run."""
 
     cut = "the connection was cut: an upgrade or a crash; connecting again"
 
@@ -145,7 +145,7 @@ class Reload(Awaited):
         *,
         dry_run: bool = False,
     ) -> None:
-        """generation: what `reload` answered.  status: that before."""
+        """generation: from the answer to `reload`.  status: from before the request."""
         super().__init__(tell)
         self.generation = generation
         self.dry_run = dry_run
@@ -160,10 +160,10 @@ class Reload(Awaited):
         self._forgotten = 0
         self._phase = str(status.get("phase"))
         if self._ahead:
-            tell("the reload before it is still going on")
+            tell("an earlier reload is still in progress")
 
     def heard(self, event: Message) -> None:
-        """Take an event; of earlier generations it is ignored, unless it is the stop."""
+        """Process an event; of those of earlier generations only the stop counts."""
         super().heard(event)
         name, number = event.get("event"), number_in(event, "generation")
         if self.verdict is not None or number < self.generation:
@@ -180,7 +180,7 @@ class Reload(Awaited):
                 self._switched(number)
 
     def looked(self, status: Message) -> None:
-        """Take a status: all that missed events would have said."""
+        """Process a status, which reports everything that missed events would have reported."""
         super().looked(status)
         self._phase = str(status.get("phase"))
         if self.verdict is not None:
@@ -209,21 +209,21 @@ class Reload(Awaited):
             self._ready(number, ready)
             if each.get("phase") == "settling":
                 self._switched(number)
-        # Once this reload is under way, a waiting reload is another one.
+        # Once this reload is in progress, the wait of an `earlier-reload` belongs to another.
         kinds = [each for each in OF_RELOAD if self._now is None or each != "earlier-reload"]
         self.waits.looked(status, kinds)
-        # Waiting: under stop-first no generation has the route until the old one has quiesced.
+        # "waiting": under stop-first no generation has the route until the old one has quiesced.
         under_way = self._phase in (*_STARTING, "reloading", "waiting")
         if reloads or starting or under_way or self.stopping or status.get("reload_wanted"):
             self._forgotten = 0
             return
-        # More than once: between two reloads, a single look says nothing.
+        # Require several such statuses: a single one may come between two reloads.
         self._forgotten += 1
         if self._forgotten > 2:
             reason = "its verdict is no longer known; see `history` and the log"
             self.verdict = Verdict(False, self.generation, reason)
 
-    # -- what follows -------------------------------------------------------------
+    # -- progress -----------------------------------------------------------------
 
     def _starting(self, number: int) -> _Generation:
         if self._now is None or self._now.number != number:
@@ -252,40 +252,40 @@ class Reload(Awaited):
             self.tell(f"switched: new connections go to generation {number}")
 
     def waits_for(self) -> str:
-        """Return what is still to come before the verdict."""
+        """Return what is missing before the verdict; "" once there is one."""
         return "" if self.verdict else self.waits.added_to(self._waits_for())
 
     def _waits_for(self) -> str:
         if self.stopping:
-            return "the protector to end, which is being stopped"
+            return "the end of the protector, which is being stopped"
         if self._now is None:
             if self._ahead:
-                return "the reload before it to end"
+                return "an earlier reload to end"
             return f"generation {self.generation} to be started ({self._phase})"
         if self._now.routed:
-            return f"generation {self._now.number} to live as long as --settle"
+            return f"generation {self._now.number} to survive --settle"
         return f"generation {self._now.number} to be ready ({self._share(self._now)} workers are)"
 
 
 class Losses:
-    """How many connections were lost since a status, by the protector and by workers."""
+    """Counts the connections that the protector and its workers lose after a status."""
 
     def __init__(self, before: Message) -> None:
-        """before: the status then; events are heard from then on."""
+        """before: the status at the start; events must be followed from then on."""
         self._before = before
         self._by_workers = 0
 
     def heard(self, event: Message) -> None:
-        """Take an event."""
+        """Process an event."""
         if event.get("event") == "exited":
             self._by_workers += number_in(event, "lost")
 
     def count(self, after: Message) -> int | None:
-        """Return how many, with the status now; None where one of both does not know."""
+        """Return how many were lost until the status `after`; None if it cannot be known."""
         before = self._before
         by_protector = measure(before, "lost"), measure(after, "lost")
         if None in by_protector or before.get("restarts") != after.get("restarts"):
-            return None  # then events may have been missed
+            return None  # after a restart, events may have been missed
         counted = [*listed(before, "generations"), *listed(after, "generations")]
         if any(each.get("serving_since_at") and each.get("lost") is None for each in counted):
             return None
@@ -293,7 +293,7 @@ class Losses:
 
 
 def tries(status: Message, *, dry_run: bool) -> list[Message]:
-    """Return the reloads that a status knows of, or the one dry run."""
+    """Return the reloads in a status, or with `dry_run` the last dry run."""
     if not dry_run:
         return listed(status, "reloads")
     last = status.get("dry_run")
@@ -301,9 +301,9 @@ def tries(status: Message, *, dry_run: bool) -> list[Message]:
 
 
 def draining(status: Message, before: float = math.inf) -> tuple[int, str]:
-    """Return what is left of generations that drain: the number of workers, and all in words.
+    """Return how many workers of draining generations are left, and a description of them.
 
-    before: only of generations below this number.  No words: none is left.
+    before: count only generations below this number.  If none is left, the description is "".
     """
     left = [
         each
@@ -317,7 +317,7 @@ def draining(status: Message, before: float = math.inf) -> tuple[int, str]:
     if pids := [str(number_in(each, "pid")) for each in workers if number_in(each, "pid")]:
         words += f": pid {', '.join(pids[:5])}" + (", ..." if len(workers) > 5 else "")
     active = [number for each in left if isinstance(number := each.get("active"), int)]
-    if len(active) == len(left):  # else it is not known of all
+    if len(active) == len(left):  # otherwise some generations do not report it
         words += f", {sum(active)} {plural(sum(active), 'connection')}"
     numbers = ", ".join(str(number_in(each, "number")) for each in left)
     return len(workers), f"{plural(len(left), 'generation')} {numbers} ({words})"

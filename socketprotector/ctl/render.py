@@ -1,7 +1,7 @@
 """Formats values for people: numbers with units, columns, colours.
 
-Colours, and lines cut at the right edge, only on a terminal; elsewhere plain columns, so that
-awk can read them.  NO_COLOR is respected.  Everything that is shown goes through
+On a terminal, lines have colours and are cut at the right edge.  Elsewhere columns are plain, so
+that awk can read them.  NO_COLOR is respected.  All text that is shown passes through
 `model.text.escape` here.
 """
 
@@ -18,7 +18,7 @@ from rich.text import Text
 from ..model.text import escape
 from .client import Message
 
-#: What is not known.
+#: The text for an unknown value.
 UNKNOWN = "-"
 #: Phases, results and levels that stand out.
 _STYLES = {
@@ -34,7 +34,7 @@ _STYLES = {
 }
 _BARS = " ▁▂▃▄▅▆▇█"
 _UNITS_S = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))
-#: Columns with text; those with numbers are aligned at the right.
+#: Columns of text; other columns are numbers, aligned at the right.
 _TEXT = {"NAME", "PHASE", "LISTENS", "CONTROL", "STATE", "CHILDREN", "SAYS", "PEER", "LOCAL"}
 
 Cell = str | int | float | None
@@ -45,7 +45,7 @@ Row = Sequence[Cell]
 
 
 def count(value: object) -> str:
-    """12345 -> 12,345; what is no number is unknown."""
+    """12345 -> 12,345; UNKNOWN if it is not a whole number."""
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else UNKNOWN
 
 
@@ -71,7 +71,7 @@ def duration_text(seconds: object) -> str:
 
 
 def age_text(now: object, at: object) -> str:
-    """The time between two times, if both are known."""
+    """Return the time from `at` to `now`; UNKNOWN unless both are numbers."""
     if isinstance(now, int | float) and isinstance(at, int | float):
         return duration_text(now - at)
     return UNKNOWN
@@ -98,7 +98,7 @@ def size(number: object) -> str:
 
 
 def time_text(at: object) -> str:
-    """A time since the epoch, as the log writes it."""
+    """Return a time since the epoch in the form that the log uses."""
     if not isinstance(at, int | float):
         return UNKNOWN
     try:
@@ -108,7 +108,7 @@ def time_text(at: object) -> str:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """The last values, the highest of them as a whole block."""
+    """Draw the last values as bars; the highest is a full block."""
     last = values[-width:]
     most = max(last, default=0.0)
     steps = len(_BARS) - 1
@@ -122,8 +122,8 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def columns(headings: str, rows: Iterable[Row]) -> Table:
-    """A table without lines.  headings: with blanks between."""
-    # One blank between them: a generation fits into 80 columns.
+    """Return a table without lines.  headings: separated by blanks."""
+    # One blank between columns, so that the row of a generation fits into 80.
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for heading in headings.split():
         table.add_column(heading, justify="left" if heading in _TEXT else "right", no_wrap=True)
@@ -133,23 +133,23 @@ def columns(headings: str, rows: Iterable[Row]) -> Table:
 
 
 def cell(value: Cell) -> Text:
-    """One value, in the colour that its word has."""
+    """Return a value in the colour of its word."""
     text = UNKNOWN if value is None else str(value)
     return styled(text, _STYLES.get(text, ""))
 
 
 def styled(text: str, style: str = "") -> Text:
-    """Return a line in one style, escaped: nothing in it can drive a terminal."""
+    """Return a line in one style, escaped, so that it cannot control the terminal."""
     return Text(escape(text), style=style)
 
 
 def line(*parts: Cell) -> Text:
-    """Several values behind one another."""
+    """Return a line of several values without a gap."""
     return Text.assemble(*(cell(each) for each in parts))
 
 
 def show(*things: Table | Text) -> None:
-    """Print them: coloured and cut on a terminal, whole and plain elsewhere."""
+    """Print tables and lines: coloured and cut on a terminal, complete and plain elsewhere."""
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=False)
     for thing in things:
         if console.is_terminal:

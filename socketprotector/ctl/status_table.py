@@ -17,7 +17,7 @@ from .render import Row
 
 _GENERATIONS = "GEN PHASE AGE READY QUEUE ACTIVE ACCEPTED ERRORS LOST WAIT-P50 P99"
 _WORKERS = "WORKER GEN PID STATE AGE ACTIVE ACCEPTED ERRORS CHILDREN SAYS"
-#: Columns that are left out where their field is unknown for all rows.
+#: Columns that are left out if their field is unknown in all rows.
 _FIELDS = {
     "QUEUE": "queue",
     "ACTIVE": "active",
@@ -27,12 +27,12 @@ _FIELDS = {
     "WAIT-P50": "wait_us",
     "P99": "wait_us",
 }
-#: So many pids of a worker's children are shown.
+#: How many pids of a worker's children are shown.
 _PIDS = 4
 
 
 def heading(status: Message) -> list[Text]:
-    """The protector itself: its phase, and since when it runs."""
+    """Return the lines about the protector itself: phase, uptime, warnings."""
     up = render.age_text(status.get("now"), status.get("started_at"))
     words = [f" pid {status.get('pid')}, version {status.get('version')}, up {up}"]
     if restarts := number_in(status, "restarts"):
@@ -57,7 +57,7 @@ def heading(status: Message) -> list[Text]:
         warnings.append("lame duck: /readyz answers 503; still serving")
     if says := _says(status):
         warnings.append(says)
-    # Of a hold and a lame duck the lines above say more.
+    # The lines above say more about a hold and a lame duck.
     shown = [each for each in waits_of(status) if each.kind not in ("hold", "lame-duck")]
     warnings += [f"waiting: {each.text}" for each in shown]
     for each in listed(status, "generations"):
@@ -73,7 +73,7 @@ def heading(status: Message) -> list[Text]:
 
 
 def _says(status: Message) -> str:
-    """Return what of --health is worth a line of its own: a bad answer, or that there is none."""
+    """Return the line about --health if the last answer was bad or missing; otherwise ""."""
     health = status.get("health")
     if not isinstance(health, dict):
         return ""
@@ -86,7 +86,7 @@ def _says(status: Message) -> str:
 
 
 def untaken(status: Message) -> list[tuple[int, float]]:
-    """Return the generations whose workers take no client, and for how many seconds."""
+    """Return the generations whose workers take no client, and since how many seconds."""
     found = []
     for each in listed(status, "generations"):
         seconds = each.get("oldest_waiting_s")
@@ -96,11 +96,11 @@ def untaken(status: Message) -> list[tuple[int, float]]:
 
 
 def listeners(status: Message) -> list[Text]:
-    """Return where it listens, and how many clients wait there."""
+    """Return a line for each listener, with the clients that wait there."""
     found = []
     for each in listed(status, "listeners"):
         words = f"listens on {text_in(each, 'address')}"
-        if each.get("backlog") is not None:  # the kernel does not tell for UNIX sockets
+        if each.get("backlog") is not None:  # the kernel does not report it for UNIX sockets
             waiting, limit = render.counts(each, "backlog", "backlog_limit")
             words += f", {waiting} of {limit} waiting"
         found.append(render.line(words))
@@ -108,7 +108,7 @@ def listeners(status: Message) -> list[Text]:
 
 
 def sums(status: Message) -> Text:
-    """What went through it."""
+    """Return the line of totals: connections forwarded and lost, and the command."""
     command = status.get("command")
     words = " ".join(map(str, command if isinstance(command, list) else []))
     named = {"forwarded": "forwarded", "lost": "lost", "queue_limit": "queue of"}
@@ -147,7 +147,7 @@ def generations(status: Message) -> Table:
 def workers(status: Message, children: Mapping[int, Sequence[int]]) -> Table:
     """Return a table with a row for each worker, those of the newest generation first.
 
-    children: their pids, by that of the worker, as far as they are known.
+    children: the known pids of each worker's children, by the worker's pid.
     """
     rows: list[Row] = []
     for generation in _newest_first(status):
@@ -174,7 +174,7 @@ def workers(status: Message, children: Mapping[int, Sequence[int]]) -> Table:
 
 
 def left_out(status: Message) -> list[Text]:
-    """Say once which columns are left out, and why."""
+    """Return the line that names the columns left out, and why."""
     hidden = _unknown(status, [*listed(status, "generations"), *_workers_of(status)])
     if not hidden:
         return []
@@ -195,7 +195,7 @@ def _workers_of(status: Message) -> list[Message]:
 
 
 def _unknown(status: Message, messages: Sequence[Message]) -> dict[str, None]:
-    """Return the columns of which nothing can be known, not only nothing yet."""
+    """Return the columns that stay unknown, not those that are unknown only at the start."""
     begun = any(each.get("state") in ("ready", "retiring") for each in _workers_of(status))
     if not messages or not (begun or _workers_accept(status)):
         return {}
@@ -210,13 +210,13 @@ def _table(headings: str, rows: Sequence[Row], hidden: Collection[str]) -> Table
 
 
 def _pids(pids: Sequence[int]) -> str:
-    """Return how many there are, and the first of them: `2: 4712 4713`."""
+    """Return how many pids there are, and the first of them: `2: 4712 4713`."""
     more = " ..." if len(pids) > _PIDS else ""
     return f"{len(pids)}: {' '.join(map(str, pids[:_PIDS]))}{more}" if pids else ""
 
 
 def last_reload(status: Message) -> list[Text]:
-    """The reload that is under way, the last that has ended, and how many workers crashed."""
+    """Return lines about the reload in progress, the last reload, the dry run and crashes."""
     now = status.get("now")
     reloads = listed(status, "reloads")
     ended = [each for each in reloads if each.get("result") in ("reloaded", "failed")]

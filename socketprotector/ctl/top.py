@@ -1,6 +1,6 @@
-"""top: one screen, redrawn every second; for a terminal of 80 x 24 and up.
+"""top: one screen, redrawn every second, for a terminal of at least 80 x 24.
 
-Rates and waits are those of the last interval, from the difference of two answers.
+Rates and waits are those of the last interval: the difference of two statuses.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _KEPT = 200
 
 
 class Rates:
-    """What happened between the last two answers, a second."""
+    """Rates per second between the last two statuses."""
 
     def __init__(self) -> None:
         self.forwarded: deque[float] = deque(maxlen=_KEPT)
@@ -43,7 +43,7 @@ class Rates:
         self._before: Message | None = None
 
     def take(self, status: Message) -> None:
-        """Take a status; the rates are those since the one before, by the protector's clock."""
+        """Compute the rates from the previous status to this one, by the protector's clock."""
         before, self._before = self._before, status
         if before is None:
             return
@@ -61,12 +61,12 @@ class Rates:
 
     @property
     def per_second(self) -> float | None:
-        """Connections forwarded a second; None: not known yet, or workers accept."""
+        """Connections forwarded per second; None: unknown so far, or workers accept."""
         return self.forwarded[-1] if self.forwarded else None
 
 
 def _waits(status: Message) -> list[int]:
-    """The buckets of all generations together."""
+    """Return the sums of all generations' buckets of wait times."""
     total = [0] * 32
     for generation in listed(status, "generations"):
         wait_us = generation.get("wait_us")
@@ -112,7 +112,9 @@ def _screen(client: Client, interval: float) -> None:
                 live.update(drawn(status, rates, console.width, console.height), refresh=True)
             except NoProtector as error:
                 live.update(render.styled(f"no answer: {error}", "red"), refresh=True)
-                with suppress(NoProtector):  # drawn at the next look, until the user ends it
+                with suppress(
+                    NoProtector
+                ):  # the next status request reports it, until the user quits
                     client.again(1.0)
             if pressed(interval):
                 return
@@ -142,7 +144,7 @@ def _keys() -> Iterator[Callable[[float], bool]]:
 
 
 def drawn(status: Message, rates: Rates, width: int, height: int) -> Group:
-    """The screen: what matters first, so that a small one cuts off the workers."""
+    """Return the screen, with the workers last, because a small terminal cuts off the end."""
     from rich.console import Group
     from rich.text import Text
 

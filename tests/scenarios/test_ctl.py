@@ -359,7 +359,7 @@ def test_two_reloads_at_once_each_get_their_own_verdict(
     first = beside("reload")
     first.err.wait_for("generation 2 is starting")
     second = beside("reload")
-    second.err.wait_for("the reload before it is still going on")
+    second.err.wait_for("an earlier reload is still in progress")
     release.becomes(*MANY)
     gate.open()
 

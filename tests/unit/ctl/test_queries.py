@@ -262,7 +262,7 @@ def test_colours_only_on_a_terminal_and_not_with_no_color(fake: Fake) -> None:
         ({"held_s": 3.0, "lame_duck": "on"}, "lame duck"),
         ({"phase": "stopping"}, "stopping"),
         ({"phase": "starting", "route": None}, "starting"),
-        ({"phase": 7, "route": None}, "it does not serve"),
+        ({"phase": 7, "route": None}, "no generation is serving"),
     ],
 )
 def test_ready_is_an_exit_status(more: Message, why: str, fake: Fake, ctl: Ctl) -> None:

@@ -262,7 +262,7 @@ def test_what_became_of_an_earlier_reload_is_no_verdict(fake: Fake, ctl: Ctl) ->
         0,
         "reloaded: generation 11 is serving in place of generation 8\n",
     )
-    assert "the reload before it is still going on" in said.err
+    assert "an earlier reload is still in progress" in said.err
 
 
 def test_an_upgrade_in_the_middle_only_means_to_look_into_status(fake: Fake, ctl: Ctl) -> None:
@@ -471,7 +471,7 @@ def test_settle_is_waited_for(fake: Fake, ctl: Ctl) -> None:
     said = ctl("reload", "--timeout", "2s")
 
     assert said.status == 4
-    assert "still waits for generation 9 to live as long as --settle" in said.err
+    assert "still waits for generation 9 to survive --settle" in said.err
 
 
 def test_drained_waits_for_the_end_of_the_old_generations(fake: Fake, ctl: Ctl) -> None:
@@ -528,7 +528,7 @@ def test_interrupted_it_waits_no_longer_and_claims_nothing(
     err.join()
 
     assert (process.returncode, out) == (130, b"")
-    assert err.seen[-1] == "interrupted: it goes on; only the waiting has ended"
+    assert err.seen[-1] == "interrupted: only the wait has ended; the operation continues"
 
 
 #: What a deployment tool reads, whatever the result is: each field is there, and null if unknown.

@@ -19,8 +19,8 @@ from .sock_diag import accepted, end_of
 
 IP_BIND_ADDRESS_NO_PORT = 24
 IP_MULTICAST_ALL = 49
-#: An option and its bit in the two bytes of the reply; a big-endian machine fills bit-fields from
-#: the other end.
+#: Each option, and its bit in the two bytes of the reply; a big-endian machine fills bit-fields
+#: from the other end.
 _BITS = (
     (socket.IP_MULTICAST_LOOP, 0x0010 if sys.byteorder == "little" else 0x0008),
     (IP_BIND_ADDRESS_NO_PORT, 0x0100 if sys.byteorder == "little" else 0x8000),
@@ -35,8 +35,8 @@ def tag(
 ) -> frozenset[int]:
     """Tag the connections that a socket accepts from now on.  Raises OSError.
 
-    The options are set in turn, and a client may connect in between.  Returns the tags that the
-    socket had until the last: none of `exclude` in between, if some order avoids them.
+    The options are set one by one, and a client may connect in between.  Returns the tags that the
+    socket had until the last option was set.  The order avoids tags of `exclude` if possible.
     """
     untagged, before = _untagged(listening.family), tag_of(listening)
     changed = [place for place in range(len(_BITS)) if (before ^ number) >> place & 1]
@@ -67,7 +67,7 @@ def connections(
     """Return the number of open connections at a socket's address, by tag.
 
     exclude: a client that does not count.  waiting: include clients that wait to be accepted.
-    Raises OSError where the kernel does not report them.
+    Raises OSError where the kernel does not report connections.
     """
     untagged = _untagged(listening.family)
     counted: Counter[int] = Counter()

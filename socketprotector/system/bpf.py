@@ -3,7 +3,7 @@
 A mark distinguishes our probe connections (daemon/asking.py) from clients.
 An IPv4 mark is a random source address of 127/8, which no packet from a network may have.
 IPv6 has only one loopback address, so its mark is a random traffic class and the highest hop limit.
-No system uses that limit unless it is configured to.  Both are in the fixed part of the IP header.
+No system uses that limit by default.  Both values are in the fixed part of the IP header.
 
 Source: SO_ATTACH_FILTER and SO_ATTACH_REUSEPORT_CBPF in socket(7); SKF_NET_OFF in linux/filter.h.
 """
@@ -37,7 +37,7 @@ MOST_TTL = 255
 
 #: Drops all packets.
 NOTHING: Sequence[Instruction] = ((_RETURN, 0, 0, 0),)
-#: Drops segments with SYN and without ACK, and passes all others.  So no new client comes while
+#: Drops segments with SYN and without ACK, and passes all others.  So no new client connects, but
 #: handshakes that are under way finish.
 NO_NEW_CLIENTS: Sequence[Instruction] = (
     (0x30, 0, 0, 13),  # load the byte with the flags
@@ -50,7 +50,7 @@ NO_NEW_CLIENTS: Sequence[Instruction] = (
 
 @frozen
 class Mark:
-    """The origin of our own connections, by which a filter knows them; new for each generation."""
+    """The origin by which a filter recognises our own connections; new for each generation."""
 
     source: str  # their source address
     traffic_class: int = 0  # for IPv6
@@ -70,8 +70,9 @@ class Mark:
 
     @property
     def options(self) -> tuple[tuple[int, int, int], ...]:
-        """The socket options of the mark, beside its source: levels, options and values."""
-        # Even if all ports are in use, a port with a connection to another address can be shared.
+        """The mark's socket options, without its source address: levels, options and values."""
+        # connect() chooses the port: even if all are in use, it may share a port that is connected
+        # to another address.
         late = socket.IPPROTO_IP, accept_tags.IP_BIND_ADDRESS_NO_PORT, 1
         if self.family == socket.AF_INET:
             return (late,)
@@ -101,7 +102,7 @@ class Mark:
     def program(self, member: int) -> Sequence[Instruction]:
         """Return instructions that select a member for connections with this mark.
 
-        For other connections the instructions behind these decide.
+        For other connections the next instructions decide.
         """
         of_ipv6 = self.family == socket.AF_INET6
         begins = 6 << 8 | self.traffic_class if of_ipv6 else 4 << 8

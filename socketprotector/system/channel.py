@@ -1,8 +1,8 @@
 """The protector's two ends of a generation's channel.
 
 The protector keeps both ends, so that the queue outlives the workers and can be reclaimed.
-Never set O_NONBLOCK or a timeout here: it belongs to the open file description (fcntl(2)), so it
-would affect every worker.
+Never set O_NONBLOCK or a timeout on an end: both belong to the open file description (fcntl(2)), so
+they would affect every worker.
 
 Source: docs/protocol.md, section "Channel"; unix(7), cmsg(3).
 """
@@ -40,7 +40,7 @@ _TAKE_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _ONE_DESCRIPTOR = socket.CMSG_LEN(4)
 _PACK_DESCRIPTOR = struct.Struct("i").pack
 #: Read at import, not at the first channel.  So the probe of an upgrade, which imports this module,
-#: finds an incomplete installation whose client library lacks it.
+#: detects an incomplete installation: a client library without this constant.
 _CHARGE_BYTES = wire.RECORD_CHARGE_BYTES
 
 
@@ -70,14 +70,14 @@ class Channel:
 
     @staticmethod
     def adopt(descriptors: Mapping[str, int]) -> Channel:
-        """Return a channel from the ends that descriptors() named in an earlier program; own them.
+        """Return a channel that owns the ends which descriptors() named in an earlier program.
 
         Without a write end the channel was ended.  Raises KeyError if the read end is missing.
         """
         read = socket.socket(fileno=descriptors["read"])
         write = socket.socket(fileno=descriptors.get("write", descriptors["read"]))
         if "write" not in descriptors:
-            write.detach()  # a closed socket, made without opening a descriptor: none may be free
+            write.detach()  # make a closed socket without a descriptor, because none may be free
         return Channel(read, write)
 
     def descriptors(self) -> dict[str, int]:
@@ -88,7 +88,7 @@ class Channel:
         return found
 
     def capacity(self) -> int:
-        """Return the number of untaken connections that it has room for."""
+        """Return how many untaken connections the channel has room for."""
         granted = self.write.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
         return -(-granted // _CHARGE_BYTES)
 
@@ -157,8 +157,8 @@ class Channel:
     def end(self) -> None:
         """Let the workers read end of file behind the queued connections.
 
-        By shutdown(): another process may have a copy of this end, and then close() alone
-        would have no effect on the workers.
+        It uses shutdown(), because close() has no effect on the workers while another process has a
+        copy of this end.
         """
         if not self.has_ended:
             with suppress(OSError):  # a worker has shut it down already

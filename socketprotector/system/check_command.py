@@ -2,9 +2,9 @@
 
 The shell runs the command as the worker's user and in its environment.  The exit status decides;
 the last line of output is the reason for people.  Output goes to a pipe, not to the log: there a
-verbose command would fill the disk, and a command that prints client data could forge lines.  The
-pipe is read to its end, so that the command never blocks; but in small reads, so that a verbose
-command cannot keep the event loop busy.
+verbose command would fill the disk, and a command that prints client data could forge lines.  We
+read the pipe to its end, so that the command never blocks.  But we read little at once, so that a
+verbose command cannot keep the event loop busy.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from .polling import read_now
 from .process import Process
 from .spawn import spawn
 
-#: A check that takes longer is stuck; it is killed, because the next check may succeed.
-#: Twice the time that a resolver allows a name server (resolv.conf(5)).
+#: A check that takes longer is stuck, and is killed, because the next check may succeed.  The limit
+#: is twice the time that a resolver allows a name server (resolv.conf(5)).
 LIMIT_S = 10.0
-#: The size of a pipe; the pause between reads; and the number of reads at the end, because a
-#: process that has left the group may write for ever.
+#: The size of a pipe; the pause between reads; and the most reads after the command's exit, because
+#: a process that has left the group may write for ever.
 _PIPE_BYTES, _READ_EVERY_S, _LAST_READS = 65_536, 0.01, 4
 #: The bytes of output that are kept, and the characters of the last line that are shown.
 _KEPT_BYTES, _SHOWN = 4096, 200
-#: The program in a check, behind its variable assignments; no match if these need a shell.
+#: The program in a check, after any variable assignments; no match if these need a shell.
 _PROGRAM = re.compile(
     r"""\s*(?:[A-Za-z_]\w*=(?:'[^']*'|"[^"\\$`]*"|[^\s'"\\$`;&|<>()]*)\s+)*"""
     r"""(?:exec\s+)?(?:[\w.+@/-]*/)?([\w.+][\w.+-]*)(?=[\s;&|<>]|$)"""
@@ -58,9 +58,9 @@ class CheckCommand:
 
         program: the worker's program, for its user, directory and environment.
         variables: added to the environment.
-        over: called once at the end, with the reason of a failure; "" for success.
-        late: called with the same reason when the command exceeds its limit and is killed.  The
-        command may survive as another user; `over` follows at its end.
+        over: called once when the command has ended, with the reason of a failure; "" for success.
+        late: called with the same reason when the command exceeds its limit and is killed.  A
+        command that runs as another user may survive; `over` is called when it has ended.
         stdin: its standard input.
         """
         self._loop, self._over, self._late = loop, over, late
@@ -114,7 +114,7 @@ class CheckCommand:
         if self._process is None or self._process.has_ended():
             return  # _ended() is called next
         self._why_late = f"{self._program}: no answer within {text.in_units(limit_s)}"
-        with suppress(PermissionError):  # the process has changed its user
+        with suppress(PermissionError):  # the command has changed its user
             self._process.kill_group()
         self._late(self._why_late)
 
@@ -123,7 +123,7 @@ class CheckCommand:
         if result is None or self._process is None:
             return
         with suppress(PermissionError):
-            self._process.kill_group()  # background processes would pile up with each check
+            self._process.kill_group()  # otherwise each check could leave background processes
         for _ in range(_LAST_READS):
             if not self._read():
                 break
@@ -159,6 +159,6 @@ def first_program(command: str) -> str:
 
 
 def shown(question: str) -> str:
-    """Return a check for people: --health or --settle-check, with a command's program only."""
+    """Return --health or --settle-check for people: of a command only its program."""
     kind, _, command = question.partition(":")
     return f"{kind}:{first_program(command)}" if kind == "check" else question

@@ -19,8 +19,8 @@ IN_OWN_FOLDER = "control"
 def folders(environment: Mapping[str, str], user: int) -> list[str]:
     """Return the folders of control sockets; the first is for new sockets of this user.
 
-    logind removes a session's folder at logout, together with files of a service of root in
-    it.  After `su` the folder belongs to another user.  So root does not use it first.
+    logind removes a session's folder at logout, even with files of root's services in it.  After
+    `su` the session's folder belongs to another user.  So root uses other folders first.
     """
     own = environment.get("XDG_RUNTIME_DIR")
     if own is None or not os.path.isabs(own):
@@ -30,21 +30,22 @@ def folders(environment: Mapping[str, str], user: int) -> list[str]:
 
 
 def key_of(name: str) -> str:
-    """Return a name in a form for paths."""
+    """Return a name, escaped for a path."""
     return name.replace("/", "_")
 
 
 def apart(name: str, address: str) -> tuple[str, str]:
-    """Return two names for one of several instances of a name, by its first listener's address.
+    """Return two distinct names for an instance whose name others use, by its first address.
 
-    The first name has the port or file; the second has the whole address, if the first is taken.
+    The first name has the port or file.  The second, for use if the first is taken, has the whole
+    address.
     """
     whole = address.partition(":")[2]
     return f"{name}:{os.path.basename(address.rpartition(':')[2])}", f"{name}:{whole}"
 
 
 def key(path: str) -> str:
-    """Return the name in a control socket's path, as key_of() made it."""
+    """Return the name in a control socket's path, as escaped by key_of()."""
     folder, name = os.path.split(path)
     return os.path.basename(folder) if name == IN_OWN_FOLDER else name.removesuffix(SUFFIX)
 

@@ -1,7 +1,7 @@
 """The processor time that the system allows this process: quotas of cgroups, scheduling policy.
 
-The set of allowed processors does not show a quota.  A container with half a
-processor's worth sees all processors, and stands still once its share of a period is used up.
+The set of allowed processors does not show a quota.  A container with a quota of half a processor
+sees all processors, and is suspended once it has used its share of a period.
 
 Source: kernel documentation, admin-guide/cgroup-v2 (cpu.max) and scheduler/sched-bwc
 (cpu.cfs_quota_us); cgroups(7), proc(5) for mountinfo.
@@ -40,10 +40,10 @@ class Quota:
         """Read cgroups and mounts from `proc`; if it cannot be read, assume no quota."""
         self._proc = proc
         self._groups = ""  # the cgroups for which _files was made
-        self._files: list[tuple[str, ...]] = []  # the files of one quota and its period
+        self._files: list[tuple[str, ...]] = []  # each item: the files of a quota and its period
 
     def _find(self) -> None:
-        """Find the files again, if this process is in another cgroup now."""
+        """Find the files again if this process is in another cgroup now."""
         try:
             groups = _read(f"{self._proc}/cgroup")
             if groups == self._groups:

@@ -17,14 +17,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-#: SocketProtector holds the lock for a few system calls; after this time another program has it.
+#: The longest wait.  SocketProtector holds the lock only for a few system calls, so after this time
+#: another program must have it.
 _LOCK_S = 5.0
 _LOOK_AGAIN_MS = 5
 
 
 @contextmanager
 def locked(path: str, patience_s: float = _LOCK_S) -> Iterator[None]:
-    """Hold the lock of the folder that `path` is in.
+    """Hold the lock of the folder that contains `path`.
 
     Raises OSError; EBUSY if another program keeps the folder locked for patience_s.
     """
@@ -49,8 +50,8 @@ def locked(path: str, patience_s: float = _LOCK_S) -> Iterator[None]:
 def give(path: str, uid: int, gid: int, chown: Callable[[int, int, int], None]) -> os.stat_result:
     """Give a socket file that we have just made to a user and group (-1: unchanged).
 
-    Returns the file's stat result.  By a descriptor, because another user with write access to the
-    folder could replace the file meanwhile.  Raises OSError.
+    Returns the file's stat result.  It uses a descriptor, because another user with write access to
+    the folder could replace the file meanwhile.  Raises OSError.
     """
     fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:

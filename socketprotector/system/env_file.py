@@ -43,7 +43,7 @@ def contents(path: str) -> bytes:
     Raises OSError, or ValueError for a file that is too long or cannot be read twice.
     """
     # The workers' user may own the file, so it must not make the protector wait or grow.
-    # Before it is opened, because to open a device may do something.
+    # Check first, because even opening a device may have an effect.
     refuse_kind(os.stat(path), path)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
@@ -52,7 +52,7 @@ def contents(path: str) -> bytes:
             data = file.read(MAX_BYTES + 1)
     finally:
         os.close(fd)
-    if data is None:  # such as /proc/kmsg, which claims to be a regular file
+    if data is None:  # for example /proc/kmsg, which claims to be a regular file
         raise BlockingIOError(errno.EAGAIN, "reading it would wait", path)
     if len(data) > MAX_BYTES:
         raise ValueError(f"{path}: more than {MAX_BYTES} bytes")
@@ -71,5 +71,5 @@ def refuse_kind(found: os.stat_result, path: str) -> None:
 
 def read(path: str) -> dict[str, str]:
     """Return the assignments in a file.  Raises OSError, or ValueError with the line."""
-    # Bytes that are no UTF-8 are passed on unchanged, as in our own environment.
+    # Pass on bytes that are not UTF-8 unchanged, as in our own environment.
     return parse(contents(path).decode("utf-8", "surrogateescape"), path)

@@ -22,10 +22,10 @@ _HEAD_BYTES, _FORMATS = 256, "/proc/sys/fs/binfmt_misc"
 def resolve(command: Sequence[str], directory: str, search: str) -> tuple[str, tuple[str, ...]]:
     """Return (real path, argv) of a command as it is now.
 
-    Symlinks are followed, so that a generation of one release never
-    starts a process of the next.  Only a final symlink with another name that leads to a script is
-    not followed: such a script looks at the name by which it was called.
-    Raises FileNotFoundError, or PermissionError if it is no executable file.
+    Symlinks are followed, so that a generation of one release never starts a process of the next.
+    A final symlink under another name to a script is not followed: such a script may depend on the
+    name by which it was called.
+    Raises FileNotFoundError, or PermissionError if the file is not executable.
     """
     name = command[0]
     found = os.path.join(directory, name) if "/" in name else _search(name, search)
@@ -39,9 +39,9 @@ def resolve(command: Sequence[str], directory: str, search: str) -> tuple[str, t
 
 
 def refuse_format(path: str, directory: str = "") -> None:
-    """Raise OSError for an executable file that the kernel cannot execute; pass doubtful files.
+    """Raise OSError for an executable file that the kernel cannot execute; accept doubtful files.
 
-    directory: the working directory at its execution.
+    directory: the working directory of the execution.
     """
     try:
         with open(path, "rb") as file:
@@ -58,7 +58,7 @@ def refuse_format(path: str, directory: str = "") -> None:
                 2, "the interpreter in its first line is missing", path
             ) from None
         except (OSError, ValueError):
-            pass  # another user may be able to see it
+            pass  # another user may be able to see the interpreter
     elif not head:
         raise OSError(8, "it is empty", path)
     elif head[:4] != b"\x7fELF" and not _other_formats(head):
@@ -73,15 +73,15 @@ def _other_formats(head: bytes) -> bool:
         return not os.path.exists("/proc/self")
     except OSError:
         found = set()
-    # A container cannot list the formats; but no format is for a shell script without `#!`.
+    # A container cannot list the formats: assume that only a file with NUL bytes has one.
     return bool(found - {"register", "status"}) or (not found and b"\0" in head)
 
 
 def command_of(label: tuple[str, ...], safe: Sequence[str] = ("-P",)) -> tuple[str, ...]:
     """Return the command that executes this program again, by the path by which it was called.
 
-    A script is executed by that path, so that a symlink to another release is followed.
-    Otherwise it is the interpreter with -m.  `label`: words for the process list.
+    A script is executed by that path, so that a symlink to another release is followed.  Without a
+    script the command is the interpreter with -m.  `label`: words for the process list.
     """
     script = sys.argv[0]
     if os.path.basename(script) != "__main__.py" and os.access(script, os.X_OK):

@@ -1,8 +1,8 @@
 """Descriptors in messages of other processes, which are dropped instead of received.
 
 A received descriptor can be of any kind.  Closing it may wait for its sender (a file of FUSE).
-Without a free descriptor the rest of the message is left in an unknown state.  So every
-such message is read without room for descriptors, and the kernel drops them.
+If no descriptor is free, the rest of the message is in an unknown state.  So we read every such
+message without room for descriptors, and the kernel drops them.
 
 When the kernel drops the last copy of a TCP socket with SO_LINGER, it waits as long as the
 sender has set.  It does so even for a socket in the queue of a UNIX socket.  A signal ends this
@@ -18,11 +18,11 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-#: Far longer than reading a message without such a socket, so that usually no signal comes.
+#: The limit.  Reading a message without such a socket takes far less, so usually no signal comes.
 _FIRST_S = 0.001
 _SO_PASSRIGHTS = 83
 _UNREAD_BYTES = 65_536
-#: The limit starts again with each message that is read.
+#: The interval of further signals, and so the limit for each further message.
 _NEXT_S = 0.0001
 
 
@@ -52,14 +52,14 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def drop_unread(sock: socket.socket) -> None:
-    """Remove all messages in a UNIX socket, and let no more come.
+    """Remove all messages from a UNIX socket, and refuse further messages.
 
     Call it before closing the socket.  Otherwise another process with a copy, such as the guard,
     would wait.
     """
     try:
         sock.shutdown(socket.SHUT_RD)
-        # With credentials an empty message differs from end of file.
+        # With credentials an empty message can be distinguished from end of file.
         packets = sock.type != socket.SOCK_STREAM
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, packets)
         with dropping():

@@ -1,6 +1,6 @@
 """Helper processes of SocketProtector: relay, watcher, asker, configuration reader, upgrade probe.
 
-This module starts, reaps and releases them; the module that starts a helper has its protocol.
+This module starts, reaps and releases helpers; the module that uses a helper has its protocol.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PROVEN_S = 60.0
 _LAST_BYTES = 4096
 _MESSAGE_BYTES = 4096
 
-#: Runs a program whose source is in a memfd, without /proc; its path is the first argument.
+#: Runs a program from the source in a memfd, without /proc; the first argument is its path.
 _RUN = (
     "import os,sys;del sys.argv[0];"
     "exec(compile(os.pread({fd},os.fstat({fd}).st_size,0),sys.argv[0],'exec'))"
@@ -87,7 +87,7 @@ class HelperProcess:
         options: tuple[str, ...] = ("-I", "-S"),
         batch: bool = False,
     ) -> HelperProcess:
-        """Start one of late_modules.PROGRAMS, as it was at our own start.  Raises OSError.
+        """Start one of late_modules.PROGRAMS, with its code from our own start.  Raises OSError.
 
         options: options of the interpreter.
         """
@@ -127,7 +127,7 @@ class HelperProcess:
 
     def _reap(self) -> None:
         how = "ended"
-        # ChildProcessError: an earlier program's child, reaped by the process that adopted it.
+        # ChildProcessError: an earlier program's child, which another process has reaped.
         with suppress(ChildProcessError):
             end = self.process.reap()
             if end is None:
@@ -142,7 +142,7 @@ class HelperProcess:
         return time.monotonic() - self._since >= _PROVEN_S
 
     def close(self) -> None:
-        """Release the process, running or not; it is reaped like any other child later."""
+        """Release the process, running or not; reap_orphans() reaps it later."""
         if self._disown():
             self.process.close()
 
@@ -159,14 +159,14 @@ class HelperProcess:
 
 
 class BackOff:
-    """The waits before a helper is started again: each is twice the one before."""
+    """The waits before a helper is restarted: each wait is twice as long as the last."""
 
     def __init__(self, first_s: float, longest_s: float) -> None:
         self._first_s = self._next_s = first_s
         self._longest_s = longest_s
 
     def reset(self) -> None:
-        """Begin with the first wait again, because a helper has worked."""
+        """Begin with the first wait again, because the helper has worked."""
         self._next_s = self._first_s
 
     def wait_s(self) -> float:
@@ -196,7 +196,7 @@ class Line:
             return cls(loop, ours, heard), theirs
 
     def hear(self) -> None:
-        """Handle all waiting messages; the pidfd reports the helper's end."""
+        """Handle all waiting messages; the pidfd, not the line, reports the helper's end."""
         while self.socket.fileno() >= 0:
             data = read_now(self.socket.recv, _MESSAGE_BYTES, socket.MSG_DONTWAIT)
             if data is None:
@@ -207,7 +207,7 @@ class Line:
             self._heard(data.decode("utf-8", "replace"))
 
     def close(self) -> None:
-        """Close the line, at which the helper ends."""
+        """Close the line, so that the helper exits."""
         self._loop.unwatch(self.socket.fileno())
         self.socket.close()
 

@@ -1,6 +1,6 @@
 """The descriptors that the resident process inherits by name, from any predecessor.
 
-The predecessor names the descriptors 3, 4, ..., as systemd does for a service (sd_listen_fds(3)).
+The predecessor passes descriptors 3, 4, ... and their names, as systemd does (sd_listen_fds(3)).
 SocketProtector's names begin with `sp.`.
 
 Names that are too long for the environment go into a memfd; the only name in
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # the guard imports this, and nothing that would make it larg
 FIRST = 3
 _DIGITS = 6
 SETTINGS = "sp.settings"
-LAUNCHER = "sp.launcher"  # the launching process waits there for a verdict
+LAUNCHER = "sp.launcher"  # the launching process waits there for the result of the start
 TERMINAL = "sp.terminal"  # in the foreground: for the reason of a failed start
 PID_FILE = "sp.pidfile"  # holds the lock
 LISTENER = "sp.listener."  # + its index
@@ -43,10 +43,10 @@ NAMES = "sp.names."  # + the number of the memfd that has the names
 #: limits systemd's fd store (docs/reliability.md).
 NAMES_BYTES = 120 * 1024
 STORE_NAMES_BYTES = 128 * 1024 - len("LISTEN_FDNAMES=") - 1
-#: The name of a number in between that is not passed on.
+#: The name for an unused number between passed descriptors.
 UNUSED = "sp.none"
 OURS = "sp."
-#: The variable with the pid of the process that the descriptors are for.
+#: The variable with the pid of the process that gets the descriptors.
 PID = "LISTEN_PID"
 _VARIABLES = ("LISTEN_FDS", PID, "LISTEN_FDNAMES", "LISTEN_PIDFDID")
 
@@ -54,8 +54,8 @@ _VARIABLES = ("LISTEN_FDS", PID, "LISTEN_FDNAMES", "LISTEN_PIDFDID")
 class Named(dict[str, int]):
     """Descriptors by name, with the set of names that were added or removed lately.
 
-    With it the fd store need not compare all names.  Change it only by `[name] = fd` and
-    `del`.
+    With that set the fd store need not compare all names.  Change the dictionary only by
+    `[name] = fd` and `del`.
     """
 
     def __init__(self) -> None:
@@ -73,11 +73,11 @@ class Named(dict[str, int]):
 
 
 class Inherited:
-    """The descriptors of an earlier program, by name; each owner takes its own, once."""
+    """The descriptors of an earlier program, by name; each owner takes its part, once."""
 
     def __init__(self, descriptors: Mapping[str, int]) -> None:
         """Take ownership of the descriptors."""
-        # By prefix and key (`sp.worker.`, `12`), so that taking a thousand takes a thousand steps.
+        # By prefix and key (`sp.worker.`, `12`), so that each take() needs a single look-up.
         self._left: dict[tuple[str, str], dict[str, int]] = {}
         for name, fd in descriptors.items():
             kind, key, rest = _parts(name)
@@ -106,7 +106,7 @@ class Inherited:
         return {key: self._left.pop((kind, key)) for key in keys}
 
     def close(self) -> None:
-        """Close the descriptors without an owner: the earlier program was about to close them."""
+        """Close the descriptors without an owner, as the earlier program was about to do."""
         while self._left:
             for fd in self._left.popitem()[1].values():
                 os.close(fd)
@@ -122,8 +122,8 @@ def _parts(name: str) -> tuple[str, str, str]:
 def names(descriptors: Iterable[str]) -> dict[str, str]:
     """Return the variables that name descriptors at 3, 4, ..., without LISTEN_PID.
 
-    Names that are too long go into a memfd that stays open over an exec; a caller that does not
-    execute a program closes it.  Raises OSError.
+    Names that are too long go into a memfd that stays open over an exec.  If the caller does not
+    execute a program, it must close the memfd.  Raises OSError.
     """
     found = tuple(descriptors)
     names = ":".join(found)
@@ -190,8 +190,8 @@ def receive() -> dict[str, int]:
             found[name] = fd
             os.set_inheritable(fd, False)
         else:
-            # Descriptors of socket activation were adopted at the first start, under our own
-            # names; several of the service manager's may have the same name.
+            # Sockets from socket activation are not needed: the first start has adopted them under
+            # our own names.  Several of them may have the same name here.
             os.close(fd)
     if (memfd := _memfd(names)) is not None:
         os.close(memfd)

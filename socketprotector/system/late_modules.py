@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from typing import Any, ClassVar
 
 _PACKAGE = __name__.partition(".")[0]
-#: The names of all late modules, without the package's name.
+#: The names of all late modules, relative to the package.
 LATE = (
     "core.rescue",
     "core.waiting",
@@ -166,7 +166,7 @@ def program(name: str) -> tuple[str, bytes]:
     path = _path_of(name)
     if name in _programs:
         return path, os.pread(*_programs[name])
-    with open(path, "rb") as file:  # in a process that has not called keep()
+    with open(path, "rb") as file:  # this process has not called keep()
         return path, file.read()
 
 
@@ -214,7 +214,7 @@ def _fill_reserve() -> None:
         if not _reserve:
             _reserve.append(bytes(_RESERVE_BYTES))  # calloc(3): no page is touched
     except MemoryError:
-        pass  # tried again after the next module is loaded
+        pass  # the next loaded module tries again
 
 
 def _forget(module: ModuleType) -> None:

@@ -1,8 +1,8 @@
 """Stand-ins for modules of the standard library that an idle protector imports and does not use.
 
 A stand-in loads its module at the first use.  `re` costs 0.4 MB with its own imports.  json and
-some of our modules define patterns when they are imported, and use them only later, for a
-command, a listener or a file.
+some of our modules define patterns at import, but use them only later, for a command, a listener or
+a file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The listening sockets in the resident process: accepting from them, and closing them.
 
-launch/bind.py and launch/bind_unix.py bind them before this process begins; they arrive as
-descriptors.  The two families are in tcp_listener.py and unix_listener.py.
+launch/bind.py and launch/bind_unix.py bind the sockets before this process begins, which inherits
+their descriptors.  The two families are in tcp_listener.py and unix_listener.py.
 
 Source: tcp(7), unix(7).
 """
@@ -49,7 +49,7 @@ CLIENT_OR_END = select.POLLIN | select.POLLRDHUP
 
 def accept_of(listener: Listener) -> Callable[[], tuple[int, object]]:
     """Return a function that accepts one connection as a descriptor, and sets its priority."""
-    # Not socket.accept(), which would build a socket object that is not needed.
+    # socket.accept() would build a socket object that we do not need.
     accept: Callable[[], tuple[int, object]]
     accept = listener.socket._accept  # type: ignore[attr-defined]
     priority = listener.settings.priority
@@ -70,7 +70,7 @@ def accept_of(listener: Listener) -> Callable[[], tuple[int, object]]:
 
 
 class Listener:
-    """The listening sockets of one address: one, or two, so that two generations have one each.
+    """The listening sockets of an address: one socket, or two for two generations.
 
     Owns the descriptors, and the socket files that it made.  The two kinds are in
     tcp_listener.py and unix_listener.py.
@@ -89,11 +89,11 @@ class Listener:
     ) -> None:
         """Adopt a bound, listening descriptor.  `index` never changes.
 
-        shared: workers have it, too, and accept from it until they end.
-        sibling: another socket of the same address, so that two generations have one each.
-        reserved: a third socket, which no worker gets; new clients come to it during a hold.  It is
+        shared: workers have the socket, too, and accept from it until they exit.
+        sibling: another socket of the same address, so that two generations have one socket each.
+        reserved: a third socket, which no worker gets; new clients go to it during a hold.  It is
         also the spare if we may not bind the address.
-        again: how often each of the three sockets was bound again, which is part of its name.
+        again: how often each of the three sockets was bound again; the names contain that number.
         """
         #: Socket 0, and its sibling, socket 1, if there is one.
         self.sockets = [socket.socket(fileno=each) for each in (fd, sibling) if each >= 0]
@@ -107,11 +107,11 @@ class Listener:
             self.socket.setblocking(False)
         self.index = index
         self.settings = settings
-        #: The backlog of each of the two, for listening again.
+        #: The backlog of each of the two sockets, for listening again.
         self._backlogs = [settings.backlog or socket.SOMAXCONN] * 2
-        #: How often each of the two has joined its SO_REUSEPORT group again.
+        #: How often each of the two sockets has joined its SO_REUSEPORT group again.
         self.joined = [0, 0]
-        #: Whether each of the two was made for the generation that accepts from it, and no other.
+        #: Whether each of the two sockets was made for just the generation that accepts from it.
         self.is_fresh = [False, False]
         #: Whether it gets no clients any more: it was shut down, and cannot be bound again.
         self.lost = False
@@ -138,7 +138,7 @@ class Listener:
         raise NotImplementedError
 
     def is_sound(self, socket_number: int) -> bool:
-        """Return whether accepted connections work: not after two shutdowns of the socket."""
+        """Return whether accepted connections work; two shutdowns of a socket break them."""
         raise NotImplementedError
 
     def listen_again(self, socket_number: int) -> bool:
@@ -152,7 +152,7 @@ class Listener:
         *,
         held: bool = False,
     ) -> None:
-        """Route new clients to socket 0 or 1; if held, leave them without an answer.
+        """Steer new clients to socket 0 or 1; if held, leave them without an answer.
 
         marked: the socket of each probe mark.  Raises OSError.
         """
@@ -160,11 +160,11 @@ class Listener:
 
     @property
     def can_be_held(self) -> bool:
-        """Whether a hold can leave new clients without an answer, though workers accept."""
+        """Whether a hold can leave new clients without an answer while workers accept."""
         raise NotImplementedError
 
     def reserve(self) -> socket.socket:
-        """Return the third socket; make it first, if need be, which needs the right to bind.
+        """Return the third socket; if it is missing, make it, which needs the right to bind.
 
         Raises OSError.
         """
@@ -173,8 +173,8 @@ class Listener:
     def refuse_new(self) -> bool:
         """Refuse new clients; clients that have connected can still be accepted.
 
-        Returns whether that is possible.  Otherwise new clients come until the socket is closed,
-        and later too if its owner passed it in and keeps listening.
+        Returns whether that is possible.  If it is not, new clients come until the socket is
+        closed, and even later if another process owns the socket and keeps listening.
         """
         raise NotImplementedError
 
@@ -213,11 +213,11 @@ class Listener:
         return False
 
     def is_out_of_reach(self, socket_number: int) -> bool:
-        """Return whether a socket is to be replaced, because the address cannot lead to it."""
+        """Return whether a socket must be replaced, because the address cannot lead to it."""
         return False
 
     def is_passed_by(self, socket_number: int) -> bool:
-        """Return whether clients can come to a socket to which the address no longer leads."""
+        """Return whether a socket can get clients although its address no longer leads to it."""
         return False
 
     @property
@@ -226,7 +226,7 @@ class Listener:
         return False
 
     def note(self) -> None:
-        """Remember the backlog that a worker has set, to use the same when listening again."""
+        """Remember the backlog that a worker has set, to set it again when listening again."""
 
     def renew(self, socket_number: int) -> bool:
         """Make a new socket, without clients yet, for a generation that has not started.
@@ -237,7 +237,7 @@ class Listener:
 
     @property
     def has_no_spare(self) -> bool:
-        """Whether a socket was bound again, and a further one cannot be."""
+        """Whether a socket was bound again, but no further socket can be bound."""
         return False
 
     @property
@@ -274,12 +274,12 @@ class Listener:
         return self.sockets[socket_number % len(self.sockets)]
 
     def swap(self) -> None:
-        """Exchange sockets 0 and 1, if there are two; only before a generation has one."""
+        """Exchange sockets 0 and 1, if there are two; only before a generation has a socket."""
         self.sockets.reverse()
 
     @property
     def blocks(self) -> bool:
-        """Whether accept() waits; each process that shares the socket can change that for all."""
+        """Whether accept() blocks; each process with the socket can change that for all."""
         return os.get_blocking(self.fileno())
 
     @property
@@ -330,7 +330,8 @@ class Listener:
     def can_do_without(self, one: socket.socket) -> bool:
         """Return whether a socket that keeps clients out can be dropped without a loss.
 
-        It can if there is a spare, or if it is bound to a missing device, so no client reaches it.
+        It can if there is a spare, or if the socket is bound to a missing device, so that no client
+        reaches it.
         """
         if not self.can_be_held:
             return False
@@ -349,9 +350,9 @@ class Listener:
     # -- the end -------------------------------------------------------------------
 
     def claim(self, *, resumed: bool) -> None:
-        """Listen again: clients of a UNIX socket see the pid of the last listen().
+        """Listen again, because clients of a UNIX socket see the pid of the last listen().
 
-        resumed: an earlier program had it, so workers may have set its options.
+        resumed: an earlier program had the socket, so workers may have set its options.
         """
         if resumed and self.shared:
             return
@@ -359,9 +360,9 @@ class Listener:
             each.listen(self.settings.backlog)
 
     def close(self) -> None:
-        """Stop listening, by shutdown(): another process may have a copy of the descriptor.
+        """Stop listening, by shutdown(), because another process may have a copy of the descriptor.
 
-        A socket that workers share listens until the last worker ends.
+        A socket that workers share listens until the last worker exits.
         """
         self.remove_files()
         if not self.settings.foreign and not self.shared:
@@ -373,14 +374,14 @@ class Listener:
     def leave(self, socket_number: int) -> str:
         """Close our copies only: the fd store keeps a socket for the next start.
 
-        socket_number: the socket to which new clients come.  Returns its name in the store, or
-        "" if no socket is left there: then everything is closed.
+        socket_number: the socket that gets new clients.  Returns its name in the store, or "" if
+        no socket is left there: then everything is closed.
         """
         if self.settings.foreign or not self.is_alive(socket_number):
             self.close()
             return ""
         kept = self.socket_for(socket_number)
-        with suppress(OSError):  # on failure new clients come to the same socket as before
+        with suppress(OSError):  # on failure the same socket as before gets new clients
             self._steer_last(socket_number)
         self.close_reserved()
         name = next(name for name, fd in self.descriptors().items() if fd == kept.fileno())
@@ -392,12 +393,12 @@ class Listener:
         return name
 
     def _steer_last(self, socket_number: int) -> None:
-        """Route clients to the socket that the next start gets.  Raises OSError."""
+        """Steer clients to the socket that the next start gets.  Raises OSError."""
 
     def backlog(self, socket_number: int) -> tuple[int, int] | None:
         """Return how many clients wait at its sockets, and how many can; None: unknown.
 
-        socket_number: the socket that new clients come to, which determines the limit.
+        socket_number: the socket that gets new clients, which determines the limit.
         """
         try:
             queues = [reuseport.queue(each) for each in self.sockets]
@@ -410,7 +411,7 @@ class Listener:
         polled = self.sockets if socket_number is None else (self.socket_for(socket_number),)
         return any(map(has_client, polled))
 
-    @property  # last in the class: after it a type checker takes `socket` for this property
+    @property  # last in the class: below it a type checker takes `socket` for this property
     def socket(self) -> socket.socket:
         """Socket 0."""
         return self.sockets[0]

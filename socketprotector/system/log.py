@@ -1,8 +1,8 @@
 """The protector's own log: one line (model/log_format.py) for each event and action, on stderr.
 
-The launching process has set up stderr (terminal, file, journal, the relay to syslog). A
-slow or missing reader never blocks the protector: a line that would block is
-dropped, and the next written line has the number of dropped lines.
+The launching process has set up stderr (terminal, file, journal, the relay to syslog). A slow or
+missing reader never blocks the protector: a line that would block is dropped, and the next written
+line has the number of dropped lines.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class Log:
     def observe(self, callback: Observer) -> None:
         """Also call `callback` with each line at level info or above, whatever the log's level.
 
-        It gets plain values, without fields that are None.  It must neither block nor raise.
+        The callback gets plain values, without fields that are None.  It must neither block nor
+        raise.
         """
         self._observers = (*self._observers, callback)
 
@@ -73,7 +74,7 @@ class Log:
     def reopen(self) -> None:
         """Write to the present stderr from now on.
 
-        With an open file description of our own, because O_NONBLOCK on the inherited one would
+        The log opens stderr again, because O_NONBLOCK on the inherited open file description would
         affect every worker's output.  A socket cannot be opened again, but allows MSG_DONTWAIT.
         """
         self._close()
@@ -85,7 +86,7 @@ class Log:
         self._fd = os.dup(_STDERR)
         self._put = put if os.isatty(_STDERR) else os.write
         if stat.S_ISREG(mode):
-            return  # it never blocks, and all processes must share one file offset
+            return  # a file never blocks, and all processes must share one file offset
         flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
         try:
             fd = os.open(f"/proc/self/fd/{_STDERR}", flags)
@@ -123,7 +124,7 @@ class Log:
         except OSError:
             self._dropped += 1
             return
-        # On a disk that is full now the last line may be incomplete.
+        # If the disk is full now, the last line may be incomplete.
         cut = sent < len(data)
         self._end = b"\n" if cut else b""
         self._dropped = self._dropped + 1 if cut else 0

@@ -19,10 +19,10 @@ from ..model.settings import Identity
 from .cleanup import on_error
 from .peer_credentials import unmistakable_users
 
-#: O_NONBLOCK, because opening a FIFO without a reader would wait.
+#: O_NONBLOCK, because opening a FIFO without a reader would block.
 _FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-_LINKED = "a symbolic link that others than root may change"
+_LINKED = "a symbolic link that users other than root may change"
 _MODE = 0o640
 _LINKS = 40
 
@@ -62,7 +62,7 @@ def _open_strictly(path: str, identity: Identity | None) -> tuple[int, bool]:
     folder = _open_folder(parent)
     try:
         around = os.fstat(folder)
-        with suppress(FileNotFoundError):  # checked first, because even opening may have an effect
+        with suppress(FileNotFoundError):  # check first, because even opening may have an effect
             _refuse(os.lstat(name, dir_fd=folder), around, identity, path)
         try:
             fd, made = _open(name, folder, os.O_NOFOLLOW)

@@ -1,11 +1,11 @@
 """The event loop: one thread's wait for descriptors, signals and timers.
 
-It uses `select.epoll` directly, because each connection needs a wait, and `selectors`
-would add 0.7 us to it.
+It uses `select.epoll` directly, because `selectors` would add 0.7 us to the wait for each
+connection.
 
-One wait returns many events.  The callback of an early event may close a descriptor that a later
-event is about, and open another file under its number.  So a new callback is called only for events
-of later waits.  Callbacks must tolerate a wake-up without an event, because another callback may
+One wait returns many events.  The callback of an early event may close the descriptor of a later
+event, and open another file under the same number.  So a new callback is called only for events of
+later waits.  Callbacks must tolerate a wake-up without an event, because another callback may
 have handled it.
 """
 
@@ -22,7 +22,7 @@ from . import signals
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 SHUT = select.EPOLLRDHUP
-#: Cancelled timers stay in the list until they are due, or until there are this many too many.
+#: Cancelled timers stay in the list until they are due, or until the list has this many of them.
 #: Without this limit, a reload each second with a drain limit of a day would keep 86,400 timers.
 _STALE = 64
 #: The most events that one wait returns (Python asks for FD_SETSIZE - 1).
@@ -31,7 +31,7 @@ _FOUND_AT_ONCE = 1023
 #: give any time.  A wake-up without a due timer costs almost nothing.
 LONGEST_WAIT_S = 86_400.0
 _COMING = "loop-coming"
-#: How often to look for spare processor time again: an operator may change the quota.
+#: How often to check for spare processor time again: an operator may change the quota.
 _ASK_NS = 2_000_000_000
 
 
@@ -41,7 +41,7 @@ class Loop:
     def __init__(self, soon_s: float = 0.0, spare: Callable[[], bool] | None = None) -> None:
         """Make an event loop.
 
-        soon_s: for how long to poll for an expected event without sleeping.
+        soon_s: how long to poll for an expected event without sleeping.
         spare: returns whether there is processor time for polling; called now and then.
         """
         self._epoll = select.epoll()
@@ -54,7 +54,7 @@ class Loop:
         self._timers: dict[Hashable, tuple[float, int, Callable[[], None]]] = {}
         self._by_time: list[tuple[float, int, Hashable]] = []
         self._count = 0
-        self._asked_at = 0.0  # when due timers were last looked for
+        self._asked_at = 0.0  # when we last checked for due timers
         self.running = True
         #: Set it each time an event is expected within soon_ns: the next wait then polls that long
         #: before it sleeps, because waking a sleeping core costs more (17 us and above).
@@ -66,8 +66,8 @@ class Loop:
     def watch(self, fd: int, callback: Callable[[], None], events: int = READ) -> None:
         """Call back whenever fd is ready.  The caller keeps fd, and unwatches it before closing.
 
-        Otherwise events continue for a closed number while another process has
-        a copy: epoll(7), "Questions and answers".
+        Otherwise events for the closed number continue while another process has a copy: epoll(7),
+        "Questions and answers".
         """
         self._epoll.register(fd, events)
         if not self._coming:
@@ -100,7 +100,7 @@ class Loop:
             self.call_after(key, seconds, timer[2])
 
     def run_if_due(self, key: Hashable) -> None:
-        """Call back now if a timer has run out.  For long work, during which run() cannot."""
+        """Call back now if a timer has run out.  Use it in long work, during which run() waits."""
         timer = self._timers.get(key)
         if timer is not None and timer[0] <= time.monotonic():
             self.cancel(key)
@@ -118,7 +118,7 @@ class Loop:
             self._by_time.clear()
 
     def _take_in(self) -> None:
-        """Activate the callbacks added since the last wait; its events were all handled."""
+        """Activate the callbacks added since the last wait, all of whose events are handled."""
         self._callbacks |= self._coming
         self._coming.clear()
 
@@ -181,8 +181,8 @@ class Loop:
                 callback = callbacks.get(fd)
                 if callback is not None:
                     callback()
-            # Timers only after all waiting events.  A protector that was suspended, or that resumes
-            # with old timers, must not end a worker whose READY=1 waits to be read.
+            # Run timers only after all waiting events.  After a suspension, or a resume with old
+            # timers, we must not end a worker whose READY=1 we have not read yet.
             if timeout == 0 and len(found) < _FOUND_AT_ONCE:
                 self._run_due()
 

@@ -1,8 +1,8 @@
 """Finds and ends the processes that failed workers, which never served, have left behind.
 
 A program that detaches itself, or fails with children running, would keep its port and files while
-the start is reported as failed.  Its processes carry its notify address, which is random and
-unique, in their environment.  process_groups.py ends the processes in the worker's group; this
+the start is reported as failed.  Its processes have the worker's notify address, which is random
+and unique, in their environment.  process_groups.py ends the processes in the worker's group; this
 module ends the processes that have left the group.
 
 A child process scans /proc for all addresses at once: there may be thousands of processes, and a
@@ -43,7 +43,7 @@ _SCAN_AGAIN_S = 1.0
 _SCAN_S = 30.0
 _ANCILLARY = socket.CMSG_LEN(4)  # CMSG_SPACE of one int has room for two
 _FLAGS = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
-#: An address and a pid; or why the scan failed.
+#: The longest message: an address and a pid, or why the scan failed.
 _MESSAGE_BYTES = 256
 _CANNOT = b"!"
 _TIMER, _TIMER_END, _LIMIT = "orphans", "orphans-end", "orphans-look"
@@ -63,10 +63,10 @@ class Orphans:
         identity: Identity | None,
         is_group_watched: Callable[[int], bool],
     ) -> None:
-        """Make it without work; `end` adds addresses.
+        """Make it without addresses; end() adds them.
 
         identity: the user that the workers run as, if not ours.
-        is_group_watched: whether process_groups.py ends a process group.
+        is_group_watched: returns whether process_groups.py watches a process group.
         """
         self._is_group_watched = is_group_watched
         self._identity = identity
@@ -122,7 +122,7 @@ class Orphans:
         """Scan for all addresses, also for addresses added since the timer was set."""
         if not procfs.is_ours():
             if not self._blind:
-                hint = "what a failed worker has detached from itself is not found"
+                hint = "processes that failed workers have detached are not found"
                 self._log.write("warning", "cannot-examine", error=procfs.MISSING, hint=hint)
             self._blind = True
             self._scanned(tuple(self._left), {}, "")
@@ -180,7 +180,7 @@ class Orphans:
             # On failure the process has ended or changed its user.
             with suppress(ProcessLookupError, PermissionError):
                 if self._is_group_watched(os.getpgid(pid)):
-                    continue  # a second TERM may mean something else to it than the first
+                    continue  # a program may treat a second TERM differently
                 signal.pidfd_send_signal(pidfd, number)
                 self._log.write("warning", "left-behind", pid=pid, signal=number.name)
 
@@ -216,7 +216,7 @@ class Scan:
         with theirs, on_error(self._line.close), on_error(loop.unwatch, fd):
             loop.watch(fd, self._hear)
             self._process = fork(lambda: _send_found(theirs, wanted, identity))
-        hangs = f"the look at /proc took longer than {in_units(_SCAN_S)}"
+        hangs = f"the scan of /proc took longer than {in_units(_SCAN_S)}"
         loop.call_after(_LIMIT, _SCAN_S, lambda: self._end(hangs))
 
     def _hear(self) -> None:
@@ -231,7 +231,7 @@ class Scan:
                 return
             fds = [int.from_bytes(each[2][:4], sys.byteorder) for each in control]
             if not data or data[:1] == _CANNOT:
-                self._end(data[1:].decode() if data else "the look at /proc ended early")
+                self._end(data[1:].decode() if data else "the scan of /proc ended early")
                 return
             address, _, pid = data.decode().rpartition(" ")
             for fd in fds:
@@ -260,13 +260,13 @@ def _send_found(line: socket.socket, wanted: tuple[str, ...], identity: Identity
     """Scan, in the child, and send each process found with its pidfd, then an end marker."""
     os.setpgid(0, 0)  # so that a signal to our group does not end it
     hand_over = privileges.hand_over  # a late module: loaded while its memfd is still open
-    # A long scan must not hold a connection or a channel open.
+    # A long scan must not keep a connection or a channel open.
     os.closerange(0, line.fileno())
     os.closerange(line.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
     why = ""
     try:
-        # So that pkill by the protector's name does not find this process.  After a drop of
-        # privileges the file belongs to root, and the process keeps the protector's name.
+        # Change the name, so that pkill by the protector's name does not find this process.  After
+        # a drop of privileges the file belongs to root, and the name stays.
         with suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as file:
             file.write("sp-orphans")
         if identity is not None:
@@ -301,13 +301,13 @@ def _with_address(wanted: Collection[str]) -> list[tuple[str, int, int]]:
 def _scan_once(wanted: Mapping[bytes, str]) -> tuple[list[tuple[str, int, int]], set[int]]:
     """Return the processes with such a variable, and the pids of processes that just ended.
 
-    An ending process has no environment any more, just as a kernel thread has none.
+    An ending process has no environment any more; a kernel thread never has one.
     """
     found: list[tuple[str, int, int]] = []
     ended = set()
     for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
         try:
-            # Open the pidfd first: then the environment is of this process or of none.
+            # Open the pidfd first: so the environment cannot be another process's with this pid.
             pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
             ended.add(pid)

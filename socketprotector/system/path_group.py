@@ -1,8 +1,9 @@
 """The sockets of a UNIX path as a value: their files, the path's target, and plans to change it.
 
-It makes no system call and has no socket.  socket_file.py looks at the files, and unix_listener.py
-carries out each plan.  A plan is a tuple of steps.  If a step fails, undo() says what to remove; if
-the program is killed between two steps, the next program finds the same value by looking again.
+The value makes no system call and has no socket.  socket_file.py looks at the files, and
+unix_listener.py carries out each plan.  A plan is a tuple of steps.  If a step fails, undo() says
+what to remove; if the program is killed between two steps, the next program finds the same value by
+looking again.
 
 Which generation accepts from socket 0 or 1: daemon/delivery/shared/turns.py.
 """
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 #: The members beside sockets 0 and 1: the socket of a hold, and a socket that has no place yet.
 RESERVE, MADE = 2, 3
-#: Other targets of the path: no file, a file that is not a member's, a closed socket's file.
+#: Other targets of the path: no file, a file of no member, a closed socket's file.
 MISSING, OTHER, STALE = -1, -2, -3
 
 
@@ -99,7 +100,7 @@ if TYPE_CHECKING:
 
 @frozen
 class PathGroup:
-    """The members of a path, what the file system has of them, and where clients wait."""
+    """The members of a path, their files, and where clients wait."""
 
     members: frozenset[int]
     leads_to: int = MISSING  # a member, MISSING, OTHER or STALE
@@ -112,7 +113,7 @@ class PathGroup:
 
     @property
     def is_pair(self) -> bool:
-        """Whether there are two sockets, so that two generations have one each."""
+        """Whether there are two sockets, one for each of two generations."""
         return self.members >= {0, 1}
 
     def can_lead_to(self, member: int) -> bool:
@@ -121,27 +122,27 @@ class PathGroup:
 
     @property
     def is_cut_off(self) -> bool:
-        """Whether no client can connect by the path, and none of the files is left to change that.
+        """Whether no client can connect by the path, and no file is left to repair that.
 
-        Another program has removed them.
+        Another program has removed the files.
         """
         return not any(map(self.can_lead_to, self.members))
 
     def is_out_of_reach(self, number: int) -> bool:
-        """Return whether a socket is to be replaced, because no path can lead to it.
+        """Return whether a socket must be replaced, because no path can lead to it.
 
-        Not while clients wait there: its workers may be about to accept them.
+        Return False while clients wait there: its workers may be about to accept them.
         """
         return self.is_pair and not self.can_lead_to(number) and number not in self.waiting
 
     @property
     def reserve_is_lost(self) -> bool:
-        """Whether no client can come to the socket of a hold any more, and none waits there."""
+        """Whether no client waits at the socket of a hold, and no client can reach it any more."""
         is_open = self.can_lead_to(RESERVE) or RESERVE in self.waiting
         return RESERVE in self.members and not is_open
 
     def is_passed_by(self, number: int) -> bool:
-        """Return whether clients at a socket have not come by the path.
+        """Return whether clients have come to a socket, but not by the path.
 
         They can if the file is mounted elsewhere, because a mount keeps its original file.
         """
@@ -158,7 +159,7 @@ class PathGroup:
         return replace(self, left_empty=frozenset(passed))
 
     def replaced(self) -> PathGroup:
-        """Return the value after a socket has got another place."""
+        """Return the value after a socket has moved to another place."""
         return replace(self, left_empty=frozenset())
 
     # -- plans -----------------------------------------------------------------------
@@ -190,29 +191,29 @@ class PathGroup:
     def renew(self, number: int) -> Plan:
         """Make a new socket, without clients yet, for a generation that has not started.
 
-        So that generation shares its socket with no earlier one.  The old socket stays if the path
-        leads to it, or if clients wait there.
+        So that generation shares its socket with no earlier generation.  The old socket stays if
+        the path leads to it, or if clients wait there.
         """
         if not self.is_pair:
             return *self.keep(), Bind(MADE), Place(MADE, number)
         if self.leads_to == number or number in self.waiting:
             return ()
-        self._check_path()  # before a release starts in vain
+        self._check_path()  # otherwise a release would start in vain
         return Bind(MADE), *self._put(MADE, number)
 
     def bind_anew(self, number: int) -> Plan:
-        """Replace a broken socket by a new one, which no worker has yet."""
+        """Replace a broken socket by a new socket, which no worker has yet."""
         lead: Plan = ()
         if self.leads_to == number:
             made = replace(self, members=self.members | {MADE}, own=self.own | {MADE})
             lead = made.lead_to(MADE)
-        # With a sibling, workers may still accept from the old one.
+        # With a sibling, workers may still accept from the old socket.
         shut = () if self.is_pair else (ShutDown(number),)
         led = replace(self, leads_to=MADE) if lead else self
         return Bind(MADE), *lead, *shut, *led._put(MADE, number)
 
     def reserve(self) -> Plan:
-        """Make the socket of a hold, unless it is there."""
+        """Make the socket of a hold, unless it exists."""
         if self.reserve_is_lost:
             return Close(RESERVE), Bind(RESERVE)
         return () if RESERVE in self.members else (Bind(RESERVE),)
@@ -220,9 +221,9 @@ class PathGroup:
     def adopt_reserve(self, number: int, *, led: bool = False) -> Plan:
         """Give the socket of a hold to the generation that gets socket 0 or 1.
 
-        Clients that wait at that socket come first.  If the path leads to it, the path leaves it
-        first; the caller looks again and calls again with `led`, because a client may just have
-        come.
+        Clients that wait at socket `number` come first.  If the path leads there, the path moves
+        away first.  Then the caller looks again, because a client may just have come, and calls
+        again with `led`.
         """
         if RESERVE not in self.members:
             return ()
@@ -256,7 +257,7 @@ class PathGroup:
             raise OSError(errno.EEXIST, why, self.path)
 
     def _put(self, member: int, number: int) -> Plan:
-        """Put a member in the place of another one."""
+        """Put a member in the place of another member."""
         return *self.withdraw(number), Close(number), Place(member, number)
 
     def _remove_leftovers(self) -> Plan:
@@ -264,6 +265,6 @@ class PathGroup:
 
 
 def undo(done: Sequence[Step]) -> Plan:
-    """Return what to remove after the step behind these has failed."""
+    """Return what to remove if the step after these has failed."""
     unplaced = Bind(MADE) in done and Switch(MADE) not in done
     return (RemoveFile(MADE), Close(MADE)) if unplaced else ()

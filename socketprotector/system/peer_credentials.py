@@ -1,7 +1,7 @@
 """The credentials of a UNIX socket's peer, and the ambiguous overflow uid.
 
-In a user namespace all users without a mapping appear as one, the overflow user, which has the uid
-of `nobody`.  So that uid identifies a user only if every uid is mapped.
+In a user namespace all users without a mapping appear as a single user, the overflow user, which
+has the uid of `nobody`.  So that uid identifies a user only if every uid is mapped.
 
 Source: user_namespaces(7), unix(7), pidfd_send_signal(2).
 """
@@ -15,29 +15,29 @@ import sys
 from collections.abc import Iterable
 
 _USERS, _GROUPS = ("uid_map", "overflowuid"), ("gid_map", "overflowgid")
-#: The kernel's default for both.
+#: The kernel's default for the overflow uid and gid.
 _OVERFLOW = 65534
-#: The number of mapped uids in a system without a user namespace: all.
+#: The number of mapped ids without a user namespace: all ids are mapped.
 _ALL = 2**32 - 1
 _SO_PEERPIDFD = 77  # Linux 6.5
 
 
 def unmistakable_users(uids: Iterable[int]) -> frozenset[int]:
-    """Return the uids that stand for one user each."""
+    """Return the uids that identify a single user each."""
     return frozenset(uids) - _ambiguous(*_USERS)
 
 
 def unmistakable_groups(gids: Iterable[int]) -> frozenset[int]:
-    """Return the gids that stand for one group each."""
+    """Return the gids that identify a single group each."""
     return frozenset(gids) - _ambiguous(*_GROUPS)
 
 
 def may_be_signalled(connection: socket.socket) -> bool:
     """Return whether we may signal the peer's process, so that it is trusted.
 
-    It is then of our own user, or of our user namespace if we may signal all processes there.  A
-    process from outside is refused, because the kernel compares users, not their numbers.  False
-    also if the process has ended, and before Linux 6.5, which does not identify it.
+    Such a process has our user, or is in our user namespace if we may signal all processes there.
+    A process from outside is refused, because the kernel compares users, not their numbers.  Return
+    False also if the process has ended, or before Linux 6.5, which does not identify the peer.
     """
     try:
         found = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4)

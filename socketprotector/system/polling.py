@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def events_of(one: int | socket, wanted: int) -> int:
     """Return the present events among `wanted`, and POLLHUP and POLLERR.  Raises OSError.
 
-    Return 0 while another process has lowered our limit of descriptors to 0 (prlimit(2)): poll(2)
-    fails then, and the caller must try again later, not fail.
+    Return 0 while another process has lowered our descriptor limit to 0 (prlimit(2)): poll(2) fails
+    then, and the caller should try again later.
     """
     poll = select.poll()
     poll.register(one, wanted)
@@ -32,8 +32,8 @@ def events_of(one: int | socket, wanted: int) -> int:
 def read_now(read: Callable[..., bytes], *arguments: Any) -> bytes | None:
     """Return the bytes that `read` returns without waiting.
 
-    b"": end of file, also after a crash of the writer.  None: nothing yet, for example
-    after a wake-up for another file that had this number before.
+    b"": end of file, also after a crash of the writer.  None: nothing yet, for example after a
+    wake-up for another file that had this number before.
     """
     try:
         return read(*arguments)

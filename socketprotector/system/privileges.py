@@ -1,7 +1,7 @@
 """Drops privileges for good, and keeps the few that starting workers as another user needs.
 
-With --worker-user the protector keeps only CAP_SETUID, CAP_SETGID and CAP_KILL.
-Programs that it executes do not inherit them, except its own successor (`lent()`).
+With --worker-user the protector keeps only CAP_SETUID, CAP_SETGID and CAP_KILL.  Programs that it
+executes do not inherit these, except its own successor (`lent()`).
 
 Source: capabilities(7), prctl(2), capset(2).
 """
@@ -70,8 +70,8 @@ def become(identity: Identity, nice: int, *, starts_others: bool) -> None:
 def _may_have_capabilities() -> bool:
     """Return whether capabilities may be left after the change of user.
 
-    They are left with SECBIT_NO_SETUID_FIXUP (capabilities(7)).  Read from /proc, because prctl(2)
-    would need ctypes for this alone.
+    They are left with SECBIT_NO_SETUID_FIXUP (capabilities(7)).  We read /proc, because prctl(2)
+    would need ctypes just for this.
     """
     try:
         with open("/proc/self/status", encoding="ascii", errors="replace") as file:
@@ -90,7 +90,7 @@ def no_new_privileges() -> None:
 
 
 def adopt_group() -> None:
-    """Make this process the parent of its dead children's processes, also after an exec.
+    """Make this process the parent of the children of its dead children, also after an exec.
 
     Raises OSError.
     """
@@ -116,8 +116,8 @@ def hand_over(identity: Identity) -> None:
 def _bounding_set() -> Iterator[int]:
     """Yield the capabilities in the bounding set; an earlier program may have dropped some.
 
-    The first one with EINVAL is behind the last.  /proc has the last one, too, but it may be
-    missing.
+    The first number with EINVAL comes after the last capability.  /proc has the last number, too,
+    but /proc may be missing.
     """
     for capability in count():
         try:
@@ -156,7 +156,7 @@ def reclaim() -> None:
 
 def call_libc(function: str, *arguments: int | bytes) -> int:
     """Call a function of the C library that Python does not offer.  Raises OSError."""
-    # Imported here: it costs half a megabyte, and only --worker-user and the like need it.
+    # Imported here: it costs half a megabyte, and few options, such as --worker-user, need it.
     import ctypes
 
     # unsigned long, because prctl(2) has variable arguments, which C does not convert.

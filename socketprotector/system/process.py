@@ -1,4 +1,4 @@
-"""Signals to child processes, and their reaping; each has a pidfd, because a pid is reused.
+"""Child processes: signals to them and their reaping, by pidfd, because a pid may be reused.
 
 Source: pidfd_open(2), pidfd_send_signal(2), waitid(2); F_SETOWN_EX in fcntl(2).
 """
@@ -21,8 +21,8 @@ from . import procfs
 from .cleanup import on_error
 from .polling import events_of
 
-#: Pid -> the objects that reap it.  Any other child is an orphan, which reap_orphans() reaps.
-#: Several objects, because a reaped process may be released only after its pid was reused.
+#: Pid -> the objects that reap it.  reap_orphans() reaps any other child.  A pid may have several
+#: objects, because it may be reused before the object of a reaped process is released.
 _known: dict[int, set[Process]] = {}
 #: The most orphans that are reaped at once.
 _REAPED_AT_ONCE = 256
@@ -31,7 +31,7 @@ _PROCESS_GROUP = 1 << 2
 #: Constants of fcntl(2) that Python lacks.
 _F_SETOWN_EX, _F_GETOWN_EX, _F_OWNER_PGRP = 15, 16, 2
 _OWNER = struct.Struct("2i")
-#: The error of the kernel's count of a process's memory, which adds up the processors' counts.
+#: The error of the kernel's count of a process's memory, which is a sum over the processors.
 _INEXACT_KIB = 1024
 
 
@@ -41,7 +41,7 @@ class End:
 
     clean: bool  # exited with status 0
     how: str
-    cpu_s: float | None = None  # its processor time, with its reaped children's
+    cpu_s: float | None = None  # its processor time, including its reaped children's
     max_rss_kib: int | None = None  # its peak memory, if that is above ours: see _own_kib()
 
 
@@ -51,7 +51,7 @@ class Process:
     def __init__(self, pid: int, pidfd: int = -1, lifeline: int = -1) -> None:
         """Open a pidfd, or take ownership of a pidfd that an earlier program opened.
 
-        lifeline: the descriptor with whose end its group is killed, see spawn(); owned from now on.
+        lifeline: closing this descriptor kills its group, see spawn(); owned from now on.
         Raises OSError if the system is out of descriptors.
         """
         self.pid = pid
@@ -67,9 +67,9 @@ class Process:
 
         Raises OSError after killing the child.
         """
-        with on_error(_kill, pid):  # without a pidfd its end would go unnoticed
+        with on_error(_kill, pid):  # without a pidfd we would not notice its end
             child = cls(pid, lifeline=lifeline)
-        # Owner of the pidfd becomes the group itself, not its number: see _is_anothers_number().
+        # The pidfd's owner becomes the group itself, not its number: see _is_anothers_number().
         with suppress(OSError):  # it leads no group
             fcntl.fcntl(child.pidfd, _F_SETOWN_EX, _OWNER.pack(_F_OWNER_PGRP, pid))
         return child
@@ -97,7 +97,7 @@ class Process:
         Raises PermissionError if all processes of the group have changed their user.
         """
         try:
-            # By the pidfd, which never reaches another group.
+            # The pidfd never reaches another group.
             signal.pidfd_send_signal(self.pidfd, number, None, _PROCESS_GROUP)
         except ProcessLookupError:
             return False
@@ -106,7 +106,7 @@ class Process:
                 raise
         else:
             return True
-        # Before Linux 6.9: by its number, which is not reused while the group has a process.
+        # Before Linux 6.9, use its number, which is not reused while the group has a process.
         if self._is_anothers_number():
             return False
         try:
@@ -125,7 +125,7 @@ class Process:
     def _is_anothers_number(self) -> bool:
         """Return whether it was reaped, and another process or group has its number.
 
-        Before Linux 5.12 another group whose leader has ended cannot be distinguished from its own.
+        Before Linux 5.12 its group cannot be distinguished from another whose leader has ended.
         """
         if not _is_gone(lambda: signal.pidfd_send_signal(self.pidfd, 0)):
             return False
@@ -136,7 +136,7 @@ class Process:
 
     def has_ended(self) -> bool:
         """Return whether it has ended, reaped or not."""
-        # Two checks, because poll() fails while our limit of descriptors is 0.
+        # Check twice, because poll() fails while our descriptor limit is 0.
         return bool(events_of(self.pidfd, select.POLLIN)) or self._is_zombie()
 
     def _is_zombie(self) -> bool:
@@ -153,8 +153,8 @@ class Process:
     def reap(self) -> End | None:
         """Return how it ended, or None while it runs.
 
-        Raises ChildProcessError if it has ended and is not our child (any more): another process
-        has its status.
+        Raises ChildProcessError if it has ended and is not, or no longer, our child: another
+        process gets its status.
         """
         try:
             found = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -165,7 +165,7 @@ class Process:
             raise
         if found is None:
             return None
-        # By its pid, because waitid() does not return its resource usage.  The pid cannot be
+        # Use the pid, because waitid() does not return the resource usage.  The pid cannot be
         # reused before this call.
         _, status, used = os.wait4(self.pid, os.WNOHANG)
         self._note_reaped()
@@ -222,7 +222,7 @@ def _is_gone(probe: Callable[[], None]) -> bool:
 def _kill(pid: int) -> None:
     """Kill an unreaped child and its group; reap_orphans() reaps it later.
 
-    Without waiting, because the child may wait for a disk.
+    Do not wait here, because the child may wait for a disk.
     """
     try:
         os.killpg(pid, signal.SIGKILL)
@@ -234,12 +234,12 @@ def _kill(pid: int) -> None:
 def reap_orphans() -> tuple[int, bool]:
     """Reap ended children that no Process owns.
 
-    They were discarded, or were left to us as PID 1 of a container or as a sub-reaper.  Returns
-    their number, and whether to call it again soon: there may be more, or an owned process that is
-    not reaped yet comes first.
+    They were discarded, or we became their parent as PID 1 of a container or as a sub-reaper.
+    Returns their number, and whether to call this again soon: more may have ended, or waitid()
+    returns an owned process that is not reaped yet.
     """
-    # Not by SIGCHLD, because several signals merge into one.  waitid() names one child, the
-    # same again until it is reaped.
+    # Counting SIGCHLD would miss children, because several signals merge into one.  waitid()
+    # returns the same child again until it is reaped.
     for reaped in range(_REAPED_AT_ONCE):
         try:
             found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)

@@ -1,14 +1,13 @@
 """Process groups that outlive their leader: signalled to finish, and watched until they are gone.
 
 A worker is the leader of its own session and process group.  The processes that it has started are
-in that group, and run on when the worker has ended.  Such are the children of a pre-fork master,
-which would serve an old version for ever.  So are the programs of a stdio pool, which finish
-their connections.
+in that group, and keep running when the worker has ended.  For example, children of a pre-fork
+master would serve an old version for ever, and programs of a stdio pool finish their connections.
 
-The kernel does not report a group's end.  So we poll, soon at first and rarely later, and at
-once when a process that may have been in a group was reaped.  A group of
-ended but unreaped processes, as in a container whose first process does not reap, still exists for
-the kernel.  A scan of /proc, some processes at a time, finds such groups.
+The kernel does not report a group's end.  So we poll, soon at first and rarely later, and at once
+when a process that may have been in a group was reaped.  For the kernel a group of ended but
+unreaped processes still exists: such as in a container whose first process does not reap.  A scan
+of /proc, some processes at a time, finds such groups.
 
 Source: pidfd_send_signal(2), proc(5) for `stat`.
 """
@@ -28,14 +27,14 @@ from .log import Log
 from .loop import Loop
 from .process import Process
 
-#: The time until the first look at a group: mostly it is just ending.
+#: The time until the first look at a group, which usually is just ending.
 _FIRST_LOOK_S = 0.005
-#: Later looks come after this share of the group's age, and after _LAST_LOOK_S at the latest.
+#: The pause before later looks: this share of the group's age, but at most _LAST_LOOK_S.
 _LOOK_SHARE = 0.125
 _LAST_LOOK_S = 2.0
 #: A group that lives this long is logged.
 _LINGERS_S = 0.5
-#: A killed group that is not gone by then is unreaped, or stuck in the kernel.
+#: A killed group that still exists after this time is unreaped, or stuck in the kernel.
 _KILLED_S = 10.0
 #: The time until the first scan of /proc; later scans come after a share of the youngest group's
 #: age.  Scans take a twentieth of our time at most.
@@ -57,11 +56,11 @@ class _Group:
     ended: Callable[[], None]  # called when its last process is gone
     since: float  # the time of the last signal, or of the leader's end
     logged: bool = False
-    found_dead: bool = False  # by the last scan of /proc
+    found_dead: bool = False  # the last scan of /proc found no living process
 
 
 class Groups:
-    """All groups whose leader has ended, by the worker's number.  Owns the leaders' pidfds."""
+    """All groups whose leader has ended, by worker number.  Owns the leaders' pidfds."""
 
     def __init__(
         self,
@@ -150,7 +149,7 @@ class Groups:
         age_s = time.monotonic() - group.since
         exists = group.process.has_group()
         if exists and group.record.killed and age_s >= _KILLED_S:
-            hint = "killed processes are not reaped by their parent, or hang in the kernel"
+            hint = "killed processes are not reaped by their parent, or are stuck in the kernel"
             self._report("error", "orphans-stay", group, hint)
             exists = False
         if exists:
@@ -201,8 +200,8 @@ class Groups:
             return
         self._census = None
         for number, each in list(self._groups.items()):
-            # A group that is hidden from us (hidepid) is not dead.  It must look dead twice in a
-            # row, because a process may fork into the part of /proc that was scanned already.
+            # A group that is hidden from us (hidepid) is not dead.  A group is dead only after two
+            # scans in a row, because a process may fork into the part of /proc already scanned.
             dead = self._lives.get(each.process.pid) is False
             if dead and each.found_dead:
                 self._gone(number)

@@ -1,7 +1,7 @@
 """Facts about processes from /proc, which may be missing, or of another PID namespace.
 
-With the /proc of another PID namespace its numbers are not those of kill(2).  `/proc/self` shows
-both cases: proc(5).
+The pids in the /proc of another PID namespace are not those of kill(2).  `/proc/self` reveals both
+cases: proc(5).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def state_of(pid: int | str) -> tuple[bytes, int] | None:
 
 
 def parent_of(pid: int) -> int | None:
-    """Return the parent's pid of a process; None if unknown."""
+    """Return the pid of a process's parent; None if unknown."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             return int(file.read().rpartition(b")")[2].split()[1])

@@ -1,4 +1,4 @@
-"""The program of a new generation: command, environment and limits, resolved at this moment."""
+"""The program of a new generation: command, environment and limits, resolved when it is made."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def change_of(record: GenerationRecord) -> str:
 def changed_file(program: Program, since: float) -> str:
     """Return a file of a program that has changed since a time; "" for none, or if unknown.
 
-    It is the executable, or the first argument that is a file, such as an interpreter's script.
+    Checked are the executable and the first argument that is a file, such as a script.
     since: seconds since the epoch.
     """
     path, argv = program.path, program.argv

@@ -1,4 +1,4 @@
-"""The ways in which a worker becomes ready, other than READY=1, which the worker pool receives.
+"""The ways in which a worker becomes ready, except READY=1, which the worker pool receives.
 
 ack: einhorn's line on a socket that the environment names.
 fd: a line on a descriptor whose number the worker knows, as with s6.
@@ -6,8 +6,7 @@ check: a command that succeeds; it runs again if it fails or is stuck.
 after: a timer.
 any: the first of READY=1, ack and fd, or the timer.  There is no timer if the server knows the
 number of fd.
-accept, http and https: the same as any once the generation is no longer probed.  While it is, the
-timer does not run.
+accept, http and https: the same as any, but the timer does not run while the generation is probed.
 
 A line stays open until it is used or the worker ends.  A worker that became ready in another way
 may write to it later, and SIGPIPE would kill it.
@@ -48,7 +47,7 @@ _CHECK, _AFTER = "check", "after"
 
 
 class Readiness:
-    """The readiness of one worker, beside its notify socket.  Owns our ends of its lines."""
+    """The readiness of one worker, except its notify socket.  Owns our ends of its lines."""
 
     def __init__(self, program: Program, lines: Mapping[str, int], loop: Loop, number: int) -> None:
         """Take ownership of the lines that descriptors() has named.
@@ -60,7 +59,7 @@ class Readiness:
         self._number = number
         self._lines = dict(lines)
         for fd in self._lines.values():
-            os.set_blocking(fd, False)  # the worker's end has its own description, and its own flag
+            os.set_blocking(fd, False)  # the worker's end is unaffected
         self._ready: Callable[[str], None] = _nothing
         self._hangs: Callable[[str], None] = _nothing
         self._fails: Callable[[str], None] = _nothing
@@ -138,8 +137,8 @@ class Readiness:
         ready: called with the way in which the worker became ready, perhaps several times.
         hangs, fails: called for the first check that is stuck, or fails, with the reason.
         changed: called when descriptors() has changed.
-        known: the worker is ready already, and its lines are only read.
-        asked: its generation is probed, or will be, so no timer makes it ready.
+        known: the worker is ready already, and we only read its lines.
+        asked: its generation is probed, or will be, so no timer makes the worker ready.
         """
         self._changed = changed
         for name, fd in self._lines.items():
@@ -213,7 +212,7 @@ class Readiness:
         self._loop.call_after((_CHECK, self._number), CHECK_EVERY_S, self.check)
 
     def _check_hangs(self, why: str) -> None:
-        """Report a stuck check, which was killed; the next one begins at its end."""
+        """Report a stuck check, which was killed; the next check begins when it has ended."""
         hangs, self._hangs = self._hangs, _nothing
         self._fails = _nothing  # one report is enough
         hangs(why)
@@ -226,7 +225,7 @@ class Readiness:
             self._check = None
 
     def is_known(self) -> None:
-        """Note that the worker is ready; its lines are still read, without an effect."""
+        """Note that the worker is ready; its lines are still read, but have no effect."""
         self.stop_check()
         self._loop.cancel((_AFTER, self._number))
         self._ready = self._hangs = self._fails = _nothing
@@ -238,7 +237,7 @@ class Readiness:
         self.is_known()
         for name in tuple(self._lines):
             self._forget(name)
-        # It refers to our owner, and the garbage collector finds such cycles late.
+        # The callback refers to our owner, and the garbage collector finds such cycles late.
         self._changed = None
 
 

@@ -88,7 +88,7 @@ def test_a_link_for_a_log_file_in_another_users_folder_is_refused(
 
     err = refused(start, *user, "--log-file", theirs / "log")
 
-    assert "a symbolic link that others than root may change" in err
+    assert "a symbolic link that users other than root may change" in err
 
 
 @needs_root
@@ -99,7 +99,7 @@ def test_a_link_for_the_folder_of_the_log_is_refused(
 
     for name in (victim.name, "new"):
         err = refused(start, "--log-file", theirs / "logs" / name)
-        assert "a symbolic link that others than root may change" in err
+        assert "a symbolic link that users other than root may change" in err
     assert not (victim.parent / "new").exists(), "nothing is made there either"
 
 

@@ -1,22 +1,22 @@
 """The reuseport sibling of a listening socket, and which of the two sockets gets new clients.
 
-Two consecutive generations accept from one socket each (daemon/delivery/shared/).  Sockets 0 and
-1 belong to one SO_REUSEPORT group; a one-instruction BPF filter selects the group member by index.
-The kernel runs it for each new connection.
+Two consecutive generations accept from one socket each (daemon/delivery/shared/).  Sockets 0 and 1
+belong to one SO_REUSEPORT group.  For each new connection the kernel runs a one-instruction BPF
+filter, which selects the group member by index.
 
 During a hold (listener_hold.py there) the group has a third member, which answers no client.  No
-worker has it, so it is gone if the protector dies.  The filter then names no member, and the kernel
-gives each client to a remaining member, because a filter of this kind cannot refuse a client.
+worker has it, so it is gone if the protector dies.  The filter then selects a missing member, and
+the kernel gives each client to a remaining member: a filter of this kind cannot refuse a client.
 
 While a generation is probed (daemon/asking.py), the filter (bpf.py) also sends connections with a
-mark to that generation's socket.  The third member is then the last member.  So it takes the
-position of a socket that is shut down.  Probes for that socket then get no answer, instead of one
-from the other generation.
+mark to that generation's socket.  The third member is then the last member, so it takes the
+position of a socket that is shut down.  Probes for that socket then get no answer, instead of an
+answer from the other generation.
 
-Socket 0 is bound without SO_REUSEPORT.  So a port in use is refused as usual, and no other process
-can bind the port later without SO_REUSEPORT.
+Socket 0 is bound without SO_REUSEPORT.  So binding a port in use fails as usual, and no other
+process can bind the port later without SO_REUSEPORT.
 
-A socket that was shut down has left the group; when it listens again it is the last member.
+A socket that was shut down has left the group; when it listens again, it becomes the last member.
 
 Source: socket(7) for SO_REUSEPORT and SO_ATTACH_REUSEPORT_CBPF; reuseport_select_sock() and
 reuseport_detach_sock() in net/core/sock_reuseport.c.
@@ -56,7 +56,7 @@ def prepare(bound: socket.socket) -> None:
 def steer_if_can(one: socket.socket) -> None:
     """Steer to member 0, if possible.
 
-    It is impossible by a socket that listens without a group, or whose filters a worker has locked.
+    It is impossible with a socket that listens without a group, or whose filters a worker locked.
     """
     with suppress(OSError):
         steer(one, 0)
@@ -65,8 +65,8 @@ def steer_if_can(one: socket.socket) -> None:
 def _steer_to_listening(beside: socket.socket) -> None:
     """Steer to a listening socket, before another one listens beside it.
 
-    Not to a socket after shutdown(): it would get a group of its own, and listen() would fail while
-    another group has the address.
+    Do not steer to a socket after shutdown(): it would get a group of its own, and listen() would
+    fail while another group has the address.
     """
     if beside.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         steer_if_can(beside)
@@ -75,23 +75,23 @@ def _steer_to_listening(beside: socket.socket) -> None:
 def make(first: socket.socket, room: int = 0) -> socket.socket | None:
     """Return a sibling of a listening socket, which gets no clients yet; the caller owns it.
 
-    room: the sibling's backlog; 0: that of the first socket, which it lacks after a shutdown.
+    room: the sibling's backlog, needed if the first socket was shut down; 0: as the first socket.
 
-    None for a UNIX socket, and under TCP_DEFER_ACCEPT: a handshake that waits for data could not
-    be distinguished from a handshake that never ends.  Raises OSError.
+    Returns None for a UNIX socket, and under TCP_DEFER_ACCEPT: a handshake that waits for data
+    could not be distinguished from a handshake that never ends.  Raises OSError.
     """
     if first.family not in (socket.AF_INET, socket.AF_INET6):
         return None
     if first.getsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT):
         return None
     first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    # From listen() on the kernel would give the sibling every other client, unless the group is
-    # steered: the filter of socket 0 was attached before it listened, see prepare().
+    # Without steering, the kernel would give the sibling every other client from listen() on.  So
+    # the filter of socket 0 was attached before socket 0 listened, see prepare().
     _steer_to_listening(first)
     sibling = rebind(first, first.getsockname(), room or backlog(first), other_tag=True)
     with on_error(sibling.close):
         sibling.setblocking(False)
-        steer(sibling, 0)  # by a member without locks; those of the first may be locked
+        steer(sibling, 0)  # use the sibling: a worker may have locked the first socket's filters
     return sibling
 
 
@@ -108,7 +108,7 @@ def discard_waiting(listening: socket.socket, count: int) -> None:
     """Accept and close the first `count` waiting clients of an idle socket.  Raises OSError."""
     if not count:
         return
-    # Not O_NONBLOCK, which all processes with the socket share; they share this, too, but briefly.
+    # All processes with the socket share this timeout, but only briefly, unlike O_NONBLOCK.
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _SOON)
     try:
         for _ in range(count):
@@ -141,19 +141,19 @@ def rebind(
 
 
 def steer(one: socket.socket, member: int, marked: Mapping[bpf.Mark, int] = NO_MARKS) -> None:
-    """Route new clients to a member of the socket's group, counted from 0.  Raises OSError.
+    """Steer new clients to a member of the socket's group, counted from 0.  Raises OSError.
 
     marked: the member for each mark.
-    Members are in the order of listen(2); when a member leaves, the last takes its position.
+    Members are in the order of listen(2); when a member leaves, the last member takes its position.
     A handshake finishes at the member at which it began.
     """
     bpf.attach(one, bpf.SO_ATTACH_REUSEPORT_CBPF, bpf.selecting(member, marked))
 
 
 def reserve(one: socket.socket, address: tuple[str, int]) -> socket.socket:
-    """Return a bound socket for silence(), which joins the group to leave clients unanswered.
+    """Return a bound socket, which silence() adds to the group to leave clients unanswered.
 
-    It does not listen yet.  Raises OSError, also without the right to bind the address.
+    The socket does not listen yet.  Raises OSError, also without the right to bind the address.
     """
     one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     made = socket_copy.bind_beside(one, address)
@@ -180,7 +180,7 @@ def enlist(reserved: socket.socket, tag: int, backlog: int, beside: socket.socke
 def silence(reserved: socket.socket) -> None:
     """Add a reserved socket to its group as the last member, until shutdown().  Raises OSError.
 
-    It drops the first packet of each client, whose kernel tries again.  Source: IP_MINTTL
+    The socket drops the first packet of each client, whose kernel tries again.  Source: IP_MINTTL
     in ip(7), tcp_v4_rcv() in tcp_ipv4.c; sk_acceptq_is_full() in sock.h for the backlog of 0.
     """
     for level, option in socket_copy.least_ttl(reserved):
@@ -192,13 +192,13 @@ def refuse_new(listening: socket.socket) -> None:
     """Refuse new clients; clients that have connected can still be accepted.  Raises OSError.
 
     A socket that is bound to a device gets only clients of that device.  A handshake under way
-    finishes, because it keeps the device that the socket had when it began.  A filter would do
-    as well; but since 2026 kernels require CAP_NET_ADMIN for a filter on a TCP socket.
+    finishes, because it keeps the device that the socket had when the handshake began.  A filter
+    would work, too, but since 2026 kernels require CAP_NET_ADMIN for a filter on a TCP socket.
     """
     try:
         socket_copy.leave_devices(listening)
     except OSError:
-        # It has a device already, or the kernel is older than 5.7 and requires CAP_NET_RAW.
+        # The socket has a device already, or the kernel is older than 5.7 and requires CAP_NET_RAW.
         bpf.attach(listening, bpf.SO_ATTACH_FILTER, bpf.NO_NEW_CLIENTS)
 
 

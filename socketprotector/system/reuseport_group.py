@@ -1,13 +1,13 @@
 """The SO_REUSEPORT group of a TCP address as a value: its members, and the plans to steer clients.
 
-It makes no system call and has no socket.  A plan is a generator of steps.  tcp_listener.py carries
-each step out and sends back its error, or None.
+The value makes no system call and has no socket.  A plan is a generator of steps.  tcp_listener.py
+carries each step out and sends back its error, or None.
 
 The kernel counts members in the order of listen(2) until a member leaves: the last member then
 takes its position.  A program selects members by position.  sock_diag reports only the order of
 listen(2), which differs once a member other than the last has left.  So SILENT joins last, and
 leaves before another socket could join behind it.  Between plans both orders are the same, or
-SILENT has the position of a socket that is shut down, whose clients then get no answer.
+SILENT has the position of a socket that is shut down, so that socket's clients get no answer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Program = tuple[int, Mapping[Any, int]]
     Order = tuple[int, ...]
 
-#: The numbers of other members than sockets 0 and 1: our silent socket, and foreign sockets.
+#: The numbers of members other than sockets 0 and 1: our silent socket, and foreign sockets.
 SILENT, OTHER = 2, -1
 
 
@@ -40,7 +40,7 @@ class Attach:
 
 @frozen
 class Join:
-    """Let a member listen; it becomes the last of the group."""
+    """Let a member listen; it becomes the group's last member."""
 
     member: int
 
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 class Group:
     """The members of an address's group, and the targets of its clients."""
 
-    sockets: Order  # 0, and 1 if there are two
+    sockets: Order  # 0, and 1 if there are two sockets
     listed: Order  # the members in the order of listen(2)
     order: Order | None  # the members by the kernel's positions; None: unknown
     to: int | None = None  # the target of new clients: 0, 1 or SILENT; None: not steered yet
@@ -71,7 +71,7 @@ class Group:
 
     @classmethod
     def of(cls, count: int) -> Group:
-        """Return the group of `count` sockets that listened one after the other."""
+        """Return the group of `count` sockets that began to listen one after the other."""
         members = tuple(range(count))
         return cls(members, members, members)
 
@@ -97,7 +97,7 @@ class Group:
         return listed if set(self.sockets) <= set(listed) else None
 
     def joined(self, member: int) -> None:
-        """Note that a member listens; it is the last one now."""
+        """Note that a member listens; it is the last member now."""
         if member not in self.listed:
             self.listed = *self.listed, member
             if self.order is not None:
@@ -120,7 +120,7 @@ class Group:
     # -- plans -----------------------------------------------------------------------
 
     def steer(self, to: int, marked: Mapping[Any, int], *, held: bool, guarded: bool) -> Plan:
-        """Route new clients to a socket, or during a hold to SILENT; each mark to its own socket.
+        """Steer new clients to a socket, or during a hold to SILENT, and each mark to its socket.
 
         guarded: SILENT must take the position of a socket that is shut down.
         """
@@ -142,8 +142,8 @@ class Group:
     def listen_again(self, number: int) -> Plan:
         """Listen on a socket, even after two shutdowns or half a shutdown.
 
-        Connections would inherit that shutdown, until the socket is shut down
-        while it listens.  So it joins twice.
+        Connections would inherit that shutdown, unless the socket is shut down while it listens.
+        So the socket joins twice.
         """
         yield from self._know()
         # An earlier program, or a server, may have steered the group to any position before this.
@@ -151,7 +151,8 @@ class Group:
         yield from self._do(Join(number))
         yield from self._do(Leave(number))
         if self.is_silent and not self._order[-1] == self.listed[-1] == SILENT:
-            # Joining behind SILENT, it would later take SILENT's position, before an older member.
+            # If it joined behind SILENT, it would later take SILENT's position, before an older
+            # member.
             yield from self._end_silence()
         held = self.to == SILENT and self.is_silent
         yield from self._attach(self._order if held else (*self._heard, number))
@@ -200,8 +201,8 @@ class Group:
     def _know(self) -> Plan:
         """Restore known positions if a server has changed them.
 
-        The last member leaves before SILENT and joins after it.  So at each step the next program
-        can derive the positions from the order of listen(2).
+        The last member leaves before SILENT leaves, and joins again afterwards.  So at each step
+        the next program can derive the positions from the order of listen(2).
         """
         if self.order is not None:
             return
@@ -217,7 +218,7 @@ class Group:
     def _end_silence(self) -> Plan:
         if self.is_silent:
             if self.order is not None and len(self._heard) > 1:
-                yield from self._attach(self._heard)  # positions that hold after SILENT has left
+                yield from self._attach(self._heard)  # the positions after SILENT has left
             yield from self._do(Leave(SILENT))
 
     def _attach(self, order: Order, away: int | None = None) -> Try:
@@ -265,7 +266,7 @@ class Group:
 
 
 def _without(order: Order, member: int) -> Order:
-    """Return the order after a member has left: the last member takes its position."""
+    """Return the order after a member has left: the last member takes that member's position."""
     if member not in order:
         return order
     at = order.index(member)

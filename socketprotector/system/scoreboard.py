@@ -1,8 +1,8 @@
 """A generation's scoreboard: the workers' counters, in memory shared with the protector.
 
 The worker in a slot writes its record, and the protector reads it on request.  The memory cannot
-be resized, so no process can make a read fail by truncating it.  The values come from workers
-and are not trusted: each has a limit.
+be resized, so no process can make a read fail by truncating it.  We do not trust
+the values of workers: each value has a limit.
 
 Source: docs/protocol.md, section "Scoreboard"; memfd_create(2), fcntl(2) for the seals.
 """
@@ -23,7 +23,7 @@ SLOTS = 1024
 _COUNTERS = struct.Struct(f"{wire.BOARD_ACCEPTED_AT}Q")
 _TIMES = struct.Struct(f"{wire.BOARD_DESCRIPTORS}Q")
 _NOTHING = bytes(wire.BOARD_BYTES)
-#: The highest values that are believed.
+#: The highest value that we accept.
 _MOST = 2**53
 _MOST_OPEN = 2**20
 
@@ -32,7 +32,7 @@ class Board:
     """The scoreboard of one generation.  Owns its memfd."""
 
     def __init__(self, fd: int) -> None:
-        """Use the memfd of a scoreboard that this program or an earlier one has made."""
+        """Use the memfd of a scoreboard that this program or an earlier program has made."""
         self.fd = fd
 
     @classmethod
@@ -65,7 +65,7 @@ class Board:
         )
 
     def accepted_at(self, slot: int) -> dict[int, int]:
-        """Return descriptor -> time of accept (CLOCK_MONOTONIC ns), with stale entries."""
+        """Return descriptor -> time of accept (CLOCK_MONOTONIC ns), including stale entries."""
         if slot >= SLOTS:
             return {}
         at = slot * wire.BOARD_BYTES + 8 * wire.BOARD_ACCEPTED_AT

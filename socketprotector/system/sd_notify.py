@@ -27,9 +27,9 @@ from .peer_credentials import unmistakable_users
 
 #: The file name under which each socket is first bound.
 _BOUND_NAME = "new"
-#: Longer datagrams are cut; systemd itself accepts a page.
+#: Longer datagrams are cut; systemd's own limit is a page.
 _MAX_BYTES = 4096
-#: The errors of a slow manager or a shortage; any other error means that the manager is gone.
+#: Errors that mean a slow manager or a shortage; any other error means that the manager is gone.
 _LATER = frozenset(
     {errno.EAGAIN, errno.EINTR, errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM, errno.EMFILE}
 )
@@ -56,15 +56,15 @@ class NotifySocket:
         self.socket = bound
         self.address = address
         self._is_abstract = address.startswith("@")
-        # Any process can send to an abstract name, so a uid must stand for one user there.  Only
-        # processes that got the path can send to it.
+        # Any process can send to an abstract name, so there a uid must identify a single user.
+        # Only processes that know the path can send to the path.
         self._allowed = unmistakable_users(allowed_uids) if self._is_abstract else allowed_uids
 
     @classmethod
     def make(cls, address: str, allowed_uids: frozenset[int]) -> NotifySocket:
         """Bind a path in our own folder, or an abstract address (`@name`).  Raises OSError.
 
-        No other process can guess either.
+        No other process can guess the path or the name.
         """
         bound = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         with on_error(bound.close):
@@ -84,8 +84,8 @@ class NotifySocket:
         The message stays until take(): if this program is killed before it records the message,
         the next program reads it.
 
-        A message counts if the worker (pid) or an allowed user sent it: its sender may have ended,
-        or the worker may have changed its user.  A stranger's message assigns nothing.
+        A message counts if the worker (pid) or an allowed user sent it: a sender may have exited,
+        and a worker may have changed its user.  Any other message counts as empty.
         """
         try:
             # Without room for descriptors the kernel creates none.
@@ -104,7 +104,8 @@ class NotifySocket:
     def take(self) -> None:
         """Remove the message that hear() returned; the kernel drops its descriptors.
 
-        The sender of a BARRIER sees by that drop that all messages were handled.  Raises OSError.
+        The sender of a BARRIER learns from that drop that all messages were handled.  Raises
+        OSError.
         """
         with dropping():
             self.socket.recv(1, socket.MSG_DONTWAIT)
@@ -118,7 +119,7 @@ class NotifySocket:
 
 
 def _bound_as(address: str) -> str:
-    """Return an address in the kernel's form: an abstract one begins with a NUL."""
+    """Return an address in the kernel's form: an abstract name begins with a NUL."""
     return "\0" + address[1:] if address.startswith("@") else address
 
 
@@ -160,7 +161,7 @@ def parse(data: bytes) -> dict[str, str]:
 class Outbox:
     """Messages to a service manager, in order.  Never blocks, never raises.
 
-    Unsent messages wait: a manager that misses READY=1 ends us after its timeout, and a
+    Unsent messages are kept: a manager that misses READY=1 stops us after its timeout, and a
     manager that misses a descriptor cannot return it.
     """
 
@@ -170,15 +171,15 @@ class Outbox:
         line: socket.socket | None = None,
         address: str = "",
     ) -> None:
-        """Send over a connected line, which it owns, or to an address; without both, nowhere.
+        """Send over a connected line, which it owns, or to an address; without both, send nothing.
 
-        later: calls its argument after a moment.
+        later: calls its argument after a short pause.
         """
         self._later = later
-        # Not connected: a restarted manager has another socket under the same name.
+        # Do not connect: a restarted manager has another socket under the same name.
         self._to = (_bound_as(address),) if address else ()
         if line is None and address:
-            # Kept for life: the watchdog must be fed even without a free descriptor.
+            # Keep it for life: we must feed the watchdog even without a free descriptor.
             line = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._line = line
         #: Text -> copy of a descriptor, -1 for none.
@@ -201,9 +202,10 @@ class Outbox:
             copy = os.dup(fd) if fd >= 0 else -1
         except OSError:
             return False
-        # A file's name in a status need not be UTF-8.
+        # A file name in a status need not be UTF-8.
         data = text.encode("utf-8", "backslashreplace")
-        # One copy of each text: watchdog messages must not pile up, and the last one stays last.
+        # Keep one copy of each text: watchdog messages must not pile up, and the last message must
+        # stay last.
         self._drop(data)
         self._unsent[data] = copy
         self._flush()
@@ -229,7 +231,7 @@ class Outbox:
                 if error.errno in _LATER:
                     self._later(self._flush)
                     return
-                # Otherwise the manager is gone, or refuses our messages.
+                # After any other error the manager is gone, or refuses our messages.
             self._drop(data)
 
     def finish(self, seconds: float) -> None:
@@ -237,8 +239,9 @@ class Outbox:
         deadline = time.monotonic() + seconds
         poll = select.poll()
         if self._line is not None:
-            # Connected, because an unconnected datagram socket polls as writable with a full peer.
-            with suppress(OSError):  # without a peer each message fails, too
+            # Connect, because an unconnected datagram socket polls as writable even if the peer is
+            # full.
+            with suppress(OSError):  # without a peer each message fails anyway
                 for address in self._to:
                     self._line.connect(address)
             poll.register(self._line, select.POLLOUT)
@@ -259,8 +262,8 @@ class Outbox:
 def room_of(environment: Mapping[str, str], soft_limit: int) -> int:
     """Return the number of descriptors that a service manager can store and pass on.
 
-    soft_limit: the limit of descriptors that the manager has set for us.  systemd also sets it for
-    the next program before it passes the stored descriptors; a number beyond it fails the start.
+    soft_limit: the descriptor limit that the manager has set for us.  systemd also sets it for the
+    next program before it passes the stored descriptors; with more descriptors the start fails.
 
     Source: systemd.exec(5), $FDSTORE (since systemd 254); exec_child() in its sources.
     """
@@ -295,7 +298,7 @@ class Store:
         self._most, self._names_bytes = most, names_bytes
         self._bytes = sum(len(name) + 1 for name in self.kept)
         self._left_out: set[str] = set()  # not stored, because the store was full
-        self._few: set[str] = set()  # the names in `few` of the last sync()
+        self._few: set[str] = set()  # the names in the last sync()'s argument `few`
         self._due = set(kept)  # to be stored, or to be forgotten
 
     @property
@@ -310,11 +313,11 @@ class Store:
 
     @property
     def complete(self) -> bool:
-        """Whether the last sync() has stored or removed everything."""
+        """Whether the last sync() has stored or removed all that it should."""
         return not self._due
 
     def has(self, wanted: Iterable[str]) -> bool:
-        """Return whether all of these were sent to the store, or left out because it is full."""
+        """Return whether all of these were sent to the store, or left out by a full store."""
         return not self.keeps or (self.flushed and (self.kept | self._left_out).issuperset(wanted))
 
     def holds(self, names: Iterable[str]) -> bool:
@@ -323,14 +326,14 @@ class Store:
 
     @property
     def full(self) -> bool:
-        """Whether descriptors were left out; after a kill their workers are missing."""
+        """Whether descriptors were left out, so that a kill loses their workers."""
         return bool(self._left_out)
 
     def sync(self, few: Mapping[str, int], many: Named | None = None) -> None:
         """Make the store hold exactly these descriptors, by name.  The caller still owns them.
 
         A name is never reused for another descriptor, so only names are compared; of `many` only
-        the changed ones.
+        the changed names.
         """
         if not self.keeps:
             if many is not None:
@@ -342,7 +345,7 @@ class Store:
         many = Named() if many is None else many
         many.changed.clear()
         # New descriptors first: they may replace old ones, and we may be killed in between.
-        # In the given order: the most important come first.
+        # Keep the given order: the most important descriptors come first.
         given = [self._give(name, few[name]) for name in few]
         for name in tuple(due):
             if name not in few and name not in many and (all(given) or name not in before):
@@ -374,8 +377,8 @@ class Store:
         self._left_out.discard(name)
         if name not in self.kept:
             return
-        # An unsent message is withdrawn: its copy would hold a connection open that a worker
-        # has closed.
+        # Withdraw an unsent message: its copy would keep a connection open that a worker has
+        # closed.
         if not self._outbox.withdraw(_STORE.format(name)):
             self._outbox.send(f"FDSTOREREMOVE=1\nFDNAME={name}")
         self.kept.discard(name)
@@ -383,7 +386,7 @@ class Store:
 
 
 class Systemd:
-    """The service manager that started us, if any; and the guard, which gets the same messages."""
+    """The service manager that started us, if any, and the guard: both get the same messages."""
 
     def __init__(self, environment: Mapping[str, str], pid: int, *outboxes: Outbox) -> None:
         """Send to all outboxes; the first leads to NOTIFY_SOCKET.
@@ -405,6 +408,6 @@ class Systemd:
             outbox.send(text)
 
     def reloading(self) -> None:
-        """Send RELOADING=1, with the time, without which `systemctl reload` waits for ever."""
+        """Send RELOADING=1 with the time; without a time `systemctl reload` waits for ever."""
         usec = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self.send(RELOADING="1", MONOTONIC_USEC=str(usec), STATUS="reloading")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 STOPS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
-#: Operators' other signals.  The launching process blocks them for the resident process.
+#: The other signals of operators.  The resident process begins with all of them blocked.
 REQUESTS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU)
 #: The signals that daemon/supervisor.py handles, and that the guard passes on.
 TO_THE_PROTECTOR = (*STOPS, *REQUESTS)
@@ -31,7 +31,7 @@ def catch(numbers: Iterable[int]) -> int:
 
 
 def block() -> None:
-    """Block these signals while this process ends, so that none changes its exit status.
+    """Block these signals while this process ends, so that no signal changes its exit status.
 
     Call this last: Python restores the default effect of each signal as it ends, and a signal
     would then become the exit status.  Source: CPython's _PySignal_Fini.

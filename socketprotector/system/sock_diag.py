@@ -3,7 +3,7 @@
 An unread client is in a handshake, or has connected and sent nothing, or has sent data that no
 process has read.
 
-Only for this process's network namespace.
+The kernel reports only on this process's network namespace.
 
 Source: sock_diag(7), netlink(7); linux/inet_diag.h, linux/unix_diag.h, linux/tcp.h;
 __inet_hash() in net/ipv4/inet_hashtables.c for the order.
@@ -38,7 +38,7 @@ _INFO = 2  # attribute: a tcp_info; the bit that requests it is one less
 _SHUTDOWN = 8  # attribute: which directions are shut down; always sent
 _OPTIONS = 22  # attribute: some socket options, as bits; always sent, since Linux 5.10
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
-#: Family, protocol, attributes, padding, states; then the socket: ports (in the network's order),
+#: Family, protocol, attributes, padding, states; then the socket: ports (in network byte order),
 #: two addresses, interface, cookie.
 _INET_QUERY = struct.Struct("=BBBBI2s2s16s16sI8s")
 #: Family, state, timer, retransmissions; then the socket: ports, addresses, interface, cookie;
@@ -52,9 +52,9 @@ _UNIX_REPLY = struct.Struct("=BBBBI8s")
 #: listening socket's queue; the unread and unsent bytes.
 _FILE, _PENDING, _QUEUES = (2, 1), (8, 3), (16, 4)
 _BOUND_AS = (1, 0)
-_INODE = struct.Struct("=I")  # the device follows where the attribute is a file
+_INODE = struct.Struct("=I")  # in an attribute about a file the device follows
 _ATTRIBUTE = struct.Struct("=HH")  # length, type
-_BYTES_RECEIVED_OFFSET = 128  # in a tcp_info; an end of file counts as one
+_BYTES_RECEIVED_OFFSET = 128  # in a tcp_info; an end of file counts as one byte
 _COUNT = struct.Struct("=Q")
 _NO_COOKIE = b"\xff" * 8
 _ANSWER_BYTES = 65_536
@@ -80,7 +80,7 @@ def unread(family: int, port: int, *, accepted: bool = False) -> dict[bytes, boo
 def unread_by_port(
     family: int, ports: Collection[int], *, accepted: bool = False
 ) -> dict[int, dict[bytes, bool]]:
-    """Return unread() for each of several ports, with a single query."""
+    """Return the result of unread() for each of several ports, with a single query."""
     found: dict[int, dict[bytes, bool]] = {port: {} for port in ports}
     for port, fields, attributes in _tcp_by_port(family, found, _STATES, 1 << _INFO - 1):
         _, state, _, _, _, theirs, _, client, *_, left, _, _, inode = fields
@@ -98,7 +98,8 @@ def unread_by_port(
 def listening(family: int, port: int, like: Collection[int] = ()) -> dict[int, int]:
     """Return the sockets that listen on a port, by inode, in the order of their listen().
 
-    The value says how connections accepted there are shut down (1: for reading, 2: for writing).
+    The value says how connections accepted there are shut down (bits: 1 for reading, 2 for
+    writing).
     like: only sockets with the address and device of these.  Raises OSError where sock_diag is
     unavailable.
     """
@@ -108,15 +109,15 @@ def listening(family: int, port: int, like: Collection[int] = ()) -> dict[int, i
     for fields, attributes in replies:
         if not like or fields[6:9:2] in places:
             found[fields[-1]] = int.from_bytes(_attribute(attributes, _SHUTDOWN)[:1], "little")
-    # The kernel lists the newest first, but appends IPv6 sockets that share a port.
+    # The kernel lists the newest socket first, but appends IPv6 sockets that share a port.
     return found if family == socket.AF_INET6 else dict(reversed(found.items()))
 
 
 def unaccepted(listening: socket.socket) -> Line:
     """Return the clients that wait to be accepted at any socket of this address.
 
-    Raises OSError where the kernel does not answer: also for a UNIX socket with about 900 clients
-    waiting.
+    Raises OSError where the kernel does not answer, for example for a UNIX socket with about 900
+    waiting clients.
     """
     if listening.family == socket.AF_UNIX:
         return tuple(each for (each,) in _INODE.iter_unpack(_unix_attribute(listening, *_PENDING)))
@@ -133,9 +134,9 @@ def unaccepted(listening: socket.socket) -> Line:
 def is_waiting(client: socket.socket, server: tuple[str, int], device: int = 0) -> bool:
     """Return whether our own connection to this machine waits to be accepted.
 
-    True also while only the server's side has not finished the handshake (TCP_DEFER_ACCEPT): the
-    connection is then in no queue.  A lookup of a single connection is cheap; a query by port walks
-    the table of all connections, 4 ms for 262,144 places.
+    Return True also while only the server's side has not finished the handshake (TCP_DEFER_ACCEPT):
+    the connection is then in no queue.  Looking up a single connection is cheap; a query by port
+    walks the table of all connections, 4 ms for 262,144 places.
 
     device: index of the device that the listener is bound to.  Raises OSError where sock_diag is
     unavailable.
@@ -154,7 +155,7 @@ def is_waiting(client: socket.socket, server: tuple[str, int], device: int = 0) 
     except OSError as error:
         if error.errno != errno.ENOENT:
             raise
-        return False  # closed by now
+        return False  # the connection is closed by now
     state, inode = fields[1], fields[-1]  # of the listening socket if the connection is closed
     return state == _SYN_RECV or (not inode and state in (_ESTABLISHED, _CLOSE_WAIT))
 
@@ -168,7 +169,7 @@ def handshakes(family: int, port: int) -> frozenset[bytes]:
 
 
 def handshakes_by_port(family: int, ports: Collection[int]) -> dict[int, set[bytes]]:
-    """Return handshakes() for each of several ports, with a single query."""
+    """Return the result of handshakes() for each of several ports, with a single query."""
     found: dict[int, set[bytes]] = {port: set() for port in ports}
     for port, fields, _ in _tcp_by_port(family, found, 1 << _SYN_RECV):
         found[port].add(fields[5] + fields[7])
@@ -180,7 +181,7 @@ def accepted(
 ) -> Counter[bytes]:
     """Return the number of open connections at a socket's address, by their options.
 
-    exclude: a client's endpoint that does not count, see end_of().  waiting: include clients that
+    exclude: the key of a client that does not count, see end_of().  waiting: include clients that
     wait to be accepted.  Raises OSError where sock_diag is unavailable, or before Linux 5.10.
     """
     address = _address(listening)
@@ -193,7 +194,7 @@ def accepted(
         if counts and (not any(address) or fields[6][: len(address)] == address):
             found[_attribute(attributes, _OPTIONS)] += 1
     if b"" in found:
-        raise OSError(errno.EOPNOTSUPP, "the kernel does not tell")
+        raise OSError(errno.EOPNOTSUPP, "the kernel does not report that")
     return found
 
 
@@ -253,7 +254,7 @@ def queue_of_unix(sock: socket.socket) -> tuple[int, int]:
     """
     found = _unix_attribute(sock, *_QUEUES)
     if len(found) < 2 * _INODE.size:
-        raise OSError(errno.EOPNOTSUPP, "the kernel does not tell")
+        raise OSError(errno.EOPNOTSUPP, "the kernel does not report that")
     return _INODE.unpack_from(found)[0], _INODE.unpack_from(found, _INODE.size)[0]
 
 
@@ -305,9 +306,9 @@ def _tcp(family: int, port: int, states: int, attributes: int = 0) -> Iterator[D
 def _tcp_by_port(
     family: int, ports: Collection[int], states: int, attributes: int = 0
 ) -> Iterator[tuple[int, tuple[Any, ...], bytes]]:
-    """Query the sockets of several ports; yield the port with each.  Raises OSError.
+    """Query the sockets of several ports; yield each with its port.  Raises OSError.
 
-    The kernel walks the table of all connections for a single port too, so a single query is best.
+    Even for one port the kernel walks the table of all connections, so we send a single query.
     """
     by_bytes = {port.to_bytes(2, "big"): port for port in ports}
     queried_port = next(iter(ports)) if len(by_bytes) == 1 else 0
@@ -342,7 +343,7 @@ def _query(query: bytes, form: struct.Struct, *, dump: bool) -> Iterator[DiagRep
                 body = at + _HEADER.size
                 if kind == _ERROR:
                     number = -struct.unpack_from("=i", data, body)[0]
-                    raise OSError(number, "the kernel does not tell")
+                    raise OSError(number, "the kernel does not report that")
                 if kind == _DONE or length < _HEADER.size:
                     return
                 yield form.unpack_from(data, body), data[body + form.size : at + length]

@@ -16,7 +16,7 @@ from .cleanup import on_error
 
 _SO_DETACH_FILTER = 27
 _SO_BINDTOIFINDEX = 62
-#: The socket's buffers whose size was set, so that the kernel does not adapt it (since 5.14).
+#: Option: which buffers have a fixed size, which the kernel does not adapt (since 5.14).
 _SO_BUF_LOCK = 72
 #: No network device ever has this number.
 NO_DEVICE = 0x7FFFFFFF
@@ -29,7 +29,7 @@ IPV6_TRANSPARENT = 75
 #: Options that accepted connections inherit, or that binding the address needs.
 _COPIED = (
     (socket.SOL_SOCKET, socket.SO_REUSEADDR),
-    # Needed even beside a socket that was shut down, which holds the port while a worker has it.
+    # Needed even beside a socket that was shut down: it keeps the port while a worker has it.
     (socket.SOL_SOCKET, socket.SO_REUSEPORT),
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
     (socket.SOL_SOCKET, socket.SO_PRIORITY),
@@ -53,7 +53,7 @@ _OF_IPV6 = (
     (socket.IPPROTO_IPV6, socket.IPV6_TCLASS),
     (socket.IPPROTO_IPV6, IPV6_TRANSPARENT),
 )
-#: The kernel doubles the set value, and returns the doubled one.
+#: For these the kernel doubles the set value, and returns the doubled value.
 _DOUBLED = ((socket.SOL_SOCKET, socket.SO_RCVBUF), (socket.SOL_SOCKET, socket.SO_SNDBUF))
 _TEXTS = (
     (socket.SOL_SOCKET, socket.SO_BINDTODEVICE),
@@ -81,8 +81,8 @@ def bind_beside(one: socket.socket, address: tuple[str, int]) -> socket.socket:
 def reset(listening: socket.socket) -> None:
     """Reset options of an earlier server that would harm the next server on this socket.
 
-    They are those of let_in(); timeouts and linger, which accepted connections inherit; and the
-    least TTL of packets, which can keep clients out.  Raises OSError.
+    They are the options that let_in() removes; timeouts and linger, which accepted connections
+    inherit; and the least TTL of packets, which can keep clients out.  Raises OSError.
     """
     for level, option in least_ttl(listening):
         listening.setsockopt(level, option, 0)
@@ -104,7 +104,7 @@ def let_in(listening: socket.socket) -> None:
 
 def least_ttl(one: socket.socket) -> Sequence[tuple[int, int]]:
     """Return the options for the least TTL of packets, for each protocol of the socket."""
-    if one.family == socket.AF_INET6:  # it takes IPv4 clients, too
+    if one.family == socket.AF_INET6:  # such a socket may get IPv4 clients, too
         return (socket.IPPROTO_IP, IP_MINTTL), (socket.IPPROTO_IPV6, IPV6_MINHOPCOUNT)
     return ((socket.IPPROTO_IP, IP_MINTTL),) if one.family == socket.AF_INET else ()
 
@@ -112,7 +112,7 @@ def least_ttl(one: socket.socket) -> Sequence[tuple[int, int]]:
 def reapply_options(used: socket.socket, fresh: socket.socket) -> None:
     """Give a listening socket the options of a fresh socket.
 
-    Raises OSError, naming the option that cannot be set: some options are set by then.
+    Raises OSError, which names the option that cannot be set; earlier options stay set.
     """
     reset(used)
     if used.family == socket.AF_UNIX:
@@ -120,7 +120,7 @@ def reapply_options(used: socket.socket, fresh: socket.socket) -> None:
     if used.family == socket.AF_INET6:
         only = (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
         if used.getsockopt(*only) != fresh.getsockopt(*only):
-            raise OSError(errno.EINVAL, "v6only is told once and for all")
+            raise OSError(errno.EINVAL, "v6only cannot be changed after the bind")
     if _locks(used) is None and any(used.getsockopt(*o) != fresh.getsockopt(*o) for o in _DOUBLED):
         raise OSError(errno.EOPNOTSUPP, "rcvbuf and sndbuf cannot be undone before Linux 5.14")
     copy(fresh, used)
@@ -158,7 +158,7 @@ def leave_devices(listening: socket.socket) -> None:
 
 
 def copy(first: socket.socket, second: socket.socket) -> None:
-    """Copy the options of the first socket to the second.  Raises OSError without the right to."""
+    """Copy the options of the first socket to the second.  Raises OSError without permission."""
     options = _COPIED + (_OF_IPV6 if first.family == socket.AF_INET6 else ())
     for level, option in options:
         value = first.getsockopt(level, option)

@@ -3,11 +3,12 @@
 Each socket has its own file beside the path, and the path is a hard link to one of these files.  A
 rename makes it a link to another file; at every moment the path leads to a listening socket.
 
-A socket is bound under a name that no file keeps.  getsockname() returns that name, so a server
-that removes its socket's file at its end removes nothing.  Accepted connections have it, too.
+A socket is bound under a name whose file is renamed at once.  getsockname() returns that name, so a
+server that removes its socket's file at its exit removes nothing.  Accepted connections have the
+name, too.
 
-No record has the target of the path: files and inodes show it, even after a kill in between.  What
-is decided from that is a value: path_group.py.
+The state has no record of the path's target: files and inodes show it, even after a kill in
+between.  path_group.py decides from that.
 
 Source: unix(7); link(2), rename(2), which replaces a file without a gap.
 """
@@ -66,7 +67,7 @@ def files_of(name: str) -> list[str]:
 
 
 def number_of(one: socket.socket) -> int:
-    """Return the number in the names of a socket's connections; 0 if their name has none."""
+    """Return the number in the name of a socket's connections; 0 if the name has none."""
     found = _NAME.fullmatch(_bound_as(one))
     return int(found["number"], 16) if found else 0
 
@@ -110,7 +111,7 @@ def _bound_as(one: socket.socket) -> str:
 def own_file(path: str, one: socket.socket) -> str:
     """Return the name of a socket's own file."""
     name = _bound_as(one)
-    # A socket that is bound to the path itself gets its own file when it loses the path.
+    # A socket that is bound to the path itself gets its own file only when it loses the path.
     return (_name(path, 0) if name == path else name) + _OWN
 
 
@@ -173,7 +174,7 @@ def rights_of(path: str) -> Rights:
     acl = None
     with suppress(OSError):  # there is no access list, or the file system has none
         acl = os.getxattr(path, _ACL, follow_symlinks=False)
-    # A group without write permission cannot connect, so it need not be copied.
+    # A group without write permission cannot connect, so the group need not be copied.
     matters = os.geteuid() == 0 or found.st_mode & stat.S_IWGRP
     same = found.st_gid == gid or not matters
     return (
@@ -190,12 +191,12 @@ def leads_to(path: str, one: socket.socket) -> bool:
 
 
 def has_file(path: str, one: socket.socket) -> bool:
-    """Return whether a path can lead to a socket: another program may have removed its file."""
+    """Return whether a path can lead to a socket: other programs may remove the socket's file."""
     return look(path, {0: one}).can_lead_to(0)
 
 
 def keep_file(path: str, one: socket.socket) -> None:
-    """Give the socket to which its path leads its own file, if it has none.
+    """Give a socket its own file if it has none; the path leads to that socket.
 
     An earlier program may have bound it to the path itself.  Raises OSError.
     """
@@ -204,7 +205,7 @@ def keep_file(path: str, one: socket.socket) -> None:
 
 
 def lead_to(path: str, one: socket.socket, ours: Iterable[socket.socket]) -> None:
-    """Route new clients of a path to a socket.
+    """Lead a path, and so its new clients, to a socket.
 
     ours: all sockets of the path.  A file that a closed socket has left at the path is replaced.
     Raises OSError, also if another program's file is at the path.
@@ -250,8 +251,8 @@ def look(path: str, members: Members) -> PathGroup:
 def examine(path: str, group: PathGroup, members: Members | None = None) -> PathGroup:
     """Return the value with the files of closed sockets; look() does not search for them.
 
-    members: search for all files beside the path that none of these has; None: only for the files
-    of the socket that the path leads to.  Raises OSError.
+    members: search for all files beside the path that belong to none of these; None: search only
+    for the files of the socket that the path leads to.  Raises OSError.
     """
     leftovers: list[str] = []
     target = group.leads_to
@@ -279,8 +280,8 @@ def perform(path: str, step: Step, members: Members) -> None:
         case path_group.Keep(number):
             os.link(path, own_file(path, members[number]), follow_symlinks=False)
         case path_group.Switch(number):
-            _unlink(staged := _beside(path, _NEW))  # left by a program that was killed here
-            if os.path.lexists(staged):  # another user's, in a folder such as /tmp
+            _unlink(staged := _beside(path, _NEW))  # a program that was killed here left it
+            if os.path.lexists(staged):  # another user's file, in a folder such as /tmp
                 staged = _drawn(path) + _OWN
             os.link(own_file(path, members[number]), staged, follow_symlinks=False)
             with on_error(_unlink, staged):
@@ -334,7 +335,7 @@ def _stale_files(path: str, found: tuple[int, int]) -> list[str]:
 
 
 def _is_file_of(path: str, one: socket.socket, found: tuple[int, int]) -> bool:
-    """Return whether a file, by device and inode, is that of a socket of a path."""
+    """Return whether a file, by device and inode, belongs to a socket of a path."""
     own = _identity(own_file(path, one))
     if own != _NONE or found == _NONE:
         return own == found != _NONE

@@ -2,7 +2,7 @@
 
 A worker shares its listening socket with SocketProtector, with other workers, and with the
 generation that uses the socket next.  An option that a worker sets outlives it.  OPTIONS is the
-only list of the options that matter: connections inherit them, or they keep clients out.
+only list of the options that matter: options that connections inherit, or that keep clients out.
 
 Not listed, because other modules own them: SO_REUSEPORT and its filters (reuseport.py), and the
 options of accept tags (accept_tags.py).
@@ -28,7 +28,8 @@ BACKLOG = "backlog"
 _BYTES = 4
 _ORDER = sys.byteorder
 _DEVICE = "SO_BINDTOIFINDEX"
-#: Keys without which a client gets no answer.  They cannot be read, but their memory use can.
+#: If a socket has such keys, a client without a key gets no answer.  The keys cannot be read, but
+#: their memory use can.
 _KEYS = "TCP_MD5SIG"
 #: Their memory use in SO_MEMINFO (SK_MEMINFO_OPTMEM of linux/sock_diag.h).
 _KEYS_AT = slice(24, 28)
@@ -47,8 +48,8 @@ class Option:
     level: int
     number: int
     size: int = _BYTES
-    doubled: bool = False  # the kernel doubles what is set, and reads the double
-    cleared: bool = False  # its initial value is set as 0 and reads as another number
+    doubled: bool = False  # the kernel doubles the set value, and returns the doubled value
+    cleared: bool = False  # 0 restores its initial value, which reads as another number
     #: Why it cannot be set again on a listening socket; "" if it can.
     stays: str = ""
     #: The privilege that setting it may need; "" for none.
@@ -81,7 +82,7 @@ OPTIONS = (
     Option(_DEVICE, _SO, 62, privilege="CAP_NET_RAW to change"),
     Option("SO_LOCK_FILTER", _SO, 44, stays="locked for ever"),
     # Any process may set a key, on SO_MEMINFO's account; so does a filter that is locked.
-    Option(_KEYS, _SO, 55, 36, stays="cannot be deleted by who does not know them"),
+    Option(_KEYS, _SO, 55, 36, stays="cannot be deleted without knowing them"),
     Option("IP_TOS", _IP, socket.IP_TOS),
     Option("IP_TTL", _IP, socket.IP_TTL),
     Option("IP_MINTTL", _IP, socket_copy.IP_MINTTL),
@@ -114,7 +115,7 @@ OPTIONS = (
     Option("TCP_FASTOPEN", _TCP, socket.TCP_FASTOPEN),
     Option("TCP_NOTSENT_LOWAT", _TCP, socket.TCP_NOTSENT_LOWAT),
     Option("TCP_SAVE_SYN", _TCP, 27),
-    Option("TCP_ULP", _TCP, 31, 16, stays="cannot be taken off"),
+    Option("TCP_ULP", _TCP, 31, 16, stays="cannot be removed"),
 )
 
 
@@ -192,7 +193,7 @@ def _read(sock: socket.socket) -> Iterator[tuple[Option, bytes]]:
         with suppress(OSError):  # an older kernel
             content = sock.getsockopt(each.level, each.number, each.size)
             if each.number == socket.SO_LINGER and each.level == _SO and not any(content[:4]):
-                content = bytes(each.size)  # off: the seconds of before do not count
+                content = bytes(each.size)  # linger is off, so its seconds do not matter
             if each.name == _KEYS:
                 if sock.family == socket.AF_UNIX:
                     continue

@@ -32,28 +32,28 @@ def spawn(
     *,
     mortal: bool = False,
 ) -> Process:
-    """Start a program as the leader of a session of its own.
+    """Start a program as the leader of its own session.
 
     extra: environment on top of the program's.
     descriptors: number in the child -> our descriptor, which we keep.  The child inherits only
     these and 0, 1, 2, with /dev/null as 0.
-    tell_pid: the name of a variable for its pid; "": none.
-    mortal: kill it with its group when we end in any way, or execute another program.
+    tell_pid: the name of an environment variable for its pid; "": no such variable.
+    mortal: kill it with its group when we exit in any way, or execute another program.
 
-    Raises OSError with the reason of posix_spawn, or of the directory.  Raises ValueError for a
-    limit above the hard limit, or a NUL in the environment.  Then no process is left.
+    Raises OSError if posix_spawn or the change of directory fails.  Raises ValueError for a limit
+    above the hard limit, or a NUL in the environment.  After either no process is left.
 
-    posix_spawn sets neither directory, umask nor limits.  So they are set here around it and
-    restored, which is safe because this process has one thread.  Some things need a fork, see
-    _fork(): a nice value, which cannot be restored; the pid, which is known only afterwards;
-    another user; and a limit below the descriptors that we have.
+    posix_spawn sets neither directory, umask nor limits.  So we set ours before the call and
+    restore them afterwards, which is safe because this process has one thread.  Some features need
+    a fork, see _fork(): a nice value, which cannot be restored; the pid, which is known only
+    afterwards; another user; and a limit below the descriptors that we have.
     """
     environment = {**dict(program.environment), **extra}
     if not mortal:
         return Process.of_child(_spawn(program, environment, descriptors, tell_pid))
-    # When the last writer of a pipe ends, the kernel signals the process or group that owns the
-    # read end: here KILL to the group, with us as the only writer.  PR_SET_PDEATHSIG would
-    # reach only its leader.
+    # When the last writer of a pipe exits, the kernel signals the process or group that owns the
+    # read end.  Here we are the only writer, and the signal is KILL to the group.
+    # PR_SET_PDEATHSIG would reach only its leader.
     # Source: F_SETOWN, F_SETSIG and O_ASYNC in fcntl(2); pipe_release() in fs/pipe.c.
     receive, send = os.pipe2(os.O_CLOEXEC)
     try:
@@ -88,7 +88,7 @@ def _spawn(
 ) -> int:
     """Start a program as spawn() does; return its pid.
 
-    lifeline: the number in a mortal child of the pipe's read end; -1: it is not mortal.
+    lifeline: the number that the pipe's read end has in a mortal child; -1: it is not mortal.
     """
     forked = bool(program.identity is not None or program.nice or tell_pid or lifeline >= 0)
     kept = {RLIMITS[name]: resource.getrlimit(RLIMITS[name]) for name, _ in program.limits}
@@ -97,7 +97,7 @@ def _spawn(
     umask = os.umask(program.umask)
     try:
         for theirs, ours in descriptors.items():
-            # Copied out of the way first: a target's number may be another source's number.
+            # Copy all out of the way first: a target's number may be another source's number.
             places[theirs] = fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, max(descriptors) + 1)
         # posix_spawn accepts no number above the limit of the started process.
         above = max(places.values(), default=0)
@@ -155,14 +155,14 @@ def use_batch_policy() -> None:
     with another policy, or a nice value below 0, keeps it.
     """
     if scheduler() == os.SCHED_OTHER and os.getpriority(os.PRIO_PROCESS, 0) >= 0:
-        with suppress(OSError):  # forbidden by a system call filter: slower, not wrong
+        with suppress(OSError):  # a system call filter forbids it: we are slower, but correct
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def needs_normal_policy(program: Program) -> bool:
     """Return whether a program needs the policy that we had before use_batch_policy().
 
-    Never with musl, which has neither the system call nor posix_spawn's attribute (ENOSYS;
+    Return False with musl, which has neither the system call nor posix_spawn's attribute (ENOSYS;
     src/process/posix_spawnattr_sched.c).
     """
     return not program.batch and scheduler() == os.SCHED_BATCH
@@ -177,10 +177,12 @@ def _fork(
 ) -> int:
     """Start a program by fork and exec, for the features that posix_spawn lacks; return its pid.
 
-    These are another user, its pid in a variable, and its kill when we end: see spawn().
-    Not through a program that changes the user: the loader in it would obey the worker's
-    environment (LD_PRELOAD) while it may still become any user.  Nor through a shell that sets the
-    variable, or nice(1): a small container has neither.
+    These are another user, its pid in a variable, and its kill when we exit: see spawn().
+
+    We do not use a program that changes the user: its loader would obey the worker's environment
+    (LD_PRELOAD) while the program can still become any user.  Nor do we use a shell that sets the
+    variable, or nice(1), because a small container has neither.
+
     places: number in the child -> our descriptor, whose number is above all of these.
     """
     above = max((2, *places)) + 1
@@ -213,9 +215,9 @@ def _fork(
 def _fork_child(act: Callable[[], None]) -> int:
     """Fork a child that calls `act` and ends; return its pid.  Raises OSError.
 
-    It shares our epoll and every socket, so it must do as little as possible.
+    The child shares our epoll and every socket, so it must do as little as possible.
     """
-    # Signals are blocked, because the child's would be reported to our own loop.
+    # Block signals, because a signal to the child would be reported to our own loop.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         pid = os.fork()

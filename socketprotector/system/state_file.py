@@ -1,10 +1,9 @@
 """The state that outlives the program: values in a memfd, written atomically.
 
 The memfd holds two slots.  A slot begins with a whole value, and a record for each later change
-follows.  Without change records, a thousand changes would write a thousand workers each.  Once the
-changes are longer than the value, a whole value goes to the
-other slot.  Each record has a checksum, so a program that dies in the middle of a record leaves
-the state before it.
+follows.  Without change records, each of a thousand changes would write a thousand workers.  Once
+the changes are longer than the value, a whole value goes to the other slot.  Each record has a
+checksum, so if a program dies in the middle of a record, the earlier state stays valid.
 
 The format of a value: model/codec.py.
 """
@@ -18,7 +17,7 @@ import struct
 from ..model.codec import FORMAT, DecodeError, need_format, refusal
 
 #: magic, format, sequence, length; then the checksum of these and the payload.  A change has the
-#: sequence of its whole value.
+#: same sequence as its whole value.
 _HEADER = struct.Struct("<4sIQQ")
 _CHECKSUM = struct.Struct("<I")
 _RECORD_BYTES = _HEADER.size + _CHECKSUM.size  # without the payload
@@ -67,7 +66,7 @@ class StateFile:
         self._sequence = sequence
 
     def write_change(self, payload: bytes) -> None:
-        """Add a change to the state; only if takes_changes.
+        """Add a change to the state; allowed only if takes_changes.
 
         Raises OSError; the earlier state then stays valid.
         """

@@ -1,4 +1,4 @@
-"""The sockets of a TCP address: one, or a SO_REUSEPORT group from which the kernel selects.
+"""The sockets of a TCP address: one, or a SO_REUSEPORT group from which the kernel selects one.
 
 The plans for the group: reuseport_group.py; its programs and system calls: reuseport.py.
 
@@ -28,7 +28,7 @@ class TcpListener(Listener):
 
     @property
     def _group(self) -> Group:
-        """The value of its group, made at its first use, because most listeners need none."""
+        """The value of its group, made at its first use, because most listeners need no group."""
         if self._known is None:
             self._known = reuseport_group.Group.of(len(self.sockets))
         return self._known
@@ -60,7 +60,7 @@ class TcpListener(Listener):
         return is_listening(one) and bool(one.getsockname()[1] == self.port)
 
     def is_sound(self, socket_number: int) -> bool:
-        """Return whether accepted connections work: not after two shutdowns of the socket."""
+        """Return whether accepted connections work; two shutdowns of a socket break them."""
         one = self.socket_for(socket_number)
         try:
             found = sock_diag.listening(one.family, self.port)
@@ -69,7 +69,7 @@ class TcpListener(Listener):
         return not found.get(os.fstat(one.fileno()).st_ino, 0)
 
     def note(self) -> None:
-        """Remember the backlog that a worker has set, to use the same when listening again."""
+        """Remember the backlog that a worker has set, to set it again when listening again."""
         for number, one in enumerate(self.sockets):
             if self.is_alive(number):
                 with suppress(OSError):  # on failure the earlier value stays
@@ -118,7 +118,7 @@ class TcpListener(Listener):
         number = socket_number % len(self.sockets)
         one, other = self.socket_for(socket_number), self.socket_for(1 - socket_number)
         backlog, spare = self._backlogs[number], self._reserved
-        # None: there is no sibling, or it has another port after a shutdown.
+        # None: there is no sibling, or the sibling has another port after a shutdown.
         beside = None if other is one or other.getsockname()[1] != self.port else other
         if beside is None and spare is None:
             return reuseport.rebind(one, _bound_to(self.settings.address), backlog)
@@ -134,11 +134,11 @@ class TcpListener(Listener):
                 accept_tags.tag(made, accept_tags.tag_of(one))
             return made
         if spare is None:
-            raise OSError(errno.EOPNOTSUPP, "the other one waits for data")
+            raise OSError(errno.EOPNOTSUPP, "the other socket waits for data (TCP_DEFER_ACCEPT)")
         reuseport.enlist(spare, accept_tags.tag_of(one), backlog, beside)
         self._reserved = None
         self._again[2] += 1
-        with suppress(OSError):  # now, while the options are those of a socket without workers
+        with suppress(OSError):  # now, before workers can change the options
             self._reserved = reuseport.reserve(spare, _bound_to(self.settings.address))
         return spare
 
@@ -149,7 +149,7 @@ class TcpListener(Listener):
         *,
         held: bool = False,
     ) -> None:
-        """Route new clients to socket 0 or 1; if held, leave them without an answer.
+        """Steer new clients to socket 0 or 1; if held, leave them without an answer.
 
         marked: the socket of each probe mark.  While there are marks, clients of a socket that is
         shut down get no answer either: the third socket, the last member, takes its position.
@@ -157,7 +157,7 @@ class TcpListener(Listener):
         """
         if not (self.has_sibling or held or self._is_silent):
             return  # there is only one socket
-        for each in self.sockets:  # a first socket without it would get all new clients
+        for each in self.sockets:  # a first socket without the option would get all new clients
             each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         self._look()
         guarded = bool(marked) and self.has_sibling and self.can_be_held
@@ -168,18 +168,18 @@ class TcpListener(Listener):
 
     @property
     def has_no_spare(self) -> bool:
-        """Whether a socket was bound again, and no further one can be."""
+        """Whether a socket was bound again, but no further socket can be bound."""
         return self.can_be_held and any(self._again) and self._reserved is None
 
     # -- during a hold -------------------------------------------------------------
 
     @property
     def can_be_held(self) -> bool:
-        """Whether a hold can leave new clients without an answer, though workers accept."""
+        """Whether a hold can leave new clients without an answer while workers accept."""
         return self.shared and not self.settings.foreign and not self.lost
 
     def reserve(self) -> socket.socket:
-        """Return the third socket; make it first, if need be, which needs the right to bind.
+        """Return the third socket; if it is missing, make it, which needs the right to bind.
 
         Raises OSError.
         """
@@ -198,7 +198,7 @@ class TcpListener(Listener):
         if self._is_silent:
             self._carry_out(self._group.end_silence())
             if self._reserved is not None:
-                shut_down(self._reserved)  # in case the group did not know of it
+                shut_down(self._reserved)  # the group may not know this member
 
     # -- the group's members -------------------------------------------------------
 
@@ -234,8 +234,8 @@ class TcpListener(Listener):
     def _look(self, *, or_guess: bool = False) -> None:
         """Update the group's members from the kernel.
 
-        Raises OSError if memory or descriptors are short: then our own knowledge may be older than
-        an earlier program's.  or_guess: rely on our own knowledge then.
+        Raises OSError if memory or descriptors are short: then an earlier program may have known
+        more than we do.  or_guess: in that case rely on what we know.
         """
         members = dict(enumerate(self.sockets))
         if self._reserved is not None:
@@ -247,7 +247,8 @@ class TcpListener(Listener):
         except OSError as error:
             if error.errno in RESOURCE_ERRNOS and not or_guess:
                 raise
-        # None of ours is listed if they are of another network namespace, or without sock_diag.
+        # The kernel lists none of our sockets if they are of another network namespace, or without
+        # sock_diag.
         if by_inode.keys().isdisjoint(found):
             alive = [number for number in range(len(self.sockets)) if self.is_alive(number)]
             if self._is_silent:
@@ -271,8 +272,8 @@ class TcpListener(Listener):
     def refuse_new(self) -> bool:
         """Refuse new clients; clients that have connected can still be accepted.
 
-        Returns whether that is possible.  Otherwise new clients come until the socket is closed,
-        and later too if its owner passed it in and keeps listening.
+        Returns whether that is possible.  If it is not, new clients come until the socket is
+        closed, and even later if another process owns the socket and keeps listening.
         """
         if self.settings.foreign:
             return False

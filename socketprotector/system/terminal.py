@@ -29,8 +29,8 @@ def tell(text: str, where: int = STDERR) -> None:
 def put(fd: int, data: bytes) -> int:
     """Write to a file that may be a terminal, also from the background.  Raises OSError.
 
-    Under `stty tostop` that would send SIGTTOU to our whole group.  It stops each process without
-    a handler, and makes the others try again for ever.  While the signal is blocked it is not
+    Under `stty tostop` a write sends SIGTTOU to our whole group.  The signal suspends each process
+    without a handler, and makes the others try again for ever.  While we block the signal it is not
     sent, and the write succeeds (POSIX, General Terminal Interface, Terminal Access Control).
     """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTOU,))
@@ -43,13 +43,13 @@ def put(fd: int, data: bytes) -> int:
 def put_at_once(fd: int, data: bytes) -> int:
     """Write to a pipe, terminal or file that other processes share, without waiting for its reader.
 
-    Raises OSError if it would have to wait.  Not by O_NONBLOCK, which would affect all sharers.
+    Raises OSError if it would have to wait.  It does not use O_NONBLOCK, which affects all sharers.
     """
     if not stat.S_ISFIFO(os.fstat(fd).st_mode):
         if not events_of(fd, select.POLLOUT):
             raise BlockingIOError
         return put(fd, data)
-    # Not by poll and write: another writer may take the room in between.  RWF_NOWAIT is missing in
+    # After poll() another writer may take the room before our write.  RWF_NOWAIT is missing in
     # musl, and for pipes before Linux 6.4.
     receive, send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     try:
@@ -61,7 +61,7 @@ def put_at_once(fd: int, data: bytes) -> int:
 
 
 def stand_on_three_descriptors() -> None:
-    """Open /dev/null as stdin, stdout or stderr, if closed: no socket may get such a number."""
+    """Open /dev/null as stdin, stdout and stderr if closed, so that no socket gets that number."""
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(fd)

@@ -1,4 +1,4 @@
-"""The sockets of a UNIX address: one, or one for each generation; the path leads to one of them.
+"""The sockets of a UNIX address: one, or one for each of two generations, and its path's target.
 
 Their files: socket_file.py.
 
@@ -60,7 +60,7 @@ class UnixListener(Listener):
 
     @property
     def _path(self) -> str:
-        """The same path, even if the listener is lost."""
+        """The listener's path, even if the listener is lost."""
         ours = self.shared and self.settings.inode and not self.settings.foreign
         path, _ = self.local_address if ours else ("", 0)
         return path if path and socket_file.has_room(path) else ""
@@ -93,11 +93,11 @@ class UnixListener(Listener):
         return self._look().is_cut_off if self.path else not os.path.lexists(self.local_address[0])
 
     def is_out_of_reach(self, socket_number: int) -> bool:
-        """Return whether a socket is to be replaced: another program has removed its file."""
+        """Return whether a socket must be replaced: another program has removed its file."""
         return bool(self.path) and self._look().is_out_of_reach(socket_number % 2)
 
     def is_passed_by(self, socket_number: int) -> bool:
-        """Return whether clients can come to a socket to which its path no longer leads.
+        """Return whether a socket can get clients although its path no longer leads to it.
 
         They can if the file is mounted elsewhere, because a mount keeps its original file.
         """
@@ -107,7 +107,7 @@ class UnixListener(Listener):
     def note(self) -> None:
         """Remember the sockets without clients to which the path does not lead.
 
-        Clients that come to such a socket later have not come by the path.
+        Clients that reach such a socket later have not come by the path.
         """
         if self.path and self.has_sibling:
             with suppress(OSError):
@@ -115,7 +115,7 @@ class UnixListener(Listener):
 
     @property
     def hangs_up(self) -> bool:
-        """Whether it was shut down: always readable, without a client."""
+        """Whether it was shut down, and so is always readable, even without a client."""
         return not self.is_alive()
 
     def is_sound(self, socket_number: int) -> bool:
@@ -123,7 +123,7 @@ class UnixListener(Listener):
         return True
 
     def listen_again(self, socket_number: int) -> bool:
-        """Return False: after a shutdown listen() succeeds, but the kernel refuses all clients."""
+        """Return False, because after a shutdown the kernel refuses all clients."""
         return False
 
     # -- where the path leads ---------------------------------------------------
@@ -135,7 +135,7 @@ class UnixListener(Listener):
         *,
         held: bool = False,
     ) -> None:
-        """Route new clients to socket 0 or 1; if held, to a socket that no worker has.
+        """Steer new clients to socket 0 or 1; if held, to a socket that no worker has.
 
         marked: unused, because each UNIX socket has an address of its own.  Raises OSError.
         """
@@ -152,8 +152,8 @@ class UnixListener(Listener):
     def renew(self, socket_number: int) -> bool:
         """Make a new socket, without clients yet, for a generation that has not started.
 
-        So that generation shares its socket with no earlier one.  The old socket stays if the
-        path leads to it, or if clients wait there.  Returns whether a socket was made.  Raises
+        So that generation shares its socket with no earlier generation.  The old socket stays if
+        the path leads to it, or if clients wait there.  Returns whether a socket was made.  Raises
         OSError.
         """
         plan = self._examine().renew(socket_number % 2) if self.path else ()
@@ -164,7 +164,7 @@ class UnixListener(Listener):
         return bool(plan)
 
     def bind_anew(self, socket_number: int) -> None:
-        """Replace a broken socket with a new one, which no worker has yet.  Raises OSError."""
+        """Replace a broken socket with a new socket, which no worker has yet.  Raises OSError."""
         if not self.path:
             super().bind_anew(socket_number)
             return
@@ -185,7 +185,7 @@ class UnixListener(Listener):
 
     @property
     def can_be_held(self) -> bool:
-        """Whether a hold can leave new clients without an answer, though workers accept."""
+        """Whether a hold can leave new clients without an answer while workers accept."""
         return bool(self.path) and self.has_sibling
 
     def reserve(self) -> socket.socket:
@@ -277,7 +277,7 @@ class UnixListener(Listener):
             self._made = None
 
     def _place(self, made: socket.socket, number: int) -> None:
-        """Put a socket in the place of a closed one, or beside a single one."""
+        """Put a socket in the place of a closed socket, or beside a single socket."""
         # A name must never get another descriptor.
         self._known = None if self._known is None else self._known.replaced()
         if self.sockets[number % len(self.sockets)].fileno() < 0:
@@ -319,8 +319,8 @@ class UnixListener(Listener):
             with locked(path, 0.0):
                 old = os.lstat(path)
                 if not is_file_of(self.settings, old):
-                    raise OSError(errno.EEXIST, "somebody has put another file in its place")
-                # Under another name until it listens, so that a client always finds a socket.
+                    raise OSError(errno.EEXIST, "another file has replaced it")
+                # Use another name until it listens, so that clients always find a listening socket.
                 beside = f"{os.path.dirname(path)}/.{os.urandom(2).hex()}"
                 if len(os.fsencode(beside)) > socket_file.LONGEST_PATH:
                     os.unlink(path)
@@ -342,7 +342,7 @@ class UnixListener(Listener):
     def refuse_new(self) -> bool:
         """Refuse new clients; clients that have connected can still be accepted.
 
-        Returns whether that is possible: not if the socket's owner passed it in.
+        Returns whether that is possible; it is not for a socket that was passed in.
         """
         if self.settings.foreign:
             return False
@@ -350,7 +350,7 @@ class UnixListener(Listener):
         if not self.shared:
             self.socket.shutdown(socket.SHUT_RD)
             self.always_readable = True
-        return True  # a shared socket: without its path only a client with another name reaches it
+        return True  # a shared socket: only clients that know another name still reach it
 
     def remove_files(self) -> None:
         """Remove the path, and the file of each socket, if they are ours."""
@@ -362,4 +362,4 @@ class UnixListener(Listener):
 
 
 def _chown(fd: int, uid: int, gid: int) -> None:
-    os.chown(f"/proc/self/fd/{fd}", uid, gid)  # by /proc, because ctypes costs memory
+    os.chown(f"/proc/self/fd/{fd}", uid, gid)  # through /proc, because ctypes costs memory

@@ -192,5 +192,5 @@ def test_a_kernel_that_reports_less_is_no_error(
 
 
 def test_a_refusal_of_the_kernel_is_an_error() -> None:
-    with pytest.raises(OSError, match="does not tell"):
+    with pytest.raises(OSError, match="does not report that"):
         unread(200, 80)

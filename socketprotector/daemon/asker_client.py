@@ -44,7 +44,7 @@ class Asker:
         self._process: HelperProcess | None = None
         self._number = 0  # of the last probe
         words = [str(_LINE_FD)]
-        self._line, theirs = Line.make(loop, self._hear)
+        self._line, theirs = Line.make(loop, self._on_message)
         descriptors = {_LINE_FD: theirs.fileno()}
         with on_error(self.close), theirs:
             if forwards is not None:
@@ -86,7 +86,7 @@ class Asker:
         if self._process is not None:
             self._process.process.kill_group()
 
-    def _hear(self, text: str) -> None:
+    def _on_message(self, text: str) -> None:
         number, _, why = text[1:].partition(" ")
         if number == str(self._number):
             (self._late if text[:1] == "~" else self._heard)(why)

@@ -60,7 +60,7 @@ class Asking:
         self._generation, self._began = generation, time.monotonic()
         self._asked = question.read(program.ready_question or "accept")
         self.last = f"GET {self._asked.path}: not answered yet" if self._asked.by_http else ""
-        self._ask()
+        self._send_probe()
 
     def stop(self) -> None:
         """Stop the probes."""
@@ -75,16 +75,16 @@ class Asking:
     def resume(self) -> None:
         """Restart the probes after a failed exec."""
         if self._generation is not None:
-            self._ask()
+            self._send_probe()
 
     # -- inside ------------------------------------------------------------------
 
-    def _ask(self) -> None:
+    def _send_probe(self) -> None:
         assert self._generation is not None
         limit_s = _ANSWERED_S if self._asked.by_http else _ACCEPTED_S
-        self._probe.ask(self._generation, self._asked, limit_s, self._heard)
+        self._probe.ask(self._generation, self._asked, limit_s, self._on_verdict)
 
-    def _heard(self, verdict: Verdict) -> None:
+    def _on_verdict(self, verdict: Verdict) -> None:
         generation = self._generation
         assert generation is not None
         number = generation.record.number
@@ -100,6 +100,6 @@ class Asking:
         self.last = why
         if verdict.kind != verdicts.NO_TARGET:
             pause_s = verdicts.pause_s(time.monotonic() - self._began)
-            self._loop.call_after(_TIMER, pause_s, self._ask)
+            self._loop.call_after(_TIMER, pause_s, self._send_probe)
         if verdicts.time_tells(generation.program.ready, verdict) and not self._probe.is_closed:
             self._not_asked(number)

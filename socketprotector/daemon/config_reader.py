@@ -49,8 +49,8 @@ class ConfigReader:
     key: Hashable
     _process: HelperProcess | None = None
     _line: socket.socket | None = None
-    _said: int = -1
-    _heard: dict[str, int] = field(default_factory=dict)
+    _output: int = -1
+    _received: dict[str, int] = field(default_factory=dict)
     _failure: str = ""
     _done: Callable[[ConfigAnswer], None] = lambda answer: None
 
@@ -88,21 +88,21 @@ class ConfigReader:
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         name = inherited.READER_DRY if dry else inherited.READER
         with theirs:
-            self._said = os.memfd_create("sp.reader", os.MFD_CLOEXEC)
+            self._output = os.memfd_create("sp.reader", os.MFD_CLOEXEC)
             held = inherited.memory_file(inherited.SETTINGS, dump(settings))
             with open(held, "rb", buffering=0):  # we close it once the reader has it
                 # As at the start, the umask decides the mode of UNIX sockets.
                 self._process = HelperProcess.start_protector(
                     self.command,
                     {inherited.SETTINGS: held, name: theirs.fileno()},
-                    self._said,
+                    self._output,
                     self.loop,
                     self._ended,
                     umask=settings.origin.umask,
                 )
-        self.loop.watch(self._line.fileno(), self._hear)
+        self.loop.watch(self._line.fileno(), self._receive)
 
-    def _hear(self) -> None:
+    def _receive(self) -> None:
         """Read the child's answers so far."""
         assert self._line is not None
         while True:
@@ -126,7 +126,7 @@ class ConfigReader:
                 self.loop.unwatch(self._line.fileno())
                 return
             for fd in fds:
-                self._heard[data.decode("ascii", "replace")] = fd
+                self._received[data.decode("ascii", "replace")] = fd
 
     def _too_late(self, limit_s: float) -> None:
         self._failure = f"the configuration was not read within {in_units(limit_s)}"
@@ -135,7 +135,7 @@ class ConfigReader:
 
     def _ended(self, how: str) -> None:
         if self._line is not None:
-            self._hear()
+            self._receive()
         done, self._done = self._done, _discard_answer
         try:
             answer = self._answer(f"the reader process {how}")
@@ -147,39 +147,39 @@ class ConfigReader:
     def _answer(self, how: str) -> ConfigAnswer:
         if self._failure:
             return ConfigAnswer(self._failure)
-        if "refused" in self._heard:
-            return ConfigAnswer(_text(self._heard["refused"]) or "refused")
-        if "changes" in self._heard:
+        if "refused" in self._received:
+            return ConfigAnswer(_text(self._received["refused"]) or "refused")
+        if "changes" in self._received:
             return ConfigAnswer(changes=self._lines("changes"), fixed=self._lines("fixed"))
-        if not {"differences", "settings"} <= self._heard.keys():
-            last = last_line(self._said)
+        if not {"differences", "settings"} <= self._received.keys():
+            last = last_line(self._output)
             return ConfigAnswer(f"the configuration was not read; {how}: {last}")
         try:
-            settings = load(_text(self._heard["settings"]).encode())
+            settings = load(_text(self._received["settings"]).encode())
         except SettingsError as error:
             return ConfigAnswer(str(error))
         return ConfigAnswer(
             settings=settings,
             changes=self._lines("differences"),
-            listeners=self._take_heard("listener "),
-            siblings=self._take_heard("twin "),
-            reserved=self._take_heard("reserved "),
+            listeners=self._take_received("listener "),
+            siblings=self._take_received("twin "),
+            reserved=self._take_received("reserved "),
         )
 
     def _lines(self, name: str) -> tuple[str, ...]:
-        return tuple(_text(self._heard[name]).splitlines()) if name in self._heard else ()
+        return tuple(_text(self._received[name]).splitlines()) if name in self._received else ()
 
-    def _take_heard(self, kind: str) -> dict[int, int]:
+    def _take_received(self, kind: str) -> dict[int, int]:
         """Remove and return the descriptors of a kind, by listener index."""
-        names = [name for name in self._heard if name.startswith(kind)]
-        return {int(name.removeprefix(kind)): self._heard.pop(name) for name in names}
+        names = [name for name in self._received if name.startswith(kind)]
+        return {int(name.removeprefix(kind)): self._received.pop(name) for name in names}
 
     def _release(self) -> None:
         """Release the child process, its line and its descriptors."""
         self.loop.cancel(self.key)
-        for fd in self._heard.values():
+        for fd in self._received.values():
             os.close(fd)
-        self._heard.clear()
+        self._received.clear()
         if self._line is not None:
             self.loop.unwatch(self._line.fileno())
             self._line.close()
@@ -187,9 +187,9 @@ class ConfigReader:
         if self._process is not None:
             self._process.discard()
             self._process = None
-        if self._said >= 0:
-            os.close(self._said)
-            self._said = -1
+        if self._output >= 0:
+            os.close(self._output)
+            self._output = -1
 
 
 def _text(fd: int) -> str:

@@ -59,7 +59,7 @@ class FirstPrograms:
 
         def done(found: str) -> None:
             # By now other programs may have failed with the same words.
-            last_words = _once(found, generation.record.programs_failed)
+            last_words = _without_repeats(found, generation.record.programs_failed)
             if generation.record.programs_work:
                 return  # another program has worked meanwhile
             generation.update_record(program_words=last_words)
@@ -102,7 +102,7 @@ class FirstPrograms:
         return f"; {where}" if where else ""
 
 
-def _once(last_words: str, most: int) -> str:
+def _without_repeats(last_words: str, most: int) -> str:
     """Return last words without repetitions by several programs."""
     lines = last_words.split("\n")
     for times in range(min(most, len(lines)), 1, -1):

@@ -86,7 +86,7 @@ class Health:
         text = self._settings().health
         if self._generation is not None and text:
             self._asked = question.read_health(text)
-            self._loop.call_after(_TIMER, 0.0, self._ask)
+            self._loop.call_after(_TIMER, 0.0, self._send_probe)
 
     # -- inside ------------------------------------------------------------------
 
@@ -103,14 +103,14 @@ class Health:
         self.known = Serving(time.time())
         self.resume()
 
-    def _ask(self) -> None:
+    def _send_probe(self) -> None:
         settings, generation = self._settings(), self._generation
         assert generation is not None
-        self._loop.call_after(_TIMER, settings.health_every_s, self._ask)
+        self._loop.call_after(_TIMER, settings.health_every_s, self._send_probe)
         if not self._delivery.is_silent and not self._probe.asks:
-            self._probe.ask(generation, self._asked, settings.health_timeout_s, self._heard)
+            self._probe.ask(generation, self._asked, settings.health_timeout_s, self._on_verdict)
 
-    def _heard(self, verdict: Verdict) -> None:
+    def _on_verdict(self, verdict: Verdict) -> None:
         before, most = self.known, self._settings().health_failures
         self.known = known = before.after(verdict, most, time.time())
         if known.state == before.state or self._generation is None:

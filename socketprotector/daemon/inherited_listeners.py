@@ -44,7 +44,7 @@ def adopt(
 
 
 def _is_same(fd: int, others: Sequence[int]) -> bool:
-    """Close a descriptor of a socket that one of the others has, too; return whether it was."""
+    """Return whether others have a descriptor of the same socket; if so, close this descriptor."""
     inodes = {os.fstat(each).st_ino for each in others if each >= 0}
     same = fd >= 0 and os.fstat(fd).st_ino in inodes
     if same:

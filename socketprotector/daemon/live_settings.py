@@ -61,7 +61,7 @@ class LiveSettings:
         reader.read(self.settings, partial(self._on_config_read, dry_run=dry_run))
 
     def compare(self, done: Callable[[config_reader.ConfigAnswer], None]) -> bool:
-        """Find out what a reload would change, and call back; return False if one is running."""
+        """Find out what a reload would change, and call back; return False if that runs already."""
         comparer = self._reader("comparer")
         if comparer.busy:
             return False
@@ -96,7 +96,7 @@ class LiveSettings:
                 self._put_in_force(replace(self.settings, listeners=(*there, *gone)))
 
     def stop_reading(self) -> None:
-        """End the reader processes: the next program knows nothing of them."""
+        """End the reader processes, because the next program does not know them."""
         for each in self._readers.values():
             each.call_off()
 
@@ -105,7 +105,7 @@ class LiveSettings:
     def adopt(self, snapshot: Snapshot) -> None:
         """Resume with the candidate settings, if the fleet still tries or uses them.
 
-        The order to use them is repeated.
+        If they were ordered into force, core repeats that order.
         """
         self.record = SettingsRecord(self.settings, snapshot.settings.candidate)
         if snapshot.fleet.candidate is None and UseSettings() not in snapshot.unfinished:

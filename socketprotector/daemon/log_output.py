@@ -116,7 +116,7 @@ class Output:
         self._relay.read_from(number, relay_client.WorkerPipe(read, generation, given.pid))
 
     def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
-        """Keep the pipes of running workers, and of a few exited ones; close the others.
+        """Keep the pipes of running workers and of a few exited workers; close the others.
 
         living, numbers: how many workers run, and which.
         """
@@ -140,7 +140,7 @@ class Output:
     def position(self) -> int:
         """Return where the output ends now, before a worker writes.
 
-        Returns -1 if it cannot be read back, or if the relay provides last words.
+        Returns -1 if the output cannot be read back, or if the relay provides last words.
         """
         if self._relayed:
             return -1
@@ -216,7 +216,7 @@ def _end_of(path: str, start: int) -> bytes:
     try:
         found = os.fstat(fd)
         if not os.path.samestat(found, os.fstat(_STDERR)):
-            return b""  # another file has that name now, perhaps a private one
+            return b""  # another file has that name now, perhaps a private file
         size = found.st_size
         return os.pread(fd, _LAST_BYTES, max(start, size - _LAST_BYTES))
     finally:

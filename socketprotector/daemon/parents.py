@@ -62,11 +62,11 @@ class Parents:
         if self.line is None:
             gone()  # the guard may have exited under an earlier program
         else:
-            loop.watch(self.line.fileno(), lambda: self._hear(loop, learned, gone))
+            loop.watch(self.line.fileno(), lambda: self._read(loop, learned, gone))
         if self.systemd.watchdog_s:
             self._feed_watchdog(loop)
 
-    def _hear(
+    def _read(
         self, loop: Loop, learned: Callable[[int, bool, str], None], gone: Callable[[], None]
     ) -> None:
         assert self.line is not None

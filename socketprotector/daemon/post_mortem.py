@@ -141,7 +141,7 @@ class PostMortem:
     def _why(
         self, worker: Worker, how: str, last_words: str, detached: bool, *, spoken_with: bool
     ) -> str:
-        """Return why a worker that never served has exited, as far as we can know."""
+        """Return why a worker that never served has exited, as far as is known."""
         when = "as soon as it was ready" if worker.record.ready_by else "before it was ready"
         program = worker.generation.program
         reason = f"{escape(program.argv[0])} {how} {when}"
@@ -183,7 +183,7 @@ class PostMortem:
         """
         for name, fd in descriptors.items():
             if name != "process":
-                os.close(fd)  # a process group needs no other descriptor
+                os.close(fd)  # only the process's descriptor is needed
         process = Process(record.pid, descriptors["process"])
         try:
             process.reap()

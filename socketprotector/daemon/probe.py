@@ -1,8 +1,8 @@
 """Sends a probe to a generation, and reports the verdict.
 
-The delivery knows how to reach the generation (`ProbeTarget`).  There are three kinds.  For
-`accept`, a worker must accept a connection of ours.  For HTTP, another process sends the request
-over a connection of ours (asker_client.py).  A check command makes its own connections.
+The delivery knows how to reach the generation (`ProbeTarget`).  There are three kinds of
+probe.  For `accept`, a worker must accept a connection of ours.  For HTTP, another process sends
+the request over a connection of ours (asker_client.py).  A check command makes its own connections.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ class Probe:
         self._asked_at = self._until = 0.0
         self._target: ProbeTarget | None = None
         #: The connection of the present probe.  A connection that no worker has accepted is reused,
-        #: so that probes do not pile up at a server that accepts none.
+        #: so that probes do not pile up at a server that does not accept.
         self._connection: socket.socket | None = None
         self._made_at = 0.0
         self._was_reset = False
         self._asker: Asker | None = None
-        #: The running command.  A late one may survive its kill: as another user's process, or
+        #: The running command.  A late command may survive its kill if it runs as another user, or
         #: while it waits for a disk.
         self._command: CheckCommand | None = None
         self._late = ""

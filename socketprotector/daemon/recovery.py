@@ -3,9 +3,9 @@
 Connections come first, so that clients wait as little as possible.  Then the workers follow, one at
 a time: there may be a thousand.
 
-A kill may come between a start, the storing of descriptors and the writing of the state.  If a
-descriptor that the state mentions is missing, an event reports that.  If the state does not mention
-a stored descriptor, it is closed.
+The earlier program may have been killed before it stored descriptors, or before it wrote the state.
+If a descriptor that the state mentions is missing, an event reports that.  A stored descriptor that
+the state does not mention is closed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Recovery:
     )
 
     def adopt(self) -> list[Event]:
-        """Adopt all but the workers: then a generation can have the route.
+        """Adopt everything except the workers, so that a generation can get the route.
 
         Returns events for the generations that are in the fleet but were not made in time.
         """
@@ -88,7 +88,7 @@ class Recovery:
         for number, descriptors in self.unclaimed.take_all(inherited.WORKER).items():
             process = descriptors.get("process", -1)
             if process >= 0 and settings.finish_signal and int(number) not in known:
-                with suppress(OSError):  # most have ended, and were about to be forgotten
+                with suppress(OSError):  # most of them have exited
                     signal.pidfd_send_signal(process, settings.finish_signal)
             for fd in descriptors.values():
                 os.close(fd)
@@ -120,7 +120,7 @@ class Recovery:
             if mine.keys() >= needed and not record.orphaned:
                 pool.adopt(record, mine, generation)
             else:
-                # The worker had exited: its descriptors may leave the store before its record ends.
+                # The worker had exited, and some of its descriptors may have left the store.
                 has_group = pool.adopt_group(record, mine, generation)
                 found = fleet.find(record.number)
                 if has_group != (found is not None and found[1].state is State.ORPHANED):

@@ -57,8 +57,8 @@ _ROOM_S = 1.0
 _END_S = 3.0
 #: The messages to the relay: read a worker's pipe, close the pipe, send last words, write lines to
 #: this descriptor, exit.
-_PIPE, _CLOSE, _WORDS, _PLACE, _END = "+", "-", "?", "=", "!"
-_SHORT_HINT = "its descriptor limit was lowered; SocketProtector raises it, or starts another relay"
+_PIPE, _CLOSE, _WORDS, _NEW_STDERR, _END = "+", "-", "?", "=", "!"
+_LACKS_HINT = "its descriptor limit was lowered; SocketProtector raises it, or starts another relay"
 _CLOSED_HINT = (
     "a process that writes there gets SIGPIPE; see: ls -l /proc/*/fd/* | grep pipe:.{pipe}"
 )
@@ -103,7 +103,7 @@ class LogRelay:
         #: Readable as soon as any pipe has output.
         self._written = select.epoll()
         self._was_stopped = False  # the relay was suspended at our last check
-        self._short = False  # the relay had no descriptor for a message
+        self._lacks_descriptor = False  # the relay had no descriptor for a message
         self._must_end = False  # its limit of descriptors cannot be raised
 
     # -- the process -----------------------------------------------------------
@@ -157,7 +157,7 @@ class LogRelay:
         if line >= 0:
             self._listen(socket.socket(fileno=line))
         self._helper = HelperProcess(chosen, self._loop, self._ended)
-        self._say_all()
+        self._send_all()
 
     def descriptors(self) -> dict[str, int]:
         """Return the descriptors that the next program needs, except the workers' pipes."""
@@ -185,7 +185,7 @@ class LogRelay:
                 "log_relay.py", given, descriptors, self._loop, self._ended, batch=True
             )
         self._listen(ours)
-        self._say_all()
+        self._send_all()
 
     def _ended(self, how: str) -> None:
         assert self._helper is not None
@@ -194,7 +194,12 @@ class LogRelay:
         self._loop.cancel("relay-end")
         if self._helper.proven:
             self._back_off.reset()
-        self._helper, self._was_stopped, self._short, self._must_end = None, False, False, False
+        self._helper, self._was_stopped, self._lacks_descriptor, self._must_end = (
+            None,
+            False,
+            False,
+            False,
+        )
         self._hang_up()
         self._persist()
         self._start_again()
@@ -213,7 +218,7 @@ class LogRelay:
     def _listen(self, line: socket.socket) -> None:
         self._line = line
         try:
-            self._loop.watch(line.fileno(), self._hear)
+            self._loop.watch(line.fileno(), self._receive)
         except OSError:  # out of memory: then there are no last words
             pass
 
@@ -235,19 +240,19 @@ class LogRelay:
         try:
             self._loop.watch(self._written.fileno(), self._was_written)
         except OSError:  # the system is short of something
-            self._loop.call_after("relay-reads", _READS_S, self._look)
+            self._loop.call_after("relay-reads", _READS_S, self._check_relay)
 
     def _was_written(self) -> None:
         self._loop.unwatch(self._written.fileno())
-        self._loop.call_after("relay-reads", _READS_S, self._look)
+        self._loop.call_after("relay-reads", _READS_S, self._check_relay)
 
-    def _look(self) -> None:
+    def _check_relay(self) -> None:
         """Send CONT to a relay that is suspended while output is unread; if that fails, kill it."""
         if not self._written.poll(0, 1):
             self._was_stopped = False
             self._wait_for_output()
             return
-        self._loop.call_after("relay-reads", _READS_S, self._look)
+        self._loop.call_after("relay-reads", _READS_S, self._check_relay)
         if self._helper is None:
             return
         process = self._helper.process
@@ -266,7 +271,7 @@ class LogRelay:
         """Carry a worker's output from now on; takes ownership of the read end."""
         self._keep(number, pipe)
         self._unsent.append((_PIPE, number))
-        self._say()
+        self._send_unsent()
 
     def _keep(self, number: int, pipe: WorkerPipe) -> None:
         if number in self._workers:  # an earlier program was killed before it recorded that worker
@@ -278,7 +283,7 @@ class LogRelay:
             self._loop.watch(pipe.read, lambda: self._close_if_done(number), 0)
             self._written.register(pipe.read, select.EPOLLIN)
         except OSError:  # out of descriptors or memory: check by a timer
-            self._look_later(number)
+            self._check_later(number)
 
     def _close_if_done(self, number: int) -> None:
         """Close a pipe without writers, once it is read to its end."""
@@ -289,7 +294,7 @@ class LogRelay:
         self._loop.unwatch(pipe.read)
         # Check for hang-up first, then for output: a single call might miss the last output.
         if not has_hung_up or events_of(pipe.read, select.POLLIN) & select.POLLIN:
-            self._look_later(number)
+            self._check_later(number)
             return
         self._let_go(number)
         self._persist()
@@ -327,32 +332,32 @@ class LogRelay:
                 )
                 self._unsent.append((_CLOSE, number))
             self._let_go(number)
-        self._say()
+        self._send_unsent()
 
-    def _look_later(self, number: int) -> None:
+    def _check_later(self, number: int) -> None:
         self._loop.call_after(("output", number), _AGAIN_S, lambda: self._close_if_done(number))
 
     def reopened(self) -> None:
         """Send the relay the new stderr, if it writes lines there."""
         if self._kind != "syslog":
-            self._unsent.append((_PLACE, 0))
-            self._say()
+            self._unsent.append((_NEW_STDERR, 0))
+            self._send_unsent()
 
-    def _say_all(self) -> None:
+    def _send_all(self) -> None:
         """Repeat all messages: a new relay has got none, an adopted relay may lack the last."""
         self._unsent.clear()
         self._unsent.extend((_PIPE, number) for number in self._workers)
         if self._kind != "syslog":
-            self._unsent.append((_PLACE, 0))
+            self._unsent.append((_NEW_STDERR, 0))
         self._unsent.extend((_WORDS, number) for number, each in self._asked.items() for _ in each)
-        self._say()
+        self._send_unsent()
 
-    def _say(self) -> None:
+    def _send_unsent(self) -> None:
         """Send the relay all unsent messages, without ever blocking."""
         while self._unsent and self._line is not None:
             kind, number = self._unsent[0]
             pipe = self._workers.get(number)
-            fd, text = _STDERR if kind == _PLACE else -1, f"{kind}{number}"
+            fd, text = _STDERR if kind == _NEW_STDERR else -1, f"{kind}{number}"
             if kind == _PIPE and pipe is not None:
                 fd, text = pipe.read, f"{text} {pipe.generation} {pipe.pid}"
             if fd >= 0 or kind in (_WORDS, _CLOSE, _END):  # otherwise the pipe is closed already
@@ -362,7 +367,7 @@ class LogRelay:
                 except (BrokenPipeError, ConnectionResetError):
                     return  # the relay has died: the next relay gets all messages
                 except OSError:  # no room: the relay, or the reader of its output, is behind
-                    self._loop.call_after("relay-line", _AGAIN_S, self._say)
+                    self._loop.call_after("relay-line", _AGAIN_S, self._send_unsent)
                     return
             self._unsent.popleft()
 
@@ -375,9 +380,9 @@ class LogRelay:
             (_WORDS, number), _WORDS_S, lambda: self._finish_without_words(number)
         )
         self._unsent.append((_WORDS, number))
-        self._say()
+        self._send_unsent()
 
-    def _hear(self) -> None:
+    def _receive(self) -> None:
         if self._line is None:
             return
         data = read_now(self._line.recv, _ANSWER_BYTES, socket.MSG_DONTWAIT)
@@ -387,18 +392,18 @@ class LogRelay:
             self._loop.unwatch(self._line.fileno())  # the relay has exited: _ended() follows
             return
         kind = chr(data[0])
-        if kind in (_PIPE, _PLACE):
-            self._tell_again(kind, int(data[1:]))
+        if kind in (_PIPE, _NEW_STDERR):
+            self._repeat_later(kind, int(data[1:]))
             return
         number, _, said = data.partition(b"\n")
-        self._words_came(int(number), said)
+        self._on_words(int(number), said)
 
-    def _tell_again(self, kind: str, number: int) -> None:
+    def _repeat_later(self, kind: str, number: int) -> None:
         """Repeat a message later: the relay lacked a descriptor; the pipe keeps the output."""
-        if not self._short and self._helper is not None:
+        if not self._lacks_descriptor and self._helper is not None:
             pid = self._helper.process.pid
-            self._log.write("warning", "relay-short", pid=pid, hint=_SHORT_HINT)
-            ours, self._short = resource.getrlimit(_NOFILE), True
+            self._log.write("warning", "relay-short", pid=pid, hint=_LACKS_HINT)
+            ours, self._lacks_descriptor = resource.getrlimit(_NOFILE), True
             try:  # the relay had our limit, until another process lowered it
                 resource.prlimit(pid, _NOFILE, ours)
             except (OSError, ValueError):
@@ -406,15 +411,15 @@ class LogRelay:
                     self._must_end = resource.prlimit(pid, _NOFILE)[1] < ours[1]
         if self._must_end:  # only root could raise its limit; the next relay gets ours
             self._unsent.appendleft((_END, 0))
-            self._say()
+            self._send_unsent()
             if self._helper is not None:  # end() fails for a relay that is old or blocked: keep it
                 kill = partial(self._helper.process.signal, signal.SIGKILL)
                 self._loop.call_after("relay-end", _LONGEST_S, kill)
             return
         self._unsent.append((kind, number))
-        self._loop.call_after("relay-line", _ROOM_S, self._say)
+        self._loop.call_after("relay-line", _ROOM_S, self._send_unsent)
 
-    def _words_came(self, number: int, said: bytes) -> None:
+    def _on_words(self, number: int, said: bytes) -> None:
         asked = self._asked.get(number)
         if asked is None:
             return  # the answer came too late
@@ -427,7 +432,7 @@ class LogRelay:
     def _finish_without_words(self, number: int) -> None:
         """Call back all callers that wait for a worker's last words, with none."""
         while number in self._asked:
-            self._words_came(number, b"")
+            self._on_words(number, b"")
 
     # -- the end -------------------------------------------------------------
 

@@ -46,18 +46,18 @@ class SettleCheck:
         """counts: returns the counts of the generations, by number, for a command to read."""
         self._loop, self._post = runtime.loop, runtime.post
         self._probes, self._counts = probes, counts
-        self._probe = Probe(runtime.loop, reach, addresses=probes, reads=self._text)
+        self._probe = Probe(runtime.loop, reach, addresses=probes, reads=self._input_of)
         self._generation: OpenGeneration | None = None
         self._asked = Question("")
-        self._began = self._asked_at = 0.0
-        self._known = Settling()
+        self._began = self._sent_at = 0.0
+        self._settling = Settling()
 
     def begin(self, generation: OpenGeneration) -> None:
         """Probe a generation until stop()."""
         self.stop()
         self._generation = generation
         self._asked = question.read_settle_check(generation.program.settle_check)
-        self._known = Settling()
+        self._settling = Settling()
         self.resume()
 
     def stop(self) -> None:
@@ -75,22 +75,24 @@ class SettleCheck:
     def resume(self) -> None:
         """Start the probes, or restart them after a failed exec."""
         if self._generation is not None:
-            self._known = replace(self._known, unknown_since=None)
+            self._settling = replace(self._settling, unknown_since=None)
             self._began = time.monotonic()
-            self._ask()
+            self._send_probe()
 
     def awaits(self, number: int) -> bool:
         """Return whether a generation's --settle is over, but a good answer is missing."""
         generation = self._generation
         if generation is None or generation.record.number != number:
             return False
-        self._known = self._known.over()
-        return not self._known.is_good
+        self._settling = self._settling.over()
+        return not self._settling.is_good
 
     @property
     def is_due(self) -> bool:
         """Whether --settle is over, and a good answer is still awaited."""
-        return self._generation is not None and self._known.is_over and not self._known.is_good
+        return (
+            self._generation is not None and self._settling.is_over and not self._settling.is_good
+        )
 
     # -- inside ------------------------------------------------------------------
 
@@ -98,26 +100,26 @@ class SettleCheck:
     def _is_command(self) -> bool:
         return self._asked.kind == question.CHECK
 
-    def _ask(self) -> None:
+    def _send_probe(self) -> None:
         assert self._generation is not None
-        self._asked_at = time.monotonic()
+        self._sent_at = time.monotonic()
         limit_s = LIMIT_S if self._is_command else _ANSWERED_S
-        self._probe.ask(self._generation, self._asked, limit_s, self._heard)
+        self._probe.ask(self._generation, self._asked, limit_s, self._on_verdict)
 
-    def _heard(self, verdict: Verdict) -> None:
+    def _on_verdict(self, verdict: Verdict) -> None:
         generation, now = self._generation, time.monotonic()
         assert generation is not None
-        self._known = self._known.after(verdict, self._asked_at, now)
-        if self._known.bad:
+        self._settling = self._settling.after(verdict, self._sent_at, now)
+        if self._settling.bad:
             self.stop()
-            reason = f"--settle-check: {self._known.bad}"
+            reason = f"--settle-check: {self._settling.bad}"
             self._post(SettleFailed(generation.record.number, reason))
             return
-        next_s = max(0.0, self._asked_at + _EVERY_S - now)
+        next_s = max(0.0, self._sent_at + _EVERY_S - now)
         usual_s = next_s if self._is_command else verdicts.pause_s(now - self._began)
-        self._loop.call_after(_TIMER, self._known.pause_s(usual_s), self._ask)
+        self._loop.call_after(_TIMER, self._settling.pause_s(usual_s), self._send_probe)
 
-    def _text(self, number: int) -> bytes:
+    def _input_of(self, number: int) -> bytes:
         """Return the counts that a check command reads, of the new and the old generation."""
         counts = self._counts()
         others = (each for each in counts.values() if each["phase"] == "serving")

@@ -21,9 +21,9 @@ _STATUS_CHARACTERS = 500
 #: The most messages handled in one go: a worker that sends without end must not block us.  The
 #: kernel queues fewer (net.unix.max_dgram_qlen, 10 to 512), so no message before a worker's exit is
 #: missed.
-_HEARD_AT_ONCE = 1024
+_READ_AT_ONCE = 1024
 #: How long to wait before reading again from a socket that could not be read.
-_HEAR_AGAIN_S = 0.1
+_READ_AGAIN_S = 0.1
 #: The most digits of the microseconds that a worker may request: about 30 years.
 _USEC_DIGITS = 15
 _RETIRES = wire.RETIRES_ON_RETURN.split("=")
@@ -62,7 +62,7 @@ class WorkerMessages:
         Each message is handled, and the result checkpointed, before the message is removed.
         """
         worker = self._workers[number]
-        for _ in range(_HEARD_AT_ONCE):
+        for _ in range(_READ_AT_ONCE):
             try:
                 fields = worker.notify.hear(worker.process.pid)
                 if fields is None:
@@ -70,7 +70,7 @@ class WorkerMessages:
                 self._handle(number, worker, fields)
                 worker.notify.take()
             except OSError as error:
-                self._hear_later(number, worker, error)
+                self._read_later(number, worker, error)
                 return
 
     def _handle(self, number: int, worker: Worker, fields: Mapping[str, str]) -> None:
@@ -91,18 +91,18 @@ class WorkerMessages:
                 self._note(worker, watched=True)
             self.await_word(number, worker)
 
-    def _hear_later(self, number: int, worker: Worker, error: OSError) -> None:
+    def _read_later(self, number: int, worker: Worker, error: OSError) -> None:
         """Read again by a timer: the socket stays readable while we are out of memory."""
         self._log.write("error", "cannot-read-messages", worker=number, error=error.strerror)
         self._loop.unwatch(worker.notify.fileno())
-        self._loop.call_after(("hear", number), _HEAR_AGAIN_S, lambda: self._hear_again(number))
+        self._loop.call_after(("hear", number), _READ_AGAIN_S, lambda: self._read_again(number))
 
-    def _hear_again(self, number: int) -> None:
+    def _read_again(self, number: int) -> None:
         worker = self._workers[number]
         try:
             self._loop.watch(worker.notify.fileno(), lambda: self.read(number))
         except OSError as error:
-            self._hear_later(number, worker, error)
+            self._read_later(number, worker, error)
 
     def await_word(self, number: int, worker: Worker) -> None:
         """Replace a worker that sends no WATCHDOG=1 in time from now on.

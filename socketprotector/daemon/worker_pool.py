@@ -61,9 +61,8 @@ class WorkerPool:
         loop, log, post = runtime.loop, runtime.log, runtime.post
         self._loop, self._log, self._post = loop, log, post
         self._workers: dict[int, Worker] = {}
-        self._records: dict[
-            int, WorkerRecord
-        ] = {}  # kept apart from the workers: each checkpoint needs all records
+        #: Kept apart from the workers, because each checkpoint needs all records.
+        self._records: dict[int, WorkerRecord] = {}
         self._by_pid: dict[int, int] = {}
         #: All descriptors of workers and their output that the next program needs.
         self.descriptors = output.named

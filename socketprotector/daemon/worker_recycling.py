@@ -83,11 +83,11 @@ class LimitWatch:
         self._large = BornTooLarge()
         self._loop.cancel(_TIMER)
         if self._limits.any:
-            self._loop.call_after(_TIMER, EVERY_S, self._look)
+            self._loop.call_after(_TIMER, EVERY_S, self._check_workers)
 
-    def _look(self) -> None:
+    def _check_workers(self) -> None:
         if self._limits.memory_bytes and not self._blind:
-            self._blind = self._cannot_look()
+            self._blind = self._is_memory_hidden()
         now, fits = time.monotonic(), False
         for number, worker in tuple(self._workers.items()):
             ready_at = worker.record.ready_at
@@ -109,7 +109,7 @@ class LimitWatch:
             if reason is not None:
                 self._post(ReplaceRequested(number, reason))
         self._large.forget(self._workers, a_grown_one_fits=fits)
-        self._loop.call_after(_TIMER, EVERY_S, self._look)
+        self._loop.call_after(_TIMER, EVERY_S, self._check_workers)
 
     def _may_replace(self, number: int, age_s: float, now: float) -> bool:
         """Return whether a worker that is too large may be replaced now; warn once of a loop."""
@@ -139,7 +139,7 @@ class LimitWatch:
             hint = "--retire-after has no effect on workers without the client library"
             self._log.write("warning", "not-counted", worker=number, hint=hint)
 
-    def _cannot_look(self) -> bool:
+    def _is_memory_hidden(self) -> bool:
         """Return whether a worker's memory is unreadable (as with hidepid, proc(5)), and warn."""
         for number, worker in self._workers.items():
             process = worker.process

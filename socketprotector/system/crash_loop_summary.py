@@ -1,8 +1,8 @@
 """The log's limit for crash loops: after SHOWN deaths one line with a count, not a full disk.
 
-Later deaths are counted, and one line at growing intervals has the count and the last cause.  When
-a worker has proved itself, and at a stop, the rest is summed up, and the lines withheld of the
-running worker are written.  Observers of the log get every line.
+Later deaths are counted, and a line at growing intervals has the count and the last cause.  When a
+worker has proved itself, and at a stop, the rest is summed up, and the running worker's withheld
+lines are written.  Observers of the log get every line.
 
 The limit is for each slot of a generation, and for generations that fail in a row while none
 serves.  It reads the log's own lines, which also say when a worker was spawned and why it ended.
@@ -21,7 +21,7 @@ from .loop import Loop
 Fields = Mapping[str, object]
 #: Time, level, event and fields.
 Line = tuple[float, str, str, Fields]
-#: Generation and slot; the slot None is of workers that could not be spawned.
+#: Generation and slot; None: the slot of workers that could not be spawned.
 Slot = tuple[int, int | None]
 Key = Slot | None  # None: the loop of generations
 
@@ -29,8 +29,8 @@ Key = Slot | None  # None: the loop of generations
 SHOWN = 5
 #: The time between two lines with a count: it doubles each time.
 FIRST_INTERVAL_S, LAST_INTERVAL_S = 10.0, 3600.0
-#: The slot of a worker whose exit does not count: an earlier program spawned it, or it served and
-#: left on request.
+#: The slot of a worker whose exit does not count: an earlier program spawned the worker, or the
+#: worker served and left on request.
 _UNKNOWN = -1
 
 _REPEATED = ("spawned", "worker-ready", "signalled", "exited")
@@ -58,13 +58,13 @@ class CrashLoopFilter:
     """Withholds lines that a crash loop repeats."""
 
     def __init__(self, write: Callable[[str, str, Fields], None], loop: Loop) -> None:
-        """Limit the lines; write: writes one (level, event, fields) past this filter."""
+        """write: writes a line (level, event, fields) past this filter."""
         self._write, self._loop = write, loop
         self._crashing: dict[Key, _CrashLoop] = {}
         self._slot_of: dict[int, Slot] = {}  # of running workers
         self._just_ended: Slot | None = None
         self._failed = 0  # the last generation that failed while no other served
-        self._shown_to = 0  # the lines of later generations are withheld
+        self._shown_to = 0  # the last generation whose lines are not withheld
         self._stopping = False
 
     def suppresses(self, level: str, event: str, fields: Fields) -> bool:
@@ -129,7 +129,7 @@ class CrashLoopFilter:
         return (event == "recovered" or None in self._crashing) and self._withholds(None, line)
 
     def _withholds(self, key: Key, line: Line) -> bool:
-        """Withhold a line of a running worker or generation in a loop; return whether it is."""
+        """Withhold a line of a worker or generation that is in a loop; return whether it is."""
         now, _, event, _ = line
         crashes = self._crashing.setdefault(key, _CrashLoop(now))
         ready = event == ("recovered" if key is None else "worker-ready")
@@ -177,7 +177,7 @@ class CrashLoopFilter:
         self._write("warning", "crash-loop", {k: v for k, v in fields.items() if v is not None})
 
     def _finish(self, key: Key) -> None:
-        """Write the rest and the withheld lines of the running worker; end the loop."""
+        """Sum up the rest, write the running worker's withheld lines, and end the loop."""
         if key not in self._crashing:
             return
         self._loop.cancel(("crash-loop", key))

@@ -3,9 +3,9 @@
 An idle protector never uses most of LATE.  Such a module is imported whole, as in
 `from ..model import known_servers`; the first look-up of a name in it loads it.  By then an
 upgrade may have replaced the package's files.  So the compiled code of the running version is kept
-in one memfd, and loading it needs no file and no descriptor.  It needs memory, for which
-there is a reserve.  The memfd also has the modules of the standard library that come late, and the
-programs that are started later: these as source, because the interpreter may have been replaced.
+in one memfd: loading it needs no file and no descriptor, but memory, for which there is a reserve.
+The memfd also has the late modules of the standard library, and the programs that we start later:
+these as source, because the interpreter may have been replaced.
 
 The resident process never reads annotations, docstrings of modules and classes, or a module's
 location.  Without them an idle protector is 0.3 MB smaller.
@@ -137,7 +137,7 @@ def keep() -> None:
         __import__(parent)
         spec = Finder.find_spec(name, sys.modules[parent].__path__)
         if spec is None or not isinstance(spec.loader, _Loader):
-            continue  # from an archive: it is loaded like any other module
+            continue  # in an archive: such a module is loaded as usual
         module = _Late(name)
         module.__file__, module.__package__ = spec.origin, parent
         vars(module)["__kept__"] = _write(kept, marshal.dumps(spec.loader.get_code(name)))

@@ -214,12 +214,12 @@ class Scan:
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         fd = self._line.fileno()
         with theirs, on_error(self._line.close), on_error(loop.unwatch, fd):
-            loop.watch(fd, self._hear)
+            loop.watch(fd, self._receive)
             self._process = fork(lambda: _send_found(theirs, wanted, identity))
         hangs = f"the scan of /proc took longer than {in_units(_SCAN_S)}"
         loop.call_after(_LIMIT, _SCAN_S, lambda: self._end(hangs))
 
-    def _hear(self) -> None:
+    def _receive(self) -> None:
         """Receive the processes found so far; the last message ends the scan."""
         while True:
             try:

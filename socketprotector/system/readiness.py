@@ -32,10 +32,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .check_command import CheckCommand
 
-    #: Starts a check; the arguments are called when it is over, and before that if it is stuck.
+    #: Starts a check; calls the first argument when it is over, the second if it gets stuck before.
     StartCheck = Callable[[Callable[[str], None], Callable[[str], None]], CheckCommand]
 
-#: Both kinds of line are short; a longer one is cut.
+#: Both kinds of line are short; a longer line is cut.
 _LINE_BYTES = 4096
 #: The pause between a failed check and the next one.
 CHECK_EVERY_S = 0.25
@@ -142,7 +142,7 @@ class Readiness:
         """
         self._changed = changed
         for name, fd in self._lines.items():
-            self._loop.watch(fd, lambda name=name, fd=fd: self._hear(name, fd))  # type: ignore[misc]
+            self._loop.watch(fd, lambda name=name, fd=fd: self._read(name, fd))  # type: ignore[misc]
         if known:
             return
         self._ready, self._hangs, self._fails = ready, hangs, fails
@@ -158,7 +158,7 @@ class Readiness:
         if after_s is not None and self._loop.due(timer) is None:
             self._loop.call_after(timer, after_s, lambda: self._ready("timer"))
 
-    def _hear(self, name: str, fd: int) -> None:
+    def _read(self, name: str, fd: int) -> None:
         if self._lines.get(name) != fd:
             return  # closed by an earlier callback
         with dropping():

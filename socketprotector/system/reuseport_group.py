@@ -124,16 +124,16 @@ class Group:
 
         guarded: SILENT must take the position of a socket that is shut down.
         """
-        yield from self._know()
+        yield from self._restore_order()
         self.to, self.marked = SILENT if held else to, dict(marked)
         stays = held or guarded
-        if stays and not self._stands_well(held=held):
+        if stays and not self._is_silent_placed(held=held):
             yield from self._end_silence()
         if stays and not self.is_silent:
             error = yield from self._try(Join(SILENT))
             if error is not None and held:
                 raise error
-        error = yield from self._attach(self._order if stays else self._heard)
+        error = yield from self._attach(self._order if stays else self._without_silent)
         if error is not None:
             raise error
         if not stays and self.is_silent:
@@ -145,7 +145,7 @@ class Group:
         Connections would inherit that shutdown, unless the socket is shut down while it listens.
         So the socket joins twice.
         """
-        yield from self._know()
+        yield from self._restore_order()
         # An earlier program, or a server, may have steered the group to any position before this.
         yield from self._attach(self._order, away=None if self.is_silent else number)
         yield from self._do(Join(number))
@@ -155,7 +155,7 @@ class Group:
             # member.
             yield from self._end_silence()
         held = self.to == SILENT and self.is_silent
-        yield from self._attach(self._order if held else (*self._heard, number))
+        yield from self._attach(self._order if held else (*self._without_silent, number))
         yield from self._do(Join(number))
         if held:
             yield from self._attach(self._order)
@@ -188,17 +188,17 @@ class Group:
         return self.listed if self.order is None else self.order
 
     @property
-    def _heard(self) -> Order:
+    def _without_silent(self) -> Order:
         """The order without SILENT."""
         return _without(self._order, SILENT)
 
-    def _stands_well(self, *, held: bool) -> bool:
+    def _is_silent_placed(self, *, held: bool) -> bool:
         """Return whether SILENT, if it is a member, has a suitable position."""
         if held or not self.is_silent:
             return True
         return self._order[-1] == SILENT or not set(self.sockets) <= set(self._order)
 
-    def _know(self) -> Plan:
+    def _restore_order(self) -> Plan:
         """Restore known positions if a server has changed them.
 
         The last member leaves before SILENT leaves, and joins again afterwards.  So at each step
@@ -217,8 +217,8 @@ class Group:
 
     def _end_silence(self) -> Plan:
         if self.is_silent:
-            if self.order is not None and len(self._heard) > 1:
-                yield from self._attach(self._heard)  # the positions after SILENT has left
+            if self.order is not None and len(self._without_silent) > 1:
+                yield from self._attach(self._without_silent)  # the positions after SILENT has left
             yield from self._do(Leave(SILENT))
 
     def _attach(self, order: Order, away: int | None = None) -> Try:

@@ -139,9 +139,9 @@ def test_what_an_asker_says(text: str) -> None:
     heard: list[str] = []
     one = Asker.__new__(Asker)
     one._number, one._heard, one._late = 3, heard.append, heard.append
-    one._hear(text)
-    one._hear("-2 of an earlier question")
-    one._hear("-3 why")
+    one._on_message(text)
+    one._on_message("-2 of an earlier question")
+    one._on_message("-3 why")
     assert heard[-1] == "why"
     assert "of an earlier question" not in heard
 

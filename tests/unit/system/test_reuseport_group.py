@@ -72,11 +72,11 @@ def is_known(self: Group) -> group.Plan:
     [
         (group, "_without", keeps_the_order),
         (Group, "_order_of", believes),
-        (Group, "_know", is_known),
+        (Group, "_restore_order", is_known),
         (Group, "_end_silence", leaves_silence),
         (Group, "_end_silence", ends_silence_at_once),
-        (Group, "_stands_well", lambda self, *, held: True),
-        (Group, "_heard", property(lambda self: self._order)),
+        (Group, "_is_silent_placed", lambda self, *, held: True),
+        (Group, "_without_silent", property(lambda self: self._order)),
     ],
 )
 def test_a_wrong_rule_is_found(

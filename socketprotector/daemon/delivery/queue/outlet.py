@@ -56,7 +56,7 @@ class Outlet:
     def look(self) -> None:
         """Resume if there is room again, while long work blocks the loop."""
         if self._full is not None and self._full.has_room():
-            self._room()
+            self._on_room()
 
     def send_kept(self) -> None:
         """Send kept connections: of failed sends, and of listeners that no earlier route knew."""
@@ -104,13 +104,13 @@ class Outlet:
 
     def _await_room(self, channel: GenerationChannel) -> None:
         try:
-            self.loop.watch(channel.write.fileno(), self._room, WRITE)
+            self.loop.watch(channel.write.fileno(), self._on_room, WRITE)
         except OSError as error:
             self.shortage.begin("epoll_ctl", error)
         else:
             self._full = channel
 
-    def _room(self) -> None:
+    def _on_room(self) -> None:
         self._unwatch_full()
         self.resume()
 

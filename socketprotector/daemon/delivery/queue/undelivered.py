@@ -94,8 +94,9 @@ class Undelivered:
     ) -> None:
         """Adopt an earlier program's connections; takes ownership of their descriptors.
 
-        number: the highest number in its record.  If it was killed before it wrote the record, it
-        may have stored one more.  A connection without a descriptor was not stored in time.
+        number: the highest number in its record.  If that program was killed before it wrote the
+        record, it may have stored one more connection.  A connection without a descriptor was not
+        stored in time.
         """
         self.number = number + 1
         for each, header in waiting:

@@ -66,7 +66,7 @@ class SocketOptionRestore:
     def end(
         self, generation: int, socket_number: int, others: Collection[int], *, gone: bool
     ) -> None:
-        """Restore the options that a failed generation has changed; it failed if it is the newest.
+        """Restore a generation's changes if it failed: if others exist, and all are older.
 
         gone: all its workers have exited, so none can change an option later.
         """

@@ -91,7 +91,7 @@ class Turns:
         )
 
     def own(self, pairs: Iterable[Listener], number: int, generation: int = 0) -> list[Listener]:
-        """Return the listeners whose socket of this number gets no clients while the other does.
+        """Return the listeners whose clients do not go to the socket of this number.
 
         pairs: the listeners with two sockets.  generation: only listeners that this generation, or
         some of its workers, have; 0: all listeners.
@@ -105,7 +105,7 @@ class Turns:
         ]
 
     def leave(self, generation: int, now: float) -> int | None:
-        """Note that a generation accepts no more; return its socket's number if it did."""
+        """Note that a generation accepts no more; return its socket's number; None: it had none."""
         number = self.accepting.pop(generation, None)
         if number is not None:
             self.leaving[generation] = number, now
@@ -116,7 +116,7 @@ class Turns:
     def expect(self, listener: Listener, *, dry_run: bool) -> int:
         """Return the socket at which clients of a new listener wait for the next generation.
 
-        dry_run: that generation gets no clients, so they wait where it will not accept.
+        dry_run: that generation gets no clients, so they wait at the socket that it does not use.
         """
         number = self.expected[listener.index] = self.current if dry_run else self.free
         if listener.has_sibling and not dry_run:  # otherwise they wait at a present socket

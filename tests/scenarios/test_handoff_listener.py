@@ -500,6 +500,22 @@ def test_a_hold_of_a_unix_socket_is_refused_in_words(operated: Operating, tmp_pa
 
 
 @pytest.mark.costly
+def test_a_reload_fails_where_the_file_of_an_only_socket_was_removed(
+    operated: Operating, tmp_path: Path
+) -> None:
+    """The release would get no client."""
+    path = shared_path(tmp_path)
+    daemon = operated(*MODE, *FAST, f"unix:{path}", command=SERVER)
+    os.unlink(path)
+
+    mark = daemon.daemon.signal(signal.SIGHUP)
+    said = daemon.daemon.log.wait_for("event=reload-failed generation=2", after=mark)
+
+    assert "its socket file was removed, so no client can connect; restart SocketProtector" in said
+    assert str(path) in said
+    assert len(spawned(daemon.daemon)) == 1
+
+
 def test_a_hold_lasts_through_a_reload_an_upgrade_and_a_crash(operated: Operating) -> None:
     """No client is refused, and none gets in before it is over."""
     daemon = operated("--guard", *MODE, *FAST, command=SERVER)

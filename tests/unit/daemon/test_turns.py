@@ -76,6 +76,33 @@ def test_who_lacks_a_socket_that_was_bound_in_the_place_of_another_one() -> None
     assert not turns.is_served(ONE, 0)
 
 
+def test_workers_may_still_accept_shortly_after_their_order_to_finish() -> None:
+    turns = Turns()
+    enter(turns, 1)
+    turns.turn_to(0, {0, 1}, knows_all)
+    assert turns.is_accepted(PAIR, 0, 0.0)
+    assert not turns.is_accepted(PAIR, 1, 0.0)  # it is the next one's
+    assert turns.is_accepted(ONE, 1, 0.0)  # it is common to all
+
+    turns.leave(1, 5.0)
+
+    assert turns.is_accepted(PAIR, 0, 4.9)
+    assert not turns.is_accepted(PAIR, 0, 5.0)
+    assert not turns.is_accepted(PAIR, 1, 4.9)
+    assert turns.is_accepted(ONE, 1, 4.9)
+
+
+def test_workers_accept_from_no_socket_that_was_bound_after_their_start() -> None:
+    turns = Turns()
+    enter(turns, 1)
+    turns.lose(PAIR, 0)
+    assert not turns.is_accepted(PAIR, 0, 0.0)
+
+    turns.grow(1, knows_all)  # a later worker has it
+
+    assert turns.is_accepted(PAIR, 0, 0.0)
+
+
 def test_clients_of_a_lost_socket_come_to_the_next_generations_and_are_not_forgotten() -> None:
     turns = Turns()
     enter(turns, 1)

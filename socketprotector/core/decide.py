@@ -141,6 +141,7 @@ def _deadline_passed(step: Step, deadline: Deadline, advice: str) -> None:
 def _advance(step: Step) -> None:
     """Take every step that has become possible; if there is none, change nothing."""
     reload.serve_if_ready(step)
+    stop.stop_if_rescued(step)
     reload.try_nothing_unserved(step)
     reload.begin_if_wanted(step)
     _release_gone_generations(step)

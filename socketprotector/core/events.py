@@ -27,8 +27,8 @@ class TimerKind(Enum):
     HOLD = "hold"  # fleet: the hold ends
     LAME_DUCK = "lame-duck"  # fleet: balancers have noticed the lame duck by now; the stop begins
     LAME_DUCK_IDLE = "lame-duck-idle"  # fleet: no client has come for a while; the stop begins
-    STOP = "stop"  # fleet: a graceful stop becomes a quick one
-    TURN = "turn"  # fleet: the event loop has turned, so more workers may be started
+    STOP = "stop"  # fleet: a graceful stop, or its wait for a rescue, becomes a quick stop
+    TURN = "turn"  # fleet: the event loop has turned: start more workers, go on with a stop
 
 
 @frozen
@@ -191,7 +191,8 @@ class Stranded(Event):
 class HeldClientsWait(Event):
     """After a hold, clients wait at a UNIX path whose generations have their own sockets.
 
-    Only a new generation can accept these clients, so a reload under way must not delay it.
+    Only a new generation can accept these clients, so neither a reload under way nor a graceful
+    stop comes before it.
     """
 
 

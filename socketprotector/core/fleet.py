@@ -13,7 +13,7 @@ from operator import attrgetter
 
 from ..model.lazy_dataclass import field, frozen, replace
 from ..model.policy import Policy as Policy
-from .events import Deadline
+from .events import Deadline, TimerKind
 
 
 class Phase(Enum):
@@ -133,7 +133,7 @@ class LameDuck(Enum):
 
     OFF = "off"
     ON = "on"  # until an operator switches it off
-    STOPPING = "stopping"  # until the LAME_DUCK timer starts the requested graceful stop
+    STOPPING = "stopping"  # a graceful stop is requested; see Fleet.stop_awaits_rescue, too
 
 
 class Next(Enum):
@@ -203,6 +203,12 @@ class Fleet:
         return bool(self.incoming or self.to_open or self.candidate or self.reading)
 
     @property
+    def is_renewing(self) -> bool:
+        """Whether the last good command starts again."""
+        starting = self.of(Phase.STARTING)
+        return self.to_open is Next.LAST_GOOD or bool(starting and not starting.fresh)
+
+    @property
     def is_changing(self) -> bool:
         """Whether a reload, a dry run or a replacement is under way or queued."""
         return self.is_opening or self.reload_wanted
@@ -237,6 +243,14 @@ class Fleet:
     def stop_requested(self) -> bool:
         """Whether the fleet stops, now or after its lame duck; no new request begins then."""
         return self.stopping is not None or self.lame_duck is LameDuck.STOPPING
+
+    @property
+    def stop_awaits_rescue(self) -> bool:
+        """Whether a graceful stop waits for a generation that accepts clients of a hold.
+
+        The lame duck before it is over, so only --stop-timeout limits the wait.
+        """
+        return self.lame_duck is LameDuck.STOPPING and Deadline(TimerKind.STOP) in self.timers
 
     @property
     def queue_is_last(self) -> bool:

@@ -42,8 +42,12 @@ def serve_held(step: Step) -> None:
     called off; the last good command is promoted if it settles, and awaited if it starts.
     """
     serving, incoming = step.fleet.of(Phase.SERVING), step.fleet.incoming
-    if not serving or not incoming or step.fleet.stop_requested:
+    if not serving or step.fleet.stopping:
         return
+    if not incoming:
+        if step.fleet.stop_awaits_rescue:
+            renew(step)
+        return  # otherwise a Stranded event follows
     if incoming.phase is Phase.STARTING and not incoming.fresh:
         return
     if step.fleet.dry_run:
@@ -63,7 +67,7 @@ def serve_stranded(step: Step) -> None:
     An unopened release would get these clients before it is ready, and lose them if it fails.
     """
     fleet = step.fleet
-    if _is_unopened(fleet) and fleet.of(Phase.SERVING) and not fleet.stop_requested:
+    if _is_unopened(fleet) and fleet.of(Phase.SERVING):
         if fleet.dry_run:
             call_off_dry_run(step, STRANDED_FIRST)
         else:

@@ -5,6 +5,9 @@ that no other worker or generation can serve.
 
 A lame duck (--lame-duck) may precede a graceful stop.  Balancers are asked to send clients
 elsewhere.  Serving continues, and so does a reload under way, but no new request begins.
+
+Where workers accept, clients of a hold may wait where only another generation can accept them.
+So a graceful stop ends the hold first, and waits until that generation serves (rescue.py).
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 from ..model.lazy_dataclass import replace
 from ..model.text import in_units
 from .actions import CloseListeners, Exit, Hold, Report, ReportKind, RouteTo
-from .events import TimerKind
+from .events import Deadline, TimerKind
 from .fleet import Fleet, Generation, LameDuck, Next, Phase, Stop
 from .step import Step
 
@@ -27,7 +30,7 @@ SETTLED_BY_STOP = "before --settle was over: the protector is stopping"
 def stop_requested(step: Step, quick: bool) -> None:
     """Begin a stop, or its next stage: a lame duck, a graceful stop, a quick stop."""
     fleet = step.fleet
-    if fleet.stopping:
+    if fleet.stopping or fleet.stop_awaits_rescue:
         stop_quickly(step)  # during a quick stop this changes nothing
     elif quick:
         step.do(Report(ReportKind.STOPPING))
@@ -63,19 +66,44 @@ def lame_duck_requested(step: Step, on: bool) -> None:
 def stop_gracefully(step: Step, reason: str = "") -> None:
     """Begin a graceful stop; reason: why, if no operator requested it."""
     step.do(Report(ReportKind.STOPPING, reason=reason))
+    fleet = step.fleet
+    may_wait = fleet.policy.has_two_places and (fleet.held or fleet.is_renewing)
+    if may_wait and fleet.of(Phase.SERVING):
+        _call_off(step, None)
+        step.start(TimerKind.STOP, 0, fleet.policy.stop_timeout_s)
+    else:
+        _serve_backlog(step)
+
+
+def stop_if_rescued(step: Step) -> None:
+    """Go on with a stop once no client of a hold needs another generation.
+
+    The end of the hold, or of a start, may lead to HeldClientsWait: so let the event loop turn.
+    """
+    fleet, before = step.fleet, step.before
+    if not fleet.stop_awaits_rescue or fleet.is_renewing:
+        return
+    if not before.stop_awaits_rescue or before.is_renewing:
+        step.start(TimerKind.TURN, 0, 0.0)
+    elif Deadline(TimerKind.TURN) not in fleet.timers:
+        _serve_backlog(step)
+
+
+def _serve_backlog(step: Step) -> None:
+    """Accept no client but those that have connected, and let all workers finish."""
     _call_off(step, Stop.GRACEFUL)
     if step.fleet.route:
         step.do(CloseListeners(quick=False))
     else:
         # No worker can serve the waiting clients; draining workers still finish theirs.
         step.close_listeners()
-    if step.fleet.generations:
+    if step.fleet.generations and Deadline(TimerKind.STOP) not in step.fleet.timers:
         step.start(TimerKind.STOP, 0, step.fleet.policy.stop_timeout_s)
 
 
 def listeners_lost(step: Step) -> None:
     """Stop with a failure, because no client can connect: systemd or the guard restarts us."""
-    if step.fleet.stopping:
+    if step.fleet.stopping or step.fleet.stop_awaits_rescue:
         return
     if not step.fleet.stop_requested:
         step.fleet = replace(step.fleet, exit_status=LISTENERS_LOST)
@@ -108,23 +136,29 @@ def stop_quickly(step: Step) -> None:
         step.end_generation(generation.number)
 
 
-def _call_off(step: Step, stop: Stop) -> None:
+def _call_off(step: Step, stop: Stop | None) -> None:
     """Call off all pending work, with a verdict for each reload and dry run.
 
+    stop: None while the stop waits for clients of a hold; a start of the last good command stays.
     A queued reload gets its verdict later, from reload.begin_if_wanted().
     """
     for wait in (TimerKind.OPEN, TimerKind.LAME_DUCK, TimerKind.LAME_DUCK_IDLE):
         step.cancel(wait)
     release_hold(step)  # so that clients in the backlog are served
     before = step.fleet
-    step.fleet = replace(before, stopping=stop, lame_duck=LameDuck.OFF, to_open=None)
-    incoming = before.incoming
-    if incoming and incoming.phase is Phase.SETTLING and stop is Stop.GRACEFUL:
+    renews, incoming = stop is None and before.is_renewing, before.incoming
+    step.fleet = replace(
+        before,
+        stopping=stop,
+        lame_duck=LameDuck.OFF if stop else LameDuck.STOPPING,
+        to_open=before.to_open if renews else None,
+    )
+    if incoming and incoming.phase is Phase.SETTLING and stop is not Stop.QUICK:
         step.promote(incoming.number, SETTLED_BY_STOP)  # it serves the last clients
-    elif incoming:
+    elif incoming and not renews:
         _call_off_incoming(step, incoming)
     step.forget_settings()
-    if _has_unopened(before):
+    if not renews and _has_unopened(before):
         step.fail_unopened(CALLED_OFF)
 
 

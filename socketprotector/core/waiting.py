@@ -119,7 +119,7 @@ def _settle(facts: Facts, generation: Generation) -> Wait:
 def _operator(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
     if fleet.held:
         yield Wait("hold", "held: no client is accepted", None, _left(facts, TimerKind.HOLD))
-    if fleet.lame_duck is LameDuck.STOPPING:
+    if fleet.lame_duck is LameDuck.STOPPING and not fleet.stop_awaits_rescue:
         left_s = _left(facts, TimerKind.LAME_DUCK)
         yield Wait("lame-duck", "lame duck: the stop begins later", None, left_s)
 
@@ -130,6 +130,9 @@ def _stop(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
         looks = "stopped: looking for processes that workers left behind"
         yield Wait("stop", ends if facts.leftovers_end else looks)
         return
+    if fleet.stop_awaits_rescue:
+        reason = "stopping: starting workers for clients that waited during the hold"
+        yield Wait("stop", reason, None, _stop_left(facts))
     if not fleet.stopping:
         return
     if fleet.stopping is Stop.GRACEFUL and fleet.listeners_open:

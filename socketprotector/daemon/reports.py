@@ -70,7 +70,9 @@ class Reports:
 
     def welcome(self, fleet: Fleet) -> None:
         """Repeat to systemd what the earlier program may not have sent."""
-        if fleet.lame_duck is LameDuck.STOPPING:
+        if fleet.stop_awaits_rescue:
+            self._stopping()
+        elif fleet.lame_duck is LameDuck.STOPPING:
             self._lame_duck()
         elif fleet.served and not fleet.stopping:
             self._ready("resumed after a restart")

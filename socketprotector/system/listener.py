@@ -401,10 +401,12 @@ class Listener:
         socket_number: the socket that gets new clients, which determines the limit.
         """
         try:
-            queues = [reuseport.queue(each) for each in self.sockets]
+            polled = (*self.sockets, self._reserved)  # at a path, clients of a hold wait there
+            queues = [reuseport.queue(each) for each in polled if each is not None]
         except (OSError, struct.error):
             return None
-        return sum(each[0] for each in queues), queues[socket_number % len(queues)][1]
+        limit = queues[socket_number % len(self.sockets)][1]
+        return sum(each[0] for each in queues), limit
 
     def has_waiting(self, socket_number: int | None = None) -> bool:
         """Return whether a connected client waits to be accepted; None: at any of the sockets."""

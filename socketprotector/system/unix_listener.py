@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from ..model.lazy_dataclass import replace
-from . import bpf, path_group, socket_file
+from . import bpf, path_group, sock_diag, socket_file
 from .cleanup import on_error
 from .dir_lock import give, locked
 from .listener import (
@@ -219,6 +219,15 @@ class UnixListener(Listener):
         if path_group.Place(path_group.RESERVE, number) in plan:
             self.joined[number] += 1
             self.is_fresh[number] = True
+
+    def backlog(self, socket_number: int) -> tuple[int, int] | None:
+        """Return how many clients wait, without those that have disconnected, and how many can."""
+        found = super().backlog(socket_number)
+        with suppress(OSError):  # the kernel lists up to about 900 clients
+            lines = map(sock_diag.unaccepted, self._members().values())
+            left = sum(not client for line in lines for client in line)
+            return found and (found[0] - left, found[1])
+        return found
 
     # -- the value of the path -----------------------------------------------------
 

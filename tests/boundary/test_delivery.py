@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.core.events import BacklogEmptied, Stranded
+from socketprotector.core.events import BacklogEmptied, HeldClientsWait, Stranded
 from socketprotector.daemon import inherited_listeners
 from socketprotector.daemon.delivery.shared.shared_delivery import SharedDelivery
 from socketprotector.launch.bind_unix import give_away
@@ -374,6 +374,58 @@ def test_a_graceful_end_awaits_no_client_of_a_release_that_was_called_off(
 
     assert at_path.taken[1] == [client]
     assert at_path.clients[client].recv(1) == b""
+
+
+@pytest.mark.parametrize("amid", ["", "a reload", "the next program"])
+def test_the_end_of_a_hold_says_that_its_clients_need_another_generation(
+    at_path: PathWorld, amid: str
+) -> None:
+    """A graceful stop waits for that generation, so it must know before the loop turns."""
+    at_path.serving(1)
+    if amid == "a reload":
+        at_path.open(2)
+    at_path.delivery.hold(True)
+    client = at_path.connect()
+    at_path.delivery.hold(False)
+    assert HeldClientsWait() in at_path.posted
+    if amid == "the next program":
+        at_path.posted.clear()
+        at_path.go_on()
+        at_path.route_to(1)
+        assert HeldClientsWait() in at_path.posted
+    if amid == "a reload":
+        at_path.end(2)
+
+    serving = at_path.serving(3)
+    at_path.delivery.close_listeners(serving, quick=False)
+    at_path.until(lambda: BacklogEmptied() in at_path.posted, 3)
+
+    assert at_path.clients[client].recv(1) == b""
+    assert "clients-lost" not in at_path.events
+
+
+def test_the_end_of_a_hold_without_clients_asks_for_none(at_path: PathWorld) -> None:
+    at_path.serving(1)
+    at_path.connect()
+    at_path.delivery.hold(True)
+    at_path.delivery.hold(False)
+
+    assert at_path.posted == []
+
+
+@pytest.mark.parametrize("quick", [False, True], ids=["graceful", "quick"])
+def test_a_client_that_an_end_resets_is_counted(at_path: PathWorld, quick: bool) -> None:
+    serving = at_path.serving(1)
+    at_path.delivery.hold(True)
+    client = at_path.connect()
+    at_path.delivery.hold(False)
+
+    at_path.delivery.close_listeners(serving, quick=quick)
+    at_path.until(lambda: not at_path.delivery.listeners, 1)
+
+    with pytest.raises(ConnectionResetError):
+        at_path.clients[client].recv(1)
+    assert at_path.events.count("clients-lost") == 1
 
 
 def test_a_graceful_end_awaits_no_probe_that_has_come_beside_a_client_of_a_hold(

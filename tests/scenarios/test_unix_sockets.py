@@ -23,6 +23,7 @@ from tests.scenarios.asking import Asked
 from tests.scenarios.operating import Operated
 from tests.scenarios.tools import NOBODY, Gate, Release, pid_in, spawned, worker
 from tests.scenarios.users import Command
+from tests.unanswered import Unanswered
 from tests.unit.ctl.conftest import run
 
 Starter = Callable[..., Protector]
@@ -170,6 +171,64 @@ def test_clients_wait_through_a_hold_and_the_next_generation_answers(
             assert late.hear().endswith(" hello")
     assert "hint=" not in one.daemon.log.wait_for("event=stranded")
     eventually(lambda: pid_in(ask(str(path))) != serving, "the next generation")
+
+
+@pytest.mark.parametrize("amid", ["", "a release that starts", "a kill of the protector"])
+def test_a_stop_lets_in_those_who_wait_through_a_hold(
+    one: Operated, path: Path, release: Release, tmp_path: Path, amid: str
+) -> None:
+    gate = Gate(tmp_path / "gate")
+    with one.line() as line:
+        line.ask("hold", seconds=3600)
+    with ExitStack() as clients:
+        late = [clients.enter_context(Client(str(path), f"hello {n}")) for n in range(3)]
+        if amid:
+            release.becomes(*gate.before(*SERVER))
+        if amid == "a release that starts":
+            mark = one.daemon.signal(signal.SIGHUP)
+            one.daemon.log.wait_for("event=spawned generation=2", after=mark)
+            release.becomes(*SERVER)
+        mark = one.daemon.signal(signal.SIGTERM)
+        one.daemon.log.wait_for("event=stopping", after=mark)
+        if amid == "a kill of the protector":
+            one.daemon.log.wait_for("event=spawned generation=2", after=mark)
+            revived(one.daemon, kill_protector(one.daemon))
+            gate.stay_open()  # the worker may have been adopted, or another one wait there
+        for number, each in enumerate(late):
+            assert each.hear().endswith(f" hello {number}")
+    assert one.daemon.wait() == 0
+    assert one.daemon.log.count("event=clients-lost") == 0
+
+
+def test_a_stop_lets_in_those_who_wait_at_a_path_and_over_tcp(
+    protector: Starter, path: Path, place: Path, release: Release
+) -> None:
+    release.becomes(*SERVER)
+    words = (*MODE, "--control", place, "127.0.0.1:0", f"unix:{path}", "--", release.path)
+    one = Operated(protector(*words).ready(), place)
+    with one.line() as line:
+        line.ask("hold", seconds=3600)
+    with Client(str(path), "hello") as late, Unanswered(one.address) as again:
+        again.tries_again()
+        one.daemon.signal(signal.SIGTERM)
+        assert late.hear().endswith(" hello")
+        again.connects()
+        again.say("hello")
+        assert again.hear().endswith(" hello")
+    assert one.daemon.wait() == 0
+    assert one.daemon.log.count("event=clients-lost") == 0
+
+
+def test_a_stop_says_how_many_it_resets_if_no_worker_starts_for_them(
+    one: Operated, path: Path, release: Release
+) -> None:
+    with one.line() as line:
+        line.ask("hold", seconds=3600)
+    release.path.unlink()
+    with Client(str(path), "hello"), Client(str(path), "hello"):
+        mark = one.daemon.signal(signal.SIGTERM)
+        one.daemon.log.wait_for(f"event=clients-lost address=unix:{path} lost=2", after=mark)
+        assert one.daemon.wait() == 0
 
 
 @pytest.fixture(params=["mounted", "linked"])

@@ -58,8 +58,10 @@ class Gate:
 
     def stay_open(self) -> None:
         """Let all through, now and later."""
+        waiting = os.open(self.path, os.O_RDWR)  # who waits now reads to its end
         os.unlink(self.path)
         self.path.touch()
+        os.close(waiting)
 
 
 class Release:

@@ -11,17 +11,23 @@ import pytest
 
 from socketprotector.core.actions import (
     Action,
+    CancelTimer,
+    CloseListeners,
     ForgetSettings,
+    Hold,
     Open,
     ReadSettings,
     Report,
     ReportKind,
     RouteTo,
+    StartTimer,
 )
 from socketprotector.core.events import (
+    Deadline,
     DryRunRequested,
     Event,
     HeldClientsWait,
+    HoldRequested,
     Quiesced,
     ReloadRequested,
     SettingsRead,
@@ -31,8 +37,9 @@ from socketprotector.core.events import (
     WorkerExited,
     WorkerReady,
 )
-from socketprotector.core.fleet import Next, Phase, Policy
+from socketprotector.core.fleet import Next, Phase, Policy, Stop
 from socketprotector.core.rescue import HELD_FIRST, SETTLED_BY_HOLD, STRANDED_FIRST
+from socketprotector.core.stop import CALLED_OFF, SETTLED_BY_STOP
 from socketprotector.core.waiting import Facts, waits
 from tests.unit.conftest import Story
 
@@ -42,6 +49,11 @@ DIED = "exited with status 3"
 
 def died(worker: int, waiting: int = 1, *, orphans: bool = False) -> WorkerExited:
     return WorkerExited(worker, DIED, waiting=waiting, orphans=orphans)
+
+
+def failed(actions: list[Action]) -> list[int]:
+    reports = [each for each in actions if isinstance(each, Report)]
+    return [each.generation for each in reports if each.news is ReportKind.RELOAD_FAILED]
 
 
 def opened(actions: list[Action]) -> list[Open]:
@@ -150,18 +162,128 @@ def test_a_dry_run_waits_only_to_be_opened(story: Story) -> None:
     assert opened(story.when(died(2, waiting=0))) == [Open(3, fresh=True, dry_run=True)]
 
 
-def test_a_stop_calls_both_off(story: Story) -> None:
+def test_a_stop_waits_for_one_that_starts_for_them_and_calls_the_reload_off(story: Story) -> None:
     failing(story).and_also(died(2))
 
-    actions = story.when(StopRequested())
+    assert failed(story.when(StopRequested())) == []
+    assert (story.starting, story.fleet.stopping) == ({3}, None)
 
-    failed = [
-        each.generation
-        for each in actions
-        if isinstance(each, Report) and each.news is ReportKind.RELOAD_FAILED
-    ]
-    assert failed == [3, 4]
+    actions = story.when(WorkerReady(3))
+    assert failed(actions) == [4]
+    assert actions.index(RouteTo(3)) < actions.index(CloseListeners(quick=False))
     assert not story.fleet.reload_wanted
+
+
+def held(story: Story, policy: Policy = ACCEPT, *events: Event) -> Story:
+    """Generation 1 serves, and a hold begins."""
+    return story.given_serving(policy).and_also(*events, HoldRequested(60.0))
+
+
+def stop_while_clients_wait(story: Story) -> list[Action]:
+    """Request a stop; the end of the hold shows that clients wait."""
+    actions = story.when_at_once(StopRequested())
+    assert Hold(False) in actions
+    assert Report(ReportKind.STOPPING) in actions
+    return actions + story.when(HeldClientsWait())
+
+
+def test_a_stop_during_a_hold_waits_until_workers_can_accept_its_clients(story: Story) -> None:
+    actions = stop_while_clients_wait(held(story))
+
+    assert opened(actions) == [Open(2, fresh=False)]
+    assert StartTimer(Deadline(TimerKind.STOP), ACCEPT.stop_timeout_s) in actions
+    assert story.fleet.stopping is None
+    assert {each.kind for each in waits(story.fleet, Facts({}))} == {"start", "stop"}
+    assert (story.when(ReloadRequested())[0], story.fleet.reload_wanted) == (
+        Report(ReportKind.REFUSED, reason="cannot reload: a stop is in progress"),
+        False,
+    )
+
+    actions = story.when(WorkerReady(2))
+
+    assert actions[:2] == [CancelTimer(Deadline(TimerKind.START, 2)), RouteTo(2)]
+    assert CloseListeners(quick=False) in actions
+    assert Deadline(TimerKind.STOP) in story.fleet.timers
+    assert Report(ReportKind.STOPPING) not in actions  # it was reported
+
+
+def test_a_stop_during_a_hold_at_which_no_client_waits_goes_on_at_once(story: Story) -> None:
+    actions = held(story).when(StopRequested())
+
+    assert actions.index(Hold(False)) < actions.index(CloseListeners(quick=False))
+    assert opened(actions) == []
+
+
+def test_a_stop_during_a_hold_waits_for_none_where_workers_do_not_accept(story: Story) -> None:
+    assert CloseListeners(quick=False) in held(story, Policy()).when_at_once(StopRequested())
+
+
+def test_a_second_stop_leaves_the_clients_of_a_hold(story: Story) -> None:
+    stop_while_clients_wait(held(story))
+
+    assert CloseListeners(quick=True) in story.when(StopRequested())
+    assert story.fleet.stopping is Stop.QUICK
+
+
+def test_a_stop_waits_for_the_clients_of_a_hold_up_to_its_own_limit(story: Story) -> None:
+    stop_while_clients_wait(held(story))
+
+    assert CloseListeners(quick=True) in story.when_over(TimerKind.STOP)
+
+
+def test_a_stop_goes_on_if_the_workers_for_the_clients_of_a_hold_fail(story: Story) -> None:
+    stop_while_clients_wait(held(story))
+
+    actions = story.when(died(2))
+
+    assert failed(actions) == [2]
+    assert CloseListeners(quick=False) in actions
+
+
+def test_a_stop_calls_a_release_off_before_the_clients_of_a_hold_are_served(story: Story) -> None:
+    held(story, ACCEPT, ReloadRequested())
+
+    actions = stop_while_clients_wait(story)
+
+    assert Report(ReportKind.RELOAD_FAILED, 2, CALLED_OFF) in actions
+    assert (opened(actions), story.fleet.stopping) == ([], None)
+    assert opened(story.when(died(2, waiting=0))) == [Open(3, fresh=False)]
+    assert CloseListeners(quick=False) in story.when(WorkerReady(3))
+
+
+def test_a_release_that_settles_serves_before_a_stop_accepts_the_clients_of_a_hold(
+    story: Story,
+) -> None:
+    held(story, replace(ACCEPT, settle_s=5.0), ReloadRequested(), WorkerReady(2))
+
+    actions = stop_while_clients_wait(story)
+
+    assert Report(ReportKind.RELOADED, 2, SETTLED_BY_STOP) in actions
+    assert opened(story.when(Quiesced(1))) == [Open(3, fresh=False)]
+    actions = story.when(WorkerReady(3))  # it need not settle
+    assert Report(ReportKind.RECOVERED, 3, SETTLED_BY_STOP) in actions
+    assert CloseListeners(quick=False) in actions
+
+
+def test_clients_of_a_hold_that_another_generation_must_accept_get_one_more(story: Story) -> None:
+    """While the first one started, its socket was not theirs."""
+    stop_while_clients_wait(held(story))
+    story.when_at_once(WorkerReady(2))
+
+    story.and_also(HeldClientsWait())
+
+    assert (story.fleet.to_open, story.fleet.stopping) == (Next.LAST_GOOD, None)
+    assert opened(story.when(Quiesced(1))) == [Open(3, fresh=False)]
+
+
+def test_a_lame_duck_serves_the_clients_of_a_hold_and_its_stop_waits_for_them(
+    story: Story,
+) -> None:
+    held(story, replace(ACCEPT, lame_duck_s=5.0)).and_also(StopRequested(), Stranded())
+    assert story.starting == {2}
+
+    assert CloseListeners(quick=False) not in story.when_over(TimerKind.LAME_DUCK)
+    assert CloseListeners(quick=False) in story.when(WorkerReady(2))
 
 
 def test_a_stop_beside_a_failed_release_calls_the_reload_off(story: Story) -> None:

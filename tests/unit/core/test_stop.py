@@ -432,12 +432,9 @@ def test_one_whose_configuration_is_being_read_is_called_off(story: Story, quick
     assert verdicts(story.when(StopRequested(quick))) == [called_off(2)]
 
 
-@pytest.mark.parametrize("event", [ReloadRequested(), RenewRequested()], ids=["reload", "replace"])
-def test_one_that_waits_for_those_that_still_accept_is_called_off(
-    story: Story, event: Event
-) -> None:
+def test_one_that_waits_for_those_that_still_accept_is_called_off(story: Story) -> None:
     story.given_serving(Policy(workers_accept=True))
-    story.and_also(ReloadRequested(), WorkerReady(2), event)
+    story.and_also(ReloadRequested(), WorkerReady(2), ReloadRequested())
     assert (story.fleet[1].quiescing, story.starting) == (True, set())
 
     assert verdicts(story.when(StopRequested())) == [called_off(3)]

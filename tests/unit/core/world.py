@@ -315,7 +315,13 @@ class World:
         assert not (fleet.of(Phase.STARTING) and fleet.of(Phase.SETTLING))
         assert fleet.held == self.held == self.runs(TimerKind.HOLD)
         assert not (self.held and fleet.stop_requested), "what waits would never be taken"
-        assert self.runs(TimerKind.LAME_DUCK) == (fleet.lame_duck is LameDuck.STOPPING)
+        assert self.runs(TimerKind.LAME_DUCK) + fleet.stop_awaits_rescue == (
+            fleet.lame_duck is LameDuck.STOPPING
+        ), "a requested stop has no end"
+        if fleet.stop_awaits_rescue:
+            assert fleet.policy.has_two_places
+            assert fleet.is_renewing or self.runs(TimerKind.TURN), "a stop waits for nothing"
+            assert not (fleet.incoming and fleet.incoming.fresh), "a release comes before a stop"
         assert not (fleet.stopping and fleet.lame_duck is not LameDuck.OFF)
         assert self.route == (fleet.route.number if fleet.route else None)
 
@@ -384,7 +390,7 @@ class World:
             case TimerKind.LAME_DUCK | TimerKind.LAME_DUCK_IDLE:
                 return self.fleet.lame_duck is LameDuck.STOPPING
             case TimerKind.STOP:
-                return self.fleet.stopping is Stop.GRACEFUL
+                return self.fleet.stopping is Stop.GRACEFUL or self.fleet.stop_awaits_rescue
             case TimerKind.START | TimerKind.SETTLE | TimerKind.DRAIN | TimerKind.KILL:
                 return self.fleet.generation(deadline.target) is not None
             case TimerKind.TURN:
@@ -440,7 +446,7 @@ class World:
         assert ("lame-duck" in of_fleet) == self.runs(TimerKind.LAME_DUCK)
         assert ("earlier-reload" in of_fleet) >= fleet.reload_wanted
         opens = fleet.listeners_open and fleet.stopping is Stop.GRACEFUL
-        assert ("stop" in of_fleet) == bool(opens or fleet.exiting)
+        assert ("stop" in of_fleet) == bool(opens or fleet.exiting or fleet.stop_awaits_rescue)
         for generation in fleet.generations:
             kinds = [kind for number, kind in of_generations if number == generation.number]
             match generation.phase:

@@ -50,7 +50,8 @@ class SharedDelivery(Delivery):
 
     def __init__(self, host: Host, listeners: Collection[Listener]) -> None:
         self._host = host
-        self._loop, self._post = host.runtime.loop, host.runtime.post
+        runtime = host.runtime
+        self._loop, self._post, self._log = runtime.loop, runtime.post, runtime.log
         shared = SharedListeners(host, listeners)
         self._listeners = shared.all
         self.steering = SocketSteering(shared)
@@ -233,8 +234,16 @@ class SharedDelivery(Delivery):
         self._loop.cancel(_CLOSE)
         for each in self.listeners:
             if each.settings.foreign or not self._stay:
+                self._report_lost(each)
                 self._listeners.remove(each)
                 self._close(each)
+
+    def _report_lost(self, listener: Listener) -> None:
+        """Report the clients in the backlog of a listener that a stop closes."""
+        lost, _ = (None if listener.settings.foreign else self.backlog(listener)) or (0, 0)
+        if lost:
+            address = listener.settings.address
+            self._log.write("warning", "clients-lost", address=address, lost=lost)
 
     def _close(self, listener: Listener) -> None:
         for each in listener.sockets:

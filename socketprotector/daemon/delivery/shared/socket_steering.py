@@ -167,6 +167,7 @@ class SocketSteering(Steering):
         if not on:  # the held clients must not wait for a back-off that others have caused
             self._watch.end_back_off()
         self.adopt_held()
+        self._report_adopted()
 
     def adopt_held(self) -> None:
         """Pass clients that waited at a socket during a hold to the next generation."""
@@ -189,6 +190,15 @@ class SocketSteering(Steering):
             self.steer()
             self._persist()
         self._watch.watch()
+
+    def _report_adopted(self) -> None:
+        """Report clients of a hold that wait for the next generation: a stop must know at once."""
+        free, living = self.turns.free, self._listeners.living
+        is_left = not self.hold.on and free not in self.turns.accepting.values()
+        if is_left and any(
+            each.path and each.can_be_held and each.has_waiting(free) for each in living
+        ):
+            self._post(HeldClientsWait())
 
     def expect(self, listener: Listener, *, dry_run: bool) -> None:
         """Steer the clients of a new listener to the next generation, which will know it.
@@ -220,6 +230,7 @@ class SocketSteering(Steering):
         self._repairs.repair_all()
         self.steer()
         self.adopt_held()  # clients may have waited at both sockets until now
+        self._report_adopted()  # an earlier program may have adopted them
         self._watch.watch()
         if socket_number in self.turns.accepting.values():
             self.accept_watch.begin(served_before=again)

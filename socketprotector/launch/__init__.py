@@ -1,6 +1,6 @@
-"""From a command line to a running daemon: read, check, bind, detach, execute the resident one.
+"""Starts a daemon from a command line: read, check, bind, detach, execute the resident process.
 
-options.py has every option: its type, its help, whether a reload may change it.  Ends when the
-resident process stands; nothing of it is loaded there.
+options.py has every option: its type, its help, and whether a reload may change it.  The launch
+ends when the resident process runs, which loads none of these modules.
 May import: model, programs, system.
 """

@@ -1,9 +1,9 @@
-"""Sockets that the service manager has opened for us (socket activation).
+"""Takes over sockets that the service manager has opened (socket activation).
 
-They are taken by name (`fd:NAME`) or because they are bound to the address that a LISTEN
-argument means.  The service manager still listens on them after we stop.
+A LISTEN argument takes a socket by name (`fd:NAME`), or because it is bound to the argument's
+address.  The service manager still listens on these sockets after SocketProtector stops.
 
-Those of our own names come from the descriptor store, and are no part of that: see
+Sockets with SocketProtector's own names come from the descriptor store instead: see
 stored_listeners.py.
 
 Source: sd_listen_fds(3), systemd.socket(5).
@@ -29,18 +29,18 @@ _VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
 
 @frozen
 class Passed:
-    """What was passed in."""
+    """The sockets that the service manager passed to this process."""
 
     given: list[Bound]
-    left: list[Bound]  # by the protector that was here before us
-    stored: list[str]  # all names that are ours in the descriptor store
+    left: list[Bound]  # from the previous protector, by the descriptor store
+    stored: list[str]  # all of our names in the descriptor store
 
 
 def passed() -> Passed:
     """Take over the listening stream sockets that were passed to this process.
 
-    The variables are removed: they are for this process alone.  What is no such socket is left
-    alone, or closed where it is ours.
+    The variables are removed, because they are for this process alone.  Any other descriptor is
+    closed if it has one of our names, and otherwise stays open.
     """
     pid, count, names, _ = (os.environ.pop(variable, "") for variable in _VARIABLES)
     if pid != str(os.getpid()):
@@ -65,7 +65,7 @@ def _listening(fd: int) -> socket.socket | None:
     try:
         found = socket.socket(fileno=fd)
     except OSError:
-        return None  # a file, or nothing
+        return None  # a file, or no descriptor
     if found.type != socket.SOCK_STREAM or not found.getsockopt(
         socket.SOL_SOCKET, socket.SO_ACCEPTCONN
     ):
@@ -76,9 +76,9 @@ def _listening(fd: int) -> socket.socket | None:
 
 
 def take(listens: Sequence[Listen], passed: Sequence[Bound]) -> dict[int, list[Bound]]:
-    """Return, for each LISTEN argument that passed sockets stand for, what they are.
+    """Return the passed sockets that each LISTEN argument takes, by the argument's index.
 
-    Raises UsageError for a name that nothing was passed under.
+    Raises UsageError if an argument names a socket that was not passed.
     """
     taken: dict[int, list[Bound]] = {}
     for index, listen in enumerate(listens):

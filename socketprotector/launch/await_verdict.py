@@ -1,8 +1,8 @@
-"""The launching process waits for the verdict of the first start.
+"""Waits in the launching process for the verdict of the first start.
 
 It reads JSON lines from the resident process (daemon/start_report.py), which keeps its end open
-until it has exited or serves.  Ctrl-C and TERM call the start off; so does killing this process,
-by the end of file.
+until it is serving or has exited.  Ctrl-C and TERM call the start off.  So does killing the
+launching process: then the resident process reads end of file.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _CALLS_OFF = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
 
 
 def wait(line: socket.socket, log: str = "syslog") -> int:
-    """Wait, tell the terminal what went wrong, and return the exit status.
+    """Wait for the verdict, print what went wrong, and return the exit status.
 
-    log: where the resident process writes.
-    Takes ownership of the line; to be called with signals blocked, which it unblocks.
+    log: where the resident process writes its log.  The function owns the line from now on.
+    Call it with signals blocked; it unblocks them.
     """
     receive = signals.catch(_CALLS_OFF)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -48,12 +48,12 @@ def wait(line: socket.socket, log: str = "syslog") -> int:
         if receive in ready and not called_off:
             called_off = True
             poll.unregister(receive)
-            with suppress(OSError):  # it has closed its end, and said why before
+            with suppress(OSError):  # it has closed its end, and sent the reason before
                 line.shutdown(socket.SHUT_WR)  # it reads end of file, and stops
         if line.fileno() not in ready:
             continue
         data = b""
-        with suppress(ConnectionResetError):  # killed with something unread
+        with suppress(ConnectionResetError):  # it was killed with unread data
             data = line.recv(65536)
         if not data:
             break
@@ -69,11 +69,11 @@ def wait(line: socket.socket, log: str = "syslog") -> int:
             called_off = _is_too_late(receive) or called_off
             if not called_off:
                 return 0
-            with suppress(OSError):  # it has ended, or has not sent its pid
-                # Both crossed: it serves, but was called off.
+            with suppress(OSError):  # it has ended, or did not send its pid
+                # The two crossed: it is serving already, but the operator called it off.
                 signal.pidfd_send_signal(resident, signal.SIGINT)
             break
-    if resident >= 0:  # it is not our child
+    if resident >= 0:  # not our child, so wait for its end by its pidfd
         end = select.poll()
         end.register(resident, select.POLLIN)
         end.poll()
@@ -90,23 +90,23 @@ def wait(line: socket.socket, log: str = "syslog") -> int:
 
 
 def known_by(path: str) -> list[int]:
-    """Return by what a file is known to be the same one still.  Raises OSError."""
+    """Return numbers that identify a file as long as it exists.  Raises OSError."""
     found = os.lstat(path)
-    # A number is used again, but not with its time.  A folder's changes with what is in it.
+    # An inode number may be used again, but with another ctime.  A folder's ctime changes.
     changed = 0 if stat.S_ISDIR(found.st_mode) else found.st_ctime_ns
     return [found.st_dev, found.st_ino, changed]
 
 
 def _remove(path: str, known: list[int]) -> None:
-    """Remove what a start has made, that has failed, unless it has, or it is another's by now."""
-    with suppress(OSError), locked(path):  # it has; or the folder is not ours
+    """Remove a file or folder of a failed start, unless another program has replaced it."""
+    with suppress(OSError), locked(path):  # it is gone, or the folder is not ours
         if known_by(path) == known:
             (os.unlink if known[-1] else os.rmdir)(path)
 
 
 def _is_too_late(wake_up: int) -> bool:
-    """Let no signal count from now on: the exit status must be true.  Say whether one had come."""
+    """Ignore signals from now on, so that the exit status is true; return whether one had come."""
     for number in _CALLS_OFF:
-        # Ignored, because Python would put its own handlers back to "die of it" at its end.
+        # Not left caught: at its exit Python restores the default action, which kills.
         signal.signal(number, signal.SIG_IGN)
     return bool(events_of(wake_up, select.POLLIN))

@@ -26,9 +26,9 @@ from . import port_owner, socket_options
 from .bind_unix import bind_unix, give_away, reapply_options
 from .listen_spec import Listen
 
-#: One number for two sockets: another program may take it between the two binds.
+#: How often to try one port for two sockets: another program may take it between the two binds.
 _SAME_PORT_TRIES = 16
-#: A family and the number of a host; of AF_UNIX the path.
+#: A family, and the IP address or (AF_UNIX) the path.
 _Address = tuple[socket.AddressFamily, str]
 #: Returns why a UNIX path can have one socket only, and what helps; "" if it can have more.
 Alone = Callable[[Listen, str], str]
@@ -41,14 +41,14 @@ _HINTS = {
 
 @frozen
 class Bound:
-    """A listening socket and what is known of it."""
+    """A listening socket with its settings."""
 
     socket: socket.socket
     settings: ListenerSettings
-    left: bool = False  # by the protector before us, and kept by the service manager
+    left: bool = False  # from the previous protector: the service manager kept it
 
     def discard(self) -> None:
-        """Close it, and remove the socket files it made."""
+        """Close the socket, and remove the socket files that binding it made."""
         if not self.left:
             remove_file(self.settings)
             if self.settings.inode:
@@ -57,7 +57,7 @@ class Bound:
 
 
 def discard_all(bound: Iterable[Bound]) -> None:
-    """Discard what is there by now."""
+    """Discard all of these sockets."""
     for each in bound:
         each.discard()
 
@@ -75,15 +75,14 @@ def bind_all(
     alone: Alone | None = None,
     dry: bool = False,
 ) -> list[Bound]:
-    """Bind every address, in order, and listen; dry: only see whether it could be done, and return
-    what would be bound, with closed sockets.
+    """Bind every address, in order, and listen.  Raises Refusal; then no socket stays open.
 
-    passed: what stands for an argument (by its index) already; it is taken as it is.  left: the
-    same by canonical address (stored_listeners.py).  have: canonical addresses that are bound
-    already, and are left out.  released: those free after a running protector's end; only for
-    a dry look.  earlier: arguments before these, by place().  alone: for workers that accept, see
-    pair().  The caller owns what is returned.  When one fails, what was bound is closed again.
-    Raises Refusal.  `notice` gets what is worth knowing.
+    passed: sockets that arguments (by index) take as they are.  left: the same, by canonical
+    address (stored_listeners.py).  have: canonical addresses to leave out, because they are bound
+    already.  released: addresses that become free when the running protector ends, for a dry run.
+    earlier: arguments before these, by place().  alone: for workers that accept; see pair().
+    dry: only check that it would work; the returned sockets are closed.
+    The caller owns the returned sockets.  `notice` gets lines for the operator.
     """
     bound: list[Bound] = []
     earlier = dict(earlier or {})
@@ -118,16 +117,15 @@ def pair(
     notice: Callable[[str], None],
     alone: Alone,
 ) -> dict[int, Bound]:
-    """Prepare what workers are to accept from; return their siblings by index.
+    """Prepare sockets for workers that accept; return a second socket for each, by index.
 
-    The settings of a sibling are from now on those of both: a socket from the fd store, too, has a
-    file beside its path then.  See reuseport.py, and of UNIX sockets socket_file.py.
+    From now on the settings of a second socket apply to both: even a socket from the fd store then
+    has a file beside its path.  See reuseport.py, and socket_file.py for UNIX sockets.
 
-    listens: the arguments that they are of.
-    alone: why a path can have one socket only.
-    The caller owns them.  `notice` gets a line for each address that should have one and cannot.
-    O_NONBLOCK is set here and never again: the flag belongs to the open file description, which
-    the workers share.  On a socket that was passed in it is left as it is.
+    listens: the arguments of these sockets.  alone: why a path can have one socket only.
+    The caller owns the second sockets.  `notice` gets a line for each address that cannot have one.
+    O_NONBLOCK is set here and never again, because the workers share the open file description that
+    has this flag.  A passed socket keeps its own flag.
     """
     found = {}
     asked = {each.text: each for each in listens}
@@ -162,11 +160,11 @@ def pair(
 
 
 def reserve(bound: Iterable[Bound]) -> dict[int, Bound]:
-    """Bind what answers no client, for a hold and questions; return it by index.
+    """Bind sockets that serve no client, for a hold and probes; return them by index.
 
-    The caller owns it.  Where there is none, a hold says why.  Now, because later we may be another
-    user: who may not have a port below 1024, and can share no address with sockets of this user
-    (SO_REUSEPORT in socket(7)).
+    The caller owns them.  If a listener has none, a hold reports why.  They are bound now, because
+    another user may run the process later.  That user cannot bind a port below 1024, nor share an
+    address with sockets of this user (SO_REUSEPORT in socket(7)).
     """
     found = {}
     for place, each in enumerate(bound):
@@ -188,8 +186,8 @@ def _alone(one: Bound, why: str) -> str:
 def _kept_from(given: socket.socket, bound: Sequence[Bound]) -> str:
     """Return why a passed socket may not share its address; "" if it may.
 
-    The unit says so (`ReusePort=yes`), and the group is ours alone: positions in it would be wrong
-    where what an earlier protector has left behind still listens.
+    The unit must have `ReusePort=yes`, and all sockets of the group must be ours.  If a leftover
+    socket of an earlier protector still listens, positions in the group would be wrong.
     """
     if given.family not in (socket.AF_INET, socket.AF_INET6):
         return ""
@@ -202,7 +200,7 @@ def _kept_from(given: socket.socket, bound: Sequence[Bound]) -> str:
 
 
 def _addresses(listen: Listen, notice: Callable[[str], None]) -> list[_Address]:
-    """Return what a LISTEN argument means."""
+    """Return the addresses that a LISTEN argument means."""
     if listen.path is not None:
         return [(socket.AF_UNIX, listen.path)]
     if listen.host is None and listen.options.get("v6only") == "0" and _has_ipv6():
@@ -218,7 +216,7 @@ def _addresses(listen: Listen, notice: Callable[[str], None]) -> list[_Address]:
 
 
 def _resolved(listen: Listen, host: str) -> list[_Address]:
-    # Of text Python makes bytes by a codec that takes memory, and is for other names than these.
+    # Encode here: for text Python loads a codec, which takes memory and which ASCII does not need.
     name = host.encode() if host.isascii() else host
     try:
         answers = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -242,7 +240,7 @@ def _has_ipv6() -> bool:
 
 
 def addresses_of(listen: Listen, notice: Callable[[str], None]) -> list[str]:
-    """Return the canonical addresses that an argument means, as far as they are known before."""
+    """Return the canonical addresses of an argument, as far as they are known before a bind."""
     return [canonical(family, host, listen.port) for family, host in _addresses(listen, notice)]
 
 
@@ -260,7 +258,7 @@ def _bind(
     released: Collection[str],
     alone: Alone | None,
 ) -> list[Bound]:
-    """Bind the addresses of one argument, to the same port; without a backlog only try it."""
+    """Bind the addresses of one argument to the same port.  backlog None: only try it."""
     for tries_left in reversed(range(_SAME_PORT_TRIES)):
         bound: list[Bound] = []
         port = listen.port
@@ -273,7 +271,7 @@ def _bind(
                     listen, family, host, port, backlog, free=free, alone=alone
                 )
                 bound.append(each)
-                if listen.port_is_chosen and backlog is not None:  # else port 0 stays 0
+                if listen.port_is_chosen and backlog is not None:  # in a dry run port 0 stays 0
                     port = each.socket.getsockname()[1]
         except OSError as error:
             for each in bound:
@@ -287,7 +285,7 @@ def _bind(
 
 
 def place(address: str) -> str:
-    """Return a canonical address in the one spelling that its socket file has."""
+    """Return a canonical address with symbolic links in its path resolved."""
     path = address.removeprefix("unix:")
     if path == address or path.startswith("@"):
         return address
@@ -296,10 +294,10 @@ def place(address: str) -> str:
 
 
 def refuse_twice(address: str, listen: Listen, earlier: Mapping[str, Listen]) -> None:
-    """Raise UsageError where an argument before has the same address, or all of its port.
+    """Raise UsageError if an earlier argument has the same address, or its port on all addresses.
 
-    The kernel would name our own process as its owner; and sees it only where we listen.
-    earlier: by place(), which looks at each folder of a path: compute it once for each address.
+    Without this check, the error would name our own process as the owner, and a dry run would see
+    no error.  earlier: arguments by place(), which is slow: compute it once for each address.
     """
     here = place(address)
     for other in earlier.keys() & {here} if here.startswith("unix:") else earlier:
@@ -312,7 +310,7 @@ def refuse_twice(address: str, listen: Listen, earlier: Mapping[str, Listen]) ->
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Whether two addresses, each as of place(), take something from each other."""
+    """Return whether two addresses, in the form of place(), overlap."""
     if one == other or "unix:" in (one[:5], other[:5]):
         return one == other
     (host, _, port), (its_host, _, its_port) = one.rpartition(":"), other.rpartition(":")
@@ -324,7 +322,7 @@ def _overlap(one: str, other: str) -> bool:
 def reuse(left: Bound, listen: Listen, backlog: int) -> Bound:
     """Set up an inherited listening socket like a newly bound one.
 
-    Raises OSError, with what is not to be had, where it cannot be, and Refusal.
+    Raises OSError, which names an option that cannot be set, and Refusal.
     """
     used = left.socket
     used.setblocking(False)
@@ -356,13 +354,13 @@ def _bind_one(
     sock = _made(listen, family)
     with on_error(sock.close):
         if not free:
-            pass  # its options can be set, and that is all that can be known now
+            pass  # its options can be set; no more can be checked before the port is free
         elif port or backlog is None:
             sock.bind((host, port))
         else:
-            # By its number: a socket bound as port 0 comes back on another port if a worker shuts
-            # it down and it listens again (SOCK_BINDPORT_LOCK, tcp_set_state() in net/ipv4/tcp.c).
-            # As long as neither listens both may have it.
+            # Bind by number: if a worker shuts down a socket bound to port 0, and it listens again,
+            # it gets another port (SOCK_BINDPORT_LOCK, tcp_set_state() in net/ipv4/tcp.c).
+            # Both sockets may have the port, as long as neither listens.
             with _made(listen, family) as chooser:
                 chooser.bind((host, 0))
                 port = chooser.getsockname()[1]
@@ -374,7 +372,7 @@ def _bind_one(
 
 
 def _made(listen: Listen, family: socket.AddressFamily) -> socket.socket:
-    """Return a socket with the options that were asked for, not bound yet.  Raises OSError."""
+    """Return an unbound socket with the argument's options.  Raises OSError."""
     sock = socket.socket(family, socket.SOCK_STREAM)
     with on_error(sock.close):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""Bind a UNIX socket: a live one is not stolen, a stale one is replaced.
+"""Binds UNIX sockets: a live socket is not stolen, a stale file is replaced.
 
 Source: unix(7), bind(2).
 """
@@ -27,17 +27,18 @@ from .user_access import as_user, refuse_unwritable
 
 #: Of linux/fcntl.h.
 _AT_EMPTY_PATH = 0x1000
-#: Of linux/posix_acl.h, in the order in which a list has them.
+#: Tags of linux/posix_acl.h, in the order of the entries of a list.
 _ACL_USER_OBJ, _ACL_GROUP_OBJ, _ACL_GROUP, _ACL_MASK, _ACL_OTHER = 0x01, 0x04, 0x08, 0x10, 0x20
 
 
 def bind_unix(
     listen: Listen, path: str, backlog: int | None, *, beside: bool = False
 ) -> tuple[socket.socket, ListenerSettings]:
-    """Bind a path or @name and listen; without a backlog only see whether it could be done.
+    """Bind a path or @name and listen; backlog None: only check that it would work.
 
-    beside: bind it beside the path, which is to lead to others, too (system/socket_file.py).
-    The caller owns the socket, and the file that the settings tell of.  Raises SystemRefused.
+    beside: bind it beside the path, which can then lead to other sockets, too
+    (system/socket_file.py).  The caller owns the socket, and the file that the settings name.
+    Raises SystemRefused.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
@@ -67,7 +68,7 @@ def bind_unix(
 def _bind_path(
     sock: socket.socket, listen: Listen, path: str, backlog: int | None
 ) -> ListenerSettings:
-    """Bind a socket file; a stale one is replaced, a used one is not."""
+    """Bind a socket file.  A stale file is replaced; a file in use is an error."""
     with locked(path):
         stale = socket_file.is_stale(path)
         if backlog is None:
@@ -85,7 +86,7 @@ def _bind_path(
                 os.umask(before)
         with on_error(os.unlink, path):
             found = _give(path, listen)
-            sock.listen(backlog)  # still under the lock: it would look stale to the next
+            sock.listen(backlog)  # still locked: another start would take it for stale
     return ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, backlog)
 
 
@@ -111,9 +112,9 @@ def _bind_beside(listen: Listen, path: str, backlog: int) -> tuple[socket.socket
 
 
 def why_alone(listen: Listen, path: str, identity: Identity | None) -> str:
-    """Return why the generations cannot have a socket each at a path, and what helps; "" if so.
+    """Return why generations cannot have their own sockets at a path, and what helps; "": they can.
 
-    identity: of the user that makes them, None for this one.
+    identity: the user that makes these sockets; None: the present user.
     """
     if path.startswith("@"):
         return "its name is abstract: use unix:PATH"
@@ -132,7 +133,7 @@ def why_alone(listen: Listen, path: str, identity: Identity | None) -> str:
         missing.append(f"user {user} cannot make files in {folder}: chown {user} {folder}")
     if uid != identity.uid:
         missing.append(f"the socket does not belong to user {user}: add ?user={user}")
-    # A group that may not write cannot connect, so no client misses it.
+    # Clients of a group without write permission cannot connect, so the group does not matter.
     counts = bool(mode & stat.S_IWGRP) and not setgid
     if counts and gid not in (identity.gid, *identity.groups):
         advice = f"add --group {_group_name(gid)}" if "group" in listen.options else "add ?group="
@@ -155,9 +156,9 @@ def _may_write(identity: Identity, folder: str) -> bool:
 
 
 def admit_group(sock: socket.socket, path: str, gid: int) -> None:
-    """Let one more group use the file of a socket that we have bound, by an access control list.
+    """Let one more group use the file of a bound socket, by an access control list.
 
-    Raises OSError: the file system has none, or /proc is not there.  Source: acl(5);
+    Raises OSError if the file system has no such lists, or /proc is missing.  Source: acl(5);
     linux/posix_acl_xattr.h.
     """
     read_write, nothing, no_id = 6, 0, 0xFFFFFFFF
@@ -185,7 +186,7 @@ def reapply_options(
 ) -> ListenerSettings:
     """Set up a listening socket as bind_unix() makes one.  Raises OSError if that fails.
 
-    path: that of the argument, which is where it was bound.
+    path: the path of the argument, at which the socket was bound.
     """
     if path.startswith("@"):
         sock.listen(backlog)
@@ -208,7 +209,7 @@ def reapply_options(
 
 
 def rights_of_new(listen: Listen, path: str) -> tuple[int, int, int]:
-    """Return owner, group and mode that a socket file has when it is bound now.  Raises OSError."""
+    """Return the owner, group and mode of a socket file that is bound now.  Raises OSError."""
     folder = os.stat(os.path.dirname(path))
     user, group, mode = (listen.options.get(each) for each in ("user", "group", "mode"))
     uid = os.geteuid() if user is None else uid_of(listen.text, user)
@@ -225,7 +226,7 @@ def is_file_of(sock: socket.socket, found: os.stat_result) -> bool:
 
 
 def _give(path: str, listen: Listen) -> os.stat_result:
-    """Give a socket file to the user and group that were asked for; return what it is."""
+    """Give a socket file to the user and group of the argument; return what it is."""
     user, group = listen.options.get("user"), listen.options.get("group")
     uid = -1 if user is None else uid_of(listen.text, user)
     gid = -1 if group is None else gid_of(listen.text, group)
@@ -233,7 +234,7 @@ def _give(path: str, listen: Listen) -> os.stat_result:
 
 
 def give_away(fd: int, uid: int, gid: int) -> None:
-    """Change what an O_PATH descriptor stands for; os.chown() takes none, and /proc may be missing.
+    """Change the owner of a file by its O_PATH descriptor; os.chown() would need /proc for that.
 
     Source: fchownat(2), AT_EMPTY_PATH.
     """

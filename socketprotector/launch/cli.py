@@ -1,6 +1,6 @@
 """The command line: options in, checked and resolved settings out; then launch.
 
-Every error is one line: what, where, how to fix it.
+Every error is one line: what failed, where, and how to fix it.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from .start import launch
 
 
 def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    """Take the file's values as defaults."""
+    """Use the file's values as defaults."""
     if value is not None and not ctx.resilient_parsing:
-        from .config_file import ConfigFile  # with tomllib: only for those who have one
+        from .config_file import ConfigFile  # loads tomllib, so only if there is a file
 
         ctx.obj.file = ConfigFile(os.path.join(ctx.obj.directory, value))
         ctx.default_map = ctx.obj.file.values
@@ -69,9 +69,9 @@ COMMAND = HelpCommand(
 
 
 def _launch(asked: ParsedOptions) -> int:
-    """Bind and go on to a resident process; or only say whether that could be done."""
+    """Bind and start the resident process; with --check, only report whether that would work."""
     settings, check, listens = asked.settings, asked.check, asked.listens
-    if not os.path.isfile(__file__):  # Python runs no file of a wheel on PYTHONPATH, as guard.py
+    if not os.path.isfile(__file__):  # Python runs no file inside a wheel, and guard.py is one
         raise SystemRefused("running from a zip or wheel is not supported; pip install it")
     kernel_calls.check()
     if asked.control != "":
@@ -127,7 +127,7 @@ def _launch(asked: ParsedOptions) -> int:
             named |= {f"{inherited.RESERVED}{index}": each for index, each in reserved.items()}
         here = check or not (settings.foreground and settings.log_file is None)
         terminal = os.isatty(STDERR)
-        said = notices if here else []  # else its log has them, on the same terminal
+        said = notices if here else []  # otherwise its log prints them on the same terminal
         if here or terminal:
             said = [*said, *server_hints.of(settings, listens, typed=True)]
         for notice in said:
@@ -150,7 +150,7 @@ def _launch(asked: ParsedOptions) -> int:
 
 
 def _files_of(asked: ParsedOptions) -> dict[str, str | None]:
-    """Return the files that the pid file may not replace, by the option that names each."""
+    """Return the files that the pid file must not replace, by the option that names each."""
     return {
         "--config": asked.config,
         "--env-file": asked.settings.env_file,
@@ -160,10 +160,10 @@ def _files_of(asked: ParsedOptions) -> dict[str, str | None]:
 
 
 def ask(arguments: Sequence[str], running: Settings | None = None) -> ParsedOptions | None:
-    """Read a command line, and the file it names; return what is asked for.
+    """Read a command line and the file that it names; return the parsed options.
 
-    running: of the protector that was started with it and reads it again.  Returns None where only
-    help was asked for, and is given.  Raises Refusal.
+    running: the settings of the protector that reads this command line again.  Returns None if the
+    command line only requested help, which is then printed.  Raises Refusal.
     """
     words, command = options.split(arguments)
     resolver = OptionResolver(arguments, command, running)
@@ -174,21 +174,21 @@ def ask(arguments: Sequence[str], running: Settings | None = None) -> ParsedOpti
     except click.ClickException as error:
         message = in_one_line(error.format_message())
         raise UsageError(f"{message}; see --help") from error
-    return found if isinstance(found, ParsedOptions) else None  # else it is a status
+    return found if isinstance(found, ParsedOptions) else None  # otherwise it is an exit status
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, check and launch.  Returns the exit status."""
     stand_on_three_descriptors()
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.REQUESTS)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clean up and go
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: clean up and exit
     try:
         try:
             asked = ask(arguments)
             return _launch(asked) if asked is not None else 0
         except Refusal as error:
-            # One line, whatever a path in it holds; of a file's mistakes each has its own.
+            # Escape it to one line; a Mistaken has an escaped line for each mistake.
             tell(str(error) if isinstance(error, Mistaken) else escape(str(error)))
             return error.status
-    except (click.Abort, KeyboardInterrupt):  # also while a refusal is said
+    except (click.Abort, KeyboardInterrupt):  # also while a refusal is printed
         return 130

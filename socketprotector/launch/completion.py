@@ -1,7 +1,7 @@
 """Answers a shell that completes a command line of SocketProtector.
 
-`socketprotectorctl completion` prints the script that asks.  What there is to say is in the table
-of options (options.py).
+`socketprotectorctl completion` prints the script that calls this module.  The answers come from the
+table of options (options.py).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from click.shell_completion import CompletionItem, get_completion_class
 from . import cli
 from .resolve import OptionResolver
 
-#: What the script says it in, named as click names it.
+#: The variable in which the script passes the shell; click chooses this name.
 VARIABLE = "_SOCKETPROTECTOR_COMPLETE"
 
 
 def main(demo: click.Command) -> int:
-    """Print what may stand next, for the shell that the variable names; 1: none that is known.
+    """Print completions for the shell that the variable names; return 1 if it is unknown.
 
-    demo: what `demo` as the first word runs.
+    demo: the command that `demo` as the first word runs.
     """
     shell, _, wanted = os.environ[VARIABLE].partition("_")
     found = get_completion_class(shell)

@@ -1,10 +1,10 @@
-"""The configuration file: TOML in, values of options out, and every mistake with its line.
+"""Reads the configuration file: TOML in, values of options out, each mistake with its line.
 
-A key is an option's name without the dashes before it (`start-timeout = "10s"`), besides
-`listen` and `command`.  Each value goes through the option's own converter, so whatever the
-command line refuses is refused here in the same words.
+A key is an option's name without its leading dashes (`start-timeout = "10s"`), or `listen`, or
+`command`.  The option's own converter reads each value, so the file and the command line give the
+same errors.
 
-Mistakes are collected, not raised, until all of the file has been looked at.
+Mistakes are collected, and raised once the whole file has been read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .options import OPTIONS, Option
 
 _OPTIONS = {each.key: each for each in OPTIONS}
 
-#: `--chdir /x: ...`, `--limit nofile=x: ...`: how a refusal names what it is about.
+#: `--chdir /x: ...`, `--limit nofile=x: ...`: how a refusal names its option.
 _OPTION = re.compile(r"--([a-z-]+)(?: (?=[^ ]*: |[^ ]+=)|: )")
 _NUL = "a NUL cannot be in it"
 LISTEN, COMMAND = "listen", "command"
@@ -37,22 +37,22 @@ _PLACE = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)\Z")
 
 
 class ConfigFile:
-    """A file that was read, and what is wrong with it so far."""
+    """A file that was read, and the mistakes found in it so far."""
 
     def __init__(self, path: str) -> None:
-        """Read a file, and look at every key.
+        """Read a file, and check every key.
 
-        Raises Mistaken where it is no TOML at all, UsageError if it cannot be read.
+        Raises Mistaken if it is not TOML, UsageError if it cannot be read.
         """
         self.path = path
-        #: Relative paths in it are meant from here, as the name says it: a symlink is followed
-        #: at each reload.
+        #: Relative paths in it start at this folder, whose symbolic links each reload follows
+        #: again.
         self.folder = os.path.dirname(path)
         self.listens: tuple[str, ...] = ()
         self.command: tuple[str, ...] = ()
-        #: Of options, by the parameter's name, as words of a command line.
+        #: Values of options by the parameter's name, as words of a command line.
         self.values: dict[str, Any] = {}
-        #: Of options that are given again and again: name -> value, converted.
+        #: Converted values of repeatable options: name -> value.
         self.tables: dict[str, dict[str, str]] = {}
         self._mistakes: list[tuple[int, str]] = []
         read, self._places = self._parse()
@@ -78,7 +78,7 @@ class ConfigFile:
             line = int(found[1]) if found and found[1] else at_end
             reason = str(error).removesuffix(found[0] if found else "")
             raise Mistaken(self._line(line, f"not TOML: {reason}")) from error
-        except ValueError as error:  # of more than 4,300 digits Python makes no number
+        except ValueError as error:  # Python converts no number of more than 4,300 digits
             found = _DIGITS.search(text)
             line = text.count("\n", 0, found.start() if found else 0) + 1
             raise Mistaken(self._line(line, "a number has too many digits")) from error
@@ -88,13 +88,13 @@ class ConfigFile:
     # -- mistakes --------------------------------------------------------------
 
     def mistake(self, where: toml_lines.Path, reason: str) -> None:
-        """Note what is wrong with a key, or with a value in a list."""
+        """Record a mistake of a key, or of a value in a list."""
         names = ".".join(each for each in where if isinstance(each, str))
         self._mistakes.append((self._places.get(where, 1), f"{names}: {reason}"))
 
     @contextmanager
     def about(self, *where: str | int) -> Iterator[None]:
-        """Take a UsageError for a mistake of this key."""
+        """Record a UsageError as a mistake of this key."""
         try:
             yield
         except UsageError as error:
@@ -105,7 +105,7 @@ class ConfigFile:
             self.mistake(where, str(error)[option.end() if option and option[1] == key else 0 :])
 
     def refuse_if_mistaken(self) -> None:
-        """Raise Mistaken if anything was noted."""
+        """Raise Mistaken if any mistake was recorded."""
         if self._mistakes:
             lines = dict.fromkeys(self._line(*each) for each in sorted(self._mistakes))
             raise Mistaken("\n".join(lines))
@@ -168,7 +168,7 @@ class ConfigFile:
                 self.values[str(option.name)] = given
 
     def _table(self, key: str, option: Option, value: Any) -> None:
-        """NAME=VALUE as a table."""
+        """Convert a table of NAME = VALUE."""
         found = self.tables.setdefault(str(option.name), {})
         if not isinstance(value, dict):
             self.mistake((key,), f"must be a table, like [{key}] and NAME = VALUE below it")
@@ -193,7 +193,7 @@ class ConfigFile:
 
 
 def _wrong_kind(option: Option, value: Any) -> str:
-    """Say which kind of value an option takes, if this is another."""
+    """Return which kind of value an option takes; "" if this value fits."""
     if option.kind is FLAG:
         return "" if isinstance(value, bool) else "true or false"
     number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -201,12 +201,12 @@ def _wrong_kind(option: Option, value: Any) -> str:
         return "" if number and isinstance(value, int) else "a whole number"
     if isinstance(option.kind, type(TIME)):
         return "" if number or isinstance(value, str) else "a string or a number"
-    # No number: an umask of 022 would be another one.
+    # A number is refused: an umask of 022 would be read as decimal.
     return "" if isinstance(value, str) else "a string, in quotes"
 
 
 def _shown(value: Any) -> str:
-    """A value, or of what does not fit into a line its kind."""
+    """Return a value, or its kind if the value does not fit into a line."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict | list):

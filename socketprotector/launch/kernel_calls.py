@@ -1,4 +1,4 @@
-"""Whether the kernel has the system calls that everything here stands on, and allows them."""
+"""Checks that the kernel has and allows the system calls that SocketProtector needs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OLDEST_KERNEL = (5, 4)
 
 
 def check() -> None:
-    """Refuse a kernel, or a filter of system calls, without what everything here stands on."""
+    """Refuse a kernel, or a filter of system calls, that lacks a required system call."""
     missing: list[str] = []
     forbidden: list[str] = []
     for call, look in (
@@ -39,7 +39,7 @@ def check() -> None:
                 missing.append(call)
             elif error.errno in (errno.EPERM, errno.EACCES):
                 forbidden.append(call)
-            # Else it is there, and short of a resource: the start will say so.
+            # Otherwise it exists but lacks a resource, which the start will report.
     release = os.uname().release
     said = []
     if missing:
@@ -71,7 +71,7 @@ def _sealed_memory() -> None:
 
 
 def _spawn() -> None:
-    """glibc starts programs by clone3, and by clone where that is unknown, not where forbidden."""
+    """Try clone3: glibc falls back to clone if clone3 is unknown, but not if it is forbidden."""
     with suppress(FileNotFoundError):  # the process was there, and found no program
         os.posix_spawn("", ("none",), {})
 

@@ -1,4 +1,4 @@
-"""Listen addresses as the operator writes them, read and checked; bind.py binds them.
+"""Reads and checks listen addresses as the operator writes them; bind.py binds them.
 
 Source: ip(7), unix(7).
 """
@@ -22,7 +22,7 @@ from .users import MOST_ID
 
 _UNIX_OPTIONS = ("backlog", "group", "mode", "nonblock", "user")
 _PATH_MAX_BYTES = 107
-#: A name of 255, a host of 253 and all options have less.
+#: Longer than a name of 255, a host of 253 and all options together.
 _MOST_CHARS = 2000
 #: NAME= before an address; 255 bytes are what sd_listen_fds(3) allows.
 _NAMED = re.compile(r"([A-Za-z_][A-Za-z0-9_.-]{0,254})=(.*)", re.DOTALL)
@@ -42,14 +42,14 @@ class Listen:
 
     @property
     def name(self) -> str:
-        """What a worker may call it."""
+        """The name by which a worker may refer to it."""
         if self.called or self.passed is not None:
             return self.called or self.passed or ""
         return os.path.basename(self.path) if self.path is not None else str(self.port)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What each of its sockets is remembered with: fields of ListenerSettings."""
+        """The fields of ListenerSettings that each of its sockets gets."""
         return {
             "text": self.text,
             "name": self.name,
@@ -59,7 +59,7 @@ class Listen:
 
     @property
     def port_is_chosen(self) -> bool:
-        """Whether it is TCP, and the kernel is to choose the port."""
+        """Whether it is a TCP address with port 0: the kernel chooses the port."""
         return self.path is None and self.passed is None and not self.port
 
     def backlog(self, default: int) -> int:
@@ -67,7 +67,7 @@ class Listen:
         return default if own is None else socket_options.number(own)
 
     def means(self, address: str) -> bool:
-        """Whether a socket that is bound to this canonical address is what is wanted."""
+        """Return whether a socket bound to this canonical address satisfies the argument."""
         if self.path is not None:
             return address == f"unix:{self.path}"
         if self.passed is not None or self.port_is_chosen:
@@ -77,9 +77,9 @@ class Listen:
 
 
 def parse(text: str, directory: str) -> Listen:
-    """Read one LISTEN argument; a relative UNIX path is taken against directory.
+    """Read one LISTEN argument.  directory: where relative UNIX paths start.
 
-    Raises UsageError with the argument and what is allowed.
+    Raises UsageError with the argument and the allowed forms.
     """
     if len(text) > _MOST_CHARS:
         raise UsageError(f"{shortened(text)}: too long for an address")

@@ -1,15 +1,15 @@
 """The directory of the workers' notify sockets, which keeps other users out.
 
-Anybody who reads /proc/net/unix could send to an abstract name, and fill its queue; and in a user
-namespace that shares the host's network, other users look alike there.  Names in this
-folder can neither be listed (mode 0711) nor guessed, and are not in /proc/net/unix
-(system/sd_notify.py): a process that can connect is a worker, whatever its user, or has the
-name from one.
+Any local user could read an abstract name in /proc/net/unix, send to it, and fill its queue.  In a
+user namespace that shares the host's network, a sender's user cannot be verified either.  Names
+in this folder can neither be listed (mode 0711) nor guessed, and are not in /proc/net/unix
+(system/sd_notify.py).  So a process that can connect is a worker, or has the name from a worker.
 
-It is locked as long as a process holds the descriptor: the protector, its guard, or systemd for
-the next one.  An unlocked one was left by a killed protector, and the next start removes it.
+The folder is locked as long as a process holds its descriptor: the protector, its guard, or
+systemd for the next protector.  A killed protector leaves an unlocked folder, which the next start
+removes.
 
-Source: unix(7), flock(2); tmpfiles.d(5), which passes over what is locked.
+Source: unix(7), flock(2); tmpfiles.d(5), which skips locked folders.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..system.sd_notify import remove_folder
 from .user_access import downwards, refuse_unwritable
 
 PREFIX = ".notify-"
-#: Where a program that is started in other ways may have a folder of its own.
+#: The last place to try for the folder.
 _ANYBODYS = "/tmp"
 _KEY_BYTES = 4
 #: Of a UNIX socket's path, without the NUL: unix(7).
@@ -54,10 +54,10 @@ class NotifyFolder:
 def make(
     settings: Settings, notice: Callable[[str], None], *, dry: bool = False
 ) -> NotifyFolder | None:
-    """Make one, locked, for the protector's user; the caller owns it.  dry: only tell.
+    """Make a locked folder for the protector's user; the caller owns it.  dry: only check.
 
-    Removes what killed ones of that user have left there.  Returns None where none can be made;
-    then `notice` gets the reason.
+    It also removes folders of killed protectors of that user.  Returns None if no folder can be
+    made; then `notice` gets the reason.
     """
     refused = []
     for place in _places(settings):
@@ -93,7 +93,7 @@ def _usual() -> list[str]:
 
 
 def _places(settings: Settings) -> list[str]:
-    """Return where it may be, the best one first: beside the control socket."""
+    """Return the places for the folder, the best one first: beside the control socket."""
     control = settings.control
     beside = [os.path.dirname(control.address.removeprefix("unix:"))] if control else []
     return list(dict.fromkeys([*beside, *_usual(), _ANYBODYS]))
@@ -130,7 +130,7 @@ def _check(folder: str, settings: Settings) -> None:
 
 
 def _sweep(place: str, settings: Settings) -> None:
-    """Remove what is not locked: its protector is gone."""
+    """Remove unlocked folders, whose protectors are gone."""
     for name in os.listdir(place):
         if name.startswith(PREFIX):
             with suppress(OSError):  # it is locked, or another user's

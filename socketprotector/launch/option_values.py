@@ -1,6 +1,6 @@
 """The types of option values: how each is parsed and shown.
 
-Every error says in one line what is allowed instead.
+Every error names the allowed values in one line.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..model.text import shortened, whole
 from ..system.spawn import RLIMITS
 
 _SIZES = {"K": 1024, "M": 1024**2, "G": 1024**3}
-#: Each process has more memory than this.
+#: Every process needs more memory than this.
 _LEAST_SIZE = 1024**2
 #: More is a mistake.
 _MOST = 10**15
@@ -128,7 +128,7 @@ FLAG = click.BOOL
 TEXT = click.STRING
 TIME = Duration()
 TIME_ABOVE_0 = Duration(zero=False)
-#: Of what is asked again and again: each question is a connection, or a process.
+#: The shortest interval of probes: each probe is a connection or a process.
 TIME_EACH = Duration(least_s=0.1)
 #: Below this a machine that is busy for a moment would be the answer.
 TIME_TO_ANSWER = Duration(least_s=0.01)
@@ -144,9 +144,9 @@ OCTAL = Value("OCTAL", octal, "{:04o}".format)
 
 
 def limit(name: str, text: str) -> int:
-    """Return a resource limit, or the nice value, that was asked for and can be had.
+    """Return a valid resource limit or nice value from its text.
 
-    Raises UsageError for what is unknown, no number, or more than is allowed.
+    Raises UsageError if the name is unknown, or the value is no number or not allowed.
     """
     asked = f"--limit {name}={shortened(text)}"
     if name not in (*RLIMITS, "nice"):
@@ -173,7 +173,7 @@ def limit(name: str, text: str) -> int:
 def nofile_of_workers(environment: Mapping[str, str]) -> int:
     """Return the soft limit of descriptors that workers get without --limit nofile.
 
-    It is ours, or what a unit says whose protector needs a higher one before it can raise it.
+    It is our own limit, or the one that a unit names because its protector needs a higher one.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = environment.get("SOCKETPROTECTOR_NOFILE", "")

@@ -1,10 +1,11 @@
 """Writes and locks the pid file: lockfile's PID lock file, whole or not there.
 
-Its holder also keeps a flock on it for life, through every exec.  So whether a pid file is
-stale needs no guess about a pid that may be another program's by now: it is if the lock is
-free.  Only what looks like a pid file is replaced.
+The protector also holds a flock on it for life, through every exec.  So a pid file is stale if its
+lock is free; its pid, which may belong to another program by now, does not matter.  Only a file
+that looks like a pid file is replaced.
 
-It is there before anything serves, and is removed if the start fails: it is no sign of readiness.
+The file exists before a generation is serving, and is removed if the start fails.  So it is no
+sign of readiness.
 
 Source: rename(2), flock(2); lockfile.pidlockfile, whose own acquire() lets an empty file be
 seen.
@@ -54,7 +55,7 @@ def _has_open(pid: int, path: str) -> bool:
         return True
     for name in names:
         with suppress(OSError):  # closed meanwhile
-            # Not stat(): what it leads to may hang.
+            # Not stat(), which may hang on the file behind the link.
             if os.path.basename(os.readlink(f"{descriptors}/{name}")) == os.path.basename(path):
                 return True
     return False
@@ -97,7 +98,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         """
         temporary = f"{self.path}.{os.getpid()}"
         if os.path.lexists(temporary):
-            os.unlink(temporary)  # of a process with our pid that was killed right here
+            os.unlink(temporary)  # from a killed process that had our pid
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         with on_error(os.close, fd), on_error(os.unlink, temporary):
             os.fchmod(fd, 0o644)
@@ -108,7 +109,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         return fd
 
     def _refuse_if_changed(self, stale: int | None) -> None:
-        """Raise UsageError if the name has got another file meanwhile, or that has grown."""
+        """Raise UsageError if the file was replaced meanwhile, or has grown."""
         if stale is not None:
             self._refuse_content(stale)
         if stale is not None or os.path.lexists(self.path):
@@ -130,9 +131,9 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
             os.close(fd)
 
     def _open_stale(self, do: str) -> int | None:
-        """Open the file that may be replaced; None: there is none."""
+        """Open the existing file, if it may be replaced; return None if there is no file."""
         try:
-            # Before it is opened: to open a device may do something, and to open a FIFO waits.
+            # Check before opening: opening a device may have effects, and opening a FIFO waits.
             self._refuse_kind(os.lstat(self.path))
             fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:

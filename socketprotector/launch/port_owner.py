@@ -1,4 +1,4 @@
-"""Finds the process that uses an address, where the system tells.
+"""Finds the process that uses an address, if /proc or the socket shows it.
 
 Source: proc(5) through psutil; unix(7) for SO_PEERCRED.
 """
@@ -13,12 +13,12 @@ from contextlib import suppress
 from ..system.socket_file import path_of
 
 _CREDENTIALS = struct.Struct("3i")
-#: At a reload the protector, which should not be stopped for that; 0: at a start.
+#: At a reload the pid of the protector, which should not be stopped; 0 at a start.
 protector = 0
 
 
 def of_port(host: str, port: int) -> str:
-    """Say which process listens on a TCP port, as far as there is memory to find out."""
+    """Return which process listens on a TCP port, as advice for an error."""
     try:
         return _of_port(host, port)
     except MemoryError:  # `ulimit -v`
@@ -44,7 +44,7 @@ def _of_port(host: str, port: int) -> str:
 
 
 def addresses_of(pid: int) -> frozenset[str]:
-    """Return the addresses that a process has sockets at, as far as the system tells."""
+    """Return the addresses of a process's sockets, as far as /proc shows them."""
     import psutil
 
     found = set[str]()
@@ -61,7 +61,7 @@ def addresses_of(pid: int) -> frozenset[str]:
 
 
 def _advice(pid: int | None) -> str:
-    """Say what has an address, and what to do."""
+    """Return which process has an address, and what to do."""
     if pid and protector and _is_of_protector(pid):
         which = "SocketProtector" if pid == protector else f"its process {pid}"
         return f"{which} has it: reload without it, and with it after the old workers have exited"
@@ -88,7 +88,7 @@ def _called(pid: int | None) -> str:
 
 
 def of_path(path: str) -> str:
-    """Say which process listens on a UNIX socket (@name for an abstract one)."""
+    """Return which process listens on a UNIX socket (@name: abstract), as advice for an error."""
     return _advice(_peer("\0" + path[1:] if path.startswith("@") else path))
 
 

@@ -1,7 +1,7 @@
-"""Whether what was asked for can be had: looked at before anything is changed.
+"""Checks that a start can succeed, before anything is changed.
 
-So that the operator reads one clear line instead of a start that fails half-way.
-Everything here raises Refusal, or says a notice.
+So the operator reads one clear line, instead of seeing a start fail half-way.
+Each function raises Refusal, or passes a notice.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def check_env_file(path: str | None) -> None:
 
 
 def environment_of(settings: Settings) -> dict[str, str]:
-    """Return what the command will find there, names of descriptors as they are written."""
+    """Return the workers' environment, with placeholders of descriptors as they are written."""
     environment = inherited_environment(settings)
     if settings.env_file is not None:
         environment.update(env_file.read(settings.env_file))
@@ -101,7 +101,7 @@ def _shell_runs(asked: str) -> None:
 
 
 def _reachable(settings: Settings, path: str) -> None:
-    """Refuse a command that root could start, and the user that starts it or is it cannot."""
+    """Refuse a command that root could start, but the configured user cannot."""
     if settings.identity is None:
         return
     name = settings.executed[0]
@@ -124,7 +124,7 @@ def _reachable(settings: Settings, path: str) -> None:
 
 
 def check_mode(settings: Settings, given: Collection[str], listens: Sequence[Listen]) -> None:
-    """Refuse what the handoff mode cannot do, and names in the command that nothing has.
+    """Refuse options that do not fit the handoff mode, and unknown names in the command.
 
     given: the options that were given, without their dashes.
     """
@@ -146,7 +146,7 @@ def check_mode(settings: Settings, given: Collection[str], listens: Sequence[Lis
 
 
 def check_question(settings: Settings, listens: Sequence[Listen]) -> None:
-    """Refuse a question that was asked for and that no listener can be asked."""
+    """Refuse a probe that no listener supports."""
     if settings.health:
         asked = question.read_health(settings.health)
         _asked_of(f"--health {settings.health}", asked.listener, listens)
@@ -157,27 +157,27 @@ def check_question(settings: Settings, listens: Sequence[Listen]) -> None:
 
 
 def _ready(settings: Settings) -> tuple[str, str]:
-    """Return what --ready asks, as it was written, and the name of the listener."""
+    """Return the probe of --ready as it was written, and the name of its listener."""
     asked = settings.ready_question
     return f"--ready {asked}", question.read(asked).listener
 
 
 def _settle_check(settings: Settings) -> tuple[str, str] | None:
-    """Return the same of --settle-check; None where that is a command, or nothing."""
+    """Return the same for --settle-check; None if that is a command or not given."""
     text = settings.policy.settle_check
     asked = question.read_settle_check(text) if text else None
     return (f"--settle-check {text}", asked.listener) if asked and asked.by_http else None
 
 
 def _reaches_one(settings: Settings, asked: str, name: str, listens: Sequence[Listen]) -> None:
-    """Refuse a question at a listener that has one socket for both generations."""
+    """Refuse a probe of a listener that has one socket for both generations."""
     mine = _asked_of(asked, name, listens)
     if settings.mode.workers_accept and not any(map(_can_have_two_sockets, mine)):
         raise UsageError(question.refusal(asked, " ".join(each.text for each in mine)))
 
 
 def _asked_of(asked: str, name: str, listens: Sequence[Listen]) -> list[Listen]:
-    """Return the listeners that are meant by a name.  Raises UsageError where none is."""
+    """Return the listeners with this name.  Raises UsageError if there is none."""
     mine = [each for each in listens if name in ("", each.name)]
     if not mine:
         names = ", ".join(each.name for each in listens)
@@ -192,7 +192,7 @@ def check_settle(settings: Settings) -> None:
 
 
 def check_settle_check(settings: Settings, listens: Sequence[Listen]) -> None:
-    """Refuse a question that would never be asked, or that no listener can be asked."""
+    """Refuse a probe that would never run, or that no listener supports."""
     policy = settings.policy
     if not policy.settle_check:
         return
@@ -226,7 +226,7 @@ def _can_have_two_sockets(listen: Listen) -> bool:
 
 
 def check_descriptor_names(settings: Settings) -> None:
-    """Refuse names for descriptors that stand for nothing, and a number that is taken."""
+    """Refuse unknown names of descriptors, and a descriptor number that is taken."""
     if not settings.mode.workers_accept:
         return
     values = [value for _, value in settings.environment]
@@ -246,10 +246,10 @@ def check_descriptor_names(settings: Settings) -> None:
 def check_pid_file(
     path: str | None, others: Mapping[str, str | None], *, check: bool = False
 ) -> int:
-    """Refuse early what would otherwise show as `port in use`.
+    """Refuse a pid file that cannot be used, before the bind fails with `port in use`.
 
-    others: the files that other options name, by option.  check: nothing is to be started, so a
-    protector that holds the file is not refused, but returned: its process ID, 0 for none.
+    others: the files that other options name, by option.  check: nothing will start, so a file that
+    a protector holds is not refused.  Returns the pid of that protector, or 0.
     """
     holder = 0
     if path is None:
@@ -323,7 +323,7 @@ def _refuse_unwritable(what: str, path: str, there: str) -> None:
 
 
 def resolve_watched(paths: Sequence[str], directory: str) -> tuple[str, ...]:
-    """Return --watch's paths, whole; refuse what cannot be watched."""
+    """Return the absolute paths of --watch; refuse a path that cannot be watched."""
     if paths and importlib.util.find_spec("watchfiles") is None:
         raise UsageError(
             f"--watch {paths[0]}: watchfiles is not installed; pip install 'socketprotector[watch]'"
@@ -336,7 +336,7 @@ def resolve_watched(paths: Sequence[str], directory: str) -> tuple[str, ...]:
 
 
 def syslog_notices(settings: Settings) -> Iterator[str]:
-    """Say that every line would be lost.  At boot syslog may come later: so no refusal."""
+    """Warn that every line would be lost.  No refusal: at boot, syslog may start later."""
     if settings.to_syslog and not _syslog_listens():
         yield (
             f"no syslog daemon listens at {_SYSLOG}: until one does, every line of the log and of "
@@ -345,7 +345,7 @@ def syslog_notices(settings: Settings) -> Iterator[str]:
 
 
 def _syslog_listens() -> bool:
-    """Connect as syslog(3) does, which is what the relay writes with."""
+    """Return whether syslog(3), by which the relay writes, can connect."""
     for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
         with socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK) as sock:
             error = sock.connect_ex(_SYSLOG)
@@ -355,7 +355,7 @@ def _syslog_listens() -> bool:
 
 
 def notices(settings: Settings, listens: Sequence[Listen], backlog: int) -> Iterator[str]:
-    """Say what will work less well than the operator may think."""
+    """Yield warnings about what will work less well than the operator may expect."""
     asked = max(listen.backlog(backlog) for listen in listens)
     try:
         with open(_SOMAXCONN, encoding="ascii") as file:

@@ -1,15 +1,15 @@
-"""A configuration read again for a protector that runs; ends as soon as it has answered.
+"""Reads the configuration again for a running protector, answers, and exits.
 
-A process of its own, because what reads files and command lines is not to stay in the
-resident one.  It inherits the settings in force, and a socket to answer on.  The answer is
-records, each with a descriptor:
+It is a separate process, so that the code that reads files and command lines does not stay in the
+resident process.  It inherits the settings in force, and a socket to answer on.  The answer
+consists of records, each with a descriptor:
 
     listener N    a socket that was added, bound and listening, and its index
     twin N        the second one of that address, if there is one
     reserved N    a third one, which does not listen, if there is one
     differences   a memfd with what the new settings change, line by line
     settings      a memfd with the new settings: the last one of a reload
-    changes       a memfd with what a reload would change, line by line: where only that is asked
+    changes       a memfd with what a reload would change, line by line: for `diff` alone
     fixed         a memfd with those of them that need a restart, so that a reload would be refused
     refused       a memfd with what is wrong, line by line
 """
@@ -45,7 +45,7 @@ from .listen_spec import Listen
 from .resolve import ParsedOptions
 from .settings_diff import RESTART, changes, forbidden
 
-#: This process is the user's by now.
+#: This process runs as the configured user by now.
 _ALONE = partial(why_alone, identity=None)
 #: The index has 16 bits on the channel (docs/protocol.md).
 _MOST_LISTENERS = 1 << 16
@@ -69,7 +69,7 @@ def main() -> int:
         if asked is not None:
             _answer(line, running, asked, dry=dry)
     except Refusal as error:
-        # Each mistake has a line, whatever a path in it holds.
+        # Escape it to one line; a Mistaken has an escaped line for each mistake.
         reason = str(error) if isinstance(error, Mistaken) else escape(str(error))
         _send(line, "refused", _memfd(reason.encode("utf-8", "backslashreplace")))
     return 0
@@ -135,9 +135,9 @@ def _listeners(
     *,
     dry: bool,
 ) -> tuple[tuple[ListenerSettings, ...], list[Bound]]:
-    """Keep, add and mark as removed; return all listeners and what was bound.
+    """Keep, add and mark listeners as removed; return all listeners, and the sockets bound now.
 
-    Raises Refusal with each listener that cannot be had; then nothing stays bound.
+    Raises Refusal with each listener that cannot be bound; then no new socket stays bound.
     """
     kept: dict[int, ListenerSettings] = {}
     bound: list[Bound] = []

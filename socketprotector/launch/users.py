@@ -16,9 +16,9 @@ MOST_ID = 2**32 - 2
 
 
 def identity(user: str | None, group: str | None, *, again: bool = False) -> Identity | None:
-    """Look up --user and --group; None when neither is given.
+    """Look up --user and --group; None if neither is given.
 
-    again: for a protector that runs, maybe as that user already.
+    again: for a running protector, which may already run as that user.
     """
     if user is None and group is None:
         return None
@@ -40,7 +40,7 @@ def worker_identity(worker_user: str | None, user: str | None) -> Identity | Non
 
 
 def refuse_root_unless_named(user: str | None, file: str | None) -> None:
-    """Refuse to be root where --user does not say so; file: where it could be said."""
+    """Refuse to run as root unless --user says so.  file: the configuration file, if any."""
     if user is None and os.geteuid() == 0:
         wanted = f'write user = "NAME" in {file}, or' if file else "give --user NAME, or --user"
         root = 'user = "root"' if file else "root"

@@ -71,7 +71,11 @@ def read(file: Path) -> Found:
 
 def tables(found: Found) -> str:
     """Return two tables in Markdown: of the reloads, and of all other parts."""
-    rows = list(dict.fromkeys((each.server, each.transport) for each in found))
+    servers = list(dict.fromkeys(each.server for each in found))
+    rows = sorted(
+        dict.fromkeys((each.server, each.transport) for each in found),
+        key=lambda row: servers.index(row[0]),
+    )
     names = list(dict.fromkeys(name for parts in found.values() for name in parts))
     reloads = [name for name in names if name.endswith(" reloads")]
     others = [name for name in names if name not in reloads]

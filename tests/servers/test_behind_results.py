@@ -8,6 +8,8 @@ from pathlib import Path
 from tests.servers.behind_results import NOT_RUN, Cell, Count, add, read, tables
 
 NODE = Cell("node", "unix", "nginx", False, 4)
+STARLET = Cell("starlet", "unix", "nginx", False, 4)
+OVER_TCP = Cell("node", "tcp", "nginx", False, 4)
 KEPT = Cell("node", "unix", "nginx", True, 4)
 MANY = Cell("node", "unix", "nginx", False, 64)
 RESET = "ConnectionResetError: [Errno 104] Connection reset by peer"
@@ -36,12 +38,16 @@ def test_the_tables_have_each_cell_of_the_reloads_and_sums_of_other_parts_that_w
         NODE: {"20 reloads": Count(1000), "USR2": Count(100)},
         MANY: {"20 reloads": Count(5), "USR2": Count(11, Counter({RESET: 1}))},
         KEPT: {"20 reloads": Count(7, Counter({RESET: 2, "end of file": 1}))},
+        STARLET: {"20 reloads": Count(6)},
+        OVER_TCP: {"20 reloads": Count(4)},
     }
 
     assert tables(found) == (
         "| server | over | nginx, 4 | nginx, 64 | nginx, kept, 4 | nginx, kept, 64 |\n"
         "| --- | --- | --- | --- | --- | --- |\n"
         f"| node | unix | 0 of 1,000 | 0 of 5 | 3 of 7 | {NOT_RUN} |\n"
+        f"| node | tcp | 0 of 4 | {NOT_RUN} | {NOT_RUN} | {NOT_RUN} |\n"
+        f"| starlet | unix | 0 of 6 | {NOT_RUN} | {NOT_RUN} | {NOT_RUN} |\n"
         "\n"
         "| server | over | connections | USR2 |\n"
         "| --- | --- | --- | --- |\n"

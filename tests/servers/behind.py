@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -221,7 +222,7 @@ def main() -> int:
             try:
                 if wanted:
                     measure(cell, given, wanted)
-            except AssertionError:
+            except (AssertionError, subprocess.TimeoutExpired):
                 traceback.print_exc()
                 print(f"{cell}: FAILED", flush=True)
                 status = 1

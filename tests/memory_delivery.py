@@ -50,10 +50,13 @@ class MemoryDelivery(Delivery):
     def __init__(self, host: Host, listeners: Collection[Listener]) -> None:
         self._host = host
         self._listeners = list(listeners)
-        #: The clients that a generation was brought and has not taken.
+        #: The clients that a generation was brought and has not taken; a probe is negative.
         self.queues: dict[int, list[int]] = {}
+        #: The drained generations, whose clients go to the route; True: it is released.
+        self._drained: dict[int, bool] = {}
         self._route: OpenGeneration | None = None
         self._held = False
+        self._closing = False  # the listeners stay, for the next start
 
     def connect(self, to: Listener, client: int) -> None:
         """Have a client come."""
@@ -66,14 +69,24 @@ class MemoryDelivery(Delivery):
         self.queues[number].append(probe)
 
     def _move(self) -> None:
-        if self._route is None or self._held:
+        route = self._route.record.number if self._route is not None else None
+        for number, is_released in [*self._drained.items()]:
+            left = self.queues[number]
+            if route not in (None, number):
+                self.queues[route] += [each for each in left if each > 0]
+                left.clear()
+            if is_released and not left:
+                del self.queues[number], self._drained[number]
+        if self._route is None or self._held or self._closing:
             return
-        queue = self.queues[self._route.record.number]
         for each in self._listeners:
             if self._route.knows(each.index):
-                backlog = cast("Any", each).backlog
-                queue += backlog
-                backlog.clear()
+                self._take_from(each, self._route)
+
+    def _take_from(self, listener: Listener, to: OpenGeneration) -> None:
+        backlog = cast("Any", listener).backlog
+        self.queues[to.record.number] += backlog
+        backlog.clear()
 
     def _named(self, name: str) -> Iterator[Listener]:
         return (each for each in self._listeners if name in ("", each.settings.name))
@@ -115,21 +128,20 @@ class MemoryDelivery(Delivery):
 
     def drain(self, generation: OpenGeneration) -> None:
         generation.note_ended()
-        if self._route is not None and self._route is not generation:
-            queue = self.queues[generation.record.number]
-            self.queues[self._route.record.number] += queue
-            queue.clear()
+        self._drained.setdefault(generation.record.number, False)
+        self._move()
 
     def release(self, generation: OpenGeneration) -> None:
-        self.drain(generation)
-        if not self.queues[generation.record.number]:
-            del self.queues[generation.record.number]
+        generation.note_ended()
+        self._drained[generation.record.number] = True
+        self._move()
 
     def keeps(self, number: int) -> bool:
         return number in self.queues
 
     def waiting(self, generation: OpenGeneration, *, clients_only: bool = False) -> int | None:
-        return len(self.queues[generation.record.number])
+        queue = self.queues[generation.record.number]
+        return 0 if clients_only and all(each < 0 for each in queue) else len(queue)
 
     def active(self, generation: OpenGeneration) -> int | None:
         return None
@@ -160,6 +172,9 @@ class MemoryDelivery(Delivery):
 
     def remove(self, listener: Listener) -> None:
         self._listeners.remove(listener)
+        served = [each for each in self._host.generations.values() if each.record.serving_since]
+        for each in served[-1:]:
+            self._take_from(listener, each)
 
     def cannot_hold(self) -> str | None:
         return None
@@ -170,7 +185,7 @@ class MemoryDelivery(Delivery):
 
     @property
     def is_silent(self) -> bool:
-        return False
+        return self._held
 
     @property
     def late_s(self) -> float:
@@ -179,7 +194,9 @@ class MemoryDelivery(Delivery):
     def close_listeners(
         self, serving: OpenGeneration | None, *, quick: bool, stay: bool = False
     ) -> None:
-        self._listeners.clear()
+        self._closing = True
+        if not stay:
+            self._listeners.clear()
         if not quick:
             self._host.runtime.post(BacklogEmptied())
 
@@ -214,8 +231,9 @@ class MemoryDelivery(Delivery):
     def adopt_generation(
         self, generation: OpenGeneration, descriptors: Mapping[str, int], *, draining: bool
     ) -> bool:
-        self.queues.setdefault(generation.record.number, [])
-        return True
+        if draining:
+            self._drained[generation.record.number] = False
+        return generation.record.number in self.queues
 
     def close(self) -> tuple[str, ...]:
         self._listeners.clear()

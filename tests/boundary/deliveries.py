@@ -53,6 +53,8 @@ class World(Host):
     kind: type[Delivery]
     #: After a hold, only a new generation gets the clients that waited.
     renews = False
+    #: During a hold a client gets no answer.
+    is_silent_on_hold = True
 
     def __init__(self) -> None:
         self.posted: list[Event] = []
@@ -60,6 +62,11 @@ class World(Host):
         self.events: list[str] = []  # logged
         self.lost: list[Listener] = []
         self.generations: dict[int, OpenGeneration] = {}
+        self.released: dict[int, OpenGeneration] = {}  # whose clients still wait
+        self.draining: set[int] = set()
+        self.route: int | None = None
+        self.held = False
+        self.kills = False  # a kill after each order
         self.numbers = count(1)  # of clients and probes
         self.clients: dict[int, socket.socket] = {}
         self.names: dict[object, int] = {}  # a client's number, by its end's name
@@ -111,6 +118,7 @@ class World(Host):
         )
         self.delivery.open(made, 64, fresh=True)
         self.start_worker(made)
+        self._ordered()
         return made
 
     def start_worker(self, generation: OpenGeneration) -> None:
@@ -131,10 +139,16 @@ class World(Host):
         self.route_to(number)
         return made
 
-    def route_to(self, number: int) -> None:
-        generation = self.generations[number]
-        again = generation.record.serving_since > 0.0
-        generation.update_record(serving_since=1.0)
+    def route_to(self, number: int | None) -> None:
+        self.route = number
+        self._route()
+        self._ordered()
+
+    def _route(self) -> None:
+        generation = self.generations[self.route] if self.route is not None else None
+        again = generation is not None and generation.record.serving_since > 0.0
+        if generation is not None:
+            generation.update_record(serving_since=1.0)
         self.delivery.route_to(generation, again=again)
 
     def replace(self, old: int, new: int) -> None:
@@ -147,14 +161,41 @@ class World(Host):
         assert quiet == [old]
         self.end(old)
 
+    def drain(self, number: int) -> None:
+        self.draining.add(number)
+        self.delivery.drain(self.generations[number])
+        assert self.generations[number].ended
+        self._ordered()
+
     def end(self, number: int) -> None:
-        generation = self.generations[number]
-        self.delivery.drain(generation)
-        assert generation.ended
+        """Drain a generation, let its worker take all clients and exit, and release it."""
+        self.drain(number)
         while self.take(number):
             pass
-        del self.generations[number]
+        self.release(number)
+
+    def release(self, number: int) -> None:
+        generation = self.generations.pop(number)
+        self.draining.discard(number)
         self.delivery.release(generation)
+        if self.delivery.keeps(number):
+            generation.update_record(released=True)
+            self.released[number] = generation
+        self._ordered()
+
+    def hold(self, on: bool) -> None:
+        self.held = on
+        self.delivery.hold(on)
+        self._ordered()
+
+    def add(self, listener: Listener, *, dry_run: bool = False) -> None:
+        assert self.delivery.cannot_add([listener]) is None
+        self.delivery.add(listener, dry_run=dry_run)
+        self._ordered()
+
+    def _ordered(self) -> None:
+        if self.kills:
+            self.go_on()
 
     def take(self, number: int) -> bool:
         """Let the worker of a generation take a client, if there is one."""
@@ -220,19 +261,28 @@ class World(Host):
 
     # -- the next program ----------------------------------------------------------------
 
-    def go_on(self, *, held: bool = False) -> None:
-        """Kill this program, and let the next one adopt everything."""
+    def go_on(self) -> None:
+        """Kill this program; the next one adopts everything, and repeats the orders in force."""
         before = self.delivery
+        self.released = {n: each for n, each in self.released.items() if before.keeps(n)}
         copies = {name: os.dup(fd) for name, fd in before.descriptors().items()}
         self.earlier.append((before, self.loop))
         self.loop = Loop()
         left = Inherited(copies)
         self.delivery = self.build(self._adopted(before, left))
-        self.delivery.adopt(before.record(), left, held=held, closing=False)
-        for number, each in self.generations.items():
+        self.delivery.adopt(before.record(), left, held=self.held, closing=False)
+        for number, each in (self.generations | self.released).items():
             mine = left.take(inherited.GENERATION, number)
-            assert self.delivery.adopt_generation(each, mine, draining=False)
+            draining = number in self.draining
+            assert self.delivery.adopt_generation(each, mine, draining=draining)
         left.close()
+        for each in self.released.values():
+            self.delivery.release(each)
+        if self.held:
+            self.delivery.hold(True)
+        self._route()
+        for number in self.draining:
+            self.delivery.drain(self.generations[number])
 
     def _adopted(self, before: Delivery, left: Inherited) -> list[Listener]:
         settings = [each.settings for each in before.listeners]
@@ -262,6 +312,7 @@ class QueueWorld(World):
     """The protector accepts, over TCP."""
 
     kind = QueueDelivery
+    is_silent_on_hold = False
 
     def listener(self, index: int) -> Listener:
         made = bound()
@@ -360,7 +411,7 @@ class MemoryWorld(World):
         return client
 
     def probe(self, target: ProbeTarget) -> int:
-        probe = next(self.numbers)
+        probe = -next(self.numbers)
         self.memory.probe(target, probe)
         return probe
 

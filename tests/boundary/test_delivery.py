@@ -24,6 +24,12 @@ from socketprotector.system.listeners import listener_of
 from tests.boundary.deliveries import WORLDS, PathWorld, SharedWorld, World, except_in
 
 
+@pytest.fixture(params=[False, True], ids=["lives", "killed"])
+def kills(request: pytest.FixtureRequest) -> bool:
+    """Whether the protector is killed after each order, and the next program goes on."""
+    return bool(request.param)
+
+
 @pytest.fixture(params=[*WORLDS])
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
     made = WORLDS[request.param]()
@@ -79,7 +85,8 @@ def test_a_release_that_fails_leaves_the_route_where_it_is(world: World) -> None
     world.until(lambda: client in world.taken[1], 1)
 
 
-def test_the_route_goes_back_to_one_that_has_had_it(world: World) -> None:
+def test_the_route_goes_back_to_one_that_has_had_it(world: World, kills: bool) -> None:
+    world.kills = kills
     world.serving(1)
     world.serving(2)
     world.route_to(1)
@@ -88,6 +95,38 @@ def test_the_route_goes_back_to_one_that_has_had_it(world: World) -> None:
     world.until(lambda: client in world.taken[1], 1, 2)
 
     assert world.taken[2] == []
+
+
+def test_a_generation_that_is_aborted_while_it_starts_takes_no_client_along(
+    world: World, kills: bool
+) -> None:
+    world.kills = kills
+    world.serving(1)
+    world.open(2)
+    client = world.connect()
+    world.drain(2)
+    world.release(2)
+    world.serving(3)
+
+    world.until(lambda: bool(world.count(client, 1, 3)), 1, 3)
+    assert not world.delivery.keeps(2)
+
+
+def test_a_client_of_a_released_generation_waits_for_the_next(world: World, kills: bool) -> None:
+    world.kills = kills
+    generation = world.serving(1)
+    client = world.connect()
+    world.until(lambda: world.delivery.waiting(generation) == 1)
+    world.route_to(None)
+    world.drain(1)
+    world.release(1)
+    [listener] = world.delivery.listeners
+    at_listener, _ = world.delivery.backlog(listener) or (0, 0)
+    assert [world.delivery.keeps(1), bool(at_listener)].count(True) == 1
+
+    world.serving(2)
+    world.until(lambda: client in world.taken[2], 2)
+    assert not world.delivery.keeps(1)
 
 
 def test_it_is_known_how_many_clients_a_generation_has_not_taken(world: World) -> None:
@@ -111,21 +150,53 @@ def test_an_order_that_is_carried_out_twice_is_carried_out(world: World) -> None
     world.until(lambda: client in world.taken[2], 2)
 
 
-def test_no_worker_gets_the_clients_of_a_hold_before_it_ends(world: World) -> None:
+def test_no_worker_gets_the_clients_of_a_hold_before_it_ends(world: World, kills: bool) -> None:
+    world.kills = kills
     world.serving(1)
     assert world.delivery.cannot_hold() is None
-    world.delivery.hold(True)
+    world.hold(True)
     client = world.connect()
     world.turn()
     assert not world.take(1)
 
-    world.delivery.hold(False)
-    if world.renews:
-        world.until(lambda: Stranded() in world.posted, 1)
-        world.replace(1, 2)
+    end_hold(world, 1)
     world.until(lambda: bool(world.count(client, 1, 2)), *world.generations)
 
     assert world.count(client, 1, 2) == 1
+
+
+def test_a_reload_during_a_hold_does_not_end_it(world: World, kills: bool) -> None:
+    world.kills = kills
+    world.serving(1)
+    world.hold(True)
+    client = world.connect()
+    world.replace(1, 2)
+    world.turn()
+    assert not world.take(2)
+
+    end_hold(world, 2)
+    world.until(lambda: bool(world.count(client, 2, 3)), *world.generations)
+
+    assert world.count(client, 1, 2, 3) == 1
+
+
+def end_hold(world: World, serving: int) -> None:
+    """End a hold, with a generation for the clients that waited if they need one."""
+    world.hold(False)
+    if world.renews:
+        world.until(lambda: Stranded() in world.posted, serving)
+        world.replace(serving, serving + 1)
+
+
+def test_it_is_known_whether_a_client_of_a_hold_gets_an_answer(world: World, kills: bool) -> None:
+    world.kills = kills
+    world.serving(1)
+    found = [world.delivery.is_silent]
+    for on in (True, False):
+        world.hold(on)
+        found.append(world.delivery.is_silent)
+
+    assert found == [False, world.is_silent_on_hold, False]
 
 
 def test_a_probe_reaches_a_generation_that_gets_no_clients(world: World) -> None:
@@ -155,11 +226,28 @@ def test_a_probe_reaches_the_serving_generation_as_clients_do(world: World) -> N
     target.close()
 
 
-def test_clients_of_an_added_listener_come_to_the_first_that_knows_it(world: World) -> None:
+def test_no_client_is_among_the_probes_that_wait(world: World) -> None:
     world.serving(1)
-    added = world.listener(1)
-    assert world.delivery.cannot_add([added]) is None
-    world.delivery.add(added, dry_run=False)
+    tried = world.open(2)
+    target = world.delivery.reach(tried, "")
+    assert target is not None
+    world.probe(target)
+    world.until(lambda: world.delivery.waiting(tried) == 1)
+    assert world.delivery.waiting(tried, clients_only=True) == 0
+
+    world.take(2)
+    target.close()
+    world.route_to(2)
+    world.connect()
+    world.until(lambda: world.delivery.waiting(tried, clients_only=True) == 1)
+
+
+def test_clients_of_an_added_listener_come_to_the_first_that_knows_it(
+    world: World, kills: bool
+) -> None:
+    world.kills = kills
+    world.serving(1)
+    world.add(world.listener(1))
     client = world.connect(1)
     world.turn()
     assert not world.take(1)
@@ -168,8 +256,24 @@ def test_clients_of_an_added_listener_come_to_the_first_that_knows_it(world: Wor
     world.until(lambda: client in world.taken[2], 1, 2)
 
 
+def test_a_dry_run_gets_no_client_of_the_listener_that_it_alone_knows(
+    world: World, kills: bool
+) -> None:
+    world.kills = kills
+    world.serving(1)
+    assert world.delivery.cannot_try() is None
+    world.add(world.listener(1), dry_run=True)
+    world.open(2)
+    world.connect(1)
+    client = world.connect()
+    world.until(lambda: client in world.taken[1], 1, 2)
+
+    world.end(2)
+    assert world.taken[2] == []
+
+
 def test_clients_of_a_removed_listener_are_served_that_had_connected(world: World) -> None:
-    world.delivery.add(world.listener(1), dry_run=False)
+    world.add(world.listener(1))
     world.serving(1)
     client = world.connect(1)
     world.until(lambda: bool(world.delivery.waiting(world.generations[1])))
@@ -188,6 +292,19 @@ def test_a_graceful_end_serves_those_who_have_connected(world: World) -> None:
 
     assert world.delivery.listeners == ()
     assert world.posted.count(BacklogEmptied()) == 1
+
+
+def test_clients_that_come_after_a_stop_wait_for_the_next_start(world: World) -> None:
+    generation = world.serving(1)
+    client = world.connect()
+
+    world.delivery.close_listeners(generation, quick=False, stay=True)
+    world.until(lambda: BacklogEmptied() in world.posted and client in world.taken[1], 1)
+    [listener] = world.delivery.listeners
+    later = world.connect()
+    world.until(lambda: (world.delivery.backlog(listener) or (0, 0))[0] == 1, 1)
+
+    assert world.count(later, 1) == 0
 
 
 def test_it_says_how_many_wait_at_a_listener_and_how_many_can(world: World) -> None:

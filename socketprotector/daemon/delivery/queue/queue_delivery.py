@@ -156,6 +156,8 @@ class QueueDelivery(Delivery):
     # -- counts ------------------------------------------------------------------------
 
     def waiting(self, generation: OpenGeneration, *, clients_only: bool = False) -> int | None:
+        if clients_only and not generation.record.serving_since:
+            return 0  # until it serves, its channel has only probes (probe_port.py)
         return self._of(generation).depth()
 
     def active(self, generation: OpenGeneration) -> int | None:

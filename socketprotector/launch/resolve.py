@@ -1,6 +1,6 @@
-"""Turns the options of the command line and the file into settings: checked, paths resolved.
+"""Turns the options of the command line and the file into checked settings with resolved paths.
 
-An option whose value is its field's is copied by the table (options.py); the rest is here.
+The table of options (options.py) copies values that need no conversion; this module does the rest.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from .options import OPTIONS
 if TYPE_CHECKING:
     from .config_file import ConfigFile
 
-#: Of a program's name as that of its service: what a line of syslog has room for (RFC 5424).
+#: The longest program's name that becomes the service's name, as in a line of syslog (RFC 5424).
 _NAME_CHARS = 48
 
 
 @frozen
 class ParsedOptions:
-    """What the command line and the file ask for, checked; nothing is bound yet."""
+    """The checked options of the command line and the file; nothing is bound yet."""
 
     settings: Settings
     listens: list[Listen]
     backlog: int
     check: bool
     config: str | None
-    control: str | None  # where its socket is to be; None: where it usually is; "": nowhere
+    control: str | None  # the path of its socket; None: the default; "": no socket
 
 
 class OptionResolver:
     """The options of one start or reload; a mistake in the file is reported with its line."""
 
     def __init__(self, words: Sequence[str], command: list[str], running: Settings | None) -> None:
-        """words: the command line, with the command that was split off.  running: of a protector
-        that reads it again.
+        """words: the command line before `--`; command: the rest.  running: the settings of the
+        protector that reads them again.
         """
         self._words = tuple(words)
         self._behind = command
@@ -59,11 +59,11 @@ class OptionResolver:
 
     @property
     def directory(self) -> str:
-        """What relative paths on the command line are meant against."""
+        """The directory at which relative paths on the command line start."""
         return self._running.origin.directory if self._running else preflight.working_directory()
 
     def resolve(self, ctx: click.Context, given: dict[str, Any]) -> ParsedOptions:
-        """Return what is asked for, checked and with absolute paths.  Raises Refusal.
+        """Return the checked options, with absolute paths.  Raises Refusal.
 
         given: the options' values, by the names of their parameters.
         """
@@ -128,7 +128,7 @@ class OptionResolver:
         return self.file.about(*where) if self.file is not None and there else nullcontext()
 
     def _path(self, name: str) -> str | None:
-        """A path, taken against the caller's directory or the file's."""
+        """Return a path, resolved from the caller's directory or the file's."""
         value: str | None = self._given[name]
         folder = self.file.folder if self.file and self._from_file(name) else self.directory
         return os.path.join(folder, value) if value else None
@@ -145,12 +145,12 @@ class OptionResolver:
         return found
 
     def _command(self) -> tuple[str, ...]:
-        """Take a relative command against the caller's directory, or the file's."""
+        """Resolve a relative command from the caller's directory, or the file's."""
         words, folder = tuple(self._behind), self.directory
         if not words and self.file is not None:
             words, folder = self.file.command, self.file.folder
         if self._given["shell"]:
-            return words  # it is no path, whatever it says
+            return words  # a shell command, not a path
         name = words[0] if words else ""
         return (os.path.join(folder, name) if "/" in name else name, *words[1:]) if words else ()
 

@@ -1,7 +1,7 @@
-"""What a well-known server lacks as it is started, and its command line corrected.
+"""Tells which options a well-known server lacks, and corrects its command line.
 
-Whole that line is for the terminal alone.  What is kept (log, status) has no argument that may be a
-secret (docs/security.md).
+Only the terminal shows the complete line.  The log and status omit arguments that may be secret
+(docs/security.md).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from ..model.settings import Settings
 from . import options, preflight
 from .listen_spec import Listen
 
-#: What a shell takes as it stands.  It leaves {fd:NAME} alone.
+#: Words that need no quotes in a shell, {fd:NAME} among them.
 _PLAIN = re.compile(r"(?:[\w@%+=:,./-]|\{fd:\w+\})+", re.ASCII)
-#: A variable, as of --env and of env(1), or the command of a check.
+#: A variable, as in --env and env(1), or the command of a check.
 _SECRET = re.compile(r"(?s)((?:--env=)?[A-Za-z_]\w*=|(?:--[a-z-]+=)?check:).+")
 _LEFT_OUT = "..."
 _NAMED = re.compile(r"\{fd:(\w+)\}")
@@ -31,16 +31,16 @@ _NAMED = re.compile(r"\{fd:(\w+)\}")
 _REFUSED = {
     f"--{each.key}" for each in options.OPTIONS if each.key in {*LISTENER.refuses, "retire-after"}
 }
-#: What gunicorn and puma read without being asked to.
+#: Files that gunicorn and puma read by default.
 _UNASKED = ("gunicorn.conf.py", "config/puma.rb")
 #: Bytes read of each file.  A program that uses the client library imports it at the top.
 _LOOKED_AT = 1 << 16
 
 
 def of(settings: Settings, listens: Sequence[Listen], *, typed: bool) -> Iterator[str]:
-    """Say what a well-known server lacks as it is started, and how to start it.
+    """Return which options a well-known server lacks, and how to start it.
 
-    typed: for the terminal, in all of the operator's words; otherwise without possible secrets.
+    typed: for the terminal, with all of the operator's words; otherwise without possible secrets.
     """
     name = known_servers.known(settings.command)
     if name is None:
@@ -120,10 +120,10 @@ def _files(settings: Settings, environment: Mapping[str, str]) -> str:
 def line(
     words: Sequence[str], listens: Sequence[Listen], mode: HandoffMode, *, whole: bool = True
 ) -> str | None:
-    """Return the line with all that the server wants; None where that is not certain.
+    """Return the line with all options that the server needs; None if that is uncertain.
 
-    words: what was typed.  listens: its addresses.  mode: how connections come to the server now.
-    whole: with words that may be secrets, too.
+    words: the typed words.  listens: the addresses.  mode: the present handoff mode.
+    whole: include words that may be secret.
     """
     ours, command = options.split(words)
     name = known_servers.known(command)
@@ -164,7 +164,7 @@ def line(
 
 
 def _masked(words: Sequence[str], addresses: Collection[str]) -> Iterator[str]:
-    """Yield words without what may be a secret: values of variables, and commands of checks."""
+    """Yield words without possible secrets: values of variables, and commands of checks."""
     for word in words:
         secret = None if word in addresses else _SECRET.fullmatch(word)
         yield f"{secret[1]}{_LEFT_OUT}" if secret else word
@@ -173,9 +173,9 @@ def _masked(words: Sequence[str], addresses: Collection[str]) -> Iterator[str]:
 def _without(
     words: Sequence[str], valued: Collection[str], flags: Collection[str] = ()
 ) -> tuple[list[str], dict[str, str]]:
-    """Take options out: `--name VALUE`, `--name=VALUE`, `-n VALUE`, `-nVALUE`.
+    """Remove options: `--name VALUE`, `--name=VALUE`, `-n VALUE`, `-nVALUE`.
 
-    Returns what is left, and the values.
+    Returns the remaining words, and the values.
     """
     left: list[str] = []
     values: dict[str, str] = {}

@@ -1,6 +1,6 @@
-"""What differs between two settings, one line for each key; and what may not, at a reload.
+"""Lists the differences of two settings, and those that a reload cannot make.
 
-Of environment and command only names are shown; the rest may be secret.
+It shows only names of variables and of the program, because the rest may be secret.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ RESTART = "needs a restart"
 
 
 def changes(old: Settings, new: Settings) -> Iterator[str]:
-    """Tell what a reload changes: `workers: 2 -> 4`, `listen: + tcp:0.0.0.0:81`, `env: A`."""
+    """Yield what a reload changes: `workers: 2 -> 4`, `listen: + tcp:0.0.0.0:81`, `env: A`."""
     yield from _options(old, new, stays=False)
     yield from _differs("ready", _ready(old), _ready(new))
     if old.ready_check != new.ready_check:
-        yield "ready: another check"  # there may be something secret in it
+        yield "ready: another check"  # its command may be secret
     yield from _question("health", old.health, new.health)
     yield from _question("settle-check", old.policy.settle_check, new.policy.settle_check)
     yield from _differs("retire-after", _share(old), _share(new))
@@ -51,7 +51,7 @@ def _ready(settings: Settings) -> str:
 
 
 def _question(key: str, old: str, new: str) -> Iterator[str]:
-    """Of a command its kind alone."""
+    """Yield the change of a check, without its command."""
     check = f"{question.CHECK}:"
     if old != new and old.startswith(check) and new.startswith(check):
         yield f"{key}: another check"
@@ -67,7 +67,7 @@ def _share(settings: Settings) -> str:
 
 
 def _command(old: Sequence[str], new: Sequence[str]) -> Iterator[str]:
-    """Tell the program alone: an argument may be secret."""
+    """Return the program alone, because an argument may be secret."""
     if old[:1] != new[:1]:
         yield f"command: {old[0]} -> {new[0]}"
     elif old != new:
@@ -75,7 +75,7 @@ def _command(old: Sequence[str], new: Sequence[str]) -> Iterator[str]:
 
 
 def forbidden(old: Settings, new: Settings) -> Iterator[str]:
-    """Tell what would have to change and cannot while the process lives."""
+    """Yield the changes that are impossible while the process lives."""
     return _options(old, new, stays=True)
 
 
@@ -84,7 +84,7 @@ def _options(old: Settings, new: Settings, *, stays: bool) -> Iterator[str]:
         if option.field and (option.at_reload == STAYS) == stays:
             before, after = map(attrgetter(option.field), (old, new))
             if isinstance(before, Identity) and isinstance(after, Identity):
-                # What else is known of the user is that of the start for life.
+                # The user's other fields stay as they were at the start.
                 after = replace(after, groups=before.groups, home=before.home, shell=before.shell)
             if before != after:
                 yield from _differs(option.key, option.shown(before), option.shown(after))

@@ -1,6 +1,6 @@
-"""What may stand behind the question mark of a TCP listener: read, checked, set before it is bound.
+"""Reads and checks the options after a TCP listener's `?`, and sets them before the bind.
 
-Accepted connections inherit all of it but the priority, which is theirs one by one.
+Accepted connections inherit all of them but the priority, which is set on each.
 
 Source: socket(7), ip(7), ipv6(7), tcp(7); sk_clone_lock() in net/core/sock.c.
 """
@@ -23,7 +23,7 @@ _NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,12}|[0-9]{1,12}")
 _TIME = re.compile(r"[0-9a-z.]+")
 _KEEPALIVE = re.compile(r"([0-9]{0,5})(?::([0-9]{0,5}))?(?::([0-9]{0,5}))?")
 _KEEP = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
-#: The system's word for what one may not.
+#: The errors of a missing permission.
 FORBIDDEN = (errno.EPERM, errno.EACCES)
 
 _Set = Callable[[socket.socket, str], None]
@@ -31,7 +31,7 @@ _Set = Callable[[socket.socket, str], None]
 
 @frozen
 class Option:
-    """One of them: what it may be, in words and as a test, and how it is set."""
+    """One option: its allowed values in words and as a test, and how to set it."""
 
     allowed: str
     is_allowed: Callable[[str], bool]
@@ -39,7 +39,7 @@ class Option:
 
 
 def number(value: str) -> int:
-    """Return what stands there in decimal, or after 0x in hexadecimal, digits; -1: no number."""
+    """Return a decimal number, or a hexadecimal one after 0x; -1: no number."""
     return int(value, 16 if value[:2] in ("0x", "0X") else 10) if _NUMBER.fullmatch(value) else -1
 
 
@@ -48,7 +48,7 @@ def _between(least: int, most: int) -> Callable[[str], bool]:
 
 
 def _ms(value: str) -> int:
-    """Return a time in whole milliseconds; 0: it is none."""
+    """Return a time in whole milliseconds; 0: the text is no time."""
     try:
         return round(TIME.read(value) * 1000) if _TIME.fullmatch(value) else 0
     except ValueError:
@@ -134,7 +134,7 @@ OPTIONS: Mapping[str, Option] = {
     ),
     "v6only": Option(*_SWITCH, _put_v6only),
 }
-#: What needs a capability, said where it is refused.
+#: The capability that an option needs, for the message of a refusal.
 _NEEDS = {
     "mark": "CAP_NET_ADMIN",
     "transparent": "CAP_NET_ADMIN",
@@ -165,7 +165,7 @@ class Unsettable(OSError):
 
 
 def put(one: socket.socket, options: Mapping[str, str]) -> None:
-    """Set what was asked for on a socket that is not bound yet.  Raises Unsettable."""
+    """Set these options on a socket that is not bound yet.  Raises Unsettable."""
     for name, value in {"v6only": "1", **options}.items():
         try:
             OPTIONS[name].put(one, value)

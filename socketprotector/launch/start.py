@@ -1,7 +1,7 @@
 """From a parsed command line to a resident process: detach, pid file, exec.
 
 Runs in the launching process.  In the foreground that process becomes the resident one;
-otherwise it waits (await_verdict.py), and leaves with the verdict of the first start.  Signals
+otherwise it waits (await_verdict.py), and exits with the verdict of the first start.  Signals
 are blocked from here until the waiting process, or the resident one, can handle them.
 """
 
@@ -37,10 +37,10 @@ from .pid_file import PidFile, hint
 
 
 def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
-    """Start the resident process with the bound sockets; takes ownership of them.
+    """Start the resident process with the bound sockets, which this function owns from now on.
 
-    bound: by the names that they are inherited under.  Returns the exit status of the command once
-    the first generation serves or has failed; in the foreground it does not return.
+    bound: by the names under which they are inherited.  Returns the exit status once the first
+    generation is serving or has failed; in the foreground it does not return.
     Raises Refusal.
     """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -109,9 +109,9 @@ def _open_log(settings: Settings) -> int | None:
 def _become_resident(
     settings: Settings, bound: Mapping[str, Bound], log: int | None, verdict: int
 ) -> None:
-    """Detach unless in the foreground, take the pid file, and exec.  Returns only by raising.
+    """Detach unless in the foreground, take the pid file, and exec.  It never returns.
 
-    verdict: where the outcome goes, the launcher's line or the foreground's terminal.
+    verdict: gets the outcome: the launcher's line, or the foreground's terminal.
     """
     pid_file = PidFile(settings.pid_file) if settings.pid_file is not None else None
     kept = [verdict, *(each.socket.fileno() for each in bound.values())]
@@ -122,7 +122,7 @@ def _become_resident(
         raise _cannot_detach(error) from error
     with ExitStack() as made:  # only what fails comes to its end
         made.callback(context.close)  # removes the pid file, and will not do so again at our end
-        # Of several that start at once only the one with the pid file may have them.
+        # If several start at once, only the one with the pid file may use these files.
         notices: list[str] = []
         control = bind_control(settings, notices.append)
         if control is not None:
@@ -133,7 +133,7 @@ def _become_resident(
         for notice in notices:
             if not settings.foreground:
                 _tell(verdict, notice=notice)
-            elif settings.log_file is not None:  # else the log has it, on the same terminal
+            elif settings.log_file is not None:  # otherwise the log prints it on the same terminal
                 tell(escape(notice), verdict)
         settings = replace(settings, notices=(*settings.notices, *notices))
         descriptors = {}
@@ -160,9 +160,9 @@ def _become_resident(
 def _context(
     settings: Settings, pid_file: PidFile | None, kept: list[int], log: int | None
 ) -> DaemonContext:
-    """Return what detaches, unless in the foreground, and takes the pid file.
+    """Return the context that detaches, unless in the foreground, and takes the pid file.
 
-    kept: the descriptors that stay open.  log: where stdout and stderr are to lead, if not None.
+    kept: the descriptors that stay open.  log: the target of stdout and stderr, if not None.
     """
     detach = not settings.foreground
     # None is /dev/null to it; in the foreground all three stay what they are.
@@ -188,9 +188,9 @@ def _context(
 
 
 def _made(settings: Settings, bound: Mapping[str, Bound]) -> dict[str, list[int]]:
-    """Return what was made in folders that may be root's, and how to know it again.
+    """Return the files made in folders that may be root's, and how to identify them.
 
-    The resident process may have become another user and cannot; the waiting process can.
+    The waiting process can remove them; the resident process may have become another user.
     """
     sockets = (each.settings for each in bound.values() if not each.left)
     paths = [each.address.removeprefix("unix:") for each in sockets if each.inode]
@@ -215,9 +215,9 @@ def _exec(
     # Where a standard descriptor was closed before, /dev/null came there as close-on-exec.
     for fd in (0, 1, 2):
         os.set_inheritable(fd, True)
-    # Run by -m from a folder with the package in it, that folder is needed again.
+    # If `-m` found the package in the current folder, the next program needs that folder, too.
     safe = [] if sys.path[:1] == [os.getcwd()] else ["-P"]
-    # Nothing secret may stand there: of the command only the name is shown.
+    # ps shows these words, so they have only the command's name and no secret.
     addresses = (each.address for each in settings.listeners)
     label = (settings.name, *addresses, "--", settings.executed[0])
     command = list(command_of(label, safe))

@@ -1,10 +1,9 @@
-"""Listeners that a graceful stop has left with systemd: `systemctl restart` refuses no client.
+"""Reuses listeners that a graceful stop left with systemd: `systemctl restart` refuses no client.
 
-systemd keeps what is in its descriptor store while a restart waits, and clients that connect
-meanwhile wait in the kernel.  Of the protector before us nothing else is there: its workers have
-finished, and its settings do not matter.  So this is no adoption, but a start that finds some of
-its addresses bound already.  (A killed protector has its settings there as well, and a start that
-finds these does not come here: inherited.is_ours().)
+During a restart systemd keeps the sockets in its descriptor store, and new clients wait in the
+kernel.  The previous protector has left nothing else: its workers have finished, and its settings
+do not matter.  So this is no adoption, but a start that finds some of its addresses bound already.
+(A killed protector also leaves its settings; then the start adopts: inherited.is_ours().)
 
 Runs in the launching process.
 
@@ -26,7 +25,7 @@ from .bind import Bound, addresses_of, reuse
 from .bind_unix import is_file_of
 from .listen_spec import Listen
 
-#: How long systemd may take to hear of it.
+#: How long systemd may take to read the messages.
 _MANAGER_S = 5.0
 
 
@@ -37,9 +36,9 @@ def take(
     backlog: int,
     notice: Callable[[str], None],
 ) -> dict[str, Bound]:
-    """Return, by address, what is wanted still, as a new one would be; close the rest.
+    """Return the sockets still wanted, by address, set up like new ones; close the others.
 
-    passed: indexes of those arguments that other sockets stand for.  Raises Refusal.
+    passed: the indexes of arguments that have a passed socket.  Raises Refusal.
     """
     wanted: dict[str, list[Listen]] = {}
     for index, listen in enumerate(listens):
@@ -67,7 +66,7 @@ def take(
 
 
 def _let_go(left: Bound) -> None:
-    """Shut it down, for every process that has a copy; and remove the file that is its own."""
+    """Shut a socket down, for every process that has a copy, and remove its own file."""
     path = left.settings.address.removeprefix("unix:")
     if path.startswith("/"):
         # OSError: it is gone, or may not be removed; the next bind finds it stale.
@@ -82,7 +81,7 @@ def _let_go(left: Bound) -> None:
 def store(passed: Passed, bound: Mapping[str, Bound]) -> None:
     """Store the used sockets with systemd under their new names, and remove our others.
 
-    bound: by their names from now on.
+    bound: the sockets by their new names.
     """
     if not passed.stored:
         return

@@ -1,7 +1,7 @@
-"""The line of each key and of each list value in a TOML text: tomllib does not give it.
+"""Finds the line of each key and list value in a TOML text, because tomllib does not report it.
 
-For a text that tomllib has read.  It is cut into statements, and each of them is read separately;
-all that is known of TOML here is what strings and comments look like.
+For a text that tomllib has read.  The text is cut into statements, and tomllib reads each of them
+separately.  This module itself only recognizes strings and comments.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 #: The way to a value: names of tables and keys, the number in a list.
 Path = tuple[str | int, ...]
 
-#: What may contain brackets, commas and ends of lines that mean nothing.
+#: Strings and comments, whose brackets, commas and line ends have no meaning.
 _OPAQUE = re.compile(
     r'"""(?:\\.|[^\\])*?"""(?:"{0,2})'
     r"|'''.*?'''(?:'{0,2})"

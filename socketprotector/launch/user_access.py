@@ -1,8 +1,7 @@
-"""What this user can write and another one execute: the latter is asked of the kernel by a process
-of that user.
+"""Finds out what this user can write, and what another user can execute.
 
-Mode bits alone do not say it: groups, access lists, mounts and security modules have their say.
-Runs in the launching process, which is root still.
+A child process becomes that user and asks the kernel.  Mode bits are not enough: groups, access
+lists, mounts and security modules matter, too.  Runs in the launching process, which is still root.
 
 Source: access(2), which asks for the real user; path_resolution(7); execve(2) for scripts.
 """
@@ -24,7 +23,7 @@ _FIRST_LINE = 256
 
 
 def as_user(identity: Identity, look: Callable[[], str]) -> str:
-    """Return what `look` returns to that user; "" where we cannot become that user."""
+    """Return the result of `look` as that user; "" if we cannot become that user."""
     ours, theirs = os.pipe()
     child = os.fork()
     if child == 0:
@@ -42,9 +41,9 @@ def as_user(identity: Identity, look: Callable[[], str]) -> str:
 
 
 def executed(path: str) -> dict[str, int]:
-    """Return what is needed of which files to execute one, as access(2) has it.
+    """Return the files needed to execute one, each with its access mode (access(2)).
 
-    Of a script that is to read it, and its interpreter.
+    For a script: to read it, and to execute its interpreter.
     """
     needed: dict[str, int] = {}
     while path and path not in needed:
@@ -55,10 +54,10 @@ def executed(path: str) -> dict[str, int]:
 
 
 def closed(needed: Mapping[str, int]) -> str:
-    """Say what keeps the caller from having what is needed of these; "" if nothing does.
+    """Return what denies the caller the needed access to these files; "" if nothing does.
 
-    A folder, which has a / at its end, is to be entered.  What is not there at all is not looked
-    at: it is another mistake.
+    A folder, which ends in /, must be enterable.  A missing file is ignored: other checks report
+    it.
     """
     for path, mode in needed.items():
         for part in dict.fromkeys((*downwards(path), *downwards(os.path.realpath(path)))):
@@ -69,7 +68,7 @@ def closed(needed: Mapping[str, int]) -> str:
 
 
 def _interpreter(script: str) -> str:
-    """Return what the first line of a script names; "" of what is none, or cannot be read."""
+    """Return the interpreter that a script names; "" if the file is no script or unreadable."""
     try:
         with open(script, "rb") as file:
             line = file.readline(_FIRST_LINE)
@@ -95,7 +94,7 @@ def downwards(path: str) -> Iterator[str]:
 
 
 def _whose(path: str) -> str:
-    """Say whose it is and who may what, as ls(1) does."""
+    """Return the owner and permissions of a file or folder, as ls(1) shows them."""
     found = os.stat(path)
     try:
         owner = pwd.getpwuid(found.st_uid).pw_name

@@ -1,6 +1,6 @@
-"""The command line of the demo, which ends and removes all that it has started and made.
+"""The command line of the demo, which ends its processes and removes its files.
 
-Every error is one line: what, where, how to fix it.
+Every error is one line: what failed, where, and how to fix it.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from .story import NotAsPromised, Story
 
 NAME = "SocketProtector demo"
 FAILED, INTERRUPTED = 1, 130
-#: With fewer, fewer clients come than are announced: it was tried with 64 and with 128.
+#: With fewer, fewer clients come than the demo announces, as runs with 64 and 128 showed.
 _DESCRIPTORS = 128
 _LOG_LINES = 20
-#: So that the path of a control socket below it has 107 bytes at most: unix(7).
+#: With this the path of a control socket in the folder has at most 107 bytes (unix(7)).
 _DEEPEST = 107 - len("/socketprotector-demo-12345678/socketprotector/demo-1234567.control")
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: README's line, which can be copied from a terminal of 80 columns.
@@ -70,7 +70,7 @@ class _Stops:
     def __init__(self) -> None:
         self._held = self._came = False
         for number in _STOPS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores HUP
                 signal.signal(number, self._stop)
 
     def _stop(self, _: int, __: FrameType | None) -> None:
@@ -98,7 +98,7 @@ def _run(pause_s: float) -> int:
         )
     stops, screen = _Stops(), Screen()
     protected, name = None, free_name()
-    # As root the protector makes this one: workers of other users get to no private folder.
+    # As root the protector makes this folder: other users cannot enter a private one.
     kept = os.path.lexists(control_path.SYSTEM)
     stops.hold()
     try:
@@ -131,7 +131,7 @@ def _run(pause_s: float) -> int:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             if not kept:
-                with suppress(OSError):  # another protector has come to use it, or none has made it
+                with suppress(OSError):  # another protector uses it, or none has made it
                     os.rmdir(control_path.SYSTEM)
 
 

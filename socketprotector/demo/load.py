@@ -31,8 +31,8 @@ from .seen import BUCKETS, KINDS, Failure, Kind, Snapshot, bucket_of
 
 __all__ = ["KINDS", "Failure", "Kind", "Load", "Snapshot", "parse_address"]
 
-#: What is left becomes "local" (out of ports or descriptors): the client's own fault,
-#: counted all the same, for a run with such failures has measured nothing.
+#: Other errors become "local" (out of ports or descriptors), which are the client's own fault.
+#: They are counted, too, because a run with such failures has measured nothing.
 KIND_OF_ERRNO: dict[int, Kind] = {
     errno.ECONNREFUSED: "refused",
     errno.ENOENT: "refused",
@@ -91,7 +91,7 @@ class _Conversation:
         self.due_s = 0.0  # when the line now sent, or the end, counts as timed out
         self.lines_left = lines
         self.line = b""
-        self.wanted = b""  # what the reply ends with
+        self.wanted = b""  # the expected end of the reply
         self.reply = b""
         self.pid: int | None = None
         self.connecting = False
@@ -265,7 +265,7 @@ class Load:
 
     def _begin(self) -> None:
         now_s = time.monotonic()
-        # epoll sleeps whole milliseconds, so what it slept too long is made up for; no more.
+        # epoll sleeps whole milliseconds; make up for its excess, and for no more.
         self._next_begin_s = max(self._next_begin_s + self._gap_s, now_s - CATCH_UP_S)
         try:
             sock = socket.socket(self._family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -338,7 +338,7 @@ class Load:
         if not received and conversation.ending:
             self._finish(conversation)
         elif not received:
-            # Servers of HTTP send head and body one by one, and can be killed in between.
+            # HTTP servers send head and body separately, and can be killed in between.
             begun = conversation.reply and awaited and not self._http
             kind: Kind = "wrong" if begun else "empty"
             self._fail(conversation, kind, f"end of file after {conversation.reply!r}")

@@ -24,9 +24,9 @@ from ..system.cleanup import on_error
 PROGRAMS = {
     "SocketProtector": (sys.executable, "-P", "-m", "socketprotector"),
     "socketprotectorctl": (sys.executable, "-P", "-m", "socketprotector.ctl"),
-    "python": (os.path.basename(sys.executable),),  # by its name, which is what is said of it
+    "python": (os.path.basename(sys.executable),),  # by its name, which the demo shows
 }
-#: What another service manager has said to us is not said to this protector.
+#: Variables of another service manager, which this protector does not get.
 _NOT_FOR_IT = ("LISTEN_", "NOTIFY_SOCKET", "WATCHDOG_", "FDSTORE")
 _ANSWER_S = 2.0
 _STOP_S = 20.0
@@ -63,7 +63,9 @@ def choose(folder: Path, number: int) -> None:
 def free_name() -> str:
     """Return a name that no protector has, as far as socketprotectorctl finds them."""
     names = discovery.names(discovery.everything())
-    taken = {each.partition(":")[0] for each in names}  # several of a name have a listener's behind
+    taken = {
+        each.partition(":")[0] for each in names
+    }  # protectors that share a name have a listener's behind it
     return "demo" if "demo" not in taken else f"demo-{os.getpid()}"
 
 
@@ -138,7 +140,7 @@ class Protected:
 
 
 def _stop_with_parent() -> None:
-    with suppress(OSError):  # then it is left behind by a demo that is killed
+    with suppress(OSError):  # without it, a killed demo leaves this process behind
         privileges.end_with_parent(signal.SIGINT)
 
 

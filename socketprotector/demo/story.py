@@ -30,13 +30,13 @@ PER_S = 500
 CONCURRENCY = 16
 #: Clients that stay for 2.5 s, so that each reload finds some that are being served.
 LASTING = 6
-#: A port that was used is free again after a second: tcp_tw_reuse, of loopback.
+#: A used port is free again after a second: tcp_tw_reuse on loopback.
 NEEDS = (
     f"they need the loopback interface up, and {2 * PER_S:,} free local ports "
     "(sysctl net.ipv4.ip_local_port_range)"
 )
 SHOW_EVERY_S = 1.0
-#: For a start, or a return, on a machine that is short of everything.
+#: For a start or restart on an overloaded machine.
 LIMIT_S = 60.0
 _LOOK_EVERY_S = 0.05
 _FAILURES_SHOWN = 10
@@ -55,7 +55,7 @@ class Story:
         self._protected = protected
         self._pause_s = pause_s
         self._loads: list[Load] = []
-        self._shown: list[Snapshot] = []  # of each load, when its figures were last said
+        self._shown: list[Snapshot] = []  # the last shown result of each load
         self._kills: list[Kill] = []
         self._drawn_s, self._drawn = time.monotonic(), 0
 

@@ -1,6 +1,6 @@
 """The command line of socketprotector-exporter.
 
-Every error is one line: what, where, how to fix it.
+Every error is one line: what failed, where, and how to fix it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from socketprotector.ctl.api import (
 
 NAME = "socketprotector-exporter"
 DEFAULT = "127.0.0.1:9517"
-#: The packages of the extra `web`; `exporter` installs the first only.
+#: The packages of the extra `web`; the extra `exporter` installs the first of them only.
 _FROM_ELSEWHERE = ("prometheus_client", "starlette", "uvicorn")
 #: For mallopt(3): larger blocks of memory go back to the system as soon as they are free.
 _M_MMAP_THRESHOLD, _LARGE_BYTES = -3, 128 * 1024

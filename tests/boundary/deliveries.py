@@ -193,6 +193,10 @@ class World(Host):
         self.delivery.add(listener, dry_run=dry_run)
         self._ordered()
 
+    def remove(self, index: int) -> None:
+        self.delivery.remove(next(each for each in self.delivery.listeners if each.index == index))
+        self._ordered()
+
     def _ordered(self) -> None:
         if self.kills:
             self.go_on()

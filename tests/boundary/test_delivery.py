@@ -55,7 +55,8 @@ def test_clients_wait_for_a_route(world: World) -> None:
     world.until(lambda: client in world.taken[1], 1)
 
 
-def test_each_client_around_a_switch_is_taken_once(world: World) -> None:
+def test_each_client_around_a_switch_is_taken_once(world: World, kills: bool) -> None:
+    world.kills = kills
     world.serving(1)
     clients = [world.connect() for _ in range(3)]
     world.replace(1, 2)
@@ -272,13 +273,16 @@ def test_a_dry_run_gets_no_client_of_the_listener_that_it_alone_knows(
     assert world.taken[2] == []
 
 
-def test_clients_of_a_removed_listener_are_served_that_had_connected(world: World) -> None:
+def test_clients_of_a_removed_listener_are_served_that_had_connected(
+    world: World, kills: bool
+) -> None:
+    world.kills = kills
     world.add(world.listener(1))
     world.serving(1)
     client = world.connect(1)
     world.until(lambda: bool(world.delivery.waiting(world.generations[1])))
 
-    world.delivery.remove(world.delivery.listeners[1])
+    world.remove(1)
     assert [each.index for each in world.delivery.listeners] == [0]
     world.until(lambda: client in world.taken[1], 1)
 

@@ -29,7 +29,7 @@ from .fields import label, text_in
 from .message import message_in
 
 VERSION = 1
-#: A protector answers within milliseconds, and within some hundred after a crash.
+#: A protector answers within milliseconds, or within a few hundred of them after a crash.
 #: On an overloaded machine it takes longer.
 ANSWER_S = 10.0
 #: A guard restarts a killed protector within 0.3 s, or later if it keeps dying.
@@ -168,7 +168,7 @@ class Client:
         return result
 
     def send(self, command: str, arguments: Message, until: float) -> None:
-        """Send a request.  until: of time.monotonic().  Raises NoProtector."""
+        """Send a request.  until: a time by time.monotonic().  Raises NoProtector."""
         self._last_id += 1
         self._follows |= command == "events"
         asked = {"v": VERSION, "id": self._last_id, "command": command, **arguments}
@@ -345,7 +345,10 @@ def _unreachable(path: str, error: OSError) -> NoProtector | RequestRefused:
 
 
 def lives(pid: int) -> bool:
-    """Return True if the process exists, even as a zombie.  /proc is not used: it may hide it."""
+    """Return True if the process exists, even as a zombie.
+
+    It does not use /proc, which may hide other users' processes.
+    """
     try:
         os.kill(pid, 0)
     except PermissionError:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-#: Most values in a line; each takes about 100 bytes.  The status of 1,000 workers has 20,000.
+#: The limit of values in a line; each takes about 100 bytes.  A status of 1,000 workers has
+#: 20,000.
 _VALUES = 200_000
 #: The deepest nesting.  A status has 8 levels, down to the buckets of a generation's waits.
 _DEPTH = 16
 _CHARACTERS = 1 << 18
-#: Most members of a list or an object: a generation may have thousands of workers.
+#: The limit of members in a list or an object: a generation may have thousands of workers.
 _MEMBERS = 1 << 16
 #: A larger number can be neither a count nor a time.
 _GREATEST = 1 << 63

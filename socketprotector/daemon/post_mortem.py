@@ -51,13 +51,13 @@ class PostMortem:
     orphans: Orphans
     #: Called when more is known about an exited worker.
     ended: Callable[[int], None]
-    #: Changes the history by a function of it.
+    #: Takes a function from the old history to the new one, and applies it.
     remember: Callable[[Callable[[History], History]], None]
 
     def end_of(self, worker: Worker, *, guarded: bool) -> End | None:
         """Reap an exited worker; None: its end is not known yet, and `ended` will be called.
 
-        guarded: there is a guard, which reports how workers exited that are not our children.
+        guarded: there is a guard, which tells how those workers exited that are not our children.
         """
         number = worker.record.number
         if not worker.ended:

@@ -1,6 +1,6 @@
 """The running workers: starts them, signals them, and posts events about them.
 
-Effects gives the orders, and the pool posts events.  Start: worker_spawn.py; messages:
+effects.py calls the pool, and the pool posts events.  Start: worker_spawn.py; messages:
 worker_messages.py; exit: post_mortem.py.  A worker is identified by its number, which is never
 reused.  Its pid can be reused as soon as it is reaped.
 """
@@ -56,7 +56,7 @@ class WorkerPool:
         delivery: Delivery,
         probes: CheckProbes,
     ) -> None:
-        """remember: changes the history by a function of it."""
+        """remember: takes a function from the old history to the new one, and applies it."""
         self._probes, self._output, self._delivery = probes, output, delivery
         loop, log, post = runtime.loop, runtime.log, runtime.post
         self._loop, self._log, self._post = loop, log, post
@@ -66,9 +66,9 @@ class WorkerPool:
         self._by_pid: dict[int, int] = {}
         #: All descriptors of workers and their output that the next program needs.
         self.descriptors = output.named
-        #: Whether a guard reports how workers exited that are not our children.
+        #: Whether a guard tells us how those workers exited that are not our children.
         self.guarded = settings.guarded
-        #: Whether a worker ever reported that it is ready, so the program can do that.
+        #: Whether any worker has become ready by a message, a probe or a check, not by a timer.
         self.spoken_with = False
         self.groups = Groups(loop, log, self.descriptors)
         kill_timeout_s, identity = settings.policy.kill_timeout_s, settings.worker_identity
@@ -105,7 +105,7 @@ class WorkerPool:
         workers = self._workers_of(generation)
         if not workers:
             return ""
-        # All workers run one program, so a part of thousands of workers or files is enough.
+        # All workers run the same program.  So of many workers and files, we look at some only.
         pids = [each.process.pid for each in workers]
         return known_servers.advice(
             workers[0].generation.program,
@@ -168,7 +168,7 @@ class WorkerPool:
         )
 
     def retire(self, number: int) -> None:
-        """Order a worker to finish: by the end of its RETURN line, or by a signal."""
+        """Order a worker to finish: it sees end of file on its RETURN line, or gets a signal."""
         worker = self._workers.get(number)
         if worker is None:
             self.groups.retire(number)
@@ -177,7 +177,7 @@ class WorkerPool:
         self._log.write("info", "retired", worker=number)
 
     def drain(self, generation: int) -> None:
-        """Order a generation's workers to finish, unless they finish at end of file."""
+        """Order a generation's workers to finish, unless the end of their channel does that."""
         for worker in self._workers_of(generation):
             if worker.generation.program.finish_signal and not worker.record.asked_to_exit:
                 self._order_to_finish(worker)
@@ -200,7 +200,10 @@ class WorkerPool:
         self._note(worker, asked_to_exit=True)
 
     def _send(self, worker: Worker, number: int) -> bool:
-        """Send a signal, KILL to the whole process group, and log it; return whether we may."""
+        """Send a signal and log it; return False if we may not.
+
+        KILL goes to the whole process group.
+        """
         name = signal.Signals(number).name.removeprefix("SIG")
         try:
             if number == signal.SIGKILL:
@@ -247,7 +250,7 @@ class WorkerPool:
         return (*self._records.values(), *self.groups.records())
 
     def expect(self, record: WorkerRecord, descriptors: Mapping[str, int]) -> None:
-        """Put a worker into the state before its adoption, during which we may be killed."""
+        """Record a worker in the state before we adopt it, because a kill may interrupt that."""
         self._records[record.number] = record
         for name, fd in named(record.number, descriptors).items():
             self.descriptors[name] = fd
@@ -300,7 +303,7 @@ class WorkerPool:
     # -- readiness and exits -------------------------------------------------
 
     def _share_output(self, worker: Worker) -> None:
-        """Note that workers share the log file: its end is no single worker's last words now."""
+        """Note that workers share the log file: its end cannot be taken for one's last words."""
         for each in reversed(self._workers.values()):
             if each.record.output_start < 0:
                 break  # all earlier workers have the note, too

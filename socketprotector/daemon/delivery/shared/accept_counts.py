@@ -1,9 +1,9 @@
-"""Counts the open connections of each generation whose workers accept, from the kernel's data.
+"""Counts each generation's open connections by the kernel's data, where workers accept.
 
-For `status`: connections that a generation accepts carry its accept tag (system/accept_tags.py).
-Connections with NO_TAG count for no generation.  Queries to the kernel take at most ASKING_SHARE
-of our time, however many connections there are.  If `status` is requested more often, the last
-answer is repeated.
+`status` shows the counts.  Connections that a generation accepts carry its accept tag
+(system/accept_tags.py).  Connections with NO_TAG count for no generation.  Queries to the kernel
+take at most ASKING_SHARE of our time, however many connections there are.  If `status` is requested
+more often, the last answer is repeated.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class AcceptCounts:
     """The open connections of all generations, queried at once."""
 
     listeners: SharedListeners
-    #: The connections of each tag, by the index of each listener that the kernel reports.
+    #: Index of a listener -> how many connections have each tag.  Missing: the kernel did not say.
     _found: dict[int, Counter[int]] = field(default_factory=dict)
     _again_at: float = 0.0
 
@@ -67,7 +67,7 @@ class AcceptCounts:
             return listener.index, tag
         used = {tag for index, tag in taken if index == listener.index} - {NO_TAG}
         if accept_tags.tag_of(listening) in used and listener.has_waiting(socket_number):
-            # Keep the tag, so that the next program after a kill comes to the same result.
+            # Keep the tag: if we are killed now, our successor then comes to the same result.
             raise OSError(errno.EBUSY, _OTHERS_WAIT)
         tag = NO_TAG
         with suppress(OSError):  # for example no descriptor is left, or the kernel gives no answer
@@ -87,8 +87,8 @@ class AcceptCounts:
         used: the tags of known generations.  Raises OSError.
         """
         listening, other = (listener.socket_for(n) for n in (socket_number, 1 - socket_number))
-        # Open connections may carry tags of released generations: a process may have left its
-        # process group, or have passed a connection on.
+        # A released generation may still have open connections, with its tag: a process may have
+        # left the process group, or have passed a connection on.
         ours = self.listeners.host.own_connection
         found = self._found[listener.index] = accept_tags.connections(listening, ours)
         tag = accept_tags.tag_of(listening)

@@ -47,7 +47,7 @@ class SocketRepair:
             return
         self._loop.unwatch(listener.socket_for(socket_number).fileno())
         if listener.listen_again(socket_number):
-            # Steer before the log line: until then new clients wait in vain at the other socket.
+            # Steer first, then log: until we steer, new clients wait in vain at the other socket.
             self._steering.steer()
             self._log.write("warning", "listens-again", listen=listener.settings.address)
         else:
@@ -89,7 +89,7 @@ class SocketRepair:
         if listener.is_reserved_for_clients and not self._hold.on:
             listener.adopt_reserved(socket_number)
             self._listeners.note_bound(listener)
-        # If no generation has a single socket, its clients wait for the next generation.
+        # Keep a single socket that some generation lacks: clients there may await the next one.
         awaited = any(index == listener.index for _, index in self._turns.unserved)
         if (listener.has_sibling or not awaited) and listener.renew(socket_number):
             self._listeners.note_bound(listener)
@@ -124,7 +124,7 @@ class SocketRepair:
             if common and not listener.is_reserved_for_clients:
                 self._listeners.lose(listener, error.strerror or str(error))
                 return
-            if common:  # the third socket, where clients may wait, takes its place
+            if common:  # clients may wait at the third socket, so it replaces the broken one
                 listener.adopt_reserved(0)
                 listener.drop_socket(1)
             else:

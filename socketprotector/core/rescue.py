@@ -1,7 +1,7 @@
 """Rescues: serve clients that wait at a socket without workers, before a requested reload.
 
-Pure.  Needed only where workers accept, after a failed release or a hold.  A rescue opens the
-last good command again, and its workers accept these clients.
+Pure.  Needed only where workers accept, after a failed release or a hold, during which new clients
+wait.  A rescue opens the last good command again, and its workers accept these clients.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ def rescue(step: Step, number: int) -> None:
 
 
 def serve_held(step: Step) -> None:
-    """Open the last good command to accept clients of a hold; start a reload under way again.
+    """Open the last good command to accept clients of a hold; restart a reload under way.
 
-    Only two generations can accept at once, so the incoming one must make room.  A release is
-    called off; the last good command is promoted if it settles, and awaited if it starts.
+    Only two generations can accept at once, so the incoming one must make room.  If it is a
+    release, it is called off.  If it runs the last good command, it is promoted early if it is
+    settling, and awaited if it is still starting.
     """
     serving, incoming = step.fleet.of(Phase.SERVING), step.fleet.incoming
     if not serving or step.fleet.stopping:

@@ -71,7 +71,7 @@ COMMAND = HelpCommand(
 def _launch(asked: ParsedOptions) -> int:
     """Bind and start the resident process; with --check, only report whether that would work."""
     settings, check, listens = asked.settings, asked.check, asked.listens
-    if not os.path.isfile(__file__):  # Python runs no file inside a wheel, and guard.py is one
+    if not os.path.isfile(__file__):  # Python cannot run guard.py from inside a wheel
         raise SystemRefused("running from a zip or wheel is not supported; pip install it")
     kernel_calls.check()
     if asked.control != "":
@@ -91,8 +91,8 @@ def _launch(asked: ParsedOptions) -> int:
     if holder:
         released = port_owner.addresses_of(holder)
         notices.append(
-            f"process {holder} runs with this pid file; this is about a start after its end: "
-            "socketprotectorctl diff says what a reload would change"
+            f"process {holder} runs with this pid file; --check assumes that it has ended; "
+            "to see what a reload would change, run socketprotectorctl diff"
         )
     if not check:
         left = stored_listeners.take(listens, passed, given.left, asked.backlog, notices.append)

@@ -57,9 +57,10 @@ def gid_of(option: str, name: str) -> int:
 
 
 def status_group(environment: Mapping[str, str]) -> int | None:
-    """Return the group of a unit's SOCKETPROTECTOR_STATUS_GROUP, where --status-group is not set.
+    """Return the default for --status-group: the group in SOCKETPROTECTOR_STATUS_GROUP.
 
-    None: there is no such group, as where no package has made it.
+    Our systemd units set this variable, and our packages make the group.  None: the variable is not
+    set, or there is no such group.
     """
     try:
         return grp.getgrnam(environment.get("SOCKETPROTECTOR_STATUS_GROUP", "")).gr_gid

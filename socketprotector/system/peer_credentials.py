@@ -33,9 +33,9 @@ def unmistakable_groups(gids: Iterable[int]) -> frozenset[int]:
 
 
 def may_be_signalled(connection: socket.socket) -> bool:
-    """Return whether we may signal the peer's process, so that it is trusted.
+    """Return whether we may signal the peer's process; if so, it can be trusted.
 
-    Such a process has our user, or is in our user namespace if we may signal all processes there.
+    It then runs as our user; or it is in our user namespace, where we may signal every process.
     A process from outside is refused, because the kernel compares users, not their numbers.  Return
     False also if the process has ended, or before Linux 6.5, which does not identify the peer.
     """

@@ -167,6 +167,8 @@ class SteeringRecord:
     options: tuple[tuple[int, int, str], ...] = ()
     partly_served: tuple[tuple[int, int], ...] = ()  # the unserved whose later workers have it
     lost: tuple[int, ...] = ()  # listeners whose clients come to the other socket: see Turns
+    #: (listener, its group's members in two orders): see system/reuseport_group.py.
+    groups: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...] = ()
 
 
 @frozen

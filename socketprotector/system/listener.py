@@ -72,8 +72,7 @@ def accept_of(listener: Listener) -> Callable[[], tuple[int, object]]:
 class Listener:
     """The listening sockets of an address: one socket, or two for two generations.
 
-    Owns the descriptors, and the socket files that it made.  The two kinds are in
-    tcp_listener.py and unix_listener.py.
+    Owns the descriptors, and the socket files that it made.
     """
 
     def __init__(
@@ -107,6 +106,7 @@ class Listener:
             self.socket.setblocking(False)
         self.index = index
         self.settings = settings
+        self.group_record: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         #: The backlog of each of the two sockets, for listening again.
         self._backlogs = [settings.backlog or socket.SOMAXCONN] * 2
         #: How often each of the two sockets has joined its SO_REUSEPORT group again.

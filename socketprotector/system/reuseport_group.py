@@ -8,6 +8,10 @@ takes its position.  A program selects members by position.  sock_diag reports o
 listen(2), which differs once a member other than the last has left.  So SILENT joins last, and
 leaves before another socket could join behind it.  Between plans both orders are the same, or
 SILENT has the position of a socket that is shut down, so that socket's clients get no answer.
+
+A foreign member, which this module cannot remove, breaks that rule.  No plan can restore the order
+without a shutdown of a socket at which clients may wait.  So the state records both orders then.
+A program that is killed in the middle of such a plan leaves an old record.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
     #: The position of new clients, and the position of each mark.
     Program = tuple[int, Mapping[Any, int]]
     Order = tuple[int, ...]
+    Record = tuple[Order, Order]  # the fields `listed` and `order` of a Group
 
 #: The numbers of members other than sockets 0 and 1: our silent socket, and foreign sockets.
 SILENT, OTHER = 2, -1
@@ -75,6 +80,15 @@ class Group:
         members = tuple(range(count))
         return cls(members, members, members)
 
+    @property
+    def record(self) -> Record | None:
+        """Both orders, if the next program cannot derive the positions; otherwise None."""
+        next_one = Group.of(len(self.sockets))
+        same = self.order == self.listed or next_one._order_of(self.listed) is None
+        if self.order is None or (same and OTHER not in self.listed):
+            return None
+        return self.listed, self.order
+
     # -- what has happened ---------------------------------------------------------
 
     def found(self, listed: Order) -> None:
@@ -83,18 +97,18 @@ class Group:
             self.order, self.listed = self._order_of(listed), listed
 
     def _order_of(self, listed: Order) -> Order | None:
-        if SILENT not in listed:
-            return listed
-        if listed[-1] != SILENT:
+        if SILENT in listed[:-1] and OTHER not in listed:
             return None  # a server has called listen() again, perhaps more than once
-        # Members in front of SILENT have listened since before it joined.
-        if SILENT in self.listed and self.order is not None and set(listed) <= set(self.listed):
+        left, joined = _changes(self.listed, listed)
+        # If some have left and others have joined, the sequence of that is unknown.
+        if self.order is not None and not (left and joined):
             order = self.order
-            for each in self.listed:
-                if each not in listed:
-                    order = _without(order, each)
-            return order
-        return listed if set(self.sockets) <= set(listed) else None
+            for each in left:
+                order = _without(order, each)
+            return (*order, *joined)
+        # Members in front of SILENT have listened since before it joined.
+        is_known = SILENT not in listed or set(self.sockets) <= set(listed)
+        return listed if is_known else None
 
     def joined(self, member: int) -> None:
         """Note that a member listens; it is the last member now."""
@@ -205,6 +219,8 @@ class Group:
         the next program can derive the positions from the order of listen(2).
         """
         if self.order is not None:
+            if OTHER in self.listed and SILENT in self.listed[:-1]:
+                yield from self._end_silence()  # steer() lets it join again, as the last
             return
         last = self.listed[-1]
         several = len(self.listed) > 2 and last not in (SILENT, OTHER)
@@ -271,3 +287,18 @@ def _without(order: Order, member: int) -> Order:
         return order
     at = order.index(member)
     return (*order[:at], order[-1], *order[at + 1 : -1]) if at < len(order) - 1 else order[:-1]
+
+
+def _changes(before: Order, now: Order) -> tuple[Order, Order]:
+    """Return the members that have left, and the members that have joined.
+
+    A member that has left and joined again is in both.
+    """
+    left: Order = ()
+    count = 0  # of the members that have stayed: they precede those that have joined
+    for each in before:
+        if now[count : count + 1] == (each,):
+            count += 1
+        else:
+            left = *left, each
+    return left, now[count:]

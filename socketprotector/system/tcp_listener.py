@@ -18,7 +18,7 @@ from .listener import NO_MARKS, RESOURCE_ERRNOS, Listener, is_listening, shut_do
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .reuseport_group import Group, Plan, Step
+    from .reuseport_group import Group, Plan, Record, Step
 
 
 class TcpListener(Listener):
@@ -32,6 +32,16 @@ class TcpListener(Listener):
         if self._known is None:
             self._known = reuseport_group.Group.of(len(self.sockets))
         return self._known
+
+    @property
+    def group_record(self) -> Record | None:
+        """The orders of its group's members, if the next program cannot derive them."""
+        return None if self._known is None else self._known.record
+
+    @group_record.setter
+    def group_record(self, record: Record | None) -> None:
+        if record is not None:
+            self._group.listed, self._group.order = record
 
     @property
     def port(self) -> int:

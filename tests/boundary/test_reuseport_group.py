@@ -147,9 +147,34 @@ def address(family: int, host: str) -> Iterator[Address]:
         made.close()
 
 
-@pytest.mark.parametrize(
-    ("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
-)
+FAMILIES = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
+
+
+@pytest.mark.parametrize(("family", "host"), FAMILIES)
+def test_the_next_program_knows_the_order_that_a_foreign_member_left(
+    family: int, host: str
+) -> None:
+    with address(family, host) as one:
+        listener = one.listener
+        foreign = reuseport.make(listener.socket)
+        assert foreign is not None
+        with foreign:
+            one.steer()
+            listener.socket_for(0).shutdown(socket.SHUT_RDWR)
+            assert listener.listen_again(0)
+            listener.steer(0, held=True)  # the foreign member has the first position
+        one.steer()
+        record = listener.group_record
+        assert record == ((1, 0), (0, 1))
+
+        one.restart()
+        one.listener.group_record = record
+        one.steer()
+
+        assert one.comes_to(marked=False) == 0
+
+
+@pytest.mark.parametrize(("family", "host"), FAMILIES)
 def test_the_kernel_does_as_its_model(family: int, host: str) -> None:
     for seed in range(SEQUENCES):
         pick, so_far = random.Random(seed), []

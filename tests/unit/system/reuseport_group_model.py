@@ -82,6 +82,8 @@ class World:
         self.value = Group.of(2)
         self.serving = 0
         self.asked = self.held = False
+        #: The record of the group in the state.
+        self.record: group.Record | None = None
         #: A client came to the other socket, because neither its own nor SILENT was a member.
         self.astray = False
 
@@ -91,13 +93,19 @@ class World:
         its = self.value
         made.value = Group(its.sockets, its.listed, its.order, its.to, its.marked)
         made.serving, made.asked, made.held = self.serving, self.asked, self.held
+        made.record = self.record
         return made
 
     @property
     def state(self) -> Any:
         its = self.value
         known = its.listed, its.order, its.to, repr(its.marked)
-        return self.kernel.state, known, self.serving, self.asked, self.held
+        return self.kernel.state, known, self.serving, self.asked, self.held, self.record
+
+    @property
+    def is_strange(self) -> bool:
+        """Whether a foreign member is there, or has left another order behind."""
+        return OTHER in self.kernel.socks or self.value.record is not None
 
     @property
     def wanted(self) -> dict[str | None, int]:
@@ -122,11 +130,33 @@ class World:
     def lock(self, number: int) -> None:
         self.kernel.locked |= {number}
 
+    # -- what another program does -----------------------------------------------------
+
+    def join_foreign(self) -> None:
+        self.steer(self.wanted)
+        self.kernel.add(OTHER)
+
+    def leave_foreign(self) -> None:
+        self.kernel.detach(OTHER)
+
     # -- what we do --------------------------------------------------------------------
 
+    def happens(self, name: str) -> None:
+        """Let an event happen.
+
+        While the group is strange, the program looks after each event: two events between two
+        looks can have several results that sock_diag reports alike.
+        """
+        (EVENTS | FOREIGN)[name](self)
+        if self.is_strange:
+            self.look()
+        self.record = self.value.record
+
     def restart(self) -> None:
-        """Another program knows nothing of the group."""
+        """Another program knows nothing of the group but its record."""
         self.value = Group.of(2)
+        if self.record is not None:
+            self.value.listed, self.value.order = self.record
         self.steer(None)
 
     def switch(self) -> None:
@@ -178,7 +208,7 @@ class World:
         try:
             self.carry_out(plan, before)
         except OSError:
-            assert not self.kernel.socks, "it could be steered"
+            assert not {*self.kernel.socks} - {OTHER}, "it could be steered"
         else:
             self.check()
             assert not (whole and self.astray)
@@ -199,8 +229,8 @@ class World:
         before: where clients were to come until now, None: not to check.  unsound: who comes to
         this member is lost, so they may come to any.
         """
-        if self.value.order is None:
-            before = None  # no position is known
+        if self.value.order is None or self.is_strange:
+            before = None  # no position is known, or not at each step
         at_last = {of: self.kernel.select(of) for of in self.classes}
         there, error = list(self.kernel.socks), None
         while True:
@@ -215,7 +245,7 @@ class World:
                 perform(self.kernel, step)
             except OSError as failed:
                 error = failed
-            if self.sees and self.is_killed:
+            if self.sees and self.is_killed and not self.is_strange and not self.record:
                 self.check_next()
             if before is not None and error is None:
                 for of in self.classes:
@@ -282,6 +312,11 @@ OF_WORKERS: Mapping[str, Event] = {
     "lock 0": lambda world: world.lock(0),
     "lock 1": lambda world: world.lock(1),
 }
+#: What another program does that binds the same address.
+OF_OTHERS: Mapping[str, Event] = {
+    "foreign joins": World.join_foreign,
+    "foreign leaves": World.leave_foreign,
+}
 OURS: Mapping[str, Event] = {
     "switch": World.switch,
     "ask": World.ask,
@@ -294,5 +329,10 @@ OURS: Mapping[str, Event] = {
     "restart": World.restart,
 }
 EVENTS = {**OF_WORKERS, **OURS}
+#: Another program's events with some of the others; all together have 27,000 states.
+FOREIGN = {
+    **{name: event for name, event in EVENTS.items() if not name.startswith(("lock", "bind"))},
+    **OF_OTHERS,
+}
 #: What cannot be known without sock_diag.
 UNSEEN = frozenset({"listen 0", "listen 1", "restart"})

@@ -46,6 +46,7 @@ class SocketSteering(Steering):
         #: Addresses whose clients the kernel sends to the wrong socket, and why.
         self._not_steered: dict[str, str] = {}
         self._hold_installed = True  # the kernel's hold state is the wanted one
+        self._written = self._groups  # of each address, as the state has it
         self.turns = Turns()
         self.hold = ListenerHold(listeners)
         self.probes = Probes(listeners, self.turns, self)
@@ -249,7 +250,13 @@ class SocketSteering(Steering):
             self._repairs.options.record,
             tuple(turns.partly_served),
             tuple(turns.lost),
+            self._groups,
         )
+
+    @property
+    def _groups(self) -> tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]:
+        records = ((each.index, each.group_record) for each in self._listeners.all)
+        return tuple((index, *record) for index, record in records if record is not None)
 
     def adopt_record(self, record: SteeringRecord, *, held: bool) -> None:
         """Resume from an earlier program's record of the steering.
@@ -262,6 +269,10 @@ class SocketSteering(Steering):
         turns.partly_served = frozenset(record.partly_served)
         turns.lost = frozenset(record.lost)
         turns.expected = dict(record.expected)
+        self._written = record.groups
+        orders = {index: (listed, order) for index, listed, order in record.groups}
+        for each in self._listeners.all:
+            each.group_record = orders.get(each.index)
         turns.leaving = {generation: (number, at) for generation, number, at in record.leaving}
         probes.asked, probes.asked_from = set(record.asked), set(record.asked_from)
         self._repairs.options.record = record.options
@@ -383,7 +394,13 @@ class SocketSteering(Steering):
         if self._not_steered or not self._hold_installed:
             self._loop.call_after("steer", _STEER_AGAIN_S, self._repair)
         self._steer_while_starting()
+        if self._written != self._groups:  # a repair may be the cause, which no decision follows
+            self._written = self._groups
+            self._loop.call_after("groups", 0, self._write)
         return self.is_steered
+
+    def _write(self) -> None:
+        self._persist()
 
     def _steer_while_starting(self) -> None:
         """Repair repeatedly while a release starts, because its workers can divert the clients.

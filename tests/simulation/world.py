@@ -1721,6 +1721,7 @@ def installed(world: World) -> Iterator[None]:
         put(accept_tags, "connections", world.accepted)
         put(sock_diag, "listening", kernel.listening)
         put(sock_diag, "queue_of_unix", kernel.queue_of_unix)
+        put(sock_diag, "unaccepted", kernel.unaccepted)
         put(unix_listener, "locked", kernel.locked)
         put(unix_listener, "give", kernel.give)
         put(quiescing, "unread_by_port", kernel.unread_by_port)

@@ -1726,7 +1726,7 @@ def installed(world: World) -> Iterator[None]:
         put(unix_listener, "give", kernel.give)
         put(quiescing, "unread_by_port", kernel.unread_by_port)
         put(quiescing, "handshakes_by_port", kernel.handshakes_by_port)
-        for module in (sock_diag, socket_steering, socket_watch, probes):
+        for module in (socket_steering, socket_watch, probes):
             put(module, "unaccepted", kernel.unaccepted)
         put(probes, "is_waiting", kernel.is_waiting)
         put(probes, "end_of", kernel.end_of)

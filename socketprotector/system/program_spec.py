@@ -79,7 +79,7 @@ def change_of(record: GenerationRecord) -> str:
         return ""
     if record.program.mode.pooled:
         return f"generation {record.number} runs the same changed file: {file}"
-    return f"a replaced worker of generation {record.number} runs the changed file: {file}"
+    return f"if a worker of generation {record.number} crashes, its replacement runs {file}"
 
 
 def changed_file(program: Program, since: float) -> str:

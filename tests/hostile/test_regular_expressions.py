@@ -30,7 +30,7 @@ _USES = {"compile", "match", "fullmatch", "search", "findall", "finditer", "sub"
 OWN = {
     r"ctl/discovery.py \s*(\d{1,9})\s*$",  # 64 bytes of a file
     *(r"ctl/orders.py [+-]?\d{1,9}", "ctl/orders.py (?:(generation|pid):)?"),
-    "demo/load.py PID",
+    *("demo/load.py PID", "demo/load.py AUTOMATIC"),
     *(
         f"{EXPORTER}/peers_file.py _REMARK",
         f"{EXPORTER}/peers_file.py _ADDRESS",

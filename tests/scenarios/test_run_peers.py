@@ -55,7 +55,8 @@ def test_node_21746_nothing_stays_behind_in_a_queue_whose_workers_all_died(
     release.path.unlink()
     for pid in spawned(daemon):
         os.kill(pid, signal.SIGKILL)
-    eventually(lambda: daemon.log.count("cannot start") >= 9, "no worker comes after them")
+    # Later lines of that loop are withheld, for all workers of the generation together.
+    eventually(lambda: daemon.log.count("cannot start") >= 5, "no worker comes after them")
 
     release.becomes(*worker("many"))
     daemon.reload()

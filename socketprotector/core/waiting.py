@@ -218,7 +218,7 @@ def _workers(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
     }
     finishing = [
         worker
-        for worker in serving.workers  # one that starts without a deadline was sent KILL
+        for worker in serving.workers  # a starting worker without a deadline was sent KILL
         if worker.state in (State.STARTING, State.RETIRING, State.ORPHANED)
         and worker.number not in reported
     ]

@@ -1,4 +1,4 @@
-"""Finds a control socket by path, by name, by pid file, or as the only one that lives."""
+"""Finds a control socket by path, by name, by pid file, or as the only one in use."""
 
 from __future__ import annotations
 

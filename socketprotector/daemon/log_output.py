@@ -164,7 +164,7 @@ class Output:
     def where_to_look(self) -> str:
         """Return where to find a worker's output that we do not have, and how to keep it.
 
-        The operator may sit at another terminal than the one that shows the output.
+        The operator may sit at a different terminal.
         """
         if self._log_file is not None:
             where = f"see {text.escape(self._log_file)}"

@@ -173,7 +173,7 @@ def limit(name: str, text: str) -> int:
 def nofile_of_workers(environment: Mapping[str, str]) -> int:
     """Return the soft limit of descriptors that workers get without --limit nofile.
 
-    It is our own limit, or the one that a unit names because its protector needs a higher one.
+    It is our own limit, or the limit in a unit whose protector needs a higher one.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = environment.get("SOCKETPROTECTOR_NOFILE", "")

@@ -40,6 +40,7 @@ from socketprotector.system.listeners import listener_of
 from socketprotector.system.loop import Loop
 from socketprotector.system.polling import events_of
 from tests import memory_delivery
+from tests.boundary import ending
 from tests.memory_delivery import MemoryDelivery
 from tests.running import DEADLINE_S
 
@@ -247,12 +248,7 @@ class World(Host):
 
     def turn(self) -> None:
         """Let the loop see what is due and ready, without waiting."""
-        self.loop.running = True
-        self.loop.call_after("end of the turn", 0.0, self._end_turn)
-        self.loop.run()
-
-    def _end_turn(self) -> None:
-        self.loop.running = False
+        ending.turn(self.loop)
 
     def until(self, seen: Callable[[], bool], *takers: int) -> None:
         """Let the loop run, and these generations' workers take, until something is seen."""

@@ -59,6 +59,17 @@ def traced(pid: int) -> Iterator[None]:
         os.waitpid(tracer, 0)
 
 
+def turn(loop: Loop) -> None:
+    """Let the loop see what is due and ready, without waiting."""
+
+    def end() -> None:
+        loop.running = False
+
+    loop.running = True
+    loop.call_after("end of the turn", 0.0, end)
+    loop.run()
+
+
 def until(loop: Loop, fact: Callable[[], bool], deadline_s: float = DEADLINE_S) -> None:
     """Run the loop until something is so."""
     end = time.monotonic() + deadline_s

@@ -169,7 +169,7 @@ def test_the_kernel_is_asked_for_a_tenth_of_the_time_at_most(
 
 
 def has(told: Told, *tags: int) -> None:
-    """Have connections open of these tags."""
+    """Let the kernel report open connections with these tags."""
     told.says = [dict.fromkeys(tags, 1) or {0: 1}]
 
 

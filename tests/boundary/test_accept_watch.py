@@ -18,6 +18,7 @@ from socketprotector.daemon.delivery.shared.accept_watch import (
 )
 from socketprotector.system.loop import Loop
 from socketprotector.system.sock_diag import Line, stands, unaccepted
+from tests.boundary import ending
 from tests.boundary.listening import KINDS, listening
 
 A, B, C = (bytes([each]) for each in b"abc")
@@ -49,12 +50,7 @@ class World(Backlogs):
         until = self.now + seconds
         while self.now < until:
             self.now = min(self.now + 0.25, until)
-            self.loop.running = True
-            self.loop.call_after("end of the turn", 0.0, self.end)
-            self.loop.run()
-
-    def end(self) -> None:
-        self.loop.running = False
+            ending.turn(self.loop)
 
 
 @pytest.fixture

@@ -37,6 +37,7 @@ from socketprotector.system.listener import Listener
 from socketprotector.system.listeners import listener_of
 from socketprotector.system.loop import READ, Loop
 from tests import needs
+from tests.boundary import ending
 from tests.boundary.listening import ignore_clients
 from tests.running import DEADLINE_S, shared_path
 from tests.unanswered import Unanswered
@@ -209,12 +210,7 @@ class World(Host):
 
     def turn(self) -> None:
         """Let the loop see what is due and ready, without waiting."""
-        self.loop.running = True
-        self.loop.call_after("end of the turn", 0.0, self.end)
-        self.loop.run()
-
-    def end(self) -> None:
-        self.loop.running = False
+        ending.turn(self.loop)
 
     def pass_time(self, seconds: float) -> None:
         """As the loop's timers see it: from one that is due to the next."""

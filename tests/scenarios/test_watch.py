@@ -210,7 +210,8 @@ def test_another_folder_may_take_the_place_of_the_one_that_is_watched(
     daemon.log.wait_for(f"event=files-changed path={source.folder} ")
     eventually(lambda: says(daemon) == "two", "what is in the other folder")
     after(daemon, lambda: source.save("three"))
-    assert says(daemon) == "three"
+    # The watcher may report the new folder once more, so the first reload may precede the save.
+    eventually(lambda: says(daemon) == "three", "what was saved in it")
     assert len(watcher_of(marked_environment[MARK])) == 1
     daemon.stop()
 

@@ -246,7 +246,7 @@ class SettingsFailed(Event):
 
 @frozen
 class DeadlinePassed(Event):
-    """A timer ran out; advice: the likely cause of the timeout, for people."""
+    """A timer ran out; advice: why a start took too long, as far as effects know, or empty."""
 
     deadline: Deadline
     advice: str = ""

@@ -85,6 +85,11 @@ class Reports:
         """Change the history; the next write of the state records it."""
         self.run = replace(self.run, history=change(self.run.history))
 
+    def reload_began(self, generation: int) -> None:
+        """Record in the history that a reload has opened its generation."""
+        now = time.time()
+        self.remember(lambda history: history.reload_began(generation, now))
+
     def write(self, report: Report) -> None:
         """Send a report to the log, the history, systemd and the launching process."""
         first_line = headline(report.reason)

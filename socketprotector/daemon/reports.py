@@ -43,7 +43,10 @@ _TO_END_S = 5.0
 
 
 class Reports:
-    """The reports to the log, the history, systemd and the launching process."""
+    """The reports to the log, the history, systemd and the launching process.
+
+    Besides a Report they know only the history and the policy.
+    """
 
     def __init__(
         self,

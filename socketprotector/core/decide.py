@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from ..model.lazy_dataclass import replace
-from . import events, reload, rescue, stop, workers
+from . import events, reload, rescue, start_timeout, stop, workers
 from .actions import (
     Action,
     CheckSettling,
@@ -32,7 +32,6 @@ from .actions import (
 )
 from .events import Deadline, Event, TimerKind
 from .fleet import PHASES, Fleet, Phase, Stop
-from .start_timeout import not_ready
 from .step import Step
 
 
@@ -116,7 +115,7 @@ def _deadline_passed(step: Step, deadline: Deadline, advice: str) -> None:
     match deadline.wait:
         case TimerKind.START:
             policy = step.fleet.policy_of(step.fleet[number].fresh)
-            reload.fail(step, number, not_ready(policy, advice))
+            reload.fail(step, number, start_timeout.not_ready(policy, advice))
         case TimerKind.SETTLE:
             reload.settled(step, number)
         case TimerKind.DRAIN:
@@ -139,16 +138,21 @@ def _deadline_passed(step: Step, deadline: Deadline, advice: str) -> None:
 
 
 def _advance(step: Step) -> None:
-    """Take every step that has become possible; if there is none, change nothing."""
+    """Take every step that has become possible; if there is none, change nothing.
+
+    Without a stop, no name in stop.py is looked up, so that the module is not loaded.
+    """
     reload.serve_if_ready(step)
-    stop.stop_if_rescued(step)
+    if step.fleet.stop_awaits_rescue:
+        stop.stop_if_rescued(step)
     reload.try_nothing_unserved(step)
     reload.begin_if_wanted(step)
     _release_gone_generations(step)
     reload.open_if_due(step)
     workers.reconcile(step)
     reload.probe_if_complete(step)
-    stop.exit_if_done(step)
+    if step.fleet.stopping:
+        stop.exit_if_done(step)
 
 
 def _release_gone_generations(step: Step) -> None:

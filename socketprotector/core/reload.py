@@ -11,11 +11,11 @@ from __future__ import annotations
 from ..model.backoff import backoff_s
 from ..model.lazy_dataclass import replace
 from ..model.policy import PROVEN_S, STANDBY_S
+from . import stop
 from .actions import Open, Probe, ReadSettings, Report, ReportKind, RouteTo
 from .events import Deadline, TimerKind
 from .fleet import Candidate, Fleet, Generation, Next, Phase, Policy, State
 from .step import Step
-from .stop import CALLED_OFF, stop_quickly
 
 #: The exit status of SocketProtector after a start that failed.
 START_FAILED = 3
@@ -90,7 +90,7 @@ def begin_if_wanted(step: Step) -> None:
         # Not earlier: a caller takes the first verdict after its request for its own, and until
         # now that was the verdict of the previous reload.
         step.fleet = replace(fleet, reload_wanted=False)
-        step.fail_unopened(CALLED_OFF)
+        step.fail_unopened(stop.CALLED_OFF)
     elif fleet.reload_wanted and not _may_rescue(fleet):
         step.fleet = replace(fleet, reload_wanted=False)
         step.do(Report(ReportKind.RELOADING))
@@ -402,7 +402,7 @@ def _first_start_failed(step: Step, number: int, reason: str, *, retry: bool) ->
     else:
         step.fleet = replace(step.fleet, exit_status=START_FAILED)
         step.do(Report(ReportKind.START_FAILED, number, reason))
-        stop_quickly(step)
+        stop.stop_quickly(step)
 
 
 def socket_lost(step: Step, number: int) -> None:

@@ -76,12 +76,12 @@ def stop_gracefully(step: Step, reason: str = "") -> None:
 
 
 def stop_if_rescued(step: Step) -> None:
-    """Go on with a stop once no client of a hold needs another generation.
+    """Go on with a stop that waits, once no client of a hold needs another generation.
 
     The end of the hold, or of a start, may lead to HeldClientsWait: so let the event loop turn.
     """
     fleet, before = step.fleet, step.before
-    if not fleet.stop_awaits_rescue or fleet.is_renewing:
+    if fleet.is_renewing:
         return
     if not before.stop_awaits_rescue or before.is_renewing:
         step.start(TimerKind.TURN, 0, 0.0)
@@ -207,9 +207,9 @@ def release_hold(step: Step) -> None:
 
 
 def exit_if_done(step: Step) -> None:
-    """Exit if a stop was requested and no generation is left."""
+    """Exit, because a stop was requested, if no generation is left."""
     fleet = step.fleet
-    if fleet.stopping and not fleet.generations:
+    if not fleet.generations:
         step.cancel(TimerKind.STOP)
         step.cancel(TimerKind.TURN)
         step.fleet = replace(step.fleet, exiting=True)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from .. import __version__
+from ..core import stop
 from ..core.actions import (
     Action,
     CancelTimer,
@@ -50,7 +51,6 @@ from ..core.events import (
 from ..core.fleet import Fleet
 from ..core.reload import UPGRADED
 from ..core.snapshot import Snapshot, Undone
-from ..core.stop import CALLED_OFF
 from ..model import known_servers, question
 from ..model.errors import what_failed
 from ..model.lazy_dataclass import replace
@@ -77,7 +77,6 @@ RECORDED = Undone | Report | StartTimer
 #: Reports of a generation that has proved itself.
 _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
 _FAILURE = (ReportKind.RELOAD_FAILED, ReportKind.DRY_RUN_FAILED)
-_CALLED_OFF = (CALLED_OFF, UPGRADED)
 #: How soon to check again for a good answer after --settle.
 _SETTLE_AGAIN_S = 0.1
 _LATE = "late"
@@ -189,7 +188,7 @@ class Effects(Host):
             case Report():
                 if action.news in _SUCCESS and action.generation in self.generations:
                     self.last_good = self.generations[action.generation].program
-                if action.news in _FAILURE and action.reason not in _CALLED_OFF:
+                if action.news in _FAILURE and action.reason not in (stop.CALLED_OFF, UPGRADED):
                     action = replace(action, reason=added(action.reason, self._same_file()))
                 self.reports.write(action)
             case Exit(status):

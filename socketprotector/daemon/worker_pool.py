@@ -11,6 +11,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
 
 from ..core.actions import WorkerSignal
 from ..core.events import Answered, WorkerExited, WorkerReady
@@ -20,27 +21,23 @@ from ..model.history import History
 from ..model.lazy_dataclass import replace
 from ..model.records import WorkerRecord
 from ..model.settings import Settings
-from ..system import check_command, sock_diag
+from ..system import check_command, procfs, sock_diag
 from ..system.orphans import Orphans
 from ..system.process import End
 from ..system.process_groups import Groups
-from ..system.procfs import sockets_of
+from . import post_mortem, worker_recycling
 from .check_probe import CheckProbes
 from .delivery import Delivery
 from .delivery.probe_target import PROBE
 from .first_programs import FirstPrograms
 from .generation import OpenGeneration
 from .log_output import Output
-from .post_mortem import PostMortem
 from .runtime import Runtime
 from .worker_messages import WorkerMessages
-from .worker_recycling import LimitWatch
 from .worker_spawn import Worker, WorkerSpawner, named
 
 #: Lets --ready check:COMMAND probe the right worker: old workers share its port.
 _WORKER_PID = "SOCKETPROTECTOR_WORKER_PID"
-#: How many descriptors of workers to search for a listening one: each takes microseconds.
-_SEARCHED = 1000
 
 
 class WorkerPool:
@@ -58,6 +55,7 @@ class WorkerPool:
     ) -> None:
         """remember: takes a function from the old history to the new one, and applies it."""
         self._probes, self._output, self._delivery = probes, output, delivery
+        self._runtime, self._remember = runtime, remember
         loop, log, post = runtime.loop, runtime.log, runtime.post
         self._loop, self._log, self._post = loop, log, post
         self._workers: dict[int, Worker] = {}
@@ -81,21 +79,29 @@ class WorkerPool:
             note=self._note,
             ready=self._is_ready,
         )
-        self.limits = LimitWatch(settings, runtime, self._workers)
-        self._post_mortem = PostMortem(
-            runtime,
-            output,
-            delivery=delivery,
+        self.limits: worker_recycling.LimitWatch | None = None
+        self.apply_settings(settings)
+
+    @cached_property
+    def _post_mortem(self) -> post_mortem.PostMortem:
+        """What determines how workers ended; loaded at the first exit."""
+        return post_mortem.PostMortem(
+            self._runtime,
+            self._output,
+            delivery=self._delivery,
             groups=self.groups,
             orphans=self.orphans,
             ended=self._ended,
-            remember=remember,
+            remember=self._remember,
         )
 
     def apply_settings(self, settings: Settings) -> None:
-        """Use the settings of a reload."""
+        """Use the settings of the start or of a reload."""
         self._spawner.settings = settings
-        self.limits.use(settings)
+        if self.limits is not None:
+            self.limits.use(settings)
+        elif settings.worker_limits.any:
+            self.limits = worker_recycling.LimitWatch(settings, self._runtime, self._workers)
 
     def advice(self, generation: int, *, passes_over: bool = False) -> str:
         """Return what to do about a generation that accepts no connection; "": unknown.
@@ -110,7 +116,7 @@ class WorkerPool:
         return known_servers.advice(
             workers[0].generation.program,
             listens=lambda: sock_diag.address_of(
-                sockets_of(pids, _SEARCHED) - self._delivery.worker_sockets
+                procfs.sockets_of(pids) - self._delivery.worker_sockets
             ),
             passes_over=passes_over,
         )

@@ -30,21 +30,27 @@ _PACKAGE = __name__.partition(".")[0]
 #: The names of all late modules, relative to the package.
 LATE = (
     "core.rescue",
+    "core.start_timeout",
+    "core.stop",
     "core.waiting",
     "daemon.asker_client",
     "daemon.asking",
     "daemon.config_reader",
     "daemon.control.commands",
     "daemon.control.status",
+    "daemon.delivery.queue.probe_port",
     "daemon.health",
+    "daemon.post_mortem",
     "daemon.recovery",
     "daemon.relay_client",
     "daemon.probe",
     "daemon.settle_check",
     "daemon.verdicts",
     "daemon.watch_client",
+    "daemon.worker_recycling",
     "model.control_requests",
     "model.einhorn",
+    "model.fd_budget",
     "model.known_servers",
     "model.waits",
     "system.accept_tags",
@@ -53,7 +59,9 @@ LATE = (
     "system.env_file",
     "system.log_file",
     "system.path_group",
+    "system.peer_credentials",
     "system.privileges",
+    "system.procfs",
     "system.reuseport_group",
     "system.reuseport",
     "system.sock_diag",
@@ -135,11 +143,13 @@ def keep() -> None:
     """
     sys.meta_path.insert(0, Finder)
     kept = os.memfd_create("sp.late", os.MFD_CLOEXEC)
+    roots = sys.modules[_PACKAGE].__path__
     for each in LATE:
         name = f"{_PACKAGE}.{each}"
         parent = name.rpartition(".")[0]
-        __import__(parent)
-        spec = Finder.find_spec(name, sys.modules[parent].__path__)
+        # The parent is not imported yet: it may import late modules that have no stand-in yet.
+        folders = parent.split(".")[1:]
+        spec = Finder.find_spec(name, [os.path.join(root, *folders) for root in roots])
         if spec is None or not isinstance(spec.loader, _Loader):
             continue  # in an archive: such a module is loaded as usual
         module = _Late(name)

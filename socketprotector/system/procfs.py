@@ -13,6 +13,8 @@ from itertools import islice
 
 #: The error text without a usable /proc.
 MISSING = "no /proc of this PID namespace is mounted"
+#: How many descriptors to search for sockets: each takes microseconds.
+_SEARCHED = 1000
 
 
 def is_ours() -> bool:
@@ -65,7 +67,7 @@ def sockets(pid: int) -> Iterator[tuple[int, int]]:
                 yield int(name), int(inode.rstrip("]"))
 
 
-def sockets_of(pids: Iterable[int], most: int) -> set[int]:
+def sockets_of(pids: Iterable[int], most: int = _SEARCHED) -> set[int]:
     """Return the inodes of the processes' sockets, among their first `most` descriptors.
 
     Empty if unknown.

@@ -20,10 +20,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 
+from . import peer_credentials
 from .cleanup import on_error
 from .foreign_descriptors import drop_unread, dropping
 from .inherited import Named
-from .peer_credentials import unmistakable_users
 
 #: The file name under which each socket is first bound.
 _BOUND_NAME = "new"
@@ -58,7 +58,9 @@ class NotifySocket:
         self._is_abstract = address.startswith("@")
         # Any process can send to an abstract name, so there a uid must identify a single user.
         # Only processes that know the path can send to the path.
-        self._allowed = unmistakable_users(allowed_uids) if self._is_abstract else allowed_uids
+        self._allowed = allowed_uids
+        if self._is_abstract:
+            self._allowed = peer_credentials.unmistakable_users(allowed_uids)
 
     @classmethod
     def make(cls, address: str, allowed_uids: frozenset[int]) -> NotifySocket:

@@ -135,7 +135,7 @@ class CommandHandler:
             "crashes": history.crashed,
             "warnings": (
                 *status.of_warnings(settings),
-                *effects.pool.limits.warnings,
+                *(limits.warnings if (limits := effects.pool.limits) is not None else ()),
                 *delivery.warnings,
             ),
         }

@@ -17,10 +17,10 @@ from contextlib import contextmanager
 
 from ...model import control_requests, einhorn
 from ...model.lazy_dataclass import KW_ONLY, field, mutable
+from ...system import peer_credentials
 from ...system.foreign_descriptors import dropping, refuse_descriptors
 from ...system.listener import TRANSIENT_ERRNOS, Listener
 from ...system.loop import READ, WRITE, Loop
-from ...system.peer_credentials import may_be_signalled, unmistakable_groups, unmistakable_users
 from ...system.polling import read_now
 
 CLIENTS = 256
@@ -334,9 +334,9 @@ class ControlServer:
         except OSError:
             return ()
         _, uid, gid = _CREDENTIALS.unpack(found)
-        if uid in unmistakable_users(self.uids):
+        if uid in peer_credentials.unmistakable_users(self.uids):
             return control_requests.COMMANDS
-        if uid in self.uids and may_be_signalled(sock):
+        if uid in self.uids and peer_credentials.may_be_signalled(sock):
             return control_requests.COMMANDS
         groups = {gid}
         try:
@@ -348,6 +348,8 @@ class ControlServer:
             (self.group, control_requests.COMMANDS),
             (self.status_group, control_requests.STATUS_COMMANDS),
         ):
-            if group is not None and group in unmistakable_groups({group}) & groups:
+            if group is None:
+                continue
+            if group in peer_credentials.unmistakable_groups({group}) & groups:
                 return commands
         return ()

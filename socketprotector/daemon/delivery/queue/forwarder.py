@@ -24,11 +24,11 @@ from ....system.inherited import Inherited
 from ....system.listener import TRANSIENT_ERRNOS, Listener
 from ...runtime import Runtime
 from .. import LAST_S, QUIET_S
+from . import probe_port
 from .acceptor import Acceptor
 from .generation_channel import GenerationChannel
 from .listener_drain import DrainingListeners
 from .outlet import Outlet
-from .probe_port import is_probe
 from .queue_watch import QueueWatch
 from .shortage import Shortage
 from .undelivered import Undelivered, listener_of
@@ -286,7 +286,7 @@ class Forwarder:
             self.queue.take_away()
             header, fd = taken
             if fd < 0:
-                self._lost += not is_probe(header)
+                self._lost += not probe_port.is_probe(header)
             else:
                 self.outlet.send(route, header, fd)
 
@@ -312,8 +312,8 @@ class Forwarder:
             remaining -= 1
             header, fd = taken
             if fd < 0:
-                self._lost += not is_probe(header)
-            elif is_probe(header):
+                self._lost += not probe_port.is_probe(header)
+            elif probe_port.is_probe(header):
                 self.outlet.let_go(fd)  # only a probe of this channel's generation
             elif has_unknown and route is not None and not route.knows_of(listener_of(header)):
                 self._put_back(channel, header, fd)
@@ -416,7 +416,7 @@ def _clients_in(channel: GenerationChannel) -> int:
     try:
         while taken := channel.take_back():
             header, fd = taken
-            found += not is_probe(header)
+            found += not probe_port.is_probe(header)
             if fd >= 0:
                 os.close(fd)
     except OSError:  # out of memory: the rest counts as clients, and is closed with the channel

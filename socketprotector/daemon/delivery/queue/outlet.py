@@ -13,8 +13,8 @@ from collections.abc import Callable
 from ....model.lazy_dataclass import mutable
 from ....system.channel import BROKEN
 from ....system.loop import WRITE, Loop
+from . import probe_port
 from .generation_channel import GenerationChannel
-from .probe_port import is_probe
 from .queue_watch import QueueWatch
 from .shortage import Shortage
 from .undelivered import Undelivered
@@ -84,7 +84,7 @@ class Outlet:
 
     def send_failed(self, header: bytes, fd: int, error: OSError) -> None:
         """Keep a client's connection until sending is possible again.  Takes ownership of fd."""
-        if is_probe(header):
+        if probe_port.is_probe(header):
             self.let_go(fd)  # the probe must not reach the generation of the next route
         else:
             self.undelivered.keep_first(header, fd)

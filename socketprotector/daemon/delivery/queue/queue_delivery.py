@@ -25,9 +25,9 @@ from ...generation import OpenGeneration
 from .. import Delivery, Handles
 from ..host import Host
 from ..probe_target import ProbeTarget
+from . import probe_port
 from .forwarder import Forwarder
 from .generation_channel import GenerationChannel
-from .probe_port import ProbePort
 
 
 class QueueDelivery(Delivery):
@@ -103,7 +103,8 @@ class QueueDelivery(Delivery):
         queue = self.forwarder.queue if generation.record.number == self._route else None
         for each in self.listeners:
             if listener in ("", each.settings.name) and generation.knows(each.index):
-                return ProbePort(self._loop, self._of(generation), each.index, queue).target
+                channel = self._of(generation)
+                return probe_port.ProbePort(self._loop, channel, each.index, queue).target
         return None
 
     def route_to(self, generation: OpenGeneration | None, *, again: bool = False) -> None:

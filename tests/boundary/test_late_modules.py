@@ -138,11 +138,13 @@ def run_again(package: Path, code: str) -> str:
     return run(package, code)
 
 
-def test_the_process_forgets_annotations_and_remembers_all_else(package: Path) -> None:
+def test_the_process_forgets_only_annotations_and_docstrings(package: Path) -> None:
     code = """
 from socketprotector.daemon.supervisor import Supervisor
 from socketprotector.model.settings import Settings
 print(Supervisor.run.__annotations__, Supervisor.__doc__, resident.__doc__)
+from socketprotector.model.text import in_units
+print(in_units.__doc__, Supervisor.run.__code__.co_consts[0], in_units(90))
 print(Settings("name", ("sh",), "") == Settings("name", ("sh",), ""))
 """
-    assert run(package, code) == "{} None None\nTrue\n"
+    assert run(package, code) == "{} None None\nNone None 1m30s\nTrue\n"

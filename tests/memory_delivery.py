@@ -163,7 +163,9 @@ class MemoryDelivery(Delivery):
     def worker_sockets(self) -> frozenset[int]:
         return frozenset()
 
-    def cannot_add(self, listeners: Collection[Listener]) -> str | None:
+    def cannot_change(
+        self, added: Collection[Listener], removed: Collection[Listener]
+    ) -> str | None:
         return None
 
     def add(self, listener: Listener, *, dry_run: bool) -> None:

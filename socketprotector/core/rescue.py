@@ -6,8 +6,10 @@ wait.  A rescue opens the last good command again, and its workers accept these 
 
 from __future__ import annotations
 
+from ..model.backoff import backoff_s
 from ..model.lazy_dataclass import replace
 from .actions import Report, ReportKind
+from .events import TimerKind
 from .fleet import Fleet, Next, Phase
 from .reload import call_off_dry_run, has_failed, renew, take_back
 from .step import Step
@@ -47,7 +49,7 @@ def serve_held(step: Step) -> None:
         return
     if not incoming:
         if step.fleet.stop_awaits_rescue:
-            renew(step)
+            _serve_held_before_stop(step)
         return  # otherwise a Stranded event follows
     if incoming.phase is Phase.STARTING and not incoming.fresh:
         return
@@ -60,6 +62,18 @@ def serve_held(step: Step) -> None:
         step.do(Report(ReportKind.RETRYING, incoming.number, HELD_FIRST))
         step.fleet = replace(step.fleet, reload_wanted=True)
     renew(step)
+
+
+def _serve_held_before_stop(step: Step) -> None:
+    """Open the last good command, after a pause if it has failed; --stop-timeout limits the tries.
+
+    Without clients that wait, no such event comes, and the stop goes on.
+    """
+    pause_s = backoff_s(step.fleet.failed_starts)
+    if renew(step):
+        step.fleet = replace(step.fleet, failed_starts=step.fleet.failed_starts + 1)
+        if pause_s > 0:
+            step.start(TimerKind.OPEN, 0, pause_s)
 
 
 def serve_stranded(step: Step) -> None:

@@ -81,12 +81,21 @@ def stop_if_rescued(step: Step) -> None:
     The end of the hold, or of a start, may lead to HeldClientsWait: so let the event loop turn.
     """
     fleet, before = step.fleet, step.before
-    if fleet.is_renewing:
+    if _may_renew(fleet):
         return
-    if not before.stop_awaits_rescue or before.is_renewing:
+    if not before.stop_awaits_rescue or _may_renew(before):
         step.start(TimerKind.TURN, 0, 0.0)
     elif Deadline(TimerKind.TURN) not in fleet.timers:
         _serve_backlog(step)
+
+
+def _may_renew(fleet: Fleet) -> bool:
+    """Return whether the last good command starts, or has failed and may start again.
+
+    Its clients wait for another generation only once none of its workers is left.
+    """
+    abandoned = fleet.all_of(Phase.ABANDONED)
+    return fleet.is_renewing or any(each.workers and not each.fresh for each in abandoned)
 
 
 def _serve_backlog(step: Step) -> None:

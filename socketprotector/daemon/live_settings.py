@@ -141,7 +141,8 @@ class LiveSettings:
             )
             for n, fd in answer.listeners.items()
         ]
-        cannot = self._delivery.cannot_add(added)
+        removed = [each for each in self._delivery.listeners if new.listeners[each.index].removed]
+        cannot = self._delivery.cannot_change(added, removed)
         if cannot is not None:
             for each in added:
                 each.close()

@@ -13,7 +13,7 @@ import os
 import select
 import socket
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 
 from ..model.settings import ListenerSettings
@@ -109,8 +109,6 @@ class Listener:
         self.group_record: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         #: The backlog of each of the two sockets, for listening again.
         self._backlogs = [settings.backlog or socket.SOMAXCONN] * 2
-        #: How often each of the two sockets has joined its SO_REUSEPORT group again.
-        self.joined = [0, 0]
         #: Whether each of the two sockets was made for just the generation that accepts from it.
         self.is_fresh = [False, False]
         #: Whether it gets no clients any more: it was shut down, and cannot be bound again.
@@ -200,10 +198,10 @@ class Listener:
         """Return the address of one of its sockets for this machine; over TCP a mark selects it."""
         return self.local_address
 
-    def file_at(self, socket_number: int) -> tuple[int, int]:
-        """Return device and inode of a socket's own file; 0 and 0 if it has none.
+    def identity(self, socket_number: int) -> tuple[int, int]:
+        """Return a value that changes if clients of a socket's address may have gone elsewhere.
 
-        Raises OSError if another program has removed or replaced the file.
+        Raises OSError if they go elsewhere now: another program has the socket's file.
         """
         return 0, 0
 
@@ -303,7 +301,6 @@ class Listener:
         """Replace a broken socket with a new one, which no worker has yet.  Raises OSError."""
         if self.settings.foreign:
             raise OSError(errno.EPERM, "it was passed in, and is not ours")
-        self.joined[socket_number % 2] += 1
         one, made = self.socket_for(socket_number), self._made_anew(socket_number)
         made.setblocking(os.get_blocking(one.fileno()))
         self._replace(socket_number, made)
@@ -395,18 +392,21 @@ class Listener:
     def _steer_last(self, socket_number: int) -> None:
         """Steer clients to the socket that the next start gets.  Raises OSError."""
 
-    def backlog(self, socket_number: int) -> tuple[int, int] | None:
+    def backlog(self, socket_number: int, but: Collection[int] = ()) -> tuple[int, int] | None:
         """Return how many clients wait at its sockets, and how many can; None: unknown.
 
-        socket_number: the socket that gets new clients, which determines the limit.
+        socket_number: the socket whose limit counts.  but: sockets whose clients do not count.
         """
         try:
-            polled = (*self.sockets, self._reserved)  # at a path, clients of a hold wait there
-            queues = [reuseport.queue(each) for each in polled if each is not None]
+            waiting = sum(reuseport.queue(each)[0] for each in self._sockets_but(but))
+            return waiting, reuseport.backlog(self.socket_for(socket_number))
         except (OSError, struct.error):
             return None
-        limit = queues[socket_number % len(self.sockets)][1]
-        return sum(each[0] for each in queues), limit
+
+    def _sockets_but(self, numbers: Collection[int]) -> list[socket.socket]:
+        """Return its sockets, with that of a hold, without the sockets of these numbers."""
+        but = [*map(self.socket_for, numbers)]
+        return [each for each in (*self.sockets, self._reserved) if each and each not in but]
 
     def has_waiting(self, socket_number: int | None = None) -> bool:
         """Return whether a connected client waits to be accepted; None: at any of the sockets."""

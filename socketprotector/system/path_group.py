@@ -213,7 +213,8 @@ class PathGroup:
         return Bind(MADE), *lead, *shut, *led._put(MADE, number)
 
     def reserve(self) -> Plan:
-        """Make the socket of a hold, unless it exists."""
+        """Make the socket of a hold, unless it exists.  Raises OSError if the path is not ours."""
+        self._check_path()
         if self.reserve_is_lost:
             return Close(RESERVE), Bind(RESERVE)
         return () if RESERVE in self.members else (Bind(RESERVE),)

@@ -25,6 +25,8 @@ class TcpListener(Listener):
     """The listener of a TCP address; it carries out the plans of its group."""
 
     _known: Group | None = None
+    #: How often socket 0 and socket 1 have listened again.
+    _listened_again: tuple[int, ...] = (0, 0)
 
     @property
     def _group(self) -> Group:
@@ -62,6 +64,14 @@ class TcpListener(Listener):
         if self.has_sibling:
             self._group.swap()
 
+    def identity(self, socket_number: int) -> tuple[int, int]:
+        """Return a socket's inode, and how often it has listened again.
+
+        While it does not listen, the kernel gives its clients to the other socket.
+        """
+        inode = os.fstat(self.socket_for(socket_number).fileno()).st_ino
+        return inode, self._listened_again[socket_number % len(self.sockets)]
+
     # -- a socket that was shut down ----------------------------------------
 
     def is_alive(self, socket_number: int = 0) -> bool:
@@ -91,7 +101,8 @@ class TcpListener(Listener):
         A socket that was bound as port 0 would get another port.
         """
         number = socket_number % len(self.sockets)
-        self.joined[socket_number % 2] += 1
+        counts = enumerate(self._listened_again)
+        self._listened_again = tuple(count + (n == number) for n, count in counts)
         try:
             self._look(or_guess=True)
             self._carry_out(self._group.listen_again(number))

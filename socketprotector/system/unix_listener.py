@@ -11,7 +11,7 @@ import errno
 import os
 import select
 import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 
 from ..model.lazy_dataclass import replace
@@ -70,11 +70,11 @@ class UnixListener(Listener):
             return socket_file.own_file(self.path, self.socket_for(socket_number)), 0
         return self.local_address
 
-    def file_at(self, socket_number: int) -> tuple[int, int]:
+    def identity(self, socket_number: int) -> tuple[int, int]:
         """Return device and inode of a socket's own file.  Raises OSError if it is not ours."""
         if self.path and self.has_sibling:
             return socket_file.identity_of(self.path, self.socket_for(socket_number))
-        return super().file_at(socket_number)
+        return super().identity(socket_number)
 
     # -- a socket that was shut down ----------------------------------------
 
@@ -167,7 +167,6 @@ class UnixListener(Listener):
         if not self.path:
             super().bind_anew(socket_number)
             return
-        self.joined[socket_number % 2] += 1
         self._carry_out(self._examine().bind_anew(socket_number % len(self.sockets)))
 
     def _made_anew(self, socket_number: int) -> socket.socket:
@@ -189,7 +188,7 @@ class UnixListener(Listener):
 
     def reserve(self) -> socket.socket:
         """Return the third socket, at which clients wait during a hold.  Raises OSError."""
-        self._carry_out(self._look().reserve())
+        self._carry_out(self._examine().reserve())
         assert self._reserved is not None
         return self._reserved
 
@@ -216,14 +215,13 @@ class UnixListener(Listener):
             plan = self._examine().adopt_reserve(number, led=True)
             self._carry_out(plan)
         if path_group.Place(path_group.RESERVE, number) in plan:
-            self.joined[number] += 1
             self.is_fresh[number] = True
 
-    def backlog(self, socket_number: int) -> tuple[int, int] | None:
+    def backlog(self, socket_number: int, but: Collection[int] = ()) -> tuple[int, int] | None:
         """Return how many clients wait, without those that have disconnected, and how many can."""
-        found = super().backlog(socket_number)
+        found = super().backlog(socket_number, but)
         with suppress(OSError):  # the kernel lists up to about 900 clients
-            lines = map(sock_diag.unaccepted, self._members().values())
+            lines = map(sock_diag.unaccepted, self._sockets_but(but))
             left = sum(not client for line in lines for client in line)
             return found and (found[0] - left, found[1])
         return found

@@ -61,6 +61,7 @@ class World(Host):
         self.posted: list[Event] = []
         self.persisted = 0
         self.events: list[str] = []  # logged
+        self.lines: dict[str, dict[str, object]] = {}  # the last line of each event
         self.lost: list[Listener] = []
         self.generations: dict[int, OpenGeneration] = {}
         self.released: dict[int, OpenGeneration] = {}  # whose clients still wait
@@ -99,6 +100,7 @@ class World(Host):
     def write(self, level: str, event: str, **fields: object) -> None:
         """Note a line of the log."""
         self.events.append(event)
+        self.lines[event] = fields
 
     def _persist(self) -> bool:
         self.persisted += 1
@@ -190,7 +192,7 @@ class World(Host):
         self._ordered()
 
     def add(self, listener: Listener, *, dry_run: bool = False) -> None:
-        assert self.delivery.cannot_add([listener]) is None
+        assert self.delivery.cannot_change([listener], []) is None
         self.delivery.add(listener, dry_run=dry_run)
         self._ordered()
 

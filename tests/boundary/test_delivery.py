@@ -549,6 +549,26 @@ def test_a_client_that_an_end_resets_is_counted(at_path: PathWorld, quick: bool)
     assert at_path.events.count("clients-lost") == 1
 
 
+def test_clients_of_a_hold_at_a_listener_that_is_removed_are_counted(at_path: PathWorld) -> None:
+    """A reload that began before the hold removes it; clients at its workers are served."""
+    at_path.serving(1)
+    served = at_path.connect()
+    at_path.delivery.hold(True)
+    lost = at_path.connect()
+    [listener] = at_path.delivery.listeners
+    cannot = at_path.delivery.cannot_change([], [listener])
+    assert cannot is not None
+    assert "would be reset" in cannot
+
+    at_path.delivery.remove(listener)
+
+    at_path.take(1)
+    assert at_path.taken[1] == [served]
+    with pytest.raises(ConnectionResetError):
+        at_path.clients[lost].recv(1)
+    assert at_path.lines["clients-lost"]["lost"] == 1
+
+
 def test_a_graceful_end_awaits_no_probe_that_has_come_beside_a_client_of_a_hold(
     at_path: PathWorld,
 ) -> None:

@@ -219,9 +219,12 @@ def test_a_stop_lets_in_those_who_wait_at_a_path_and_over_tcp(
     assert one.daemon.log.count("event=clients-lost") == 0
 
 
-def test_a_stop_says_how_many_it_resets_if_no_worker_starts_for_them(
-    one: Operated, path: Path, release: Release
+def test_a_stop_says_how_many_it_resets_if_no_worker_starts_for_them_in_its_time(
+    protector: Starter, path: Path, place: Path, release: Release
 ) -> None:
+    release.becomes(*SERVER)
+    words = (*MODE, "--stop-timeout", "1s", "--control", place, f"unix:{path}")
+    one = Operated(protector(*words, "--", release.path).ready(), place)
     with one.line() as line:
         line.ask("hold", seconds=3600)
     release.path.unlink()
@@ -229,6 +232,90 @@ def test_a_stop_says_how_many_it_resets_if_no_worker_starts_for_them(
         mark = one.daemon.signal(signal.SIGTERM)
         one.daemon.log.wait_for(f"event=clients-lost address=unix:{path} lost=2", after=mark)
         assert one.daemon.wait() == 0
+
+
+@pytest.mark.parametrize("amid", ["", "a kill of the protector"])
+def test_a_stop_starts_workers_for_those_who_wait_through_a_hold_until_they_serve(
+    one: Operated, path: Path, release: Release, amid: str
+) -> None:
+    with one.line() as line:
+        line.ask("hold", seconds=3600)
+    release.path.unlink()
+    with Client(str(path), "hello") as late:
+        mark = one.daemon.signal(signal.SIGTERM)
+        for number in range(2, 6):
+            one.daemon.log.wait_for(f"event=reload-failed generation={number}", after=mark)
+        if amid:
+            revived(one.daemon, kill_protector(one.daemon))
+        release.becomes(*SERVER)
+        assert late.hear().endswith(" hello")
+    assert one.daemon.wait() == 0
+    assert one.daemon.log.count("event=clients-lost") == 0
+
+
+def test_a_stop_in_a_hold_awaits_no_later_client_while_another_program_has_the_path(
+    protector: Starter, path: Path, place: Path, release: Release
+) -> None:
+    release.becomes(*SERVER)
+    words = (*MODE, "--stop-timeout", "1h", "--control", place, f"unix:{path}")
+    one = Operated(protector(*words, "--", release.path).ready(), place)
+    with one.line() as line:
+        line.ask("hold", seconds=3600)
+    with Client(str(path), "hello") as late, socket.socket(socket.AF_UNIX) as theirs:
+        path.unlink()
+        theirs.bind(str(path))
+        mark = one.daemon.signal(signal.SIGTERM)
+        assert late.hear().endswith(" hello")
+        one.daemon.log.wait_for("event=drained generation=1", after=mark)
+        assert one.daemon.wait() == 0
+    path.unlink()
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_hold_is_refused_while_another_program_has_the_path(one: Operated, path: Path) -> None:
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as theirs, one.line() as line:
+        theirs.bind(str(path))
+        code, said = line.refused("hold", seconds=3600)
+
+    assert code == "refused"
+    why = "another program has put its file there; remove it"
+    assert said == f"hold is unavailable: unix:{path}: {why}"
+    assert one.status()["held_s"] is None
+    path.unlink()
+    with one.line() as line:
+        line.ask("hold", seconds=3600)
+        line.ask("release")
+
+
+def test_a_reload_removes_no_path_at_which_clients_wait_through_a_hold(
+    protector: Starter, path: Path, place: Path, tmp_path: Path
+) -> None:
+    config, command = tmp_path / "web.toml", ", ".join(f"'{word}'" for word in SERVER)
+
+    def write(listen: str) -> None:
+        new = tmp_path / "new"
+        new.write_text(f'handoff = "listener"\nlisten = [{listen}]\ncommand = [{command}]\n')
+        new.rename(config)
+
+    write(f"'127.0.0.1:0', 'unix:{path}'")
+    one = Operated(protector("--config", config, "--control", place).ready(), place)
+    with one.line() as line:
+        line.ask("hold", seconds=3600)
+    with Client(str(path), "hello") as late:
+        write("'127.0.0.1:0'")
+        mark = one.daemon.signal(signal.SIGHUP)
+        said = one.daemon.log.wait_for("event=(reload-failed|reloaded)", after=mark)
+        lost = f"the clients that wait at unix:{path} would be reset"
+        assert f"on hold, and {lost}; release it first" in said
+        with one.line() as line:
+            line.ask("release")
+        assert late.hear().endswith(" hello")
+    one.daemon.log.wait_for("event=recovered")
+    one.daemon.reload()
+    assert not path.exists()
+    assert one.daemon.log.count("event=clients-lost") == 0
+    one.daemon.stop()
 
 
 @pytest.fixture(params=["mounted", "linked"])

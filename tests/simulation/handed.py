@@ -875,7 +875,7 @@ class Handed(World):
         waits = waits and its.can_be_held
         if its.path and its._reserved is not None and waits:
             reserved = self.kernel.file(its._reserved.fileno())
-            if steering_of(act)._hold_installed or to is reserved:
+            if not steering_of(act)._not_held or to is reserved:
                 wanted = reserved
         told = f"{address.steered} of {[each.inode for each in address.group]}"
         assert to is wanted, f"a client comes to socket {to.inode} of {to.name}: {told}"

@@ -172,8 +172,10 @@ class Delivery(ABC):
         """The inodes of the listening sockets that workers get."""
 
     @abstractmethod
-    def cannot_add(self, listeners: Collection[Listener]) -> str | None:
-        """Return why these listeners cannot be added now; None: they can."""
+    def cannot_change(
+        self, added: Collection[Listener], removed: Collection[Listener]
+    ) -> str | None:
+        """Return why a reload cannot add and remove these listeners now; None: it can."""
 
     @abstractmethod
     def add(self, listener: Listener, *, dry_run: bool) -> None:

@@ -174,9 +174,9 @@ def test_a_stop_waits_for_one_that_starts_for_them_and_calls_the_reload_off(stor
     assert not story.fleet.reload_wanted
 
 
-def held(story: Story, policy: Policy = ACCEPT, *events: Event) -> Story:
+def held(story: Story, policy: Policy = ACCEPT, *events: Event, workers: int = 1) -> Story:
     """Generation 1 serves, and a hold begins."""
-    return story.given_serving(policy).and_also(*events, HoldRequested(60.0))
+    return story.given_serving(policy, workers=workers).and_also(*events, HoldRequested(60.0))
 
 
 def stop_while_clients_wait(story: Story) -> list[Action]:
@@ -238,6 +238,34 @@ def test_a_stop_goes_on_if_the_workers_for_the_clients_of_a_hold_fail(story: Sto
 
     assert failed(actions) == [2]
     assert CloseListeners(quick=False) in actions
+
+
+def test_a_stop_tries_again_after_a_pause_while_clients_of_a_hold_wait(story: Story) -> None:
+    stop_while_clients_wait(held(story))
+
+    for number, pause_s in enumerate((0.0, 0.0, 0.1, 0.2, 0.4), 2):
+        assert failed(story.when_at_once(died(number, waiting=0))) == [number]
+        actions = story.when(HeldClientsWait())
+        assert (StartTimer(Deadline(TimerKind.OPEN), pause_s) in actions) == bool(pause_s)
+        if pause_s:
+            assert story.when(Stranded()) == []  # those clients are not served sooner for it
+            actions += story.when_over(TimerKind.OPEN)
+        assert opened(actions) == [Open(number + 1, fresh=False)]
+        assert story.fleet.stopping is None
+
+    assert CloseListeners(quick=False) in story.when(WorkerReady(7))
+
+
+def test_a_stop_awaits_the_end_of_workers_that_failed_for_the_clients_of_a_hold(
+    story: Story,
+) -> None:
+    """Until then it is unknown whether these clients need other workers."""
+    stop_while_clients_wait(held(story, workers=2))
+    story.when_at_once(died(3, waiting=0))
+
+    assert CloseListeners(quick=False) not in story.when(ReloadRequested())
+    assert story.fleet.stopping is None
+    assert CloseListeners(quick=False) in story.when(died(4, waiting=0))
 
 
 def test_a_stop_calls_a_release_off_before_the_clients_of_a_hold_are_served(story: Story) -> None:

@@ -7,6 +7,7 @@ guard or an fd store, the socket and the hold survive us; otherwise both end wit
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Iterable
 
@@ -60,12 +61,20 @@ class ListenerHold:
                     each.reserve()
             except OSError as error:
                 why = f"{each.settings.address}: {error.strerror}"
-                if error.errno in RESOURCE_ERRNOS:
-                    return why
+                if error.errno in RESOURCE_ERRNOS or error.errno == errno.EEXIST:
+                    return why  # EEXIST: another program's file is at the path
                 # A TCP socket must be bound at the start: we may have dropped privileges since.
                 when = "once files can be made in its directory" if each.path else "after a restart"
                 return f"{why}; possible {when}"
         return refused
+
+    def loss(self, listeners: Iterable[Listener]) -> str | None:
+        """Return the loss if a reload removes listeners during the hold; None: there is none.
+
+        Clients of a path wait at a socket that no worker has.  Over TCP they retry.
+        """
+        lost = [each.settings.address for each in listeners if each.is_reserved_for_clients]
+        return f"the clients that wait at {' '.join(lost)} would be reset" if lost else None
 
     def refusal(self, listeners: Iterable[Listener]) -> str | None:
         """Return why a listener cannot be held; None: all listeners can."""

@@ -150,29 +150,20 @@ class Probes:
         address, asked = found.address_of(socket_number), found.socket_for(socket_number)
         place = found.index, socket_number
         waits = partial(_waits, asked, address)
-        # If this socket leaves the group, the kernel gives a marked probe to the other socket.
-        times, closing = found.joined[socket_number], socket_snapshot.closing
+        identity, closing = found.identity(socket_number), socket_snapshot.closing
         closed, serving = closing(asked), found.socket_for(self._turns.number_for(found))
 
         def holds() -> bool:
-            return (
-                found.joined[socket_number] == times
-                and found.is_alive(socket_number)
-                and closing(asked) == closed
-            )
+            """Return whether the address still leads to the socket."""
+            with suppress(OSError):
+                is_same = found.identity(socket_number) == identity
+                return is_same and found.is_alive(socket_number) and closing(asked) == closed
+            return False
 
         if asked.family == socket.AF_UNIX:  # the socket has a file of its own, so needs no mark
-            file = found.file_at(socket_number)
             no_clients = self._steering.steer() and self._is_for_probes(found, socket_number)
             self._will_come_from(place, None, no_clients=no_clients)
-
-            def reached() -> bool:
-                """Return whether its file still leads to the socket."""
-                with suppress(OSError):
-                    return holds() and found.file_at(socket_number) == file
-                return False
-
-            return ProbeTarget(address, None, waits, lambda: None, holds=reached)
+            return ProbeTarget(address, None, waits, lambda: None, holds=holds)
         while (mark := bpf.Mark.draw(family_of(address))) in self.questions:
             pass  # IPv6 has few marks
         self.questions[mark] = socket_number

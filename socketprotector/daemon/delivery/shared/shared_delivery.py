@@ -161,9 +161,11 @@ class SharedDelivery(Delivery):
         sockets = [listening for each in self._listeners for listening in each.sockets]
         return frozenset(os.fstat(each.fileno()).st_ino for each in sockets)
 
-    def cannot_add(self, listeners: Collection[Listener]) -> str | None:
+    def cannot_change(
+        self, added: Collection[Listener], removed: Collection[Listener]
+    ) -> str | None:
         hold = self.steering.hold
-        cannot = hold.refusal(listeners) if hold.on else None
+        cannot = (hold.refusal(added) or hold.loss(removed)) if hold.on else None
         return f"on hold, and {cannot}; release it first" if cannot is not None else None
 
     def add(self, listener: Listener, *, dry_run: bool) -> None:
@@ -174,6 +176,9 @@ class SharedDelivery(Delivery):
         """Refuse new clients of a listener; the workers that have it accept the backlog."""
         self._listeners.remove(listener)
         listener.refuse_new()
+        turns, generations = self.steering.turns, self._host.generations.items()
+        know = {number for number, each in generations if each.knows(listener.index)}
+        self._report_lost(listener, [n for n in (0, 1) if know & turns.takers(listener, n)])
         self._close(listener)
 
     def cannot_hold(self) -> str | None:
@@ -238,9 +243,13 @@ class SharedDelivery(Delivery):
                 self._listeners.remove(each)
                 self._close(each)
 
-    def _report_lost(self, listener: Listener) -> None:
-        """Report the clients in the backlog of a listener that a stop closes."""
-        lost, _ = (None if listener.settings.foreign else self.backlog(listener)) or (0, 0)
+    def _report_lost(self, listener: Listener, accepted: Collection[int] = ()) -> None:
+        """Report the clients of a listener that no worker will accept, before it is closed.
+
+        accepted: the numbers of the sockets from which workers still accept.
+        """
+        found = None if listener.settings.foreign else listener.backlog(0, accepted)
+        lost, _ = found or (0, 0)
         if lost:
             address = listener.settings.address
             self._log.write("warning", "clients-lost", address=address, lost=lost)

@@ -45,7 +45,7 @@ class SocketSteering(Steering):
         self._persist, self._post = runtime.persist, runtime.post
         #: Addresses whose clients the kernel sends to the wrong socket, and why.
         self._not_steered: dict[str, str] = {}
-        self._hold_installed = True  # the kernel's hold state is the wanted one
+        self._not_held = ""  # why new clients are not held
         self._written = self._groups  # of each address, as the state has it
         self.turns = Turns()
         self.hold = ListenerHold(listeners)
@@ -139,6 +139,7 @@ class SocketSteering(Steering):
         self.leave(generation)
         socket_number, _ = self.turns.leaving.pop(generation, (0, 0.0))
         self._take_back(generation, socket_number, gone=True)
+        self._report_adopted()  # it may have failed, and leave them to another generation
         self._watch.look_again()
 
     def leave(self, generation: int) -> None:
@@ -196,9 +197,8 @@ class SocketSteering(Steering):
         """Report clients of a hold that wait for the next generation: a stop must know at once."""
         free, living = self.turns.free, self._listeners.living
         is_left = not self.hold.on and free not in self.turns.accepting.values()
-        if is_left and any(
-            each.path and each.can_be_held and each.has_waiting(free) for each in living
-        ):
+        at_paths = (each for each in living if each.path and each.can_be_held)
+        if is_left and any(self.probes.clients_wait(each, free) for each in at_paths):
             self._post(HeldClientsWait())
 
     def expect(self, listener: Listener, *, dry_run: bool) -> None:
@@ -337,6 +337,8 @@ class SocketSteering(Steering):
             f"{address}: new clients do not reach the newest generation: {why}"
             for address, why in self._not_steered.items()
         ]
+        if self._not_held and self.hold.on:
+            others.append(f"on hold, but workers accept new clients: {self._not_held}")
         return *lost, *spent, *others
 
     @property
@@ -351,14 +353,12 @@ class SocketSteering(Steering):
             self.steer()
 
     def gets_no_client(self, generation: int) -> bool:
-        """Return whether a generation gets no new clients."""
-        return self.is_steered and self.turns.accepting[generation] != self.turns.current
+        """Return whether a generation gets no new clients, or only later clients than a stop."""
+        stops = self.turns.given_back or self._repairs.ended
+        return stops or (self.is_steered and self.turns.accepting[generation] != self.turns.current)
 
     def _turn_away(self, generation: int) -> bool:
-        """Make new clients wait for a later generation; return whether that changes anything.
-
-        They wait at the socket from which no worker accepts, if there is one.
-        """
+        """Let new clients wait at a socket without workers, if any; return whether that is new."""
         number, turns = self.turns.accepting[generation], self.turns
         is_due = number == turns.current and 1 - number not in turns.accepting.values()
         if is_due:
@@ -378,7 +378,7 @@ class SocketSteering(Steering):
         If it fails, clients still go to the other socket, whose workers keep accepting.
         """
         not_steered: dict[str, str] = {}
-        not_held: OSError | None = None
+        not_held = ""
         for each in self._listeners.all:
             try:
                 not_held = self._steer_one(each, self.turns.number_for(each)) or not_held
@@ -387,11 +387,11 @@ class SocketSteering(Steering):
         if new := not_steered.keys() - self._not_steered.keys():
             why = " ".join(sorted({not_steered[each] for each in new}))
             self._log.write("error", "not-steered", listen=" ".join(sorted(new)), error=why)
-        if not_held is not None and self._hold_installed:
-            self._log.write("error", "not-held", error=not_held.strerror)
-        self._not_steered, self._hold_installed = not_steered, not_held is None
+        if not_held and not self._not_held:
+            self._log.write("error", "not-held", error=not_held)
+        self._not_steered, self._not_held = not_steered, not_held
         self._loop.cancel("steer")
-        if self._not_steered or not self._hold_installed:
+        if self._not_steered or self._not_held:
             self._loop.call_after("steer", _STEER_AGAIN_S, self._repair)
         self._steer_while_starting()
         if self._written != self._groups:  # a repair may be the cause, which no decision follows
@@ -423,7 +423,7 @@ class SocketSteering(Steering):
             self._repairs.repair_all()
             self.steer()
 
-    def _steer_one(self, listener: Listener, socket_number: int) -> OSError | None:
+    def _steer_one(self, listener: Listener, socket_number: int) -> str:
         """Steer a listener's new clients to a socket, or to the silent socket during a hold.
 
         Clients of a path whose socket the current generation lost are held, too.  Returns why
@@ -431,7 +431,7 @@ class SocketSteering(Steering):
         """
         if self.turns.given_back and listener.settings.foreign:
             socket_number = 0
-        not_held = None
+        not_held = ""
         if (self.hold.on or self.turns.lacks(listener)) and listener.can_be_held:
             try:
                 if listener.path:
@@ -442,8 +442,8 @@ class SocketSteering(Steering):
                         self._listeners.note_bound(listener)
                 listener.steer(socket_number, self.probes.questions, held=True)
             except OSError as error:
-                not_held = error
+                not_held = error.strerror or str(error)
             else:
-                return None
+                return ""
         listener.steer(socket_number, self.probes.questions)
         return not_held

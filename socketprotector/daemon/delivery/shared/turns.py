@@ -63,6 +63,12 @@ class Turns:
             if accepts % count == number % count
         }
 
+    def takers(self, listener: Listener, number: int) -> set[int]:
+        """Return the generations with workers that have one of its sockets."""
+        lacking = self.unserved - self.partly_served
+        there = self.at(listener, number)
+        return {each for each in there if (each, listener.index) not in lacking}
+
     def is_served(self, listener: Listener, number: int) -> bool:
         """Return whether a generation, or the next generation, accepts from one of its sockets."""
         if self.given_back and listener.settings.foreign:
@@ -80,9 +86,7 @@ class Turns:
 
         left_since: workers that were ordered to finish before then accept no more.
         """
-        lacking = self.unserved - self.partly_served
-        there = self.at(listener, number)
-        if any((generation, listener.index) not in lacking for generation in there):
+        if self.takers(listener, number):
             return True
         count = len(listener.sockets)
         return any(

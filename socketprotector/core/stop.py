@@ -162,8 +162,10 @@ def _call_off(step: Step, stop: Stop | None) -> None:
     elif incoming and not renews:
         _call_off_incoming(step, incoming)
     step.forget_settings()
-    if not renews and _has_unopened(before):
-        step.fail_unopened(CALLED_OFF)
+    if not renews:
+        if _has_unopened(before):
+            step.fail_unopened(CALLED_OFF)
+        step.fleet = replace(step.fleet, rollout=None)
 
 
 def _call_off_incoming(step: Step, incoming: Generation) -> None:

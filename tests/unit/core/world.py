@@ -455,7 +455,8 @@ class World:
         drains = self.channels[number] in ("quiescing", "drained")
         assert drains == (phase is Phase.DRAINING)
         assert generation.quiescing == (self.channels[number] == "quiescing")
-        begun = bool(generation.workers) or not self.runs(TimerKind.TURN)
+        comes = self.runs(TimerKind.TURN) or room(self.fleet, 1) == 0
+        begun = bool(generation.workers) or not comes
         proven = phase is Phase.STARTING and self.fleet.dry_run
         proven = proven and self.runs(TimerKind.SETTLE, number)
         starts = phase is Phase.STARTING and begun and not proven
@@ -464,7 +465,7 @@ class World:
         rolling = phase is Phase.SETTLING and fleet_rolls(self.fleet)
         settles = (phase is Phase.SETTLING or proven) and not rolling
         assert self.runs(TimerKind.SETTLE, number) == settles or rolling
-        coming = phase is Phase.STARTING and self.runs(TimerKind.TURN)
+        coming = phase is Phase.STARTING and comes
         assert generation.workers or coming, "no worker is left in it, and it is not released"
         slots = [w.slot for w in generation.workers if w.state is not State.ORPHANED]
         assert len(slots) == len(set(slots))

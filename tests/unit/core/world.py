@@ -784,7 +784,8 @@ def check_stop(before: Fleet, after: Fleet, news: list[ReportKind]) -> None:
     if before.stopping or not after.stopping:
         return
     settling = before.of(Phase.SETTLING)
-    stays = settling if after.stopping is Stop.GRACEFUL else None
+    unproved = before.rollout is not None and before.of(Phase.SERVING) is not None
+    stays = settling if after.stopping is Stop.GRACEFUL and not unproved else None
     assert (ReportKind.RELOADED in news) == (stays is not None and stays.fresh)
     assert (ReportKind.RECOVERED in news) == (stays is not None and not stays.fresh)
     if settling and not stays:

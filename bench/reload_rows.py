@@ -132,7 +132,7 @@ def _reloads(
     ]
 
 
-def _one_reload(started: Started) -> dict[str, float]:
+def one_reload(started: Started) -> dict[str, float]:
     """Reload once; return milliseconds: whole, the worker's own start, before it, after it."""
     old = ask(started.address)[0]
     hup_ns = time.monotonic_ns()
@@ -158,7 +158,7 @@ def switch(scale: Scale) -> list[Figure]:
     with protector() as started:
         runs = []
         for _ in range(scale.rounds(30, 5)):
-            runs.append(_one_reload(started))
+            runs.append(one_reload(started))
             time.sleep(0.2)  # the old worker's end is not part of the next reload
     added = [run["whole"] - run["own"] for run in runs]
     middle = {name: median([run[name] for run in runs]) for name in runs[0]}
@@ -191,7 +191,7 @@ def pile_up(started: Started, generations: int, connections: int) -> list[socket
             if not sock.recv(512).endswith(b"hold\n"):
                 raise CannotMeasure("a connection to be held was not answered")
             held.append(sock)
-        _one_reload(started)
+        one_reload(started)
     return held
 
 
@@ -238,7 +238,7 @@ def _compared(
     before, cpu_before = switches(laden.pid), cpu_ns(laden.pid)
     time.sleep(scale(30, 2))
     woken, spent = sum(switches(laden.pid)) - sum(before), cpu_ns(laden.pid) - cpu_before
-    switched = [_one_reload(laden) for _ in range(scale.rounds(10, 3))]
+    switched = [one_reload(laden) for _ in range(scale.rounds(10, 3))]
     added = median([run["whole"] - run["own"] for run in switched])
     answered, by = still_there(held)
     spent_ratio, spent_words = ratio(column(many, "parent_us"), column(many_fresh, "parent_us"))

@@ -270,7 +270,7 @@ class SettingsFailed(Event):
 class DeadlinePassed(Event):
     """A timer ran out.
 
-    advice: the likely cause of a start timeout, for people.
+    advice: why a start took too long, as far as effects know, or empty.
     met: at the end of SETTLE, how many connections the generation has had.
     """
 

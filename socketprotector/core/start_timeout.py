@@ -26,6 +26,6 @@ READY_HINTS = {
 
 
 def not_ready(policy: Policy, advice: str) -> str:
-    """Return the reason of a start timeout.  advice: what the daemon found out, or empty."""
+    """Return the reason of a start timeout.  advice: see DeadlinePassed."""
     hints = "; ".join(filter(None, (advice, READY_HINTS.get(policy.ready, ""))))
     return f"not ready within {in_units(policy.start_timeout_s)}; {hints}"

@@ -272,7 +272,7 @@ class Effects(Host):
             self._post(OpenFailed(number, what_failed(error)))
             return
         if fresh and self.last_good is not None and not dry_run:
-            self.reports.remember(lambda history: history.reload_began(number, time.time()))
+            self.reports.reload_began(number)
 
     def _refuse_unless_reachable(self, program: Program) -> None:
         """Raise ValueError if only a probe can make a program ready, but no probe can reach it."""
@@ -401,18 +401,20 @@ class Effects(Host):
                 run(_SETTLE_AGAIN_S)
                 return
             self._note_due(deadline)
-            # Once a worker has sent READY=1, the program can do that, and needs no such advice.
-            silent = deadline.wait is TimerKind.START and not self.pool.spoken_with
-            advice = ""
-            if deadline.wait is TimerKind.START:
-                advice = self.questions.last or self.pool.check_says(deadline.target)
-            if silent:
-                more = self.pool.advice(deadline.target, passes_over=bool(advice))
-                advice = "; ".join(filter(None, (advice, more)))
+            starts = deadline.wait is TimerKind.START
+            advice = self._start_advice(deadline.target) if starts else ""
             met = self.met(deadline.target) if deadline.wait is TimerKind.SETTLE else 0
             self._post(DeadlinePassed(deadline, advice, met))
 
         run(seconds)
+
+    def _start_advice(self, number: int) -> str:
+        """Return the likely cause why a generation was not ready in time; "": unknown."""
+        known = self.questions.last or self.pool.check_says(number)
+        if self.pool.spoken_with:  # the program can send READY=1, and needs no such advice
+            return known
+        more = self.pool.advice(number, passes_over=bool(known))
+        return "; ".join(filter(None, (known, more)))
 
     def _note_due(self, deadline: Deadline) -> None:
         """Record when a timer runs out, or that it is not set."""

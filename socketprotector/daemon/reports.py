@@ -43,7 +43,10 @@ _TO_END_S = 5.0
 
 
 class Reports:
-    """The reports to the log, the history, systemd and the launching process."""
+    """The reports to the log, the history, systemd and the launching process.
+
+    Besides a Report they know only the history and the policy.
+    """
 
     def __init__(
         self,
@@ -84,6 +87,11 @@ class Reports:
     def remember(self, change: Callable[[History], History]) -> None:
         """Change the history; the next write of the state records it."""
         self.run = replace(self.run, history=change(self.run.history))
+
+    def reload_began(self, generation: int) -> None:
+        """Record in the history that a reload has opened its generation."""
+        now = time.time()
+        self.remember(lambda history: history.reload_began(generation, now))
 
     def write(self, report: Report) -> None:
         """Send a report to the log, the history, systemd and the launching process."""

@@ -6,9 +6,9 @@ one of these options is set.
 
 from __future__ import annotations
 
-import binascii
 import os
 import time
+import zlib
 from collections.abc import Container, Mapping
 
 from ..core.events import ReplaceRequested
@@ -165,7 +165,7 @@ def exceeded(limits: Limits, key: str, *, age_s: float, accepted: int | None) ->
         return f"older than {in_units(limits.age_s)}"
     if limits.connections and accepted is not None:
         # Not hash(), which differs between two runs of the program.
-        spread = binascii.crc32(key.encode()) % (2 * limits.spread + 1)
+        spread = zlib.crc32(key.encode()) % (2 * limits.spread + 1)
         most = limits.connections - limits.spread + spread
         if accepted >= most:
             return f"accepted {accepted} connections, its limit is {most}"

@@ -20,8 +20,8 @@ from ..model.lazy_dataclass import frozen
 from ..model.settings import ListenerSettings
 from ..system import reuseport, socket_copy, socket_file
 from ..system.cleanup import on_error
-from ..system.listener import remove_file
 from ..system.sock_diag import listening
+from ..system.unix_listener import remove_file
 from . import port_owner, socket_options
 from .bind_unix import bind_unix, give_away, reapply_options
 from .listen_spec import Listen

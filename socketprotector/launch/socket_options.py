@@ -1,6 +1,8 @@
 """Reads and checks the options after a TCP listener's `?`, and sets them before the bind.
 
 Accepted connections inherit all of them but the priority, which is set on each.
+system/socket_copy.py lists what later sockets of the address get; system/socket_snapshot.py, what
+is restored after a worker has changed it.
 
 Source: socket(7), ip(7), ipv6(7), tcp(7); sk_clone_lock() in net/core/sock.c.
 """

@@ -115,6 +115,8 @@ _SOCKET_OPTIONS: Mapping[str, re.Pattern[str]] = {
 }
 #: Servers whose module for inherited sockets, Net::Server::SS::PreFork, supports only TCP.
 _TCP_ALONE = re.compile("starman$|(?:-s|--server)[= ]?Starman")
+#: Without this variable of Server::Starter, Net::Server loads no such module.
+_WITHOUT_STARTER = "SERVER_STARTER_PORT="
 #: Words with which gunicorn may load the application before it sends READY=1.
 _PRELOADS = re.compile("--preload|-c|--config|GUNICORN_CMD_ARGS=")
 #: Part of a command that uses the client library or an adapter.
@@ -215,8 +217,12 @@ def lacks(
     if names_it is not None and not any(map(names_it.match, words)):
         return f"{name} was not given the socket"
     at = program_index(command)
-    if unix and any(map(_TCP_ALONE.match, (name, *_pairs(command[at:])))):
-        return "Starman takes a UNIX socket for a TCP one and dies of its first client"
+    starter = _WITHOUT_STARTER not in words
+    if unix and starter and any(map(_TCP_ALONE.match, (name, *_pairs(command[at:])))):
+        return (
+            "Starman takes a UNIX socket for a TCP one and dies of its first client "
+            f"({_PAGE} has the options for a path)"
+        )
     graceful = KNOWN[name].drain_signal
     if graceful and drain_signal != graceful:
         return f"{drain_signal} cuts off the connections of {name} at a reload, {graceful} does not"

@@ -54,7 +54,9 @@ class Channel:
 
     @staticmethod
     def make(queue: int) -> Channel:
-        """Return a new channel with room for about `queue` untaken connections.
+        """Return a new channel with room for about `queue` untaken connections (--queue).
+
+        Only the kernel limits it: we accept until a send fails with EAGAIN.
 
         Raises OSError if the system is out of descriptors or memory.
         """

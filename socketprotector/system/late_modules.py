@@ -3,9 +3,9 @@
 An idle protector never uses most of LATE.  Such a module is imported whole, as in
 `from ..model import known_servers`; the first look-up of a name in it loads it.  By then an
 upgrade may have replaced the package's files.  So the compiled code of the running version is kept
-in one memfd: loading it needs no file and no descriptor, but memory, for which there is a reserve.
-The memfd also has the late modules of the standard library, and the programs that we start later:
-these as source, because the interpreter may have been replaced.
+in one memfd, compressed: loading it needs no file and no descriptor, but memory, for which there is
+a reserve.  The memfd also has the late modules of the standard library, and the programs that we
+start later: these as source, because the interpreter may have been replaced.
 
 The resident process never reads annotations, docstrings of modules and classes, or a module's
 location.  Without them an idle protector is 0.3 MB smaller.
@@ -17,6 +17,7 @@ import _frozen_importlib_external as importing
 import marshal
 import os
 import sys
+import zlib
 from types import FunctionType, ModuleType
 
 TYPE_CHECKING = False
@@ -65,6 +66,9 @@ STDLIB = ("copyreg", "re", "re._casefix", "re._constants", "re._parser", "re._co
 PROGRAMS = ("asker.py", "file_watch.py", "log_relay.py")
 #: Program -> descriptor, length and offset of its source.
 _programs: dict[str, tuple[int, int, int]] = {}
+#: For zlib.compressobj(): level, method, bits of the window, memory.  So 0.53 MB become 0.26 MB in
+#: 8 ms; with zlib's defaults 0.24 MB in 30 ms.
+_COMPRESSION = (1, zlib.DEFLATED, 13, 7)
 #: A reserve of untouched address space for a shortage (`ulimit -v`): more than all of LATE needs.
 _RESERVE_BYTES = 2 * 1024 * 1024
 _reserve: list[bytes] = []
@@ -89,7 +93,7 @@ class _KeptLoader:
 
     def exec_module(self, module: ModuleType) -> None:
         """Run the module's code."""
-        exec(marshal.loads(os.pread(*self._kept)), vars(module))
+        exec(marshal.loads(_read(*self._kept)), vars(module))
 
 
 class Finder:
@@ -165,7 +169,7 @@ def program(name: str) -> tuple[str, bytes]:
     """Return the path and the kept source of one of PROGRAMS.  Raises OSError."""
     path = _path_of(name)
     if name in _programs:
-        return path, os.pread(*_programs[name])
+        return path, _read(*_programs[name])
     with open(path, "rb") as file:  # this process has not called keep()
         return path, file.read()
 
@@ -176,11 +180,17 @@ def _path_of(program: str) -> str:
 
 
 def _write(kept: int, text: bytes) -> tuple[int, int, int]:
-    """Append to the memfd; return the arguments of pread() for it.  Raises OSError."""
-    end = os.fstat(kept).st_size
-    if os.pwrite(kept, text, end) < len(text):
+    """Append to the memfd, compressed; return the arguments of _read() for it.  Raises OSError."""
+    compressor, end = zlib.compressobj(*_COMPRESSION), os.fstat(kept).st_size
+    packed = compressor.compress(text) + compressor.flush()
+    if os.pwrite(kept, packed, end) < len(packed):
         raise OSError(28, "no memory to keep the code of late modules")
-    return kept, len(text), end
+    return kept, len(packed), end
+
+
+def _read(kept: int, length: int, start: int) -> bytes:
+    """Return what was written there.  Raises OSError and MemoryError."""
+    return zlib.decompress(os.pread(kept, length, start))
 
 
 def load_all() -> None:
@@ -196,7 +206,7 @@ def _load(module: ModuleType) -> None:
     before = {**vars(module)}
     for last in (False, True):
         try:
-            exec(marshal.loads(os.pread(*before["__kept__"])), vars(module))
+            exec(marshal.loads(_read(*before["__kept__"])), vars(module))
             break
         except BaseException as error:
             vars(module).clear()

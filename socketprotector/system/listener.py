@@ -419,21 +419,6 @@ class Listener:
         return self.sockets[0]
 
 
-def remove_file(settings: ListenerSettings) -> None:
-    """Remove the socket file of a listener, unless another file has replaced it."""
-    if not settings.inode:
-        return
-    path = settings.address.removeprefix("unix:")
-    with suppress(OSError):  # removed already, or no write access, which was reported at the start
-        if is_file_of(settings, os.lstat(path)):
-            os.unlink(path)
-
-
-def is_file_of(settings: ListenerSettings, found: os.stat_result) -> bool:
-    """Return whether a listener made this file."""
-    return (found.st_dev, found.st_ino) == (settings.device, settings.inode)
-
-
 def has_client(one: socket.socket) -> bool:
     """Return whether a client waits at a socket."""
     return events_of(one, CLIENT_OR_END) == select.POLLIN

@@ -10,9 +10,9 @@ The format of a value: model/codec.py.
 
 from __future__ import annotations
 
-import binascii
 import os
 import struct
+import zlib
 
 from ..model.codec import FORMAT, DecodeError, need_format, refusal
 
@@ -74,7 +74,7 @@ class StateFile:
 
     def _put(self, kind: bytes, sequence: int, at: int, payload: bytes) -> int:
         header = _HEADER.pack(kind, FORMAT, sequence, len(payload))
-        checksum = _CHECKSUM.pack(binascii.crc32(payload, binascii.crc32(header)))
+        checksum = _CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(header)))
         record = header + checksum + payload
         if at + len(record) > _SLOT_BYTES:
             raise OSError(28, "the state does not fit into its slot")
@@ -117,6 +117,6 @@ class StateFile:
         if kind not in (_WHOLE, _CHANGE) or length > _SLOT_BYTES:
             return None
         payload = os.pread(self.fd, length, slot * _SLOT_BYTES + at + _RECORD_BYTES)
-        if binascii.crc32(payload, binascii.crc32(header)) != checksum:
+        if zlib.crc32(payload, zlib.crc32(header)) != checksum:
             return None
         return kind, sequence, form, payload

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from ..model.lazy_dataclass import replace
+from ..model.settings import ListenerSettings
 from . import bpf, path_group, sock_diag, socket_file
 from .cleanup import on_error
 from .dir_lock import give, locked
@@ -23,9 +24,7 @@ from .listener import (
     NO_MARKS,
     Listener,
     has_client,
-    is_file_of,
     is_listening,
-    remove_file,
     shut_down,
 )
 from .polling import events_of
@@ -368,6 +367,21 @@ class UnixListener(Listener):
         # Without files beside the path, only device and inode show that the path is ours.
         if not (self._path and self.settings.beside):
             remove_file(self.settings)
+
+
+def remove_file(settings: ListenerSettings) -> None:
+    """Remove the socket file of a listener, unless another file has replaced it."""
+    if not settings.inode:
+        return
+    path = settings.address.removeprefix("unix:")
+    with suppress(OSError):  # removed already, or no write access, which was reported at the start
+        if is_file_of(settings, os.lstat(path)):
+            os.unlink(path)
+
+
+def is_file_of(settings: ListenerSettings, found: os.stat_result) -> bool:
+    """Return whether a listener made this file."""
+    return (found.st_dev, found.st_ino) == (settings.device, settings.inode)
 
 
 def _chown(fd: int, uid: int, gid: int) -> None:

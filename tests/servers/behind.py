@@ -207,7 +207,7 @@ def main() -> int:
         print(tables(read(given.results)), end="")
         return 0
     transport = (TCP + " nodelay" if given.nodelay else TCP) if given.tcp else UNIX
-    names = given.names or [name for name, each in BEHIND.items() if given.tcp or each.at_path]
+    names = given.names or list(BEHIND)
     status = 0
     for name in names:
         for clients in map(int, given.clients.split(",")):

@@ -65,7 +65,8 @@ class Server:
     program: str = ""  # or the program; from a Debian package
     listener: str = ""  # options of ours
     tells: bool = False  # that it is ready, by itself, where it is not asked
-    at_path: bool = True  # it can accept on a UNIX socket
+    at_path: tuple[str, ...] = ()  # its command on a UNIX socket, if that is another one
+    path_options: tuple[str, ...] = ()  # more of ours there
     waits: bool = False  # for the first request of each connection that it has accepted
 
     def deployed(
@@ -82,7 +83,7 @@ class Server:
         ready: instead of its own.  unix: the path to listen at, instead of a port.
         """
         port, text, path = 0, "STATUS\n", folder / "release"
-        command = self.command
+        command = self.at_path if unix and self.at_path else self.command
         if CONFIGURATION in command:
             port = free_port()
             text = (PROGRAMS / "nginx.conf").read_text(encoding="utf-8")
@@ -91,6 +92,7 @@ class Server:
         ready = self.ready if ready is None else ready
         ours = ["--handoff", "listener", *self.options, *ready, *options]
         ours += ["--env", f"RELEASE={path}", "--chdir", str(PROGRAMS)]
+        ours += self.path_options if unix else ()
         address = f"unix:{unix}" if unix else f"127.0.0.1:{port}"
         words = [*ours, f"http={address}{self.listener}", "--", *command]
         return words, Release(path, text)
@@ -125,6 +127,12 @@ def _program(name: str, *words: str, **more: Any) -> Server:
     command = (_PYTHON, f"{name}_server.py", *words)
     return Server(f"{name}-program", command, ready=SAYS, module=name, **more)
 
+
+#: One process for each connection that is kept.
+_STARMAN = ("starman", "--preload-app", "--workers", "12")
+#: Net::Server changes the owner of the path at the start and deletes it at the exit.  Of this path
+#: it cannot delete anything.
+_STARMAN_AT = "/dev/fd/{fd:http}"
 
 _ALL = (
     _command(
@@ -183,11 +191,14 @@ _ALL = (
     ),
     _command(
         "starman",
-        # One process for each connection that is kept.
-        *("starman", "--preload-app", "--workers", "12", "app.psgi"),
+        *(*_STARMAN, "app.psgi"),
         options=("--drain-signal", "QUIT"),
         program="starman",
-        at_path=False,
+        at_path=(*_STARMAN, "--listen", _STARMAN_AT, "app.psgi"),
+        path_options=(
+            *("--env", "SERVER_STARTER_PORT="),
+            *("--env", f"BOUND_SOCKETS={{fd:http}}|*|{_STARMAN_AT}|UNIX|*"),
+        ),
     ),
     _command(
         "nginx",

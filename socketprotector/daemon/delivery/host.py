@@ -12,7 +12,11 @@ from ..runtime import Runtime
 
 
 class Host(ABC):
-    """What a delivery uses of the resident process, and what it reports to it."""
+    """What a delivery uses of the resident process, and what it reports to it.
+
+    Effects is the host (daemon/effects.py).  It has the settings, and passes the ones that a
+    delivery needs as arguments of the Delivery's methods.
+    """
 
     runtime: Runtime
     generations: Mapping[int, OpenGeneration]  # the open ones, by number

@@ -1,143 +1,166 @@
-"""What a program that is killed has said is not said again by the next one.
-
-A verdict that is said twice would be taken for that of the reload which was asked for in between.
-"""
+"""What follows from an answer: before a generation has clients, as it settles, as it serves."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from types import SimpleNamespace
-from typing import Any, cast
+from itertools import product
 
 import pytest
 
-from socketprotector.core.actions import Action, Report, ReportKind
-from socketprotector.core.events import (
-    Deadline,
-    DeadlinePassed,
-    DryRunRequested,
-    Event,
-    ReloadRequested,
-    RenewRequested,
-    TimerKind,
-    WorkerExited,
-    WorkerReady,
+from socketprotector.daemon import verdicts
+from socketprotector.daemon.verdicts import (
+    BAD,
+    CANNOT,
+    GOOD,
+    MOVED,
+    NO_TARGET,
+    REFUSED,
+    UNHEALTHY,
+    UNKNOWN,
+    UNKNOWN_S,
+    UNMADE,
+    UNREACHED,
+    UNTAKEN,
+    Serving,
+    Settling,
+    Verdict,
 )
-from socketprotector.core.fleet import Fleet
-from socketprotector.daemon.event_queue import EventQueue
-from socketprotector.daemon.runtime import Runtime
-from socketprotector.daemon.supervisor import Supervisor
+from socketprotector.model.history import HEALTHY
+
+KINDS = (GOOD, BAD, REFUSED, UNREACHED, UNMADE, UNTAKEN, CANNOT, NO_TARGET, MOVED)
+#: How many answers in a row make another state of it.
+MOST = 2
 
 
-class Killed:
-    """Effects; in the middle of each it may be killed: what would the next one say again?"""
-
-    def __init__(self) -> None:
-        self.written: tuple[Report, ...] = ()
-        self.said: list[Report] = []
-        self.said_again: set[Report] = set()
-        self.delivery = SimpleNamespace(look=lambda: None)
-
-    def snapshot(self, fleet: Fleet, actions: Iterable[Action]) -> tuple[Report, ...]:
-        return tuple(each for each in actions if isinstance(each, Report))
-
-    def perform(self, action: Action) -> None:
-        self.said_again.update(set(self.written).intersection(self.said))
-        if isinstance(action, Report):
-            self.said.append(action)
+def serving(*kinds: str) -> Serving:
+    known = Serving(0.0)
+    for at, kind in enumerate(kinds, 1):
+        known = known.after(Verdict(kind, "" if kind == GOOD else f"why {kind}"), MOST, float(at))
+    return known
 
 
-def protector_of(killed: Killed, upgrade: object = None, **checkpoint: object) -> Supervisor:
-    queue = EventQueue()
-    states: list[Any] = []
-
-    def persist() -> bool:
-        killed.written = states[0]()
-        return True
-
-    loop = SimpleNamespace(catch=lambda *_: None, run_if_due=lambda _: None)
-    log = SimpleNamespace(write=lambda *_, **__: None)
-    return Supervisor(
-        Fleet(),
-        queue,
-        cast("Any", killed),
-        cast(
-            "Any", SimpleNamespace(begin=lambda _, snapshot: states.append(snapshot), **checkpoint)
-        ),
-        cast("Any", upgrade),
-        Runtime(cast("Any", loop), cast("Any", log), queue.post, persist),
-        reopen_logs=lambda: None,
-        took=lambda _: None,
-        terminal=None,
-        outlives_terminal=False,
-    )
+# -- before it has clients ---------------------------------------------------------
 
 
-FAILS, IS_READY = WorkerExited(2, "exited with status 1"), WorkerReady(2)
+@pytest.mark.parametrize("kind", KINDS)
+def test_time_tells_only_where_no_worker_can_have_caused_it_and_only_under_any(kind: str) -> None:
+    verdict = Verdict(kind)
+
+    assert verdicts.time_tells("any", verdict) == (kind in (REFUSED, UNREACHED, UNMADE, NO_TARGET))
+    for ready in ("accept", "http", "https"):
+        assert not verdicts.time_tells(ready, verdict)
 
 
-@pytest.mark.parametrize(
-    ("asked", "comes", "verdict"),
-    [
-        (ReloadRequested(), IS_READY, ReportKind.RELOADED),
-        (ReloadRequested(), FAILS, ReportKind.RELOAD_FAILED),
-        (RenewRequested(), IS_READY, ReportKind.RECOVERED),
-        (DryRunRequested(), IS_READY, ReportKind.DRY_RUN_PASSED),
-        (DryRunRequested(), FAILS, ReportKind.DRY_RUN_FAILED),
-    ],
-)
-def test_a_verdict_is_written_down_as_said_before_the_next_reload_begins(
-    asked: Event, comes: Event, verdict: ReportKind
+def test_the_pause_is_a_tenth_of_the_time_that_it_has_taken() -> None:
+    pauses = [verdicts.pause_s(seconds) for seconds in (0.0, 0.5, 2.0, 10.0, 100.0)]
+
+    assert pauses == [0.05, 0.05, 0.2, 1.0, 1.0]
+
+
+# -- while it settles --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [BAD, REFUSED, UNMADE, UNTAKEN, NO_TARGET])
+@pytest.mark.parametrize("first", [(), (GOOD,), (CANNOT,)])
+def test_the_first_bad_answer_of_one_that_settles_is_the_last(
+    kind: str, first: tuple[str, ...]
 ) -> None:
-    killed = Killed()
-    protector = protector_of(killed)
-    protector.launch()
-    protector.runtime.post(WorkerReady(1))
-    protector.runtime.post(asked)
-    protector.runtime.post(DeadlinePassed(Deadline(TimerKind.TURN)))
-    protector.runtime.post(ReloadRequested())
+    known = Settling()
+    for each in first:
+        known = known.after(Verdict(each), 0.0, 0.0)
 
-    protector.runtime.post(comes)
-
-    assert [each.news for each in killed.said[-2:]] == [verdict, ReportKind.RELOADING]
-    assert [each for each in killed.said_again if each.news is verdict] == []
+    assert not known.bad
+    assert known.after(Verdict(kind, "why"), 1.0, 1.0).bad == "why"
 
 
-class Upgrading:
-    """The new program can take over; call back to have it done."""
+@pytest.mark.parametrize("kind", [CANNOT, UNREACHED, MOVED])
+def test_what_nothing_is_known_of_for_too_long_is_as_bad(kind: str) -> None:
+    known, verdict = Settling(), Verdict(kind, "why")
+    known = known.after(verdict, 5.0, 6.0)
+    assert (known.bad, known.pause_s(1.0)) == ("", 0.25)
 
-    def begin(self, _: object, ready: Callable[[], None]) -> None:
-        self.ready = ready
+    # Its time begins with the question, and ends with a good answer.
+    assert not known.after(verdict, 14.0, 4.9 + UNKNOWN_S).bad
+    assert known.after(verdict, 14.0, 5.0 + UNKNOWN_S).bad == "why"
+    good = known.after(Verdict(GOOD), 14.0, 14.0)
+    assert good.pause_s(1.0) == 1.0
+    assert not good.after(verdict, 15.0, 15.0 + UNKNOWN_S - 0.1).bad
 
-    def failed(self, reason: str) -> None:
-        self.reason = reason
+
+def test_what_takes_that_long_by_itself_is_bad_at_once() -> None:
+    assert Settling().after(Verdict(CANNOT, "hangs"), 0.0, UNKNOWN_S).bad == "hangs"
 
 
-def test_a_dry_run_is_not_called_off_for_an_upgrade_that_fails(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """For want of a guard, or a systemd, that reads on: it is waited for in vain."""
-    monkeypatch.setattr("socketprotector.daemon.supervisor._BEHIND_S", 0.0)
-    killed, upgrade = Killed(), Upgrading()
-    protector = protector_of(
-        killed,
-        upgrade,
-        store=SimpleNamespace(flushed=False),
-        write=lambda: True,
-        descriptors=dict[str, int],
-    )
-    later: list[Callable[[], None]] = []
-    loop = cast("Any", protector.runtime.loop)
-    loop.due = lambda _: None
-    loop.call_after = lambda *call: later.append(call[-1])
-    protector.launch()
-    for each in (WorkerReady(1), DryRunRequested(), DeadlinePassed(Deadline(TimerKind.TURN))):
-        protector.runtime.post(each)
+def test_one_whose_time_is_over_awaits_an_answer_from_then_on() -> None:
+    before = Settling().after(Verdict(GOOD), 1.0, 1.0)
+    assert before.is_good
 
-    protector.begin_upgrade()
-    upgrade.ready()
-    later.pop()()
+    over = before.over()
+    assert (over.is_over, over.is_good) == (True, False)
+    unknown = over.after(Verdict(MOVED), 2.0, 2.0)
+    assert not unknown.over().is_good
+    after = unknown.after(Verdict(GOOD), 3.0, 3.0)
 
-    assert "has not responded" in upgrade.reason
-    assert protector.fleet.dry_run
-    assert killed.said[-1].news is ReportKind.DRY_RUN
+    assert after.over() == after
+    assert after.is_good
+
+
+# -- while it serves ---------------------------------------------------------------
+
+
+def test_one_that_begins_is_known_after_one_good_answer() -> None:
+    assert serving().state == UNKNOWN
+    assert serving(GOOD) == Serving(1.0, HEALTHY, answered_at=1.0)
+    assert serving(GOOD, GOOD).since_at == 1.0
+
+
+@pytest.mark.parametrize("kind", [BAD, REFUSED])
+def test_bad_answers_in_a_row_are_counted(kind: str) -> None:
+    once = serving(GOOD, kind)
+    assert (once.state, once.failures, once.last) == (HEALTHY, 1, f"why {kind}")
+
+    twice = serving(GOOD, kind, kind)
+    assert (twice.state, twice.since_at, twice.failures) == (UNHEALTHY, 3.0, 2)
+
+    again = serving(GOOD, kind, kind, GOOD)
+    assert (again.state, again.failures, again.reason, again.last) == (HEALTHY, 0, "", "")
+
+
+@pytest.mark.parametrize("kind", [UNMADE, UNTAKEN])
+def test_a_question_that_waits_changes_no_state_and_no_count(kind: str) -> None:
+    known = serving(BAD, kind, kind, kind)
+
+    assert (known.state, known.failures, known.answered_at) == (UNKNOWN, 1, 1.0)
+    assert known.last == "busy: no worker has accepted the probe yet"
+    assert known.reason == "why bad"
+    assert serving(BAD, kind, BAD).state == UNHEALTHY
+
+
+@pytest.mark.parametrize("kind", [CANNOT, UNREACHED, NO_TARGET, MOVED])
+def test_what_cannot_be_asked_in_a_row_makes_it_unknown(kind: str) -> None:
+    assert serving(GOOD, kind).state == HEALTHY
+
+    known = serving(GOOD, kind, kind)
+
+    assert (known.state, known.last) == (UNKNOWN, f"not probed: why {kind}")
+    assert (known.answered_at, known.failures) == (1.0, 0)
+
+
+@pytest.mark.parametrize("answer", [GOOD, BAD, UNTAKEN])
+def test_only_in_a_row(answer: str) -> None:
+    assert serving(GOOD, CANNOT, answer, CANNOT).state == HEALTHY
+
+
+def test_of_each_sequence_of_five_the_state_is_that_of_its_last_answers() -> None:
+    for kinds in product((GOOD, BAD, UNTAKEN, CANNOT), repeat=5):
+        state, failures, missed = UNKNOWN, 0, 0
+        for kind in kinds:
+            failures = 0 if kind == GOOD else failures + (kind == BAD)
+            missed = missed + 1 if kind == CANNOT else 0
+            if kind == GOOD:
+                state = HEALTHY
+            elif kind == BAD and failures >= MOST:
+                state = UNHEALTHY
+            elif missed >= MOST:
+                state = UNKNOWN
+        known = serving(*kinds)
+        assert (known.state, known.failures, known.missed) == (state, failures, missed), kinds

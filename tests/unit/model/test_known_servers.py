@@ -156,12 +156,19 @@ def test_the_advice_for_a_known_server_that_would_only_seem_to_serve_is_what_it_
         ("plackup --server=Starman app.psgi", True, True),
         ("plackup -s Starlet --starman app.psgi", True, False),
         ("gunicorn --preload starman:app", True, False),
+        ("env SERVER_STARTER_PORT= starman --preload-app app.psgi", True, False),
     ],
 )
 def test_starman_is_warned_of_on_a_unix_socket(command: str, unix: bool, dies: bool) -> None:
     told = lacks(command, unix=unix) or ""
 
     assert ("dies of its first client" in told) is dies
+
+
+def test_starman_that_gets_a_unix_socket_by_another_variable_is_not_warned_of() -> None:
+    variables = ("SERVER_STARTER_PORT=", "BOUND_SOCKETS={fd:http}|*|/dev/fd/{fd:http}|UNIX|*")
+
+    assert lacks("starman --preload-app app.psgi", *variables, unix=True) is None
 
 
 @together(

@@ -118,7 +118,9 @@ def _serving_broken(step: Step, number: int, served_s: float) -> None:
     if settling is None:
         step.do(RouteTo(None))
     elif step.fleet.sharing and shares:
-        step.fleet = replace(step.fleet, rollout=replace(shares, share=WHOLE))
+        # Nothing is left to share with: a canary settles, a rolling reload starts all workers.
+        alone = None if shares.canary else replace(shares, share=WHOLE)
+        step.fleet = replace(step.fleet, rollout=alone)
         step.do(RouteTo(settling.number))
     step.drain(number, step.fleet.policy.drain_limit_s)
     if step.fleet.stopping:

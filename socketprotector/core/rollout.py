@@ -79,7 +79,7 @@ def next_stage(step: Step, number: int, met: int, *, now: bool = False) -> None:
     if rollout is None:
         step.promote(number)
     elif not rollout.canary:
-        pass  # rolling: workers.reconcile() goes on, and finish() ends it
+        pass  # rolling: workers.reconcile() goes on, and advance() ends it
     elif rollout.share >= WHOLE:
         step.promote(number, _had(rollout))
     else:

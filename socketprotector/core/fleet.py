@@ -253,14 +253,32 @@ class Fleet:
         candidate = self.candidate if is_release and generation.fresh else None
         return (candidate.workers if candidate else None) or self.workers_wanted
 
+    @property
+    def newest_policy(self) -> Policy:
+        """The policy of the generation that starts or settles; otherwise the one in force."""
+        incoming = self.incoming
+        return self.policy_of(incoming.fresh) if incoming else self.policy
+
+    @property
+    def most_processes(self) -> int:
+        """How many processes may live at once under a policy that rolls.
+
+        It counts the workers of all generations, and process groups that outlived their workers.
+        """
+        wanted, incoming = self.workers_wanted, self.incoming
+        if incoming:
+            wanted = max(wanted, self.full_size(incoming))
+        return wanted + self.newest_policy.surge_of(wanted)
+
     def wanted_in(self, generation: Generation) -> int:
         """Return how many workers a generation should have."""
-        full, incoming = self.full_size(generation), self.incoming
-        if not incoming or not self.of(Phase.SERVING):
+        full, incoming, policy = self.full_size(generation), self.incoming, self.newest_policy
+        if not incoming or not policy.rolls or not self.served:
             return full
-        policy = self.policy_of(incoming.fresh)
-        if not policy.rolls:
-            return full
+        if not self.of(Phase.SERVING):
+            # No generation serves: start as many as there is room for; the others follow.
+            others = sum(1 for _ in self.alive()) - len(generation.alive)
+            return max(1, min(full, self.most_processes - others))
         first = (
             incoming.phase is Phase.STARTING
             or Deadline(TimerKind.SETTLE, incoming.number) in self.timers

@@ -14,7 +14,6 @@ take the clients back.  No list of steps is stored.  The stage follows from the 
 from __future__ import annotations
 
 from ..model.lazy_dataclass import replace
-from ..model.policy import Policy
 from ..model.share import WHOLE, Canary
 from ..model.text import in_units
 from .actions import Report, ReportKind, RouteTo
@@ -150,34 +149,11 @@ def _refuse(step: Step, reason: str) -> None:
 # -- room: how many processes a rolling reload may use ----------------------------
 
 
-def _policy(fleet: Fleet) -> Policy:
-    """Return the policy of the reload under way, or of what serves."""
-    incoming = fleet.incoming
-    return fleet.policy_of(incoming.fresh) if incoming else fleet.policy
-
-
-def is_bounded(fleet: Fleet) -> bool:
-    """Return whether the number of processes is limited."""
-    return _policy(fleet).rolls
-
-
-def bound(fleet: Fleet) -> int:
-    """Return how many processes a rolling reload allows.
-
-    It counts the workers of all generations, and process groups that outlived their workers.
-    """
-    incoming, policy = fleet.incoming, _policy(fleet)
-    wanted = fleet.workers_wanted
-    if incoming:
-        wanted = max(wanted, fleet.full_size(incoming))
-    return wanted + policy.surge_of(wanted)
-
-
 def room(fleet: Fleet, most: int) -> int:
     """Return how many workers may start now, at most `most`."""
-    if not is_bounded(fleet):
+    if not fleet.newest_policy.rolls:
         return most
-    return max(0, min(most, bound(fleet) - sum(1 for _ in fleet.alive())))
+    return max(0, min(most, fleet.most_processes - sum(1 for _ in fleet.alive())))
 
 
 def lacks_room(fleet: Fleet, starting: Generation) -> bool:

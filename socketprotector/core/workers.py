@@ -173,7 +173,7 @@ def _start_waiting(step: Step, most: int) -> int:
 def _waiting(step: Step) -> Iterator[tuple[int, Worker]]:
     """Yield the workers that may start now, each with its generation's number."""
     before, timers = step.before, step.fleet.timers
-    waits, bounded = rollout.waits_to_replace(step.fleet), rollout.is_bounded(step.fleet)
+    waits, bounded = rollout.waits_to_replace(step.fleet), step.fleet.newest_policy.rolls
     for generation in step.fleet.generations:
         as_it_was = before.timers is timers and before.generation(generation.number) is generation
         may_start = bounded or not as_it_was
@@ -222,7 +222,7 @@ def _is_as_it_was(step: Step, generation: Generation) -> bool:
     """Return whether an earlier step has brought a generation to its wanted size."""
     before, fleet = step.before, step.fleet
     as_it_was = before.generation(generation.number) is generation and before.timers is fleet.timers
-    if not as_it_was or before.workers_wanted != fleet.workers_wanted or rollout.is_bounded(fleet):
+    if not as_it_was or before.workers_wanted != fleet.workers_wanted or fleet.newest_policy.rolls:
         return False
     settles = before.of(Phase.SETTLING) is fleet.of(Phase.SETTLING)
     return settles and before.rollout is fleet.rollout

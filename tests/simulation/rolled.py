@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from socketprotector.core.events import PromoteRequested, ReloadRequested, RollbackRequested
 from socketprotector.core.fleet import Fleet, Policy
-from socketprotector.core.rollout import bound, is_bounded
 from socketprotector.model.share import WHOLE, Canary
 from tests.simulation.handed import Handed
 from tests.simulation.world import World
@@ -74,7 +73,9 @@ class Rolled(World):
         if protector and not (self._starting or protector.fleet.stopping):
             fleet = protector.fleet
             alive = sum(1 for _ in fleet.alive())
-            assert not is_bounded(fleet) or alive <= bound(fleet), "more processes than allowed"
+            assert not fleet.newest_policy.rolls or alive <= fleet.most_processes, (
+                "more processes than allowed"
+            )
         return pid
 
 

@@ -42,7 +42,6 @@ from socketprotector.core.events import (
     WorkerReady,
 )
 from socketprotector.core.fleet import Phase, Policy, Rollout, State
-from socketprotector.core.rollout import bound
 from socketprotector.core.stop import CALLED_OFF
 from socketprotector.model.policy import STANDBY_S
 from socketprotector.model.share import WHOLE, Canary
@@ -403,7 +402,7 @@ def test_a_reload_without_room_waits(story: Story) -> None:
     roll(story)
     [old] = [w.number for w in story.fleet[2].workers if w.slot == 0]
     story.and_also(WorkerExited(old, DIED, served_s=20.0, orphans=True))
-    assert sum(1 for _ in story.fleet.alive()) == bound(story.fleet) == 3
+    assert sum(1 for _ in story.fleet.alive()) == story.fleet.most_processes == 3
 
     actions = story.when(ReloadRequested())
     assert spawned(actions) == []
@@ -544,3 +543,18 @@ def test_nothing_but_a_value_says_how_a_rollout_goes_on(story: Story) -> None:
     with_canary(story)
 
     assert story.fleet.rollout == Rollout(500, FIVE)
+
+
+def test_when_no_generation_serves_the_next_starts_all_that_there_is_room_for(
+    story: Story,
+) -> None:
+    """The others follow as the workers of the broken generation end."""
+    story.given_serving(rolling(), workers=3)
+
+    story.and_also(ChannelBroken(1), DeadlinePassed(Deadline(TimerKind.OPEN)))
+    assert len(story.fleet[2].workers) == 1
+    story.and_also(WorkerReady(4))
+    assert story.serving == {2}
+
+    story.and_also(WorkerExited(1, "exited with status 0"), WorkerExited(2, "exited with status 0"))
+    assert len(story.fleet[2].workers) == 3

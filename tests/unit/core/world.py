@@ -86,7 +86,7 @@ from socketprotector.core.fleet import (
     Worker,
 )
 from socketprotector.core.reload import failed_in_the_way, in_the_way
-from socketprotector.core.rollout import bound, is_bounded, room, waits_to_replace
+from socketprotector.core.rollout import room, waits_to_replace
 from socketprotector.core.waiting import Facts, waits
 from socketprotector.model.share import WHOLE, Canary
 
@@ -234,9 +234,9 @@ class World:
                 ]
                 assert slot not in others, "two living workers in one slot"
                 # A stop starts one for queued clients that no other worker can take.
-                if is_bounded(self.fleet) and self.fleet.stopping is None:
+                if self.fleet.newest_policy.rolls and self.fleet.stopping is None:
                     alive = sum(1 for _ in self.fleet.alive())
-                    assert alive <= bound(self.fleet), "more processes than a reload may use"
+                    assert alive <= self.fleet.most_processes, "more processes than allowed"
                 if self.channels[number] != "failed":
                     self.processes[worker] = action
             case Signal(worker, kind):

@@ -36,6 +36,7 @@ LATE = (
     "daemon.config_reader",
     "daemon.control.commands",
     "daemon.control.status",
+    "daemon.delivery.queue.canary",
     "daemon.health",
     "daemon.recovery",
     "daemon.relay_client",

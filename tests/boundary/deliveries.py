@@ -66,6 +66,8 @@ class World(Host):
         self.released: dict[int, OpenGeneration] = {}  # whose clients still wait
         self.draining: set[int] = set()
         self.route: int | None = None
+        self.sharing: int | None = None  # the generation with a share, and that share
+        self.share = 0
         self.held = False
         self.kills = False  # a kill after each order
         self.numbers = count(1)  # of clients and probes
@@ -140,17 +142,18 @@ class World(Host):
         self.route_to(number)
         return made
 
-    def route_to(self, number: int | None) -> None:
-        self.route = number
+    def route_to(self, number: int | None, sharing: int | None = None, share: int = 0) -> None:
+        self.route, self.sharing, self.share = number, sharing, share
         self._route()
         self._ordered()
 
     def _route(self) -> None:
         generation = self.generations[self.route] if self.route is not None else None
         again = generation is not None and generation.record.serving_since > 0.0
-        if generation is not None:
-            generation.update_record(serving_since=1.0)
-        self.delivery.route_to(generation, again=again)
+        sharing = self.generations[self.sharing] if self.sharing is not None else None
+        for each in filter(None, (generation, sharing)):
+            each.update_record(serving_since=1.0)
+        self.delivery.route_to(generation, again=again, sharing=sharing, share=self.share)
 
     def replace(self, old: int, new: int) -> None:
         """Route clients to a new generation; drain and end the old one as soon as it may."""

@@ -36,7 +36,7 @@ def read_percent(text: str) -> int:
         share = float(number) * (WHOLE / 100)
     except ValueError:
         share = 0.0
-    if sign and not rest and share == round(share) and 0 < share < WHOLE:
+    if sign and not rest and 0 < share < WHOLE and share == round(share):
         return round(share)
     raise ValueError(f"{text} is no share: it takes 0.01% to 99.99%, such as 5%")
 

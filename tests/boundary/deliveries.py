@@ -112,14 +112,14 @@ class World(Host):
 
     # -- a generation ----------------------------------------------------------------
 
-    def open(self, number: int) -> OpenGeneration:
+    def open(self, number: int, *, queue: int = 64) -> OpenGeneration:
         """Open a generation that knows the present listeners, with one worker."""
         listeners = wire.pack_listeners([each.settings.address for each in self.delivery.listeners])
         program = Program("/w", ("w",), "/", (), 0, (), 0, listeners=listeners)
         made = self.generations[number] = OpenGeneration.adopt(
             GenerationRecord(number, program), None
         )
-        self.delivery.open(made, 64, fresh=True)
+        self.delivery.open(made, queue, fresh=True)
         self.start_worker(made)
         self._ordered()
         return made
@@ -237,6 +237,8 @@ class World(Host):
         one.setblocking(False)
         if one.family == socket.AF_UNIX:
             one.bind("")  # the kernel draws an abstract name, which the worker's end reports
+        elif one.getsockname() == ("0.0.0.0", 0):
+            one.bind(("127.0.0.1", 0))  # without it, clients of two listeners may share a port
         assert one.connect_ex(address) in (0, errno.EINPROGRESS)
         self.names[one.getsockname()] = number
         return number

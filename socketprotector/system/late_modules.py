@@ -35,6 +35,7 @@ LATE = (
     "daemon.asking",
     "daemon.config_reader",
     "daemon.control.commands",
+    "daemon.control.rollout",
     "daemon.control.status",
     "daemon.delivery.queue.canary",
     "daemon.health",

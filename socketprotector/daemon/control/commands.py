@@ -35,7 +35,7 @@ from ..config_reader import ConfigAnswer
 from ..effects import Effects
 from ..runtime import Runtime
 from ..supervisor import Supervisor
-from . import status
+from . import rollout, status
 from .server import Client
 
 TYPE_CHECKING = False
@@ -130,6 +130,7 @@ class CommandHandler:
             "listeners": [status.of_listener(each, delivery) for each in delivery.listeners],
             "generations": generations,
             **status.of_waits(fleet, effects, generations, self.supervisor.upgrade_waits_for()),
+            **rollout.of_rollout(fleet, effects),
             "dry_run": as_dict(history.dry_run) if history.dry_run is not None else None,
             "reloads": status.plain(history.reloads[-RECENT:]),
             "crashes": history.crashed,

@@ -192,7 +192,9 @@ class CanaryQueue:
         route = self._outlet.route
         if is_probe(header):
             self._outlet.let_go(fd)
-        elif route is not None and route.knows_of(listener_of(header)):
+        elif route is None or not route.knows_of(listener_of(header)):
+            self.keep(header, fd)
+        elif self._outlet.is_free:
             self._outlet.send(route, header, fd)
         else:
-            self.keep(header, fd)
+            self._outlet.undelivered.keep_last(header, fd)  # goes once there is room

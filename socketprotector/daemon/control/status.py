@@ -24,6 +24,7 @@ from ...system.listener import Listener
 from ..delivery import Delivery
 from ..effects import Effects
 from ..generation import OpenGeneration
+from .rollout import held_by
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def of_waits(
         active={each["number"]: each["active"] for each in generations},
         answer=headline(answer),
         met=effects.met(settling.number) if settling is not None else 0,
-        held=_held(fleet, effects),
+        held=held_by(fleet, effects) if fleet.rollout else {},
         settle_check=shown(settles.program.settle_check) if settles is not None else "",
         settle_check_due=effects.questions.is_due,
         upgrade=upgrade,
@@ -111,22 +112,6 @@ def of_waits(
     )
     found = [as_dict(each) for each in waits(fleet, facts)]
     return {"waits_for": found} if found else {}
-
-
-def _held(fleet: Fleet, effects: Effects) -> dict[int, tuple[int | None, float | None]]:
-    """Return the connections of the workers that a rolling reload waits for; see Facts."""
-    serving = fleet.of(Phase.SERVING)
-    if serving is None or not fleet.rollout or serving.number not in effects.generations:
-        return {}
-    opened = effects.generations[serving.number]
-    found: dict[int, tuple[int | None, float | None]] = {}
-    for worker in serving.alive:
-        counts = opened.counts(worker.slot) if worker.state is State.RETIRING else None
-        if counts is not None:
-            accepted = opened.board.accepted_at(worker.slot).values() if opened.board else ()
-            oldest_s = time.monotonic() - min(accepted) / 1e9 if accepted else None
-            found[worker.number] = counts.active, oldest_s
-    return found
 
 
 def of_warnings(settings: Settings) -> list[str]:

@@ -76,16 +76,16 @@ def _handle(step: Step, event: Event) -> None:
             workers.kill_requested(step, number)
         case events.ReplaceRequested(number, reason, hung):
             workers.replace_requested(step, number, reason, hung=hung)
-        case events.WorkerReady(number, retires):
-            workers.worker_ready(step, number, retires)
+        case events.WorkerReady(number, retires, alone):
+            workers.worker_ready(step, number, retires, alone=alone)
         case events.WorkerExited():
             workers.worker_exited(step, event)
         case events.OpenFailed(number, reason):
             failure.open_failed(step, number, reason)
         case events.Quiesced(number):
             step.quiesced(number)
-        case events.Answered(number):
-            reload.answered(step, number)
+        case events.Answered(number, alone):
+            reload.answered(step, number, alone)
         case events.SettleFailed(number, reason):
             failure.settle_failed(step, number, reason)
         case events.HandingOver():

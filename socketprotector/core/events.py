@@ -145,10 +145,14 @@ class ReplaceRequested(Event):
 
 @frozen
 class WorkerReady(Event):
-    """A worker is ready.  retires: it can finish while the rest of its generation serves."""
+    """A worker is ready.  retires: it can finish while the rest of its generation serves.
+
+    alone: it has declared this, as the client library does.
+    """
 
     worker: int
     retires: bool = False
+    alone: bool = True
 
 
 @frozen
@@ -186,9 +190,10 @@ class Quiesced(Event):
 
 @frozen
 class Answered(Event):
-    """A generation has passed its probe."""
+    """A generation has passed its probe.  alone: see WorkerReady, of all of its workers."""
 
     generation: int
+    alone: bool = True
 
 
 @frozen

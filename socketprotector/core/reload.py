@@ -270,13 +270,19 @@ def probe_if_complete(step: Step) -> None:
         step.do(Probe(starting.number))
 
 
-def answered(step: Step, number: int) -> None:
-    """Let a generation that has passed its probe serve, whether its workers sent READY or not."""
+def answered(step: Step, number: int, alone: bool) -> None:
+    """Let a generation that has passed its probe serve, whether its workers sent READY or not.
+
+    alone: each of them has declared that it can finish alone.
+    """
     generation = step.fleet.generation(number)
     if generation is None or generation.phase is not Phase.STARTING:
         return
     if not _is_complete(step.fleet, generation):
         return  # more workers are wanted by now; once they run, the generation is probed again
+    if not alone and rollout.lacks_library(step.fleet, generation):
+        fail(step, number, rollout.NO_LIBRARY)
+        return
     policy = step.fleet.policy_of(generation.fresh)
     workers = (
         each
@@ -329,22 +335,23 @@ def _pass_dry_run(step: Step, number: int) -> None:
     step.do(Report(ReportKind.DRY_RUN_PASSED, number))
 
 
+def cannot_roll_back(fleet: Fleet) -> str:
+    """Return why no release under way can be called off; "" if one can."""
+    incoming = fleet.incoming
+    begun = fleet.reading or fleet.to_open is Next.FRESH or (incoming and incoming.fresh)
+    if begun and fleet.of(Phase.SERVING) and not (fleet.stop_requested or fleet.dry_run):
+        return ""
+    return "nothing to roll back: no reload is in progress; see `status`"
+
+
 def rollback_requested(step: Step) -> None:
     """Call off the release under way: a reload that has begun, or a settling generation."""
-    fleet = step.fleet
-    incoming = fleet.incoming
-    if fleet.stop_requested or fleet.dry_run or not fleet.of(Phase.SERVING):
-        _refuse_rollback(step)
+    incoming = step.fleet.incoming
+    if refused := cannot_roll_back(step.fleet):
+        step.do(Report(ReportKind.REFUSED, reason=refused))
     elif incoming and incoming.fresh:
         fail(step, incoming.number, ROLLED_BACK)
-    elif fleet.reading or fleet.to_open is Next.FRESH:
+    else:
         step.forget_settings()
         step.fleet = replace(step.fleet, to_open=None)
         step.fail_unopened(ROLLED_BACK)
-    else:
-        _refuse_rollback(step)
-
-
-def _refuse_rollback(step: Step) -> None:
-    reason = "nothing to roll back: no reload is in progress; see `status`"
-    step.do(Report(ReportKind.REFUSED, reason=reason))

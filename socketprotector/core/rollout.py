@@ -21,6 +21,12 @@ from .events import Deadline, TimerKind
 from .fleet import LEAVING, Fleet, Generation, Phase, Rollout
 from .step import Step
 
+#: Why --reload-order rolling fails in listener mode.
+NO_LIBRARY = (
+    "--reload-order rolling needs workers on the client library: a worker sent no "
+    "X_SOCKETPROTECTOR_RETIRE=1; use start-first"
+)
+
 
 def canary_of(fleet: Fleet, generation: Generation) -> Canary | None:
     """Return the share that an incoming generation gets first; None: all clients."""
@@ -127,23 +133,36 @@ def _share_of_ready(new: Generation, old: Generation) -> int:
     return min(max(share, 1), WHOLE - 1)
 
 
+def lacks_library(fleet: Fleet, generation: Generation) -> bool:
+    """Return whether each worker of an incoming generation must declare that it can finish alone.
+
+    Its workers will leave one after another while others serve.
+    """
+    incoming = generation.phase in (Phase.STARTING, Phase.SETTLING)
+    return incoming and fleet.policy_of(generation.fresh).finish_alone
+
+
 # -- requests -------------------------------------------------------------------
+
+
+def cannot_promote(fleet: Fleet, *, now: bool) -> str:
+    """Return why the present stage cannot be ended; "" if it can."""
+    settling = fleet.of(Phase.SETTLING)
+    if settling is None or fleet.stop_requested:
+        return "nothing to promote: no generation is settling; see `status`"
+    rolls = fleet.rollout is not None and not fleet.rollout.canary
+    if rolls and (now or _settle(settling.number) not in fleet.timers):
+        return "cannot promote: workers are being replaced a few at a time; see `status`"
+    return ""
 
 
 def promote_requested(step: Step, met: int, *, now: bool) -> None:
     """End the present stage, if a generation is settling."""
-    fleet, settling = step.fleet, step.fleet.of(Phase.SETTLING)
-    rolls = fleet.rollout is not None and not fleet.rollout.canary
-    if settling is None or fleet.stop_requested:
-        _refuse(step, "nothing to promote: no generation is settling; see `status`")
-    elif rolls and (now or _settle(settling.number) not in fleet.timers):
-        _refuse(step, "cannot promote: workers are being replaced a few at a time; see `status`")
+    refused, settling = cannot_promote(step.fleet, now=now), step.fleet.of(Phase.SETTLING)
+    if refused or settling is None:
+        step.do(Report(ReportKind.REFUSED, reason=refused))
     else:
         next_stage(step, settling.number, met, now=now)
-
-
-def _refuse(step: Step, reason: str) -> None:
-    step.do(Report(ReportKind.REFUSED, reason=reason))
 
 
 # -- room: how many processes a rolling reload may use ----------------------------

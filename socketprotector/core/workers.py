@@ -29,11 +29,17 @@ MOST_ORPHANS = 64
 _NUMBER, _REPLACES, _STATE = attrgetter("number"), attrgetter("replaces"), attrgetter("state")
 
 
-def worker_ready(step: Step, number: int, retires: bool) -> None:
-    """Mark a starting worker ready, and retire the worker that it replaces."""
+def worker_ready(step: Step, number: int, retires: bool, *, alone: bool = True) -> None:
+    """Mark a starting worker ready, and retire the worker that it replaces.
+
+    alone: it has declared that it can finish alone.
+    """
     found = step.fleet.find(number)
     if found is None or found[1].state is not State.STARTING:
         return  # a repeated message, or sent before our signal arrived
+    if not alone and rollout.lacks_library(step.fleet, found[0]):
+        fail(step, found[0].number, rollout.NO_LIBRARY)
+        return
     step.cancel(TimerKind.WORKER_START, number)
     ready = replace(found[1], state=State.READY, retires=retires, replaces=0)
     step.fleet = step.fleet.with_worker(ready)

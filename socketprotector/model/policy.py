@@ -74,6 +74,21 @@ class Policy:
         """Whether a reload replaces the workers a few at a time."""
         return self.surge > 0
 
+    @property
+    def reload_order(self) -> str:
+        """The value of --reload-order."""
+        return "rolling" if self.rolls else "stop-first" if self.stop_first else "start-first"
+
+    @property
+    def surge_text(self) -> str:
+        """The value of --surge; "none" under another order."""
+        return f"{self.surge}{'%' * self.surge_is_percent}" if self.rolls else "none"
+
+    @property
+    def finish_alone(self) -> bool:
+        """Whether each worker must use the client library: it leaves while others accept on."""
+        return self.rolls and self.workers_accept
+
     def surge_of(self, workers: int) -> int:
         """Return how many processes a rolling reload of this many workers may add."""
         return -(-workers * self.surge // 100) if self.surge_is_percent else self.surge

@@ -72,6 +72,9 @@ class Kept:
     def keep_first(self, header: bytes, fd: int) -> None:
         self.waiting.insert(0, (header, fd))
 
+    def keep_last(self, header: bytes, fd: int) -> None:
+        self.waiting.append((header, fd))
+
     def take(self, wanted: Callable[[int], bool]) -> tuple[bytes, int] | None:
         found = next(each for each in self.waiting if wanted(listener_of(each[0])))
         if not self.writable:
@@ -91,6 +94,7 @@ class World:
         self.closed: list[int] = []
         self.outlet = SimpleNamespace(
             route=self.route,
+            is_free=True,
             undelivered=self.kept,
             queue=SimpleNamespace(add_uncounted=lambda: None),
             shortage=SimpleNamespace(lasts=False, take_back=self._take_back),
@@ -195,6 +199,17 @@ def test_a_connection_that_cannot_be_sent_again_is_not_lost(world: World) -> Non
     assert world.route.waiting == [(SHARED, 7)]
     assert world.kept.waiting == [(ALONE, 8)]
     assert world.closed == [9]
+
+
+def test_while_the_route_is_full_such_a_connection_waits_behind_others(world: World) -> None:
+    world.kept.waiting += [(SHARED, 6)]
+    world.channel.waiting += [(SHARED, 7)]
+    world.channel.fails = True
+    world.outlet.is_free = False
+    world.canary.watch.send_again(cast("Any", world.channel))
+
+    assert world.route.waiting == []
+    assert world.kept.waiting == [(SHARED, 6), (SHARED, 7)]
 
 
 def test_during_a_shortage_nothing_is_taken_out_of_its_queue(world: World) -> None:

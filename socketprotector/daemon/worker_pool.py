@@ -390,8 +390,10 @@ class WorkerPool:
         by: the kind of probe.
         """
         workers = [w for w in self._workers.items() if w[1].record.generation == generation]
+        for number, _ in workers:
+            self._messages.read(number)  # it may have sent READY=1 before it answered
         if all(self._note_ready(number, worker, by) for number, worker in workers):
-            self._post(Answered(generation))
+            self._post(Answered(generation, self.all_retire(generation)))
 
     def not_asked(self, generation: int) -> None:
         """Let a timer make a generation's workers ready, because it cannot be probed."""
@@ -408,8 +410,8 @@ class WorkerPool:
                 self._note(worker, retires=True)
             return
         if self._note_ready(number, worker, by, retires=retires):
-            retires = retires or worker.generation.program.finish_signal > 0
-            self._post(WorkerReady(number, retires))
+            alone, retires = retires, retires or worker.generation.program.finish_signal > 0
+            self._post(WorkerReady(number, retires, alone))
 
     def _note_ready(self, number: int, worker: Worker, by: str, *, retires: bool = False) -> bool:
         """Note how a worker became ready; return False if it has exited, and so must not serve."""

@@ -14,6 +14,7 @@ from .codec import FORMAT, Codec, DecodeError, NewerError, decoding, need_format
 from .handoff_modes import MODES, HandoffMode
 from .lazy_dataclass import field, frozen
 from .policy import Policy
+from .share import Canary
 
 
 class SettingsError(ValueError):
@@ -162,10 +163,13 @@ class Settings:
 
 #: All classes of settings.  An unknown field in them is refused, because dropping it would silently
 #: drop an option.
-CLASSES = (Settings, ListenerSettings, Policy, Identity, Limits, Origin)
+CLASSES = (Settings, ListenerSettings, Policy, Canary, Identity, Limits, Origin)
 #: Newer fields, left out at their defaults.  An older resident process reads its configuration with
 #: this program's help, and refuses only settings that it cannot honour.
-ADDED = ("Settings.warnings", "ListenerSettings.beside")
+ADDED = (
+    *("Settings.warnings", "ListenerSettings.beside"),
+    *("Policy.canary", "Policy.surge", "Policy.surge_is_percent"),
+)
 #: Fields for people only: an older program skips them.
 SAID = ("Settings.warnings",)
 _CODEC = Codec(CLASSES, strict=CLASSES, added=ADDED, said=SAID)

@@ -414,6 +414,8 @@ class World:
     UNUSUAL = True
     #: In how many lives each generation is asked whether it serves.
     ASKED = 0.15
+    #: What a configuration may choose.
+    POLICIES: Any = POLICIES
     #: What there is to listen on, and what a configuration that is read again can add.
     KINDS: Any = (socket.AF_INET, socket.AF_UNIX)
     ADDED: Any = KINDS
@@ -521,7 +523,7 @@ class World:
             command=("./daemon",),
             directory="/srv",
             listeners=tuple(self._bind_one(n, pick) for n in range(pick((1, 1, 2)))),
-            policy=pick(POLICIES),
+            policy=pick(self.POLICIES),
             workers=pick((1, 1, 2, 3)),
             ready_after_s=pick((None, None, None, 1.0)),
             queue=pick((6, 12, 64, 256)),
@@ -612,7 +614,7 @@ class World:
             except OSError as error:
                 return ConfigAnswer(str(error))
         policy = replace(
-            pick(POLICIES),
+            pick(self.POLICIES),
             workers_accept=old.policy.workers_accept,
             ready=old.policy.ready,
             settle_check=old.policy.settle_check,

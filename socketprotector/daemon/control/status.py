@@ -24,6 +24,7 @@ from ...system.listener import Listener
 from ..delivery import Delivery
 from ..effects import Effects
 from ..generation import OpenGeneration
+from .rollout import held_by
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -101,6 +102,8 @@ def of_waits(
         left_s={each: max(0.0, due - now) for each, due in effects.due()},
         active={each["number"]: each["active"] for each in generations},
         answer=headline(answer),
+        met=effects.met(settling.number) if settling is not None else 0,
+        held=held_by(fleet, effects) if fleet.rollout else {},
         settle_check=shown(settles.program.settle_check) if settles is not None else "",
         settle_check_due=effects.questions.is_due,
         upgrade=upgrade,

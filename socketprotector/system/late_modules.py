@@ -37,6 +37,7 @@ LATE = (
     "daemon.control.commands",
     "daemon.control.status",
     "daemon.delivery.queue.canary",
+    "daemon.delivery.shared.canary_watch",
     "daemon.health",
     "daemon.recovery",
     "daemon.relay_client",

@@ -41,6 +41,7 @@ LATE = (
     "daemon.control.status",
     "daemon.delivery.queue.canary",
     "daemon.delivery.queue.probe_port",
+    "daemon.delivery.shared.canary_watch",
     "daemon.health",
     "daemon.post_mortem",
     "daemon.recovery",

@@ -67,6 +67,7 @@ class World:
         self.closed: list[int] = []
         self.levels: list[str] = []
         self.refusal: str | None = None
+        self.changes: list[list[int]] = []
         self.no_memory = False
         runtime = self.clock.use_in(patch)
         cast("Any", runtime.log).set_level = self.levels.append
@@ -96,7 +97,8 @@ class World:
         assert fds == (50 + index, -1, -1)
         return self._listener(index, settings)
 
-    def cannot_add(self, _: object) -> str | None:
+    def cannot_change(self, added: list[Any], removed: list[Any]) -> str | None:
+        self.changes = [[each.index for each in listeners] for listeners in (added, removed)]
         return self.refusal
 
     def add(self, listener: Any, *, dry_run: bool) -> None:
@@ -181,6 +183,7 @@ def test_an_added_listener_is_opened_at_once_and_closed_if_its_release_fails(
 ) -> None:
     world.read_new(replace(OLD, listeners=(HTTP, EXTRA)), dry_run=dry_run)
     assert world.added == [(1, dry_run)]
+    assert world.changes == [[1], []]
 
     world.live.forget()
 
@@ -190,10 +193,11 @@ def test_an_added_listener_is_opened_at_once_and_closed_if_its_release_fails(
     assert world.applied == [world.live.settings]
 
 
-def test_a_listener_that_the_delivery_cannot_add_fails_the_reload(world: World) -> None:
+def test_a_change_of_listeners_that_the_delivery_refuses_fails_the_reload(world: World) -> None:
     world.refusal = "no second socket"
-    world.read_new(replace(OLD, listeners=(HTTP, EXTRA)))
+    world.read_new(replace(OLD, listeners=(replace(HTTP, removed=True), EXTRA)))
 
+    assert world.changes == [[1], [0]]
     assert world.clock.posted == [SettingsFailed("no second socket")]
     assert (world.closed, world.added) == ([1], [])
     assert world.live.record == SettingsRecord(OLD)

@@ -181,6 +181,15 @@ def test_the_guard_tells_how_a_worker_that_is_not_our_child_ended(world: World) 
     assert not world.clock.waits
 
 
+def test_what_the_guard_said_before_the_exit_was_seen_is_used_at_once(world: World) -> None:
+    world.serves()
+    world.reaps = [ChildProcessError]
+    world.worker.end_from_guard = CLEAN
+
+    assert world.end_of(guarded=True) == CLEAN
+    assert not world.clock.waits
+
+
 def test_a_guard_that_says_nothing_is_not_awaited_for_ever(world: World) -> None:
     world.serves()
     world.reaps = [ChildProcessError] * 3
@@ -251,6 +260,7 @@ def test_the_reason_of_a_failed_start_ends_with_its_last_words(world: World) -> 
     assert event.reason.startswith("serve exit status 1 before it was ready")
     assert event.reason.endswith("\nno such table")
     assert "look at the log" not in event.reason
+    assert "by hand" not in event.reason  # the operator sees the words
     assert event.served_s == 0.0
     assert world.ended_orphans == ["@notify"]
     assert world.history.crashes[0].when == "starting"
@@ -271,6 +281,7 @@ def test_a_worker_that_exits_cleanly_before_it_was_ready_may_have_detached(world
 
     assert event.detached
     assert "does it detach itself?" in event.reason
+    assert "by hand" not in event.reason
     assert not world.close(CRASH).detached
 
 

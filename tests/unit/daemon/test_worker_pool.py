@@ -46,7 +46,7 @@ class Worker:
         self.notify: Any = SimpleNamespace(fileno=lambda: 300 + number, hear=lambda _: None)
         self.line: Any = None
         self.readiness: Any = SimpleNamespace(
-            watch=lambda ready, *_, **__: self.ready_calls.append(ready),
+            watch=self._watch,
             is_known=lambda: self.calls.append("known"),
             wait=lambda: self.calls.append("wait"),
             stop_check=lambda: self.calls.append("stop check"),
@@ -60,6 +60,11 @@ class Worker:
         self.end_from_guard: End | None = None
         self.awaits_end = False
         self._world = world
+
+    def _watch(self, ready: Callable[[str], None], *_: object, **__: object) -> None:
+        if self._world.is_short:
+            raise OSError(12, "Cannot allocate memory")
+        self.ready_calls.append(ready)
 
     def _signal(self, number: int) -> None:
         if not self.may_signal:
@@ -88,6 +93,7 @@ class World:
         self.clock = Clock()
         self.started: dict[int, Worker] = {}
         self.cannot_start: Exception | None = None
+        self.is_short = False  # of memory, once a worker's messages are watched
         self.end: End | None = End(False, "exit status 1")
         self.group_signals: list[tuple[int, int]] = []
         self.retired_groups: list[int] = []
@@ -159,8 +165,10 @@ def test_a_worker_that_cannot_start_is_reported_as_its_exit(world: World) -> Non
     assert world.pool.records() == ()
 
 
-def test_a_worker_that_cannot_be_watched_is_ended_and_reported(world: World) -> None:
-    world.clock.cannot_watch = True
+@pytest.mark.parametrize("at", ["its end", "its readiness"])
+def test_a_worker_that_cannot_be_watched_is_ended_and_reported(world: World, at: str) -> None:
+    world.clock.cannot_watch = at == "its end"
+    world.is_short = at == "its readiness"
     worker = world.spawn(1)
 
     assert worker.calls == ["discard", "close"]
@@ -203,6 +211,7 @@ def test_ready_is_noted_once(world: World) -> None:
     assert (worker.record.ready_by, worker.record.ready_at) == ("fd", world.clock.now)
     assert world.pool.records() == (worker.record,)
     assert worker.calls == ["known"]
+    assert world.released == []  # it has no probe address
     assert world.pool.spoken_with
 
 

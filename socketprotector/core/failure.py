@@ -93,9 +93,12 @@ def _first_start_failed(step: Step, number: int, reason: str, *, retry: bool) ->
 
 
 def socket_lost(step: Step, number: int) -> None:
-    """Fail a starting generation that lost a socket: it could not accept all clients."""
+    """Fail a starting generation that lost a socket: it could not accept all clients.
+
+    A generation with a share of the clients fails, too: the other one still accepts them all.
+    """
     generation = step.fleet.generation(number)
-    if generation and generation.phase is Phase.STARTING:
+    if generation and (generation.phase is Phase.STARTING or generation == step.fleet.sharing):
         fail(step, number, "a worker shut down or broke its listening socket")
 
 

@@ -38,6 +38,7 @@ LATE = (
     "daemon.control.rollout",
     "daemon.control.status",
     "daemon.delivery.queue.canary",
+    "daemon.delivery.shared.canary_watch",
     "daemon.health",
     "daemon.recovery",
     "daemon.relay_client",

@@ -8,6 +8,7 @@ import pytest
 
 from socketprotector.core.actions import (
     Action,
+    CancelTimer,
     Drain,
     Report,
     ReportKind,
@@ -36,6 +37,7 @@ from socketprotector.core.events import (
     ScaleRequested,
     SettingsRead,
     SettleFailed,
+    SocketLost,
     StopRequested,
     TimerKind,
     WorkerExited,
@@ -69,6 +71,20 @@ def with_canary(story: Story, policy: Policy | None = None, canary: Canary = FIV
 
 
 # -- a share first --------------------------------------------------------------
+
+
+def test_a_canary_that_breaks_its_socket_fails(story: Story) -> None:
+    """The old generation keeps its own socket.  With all clients, a rescue follows instead."""
+    with_canary(story)
+    actions = story.when(SocketLost(2))
+    assert actions[0] == CancelTimer(SETTLE_2)
+    assert RouteTo(1) in actions
+    assert story.draining == {2}
+    assert story.serving == {1}
+
+    other = with_canary(Story())
+    other.and_also(PromoteRequested())
+    assert other.when(SocketLost(2)) == []
 
 
 def test_a_canary_gets_its_share_and_the_old_generation_keeps_the_rest(story: Story) -> None:

@@ -107,6 +107,7 @@ class CommandHandler:
         route = effects.generations.get(fleet.route.number) if fleet.route else None
         history = effects.reports.run.history
         generations = status.of_generations(fleet, effects)
+        held, upgrade = rollout.held_by(fleet, effects), self.supervisor.upgrade_waits_for()
         return {
             "version": __version__,
             "now": time.time(),
@@ -134,8 +135,8 @@ class CommandHandler:
             "queue_limit": delivery.queue_limit(route) if route else None,
             "listeners": [status.of_listener(each, delivery) for each in delivery.listeners],
             "generations": generations,
-            **status.of_waits(fleet, effects, generations, self.supervisor.upgrade_waits_for()),
-            **rollout.of_rollout(fleet, effects),
+            **status.of_waits(fleet, effects, generations, held, upgrade),
+            **rollout.of_rollout(fleet, effects, held),
             "dry_run": as_dict(history.dry_run) if history.dry_run is not None else None,
             "reloads": status.plain(history.reloads[-RECENT:]),
             "crashes": history.crashed,

@@ -22,13 +22,19 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    #: Worker -> its open connections, and the age of the oldest in seconds; None: unknown.
+    Held = Mapping[int, tuple[int | None, float | None]]
+
 #: Workers with more connections, and further workers, have no known oldest connection: finding it
 #: takes a system call for each descriptor.
-_MOST_CONNECTIONS, _MOST_WORKERS = 100, 8
+_MOST_CONNECTIONS, _MOST_WORKERS = 100, 4
 
 
-def of_rollout(fleet: Fleet, effects: Effects) -> dict[str, Any]:
-    """Return the field `rollout`; an empty result without a rollout."""
+def of_rollout(fleet: Fleet, effects: Effects, held: Held) -> dict[str, Any]:
+    """Return the field `rollout`; an empty result without a rollout.
+
+    held: the result of held_by().
+    """
     new = fleet.incoming
     if new is None or not (fleet.rollout if new.phase is Phase.SETTLING else _begins(fleet)):
         return {}
@@ -47,7 +53,7 @@ def of_rollout(fleet: Fleet, effects: Effects) -> dict[str, Any]:
     else:
         found["replaced"] = new.ready_workers
         found["wanted"] = fleet.full_size(new)
-        found["waits_for"] = _waits_for(fleet, new, effects)
+        found["waits_for"] = _waits_for(fleet, new, held)
     return {"rollout": found}
 
 
@@ -81,11 +87,12 @@ def _left_s(new: Generation, effects: Effects) -> float | None:
     return next((max(0.0, due - now) for each, due in effects.due() if each == ends), None)
 
 
-def _waits_for(fleet: Fleet, new: Generation, effects: Effects) -> list[dict[str, Any]]:
+def _waits_for(fleet: Fleet, new: Generation, held: Held) -> list[dict[str, Any]]:
     """Return the workers of which one must end before the next worker can start."""
-    if len(new.workers) >= fleet.wanted_in(new) or room(fleet, 1):
+    stage = _stage(fleet, new)
+    wanted = fleet.full_size(new) if stage == "replacing" else fleet.wanted_in(new)
+    if len(new.workers) >= wanted or room(fleet, 1):
         return []
-    held = held_by(fleet, effects)
     return [
         {
             "worker": worker.number,
@@ -106,11 +113,10 @@ def _leaving(fleet: Fleet) -> Iterator[tuple[Generation, Worker]]:
                 yield generation, worker
 
 
-def held_by(fleet: Fleet, effects: Effects) -> dict[int, tuple[int | None, float | None]]:
-    """Return leaving worker -> its open connections, the age of the oldest in seconds.
-
-    None: unknown.
-    """
+def held_by(fleet: Fleet, effects: Effects) -> Held:
+    """Return the connections of the workers that a rolling reload may wait for."""
+    if fleet.incoming is None or not fleet.newest_policy.rolls:
+        return {}
     found: dict[int, tuple[int | None, float | None]] = {}
     records = {each.number: each for each in effects.pool.records()}
     for generation, worker in _leaving(fleet):

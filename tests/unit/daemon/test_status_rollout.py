@@ -14,6 +14,7 @@ import pytest
 from socketprotector_client import wire
 
 from socketprotector.core.events import (
+    ChannelBroken,
     Deadline,
     DeadlinePassed,
     DryRunRequested,
@@ -25,7 +26,7 @@ from socketprotector.core.events import (
     WorkerReady,
 )
 from socketprotector.core.fleet import Policy
-from socketprotector.daemon.control.rollout import of_rollout
+from socketprotector.daemon.control.rollout import held_by, of_rollout
 from socketprotector.daemon.effects import Effects
 from socketprotector.daemon.generation import OpenGeneration
 from socketprotector.model.records import Counts, WorkerRecord
@@ -66,7 +67,8 @@ class Seen:
             pool=SimpleNamespace(records=lambda: tuple(self.records)),
             due=lambda: [(each, due) for each in fleet.timers],
         )
-        return of_rollout(fleet, cast("Effects", effects))
+        found = cast("Effects", effects)
+        return of_rollout(fleet, found, held_by(fleet, found))
 
     def _opened(self, number: int) -> Any:
         return self.boards.get(number, SimpleNamespace(counts=lambda _: None, board=None))
@@ -164,6 +166,17 @@ def test_the_first_worker_waits_for_one_of_an_earlier_generation(story: Story, s
     ]
     story.when(WorkerExited(1, ""))
     assert seen.found["waits_for"] == []
+
+
+def test_all_clients_are_those_of_the_new_generation_once_the_old_one_has_failed(
+    story: Story, seen: Seen
+) -> None:
+    begun(story, ROLLS, workers=3, ready=1)
+    assert seen.found["share"] < 100
+    story.when(ChannelBroken(1))
+
+    assert (seen.found["share"], seen.found["stage"]) == (100.0, "replacing")
+    assert [each["worker"] for each in seen.found["waits_for"]] == [1, 2, 3]
 
 
 def test_a_dry_run_is_no_rollout(story: Story, seen: Seen) -> None:

@@ -193,6 +193,11 @@ def test_a_canary_that_accepts_no_client_fails(
 
     world.route_to(1)
     assert world.delivery.oldest_waiting_s(world.generations[2]) is None
+    quiet: list[int] = []
+    world.delivery.begin_drain(world.generations[2], lambda: quiet.append(2), reads_on=False)
+    assert quiet == [2], "another generation is to accept the client soon"
+    world.drain(2)
+    world.until(lambda: Stranded() in world.posted)
 
 
 def test_the_next_program_watches_the_canary(

@@ -37,6 +37,7 @@ class CanaryWatch(Backlogs):
         runtime = listeners.host.runtime
         self._post, self._watch = runtime.post, watch
         self._canary = 0  # the generation; 0: none
+        self.never_accepted = 0  # the canary that failed before its workers accepted a client
         late_s = NEVER_TAKEN_S, UNTAKEN_S
         self.accepts = AcceptWatch(runtime.loop, self, late_s=late_s, timer="canary-untaken")
 
@@ -87,6 +88,8 @@ class CanaryWatch(Backlogs):
 
     def report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
         """Fail the canary."""
+        if not ever:
+            self.never_accepted = self._canary
         since = f"for {seconds:.0f} s" if ever else "yet"
         addresses = [each.settings.address for each in self._listeners.living if each.index in at]
         reason = f"no worker has accepted a connection {since} at {' '.join(addresses)}"

@@ -275,7 +275,10 @@ class SocketSteering(Steering):
 
         reads_on: call back as soon as the generation has accepted its clients.
         """
-        if generation not in self.turns.accepting or not self._listeners.pairs:
+        canary = self._watch.canary
+        in_vain = canary is not None and canary.never_accepted == generation
+        # The sooner it leaves, the sooner another generation accepts its clients.
+        if in_vain or generation not in self.turns.accepting or not self._listeners.pairs:
             on_quiet()
             return
         self._turn_away(generation)

@@ -229,7 +229,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("canary", CANARY,
                "Let each new generation first have this share of the new connections: 5%.\n"
                "0.01% to 99.99%. All clients follow after --canary-for. It counts connections, not "
-               "requests. See docs/rollout.md.", common=True, unset="all"),
+               "requests. See docs/rollout.md.", unset="all"),
         Option("canary-for", TIME_ABOVE_0, "Let the canary have its share for this time.",
                default="60s"),
         Option("canary-at-least", click.IntRange(0, 1_000_000_000),

@@ -216,7 +216,7 @@ def release_hold(step: Step) -> None:
 
 
 def exit_if_done(step: Step) -> None:
-    """Exit, because a stop was requested, if no generation is left."""
+    """Exit if no generation is left; a stop was requested."""
     fleet = step.fleet
     if not fleet.generations:
         step.cancel(TimerKind.STOP)

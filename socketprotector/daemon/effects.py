@@ -394,7 +394,7 @@ class Effects(Host):
         run(seconds)
 
     def _start_advice(self, number: int) -> str:
-        """Return the likely cause why a generation was not ready in time; "": unknown."""
+        """Return the likely cause of a generation's start timeout; "": unknown."""
         known = self.questions.last or self.pool.check_says(number)
         if self.pool.spoken_with:  # the program can send READY=1, and needs no such advice
             return known

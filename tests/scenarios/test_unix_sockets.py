@@ -173,6 +173,15 @@ def test_clients_wait_through_a_hold_and_the_next_generation_answers(
     eventually(lambda: pid_in(ask(str(path))) != serving, "the next generation")
 
 
+def on_hold(start: Starter, place: Path, release: Release, *words: str) -> Operated:
+    """Start a server with these words of the command line, and hold its clients."""
+    release.becomes(*SERVER)
+    one = Operated(start(*MODE, "--control", place, *words, "--", release.path).ready(), place)
+    with one.line() as line:
+        line.ask("hold", seconds=3600)
+    return one
+
+
 @pytest.mark.parametrize("amid", ["", "a release that starts", "a kill of the protector"])
 def test_a_stop_lets_in_those_who_wait_through_a_hold(
     one: Operated, path: Path, release: Release, tmp_path: Path, amid: str
@@ -203,11 +212,7 @@ def test_a_stop_lets_in_those_who_wait_through_a_hold(
 def test_a_stop_lets_in_those_who_wait_at_a_path_and_over_tcp(
     protector: Starter, path: Path, place: Path, release: Release
 ) -> None:
-    release.becomes(*SERVER)
-    words = (*MODE, "--control", place, "127.0.0.1:0", f"unix:{path}", "--", release.path)
-    one = Operated(protector(*words).ready(), place)
-    with one.line() as line:
-        line.ask("hold", seconds=3600)
+    one = on_hold(protector, place, release, "127.0.0.1:0", f"unix:{path}")
     with Client(str(path), "hello") as late, Unanswered(one.address) as again:
         again.tries_again()
         one.daemon.signal(signal.SIGTERM)
@@ -222,11 +227,7 @@ def test_a_stop_lets_in_those_who_wait_at_a_path_and_over_tcp(
 def test_a_stop_says_how_many_it_resets_if_no_worker_starts_for_them_in_its_time(
     protector: Starter, path: Path, place: Path, release: Release
 ) -> None:
-    release.becomes(*SERVER)
-    words = (*MODE, "--stop-timeout", "1s", "--control", place, f"unix:{path}")
-    one = Operated(protector(*words, "--", release.path).ready(), place)
-    with one.line() as line:
-        line.ask("hold", seconds=3600)
+    one = on_hold(protector, place, release, "--stop-timeout", "1s", f"unix:{path}")
     release.path.unlink()
     with Client(str(path), "hello"), Client(str(path), "hello"):
         mark = one.daemon.signal(signal.SIGTERM)
@@ -256,11 +257,7 @@ def test_a_stop_starts_workers_for_those_who_wait_through_a_hold_until_they_serv
 def test_a_stop_in_a_hold_awaits_no_later_client_while_another_program_has_the_path(
     protector: Starter, path: Path, place: Path, release: Release
 ) -> None:
-    release.becomes(*SERVER)
-    words = (*MODE, "--stop-timeout", "1h", "--control", place, f"unix:{path}")
-    one = Operated(protector(*words, "--", release.path).ready(), place)
-    with one.line() as line:
-        line.ask("hold", seconds=3600)
+    one = on_hold(protector, place, release, "--stop-timeout", "1h", f"unix:{path}")
     with Client(str(path), "hello") as late, socket.socket(socket.AF_UNIX) as theirs:
         path.unlink()
         theirs.bind(str(path))

@@ -271,7 +271,7 @@ def test_a_file_that_was_bound_while_the_configuration_was_read_is_kept(world: W
     assert candidate.listeners == (bound,)
 
 
-@pytest.mark.parametrize("state", ["tried", "ordered into force", "given up"])
+@pytest.mark.parametrize("state", ["tried", "ordered into force", "dropped"])
 def test_the_next_program_keeps_a_candidate_that_the_fleet_still_needs(
     world: World, state: str
 ) -> None:
@@ -282,5 +282,5 @@ def test_the_next_program_keeps_a_candidate_that_the_fleet_still_needs(
 
     world.live.adopt(Snapshot(fleet, record, unfinished=undone))
 
-    kept = record if state != "given up" else SettingsRecord(OLD)
+    kept = record if state != "dropped" else SettingsRecord(OLD)
     assert world.live.record == kept

@@ -29,7 +29,7 @@ class World:
         self.clock = Clock()
         self.calls: list[str] = []
         self.history = History()
-        self.told: list[int] = []
+        self.ended: list[int] = []
         self.answers: list[Callable[[str], None]] = []  # to requests of last words
         self.has_group = False
         self.left: dict[str, Any] = {}
@@ -75,7 +75,7 @@ class World:
             delivery=cast("Any", SimpleNamespace(waiting=self._waiting)),
             groups=cast("Any", SimpleNamespace(keep=self._keep)),
             orphans=cast("Any", SimpleNamespace(end=self.ended_orphans.append)),
-            ended=self.told.append,
+            ended=self.ended.append,
             remember=self._remember,
         )
         self.clock.watch(PIDFD, lambda: None)
@@ -134,7 +134,7 @@ def test_a_worker_that_never_served_is_reaped_only_after_its_last_words(world: W
 
     world.answers[0]("no such table")
 
-    assert world.told == [1]
+    assert world.ended == [1]
     assert world.end_of() == CRASH
     assert world.calls == ["words", "reap"]
 
@@ -158,11 +158,11 @@ def test_a_worker_that_a_tracer_holds_is_reaped_again_later(world: World) -> Non
     world.serves()
     world.reaps = [None, CRASH]
     assert world.end_of() is None
-    assert (world.told, world.clock.watched) == ([], {})
+    assert (world.ended, world.clock.watched) == ([], {})
 
     world.clock.pass_time(0.15)
 
-    assert world.told == [1]
+    assert world.ended == [1]
     assert world.end_of() == CRASH
 
 
@@ -195,10 +195,10 @@ def test_a_guard_that_says_nothing_is_not_awaited_for_ever(world: World) -> None
     world.reaps = [ChildProcessError] * 3
     assert world.end_of(guarded=True) is None
     world.clock.pass_time(0.9)
-    assert world.told == []
+    assert world.ended == []
     world.clock.pass_time(0.2)
 
-    assert world.told == [1]
+    assert world.ended == [1]
     assert world.end_of(guarded=True) == UNKNOWN
 
 
@@ -232,7 +232,7 @@ def test_a_crash_while_serving_is_remembered_and_its_last_words_follow(world: Wo
 @pytest.mark.parametrize(
     ("ended", "asked", "end", "is_crash"),
     [
-        (False, False, CLEAN, True),  # a worker must not exit by itself while it serves
+        (False, False, CLEAN, True),  # a serving worker must not exit unless ordered to
         (True, False, CLEAN, False),
         (True, False, CRASH, True),
         (False, True, CRASH, False),

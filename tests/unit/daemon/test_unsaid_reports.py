@@ -116,7 +116,7 @@ class Upgrading:
 def test_a_dry_run_is_not_called_off_for_an_upgrade_that_fails(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """For want of a guard, or a systemd, that reads on: it is waited for in vain."""
+    """It fails because no guard or systemd has read all that the protector sent."""
     monkeypatch.setattr("socketprotector.daemon.supervisor._BEHIND_S", 0.0)
     killed, upgrade = Killed(), Upgrading()
     protector = protector_of(

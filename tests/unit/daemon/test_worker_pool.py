@@ -231,7 +231,7 @@ def test_a_worker_that_has_exited_does_not_become_ready(world: World) -> None:
     assert (worker.record.ready_by, worker.record.ready_at) == ("fd", None)
 
 
-def test_workers_that_accept_can_be_told_to_finish_by_a_signal(world: World) -> None:
+def test_workers_that_accept_finish_by_a_signal(world: World) -> None:
     world.spawn(1, world.generation(finish_signal=15)).ready_calls[0]("timer")
 
     assert world.clock.posted == [WorkerReady(1, True)]

@@ -91,11 +91,11 @@ def _list_s(environment: dict[str, str], wanted: int) -> float:
 
 
 def _ask_s(folder: str) -> float:
-    from socketprotector.ctl.query_all import ask_all
+    from socketprotector.ctl.query_all import query_all
 
     paths = [str(path) for path in Path(folder, "socketprotector").glob("*.control")]
     begun_s = time.monotonic()
-    ask_all(paths)
+    query_all(paths)
     return time.monotonic() - begun_s
 
 

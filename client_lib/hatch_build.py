@@ -1,7 +1,7 @@
-"""The hatchling hook that makes the long description of both distributions.
+"""The hatchling hook that makes the long description of both distributions from their README.md.
 
-It is README.md with absolute links, because a package index shows it outside the repository.
-`folder` in pyproject.toml is the README.md's folder in the repository.
+Links become absolute, because a package index shows the text outside the repository.
+`folder` in pyproject.toml is the README's folder in the repository.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class MemoryDelivery(Delivery):
     def _named(self, name: str) -> Iterator[Listener]:
         return (each for each in self._listeners if name in ("", each.settings.name))
 
-    def can_ask(self, listener: str) -> bool:
+    def can_probe(self, listener: str) -> bool:
         return any(self._named(listener))
 
     def cannot_try(self) -> str | None:

@@ -102,7 +102,7 @@ static inline uint64_t sp__now_ns(void)
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-/* Returns the decimal number at text, and its end; -1 for no number, or one above INT_MAX. */
+/* Returns the decimal number at `text`, and sets `end` behind it; -1 if there is none, or above INT_MAX. */
 static inline int sp__number(const char *text, const char **end)
 {
     long long value = 0;
@@ -113,7 +113,8 @@ static inline int sp__number(const char *text, const char **end)
     return at == text || value > INT_MAX ? -1 : (int)value;
 }
 
-/* Returns the number in a variable, `otherwise` if it is not set; -1 and EINVAL for no number. */
+/* Returns the number in a variable; `otherwise` if the variable is not set; -1 with EINVAL if it is no
+ * number. */
 static inline int sp__variable(const char *name, int otherwise)
 {
     const char *text = getenv(name), *end;
@@ -177,7 +178,7 @@ static inline void sp_closed(struct sp_worker *sp)
     sp__count(sp, SP_BOARD_OPEN, (uint64_t)-1);
 }
 
-/* Counts a connection that could not be served; sp_closed() is due in addition. */
+/* Counts a connection that could not be served.  Call sp_closed() as well. */
 static inline void sp_failed(struct sp_worker *sp)
 {
     sp__count(sp, SP_BOARD_FAILED, 1);
@@ -226,8 +227,8 @@ static inline int sp__notify_open(struct sp_worker *sp)
     sp->notify_bytes = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + length + (*name == '/'));
     if (*name == '@')
         to->sun_path[0] = '\0';
-    /* Kept for life: WATCHDOG=1 must get through even without a free descriptor.  Connected, so that it
-     * gets through when the path is out of reach (chroot).  If connect() fails, sp__send tries again. */
+    /* Kept open: WATCHDOG=1 must get through even without a free descriptor.  Connected: messages must
+     * get through when the path is out of reach (chroot).  If connect() fails, sp__send tries again. */
     sp->notify = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     if (sp->notify >= 0)
         connect(sp->notify, (struct sockaddr *)to, sp->notify_bytes);
@@ -246,8 +247,8 @@ static inline int sp__send(struct sp_worker *sp, const char *lines, int flags)
 }
 
 /* Sends lines such as "STATUS=warm", separated by '\n', in one datagram.  Never blocks, raises no
- * SIGPIPE.  Returns 0 if it was sent, or if there is no NOTIFY_SOCKET.  Otherwise returns -1 with errno:
- * EAGAIN: the receiver has ten unread messages; send an important one (EXTEND_TIMEOUT_USEC) again later.
+ * SIGPIPE.  Returns 0 if the datagram was sent, or if there is no NOTIFY_SOCKET.  Otherwise -1 with errno:
+ * EAGAIN: the receiver has ten unread messages; repeat an important message (EXTEND_TIMEOUT_USEC) later.
  * ECONNREFUSED, ENOENT (sendto(2)): there is no receiver; a worker should ignore that. */
 static inline int sp_notify(struct sp_worker *sp, const char *lines)
 {
@@ -378,7 +379,7 @@ static inline int sp__listen_tcp(struct sp_worker *sp, const char *address, int 
             failed = getsockname(sp->fds[0], (struct sockaddr *)&bound, &bytes);
             ((struct sockaddr_in6 *)(void *)each->ai_addr)->sin6_port = bound.sin6_port;
         }
-        /* No IPv6 on this machine: the earlier addresses suffice. */
+        /* Without IPv6 on this machine the earlier addresses suffice. */
         if (sp__listen_on(sp, each->ai_addr, each->ai_addrlen, backlog) < 0)
             failed = !sp->count || (errno != EAFNOSUPPORT && errno != EADDRNOTAVAIL);
     }
@@ -516,8 +517,8 @@ static inline int sp_listener(const struct sp_worker *sp, int index, char *name,
 
 /* ---- Connections ---- */
 
-/* Returns whether no more connections will come.  A server with keep-alive connections calls it after
- * each request, and if it is true ends the connection with that answer. */
+/* Returns whether no more connections will come.  A server with keep-alive connections calls this after
+ * each request; if the result is true, the server ends the connection with that answer. */
 static inline int sp_draining(const struct sp_worker *sp)
 {
     struct pollfd lines[2]; /* POLLRDHUP is reported while connections are still queued, and takes none */
@@ -620,12 +621,13 @@ static inline enum sp_result sp_take(struct sp_worker *sp, int fd, struct sp_con
             return poll(&end, 1, 0) > 0 ? sp->ended = SP_RETIRED : SP_NOTHING;
         }
         got = recv(fd, nothing, sizeof nothing, MSG_DONTWAIT);
-        /* Only its end counts: a later protector may send something.  A dead protector ends it, too. */
+        /* Only the end of the line counts: a later protector may send messages on it.  The line also ends
+         * when the protector dies. */
         if (got > 0 || (got < 0 && (errno == EAGAIN || errno == EINTR)))
             return SP_NOTHING;
         return sp->ended = SP_RETIRED;
     }
-    /* The kernel drops a connection without a free descriptor.  So a spare one is held, and released now. */
+    /* If no descriptor is free, the kernel drops the connection.  So a spare one is held until now. */
     if (sp->spare < 0 && (sp->spare = fcntl(fd, F_DUPFD_CLOEXEC, 0)) < 0)
         return SP_ERROR;
     sp__close(&sp->spare);
@@ -634,7 +636,7 @@ static inline enum sp_result sp_take(struct sp_worker *sp, int fd, struct sp_con
         sp__count_taken(sp, client);
     error = errno;
     if (!sp->ended)
-        sp->spare = fcntl(fd, F_DUPFD_CLOEXEC, 0); /* without one the next call tries again */
+        sp->spare = fcntl(fd, F_DUPFD_CLOEXEC, 0); /* if that fails, the next call tries again */
     errno = error;
     return result;
 }
@@ -646,8 +648,8 @@ static inline enum sp_result sp_take(struct sp_worker *sp, int fd, struct sp_con
  * SP_ERROR with EINTR: a signal handler ran.
  *
  * wake_fd: a signalfd, or a pipe that a signal handler writes to; without it a signal right before poll()
- * would go unnoticed.  Sends WATCHDOG=1 while it waits.  A program that serves for long between two calls
- * calls sp_alive() meanwhile. */
+ * would go unnoticed.  sp_next sends WATCHDOG=1 while it waits.  A program that serves for long between
+ * two calls must call sp_alive() itself. */
 static inline enum sp_result sp_next(struct sp_worker *sp, struct sp_connection *client, int timeout_ms,
                                      int wake_fd)
 {

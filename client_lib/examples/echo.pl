@@ -4,8 +4,8 @@
 #     SocketProtector --workers 4 4321 -- perl echo.pl 4321
 #     perl echo.pl 4321                 # without a protector
 #
-# Perl's core has no recvmsg, so take() makes the system call itself.  It knows the layout of the
-# arguments for 64-bit Linux on x86_64 and aarch64.  Elsewhere use Socket::MsgHdr from CPAN.
+# Perl's core has no recvmsg, so take() makes the system call itself.  It knows the arguments' layout
+# for 64-bit Linux on x86_64 and aarch64.  On other machines use Socket::MsgHdr from CPAN.
 use strict;
 use warnings;
 use Config;
@@ -57,7 +57,7 @@ sub notify {
     my $address = pack_sockaddr_un($name);
     # Perl pads the address with NULs, each of which would be part of an abstract name.
     $address = substr $address, 0, 2 + length $name if $name =~ /^\0/;
-    # Waits until the protector's queue has room, because READY=1 is sent only once.
+    # send() waits until the protector's queue has room, because READY=1 is sent only once.
     1 until defined send($line, $lines, MSG_NOSIGNAL_, $address) || $! != EINTR;
 }
 
@@ -70,7 +70,7 @@ sub inherited {
 
 my $stopping = 0;
 pipe my $wake, my $ring or die "cannot make a pipe: $!\n";
-# The pipe, because a signal right before select() would go unnoticed.
+# With a pipe, because a signal right before select() would go unnoticed.
 $SIG{TERM} = sub { $stopping = 1; syswrite $ring, "\0" };
 $SIG{PIPE} = 'IGNORE';
 

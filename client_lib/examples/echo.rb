@@ -6,8 +6,8 @@
 #     SocketProtector --workers 4 4321 -- ruby echo.rb 4321
 #     ruby echo.rb 4321                 # without a protector
 #
-# Ruby's socket library has recvmsg.  With MSG_DONTWAIT it does not change the channel's flags, which
-# all workers share.  Received descriptors are close-on-exec.
+# Ruby's socket library has recvmsg.  MSG_DONTWAIT leaves the channel's flags alone, which all workers
+# share.  Received descriptors are close-on-exec.
 require 'socket'
 
 CONTROL_BYTES = 20 # CMSG_LEN of one descriptor on a 64-bit machine
@@ -45,11 +45,11 @@ def inherited(name)
   Socket.for_fd(Integer(ENV.fetch(name), 10)).tap { |line| line.close_on_exec = true }
 end
 
-# The pipe, because a signal right before select would go unnoticed.
+# With a pipe, because a signal right before select would go unnoticed.
 WAKE, RING = IO.pipe
 trap('TERM') { RING.write_nonblock("\0", exception: false) }
 
-# Returns the readable ones of the given descriptors; none after SIGTERM.
+# Returns the readable descriptors among `lines`; none after SIGTERM.
 def wait_for(*lines)
   readable, = IO.select([WAKE, *lines])
   readable.include?(WAKE) ? [] : readable
@@ -84,7 +84,7 @@ channel = inherited('SOCKETPROTECTOR_CHANNEL')
 line = inherited('SOCKETPROTECTOR_RETURN')
 notify("READY=1\nX_SOCKETPROTECTOR_RETIRE=1")
 until (readable = wait_for(line, channel)).empty?
-  # Only its end counts: a later protector may send something.
+  # Only the end of the line counts: a later protector may send messages on it.
   break if readable.include?(line) && line.recv(64).to_s.empty? # nil since Ruby 3.3
 
   client = take(channel) or next # another worker may have been quicker

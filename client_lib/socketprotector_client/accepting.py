@@ -1,11 +1,11 @@
 """The accepting process of a SocketServer: it moves connections from the backlog to the queue.
 
-It is a process, not a thread: a program that forks must have no thread, because its
-children would inherit locks that are never released.  It starts with a fresh interpreter and
-only the descriptors below, and ends when the parent's line ends, even if the parent is killed.
-It then refuses new clients, and queues the connected ones.
+Not a thread: a program that forks must have no thread, because its children would inherit
+locks that are never released.  The accepting process is a fresh interpreter with only the
+descriptors below.  When the parent closes its line, or is killed, the accepting process refuses
+new clients, queues the connected ones, and exits.
 
-Rule: it holds one connection at most.  While the queue is full the backlog holds the rest.
+Rule: it holds one connection at most.  While the queue is full, the backlog holds the rest.
 
 Source: tcp(7), unix(7), socket(7) for SO_ATTACH_FILTER.
 """
@@ -40,12 +40,12 @@ PROGRAM = (
 
 # How soon to try again while the system is short of a resource.
 _RETRY_S = 0.05
-# Handshakes that are under way at the stop finish within this time, or the client repeats them.
+# A handshake that is under way at the stop finishes within this time, or the client repeats it.
 _QUIET_MS = 200
-# The most connections queued after the stop, more than a backlog holds.  Without it, new clients
-# might come for ever on a system that does not let us refuse them.
+# The most connections queued after the stop: more than a backlog holds.  The limit matters on a
+# system that does not let us refuse new clients: they might come for ever.
 _MOST_AT_STOP = 1 << 16
-# Connections of one listener in a row; then other listeners, and the parent, have their turn.
+# The most connections of one listener in a row, before other listeners and the parent.
 _BURST = 64
 
 # The errors of sending when no process is left to take connections.

@@ -1,7 +1,7 @@
 """Listen addresses: how people write them, how the protector names them, and binding.
 
-Without a protector a worker binds and listens itself, and each form means
-the same as on the protector's command line.
+Without a protector a worker binds and listens itself.  Every way to write an address means
+the same here as on the protector's command line.
 
 Rule: knows nothing of channels and workers.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     #: One address, or a list of addresses.
     ListenAddress = Union[OneAddress, Sequence[OneAddress]]
 
-# How often to try another port when a free one is taken in the other address family.
+# How often to try another port if a port that is free for IPv4 is taken for IPv6.
 _PORT_TRIES = 20
 
 
@@ -101,7 +101,9 @@ def _listen_together(
     sockets: list[socket.socket] = []
     try:
         for family, address in endpoints:
-            if sockets and not address[1]:  # never a UNIX socket: it is alone in its address
+            if (
+                sockets and not address[1]
+            ):  # never a UNIX socket, which is an address's only endpoint
                 address = (address[0], sockets[-1].getsockname()[1], *address[2:])
             try:
                 sockets.append(_listen_on(family, address, backlog))
@@ -140,7 +142,7 @@ def _listen_on(family: int, address: Any, backlog: int) -> socket.socket:
 
 
 def _remove_if_stale(path: str) -> None:
-    # connect() fails for a regular file with the same error as for a stale socket.
+    # connect() fails with the same error for a regular file as for a stale socket.
     if path.startswith("\0") or not (os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode)):
         return
     with Socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:

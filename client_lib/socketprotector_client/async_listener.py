@@ -56,7 +56,7 @@ class TaskListener:
 
     async def _take(self) -> socket.socket:
         current().ready()
-        # Before taking: a cancellation after it would lose the connection.
+        # Before taking: a cancellation after the taking would lose the connection.
         await self._library.lowlevel.checkpoint()
         while not self._closed:
             try:

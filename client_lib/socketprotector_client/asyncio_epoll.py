@@ -1,12 +1,13 @@
 """Put the queue into an asyncio loop's own epoll, so that a connection wakes one idle worker.
 
-EPOLLEXCLUSIVE makes the kernel wake one waiter in epoll_wait.  It has no effect through
+EPOLLEXCLUSIVE makes the kernel wake one waiter in epoll_wait.  The flag has no effect through
 a nested epoll: no process waits in the inner epoll, so all workers wake.  The descriptor that
 an intake gives to a loop is such an inner epoll.  So the queue itself moves into the loop's
-epoll, and its events run the reader that the loop has for the intake's descriptor.
+epoll, and an event of the queue runs the reader that the loop has for the intake's descriptor.
 
-asyncio has no option for the flag.  So this module sets it on the loop's epoll, whose number
-`selectors.EpollSelector.fileno` returns; for a loop without such a selector all workers wake.
+asyncio has no option for the flag, so this module adds the queue to the loop's epoll, by the
+descriptor that `selectors.EpollSelector.fileno` returns.  For a loop without such a selector all
+workers wake.
 
 Source: epoll_ctl(2); ep_poll_callback in the kernel's fs/eventpoll.c.
 """
@@ -52,7 +53,7 @@ class _Joined(WaitSet):
     def __init__(self, intake: Intake, number: int) -> None:
         """Run the loop's reader for `number` when the queue is readable.
 
-        Raises ValueError if the loop does not allow that, OSError without a resource of the system.
+        Raises ValueError if the loop does not allow that, OSError if the system lacks a resource.
         """
         self._loop: Any = asyncio.get_running_loop()
         selector = _selector_of(self._loop)

@@ -45,21 +45,21 @@ _HEADER_BYTES = wire.HEADER.size
 class Channel:
     """The queue of connections that all workers of a generation share.
 
-    For a worker with an event loop of its own: watch `fileno()` and call `take()` when
-    it is readable.  At end of file it stays readable for ever.  Remove
-    it from an epoll before closing it: other processes hold the same file open.
+    For a worker with its own event loop: watch `fileno()`, and call `take()` when the descriptor is
+    readable.  At end of file the descriptor stays readable for ever.  Remove the descriptor from an
+    epoll before closing it: other processes hold the same file open.
     """
 
     def __init__(self, fd: int, listeners: tuple[str, ...] = ()) -> None:
         """Take ownership of fd; listeners are the listen addresses in index order."""
-        # With SOCK_NONBLOCK in its type, Python believes that the flag is set and never sets it.
-        # Without, it would set the flag after socket.setdefaulttimeout.
+        # SOCK_NONBLOCK in the type makes Python believe that the flag is set, and never set it.
+        # Without it, Python would set the flag after socket.setdefaulttimeout.
         kind = socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK
         self._socket = Socket(socket.AF_UNIX, kind, 0, fileno=fd)
         #: Listen addresses in index order, such as `tcp:0.0.0.0:4321`.
         self.listeners = listeners
-        #: Address family of each listener, None if unknown; passed to
-        #: `socket.socket(family, type, 0, fd)` it saves system calls.
+        #: The address family of each listener, None if unknown.  Passed to
+        #: `socket.socket(family, type, 0, fd)`, the family saves system calls.
         self.families: tuple[Optional[int], ...] = tuple(map(family_of, listeners))
 
     @classmethod
@@ -126,6 +126,6 @@ def _refuse(data: bytes, control: list[tuple[int, int, bytes]], flags: int) -> N
         )
     if not control or len(data) < _HEADER_BYTES:
         raise ProtocolError(f"cannot read a message of {len(data)} bytes without a connection")
-    # A returned connection is in the middle of its conversation and must not be served
-    # as a new one; this library never declares that it takes returned connections.
+    # A returned connection is in the middle of its conversation, and must not be served as a new
+    # connection.  This library never declares that it takes returned connections.
     _log.error("cannot serve a message of kind %d: unknown here; its connection is closed", data[1])

@@ -1,6 +1,6 @@
 """The forked children of a SocketServer's parent: forking, signals and reaping.
 
-The parent waits for its signals with sigwaitinfo, never in a handler.  So it never forks
+The parent waits for signals with sigwaitinfo, and has no handler.  So the parent never forks
 in the middle of other work, and misses no early signal.
 """
 
@@ -97,7 +97,7 @@ class Children:
             try:
                 ended, status = os.waitpid(pid, os.WNOHANG)
             except ChildProcessError:
-                ended, status = pid, 0  # the program has reaped it itself
+                ended, status = pid, 0  # the program has reaped this child itself
             if ended:
                 self._pids.discard(pid)
                 if status:

@@ -1,8 +1,8 @@
 """A connection that the library hands out, and the count of open connections.
 
-The count decides when a worker may take more, and when a draining worker may
-exit.  So it must be right however a connection ends: closed, closed with
-the last file made from it, dropped without close, or wrapped in TLS.
+The count decides when a worker may take more connections, and when a draining worker may
+exit.  So the count must be right however a connection ends: by close(), by closing the last
+file made from the connection, without close(), or wrapped in TLS.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Callable, Optional, Union
 
-# So many detached descriptors are polled for each connection that is taken: 0.3 us each.
+# Up to so many detached descriptors are all polled at each taken connection: 0.3 us each.
 _FEW = 32
 
 
@@ -79,7 +79,7 @@ class Connection(Socket):
         if ledger is not None:
             try:
                 ledger.follow(self)
-            except OSError:  # uvloop has closed the descriptor first; do not close it again
+            except OSError:  # uvloop has already closed the descriptor; do not close it again
                 ledger.forget(self)
         return super().detach()
 
@@ -105,9 +105,9 @@ class OpenConnections:
     """
 
     def __init__(self, on_change: Callable[[], None]) -> None:
-        """Call on_change after each connection's end, in the thread that ends it.
+        """Call on_change after a connection was closed or detached, in the thread that did so.
 
-        Also after detach: the end of a detached connection has no event, and is polled for.
+        No event announces the end of a detached connection: it must be polled for.
         """
         self._on_change = on_change
         self._when_collected = self._collected  # one bound method for all
@@ -116,7 +116,7 @@ class OpenConnections:
         # Detached descriptor -> inode.  ssl or other code owns these, and no event
         # announces that they were closed.
         self._detached: dict[int, int] = {}
-        self._next_poll_at = 0  # so many detached ones make the next poll due
+        self._next_poll_at = 0  # the number of detached descriptors at which the next poll is due
         #: Returns the number of connections not known to be closed, without a system call.
         self.known = self._open.__len__
 
@@ -158,8 +158,8 @@ class OpenConnections:
 
     def forget(self, connection: Connection) -> None:
         entry = connection._entry
-        if entry is not None:  # kept, because a new reference costs more to make and to hash
-            connection._entry = None  # otherwise it would see the object's end
+        if entry is not None:  # a kept reference: a new one costs more to make and to hash
+            connection._entry = None  # otherwise the reference would report the object's end
             self._open.discard(entry)
         on_change = self._on_change  # a local variable is faster to call than an attribute
         on_change()
@@ -174,7 +174,7 @@ class OpenConnections:
     def exchange(self, connection: Connection) -> socket.socket:
         """Return a plain socket for the connection, for libraries that accept no subclass.
 
-        Call `ended` after its end; otherwise its end is only polled for.
+        Call `ended` when the connection has ended; without that call its end must be polled for.
         """
         return Socket(connection.family, connection.type, connection.proto, connection.detach())
 

@@ -32,7 +32,7 @@ def default_limit() -> int:
 def has_room(count: int) -> bool:
     """Return whether `count` descriptors are certainly free; False if unknown.
 
-    Since Linux 6.2 the size of /proc/self/fd is the number of open descriptors; before, it is 0.
+    Since Linux 6.2 the size of /proc/self/fd is the number of open descriptors; earlier, it is 0.
     """
     try:
         used = os.stat("/proc/self/fd").st_size

@@ -1,8 +1,8 @@
 """The drain of this worker: whether it has begun, and the callbacks for that moment.
 
-A drain begins once and never ends.  It begins when the protector ends the
-channel or this worker's RETURN line, or at SIGTERM.  The intake notices the first two
-when it takes connections.  `begun` polls, too: handlers may keep every thread busy.
+A drain begins once and never ends.  It begins when the protector closes the channel or this
+worker's RETURN line, or at SIGTERM.  The intake notices the closed channel or line when it takes
+connections.  `begun` polls for it, too, because handlers may keep every thread busy.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Drain:
         self._callbacks: list[Callable[[], object]] = []
         self._lock = threading.Lock()
         self._thread: Optional[threading.Thread] = None
-        # Wakes the thread.  Never closed: a signal handler may write to it at any time, and the
-        # number must not belong to another file then.
+        # Wakes the thread.  Never closed: a signal handler may write to the pipe at any time, and
+        # its descriptor must not belong to another file then.
         self._pipe: Optional[tuple[int, int]] = None
         forking.register(self)
 
@@ -108,10 +108,10 @@ class Drain:
 def _hung_up(fds: Sequence[int], *, or_readable: Optional[int] = None) -> bool:
     """Return whether one of fds is at end of file.
 
-    With or_readable, first wait for that, or until or_readable is readable.
-    Each call has its own poll object, because two threads cannot share one.
+    With or_readable, first wait for an end of file, or until or_readable is readable.
+    Each call has its own poll object, because two threads cannot share a poll object.
     """
-    # With gevent's patches a waiting poll is gevent's, and wakes only by or_readable.
+    # With gevent's patches a waiting poll is gevent's, and only or_readable wakes it.
     poll = system.poll() if or_readable is None else select.poll()
     for fd in fds:
         poll.register(fd, select.POLLRDHUP)

@@ -1,8 +1,8 @@
 """The worker's environment variables from the protector, read and checked.
 
-Rule: keeps nothing.  Its only effect on the process is close-on-exec on the
-descriptors named in the variables.  So a program that the worker starts
-never holds a channel open or takes from it.
+Rule: keeps nothing.  The only effect on the process is close-on-exec on the descriptors that the
+variables name.  So a program that the worker starts never holds a channel open, nor takes
+connections from it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _add_lines(environ: Mapping[str, str], found: Environment) -> None:
     """Add the RETURN line and the scoreboard that the environment names."""
     return_fd = _number(environ, wire.ENV_RETURN, -1)
     if found.passed and not _is_line(return_fd):
-        return  # the worker of another service manager, which runs under a protector
+        return  # the sockets came from another service manager, which itself runs under a protector
     # The scoreboard is optional, so a value that does not name one is ignored.
     board, _, offset = environ.get(wire.ENV_SCOREBOARD, "").partition(":")
     found.return_fd = return_fd
@@ -107,7 +107,7 @@ def _is_line(fd: int) -> bool:
 
 def _kind_of(fd: int) -> Tuple[int, int, int]:
     """Return a socket's family, its type, and 1 if it listens; (-1, -1, 0) for any other file."""
-    asked = socket.SO_DOMAIN, socket.SO_TYPE, socket.SO_ACCEPTCONN
+    options = socket.SO_DOMAIN, socket.SO_TYPE, socket.SO_ACCEPTCONN
     try:
         # SOCK_NONBLOCK keeps Python from setting the flag, after socket.setdefaulttimeout, on a
         # socket that other processes share.
@@ -115,7 +115,7 @@ def _kind_of(fd: int) -> Tuple[int, int, int]:
     except (OSError, ValueError):
         return -1, -1, 0
     try:
-        family, kind, listens = (probe.getsockopt(socket.SOL_SOCKET, each) for each in asked)
+        family, kind, listens = (probe.getsockopt(socket.SOL_SOCKET, each) for each in options)
         return family, kind, listens
     finally:
         probe.detach()

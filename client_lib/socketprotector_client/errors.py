@@ -11,7 +11,7 @@ class Drained(Exception):
 
 
 class ProtocolError(Exception):
-    """A message of the protector, or a variable of the environment, is not understood."""
+    """The library does not understand a message of the protector or an environment variable."""
 
 
 class OutOfDescriptors(OSError):

@@ -1,12 +1,12 @@
-"""The end of a drained worker whose server has no notion of draining.
+"""The end of a drained worker whose server does not know about drains.
 
-A server that handles SIGTERM can finish: it gets one.  Any other server
-would be killed by the signal in the middle of its answers.  For such a server
-accept() waits until all handed-out connections are closed, and then exits.
+A server that handles SIGTERM gets SIGTERM, and finishes.  The signal would kill any other
+server in the middle of its answers.  For such a server accept() waits until all handed-out
+connections are closed, and then exits.
 
-A finishing server closes idle connections.  A connection that was just taken looks idle
-while its first request is under way or unread, and its client would
-be disconnected without an answer.  So SIGTERM waits for such connections.
+A server that finishes closes idle connections.  A new connection looks idle while its first
+request is under way or unread, so the server would disconnect that client without an answer.
+SIGTERM is therefore delayed until the first requests are read.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 _log = Logger(__name__)
 
-# If the server runs in a thread of its own, the main thread may wait for something else.
-# If it waits for the server's end, the process has exited long before.
+# If the server runs in its own thread, the main thread may wait for something else for ever.
+# A main thread that waits for the server has exited long before this time.
 _MAIN_THREAD_GRACE_S = 2.0
 
 # How long a connected client may take to begin its request.  Browsers open
 # connections ahead of need and then send nothing.
 _FIRST_REQUEST_S = 1.0
-# All must be read twice in a row: an event loop handles a request one turn after it has read it.
+# The check must succeed twice in a row: an event loop handles a request one turn after reading it.
 _POLL_S = 0.01
 _POLLS = 2
 
@@ -68,10 +68,9 @@ class DrainExit:
             ).start()
 
     def resend(self) -> None:
-        """Send SIGTERM again, for a handler that took the first one as the begin of the drain.
+        """Send SIGTERM again, for a handler that took the first SIGTERM as the begin of the drain.
 
-        Call it in that handler.  Only one signal is sent again: a draining server needs no other
-        begin.
+        Call this in that handler.  SIGTERM is repeated only once: the drain begins only once.
         """
         if self._sent == 1:
             self._send()
@@ -81,10 +80,10 @@ class DrainExit:
         os.kill(self._pid, signal.SIGTERM)
 
     def wait(self, timeout_s: Optional[float]) -> None:
-        """Wait up to timeout_s for the process's end, and return if it has not come.
+        """Wait up to timeout_s for the end of the process; return if the process still runs.
 
-        Raises SystemExit(0) once the last connection is closed, if the server
-        does not handle SIGTERM.
+        If the server does not handle SIGTERM, raises SystemExit(0) once the last connection is
+        closed.
         """
         while True:
             if self._waits and not len(self._intake.open):
@@ -116,7 +115,7 @@ class DrainExit:
 
 def _interrupt_main() -> None:
     _log.warning(
-        "the server has ended but the main thread goes on; interrupting it as Ctrl-C would "
+        "the server has ended but the main thread still runs; interrupting it as Ctrl-C would "
         "(use on_drain to end it)"
     )
     os.kill(os.getpid(), signal.SIGINT)

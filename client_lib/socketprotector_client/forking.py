@@ -4,8 +4,8 @@ A child shares epoll descriptors, pipes and signal handlers with its parent:
 a SIGTERM to the child alone would make the parent drain.  The owners of
 such things register here and repair themselves in the child.
 
-The set below is the only module state in this library.  A fork hook
-cannot be removed, so there is one hook, and it holds its objects weakly.
+The set below is the only module state in this library.  A fork hook cannot be removed, so there
+is a single hook with weak references to its objects.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Listener:
 
     #: Servers read this attribute of their socket.
     timeout = 0.0
-    #: Servers make client sockets with these.  -1: ask the kernel, because listeners may differ.
+    #: Servers make client sockets with these.  -1: query the kernel, because listeners may differ.
     family = type = proto = -1
 
     def __init__(
@@ -128,10 +128,10 @@ _EVENT = struct.Struct("=IQ" if platform.machine() == "x86_64" else "@IQ")
 class _Queue(WaitSet):
     """The queue in the epoll of gevent's loop itself, so that the kernel wakes one idle worker.
 
-    libev waits in C, so its epoll cannot be replaced (shared_epoll.py).  It first watches the queue
-    in its own way; then epoll_ctl adds the flag, with the data by which libev knows the
-    descriptor.  /proc shows that data.  If any of these steps fails, nothing is changed, and all
-    idle workers wake.
+    libev waits in C, so its epoll cannot be replaced as in shared_epoll.py.  libev first registers
+    the queue without the flag.  Then we register it again with EPOLLEXCLUSIVE, and with the data by
+    which libev knows the descriptor; /proc shows that data.  If a step fails, nothing is changed,
+    and all idle workers wake.
 
     Source: ev_epoll.c of libev; proc(5), /proc/PID/fdinfo.
     """
@@ -139,7 +139,7 @@ class _Queue(WaitSet):
     def __init__(self, intake: Intake, ready: Callable[[], None]) -> None:
         """Watch the intake's queue.
 
-        ready: called for each wake-up; then the queue is not watched until `wait_again`.
+        ready: called for each wake-up.  After it the queue is not watched until `wait_again`.
         """
         self._intake = intake
         (self._fd,) = intake.source.fds

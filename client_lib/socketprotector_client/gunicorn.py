@@ -6,9 +6,9 @@ Or import the three hooks into your own configuration.  For gunicorn's sync and 
 workers; other kinds accept without Python's accept().  Without a protector nothing is changed.
 
 gunicorn's master is the protector's worker, and gunicorn's workers share the queue.  Two things
-differ from plain gunicorn.  The first worker that has loaded the application sends READY=1,
-not the master before that: an application that cannot be loaded must not look ready.  And the
-worker that sees the drain makes the master stop, which would otherwise replace that worker.
+differ from plain gunicorn.  READY=1 comes from the first worker that has loaded the application,
+not from the master: an application that cannot be loaded must not look ready.  And the worker that
+notices the drain makes the master stop; otherwise the master would replace that worker.
 
 Source: docs.gunicorn.org, "Server Hooks" and "Signal Handling".
 """
@@ -57,7 +57,7 @@ def on_starting(server: Any) -> None:
     server.LISTENERS = [_Listener(take=None)]
     # The protector owns a UNIX socket's path: gunicorn must not remove it at the end.
     server.systemd = True
-    # Without the variable the master does not send READY=1 now.
+    # Hides the variable, so that the master does not send READY=1 now.
     server.socketprotector_notify = os.environ.pop(wire.ENV_NOTIFY, None)
 
 
@@ -78,7 +78,7 @@ def post_worker_init(worker: Any) -> None:
 
 
 def _wait(worker: Any, intake: Intake, timeout: float) -> List[Any]:
-    """Wait for a connection or a signal, in place of the select() of gunicorn's sync worker."""
+    """Wait for a connection or a signal; replaces select() in gunicorn's sync worker."""
     worker.notify()
     ours, signalled = intake.sleep(timeout)
     if signalled:

@@ -1,8 +1,8 @@
 """The intake: takes connections one at a time, counts them, and stops at the limit or the drain.
 
 All ways to get connections (iterator, threads, asyncio, drop-in listener) use an intake.  At
-the limit, and after the end, it does not wait for the channel: nothing
-spins, and no flag of the shared channel is changed.
+the limit, and after the end, an intake does not watch the channel.  So nothing spins, and no flag
+of the shared channel is changed.
 
 Rule: never takes a connection without a free descriptor.
 """
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 _log = Logger(__name__)
 
-# How soon to try again when no event announces the right moment.
+# How soon to try again if no event announces the right moment.
 _RETRY_S = 0.05
 
-# One look at the number of free descriptors suffices for a row of this many connections,
-# if _OTHERS more are free for other threads.
+# The number of free descriptors is checked once for a row of this many connections, if _OTHERS more
+# are free for other threads.
 _ROW, _OTHERS = 32, 256
 
 # accept() fails with these errors while the system is short of a resource; the
@@ -72,17 +72,17 @@ class Intake:
         self._drain = drain
         self._limit = default_limit() if limit is None else limit
         self._names = names
-        self._beside = -1  # an event loop's descriptor, for which `sleep` also waits
+        self._beside = -1  # an event loop's descriptor, which `sleep` also waits for
         self._actions: dict[int, Callable[[], None]] = {}
         self._ends: list[int] = []
         self.waits = WaitSet()
         self.queue = QueueWait(source, self.waits)
         self._fds = self.queue.fds
-        # The usual result of a wait, with a short path in _look; with several listeners none.
+        # The usual result of a wait, with a shortcut in _look; no shortcut with several listeners.
         self._channel_alone = [*self._fds] if len(self._fds) == 1 else [-1]
         self._drain_requested = False
         self._ended = False
-        # Several threads call `get`: all may be busy without being stuck.
+        # Whether several threads call `get`: all may be busy without being stuck.
         self._pooled = False
         # The threads of the pool that wait for the kernel to choose one.
         self._idle: set[int] = set()
@@ -90,7 +90,7 @@ class Intake:
         self._will_look_again = False
         # The descriptor that get_next takes from; -1: look at all descriptors first.
         self._row_fd = -1
-        # For so many more connections descriptors are certainly free; -1: unknown.
+        # How many more descriptors are certainly free; -1: unknown.
         self._room = -1
         self._spare = Spare(self.waits.fileno())
         self._spare.hold()
@@ -105,7 +105,7 @@ class Intake:
     def on_readable(self, fd: int, act: Callable[[], None]) -> None:
         """Make `get` call act when fd is readable.  The caller keeps fd.
 
-        Not in a forked child, where fd is for the parent to read.
+        Has no effect in a forked child, because only the parent reads fd.
         """
         self._actions[fd] = act
         self.waits.add([fd])
@@ -127,8 +127,8 @@ class Intake:
         """
         if self._pooled and self.source.wakes_one:
             return self._get_chosen()
-        # One thread waits for connections, the others for the lock: a connection wakes
-        # one thread, not all.
+        # One thread waits for connections, the others for the lock.  So a connection wakes one
+        # thread, not all.
         if not self._turn.acquire(timeout=-1 if timeout_s is None else timeout_s):
             return None
         try:
@@ -155,14 +155,15 @@ class Intake:
         self._pooled = True
         if self.source.wakes_one:
             self.queue.share()
-            # Make the bell now: an ending thread wakes the others even without a free descriptor.
+            # Make the bell now: later there may be no free descriptor for it, and a thread that
+            # ends must wake the others.
             self.waits.ring()
             self.waits.hush()
 
     def get_now(self) -> Optional[Connection]:
         """Return a connection as `get` does, without waiting; None if none waits.
 
-        get_next() may continue this row.
+        This begins a row of connections, which get_next() may continue.
         """
         if not self._turn.acquire(False):
             return None
@@ -179,7 +180,7 @@ class Intake:
             self._turn.release()
 
     def get_next(self) -> Optional[Connection]:
-        """Return the row's next connection, right after get_now; it looks at connections only."""
+        """Return the row's next connection, right after get_now; check nothing but connections."""
         turn = self._turn
         if not turn.acquire(False):
             return None
@@ -242,7 +243,7 @@ class Intake:
 
     @property
     def may_be_silent(self) -> bool:
-        """Whether a worker may be healthy without a call of `get`: it drains, or a pool is busy."""
+        """Whether a healthy worker may make no call of `get`: it drains, or a pool is busy."""
         return self._ended or (self._pooled and not self._idle and not self._turn.locked())
 
     def end(self) -> None:
@@ -276,7 +277,7 @@ class Intake:
         self._beside = -1
         self._will_look_again = False
         self._actions = dict.fromkeys(self._ends, self.drained)
-        # The child needs an epoll of its own; the released spare leaves a descriptor for it.
+        # The child needs its own epoll; releasing the spare frees a descriptor for it.
         self._spare.release()
         self.queue.after_fork_in_child([] if self._ended else self._ends)
         if not self._ended:
@@ -313,7 +314,7 @@ class Intake:
 
     def _look(self, ready: list[int]) -> Optional[Connection]:
         if self.queue.in_loop and self.queue.waited:
-            ready += self._fds  # the loop watches them, and may have seen a connection
+            ready += self._fds  # the loop watches these, and may have seen a connection
         if ready == self._channel_alone and not self._drain_requested:
             return self._take(ready[0])
         # Actions before connections: under load a connection is always waiting.
@@ -356,7 +357,7 @@ class Intake:
             self._pause(short=True)
             return None
         finally:
-            # Now, before the next wake-up: if this worker wakes and cannot take, no other wakes.
+            # Before the next wake-up: if this worker wakes and cannot take, no other worker wakes.
             if room <= 0 and not self._ended and not self._spare.hold():
                 self._pause(short=True)
         if connection is not None:

@@ -4,9 +4,9 @@ For frameworks that expect a socket: asyncio, aiohttp, uvicorn, waitress,
 socketserver, http.server.  They call accept in Python, so a subclass is
 enough; uvloop and others that accept below Python cannot use it.
 
-The framework watches a descriptor of the intake's epoll, which is private to
-this process.  So the framework may set it non-blocking, shut it down or close
-it without an effect on the channel, which all workers share.
+The framework watches the descriptor of the intake's epoll, which is private to this process.  So
+the framework may set that descriptor non-blocking, shut it down or close it: the channel, which all
+workers share, is not affected.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
     from .address import ListenAddress
 
-# The most connections taken in a row, all workers of a generation together.  One per turn of an
-# event loop costs a third of the rate, 16 cost a fortieth; more gain nothing.  But a long row
-# leaves none for workers that are just waking up.
+# The most connections taken in a row, by all workers of a generation together.  A row of 1 costs a
+# third of the rate, a row of 16 a fortieth; longer rows gain nothing.  But a long row leaves no
+# connection for workers that are just waking up.
 _MOST = 32
 
 _EAGAIN_TEXT = os.strerror(errno.EAGAIN)
@@ -54,11 +54,11 @@ class Listener(Socket):
         """Take connections from the protector; without one, bind `address` now, or in bind().
 
         limit: while so many accepted connections are open, further ones stay in the queue.
-        take: accept fails once with BlockingIOError after so many connections in a row.  Otherwise
-        an event loop, which accepts until an error, would take the whole queue before it serves.
-        0 adapts the row: 1 connection, and under load, with a queue that is never empty, up to 32
-        divided by the number of workers.  None: no such errors, for loops that accept once for each
-        wake-up.  A blocking listener ignores `take`.
+        take: after so many connections in a row, accept fails once with BlockingIOError.  Without
+        that error an event loop would take the whole queue before it serves.  0 adapts the row: 1
+        connection, or, while the queue is never empty, up to 32 divided by the number of workers.
+        None: no such errors, for loops that accept once for each wake-up.  A blocking listener
+        ignores `take`.
 
         Raises the errors of `connections`, except that the address may be missing.
         """
@@ -88,9 +88,9 @@ class Listener(Socket):
         Raises BlockingIOError if no client waits and this listener is non-blocking, and
         socket.timeout after its timeout.
 
-        In a drain no connection is returned, and the process ends.  It gets SIGTERM
-        if it handles that signal; otherwise this raises SystemExit(0) once every
-        returned connection is closed.
+        In a drain no connection is returned, and the process ends.  A process that handles
+        SIGTERM gets SIGTERM; otherwise this raises SystemExit(0) once every returned
+        connection is closed.
         """
         intake = self._intake or self._opened()
         if not self._said_ready:
@@ -233,13 +233,13 @@ class Listener(Socket):
         intake.on_renewal = self._take_number
         self._take_number()
         if current().passed:
-            # Without a RETURN line, SIGTERM is the only request to drain.
+            # SIGTERM begins the drain, too; without a RETURN line nothing else does.
             self._term = TermWatch(intake)
         return intake
 
     def _take_number(self) -> None:
-        # This socket's descriptor becomes the epoll.  CPython refuses the reverse, a
-        # socket object made from the epoll's descriptor.
+        # This socket's descriptor becomes a copy of the epoll's.  CPython refuses the reverse: to
+        # make a socket object from the epoll's descriptor.
         if self.fileno() >= 0:
             os.dup2(self._opened().fileno(), self.fileno(), inheritable=False)
 

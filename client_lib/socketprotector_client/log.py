@@ -1,7 +1,7 @@
 """The library's lines in the program's log, without loading `logging`.
 
-`logging` costs 8 ms of each start and a megabyte of each worker.  If the program has not loaded
-it, it is not configured: a warning or an error then goes to stderr, in the format of `logging`.
+`logging` costs 8 ms of each start and a megabyte of each worker.  A program that has not loaded
+`logging` has not configured it.  Warnings and errors then go to stderr, in the format of `logging`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Logger:
     def _log(
         self, level: int, message: str, args: tuple[object, ...], *, traceback: bool = False
     ) -> None:
-        # Not imported here: the process may be unable to open a file, which the line may report.
+        # Not imported here: the line may report that the process can open no more files.
         logging: Any = sys.modules.get("logging")
         if hasattr(logging, "getLogger"):
             logger = logging.getLogger(self._name)

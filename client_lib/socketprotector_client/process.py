@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 def draining() -> bool:
     """Return whether this worker gets no more connections and should finish.
 
-    A server with keep-alive connections calls it after each request, and if it is true answers
-    with `Connection: close`.  Once true it stays true; until then it costs one poll().
+    A server with keep-alive connections calls this after each request; if the result is true, the
+    server answers with `Connection: close`.  Once true it stays true; until then a call costs one
+    poll().
     """
     return current().drain.begun()
 
@@ -27,9 +28,9 @@ def draining() -> bool:
 def on_drain(callback: Callable[[], object]) -> None:
     """Call callback() once when the drain begins; at once if it has begun already.
 
-    It runs in the library's own thread; in asyncio, use loop.call_soon_threadsafe
-    to reach the event loop.  `serve`, `aserve` and `connections` wait for its end
-    before they return.  An exception in it is logged.
+    The callback runs in the library's own thread; in asyncio, use loop.call_soon_threadsafe to
+    reach the event loop.  `serve`, `aserve` and `connections` return after the callback has
+    ended.  An exception in the callback is logged.
     """
     current().drain.on_begin(callback)
 
@@ -37,7 +38,7 @@ def on_drain(callback: Callable[[], object]) -> None:
 def ready() -> None:
     """Send READY=1, once, for a program that takes from a Channel itself.
 
-    All other ways to get connections send it automatically.
+    All other ways to get connections send READY=1 automatically.
     """
     current().ready(retires=False)
 

@@ -1,8 +1,8 @@
 """A worker's wait for the queue: in which epoll, and at which place among the waiting workers.
 
-The epoll is the intake's own, or that of an event loop which waits for the queue itself.  The
-kernel wakes the first waiter (EPOLLEXCLUSIVE).  A worker that has taken a connection moves behind
-the others; otherwise it would get nearly all connections.
+The queue is in the intake's own epoll, or in an event loop's epoll.  The kernel wakes the first
+waiter (EPOLLEXCLUSIVE).  A worker that has taken a connection moves behind the other workers;
+otherwise it would get nearly all connections.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class QueueWait:
     def __init__(self, source: Source, own: WaitSet) -> None:
         """Begin to wait in the intake's own set."""
         self.fds = tuple(source.fds)
-        #: Whether the intake waits for them: it has neither paused nor ended.
+        #: Whether the intake waits for connections: it has neither paused nor ended.
         self.waited = True
-        #: Whether they are in an event loop's set, not in the intake's own.
+        #: Whether the descriptors are in an event loop's set, not in the intake's own.
         self.in_loop = False
-        #: Whether a connection was taken since they moved behind the other workers.
+        #: Whether this worker has taken a connection since it moved behind the other workers.
         self.has_taken = False
         self._wakes_one = source.wakes_one
         self._events = select.EPOLLIN | (select.EPOLLEXCLUSIVE if source.wakes_one else 0)
@@ -51,7 +51,7 @@ class QueueWait:
     def leave_loop(self) -> None:
         """Wait in the intake's own set, as before `join`."""
         joined, self._set = self._set, self._own
-        if joined is not self._own:  # of two threads, only one gets here
+        if joined is not self._own:  # if two threads call this, only one gets here
             self.in_loop = False
             joined.close()
             if self.waited:
@@ -63,14 +63,14 @@ class QueueWait:
         self.move_behind()
 
     def move_behind(self) -> None:
-        """Move behind the other waiting workers; a connection that has come is not missed."""
+        """Move behind the other waiting workers, without missing a connection."""
         self.has_taken = False
         if self._wakes_one and self.waited:
             self._set.remove(self.fds)
             self._set.add(self.fds, self._events)
 
     def move_back_in_loop(self) -> None:
-        """Move behind the other workers, if in a loop: the caller takes no more in this turn."""
+        """Move behind the other workers if in a loop; call this at the end of a loop's turn."""
         if self.has_taken and self.in_loop:
             self.move_behind()
 

@@ -1,7 +1,7 @@
 """socketprotector-run MODULE:APP: serve an unmodified ASGI or WSGI application.
 
-uvicorn on asyncio's event loop serves ASGI, waitress serves WSGI.  Each is an extra of this
-distribution, and is loaded only for an application of its kind.
+uvicorn, on asyncio's event loop, serves ASGI; waitress serves WSGI.  Both are extras of this
+distribution.  Only the server that is needed is loaded.
 
 Exit statuses: 0 drained, 2 wrong use or a missing extra, 111 the system refuses to listen.  A
 failure of the application has others: 1 for an exception at import, 3 from uvicorn.
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--factory", action="store_true", help="APP() returns the application")
     kind = parser.add_mutually_exclusive_group()
     for each in (_ASGI, _WSGI):
-        text = f"do not guess: it is {each}"
+        text = f"treat it as {each}; default: detect the kind"
         kind.add_argument(
             f"--{each.lower()}", dest="kind", action="store_const", const=each, help=text
         )
@@ -69,10 +69,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ADDRESS",
         action="append",
         help="where to listen without a protector: 4321, localhost:4321, unix:/run/x.sock; "
-        "more than once for more; ignored under a protector",
+        "repeatable; ignored under a protector",
     )
     parser.add_argument(
-        "--threads", metavar="N", type=_positive, default=4, help="for WSGI: how many (%(default)s)"
+        "--threads",
+        metavar="N",
+        type=_positive,
+        default=4,
+        help="number of threads, for WSGI (%(default)s)",
     )
     return parser
 
@@ -104,7 +108,7 @@ def _run(given: argparse.Namespace) -> int:
 
             serve_on(_listener(given.bind, take=None), app, threads=given.threads)
     except KeyboardInterrupt:
-        pass  # Ctrl-C, where it runs alone
+        pass  # Ctrl-C, without a protector
     return 0
 
 
@@ -116,7 +120,7 @@ def _load(text: str, factory: bool) -> Any:
     module_name, colon, attributes = text.partition(":")
     if not (colon and module_name and attributes):
         raise _CannotRun(f"cannot use {text!r}: want MODULE:APP, such as shop.web:app")
-    # The working directory, as for `python -m`; a console script has its own folder there.
+    # As `python -m` does; the first entry of a console script is the script's own folder.
     sys.path.insert(0, os.getcwd())
     try:
         found: Any = importlib.import_module(module_name)
@@ -175,10 +179,10 @@ def _listener(address: Optional[List[str]], take: Optional[int]) -> Listener:
 def _serve_asgi(app: Any, address: Optional[List[str]]) -> None:
     import uvicorn
 
-    # After its shutdown uvicorn raises the signal again, which would kill it without a handler.
-    # waitress gets no handler: it ends after its last client.
+    # After its shutdown uvicorn raises the signal again: without a handler that would kill it.
+    # waitress needs no handler, because it ends after its last client.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    # loop: uvloop would accept below Python.  interface: known here, while uvicorn would guess.
+    # loop: uvloop would accept below Python.  interface: known here; uvicorn would guess it.
     config = uvicorn.Config(
         app, loop="asyncio", interface="asgi3", log_level="warning", access_log=False
     )
@@ -187,8 +191,9 @@ def _serve_asgi(app: Any, address: Optional[List[str]]) -> None:
     class Server(uvicorn.Server):
         """A uvicorn server whose first SIGTERM goes to the listener, under `--handoff listener`.
 
-        There SIGTERM may begin the drain, at which uvicorn disconnects clients whose request is
-        unread.  The listener stops accepting, and sends SIGTERM again once they are read.
+        Under that mode SIGTERM may begin the drain.  At a SIGTERM uvicorn disconnects clients whose
+        request is unread.  So the listener first stops accepting, and sends SIGTERM again once all
+        requests are read.
         """
 
         _has_stopped = not current().passed

@@ -1,7 +1,7 @@
 """This worker's counts, in memory that the protector reads: plain stores, no system call.
 
-The protector may read at any time, also after the worker's death.  So each value is one aligned
-8-byte store, which no reader sees half written.
+The protector may read at any time, also after the worker's death.  So each value is written by one
+aligned 8-byte store: no reader sees half of it.
 
 Rule: never fails; without a scoreboard nothing is written.
 
@@ -34,7 +34,7 @@ class Scoreboard:
     def __init__(self, fd: int, offset: int) -> None:
         """Map the record at `offset` (bytes); take ownership of fd.  On failure count nothing.
 
-        fd: -1: there is no scoreboard.
+        fd: -1 if there is no scoreboard.
         """
         self._words = _map(fd, offset)
         self._parents: Optional[memoryview] = None
@@ -48,7 +48,10 @@ class Scoreboard:
             forking.register(self)
 
     def count_taken(self, fd: int, accepted_at_ns: int) -> None:
-        """Count a taken connection; accepted_at_ns: 0 for the protector's own, not counted."""
+        """Count a taken connection.
+
+        accepted_at_ns: 0 for a connection of the protector's own, which is not counted.
+        """
         words = self._words
         if words is None:
             if self._parents is not None:
@@ -75,7 +78,7 @@ class Scoreboard:
             self._now_open = lambda: sum(each.known() for each in opened)
 
     def leave_uncounted(self) -> None:
-        """Mark the record as uncounted, unless something is counted: unknown is not 0."""
+        """Mark the record as uncounted, unless a connection is counted: unknown is not 0."""
         if self._words is not None and not self._open:
             self._words[wire.BOARD_STATE] = wire.BOARD_UNKNOWN
 
@@ -85,8 +88,8 @@ class Scoreboard:
         if words is None:
             return
         now_open, written = self._now_open, -1
-        # Without a lock: a finalizer's own thread might hold it.  The loop makes sure that the
-        # thread which stores last has seen the last change.
+        # Without a lock, because a finalizer may run in the thread that holds it.  The loop ensures
+        # that the thread which stores last has seen the last change.
         while (now := now_open()) != written:
             words[_ACTIVE] = written = now
 

@@ -1,12 +1,12 @@
 """Messages about this process's state to the protector, or to systemd without a protector.
 
-They are datagrams to NOTIFY_SOCKET, whose queue holds few unread ones (net.unix.max_dgram_qlen,
-10).  A message must neither block nor fail the caller.  But it must not be lost if the queue is
-full, because most are sent once: without READY=1 a start fails.
+Messages are datagrams to NOTIFY_SOCKET, whose queue holds few unread messages
+(net.unix.max_dgram_qlen, 10).  A message must neither block nor fail the caller.  But a full queue
+must lose no message: most are sent only once, and without READY=1 a start fails.
 So a thread waits for room instead of the caller, and ends when all messages are sent.
 
-One connected socket is kept for life.  It sends WATCHDOG=1 even without a free descriptor, and
-after the path was removed or is out of reach (chroot).
+One connected socket stays open.  It can send WATCHDOG=1 even without a free descriptor, and after
+the path was removed or is out of reach (chroot).
 
 Source: man 3 sd_notify; unix(7).
 """
@@ -34,10 +34,10 @@ _FULL = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM)
 def notify(*lines: str, **fields: object) -> bool:
     """Send lines such as "READY=1", and fields (`status="warm"` becomes STATUS=warm).
 
-    All lines and fields go out in one datagram.  Never blocks, and never raises because
-    of the receiver.  Returns True if the kernel has taken the datagram.  Returns
-    False without NOTIFY_SOCKET or a receiver, or while the receiver's queue is full.  In the last
-    case a thread sends it later, unless a newer message with the same names replaces it.
+    All lines and fields go out in one datagram.  Never blocks, and raises no error of the
+    receiver's.  Returns True if the kernel has taken the datagram.  Returns False without
+    NOTIFY_SOCKET or a receiver, or while the receiver's queue is full.  If the queue is full, a
+    thread sends the message later, unless a newer message with the same names replaces it.
     """
     address = os.environ.get(wire.ENV_NOTIFY, "")
     if not address.startswith(("/", "@")):
@@ -81,7 +81,7 @@ class _Sender:
                         return False
                 else:
                     return True
-            # Behind the waiting messages, and in place of one with the same names.
+            # Goes behind the waiting messages, and replaces a message with the same names.
             names = tuple(word.partition("=")[0] for word in words)
             self._waiting.pop(names, None)
             self._waiting[names] = message

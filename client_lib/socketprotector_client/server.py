@@ -1,7 +1,7 @@
 """A shared queue for forked children: a small protector for programs that run without one.
 
-The parent binds.  A separate process accepts; accepting.py says why it is no thread.  It puts each
-connection into a queue that all children share, in the format of docs/protocol.md.
+The parent binds.  A separate process accepts, and puts each connection into a queue that all
+children share, in the format of docs/protocol.md.  accepting.py explains why that is no thread.
 
 Under a protector the children use the protector's queue, and nothing is bound or started.
 
@@ -94,8 +94,8 @@ class SocketServer:
 
         The socket is closed after the handler; only then the next connection is taken.  An
         exception in a handler is logged.  Returns at the end of the queue: the server was closed,
-        or the parent has ended.  Also returns at SIGTERM, after its current connection; the queue
-        stays for the other children.
+        or the parent has ended.  Also returns after a SIGTERM, when the current connection is
+        served; the queue stays for the other children.
         """
         worker = current()
         self._intake = worker.open_queue(self._channel, limit=1)
@@ -120,17 +120,16 @@ class SocketServer:
             self.close()
         if self._process is not None and self._process.returncode:
             raise ChildProcessError(
-                f"cannot go on: the accepting process ended with {self._process.returncode}"
+                f"cannot continue: the accepting process ended with {self._process.returncode}"
             )
 
     def close(self, timeout_s: Optional[float] = None) -> None:
         """Refuse new clients; the children serve the connected ones, then the queue ends.
 
         In the parent: returns once all connected clients are in the queue and the address
-        is free.  It waits while the queue is full; clients that are not in the queue after
-        timeout_s are cut off.  In a child: only that child's `client` returns, after its
-        current connection.  Under a protector the queue itself stays, because it belongs to the
-        protector.
+        is free.  While the queue is full, this waits; clients that are not in the queue after
+        timeout_s are disconnected.  In a child: only that child's `client` returns, after its
+        current connection.  Under a protector the queue stays: it belongs to the protector.
         """
         if self._closed:
             return
@@ -165,7 +164,7 @@ class SocketServer:
         self._children = Children()
         if self._line is not None and self._process is not None:
             self._line.close()
-            self._process.poll()  # it is no child of this process, so wait() must not expect it
+            self._process.poll()  # no child of this process, so that no wait() expects it
             self._line = self._process = None
 
     def __getstate__(self) -> Mapping[str, Any]:

@@ -1,7 +1,7 @@
 """Serving of connections one after the other, or in a pool of threads.
 
-The same program runs under the protector and without it, and ends in the same
-way: when no more connections will come, it finishes the open ones.
+The same program runs with a protector and without.  Both times it ends in the same way: when no
+more connections will come, it finishes the open ones.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def _iterate(worker: Worker, intake: Intake) -> Iterator[Tuple[Connection, Any]]
                 break
             if connection is not None:
                 yield connection, connection.peer
-                # Otherwise a dropped connection would count as open during the next wait.
+                # Otherwise a connection that the caller has dropped would count as open during the
+                # next wait.
                 del connection
 
 

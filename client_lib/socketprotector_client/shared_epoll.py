@@ -1,12 +1,13 @@
 """Put an event loop's epoll into the intake's epoll, so that the kernel wakes one idle worker.
 
-EPOLLEXCLUSIVE makes the kernel wake one waiter in epoll_wait.  It has no effect through
-a nested epoll, so the intake's epoll must not be inside the loop's.  The reverse does
-no harm, because no other process waits for the loop's descriptors.  So the loop sleeps in the
-intake's epoll, which has the loop's own epoll as one of its descriptors.
+EPOLLEXCLUSIVE makes the kernel wake one waiter in epoll_wait.  The flag has no effect through
+a nested epoll, so the intake's epoll must not be inside the loop's.  The loop's epoll may be inside
+the intake's, because no other process waits for the loop's descriptors.  So the loop sleeps in the
+intake's epoll, which watches the loop's own epoll.
 
-No loop has an option for that.  Each loop holds an object of type select.epoll; it is
-replaced by an object with the same methods.  For a loop without one, all idle workers wake.
+No loop has an option for that.  Each loop holds an object of type select.epoll, which this module
+replaces by an object with the same methods.  For a loop without such an object, all idle workers
+wake.
 
 Source: epoll(7); ep_poll_callback in the kernel's fs/eventpoll.c.
 """

@@ -1,9 +1,8 @@
 """SIGTERM begins the drain, while a call of this library serves.
 
-Rule: the handler only records the signal and never raises.  So it may run
-anywhere, even before a taken connection has an owner.  The signal also
-becomes a byte in a pipe (signal.set_wakeup_fd), so that a thread that is about
-to wait does not miss it.
+Rule: the handler only records the signal and never raises.  So it may run at any moment, even
+while a taken connection has no owner yet.  Python also writes a byte to a pipe for the signal
+(signal.set_wakeup_fd), so a thread that is about to wait does not miss it.
 """
 
 from __future__ import annotations

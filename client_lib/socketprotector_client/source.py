@@ -46,7 +46,7 @@ NOTHING_TO_ACCEPT = frozenset(
 class Source:
     """The source of one Intake's connections."""
 
-    #: Whether the kernel wakes one waiter, not all.  Only under a protector: it wakes another
+    #: Whether the kernel wakes one waiter, not all.  Only under a protector, which wakes another
     #: worker if the first one dies before it takes the connection.
     wakes_one = False
     #: The descriptors to wait on.
@@ -59,7 +59,7 @@ class Source:
         raise NotImplementedError
 
     def set_backlog(self, backlog: int) -> None:
-        """Let so many connections wait in the kernel, if this process owns the listeners."""
+        """Set how many connections may wait in the kernel, if this process owns the listeners."""
 
     def close(self) -> None:
         """Close the descriptors that this source owns."""
@@ -88,7 +88,7 @@ class ChannelSource(Source):
         try:
             kind = self._listeners[index]
         except IndexError:
-            kind = _Kind("")  # unknown to this generation: the kernel tells family and type
+            kind = _Kind("")  # unknown to this generation: the kernel knows family and type
         connection = Connection(kind.family, kind.type, kind.proto, fd)
         try:
             connection.peer = Socket.getpeername(connection)
@@ -111,8 +111,7 @@ class _Kind:
         self.name = name
         self.family = -1 if family is None else family
         self.type = -1 if family is None else socket.SOCK_STREAM
-        # As in asyncio's own sockets: it sets TCP_NODELAY only on a socket
-        # with the protocol number of TCP.
+        # asyncio sets TCP_NODELAY only on a socket with the protocol number of TCP.
         self.proto = {-1: -1, int(socket.AF_UNIX): 0}.get(self.family, socket.IPPROTO_TCP)
 
 

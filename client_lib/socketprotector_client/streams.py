@@ -1,7 +1,7 @@
 """Serving in asyncio, with the streams of asyncio.start_server.
 
-Each turn of the event loop takes one connection.  So a worker
-never takes the whole queue before its first handler has run.
+Each turn of the event loop takes one connection.  So a worker never takes the whole queue before
+its first handler has run.
 """
 
 from __future__ import annotations

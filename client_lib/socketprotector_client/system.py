@@ -1,7 +1,7 @@
 """The system's own sockets, epoll, poll and threads, also in a program that gevent has patched.
 
-gevent replaces them in the standard modules.  Its sockets set O_NONBLOCK, which all processes
-would share on the channel, and it removes epoll.
+gevent replaces these in the standard modules.  gevent's sockets set O_NONBLOCK, a flag of the
+channel that all processes share.  And gevent removes epoll.
 """
 
 from __future__ import annotations

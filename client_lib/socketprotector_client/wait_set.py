@@ -1,12 +1,12 @@
 """One descriptor that is readable when anything an intake waits for is readable.
 
-It is an epoll of this process.  The channel's own descriptor would not do: all
-workers share it, and at its end it stays readable for ever.  Even if it is replaced
-(dup2), it stays in the epoll of an event loop while another worker holds
-it.  A descriptor removed from this epoll is removed for every watcher.
+The descriptor is an epoll of this process.  Event loops cannot watch the channel itself: all
+workers share it, and at its end it stays readable for ever.  The channel would even stay in a
+loop's epoll after dup2() or close(), while another worker holds it open.  A descriptor that is
+removed from this epoll is removed for every watcher.
 
-Safe with other threads and the garbage collector, without a lock: each
-step is one system call, and repeating it is harmless.
+Safe with other threads and the garbage collector, without a lock: each step is one system call,
+and a repeated step is harmless.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class WaitSet:
     """A set of descriptors to wait for; their owners keep them."""
 
     def __init__(self, of: int = -1) -> None:
-        """Make a set in a new epoll, or in a copy of the epoll `of`, which its owner keeps."""
+        """Make a set in a new epoll, or in the epoll `of`, whose owner keeps its descriptor."""
         self._epoll = epoll() if of < 0 else epoll.fromfd(os.dup(of))
         self._bell: Optional[socket.socket] = None
 
@@ -54,8 +54,8 @@ class WaitSet:
             except FileExistsError:
                 pass
             except (OSError, ValueError):
-                # Not an error if another thread has closed the set: the caller may only have
-                # closed a connection.
+                # Another thread may have closed the set.  That is no error of this caller, which
+                # may only have closed a connection.
                 if not self._epoll.closed:
                     raise
 

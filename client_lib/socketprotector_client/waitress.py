@@ -1,8 +1,8 @@
 """waitress on a Listener, with an end for idle clients in a drain.
 
-waitress has no graceful stop.  It closes idle keep-alive connections after
-`channel_timeout` (120 s), so a draining worker would live that long.  Here the time
-becomes short when the drain begins, and waitress closes idle connections itself.
+waitress has no graceful stop.  It closes idle keep-alive connections after `channel_timeout`
+(120 s), so a draining worker would live that long.  This module shortens that time when the drain
+begins.
 
 Source: docs.pylonsproject.org/projects/waitress, "Arguments to waitress.serve".
 """
@@ -57,7 +57,7 @@ def serve_on(listener: Listener, app: Any, **options: Any) -> None:
 
 
 class _Loop:
-    """waitress's loop, with a wait in which one idle worker wakes, not all: see shared_epoll.py."""
+    """waitress's loop, where a connection wakes one idle worker, not all: see shared_epoll.py."""
 
     def __init__(self, listener: Listener) -> None:
         self._intake = listener._opened()

@@ -1,12 +1,12 @@
 """The watchdog: WATCHDOG=1 at intervals, as long as this worker's serving loop turns.
 
-A thread pings a descriptor that the serving loop waits for, and the loop answers with
-WATCHDOG=1.  So a blocked loop falls silent.  Before the first answer nothing is
-sent, and the protector expects nothing of such a worker.  While no loop need
-turn, the thread itself sends WATCHDOG=1; otherwise a draining worker would look stuck.
+A thread pings a descriptor that the serving loop watches, and the loop answers with WATCHDOG=1.
+So a blocked loop falls silent.  Before the first answer no message is sent, and the protector
+expects none.  While a worker needs no turning loop (it drains, say), the thread itself sends
+WATCHDOG=1; otherwise that worker would look stuck.
 
-Only the process that the protector started is pinged, and answers.  A forked child would
-take the ping away from it, or answer for a parent that is stuck.
+Only the process that the protector started is pinged, and answers.  A forked child would take
+pings away from its parent, or answer for a parent that is stuck.
 
 Source: man 3 sd_watchdog_enabled.
 """
@@ -42,7 +42,7 @@ class Watchdog:
     """Pings the serving loop at intervals, from `start` to the end of the process."""
 
     def __init__(self, every_s: float, may_be_silent: Callable[[], bool]) -> None:
-        """Ping every so many seconds.
+        """Ping every `every_s` seconds.
 
         may_be_silent: returns whether a loop that does not answer may be healthy.
         """
@@ -52,11 +52,11 @@ class Watchdog:
         forking.register(self)
 
     def start(self) -> None:
-        """Begin to ping, once the program serves: it may fork before.
+        """Begin to ping.  Call this when the program serves, because it may fork before.
 
-        The first ping comes at once, and the loop answers before it takes its first connection.
-        A bad release gets stuck with its first clients, and only a worker that has answered
-        once is watched.
+        The first ping comes at once, and the loop answers before it takes its first connection:
+        only a worker that has answered once is watched, and a bad release may get stuck with its
+        first client.
         """
         os.write(self._write_fd, b"\0")
         threading.Thread(target=self._ping, name="watchdog", daemon=True).start()
@@ -89,4 +89,4 @@ class Watchdog:
                 else:
                     os.write(self._write_fd, b"\0")
             except BlockingIOError:
-                pass  # the pipe is full: the loop has not answered for long
+                pass  # the pipe is full: the loop has not answered for a long time

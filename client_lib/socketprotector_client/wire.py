@@ -22,7 +22,7 @@ KIND_RETURNED = 2
 #: The most bytes of state behind the header in a record; longer state travels as a memfd.
 STATE_MAX_BYTES = 4096
 
-#: The kernel's charge against SO_SNDBUF for a record without state, with one descriptor
+#: The bytes of SO_SNDBUF that a record without state, with one descriptor, uses up
 #: (measured: 278 records in the default 212,992 bytes).
 RECORD_CHARGE_BYTES = 768
 #: The number of records in the smallest buffer that the kernel grants (measured).
@@ -47,7 +47,7 @@ BOARD_COUNTED = 1
 BOARD_STATE, BOARD_ACCEPTED, BOARD_ACTIVE, BOARD_ERRORS = range(4)
 #: The times from accept to taking: word n counts the waits below 2^n us.
 BOARD_WAITS, BOARD_WAIT_WORDS = 16, 32
-#: By descriptor: time of accept, in CLOCK_MONOTONIC ns, of its present or last connection.
+#: By descriptor: the time of accept, in CLOCK_MONOTONIC ns, of its current or last connection.
 BOARD_ACCEPTED_AT, BOARD_DESCRIPTORS = 64, BOARD_WORDS - 64
 
 #: Sent together with READY=1 by a worker that finishes when its RETURN line ends.

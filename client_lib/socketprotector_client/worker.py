@@ -1,7 +1,7 @@
-"""This process as a worker: under a protector, or with listening sockets of its own.
+"""This process as a worker: under a protector, or with its own listening sockets.
 
-A process has one environment, one channel and one drain.  So there is one
-Worker, made at its first use and never at import.
+A process has one environment, one channel and one drain.  So there is one Worker, made at its
+first use, not at import.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ class Worker:
     def _open(self, source: Source, limit: Optional[int]) -> Intake:
         intake = Intake(source, self.drain, limit, self.listener_by_fd, self._board)
         if self._return_line is not None:
-            # Only its end counts.  A later protector may send something, for the parent to read.
+            # Only the end of the line counts.  A later protector may send messages on it, which
+            # only the parent reads.
             intake.drain_at_end_of(self._return_line.fileno())
         if self._watchdog_s:
             watchdog = Watchdog(self._watchdog_s, lambda: intake.may_be_silent)
@@ -118,9 +119,9 @@ class Worker:
     def ready(self, *, retires: bool = True) -> None:
         """Send READY=1; later calls do nothing.
 
-        If the protector is slow to read its messages, it gets this one later: see notify().
+        If the protector is slow to read messages, it gets this message later: see notify().
         retires: whether this worker finishes when its RETURN line ends.  False for a program that
-        takes from the Channel itself, whose connections are not counted either.
+        takes from the Channel itself; its connections are not counted either.
         """
         with self._lock:
             if self._said_ready:

@@ -1,6 +1,6 @@
 """`socketprotector-exporter` and `python -m socketprotector_exporter`.
 
-A function loads the program, so that a lack of memory gives an error of one line.
+main() imports the program, so that a lack of memory gives a one-line error.
 """
 
 from __future__ import annotations

@@ -8,15 +8,15 @@ one line, and closes the connection:
     up drain        the instance is a lame duck: no new clients, but present ones stay
     down #WORD      the instance does not serve; the word is its phase
 
-For a missing instance, or one without an answer, the agent sends nothing.  HAProxy then changes
+If the instance is missing or does not answer, the agent sends nothing.  HAProxy then changes
 nothing, and its own check (`check`) decides.
 
-HAProxy ends a drain that the agent has ordered only at `ready`.  But `ready` also undoes an
-operator's setting in HAProxy (`set server ... state maint`).  So the agent sends it for a minute
-only: after a drain, and after the first check of a restarted instance.  A restarted exporter does
-so for every instance, because it does not know its earlier answers.
+After an agent has answered `drain`, only `ready` ends the drain in HAProxy.  But `ready` also
+undoes an operator's `set server ... state maint`.  So the agent sends `ready` for a minute only:
+after a drain, and after the first check of a restarted instance.  A restarted exporter sends it for
+every instance, because it does not know its earlier answers.
 
-There is no weight by load, which leastconn notices sooner.  There are no last words, because
+The answer has no weight by load, which leastconn notices sooner.  It has no last words, because
 anyone may read HAProxy's page.
 
 Source: HAProxy 2.6, configuration manual, 5.2, "agent-check" and "agent-send".
@@ -44,11 +44,11 @@ _NAME_BYTES = 256
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """The advice that HAProxy has got about an instance."""
+    """The agent's last advice to HAProxy about an instance."""
 
     #: The start time in the instance's status, which changes with a restart.
     started_at: float | None
-    #: The time of the first `ready`, after a drain or at all; None: not yet.
+    #: The time of the first `ready` since a drain or a start; None: none was sent yet.
     ready_since_s: float | None = None
 
 
@@ -84,8 +84,8 @@ class Agent(BoundedServer):
         super().__init__(address, _Handler)
 
     def answer(self, name: str) -> str:
-        """Return the line for the instance of that name; empty if it does not answer."""
-        found = [each for _, each in self._instances.ask_one(name)]
+        """Return the line for the instance with this name; empty if it does not answer."""
+        found = [each for _, each in self._instances.query_one(name)]
         if len(found) != 1 or found[0] is None or found[0].result is None:
             return ""
         path = found[0].path
@@ -104,7 +104,7 @@ class _Handler(BaseRequestHandler):
         name = self._name()
         if not name:
             return
-        self.server.asked(self.request)
+        self.server.begin_answer(self.request)
         if line := self.server.answer(name):
             self.request.sendall(f"{line}\n".encode())
 

@@ -1,8 +1,8 @@
 """A server that silent clients cannot exhaust: a limited number of connections, a thread for each.
 
-A client that sends nothing, or a byte now and then, delays no other client.  If all
-places are taken, a new client gets the place of the client with the longest wait for its request.
-A new client is refused only if an answer is being made in every place.
+A client that sends nothing, or a byte now and then, delays no other client.  If all places are
+taken, a new client gets the place of the client that has sent no request for the longest time.
+A new client is refused only while the server is answering in every place.
 
 Source: socketserver.
 """
@@ -26,26 +26,26 @@ class BoundedServer(ThreadingMixIn, TCPServer):
 
     allow_reuse_address = True
     daemon_threads = True
-    # socketserver's own 5 are too few: HAProxy checks all its servers at the same moment, and its
-    # checks time out before the kernel's next try to connect, after a second.
+    # socketserver's default of 5 is too small: HAProxy checks all its servers at once, and its
+    # checks time out before the kernel tries to connect again, after a second.
     request_queue_size = CONNECTIONS
 
     def __init__(self, address: tuple[str, int], handler: type[BaseRequestHandler]) -> None:
         """Bind and listen.  Raises OSError."""
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self._free = threading.BoundedSemaphore(CONNECTIONS)
-        # Connections that wait for their client, the oldest first.  The lock keeps them open.
+        # Connections without a request, the oldest first.  While _alone is held, they stay open.
         self._waited_for: dict[Any, None] = {}
         self._alone = threading.Lock()
         super().__init__(address, handler)
 
     @property
     def where(self) -> str:
-        """Its bound address, as HOST:PORT."""
+        """The bound address, as HOST:PORT."""
         host, port = self.server_address[:2]
         return f"[{host!s}]:{port}" if ":" in str(host) else f"{host!s}:{port}"
 
-    def asked(self, request: Any) -> None:
+    def begin_answer(self, request: Any) -> None:
         """Note that a request is complete and its answer begins.
 
         Raises OSError if the connection was closed for another client.
@@ -56,7 +56,7 @@ class BoundedServer(ThreadingMixIn, TCPServer):
             del self._waited_for[request]
             request.settimeout(CONNECTION_S)
 
-    def answers(self, request: Any) -> None:
+    def await_client(self, request: Any) -> None:
         """Note that an answer is made, and the server waits for the client again."""
         with self._alone:
             self._waited_for[request] = None
@@ -68,10 +68,10 @@ class BoundedServer(ThreadingMixIn, TCPServer):
         return request, address
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Give a connection a place, if need be by closing another; return whether it has one."""
+        """Find a place for a connection, perhaps by closing another; return whether it got one."""
         if not self._free.acquire(blocking=False) and not self._takes_a_place():
             return False
-        self.answers(request)
+        self.await_client(request)
         return True
 
     def _takes_a_place(self) -> bool:
@@ -81,9 +81,9 @@ class BoundedServer(ThreadingMixIn, TCPServer):
                 return False
             del self._waited_for[oldest]
             with suppress(OSError):  # the client has disconnected
-                # Not its own method: that of TLS drops the session while its thread uses it.
+                # Not SSLSocket.shutdown(), which drops the session while another thread uses it.
                 socket.socket.shutdown(oldest, socket.SHUT_RDWR)
-        return self._free.acquire(timeout=CONNECTION_S)  # its thread ends at once
+        return self._free.acquire(timeout=CONNECTION_S)  # the thread of `oldest` ends at once
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection in a thread of its own."""

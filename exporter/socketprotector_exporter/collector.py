@@ -1,6 +1,6 @@
-"""The choice of control sockets, and the collection of their answers; both for each scrape.
+"""Finds the control sockets and collects their answers, anew for each scrape.
 
-Clients with simultaneous requests share an answer, so a slow instance delays each only once.
+Simultaneous requests share an answer, so a slow instance delays each client only once.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from socketprotector.ctl.api import (
     NoProtector,
     SocketAnswer,
     UsageError,
-    ask_all,
     discovery,
     escape,
+    query_all,
     unhealthy,
     why_not_ready,
 )
@@ -42,7 +42,7 @@ def _by_name(name: str) -> str:
 def labels(found: Sequence[SocketAnswer]) -> list[str]:
     """Return distinct labels of instances: names, or the socket's path for an ambiguous name.
 
-    Each is valid UTF-8, although a file's name may have any bytes.
+    Labels are valid UTF-8, although a file's name may have any bytes.
     """
     names, paths = (
         [os.fsencode(each).decode("utf-8", "backslashreplace") for each in texts]
@@ -63,8 +63,8 @@ class ProtectorCollector(Collector):
         self._paths = paths
         self._totals: dict[str, Counters] = {}  # by the path of the control socket
         self._metrics = Joined(lambda _: self._collect())
-        self._all = Joined(lambda _: self._ask())
-        self._one = Joined(lambda path: ask_all([path], within_s=ANSWER_S)[0])
+        self._all = Joined(lambda _: self._query())
+        self._one = Joined(lambda path: query_all([path], within_s=ANSWER_S)[0])
         self._closed: frozenset[str] = frozenset()  # control sockets that this user may not use
 
     def collect(self) -> list[Metric]:
@@ -72,9 +72,9 @@ class ProtectorCollector(Collector):
         return self._metrics.get()
 
     def _collect(self) -> list[Metric]:
-        """Collect, never twice at once: no older answer may be counted after a newer one."""
+        """Collect.  Never run twice at once: an older answer must not be counted after a newer."""
         series = MetricSet()
-        answers = self._ask()
+        answers = self._query()
         known = {found.path for _, found in answers if found is not None}
         self._totals = {path: t for path, t in self._totals.items() if path in known}
         for name, found in answers:
@@ -100,7 +100,7 @@ class ProtectorCollector(Collector):
 
         name: only this instance, without waiting for others; "": all instances.
         """
-        answers = self.ask_one(name) if name else self._all.get()
+        answers = self.query_one(name) if name else self._all.get()
         if not answers:
             return ["no protector has a control socket"], []
         unready = [f"{name}: {why}" for name, found in answers if (why := _why_not(found))]
@@ -108,7 +108,7 @@ class ProtectorCollector(Collector):
         says = [(name, unhealthy(status)) for name, status in ready if status is not None]
         return unready, [f"{name}: unhealthy: {why}" for name, why in says if why is not None]
 
-    def ask_one(self, name: str) -> list[tuple[str, SocketAnswer | None]]:
+    def query_one(self, name: str) -> list[tuple[str, SocketAnswer | None]]:
         """Query one of the chosen instances by its name, without waiting for others.
 
         Returns its name and answer, or None if there is no such control socket.
@@ -118,10 +118,10 @@ class ProtectorCollector(Collector):
         path = _by_name(name) if name in self._names or not self._names else ""
         return [(name, self._one.get(path) if path else None)]
 
-    def _ask(self) -> list[tuple[str, SocketAnswer | None]]:
+    def _query(self) -> list[tuple[str, SocketAnswer | None]]:
         paths = self._paths if self._names or self._paths else discovery.sockets()
         named = [_by_name(name) for name in self._names]
-        found = ask_all([*filter(None, named), *paths], within_s=ANSWER_S)
+        found = query_all([*filter(None, named), *paths], within_s=ANSWER_S)
         self._name_closed({each.path for each in found if each.why == "denied"})
         by_path = {each.path: each for each in found}
         others = [by_path[path] for path in paths]

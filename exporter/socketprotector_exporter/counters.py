@@ -1,7 +1,7 @@
-"""Counts that only grow, from the generations and reloads in a status, which come and go.
+"""Counts that only grow, made from the generations and reloads in a status.
 
-A generation that is gone is no longer in the status, nor are its counts; and a status has only
-the last ten reloads.  So earlier counts are remembered here, for each instance.
+A status has no counts of generations that are gone, and only the last ten reloads.  So earlier
+counts are remembered here, for each instance.
 """
 
 from __future__ import annotations
@@ -59,16 +59,16 @@ class Counters:
     def _see_forwarded(self, status: Status) -> None:
         forwarded, started_at = measure(status, "forwarded"), measure(status, "started_at")
         if started_at != self._started_at:
-            self._started_at, self.forwarded = started_at, None  # of another protector
+            self._started_at, self.forwarded = started_at, None  # another protector's count
         if forwarded is not None:
-            # The state has this count as of the last event, so after a crash the next program
-            # reports a lower one.
+            # The state has the count at the last event, so after a crash the next resident process
+            # reports a lower count.
             self.forwarded = max(forwarded, self.forwarded or 0.0)
 
     def _see_generations(self, status: Status) -> None:
         there: dict[tuple[float, float], _Counts] = {}
         for each in listed(status, "generations"):
-            # Not the number alone, which begins at 1 with a new protector.
+            # The number alone is not unique: it begins at 1 again with a new protector.
             key = (measure(each, "number") or 0.0, measure(each, "opened_at") or 0.0)
             # Workers write these counts: a worker that counts backwards must not lower ours.
             there[key] = _merged(self._living.pop(key, {}), _counts(each), max)

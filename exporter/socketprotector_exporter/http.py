@@ -36,7 +36,7 @@ _HEAD_BYTES = 16 * 1024
 class Server(BoundedServer):
     """The HTTP or HTTPS server, with a thread for each connection.
 
-    Not an HTTPServer, which looks its own name up: without a name server that takes many seconds.
+    Not an HTTPServer, which looks up its own name: without a name server that takes many seconds.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile = io.BufferedReader(_Head(self.request))
 
     def handle(self) -> None:
-        """Answer one request, also one with a head that is too long."""
+        """Answer one request, even if its head is too long."""
         try:
             super().handle()
         except _TooLong:
@@ -125,7 +125,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
 
     def do_GET(self) -> None:
-        self.server.asked(self.request)
+        self.server.begin_answer(self.request)
         page, _, query = self.path.partition("?")
         match page:
             case "/metrics" if self._is_refused():
@@ -148,17 +148,17 @@ class Handler(BaseHTTPRequestHandler):
         """Return the encoder of the metrics that the client accepts, and its content type."""
         try:
             return choose_encoder(self.headers.get("Accept") or "")
-        except Exception:  # it fails on odd versions of a client; any client accepts plain text
+        except Exception:  # it fails for odd Accept headers; any client accepts plain text
             return choose_encoder("")
 
     def _is_refused(self) -> bool:
-        """Return whether the client lacks the token, after answering it.  For /metrics only."""
+        """Refuse a client without the token; return whether it was refused.  For /metrics only."""
         if self.server.token is None:
             return False
         try:
             wanted = f"Bearer {read_token('--token', self.server.token)}"
         except UsageError:
-            self._say(HTTPStatus.SERVICE_UNAVAILABLE, "the file of --token cannot be used any more")
+            self._say(HTTPStatus.SERVICE_UNAVAILABLE, "the file of --token is no longer usable")
             return True
         brought = self.headers.get("Authorization") or ""
         if hmac.compare_digest(brought.encode("utf-8", "replace"), wanted.encode()):
@@ -168,7 +168,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _say_ready(self, name: str, query: str) -> None:
         unready, unhealthy = self.server.instances.unready(name)
-        # All hosts may be unhealthy at once, so only a balancer that asks for it takes them out.
+        # All hosts may be unhealthy at once, so health counts only if the balancer requests it.
         counts = _HEALTH in query.split("&")
         refused = unready or (counts and unhealthy)
         status = HTTPStatus.SERVICE_UNAVAILABLE if refused else HTTPStatus.OK
@@ -181,7 +181,7 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(
         self, status: HTTPStatus, body: bytes, kind: str, *headers: tuple[str, str]
     ) -> None:
-        self.server.answers(self.request)
+        self.server.await_client(self.request)
         self.send_response(status)
         for header in headers:
             self.send_header(*header)

@@ -1,7 +1,7 @@
 """Answers that are made once for all waiting clients.
 
-For any number of clients, only one answer is made at a time, however slow or large it is.  A
-client that comes meanwhile gets the next answer, so no answer is older than its request.
+Whatever the number of clients, only one answer is made at a time.  A client that comes while an
+answer is made gets the next one, so no answer is older than its request.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Joined(Generic[_T]):
     """The shared answers to clients in several threads, by key."""
 
     def __init__(self, make: Callable[[str], _T]) -> None:
-        """Make answers with `make`, one call at a time for each key."""
+        """Make answers by `make(key)`, with one call at a time for each key."""
         self._make = make
         self._runs: dict[str, _Run[_T]] = {}
         self._alone = threading.Lock()

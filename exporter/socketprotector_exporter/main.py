@@ -34,7 +34,7 @@ from socketprotector.ctl.api import (
 
 NAME = "socketprotector-exporter"
 DEFAULT = "127.0.0.1:9517"
-#: The packages of the extra `web`; the extra `exporter` installs the first of them only.
+#: The packages of the extra `web`; the extra `exporter` installs only the first.
 _FROM_ELSEWHERE = ("prometheus_client", "starlette", "uvicorn")
 #: For mallopt(3): larger blocks of memory go back to the system as soon as they are free.
 _M_MMAP_THRESHOLD, _LARGE_BYTES = -3, 128 * 1024
@@ -45,78 +45,90 @@ _M_MMAP_THRESHOLD, _LARGE_BYTES = -3, 128 * 1024
     "--name",
     multiple=True,
     shell_complete=lambda _, __, begun: discovery.running(begun),
-    help="The instance of that --name; repeatable.",
+    help="The instance with this name; repeatable.",
 )
 @click.option(
     "--control",
     multiple=True,
     metavar="PATH",
     type=click.Path(),
-    help="The one with this control socket.",
+    help="The instance with this control socket; repeatable.",
 )
 @click.option(
-    "--all", "all_instances", is_flag=True, help="All instances, later ones too.  [default]"
+    "--all",
+    "all_instances",
+    is_flag=True,
+    help="All instances, also those started later.  [default]",
 )
 @click.option("--listen", default=DEFAULT, metavar="HOST:PORT", help="Address to listen on.")
 @click.option(
-    "--tls-cert", metavar="FILE", type=click.Path(), help="PEM, with the chain: answer over HTTPS."
+    "--tls-cert",
+    metavar="FILE",
+    type=click.Path(),
+    help="Serve HTTPS with this certificate chain (PEM).",
 )
 @click.option(
-    "--tls-key", metavar="FILE", type=click.Path(), help="Its key, if that is in a file of its own."
+    "--tls-key",
+    metavar="FILE",
+    type=click.Path(),
+    help="The certificate's private key, if it is in a separate file.",
 )
 @click.option(
     "--token",
     metavar="FILE",
     type=click.Path(),
-    help="Answer /metrics to those who bring what is in there (Authorization: Bearer).",
+    help="Require the token in this file for /metrics (Authorization: Bearer).",
 )
 @click.option(
     "--agent",
     metavar="HOST:PORT",
-    help="Answer HAProxy's agent-check there, too: whether to send clients to an instance.",
+    help="Serve HAProxy's agent-check at this address: whether to send clients to an instance.",
 )
 @click.option(
     "--web",
     metavar="HOST:PORT|PATH",
-    help="Show a page there, too: a loopback address, or a UNIX socket as /PATH?mode=0660.",
+    help="Serve a live page at a loopback address or a UNIX socket (/PATH?mode=0660).",
 )
 @click.option(
     "--web-host",
     multiple=True,
     metavar="NAME",
-    help="A name by which a proxy of yours asks for the page; repeatable.",
+    help="Another Host name of the page, for your own proxy; repeatable.",
 )
 @click.option(
     "--peers",
     metavar="FILE",
     type=click.Path(),
-    help="Show hosts on that page: the addresses of their exporters, one a line.",
+    help="Show other hosts on the page; the file has their exporters' addresses, one a line.",
 )
 @click.option(
-    "--peers-ca", metavar="FILE", type=click.Path(), help="PEM: whose certificates they have."
+    "--peers-ca",
+    metavar="FILE",
+    type=click.Path(),
+    help="The certificate authorities of those hosts (PEM).  Default: the system's.",
 )
 @click.option(
     "--peers-token",
     metavar="FILE",
     type=click.Path(),
-    help="What to bring them: that of their --token.",
+    help="The token that those exporters require by --token.",
 )
 @click.version_option(__version__, prog_name=NAME)
 def _command(**given: Any) -> int:
-    """Answer Prometheus with what the protectors on this machine say of themselves:
+    """Export the status of the SocketProtector instances on this machine, over HTTP:
     /metrics, /healthz, /readyz, /readyz/NAME.  docs/metrics.md lists the metrics.
 
-    With --agent it says to HAProxy when to drain an instance: docs/fleet.md.
-    With --web people see it live in a browser: docs/metrics.md."""
+    --agent tells HAProxy when to drain an instance: docs/fleet.md.
+    --web shows all instances live in a browser: docs/metrics.md."""
     if given["all_instances"] and (given["name"] or given["control"]):
-        raise UsageError("--all with --name or --control: leave one of them out")
+        raise UsageError("--all with --name or --control: leave out --all, or the others")
     if given["web_host"] and given["web"] is None:
-        raise UsageError("--web-host without --web: say where the page is to be, too")
+        raise UsageError("--web-host without --web: add --web ADDRESS")
     for option in ("--peers-ca", "--peers-token"):
         if given[option[2:].replace("-", "_")] is not None and given["peers"] is None:
-            raise UsageError(f"{option} without --peers: say where the hosts are listed, too")
+            raise UsageError(f"{option} without --peers: add --peers FILE")
     if given["peers"] is not None and given["web"] is None:
-        raise UsageError("--peers without --web: say where the page is to be, too")
+        raise UsageError("--peers without --web: add --web ADDRESS")
     for name in given["name"]:
         if "/" in name or name in ("", ".", ".."):
             raise UsageError(f"--name {name!r}: a name, not a path; for a path use --control")
@@ -171,8 +183,8 @@ def _command(**given: Any) -> int:
             _say(f"answers agent-checks at {agent.where}")
         if page is not None:
             page.start()
-            _say(f"shows a page at {page.where}")
-        _say(f"answers at {'https' if tls else 'http'}://{server.where}/metrics")
+            _say(f"serves the page at {page.where}")
+        _say(f"serves metrics at {'https' if tls else 'http'}://{server.where}/metrics")
         server.serve_forever()
     return 0
 
@@ -192,7 +204,7 @@ def _address(option: str, text: str) -> tuple[str, int]:
 def _tls(cert: str | None, key: str | None) -> ssl.SSLContext | None:
     if cert is None:
         if key is not None:
-            raise UsageError("--tls-key without --tls-cert: give the certificate too")
+            raise UsageError("--tls-key without --tls-cert: add --tls-cert FILE")
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -211,7 +223,7 @@ def _tls(cert: str | None, key: str | None) -> ssl.SSLContext | None:
     except (ssl.SSLError, ValueError) as error:
         said = f"--tls-cert {cert}" + (f" --tls-key {key}" if key else "")
         raise UsageError(
-            f"{said}: no PEM certificate with the key that belongs to it, without a password"
+            f"{said}: not a PEM certificate with its own key; the key must have no password"
         ) from error
     return context
 
@@ -229,7 +241,7 @@ def _check_token(file: str, listen: str, host: str, tls: ssl.SSLContext | None) 
 
 
 class _Stopped(SystemExit):
-    """A signal has requested the end of the program."""
+    """A signal has requested the end of the exporter."""
 
 
 def _stop(*_: object) -> None:
@@ -249,7 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except _Stopped:
-        # All is closed.  At a normal end of Python the page's thread would still run, and fail.
+        # Everything is closed.  At a normal end of Python the page's thread would still run, and
+        # fail.
         os._exit(0)
     except click.ClickException as error:
         message = in_one_line(error.format_message())

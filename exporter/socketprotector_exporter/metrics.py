@@ -1,8 +1,8 @@
 """The metrics, and their values from a status.
 
-Names and units follow Prometheus: base units, counters end in _total.  The labels are instances,
-listeners, phases, states and results, and never a pid or a generation, so there are few series.
-docs/metrics.md lists the metrics; a test compares.
+Names and units follow Prometheus: base units, counters end in _total.  Labels are instances,
+listeners, phases, states and results.  Pids and generations are no labels, so there are few series.
+docs/metrics.md lists the metrics, and a test compares the two.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STATES = ("starting", "ready", "retiring", "orphaned", "waiting")
 #: Phases without connections: in them an unknown count is no gap.
 _WITHOUT_CONNECTIONS = ("starting", "abandoned")
 _INSTANCE = "instance"
-#: Upper ends in seconds; the last bucket has none.
+#: The buckets' upper bounds in seconds; the last bucket has none.
 _BOUNDS = [*(str(2**n / 1_000_000) for n in range(BUCKETS - 1)), "+Inf"]
 
 
@@ -86,7 +86,7 @@ _FAMILIES: tuple[tuple[Any, ...], ...] = (
         "When a reload last succeeded, since the epoch.",
     ),
 )
-#: The values of known states; an unknown state has no sample.
+#: Health state -> value; an unknown state has no sample.
 _HEALTH = {"healthy": 1.0, "unhealthy": 0.0}
 #: Metric -> the field of the status with its value.
 _FIELDS = {
@@ -116,7 +116,7 @@ class MetricSet:
         self._put("up", instance, 0.0)
 
     def add(self, instance: str, status: Status, totals: Counters) -> None:
-        """Add an instance's samples; none if its status is malformed, so that others stay valid."""
+        """Add an instance's samples; none if its status is malformed: others must stay valid."""
         before = {name: len(family.samples) for name, family in self._families.items()}
         try:
             totals.see(status)

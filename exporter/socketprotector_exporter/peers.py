@@ -1,9 +1,9 @@
 """Polls the exporters of other hosts for their metrics, while the page has a viewer.
 
-A host that is stuck, or sends without end, delays no other host: none waits for another.  The pace
-bounds the cost: AT_ONCE hosts every TURN_S; each at most every EVERY_S, and for ANSWER_S at most.
-So no more than AT_ONCE * ANSWER_S / TURN_S are polled at a time.  They are few
-because each takes memory: asyncio's TLS has 256 KiB for a connection.
+A host that is stuck, or sends without end, delays no other host: none waits for another.  The cost
+is bounded: every TURN_S, AT_ONCE polls begin; a host is polled at most every EVERY_S, and a poll
+takes at most ANSWER_S.  So at most AT_ONCE * ANSWER_S / TURN_S polls run at a time.  That number is
+small because asyncio's TLS takes 256 KiB for a connection.
 
 Source: RFC 9110, 9112; docs.openssl.org, X509_STORE_CTX_get_error.
 """
@@ -270,4 +270,4 @@ def why_not(error: Exception) -> str:
         case OSError(errno=int(number)):
             return os.strerror(number).lower()
         case _:
-            return f"cannot be asked: {type(error).__name__}"
+            return f"cannot be polled: {type(error).__name__}"

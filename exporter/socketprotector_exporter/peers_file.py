@@ -1,4 +1,4 @@
-"""The file of `--peers`: one host in each line, by the address of its exporter.
+"""Parses the file of `--peers`, which has the address of one host's exporter in each line.
 
     # NAME, if it differs from the host's name, and the address
     https://web-1.example.org:9517
@@ -55,8 +55,8 @@ def parse(text: str, file: str) -> tuple[Peer, ...]:
         peer = _peer(words, said)
         if peer.name in lines:
             raise UsageError(
-                f"{said}: {peer.name} is in line {lines[peer.name]}, too; write a name of "
-                "its own before the address"
+                f"{said}: {peer.name} is in line {lines[peer.name]}, too; write a different name "
+                "before the address"
             )
         lines[peer.name] = number
         found.append(peer)
@@ -75,8 +75,8 @@ def _peer(words: list[str], said: str) -> Peer:
     host, tls = address["ipv6"] or address["host"], address["scheme"] == "https"
     if not tls and not _is_loopback(host):
         raise UsageError(
-            f"{said}: http:// is for loopback addresses only, for others would read the token and "
-            "could answer instead; write https://, and start that exporter with --tls-cert"
+            f"{said}: http:// is for loopback addresses only, because others could read the token "
+            "or answer instead; write https://, and start that exporter with --tls-cert"
         )
     path = address["path"] if address["path"] not in (None, "/") else _METRICS
     return Peer(

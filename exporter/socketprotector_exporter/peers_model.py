@@ -21,11 +21,11 @@ from .web_series import rounded
 
 #: The longest line that is read; our exporter's lines have 200 bytes.
 LINE_BYTES = 65_536
-#: Our exporter sends 20 for an instance.  Each takes 1 or 2 microseconds, so this bounds the cost.
+#: Our exporter sends 20 samples for an instance.  A sample costs 1 or 2 us.
 _SAMPLES = 10_000
 _NAMED = 3
 _NAME_CHARACTERS = 80
-#: Possessive quantifiers: a mismatch fails at once, so no host can keep us busy.
+#: With possessive quantifiers a mismatch fails at once, so no host can keep us busy.
 _SAMPLE = re.compile(
     rb"^socketprotector_(up|serving|held|lame_duck|healthy|last_reload_successful|phase"
     rb"|connections_(?:accepted_total|taken_total|active))"
@@ -59,7 +59,7 @@ _WORST = tuple(STATES)
 
 
 class NoMetrics(Exception):
-    """An answer is not that of an exporter; the text says why."""
+    """An answer does not come from an exporter; the text says why."""
 
 
 @dataclass(slots=True)
@@ -155,7 +155,7 @@ def _number(value: bytes) -> float | None:
 
 
 class Host:
-    """One line of the file of `--peers`, answering or not."""
+    """A host in the file of `--peers`, whether it answers or not."""
 
     def __init__(self, name: str) -> None:
         self.name = name

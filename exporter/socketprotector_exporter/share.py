@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-#: Processor time without a pause: more than a reload of a hundred workers takes.
+#: The processor time before a pause: more than a reload of a hundred workers needs.
 _FREE_S = 0.05
 #: The allowed share of one processor.
 _SHARE = 0.05
@@ -25,11 +25,11 @@ class Share:
         self._began_s: float | None = None
 
     def began(self) -> None:
-        """Count from here on."""
+        """Begin to measure."""
         self._began_s = self._clock()
 
     def owed_s(self) -> float:
-        """Return for how many seconds to read nothing from the instance; 0.0 if it took little."""
+        """Return for how many seconds to pause reading; 0.0 if the instance took little time."""
         if self._began_s is not None:
             self._spent_s += self._clock() - self._began_s
             self._began_s = None

@@ -1,7 +1,7 @@
 """The token file, whose token a client sends to read /metrics.
 
-A file, because other users can read options and variables.  It is read at each use, so a new token
-needs no restart.
+A file, because other users can read options and variables.  The file is read at each use, so a new
+token needs no restart.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 uvicorn's own limit counts after accept: idle connections then use all descriptors, /metrics
 gets none, and a listener that cannot accept stays readable and burns a core.  Here each connection
-has a place.  Without a free place the listener is not watched, and the connection with the longest
-wait for its request is closed.  A request's head is bounded in time and in size.
+has a place.  Without a free place the listener is not watched, and the connection that has sent no
+request for the longest time is closed.  A request's head is bounded in time and size.
 
 Source: uvicorn's H11Protocol; asyncio's connect_accepted_socket.
 """
@@ -35,7 +35,7 @@ class Visits:
         self._listening = listening
         self._free = PLACES
         self._is_watched = False
-        #: The connections that wait for a request, the longest first, with the timer of the limit.
+        #: Connections without a request yet, the oldest first, with the timers of their limits.
         self._waited_for: dict[_Visit, asyncio.TimerHandle] = {}
         self._beginning: set[asyncio.Task[None]] = set()
         arguments: dict[str, Any] = {"config": config, "server_state": state}
@@ -58,7 +58,7 @@ class Visits:
         if not self._free:
             self._pause()  # until a connection has ended
             if oldest := next(iter(self._waited_for), None):
-                self.asked(oldest)
+                self.note_request(oldest)
                 oldest.transport.abort()
             return
         try:
@@ -81,20 +81,20 @@ class Visits:
             accepted.close()
             self._left()
 
-    def waits(self, visit: _Visit) -> None:
+    def await_request(self, visit: _Visit) -> None:
         """Note that a connection waits for a request, which must come in time."""
         if visit not in self._waited_for:
             loop = asyncio.get_running_loop()
             self._waited_for[visit] = loop.call_later(HEAD_S, visit.transport.abort)
 
-    def asked(self, visit: _Visit) -> None:
+    def note_request(self, visit: _Visit) -> None:
         """Note that a connection has its request, or waits no more."""
         if (timer := self._waited_for.pop(visit, None)) is not None:
             timer.cancel()
 
     def ended(self, visit: _Visit) -> None:
         """Note that a connection has ended."""
-        self.asked(visit)
+        self.note_request(visit)
         self._left()
 
     def _left(self) -> None:
@@ -110,7 +110,7 @@ class _Heads(h11.Connection):
         self.has_body = False
 
     def next_event(self) -> Any:
-        """Return the next event, without those of a body: parsing small chunks costs much time."""
+        """Return the next event, but none of a body: parsing small chunks costs much time."""
         if self.has_body:
             return h11.NEED_DATA
         event = super().next_event()
@@ -132,7 +132,7 @@ class _Visit(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._visits.waits(self)
+        self._visits.await_request(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -154,6 +154,6 @@ class _Visit(H11Protocol):
         if self.transport.is_closing():
             return
         if self.cycle is None or self.cycle.response_complete:
-            self._visits.waits(self)
+            self._visits.await_request(self)
         else:
-            self._visits.asked(self)
+            self._visits.note_request(self)

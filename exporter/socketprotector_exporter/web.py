@@ -1,7 +1,7 @@
 """The page of `--web`: its requests, its allowed hosts, and its thread.
 
-It is read-only by design: it answers GET and HEAD, takes no argument and reads only status and
-events from instances.  /metrics (http.py) is independent of it.
+The page is read-only by design: it answers GET and HEAD, takes no argument, and reads only status
+and events from instances.  /metrics (http.py) does not depend on the page.
 
 Source: starlette.io; asgi.readthedocs.io; developer.mozilla.org for the headers.
 """
@@ -48,8 +48,8 @@ _FILES = {
     "/page.js": ("page.js", "text/javascript"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
-#: The Host names of a browser on this machine.  Another site whose name resolves to 127.0.0.1 (DNS
-#: rebinding) comes with its own name, and is refused.
+#: The Host headers of a browser on this machine.  A site whose name resolves to 127.0.0.1 (DNS
+#: rebinding) sends its own name, and is refused.
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -83,7 +83,8 @@ class _Guard:
             hosts = Headers(scope=scope).getlist("host")
             if len(hosts) != 1 or _name_in(hosts[0]) not in self._hosts:
                 app = PlainTextResponse(
-                    "not for this host name; call it localhost, or start it with --web-host NAME\n",
+                    "this host name is not allowed: use localhost, or start the exporter with "
+                    "--web-host NAME\n",
                     403,
                 )
         await app(scope, receive, send_with_headers)
@@ -109,7 +110,7 @@ def application(hub: Hub, hosts: Sequence[str] = ()) -> ASGIApp:
     async def to_viewer(scope: Scope, receive: Receive, send: Send) -> None:
         # No await between the check and viewer(), so that simultaneous viewers are all counted.
         if hub.viewers >= VIEWERS:
-            refusal = PlainTextResponse(f"{VIEWERS} viewers are there already\n", 503)
+            refusal = PlainTextResponse(f"there are already {VIEWERS} viewers\n", 503)
             return await refusal(scope, receive, send)
         with hub.viewer() as news:
             answer = StreamingResponse(hub.watch(news), media_type="text/event-stream")
@@ -214,14 +215,14 @@ def _bind_tcp(address: str) -> socket.socket:
         loopback = False
     if not loopback:
         raise UsageError(
-            f"--web {address}: the page has no log-in, and last words may hold secrets, so it is "
-            "for 127.0.0.1, [::1] or a UNIX socket (/PATH?mode=0660) only; for others put your own "
-            "proxy with a log-in before it"
+            f"--web {address}: the page has no log-in and last words may have secrets; use "
+            "127.0.0.1, [::1] or a UNIX socket (/PATH?mode=0660), and a proxy with a log-in for "
+            "other users"
         )
     made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     with on_error(made.close):
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Connections inherit it, so that a sleeping viewer does not keep its place for ever.
+        # Connections inherit this option, so that a sleeping viewer frees its place at some time.
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_MS)
         made.bind((host, int(port)))
         made.listen(_BACKLOG)
@@ -238,7 +239,7 @@ def _bind_unix(address: str) -> tuple[str, socket.socket]:
     made = socket.socket(socket.AF_UNIX)
     with on_error(made.close):
         _remove_stale(path)
-        # By umask, so that the mode holds from the first moment; no other thread runs yet.
+        # By umask, so that the file never has another mode; no other thread runs yet.
         before = os.umask(0o777 & ~int(mode, 8))
         try:
             made.bind(path)

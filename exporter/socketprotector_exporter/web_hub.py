@@ -1,6 +1,6 @@
 """Keeps one control connection to each instance, and sends changes to viewers.
 
-For any number of viewers, an instance is queried once and each change is encoded once.  A viewer
+Whatever the number of viewers, an instance is queried once and a change is encoded once.  A viewer
 gets the newest state when it is ready for more.  So a slow viewer delays nothing, and no messages
 pile up for it.
 """
@@ -41,7 +41,7 @@ from .web_text import line, shortened
 #: How often an instance is queried for its status: with a viewer and changes, with a viewer and no
 #: changes, and without a viewer (a step of the sparklines).
 BUSY_S, QUIET_S, UNSEEN_S = 1.0, 2.5, float(STEP_S)
-#: The shortest time between queries after events, of which a hundred may come in a row.
+#: The shortest time between two queries after events: a hundred events may come in a row.
 _EVENTFUL_S = 0.1
 _ANSWER_S = 2.0
 _LOOK_FOR_S = 2.0
@@ -94,8 +94,8 @@ class Hub:
         self._hosts: dict[str, _Shown] = {}  # by id, in the order of the file
         self._feeds: dict[str, _Feed] = {}
         self._change = 0  # the number of the last change
-        self._listed = 0  # the last change in which an instance came, went or got another name
-        self._hosts_listed = 0  # the last change in which the file of peers had other hosts
+        self._listed = 0  # the number of the last change to the list or the names of instances
+        self._hosts_listed = 0  # the number of the last change to the list of hosts
         self._ticked = 0
         self._events: deque[tuple[int, bytes]] = deque(maxlen=EVENTS)
         self._viewers: set[asyncio.Event] = set()
@@ -187,13 +187,13 @@ class Hub:
         self._show_as(feed, feed.instance.shown())
 
     def _show_as(self, shown: _Shown, found: dict[str, Any]) -> None:
-        """Note a change of an instance or a host, if it looks different now."""
+        """Note a change if an instance or a host looks different now."""
         encoded = _json(found)
         if encoded != shown.encoded:
             shown.encoded, shown.changed = encoded, self._changed()
 
     def _show_hosts(self, hosts: Iterable[Host]) -> None:
-        """Note changes of hosts, and of the hosts in the file."""
+        """Note changes of hosts, and of the list of hosts."""
         assert self._peers is not None
         ids = [host.id for host in self._peers.hosts]
         if ids != list(self._hosts):
@@ -238,7 +238,7 @@ class Hub:
                 self._show(feed)
 
     async def _keep(self, feed: _Feed) -> None:
-        """Stay connected to an instance; connect again after an end, while it has a socket."""
+        """Stay connected to an instance; after an end, connect again while the socket exists."""
         pause_s = _RECONNECT_S
         while True:
             try:
@@ -268,8 +268,8 @@ class Hub:
         lines = _Lines(reader)
         try:
             writer.write(_EVENTS_PLEASE + _STATUS_PLEASE)
-            asked_at, answered = time.monotonic(), False
-            due = asked_at + _ANSWER_S
+            queried_at, answered = time.monotonic(), False
+            due = queried_at + _ANSWER_S
             share = Share()
             while True:
                 if pause_s := share.owed_s():  # an instance that floods us must not delay others
@@ -278,14 +278,14 @@ class Hub:
                     async with asyncio.timeout(None if due == math.inf else due - time.monotonic()):
                         line = await lines.next()
                 except TimeoutError:
-                    if not answered:  # perhaps it is suspended; it will answer when it resumes
+                    if not answered:  # it may be suspended, and answer when it resumes
                         feed.instance.lost("silent")
                         self._show(feed)
                         due = math.inf
                         continue
                     writer.write(_STATUS_PLEASE)
-                    asked_at, answered = time.monotonic(), False
-                    due = asked_at + _ANSWER_S
+                    queried_at, answered = time.monotonic(), False
+                    due = queried_at + _ANSWER_S
                     continue
                 except asyncio.IncompleteReadError:
                     return
@@ -296,7 +296,7 @@ class Hub:
                 if "event" in message:
                     self._heard(feed, message)
                     if answered:
-                        due = min(due, max(time.monotonic(), asked_at + _EVENTFUL_S))
+                        due = min(due, max(time.monotonic(), queried_at + _EVENTFUL_S))
                 elif not message.get("ok"):
                     raise RequestRefused(str(message.get("code")), str(message.get("error")))
                 elif message.get("id") == "status" and not answered:
@@ -306,7 +306,7 @@ class Hub:
                         raise NoProtector(feed.instance.path, "no protector")
                     self._saw(feed, result)
                     answered = True
-                    due = asked_at + self._interval_s(changes=feed.changed != before)
+                    due = queried_at + self._interval_s(changes=feed.changed != before)
                 elif message.get("id") != "events":
                     raise NoProtector(feed.instance.path, "no protector")  # an unexpected answer
         finally:

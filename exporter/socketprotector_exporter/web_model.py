@@ -47,7 +47,7 @@ _SINCE = {
 
 
 class Instance:
-    """The instance of one control socket, living or not."""
+    """The instance behind one control socket, living or not."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -76,7 +76,7 @@ class Instance:
             self._stopped = True
         self.why = "stopped" if self._stopped else why
         self._window.clear()
-        self._newest = 0  # the next status may be another protector's
+        self._newest = 0  # the next status may come from another protector
 
     def see(self, status: Status, at: float, clock: float) -> None:
         """Update from a status.  at: a monotonic time; clock: seconds since the epoch."""
@@ -169,7 +169,7 @@ class Instance:
     def _lane(self, generation: Status, shown_as: str, note: str) -> dict[str, Any]:
         """Return the lane of a generation.
 
-        shown_as: shown instead of its phase; note: the meaning of that.
+        shown_as: shown instead of the phase; note: what shown_as means.
         """
         key, phase = key_of(generation), label(generation, "phase")
         workers = listed(generation, "workers")
@@ -200,7 +200,7 @@ class Instance:
     ) -> dict[str, Any] | None:
         """Return the progress of a drain, and the workers that keep the generation alive.
 
-        In connections; or in workers, if connections are not counted.
+        The unit is connections; or workers, if connections are not counted.
         """
         active, most = measure(generation, "active"), self._most.get(key, (0.0, 0))
         if not drains:  # remembered, because the numbers only fall during a drain
@@ -257,7 +257,7 @@ def _tried(status: Status) -> dict[str, Any] | None:
 def _notes_of_generations(status: Status) -> dict[int, tuple[str, str]]:
     """Return generation -> (text instead of its phase, note), for unusual situations.
 
-    In a dry run a generation gets no client; while a new one settles, the old one stands by.
+    In a dry run a generation gets no client; while a new one settles, the old one is kept.
     """
     found = {}
     dry_run = status.get("dry_run")

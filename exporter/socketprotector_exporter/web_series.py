@@ -95,7 +95,7 @@ class Window:
         self._samples: deque[_Sample] = deque()
 
     def clear(self) -> None:
-        """Drop all samples, because the next status may be another protector's."""
+        """Drop all samples: the next status may come from another protector."""
         self._samples.clear()
 
     def see(self, status: Status, at: float) -> None:

@@ -1,7 +1,7 @@
 """The page's texts of events, verdicts and last words.
 
-Workers may write them, so they are cut and have no control characters.  The page inserts them as
-text, never as HTML.
+Workers may write these texts, so they are cut, and control characters are escaped.  The page
+inserts them as text, never as HTML.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def shortened(status: Status) -> Status:
 
 
 def event_line(message: Status, generation: int = 0) -> dict[str, Any]:
-    """Return the shown fields of an event.  generation: its generation's number; 0: none."""
+    """Return the shown fields of an event.  generation: the event's generation; 0: none."""
     fields = [
         f"{line(name)}={text.field(_begun(value) if isinstance(value, str) else value)}"
         for name, value in message.items()

@@ -33,7 +33,7 @@ from .fields import (
     why_not_ready,
 )
 from .message import message_in
-from .query_all import SocketAnswer, ask_all
+from .query_all import SocketAnswer, query_all
 
 __all__ = [
     "LONGEST_LINE",
@@ -46,7 +46,6 @@ __all__ = [
     "Status",
     "SystemRefused",
     "UsageError",
-    "ask_all",
     "connect",
     "discovery",
     "env_file",
@@ -62,6 +61,7 @@ __all__ = [
     "number_in",
     "on_error",
     "quantile_us",
+    "query_all",
     "serves",
     "stand_on_three_descriptors",
     "standing_dry_run",

@@ -136,7 +136,7 @@ class Client:
         """
         return self._request(command, arguments, self._answer_s)
 
-    def ask(self, command: str, **arguments: Any) -> Message:
+    def query(self, command: str, **arguments: Any) -> Message:
         """Send a request that is safe to repeat, and return its result.
 
         It is repeated whenever the connection ends before the answer, for RETURN_S at most: a
@@ -171,10 +171,10 @@ class Client:
         """Send a request.  until: a time by time.monotonic().  Raises NoProtector."""
         self._last_id += 1
         self._follows |= command == "events"
-        asked = {"v": VERSION, "id": self._last_id, "command": command, **arguments}
+        request = {"v": VERSION, "id": self._last_id, "command": command, **arguments}
         try:
             self._socket.settimeout(max(0.001, until - time.monotonic()))
-            self._socket.sendall(json.dumps(asked).encode() + b"\n")
+            self._socket.sendall(json.dumps(request).encode() + b"\n")
         except TimeoutError:
             raise NoProtector(
                 f"{self.path}: the protector does not read the request; is it suspended (SIGSTOP)?",

@@ -16,7 +16,7 @@ from ..system import control_path
 from .client import connect, lives
 from .errors import NoProtector, RequestRefused
 from .fields import label, listed, text_in
-from .query_all import SocketAnswer, ask_all
+from .query_all import SocketAnswer, query_all
 
 _NAMES_SHOWN = 8
 
@@ -53,10 +53,10 @@ def by_name(name: str) -> str:
     living = [path for path in there if _listening(path)]
     if len(living) == 1 and not others:
         return living[0]
-    asked = [each for each in ask_all(found) if each.alive]
-    called = dict(zip((each.path for each in asked), names(asked), strict=True))
-    meant = [each.path for each in asked if name in _names_of(each)] or [
-        each.path for each in asked if f"{_names_of(each)[0]}:{name}" in _names_of(each)
+    alive = [each for each in query_all(found) if each.alive]
+    called = dict(zip((each.path for each in alive), names(alive), strict=True))
+    meant = [each.path for each in alive if name in _names_of(each)] or [
+        each.path for each in alive if f"{_names_of(each)[0]}:{name}" in _names_of(each)
     ]
     if len(meant) > 1:
         apart = [called[path] for path in meant]
@@ -66,7 +66,9 @@ def by_name(name: str) -> str:
     if meant or living or there:
         return (meant or living or there)[0]
     known = _names(list(called.values()))
-    raise NoProtector(f"--name {name}: no protector of that name in {where()}; there is {known}")
+    raise NoProtector(
+        f"--name {name}: no protector of that name in {where()}; there is {known}{_unset()}"
+    )
 
 
 def running(begun: str) -> list[str]:
@@ -119,7 +121,7 @@ def by_pid_file(file: str) -> str:
     pid = _pid(file)
     if not lives(pid):
         raise NoProtector(f"--pid-file {file}: process {pid} is gone; the protector has ended")
-    found = ask_all(sockets())
+    found = query_all(sockets())
     there = []
     for each in found:
         status = each.result or {}
@@ -144,17 +146,18 @@ def the_only_one() -> str:
     living = [path for path in sockets() if _listening(path)]
     if not living:
         raise NoProtector(
-            f"no protector has a control socket in {where()}; start one, or pass --control PATH"
+            f"no protector has a control socket in {where()}"
+            f"{_unset() or '; start one, or pass --control PATH'}"
         )
     if len(living) > 1:
-        known = _names(sorted(names(ask_all(living))))
+        known = _names(sorted(names(query_all(living))))
         raise UsageError(f"several protectors run; choose one by --name NAME: {known}")
     return living[0]
 
 
 def everything() -> list[SocketAnswer]:
     """Return the answers of all control sockets in the usual folders to a status request."""
-    return ask_all(sockets())
+    return query_all(sockets())
 
 
 def _listening(path: str) -> bool:
@@ -193,6 +196,21 @@ def _pid(file: str) -> int:
 def where() -> str:
     """Return the folders that are searched for control sockets, in words."""
     return " or ".join(control_path.folders(os.environ, os.geteuid()))
+
+
+def none_found() -> str:
+    """Return the message that no control socket was found, with what to do."""
+    return f"no protector has a control socket in {where()}{_unset()}"
+
+
+def _unset() -> str:
+    """Return what to do if XDG_RUNTIME_DIR is not set, and perhaps was for the protector."""
+    if os.geteuid() == 0 or os.environ.get("XDG_RUNTIME_DIR"):
+        return ""
+    return (
+        "; XDG_RUNTIME_DIR is not set: set it as it was when the protector started, or pass the "
+        "protector's --control PATH"
+    )
 
 
 def _names(names: list[str]) -> str:

@@ -51,9 +51,9 @@ def completion(instance: Instance, shell: str, of: Sequence[str], as_json: bool)
     assert found is not None
     scripts = []
     for name in of or PROGRAMS:
-        asks = f"_{name.replace('-', '_')}_COMPLETE".upper()
+        variable = f"_{name.replace('-', '_')}_COMPLETE".upper()
         # Not the source() of the subclass: the one for bash runs bash to read its version.
-        scripts.append(ShellComplete.source(found(program, {}, name, asks)))
+        scripts.append(ShellComplete.source(found(program, {}, name, variable)))
     script = "\n".join(scripts)
     if as_json:
         say_json({"shell": shell, "script": script})

@@ -80,12 +80,12 @@ def hold(instance: Instance, seconds: float | None, as_json: bool) -> None:
         result = instance.request("hold", seconds=seconds)
         answer(as_json, result, f"on hold for {in_units(seconds)}; release ends it earlier")
         return
-    with instance.client() as client, _asked_to_end() as ended:
-        result = client.ask("hold", seconds=_HOLD_EACH_S)
+    with instance.client() as client, _end_requested() as ended:
+        result = client.query("hold", seconds=_HOLD_EACH_S)
         answer(as_json, result, "on hold while this runs; Ctrl-C releases")
         try:
             while not ended(_HOLD_EVERY_S):
-                client.ask("hold", seconds=_HOLD_EACH_S)
+                client.query("hold", seconds=_HOLD_EACH_S)
         finally:
             _release(client)
         if not as_json:
@@ -94,13 +94,13 @@ def hold(instance: Instance, seconds: float | None, as_json: bool) -> None:
 
 def _release(client: Client) -> None:
     try:
-        client.ask("release")
+        client.query("release")
     except ControlError:
         tell(f"could not release; the hold ends within {in_units(_HOLD_EACH_S)}")
 
 
 @contextmanager
-def _asked_to_end() -> Iterator[Callable[[float], bool]]:
+def _end_requested() -> Iterator[Callable[[float], bool]]:
     """Yield a function that waits some seconds and returns True if INT, TERM or HUP came.
 
     These signals are blocked meanwhile, so that none is missed between a hold and its release.

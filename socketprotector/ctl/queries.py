@@ -323,7 +323,7 @@ def list_all(instance: Instance, living: bool, as_json: bool) -> None:
         say_json({"instances": instances})
         return
     if not found:
-        say(f"no protector has a control socket in {discovery.where()}")
+        say(discovery.none_found())
         return
     from . import render
 

@@ -36,7 +36,7 @@ class SocketAnswer:
         return self.why != "dead"
 
 
-def ask_all(paths: Iterable[str], within_s: float = SURVEY_S) -> list[SocketAnswer]:
+def query_all(paths: Iterable[str], within_s: float = SURVEY_S) -> list[SocketAnswer]:
     """Request the status from all of these sockets; return their answers in the same order."""
     paths = list(paths)
     found: dict[str, SocketAnswer] = {}

@@ -81,11 +81,11 @@ def reload(
         answer(as_json, {"generation": generation, "result": "requested"}, words)
         return
     with begin(instance, timeout, as_json, *_OUTCOME) as operation:
-        before = operation.client.ask("status")
+        before = operation.client.query("status")
         operation.losses = Losses(before)
         operation.outcome["name"] = before.get("name")
         old = operation.outcome["from"] = before.get("route")
-        promised = _ask_reload(operation.client, before, dry_run=dry_run)
+        promised = _request_reload(operation.client, before, dry_run=dry_run)
         operation.outcome["generation"] = promised
         watched = Reload(promised, before, operation.tell, dry_run=dry_run)
         found = _judged(operation, watched)
@@ -140,7 +140,7 @@ def _count_losses(operation: Operation) -> Message:
     return after
 
 
-def _ask_reload(client: Client, before: Message, *, dry_run: bool) -> int:
+def _request_reload(client: Client, before: Message, *, dry_run: bool) -> int:
     """Request the reload; if the connection ends early, request it again unless it has begun."""
     if dry_run and "dry_run" not in before:
         raise RequestRefused(
@@ -153,10 +153,10 @@ def _ask_reload(client: Client, before: Message, *, dry_run: bool) -> int:
     except ConnectionLost:
         client.again()
     newest = max(_tried(before, dry_run=dry_run), default=0)
-    for number in _tried(client.ask("status"), dry_run=dry_run):
+    for number in _tried(client.query("status"), dry_run=dry_run):
         if number > newest:
             return number
-    return number_in(client.ask("reload", **_how(dry_run)), "generation")
+    return number_in(client.query("reload", **_how(dry_run)), "generation")
 
 
 def _how(dry_run: bool) -> dict[str, bool]:
@@ -279,7 +279,7 @@ def upgrade(instance: Instance, wait: bool, timeout: float, as_json: bool) -> No
     old program keeps running.
     """
     with begin(instance, timeout, as_json) as operation:
-        before = operation.client.ask("status")
+        before = operation.client.query("status")
         old = operation.client.request("upgrade").get("from", before.get("version"))
         operation.outcome["from"] = old
         if not wait:
@@ -327,7 +327,7 @@ class _Upgraded(Awaited):
 def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: bool) -> None:
     """Stop: serve the connected clients, let the workers finish, exit."""
     with begin(instance, timeout, as_json) as operation, ExitStack() as opened:
-        before = operation.client.ask("status")
+        before = operation.client.query("status")
         # The protector's process and its guard's, so that "stopped" means that they are gone.
         pidfds = []
         for each in {number_in(before, "pid"), number_in(before, "main_pid")}:
@@ -336,7 +336,7 @@ def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: b
             except (OSError, OverflowError):  # gone, or in another pid namespace
                 continue
             opened.callback(os.close, pidfds[-1])
-        _ask_stop(operation.client, quick)
+        _request_stop(operation.client, quick)
         if not wait:
             operation.ends("requested", "stop requested")
             return
@@ -349,14 +349,14 @@ def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: b
         operation.ends("stopped", f"stopped: {before.get('name')}")
 
 
-def _ask_stop(client: Client, quick: bool) -> None:
+def _request_stop(client: Client, quick: bool) -> None:
     """Request the stop only once, because a second request stops at once."""
     try:
         client.request("stop", quick=quick)
     except ConnectionLost:
         try:
             client.again()
-            if client.ask("status").get("phase") != "stopping":  # the request was lost
+            if client.query("status").get("phase") != "stopping":  # the request was lost
                 client.request("stop", quick=quick)
         except NoProtector:
             pass  # it has ended; the caller waits for that next

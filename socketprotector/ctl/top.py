@@ -87,7 +87,7 @@ def top(instance: Instance, interval: float, as_json: bool) -> None:
         raise UsageError("top: needs a terminal; use status, or top --json")
     with instance.client() as client:
         while as_json:
-            say_json(client.ask("status"))
+            say_json(client.query("status"))
             time.sleep(interval)
         _screen(client, interval)
 
@@ -107,7 +107,7 @@ def _screen(client: Client, interval: float) -> None:
     ):
         while True:
             try:
-                status = client.ask("status")
+                status = client.query("status")
                 rates.take(status)
                 live.update(drawn(status, rates, console.width, console.height), refresh=True)
             except NoProtector as error:

@@ -305,7 +305,7 @@ class Resident:
             terminal=terminal_of(settings.foreground),
             outlives_terminal=settings.outlives_terminal,
         )
-        effects.questions.counts = lambda: status.counts_of(supervisor.fleet, effects)
+        effects.probing.counts = lambda: status.counts_of(supervisor.fleet, effects)
         return supervisor
 
     def _descriptors(self) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 Each generation has a loopback address while it is checked, so a command can use any client.  The
 generation gets these connections through its channel.  Under --handoff listener a helper process
-(programs/asker.py) forwards them over our connections: only these carry the mark that selects a
+(programs/prober.py) forwards them over our connections: only these carry the mark that selects a
 generation.
 """
 
@@ -15,13 +15,13 @@ from ..system.cleanup import on_error
 from ..system.helper import Ended
 from ..system.log import Log
 from ..system.loop import Loop
-from . import asker_client
+from . import prober_client
 from .delivery.probe_target import BACKLOG, SHUT_DOWN, ProbeTarget, Reach
 from .generation import OpenGeneration
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .asker_client import Asker
+    from .prober_client import Prober
 
 
 class Forwarding:
@@ -38,7 +38,7 @@ class Forwarding:
             self._listening.bind(("127.0.0.1", 0))
             self._listening.listen(BACKLOG)
         self._tell = ended
-        self._asker: Asker | None = None
+        self._prober: Prober | None = None
         self.start()
 
     @property
@@ -49,22 +49,22 @@ class Forwarding:
 
     def close(self) -> None:
         """Forward nothing more."""
-        if self._asker is not None:
-            self._asker.close()
+        if self._prober is not None:
+            self._prober.close()
         self._listening.close()
 
     def start(self) -> None:
         """Start the helper if it does not run."""
-        if self._asker is None:
+        if self._prober is None:
             try:
-                self._asker = asker_client.Asker(
+                self._prober = prober_client.Prober(
                     self._loop, ended=self._ended, forwards=(self._target, self._listening)
                 )
             except OSError as error:
                 self._tell(f"cannot be started: {error.strerror}")
 
     def _ended(self, how: str) -> None:
-        self._asker = None
+        self._prober = None
         self._tell(how)
 
 

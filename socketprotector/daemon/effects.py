@@ -51,7 +51,7 @@ from ..core.events import (
 from ..core.fleet import Fleet
 from ..core.reload import UPGRADED
 from ..core.snapshot import Snapshot, Undone
-from ..model import known_servers, question
+from ..model import known_servers, probe_spec
 from ..model.errors import what_failed
 from ..model.lazy_dataclass import replace
 from ..model.records import Program
@@ -66,7 +66,7 @@ from .delivery.host import Host
 from .generation import Generations, OpenGeneration
 from .live_settings import LiveSettings
 from .log_output import Output
-from .questions import Questions
+from .probing import Probing
 from .reports import Reports
 from .runtime import Runtime
 from .start_report import StartReport
@@ -124,12 +124,12 @@ class Effects(Host):
             delivery=self.delivery,
             probes=addresses,
         )
-        self.questions = Questions(
+        self.probing = Probing(
             *(runtime, self.delivery, addresses),
             settings=lambda: self.live_settings.settings,
             remember=self.reports.remember,
             answered=self.pool.answered,
-            not_asked=self.pool.not_asked,
+            not_probed=self.pool.not_probed,
         )
         self.live_settings = LiveSettings(
             settings, runtime, pool=self.pool, delivery=self.delivery, command=command
@@ -147,13 +147,13 @@ class Effects(Host):
             case Retire(worker):
                 self.pool.retire(worker)
             case Probe(number) if number in self.generations:
-                self.questions.ask(self.generations[number])
+                self.probing.probe_starting(self.generations[number])
             case StopProbing():
-                self.questions.stop_asking()
+                self.probing.stop_probing()
             case CheckSettling(number) if number in self.generations:
-                self.questions.check(self.generations[number])
+                self.probing.check_settling(self.generations[number])
             case StopChecking():
-                self.questions.stop_checking()
+                self.probing.stop_checking()
             case RouteTo(number):
                 self._route_to(number)
             case Quiesce(number):
@@ -171,11 +171,11 @@ class Effects(Host):
                 self.live_settings.read(dry_run=dry_run)
             case UseSettings():
                 self.live_settings.use()
-                self.questions.apply_settings(self.generations.get(self._route or 0))
+                self.probing.apply_settings(self.generations.get(self._route or 0))
             case ForgetSettings():
                 self.live_settings.forget()
             case CloseListeners(quick):
-                self.questions.set_serving(None)
+                self.probing.set_serving(None)
                 self._close_listeners(quick=quick)
             case StartTimer(deadline, seconds, True):
                 self._loop.extend(deadline, seconds)
@@ -240,12 +240,12 @@ class Effects(Host):
     def suspend(self) -> None:
         """Stop all probes and reading; the next program starts them again."""
         self.live_settings.stop_reading()
-        for each in (self.pool, self.questions):
+        for each in (self.pool, self.probing):
             each.suspend()
 
     def resume(self) -> None:
         """Restart the probes after a failed exec."""
-        for each in (self.pool, self.questions):
+        for each in (self.pool, self.probing):
             each.resume()
 
     # -- generations ---------------------------------------------------------
@@ -274,18 +274,18 @@ class Effects(Host):
 
     def _refuse_unless_reachable(self, program: Program) -> None:
         """Raise ValueError if only a probe can make a program ready, but no probe can reach it."""
-        if program.ready in question.KINDS:
-            name = question.read(program.ready_question).listener
-            if not self.delivery.can_ask(name):
+        if program.ready in probe_spec.KINDS:
+            name = probe_spec.read(program.ready_question).listener
+            if not self.delivery.can_probe(name):
                 raise ValueError(
-                    question.refusal(f"--ready {program.ready_question}", name or "each listener")
+                    probe_spec.refusal(f"--ready {program.ready_question}", name or "each listener")
                 )
 
     def _route_to(self, number: int | None) -> None:
         generation = self.generations.get(number) if number is not None else None
         self._route = number if generation is not None else None
         if generation is None:
-            self.questions.set_serving(None)
+            self.probing.set_serving(None)
             self.delivery.route_to(None)
             return
         again = generation.record.serving_since > 0.0
@@ -293,7 +293,7 @@ class Effects(Host):
             generation.update_record(serving_since=time.monotonic(), served_at=time.time())
         self.delivery.route_to(generation, again=again)
         self._log.write("info", "route", generation=number)
-        self.questions.set_serving(generation)
+        self.probing.set_serving(generation)
 
     def _same_file(self) -> str:
         """Return a warning if the serving generation's file was changed in place; otherwise ""."""
@@ -347,7 +347,7 @@ class Effects(Host):
     @property
     def own_connection(self) -> socket.socket | None:
         """The TCP connection of the present health probe, if it has one."""
-        return self.questions.tcp_connection
+        return self.probing.tcp_connection
 
     def report_untaken(
         self, seconds: float, waiting: int, ever: bool, listen: str | None = None
@@ -383,7 +383,7 @@ class Effects(Host):
             if idle_s < seconds:
                 run(seconds - idle_s)
                 return
-            if deadline.wait is TimerKind.SETTLE and self.questions.awaits(deadline.target):
+            if deadline.wait is TimerKind.SETTLE and self.probing.awaits(deadline.target):
                 run(_SETTLE_AGAIN_S)
                 return
             self._note_due(deadline)
@@ -395,7 +395,7 @@ class Effects(Host):
 
     def _start_advice(self, number: int) -> str:
         """Return the likely cause of a generation's start timeout; "": unknown."""
-        known = self.questions.last or self.pool.check_says(number)
+        known = self.probing.last or self.pool.check_says(number)
         if self.pool.spoken_with:  # the program can send READY=1, and needs no such advice
             return known
         more = self.pool.advice(number, passes_over=bool(known))

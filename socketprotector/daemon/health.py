@@ -13,9 +13,9 @@ import socket
 import time
 from collections.abc import Callable
 
-from ..model import question
+from ..model import probe_spec
 from ..model.history import HEALTHY, History
-from ..model.question import Question
+from ..model.probe_spec import ProbeSpec
 from ..model.settings import Settings
 from ..system.check_command import shown
 from .delivery import Delivery
@@ -52,11 +52,11 @@ class Health:
         )
         self._generation: OpenGeneration | None = None
         self._applied: tuple[object, ...] = ()  # the options that the present probes use
-        self._asked = Question("")
+        self._spec = ProbeSpec("")
         self.known = Serving(time.time())
 
     @property
-    def asks(self) -> str:
+    def shown_check(self) -> str:
         """The health check, as `status` shows it; "": there is none."""
         return shown(self._settings().health)
 
@@ -85,7 +85,7 @@ class Health:
         """Start the probes, or restart them after a failed exec."""
         text = self._settings().health
         if self._generation is not None and text:
-            self._asked = question.read_health(text)
+            self._spec = probe_spec.read_health(text)
             self._loop.call_after(_TIMER, 0.0, self._send_probe)
 
     # -- inside ------------------------------------------------------------------
@@ -107,8 +107,8 @@ class Health:
         settings, generation = self._settings(), self._generation
         assert generation is not None
         self._loop.call_after(_TIMER, settings.health_every_s, self._send_probe)
-        if not self._delivery.is_silent and not self._probe.asks:
-            self._probe.ask(generation, self._asked, settings.health_timeout_s, self._on_verdict)
+        if not self._delivery.is_silent and not self._probe.is_pending:
+            self._probe.send(generation, self._spec, settings.health_timeout_s, self._on_verdict)
 
     def _on_verdict(self, verdict: Verdict) -> None:
         before, most = self.known, self._settings().health_failures

@@ -154,7 +154,7 @@ class Output:
         only this worker has written; -1: there is none.
         """
         if self._relay is not None and self._relayed:
-            self._relay.ask(number, lambda data: done(_lines(data)))
+            self._relay.request_last_words(number, lambda data: done(_lines(data)))
         elif start >= 0:
             path = self._log_file or f"/proc/self/fd/{_STDERR}"
             done(_lines(_end_of(path, start)))

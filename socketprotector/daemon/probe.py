@@ -1,8 +1,10 @@
 """Sends a probe to a generation, and reports the verdict.
 
-The delivery knows how to reach the generation (`ProbeTarget`).  There are three kinds of
-probe.  For `accept`, a worker must accept a connection of ours.  For HTTP, another process sends
-the request over a connection of ours (asker_client.py).  A check command makes its own connections.
+The delivery knows how to reach the generation (`ProbeTarget`).  There are three kinds of probe:
+
+- accept: a worker must accept a connection of ours;
+- HTTP: the prober process sends a request over a connection of ours (prober_client.py);
+- check: a command makes connections of its own.
 """
 
 from __future__ import annotations
@@ -16,24 +18,24 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
-from ..model import question
+from ..model import probe_spec
 from ..model.errors import what_failed
-from ..model.question import Question
+from ..model.probe_spec import ProbeSpec
 from ..system.check_command import CheckCommand
 from ..system.loop import Loop
 from ..system.polling import events_of
 from . import verdicts
-from .asker_client import Asker
 from .check_probe import CheckProbes
 from .delivery.probe_target import PROBE, SHUT_DOWN, ProbeTarget, Reach
 from .generation import OpenGeneration
+from .prober_client import Prober
 from .verdicts import Verdict
 
 #: The pause between two checks whether a connection was accepted: the first, the longest, and the
 #: share of the time that the connection has waited.
 _FIRST_LOOK_S, _LAST_LOOK_S, _LOOK_SHARE = 0.005, 1.0, 0.1
-#: How much longer than the probe's limit the asker may take: to start, or on a busy machine.
-_ASKER_S = 10.0
+#: How much longer than the probe's limit the prober may take: to start, or on a busy machine.
+_PROBER_S = 10.0
 #: The errors of connect() to an address where no process listens.
 _NOT_THERE = (errno.ECONNREFUSED, errno.ENOENT)
 
@@ -58,41 +60,41 @@ class Probe:
         self._loop, self._reach, self._as_client = loop, reach, as_client
         self._addresses, self._reads = addresses, reads
         self._heard: Callable[[Verdict], None] | None = None
-        self._asked = Question("")
-        self._asked_at = self._until = 0.0
+        self._spec = ProbeSpec("")
+        self._sent_at = self._until = 0.0
         self._target: ProbeTarget | None = None
         #: The connection of the present probe.  A connection that no worker has accepted is reused,
         #: so that probes do not pile up at a server that does not accept.
         self._connection: socket.socket | None = None
         self._made_at = 0.0
         self._was_reset = False
-        self._asker: Asker | None = None
+        self._prober: Prober | None = None
         #: The running command.  A late command may survive its kill if it runs as another user, or
         #: while it waits for a disk.
         self._command: CheckCommand | None = None
         self._late = ""
 
-    def ask(
+    def send(
         self,
         generation: OpenGeneration,
-        asked: Question,
+        spec: ProbeSpec,
         limit_s: float,
         heard: Callable[[Verdict], None],
     ) -> None:
         """Send a probe; `heard` is called once, maybe at once, unless close() comes first."""
-        self._asked, self._heard = asked, heard
-        self._asked_at = time.monotonic()
-        self._until = self._asked_at + limit_s
+        self._spec, self._heard = spec, heard
+        self._sent_at = time.monotonic()
+        self._until = self._sent_at + limit_s
         try:
-            if asked.kind == question.CHECK:
+            if spec.kind == probe_spec.CHECK:
                 self._run(generation, limit_s)
             elif not self._still_waits():
-                self._send(generation, limit_s)
+                self._connect(generation, limit_s)
         except (OSError, ValueError) as error:
             self._finish(verdicts.CANNOT, what_failed(error))
 
     @property
-    def asks(self) -> bool:
+    def is_pending(self) -> bool:
         """Whether a probe is under way."""
         return self._heard is not None
 
@@ -121,11 +123,11 @@ class Probe:
         self._was_reset = False
 
     def end(self) -> None:
-        """Abandon the probe, and end the asker process."""
+        """Abandon the probe, and end the prober process."""
         self.close()
-        if self._asker is not None:
-            self._asker.close()
-            self._asker = None
+        if self._prober is not None:
+            self._prober.close()
+            self._prober = None
 
     # -- inside --------------------------------------------------------------------
 
@@ -143,46 +145,46 @@ class Probe:
         if heard is not None:
             heard(Verdict(kind, why))
 
-    def _send(self, generation: OpenGeneration, limit_s: float) -> None:
+    def _connect(self, generation: OpenGeneration, limit_s: float) -> None:
         """Connect to the generation.  Raises OSError if it cannot be reached now."""
-        asked = self._asked
-        self._target = self._target or self._reach(generation, asked.listener)
+        spec = self._spec
+        self._target = self._target or self._reach(generation, spec.listener)
         target = self._target
         if target is None:
             one_socket = "both generations share one socket"
             none = "there is no such listener"
             self._finish(verdicts.NO_TARGET, none if self._as_client else one_socket)
             return
-        if asked.by_http and self._asker is None:
+        if spec.by_http and self._prober is None:
             try:
-                self._asker = Asker(
-                    self._loop, heard=self._answered, late=self._is_late, ended=self._asker_ended
+                self._prober = Prober(
+                    self._loop, heard=self._answered, late=self._is_late, ended=self._prober_ended
                 )
             except OSError as error:
                 error.strerror = f"the probe process cannot be started: {error.strerror}"
                 raise
         self._connection = client = target.connecting()
-        self._made_at = self._asked_at
+        self._made_at = self._sent_at
         failed = client.connect_ex(target.connect_address)
         if failed == errno.EAGAIN and target.is_unix:  # its backlog is full: try again
             self._disconnect()
             if self._left_s:
-                self._look_later(partial(self._send_again, generation, limit_s))
+                self._look_later(partial(self._connect_again, generation, limit_s))
             else:
                 self._finish(verdicts.UNMADE, self._cannot_connect(failed))
         elif failed not in (0, errno.EINPROGRESS):
             kind = verdicts.REFUSED if failed in _NOT_THERE else verdicts.UNREACHED
             self._finish(kind, self._cannot_connect(failed))
-        elif asked.by_http:
-            assert self._asker is not None
-            self._asker.ask(client, target, asked, limit_s, self._left_s)
-            self._loop.call_after(self, self._left_s + _ASKER_S, self._asker.kill)
+        elif spec.by_http:
+            assert self._prober is not None
+            self._prober.send(client, target, spec, limit_s, self._left_s)
+            self._loop.call_after(self, self._left_s + _PROBER_S, self._prober.kill)
         else:
             self._look_later(self._look)
 
-    def _send_again(self, generation: OpenGeneration, limit_s: float) -> None:
+    def _connect_again(self, generation: OpenGeneration, limit_s: float) -> None:
         try:
-            self._send(generation, limit_s)
+            self._connect(generation, limit_s)
         except OSError as error:
             self._finish(verdicts.CANNOT, what_failed(error))
 
@@ -192,9 +194,9 @@ class Probe:
 
     def _cannot_connect(self, number: int) -> str:
         why = "its backlog is full" if number == errno.EAGAIN else os.strerror(number)
-        if self._asked.by_http:
+        if self._spec.by_http:
             refused = number == errno.ECONNREFUSED
-            return f"GET {self._asked.path}: {'refused' if refused else why}"
+            return f"GET {self._spec.path}: {'refused' if refused else why}"
         where = self._target.in_words if self._target is not None else "it"
         return f"cannot connect to {where}: {why}"
 
@@ -227,12 +229,12 @@ class Probe:
         with suppress(OSError):  # the connection is lost
             if not self._connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 waits = self._waits()
-        if waits is None or (self._asked.by_http and not waits):
+        if waits is None or (self._spec.by_http and not waits):
             self._disconnect()
             if self._as_client:
                 self._leave()
             return False
-        if self._asked.by_http:
+        if self._spec.by_http:
             self._finish(self._waiting()[0], self._late)
         else:
             self._look()
@@ -280,7 +282,7 @@ class Probe:
     # -- by HTTP ---------------------------------------------------------------------
 
     def _answered(self, why: str) -> None:
-        if self.asks:  # otherwise the probe was abandoned
+        if self.is_pending:  # otherwise the probe was abandoned
             self._finish(verdicts.BAD if why else verdicts.GOOD, why)
 
     def _is_late(self, why: str) -> None:
@@ -288,12 +290,12 @@ class Probe:
         with suppress(OSError):
             if self._connection is not None and self._waits():
                 kind, _ = self._waiting()
-        if self.asks:
+        if self.is_pending:
             self._finish(kind, why)
 
-    def _asker_ended(self, how: str) -> None:
-        self._asker = None
-        if self.asks:
+    def _prober_ended(self, how: str) -> None:
+        self._prober = None
+        if self.is_pending:
             self._finish(verdicts.CANNOT, f"the probe process {how}")
 
     # -- by a command ----------------------------------------------------------------
@@ -331,7 +333,7 @@ class Probe:
         self._command = CheckCommand(
             self._loop,
             generation.program,
-            self._asked.path,
+            self._spec.path,
             {PROBE: address} if address else {},
             over=ended,
             late=late,

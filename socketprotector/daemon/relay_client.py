@@ -99,7 +99,7 @@ class LogRelay:
         self._back_off = BackOff(_RESTART_S, _LONGEST_S)
         self._unsent: deque[tuple[str, int]] = deque()  # kind and the worker's number
         #: Callbacks that wait for last words, by the worker's number, in the order of the requests.
-        self._asked: dict[int, list[Callable[[bytes], None]]] = {}
+        self._word_requests: dict[int, list[Callable[[bytes], None]]] = {}
         #: Readable as soon as any pipe has output.
         self._written = select.epoll()
         self._was_stopped = False  # the relay was suspended at our last check
@@ -349,7 +349,9 @@ class LogRelay:
         self._unsent.extend((_PIPE, number) for number in self._workers)
         if self._kind != "syslog":
             self._unsent.append((_NEW_STDERR, 0))
-        self._unsent.extend((_WORDS, number) for number, each in self._asked.items() for _ in each)
+        self._unsent.extend(
+            (_WORDS, number) for number, each in self._word_requests.items() for _ in each
+        )
         self._send_unsent()
 
     def _send_unsent(self) -> None:
@@ -373,9 +375,9 @@ class LogRelay:
 
     # -- last words ----------------------------------------------------------
 
-    def ask(self, number: int, done: Callable[[bytes], None]) -> None:
+    def request_last_words(self, number: int, done: Callable[[bytes], None]) -> None:
         """Request a worker's last output; calls back once, with b"" if it comes too late."""
-        self._asked.setdefault(number, []).append(done)
+        self._word_requests.setdefault(number, []).append(done)
         self._loop.call_after(
             (_WORDS, number), _WORDS_S, lambda: self._finish_without_words(number)
         )
@@ -420,18 +422,18 @@ class LogRelay:
         self._loop.call_after("relay-line", _ROOM_S, self._send_unsent)
 
     def _on_words(self, number: int, said: bytes) -> None:
-        asked = self._asked.get(number)
-        if asked is None:
+        requests = self._word_requests.get(number)
+        if requests is None:
             return  # the answer came too late
-        done = asked.pop(0)
-        if not asked:
-            del self._asked[number]
+        done = requests.pop(0)
+        if not requests:
+            del self._word_requests[number]
             self._loop.cancel((_WORDS, number))
         done(said)
 
     def _finish_without_words(self, number: int) -> None:
         """Call back all callers that wait for a worker's last words, with none."""
-        while number in self._asked:
+        while number in self._word_requests:
             self._on_words(number, b"")
 
     # -- the end -------------------------------------------------------------

@@ -1,8 +1,8 @@
 """--settle-check: probes the new generation during --settle, while the old one is kept.
 
-The asker process sends HTTP probes, as it does before a generation serves (asking.py).  A check
-command gets the counts of both generations, and decides by its own criteria: it can query the
-probe address, or the operator's metrics.
+An HTTP probe is sent by the prober process, as in ready_probe.py.  A check command gets the counts
+of both generations, and decides by its own criteria: it can query the probe address, or the
+operator's metrics.
 
 --settle does not end before a good answer, so a slow bad answer never comes too late.
 
@@ -16,9 +16,9 @@ import time
 from collections.abc import Callable, Mapping
 
 from ..core.events import SettleFailed
-from ..model import question
+from ..model import probe_spec
 from ..model.lazy_dataclass import replace
-from ..model.question import Question
+from ..model.probe_spec import ProbeSpec
 from ..system.check_command import LIMIT_S
 from . import verdicts
 from .check_probe import CheckProbes
@@ -48,7 +48,7 @@ class SettleCheck:
         self._probes, self._counts = probes, counts
         self._probe = Probe(runtime.loop, reach, addresses=probes, reads=self._input_of)
         self._generation: OpenGeneration | None = None
-        self._asked = Question("")
+        self._spec = ProbeSpec("")
         self._began = self._sent_at = 0.0
         self._settling = Settling()
 
@@ -56,7 +56,7 @@ class SettleCheck:
         """Probe a generation until stop()."""
         self.stop()
         self._generation = generation
-        self._asked = question.read_settle_check(generation.program.settle_check)
+        self._spec = probe_spec.read_settle_check(generation.program.settle_check)
         self._settling = Settling()
         self.resume()
 
@@ -98,13 +98,13 @@ class SettleCheck:
 
     @property
     def _is_command(self) -> bool:
-        return self._asked.kind == question.CHECK
+        return self._spec.kind == probe_spec.CHECK
 
     def _send_probe(self) -> None:
         assert self._generation is not None
         self._sent_at = time.monotonic()
         limit_s = LIMIT_S if self._is_command else _ANSWERED_S
-        self._probe.ask(self._generation, self._asked, limit_s, self._on_verdict)
+        self._probe.send(self._generation, self._spec, limit_s, self._on_verdict)
 
     def _on_verdict(self, verdict: Verdict) -> None:
         generation, now = self._generation, time.monotonic()

@@ -270,10 +270,10 @@ class Supervisor:
             case signal.SIGUSR2:
                 self.begin_upgrade()
 
-    def scale(self, asked: ScaleRequested) -> str | None:
+    def scale(self, request: ScaleRequested) -> str | None:
         """Change the number of workers; return why that is impossible, or None."""
         settings, now = self.effects.live_settings.settings, self.fleet.workers_wanted
-        wanted = now + asked.change if asked.to is None else asked.to
+        wanted = now + request.change if request.to is None else request.to
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         cannot = settings.mode.cannot.get("scale")
         if cannot is None and wanted > now:
@@ -282,7 +282,7 @@ class Supervisor:
             if cannot is None and doubtful is not None:
                 self.runtime.log.write("warning", "notice", text=doubtful)
         if cannot is None:
-            self.runtime.post(asked)
+            self.runtime.post(request)
         return cannot
 
     def _scale_by(self, change: int) -> None:

@@ -1,7 +1,7 @@
 """The verdicts of a probe, and what follows from them in each phase of a generation.
 
-Pure: no socket, no clock.  probe.py sends probes; asking.py, settle_check.py and health.py carry
-out what is decided here.
+Pure: no socket, no clock.  probe.py sends the probes; ready_probe.py, settle_check.py and health.py
+act on the verdicts.
 """
 
 from __future__ import annotations

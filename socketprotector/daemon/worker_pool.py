@@ -15,7 +15,7 @@ from functools import cached_property
 
 from ..core.actions import WorkerSignal
 from ..core.events import Answered, WorkerExited, WorkerReady
-from ..model import known_servers, question
+from ..model import known_servers, probe_spec
 from ..model.errors import what_failed
 from ..model.history import History
 from ..model.lazy_dataclass import replace
@@ -340,7 +340,8 @@ class WorkerPool:
             ),
             lambda: self._keep_descriptors(worker),
             known=worker.has_served,
-            asked=program.ready in question.ASKED and not worker.generation.record.serving_since,
+            probed=program.ready in probe_spec.PROBED
+            and not worker.generation.record.serving_since,
         )
         self._workers[number] = worker
         self._records[number] = worker.record
@@ -393,7 +394,7 @@ class WorkerPool:
         if all(self._note_ready(number, worker, by) for number, worker in workers):
             self._post(Answered(generation))
 
-    def not_asked(self, generation: int) -> None:
+    def not_probed(self, generation: int) -> None:
         """Let a timer make a generation's workers ready, because it cannot be probed."""
         for worker in self._workers.values():
             if worker.record.generation == generation and not worker.has_served:

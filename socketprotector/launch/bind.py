@@ -128,7 +128,7 @@ def pair(
     has this flag.  A passed socket keeps its own flag.
     """
     found = {}
-    asked = {each.text: each for each in listens}
+    by_text = {each.text: each for each in listens}
     for place, each in enumerate(bound):
         foreign = each.settings.foreign
         try:
@@ -140,7 +140,7 @@ def pair(
                 continue
             if each.settings.inode and not foreign:
                 path = each.settings.address.removeprefix("unix:")
-                if why := alone(asked[each.settings.text], path):
+                if why := alone(by_text[each.settings.text], path):
                     notice(_alone(each, why))
                     continue
                 socket_file.keep_file(path, each.socket)

@@ -68,18 +68,18 @@ COMMAND = HelpCommand(
 )
 
 
-def _launch(asked: ParsedOptions) -> int:
+def _launch(parsed: ParsedOptions) -> int:
     """Bind and start the resident process; with --check, only report whether that would work."""
-    settings, check, listens = asked.settings, asked.check, asked.listens
+    settings, check, listens = parsed.settings, parsed.check, parsed.listens
     if not os.path.isfile(__file__):  # Python cannot run guard.py from inside a wheel
         raise SystemRefused("running from a zip or wheel is not supported; pip install it")
     kernel_calls.check()
-    if asked.control != "":
-        path = asked.control or default_path(settings.name)
+    if parsed.control != "":
+        path = parsed.control or default_path(settings.name)
         settings = replace(settings, control=ListenerSettings(f"unix:{path}"))
-    files = _files_of(asked)
-    if asked.control:
-        preflight.check_control(asked.control, files)
+    files = _files_of(parsed)
+    if parsed.control:
+        preflight.check_control(parsed.control, files)
     control = settings.control.address.removeprefix("unix:") if settings.control else None
     files["--control"] = control
     holder = preflight.check_pid_file(settings.pid_file, files, check=check)
@@ -95,11 +95,11 @@ def _launch(asked: ParsedOptions) -> int:
             "to see what a reload would change, run socketprotectorctl diff"
         )
     if not check:
-        left = stored_listeners.take(listens, passed, given.left, asked.backlog, notices.append)
+        left = stored_listeners.take(listens, passed, given.left, parsed.backlog, notices.append)
     alone = partial(why_alone, identity=settings.identity)
     bound = bind_all(
         listens,
-        asked.backlog,
+        parsed.backlog,
         notice=notices.append,
         passed=passed,
         left=left,
@@ -112,7 +112,7 @@ def _launch(asked: ParsedOptions) -> int:
         settings = replace(settings, listeners=tuple(each.settings for each in bound))
         preflight.check_descriptor_names(settings)
         notices += preflight.syslog_notices(settings)
-        warnings = [*preflight.notices(settings, listens, asked.backlog)]
+        warnings = [*preflight.notices(settings, listens, parsed.backlog)]
         notices += [*warnings, *server_hints.drain_limits(settings)]
         if check:
             notify_dir.make(settings, notices.append, dry=True)
@@ -136,7 +136,7 @@ def _launch(asked: ParsedOptions) -> int:
         notices += hints if here or not terminal else []
         warnings += hints
         if check:
-            valid = f"{asked.config} is valid; " if asked.config else ""
+            valid = f"{parsed.config} is valid; " if parsed.config else ""
             texts = " ".join(listen.text for listen in listens)
             what = f"{valid}would start {' '.join(settings.command)} on {texts}"
             print(f"SocketProtector: {escape(what)}")
@@ -149,17 +149,17 @@ def _launch(asked: ParsedOptions) -> int:
         return launch(settings, named)
 
 
-def _files_of(asked: ParsedOptions) -> dict[str, str | None]:
+def _files_of(parsed: ParsedOptions) -> dict[str, str | None]:
     """Return the files that the pid file must not replace, by the option that names each."""
     return {
-        "--config": asked.config,
-        "--env-file": asked.settings.env_file,
-        "--log-file": asked.settings.log_file,
-        **{each.text: each.path for each in asked.listens},
+        "--config": parsed.config,
+        "--env-file": parsed.settings.env_file,
+        "--log-file": parsed.settings.log_file,
+        **{each.text: each.path for each in parsed.listens},
     }
 
 
-def ask(arguments: Sequence[str], running: Settings | None = None) -> ParsedOptions | None:
+def parse(arguments: Sequence[str], running: Settings | None = None) -> ParsedOptions | None:
     """Read a command line and the file that it names; return the parsed options.
 
     running: the settings of the protector that reads this command line again.  Returns None if the
@@ -184,8 +184,8 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: clean up and exit
     try:
         try:
-            asked = ask(arguments)
-            return _launch(asked) if asked is not None else 0
+            parsed = parse(arguments)
+            return _launch(parsed) if parsed is not None else 0
         except Refusal as error:
             # Escape it to one line; a Mistaken has an escaped line for each mistake.
             tell(str(error) if isinstance(error, Mistaken) else escape(str(error)))

@@ -1,11 +1,12 @@
 """The directory of the workers' notify sockets, which keeps other users out.
 
-Any local user could read an abstract name in /proc/net/unix, send to it, and fill its queue.  In a
-user namespace that shares the host's network, a sender's user cannot be verified either.  Names
-in this folder can neither be listed (mode 0711) nor guessed, and are not in /proc/net/unix
-(system/sd_notify.py).  So a process that can connect is a worker, or has the name from a worker.
+Any local user could find an abstract name in /proc/net/unix, send messages to it, and fill its
+queue.  In a user namespace that shares the host's network, the user of a sender cannot be verified
+either.  A name in this folder can be neither listed (mode 0711) nor guessed, and is not in
+/proc/net/unix (system/sd_notify.py).  So a process that can connect is a worker, or got the name
+from a worker.
 
-The folder is locked as long as a process holds its descriptor: the protector, its guard, or
+The folder is locked as long as a process holds its descriptor: the protector, the guard, or
 systemd for the next protector.  A killed protector leaves an unlocked folder, which the next start
 removes.
 
@@ -28,7 +29,7 @@ from ..system.sd_notify import remove_folder
 from .user_access import downwards, refuse_unwritable
 
 PREFIX = ".notify-"
-#: The last place to try for the folder.
+#: The place for the folder if no other is suitable.
 _ANYBODYS = "/tmp"
 _KEY_BYTES = 4
 #: Of a UNIX socket's path, without the NUL: unix(7).
@@ -46,7 +47,7 @@ class NotifyFolder:
     fd: int
 
     def discard(self) -> None:
-        """Close and remove it."""
+        """Close and remove the folder."""
         os.close(self.fd)
         remove_folder(self.path)
 
@@ -56,7 +57,7 @@ def make(
 ) -> NotifyFolder | None:
     """Make a locked folder for the protector's user; the caller owns it.  dry: only check.
 
-    It also removes folders of killed protectors of that user.  Returns None if no folder can be
+    Also removes the folders of that user's killed protectors.  Returns None if no folder can be
     made; then `notice` gets the reason.
     """
     refused = []
@@ -81,7 +82,7 @@ def make(
 
 
 def _check_writable(place: str, settings: Settings) -> None:
-    """Raise OSError where none could be made; what is usual may be made first."""
+    """Raise OSError if no folder could be made; the usual places may be made first."""
     while place in _usual() and not os.path.lexists(place):
         place = os.path.dirname(place)
     _check(place, settings)
@@ -93,10 +94,26 @@ def _usual() -> list[str]:
 
 
 def _places(settings: Settings) -> list[str]:
-    """Return the places for the folder, the best one first: beside the control socket."""
+    """Return the places for the folder, the best one first.
+
+    The first choice is beside the control socket, but only where the protector's user can remove
+    the folder at the end.
+    """
     control = settings.control
     beside = [os.path.dirname(control.address.removeprefix("unix:"))] if control else []
-    return list(dict.fromkeys([*beside, *_usual(), _ANYBODYS]))
+    places = list(dict.fromkeys([*beside, *_usual(), _ANYBODYS]))
+    return sorted(places, key=lambda place: not _can_remove_from(place, settings))
+
+
+def _can_remove_from(place: str, settings: Settings) -> bool:
+    """Return whether the protector's user can remove its own folder from this place."""
+    if settings.identity is None or settings.identity.uid == 0:
+        return True
+    try:
+        found = os.stat(place)
+    except OSError:
+        return False  # root makes this place, so it will be root's
+    return found.st_uid == settings.identity.uid or bool(found.st_mode & stat.S_ISVTX)
 
 
 def _owners(settings: Settings) -> set[int]:
@@ -114,7 +131,7 @@ def _check_room(place: str) -> None:
 
 
 def _check(folder: str, settings: Settings) -> None:
-    """Raise OSError where workers or strangers have the wrong rights."""
+    """Raise OSError if other users could remove the folder, or workers could not enter it."""
     found = os.stat(folder)
     if not stat.S_ISDIR(found.st_mode):
         _refuse(errno.ENOTDIR)
@@ -123,7 +140,7 @@ def _check(folder: str, settings: Settings) -> None:
     ):
         _refuse(errno.EPERM, "others could remove it")
     if os.geteuid() == 0:
-        # Workers may become whom they like before they say that they are ready.
+        # A worker may change its user before it sends READY=1.
         for each in reversed([*downwards(os.path.realpath(folder))]):
             if not os.stat(each).st_mode & stat.S_IXOTH:
                 _refuse(errno.EACCES, f"{each} is closed to other users")
@@ -157,14 +174,14 @@ def _made(place: str, settings: Settings) -> NotifyFolder:
             os.mkdir(path, 0o700)
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Until it was locked, another start may have removed it as stale.
+            # Before we locked the folder, another start may have removed it as stale.
             if os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd)):
                 os.fchmod(fd, 0o711)
                 if settings.identity is not None:
                     os.fchown(fd, settings.identity.uid, settings.identity.gid)
                 return NotifyFolder(path, fd)
         except (FileExistsError, FileNotFoundError, BlockingIOError):
-            pass  # it did; or the name is taken
+            pass  # another start has removed it, or the name is taken
         except OSError:
             if fd >= 0:
                 os.close(fd)

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import click
 
-from ..model import question
+from ..model import probe_spec
 from ..model.duration import Duration, Value
 from ..model.errors import UsageError
 from ..model.handoff_modes import ALIVE_S
@@ -49,8 +49,8 @@ def _ready(text: str) -> Ready:
         return Ready(kind, fd=fd)
     if kind == "check" and rest.strip():
         return Ready(kind, check=rest)
-    if kind in question.KINDS:
-        return Ready(question.read(text).kind, ALIVE_S, question=text)
+    if kind in probe_spec.KINDS:
+        return Ready(probe_spec.read(text).kind, ALIVE_S, question=text)
     raise ValueError(
         f"{text!r}: write notify, ack, fd:N (3 to 1023), accept, http:/path, check:COMMAND or "
         "after:1s"
@@ -58,14 +58,14 @@ def _ready(text: str) -> Ready:
 
 
 def _health(text: str) -> str:
-    question.read_health(text)
+    probe_spec.read_health(text)
     return text
 
 
 def _settle_check(text: str) -> str:
     """As it was written, but for a bare command, which becomes `check:COMMAND`."""
-    asked = question.read_settle_check(text)
-    return f"{question.CHECK}:{asked.path}" if asked.kind == question.CHECK else text
+    check = probe_spec.read_settle_check(text)
+    return f"{probe_spec.CHECK}:{check.path}" if check.kind == probe_spec.CHECK else text
 
 
 def _signal(text: str) -> int:
@@ -148,7 +148,7 @@ def limit(name: str, text: str) -> int:
 
     Raises UsageError if the name is unknown, or the value is no number or not allowed.
     """
-    asked = f"--limit {name}={shortened(text)}"
+    said = f"--limit {name}={shortened(text)}"
     if name not in (*RLIMITS, "nice"):
         raise UsageError(f"--limit {name}: unknown; allowed: nofile, core, nice")
     low, high = (-20, 19) if name == "nice" else (0, 2**63 - 1)
@@ -156,17 +156,17 @@ def limit(name: str, text: str) -> int:
     try:
         value = resource.RLIM_INFINITY if unlimited else int(text)
     except ValueError:
-        raise UsageError(f"{asked}: not a whole number; write e.g. 1024") from None
+        raise UsageError(f"{said}: not a whole number; write e.g. 1024") from None
     if not (unlimited or low <= value <= high):
-        raise UsageError(f"{asked}: must be from {low} to {high}")
+        raise UsageError(f"{said}: must be from {low} to {high}")
     if name == "nice":
         floor = 20 - resource.getrlimit(resource.RLIMIT_NICE)[0]
         if value < min(floor, 0) and os.geteuid() != 0:
-            raise UsageError(f"{asked}: below 0 needs root, or RLIMIT_NICE raised")
+            raise UsageError(f"{said}: below 0 needs root, or RLIMIT_NICE raised")
         return value
     _, hard = resource.getrlimit(RLIMITS[name])
     if hard != resource.RLIM_INFINITY and (unlimited or value > hard):
-        raise UsageError(f"{asked}: the hard limit is {hard}; raise that")
+        raise UsageError(f"{said}: the hard limit is {hard}; raise that")
     return value
 
 

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
-from ..model import fd_budget, handoff_modes, listen_fds, question
+from ..model import fd_budget, handoff_modes, listen_fds, probe_spec
 from ..model.errors import AlreadyRunning, SystemRefused, UsageError
 from ..model.settings import Settings
 from ..system import env_file, executable, state_file
@@ -94,10 +94,10 @@ def check_command(settings: Settings) -> None:
         _shell_runs(f"--ready check:{settings.ready_check}")
 
 
-def _shell_runs(asked: str) -> None:
+def _shell_runs(probe: str) -> None:
     """Refuse a command that only a shell could run where there is none."""
     if not os.access("/bin/sh", os.X_OK):
-        raise UsageError(f"{asked}: there is no /bin/sh to run it")
+        raise UsageError(f"{probe}: there is no /bin/sh to run it")
 
 
 def _reachable(settings: Settings, path: str) -> None:
@@ -112,9 +112,9 @@ def _reachable(settings: Settings, path: str) -> None:
     protector = {**folder, **typed, path: os.X_OK, **(python if settings.guarded else {})}
     worker = {**folder, **user_access.executed(path), **(python if adapted else {})}
     other = settings.worker_identity
-    asked = [("--user", settings.identity, protector if other else {**protector, **worker})]
-    asked += [("--worker-user", other, worker)] if other else []
-    for option, identity, needed in asked:
+    probe = [("--user", settings.identity, protector if other else {**protector, **worker})]
+    probe += [("--worker-user", other, worker)] if other else []
+    for option, identity, needed in probe:
         closed = user_access.as_user(identity, partial(user_access.closed, needed))
         if closed:
             raise SystemRefused(
@@ -148,9 +148,9 @@ def check_mode(settings: Settings, given: Collection[str], listens: Sequence[Lis
 def check_question(settings: Settings, listens: Sequence[Listen]) -> None:
     """Refuse a probe that no listener supports."""
     if settings.health:
-        asked = question.read_health(settings.health)
-        _asked_of(f"--health {settings.health}", asked.listener, listens)
-        if asked.kind == question.CHECK:
+        probe = probe_spec.read_health(settings.health)
+        _probed_by(f"--health {settings.health}", probe.listener, listens)
+        if probe.kind == probe_spec.CHECK:
             _shell_runs(f"--health {settings.health}")
     if settings.policy.answer_decides:
         _reaches_one(settings, *_ready(settings), listens)
@@ -158,30 +158,30 @@ def check_question(settings: Settings, listens: Sequence[Listen]) -> None:
 
 def _ready(settings: Settings) -> tuple[str, str]:
     """Return the probe of --ready as it was written, and the name of its listener."""
-    asked = settings.ready_question
-    return f"--ready {asked}", question.read(asked).listener
+    probe = settings.ready_question
+    return f"--ready {probe}", probe_spec.read(probe).listener
 
 
 def _settle_check(settings: Settings) -> tuple[str, str] | None:
     """Return the same for --settle-check; None if that is a command or not given."""
     text = settings.policy.settle_check
-    asked = question.read_settle_check(text) if text else None
-    return (f"--settle-check {text}", asked.listener) if asked and asked.by_http else None
+    probe = probe_spec.read_settle_check(text) if text else None
+    return (f"--settle-check {text}", probe.listener) if probe and probe.by_http else None
 
 
-def _reaches_one(settings: Settings, asked: str, name: str, listens: Sequence[Listen]) -> None:
+def _reaches_one(settings: Settings, probe: str, name: str, listens: Sequence[Listen]) -> None:
     """Refuse a probe of a listener that has one socket for both generations."""
-    mine = _asked_of(asked, name, listens)
+    mine = _probed_by(probe, name, listens)
     if settings.mode.workers_accept and not any(map(_can_have_two_sockets, mine)):
-        raise UsageError(question.refusal(asked, " ".join(each.text for each in mine)))
+        raise UsageError(probe_spec.refusal(probe, " ".join(each.text for each in mine)))
 
 
-def _asked_of(asked: str, name: str, listens: Sequence[Listen]) -> list[Listen]:
+def _probed_by(probe: str, name: str, listens: Sequence[Listen]) -> list[Listen]:
     """Return the listeners with this name.  Raises UsageError if there is none."""
     mine = [each for each in listens if name in ("", each.name)]
     if not mine:
         names = ", ".join(each.name for each in listens)
-        raise UsageError(f"{asked}: no listener is called {name}; there is: {names}")
+        raise UsageError(f"{probe}: no listener is called {name}; there is: {names}")
     return mine
 
 
@@ -198,8 +198,8 @@ def check_settle_check(settings: Settings, listens: Sequence[Listen]) -> None:
         return
     if not policy.settle_s:
         raise UsageError("--settle-check needs --settle TIME")
-    if asked := _settle_check(settings):
-        _reaches_one(settings, *asked, listens)
+    if probe := _settle_check(settings):
+        _reaches_one(settings, *probe, listens)
     else:
         _shell_runs("--settle-check check")
 
@@ -212,11 +212,11 @@ def check_siblings(settings: Settings, siblings: Collection[int]) -> None:
     if not settings.mode.workers_accept:
         return
     ready = _ready(settings) if settings.policy.answer_decides else None
-    for asked, name in filter(None, (ready, _settle_check(settings))):
+    for probe, name in filter(None, (ready, _settle_check(settings))):
         mine = {n: e for n, e in enumerate(settings.listeners) if name in ("", e.name)}
         if not mine.keys() & siblings:
             where = " ".join(each.text for each in mine.values())
-            raise UsageError(question.refusal(asked, where))
+            raise UsageError(probe_spec.refusal(probe, where))
 
 
 def _can_have_two_sockets(listen: Listen) -> bool:
@@ -356,14 +356,14 @@ def _syslog_listens() -> bool:
 
 def notices(settings: Settings, listens: Sequence[Listen], backlog: int) -> Iterator[str]:
     """Yield warnings about what will work less well than the operator may expect."""
-    asked = max(listen.backlog(backlog) for listen in listens)
+    probe = max(listen.backlog(backlog) for listen in listens)
     try:
         with open(_SOMAXCONN, encoding="ascii") as file:
             most = int(file.read())
     except (OSError, ValueError):
-        most = asked
-    if asked > most:
-        yield f"backlog {asked} is cut to {most}: raise the sysctl net.core.somaxconn"
+        most = probe
+    if probe > most:
+        yield f"backlog {probe} is cut to {most}: raise the sysctl net.core.somaxconn"
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if doubtful := fd_budget.doubtful(settings, settings.processes, hard):
         yield doubtful

@@ -40,7 +40,7 @@ from .bind import (
     reserve,
 )
 from .bind_unix import why_alone
-from .cli import ask
+from .cli import parse
 from .listen_spec import Listen
 from .resolve import ParsedOptions
 from .settings_diff import RESTART, changes, forbidden
@@ -65,9 +65,9 @@ def main() -> int:
     dry = inherited.READER_DRY in descriptors
     line = socket.socket(fileno=descriptors[inherited.READER_DRY if dry else inherited.READER])
     try:
-        asked = ask(running.origin.words, running)
-        if asked is not None:
-            _answer(line, running, asked, dry=dry)
+        parsed = parse(running.origin.words, running)
+        if parsed is not None:
+            _answer(line, running, parsed, dry=dry)
     except Refusal as error:
         # Escape it to one line; a Mistaken has an escaped line for each mistake.
         reason = str(error) if isinstance(error, Mistaken) else escape(str(error))
@@ -75,14 +75,14 @@ def main() -> int:
     return 0
 
 
-def _answer(line: socket.socket, running: Settings, asked: ParsedOptions, *, dry: bool) -> None:
+def _answer(line: socket.socket, running: Settings, parsed: ParsedOptions, *, dry: bool) -> None:
     notices: list[str] = []
-    new = replace(asked.settings, **{name: getattr(running, name) for name in _STAYS})
-    stays = [*forbidden(running, new), *_control(running, asked)]
+    new = replace(parsed.settings, **{name: getattr(running, name) for name in _STAYS})
+    stays = [*forbidden(running, new), *_control(running, parsed)]
     refused = [escape(f"{each}; {RESTART}") for each in stays]
     cannot = [f"cannot change at a reload: {each}" for each in refused]
     try:
-        listeners, bound = _listeners(running.listeners, asked, notices.append, dry=dry)
+        listeners, bound = _listeners(running.listeners, parsed, notices.append, dry=dry)
     except Refusal as error:
         raise Mistaken("\n".join([*cannot, str(error)])) from error
     added = len(running.listeners)
@@ -96,15 +96,15 @@ def _answer(line: socket.socket, running: Settings, asked: ParsedOptions, *, dry
         if cannot:
             raise Mistaken("\n".join(cannot))
         warnings = [
-            *preflight.notices(new, asked.listens, asked.backlog),
-            *server_hints.of(new, asked.listens, typed=False),
+            *preflight.notices(new, parsed.listens, parsed.backlog),
+            *server_hints.of(new, parsed.listens, typed=False),
         ]
         notices += server_hints.drain_limits(new)
         notices = list(dict.fromkeys((*running.notices, *notices)))
         for index, each in enumerate(bound, added):
             _send(line, f"listener {index}", each.socket.fileno())
         if new.policy.workers_accept:
-            siblings = pair(bound, asked.listens, notices.append, _ALONE)
+            siblings = pair(bound, parsed.listens, notices.append, _ALONE)
             reserved = reserve(bound)
             bound += (*siblings.values(), *reserved.values())
             for kind, found in (("twin", siblings), ("reserved", reserved)):
@@ -120,17 +120,17 @@ def _changes(running: Settings, new: Settings) -> list[str]:
     return [escape(each) for each in changes(running, new)]
 
 
-def _control(running: Settings, asked: ParsedOptions) -> Iterator[str]:
+def _control(running: Settings, parsed: ParsedOptions) -> Iterator[str]:
     """Yield the change if the control socket would move."""
-    if running.control is not None and asked.control is not None:
+    if running.control is not None and parsed.control is not None:
         was = running.control.address.removeprefix("unix:")
-        if asked.control != was:
-            yield f"control: {was} -> {asked.control or 'none'}"
+        if parsed.control != was:
+            yield f"control: {was} -> {parsed.control or 'none'}"
 
 
 def _listeners(
     there: Sequence[ListenerSettings],
-    asked: ParsedOptions,
+    parsed: ParsedOptions,
     notice: Callable[[str], None],
     *,
     dry: bool,
@@ -143,7 +143,7 @@ def _listeners(
     bound: list[Bound] = []
     refused: list[Refusal] = []
     earlier: dict[str, Listen] = {}
-    for listen in asked.listens:
+    for listen in parsed.listens:
         try:
             mine = _there(there, listen, notice)
             have = {each.address for each in mine.values()}
@@ -158,11 +158,11 @@ def _listeners(
                 raise UsageError(f"{listen.text}: sockets are passed at a start only; {RESTART}")
             added = bind_all(
                 [listen],
-                asked.backlog,
+                parsed.backlog,
                 notice=notice,
                 have=have,
                 earlier=earlier,
-                alone=_ALONE if asked.settings.mode.workers_accept else None,
+                alone=_ALONE if parsed.settings.mode.workers_accept else None,
                 dry=dry,
             )
             earlier |= {place(each.settings.address): listen for each in added}

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from operator import attrgetter
 
-from ..model import question
+from ..model import probe_spec
 from ..model.settings import Identity, ListenerSettings, Settings
 from ..model.text import in_units
 from .options import OPTIONS, STAYS
@@ -52,11 +52,11 @@ def _ready(settings: Settings) -> str:
 
 def _question(key: str, old: str, new: str) -> Iterator[str]:
     """Yield the change of a check, without its command."""
-    check = f"{question.CHECK}:"
+    check = f"{probe_spec.CHECK}:"
     if old != new and old.startswith(check) and new.startswith(check):
         yield f"{key}: another check"
     else:
-        was, will = (question.CHECK if e.startswith(check) else e or "none" for e in (old, new))
+        was, will = (probe_spec.CHECK if e.startswith(check) else e or "none" for e in (old, new))
         yield from _differs(key, was, will)
 
 

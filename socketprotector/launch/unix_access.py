@@ -48,9 +48,9 @@ def notices(listens: Sequence[Listen], listeners: Iterable[ListenerSettings]) ->
 
     listeners: bound ones, or with inode 0 ones that --check would bind.
     """
-    asked = {each.text: each for each in listens}
+    by_text = {each.text: each for each in listens}
     for each in listeners:
-        listen, path = asked.get(each.text), each.address.removeprefix("unix:")
+        listen, path = by_text.get(each.text), each.address.removeprefix("unix:")
         if listen is None or each.foreign or each.removed or not path.startswith("/"):
             continue
         with suppress(OSError):
@@ -70,13 +70,13 @@ def _notice(listen: Listen, path: str, *, is_bound: bool) -> str:
         return ""
     if mode & stat.S_IWOTH:
         return _closed(folder, _Clients())
-    asked = listen.options
+    options = listen.options
     inherited = bool(os.stat(folder).st_mode & stat.S_ISGID)
-    if mode & stat.S_IWGRP and ("group" in asked or inherited or ("mode" in asked and gid)):
+    if mode & stat.S_IWGRP and ("group" in options or inherited or ("mode" in options and gid)):
         return _closed(folder, _Clients(gids=(gid,), text=f"group {_group(gid)}"))
-    if "mode" in asked and not mode & 0o077:
+    if "mode" in options and not mode & 0o077:
         return ""
-    if "user" in asked and not {"mode", "group"} & asked.keys():
+    if "user" in options and not {"mode", "group"} & options.keys():
         return _closed(folder, _Clients(uid, _groups_of(uid), f"user {_user(uid)}"))
     return _only(listen, uid, gid, mode)
 

@@ -1,7 +1,7 @@
 """Back-off: a single crash costs no time, and a program that always crashes costs little CPU.
 
-After the first quick deaths the next try begins at once, after later ones following a growing wait.
-This holds for the workers of a slot, for generations, and for a guarded protector.
+After the first quick deaths the next try begins at once.  After later quick deaths it begins after
+a growing wait.  This holds for the workers of a slot, generations, and a guarded protector.
 """
 
 from __future__ import annotations

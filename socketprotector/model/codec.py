@@ -65,8 +65,8 @@ def need_format(written: int) -> None:
         raise NewerError(f"format {written}, this one reads up to {FORMAT}")
     if written < FORMAT:
         raise DecodeError(
-            f"written by an older program (format {written}, this one reads only {FORMAT}); "
-            "stop that program, then start this one"
+            f"written by an older version (format {written}, this one reads only {FORMAT}); "
+            "stop that version, then start this one"
         )
 
 
@@ -74,7 +74,7 @@ def refusal(what: str, error: DecodeError) -> str:
     """Return why something cannot be read.  what: its name, such as `the state`."""
     why = str(error)
     if isinstance(error, NewerError):
-        why = f"written by a newer program ({why}); start that one, or stop and start afresh"
+        why = f"written by a newer version ({why}); start that version, or stop and start afresh"
     return f"{what} cannot be read: {why}"
 
 
@@ -95,8 +95,8 @@ class Codec:
         renamed: `Class` or `Class.field` of an older program -> the name today.
         strict: classes whose unknown fields are refused, not dropped.
         added: `Class.field` that older programs lack, and that is left out while at its default.
-        said: `Class.field` on which no program acts.  It is written apart, so that an older program
-        skips it, whatever its value.
+        said: `Class.field` for people, on which no program acts.  Such fields are written apart, so
+        that an older program skips them.
         """
         self._classes: Mapping[str, type] = {each.__name__: each for each in classes}
         self._fields: dict[type, tuple[str, ...]] = {
@@ -203,8 +203,8 @@ class Codec:
         last = _common_prefix(old[first:][::-1], new[first:][::-1])
         before, after = old[first : len(old) - last], new[first : len(new) - last]
         if len(before) == len(after) and after and after[0] in before:
-            # The oldest items make room for new ones.  Without this case, each remaining item
-            # would be written as a change of the item in its old place.
+            # The oldest items were dropped for new ones.  Without this case, each remaining item
+            # would be written as a change, because its index is a new one.
             gone = before.index(after[0])
             found.append(f'{{"p":[""{path}],"at":{first},"n":{gone},"v":[]}}')
             self._compare_tuples(path, old[:first] + old[first + gone :], new, found)

@@ -20,11 +20,11 @@ class UsageError(Refusal):
 
 
 class Mistaken(UsageError):
-    """Several mistakes, such as of a file: one line for each, safe to show."""
+    """Several mistakes, such as those in a file: one line for each, safe to show."""
 
 
 class SystemRefused(Refusal):
-    """A system call failed; the message has the system's own words."""
+    """A system call failed; the message has the system's error text."""
 
     status = 111
 
@@ -54,7 +54,7 @@ _FREE_MEMORY = "raise the limit (ulimit -v, LimitAS= of a unit), or free some"
 
 
 def lack_of_memory(error: MemoryError | ImportError) -> str:
-    """Return the message for a program without memory to load it; empty for any other error."""
+    """Return the message if there is no memory to load a program; empty for any other error."""
     if isinstance(error, ImportError) and ".so" not in str(error):
         return ""
     return f"out of memory ({error}): {_FREE_MEMORY}".replace(" ()", "")

@@ -1,11 +1,12 @@
-"""The handoff modes: the capabilities of each, and the options and commands each refuses.
+"""The handoff modes: the capabilities of each, and the options and commands that each refuses.
 
 Pure.  Under `connection` the protector accepts, and workers take connections from their
 generation's queue (docs/protocol.md).  Under `stdio` and `legacy` an adapter of SocketProtector
-takes them for the command.  Under `listener` workers accept from sockets that the protector shares.
+takes the connections for the command.  Under `listener` workers accept from sockets that the
+protector shares.
 
-The command line, settings, state and JSON have a mode's name; no other module compares names.
-So a new mode is a new value here, with a new capability if the existing ones do not suffice.
+The command line, settings, state and JSON contain a mode's name, but no other module compares
+names.  So a new mode is a new value here, perhaps with a new capability.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ class HandoffMode:
     name: str
     workers_accept: bool = False  # otherwise the protector accepts, and connections are queued
     adapter: str = ""  # the module of programs/ that runs as the worker and starts the command
-    pooled: bool = False  # each connection is a process: --workers is the most at once
-    knows_ports_alone: bool = False  # no UNIX socket: a worker asks for a listener by its port
+    pooled: bool = False  # each connection gets a process: --workers limits how many run at once
+    knows_ports_alone: bool = False  # no UNIX sockets: a worker identifies a listener by its port
     workers: int = 1  # the default of --workers
     ready: str = "notify"  # the default of --ready
     ready_after_s: float | None = None
@@ -55,9 +56,9 @@ ALIVE_S = 1.0
 NEEDS_LISTENER = "it needs --handoff listener"
 _DRAIN_SIGNAL = {"drain-signal": NEEDS_LISTENER}
 _SHELL = {"shell": "it needs --handoff stdio"}
-_COUNTS = {"retire-after": "workers on the client library alone count their connections"}
-_READY = {"ready": "the adapter says when it is ready; leave --ready out"}
-_IDLE = {"lame-duck-idle": "the kernel does not tell when a client has come; leave it out"}
+_COUNTS = {"retire-after": "only workers on the client library count their connections"}
+_READY = {"ready": "the adapter reports when it is ready; leave --ready out"}
+_IDLE = {"lame-duck-idle": "the protector does not see when clients connect; leave it out"}
 
 CONNECTION = HandoffMode("connection", refuses={**_DRAIN_SIGNAL, **_SHELL})
 LISTENER = HandoffMode(
@@ -74,10 +75,10 @@ STDIO = HandoffMode(
     workers=4,
     refuses={**_COUNTS, **_DRAIN_SIGNAL, **_READY},
     cannot={
-        "scale": "under --handoff stdio --workers is how many programs run at once: "
+        "scale": "under --handoff stdio --workers limits how many programs run at once: "
         "change it and reload",
-        "dry-run": "under --handoff stdio the first client starts the release, which can be asked "
-        "nothing before that",
+        "dry-run": "under --handoff stdio the first client starts the release, so nothing can be "
+        "probed before",
     },
 )
 LEGACY = HandoffMode(

@@ -58,10 +58,10 @@ class History:
     dry_run: Reload | None = None  # the last dry run; its result becomes passed or failed
     earlier_dry_runs: tuple[Reload, ...] = ()
     #: Generations that became healthy, unhealthy or unknown; the reason is the last answer.
-    health: tuple[Reload, ...] = ()  # the class is Reload, because older programs know no other
+    health: tuple[Reload, ...] = ()  # of class Reload, because older versions know no other
 
     def with_crash(self, crash: Crash) -> History:
-        """Return the history with a crash added, but not of a dry run, whose verdict has it."""
+        """Return the history with a crash added; a dry run's crash is in its verdict instead."""
         if self.dry_run is not None and self.dry_run.generation == crash.generation:
             return self
         return replace(self, crashes=(*self.crashes, crash)[-CRASHES:], crashed=self.crashed + 1)
@@ -75,7 +75,7 @@ class History:
         return replace(self, crashes=tuple(crashes))
 
     def dry_run_began(self, generation: int, at: float) -> History:
-        """Return the history with a dry run that begins; the previous one becomes an older one."""
+        """Return the history with a new dry run; the previous one becomes an earlier one."""
         earlier = (*self.earlier_dry_runs, *([self.dry_run] if self.dry_run else []))
         begun = Reload(generation, began_at=at)
         return replace(self, dry_run=begun, earlier_dry_runs=_last(earlier, DRY_RUNS - 1))
@@ -131,7 +131,7 @@ def _entry(kind: str, each: Reload) -> dict[str, Any]:
 
 
 def _last(reloads: tuple[Reload, ...], most: int) -> tuple[Reload, ...]:
-    """Return the last `most` reloads; of all but the last RECENT only the reason's first line."""
+    """Return the last `most` reloads; only the last RECENT keep more than a reason's first line."""
     kept = reloads[-most:]
     older = (
         replace(each, reason=headline(each.reason)) if "\n" in each.reason else each

@@ -1,8 +1,7 @@
 """The options that well-known servers need, by the name of their command.
 
-Pure.  It changes no setting: --help and --check show it, and so do messages about a
-program that binds its own port and was started without these options.  docs/servers.md has the
-same options, with the reasons.
+Pure.  These options change no setting.  --help and --check show them, and so do messages about a
+server that was started without them and binds its own port.  docs/servers.md explains them.
 """
 
 from __future__ import annotations
@@ -26,18 +25,19 @@ class Server:
     options: str = ""  # options of SocketProtector
     adds: str = ""  # the server's options, behind its name
     rest: str = ""  # an example of the user's own words
-    #: The server's options that must go: they bind an address, or contradict `adds`.  drops have a
-    #: value, flags have none.  drops is None if commands cannot be rewritten for this server.
+    #: The server's options to remove, because they bind an address or contradict `adds`: with a
+    #: value (drops) or without (flags).  drops is None if commands of this server cannot be
+    #: rewritten.
     drops: tuple[str, ...] | None = None
     flags: tuple[str, ...] = ()
-    #: How long the server keeps open connections after the drain signal, and its option for that.
-    #: None: as long as they are open, unless the option sets a limit.
+    #: How long the server keeps connections open after the drain signal, and its option for that.
+    #: None: without a limit, unless the option sets one.
     limit_s: float | None = None
     limit_option: str = ""
 
     @property
     def drain_signal(self) -> str:
-        """Return the signal to use instead of TERM, which cuts connections off; "": use TERM."""
+        """The signal to use instead of TERM, which would close open connections; "": use TERM."""
         _, named, after = self.options.partition("--drain-signal ")
         return after.partition(" ")[0] if named else ""
 
@@ -106,7 +106,7 @@ KNOWN: Mapping[str, Server] = {
     ),
     "puma": Server(listen="127.0.0.1:9292", adds="-b tcp://127.0.0.1:9292", rest="config.ru"),
 }
-#: The words that name the socket to a server, in its command or as NAME=VALUE in its environment.
+#: Words in a server's command or environment (NAME=VALUE) that give it the socket.
 _SOCKET_OPTIONS: Mapping[str, re.Pattern[str]] = {
     "uvicorn": re.compile("--fd|UVICORN_FD="),
     "hypercorn": re.compile(".*fd://|-c|--config"),
@@ -123,13 +123,13 @@ _PRELOADS = re.compile("--preload|-c|--config|GUNICORN_CMD_ARGS=")
 OURS = "socketprotector"
 #: Servers that load an application, which may fail.
 _LOADS = ("gunicorn", "uvicorn", "hypercorn")
-WANTS = f"a program that binds its own port wants --handoff {LISTENER.name} ({_PAGE})"
-#: The same for a server that should accept from the passed socket.
+WANTS = f"a program that binds its own port needs --handoff {LISTENER.name} ({_PAGE})"
+#: The same advice for a server that should accept from the passed socket.
 TAKES = (
-    f"a server has to take over the socket that it is handed, by number or variable ({_PAGE}); one "
-    "that can only bind by itself wants a proxy in front (docs/comparison.md)"
+    f"the server must accept on the inherited socket, by number or variable ({_PAGE}); a server "
+    "that can only bind its own port needs a proxy in front (docs/comparison.md)"
 )
-STDIN = "does it serve on stdin and stdout, as under inetd? that is --handoff stdio (docs/modes.md)"
+STDIN = "does it serve on stdin and stdout, as under inetd? use --handoff stdio (docs/modes.md)"
 _PYTHON = re.compile(r"python[0-9.]*$")
 #: In hypercorn the first idle worker ends its other workers, with their requests in progress.
 _SEVERAL = re.compile(r"(?:--workers[= ]|-w ?)0*(?:[2-9]|1\d)")
@@ -172,7 +172,7 @@ def line(name: str) -> str:
 
 
 def to_add(name: str) -> str:
-    """Return the advice what to add to a command that starts a known server."""
+    """Return advice on what to add to a command that starts a known server."""
     server = KNOWN[name]
     listen = server.listen.strip("'")
     called = f", call its address {listen.partition('=')[0]}=..." if "=" in listen else ""
@@ -207,8 +207,8 @@ def lacks(
         return None
     if mode.needs_library:
         return (
-            f"{name} binds its own port, and takes no connection that is handed to it unless it "
-            "uses the client library (docs/frameworks.md)"
+            f"{name} binds its own port; it takes connections from SocketProtector only with the "
+            "client library (docs/frameworks.md)"
         )
     if not mode.workers_accept:
         return None
@@ -225,22 +225,22 @@ def lacks(
         )
     graceful = KNOWN[name].drain_signal
     if graceful and drain_signal != graceful:
-        return f"{drain_signal} cuts off the connections of {name} at a reload, {graceful} does not"
+        return f"at a reload {drain_signal} closes open connections of {name}; {graceful} does not"
     if name == "hypercorn" and any(map(_SEVERAL.match, _pairs(command))):
-        return "several workers of hypercorn's own cut off each other's requests at a reload"
+        return "at a reload several hypercorn workers cut off each other's requests"
     if settles or name not in _LOADS:
         return None
     if name == "gunicorn" and "preload_app" in files:
         return None  # the operator has set it, or knows of it
     if name == "gunicorn" and not any(map(_PRELOADS.match, words)):
         return (
-            "gunicorn says that it is ready before it has loaded the application, so a reload "
-            "takes one that cannot be loaded, too"
+            "gunicorn reports READY before it has loaded the application, so a reload also accepts "
+            "a broken application"
         )
     if after_s is not None:
         return (
-            f"{name} is thought ready after {in_units(after_s)}, by a timer, so a reload takes an "
-            "application that cannot be loaded, too, if it takes longer to fail"
+            f"{name} counts as ready after {in_units(after_s)}, so a reload also accepts a broken "
+            "application if it fails later than that"
         )
     return None
 
@@ -252,11 +252,11 @@ def drain_limit(
     drain_limit_s: float,
     files: str = "",
 ) -> str | None:
-    """Return a warning that a server's own limit cuts open connections before --drain-timeout.
+    """Return a warning that a server's own limit closes connections before --drain-timeout does.
 
-    None: it does not, or the operator has set that limit and no longer --drain-timeout.
+    None: it does not, or the operator has set that limit and --drain-timeout is not longer.
     drain_limit_s: the --drain-timeout; 0: no limit.
-    files: the contents of the server's configuration files; a limit in them is the operator's.
+    files: the contents of the server's configuration files, where the operator may set the limit.
     """
     name = known(command)
     if name is None:
@@ -325,31 +325,31 @@ def advice(
     if program.mode.workers_accept and (passes_over or _TAKEN.search(said)):
         example = f"{name} takes it over, started as in: {line(name)} ({_PAGE})" if name else ""
         address = listens()
-        where = f"it listens on {address} by itself" if address else ""
+        where = f"it listens on its own socket at {address}" if address else ""
         return "; ".join(filter(None, (where, TAKES, example)))
     if not program.mode.needs_library:
         return ""
     if name is not None:
-        start = f"start it as in: {line(name)} (--check has your own words; {_PAGE})"
+        start = f"start it as in: {line(name)} (--check shows your command; {_PAGE})"
         return f"{name} binds its own port; {start}"
     if _TAKEN.search(said):
-        return f"it binds an address by itself, which is taken; {WANTS}"
+        return f"it binds its own address, which is in use; {WANTS}"
     if unseen:
         return f"if its output says that its address is in use: {WANTS}"
     address = listens()
-    return f"it listens on {address} by itself; {WANTS}" if address else ""
+    return f"it listens on its own socket at {address}; {WANTS}" if address else ""
 
 
 def detached(program: Program) -> str:
-    """Return the advice about a worker that exited at once, and left a process of its own."""
-    advice = "does it detach itself? tell it to stay in the foreground"
+    """Return advice about a worker that exited at once and left a process behind."""
+    advice = "does it detach? make it stay in the foreground"
     return f"{advice}; {STDIN}" if program.mode.needs_library else advice
 
 
 def hint(program: Program, *, taken_from: bool, advice: Callable[[], str]) -> str | None:
-    """Return advice for clients that wait while workers take none; None without any.
+    """Return advice if clients wait and no worker takes them; None without any.
 
-    taken_from: whether workers have taken a connection; then the program uses the right port.
+    taken_from: whether workers have taken a connection before: then the server uses our socket.
     """
     if taken_from:
         return "workers are busy or stuck: check `status`; then `scale +1`, or set --watchdog"

@@ -1,20 +1,20 @@
 """Dataclasses that compile nothing when they are defined, and make no second class.
 
 `@dataclass` compiles the functions of each class in each process: six for an immutable class.  The
-resident process has more than a hundred classes, and accepts no client while a new program starts,
-at an upgrade or after a kill.  So the functions that compare, hash and show values exist once, for
-all classes.  `__init__` is compiled with the second object of a class, because most classes have
-one object or none.  The fields that `dataclasses` reads of a class are made at their first use,
-which loads that module: 0.14 MB.
+resident process has more than a hundred classes.  After an upgrade or a kill it accepts no client
+until it has loaded them.  So the functions that compare, hash and show values exist once, for all
+classes.  `__init__` is compiled for the second object of a class, because most classes have one
+object or none.  `__dataclass_fields__` is made at its first use, which loads `dataclasses`
+(0.14 MB).
 
-With `@dataclass(slots=True)` instead, a program that resumes needs 1.24 times the CPU: 313 ms
-against 261, on a busy machine with Python 3.11.  The medians of `python -m bench upgrade survive`
-become 1.46 and 1.15 times as long, by 228 and 220 ms.  RssAnon of an idle protector grows by
-0.8 MB.  These are medians of 25 pairs, alternating in one run.
+With `@dataclass(slots=True)` instead, a resident process that resumes needs 1.24 times the CPU:
+313 ms against 261, on a busy machine with Python 3.11.  `python -m bench upgrade survive` takes
+1.46 and 1.15 times as long: 228 and 220 ms more.  RssAnon of an idle protector grows by 0.8 MB.
+These are medians of 25 pairs, alternating in one run.
 
-Slots would need a second class for each, because `__slots__` is read when a class is
-made.  The first class is garbage of 2 KB that is never collected.  Since Python 3.11 a value
-without slots is as small.
+Slots would need a second class for each class, because Python reads `__slots__` when it makes a
+class.  The first class would be 2 KB of garbage that is never collected.  Since Python 3.11 a value
+without slots is as small as one with slots.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class _Fields:
 def frozen(cls: type[_T]) -> type[_T]:
     """Make a class a value: its objects are compared, hashed and shown by their fields.
 
-    Only the type checker forbids to set a field.
+    Only the type checker prevents setting a field.
     """
     made: Any = mutable(cls)
     #: Returns all fields at once.
@@ -169,7 +169,7 @@ def default_of(cls: Any, name: str) -> Any:
 def as_dict(one: Any) -> dict[str, Any]:
     """Return a value's fields by name, with nested values as dicts, too.
 
-    Like dataclasses.asdict(), but without copies, for which that loads a module of 170 KB.
+    Like dataclasses.asdict(), which would also copy values, and load a module of 170 KB for that.
     """
     return {name: _as_plain(getattr(one, name)) for name in one._names}
 

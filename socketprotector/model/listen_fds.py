@@ -1,7 +1,7 @@
 """The listening sockets that a server gets under --handoff listener, and their variables.
 
-Pure.  Each server finds them in its own way: by a descriptor's number in its command, where the
-operator writes a placeholder, or by a variable.
+Pure.  A server finds its sockets by a variable, or by a descriptor's number in its command.  For
+that number the operator writes a placeholder.
 
 Source: sd_listen_fds(3); Server::Starter's SERVER_STARTER_PORT; einhorn's EINHORN_FD_n; circus'
 $(circus.sockets.NAME); nginx' NGINX.
@@ -44,7 +44,7 @@ def placeholders(words: Sequence[str]) -> list[str]:
 def ready_fd(settings: Settings) -> int:
     """Return the number of the ready descriptor in a worker, -1 without one.
 
-    Either --ready names it, or {fd:ready} requests one behind the listeners.
+    Either --ready names the number, or {fd:ready} requests the next number after the listeners.
     """
     if settings.ready_fd >= 0 or not settings.mode.workers_accept:
         return settings.ready_fd
@@ -57,7 +57,7 @@ def ready_fd(settings: Settings) -> int:
 def ready_after_s(settings: Settings) -> float | None:
     """Return after how many seconds a worker without a message counts as ready; None: never.
 
-    A server with {fd:ready} will write to it, so it is not ready before.
+    A server with {fd:ready} reports by that descriptor, so it has no timer.
     """
     writes = settings.ready == "any" and ready_fd(settings) >= 0
     return None if writes else settings.ready_after_s
@@ -76,7 +76,7 @@ def fill(
             addresses = ", ".join(listeners[index].address for index in matches)
             raise PlaceholderError(
                 f"{found[0]}: {name} stands for {len(matches)} listeners ({addresses}); "
-                "give each a name of its own, as in a=127.0.0.1:80 b=[::1]:80"
+                "give each its own name, as in a=127.0.0.1:80 b=[::1]:80"
             )
         if matches:
             return str(numbers[matches[0]])
@@ -92,7 +92,7 @@ def fill(
 
 
 def listener_variables(listeners: Sequence[ListenerSettings]) -> dict[str, str]:
-    """Return the variables by which the kinds of servers find their listeners."""
+    """Return the variables by which servers of different kinds find their listeners."""
     numbers = descriptors(listeners)
     found = {
         "LISTEN_FDS": str(len(numbers)),
@@ -118,7 +118,7 @@ def worker_variables(generation: int, *, slot: int, master_pid: int) -> dict[str
 
 
 def _name(found: re.Match[str]) -> str:
-    """Return the name in a placeholder, in lower case as circus uses it; no two names clash."""
+    """Return the name in a placeholder, in lower case as circus does; no two names clash."""
     return (found["fd"] or found["circus"] or found["old"] or "").lower()
 
 

@@ -5,7 +5,7 @@ Pure.  Not in core/fleet.py, which imports core/events.py: an event carries a po
 
 from __future__ import annotations
 
-from . import question
+from . import probe_spec
 from .lazy_dataclass import frozen
 
 #: The death of a worker (or generation) that has served this long is not a quick one.
@@ -33,17 +33,17 @@ class Policy:
     ready: str = "notify"  # the kind of --ready (settings.py), which a failed start names
     lame_duck_s: float = 0.0  # from a stop's request to the stop; 0: no lame duck
     lame_duck_idle_s: float = 0.0  # the stop comes earlier if no client has come for so long
-    settle_check: str = ""  # the check of a settling generation: see question.py; "": none
+    settle_check: str = ""  # the check of a settling generation: see probe_spec.py; "": none
 
     @property
     def probes(self) -> bool:
         """Whether a new generation is probed before it gets its first client."""
-        return self.ready in question.ASKED
+        return self.ready in probe_spec.PROBED
 
     @property
     def answer_decides(self) -> bool:
         """Whether only the probe's answer makes a generation ready, not its workers' messages."""
-        return self.ready in question.KINDS
+        return self.ready in probe_spec.KINDS
 
     @property
     def quiesces(self) -> bool:

@@ -67,7 +67,7 @@ class Counts:
         )
 
 
-#: So many failed first programs of --handoff stdio show that the command does not work.
+#: How many failed first programs of --handoff stdio prove that the command does not work.
 NO_ACCIDENT = 3
 
 
@@ -116,7 +116,7 @@ class WorkerRecord:
     number: int
     generation: int
     pid: int
-    output_start: int  # the log file's size when it began; -1: others have written since
+    output_start: int  # the log file's size at the worker's start; -1: others have written since
     ready_at: float | None = None
     slot: int = 0
     started_at: float = 0.0  # seconds since the epoch, for people
@@ -137,16 +137,16 @@ class ForwarderRecord:
     forwarded: int = 0
     lost: int = 0
     pending: bytes | None = None  # the header of the connection whose send failed
-    number: int = 0  # the highest connection number so far; it is that of the pending connection
-    parked: tuple[tuple[int, bytes], ...] = ()  # number and header of each that waits for a drain
+    number: int = 0  # the highest connection number so far; a pending connection has this number
+    parked: tuple[tuple[int, bytes], ...] = ()  # number and header of those that wait for a drain
 
 
 @frozen
 class HoldRecord:
-    """A hold where workers accept, and the time until which its clients try to connect."""
+    """A hold where workers accept, and how long its clients still try to connect."""
 
-    began_at: float = 0.0  # 0: there is none
-    tried_until: float = 0.0  # clients of this hold, or of an earlier one, try until then
+    began_at: float = 0.0  # 0: there is no hold
+    tried_until: float = 0.0  # clients of this hold or an earlier hold try until this time
 
 
 @frozen

@@ -1,7 +1,7 @@
 """The operator's settings, checked and resolved, as one frozen value.
 
-Pure.  The launching process makes it and writes it to a memfd (`dump`); the resident
-process reads it from there (`load`).  Units are in the names.
+Pure.  The launching process makes the settings and writes them to a memfd (`dump`); the resident
+process reads them from there (`load`).  Units are in the names.
 
 A newer program reads an older program's settings; a missing field takes its default.  An older
 program refuses a newer program's settings, because it would silently drop an option.
@@ -27,15 +27,15 @@ class ListenerSettings:
     address: str  # tcp:HOST:PORT, tcp:[HOST6]:PORT, unix:/path, unix:@name
     device: int = 0  # st_dev and st_ino of the socket file, 0 without one
     inode: int = 0
-    backlog: int = 0  # of a UNIX socket, because its successors must listen, too
+    backlog: int = 0  # of a UNIX socket, for the sockets that later take its path
     foreign: bool = False  # passed in by a service manager, which keeps listening
     text: str = ""  # the LISTEN argument
     nonblock: bool = False  # workers get it with O_NONBLOCK
-    priority: int = -1  # SO_PRIORITY for each connection, which inherits none; -1: the default
+    priority: int = -1  # SO_PRIORITY for each connection (not inherited); -1: the default
     name: str = ""  # from NAME=LISTEN, or the port, or the file's name
     removed: bool = False  # by a reload; its index is never used again
-    # Its path leads to several sockets in turn (system/socket_file.py).  A program without
-    # this field refuses the settings: it would leave the path at a socket that no worker has.
+    # The path leads to several sockets in turn (system/socket_file.py).  A protector without this
+    # field refuses the settings: its path would lead to a socket that no worker has.
     beside: bool = False
 
 
@@ -46,7 +46,7 @@ class Origin:
     words: tuple[str, ...] = ()  # the command line
     directory: str = "/"
     umask: int = 0o022
-    configured: bool = False  # there is a file
+    configured: bool = False  # there is a configuration file
 
 
 @frozen
@@ -81,22 +81,22 @@ class Settings:
 
     name: str
     command: tuple[str, ...]
-    directory: str  # where workers start, by path: a `current` symlink is followed at each reload
+    directory: str  # where workers start: a path, whose symlinks are followed at each reload
     listeners: tuple[ListenerSettings, ...] = ()
     policy: Policy = field(default_factory=Policy)
     handoff: str = "connection"  # see handoff_modes.py
     shell: bool = False  # stdio: COMMAND is for /bin/sh
-    pools: int = 1  # stdio: the most processes that start programs, one for each core
+    pools: int = 1  # stdio: the limit of processes that start programs, one for each core
     drain_signal: int = 15  # listener: the signal that makes a worker finish
     workers: int = 1
     #: The kind of --ready: notify, ack, fd, check, after (a timer), any; or a probe: accept, http,
     #: https.
     ready: str = "notify"
     ready_after_s: float | None = None  # the timer of `after` and of probed kinds
-    ready_fd: int = -1  # the number in the worker, for kind fd
+    ready_fd: int = -1  # the descriptor's number in the worker, for kind fd
     ready_check: str = ""  # the command for /bin/sh, for kind check
-    ready_question: str = ""  # the probe of a probed kind: see model/question.py
-    health: str = ""  # the health check of the serving generation: see model/question.py; "": none
+    ready_question: str = ""  # the probe of a probed kind: see model/probe_spec.py
+    health: str = ""  # the check of the serving generation: see model/probe_spec.py; "": none
     health_every_s: float = 5.0
     health_failures: int = 3  # failed checks in a row that make a generation unhealthy
     health_timeout_s: float = 2.0
@@ -110,7 +110,7 @@ class Settings:
     limits: tuple[tuple[str, int], ...] = ()  # resource limits of workers: nofile, core
     nice: int = 0
     keep_env: tuple[str, ...] | None = None  # the inherited variables that workers get; None: all
-    batch: bool = False  # the caller's scheduling policy was SCHED_BATCH
+    batch: bool = False  # the scheduling policy of the caller was SCHED_BATCH
     environment: tuple[tuple[str, str], ...] = ()
     env_file: str | None = None
     pid_file: str | None = None
@@ -129,7 +129,7 @@ class Settings:
     control_group: int | None = None  # the group whose members may also use it
     status_group: int | None = None  # the group whose members may read status and events
     secret: str = ""  # part of each worker's notify address, so that it cannot be guessed
-    notify_folder: str = ""  # the folder of these addresses; "": they are abstract
+    notify_folder: str = ""  # the folder of notify addresses; "": they are abstract
     notices: tuple[str, ...] = ()  # lines for the operator at the start, and for the log
     warnings: tuple[str, ...] = ()  # defects of these settings, shown while they are in use
     origin: Origin = field(default_factory=Origin)
@@ -160,11 +160,11 @@ class Settings:
         return ("/bin/sh",) if self.shell else self.command
 
 
-#: All classes of settings.  An unknown field in them is refused, because dropping it would silently
-#: drop an option.
+#: All classes of settings.  An unknown field is refused: to drop it would silently drop an option.
 CLASSES = (Settings, ListenerSettings, Policy, Identity, Limits, Origin)
-#: Newer fields, left out at their defaults.  An older resident process reads its configuration with
-#: this program's help, and refuses only settings that it cannot honour.
+#: Newer fields, which are left out at their defaults.  After a package update, the running older
+#: protector reads its configuration by the new package's code.  So it refuses only settings that it
+#: cannot honour.
 ADDED = ("Settings.warnings", "ListenerSettings.beside")
 #: Fields for people only: an older program skips them.
 SAID = ("Settings.warnings",)

@@ -44,7 +44,7 @@ def last_line(written: bytes) -> str:
 def in_one_line(text: str) -> str:
     """Return a text of several lines, such as an error of click, in one line without its full stop.
 
-    Words of more than 200 characters are shortened, because the reason stands behind them.
+    Words of more than 200 characters are shortened, so that the reason after them stays visible.
     """
     line = " ".join(line.strip() for line in text.splitlines()).rstrip(".")
     return " ".join(shortened(word, 200) for word in line.split(" "))

@@ -1,8 +1,6 @@
-"""Quantiles of the times that connections have waited, as workers count them.
+"""Quantiles of the times that connections have waited, from the histograms of workers.
 
-Bucket n of their histogram counts the waits below 2**n us.
-
-The buckets themselves: docs/protocol.md.
+Bucket n of a histogram counts the waits below 2**n us: see docs/protocol.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Filters on sockets: classic BPF programs, and programs that select connections by mark.
 
-A mark distinguishes our probe connections (daemon/asking.py) from clients.
+A mark distinguishes our probe connections (daemon/ready_probe.py) from clients.
 An IPv4 mark is a random source address of 127/8, which no packet from a network may have.
 IPv6 has only one loopback address, so its mark is a random traffic class and the highest hop limit.
 No system uses that limit by default.  Both values are in the fixed part of the IP header.

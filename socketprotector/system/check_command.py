@@ -158,7 +158,7 @@ def first_program(command: str) -> str:
     return found[1] if found and found[1] != "exec" else "sh"  # exec with redirections only
 
 
-def shown(question: str) -> str:
+def shown(check: str) -> str:
     """Return --health or --settle-check for people: of a command only its program."""
-    kind, _, command = question.partition(":")
-    return f"{kind}:{first_program(command)}" if kind == "check" else question
+    kind, _, command = check.partition(":")
+    return f"{kind}:{first_program(command)}" if kind == "check" else check

@@ -1,4 +1,4 @@
-"""Helper processes of SocketProtector: relay, watcher, asker, configuration reader, upgrade probe.
+"""Helper processes of SocketProtector: relay, watcher, prober, configuration reader, upgrade probe.
 
 This module starts, reaps and releases helpers; the module that uses a helper has its protocol.
 """

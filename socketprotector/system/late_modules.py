@@ -33,8 +33,8 @@ LATE = (
     "core.start_timeout",
     "core.stop",
     "core.waiting",
-    "daemon.asker_client",
-    "daemon.asking",
+    "daemon.prober_client",
+    "daemon.ready_probe",
     "daemon.config_reader",
     "daemon.control.commands",
     "daemon.control.status",
@@ -71,7 +71,7 @@ LATE = (
 #: Late modules of the standard library, a package before its modules (system/late_stdlib.py).
 STDLIB = ("copyreg", "re", "re._casefix", "re._constants", "re._parser", "re._compiler")
 #: The programs in programs/ that the resident process starts (system/helper.py).
-PROGRAMS = ("asker.py", "file_watch.py", "log_relay.py")
+PROGRAMS = ("prober.py", "file_watch.py", "log_relay.py")
 #: Program -> descriptor, length and offset of its source.
 _programs: dict[str, tuple[int, int, int]] = {}
 #: For zlib.compressobj(): level, method, bits of the window, memory.  So 0.53 MB become 0.26 MB in

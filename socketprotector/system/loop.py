@@ -54,7 +54,7 @@ class Loop:
         self._timers: dict[Hashable, tuple[float, int, Callable[[], None]]] = {}
         self._by_time: list[tuple[float, int, Hashable]] = []
         self._count = 0
-        self._asked_at = 0.0  # when we last checked for due timers
+        self._checked_at = 0.0  # when we last checked for due timers
         self.running = True
         #: Set it each time an event is expected within soon_ns: the next wait then polls that long
         #: before it sleeps, because waking a sleeping core costs more (17 us and above).
@@ -67,7 +67,7 @@ class Loop:
         """Call back whenever fd is ready.  The caller keeps fd, and unwatches it before closing.
 
         Otherwise events for the closed number continue while another process has a copy: epoll(7),
-        "Questions and answers".
+        "Probing and answers".
         """
         self._epoll.register(fd, events)
         if not self._coming:
@@ -130,19 +130,19 @@ class Loop:
         if self._coming:
             self._take_in()
             self.cancel(_COMING)
-        self._asked_at = time.monotonic()
+        self._checked_at = time.monotonic()
         first = self._by_time
         while first:
             due, count, key = first[0]
             timer = self._timers.get(key)
             if timer is not None and timer[1] == count:
-                return min(max(0.0, due - self._asked_at), LONGEST_WAIT_S)
+                return min(max(0.0, due - self._checked_at), LONGEST_WAIT_S)
             del first[0]  # cancelled
         return None
 
     def _run_due(self) -> None:
         """Call back for the timers that were due when the last wait began."""
-        while self.running and self._by_time and self._by_time[0][0] <= self._asked_at:
+        while self.running and self._by_time and self._by_time[0][0] <= self._checked_at:
             _, count, key = self._by_time.pop(0)
             timer = self._timers.get(key)
             if timer is not None and timer[1] == count:

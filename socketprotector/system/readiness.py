@@ -21,7 +21,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from ..model import einhorn, question
+from ..model import einhorn, probe_spec
 from ..model.errors import what_failed
 from ..model.records import Program
 from .foreign_descriptors import drop_unread, dropping
@@ -42,7 +42,7 @@ CHECK_EVERY_S = 0.25
 #: Names of descriptors; `line` is the RETURN line (daemon/worker_pool.py).
 _ACK, _NEWLINE = "ack", "newline"
 #: The kinds of --ready under which an ack, a line and READY=1 count.
-_BY_ACK, _BY_LINE, _BY_WORD = ((kind, *question.ASKED) for kind in ("ack", "fd", "notify"))
+_BY_ACK, _BY_LINE, _BY_WORD = ((kind, *probe_spec.PROBED) for kind in ("ack", "fd", "notify"))
 _CHECK, _AFTER = "check", "after"
 
 
@@ -130,7 +130,7 @@ class Readiness:
         changed: Callable[[], None],
         *,
         known: bool = False,
-        asked: bool = False,
+        probed: bool = False,
     ) -> None:
         """Watch the lines, and call back when the worker is ready.  Raises OSError.
 
@@ -138,7 +138,7 @@ class Readiness:
         hangs, fails: called for the first check that is stuck, or fails, with the reason.
         changed: called when descriptors() has changed.
         known: the worker is ready already, and we only read its lines.
-        asked: its generation is probed, or will be, so no timer makes the worker ready.
+        probed: its generation is probed, or will be, so no timer makes the worker ready.
         """
         self._changed = changed
         for name, fd in self._lines.items():
@@ -146,7 +146,7 @@ class Readiness:
         if known:
             return
         self._ready, self._hangs, self._fails = ready, hangs, fails
-        if not asked:
+        if not probed:
             self.wait()
         if self._program.ready == _CHECK:
             self._start_check = start_check

@@ -8,8 +8,8 @@ During a hold (listener_hold.py there) the group has a third member, which answe
 worker has it, so it is gone if the protector dies.  The filter then selects a missing member, and
 the kernel gives each client to a remaining member: a filter of this kind cannot refuse a client.
 
-While a generation is probed (daemon/asking.py), the filter (bpf.py) also sends connections with a
-mark to that generation's socket.  The third member is then the last member, so it takes the
+While a generation is probed (daemon/ready_probe.py), the filter (bpf.py) also sends connections
+with a mark to that generation's socket.  The third member is then the last member, so it takes the
 position of a socket that is shut down.  Probes for that socket then get no answer, instead of an
 answer from the other generation.
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from socketprotector.daemon import asker_client
+from socketprotector.daemon import prober_client
 from socketprotector.daemon.check_probe import CheckProbes
 from socketprotector.daemon.delivery.probe_target import SHUT_DOWN
 from socketprotector.system.loop import Loop
@@ -22,7 +22,7 @@ def test_that_nothing_forwards_what_a_check_sends_is_logged(
     def fails(*_: object, **__: object) -> None:
         raise OSError(errno.EAGAIN, "no more processes")
 
-    monkeypatch.setattr(asker_client, "Asker", fails)
+    monkeypatch.setattr(prober_client, "Prober", fails)
     lines: list[tuple[str, str, dict[str, object]]] = []
     log = SimpleNamespace(write=lambda *words, **fields: lines.append((*words, fields)))
     way = SimpleNamespace(close=lambda: None, is_ours_alone=True)

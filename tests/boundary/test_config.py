@@ -81,7 +81,7 @@ class Reader:
 
     def __call__(self, text: str, *words: str) -> ParsedOptions:
         self.path.write_text(text)
-        asked = cli.ask(["--config", str(self.path), *words])
+        asked = cli.parse(["--config", str(self.path), *words])
         assert asked is not None
         return asked
 
@@ -312,7 +312,7 @@ def test_what_is_no_text_is_reported_with_its_line(read: Reader) -> None:
     read.path.write_bytes(b"a = 1\nb = '\xff'\n")
 
     with pytest.raises(UsageError, match=r"web\.toml line 2: not UTF-8"):
-        cli.ask(["--config", str(read.path)])
+        cli.parse(["--config", str(read.path)])
 
 
 @together(
@@ -331,7 +331,7 @@ def test_what_is_no_text_is_reported_with_its_line(read: Reader) -> None:
 )
 def test_what_is_missing_is_reported(words: list[str], said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        cli.ask(words)
+        cli.parse(words)
 
 
 def test_a_mistake_on_the_command_line_is_not_the_files(read: Reader) -> None:

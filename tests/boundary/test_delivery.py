@@ -203,7 +203,7 @@ def test_it_is_known_whether_a_client_of_a_hold_gets_an_answer(world: World, kil
 def test_a_probe_reaches_a_generation_that_gets_no_clients(world: World) -> None:
     world.serving(1)
     tried = world.open(2)
-    assert world.delivery.can_ask("")
+    assert world.delivery.can_probe("")
     assert world.delivery.reach(tried, "no such listener") is None
     target = world.delivery.reach(tried, "")
     assert target is not None
@@ -462,7 +462,7 @@ def test_a_generation_is_asked_at_a_path_that_had_one_socket_left(
         world.delivery.remove(each)
     world.delivery.add(left, dry_run=False)
 
-    assert world.delivery.can_ask("")
+    assert world.delivery.can_probe("")
     tried = world.open(1)
 
     way = world.delivery.reach(tried, "")

@@ -474,7 +474,7 @@ TOO_LONG = ("9" * 400, "9" * 5000, "1e400", "-1", "nan", "inf", "9" * 400 + "h",
 def test_a_number_that_is_none_is_one_line(option: str) -> None:
     for value in TOO_LONG:
         with pytest.raises(UsageError) as refused:
-            cli.ask(["--check", f"{option}={value}", "127.0.0.1:0", "--", "true"])
+            cli.parse(["--check", f"{option}={value}", "127.0.0.1:0", "--", "true"])
         assert f"Invalid value for '{option}'" in str(refused.value)
         assert "\n" not in str(refused.value)
         assert len(str(refused.value)) < 300, value[:10]
@@ -487,7 +487,7 @@ def test_a_number_that_is_none_is_one_line(option: str) -> None:
 def test_an_address_with_a_number_that_is_none_is_one_line(address: str) -> None:
     for value in ("9" * 400, "9" * 5000, "4294967295"):
         with pytest.raises(UsageError) as refused:
-            cli.ask(["--check", address.format(value), "--", "true"])
+            cli.parse(["--check", address.format(value), "--", "true"])
         assert "\n" not in str(refused.value)
         assert len(str(refused.value)) < 600, value[:10]
 
@@ -635,7 +635,7 @@ def test_check_refuses_a_name_as_a_start_does(
             ("--handoff", "stdio", "--retire-after", "5"),
             "workers on the client library alone",
         ),
-        (("--handoff", "stdio", "--ready", "ack"), "the adapter says when it is ready"),
+        (("--handoff", "stdio", "--ready", "ack"), "the adapter reports when it is ready"),
         (("--handoff", "legacy", "unix:s"), "works with a port alone"),
     ],
 )
@@ -712,7 +712,7 @@ def test_a_question_is_refused_once_it_is_known_that_there_is_no_second_socket(
     asked: list[str],
 ) -> None:
     """Under --settle-check each reload would be rolled back."""
-    found = cli.ask([*asked, *LISTENER, "0", "--", "true"])
+    found = cli.parse([*asked, *LISTENER, "0", "--", "true"])
     assert isinstance(found, ParsedOptions)
     settings = replace(found.settings, listeners=(ListenerSettings("tcp:127.0.0.1:80", text="80"),))
 

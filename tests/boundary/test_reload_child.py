@@ -37,7 +37,7 @@ class Web:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.says('listen = "127.0.0.1:0"\nworkers = 2\n')
-        asked = cli.ask(["--config", str(path)])
+        asked = cli.parse(["--config", str(path)])
         assert asked is not None
         there = (ListenerSettings("tcp:127.0.0.1:4321", text="127.0.0.1:0"),)
         self.settings = replace(asked.settings, listeners=there)
@@ -100,7 +100,7 @@ def test_where_workers_accept_each_address_has_three_sockets_of_which_two_listen
 ) -> None:
     """The third one is for a hold; a UNIX path has two, and gets the third one then."""
     web.says('handoff = "listener"\nlisten = "127.0.0.1:0"\n')
-    asked = cli.ask(["--config", str(web.path)])
+    asked = cli.parse(["--config", str(web.path)])
     assert asked is not None
     running = replace(asked.settings, listeners=web.settings.listeners)
     web.says(

@@ -70,7 +70,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settle_check, "_ANSWERED_S", 0.3)
     monkeypatch.setattr(verdicts, "_AGAIN_S", 0.01)
     monkeypatch.setattr(verdicts, "UNKNOWN_S", 0.3)
-    monkeypatch.setattr(probe, "_ASKER_S", 0.0)
+    monkeypatch.setattr(probe, "_PROBER_S", 0.0)
 
 
 @pytest.mark.usefixtures("soon")
@@ -88,8 +88,8 @@ def test_what_cannot_be_asked_is_as_bad(loop: Loop) -> None:
     assert Settling(loop, "http:/", none).fails().startswith("Too many open files")
 
 
-class Askers:
-    """In the place of asker_client.Asker: processes that answer, or hang until they are killed."""
+class Probers:
+    """Stand-in for prober_client.Prober: processes that answer, or are stuck until killed."""
 
     def __init__(self, loop: Loop, why: str | None) -> None:
         self._loop, self._why = loop, why
@@ -98,12 +98,12 @@ class Askers:
     def __call__(self, loop: Loop, *, heard: Any, ended: Any, **_: object) -> object:
         self.started += 1
 
-        def ask(*_: object) -> None:
+        def send(*_: object) -> None:
             if self._why is not None:
                 loop.call_after("answer", 0.0, lambda: heard(self._why))
 
         return SimpleNamespace(
-            ask=ask,
+            send=send,
             kill=lambda: ended("was killed by SIGKILL"),
             close=lambda: loop.cancel("answer"),
         )
@@ -131,8 +131,8 @@ def test_what_hangs_is_killed_and_as_bad(
     loop: Loop, monkeypatch: pytest.MonkeyPatch, way: SimpleNamespace
 ) -> None:
     """Also where it could not be asked at first: that is no reason later."""
-    askers = Askers(loop, None)
-    monkeypatch.setattr(probe, "Asker", askers)
+    probers = Probers(loop, None)
+    monkeypatch.setattr(probe, "Prober", probers)
     tries: list[int] = []
 
     def later(*_: object) -> object:
@@ -144,7 +144,7 @@ def test_what_hangs_is_killed_and_as_bad(
     said = Settling(loop, "http:/", later).fails()
 
     assert said == "the probe process was killed by SIGKILL"
-    assert (len(tries), askers.started) == (3, 1)
+    assert (len(tries), probers.started) == (3, 1)
 
 
 @pytest.mark.usefixtures("soon")
@@ -163,7 +163,7 @@ def test_what_another_generation_has_answered_is_neither_good_nor_bad(
 def test_nor_what_it_has_answered_by_http(
     loop: Loop, why: str, monkeypatch: pytest.MonkeyPatch, way: SimpleNamespace
 ) -> None:
-    monkeypatch.setattr(probe, "Asker", Askers(loop, why))
+    monkeypatch.setattr(probe, "Prober", Probers(loop, why))
     way.holds = lambda: False
     settling = Settling(loop, "http:/", lambda *_: way)
     assert settling.check.awaits(2)
@@ -176,7 +176,7 @@ def test_a_full_backlog_at_a_unix_path_is_waited_for_as_long_as_over_tcp(
     loop: Loop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, frees: bool
 ) -> None:
     """The kernel waits with no one's connect() there: a burst of clients must not roll back."""
-    monkeypatch.setattr(probe, "Asker", Askers(loop, "GET /: 500, no text"))
+    monkeypatch.setattr(probe, "Prober", Probers(loop, "GET /: 500, no text"))
     path, tries = str(tmp_path / "s"), itertools.count(1)
     with socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX) as client:
         listening.bind(path)

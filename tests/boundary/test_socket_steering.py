@@ -18,7 +18,6 @@ import pytest
 
 from socketprotector.core.events import Event, HeldClientsWait, SocketLost, Stranded
 from socketprotector.daemon import probe
-from socketprotector.daemon.asking import Asking
 from socketprotector.daemon.delivery import NEVER_TAKEN_S
 from socketprotector.daemon.delivery.host import Host
 from socketprotector.daemon.delivery.probe_target import SHUT_DOWN
@@ -28,6 +27,7 @@ from socketprotector.daemon.delivery.shared.quiescing import LAST_S, QUIET_S, SI
 from socketprotector.daemon.delivery.shared.shared_listeners import SharedListeners
 from socketprotector.daemon.delivery.shared.socket_steering import SocketSteering
 from socketprotector.daemon.delivery.shared.socket_watch import FIRST_RESCUE_S
+from socketprotector.daemon.ready_probe import ReadyProbe
 from socketprotector.daemon.runtime import Runtime
 from socketprotector.launch.bind_unix import give_away
 from socketprotector.model.records import SteeringRecord
@@ -193,7 +193,7 @@ class World(Host):
 
     def put_question(self, generation: int) -> None:
         """Ask a generation and leave it at that, as one that is killed then."""
-        way = self.steering.probes.ask(generation, "")
+        way = self.steering.probes.reach_by_mark(generation, "")
         assert way is not None
         ours = way.connecting()
         self.clients.append(ours)
@@ -725,7 +725,7 @@ def test_they_do_so_too_once_the_next_generation_is_asked(world: World) -> None:
     world.steering.expect(world.listener, dry_run=False)
     world.steering.enter(2, world.steering.turns.free)
 
-    way = world.steering.probes.ask(2, "")
+    way = world.steering.probes.reach_by_mark(2, "")
     assert way is not None
     way.close()
     world.connect()
@@ -1186,10 +1186,10 @@ def left(world: World) -> SocketSteering:
 def test_none_is_asked_while_one_before_it_may_answer_in_its_place(reloaded: World) -> None:
     steering = left(reloaded)
     with pytest.raises(BlockingIOError, match="may still accept"):
-        steering.probes.ask(3, "")
+        steering.probes.reach_by_mark(3, "")
 
     reloaded.now += LEAVES_S
-    way = steering.probes.ask(3, "")
+    way = steering.probes.reach_by_mark(3, "")
 
     assert way is not None
     way.close()
@@ -1199,10 +1199,10 @@ def test_nor_by_another_program(reloaded: World) -> None:
     left(reloaded)
     reloaded.resume((2, 1), (3, 0))
     with pytest.raises(BlockingIOError, match="may still accept"):
-        reloaded.steering.probes.ask(3, "")
+        reloaded.steering.probes.reach_by_mark(3, "")
 
     reloaded.now += LEAVES_S
-    way = reloaded.steering.probes.ask(3, "")
+    way = reloaded.steering.probes.reach_by_mark(3, "")
 
     assert way is not None
     way.close()
@@ -1212,37 +1212,39 @@ def test_one_is_asked_once_that_has_gone(reloaded: World) -> None:
     steering = left(reloaded)
     steering.forget(1)
 
-    way = steering.probes.ask(3, "")
+    way = steering.probes.reach_by_mark(3, "")
 
     assert way is not None
     way.close()
 
 
 class Answers:
-    """Generation 2 is asked, with what it said and how often it was asked by HTTP."""
+    """Generation 2 while it is probed: its verdicts, and the number of HTTP probes."""
 
     def __init__(self, world: World, ready: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.heard: list[Callable[[str], None]] = []
         self.ready: list[int] = []
-        monkeypatch.setattr(probe, "Asker", self._begin)
+        monkeypatch.setattr(probe, "Prober", self._begin)
         runtime = Runtime(world.loop, cast("Any", world.log), world.post, world.persist)
-        self.asking = Asking(
+        self.ready_probe = ReadyProbe(
             runtime,
-            reach=lambda generation, asked: world.steering.probes.ask(generation.record.number, ""),
+            reach=lambda generation, asked: world.steering.probes.reach_by_mark(
+                generation.record.number, ""
+            ),
             answered=lambda number, kind: self.ready.append(number),
-            not_asked=self.ready.append,
+            not_probed=self.ready.append,
         )
         program = SimpleNamespace(
             ready=ready.partition(":")[0], ready_after_s=None, ready_question=ready
         )
         record = SimpleNamespace(number=2)
-        self.asking.ask(cast("Any", SimpleNamespace(program=program, record=record)))
+        self.ready_probe.begin(cast("Any", SimpleNamespace(program=program, record=record)))
 
     def _begin(self, loop: Loop, *, heard: Any, **_: object) -> object:
-        def ask(*_: object) -> None:
+        def send(*_: object) -> None:
             self.heard.append(heard)
 
-        return SimpleNamespace(ask=ask, kill=lambda: None, close=lambda: None)
+        return SimpleNamespace(send=send, kill=lambda: None, close=lambda: None)
 
 
 def test_what_another_one_has_accepted_while_the_asked_one_was_shut_down_is_no_answer(
@@ -1274,7 +1276,7 @@ def test_nor_what_was_answered_by_http_meanwhile(
         reloaded.pass_time(0.3)
     its.heard[0]("")
     assert its.ready == []
-    assert its.asking.last == SHUT_DOWN
+    assert its.ready_probe.last == SHUT_DOWN
 
     reloaded.pass_time(0.3)
     assert len(its.heard) == 2
@@ -1284,7 +1286,7 @@ def test_nor_what_was_answered_by_http_meanwhile(
 
 
 def test_no_client_gets_to_one_that_is_asked_while_the_other_is_shut_down(reloaded: World) -> None:
-    way = reloaded.steering.probes.ask(2, "")
+    way = reloaded.steering.probes.reach_by_mark(2, "")
     assert way is not None
     reloaded.listener.socket.shutdown(socket.SHUT_RDWR)
     with Unanswered(reloaded.listener.socket.getsockname()) as late:
@@ -1303,7 +1305,7 @@ def test_of_a_question_that_cannot_be_put_the_kernel_keeps_nothing(
     with monkeypatch.context() as patched:
         patched.setattr(reuseport, "queue", raising(errno.ENOBUFS, "no buffer"))
         with pytest.raises(OSError, match="no buffer"):
-            reloaded.steering.probes.ask(2, "")
+            reloaded.steering.probes.reach_by_mark(2, "")
     marked: list[Mapping[bpf.Mark, int]] = []
     monkeypatch.setattr(reuseport, "steer", lambda one, member, marks: marked.append(marks))
 
@@ -1432,7 +1434,7 @@ def test_a_handshake_under_way_at_a_switch_before_it_ends_well(
 def test_a_generation_can_be_asked_amid_a_hold(reloaded: World, generation: int) -> None:
     """Also the one that the clients come to, when it has to be started anew."""
     on_hold(reloaded)
-    way = reloaded.steering.probes.ask(generation, "")
+    way = reloaded.steering.probes.reach_by_mark(generation, "")
     assert way is not None
     with socket.socket() as ours:
         assert way.mark is not None
@@ -1802,7 +1804,7 @@ def test_one_socket_for_all_generations_is_held_too(world: World) -> None:
 
 
 def test_questions_of_two_generations_do_not_meet(reloaded: World) -> None:
-    ways = [reloaded.steering.probes.ask(generation, "") for generation in (1, 2)]
+    ways = [reloaded.steering.probes.reach_by_mark(generation, "") for generation in (1, 2)]
     for meant, way in enumerate(ways):
         assert way is not None
         assert way.mark is not None
@@ -1903,7 +1905,7 @@ def test_one_is_reached_and_asked_at_a_listener_that_it_knows(world: World) -> N
     world.steering.enter(2, 1)
 
     def asked(*knows: Callable[[int], bool]) -> list[int]:
-        ways = world.steering.reach("", *knows), world.steering.probes.ask(2, "", *knows)
+        ways = world.steering.reach("", *knows), world.steering.probes.reach_by_mark(2, "", *knows)
         for way in ways:
             assert way is not None
             way.close()
@@ -2245,7 +2247,7 @@ def wants_most_ttl(one: socket.socket) -> None:
 def test_what_is_answered_before_workers_keep_clients_out_counts_for_nothing(
     reloaded: World, close: Callable[[socket.socket], None]
 ) -> None:
-    before = reloaded.steering.probes.ask(2, "")
+    before = reloaded.steering.probes.reach_by_mark(2, "")
     assert before is not None
     assert (before.holds(), before.is_closed()) == (True, False)
 
@@ -2253,12 +2255,12 @@ def test_what_is_answered_before_workers_keep_clients_out_counts_for_nothing(
 
     assert not before.holds()
     before.close()
-    anew = reloaded.steering.probes.ask(2, "")
+    anew = reloaded.steering.probes.reach_by_mark(2, "")
     assert anew is not None
     assert (anew.holds(), anew.is_closed()) == (True, True)
     anew.close()
     reloaded.resume((1, 0), (2, 1))
-    later = reloaded.steering.probes.ask(2, "")
+    later = reloaded.steering.probes.reach_by_mark(2, "")
     assert later is not None
     assert later.is_closed()
     close(reloaded.listener.socket_for(0))  # so do those that serve: it is their way
@@ -2328,7 +2330,7 @@ def test_a_client_at_the_socket_of_a_probed_generation_is_kept_while_the_path_ca
     world.steering.forget(1)
     world.pass_time(LEAVES_S + 0.1)
     world.steering.enter(3, 0)
-    assert world.steering.probes.ask(3, "s") is not None
+    assert world.steering.probes.reach_by_mark(3, "s") is not None
     come(world, pair.path)
 
     world.steering.forget(3)
@@ -2343,7 +2345,7 @@ def test_a_client_of_a_probed_generation_is_kept_by_the_program_after_a_kill_at_
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
     world.steering.enter(2, 1)
-    assert world.steering.probes.ask(2, "s") is not None
+    assert world.steering.probes.reach_by_mark(2, "s") is not None
     world.steering.turn_to(1)
     come(world, pair.path)
 
@@ -2379,7 +2381,7 @@ def test_a_probe_of_a_path_counts_only_if_it_has_reached_the_generation_s_own_so
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
     world.steering.enter(2, 1)
-    way = world.steering.probes.ask(2, "s")
+    way = world.steering.probes.reach_by_mark(2, "s")
     assert way is not None
     file = Path(way.text)
     aside = file.with_name("aside")
@@ -2392,7 +2394,7 @@ def test_a_probe_of_a_path_counts_only_if_it_has_reached_the_generation_s_own_so
         assert not way.waits(client), "it looks as if a worker had accepted it"
         assert not way.holds()
         with pytest.raises(OSError, match="another program has replaced"):
-            world.steering.probes.ask(2, "s")
+            world.steering.probes.reach_by_mark(2, "s")
     aside.rename(file)
     assert way.holds()
 

@@ -24,7 +24,7 @@ from itertools import count, islice
 from pathlib import Path
 
 from socketprotector.ctl import discovery
-from socketprotector.ctl.query_all import ask_all
+from socketprotector.ctl.query_all import query_all
 from tests import needs
 from tests.procfs import GONE, command_line_of, kinds_of, memory_kib, parent_of
 from tests.running import MARK, ask, eventually, marked
@@ -174,7 +174,7 @@ class Attacked:
         [path] = [each for each in discovery.sockets() if Path(each).name == self.control.name]
 
         def answers() -> bool:
-            [found] = ask_all([path], 10.0)
+            [found] = query_all([path], 10.0)
             return found.result is not None and found.result["name"] == NAME
 
         eventually(answers, "its answer")

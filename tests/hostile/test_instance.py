@@ -20,7 +20,7 @@ import pytest
 from socketprotector.ctl import discovery, render
 from socketprotector.ctl.client import Client
 from socketprotector.ctl.errors import NoProtector
-from socketprotector.ctl.query_all import ask_all
+from socketprotector.ctl.query_all import query_all
 from tests.hostile import instance as false
 from tests.running import Ended, eventually
 from tests.unit.ctl import fake as good
@@ -108,7 +108,7 @@ def test_no_wait_for_one_is_longer_than_its_command_has(
     ):
         client._follows = follows
         with pytest.raises(NoProtector) as refused:
-            client.ask("status")
+            client.query("status")
     assert refused.value.code == "silent"
 
 
@@ -148,7 +148,7 @@ def test_a_good_one_is_heard_beside_all_of_them(
     with false_ones(folder, names):
         # They keep this very process busy: on a busy machine a try may be too late.
         def is_heard() -> bool:
-            found = ask_all([*names, good])
+            found = query_all([*names, good])
             answered = [each.path for each in found if each.result is not None]
             assert answered in ([], [good])
             return bool(answered)
@@ -184,7 +184,7 @@ def test_all_of_them_cannot_fill_the_memory_together(
             stack.enter_context(false.instance(path, false.no_end_of_line))
         found = {
             Path(each.path).stem: each.why
-            for each in ask_all(sorted(map(str, folder.glob("*.control"))), 60.0)
+            for each in query_all(sorted(map(str, folder.glob("*.control"))), 60.0)
         }
     assert found == {**dict.fromkeys("abc", "no protector"), "good": ""}
 

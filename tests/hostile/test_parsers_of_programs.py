@@ -34,15 +34,15 @@ from socketprotector.core.events import TimeExtended
 from socketprotector.core.snapshot import CODEC
 from socketprotector.ctl import discovery
 from socketprotector.ctl.errors import NoProtector
-from socketprotector.daemon.asker_client import Asker
 from socketprotector.daemon.first_programs import FirstPrograms
+from socketprotector.daemon.prober_client import Prober
 from socketprotector.daemon.worker_messages import WorkerMessages
 from socketprotector.launch import activation, config_file
 from socketprotector.launch.pid_file import PidFile
 from socketprotector.model import settings
 from socketprotector.model.codec import DecodeError
 from socketprotector.model.errors import Refusal, UsageError
-from socketprotector.programs import asker, guard, log_relay, worker_protocol
+from socketprotector.programs import guard, log_relay, prober, worker_protocol
 from socketprotector.system import env_file, inherited, procfs, sd_notify
 from socketprotector.system.scoreboard import Board
 from socketprotector.system.state_file import StateError, StateFile
@@ -118,14 +118,14 @@ def test_what_a_pool_says_of_its_first_programs(text: str) -> None:
 )
 def test_the_answer_of_a_release_that_is_asked(answer: bytes) -> None:
     told = {"address": ["x", 1], "kind": "http", "host": "", "path": "/", "good": [200]}
-    asked = asker.Asked(json.dumps(told | {"limit_s": 5.0}).encode())
+    request = prober.ProbeRequest(json.dumps(told | {"limit_s": 5.0}).encode())
 
     def says(said: bytes) -> str:
         ours, theirs = socket.socketpair()
         with theirs:
             theirs.sendall(said)
             theirs.shutdown(socket.SHUT_WR)
-            return asked.ask(ours)
+            return request.send(ours)
 
     why = says(answer)
 
@@ -137,7 +137,7 @@ def test_the_answer_of_a_release_that_is_asked(answer: bytes) -> None:
 @given(TEXTS | st.lists(NUMBERS | st.sampled_from(["+", "-", "~", " "])).map("".join))
 def test_what_an_asker_says(text: str) -> None:
     heard: list[str] = []
-    one = Asker.__new__(Asker)
+    one = Prober.__new__(Prober)
     one._number, one._heard, one._late = 3, heard.append, heard.append
     one._on_message(text)
     one._on_message("-2 of an earlier question")
@@ -387,7 +387,7 @@ def test_the_answer_of_another_host(head: bytes, pieces: list[bytes]) -> None:
 @given(st.text() | st.sampled_from(["", "..", "a/b", "\0", "\ud800", "x" * 5000, "web:80"]))
 def test_a_name_that_is_asked_for(runtime: Path, name: str) -> None:
     """By HAProxy's agent, in a path of /readyz, or by --name: there is none of it."""
-    found = ProtectorCollector().ask_one(name)
+    found = ProtectorCollector().query_one(name)
     assert [each for _, each in found] == [None]
     with pytest.raises((NoProtector, UsageError)):
         discovery.by_name(name)

@@ -53,7 +53,7 @@ OWN = {
     *(f"model/known_servers.py {name}" for name in ("_SOCKET_OPTIONS", "_PRELOADS", "_PYTHON")),
     *(f"model/known_servers.py {name}" for name in ("_CLUSTERED", "_SEVERAL", "_CONFIGURED")),
     "model/known_servers.py _TCP_ALONE",
-    *("model/question.py _URL", "system/check_command.py _PROGRAM", "system/env_file.py _NAME"),
+    *("model/probe_spec.py _URL", "system/check_command.py _PROGRAM", "system/env_file.py _NAME"),
     "system/socket_file.py _NAME",  # a path of 108 bytes, or a file name of 255, as a whole
     "socketprotector_client/gevent.py watched",
 }

@@ -17,10 +17,10 @@ from tests.running import (
     Protector,
 )
 from tests.scenarios.adopting import Installation
-from tests.scenarios.asking import Asked
 from tests.scenarios.managers import Service
 from tests.scenarios.operating import MANY, Operated, Operating
 from tests.scenarios.output import Syslog
+from tests.scenarios.probed import Asked
 from tests.scenarios.starting import Start
 from tests.scenarios.tools import Gate, Release
 from tests.scenarios.users import A, Command

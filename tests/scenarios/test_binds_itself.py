@@ -41,8 +41,7 @@ def test_where_its_port_is_ours_the_start_says_what_it_wants(
     said = failed(protector, f"127.0.0.1:{port}", "--", sys.executable, "-c", _LISTENS.format(port))
 
     assert (
-        "it binds an address by itself, which is taken; a program that binds its own port wants"
-        in said
+        "it binds its own address, which is in use; a program that binds its own port needs" in said
     )
     assert "--handoff listener (docs/servers.md)" in said
     assert "after:" not in said
@@ -56,7 +55,10 @@ def test_where_it_listens_elsewhere_the_start_says_where(
 
     said = failed(protector, "--start-timeout", f"{FAIR_START_S}s", "127.0.0.1:0", "--", *command)
 
-    assert f"it listens on 127.0.0.1:{port} by itself; a program that binds its own port" in said
+    assert (
+        f"it listens on its own socket at 127.0.0.1:{port}; a program that binds its own port"
+        in said
+    )
     assert "after:" not in said
 
 
@@ -68,7 +70,7 @@ def test_where_its_output_is_ours_to_read_its_own_words_say_so(
 
     failed(protector, "--log-file", str(log), f"127.0.0.1:{port}", "--", *command)
 
-    assert "it binds an address by itself, which is taken; a program that" in log.read_text()
+    assert "it binds its own address, which is in use; a program that" in log.read_text()
 
 
 @pytest.mark.parametrize("as_module", [False, True])
@@ -79,7 +81,7 @@ def test_a_known_server_is_named_with_a_line_to_copy(protector: Command, as_modu
 
     assert daemon.wait() == 0
     said = daemon.log.text()
-    assert "uvicorn binds its own port, and takes no connection" in said
+    assert "uvicorn binds its own port; it takes connections from SocketProtector only" in said
     typed = shlex.join(map(str, command))
     assert "start it as: SocketProtector --handoff listener --settle 5s -f http=127.0.0.1:0" in said
     assert f" -- {typed} --fd {{fd:http}} app:app" in said
@@ -143,7 +145,7 @@ def test_the_log_says_what_takes_a_broken_release_of_a_server_without_readiness_
         daemon = protector("--handoff", "listener", *options, "--check", "127.0.0.1:0", *command)
 
         assert daemon.wait() == 0
-        assert ("is thought ready after 1s, by a timer" in daemon.log.text()) is told
+        assert ("counts as ready after 1s" in daemon.log.text()) is told
 
 
 def test_the_log_says_what_a_known_server_that_takes_no_socket_over_lacks(

@@ -73,7 +73,7 @@ def test_more_workers_than_there_are_descriptors_for_are_refused(
     ended = start(*check, "--workers", "600", *words, before=WITH_200_DESCRIPTORS)
 
     assert ended.status == 2
-    assert "600 workers take 4 descriptors each, and the hard limit of 200 has room" in ended.err
+    assert "600 workers need 4 descriptors each, and the hard limit of 200 has room" in ended.err
     assert ended.err.count("\n") == 1
     assert start.left() == []
 

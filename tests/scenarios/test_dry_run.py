@@ -16,9 +16,9 @@ from tests.load import Load
 from tests.procfs import children_of
 from tests.running import FAIR_START_S, Ended, Protector, ask, eventually, shared_path, wait_gone
 from tests.scenarios.adopting import at_rest, kill_protector, revived, upgrade
-from tests.scenarios.asking import Asked, get
 from tests.scenarios.config_file import File
 from tests.scenarios.operating import MANY, Operated, Operating
+from tests.scenarios.probed import Asked, get
 from tests.scenarios.running_ctl import Running
 from tests.scenarios.tools import EITHER_HANDOFF, Gate, Release, pid_in, spawned, worker
 from tests.unit.ctl.conftest import run
@@ -282,7 +282,7 @@ def test_an_added_socket_that_all_would_accept_from_cannot_be_tried(
     ("words", "why"),
     [
         (("--reload-order", "stop-first"), "the old workers end before the new ones start"),
-        (("--handoff", "stdio"), "can be asked nothing before that"),
+        (("--handoff", "stdio"), "nothing can be probed before"),
         (("--handoff", "listener", "unix:SHARED"), "has one socket for all generations"),
     ],
 )

@@ -15,9 +15,9 @@ import pytest
 from tests.procfs import children_of
 from tests.running import Protector, eventually, wait_gone
 from tests.scenarios.adopting import kill_protector, revived, upgrade
-from tests.scenarios.asking import Asked, askers, get
 from tests.scenarios.managers import Giver
 from tests.scenarios.operating import Operated, Operating
+from tests.scenarios.probed import Asked, get, probers
 from tests.scenarios.tools import EITHER_HANDOFF, Gate
 
 Starter = Callable[..., Protector]
@@ -87,7 +87,7 @@ def test_what_it_answers_is_said_and_nothing_is_done(
     assert one.until(state="healthy", last="", failures=0)["probe"] == HTTP
     assert one.daemon.log.count("event=unhealthy") == 1
     assert one.daemon.worker_pids() == pids
-    left = askers(one.daemon)
+    left = probers(one.daemon)
     one.daemon.stop()
     assert wait_gone(left) == []
 
@@ -177,21 +177,21 @@ def test_a_reload_begins_anew_and_may_change_what_is_asked(
 
     write("")
     daemon = protector("--config", config, "--ready", "accept").ready()
-    assert askers(daemon) == []
+    assert probers(daemon) == []
     write(f'health = "{HTTP}"\nhealth-every = "100ms"')
     mark = daemon.signal(signal.SIGHUP)
     daemon.log.wait_for("event=configured .*health: none -> http:/healthz", after=mark)
     daemon.log.wait_for("event=healthy generation=2", after=mark)
-    [first] = askers(daemon)
+    [first] = probers(daemon)
     asked.bad()
     daemon.log.wait_for("event=unhealthy generation=2", after=mark)
     mark = daemon.signal(signal.SIGHUP)
     daemon.log.wait_for("event=unhealthy generation=3", after=mark)
-    assert askers(daemon) == [first]  # it goes on
+    assert probers(daemon) == [first]  # it goes on
     write("")
     mark = daemon.signal(signal.SIGHUP)
     daemon.log.wait_for("event=reloaded generation=4", after=mark)
-    eventually(lambda: askers(daemon) == [], "the end of what has asked")
+    eventually(lambda: probers(daemon) == [], "the end of what has asked")
     daemon.stop()
 
 
@@ -205,7 +205,7 @@ def test_another_protector_asks_anew(
     one.daemon.log.wait_for("event=healthy")
     asked.bad()
     one.daemon.log.wait_for("event=unhealthy")
-    before = askers(one.daemon)
+    before = probers(one.daemon)
 
     mark = len(one.daemon.log.seen)
     if how == "upgrade":
@@ -228,11 +228,11 @@ def test_an_asker_that_dies_or_hangs_is_no_failure_and_is_followed_by_another(
 ) -> None:
     one = watched(HTTP, "--health-failures", "1", "--health-timeout", "100ms")
     one.until(state="healthy")
-    [first] = askers(one.daemon)
+    [first] = probers(one.daemon)
     answered = one.says["answered_at"]
     os.kill(first, how)
 
-    eventually(lambda: askers(one.daemon) not in ([], [first]), "another asker")
+    eventually(lambda: probers(one.daemon) not in ([], [first]), "another prober")
     eventually(lambda: one.says["answered_at"] > answered + 0.5, "its answer")
     one.until(state="healthy", last="")
     assert "event=unhealthy" not in one.daemon.log.text()
@@ -263,7 +263,7 @@ def test_a_protector_that_can_open_nothing_does_not_know(
 def test_a_command_asks_where_it_is_told(watched: Callable[..., Watched], asked: Asked) -> None:
     one = watched(check(asked), "--health-timeout", "60s")
     one.until(state="healthy")
-    assert askers(one.daemon) == []
+    assert probers(one.daemon) == []
     asked.bad()
 
     found = one.until(state="unhealthy")

@@ -16,9 +16,9 @@ import pytest
 from socketprotector.model.control_requests import COMMANDS
 from tests.rounds import rounds
 from tests.scenarios.adopting import Installation, at_rest, kill_protector, revived
-from tests.scenarios.asking import Asked, get
 from tests.scenarios.config_file import File
 from tests.scenarios.operating import MANY, Line, Operated
+from tests.scenarios.probed import Asked, get
 
 pytestmark = pytest.mark.timeout(rounds(120, 600))
 

@@ -13,8 +13,8 @@ from tests import needs
 from tests.procfs import running
 from tests.running import DEADLINE_S, MARK, ROOT, Protector, ask, marked
 from tests.scenarios.adopting import Installation, kill_protector, revived, upgrade
-from tests.scenarios.asking import Asked, get
 from tests.scenarios.operating import Line, Operated
+from tests.scenarios.probed import Asked, get
 from tests.scenarios.tools import EITHER_HANDOFF, pid_in, spawned, worker
 
 MANY = worker("many")

@@ -17,8 +17,8 @@ from tests.load import Load
 from tests.procfs import children_of
 from tests.running import Client, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import at_rest, kill_protector, revived, served, upgrade
-from tests.scenarios.asking import Asked, askers, get
 from tests.scenarios.operating import MANY, Operating, nothing_of
+from tests.scenarios.probed import Asked, get, probers
 from tests.scenarios.running_ctl import Running
 from tests.scenarios.tools import EITHER_HANDOFF, Gate, Release, hold, pid_in, spawned
 
@@ -100,7 +100,7 @@ def test_one_that_answers_well_serves_when_the_time_is_over(
 
     line.event("reloaded", generation=2)
     assert get(one.address[1]) != old
-    eventually(lambda: askers(one.daemon) == [], "the end of what has asked")
+    eventually(lambda: probers(one.daemon) == [], "the end of what has asked")
     one.daemon.stop()
 
 
@@ -133,7 +133,7 @@ def test_a_bad_answer_gives_the_clients_back_to_the_one_that_stands_by(
     ends = ("signalled", "retired", "reload-failed", "exited", "drained")
     assert not [each for each in said[: at[0]] if each.startswith(ends)]
     one.daemon.log.wait_for("event=drained generation=2")
-    assert wait_gone(askers(one.daemon)) == []
+    assert wait_gone(probers(one.daemon)) == []
     assert one.status()["phase"] == "serving"
     one.daemon.stop()
 
@@ -248,7 +248,7 @@ def test_it_reaches_the_new_one_alone_at_the_probe_address(
 
     assert len(told) >= 2
     assert {*told} == {f"[{spawned(daemon, 2)[0]}]"}
-    eventually(lambda: askers(daemon) == [], "the end of what forwards it")
+    eventually(lambda: probers(daemon) == [], "the end of what forwards it")
     daemon.stop()
 
 
@@ -329,13 +329,13 @@ def test_an_asker_that_dies_is_followed_by_another(protector: Starter, asked: As
     words = (*LONG, *HTTP, "127.0.0.1:0", "--", asked.release.path)
     daemon = protector(*words).ready()
     mark = settling(daemon)
-    eventually(lambda: len(askers(daemon)) == 1, "an asker")
-    [first] = askers(daemon)
+    eventually(lambda: len(probers(daemon)) == 1, "a prober")
+    [first] = probers(daemon)
 
     os.kill(first, signal.SIGKILL)
 
-    eventually(lambda: [*askers(daemon), first] != [first], "another asker")
-    eventually(lambda: first not in askers(daemon), "the end of the first")
+    eventually(lambda: [*probers(daemon), first] != [first], "another prober")
+    eventually(lambda: first not in probers(daemon), "the end of the first")
     asked.bad()
     assert "GET /healthz: 500" in rolled_back(daemon, mark)
     daemon.stop()

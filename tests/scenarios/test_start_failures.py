@@ -245,8 +245,8 @@ def test_a_worker_that_detaches_itself_is_reported_and_ended(
     assert ended.status == 3
     last = ended.lines[-1]
     assert "exited with status 0 before it was ready" in last
-    assert "does it detach itself? tell it to stay in the foreground" in last
-    assert "that is --handoff stdio" in last
+    assert "does it detach? make it stay in the foreground" in last
+    assert "use --handoff stdio" in last
     assert start.left() == []
 
 

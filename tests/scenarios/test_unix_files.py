@@ -13,8 +13,8 @@ import pytest
 from tests.load import Load
 from tests.running import Client, Protector, ask, eventually
 from tests.scenarios.adopting import kill_protector, revived, served, upgrade
-from tests.scenarios.asking import Asked
 from tests.scenarios.operating import Operated
+from tests.scenarios.probed import Asked
 from tests.scenarios.tools import Gate, Release, pid_in, spawned, worker
 
 MODE = ("--handoff", "listener")

@@ -19,8 +19,8 @@ from tests import needs
 from tests.load import Load
 from tests.running import DEADLINE_S, Client, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import kill_protector, revived, served, upgrade
-from tests.scenarios.asking import Asked
 from tests.scenarios.operating import Operated
+from tests.scenarios.probed import Asked
 from tests.scenarios.tools import NOBODY, Gate, Release, pid_in, spawned, worker
 from tests.scenarios.users import Command
 from tests.unanswered import Unanswered

@@ -10,8 +10,8 @@ import pytest
 
 from tests.running import Client, eventually
 from tests.scenarios.adopting import kill_protector, revived, upgrade
-from tests.scenarios.asking import Asked
 from tests.scenarios.operating import OBEYS, Operated, Operating
+from tests.scenarios.probed import Asked
 from tests.scenarios.running_ctl import Running
 from tests.scenarios.tools import Release
 

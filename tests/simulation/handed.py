@@ -479,7 +479,7 @@ class Handed(World):
         act = self._supervisor.effects
         places = ((each, number) for each in act.delivery.listeners for number in (0, 1))
         return any(
-            (each.index, number) in steering_of(act).probes.asked
+            (each.index, number) in steering_of(act).probes.probed
             and self.kernel.files.get(each.socket_for(number).fileno()) is to
             for each, number in places
             if each.has_sibling

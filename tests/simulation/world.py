@@ -69,7 +69,7 @@ from socketprotector.daemon.start_report import StartReport
 from socketprotector.daemon.supervisor import Supervisor
 from socketprotector.model import text
 from socketprotector.model.history import History
-from socketprotector.model.question import ASKED
+from socketprotector.model.probe_spec import PROBED
 from socketprotector.model.settings import ListenerSettings, Origin, Settings
 from socketprotector.system import (
     accept_tags,
@@ -124,8 +124,8 @@ BACKLOG = 200
 VERDICTS = ("reloaded", "recovered", "reload-failed", "dry-run-passed", "dry-run-failed")
 #: What --health asks by, for ever.
 HEALTH = {"health"}
-#: How long an answer to a question by HTTP may take.
-ASKED_NS = 2_000_000_000
+#: How long an HTTP probe may take.
+PROBE_LIMIT_NS = 2_000_000_000
 #: Fewer workers than that are asked for in lives with many.
 MOST = 16
 #: The number of the line in a worker, for --ready fd.
@@ -336,10 +336,10 @@ class Reads:
         self._loop.cancel(self._key)
 
 
-class Asks:
-    """In the place of asker_client.Asker: asks by HTTP, by a connection that it is given.
+class FakeProber:
+    """Stand-in for prober_client.Prober: sends HTTP probes over the connections it is given.
 
-    It may die, and another one is started.
+    It may die; the protector then starts another.
     """
 
     def __init__(
@@ -356,11 +356,11 @@ class Asks:
         its = (0.0, 0.15, 1.0) if world._supervisor.fleet.served else (0.0,)
         self._bad = world._random.choice(its)  # how many of its answers are
         self._question: Question | None = None
-        self._asked_at = 0
+        self._sent_at = 0
 
-    def ask(self, connection: Any, *_: object) -> None:
+    def send(self, connection: Any, *_: object) -> None:
         self._question = connection._file.question  # None: there is no room for it
-        self._asked_at = self._world.kernel.clock_ns
+        self._sent_at = self._world.kernel.clock_ns
         self._later()
 
     def kill(self) -> None:
@@ -381,7 +381,7 @@ class Asks:
             bad = not question.taken or (not world._calm and world._chance() < self._bad)
             world.events["answered-badly" if bad else "answered-well"] += 1
             self._heard("GET /: 500" if bad else "")
-        elif world.kernel.clock_ns - self._asked_at > ASKED_NS:
+        elif world.kernel.clock_ns - self._sent_at > PROBE_LIMIT_NS:
             self._is_late("GET /: no answer")
         else:
             self._later()
@@ -541,7 +541,7 @@ class World:
             settings,
             policy=replace(settings.policy, ready=ready),
             ready=ready,
-            ready_after_s=1.0 if ready in ASKED else None,
+            ready_after_s=1.0 if ready in PROBED else None,
             ready_question={"accept": "accept", "http": "http:/"}.get(ready, ""),
             ready_fd=READY_FD if ready == "fd" else pick((-1, READY_FD)),
         )
@@ -1232,7 +1232,7 @@ class World:
     def _say_ready(self, worker: Any, more: bytes = b"") -> bool:
         """Say READY=1, or the same in another way that counts; return whether it was said."""
         ready, lines = self.settings.ready, worker.voice.lines
-        if ready == "notify" or (ready in ASKED and self._chance() < 0.5):
+        if ready == "notify" or (ready in PROBED and self._chance() < 0.5):
             return self._tell(worker, b"READY=1" + more)
         if ready != "fd" and not self._calm and self._chance() < 0.3:
             return self._ack(worker.pid)
@@ -1714,7 +1714,7 @@ def installed(world: World) -> Iterator[None]:
                 if hasattr(module, name):
                     put(module, name, getattr(kernel.modules, name))
         put(program_spec, "resolve", resolve)
-        put(probe, "Asker", lambda loop, **told: Asks(world, loop, **told))
+        put(probe, "Prober", lambda loop, **told: FakeProber(world, loop, **told))
         put(config_reader, "ConfigReader", lambda _, loop, key: Reads(world, loop, key))
         put(bpf, "attach", lambda to, option, code: to.attach(option, code[-1][3]))
         put(reuseport, "steer", kernel.steer)

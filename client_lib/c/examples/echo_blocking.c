@@ -22,7 +22,7 @@ static int send_all(int fd, const char *text, size_t bytes)
     return 0;
 }
 
-/* Returns 0 after `quit` or end of file, -1 if the conversation ended in another way. */
+/* Returns 0 after `quit` or end of file, -1 if the conversation ended otherwise. */
 static int serve(struct sp_worker *sp, int fd, int stop_fd)
 {
     char line[LINE_BYTES], reply[LINE_BYTES + 32], *end;

@@ -41,7 +41,7 @@ static void watch_for_connections(int on)
             continue; /* watched until the end */
         else if (!on)
             epoll_ctl(epoll_fd, EPOLL_CTL_DEL, sp.fds[i], NULL);
-        else if (watch(sp.fds[i], &sp.fds[i]) < 0) /* main() recognizes it by its place in sp.fds */
+        else if (watch(sp.fds[i], &sp.fds[i]) < 0) /* main() recognizes pointers into sp.fds */
             fprintf(stderr, "cannot watch descriptor %d: %s\n", sp.fds[i], strerror(errno));
 }
 
@@ -128,7 +128,7 @@ static void take(int fd)
         break;
     case SP_ERROR:
         if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM)
-            watch_for_connections(0); /* connections wait in the queue until one of ours is closed */
+            watch_for_connections(0); /* new clients wait in the queue until we close a connection */
         else
             fprintf(stderr, "cannot take a connection: %s\n", strerror(errno));
         break;

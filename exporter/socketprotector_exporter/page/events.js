@@ -1,4 +1,4 @@
-// The list of events: a row for each release, which shows the worst of its events and lists all.
+// The list of events.  Each release has a row, which shows its worst event and lists all of them.
 "use strict";
 
 const ROWS = 200, LISTED = 120;
@@ -20,7 +20,7 @@ function tell(happened, live) {
   }
   const list = $("events"), focused = document.activeElement;
   if (list.firstElementChild !== item) list.prepend(item);
-  if (item.contains(focused)) focused.focus({ preventScroll: true }); // what moves loses it
+  if (item.contains(focused)) focused.focus({ preventScroll: true }); // moving an element loses the focus
   while (list.children.length > ROWS) {
     list.lastElementChild.forget();
     list.lastElementChild.remove();
@@ -28,7 +28,7 @@ function tell(happened, live) {
   if (live && SAID.has(happened.event)) text($("said"), `${happened.name}: ${happened.event} ${happened.text}`);
 }
 
-/** Add an event to its release's row, and return that. */
+/** Add an event to the row of its release, and return the row. */
 function inRelease(key, happened) {
   const id = `${happened.id} ${happened.release}`;
   if (!rows.has(id)) {

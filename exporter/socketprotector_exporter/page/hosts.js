@@ -1,4 +1,4 @@
-// Other hosts, a cell for each.
+// Other hosts: each has a cell.
 "use strict";
 
 const MANY = 60;
@@ -39,7 +39,7 @@ function keepHosts(ids) {
   $("hosts").toggleAttribute("data-many", hosts.size > MANY);
   enter();
 }
-/** One cell is reached by Tab, the others from there by arrows. */
+/** Tab reaches one cell; the arrow keys move from there to the others. */
 function enter(cell) {
   const shown = [...$("host-cells").children].filter((each) => !each.hidden);
   const at = cell || shown.find((each) => each.tabIndex === 0) || shown[0];

@@ -1,5 +1,5 @@
-// Shows what the exporter tells over server-sent events.  It sends nothing.
-// Texts come from workers and may be hostile: they are only ever set as text.
+// Shows the exporter's server-sent events.  The page sends nothing.
+// Texts come from workers and may be hostile: they are inserted only as text.
 "use strict";
 
 const STEPS = 120, SILENT_S = 20, DENSE = 24, TROUBLES = 40;
@@ -12,7 +12,7 @@ let offset = 0, version = null, source = null, step = 0, filter = "", heard = 0,
 const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const fine = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
 const number = (n) => (n == null ? "–" : n < 10 ? fine.format(n) : whole.format(n));
-/** Waits are counted in ranges, of which the last has no end: what is known is the range's end. */
+/** Waits are counted in ranges: show the upper end.  The last range has none. */
 function wait(us) {
   if (us == null) return "–";
   if (us >= 2 ** 31 - 1) return "> 1,073 s";
@@ -28,7 +28,7 @@ function span(s) {
   return `${Math.floor(s / 86400)} d`;
 }
 const now = () => Date.now() / 1000 - offset;
-/** A date in this browser's time; null where there is none: JavaScript's end in the year 275760. */
+/** Return a Date; null if there is none: JavaScript's dates end in the year 275760. */
 function date(at) {
   const found = new Date((at + offset) * 1000);
   return at == null || Number.isNaN(found.getTime()) ? null : found;
@@ -58,7 +58,7 @@ function made(tag, value, kind) {
   return element;
 }
 const copy = (id) => $(id).content.firstElementChild.cloneNode(true);
-/** Make an element show an age, updated each second.  until: when it stopped growing, if it did. */
+/** Make an element show an age, updated each second.  until: the time at which the age stopped growing. */
 function since(element, at, before, until) {
   element.dataset.since = at ?? "";
   element.dataset.until = until ?? "";
@@ -98,7 +98,7 @@ function draw(one) {
   const old = data.why === "stopped" ? `Stopped at ${when(seen)}.` : `Last seen at ${when(seen)}; its workers may still serve.`;
   text(card.querySelector(".old"), seen ? old : "");
   card.querySelector(".figures").hidden = data.phase === undefined;
-  if (data.phase === undefined) return; // it has never answered
+  if (data.phase === undefined) return; // the instance has never answered
   const where = card.querySelector(".where");
   const words = data.listens.length ? [data.listens.slice(0, 3).join(" ") + (data.listens.length > 3 ? ` and ${data.listens.length - 3} more` : "")] : [];
   if (data.health && data.health !== "unhealthy") words.push(data.health === "healthy" ? "healthy" : "health unknown");
@@ -156,7 +156,7 @@ function drawLane(item, lane, data) {
   text(item.querySelector(".phase"), seen ? `was ${lane.phase}` : lane.phase);
   since(item.querySelector(".age"), lane.since, "", seen);
   const path = item.querySelector(".path");
-  text(path, lane.path.split("/").slice(-2).join("/")); // of /srv/app-8/daemon what tells releases apart
+  text(path, lane.path.split("/").slice(-2).join("/")); // enough to tell releases such as /srv/app-8/daemon apart
   set(path, "title", lane.path);
   text(item.querySelector(".note"), lane.note);
   const values = item.querySelectorAll(".numbers b");
@@ -222,7 +222,7 @@ function drawVerdict(box, failed, title, name) {
   if (!failed) return;
   const key = `${failed.generation} ${failed.at} ${failed.last}`;
   if (box.dataset.key !== key) {
-    box.dataset.key = key; // what the reader has opened or closed stays until there is another one
+    box.dataset.key = key; // the reader may open or close the box until there is another verdict
     box.open = failed.last;
   }
   text(box.querySelector("summary"), title);
@@ -247,7 +247,7 @@ function sparklines(one) {
     const most = Math.max(1, ...known);
     let line = "", area = "", before = null;
     values.forEach((value, x) => {
-      // Each step of time is as wide as every other one, the first and only one, too.
+      // All steps of time have the same width, even a single one.
       if (value != null) {
         const y = (29 - (28 * value) / most).toFixed(1);
         line += `${before == null ? "M" : "L"}${x} ${y}H${x + 1}`;
@@ -287,7 +287,7 @@ function attend(troubles) {
   }));
   if (troubles.length > TROUBLES) list.append(made("li", `and ${number(troubles.length - TROUBLES)} more`));
 }
-/** What is not known is not 0: say of how many instances it is the sum. */
+/** Sum the known rates, and say of how many instances: unknown is not 0. */
 function total(rates) {
   if (!rates.length) return [];
   const of = rates.length < instances.size ? ` in ${number(rates.length)} of them` : "";
@@ -318,7 +318,7 @@ function summarize() {
   document.documentElement.toggleAttribute("data-dense", instances.size > DENSE);
 }
 
-/** So many rows of the grid that no hole is left below a short card beside a tall one. */
+/** Give each card enough rows of the grid to leave no hole below a short card. */
 const sizes = new ResizeObserver((entries) => {
   for (const { target } of entries) {
     const gap = Number.parseFloat(getComputedStyle(target).marginBottom);
@@ -381,7 +381,7 @@ function keep(ids) {
   }
 }
 
-/** Say how the exporter is; without it clocks stop, and all is grey. */
+/** Show the state of the connection to the exporter.  Without it clocks stop, and everything is grey. */
 function link(state, words) {
   if (state !== "lost") frozen = null;
   else if (frozen === null) frozen = now();
@@ -432,7 +432,7 @@ function connect() {
   });
   source.onerror = () => {
     lost();
-    if (source.readyState === EventSource.CLOSED) setTimeout(connect, 2000); // the answer was no
+    if (source.readyState === EventSource.CLOSED) setTimeout(connect, 2000); // it was refused
   };
 }
 
@@ -443,7 +443,7 @@ $("filter").addEventListener("input", () => {
 $("host-cells").addEventListener("keydown", walk);
 $("host-cells").addEventListener("focusin", (focus) => enter(focus.target));
 setInterval(() => {
-  // It sends something every 5 s; a connection through a tunnel may end without a word.
+  // The exporter sends a message every 5 s.  A connection through a tunnel may end silently.
   if (source.readyState === EventSource.OPEN && Date.now() - heard > 1000 * SILENT_S) lost();
   document.querySelectorAll("[data-since]").forEach(age);
 }, 1000);

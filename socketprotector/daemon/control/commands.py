@@ -121,7 +121,7 @@ class CommandHandler:
             "control": settings.control.address.removeprefix("unix:") if settings.control else None,
             "handoff": settings.handoff,
             "ready": status.of_ready(settings),
-            "health": status.of_health(effects.questions.health),
+            "health": status.of_health(effects.probing.health),
             "command": [os.path.basename(settings.executed[0])],
             "log_level": self.runtime.log.level,
             "forwarded": delivery.forwarded,

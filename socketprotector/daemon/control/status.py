@@ -71,10 +71,10 @@ def of_ready(settings: Settings) -> str:
 
 def of_health(health: Health | None) -> dict[str, Any] | None:
     """Return the health of the serving generation; None: there is no health check."""
-    if health is None or not health.asks:
+    if health is None or not health.shown_check:
         return None
     return {
-        "probe": health.asks,
+        "probe": health.shown_check,
         "state": health.known.state,
         "since_at": health.known.since_at,
         "last": health.known.last,
@@ -94,7 +94,7 @@ def of_waits(
     now, starting = time.monotonic(), fleet.of(Phase.STARTING)
     answer = ""
     if starting is not None:
-        answer = effects.questions.last or effects.pool.check_says(starting.number)
+        answer = effects.probing.last or effects.pool.check_says(starting.number)
     settling = fleet.of(Phase.SETTLING)
     settles = effects.generations.get(settling.number) if settling is not None else None
     facts = Facts(
@@ -102,7 +102,7 @@ def of_waits(
         active={each["number"]: each["active"] for each in generations},
         answer=headline(answer),
         settle_check=shown(settles.program.settle_check) if settles is not None else "",
-        settle_check_due=effects.questions.is_due,
+        settle_check_due=effects.probing.is_due,
         upgrade=upgrade,
         leftovers_end=effects.pool.orphans.found,
         late_clients_s=effects.late_clients_s,

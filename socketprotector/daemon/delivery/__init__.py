@@ -69,7 +69,7 @@ class Delivery(ABC):
     # -- a generation, in the order of its life ----------------------------------
 
     @abstractmethod
-    def can_ask(self, listener: str) -> bool:
+    def can_probe(self, listener: str) -> bool:
         """Return whether reach() can reach a generation without clients; listener: see reach()."""
 
     @abstractmethod

@@ -90,7 +90,7 @@ class KilledWorld(World):
         self.highest_generation = fleet.next_generation - 1
         self.timers = frozenset()
         self.held = False
-        self.in_question = self.checked = None
+        self.probed = self.checked = None
         self.drained = False  # a generation, by this program
         self.owed = ()
         known = {generation.number for generation in fleet.generations}
@@ -140,7 +140,7 @@ class KilledWorld(World):
             case ReadSettings():
                 self.reader = True
             case Probe(number):
-                self.in_question = number
+                self.probed = number
             case CheckSettling(number):
                 self.checked = number
             case StartTimer(deadline):
@@ -154,7 +154,7 @@ class KilledWorld(World):
 
     def seen(self) -> object:
         channels = dict(self.channels)
-        asked = self.in_question, self.checked
+        asked = self.probed, self.checked
         return self.route, channels, self.killed, self.listeners, self.timers, asked
 
 

@@ -136,7 +136,7 @@ class World:
         self.timers: frozenset[Deadline] = frozenset()
         self.listeners = "open"
         self.held = False
-        self.in_question: int | None = None  # the generation that is
+        self.probed: int | None = None  # the generation that is
         self.checked: int | None = None  # the settling generation that is asked
         self.tried: frozenset[int] = frozenset()  # generations that were opened by a dry run
         self.said_tried = False  # that one is being tried
@@ -255,10 +255,10 @@ class World:
             case Probe(number):
                 assert self.channels[number] in ("open", "failed")
                 assert self.route != number, "it serves, and is asked whether it may"
-                self.in_question = number
+                self.probed = number
             case StopProbing(number):
-                assert self.in_question in (None, number), "another one is asked"
-                self.in_question = None
+                assert self.probed in (None, number), "another generation is probed"
+                self.probed = None
             case CheckSettling(number):
                 assert self.checked is None, "two are asked at once"
                 assert self.route == number, "it has no clients, and is asked how it does"
@@ -288,7 +288,7 @@ class World:
                 self.reader = self.read = False
             case Exit():
                 assert not self.reader, "a reader is still running"
-                assert self.in_question is None, "it is asked on"
+                assert self.probed is None, "the probes continue"
                 assert self.checked is None
                 assert not self.read
                 left = (self.processes, self.channels, self.timers, self.route)
@@ -339,12 +339,12 @@ class World:
             self.check_dry_run(starting)
         if self.promised:
             assert self.a_reload_comes(), "who waits for a reload's verdict waits for ever"
-        if starting is None or self.in_question not in (None, starting.number):
-            assert self.in_question is None, "what is asked does not start"
+        if starting is None or self.probed not in (None, starting.number):
+            assert self.probed is None, "the probed generation does not start"
         elif self.runs(TimerKind.SETTLE, starting.number):
             pass  # it has answered
         elif fleet.policy_of(starting.fresh).probes and not self.runs(TimerKind.TURN):
-            assert self.in_question == starting.number, "nobody asks it"
+            assert self.probed == starting.number, "nothing probes it"
         settling = fleet.of(Phase.SETTLING)
         assert self.checked == (settling.number if settling and settling.checked else None)
         assert [g for g in fleet.generations if g.checked] in ([], [settling])
@@ -547,11 +547,11 @@ class World:
             yield WorkerReady(number)
             yield WorkerReady(number, retires=True)
         if self.is_answering():
-            yield Answered(self.in_question or 0)
+            yield Answered(self.probed or 0)
 
     def is_answering(self) -> bool:
         """Whether a generation is asked that could be opened."""
-        return self.in_question is not None and self.channels[self.in_question] == "open"
+        return self.probed is not None and self.channels[self.probed] == "open"
 
     def died(self) -> Iterator[Event]:
         for number in self.processes:
@@ -605,7 +605,7 @@ class World:
         for number in range(self.highest_generation + 2):
             if number != self.checked:
                 yield SettleFailed(number, "too late")
-            if number != self.in_question and self.channels.get(number) != "failed":
+            if number != self.probed and self.channels.get(number) != "failed":
                 yield Answered(number)
             if number not in self.channels:
                 yield KillRequested(number)
@@ -656,7 +656,7 @@ class World:
             for number in [*self.processes]:
                 self.take(WorkerReady(number))
             if self.is_answering():
-                self.take(Answered(self.in_question or 0))
+                self.take(Answered(self.probed or 0))
         for number in [*self.processes]:
             found = self.fleet.find(number)
             assert found

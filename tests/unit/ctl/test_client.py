@@ -13,7 +13,7 @@ import pytest
 from socketprotector.ctl import client as module
 from socketprotector.ctl.client import Client
 from socketprotector.ctl.errors import ConnectionLost, NoProtector, RequestRefused
-from socketprotector.ctl.query_all import ask_all
+from socketprotector.ctl.query_all import query_all
 from tests.unit.ctl.fake import Connection, Fake, Message, Refusing
 
 Says = Callable[[bytes], str]
@@ -91,7 +91,7 @@ def test_denied_is_heard_although_the_connection_is_closed_already(says: Says) -
     with Client(path) as client, pytest.raises(RequestRefused, match="not for you") as refused:
         client.request("status")
     assert refused.value.code == "denied"
-    assert ask_all([path])[0].why == "denied"
+    assert query_all([path])[0].why == "denied"
 
 
 @pytest.mark.parametrize("what", [b"SSH-2.0\r\n", b"[1]\n", b"\xff\xfe\n"])
@@ -100,7 +100,7 @@ def test_another_server_is_found_out(what: bytes, says: Says) -> None:
 
     with Client(path) as client, pytest.raises(NoProtector, match="not SocketProtector"):
         client.request("status")
-    assert ask_all([path])[0].why == "no protector"
+    assert query_all([path])[0].why == "no protector"
 
 
 def test_a_line_without_end_is_not_kept(says: Says, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +140,7 @@ def test_a_client_comes_back_and_follows_again(fake: Fake) -> None:
         assert client.again()["name"] == "web"
         fake.cut_all()
 
-        assert client.ask("status")["name"] == "web"
+        assert client.query("status")["name"] == "web"
     assert fake.commands() == ["events", *["events", "status"] * 2, "status"]
 
 
@@ -156,7 +156,7 @@ def test_a_client_asks_again_as_often_as_it_is_cut(fake: Fake) -> None:
 
     fake.answers["hold"] = answer
     with Client(str(fake.path)) as client:
-        assert client.ask("hold", seconds=5.0) == {"until_at": 205.0}
+        assert client.query("hold", seconds=5.0) == {"until_at": 205.0}
     assert fake.commands().count("hold") == 4
 
 
@@ -180,7 +180,7 @@ def test_a_survey_asks_all_at_once(tmp_path: Path) -> None:
     try:
         for each in made[:10]:
             each.answers["status"] = lambda *_: None
-        found = ask_all([str(each.path) for each in made], within_s=0.5)
+        found = query_all([str(each.path) for each in made], within_s=0.5)
     finally:
         for each in made:
             each.end()

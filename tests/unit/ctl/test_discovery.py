@@ -47,6 +47,21 @@ def test_none_is_status_1_and_several_are_status_2(fakes: Fakes, ctl: Ctl) -> No
     assert several.err.endswith("choose one by --name NAME: api, web\n")
 
 
+@pytest.mark.parametrize("words", [("status",), ("--name", "web", "status"), ("list",)])
+def test_without_xdg_runtime_dir_a_user_is_told_how_to_find_the_socket(
+    folder: Path, ctl: Ctl, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    advice = "set it as it was when the protector started, or pass the protector's --control PATH\n"
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    found = ctl(*words)
+    assert (found.out + found.err).endswith(f"; XDG_RUNTIME_DIR is not set: {advice}")
+
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    found = ctl(*words)
+    assert "XDG_RUNTIME_DIR" not in found.out + found.err
+
+
 @pytest.mark.parametrize("option", ["--control", "--pid-file", "--name"])
 @pytest.mark.parametrize("kind", ["none", "file", "folder", "socket"])
 def test_a_path_with_a_line_break_is_shown_in_one_line(

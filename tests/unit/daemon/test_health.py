@@ -23,18 +23,18 @@ class Probe:
     """A probe that gets its verdict from the test."""
 
     def __init__(self, *_: object, **__: object) -> None:
-        self.asked: list[int] = []
+        self.probed: list[int] = []
         self.heard: Callable[[Verdict], None] | None = None
         self.connection = None
 
     @property
-    def asks(self) -> bool:
+    def is_pending(self) -> bool:
         return self.heard is not None
 
-    def ask(
-        self, generation: Any, _asked: object, _limit_s: float, heard: Callable[[Verdict], None]
+    def send(
+        self, generation: Any, _spec: object, _limit_s: float, heard: Callable[[Verdict], None]
     ) -> None:
-        self.asked.append(generation.record.number)
+        self.probed.append(generation.record.number)
         self.heard = heard
 
     def end(self) -> None:
@@ -106,24 +106,24 @@ def test_each_change_of_the_health_is_logged_once_and_remembered(world: World) -
 def test_no_second_probe_is_sent_while_one_has_no_answer(world: World) -> None:
     world.serve(1)
     world.clock.pass_time(5 * EVERY_S)
-    assert world.probe.asked == [1]
+    assert world.probe.probed == [1]
 
     world.probe.answer(GOOD)
     world.clock.pass_time(EVERY_S)
 
-    assert world.probe.asked == [1, 1]
+    assert world.probe.probed == [1, 1]
 
 
 def test_a_hold_suspends_the_probes_and_not_their_schedule(world: World) -> None:
     world.delivery.is_silent = True
     world.serve(1)
     world.clock.pass_time(2 * EVERY_S)
-    assert world.probe.asked == []
+    assert world.probe.probed == []
 
     world.delivery.is_silent = False
     world.clock.pass_time(EVERY_S)
 
-    assert world.probe.asked == [1]
+    assert world.probe.probed == [1]
 
 
 def test_the_health_of_the_next_generation_is_unknown_at_first(world: World) -> None:
@@ -134,7 +134,7 @@ def test_the_health_of_the_next_generation_is_unknown_at_first(world: World) -> 
     world.serve(2)
 
     assert world.health.known.state == UNKNOWN
-    assert world.probe.asked[-1] == 2
+    assert world.probe.probed[-1] == 2
     world.answer(GOOD)
     assert world.clock.lines == ["healthy", "healthy"]
 
@@ -158,7 +158,7 @@ def test_a_reload_without_the_option_ends_the_probes(world: World) -> None:
     world.settings = Settings(name="x", command=("w",), directory="/")
     world.health.apply_settings()
 
-    assert not world.probe.asks
+    assert not world.probe.is_pending
     assert not world.clock.waits
 
 
@@ -166,14 +166,14 @@ def test_after_a_failed_upgrade_the_probes_go_on_and_the_health_is_kept(world: W
     world.serve(1)
     world.answer(GOOD)
     world.health.suspend()
-    asked = len(world.probe.asked)
+    asked = len(world.probe.probed)
     world.clock.pass_time(3 * EVERY_S)
-    assert len(world.probe.asked) == asked
+    assert len(world.probe.probed) == asked
 
     world.health.resume()
     world.clock.pass_time(0.0)
 
-    assert len(world.probe.asked) == asked + 1
+    assert len(world.probe.probed) == asked + 1
     assert world.health.known.state == HEALTHY
 
 

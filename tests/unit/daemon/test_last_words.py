@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,9 +33,12 @@ def test_each_of_two_questions_about_one_worker_is_answered() -> None:
     named: Any = {}
     relay = LogRelay("web", "lines", runtime, named, prefixed=False)
 
+    def hear(request: str, words: bytes) -> None:
+        heard.append(f"{request} {words!r}")
+
     for request in ("first", "second"):
-        relay.ask(7, lambda words, request=request: heard.append(f"{request} {words!r}"))  # type: ignore[misc]
-    relay.ask(8, lambda words: heard.append(f"other {words!r}"))
+        relay.request_last_words(7, partial(hear, request))
+    relay.request_last_words(8, partial(hear, "other"))
     timers.run_out()
 
     assert heard == ["first b''", "second b''", "other b''"]

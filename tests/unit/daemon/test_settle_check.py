@@ -41,9 +41,9 @@ class World:
 
     def _make(self, *_: object, reads: Callable[[int], bytes], **__: object) -> object:
         self.reads = reads
-        return SimpleNamespace(ask=self._ask, end=lambda: None)
+        return SimpleNamespace(send=self._send, end=lambda: None)
 
-    def _ask(self, *args: Any) -> None:
+    def _send(self, *args: Any) -> None:
         self.limits_s.append(args[2])
         self.heard.append(args[3])
 

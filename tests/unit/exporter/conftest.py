@@ -35,14 +35,14 @@ class Exporter:
 
     @property
     def address(self) -> str:
-        found = re.search(r"(https?://\S+)/metrics", self.said.wait_for("answers at"))
+        found = re.search(r"(https?://\S+)/metrics", self.said.wait_for("serves metrics at"))
         assert found
         return found[1]
 
     @property
     def page(self) -> str:
         """Where it shows the page: an address without the last slash, or the path of a socket."""
-        found = re.search(r"shows a page at (\S+?)/?$", self.said.wait_for("shows a page at"))
+        found = re.search(r"serves the page at (\S+?)/?$", self.said.wait_for("serves the page at"))
         assert found
         return found[1].removeprefix("unix:")
 

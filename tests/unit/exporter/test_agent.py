@@ -120,7 +120,7 @@ class Said:
     def __init__(self) -> None:
         self.status = {"web": status(), "shop": status(name="shop")}
 
-    def ask_one(self, name: str) -> list[tuple[str, SocketAnswer | None]]:
+    def query_one(self, name: str) -> list[tuple[str, SocketAnswer | None]]:
         return [(name, SocketAnswer(f"/run/{name}", self.status.get(name), why="dead"))]
 
 

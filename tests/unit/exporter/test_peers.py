@@ -376,7 +376,7 @@ def test_a_wrong_token_is_told(
         (ssl.SSLError(1, "[SSL: TLSV1_ALERT] x"), "TLS: failed"),
         (OSError(113, "Connect call failed ('10.0.0.1', 1)"), "no route to host"),
         (ConnectionResetError(), "connection ended"),
-        (ZeroDivisionError(), "cannot be asked: ZeroDivisionError"),
+        (ZeroDivisionError(), "cannot be polled: ZeroDivisionError"),
     ],
 )
 def test_each_error_has_its_words(error: int | Exception, why: str) -> None:
@@ -541,7 +541,7 @@ def test_it_ends_well_while_a_look_up_hangs(tmp_path: Path) -> None:
     os.close(send)
     said = Lines(receive)
     try:
-        where = re.search(r"http://([^/]+)/", said.wait_for("shows a page at"))
+        where = re.search(r"http://([^/]+)/", said.wait_for("serves the page at"))
         assert where
         with contextlib.closing(http.client.HTTPConnection(where[1])) as viewer:
             viewer.request("GET", "/events")

@@ -56,7 +56,7 @@ def test_a_line_is_an_address_and_a_name_if_there_is_another_one() -> None:
         ("http://web-1:9517", "http:// is for loopback addresses only"),
         ("http://10.0.0.11:9517", "http:// is for loopback addresses only"),
         ("http://localhost.example.org:9517", "http:// is for loopback addresses only"),
-        ("https://first:9518", "first is in line 1, too; write a name of its own"),
+        ("https://first:9518", "first is in line 1, too; write a different name"),
     ],
 )
 def test_a_line_that_says_nothing_is_refused_in_one(line: str, wanted: str) -> None:

@@ -438,16 +438,16 @@ def test_a_token_is_in_a_file_that_can_be_read_again(kind: str) -> None:
     [
         (["--listen", "0.0.0.0:0", "--token", "/t"], "others could read the token on its way"),
         (["--token", "/nowhere"], "--token /nowhere: No such file"),
-        (["--all", "--name", "x"], "leave one of them out"),
+        (["--all", "--name", "x"], "leave out --all, or the others"),
         (["--name", "a/b"], "a name, not a path"),
         (["--listen", "9517"], "write HOST:PORT"),
         (["--listen", "127.0.0.1:99999"], "write HOST:PORT"),
         (["--listen", "192.0.2.1:0"], "--listen 192.0.2.1:0: "),
         (["--agent", "9518"], "--agent 9518: write HOST:PORT"),
         (["--listen", "127.0.0.1:0", "--agent", "192.0.2.1:0"], "--agent 192.0.2.1:0: "),
-        (["--tls-key", "k"], "give the certificate too"),
+        (["--tls-key", "k"], "add --tls-cert FILE"),
         (["--tls-cert", "/nowhere"], "--tls-cert /nowhere: No such file"),
-        (["--tls-cert", __file__], "no PEM certificate"),
+        (["--tls-cert", __file__], "not a PEM certificate with its own key"),
         (["--tls-cert", "/dev/zero"], "--tls-cert /dev/zero: no regular file"),
         (["--nonsense"], "see --help"),
         (["extra"], "see --help"),
@@ -488,7 +488,7 @@ def test_an_instance_that_this_user_may_not_ask_is_named_once(
     def answers(paths: Sequence[str], **_: object) -> list[SocketAnswer]:
         return [SocketAnswer(path, why=whys[path]) for path in paths]
 
-    monkeypatch.setattr(collector, "ask_all", answers)
+    monkeypatch.setattr(collector, "query_all", answers)
     asked = ProtectorCollector(paths=list(whys))
     asked.collect()
     asked.unready()

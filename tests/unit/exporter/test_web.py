@@ -144,7 +144,7 @@ def test_an_address_that_others_reach_is_refused_in_words(address: str) -> None:
     assert code == 2
     assert said.count("\n") == 1
     assert f"--web {address}: the page has no log-in" in said
-    assert "put your own proxy with a log-in before it" in said
+    assert "and a proxy with a log-in for other users" in said
 
 
 @together(
@@ -422,7 +422,7 @@ def test_too_many_viewers_are_told_so(exporter: Starter, fakes: Fakes, viewer: L
 
     code, _, body = ask(one, "/events")
 
-    assert (code, body) == (503, b"64 viewers are there already\n")
+    assert (code, body) == (503, b"there are already 64 viewers\n")
     assert ask(one, "/")[0] == 200
 
 

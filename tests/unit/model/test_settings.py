@@ -96,12 +96,12 @@ def test_warnings_keep_no_older_program_from_reading_the_settings() -> None:
         (
             b'{"format": %d, "anything": 1}' % (FORMAT + 1),
             f"the settings cannot be read: written by a newer program (format {FORMAT + 1}, this "
-            f"one reads up to {FORMAT}); start that one, or stop and start afresh",
+            f"one reads up to {FORMAT}); start that version, or stop and start afresh",
         ),
         (
             changed(teapot=1, beside={}),
             "the settings cannot be read: written by a newer program (this one does not know "
-            "beside, teapot); start that one, or stop and start afresh",
+            "beside, teapot); start that version, or stop and start afresh",
         ),
         (changed(policy={"c": "Policy", "f": {"teapot_s": 1.0}}), "does not know teapot_s"),
         (changed(policy={"c": "Teapot", "f": {}}), "does not know Teapot"),

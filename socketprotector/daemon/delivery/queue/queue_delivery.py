@@ -60,7 +60,7 @@ class QueueDelivery(Delivery):
 
     # -- a generation ----------------------------------------------------------------
 
-    def can_ask(self, listener: str) -> bool:
+    def can_probe(self, listener: str) -> bool:
         return True
 
     def cannot_try(self) -> str | None:

@@ -66,17 +66,17 @@ class Probes:
         self._persist = listeners.host.runtime.persist
         #: Sockets, by listener and number, whose ::1 or UNIX peers can only be probes of this
         #: program or an earlier one.
-        self.asked: set[tuple[int, int]] = set()
+        self.probed: set[tuple[int, int]] = set()
         #: Sockets that IPv4 probes come to, each with a source address that no client has.
-        self.asked_from: set[tuple[int, int, str]] = set()
+        self.probe_sources: set[tuple[int, int, str]] = set()
         #: The mark of probes of the serving generation, by listener and socket number.
         self._marks: dict[tuple[int, int], bpf.Mark] = {}
         #: Probe mark -> socket number, whatever the current generation.
-        self.questions: dict[bpf.Mark, int] = {}
+        self.socket_by_mark: dict[bpf.Mark, int] = {}
         #: Abandoned probes of the serving generation: the socket, and the probe's end.
         self._abandoned: list[tuple[socket.socket, bytes | int]] = []
 
-    def reach(
+    def reach_as_client(
         self, name: str, knows: Callable[[int], bool] = lambda index: True
     ) -> ProbeTarget | None:
         """Return how to reach the serving generation as clients do; None: no such listener.
@@ -86,14 +86,16 @@ class Probes:
         """
         for each in self._listeners.living:
             if name in ("", each.settings.name) and knows(each.index):
-                asked = each.socket_for(self._turns.current)
-                # As in ask(): the probe never leaves this machine.
-                unix = asked.family == socket.AF_UNIX
+                listening = each.socket_for(self._turns.current)
+                # As in reach_by_mark(): the probe never leaves this machine.
+                unix = listening.family == socket.AF_UNIX
                 address = each.address_of(self._turns.current)
                 mark = None if unix else self._mark_for(each, address)
-                target = ProbeTarget(address, mark, partial(_waits, asked, address), lambda: None)
+                target = ProbeTarget(
+                    address, mark, partial(_waits, listening, address), lambda: None
+                )
                 if each.has_sibling:  # otherwise the next generation accepts the probe
-                    target.abandon = partial(self._note_abandoned, asked)
+                    target.abandon = partial(self._note_abandoned, listening)
                 return target
         return None
 
@@ -113,9 +115,9 @@ class Probes:
         these are recorded only for a socket that gets no clients.
         """
         if mark is not None and mark.family == socket.AF_INET:
-            self.asked_from.add((*place, mark.source))
-        elif no_clients and place not in self.asked:
-            self.asked.add(place)
+            self.probe_sources.add((*place, mark.source))
+        elif no_clients and place not in self.probed:
+            self.probed.add(place)
         else:
             return
         self._persist()  # before the first probe: if we are killed, the next program must know
@@ -123,7 +125,7 @@ class Probes:
     def _note_abandoned(self, listening: socket.socket, client: socket.socket) -> None:
         self._abandoned.append((listening, _end_of(client, listening)))
 
-    def ask(
+    def reach_by_mark(
         self, generation: int, name: str, knows: Callable[[int], bool] = lambda index: True
     ) -> ProbeTarget | None:
         """Return how to reach a generation by a probe mark; None: no such listener.
@@ -138,7 +140,7 @@ class Probes:
         socket_number = self._turns.accepting.get(generation)
         if socket_number is None:
             return None
-        found = self._askable(name, knows)
+        found = self._listener_to_probe(name, knows)
         if found is None:
             return None
         for left_number, ordered_at in self._turns.leaving.values():
@@ -147,32 +149,32 @@ class Probes:
             if left_number == socket_number and time.monotonic() < ordered_at + LEAVES_S:
                 why = "workers that were ordered to finish may still accept from its socket"
                 raise OSError(errno.EAGAIN, why)
-        address, asked = found.address_of(socket_number), found.socket_for(socket_number)
+        address, listening = found.address_of(socket_number), found.socket_for(socket_number)
         place = found.index, socket_number
-        waits = partial(_waits, asked, address)
+        waits = partial(_waits, listening, address)
         identity, closing = found.identity(socket_number), socket_snapshot.closing
-        closed, serving = closing(asked), found.socket_for(self._turns.number_for(found))
+        closed, serving = closing(listening), found.socket_for(self._turns.number_for(found))
 
         def holds() -> bool:
             """Return whether the address still leads to the socket."""
             with suppress(OSError):
                 is_same = found.identity(socket_number) == identity
-                return is_same and found.is_alive(socket_number) and closing(asked) == closed
+                return is_same and found.is_alive(socket_number) and closing(listening) == closed
             return False
 
-        if asked.family == socket.AF_UNIX:  # the socket has a file of its own, so needs no mark
+        if listening.family == socket.AF_UNIX:  # the socket has a file of its own, so needs no mark
             no_clients = self._steering.steer() and self._is_for_probes(found, socket_number)
             self._will_come_from(place, None, no_clients=no_clients)
             return ProbeTarget(address, None, waits, lambda: None, holds=holds)
-        while (mark := bpf.Mark.draw(family_of(address))) in self.questions:
+        while (mark := bpf.Mark.draw(family_of(address))) in self.socket_by_mark:
             pass  # IPv6 has few marks
-        self.questions[mark] = socket_number
-        with on_error(self.questions.pop, mark):
+        self.socket_by_mark[mark] = socket_number
+        with on_error(self.socket_by_mark.pop, mark):
             if not self._steering.steer():  # otherwise the old generation would answer
                 raise OSError(errno.EAGAIN, "new clients cannot be steered now")
             no_clients = self._is_for_probes(found, socket_number)
         self._will_come_from(place, mark, no_clients=no_clients)
-        close = partial(self._stop_asking, mark)
+        close = partial(self._release_mark, mark)
 
         def is_closed() -> bool:
             return closed != closing(serving)
@@ -184,19 +186,19 @@ class Probes:
         is_current = number == self._turns.number_for(listener)
         return not is_current and not _has_waiting(listener.socket_for(number))
 
-    def can_ask(self, name: str) -> bool:
-        """Return whether ask() finds a listener of this name."""
-        return self._askable(name) is not None
+    def can_probe(self, name: str) -> bool:
+        """Return whether reach_by_mark() finds a listener of this name."""
+        return self._listener_to_probe(name) is not None
 
-    def _askable(
+    def _listener_to_probe(
         self, name: str, knows: Callable[[int], bool] = lambda index: True
     ) -> Listener | None:
         named = (each for each in self._listeners.pairs if name in ("", each.settings.name))
         return next((each for each in named if not each.lost and knows(each.index)), None)
 
-    def _stop_asking(self, mark: bpf.Mark) -> None:
+    def _release_mark(self, mark: bpf.Mark) -> None:
         """Stop steering connections with this mark."""
-        if self.questions.pop(mark, None) is not None:
+        if self.socket_by_mark.pop(mark, None) is not None:
             self._steering.steer()
 
     def _probes_at(self, listener: Listener, number: int) -> int | None:
@@ -207,14 +209,14 @@ class Probes:
         listening, place = listener.socket_for(number), (listener.index, number)
         if not listener.has_waiting(number):
             return 0
-        abandoned = {end for asked, end in self._abandoned if asked is listening}
-        sources = {each[2] for each in self.asked_from if each[:2] == place}
-        if place in self.asked:
+        abandoned = {end for listening, end in self._abandoned if listening is listening}
+        sources = {each[2] for each in self.probe_sources if each[:2] == place}
+        if place in self.probed:
             sources.add(_SOURCE_OF_IPV6)
         if not (abandoned or sources):
             return None
         waiting, _ = reuseport.queue(listening)  # queried first: later connections do not count
-        if listening.family == socket.AF_UNIX and place in self.asked:
+        if listening.family == socket.AF_UNIX and place in self.probed:
             return waiting
         ends = unaccepted(listening)
         gone = {0} if abandoned else set()  # 0: a probe whose connection is closed
@@ -251,13 +253,13 @@ class Probes:
                     unknown.add(place)
                 continue
             self._abandoned = [each for each in self._abandoned if each[0] is not listening]
-            self.asked_from = {entry for entry in self.asked_from if entry[:2] != place}
-            self.asked.discard(place)
+            self.probe_sources = {entry for entry in self.probe_sources if entry[:2] != place}
+            self.probed.discard(place)
             self._marks.pop(place, None)
         return unknown
 
     def clients_come(self, places: set[tuple[int, int]]) -> None:
         """Note that these sockets, by listener and number, get clients from now on."""
-        if not places.isdisjoint(self.asked):
-            self.asked -= places
+        if not places.isdisjoint(self.probed):
+            self.probed -= places
             self._persist()  # before the first client: the next program must not discard it

@@ -62,10 +62,10 @@ class SharedDelivery(Delivery):
 
     # -- a generation ----------------------------------------------------------------
 
-    def can_ask(self, listener: str) -> bool:
+    def can_probe(self, listener: str) -> bool:
         # A UNIX path with one socket left gets another at the start of a generation, if possible.
         named = [each for each in self._listeners if listener in ("", each.settings.name)]
-        return self.steering.probes.can_ask(listener) or any(each.path for each in named)
+        return self.steering.probes.can_probe(listener) or any(each.path for each in named)
 
     def cannot_try(self) -> str | None:
         for each in self._listeners:
@@ -108,7 +108,9 @@ class SharedDelivery(Delivery):
     ) -> ProbeTarget | None:
         if as_client:
             return self.steering.reach(listener, generation.knows)
-        return self.steering.probes.ask(generation.record.number, listener, generation.knows)
+        return self.steering.probes.reach_by_mark(
+            generation.record.number, listener, generation.knows
+        )
 
     def route_to(self, generation: OpenGeneration | None, *, again: bool = False) -> None:
         self._route = generation.record.number if generation is not None else None

@@ -131,8 +131,8 @@ class SocketSteering(Steering):
     def reach(
         self, name: str, knows: Callable[[int], bool] = lambda index: True
     ) -> ProbeTarget | None:
-        """Return how to reach the serving generation; see Probes.reach()."""
-        return self.probes.reach(name, knows)
+        """Return how to reach the serving generation; see Probes.reach_as_client()."""
+        return self.probes.reach_as_client(name, knows)
 
     def forget(self, generation: int) -> None:
         """Forget a generation without workers."""
@@ -245,8 +245,8 @@ class SocketSteering(Steering):
             tuple(turns.expected.items()),
             tuple((generation, *place) for generation, place in turns.leaving.items()),
             self.hold.record,
-            tuple(probes.asked),
-            tuple(probes.asked_from),
+            tuple(probes.probed),
+            tuple(probes.probe_sources),
             self._repairs.options.record,
             tuple(turns.partly_served),
             tuple(turns.lost),
@@ -274,7 +274,7 @@ class SocketSteering(Steering):
         for each in self._listeners.all:
             each.group_record = orders.get(each.index)
         turns.leaving = {generation: (number, at) for generation, number, at in record.leaving}
-        probes.asked, probes.asked_from = set(record.asked), set(record.asked_from)
+        probes.probed, probes.probe_sources = set(record.asked), set(record.asked_from)
         self._repairs.options.record = record.options
         self.hold.record = record.hold
         if not held:
@@ -440,10 +440,10 @@ class SocketSteering(Steering):
                     if listener.descriptors() != before:
                         # So that a kill loses no client that waits there.
                         self._listeners.note_bound(listener)
-                listener.steer(socket_number, self.probes.questions, held=True)
+                listener.steer(socket_number, self.probes.socket_by_mark, held=True)
             except OSError as error:
                 not_held = error.strerror or str(error)
             else:
                 return ""
-        listener.steer(socket_number, self.probes.questions)
+        listener.steer(socket_number, self.probes.socket_by_mark)
         return not_held

@@ -48,7 +48,7 @@ def get(port: int, path: str = "/") -> str:
             return stream.read().partition(b"\r\n\r\n")[2].decode().strip()
 
 
-def askers(daemon: Protector) -> list[int]:
+def probers(daemon: Protector) -> list[int]:
     """The processes that ask, or forward what is asked."""
     found = []
     for pid in children_of(daemon.pid):
@@ -56,6 +56,6 @@ def askers(daemon: Protector) -> list[int]:
             words = Path(f"/proc/{pid}/cmdline").read_bytes()
         except OSError:
             continue
-        if b"asker.py" in words:
+        if b"prober.py" in words:
             found.append(pid)
     return found

@@ -16,8 +16,8 @@ from tests.load import Load
 from tests.procfs import ports_of
 from tests.running import FAIR_START_S, Protector, ask, eventually, shared_path, wait_gone
 from tests.scenarios.adopting import kill_protector, revived, upgrade
-from tests.scenarios.asking import Asked, askers, get
 from tests.scenarios.operating import Operating
+from tests.scenarios.probed import Asked, get, probers
 from tests.scenarios.tools import EITHER_HANDOFF, Gate, Release, spawned, worker
 
 Starter = Callable[..., Protector]
@@ -151,7 +151,7 @@ def test_a_release_is_asked_and_serves_then(protector: Starter, asked: Asked, ki
     daemon.reload()
 
     assert get(daemon.port) != first
-    eventually(lambda: askers(daemon) == [], "the end of what has asked")
+    eventually(lambda: probers(daemon) == [], "the end of what has asked")
     daemon.stop()
 
 
@@ -168,7 +168,7 @@ def test_a_release_that_answers_badly_serves_nobody_and_what_it_says_is_told(
 
     assert f"GET /healthz: {GONE}".replace('"', r"\"") in line
     assert get(daemon.port) == old
-    assert wait_gone(askers(daemon)) == []
+    assert wait_gone(probers(daemon)) == []
     daemon.log.wait_for("event=drained generation=2")
     asked.good()
     daemon.reload()
@@ -246,11 +246,11 @@ def test_another_protector_asks_anew(
 @EITHER_HANDOFF
 def test_an_asker_that_dies_is_followed_by_another(protector: Starter, asked: Asked) -> None:
     daemon = protector("--ready", "http:/healthz", "127.0.0.1:0", "--", asked.release.path).ready()
-    eventually(lambda: askers(daemon) == [], "the end of what has asked")
+    eventually(lambda: probers(daemon) == [], "the end of what has asked")
     asked.silent()
     mark = daemon.signal(signal.SIGHUP)
-    eventually(lambda: len(askers(daemon)) == 1, "an asker")
-    [first] = askers(daemon)
+    eventually(lambda: len(probers(daemon)) == 1, "a prober")
+    [first] = probers(daemon)
     os.kill(first, signal.SIGKILL)
     # Broken pipe: it died before it had its question.
     died = "event=probe-failed generation=2 .*(was killed by SIGKILL|Broken pipe)"
@@ -265,8 +265,8 @@ def test_a_stop_ends_the_question(protector: Starter, asked: Asked) -> None:
     daemon = protector("--ready", "http:/healthz", "127.0.0.1:0", "--", asked.release.path).ready()
     asked.silent()
     daemon.signal(signal.SIGHUP)
-    eventually(lambda: len(askers(daemon)) == 1, "an asker")
-    left = askers(daemon)
+    eventually(lambda: len(probers(daemon)) == 1, "a prober")
+    left = probers(daemon)
 
     daemon.stop()
 
@@ -346,7 +346,7 @@ def test_a_check_reaches_the_generation_that_it_is_to_check(
     told = [line.split() for line in heard.read_text().splitlines()]
     pids = [int(re.sub(r"\D", "", pid)) for _, pid in told]
     assert pids == spawned(daemon)
-    eventually(lambda: askers(daemon) == [], "the end of what has asked")
+    eventually(lambda: probers(daemon) == [], "the end of what has asked")
     probed = {int(address.rpartition(":")[2]) for address, _ in told}
     assert not probed & {*ports_of(daemon.pid)}  # gone with the question
     daemon.stop()

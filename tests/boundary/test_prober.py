@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.daemon import asker_client
+from socketprotector.daemon import prober_client
 from socketprotector.daemon.delivery.probe_target import ProbeTarget
-from socketprotector.model.question import Question
-from socketprotector.programs import asker
+from socketprotector.model.probe_spec import ProbeSpec
+from socketprotector.programs import prober
 from socketprotector.system.loop import Loop
 from tests import needs
 from tests.running import DEADLINE_S
@@ -54,14 +54,14 @@ def serving(serve: Serve) -> Iterator[tuple[str, int]]:
 
 
 def told(address: tuple[str, int], **words: object) -> bytes:
-    question = {"source": "", "options": (), "kind": "http", "host": "", "path": "/healthz"}
-    return json.dumps({**question, "address": address, "good": (200, 204), **words}).encode()
+    request = {"source": "", "options": (), "kind": "http", "host": "", "path": "/healthz"}
+    return json.dumps({**request, "address": address, "good": (200, 204), **words}).encode()
 
 
 def asked(serve: Serve, **words: object) -> str:
     """Ask once, in this process."""
     with serving(serve) as address:
-        return asker.Asked(told(address, **words)).ask()
+        return prober.ProbeRequest(told(address, **words)).send()
 
 
 def says(*parts: bytes, close: bool = True) -> Serve:
@@ -83,7 +83,7 @@ def drips(one: socket.socket) -> None:
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asker, "LIMIT_S", 0.3)
+    monkeypatch.setattr(prober, "LIMIT_S", 0.3)
 
 
 @together(
@@ -160,11 +160,11 @@ def test_an_answer_may_take_longer_than_the_kernel_can_wait(limit_s: float) -> N
     good = says(HTTP + b"200 OK\r\nContent-Length: 0\r\n\r\n")
     assert asked(good, limit_s=limit_s) == ""
     with serving(good) as address, socket.create_connection(address) as given:
-        assert asker.Asked(told(address, limit_s=limit_s)).ask(given) == ""
+        assert prober.ProbeRequest(told(address, limit_s=limit_s)).send(given) == ""
 
 
 def test_a_try_that_is_cut_short_says_for_how_long_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asker, "_LONGEST_S", 0.2)  # of a day
+    monkeypatch.setattr(prober, "_LONGEST_S", 0.2)  # of a day
     late = asked(says(close=False), limit_s=30 * 86_400.0, limit="30d")
     assert late == "GET /healthz: no answer within 1d"
 
@@ -178,7 +178,7 @@ def test_an_answer_that_has_no_end_is_told_by_its_status() -> None:
 def test_what_refuses_or_resets_is_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         address = listening.getsockname()
-    assert asker.Asked(told(address)).ask() == "GET /healthz: refused"
+    assert prober.ProbeRequest(told(address)).send() == "GET /healthz: refused"
 
     def reset(one: socket.socket) -> None:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
@@ -195,9 +195,9 @@ def test_the_request_is_what_was_asked_for() -> None:
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(
-            target=lambda: asker.Asked(
+            target=lambda: prober.ProbeRequest(
                 told(listening.getsockname(), host="shop.example", path="/p?q=1")
-            ).ask()
+            ).send()
         )
         thread.start()
         one, _ = listening.accept()
@@ -247,7 +247,7 @@ def test_https_is_asked_without_verification(tmp_path: Path) -> None:
 
         thread = threading.Thread(target=serve)
         thread.start()
-        assert asker.Asked(told(listening.getsockname(), kind="https")).ask() == ""
+        assert prober.ProbeRequest(told(listening.getsockname(), kind="https")).send() == ""
         thread.join()
     found = asked(says(HTTP + b"400 Bad\r\n\r\n"), kind="https")
     assert found.startswith("GET /healthz: no TLS: ")
@@ -264,40 +264,40 @@ def test_the_name_that_tls_asks_for_has_no_port(host: str) -> None:
 def test_what_cannot_be_asked_at_all_is_told(host: str) -> None:
     found = asked(says(), kind="https", host=host)
 
-    assert found.startswith("GET /healthz: cannot be asked: ")
+    assert found.startswith("GET /healthz: cannot be probed: ")
 
 
 def test_without_the_ssl_module_http_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ssl", None)
 
     assert asked(says(HTTP + b"200 OK\r\n\r\n")) == ""
-    assert "cannot be asked" in asked(says(), kind="https")
-    code = "import sys; sys.modules['ssl'] = None; import socketprotector.programs.asker"
+    assert "cannot be probed" in asked(says(), kind="https")
+    code = "import sys; sys.modules['ssl'] = None; import socketprotector.programs.prober"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # -- the process --------------------------------------------------------------------
 
 
-def send(line: socket.socket, question: bytes) -> None:
-    """Have it asked, by a connection to where the question says."""
-    with socket.create_connection(json.loads(question)["address"]) as one:
-        socket.send_fds(line, [question], [one.fileno()])
+def send(line: socket.socket, request: bytes) -> None:
+    """Have it asked, by a connection to where the request says."""
+    with socket.create_connection(json.loads(request)["address"]) as one:
+        socket.send_fds(line, [request], [one.fileno()])
 
 
 @contextmanager
-def process(question: bytes = b"", *listening: socket.socket) -> Iterator[socket.socket]:
+def process(request: bytes = b"", *listening: socket.socket) -> Iterator[socket.socket]:
     """Run it; gives our end of its line.  It ends with that."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(DEADLINE_S)
     fds = (theirs.fileno(), *(each.fileno() for each in listening))
-    words = (sys.executable, "-I", "-S", asker.__file__, *map(str, fds))
+    words = (sys.executable, "-I", "-S", prober.__file__, *map(str, fds))
     with ours, subprocess.Popen(words, pass_fds=fds) as running:
         theirs.close()
         if listening:
-            ours.send(question)
-        elif question:
-            send(ours, question)
+            ours.send(request)
+        elif request:
+            send(ours, request)
         yield ours
         ours.close()
         assert running.wait(DEADLINE_S) == 0
@@ -314,13 +314,13 @@ def process(question: bytes = b"", *listening: socket.socket) -> Iterator[socket
 def test_it_asks_once_by_a_connection_that_it_is_given(serve: Serve, says: bytes) -> None:
     """Also while it is being made; and the next one as well."""
     with serving(serve) as address, ExitStack() as closing:
-        question = told(address, limit_s=0.2, limit="200ms", number=7)
+        request = told(address, limit_s=0.2, limit="200ms", number=7)
         line = closing.enter_context(process())
         for _ in range(2):
             one = closing.enter_context(socket.socket())
             one.setblocking(False)
             assert one.connect_ex(address) in (0, errno.EINPROGRESS)
-            socket.send_fds(line, [question], [one.fileno()])
+            socket.send_fds(line, [request], [one.fileno()])
             assert line.recv(4096) == says
 
 
@@ -345,9 +345,9 @@ def test_what_is_said_of_an_earlier_question_is_not_heard_any_more(
         way = ProbeTarget(address, None, lambda one: False, lambda: None)
         with way.connecting() as one:
             one.connect_ex(address)
-            client.ask(one, way, Question("http", path="/p"), DEADLINE_S, DEADLINE_S)
+            client.send(one, way, ProbeSpec("http", path="/p"), DEADLINE_S, DEADLINE_S)
 
-    client = asker_client.Asker(loop, heard=hear, ended=heard.append)
+    client = prober_client.Prober(loop, heard=hear, ended=heard.append)
     try:
         with serving(hangs) as old, serving(says(HTTP + b"200 OK\r\n\r\n")) as new:
             ask(old)
@@ -393,7 +393,7 @@ def test_one_that_can_have_no_thread_ends_in_silence(listening: bool) -> None:
     ours.settimeout(DEADLINE_S)
     with ours, socket.create_server(("127.0.0.1", 0)) as probe:
         fds = (theirs.fileno(), probe.fileno()) if listening else (theirs.fileno(),)
-        words = (sys.executable, "-c", code, asker.__file__, *map(str, fds))
+        words = (sys.executable, "-c", code, prober.__file__, *map(str, fds))
         with subprocess.Popen(words, pass_fds=fds, stderr=subprocess.PIPE) as running:
             theirs.close()
             if listening:

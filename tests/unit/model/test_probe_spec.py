@@ -5,32 +5,32 @@ from __future__ import annotations
 import pytest
 
 from socketprotector.model.policy import Policy
-from socketprotector.model.question import Question, read, read_health
+from socketprotector.model.probe_spec import ProbeSpec, read, read_health
 from tests.together import together
 
 
 @together(
-    ("text", "question"),
+    ("text", "spec"),
     [
-        ("accept", Question("accept")),
-        ("http:/", Question("http", path="/")),
-        ("http:/healthz", Question("http", path="/healthz")),
-        ("https:/healthz?full=1", Question("https", path="/healthz?full=1")),
-        ("http:/p=204", Question("http", path="/p", status=204)),
-        ("http:/p?a=200=200", Question("http", path="/p?a=200", status=200)),
-        ("http:/p=2", Question("http", path="/p=2")),
-        ("http:/p=999", Question("http", path="/p=999")),
-        ("http://shop.example/p", Question("http", host="shop.example", path="/p")),
-        ("http://[::1]:80/p", Question("http", host="[::1]:80", path="/p")),
-        ("http:[web]/p", Question("http", listener="web", path="/p")),
+        ("accept", ProbeSpec("accept")),
+        ("http:/", ProbeSpec("http", path="/")),
+        ("http:/healthz", ProbeSpec("http", path="/healthz")),
+        ("https:/healthz?full=1", ProbeSpec("https", path="/healthz?full=1")),
+        ("http:/p=204", ProbeSpec("http", path="/p", status=204)),
+        ("http:/p?a=200=200", ProbeSpec("http", path="/p?a=200", status=200)),
+        ("http:/p=2", ProbeSpec("http", path="/p=2")),
+        ("http:/p=999", ProbeSpec("http", path="/p=999")),
+        ("http://shop.example/p", ProbeSpec("http", host="shop.example", path="/p")),
+        ("http://[::1]:80/p", ProbeSpec("http", host="[::1]:80", path="/p")),
+        ("http:[web]/p", ProbeSpec("http", listener="web", path="/p")),
         (
             "https:[web]//shop.example/p/=301",
-            Question("https", "web", "shop.example", "/p/", 301),
+            ProbeSpec("https", "web", "shop.example", "/p/", 301),
         ),
     ],
 )
-def test_each_part_of_it_may_be_said(text: str, question: Question) -> None:
-    assert read(text) == question
+def test_each_part_of_it_may_be_said(text: str, spec: ProbeSpec) -> None:
+    assert read(text) == spec
 
 
 @together(
@@ -76,9 +76,9 @@ def test_which_policies_ask_and_which_are_ready_by_the_answer_alone() -> None:
 
 
 def test_health_is_asked_the_same_and_by_a_command() -> None:
-    assert read_health("accept") == Question("accept")
-    assert read_health("http:/p=204") == Question("http", path="/p", status=204)
-    assert read_health("check:curl -f :/ x") == Question("check", path="curl -f :/ x")
+    assert read_health("accept") == ProbeSpec("accept")
+    assert read_health("http:/p=204") == ProbeSpec("http", path="/p", status=204)
+    assert read_health("check:curl -f :/ x") == ProbeSpec("check", path="curl -f :/ x")
 
 
 @together("text", ["", "check:", "check: ", "notify", "http:x", "after:1s"])

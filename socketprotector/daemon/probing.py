@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from ..model.history import History
 from ..model.settings import Settings
-from . import asking, health, settle_check
+from . import health, ready_probe, settle_check
 from .check_probe import CheckProbes
 from .delivery import Delivery
 from .generation import OpenGeneration
@@ -17,12 +17,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from .asking import Asking
     from .health import Health
+    from .ready_probe import ReadyProbe
     from .settle_check import SettleCheck
 
 
-class Questions:
+class Probing:
     """The probes of starting, settling and serving generations, each made at its first use."""
 
     def __init__(
@@ -34,40 +34,40 @@ class Questions:
         settings: Callable[[], Settings],
         remember: Callable[[Callable[[History], History]], None],
         answered: Callable[[int, str], None],
-        not_asked: Callable[[int], None],
+        not_probed: Callable[[int], None],
     ) -> None:
-        """settings, remember: see Health.  answered, not_asked: see Asking."""
+        """settings, remember: see Health.  answered, not_probed: see ReadyProbe."""
         self._runtime, self._delivery, self._addresses = runtime, delivery, addresses
         self._settings, self._remember = settings, remember
-        self._answered, self._not_asked = answered, not_asked
+        self._answered, self._not_probed = answered, not_probed
         #: Returns the counts of the generations, by number.
         self.counts: Callable[[], Mapping[int, Mapping[str, Any]]] = dict
-        self.asking: Asking | None = None
+        self.ready_probe: ReadyProbe | None = None
         self.settle_check: SettleCheck | None = None
         self.health: Health | None = None
 
-    def ask(self, generation: OpenGeneration) -> None:
+    def probe_starting(self, generation: OpenGeneration) -> None:
         """Probe a starting generation until it answers."""
-        if self.asking is None:
-            self.asking = asking.Asking(
+        if self.ready_probe is None:
+            self.ready_probe = ready_probe.ReadyProbe(
                 self._runtime,
                 reach=self._delivery.reach,
                 answered=self._answered,
-                not_asked=self._not_asked,
+                not_probed=self._not_probed,
             )
-        self.asking.ask(generation)
+        self.ready_probe.begin(generation)
 
-    def stop_asking(self) -> None:
+    def stop_probing(self) -> None:
         """Stop the probes of the starting generation."""
-        if self.asking is not None:
-            self.asking.stop()
+        if self.ready_probe is not None:
+            self.ready_probe.stop()
 
     @property
     def last(self) -> str:
         """Why the starting generation is not ready, by its last answer."""
-        return self.asking.last if self.asking is not None else ""
+        return self.ready_probe.last if self.ready_probe is not None else ""
 
-    def check(self, generation: OpenGeneration) -> None:
+    def check_settling(self, generation: OpenGeneration) -> None:
         """Probe a settling generation until stop_checking()."""
         if self.settle_check is None:
             self.settle_check = settle_check.SettleCheck(
@@ -124,6 +124,6 @@ class Questions:
         for each in self._used():
             each.resume()
 
-    def _used(self) -> Iterable[Asking | SettleCheck | Health]:
-        parts = (self.asking, self.settle_check, self.health)
+    def _used(self) -> Iterable[ReadyProbe | SettleCheck | Health]:
+        parts = (self.ready_probe, self.settle_check, self.health)
         return [each for each in parts if each is not None]

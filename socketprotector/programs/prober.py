@@ -1,20 +1,21 @@
-"""The asker: sends HTTP probes to a generation, and reports the answers.
+"""The prober: sends HTTP probes to a generation, and reports the answers.
 
-It is a process of its own: http.client and ssl must not stay in the protector's memory, and a
-server may answer badly or never.  The asker knows only its line to the protector, and exits when
-that line is closed.  It runs as a script, on the standard library alone:
+The prober is a separate process: http.client and ssl must not stay in the protector's memory, and a
+server may answer badly or never.  The prober exits when its line to the protector is closed.  It
+runs as a script, on the standard library alone:
 
-    python asker.py LINE
+    python prober.py LINE
 
-LINE is the number of a SEQPACKET socket.  Each message there describes a probe (see `Asked`), and
-has a connection to send it over.  The asker's report is `+` for a good answer, `-WHY` for a bad
-one, `~WHY` for none in time.  The number of the probe and a space come before WHY.
+LINE is the descriptor of a SEQPACKET socket.  Each message on it describes a probe
+(`ProbeRequest`), and passes the connection to send the probe over.  The prober reports `+` for a
+good answer, `-WHY` for a bad answer, `~WHY` for no answer in time.  The probe's number and a space
+come before WHY.
 
-Under --handoff listener the asker also forwards connections from the probe address:
+Under --handoff listener the prober also forwards connections from the probe address:
 
-    python asker.py LINE LISTENING
+    python prober.py LINE LISTENING
 
-Then a single message says where to connect to; the asker copies bytes both ways.
+Then the only message says where to connect, and the prober copies bytes in both directions.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class Answering:
         return self._lines
 
 
-class Asked:
+class ProbeRequest:
     """One probe, as the protector describes it in JSON.
 
     `address`, `source` and `options` (of the socket) make a connection to the generation; the path
@@ -136,12 +137,12 @@ class Asked:
 
     def report(self, given: socket.socket | None = None) -> bytes:
         """Send the probe, and return the report for the protector."""
-        why = self.ask(given)
+        why = self.send(given)
         sign = "+" if not why else "~" if self._late else "-"
         number = f"{self._fields['number']} " if "number" in self._fields else ""
         return f"{sign}{number}{why}".encode()
 
-    def ask(self, given: socket.socket | None = None) -> str:
+    def send(self, given: socket.socket | None = None) -> str:
         """Send the probe, and return why the answer is bad; "": it is good.
 
         given: a connection, maybe not yet established.
@@ -169,7 +170,7 @@ class Asked:
                 why = f"no TLS: {error.reason or why}"
         except Exception as error:
             # For example the host's name is invalid, or this Python has no ssl.
-            why = f"cannot be asked: {_shown(str(error) or type(error).__name__)}"
+            why = f"cannot be probed: {_shown(str(error) or type(error).__name__)}"
         return f"GET {self._fields['path']}: {why}" if why else ""
 
     def _fetch(self, plain: socket.socket, until: float) -> str:
@@ -257,22 +258,24 @@ def say(line: socket.socket, text: bytes) -> None:
 # -- the probe address -----------------------------------------------------------
 
 
-def forward(listening: socket.socket, asked: Asked) -> None:
+def forward(listening: socket.socket, request: ProbeRequest) -> None:
     """Forward all connections of a listening socket to the generation; never return."""
     room = threading.BoundedSemaphore(_AT_ONCE)
     while True:
         room.acquire()
         try:
             client, _ = listening.accept()
-            threading.Thread(target=_forward_one, args=(client, asked, room), daemon=True).start()
+            threading.Thread(target=_forward_one, args=(client, request, room), daemon=True).start()
         except (OSError, RuntimeError):  # out of descriptors, memory or threads
             room.release()
             time.sleep(_PAUSE_S)
 
 
-def _forward_one(client: socket.socket, asked: Asked, room: threading.BoundedSemaphore) -> None:
+def _forward_one(
+    client: socket.socket, request: ProbeRequest, room: threading.BoundedSemaphore
+) -> None:
     try:
-        with client, asked.connect(LIMIT_S) as server:
+        with client, request.connect(LIMIT_S) as server:
             server.settimeout(None)
             back = threading.Thread(target=_copy, args=(server, client), daemon=True)
             back.start()
@@ -299,20 +302,20 @@ def _copy(source: socket.socket, target: socket.socket) -> None:
 
 
 def main() -> None:
-    # Only the end of the line ends the asker: at a stop the protector exits first.
+    # Only the end of the line ends the prober: at a stop the protector exits first.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     line = socket.socket(fileno=int(sys.argv[1]))
     line.set_inheritable(False)
 
-    def work(asked: Asked, given: socket.socket | None) -> None:
+    def work(request: ProbeRequest, given: socket.socket | None) -> None:
         # An exception means that memory ran out, or the line has ended: exit, and let the protector
-        # start another asker.
+        # start another prober.
         with contextlib.suppress(Exception):
             if len(sys.argv) > 2:
-                forward(socket.socket(fileno=int(sys.argv[2])), asked)
+                forward(socket.socket(fileno=int(sys.argv[2])), request)
             else:
-                say(line, asked.report(given))
+                say(line, request.report(given))
                 return
         os._exit(1)
 
@@ -325,7 +328,7 @@ def main() -> None:
             os._exit(0)  # the running threads have nothing to finish
         given = socket.socket(fileno=fds[0]) if fds else None
         try:
-            threading.Thread(target=work, args=(Asked(text), given), daemon=True).start()
+            threading.Thread(target=work, args=(ProbeRequest(text), given), daemon=True).start()
         except RuntimeError:  # no more threads
             os._exit(1)
 

@@ -1,7 +1,7 @@
-"""Starts askers (programs/asker.py), and exchanges messages with them.
+"""Starts probers (programs/prober.py), and exchanges messages with them.
 
-An asker sends HTTP probes over connections that we pass to it, or it forwards the connections of a
-socket.  It exits when we close its line, or exit.
+A prober either sends HTTP probes over connections that we pass to it, or forwards the connections
+of a listening socket.  A prober exits when we close its line, or when we exit.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import socket
 from collections.abc import Callable
 
-from ..model.question import Question
+from ..model.probe_spec import ProbeSpec
 from ..model.text import in_units
 from ..system.channel import rights_of
 from ..system.cleanup import on_error
@@ -21,8 +21,8 @@ from .delivery.probe_target import ProbeTarget
 _LINE_FD, _LISTENING_FD = 3, 4
 
 
-class Asker:
-    """One asker process, and our line to it."""
+class Prober:
+    """One prober process, and our line to it."""
 
     def __init__(
         self,
@@ -33,12 +33,12 @@ class Asker:
         late: Callable[[str], None] = lambda why: None,
         forwards: tuple[ProbeTarget, socket.socket] | None = None,
     ) -> None:
-        """Start it.  Raises OSError.
+        """Start the process.  Raises OSError.
 
-        heard: called with the reason why an answer is bad, "" for a good answer.  late: called
-        instead if no answer came in time.  ended: called with how the process exited, unless we
-        ended the process.
-        forwards: a target and a socket: the asker forwards the socket's connections to the target.
+        heard: called with the reason why an answer is bad; "" for a good answer.
+        late: called instead of heard if no answer came in time.
+        ended: called with how the process exited, unless we ended it.
+        forwards: (target, listening socket); the prober forwards the socket's connections.
         """
         self._heard, self._ended, self._late = heard, ended, late
         self._process: HelperProcess | None = None
@@ -51,16 +51,16 @@ class Asker:
                 target, listening = forwards
                 words.append(str(_LISTENING_FD))
                 descriptors[_LISTENING_FD] = listening.fileno()
-                self._line.socket.send(_message(target, Question("forward")), socket.MSG_DONTWAIT)
+                self._line.socket.send(_message(target, ProbeSpec("forward")), socket.MSG_DONTWAIT)
             self._process = HelperProcess.start_own(
-                "asker.py", words, descriptors, loop, self._has_ended
+                "prober.py", words, descriptors, loop, self._has_ended
             )
 
-    def ask(
+    def send(
         self,
         connection: socket.socket,
         target: ProbeTarget,
-        asked: Question,
+        spec: ProbeSpec,
         limit_s: float,
         left_s: float,
     ) -> None:
@@ -71,18 +71,18 @@ class Asker:
         """
         self._number += 1
         limit = {"limit_s": left_s, "limit": in_units(limit_s)}
-        message = _message(target, asked, **limit, number=self._number)
+        message = _message(target, spec, **limit, number=self._number)
         self._line.socket.sendmsg([message], [rights_of(connection.fileno())], socket.MSG_DONTWAIT)
 
     def close(self) -> None:
-        """Close the line, so that the asker exits."""
+        """Close the line, so that the prober exits."""
         self._line.close()
         if self._process is not None:
             self._process.close()
             self._process = None
 
     def kill(self) -> None:
-        """Kill an asker that does not answer; `ended` is called as usual."""
+        """Kill an prober that does not answer; `ended` is called as usual."""
         if self._process is not None:
             self._process.process.kill_group()
 
@@ -96,17 +96,17 @@ class Asker:
         self._ended(how)
 
 
-def _message(target: ProbeTarget, asked: Question, **more: object) -> bytes:
+def _message(target: ProbeTarget, spec: ProbeSpec, **more: object) -> bytes:
     mark = target.mark
     return json.dumps(
         {
             "address": target.address,
             "source": mark.source if mark is not None else "",
             "options": mark.options if mark is not None else (),
-            "kind": asked.kind,
-            "host": asked.host,
-            "path": asked.path,
-            "good": asked.good,
+            "kind": spec.kind,
+            "host": spec.host,
+            "path": spec.path,
+            "good": spec.good,
             **more,
         }
     ).encode()

@@ -12,8 +12,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from ..model import question
-from ..model.question import Question
+from ..model import probe_spec
+from ..model.probe_spec import ProbeSpec
 from . import verdicts
 from .delivery.probe_target import Reach
 from .generation import OpenGeneration
@@ -21,13 +21,13 @@ from .probe import Probe
 from .runtime import Runtime
 from .verdicts import Verdict
 
-_TIMER = "ask"
+_TIMER = "ready-probe"
 #: How long connecting may take.  The kernel does the handshake without the workers.
 _ACCEPTED_S = 1.0
 _ANSWERED_S = 5.0
 
 
-class Asking:
+class ReadyProbe:
     """Carries out Probe and StopProbing."""
 
     def __init__(
@@ -36,30 +36,30 @@ class Asking:
         *,
         reach: Reach,
         answered: Callable[[int, str], None],
-        not_asked: Callable[[int], None],
+        not_probed: Callable[[int], None],
     ) -> None:
         """answered: called when a generation has answered this kind of probe.
 
-        not_asked: called when a generation that need not be probed cannot be probed.
+        not_probed: called when a generation that need not be probed cannot be probed.
         """
         self._loop, self._log = runtime.loop, runtime.log
-        self._answered, self._not_asked = answered, not_asked
+        self._answered, self._not_probed = answered, not_probed
         self._generation: OpenGeneration | None = None
-        self._asked = Question("")
+        self._spec = ProbeSpec("")
         self._probe = Probe(runtime.loop, reach)
         self._began = 0.0
         #: Why the generation is not ready, by its last answer.
         self.last = ""
 
-    def ask(self, generation: OpenGeneration) -> None:
+    def begin(self, generation: OpenGeneration) -> None:
         """Probe a generation until it answers, or until stop()."""
         self.stop()
         program = generation.program
         if program.ready == "any" and program.ready_after_s is None:
             return  # its command uses {fd:ready}
         self._generation, self._began = generation, time.monotonic()
-        self._asked = question.read(program.ready_question or "accept")
-        self.last = f"GET {self._asked.path}: not answered yet" if self._asked.by_http else ""
+        self._spec = probe_spec.read(program.ready_question or "accept")
+        self.last = f"GET {self._spec.path}: not answered yet" if self._spec.by_http else ""
         self._send_probe()
 
     def stop(self) -> None:
@@ -81,8 +81,8 @@ class Asking:
 
     def _send_probe(self) -> None:
         assert self._generation is not None
-        limit_s = _ANSWERED_S if self._asked.by_http else _ACCEPTED_S
-        self._probe.ask(self._generation, self._asked, limit_s, self._on_verdict)
+        limit_s = _ANSWERED_S if self._spec.by_http else _ACCEPTED_S
+        self._probe.send(self._generation, self._spec, limit_s, self._on_verdict)
 
     def _on_verdict(self, verdict: Verdict) -> None:
         generation = self._generation
@@ -90,11 +90,11 @@ class Asking:
         number = generation.record.number
         if verdict.kind == verdicts.GOOD:
             self.stop()
-            self._answered(number, self._asked.kind)
+            self._answered(number, self._spec.kind)
             return
         cannot = verdict.kind in (verdicts.CANNOT, verdicts.NO_TARGET)
         why = f"cannot be probed: {verdict.why}" if cannot else verdict.why
-        waits = verdict.kind in (verdicts.UNMADE, verdicts.UNTAKEN) and not self._asked.by_http
+        waits = verdict.kind in (verdicts.UNMADE, verdicts.UNTAKEN) and not self._spec.by_http
         if why != self.last and not waits:
             self._log.write("info", "probe-failed", generation=number, reason=why)
         self.last = why
@@ -102,4 +102,4 @@ class Asking:
             pause_s = verdicts.pause_s(time.monotonic() - self._began)
             self._loop.call_after(_TIMER, pause_s, self._send_probe)
         if verdicts.time_tells(generation.program.ready, verdict) and not self._probe.is_closed:
-            self._not_asked(number)
+            self._not_probed(number)

@@ -1,6 +1,6 @@
-"""The probes and checks of a generation as values: accept, http:, https: and check:COMMAND.
+"""The specifications of probes and checks: accept, http:, https: and check:COMMAND.
 
-Pure.  They are the values of --ready, --health and --settle-check; daemon/probe.py sends them.
+Pure.  They come from --ready, --health and --settle-check; daemon/probe.py sends the probes.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from .lazy_dataclass import frozen
 CHECK = "check"
 #: Kinds of --ready under which only a probe's answer makes a generation ready.
 KINDS = ("accept", "http", "https")
-#: Kinds of --ready under which a generation is probed; for `any` a probe is one of several ways.
-ASKED = ("any", *KINDS)
-#: Other values of --ready, which --settle-check does not take for the name of a command.
+#: Kinds of --ready under which a generation is probed; under `any` it can be ready without, too.
+PROBED = ("any", *KINDS)
+#: Values of --ready that are wrong for --settle-check, which could take them for a command.
 _READY_ALONE = ("accept", "notify", "ack", "fd", "after")
 #: `http:`, `[LISTENER]`, `//HOST`, the path, `=STATUS`.
 _URL = re.compile(
     r"(?P<kind>https?):(?:\[(?P<name>[^][]+)\])?(?://(?P<host>[^/\s]+))?"
     r"(?P<path>/(?!/)\S*?)(?:=(?P<status>[1-5][0-9][0-9]))?"
 )
-#: The good statuses if none is given: the same as of load balancers.
+#: The good statuses if none is given, as in load balancers.
 _GOOD = range(200, 400)
 
 
 @frozen
-class Question:
+class ProbeSpec:
     """One probe or check, with its good answers."""
 
     kind: str
@@ -38,7 +38,7 @@ class Question:
 
     @property
     def by_http(self) -> bool:
-        """Whether it is an HTTP request."""
+        """Whether the probe is an HTTP request."""
         return self.kind in ("http", "https")
 
     @property
@@ -50,41 +50,41 @@ class Question:
 def refusal(text: str, where: str) -> str:
     """Return why a probe is impossible.  text: the option as written; where: its listeners."""
     return (
-        f"{text}: old and new generation accept from the same socket of {where} (?defer_accept, "
-        "an abstract name, passed in without ReusePort=yes, or a folder where none can be made), "
-        "so the probe would reach either; leave it out, or take another listener"
+        f"{text}: the probe could reach either generation, because both share the socket of "
+        f"{where} (?defer_accept, an abstract name, passed without ReusePort=yes, or no room for a "
+        "second socket); leave the probe out, or choose another listener"
     )
 
 
-def read(text: str) -> Question:
+def read(text: str) -> ProbeSpec:
     """Return the probe in a text.  Raises ValueError for any other text.
 
     text: `accept`, `http:/p`, `http:/p=204`, `http://name/p`, `http:[LISTENER]/p`, `https:...`.
     """
     if text == "accept":
-        return Question(text)
+        return ProbeSpec(text)
     found = _URL.fullmatch(text)
     if found is None or not (text.isascii() and text.isprintable()):
         raise ValueError(f"{text!r}: write http:/path, http://name/path or http:[LISTENER]/path")
     status = int(found["status"] or 0)
-    return Question(found["kind"], found["name"] or "", found["host"] or "", found["path"], status)
+    return ProbeSpec(found["kind"], found["name"] or "", found["host"] or "", found["path"], status)
 
 
-def read_health(text: str) -> Question:
+def read_health(text: str) -> ProbeSpec:
     """Return the check in a value of --health: a probe, or `check:COMMAND` (path: the command).
 
     Raises ValueError for any other text.
     """
     kind, _, command = text.partition(":")
     if kind == CHECK and command.strip():
-        return Question(CHECK, path=command)
+        return ProbeSpec(CHECK, path=command)
     try:
         return read(text)
     except ValueError as error:
         raise ValueError(f"{error}, accept or check:COMMAND") from None
 
 
-def read_settle_check(text: str) -> Question:
+def read_settle_check(text: str) -> ProbeSpec:
     """Return the check in a value of --settle-check: http:, https:, `check:COMMAND` or a command.
 
     A command becomes the path.  Raises ValueError for any other text.
@@ -97,4 +97,4 @@ def read_settle_check(text: str) -> Question:
     command = rest if kind == CHECK else text
     if not command.strip():
         raise ValueError(f"{text!r}: there is no command")
-    return Question(CHECK, path=command)
+    return ProbeSpec(CHECK, path=command)

@@ -135,7 +135,7 @@ def test_the_answer_of_a_release_that_is_asked(answer: bytes) -> None:
 
 @FEW
 @given(TEXTS | st.lists(NUMBERS | st.sampled_from(["+", "-", "~", " "])).map("".join))
-def test_what_an_asker_says(text: str) -> None:
+def test_what_a_prober_says(text: str) -> None:
     heard: list[str] = []
     one = Prober.__new__(Prober)
     one._number, one._heard, one._late = 3, heard.append, heard.append

@@ -223,7 +223,7 @@ def test_another_protector_asks_anew(
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_an_asker_that_dies_or_hangs_is_no_failure_and_is_followed_by_another(
+def test_a_prober_that_dies_or_hangs_is_no_failure_and_is_followed_by_another(
     watched: Callable[..., Watched], asked: Asked, how: signal.Signals
 ) -> None:
     one = watched(HTTP, "--health-failures", "1", "--health-timeout", "100ms")

@@ -82,7 +82,7 @@ def test_its_programs_are_those_of_the_version_that_started(
             os.kill(pid, signal.SIGKILL)
 
     def serves(number: int) -> None:
-        """The relay, the watcher and the asker are other processes, and do their work."""
+        """The relay, the watcher and the prober are other processes, and do their work."""
         mark = len(log.seen)
         for each in PROGRAMS:
             kill(each)

@@ -244,7 +244,7 @@ def test_another_protector_asks_anew(
 
 
 @EITHER_HANDOFF
-def test_an_asker_that_dies_is_followed_by_another(protector: Starter, asked: Asked) -> None:
+def test_a_prober_that_dies_is_followed_by_another(protector: Starter, asked: Asked) -> None:
     daemon = protector("--ready", "http:/healthz", "127.0.0.1:0", "--", asked.release.path).ready()
     eventually(lambda: probers(daemon) == [], "the end of what has asked")
     asked.silent()

@@ -325,7 +325,7 @@ def test_another_protector_asks_on(
     daemon.stop()
 
 
-def test_an_asker_that_dies_is_followed_by_another(protector: Starter, asked: Asked) -> None:
+def test_a_prober_that_dies_is_followed_by_another(protector: Starter, asked: Asked) -> None:
     words = (*LONG, *HTTP, "127.0.0.1:0", "--", asked.release.path)
     daemon = protector(*words).ready()
     mark = settling(daemon)

@@ -1,6 +1,6 @@
 """`socketprotectorctl` and `python -m socketprotector.ctl`.
 
-A function loads the program, so that it can report in one line that memory is too short for that.
+main() imports the program, so that a lack of memory gives a one-line error.
 """
 
 from __future__ import annotations

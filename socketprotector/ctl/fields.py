@@ -24,19 +24,19 @@ def listed(message: Status, name: str) -> list[Status]:
 
 
 def number_in(message: Status, name: str) -> int:
-    """Return a whole number; 0 if the field is none."""
+    """Return a whole number; 0 for any other field."""
     value = message.get(name)
     return value if isinstance(value, int) else 0
 
 
 def text_in(message: Status, name: str) -> str:
-    """Return a text; "" if the field is none."""
+    """Return a text; "" for any other field."""
     value = message.get(name)
     return value if isinstance(value, str) else ""
 
 
 def measure(message: Status, name: str) -> float | None:
-    """Return a finite number from 0; None if the field is none, so that no metric shows 0."""
+    """Return a finite number, 0 or more; None for any other field, so that no metric shows 0."""
     value = message.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -57,8 +57,8 @@ def serves(status: Status) -> bool:
 def why_not_ready(status: Status) -> str:
     """Return why a load balancer should send no clients to a protector; "" if it should.
 
-    A hold is no reason: its clients wait and are served later.  If it were one, a hold of all hosts
-    at once would leave the balancer without any.
+    A hold is no reason: its clients wait and are served later.  Otherwise a hold of all hosts at
+    once would leave the balancer without a host.
     """
     if is_lame_duck(status):
         return "lame duck"
@@ -127,6 +127,6 @@ def failing(generation: Status) -> str:
 
 
 def label(message: Status, name: str) -> str | None:
-    """Return a text, cut to the length of a metric's label; None if the field is none."""
+    """Return a text, cut to the length of a metric's label; None for any other field."""
     value = message.get(name)
     return value[:_LABEL_CHARACTERS] if isinstance(value, str) else None

@@ -76,8 +76,10 @@ def _waits(status: Message) -> list[int]:
     return total
 
 
-@command(short_help="Show the same on one screen, every second.")
-@click.option("--interval", default="1s", type=Duration(zero=False), help="Time between two looks.")
+@command(short_help="Show the status on one screen, every second.")
+@click.option(
+    "--interval", default="1s", type=Duration(zero=False), help="Time between two queries."
+)
 def top(instance: Instance, interval: float, as_json: bool) -> None:
     """Show rates, waits, generations and workers every second; q or Ctrl-C ends.
 

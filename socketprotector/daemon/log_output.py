@@ -1,8 +1,8 @@
 """Directs the workers' output, and obtains a failed worker's last words.
 
-Workers write to a terminal, to /dev/null and to the file of `-f 2>FILE` directly.  In two cases
-each worker has its own pipe, which a relay process reads (log_relay.py): the log is a file of ours,
-syslog, the journal or a pipe; or lines get a prefix.  So running workers need not reopen a rotated
+Workers write to a terminal, to /dev/null and to the file of `-f 2>FILE` directly.  To any other log
+(--log-file, syslog, the journal, a pipe), and if lines get a prefix, each worker writes through its
+own pipe, which a relay process reads (log_relay.py).  So running workers need not reopen a rotated
 log, and each line belongs to a known worker.
 """
 
@@ -45,7 +45,7 @@ class Opened:
 
 
 class Output:
-    """The place that stdout and stderr of the protector and its workers lead to."""
+    """The destination of stdout and stderr, for the protector and its workers."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings

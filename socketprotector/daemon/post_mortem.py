@@ -57,7 +57,8 @@ class PostMortem:
     def end_of(self, worker: Worker, *, guarded: bool) -> End | None:
         """Reap an exited worker; None: its end is not known yet, and `ended` will be called.
 
-        guarded: there is a guard, which tells how those workers exited that are not our children.
+        guarded: whether there is a guard, which reports the exits of workers that are not our
+        children.
         """
         number = worker.record.number
         if not worker.ended:
@@ -107,7 +108,7 @@ class PostMortem:
     def close(self, worker: Worker, end: End, *, spoken_with: bool) -> WorkerExited:
         """Report a worker's exit, watch its process group, and close the worker's sockets.
 
-        spoken_with: some worker has reported that it is ready, so the program can do that.
+        spoken_with: whether a worker has ever sent READY=1, so that the command is able to.
         """
         record, number = worker.record, worker.record.number
         lost = worker.generation.take_counts(record.slot)

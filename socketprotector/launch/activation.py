@@ -32,7 +32,7 @@ class Passed:
     """The sockets that the service manager passed to this process."""
 
     given: list[Bound]
-    left: list[Bound]  # from the previous protector, by the descriptor store
+    left: list[Bound]  # from the previous protector, through the descriptor store
     stored: list[str]  # all of our names in the descriptor store
 
 
@@ -76,7 +76,7 @@ def _listening(fd: int) -> socket.socket | None:
 
 
 def take(listens: Sequence[Listen], passed: Sequence[Bound]) -> dict[int, list[Bound]]:
-    """Return the passed sockets that each LISTEN argument takes, by the argument's index.
+    """Return the passed sockets that each LISTEN argument uses, by the argument's index.
 
     Raises UsageError if an argument names a socket that was not passed.
     """

@@ -1,8 +1,8 @@
 """Waits in the launching process for the verdict of the first start.
 
-It reads JSON lines from the resident process (daemon/start_report.py), which keeps its end open
-until it is serving or has exited.  Ctrl-C and TERM call the start off.  So does killing the
-launching process: then the resident process reads end of file.
+It reads JSON lines from the resident process (daemon/start_report.py), which keeps the line open
+until it is serving or has exited.  Ctrl-C and TERM cancel the start.  So does killing the launching
+process: the resident process then reads end of file.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _CALLS_OFF = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
 def wait(line: socket.socket, log: str = "syslog") -> int:
     """Wait for the verdict, print what went wrong, and return the exit status.
 
-    log: where the resident process writes its log.  The function owns the line from now on.
-    Call it with signals blocked; it unblocks them.
+    log: where the resident process writes its log.  Takes ownership of the line.
+    Call this with signals blocked; it unblocks them.
     """
     receive = signals.catch(_CALLS_OFF)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -48,8 +48,8 @@ def wait(line: socket.socket, log: str = "syslog") -> int:
         if receive in ready and not called_off:
             called_off = True
             poll.unregister(receive)
-            with suppress(OSError):  # it has closed its end, and sent the reason before
-                line.shutdown(socket.SHUT_WR)  # it reads end of file, and stops
+            with suppress(OSError):  # it has closed its end, after sending the reason
+                line.shutdown(socket.SHUT_WR)  # the resident process reads end of file, and stops
         if line.fileno() not in ready:
             continue
         data = b""
@@ -70,7 +70,7 @@ def wait(line: socket.socket, log: str = "syslog") -> int:
             if not called_off:
                 return 0
             with suppress(OSError):  # it has ended, or did not send its pid
-                # The two crossed: it is serving already, but the operator called it off.
+                # The resident process serves already, but the operator has cancelled the start.
                 signal.pidfd_send_signal(resident, signal.SIGINT)
             break
     if resident >= 0:  # not our child, so wait for its end by its pidfd
@@ -105,7 +105,7 @@ def _remove(path: str, known: list[int]) -> None:
 
 
 def _is_too_late(wake_up: int) -> bool:
-    """Ignore signals from now on, so that the exit status is true; return whether one had come."""
+    """Ignore signals, so that the exit status is true; return whether one came earlier."""
     for number in _CALLS_OFF:
         # Not left caught: at its exit Python restores the default action, which kills.
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Binds the listeners that the operator asked for, all or none.
+"""Binds all listeners on the operator's command line, or none.
 
 Runs in the launching process only, so that errors appear on the operator's terminal before
 anything has changed.
@@ -77,12 +77,16 @@ def bind_all(
 ) -> list[Bound]:
     """Bind every address, in order, and listen.  Raises Refusal; then no socket stays open.
 
-    passed: sockets that arguments (by index) take as they are.  left: the same, by canonical
-    address (stored_listeners.py).  have: canonical addresses to leave out, because they are bound
-    already.  released: addresses that become free when the running protector ends, for a dry run.
-    earlier: arguments before these, by place().  alone: for workers that accept; see pair().
-    dry: only check that it would work; the returned sockets are closed.
-    The caller owns the returned sockets.  `notice` gets lines for the operator.
+    The caller owns the returned sockets.
+
+    notice: called with lines for the operator.
+    passed: sockets from the service manager, by the index of the argument that uses them.
+    left: sockets from the previous protector, by canonical address (stored_listeners.py).
+    have: canonical addresses to leave out, because they are bound already.
+    released: addresses that become free when the running protector ends, for a dry run.
+    earlier: arguments before these, by place().
+    alone: for workers that accept; see pair().
+    dry: only check that the bind would work; the returned sockets are closed.
     """
     bound: list[Bound] = []
     earlier = dict(earlier or {})
@@ -119,13 +123,16 @@ def pair(
 ) -> dict[int, Bound]:
     """Prepare sockets for workers that accept; return a second socket for each, by index.
 
-    From now on the settings of a second socket apply to both: even a socket from the fd store then
-    has a file beside its path.  See reuseport.py, and socket_file.py for UNIX sockets.
+    The caller owns the second sockets.  The settings of a second socket replace those of the first:
+    even a socket from the fd store now has a file beside its path.  See reuseport.py, and
+    socket_file.py for UNIX sockets.
 
-    listens: the arguments of these sockets.  alone: why a path can have one socket only.
-    The caller owns the second sockets.  `notice` gets a line for each address that cannot have one.
-    O_NONBLOCK is set here and never again, because the workers share the open file description that
-    has this flag.  A passed socket keeps its own flag.
+    listens: the arguments of these sockets.
+    notice: called with a line for each address that cannot have a second socket.
+    alone: returns why a path can have only one socket.
+
+    O_NONBLOCK is set here and never again, because workers share the open file description with
+    this flag.  A passed socket keeps its own flag.
     """
     found = {}
     by_text = {each.text: each for each in listens}
@@ -162,9 +169,9 @@ def pair(
 def reserve(bound: Iterable[Bound]) -> dict[int, Bound]:
     """Bind sockets that serve no client, for a hold and probes; return them by index.
 
-    The caller owns them.  If a listener has none, a hold reports why.  They are bound now, because
-    another user may run the process later.  That user cannot bind a port below 1024, nor share an
-    address with sockets of this user (SO_REUSEPORT in socket(7)).
+    The caller owns the sockets.  If a listener has no such socket, a hold reports why.  They are
+    bound now, because the process may later run as another user.  That user cannot bind a port
+    below 1024, nor share an address with this user's sockets (SO_REUSEPORT in socket(7)).
     """
     found = {}
     for place, each in enumerate(bound):
@@ -354,13 +361,13 @@ def _bind_one(
     sock = _made(listen, family)
     with on_error(sock.close):
         if not free:
-            pass  # its options can be set; no more can be checked before the port is free
+            pass  # the options could be set; a bind cannot be tried before the port is free
         elif port or backlog is None:
             sock.bind((host, port))
         else:
-            # Bind by number: if a worker shuts down a socket bound to port 0, and it listens again,
-            # it gets another port (SOCK_BINDPORT_LOCK, tcp_set_state() in net/ipv4/tcp.c).
-            # Both sockets may have the port, as long as neither listens.
+            # Bind by number.  A socket that was bound to port 0 gets another port if a worker shuts
+            # it down and it listens again (SOCK_BINDPORT_LOCK, tcp_set_state() in net/ipv4/tcp.c).
+            # Both sockets here may have the port, because neither listens.
             with _made(listen, family) as chooser:
                 chooser.bind((host, 0))
                 port = chooser.getsockname()[1]

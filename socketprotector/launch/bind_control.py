@@ -41,14 +41,14 @@ def bind_control(settings: Settings, notice: Callable[[str], None]) -> Bound | N
     path = settings.control.address.removeprefix("unix:")
     names: tuple[str, ...] = (settings.name,)
     if path == default_path(settings.name):
-        # Another protector of that name may run.
+        # Another protector with this name may be running.
         names += control_path.apart(settings.name, settings.listeners[0].address)
     why = ""
     for called in names:
         at = default_path(called) if len(names) > 1 else path
         try:
             if os.path.dirname(at) == _folder():
-                # Other users may list this folder: each socket in it has a mode of its own.
+                # Other users may list this folder: each socket in it has its own mode.
                 os.makedirs(_folder(), 0o755, exist_ok=True)
             bound = _bind(settings, at)
         except OSError as error:

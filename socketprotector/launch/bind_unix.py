@@ -34,11 +34,11 @@ _ACL_USER_OBJ, _ACL_GROUP_OBJ, _ACL_GROUP, _ACL_MASK, _ACL_OTHER = 0x01, 0x04, 0
 def bind_unix(
     listen: Listen, path: str, backlog: int | None, *, beside: bool = False
 ) -> tuple[socket.socket, ListenerSettings]:
-    """Bind a path or @name and listen; backlog None: only check that it would work.
+    """Bind a path or @name and listen; backlog None: only check that this would work.
 
-    beside: bind it beside the path, which can then lead to other sockets, too
-    (system/socket_file.py).  The caller owns the socket, and the file that the settings name.
-    Raises SystemRefused.
+    The caller owns the socket, and the file that the settings name.  Raises SystemRefused.
+    beside: bind a file beside the path, so that the path can lead to several sockets in turn
+    (system/socket_file.py).
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
@@ -60,7 +60,7 @@ def bind_unix(
         if error.errno == errno.EEXIST:
             raise SystemRefused(f"{what}; remove it, or choose another path") from error
         if error.errno == errno.EPERM and {"user", "group"} & set(listen.options):
-            raise SystemRefused(f"{what}; to give a socket away needs root") from error
+            raise SystemRefused(f"{what}; only root can change a socket's owner") from error
         raise SystemRefused(f"{what}; {hint(error, 'the options, the folder')}") from error
     return sock, settings
 
@@ -77,7 +77,7 @@ def _bind_path(
         if stale:
             os.unlink(path)
         mode = listen.options.get("mode")
-        # The mode must hold from the first moment, so the umask makes it, not chmod.
+        # By umask, not chmod, so that the file never has another mode.
         before = os.umask(0o777 & ~int(mode, 8)) if mode is not None else None
         try:
             sock.bind(path)
@@ -86,12 +86,12 @@ def _bind_path(
                 os.umask(before)
         with on_error(os.unlink, path):
             found = _give(path, listen)
-            sock.listen(backlog)  # still locked: another start would take it for stale
+            sock.listen(backlog)  # still locked: another start would consider the file stale
     return ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, backlog)
 
 
 def _bind_beside(listen: Listen, path: str, backlog: int) -> tuple[socket.socket, ListenerSettings]:
-    """Bind a socket beside its path, and have the path lead to it.  Raises OSError."""
+    """Bind a socket beside its path, and make the path lead to it.  Raises OSError."""
     uid, gid, mode = rights_of_new(listen, path)
     uid = uid if "user" in listen.options else -1
     gid = gid if "group" in listen.options else -1
@@ -112,9 +112,9 @@ def _bind_beside(listen: Listen, path: str, backlog: int) -> tuple[socket.socket
 
 
 def why_alone(listen: Listen, path: str, identity: Identity | None) -> str:
-    """Return why generations cannot have their own sockets at a path, and what helps; "": they can.
+    """Return why generations cannot have their own sockets at a path, with advice; "": they can.
 
-    identity: the user that makes these sockets; None: the present user.
+    identity: the user that makes these sockets; None: the current user.
     """
     if path.startswith("@"):
         return "its name is abstract: use unix:PATH"
@@ -125,7 +125,7 @@ def why_alone(listen: Listen, path: str, identity: Identity | None) -> str:
         uid, gid, mode = rights_of_new(listen, path)
         setgid = bool(os.stat(folder).st_mode & stat.S_ISGID)
     except (OSError, UsageError):
-        return ""  # the bind says it
+        return ""  # the bind will report it
     if identity is None or identity.uid == 0:
         return ""
     user, missing = identity.user, []
@@ -184,9 +184,9 @@ def admit_group(sock: socket.socket, path: str, gid: int) -> None:
 def reapply_options(
     sock: socket.socket, listen: Listen, path: str, backlog: int
 ) -> ListenerSettings:
-    """Set up a listening socket as bind_unix() makes one.  Raises OSError if that fails.
+    """Set up an inherited listening socket as bind_unix() would.  Raises OSError.
 
-    path: the path of the argument, at which the socket was bound.
+    path: the path in the argument, to which the socket is bound.
     """
     if path.startswith("@"):
         sock.listen(backlog)
@@ -209,7 +209,7 @@ def reapply_options(
 
 
 def rights_of_new(listen: Listen, path: str) -> tuple[int, int, int]:
-    """Return the owner, group and mode of a socket file that is bound now.  Raises OSError."""
+    """Return the owner, group and mode that a new socket file will have.  Raises OSError."""
     folder = os.stat(os.path.dirname(path))
     user, group, mode = (listen.options.get(each) for each in ("user", "group", "mode"))
     uid = os.geteuid() if user is None else uid_of(listen.text, user)
@@ -226,7 +226,7 @@ def is_file_of(sock: socket.socket, found: os.stat_result) -> bool:
 
 
 def _give(path: str, listen: Listen) -> os.stat_result:
-    """Give a socket file to the user and group of the argument; return what it is."""
+    """Give a socket file to the user and group of the argument; return its stat()."""
     user, group = listen.options.get("user"), listen.options.get("group")
     uid = -1 if user is None else uid_of(listen.text, user)
     gid = -1 if group is None else gid_of(listen.text, group)

@@ -28,9 +28,9 @@ from .options import OPTIONS, Option
 
 _OPTIONS = {each.key: each for each in OPTIONS}
 
-#: `--chdir /x: ...`, `--limit nofile=x: ...`: how a refusal names its option.
+#: The beginning of a refusal that names its option: `--chdir /x: `, `--limit nofile=x: `.
 _OPTION = re.compile(r"--([a-z-]+)(?: (?=[^ ]*: |[^ ]+=)|: )")
-_NUL = "a NUL cannot be in it"
+_NUL = "must not contain a NUL"
 LISTEN, COMMAND = "listen", "command"
 _DIGITS = re.compile(r"[0-9_]{4300}")
 _PLACE = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)\Z")
@@ -45,8 +45,8 @@ class ConfigFile:
         Raises Mistaken if it is not TOML, UsageError if it cannot be read.
         """
         self.path = path
-        #: Relative paths in it start at this folder, whose symbolic links each reload follows
-        #: again.
+        #: Relative paths in the file start at this folder, whose symbolic links are followed again
+        #: at each reload.
         self.folder = os.path.dirname(path)
         self.listens: tuple[str, ...] = ()
         self.command: tuple[str, ...] = ()

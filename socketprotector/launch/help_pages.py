@@ -10,11 +10,11 @@ from ..model import known_servers
 from . import options
 
 _PURPOSE = """Open the sockets of a daemon, and start it behind them. A reload starts the new
-version beside the old one, and switches when it is ready."""
+version beside the old one, and switches when the new one is ready."""
 _LISTEN = "LISTEN is 8000, 127.0.0.1:8000, [::1]:8000 or unix:PATH."
 _ALL_LISTEN = """LISTEN is PORT, HOST:PORT, [HOST6]:PORT, unix:PATH, unix:@NAME or fd:NAME, with
 options as in 4321?backlog=100&defer_accept=5 or unix:/run/x.sock?mode=0660&user=www&group=www."""
-#: Each is run by a test.
+#: A test runs each of them.
 EXAMPLES = (
     r"""SocketProtector -f --handoff listener --ready notify 8000 \
     -- gunicorn --preload app:app""",
@@ -25,10 +25,10 @@ EXAMPLES = (
 )
 _SIGNALS = "Signals: HUP reload; TERM stop; INT stop at once; USR1 reopen the log."
 _ALL_SIGNALS = """Signals: HUP reload; TERM, QUIT stop; INT stop at once; USR1 reopen the log file;
-USR2 replace the protector's own program; TTIN, TTOU one worker more, one fewer."""
+USR2 upgrade the protector itself; TTIN, TTOU one worker more, one fewer."""
 _MORE = "--help-all: every option. socketprotectorctl --help: reload, status, crashes."
 _TIME = "TIME is 500ms, 10s, 1h30m, 1d or plain seconds."
-_DEMO = "SocketProtector demo shows in 20 seconds what it does."
+_DEMO = "SocketProtector demo shows a reload and crashes under load, in 20 seconds."
 
 
 class HelpCommand(click.Command):

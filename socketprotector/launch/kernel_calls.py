@@ -12,8 +12,8 @@ from contextlib import suppress
 
 from ..model.errors import SystemRefused
 
-#: It has waitid(P_PIDFD); pidfd_open came with 5.3, pidfd_send_signal with 5.1, memfd_create 3.17.
-#: RHEL 8 has no pidfd_open.
+#: The first version with waitid(P_PIDFD).  pidfd_open came with 5.3, pidfd_send_signal with 5.1,
+#: memfd_create with 3.17.  RHEL 8 has no pidfd_open.
 OLDEST_KERNEL = (5, 4)
 
 
@@ -45,7 +45,7 @@ def check() -> None:
     if missing:
         oldest = ".".join(map(str, OLDEST_KERNEL))
         said.append(
-            f"{', '.join(missing)}: not there; Linux {oldest} or later is needed, this is {release}"
+            f"{', '.join(missing)}: missing; Linux {oldest} or later is needed, this is {release}"
             f"{' with a filter of system calls' if _is_new(release) else ''}"
         )
     if forbidden:
@@ -72,7 +72,7 @@ def _sealed_memory() -> None:
 
 def _spawn() -> None:
     """Try clone3: glibc falls back to clone if clone3 is unknown, but not if it is forbidden."""
-    with suppress(FileNotFoundError):  # the process was there, and found no program
+    with suppress(FileNotFoundError):  # a process was made, and found no program
         os.posix_spawn("", ("none",), {})
 
 

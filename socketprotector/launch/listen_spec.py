@@ -93,7 +93,7 @@ def parse(text: str, directory: str) -> Listen:
         or (lower[:1] == "u" and whole(lower[1:], 65535) is not None)
     ):
         raise UsageError(
-            f"{text}: UDP has no connections that could be handed over; let the daemon bind it"
+            f"{text}: UDP has no connections to hand over; let the daemon bind this address"
         )
     where: dict[str, Any]
     allowed: Sequence[str]
@@ -115,7 +115,7 @@ def parse(text: str, directory: str) -> Listen:
         if colon and (host in ("", "*") or (":" in host and not host.startswith("["))):
             raise UsageError(
                 f"{text}: write PORT (on every address), HOST:PORT, [HOST6]:PORT, unix:PATH or "
-                "fd:NAME, or NAME= and one of them"
+                "fd:NAME, each also behind NAME="
             )
         number = whole(port, 65535)
         if number is None:

@@ -1,4 +1,4 @@
-"""The types of option values: how each is parsed and shown.
+"""The types of option values: how to parse and show each.
 
 Every error names the allowed values in one line.
 """
@@ -30,7 +30,7 @@ _MOST = 10**15
 
 @frozen
 class Ready:
-    """What says that a worker is ready; see Settings."""
+    """A value of --ready: how a worker shows that it is ready; see Settings."""
 
     kind: str
     after_s: float | None = None
@@ -63,7 +63,7 @@ def _health(text: str) -> str:
 
 
 def _settle_check(text: str) -> str:
-    """As it was written, but for a bare command, which becomes `check:COMMAND`."""
+    """Return the text; a bare command becomes `check:COMMAND`."""
     check = probe_spec.read_settle_check(text)
     return f"{probe_spec.CHECK}:{check.path}" if check.kind == probe_spec.CHECK else text
 
@@ -117,7 +117,7 @@ def _size(text: str) -> int:
 
 
 def octal(text: str) -> int:
-    """A mode or an umask, as the shell writes it."""
+    """Return a mode or umask, in the shell's notation."""
     with suppress(ValueError):
         if 0 <= (number := int(text, 8)) <= 0o777:
             return number
@@ -130,7 +130,7 @@ TIME = Duration()
 TIME_ABOVE_0 = Duration(zero=False)
 #: The shortest interval of probes: each probe is a connection or a process.
 TIME_EACH = Duration(least_s=0.1)
-#: Below this a machine that is busy for a moment would be the answer.
+#: A shorter limit would measure how busy the machine is.
 TIME_TO_ANSWER = Duration(least_s=0.01)
 HEALTH = Value("http:PATH|accept|check:CMD", _health)
 READY = Value("notify|ack|fd:N|accept|http:PATH|check:CMD|after:TIME", _ready)
@@ -173,7 +173,8 @@ def limit(name: str, text: str) -> int:
 def nofile_of_workers(environment: Mapping[str, str]) -> int:
     """Return the soft limit of descriptors that workers get without --limit nofile.
 
-    It is our own limit, or the limit in a unit whose protector needs a higher one.
+    That is our own limit.  A unit whose protector needs a higher limit names the workers' limit in
+    SOCKETPROTECTOR_NOFILE.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = environment.get("SOCKETPROTECTOR_NOFILE", "")

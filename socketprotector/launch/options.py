@@ -1,8 +1,9 @@
-"""Every option, once.  This table makes the command line, its help and completion, the keys of the
-configuration file, and what a reload compares; tools/reference.py makes the manual page and
-docs/reference.md from it.
+"""The table of all options.
 
-A new option is a row here and the field of Settings that it names.  If its value is not the
+The command line, help, completion, the keys of the configuration file and the comparison at a
+reload are made from it.  tools/reference.py makes the manual page and docs/reference.md from it.
+
+A new option needs a row here and a field of Settings.  If the option's value differs from the
 field's, resolve.py converts it.
 """
 
@@ -40,14 +41,14 @@ from .option_values import (
     TIME_TO_ANSWER,
 )
 
-#: What a reload does with a changed value in the file; other options say it in words.
+#: What a reload does with a changed value in the file; some options have a sentence instead.
 CHANGES, STAYS = "changes", "stays"
-#: Long options that the C++ program wrote with one dash.
+#: Long options that the C++ SocketProtector took with one dash.
 _ONE_DASH = ("pid-file", "foreground", "verbose")
 _LINE_ONLY = "for the command line only"
-#: A larger number is a mistake, and does not fit the system calls.
+#: A larger number is a mistake, and too large for system calls.
 _MANY = 1_000_000
-#: The names that this system has for a value, by the value's name in --help.
+#: Metavar -> this system's names for such a value, for completion.
 _NAMED: Mapping[str, Callable[[], list[str]]] = {
     "USER": lambda: [each.pw_name for each in pwd.getpwall()],
     "GROUP": lambda: [each.gr_name for each in grp.getgrall()],
@@ -79,12 +80,18 @@ class Option(click.Option):
         show: Callable[[Any], str] | None = None,
         **more: Any,
     ) -> None:
-        """key: its name without dashes, also in a file.  kind: how a value is read.  text: its
-        first line is for --help, all lines for the manual and the reference.  field: what it sets
-        in Settings, as "policy.settle_s".  unset: the default in words.  no_key: why a file cannot
-        have it.  common: --help shows it; --help-all shows every option.  metavar: what its value
-        may be, if not as kind says.  placeholder: shorter, for the help alone.  show: formats a
-        value of the field for people.  more: for click.
+        """key: the name without dashes, also in a file.
+        kind: how a value is read.
+        text: the first line is for --help, all lines for the manual and the reference.
+        field: the field of Settings that it sets, such as "policy.settle_s".
+        at_reload: what a reload does with a changed value.
+        unset: the default, in words.
+        no_key: why a file cannot have it.
+        common: whether --help shows it; --help-all shows every option.
+        metavar: the possible values, if kind does not describe them.
+        placeholder: a shorter metavar, for the help only.
+        show: formats a value of the field for people.
+        more: click's own arguments.
         """
         self.key = key
         self.kind = kind
@@ -106,7 +113,7 @@ class Option(click.Option):
         super().__init__(names, help=text.partition("\n")[0], **more)
 
     def help_row(self) -> tuple[str, str]:
-        """Return its names with the value's placeholder, and its first line with the default."""
+        """Return the names with a placeholder, and the text's first line with the default."""
         names = ", ".join(sorted(self.opts, key=len))
         default = f"  [default: {self.default_words}]" if self.default_words else ""
         return f"{names} {self.metavar or ''}".rstrip(), f"{self.help}{default}"
@@ -118,7 +125,7 @@ class Option(click.Option):
             parser.add_option(self, [f"-{self.key}"], self.name, **flag)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
-        """Return the values that may follow it."""
+        """Return the values that may follow this option."""
         from click.shell_completion import CompletionItem
 
         if self.values in ("FILE", "PATH", "DIR"):
@@ -140,7 +147,7 @@ class Option(click.Option):
 
 
 def _values(kind: Any) -> str:
-    """Return what the documents and shells know of a value, by its kind."""
+    """Return the possible values of a kind, for the documents and shells."""
     if isinstance(kind, click.Choice):
         return "|".join(map(str, kind.choices))
     if isinstance(kind, click.types.IntParamType):
@@ -175,8 +182,8 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("handoff", click.Choice(list(MODES)),
                "Choose how workers get connections: connection (client library), listener (the "
                "server accepts), stdio or legacy.\n"
-               "stdio: each is stdin and stdout of a program of its own. legacy: as under the C++ "
-               "SocketProtector. See docs/modes.md.",
+               "stdio: each connection is stdin and stdout of its own program. legacy: for workers "
+               "of the C++ SocketProtector. See docs/modes.md.",
                "handoff", STAYS, placeholder="MODE", common=True, default="connection"),
         Option("backlog", click.IntRange(1, _MANY),
                "Let this many connections wait in the kernel, for each listener.",
@@ -185,15 +192,15 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "Let this many connections wait in the queue of the workers.",
                "queue", default=256),
         Option("busy-poll", TIME,
-               "Wait awake this long for the next of a row of connections; 0: sleep at once.\n"
-               "Only while they come one by one, each sooner than that. It takes 30 % from the "
-               "latency for one processor's time, and is used only where there is more than one.",
+               "Poll this long for the next connection before sleeping; 0: sleep at once.\n"
+               "Only while connections come faster than that, and with more than one processor. "
+               "Polling lowers the latency by 30 %, and uses one processor.",
                "busy_poll_s", STAYS, default="200us"),
     ),
     "Start": (
         Option("name", TEXT, "Name this instance.\n"
-               "The name is in status, log, syslog, ps and metrics, and is for socketprotectorctl "
-               "--name.",
+               "The name is in status, log, syslog, ps and metrics. socketprotectorctl --name "
+               "takes it.",
                "name", STAYS, metavar="NAME", common=True, unset="the command's"),
         Option("foreground", FLAG, "Do not detach; log to the terminal unless --log-file.",
                "foreground", STAYS, short="f", common=True),
@@ -205,21 +212,21 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "a stale file replaced.", "pid_file", STAYS, metavar="FILE"),
         Option("ready", READY, "Choose how a worker shows that it is ready: notify, ack, fd:N, "
                "accept, http:PATH, check:CMD or after:TIME.\n"
-               "notify: it sends READY=1. ack: it sends einhorn's ACK. fd:N: it writes a line to "
-               "descriptor N. accept: it accepts a connection. http:/PATH, https:/PATH: it "
-               "answers 200 to 399. check:CMD: the command succeeds. after:TIME: it has lived "
+               "notify: the worker sends READY=1. ack: it sends einhorn's ACK. fd:N: it writes a "
+               "line to descriptor N. accept: it accepts a connection. http:/PATH, https:/PATH: "
+               "it answers 200 to 399. check:CMD: the command succeeds. after:TIME: it has run "
                "for TIME. See docs/probes.md.", placeholder="HOW", common=True,
                unset="notify; with --handoff listener the first of notify, ack, fd and accept"),
         Option("start-timeout", TIME_ABOVE_0, "Allow workers this long to become ready.",
                "policy.start_timeout_s", default="60s"),
         Option("start-tries", click.IntRange(1, _MANY),
-               "Try the first start this often, if the worker exits before it is ready.",
-               "policy.start_tries", "changes; it counts at the first start alone", default=3),
+               "Try the first start this many times, if workers exit before they are ready.",
+               "policy.start_tries", "changes; used only at the first start", default=3),
     ),
     "Reload": (
         Option("reload-order", click.Choice(["start-first", "stop-first"]),
                "Start the new workers before the old ones stop, or after.\n"
-               "stop-first is for a daemon that holds something exclusive; clients wait meanwhile.",
+               "stop-first is for a daemon that uses something exclusive; clients wait meanwhile.",
                "policy.stop_first", default="start-first",
                show=lambda first: "stop-first" if first else "start-first"),
         Option("settle", TIME, "Keep the old generation on standby this long after the switch.\n"
@@ -231,18 +238,18 @@ GROUPS: Mapping[str, Sequence[Option]] = {
     ),
     "Workers": (
         Option("workers", click.IntRange(1, _MANY), "Run this many workers.\n"
-               "With --handoff stdio: programs at once. What signals TTIN and TTOU made of it "
-               "stays until the file says another number.",
+               "With --handoff stdio: programs at once. Signals TTIN and TTOU change the number "
+               "until a reload reads another number.",
                "workers", common=True, unset="1; 4 with stdio"),
         Option("shell", FLAG, "With --handoff stdio: run COMMAND by /bin/sh -c.", "shell"),
         Option("watchdog", TIME,
                "Replace a worker that sent WATCHDOG=1 and then nothing for this time; 0: never.\n"
-               "The client library sends it from the loop that serves.",
+               "The client library sends WATCHDOG=1 from the serving loop.",
                "watchdog_s", default="0"),
         Option("retire-after", SHARE,
                "Replace a worker after N connections, varied by up to J; 0: never.\n"
-               "As for the next two, its replacement starts first.\n"
-               "For workers on the client library, which count.",
+               "The replacement starts first, as with the next two options. Only workers on the "
+               "client library count connections.",
                default="0"),
         Option("max-memory", SIZE, "Replace a worker above this memory size: 500M, 2G; 0: never.",
                "worker_limits.memory_bytes", default="0"),
@@ -255,10 +262,10 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("limit", PAIR, "Set a resource limit: nofile, core or nice. Repeatable.",
                metavar="NAME=N", multiple=True, unset="the caller's"),
         Option("env", PAIR, "Set an environment variable. Repeatable.\n"
-               "ps shows arguments: put secrets into a file.", multiple=True),
+               "ps shows arguments: put secrets into --env-file.", multiple=True),
         Option("env-file", TEXT, "Read NAME=VALUE lines from this file, again at each reload.",
                "env_file", "changes, and is read again", metavar="FILE"),
-        Option("clear-env", FLAG, "Pass on none of the caller's environment; PATH is systemd's."),
+        Option("clear-env", FLAG, "Pass on none of the caller's variables; PATH is systemd's."),
         Option("keep-env", NAMES, "Pass on only these variables of the caller's environment.\n"
                "See docs/security.md.", "keep_env", unset="all",
                show=lambda names: "all" if names is None else NAMES.show(names)),
@@ -267,13 +274,13 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("settle-check", SETTLE_CHECK,
                "Probe the new generation during --settle; after a bad answer the old one serves "
                "again.\n"
-               "check:CMD, or CMD alone, runs every second. It gets the counts of both generations "
+               "check:CMD, or only CMD, runs every second. It gets the counts of both generations "
                "as JSON on stdin; its exit status is the answer. http:/PATH, https:/PATH are as "
                "with --ready. See docs/probes.md.", unset="no probe"),
         Option("health", HEALTH, "Probe the serving workers, and report the result.\n"
                "http:/PATH, https:/PATH, accept and check:CMD are as with --ready. The result is "
-               "in status, metrics, log and the exporter's /readyz. It never restarts or rolls "
-               "back anything. See docs/probes.md.", unset="no probe"),
+               "in status, metrics, log and the exporter's /readyz. A bad result restarts nothing "
+               "and rolls nothing back. See docs/probes.md.", unset="no probe"),
         Option("health-every", TIME_EACH, "Wait this long between health probes; 100ms or more.",
                "health_every_s", default="5s"),
         Option("health-failures", click.IntRange(1, _MANY),
@@ -288,8 +295,8 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "0: no limit.",
                "policy.drain_timeout_s", common=True, default="0"),
         Option("drain-signal", SIGNAL,
-               "With --handoff listener: ask workers to finish by this signal.\n"
-               "A worker on the client library gets the end of its line instead.",
+               "With --handoff listener: end workers gracefully by this signal.\n"
+               "A worker on the client library gets end of file on its RETURN line instead.",
                "drain_signal", default="TERM"),
         Option("max-draining", click.IntRange(0, _MANY),
                "Let this many old generations drain at a time, then end the oldest; 0: no limit.",
@@ -299,22 +306,22 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("kill-timeout", TIME, "Send KILL this long after TERM.",
                "policy.kill_timeout_s", default="5s"),
         Option("lame-duck", TIME,
-               "Serve this long after a stop was requested, while /readyz says 503; 0: none.\n"
-               "So load balancers send clients elsewhere before the first one would be refused. "
-               "A second TERM ends it; INT stops at once. See docs/fleet.md.",
+               "Serve this long after a stop was requested, while /readyz answers 503; 0: none.\n"
+               "So load balancers send clients elsewhere before a client would be refused. "
+               "A second TERM ends the lame duck; INT stops at once. See docs/fleet.md.",
                "policy.lame_duck_s", default="0"),
         Option("lame-duck-idle", TIME,
                "End --lame-duck earlier, when no client has come for this time; 0: never.\n"
-               "A balancer that looks seldom may still send one after that.",
+               "A balancer with rare checks may still send a client after that.",
                "policy.lame_duck_idle_s", default="0"),
     ),
     "Log": (
-        Option("log-file", TEXT, "Write the log, and what workers print, to this file.\n"
-               "Where no syslog daemon listens at /dev/log, lines are lost until one does; the "
-               "start says so.",
+        Option("log-file", TEXT, "Write the log, and the workers' output, to this file.\n"
+               "Without this option and without a syslog daemon at /dev/log, lines are lost; a "
+               "notice at the start says so.",
                "log_file", STAYS, metavar="FILE", common=True,
                unset="syslog, or the terminal with -f"),
-        Option("log-level", click.Choice(list(LEVELS)), "Log this level, and those above it.",
+        Option("log-level", click.Choice(list(LEVELS)), "Log this level and more severe levels.",
                "log_level", default="info"),
         Option("verbose", FLAG, "Log every decision: --log-level debug.",
                short="v", no_key='write log-level = "debug"'),
@@ -322,12 +329,12 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "text: key=value, in colour on a terminal unless NO_COLOR is set. json: one object "
                "a line.", "log_format", STAYS, default="text"),
         Option("log-prefix", FLAG, "Begin each line of a worker with [GENERATION PID].\n"
-               "Also with -f on a terminal or a file, it keeps a failed worker's last words "
+               "This also keeps a failed worker's last words with -f on a terminal or a file "
                "(docs/log.md).",
                "log_prefix", STAYS, common=True),
         Option("no-log-relay", FLAG, "Let workers write to the log themselves.\n"
-               "This saves 10.5 MB. After a rotation running workers keep the old file, and a "
-               "failed worker's last words are not known (docs/log.md).",
+               "This saves 10.5 MB. But after a rotation running workers keep the old file, and a "
+               "failed worker's last words are unknown (docs/log.md).",
                "log_relay", STAYS, show=lambda relay: "false" if relay else "true"),
     ),
     "Security": (
@@ -336,9 +343,9 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("group", TEXT, "Run as this group.",
                at_reload=STAYS, metavar="GROUP", unset="the user's"),
         Option("worker-user", TEXT, "Run the workers as this user instead; needs --user.\n"
-               "The protector keeps CAP_SETUID, CAP_SETGID and CAP_KILL; only then is it isolated "
-               "from them.", "worker_identity", STAYS, metavar="USER", show=_user),
-        Option("require-user", FLAG, "Refuse to run as root unless --user says so.\n"
+               "Only this isolates the protector from its workers. It keeps CAP_SETUID, CAP_SETGID "
+               "and CAP_KILL.", "worker_identity", STAYS, metavar="USER", show=_user),
+        Option("require-user", FLAG, "Refuse to run as root unless --user root is given.\n"
                "For units and scripts.", no_key=_LINE_ONLY),
         Option("no-new-privs", FLAG,
                "Let no set-user-ID program gain privileges, here and in the workers.",
@@ -346,13 +353,13 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("control-group", TEXT, "Let members of this group use the control socket.",
                "control_group", STAYS, metavar="GROUP"),
         Option("status-group", TEXT, "Let members of this group read status and events.\n"
-               "They can change nothing: for monitoring, as by socketprotector-exporter.",
+               "They can change nothing. For monitoring, such as socketprotector-exporter.",
                "status_group", STAYS, metavar="GROUP"),
     ),
     "Configuration": (
         CONFIG,
-        Option("check", FLAG, "Check all that a start needs, and start nothing.\n"
-               "Beside a running protector with the same pid file: a start after its end.",
+        Option("check", FLAG, "Check what a start needs, and start nothing.\n"
+               "If a protector with the same pid file is running: check a start after its end.",
                no_key=_LINE_ONLY, common=True),
         Option("control", TEXT, "Put the control socket at this path.", at_reload=STAYS,
                metavar="PATH",

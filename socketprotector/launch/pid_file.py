@@ -1,14 +1,13 @@
-"""Writes and locks the pid file: lockfile's PID lock file, whole or not there.
+"""Writes and locks the pid file: lockfile's PID lock file, but never partly written.
 
-The protector also holds a flock on it for life, through every exec.  So a pid file is stale if its
-lock is free; its pid, which may belong to another program by now, does not matter.  Only a file
-that looks like a pid file is replaced.
+The protector holds a flock on the pid file until its end, through every exec.  So a pid file is
+stale if its lock is free.  The pid in it does not matter: another program may have it by now.
+Only a file that looks like a pid file is replaced.
 
-The file exists before a generation is serving, and is removed if the start fails.  So it is no
-sign of readiness.
+The file exists before a generation is serving, and is removed if the start fails.  So the file
+does not show readiness.
 
-Source: rename(2), flock(2); lockfile.pidlockfile, whose own acquire() lets an empty file be
-seen.
+Source: rename(2), flock(2); lockfile.pidlockfile, whose own acquire() makes an empty file first.
 """
 
 from __future__ import annotations
@@ -41,9 +40,10 @@ def hint(error: OSError, place: str) -> str:
 
 
 def _has_open(pid: int, path: str) -> bool:
-    """Return whether a process has a file of that name open, as each protector has its own.
+    """Return whether a process has a file of this name open, as each protector has its pid file.
 
-    True if /proc does not show it.  Any user who can read a killed protector's file can lock it.
+    True if /proc does not show it.  Needed because any user who can read the file of a killed
+    protector can lock it.
     """
     try:
         os.kill(pid, 0)
@@ -73,9 +73,9 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
     def acquire(self, timeout: float | None = None) -> None:
         """Write our pid.
 
-        timeout is lockfile's and ignored: a living daemon's lock does not go away by waiting.
-        Raises AlreadyRunning when a living protector holds the file, UsageError when it is no pid
-        file, SystemRefused when it cannot be made.
+        timeout: lockfile's, ignored: a living daemon keeps its lock however long we wait.
+        Raises AlreadyRunning if a living protector holds the file, UsageError if it is no pid
+        file, SystemRefused if it cannot be made.
         """
         stale = None
         try:
@@ -92,9 +92,9 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                 os.close(stale)
 
     def _put(self, stale: int | None) -> int:
-        """Give the name to a locked file with our pid; return its descriptor.
+        """Make a locked file with our pid, and rename it to the path; return its descriptor.
 
-        stale: the file that has the name now.
+        stale: the file that has this path now.
         """
         temporary = f"{self.path}.{os.getpid()}"
         if os.path.lexists(temporary):
@@ -147,9 +147,8 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                 holder = int(first) if first.isdigit() else 0
                 if holder and not _has_open(holder, self.path):
                     raise SystemRefused(
-                        f"the pid file {self.path} is locked, and not by process {holder}, which "
-                        f"it names; if it is no protector (`fuser {self.path}` shows who it is), "
-                        "remove the file"
+                        f"the pid file {self.path} is locked, but not by process {holder}, which "
+                        f"it names; if `fuser {self.path}` shows no protector, remove the file"
                     ) from None
                 raise AlreadyRunning(
                     f"the pid file {self.path} is held by process {holder}; {do}", holder
@@ -161,17 +160,15 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         if stat.S_ISREG(found.st_mode):
             return
         kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "no regular file"
-        raise UsageError(
-            f"the pid file {self.path} is {kind}; name a regular file, or one that is not there yet"
-        )
+        raise UsageError(f"the pid file {self.path} is {kind}; name a regular file or a new one")
 
     def _refuse_content(self, fd: int) -> None:
         content = os.pread(fd, _MAX_BYTES + 1, 0)
         digits = content.removesuffix(b"\n")
         if len(content) > _MAX_BYTES or (digits and not digits.isdigit()):
             raise UsageError(
-                f"the pid file {self.path} holds more than a process ID, and would be replaced; "
-                "choose another path, or remove the file"
+                f"the pid file {self.path} has other content than a process ID, and would be "
+                "replaced; choose another path, or remove the file"
             )
 
     def release(self) -> None:

@@ -22,7 +22,7 @@ def of_port(host: str, port: int) -> str:
     try:
         return _of_port(host, port)
     except MemoryError:  # `ulimit -v`
-        return "another program has it: stop that, or choose another"
+        return "another program has it: stop that program, or choose another address"
 
 
 def _of_port(host: str, port: int) -> str:
@@ -65,7 +65,7 @@ def _advice(pid: int | None) -> str:
     if pid and protector and _is_of_protector(pid):
         which = "SocketProtector" if pid == protector else f"its process {pid}"
         return f"{which} has it: reload without it, and with it after the old workers have exited"
-    return f"{_called(pid)} has it: stop that, or choose another"
+    return f"{_called(pid)} has it: stop that program, or choose another address"
 
 
 def _is_of_protector(pid: int) -> bool:

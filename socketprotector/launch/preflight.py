@@ -112,9 +112,9 @@ def _reachable(settings: Settings, path: str) -> None:
     protector = {**folder, **typed, path: os.X_OK, **(python if settings.guarded else {})}
     worker = {**folder, **user_access.executed(path), **(python if adapted else {})}
     other = settings.worker_identity
-    probe = [("--user", settings.identity, protector if other else {**protector, **worker})]
-    probe += [("--worker-user", other, worker)] if other else []
-    for option, identity, needed in probe:
+    checks = [("--user", settings.identity, protector if other else {**protector, **worker})]
+    checks += [("--worker-user", other, worker)] if other else []
+    for option, identity, needed in checks:
         closed = user_access.as_user(identity, partial(user_access.closed, needed))
         if closed:
             raise SystemRefused(
@@ -205,7 +205,7 @@ def check_settle_check(settings: Settings, listens: Sequence[Listen]) -> None:
 
 
 def check_siblings(settings: Settings, siblings: Collection[int]) -> None:
-    """Refuse the same once it is known which sockets have a second one.
+    """Refuse a probe of a listener whose second socket could not be bound.
 
     siblings: the indexes of the listeners with a second socket.
     """
@@ -249,7 +249,7 @@ def check_pid_file(
     """Refuse a pid file that cannot be used, before the bind fails with `port in use`.
 
     others: the files that other options name, by option.  check: nothing will start, so a file that
-    a protector holds is not refused.  Returns the pid of that protector, or 0.
+    a living protector holds is allowed.  Returns the pid of that protector, or 0.
     """
     holder = 0
     if path is None:
@@ -258,7 +258,7 @@ def check_pid_file(
         if other is not None and _is_same_file(path, other):
             raise UsageError(
                 f"the pid file {path} is also the file of {option}, and would be replaced; "
-                "give each a path of its own"
+                "give each its own path"
             )
     folder = os.path.dirname(path)
     try:
@@ -283,7 +283,7 @@ def check_control(path: str, others: Mapping[str, str | None]) -> None:
     for option, other in others.items():
         if other is not None and _is_same_file(path, other):
             raise UsageError(
-                f"--control {path} is also the file of {option}; give each a path of its own"
+                f"--control {path} is also the file of {option}; give each its own path"
             )
     with suppress(OSError):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
@@ -356,30 +356,30 @@ def _syslog_listens() -> bool:
 
 def notices(settings: Settings, listens: Sequence[Listen], backlog: int) -> Iterator[str]:
     """Yield warnings about what will work less well than the operator may expect."""
-    probe = max(listen.backlog(backlog) for listen in listens)
+    wanted = max(listen.backlog(backlog) for listen in listens)
     try:
         with open(_SOMAXCONN, encoding="ascii") as file:
             most = int(file.read())
     except (OSError, ValueError):
-        most = probe
-    if probe > most:
-        yield f"backlog {probe} is cut to {most}: raise the sysctl net.core.somaxconn"
+        most = wanted
+    if wanted > most:
+        yield f"backlog {wanted} is cut to {most}: raise the sysctl net.core.somaxconn"
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if doubtful := fd_budget.doubtful(settings, settings.processes, hard):
         yield doubtful
     most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     if most != resource.RLIM_INFINITY and most < state_file.MOST_BYTES:
         yield (
-            f"the limit of {most} bytes for files (ulimit -f, LimitFSIZE= of a unit) has no room "
-            "for the state: no upgrade, and after a kill an old state; "
-            f"allow {state_file.MOST_BYTES}, or any size"
+            f"the limit of {most} bytes for files (ulimit -f, LimitFSIZE= of a unit) is too low "
+            "for the state, so upgrades fail, and a restart finds an old state; "
+            f"allow {state_file.MOST_BYTES} or more"
         )
     yield from unix_access.notices(listens, settings.listeners)
     if settings.identity is None:
         return
-    # Not the log: it stays, and a rotation makes the new one with the same owner (logrotate).
+    # Not the log file, which stays; logrotate makes the next one with the same owner.
     files = [settings.pid_file]
-    # What systemd has made it removes, with the pid file in it, which is written into and no more.
+    # systemd removes its RuntimeDirectory= itself, with the pid file in it.
     if os.path.dirname(settings.pid_file or "") in os.environ.get("RUNTIME_DIRECTORY", "").split(
         ":"
     ):

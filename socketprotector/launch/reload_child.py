@@ -1,17 +1,17 @@
 """Reads the configuration again for a running protector, answers, and exits.
 
-It is a separate process, so that the code that reads files and command lines does not stay in the
-resident process.  It inherits the settings in force, and a socket to answer on.  The answer
+A separate process, so that the code that reads files and command lines does not stay in the
+resident process.  It inherits the settings in force, and a socket for the answer.  The answer
 consists of records, each with a descriptor:
 
-    listener N    a socket that was added, bound and listening, and its index
-    twin N        the second one of that address, if there is one
-    reserved N    a third one, which does not listen, if there is one
-    differences   a memfd with what the new settings change, line by line
-    settings      a memfd with the new settings: the last one of a reload
-    changes       a memfd with what a reload would change, line by line: for `diff` alone
-    fixed         a memfd with those of them that need a restart, so that a reload would be refused
-    refused       a memfd with what is wrong, line by line
+    listener N    an added socket, bound and listening; N: its index
+    twin N        the second socket of that address, if there is one
+    reserved N    the third socket, which does not listen, if there is one
+    differences   a memfd with the changes of the new settings, line by line
+    settings      a memfd with the new settings: the last record of a reload
+    changes       a memfd with the changes that a reload would make, line by line: only for `diff`
+    fixed         a memfd with the changes that need a restart, so that a reload would be refused
+    refused       a memfd with the mistakes, line by line
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _listeners(
             if any(each.text == listen.text for each in there if not each.removed):
                 continue  # a name is not resolved again, port 0 keeps its number
             if listen.passed is not None:
-                raise UsageError(f"{listen.text}: sockets are passed at a start only; {RESTART}")
+                raise UsageError(f"{listen.text}: sockets are passed only at a start; {RESTART}")
             added = bind_all(
                 [listen],
                 parsed.backlog,
@@ -170,7 +170,9 @@ def _listeners(
         except Refusal as error:
             refused.append(error)
     if len(there) + len(bound) > _MOST_LISTENERS:
-        refused.append(UsageError(f"more than {_MOST_LISTENERS} listeners in one life; {RESTART}"))
+        refused.append(
+            UsageError(f"more than {_MOST_LISTENERS} listeners since the start; {RESTART}")
+        )
     if refused:
         discard_all(bound)
         raise Mistaken("\n".join(escape(str(each)) for each in refused))
@@ -184,7 +186,7 @@ def _listeners(
 def _there(
     there: Sequence[ListenerSettings], listen: Listen, notice: Callable[[str], None]
 ) -> dict[int, ListenerSettings]:
-    """Return the listeners that an argument means and that are bound already, by index."""
+    """Return the bound listeners that an argument means, by index."""
     living = {index: each for index, each in enumerate(there) if not each.removed}
     same = {index: each for index, each in living.items() if each.text == listen.text}
     if same or listen.passed is not None:
@@ -205,7 +207,7 @@ def _memfd(content: bytes) -> int:
 
 
 def _send(line: socket.socket, what: str, fd: int) -> None:
-    # It drops flags like MSG_NOSIGNAL (CPython 3.11); Python ignores SIGPIPE.
+    # send_fds() ignores flags like MSG_NOSIGNAL (CPython 3.11), but Python ignores SIGPIPE.
     socket.send_fds(line, [what.encode()], [fd])
 
 

@@ -29,7 +29,7 @@ from .options import OPTIONS
 if TYPE_CHECKING:
     from .config_file import ConfigFile
 
-#: The longest program's name that becomes the service's name, as in a line of syslog (RFC 5424).
+#: The most characters of a program's name in the service's name, as in syslog (RFC 5424).
 _NAME_CHARS = 48
 
 
@@ -49,8 +49,9 @@ class OptionResolver:
     """The options of one start or reload; a mistake in the file is reported with its line."""
 
     def __init__(self, words: Sequence[str], command: list[str], running: Settings | None) -> None:
-        """words: the command line before `--`; command: the rest.  running: the settings of the
-        protector that reads them again.
+        """words: the command line before `--`; command: the words after it.
+
+        running: the settings of the protector that reads this command line again.
         """
         self._words = tuple(words)
         self._behind = command
@@ -114,7 +115,7 @@ class OptionResolver:
         return self._ctx.get_parameter_source(name) is ParameterSource.DEFAULT_MAP
 
     def _said(self) -> list[str]:
-        """The options that were given, as they are written."""
+        """Return the names of the given options, without dashes."""
         return [
             name.replace("_", "-")
             for name in self._given
@@ -236,7 +237,7 @@ class OptionResolver:
 
 
 def _settings(values: Mapping[str, Any]) -> Settings:
-    """Make them of the fields by name, `policy.settle_s` being one of a part."""
+    """Return settings from fields by name; `policy.settle_s` is a field of the part `policy`."""
     parts: dict[str, dict[str, Any]] = {"": {}, "policy": {}, "worker_limits": {}}
     for name, value in values.items():
         part, _, field = name.rpartition(".")
@@ -246,9 +247,9 @@ def _settings(values: Mapping[str, Any]) -> Settings:
 
 
 def _fitting(listen: Listen, mode: HandoffMode) -> Listen:
-    """Where a worker gets the socket itself, every address of a port is one socket, not two.
+    """Return an argument as workers that accept need it: a port alone is one socket, not two.
 
-    Raises UsageError for what each connection would have to be given by us: there we accept none.
+    Raises UsageError for an option that we would have to set on each accepted connection.
     """
     if not mode.workers_accept:
         return listen

@@ -26,14 +26,14 @@ _PLAIN = re.compile(r"(?:[\w@%+=:,./-]|\{fd:\w+\})+", re.ASCII)
 _SECRET = re.compile(r"(?s)((?:--env=)?[A-Za-z_]\w*=|(?:--[a-z-]+=)?check:).+")
 _LEFT_OUT = "..."
 _NAMED = re.compile(r"\{fd:(\w+)\}")
-#: What --handoff listener refuses, or an unmodified server cannot have there: the operator has to
-#: choose.
+#: Options that --handoff listener refuses, or that an unmodified server does not support.  With
+#: one of these, the operator must correct the line.
 _REFUSED = {
     f"--{each.key}" for each in options.OPTIONS if each.key in {*LISTENER.refuses, "retire-after"}
 }
 #: Files that gunicorn and puma read by default.
-_UNASKED = ("gunicorn.conf.py", "config/puma.rb")
-#: Bytes read of each file.  A program that uses the client library imports it at the top.
+_DEFAULT_FILES = ("gunicorn.conf.py", "config/puma.rb")
+#: The bytes to read of each file: an import of the client library is at the top.
 _LOOKED_AT = 1 << 16
 
 
@@ -101,7 +101,7 @@ def _files(settings: Settings, environment: Mapping[str, str]) -> str:
     """Return the beginnings of the files that the command names, or that a server reads anyway."""
     words, found = _words(settings, environment), []
     named = [word.rpartition("=")[2].removeprefix("-c").removeprefix("file:") for word in words]
-    for name in (*named, *_UNASKED):
+    for name in (*named, *_DEFAULT_FILES):
         path = os.path.join(settings.directory, name)
         try:
             # Checked before open(), which wakes the writer of a FIFO and may start a device.

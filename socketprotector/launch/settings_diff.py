@@ -1,6 +1,6 @@
-"""Lists the differences of two settings, and those that a reload cannot make.
+"""Lists the differences between two settings, and the differences that need a restart.
 
-It shows only names of variables and of the program, because the rest may be secret.
+The list has only the names of variables and of the program, because the rest may be secret.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _options(old: Settings, new: Settings, *, stays: bool) -> Iterator[str]:
         if option.field and (option.at_reload == STAYS) == stays:
             before, after = map(attrgetter(option.field), (old, new))
             if isinstance(before, Identity) and isinstance(after, Identity):
-                # The user's other fields stay as they were at the start.
+                # Compare only what the options name; the user's other fields stay from the start.
                 after = replace(after, groups=before.groups, home=before.home, shell=before.shell)
             if before != after:
                 yield from _differs(option.key, option.shown(before), option.shown(after))

@@ -1,8 +1,8 @@
 """Reads and checks the options after a TCP listener's `?`, and sets them before the bind.
 
-Accepted connections inherit all of them but the priority, which is set on each.
-system/socket_copy.py lists what later sockets of the address get; system/socket_snapshot.py, what
-is restored after a worker has changed it.
+Accepted connections inherit all options except the priority, which is set on each connection.
+system/socket_copy.py lists the options that later sockets of the address get.
+system/socket_snapshot.py lists the options that are restored after a worker has changed them.
 
 Source: socket(7), ip(7), ipv6(7), tcp(7); sk_clone_lock() in net/core/sock.c.
 """
@@ -91,7 +91,7 @@ def _put(level: int, option: int, value_of: Callable[[str], int | bytes] = numbe
 
 
 def _elsewhere(one: socket.socket, value: str) -> None:
-    """It takes effect at listen(2) or accept(2)."""
+    """Do nothing: the option takes effect at listen(2) or accept(2)."""
 
 
 _SWITCH = ("0 or 1", lambda value: value in ("0", "1"))

@@ -1,8 +1,8 @@
 """From a parsed command line to a resident process: detach, pid file, exec.
 
-Runs in the launching process.  In the foreground that process becomes the resident one;
-otherwise it waits (await_verdict.py), and exits with the verdict of the first start.  Signals
-are blocked from here until the waiting process, or the resident one, can handle them.
+Runs in the launching process.  In the foreground the launching process becomes the resident
+process.  Otherwise it waits (await_verdict.py), and exits with the verdict of the first start.
+Signals are blocked from here until the waiting process, or the resident process, can handle them.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from .pid_file import PidFile, hint
 
 
 def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
-    """Start the resident process with the bound sockets, which this function owns from now on.
+    """Start the resident process with the bound sockets; takes ownership of them.
 
-    bound: by the names under which they are inherited.  Returns the exit status once the first
-    generation is serving or has failed; in the foreground it does not return.
-    Raises Refusal.
+    bound: the sockets, by the names under which the resident process inherits them.  Returns the
+    exit status once the first generation is serving or has failed; in the foreground it does not
+    return.  Raises Refusal.
     """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     with on_error(signal.pthread_sigmask, signal.SIG_SETMASK, mask):
@@ -53,7 +53,7 @@ def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
                 raise SystemRefused(f"cannot start: {what_failed(error)}") from error
             with on_error(os.dup2, terminal, 2):  # the reason is for the terminal, not for the log
                 _become_resident(settings, bound, log, terminal)
-        # Ignored, as by our caller, it would have the kernel reap the child before we do.
+        # If our caller ignores SIGCHLD, the kernel would reap the child before we do.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
             ours, theirs = socket.socketpair()
@@ -77,7 +77,7 @@ def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
         finally:
             os._exit(1)
     theirs.close()
-    # From here on they are the child's, files included.
+    # The child owns the sockets now, and their files.
     for each in bound.values():
         each.socket.close()
     os.waitpid(child, 0)  # the first of the two forks ends at once
@@ -85,7 +85,7 @@ def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
 
 
 def _cannot_detach(error: OSError) -> SystemRefused:
-    # DaemonContext raises one of its own, without a number.
+    # DaemonContext raises its own error, without an errno.
     no_process = isinstance(error.__cause__ or error, BlockingIOError)
     return SystemRefused(f"cannot detach: {NO_PROCESSES if no_process else what_failed(error)}")
 
@@ -109,9 +109,9 @@ def _open_log(settings: Settings) -> int | None:
 def _become_resident(
     settings: Settings, bound: Mapping[str, Bound], log: int | None, verdict: int
 ) -> None:
-    """Detach unless in the foreground, take the pid file, and exec.  It never returns.
+    """Detach unless in the foreground, take the pid file, and exec.  Never returns.
 
-    verdict: gets the outcome: the launcher's line, or the foreground's terminal.
+    verdict: the descriptor for the outcome: the launcher's line, or the foreground's terminal.
     """
     pid_file = PidFile(settings.pid_file) if settings.pid_file is not None else None
     kept = [verdict, *(each.socket.fileno() for each in bound.values())]
@@ -120,8 +120,8 @@ def _become_resident(
         context.open()
     except OSError as error:
         raise _cannot_detach(error) from error
-    with ExitStack() as made:  # only what fails comes to its end
-        made.callback(context.close)  # removes the pid file, and will not do so again at our end
+    with ExitStack() as made:  # left only after a failure
+        made.callback(context.close)  # removes the pid file; a second close() does nothing
         # If several start at once, only the one with the pid file may use these files.
         notices: list[str] = []
         control = bind_control(settings, notices.append)
@@ -165,14 +165,15 @@ def _context(
     kept: the descriptors that stay open.  log: the target of stdout and stderr, if not None.
     """
     detach = not settings.foreground
-    # None is /dev/null to it; in the foreground all three stay what they are.
+    # None means /dev/null to DaemonContext; in the foreground all three stay unchanged.
     # ruff: noqa: SIM115 -- they stay open for the life of the daemon
     standard = [None if detach else open(fd, "r+b", 0, closefd=False) for fd in (0, 1, 2)]
     if log is not None:
         standard[1:] = [open(log, "ab", 0)] * 2
-    # Its defaults would be a umask of 0, no core dumps, TSTP ignored, and no detaching where stdin
-    # is a socket; workers would inherit them.  No uid: it drops privileges before the pid file is
-    # written.  It closes what files_preserve does not name.  Source: python-daemon 3.1, open().
+    # All arguments are given, because workers would inherit DaemonContext's defaults: umask 0, no
+    # core dumps, TSTP ignored, no detaching if stdin is a socket.  But no uid, because
+    # DaemonContext drops privileges before it writes the pid file.  It closes descriptors that
+    # files_preserve does not name.  Source: python-daemon 3.1, open().
     return DaemonContext(
         pidfile=pid_file,
         detach_process=detach,

@@ -1,7 +1,7 @@
-"""Finds the line of each key and list value in a TOML text, because tomllib does not report it.
+"""Finds the line of each key and list value in a valid TOML text: tomllib does not report lines.
 
-For a text that tomllib has read.  The text is cut into statements, and tomllib reads each of them
-separately.  This module itself only recognizes strings and comments.
+The text is cut into statements, which tomllib reads one by one.  This module itself only
+recognizes strings and comments.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _DEEPER = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
 def find(text: str) -> dict[Path, int]:
-    """Return the line, counted from 1, of each table and key, and of each value of a list that is a
-    key's.
+    """Return the line, counted from 1, of each table, key and list value.
 
-    Of what is written in several places, the first one; a list of tables ([[...]]) is one table.
+    If a table is written in several places, its line is the first.  A list of tables ([[...]])
+    counts as one table.
     """
     text = text.replace("\r\n", "\n") + "\n"
     masked = _OPAQUE.sub(lambda each: (" " if each[0][0] == "#" else "x") * len(each[0]), text)
@@ -41,7 +41,7 @@ def find(text: str) -> dict[Path, int]:
     lines: dict[Path, int] = {}
     table: Path = ()
     begin = depth = 0
-    values: list[int] = []  # where those of a list begin
+    values: list[int] = []  # the positions where a list's values begin
     for mark in _MARK.finditer(masked):
         depth += _DEEPER.get(mark[0][0], 0)
         if depth == 1 and (mark[0][0] == "[" or (values and mark[0][0] == ",")):

@@ -1,7 +1,7 @@
-"""Who can connect to a UNIX socket, where that may be fewer users than the operator expects.
+"""Warns if fewer users can connect to a UNIX socket than the operator may expect.
 
-connect(2) needs write permission for the socket file and search permission for each folder on its
-path.  A proxy usually runs as a user of its own, and a refused one answers 502.
+connect(2) needs write permission for the socket file, and search permission for each folder on its
+path.  A proxy usually runs as another user; if it is refused, it answers 502.
 
 Source: unix(7), path_resolution(7), acl(5).
 """
@@ -27,14 +27,14 @@ _DEFAULT_ACL = "system.posix_acl_default"
 
 @frozen
 class _Clients:
-    """Users whom a socket's mode admits; neither a user nor a group: every user."""
+    """The users whom a socket's mode admits: a user, a group, or (without either) every user."""
 
     uid: int | None = None
     gids: Collection[int] = ()
     text: str = "every user"
 
     def enter(self, folder: os.stat_result) -> bool:
-        """Return whether they can enter a folder, as far as its mode says."""
+        """Return whether these users can enter a folder, judged by its mode."""
         if self.uid == 0:
             return True
         if self.uid == folder.st_uid:
@@ -46,7 +46,7 @@ class _Clients:
 def notices(listens: Sequence[Listen], listeners: Iterable[ListenerSettings]) -> Iterator[str]:
     """Yield a line for each socket file to which a proxy's user probably cannot connect.
 
-    listeners: bound ones, or with inode 0 ones that --check would bind.
+    listeners: bound listeners; those with inode 0 would be bound (--check).
     """
     by_text = {each.text: each for each in listens}
     for each in listeners:
@@ -82,7 +82,7 @@ def _notice(listen: Listen, path: str, *, is_bound: bool) -> str:
 
 
 def _only(listen: Listen, uid: int, gid: int, mode: int) -> str:
-    """Say that just the socket's owner can connect, or its own group too, and what helps."""
+    """Say that only the socket's owner, and perhaps its group, can connect, and what to do."""
     who = f"user {_user(uid)}"
     if mode & stat.S_IWGRP:
         who = f"{who} and group {_group(gid)}"

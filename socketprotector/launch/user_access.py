@@ -1,9 +1,10 @@
-"""Finds out what this user can write, and what another user can execute.
+"""Finds out which files this user can write, and which files another user can execute.
 
-A child process becomes that user and asks the kernel.  Mode bits are not enough: groups, access
-lists, mounts and security modules matter, too.  Runs in the launching process, which is still root.
+A child process becomes the other user and calls access(2).  Mode bits are not enough: groups,
+access lists, mounts and security modules matter, too.  Runs in the launching process, which is
+still root.
 
-Source: access(2), which asks for the real user; path_resolution(7); execve(2) for scripts.
+Source: access(2), which checks for the real user; path_resolution(7); execve(2) for scripts.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ def as_user(identity: Identity, look: Callable[[], str]) -> str:
 
 
 def executed(path: str) -> dict[str, int]:
-    """Return the files needed to execute one, each with its access mode (access(2)).
+    """Return the files needed to execute a program, each with its access mode (access(2)).
 
-    For a script: to read it, and to execute its interpreter.
+    A script must be readable, and its interpreter executable.
     """
     needed: dict[str, int] = {}
     while path and path not in needed:
@@ -87,7 +88,7 @@ def refuse_unwritable(path: str, mode: int = os.W_OK) -> None:
 
 
 def downwards(path: str) -> Iterator[str]:
-    """Yield each folder on a path, from the root on, and what it leads to."""
+    """Yield each folder on a path, beginning at the root, and the path itself."""
     if path != os.path.dirname(path):
         yield from downwards(os.path.dirname(path))
     yield path
@@ -100,5 +101,5 @@ def _whose(path: str) -> str:
         owner = pwd.getpwuid(found.st_uid).pw_name
     except KeyError:
         owner = str(found.st_uid)
-    what = "its folder " if stat.S_ISDIR(found.st_mode) else ""
+    what = "the folder " if stat.S_ISDIR(found.st_mode) else ""
     return f"{what}{path} is closed to that user ({stat.filemode(found.st_mode)} {owner})"

@@ -1,4 +1,4 @@
-"""Users and groups that options name, looked up.  Everything here raises UsageError."""
+"""Looks up the users and groups that options name.  All functions raise UsageError."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def refuse_root_unless_named(user: str | None, file: str | None) -> None:
     if user is None and os.geteuid() == 0:
         wanted = f'write user = "NAME" in {file}, or' if file else "give --user NAME, or --user"
         root = 'user = "root"' if file else "root"
-        raise UsageError(f"no user, so all would run as root: {wanted} {root} if that is meant")
+        raise UsageError(f"no user, so everything would run as root: {wanted} {root} if intended")
 
 
 def gid_of(option: str, name: str) -> int:
-    """Return a group's number.  option: what named it.  name: its name, or the number itself."""
+    """Return a group's number.  option: the option that names it.  name: its name or number."""
     try:
         number = whole(name, MOST_ID)
         return (grp.getgrnam(name) if number is None else grp.getgrgid(number)).gr_gid

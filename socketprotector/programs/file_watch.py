@@ -1,13 +1,16 @@
 """The watcher: reports changed files to the protector, for development (--watch).
 
-It is a process of its own, because watchfiles must not stay in the protector's memory.  The watcher
-knows only its line to the protector, and exits when that line is closed.  It runs as a script, on
-the standard library and watchfiles alone:
+The watcher is a separate process, because watchfiles must not stay in the protector's memory.  It
+exits when its line to the protector is closed.  It runs as a script, on the standard library and
+watchfiles alone:
 
     python file_watch.py LINE PATH... -- IGNORED...
 
-LINE is the number of a SEQPACKET socket.  The watcher's messages: `=` it watches now; `+N PATH`
-N files have changed, PATH is one of them; `!WHY` it exits.
+LINE is the descriptor of a SEQPACKET socket, for the watcher's messages:
+
+    =         the watcher watches now
+    +N PATH   N files have changed, one of them is PATH
+    !WHY      the watcher exits
 """
 
 from __future__ import annotations
@@ -21,15 +24,14 @@ from collections.abc import Callable, Collection, Iterable
 
 from watchfiles import Change, DefaultFilter, watch
 
-#: Changes are reported once there was none for this time: an editor, or git, writes many files in a
-#: row.
+#: Changes are reported after a pause of this length: an editor, or git, writes many files in a row.
 QUIET_MS = 200
-#: If changes never stop, they are reported after this time.
+#: Changes without such a pause are reported after this time.
 LONGEST_MS = 2000
-#: watch() returns after this time without a change: by then it watches.
+#: watch() returns after this time without a change, which shows that it watches.
 _LOOK_MS = 250
 _MOST_BYTES = 2000
-#: The variable with the folder that was replaced, for the watcher that is executed because of that.
+#: The variable with a replaced folder, for the watcher that is executed because of it.
 _REPLACED = "SOCKETPROTECTOR_WATCHED_ANEW"
 Filter = Callable[[Change, str], bool]
 
@@ -54,13 +56,13 @@ class Below(DefaultFilter):
 
 
 def only(names: Iterable[str], folders: Collection[str]) -> Filter:
-    """Return a filter for these names, of files or links, and for folders that are replaced."""
+    """Return a filter for these names of files or links, and for replaced folders."""
     wanted = frozenset(names)
     return lambda change, path: path in wanted or (change is Change.added and path in folders)
 
 
 def restart(line: socket.socket, folder: str) -> None:
-    """Execute this program again, because a folder was replaced: watch() still sees the old one."""
+    """Execute the watcher again: a folder was replaced, and watch() still watches the old one."""
     line.set_inheritable(True)
     os.execve(sys.executable, sys.orig_argv, {**os.environ, _REPLACED: folder})
 
@@ -73,9 +75,9 @@ def look(
     recursive: bool,
     folders: Collection[str],
 ) -> None:
-    """Report each change to the protector; restart this program if one of the folders is replaced.
+    """Report each change to the protector; restart the watcher if one of the folders is replaced.
 
-    began: set once it watches.
+    began: set once this call watches.
     """
     try:
         for changes in watch(

@@ -2,13 +2,13 @@
 
 The guard replaces systemd's file descriptor store on hosts without systemd.  It takes the same
 messages (sd_notify(3): FDSTORE, FDSTOREREMOVE, FDNAME), over a socket pair.  The pid file names the
-guard, and the guard passes signals on.  It adopts and reaps the children of a killed protector.
+guard, and the guard passes signals on.  The guard adopts and reaps a killed protector's children.
 
-It is executed by its path, on built-in modules alone (`socket` and `signal` would cost 2 MB):
+The guard is executed by its path, on built-in modules alone (`socket` and `signal` cost 2 MB):
 
     python -I -S guard.py [--json] [--pid-file=FILE] COMMAND...
 
-with the descriptors that system/inherited.py names.
+Its descriptors are those that system/inherited.py names.
 """
 
 from __future__ import annotations
@@ -39,12 +39,11 @@ NAME = "SocketProtector"
 PID_FILE_OPTION = "--pid-file="
 #: The pipe to the relay, if log lines go to syslog.
 RELAY = f"{inherited.RELAY}write"
-#: The longest wait before the next protector is started.  The time that the last one served is
-#: subtracted.
+#: The longest wait before the next protector starts, less the time that the last protector served.
 LAST_WAIT_S = 10.0
-#: Its exit status when the protector cannot be started at all (errors.SystemRefused).
+#: The guard's exit status if the protector cannot be started at all (errors.SystemRefused).
 FAILED = 111
-#: How many recent exits of workers are sent to the next protector, too, and for how long: the
+#: How many recent exits of workers are sent again to the next protector, and for how long: the
 #: killed protector may not have read them.
 LAST_STATUSES = 255
 SENT_AGAIN_S = 10.0
@@ -80,7 +79,7 @@ class Guard:
         self.accepted_at: float | None = None  # when this protector sent READY=1
         self.first = True  # this protector is the first
         self.verdict: int | None = None  # the exit status that the protector has announced
-        self.finish = 0  # the signal that makes workers finish; 0: they need none
+        self.finish = 0  # the signal that makes workers finish; 0: they need no signal
         self.deaths = 0  # crashes in a row, each soon after its start
         self.due: float | None = None  # when to start the next protector
         self.untaken: list[int] = []  # signals that no protector has confirmed
@@ -117,7 +116,7 @@ class Guard:
             signal.pthread_sigmask(signal.SIG_SETMASK, _NO_SIGNALS)
         for number in self.untaken:
             os.kill(self.pid, number)
-        # The protector before may not have read recent messages.
+        # The previous protector may not have read recent messages.
         recent = time.monotonic() - SENT_AGAIN_S
         sent, unsent = self.statuses[: self.sent], self.statuses[self.sent :]
         self.statuses = [*(each for each in sent if each[0] > recent), *unsent]
@@ -125,9 +124,9 @@ class Guard:
         self.send_statuses()
 
     def start_later(self, event: str, served_s: float = 0.0, **why: str | float) -> None:
-        """Start the next protector, after a longer wait for each crash in a row.
+        """Start the next protector after a wait, which grows with each crash in a row.
 
-        served_s: how long the last one served; the wait is shorter by that.
+        served_s: how long the last protector served; subtracted from the wait.
         """
         wait_s = max(0.0, min(backoff_s(self.deaths), LAST_WAIT_S) - served_s)
         if self.deaths > 1:
@@ -138,7 +137,7 @@ class Guard:
     def _become(self, descriptors: dict[str, int]) -> None:
         """Execute the protector in this child process; never return."""
         try:
-            # The descriptors keep their numbers: to move them needs as many free ones.
+            # The descriptors keep their numbers: moving them would need as many free numbers.
             with inherited.kept_through_exec(descriptors) as variables:
                 os.execve(self.command[0], self.command, {**os.environ, **variables})
         except OSError as error:
@@ -153,7 +152,7 @@ class Guard:
             self.line = None
 
     def ended(self, status: int) -> None:
-        """Handle the protector's exit: exit, too, if it was announced; otherwise restart it."""
+        """Handle the protector's exit: if it was announced, exit too; otherwise restart it."""
         self.hear()
         self.pid = 0
         self.close_line()
@@ -180,12 +179,12 @@ class Guard:
         """
         # Only after the first protector: later, workers may be running and serving.
         if self.first and self.accepted_at is None:
-            self.give_up(f"{how} before it ever accepted", status)
+            self.give_up(f"{how} before it accepted a connection", status)
         stops = self.stopping or any(number in signals.STOPS for number in self.untaken)
         if stops and not self.began:
             # Workers finish when our exit closes the last end of their channel; workers that accept
             # get a signal.
-            self.give_up(f"{how} when it was to stop", status)
+            self.give_up(f"{how} before it could stop", status)
 
     # -- messages of the protector -----------------------------------------------
 
@@ -201,7 +200,7 @@ class Guard:
             except BlockingIOError:
                 return  # nothing more for now
             except ConnectionResetError:
-                continue  # it exited with messages unread; its own messages can still be read
+                continue  # the protector exited without reading all; its messages are still here
             except OSError as error:
                 self.log("guard-cannot-read", error=str(error.strerror))
                 return  # out of memory: the next poll() tries again
@@ -296,7 +295,7 @@ class Guard:
     # -- signals and children --------------------------------------------------
 
     def signalled(self, number: int) -> None:
-        """Pass a signal on; if this protector does not confirm it, the next one gets it, too."""
+        """Pass a signal on; if this protector does not confirm it, the next one also gets it."""
         if number == signal.SIGCHLD:
             self.reap()
             return
@@ -340,9 +339,9 @@ class Guard:
         self.sent -= excess
 
     def run(self) -> None:
-        """Run protectors until one announces its exit.  Raises SystemExit with its status.
+        """Run protectors until one announces its exit; then raise SystemExit with that status.
 
-        After that a signal could still change the exit status: see signals.block().
+        A signal after that could still change the exit status: see signals.block().
         """
         try:
             receive = signals.catch((*signals.TO_THE_PROTECTOR, signal.SIGCHLD))
@@ -370,9 +369,9 @@ class Guard:
 
 
 def write(fd: int, line: bytes) -> None:
-    """Write a line without ever waiting for a reader.  Raises OSError if the write would block.
+    """Write a line without waiting for a reader.  Raises OSError if the write would block.
 
-    system/log.py opens a file description of its own instead, but that may be denied here.
+    system/log.py instead opens its own file description, but that may be denied here.
     """
     line = line[: _LINE_BYTES - 1].rstrip(b"\n") + b"\n"
     if not stat.S_ISSOCK(os.fstat(fd).st_mode):

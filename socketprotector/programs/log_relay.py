@@ -1,28 +1,28 @@
 """The relay: carries the output of the workers and the protector to the log.
 
-It is a process of its own, so that no output depends on the protector; it exits after its last
-writer.  It also remembers the last output of each worker: the protector requests these last words
-when a worker fails.  It runs as a script, on the standard library alone:
+The relay is a separate process, so that no output depends on the protector.  It exits after its
+last writer.  It also remembers the last output of each worker: the protector requests these last
+words when a worker fails.  It runs as a script, on the standard library alone:
 
-    python log_relay.py NAME KIND PREFIXED LINE-DESCRIPTOR
+    python log_relay.py NAME KIND PREFIXED LINE
 
-If stdin is a pipe, it has lines for syslog, which may begin with <N>, sd-daemon(3).  LINE is a
-SEQPACKET socket.  The protector's messages there:
+If stdin is a pipe, lines for syslog come from it; they may begin with <N>, sd-daemon(3).  LINE is
+the descriptor of a SEQPACKET socket, for the protector's messages:
 
     +NUMBER GENERATION PID   (with a pipe) carry a worker's output; if PREFIXED is 1, each line gets
                              the worker's generation and pid
-    -NUMBER                  read what is in a worker's pipe and close it, even if a process could
-                             still write there
+    -NUMBER                  read the rest of a worker's pipe and close it, even if a process could
+                             still write to it
     =                        (with a descriptor) write lines there from now on, after a rotation
-    !                        exit: another relay follows, and reads what is in the pipes
-    ?NUMBER                  send a worker's last words: pass on what is in its pipe, then answer
+    !                        exit: another relay follows, and reads the rest of all pipes
+    ?NUMBER                  send a worker's last words: pass on the rest of its pipe, then answer
                              with NUMBER, a newline and the last bytes
 
-If the relay has no free descriptor for a message, it sends the + or = back, with the number.  Then
-the protector repeats the message.
+If the relay has no free descriptor for a message, it returns the + or = with the number, and the
+protector repeats the message later.
 
-KIND is the log: `syslog`, `journal` (a stream of lines that begin with <N>), or `lines`.  The
-latter two go to stdout until the first `=`.
+KIND is the log: `syslog`, `journal` (lines that begin with <N>) or `lines`.  The last two go to
+stdout until the first `=`.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ TAIL_BYTES = 4096
 ENDED = 1024
 #: A longer line goes out in pieces: syslog daemons cut at 8 KiB.
 LINE_BYTES = 8000
-#: Into a file a line goes whole, unless it is longer than this.
+#: In a file a line stays whole, unless it is longer than this.
 HELD_BYTES = 256 * 1024
 _READ_BYTES = 65536
-#: For how long to gather lines after some were passed on.  Otherwise each line would wake us, and
-#: on a busy machine the worker would have to wait for us.
+#: How long to gather lines after passing some on.  Otherwise each line would wake us, and on a busy
+#: machine the worker would have to wait for us.
 _GATHER_MS = 5
 #: A worker that writes this much in one go would fill its pipe and wait.  Then lines are not
 #: gathered for _HURRY_S.
@@ -56,7 +56,7 @@ _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 
 def log(line: bytes) -> None:
-    """Send one line to syslog, with the priority that it begins with, if any."""
+    """Send one line to syslog; a priority at its beginning is used and removed."""
     priority = syslog.LOG_INFO
     if len(line) > 2 and line[:1] == b"<" and line[2:3] == b">" and line[1:2].isdigit():
         priority, line = int(line[1:2]) & 7, line[3:]
@@ -69,7 +69,7 @@ class Stream:
     """The lines of one writer."""
 
     def __init__(self, fd: int, number: int, prefix: bytes) -> None:
-        """number: the worker's; -1: the shared stream.  prefix: of each line; it may be empty."""
+        """number: the worker's; -1: the shared stream.  prefix: for each line; may be empty."""
         self.fd = fd
         self.number = number
         self.prefix = prefix
@@ -96,7 +96,7 @@ class Relay:
         self.hurry_s = 0.0  # until when lines are not gathered
 
     def add(self, stream: Stream) -> None:
-        """Carry a stream from now on.  Raises PermissionError if it is /dev/null, not a pipe."""
+        """Begin to carry a stream.  Raises PermissionError if it is /dev/null, not a pipe."""
         self.epoll.register(stream.fd, select.EPOLLIN)
         self.streams[stream.fd] = stream
         if stream.number >= 0:
@@ -107,7 +107,7 @@ class Relay:
         while self.streams or self.line is not None:
             ready = [fd for fd, _ in self.epoll.poll()]
             if self.line is not None and self.line.fileno() in ready:
-                # First, because lines that were written after a rotation belong into the new file.
+                # First: lines that were written after a rotation belong in the new file.
                 self.hear(self.line)
                 continue
             self.gather(max(self.carry(self.streams[fd]) for fd in ready))
@@ -120,7 +120,7 @@ class Relay:
             self.gathering.poll(_GATHER_MS)
 
     def carry(self, stream: Stream) -> int:
-        """Read once from a stream and pass the bytes on; return how many they were."""
+        """Read once from a stream, pass the bytes on, and return their number."""
         try:
             data = os.read(stream.fd, _READ_BYTES)
         except BlockingIOError:
@@ -139,14 +139,14 @@ class Relay:
             self.end(stream)
 
     def carry_all(self, number: int) -> Stream | None:
-        """Pass on all that is in a worker's pipe; return its stream unless that has ended."""
+        """Pass on the rest of a worker's pipe; return the worker's stream unless it has ended."""
         for _ in range(_READS):
             if number not in self.known or not self.carry(self.known[number]):
                 break
         return self.known.get(number)
 
     def carry_whole(self, stream: Stream, data: bytes) -> None:
-        """Write output unchanged, but only whole lines, so that lines of workers never mix."""
+        """Write output unchanged, but only in whole lines: lines of two workers must not mix."""
         whole, found, rest = (stream.rest + data).rpartition(b"\n")
         if len(rest) > HELD_BYTES:
             whole, found, rest = whole + found + rest, b"", b""
@@ -173,8 +173,8 @@ class Relay:
 
     def end(self, stream: Stream) -> None:
         """Close a stream, because its last writer has exited or the protector ordered it."""
-        # Before closing: the protector has the pipe open, too, so it would stay in the epoll set
-        # (epoll(7)).
+        # Before closing: the protector has the pipe open, too, so after close() the pipe would
+        # stay in the epoll set (epoll(7)).
         self.epoll.unregister(stream.fd)
         os.close(stream.fd)
         del self.streams[stream.fd]
@@ -231,10 +231,10 @@ class Relay:
         try:
             line.send(what, _FLAGS)
         except OSError:
-            pass  # the protector has exited, or does not read; it does not wait for this message
+            pass  # the protector has exited, or does not read; no one waits for this message
 
     def write(self, data: bytes) -> None:
-        """Write to the log; bytes that cannot be written (for example a full disk) are lost."""
+        """Write to the log; if the write fails (a full disk, say), the bytes are lost."""
         if self.cut and data:
             data = b"\n" + data
         try:

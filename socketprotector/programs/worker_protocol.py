@@ -1,6 +1,6 @@
-"""A worker's side of docs/protocol.md, for the stdio pool and the legacy adapter.
+"""The worker's side of docs/protocol.md, for the stdio pool and the legacy adapter.
 
-Both run as long as the service, so this module imports little.
+The pool and the adapter run as long as the service, so this module imports little.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _CONTROL_BYTES = socket.CMSG_LEN(4)
 _HEADER, _HEADER_BYTES = wire.HEADER.unpack, wire.HEADER.size
 _FD = struct.Struct("i").unpack
 _NO_CONNECTION = (-1, 0, 0)
-#: poll(2) takes milliseconds as a C int, 24.8 days, and an operator may give any time.
+#: poll(2) takes milliseconds as a C int (24.8 days), but an operator may set any time.
 _LONGEST_S = 86_400.0
 #: The most digits of a 64-bit number, which systemd accepts; and of a descriptor.
 _USEC_DIGITS, _DIGITS = 20, 9
-#: The exit status where a system call failed, or the command cannot be started.
+#: The exit status if a system call failed, or the command cannot be started.
 FAILED = 111
 
 TYPE_CHECKING = False
@@ -54,13 +54,13 @@ class Notifier:
         self.watchdog_s = min(int(usec) / 2_000_000, _LONGEST_S) if is_number else 0.0
 
     def ready(self) -> None:
-        """Send READY=1, and wait for room: without it, --start-timeout ends this worker."""
+        """Send READY=1, and wait for room: without READY=1, --start-timeout ends this worker."""
         self.send(f"READY=1\n{wire.RETIRES_ON_RETURN}", wait=True)
 
     def send(self, text: str, *, wait: bool = False) -> bool:
-        """Send a message; return True if there was no room, so that it should be sent again.
+        """Send a message; return True if there was no room, and the message must be sent again.
 
-        wait: wait for room instead, as long as it takes.
+        wait: wait for room instead, however long.
         """
         if self._socket is None:
             return False
@@ -73,7 +73,7 @@ class Notifier:
 
 
 def inherited(environ: Mapping[str, str], name: str) -> int:
-    """Return the descriptor that a variable names, which no child inherits; -1: there is none.
+    """Make the descriptor that a variable names close-on-exec, and return it; -1: there is none.
 
     Raises OSError.
     """
@@ -85,9 +85,9 @@ def inherited(environ: Mapping[str, str], name: str) -> int:
 
 
 def receive(channel: socket.socket, say: Callable[[str], None]) -> tuple[int, int, int] | None:
-    """Return a connection, its listener's index and when it was accepted (ns); None: end of file.
+    """Return (connection, listener's index, time of accept in ns); None: end of file.
 
-    The descriptor is -1 if the message has no connection; the log says so.  Raises OSError,
+    The connection is -1 if the message has none; the log says so.  Raises OSError;
     BlockingIOError if there is no message.
     """
     data, control, flags, _ = channel.recvmsg(_HEADER_BYTES, _CONTROL_BYTES, _FLAGS)

@@ -243,8 +243,8 @@ memory = 2
         "line 2: start_timeout: unknown key; did you mean start-timeout?",
         "line 5: listen: 70000: the port must be a number from 0 to 65535",
         "line 6: listen: 127.0.0.1:0: listed twice",
-        "line 7: listen: udp:1: UDP has no connections that could be handed over; "
-        "let the daemon bind it",
+        "line 7: listen: udp:1: UDP has no connections to hand over; "
+        "let the daemon bind this address",
         "line 9: command: 3: must be a string",
         "line 10: chdir: /no/such: no such directory",
         "line 11: umask: 18: must be a string, in quotes",
@@ -262,7 +262,7 @@ memory = 2
         f"line 22: env-file: {read.path.parent}/nofile: No such file or directory",
         "line 24: env.A=B: not a name; it is empty, or has = in it",
         "line 25: env.C: a list: must be a string or a whole number",
-        "line 26: env.D: a NUL cannot be in it",
+        "line 26: env.D: must not contain a NUL",
         *[line for line in said if line.startswith("line 28: limit.nofile: nofile=9000000000")],
         "line 29: limit.memory: memory: unknown; allowed: nofile, core, nice",
         "line 30: worker: unknown key; did you mean workers?",

@@ -120,11 +120,11 @@ def test_one_that_is_not_unpacked_says_so(typed: Typed, monkeypatch: pytest.Monk
         ([*SETTLES, "http:[web]/x", "0", "--", "true"], "no listener is called web"),
         (
             [*SETTLES, "http:/x", *LISTENER, "unix:@s", "--", "true"],
-            "--settle-check http:/x: old and new generation accept from the same socket of unix:@s",
+            "--settle-check http:/x: the probe could reach either generation, because both share",
         ),
         (
             ["--ready", "http:/x", *LISTENER, "unix:@s", "--", "true"],
-            "--ready http:/x: old and new generation accept from the same socket of unix:@s",
+            "--ready http:/x: the probe could reach either generation, because both share",
         ),
         (["--health", "http:[web]/x", "http=0", "--", "true"], "no listener is called web"),
         (["--health", "http:x", "0", "--", "true"], "write http:/path"),
@@ -261,8 +261,8 @@ def test_udp_is_refused_in_one_honest_line(typed: Typed, words: str) -> None:
 
     assert ended.status == 2
     assert ended.lines == [
-        f"SocketProtector: {words}: UDP has no connections that could be handed over; "
-        "let the daemon bind it"
+        f"SocketProtector: {words}: UDP has no connections to hand over; "
+        "let the daemon bind this address"
     ]
 
 
@@ -422,7 +422,7 @@ def test_a_file_with_other_content_is_never_replaced_by_a_pid_file(
 
     ended = typed("--check", "--pid-file", path, "unix:s", "--", "true")
 
-    refused(ended, 2, f"the pid file {path} holds more than a process ID")
+    refused(ended, 2, f"the pid file {path} has other content than a process ID")
     assert path.read_text() == content
 
 
@@ -633,7 +633,7 @@ def test_check_refuses_a_name_as_a_start_does(
         (("--shell",), "it needs --handoff stdio"),
         (
             ("--handoff", "stdio", "--retire-after", "5"),
-            "workers on the client library alone",
+            "only workers on the client library",
         ),
         (("--handoff", "stdio", "--ready", "ack"), "the adapter reports when it is ready"),
         (("--handoff", "legacy", "unix:s"), "works with a port alone"),
@@ -732,7 +732,7 @@ def test_an_address_in_use_is_refused_in_one_line_without_memory_to_say_by_whom(
         port = other.getsockname()[1]
         ended = typed(f"127.0.0.1:{port}", "--", "true")
 
-    refused(ended, 111, "Address already in use; another program has it: stop that")
+    refused(ended, 111, "Address already in use; another program has it: stop that program")
 
 
 def test_a_path_with_a_line_break_is_refused_in_one_line(typed: Typed) -> None:

@@ -436,8 +436,8 @@ def test_a_state_of_an_older_format_is_refused_in_words(
         StateFile(file.fd).read()
 
     assert str(refused.value) == (
-        "the state cannot be read: written by an older program (format 2, this one reads only 3); "
-        "stop that program, then start this one"
+        "the state cannot be read: written by an older version (format 2, this one reads only 3); "
+        "stop that version, then start this one"
     )
 
 

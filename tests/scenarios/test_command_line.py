@@ -84,7 +84,7 @@ def test_check_says_where_a_reload_would_find_no_room(start: Start) -> None:
     ended = start("--check", *words, before=WITH_200_DESCRIPTORS)
 
     assert ended.status == 0
-    assert "30 workers: a reload starts as many beside them" in ended.err
+    assert "30 workers: a reload starts as many new ones first" in ended.err
 
 
 @pytest.mark.parametrize("guard", [["--guard"], []], ids=["guard", "plain"])

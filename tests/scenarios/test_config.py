@@ -356,7 +356,7 @@ def test_a_listener_that_cannot_be_had_is_a_failed_reload_that_leaves_none(
         reason = failed_reload(daemon)
 
     assert f"cannot listen on 127.0.0.1:{port}" in reason
-    daemon.log.wait_for("event=not-configured .*fd:web: sockets are passed at a start only")
+    daemon.log.wait_for("event=not-configured .*fd:web: sockets are passed only at a start")
     assert not (tmp_path / "s").exists()
     assert ask(("127.0.0.1", daemon.port)).endswith("hello")
 

@@ -361,7 +361,7 @@ def test_a_python_that_the_protectors_user_cannot_execute_is_named(
     )
 
     assert ended.status == 111
-    assert f"--user {A} cannot execute {python}: its folder {closed} is closed" in ended.err
+    assert f"--user {A} cannot execute {python}: the folder {closed} is closed" in ended.err
 
 
 def test_the_protector_can_do_nothing_but_its_three_things(command: Command) -> None:

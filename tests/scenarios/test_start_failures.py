@@ -43,7 +43,7 @@ def test_a_port_in_use_is_refused_with_the_name_of_the_process_that_has_it(
         port = taken.getsockname()[1]
         ended = start(*mode, f"unix:{start.folder}/s", f"127.0.0.1:{port}", "--", *MINIMAL)
 
-    who = rf"process {os.getpid()} \(.+\) has it: stop that, or choose another"
+    who = rf"process {os.getpid()} \(.+\) has it: stop that program, or choose another address"
     refused(ended, 111, rf"cannot listen on 127.0.0.1:{port} .*Address already in use", who)
     assert start.left() == []
 

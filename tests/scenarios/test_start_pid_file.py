@@ -73,7 +73,7 @@ def test_one_that_another_program_has_locked_is_no_protectors(
 
     assert ended.status == 111, ended
     [line] = ended.lines
-    assert f"the pid file {start.pid_file} is locked, and not by process {pid}" in line
+    assert f"the pid file {start.pid_file} is locked, but not by process {pid}" in line
     assert f"`fuser {start.pid_file}`" in line
 
 

@@ -300,7 +300,7 @@ def test_what_that_user_cannot_execute_is_refused_at_once(
     assert line.startswith("SocketProtector: --user nobody cannot ")
     assert verb.get(what, "execute ") in line
     whose = f"{script} is closed to that user (-rwx------ root)"
-    folder = f"its folder {closed} is closed to that user (drwx------ root)"
+    folder = f"the folder {closed} is closed to that user (drwx------ root)"
     assert (whose if what == "script" else folder) in line
     assert start.left() == []
 
@@ -396,5 +396,5 @@ def test_a_port_in_use_is_refused_where_the_system_does_not_say_by_which_process
         ended = as_nobody(f"127.0.0.1:{taken.getsockname()[1]}", "--", "true")
 
     assert ended.status == 111
-    assert "another program has it: stop that, or choose another" in ended.err
+    assert "another program has it: stop that program, or choose another address" in ended.err
     assert start.left() == []

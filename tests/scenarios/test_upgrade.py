@@ -147,12 +147,12 @@ def exception_at_import(installation: Installation) -> str:
 
 def older_state(installation: Installation) -> str:
     installation.change("two", "model/codec", r"FORMAT = 3", "FORMAT = 2")
-    return r"written by a newer program \(format 3, this one reads up to 2\)"
+    return r"written by a newer version \(format 3, this one reads up to 2\)"
 
 
 def other_settings(installation: Installation) -> str:
     installation.change("two", "model/settings", r"    workers: int = 1\n", "")
-    return r"written by a newer program \(this one does not know workers\)"
+    return r"written by a newer version \(this one does not know workers\)"
 
 
 def another_program(installation: Installation) -> str:

@@ -60,7 +60,7 @@ def test_a_missing_call_is_said_in_one_line_before_anything_is_bound(
     oldest = ".".join(map(str, OLDEST_KERNEL))
     release = re.escape(os.uname().release)
     assert re.fullmatch(
-        rf"SocketProtector: {REQUIRED[call]}: not there; Linux {oldest} or later is needed, "
+        rf"SocketProtector: {REQUIRED[call]}: missing; Linux {oldest} or later is needed, "
         rf"this is {release}( with a filter of system calls)?\n",
         done.stderr,
     )

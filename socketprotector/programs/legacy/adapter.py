@@ -1,16 +1,16 @@
 """`--handoff legacy`: passes connections to a daemon that was built for the C++ SocketProtector.
 
 Such a daemon connects to the abstract stream socket `sock_srv_PORT` (stream.py) and reads
-connections from it; end of file means drain.  To the protector this program is a worker
-(docs/protocol.md); to the daemon it is the writer of that stream.  It runs with a worker's
+connections from it; end of file means drain.  For the protector the adapter is a worker
+(docs/protocol.md).  For the daemon it is the writer of the stream.  The adapter has a worker's
 environment, and COMMAND becomes its child:
 
     python -m socketprotector.programs.legacy.adapter -- COMMAND [ARG...]
 
 Rule: connections wait in the channel.  A stream has two unread connections at most, because a crash
-of the child loses them; this process has one at most.
+of the child loses them.  The adapter itself holds one at most.
 
-It exits like its child: with the same status, or by the same signal.
+The adapter exits like its child: with the same status, or by the same signal.
 Source: docs/stdio.md, unix(7).
 """
 
@@ -32,13 +32,13 @@ from ..worker_protocol import FAILED, Notifier, Refusal, inherited, receive, wri
 from .stream import Stream, described, peer_of
 
 PROGRAM = "socketprotector.legacy"
-#: How often to try a name that is in use: if no other worker reports that it is free; and if one
-#: should report that.
+#: How often to try a name that is in use: if no other worker will report that it is free, and if
+#: another worker will.
 _RETRY_S = 0.1
 _LOOK_S = 1.0
-#: If a name is not free by then, the log says so.
+#: If a name is in use for longer, the log says so.
 _LOG_S = 5.0
-#: How long a child that reads no more connections may take to exit before it is replaced.
+#: How long a child that reads no more connections may take to exit, before it is replaced.
 LEAVE_S = 5.0
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 _PASSED_ON = (*_STOPS, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
@@ -166,7 +166,7 @@ class Adapter:
         connection.close()
 
     def is_ours(self, connection: socket.socket) -> bool:
-        """Return whether the child has connected, or a process that the child has started.
+        """Return whether the peer is the child, or a process that the child has started.
 
         While the peer's pidfd is open, the kernel does not reuse its pid.
         """
@@ -181,7 +181,7 @@ class Adapter:
                 return False  # the peer has exited
             pidfd = -1
         try:
-            # No process can enter a session, so all processes in ours were started from here.
+            # A process cannot join a session, so this process started all processes in ours.
             ours = os.getsid(pid) == os.getpid()
             while not ours and pid > 1:
                 pid = parent_of(pid)
@@ -225,7 +225,7 @@ class Adapter:
     def move(self) -> None:
         """Send the pending connection.  If none is pending, take one first.
 
-        It is taken only if all streams have room, because it may belong to any of them.
+        A connection is taken only if all streams have room, because it may belong to any stream.
         """
         if self.pending is None and not self.leaving and all(each.room for each in self.streams):
             self.take()
@@ -252,7 +252,7 @@ class Adapter:
             os.close(fd)
 
     def closed(self) -> None:
-        """Wait for the exit of a child that reads no more; exit if it takes longer than LEAVE_S."""
+        """Wait for the exit of a child that reads no more; after LEAVE_S, exit without it."""
         for stream in self.streams:
             if stream.connection is not None:
                 stream.connection.close()
@@ -261,7 +261,7 @@ class Adapter:
         while (left_s := until - time.monotonic()) > 0:
             if self.pidfd in self.look({}, left_s):
                 return
-        say(f"{self.command[0]} reads no more connections but has not ended: it is left alone")
+        say(f"{self.command[0]} reads no more connections but has not exited; leaving it running")
         sys.exit(1)
 
     def status(self) -> int:
@@ -301,7 +301,7 @@ class Adapter:
         return found
 
     def signalled(self, number: int) -> None:
-        """Pass a signal on to the child: it is meant for the daemon."""
+        """Pass a signal on to the child, because the signal is meant for the daemon."""
         if number in _STOPS:
             self.leaving = True
         if self.pid:
@@ -332,8 +332,8 @@ def ports_of(listeners: str) -> list[int]:
             ports.append(int(port))
         else:
             raise Refusal(
-                f"{each} has no port, which the daemon's side of --handoff legacy is named by: "
-                "leave it out, or use --handoff connection"
+                f"{each} has no port, and --handoff legacy identifies listeners by port: leave it "
+                "out, or use --handoff connection"
             )
     if not any(ports):
         raise Refusal("no listener with a port is left")
@@ -341,7 +341,7 @@ def ports_of(listeners: str) -> list[int]:
 
 
 def given(environment: dict[str, str], name: str) -> socket.socket:
-    """Return the socket that a variable names, which no child inherits.  Raises Refusal."""
+    """Return the socket that a variable names; no child inherits it.  Raises Refusal."""
     try:
         return socket.socket(fileno=inherited(environment, name))
     except (OSError, ValueError) as error:
@@ -351,7 +351,7 @@ def given(environment: dict[str, str], name: str) -> socket.socket:
 def environment_of_child() -> dict[bytes, bytes]:
     """Return the environment of this worker without the worker's own variables.
 
-    It is read from /proc, because Python may have added LC_CTYPE to os.environ.
+    The source is /proc, because Python may have added LC_CTYPE to os.environ.
     """
     try:
         with open("/proc/self/environ", "rb") as file:

@@ -10,12 +10,12 @@ import _socket as socket
 import errno
 import sys
 
-#: The C++ SocketProtector and its daemons use the address's full length: the name ends in NULs.
+#: The C++ SocketProtector and its daemons use addresses of full length: names end in NULs.
 SUN_PATH_BYTES = 108
-#: Workers that wait for a name connect here, and see a hang-up when it is free.  No connection is
-#: accepted there.
+#: Workers that wait for a name connect here, and get a hang-up when the name is free.  No worker
+#: accepts these connections.
 _QUEUE_NAME = "\0socketprotector.legacy.%d"
-#: The smallest send buffer: it is writable when one message at most is unread.
+#: The smallest send buffer: writable while at most one message is unread.
 _SNDBUF_BYTES = 1
 _WAITING = 128
 _STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
@@ -33,7 +33,7 @@ class Stream:
         self.room = False  # for one more message
 
     def claim(self) -> bool:
-        """Take the next place for the name (queue), then the name; return whether it succeeded."""
+        """Take the next place for the name (queue), then the name; return whether we have it."""
         if self.queue is None:
             self.queue = listen((_QUEUE_NAME % self.port).encode())
         if self.queue is not None:
@@ -49,8 +49,8 @@ class Stream:
 
     def holder(self) -> str:
         """Return which process has the name that we want, in words."""
-        # If we have the next place, no worker of ours has the name.  Otherwise do not connect to
-        # the name itself: a worker would log that connection.
+        # If we have the next place, no other worker has the name.  Otherwise do not connect to the
+        # name itself, because its worker would log that connection.
         line = self.knock() if self.queue is None else connect(self.name)
         if line is None:
             return "another process"
@@ -98,7 +98,7 @@ def listen(name: bytes) -> socket.socket | None:
 
 
 def connect(name: bytes) -> socket.socket | None:
-    """Return a connection to an abstract name; None: nothing listens there, or it has no room."""
+    """Return a connection to an abstract name; None: no process listens, or its backlog is full."""
     line = socket.socket(socket.AF_UNIX, _STREAM)
     try:
         line.connect(name)

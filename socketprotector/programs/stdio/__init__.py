@@ -1,5 +1,6 @@
-"""A worker that starts a program for each connection, which is the program's stdin and stdout.
+"""A worker that starts a program for each connection: --handoff stdio.
 
-Executed as `python -m socketprotector.programs.stdio`; docs/stdio.md is what users see.  It stays
-as long as the service, so it imports little.
+The connection is the program's stdin and stdout.  Executed as `python -m
+socketprotector.programs.stdio`; docs/stdio.md describes it for users.  It runs as long as the
+service, so it imports little.
 """

@@ -28,7 +28,7 @@ def main() -> None:
         say(str(error))
         sys.exit(error.status)
     except OSError as error:
-        say(f"cannot go on: {error}")
+        say(f"cannot continue: {error}")
         sys.exit(FAILED)
 
 
@@ -39,7 +39,7 @@ def run(words: list[str]) -> None:
     environ = os.environ
     if wire.ENV_CHANNEL not in environ:
         raise Refusal(
-            f"no {wire.ENV_CHANNEL} in the environment: it is SocketProtector that starts this "
+            f"no {wire.ENV_CHANNEL} in the environment: only SocketProtector can start this "
             "program (SocketProtector --handoff stdio LISTEN -- COMMAND)"
         )
     if at_once < pools:
@@ -47,7 +47,7 @@ def run(words: list[str]) -> None:
     channel, line = (inherited(environ, name) for name in (wire.ENV_CHANNEL, wire.ENV_RETURN))
     inherited(environ, wire.ENV_SCOREBOARD)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, it would hide how programs end
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would hide how programs end
     try:
         starter = starter_of(command, shell, values.get("--file", ""))
     except OSError as error:
@@ -95,7 +95,7 @@ def number(values: dict[str, str], option: str, default: int) -> int:
 
 
 def slots_of(at_once: int, pools: int, slot: int) -> int:
-    """Return how many of all slots this pool gets; a pool that is added later has one slot."""
+    """Return how many of all slots this pool gets; a pool that is added later gets one slot."""
     return at_once // pools + (slot < at_once % pools) if slot < pools else 1
 
 

@@ -1,4 +1,4 @@
-"""Makes the environment of a program: with its client's address, and without our variables.
+"""Makes the environment of a program: with the client's address, without our own variables.
 
 Source: tcp-environ(5) of ucspi-tcp and its IPv6 variant, the protocol of ucspi-unix,
 systemd.exec(5) ($REMOTE_ADDR).
@@ -37,9 +37,9 @@ class Environments:
         self._ours = {b"UNIXLOCALUID": b"%d" % os.getuid(), b"UNIXLOCALGID": b"%d" % os.getgid()}
 
     def of(self, fd: int, listener: int) -> dict[bytes, bytes] | None:
-        """Return the environment for a connection; None: its client has left already.
+        """Return the environment for a connection; None: the client has disconnected.
 
-        fd: the connection, which stays the caller's.  listener: the listener's index.
+        fd: the connection, which the caller keeps.  listener: the listener's index.
         """
         try:
             connection = socket.socket(fileno=fd)
@@ -52,7 +52,7 @@ class Environments:
             credentials = connection.getsockopt(
                 socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
             )
-        except OSError:  # ENOTCONN: it was reset
+        except OSError:  # ENOTCONN: the client has reset the connection
             return None
         finally:
             connection.detach()
@@ -61,9 +61,9 @@ class Environments:
 
 
 def tcp(local: Address, remote: Address) -> dict[bytes, bytes]:
-    """Return the variables of a TCP connection: for IPv6, both the TCP and the TCP6 ones.
+    """Return the variables of a TCP connection; over IPv6 also the variables TCP6....
 
-    A client with a mapped address (IPv4 to an IPv6 socket) counts as an IPv4 client.
+    A client with a mapped address (IPv4 on an IPv6 socket) counts as an IPv4 client.
     """
     ip, port = remote[0], b"%d" % remote[1]
     own, own_port = local[0].removeprefix(_MAPPED).encode(), b"%d" % local[1]
@@ -109,14 +109,14 @@ def unix(local: bytes, remote: bytes | str, credentials: bytes) -> dict[bytes, b
     name = os.fsencode(remote)
     if name[:1] == b"\0":
         name = b"@" + name[1:]
-    # The client has chosen this name, so it may have any bytes.
+    # The client has chosen this name, so the name may have any bytes.
     if name and b"\0" not in name:
         found[b"UNIXREMOTEPATH"] = found[b"REMOTE_ADDR"] = name
     return found
 
 
 def path_of(word: str) -> bytes:
-    """Return the path in a percent-encoded `unix:/path` or `unix:@name`; b"": it is neither."""
+    """Return the path in a percent-encoded `unix:/path` or `unix:@name`; b"" for other words."""
     kind, _, rest = word.partition(":")
     if kind != "unix":
         return b""

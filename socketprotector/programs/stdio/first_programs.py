@@ -1,12 +1,12 @@
 """Detects a release whose first programs fail at once: docs/stdio.md has the rule.
 
 A program has failed at once if it ends by a signal or with a status other than 0, and has sent its
-client nothing.  It does not count if the client left without sending anything.  The first program
+client nothing.  That does not count if the client left without sending anything.  The first program
 that ends with status 0, sends something, or runs for LIVED_S proves that the release works.  After
 that no program is watched.
 
-To learn whether a program has sent something, we keep a copy of its connection.  We keep it only
-briefly, because the client sees the program's end only when the copy is closed.
+To learn whether a program has sent something, we keep a copy of its connection for a short time.
+The client notices the program's end only when that copy is closed.
 
 Source: tcp(7), linux/tcp.h (struct tcp_info), unix(7), tcp(7) (SIOCINQ, SIOCOUTQ).
 """
@@ -51,7 +51,7 @@ class FirstPrograms:
 
     @property
     def holds(self) -> bool:
-        """Whether there are copies of connections, which look() should check soon."""
+        """Whether there are copies of connections that look() should check soon."""
         return bool(self._held)
 
     def started(self, pid: int, fd: int) -> None:
@@ -70,7 +70,7 @@ class FirstPrograms:
                 self._let_go(pid)
 
     def ended(self, pid: int, status: int) -> None:
-        """Judge a program that has ended.  status: as wait(2) gives it."""
+        """Judge a program that has ended.  status: from wait(2)."""
         if self.work:
             return
         fd, _ = self._held.get(pid, (-1, 0.0))

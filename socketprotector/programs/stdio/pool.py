@@ -1,10 +1,10 @@
 """Takes connections while slots are free, starts a program for each, and reaps the programs.
 
-A connection is taken only if there is a slot for its program and a spare descriptor.  Its program
-is started, however long that takes.  Then we close our copy of the connection, so that the client
-sees the program's end.  (Copies for the first programs are kept longer: first_programs.py.)
+A connection is taken only if there is a slot for its program and a spare descriptor.  Starting the
+program is tried until it succeeds.  Then we close our copy of the connection, so that the client
+notices the program's end.  (Copies for the first programs are kept longer: first_programs.py.)
 
-A connection is pending from its taking until its program is started.  There is one at most, and
+A connection is pending until its program has started.  Only one connection is pending, and
 meanwhile no other connection is taken.
 """
 
@@ -179,16 +179,16 @@ class Pool:
             if self._trouble == errno.EAGAIN:
                 reason = "no more processes (the user's RLIMIT_NPROC, or the service's TasksMax)"
             say(
-                f"cannot start {self._starter.path}: {reason}; the connection waits, "
-                "it is tried again until it can be"
+                f"cannot start {self._starter.path}: {reason}; trying again, while the connection "
+                "waits"
             )
         self._call_after(self._wait_s, self._start)
         self._wait_s = min(2 * self._wait_s, LAST_WAIT_S)
 
     def _may_take(self) -> bool:
-        """Open the spare descriptor if it is spent; return whether a connection can be taken.
+        """Open the spare descriptor if it was used; return whether a connection can be taken.
 
-        The connection needs that descriptor, and later its program's pidfd does.
+        The connection needs that descriptor, and later the pidfd of its program.
         """
         if self._spare < 0:
             try:
@@ -249,7 +249,7 @@ class Pool:
         return bool(due) and not self._listening
 
     def _feed_watchdog(self) -> None:
-        self._notifier.send("WATCHDOG=1")  # a single one may be lost: half the limit is left
+        self._notifier.send("WATCHDOG=1")  # one message may be lost: half the limit is left
         self._call_after(self._notifier.watchdog_s, self._feed_watchdog)
 
     def _say_status(self) -> None:
@@ -290,7 +290,7 @@ class Pool:
         os.read(self._wake, 4096)
         self._stop_taking()
         if self._pending:
-            say("a connection was closed: no program could be started for it until the end")
+            say("a connection was closed: no program could be started for it before the end")
             os.close(self._pending[0])
             self._pending = None
         # To the whole process group, as KILL goes: it includes processes that programs started.

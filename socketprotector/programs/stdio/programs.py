@@ -21,7 +21,7 @@ class Programs:
     def __init__(
         self, epoll: select.epoll, board: Board, ended: Callable[[int, int], None]
     ) -> None:
-        """ended: called with a program's pid and its status, as wait(2) gives it."""
+        """ended: called with a program's pid and its status from wait(2)."""
         self._epoll = epoll
         self._board = board
         self._ended = ended
@@ -57,7 +57,7 @@ class Programs:
         if not self._reap(self._pids[pidfd]):
             return False  # its tracer must wait for it first
         del self._pids[pidfd]
-        # Explicitly: a program that is just starting may have a copy of the pidfd for a moment.
+        # Explicitly: a starting program may have a copy of the pidfd, so close() is not enough.
         self._epoll.unregister(pidfd)
         os.close(pidfd)
         self._board.running(len(self))

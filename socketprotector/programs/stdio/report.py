@@ -26,7 +26,7 @@ class Board:
     """Counts in the scoreboard, if there is one: plain stores, no system call."""
 
     def __init__(self, value: str) -> None:
-        """Map the record; value: that of SOCKETPROTECTOR_SCOREBOARD, perhaps empty."""
+        """Map the record; value: of SOCKETPROTECTOR_SCOREBOARD, perhaps empty."""
         self._words = _map(value)
         self._words[wire.BOARD_STATE] = wire.BOARD_COUNTED
 
@@ -46,7 +46,7 @@ class Board:
 
 
 def _map(value: str) -> memoryview:
-    """Return the record as 8-byte words; without a scoreboard, words that no process reads."""
+    """Return the record as 8-byte words; without a scoreboard, a buffer that no process reads."""
     fd, _, offset = value.partition(":")
     if fd.isdecimal() and offset.isdecimal():
         start = int(offset) // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY

@@ -1,4 +1,4 @@
-"""Starts programs; the values that all of them share are computed once.
+"""Starts programs; computes the values that all programs share only once.
 
 Source: posix_spawn(3).
 """
@@ -18,7 +18,7 @@ _SHELL = "/bin/sh"
 class Starter:
     """A command that can be started many times.
 
-    posix_spawn starts 1,960 programs a second; waiting forks of Python that then exec start 870.
+    posix_spawn starts 1,960 programs a second; prepared forks of Python that exec start 870.
     """
 
     def __init__(self, path: str, argv: tuple[str, ...]) -> None:

@@ -37,7 +37,7 @@ def test_as_many_as_there_is_room_for_are_not_refused_and_one_more_is() -> None:
     said = fd_budget.refused(settings(), most + 1, 1024)
     assert said is not None
     assert f"{most + 1} workers need 4 descriptors each" in said
-    assert f"the hard limit of 1024 has room for {most};" in said
+    assert f"the hard limit of 1024 has room for {most} workers;" in said
     assert "ulimit -Hn" in said
 
 

@@ -86,7 +86,7 @@ def test_the_advice_for_one_that_binds_the_socket_it_was_handed_is_to_take_it_ov
 
     told = known_servers.advice(program, said="bind: Address already in use")
 
-    assert "take over the socket that it is handed" in told
+    assert "accept on the inherited socket" in told
     assert "a proxy in front (docs/comparison.md)" in told
     assert ("uvicorn --fd {fd:http}" in told) is (argv[0] == "uvicorn")
     assert known_servers.advice(program, said="no such module") == ""
@@ -134,10 +134,10 @@ def lacks(
         ("nginx -c own.conf", ("PATH=/bin",), "nginx was not given the socket"),
         ("nginx -c own.conf", ("NGINX={fd:http};",), None),
         ("env 'NGINX=3;' nginx", (), None),
-        ("gunicorn app:app", (), "ready before it has loaded the application"),
+        ("gunicorn app:app", (), "reports READY before it has loaded the application"),
         ("gunicorn --preload app:app", (), None),
         ("gunicorn -c gunicorn.conf.py app:app", (), None),
-        ("gunicorn --chdir /srv app:app", (), "ready before it has loaded the application"),
+        ("gunicorn --chdir /srv app:app", (), "reports READY before it has loaded the application"),
         ("haproxy -db -f haproxy.cfg", (), None),
         ("./daemon", (), None),
     ],
@@ -351,7 +351,7 @@ def test_a_known_server_gets_a_line_of_its_own() -> None:
     told = known_servers.advice(replace(PROGRAM, argv=("gunicorn", "app")))
 
     assert told.startswith("gunicorn binds its own port; start it as in: SocketProtector ")
-    assert told.endswith("(--check has your own words; docs/servers.md)")
+    assert told.endswith("(--check shows your command; docs/servers.md)")
 
 
 @pytest.mark.parametrize("advice", ["", "it listens on its own socket at 127.0.0.1:9090; ..."])

@@ -95,20 +95,20 @@ def test_warnings_keep_no_older_program_from_reading_the_settings() -> None:
     [
         (
             b'{"format": %d, "anything": 1}' % (FORMAT + 1),
-            f"the settings cannot be read: written by a newer program (format {FORMAT + 1}, this "
+            f"the settings cannot be read: written by a newer version (format {FORMAT + 1}, this "
             f"one reads up to {FORMAT}); start that version, or stop and start afresh",
         ),
         (
             changed(teapot=1, beside={}),
-            "the settings cannot be read: written by a newer program (this one does not know "
+            "the settings cannot be read: written by a newer version (this one does not know "
             "beside, teapot); start that version, or stop and start afresh",
         ),
         (changed(policy={"c": "Policy", "f": {"teapot_s": 1.0}}), "does not know teapot_s"),
         (changed(policy={"c": "Teapot", "f": {}}), "does not know Teapot"),
         (
             b'{"format": 2, "name": "web"}',
-            "the settings cannot be read: written by an older program (format 2, this one reads "
-            "only 3); stop that program, then start this one",
+            "the settings cannot be read: written by an older version (format 2, this one reads "
+            "only 3); stop that version, then start this one",
         ),
         (b'{"format": "x"}', "the settings cannot be read: TypeError"),
         (b'{"format": 3, "settings": 7}', "the settings cannot be read: they are int"),

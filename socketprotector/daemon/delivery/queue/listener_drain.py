@@ -1,8 +1,8 @@
 """Drains listeners that a reload has removed: refuses new clients, delivers connected ones.
 
-Connected clients go to the generation that knows the listener, not to the route.  A timer checks
-the backlog until no client came between two checks.  If no such generation is left, the clients
-count as lost, and the loss is logged.
+Connected clients go to the generation that knows the listener, not to the serving generation.  A
+timer checks the backlog until no client came between two checks.  If the generation that knows the
+listener is gone, the clients count as lost, and the loss is logged.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class DrainingListeners:
     def begin(self, listener: Listener, to: Channel) -> None:
         """Refuse new clients, send the backlog to a channel, then close the listener.
 
-        Takes ownership.  A socket that was passed in keeps its backlog: its owner accepts it.
+        Takes ownership.  A socket from the service manager keeps its backlog, because the manager
+        accepts these clients.
         """
         each = _Draining(listener, to)
         self._draining.append(each)
@@ -91,7 +92,7 @@ class DrainingListeners:
     def close(self, listener: Listener) -> None:
         """Close a listener that drains to no channel, and log how many waiting clients are lost."""
         lost = self._undelivered.drop(lambda index: index == listener.index)
-        if not listener.settings.foreign:  # otherwise its owner accepts them
+        if not listener.settings.foreign:  # otherwise the service manager accepts them
             dropped = self._drop_backlog(listener)
             self.accepted += dropped
             lost += dropped

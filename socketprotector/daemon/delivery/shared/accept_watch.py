@@ -58,8 +58,8 @@ class AcceptWatch:
     _accepted: set[int] = field(default_factory=set)  # the listeners at which a client was accepted
     #: The generation has served before, so it may have accepted clients of any listener.
     _served_before: bool = False
-    #: By listener: the backlog, and since when no client of it was accepted.  An empty backlog: a
-    #: client came, and the kernel was not queried yet.
+    #: Listener -> the backlog, and the time since which none of its clients was accepted.  An empty
+    #: backlog means that a client has come, and the kernel was not queried yet.
     _waiting: dict[int, tuple[Line, float]] = field(default_factory=dict)
 
     def begin(self, *, served_before: bool) -> None:

@@ -1,8 +1,8 @@
 """Finds out when a replaced generation has accepted, and read from, all its clients.
 
-Such a generation gets no new clients.  But it may not have accepted some clients yet, or not read
-from them: a server that is ordered to finish closes their connections.  So we query the kernel for
-them (sock_diag) repeatedly, for at most a tenth of our time.  If the kernel does not answer, we
+Such a generation gets no new clients.  But some clients may not be accepted yet, or their bytes may
+be unread: a server that is ordered to finish would close these connections.  So we query the kernel
+for such clients (sock_diag), for at most a tenth of our time.  If the kernel does not answer, we
 wait for a fixed time.
 """
 

@@ -394,8 +394,8 @@ def test_where_there_can_be_none_a_check_is_told_of_none(
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (("--ready", "accept", "unix:SHARED"), "accept from the same socket of unix:"),
-        (("--ready", "http:/x", "0?defer_accept=5"), "accept from the same socket of 0?defer"),
+        (("--ready", "accept", "unix:SHARED"), "both share the socket of unix:"),
+        (("--ready", "http:/x", "0?defer_accept=5"), "both share the socket of 0?defer"),
         (("--ready", "http:[web]/x", "http=0"), "no listener is called web; there is: http"),
         (("--ready", "http:x", "0"), "write http:/path"),
     ],

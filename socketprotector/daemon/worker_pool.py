@@ -15,7 +15,7 @@ from functools import cached_property
 
 from ..core.actions import WorkerSignal
 from ..core.events import Answered, WorkerExited, WorkerReady
-from ..model import known_servers, probe_spec
+from ..model import known_servers
 from ..model.errors import what_failed
 from ..model.history import History
 from ..model.lazy_dataclass import replace
@@ -340,8 +340,7 @@ class WorkerPool:
             ),
             lambda: self._keep_descriptors(worker),
             known=worker.has_served,
-            probed=program.ready in probe_spec.PROBED
-            and not worker.generation.record.serving_since,
+            probed=program.is_probed and not worker.generation.record.serving_since,
         )
         self._workers[number] = worker
         self._records[number] = worker.record

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from socketprotector_client import wire
 
+from . import probe_spec
 from .handoff_modes import MODES, HandoffMode
 from .history import History
 from .lazy_dataclass import field, frozen
@@ -47,6 +48,11 @@ class Program:
     def finish_signal(self) -> int:
         """The signal that makes a worker finish; 0: none, the worker reads end of file."""
         return self.drain_signal if self.mode.workers_accept else 0
+
+    @property
+    def is_probed(self) -> bool:
+        """Whether a new generation is probed before it gets its first client."""
+        return self.ready in probe_spec.PROBED
 
 
 @frozen

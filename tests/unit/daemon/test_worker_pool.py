@@ -87,7 +87,7 @@ class Worker:
 
 
 class World:
-    """A pool of workers in memory, and what it asked of the parts around it."""
+    """A pool of workers in memory, and its calls of the parts around it."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.clock = Clock()
@@ -142,6 +142,7 @@ class World:
 
     def generation(self, number: int = 1, **program: object) -> Any:
         given = {"finish_signal": 0, "ready": "notify", "watchdog_s": 0.0, "ready_check": ""}
+        given["is_probed"] = False
         return SimpleNamespace(
             record=SimpleNamespace(number=number, serving_since=0.0),
             program=SimpleNamespace(**{**given, **program}),
@@ -267,7 +268,7 @@ def test_a_generation_that_cannot_be_probed_waits_for_a_timer(world: World) -> N
     ready, starting = world.spawn(1), world.spawn(2)
     other = world.spawn(3, world.generation(2))
     ready.ready_calls[0]("fd")
-    world.pool.not_asked(1)
+    world.pool.not_probed(1)
 
     assert [("wait" in each.calls) for each in (ready, starting, other)] == [False, True, False]
 

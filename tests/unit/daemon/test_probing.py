@@ -7,15 +7,15 @@ from typing import Any, cast
 
 import pytest
 
-from socketprotector.daemon import questions as module
-from socketprotector.daemon.questions import Questions
+from socketprotector.daemon import probing as module
+from socketprotector.daemon.probing import Probing
 from socketprotector.model.settings import Settings
 
 ONE, TWO = cast("Any", "generation 1"), cast("Any", "generation 2")
 
 
 class Part:
-    """Stands for Asking, SettleCheck or Health; notes each call."""
+    """Stands for ReadyProbe, SettleCheck or Health; notes each call."""
 
     def __init__(self, world: World, name: str, given: tuple[object, ...]) -> None:
         self._calls, self._name = world.calls, name
@@ -27,26 +27,26 @@ class Part:
 
 
 class World:
-    """Questions whose parts are made by the test."""
+    """Probing whose parts are made by the test."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[object, ...]] = []
         self.made: dict[str, Part] = {}
         self.health = ""
         for name, kind in (
-            ("asking", "Asking"),
+            ("ready_probe", "ReadyProbe"),
             ("settle_check", "SettleCheck"),
             ("health", "Health"),
         ):
             patch.setattr(module, name, SimpleNamespace(**{kind: self._maker(name)}))
-        self.questions = Questions(
+        self.probing = Probing(
             cast("Any", None),
             cast("Any", SimpleNamespace(reach=None)),
             cast("Any", None),
             settings=lambda: Settings("name", ("sh",), "/", health=self.health),
             remember=lambda _: None,
             answered=lambda *_: None,
-            not_asked=lambda _: None,
+            not_probed=lambda _: None,
         )
 
     def _maker(self, name: str) -> Any:
@@ -64,72 +64,72 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 def test_nothing_is_made_before_it_is_needed(world: World) -> None:
-    asked = world.questions
-    asked.suspend()
-    asked.resume()
-    asked.stop_asking()
-    asked.stop_checking()
-    asked.set_serving(ONE)
-    asked.apply_settings(ONE)
+    probing = world.probing
+    probing.suspend()
+    probing.resume()
+    probing.stop_probing()
+    probing.stop_checking()
+    probing.set_serving(ONE)
+    probing.apply_settings(ONE)
 
-    assert (asked.last, asked.is_due, asked.awaits(1)) == ("", False, False)
-    assert asked.tcp_connection is None
+    assert (probing.last, probing.is_due, probing.awaits(1)) == ("", False, False)
+    assert probing.tcp_connection is None
     assert not world.made
 
 
 def test_each_part_is_made_once_and_used_for_every_generation(world: World) -> None:
     for each in (ONE, TWO):
-        world.questions.ask(each)
-        world.questions.check(each)
-    world.questions.stop_asking()
-    world.questions.stop_checking()
+        world.probing.probe_starting(each)
+        world.probing.check_settling(each)
+    world.probing.stop_probing()
+    world.probing.stop_checking()
 
-    assert [call for call in world.calls if call[0] == "asking"] == [
-        ("asking", "ask", ONE),
-        ("asking", "ask", TWO),
-        ("asking", "stop"),
+    assert [call for call in world.calls if call[0] == "ready_probe"] == [
+        ("ready_probe", "begin", ONE),
+        ("ready_probe", "begin", TWO),
+        ("ready_probe", "stop"),
     ]
     assert [call for call in world.calls if call[0] == "settle_check"] == [
         ("settle_check", "begin", ONE),
         ("settle_check", "begin", TWO),
         ("settle_check", "stop"),
     ]
-    assert world.questions.last == "refused"
-    assert world.questions.is_due
+    assert world.probing.last == "refused"
+    assert world.probing.is_due
 
 
 def test_health_is_checked_only_with_the_option_and_of_a_generation(world: World) -> None:
-    world.questions.set_serving(ONE)
+    world.probing.set_serving(ONE)
     world.health = "accept"
-    world.questions.set_serving(None)
+    world.probing.set_serving(None)
     assert not world.made
 
-    world.questions.set_serving(ONE)
-    world.questions.set_serving(None)
+    world.probing.set_serving(ONE)
+    world.probing.set_serving(None)
 
     assert world.calls == [("health", "set_serving", ONE), ("health", "set_serving", None)]
-    assert world.questions.tcp_connection == cast("Any", "connection")
+    assert world.probing.tcp_connection == cast("Any", "connection")
 
 
 def test_a_reload_that_adds_the_option_checks_the_generation_with_the_route(world: World) -> None:
-    world.questions.apply_settings(ONE)
+    world.probing.apply_settings(ONE)
     world.health = "accept"
-    world.questions.apply_settings(ONE)
+    world.probing.apply_settings(ONE)
     assert world.calls == [("health", "set_serving", ONE)]
 
-    world.questions.apply_settings(TWO)
+    world.probing.apply_settings(TWO)
 
     assert world.calls[1:] == [("health", "apply_settings")]
 
 
 def test_an_upgrade_suspends_and_resumes_the_parts_that_exist(world: World) -> None:
     world.health = "accept"
-    world.questions.check(ONE)
-    world.questions.set_serving(ONE)
+    world.probing.check_settling(ONE)
+    world.probing.set_serving(ONE)
     world.calls.clear()
 
-    world.questions.suspend()
-    world.questions.resume()
+    world.probing.suspend()
+    world.probing.resume()
 
     assert world.calls == [
         ("settle_check", "suspend"),
@@ -140,10 +140,10 @@ def test_an_upgrade_suspends_and_resumes_the_parts_that_exist(world: World) -> N
 
 
 def test_a_check_reads_the_counts_of_the_moment(world: World) -> None:
-    world.questions.check(ONE)
+    world.probing.check_settling(ONE)
     counts = cast("Any", world.made["settle_check"].given[3])
     assert counts() == {}
 
-    world.questions.counts = lambda: {1: {"active": 4}}
+    world.probing.counts = lambda: {1: {"active": 4}}
 
     assert counts() == {1: {"active": 4}}

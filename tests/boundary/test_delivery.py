@@ -21,7 +21,7 @@ from socketprotector.model.settings import ListenerSettings
 from socketprotector.system import inherited, reuseport, socket_file
 from socketprotector.system.inherited import Inherited
 from socketprotector.system.listeners import listener_of
-from tests.boundary.deliveries import WORLDS, PathWorld, SharedWorld, World, except_in
+from tests.boundary.deliveries import WORLDS, PathWorld, QueueWorld, SharedWorld, World, except_in
 
 
 @pytest.fixture(params=[False, True], ids=["lives", "killed"])
@@ -468,6 +468,29 @@ def test_a_generation_is_asked_at_a_path_that_had_one_socket_left(
     way = world.delivery.reach(tried, "")
     assert way is not None
     way.close()
+
+
+@pytest.mark.parametrize("first", ["a probe", "a client", "a probe before a client"])
+def test_a_probe_that_waits_alone_in_the_queue_of_a_stop_is_no_client(
+    request: pytest.FixtureRequest, first: str
+) -> None:
+    """A stop would start a worker for it."""
+    world = QueueWorld()
+    request.addfinalizer(world.close)
+    serving = world.serving(1)
+    target = world.delivery.reach(serving, "")
+    assert target is not None
+    if first != "a client":
+        world.probe(target)
+        world.until(lambda: world.delivery.waiting(serving) == 1)
+    target.close()
+    if first != "a probe":
+        world.connect()
+        world.until(lambda: world.delivery.waiting(serving) == 1 + ("before" in first))
+    world.route_to(None)
+    world.drain(1)
+
+    assert bool(world.delivery.waiting(serving, clients_only=True)) == (first != "a probe")
 
 
 @pytest.fixture

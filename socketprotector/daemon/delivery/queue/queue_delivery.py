@@ -159,7 +159,9 @@ class QueueDelivery(Delivery):
     def waiting(self, generation: OpenGeneration, *, clients_only: bool = False) -> int | None:
         if clients_only and not generation.record.serving_since:
             return 0  # until it serves, its channel has only probes (probe_port.py)
-        return self._of(generation).depth()
+        channel = self._of(generation)
+        waiting = channel.depth()
+        return 0 if clients_only and waiting == 1 and _has_probe_first(channel) else waiting
 
     def active(self, generation: OpenGeneration) -> int | None:
         return None
@@ -303,3 +305,12 @@ class QueueDelivery(Delivery):
         for channel in self._channels.values():
             channel.close()
         return surviving
+
+
+def _has_probe_first(channel: Channel) -> bool:
+    """Return whether the oldest connection in a channel is a probe; False: unknown, too."""
+    try:
+        header = channel.peek()
+    except OSError:  # out of memory
+        return False
+    return header is not None and probe_port.is_probe(header)

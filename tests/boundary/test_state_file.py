@@ -421,7 +421,7 @@ def test_a_state_of_a_newer_program_is_refused_in_words(
     assert file.read() == (b"new",)
     monkeypatch.undo()
 
-    with pytest.raises(StateError, match=r"newer program \(format 4, this one reads up to 3\)"):
+    with pytest.raises(StateError, match=r"newer version \(format 4, this one reads up to 3\)"):
         StateFile(file.fd).read()
 
 

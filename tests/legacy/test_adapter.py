@@ -301,7 +301,7 @@ def test_a_child_that_reads_no_more_gets_no_more(legacy: Legacy) -> None:
     assert worker.wait() == 1
     waiting = legacy.channel.connect()
 
-    assert "reads no more connections but has not ended" in legacy.log
+    assert "reads no more connections but has not exited" in legacy.log
     assert legacy.channel.queued() == 1
     second = legacy.start()
     assert waiting.ask("hello") == f"[{pid_after('connected', second)}] hello"

@@ -596,7 +596,7 @@ def test_a_start_by_the_unit_as_root_wants_to_be_told_so(unit: Unit) -> None:
     _, said = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 2
     assert 'write user = "NAME" in ' in said, said
-    assert f'{unit.config}, or user = "root" if that is meant' in said, said
+    assert f'{unit.config}, or user = "root" if intended' in said, said
     assert list(unit.runtime.iterdir()) == []
 
 

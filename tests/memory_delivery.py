@@ -15,8 +15,9 @@ from socketprotector.daemon.delivery import Delivery, Handles
 from socketprotector.daemon.delivery.host import Host
 from socketprotector.daemon.delivery.probe_target import ProbeTarget
 from socketprotector.daemon.generation import OpenGeneration
-from socketprotector.model.records import DeliveryRecord
+from socketprotector.model.records import DeliveryRecord, ForwarderRecord
 from socketprotector.model.settings import ListenerSettings, Settings
+from socketprotector.model.share import in_share
 from socketprotector.system.inherited import Inherited
 from socketprotector.system.listener import Listener
 
@@ -55,6 +56,10 @@ class MemoryDelivery(Delivery):
         #: The drained generations, whose clients go to the route; True: it is released.
         self._drained: dict[int, bool] = {}
         self._route: OpenGeneration | None = None
+        self._sharing: OpenGeneration | None = None
+        self._share = 0
+        self._shared = 0  # how many clients were counted for a share
+        self._met: dict[int, int] = {}
         self._held = False
         self._closing = False  # the listeners stay, for the next start
 
@@ -80,8 +85,20 @@ class MemoryDelivery(Delivery):
         if self._route is None or self._held or self._closing:
             return
         for each in self._listeners:
-            if self._route.knows(each.index):
-                self._take_from(each, self._route)
+            backlog = cast("Any", each).backlog
+            while backlog and (to := self._next(self._route, each.index)):
+                number = to.record.number
+                self.queues[number].append(backlog.pop(0))
+                self._met[number] = self._met.get(number, 0) + 1
+
+    def _next(self, route: OpenGeneration, listener: int) -> OpenGeneration | None:
+        """Which generation gets the next client of a listener."""
+        if self._sharing is None or not self._sharing.knows(listener):
+            return route if route.knows(listener) else None
+        if not route.knows(listener):
+            return self._sharing
+        self._shared += 1
+        return self._sharing if in_share(self._shared - 1, self._share) else route
 
     def _take_from(self, listener: Listener, to: OpenGeneration) -> None:
         backlog = cast("Any", listener).backlog
@@ -117,9 +134,22 @@ class MemoryDelivery(Delivery):
 
         return ProbeTarget(("generation", number), None, waits, lambda: None)
 
-    def route_to(self, generation: OpenGeneration | None, *, again: bool = False) -> None:
-        self._route = generation
+    def cannot_share(self, listeners: Collection[Listener]) -> str | None:
+        return None
+
+    def route_to(
+        self,
+        generation: OpenGeneration | None,
+        *,
+        again: bool = False,
+        sharing: OpenGeneration | None = None,
+        share: int = 0,
+    ) -> None:
+        self._route, self._sharing, self._share = generation, sharing, share
         self._move()
+
+    def met(self, generation: OpenGeneration) -> int | None:
+        return self._met.get(generation.record.number, 0)
 
     def begin_drain(
         self, generation: OpenGeneration, on_quiet: Callable[[], None], *, reads_on: bool
@@ -222,13 +252,15 @@ class MemoryDelivery(Delivery):
         self._move()
 
     def record(self) -> DeliveryRecord:
-        return DeliveryRecord()
+        forwarder = ForwarderRecord(shared=self._shared, met=tuple(self._met.items()))
+        return DeliveryRecord(forwarder)
 
     def descriptors(self) -> dict[str, int]:
         return {}
 
     def adopt(self, record: DeliveryRecord, left: Inherited, *, held: bool, closing: bool) -> None:
         self._held = held
+        self._shared, self._met = record.forwarder.shared, dict(record.forwarder.met)
 
     def adopt_generation(
         self, generation: OpenGeneration, descriptors: Mapping[str, int], *, draining: bool

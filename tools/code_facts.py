@@ -132,7 +132,7 @@ def _is_call(node: ast.AST, name: str) -> bool:
 
 def exit_statuses() -> set[int]:
     """Return the exit statuses of SocketProtector: of its errors, and of the first start."""
-    from socketprotector.core.reload import START_FAILED
+    from socketprotector.core.failure import START_FAILED
     from socketprotector.launch import await_verdict
     from socketprotector.launch import cli as _  # noqa: F401 -- defines all errors
 

@@ -24,6 +24,7 @@ from socketprotector.ctl.api import (
     label,
     listed,
     measure,
+    rollout_of,
     serves,
     standing_dry_run,
 )
@@ -32,6 +33,7 @@ from .counters import BUCKETS, RESULTS, Counters
 
 PHASES = ("starting", "serving", "reloading", "settling", "stopping", "waiting")
 GENERATION_PHASES = ("starting", "settling", "serving", "draining", "abandoned")
+STAGES = ("starting", "share", "all", "settling", "replacing")
 STATES = ("starting", "ready", "retiring", "orphaned", "waiting")
 #: Phases without connections: in them an unknown count is no gap.
 _WITHOUT_CONNECTIONS = ("starting", "abandoned")
@@ -60,6 +62,11 @@ _FAMILIES: tuple[tuple[Any, ...], ...] = (
     (Gauge, "generations", "Generations in each phase.", "phase"),
     (Gauge, "workers", "Workers in each state, of all generations.", "state"),
     (Gauge, "workers_wanted", "Workers that the serving generation should have."),
+    (Gauge, "rollout_stage", "1 for the stage of the rollout in progress.", "stage"),
+    (Gauge, "rollout_share_ratio", "Share of new connections that its generation has, 0 to 1."),
+    (Gauge, "rollout_connections", "New connections that its generation has got."),
+    (Gauge, "rollout_workers_replaced", "Workers that a rolling reload has replaced."),
+    (Gauge, "rollout_workers_awaited", "Workers of which one must end before it continues."),
     (Total, "worker_crashes", "Workers that ended without an order to."),
     (Total, "connections_accepted", "Connections accepted and sent to workers."),
     (Total, "connections_taken", "Connections that workers have taken."),
@@ -165,6 +172,20 @@ class MetricSet:
         self._put_each("generations", instance, GENERATION_PHASES, generations)
         workers = [each for one in generations for each in listed(one, "workers")]
         self._put_each("workers", instance, STATES, workers, "state")
+        self._add_rollout(instance, status)
+
+    def _add_rollout(self, instance: str, status: Status) -> None:
+        rollout = rollout_of(status)
+        self._put_each("rollout_stage", instance, STAGES, filter(None, [rollout]), "stage")
+        if rollout is None:
+            return
+        share = measure(rollout, "share")
+        self._put("rollout_share_ratio", instance, None if share is None else share / 100)
+        self._put("rollout_connections", instance, measure(rollout, "met"))
+        self._put("rollout_workers_replaced", instance, measure(rollout, "replaced"))
+        if "waits_for" in rollout:
+            awaited = float(len(listed(rollout, "waits_for")))
+            self._put("rollout_workers_awaited", instance, awaited)
 
     def _add_connections(self, instance: str, status: Status, totals: Counters) -> None:
         generations = listed(status, "generations")

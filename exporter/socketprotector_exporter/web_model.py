@@ -17,12 +17,14 @@ from socketprotector.ctl.api import (
     listed,
     measure,
     number_in,
+    other_waits_of,
     quantile_us,
+    rollout_text,
+    share_of,
     standing_dry_run,
     text,
     text_in,
     unhealthy,
-    waits_of,
 )
 
 from .web_series import SPARKLINES, History, Key, Window, key_of, rounded
@@ -144,7 +146,7 @@ class Instance:
         return {
             "phase": line(label(status, "phase") or "unknown"),
             "notes": _notes(status),
-            "waits_for": [line(each.text) for each in waits_of(status)],
+            "waits_for": _waits(status),
             "warnings": _warnings(status),
             "health": _health(status),
             "version": line(text_in(status, "version")),
@@ -269,12 +271,30 @@ def _notes_of_generations(status: Status) -> dict[int, tuple[str, str]]:
         olds = [each for each in generations if label(each, "phase") == "serving"]
         check = cut(line(text_in(new, "settle_check")), 80)
         note = f"--settle-check probes {check}" if check else ""
+        if share := _share_note(status, number_in(new, "number")):
+            note = f"{share}{'; ' if note else ''}{note}"
         for old in olds:
             number = number_in(old, "number")
+            if shares := _share_note(status, number):
+                found[number] = "", shares
+                continue
             found[number] = "standby", "gets new clients again if the new one fails"
             note += f"{'; ' if note else ''}generation {number} stands by"
         found[number_in(new, "number")] = "", note
     return found
+
+
+def _share_note(status: Status, generation: int) -> str:
+    """Return a generation's share of new connections, if it is neither none nor all; or ""."""
+    share = share_of(status, generation)
+    return f"{share:.4g}% of new connections" if share and share < 100 else ""
+
+
+def _waits(status: Status) -> list[str]:
+    """Return how far the rollout is, and what is waited for."""
+    rollout = rollout_text(status)
+    shown = [f"rollout: {rollout}"] if rollout else []
+    return [line(each) for each in (*shown, *(wait.text for wait in other_waits_of(status)))]
 
 
 def _unknown(status: Status) -> list[str]:

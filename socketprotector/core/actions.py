@@ -99,9 +99,14 @@ class StopChecking(Action):
 
 @frozen
 class RouteTo(Action):
-    """Send new connections to this generation; with None, let them wait."""
+    """Send new connections to this generation; with None, let them wait.
+
+    sharing: another generation, which gets `share` ten-thousandths of them instead.
+    """
 
     generation: int | None
+    sharing: int | None = None
+    share: int = 0
 
 
 @frozen

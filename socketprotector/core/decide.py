@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from ..model.lazy_dataclass import replace
-from . import events, reload, rescue, start_timeout, stop, workers
+from . import events, failure, reload, rescue, rollout, stop, workers
 from .actions import (
     Action,
     CheckSettling,
@@ -52,8 +52,12 @@ def _handle(step: Step, event: Event) -> None:
     match event:
         case events.Launched():
             reload.launched(step)
-        case events.ReloadRequested():
-            reload.reload_requested(step)
+        case events.ReloadRequested(canary):
+            reload.reload_requested(step, canary)
+        case events.PromoteRequested(now, met):
+            rollout.promote_requested(step, met, now=now)
+        case events.RollbackRequested():
+            reload.rollback_requested(step)
         case events.DryRunRequested():
             reload.dry_run_requested(step)
         case events.StopRequested(quick):
@@ -72,18 +76,18 @@ def _handle(step: Step, event: Event) -> None:
             workers.kill_requested(step, number)
         case events.ReplaceRequested(number, reason, hung):
             workers.replace_requested(step, number, reason, hung=hung)
-        case events.WorkerReady(number, retires):
-            workers.worker_ready(step, number, retires)
+        case events.WorkerReady(number, retires, alone):
+            workers.worker_ready(step, number, retires, alone=alone)
         case events.WorkerExited():
             workers.worker_exited(step, event)
         case events.OpenFailed(number, reason):
-            reload.open_failed(step, number, reason)
+            failure.open_failed(step, number, reason)
         case events.Quiesced(number):
             step.quiesced(number)
-        case events.Answered(number):
-            reload.answered(step, number)
+        case events.Answered(number, alone):
+            reload.answered(step, number, alone)
         case events.SettleFailed(number, reason):
-            reload.settle_failed(step, number, reason)
+            failure.settle_failed(step, number, reason)
         case events.HandingOver():
             reload.call_off_dry_run(step, reload.UPGRADED)
         case events.Stranded():
@@ -91,9 +95,9 @@ def _handle(step: Step, event: Event) -> None:
         case events.HeldClientsWait():
             rescue.serve_held(step)
         case events.SocketLost(number):
-            reload.socket_lost(step, number)
+            failure.socket_lost(step, number)
         case events.ChannelBroken(number, served_s):
-            reload.channel_broken(step, number, served_s)
+            failure.channel_broken(step, number, served_s)
         case events.TimeExtended(number, seconds):
             workers.time_extended(step, number, seconds)
         case events.ListenersLost():
@@ -104,20 +108,19 @@ def _handle(step: Step, event: Event) -> None:
             reload.settings_read(step, policy, wanted)
         case events.SettingsFailed(reason):
             reload.settings_failed(step, reason)
-        case events.DeadlinePassed(deadline, advice):
+        case events.DeadlinePassed(deadline, advice, met):
             if deadline in step.fleet.timers:  # otherwise it ran out just before its CancelTimer
                 step.fleet = replace(step.fleet, timers=step.fleet.timers - {deadline})
-                _deadline_passed(step, deadline, advice)
+                _deadline_passed(step, deadline, advice, met)
 
 
-def _deadline_passed(step: Step, deadline: Deadline, advice: str) -> None:
+def _deadline_passed(step: Step, deadline: Deadline, advice: str, met: int) -> None:
     number = deadline.target
     match deadline.wait:
         case TimerKind.START:
-            policy = step.fleet.policy_of(step.fleet[number].fresh)
-            reload.fail(step, number, start_timeout.not_ready(policy, advice))
+            failure.start_timed_out(step, number, advice)
         case TimerKind.SETTLE:
-            reload.settled(step, number)
+            reload.settled(step, number, met)
         case TimerKind.DRAIN:
             step.end_generation(number)
         case TimerKind.KILL:
@@ -143,6 +146,8 @@ def _advance(step: Step) -> None:
     Without a stop, no name in stop.py is looked up, so that the module is not loaded.
     """
     reload.serve_if_ready(step)
+    if step.fleet.rollout:
+        rollout.advance(step)
     if step.fleet.stop_awaits_rescue:
         stop.stop_if_rescued(step)
     reload.try_nothing_unserved(step)
@@ -165,6 +170,14 @@ def _release_gone_generations(step: Step) -> None:
             step.do(Release(generation.number))
 
 
+def route_of(fleet: Fleet) -> RouteTo:
+    """Return the order that makes new connections go where the fleet says."""
+    route, sharing = fleet.route, fleet.sharing
+    if route and sharing and fleet.rollout:
+        return RouteTo(route.number, sharing.number, fleet.rollout.share)
+    return RouteTo(route.number if route else None)
+
+
 def resume(
     fleet: Fleet,
     left_s: Mapping[Deadline, float],
@@ -178,9 +191,9 @@ def resume(
     recorded, because sending TERM to every ending worker again would do harm: many programs
     exit at once on a second TERM.
     """
-    route, undone = fleet.route, tuple(undone)
+    undone = tuple(undone)
     actions: list[Action] = [Hold(True)] if fleet.held else []
-    actions += [RouteTo(route.number if route else None)]
+    actions += [route_of(fleet)]
     # This comes first, so that the old generation gets the clients of a removed listener before
     # it drains.
     actions += [each for each in undone if isinstance(each, UseSettings)]

@@ -10,6 +10,7 @@ from enum import Enum
 
 from ..model.lazy_dataclass import frozen
 from ..model.policy import Policy
+from ..model.share import Canary
 
 
 class TimerKind(Enum):
@@ -52,7 +53,28 @@ class Launched(Event):
 
 @frozen
 class ReloadRequested(Event):
-    """A reload was requested: a new generation from the command as it is now."""
+    """A reload was requested: a new generation from the command as it is now.
+
+    canary: the share that it gets first, instead of that of the settings.
+    """
+
+    canary: Canary | None = None
+
+
+@frozen
+class PromoteRequested(Event):
+    """An operator ends a stage of a rollout early; now: all stages.
+
+    met: how many connections the new generation has had.
+    """
+
+    now: bool = False
+    met: int = 0
+
+
+@frozen
+class RollbackRequested(Event):
+    """An operator calls off the reload under way: the previous generation gets all clients."""
 
 
 @frozen
@@ -123,10 +145,14 @@ class ReplaceRequested(Event):
 
 @frozen
 class WorkerReady(Event):
-    """A worker is ready.  retires: it can finish while the rest of its generation serves."""
+    """A worker is ready.  retires: it can finish while the rest of its generation serves.
+
+    alone: it has declared this, as the client library does.
+    """
 
     worker: int
     retires: bool = False
+    alone: bool = True
 
 
 @frozen
@@ -164,9 +190,10 @@ class Quiesced(Event):
 
 @frozen
 class Answered(Event):
-    """A generation has passed its probe."""
+    """A generation has passed its probe.  alone: see WorkerReady, of all of its workers."""
 
     generation: int
+    alone: bool = True
 
 
 @frozen
@@ -246,7 +273,12 @@ class SettingsFailed(Event):
 
 @frozen
 class DeadlinePassed(Event):
-    """A timer ran out; advice: why a start took too long, as far as effects know, or empty."""
+    """A timer ran out.
+
+    advice: why a start took too long, as far as effects know, or empty.
+    met: at the end of SETTLE, how many connections the generation has had.
+    """
 
     deadline: Deadline
     advice: str = ""
+    met: int = 0

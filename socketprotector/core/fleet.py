@@ -13,6 +13,7 @@ from operator import attrgetter
 
 from ..model.lazy_dataclass import field, frozen, replace
 from ..model.policy import Policy as Policy
+from ..model.share import WHOLE, Canary
 from .events import Deadline, TimerKind
 
 
@@ -20,7 +21,7 @@ class Phase(Enum):
     """The phase of a generation.  A generation that is gone is no longer in the fleet."""
 
     STARTING = "starting"
-    SETTLING = "settling"  # has the route, but a rollback to the previous generation is possible
+    SETTLING = "settling"  # has clients, but a rollback to the previous generation is possible
     SERVING = "serving"
     DRAINING = "draining"
     ABANDONED = "abandoned"
@@ -36,9 +37,9 @@ PHASES: dict[Phase, dict[Phase | None, str]] = {
         "or a hold ended, or a stop began",
     },
     Phase.SETTLING: {
-        Phase.SERVING: "--settle is over, a hold ended, or a stop began",
-        Phase.DRAINING: "a worker exited, --settle-check failed, a hold ended, "
-        "or a quick stop began",
+        Phase.SERVING: "--settle or its rollout is over, a hold ended, or a stop began",
+        Phase.DRAINING: "a worker exited, --settle-check failed, a hold ended, an operator "
+        "called it off, or a stop began during its rollout, or a quick stop",
     },
     Phase.SERVING: {Phase.DRAINING: "replaced, channel broken, or a stop began"},
     Phase.DRAINING: {None: "last worker gone"},
@@ -77,7 +78,7 @@ class Worker:
         return self.state is not State.WAITING
 
 
-_NUMBER = attrgetter("number")
+_NUMBER, _STATE = attrgetter("number"), attrgetter("state")
 
 
 @frozen
@@ -104,6 +105,11 @@ class Generation:
     def ready(self) -> bool:
         # From the end: the worker started last is usually the last to be ready.
         return all(worker.state is State.READY for worker in reversed(self.workers))
+
+    @property
+    def ready_workers(self) -> int:
+        """How many of its workers are ready."""
+        return tuple(map(_STATE, self.workers)).count(State.READY)
 
     def worker(self, number: int) -> Worker | None:
         at = bisect_left(self.workers, number, key=_NUMBER)
@@ -144,6 +150,19 @@ class Next(Enum):
 
 
 @frozen
+class Rollout:
+    """A reload whose generation gets its clients, or its workers, in stages.
+
+    The stage follows from the share and from the generation's SETTLE timer, see core/rollout.py.
+    """
+
+    share: int = 0  # of the new clients, in ten thousandths, as ordered
+    canary: Canary | None = None  # None: the share follows the workers that are ready
+    extended: bool = False  # too few connections came, so the canary goes on as long again
+    met: int = 0  # the connections that the canary has had
+
+
+@frozen
 class Candidate:
     """Settings that a reload has read, before a generation serves with them."""
 
@@ -170,6 +189,8 @@ class Fleet:
     reading: bool = False  # the configuration is being read
     candidate: Candidate | None = None  # the new settings, until they are applied or discarded
     dry_run: bool = False  # the reload under way is a dry run: its generation gets no clients
+    canary_wanted: Canary | None = None  # that the queued reload was requested with
+    rollout: Rollout | None = None  # how the reload under way goes on
 
     served: bool = False  # a generation has served, since the first start
     failed_starts: int = 0  # generations in a row that failed while no other generation served
@@ -194,8 +215,16 @@ class Fleet:
 
     @property
     def route(self) -> Generation | None:
-        """The generation that gets new connections."""
+        """The generation that gets new connections, but for the share of another."""
+        if self.sharing:
+            return self.of(Phase.SERVING)
         return self.of(Phase.SETTLING) or self.of(Phase.SERVING)
+
+    @property
+    def sharing(self) -> Generation | None:
+        """The settling generation that gets only a share of the new connections."""
+        shares = self.rollout is not None and self.rollout.share < WHOLE
+        return self.of(Phase.SETTLING) if shares and self.of(Phase.SERVING) else None
 
     @property
     def is_opening(self) -> bool:
@@ -217,10 +246,47 @@ class Fleet:
         """Return the policy of a generation that is opened fresh, or from the last good command."""
         return self.candidate.policy if fresh and self.candidate else self.policy
 
+    def full_size(self, generation: Generation) -> int:
+        """Return how many workers a generation has when it serves alone."""
+        incoming = self.incoming
+        is_release = incoming is not None and incoming.number == generation.number
+        candidate = self.candidate if is_release and generation.fresh else None
+        return (candidate.workers if candidate else None) or self.workers_wanted
+
+    @property
+    def newest_policy(self) -> Policy:
+        """The policy of the generation that starts or settles; otherwise the one in force."""
+        incoming = self.incoming
+        return self.policy_of(incoming.fresh) if incoming else self.policy
+
+    @property
+    def most_processes(self) -> int:
+        """How many processes may live at once under a policy that rolls.
+
+        It counts the workers of all generations, and process groups that outlived their workers.
+        """
+        wanted, incoming = self.workers_wanted, self.incoming
+        if incoming:
+            wanted = max(wanted, self.full_size(incoming))
+        return wanted + self.newest_policy.surge_of(wanted)
+
     def wanted_in(self, generation: Generation) -> int:
         """Return how many workers a generation should have."""
-        candidate = self.candidate if generation.fresh else None
-        return (candidate.workers if candidate else None) or self.workers_wanted
+        full, incoming, policy = self.full_size(generation), self.incoming, self.newest_policy
+        if not incoming or not policy.rolls or not self.served:
+            return full
+        if not self.of(Phase.SERVING):
+            # No generation serves: start as many as there is room for; the others follow.
+            others = sum(1 for _ in self.alive()) - len(generation.alive)
+            return max(1, min(full, self.most_processes - others))
+        first = (
+            incoming.phase is Phase.STARTING
+            or Deadline(TimerKind.SETTLE, incoming.number) in self.timers
+        )
+        if generation.number == incoming.number:
+            return min(full, policy.surge_of(full)) if first else full
+        # One stays until the new generation is complete, so that a rollback is possible.
+        return full if first else max(1, full - incoming.ready_workers)
 
     def generation(self, number: int) -> Generation | None:
         return next((g for g in self.generations if g.number == number), None)

@@ -8,19 +8,20 @@ Pure.  Two rules hold it together:
 
 from __future__ import annotations
 
-from ..model.backoff import backoff_s
 from ..model.lazy_dataclass import replace
-from ..model.policy import PROVEN_S, STANDBY_S
-from . import stop
+from ..model.policy import STANDBY_S
+from ..model.share import Canary
+from . import rollout, stop
 from .actions import Open, Probe, ReadSettings, Report, ReportKind, RouteTo
 from .events import Deadline, TimerKind
-from .fleet import Candidate, Fleet, Generation, Next, Phase, Policy, State
+from .failure import fail
+from .fleet import Candidate, Fleet, Generation, Next, Phase, Policy, Rollout, State
 from .step import Step
 
-#: The exit status of SocketProtector after a start that failed.
-START_FAILED = 3
 #: Why a dry run fails when the program is replaced.
 UPGRADED = "called off: the protector is being upgraded"
+#: The verdict of a reload that an operator has called off.
+ROLLED_BACK = "rolled back: an operator called it off"
 #: Why a dry run is refused under stop-first.
 STOP_FIRST = "with --reload-order stop-first the old workers end before the new ones start"
 
@@ -34,13 +35,18 @@ def launched(step: Step) -> None:
         step.fleet = replace(step.fleet, to_open=Next.FRESH)
 
 
-def reload_requested(step: Step) -> None:
-    """Queue a reload, which begin_if_wanted() begins."""
+def reload_requested(step: Step, canary: Canary | None) -> None:
+    """Queue a reload, which begin_if_wanted() begins.
+
+    canary: the share that its generation gets first, instead of that of the settings.
+    """
     if step.fleet.stop_requested:
         step.do(Report(ReportKind.REFUSED, reason="cannot reload: a stop is in progress"))
     else:
         # Queued even during a reload, so that the newest release wins without another HUP.
-        step.fleet = replace(step.fleet, reload_wanted=True)
+        # A later request without a share does not give all clients to what was to get a share.
+        wanted = canary or step.fleet.canary_wanted
+        step.fleet = replace(step.fleet, reload_wanted=True, canary_wanted=wanted)
 
 
 def dry_run_requested(step: Step) -> None:
@@ -89,10 +95,11 @@ def begin_if_wanted(step: Step) -> None:
     elif fleet.reload_wanted and fleet.stop_requested:
         # Not earlier: a caller takes the first verdict after its request for its own, and until
         # now that was the verdict of the previous reload.
-        step.fleet = replace(fleet, reload_wanted=False)
+        step.fleet = replace(fleet, reload_wanted=False, canary_wanted=None)
         step.fail_unopened(stop.CALLED_OFF)
     elif fleet.reload_wanted and not _may_rescue(fleet):
-        step.fleet = replace(fleet, reload_wanted=False)
+        canary = Rollout(canary=fleet.canary_wanted) if fleet.canary_wanted else None
+        step.fleet = replace(fleet, reload_wanted=False, canary_wanted=None, rollout=canary)
         step.do(Report(ReportKind.RELOADING))
         _read_or_begin(step)
 
@@ -230,13 +237,6 @@ def open_if_due(step: Step) -> None:
     step.do(Open(number, fresh, fleet.dry_run))  # its workers follow: workers.reconcile()
 
 
-def _recover(step: Step, delay_s: float) -> None:
-    """Open the last good command again, because no generation serves."""
-    step.fleet = replace(step.fleet, to_open=Next.LAST_GOOD)
-    if delay_s > 0:
-        step.start(TimerKind.OPEN, 0, delay_s)
-
-
 # -- a generation that succeeds -------------------------------------------------
 
 
@@ -269,13 +269,19 @@ def probe_if_complete(step: Step) -> None:
         step.do(Probe(starting.number))
 
 
-def answered(step: Step, number: int) -> None:
-    """Let a generation that has passed its probe serve, whether its workers sent READY or not."""
+def answered(step: Step, number: int, alone: bool) -> None:
+    """Let a generation that has passed its probe serve, whether its workers sent READY or not.
+
+    alone: each of them has declared that it can finish alone.
+    """
     generation = step.fleet.generation(number)
     if generation is None or generation.phase is not Phase.STARTING:
         return
     if not _is_complete(step.fleet, generation):
         return  # more workers are wanted by now; once they run, the generation is probed again
+    if not alone and rollout.lacks_library(step.fleet, generation):
+        fail(step, number, rollout.NO_LIBRARY)
+        return
     policy = step.fleet.policy_of(generation.fresh)
     workers = (
         each
@@ -300,6 +306,9 @@ def _all_ready(step: Step, number: int, *, standby_s: float = 0.0) -> None:
             _pass_dry_run(step, number)
         return
     step.end_start(number)
+    if rollout.begin(step, number, standby_s):
+        return
+    step.fleet = replace(step.fleet, rollout=None)
     step.do(RouteTo(number))
     settle_s = max(standby_s, step.fleet.policy_of(step.fleet[number].fresh).settle_s)
     if settle_s > 0 and step.fleet.of(Phase.SERVING):
@@ -308,135 +317,40 @@ def _all_ready(step: Step, number: int, *, standby_s: float = 0.0) -> None:
         step.promote(number)
 
 
-def settled(step: Step, number: int) -> None:
-    """Promote a generation that has settled, or pass its dry run."""
+def settled(step: Step, number: int, met: int) -> None:
+    """Go on with a generation that has settled, or pass its dry run.
+
+    met: how many connections it has had.
+    """
     if step.fleet.dry_run:
         _pass_dry_run(step, number)
-    else:
-        step.promote(number)
+    elif failure := rollout.stage_over(step, number, met):
+        fail(step, number, failure)
 
 
 def _pass_dry_run(step: Step, number: int) -> None:
-    _abandon(step, number)
+    step.abandon(number)
     step.fleet = replace(step.fleet, dry_run=False)
     step.do(Report(ReportKind.DRY_RUN_PASSED, number))
 
 
-# -- a generation that fails ----------------------------------------------------
+def cannot_roll_back(fleet: Fleet) -> str:
+    """Return why no release under way can be called off; "" if one can."""
+    incoming = fleet.incoming
+    begun = fleet.reading or fleet.to_open is Next.FRESH or (incoming and incoming.fresh)
+    if begun and fleet.of(Phase.SERVING) and not (fleet.stop_requested or fleet.dry_run):
+        return ""
+    return "nothing to roll back: no reload is in progress; see `status`"
 
 
-def open_failed(step: Step, number: int, reason: str) -> None:
-    """Fail a generation that could not be opened: none of its workers was started."""
-    generation = step.fleet.generation(number)
-    if generation is None or generation.phase not in (Phase.STARTING, Phase.ABANDONED):
-        return
-    # None of its workers was ever spawned, even if a stop has abandoned it.
-    step.fleet = step.fleet.with_generation(replace(generation, workers=()))
-    if generation.phase is Phase.STARTING:
-        fail(step, number, reason)
-
-
-def fail(step: Step, number: int, reason: str, *, retry: bool = False) -> None:
-    """Fail a starting or settling generation, and decide what follows.
-
-    The route of a settling generation returns to the serving one.
-    retry: a first start may try again (--start-tries).
-    """
-    serving, failed = step.fleet.of(Phase.SERVING), step.fleet[number]
-    settles = failed.phase is Phase.SETTLING
-    take_back(step, failed)
-    if not step.fleet.served:
-        _first_start_failed(step, number, reason, retry=retry)
-    elif serving and not failed.fresh and not settles and step.fleet.reload_wanted:
-        step.do(Report(ReportKind.RETRYING, number, reason))  # the queued reload brings the verdict
-    elif serving or failed.fresh or settles:
-        step.report_failure(number, reason)
-        if not serving:  # the channel of the old generation broke during the reload
-            _recover(step, 0.0)
+def rollback_requested(step: Step) -> None:
+    """Call off the release under way: a reload that has begun, or a settling generation."""
+    incoming = step.fleet.incoming
+    if refused := cannot_roll_back(step.fleet):
+        step.do(Report(ReportKind.REFUSED, reason=refused))
+    elif incoming and incoming.fresh:
+        fail(step, incoming.number, ROLLED_BACK)
     else:
-        step.do(Report(ReportKind.RETRYING, number, reason))
-        _recover(step, _count_failure(step))
-
-
-def settle_failed(step: Step, number: int, reason: str) -> None:
-    """Roll back to the previous generation, if it still serves."""
-    generation = step.fleet.generation(number)
-    if generation and generation.phase is Phase.SETTLING and step.fleet.of(Phase.SERVING):
-        fail(step, number, reason)
-
-
-def take_back(step: Step, incoming: Generation) -> None:
-    """End a starting or settling generation; return a settling one's route to the serving one."""
-    number, serving = incoming.number, step.fleet.of(Phase.SERVING)
-    if incoming.phase is Phase.STARTING:
-        _abandon(step, number)
-        return
-    step.end_settling(number)
-    step.do(RouteTo(serving.number if serving else None))
-    if incoming.fresh:
         step.forget_settings()
-    step.drain(number, step.fleet.policy.drain_limit_s)
-
-
-def _abandon(step: Step, number: int) -> None:
-    """End a starting generation, which has had no client."""
-    step.end_start(number)
-    if step.fleet[number].fresh:
-        step.forget_settings()
-    step.fleet = step.fleet.moved(number, Phase.ABANDONED)
-    step.end_generation(number)
-
-
-def _count_failure(step: Step) -> float:
-    """Count a failure while no other generation serves; return the seconds to wait after it."""
-    failed = step.fleet.failed_starts + 1
-    step.fleet = replace(step.fleet, failed_starts=failed)
-    return backoff_s(failed)
-
-
-def _first_start_failed(step: Step, number: int, reason: str, *, retry: bool) -> None:
-    _count_failure(step)
-    if retry and step.fleet.failed_starts < step.fleet.policy.start_tries:
-        step.do(Report(ReportKind.RETRYING, number, reason))
-        step.fleet = replace(step.fleet, to_open=Next.FRESH)
-    else:
-        step.fleet = replace(step.fleet, exit_status=START_FAILED)
-        step.do(Report(ReportKind.START_FAILED, number, reason))
-        stop.stop_quickly(step)
-
-
-def socket_lost(step: Step, number: int) -> None:
-    """Fail a starting generation that lost a socket: it could not accept all clients."""
-    generation = step.fleet.generation(number)
-    if generation and generation.phase is Phase.STARTING:
-        fail(step, number, "a worker shut down or broke its listening socket")
-
-
-def channel_broken(step: Step, number: int, served_s: float) -> None:
-    """Replace a generation whose channel no longer carries connections."""
-    generation = step.fleet.generation(number)
-    phase = generation.phase if generation else None
-    if phase not in (Phase.STARTING, Phase.SETTLING, Phase.SERVING):
-        return  # no new connections go through it
-    reason = "a worker shut down the channel"
-    step.do(Report(ReportKind.BROKEN, number, reason))
-    if phase is Phase.SERVING:
-        _serving_broken(step, number, served_s)
-    else:
-        fail(step, number, reason)
-
-
-def _serving_broken(step: Step, number: int, served_s: float) -> None:
-    if step.fleet.of(Phase.SETTLING) is None:
-        step.do(RouteTo(None))
-    step.drain(number, step.fleet.policy.drain_limit_s)
-    if step.fleet.stopping:
-        step.close_listeners()  # no worker can serve clients still in the backlog
-        return
-    if served_s >= PROVEN_S:
-        step.fleet = replace(step.fleet, failed_starts=0)
-    delay_s = _count_failure(step)
-    fleet = step.fleet
-    reload_begun = fleet.to_open is Next.FRESH and not fleet.dry_run  # its caller awaits a verdict
-    if fleet.incoming is None and not reload_begun:
-        _recover(step, delay_s)
+        step.fleet = replace(step.fleet, to_open=None)
+        step.fail_unopened(ROLLED_BACK)

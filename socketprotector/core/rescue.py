@@ -11,7 +11,7 @@ from ..model.lazy_dataclass import replace
 from .actions import Report, ReportKind
 from .events import TimerKind
 from .fleet import Fleet, Next, Phase
-from .reload import call_off_dry_run, has_failed, renew, take_back
+from .reload import call_off_dry_run, has_failed, renew
 from .step import Step
 
 #: The verdict of a starting or settling generation when clients of a hold wait.
@@ -58,9 +58,10 @@ def serve_held(step: Step) -> None:
     elif not incoming.fresh:
         step.promote(incoming.number, SETTLED_BY_HOLD)
     else:
-        take_back(step, incoming)
+        canary = step.fleet.rollout.canary if step.fleet.rollout else None
+        step.take_back(incoming)
         step.do(Report(ReportKind.RETRYING, incoming.number, HELD_FIRST))
-        step.fleet = replace(step.fleet, reload_wanted=True)
+        step.want_again(canary)
     renew(step)
 
 
@@ -88,7 +89,8 @@ def serve_stranded(step: Step) -> None:
         else:
             step.forget_settings()
             step.do(Report(ReportKind.RETRYING, fleet.next_generation, STRANDED_FIRST))
-            step.fleet = replace(step.fleet, to_open=None, reload_wanted=True)
+            step.fleet = replace(step.fleet, to_open=None)
+            step.want_again(fleet.rollout.canary if fleet.rollout else None)
     renew(step)
 
 

@@ -27,7 +27,18 @@ from ..model.records import (
 )
 from .actions import Report, ReportKind, Retire, Signal, UseSettings, WorkerSignal
 from .events import Deadline, TimerKind
-from .fleet import Candidate, Fleet, Generation, LameDuck, Next, Phase, State, Stop, Worker
+from .fleet import (
+    Candidate,
+    Fleet,
+    Generation,
+    LameDuck,
+    Next,
+    Phase,
+    Rollout,
+    State,
+    Stop,
+    Worker,
+)
 
 #: The ordered actions that the next program must repeat, because the fleet does not imply them.
 Undone = Signal | Retire | UseSettings
@@ -61,8 +72,8 @@ class Snapshot:
 
 #: All classes that a Snapshot is made of.
 CLASSES = (
-    *(Deadline, TimerKind, Candidate, Fleet, Generation, LameDuck, Next, Phase, State, Stop),
-    *(Worker, Retire, WorkerSignal, Signal, UseSettings, Report, ReportKind),
+    *(Deadline, TimerKind, Candidate, Fleet, Generation, LameDuck, Next, Phase, Rollout, State),
+    *(Stop, Worker, Retire, WorkerSignal, Signal, UseSettings, Report, ReportKind),
     *(Program, Counts, GenerationRecord, WorkerRecord, ForwarderRecord, SteeringRecord),
     *(HoldRecord, SettingsRecord, RunRecord, Crash, History, Reload, Snapshot),
     *settings.CLASSES,

@@ -15,6 +15,7 @@ does not list.  Shared by reload.py, workers.py and stop.py:
 from __future__ import annotations
 
 from ..model.lazy_dataclass import replace
+from ..model.share import Canary
 from .actions import (
     Action,
     CancelTimer,
@@ -26,6 +27,7 @@ from .actions import (
     Report,
     ReportKind,
     Retire,
+    RouteTo,
     Signal,
     Spawn,
     StartTimer,
@@ -35,7 +37,7 @@ from .actions import (
     WorkerSignal,
 )
 from .events import Deadline, TimerKind
-from .fleet import Fleet, Phase, State, Stop, Worker
+from .fleet import Fleet, Generation, Phase, State, Stop, Worker
 
 #: Without --max-draining, a warning is due from this many draining generations on.
 MANY_DRAINING = 4
@@ -120,14 +122,16 @@ class Step:
         """Let a generation settle: keep the previous one this long, for a rollback."""
         checked = bool(self.fleet.policy_of(self.fleet[number].fresh).settle_check)
         self.fleet = self.fleet.moved(number, Phase.SETTLING)
-        self.start(TimerKind.SETTLE, number, seconds)
+        if seconds > 0:
+            self.start(TimerKind.SETTLE, number, seconds)
         if checked:
             self.fleet = self.fleet.with_generation(replace(self.fleet[number], checked=True))
             self.do(CheckSettling(number))
 
     def end_settling(self, number: int) -> None:
-        """Cancel the timer and the check of a generation's settling."""
+        """Cancel the timer and the check of a generation's settling, and end its rollout."""
         self.cancel(TimerKind.SETTLE, number)
+        self.fleet = replace(self.fleet, rollout=None)
         generation = self.fleet[number]
         if generation.checked:
             self.fleet = self.fleet.with_generation(replace(generation, checked=False))
@@ -181,6 +185,27 @@ class Step:
         elif len(draining) >= MANY_DRAINING:
             self.do(Report(ReportKind.MANY_DRAINING, reason=f"{len(draining)} generations"))
 
+    def take_back(self, incoming: Generation) -> None:
+        """End a starting or settling generation; its clients go to the serving one again."""
+        number, serving = incoming.number, self.fleet.of(Phase.SERVING)
+        if incoming.phase is Phase.STARTING:
+            self.abandon(number)
+            return
+        self.end_settling(number)
+        self.do(RouteTo(serving.number if serving else None))
+        if incoming.fresh:
+            self.forget_settings()
+        self.drain(number, self.fleet.policy.drain_limit_s)
+
+    def abandon(self, number: int) -> None:
+        """End a starting generation, which has had no client."""
+        self.end_start(number)
+        if self.fleet[number].fresh:
+            self.forget_settings()
+            self.fleet = replace(self.fleet, rollout=None)
+        self.fleet = self.fleet.moved(number, Phase.ABANDONED)
+        self.end_generation(number)
+
     def end_generation(self, number: int) -> None:
         """Send TERM to all workers of a generation, once; KILL follows."""
         self.forget_waiting(number)
@@ -209,6 +234,11 @@ class Step:
 
     # -- settings ------------------------------------------------------------
 
+    def want_again(self, canary: Canary | None) -> None:
+        """Queue the reload again that another generation's clients have interrupted."""
+        canary = canary or self.fleet.canary_wanted
+        self.fleet = replace(self.fleet, reload_wanted=True, canary_wanted=canary, rollout=None)
+
     def use_settings(self) -> None:
         """Apply the settings of the candidate."""
         fleet, candidate = self.fleet, self.fleet.candidate
@@ -232,9 +262,11 @@ class Step:
     def promote(self, number: int, reason: str = "") -> None:
         """Make the generation with the route the serving one, and drain the previous one.
 
-        reason: why this happens before --settle is over; otherwise empty.
+        reason: what its verdict adds, such as why this happens before --settle is over.
         """
         old = self.fleet.of(Phase.SERVING)
+        if self.fleet.sharing:
+            self.do(RouteTo(number))
         self.end_settling(number)
         self.fleet = self.fleet.moved(number, Phase.SERVING)
         fresh = self.fleet[number].fresh
@@ -259,7 +291,7 @@ class Step:
         It uses up a generation number, because control clients wait for the verdict on a number.
         """
         number = self.fleet.next_generation
-        self.fleet = replace(self.fleet, next_generation=number + 1)
+        self.fleet = replace(self.fleet, next_generation=number + 1, rollout=None)
         self.report_failure(number, reason)
 
     # -- listeners -----------------------------------------------------------

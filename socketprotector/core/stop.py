@@ -162,13 +162,19 @@ def _call_off(step: Step, stop: Stop | None) -> None:
         lame_duck=LameDuck.OFF if stop else LameDuck.STOPPING,
         to_open=before.to_open if renews else None,
     )
-    if incoming and incoming.phase is Phase.SETTLING and stop is not Stop.QUICK:
+    settles = bool(incoming and incoming.phase is Phase.SETTLING and stop is not Stop.QUICK)
+    if incoming and settles and before.rollout and before.of(Phase.SERVING):
+        step.take_back(incoming)  # only a part of its rollout is over
+        step.report_failure(incoming.number, CALLED_OFF)
+    elif incoming and settles:
         step.promote(incoming.number, SETTLED_BY_STOP)  # it serves the last clients
     elif incoming and not renews:
         _call_off_incoming(step, incoming)
     step.forget_settings()
-    if not renews and _has_unopened(before):
-        step.fail_unopened(CALLED_OFF)
+    if not renews:
+        if _has_unopened(before):
+            step.fail_unopened(CALLED_OFF)
+        step.fleet = replace(step.fleet, rollout=None)
 
 
 def _call_off_incoming(step: Step, incoming: Generation) -> None:

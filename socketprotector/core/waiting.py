@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ..model.lazy_dataclass import field, frozen
+from ..model.text import in_units
+from . import rollout
 from .events import Deadline, TimerKind
-from .fleet import Fleet, Generation, LameDuck, Phase, State, Stop
+from .fleet import LEAVING, Fleet, Generation, LameDuck, Phase, State, Stop, Worker
 from .reload import failed_in_the_way, in_the_way
 
 
@@ -32,6 +34,9 @@ class Facts:
     active: Mapping[int, int | None] = field(default_factory=dict)
     answer: str = ""  # the last answer of the starting generation to its probe or check
     settle_check: str = ""  # the check of the settling generation
+    met: int = 0  # the connections of the settling generation, of a canary
+    #: Open connections of a worker and the age of the oldest in seconds; None: not known.
+    held: Mapping[int, tuple[int | None, float | None]] = field(default_factory=dict)
     settle_check_due: bool = False  # --settle is over, and the check's next success is awaited
     upgrade: str = ""  # the current step of an upgrade
     leftovers_end: bool = False  # processes of failed workers were found and signalled
@@ -69,7 +74,7 @@ def _reload(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
         if generation.phase is Phase.STARTING:
             yield _start(fleet, facts, generation)
         elif generation.phase is Phase.SETTLING:
-            yield _settle(facts, generation)
+            yield _settle(fleet, facts, generation)
     if fleet.to_open and Deadline(TimerKind.OPEN) in fleet.timers:
         failed = _count(fleet.failed_starts, "failure")
         left_s = _left(facts, TimerKind.OPEN)
@@ -92,6 +97,8 @@ def _start(fleet: Fleet, facts: Facts, generation: Generation) -> Wait:
         # If only the answer decides, READY=1 from workers does not matter.
         known = known[: not fleet.policy_of(generation.fresh).answer_decides]
         known.append(_last_answer(facts.answer))
+    if rollout.lacks_room(fleet, generation) or not (wanted or rollout.room(fleet, 1)):
+        known.append(_room(fleet, facts))
     reason = f"generation {number} starts: {'; '.join(known)}"
     return Wait("start", reason, number, _left(facts, TimerKind.START, number))
 
@@ -103,14 +110,67 @@ def _last_answer(answer: str) -> str:
     return f"last answer to {answer}" if got_one else f"last probe: {answer}"
 
 
-def _settle(facts: Facts, generation: Generation) -> Wait:
+def _settle(fleet: Fleet, facts: Facts, generation: Generation) -> Wait:
     number = generation.number
+    shares = fleet.rollout if fleet.sharing else None
+    left_s = _left(facts, TimerKind.SETTLE, number)
+    checked = f", checked by {facts.settle_check}" if generation.checked else ""
+    if shares and shares.canary:
+        canary = shares.canary
+        time = in_units(canary.for_s * (2 if shares.extended else 1))
+        reason = f"{canary.text} of new connections for {time}: {facts.met} so far"
+        if facts.met < canary.at_least:
+            reason += f", at least {canary.at_least} wanted"
+        return Wait("canary", reason + checked, number, left_s)
+    if shares:
+        return Wait("rolling", _rolling(fleet, facts, generation) + checked, number, left_s)
     if generation.checked and facts.settle_check_due:
         check = facts.settle_check
         reason = f"settling: --settle is over, but --settle-check {check} has not passed since"
         return Wait("settle", reason, number)
-    reason = f"settling, checked by {facts.settle_check}" if generation.checked else "settling"
-    return Wait("settle", reason, number, _left(facts, TimerKind.SETTLE, number))
+    return Wait("settle", f"settling{checked}", number, left_s)
+
+
+# -- a rolling reload ----------------------------------------------------------------
+
+
+def _rolling(fleet: Fleet, facts: Facts, settling: Generation) -> str:
+    """Return how far a rolling reload is, and what its next workers wait for."""
+    full, ready = fleet.full_size(settling), settling.ready_workers
+    text = f"{ready} of {_count(full, 'worker')} replaced"
+    if Deadline(TimerKind.SETTLE, settling.number) in fleet.timers:
+        return f"{text}, settling"
+    starting = len(settling.alive) - ready
+    if starting:
+        return f"{text}, {starting} starting"
+    if len(settling.workers) < full and not rollout.room(fleet, 1):
+        return f"{text}, {_room(fleet, facts)}"
+    return text
+
+
+def _room(fleet: Fleet, facts: Facts) -> str:
+    """Return which processes must end before another worker may start."""
+    serving = fleet.of(Phase.SERVING)
+    leaving = [each for each in serving.workers if each.state in LEAVING] if serving else []
+    if leaving:
+        more = f" and {len(leaving) - 1} more" if len(leaving) > 1 else ""
+        return f"waiting for {_leaving_worker(facts, leaving[0])}{more}"
+    ends = [_end("room", facts, each).reason for each in fleet.generations if _is_over(each)]
+    return f"waiting for room: {'; '.join(ends) or 'more workers are running than wanted'}"
+
+
+def _is_over(generation: Generation) -> bool:
+    return generation.phase in (Phase.DRAINING, Phase.ABANDONED)
+
+
+def _leaving_worker(facts: Facts, worker: Worker) -> str:
+    active, oldest_s = facts.held.get(worker.number, (None, None))
+    if worker.state is State.ORPHANED:
+        return f"processes of worker {worker.number}"
+    if not active:
+        return f"worker {worker.number}"
+    age = f", longest {in_units(int(oldest_s))}" if oldest_s is not None else ""
+    return f"worker {worker.number} ({_count(active, 'connection')}{age})"
 
 
 # -- requests of an operator -------------------------------------------------------

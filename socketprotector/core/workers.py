@@ -13,11 +13,11 @@ from operator import attrgetter
 from ..model.backoff import backoff_s
 from ..model.lazy_dataclass import replace
 from ..model.policy import PROVEN_S
-from . import rescue
+from . import rescue, rollout, start_timeout
 from .actions import Report, ReportKind, Signal, Spawn, StartTimer, WorkerSignal
 from .events import Deadline, TimerKind, WorkerExited
+from .failure import fail
 from .fleet import LEAVING, Fleet, Generation, Phase, State, Worker
-from .reload import fail
 from .step import Step
 
 #: The most workers to start or retire in one turn of the loop: a few milliseconds' work.
@@ -28,11 +28,17 @@ MOST_ORPHANS = 64
 _NUMBER, _REPLACES, _STATE = attrgetter("number"), attrgetter("replaces"), attrgetter("state")
 
 
-def worker_ready(step: Step, number: int, retires: bool) -> None:
-    """Mark a starting worker ready, and retire the worker that it replaces."""
+def worker_ready(step: Step, number: int, retires: bool, *, alone: bool = True) -> None:
+    """Mark a starting worker ready, and retire the worker that it replaces.
+
+    alone: it has declared that it can finish alone.
+    """
     found = step.fleet.find(number)
     if found is None or found[1].state is not State.STARTING:
         return  # a repeated message, or sent before our signal arrived
+    if not alone and rollout.lacks_library(step.fleet, found[0]):
+        fail(step, found[0].number, rollout.NO_LIBRARY)
+        return
     step.cancel(TimerKind.WORKER_START, number)
     ready = replace(found[1], state=State.READY, retires=retires, replaces=0)
     step.fleet = step.fleet.with_worker(ready)
@@ -62,12 +68,14 @@ def _exited(step: Step, event: WorkerExited, generation: Generation, worker: Wor
         step.fleet = step.fleet.with_worker(replace(replacement, replaces=0))
     if generation.phase is Phase.SERVING and worker.state is not State.RETIRING:
         step.do(Report(ReportKind.EXITED, generation.number, event.reason))
-        if replacement is None:
+        is_wanted = rollout.may_respawn(step.fleet, step.fleet[generation.number])
+        if replacement is None and is_wanted:
             _respawn(step, generation.number, worker, event.served_s)
     elif event.waiting and _is_last_taker(step.fleet, generation.number):
         _respawn(step, generation.number, worker, event.served_s)
     elif generation.phase in (Phase.STARTING, Phase.SETTLING):
-        fail(step, generation.number, event.reason, retry=not event.detached)
+        if worker.state is not State.RETIRING:
+            fail(step, generation.number, event.reason, retry=not event.detached)
     else:
         _take_over(step, worker.replaces)  # no other replacement will come
     for orphan in orphans:  # last, so that after a rollback clients already go elsewhere
@@ -161,7 +169,7 @@ def reconcile(step: Step) -> None:
 
 def _start_waiting(step: Step, most: int) -> int:
     """Start the workers that have a slot and no process; return how many were started."""
-    found = tuple(islice(_waiting(step), most))
+    found = tuple(islice(_waiting(step), rollout.room(step.fleet, most)))
     for number, worker in found:
         step.spawn(number, worker)
     return len(found)
@@ -170,14 +178,15 @@ def _start_waiting(step: Step, most: int) -> int:
 def _waiting(step: Step) -> Iterator[tuple[int, Worker]]:
     """Yield the workers that may start now, each with its generation's number."""
     before, timers = step.before, step.fleet.timers
+    waits, bounded = rollout.waits_to_replace(step.fleet), step.fleet.newest_policy.rolls
     for generation in step.fleet.generations:
         as_it_was = before.timers is timers and before.generation(generation.number) is generation
-        if not as_it_was and State.WAITING in map(_STATE, generation.workers):
+        may_start = bounded or not as_it_was
+        if may_start and State.WAITING in map(_STATE, generation.workers):
             for worker in generation.workers:
-                if (
-                    not worker.alive
-                    and Deadline(TimerKind.WORKER_RESPAWN, worker.number) not in timers
-                ):
+                if worker.alive or (worker.replaces and waits):
+                    continue
+                if Deadline(TimerKind.WORKER_RESPAWN, worker.number) not in timers:
                     yield generation.number, worker
 
 
@@ -187,7 +196,8 @@ def _fill(step: Step, most: int) -> int:
     starting = fleet.of(Phase.STARTING)
     if starting is None:
         return 0
-    slots = range(len(starting.workers), fleet.wanted_in(starting))[:most]
+    slots = range(len(starting.workers), fleet.wanted_in(starting))
+    slots = slots[: rollout.room(fleet, most)]
     new = tuple(Worker(number, slot) for number, slot in enumerate(slots, fleet.next_worker))
     if new:
         filled = replace(starting, workers=(*starting.workers, *new))
@@ -201,29 +211,46 @@ def _fill(step: Step, most: int) -> int:
 
 
 def _resize(step: Step, most: int) -> int:
-    """Grow or shrink the serving generation; return the number of workers changed."""
-    serving = step.fleet.of(Phase.SERVING)
-    if serving is None or step.fleet.stopping or step.fleet.of(Phase.SETTLING):
+    """Grow or shrink what serves, and during a rollout what settles; return the workers changed."""
+    fleet = step.fleet
+    serving, settling = fleet.of(Phase.SERVING), fleet.of(Phase.SETTLING)
+    if fleet.stopping or (settling and fleet.rollout is None):
         return 0  # until --settle is over, either generation may be the one to grow
-    before, wanted = step.before, step.fleet.workers_wanted
-    as_it_was = before.of(Phase.SERVING) is serving and before.workers_wanted == wanted
-    if as_it_was and before.timers is step.fleet.timers and not before.of(Phase.SETTLING):
-        return 0
+    changed = 0
+    for generation in filter(None, (serving, settling)):  # the one that shrinks makes room
+        if not _is_as_it_was(step, generation):
+            changed += _resize_one(step, generation, most - changed)
+    return changed
+
+
+def _is_as_it_was(step: Step, generation: Generation) -> bool:
+    """Return whether an earlier step has brought a generation to its wanted size."""
+    before, fleet = step.before, step.fleet
+    as_it_was = before.generation(generation.number) is generation and before.timers is fleet.timers
+    if not as_it_was or before.workers_wanted != fleet.workers_wanted or fleet.newest_policy.rolls:
+        return False
+    settles = before.of(Phase.SETTLING) is fleet.of(Phase.SETTLING)
+    return settles and before.rollout is fleet.rollout
+
+
+def _resize_one(step: Step, generation: Generation, most: int) -> int:
+    wanted = step.fleet.wanted_in(generation)
     # A replacement does not count until it has taken over; a leaving worker no longer counts.
-    staying = tuple(map(_REPLACES, serving.workers)).count(0)
-    staying -= sum(map(tuple(map(_STATE, serving.workers)).count, LEAVING))
+    staying = tuple(map(_REPLACES, generation.workers)).count(0)
+    staying -= sum(map(tuple(map(_STATE, generation.workers)).count, LEAVING))
     if staying > wanted:
-        settled = [w for w in serving.workers if w.state not in LEAVING and not w.replaces]
-        over = sorted(settled, key=lambda w: w.slot)[: wanted - 1 : -1][:most]
+        settled = [w for w in generation.workers if w.state not in LEAVING and not w.replaces]
+        # Stuck workers first, then the highest slots.
+        over = sorted(settled, key=lambda w: (w.hung, w.slot))[: wanted - 1 : -1][:most]
         for worker in over:
-            _retire(step, serving.number, worker)
-            replacement = _replacement(serving, worker.number)
+            _retire(step, generation.number, worker)
+            replacement = _replacement(generation, worker.number)
             if replacement:
-                _retire(step, serving.number, replacement)
+                _retire(step, generation.number, replacement)
         return len(over)
-    missing = max(0, min(wanted - staying, most))
-    for slot in islice(_free_slots(serving), missing):
-        step.spawn(serving.number, step.add(serving.number, slot))
+    missing = rollout.room(step.fleet, max(0, min(wanted - staying, most)))
+    for slot in islice(_free_slots(generation), missing):
+        step.spawn(generation.number, step.add(generation.number, slot))
     return missing
 
 
@@ -283,6 +310,8 @@ def replace_requested(step: Step, number: int, reason: str, *, hung: bool) -> No
     elif hung:
         step.do(Report(ReportKind.REPLACING, generation.number, reason))
         step.end_worker(worker)  # without a replacement, so its exit may fail the generation
+        if step.fleet.rollout and generation.phase is Phase.SETTLING:
+            fail(step, generation.number, reason)
 
 
 def _replacement(generation: Generation, number: int) -> Worker | None:
@@ -326,4 +355,8 @@ def too_slow(step: Step, number: int) -> None:
     """End a worker that was not ready in time, or has not finished in time."""
     found = step.fleet.find(number)
     if found and not found[0].ending:  # otherwise TERM was sent already
-        step.end_worker(found[1])
+        generation, worker = found
+        step.end_worker(worker)
+        if generation.phase is Phase.SETTLING and worker.state is State.STARTING:
+            policy = step.fleet.policy_of(generation.fresh)
+            fail(step, generation.number, start_timeout.not_ready(policy, ""))

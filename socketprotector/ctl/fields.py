@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from ..model.share import percent
 from ..model.text import in_units
 
 Status = dict[str, Any]
@@ -115,6 +116,87 @@ def waits_of(status: Status) -> list[Wait]:
         )
         for each in listed(status, "waits_for")
     ]
+
+
+#: Kinds of waits that the text of a rollout tells, too.
+_OF_ROLLOUTS = ("canary", "rolling", "settle")
+#: How many of the workers that a rolling reload waits for have their names in its text.
+_NAMED = 3
+
+
+def rollout_of(status: Status) -> Status | None:
+    """Return the rollout of a status; None: there is none."""
+    found = status.get("rollout")
+    return found if isinstance(found, dict) else None
+
+
+def share_of(status: Status, generation: int) -> float | None:
+    """Return the percentage of new connections that a generation has; None without a rollout."""
+    rollout = rollout_of(status)
+    share = measure(rollout, "share") if rollout is not None else None
+    if rollout is None or share is None:
+        return None
+    if generation == number_in(rollout, "generation"):
+        return share
+    return 100 - share if generation == status.get("route") else 0.0
+
+
+def rollout_text(status: Status) -> str:
+    """Return how far a rollout is, and what ends its stage; "" without a rollout that has begun."""
+    rollout = rollout_of(status)
+    stage = text_in(rollout, "stage") if rollout is not None else "starting"
+    if rollout is None or stage == "starting":
+        return ""  # the entry of `waits_for` about the start says more
+    if text_in(rollout, "kind") == "rolling":
+        return _rolling_text(rollout, stage)
+    share = f"{percent(round(100 * (measure(rollout, 'share') or 0.0)))} of" if stage == "share" else "all"
+    words = f"generation {number_in(rollout, 'generation')} has {share} new connections"
+    met, least = measure(rollout, "met"), number_in(rollout, "at_least")
+    lacks = stage == "share" and met is not None and met < least
+    if met is not None:
+        words += f", {met:,.0f} of at least {least:,} so far" if lacks else f", {met:,.0f} so far"
+    left = _left(rollout)
+    if stage == "share" and not lacks:
+        return f"{words}, all of them {left}"
+    return f"{words}, {'the verdict' if lacks else 'promoted'} {left}"
+
+
+def _left(rollout: Status) -> str:
+    left_s = measure(rollout, "left_s")
+    if left_s is None:
+        return "after the next good --settle-check"
+    return f"in {in_units(math.ceil(left_s))}"
+
+
+def _rolling_text(rollout: Status, stage: str) -> str:
+    replaced, wanted = number_in(rollout, "replaced"), number_in(rollout, "wanted")
+    words = f"{replaced:,} of {wanted:,} {'worker' if wanted == 1 else 'workers'} replaced"
+    if stage == "settling":
+        return f"{words}, the next {_left(rollout)}"
+    awaited = listed(rollout, "waits_for")
+    if not awaited:
+        return words
+    named = ", ".join(map(_awaited, awaited[:_NAMED]))
+    more = len(awaited) - _NAMED
+    return f"{words}, waiting for {named}{f' and {more:,} more' if more > 0 else ''}"
+
+
+def _awaited(worker: Status) -> str:
+    """Return a worker that is waited for, with its connections."""
+    name, active = f"worker {number_in(worker, 'worker')}", measure(worker, "active")
+    if active is None:
+        return name
+    if not active:
+        return f"{name} (no connection)"
+    oldest_s = measure(worker, "oldest_s")
+    longest = f", longest {in_units(int(oldest_s))}" if oldest_s is not None else ""
+    return f"{name} ({active:,.0f} {'connection' if active == 1 else 'connections'}{longest})"
+
+
+def other_waits_of(status: Status) -> list[Wait]:
+    """Return the waits of a protector that the text of its rollout does not tell."""
+    told = _OF_ROLLOUTS if rollout_text(status) else ()
+    return [each for each in waits_of(status) if each.kind not in told]
 
 
 def failing(generation: Status) -> str:

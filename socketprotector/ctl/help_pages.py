@@ -12,7 +12,7 @@ GROUPS = {
         *("status", "ready", "connections", "history", "crashes", "diff", "events", "list"),
         "top",
     ),
-    "Reload, upgrade, stop": ("reload", "upgrade", "stop"),
+    "Reload, upgrade, stop": ("reload", "promote", "rollback", "upgrade", "stop"),
     "Immediate commands": (
         *("scale", "lame-duck", "hold", "release", "replace", "kill", "log-level", "reopen"),
     ),
@@ -21,7 +21,7 @@ GROUPS = {
 #: The commands of --help.
 COMMON = (
     *("list", "status", "top", "reload", "diff", "history", "crashes", "connections"),
-    *("scale", "upgrade", "stop"),
+    *("promote", "rollback", "scale", "upgrade", "stop"),
 )
 _PURPOSE = """Inspect and control a running SocketProtector. Without --name, --control or
 --pid-file: the only running one. These options may also follow the command."""

@@ -1,4 +1,4 @@
-"""scale, lame-duck, hold, release, replace, kill, log-level, reopen: commands that end at once."""
+"""Commands that end at once: scale, lame-duck, hold, promote, rollback, kill, log-level, ..."""
 
 from __future__ import annotations
 
@@ -123,6 +123,33 @@ def _end_requested() -> Iterator[Callable[[float], bool]]:
 def release(instance: Instance, as_json: bool) -> None:
     """End a hold: accept again, first the clients that have waited longest."""
     answer(as_json, instance.request("release"), "released")
+
+
+# -- rollouts ------------------------------------------------------------------------------
+
+
+@command(short_help="Let a settling generation go to its next stage.")
+@click.option("--now", is_flag=True, help="Let it serve at once: skip all stages.")
+def promote(instance: Instance, now: bool, as_json: bool) -> None:
+    """Let the new generation go to its next stage: from its share to all clients, then to the end.
+
+    With --now it serves at once.
+    """
+    result = instance.request("promote", **({"now": True} if now else {}))
+    number = number_in(result, "generation")
+    what = "serves" if now else "goes to its next stage; see status"
+    answer(as_json, result, f"promoted: generation {number} {what}")
+
+
+@command(short_help="End a reload: the old generation gets all clients.")
+def rollback(instance: Instance, as_json: bool) -> None:
+    """End the reload that is in progress: the old generation gets all new clients.
+
+    The new generation finishes the clients that it has.
+    """
+    result = instance.request("rollback")
+    number = number_in(result, "generation")
+    answer(as_json, result, f"rolled back: generation {number} gets no new clients")
 
 
 # -- generations and workers ------------------------------------------------------------

@@ -10,11 +10,13 @@ import os
 import select
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import click
 
-from ..model.duration import Duration
+from ..model.duration import Duration, Value
 from ..model.handoff_modes import MODES
+from ..model.share import percent, read_percent
 from ..model.text import in_units
 from .cli import Instance, answer, command
 from .client import Client, Message
@@ -42,6 +44,7 @@ from .reload_progress import (
 _OUTCOME = ("name", "from", "generation", "reason", "last_words", "lost")
 
 _WAIT = click.option("--wait/--no-wait", default=True, help="Wait for the outcome, or return.")
+_SHARE = Value("SHARE", lambda text: percent(read_percent(text)))
 _TIMEOUT = click.option(
     "--timeout", default="0", type=Duration(), help="How long to wait; 0: no limit."
 )
@@ -54,9 +57,20 @@ _TIMEOUT = click.option(
 @_WAIT
 @click.option("--drained", is_flag=True, help="Wait for the end of the old generations, too.")
 @click.option("--dry-run", is_flag=True, help="Start it, stop it when it is ready; no clients.")
+@click.option("--canary", type=_SHARE, help="Give it this share of the new clients first: 5%.")
+@click.option("--for", "for_s", type=Duration(zero=False), help="How long.  [default: 60s]")
+@click.option("--at-least", type=click.IntRange(0), help="Connections that the canary must have.")
 @_TIMEOUT
 def reload(
-    instance: Instance, wait: bool, drained: bool, dry_run: bool, timeout: float, as_json: bool
+    instance: Instance,
+    wait: bool,
+    drained: bool,
+    dry_run: bool,
+    canary: str | None,
+    for_s: float | None,
+    at_least: int | None,
+    timeout: float,
+    as_json: bool,
 ) -> None:
     """Start the new version beside the old one; it takes over when it is ready.
 
@@ -65,15 +79,20 @@ def reload(
 
     With --dry-run the new generation is stopped when it is ready, and gets no clients. The exit
     status is that of a reload.
+
+    With --canary the new generation first has a share of the new clients. promote and rollback end
+    that time early.
     """
-    if dry_run and drained:
-        raise click.UsageError("--dry-run does not work with --drained; leave one out")
+    if dry_run and (drained or canary):
+        other = "--canary" if canary else "--drained"
+        raise click.UsageError(f"--dry-run does not work with {other}; leave one out")
+    how = _how(dry_run, _canary(canary, for_s, at_least))
     if not wait:
         if drained or timeout:
             raise click.UsageError(
                 "--no-wait does not work with --drained or --timeout; leave one out"
             )
-        generation = number_in(instance.request("reload", **_how(dry_run)), "generation")
+        generation = number_in(instance.request("reload", **how), "generation")
         words = f"reload requested: generation {generation} will start; see status for the outcome"
         if dry_run:
             words = f"dry run requested: generation {generation} will be tried; see status for the "
@@ -85,7 +104,7 @@ def reload(
         operation.losses = Losses(before)
         operation.outcome["name"] = before.get("name")
         old = operation.outcome["from"] = before.get("route")
-        promised = _request_reload(operation.client, before, dry_run=dry_run)
+        promised = _request_reload(operation.client, before, how)
         operation.outcome["generation"] = promised
         watched = Reload(promised, before, operation.tell, dry_run=dry_run)
         found = _judged(operation, watched)
@@ -140,8 +159,9 @@ def _count_losses(operation: Operation) -> Message:
     return after
 
 
-def _request_reload(client: Client, before: Message, *, dry_run: bool) -> int:
+def _request_reload(client: Client, before: Message, how: dict[str, Any]) -> int:
     """Request the reload; if the connection ends early, request it again unless it has begun."""
+    dry_run = "dry_run" in how
     if dry_run and "dry_run" not in before:
         raise RequestRefused(
             "unknown",
@@ -149,18 +169,29 @@ def _request_reload(client: Client, before: Message, *, dry_run: bool) -> int:
             "nothing was tried (socketprotectorctl upgrade, once a newer one is installed)",
         )
     try:
-        return number_in(client.request("reload", **_how(dry_run)), "generation")
+        return number_in(client.request("reload", **how), "generation")
     except ConnectionLost:
         client.again()
     newest = max(_tried(before, dry_run=dry_run), default=0)
     for number in _tried(client.query("status"), dry_run=dry_run):
         if number > newest:
             return number
-    return number_in(client.query("reload", **_how(dry_run)), "generation")
+    return number_in(client.query("reload", **how), "generation")
 
 
-def _how(dry_run: bool) -> dict[str, bool]:
+def _canary(share: str | None, for_s: float | None, at_least: int | None) -> dict[str, Any] | None:
+    """Return the canary of a request; None: the new generation gets all clients at once."""
+    more = {"for_s": for_s, "at_least": at_least}
+    given = {name: value for name, value in more.items() if value is not None}
+    if share is None and given:
+        raise click.UsageError("--for and --at-least need --canary SHARE")
+    return {"share": share, **given} if share is not None else None
+
+
+def _how(dry_run: bool, canary: dict[str, Any] | None) -> dict[str, Any]:
     """Return the arguments of a reload; an older protector takes none, and refuses new ones."""
+    if canary is not None:
+        return {"canary": canary}
     return {"dry_run": True} if dry_run else {}
 
 

@@ -25,7 +25,12 @@ _DRY_RUN_VERDICTS = {"dry-run-passed": True, "dry-run-failed": False}
 #: The results in a status that are successes.
 _GOOD = ("reloaded", "passed")
 #: The kinds of waits that keep a reload from its verdict, and those of a stop.
-OF_RELOAD = ("upgrade", "configuration", "start", "settle", "back-off", "room", "earlier-reload")
+OF_RELOAD = (
+    *("upgrade", "configuration", "start", "canary", "settle", "rolling", "back-off", "room"),
+    "earlier-reload",
+)
+#: Kinds of waits whose reasons count, so that they change all the time.
+_COUNTING = ("canary", "rolling")
 OF_STOP = ("stop",)
 #: How often to repeat an unchanged reason, with the time left; how soon to show a changed reason
 #: of the same wait; and how long a wait must last before it gets a line.
@@ -77,7 +82,8 @@ class WaitsShown:
         for each in self.now:
             key = each.kind, each.generation
             reason, shown_at = earlier.get(key, ("", at - _CHANGED_S + _LASTS_S))
-            if at - shown_at >= (_REPEATED_S if reason == each.reason else _CHANGED_S):
+            as_before = reason == each.reason or (reason and each.kind in _COUNTING)
+            if at - shown_at >= (_REPEATED_S if as_before else _CHANGED_S):
                 self.tell(f"waiting: {escape(each.text)}")
                 reason, shown_at = each.reason, at
             self._shown[key] = reason, shown_at
@@ -95,6 +101,7 @@ class _Generation:
     ready: set[int] = field(default_factory=set)
     shown: ProgressThrottle = field(default_factory=ProgressThrottle)
     routed: bool = False
+    shares: bool = False  # it gets a share of the new connections
 
 
 class Awaited:
@@ -166,6 +173,8 @@ class Reload(Awaited):
         """Process an event; of those of earlier generations only the stop counts."""
         super().heard(event)
         name, number = event.get("event"), number_in(event, "generation")
+        if name == "route" and number_in(event, "sharing") >= self.generation:
+            self._shared(number_in(event, "sharing"), text_in(event, "share"))
         if self.verdict is not None or number < self.generation:
             return
         if name in self._events:
@@ -208,7 +217,10 @@ class Reload(Awaited):
             ready = {number_in(w, "number") for w in workers if w.get("state") == "ready"}
             self._ready(number, ready)
             if each.get("phase") == "settling":
-                self._switched(number)
+                if status.get("route") in (number, None):
+                    self._switched(number)
+                else:
+                    self._shared(number)
         # Once this reload is in progress, the wait of an `earlier-reload` belongs to another.
         kinds = [each for each in OF_RELOAD if self._now is None or each != "earlier-reload"]
         self.waits.looked(status, kinds)
@@ -251,6 +263,12 @@ class Reload(Awaited):
             starting.routed = True
             self.tell(f"switched: new connections go to generation {number}")
 
+    def _shared(self, number: int, share: str = "a share") -> None:
+        starting = self._starting(number)
+        if not starting.shares:
+            starting.shares = True
+            self.tell(f"switched: {share} of new connections go to generation {number}")
+
     def waits_for(self) -> str:
         """Return what is missing before the verdict; "" once there is one."""
         return "" if self.verdict else self.waits.added_to(self._waits_for())
@@ -264,6 +282,8 @@ class Reload(Awaited):
             return f"generation {self.generation} to be started ({self._phase})"
         if self._now.routed:
             return f"generation {self._now.number} to survive --settle"
+        if self._now.shares:
+            return f"generation {self._now.number} to get all clients"
         return f"generation {self._now.number} to be ready ({self._share(self._now)} workers are)"
 
 

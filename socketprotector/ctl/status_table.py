@@ -8,14 +8,24 @@ from rich.table import Table
 from rich.text import Text
 
 from ..model.handoff_modes import MODES
+from ..model.share import percent
 from ..model.text import headline
 from . import render
 from .cli import plural
 from .client import Message
-from .fields import failing, listed, number_in, text_in, unhealthy, waits_of
+from .fields import (
+    failing,
+    listed,
+    number_in,
+    other_waits_of,
+    rollout_text,
+    share_of,
+    text_in,
+    unhealthy,
+)
 from .render import Row
 
-_GENERATIONS = "GEN PHASE AGE READY QUEUE ACTIVE ACCEPTED ERRORS LOST WAIT-P50 P99"
+_GENERATIONS = "GEN PHASE SHARE AGE READY QUEUE ACTIVE ACCEPTED ERRORS LOST WAIT-P50 P99"
 _WORKERS = "WORKER GEN PID STATE AGE ACTIVE ACCEPTED ERRORS CHILDREN SAYS"
 #: Columns that are left out if their field is unknown in all rows.
 _FIELDS = {
@@ -45,6 +55,8 @@ def heading(status: Message) -> list[Text]:
     name = render.styled(text_in(status, "name"), "bold")
     phase = render.cell(text_in(status, "phase"))
     found = [Text.assemble(name, ": ", phase, ",", render.cell(", ".join(words)))]
+    if says := rollout_text(status):
+        found.append(render.line(f"rollout: {says}"))
     warnings = []
     held_s = status.get("held_s")
     if isinstance(held_s, int | float):
@@ -58,7 +70,7 @@ def heading(status: Message) -> list[Text]:
     if says := _says(status):
         warnings.append(says)
     # The lines above say more about a hold and a lame duck.
-    shown = [each for each in waits_of(status) if each.kind not in ("hold", "lame-duck")]
+    shown = [each for each in other_waits_of(status) if each.kind not in ("hold", "lame-duck")]
     warnings += [f"waiting: {each.text}" for each in shown]
     for each in listed(status, "generations"):
         if why := failing(each):
@@ -134,6 +146,7 @@ def generations(status: Message) -> Table:
             (
                 number_in(each, "number"),
                 text_in(each, "phase"),
+                _share(status, number_in(each, "number")),
                 render.age_text(status.get("now"), each.get("opened_at")),
                 f"{ready}/{len(workers)}",
                 *render.counts(each, "queue", "active", "accepted", "errors", "lost"),
@@ -141,7 +154,14 @@ def generations(status: Message) -> Table:
                 render.latency_text(wait_us.get("p99")),
             )
         )
-    return _table(_GENERATIONS, rows, _unknown(status, listed(status, "generations")))
+    hidden = _unknown(status, listed(status, "generations"))
+    return _table(_GENERATIONS, rows, hidden if rollout_text(status) else {*hidden, "SHARE"})
+
+
+def _share(status: Message, generation: int) -> str | None:
+    """Return a generation's share of new connections; None without a rollout."""
+    share = share_of(status, generation)
+    return None if share is None else percent(round(100 * share))
 
 
 def workers(status: Message, children: Mapping[int, Sequence[int]]) -> Table:

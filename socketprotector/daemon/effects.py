@@ -56,6 +56,7 @@ from ..model.errors import what_failed
 from ..model.lazy_dataclass import replace
 from ..model.records import Program
 from ..model.settings import Settings
+from ..model.share import percent
 from ..model.text import added
 from ..system.listener import Listener
 from ..system.program_spec import change_of, program_of
@@ -154,8 +155,8 @@ class Effects(Host):
                 self.probing.check_settling(self.generations[number])
             case StopChecking():
                 self.probing.stop_checking()
-            case RouteTo(number):
-                self._route_to(number)
+            case RouteTo(number, sharing, share):
+                self._route_to(number, sharing, share)
             case Quiesce(number):
                 self._quiesce(number)
             case Drain(number) if number in self.generations:
@@ -281,7 +282,7 @@ class Effects(Host):
                     probe_spec.refusal(f"--ready {program.ready_question}", name or "each listener")
                 )
 
-    def _route_to(self, number: int | None) -> None:
+    def _route_to(self, number: int | None, sharing: int | None, share: int) -> None:
         generation = self.generations.get(number) if number is not None else None
         self._route = number if generation is not None else None
         if generation is None:
@@ -289,11 +290,23 @@ class Effects(Host):
             self.delivery.route_to(None)
             return
         again = generation.record.serving_since > 0.0
-        if not again:
-            generation.update_record(serving_since=time.monotonic(), served_at=time.time())
-        self.delivery.route_to(generation, again=again)
-        self._log.write("info", "route", generation=number)
+        other = self.generations.get(sharing) if sharing is not None else None
+        for each in filter(None, (generation, other)):
+            if not each.record.serving_since:
+                each.update_record(serving_since=time.monotonic(), served_at=time.time())
+        self.delivery.route_to(generation, again=again, sharing=other, share=share)
+        if other is None:
+            self._log.write("info", "route", generation=number)
+        else:
+            self._log.write(
+                "info", "route", generation=number, sharing=sharing, share=percent(share)
+            )
         self.probing.set_serving(generation)
+
+    def met(self, number: int) -> int:
+        """Return how many new clients a generation has got; 0: unknown."""
+        generation = self.generations.get(number)
+        return (generation and self.delivery.met(generation)) or 0
 
     def _same_file(self) -> str:
         """Return a warning if the serving generation's file was changed in place; otherwise ""."""
@@ -389,7 +402,8 @@ class Effects(Host):
             self._note_due(deadline)
             starts = deadline.wait is TimerKind.START
             advice = self._start_advice(deadline.target) if starts else ""
-            self._post(DeadlinePassed(deadline, advice))
+            met = self.met(deadline.target) if deadline.wait is TimerKind.SETTLE else 0
+            self._post(DeadlinePassed(deadline, advice, met))
 
         run(seconds)
 

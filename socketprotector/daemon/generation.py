@@ -14,7 +14,7 @@ from socketprotector_client import wire
 from ..model.lazy_dataclass import mutable, replace
 from ..model.records import Counts, GenerationRecord, Program
 from ..system import inherited
-from ..system.scoreboard import Board
+from ..system.scoreboard import SLOTS, Board
 
 
 @mutable
@@ -80,6 +80,14 @@ class OpenGeneration:
             return self.board.read(slot) if self.board is not None else None
         except OSError:
             return None
+
+    @property
+    def accepted(self) -> int | None:
+        """How many connections its workers have accepted; None: none of them counts."""
+        slots = range(SLOTS) if self.board is not None else ()
+        found = [self.record.past, *map(self.counts, slots)]
+        counted = [each.accepted for each in found if each is not None]
+        return sum(counted) if counted else None
 
     def take_counts(self, slot: int) -> int | None:
         """Add up the counts of a dead worker; return how many connections it had open.

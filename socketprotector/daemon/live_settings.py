@@ -6,11 +6,12 @@ dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 from ..core.actions import UseSettings
 from ..core.events import SettingsFailed, SettingsRead
+from ..core.rollout import NO_LIBRARY
 from ..core.snapshot import Snapshot
 from ..model.lazy_dataclass import replace
 from ..model.records import SettingsRecord
@@ -143,6 +144,7 @@ class LiveSettings:
         ]
         removed = [each for each in self._delivery.listeners if new.listeners[each.index].removed]
         cannot = self._delivery.cannot_change(added, removed)
+        cannot = cannot or self._cannot_roll_out(new, added)
         if cannot is not None:
             for each in added:
                 each.close()
@@ -164,6 +166,19 @@ class LiveSettings:
         self._post(
             SettingsRead(new.policy, new.processes if new.processes != old.processes else None)
         )
+
+    def _cannot_roll_out(self, new: Settings, added: Collection[Listener]) -> str | None:
+        """Return why the canary or rolling reload of new settings is impossible; None: it is."""
+        policy = new.policy
+        cannot: str | None = None
+        if policy.canary or policy.rolls:
+            listens = [e for e in self._delivery.listeners if not new.listeners[e.index].removed]
+            cannot = self._delivery.cannot_share([*listens, *added])
+        if cannot is None and policy.finish_alone:
+            # The old workers leave one after another, too.
+            workers = [each for each in self._pool.records() if not each.asked_to_exit]
+            cannot = None if all(each.retires for each in workers) else NO_LIBRARY
+        return cannot
 
     def _put_in_force(self, settings: Settings) -> None:
         self.record = SettingsRecord(settings)

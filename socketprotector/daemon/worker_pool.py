@@ -390,26 +390,26 @@ class WorkerPool:
         by: the kind of probe.
         """
         workers = [w for w in self._workers.items() if w[1].record.generation == generation]
+        for number, _ in workers:
+            self._messages.read(number)  # it may have sent READY=1 before it answered
         if all(self._note_ready(number, worker, by) for number, worker in workers):
-            self._post(Answered(generation))
+            self._post(Answered(generation, self.all_retire(generation)))
 
     def not_probed(self, generation: int) -> None:
         """Let a timer make a generation's workers ready, because it cannot be probed."""
-        for worker in self._workers.values():
-            if worker.record.generation == generation and not worker.has_served:
+        for worker in self._workers_of(generation):
+            if not worker.has_served:
                 worker.readiness.wait()
 
     def _is_ready(self, number: int, by: str, *, retires: bool = False) -> None:
         worker = self._workers.get(number)
         if worker is None or worker.record.ready_by or worker.has_served:
-            if (
-                worker is not None and retires
-            ):  # the probe had made the worker ready before its message came
+            if worker is not None and retires:  # its probe was earlier than its message
                 self._note(worker, retires=True)
             return
         if self._note_ready(number, worker, by, retires=retires):
-            retires = retires or worker.generation.program.finish_signal > 0
-            self._post(WorkerReady(number, retires))
+            finishes = retires or worker.generation.program.finish_signal > 0
+            self._post(WorkerReady(number, finishes, retires))
 
     def _note_ready(self, number: int, worker: Worker, by: str, *, retires: bool = False) -> bool:
         """Note how a worker became ready; return False if it has exited, and so must not serve."""

@@ -27,6 +27,7 @@ from . import (
     options,
     port_owner,
     preflight,
+    rollout_checks,
     server_hints,
     stored_listeners,
 )
@@ -123,6 +124,7 @@ def _launch(parsed: ParsedOptions) -> int:
             reserved = reserve(bound)
             bound += (*siblings.values(), *reserved.values())
             preflight.check_siblings(settings, siblings.keys())
+            rollout_checks.check_siblings(settings, siblings.keys())
             named |= {f"{inherited.SIBLING}{index}": each for index, each in siblings.items()}
             named |= {f"{inherited.RESERVED}{index}": each for index, each in reserved.items()}
         here = check or not (settings.foreground and settings.log_file is None)

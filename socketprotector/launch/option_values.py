@@ -18,6 +18,7 @@ from ..model.duration import Duration, Value
 from ..model.errors import UsageError
 from ..model.handoff_modes import ALIVE_S
 from ..model.lazy_dataclass import frozen
+from ..model.share import read_percent
 from ..model.text import shortened, whole
 from ..system.spawn import RLIMITS
 
@@ -103,6 +104,14 @@ def _share(text: str) -> tuple[int, int]:
     raise ValueError(f"{text!r}: write 1000 or 1000+-100")
 
 
+def _surge(text: str) -> tuple[int, bool]:
+    """`2` -> (2, False), `25%` -> (25, True)."""
+    number = whole(text.removesuffix("%"), 100 if text.endswith("%") else 1_000_000)
+    if not number:
+        raise ValueError(f"{text!r}: write a number of workers from 1, or 1% to 100%")
+    return number, text.endswith("%")
+
+
 def _size(text: str) -> int:
     """`500M`, `2G`, `65536K` or bytes."""
     word = text.strip().upper().removesuffix("IB").removesuffix("B")
@@ -140,6 +149,8 @@ PAIR = Value("NAME=VALUE", _pair)
 NAMES = Value("NAME,...", _names, lambda names: ",".join(names) or "none")
 SHARE = Value("N[+-J]", _share)
 SIZE = Value("SIZE", _size)
+CANARY = Value("SHARE", read_percent)
+SURGE = Value("N|P%", _surge)
 OCTAL = Value("OCTAL", octal, "{:04o}".format)
 
 

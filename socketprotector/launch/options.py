@@ -24,6 +24,7 @@ from ..model.handoff_modes import MODES
 from ..model.log_format import FORMATS, LEVELS
 from ..model.settings import Identity
 from .option_values import (
+    CANARY,
     FLAG,
     HEALTH,
     NAMES,
@@ -34,6 +35,7 @@ from .option_values import (
     SHARE,
     SIGNAL,
     SIZE,
+    SURGE,
     TEXT,
     TIME,
     TIME_ABOVE_0,
@@ -224,11 +226,23 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "policy.start_tries", "changes; used only at the first start", default=3),
     ),
     "Reload": (
-        Option("reload-order", click.Choice(["start-first", "stop-first"]),
-               "Start the new workers before the old ones stop, or after.\n"
-               "stop-first is for a daemon that uses something exclusive; clients wait meanwhile.",
-               "policy.stop_first", default="start-first",
-               show=lambda first: "stop-first" if first else "start-first"),
+        Option("reload-order", click.Choice(["start-first", "stop-first", "rolling"]),
+               "Start the new workers before the old ones stop, after, or a few at a time.\n"
+               "stop-first is for a daemon that uses something exclusive; clients wait meanwhile. "
+               "rolling needs less memory, and needs --drain-timeout. See docs/rollout.md.",
+               default="start-first"),
+        Option("surge", SURGE, "With --reload-order rolling: add this many workers at most.\n"
+               "P% is of the workers, rounded up.", default="1"),
+        Option("canary", CANARY,
+               "Let each new generation first have this share of the new connections: 5%.\n"
+               "0.01% to 99.99%. All clients follow after --canary-for. It counts connections, not "
+               "requests. See docs/rollout.md.", unset="all"),
+        Option("canary-for", TIME_ABOVE_0, "Let the canary have its share for this time.",
+               default="60s"),
+        Option("canary-at-least", click.IntRange(0, 1_000_000_000),
+               "Want this many connections in the canary.\n"
+               "With fewer the canary lasts as long again. If that is too few too, the reload "
+               "fails.", default=0),
         Option("settle", TIME, "Keep the old generation on standby this long after the switch.\n"
                "If the new one fails within this time, the old one serves again. Not with "
                "--reload-order stop-first.",

@@ -196,8 +196,8 @@ def check_settle_check(settings: Settings, listens: Sequence[Listen]) -> None:
     policy = settings.policy
     if not policy.settle_check:
         return
-    if not policy.settle_s:
-        raise UsageError("--settle-check needs --settle TIME")
+    if not (policy.settle_s or policy.canary):
+        raise UsageError("--settle-check needs --settle TIME, or --canary SHARE")
     if probe := _settle_check(settings):
         _reaches_one(settings, *probe, listens)
     else:

@@ -20,8 +20,9 @@ from ..model.handoff_modes import MODES, HandoffMode
 from ..model.lazy_dataclass import frozen
 from ..model.policy import Policy
 from ..model.settings import Limits, Origin, Settings
+from ..model.share import Canary
 from ..system.cpu_quota import scheduler
-from . import option_values, preflight, users
+from . import option_values, preflight, rollout_checks, users
 from .listen_spec import Listen, parse
 from .option_values import Ready
 from .options import OPTIONS
@@ -86,6 +87,9 @@ class OptionResolver:
             preflight.check_settle(settings)
         with self._about("settle_check"):
             preflight.check_settle_check(settings, listens)
+        for name, refused in rollout_checks.refusals(settings, self._said(), listens):
+            with self._about(name):
+                raise UsageError(refused)
         with self._about("lame_duck_idle"):
             if given["lame_duck_idle"] and not given["lame_duck"]:
                 raise UsageError("--lame-duck-idle needs --lame-duck TIME")
@@ -202,6 +206,7 @@ class OptionResolver:
             "command": command,
             "directory": directory,
             "policy.stop_first": given["reload_order"] == "stop-first",
+            **_rollout(given),
             "policy.workers_accept": mode.workers_accept,
             "policy.settle_check": given["settle_check"] or "",
             "policy.ready": mode.ready_hint or ready.kind,
@@ -234,6 +239,17 @@ class OptionResolver:
             "origin": Origin(self._words, self.directory, umask, self.file is not None),
         }
         return _settings(values)
+
+
+def _rollout(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that --canary and --reload-order rolling set."""
+    found: dict[str, Any] = {}
+    if given["canary"]:
+        share = Canary(given["canary"], given["canary_for"], given["canary_at_least"])
+        found["policy.canary"] = share
+    if given["reload_order"] == "rolling":
+        found["policy.surge"], found["policy.surge_is_percent"] = given["surge"]
+    return found
 
 
 def _settings(values: Mapping[str, Any]) -> Settings:

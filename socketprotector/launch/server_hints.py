@@ -87,6 +87,14 @@ def drain_limits(settings: Settings) -> Iterator[str]:
                 yield found
 
 
+def uses_library(settings: Settings) -> bool:
+    """Return True if the command, or a file that it names, mentions the client library."""
+    try:
+        return _speaks(settings, preflight.environment_of(settings))
+    except (OSError, ValueError):
+        return False  # check_env_file() refuses that
+
+
 def _speaks(settings: Settings, environment: Mapping[str, str]) -> bool:
     """Return True if a file that the command names, or gunicorn reads, uses the client library."""
     words = _words(settings, environment)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from operator import attrgetter
 
 from ..model import probe_spec
+from ..model.policy import Policy
 from ..model.settings import Identity, ListenerSettings, Settings
 from ..model.text import in_units
 from .options import OPTIONS, STAYS
@@ -19,6 +20,7 @@ RESTART = "needs a restart"
 
 def changes(old: Settings, new: Settings) -> Iterator[str]:
     """Yield what a reload changes: `workers: 2 -> 4`, `listen: + tcp:0.0.0.0:81`, `env: A`."""
+    yield from _rollout(old.policy, new.policy)
     yield from _options(old, new, stays=False)
     yield from _differs("ready", _ready(old), _ready(new))
     if old.ready_check != new.ready_check:
@@ -48,6 +50,13 @@ def _ready(settings: Settings) -> str:
             return settings.ready_question
         case kind:
             return kind
+
+
+def _rollout(old: Policy, new: Policy) -> Iterator[str]:
+    yield from _differs("reload-order", old.reload_order, new.reload_order)
+    yield from _differs("surge", old.surge_text, new.surge_text)
+    before, after = (each.canary.described if each.canary else "none" for each in (old, new))
+    yield from _differs("canary", before, after)
 
 
 def _question(key: str, old: str, new: str) -> Iterator[str]:

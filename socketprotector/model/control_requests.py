@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 
 from . import json_text
 from .lazy_dataclass import field, frozen
+from .share import CANARY_FOR_S, Canary, read_percent
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,12 +52,33 @@ def _whole(low: int, high: int) -> Kind:
     return text, lambda value: type(value) is int and low <= value <= high
 
 
+def canary_of(value: Mapping[str, Any]) -> Canary:
+    """Return the canary that a request describes.  Raises TypeError or ValueError."""
+    rest = dict(value)
+    share, for_s = read_percent(str(rest.pop("share", ""))), rest.pop("for_s", CANARY_FOR_S)
+    at_least = rest.pop("at_least", 0)
+    if rest or not _SECONDS[1](for_s) or not _whole(0, _MOST)[1](at_least):
+        raise ValueError("no canary")
+    return Canary(share, float(for_s), at_least)
+
+
 _NUMBER = _whole(1, _MOST)
 _SECONDS: Kind = (
     "seconds from 0.1 to 86400",
     lambda value: type(value) in (int, float) and 0.1 <= value <= 86_400,
 )
 _YES_OR_NO: Kind = "true or false", lambda value: isinstance(value, bool)
+
+
+def _is_canary(value: Any) -> bool:
+    try:
+        canary_of(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+_CANARY: Kind = 'an object with "share", such as "5%"', _is_canary
 _LEVEL: Kind = (
     '"debug", "info", "warning" or "error"',
     lambda value: value in ("debug", "info", "warning", "error"),
@@ -65,7 +87,9 @@ _LEVEL: Kind = (
 COMMANDS: Mapping[str, Mapping[str, Kind]] = {
     "status": {},
     "history": {},
-    "reload": {"dry_run": _YES_OR_NO},
+    "reload": {"dry_run": _YES_OR_NO, "canary": _CANARY},
+    "promote": {"now": _YES_OR_NO},
+    "rollback": {},
     "upgrade": {},
     "stop": {"quick": _YES_OR_NO},
     "lame-duck": {"on": _YES_OR_NO},
@@ -84,7 +108,7 @@ COMMANDS: Mapping[str, Mapping[str, Kind]] = {
 #: The read-only commands that --status-group may send.
 STATUS_COMMANDS = ("status", "history", "events")
 #: Commands whose arguments are optional.
-_OPTIONAL = ("reload", "stop", "connections")
+_OPTIONAL = ("reload", "promote", "stop", "connections")
 
 
 def parse(line: bytes) -> Request:

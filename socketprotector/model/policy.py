@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from . import probe_spec
 from .lazy_dataclass import frozen
+from .share import Canary
 
 #: The death of a worker (or generation) that has served this long is not a quick one.
 PROVEN_S = 10.0
@@ -34,6 +35,9 @@ class Policy:
     lame_duck_s: float = 0.0  # from a stop's request to the stop; 0: no lame duck
     lame_duck_idle_s: float = 0.0  # the stop comes earlier if no client has come for so long
     settle_check: str = ""  # the check of a settling generation: see probe_spec.py; "": none
+    canary: Canary | None = None  # the share that each new release gets first; None: all
+    surge: int = 0  # --reload-order rolling: how many workers a reload may add; 0: another order
+    surge_is_percent: bool = False  # of the workers, rounded up
 
     @property
     def probes(self) -> bool:
@@ -64,6 +68,30 @@ class Policy:
     def queues(self) -> bool:
         """Whether clients may wait in a generation's queue when its workers must finish."""
         return not self.workers_accept
+
+    @property
+    def rolls(self) -> bool:
+        """Whether a reload replaces the workers a few at a time."""
+        return self.surge > 0
+
+    @property
+    def reload_order(self) -> str:
+        """The value of --reload-order."""
+        return "rolling" if self.rolls else "stop-first" if self.stop_first else "start-first"
+
+    @property
+    def surge_text(self) -> str:
+        """The value of --surge; "none" under another order."""
+        return f"{self.surge}{'%' * self.surge_is_percent}" if self.rolls else "none"
+
+    @property
+    def finish_alone(self) -> bool:
+        """Whether each worker must use the client library: it leaves while others accept on."""
+        return self.rolls and self.workers_accept
+
+    def surge_of(self, workers: int) -> int:
+        """Return how many processes a rolling reload of this many workers may add."""
+        return -(-workers * self.surge // 100) if self.surge_is_percent else self.surge
 
     @property
     def drain_limit_s(self) -> float:

@@ -145,6 +145,8 @@ class ForwarderRecord:
     pending: bytes | None = None  # the header of the connection whose send failed
     number: int = 0  # the highest connection number so far; a pending connection has this number
     parked: tuple[tuple[int, bytes], ...] = ()  # number and header of those that wait for a drain
+    shared: int = 0  # how many connections were counted for the share of a canary
+    met: tuple[tuple[int, int], ...] = ()  # (generation, how many new connections it has got)
 
 
 @frozen

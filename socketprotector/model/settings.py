@@ -14,6 +14,7 @@ from .codec import FORMAT, Codec, DecodeError, NewerError, decoding, need_format
 from .handoff_modes import MODES, HandoffMode
 from .lazy_dataclass import field, frozen
 from .policy import Policy
+from .share import Canary
 
 
 class SettingsError(ValueError):
@@ -161,11 +162,14 @@ class Settings:
 
 
 #: All classes of settings.  An unknown field is refused: to drop it would silently drop an option.
-CLASSES = (Settings, ListenerSettings, Policy, Identity, Limits, Origin)
+CLASSES = (Settings, ListenerSettings, Policy, Canary, Identity, Limits, Origin)
 #: Newer fields, which are left out at their defaults.  After a package update, the running older
 #: protector reads its configuration by the new package's code.  So it refuses only settings that it
 #: cannot honour.
-ADDED = ("Settings.warnings", "ListenerSettings.beside")
+ADDED = (
+    *("Settings.warnings", "ListenerSettings.beside"),
+    *("Policy.canary", "Policy.surge", "Policy.surge_is_percent"),
+)
 #: Fields for people only: an older program skips them.
 SAID = ("Settings.warnings",)
 _CODEC = Codec(CLASSES, strict=CLASSES, added=ADDED, said=SAID)

@@ -1,11 +1,14 @@
-"""Filters on sockets: classic BPF programs, and programs that select connections by mark.
+"""Filters on sockets: classic BPF programs, and programs that select connections.
 
 A mark distinguishes our probe connections (daemon/ready_probe.py) from clients.
 An IPv4 mark is a random source address of 127/8, which no packet from a network may have.
 IPv6 has only one loopback address, so its mark is a random traffic class and the highest hop limit.
 No system uses that limit by default.  Both values are in the fixed part of the IP header.
 
-Source: SO_ATTACH_FILTER and SO_ATTACH_REUSEPORT_CBPF in socket(7); SKF_NET_OFF in linux/filter.h.
+A share of the other connections may go to another group member: the kernel draws for each.
+
+Source: SO_ATTACH_FILTER and SO_ATTACH_REUSEPORT_CBPF in socket(7); SKF_NET_OFF and
+SKF_AD_RANDOM in linux/filter.h.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import struct
 from collections.abc import Collection, Mapping, Sequence
 
 from ..model.lazy_dataclass import frozen
+from ..model.share import WHOLE
 from . import accept_tags
 
 #: One instruction: code, jump distance if true, jump distance if false, value.
@@ -28,9 +32,11 @@ _INSTRUCTION = struct.Struct("HBBI")
 _PROGRAM = struct.Struct("HP")
 _RETURN = 0x06
 _LOAD_WORD, _LOAD_HALF, _LOAD_BYTE = 0x20, 0x28, 0x30
-_AND, _SHIFT_RIGHT, _IF_EQUAL = 0x54, 0x74, 0x15
+_AND, _SHIFT_RIGHT, _MODULO, _IF_EQUAL, _IF_AT_LEAST = 0x54, 0x74, 0x94, 0x15, 0x35
 #: The offset of the IP header (SKF_NET_OFF).
 _IP = 0x1_0000_0000 - 0x10_0000
+#: The offset of a random number (SKF_AD_OFF + SKF_AD_RANDOM), drawn at each load.
+_RANDOM = 0x1_0000_0000 - 0x1000 + 56
 _IPV6_TRAFFIC_CLASS, _IPV6_HOPS = 67, 16
 #: The highest TTL of a packet; nearly all systems start with 64 or 128.
 MOST_TTL = 255
@@ -128,10 +134,21 @@ def _packed(address: str) -> bytes:
     return socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
 
 
-def selecting(member: int, marked: Mapping[Mark, int]) -> Sequence[Instruction]:
-    """Return a program that selects a group member, with another member for each mark."""
+def selecting(
+    member: int, marked: Mapping[Mark, int], drawn: int = 0, share: int = 0
+) -> Sequence[Instruction]:
+    """Return a program that selects a group member, with another member for each mark.
+
+    drawn: the member that gets `share` ten thousandths of the connections without a mark.
+    """
     by_mark = [each for mark, target in marked.items() for each in mark.program(target)]
-    return (*by_mark, (_RETURN, 0, 0, member))
+    draw: Sequence[Instruction] = (
+        (_LOAD_WORD, 0, 0, _RANDOM),
+        (_MODULO, 0, 0, WHOLE),
+        (_IF_AT_LEAST, 1, 0, share),
+        (_RETURN, 0, 0, drawn),
+    )
+    return (*by_mark, *(draw if share else ()), (_RETURN, 0, 0, member))
 
 
 def attach(to: socket.socket, option: int, program: Sequence[Instruction]) -> None:

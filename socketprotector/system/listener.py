@@ -149,10 +149,12 @@ class Listener:
         marked: Mapping[bpf.Mark, int] = NO_MARKS,
         *,
         held: bool = False,
+        share: int = 0,
     ) -> None:
         """Steer new clients to socket 0 or 1; if held, leave them without an answer.
 
-        marked: the socket of each probe mark.  Raises OSError.
+        marked: the socket of each probe mark.  share: the part of new clients, in ten thousandths,
+        that the other socket gets.  Raises OSError.
         """
         raise NotImplementedError
 

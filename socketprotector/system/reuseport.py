@@ -2,7 +2,8 @@
 
 Two consecutive generations accept from one socket each (daemon/delivery/shared/).  Sockets 0 and 1
 belong to one SO_REUSEPORT group.  For each new connection the kernel runs a one-instruction BPF
-filter, which selects the group member by index.
+filter, which selects the group member by index.  While the two generations share the clients, the
+filter draws for each client first.
 
 During a hold (listener_hold.py there) the group has a third member, which answers no client.  No
 worker has it, so it is gone if the protector dies.  The filter then selects a missing member, and
@@ -140,14 +141,20 @@ def rebind(
     return made
 
 
-def steer(one: socket.socket, member: int, marked: Mapping[bpf.Mark, int] = NO_MARKS) -> None:
+def steer(
+    one: socket.socket,
+    member: int,
+    marked: Mapping[bpf.Mark, int] = NO_MARKS,
+    drawn: int = 0,
+    share: int = 0,
+) -> None:
     """Steer new clients to a member of the socket's group, counted from 0.  Raises OSError.
 
-    marked: the member for each mark.
+    marked: the member for each mark.  drawn: the member that gets a share, in ten thousandths.
     Members are in the order of listen(2); when a member leaves, the last member takes its position.
     A handshake finishes at the member at which it began.
     """
-    bpf.attach(one, bpf.SO_ATTACH_REUSEPORT_CBPF, bpf.selecting(member, marked))
+    bpf.attach(one, bpf.SO_ATTACH_REUSEPORT_CBPF, bpf.selecting(member, marked, drawn, share))
 
 
 def reserve(one: socket.socket, address: tuple[str, int]) -> socket.socket:

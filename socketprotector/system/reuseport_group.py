@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
     from typing import Any
 
-    #: The position of new clients, and the position of each mark.
-    Program = tuple[int, Mapping[Any, int]]
     Order = tuple[int, ...]
     Record = tuple[Order, Order]  # the fields `listed` and `order` of a Group
 
@@ -41,6 +39,8 @@ class Attach:
     to: int  # the member by whose socket it is attached
     position: int
     marked: Mapping[Any, int]
+    drawn: int = 0  # the position of new clients in the share
+    share: int = 0  # in ten thousandths
 
 
 @frozen
@@ -73,6 +73,7 @@ class Group:
     order: Order | None  # the members by the kernel's positions; None: unknown
     to: int | None = None  # the target of new clients: 0, 1 or SILENT; None: not steered yet
     marked: Mapping[Any, int] = field(default_factory=dict)  # the target of each mark
+    share: int = 0  # the part of new clients, in ten thousandths, of the other of sockets 0 and 1
 
     @classmethod
     def of(cls, count: int) -> Group:
@@ -133,13 +134,17 @@ class Group:
 
     # -- plans -----------------------------------------------------------------------
 
-    def steer(self, to: int, marked: Mapping[Any, int], *, held: bool, guarded: bool) -> Plan:
+    def steer(
+        self, to: int, marked: Mapping[Any, int], *, held: bool, guarded: bool, share: int = 0
+    ) -> Plan:
         """Steer new clients to a socket, or during a hold to SILENT, and each mark to its socket.
 
-        guarded: SILENT must take the position of a socket that is shut down.
+        guarded: SILENT must take the position of a socket that is shut down.  share: the part of
+        new clients of the other socket; it gets none while it is shut down, or during a hold.
         """
         yield from self._restore_order()
         self.to, self.marked = SILENT if held else to, dict(marked)
+        self.share = 0 if held else share
         stays = held or guarded
         if stays and not self._is_silent_placed(held=held):
             yield from self._end_silence()
@@ -254,16 +259,18 @@ class Group:
             return order.index(target) if target in order else 0
 
         marked = {mark: position(number) for mark, number in self.marked.items()}
+        other = 1 - self.to if self.share and self.to is not None else None
+        draw = (position(other), self.share) if other in present else (0, 0)
         to = position(self.to)
         for member in reversed(self._order):
             if member != OTHER:
-                error = yield from self._try(Attach(member, to, marked))
+                error = yield from self._try(Attach(member, to, marked, *draw))
                 if error is None:
                     return None
         if isinstance(error, PermissionError) and not self.is_silent:
             error = yield from self._try(Join(SILENT))
             if error is None:
-                error = yield from self._try(Attach(SILENT, to, marked))
+                error = yield from self._try(Attach(SILENT, to, marked, *draw))
         return error
 
     def _try(self, step: Step) -> Try:

@@ -169,11 +169,13 @@ class TcpListener(Listener):
         marked: Mapping[bpf.Mark, int] = NO_MARKS,
         *,
         held: bool = False,
+        share: int = 0,
     ) -> None:
         """Steer new clients to socket 0 or 1; if held, leave them without an answer.
 
         marked: the socket of each probe mark.  While there are marks, clients of a socket that is
         shut down get no answer either: the third socket, the last member, takes its position.
+        share: the part of new clients, in ten thousandths, that the other socket gets.
         Raises OSError.
         """
         if not (self.has_sibling or held or self._is_silent):
@@ -184,8 +186,12 @@ class TcpListener(Listener):
         guarded = bool(marked) and self.has_sibling and self.can_be_held
         count = len(self.sockets)
         socket_of_mark = {mark: number % count for mark, number in marked.items()}
-        plan = self._group.steer(socket_number % count, socket_of_mark, held=held, guarded=guarded)
-        self._carry_out(plan)
+        to, both = socket_number % count, self.has_sibling
+        self._carry_out(
+            self._group.steer(
+                to, socket_of_mark, held=held, guarded=guarded, share=share if both else 0
+            )
+        )
 
     @property
     def has_no_spare(self) -> bool:
@@ -243,8 +249,8 @@ class TcpListener(Listener):
 
     def _perform(self, step: Step) -> None:
         match step:
-            case reuseport_group.Attach(to, position, marked):
-                reuseport.steer(self._member(to), position, marked)
+            case reuseport_group.Attach(to, position, marked, drawn, share):
+                reuseport.steer(self._member(to), position, marked, drawn, share)
             case reuseport_group.Join(reuseport_group.SILENT):
                 reuseport.silence(self.reserve())
             case reuseport_group.Join(number):

@@ -133,10 +133,12 @@ class UnixListener(Listener):
         marked: Mapping[bpf.Mark, int] = NO_MARKS,
         *,
         held: bool = False,
+        share: int = 0,
     ) -> None:
         """Steer new clients to socket 0 or 1; if held, to a socket that no worker has.
 
-        marked: unused, because each UNIX socket has an address of its own.  Raises OSError.
+        marked: unused, because each UNIX socket has an address of its own.  share: unused, because
+        a path leads to one socket.  Raises OSError.
         """
         if self.path:
             if held:

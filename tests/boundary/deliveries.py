@@ -67,6 +67,8 @@ class World(Host):
         self.released: dict[int, OpenGeneration] = {}  # whose clients still wait
         self.draining: set[int] = set()
         self.route: int | None = None
+        self.sharing: int | None = None  # the generation with a share, and that share
+        self.share = 0
         self.held = False
         self.kills = False  # a kill after each order
         self.numbers = count(1)  # of clients and probes
@@ -112,14 +114,14 @@ class World(Host):
 
     # -- a generation ----------------------------------------------------------------
 
-    def open(self, number: int) -> OpenGeneration:
+    def open(self, number: int, *, queue: int = 64) -> OpenGeneration:
         """Open a generation that knows the present listeners, with one worker."""
         listeners = wire.pack_listeners([each.settings.address for each in self.delivery.listeners])
         program = Program("/w", ("w",), "/", (), 0, (), 0, listeners=listeners)
         made = self.generations[number] = OpenGeneration.adopt(
             GenerationRecord(number, program), None
         )
-        self.delivery.open(made, 64, fresh=True)
+        self.delivery.open(made, queue, fresh=True)
         self.start_worker(made)
         self._ordered()
         return made
@@ -142,17 +144,18 @@ class World(Host):
         self.route_to(number)
         return made
 
-    def route_to(self, number: int | None) -> None:
-        self.route = number
+    def route_to(self, number: int | None, sharing: int | None = None, share: int = 0) -> None:
+        self.route, self.sharing, self.share = number, sharing, share
         self._route()
         self._ordered()
 
     def _route(self) -> None:
         generation = self.generations[self.route] if self.route is not None else None
         again = generation is not None and generation.record.serving_since > 0.0
-        if generation is not None:
-            generation.update_record(serving_since=1.0)
-        self.delivery.route_to(generation, again=again)
+        sharing = self.generations[self.sharing] if self.sharing is not None else None
+        for each in filter(None, (generation, sharing)):
+            each.update_record(serving_since=1.0)
+        self.delivery.route_to(generation, again=again, sharing=sharing, share=self.share)
 
     def replace(self, old: int, new: int) -> None:
         """Route clients to a new generation; drain and end the old one as soon as it may."""
@@ -236,6 +239,8 @@ class World(Host):
         one.setblocking(False)
         if one.family == socket.AF_UNIX:
             one.bind("")  # the kernel draws an abstract name, which the worker's end reports
+        elif one.getsockname() == ("0.0.0.0", 0):
+            one.bind(("127.0.0.1", 0))  # without it, clients of two listeners may share a port
         assert one.connect_ex(address) in (0, errno.EINPROGRESS)
         self.names[one.getsockname()] = number
         return number

@@ -67,6 +67,31 @@ def come(world: World, line: Line, index: int = 0) -> None:
         world.untaken.came(index)
 
 
+def test_the_limits_may_be_others(world: World) -> None:
+    """A canary's workers have less time: its clients could have gone elsewhere."""
+    world.untaken.end()
+    world.untaken = AcceptWatch(world.loop, world, late_s=(2.0, 10.0), timer="another")
+    world.untaken.begin(served_before=False)
+    come(world, frozenset({A}))
+    world.pass_time(2.25)
+    assert world.said == []
+    world.pass_time(0.25)
+    assert [each[1:] for each in world.said] == [(1, False, frozenset({0}))]
+
+    world.untaken.begin(served_before=False)
+    come(world, frozenset({A}))
+    world.pass_time(0.5)
+    come(world, frozenset({B}))
+    world.pass_time(0.5)
+    world.lines = {}  # all accepted
+    world.pass_time(5.0)
+    come(world, frozenset({C}))
+    world.pass_time(10.0)
+    assert len(world.said) == 1
+    world.pass_time(5.0)
+    assert [each[1:] for each in world.said[1:]] == [(1, True, frozenset({0}))]
+
+
 def test_a_generation_that_never_accepted_is_reported_once(world: World) -> None:
     come(world, frozenset({A}))
     world.pass_time(FIRST_LOOK_S + NEVER_TAKEN_S - 0.5)

@@ -112,6 +112,7 @@ class FakeChannel:
         self.knows: frozenset[int] | None = None
         self.taken_from = False
         self.said_untaken = False
+        self.met = self.sent = 0
         self.number = next(self.numbers)
         self.room = room
         self.queue: deque[tuple[bytes, int]] = deque()

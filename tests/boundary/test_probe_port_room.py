@@ -74,7 +74,8 @@ def test_a_question_that_was_taken_does_not_wait_behind_another_ports(loop: Loop
         )
         clients.follow(channel)
         ways = [
-            stack.enter_context(closing(ProbePort(loop, channel, 0, clients).target)) for _ in "ab"
+            stack.enter_context(closing(ProbePort(loop, channel, 0, lambda: clients).target))
+            for _ in "ab"
         ]
         connections = []
         for count, way in enumerate(ways, 1):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.launch import cli, options
+from socketprotector.launch import cli, options, rollout_checks
 from socketprotector.launch.preflight import check_siblings
 from socketprotector.launch.resolve import ParsedOptions
 from socketprotector.model import known_servers
@@ -33,6 +33,8 @@ needs_root = needs.ANOTHER_USER
 #: The names of the types of options that take a number.
 MEASURES = ("TIME", "SIZE", "N[+-J]", "integer range", "OCTAL")
 LISTENER = ("--handoff", "listener")
+CANARY = ("--canary", "5%")
+ROLLING = ("--reload-order", "rolling", "--drain-timeout", "9s")
 SETTLES = ("--settle", "5s", "--settle-check")
 
 
@@ -112,6 +114,55 @@ def test_one_that_is_not_unpacked_says_so(typed: Typed, monkeypatch: pytest.Monk
         (
             ["--settle", "5s", "--reload-order", "stop-first", "0", "--", "true"],
             "--settle does not work with --reload-order stop-first; leave one out",
+        ),
+        (["--canary", "5", "0", "--", "true"], "'5' is no share: write 0.01% to 99.99%"),
+        (["--canary", "100%", "0", "--", "true"], "'100%' is no share"),
+        (["--canary", "0.001%", "0", "--", "true"], "'0.001%' is no share"),
+        (["--canary-for", "9s", "0", "--", "true"], "--canary-for needs --canary SHARE"),
+        (["--canary-at-least", "9", "0", "--", "true"], "--canary-at-least needs --canary SHARE"),
+        (
+            [*CANARY, "--reload-order", "stop-first", "0", "--", "true"],
+            "--canary does not work with --reload-order stop-first; leave one out",
+        ),
+        (
+            [*CANARY, *ROLLING, "0", "--", "true"],
+            "--canary does not work with --reload-order rolling; leave one out",
+        ),
+        (
+            [*CANARY, *LISTENER, "unix:/run/w", "--", "true"],
+            r"--canary: .* the same socket of unix:/run/w \(a UNIX path\).*; .* listen on TCP",
+        ),
+        (
+            [*CANARY, *LISTENER, "0", "unix:@w", "--", "true"],
+            r"the same socket of unix:@w \(an abstract name\)",
+        ),
+        (
+            [*CANARY, *LISTENER, "0?defer_accept=5", "--", "true"],
+            r"the same socket of 0\?defer_accept=5 \(\?defer_accept\)",
+        ),
+        (["--surge", "2", "0", "--", "true"], "--surge needs --reload-order rolling"),
+        ([*ROLLING, "--surge", "0", "0", "--", "true"], "write a number of workers from 1"),
+        ([*ROLLING, "--surge", "0%", "0", "--", "true"], "or 1% to 100%"),
+        ([*ROLLING, "--surge", "101%", "0", "--", "true"], "or 1% to 100%"),
+        (
+            ["--reload-order", "rolling", "0", "--", "true"],
+            "--reload-order rolling needs a limit.*: set --drain-timeout TIME",
+        ),
+        (
+            [*ROLLING, "--handoff", "stdio", "0", "--", "true"],
+            "--reload-order rolling does not work with --handoff stdio",
+        ),
+        (
+            [*ROLLING, "--handoff", "legacy", "0", "--", "true"],
+            "--reload-order rolling does not work with --handoff legacy",
+        ),
+        (
+            [*ROLLING, *LISTENER, "0", "--", "gunicorn", "app:app"],
+            "needs workers on the client library, which gunicorn is not; use start-first",
+        ),
+        (
+            [*ROLLING, *LISTENER, "unix:/run/w", "--", "true"],
+            r"--reload-order rolling: .* the same socket of unix:/run/w \(a UNIX path\)",
         ),
         ([*SETTLES, "http:x", "0", "--", "true"], "write http:/path"),
         ([*SETTLES, "accept", "0", "--", "true"], "'accept' is for --ready"),
@@ -719,6 +770,19 @@ def test_a_question_is_refused_once_it_is_known_that_there_is_no_second_socket(
     check_siblings(settings, {0})
     with pytest.raises(UsageError, match=f"{asked[-2]} http:/x: .* of 80 "):
         check_siblings(settings, ())
+
+
+@pytest.mark.parametrize("asked", [CANARY, ROLLING])
+def test_a_share_is_refused_once_it_is_known_that_there_is_no_second_socket(
+    asked: tuple[str, ...],
+) -> None:
+    found = cli.parse([*asked, *LISTENER, "0", "--", "true"])
+    assert isinstance(found, ParsedOptions)
+    settings = replace(found.settings, listeners=(ListenerSettings("tcp:127.0.0.1:80", text="80"),))
+
+    rollout_checks.check_siblings(settings, {0})
+    with pytest.raises(UsageError, match=f"{asked[0]}.*: .* of 80 .passed in without"):
+        rollout_checks.check_siblings(settings, ())
 
 
 def test_an_address_in_use_is_refused_in_one_line_without_memory_to_say_by_whom(

@@ -7,6 +7,7 @@ import json
 import os
 import select
 import socket
+import struct
 import subprocess
 import sys
 import traceback
@@ -23,6 +24,8 @@ from tests.running import DEADLINE_S, ROOT
 from tests.unanswered import Unanswered
 
 Pair = tuple[socket.socket, socket.socket]
+#: The clients of which a share is drawn; so many at a time have room in a backlog.
+CLIENTS, BATCH = 20_000, 40
 
 
 @pytest.fixture
@@ -86,6 +89,50 @@ def test_a_mark_leads_to_the_other_one_and_nobody_else_goes_there(
                         assert [accepted(each) for each in pair] == [1 - meant, meant]
             reuseport.steer(one, 1 - meant)
             assert came(pair, hosts) == ((0, 12) if meant == 0 else (12, 0))
+
+
+def came_to_second(pair: Pair, host: str, count: int) -> int:
+    """How many of so many new clients the second gets.  A reset leaves no port in TIME_WAIT."""
+    port, second = pair[0].getsockname()[1], 0
+    for _ in range(count // BATCH):
+        with ExitStack() as clients:
+            for _ in range(BATCH):
+                one = clients.enter_context(socket.create_connection((host, port)))
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        there = accepted(pair[1])
+        assert accepted(pair[0]) + there == BATCH
+        second += there
+    return second
+
+
+@pytest.mark.parametrize(
+    ("family", "host", "drawn"), [(socket.AF_INET, "127.0.0.1", 1), (socket.AF_INET6, "::1", 0)]
+)
+def test_the_kernel_draws_a_share_and_a_probe_still_comes_where_it_is_meant_to(
+    family: int, host: str, drawn: int
+) -> None:
+    with listening(family, host) as one:
+        second = reuseport.make(one)
+        assert second is not None
+        with second:
+            pair = (one, second) if drawn else (second, one)
+            mark = bpf.Mark.draw(family)
+            marked = {mark: 1 - drawn}
+            reuseport.steer(one, 1 - drawn, marked, drawn, share=500)
+            mean, sigma = CLIENTS * 0.05, (CLIENTS * 0.05 * 0.95) ** 0.5
+            assert abs(came_to_second(pair, host, CLIENTS) - mean) < 4 * sigma
+            # Of 1,000 clients, more than 5 are such exceptions once in 10^9 runs.
+            reuseport.steer(one, 1 - drawn, {}, drawn, share=1)
+            assert came_to_second(pair, host, 1000) <= 5
+            reuseport.steer(one, 1 - drawn, marked, drawn, share=9_999)
+            assert came_to_second(pair, host, 1000) >= 995
+            for _ in range(20):
+                with socket.socket(family) as ours:
+                    mark.put(ours)
+                    ours.connect((host, one.getsockname()[1]))
+                    assert [accepted(each) for each in pair] == [1, 0]
+            reuseport.steer(one, 1 - drawn)
+            assert came_to_second(pair, host, 1000) == 0
 
 
 @needs.root_with("ip", "nsenter", "unshare")

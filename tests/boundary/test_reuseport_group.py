@@ -18,9 +18,11 @@ from socketprotector.system.listener import Listener
 from socketprotector.system.listeners import listener_of
 from socketprotector.system.reuseport_group import OTHER, SILENT
 from tests.running import DEADLINE_S
-from tests.unit.system.reuseport_group_model import EVENTS, OF_WORKERS, World
+from tests.unit.system.reuseport_group_model import DRAWN, EVENTS, OF_WORKERS, World
 
 SEQUENCES = 60
+#: A share, in ten thousandths.
+HALF = 5_000
 LOCK_FILTER = 44
 #: A client that gets an answer on this machine has it before connect(2) returns; but on a busy one
 #: it may take this long.
@@ -94,7 +96,8 @@ class Address:
         model = self.model
         marked = dict.fromkeys((self.mark,), 1 - model.serving) if model.asked else {}
         try:
-            self.listener.steer(model.serving, marked, held=model.held)
+            share = HALF if model.shared else 0
+            self.listener.steer(model.serving, marked, held=model.held, share=share)
         except OSError:
             assert not model.kernel.socks
 
@@ -106,9 +109,12 @@ class Address:
         }
         numbers = [inodes.get(each, SILENT) for each in found]
         assert numbers == model.kernel.listed, "the model and the kernel differ"
-        for of in model.classes:
+        for of in (None, "mark") if model.asked else (None,):
+            can = model.kernel.select(of) or {OTHER}
+            if of is None and model.shared:
+                can |= model.kernel.select(DRAWN)
             for _ in range(2):
-                came, can = self.comes_to(of is not None), model.kernel.select(of)
+                came = self.comes_to(of is not None)
                 assert came in can, f"{of} comes to {came}, not to {can}"
 
     def comes_to(self, marked: bool) -> int:

@@ -8,6 +8,7 @@ from socketprotector.launch.options import OPTIONS
 from socketprotector.launch.settings_diff import changes, forbidden
 from socketprotector.model.policy import Policy
 from socketprotector.model.settings import Identity, Limits, ListenerSettings, Settings
+from socketprotector.model.share import Canary
 from tests.together import together
 
 WEB, OTHER = ListenerSettings("tcp:0.0.0.0:80"), ListenerSettings("unix:/run/x")
@@ -26,6 +27,7 @@ NO_OPTIONS = {
     *{"command", "listeners", "limits", "nice", "environment", "watch"},
     *{"ready", "ready_after_s", "ready_fd", "ready_check", "ready_question"},
     *{"health", "policy.workers_accept", "policy.ready", "policy.settle_check"},
+    *{"policy.stop_first", "policy.surge", "policy.surge_is_percent", "policy.canary"},
     *{"worker_limits.connections", "worker_limits.spread"},
     *{"pools", "nofile_soft", "batch", "outlives_terminal", "secret", "notify_folder"},
     *{"control", "notices", "warnings", "origin"},
@@ -69,6 +71,14 @@ def test_another_check_is_told_without_its_secrets() -> None:
         (
             replace(SETTINGS, policy=Policy(settle_s=0.5, stop_first=True)),
             ["reload-order: start-first -> stop-first", "settle: 0s -> 500ms"],
+        ),
+        (
+            replace(SETTINGS, policy=Policy(surge=25, surge_is_percent=True)),
+            ["reload-order: start-first -> rolling", "surge: none -> 25%"],
+        ),
+        (
+            replace(SETTINGS, policy=Policy(canary=Canary(25, 90.0, 200))),
+            ["canary: none -> 0.25% for 1m30s, at least 200"],
         ),
         (
             replace(SETTINGS, worker_limits=Limits(connections=9, spread=2, age_s=60.0)),

@@ -1307,7 +1307,7 @@ def test_of_a_question_that_cannot_be_put_the_kernel_keeps_nothing(
         with pytest.raises(OSError, match="no buffer"):
             reloaded.steering.probes.reach_by_mark(2, "")
     marked: list[Mapping[bpf.Mark, int]] = []
-    monkeypatch.setattr(reuseport, "steer", lambda one, member, marks: marked.append(marks))
+    monkeypatch.setattr(reuseport, "steer", lambda one, member, marks, *draw: marked.append(marks))
 
     reloaded.steering.turn_to(0, again=True)
 
@@ -1327,7 +1327,7 @@ def raising(number: int, text: str) -> Callable[..., None]:
 
 def queue_of(world: World, knows: Mapping[int, Container[int]]) -> Callable[[int], int | None]:
     """Return what status says of generations.  knows: their numbers, and indices of listeners."""
-    return lambda number: world.steering.waiting(number, knows[number].__contains__)
+    return lambda number: world.steering.probes.waiting(number, knows[number].__contains__)
 
 
 def test_clients_at_a_generations_own_socket_are_counted_for_it(reloaded: World) -> None:

@@ -48,6 +48,7 @@ RUN: dict[str, tuple[str, ...]] = {
     "docs/metrics.md": ("curl", "openssl", "systemctl"),
     "docs/probes.md": ("curl",),
     "docs/reference.md": (),
+    "docs/rollout.md": (),
     "docs/security.md": ("apparmor_parser", "semanage", "restorecon", "systemctl"),
     "docs/servers.md": (
         *("curl", "gunicorn", "hypercorn", "nginx", "node", "plackup", "starman", "uvicorn"),

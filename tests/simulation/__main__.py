@@ -15,6 +15,7 @@ from typing import Any
 
 from tests.simulation.each_step import ListenerStory, Story
 from tests.simulation.handed import Handed
+from tests.simulation.rolled import ROLLED
 from tests.simulation.world import World
 
 #: Steps of one life: long enough for a dozen reloads.
@@ -37,9 +38,10 @@ def handoff_of(seed: int, handoff: str) -> str:
     return random.Random(f"handoff {seed}").choice(tuple(KINDS))
 
 
-def life(seed: int, steps: int, handoff: str, note: Callable[[str], None] | None = None) -> World:
+def life(seed: int, steps: int, arguments: Any, note: Callable[[str], None] | None = None) -> World:
     """Return a protector's life that has not begun yet."""
-    return KINDS[handoff_of(seed, handoff)](seed, steps, note)
+    kinds = ROLLED if arguments.rollouts else KINDS
+    return kinds[handoff_of(seed, arguments.handoff)](seed, steps, note)
 
 
 class Told:
@@ -119,6 +121,7 @@ def main() -> int:
     parser.add_argument("--total", type=int, default=1_000_000, help="steps in all")
     parser.add_argument("--minutes", type=float, help="so long, instead of so many steps")
     parser.add_argument("--handoff", choices=(*KINDS, "any"), default="any", help=HANDOFF)
+    parser.add_argument("--rollouts", action="store_true", help="lives with shares and rolling")
     parser.add_argument("--lives", type=int, help="so many, instead of so many steps")
     parser.add_argument("--each-step", action="store_true", help=EACH_STEP)
     parser.add_argument("--acts", nargs="+", default=(), help="of a story; else the seed's")
@@ -130,7 +133,7 @@ def main() -> int:
     if arguments.each_step:
         return tell_stories(arguments)
     if arguments.seed is not None and len(arguments.seed) == 1:
-        life(arguments.seed[0], arguments.steps, arguments.handoff, print).live()
+        life(arguments.seed[0], arguments.steps, arguments, print).live()
         return 0
     began, done = time.process_time(), 0
     ends = time.monotonic() + (arguments.minutes or 0.0) * 60
@@ -157,7 +160,7 @@ def main() -> int:
 
     for seed in chosen():
         tried.append(seed)
-        world = life(seed, arguments.steps, arguments.handoff)
+        world = life(seed, arguments.steps, arguments)
         try:
             world.live()
         except Exception as error:

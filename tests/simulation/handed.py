@@ -40,7 +40,7 @@ from socketprotector.system import inherited
 from tests.simulation.files import Connection, File, Question, failure
 from tests.simulation.kernel import End, Socket
 from tests.simulation.ports import Address, Listening
-from tests.simulation.world import BACKLOG, POLICIES, Voice, World
+from tests.simulation.world import BACKLOG, Voice, World
 
 #: Why clients may be lost that come to an address which a worker has done something to.
 MISCHIEF = "mischief"
@@ -183,9 +183,9 @@ class Handed(World):
     """Everything around one protector whose workers accept."""
 
     ACCEPTS = False
-    ADDED = ("tcp", "tcp", "tcp", "tcp6", "zero", "alone", "unix", "unix", "long", "abstract")
-    KINDS = (*ADDED[:8], "foreign", "long", "single", "abstract", "passed in")
-    PAIRED = ("tcp", "tcp", "tcp6", "zero", "unix")
+    ADDED: Any = ("tcp", "tcp", "tcp", "tcp6", "zero", "alone", "unix", "unix", "long", "abstract")
+    KINDS: Any = (*ADDED[:8], "foreign", "long", "single", "abstract", "passed in")
+    PAIRED: Any = ("tcp", "tcp", "tcp6", "zero", "unix")
     ASKED = 0.4
     GAPS = (8, 30, 100)
     TIME = (0.98, (0.001, 0.02, 0.1, 0.2, 0.5), 20.0)
@@ -208,7 +208,7 @@ class Handed(World):
             command=("./daemon",),
             directory="/srv",
             listeners=listeners,
-            policy=replace(pick(POLICIES), workers_accept=True),
+            policy=replace(pick(self.POLICIES), workers_accept=True),
             handoff="listener",
             drain_signal=int(pick((signal.SIGTERM, signal.SIGQUIT))),
             workers=pick((1, 1, 2, 3)),

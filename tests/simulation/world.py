@@ -58,7 +58,7 @@ from socketprotector.daemon.checkpoint import Checkpoint
 from socketprotector.daemon.config_reader import ConfigAnswer
 from socketprotector.daemon.delivery.queue.forwarder import Forwarder
 from socketprotector.daemon.delivery.queue.queue_delivery import QueueDelivery
-from socketprotector.daemon.delivery.shared import probes, quiescing, socket_steering, socket_watch
+from socketprotector.daemon.delivery.shared import canary_watch, probes, quiescing, socket_watch
 from socketprotector.daemon.delivery.shared.shared_delivery import SharedDelivery
 from socketprotector.daemon.effects import Effects
 from socketprotector.daemon.event_queue import EventQueue
@@ -414,6 +414,8 @@ class World:
     UNUSUAL = True
     #: In how many lives each generation is asked whether it serves.
     ASKED = 0.15
+    #: What a configuration may choose.
+    POLICIES: Any = POLICIES
     #: What there is to listen on, and what a configuration that is read again can add.
     KINDS: Any = (socket.AF_INET, socket.AF_UNIX)
     ADDED: Any = KINDS
@@ -521,7 +523,7 @@ class World:
             command=("./daemon",),
             directory="/srv",
             listeners=tuple(self._bind_one(n, pick) for n in range(pick((1, 1, 2)))),
-            policy=pick(POLICIES),
+            policy=pick(self.POLICIES),
             workers=pick((1, 1, 2, 3)),
             ready_after_s=pick((None, None, None, 1.0)),
             queue=pick((6, 12, 64, 256)),
@@ -612,7 +614,7 @@ class World:
             except OSError as error:
                 return ConfigAnswer(str(error))
         policy = replace(
-            pick(POLICIES),
+            pick(self.POLICIES),
             workers_accept=old.policy.workers_accept,
             ready=old.policy.ready,
             settle_check=old.policy.settle_check,
@@ -1726,7 +1728,7 @@ def installed(world: World) -> Iterator[None]:
         put(unix_listener, "give", kernel.give)
         put(quiescing, "unread_by_port", kernel.unread_by_port)
         put(quiescing, "handshakes_by_port", kernel.handshakes_by_port)
-        for module in (socket_steering, socket_watch, probes):
+        for module in (canary_watch, socket_watch, probes):
             put(module, "unaccepted", kernel.unaccepted)
         put(probes, "is_waiting", kernel.is_waiting)
         put(probes, "end_of", kernel.end_of)

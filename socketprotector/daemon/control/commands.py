@@ -18,15 +18,18 @@ from ...core.events import (
     HoldRequested,
     KillRequested,
     LameDuckRequested,
+    PromoteRequested,
     ReloadRequested,
     RenewRequested,
     ReplaceRequested,
+    RollbackRequested,
     ScaleRequested,
     StopRequested,
     TimerKind,
 )
 from ...core.fleet import Fleet, Phase, State
-from ...core.reload import STOP_FIRST
+from ...core.reload import STOP_FIRST, cannot_roll_back
+from ...core.rollout import cannot_promote
 from ...model import control_requests
 from ...model.control_requests import Request, RequestError
 from ...model.history import RECENT
@@ -35,7 +38,7 @@ from ..config_reader import ConfigAnswer
 from ..effects import Effects
 from ..runtime import Runtime
 from ..supervisor import Supervisor
-from . import status
+from . import rollout, status
 from .server import Client
 
 TYPE_CHECKING = False
@@ -44,7 +47,9 @@ if TYPE_CHECKING:
 
 #: Commands that change nothing, so a failure leaves nothing half done.
 _READ_ONLY = ("status", "history", "connections", "crashes")
-_NOT_WHILE_STOPPING = ("reload", "upgrade", "lame-duck", "scale", "hold", "replace")
+_NOT_WHILE_STOPPING = (
+    *("reload", "promote", "rollback", "upgrade", "lame-duck", "scale", "hold", "replace"),
+)
 _ENDING = (Phase.DRAINING, Phase.ABANDONED)
 
 
@@ -102,6 +107,7 @@ class CommandHandler:
         route = effects.generations.get(fleet.route.number) if fleet.route else None
         history = effects.reports.run.history
         generations = status.of_generations(fleet, effects)
+        held, upgrade = rollout.held_by(fleet, effects), self.supervisor.upgrade_waits_for()
         return {
             "version": __version__,
             "now": time.time(),
@@ -129,7 +135,8 @@ class CommandHandler:
             "queue_limit": delivery.queue_limit(route) if route else None,
             "listeners": [status.of_listener(each, delivery) for each in delivery.listeners],
             "generations": generations,
-            **status.of_waits(fleet, effects, generations, self.supervisor.upgrade_waits_for()),
+            **status.of_waits(fleet, effects, generations, held, upgrade),
+            **rollout.of_rollout(fleet, effects, held),
             "dry_run": as_dict(history.dry_run) if history.dry_run is not None else None,
             "reloads": status.plain(history.reloads[-RECENT:]),
             "crashes": history.crashed,
@@ -186,14 +193,46 @@ class CommandHandler:
 
     # -- commands that change something ------------------------------------------
 
-    def do_reload(self, dry_run: bool = False) -> Mapping[str, Any]:
+    def do_reload(
+        self, dry_run: bool = False, canary: Mapping[str, Any] | None = None
+    ) -> Mapping[str, Any]:
         fleet = self.supervisor.fleet
+        if dry_run and canary:
+            raise RequestError("invalid", "reload: a dry run gets no clients, so no canary")
         if dry_run:
             self._refuse_dry_run(fleet)
             self.runtime.post(DryRunRequested())
             return {"generation": fleet.next_generation}
-        self.runtime.post(ReloadRequested())
+        share = control_requests.canary_of(canary) if canary else None
+        if share:
+            self._refuse_canary()
+        self.runtime.post(ReloadRequested(share))
         return {"generation": fleet.next_generation}
+
+    def _refuse_canary(self) -> None:
+        effects = self._effects
+        order = effects.live_settings.settings.policy.reload_order
+        cannot = effects.delivery.cannot_share(effects.delivery.listeners)
+        if order != "start-first":
+            cannot = f"it does not work with --reload-order {order}; reload without it"
+        if cannot:
+            raise RequestError("refused", f"no canary: {cannot}")
+
+    def do_promote(self, now: bool = False) -> Mapping[str, Any]:
+        fleet = self.supervisor.fleet
+        settling = fleet.of(Phase.SETTLING)
+        if cannot := cannot_promote(fleet, now=now):
+            raise RequestError("refused", cannot)
+        number = settling.number if settling else 0
+        self.runtime.post(PromoteRequested(now, self._effects.met(number)))
+        return {"generation": number}
+
+    def do_rollback(self) -> Mapping[str, Any]:
+        fleet = self.supervisor.fleet
+        if cannot := cannot_roll_back(fleet):
+            raise RequestError("refused", cannot)
+        self.runtime.post(RollbackRequested())
+        return {"generation": fleet.incoming.number if fleet.incoming else fleet.next_generation}
 
     def _refuse_dry_run(self, fleet: Fleet) -> None:
         settings = self._effects.live_settings.settings

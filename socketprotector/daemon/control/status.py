@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ..health import Health
+    from .rollout import Held
 
 #: The fields of a generation that a check command gets, beside its number of workers.
 _COUNTED = (
@@ -85,11 +86,16 @@ def of_health(health: Health | None) -> dict[str, Any] | None:
 
 
 def of_waits(
-    fleet: Fleet, effects: Effects, generations: Iterable[Mapping[str, Any]], upgrade: str
+    fleet: Fleet,
+    effects: Effects,
+    generations: Iterable[Mapping[str, Any]],
+    held: Held,
+    upgrade: str,
 ) -> dict[str, Any]:
     """Return the field `waits_for`; an empty result if SocketProtector waits for nothing.
 
-    generations: the result of of_generations().  upgrade: what an upgrade waits for.
+    generations, held: the results of of_generations() and rollout.held_by().  upgrade: what an
+    upgrade waits for.
     """
     now, starting = time.monotonic(), fleet.of(Phase.STARTING)
     answer = ""
@@ -101,6 +107,8 @@ def of_waits(
         left_s={each: max(0.0, due - now) for each, due in effects.due()},
         active={each["number"]: each["active"] for each in generations},
         answer=headline(answer),
+        met=effects.met(settling.number) if settling is not None else 0,
+        held=held,
         settle_check=shown(settles.program.settle_check) if settles is not None else "",
         settle_check_due=effects.probing.is_due,
         upgrade=upgrade,

@@ -103,11 +103,27 @@ class Delivery(ABC):
         """
 
     @abstractmethod
-    def route_to(self, generation: OpenGeneration | None, *, again: bool = False) -> None:
+    def cannot_share(self, listeners: Collection[Listener]) -> str | None:
+        """Return why two generations cannot share the new clients of these listeners; None: can."""
+
+    @abstractmethod
+    def route_to(
+        self,
+        generation: OpenGeneration | None,
+        *,
+        again: bool = False,
+        sharing: OpenGeneration | None = None,
+        share: int = 0,
+    ) -> None:
         """Bring new clients to this generation; None: let them wait.
 
-        again: it has had the route before.
+        again: it has had the route before.  sharing: another generation, which gets `share` ten
+        thousandths of the new clients of the listeners that both know.
         """
+
+    @abstractmethod
+    def met(self, generation: OpenGeneration) -> int | None:
+        """Return how many new clients a generation has got so far; None: unknown."""
 
     @abstractmethod
     def begin_drain(

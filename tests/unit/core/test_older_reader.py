@@ -14,7 +14,7 @@ from socketprotector.core.snapshot import Snapshot
 from socketprotector.model import settings
 
 #: Fields that were added since, each with what older programs do not know.
-ADDED: set[str] = set()
+ADDED = {"Fleet.rollout"}
 #: Classes and values that all programs know which read format 3.
 KNOWN = """
 Candidate Counts Crash Deadline Fleet ForwarderRecord Generation GenerationRecord History HoldRecord

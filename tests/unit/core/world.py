@@ -38,7 +38,7 @@ from socketprotector.core.actions import (
     UseSettings,
     WorkerSignal,
 )
-from socketprotector.core.decide import decide
+from socketprotector.core.decide import decide, route_of
 from socketprotector.core.events import (
     Answered,
     BacklogEmptied,
@@ -55,10 +55,12 @@ from socketprotector.core.events import (
     LameDuckRequested,
     Launched,
     OpenFailed,
+    PromoteRequested,
     Quiesced,
     ReloadRequested,
     RenewRequested,
     ReplaceRequested,
+    RollbackRequested,
     ScaleRequested,
     SettingsFailed,
     SettingsRead,
@@ -84,8 +86,11 @@ from socketprotector.core.fleet import (
     Worker,
 )
 from socketprotector.core.reload import failed_in_the_way, in_the_way
+from socketprotector.core.rollout import room, waits_to_replace
 from socketprotector.core.waiting import Facts, waits
+from socketprotector.model.share import WHOLE, Canary
 
+CANARY = Canary(500, 60.0, at_least=10)
 POLICIES = [
     Policy(),
     Policy(settle_s=5.0),
@@ -105,6 +110,12 @@ POLICIES = [
     Policy(ready="accept", settle_s=5.0, start_tries=1),
     Policy(settle_s=5.0, settle_check="http:/"),
     Policy(workers_accept=True, ready="any", settle_s=5.0, settle_check="check:true"),
+    Policy(canary=CANARY, settle_s=5.0, settle_check="http:/"),
+    Policy(canary=CANARY, ready="http"),
+    Policy(workers_accept=True, canary=CANARY),
+    Policy(surge=1, drain_timeout_s=9.0),
+    Policy(surge=2, drain_timeout_s=9.0, settle_s=5.0, settle_check="http:/"),
+    Policy(surge=50, surge_is_percent=True, drain_timeout_s=9.0, workers_accept=True, ready="any"),
 ]
 #: Calm rounds after which everything must have come to rest: a kill follows a TERM follows
 #: a drain follows a start, each a round, and a few of these one after another.
@@ -119,7 +130,13 @@ OTHER_POLICIES = (
     Policy(settle_s=5.0, settle_check="http:/"),
     Policy(stop_first=True),
     Policy(drain_timeout_s=9.0, max_draining=1),
+    Policy(drain_timeout_s=9.0, surge=1),
+    Policy(canary=CANARY),
 )
+
+
+def fleet_rolls(fleet: Fleet) -> bool:
+    return fleet.rollout is not None and not fleet.rollout.canary
 
 
 class World:
@@ -133,6 +150,7 @@ class World:
         self.channels: dict[int, str] = {}  # of each generation: open, failed or drained
         self.unlimited: frozenset[int] = frozenset()  # may drain for ever, or until a stop is over
         self.route: int | None = None
+        self.sharing: tuple[int, int] | None = None  # a generation with a share of the clients
         self.timers: frozenset[Deadline] = frozenset()
         self.listeners = "open"
         self.held = False
@@ -215,6 +233,10 @@ class World:
                     if p.generation == number and other not in self.orphaned
                 ]
                 assert slot not in others, "two living workers in one slot"
+                # A stop starts one for queued clients that no other worker can take.
+                if self.fleet.newest_policy.rolls and self.fleet.stopping is None:
+                    alive = sum(1 for _ in self.fleet.alive())
+                    assert alive <= self.fleet.most_processes, "more processes than allowed"
                 if self.channels[number] != "failed":
                     self.processes[worker] = action
             case Signal(worker, kind):
@@ -225,9 +247,16 @@ class World:
                 assert worker in self.processes
             case RouteTo(None):
                 assert self.route is not None, "an order that changes nothing"
-                self.route = None
-            case RouteTo(number):
-                assert self.route != number, "an order that changes nothing"
+                self.route = self.sharing = None
+            case RouteTo(number, sharing, share):
+                before = self.route, self.sharing
+                after = number, (sharing, share) if sharing else None
+                assert before != after, "an order that changes nothing"
+                self.sharing = after[1]
+                if sharing:
+                    assert 0 < share < WHOLE
+                    assert self.channels[sharing] == "open", "a share for what cannot take it"
+                    assert sharing not in self.tried
                 assert self.channels[number or 0] == "open", "routed to what cannot take it"
                 assert number not in self.tried, "clients for what was only to be tried"
                 self.route = number
@@ -241,7 +270,8 @@ class World:
                 self.channels[number] = "quiescing"
             case Drain(number):
                 assert self.channels[number] in ("open", "quiescing"), "drained twice"
-                assert self.route != number, "drained while it gets new connections"
+                gets = self.route, self.sharing[0] if self.sharing else None
+                assert number not in gets, "drained while it gets new connections"
                 self.channels[number] = "drained"
                 if self.fleet.stopping or not self.fleet.policy.drain_limit_s:
                     self.unlimited |= {number}
@@ -261,7 +291,8 @@ class World:
                 self.probed = None
             case CheckSettling(number):
                 assert self.checked is None, "two are asked at once"
-                assert self.route == number, "it has no clients, and is asked how it does"
+                has_share = self.sharing and self.sharing[0] == number
+                assert self.route == number or has_share, "it has no clients, and is checked"
                 self.checked = number
             case StopChecking(number):
                 assert self.checked == number
@@ -291,6 +322,7 @@ class World:
                 assert self.probed is None, "the probes continue"
                 assert self.checked is None
                 assert not self.read
+                assert self.sharing is None
                 left = (self.processes, self.channels, self.timers, self.route)
                 assert left == ({}, {}, frozenset(), None), f"left at Exit: {left}"
                 assert self.listeners == "closed"
@@ -324,6 +356,9 @@ class World:
             assert not (fleet.incoming and fleet.incoming.fresh), "a release comes before a stop"
         assert not (fleet.stopping and fleet.lame_duck is not LameDuck.OFF)
         assert self.route == (fleet.route.number if fleet.route else None)
+        order = route_of(fleet)
+        assert self.sharing == ((order.sharing, order.share) if order.sharing else None)
+        self.check_rollout()
 
         for generation in fleet.generations:
             self.check_generation(generation)
@@ -361,6 +396,20 @@ class World:
         if fleet.stopping is Stop.QUICK:
             assert all(generation.ending for generation in fleet.generations)
             assert self.listeners == "closed"
+
+    def check_rollout(self) -> None:
+        fleet, incoming = self.fleet, self.fleet.incoming
+        if fleet.sharing:
+            assert fleet.sharing.ready_workers, "a share, and no worker is ready"
+        if fleet.rollout:
+            assert fleet.is_opening
+        assert not (fleet.canary_wanted and not fleet.reload_wanted)
+        if incoming is None or not fleet.of(Phase.SERVING) or fleet.stopping:
+            return
+        waits = self.runs(TimerKind.TURN) or self.runs(TimerKind.SETTLE, incoming.number)
+        if fleet_rolls(fleet) and incoming.phase is Phase.SETTLING and not waits:
+            complete = incoming.ready and len(incoming.workers) >= fleet.full_size(incoming)
+            assert not complete, "complete, and not promoted"
 
     def check_dry_run(self, starting: Generation | None) -> None:
         """It is one thing at a time, and beside a generation that serves."""
@@ -406,13 +455,17 @@ class World:
         drains = self.channels[number] in ("quiescing", "drained")
         assert drains == (phase is Phase.DRAINING)
         assert generation.quiescing == (self.channels[number] == "quiescing")
-        begun = bool(generation.workers) or not self.runs(TimerKind.TURN)
+        comes = self.runs(TimerKind.TURN) or room(self.fleet, 1) == 0
+        begun = bool(generation.workers) or not comes
         proven = phase is Phase.STARTING and self.fleet.dry_run
         proven = proven and self.runs(TimerKind.SETTLE, number)
         starts = phase is Phase.STARTING and begun and not proven
         assert self.runs(TimerKind.START, number) == starts or (proven and begun)
-        assert self.runs(TimerKind.SETTLE, number) == (phase is Phase.SETTLING or proven)
-        coming = phase is Phase.STARTING and self.runs(TimerKind.TURN)
+        # While workers are replaced a few at a time, no timer runs.
+        rolling = phase is Phase.SETTLING and fleet_rolls(self.fleet)
+        settles = (phase is Phase.SETTLING or proven) and not rolling
+        assert self.runs(TimerKind.SETTLE, number) == settles or rolling
+        coming = phase is Phase.STARTING and comes
         assert generation.workers or coming, "no worker is left in it, and it is not released"
         slots = [w.slot for w in generation.workers if w.state is not State.ORPHANED]
         assert len(slots) == len(set(slots))
@@ -426,9 +479,11 @@ class World:
             assert worker.replaces in {0, *numbers}, "it waits for the place of one that is gone"
         staying = [w for w in generation.workers if w.state not in LEAVING and not w.replaces]
         if phase is Phase.STARTING:
-            assert len(staying) >= self.fleet.wanted_in(generation) or self.runs(TimerKind.TURN)
+            enough = len(staying) >= self.fleet.wanted_in(generation)
+            assert enough or self.runs(TimerKind.TURN) or room(self.fleet, 1) == 0
         if phase is Phase.SERVING and not (self.fleet.incoming or self.fleet.stopping):
-            assert len(staying) == self.fleet.workers_wanted or self.runs(TimerKind.TURN)
+            waits = self.runs(TimerKind.TURN) or room(self.fleet, 1) == 0
+            assert len(staying) == self.fleet.workers_wanted or waits
 
     def check_waits(self) -> None:
         """Each wait has its reason, once; where nothing is waited for there is none."""
@@ -478,7 +533,9 @@ class World:
         assert (worker.state is State.ORPHANED) == (number in self.orphaned)
         waits = self.runs(TimerKind.WORKER_RESPAWN, number)
         assert not (worker.alive and waits)
-        assert worker.alive or waits or self.runs(TimerKind.TURN), "no worker is ever started there"
+        delayed = waits or self.runs(TimerKind.TURN) or room(self.fleet, 1) == 0
+        delayed = delayed or (worker.replaces > 0 and waits_to_replace(self.fleet))
+        assert worker.alive or delayed, "no worker is ever started there"
         last_word = (
             self.runs(TimerKind.WORKER_KILL, number) or number in self.killed or generation.ending
         )
@@ -519,6 +576,10 @@ class World:
     def asked(self) -> Iterator[Event]:
         yield ReloadRequested()
         yield ReloadRequested()
+        yield ReloadRequested(CANARY)
+        yield PromoteRequested()
+        yield PromoteRequested(now=True, met=5)
+        yield RollbackRequested()
         yield DryRunRequested()
         yield ScaleRequested(-1)
         if self.fleet.workers_wanted < 4:
@@ -566,7 +627,10 @@ class World:
             yield WorkerExited(number, "exited with status 0", detached=True)
 
     def waited(self) -> Iterator[Event]:
-        yield from map(DeadlinePassed, sorted(self.timers, key=repr))
+        for deadline in sorted(self.timers, key=repr):
+            yield DeadlinePassed(deadline, met=20)
+            if deadline.wait is TimerKind.SETTLE:
+                yield DeadlinePassed(deadline)
 
     def broke(self) -> Iterator[Event]:
         for number in self.channels:
@@ -720,7 +784,8 @@ def check_stop(before: Fleet, after: Fleet, news: list[ReportKind]) -> None:
     if before.stopping or not after.stopping:
         return
     settling = before.of(Phase.SETTLING)
-    stays = settling if after.stopping is Stop.GRACEFUL else None
+    unproved = before.rollout is not None and before.of(Phase.SERVING) is not None
+    stays = settling if after.stopping is Stop.GRACEFUL and not unproved else None
     assert (ReportKind.RELOADED in news) == (stays is not None and stays.fresh)
     assert (ReportKind.RECOVERED in news) == (stays is not None and not stays.fresh)
     if settling and not stays:

@@ -133,6 +133,41 @@ def health(state: str, last: str = "", reason: str = "") -> Message:
     }
 
 
+def canary(stage: str = "share", **more: Any) -> Message:
+    """The rollout of generation 9, as a canary."""
+    return {
+        "generation": 9,
+        "kind": "canary",
+        "stage": stage,
+        "share": 5.0 if stage == "share" else 100.0,
+        "met": 1230,
+        "left_s": 40.2,
+        "at_least": 0,
+        **more,
+    }
+
+
+def rolling(*waits_for: Message, stage: str = "replacing", **more: Any) -> Message:
+    """The rollout of generation 9, whose workers are replaced a few at a time."""
+    return {
+        "generation": 9,
+        "kind": "rolling",
+        "stage": stage,
+        "share": 37.5,
+        "met": 1230,
+        "left_s": None,
+        "replaced": 3,
+        "wanted": 8,
+        "waits_for": list(waits_for),
+        **more,
+    }
+
+
+def awaited(number: int, active: int | None = None, oldest_s: float | None = None) -> Message:
+    """A worker that a rollout waits for."""
+    return {"worker": number, "generation": 8, "active": active, "oldest_s": oldest_s}
+
+
 def status(*generations: Message, **more: Any) -> Message:
     """A status; one serving generation unless others are given."""
     there = list(generations) or [generation(8, "serving", worker(14))]

@@ -22,11 +22,14 @@ from tests.unit.ctl.fake import (
     Fake,
     Message,
     Refusing,
+    awaited,
+    canary,
     crash,
     entry,
     generation,
     health,
     reload,
+    rolling,
     status,
     worker,
 )
@@ -95,6 +98,79 @@ def test_status_says_what_is_waited_for(fake: Fake, ctl: Ctl) -> None:
     fake.status["waits_for"] = [reason]
     assert "\nwaiting: settling, 4 s left\n" in ctl("status").out
     assert json.loads(ctl("status", "--json").out)["waits_for"] == [reason]
+
+
+@pytest.mark.parametrize(
+    ("rollout", "told"),
+    [
+        (canary(), "generation 9 has 5% of new connections, 1,230 so far, all of them in 41s"),
+        (canary(met=None), "generation 9 has 5% of new connections, all of them in 41s"),
+        (
+            canary(met=12, at_least=100),
+            "generation 9 has 5% of new connections, 12 of at least 100 so far, the verdict in 41s",
+        ),
+        (
+            canary(share=0.25, at_least=100, left_s=None),
+            "generation 9 has 0.25% of new connections, 1,230 so far, "
+            "all of them after the next good --settle-check",
+        ),
+        (
+            canary("all", left_s=300),
+            "generation 9 has all new connections, 1,230 so far, promoted in 5m",
+        ),
+        (rolling(stage="settling", left_s=9.9), "3 of 8 workers replaced, the next in 10s"),
+        (rolling(), "3 of 8 workers replaced"),
+        (
+            rolling(awaited(5, 2, 240.9)),
+            "3 of 8 workers replaced, waiting for worker 5 (2 connections, longest 4m)",
+        ),
+        (
+            rolling(*map(awaited, range(1, 8), (None, 0, 1))),
+            "3 of 8 workers replaced, waiting for worker 1, worker 2 (no connection), "
+            "worker 3 (1 connection)",
+        ),
+        (
+            rolling(*(awaited(number) for number in range(1, 8)), wanted=1, replaced=0),
+            "0 of 1 worker replaced, waiting for worker 1, worker 2, worker 3 and 4 more",
+        ),
+    ],
+)
+def test_status_says_how_far_a_rollout_is(
+    rollout: Message, told: str, fake: Fake, ctl: Ctl
+) -> None:
+    waits = [{"kind": kind, "reason": kind} for kind in ("canary", "rolling", "settle", "drain")]
+    fake.status = status(rollout=rollout, waits_for=waits)
+
+    lines = ctl("status").out.splitlines()
+
+    assert lines[1] == f"rollout: {told}"
+    assert [each for each in lines if each.startswith("waiting: ")] == ["waiting: drain"]
+
+
+def test_the_table_of_generations_says_which_has_which_share(fake: Fake, ctl: Ctl) -> None:
+    def shares(rollout: Message | None) -> list[str]:
+        there = [generation(number, phase) for number, phase in phases.items()]
+        fake.status = status(*there, route=8, rollout=rollout)
+        table = [line.split() for line in ctl("status").out.splitlines()]
+        [at] = [n for n, line in enumerate(table) if line[:1] == ["GEN"]]
+        assert ("SHARE" in table[at]) == bool(rollout)
+        return [line[2] for line in table[at + 1 : at + 4]]
+
+    phases = {7: "draining", 8: "serving", 9: "settling"}
+    assert shares(canary()) == ["5%", "95%", "0%"]
+    assert shares(rolling(share=33.33)) == ["33.33%", "66.67%", "0%"]
+    shares(None)
+
+
+def test_the_start_of_a_rolling_reload_is_a_wait_like_others(fake: Fake, ctl: Ctl) -> None:
+    start = {"kind": "start", "reason": "generation 9 starts"}
+    fake.status = status(rollout=rolling(stage="starting", share=0.0), waits_for=[start])
+
+    out = ctl("status").out
+
+    assert "rollout" not in out
+    assert "SHARE" not in out
+    assert "\nwaiting: generation 9 starts\n" in out
 
 
 def test_what_is_healthy_is_told_in_a_word(fake: Fake, ctl: Ctl) -> None:

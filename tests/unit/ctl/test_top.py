@@ -20,7 +20,7 @@ from rich.console import Console
 from socketprotector.ctl.top import Rates, drawn
 from tests.running import DEADLINE_S, eventually
 from tests.unit.ctl.conftest import COMMAND
-from tests.unit.ctl.fake import Fake, generation, status, worker
+from tests.unit.ctl.fake import Fake, awaited, generation, rolling, status, worker
 
 
 class Terminal:
@@ -120,6 +120,22 @@ def test_a_busy_generation_fits_into_80_columns() -> None:
 
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "12,345,678" in shown
+    assert "\u2026" not in shown
+
+
+def test_a_rollout_is_a_line_and_a_column_that_fits_into_80_columns() -> None:
+    waits = {"count": 1, "p50": 1_023, "p99": 1_048_575, "buckets": []}
+    old, new = (
+        generation(number, phase, worker(number), accepted=1_234_567, wait_us=waits)
+        for number, phase in ((8, "serving"), (9, "settling"))
+    )
+    told = status(old, new, route=8, rollout=rolling(awaited(5, 2, 240.9), share=33.33))
+    console = Console(width=80, file=io.StringIO())
+    console.print(drawn(told, Rates(), 80, 24))
+
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "rollout: 3 of 8 workers replaced, waiting for worker 5 (2 connections, longest" in shown
+    assert re.search(r"9 settling 33\.33% .* 1,234,567 ", shown)
     assert "\u2026" not in shown
 
 

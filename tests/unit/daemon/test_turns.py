@@ -6,7 +6,7 @@ import itertools
 from types import SimpleNamespace
 from typing import Any, cast
 
-from socketprotector.daemon.delivery.shared.turns import Turns
+from socketprotector.daemon.delivery.shared.turns import Share, Turns
 
 PAIR = cast("Any", SimpleNamespace(index=0, sockets=(1, 2), has_sibling=True, path="/s"))
 PAIR.settings = SimpleNamespace(foreign=False)
@@ -36,6 +36,45 @@ def test_successive_generations_take_turns() -> None:
     assert turns.leave(1, 5.0) == 0
     assert turns.free == 0
     assert turns.leaving == {1: (0, 5.0)}
+
+
+def share_of(turns: Turns) -> tuple[int, int]:
+    return turns.share_of(PAIR), turns.share_of(ONE)
+
+
+def test_a_share_goes_to_the_other_socket_where_both_generations_accept() -> None:
+    turns = Turns()
+    enter(turns, 1)
+    turns.turn_to(0, {0, 1}, knows_all)
+    enter(turns, 2)
+    assert share_of(turns) == (0, 0)
+    assert not turns.gets_clients(PAIR, 1)
+
+    turns.turn_to(0, {0, 1}, knows_all, Share(2, 500, frozenset({0, 1})))
+    assert share_of(turns) == (500, 0), "one socket has no other"
+    assert turns.gets_clients(PAIR, 0)
+    assert turns.gets_clients(PAIR, 1)
+    assert turns.current == 0
+
+    turns.turn_to(0, {0, 1}, knows_all, Share(2, 500, frozenset({1})))
+    assert share_of(turns) == (0, 0), "one of them does not know the listener"
+    turns.turn_to(0, {0, 1}, knows_all, Share(2, 500, frozenset({0})))
+    turns.lose(PAIR, 1)
+    assert share_of(turns) == (0, 0), "the socket was replaced"
+
+
+def test_a_share_ends_with_the_next_order_or_with_its_generation() -> None:
+    turns = Turns()
+    enter(turns, 1)
+    turns.turn_to(0, {0}, knows_all)
+    enter(turns, 2)
+    share = Share(2, 500, frozenset({0}))
+    turns.turn_to(0, {0}, knows_all, share)
+    turns.leave(2, 5.0)
+    assert turns.share_of(PAIR) == 0
+    turns.turn_to(0, {0}, knows_all, share)
+    turns.turn_to(0, {0}, knows_all)
+    assert turns.share is None
 
 
 def test_clients_of_a_listener_that_a_generation_does_not_know_stay_where_they_come() -> None:

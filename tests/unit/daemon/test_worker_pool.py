@@ -208,7 +208,7 @@ def test_ready_is_noted_once(world: World) -> None:
     worker.ready_calls[0]("fd")
     worker.ready_calls[0]("fd")
 
-    assert world.clock.posted == [WorkerReady(1, False)]
+    assert world.clock.posted == [WorkerReady(1, False, False)]
     assert (worker.record.ready_by, worker.record.ready_at) == ("fd", world.clock.now)
     assert world.pool.records() == (worker.record,)
     assert worker.calls == ["known"]
@@ -219,7 +219,7 @@ def test_ready_is_noted_once(world: World) -> None:
 def test_a_timer_is_no_sign_of_life(world: World) -> None:
     world.spawn(1).ready_calls[0]("timer")
 
-    assert world.clock.posted == [WorkerReady(1, False)]
+    assert world.clock.posted == [WorkerReady(1, False, False)]
     assert not world.pool.spoken_with
 
 
@@ -235,7 +235,7 @@ def test_a_worker_that_has_exited_does_not_become_ready(world: World) -> None:
 def test_workers_that_accept_finish_by_a_signal(world: World) -> None:
     world.spawn(1, world.generation(finish_signal=15)).ready_calls[0]("timer")
 
-    assert world.clock.posted == [WorkerReady(1, True)]
+    assert world.clock.posted == [WorkerReady(1, True, False)]
 
 
 def test_an_ack_counts_for_the_worker_with_that_pid(world: World) -> None:
@@ -245,7 +245,7 @@ def test_an_ack_counts_for_the_worker_with_that_pid(world: World) -> None:
     for pid in (101, 102, 103):
         world.pool.acked(pid)
 
-    assert world.clock.posted == [WorkerReady(1, False)]
+    assert world.clock.posted == [WorkerReady(1, False, False)]
 
 
 def test_an_answer_makes_all_workers_of_a_generation_ready_if_none_has_exited(
@@ -260,7 +260,7 @@ def test_an_answer_makes_all_workers_of_a_generation_ready_if_none_has_exited(
     workers[1].has_exited = False
     world.pool.answered(1, "accept")
 
-    assert world.clock.posted == [Answered(1)]
+    assert world.clock.posted == [Answered(1, False)]
     assert [each.has_served for each in (*workers, other)] == [True, True, False]
 
 

@@ -14,7 +14,16 @@ from prometheus_client.parser import text_string_to_metric_families
 from socketprotector_exporter.counters import BUCKETS, Counters
 from socketprotector_exporter.metrics import MetricSet
 
-from tests.unit.ctl.fake import generation, listener, reload, status, worker
+from tests.unit.ctl.fake import (
+    awaited,
+    canary,
+    generation,
+    listener,
+    reload,
+    rolling,
+    status,
+    worker,
+)
 
 
 class Collected:
@@ -101,6 +110,26 @@ def test_a_lame_duck_serves() -> None:
 
     assert (seen.value("lame_duck"), seen.value("serving")) == (1, 1)
     assert Collected().see(status()).value("lame_duck") == 0
+
+
+def test_a_rollout_has_a_stage_a_share_and_connections() -> None:
+    none = Collected().see(status())
+    stages = ("starting", "share", "all", "settling", "replacing")
+    assert [none.value("rollout_stage", stage=each) for each in stages] == [0, 0, 0, 0, 0]
+    for name in ("share_ratio", "connections", "workers_replaced", "workers_awaited"):
+        assert none.value(f"rollout_{name}") is None
+
+    seen = Collected().see(status(rollout=canary()))
+    assert [seen.value("rollout_stage", stage=each) for each in stages] == [0, 1, 0, 0, 0]
+    assert (seen.value("rollout_share_ratio"), seen.value("rollout_connections")) == (0.05, 1230)
+    assert seen.value("rollout_workers_awaited") is None
+    assert Collected().see(status(rollout=canary(met=None))).value("rollout_connections") is None
+
+    rolls = Collected().see(status(rollout=rolling(awaited(5), awaited(6))))
+    assert rolls.value("rollout_stage", stage="replacing") == 1
+    assert rolls.value("rollout_workers_replaced") == 3
+    assert rolls.value("rollout_workers_awaited") == 2
+    assert Collected().see(status(rollout=rolling())).value("rollout_workers_awaited") == 0
 
 
 def test_a_dry_run_counts_until_the_next_reload() -> None:
@@ -228,11 +257,12 @@ def test_reloads_are_counted_by_result_once_each() -> None:
 
 
 PLAIN = some.none() | some.booleans() | some.floats() | some.integers() | some.text(max_size=3)
-OBJECT = some.dictionaries(some.sampled_from(sorted({*status(), *generation(1)})), PLAIN)
+NAMES = sorted({*status(), *generation(1), *canary(), *rolling()})
+OBJECT = some.dictionaries(some.sampled_from(NAMES), PLAIN)
 JUNK = PLAIN | OBJECT | some.lists(PLAIN | OBJECT, max_size=3)
 
 
-@given(some.dictionaries(some.sampled_from(sorted(status())), JUNK))
+@given(some.dictionaries(some.sampled_from(sorted([*status(), "rollout"])), JUNK))
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_no_status_breaks_it(told: dict[str, Any]) -> None:
     seen = Collected().see({**status(), **told}).see({**status(), **told})
@@ -247,7 +277,7 @@ def test_no_label_grows_without_an_end() -> None:
         for label in family._labelnames  # type: ignore[attr-defined]
     }
 
-    assert labels == {"instance", "phase", "state", "listener", "result", "by"}
+    assert labels == {"instance", "phase", "stage", "state", "listener", "result", "by"}
 
 
 @pytest.mark.parametrize("phase", ["serving", "no such phase"])

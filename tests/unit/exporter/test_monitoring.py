@@ -16,7 +16,7 @@ from socketprotector_exporter.metrics import MetricSet
 
 from tests import needs
 from tests.running import ROOT
-from tests.unit.ctl.fake import generation, reload, status, worker
+from tests.unit.ctl.fake import awaited, generation, reload, rolling, status, worker
 
 RULES = ROOT / "exporter" / "init.d" / "prometheus-rules.yml"
 DASHBOARD = ROOT / "exporter" / "init.d" / "grafana-dashboard.json"
@@ -28,6 +28,7 @@ ALERTS = {
         *("ConnectionsLost", "HeldTooLong"),
     },
     "unasked": {"HealthUnknown"},
+    "waits": {"RolloutWaits"},
 }
 
 
@@ -55,8 +56,8 @@ def waits(count: int) -> dict[str, Any]:
 
 
 def recorded() -> tuple[str, str]:
-    """Two scrapes an hour apart: of one that is well, one whose health is unknown, and one with
-    every other trouble there is.
+    """Two scrapes an hour apart: of one that is well, one whose health is unknown, one whose
+    rolling reload waits, and one with every other trouble there is.
     """
     totals: dict[str, Counters] = {}
     found = []
@@ -83,7 +84,12 @@ def recorded() -> tuple[str, str]:
             health={"probe": "http:/", "state": "unknown", "failures": 0},
             reloads=[reload(8, "reloaded")],
         )
-        found.append(scrape({"well": well, "ill": ill, "unasked": unasked}, totals))
+        # One of two rolling reloads goes on.
+        waits_for = status(rollout=rolling(awaited(5)), reloads=[reload(8, "reloaded")])
+        rolls = rolling(awaited(5), replaced=3 + 60 * hour)
+        goes_on = status(rollout=rolls, reloads=[reload(8, "reloaded")])
+        named = {"well": well, "ill": ill, "unasked": unasked, "waits": waits_for}
+        found.append(scrape({**named, "goes on": goes_on}, totals))
     return found[0], found[1]
 
 

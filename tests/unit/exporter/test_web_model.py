@@ -12,7 +12,16 @@ from socketprotector_exporter.web_model import CELLS, ENDING_LANES, Instance
 from socketprotector_exporter.web_series import POINTS, STEP_S, History
 from socketprotector_exporter.web_text import event_line, words_of
 
-from tests.unit.ctl.fake import generation, listener, reload, status, worker
+from tests.unit.ctl.fake import (
+    awaited,
+    canary,
+    generation,
+    listener,
+    reload,
+    rolling,
+    status,
+    worker,
+)
 
 BEGAN = 1_000_000_000.0
 
@@ -299,6 +308,37 @@ def test_while_one_settles_the_one_before_stands_by(seen: Seen, check: str, note
     # The old one has failed meanwhile: there is none to go back to.
     seen.see(status(new, phase="settling", route=8))
     assert "stands by" not in seen.lane(8)["note"]
+
+
+def test_while_one_has_a_share_the_other_has_the_rest(seen: Seen) -> None:
+    new = generation(9, "settling", worker(2), settle_check="http:/")
+    both = generation(8, "serving", worker(1)), new
+    waits = [{"kind": "canary", "reason": "5%"}, {"kind": "drain", "reason": "generation 7"}]
+    shown = seen.see(status(*both, route=8, rollout=canary(), waits_for=waits))
+
+    assert (seen.lane(8)["phase"], seen.lane(9)["phase"]) == ("serving", "settling")
+    assert seen.lane(8)["note"] == "95% of new connections"
+    assert seen.lane(9)["note"] == "5% of new connections; --settle-check probes http:/"
+    told = "rollout: generation 9 has 5% of new connections, 1,230 so far, all of them in 41s"
+    assert shown["waits_for"] == [told, "generation 7"]
+
+    shown = seen.see(status(*both, route=9, rollout=canary("all", left_s=None)))
+    assert seen.lane(8)["phase"] == "standby"
+    assert "of new connections" not in seen.lane(9)["note"]
+
+    shown = seen.see(status(*both, route=8, rollout=rolling(awaited(5, 1, 61.0))))
+    told = "rollout: 3 of 8 workers replaced, waiting for worker 5 (1 connection, longest 1m1s)"
+    assert shown["waits_for"] == [told]
+    assert seen.lane(9)["note"].startswith("37.5% of new connections")
+
+
+def test_a_rollout_of_nonsense_is_a_line_that_is_not_too_long(seen: Seen) -> None:
+    nonsense = rolling(
+        *(awaited(10**9, 10**99, 1e300) for _ in range(3)), replaced=10**50, wanted=None
+    )
+    shown = seen.see(status(rollout=nonsense))
+
+    assert len(shown["waits_for"][0]) == 240
 
 
 def test_a_thousand_workers_are_some_cells_and_a_number(seen: Seen) -> None:

@@ -13,8 +13,10 @@ from typing import Any, ClassVar
 from socketprotector.system import reuseport_group as group
 from socketprotector.system.reuseport_group import OTHER, SILENT, Attach, Group, Join, Leave
 
-#: New clients, and connections with a mark.
-CLASSES = (None, "mark")
+#: New clients, those of them that the share draws, and connections with a mark.
+DRAWN = "drawn"
+#: The share in force, in ten thousandths.
+SHARE = 500
 
 
 class Kernel:
@@ -23,18 +25,21 @@ class Kernel:
     def __init__(self) -> None:
         self.listed = [0, 1]  # what sock_diag reports
         self.socks = [0, 1]
+        #: The position of new clients, of each mark, and of those that the share draws.
         self.program: tuple[int, dict[Any, int]] | None = (0, {})
+        self.share = 0
         self.locked: frozenset[int] = frozenset()  # whose filters a server has locked
 
     def copy(self) -> Kernel:
         made = Kernel()
         made.listed, made.socks = list(self.listed), list(self.socks)
         made.program, made.locked = self.program, self.locked
+        made.share = self.share
         return made
 
     @property
     def state(self) -> Any:
-        return tuple(self.listed), tuple(self.socks), repr(self.program), self.locked
+        return tuple(self.listed), tuple(self.socks), repr(self.program), self.locked, self.share
 
     def add(self, member: int) -> None:
         if member not in self.socks:
@@ -51,12 +56,12 @@ class Kernel:
         if not self.socks:
             self.program = None
 
-    def attach(self, by: int, position: int, marked: dict[Any, int]) -> None:
+    def attach(self, by: int, position: int, marked: dict[Any, int], share: int) -> None:
         if by not in self.socks:
             raise OSError(errno.EINVAL, "in no group")
         if by in self.locked:
             raise PermissionError(errno.EPERM, "locked")
-        self.program = position, dict(marked)
+        self.program, self.share = (position, dict(marked)), share
 
     def select(self, of: str | None) -> set[int]:
         """To which members a connection can come."""
@@ -81,7 +86,7 @@ class World:
         self.kernel = Kernel()
         self.value = Group.of(2)
         self.serving = 0
-        self.asked = self.held = False
+        self.asked = self.held = self.shared = False
         #: The record of the group in the state.
         self.record: group.Record | None = None
         #: A client came to the other socket, because neither its own nor SILENT was a member.
@@ -91,16 +96,18 @@ class World:
         made = World()
         made.kernel, made.sees = self.kernel.copy(), self.sees
         its = self.value
-        made.value = Group(its.sockets, its.listed, its.order, its.to, its.marked)
+        made.value = Group(its.sockets, its.listed, its.order, its.to, its.marked, its.share)
         made.serving, made.asked, made.held = self.serving, self.asked, self.held
+        made.shared = self.shared
         made.record = self.record
         return made
 
     @property
     def state(self) -> Any:
         its = self.value
-        known = its.listed, its.order, its.to, repr(its.marked)
-        return self.kernel.state, known, self.serving, self.asked, self.held, self.record
+        known = its.listed, its.order, its.to, repr(its.marked), its.share
+        wanted = self.serving, self.asked, self.held, self.shared
+        return self.kernel.state, known, wanted, self.record
 
     @property
     def is_strange(self) -> bool:
@@ -109,7 +116,9 @@ class World:
 
     @property
     def wanted(self) -> dict[str | None, int]:
-        return {None: SILENT if self.held else self.serving, "mark": 1 - self.serving}
+        clients = SILENT if self.held else self.serving
+        drawn = 1 - self.serving if self.shared and not self.held else clients
+        return {None: clients, DRAWN: drawn, "mark": 1 - self.serving}
 
     @property
     def marked(self) -> dict[str, int]:
@@ -117,7 +126,12 @@ class World:
 
     @property
     def classes(self) -> tuple[str | None, ...]:
-        return CLASSES if self.asked else (None,)
+        return (None, *((DRAWN,) if self.shared else ()), *(("mark",) if self.asked else ()))
+
+    def target(self, of: str | None, wanted: Mapping[str | None, int]) -> int:
+        """Return where a connection is to come; without its socket there is no share."""
+        is_drawn = of == DRAWN and wanted[of] in self.kernel.socks
+        return wanted[of] if of != DRAWN or is_drawn else wanted[None]
 
     # -- what workers do -------------------------------------------------------------
 
@@ -168,6 +182,11 @@ class World:
         self.asked = not self.asked
         self.steer(self.wanted)
 
+    def share(self) -> None:
+        before = self.wanted
+        self.shared = not self.shared
+        self.steer(before)
+
     def hold(self) -> None:
         before = self.wanted
         self.held = not self.held
@@ -202,7 +221,10 @@ class World:
     def steer(self, before: dict[str | None, int] | None) -> None:
         self.look()
         guarded = self.asked and not self.held
-        plan = self.value.steer(self.serving, self.marked, held=self.held, guarded=guarded)
+        share = SHARE if self.shared else 0
+        plan = self.value.steer(
+            self.serving, self.marked, held=self.held, guarded=guarded, share=share
+        )
         self.astray = False
         whole = {0, 1} <= set(self.kernel.socks)
         try:
@@ -249,7 +271,7 @@ class World:
                 self.check_next()
             if before is not None and error is None:
                 for of in self.classes:
-                    wanted = {before[of], self.wanted[of]}
+                    wanted = {self.target(of, before), self.target(of, self.wanted)}
                     self.check_instant(of, wanted, at_last[of], unsound)
                     at_last[of] = self.kernel.select(of)
 
@@ -272,7 +294,7 @@ class World:
 
     def check_next(self) -> None:
         """See whether the next program, which knows nothing of the group, can go on from here."""
-        left = self.kernel.state, self.serving, self.asked, self.held
+        left = self.kernel.state, self.serving, self.asked, self.held, self.shared
         if left not in self.left and self.kernel.socks:
             self.left.add(left)
             other = self.copy()
@@ -285,7 +307,7 @@ class World:
         assert self.value.order == tuple(socks)
         assert self.value.listed == tuple(self.kernel.listed)
         for of in self.classes:
-            its = self.wanted[of]
+            its = self.target(of, self.wanted)
             instead = {SILENT} if SILENT in socks else set(socks)
             right = {its} if its in socks else instead
             assert self.kernel.select(of) <= right, f"{of} comes to {self.kernel.select(of)}"
@@ -294,8 +316,8 @@ class World:
 
 def perform(kernel: Kernel, step: group.Step) -> None:
     match step:
-        case Attach(by, position, marked):
-            kernel.attach(by, position, dict(marked))
+        case Attach(by, position, marked, drawn, share):
+            kernel.attach(by, position, {**marked, **({DRAWN: drawn} if share else {})}, share)
         case Join(member):
             kernel.add(member)
         case Leave(member):
@@ -320,6 +342,7 @@ OF_OTHERS: Mapping[str, Event] = {
 OURS: Mapping[str, Event] = {
     "switch": World.switch,
     "ask": World.ask,
+    "share": World.share,
     "hold": World.hold,
     "mend": World.mend,
     "renew 0": lambda world: world.renew(0),

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from socketprotector_client import wire
 
 from ....model.lazy_dataclass import KW_ONLY, field, mutable
-from ....system.channel import SEND_FLAGS, Channel, rights_of
+from ....system.channel import SEND_FLAGS, rights_of
 from ....system.listener import Listener, accept_of
 from ....system.loop import Loop
 from .queue_watch import QueueWatch
 
+#: Sends one message, with these buffers, descriptors and flags.  Channel.send() would cost one more
+#: call for each connection.
+Send = Callable[[list[bytes], list[tuple[int, int, bytes]], int], object]
 #: Connections that come closer together than this have been waiting.  Then a wake-up accepts up to
 #: BURST, as long as it finds more than one.  Otherwise it accepts a single connection: an accept
 #: without a client costs 4 us (measured), as much as another turn of the loop.
@@ -30,7 +33,7 @@ STEADY = 8
 
 @mutable
 class Acceptor:
-    """Accepts from the watched listeners, and sends to one channel."""
+    """Accepts from the watched listeners, and sends to channels."""
 
     loop: Loop
     queue: QueueWatch
@@ -45,14 +48,16 @@ class Acceptor:
     _watched: dict[int, Callable[[], None]] = field(default_factory=dict)  # by descriptor
     _steady: int = 0  # how many single connections came in quick succession
 
-    def begin(self, listeners: Iterable[Listener], route: Channel) -> None:
-        """Accept from these listeners, too, and send to the route.  Raises OSError."""
-        for listener in listeners:
-            fd = listener.fileno()
-            if fd not in self._watched:
-                ready = self._accept_to(route, listener)
-                self.loop.watch(fd, ready)
-                self._watched[fd] = ready
+    def begin(self, listener: Listener, send: Send) -> None:
+        """Accept from this listener, too.  Raises OSError.
+
+        send: the sendmsg method of the route's write end, or a function that selects a queue.
+        """
+        fd = listener.fileno()
+        if fd not in self._watched:
+            ready = self._accept_to(send, listener)
+            self.loop.watch(fd, ready)
+            self._watched[fd] = ready
 
     def end(self, listener: Listener) -> None:
         """Stop accepting from a listener."""
@@ -70,11 +75,9 @@ class Acceptor:
             if can_send():  # the last send may have filled the channel, or found it broken
                 ready()
 
-    def _accept_to(self, route: Channel, listener: Listener) -> Callable[[], None]:
+    def _accept_to(self, send: Send, listener: Listener) -> Callable[[], None]:
         """Return the callback for a readable listener: a closure, because that is the fastest."""
         accept = accept_of(listener)
-        # Channel.send() would cost one more call for each connection.
-        send = route.write.sendmsg
         now, close = time.monotonic_ns, os.close
         # The common part is packed once: that halves the cost of the Python code.
         begin = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, listener.index, 0, 0)[:-8]

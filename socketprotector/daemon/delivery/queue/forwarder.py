@@ -12,7 +12,6 @@ its channel are taken back and sent to the route (leftovers).
 from __future__ import annotations
 
 import errno
-import os
 import time
 from collections.abc import Callable, Sequence
 
@@ -24,8 +23,8 @@ from ....system.inherited import Inherited
 from ....system.listener import TRANSIENT_ERRNOS, Listener
 from ...runtime import Runtime
 from .. import LAST_S, QUIET_S
-from . import probe_port
-from .acceptor import Acceptor
+from . import canary, probe_port
+from .acceptor import Acceptor, Send
 from .generation_channel import GenerationChannel
 from .listener_drain import DrainingListeners
 from .outlet import Outlet
@@ -77,15 +76,15 @@ class Forwarder:
         self.undelivered = Undelivered(runtime.persist)
         self.queue = QueueWatch(
             loop,
-            forwarded=lambda: self._acceptor.accepted,
-            send_again=self._send_again,
+            forwarded=self._sent_to_route,
+            send_again=lambda route: self.outlet.send_again(route),
             untaken=untaken,
         )
         self._acceptor = Acceptor(
             loop,
             self.queue,
             accept_failed=self._accept_failed,
-            send_failed=lambda *sent: self.outlet.send_failed(*sent),
+            send_failed=self._send_failed,
         )
         #: Channels whose connections are taken back once a route has room, oldest first; True:
         #: the generation is released, so its channel is closed afterwards.
@@ -100,11 +99,26 @@ class Forwarder:
             *(stop, self._resume, broken),
         )
         self._drains = DrainingListeners(runtime, self.undelivered, self._shortage)
+        self._canary: canary.CanaryQueue | None = None  # None: no canary has been ordered
+        self._shared = 0  # the connections that earlier programs counted for a share
 
     # -- orders --------------------------------------------------------------
 
-    def route_to(self, channel: GenerationChannel | None) -> None:
-        """Send new connections to this channel; None: keep them in the backlog."""
+    def route_to(
+        self,
+        channel: GenerationChannel | None,
+        sharing: GenerationChannel | None = None,
+        share: int = 0,
+    ) -> None:
+        """Send new connections to this channel; None: keep them in the backlog.
+
+        sharing, share: see Delivery.route_to().
+        """
+        if self._canary is None and sharing is not None:
+            parts = (self._loop, self._post, self.outlet, self._resume)
+            self._canary = canary.CanaryQueue(*parts, count=self._shared)
+        if self._canary is not None:
+            self._canary.lead_to(sharing, share)
         self.outlet.lead_to(channel)
         self._acceptor.end_all()
         self._resume()
@@ -197,7 +211,7 @@ class Forwarder:
         self._lost += self.undelivered.drop(lambda _: True)
         for channel, is_released in self._leftovers.items():
             if is_released:
-                self._lost += _clients_in(channel)
+                self._lost += probe_port.clients_in(channel)
                 channel.close()
         self._leftovers.clear()
         self._shortage.close()
@@ -218,7 +232,18 @@ class Forwarder:
     @property
     def lost(self) -> int:
         """How many accepted connections were lost on the way."""
-        return self._lost + self._drains.lost
+        return self._lost + self.outlet.lost + self._drains.lost
+
+    def watch_of(self, channel: GenerationChannel) -> QueueWatch | None:
+        """Return what watches a channel; None: new connections do not go there."""
+        if self._canary is not None and channel is self._canary.channel:
+            return self._canary.watch
+        return self.queue if channel is self.outlet.route else None
+
+    def met(self, channel: GenerationChannel) -> int:
+        """Return how many new connections were sent to a channel."""
+        of_canary = self._canary.watch.new_in(channel) if self._canary is not None else 0
+        return channel.met + self.queue.new_in(channel) + of_canary
 
     @property
     def listeners(self) -> tuple[Listener, ...]:
@@ -228,12 +253,12 @@ class Forwarder:
 
     def record(self) -> ForwarderRecord:
         """Return the record that the next program needs."""
-        kept = self.undelivered
-        return ForwarderRecord(self.forwarded, self.lost, number=kept.number, parked=kept.waiting)
+        kept, shared = self.undelivered, self._canary.count if self._canary else self._shared
+        return ForwarderRecord(self.forwarded, self.lost, None, kept.number, kept.waiting, shared)
 
     def adopt(self, record: ForwarderRecord, unclaimed: Inherited) -> None:
         """Adopt an earlier program's record, and its undelivered connections."""
-        self._forwarded, self._lost = record.forwarded, record.lost
+        self._forwarded, self._lost, self._shared = record.forwarded, record.lost, record.shared
         first = ((record.number, record.pending),) if record.pending is not None else ()
         self.undelivered.adopt(record.number, (*first, *record.parked), unclaimed)
 
@@ -261,6 +286,8 @@ class Forwarder:
 
     def _resume(self) -> None:
         """Send undelivered connections, then the leftovers; then accept, unless on hold."""
+        if self._canary is not None:
+            self._canary.send_kept()
         if self.outlet.route is not None:
             self.outlet.send_kept()
             while self._leftovers and self.outlet.is_free:
@@ -270,25 +297,21 @@ class Forwarder:
                     self._leftovers.pop(channel, None)
                     if is_released:
                         channel.close()
-        if self.outlet.is_free and self.outlet.route is not None and not self._holding:
-            known = [each for each in self._accepting if self.outlet.route.knows_of(each.index)]
+        if self.outlet.is_free and not self._holding:
             try:
-                self._acceptor.begin(known, self.outlet.route)
+                for each in self._accepting:
+                    if send := self._sender(each.index):
+                        self._acceptor.begin(each, send)
             except OSError as error:  # max_user_watches is reached, or no memory is left
                 self._shortage.begin("epoll_ctl", error)
 
-    def _send_again(self, route: GenerationChannel) -> None:
-        """Send all queued connections again, in the same order."""
-        for _ in range(route.depth()):
-            taken = self._shortage.take_back(route) if self.outlet.is_free else None
-            if taken is None:
-                return
-            self.queue.take_away()
-            header, fd = taken
-            if fd < 0:
-                self._lost += not probe_port.is_probe(header)
-            else:
-                self.outlet.send(route, header, fd)
+    def _sender(self, index: int) -> Send | None:
+        """Return what sends the connections of a listener; None: none can be sent now."""
+        send, route = self._canary and self._canary.sender(index), self.outlet.route
+        return send or (route.write.sendmsg if route and route.knows_of(index) else None)
+
+    def _sent_to_route(self) -> int:
+        return self._acceptor.accepted - (self._canary.sent if self._canary else 0)
 
     def _reclaim(self, channel: GenerationChannel, *, last: bool = False) -> None:
         """Move a channel's connections to the route, oldest first, while there is room.
@@ -361,6 +384,15 @@ class Forwarder:
             # the listener.  It stays readable, so accept again by a timer.
             self._shortage.begin("accept", error)
 
+    def _send_failed(self, header: bytes, fd: int, error: OSError) -> None:
+        if self._canary is None or not self._canary.knows_alone(listener_of(header)):
+            self.outlet.send_failed(header, fd, error)
+            return
+        self._canary.keep(header, fd)
+        for each in self._listeners:
+            if self._canary.knows_alone(each.index):
+                self._acceptor.end(each)
+
     def _repair_shut(self, listener: Listener) -> None:
         """Repair a listener that a worker has shut down."""
         self._acceptor.end(listener)
@@ -408,20 +440,6 @@ class Forwarder:
     def _unwatch(self, listener: Listener) -> None:
         """Stop watching a listener that is about to be closed."""
         self._loop.unwatch(listener.fileno())
-
-
-def _clients_in(channel: GenerationChannel) -> int:
-    """Discard all connections in a channel; return how many were clients."""
-    found = 0
-    try:
-        while taken := channel.take_back():
-            header, fd = taken
-            found += not probe_port.is_probe(header)
-            if fd >= 0:
-                os.close(fd)
-    except OSError:  # out of memory: the rest counts as clients, and is closed with the channel
-        found += channel.depth()
-    return found
 
 
 def _may_have_unknown(channel: GenerationChannel, route: GenerationChannel) -> bool:

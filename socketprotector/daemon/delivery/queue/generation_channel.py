@@ -17,6 +17,8 @@ class GenerationChannel(Channel):
         self.taken_from = adopted
         #: Whether it was reported that no worker takes from it.
         self.said_untaken = False
+        #: What a QueueWatch counted until it left the channel: new clients, and all records sent.
+        self.met = self.sent = 0
 
     @property
     def knows(self) -> frozenset[int] | None:

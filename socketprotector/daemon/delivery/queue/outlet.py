@@ -35,6 +35,7 @@ class Outlet:
     #: Called when the route's channel was shut down.
     broken: Callable[[], None]
     route: GenerationChannel | None = None
+    lost: int = 0  # connections that could not be taken out of a queue again
     _full: GenerationChannel | None = None  # its write end is watched for room
 
     def lead_to(self, channel: GenerationChannel | None) -> None:
@@ -81,6 +82,19 @@ class Outlet:
         else:
             self.queue.add_uncounted()
             self.let_go(fd)
+
+    def send_again(self, route: GenerationChannel) -> None:
+        """Send all queued connections again, in the same order."""
+        for _ in range(route.depth()):
+            taken = self.shortage.take_back(route) if self.is_free else None
+            if taken is None:
+                return
+            self.queue.take_away()
+            header, fd = taken
+            if fd < 0:
+                self.lost += not probe_port.is_probe(header)
+            else:
+                self.send(route, header, fd)
 
     def send_failed(self, header: bytes, fd: int, error: OSError) -> None:
         """Keep a client's connection until sending is possible again.  Takes ownership of fd."""

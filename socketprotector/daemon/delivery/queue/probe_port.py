@@ -9,8 +9,10 @@ are taken back, the probes are discarded.
 from __future__ import annotations
 
 import errno
+import os
 import select
 import socket
+from collections.abc import Callable
 
 from socketprotector_client import wire
 
@@ -34,14 +36,14 @@ class ProbePort:
         loop: Loop,
         channel: Channel,
         index: int,
-        queue: QueueWatch | None = None,
+        watch: Callable[[], QueueWatch | None] = lambda: None,
     ) -> None:
         """Send its connections into a channel, as if they came by the listener of this index.
 
-        queue: counts the clients and probes sent to the channel; None: the channel has no clients.
-        Raises OSError.
+        watch: returns what counts the clients and probes sent to the channel; None: the channel
+        has no clients.  Raises OSError.
         """
-        self._loop, self._channel, self._index, self._queue = loop, channel, index, queue
+        self._loop, self._channel, self._index, self._watch = loop, channel, index, watch
         self._sent_before = 0  # how many connections were sent up to the last probe
         self._kept: socket.socket | None = None  # a probe that the channel has no room for yet
         self._failed: OSError | None = None
@@ -74,7 +76,8 @@ class ProbePort:
         if self._kept is not None or events_of(self._socket, select.POLLIN):
             return True
         # Connections that were sent after the probe queue behind it.
-        behind = self._queue.sent - self._sent_before if self._queue is not None else 0
+        watch = self._watch()
+        behind = watch.sent - self._sent_before if watch is not None else 0
         return self._channel.depth() > behind
 
     def _accept_later(self) -> None:
@@ -116,10 +119,11 @@ class ProbePort:
                 return
             self._failed = error  # otherwise _waits() would report that a worker took the probe
         else:
-            if self._queue is not None:
+            watch = self._watch()
+            if watch is not None:
                 # Otherwise another port would count it as behind that port's probe.
-                self._queue.add_uncounted()
-                self._sent_before = self._queue.sent
+                watch.add_uncounted()
+                self._sent_before = watch.sent
         probe.close()
         self._kept = None
 
@@ -127,3 +131,17 @@ class ProbePort:
 def is_probe(header: bytes) -> bool:
     """Return whether a record in a channel is a probe of ours."""
     return not wire.HEADER.unpack_from(header)[-1]
+
+
+def clients_in(channel: Channel) -> int:
+    """Discard all connections in a channel; return how many were clients."""
+    found = 0
+    try:
+        while taken := channel.take_back():
+            header, fd = taken
+            found += not is_probe(header)
+            if fd >= 0:
+                os.close(fd)
+    except OSError:  # out of memory: the rest counts as clients, and is closed with the channel
+        found += channel.depth()
+    return found

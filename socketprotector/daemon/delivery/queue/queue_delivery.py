@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 
 from socketprotector_client import wire
 
 from ....core.events import ChannelBroken
+from ....model.lazy_dataclass import replace
 from ....model.records import DeliveryRecord
 from ....model.settings import ListenerSettings, Settings
 from ....system import inherited
@@ -50,6 +52,7 @@ class QueueDelivery(Delivery):
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._channels: dict[int, GenerationChannel] = {}
         self._route: int | None = None
+        self._met: dict[int, int] = {}  # by generation, as an earlier program recorded it
         self.forwarder = Forwarder(
             runtime,
             tuple(listeners),
@@ -100,16 +103,32 @@ class QueueDelivery(Delivery):
     def reach(
         self, generation: OpenGeneration, listener: str, *, as_client: bool = False
     ) -> ProbeTarget | None:
-        queue = self.forwarder.queue if generation.record.number == self._route else None
+        channel = self._of(generation)
         for each in self.listeners:
             if listener in ("", each.settings.name) and generation.knows(each.index):
-                channel = self._of(generation)
-                return probe_port.ProbePort(self._loop, channel, each.index, queue).target
+                watch = partial(self.forwarder.watch_of, channel)
+                return probe_port.ProbePort(self._loop, channel, each.index, watch).target
         return None
 
-    def route_to(self, generation: OpenGeneration | None, *, again: bool = False) -> None:
+    def cannot_share(self, listeners: Collection[Listener]) -> str | None:
+        return None
+
+    def route_to(
+        self,
+        generation: OpenGeneration | None,
+        *,
+        again: bool = False,
+        sharing: OpenGeneration | None = None,
+        share: int = 0,
+    ) -> None:
         self._route = generation.record.number if generation is not None else None
-        self.forwarder.route_to(self._of(generation) if generation is not None else None)
+        route, canary = (
+            self._of(each) if each is not None else None for each in (generation, sharing)
+        )
+        self.forwarder.route_to(route, canary, share)
+
+    def met(self, generation: OpenGeneration) -> int | None:
+        return self.forwarder.met(self._of(generation))
 
     def begin_drain(
         self, generation: OpenGeneration, on_quiet: Callable[[], None], *, reads_on: bool
@@ -167,7 +186,9 @@ class QueueDelivery(Delivery):
         return None
 
     def oldest_waiting_s(self, generation: OpenGeneration) -> float | None:
-        return self.forwarder.queue.oldest_waiting_s(self._of(generation))
+        channel = self._of(generation)
+        watch = self.forwarder.watch_of(channel)
+        return watch.oldest_waiting_s(channel) if watch is not None else None
 
     def queue_limit(self, generation: OpenGeneration) -> int | None:
         return self._of(generation).capacity()
@@ -267,7 +288,8 @@ class QueueDelivery(Delivery):
         self.forwarder.look()
 
     def record(self) -> DeliveryRecord:
-        return DeliveryRecord(self.forwarder.record())
+        met = {number: self.forwarder.met(each) for number, each in self._open_channels().items()}
+        return DeliveryRecord(replace(self.forwarder.record(), met=tuple(met.items())))
 
     def descriptors(self) -> dict[str, int]:
         found = self.forwarder.descriptors()
@@ -280,6 +302,7 @@ class QueueDelivery(Delivery):
         self, record: DeliveryRecord, unclaimed: Inherited, *, held: bool, closing: bool
     ) -> None:
         self.forwarder.adopt(record.forwarder, unclaimed)
+        self._met = dict(record.forwarder.met)
 
     def adopt_generation(
         self, generation: OpenGeneration, descriptors: Mapping[str, int], *, draining: bool
@@ -290,6 +313,7 @@ class QueueDelivery(Delivery):
             return False
         record = generation.record
         channel = GenerationChannel(Channel.adopt(descriptors), generation, adopted=True)
+        channel.met = self._met.get(record.number, 0)
         self._channels[record.number] = channel
         if draining:
             self.forwarder.adopt_drained(channel)

@@ -1,4 +1,4 @@
-"""Detects that workers do not take connections from the queue of the routed generation.
+"""Detects that workers do not take connections from a generation's queue: the route's, a canary's.
 
 The kernel may wake only one worker for a connection (EPOLLEXCLUSIVE).  If that worker is killed or
 suspended before it reads, the other workers sleep on, with a client waiting.  So while the queue is
@@ -22,8 +22,6 @@ from .generation_channel import GenerationChannel
 FIRST_LOOK_S = 0.05
 LAST_LOOK_S = 1.6
 
-_LOOK = "forwarder-look"
-
 
 @mutable
 class QueueWatch:
@@ -31,16 +29,21 @@ class QueueWatch:
 
     loop: Loop
     _: KW_ONLY
-    #: Returns how many connections were ever sent.
+    #: Returns how many new connections were ever sent to the route.
     forwarded: Callable[[], int]
     #: Sends all queued connections again.
     send_again: Callable[[GenerationChannel], None]
     #: See Forwarder.
     untaken: Callable[[float, int, bool], None]
+    #: After how long untaken() is called: if workers never took a connection, and if they did.
+    late_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
+    last_look_s: float = LAST_LOOK_S
+    timer: str = "forwarder-look"
     #: Whether a look is due; otherwise the next send must call start().
     runs: bool = False
     #: The connections sent to the route, minus `forwarded`.
     _extra: int = 0
+    _forwarded_before: int = 0  # the value of `forwarded` when it began to follow the route
     _route: GenerationChannel | None = None
     _head: bytes | None = None  # at the last look
     _head_since: float = 0.0
@@ -48,17 +51,28 @@ class QueueWatch:
 
     def follow(self, route: GenerationChannel | None) -> None:
         """Watch another route, or none."""
+        before, forwarded = self._route, self.forwarded()
+        if route is before and route is not None:
+            return
+        if before is not None:
+            before.met += self.new_in(before)
+            before.sent = self.sent
         self._route, self._head = route, None
         queued = route.depth() if route is not None else 0
-        self._extra = queued - self.forwarded()
+        self._extra = max(queued, route.sent if route is not None else 0) - forwarded
+        self._forwarded_before = forwarded
         if queued:  # sent by an earlier program, or when this was the route before
             self.start()
+
+    def new_in(self, channel: GenerationChannel) -> int:
+        """Return how many new connections were sent to a channel since it became the route."""
+        return self.forwarded() - self._forwarded_before if channel is self._route else 0
 
     def start(self) -> None:
         """Start the looks after a connection was sent."""
         self.runs = self._route is not None
         if self.runs:
-            self.loop.call_after(_LOOK, self._look_s, self._look)
+            self.loop.call_after(self.timer, self._look_s, self._look)
 
     @property
     def sent(self) -> int:
@@ -80,7 +94,7 @@ class QueueWatch:
         if channel is not self._route or self._head is None:
             return None
         seconds = time.monotonic() - self._head_since
-        return seconds if seconds >= (UNTAKEN_S if channel.taken_from else NEVER_TAKEN_S) else None
+        return seconds if seconds >= self.late_s[channel.taken_from] else None
 
     def _look(self) -> None:
         route = self._route
@@ -93,7 +107,7 @@ class QueueWatch:
             self.start()
             return
         if head is not None and head == self._head:
-            self._look_s = min(2 * self._look_s, LAST_LOOK_S)
+            self._look_s = min(2 * self._look_s, self.last_look_s)
             seconds = self.oldest_waiting_s(route)
             if seconds is not None and not route.said_untaken:
                 route.said_untaken = True

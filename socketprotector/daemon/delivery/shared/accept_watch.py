@@ -19,12 +19,12 @@ from ....system.loop import Loop
 from ....system.sock_diag import Line, stands
 from .. import NEVER_TAKEN_S, UNTAKEN_S
 
-#: The pause between two looks: until a first client is accepted, and later.
+#: The pause between two looks: until a first client is accepted, and later.  In a canary, the same
+#: parts of its own limits.
 FIRST_LOOK_S = NEVER_TAKEN_S / 4
 LOOK_S = UNTAKEN_S / 2
 #: Queries to the kernel take at most this share of our time, however many connections there are.
 ASKING_SHARE = 0.1
-_LOOK = "untaken"
 
 
 class Backlogs(ABC):
@@ -49,10 +49,13 @@ class Backlogs(ABC):
 
 @mutable
 class AcceptWatch:
-    """Watches the generation that gets new clients."""
+    """Watches a generation that gets new clients."""
 
     loop: Loop
     backlogs: Backlogs
+    #: How long workers may accept no client: workers that never accepted one, and workers that did.
+    late_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
+    timer: str = "untaken"
     awaits: bool = False
     _reported: bool = False
     _accepted: set[int] = field(default_factory=set)  # the listeners at which a client was accepted
@@ -68,9 +71,14 @@ class AcceptWatch:
         self._accepted.clear()
         self._await()
 
+    @property
+    def runs(self) -> bool:
+        """Whether it watches a generation."""
+        return self.awaits or bool(self._waiting)
+
     def end(self) -> None:
         """Watch no generation."""
-        self.loop.cancel(_LOOK)
+        self.loop.cancel(self.timer)
         self._waiting.clear()
         self.awaits = False
 
@@ -94,8 +102,9 @@ class AcceptWatch:
     def _look_later(self, query_s: float) -> None:
         """Look again later; query_s: how long the query to the kernel took."""
         seldom = self._served_before or self._waiting.keys() <= self._accepted
-        delay_s = LOOK_S if seldom else FIRST_LOOK_S
-        self.loop.call_after(_LOOK, max(delay_s, query_s / ASKING_SHARE), self._look)
+        never_s, later_s = self.late_s
+        delay_s = later_s / 2 if seldom else never_s / 4
+        self.loop.call_after(self.timer, max(delay_s, query_s / ASKING_SHARE), self._look)
 
     def _look(self) -> None:
         began = time.monotonic()
@@ -129,4 +138,4 @@ class AcceptWatch:
         return {index: seconds for index, seconds in found.items() if seconds >= self._limit(index)}
 
     def _limit(self, index: int) -> float:
-        return UNTAKEN_S if self._served_before or index in self._accepted else NEVER_TAKEN_S
+        return self.late_s[self._served_before or index in self._accepted]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import struct
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -183,8 +184,8 @@ class Probes:
 
     def _is_for_probes(self, listener: Listener, number: int) -> bool:
         """Return whether a socket gets only probes, now that new clients are steered."""
-        is_current = number == self._turns.number_for(listener)
-        return not is_current and not _has_waiting(listener.socket_for(number))
+        gets_clients = self._turns.gets_clients(listener, number)
+        return not gets_clients and not _has_waiting(listener.socket_for(number))
 
     def can_probe(self, name: str) -> bool:
         """Return whether reach_by_mark() finds a listener of this name."""
@@ -229,6 +230,32 @@ class Probes:
             return self._probes_at(listener, number) is None
         except OSError:
             return True
+
+    def waiting(
+        self, generation: int, knows: Callable[[int], bool], *, clients_only: bool = False
+    ) -> int | None:
+        """Return how many clients wait for a generation to accept them; None: unknown.
+
+        clients_only: ignore a socket where only probes wait.  knows: says whether its workers have
+        a listener, by index.
+        """
+        if generation not in self._turns.accepting:
+            return 0
+        number, count = self._turns.accepting[generation], 0
+        for each in self._listeners.living:
+            if not knows(each.index):
+                continue
+            if clients_only and not self.clients_wait(each, number):
+                continue
+            if len(self._turns.at(each, number)) > 1:
+                return None
+            listening = each.socket_for(number)
+            try:
+                unix = listening.family == socket.AF_UNIX
+                count += len(unaccepted(listening)) if unix else reuseport.queue(listening)[0]
+            except (OSError, struct.error):
+                return None
+        return count
 
     def discard(self) -> set[tuple[int, int]]:
         """Flush probes where no worker accepts, so that no generation starts for them.

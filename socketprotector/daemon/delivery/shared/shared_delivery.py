@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
@@ -27,8 +28,23 @@ from .accept_counts import AcceptCounts
 from .listener_flags import ListenerFlags
 from .shared_listeners import SharedListeners
 from .socket_steering import SocketSteering
+from .turns import Share
 
 _CLOSE = "listeners-close"
+
+
+def _cannot_share(listener: Listener) -> str | None:
+    """Return why the kernel cannot share a listener's clients between two sockets."""
+    if listener.socket.family == socket.AF_UNIX:
+        named = "a path leads" if listener.path else "its name leads"
+        return f"is a UNIX socket: {named} to one socket at a time"
+    if listener.has_sibling:
+        return None
+    if listener.settings.foreign:
+        return "was passed in without a second socket"
+    if listener.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT):
+        return "has ?defer_accept, so it has one socket for all generations"
+    return "has one socket for all generations"
 
 
 class SharedDelivery(Delivery):
@@ -106,17 +122,49 @@ class SharedDelivery(Delivery):
     def reach(
         self, generation: OpenGeneration, listener: str, *, as_client: bool = False
     ) -> ProbeTarget | None:
-        if as_client:
-            return self.steering.reach(listener, generation.knows)
-        return self.steering.probes.reach_by_mark(
-            generation.record.number, listener, generation.knows
-        )
+        found = None
+        # While two generations share the clients, the kernel would draw for a probe, too.
+        if not as_client or self.steering.turns.share is not None:
+            found = self.steering.probes.reach_by_mark(
+                generation.record.number, listener, generation.knows
+            )
+        if found is None and as_client:
+            found = self.steering.reach(listener, generation.knows)
+        return found
 
-    def route_to(self, generation: OpenGeneration | None, *, again: bool = False) -> None:
+    def cannot_share(self, listeners: Collection[Listener]) -> str | None:
+        if not self.steering.is_steered:
+            return " ".join(self.steering.warnings)
+        for each in listeners:
+            if not each.lost and (why := _cannot_share(each)):
+                return f"{each.settings.address} {why}"
+        return None
+
+    def route_to(
+        self,
+        generation: OpenGeneration | None,
+        *,
+        again: bool = False,
+        sharing: OpenGeneration | None = None,
+        share: int = 0,
+    ) -> None:
         self._route = generation.record.number if generation is not None else None
         if generation is not None:
-            number = generation.record.socket_number
-            self.steering.turn_to(number, again=again, knows=generation.knows)
+            self.steering.turn_to(
+                generation.record.socket_number,
+                again=again,
+                knows=generation.knows,
+                share=self._share(generation, sharing, share) if sharing is not None else None,
+            )
+
+    def _share(self, generation: OpenGeneration, sharing: OpenGeneration, share: int) -> Share:
+        indices = (each.index for each in self._listeners)
+        both = frozenset(n for n in indices if generation.knows(n) and sharing.knows(n))
+        return Share(sharing.record.number, share, both)
+
+    def met(self, generation: OpenGeneration) -> int | None:
+        """Return how many connections its workers have accepted; only the library counts them."""
+        return generation.accepted
 
     def begin_drain(
         self, generation: OpenGeneration, on_quiet: Callable[[], None], *, reads_on: bool
@@ -137,14 +185,16 @@ class SharedDelivery(Delivery):
 
     def waiting(self, generation: OpenGeneration, *, clients_only: bool = False) -> int | None:
         number = generation.record.number
-        return self.steering.waiting(number, generation.knows, clients_only=clients_only)
+        return self.steering.probes.waiting(number, generation.knows, clients_only=clients_only)
 
     def active(self, generation: OpenGeneration) -> int | None:
         return self._counts.active(generation.record.accept_tags)
 
     def oldest_waiting_s(self, generation: OpenGeneration) -> float | None:
-        serves = generation.record.number == self._route
-        return self.steering.accept_watch.seconds if serves else None
+        number, share = generation.record.number, self.steering.turns.share
+        if share is not None and share.generation == number:
+            return self.steering.canary_seconds
+        return self.steering.accept_watch.seconds if number == self._route else None
 
     def queue_limit(self, generation: OpenGeneration) -> int | None:
         return None

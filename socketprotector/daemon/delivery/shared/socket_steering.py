@@ -11,17 +11,13 @@ A listener without a second socket is common to both generations.
 
 from __future__ import annotations
 
-import socket
-import struct
 import time
 from collections.abc import Callable
 from contextlib import suppress
 
 from ....core.events import HeldClientsWait
 from ....model.records import SteeringRecord
-from ....system import reuseport
 from ....system.listener import RESOURCE_ERRNOS, Listener
-from ....system.sock_diag import unaccepted
 from ..probe_target import ProbeTarget
 from .accept_watch import AcceptWatch
 from .listener_hold import ListenerHold
@@ -30,7 +26,7 @@ from .quiescing import Quiescing
 from .shared_listeners import SharedListeners, Steering
 from .socket_repair import RESTART, SocketRepair
 from .socket_watch import SocketWatch
-from .turns import Turns
+from .turns import Share, Turns
 
 _STEER_AGAIN_S = 0.5
 
@@ -63,6 +59,12 @@ class SocketSteering(Steering):
     def accept_watch(self) -> AcceptWatch:
         """The watch for the first client that a generation accepts."""
         return self._watch.accepts
+
+    @property
+    def canary_seconds(self) -> float | None:
+        """How long the canary has accepted no waiting client; None: not long enough to report."""
+        canary = self._watch.canary
+        return canary.accepts.seconds if canary is not None else None
 
     def adopt(self, generation: int, socket_number: int) -> None:
         """Note where the workers of an earlier program's generation accept."""
@@ -102,31 +104,6 @@ class SocketSteering(Steering):
         """
         if self.turns.grow(generation, knows):
             self._persist()  # before it accepts: the next program must wait for its clients, too
-
-    def waiting(
-        self, generation: int, knows: Callable[[int], bool], *, clients_only: bool = False
-    ) -> int | None:
-        """Return how many clients wait for a generation to accept them; None: unknown.
-
-        clients_only: ignore a socket where only probes wait.  knows: see grow().
-        """
-        if generation not in self.turns.accepting:
-            return 0
-        number, count = self.turns.accepting[generation], 0
-        for each in self._listeners.living:
-            if not knows(each.index):
-                continue
-            if clients_only and not self.probes.clients_wait(each, number):
-                continue
-            if len(self.turns.at(each, number)) > 1:
-                return None
-            listening = each.socket_for(number)
-            try:
-                unix = listening.family == socket.AF_UNIX
-                count += len(unaccepted(listening)) if unix else reuseport.queue(listening)[0]
-            except (OSError, struct.error):
-                return None
-        return count
 
     def reach(
         self, name: str, knows: Callable[[int], bool] = lambda index: True
@@ -216,24 +193,35 @@ class SocketSteering(Steering):
         *,
         again: bool = False,
         knows: Callable[[int], bool] | None = None,
+        share: Share | None = None,
     ) -> None:
-        """Steer new clients to socket 0 or 1.
+        """Steer new clients to socket 0 or 1, and a share to the other one.
 
         again: the generation there has served before.  knows: returns whether that generation knows
         a listener, by index; None: no generation has that socket yet.  Clients of an unknown
         listener stay at their present socket, with a generation that knows the listener, until the
         listener is removed.
         """
-        listeners = self._listeners.all
-        self.turns.turn_to(socket_number, {each.index for each in listeners}, knows)
-        self.probes.clients_come({(each.index, self.turns.number_for(each)) for each in listeners})
+        listeners, before = self._listeners.all, self.turns
+        # An order that changes only the share does not begin the watch again.
+        is_watched = socket_number == before.current and (share or before.share) is not None
+        self.turns.turn_to(socket_number, {each.index for each in listeners}, knows, share)
+        places = {
+            (each.index, number)
+            for each in listeners
+            for number in (0, 1)
+            if self.turns.gets_clients(each, number)
+        }
+        self.probes.clients_come(places)
         self.probes.discard()  # an earlier program may have been killed before it did this
         self._repairs.repair_all()
         self.steer()
         self.adopt_held()  # clients may have waited at both sockets until now
         self._report_adopted()  # an earlier program may have adopted them
+        self._watch.follow_canary()
         self._watch.watch()
-        if socket_number in self.turns.accepting.values():
+        is_watched = is_watched and self.accept_watch.runs
+        if socket_number in self.turns.accepting.values() and not is_watched:
             self.accept_watch.begin(served_before=again)
 
     def record(self) -> SteeringRecord:
@@ -287,7 +275,10 @@ class SocketSteering(Steering):
 
         reads_on: call back as soon as the generation has accepted its clients.
         """
-        if generation not in self.turns.accepting or not self._listeners.pairs:
+        canary = self._watch.canary
+        in_vain = canary is not None and canary.never_accepted == generation
+        # The sooner it leaves, the sooner another generation accepts its clients.
+        if in_vain or generation not in self.turns.accepting or not self._listeners.pairs:
             on_quiet()
             return
         self._turn_away(generation)
@@ -354,8 +345,10 @@ class SocketSteering(Steering):
 
     def gets_no_client(self, generation: int) -> bool:
         """Return whether a generation gets no new clients, or only later clients than a stop."""
-        stops = self.turns.given_back or self._repairs.ended
-        return stops or (self.is_steered and self.turns.accepting[generation] != self.turns.current)
+        turns = self.turns
+        if turns.given_back or self._repairs.ended:
+            return True
+        return self.is_steered and turns.accepting[generation] != turns.current and not turns.share
 
     def _turn_away(self, generation: int) -> bool:
         """Let new clients wait at a socket without workers, if any; return whether that is new."""
@@ -429,6 +422,7 @@ class SocketSteering(Steering):
         Clients of a path whose socket the current generation lost are held, too.  Returns why
         clients cannot be held now.  Raises OSError if clients still go to the other socket.
         """
+        share = self.turns.share_of(listener)
         if self.turns.given_back and listener.settings.foreign:
             socket_number = 0
         not_held = ""
@@ -445,5 +439,5 @@ class SocketSteering(Steering):
                 not_held = error.strerror or str(error)
             else:
                 return ""
-        listener.steer(socket_number, self.probes.socket_by_mark)
+        listener.steer(socket_number, self.probes.socket_by_mark, share=share)
         return not_held

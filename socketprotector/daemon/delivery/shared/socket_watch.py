@@ -14,6 +14,7 @@ from ....core.events import Stranded
 from ....system.listener import Listener
 from ....system.loop import READ, SHUT
 from ....system.sock_diag import Line, unaccepted
+from . import canary_watch
 from .accept_watch import AcceptWatch, Backlogs
 from .probes import Probes
 from .shared_listeners import SharedListeners, Steering
@@ -45,6 +46,7 @@ class SocketWatch(Backlogs):
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._steering = steering
         self.accepts = AcceptWatch(self._loop, self)
+        self.canary: canary_watch.CanaryWatch | None = None  # None: none has been ordered
         self._ended = False
         self._rescue_s = 0.0  # the pause between the last rescue and the next
         self._rescued_at = 0.0
@@ -52,7 +54,8 @@ class SocketWatch(Backlogs):
     def end(self) -> None:
         """Stop watching."""
         self._ended = True
-        self.accepts.end()
+        for watch, _ in self._watches():
+            watch.end()
         for each in self._listeners.living:
             self.unwatch(each)
         self._loop.cancel(_RESCUE)
@@ -80,6 +83,14 @@ class SocketWatch(Backlogs):
         for each in listener.sockets:
             self._loop.unwatch(each.fileno())
 
+    def follow_canary(self) -> None:
+        """Watch the generation that has a share of the new clients, if there is one."""
+        if self.canary is None and self._turns.share is not None:
+            parts = self._listeners, self._turns, self._probes
+            self.canary = canary_watch.CanaryWatch(*parts, self.watch)
+        if self.canary is not None:
+            self.canary.follow()
+
     def watch_later(self) -> None:
         """Watch by a timer, because a worker may shut its socket down again and again."""
         self._loop.call_after(_REPAIR, _REPAIR_AGAIN_S, self.watch)
@@ -106,7 +117,12 @@ class SocketWatch(Backlogs):
         if not without_worker:
             self._loop.cancel(_RESCUE)
         stranding = [] if self._loop.due(_RESCUE) is not None else without_worker
-        awaited = self._served_sockets(without_worker) if self.accepts.awaits else []
+        awaited = [
+            each
+            for watch, sockets in self._watches(without_worker)
+            if watch.awaits
+            for each in sockets
+        ]
         try:
             for each in self._listeners.living:
                 each.note()
@@ -128,9 +144,19 @@ class SocketWatch(Backlogs):
             self._steering.repair(listener, number)
         elif (listener, number) in self._without_worker():
             self._rescue_later()
-        elif self.accepts.awaits:
+        for watch, sockets in self._watches():
             # A worker may have accepted the client by now: then the next look finds none.
-            self.accepts.came(listener.index)
+            if watch.awaits and (listener, number) in sockets:
+                watch.came(listener.index)
+
+    def _watches(
+        self, without_worker: Sequence[tuple[Listener, int]] = ()
+    ) -> list[tuple[AcceptWatch, list[tuple[Listener, int]]]]:
+        """Return each watch with its sockets, of the route and of a canary."""
+        found = [(self.accepts, self._served_sockets(without_worker))]
+        if self.canary is not None:
+            found.append((self.canary.accepts, self.canary.sockets))
+        return found
 
     def _served_sockets(
         self, without_worker: Sequence[tuple[Listener, int]]

@@ -5,13 +5,22 @@ This module makes no system call: socket_steering.py applies the assignment to t
 
 from __future__ import annotations
 
-from ....model.lazy_dataclass import field, mutable
+from ....model.lazy_dataclass import field, frozen, mutable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
     from ....system.listener import Listener
+
+
+@frozen
+class Share:
+    """The share of the new clients that a generation at the other socket gets."""
+
+    generation: int
+    part: int  # in ten thousandths
+    listeners: frozenset[int]  # that both generations know, by index
 
 
 @mutable
@@ -36,6 +45,7 @@ class Turns:
     #: Listeners whose socket the current generation lost: the next generation's gets the clients.
     lost: frozenset[int] = frozenset()
     given_back: bool = False  # sockets that were passed in get the new clients
+    share: Share | None = None  # not in the record: the next program gets the order again
 
     @property
     def free(self) -> int:
@@ -53,6 +63,19 @@ class Turns:
         if listener.index in self.lost:
             return 1 - self.current
         return self.expected.get(listener.index, self.current)
+
+    def share_of(self, listener: Listener) -> int:
+        """Return the part of a listener's new clients that goes to the socket `1 - current`."""
+        share, other = self.share, 1 - self.current
+        if share is None or listener.index not in share.listeners or not listener.has_sibling:
+            return 0
+        if self.number_for(listener) == other or not self.is_served(listener, other):
+            return 0
+        return 0 if self.given_back and listener.settings.foreign else share.part
+
+    def gets_clients(self, listener: Listener, number: int) -> bool:
+        """Return whether new clients go to one of its sockets, or will after a hold."""
+        return number == self.number_for(listener) or self.share_of(listener) > 0
 
     def at(self, listener: Listener, number: int) -> set[int]:
         """Return the generations that accept from one of its sockets."""
@@ -128,9 +151,13 @@ class Turns:
         return number
 
     def turn_to(
-        self, number: int, there: Collection[int], knows: Callable[[int], bool] | None
+        self,
+        number: int,
+        there: Collection[int],
+        knows: Callable[[int], bool] | None,
+        share: Share | None = None,
     ) -> None:
-        """Assign new clients to socket 0 or 1.
+        """Assign new clients to socket 0 or 1, and a share to the other one.
 
         there: the listeners' indices.  knows: returns whether the generation at that socket knows a
         listener; None: no generation has that socket yet.  Clients of an unknown listener stay at
@@ -145,7 +172,7 @@ class Turns:
             if index in there and not (knows and knows(index))
         }
         self.lost = frozenset() if number != self.current else self.lost & set(there)
-        self.current = number
+        self.current, self.share = number, share
 
     def lacks(self, listener: Listener) -> bool:
         """Return whether a path's clients go to a socket that the current generation lost."""

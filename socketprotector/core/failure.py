@@ -1,0 +1,143 @@
+"""A generation that fails: the previous one gets its clients back, or the last good one starts.
+
+Pure.  A generation that fails while another serves changes nothing for clients.
+"""
+
+from __future__ import annotations
+
+from ..model.backoff import backoff_s
+from ..model.lazy_dataclass import replace
+from ..model.policy import PROVEN_S
+from ..model.share import WHOLE
+from . import rollout, start_timeout, stop
+from .actions import Report, ReportKind, RouteTo
+from .events import TimerKind
+from .fleet import Next, Phase
+from .step import Step
+
+#: The exit status of SocketProtector after a start that failed.
+START_FAILED = 3
+
+
+def open_failed(step: Step, number: int, reason: str) -> None:
+    """Fail a generation that could not be opened: none of its workers was started."""
+    generation = step.fleet.generation(number)
+    if generation is None or generation.phase not in (Phase.STARTING, Phase.ABANDONED):
+        return
+    # None of its workers was ever spawned, even if a stop has abandoned it.
+    step.fleet = step.fleet.with_generation(replace(generation, workers=()))
+    if generation.phase is Phase.STARTING:
+        fail(step, number, reason)
+
+
+def start_timed_out(step: Step, number: int, advice: str) -> None:
+    """Fail a generation that was not ready in time, unless it waits only for room.
+
+    advice: the likely cause, for people.
+    """
+    starting = step.fleet[number]
+    policy = step.fleet.policy_of(starting.fresh)
+    if rollout.lacks_room(step.fleet, starting):
+        step.start(TimerKind.START, number, policy.start_timeout_s)
+    else:
+        fail(step, number, start_timeout.not_ready(policy, advice))
+
+
+def fail(step: Step, number: int, reason: str, *, retry: bool = False) -> None:
+    """Fail a starting or settling generation, and decide what follows.
+
+    The route of a settling generation returns to the serving one.
+    retry: a first start may try again (--start-tries).
+    """
+    serving, failed = step.fleet.of(Phase.SERVING), step.fleet[number]
+    settles = failed.phase is Phase.SETTLING
+    step.take_back(failed)
+    if not step.fleet.served:
+        _first_start_failed(step, number, reason, retry=retry)
+    elif serving and not failed.fresh and not settles and step.fleet.reload_wanted:
+        step.do(Report(ReportKind.RETRYING, number, reason))  # the queued reload brings the verdict
+    elif serving or failed.fresh or settles:
+        step.report_failure(number, reason)
+        if not serving:  # the channel of the old generation broke during the reload
+            _recover(step, 0.0)
+    else:
+        step.do(Report(ReportKind.RETRYING, number, reason))
+        _recover(step, _count_failure(step))
+
+
+def settle_failed(step: Step, number: int, reason: str) -> None:
+    """Roll back to the previous generation, if it still serves."""
+    generation = step.fleet.generation(number)
+    if generation and generation.phase is Phase.SETTLING and step.fleet.of(Phase.SERVING):
+        fail(step, number, reason)
+
+
+def _count_failure(step: Step) -> float:
+    """Count a failure while no other generation serves; return the seconds to wait after it."""
+    failed = step.fleet.failed_starts + 1
+    step.fleet = replace(step.fleet, failed_starts=failed)
+    return backoff_s(failed)
+
+
+def _first_start_failed(step: Step, number: int, reason: str, *, retry: bool) -> None:
+    _count_failure(step)
+    if retry and step.fleet.failed_starts < step.fleet.policy.start_tries:
+        step.do(Report(ReportKind.RETRYING, number, reason))
+        step.fleet = replace(step.fleet, to_open=Next.FRESH)
+    else:
+        step.fleet = replace(step.fleet, exit_status=START_FAILED)
+        step.do(Report(ReportKind.START_FAILED, number, reason))
+        stop.stop_quickly(step)
+
+
+def socket_lost(step: Step, number: int) -> None:
+    """Fail a starting generation that lost a socket: it could not accept all clients.
+
+    A generation with a share of the clients fails, too: the other one still accepts them all.
+    """
+    generation = step.fleet.generation(number)
+    if generation and (generation.phase is Phase.STARTING or generation == step.fleet.sharing):
+        fail(step, number, "a worker shut down or broke its listening socket")
+
+
+def channel_broken(step: Step, number: int, served_s: float) -> None:
+    """Replace a generation whose channel no longer carries connections."""
+    generation = step.fleet.generation(number)
+    phase = generation.phase if generation else None
+    if phase not in (Phase.STARTING, Phase.SETTLING, Phase.SERVING):
+        return  # no new connections go through it
+    reason = "a worker shut down the channel"
+    step.do(Report(ReportKind.BROKEN, number, reason))
+    if phase is Phase.SERVING:
+        _serving_broken(step, number, served_s)
+    else:
+        fail(step, number, reason)
+
+
+def _serving_broken(step: Step, number: int, served_s: float) -> None:
+    settling, shares = step.fleet.of(Phase.SETTLING), step.fleet.rollout
+    if settling is None:
+        step.do(RouteTo(None))
+    elif step.fleet.sharing and shares:
+        # Nothing is left to share with: a canary settles, a rolling reload starts all workers.
+        alone = None if shares.canary else replace(shares, share=WHOLE)
+        step.fleet = replace(step.fleet, rollout=alone)
+        step.do(RouteTo(settling.number))
+    step.drain(number, step.fleet.policy.drain_limit_s)
+    if step.fleet.stopping:
+        step.close_listeners()  # no worker can serve clients still in the backlog
+        return
+    if served_s >= PROVEN_S:
+        step.fleet = replace(step.fleet, failed_starts=0)
+    delay_s = _count_failure(step)
+    fleet = step.fleet
+    reload_begun = fleet.to_open is Next.FRESH and not fleet.dry_run  # its caller awaits a verdict
+    if fleet.incoming is None and not reload_begun:
+        _recover(step, delay_s)
+
+
+def _recover(step: Step, delay_s: float) -> None:
+    """Open the last good command again, because no generation serves."""
+    step.fleet = replace(step.fleet, to_open=Next.LAST_GOOD)
+    if delay_s > 0:
+        step.start(TimerKind.OPEN, 0, delay_s)

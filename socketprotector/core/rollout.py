@@ -1,0 +1,195 @@
+"""Rollouts: a new generation gets its clients, or its workers, in stages.
+
+Pure.  A canary (`reload --canary 5% --for 60s`) has a share of the new clients first.  Under
+--reload-order rolling the workers are replaced a few at a time, and the share is that of the
+workers that are ready.  In both cases the new generation is settling: the previous generation can
+take the clients back.  No list of steps is stored.  The stage follows from the fleet:
+
+* canary, share below WHOLE: until its SETTLE timer runs out
+* canary, share WHOLE: all clients for --settle, by the same timer
+* rolling, SETTLE timer: the first workers settle beside all old ones
+* rolling, no timer: `Fleet.wanted_in` names the targets, and `room` limits the processes
+"""
+
+from __future__ import annotations
+
+from ..model.lazy_dataclass import replace
+from ..model.share import WHOLE, Canary
+from ..model.text import in_units
+from .actions import Report, ReportKind, RouteTo
+from .events import Deadline, TimerKind
+from .fleet import LEAVING, Fleet, Generation, Phase, Rollout
+from .step import Step
+
+#: Why --reload-order rolling fails in listener mode.
+NO_LIBRARY = (
+    "--reload-order rolling needs workers on the client library: a worker sent no "
+    "X_SOCKETPROTECTOR_RETIRE=1; use start-first"
+)
+
+
+def canary_of(fleet: Fleet, generation: Generation) -> Canary | None:
+    """Return the share that an incoming generation gets first; None: all clients."""
+    if not generation.fresh:
+        return None  # the last good command has served already
+    requested = fleet.rollout.canary if fleet.rollout else None
+    return requested or fleet.policy_of(fresh=True).canary
+
+
+def begin(step: Step, number: int, standby_s: float) -> bool:
+    """Begin the rollout of a generation that is ready; return whether it has one.
+
+    standby_s: the first stage takes at least this long.
+    """
+    fleet, generation = step.fleet, step.fleet[number]
+    policy, serving = fleet.policy_of(generation.fresh), fleet.of(Phase.SERVING)
+    if serving is None:
+        return False
+    canary = canary_of(fleet, generation)
+    if canary:
+        first_s, share = canary.for_s, canary.share
+    elif policy.rolls:
+        first_s, share = policy.settle_s, _share_of_ready(generation, serving)
+    else:
+        return False
+    step.fleet = replace(fleet, rollout=Rollout(share, canary))
+    step.do(RouteTo(serving.number, number, share))
+    step.settle(number, max(first_s, standby_s))
+    return True
+
+
+def stage_over(step: Step, number: int, met: int) -> str:
+    """Go on with a settling generation whose timer has run out; return why it fails, or "".
+
+    met: its connections so far.
+    """
+    rollout = step.fleet.rollout
+    canary = rollout.canary if rollout and rollout.share < WHOLE else None
+    if rollout is None or canary is None or met >= canary.at_least:
+        next_stage(step, number, met)
+        return ""
+    if rollout.extended:
+        time = in_units(2 * canary.for_s)
+        return f"the canary had {met} of at least {canary.at_least} connections in {time}"
+    step.fleet = replace(step.fleet, rollout=replace(rollout, extended=True, met=met))
+    step.start(TimerKind.SETTLE, number, canary.for_s)
+    return ""
+
+
+def next_stage(step: Step, number: int, met: int, *, now: bool = False) -> None:
+    """Begin the next stage of a settling generation.  now: the last one, if it is a canary."""
+    fleet, generation = step.fleet, step.fleet[number]
+    rollout = fleet.rollout
+    step.cancel(TimerKind.SETTLE, number)
+    if rollout is None:
+        step.promote(number)
+    elif not rollout.canary:
+        pass  # rolling: workers.reconcile() goes on, and advance() ends it
+    elif rollout.share >= WHOLE:
+        step.promote(number, _had(rollout))
+    else:
+        step.fleet = replace(step.fleet, rollout=replace(rollout, share=WHOLE, met=met))
+        if fleet.of(Phase.SERVING):
+            step.do(RouteTo(number))
+        settle_s = fleet.policy_of(generation.fresh).settle_s
+        if settle_s > 0 and not now:
+            step.start(TimerKind.SETTLE, number, settle_s)
+        else:
+            step.promote(number, _had(replace(rollout, met=met)))
+
+
+def _settle(number: int) -> Deadline:
+    return Deadline(TimerKind.SETTLE, number)
+
+
+def _had(rollout: Rollout) -> str:
+    canary = rollout.canary
+    return f"the canary had {rollout.met} connections at {canary.text}" if canary else ""
+
+
+def advance(step: Step) -> None:
+    """Order the share that follows from the workers, and end a rolling reload that is complete."""
+    fleet, settling = step.fleet, step.fleet.of(Phase.SETTLING)
+    rollout = fleet.rollout
+    if settling is None or rollout is None or rollout.canary:
+        return
+    serving = fleet.of(Phase.SERVING)
+    if _settle(settling.number) in fleet.timers:
+        return
+    if settling.ready and len(settling.workers) >= fleet.full_size(settling):
+        step.promote(settling.number)
+        return
+    share = _share_of_ready(settling, serving) if serving else WHOLE
+    if share != rollout.share:
+        step.fleet = replace(fleet, rollout=replace(rollout, share=share))
+        if serving:
+            step.do(RouteTo(serving.number, settling.number, share))
+
+
+def _share_of_ready(new: Generation, old: Generation) -> int:
+    """Return the share of the new workers that are ready, but neither none nor all."""
+    ready, others = new.ready_workers, old.ready_workers
+    share = WHOLE * ready // (ready + others) if ready else 0
+    return min(max(share, 1), WHOLE - 1)
+
+
+def lacks_library(fleet: Fleet, generation: Generation) -> bool:
+    """Return whether each worker of an incoming generation must declare that it can finish alone.
+
+    Its workers will leave one after another while others serve.
+    """
+    incoming = generation.phase in (Phase.STARTING, Phase.SETTLING)
+    return incoming and fleet.policy_of(generation.fresh).finish_alone
+
+
+# -- requests -------------------------------------------------------------------
+
+
+def cannot_promote(fleet: Fleet, *, now: bool) -> str:
+    """Return why the present stage cannot be ended; "" if it can."""
+    settling = fleet.of(Phase.SETTLING)
+    if settling is None or fleet.stop_requested:
+        return "nothing to promote: no generation is settling; see `status`"
+    rolls = fleet.rollout is not None and not fleet.rollout.canary
+    if rolls and (now or _settle(settling.number) not in fleet.timers):
+        return "cannot promote: workers are being replaced a few at a time; see `status`"
+    return ""
+
+
+def promote_requested(step: Step, met: int, *, now: bool) -> None:
+    """End the present stage, if a generation is settling."""
+    refused, settling = cannot_promote(step.fleet, now=now), step.fleet.of(Phase.SETTLING)
+    if refused or settling is None:
+        step.do(Report(ReportKind.REFUSED, reason=refused))
+    else:
+        next_stage(step, settling.number, met, now=now)
+
+
+# -- room: how many processes a rolling reload may use ----------------------------
+
+
+def room(fleet: Fleet, most: int) -> int:
+    """Return how many workers may start now, at most `most`."""
+    if not fleet.newest_policy.rolls:
+        return most
+    return max(0, min(most, fleet.most_processes - sum(1 for _ in fleet.alive())))
+
+
+def lacks_room(fleet: Fleet, starting: Generation) -> bool:
+    """Return whether a starting generation misses only workers for which there is no room."""
+    is_ready = starting.ready and len(starting.workers) < fleet.wanted_in(starting)
+    return is_ready and room(fleet, 1) == 0
+
+
+def waits_to_replace(fleet: Fleet) -> bool:
+    """Return whether replacements of single workers wait for the end of a rolling reload."""
+    incoming = fleet.incoming if fleet.of(Phase.SERVING) else None
+    return incoming is not None and fleet.policy_of(incoming.fresh).rolls
+
+
+def may_respawn(fleet: Fleet, generation: Generation) -> bool:
+    """Return whether an exited worker is replaced: not if its generation has enough others."""
+    if fleet.rollout is None:
+        return True
+    staying = [w for w in generation.workers if w.state not in LEAVING and not w.replaces]
+    return len(staying) < fleet.wanted_in(generation)

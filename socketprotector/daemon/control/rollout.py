@@ -1,0 +1,149 @@
+"""Collects the field `rollout` of `status`, and the connections of leaving workers.
+
+It changes nothing.  docs/control.md has the names.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+
+from ...core.events import Deadline, TimerKind
+from ...core.fleet import LEAVING, Fleet, Generation, Phase, State, Worker
+from ...core.rollout import room, waits_to_replace
+from ...model.records import WorkerRecord
+from ...model.share import WHOLE
+from ...system.procfs import is_ours, sockets
+from ..effects import Effects
+from ..generation import OpenGeneration
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    #: Worker -> its open connections, and the age of the oldest in seconds; None: unknown.
+    Held = Mapping[int, tuple[int | None, float | None]]
+
+#: Workers with more connections, and further workers, have no known oldest connection: finding it
+#: takes a system call for each descriptor.
+_MOST_CONNECTIONS, _MOST_WORKERS = 100, 4
+
+
+def of_rollout(fleet: Fleet, effects: Effects, held: Held) -> dict[str, Any]:
+    """Return the field `rollout`; an empty result without a rollout.
+
+    held: the result of held_by().
+    """
+    new = fleet.incoming
+    if new is None or not (fleet.rollout if new.phase is Phase.SETTLING else _begins(fleet)):
+        return {}
+    canary = fleet.rollout.canary if fleet.rollout else None
+    opened = effects.generations.get(new.number)
+    found: dict[str, Any] = {
+        "generation": new.number,
+        "kind": "canary" if canary else "rolling",
+        "stage": _stage(fleet, new),
+        "share": _share(fleet, new) * 100 / WHOLE,
+        "met": effects.delivery.met(opened) if opened is not None else None,
+        "left_s": _left_s(new, effects),
+    }
+    if canary:
+        found["at_least"] = canary.at_least
+    else:
+        found["replaced"] = new.ready_workers
+        found["wanted"] = fleet.full_size(new)
+        found["waits_for"] = _waits_for(fleet, new, held)
+    return {"rollout": found}
+
+
+def _begins(fleet: Fleet) -> bool:
+    """Return whether the first workers of a rolling reload start."""
+    return waits_to_replace(fleet) and not fleet.dry_run
+
+
+def _stage(fleet: Fleet, new: Generation) -> str:
+    rollout = fleet.rollout
+    if new.phase is Phase.STARTING or rollout is None:
+        return "starting"
+    if rollout.canary:
+        return "share" if rollout.share < WHOLE else "all"
+    settles = Deadline(TimerKind.SETTLE, new.number) in fleet.timers
+    return "settling" if settles else "replacing"
+
+
+def _share(fleet: Fleet, new: Generation) -> int:
+    if new.phase is Phase.STARTING or fleet.rollout is None:
+        return 0
+    return fleet.rollout.share if fleet.sharing else WHOLE
+
+
+def _left_s(new: Generation, effects: Effects) -> float | None:
+    """Return the seconds that the stage still takes; None: it ends with something else."""
+    if new.checked and effects.probing.is_due:
+        return None
+    ends = Deadline(TimerKind.SETTLE, new.number)
+    now = time.monotonic()
+    return next((max(0.0, due - now) for each, due in effects.due() if each == ends), None)
+
+
+def _waits_for(fleet: Fleet, new: Generation, held: Held) -> list[dict[str, Any]]:
+    """Return the workers of which one must end before the next worker can start."""
+    stage = _stage(fleet, new)
+    wanted = fleet.full_size(new) if stage == "replacing" else fleet.wanted_in(new)
+    if len(new.workers) >= wanted or room(fleet, 1):
+        return []
+    return [
+        {
+            "worker": worker.number,
+            "generation": generation.number,
+            "active": held[worker.number][0],
+            "oldest_s": held[worker.number][1],
+        }
+        for generation, worker in _leaving(fleet)
+    ]
+
+
+def _leaving(fleet: Fleet) -> Iterator[tuple[Generation, Worker]]:
+    """Yield the living workers that are leaving, each with its generation."""
+    for generation in fleet.generations:
+        ends = generation.phase in (Phase.DRAINING, Phase.ABANDONED)
+        for worker in generation.alive:
+            if ends or worker.state in LEAVING:
+                yield generation, worker
+
+
+def held_by(fleet: Fleet, effects: Effects) -> Held:
+    """Return the connections of the workers that a rolling reload may wait for."""
+    if fleet.incoming is None or not fleet.newest_policy.rolls:
+        return {}
+    found: dict[int, tuple[int | None, float | None]] = {}
+    records = {each.number: each for each in effects.pool.records()}
+    for generation, worker in _leaving(fleet):
+        opened = effects.generations.get(generation.number)
+        counts = None
+        if opened is not None and worker.state is not State.ORPHANED:
+            counts = opened.counts(worker.slot)  # another worker uses the slot of an orphaned one
+        active = counts.active if counts is not None else None
+        oldest_s = None
+        if active and opened is not None and len(found) < _MOST_WORKERS:
+            oldest_s = _oldest_s(opened, worker, active, records)
+        found[worker.number] = active, oldest_s
+    return found
+
+
+def _oldest_s(
+    opened: OpenGeneration, worker: Worker, active: int, records: Mapping[int, WorkerRecord]
+) -> float | None:
+    """Return the age of a worker's oldest connection; None: unknown."""
+    record, board = records.get(worker.number), opened.board
+    if record is None or board is None or active > _MOST_CONNECTIONS or not is_ours():
+        return None
+    accepted_at = board.accepted_at(worker.slot)
+    times = []
+    with suppress(OSError):
+        # The scoreboard keeps the time of a connection that has ended, too.
+        times = [accepted_at[fd] for fd, _ in sockets(record.pid) if fd in accepted_at]
+    if len(times) != active:
+        return None  # one of these sockets is no connection, or has no place in the scoreboard
+    return max(0.0, time.monotonic() - min(times) / 1e9)

@@ -1,0 +1,200 @@
+"""The queue of a generation that has a share of the new connections, beside the route's.
+
+One counter selects its connections, over all listeners that both generations know.  A queue that is
+full or broken, or a shortage, never delays these clients: their connections go to the route.
+
+The clients of a listener that only the canary knows have no other queue.  A connection of theirs
+that cannot be sent is kept, and only their listeners wait: a timer sends it again.
+
+The plain path does not come here.  See `Send` in acceptor.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ....core.events import Event, SettleFailed
+from ....model.share import in_share
+from ....system.loop import Loop
+from .acceptor import Send
+from .generation_channel import GenerationChannel
+from .outlet import Outlet
+from .probe_port import is_probe
+from .queue_watch import QueueWatch
+from .undelivered import listener_of
+
+#: How long workers may take no client of the canary: workers that never took a client, and workers
+#: that did, which may be busy.
+NEVER_TAKEN_S = 2.0
+UNTAKEN_S = 10.0
+#: The longest pause between two looks at the queue.
+_LAST_LOOK_S = 0.5
+#: The pause before a kept connection is sent again.
+_AGAIN_S = 0.05
+_AGAIN = "canary-again"
+
+
+class CanaryQueue:
+    """The canary's channel and share; without a channel there is no canary."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        post: Callable[[Event], None],
+        outlet: Outlet,
+        resume: Callable[[], None],
+        *,
+        count: int,
+    ) -> None:
+        """resume: sends what is kept, and accepts again.
+
+        count: how many connections earlier programs have counted.
+        """
+        self._loop, self._post, self._outlet, self._resume = loop, post, outlet, resume
+        self.channel: GenerationChannel | None = None
+        self._share = 0
+        #: How many connections were counted, of listeners that both generations know.
+        self.count = count
+        #: How many connections we accepted for a canary's queue.
+        self.sent = 0
+        self._waits = False  # a timer sends kept connections again
+        self.watch = QueueWatch(
+            loop,
+            forwarded=lambda: self.sent,
+            send_again=self._send_again,
+            untaken=self._untaken,
+            late_s=(NEVER_TAKEN_S, UNTAKEN_S),
+            last_look_s=_LAST_LOOK_S,
+            timer="canary-look",
+        )
+
+    def lead_to(self, channel: GenerationChannel | None, share: int) -> None:
+        """Give a channel this share, in ten thousandths, from now on; None: no channel."""
+        if channel is not self.channel:
+            self._loop.cancel(_AGAIN)
+            self._waits = False
+        self.channel, self._share = channel, share
+        self.watch.follow(channel)
+
+    def knows_alone(self, index: int) -> bool:
+        """Return whether the canary knows a listener, and the route does not."""
+        channel, route = self.channel, self._outlet.route
+        knows = channel is not None and channel.knows_of(index)
+        return knows and route is not None and not route.knows_of(index)
+
+    def sender(self, index: int) -> Send | None:
+        """Return what sends the connections of a listener; None: none can be sent now."""
+        channel, route = self.channel, self._outlet.route
+        if channel is None or route is None or not channel.knows_of(index):
+            return None
+        if route.knows_of(index):
+            return self._send_shared(channel, route)
+        return None if self._waits else self._send_alone(channel)
+
+    def _send_shared(self, channel: GenerationChannel, route: GenerationChannel) -> Send:
+        send_to_canary, send_to_route = channel.write.sendmsg, route.write.sendmsg
+        share = self._share
+
+        def send(buffers: list[bytes], rights: list[tuple[int, int, bytes]], flags: int) -> None:
+            count = self.count
+            self.count = count + 1
+            if in_share(count, share):
+                try:
+                    send_to_canary(buffers, rights, flags)
+                except OSError:
+                    pass  # the route gets it at once
+                else:
+                    self._count_sent()
+                    return
+            send_to_route(buffers, rights, flags)
+
+        return send
+
+    def _send_alone(self, channel: GenerationChannel) -> Send:
+        send_to_canary = channel.write.sendmsg
+
+        def send(buffers: list[bytes], rights: list[tuple[int, int, bytes]], flags: int) -> None:
+            try:
+                send_to_canary(buffers, rights, flags)
+            except OSError:
+                # The acceptor counts it, and takes it away from the route's queue.
+                self.sent += 1
+                self.watch.take_away()
+                self._outlet.queue.add_uncounted()
+                raise
+            self._count_sent()
+
+        return send
+
+    def _count_sent(self) -> None:
+        self.sent += 1
+        if not self.watch.runs:
+            self.watch.start()
+
+    # -- failures --------------------------------------------------------------
+
+    def _untaken(self, seconds: float, waiting: int, ever: bool) -> None:
+        """Fail a canary whose workers take no client."""
+        if self.channel is not None:
+            since = f"for {seconds:.0f} s" if ever else "yet"
+            reason = f"no worker has accepted a connection {since}; {waiting} waiting"
+            self._post(SettleFailed(self.channel.generation.record.number, reason))
+
+    def keep(self, header: bytes, fd: int) -> None:
+        """Keep a connection that only the canary can get, for a while.  Takes ownership of fd."""
+        self._outlet.undelivered.keep_first(header, fd)
+        self._send_later()
+
+    def _send_later(self) -> None:
+        self._waits = True
+        self._loop.call_after(_AGAIN, _AGAIN_S, self._again)
+
+    def _again(self) -> None:
+        self._waits = False
+        self._resume()
+
+    def send_kept(self) -> None:
+        """Send the kept connections that only the canary can get, until one fails."""
+        kept, channel = self._outlet.undelivered, self.channel
+        while channel is not None and not self._waits and kept.has(self.knows_alone):
+            taken = kept.take(self.knows_alone) if channel.has_room() else None
+            if taken is None:  # no room, or the state cannot be written
+                self._send_later()
+            elif not self._send(channel, *taken):
+                self.keep(*taken)
+
+    def _send_again(self, channel: GenerationChannel) -> None:
+        """Send all queued connections again, in the same order."""
+        shortage = self._outlet.shortage
+        for _ in range(channel.depth()):
+            taken = shortage.take_back(channel) if not shortage.lasts else None
+            if taken is None:
+                return
+            self.watch.take_away()
+            header, fd = taken
+            if fd < 0:
+                self._outlet.lost += not is_probe(header)
+            elif not self._send(channel, header, fd):
+                self._send_elsewhere(header, fd)
+
+    def _send(self, channel: GenerationChannel, header: bytes, fd: int) -> bool:
+        """Send one connection; False: that failed, and the caller still owns fd."""
+        try:
+            channel.send(header, fd)
+        except OSError:
+            return False
+        self.watch.add_uncounted()
+        self._outlet.let_go(fd)
+        return True
+
+    def _send_elsewhere(self, header: bytes, fd: int) -> None:
+        """Send a connection to the route, or keep it.  Takes ownership of fd."""
+        route = self._outlet.route
+        if is_probe(header):
+            self._outlet.let_go(fd)
+        elif route is None or not route.knows_of(listener_of(header)):
+            self.keep(header, fd)
+        elif self._outlet.is_free:
+            self._outlet.send(route, header, fd)
+        else:
+            self._outlet.undelivered.keep_last(header, fd)  # goes once there is room

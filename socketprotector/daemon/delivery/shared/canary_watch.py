@@ -1,0 +1,96 @@
+"""Whether the workers of a canary accept their share of the new clients.
+
+Its clients wait at a socket of their own, beside the socket of the route.  A canary whose workers
+accept none of them is returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ....core.events import SettleFailed
+from ....system.listener import Listener
+from ....system.sock_diag import Line, unaccepted
+from .accept_watch import AcceptWatch, Backlogs
+from .probes import Probes
+from .shared_listeners import SharedListeners
+from .turns import Turns
+
+#: How long workers may accept no client of the canary: workers that never accepted a client, and
+#: workers that did, which may be busy.
+NEVER_TAKEN_S = 2.0
+UNTAKEN_S = 10.0
+
+
+class CanaryWatch(Backlogs):
+    """Watches the backlogs of a canary's sockets."""
+
+    def __init__(
+        self,
+        listeners: SharedListeners,
+        turns: Turns,
+        probes: Probes,
+        watch: Callable[[], None],
+    ) -> None:
+        """watch: updates what the loop watches."""
+        self._listeners, self._turns, self._probes = listeners, turns, probes
+        runtime = listeners.host.runtime
+        self._post, self._watch = runtime.post, watch
+        self._canary = 0  # the generation; 0: none
+        self.never_accepted = 0  # the canary that failed before its workers accepted a client
+        late_s = NEVER_TAKEN_S, UNTAKEN_S
+        self.accepts = AcceptWatch(runtime.loop, self, late_s=late_s, timer="canary-untaken")
+
+    def follow(self) -> None:
+        """Watch the present canary, if there is one.
+
+        An order that changes only its share does not begin the watch again.
+        """
+        share = self._turns.share
+        canary = share.generation if share is not None else 0
+        if canary != self._canary:
+            self._canary = canary
+            if canary:
+                self.accepts.begin(served_before=False)
+            else:
+                self.accepts.end()
+
+    @property
+    def sockets(self) -> list[tuple[Listener, int]]:
+        """The sockets at which clients of the canary may wait."""
+        turns, share = self._turns, self._turns.share
+        if share is None:
+            return []
+        number = 1 - turns.current
+        return [
+            (each, number)
+            for each in self._listeners.living
+            if each.has_sibling and share.generation in turns.at(each, number)
+        ]
+
+    def watch(self) -> None:
+        self._watch()
+
+    def waiting_clients(self) -> dict[int, Line]:
+        """Return the clients known to wait for the canary, by listener index."""
+        found: dict[int, Line] = {}
+        for each, number in self.sockets:
+            if not self._probes.clients_wait(each, number):
+                found[each.index] = ()
+                continue
+            try:
+                line = unaccepted(each.socket_for(number))
+            except OSError:
+                continue
+            if line:  # an empty answer: the clients are of another network namespace
+                found[each.index] = line
+        return found
+
+    def report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
+        """Fail the canary."""
+        if not ever:
+            self.never_accepted = self._canary
+        since = f"for {seconds:.0f} s" if ever else "yet"
+        addresses = [each.settings.address for each in self._listeners.living if each.index in at]
+        reason = f"no worker has accepted a connection {since} at {' '.join(addresses)}"
+        self._post(SettleFailed(self._canary, f"{reason}; {waiting} waiting"))

@@ -1,0 +1,99 @@
+"""Refuses a canary or a rolling reload that could not work, before anything is bound.
+
+In listener mode a canary needs two sockets for each listener.  A rolling reload needs them, too,
+and workers on the client library: without it a worker that leaves may cut clients that it has
+accepted, and one worker may be a whole server.  A command does not show whether it uses the
+library, so only well-known servers are refused here.  core/workers.py refuses others when the first
+worker is ready without the declaration of the library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+from ..model import known_servers
+from ..model.errors import UsageError
+from ..model.settings import Settings
+from . import server_hints
+from .listen_spec import Listen
+
+_ROLLING = "--reload-order rolling"
+
+
+def refusals(
+    settings: Settings, given: Collection[str], listens: Sequence[Listen]
+) -> Iterator[tuple[str, str]]:
+    """Yield each option that does not work, with the reason.
+
+    given: the options that were given, without their dashes.
+    """
+    policy = settings.policy
+    for name in ("canary-for", "canary-at-least"):
+        if name in given and not policy.canary:
+            yield name, f"--{name} needs --canary SHARE"
+    if policy.canary and policy.reload_order != "start-first":
+        order = policy.reload_order
+        yield "canary", f"--canary does not work with --reload-order {order}; leave one out"
+    if "surge" in given and not policy.rolls:
+        yield "surge", f"--surge needs {_ROLLING}"
+    if policy.rolls:
+        for refused in _rolling(settings):
+            yield "reload_order", refused
+    option = _shares(settings)
+    for listen in listens if option else ():
+        if why := _cannot_share(listen):
+            yield option, _one_socket(option, listen.text, why)
+
+
+def _rolling(settings: Settings) -> Iterator[str]:
+    """Yield why the workers cannot be replaced a few at a time."""
+    if settings.mode.adapter:
+        yield (
+            f"{_ROLLING} does not work with --handoff {settings.mode.name}: workers of an adapter "
+            "are small; leave it out"
+        )
+    if not settings.policy.drain_timeout_s:
+        yield (
+            f"{_ROLLING} needs a limit, because new workers wait for old ones to finish: set "
+            "--drain-timeout TIME"
+        )
+    name = known_servers.known(settings.command)
+    if settings.policy.workers_accept and name and not server_hints.uses_library(settings):
+        yield (
+            f"{_ROLLING} with --handoff listener needs workers on the client library, which {name} "
+            "is not; use start-first"
+        )
+
+
+def _shares(settings: Settings) -> str:
+    """Return the option by which two generations share a listener's clients; "": none does."""
+    policy = settings.policy
+    if not policy.workers_accept:
+        return ""
+    return "canary" if policy.canary else "reload_order" if policy.rolls else ""
+
+
+def _one_socket(option: str, where: str, why: str) -> str:
+    words = _ROLLING if option == "reload_order" else "--canary"
+    return (
+        f"{words}: old and new generation accept from the same socket of {where} ({why}), so they "
+        "cannot share its clients; leave the option out, or listen on TCP"
+    )
+
+
+def _cannot_share(listen: Listen) -> str:
+    if listen.path is not None:
+        return "an abstract name" if listen.path.startswith("@") else "a UNIX path"
+    return "?defer_accept" if "defer_accept" in listen.options else ""
+
+
+def check_siblings(settings: Settings, siblings: Collection[int]) -> None:
+    """Refuse a listener that has one socket after all, such as one that was passed in.
+
+    siblings: the indexes of the listeners with a second socket.
+    """
+    option = _shares(settings)
+    for index, each in enumerate(settings.listeners if option else ()):
+        if index not in siblings:
+            why = "passed in without ReusePort=yes, or no second socket could be made"
+            raise UsageError(_one_socket(option, each.text, why))

@@ -1,0 +1,58 @@
+"""Shares of new clients, in ten thousandths: a canary's, and which connections are in it.
+
+Pure.
+"""
+
+from __future__ import annotations
+
+from .lazy_dataclass import frozen
+from .text import in_units, shortened
+
+#: The share of a generation that gets all new clients.
+WHOLE = 10_000
+#: How long a canary has its share by default.
+CANARY_FOR_S = 60.0
+
+
+@frozen
+class Canary:
+    """The share that a new generation has first, and for how long."""
+
+    share: int  # of WHOLE
+    for_s: float
+    at_least: int = 0  # with fewer connections in this time it gets as long again, then fails
+
+    @property
+    def text(self) -> str:
+        """The share as text."""
+        return percent(self.share)
+
+    @property
+    def described(self) -> str:
+        """All of it as text."""
+        least = f", at least {self.at_least}" if self.at_least else ""
+        return f"{self.text} for {in_units(self.for_s)}{least}"
+
+
+def percent(share: int) -> str:
+    """Return a share as text: `5%`, `0.25%`."""
+    return f"{share // 100}.{share % 100:02}".rstrip("0").rstrip(".") + "%"
+
+
+def read_percent(text: str) -> int:
+    """Return the share that `5%` or `0.25%` stands for.  Raises ValueError."""
+    whole, _, hundredths = text.removesuffix("%").partition(".")
+    digits = whole + hundredths.ljust(2, "0")
+    if text.endswith("%") and len(digits) < 6 and len(hundredths) < 3 and whole:
+        share = int(digits) if digits.isascii() and digits.isdigit() else 0
+        if 0 < share < WHOLE:
+            return share
+    raise ValueError(f"{shortened(text)!r} is no share: write 0.01% to 99.99%, such as 5%")
+
+
+def in_share(count: int, share: int) -> bool:
+    """Return whether the connection with this number (0, 1, ...) is in the share.
+
+    Any n connections in a row contain n times the share, rounded down or up.
+    """
+    return (count + 1) * share // WHOLE > count * share // WHOLE

@@ -1,0 +1,123 @@
+"""A canary where workers accept: the kernel draws its share, and it costs no client."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import signal
+from collections import Counter
+
+import pytest
+
+from tests.load import Load
+from tests.rounds import rounds
+from tests.running import Client, ask
+from tests.scenarios.adopting import kill_protector, revived, upgrade
+from tests.scenarios.operating import Line, Operated, Operating
+from tests.scenarios.tools import library_worker, worker
+
+MODE = ("--handoff", "listener", "--ready", "notify", "--workers", "2")
+SERVERS = {"asyncio": worker("asyncio_accepts"), "library": library_worker("asyncio_server")}
+#: A test that draws fails once in 16,000 times.
+SIGMAS = 4
+#: Take-backs under load.
+TAKE_BACKS = rounds(3, 20)
+
+
+def pid_of(answer: str) -> int:
+    found = re.match(r"\[(\d+)\] ", answer)
+    assert found, answer
+    return int(found[1])
+
+
+def begin(web: Operated, share: str) -> int:
+    """Begin a canary with this share; return the log's length before it."""
+    mark = len(web.daemon.log.seen)
+    with Line(web.path) as line:
+        line.ask("reload", canary={"share": share, "for_s": 3600})
+    web.daemon.log.wait_for(rf"event=route\b.* sharing=\d+ share={share}", after=mark)
+    return mark
+
+
+def order(web: Operated, command: str, event: str, **arguments: bool) -> None:
+    """Order the end of a canary, and wait for the verdict."""
+    mark = len(web.daemon.log.seen)
+    with Line(web.path) as line:
+        line.ask(command, **arguments)
+    web.daemon.log.wait_for(rf"event={event}\b", after=mark)
+
+
+def generations(web: Operated, count: int, *numbers: int) -> Counter[int]:
+    """Connect so many clients; return how many each of these generations has served."""
+    of = {pid: number for number in numbers for pid in web.pids(number)}
+    return Counter(of[pid_of(ask(web.address))] for _ in range(count))
+
+
+def is_about(found: int, count: int, share: float) -> bool:
+    """Return whether the kernel may have drawn so many."""
+    sigma = math.sqrt(count * share * (1 - share))
+    return abs(found - count * share) < SIGMAS * sigma
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_five_percent_of_2000_connections_are_100_within_chance(
+    operated: Operating, server: str
+) -> None:
+    web = operated(*MODE, command=SERVERS[server])
+    begin(web, "5%")
+    found = generations(web, 2000, 1, 2)
+    assert is_about(found[2], 2000, 0.05), found
+
+    order(web, "promote", "reloaded", now=True)
+    assert generations(web, 50, 2) == {2: 50}
+    begin(web, "50%")
+    assert is_about(generations(web, 100, 2, 3)[3], 100, 0.5)
+    order(web, "rollback", "reload-failed")
+    assert generations(web, 50, 2) == {2: 50}
+
+
+@pytest.mark.parametrize("way", ["USR2", "killed"])
+def test_a_canary_goes_on_in_the_next_program(operated: Operating, way: str) -> None:
+    guard = ["--guard"] if way == "killed" else []
+    web = operated(*guard, *MODE, command=SERVERS["asyncio"])
+    begin(web, "20%")
+    mark = len(web.daemon.log.seen)
+    if way == "killed":
+        revived(web.daemon, kill_protector(web.daemon))
+    else:
+        assert "resumed" in upgrade(web.daemon)
+    web.daemon.log.wait_for(r"event=route\b.* sharing=2 share=20%", after=mark)
+    found = generations(web, 300, 1, 2)
+    assert is_about(found[2], 300, 0.2), found
+
+    order(web, "rollback", "reload-failed")
+    assert generations(web, 20, 1) == {1: 20}
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_no_client_is_lost_when_a_canary_is_taken_back(operated: Operating, server: str) -> None:
+    web = operated(*MODE, command=SERVERS[server])
+    with Load(f"127.0.0.1:{web.address[1]}") as load:
+        for number in range(TAKE_BACKS):
+            begin(web, "50%")
+            canary = {*web.pids(number + 2)}
+            load.wait_for(lambda now, pids=canary: pids <= now.pids.keys())  # type: ignore[misc]
+            order(web, "rollback", "reload-failed")
+            web.daemon.log.wait_for(rf"event=drained generation={number + 2}\b")
+    assert load.snapshot().failures == ()
+
+
+def test_clients_of_a_canary_whose_workers_are_stopped_are_served(operated: Operating) -> None:
+    """They wait at its socket: a generation of the last good command starts there."""
+    web = operated(*MODE, "--kill-timeout", "2s", command=SERVERS["asyncio"])
+    mark = begin(web, "50%")
+    stopped = web.pids(2)
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    clients = [Client(web.address, "hello") for _ in range(20)]
+    web.daemon.log.wait_for(r"event=reload-failed\b.*no worker has accepted", after=mark)
+    pids = {pid_of(each.hear()) for each in clients}
+    assert pids.isdisjoint(stopped)
+    for each in clients:
+        each.close()

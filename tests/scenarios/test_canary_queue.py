@@ -1,0 +1,124 @@
+"""A canary where the protector accepts: its share is exact, and it costs no client."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.running import Address, Client, ask
+from tests.scenarios.adopting import kill_protector, revived, upgrade
+from tests.scenarios.operating import Line, Operated, Operating
+from tests.scenarios.running_ctl import Running
+
+#: So long that no time ends a canary.
+LONG = "1h"
+
+
+@pytest.fixture
+def web(operated: Operating) -> Operated:
+    """Two workers, and two listeners."""
+    return operated("--workers", "2", "127.0.0.1:0")
+
+
+@pytest.fixture
+def canary(web: Operated) -> Iterator[Callable[[str], Running]]:
+    """Begin a canary with this share, as generation 2."""
+    started: list[Running] = []
+
+    def start(share: str) -> Running:
+        words = ("reload", "--canary", share, "--for", LONG)
+        started.append(Running("--control", str(web.path), *words))
+        web.daemon.log.wait_for(rf"event=route\b.* sharing=2 share={share}")
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.end()
+
+
+def addresses(web: Operated) -> list[Address]:
+    ports = [each["address"].rpartition(":")[2] for each in web.status()["listeners"]]
+    return [("127.0.0.1", int(port)) for port in ports]
+
+
+def pid_of(answer: str) -> int:
+    found = re.match(r"\[(\d+)\] ", answer)
+    assert found, answer
+    return int(found[1])
+
+
+def generations(web: Operated, count: int) -> list[int]:
+    """Connect so many clients, to one listener after the other; return who served each."""
+    of = {pid: number for number in (1, 2) for pid in web.pids(number)}
+    at = addresses(web)
+    return [of[pid_of(ask(at[n % len(at)]))] for n in range(count)]
+
+
+def test_five_percent_of_2000_connections_are_100_over_two_listeners(
+    web: Operated, canary: Callable[[str], Running]
+) -> None:
+    reload = canary("5%")
+
+    found = Counter(generations(web, 2000))
+
+    assert found == {1: 1900, 2: 100}
+    with Line(web.path) as line:
+        line.ask("promote", now=True)
+    assert reload.wait() == 0
+    assert {*generations_of_serving(web, 20)} == {2}
+
+
+def generations_of_serving(web: Operated, count: int) -> list[int]:
+    of = dict.fromkeys(web.pids(2), 2)
+    at = addresses(web)
+    return [of.get(pid_of(ask(at[n % len(at)])), 1) for n in range(count)]
+
+
+def test_a_canary_whose_workers_are_stopped_is_returned_and_no_client_is_lost(
+    web: Operated, canary: Callable[[str], Running]
+) -> None:
+    old, at = web.pids(1), addresses(web)
+    reload = canary("50%")
+    stopped = web.pids(2)
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        clients = [Client(at[n % 2], "hello") for n in range(10)]
+        assert {pid_of(each.hear()) for each in clients} <= {*old}
+        assert reload.wait() == 3
+        assert {pid_of(ask(at[0])) for _ in range(10)} <= {*old}
+    finally:
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+    for each in clients:
+        each.close()
+
+    assert "no worker has accepted a connection yet" in reload.err.text()
+    assert web.status()["route"] == 1
+
+
+@pytest.mark.parametrize("way", ["USR2", "killed"])
+def test_a_canary_goes_on_in_the_next_program(operated: Operating, way: str) -> None:
+    web = operated(*(["--guard"] if way == "killed" else []), "--workers", "2", "127.0.0.1:0")
+    with Line(web.path) as line:
+        line.ask("reload", canary={"share": "20%", "for_s": 3600})
+    web.daemon.log.wait_for(r"event=route\b.* sharing=2 share=20%")
+    assert Counter(generations(web, 50)) == {1: 40, 2: 10}
+    mark = len(web.daemon.log.seen)
+    if way == "killed":
+        revived(web.daemon, kill_protector(web.daemon))
+    else:
+        assert "resumed" in upgrade(web.daemon)
+    web.daemon.log.wait_for(r"event=route\b.* sharing=2 share=20%", after=mark)
+    assert Counter(generations(web, 50)) == {1: 40, 2: 10}
+
+    with Line(web.path) as line:
+        line.ask("rollback")
+    web.daemon.log.wait_for(r"event=reload-failed\b", after=mark)
+    pids = {*web.pids(1)}
+    assert {pid_of(ask(web.address)) for _ in range(10)} <= pids

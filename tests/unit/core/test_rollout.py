@@ -1,0 +1,576 @@
+"""Rollouts: a share of the clients first, and workers that are replaced a few at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from socketprotector.core.actions import (
+    Action,
+    CancelTimer,
+    Drain,
+    Report,
+    ReportKind,
+    Retire,
+    RouteTo,
+    Signal,
+    Spawn,
+    StartTimer,
+    WorkerSignal,
+)
+from socketprotector.core.decide import resume, route_of
+from socketprotector.core.events import (
+    Answered,
+    ChannelBroken,
+    Deadline,
+    DeadlinePassed,
+    DryRunRequested,
+    HoldReleased,
+    HoldRequested,
+    Launched,
+    PromoteRequested,
+    ReloadRequested,
+    RenewRequested,
+    ReplaceRequested,
+    RollbackRequested,
+    ScaleRequested,
+    SettingsRead,
+    SettleFailed,
+    SocketLost,
+    StopRequested,
+    TimerKind,
+    WorkerExited,
+    WorkerReady,
+)
+from socketprotector.core.fleet import Phase, Policy, Rollout, State
+from socketprotector.core.stop import CALLED_OFF
+from socketprotector.model.policy import STANDBY_S
+from socketprotector.model.share import WHOLE, Canary
+from tests.unit.conftest import Story
+
+DIED = "./daemon exited with status 1"
+FIVE = Canary(500, 60.0)
+SETTLE_2 = Deadline(TimerKind.SETTLE, 2)
+
+
+def passed(met: int = 0) -> DeadlinePassed:
+    return DeadlinePassed(SETTLE_2, met=met)
+
+
+def news(actions: list[Action]) -> list[tuple[ReportKind, str]]:
+    return [(each.news, each.reason) for each in actions if isinstance(each, Report)]
+
+
+def with_canary(story: Story, policy: Policy | None = None, canary: Canary = FIVE) -> Story:
+    """Generation 2 has a share, generation 1 the rest."""
+    story.given_serving(policy or Policy(settle_s=5.0))
+    story.and_also(ReloadRequested(canary), WorkerReady(2))
+    assert (story.settling, story.serving) == ({2}, {1})
+    return story
+
+
+# -- a share first --------------------------------------------------------------
+
+
+def test_a_canary_that_breaks_its_socket_fails(story: Story) -> None:
+    """The old generation keeps its own socket.  With all clients, a rescue follows instead."""
+    with_canary(story)
+    actions = story.when(SocketLost(2))
+    assert actions[0] == CancelTimer(SETTLE_2)
+    assert RouteTo(1) in actions
+    assert story.draining == {2}
+    assert story.serving == {1}
+
+    other = with_canary(Story())
+    other.and_also(PromoteRequested())
+    assert other.when(SocketLost(2)) == []
+
+
+def test_a_canary_gets_its_share_and_the_old_generation_keeps_the_rest(story: Story) -> None:
+    story.given_serving().and_also(ReloadRequested(FIVE))
+
+    actions = story.when(WorkerReady(2))
+
+    assert RouteTo(1, 2, 500) in actions
+    assert StartTimer(SETTLE_2, 60.0) in actions
+    assert story.fleet.route == story.fleet[1]
+    assert story.fleet.sharing == story.fleet[2]
+
+
+def test_then_it_gets_all_clients_for_settle_and_is_promoted(story: Story) -> None:
+    with_canary(story)
+
+    actions = story.when(passed(met=41))
+    assert actions == [RouteTo(2), StartTimer(SETTLE_2, 5.0)]
+    assert story.fleet.route == story.fleet[2]
+    assert story.settling == {2}
+
+    actions = story.when(passed(met=900))
+    assert news(actions) == [(ReportKind.RELOADED, "the canary had 41 connections at 5%")]
+    assert RouteTo(2) not in actions
+    assert Drain(1) in actions
+    assert story.fleet.rollout is None
+
+
+def test_without_settle_all_clients_and_the_verdict_come_at_once(story: Story) -> None:
+    with_canary(story, Policy())
+
+    actions = story.when(passed(met=7))
+
+    assert actions.index(RouteTo(2)) < actions.index(Drain(1))
+    assert news(actions) == [(ReportKind.RELOADED, "the canary had 7 connections at 5%")]
+
+
+def test_the_settings_may_name_the_share(story: Story) -> None:
+    story.given_serving(Policy(canary=FIVE)).and_also(ReloadRequested())
+
+    assert RouteTo(1, 2, 500) in story.when(WorkerReady(2))
+
+
+def test_a_request_comes_before_the_settings(story: Story) -> None:
+    story.given_serving(Policy(canary=FIVE)).and_also(ReloadRequested(Canary(100, 9.0)))
+
+    assert RouteTo(1, 2, 100) in story.when(WorkerReady(2))
+
+
+def test_the_first_start_and_the_last_good_command_get_all_clients(story: Story) -> None:
+    story.given_serving(Policy(canary=FIVE))
+    assert story.serving == {1}
+
+    story.and_also(RenewRequested())
+
+    assert RouteTo(2) in story.when(WorkerReady(2))
+
+
+def test_a_queued_reload_keeps_its_share(story: Story) -> None:
+    story.given_serving().and_also(ReloadRequested(), ReloadRequested(FIVE), ReloadRequested())
+
+    story.and_also(WorkerReady(2))
+
+    assert RouteTo(2, 3, 500) in story.when(WorkerReady(3))
+    assert story.fleet.canary_wanted is None
+
+
+def test_too_few_connections_extend_it_once_and_then_fail_it(story: Story) -> None:
+    with_canary(story, canary=replace(FIVE, at_least=100))
+
+    assert story.when(passed(met=99)) == [StartTimer(SETTLE_2, 60.0)]
+    assert story.fleet.sharing
+
+    actions = story.when(passed(met=99))
+    assert RouteTo(1) in actions
+    why = "the canary had 99 of at least 100 connections in 2m"
+    assert news(actions) == [(ReportKind.RELOAD_FAILED, why)]
+
+
+def test_enough_connections_in_the_second_time_promote_it(story: Story) -> None:
+    with_canary(story, canary=replace(FIVE, at_least=100)).and_also(passed(met=99))
+
+    assert RouteTo(2) in story.when(passed(met=100))
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        WorkerExited(2, DIED),
+        SettleFailed(2, "GET /: 500"),
+        ChannelBroken(2),
+        ReplaceRequested(2, "no WATCHDOG=1 for 5 s", hung=True),
+        RollbackRequested(),
+    ],
+)
+def test_the_old_generation_gets_its_clients_back_at_once(story: Story, event: object) -> None:
+    with_canary(story)
+
+    actions = story.when(event)  # type: ignore[arg-type]
+
+    assert RouteTo(1) in actions
+    assert ReportKind.RELOAD_FAILED in dict(news(actions))
+    assert (story.settling, story.serving) == (set(), {1})
+    assert story.fleet.rollout is None
+    drained = [each for each in actions if each == Drain(2)]
+    assert not drained or actions.index(RouteTo(1)) < actions.index(Drain(2))
+
+
+def test_a_stuck_worker_gets_abrt(story: Story) -> None:
+    with_canary(story)
+
+    actions = story.when(ReplaceRequested(2, "silent", hung=True))
+
+    assert Signal(2, WorkerSignal.ABRT) in actions
+
+
+def test_promote_begins_the_next_stage_and_now_ends_all(story: Story) -> None:
+    with_canary(story)
+    assert RouteTo(2) in story.when(PromoteRequested(met=3))
+    assert story.settling == {2}
+
+    assert (ReportKind.RELOADED, "the canary had 3 connections at 5%") in news(
+        story.when(PromoteRequested(met=900))
+    )
+
+    with_canary(story)
+    actions = story.when(PromoteRequested(now=True, met=3))
+    assert RouteTo(2) in actions
+    assert ReportKind.RELOADED in dict(news(actions))
+
+
+def test_promote_ends_a_plain_settling_too(story: Story) -> None:
+    story.given_serving(Policy(settle_s=5.0)).and_also(ReloadRequested(), WorkerReady(2))
+
+    assert ReportKind.RELOADED in dict(news(story.when(PromoteRequested())))
+
+
+@pytest.mark.parametrize("event", [PromoteRequested(), PromoteRequested(now=True)])
+def test_promote_is_refused_while_nothing_settles(story: Story, event: PromoteRequested) -> None:
+    story.given_serving()
+
+    assert [kind for kind, _ in news(story.when(event))] == [ReportKind.REFUSED]
+
+
+def test_rollback_ends_a_reload_that_has_only_begun(story: Story) -> None:
+    story.given_serving().and_also(ReloadRequested())
+    assert ReportKind.RELOAD_FAILED in dict(news(story.when(RollbackRequested())))
+    assert story.starting == set()
+
+    assert [kind for kind, _ in news(story.when(RollbackRequested()))] == [ReportKind.REFUSED]
+
+
+def test_rollback_ends_a_reload_that_reads_its_configuration(story: Story) -> None:
+    story.given_serving()
+    story.fleet = replace(story.fleet, configured=True)
+    story.and_also(ReloadRequested(FIVE))
+    assert story.fleet.reading
+
+    assert ReportKind.RELOAD_FAILED in dict(news(story.when(RollbackRequested())))
+
+    assert story.fleet.rollout is None
+    assert story.when(SettingsRead(Policy())) == []
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("met", [None, 5])
+def test_a_stop_calls_a_rollout_off_in_each_stage(
+    story: Story, met: int | None, quick: bool
+) -> None:
+    with_canary(story)
+    if met is not None:
+        story.and_also(passed(met))
+
+    actions = story.when(StopRequested(quick=quick))
+
+    assert (ReportKind.RELOAD_FAILED, CALLED_OFF) in news(actions)
+    assert ReportKind.RELOADED not in dict(news(actions))
+    assert story.fleet.sharing is None
+    if not quick:
+        assert RouteTo(1) in actions
+        assert story.draining == {2}  # it finishes its clients
+        assert story.serving == {1}
+
+
+def test_a_plain_settling_is_promoted_by_a_stop_as_ever(story: Story) -> None:
+    story.given_serving(Policy(settle_s=5.0)).and_also(ReloadRequested(), WorkerReady(2))
+
+    assert ReportKind.RELOADED in dict(news(story.when(StopRequested())))
+
+
+def test_if_the_old_generation_breaks_the_canary_gets_all_clients(story: Story) -> None:
+    with_canary(story)
+
+    actions = story.when(ChannelBroken(1))
+    assert actions.index(RouteTo(2)) < actions.index(Drain(1))
+
+    assert ReportKind.RELOADED in dict(news(story.when(passed(met=9))))
+
+
+def test_a_hold_changes_nothing_about_the_share(story: Story) -> None:
+    with_canary(story)
+
+    actions = [*story.when(HoldRequested(3.0)), *story.when(HoldReleased())]
+
+    assert not any(isinstance(each, RouteTo) for each in actions)
+    assert story.fleet.sharing
+
+
+def test_scaling_changes_both_generations(story: Story) -> None:
+    with_canary(story)
+
+    story.and_also(ScaleRequested(+1))
+    assert [len(each.workers) for each in story.fleet.generations] == [2, 2]
+
+    story.and_also(WorkerReady(3), WorkerReady(4), ScaleRequested(-1))
+    assert [len(each.takers) for each in story.fleet.generations] == [1, 1]
+
+    retiring = [w for w in story.fleet[2].workers if w.state is State.RETIRING]
+    story.and_also(WorkerExited(retiring[0].number, "exited with status 0"))
+    assert story.settling == {2}, "a worker that was to leave has left"
+
+
+def test_the_next_program_repeats_the_share(story: Story) -> None:
+    with_canary(story)
+
+    assert RouteTo(1, 2, 500) in resume(story.fleet, {SETTLE_2: 31.0})
+    assert StartTimer(SETTLE_2, 31.0) in resume(story.fleet, {SETTLE_2: 31.0})
+
+
+def test_an_older_program_ends_it_at_the_new_generation(story: Story) -> None:
+    """It does not know the rollout: its route is the settling generation."""
+    with_canary(story)
+    story.fleet = replace(story.fleet, rollout=None)
+
+    assert route_of(story.fleet) == RouteTo(2)
+    assert ReportKind.RELOADED in dict(news(story.when(passed())))
+
+
+def test_a_probe_without_ready_gives_at_least_the_standby_time(story: Story) -> None:
+    story.given(Policy(workers_accept=True, ready="any"))
+    story.and_also(Launched(), WorkerReady(1), ReloadRequested(Canary(500, 0.1)))
+
+    assert StartTimer(SETTLE_2, STANDBY_S) in story.when(Answered(2))
+
+
+def test_a_dry_run_gives_no_share(story: Story) -> None:
+    story.given_serving(Policy(canary=FIVE)).and_also(DryRunRequested())
+
+    actions = story.when(WorkerReady(2))
+
+    assert not any(isinstance(each, RouteTo) for each in actions)
+    assert ReportKind.DRY_RUN_PASSED in dict(news(actions))
+
+
+# -- workers replaced a few at a time -----------------------------------------------
+
+
+def rolling(surge: int = 1, **more: float) -> Policy:
+    return Policy(surge=surge, drain_timeout_s=9.0, **more)  # type: ignore[arg-type]
+
+
+def spawned(actions: list[Action]) -> list[int]:
+    return [each.worker for each in actions if isinstance(each, Spawn)]
+
+
+def retired(actions: list[Action]) -> list[int]:
+    kinds = (Retire, Signal)
+    return [each.worker for each in actions if isinstance(each, kinds)]
+
+
+def roll(story: Story) -> tuple[int, list[int]]:
+    """Roll to the end, each worker at once ready or gone; return the peak, and the shares."""
+    peak, shares = 0, []
+    actions = story.when(ReloadRequested())
+    for _ in range(100):
+        peak = max(peak, sum(1 for _ in story.fleet.alive()))
+        shares += [each.share for each in actions if isinstance(each, RouteTo)]
+        leaving = [w.number for w in story.fleet.alive() if w.state is State.RETIRING]
+        new = [w.number for w in story.fleet.alive() if w.state is State.STARTING]
+        if leaving:
+            actions = story.when(WorkerExited(leaving[0], "exited with status 0", served_s=20.0))
+        elif new:
+            actions = story.when(WorkerReady(new[0], retires=True))
+        else:
+            break
+    return peak, shares
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 8])
+@pytest.mark.parametrize("surge", [1, 2, 5])
+def test_all_workers_are_replaced_within_the_bound(story: Story, workers: int, surge: int) -> None:
+    story.given_serving(rolling(surge), workers=workers)
+
+    peak, shares = roll(story)
+
+    assert peak <= workers + surge
+    assert story.serving == {2}
+    assert len([w for w in story.fleet[2].workers if w.state is State.READY]) == workers
+    assert shares[:-1] == sorted(shares[:-1]), "the share only grows"
+    assert shares[-1] == 0  # the last order names one generation alone
+
+
+def test_the_share_is_that_of_the_ready_workers(story: Story) -> None:
+    story.given_serving(rolling(), workers=4)
+    story.and_also(ReloadRequested())
+
+    assert RouteTo(1, 2, WHOLE // 5) in story.when(WorkerReady(5))
+    assert route_of(story.fleet) == RouteTo(1, 2, WHOLE // 4), "one old worker is retiring"
+
+
+def test_a_percentage_is_rounded_up() -> None:
+    policy = Policy(surge=25, surge_is_percent=True)
+
+    assert [policy.surge_of(n) for n in (1, 4, 5, 8, 9)] == [1, 1, 2, 2, 3]
+
+
+def test_the_first_workers_settle_beside_all_old_ones(story: Story) -> None:
+    story.given_serving(rolling(1, settle_s=5.0), workers=3).and_also(ReloadRequested())
+
+    actions = story.when(WorkerReady(4))
+    assert StartTimer(SETTLE_2, 5.0) in actions
+    assert not retired(actions)
+    assert spawned(actions) == []
+
+    assert retired(story.when(passed())) == [3]
+
+
+def test_a_reload_without_room_waits(story: Story) -> None:
+    """A worker of an earlier generation still has clients."""
+    story.given_serving(rolling(), workers=2)
+    roll(story)
+    [old] = [w.number for w in story.fleet[2].workers if w.slot == 0]
+    story.and_also(WorkerExited(old, DIED, served_s=20.0, orphans=True))
+    assert sum(1 for _ in story.fleet.alive()) == story.fleet.most_processes == 3
+
+    actions = story.when(ReloadRequested())
+    assert spawned(actions) == []
+    assert story.starting == {3}
+
+    assert spawned(story.when(WorkerExited(old, "gone"))) != []
+
+
+def test_the_start_timeout_does_not_count_waiting_for_room(story: Story) -> None:
+    story.given_serving(rolling(2), workers=2)
+    story.and_also(WorkerExited(1, DIED, served_s=20.0, orphans=True), WorkerReady(3))
+    story.and_also(ReloadRequested(), WorkerReady(4))
+    assert story.starting == {2}
+
+    actions = story.when(DeadlinePassed(Deadline(TimerKind.START, 2)))
+
+    assert story.starting == {2}
+    assert [each for each in actions if isinstance(each, StartTimer)]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+def test_a_failure_in_any_batch_brings_the_old_workers_back(story: Story, batch: int) -> None:
+    story.given_serving(rolling(), workers=4).and_also(ReloadRequested())
+    for _ in range(100):
+        leaving = [w.number for w in story.fleet.alive() if w.state is State.RETIRING]
+        new = next((w for w in story.fleet.alive() if w.state is State.STARTING), None)
+        if leaving:
+            story.and_also(WorkerExited(leaving[0], "exited with status 0", served_s=20.0))
+        elif new and len(story.fleet[2].workers) < batch:
+            story.and_also(WorkerReady(new.number, retires=True))
+        else:
+            break
+    assert new
+
+    actions = story.when(WorkerExited(new.number, DIED))
+    assert ReportKind.RELOAD_FAILED in dict(news(actions))
+    assert story.fleet.route == story.fleet[1]
+    for _ in range(100):
+        assert sum(1 for _ in story.fleet.alive()) <= 5
+        gone = [w.number for g in story.fleet.all_of(Phase.DRAINING) for w in g.alive]
+        new_old = [w.number for w in story.fleet[1].workers if w.state is State.STARTING]
+        if gone:
+            story.and_also(WorkerExited(gone[0], "exited with status 0", served_s=20.0))
+        elif new_old:
+            story.and_also(WorkerReady(new_old[0]))
+        else:
+            break
+    assert [w.state for w in story.fleet[1].workers] == [State.READY] * 4
+
+
+def test_a_later_worker_that_is_not_ready_in_time_fails_the_reload(story: Story) -> None:
+    story.given_serving(rolling(), workers=2).and_also(ReloadRequested(), WorkerReady(3))
+    story.and_also(WorkerExited(2, "exited with status 0", served_s=20.0))
+    [new] = [w.number for w in story.fleet[2].workers if w.state is State.STARTING]
+
+    actions = story.when_over(TimerKind.WORKER_START, new)
+
+    [(_, reason)] = [each for each in news(actions) if each[0] is ReportKind.RELOAD_FAILED]
+    assert reason.startswith("not ready within 1m")
+    assert (story.settling, story.serving) == (set(), {1})
+
+
+def test_a_dead_old_worker_above_the_target_is_not_replaced(story: Story) -> None:
+    story.given_serving(rolling(), workers=3).and_also(ReloadRequested(), WorkerReady(4))
+    assert story.fleet.wanted_in(story.fleet[1]) == 2
+
+    story.and_also(WorkerExited(1, DIED, served_s=20.0))  # 3 is retiring; 2 is left
+    staying = [w for w in story.fleet[1].workers if w.state is not State.RETIRING]
+    assert len(staying) == 2, "one below the target is replaced"
+
+    story.and_also(WorkerExited(3, "exited with status 0", served_s=20.0))
+    assert len(story.fleet[1].workers) == 2
+
+
+def test_scaling_changes_the_target(story: Story) -> None:
+    story.given_serving(rolling(), workers=2).and_also(ReloadRequested(), WorkerReady(3))
+    story.and_also(ScaleRequested(to=3))
+
+    for _ in range(100):
+        leaving = [w.number for w in story.fleet.alive() if w.state is State.RETIRING]
+        new = [w.number for w in story.fleet.alive() if w.state is State.STARTING]
+        assert sum(1 for _ in story.fleet.alive()) <= 4
+        if leaving:
+            story.and_also(WorkerExited(leaving[0], "exited with status 0", served_s=20.0))
+        elif new:
+            story.and_also(WorkerReady(new[0], retires=True))
+        else:
+            break
+    assert story.serving == {2}
+    assert len(story.fleet[2].workers) == 3
+
+
+def test_replacements_of_single_workers_wait(story: Story) -> None:
+    story.given_serving(rolling(2), workers=3).and_also(ReloadRequested())
+
+    assert spawned(story.when(ReplaceRequested(1, "too old"))) == []
+
+
+def test_promote_ends_the_settling_of_the_first_workers_only(story: Story) -> None:
+    story.given_serving(rolling(1, settle_s=5.0), workers=2)
+    story.and_also(ReloadRequested(), WorkerReady(3))
+
+    assert [kind for kind, _ in news(story.when(PromoteRequested(now=True)))] == [
+        ReportKind.REFUSED
+    ]
+    assert retired(story.when(PromoteRequested())) == [2]
+    assert [kind for kind, _ in news(story.when(PromoteRequested()))] == [ReportKind.REFUSED]
+
+
+def test_a_stop_during_a_rolling_reload_calls_it_off(story: Story) -> None:
+    story.given_serving(rolling(), workers=3).and_also(ReloadRequested(), WorkerReady(4))
+
+    actions = story.when(StopRequested())
+
+    assert (ReportKind.RELOAD_FAILED, CALLED_OFF) in news(actions)
+    assert RouteTo(1) in actions
+
+
+def test_a_configuration_may_begin_and_end_rolling(story: Story) -> None:
+    story.given_serving(workers=2)
+    story.fleet = replace(story.fleet, configured=True)
+    story.and_also(ReloadRequested())
+    assert len(spawned(story.when(SettingsRead(rolling(), None)))) == 1
+
+    story.and_also(RollbackRequested())
+    assert story.fleet.policy == Policy()
+    story.and_also(WorkerExited(3, "exited with status 0"), ReloadRequested())
+    assert len(spawned(story.when(SettingsRead(Policy(), None)))) == 2
+
+
+def test_the_last_good_command_is_renewed_within_the_bound_too(story: Story) -> None:
+    story.given_serving(rolling(), workers=4)
+
+    assert len(spawned(story.when(RenewRequested()))) == 1
+
+
+def test_nothing_but_a_value_says_how_a_rollout_goes_on(story: Story) -> None:
+    with_canary(story)
+
+    assert story.fleet.rollout == Rollout(500, FIVE)
+
+
+def test_when_no_generation_serves_the_next_starts_all_that_there_is_room_for(
+    story: Story,
+) -> None:
+    """The others follow as the workers of the broken generation end."""
+    story.given_serving(rolling(), workers=3)
+
+    story.and_also(ChannelBroken(1), DeadlinePassed(Deadline(TimerKind.OPEN)))
+    assert len(story.fleet[2].workers) == 1
+    story.and_also(WorkerReady(4))
+    assert story.serving == {2}
+
+    story.and_also(WorkerExited(1, "exited with status 0"), WorkerExited(2, "exited with status 0"))
+    assert len(story.fleet[2].workers) == 3

@@ -35,6 +35,10 @@ settle = 0.5
 settle-check = "http:/healthz"
 start-timeout = "10s"
 start-tries = 4
+surge = "2"
+canary = "5%"
+canary-for = "10s"
+canary-at-least = 7
 drain-timeout = 120
 max-draining = 5
 lame-duck = "10s"
@@ -176,6 +180,9 @@ def test_every_option_has_a_key_and_every_key_its_effect(read: Reader, tmp_path:
             "drain-signal": 'handoff = "listener"\n',
             "lame-duck-idle": 'lame-duck = "1h"\n',
             "settle-check": 'settle = "5s"\n',
+            "surge": 'reload-order = "rolling"\ndrain-timeout = "1m"\n',
+            "canary-for": 'canary = "5%"\n',
+            "canary-at-least": 'canary = "5%"\n',
         }
         command = COMMAND if key != "shell" else f'command = ["{sys.executable}"]\n'
         one = read(f'{command}listen = "1"\n{needs.get(key, "")}{line}\n')

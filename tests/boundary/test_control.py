@@ -500,6 +500,7 @@ def test_a_member_of_the_status_group_may_look_and_change_nothing(place: Path) -
             "lame-duck": {"on": True},
             "reload": {"dry_run": True},
             "log-level": {"level": "info"},
+            "promote": {"now": True},
         }
         first = list(control_requests.COMMANDS[command])[:1]
         arguments = others.get(command, dict.fromkeys(first, 1))

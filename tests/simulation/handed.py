@@ -39,7 +39,7 @@ from socketprotector.model.settings import ListenerSettings, Settings
 from socketprotector.system import inherited
 from tests.simulation.files import Connection, File, Question, failure
 from tests.simulation.kernel import End, Socket
-from tests.simulation.ports import Address, Listening
+from tests.simulation.ports import Address, Listening, is_drawn
 from tests.simulation.world import BACKLOG, Voice, World
 
 #: Why clients may be lost that come to an address which a worker has done something to.
@@ -652,7 +652,7 @@ class Handed(World):
         elif what == 6:
             one.reuseport = False
         elif one in one.address.group:
-            one.address.steered = self._random.randrange(3)
+            one.address.steered, one.address.share = self._random.randrange(3), 0
 
     def _remove_a_file(self) -> None:
         """Somebody removes a path, as another server may at its end."""
@@ -677,23 +677,27 @@ class Handed(World):
                 continue
             files = [self.kernel.file(each.fileno()) for each in its.sockets]
             ours = [each for each in files if isinstance(each, Listening) and each.whole]
+            turns = steering_of(act).turns
             if len(ours) == len(its.sockets) and self._is_steered(
-                address, ours, steering_of(act).turns.current
+                address, ours, turns.current, turns.share_of(its)
             ):
                 address.disturbed = False
 
-    def _is_steered(self, address: Address, ours: list[Listening], socket_number: int) -> bool:
+    def _is_steered(
+        self, address: Address, ours: list[Listening], socket_number: int, share: int
+    ) -> bool:
         if not address.by_number:
             has_all = len(ours) == 1 or all(each.own_file for each in ours)
             return address.file is ours[socket_number % len(ours)] and has_all
         if len(ours) == 1:
             return address.listening == ours
-        wanted = (
-            address.group.index(ours[socket_number])
-            if ours[socket_number] in address.group
-            else None
+        group = address.group
+        wanted, other = (
+            group.index(each) if each in group else None
+            for each in (ours[socket_number], ours[1 - socket_number])
         )
-        return all(each.reuseport for each in ours) and address.steered == wanted
+        is_shared = address.share == share and (not share or address.drawn == other)
+        return all(each.reuseport for each in ours) and address.steered == wanted and is_shared
 
     def _check(self) -> None:
         super()._check()
@@ -798,7 +802,7 @@ class Handed(World):
                 assert each.listens, "it is still shut down"
                 assert not each.astray, "it has another port"
             accepted = {to for each in self._living() for to in each.listening.values()}
-            if address.for_new() not in {None, *accepted}:
+            if not address.all_for_new() <= {None, *accepted}:
                 idle.append(address)
             dead = any(each.mask for each in sockets if isinstance(each, Listening))
             if (address.disturbed and its.has_sibling) or (dead and address.by_number):
@@ -868,6 +872,8 @@ class Handed(World):
             number = self._number_of_the_last_to_know(its.index)
         if number is None:
             return
+        if is_drawn(self.connections, steering_of(act).turns.share_of(its)):
+            number = 1 - steering_of(act).turns.current
         if its.index in steering_of(act).turns.lost:  # they wait for the next generation
             number = steering_of(act).turns.number_for(its)
         wanted = self.kernel.file(its.socket_for(number).fileno())
@@ -1001,9 +1007,10 @@ class Handed(World):
         for address in there:
             if address.disturbed:
                 continue
-            to = address.for_new()
             accepting = [each for each in self._living() if self._accepts(each)]
-            assert any(to in each.listening.values() for each in accepting), "no worker accepts"
+            accepted = {to for each in accepting for to in each.listening.values()}
+            assert address.all_for_new() <= accepted, "no worker accepts"
+            assert not address.share, "another generation has a share"
 
     def _finish_all(self, worker: Any) -> None:
         for server in worker.living:

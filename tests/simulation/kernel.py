@@ -722,9 +722,17 @@ class Kernel:
         given = {theirs: self.file(ours) for theirs, ours in places.items()}
         return self.start(program.argv, environment, given)
 
-    def steer(self, one: Socket, member: int, marked: Mapping[Any, int] = NO_MARKS) -> None:
+    def steer(
+        self,
+        one: Socket,
+        member: int,
+        marked: Mapping[Any, int] = NO_MARKS,
+        drawn: int = 0,
+        share: int = 0,
+    ) -> None:
         """In the place of reuseport.steer()."""
-        one.attach(STEER, member, {mark.source: its for mark, its in marked.items()})
+        marks = {mark.source: its for mark, its in marked.items()}
+        one.attach(STEER, member, marks, drawn, share)
 
     def connect(self, one: Listening, target: Any) -> int:
         """Have a question come to an address, from what `one` is bound to; return as connect_ex."""
@@ -954,14 +962,22 @@ class Socket:
             return error.errno or 0
         return self._kernel.connect(self._file, target)
 
-    def attach(self, option: int, place: int, marked: dict[str, int] | None = None) -> None:
+    def attach(
+        self,
+        option: int,
+        place: int,
+        marked: dict[str, int] | None = None,
+        drawn: int = 0,
+        share: int = 0,
+    ) -> None:
         """As setsockopt() does it with a program.
 
-        place: what that answers; marked: to what comes from these addresses, something else.
+        place: what that answers; marked: to what comes from these addresses, something else;
+        drawn: to a share of the others.
         """
         self._kernel.enter("attach")
         assert isinstance(self._file, Listening)
-        self._file.attach(option, place, marked or {})
+        self._file.attach(option, place, marked or {}, drawn, share)
         self._kernel.changes += 1
 
     def getsockopt(self, level: int, option: int, size: int = 0) -> Any:

@@ -8,12 +8,14 @@ unix_shutdown() and unix_stream_connect() in net/unix/af_unix.c.
 from __future__ import annotations
 
 import errno
+import random
 import select
 import socket
 from collections import deque
 from itertools import count
 from typing import Any, cast
 
+from socketprotector.model.share import WHOLE
 from socketprotector.system import accept_tags, socket_file
 from tests.simulation.files import Connection, File, Question, failure
 
@@ -59,6 +61,11 @@ class Names(dict[str, Node]):
         return None if node is None or node.socket is None or node.socket.refuses else node.socket
 
 
+def is_drawn(number: int, share: int) -> bool:
+    """Whether the kernel draws a client or question for a share, each time the same."""
+    return share > 0 and random.Random(f"drawn {number}").randrange(WHOLE) < share
+
+
 class Address:
     """What clients connect to, and the sockets that are bound to it."""
 
@@ -71,6 +78,8 @@ class Address:
         self.group: list[Listening] = []  # of SO_REUSEPORT, by place
         self.steered: int | None = None  # to which place
         self.marked: dict[str, int] = {}  # and those that come from these
+        self.drawn = 0  # to which place a share of the others
+        self.share = 0  # in ten thousandths
         #: A worker has done something to a socket, and that is not mended yet.
         self.disturbed = False
         self.clients: dict[int, Connection] = {}  # those that have begun to connect, until closed
@@ -118,6 +127,13 @@ class Address:
         found = self._chosen(number, source)
         return None if found is None or (found.filtered and not found.drops) else found
 
+    def all_for_new(self) -> set[Listening | None]:
+        """Return all sockets that clients may get to that connect now."""
+        found = {self.for_new()}
+        if self.share and self.drawn < len(self.group):
+            found.add(self.group[self.drawn])
+        return found
+
     def _chosen(self, number: int, source: str) -> Listening | None:
         found = [each for each in self.listening if not each.elsewhere]
         if not found:
@@ -126,7 +142,8 @@ class Address:
         first = found[0] if self.family == socket.AF_INET6 else found[-1]
         if not first.reuseport or first not in self.group:
             return first
-        steered = self.marked.get(source, self.steered)
+        others = self.drawn if is_drawn(number, self.share) else self.steered
+        steered = self.marked.get(source, others)
         if steered is not None and steered < len(self.group):
             return self.group[steered]
         return self.group[number % len(self.group)]
@@ -303,7 +320,7 @@ class Listening(File):
             if last is not self:
                 address.group[address.group.index(self)] = last
             if not address.group:
-                address.steered, address.marked = None, {}
+                address.steered, address.marked, address.share = None, {}, 0
         for queue in (self.backlog, self.handshakes):
             while queue:
                 queue.popleft().drop()
@@ -315,12 +332,15 @@ class Listening(File):
             if not self.address.is_path:
                 del self.address.names[self.bound_as]
 
-    def attach(self, option: int, place: int, marked: dict[str, int]) -> None:
+    def attach(
+        self, option: int, place: int, marked: dict[str, int], drawn: int = 0, share: int = 0
+    ) -> None:
         """Attach a filter: one that refuses all, or one that steers.  Raises OSError."""
         if option == STEER:
             if self not in self.address.group:
                 raise failure(errno.EINVAL)
             self.address.steered, self.address.marked = place, marked
+            self.address.drawn, self.address.share = drawn, share
         elif self.locked:
             raise failure(errno.EPERM)
         else:

@@ -22,8 +22,8 @@ PARTS = rounds(1, 4)
 #: Those that found a fault had the usual 2,000; many of them begin alike.
 LIFE = rounds(300, 2000)
 STEPS = rounds(15_000, 250_000)
-#: Of the calls in stories, and lives that come off those: of two stories, so that all verbs do.
-SHARE, STORIED = ("1", "2000") if MANY else ("0.01", "100")
+#: Of the calls in stories, and lives that come off those: of some stories, so that all verbs do.
+SHARE, STORIED = ("1", "2000") if MANY else ("0.01", "300")
 
 
 def simulate(*arguments: str) -> str:

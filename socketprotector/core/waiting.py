@@ -288,3 +288,14 @@ def _workers(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
         what = _count(len(finishing), "worker")
         reason = f"{what} of generation {serving.number}: finishing, not exited yet"
         yield Wait("worker", reason, serving.number, min(known, default=None))
+    waiting = [
+        worker
+        for worker in serving.workers
+        if not worker.alive
+        and Deadline(TimerKind.WORKER_RESPAWN, worker.number) not in fleet.timers
+    ]
+    why = "waiting for the end of the reload" if rollout.waits_to_replace(fleet) else ""
+    if waiting and (why or not rollout.room(fleet, 1)):
+        what = _count(len(waiting), "worker")
+        reason = f"{what} of generation {serving.number}: {why or _room(fleet, facts)}"
+        yield Wait("worker", reason, serving.number)

@@ -149,7 +149,11 @@ def rollout_text(status: Status) -> str:
         return ""  # the entry of `waits_for` about the start says more
     if text_in(rollout, "kind") == "rolling":
         return _rolling_text(rollout, stage)
-    share = f"{percent(round(100 * (measure(rollout, 'share') or 0.0)))} of" if stage == "share" else "all"
+    share = (
+        f"{percent(round(100 * (measure(rollout, 'share') or 0.0)))} of"
+        if stage == "share"
+        else "all"
+    )
     words = f"generation {number_in(rollout, 'generation')} has {share} new connections"
     met, least = measure(rollout, "met"), number_in(rollout, "at_least")
     lacks = stage == "share" and met is not None and met < least

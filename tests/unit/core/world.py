@@ -352,7 +352,9 @@ class World:
         ), "a requested stop has no end"
         if fleet.stop_awaits_rescue:
             assert fleet.policy.has_two_places
-            assert fleet.is_renewing or self.runs(TimerKind.TURN), "a stop waits for nothing"
+            failed = (g for g in fleet.all_of(Phase.ABANDONED) if g.workers and not g.fresh)
+            renews = fleet.is_renewing or self.runs(TimerKind.TURN) or any(failed)
+            assert renews, "a stop waits for nothing"
             assert not (fleet.incoming and fleet.incoming.fresh), "a release comes before a stop"
         assert not (fleet.stopping and fleet.lame_duck is not LameDuck.OFF)
         assert self.route == (fleet.route.number if fleet.route else None)
@@ -378,7 +380,9 @@ class World:
             assert self.probed is None, "the probed generation does not start"
         elif self.runs(TimerKind.SETTLE, starting.number):
             pass  # it has answered
-        elif fleet.policy_of(starting.fresh).probes and not self.runs(TimerKind.TURN):
+        elif fleet.policy_of(starting.fresh).probes and not (
+            self.runs(TimerKind.TURN) or room(fleet, 1) == 0
+        ):
             assert self.probed == starting.number, "nothing probes it"
         settling = fleet.of(Phase.SETTLING)
         assert self.checked == (settling.number if settling and settling.checked else None)
@@ -508,7 +512,9 @@ class World:
                 case Phase.STARTING:
                     assert kinds == ["start"]
                 case Phase.SETTLING:
-                    assert kinds == ["settle"]
+                    rollout = fleet.rollout if fleet.sharing else None
+                    kind = "canary" if rollout and rollout.canary else "rolling"
+                    assert kinds == [kind if rollout else "settle"]
                 case Phase.DRAINING | Phase.ABANDONED:
                     awaited = failed_in_the_way if fleet.to_open is None else in_the_way
                     is_next = fleet.to_open or fleet.reload_wanted

@@ -130,7 +130,7 @@ def test_one_that_is_not_unpacked_says_so(typed: Typed, monkeypatch: pytest.Monk
         ),
         (
             [*CANARY, *LISTENER, "unix:/run/w", "--", "true"],
-            "--canary: old and new generation accept from the same socket of unix:/run/w (a UNIX path)",
+            "--canary: old and new generation accept from the same socket of unix:/run/w (a UN",
         ),
         (
             [*CANARY, *LISTENER, "0", "unix:@w", "--", "true"],

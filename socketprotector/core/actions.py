@@ -161,9 +161,11 @@ class ReadSettings(Action):
     """Read the configuration again, for the next generation that is opened fresh.
 
     dry_run: this generation will get no client, not even from added listeners.
+    release: the one to start; "": the one that `current` names.
     """
 
     dry_run: bool = False
+    release: str = ""
 
 
 @frozen

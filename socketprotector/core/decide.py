@@ -52,14 +52,14 @@ def _handle(step: Step, event: Event) -> None:
     match event:
         case events.Launched():
             reload.launched(step)
-        case events.ReloadRequested(canary):
-            reload.reload_requested(step, canary)
+        case events.ReloadRequested(canary, release):
+            reload.reload_requested(step, canary, release)
         case events.PromoteRequested(now, met):
             rollout.promote_requested(step, met, now=now)
         case events.RollbackRequested():
             reload.rollback_requested(step)
-        case events.DryRunRequested():
-            reload.dry_run_requested(step)
+        case events.DryRunRequested(release):
+            reload.dry_run_requested(step, release)
         case events.StopRequested(quick):
             stop.stop_requested(step, quick)
         case events.LameDuckRequested(on):
@@ -208,7 +208,7 @@ def resume(
         actions.append(CheckSettling(settling.number))
     actions += [each for each in undone if not isinstance(each, UseSettings)]
     if fleet.reading:
-        actions.append(ReadSettings(fleet.dry_run))
+        actions.append(ReadSettings(fleet.dry_run, fleet.release))
     if fleet.stopping:
         quick = fleet.stopping is Stop.QUICK or not fleet.listeners_open
         actions.append(CloseListeners(quick))

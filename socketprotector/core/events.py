@@ -56,9 +56,11 @@ class ReloadRequested(Event):
     """A reload was requested: a new generation from the command as it is now.
 
     canary: the share that it gets first, instead of that of the settings.
+    release: a deploy of this release; "": the one that `current` names.
     """
 
     canary: Canary | None = None
+    release: str = ""
 
 
 @frozen
@@ -79,7 +81,9 @@ class RollbackRequested(Event):
 
 @frozen
 class DryRunRequested(Event):
-    """A dry run was requested: a reload that ends before its switch."""
+    """A dry run was requested: a reload that ends before its switch.  release: see above."""
+
+    release: str = ""
 
 
 @frozen

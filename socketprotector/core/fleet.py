@@ -191,6 +191,8 @@ class Fleet:
     dry_run: bool = False  # the reload under way is a dry run: its generation gets no clients
     canary_wanted: Canary | None = None  # that the queued reload was requested with
     rollout: Rollout | None = None  # how the reload under way goes on
+    #: The release of the deploy under way, until its verdict; "": the one that `current` names.
+    release: str = ""
 
     served: bool = False  # a generation has served, since the first start
     failed_starts: int = 0  # generations in a row that failed while no other generation served

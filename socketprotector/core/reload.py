@@ -22,6 +22,8 @@ from .step import Step
 UPGRADED = "called off: the protector is being upgraded"
 #: The verdict of a reload that an operator has called off.
 ROLLED_BACK = "rolled back: an operator called it off"
+#: Why a deploy is refused.
+IN_PROGRESS = "a reload is in progress"
 #: Why a dry run is refused under stop-first.
 STOP_FIRST = "with --reload-order stop-first the old workers end before the new ones start"
 
@@ -35,21 +37,26 @@ def launched(step: Step) -> None:
         step.fleet = replace(step.fleet, to_open=Next.FRESH)
 
 
-def reload_requested(step: Step, canary: Canary | None) -> None:
+def reload_requested(step: Step, canary: Canary | None, release: str = "") -> None:
     """Queue a reload, which begin_if_wanted() begins.
 
     canary: the share that its generation gets first, instead of that of the settings.
+    release: the release of a deploy, which begins now or not at all.
     """
     if step.fleet.stop_requested:
         step.do(Report(ReportKind.REFUSED, reason="cannot reload: a stop is in progress"))
+    elif release and step.fleet.is_changing:
+        step.do(Report(ReportKind.REFUSED, reason=f"cannot deploy {release}: {IN_PROGRESS}"))
     else:
         # Queued even during a reload, so that the newest release wins without another HUP.
         # A later request without a share does not give all clients to what was to get a share.
         wanted = canary or step.fleet.canary_wanted
         step.fleet = replace(step.fleet, reload_wanted=True, canary_wanted=wanted)
+        if release:
+            step.fleet = replace(step.fleet, release=release)
 
 
-def dry_run_requested(step: Step) -> None:
+def dry_run_requested(step: Step, release: str = "") -> None:
     """Begin a reload that ends before its switch.
 
     A dry run that cannot begin is refused, not queued: its verdict is about the present.
@@ -59,7 +66,7 @@ def dry_run_requested(step: Step) -> None:
         reason = "cannot dry-run now: a reload or stop is in progress, or nothing is serving"
         step.do(Report(ReportKind.REFUSED, reason=reason))
         return
-    step.fleet = replace(fleet, dry_run=True)
+    step.fleet = replace(fleet, dry_run=True, release=release)
     step.do(Report(ReportKind.DRY_RUN, fleet.next_generation))
     _read_or_begin(step)
 
@@ -113,7 +120,7 @@ def _may_rescue(fleet: Fleet) -> bool:
 def _read_or_begin(step: Step) -> None:
     if step.fleet.configured and step.fleet.served:
         step.fleet = replace(step.fleet, reading=True)
-        step.do(ReadSettings(step.fleet.dry_run))
+        step.do(ReadSettings(step.fleet.dry_run, step.fleet.release))
     else:
         _begin(step)
 
@@ -330,7 +337,7 @@ def settled(step: Step, number: int, met: int) -> None:
 
 def _pass_dry_run(step: Step, number: int) -> None:
     step.abandon(number)
-    step.fleet = replace(step.fleet, dry_run=False)
+    step.fleet = replace(step.fleet, dry_run=False, release="")
     step.do(Report(ReportKind.DRY_RUN_PASSED, number))
 
 

@@ -63,6 +63,7 @@ class Snapshot:
     log_level: str = ""  # set by an operator at run time
     version: str = ""  # of the program that wrote this
     unsaid: tuple[Report, ...] = ()  # reports that were ordered; perhaps not made
+    current_due: str = ""  # the release to which `current` could not be moved yet
 
     @property
     def delivery(self) -> DeliveryRecord:

@@ -276,12 +276,15 @@ class Step:
             self.drain(old.number, self._drain_limit_s)
         success = ReportKind.RELOADED if fresh else ReportKind.RECOVERED
         self.do(Report(success if self.fleet.served else ReportKind.READY, number, reason))
-        self.fleet = replace(self.fleet, served=True)
+        release = "" if fresh else self.fleet.release
+        self.fleet = replace(self.fleet, served=True, release=release)
 
     def report_failure(self, number: int, reason: str) -> None:
         """Report that the reload or dry run of this generation has failed."""
-        dry_run = self.fleet.dry_run
-        self.fleet = replace(self.fleet, dry_run=False)
+        dry_run, failed = self.fleet.dry_run, self.fleet.generation(number)
+        # The failure of the last good command leaves a queued deploy as it is.
+        release = self.fleet.release if failed and not failed.fresh else ""
+        self.fleet = replace(self.fleet, dry_run=False, release=release)
         news = ReportKind.DRY_RUN_FAILED if dry_run else ReportKind.RELOAD_FAILED
         self.do(Report(news, number, reason))
 

@@ -51,6 +51,18 @@ class TimedOut(ControlError):
     result = "timed out"
 
 
+class CurrentNotMoved(ControlError):
+    """The new version is serving, but `current` or the history is not on disk yet."""
+
+    status = 5
+    result = "not recorded"
+
+
+#: Codes of refusals with an exit status of their own.  invalid: a mistake in the command line, such
+#: as a number out of range.
+_STATUSES = {"invalid": UsageError.status, "unmet": UsageError.status, "deploying": 6}
+
+
 class RequestRefused(ControlError):
     """The protector refused a request.  code: one of those in docs/control.md."""
 
@@ -60,5 +72,4 @@ class RequestRefused(ControlError):
     def __init__(self, code: str, error: str) -> None:
         super().__init__(error)
         self.code = code
-        if code == "invalid":  # a mistake in the command line, such as a number out of range
-            self.status = UsageError.status
+        self.status = _STATUSES.get(code, self.status)

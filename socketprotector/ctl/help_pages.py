@@ -9,10 +9,13 @@ import click
 #: Every command once, as the manual page has them.
 GROUPS = {
     "Queries": (
-        *("status", "ready", "connections", "history", "crashes", "diff", "events", "list"),
+        *("status", "ready", "connections", "history", "releases", "crashes", "diff", "events"),
+        "list",
         "top",
     ),
-    "Reload, upgrade, stop": ("reload", "promote", "rollback", "upgrade", "stop"),
+    "Reload, upgrade, stop": (
+        *("reload", "deploy", "promote", "rollback", "upgrade", "stop"),
+    ),
     "Immediate commands": (
         *("scale", "lame-duck", "hold", "release", "replace", "kill", "log-level", "reopen"),
     ),
@@ -21,7 +24,7 @@ GROUPS = {
 #: The commands of --help.
 COMMON = (
     *("list", "status", "top", "reload", "diff", "history", "crashes", "connections"),
-    *("promote", "rollback", "scale", "upgrade", "stop"),
+    *("deploy", "promote", "rollback", "scale", "upgrade", "stop"),
 )
 _PURPOSE = """Inspect and control a running SocketProtector. Without --name, --control or
 --pid-file: the only running one. These options may also follow the command."""
@@ -37,13 +40,15 @@ EXAMPLES = (
 _STATUSES = (
     ("0", "done"),
     ("1", "no protector is running, or its connection was lost for good"),
-    ("2", "the command line is wrong"),
+    ("2", "the command line is wrong, or nothing is as it expects (deploy, rollback)"),
     (
         "3",
-        "reload, upgrade: the new version failed, and the old one is still serving; diff: a "
+        "reload, deploy, upgrade: the new version failed, and the old one is still serving; diff: a "
         "reload would be refused; ready: not ready",
     ),
     ("4", "not done within --timeout; it may still succeed"),
+    ("5", "deploy, rollback: the new version is serving, but current could not be moved yet"),
+    ("6", "deploy, rollback: another deploy or reload is in progress"),
     ("100", "the protector refuses, or this user has no permission"),
     ("130", "interrupted"),
 )

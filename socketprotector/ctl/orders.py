@@ -141,17 +141,6 @@ def promote(instance: Instance, now: bool, as_json: bool) -> None:
     answer(as_json, result, f"promoted: generation {number} {what}")
 
 
-@command(short_help="End a reload: the old generation gets all clients.")
-def rollback(instance: Instance, as_json: bool) -> None:
-    """End the reload that is in progress: the old generation gets all new clients.
-
-    The new generation finishes the clients that it has.
-    """
-    result = instance.request("rollback")
-    number = number_in(result, "generation")
-    answer(as_json, result, f"rolled back: generation {number} gets no new clients")
-
-
 # -- generations and workers ------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import os
 import select
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -41,11 +42,11 @@ from .reload_progress import (
 )
 
 #: The fields of `reload --json` besides result and waited_s; null if unknown.
-_OUTCOME = ("name", "from", "generation", "reason", "last_words", "lost")
+OUTCOME = ("name", "from", "generation", "reason", "last_words", "lost")
 
-_WAIT = click.option("--wait/--no-wait", default=True, help="Wait for the outcome, or return.")
+WAIT = click.option("--wait/--no-wait", default=True, help="Wait for the outcome, or return.")
 _SHARE = Value("SHARE", lambda text: percent(read_percent(text)))
-_TIMEOUT = click.option(
+TIMEOUT = click.option(
     "--timeout", default="0", type=Duration(), help="How long to wait; 0: no limit."
 )
 
@@ -54,13 +55,13 @@ _TIMEOUT = click.option(
 
 
 @command(short_help="Start the new version, and report the outcome.")
-@_WAIT
+@WAIT
 @click.option("--drained", is_flag=True, help="Wait for the end of the old generations, too.")
 @click.option("--dry-run", is_flag=True, help="Start it, stop it when it is ready; no clients.")
 @click.option("--canary", type=_SHARE, help="Give it this share of the new clients first: 5%.")
 @click.option("--for", "for_s", type=Duration(zero=False), help="How long.  [default: 60s]")
 @click.option("--at-least", type=click.IntRange(0), help="Connections that the canary must have.")
-@_TIMEOUT
+@TIMEOUT
 def reload(
     instance: Instance,
     wait: bool,
@@ -99,38 +100,70 @@ def reload(
             words += "verdict"
         answer(as_json, {"generation": generation, "result": "requested"}, words)
         return
-    with begin(instance, timeout, as_json, *_OUTCOME) as operation:
-        before = operation.client.query("status")
-        operation.losses = Losses(before)
-        operation.outcome["name"] = before.get("name")
-        old = operation.outcome["from"] = before.get("route")
+    with begin(instance, timeout, as_json, *OUTCOME) as operation:
+        before = begun(operation)
         promised = _request_reload(operation.client, before, how)
-        operation.outcome["generation"] = promised
-        watched = Reload(promised, before, operation.tell, dry_run=dry_run)
-        found = _judged(operation, watched)
-        operation.outcome["generation"] = found.generation
-        serves_still = False
-        if dry_run or (drained and found.taken):
-            left = (_Tried if dry_run else _Older)(found.generation, watched)
-            with _unless_it_ended(lambda: dry_run or left.stopping):
-                operation.wait(left, look=True)
-                serves_still = not left.stopping
-        after_all = _count_losses(operation)
-        if not found.taken:
-            _given_up(operation, found, "not ready to reload" if dry_run else "not reloaded")
-        if dry_run:
-            still = serves_still and old is not None
-            words = f"would reload: generation {found.generation} became ready and was stopped"
-            words += f"; generation {old} is still serving" if still else ""
-            operation.ends("passed", words)
-            return
-        instead = f" in place of generation {old}" if isinstance(old, int) else ""
-        why = f", {found.reason}" if found.reason else ""
-        gone = "; nothing older is left" if drained else ""
-        operation.outcome["reason"] = found.reason or None
-        words = f"reloaded: generation {found.generation} is serving{instead}{why}{gone}"
-        words += _first_programs(after_all, found.generation)
-        operation.ends("reloaded", words)
+        failed = "not ready to reload" if dry_run else "not reloaded"
+        found = follow(operation, before, promised, failed, dry_run=dry_run, drained=drained)
+        words = f"would reload: {found.words}" if dry_run else f"reloaded: {found.words}"
+        operation.ends("passed" if dry_run else "reloaded", words)
+
+
+@dataclass(frozen=True, slots=True)
+class Success:
+    """A reload or dry run that has succeeded."""
+
+    words: str
+    status: Message  # after it; empty if the protector did not answer
+
+
+def begun(operation: Operation) -> Message:
+    """Return the status before a request, and note it for the outcome."""
+    before = operation.client.query("status")
+    operation.losses = Losses(before)
+    operation.outcome["name"] = before.get("name")
+    operation.outcome["from"] = before.get("route")
+    return before
+
+
+def follow(
+    operation: Operation,
+    before: Message,
+    promised: int,
+    failed: str,
+    *,
+    dry_run: bool,
+    drained: bool = False,
+) -> Success:
+    """Wait for the verdict about a requested generation, and for what --drained adds.
+
+    promised: its number.  failed: the beginning of the error if it fails, as NewVersionFailed.
+    """
+    old = before.get("route")
+    operation.outcome["generation"] = promised
+    watched = Reload(promised, before, operation.tell, dry_run=dry_run)
+    found = _judged(operation, watched)
+    operation.outcome["generation"] = found.generation
+    serves_still = False
+    if dry_run or (drained and found.taken):
+        left = (_Tried if dry_run else _Older)(found.generation, watched)
+        with _unless_it_ended(lambda: dry_run or left.stopping):
+            operation.wait(left, look=True)
+            serves_still = not left.stopping
+    after_all = _count_losses(operation)
+    if not found.taken:
+        _given_up(operation, found, failed)
+    if dry_run:
+        still = serves_still and old is not None
+        words = f"generation {found.generation} became ready and was stopped"
+        words += f"; generation {old} is still serving" if still else ""
+        return Success(words, after_all)
+    instead = f" in place of generation {old}" if isinstance(old, int) else ""
+    why = f", {found.reason}" if found.reason else ""
+    gone = "; nothing older is left" if drained else ""
+    operation.outcome["reason"] = found.reason or None
+    words = f"generation {found.generation} is serving{instead}{why}{gone}"
+    return Success(words + _first_programs(after_all, found.generation), after_all)
 
 
 def _first_programs(status: Message, generation: int) -> str:
@@ -301,8 +334,8 @@ def _quoted(last_words: str) -> str:
 
 
 @command(short_help="Replace the protector's own program in place.")
-@_WAIT
-@_TIMEOUT
+@WAIT
+@TIMEOUT
 def upgrade(instance: Instance, wait: bool, timeout: float, as_json: bool) -> None:
     """Replace the protector's own program in place: same pid, same workers, nothing closed.
 
@@ -352,9 +385,9 @@ class _Upgraded(Awaited):
 
 
 @command(short_help="Stop gracefully, or at once with --quick.")
-@_WAIT
+@WAIT
 @click.option("--quick", is_flag=True, help="At once: TERM to the workers, then KILL.")
-@_TIMEOUT
+@TIMEOUT
 def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: bool) -> None:
     """Stop: serve the connected clients, let the workers finish, exit."""
     with begin(instance, timeout, as_json) as operation, ExitStack() as opened:

@@ -25,7 +25,7 @@ from ..system.log import Log
 from ..system.loop import Loop
 from ..system.sd_notify import remove_folder
 from ..system.state_file import StateError, StateFile
-from . import recovery, watch_client
+from . import recovery, releases, watch_client
 from .checkpoint import Checkpoint
 from .control import commands, status
 from .control.server import ControlServer
@@ -95,6 +95,7 @@ class Resident:
         #: The names of the listening sockets that survive for the next start.
         self.surviving: tuple[str, ...] = ()
         self.watcher: watch_client.FileWatch | None = None
+        self._releases: releases.Releases | None = None
         self._loop: Loop | None = None
 
     def supervise(self) -> int:
@@ -305,6 +306,11 @@ class Resident:
             terminal=terminal_of(settings.foreground),
             outlives_terminal=settings.outlives_terminal,
         )
+        if settings.current:
+            lock = self.unclaimed.take_one(inherited.CURRENT)
+            live = effects.live_settings
+            live.releases = releases.Releases(lambda: live.settings, runtime, lock)
+            self._releases = live.releases
         effects.probing.counts = lambda: status.counts_of(supervisor.fleet, effects)
         return supervisor
 
@@ -315,6 +321,8 @@ class Resident:
             found[inherited.CONTROL] = self.control_listener.fileno()
         if self.watcher is not None:
             found |= self.watcher.descriptors()
+        if self._releases is not None:
+            found |= self._releases.descriptors()
         theirs = (self.parents, self.start_report)
         return found | {name: fd for each in theirs for name, fd in each.descriptors().items()}
 

@@ -168,8 +168,8 @@ class Effects(Host):
                 self.delivery.release(self.generations.release(number))
             case Hold(on):
                 self.delivery.hold(on)
-            case ReadSettings(dry_run):
-                self.live_settings.read(dry_run=dry_run)
+            case ReadSettings(dry_run, release):
+                self.live_settings.read(dry_run=dry_run, release=release)
             case UseSettings():
                 self.live_settings.use()
                 self.probing.apply_settings(self.generations.get(self._route or 0))
@@ -187,16 +187,23 @@ class Effects(Host):
                 self._loop.cancel(deadline)
                 self._note_due(deadline)
             case Report():
-                if action.news in _SUCCESS and action.generation in self.generations:
-                    self.last_good = self.generations[action.generation].program
-                if action.news in _FAILURE and action.reason not in (stop.CALLED_OFF, UPGRADED):
-                    action = replace(action, reason=added(action.reason, self._same_file()))
-                self.reports.write(action)
+                self._report(action)
             case Exit(status):
                 self.exit_status = status
                 self.pool.orphans.when_ended(self._stop_running)
             case _:  # its generation failed to open: OpenFailed is posted already
                 pass
+
+    def _report(self, report: Report) -> None:
+        generation = self.generations.get(report.generation)
+        program = generation.program if generation is not None else None
+        if report.news in _SUCCESS and program is not None:
+            self.last_good = program
+        if report.news in _FAILURE and report.reason not in (stop.CALLED_OFF, UPGRADED):
+            report = replace(report, reason=added(report.reason, self._same_file()))
+        if releases := self.live_settings.releases:
+            report = releases.reported(report, program)
+        self.reports.write(report, program.release if program is not None else "")
 
     # -- from one program to the next ---------------------------------------------
 
@@ -224,6 +231,7 @@ class Effects(Host):
             log_level=self._log.level,
             version=__version__,
             unsaid=tuple(a for a in actions if isinstance(a, Report)),
+            current_due=releases.due if (releases := self.live_settings.releases) else "",
         )
 
     def descriptors(self) -> dict[str, int]:

@@ -17,7 +17,7 @@ from ..model.lazy_dataclass import replace
 from ..model.records import SettingsRecord
 from ..model.settings import ListenerSettings, Settings
 from ..system.listener import Listener
-from . import config_reader
+from . import config_reader, releases
 from .delivery import Delivery
 from .runtime import Runtime
 from .worker_pool import WorkerPool
@@ -43,23 +43,29 @@ class LiveSettings:
         self._log, self._post, self._persist = runtime.log, runtime.post, runtime.persist
         self._command, self._loop = command, runtime.loop
         self._readers: dict[str, config_reader.ConfigReader] = {}  # by purpose
+        self.releases: releases.Releases | None = None  # None: --releases is not in use
 
     @property
     def settings(self) -> Settings:
         """The settings in force."""
         return self.record.current
 
-    def read(self, *, dry_run: bool) -> None:
+    def read(self, *, dry_run: bool, release: str = "") -> None:
         """Read the configuration again, in another process; the result is an event.
 
         dry_run: no clients come to the generation that will use it, or to added listeners.
+        release: the one to start; "": the one that `current` names.
         """
         try:
             reader = self._reader("reader")
         except MemoryError:
             self._post(SettingsFailed("cannot read the configuration: out of memory"))
             return
-        reader.read(self.settings, partial(self._on_config_read, dry_run=dry_run))
+        if self.releases is not None:
+            self.releases.tried = ""
+            release = release or self.releases.due
+        wanted = replace(self.settings, release_wanted=release)
+        reader.read(wanted, partial(self._on_config_read, dry_run=dry_run))
 
     def compare(self, done: Callable[[config_reader.ConfigAnswer], None]) -> bool:
         """Find out what a reload would change, and call back; return False if that runs already."""
@@ -83,6 +89,8 @@ class LiveSettings:
             if candidate.log_level != self.settings.log_level:
                 self._log.set_level(candidate.log_level)
             self._put_in_force(candidate)
+            if self.releases is not None:
+                self.releases.move(candidate.release)
 
     def forget(self) -> None:
         """Drop the candidate settings.  Listener indices are never reused."""
@@ -145,6 +153,8 @@ class LiveSettings:
         removed = [each for each in self._delivery.listeners if new.listeners[each.index].removed]
         cannot = self._delivery.cannot_change(added, removed)
         cannot = cannot or self._cannot_roll_out(new, added)
+        if cannot is None and self.releases is not None:
+            cannot = self.releases.prepare(new.release, dry_run=dry_run) or None
         if cannot is not None:
             for each in added:
                 each.close()

@@ -72,6 +72,8 @@ class Recovery:
         self.dismiss_unknown()
         self.unclaimed.close()
         effects.live_settings.adopt(snapshot)
+        if releases := effects.live_settings.releases:
+            releases.resume(snapshot.current_due, proven.program if proven is not None else None)
         for released in effects.generations.released.values():
             released.forget_board()
             delivery.release(released)

@@ -93,14 +93,18 @@ class Reports:
         now = time.time()
         self.remember(lambda history: history.reload_began(generation, now))
 
-    def write(self, report: Report) -> None:
-        """Send a report to the log, the history, systemd and the launching process."""
+    def write(self, report: Report, release: str = "") -> None:
+        """Send a report to the log, the history, systemd and the launching process.
+
+        release: that of its generation, if there are releases.
+        """
         first_line = headline(report.reason)
         _, _, last_words = report.reason.partition("\n")
         self._log.write(
             _LEVELS.get(report.news, "info"),
             report.news.value,
             generation=report.generation or None,
+            release=release or None,
             reason=first_line or None,
             last_words=last_words or None,
         )

@@ -212,7 +212,7 @@ class Supervisor:
             self.upgrade.execute(self.checkpoint.descriptors())
             self.effects.resume()
             if self.fleet.reading:
-                self.effects.perform(ReadSettings(self.fleet.dry_run))
+                self.effects.perform(ReadSettings(self.fleet.dry_run, self.fleet.release))
         else:
             self.upgrade.failed(_NOT_KEPT)
         self._handing_over = False

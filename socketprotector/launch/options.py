@@ -247,6 +247,15 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "If the new one fails within this time, the old one serves again. Not with "
                "--reload-order stop-first.",
                "policy.settle_s", default="0"),
+        Option("releases", TEXT, "Start a release of this folder, whose path replaces {release}.\n"
+               "{release} can be in COMMAND, --chdir, --env, --env-file and checks. "
+               "socketprotectorctl deploy NAME starts another release. See docs/deploy.md.",
+               "releases", STAYS, metavar="DIR", show=lambda path: path or "none"),
+        Option("current", TEXT, "Start the release to which this symbolic link leads.\n"
+               "It is moved when a deployed release is proved, and only then.",
+               "current", STAYS, metavar="PATH", show=lambda path: path or "none"),
+        Option("deployer", TEXT, "Accept releases that belong to this user, and those of root.",
+               metavar="USER"),
         Option("watch", TEXT, "Reload when files below this path change. Repeatable.\n"
                "For development: docs/start.md.", metavar="PATH", multiple=True, no_key=_LINE_ONLY),
     ),

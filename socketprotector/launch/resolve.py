@@ -10,22 +10,25 @@ import signal
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+from ..model import release
 from ..model.errors import UsageError
 from ..model.handoff_modes import MODES, HandoffMode
 from ..model.lazy_dataclass import frozen
 from ..model.policy import Policy
-from ..model.settings import Limits, Origin, Settings
+from ..model.settings import Identity, Limits, Origin, Settings
 from ..model.share import Canary
 from ..system.cpu_quota import scheduler
-from . import option_values, preflight, rollout_checks, users
+from . import option_values, preflight, release_choice, rollout_checks, users
 from .listen_spec import Listen, parse
 from .option_values import Ready
 from .options import OPTIONS
+from .release_choice import Chosen
 
 if TYPE_CHECKING:
     from .config_file import ConfigFile
@@ -54,6 +57,7 @@ class OptionResolver:
 
         running: the settings of the protector that reads this command line again.
         """
+        self._release = Chosen()
         self._words = tuple(words)
         self._behind = command
         self._running = running
@@ -136,7 +140,7 @@ class OptionResolver:
         """Return a path, resolved from the caller's directory or the file's."""
         value: str | None = self._given[name]
         folder = self.file.folder if self.file and self._from_file(name) else self.directory
-        return os.path.join(folder, value) if value else None
+        return release_choice.absolute(folder, value) if value else None
 
     # -- the parts -------------------------------------------------------------
 
@@ -157,7 +161,8 @@ class OptionResolver:
         if self._given["shell"]:
             return words  # a shell command, not a path
         name = words[0] if words else ""
-        return (os.path.join(folder, name) if "/" in name else name, *words[1:]) if words else ()
+        path = release_choice.absolute(folder, name) if "/" in name else name
+        return (path, *words[1:]) if words else ()
 
     def _table(self, name: str) -> dict[str, str]:
         """The entries of a table option, by name; the command line wins over the file."""
@@ -171,20 +176,55 @@ class OptionResolver:
                 found[name] = option_values.limit(name, value)
         return found
 
+    @property
+    def _is_read_again(self) -> bool:
+        """Whether a reload reads the options again: a file or `current` may have changed."""
+        return self.file is not None or bool(self._given["releases"])
+
+    def _choose_release(
+        self,
+        command: tuple[str, ...],
+        identity: Identity | None,
+        worker_identity: Identity | None,
+    ) -> None:
+        """Choose the release whose path stands for {release}, if there are releases."""
+        given, running = self._given, self._running
+        releases, current = self._path("releases"), self._path("current")
+        release_choice.check_options(given, releases, current, command)
+        if not releases or not current:
+            return
+        files = {
+            "--config": self.file.path if self.file else None,
+            "--env-file": self._path("env_file"),
+            "--chdir": os.path.join(self._path("chdir") or self.directory, ""),
+            "the command": command[0] if command and "/" in command[0] else None,
+        }
+        release_choice.check_files(releases, current, files)
+        if running is None:
+            release_choice.check_folder(current, identity)
+        self._release = release_choice.choose(
+            *(releases, current, running.release_wanted if running else ""),
+            *(given["deployer"], identity, worker_identity),
+        )
+
     def _settings(self, command: tuple[str, ...]) -> Settings:
         """Check the options and resolve their paths."""
         given, running = self._given, self._running
         limits = self._limits()
         nice = limits.pop("nice", 0)
-        directory = self._path("chdir") or self.directory
-        with self._about("chdir"):
-            if not os.path.isdir(directory):
-                raise UsageError(f"--chdir {given['chdir']}: no such directory")
         identity = worker_identity = None
         with self._about("user" if self._from_file("user") else "group"):
             identity = users.identity(given["user"], given["group"], again=running is not None)
         with self._about("worker_user"):
             worker_identity = users.worker_identity(given["worker_user"], given["user"])
+        with self._about("releases"):
+            self._choose_release(command, identity, worker_identity)
+        fill = partial(release.fill, path=self._release.path)
+        command = tuple(map(fill, command))
+        directory = fill(self._path("chdir") or self.directory)
+        with self._about("chdir"):
+            if not os.path.isdir(directory):
+                raise UsageError(f"--chdir {given['chdir']}: no such directory")
         umask = running.origin.umask if running else os.umask(0o022)
         if running is None:
             os.umask(umask)
@@ -208,16 +248,16 @@ class OptionResolver:
             "policy.stop_first": given["reload_order"] == "stop-first",
             **_rollout(given),
             "policy.workers_accept": mode.workers_accept,
-            "policy.settle_check": given["settle_check"] or "",
+            "policy.settle_check": fill(given["settle_check"] or ""),
             "policy.ready": mode.ready_hint or ready.kind,
             "pools": os.cpu_count() or 1,
             "workers": given["workers"] or mode.workers,
             "ready": ready.kind,
             "ready_after_s": ready.after_s,
             "ready_fd": ready.fd,
-            "ready_check": ready.check,
-            "ready_question": ready.question,
-            "health": given["health"] or "",
+            "ready_check": fill(ready.check),
+            "ready_question": fill(ready.question),
+            "health": fill(given["health"] or ""),
             "identity": identity,
             "worker_identity": worker_identity,
             "umask": umask if given["umask"] is None else given["umask"],
@@ -225,9 +265,12 @@ class OptionResolver:
             "nice": nice,
             "limits": tuple(limits.items()),
             "batch": scheduler() == os.SCHED_BATCH,
-            "environment": tuple(self._table("env").items()),
+            "environment": tuple((k, fill(v)) for k, v in self._table("env").items()),
             "keep_env": () if given["clear_env"] and not given["keep_env"] else given["keep_env"],
-            **{name: self._path(name) for name in ("env_file", "pid_file", "log_file")},
+            "env_file": fill(self._path("env_file") or "") or None,
+            **{name: self._path(name) for name in ("pid_file", "log_file")},
+            **{name: self._path(name) or "" for name in ("releases", "current")},
+            "release": self._release.name,
             "log_level": "debug" if given["verbose"] else given["log_level"],
             "log_relay": not given["no_log_relay"],
             "watch": preflight.resolve_watched(given["watch"], self.directory),
@@ -236,7 +279,7 @@ class OptionResolver:
             "worker_limits.spread": spread,
             **groups,
             "secret": os.urandom(12).hex(),
-            "origin": Origin(self._words, self.directory, umask, self.file is not None),
+            "origin": Origin(self._words, self.directory, umask, self._is_read_again),
         }
         return _settings(values)
 

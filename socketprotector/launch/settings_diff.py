@@ -20,6 +20,7 @@ RESTART = "needs a restart"
 
 def changes(old: Settings, new: Settings) -> Iterator[str]:
     """Yield what a reload changes: `workers: 2 -> 4`, `listen: + tcp:0.0.0.0:81`, `env: A`."""
+    yield from _differs("release", old.release or "none", new.release or "none")
     yield from _rollout(old.policy, new.policy)
     yield from _options(old, new, stays=False)
     yield from _differs("ready", _ready(old), _ready(new))

@@ -56,6 +56,11 @@ def gid_of(option: str, name: str) -> int:
         raise UsageError(f"{option} {shortened(name)}: unknown group; see getent group") from None
 
 
+def uid_of(option: str, name: str) -> int:
+    """Return a user's number.  option: the option that names the user."""
+    return _user(option, name).pw_uid
+
+
 def status_group(environment: Mapping[str, str]) -> int | None:
     """Return the default for --status-group: the group in SOCKETPROTECTOR_STATUS_GROUP.
 

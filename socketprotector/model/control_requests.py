@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 
 from . import json_text
 from .lazy_dataclass import field, frozen
+from .release import NAME_IS, is_name
 from .share import CANARY_FOR_S, Canary, read_percent
 
 TYPE_CHECKING = False
@@ -79,6 +80,7 @@ def _is_canary(value: Any) -> bool:
 
 
 _CANARY: Kind = 'an object with "share", such as "5%"', _is_canary
+_RELEASE: Kind = NAME_IS, is_name
 _LEVEL: Kind = (
     '"debug", "info", "warning" or "error"',
     lambda value: value in ("debug", "info", "warning", "error"),
@@ -89,7 +91,14 @@ COMMANDS: Mapping[str, Mapping[str, Kind]] = {
     "history": {},
     "reload": {"dry_run": _YES_OR_NO, "canary": _CANARY},
     "promote": {"now": _YES_OR_NO},
-    "rollback": {},
+    "deploy": {
+        "release": _RELEASE,
+        "expect": _RELEASE,
+        "force": _YES_OR_NO,
+        "dry_run": _YES_OR_NO,
+    },
+    "rollback": {"expect": _RELEASE},
+    "releases": {},
     "upgrade": {},
     "stop": {"quick": _YES_OR_NO},
     "lame-duck": {"on": _YES_OR_NO},
@@ -106,9 +115,9 @@ COMMANDS: Mapping[str, Mapping[str, Kind]] = {
     "events": {},
 }
 #: The read-only commands that --status-group may send.
-STATUS_COMMANDS = ("status", "history", "events")
+STATUS_COMMANDS = ("status", "history", "releases", "events")
 #: Commands whose arguments are optional.
-_OPTIONAL = ("reload", "promote", "stop", "connections")
+_OPTIONAL = ("reload", "deploy", "promote", "rollback", "stop", "connections")
 
 
 def parse(line: bytes) -> Request:

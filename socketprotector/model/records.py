@@ -38,6 +38,7 @@ class Program:
     settle_check: str = ""
     drain_signal: int = 15
     watchdog_s: float = 0.0
+    release: str = ""  # its name; "": there are no releases
 
     @property
     def mode(self) -> HandoffMode:

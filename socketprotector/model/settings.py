@@ -121,6 +121,10 @@ class Settings:
     log_relay: bool = True  # workers write through the relay, unless to a terminal or a file
     log_prefix: bool = False  # lines of output begin with their worker's number
     watch: tuple[str, ...] = ()  # paths whose changes cause a reload
+    releases: str = ""  # the folder of releases; "": there are none
+    current: str = ""  # the symbolic link that names the release to start
+    release: str = ""  # the name of the release that these settings are for
+    release_wanted: str = ""  # only for the configuration reader; "": the one of `current`
     foreground: bool = False
     guarded: bool = False
     outlives_terminal: bool = False  # HUP was ignored at start (nohup)
@@ -169,6 +173,7 @@ CLASSES = (Settings, ListenerSettings, Policy, Canary, Identity, Limits, Origin)
 ADDED = (
     *("Settings.warnings", "ListenerSettings.beside"),
     *("Policy.canary", "Policy.surge", "Policy.surge_is_percent"),
+    *("Settings.releases", "Settings.current", "Settings.release", "Settings.release_wanted"),
 )
 #: Fields for people only: an older program skips them.
 SAID = ("Settings.warnings",)

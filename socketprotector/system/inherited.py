@@ -22,6 +22,7 @@ SETTINGS = "sp.settings"
 LAUNCHER = "sp.launcher"  # the launching process waits there for the result of the start
 TERMINAL = "sp.terminal"  # in the foreground: for the reason of a failed start
 PID_FILE = "sp.pidfile"  # holds the lock
+CURRENT = "sp.current"  # holds the lock of the link `current`
 LISTENER = "sp.listener."  # + its index
 SIBLING = "sp.twin."  # + its index: the other socket of its address, see reuseport.py
 RESERVED = "sp.reserved."  # + its index: a third socket, for a hold

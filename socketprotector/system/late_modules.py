@@ -37,6 +37,7 @@ LATE = (
     "daemon.ready_probe",
     "daemon.config_reader",
     "daemon.control.commands",
+    "daemon.control.releases",
     "daemon.control.rollout",
     "daemon.control.status",
     "daemon.delivery.queue.canary",
@@ -45,6 +46,7 @@ LATE = (
     "daemon.health",
     "daemon.post_mortem",
     "daemon.recovery",
+    "daemon.releases",
     "daemon.relay_client",
     "daemon.probe",
     "daemon.settle_check",
@@ -55,6 +57,7 @@ LATE = (
     "model.einhorn",
     "model.fd_budget",
     "model.known_servers",
+    "model.release",
     "model.waits",
     "system.accept_tags",
     "system.bpf",
@@ -65,6 +68,7 @@ LATE = (
     "system.peer_credentials",
     "system.privileges",
     "system.procfs",
+    "system.release_store",
     "system.reuseport_group",
     "system.reuseport",
     "system.sock_diag",
@@ -74,7 +78,7 @@ LATE = (
 #: Late modules of the standard library, a package before its modules (system/late_stdlib.py).
 STDLIB = ("copyreg", "re", "re._casefix", "re._constants", "re._parser", "re._compiler")
 #: The programs in programs/ that the resident process starts (system/helper.py).
-PROGRAMS = ("prober.py", "file_watch.py", "log_relay.py")
+PROGRAMS = ("prober.py", "file_watch.py", "log_relay.py", "release_writer.py")
 #: Program -> descriptor, length and offset of its source.
 _programs: dict[str, tuple[int, int, int]] = {}
 #: For zlib.compressobj(): level, method, bits of the window, memory.  So 0.53 MB become 0.26 MB in

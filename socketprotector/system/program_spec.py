@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from socketprotector_client import wire
 
 from .. import __file__ as package
-from ..model import listen_fds
+from ..model import listen_fds, release
 from ..model.records import GenerationRecord, Program
 from ..model.settings import Settings
 from . import env_file
@@ -39,6 +39,8 @@ def program_of(settings: Settings) -> Program:
         environment.update(listen_fds.listener_variables(settings.listeners))
         own = dict(zip(own, values, strict=True))
     environment.update(own)
+    if settings.release:
+        environment[release.VARIABLE] = settings.release
     directory = os.path.realpath(settings.directory, strict=True)
     search = environment.get("PATH", os.defpath)
     path, argv = resolve(settings.executed, directory, search)
@@ -69,6 +71,7 @@ def program_of(settings: Settings) -> Program:
         settle_check=settings.policy.settle_check,
         drain_signal=settings.drain_signal,
         watchdog_s=settings.watchdog_s,
+        release=settings.release,
     )
 
 

@@ -38,7 +38,7 @@ from ..config_reader import ConfigAnswer
 from ..effects import Effects
 from ..runtime import Runtime
 from ..supervisor import Supervisor
-from . import rollout, status
+from . import releases, rollout, status
 from .server import Client
 
 TYPE_CHECKING = False
@@ -46,9 +46,9 @@ if TYPE_CHECKING:
     from typing import Any
 
 #: Commands that change nothing, so a failure leaves nothing half done.
-_READ_ONLY = ("status", "history", "connections", "crashes")
+_READ_ONLY = ("status", "history", "connections", "crashes", "releases")
 _NOT_WHILE_STOPPING = (
-    *("reload", "promote", "rollback", "upgrade", "lame-duck", "scale", "hold", "replace"),
+    *("reload", "deploy", "promote", "rollback", "upgrade", "lame-duck", "scale", "hold", "replace"),
 )
 _ENDING = (Phase.DRAINING, Phase.ABANDONED)
 
@@ -137,6 +137,7 @@ class CommandHandler:
             "generations": generations,
             **status.of_waits(fleet, effects, generations, held, upgrade),
             **rollout.of_rollout(fleet, effects, held),
+            **releases.of_status(effects, fleet),
             "dry_run": as_dict(history.dry_run) if history.dry_run is not None else None,
             "reloads": status.plain(history.reloads[-RECENT:]),
             "crashes": history.crashed,
@@ -144,8 +145,12 @@ class CommandHandler:
                 *status.of_warnings(settings),
                 *(limits.warnings if (limits := effects.pool.limits) is not None else ()),
                 *delivery.warnings,
+                *releases.warnings(effects),
             ),
         }
+
+    def do_releases(self) -> Mapping[str, Any]:
+        return {"releases": releases.listed(self._effects)}
 
     def do_history(self) -> Mapping[str, Any]:
         return {"history": self._effects.reports.run.history.entries()}
@@ -227,10 +232,26 @@ class CommandHandler:
         self.runtime.post(PromoteRequested(now, self._effects.met(number)))
         return {"generation": number}
 
-    def do_rollback(self) -> Mapping[str, Any]:
+    def do_deploy(
+        self, release: str = "", expect: str = "", force: bool = False, dry_run: bool = False
+    ) -> Mapping[str, Any]:
         fleet = self.supervisor.fleet
-        if cannot := cannot_roll_back(fleet):
-            raise RequestError("refused", cannot)
+        if not release:
+            raise RequestError("invalid", "deploy: release is needed")
+        if dry_run and not fleet.is_changing:
+            self._refuse_dry_run(fleet)
+        return releases.deploy(
+            *(self._effects, fleet, self.runtime, release),
+            expect=expect,
+            force=force,
+            dry_run=dry_run,
+        )
+
+    def do_rollback(self, expect: str = "") -> Mapping[str, Any]:
+        fleet = self.supervisor.fleet
+        if cannot_roll_back(fleet):
+            return releases.roll_back(self._effects, fleet, self.runtime, expect)
+        releases.refuse_unexpected_incoming(self._effects, fleet, expect)
         self.runtime.post(RollbackRequested())
         return {"generation": fleet.incoming.number if fleet.incoming else fleet.next_generation}
 

@@ -195,6 +195,7 @@ def _of_generation(
         "serving_since_at": opened.record.served_at,
         "draining_since_at": opened.record.drained_at,
         "path": opened.program.path,
+        "release": opened.program.release or None,
         "queue": delivery.waiting(opened),
         "oldest_waiting_s": delivery.oldest_waiting_s(opened),
         "settle_check": shown(opened.program.settle_check),

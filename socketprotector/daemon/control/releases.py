@@ -1,0 +1,167 @@
+"""Carries out `deploy` and `releases`, and the rollback to an earlier release.
+
+docs/control.md has the names.
+"""
+
+from __future__ import annotations
+
+from ...core.events import DryRunRequested, ReloadRequested
+from ...core.fleet import Fleet
+from ...model import release
+from ...model.control_requests import RequestError
+from ..effects import Effects
+from ..releases import Releases
+from ..runtime import Runtime
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_NO_RELEASES = "there are no releases; start with --releases DIR and --current PATH to use them"
+
+
+def deploy(
+    effects: Effects,
+    fleet: Fleet,
+    runtime: Runtime,
+    name: str,
+    *,
+    expect: str = "",
+    force: bool = False,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Begin the deploy of a release, or its dry run.
+
+    expect: refuse if another release is serving.  force: even if `current` names another release
+    than the serving one.
+    """
+    releases = _releases_of(effects)
+    _refuse_second(fleet, effects)
+    _refuse_unexpected(expect, releases.serving)
+    if not dry_run:
+        _refuse_without_lock(releases)
+        named = releases.named
+        if named != releases.serving and not force:
+            what = f"names {named}" if named else "leads to no release"
+            raise RequestError(
+                "unmet",
+                f"{releases.current} {what}, but {releases.serving} is serving; see `releases`, "
+                "and use --force to move it",
+            )
+        runtime.post(ReloadRequested(release=name))
+    else:
+        runtime.post(DryRunRequested(name))
+    return {"generation": fleet.next_generation, "release": name}
+
+
+def roll_back(effects: Effects, fleet: Fleet, runtime: Runtime, expect: str) -> dict[str, Any]:
+    """Begin the deploy of the release that was proved before the serving one."""
+    releases = effects.live_settings.releases
+    if releases is None:
+        raise RequestError(
+            "unmet", f"nothing to roll back: no reload is in progress, and {_NO_RELEASES}"
+        )
+    _refuse_second(fleet, effects)
+    _refuse_unexpected(expect, releases.serving)
+    _refuse_without_lock(releases)
+    name = releases.previous()
+    if not name:
+        raise RequestError(
+            "unmet",
+            f"nothing to roll back to: no release was proved before {releases.serving}, or none is "
+            "left; see `releases`",
+        )
+    runtime.post(ReloadRequested(release=name))
+    return {"generation": fleet.next_generation, "release": name, "from": releases.serving}
+
+
+def refuse_unexpected_incoming(effects: Effects, fleet: Fleet, expect: str) -> None:
+    """Refuse to end a reload that starts another release than the expected one."""
+    incoming = effects.generations.get(fleet.incoming.number) if fleet.incoming else None
+    _refuse_unexpected(expect, incoming.program.release if incoming else fleet.release)
+
+
+def listed(effects: Effects) -> list[dict[str, Any]]:
+    """Return each release of the history, the latest tried last."""
+    releases = _releases_of(effects)
+    serving, named = releases.serving, releases.named
+    found = release.latest(releases.entries)
+    for name in (named, serving):
+        if name:
+            found.setdefault(name, (None, None))
+    return [
+        {
+            "release": name,
+            "serving": name == serving,
+            "current": name == named,
+            "served_at": proved.at if proved is not None else None,
+            "refused_at": refused.at if refused is not None else None,
+            "reason": refused.refused if refused is not None else None,
+            "changed": proved is not None and releases.is_changed(proved),
+        }
+        for name, (proved, refused) in found.items()
+    ]
+
+
+def of_status(effects: Effects, fleet: Fleet) -> dict[str, Any]:
+    """Return the field `releases` of `status`; an empty result without releases."""
+    releases = effects.live_settings.releases
+    if releases is None:
+        return {}
+    incoming = fleet.incoming if fleet.incoming and fleet.incoming.fresh else None
+    opened = effects.generations.get(incoming.number) if incoming else None
+    route = fleet.route.number if fleet.route else None
+    return {
+        "releases": {
+            "deploying": (opened.program.release if opened else fleet.release) or None,
+            "generation": incoming.number if incoming else route,
+            "serving": releases.serving,
+            "current": releases.named or None,
+            "link": releases.current,
+            "owner": releases.own(),
+            "saved": releases.is_saved,
+            "error": releases.error or None,
+        }
+    }
+
+
+def warnings(effects: Effects) -> tuple[str, ...]:
+    """Return what a restart would not start as it is now."""
+    releases = effects.live_settings.releases
+    if releases is None:
+        return ()
+    return tuple(filter(None, (releases.warning, releases.error)))
+
+
+def _releases_of(effects: Effects) -> Releases:
+    if effects.live_settings.releases is None:
+        raise RequestError("unmet", _NO_RELEASES)
+    return effects.live_settings.releases
+
+
+def _refuse_second(fleet: Fleet, effects: Effects) -> None:
+    """Refuse a deploy while a reload, a deploy or a dry run is in progress."""
+    if not fleet.is_changing:
+        return
+    incoming = effects.generations.get(fleet.incoming.number) if fleet.incoming else None
+    name = incoming.program.release if incoming else fleet.release
+    kind = "a dry run" if fleet.dry_run else "a deploy" if fleet.release else "a reload"
+    number = fleet.incoming.number if fleet.incoming else fleet.next_generation
+    what = f"{kind} of {name}" if name else kind
+    raise RequestError(
+        "deploying", f"{what} is in progress (generation {number}); wait for it, or `rollback`"
+    )
+
+
+def _refuse_unexpected(expect: str, serving: str) -> None:
+    if expect and expect != serving:
+        raise RequestError("unmet", f"expected {expect}, but it is {serving or 'unknown'}")
+
+
+def _refuse_without_lock(releases: Releases) -> None:
+    if not releases.own():
+        raise RequestError(
+            "unmet",
+            f"another protector owns {releases.current}; deploy there, then reload this one",
+        )
+

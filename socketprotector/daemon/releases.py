@@ -1,0 +1,289 @@
+"""Moves `current` to each release that has been proved, and keeps the history of releases.
+
+The rename is made here, before a queued reload reads `current`.  A process of its own writes the
+history and waits for the disk (programs/release_writer.py).  What fails is tried again.
+
+One protector owns a `current`, by a lock that lasts as long as the protector lives, over upgrades,
+too.  Others with the same `current` follow it at their reloads, and move nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+from ..core.actions import Report, ReportKind
+from ..model import release
+from ..model.errors import what_failed
+from ..model.lazy_dataclass import replace
+from ..model.records import Program
+from ..model.release import Entry
+from ..model.settings import Settings
+from ..model.text import added, headline
+from ..system import inherited, release_store
+from ..system.cleanup import on_error
+from ..system.helper import BackOff, HelperProcess, last_line
+from .runtime import Runtime
+
+_FOLDER, _CONTENT = 3, 4
+_AGAIN = "releases"
+_FIRST_DELAY_S, _LAST_DELAY_S = 1.0, 60.0
+_PROVED = (ReportKind.READY, ReportKind.RELOADED)
+
+
+class Releases:
+    """The releases of one protector."""
+
+    def __init__(
+        self, settings: Callable[[], Settings], runtime: Runtime, lock: int | None
+    ) -> None:
+        """settings: returns those in force.  lock: the descriptor of an earlier program's lock."""
+        self._settings = settings
+        self._loop, self._log, self._persist = runtime.loop, runtime.log, runtime.persist
+        self._lock = lock
+        self.entries: tuple[Entry, ...] = ()
+        #: The release to which `current` must still be moved; "": it is where it must be.
+        self.due = ""
+        #: The release whose settings the last reload has read.
+        self.tried = ""
+        self._not_moved = self._not_written = ""  # why
+        self._is_written = True
+        self._writer: HelperProcess | None = None
+        self._written_entries = self.entries
+        self._output = -1
+        self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
+        self.own()
+        self._read()
+
+    def _read(self) -> None:
+        try:
+            found = release_store.history(self.current)
+            self.entries = release.load(found) if found is not None else ()
+        except (release_store.ReleaseError, ValueError) as error:
+            self._log.write(
+                "warning",
+                "history-unreadable",
+                file=f"{self.current}.history",
+                error=str(error),
+                hint="the history of releases begins again",
+            )
+
+    # -- the owner ---------------------------------------------------------------
+
+    def own(self) -> bool:
+        """Return whether this protector owns `current`; become its owner if it has none."""
+        if self._lock is None:
+            try:
+                self._lock = release_store.lock(self.current)
+            except OSError as error:
+                self._log.write("error", "current-not-locked", error=what_failed(error))
+        return self._lock is not None
+
+    def descriptors(self) -> dict[str, int]:
+        """Return the descriptor that the next program needs, by name."""
+        return {inherited.CURRENT: self._lock} if self._lock is not None else {}
+
+    # -- what is so ----------------------------------------------------------------
+
+    @property
+    def current(self) -> str:
+        """The path of the link."""
+        return self._settings().current
+
+    @property
+    def serving(self) -> str:
+        """The release of the settings in force."""
+        return self._settings().release
+
+    @property
+    def named(self) -> str:
+        """The release that `current` names; "": none that could start."""
+        return release_store.leads_to(self.current, self._settings().releases)
+
+    @property
+    def error(self) -> str:
+        """Why `current` or the history is not as it must be on disk; "": it is, or will be soon."""
+        return self._not_moved or self._not_written
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether `current` and the history are on disk."""
+        return not self.due and self._is_written
+
+    @property
+    def warning(self) -> str:
+        """What a restart would start instead of the serving release; "": nothing else."""
+        named = self.named
+        if named == self.serving:
+            return ""
+        if not named:
+            return f"{self.current} leads to no release, so a restart would fail"
+        if release.failed_last(self.entries, named):
+            return release.named_failed(named)
+        return f"current names {named}, and {self.serving} is serving; a restart starts {named}"
+
+    def previous(self) -> str:
+        """Return the release to roll back to; "": there is none."""
+        return release.previous(self.entries, self.serving, self._exists)
+
+    def _exists(self, name: str) -> bool:
+        return os.path.isdir(self._path(name))
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self._settings().releases, name)
+
+    def is_changed(self, entry: Entry) -> bool:
+        """Return whether a release is not as it was when it was proved."""
+        was = entry.was
+        return was is not None and was != release_store.fingerprint(
+            self._path(entry.release), was.program
+        )
+
+    # -- a reload --------------------------------------------------------------------
+
+    def prepare(self, name: str, *, dry_run: bool) -> str:
+        """Make ready to move `current` to a release that is tried; return why that is impossible.
+
+        Nothing is changed for clients yet, so a full disk or a missing right shows before it is.
+        """
+        self.tried = name
+        if dry_run or not self.own() or self.named == name:
+            return ""
+        try:
+            release_store.prepare(self.current, self._path(name))
+        except OSError as error:
+            return f"cannot make {self.current}.next: {what_failed(error)}"
+        return ""
+
+    def move(self, name: str) -> None:
+        """Let `current` name a release that has been proved; try again later if that fails."""
+        if self.own():
+            self.due = name
+            self._move()
+
+    def _move(self) -> None:
+        try:
+            release_store.move(self.current, self._settings().releases, self.due)
+        except OSError as error:
+            if not self._not_moved:
+                self._log.write(
+                    "error", "current-not-moved", release=self.due, error=what_failed(error)
+                )
+            self._not_moved = f"{self.current} still names {self.named}: {what_failed(error)}"
+            self._try_later()
+        else:
+            if self._not_moved:
+                self._log.write("info", "current-moved", release=self.due)
+            self.due = self._not_moved = ""
+
+    def reported(self, report: Report, program: Program | None) -> Report:
+        """Note the verdict about a release; return the report with what it means for `current`.
+
+        program: of the report's generation, if it was opened.
+        """
+        name = program.release if program is not None else self.tried
+        if report.news in _PROVED and program is not None:
+            self._prove(name, program)
+            return replace(report, reason=self._with_error(report.reason))
+        if report.news is ReportKind.RELOAD_FAILED and name:
+            self.tried = ""
+            if self._lock is not None:
+                release_store.discard(self.current)
+                self._add(Entry(name, time.time(), headline(report.reason) or "it failed"))
+            if name == self.named != self.serving:
+                return replace(report, reason=added(report.reason, release.named_failed(name)))
+        return report
+
+    def _with_error(self, reason: str) -> str:
+        if not self._not_moved:
+            return reason
+        error = f"{self._not_moved}; it is tried again"
+        return f"{reason}; {error}" if reason else error
+
+    def _prove(self, name: str, program: Program) -> None:
+        if self._lock is not None and name:
+            was = release_store.fingerprint(self._path(name), program.path)
+            self._add(Entry(name, time.time(), was=was))
+
+    def resume(self, due: str, program: Program | None) -> None:
+        """Do what an earlier program may not have done.
+
+        due: the release to which it could not move `current`.  program: the one that serves.
+        """
+        if due:
+            self.move(due)
+        if program is not None and release.path_back(self.entries)[-1:] != [program.release]:
+            self._prove(program.release, program)
+
+    # -- the history -------------------------------------------------------------------
+
+    def _add(self, entry: Entry) -> None:
+        self.entries = release.added(self.entries, entry)
+        self._write()
+
+    def _write(self) -> None:
+        """Write the history, or note that it must be written again after the present writing."""
+        self._is_written = False
+        if self._writer is not None or self._loop.due(_AGAIN) is not None:
+            return
+        folder, name = os.path.split(self.current)
+        try:
+            self._output = os.memfd_create("sp.writer", os.MFD_CLOEXEC)
+            with on_error(self._close_output):
+                self._start_writer(folder, f"{name}.history")
+        except OSError as error:
+            self._failed(what_failed(error))
+
+    def _start_writer(self, folder: str, name: str) -> None:
+        content = inherited.memory_file("sp.history", release.dump(self.entries))
+        try:
+            into = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                self._writer = HelperProcess.start_own(
+                    "release_writer.py",
+                    (str(_FOLDER), str(_CONTENT), name),
+                    {1: self._output, 2: self._output, _FOLDER: into, _CONTENT: content},
+                    self._loop,
+                    self._written,
+                )
+            finally:
+                os.close(into)
+        finally:
+            os.close(content)
+        self._written_entries = self.entries
+
+    def _written(self, how: str) -> None:
+        self._writer = None
+        said = last_line(self._output)
+        self._close_output()
+        if said != "ok":
+            self._failed(f"{said} ({how})")
+        elif self._written_entries is not self.entries:
+            self._write()
+        else:
+            if self._not_written:
+                self._log.write("info", "history-written")
+            self._not_written, self._is_written = "", True
+            self._back_off.reset()
+
+    def _failed(self, why: str) -> None:
+        if not self._not_written:
+            self._log.write("error", "history-not-written", error=why)
+        self._not_written = f"current and its history may not be on disk: {why}"
+        self._try_later()
+
+    def _close_output(self) -> None:
+        os.close(self._output)
+        self._output = -1
+
+    def _try_later(self) -> None:
+        if self._loop.due(_AGAIN) is None:
+            self._loop.call_after(_AGAIN, self._back_off.wait_s(), self._again)
+
+    def _again(self) -> None:
+        if self.due:
+            self._move()
+        if not self._is_written:
+            self._write()
+        self._persist()

@@ -1,0 +1,137 @@
+"""Chooses the release to start, and refuses options that contradict releases.
+
+The launching process takes the release that `current` names.  A process that reads the
+configuration again takes that one, or the release that a deploy names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from ..model.errors import UsageError
+from ..model.lazy_dataclass import frozen
+from ..model.release import PLACEHOLDER
+from ..model.settings import Identity
+from ..system import release_store
+from . import user_access, users
+
+_HOW = f"use {PLACEHOLDER}, which is the release's own path"
+
+
+@frozen
+class Chosen:
+    """The release to start; without releases all of it is empty."""
+
+    name: str = ""
+    path: str = ""
+
+
+def check_options(
+    given: Mapping[str, Any], releases: str | None, current: str | None, words: tuple[str, ...]
+) -> None:
+    """Refuse releases that no option uses, or that nothing names.
+
+    given: the options' values.  words: the command.
+    """
+    if bool(releases) != bool(current):
+        one, other = ("releases", "current") if releases else ("current", "releases")
+        raise UsageError(f"--{one} needs --{other}")
+    if given["deployer"] and not releases:
+        raise UsageError("--deployer needs --releases and --current")
+    if releases and not any(PLACEHOLDER in each for each in (*words, given["chdir"] or "")):
+        raise UsageError(
+            f"--releases: neither the command nor --chdir has {PLACEHOLDER}, so a deploy would "
+            "change nothing"
+        )
+
+
+def check_files(releases: str, current: str, files: Mapping[str, str | None]) -> None:
+    """Refuse a file that a deploy would change, or that would follow `current` on its own.
+
+    files: what the options name, by option, with the placeholder.  A file of {release} is meant.
+    """
+    real = os.path.join(os.path.realpath(releases), "")
+    if os.path.join(os.path.realpath(os.path.dirname(current)), "").startswith(real):
+        raise UsageError(f"--current {current} is inside --releases; choose another folder")
+    for option, path in files.items():
+        if not path or PLACEHOLDER in path:
+            continue
+        if _goes_through(path, current):
+            raise UsageError(f"{option} {path} leads through {current}; {_HOW}")
+        if option == "--config" and os.path.realpath(path).startswith(real):
+            raise UsageError(
+                f"--config {path} is inside {releases}, so a release would change it; move it out"
+            )
+
+
+def _goes_through(path: str, current: str) -> bool:
+    """Return whether a path has `current` among its folders."""
+    folder = os.path.dirname(os.path.normpath(path))
+    there = os.path.realpath(os.path.dirname(current)), os.path.basename(current)
+    while True:
+        above, name = os.path.split(folder)
+        if (os.path.realpath(above), name) == there:
+            return True
+        if above == folder:
+            return False
+        folder = above
+
+
+def choose(
+    releases: str,
+    current: str,
+    wanted: str,
+    deployer: str | None,
+    identity: Identity | None,
+    worker_identity: Identity | None,
+) -> Chosen:
+    """Return the release to start.  Raises UsageError.
+
+    wanted: its name; "": the one that `current` names.
+    """
+    try:
+        name = wanted or release_store.named(current, releases)
+        owners = _owners(deployer, identity, worker_identity)
+        return Chosen(name, release_store.check(releases, name, owners))
+    except release_store.ReleaseError as error:
+        raise UsageError(str(error)) from error
+
+
+def _owners(
+    deployer: str | None, identity: Identity | None, worker_identity: Identity | None
+) -> frozenset[int]:
+    """Return the users whose releases are started."""
+    owners = {0} | ({users.uid_of("--deployer", deployer)} if deployer else set())
+    own = identity.uid if identity else os.geteuid()
+    workers = worker_identity.uid if worker_identity else own
+    without_root = identity is None and own != 0
+    # Workers must not make the next release, unless all of this runs as one user anyway.
+    return frozenset(owners | ({own} if own != workers or without_root else set()))
+
+
+def absolute(folder: str, path: str) -> str:
+    """Return a path that an option names, from a folder; the path of {release} is absolute."""
+    return path if path.startswith(PLACEHOLDER) else os.path.join(folder, path)
+
+
+def check_folder(current: str, identity: Identity | None) -> None:
+    """Refuse a folder in which the protector could not move `current`."""
+    closed = partial(_closed, os.path.dirname(current))
+    found = user_access.as_user(identity, closed) if identity else closed()
+    if found:
+        who = f"user {identity.user}" if identity else "this user"
+        raise UsageError(
+            f"--current {current}: {who} cannot move it: {found}; give it a folder of its own, "
+            "which that user may write"
+        )
+
+
+def _closed(folder: str) -> str:
+    try:
+        user_access.refuse_unwritable(folder)
+    except OSError as error:
+        return f"{folder}: {error.strerror}"
+    return ""

@@ -1,0 +1,166 @@
+"""Releases: their names, the history of those that were tried, and the way back.
+
+Pure.  The history has an entry for each time that a release was proved or refused, the newest last.
+What can be rolled back to follows from these names alone: no position is stored.
+"""
+
+from __future__ import annotations
+
+import json
+
+from . import json_text
+from .lazy_dataclass import as_dict, frozen, replace
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+#: Stands for the release's absolute path in the values of some options.
+PLACEHOLDER = "{release}"
+#: The variable in which workers and checks find the release's name.
+VARIABLE = "SOCKETPROTECTOR_RELEASE"
+#: How many entries the history keeps.
+ENTRIES = 50
+#: The longest file of a history that is read.
+MOST_BYTES = 1 << 20
+_LONGEST_NAME = 128
+_FORMAT = 1
+_OTHERS = frozenset("._+~@=:,-")
+#: The longest reason that is kept.
+_REASON_CHARACTERS = 300
+
+NAME_IS = "a name of 1 to 128 letters, digits and ._+~@=:,- that begins with a letter or digit"
+
+
+@frozen
+class Fingerprint:
+    """What tells whether a release was changed after its proof; zeros: unknown.
+
+    Only the folder itself and the program are compared, because a start changes other files, such
+    as __pycache__.
+    """
+
+    device: int = 0
+    inode: int = 0
+    program: str = ""
+    program_inode: int = 0
+    program_size: int = 0
+    program_mtime_ns: int = 0
+
+
+@frozen
+class Entry:
+    """A release was proved, or refused, at a time in seconds since the epoch."""
+
+    release: str
+    at: float
+    refused: str = ""  # the reason; "": it was proved
+    was: Fingerprint | None = None
+
+
+def is_name(text: object) -> bool:
+    """Return whether a text can be the name of a release."""
+    if not isinstance(text, str) or not 0 < len(text) <= _LONGEST_NAME or not text.isascii():
+        return False
+    return text[0].isalnum() and all(each.isalnum() or each in _OTHERS for each in text)
+
+
+def fill(text: str, path: str) -> str:
+    """Return a value of an option with the release's path in place of `{release}`."""
+    return text.replace(PLACEHOLDER, path) if path else text
+
+
+def added(entries: Sequence[Entry], entry: Entry) -> tuple[Entry, ...]:
+    """Return the history with a new entry.
+
+    A release that is refused again and again has one entry, so that it removes no proved release.
+    """
+    kept = tuple(entries)
+    if entry.refused:
+        kept = tuple(e for e in kept if not (e.refused and e.release == entry.release))
+        entry = replace(entry, refused=entry.refused[:_REASON_CHARACTERS])
+    elif kept and not kept[-1].refused and kept[-1].release == entry.release:
+        # It is served again: the time since when it has served stays.
+        entry = replace(entry, at=kept[-1].at)
+        kept = kept[:-1]
+    return (*kept, entry)[-ENTRIES:]
+
+
+def path_back(entries: Sequence[Entry]) -> list[str]:
+    """Return the proved releases from the oldest one to the one that serves.
+
+    A release that serves again ends the way at its first place.  So each rollback goes further
+    back, and none returns to a release that an operator has left.
+    """
+    found: list[str] = []
+    for each in entries:
+        if each.refused:
+            continue
+        if each.release in found:
+            del found[found.index(each.release) + 1 :]
+        else:
+            found.append(each.release)
+    return found
+
+
+def previous(entries: Sequence[Entry], serving: str, exists: Callable[[str], bool]) -> str:
+    """Return the release to roll back to; "": there is none.
+
+    Releases that are gone, or were refused when they were last tried, are passed over.
+    """
+    way = path_back(entries)
+    if serving in way:
+        del way[way.index(serving) :]
+    for name in reversed(way):
+        if name != serving and not failed_last(entries, name) and exists(name):
+            return name
+    return ""
+
+
+def failed_last(entries: Sequence[Entry], name: str) -> bool:
+    """Return whether a release was refused when it was last tried."""
+    last = next((each for each in reversed(entries) if each.release == name), None)
+    return last is not None and bool(last.refused)
+
+
+def latest(entries: Sequence[Entry]) -> dict[str, tuple[Entry | None, Entry | None]]:
+    """Return the last proof and the last refusal of each release, the latest tried last."""
+    found: dict[str, tuple[Entry | None, Entry | None]] = {}
+    for each in entries:
+        proved, refused = found.pop(each.release, (None, None))
+        found[each.release] = (proved, each) if each.refused else (each, refused)
+    return found
+
+
+def named_failed(current: str) -> str:
+    """Return the warning about a `current` that names a release which has failed."""
+    return f"current names {current}, which failed; a restart would start {current}"
+
+
+def dump(entries: Sequence[Entry]) -> bytes:
+    """Return a history as the contents of its file."""
+    lines = ",\n".join(json.dumps(as_dict(each)) for each in entries)
+    return f'{{"format": {_FORMAT}, "entries": [\n{lines}\n]}}\n'.encode()
+
+
+def load(data: bytes) -> tuple[Entry, ...]:
+    """Return the history that `dump` wrote.  Raises ValueError."""
+    try:
+        found = json_text.parse(data)
+        if found["format"] != _FORMAT:
+            raise ValueError("another version has written it")
+        return tuple(map(_entry, found["entries"]))[-ENTRIES:]
+    except (TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"it is no history of releases ({error!r})") from error
+
+
+def _entry(found: dict[str, object]) -> Entry:
+    was = found.get("was")
+    release, at, refused = found["release"], found["at"], found.get("refused", "")
+    if not is_name(release) or not isinstance(at, int | float) or not isinstance(refused, str):
+        raise ValueError("an entry has no name, time or reason")
+    if isinstance(was, dict):
+        names = ("device", "inode", "program_inode", "program_size", "program_mtime_ns")
+        numbers = {name: int(was[name]) for name in names}
+        return Entry(str(release), at, refused, Fingerprint(program=str(was["program"]), **numbers))
+    return Entry(str(release), at, refused)

@@ -1,0 +1,33 @@
+"""Writes the history of releases, and waits until it and `current` are on disk.
+
+Waiting for a disk would keep clients of the resident process waiting, so this is a process of its
+own.  Its words: the descriptor of the folder, that of the new contents, the name of the history's
+file.  It prints "ok", or why it failed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main(folder: int, content: int, name: str) -> None:
+    """Replace the history by rename(2), and sync the folder, which also has the link `current`."""
+    following = f"{name}.next"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    left = os.pread(content, os.fstat(content).st_size, 0)
+    fd = os.open(following, flags, 0o644, dir_fd=folder)
+    while left:
+        left = left[os.write(fd, left) :]
+    os.fsync(fd)
+    os.close(fd)
+    os.rename(following, name, src_dir_fd=folder, dst_dir_fd=folder)
+    os.fsync(folder)
+
+
+if __name__ == "__main__":
+    try:
+        main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+        print("ok")
+    except OSError as error:
+        print(f"{sys.argv[3]}: {error.strerror}")

@@ -1,0 +1,180 @@
+"""The folder of releases, and `current`: the symbolic link that names the release to start.
+
+`current` changes by rename(2) only, so it always names the old or the new release.  Everything
+beside it that we make begins with its name: `current.lock`, `current.next` (the link before its
+rename) and `current.history`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Collection
+
+from ..model.errors import what_failed
+from ..model.release import MOST_BYTES, NAME_IS, Fingerprint, is_name
+
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+class ReleaseError(Exception):
+    """A release, or `current`, cannot be used; the message says why."""
+
+
+def named(current: str, releases: str) -> str:
+    """Return the name of the release to which `current` leads.
+
+    Raises ReleaseError if it does not lead to a direct child of the folder of releases.
+    """
+    try:
+        target = os.path.join(os.path.dirname(current), os.readlink(current))
+        folder, name = os.path.split(target.rstrip("/"))
+        if is_name(name) and os.path.samestat(os.stat(folder), os.stat(releases)):
+            return name
+    except OSError as error:
+        why = error.strerror if error.errno != errno.EINVAL else "it is no symbolic link"
+        raise ReleaseError(
+            f"{current}: {why}; make it once: ln -s {os.path.join(releases, 'NAME')} {current}"
+        ) from error
+    raise ReleaseError(f"{current} leads to {target}, which is no direct child of {releases}")
+
+
+def check(releases: str, name: str, owners: Collection[int]) -> str:
+    """Return the absolute path of a release.
+
+    Raises ReleaseError unless it is a direct child of the folder of releases, and both belong to
+    one of the owners, and no other user can write them.
+    """
+    if not is_name(name):
+        raise ReleaseError(f"release {name!r}: write {NAME_IS}")
+    path = os.path.join(releases, name)
+    try:
+        parent = os.open(releases, _FOLDER)
+        try:
+            _refuse_others(releases, os.fstat(parent), owners)
+            # Opened by descriptor, so that it is a child of the folder that was checked.
+            child = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=parent)
+            try:
+                _refuse_others(path, os.fstat(child), owners)
+            finally:
+                os.close(child)
+        finally:
+            os.close(parent)
+    except OSError as error:
+        why = error.strerror
+        if error.errno in (errno.ENOTDIR, errno.ELOOP):
+            why = "it is no folder; a link is not followed"
+        raise ReleaseError(f"release {path}: {why}") from error
+    return path
+
+
+def _refuse_others(path: str, found: os.stat_result, owners: Collection[int]) -> None:
+    if found.st_uid not in owners:
+        known = ", ".join(map(str, sorted(owners)))
+        raise ReleaseError(
+            f"{path} belongs to uid {found.st_uid}, not to {known}; change its owner, or set "
+            "--deployer"
+        )
+    if found.st_mode & _OTHERS_WRITE:
+        mode = stat.filemode(found.st_mode)
+        raise ReleaseError(f"{path} ({mode}): other users can write it; chmod go-w {path}")
+
+
+def fingerprint(path: str, program: str) -> Fingerprint | None:
+    """Return the fingerprint of a release with this program; None: they cannot be read."""
+    try:
+        folder, file = os.stat(path), os.stat(program)
+    except (OSError, ValueError):
+        return None
+    return Fingerprint(
+        device=folder.st_dev,
+        inode=folder.st_ino,
+        program=program,
+        program_inode=file.st_ino,
+        program_size=file.st_size,
+        program_mtime_ns=file.st_mtime_ns,
+    )
+
+
+def lock(current: str) -> int | None:
+    """Return the descriptor that holds the lock of `current`; None: another process has it.
+
+    Raises OSError.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    fd = os.open(f"{current}.lock", flags, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def prepare(current: str, target: str) -> None:
+    """Make the link that move() renames, so that a missing right shows before the switch.
+
+    Raises OSError.
+    """
+    following = f"{current}.next"
+    for _ in range(2):
+        try:
+            os.symlink(target, following)
+            return
+        except FileExistsError:
+            if os.readlink(following) == target:
+                return
+            os.unlink(following)
+    os.symlink(target, following)
+
+
+def move(current: str, releases: str, name: str) -> None:
+    """Let `current` lead to a release, unless it does already.  Raises OSError."""
+    if leads_to(current, releases) != name:
+        prepare(current, os.path.join(releases, name))
+        os.rename(f"{current}.next", current)
+    else:
+        discard(current)
+
+
+def leads_to(current: str, releases: str) -> str:
+    """Return the name of the release to which `current` leads; "": to none."""
+    try:
+        return named(current, releases)
+    except ReleaseError:
+        return ""
+
+
+def discard(current: str) -> None:
+    """Remove the link of a release that has failed, if it is there."""
+    try:
+        os.unlink(f"{current}.next")
+    except OSError:
+        pass  # prepare() replaces it
+
+
+def history(current: str) -> bytes | None:
+    """Return the contents of the history's file; None: there is none yet.
+
+    Raises ReleaseError.
+    """
+    path = f"{current}.history"
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    try:
+        fd = os.open(path, flags)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise ReleaseError(f"{path}: it is no regular file")
+            return os.pread(fd, MOST_BYTES, 0)
+        finally:
+            os.close(fd)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ReleaseError(f"{path}: {what_failed(error)}") from error

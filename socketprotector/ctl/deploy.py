@@ -43,7 +43,7 @@ _EXPECT = click.option(
 
 
 @command(short_help="Start a release, and let current name it once it is proved.")
-@click.argument("name", callback=_name, shell_complete=_complete)
+@click.argument("release", metavar="NAME", callback=_name, shell_complete=_complete)
 @_EXPECT
 @click.option("--force", is_flag=True, help="Even if current names another than the serving one.")
 @click.option("--if-changed", is_flag=True, help="Do nothing if this release is serving.")
@@ -52,7 +52,7 @@ _EXPECT = click.option(
 @TIMEOUT
 def deploy(
     instance: Instance,
-    name: str,
+    release: str,
     expect: str | None,
     force: bool,
     if_changed: bool,
@@ -69,17 +69,17 @@ def deploy(
     Exit status 2: nothing was tried. 5: it is serving, but current could not be moved yet.
     6: another deploy or reload is in progress.
     """
-    how = _given(release=name, expect=expect, force=force, dry_run=dry_run)
+    how = _given(release=release, expect=expect, force=force, dry_run=dry_run)
     with begin(instance, timeout, as_json, *_OUTCOME) as operation:
         before = begun(operation)
-        operation.outcome["release"] = name
+        operation.outcome["release"] = release
         operation.outcome["from_release"] = serving = _of_releases(before).get("serving")
-        if if_changed and _serves(operation.client, before, name, expect):
+        if if_changed and _serves(operation.client, before, release, expect):
             operation.outcome["generation"] = before.get("route")
-            operation.ends("unchanged", f"unchanged: release {name} is serving")
+            operation.ends("unchanged", f"unchanged: release {release} is serving")
             return
-        promised = _request(operation.client, before, name, "deploy", how)
-        _end(operation, before, promised, name, dry_run=dry_run, wait=wait, old=serving)
+        promised = _request(operation.client, before, release, "deploy", how)
+        _end(operation, before, promised, release, dry_run=dry_run, wait=wait, old=serving)
 
 
 @command(short_help="End a reload, or go back to the release before.")
@@ -233,4 +233,3 @@ def releases(instance: Instance, as_json: bool) -> None:
         say(f"{line}: {reason}" if reason else line)
     if not found:
         say("no release was tried yet")
-

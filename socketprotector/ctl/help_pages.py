@@ -13,9 +13,7 @@ GROUPS = {
         "list",
         "top",
     ),
-    "Reload, upgrade, stop": (
-        *("reload", "deploy", "promote", "rollback", "upgrade", "stop"),
-    ),
+    "Reload, upgrade, stop": (*("reload", "deploy", "promote", "rollback", "upgrade", "stop"),),
     "Immediate commands": (
         *("scale", "lame-duck", "hold", "release", "replace", "kill", "log-level", "reopen"),
     ),
@@ -43,8 +41,8 @@ _STATUSES = (
     ("2", "the command line is wrong, or nothing is as it expects (deploy, rollback)"),
     (
         "3",
-        "reload, deploy, upgrade: the new version failed, and the old one is still serving; diff: a "
-        "reload would be refused; ready: not ready",
+        "reload, deploy, rollback, upgrade: the new version failed, and the old one is still "
+        "serving; diff: a reload would be refused; ready: not ready",
     ),
     ("4", "not done within --timeout; it may still succeed"),
     ("5", "deploy, rollback: the new version is serving, but current could not be moved yet"),

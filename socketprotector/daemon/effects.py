@@ -196,14 +196,13 @@ class Effects(Host):
 
     def _report(self, report: Report) -> None:
         generation = self.generations.get(report.generation)
-        program = generation.program if generation is not None else None
-        if report.news in _SUCCESS and program is not None:
-            self.last_good = program
+        program = generation.program if generation else None
+        self.last_good = (report.news in _SUCCESS and program) or self.last_good
         if report.news in _FAILURE and report.reason not in (stop.CALLED_OFF, UPGRADED):
             report = replace(report, reason=added(report.reason, self._same_file()))
         if releases := self.live_settings.releases:
             report = releases.reported(report, program)
-        self.reports.write(report, program.release if program is not None else "")
+        self.reports.write(report, program.release if program else "")
 
     # -- from one program to the next ---------------------------------------------
 

@@ -50,7 +50,7 @@ class Releases:
         self._not_moved = self._not_written = ""  # why
         self._is_written = True
         self._writer: HelperProcess | None = None
-        self._written_entries = self.entries
+        self._written_entries: tuple[Entry, ...] = ()
         self._output = -1
         self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
         self.own()

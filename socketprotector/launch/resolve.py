@@ -219,6 +219,8 @@ class OptionResolver:
             worker_identity = users.worker_identity(given["worker_user"], given["user"])
         with self._about("releases"):
             self._choose_release(command, identity, worker_identity)
+        if given["releases"] and not self._release.path and self.file is not None:
+            self.file.refuse_if_mistaken()  # without its path no other option can be checked
         fill = partial(release.fill, path=self._release.path)
         command = tuple(map(fill, command))
         directory = fill(self._path("chdir") or self.directory)

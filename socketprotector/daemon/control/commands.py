@@ -48,7 +48,8 @@ if TYPE_CHECKING:
 #: Commands that change nothing, so a failure leaves nothing half done.
 _READ_ONLY = ("status", "history", "connections", "crashes", "releases")
 _NOT_WHILE_STOPPING = (
-    *("reload", "deploy", "promote", "rollback", "upgrade", "lame-duck", "scale", "hold", "replace"),
+    *("reload", "deploy", "promote", "rollback", "upgrade", "lame-duck", "scale", "hold"),
+    "replace",
 )
 _ENDING = (Phase.DRAINING, Phase.ABANDONED)
 

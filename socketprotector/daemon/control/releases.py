@@ -164,4 +164,3 @@ def _refuse_without_lock(releases: Releases) -> None:
             "unmet",
             f"another protector owns {releases.current}; deploy there, then reload this one",
         )
-

@@ -195,13 +195,12 @@ class Effects(Host):
                 pass
 
     def _report(self, report: Report) -> None:
-        generation = self.generations.get(report.generation)
-        program = generation.program if generation else None
+        found = self.generations.get(report.generation)
+        program = found.program if found else None
         self.last_good = (report.news in _SUCCESS and program) or self.last_good
         if report.news in _FAILURE and report.reason not in (stop.CALLED_OFF, UPGRADED):
             report = replace(report, reason=added(report.reason, self._same_file()))
-        if releases := self.live_settings.releases:
-            report = releases.reported(report, program)
+        report = self.live_settings.reported(report, program)
         self.reports.write(report, program.release if program else "")
 
     # -- from one program to the next ---------------------------------------------
@@ -230,7 +229,7 @@ class Effects(Host):
             log_level=self._log.level,
             version=__version__,
             unsaid=tuple(a for a in actions if isinstance(a, Report)),
-            current_due=releases.due if (releases := self.live_settings.releases) else "",
+            current_due=self.live_settings.current_due,
         )
 
     def descriptors(self) -> dict[str, int]:
@@ -242,8 +241,8 @@ class Effects(Host):
 
         Descriptors that clients need come first: a full fd store keeps no more.
         """
-        found = {**self.delivery.descriptors(), **self.generations.descriptors()}
-        return {**found, **self.output.descriptors()}
+        owners = (self.delivery, self.generations, self.output)
+        return {name: fd for each in owners for name, fd in each.descriptors().items()}
 
     def suspend(self) -> None:
         """Stop all probes and reading; the next program starts them again."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from functools import partial
 
-from ..core.actions import UseSettings
+from ..core.actions import Report, UseSettings
 from ..core.events import SettingsFailed, SettingsRead
 from ..core.rollout import NO_LIBRARY
 from ..core.snapshot import Snapshot
 from ..model.lazy_dataclass import replace
-from ..model.records import SettingsRecord
+from ..model.records import Program, SettingsRecord
 from ..model.settings import ListenerSettings, Settings
 from ..system.listener import Listener
 from . import config_reader, releases
@@ -103,6 +103,15 @@ class LiveSettings:
             if added:
                 gone = (replace(each, removed=True) for each in added)
                 self._put_in_force(replace(self.settings, listeners=(*there, *gone)))
+
+    def reported(self, report: Report, program: Program | None) -> Report:
+        """Return a report with what it means for `current`.  program: of its generation."""
+        return self.releases.reported(report, program) if self.releases is not None else report
+
+    @property
+    def current_due(self) -> str:
+        """The release to which `current` could not be moved yet; "": none."""
+        return self.releases.due if self.releases is not None else ""
 
     def stop_reading(self) -> None:
         """End the reader processes, because the next program does not know them."""

@@ -18,7 +18,7 @@ from ..model import release
 from ..model.errors import what_failed
 from ..model.lazy_dataclass import replace
 from ..model.records import Program
-from ..model.release import Entry
+from ..model.release import Entry, History
 from ..model.settings import Settings
 from ..model.text import added, headline
 from ..system import inherited, release_store
@@ -42,7 +42,7 @@ class Releases:
         self._settings = settings
         self._loop, self._log, self._persist = runtime.loop, runtime.log, runtime.persist
         self._lock = lock
-        self.entries: tuple[Entry, ...] = ()
+        self.history = History()
         #: The release to which `current` must still be moved; "": it is where it must be.
         self.due = ""
         #: The release whose settings the last reload has read.
@@ -50,7 +50,7 @@ class Releases:
         self._not_moved = self._not_written = ""  # why
         self._is_written = True
         self._writer: HelperProcess | None = None
-        self._written_entries: tuple[Entry, ...] = ()
+        self._written_history = History()
         self._output = -1
         self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
         self.own()
@@ -59,8 +59,8 @@ class Releases:
     def _read(self) -> None:
         try:
             found = release_store.history(self.current)
-            self.entries = release.load(found) if found is not None else ()
-        except (release_store.ReleaseError, ValueError) as error:
+            self.history = release.load(found) if found is not None else History()
+        except (release_store.ReleaseError, release.HistoryError) as error:
             self._log.write(
                 "warning",
                 "history-unreadable",
@@ -119,13 +119,13 @@ class Releases:
             return ""
         if not named:
             return f"{self.current} leads to no release, so a restart would fail"
-        if release.failed_last(self.entries, named):
+        if release.failed_last(self.history, named):
             return release.named_failed(named)
         return f"current names {named}, and {self.serving} is serving; a restart starts {named}"
 
     def previous(self) -> str:
         """Return the release to roll back to; "": there is none."""
-        return release.previous(self.entries, self.serving, self._exists)
+        return release.previous(self.history, self.serving, self._exists)
 
     def _exists(self, name: str) -> bool:
         return os.path.isdir(self._path(name))
@@ -213,13 +213,13 @@ class Releases:
         """
         if due:
             self.move(due)
-        if program is not None and release.path_back(self.entries)[-1:] != [program.release]:
+        if program is not None and self.history.way[-1:] != (program.release,):
             self._prove(program.release, program)
 
     # -- the history -------------------------------------------------------------------
 
     def _add(self, entry: Entry) -> None:
-        self.entries = release.added(self.entries, entry)
+        self.history = release.added(self.history, entry)
         self._write()
 
     def _write(self) -> None:
@@ -236,7 +236,7 @@ class Releases:
             self._failed(what_failed(error))
 
     def _start_writer(self, folder: str, name: str) -> None:
-        content = inherited.memory_file("sp.history", release.dump(self.entries))
+        content = inherited.memory_file("sp.history", release.dump(self.history))
         try:
             into = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
@@ -251,7 +251,7 @@ class Releases:
                 os.close(into)
         finally:
             os.close(content)
-        self._written_entries = self.entries
+        self._written_history = self.history
 
     def _written(self, how: str) -> None:
         self._writer = None
@@ -259,7 +259,7 @@ class Releases:
         self._close_output()
         if said != "ok":
             self._failed(f"{said} ({how})")
-        elif self._written_entries is not self.entries:
+        elif self._written_history is not self.history:
             self._write()
         else:
             if self._not_written:

@@ -59,7 +59,7 @@ def check_files(releases: str, current: str, files: Mapping[str, str | None]) ->
     for option, path in files.items():
         if not path or PLACEHOLDER in path:
             continue
-        if _goes_through(path, current):
+        if _goes_through(os.path.join(path, "x") if option == "--chdir" else path, current):
             raise UsageError(f"{option} {path} leads through {current}; {_HOW}")
         if option == "--config" and os.path.realpath(path).startswith(real):
             raise UsageError(
@@ -94,22 +94,22 @@ def choose(
     """
     try:
         name = wanted or release_store.named(current, releases)
-        owners = _owners(deployer, identity, worker_identity)
-        return Chosen(name, release_store.check(releases, name, owners))
+        accepted = owners(deployer, identity, worker_identity)
+        return Chosen(name, release_store.check(releases, name, accepted))
     except release_store.ReleaseError as error:
         raise UsageError(str(error)) from error
 
 
-def _owners(
+def owners(
     deployer: str | None, identity: Identity | None, worker_identity: Identity | None
 ) -> frozenset[int]:
     """Return the users whose releases are started."""
-    owners = {0} | ({users.uid_of("--deployer", deployer)} if deployer else set())
+    found = {0} | ({users.uid_of("--deployer", deployer)} if deployer else set())
     own = identity.uid if identity else os.geteuid()
     workers = worker_identity.uid if worker_identity else own
     without_root = identity is None and own != 0
     # Workers must not make the next release, unless all of this runs as one user anyway.
-    return frozenset(owners | ({own} if own != workers or without_root else set()))
+    return frozenset(found | ({own} if own != workers or without_root else set()))
 
 
 def absolute(folder: str, path: str) -> str:

@@ -196,7 +196,7 @@ class OptionResolver:
         files = {
             "--config": self.file.path if self.file else None,
             "--env-file": self._path("env_file"),
-            "--chdir": os.path.join(self._path("chdir") or self.directory, ""),
+            "--chdir": self._path("chdir") or self.directory,
             "the command": command[0] if command and "/" in command[0] else None,
         }
         release_choice.check_files(releases, current, files)
@@ -217,7 +217,7 @@ class OptionResolver:
             identity = users.identity(given["user"], given["group"], again=running is not None)
         with self._about("worker_user"):
             worker_identity = users.worker_identity(given["worker_user"], given["user"])
-        with self._about("releases"):
+        with self._about("releases" if given["releases"] else "current"):
             self._choose_release(command, identity, worker_identity)
         if given["releases"] and not self._release.path and self.file is not None:
             self.file.refuse_if_mistaken()  # without its path no other option can be checked

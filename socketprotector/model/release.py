@@ -1,7 +1,6 @@
 """Releases: their names, the history of those that were tried, and the way back.
 
 Pure.  The history has an entry for each time that a release was proved or refused, the newest last.
-What can be rolled back to follows from these names alone: no position is stored.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from .lazy_dataclass import as_dict, frozen, replace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
 #: Stands for the release's absolute path in the values of some options.
 PLACEHOLDER = "{release}"
@@ -30,6 +29,10 @@ _OTHERS = frozenset("._+~@=:,-")
 _REASON_CHARACTERS = 300
 
 NAME_IS = "a name of 1 to 128 letters, digits and ._+~@=:,- that begins with a letter or digit"
+
+
+class HistoryError(Exception):
+    """The contents of a file are no history; the message says why."""
 
 
 @frozen
@@ -58,6 +61,17 @@ class Entry:
     was: Fingerprint | None = None
 
 
+@frozen
+class History:
+    """The last entries, the newest last; and the way back: from the oldest release to the serving.
+
+    The way is stored, because old entries are dropped.
+    """
+
+    entries: tuple[Entry, ...] = ()
+    way: tuple[str, ...] = ()
+
+
 def is_name(text: object) -> bool:
     """Return whether a text can be the name of a release."""
     if not isinstance(text, str) or not 0 < len(text) <= _LONGEST_NAME or not text.isascii():
@@ -70,63 +84,55 @@ def fill(text: str, path: str) -> str:
     return text.replace(PLACEHOLDER, path) if path else text
 
 
-def added(entries: Sequence[Entry], entry: Entry) -> tuple[Entry, ...]:
+def added(history: History, entry: Entry) -> History:
     """Return the history with a new entry.
 
     A release that is refused again and again has one entry, so that it removes no proved release.
     """
-    kept = tuple(entries)
+    kept = history.entries
     if entry.refused:
         kept = tuple(e for e in kept if not (e.refused and e.release == entry.release))
         entry = replace(entry, refused=entry.refused[:_REASON_CHARACTERS])
-    elif kept and not kept[-1].refused and kept[-1].release == entry.release:
+        return replace(history, entries=(*kept, entry)[-ENTRIES:])
+    if kept and not kept[-1].refused and kept[-1].release == entry.release:
         # It is served again: the time since when it has served stays.
         entry = replace(entry, at=kept[-1].at)
         kept = kept[:-1]
-    return (*kept, entry)[-ENTRIES:]
+    return History((*kept, entry)[-ENTRIES:], _way_to(entry.release, history.way))
 
 
-def path_back(entries: Sequence[Entry]) -> list[str]:
-    """Return the proved releases from the oldest one to the one that serves.
+def _way_to(name: str, way: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the way back from a release that serves now.
 
-    A release that serves again ends the way at its first place.  So each rollback goes further
-    back, and none returns to a release that an operator has left.
+    A release that serves again ends the way at its place.  So each rollback goes further back, and
+    none returns to a release that an operator has left.
     """
-    found: list[str] = []
-    for each in entries:
-        if each.refused:
-            continue
-        if each.release in found:
-            del found[found.index(each.release) + 1 :]
-        else:
-            found.append(each.release)
-    return found
+    if name in way:
+        return way[: way.index(name) + 1]
+    return (*way, name)[-ENTRIES:]
 
 
-def previous(entries: Sequence[Entry], serving: str, exists: Callable[[str], bool]) -> str:
+def previous(history: History, serving: str, exists: Callable[[str], bool]) -> str:
     """Return the release to roll back to; "": there is none.
 
     Releases that are gone, or were refused when they were last tried, are passed over.
     """
-    way = path_back(entries)
-    if serving in way:
-        del way[way.index(serving) :]
-    for name in reversed(way):
-        if name != serving and not failed_last(entries, name) and exists(name):
+    for name in reversed(_way_to(serving, history.way)[:-1]):
+        if not failed_last(history, name) and exists(name):
             return name
     return ""
 
 
-def failed_last(entries: Sequence[Entry], name: str) -> bool:
+def failed_last(history: History, name: str) -> bool:
     """Return whether a release was refused when it was last tried."""
-    last = next((each for each in reversed(entries) if each.release == name), None)
+    last = next((each for each in reversed(history.entries) if each.release == name), None)
     return last is not None and bool(last.refused)
 
 
-def latest(entries: Sequence[Entry]) -> dict[str, tuple[Entry | None, Entry | None]]:
+def latest(history: History) -> dict[str, tuple[Entry | None, Entry | None]]:
     """Return the last proof and the last refusal of each release, the latest tried last."""
     found: dict[str, tuple[Entry | None, Entry | None]] = {}
-    for each in entries:
+    for each in history.entries:
         proved, refused = found.pop(each.release, (None, None))
         found[each.release] = (proved, each) if each.refused else (each, refused)
     return found
@@ -137,21 +143,25 @@ def named_failed(current: str) -> str:
     return f"current names {current}, which failed; a restart would start {current}"
 
 
-def dump(entries: Sequence[Entry]) -> bytes:
+def dump(history: History) -> bytes:
     """Return a history as the contents of its file."""
-    lines = ",\n".join(json.dumps(as_dict(each)) for each in entries)
-    return f'{{"format": {_FORMAT}, "entries": [\n{lines}\n]}}\n'.encode()
+    lines = ",\n".join(json.dumps(as_dict(each)) for each in history.entries)
+    way = json.dumps(history.way)
+    return f'{{"format": {_FORMAT}, "way": {way}, "entries": [\n{lines}\n]}}\n'.encode()
 
 
-def load(data: bytes) -> tuple[Entry, ...]:
-    """Return the history that `dump` wrote.  Raises ValueError."""
+def load(data: bytes) -> History:
+    """Return the history that `dump` wrote.  Raises HistoryError."""
     try:
         found = json_text.parse(data)
         if found["format"] != _FORMAT:
-            raise ValueError("another version has written it")
-        return tuple(map(_entry, found["entries"]))[-ENTRIES:]
-    except (TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"it is no history of releases ({error!r})") from error
+            raise HistoryError("another version of SocketProtector has written it")
+        way, entries = tuple(found["way"]), tuple(map(_entry, found["entries"]))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise HistoryError(f"it is no history of releases ({error})") from error
+    if not all(map(is_name, way)):
+        raise HistoryError("a release has no name")
+    return History(entries[-ENTRIES:], way[-ENTRIES:])
 
 
 def _entry(found: dict[str, object]) -> Entry:

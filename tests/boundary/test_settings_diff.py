@@ -30,7 +30,7 @@ NO_OPTIONS = {
     *{"policy.stop_first", "policy.surge", "policy.surge_is_percent", "policy.canary"},
     *{"worker_limits.connections", "worker_limits.spread"},
     *{"pools", "nofile_soft", "batch", "outlives_terminal", "secret", "notify_folder"},
-    *{"control", "notices", "warnings", "origin"},
+    *{"control", "notices", "warnings", "origin", "release", "release_wanted"},
 }
 
 

@@ -85,7 +85,7 @@ def listed(effects: Effects) -> list[dict[str, Any]]:
     """Return each release of the history, the latest tried last."""
     releases = _releases_of(effects)
     serving, named = releases.serving, releases.named
-    found = release.latest(releases.entries)
+    found = release.latest(releases.history)
     for name in (named, serving):
         if name:
             found.setdefault(name, (None, None))

@@ -1,0 +1,130 @@
+"""A deploy is a reload with a release's name, which the core passes on and forgets in time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from socketprotector.core.actions import ReadSettings, Report, ReportKind, UseSettings
+from socketprotector.core.decide import resume
+from socketprotector.core.events import (
+    DryRunRequested,
+    ReloadRequested,
+    RenewRequested,
+    RollbackRequested,
+    SettingsFailed,
+    SettingsRead,
+    StopRequested,
+    Stranded,
+    WorkerExited,
+    WorkerReady,
+)
+from socketprotector.core.fleet import Policy
+from tests.unit.conftest import Story
+
+
+@pytest.fixture
+def configured(story: Story) -> Story:
+    """Generation 1 serves with one worker, and its options are read again."""
+    story.given_serving()
+    story.fleet = replace(story.fleet, configured=True)
+    return story
+
+
+def test_it_reads_the_options_for_the_release_and_forgets_it_when_it_is_proved(
+    configured: Story,
+) -> None:
+    story = configured
+
+    assert story.when(ReloadRequested(release="2")) == [
+        Report(ReportKind.RELOADING),
+        ReadSettings(release="2"),
+    ]
+    story.when(SettingsRead(Policy()))
+    actions = story.when(WorkerReady(2))
+
+    # `current` is moved by UseSettings, before the verdict.
+    assert actions.index(UseSettings()) < actions.index(Report(ReportKind.RELOADED, 2))
+    assert story.fleet.release == ""
+
+
+def test_another_program_reads_for_the_same_release(configured: Story) -> None:
+    configured.when(ReloadRequested(release="2"))
+    assert ReadSettings(release="2") in resume(configured.fleet, {})
+
+
+def test_a_remembered_reload_takes_what_current_names_then(configured: Story) -> None:
+    story = configured
+    story.when(ReloadRequested(release="2"))
+    story.when(ReloadRequested())
+    story.when(SettingsRead(Policy()))
+
+    actions = story.when(WorkerReady(2))
+
+    assert actions.index(UseSettings()) < actions.index(ReadSettings())
+
+
+@pytest.mark.parametrize("how", ["reading", "starting", "called off"])
+def test_a_release_that_fails_is_forgotten(configured: Story, how: str) -> None:
+    story = configured
+    story.when(ReloadRequested(release="2"))
+    if how == "reading":
+        actions = story.when(SettingsFailed("no such release"))
+    else:
+        story.when(SettingsRead(Policy()))
+        failed = WorkerExited(2, "died") if how == "starting" else RollbackRequested()
+        actions = story.when(failed)
+
+    assert [each.news for each in actions if isinstance(each, Report)] == [ReportKind.RELOAD_FAILED]
+    assert UseSettings() not in actions
+    assert story.fleet.release == ""
+    story.when(WorkerExited(2, "ended"))
+    assert ReadSettings() in story.when(ReloadRequested())
+
+
+def test_a_second_deploy_is_refused(configured: Story) -> None:
+    story = configured
+    story.when(ReloadRequested(release="2"))
+
+    assert [each.news for each in story.when(ReloadRequested(release="3"))] == [  # type: ignore[attr-defined]
+        ReportKind.REFUSED
+    ]
+    assert (story.fleet.release, story.fleet.reload_wanted) == ("2", False)
+    story.when(StopRequested())
+    assert ReportKind.REFUSED in [
+        each.news for each in story.when(ReloadRequested(release="3")) if isinstance(each, Report)
+    ]
+
+
+def test_a_dry_run_of_a_release(configured: Story) -> None:
+    story = configured
+    assert ReadSettings(dry_run=True, release="2") in story.when(DryRunRequested("2"))
+    story.when(SettingsRead(Policy()))
+
+    actions = story.when(WorkerReady(2))
+
+    assert Report(ReportKind.DRY_RUN_PASSED, 2) in actions
+    assert UseSettings() not in actions
+    assert story.fleet.release == ""
+
+
+def test_a_deploy_that_a_rescue_interrupts_follows_for_the_same_release(
+    configured: Story,
+) -> None:
+    story = configured
+    story.fleet = replace(story.fleet, policy=Policy(workers_accept=True))
+    story.when(ReloadRequested(release="2"))
+
+    story.when(Stranded())  # the last good command starts again first
+    assert (story.fleet.release, story.fleet.reload_wanted) == ("2", True)
+    actions = story.when(WorkerReady(2))
+
+    assert ReadSettings(release="2") in actions
+    assert story.fleet.release == "2"
+
+
+def test_a_renewal_has_no_release(configured: Story) -> None:
+    story = configured
+    actions = story.when(RenewRequested())
+    assert not [each for each in actions if isinstance(each, ReadSettings)]

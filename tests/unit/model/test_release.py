@@ -1,0 +1,181 @@
+"""Names of releases, and the way back through the history."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from socketprotector.model.release import (
+    ENTRIES,
+    Entry,
+    Fingerprint,
+    History,
+    HistoryError,
+    added,
+    dump,
+    failed_last,
+    fill,
+    is_name,
+    latest,
+    load,
+    previous,
+)
+from tests.together import together
+
+ONE = History((Entry("1", 1.0),), ("1",))
+WAS = Fingerprint(1, 2, "/srv/web/releases/1/daemon", 3, 4, 5)
+
+
+def history(*names: str) -> History:
+    """A history of releases that were tried one after another; !NAME was refused."""
+    found = History()
+    for at, name in enumerate(names):
+        refused = "it failed" if name.startswith("!") else ""
+        found = added(found, Entry(name.removeprefix("!"), float(at), refused))
+    return found
+
+
+def there(name: str) -> bool:
+    return True
+
+
+@together("name", ["1", "2026-11-22", "v1.2~rc1+b", "A_b@c:d=e,f", "x" * 128])
+def test_names(name: str) -> None:
+    assert is_name(name)
+
+
+@together(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        ".x",
+        "-x",
+        "a/b",
+        "a b",
+        "a\n",
+        "é",
+        "x" * 129,
+        "a\0",
+        None,
+        1,
+        "{x}",
+        "~x",
+        "a;b",
+    ],
+)
+def test_no_names(name: object) -> None:
+    assert not is_name(name)
+
+
+def test_the_placeholder_is_replaced_only_where_there_are_releases() -> None:
+    assert fill("x={release}/y:{release}", "/r/1") == "x=/r/1/y:/r/1"
+    assert fill("{release}", "") == "{release}"
+
+
+@together(
+    ("tried", "serving", "goes_to"),
+    [
+        (("1", "2", "3"), "3", "2"),
+        (("1", "2", "3", "2"), "2", "1"),  # after one rollback
+        (("1", "2", "3", "2", "1"), "1", ""),  # after two
+        (("1", "2", "1", "3"), "3", "1"),  # not to 2, which was left
+        (("1", "2", "1"), "1", ""),  # never to and fro
+        (("1", "!2", "3"), "3", "1"),
+        (("1", "2", "3", "!2"), "3", "1"),  # 2 has failed since
+        (("1", "2", "3", "2", "!1"), "2", ""),
+        (("1", "!2", "2", "3"), "3", "2"),  # it was mended
+        (("1",), "1", ""),
+        ((), "1", ""),
+        (("1", "2"), "9", "2"),  # the history misses the serving one
+    ],
+)
+def test_the_way_back(tried: tuple[str, ...], serving: str, goes_to: str) -> None:
+    assert previous(history(*tried), serving, there) == goes_to
+
+
+def test_a_removed_release_is_passed_over() -> None:
+    assert previous(history("1", "2", "3"), "3", lambda name: name != "2") == "1"
+    assert previous(history("1", "2", "3"), "3", lambda name: False) == ""
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_rollbacks_end_and_never_come_back_to_a_release_that_was_left(seed: int) -> None:
+    draw = random.Random(seed)
+    # More than are kept: the way back does not begin anew where old entries are dropped.
+    found = history(*(draw.choice("12345") for _ in range(draw.randrange(1, 200))))
+    serving, left = found.entries[-1].release, set[str]()
+    while to := previous(found, serving, there):
+        left.add(serving)
+        assert to not in left
+        found, serving = added(found, Entry(to, 0.0)), to
+    assert found.way == (serving,)
+
+
+def test_a_release_that_serves_again_keeps_its_time() -> None:
+    assert [each.at for each in history("1", "2", "2").entries] == [0.0, 1.0]
+
+
+def test_a_release_that_is_refused_for_an_hour_removes_no_proved_one() -> None:
+    found = history("1", "2", *["!3"] * 1800)
+
+    assert [each.release for each in found.entries] == ["1", "2", "3"]
+    assert failed_last(found, "3")
+    assert not failed_last(found, "2")
+    assert not failed_last(found, "9")
+
+
+def test_it_has_a_bound_and_keeps_the_newest() -> None:
+    found = history(*map(str, range(500)))
+
+    assert (len(found.entries), found.entries[-1].release) == (ENTRIES, "499")
+    assert (len(found.way), found.way[-1]) == (ENTRIES, "499")
+    assert len(added(History(), Entry("1", 0.0, "x" * 5000)).entries[0].refused) == 300
+
+
+def test_each_release_once_the_latest_tried_last() -> None:
+    found = latest(history("1", "2", "!1"))
+
+    assert list(found) == ["2", "1"]
+    proved, refused = found["1"]
+    assert (proved and proved.at, refused and refused.at) == (0.0, 2.0)
+
+
+def test_what_is_written_is_read_again() -> None:
+    found = History((Entry("1", 1.5, was=WAS), Entry("2", 2.0, 'no "x"\n')), ("0", "1"))
+    assert load(dump(found)) == found
+    assert load(dump(History())) == History()
+
+
+@together(
+    "data",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"format": 2, "way": [], "entries": []}',
+        b'{"format": 1, "way": [], "entries": 1}',
+        b'{"format": 1, "way": 1, "entries": []}',
+        b'{"format": 1, "way": ["../x"], "entries": []}',
+        b'{"format": 1, "way": [], "entries": [1]}',
+        b'{"format": 1, "way": [], "entries": [{"release": "../x", "at": 1}]}',
+        b'{"format": 1, "way": [], "entries": [{"release": "1", "at": "x"}]}',
+        b'{"format": 1, "way": [], "entries": [{"release": "1", "at": 1, "was": {}}]}',
+        dump(ONE)[:-4],
+    ],
+)
+def test_anything_else_is_refused_by_one_kind_of_error(data: bytes) -> None:
+    with pytest.raises(HistoryError):
+        load(data)
+
+
+def test_a_field_of_a_newer_version_is_passed_over() -> None:
+    found = json.loads(dump(ONE))
+    found["entries"][0]["more"] = 1
+    assert load(json.dumps(found).encode()) == ONE

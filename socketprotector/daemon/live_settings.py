@@ -62,8 +62,7 @@ class LiveSettings:
             self._post(SettingsFailed("cannot read the configuration: out of memory"))
             return
         if self.releases is not None:
-            self.releases.tried = ""
-            release = release or self.releases.due
+            release = self.releases.begin(release)
         wanted = replace(self.settings, release_wanted=release)
         reader.read(wanted, partial(self._on_config_read, dry_run=dry_run))
 

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable
 
+from ..core import stop
 from ..core.actions import Report, ReportKind
 from ..model import release
 from ..model.errors import what_failed
@@ -142,6 +143,16 @@ class Releases:
 
     # -- a reload --------------------------------------------------------------------
 
+    def begin(self, deployed: str) -> str:
+        """Note the release of a reload that begins; return it, or "" for that of `current`.
+
+        deployed: that of a deploy, or "".
+        """
+        # Until `current` has been moved, a reload must not go back to the release it still names.
+        wanted = deployed or self.due
+        self.tried = wanted or self.named
+        return wanted
+
     def prepare(self, name: str, *, dry_run: bool) -> str:
         """Make ready to move `current` to a release that is tried; return why that is impossible.
 
@@ -186,12 +197,15 @@ class Releases:
         if report.news in _PROVED and program is not None:
             self._prove(name, program)
             return replace(report, reason=self._with_error(report.reason))
-        if report.news is ReportKind.RELOAD_FAILED and name:
+        # A reload of the serving release may fail for reasons that are not the release's.
+        if report.news is ReportKind.RELOAD_FAILED and name not in ("", self.serving):
             self.tried = ""
             if self._lock is not None:
                 release_store.discard(self.current)
+            # A stop says nothing about the release.
+            if self._lock is not None and self._exists(name) and report.reason != stop.CALLED_OFF:
                 self._add(Entry(name, time.time(), headline(report.reason) or "it failed"))
-            if name == self.named != self.serving:
+            if name == self.named:
                 return replace(report, reason=added(report.reason, release.named_failed(name)))
         return report
 

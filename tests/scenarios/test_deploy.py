@@ -1,0 +1,558 @@
+"""deploy, rollback, releases: `current` names only what was proved, and a restart starts that."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.procfs import command_line_of, environment_of
+from tests.running import ask, eventually
+from tests.scenarios.adopting import kill_protector, revived, upgrade
+from tests.scenarios.operating import MANY, Operated, Operating
+from tests.scenarios.releases import COMMAND, Releases, ctl, deployed, saved, serving, starts
+from tests.scenarios.running_ctl import Running
+from tests.scenarios.tools import EITHER_HANDOFF, Gate, pid_in, worker
+
+Web = Callable[..., Operated]
+Beside = Callable[..., Running]
+
+
+@pytest.fixture
+def releases(tmp_path: Path) -> Releases:
+    return Releases(tmp_path / "srv")
+
+
+@pytest.fixture
+def web(operated: Operating, releases: Releases) -> Web:
+    """Start a protector with releases: web(*options, command=...)."""
+
+    def start(*options: str | Path, command: tuple[str, ...] = COMMAND) -> Operated:
+        one = operated(*releases.options, *options, command=command)
+        saved(one)
+        return one
+
+    return start
+
+
+@pytest.fixture
+def beside() -> Iterator[Beside]:
+    """Run a command beside the test: beside(operated, *words)."""
+    started: list[Running] = []
+
+    def start(one: Operated, *words: str) -> Running:
+        started.append(Running("--control", str(one.path), *words))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.end()
+
+
+# -- a deploy -----------------------------------------------------------------------------
+
+
+@EITHER_HANDOFF
+def test_a_good_release_serves_and_current_names_it(web: Web, releases: Releases) -> None:
+    one = web()
+    assert serving(one) == "1"
+
+    ended = ctl(one, "deploy", "2")
+
+    assert ended.status == 0, ended
+    assert ended.out == (
+        "deployed: release 2 (before: 1); generation 2 is serving in place of generation 1\n"
+    )
+    assert (serving(one), releases.named) == ("2", "2")
+    pid = pid_in(ask(one.address))
+    assert environment_of(pid)["SOCKETPROTECTOR_RELEASE"] == "2"
+    assert sorted(os.listdir(releases.live)) == ["current", "current.history", "current.lock"]
+    one.daemon.log.wait_for(r"event=reloaded generation=2 release=2\b")
+    one.daemon.stop()
+
+
+def test_a_bad_release_changes_nothing(web: Web, releases: Releases) -> None:
+    one = web()
+    link = os.readlink(releases.current)
+    ended = ctl(one, "deploy", "bad")
+
+    assert ended.status == 3, ended
+    assert "release bad not deployed: generation 2 failed: " in ended.err
+    assert ended.err.endswith("generation 1 is still serving\n  | no such table\n")
+    assert (serving(one), os.readlink(releases.current)) == ("1", link)
+    assert sorted(os.listdir(releases.live)) == ["current", "current.history", "current.lock"]
+    assert one.status()["warnings"] == []
+    one.daemon.stop()
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("nosuch", "release .*/nosuch: No such file or directory"),
+        ("link", "it is no folder; a link is not followed"),
+        ("open", r"release.*open \(drwxrwxrwx\): other users can write it"),
+    ],
+)
+def test_a_release_that_may_not_start_is_refused(
+    web: Web, releases: Releases, name: str, why: str
+) -> None:
+    one = web()
+    (releases.folder / "link").symlink_to("2")
+    releases.add("open", *MANY)
+    (releases.folder / "open").chmod(0o777)
+
+    ended = ctl(one, "deploy", name)
+
+    assert ended.status == 3, ended
+    assert re.search(why, ended.err), ended
+    assert (serving(one), releases.named) == ("1", "1")
+    one.daemon.stop()
+
+
+@pytest.mark.parametrize("name", ["../2", "/etc", "2/", ".", "a b", "x" * 129])
+def test_a_name_that_is_none_reaches_no_protector(web: Web, name: str) -> None:
+    one = web()
+    ended = ctl(one, "deploy", name)
+    assert (ended.status, "write a name of 1 to 128 letters" in ended.err) == (2, True), ended
+    assert one.line().refused("deploy", release=name)[0] == "invalid"
+    assert one.line().refused("deploy")[0] == "invalid"
+    one.daemon.stop()
+
+
+def test_current_moves_only_when_the_release_has_settled(
+    web: Web, releases: Releases, beside: Beside
+) -> None:
+    one = web("--settle", "1h")
+    running = beside(one, "deploy", "2")
+    one.until("phase", "settling")
+    one.until("route", 2)
+    assert releases.named == "1"
+
+    assert ctl(one, "promote").status == 0
+
+    assert running.wait() == 0, running.err.text()
+    assert releases.named == "2"
+    one.daemon.stop()
+
+
+def test_a_release_that_fails_while_it_settles_leaves_current(
+    web: Web, releases: Releases, beside: Beside
+) -> None:
+    one = web("--settle", "1h")
+    running = beside(one, "deploy", "2")
+    one.until("route", 2)
+
+    os.kill(one.pids(2)[0], signal.SIGKILL)
+
+    assert running.wait() == 3, running.err.text()
+    assert (serving(one), releases.named) == ("1", "1")
+    one.daemon.stop()
+
+
+def test_a_stop_during_a_canary_leaves_current(
+    web: Web, releases: Releases, beside: Beside
+) -> None:
+    one = web("--canary", "50%", "--canary-for", "1h")
+    running = beside(one, "deploy", "2")
+    one.until("phase", "settling")
+
+    one.daemon.stop()
+
+    assert running.wait() == 3, running.err.text()
+    assert releases.named == "1"
+
+
+def test_each_part_of_the_service_takes_its_generations_release(
+    web: Web, releases: Releases
+) -> None:
+    one = web()
+    deployed(one, "2")
+    releases.point_at("3")
+
+    os.kill(one.pids(2)[0], signal.SIGKILL)  # respawned
+    one.daemon.log.wait_for(r"event=spawned generation=2 worker=3 ")
+    one.until_generation(2, phase="serving")
+    assert ctl(one, "scale", "2").status == 0
+    eventually(lambda: len(one.pids(2)) == 2, "two workers")
+    assert ctl(one, "replace", "generation:2").status == 0  # renewed
+    one.until("route", 3)
+
+    assert serving(one) == "2"
+    assert releases.named == "3"
+    one.daemon.stop()
+
+
+def test_checks_know_the_release(web: Web, releases: Releases, tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+    one = web("--ready", f"check:echo $SOCKETPROTECTOR_RELEASE {{release}} >> {seen}")
+    deployed(one, "2")
+
+    assert seen.read_text().splitlines()[-1] == f"2 {releases.folder}/2"
+    one.daemon.stop()
+
+
+def test_the_path_comes_to_command_folder_and_variables(web: Web, releases: Releases) -> None:
+    for name in ("1", "2"):
+        (releases.folder / name / "vars").write_text(f"V={name}\n")
+    one = web(
+        *("--chdir", "{release}", "--env", "ROOT={release}", "--env-file", "{release}/vars"),
+        command=("{release}/daemon", "x={release}"),
+    )
+    deployed(one, "2")
+
+    [pid] = one.pids(2)
+    found, path = environment_of(pid), f"{releases.folder}/2"
+    assert (found["ROOT"], found["V"], found["PWD"]) == (path, "2", path)
+    assert os.readlink(f"/proc/{pid}/cwd") == path
+    assert "many.py" in command_line_of(pid)
+    one.daemon.stop()
+
+
+# -- current, moved by somebody -------------------------------------------------------------
+
+
+def test_a_reload_tries_what_current_names(web: Web, releases: Releases) -> None:
+    one = web()
+    releases.point_at("2")
+    assert ctl(one, "reload").status == 0
+    assert serving(one) == "2"
+    releases.point_at("bad")
+
+    ended = ctl(one, "reload")
+
+    said = "current names bad, which failed; a restart would start bad"
+    assert ended.status == 3, ended
+    assert said in ended.err
+    assert one.status()["warnings"] == [said]
+    assert (
+        one.status()["reloads"][-1]["reason"]
+        .partition("\n")[0]
+        .endswith(f"{said}; its last words:")
+    )
+    assert said in ctl(one, "status").out
+    assert (serving(one), releases.named) == ("2", "bad")
+    one.daemon.stop()
+
+
+def test_a_deploy_while_current_names_another_needs_force(web: Web, releases: Releases) -> None:
+    one = web()
+    releases.point_at("3")
+
+    ended = ctl(one, "deploy", "2")
+
+    assert ended.status == 2, ended
+    assert "/current names 3, but 1 is serving; see `releases`, and use --force" in ended.err
+    assert "current names 3, and 1 is serving; a restart starts 3" in one.status()["warnings"]
+    assert releases.named == "3"
+    deployed(one, "2", "--force")
+    assert (serving(one), releases.named, one.status()["warnings"]) == ("2", "2", [])
+    one.daemon.stop()
+
+
+def test_a_remembered_reload_finds_current_moved(
+    web: Web, releases: Releases, tmp_path: Path, beside: Beside
+) -> None:
+    one = web()
+    gate = Gate(tmp_path / "gate")
+    releases.add("gated", *worker("ready_at_gate", gate.path))
+    running = beside(one, "deploy", "gated")
+    starts(one, 2)
+    one.daemon.signal(signal.SIGHUP)
+    one.until("reload_wanted", True)
+
+    gate.stay_open()
+
+    assert running.wait() == 0, running.err.text()
+    one.until("route", 3)
+    assert (serving(one), releases.named) == ("gated", "gated")
+    one.daemon.stop()
+
+
+# -- rollback ---------------------------------------------------------------------------------
+
+
+def test_rollback_walks_back_and_never_to_and_fro(web: Web, releases: Releases) -> None:
+    one = web()
+    deployed(one, "2")
+    assert ctl(one, "deploy", "bad").status == 3
+    deployed(one, "3")
+
+    for name in ("2", "1"):
+        ended = ctl(one, "rollback")
+        assert ended.status == 0, ended
+        assert f"going back from release {int(name) + 1} to {name}\n" in ended.err
+        assert (serving(one), releases.named) == (name, name)
+    ended = ctl(one, "rollback")
+
+    assert ended.status == 2, ended
+    assert "nothing to roll back to: no release was proved before 1" in ended.err
+    deployed(one, "3")
+    assert ctl(one, "rollback").status == 0
+    assert serving(one) == "1"
+    one.daemon.stop()
+
+
+def test_rollback_passes_over_a_release_that_is_gone_or_fails_now(
+    web: Web, releases: Releases
+) -> None:
+    one = web()
+    for name in ("2", "3"):
+        deployed(one, name)
+    (releases.folder / "2" / "daemon").unlink()
+
+    assert ctl(one, "rollback").status == 3  # to 2, which cannot start any more
+    assert (serving(one), releases.named) == ("3", "3")
+    assert ctl(one, "rollback").status == 0
+
+    assert serving(one) == "1"
+    one.daemon.stop()
+
+
+def test_rollback_ends_a_deploy(
+    web: Web, releases: Releases, tmp_path: Path, beside: Beside
+) -> None:
+    one = web()
+    gate = Gate(tmp_path / "gate")
+    releases.add("gated", *worker("ready_at_gate", gate.path))
+    running = beside(one, "deploy", "gated")
+    starts(one, 2)
+
+    wrong = ctl(one, "rollback", "--expect", "1")
+    right = ctl(one, "rollback", "--expect", "gated")
+
+    assert (wrong.status, wrong.err) == (2, "socketprotectorctl: expected 1, but it is gated\n")
+    assert (right.status, right.out) == (0, "rolled back: generation 2 gets no new clients\n")
+    assert running.wait() == 3
+    assert "rolled back: an operator called it off" in running.err.text()
+    assert (serving(one), releases.named) == ("1", "1")
+    gate.stay_open()
+    one.daemon.stop()
+
+
+def test_without_releases_there_is_nothing_to_go_back_to(operated: Operating) -> None:
+    one = operated(command=MANY)
+    for words, said in (
+        (
+            ("rollback",),
+            "nothing to roll back: no reload is in progress, and there are no releases",
+        ),
+        (("deploy", "1"), "has no releases; start it with --releases DIR and --current PATH"),
+        (("releases",), "there are no releases; start with --releases DIR and --current PATH"),
+    ):
+        ended = ctl(one, *words)
+        assert ended.status == 2, ended
+        assert said in ended.err
+    one.daemon.stop()
+
+
+# -- scripts -----------------------------------------------------------------------------------
+
+
+def test_two_deploys_at_once(web: Web, releases: Releases, tmp_path: Path, beside: Beside) -> None:
+    one = web()
+    gate = Gate(tmp_path / "gate")
+    releases.add("gated", *worker("ready_at_gate", gate.path))
+    running = beside(one, "deploy", "gated")
+    starts(one, 2)
+
+    for words in (("deploy", "3"), ("deploy", "3", "--dry-run"), ("deploy", "gated")):
+        ended = ctl(one, *words)
+        assert (ended.status, ended.err) == (
+            6,
+            "socketprotectorctl: a deploy of gated is in progress (generation 2); wait for it, or "
+            "`rollback`\n",
+        )
+    gate.stay_open()
+
+    assert running.wait() == 0
+    assert (serving(one), releases.named) == ("gated", "gated")
+    one.daemon.stop()
+
+
+def test_expect_and_if_changed(web: Web, releases: Releases) -> None:
+    one = web()
+    wrong = ctl(one, "deploy", "2", "--expect", "3")
+    assert (wrong.status, wrong.err) == (2, "socketprotectorctl: expected 3, but it is 1\n")
+    deployed(one, "2", "--expect", "1")
+    assert ctl(one, "rollback", "--expect", "1").status == 2
+
+    same = ctl(one, "deploy", "2", "--if-changed")
+
+    assert (same.status, same.out) == (0, "unchanged: release 2 is serving\n")
+    assert one.status()["route"] == 2
+    assert json.loads(ctl(one, "deploy", "2", "--if-changed", "--json").out)["result"] == (
+        "unchanged"
+    )
+    deployed(one, "2")  # without the option it starts again
+    assert one.status()["route"] == 3
+    releases.add("1b", *MANY)
+    (releases.folder / "2" / "daemon").write_text("#!/bin/sh\nexit 1\n")
+    assert ctl(one, "deploy", "2", "--if-changed").status == 3
+    one.daemon.stop()
+
+
+def test_a_dry_run_moves_nothing(web: Web, releases: Releases) -> None:
+    one = web()
+    good, bad = ctl(one, "deploy", "2", "--dry-run"), ctl(one, "deploy", "bad", "--dry-run")
+
+    assert (good.status, bad.status) == (0, 3)
+    assert good.out == (
+        "would deploy release 2: generation 2 became ready and was stopped; generation 1 is still "
+        "serving\n"
+    )
+    assert "release bad is not ready to deploy: generation 3 failed" in bad.err
+    assert (serving(one), releases.named) == ("1", "1")
+    assert sorted(os.listdir(releases.live)) == ["current", "current.history", "current.lock"]
+    found = json.loads(ctl(one, "releases", "--json").out)["releases"]
+    assert [each["release"] for each in found] == ["1"]
+    one.daemon.stop()
+
+
+def test_json_and_no_wait_and_timeout(web: Web, releases: Releases, tmp_path: Path) -> None:
+    one = web()
+    found = json.loads(ctl(one, "deploy", "2", "--json").out)
+    assert (found["result"], found["release"], found["from_release"], found["generation"]) == (
+        *("deployed", "2", "1", 2),
+    )
+    failed = json.loads(ctl(one, "deploy", "bad", "--json").out)
+    assert (failed["result"], failed["last_words"]) == ("failed", "no such table")
+    back = json.loads(ctl(one, "rollback", "--json").out)
+    assert (back["result"], back["release"], back["from_release"]) == ("deployed", "1", "2")
+    gate = Gate(tmp_path / "gate")
+    releases.add("gated", *worker("ready_at_gate", gate.path))
+    assert ctl(one, "deploy", "gated", "--timeout", "200ms").status == 4
+    gate.stay_open()
+    one.until("route", 5)
+    assert ctl(one, "deploy", "3", "--no-wait").status == 0
+    one.until("route", 6)
+    assert (serving(one), releases.named) == ("3", "3")
+    one.daemon.stop()
+
+
+def test_releases_lists_what_was_tried(web: Web, releases: Releases) -> None:
+    one = web()
+    deployed(one, "2")
+    assert ctl(one, "deploy", "bad").status == 3
+    (releases.folder / "1" / "daemon").write_text("#!/bin/sh\n")
+    (releases.folder / "2" / "__pycache__").mkdir()
+
+    lines = ctl(one, "releases").out.splitlines()
+    found = json.loads(ctl(one, "releases", "--json").out)["releases"]
+
+    assert re.fullmatch(r"1  changed, served since \S+", lines[0]), lines
+    assert re.fullmatch(r"2  serving, current, served since \S+", lines[1]), lines
+    assert re.fullmatch(
+        r"bad  failed \S+: \S+/bad/daemon exited with status 7 before it was ready", lines[2]
+    ), lines
+    assert [(e["release"], e["serving"], e["current"], e["changed"]) for e in found] == [
+        *(("1", False, False, True), ("2", True, True, False), ("bad", False, False, False)),
+    ]
+    one.daemon.stop()
+
+
+# -- other programs, and what comes after -----------------------------------------------------
+
+
+def test_an_upgrade_keeps_the_lock_the_release_and_the_history(
+    web: Web, releases: Releases
+) -> None:
+    one = web()
+    deployed(one, "2")
+
+    assert "resumed" in upgrade(one.daemon)
+
+    eventually(lambda: one.status()["restarts"] == 1, "the new program")
+    assert one.status()["releases"]["owner"] is True
+    assert (serving(one), releases.named) == ("2", "2")
+    assert ctl(one, "rollback").status == 0
+    assert serving(one) == "1"
+    one.daemon.stop()
+
+
+def test_another_protector_follows_at_its_reload(
+    web: Web, operated: Operating, releases: Releases, tmp_path: Path
+) -> None:
+    one = web()
+    other = operated(
+        "--control", tmp_path / "other", *releases.options, command=COMMAND, ready=False
+    )
+    other.path = tmp_path / "other"
+    other.line()
+    other.until("phase", "serving")
+    assert other.status()["releases"]["owner"] is False
+    refused = ctl(other, "deploy", "2")
+    assert refused.status == 2, refused
+    assert "another protector owns" in refused.err
+
+    deployed(one, "2")
+    assert serving(other) == "1"
+    assert "current names 2, and 1 is serving" in other.status()["warnings"][0]
+    assert ctl(other, "reload").status == 0
+
+    assert serving(other) == "2"
+    one.daemon.stop()
+    deployed(other, "3")  # its owner has gone
+    assert releases.named == "3"
+    other.daemon.stop()
+
+
+def test_a_killed_ctl_changes_nothing(
+    web: Web, releases: Releases, tmp_path: Path, beside: Beside
+) -> None:
+    one = web()
+    gate = Gate(tmp_path / "gate")
+    releases.add("gated", *worker("ready_at_gate", gate.path))
+    running = beside(one, "deploy", "gated")
+    starts(one, 2)
+
+    running.process.kill()
+    gate.stay_open()
+
+    one.until("route", 2)
+    eventually(lambda: releases.named == "gated", "current moved")
+    one.daemon.stop()
+
+
+@EITHER_HANDOFF
+def test_after_a_power_cut_what_was_proved_starts(
+    web: Web, operated: Operating, releases: Releases
+) -> None:
+    one = web()
+    deployed(one, "2")
+    assert ctl(one, "deploy", "bad").status == 3
+    pids = one.pids(2)
+    for each in (one.daemon.pid, *pids):
+        os.kill(each, signal.SIGKILL)
+    one.daemon.process.wait()
+
+    again = operated(*releases.options, command=COMMAND)
+
+    assert serving(again) == "2"
+    assert [e["release"] for e in again.line().ask("releases")["releases"]] == ["1", "bad", "2"]
+    assert ctl(again, "rollback").status == 0  # the history outlived it
+    assert serving(again) == "1"
+    again.daemon.stop()
+
+
+def test_a_killed_protector_goes_on_with_the_deploy(
+    web: Web, releases: Releases, tmp_path: Path, beside: Beside
+) -> None:
+    one = web("--guard")
+    gate = Gate(tmp_path / "gate")
+    releases.add("gated", *worker("ready_at_gate", gate.path))
+    running = beside(one, "deploy", "gated")
+    starts(one, 2)
+
+    mark = kill_protector(one.daemon)
+    revived(one.daemon, mark)
+    gate.stay_open()
+
+    assert running.wait() == 0, running.err.text()
+    assert (serving(one), releases.named) == ("gated", "gated")
+    assert one.status()["releases"]["owner"] is True
+    one.daemon.stop()

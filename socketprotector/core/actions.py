@@ -161,9 +161,11 @@ class ReadSettings(Action):
     """Read the configuration again, for the next generation that is opened fresh.
 
     dry_run: this generation will get no client, not even from added listeners.
+    canary: the reload was requested with a canary, for which the new settings must have a place.
     """
 
     dry_run: bool = False
+    canary: bool = False
 
 
 @frozen

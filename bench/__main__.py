@@ -20,6 +20,7 @@ from bench.many_rows import quota, workers
 from bench.mode_rows import modes
 from bench.processes import CannotMeasure
 from bench.reload_rows import draining, handed_reloads, reloads, switch
+from bench.rollout_rows import canary, returned, rolling
 from bench.rows import cpu, handed, idle, latency, rate
 from bench.stdio_rows import stdio
 from bench.survive_rows import handed_survive, handed_upgrade, lasting, survive, upgrade
@@ -53,6 +54,9 @@ ROWS: dict[str, Callable[[Scale], list[Figure]]] = {
     "hog": hog,
     "modes": modes,
     "wait": wait,
+    "rolling": rolling,
+    "canary": canary,
+    "returned": returned,
 }
 
 

@@ -161,10 +161,12 @@ class ReadSettings(Action):
     """Read the configuration again, for the next generation that is opened fresh.
 
     dry_run: this generation will get no client, not even from added listeners.
+    canary: the reload was requested with a canary, for which the new settings must have a place.
     release: the one to start; "": the one that `current` names.
     """
 
     dry_run: bool = False
+    canary: bool = False
     release: str = ""
 
 

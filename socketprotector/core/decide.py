@@ -22,7 +22,6 @@ from .actions import (
     Hold,
     Probe,
     Quiesce,
-    ReadSettings,
     Release,
     RouteTo,
     Signal,
@@ -208,7 +207,7 @@ def resume(
         actions.append(CheckSettling(settling.number))
     actions += [each for each in undone if not isinstance(each, UseSettings)]
     if fleet.reading:
-        actions.append(ReadSettings(fleet.dry_run, fleet.release))
+        actions.append(rollout.read_settings(fleet))
     if fleet.stopping:
         quick = fleet.stopping is Stop.QUICK or not fleet.listeners_open
         actions.append(CloseListeners(quick))

@@ -12,7 +12,7 @@ from ..model.lazy_dataclass import replace
 from ..model.policy import STANDBY_S
 from ..model.share import Canary
 from . import rollout, stop
-from .actions import Open, Probe, ReadSettings, Report, ReportKind, RouteTo
+from .actions import Open, Probe, Report, ReportKind, RouteTo
 from .events import Deadline, TimerKind
 from .failure import fail
 from .fleet import Candidate, Fleet, Generation, Next, Phase, Policy, Rollout, State
@@ -120,7 +120,7 @@ def _may_rescue(fleet: Fleet) -> bool:
 def _read_or_begin(step: Step) -> None:
     if step.fleet.configured and step.fleet.served:
         step.fleet = replace(step.fleet, reading=True)
-        step.do(ReadSettings(step.fleet.dry_run, step.fleet.release))
+        step.do(rollout.read_settings(step.fleet))
     else:
         _begin(step)
 

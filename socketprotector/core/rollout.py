@@ -14,9 +14,10 @@ take the clients back.  No list of steps is stored.  The stage follows from the 
 from __future__ import annotations
 
 from ..model.lazy_dataclass import replace
+from ..model.policy import Policy
 from ..model.share import WHOLE, Canary
 from ..model.text import in_units
-from .actions import Report, ReportKind, RouteTo
+from .actions import ReadSettings, Report, ReportKind, RouteTo
 from .events import Deadline, TimerKind
 from .fleet import LEAVING, Fleet, Generation, Phase, Rollout
 from .step import Step
@@ -26,6 +27,16 @@ NO_LIBRARY = (
     "--reload-order rolling needs workers on the client library: a worker sent no "
     "X_SOCKETPROTECTOR_RETIRE=1; use start-first"
 )
+
+
+def no_canary_under(policy: Policy) -> str | None:
+    """Return why the reload order has no place for a canary; None: it has."""
+    order = policy.reload_order
+    return (
+        None
+        if order == "start-first"
+        else f"it does not work with --reload-order {order}; reload without it"
+    )
 
 
 def canary_of(fleet: Fleet, generation: Generation) -> Canary | None:
@@ -140,6 +151,12 @@ def lacks_library(fleet: Fleet, generation: Generation) -> bool:
     """
     incoming = generation.phase in (Phase.STARTING, Phase.SETTLING)
     return incoming and fleet.policy_of(generation.fresh).finish_alone
+
+
+def read_settings(fleet: Fleet) -> ReadSettings:
+    """Return the order to read the configuration for the reload under way."""
+    canary = bool(fleet.rollout and fleet.rollout.canary)
+    return ReadSettings(fleet.dry_run, canary, fleet.release)
 
 
 # -- requests -------------------------------------------------------------------

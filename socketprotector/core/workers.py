@@ -178,7 +178,9 @@ def _start_waiting(step: Step, most: int) -> int:
 def _waiting(step: Step) -> Iterator[tuple[int, Worker]]:
     """Yield the workers that may start now, each with its generation's number."""
     before, timers = step.before, step.fleet.timers
-    waits, bounded = rollout.waits_to_replace(step.fleet), step.fleet.newest_policy.rolls
+    waits = rollout.waits_to_replace(step.fleet)
+    # A bound, or its end, may make room without a change of these generations.
+    bounded = step.fleet.newest_policy.rolls or before.newest_policy.rolls
     for generation in step.fleet.generations:
         as_it_was = before.timers is timers and before.generation(generation.number) is generation
         may_start = bounded or not as_it_was
@@ -227,7 +229,9 @@ def _is_as_it_was(step: Step, generation: Generation) -> bool:
     """Return whether an earlier step has brought a generation to its wanted size."""
     before, fleet = step.before, step.fleet
     as_it_was = before.generation(generation.number) is generation and before.timers is fleet.timers
-    if not as_it_was or before.workers_wanted != fleet.workers_wanted or fleet.newest_policy.rolls:
+    if not as_it_was or before.workers_wanted != fleet.workers_wanted:
+        return False
+    if fleet.newest_policy.rolls or before.newest_policy.rolls:
         return False
     settles = before.of(Phase.SETTLING) is fleet.of(Phase.SETTLING)
     return settles and before.rollout is fleet.rollout

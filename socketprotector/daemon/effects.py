@@ -168,8 +168,8 @@ class Effects(Host):
                 self.delivery.release(self.generations.release(number))
             case Hold(on):
                 self.delivery.hold(on)
-            case ReadSettings(dry_run, release):
-                self.live_settings.read(dry_run=dry_run, release=release)
+            case ReadSettings(dry_run, canary, release):
+                self.live_settings.read(dry_run=dry_run, canary=canary, release=release)
             case UseSettings():
                 self.live_settings.use()
                 self.probing.apply_settings(self.generations.get(self._route or 0))

@@ -11,7 +11,7 @@ from functools import partial
 
 from ..core.actions import Report, UseSettings
 from ..core.events import SettingsFailed, SettingsRead
-from ..core.rollout import NO_LIBRARY
+from ..core.rollout import NO_LIBRARY, no_canary_under
 from ..core.snapshot import Snapshot
 from ..model.lazy_dataclass import replace
 from ..model.records import Program, SettingsRecord
@@ -50,10 +50,11 @@ class LiveSettings:
         """The settings in force."""
         return self.record.current
 
-    def read(self, *, dry_run: bool, release: str = "") -> None:
+    def read(self, *, dry_run: bool, canary: bool = False, release: str = "") -> None:
         """Read the configuration again, in another process; the result is an event.
 
         dry_run: no clients come to the generation that will use it, or to added listeners.
+        canary: the reload was requested with a canary.
         release: the one to start; "": the one that `current` names.
         """
         try:
@@ -63,8 +64,8 @@ class LiveSettings:
             return
         if self.releases is not None:
             release = self.releases.begin(release)
-        wanted = replace(self.settings, release_wanted=release)
-        reader.read(wanted, partial(self._on_config_read, dry_run=dry_run))
+        done = partial(self._on_config_read, dry_run=dry_run, canary=canary)
+        reader.read(replace(self.settings, release_wanted=release), done)
 
     def compare(self, done: Callable[[config_reader.ConfigAnswer], None]) -> bool:
         """Find out what a reload would change, and call back; return False if that runs already."""
@@ -140,7 +141,9 @@ class LiveSettings:
 
     # -- inside ------------------------------------------------------------------
 
-    def _on_config_read(self, answer: config_reader.ConfigAnswer, *, dry_run: bool) -> None:
+    def _on_config_read(
+        self, answer: config_reader.ConfigAnswer, *, dry_run: bool, canary: bool
+    ) -> None:
         old, new = self.settings, answer.settings
         if new is None:
             lines = answer.failure.split("\n")
@@ -160,7 +163,7 @@ class LiveSettings:
         ]
         removed = [each for each in self._delivery.listeners if new.listeners[each.index].removed]
         cannot = self._delivery.cannot_change(added, removed)
-        cannot = cannot or self._cannot_roll_out(new, added)
+        cannot = cannot or self._cannot_roll_out(new, added, canary)
         if cannot is None and self.releases is not None:
             cannot = self.releases.prepare(new.release, dry_run=dry_run) or None
         if cannot is not None:
@@ -185,13 +188,20 @@ class LiveSettings:
             SettingsRead(new.policy, new.processes if new.processes != old.processes else None)
         )
 
-    def _cannot_roll_out(self, new: Settings, added: Collection[Listener]) -> str | None:
-        """Return why the canary or rolling reload of new settings is impossible; None: it is."""
+    def _cannot_roll_out(
+        self, new: Settings, added: Collection[Listener], canary: bool
+    ) -> str | None:
+        """Return why new settings' canary or rolling reload is impossible; None: it is possible.
+
+        canary: that of the request, which was accepted under the present settings.
+        """
         policy = new.policy
-        cannot: str | None = None
-        if policy.canary or policy.rolls:
+        cannot = no_canary_under(policy) if canary else None
+        if cannot is None and (canary or policy.canary or policy.rolls):
             listens = [e for e in self._delivery.listeners if not new.listeners[e.index].removed]
             cannot = self._delivery.cannot_share([*listens, *added])
+        if cannot is not None and canary:
+            return f"no canary: {cannot}"
         if cannot is None and policy.finish_alone:
             # The old workers leave one after another, too.
             workers = [each for each in self._pool.records() if not each.asked_to_exit]

@@ -14,10 +14,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from ..core.actions import Action, Hold, Open, ReadSettings, Report, ReportKind, RouteTo, Spawn
+from ..core.actions import Action, Hold, Open, Report, ReportKind, RouteTo, Spawn
 from ..core.decide import decide, resume
 from ..core.events import HandingOver, Launched, ReloadRequested, ScaleRequested, StopRequested
 from ..core.fleet import Fleet
+from ..core.rollout import read_settings
 from ..model import fd_budget
 from ..model.lazy_dataclass import KW_ONLY, field, mutable
 from ..model.text import in_units
@@ -212,7 +213,7 @@ class Supervisor:
             self.upgrade.execute(self.checkpoint.descriptors())
             self.effects.resume()
             if self.fleet.reading:
-                self.effects.perform(ReadSettings(self.fleet.dry_run, self.fleet.release))
+                self.effects.perform(read_settings(self.fleet))
         else:
             self.upgrade.failed(_NOT_KEPT)
         self._handing_over = False

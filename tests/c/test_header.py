@@ -17,7 +17,7 @@ from socketprotector_client import wire
 
 from tests.c.building import PLAIN, SANITIZED, SOURCES, STRICT, Build, installed, working_valgrind
 from tests.channel import Channel, Worker
-from tests.running import DEADLINE_S
+from tests.running import DEADLINE_S, ROOT
 from tests.scenarios.tools import hold
 
 #: What the probe says first: its own place, then what each wait came to.
@@ -275,9 +275,9 @@ def test_nothing_is_read_or_written_out_of_place(channel: Channel, build: Build)
     assert worker.wait() == 0, channel.log.read_text()
 
 
-def test_the_program_of_its_readme_serves(channel: Channel, tmp_path: Path) -> None:
+def test_the_program_of_the_readme_serves(channel: Channel, tmp_path: Path) -> None:
     header = SOURCES["echo_epoll"].parent.parent / "socketprotector.h"
-    text = header.with_name("README.md").read_text(encoding="utf-8")
+    text = (ROOT / "client_lib" / "README.md").read_text(encoding="utf-8")
     (shown,) = re.findall(r"^```c\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     (tmp_path / "main.c").write_text(f"void serve(int client);\n{shown}")
     (tmp_path / "serve.c").write_text(

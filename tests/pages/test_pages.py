@@ -35,7 +35,6 @@ RUN: dict[str, tuple[str, ...]] = {
     "docs/fleet.md": ("curl", "haproxy"),
     "docs/log.md": ("logrotate",),
     "docs/long-lived.md": ("curl", "uvicorn"),
-    "docs/memory.md": ("curl", "gunicorn", "pgrep"),
     "docs/man/SampleClient.1": ("nc", "script"),
     "docs/man/SocketProtector.8": (),
     "docs/man/socketprotectorctl.1": ("jq", "script"),
@@ -48,15 +47,14 @@ RUN: dict[str, tuple[str, ...]] = {
     "docs/metrics.md": ("curl", "openssl", "systemctl"),
     "docs/probes.md": ("curl",),
     "docs/reference.md": (),
-    "docs/rollout.md": (),
+    "docs/rollout.md": ("curl", "gunicorn", "pgrep"),
     "docs/security.md": ("apparmor_parser", "semanage", "restorecon", "systemctl"),
     "docs/servers.md": (
         *("curl", "gunicorn", "hypercorn", "nginx", "node", "plackup", "starman", "uvicorn"),
     ),
     "docs/start.md": ("curl", "gunicorn", "script", "uvicorn"),
     "docs/stdio.md": ("curl",),
-    "docs/systemd.md": ("systemctl",),
-    "docs/sysv.md": ("curl",),
+    "docs/systemd.md": ("curl", "systemctl"),
     "docs/tls.md": ("openssl", "curl", "haproxy", "stunnel", "gunicorn", "uvicorn"),
 }
 #: Above 3 s of a processor: not in `make test`, but in `make test-all`.
@@ -65,9 +63,8 @@ COSTLY = {"docs/moving.md", "docs/servers.md", "docs/tls.md"}
 ELSEWHERE = {
     "docs/inherited-socket.md": "tests/servers/test_inherited_socket.py builds and reloads each",
     "docs/frameworks.md": "tests/frameworks/test_document.py runs each program and command",
-    "client_lib/README.md": "tests/client/test_readme.py runs each program",
+    "client_lib/README.md": "tests/client/test_readme.py runs each program, tests/c those in C",
     "exporter/README.md": "docs/metrics.md has the same commands",
-    "client_lib/c/README.md": "tests/c/test_header.py runs the program, test_examples.py the rest",
 }
 #: Of the pages on the site, and of a line of code there, at 1280 px.
 SITE = [*links.ON_THE_SITE, *links.MANUALS]

@@ -3,7 +3,7 @@
 Each system call that it makes during some 500 operations of all kinds is judged by what it is: its
 flags, its arguments and what kind of descriptor it is made on.  How long it took says nothing.
 
-What may wait, and for what, is in ARCHITECTURE.md ("System calls of the resident process").
+What may wait, and for what, is in tests/README.md ("System calls of the resident process").
 """
 
 from __future__ import annotations

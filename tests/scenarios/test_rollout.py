@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import WORKERS, Client, ask, eventually
+from tests.running import WORKERS, Client, Protector, ask, eventually
 from tests.scenarios.adopting import kill_protector, revived, upgrade
 from tests.scenarios.config_file import File
 from tests.scenarios.operating import OBEYS, Operated, Operating
@@ -401,4 +401,43 @@ def test_a_rolling_reload_goes_on_in_the_next_program(
     quiet(one, 1)
     assert len(one.pids(2)) == 4
     assert most_processes(one) == 5
+    one.daemon.stop()
+
+
+@pytest.mark.parametrize(
+    ("handoff", "keys", "listens", "said"),
+    [
+        ("connection", 'reload-order = "stop-first"', "", "with --reload-order stop-first"),
+        ("connection", 'reload-order = "rolling"\ndrain-timeout = "9s"', "", "order rolling"),
+        ("listener", "", "unix:{}/s", "unix:"),
+        ("listener", "", "127.0.0.1:0?defer_accept=5", "defer_accept"),
+    ],
+    indirect=["handoff"],
+)
+def test_a_requested_canary_is_refused_where_the_new_settings_have_no_place_for_it(
+    protector: Callable[..., Protector],
+    place: Path,
+    tmp_path: Path,
+    handoff: str,
+    keys: str,
+    listens: str,
+    said: str,
+) -> None:
+    """Otherwise all clients would meet the new release at once."""
+    file = File(tmp_path / "web.toml")
+    file.command = WORKER
+    file.says()
+    one = Operated(protector("--control", place, "--config", file.path), place)
+    one.line()
+    one.until("phase", "serving")
+    file.listens += [listens.format(tmp_path)] * bool(listens)
+    file.says(keys)
+
+    ended = run("--control", str(one.path), "reload", *HALF, "--timeout", "9s")
+
+    assert ended.status == 3, ended
+    assert "no canary: " in ended.err
+    assert said in ended.err
+    assert split(one, 1) == (0, 10)
+    one.end()
     one.daemon.stop()

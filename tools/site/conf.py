@@ -38,7 +38,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "man_page"]
 root_doc = "README"
 include_patterns = [
     "*.md",
-    *("client_lib/README.md", "client_lib/c/README.md"),
+    "client_lib/README.md",
     "docs/*.md",
     *("docs/man/*.[18]", "client_lib/man/*.1", "exporter/man/*.8"),
 ]

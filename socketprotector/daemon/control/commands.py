@@ -29,7 +29,7 @@ from ...core.events import (
 )
 from ...core.fleet import Fleet, Phase, State
 from ...core.reload import STOP_FIRST, cannot_roll_back
-from ...core.rollout import cannot_promote
+from ...core.rollout import cannot_promote, no_canary_under
 from ...model import control_requests
 from ...model.control_requests import Request, RequestError
 from ...model.history import RECENT
@@ -217,11 +217,8 @@ class CommandHandler:
 
     def _refuse_canary(self) -> None:
         effects = self._effects
-        order = effects.live_settings.settings.policy.reload_order
-        cannot = effects.delivery.cannot_share(effects.delivery.listeners)
-        if order != "start-first":
-            cannot = f"it does not work with --reload-order {order}; reload without it"
-        if cannot:
+        cannot = no_canary_under(effects.live_settings.settings.policy)
+        if cannot := cannot or effects.delivery.cannot_share(effects.delivery.listeners):
             raise RequestError("refused", f"no canary: {cannot}")
 
     def do_promote(self, now: bool = False) -> Mapping[str, Any]:

@@ -34,6 +34,7 @@ from socketprotector.core.events import (
     WorkerReady,
 )
 from socketprotector.core.fleet import Candidate, Fleet, Phase, Policy
+from socketprotector.model.share import Canary
 from tests.unit.conftest import Story
 
 SLOW = Policy(start_timeout_s=90.0, drain_timeout_s=7.0)
@@ -207,6 +208,13 @@ def test_the_first_start_has_read_the_file_already(story: Story) -> None:
     story.fleet = replace(story.fleet, configured=True)
 
     assert ReadSettings() not in story.when(ReloadRequested())
+
+
+def test_a_reload_with_a_canary_reads_the_file_for_one(configured: Story) -> None:
+    story, canary = configured, Canary(500, 60.0)
+
+    assert ReadSettings(canary=True) in story.when(ReloadRequested(canary))
+    assert ReadSettings(canary=True) in resume(story.fleet, {})
 
 
 def test_a_program_that_resumes_reads_again_what_was_being_read() -> None:

@@ -18,6 +18,7 @@ from socketprotector.core.events import (
     DeadlinePassed,
     DryRunRequested,
     Event,
+    HandingOver,
     Launched,
     Quiesced,
     ReloadRequested,
@@ -105,6 +106,32 @@ def take_all(world: World, *happened: Event) -> None:
         world.take(event)
         while world.runs(TimerKind.TURN):
             world.take(DeadlinePassed(TURN))
+
+
+def test_a_worker_that_waits_for_room_starts_once_a_dry_run_with_a_bound_is_over() -> None:
+    """A random order that was seen once."""
+    world = World(Policy(), 2, configured=True)
+    take_all(
+        world,
+        Launched(),
+        WorkerReady(1),
+        WorkerReady(2),
+        ReloadRequested(),
+        SettingsRead(Policy(), 3),
+    )
+    world.take(WorkerExited(1, DIED, orphans=True))
+    world.take(WorkerExited(4, DIED, orphans=True))
+    take_all(
+        world,
+        DryRunRequested(),
+        SettingsRead(Policy(surge=1, drain_timeout_s=9.0), 3),
+        WorkerExited(6, DIED),
+    )
+    assert [worker.alive for worker in world.fleet[1].workers] == [True, True, False]
+
+    world.take(HandingOver())
+
+    assert world.fleet[1].workers[2].alive
 
 
 @pytest.mark.parametrize("quiesces", [True, False])

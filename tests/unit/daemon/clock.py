@@ -26,6 +26,7 @@ class Clock:
         self.watched: dict[int, Callable[[], None]] = {}
         self.watched_for: dict[int, int] = {}  # the events that each is watched for
         self.cannot_watch = False
+        self.soon, self.soon_ns = False, 0  # as if without --busy-poll
         self._timers: dict[Hashable, tuple[float, Callable[[], None]]] = {}
 
     def use_in(self, patch: pytest.MonkeyPatch, *modules: ModuleType) -> Runtime:

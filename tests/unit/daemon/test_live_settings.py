@@ -111,14 +111,18 @@ class World:
 
     # what the tests do
 
-    def read(self, answer: ConfigAnswer, *, dry_run: bool = False) -> None:
-        self.live.read(dry_run=dry_run)
+    def cannot_share(self, listeners: list[Any]) -> str | None:
+        names = [each.settings.address for each in listeners]
+        return next((f"{each} cannot" for each in names if each.startswith("unix:")), None)
+
+    def read(self, answer: ConfigAnswer, *, dry_run: bool = False, canary: bool = False) -> None:
+        self.live.read(dry_run=dry_run, canary=canary)
         self.readers["reader"].answer(answer)
 
-    def read_new(self, new: Settings, *, dry_run: bool = False) -> None:
+    def read_new(self, new: Settings, *, dry_run: bool = False, canary: bool = False) -> None:
         there = len(self.live.settings.listeners)
         added = {n: 50 + n for n in range(there, len(new.listeners))}
-        self.read(ConfigAnswer(settings=new, listeners=added), dry_run=dry_run)
+        self.read(ConfigAnswer(settings=new, listeners=added), dry_run=dry_run, canary=canary)
 
 
 @pytest.fixture
@@ -201,6 +205,26 @@ def test_a_change_of_listeners_that_the_delivery_refuses_fails_the_reload(world:
     assert world.clock.posted == [SettingsFailed("no second socket")]
     assert (world.closed, world.added) == ([1], [])
     assert world.live.record == SettingsRecord(OLD)
+
+
+@pytest.mark.parametrize(
+    ("new", "said"),
+    [
+        (replace(OLD, policy=Policy(stop_first=True)), "it does not work with --reload-order stop"),
+        (replace(OLD, policy=Policy(surge=1)), "it does not work with --reload-order rolling"),
+        (replace(OLD, listeners=(HTTP, ListenerSettings("unix:/s"))), "unix:/s cannot"),
+    ],
+)
+def test_a_requested_canary_without_a_place_in_the_new_settings_fails_the_reload(
+    world: World, new: Settings, said: str
+) -> None:
+    """Otherwise all clients would meet the new release at once."""
+    world.read_new(new, canary=True)
+
+    [failed] = world.clock.posted
+    assert isinstance(failed, SettingsFailed)
+    assert failed.reason.startswith(f"no canary: {said}")
+    assert world.live.record.candidate is None
 
 
 def test_a_removed_listener_accepts_until_the_settings_are_used(world: World) -> None:

@@ -109,7 +109,7 @@ def test_each_has_a_default_of_its_own_where_that_is_made() -> None:
 def test_what_may_change_is_the_same_as_nothing_else() -> None:
     part = _part()
     one = part(1, c=3)
-    assert one == one
+    assert one == one  # noqa: PLR0124  it is what is tested
     assert one != part(1, c=3)
     assert len({one, part(1, c=3)}) == 2
 

@@ -163,7 +163,6 @@ class Forwarder:
         """Refuse new clients.  The backlog goes to channel `to`; without a channel it is lost."""
         self._listeners.remove(listener)
         self._acceptor.end(listener)
-        self._unwatch(listener)
         if to is None:
             self._drains.close(listener)
         else:
@@ -432,14 +431,9 @@ class Forwarder:
             if self._closing and self._closing.stay and not listener.settings.foreign:
                 self._ended_listeners.append(listener)
                 continue
-            self._unwatch(listener)
             listener.close()
             self._listeners.remove(listener)
         self._drains.end()
-
-    def _unwatch(self, listener: Listener) -> None:
-        """Stop watching a listener that is about to be closed."""
-        self._loop.unwatch(listener.fileno())
 
 
 def _may_have_unknown(channel: GenerationChannel, route: GenerationChannel) -> bool:

@@ -210,7 +210,7 @@ class Probes:
         listening, place = listener.socket_for(number), (listener.index, number)
         if not listener.has_waiting(number):
             return 0
-        abandoned = {end for listening, end in self._abandoned if listening is listening}
+        abandoned = {end for where, end in self._abandoned if where is listening}
         sources = {each[2] for each in self.probe_sources if each[:2] == place}
         if place in self.probed:
             sources.add(_SOURCE_OF_IPV6)

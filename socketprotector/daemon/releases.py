@@ -164,7 +164,7 @@ class Releases:
         try:
             release_store.prepare(self.current, self._path(name))
         except OSError as error:
-            return f"cannot make {self.current}.next: {what_failed(error)}"
+            return f"cannot make {self.current}.next: {error.strerror}"
         return ""
 
     def move(self, name: str) -> None:
@@ -179,9 +179,9 @@ class Releases:
         except OSError as error:
             if not self._not_moved:
                 self._log.write(
-                    "error", "current-not-moved", release=self.due, error=what_failed(error)
+                    "error", "current-not-moved", release=self.due, error=error.strerror
                 )
-            self._not_moved = f"{self.current} still names {self.named}: {what_failed(error)}"
+            self._not_moved = f"{self.current} still names {self.named}: {error.strerror}"
             self._try_later()
         else:
             if self._not_moved:

@@ -7,6 +7,7 @@ import pwd
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tests.running import (
     Protector,
 )
 from tests.scenarios.adopting import Installation
+from tests.scenarios.faults import Disk
 from tests.scenarios.managers import Service
 from tests.scenarios.operating import MANY, Operated, Operating
 from tests.scenarios.output import Syslog
@@ -129,3 +131,34 @@ def release(tmp_path: Path) -> Release:
 @pytest.fixture
 def asked(tmp_path: Path, release: Release) -> Asked:
     return Asked(tmp_path, release)
+
+
+@pytest.fixture
+def new_disk(tmp_path: Path) -> Iterator[Callable[[str], Disk]]:
+    if os.geteuid() != 0 or shutil.which("unshare") is None or shutil.which("nsenter") is None:
+        needs.skip("root" if not needs.IS_ROOT else "nsenter, unshare")
+    with ExitStack() as stack:
+
+        def make(size: str) -> Disk:
+            disk = Disk(tmp_path / "disk.sh", size)
+            stack.callback(disk.close)
+            if not disk.mounted:
+                needs.skip("mounts")
+            return disk
+
+        yield make
+
+
+@pytest.fixture
+def on_disk(marked_environment: dict[str, str]) -> Iterator[Callable[..., Protector]]:
+    """Start the real command in the foreground where it sees a disk: on_disk(disk, ...)."""
+    with ExitStack() as stack:
+
+        def start(disk: Disk, *arguments: str | Path) -> Protector:
+            words = [str(each) for each in arguments]
+            daemon = Protector(words, marked_environment, through=disk.before)
+            stack.callback(lambda: print(daemon.log.text()))
+            stack.callback(daemon.end)
+            return daemon
+
+        yield start

@@ -71,6 +71,12 @@ class Disk:
         remount = ("mount", "-o", "remount,ro", str(self.path))
         subprocess.run([*self.before, *remount], check=True)
 
+    def cover(self) -> None:
+        """Write-protect it where a process has a file open to write: mount it again, read-only."""
+        for how in ((), ("-o", "remount,ro")):
+            words = ("mount", "--bind", *how, str(self.path), *((str(self.path),) * (not how)))
+            subprocess.run([*self.before, *words], check=True)
+
     def close(self) -> None:
         self._holder.communicate()
 

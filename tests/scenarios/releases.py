@@ -37,7 +37,7 @@ class Releases:
 
     def add(self, name: str, *command: str) -> Release:
         """Make a release whose daemon is this command."""
-        (self.folder / name).mkdir(parents=True)
+        (self.folder / name).mkdir(parents=True, exist_ok=True)
         made = Release(self.folder / name / "daemon")
         made.becomes(*command)
         return made

@@ -7,37 +7,17 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests import needs
 from tests.running import Client, Ended, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import protector_pid
 from tests.scenarios.faults import Disk, injected, listens, reload_unseen
 from tests.scenarios.starting import MINIMAL, Start
 from tests.scenarios.tools import worker
-
-
-@pytest.fixture
-def new_disk(tmp_path: Path) -> Iterator[Callable[[str], Disk]]:
-    if os.geteuid() != 0 or shutil.which("unshare") is None or shutil.which("nsenter") is None:
-        needs.skip("root" if not needs.IS_ROOT else "nsenter, unshare")
-    with ExitStack() as stack:
-
-        def make(size: str) -> Disk:
-            disk = Disk(tmp_path / "disk.sh", size)
-            stack.callback(disk.close)
-            if not disk.mounted:
-                needs.skip("mounts")
-            return disk
-
-        yield make
-
 
 # -- the pid file --------------------------------------------------------------
 
@@ -62,21 +42,6 @@ def test_a_pid_file_that_cannot_be_written_is_refused_and_nothing_is_left(
     assert f"cannot write the pid file {start.pid_file}: {error}" in line
     assert list(disk.seen.iterdir()) == before
     assert start.left() == []
-
-
-@pytest.fixture
-def on_disk(marked_environment: dict[str, str]) -> Iterator[Callable[..., Protector]]:
-    """Start the real command in the foreground where it sees a disk: on_disk(disk, ...)."""
-    with ExitStack() as stack:
-
-        def start(disk: Disk, *arguments: str | Path) -> Protector:
-            words = [str(each) for each in arguments]
-            daemon = Protector(words, marked_environment, through=disk.before)
-            stack.callback(lambda: print(daemon.log.text()))
-            stack.callback(daemon.end)
-            return daemon
-
-        yield start
 
 
 def end_unguarded(daemon: Protector) -> None:

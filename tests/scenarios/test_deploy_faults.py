@@ -1,0 +1,300 @@
+"""Deploys where `current` cannot be moved, and protectors killed at each write of a deploy."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import needs
+from tests.running import Protector, eventually
+from tests.scenarios.adopting import revived
+from tests.scenarios.faults import Disk, injected
+from tests.scenarios.operating import Operated, Operating
+from tests.scenarios.releases import COMMAND, Releases, ctl, deployed, saved, serving
+from tests.scenarios.running_ctl import Running
+from tests.scenarios.users import A, B, Command
+from tests.unit.ctl.conftest import run
+
+Faulty = Callable[..., Operated]
+
+#: In the resident process: a call fails, or kills it, while the flag is there.
+FAULT = """
+if resident():
+    real = os.{call}
+    def faulty(*words, **more):
+        there = any(str(each).startswith({current!r}) for each in words)
+        if not there or not os.path.exists({flag!r}):
+            return real(*words, **more)
+        {then}
+    os.{call} = faulty
+"""
+FAIL = "raise fault({code!r})"
+KILL = "os.unlink({flag!r}); os.kill(os.getpid(), 9)"
+KILL_AFTER = "real(*words, **more); os.unlink({flag!r}); os.kill(os.getpid(), 9)"
+
+
+@pytest.fixture
+def releases(tmp_path: Path) -> Releases:
+    return Releases(tmp_path / "srv")
+
+
+@pytest.fixture
+def flag(tmp_path: Path) -> Path:
+    """While it is there, the fault is."""
+    return tmp_path / "flag"
+
+
+@pytest.fixture
+def faulty(
+    operated: Operating,
+    releases: Releases,
+    flag: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Faulty:
+    """Start a protector with a fault: faulty("rename", FAIL, *options, code="ENOSPC")."""
+
+    def start(call: str, then: str, *options: str, code: str = "") -> Operated:
+        then = then.format(code=code, flag=str(flag))
+        text = FAULT.format(call=call, then=then, flag=str(flag), current=str(releases.current))
+        for name, value in injected(tmp_path / "fault", text).items():
+            monkeypatch.setenv(name, value)
+        one = operated(*releases.options, *options, command=COMMAND)
+        saved(one)
+        return one
+
+    return start
+
+
+def left(releases: Releases) -> list[str]:
+    return sorted(os.listdir(releases.live))
+
+
+WHOLE = ["current", "current.history", "current.lock"]
+
+
+# -- failures ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", ["ENOSPC", "EROFS", "EACCES"])
+def test_without_a_place_for_the_link_nothing_changes(
+    faulty: Faulty, releases: Releases, flag: Path, code: str
+) -> None:
+    one = faulty("symlink", FAIL, code=code)
+    flag.touch()
+
+    ended = ctl(one, "deploy", "2")
+
+    assert ended.status == 3, ended
+    assert f"cannot make {releases.current}.next: " in ended.err
+    assert (serving(one), releases.named, left(releases)) == ("1", "1", WHOLE)
+    one.daemon.log.wait_for(r"event=reload-failed generation=2 ")
+    assert not one.daemon.log.count("event=spawned generation=2")
+    flag.unlink()
+    deployed(one, "2")
+    one.daemon.stop()
+
+
+def test_if_the_rename_fails_the_release_serves_and_it_is_tried_again(
+    faulty: Faulty, releases: Releases, flag: Path
+) -> None:
+    one = faulty("rename", FAIL, code="ENOSPC")
+    flag.touch()
+
+    ended = ctl(one, "deploy", "2")
+
+    said = f"{releases.current} still names 1: No space left on device"
+    assert ended.status == 5, ended
+    assert f"release 2 is serving (before: 1), but {said}; it is tried again, see status" in (
+        ended.err
+    )
+    assert (serving(one), releases.named) == ("2", "1")
+    status = one.status()
+    assert status["releases"]["error"] == said
+    assert said in status["warnings"]
+    assert status["reloads"][-1]["reason"] == f"{said}; it is tried again"
+    assert json.loads(ctl(one, "deploy", "2", "--json", "--force").out)["result"] == "not recorded"
+    flag.unlink()
+    eventually(lambda: releases.named == "2", "current moved")
+    saved(one)
+    one.daemon.log.wait_for(r"event=current-moved release=2\b")
+    assert (one.status()["warnings"], left(releases)) == ([], WHOLE)
+    one.daemon.stop()
+
+
+def test_a_reload_does_not_go_back_to_what_current_still_names(
+    faulty: Faulty, releases: Releases, flag: Path
+) -> None:
+    one = faulty("rename", FAIL, code="EROFS")
+    flag.touch()
+    assert ctl(one, "deploy", "2").status == 5
+
+    assert ctl(one, "reload").status == 0
+
+    assert (serving(one), releases.named) == ("2", "1")
+    flag.unlink()
+    eventually(lambda: releases.named == "2", "current moved")
+    one.daemon.stop()
+
+
+def test_another_program_tries_again_what_failed(
+    faulty: Faulty, releases: Releases, flag: Path
+) -> None:
+    one = faulty("rename", FAIL, "--guard", code="EROFS")
+    flag.touch()
+    assert ctl(one, "deploy", "2").status == 5
+    mark = len(one.daemon.log.seen)
+    os.kill(one.status()["pid"], 9)
+    revived(one.daemon, mark)
+    assert one.until("restarts", 1)["releases"]["error"]
+
+    flag.unlink()
+
+    eventually(lambda: releases.named == "2", "current moved")
+    assert serving(one) == "2"
+    one.daemon.stop()
+
+
+@pytest.mark.parametrize(("state", "status"), [("full", 5), ("write-protected", 3)])
+def test_a_disk_without_room_for_current(
+    on_disk: Callable[..., Protector],
+    new_disk: Callable[[str], Disk],
+    releases: Releases,
+    place: Path,
+    state: str,
+    status: int,
+) -> None:
+    disk = new_disk("32k")
+    releases.live, releases.current = disk.seen, disk.seen / "current"
+    releases.point_at("1")
+    options = ("--releases", releases.folder, "--current", disk.path / "current")
+    daemon = on_disk(disk, "--control", place, *options, "127.0.0.1:0", "--", *COMMAND)
+    one = Operated(daemon, place)
+    one.line()
+    one.until("phase", "serving")
+    saved(one)
+    disk.fill() if state == "full" else disk.cover()
+
+    ended = ctl(one, "deploy", "2")
+
+    assert ended.status == status, ended
+    if state == "full":  # a link needs no room, but its history does
+        assert "may not be on disk: current.history: No space left on device" in ended.err
+        assert (serving(one), releases.named) == ("2", "2")
+        disk.make_room()
+        saved(one)
+        daemon.log.wait_for("event=history-written")
+        assert way(releases) == ["1", "2"]
+    else:
+        assert f"cannot make {disk.path}/current.next: Read-only file system" in ended.err
+        assert (serving(one), releases.named) == ("1", "1")
+    one.end()
+    daemon.stop()
+
+
+def test_an_unreadable_history_is_empty_and_said(operated: Operating, releases: Releases) -> None:
+    history = releases.live / "current.history"
+    for text in ("{", "", '{"format": 9}', "x" * 2_000_000):
+        history.write_text(text)
+        one = operated(*releases.options, command=COMMAND)
+        one.daemon.log.wait_for("event=history-unreadable file=.*/current.history error=")
+        saved(one)
+        found = one.line().ask("releases")["releases"]
+        assert [each["release"] for each in found] == ["1"]
+        assert json.loads(history.read_text())["way"] == ["1"]
+        one.daemon.stop()
+
+
+# -- kills ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("then", [KILL, KILL_AFTER], ids=["before", "after"])
+@pytest.mark.parametrize("call", ["symlink", "rename"])
+def test_a_protector_killed_at_a_write_goes_on_with_the_deploy(
+    faulty: Faulty, releases: Releases, flag: Path, call: str, then: str
+) -> None:
+    one = faulty(call, then, "--guard")
+    flag.touch()
+
+    ended = ctl(one, "deploy", "2")
+
+    assert not flag.exists()
+    assert ended.status == 0, ended
+    one.until("restarts", 1)
+    saved(one)
+    assert (serving(one), releases.named, left(releases)) == ("2", "2", WHOLE)
+    assert way(releases) == ["1", "2"]
+    one.daemon.stop()
+
+
+@pytest.mark.parametrize("then", [KILL, KILL_AFTER], ids=["before", "after"])
+@pytest.mark.parametrize("call", ["symlink", "rename"])
+def test_guard_and_protector_killed_at_a_write_leave_the_old_or_the_new_release(
+    faulty: Faulty, operated: Operating, releases: Releases, flag: Path, call: str, then: str
+) -> None:
+    # Without a guard: the protector is all there is, and its workers end with it.
+    one = faulty(call, then)
+    flag.touch()
+    running = Running("--control", str(one.path), "deploy", "2")
+    try:
+        one.daemon.process.wait()
+        assert running.wait() == 1
+    finally:
+        running.end()
+
+    moved = (call, then) == ("rename", KILL_AFTER)
+    assert releases.named == ("2" if moved else "1")
+    again = operated(*releases.options, command=COMMAND)
+    assert serving(again) == releases.named
+    deployed(again, "3")
+    saved(again)
+    assert left(releases) == WHOLE
+    again.daemon.stop()
+
+
+def way(releases: Releases) -> list[str]:
+    """The way back, as it is on disk."""
+    found: list[str] = json.loads((releases.live / "current.history").read_text())["way"]
+    return found
+
+
+# -- other users ---------------------------------------------------------------------------------
+
+
+@needs.ANOTHER_USER
+@pytest.mark.parametrize("words", [("--user", A), ("--user", A, "--worker-user", B)])
+def test_another_user_moves_current_in_a_folder_of_its_own(
+    command: Command, words: tuple[str, ...]
+) -> None:
+    releases = Releases(command.start.folder / "srv")
+    for each in ("1", "2"):
+        releases.add(each, *command.worker("many"))
+    for folder, _, _ in os.walk(releases.folder.parent):
+        os.chmod(folder, 0o755)
+    shutil.chown(releases.live, A)
+    where = command.start.folder / "control"
+
+    command.up(*words, "--control", where, *releases.options, "127.0.0.1:0", "--", *COMMAND)
+    deployed_at(where, "2")
+
+    assert releases.named == "2"
+    assert os.lstat(releases.current).st_uid == pwd.getpwnam(A).pw_uid
+    shutil.chown(releases.folder / "1", A)
+    ended = run("--control", str(where), "rollback")
+    if "--worker-user" in words:
+        assert ended.status == 0, ended
+    else:  # the workers run as that user, so it may not make a release
+        assert ended.status == 3, ended
+        assert "belongs to uid" in ended.err
+    command.start.stop()
+
+
+def deployed_at(control: Path, name: str) -> None:
+    ended = run("--control", str(control), "deploy", name)
+    assert ended.status == 0, ended

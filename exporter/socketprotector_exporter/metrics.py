@@ -67,6 +67,8 @@ _FAMILIES: tuple[tuple[Any, ...], ...] = (
     (Gauge, "rollout_connections", "New connections that its generation has got."),
     (Gauge, "rollout_workers_replaced", "Workers that a rolling reload has replaced."),
     (Gauge, "rollout_workers_awaited", "Workers of which one must end before it continues."),
+    (Info, "release", "The `release` that is serving."),
+    (Gauge, "release_is_current", "1 if a restart would start the serving release, 0 if not."),
     (Total, "worker_crashes", "Workers that ended without an order to."),
     (Total, "connections_accepted", "Connections accepted and sent to workers."),
     (Total, "connections_taken", "Connections that workers have taken."),
@@ -173,6 +175,11 @@ class MetricSet:
         workers = [each for one in generations for each in listed(one, "workers")]
         self._put_each("workers", instance, STATES, workers, "state")
         self._add_rollout(instance, status)
+        releases = status.get("releases")
+        if isinstance(releases, dict) and (serving := label(releases, "serving")):
+            self._families["release"].add_metric([instance], {"release": serving})
+            is_current = float(releases.get("current") == serving)
+            self._put("release_is_current", instance, is_current)
 
     def _add_rollout(self, instance: str, status: Status) -> None:
         rollout = rollout_of(status)

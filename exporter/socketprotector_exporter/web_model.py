@@ -176,10 +176,12 @@ class Instance:
         key, phase = key_of(generation), label(generation, "phase")
         workers = listed(generation, "workers")
         waits = self._window.waits([key])
+        release = cut(line(text_in(generation, "release")), 80)
+        notes = (f"release {release}" if release else "", note)
         return {
             "number": number_in(generation, "number"),
             "phase": shown_as or (phase if phase in _PHASES else "unknown"),
-            "note": note,
+            "note": "; ".join(filter(None, notes)),
             "since": measure(generation, _SINCE.get(phase or "", "opened_at")),
             "path": line(text_in(generation, "path")),
             # Without connections there is no unknown count.

@@ -49,9 +49,11 @@ def heading(status: Message) -> list[Text]:
         words.append(f"{restarts:,} {plural(restarts, 'restart')}")
     if status.get("guarded") is True:
         words.append("guarded")
-    health = status.get("health")
+    health, releases = status.get("health"), status.get("releases")
     if isinstance(health, dict) and health.get("state") == "healthy":
         words.append("healthy")
+    if isinstance(releases, dict) and (serving := text_in(releases, "serving")):
+        words.append(f"release {serving}")
     name = render.styled(text_in(status, "name"), "bold")
     phase = render.cell(text_in(status, "phase"))
     found = [Text.assemble(name, ": ", phase, ",", render.cell(", ".join(words)))]

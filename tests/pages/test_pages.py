@@ -30,6 +30,7 @@ RUN: dict[str, tuple[str, ...]] = {
     "client_lib/man/socketprotector-run.1": ("socketprotector-run",),
     "docs/containers.md": ("curl", "nsenter"),
     "docs/control.md": (),
+    "docs/deploy.md": (),
     "docs/install.md": (),
     "bench/soak.md": ("make",),
     "docs/fleet.md": ("curl", "haproxy"),

@@ -47,6 +47,7 @@ def generation(number: int, phase: str = "serving", *workers: Message, **more: A
         "serving_since_at": 101.0,
         "draining_since_at": None,
         "path": "/srv/daemon",
+        "release": None,
         "first_programs": None,
         "queue": 0,
         "oldest_waiting_s": None,

@@ -147,6 +147,12 @@ def test_status_says_how_far_a_rollout_is(
     assert [each for each in lines if each.startswith("waiting: ")] == ["waiting: drain"]
 
 
+def test_status_names_the_release(fake: Fake, ctl: Ctl) -> None:
+    assert "release" not in ctl("status").out
+    fake.status["releases"] = {"serving": "2026-11-22", "current": "2026-11-22"}
+    assert ctl("status").out.splitlines()[0].endswith(", release 2026-11-22")
+
+
 def test_the_table_of_generations_says_which_has_which_share(fake: Fake, ctl: Ctl) -> None:
     def shares(rollout: Message | None) -> list[str]:
         there = [generation(number, phase) for number, phase in phases.items()]

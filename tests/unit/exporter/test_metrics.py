@@ -132,6 +132,14 @@ def test_a_rollout_has_a_stage_a_share_and_connections() -> None:
     assert Collected().see(status(rollout=rolling())).value("rollout_workers_awaited") == 0
 
 
+def test_a_release_has_a_name_and_says_whether_a_restart_starts_it() -> None:
+    assert Collected().see(status()).value("release_info", release="2") is None
+    for current, value in (("2", 1), ("3", 0), (None, 0)):
+        seen = Collected().see(status(releases={"serving": "2", "current": current}))
+        assert seen.value("release_info", release="2") == 1
+        assert seen.value("release_is_current") == value
+
+
 def test_a_dry_run_counts_until_the_next_reload() -> None:
     def told(*reloads: dict[str, Any], result: str) -> float | None:
         seen = Collected().see(status(dry_run=reload(9, result), reloads=list(reloads)))
@@ -262,7 +270,7 @@ OBJECT = some.dictionaries(some.sampled_from(NAMES), PLAIN)
 JUNK = PLAIN | OBJECT | some.lists(PLAIN | OBJECT, max_size=3)
 
 
-@given(some.dictionaries(some.sampled_from(sorted([*status(), "rollout"])), JUNK))
+@given(some.dictionaries(some.sampled_from(sorted([*status(), "rollout", "releases"])), JUNK))
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_no_status_breaks_it(told: dict[str, Any]) -> None:
     seen = Collected().see({**status(), **told}).see({**status(), **told})

@@ -332,6 +332,14 @@ def test_while_one_has_a_share_the_other_has_the_rest(seen: Seen) -> None:
     assert seen.lane(9)["note"].startswith("37.5% of new connections")
 
 
+def test_a_lane_names_its_release(seen: Seen) -> None:
+    old, new = generation(8, "serving", release="1"), generation(9, "starting", release="2")
+    seen.see(status(old, new, dry_run={"generation": 9, "result": "running"}))
+
+    assert seen.lane(8)["note"] == "release 1"
+    assert seen.lane(9)["note"] == "release 2; dry run: it gets no client"
+
+
 def test_a_rollout_of_nonsense_is_a_line_that_is_not_too_long(seen: Seen) -> None:
     nonsense = rolling(
         *(awaited(10**9, 10**99, 1e300) for _ in range(3)), replaced=10**50, wanted=None

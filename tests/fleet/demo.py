@@ -17,15 +17,13 @@ from pathlib import Path
 from bench.processes import CannotMeasure
 from tests.fleet.hosts import LIMIT_S, NEEDED, TOOLS, Fleet, Load, fleet
 
-_TRY, _RELOAD = "Try it without a client", "Reload, and wait for the verdict"
+_DEPLOY = "Deploy it, and wait for the verdict"
 #: What is said of a host, by the task of the playbook and its result there.
 _STEPS = {
-    ("Ask the protector what serves", "ok"): "has said what it serves",
     ("Put the release beside the others", "changed"): "has the files",
-    (_TRY, "ok"): "has tried it without a client",
-    (_TRY, "fatal"): "has tried it without a client: it fails",
-    (_RELOAD, "changed"): "serves it",
-    (_RELOAD, "fatal"): "has not taken it",
+    (_DEPLOY, "changed"): "serves it",
+    (_DEPLOY, "ok"): "served it already",
+    (_DEPLOY, "fatal"): "has not taken it",
 }
 
 
@@ -55,7 +53,7 @@ class Play:
         words = _STEPS.get((self._task, found[1])) if found else None
         if found is None or words is None:
             return ""
-        if self._task in (_TRY, _RELOAD):
+        if self._task == _DEPLOY and found[1] != "ok":
             self.tried.add(found[2])
         return f"{found[2]} {words}"
 

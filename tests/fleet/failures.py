@@ -11,19 +11,13 @@ import json
 import re
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from bench.earlier import NoSuchCommit, extract
-from tests import needs
 from tests.fleet.hosts import Fleet, Host, Load, Machine, fleet, wait
 from tests.fleet.needs import marks
 
 pytestmark = marks
-
-#: The last one whose protector has no dry run.
-WITHOUT_DRY_RUN = "e583429"
 
 
 @pytest.fixture
@@ -48,11 +42,6 @@ def one(
 ONLY_IT = ("--limit", "localhost,host1")
 
 
-def current(host: Host) -> str:
-    """Where its link leads."""
-    return host.run("readlink", "/srv/web/current").stdout.strip()
-
-
 def slow(fleet: Fleet) -> None:
     """Write a release `slow`, which fails once its host has /run/end."""
     daemon = fleet.folder / "releases" / "slow" / "daemon"
@@ -74,6 +63,7 @@ def test_a_release_that_fails_under_load_is_taken_back_and_the_play_stops(five: 
     assert "host1 does not take late: " in said
     assert "the cache is full" in said
     assert five.versions == ["1"] * five.SIZE
+    assert [each.current for each in five.hosts] == ["1"] * five.SIZE
     assert [each.reloads for each in five.hosts] == [["failed"], [], [], [], []]
     assert not any(each.has("late") for each in five.hosts[1:])
     assert load.told().failures == []
@@ -183,89 +173,52 @@ def test_a_stop_and_a_start_of_each_host_fails_no_request(five: Fleet) -> None:
     load.end()
 
 
-def test_a_host_with_an_older_protector_is_named_and_nothing_is_guessed(
-    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
-) -> None:
-    try:
-        extract(WITHOUT_DRY_RUN, tmp_path)
-    except NoSuchCommit as error:
-        needs.skip("network namespaces", error)
-    code = f"{tmp_path}:{tmp_path / 'client_lib'}"
-
-    def code_of(number: int) -> str:
-        return code if number == 2 else ""
-
-    with fleet(tmp_path_factory.mktemp("fleet"), "--settle", "1s", code_of=code_of) as five:
-        status, said = five.release("2")
-
-        assert status == 2, said
-        assert "host2 does not take 2: web runs version" in said
-        assert "has no dry run; nothing was tried" in said
-        assert five.versions == ["2", "1", "1", "1", "1"]
-
-        without = json.dumps({"socketprotector_release_dry_run": False})
-        status, said = five.release("2", "-e", without)
-        assert status == 0, said
-        assert five.versions == ["2"] * five.SIZE
-
-
-def test_a_run_behind_one_that_was_killed_goes_back_to_what_serves(one: Fleet) -> None:
+def test_a_run_that_is_killed_leaves_its_verdict_to_the_host(one: Fleet) -> None:
     [host] = one.hosts
     slow(one)
     one.releasing("slow", *ONLY_IT)
-    wait(lambda: host.status["dry_run"], "it is tried")
+    wait(lambda: host.status["releases"]["deploying"] == "slow", "it is tried")
 
     one.operator.die()
-    host.run("touch", "/run/end")
-    wait(lambda: host.status["dry_run"]["result"] == "failed", "its end")
 
-    assert current(host) == "releases/slow"
+    assert host.current == "1"
+    host.run("touch", "/run/end")
+    wait(lambda: host.reloads == ["failed"], "the verdict")
+    assert (one.versions, host.current) == (["1"], "1")
     one.operator = Machine(one.network, "operator2", "10.0.0.3", one.folder / "operator2.log")
     one.machines.append(one.operator)
-    status, said = one.release("bad", *ONLY_IT)
+    status, said = one.release("2", *ONLY_IT)
 
-    assert status == 2, said
-    assert "host1 does not take bad: " in said
-    assert (one.versions, current(host)) == (["1"], "releases/1")
+    assert status == 0, said
+    assert (one.versions, host.current) == (["2"], "2")
 
 
-def test_the_link_follows_the_verdict_of_a_reload_that_outlasts_its_limit(one: Fleet) -> None:
+def test_a_deploy_that_outlasts_its_limit_continues_and_another_is_refused(one: Fleet) -> None:
     [host] = one.hosts
-    limits = {"socketprotector_release_timeout": "1s", "socketprotector_release_dry_run": False}
-    words = (*ONLY_IT, "-e", json.dumps(limits))
+    words = (*ONLY_IT, "-e", json.dumps({"socketprotector_release_timeout": "1s"}))
     slow(one)
 
-    status, said = one.release("slow", *words, "-e", "socketprotector_release_looks=0")
+    status, said = one.release("slow", *words)
 
     assert status == 2, said
     assert "host1 does not take slow: not within 1s: " in said
-    assert "the verdict is still to come" in said
-    assert (one.versions, current(host)) == (["1"], "releases/slow")
+    assert "the verdict is still to come, and current follows it" in said
+    status, said = one.release("2", *words)
+    assert status == 2, said
+    assert "host1 does not take 2: a deploy of slow is in progress" in " ".join(said.split())
+    assert (one.versions, host.current) == (["1"], "1")
 
     host.run("touch", "/run/end")
     wait(lambda: host.reloads == ["failed"], "the verdict")
-    load = Load(one.balancer, 100)
-
-    status, said = one.release("late", *words)
+    status, said = one.release("2", *words)  # settles for 8 s
 
     assert status == 2, said
-    assert "host1 does not take late: not within 1s: " in said
-    assert "it serves releases/1, and current leads there" in said
-    assert (one.versions, current(host)) == (["1"], "releases/1")
-
-    status, said = one.release("2", *words)
-
-    assert status == 2, said
-    assert "host1 took 2, too late: not within 1s: " in said
-    assert "it serves releases/2, and current leads there" in said
-    assert (one.versions, current(host)) == (["2"], "releases/2")
-    assert host.reloads == ["failed", "failed", "reloaded"]
-
+    wait(lambda: host.current == "2", "the verdict")
     status, said = one.release("2", *words)
 
     assert status == 0, said
     assert re.findall(r"changed=(\d+)", said) == ["0", "0"]
-    load.end()
+    assert host.reloads == ["failed", "reloaded"]
 
 
 def test_the_play_looks_without_a_change_and_says_why_a_protector_does_not_answer(
@@ -276,8 +229,8 @@ def test_the_play_looks_without_a_change_and_says_why_a_protector_does_not_answe
     status, said = one.release("2", *ONLY_IT, "--check")
 
     assert status == 0, said
-    assert re.findall(r"changed=(\d+)", said) == ["2", "0"]
-    assert (one.versions, current(host), host.has("2")) == (["1"], "releases/1", False)
+    assert re.findall(r"changed=(\d+)", said) == ["1", "0"]
+    assert (one.versions, host.current, host.has("2")) == (["1"], "1", False)
     assert host.reloads == []
 
     host.ctl("stop", "--quick")
@@ -286,4 +239,4 @@ def test_the_play_looks_without_a_change_and_says_why_a_protector_does_not_answe
     assert status == 2, said
     assert "host1 does not take 2: " in said
     assert "no protector" in said.partition("host1 does not take 2: ")[2].partition("PLAY RECAP")[0]
-    assert (current(host), host.has("2")) == ("releases/1", False)
+    assert host.current == "1"

@@ -38,7 +38,7 @@ trap '' CHLD        # so that the kernel reaps what is left to this process
 mount --make-rprivate /
 mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /srv
-mkdir -p /run/sshd /srv/web/releases
+mkdir -p /run/sshd /srv/web/releases /srv/web/live
 echo here
 exec sleep infinity
 """
@@ -202,21 +202,20 @@ class Host(Machine):
 
     sshd: subprocess.Popen[Any]  #: of a fleet
 
-    def serve(self, folder: Path, options: tuple[str, ...], code: str = "") -> None:
-        """Start both, with release 1.  code: the PYTHONPATH of another version of the protector."""
-        self._options, self._code = options, code
+    def serve(self, folder: Path, options: tuple[str, ...]) -> None:
+        """Start both, with release 1."""
+        self._options = options
         self.release(folder, "1")
         self.protect()
         self.export()
 
     def protect(self) -> None:
         """Start the protector, and wait until it serves."""
-        more = {"environment": {"PYTHONPATH": self._code}} if self._code else {}
         self.protector = self.start(
             *(sys.executable, "-P", "-m", "socketprotector"),
             *("-f", "--log-file", "/run/web.log", "--name", "web", "--lame-duck", "5s"),
-            *(*self._options, "0.0.0.0:8000", "--", "/srv/web/current/daemon"),
-            **more,
+            *("--releases", "/srv/web/releases", "--current", "/srv/web/live/current"),
+            *(*self._options, "0.0.0.0:8000", "--", "{release}/daemon"),
         )
         wait(lambda: self.ctl("ready").returncode == 0, f"{self.name} serves")
 
@@ -228,7 +227,7 @@ class Host(Machine):
     def release(self, folder: Path, version: str) -> None:
         """Put a release there, as what the next start takes."""
         self.run("cp", "-a", folder / "releases" / version, f"/srv/web/releases/{version}")
-        self.run("ln", "-sfn", f"releases/{version}", "/srv/web/current")
+        self.run("ln", "-sfn", f"../releases/{version}", "/srv/web/live/current")
 
     def ctl(self, *words: str) -> subprocess.CompletedProcess[str]:
         """socketprotectorctl."""
@@ -243,9 +242,12 @@ class Host(Machine):
     @property
     def version(self) -> str:
         """That of the release that serves."""
-        found = self.status
-        paths = {each["number"]: each["path"] for each in found["generations"]}
-        return Path(os.path.realpath(paths[found["route"]])).parent.name
+        return str(self.status["releases"]["serving"])
+
+    @property
+    def current(self) -> str:
+        """That of the release which a restart would start."""
+        return Path(self.run("readlink", "/srv/web/live/current").stdout.strip()).name
 
     def has(self, version: str) -> bool:
         """Whether a release is there, served or not."""
@@ -325,17 +327,10 @@ class Fleet:
         self.hosts: list[Host] = []
         self.machines: list[Machine] = [self.operator, self.balancer]
 
-    def start(
-        self,
-        code_of: Callable[[int], str] = lambda _: "",
-        say: Callable[[str], None] = lambda _: None,
-    ) -> None:
-        """Start all hosts and the balancer.
-
-        code_of: of a host's protector, for an older one.  say: hears of each host that serves.
-        """
+    def start(self, say: Callable[[str], None] = lambda _: None) -> None:
+        """Start all hosts and the balancer.  say: hears of each host that serves."""
         for number in range(1, self.SIZE + 1):
-            say(f"{self.add(number, code_of(number)).name} serves release 1")
+            say(f"{self.add(number).name} serves release 1")
         # Shorter times for a host that is dead.
         shorter = {"server 1m": "server 5s", "connect 5s": "connect 1s"}
         self.balancer.balance(self.folder / "haproxy.cfg", shorter)
@@ -343,13 +338,13 @@ class Fleet:
             wait(lambda host=host: self.balancer.state(host.name) == "UP", f"{host.name} UP")  # type: ignore[misc]
         say("HAProxy sends clients to all of them")
 
-    def add(self, number: int, code: str = "") -> Host:
+    def add(self, number: int) -> Host:
         """Start a host."""
         name = f"host{number}"
         host = Host(self.network, name, f"10.0.0.{10 + number}", self.folder / f"{name}.log")
         self.machines.append(host)
         self.hosts.append(host)
-        host.serve(self.folder, self.options, code)
+        host.serve(self.folder, self.options)
         host.sshd = host.start("/usr/sbin/sshd", "-D", "-e", "-f", self.folder / "sshd_config")
         return host
 
@@ -423,14 +418,13 @@ SetEnv PATH={PATH} TMPDIR=/run
 def fleet(
     folder: Path,
     *options: str,
-    code_of: Callable[[int], str] = lambda _: "",
     say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Fleet]:
     """Five hosts that serve release 1.  options: of their protectors.  say: hears of each."""
     with Network() as network:
         made = Fleet(folder, network, options)
         try:
-            made.start(code_of, say)
+            made.start(say)
             yield made
         finally:
             made.close()

@@ -10,13 +10,10 @@ from tests.fleet.hosts import DEPLOY
 BAD = """\
 PLAY [Release] *****************************************************************
 
-TASK [socketprotector_release : Ask the protector what serves] *****************
-ok: [host1]
-
 TASK [socketprotector_release : Put the release beside the others] *************
 changed: [host1]
 
-TASK [socketprotector_release : Try it without a client] ***********************
+TASK [socketprotector_release : Deploy it, and wait for the verdict] ***********
 fatal: [host1]: FAILED! => changed=false
   rc: 3
 
@@ -29,18 +26,17 @@ def test_each_step_of_a_host_is_said_and_counted_once() -> None:
     play = Play()
 
     assert [news for each in BAD.splitlines() if (news := play.heard(each))] == [
-        "host1 has said what it serves",
         "host1 has the files",
-        "host1 has tried it without a client: it fails",
+        "host1 has not taken it",
     ]
     assert play.tried == {"host1"}
 
 
 def test_a_host_where_there_is_nothing_to_do_has_tried_nothing() -> None:
     play = Play()
-    play.heard("TASK [socketprotector_release : Try it without a client] ***")
+    play.heard("TASK [socketprotector_release : Deploy it, and wait for the verdict] ***")
 
-    assert play.heard("skipping: [host2]") == ""
+    assert play.heard("ok: [host2]") == "host2 served it already"
     assert play.tried == set()
 
 

@@ -54,7 +54,8 @@ madvise membarrier memfd_create mkdir mmap mprotect mremap munmap newfstatat ope
 pidfd_send_signal pipe2 prctl pread64 prlimit64 pwrite64 readlink readlinkat rename renameat
 restart_syscall rseq rt_sigaction rt_sigprocmask rt_sigreturn sched_getaffinity sched_getparam
 sched_getscheduler sched_setscheduler set_robust_list set_tid_address setitimer setpriority
-setrlimit setsockopt shutdown sigaltstack socket socketpair stat statfs statx sysinfo tgkill umask
+setrlimit setsockopt shutdown sigaltstack socket socketpair stat statfs statx symlink symlinkat
+sysinfo tgkill umask
 uname unlink unlinkat vfork
 """
 NEVER = frozenset(_NEVER.split())
@@ -339,6 +340,18 @@ class Life:
         if self.control.answer()["ok"]:
             eventually(lambda: self.count(verdict) > before, verdict)
 
+    def deploy(self) -> None:
+        """Refused beside a reload."""
+        verdict = "event=reload(ed|-failed)"
+        before = self.count(verdict)
+        self.control.send("deploy", release=("a", "b", "none")[self.turn % 3], force=True)
+        if self.control.answer()["ok"]:
+            eventually(lambda: self.count(verdict) > before, verdict)
+
+    def rollback(self) -> None:
+        self.control.send("rollback")
+        self.control.answer()
+
     def upgrade(self) -> None:
         self._after("event=(resumed|upgrade-failed)", lambda: self.daemon.signal(signal.SIGUSR2))
         self.control.close()
@@ -376,7 +389,7 @@ class Life:
         self.control.answer()
 
     def look(self) -> None:
-        for command in ("status", "crashes", "connections", "hello"):
+        for command in ("status", "crashes", "connections", "releases", "hello"):
             self.control.send(command)
             self.control.answer()
 
@@ -403,6 +416,7 @@ ACTS = {
     "look": 40, "connect": 40, "more": 6, "fewer": 6, "kill_worker": 8, "reload": 12,
     "bad_reload": 6, "rotate": 6, "hold": 6, "other_settings": 3, "bad_settings": 2,
     "unexecutable": 2, "diff": 3, "dry_run": 3, "upgrade": 2, "hold_relay": 2,
+    "deploy": 6, "rollback": 3,
 }  # fmt: skip
 
 
@@ -414,8 +428,12 @@ def test_no_call_of_the_resident_process_can_block_but_its_wait(
     mode: str,
 ) -> None:
     release = Release(tmp_path / "daemon")
-    (tmp_path / "web.toml").write_text(config(mode, release))
+    (tmp_path / "web.toml").write_text(config(mode))
     release.becomes(*serving(mode))
+    for name in ("a", "b"):
+        (tmp_path / "releases" / name).mkdir(parents=True)
+        Release(tmp_path / "releases" / name / "daemon").becomes(str(release.path))
+    (tmp_path / "current").symlink_to("releases/a")
     daemon = protector(
         "--config", tmp_path / "web.toml", "--log-file", tmp_path / "log",
         "--control", tmp_path / "control", f"unix:{tmp_path}/s",
@@ -439,10 +457,12 @@ def test_no_call_of_the_resident_process_can_block_but_its_wait(
     assert judge.wrong == [], "\n".join(judge.wrong[:30])
 
 
-def config(mode: str, release: Release) -> str:
+def config(mode: str) -> str:
     return "\n".join(
         (
-            f'command = ["{release.path}"]',
+            'command = ["{release}/daemon"]',
+            'releases = "releases"',
+            'current = "current"',
             "workers = 2",
             f'handoff = "{mode}"',
             f'ready = "check:{IS_GOOD}"' if mode == "listener" else 'ready = "notify"',

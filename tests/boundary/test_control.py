@@ -510,14 +510,16 @@ def test_a_member_of_the_status_group_may_look_and_change_nothing(place: Path) -
     try:
         for command in control_requests.COMMANDS:
             found = ask(command, GROUP + 1)
-            if command in ("status", "history", "events"):
+            if command in control_requests.STATUS_COMMANDS:
                 assert found == ok(command, 3)
             else:
                 assert (found["id"], found["code"]) == (3, "denied")
                 assert found["error"] == (
-                    f"{command}: members of --status-group may use only status, history, events"
+                    f"{command}: members of --status-group may use only status, history, "
+                    "releases, events"
                 )
-        assert {request.command for _, request in desk.asked} == {"status", "history", "events"}
+        asked = {request.command for _, request in desk.asked}
+        assert asked == {*control_requests.STATUS_COMMANDS}
         # Nor may it say for a worker that this is ready.
         ack = b'{"command":"worker:ack","pid":1}\n'
         assert as_nobody(desk, groups=(GROUP + 1,), request=ack)["code"] == "invalid"

@@ -26,7 +26,7 @@ from .undelivered import listener_of
 #: How long workers may take no client of the canary: workers that never took a client, and workers
 #: that did, which may be busy.
 NEVER_TAKEN_S = 2.0
-UNTAKEN_S = 10.0
+UNTAKEN_S = 30.0
 #: The longest pause between two looks at the queue.
 _LAST_LOOK_S = 0.5
 #: The pause before a kept connection is sent again.

@@ -112,6 +112,9 @@ class QueueWatch:
             if seconds is not None and not route.said_untaken:
                 route.said_untaken = True
                 self.untaken(seconds, route.depth(), route.taken_from)
+                if self._route is not route:  # the report has ended the canary
+                    self.start()
+                    return
             self.send_again(route)
         else:
             route.taken_from = (

@@ -129,6 +129,8 @@ class AcceptWatch:
             ever = self._served_before or passed_over.keys() <= self._accepted
             seconds, at = max(passed_over.values()), frozenset(passed_over)
             self.backlogs.report_untaken(seconds, count, ever, at)
+            if not self._waiting:  # the report has ended the canary, and this watch
+                return
         self._look_later(time.monotonic() - began)
 
     def _passed_over(self) -> dict[int, float]:

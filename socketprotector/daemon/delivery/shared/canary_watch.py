@@ -19,7 +19,7 @@ from .turns import Turns
 #: How long workers may accept no client of the canary: workers that never accepted a client, and
 #: workers that did, which may be busy.
 NEVER_TAKEN_S = 2.0
-UNTAKEN_S = 10.0
+UNTAKEN_S = 30.0
 
 
 class CanaryWatch(Backlogs):

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from ....core.events import Event, SettleFailed
 from ....model.share import in_share
 from ....system.loop import Loop
+from .. import UNTAKEN_S
 from .acceptor import Send
 from .generation_channel import GenerationChannel
 from .outlet import Outlet
@@ -23,10 +24,9 @@ from .probe_port import is_probe
 from .queue_watch import QueueWatch
 from .undelivered import listener_of
 
-#: How long workers may take no client of the canary: workers that never took a client, and workers
-#: that did, which may be busy.
+#: How long workers that never took a client may take no client of the canary.  Workers that did may
+#: be busy, and have as long as those of any generation.
 NEVER_TAKEN_S = 2.0
-UNTAKEN_S = 30.0
 #: The longest pause between two looks at the queue.
 _LAST_LOOK_S = 0.5
 #: The pause before a kept connection is sent again.

@@ -11,15 +11,15 @@ from collections.abc import Callable
 from ....core.events import SettleFailed
 from ....system.listener import Listener
 from ....system.sock_diag import Line, unaccepted
+from .. import UNTAKEN_S
 from .accept_watch import AcceptWatch, Backlogs
 from .probes import Probes
 from .shared_listeners import SharedListeners
 from .turns import Turns
 
-#: How long workers may accept no client of the canary: workers that never accepted a client, and
-#: workers that did, which may be busy.
+#: How long workers that never accepted a client may accept no client of the canary.  Workers that
+#: did may be busy, and have as long as those of any generation.
 NEVER_TAKEN_S = 2.0
-UNTAKEN_S = 30.0
 
 
 class CanaryWatch(Backlogs):

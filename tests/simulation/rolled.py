@@ -205,7 +205,7 @@ class RolledListener(Rolled, Handed):
     def _choose(self, pick: Callable[[Any], Any]) -> Settings:
         found = super()._choose(pick)
         #: All workers are on the library: else no rolling reload succeeds.
-        self._on_library = random.Random(f"library {self.seed}").random() < 0.6
+        self._on_library = random.Random(f"library {self.seed}").random() < 0.8
         if self._on_library:
             self._rude = self._masters = 0.0
             found = replace(found, ready_after_s=None)

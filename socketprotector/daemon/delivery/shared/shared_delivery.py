@@ -156,6 +156,8 @@ class SharedDelivery(Delivery):
                 knows=generation.knows,
                 share=self._share(generation, sharing, share) if sharing is not None else None,
             )
+        else:
+            self.steering.end_share()
 
     def _share(self, generation: OpenGeneration, sharing: OpenGeneration, share: int) -> Share:
         indices = (each.index for each in self._listeners)

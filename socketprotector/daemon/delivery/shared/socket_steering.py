@@ -224,6 +224,13 @@ class SocketSteering(Steering):
         if socket_number in self.turns.accepting.values() and not is_watched:
             self.accept_watch.begin(served_before=again)
 
+    def end_share(self) -> None:
+        """Steer all new clients to the socket of the route: a quick stop may leave it open."""
+        if self.turns.share is not None:
+            self.turns.share = None
+            self.steer()
+            self._watch.follow_canary()
+
     def record(self) -> SteeringRecord:
         """Return the record that the next program needs."""
         turns, probes = self.turns, self.probes

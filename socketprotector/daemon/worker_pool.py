@@ -21,7 +21,7 @@ from ..model.history import History
 from ..model.lazy_dataclass import replace
 from ..model.records import WorkerRecord
 from ..model.settings import Settings
-from ..system import check_command, procfs, sock_diag
+from ..system import check_command, memory_group, procfs, sock_diag
 from ..system.orphans import Orphans
 from ..system.process import End
 from ..system.process_groups import Groups
@@ -72,12 +72,10 @@ class WorkerPool:
         kill_timeout_s, identity = settings.policy.kill_timeout_s, settings.worker_identity
         self.orphans = Orphans(loop, log, kill_timeout_s, identity, self.groups.has)
         self._spawner = WorkerSpawner(settings, loop, log, output, delivery)
+        self._out_of_memory = memory_group.counts()  # before any worker of ours
+        first = FirstPrograms(runtime, output, remember)
         self._messages = WorkerMessages(
-            runtime,
-            self._workers,
-            FirstPrograms(runtime, output, remember),
-            note=self._note,
-            ready=self._is_ready,
+            runtime, self._workers, first, note=self._note, ready=self._is_ready
         )
         self.limits: worker_recycling.LimitWatch | None = None
         self.apply_settings(settings)
@@ -93,6 +91,7 @@ class WorkerPool:
             orphans=self.orphans,
             ended=self._ended,
             remember=self._remember,
+            out_of_memory=self._out_of_memory,
         )
 
     def apply_settings(self, settings: Settings) -> None:

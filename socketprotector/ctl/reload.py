@@ -117,7 +117,7 @@ def reload(
                 serves_still = not left.stopping
         after_all = _count_losses(operation)
         if not found.taken:
-            _given_up(operation, found, "not ready to reload" if dry_run else "not reloaded")
+            _raise_failed(operation, found, "not ready to reload" if dry_run else "not reloaded")
         if dry_run:
             still = serves_still and old is not None
             words = f"would reload: generation {found.generation} became ready and was stopped"
@@ -134,7 +134,7 @@ def reload(
 
 
 def _first_programs(status: Message, generation: int) -> str:
-    """Return how a generation's first programs do, if each connection gets a program; or ""."""
+    """Return how a generation's first programs ended; "" unless each connection gets a program."""
     mode = MODES.get(text_in(status, "handoff"))
     if mode is None or not mode.pooled:
         return ""
@@ -262,7 +262,7 @@ class _Tried(_Older):
         return f"generation {self._generation} to end" if self._generation in there else ""
 
 
-def _given_up(operation: Operation, found: Verdict, what: str) -> None:
+def _raise_failed(operation: Operation, found: Verdict, what: str) -> None:
     """Raise an error with the reason, and the last words of the worker that failed."""
     last_words = found.last_words or _last_words(operation.client, found.generation)
     operation.outcome["reason"] = found.reason or None
@@ -359,7 +359,7 @@ def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: b
     """Stop: serve the connected clients, let the workers finish, exit."""
     with begin(instance, timeout, as_json) as operation, ExitStack() as opened:
         before = operation.client.query("status")
-        # The protector's process and its guard's, so that "stopped" means that they are gone.
+        # The processes of the protector and its guard: "stopped" means that both are gone.
         pidfds = []
         for each in {number_in(before, "pid"), number_in(before, "main_pid")}:
             try:

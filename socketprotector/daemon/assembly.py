@@ -243,7 +243,7 @@ class Resident:
             # Remove the settings first: without them the next program makes a fresh start with the
             # stored descriptors.
             store.forget(inherited.SETTINGS)
-            # systemd may not drop its copy in time, but that is the same file, now empty.
+            # systemd may drop its copy late, but the copy is of the same file, now empty.
             os.ftruncate(self.own[inherited.SETTINGS], 0)
         # The relay exits after its last writer, and a copy in the fd store would count as a writer.
         for name in self.output.descriptors():

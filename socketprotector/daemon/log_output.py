@@ -30,7 +30,7 @@ _LAST_BYTES = 4096
 _WRITE = f"{inherited.RELAY}write"
 #: How an operator gets a worker's output into the log.
 _KEPT = "--log-prefix shows it here"
-_NOT_RELAYED = "the log relay, which is off, shows it here"
+_NOT_RELAYED = "without --no-log-relay it is shown here"
 #: The pipe's mode: a worker of another user may open /dev/stdout again.  No other process can
 #: reach the pipe.
 _REOPENED = 0o622

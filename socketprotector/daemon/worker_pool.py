@@ -64,7 +64,7 @@ class WorkerPool:
         self._by_pid: dict[int, int] = {}
         #: All descriptors of workers and their output that the next program needs.
         self.descriptors = output.named
-        #: Whether a guard tells us how those workers exited that are not our children.
+        #: Whether a guard reports how workers exited that are not our children.
         self.guarded = settings.guarded
         #: Whether any worker has become ready by a message, a probe or a check, not by a timer.
         self.spoken_with = False
@@ -255,7 +255,7 @@ class WorkerPool:
         return (*self._records.values(), *self.groups.records())
 
     def expect(self, record: WorkerRecord, descriptors: Mapping[str, int]) -> None:
-        """Record a worker in the state before we adopt it, because a kill may interrupt that."""
+        """Record a worker in the state before we adopt it, because a kill may interrupt adopt()."""
         self._records[record.number] = record
         for name, fd in named(record.number, descriptors).items():
             self.descriptors[name] = fd
@@ -308,7 +308,7 @@ class WorkerPool:
     # -- readiness and exits -------------------------------------------------
 
     def _share_output(self, worker: Worker) -> None:
-        """Note that workers share the log file: its end cannot be taken for one's last words."""
+        """Note that workers share the log file, so its end is not the last words of one worker."""
         for each in reversed(self._workers.values()):
             if each.record.output_start < 0:
                 break  # all earlier workers have the note, too

@@ -3,10 +3,10 @@
 One counter selects its connections, over all listeners that both generations know.  A queue that is
 full or broken, or a shortage, never delays these clients: their connections go to the route.
 
-The clients of a listener that only the canary knows have no other queue.  A connection of theirs
-that cannot be sent is kept, and only their listeners wait: a timer sends it again.
+The clients of a listener that only the canary knows have no other queue.  If such a connection
+cannot be sent, it is kept, such listeners pause, and a timer sends it again.
 
-The plain path does not come here.  See `Send` in acceptor.py.
+Without a canary, no connection passes through this module: see `Send` in acceptor.py.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class CanaryQueue:
         *,
         count: int,
     ) -> None:
-        """resume: sends what is kept, and accepts again.
+        """resume: sends the kept connections, and accepts again.
 
         count: how many connections earlier programs have counted.
         """
@@ -83,7 +83,7 @@ class CanaryQueue:
         return knows and route is not None and not route.knows_of(index)
 
     def sender(self, index: int) -> Send | None:
-        """Return what sends the connections of a listener; None: none can be sent now."""
+        """Return the function that sends a listener's connections; None: none can be sent now."""
         channel, route = self.channel, self._outlet.route
         if channel is None or route is None or not channel.knows_of(index):
             return None

@@ -44,7 +44,7 @@ class _Closing:
 
     stay: bool  # the listeners survive us, with the clients that come later
     latest: float = 0.0  # when to close at the latest; 0: clients are refused, so no limit
-    forwarded: int = -1  # its value at the last look; -1: no look since clients are refused
+    forwarded: int = -1  # how many at the last look; -1: no look since clients are refused
 
 
 class Forwarder:
@@ -234,7 +234,7 @@ class Forwarder:
         return self._lost + self.outlet.lost + self._drains.lost
 
     def watch_of(self, channel: GenerationChannel) -> QueueWatch | None:
-        """Return what watches a channel; None: new connections do not go there."""
+        """Return the watch of a channel; None: new connections do not go there."""
         if self._canary is not None and channel is self._canary.channel:
             return self._canary.watch
         return self.queue if channel is self.outlet.route else None
@@ -305,7 +305,7 @@ class Forwarder:
                 self._shortage.begin("epoll_ctl", error)
 
     def _sender(self, index: int) -> Send | None:
-        """Return what sends the connections of a listener; None: none can be sent now."""
+        """Return the function that sends a listener's connections; None: none can be sent now."""
         send, route = self._canary and self._canary.sender(index), self.outlet.route
         return send or (route.write.sendmsg if route and route.knows_of(index) else None)
 

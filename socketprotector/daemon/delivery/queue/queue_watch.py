@@ -1,4 +1,4 @@
-"""Detects that workers do not take connections from a generation's queue: the route's, a canary's.
+"""Detects workers that take no connections from the queue of the route, or of a canary.
 
 The kernel may wake only one worker for a connection (EPOLLEXCLUSIVE).  If that worker is killed or
 suspended before it reads, the other workers sleep on, with a client waiting.  So while the queue is

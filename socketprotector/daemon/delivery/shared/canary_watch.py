@@ -1,7 +1,7 @@
-"""Whether the workers of a canary accept their share of the new clients.
+"""Detects a canary whose workers do not accept their share of the new clients.
 
-Its clients wait at a socket of their own, beside the socket of the route.  A canary whose workers
-accept none of them is returned.
+The clients of a canary wait at another socket than the clients of the route.  If its workers accept
+none of its clients, the canary fails.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class CanaryWatch(Backlogs):
         probes: Probes,
         watch: Callable[[], None],
     ) -> None:
-        """watch: updates what the loop watches."""
+        """watch: updates the descriptors that the loop watches."""
         self._listeners, self._turns, self._probes = listeners, turns, probes
         runtime = listeners.host.runtime
         self._post, self._watch = runtime.post, watch

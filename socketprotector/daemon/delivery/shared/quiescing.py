@@ -61,7 +61,7 @@ def _unread_unix(
     The kernel does not report accepted clients that have sent nothing, so we do not wait for them.
 
     replaced: listeners where another socket has replaced the generation's own.  We no longer know
-    the name of the generation's socket: it is some name of the path that no present socket has.
+    the name of the generation's socket.  So any name of the path counts that no present socket has.
     """
     by_name = {each.socket_for(socket_number).getsockname(): each.index for each in listeners}
     by_path = {each.path: each.index for each in replaced}

@@ -42,7 +42,8 @@ class Turns:
     unserved: frozenset[tuple[int, int]] = frozenset()
     #: The part of `unserved` where later workers have that socket, but earlier workers do not.
     partly_served: frozenset[tuple[int, int]] = frozenset()
-    #: Listeners whose socket the current generation lost: the next generation's gets the clients.
+    #: Listeners whose socket the current generation lost.  Their clients go to the next
+    #: generation's socket.
     lost: frozenset[int] = frozenset()
     given_back: bool = False  # sockets that were passed in get the new clients
     share: Share | None = None  # not in the record: the next program gets the order again
@@ -107,7 +108,7 @@ class Turns:
     def is_accepted(self, listener: Listener, number: int, left_since: float) -> bool:
         """Return whether workers may still accept from one of a listener's sockets.
 
-        left_since: workers that were ordered to finish before then accept no more.
+        left_since: workers that were ordered to finish before this time accept no more.
         """
         if self.takers(listener, number):
             return True

@@ -58,9 +58,9 @@ class Output:
         self._relay: relay_client.LogRelay | None = None
 
     def begin(self, unclaimed: Inherited, runtime: Runtime) -> None:
-        """Start the relay if one is needed, or adopt an earlier program's.  Raises OSError.
+        """Start the relay if one is needed, or adopt the relay of an earlier program.
 
-        Takes ownership of the relay's descriptors.
+        Takes ownership of the relay's descriptors.  Raises OSError.
         """
         if not (self._to_syslog or self._relayed):
             return

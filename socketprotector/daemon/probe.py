@@ -54,7 +54,7 @@ class Probe:
     ) -> None:
         """as_client: probe the serving generation, with a new target for each probe.
 
-        addresses: the addresses at which commands reach a generation; None: the target's.  reads:
+        addresses: the addresses at which commands reach a generation; None: the target.  reads:
         returns the stdin of a command, by generation number.
         """
         self._loop, self._reach, self._as_client = loop, reach, as_client

@@ -73,7 +73,7 @@ class WorkerPipe:
     pid: int
 
     def name(self, number: int) -> str:
-        """Return the name by which the next program finds the descriptor; number: the worker's."""
+        """Return the name by which the next program finds the descriptor; number: of the worker."""
         return f"{inherited.OUTPUT}{number}.{self.generation}.{self.pid}"
 
 

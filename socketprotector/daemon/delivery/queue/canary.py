@@ -1,4 +1,4 @@
-"""The queue of a generation that has a share of the new connections, beside the route's.
+"""The queue of a generation that has a share of the new connections, beside the route.
 
 One counter selects its connections, over all listeners that both generations know.  A queue that is
 full or broken, or a shortage, never delays these clients: their connections go to the route.

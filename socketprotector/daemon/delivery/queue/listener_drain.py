@@ -33,7 +33,7 @@ class _Draining:
     """A listener that is drained."""
 
     listener: Listener
-    channel: Channel  # its generation's
+    channel: Channel  # of its generation
     until: float = 0.0  # when to close even if clients come; 0: new clients are refused
     quiet: bool = False  # no client came since the last look
 

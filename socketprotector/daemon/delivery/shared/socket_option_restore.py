@@ -112,7 +112,7 @@ class SocketOptionRestore:
         ):
             self._steering.replace(listener, socket_number)
             if listener.lost or len(listener.sockets) != count:
-                return  # the remaining socket is the serving generation's
+                return  # the remaining socket belongs to the serving generation
             stays = socket_snapshot.restore(listener.socket_for(socket_number), before)
         if stays and say:
             address, options = listener.settings.address, " ".join(stays)

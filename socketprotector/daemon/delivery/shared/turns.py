@@ -182,7 +182,7 @@ class Turns:
         return not self.is_served(listener, self.number_for(listener))
 
     def move_lost(self, listener: Listener) -> bool:
-        """Move clients of a lost socket to the next generation's; return whether they move."""
+        """Let clients of a lost socket wait for the next generation; return whether they do."""
         moves = self.lacks(listener)
         if moves:
             self.lost |= {listener.index}

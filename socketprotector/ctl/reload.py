@@ -1,7 +1,7 @@
 """reload, upgrade, stop: commands that take a while, and end in a verdict.
 
 Each sends its request at once and then waits, so that the exit status is the outcome.
-Only a success that the protector reports counts as one.
+Only the protector's own report counts as a success.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def _canary(share: str | None, for_s: float | None, at_least: int | None) -> dic
 
 
 def _how(dry_run: bool, canary: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the arguments of a reload; an older protector takes none, and refuses new ones."""
+    """Return the arguments of a reload; an older protector takes none, and refuses any."""
     if canary is not None:
         return {"canary": canary}
     return {"dry_run": True} if dry_run else {}
@@ -217,7 +217,7 @@ def _judged(operation: Operation, watched: Reload) -> Verdict:
 
 @contextmanager
 def _unless_it_ended(meant: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Ignore that the protector has ended, if `meant()`: its generations have ended, too."""
+    """Ignore the end of the protector if `meant()`: its generations have ended with it."""
     try:
         yield
     except NoProtector as error:

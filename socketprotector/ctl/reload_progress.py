@@ -29,7 +29,7 @@ OF_RELOAD = (
     *("upgrade", "configuration", "start", "canary", "settle", "rolling", "back-off", "room"),
     "earlier-reload",
 )
-#: Kinds of waits whose reasons count, so that they change all the time.
+#: Kinds of waits whose reasons contain counts, so that they change all the time.
 _COUNTING = ("canary", "rolling")
 OF_STOP = ("stop",)
 #: How often to repeat an unchanged reason, with the time left; how soon to show a changed reason

@@ -232,7 +232,7 @@ class Resident:
         self.start_report.watch(runtime.loop, lambda: runtime.post(StopRequested(quick=True)))
 
     def fail(self, reason: str) -> None:
-        """Release the listeners after a failure that no program can resume; note the reason."""
+        """Release the listeners after a failure from which no program can resume."""
         self.start_report.failure = self.start_report.failure or reason
         self._close_listeners()
 

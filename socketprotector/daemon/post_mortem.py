@@ -57,7 +57,7 @@ class PostMortem:
     orphans: Orphans
     #: Called when more is known about an exited worker.
     ended: Callable[[int], None]
-    #: Takes a function from the old history to the new one, and applies it.
+    #: Called with a function that returns a changed history.
     remember: Callable[[Callable[[History], History]], None]
     #: What the kernel had counted at our start, and then what explained earlier exits.
     out_of_memory: OutOfMemory

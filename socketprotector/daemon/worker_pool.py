@@ -53,7 +53,7 @@ class WorkerPool:
         delivery: Delivery,
         probes: CheckProbes,
     ) -> None:
-        """remember: takes a function from the old history to the new one, and applies it."""
+        """remember: called with a function that returns a changed history."""
         self._probes, self._output, self._delivery = probes, output, delivery
         self._runtime, self._remember = runtime, remember
         loop, log, post = runtime.loop, runtime.log, runtime.post

@@ -5,8 +5,8 @@ shared queue (client_lib's intake.py).  Connections never pass through `decide`.
 the route and orders drains; it gets two facts back: the channel broke, the backlog is empty.
 
 We accept only what we can deliver.  If a send fails nevertheless, undelivered.py keeps the
-connection, which goes first later.  When a generation drains or has exited, the connections left in
-its channel are taken back and sent to the route (leftovers).
+connection, and it is sent before all others.  When a generation drains or has exited, the
+connections left in its channel are taken back and sent to the route (leftovers).
 """
 
 from __future__ import annotations

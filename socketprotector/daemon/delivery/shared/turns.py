@@ -75,11 +75,11 @@ class Turns:
         return 0 if self.given_back and listener.settings.foreign else share.part
 
     def gets_clients(self, listener: Listener, number: int) -> bool:
-        """Return whether new clients go to one of its sockets, or will after a hold."""
+        """Return whether new clients go to a socket of a listener, or will after a hold."""
         return number == self.number_for(listener) or self.share_of(listener) > 0
 
     def at(self, listener: Listener, number: int) -> set[int]:
-        """Return the generations that accept from one of its sockets."""
+        """Return the generations that accept from a socket of a listener."""
         count = len(listener.sockets)
         return {
             generation
@@ -88,13 +88,13 @@ class Turns:
         }
 
     def takers(self, listener: Listener, number: int) -> set[int]:
-        """Return the generations with workers that have one of its sockets."""
+        """Return the generations with workers that have a socket of a listener."""
         lacking = self.unserved - self.partly_served
         there = self.at(listener, number)
         return {each for each in there if (each, listener.index) not in lacking}
 
     def is_served(self, listener: Listener, number: int) -> bool:
-        """Return whether a generation, or the next generation, accepts from one of its sockets."""
+        """Return whether a generation, or the next one, accepts from a socket of a listener."""
         if self.given_back and listener.settings.foreign:
             return True  # its owner accepts
         there = self.at(listener, number)

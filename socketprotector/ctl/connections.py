@@ -68,8 +68,8 @@ def look(
 
     workers: as `connections` of docs/control.md returns them.  listeners: their canonical
     addresses.  now: the time since the epoch.  draining: generations that get no clients any
-    more.  A connection without an exact time is at least as old as the drain, and without a drain
-    at most as old as its worker.
+    more.  There a connection of unknown age is older than the drain; elsewhere it is younger than
+    its worker.
     """
     addresses = tuple(listeners)
     found: list[Connection] = []

@@ -1,10 +1,10 @@
-"""The queue of a generation that has a share of the new connections, beside the route.
+"""Sends a canary its share of the new connections; the route gets the rest.
 
-One counter selects its connections, over all listeners that both generations know.  A queue that is
-full or broken, or a shortage, never delays these clients: their connections go to the route.
+One counter selects the connections of the canary, over all listeners that both generations know.  A
+full or broken queue, or a shortage, never delays these clients: the route gets their connections.
 
 The clients of a listener that only the canary knows have no other queue.  If such a connection
-cannot be sent, it is kept, such listeners pause, and a timer sends it again.
+cannot be sent, we keep it, accept nothing from these listeners, and send it again by a timer.
 
 Without a canary, no connection passes through this module: see `Send` in acceptor.py.
 """
@@ -117,7 +117,7 @@ class CanaryQueue:
             try:
                 send_to_canary(buffers, rights, flags)
             except OSError:
-                # The acceptor counts it, and takes it away from the route's queue.
+                # The acceptor subtracts it from the route's queue, where it was never counted.
                 self.sent += 1
                 self.watch.take_away()
                 self._outlet.queue.add_uncounted()

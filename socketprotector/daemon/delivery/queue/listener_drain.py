@@ -78,7 +78,7 @@ class DrainingListeners:
         self._loop.call_after(each.timer, 0.0, partial(self._look, each))
 
     def end_after(self, channel: Channel) -> bool:
-        """End a channel once no listener drains to it; return False if that is so now."""
+        """End a channel later, once no listener drains to it; return False if none does now."""
         if not self._to(channel):
             return False
         self._to_end.append(channel)

@@ -22,9 +22,10 @@ from .probes import Probes
 from .shared_listeners import SharedListeners, Steering
 from .turns import Turns
 
+#: The pause between two looks.
 _LOOK_S = 0.1
-#: The same for workers that read from all accepted clients before they exit: then we wait only for
-#: clients that are about to connect.
+#: The pause for workers that read from all accepted clients before they exit.  There we wait only
+#: for clients that are about to connect.
 _LOOK_SOON_S = 0.01
 _SOON_LOOKS = 2
 #: A generation is quiet if no unread client was found for this time.

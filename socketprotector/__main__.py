@@ -1,9 +1,9 @@
 """`SocketProtector` and `python -m socketprotector`: programs behind one name.
 
 Without inherited descriptors of ours this is the command line.  With them it is the resident
-process, which must not load modules of the command line alone, or the process that reads a
-configuration again for it.  `demo` as the first word, which is no LISTEN, is the demo; a shell
-that completes a line names itself in a variable.
+process, or the process that reads a configuration again for it.  The resident process must not load
+modules that only the command line needs.  `demo` as the first word, which is no LISTEN, is the
+demo; a shell that completes a line names itself in a variable.
 """
 
 from __future__ import annotations

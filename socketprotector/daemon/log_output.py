@@ -1,8 +1,8 @@
 """Directs the workers' output, and obtains a failed worker's last words.
 
-Workers write to a terminal, to /dev/null and to the file of `-f 2>FILE` directly.  To any other log
-(--log-file, syslog, the journal, a pipe), and if lines get a prefix, each worker writes through its
-own pipe, which a relay process reads (log_relay.py).  So running workers need not reopen a rotated
+Workers write to a terminal, to /dev/null and to the file of `-f 2>FILE` directly.  For any other
+log, and if lines get a prefix, each worker has its own pipe.  A relay process reads these pipes and
+writes the log (log_relay.py).  So running workers need not reopen a rotated
 log, and each line belongs to a known worker.
 """
 

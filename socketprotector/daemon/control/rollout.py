@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     #: Worker -> its open connections, and the age of the oldest in seconds; None: unknown.
     Held = Mapping[int, tuple[int | None, float | None]]
 
-#: We look for the oldest connection of this many workers at most, each with at most this many
-#: connections, because that takes a system call for each descriptor.
+#: The oldest connection is looked for in this many workers at most, with at most this many
+#: connections each: that takes a system call for each descriptor.
 _MOST_CONNECTIONS, _MOST_WORKERS = 100, 4
 
 

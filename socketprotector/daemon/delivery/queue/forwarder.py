@@ -133,7 +133,7 @@ class Forwarder:
         """Take back untaken connections, as far as the route has room; then end the channel.
 
         Without a route the channel's workers take the rest.  But if a worker has shut the channel
-        down, the workers may never read it again, so the rest is taken back for the next route.
+        down, workers may never read it again, and the rest is taken back for the next route.
         """
         shut = channel.is_shut()
         self._reclaim(channel)

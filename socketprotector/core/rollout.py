@@ -30,7 +30,7 @@ NO_LIBRARY = (
 
 
 def no_canary_under(policy: Policy) -> str | None:
-    """Return why the reload order has no place for a canary; None: it has."""
+    """Return why a canary is impossible under the reload order; None: it is possible."""
     order = policy.reload_order
     return (
         None

@@ -7,7 +7,7 @@ The order is fixed:
    one meanwhile finds it exited, and requests its last words again.
 2. The exit status: from waitid(2), or from the guard.  If an earlier program was the worker's
    parent, waitid(2) fails here with ECHILD.
-3. Why it got a SIGKILL that we did not send, if the kernel has counted it as out of memory.
+3. Whether the kernel killed it, because memory ran out.
 4. The processes that the worker left: while its process group exists, the kernel does not reuse its
    pid.
 """
@@ -37,7 +37,7 @@ from .log_output import Output
 from .runtime import Runtime
 from .worker_spawn import Worker
 
-#: How a worker ends that the kernel kills, and any other process can.
+#: The end of a worker that the kernel, or another process, has killed.
 KILLED = ended(False, signal.SIGKILL)
 #: How soon to reap again an exited worker that a tracer holds.
 _REAP_AGAIN_S = 0.1
@@ -59,7 +59,7 @@ class PostMortem:
     ended: Callable[[int], None]
     #: Called with a function that returns a changed history.
     remember: Callable[[Callable[[History], History]], None]
-    #: What the kernel had counted at our start, and then what explained earlier exits.
+    #: The kernel's counts, as far as they have explained earlier exits.
     out_of_memory: OutOfMemory
 
     def end_of(self, worker: Worker, *, guarded: bool) -> End | None:
@@ -150,14 +150,14 @@ class PostMortem:
         return WorkerExited(number, reason, served_s, waiting, detached, orphans)
 
     def _why_killed(self) -> str:
-        """Return the end of a worker that got a SIGKILL which we did not send, with its cause.
+        """Return how a worker ended that got SIGKILL, but not from us, with the cause.
 
-        Each kill that the kernel has counted explains one such end.
+        Each kill that the kernel has counted explains the end of one worker.
         """
         now, before = memory_group.counts(), self.out_of_memory
         if now.kills <= before.kills:
             return KILLED
-        more = now.kills > before.kills + 1  # another end is not known yet
+        more = now.kills > before.kills + 1  # we do not know yet of another end
         at_limit = before.at_limit if more else now.at_limit
         self.out_of_memory = OutOfMemory(before.kills + 1, at_limit)
         limit = memory_group.limit() if now.at_limit > before.at_limit else None

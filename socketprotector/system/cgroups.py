@@ -14,9 +14,9 @@ def names(proc: str = PROC) -> str:
 
 
 def folders(controller: str, proc: str = PROC) -> list[tuple[int, str]]:
-    """Return the cgroup of a controller and its ancestors: (version, folder), the own one first.
+    """Return our cgroup of a controller, then its ancestors, each as (version, folder).
 
-    Where both versions are mounted, both are returned: only one has the controller's files.
+    If both versions are mounted, both are returned: only one has the controller's files.
     Raises OSError.
     """
     named = (line.split(":", 2) for line in names(proc).splitlines())

@@ -1,4 +1,6 @@
-"""How often the kernel killed a process of our memory cgroup for want of memory, and its limit.
+"""Reads how often the kernel killed a process of our memory cgroup, and the limit of that cgroup.
+
+It kills a process when memory runs out: at the limit of the cgroup, or elsewhere.
 
 Source: `memory.events` in Documentation/admin-guide/cgroup-v2.rst, and `memory.oom_control` in
 Documentation/admin-guide/cgroup-v1/memory.rst of Linux.
@@ -11,8 +13,8 @@ from contextlib import suppress
 from ..model.lazy_dataclass import frozen
 from .cgroups import PROC, folders, read
 
-#: The files of each version: how often a process was killed, how often the cgroup's own limit left
-#: no memory, and the limit.
+#: The files of each version: how often a process was killed, how often the cgroup was at its own
+#: limit, and that limit.
 _FILES = {
     2: (("memory.events", "oom_kill"), ("memory.events.local", "oom"), "memory.max"),
     1: (("memory.oom_control", "oom_kill"), ("memory.failcnt", ""), "memory.limit_in_bytes"),
@@ -23,10 +25,10 @@ _NO_LIMIT = 1 << 62
 
 @frozen
 class OutOfMemory:
-    """What the kernel has counted so far; zeros if that is unknown."""
+    """The counts of the kernel so far; zeros if they are unknown."""
 
-    kills: int = 0  # for whatever limit
-    at_limit: int = 0  # by the cgroup's own limit
+    kills: int = 0  # at any limit
+    at_limit: int = 0  # at the cgroup's own limit
 
 
 def counts(proc: str = PROC) -> OutOfMemory:

@@ -24,8 +24,8 @@ from .probe_port import is_probe
 from .queue_watch import QueueWatch
 from .undelivered import listener_of
 
-#: How long workers that never took a client may take no client of the canary.  Workers that did may
-#: be busy, and have as long as those of any generation.
+#: How long a canary's workers may take no client, until they have taken one.  Then they may be
+#: busy, and the limit of any generation applies.
 NEVER_TAKEN_S = 2.0
 #: The longest pause between two looks at the queue.
 _LAST_LOOK_S = 0.5

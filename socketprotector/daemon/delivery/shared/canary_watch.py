@@ -17,8 +17,8 @@ from .probes import Probes
 from .shared_listeners import SharedListeners
 from .turns import Turns
 
-#: How long workers that never accepted a client may accept no client of the canary.  Workers that
-#: did may be busy, and have as long as those of any generation.
+#: How long a canary's workers may accept no client, until they have accepted one.  Then they may be
+#: busy, and the limit of any generation applies.
 NEVER_TAKEN_S = 2.0
 
 

@@ -1,9 +1,9 @@
 """`SocketProtector` and `python -m socketprotector`: programs behind one name.
 
-Without inherited descriptors of ours this is the command line; with them it is the
-resident process, which must not load what only the command line needs, or the one that reads
-a configuration again for it.  `demo` as the first word, which is no LISTEN, is the demo; a shell
-that completes a line names itself in a variable.
+Without inherited descriptors of ours this is the command line.  With them it is the resident
+process, or the process that reads a configuration again for it.  The resident process must not load
+modules that only the command line needs.  `demo` as the first word, which is no LISTEN, is the
+demo; a shell that completes a line names itself in a variable.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _INTERRUPTED = 130
 
 
 def _loaded() -> None:
-    """Look for garbage from now on, and only among what is made from now on."""
+    """Collect garbage from now on, and only among objects that are made from now on."""
     gc.freeze()
     gc.enable()
 
 
 def main() -> None:
-    """Run the one or the other, and exit with its status."""
+    """Run the program that was chosen, and exit with its status."""
     try:
         _run()
     except (MemoryError, ImportError) as error:  # `ulimit -v`

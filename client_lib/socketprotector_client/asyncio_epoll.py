@@ -3,7 +3,7 @@
 EPOLLEXCLUSIVE makes the kernel wake one waiter in epoll_wait.  The flag has no effect through
 a nested epoll: no process waits in the inner epoll, so all workers wake.  The descriptor that
 an intake gives to a loop is such an inner epoll.  So the queue itself moves into the loop's
-epoll, and an event of the queue runs the reader that the loop has for the intake's descriptor.
+epoll.  An event of the queue runs the reader that the loop has for the intake's descriptor.
 
 asyncio has no option for the flag, so this module adds the queue to the loop's epoll, by the
 descriptor that `selectors.EpollSelector.fileno` returns.  For a loop without such a selector all

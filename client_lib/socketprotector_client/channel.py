@@ -106,7 +106,7 @@ class Channel:
         self._socket.close()
 
     def detach(self) -> int:
-        """Give up ownership of the descriptor without closing it, and return it."""
+        """Release ownership of the descriptor without closing it, and return it."""
         return self._socket.detach()
 
 

@@ -1,4 +1,4 @@
-"""Finds the control sockets and collects their answers, anew for each scrape.
+"""Finds the control sockets and collects their answers, once for each scrape.
 
 Simultaneous requests share an answer, so a slow instance delays each client only once.
 """

@@ -293,7 +293,7 @@ def _share_note(status: Status, generation: int) -> str:
 
 
 def _waits(status: Status) -> list[str]:
-    """Return how far the rollout is, and what is waited for."""
+    """Return how far the rollout is, and what it waits for."""
     rollout = rollout_text(status)
     shown = [f"rollout: {rollout}"] if rollout else []
     return [line(each) for each in (*shown, *(wait.text for wait in other_waits_of(status)))]

@@ -29,7 +29,7 @@ class TimerKind(Enum):
     LAME_DUCK = "lame-duck"  # fleet: balancers have noticed the lame duck by now; the stop begins
     LAME_DUCK_IDLE = "lame-duck-idle"  # fleet: no client has come for a while; the stop begins
     STOP = "stop"  # fleet: a graceful stop, or its wait for a rescue, becomes a quick stop
-    TURN = "turn"  # fleet: the event loop has turned: start more workers, go on with a stop
+    TURN = "turn"  # fleet: the event loop has turned: start more workers, continue a stop
 
 
 @frozen

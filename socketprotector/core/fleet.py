@@ -158,7 +158,7 @@ class Rollout:
 
     share: int = 0  # of the new clients, in ten thousandths, as ordered
     canary: Canary | None = None  # None: the share follows the workers that are ready
-    extended: bool = False  # too few connections came, so the canary goes on as long again
+    extended: bool = False  # too few connections came, so the canary lasts twice as long
     met: int = 0  # the connections that the canary has had
 
 
@@ -190,7 +190,7 @@ class Fleet:
     candidate: Candidate | None = None  # the new settings, until they are applied or discarded
     dry_run: bool = False  # the reload under way is a dry run: its generation gets no clients
     canary_wanted: Canary | None = None  # that the queued reload was requested with
-    rollout: Rollout | None = None  # how the reload under way goes on
+    rollout: Rollout | None = None  # of the reload under way
     #: The release of the deploy under way, until its verdict; "": the one that `current` names.
     release: str = ""
 
@@ -257,7 +257,7 @@ class Fleet:
 
     @property
     def newest_policy(self) -> Policy:
-        """The policy of the generation that starts or settles; otherwise the one in force."""
+        """The policy of the generation that starts or settles; otherwise the policy in force."""
         incoming = self.incoming
         return self.policy_of(incoming.fresh) if incoming else self.policy
 
@@ -330,13 +330,13 @@ class Fleet:
         return stops and self.policy.queues
 
     def with_generation(self, changed: Generation) -> Fleet:
-        """Return the fleet with a changed generation in place of the one with its number."""
+        """Return the fleet with this generation in place of its earlier state."""
         number = changed.number
         generations = tuple(changed if g.number == number else g for g in self.generations)
         return replace(self, generations=generations)
 
     def with_worker(self, changed: Worker) -> Fleet:
-        """Return the fleet with a changed worker in place of the one with its number."""
+        """Return the fleet with this worker in place of its earlier state."""
         found = self.find(changed.number)
         return self.with_generation(found[0].replaced(changed.number, changed)) if found else self
 

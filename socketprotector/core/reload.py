@@ -49,7 +49,7 @@ def reload_requested(step: Step, canary: Canary | None, release: str = "") -> No
         step.do(Report(ReportKind.REFUSED, reason=f"cannot deploy {release}: {IN_PROGRESS}"))
     else:
         # Queued even during a reload, so that the newest release wins without another HUP.
-        # A later request without a share does not give all clients to what was to get a share.
+        # A later request without a share does not turn a queued canary into a plain reload.
         wanted = canary or step.fleet.canary_wanted
         step.fleet = replace(step.fleet, reload_wanted=True, canary_wanted=wanted)
         if release:
@@ -261,7 +261,7 @@ def _is_complete(fleet: Fleet, starting: Generation) -> bool:
 
 
 def is_probed(fleet: Fleet, starting: Generation) -> bool:
-    """Return whether a starting generation is to be probed now: all of its workers run."""
+    """Return whether a starting generation must be probed now: all of its workers run."""
     return fleet.policy_of(starting.fresh).probes and _is_complete(fleet, starting)
 
 
@@ -325,7 +325,7 @@ def _all_ready(step: Step, number: int, *, standby_s: float = 0.0) -> None:
 
 
 def settled(step: Step, number: int, met: int) -> None:
-    """Go on with a generation that has settled, or pass its dry run.
+    """Continue with a generation that has settled, or pass its dry run.
 
     met: how many connections it has had.
     """

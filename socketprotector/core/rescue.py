@@ -68,7 +68,7 @@ def serve_held(step: Step) -> None:
 def _serve_held_before_stop(step: Step) -> None:
     """Open the last good command, after a pause if it has failed; --stop-timeout limits the tries.
 
-    Without clients that wait, no such event comes, and the stop goes on.
+    Without clients that wait, no such event comes, and the stop continues.
     """
     pause_s = backoff_s(step.fleet.failed_starts)
     if renew(step):

@@ -1,9 +1,9 @@
 """Rollouts: a new generation gets its clients, or its workers, in stages.
 
 Pure.  A canary (`reload --canary 5% --for 60s`) has a share of the new clients first.  Under
---reload-order rolling the workers are replaced a few at a time, and the share is that of the
-workers that are ready.  In both cases the new generation is settling: the previous generation can
-take the clients back.  No list of steps is stored.  The stage follows from the fleet:
+--reload-order rolling the workers are replaced a few at a time, and the share of the new clients
+follows the ready workers.  In both cases the new generation is settling: the previous one can take
+the clients back.  No list of steps is stored.  The stage follows from the fleet:
 
 * canary, share below WHOLE: until its SETTLE timer runs out
 * canary, share WHOLE: all clients for --settle, by the same timer
@@ -30,7 +30,7 @@ NO_LIBRARY = (
 
 
 def no_canary_under(policy: Policy) -> str | None:
-    """Return why the reload order has no place for a canary; None: it has."""
+    """Return why a canary is impossible under the reload order; None: it is possible."""
     order = policy.reload_order
     return (
         None
@@ -70,9 +70,9 @@ def begin(step: Step, number: int, standby_s: float) -> bool:
 
 
 def stage_over(step: Step, number: int, met: int) -> str:
-    """Go on with a settling generation whose timer has run out; return why it fails, or "".
+    """Continue with a settling generation whose timer has run out; return why it fails, or "".
 
-    met: its connections so far.
+    met: how many connections it has had.
     """
     rollout = step.fleet.rollout
     canary = rollout.canary if rollout and rollout.share < WHOLE else None
@@ -88,14 +88,14 @@ def stage_over(step: Step, number: int, met: int) -> str:
 
 
 def next_stage(step: Step, number: int, met: int, *, now: bool = False) -> None:
-    """Begin the next stage of a settling generation.  now: the last one, if it is a canary."""
+    """Begin the next stage of a settling generation.  now: the last stage of a canary."""
     fleet, generation = step.fleet, step.fleet[number]
     rollout = fleet.rollout
     step.cancel(TimerKind.SETTLE, number)
     if rollout is None:
         step.promote(number)
     elif not rollout.canary:
-        pass  # rolling: workers.reconcile() goes on, and advance() ends it
+        pass  # rolling: workers.reconcile() continues it, and advance() ends it
     elif rollout.share >= WHOLE:
         step.promote(number, _had(rollout))
     else:
@@ -138,7 +138,7 @@ def advance(step: Step) -> None:
 
 
 def _share_of_ready(new: Generation, old: Generation) -> int:
-    """Return the share of the new workers that are ready, but neither none nor all."""
+    """Return the new generation's part of all ready workers: above 0, and below WHOLE."""
     ready, others = new.ready_workers, old.ready_workers
     share = WHOLE * ready // (ready + others) if ready else 0
     return min(max(share, 1), WHOLE - 1)

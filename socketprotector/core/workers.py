@@ -213,13 +213,13 @@ def _fill(step: Step, most: int) -> int:
 
 
 def _resize(step: Step, most: int) -> int:
-    """Grow or shrink what serves, and during a rollout what settles; return the workers changed."""
+    """Grow or shrink the serving and, in a rollout, the settling generation; return how much."""
     fleet = step.fleet
     serving, settling = fleet.of(Phase.SERVING), fleet.of(Phase.SETTLING)
     if fleet.stopping or (settling and fleet.rollout is None):
-        return 0  # until --settle is over, either generation may be the one to grow
+        return 0  # until --settle is over, it is open which generation grows
     changed = 0
-    for generation in filter(None, (serving, settling)):  # the one that shrinks makes room
+    for generation in filter(None, (serving, settling)):  # the old one makes room
         if not _is_as_it_was(step, generation):
             changed += _resize_one(step, generation, most - changed)
     return changed

@@ -1,7 +1,7 @@
 """The names that other distributions may import: socketprotector-exporter imports only these.
 
-They find control sockets, query them and read the answers.  Others help a program beside the
-protector with its own messages, files and exit statuses.  Standard library only.
+Some names find control sockets, query them and read the answers.  Other names help a program with
+its own messages, files and exit statuses.  Standard library only.
 Change or remove a name here only together with the exporter.
 """
 

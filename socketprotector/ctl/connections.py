@@ -68,8 +68,8 @@ def look(
 
     workers: as `connections` of docs/control.md returns them.  listeners: their canonical
     addresses.  now: the time since the epoch.  draining: generations that get no clients any
-    more.  Without its exact time, a connection of theirs is at least as old as the drain; any
-    other is at most as old as its worker.
+    more.  There a connection of unknown age is older than the drain; elsewhere it is younger than
+    its worker.
     """
     addresses = tuple(listeners)
     found: list[Connection] = []

@@ -118,9 +118,9 @@ def waits_of(status: Status) -> list[Wait]:
     ]
 
 
-#: Kinds of waits that the text of a rollout tells, too.
+#: Kinds of waits that the text of a rollout includes.
 _OF_ROLLOUTS = ("canary", "rolling", "settle")
-#: How many of the workers that a rolling reload waits for have their names in its text.
+#: How many awaited workers the text of a rolling reload names.
 _NAMED = 3
 
 
@@ -198,9 +198,9 @@ def _awaited(worker: Status) -> str:
 
 
 def other_waits_of(status: Status) -> list[Wait]:
-    """Return the waits of a protector that the text of its rollout does not tell."""
-    told = _OF_ROLLOUTS if rollout_text(status) else ()
-    return [each for each in waits_of(status) if each.kind not in told]
+    """Return the waits of a protector that the text of its rollout does not include."""
+    included = _OF_ROLLOUTS if rollout_text(status) else ()
+    return [each for each in waits_of(status) if each.kind not in included]
 
 
 def failing(generation: Status) -> str:

@@ -16,7 +16,7 @@ from .errors import NoProtector, RequestRefused
 
 #: A protector that takes longer is shown as silent.
 SURVEY_S = 0.8
-#: Most bytes of all incomplete answers; above it, the longest is taken as not SocketProtector's.
+#: The limit of all incomplete answers together; above it, the longest is not SocketProtector's.
 #: The status of an instance with 1,000 workers has 300 KB.
 _MOST_BYTES = 4 * 1024 * 1024
 
@@ -27,7 +27,7 @@ class SocketAnswer:
 
     path: str
     result: Message | None = None
-    pid: int = 0  # SO_PEERCRED's; 0 where no process listens
+    pid: int = 0  # by SO_PEERCRED; 0 where no process listens
     why: str = ""  # the code of a NoProtector (dead, silent, no protector) or of a refusal
 
     @property
@@ -78,7 +78,7 @@ def _answer_of(client: Client) -> SocketAnswer | None:
 
 
 def _longest_of_too_much(selector: selectors.BaseSelector) -> Client | None:
-    """Return the client with the longest incomplete answer, if their sum is too long."""
+    """Return the client with the longest incomplete answer, if all are too long together."""
     clients: list[Client] = [key.data for key in selector.get_map().values()]
     if sum(each.unread_bytes for each in clients) <= _MOST_BYTES:
         return None

@@ -1,7 +1,7 @@
 """reload, upgrade, stop: commands that take a while, and end in a verdict.
 
 Each sends its request at once and then waits, so that the exit status is the outcome.
-Only a success that the protector reports counts as one.
+Only the protector's own report counts as a success.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def follow(
             serves_still = not left.stopping
     after_all = _count_losses(operation)
     if not found.taken:
-        _given_up(operation, found, failed)
+        _raise_failed(operation, found, failed)
     if dry_run:
         still = serves_still and old is not None
         words = f"generation {found.generation} became ready and was stopped"
@@ -167,7 +167,7 @@ def follow(
 
 
 def _first_programs(status: Message, generation: int) -> str:
-    """Return how a generation's first programs do, if each connection gets a program; or ""."""
+    """Return how a generation's first programs ended; "" unless each connection gets a program."""
     mode = MODES.get(text_in(status, "handoff"))
     if mode is None or not mode.pooled:
         return ""
@@ -222,7 +222,7 @@ def _canary(share: str | None, for_s: float | None, at_least: int | None) -> dic
 
 
 def _how(dry_run: bool, canary: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the arguments of a reload; an older protector takes none, and refuses new ones."""
+    """Return the arguments of a reload; an older protector takes none, and refuses any."""
     if canary is not None:
         return {"canary": canary}
     return {"dry_run": True} if dry_run else {}
@@ -250,7 +250,7 @@ def _judged(operation: Operation, watched: Reload) -> Verdict:
 
 @contextmanager
 def _unless_it_ended(meant: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Ignore that the protector has ended, if `meant()`: its generations have ended, too."""
+    """Ignore the end of the protector if `meant()`: its generations have ended with it."""
     try:
         yield
     except NoProtector as error:
@@ -295,7 +295,7 @@ class _Tried(_Older):
         return f"generation {self._generation} to end" if self._generation in there else ""
 
 
-def _given_up(operation: Operation, found: Verdict, what: str) -> None:
+def _raise_failed(operation: Operation, found: Verdict, what: str) -> None:
     """Raise an error with the reason, and the last words of the worker that failed."""
     last_words = found.last_words or _last_words(operation.client, found.generation)
     operation.outcome["reason"] = found.reason or None
@@ -392,7 +392,7 @@ def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: b
     """Stop: serve the connected clients, let the workers finish, exit."""
     with begin(instance, timeout, as_json) as operation, ExitStack() as opened:
         before = operation.client.query("status")
-        # The protector's process and its guard's, so that "stopped" means that they are gone.
+        # The processes of the protector and its guard: "stopped" means that both are gone.
         pidfds = []
         for each in {number_in(before, "pid"), number_in(before, "main_pid")}:
             try:

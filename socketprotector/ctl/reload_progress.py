@@ -29,7 +29,7 @@ OF_RELOAD = (
     *("upgrade", "configuration", "start", "canary", "settle", "rolling", "back-off", "room"),
     "earlier-reload",
 )
-#: Kinds of waits whose reasons count, so that they change all the time.
+#: Kinds of waits whose reasons contain counts, so that they change all the time.
 _COUNTING = ("canary", "rolling")
 OF_STOP = ("stop",)
 #: How often to repeat an unchanged reason, with the time left; how soon to show a changed reason
@@ -105,7 +105,7 @@ class _Generation:
 
 
 class Awaited:
-    """What a command waits for.  Events report it at once; status reports all of it, later."""
+    """The outcome that a command waits for.  Events report it at once; status, later."""
 
     #: Events after which the status is requested at once.
     heeded: tuple[str, ...] = ()
@@ -170,7 +170,7 @@ class Reload(Awaited):
             tell("an earlier reload is still in progress")
 
     def heard(self, event: Message) -> None:
-        """Process an event; of those of earlier generations only the stop counts."""
+        """Process an event; those of earlier generations do not decide the verdict."""
         super().heard(event)
         name, number = event.get("event"), number_in(event, "generation")
         if name == "route" and number_in(event, "sharing") >= self.generation:
@@ -221,7 +221,7 @@ class Reload(Awaited):
                     self._switched(number)
                 else:
                     self._shared(number)
-        # Once this reload is in progress, the wait of an `earlier-reload` belongs to another.
+        # Once this reload is in progress, the wait of an `earlier-reload` is for another reload.
         kinds = [each for each in OF_RELOAD if self._now is None or each != "earlier-reload"]
         self.waits.looked(status, kinds)
         # "waiting": under stop-first no generation has the route until the old one has quiesced.

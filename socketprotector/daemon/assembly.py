@@ -233,7 +233,7 @@ class Resident:
         self.start_report.watch(runtime.loop, lambda: runtime.post(StopRequested(quick=True)))
 
     def fail(self, reason: str) -> None:
-        """Release the listeners after a failure that no program can resume; note the reason."""
+        """Release the listeners after a failure from which no program can resume."""
         self.start_report.failure = self.start_report.failure or reason
         self._close_listeners()
 
@@ -244,7 +244,7 @@ class Resident:
             # Remove the settings first: without them the next program makes a fresh start with the
             # stored descriptors.
             store.forget(inherited.SETTINGS)
-            # systemd may not drop its copy in time, but that is the same file, now empty.
+            # systemd may drop its copy late, but the copy is of the same file, now empty.
             os.ftruncate(self.own[inherited.SETTINGS], 0)
         # The relay exits after its last writer, and a copy in the fd store would count as a writer.
         for name in self.output.descriptors():

@@ -1,9 +1,9 @@
 """The addresses at which check commands (--ready check:, --settle-check) reach their generation.
 
-Each generation has a loopback address while it is checked, so a command can use any client.  The
-generation gets these connections through its channel.  Under --handoff listener a helper process
-(programs/prober.py) forwards them over our connections: only these carry the mark that selects a
-generation.
+Each generation has a loopback address while it is checked, so a command can use any client program.
+Connections to that address reach the generation through its channel.  Under --handoff listener a
+helper process (programs/prober.py) forwards them over our own connections, because only these carry
+the mark that selects a generation.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class CheckProbes:
     def judge(self, generation: OpenGeneration, why: str) -> str:
         """Return why a command's answer is bad; "": it is good.
 
-        why: the command's own reason.  If it may have reached another generation, the next command
-        gets another address.
+        why: the command's own reason.  If the command may have reached another generation, the next
+        command gets another address.
         """
         number = generation.record.number
         target, _ = self._open.get(number, (None, None))

@@ -32,8 +32,8 @@ class ConfigAnswer:
     failure: str = ""  # for people, line by line; "": success
     settings: Settings | None = None
     listeners: dict[int, int] = field(default_factory=dict)  # listener index -> descriptor
-    siblings: dict[int, int] = field(default_factory=dict)  # second sockets, likewise
-    reserved: dict[int, int] = field(default_factory=dict)  # third sockets, for a hold, likewise
+    siblings: dict[int, int] = field(default_factory=dict)  # second sockets, by listener index
+    reserved: dict[int, int] = field(default_factory=dict)  # third sockets, by listener index
     changes: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()  # the changes that a reload would refuse
 

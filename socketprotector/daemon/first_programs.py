@@ -30,7 +30,7 @@ class FirstPrograms:
 
     runtime: Runtime
     output: Output
-    #: Replaces the history by a function's result for it.
+    #: Called with a function that returns a changed history.
     remember: Callable[[Callable[[History], History]], None]
 
     def said(self, worker: Worker, text: str) -> None:

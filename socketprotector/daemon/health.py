@@ -40,7 +40,7 @@ class Health:
     ) -> None:
         """settings: returns the settings in force.
 
-        remember: takes a function from the old history to the new one, and applies it.
+        remember: called with a function that returns a changed history.
         """
         self._loop, self._log = runtime.loop, runtime.log
         self._persist, self._remember = runtime.persist, remember

@@ -68,7 +68,7 @@ class LiveSettings:
         reader.read(replace(self.settings, release_wanted=release), done)
 
     def compare(self, done: Callable[[config_reader.ConfigAnswer], None]) -> bool:
-        """Find out what a reload would change, and call back; return False if that runs already."""
+        """Find out what a reload would change, and call back; False: a comparison runs."""
         comparer = self._reader("comparer")
         if comparer.busy:
             return False
@@ -123,7 +123,7 @@ class LiveSettings:
     def adopt(self, snapshot: Snapshot) -> None:
         """Resume with the candidate settings, if the fleet still tries or uses them.
 
-        If they were ordered into force, core repeats that order.
+        If core has ordered their use, it repeats that order.
         """
         self.record = SettingsRecord(self.settings, snapshot.settings.candidate)
         if snapshot.fleet.candidate is None and UseSettings() not in snapshot.unfinished:
@@ -193,7 +193,7 @@ class LiveSettings:
     ) -> str | None:
         """Return why new settings' canary or rolling reload is impossible; None: it is possible.
 
-        canary: that of the request, which was accepted under the present settings.
+        canary: whether the request has a canary, which was accepted under the present settings.
         """
         policy = new.policy
         cannot = no_canary_under(policy) if canary else None

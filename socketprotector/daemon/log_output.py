@@ -1,8 +1,8 @@
 """Directs the workers' output, and obtains a failed worker's last words.
 
-Workers write to a terminal, to /dev/null and to the file of `-f 2>FILE` directly.  To any other log
-(--log-file, syslog, the journal, a pipe), and if lines get a prefix, each worker writes through its
-own pipe, which a relay process reads (log_relay.py).  So running workers need not reopen a rotated
+Workers write to a terminal, to /dev/null and to the file of `-f 2>FILE` directly.  For any other
+log, and if lines get a prefix, each worker has its own pipe.  A relay process reads these pipes and
+writes the log (log_relay.py).  So running workers need not reopen a rotated
 log, and each line belongs to a known worker.
 """
 
@@ -30,7 +30,7 @@ _LAST_BYTES = 4096
 _WRITE = f"{inherited.RELAY}write"
 #: How an operator gets a worker's output into the log.
 _KEPT = "--log-prefix shows it here"
-_NOT_RELAYED = "the log relay, which is off, shows it here"
+_NOT_RELAYED = "without --no-log-relay it is shown here"
 #: The pipe's mode: a worker of another user may open /dev/stdout again.  No other process can
 #: reach the pipe.
 _REOPENED = 0o622
@@ -58,9 +58,9 @@ class Output:
         self._relay: relay_client.LogRelay | None = None
 
     def begin(self, unclaimed: Inherited, runtime: Runtime) -> None:
-        """Start the relay if one is needed, or adopt an earlier program's.  Raises OSError.
+        """Start the relay if one is needed, or adopt the relay of an earlier program.
 
-        Takes ownership of the relay's descriptors.
+        Takes ownership of the relay's descriptors.  Raises OSError.
         """
         if not (self._to_syslog or self._relayed):
             return

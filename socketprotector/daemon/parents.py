@@ -20,7 +20,7 @@ from ..system.sd_notify import WATCHDOG, Outbox, Store, Systemd, parse, room_of
 _MESSAGE_BYTES = 4096
 #: How long the guard may take to read that we exit for good.
 _FAREWELL_S = 5.0
-#: The same for the service manager, which may have stopped reading.
+#: How long the service manager may take, which may have stopped reading.
 _MANAGER_S = 1.0
 
 

@@ -7,13 +7,15 @@ The order is fixed:
    one meanwhile finds it exited, and requests its last words again.
 2. The exit status: from waitid(2), or from the guard.  If an earlier program was the worker's
    parent, waitid(2) fails here with ECHILD.
-3. The processes that the worker left: while its process group exists, the kernel does not reuse its
+3. Whether the kernel killed it, because memory ran out.
+4. The processes that the worker left: while its process group exists, the kernel does not reuse its
    pid.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -21,9 +23,11 @@ from functools import partial
 from ..core.events import WorkerExited
 from ..model import known_servers
 from ..model.history import Crash, History
-from ..model.lazy_dataclass import KW_ONLY, mutable
+from ..model.lazy_dataclass import KW_ONLY, mutable, replace
 from ..model.records import WorkerRecord
-from ..model.text import LAST_WORDS, escape
+from ..model.text import LAST_WORDS, ended, escape
+from ..system import memory_group
+from ..system.memory_group import OutOfMemory
 from ..system.orphans import Orphans
 from ..system.process import End, Process
 from ..system.process_groups import Groups
@@ -33,6 +37,8 @@ from .log_output import Output
 from .runtime import Runtime
 from .worker_spawn import Worker
 
+#: The end of a worker that the kernel, or another process, has killed.
+KILLED = ended(False, signal.SIGKILL)
 #: How soon to reap again an exited worker that a tracer holds.
 _REAP_AGAIN_S = 0.1
 #: How long the guard may take to report how a worker exited.
@@ -51,8 +57,10 @@ class PostMortem:
     orphans: Orphans
     #: Called when more is known about an exited worker.
     ended: Callable[[int], None]
-    #: Takes a function from the old history to the new one, and applies it.
+    #: Called with a function that returns a changed history.
     remember: Callable[[Callable[[History], History]], None]
+    #: The kernel's counts, as far as they have explained earlier exits.
+    out_of_memory: OutOfMemory
 
     def end_of(self, worker: Worker, *, guarded: bool) -> End | None:
         """Reap an exited worker; None: its end is not known yet, and `ended` will be called.
@@ -111,6 +119,8 @@ class PostMortem:
         spoken_with: whether a worker has ever sent READY=1, so that the command is able to.
         """
         record, number = worker.record, worker.record.number
+        if end.how == KILLED and not record.killed:
+            end = replace(end, how=self._why_killed())
         lost = worker.generation.take_counts(record.slot)
         orphans = self.keep_group(record, worker.process, worker.generation)
         worker.close()
@@ -138,6 +148,22 @@ class PostMortem:
             reason = self._why(worker, end.how, last_words, detached, spoken_with=spoken_with)
         waiting = self.delivery.waiting(worker.generation, clients_only=True) or 0
         return WorkerExited(number, reason, served_s, waiting, detached, orphans)
+
+    def _why_killed(self) -> str:
+        """Return how a worker ended that got SIGKILL, but not from us, with the cause.
+
+        Each kill that the kernel has counted explains the end of one worker.
+        """
+        now, before = memory_group.counts(), self.out_of_memory
+        if now.kills <= before.kills:
+            return KILLED
+        more = now.kills > before.kills + 1  # we do not know yet of another end
+        at_limit = before.at_limit if more else now.at_limit
+        self.out_of_memory = OutOfMemory(before.kills + 1, at_limit)
+        limit = memory_group.limit() if now.at_limit > before.at_limit else None
+        if limit is None:
+            return f"{KILLED}: out of memory (not by a limit of the service)"
+        return f"{KILLED}: out of memory (the service's limit of {limit >> 20}M)"
 
     def _why(
         self, worker: Worker, how: str, last_words: str, detached: bool, *, spoken_with: bool

@@ -54,8 +54,8 @@ class Probe:
     ) -> None:
         """as_client: probe the serving generation, with a new target for each probe.
 
-        addresses: the addresses at which commands reach a generation; None: the target's.  reads:
-        returns the stdin of a command, by generation number.
+        addresses: the addresses at which commands reach a generation; None: commands use the
+        target.  reads: returns the stdin of a command, by generation number.
         """
         self._loop, self._reach, self._as_client = loop, reach, as_client
         self._addresses, self._reads = addresses, reads
@@ -218,7 +218,7 @@ class Probe:
         target, connection = self._target, self._connection
         assert target is not None
         assert connection is not None
-        # While the backlog is full, the kernel has not even connected it: it waits, too.
+        # While the backlog is full, the kernel has not connected our socket: this is waiting, too.
         return not events_of(connection, select.POLLOUT) or target.waits(connection)
 
     def _still_waits(self) -> bool:
@@ -269,8 +269,8 @@ class Probe:
             self._finish(verdicts.MOVED, SHUT_DOWN)
         elif failed and not (was_reset and self._was_reset):
             # A reset has two causes: a server accepted and reset the connection, or the listening
-            # socket was shut down.  We repair such a socket, so that is not the cause twice in a
-            # row.
+            # socket was shut down.  We repair such a socket, so two resets in a row come from a
+            # server.
             self._finish(verdicts.REFUSED, self._cannot_connect(failed))
         elif failed or not waits:
             self._finish(verdicts.GOOD)

@@ -64,7 +64,7 @@ class Prober:
         limit_s: float,
         left_s: float,
     ) -> None:
-        """Send a probe over a connection, which stays the caller's and may not be established yet.
+        """Send a probe over a connection, which the caller keeps.  It may not be established yet.
 
         limit_s: how long a good answer may take.  left_s: what is left of that time.  Answers to
         earlier probes are ignored from now on.  Raises OSError.
@@ -82,7 +82,7 @@ class Prober:
             self._process = None
 
     def kill(self) -> None:
-        """Kill an prober that does not answer; `ended` is called as usual."""
+        """Kill a prober that does not answer; `ended` is called as usual."""
         if self._process is not None:
             self._process.process.kill_group()
 

@@ -48,8 +48,8 @@ _READS_S = 0.5
 #: The first and the longest wait before another relay is started.
 _RESTART_S = 0.1
 _LONGEST_S = 10.0
-#: How soon to repeat a message after the relay's line was full, and to check a pipe again that
-#: still has unread output.
+#: How soon to repeat a message after the relay's line was full, and to check again a pipe with
+#: unread output.
 _AGAIN_S = 0.1
 #: How soon to repeat a message after the relay lacked a free descriptor for it.
 _ROOM_S = 1.0
@@ -73,7 +73,7 @@ class WorkerPipe:
     pid: int
 
     def name(self, number: int) -> str:
-        """Return the name by which the next program finds the descriptor; number: the worker's."""
+        """Return the name by which the next program finds the descriptor; number: of the worker."""
         return f"{inherited.OUTPUT}{number}.{self.generation}.{self.pid}"
 
 
@@ -432,7 +432,7 @@ class LogRelay:
         done(said)
 
     def _finish_without_words(self, number: int) -> None:
-        """Call back all callers that wait for a worker's last words, with none."""
+        """Call back all callers that wait for a worker's last words, with empty words."""
         while number in self._word_requests:
             self._on_words(number, b"")
 

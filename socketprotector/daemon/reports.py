@@ -45,7 +45,7 @@ _TO_END_S = 5.0
 class Reports:
     """The reports to the log, the history, systemd and the launching process.
 
-    Besides a Report they know only the history and the policy.
+    They are made from a Report, the history and the policy.
     """
 
     def __init__(

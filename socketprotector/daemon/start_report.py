@@ -25,8 +25,8 @@ class StartReport:
     def __init__(self, line: int | None, terminal: int | None, pid: int) -> None:
         """Take ownership of the descriptors.
 
-        line: to the launching process; None: that does not wait.  pid: the process for whose exit
-        the launching process waits.
+        line: to the launching process; None: no process waits.  pid: the process for whose exit the
+        launching process waits.
         """
         self._pid = pid
         self._socket = socket.socket(fileno=line) if line is not None else None
@@ -72,7 +72,7 @@ class StartReport:
         The line stays open until this process exits: the launching process waits for that.
         """
         self._send(
-            failed=self.failure or "it was stopped before anything served",
+            failed=self.failure or "it was stopped before a generation was serving",
             status=status or Refusal.status,
         )
         if self._terminal is not None and self.failure:

@@ -48,7 +48,7 @@ _YIELD_AFTER_S = 0.005
 _FIRST_REAP_S = 0.01
 _LAST_REAP_S = 1.0
 #: Actions that must not be repeated, so the state records them at once.  A repetition would make a
-#: second generation or worker, or a verdict that looks like another reload's.
+#: second generation or worker, or a verdict that looks like that of another reload.
 _WRITTEN_AT_ONCE = (
     *(Open, Spawn),
     *(ReportKind.RELOADED, ReportKind.RECOVERED, ReportKind.RELOAD_FAILED),

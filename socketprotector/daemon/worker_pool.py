@@ -21,7 +21,7 @@ from ..model.history import History
 from ..model.lazy_dataclass import replace
 from ..model.records import WorkerRecord
 from ..model.settings import Settings
-from ..system import check_command, procfs, sock_diag
+from ..system import check_command, memory_group, procfs, sock_diag
 from ..system.orphans import Orphans
 from ..system.process import End
 from ..system.process_groups import Groups
@@ -53,7 +53,7 @@ class WorkerPool:
         delivery: Delivery,
         probes: CheckProbes,
     ) -> None:
-        """remember: takes a function from the old history to the new one, and applies it."""
+        """remember: called with a function that returns a changed history."""
         self._probes, self._output, self._delivery = probes, output, delivery
         self._runtime, self._remember = runtime, remember
         loop, log, post = runtime.loop, runtime.log, runtime.post
@@ -64,7 +64,7 @@ class WorkerPool:
         self._by_pid: dict[int, int] = {}
         #: All descriptors of workers and their output that the next program needs.
         self.descriptors = output.named
-        #: Whether a guard tells us how those workers exited that are not our children.
+        #: Whether a guard reports how workers exited that are not our children.
         self.guarded = settings.guarded
         #: Whether any worker has become ready by a message, a probe or a check, not by a timer.
         self.spoken_with = False
@@ -72,12 +72,10 @@ class WorkerPool:
         kill_timeout_s, identity = settings.policy.kill_timeout_s, settings.worker_identity
         self.orphans = Orphans(loop, log, kill_timeout_s, identity, self.groups.has)
         self._spawner = WorkerSpawner(settings, loop, log, output, delivery)
+        self._out_of_memory = memory_group.counts()  # before any worker of ours
+        first = FirstPrograms(runtime, output, remember)
         self._messages = WorkerMessages(
-            runtime,
-            self._workers,
-            FirstPrograms(runtime, output, remember),
-            note=self._note,
-            ready=self._is_ready,
+            runtime, self._workers, first, note=self._note, ready=self._is_ready
         )
         self.limits: worker_recycling.LimitWatch | None = None
         self.apply_settings(settings)
@@ -93,6 +91,7 @@ class WorkerPool:
             orphans=self.orphans,
             ended=self._ended,
             remember=self._remember,
+            out_of_memory=self._out_of_memory,
         )
 
     def apply_settings(self, settings: Settings) -> None:
@@ -256,7 +255,7 @@ class WorkerPool:
         return (*self._records.values(), *self.groups.records())
 
     def expect(self, record: WorkerRecord, descriptors: Mapping[str, int]) -> None:
-        """Record a worker in the state before we adopt it, because a kill may interrupt that."""
+        """Record a worker in the state before we adopt it, because a kill may interrupt adopt()."""
         self._records[record.number] = record
         for name, fd in named(record.number, descriptors).items():
             self.descriptors[name] = fd
@@ -309,7 +308,7 @@ class WorkerPool:
     # -- readiness and exits -------------------------------------------------
 
     def _share_output(self, worker: Worker) -> None:
-        """Note that workers share the log file: its end cannot be taken for one's last words."""
+        """Note that workers share the log file, so its end is not the last words of one worker."""
         for each in reversed(self._workers.values()):
             if each.record.output_start < 0:
                 break  # all earlier workers have the note, too

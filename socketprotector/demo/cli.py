@@ -46,13 +46,12 @@ Now yours, say: SocketProtector -f --handoff listener --ready notify 8000 \\
     # No docstring: `python -OO` has none.
     help="""Show in 20 seconds what SocketProtector does.
 
-    A small server runs behind it, and clients connect all the time, while a new release is
-    deployed, then a broken one, a worker is killed, and SocketProtector itself.  All connections
-    that fail are counted.
+    A small server runs behind it, and clients connect all the time.  The demo deploys a release,
+    then a broken one; it kills a worker, then SocketProtector.  It counts failed connections.
 
-    It needs neither root nor a free port that is known before, and leaves nothing behind.
+    The demo needs no root and chooses its ports, and leaves nothing behind.
 
-    Exit status: 0: no connection failed; 1: some have, or it did not do what it promises; 111:
+    Exit status: 0: no connection failed; 1: some failed, or a step had another result; 111:
     this machine lacks something, and the message says what; 130: interrupted.
     """,
 )

@@ -112,7 +112,7 @@ def _can_remove_from(place: str, settings: Settings) -> bool:
     try:
         found = os.stat(place)
     except OSError:
-        return False  # root makes this place, so it will be root's
+        return False  # root makes this place, so it will belong to root
     return found.st_uid == settings.identity.uid or bool(found.st_mode & stat.S_ISVTX)
 
 

@@ -232,16 +232,16 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "rolling needs less memory, and needs --drain-timeout. See docs/rollout.md.",
                default="start-first"),
         Option("surge", SURGE, "With --reload-order rolling: add this many workers at most.\n"
-               "P% is of the workers, rounded up.", default="1"),
+               "P%: this part of the workers, rounded up.", default="1"),
         Option("canary", CANARY,
-               "Let each new generation first have this share of the new connections: 5%.\n"
+               "Give each new generation this share of the new connections first: 5%.\n"
                "0.01% to 99.99%. All clients follow after --canary-for. It counts connections, not "
                "requests. See docs/rollout.md.", unset="all"),
         Option("canary-for", TIME_ABOVE_0, "Let the canary have its share for this time.",
                default="60s"),
         Option("canary-at-least", click.IntRange(0, 1_000_000_000),
-               "Want this many connections in the canary.\n"
-               "With fewer the canary lasts as long again. If that is too few too, the reload "
+               "Require this many connections in the canary.\n"
+               "With fewer the canary lasts twice as long. If it still has too few, the reload "
                "fails.", default=0),
         Option("settle", TIME, "Keep the old generation on standby this long after the switch.\n"
                "If the new one fails within this time, the old one serves again. Not with "
@@ -288,7 +288,8 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "ps shows arguments: put secrets into --env-file.", multiple=True),
         Option("env-file", TEXT, "Read NAME=VALUE lines from this file, again at each reload.",
                "env_file", "changes, and is read again", metavar="FILE"),
-        Option("clear-env", FLAG, "Pass on none of the caller's variables; PATH is systemd's."),
+        Option("clear-env", FLAG,
+               "Pass on none of the caller's variables; PATH is systemd's default."),
         Option("keep-env", NAMES, "Pass on only these variables of the caller's environment.\n"
                "See docs/security.md.", "keep_env", unset="all",
                show=lambda names: "all" if names is None else NAMES.show(names)),

@@ -73,7 +73,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
     def acquire(self, timeout: float | None = None) -> None:
         """Write our pid.
 
-        timeout: lockfile's, ignored: a living daemon keeps its lock however long we wait.
+        timeout: for lockfile, ignored here: a living daemon keeps its lock however long we wait.
         Raises AlreadyRunning if a living protector holds the file, UsageError if it is no pid
         file, SystemRefused if it cannot be made.
         """

@@ -64,7 +64,7 @@ def _advice(pid: int | None) -> str:
     """Return which process has an address, and what to do."""
     if pid and protector and _is_of_protector(pid):
         which = "SocketProtector" if pid == protector else f"its process {pid}"
-        return f"{which} has it: reload without it, and with it after the old workers have exited"
+        return f"{which} has it: leave it out, and add it when the old workers have exited"
     return f"{_called(pid)} has it: stop that program, or choose another address"
 
 

@@ -44,7 +44,7 @@ def working_directory() -> str:
         return os.getcwd()
     except OSError as error:
         raise SystemRefused(
-            f"the current directory is gone ({error.strerror}); cd to one that exists"
+            f"the current directory is gone ({error.strerror}); cd to an existing directory"
         ) from error
 
 

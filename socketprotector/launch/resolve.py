@@ -137,7 +137,7 @@ class OptionResolver:
         return self.file.about(*where) if self.file is not None and there else nullcontext()
 
     def _path(self, name: str) -> str | None:
-        """Return a path, resolved from the caller's directory or the file's."""
+        """Return a path, resolved from the directory of the caller or of the file."""
         value: str | None = self._given[name]
         folder = self.file.folder if self.file and self._from_file(name) else self.directory
         return release_choice.absolute(folder, value) if value else None
@@ -154,7 +154,7 @@ class OptionResolver:
         return found
 
     def _command(self) -> tuple[str, ...]:
-        """Resolve a relative command from the caller's directory, or the file's."""
+        """Resolve a relative command from the directory of the caller, or of the file."""
         words, folder = tuple(self._behind), self.directory
         if not words and self.file is not None:
             words, folder = self.file.command, self.file.folder

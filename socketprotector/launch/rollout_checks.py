@@ -61,7 +61,7 @@ def _rolling(settings: Settings) -> Iterator[str]:
     if settings.policy.workers_accept and name and not server_hints.uses_library(settings):
         yield (
             f"{_ROLLING} with --handoff listener needs workers on the client library, which {name} "
-            "is not; use start-first"
+            "does not use; choose start-first"
         )
 
 
@@ -88,7 +88,7 @@ def _cannot_share(listen: Listen) -> str:
 
 
 def check_siblings(settings: Settings, siblings: Collection[int]) -> None:
-    """Refuse a listener that has one socket after all, such as one that was passed in.
+    """Refuse a listener that has one socket after all, such as a passed socket.
 
     siblings: the indexes of the listeners with a second socket.
     """

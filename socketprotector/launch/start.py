@@ -189,7 +189,7 @@ def _context(
 
 
 def _made(settings: Settings, bound: Mapping[str, Bound]) -> dict[str, list[int]]:
-    """Return the files made in folders that may be root's, and how to identify them.
+    """Return the files made in folders that may belong to root, and how to identify them.
 
     The waiting process can remove them; the resident process may have become another user.
     """

@@ -58,8 +58,8 @@ def take(
             why = error.strerror or str(error)
         if why:
             notice(
-                f"{mine[0].text}: bound anew, so clients that came meanwhile were refused: "
-                f"the socket from before does not fit what is asked for ({why})"
+                f"{mine[0].text}: bound again, so clients that came meanwhile were refused: "
+                f"the socket that systemd kept does not fit the settings ({why})"
             )
         _let_go(each)
     return taken
@@ -90,7 +90,7 @@ def store(passed: Passed, bound: Mapping[str, Bound]) -> None:
     same = {name for name, fd in kept.items() if names[fd] == name}
     outbox = Outbox(lambda again: None, address=os.environ.get("NOTIFY_SOCKET", ""))
     there = Store(outbox, passed.stored)
-    for name in there.kept - same:  # all of them before: the next name may be that of another
+    for name in there.kept - same:  # first of all: a new name may be the old name of another
         there.forget(name)
     there.sync(kept)
     outbox.finish(_MANAGER_S)

@@ -1,4 +1,4 @@
-"""Shares of new clients, in ten thousandths: a canary's, and which connections are in it.
+"""Shares of new clients, in ten thousandths, and which connections belong to a share.
 
 Pure.
 """
@@ -29,7 +29,7 @@ class Canary:
 
     @property
     def described(self) -> str:
-        """All of it as text."""
+        """The canary as text."""
         least = f", at least {self.at_least}" if self.at_least else ""
         return f"{self.text} for {in_units(self.for_s)}{least}"
 

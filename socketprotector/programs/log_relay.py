@@ -69,7 +69,7 @@ class Stream:
     """The lines of one writer."""
 
     def __init__(self, fd: int, number: int, prefix: bytes) -> None:
-        """number: the worker's; -1: the shared stream.  prefix: for each line; may be empty."""
+        """number: of the worker; -1: the shared stream.  prefix: for each line; may be empty."""
         self.fd = fd
         self.number = number
         self.prefix = prefix

@@ -105,8 +105,8 @@ class ProbeRequest:
     """One probe, as the protector describes it in JSON.
 
     `address`, `source` and `options` (of the socket) make a connection to the generation; the path
-    of a UNIX socket has port 0.  `kind`, `host` and `path` are the request's; `good` has all good
-    statuses.  Optional: `number`, `limit_s`, and `limit`, which is `limit_s` in words.
+    of a UNIX socket has port 0.  `kind`, `host` and `path` describe the request; `good` has the
+    good statuses.  Optional: `number`, `limit_s`, and `limit`, which is `limit_s` in words.
     """
 
     def __init__(self, text: bytes) -> None:

@@ -121,7 +121,7 @@ class Finder:
     def find_spec(
         name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return the spec of a module that is kept or the package's; None for any other one."""
+        """Return the spec of a kept module, or of a module of this package; None: any other."""
         if name in Finder.stdlib:
             return Finder.stdlib[name]
         if path is None or not name.startswith(f"{_PACKAGE}."):

@@ -7,7 +7,7 @@ The kernel counts members in the order of listen(2) until a member leaves: the l
 takes its position.  A program selects members by position.  sock_diag reports only the order of
 listen(2), which differs once a member other than the last has left.  So SILENT joins last, and
 leaves before another socket could join behind it.  Between plans both orders are the same, or
-SILENT has the position of a socket that is shut down, so that socket's clients get no answer.
+SILENT has the position of a shut-down socket, whose clients then get no answer.
 
 A foreign member, which this module cannot remove, breaks that rule.  No plan can restore the order
 without a shutdown of a socket at which clients may wait.  So the state records both orders then.

@@ -118,7 +118,7 @@ def own_file(path: str, one: socket.socket) -> str:
 def identity_of(path: str, one: socket.socket) -> tuple[int, int]:
     """Return device and inode of a socket's own file.
 
-    Raises OSError if the file is missing, or is another program's.
+    Raises OSError if the file is missing, or belongs to another program.
     """
     found = os.lstat(own_file(path, one))
     try:

@@ -108,6 +108,23 @@ def test_a_generation_that_never_accepted_is_reported_once(world: World) -> None
     assert world.untaken.seconds == pytest.approx(1000 + NEVER_TAKEN_S)
 
 
+def test_a_report_that_ends_the_watch_is_its_last_look(world: World) -> None:
+    """A canary that fails is not watched any more."""
+    report = world.report_untaken
+
+    def end(seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
+        report(seconds, waiting, ever, at)
+        world.untaken.end()
+
+    world.report_untaken = end  # type: ignore[method-assign]
+    come(world, frozenset({A}))
+    world.pass_time(FIRST_LOOK_S + NEVER_TAKEN_S)
+    asked = world.asked
+    world.pass_time(1000.0)
+    assert (len(world.said), world.asked) == (1, asked)
+    assert not world.untaken.runs
+
+
 def test_one_that_has_accepted_is_reported_later_and_in_other_words(world: World) -> None:
     come(world, frozenset({A}))
     world.lines = {0: ()}

@@ -158,7 +158,7 @@ def test_one_that_is_not_unpacked_says_so(typed: Typed, monkeypatch: pytest.Monk
         ),
         (
             [*ROLLING, *LISTENER, "0", "--", sys.executable, "-m", "gunicorn", "app:app"],
-            "needs workers on the client library, which gunicorn is not; use start-first",
+            "needs workers on the client library, which gunicorn does not use; choose start-first",
         ),
         (
             [*ROLLING, *LISTENER, "unix:/run/w", "--", "true"],
@@ -409,7 +409,7 @@ def test_a_current_directory_that_is_gone_is_refused(
 
     ended = typed("127.0.0.1:0", "--", "true")
 
-    refused(ended, 111, "the current directory is gone", "cd to one that exists")
+    refused(ended, 111, "the current directory is gone", "cd to an existing directory")
     assert typed.left() == []
 
 

@@ -184,7 +184,7 @@ def test_an_address_of_this_instance_is_no_reason_to_stop_it(
         failure = read(loop, web.settings).failure
 
         assert "stop that" not in failure
-        advice = "reload without it, and with it after the old workers have exited"
+        advice = "leave it out, and add it when the old workers have exited"
         assert failure.endswith(f"; SocketProtector has it: {advice}")
         with subprocess.Popen((sys.executable, "-c", "input()"), stdin=subprocess.PIPE) as child:
             port_owner.protector = os.getpid()

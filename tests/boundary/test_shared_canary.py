@@ -91,6 +91,14 @@ def test_both_generations_get_clients_until_the_share_is_over(world: CanaryWorld
     assert world.come() == (0, CLIENTS)
 
 
+def test_without_a_route_no_socket_has_a_share(world: CanaryWorld) -> None:
+    """A quick stop may leave the sockets open for the next start, which gets later clients."""
+    world.draw()
+    world.delivery.route_to(None)
+    assert world.come() == (CLIENTS, 0)
+    assert world.shared.steering.canary_seconds is None
+
+
 def test_the_next_program_gets_the_share_with_its_first_order(world: CanaryWorld) -> None:
     world.kills = True
     world.draw()

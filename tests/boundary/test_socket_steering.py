@@ -2696,7 +2696,7 @@ def test_a_mount_is_only_blamed_for_clients_that_come_where_the_path_does_not_le
     world.steering.forget(2)
     come(world, pair.address_of(1)[0])
     world.pass_time(10 * FIRST_RESCUE_S)
-    assert any("mount its folder" in each for each in world.log.hints)
+    assert any("mount the folder" in each for each in world.log.hints)
 
 
 def test_a_hold_at_a_path_is_possible_again_as_soon_as_its_folder_is_there(

@@ -262,7 +262,7 @@ def test_what_cannot_be_undone_is_bound_anew_and_reported(machine: Machine, port
     [after] = machine.restart(f"127.0.0.1:{port}", change=lock)
     assert not after.left
     assert accepts(after.socket, ("127.0.0.1", port))
-    assert f"127.0.0.1:{port}: bound anew" in machine.notices[0]
+    assert f"127.0.0.1:{port}: bound again" in machine.notices[0]
 
 
 def test_an_address_for_each_of_several_devices_is_bound_anew_and_reported(
@@ -274,7 +274,7 @@ def test_an_address_for_each_of_several_devices_is_bound_anew_and_reported(
     assert stored_listeners.take(listens, (), machine.stop(), 16, machine.notices.append) == {}
 
     [said] = machine.notices
-    assert said.startswith(f"127.0.0.1:{port}?device=lo: bound anew, ")
+    assert said.startswith(f"127.0.0.1:{port}?device=lo: bound again, ")
 
 
 def test_both_families_in_one_socket_or_in_two_are_told_apart(machine: Machine, port: int) -> None:

@@ -13,7 +13,7 @@ A block between ``` is, by the words behind these:
     text            what the block before has said: each line, `...` stands for anything
     text terminal   the same of the terminal before, when the page ends
     line, message   a line of the log, a worker's message: a test of its own takes it from here;
-                    so it does with sh ours, conf ours: what replaces another tool's command
+                    so it does with sh ours: what replaces another tool's command
     drawing         nothing that could be run, as mermaid; and report, what a long run has said
     another one     a file, whose first line (the second, behind #!) names it: `# /etc/web.toml`;
                     what /bin/sh is to run it has to understand
@@ -205,7 +205,6 @@ _TAKERS = {
     "line": "tests/boundary/test_crash_loop_summary.py",
     "message": "tests/client/test_notify.py",
     "sh ours": "tests/scenarios/test_moving.py",
-    "conf ours": "tests/scenarios/test_moving.py",
 }
 _PROGRAMS = {
     *("SocketProtector", "socketprotector", "socketprotectorctl", "socketprotector-run"),

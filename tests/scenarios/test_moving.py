@@ -32,8 +32,7 @@ NAMES = (
     *("chaussette", "haproxy", "nginx", "uwsgi"),
     *("handler", "ported-daemon", "worker", "wrapper"),
 )
-#: A command of a shell, or of an Upstart stanza.
-COMMAND = re.compile(r"^(?:exec )?((?:SocketProtector|python) .*)$", re.MULTILINE)
+COMMAND = re.compile(r"^((?:SocketProtector|python) .*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)

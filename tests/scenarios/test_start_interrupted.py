@@ -121,7 +121,8 @@ def test_term_to_the_protector_that_starts_stops_it_and_says_so(start: Start, ga
         start.send(signal.SIGTERM)
         assert process.wait(DEADLINE_S) == 100
         assert process.stderr
-        assert process.stderr.read() == "SocketProtector: it was stopped before anything served\n"
+        said = process.stderr.read()
+        assert said == "SocketProtector: it was stopped before a generation was serving\n"
         assert start.left() == []
 
 

@@ -347,7 +347,7 @@ def test_clients_of_a_mounted_socket_file_are_served_once_more_by_each_reload(
         for _ in range(2):
             mark = len(one.daemon.log.seen)
             one.daemon.reload()
-            assert "mount its folder" in one.daemon.log.wait_for("event=stranded", after=mark)
+            assert "mount the folder" in one.daemon.log.wait_for("event=stranded", after=mark)
             one.daemon.log.wait_for("event=recovered", after=mark)
             served(load)
             assert mounted.stat().st_ino == before

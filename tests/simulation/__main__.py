@@ -15,7 +15,7 @@ from typing import Any
 
 from tests.simulation.each_step import ListenerStory, Story
 from tests.simulation.handed import Handed
-from tests.simulation.rolled import ROLLED
+from tests.simulation.rolled import ROLLED, ROLLED_STORIES
 from tests.simulation.world import World
 
 #: Steps of one life: long enough for a dozen reloads.
@@ -62,6 +62,7 @@ class Told:
         names = ("turns", "kills", "faults", "upgrades", "connections")
         self.seen.update({name: its.get(name, 0) for name in names})
         self.seen.update({f"lost: {why}": n for why, n in its.get("lost", {}).items()})
+        self.seen.update(its.get("stages", {}))
         for verb, where, number in its.get("points", ()):
             self.points[verb, where] += number
             self.reached.add((verb, where))
@@ -80,8 +81,9 @@ class Told:
 
 def tell_stories(arguments: Any) -> int:
     """Have lives go wrong at each step of stories, or at one that is named."""
+    stories = ROLLED_STORIES if arguments.rollouts else STORIES
     if arguments.call:
-        story = STORIES[handoff_of(arguments.seed[0], arguments.handoff)]
+        story = stories[handoff_of(arguments.seed[0], arguments.handoff)]
         struck = arguments.call, arguments.fails_with
         story(arguments.seed[0], print, struck=struck, acts=arguments.acts).live()
         return 0
@@ -93,7 +95,7 @@ def tell_stories(arguments: Any) -> int:
         if (tried and not arguments.seed and over) or told.failed >= FAILURES:
             break
         tried.append(seed)
-        life = STORIES[handoff_of(seed, arguments.handoff)](
+        life = stories[handoff_of(seed, arguments.handoff)](
             seed, heard=told.hear, share=arguments.share
         )
         try:

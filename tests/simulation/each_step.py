@@ -42,6 +42,8 @@ OFTEN = 3
 TWICE, SOON = 3, 200
 #: In one of so many lives each of the first calls of the next program is a kill, too.
 FOLLOWED, RESUMING = 25, 120
+#: How an event begins that says in which stage of a rollout a program ended.
+STRUCK = "killed in "
 #: What fails as long as the folder of a path cannot be written to.
 UNWRITABLE = errno.EACCES
 
@@ -303,6 +305,7 @@ class Story(World):
                 "connections": self.connections,
                 "upgrades": self.upgrades,
                 "lost": self.lost,
+                "stages": {name: n for name, n in self.events.items() if name.startswith(STRUCK)},
                 "points": [(*place, count) for place, count in self.points.items()],
                 "found": self._theirs,
             }

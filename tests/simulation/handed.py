@@ -843,11 +843,15 @@ class Handed(World):
             return
         if self.kernel.clock_ns / 1e9 - drained_at >= LAST_S:
             return
+        canary = steering_of(protector.effects)._watch.canary
+        # Then another generation accepts what waits there.
+        in_vain = canary is not None and canary.never_accepted == leader.generation
         for listener in protector.effects.delivery.listeners:
             its = self._at(listener.settings.address)
             for each in its.clients.values() if listener.has_sibling else ():
                 one = (to for to in leader.listening.values() if each in to.backlog)
-                mine = any(each in server.connections for server in leader.living) or any(one)
+                mine = any(each in server.connections for server in leader.living)
+                mine = mine or (any(one) and not in_vain)
                 if its.is_path and each.said_ns / 1e9 > drained_at:
                     continue  # it was silent, and that is not known of a UNIX socket
                 if mine and each.said and each.said_at < self.turns and not each.excuse:

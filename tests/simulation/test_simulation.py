@@ -22,6 +22,8 @@ PARTS = rounds(1, 4)
 #: Those that found a fault had the usual 2,000; many of them begin alike.
 LIFE = rounds(300, 2000)
 STEPS = rounds(15_000, 250_000)
+#: Kinds of regressions that are of lives with rollouts.
+ROLLED = ("rolled-connection", "rolled-listener")
 #: Of the calls in stories, and lives that come off those: of some stories, so that all verbs do.
 SHARE, STORIED = ("1", "2000") if MANY else ("0.01", "300")
 
@@ -52,18 +54,32 @@ def test_many_steps_lose_nothing_and_leave_nothing(handoff: str, part: int) -> N
         assert f"'{what}': 0" not in seen
 
 
-def regressions(handoff: str) -> list[str]:
+@pytest.mark.timeout(rounds(120, 3600))
+@pytest.mark.parametrize("handoff", ["connection", "listener"])
+def test_rollouts_share_and_stay_within_their_bound(handoff: str) -> None:
+    lives = str(rounds(25, 500))
+    seen = simulate("--rollouts", "--verbose", "--handoff", handoff, "--lives", lives)
+
+    for stage in ("canary: share", "canary: all clients", "rolling: the others"):
+        assert f"'{stage}'" in seen
+    assert "'killed in canary: " in seen or "'killed in rolling: " in seen
+
+
+def regressions(kind: str) -> list[str]:
     lines = REGRESSIONS.read_text(encoding="ascii").splitlines()
     found = [line.split()[:2] for line in lines if line and not line.startswith("#")]
-    return [seed for kind, seed in found if kind == handoff]
+    return [seed for its, seed in found if its == kind]
 
 
-@pytest.mark.parametrize("handoff", ["connection", "listener"])
-def test_a_seed_that_has_once_failed(handoff: str) -> None:
+@pytest.mark.parametrize("kind", ["connection", "listener", *ROLLED])
+def test_a_seed_that_has_once_failed(kind: str) -> None:
     """All in one process; what it says of one that fails begins with its seed."""
-    seeds = regressions(handoff)
+    seeds, handoff = regressions(kind), kind.removeprefix("rolled-")
+    words = ("--rollouts",) if kind in ROLLED else ()
 
-    told = simulate("--verbose", "--handoff", handoff, "--steps", str(LIFE), "--seed", *seeds)
+    told = simulate(
+        *words, "--verbose", "--handoff", handoff, "--steps", str(LIFE), "--seed", *seeds
+    )
 
     assert f"seeds {seeds[0]} to {seeds[-1]}" in told
 

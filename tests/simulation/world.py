@@ -392,7 +392,7 @@ def forwarder_of(effects: Effects) -> Forwarder | None:
     return delivery.forwarder if isinstance(delivery, QueueDelivery) else None
 
 
-def _number_of(worker: Any) -> int:
+def number_of(worker: Any) -> int:
     """Return its number, which its notify address has."""
     return int(worker.address.rpartition("-")[2])
 
@@ -833,7 +833,7 @@ class World:
         told = {each.number for each in snapshot.workers}
         told |= {each.number for each in snapshot.fleet.alive()}
         for each in self.workers:
-            each.unknown = each.unknown or _number_of(each) not in told
+            each.unknown = each.unknown or number_of(each) not in told
         self._unwritten = False
 
     def _settings_of(self, snapshot: Snapshot | None) -> Settings:
@@ -1258,7 +1258,7 @@ class World:
             return False
         # By its number: one that was killed before it was known may have the pid of another.
         records = self._supervisor.effects.pool.records()
-        return _number_of(worker) in {each.number for each in records if not each.orphaned}
+        return number_of(worker) in {each.number for each in records if not each.orphaned}
 
     def _ack(self, pid: int) -> bool:
         """Say it by the control socket; return whether it was open."""

@@ -80,7 +80,7 @@ _NAMED_BY_FILE = re.compile(r"(?<!!)\[[\w./-]+\.md\]\(((?![a-z]+:)[^)#\s]+\.md)(
 _MERMAID = re.compile(r"^```mermaid\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _TITLE = re.compile(r"^# (.*)$", re.MULTILINE)
 #: Blocks for which Pygments has no lexer, or an unsuitable one of the same name.
-_PLAIN = re.compile(r"^```(?:apparmor|conf|haproxy|postinst)(?: ours)?$", re.MULTILINE)
+_PLAIN = re.compile(r"^```(?:apparmor|conf|haproxy|postinst)$", re.MULTILINE)
 _OUTPUT = re.compile(
     r"^```(?:control|json status|line|message|report|text(?: terminal)?)$", re.MULTILINE
 )

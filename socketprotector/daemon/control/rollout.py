@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     #: Worker -> its open connections, and the age of the oldest in seconds; None: unknown.
     Held = Mapping[int, tuple[int | None, float | None]]
 
-#: Workers with more connections, and further workers, have no known oldest connection: finding it
-#: takes a system call for each descriptor.
+#: The oldest connection is looked for in this many workers at most, with at most this many
+#: connections each: that takes a system call for each descriptor.
 _MOST_CONNECTIONS, _MOST_WORKERS = 100, 4
 
 
@@ -79,7 +79,7 @@ def _share(fleet: Fleet, new: Generation) -> int:
 
 
 def _left_s(new: Generation, effects: Effects) -> float | None:
-    """Return the seconds that the stage still takes; None: it ends with something else."""
+    """Return how many seconds are left of the stage; None: no timer ends it."""
     if new.checked and effects.probing.is_due:
         return None
     ends = Deadline(TimerKind.SETTLE, new.number)

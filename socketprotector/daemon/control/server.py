@@ -235,7 +235,7 @@ class ControlServer:
     #: Called with a pid that reports readiness by einhorn's protocol, which expects no answer.
     acked: Callable[[int], None]
     _: KW_ONLY
-    #: The users, and a group whose members, may send all commands.
+    #: The users that may send all commands, and the group whose members may.
     uids: frozenset[int]
     group: int | None
     #: A group whose members may send only the commands that read.

@@ -264,7 +264,7 @@ def _of_waits(waits: Sequence[int]) -> dict[str, Any]:
 def of_connections(
     generations: Mapping[int, OpenGeneration], records: Iterable[WorkerRecord], only: int | None
 ) -> list[dict[str, Any]]:
-    """Return the pid of each worker, whose sockets are its connections, and their ages.
+    """Return the pid of each worker, and when it accepted its connections.
 
     only: the number of a generation; None: all generations.
     """

@@ -104,7 +104,7 @@ class Delivery(ABC):
 
     @abstractmethod
     def cannot_share(self, listeners: Collection[Listener]) -> str | None:
-        """Return why two generations cannot share the new clients of these listeners; None: can."""
+        """Return why two generations cannot share these listeners' new clients; None: they can."""
 
     @abstractmethod
     def route_to(
@@ -270,9 +270,9 @@ class Delivery(ABC):
     def adopt(
         self, record: DeliveryRecord, unclaimed: Inherited, *, held: bool, closing: bool
     ) -> None:
-        """Resume from an earlier program's record, and claim descriptors of no single generation.
+        """Resume from an earlier program's record; claim what belongs to no single generation.
 
-        held: a hold is to be in force.  closing: the listeners are about to be closed.
+        held: a hold must be in force.  closing: the listeners are about to be closed.
         """
 
     @abstractmethod

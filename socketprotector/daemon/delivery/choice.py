@@ -1,4 +1,4 @@
-"""Which delivery a process builds, by its handoff mode; the other delivery is never loaded."""
+"""Selects a process's delivery by its handoff mode; the other delivery is never loaded."""
 
 from __future__ import annotations
 

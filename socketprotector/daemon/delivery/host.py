@@ -12,9 +12,9 @@ from ..runtime import Runtime
 
 
 class Host(ABC):
-    """What a delivery uses of the resident process, and what it reports to it.
+    """What a delivery uses of the resident process, and reports to the process.
 
-    Effects is the host (daemon/effects.py).  It has the settings, and passes the ones that a
+    Effects is the host (daemon/effects.py).  It has the settings, and passes those that a
     delivery needs as arguments of the Delivery's methods.
     """
 

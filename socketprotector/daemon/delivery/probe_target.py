@@ -46,7 +46,7 @@ class ProbeTarget:
 
     @property
     def is_ours_alone(self) -> bool:
-        """Whether only we reach this generation there: other processes may reach another one."""
+        """Whether only our connections reach this generation at its address."""
         return self.mark is not None or self.is_unix
 
     @property

@@ -12,9 +12,10 @@ import pytest
 from socketprotector_client import wire
 
 from socketprotector.core.events import Event, SettleFailed
+from socketprotector.daemon.delivery import UNTAKEN_S
 from socketprotector.daemon.delivery.queue import canary as module
 from socketprotector.daemon.delivery.queue import queue_watch
-from socketprotector.daemon.delivery.queue.canary import NEVER_TAKEN_S, UNTAKEN_S, CanaryQueue
+from socketprotector.daemon.delivery.queue.canary import NEVER_TAKEN_S, CanaryQueue
 from socketprotector.daemon.delivery.queue.undelivered import listener_of
 from tests.unit.daemon.clock import Clock
 

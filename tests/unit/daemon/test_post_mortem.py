@@ -14,6 +14,7 @@ from socketprotector.daemon.post_mortem import PostMortem
 from socketprotector.model.history import History
 from socketprotector.model.lazy_dataclass import replace
 from socketprotector.model.records import WorkerRecord
+from socketprotector.system.memory_group import OutOfMemory
 from socketprotector.system.process import End
 
 from .clock import Clock
@@ -77,7 +78,12 @@ class World:
             orphans=cast("Any", SimpleNamespace(end=self.ended_orphans.append)),
             ended=self.ended.append,
             remember=self._remember,
+            out_of_memory=OutOfMemory(kills=2, at_limit=7),
         )
+        self.counted = OutOfMemory(kills=2, at_limit=7)
+        memory = SimpleNamespace(counts=lambda: self.counted, limit=lambda: self.limit)
+        patch.setattr(module, "memory_group", memory)
+        self.limit: int | None = 512 << 20
         self.clock.watch(PIDFD, lambda: None)
 
     def _remember(self, change: Callable[[History], History]) -> None:
@@ -313,3 +319,44 @@ def test_without_such_processes_the_process_is_closed(world: World) -> None:
 
     assert not world.close().orphans
     assert world.calls[:2] == ["close process", "close sockets"]
+
+
+# -- a SIGKILL that we did not send ------------------------------------------------
+
+KILLED = End(False, "was killed by SIGKILL")
+BY_LIMIT = "was killed by SIGKILL: out of memory (the service's limit of 512M)"
+BY_OTHER = "was killed by SIGKILL: out of memory (not by a limit of the service)"
+
+
+def test_the_limit_of_the_service_is_the_cause_only_if_it_left_no_memory(world: World) -> None:
+    world.serves()
+    world.counted = OutOfMemory(kills=3, at_limit=8)
+    assert world.close(KILLED).reason == BY_LIMIT
+    assert world.history.crashes[-1].how == BY_LIMIT
+
+    world.counted = OutOfMemory(kills=4, at_limit=8)
+    assert world.close(KILLED).reason == BY_OTHER
+    world.limit, world.counted = None, OutOfMemory(kills=5, at_limit=9)
+    assert world.close(KILLED).reason == BY_OTHER
+
+
+def test_each_kill_that_the_kernel_has_counted_explains_one_end(world: World) -> None:
+    world.serves()
+    world.counted = OutOfMemory(kills=4, at_limit=9)
+
+    ends = [world.close(KILLED).reason for _ in range(3)]
+
+    assert ends == [BY_LIMIT, BY_LIMIT, KILLED.how]
+
+
+@pytest.mark.parametrize(
+    ("end", "by_us"), [(KILLED, True), (CRASH, False), (End(False, "was killed by SIGTERM"), False)]
+)
+def test_another_end_is_not_explained_by_the_memory(world: World, end: End, by_us: bool) -> None:
+    world.serves()
+    world.worker.record = replace(world.worker.record, killed=by_us)
+    world.counted = OutOfMemory(kills=3, at_limit=8)
+
+    assert world.close(end).reason == end.how
+    world.worker.record = replace(world.worker.record, killed=False)
+    assert world.close(KILLED).reason == BY_LIMIT

@@ -102,6 +102,27 @@ def test_it_is_said_once_that_nothing_is_taken(world: World, taken_from: bool) -
     assert (depth, had_taken) == (1, taken_from)
 
 
+def test_a_canary_that_the_report_ends_is_not_sent_again(world: World) -> None:
+    """Its queue was drained meanwhile: what is left there is its workers'."""
+    ended_at: list[int] = []
+
+    def end(*_: object) -> None:
+        ended_at.append(world.repeated)
+        world.watch.follow(None)
+
+    world.watch.untaken = end
+    world.send(b"a")
+    world.clock.pass_time(10)
+    assert [world.repeated] == ended_at
+    assert not world.clock.waits
+    assert not world.watch.runs
+    world.queue = Queue()
+    world.watch.follow(cast("Any", world.queue))
+    world.send(b"b")
+    world.clock.pass_time(10)
+    assert len(ended_at) == 2
+
+
 def test_another_route_begins_without_the_past_of_the_last(world: World) -> None:
     world.send(b"a")
     world.clock.pass_time(10)

@@ -324,7 +324,7 @@ def test_a_file_that_is_mounted_is_named_where_clients_come_by_it(world: World) 
     path.passed_by = {0}
     world.watch.watch()
     world.connect(path, 0)
-    assert "mount its folder" in str(world.clock.fields[0]["hint"])
+    assert "mount the folder" in str(world.clock.fields[0]["hint"])
 
 
 def test_after_the_end_nothing_is_watched(world: World, pair: MemoryListener) -> None:

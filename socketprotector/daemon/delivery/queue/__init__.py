@@ -1,4 +1,5 @@
 """The protector accepts, and hands each connection to the queue of the generation with the route.
 
-A connection: acceptor.py; where that fails: outlet.py; when, and what comes back: forwarder.py.
+Accepting and sending a connection: acceptor.py; a failed send: outlet.py; when to accept, and
+connections that are taken back: forwarder.py.
 """

@@ -1,12 +1,12 @@
-"""The queue of a generation that has a share of the new connections, beside the route's.
+"""Sends a canary its share of the new connections; the route gets the rest.
 
-One counter selects its connections, over all listeners that both generations know.  A queue that is
-full or broken, or a shortage, never delays these clients: their connections go to the route.
+One counter selects the connections of the canary, over all listeners that both generations know.  A
+full or broken queue, or a shortage, never delays these clients: the route gets their connections.
 
-The clients of a listener that only the canary knows have no other queue.  A connection of theirs
-that cannot be sent is kept, and only their listeners wait: a timer sends it again.
+The clients of a listener that only the canary knows have no other queue.  If such a connection
+cannot be sent, we keep it, accept nothing from these listeners, and send it again by a timer.
 
-The plain path does not come here.  See `Send` in acceptor.py.
+Without a canary, no connection passes through this module: see `Send` in acceptor.py.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from ....core.events import Event, SettleFailed
 from ....model.share import in_share
 from ....system.loop import Loop
+from .. import UNTAKEN_S
 from .acceptor import Send
 from .generation_channel import GenerationChannel
 from .outlet import Outlet
@@ -23,10 +24,9 @@ from .probe_port import is_probe
 from .queue_watch import QueueWatch
 from .undelivered import listener_of
 
-#: How long workers may take no client of the canary: workers that never took a client, and workers
-#: that did, which may be busy.
+#: How long a canary's workers may take no client, until they have taken one.  Then they may be
+#: busy, and the limit of any generation applies.
 NEVER_TAKEN_S = 2.0
-UNTAKEN_S = 10.0
 #: The longest pause between two looks at the queue.
 _LAST_LOOK_S = 0.5
 #: The pause before a kept connection is sent again.
@@ -46,7 +46,7 @@ class CanaryQueue:
         *,
         count: int,
     ) -> None:
-        """resume: sends what is kept, and accepts again.
+        """resume: sends the kept connections, and accepts again.
 
         count: how many connections earlier programs have counted.
         """
@@ -83,7 +83,7 @@ class CanaryQueue:
         return knows and route is not None and not route.knows_of(index)
 
     def sender(self, index: int) -> Send | None:
-        """Return what sends the connections of a listener; None: none can be sent now."""
+        """Return the function that sends a listener's connections; None: none can be sent now."""
         channel, route = self.channel, self._outlet.route
         if channel is None or route is None or not channel.knows_of(index):
             return None
@@ -117,7 +117,7 @@ class CanaryQueue:
             try:
                 send_to_canary(buffers, rights, flags)
             except OSError:
-                # The acceptor counts it, and takes it away from the route's queue.
+                # The acceptor subtracts it from the route's queue, where it was never counted.
                 self.sent += 1
                 self.watch.take_away()
                 self._outlet.queue.add_uncounted()

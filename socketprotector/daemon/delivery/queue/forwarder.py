@@ -5,8 +5,8 @@ shared queue (client_lib's intake.py).  Connections never pass through `decide`.
 the route and orders drains; it gets two facts back: the channel broke, the backlog is empty.
 
 We accept only what we can deliver.  If a send fails nevertheless, undelivered.py keeps the
-connection, which goes first later.  When a generation drains or has exited, the connections left in
-its channel are taken back and sent to the route (leftovers).
+connection, and it is sent before all others.  When a generation drains or has exited, the
+connections left in its channel are taken back and sent to the route (leftovers).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Closing:
 
     stay: bool  # the listeners survive us, with the clients that come later
     latest: float = 0.0  # when to close at the latest; 0: clients are refused, so no limit
-    forwarded: int = -1  # its value at the last look; -1: no look since clients are refused
+    forwarded: int = -1  # how many at the last look; -1: no look since clients are refused
 
 
 class Forwarder:
@@ -133,7 +133,7 @@ class Forwarder:
         """Take back untaken connections, as far as the route has room; then end the channel.
 
         Without a route the channel's workers take the rest.  But if a worker has shut the channel
-        down, the workers may never read it again, so the rest is taken back for the next route.
+        down, workers may never read it again, and the rest is taken back for the next route.
         """
         shut = channel.is_shut()
         self._reclaim(channel)
@@ -234,7 +234,7 @@ class Forwarder:
         return self._lost + self.outlet.lost + self._drains.lost
 
     def watch_of(self, channel: GenerationChannel) -> QueueWatch | None:
-        """Return what watches a channel; None: new connections do not go there."""
+        """Return the watch of a channel; None: new connections do not go there."""
         if self._canary is not None and channel is self._canary.channel:
             return self._canary.watch
         return self.queue if channel is self.outlet.route else None
@@ -305,7 +305,7 @@ class Forwarder:
                 self._shortage.begin("epoll_ctl", error)
 
     def _sender(self, index: int) -> Send | None:
-        """Return what sends the connections of a listener; None: none can be sent now."""
+        """Return the function that sends a listener's connections; None: none can be sent now."""
         send, route = self._canary and self._canary.sender(index), self.outlet.route
         return send or (route.write.sendmsg if route and route.knows_of(index) else None)
 

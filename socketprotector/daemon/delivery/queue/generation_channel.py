@@ -17,7 +17,7 @@ class GenerationChannel(Channel):
         self.taken_from = adopted
         #: Whether it was reported that no worker takes from it.
         self.said_untaken = False
-        #: What a QueueWatch counted until it left the channel: new clients, and all records sent.
+        #: The counts of a QueueWatch when it left the channel: new clients, and all records sent.
         self.met = self.sent = 0
 
     @property

@@ -33,7 +33,7 @@ class _Draining:
     """A listener that is drained."""
 
     listener: Listener
-    channel: Channel  # its generation's
+    channel: Channel  # of its generation
     until: float = 0.0  # when to close even if clients come; 0: new clients are refused
     quiet: bool = False  # no client came since the last look
 
@@ -78,7 +78,7 @@ class DrainingListeners:
         self._loop.call_after(each.timer, 0.0, partial(self._look, each))
 
     def end_after(self, channel: Channel) -> bool:
-        """End a channel once no listener drains to it; return False if no listener does now."""
+        """End a channel later, once no listener drains to it; return False if none does now."""
         if not self._to(channel):
             return False
         self._to_end.append(channel)

@@ -1,6 +1,6 @@
-"""Sends connections to the channel of the generation with the route, and handles what blocks that.
+"""Sends connections to the channel of the generation with the route, and handles obstacles.
 
-A full queue, a broken channel or a shortage blocks it.  A connection whose send failed is kept
+A full queue, a broken channel or a shortage blocks sending.  A connection whose send failed is kept
 (undelivered.py), and goes first as soon as sending is possible again.
 """
 

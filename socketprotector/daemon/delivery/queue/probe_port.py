@@ -40,7 +40,7 @@ class ProbePort:
     ) -> None:
         """Send its connections into a channel, as if they came by the listener of this index.
 
-        watch: returns what counts the clients and probes sent to the channel; None: the channel
+        watch: returns the counter of clients and probes sent to the channel; None: the channel
         has no clients.  Raises OSError.
         """
         self._loop, self._channel, self._index, self._watch = loop, channel, index, watch

@@ -332,7 +332,7 @@ class QueueDelivery(Delivery):
 
 
 def _has_probe_first(channel: Channel) -> bool:
-    """Return whether the oldest connection in a channel is a probe; False: unknown, too."""
+    """Return whether the oldest connection in a channel is a probe; False also if it is unknown."""
     try:
         header = channel.peek()
     except OSError:  # out of memory

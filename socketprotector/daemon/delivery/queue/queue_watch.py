@@ -1,4 +1,4 @@
-"""Detects that workers do not take connections from a generation's queue: the route's, a canary's.
+"""Detects workers that take no connections from the queue of the route, or of a canary.
 
 The kernel may wake only one worker for a connection (EPOLLEXCLUSIVE).  If that worker is killed or
 suspended before it reads, the other workers sleep on, with a client waiting.  So while the queue is
@@ -112,6 +112,9 @@ class QueueWatch:
             if seconds is not None and not route.said_untaken:
                 route.said_untaken = True
                 self.untaken(seconds, route.depth(), route.taken_from)
+                if self._route is not route:  # the report has ended the canary
+                    self.start()
+                    return
             self.send_again(route)
         else:
             route.taken_from = (

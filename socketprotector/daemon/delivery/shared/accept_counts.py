@@ -67,7 +67,7 @@ class AcceptCounts:
             return listener.index, tag
         used = {tag for index, tag in taken if index == listener.index} - {NO_TAG}
         if accept_tags.tag_of(listening) in used and listener.has_waiting(socket_number):
-            # Keep the tag: if we are killed now, our successor then comes to the same result.
+            # Keep the tag, so that our successor comes to the same result if we are killed now.
             raise OSError(errno.EBUSY, _OTHERS_WAIT)
         tag = NO_TAG
         with suppress(OSError):  # for example no descriptor is left, or the kernel gives no answer

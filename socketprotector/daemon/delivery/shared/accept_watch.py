@@ -19,8 +19,8 @@ from ....system.loop import Loop
 from ....system.sock_diag import Line, stands
 from .. import NEVER_TAKEN_S, UNTAKEN_S
 
-#: The pause between two looks: until a first client is accepted, and later.  In a canary, the same
-#: parts of its own limits.
+#: The pause between two looks: until a first client is accepted, and later.  The pauses of a canary
+#: are the same fractions of its limits.
 FIRST_LOOK_S = NEVER_TAKEN_S / 4
 LOOK_S = UNTAKEN_S / 2
 #: Queries to the kernel take at most this share of our time, however many connections there are.
@@ -112,7 +112,7 @@ class AcceptWatch:
         for index, (before, since) in list(self._waiting.items()):
             line = found.get(index)
             if line is None or not line or not stands(before, line):
-                self._accepted.add(index)  # even if the backlog is unknown: then look as seldom
+                self._accepted.add(index)  # if the backlog is unknown, look as rarely
                 del self._waiting[index]
             else:
                 self._waiting[index] = line, since if before else began
@@ -129,6 +129,8 @@ class AcceptWatch:
             ever = self._served_before or passed_over.keys() <= self._accepted
             seconds, at = max(passed_over.values()), frozenset(passed_over)
             self.backlogs.report_untaken(seconds, count, ever, at)
+            if not self._waiting:  # the report has ended the canary, and this watch
+                return
         self._look_later(time.monotonic() - began)
 
     def _passed_over(self) -> dict[int, float]:

@@ -1,7 +1,7 @@
-"""Whether the workers of a canary accept their share of the new clients.
+"""Detects a canary whose workers do not accept their share of the new clients.
 
-Its clients wait at a socket of their own, beside the socket of the route.  A canary whose workers
-accept none of them is returned.
+The clients of a canary wait at another socket than the clients of the route.  If its workers accept
+none of its clients, the canary fails.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from collections.abc import Callable
 from ....core.events import SettleFailed
 from ....system.listener import Listener
 from ....system.sock_diag import Line, unaccepted
+from .. import UNTAKEN_S
 from .accept_watch import AcceptWatch, Backlogs
 from .probes import Probes
 from .shared_listeners import SharedListeners
 from .turns import Turns
 
-#: How long workers may accept no client of the canary: workers that never accepted a client, and
-#: workers that did, which may be busy.
+#: How long a canary's workers may accept no client, until they have accepted one.  Then they may be
+#: busy, and the limit of any generation applies.
 NEVER_TAKEN_S = 2.0
-UNTAKEN_S = 10.0
 
 
 class CanaryWatch(Backlogs):
@@ -32,7 +32,7 @@ class CanaryWatch(Backlogs):
         probes: Probes,
         watch: Callable[[], None],
     ) -> None:
-        """watch: updates what the loop watches."""
+        """watch: updates the descriptors that the loop watches."""
         self._listeners, self._turns, self._probes = listeners, turns, probes
         runtime = listeners.host.runtime
         self._post, self._watch = runtime.post, watch

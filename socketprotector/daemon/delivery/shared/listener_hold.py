@@ -69,7 +69,7 @@ class ListenerHold:
         return refused
 
     def loss(self, listeners: Iterable[Listener]) -> str | None:
-        """Return the loss if a reload removes listeners during the hold; None: there is none.
+        """Return which clients a reload would lose if it removed listeners now; None: none.
 
         Clients of a path wait at a socket that no worker has.  Over TCP they retry.
         """
@@ -77,7 +77,7 @@ class ListenerHold:
         return f"the clients that wait at {' '.join(lost)} would be reset" if lost else None
 
     def refusal(self, listeners: Iterable[Listener]) -> str | None:
-        """Return why a listener cannot be held; None: all listeners can."""
+        """Return why a listener cannot be held; None: all can be held."""
         for each in listeners:
             if not each.shared or each.lost or each.can_be_held:
                 continue

@@ -82,8 +82,8 @@ class Probes:
     ) -> ProbeTarget | None:
         """Return how to reach the serving generation as clients do; None: no such listener.
 
-        name: the listener's, "" for the first.  knows: says whether that generation knows a
-        listener, by index.
+        name: the name of the listener, "" for the first.  knows: says whether that generation knows
+        a listener, by index.
         """
         for each in self._listeners.living:
             if name in ("", each.settings.name) and knows(each.index):
@@ -131,11 +131,11 @@ class Probes:
     ) -> ProbeTarget | None:
         """Return how to reach a generation by a probe mark; None: no such listener.
 
-        name: the listener's, "" for the first that has two sockets.  knows: says whether the
-        generation knows a listener, by index.
+        name: the name of the listener, "" for the first that has two sockets.  knows: says whether
+        the generation knows a listener, by index.
 
         This works for the serving generation, too, and during a hold.  The probe never leaves this
-        machine, even if the address is another machine's.  Raises OSError; EAGAIN, for example,
+        machine, even if the address belongs to another one.  Raises OSError; EAGAIN, for example,
         while workers of an earlier generation could answer.
         """
         socket_number = self._turns.accepting.get(generation)
@@ -148,7 +148,7 @@ class Probes:
             if found.is_fresh[socket_number]:
                 break
             if left_number == socket_number and time.monotonic() < ordered_at + LEAVES_S:
-                why = "workers that were ordered to finish may still accept from its socket"
+                why = "old workers, which were ordered to finish, may still accept the probe"
                 raise OSError(errno.EAGAIN, why)
         address, listening = found.address_of(socket_number), found.socket_for(socket_number)
         place = found.index, socket_number

@@ -22,9 +22,10 @@ from .probes import Probes
 from .shared_listeners import SharedListeners, Steering
 from .turns import Turns
 
+#: The pause between two looks.
 _LOOK_S = 0.1
-#: The same for workers that read from all accepted clients before they exit: then we wait only for
-#: clients that are about to connect.
+#: The pause for workers that read from all accepted clients before they exit.  There we wait only
+#: for clients that are about to connect.
 _LOOK_SOON_S = 0.01
 _SOON_LOOKS = 2
 #: A generation is quiet if no unread client was found for this time.
@@ -61,7 +62,7 @@ def _unread_unix(
     The kernel does not report accepted clients that have sent nothing, so we do not wait for them.
 
     replaced: listeners where another socket has replaced the generation's own.  We no longer know
-    the name of the generation's socket: it is some name of the path that no present socket has.
+    the name of the generation's socket.  So any name of the path counts that no present socket has.
     """
     by_name = {each.socket_for(socket_number).getsockname(): each.index for each in listeners}
     by_path = {each.path: each.index for each in replaced}

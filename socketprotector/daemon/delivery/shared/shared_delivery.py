@@ -123,7 +123,7 @@ class SharedDelivery(Delivery):
         self, generation: OpenGeneration, listener: str, *, as_client: bool = False
     ) -> ProbeTarget | None:
         found = None
-        # While two generations share the clients, the kernel would draw for a probe, too.
+        # While two generations share the clients, a probe without a mark may reach either.
         if not as_client or self.steering.turns.share is not None:
             found = self.steering.probes.reach_by_mark(
                 generation.record.number, listener, generation.knows
@@ -156,6 +156,8 @@ class SharedDelivery(Delivery):
                 knows=generation.knows,
                 share=self._share(generation, sharing, share) if sharing is not None else None,
             )
+        else:
+            self.steering.end_share()
 
     def _share(self, generation: OpenGeneration, sharing: OpenGeneration, share: int) -> Share:
         indices = (each.index for each in self._listeners)
@@ -278,7 +280,7 @@ class SharedDelivery(Delivery):
     def _close_when_empty(self, latest: float, *, again: bool = False) -> None:
         # A listener that was passed in may never be empty: its owner keeps listening.
         awaited = [e for e in self._listeners if not (e.settings.foreign or e.lost)]
-        # No worker will accept clients at other sockets, such as a cancelled release's.
+        # No worker will accept clients at other sockets, such as the socket of a cancelled release.
         empty = again and not any(map(self.steering.accepts_waiting, awaited))
         if empty or not awaited or time.monotonic() > latest:
             self._finish_closing()

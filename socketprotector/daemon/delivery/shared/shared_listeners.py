@@ -29,7 +29,7 @@ class SharedListeners:
 
     def note_bound(self, listener: Listener) -> None:
         """Note that a listener has another socket, or one socket less."""
-        if not listener.has_sibling:  # tags no longer tell the generations apart there
+        if not listener.has_sibling:  # tags no longer distinguish the generations there
             for each in self.host.generations.values():
                 each.update_record(accept_tags=())
         self.host.listener_bound(listener)
@@ -41,7 +41,7 @@ class SharedListeners:
 
 
 class Steering(ABC):
-    """The orders that the parts of the steering give to the whole."""
+    """The orders that parts of the steering give to the steering as a whole."""
 
     @abstractmethod
     def steer(self) -> bool:

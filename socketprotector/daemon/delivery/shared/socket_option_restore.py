@@ -23,7 +23,7 @@ from ....system.listener import Listener
 from ....system.socket_snapshot import Snapshot
 from .shared_listeners import SharedListeners, Steering
 
-#: The key of a new socket's options, where others have a generation's number.
+#: The key of a new socket's options, in place of a generation's number.
 _MADE = 0
 
 
@@ -66,7 +66,7 @@ class SocketOptionRestore:
     def end(
         self, generation: int, socket_number: int, others: Collection[int], *, gone: bool
     ) -> None:
-        """Restore a generation's changes if it failed: if others exist, and all are older.
+        """Undo a generation's changes if it failed: if others exist, and all are older.
 
         gone: all its workers have exited, so none can change an option later.
         """
@@ -112,7 +112,7 @@ class SocketOptionRestore:
         ):
             self._steering.replace(listener, socket_number)
             if listener.lost or len(listener.sockets) != count:
-                return  # the remaining socket is the serving generation's
+                return  # the remaining socket belongs to the serving generation
             stays = socket_snapshot.restore(listener.socket_for(socket_number), before)
         if stays and say:
             address, options = listener.settings.address, " ".join(stays)

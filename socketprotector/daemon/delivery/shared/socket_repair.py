@@ -89,8 +89,8 @@ class SocketRepair:
         if listener.is_reserved_for_clients and not self._hold.on:
             listener.adopt_reserved(socket_number)
             self._listeners.note_bound(listener)
-        # If some generation does not have a single socket, keep that socket: its clients may be
-        # waiting for the next generation.
+        # Keep a listener's only socket if some generation lacks it: its clients may be waiting for
+        # the next generation.
         awaited = any(index == listener.index for _, index in self._turns.unserved)
         if (listener.has_sibling or not awaited) and listener.renew(socket_number):
             self._listeners.note_bound(listener)

@@ -42,7 +42,7 @@ class SocketSteering(Steering):
         #: Addresses whose clients the kernel sends to the wrong socket, and why.
         self._not_steered: dict[str, str] = {}
         self._not_held = ""  # why new clients are not held
-        self._written = self._groups  # of each address, as the state has it
+        self._written = self._groups  # as the state has them
         self.turns = Turns()
         self.hold = ListenerHold(listeners)
         self.probes = Probes(listeners, self.turns, self)
@@ -116,7 +116,7 @@ class SocketSteering(Steering):
         self.leave(generation)
         socket_number, _ = self.turns.leaving.pop(generation, (0, 0.0))
         self._take_back(generation, socket_number, gone=True)
-        self._report_adopted()  # it may have failed, and leave them to another generation
+        self._report_adopted()  # a failed generation leaves held clients to another one
         self._watch.look_again()
 
     def leave(self, generation: int) -> None:
@@ -224,6 +224,13 @@ class SocketSteering(Steering):
         if socket_number in self.turns.accepting.values() and not is_watched:
             self.accept_watch.begin(served_before=again)
 
+    def end_share(self) -> None:
+        """Steer all new clients to the socket of the route: a quick stop may leave it open."""
+        if self.turns.share is not None:
+            self.turns.share = None
+            self.steer()
+            self._watch.follow_canary()
+
     def record(self) -> SteeringRecord:
         """Return the record that the next program needs."""
         turns, probes = self.turns, self.probes
@@ -289,8 +296,8 @@ class SocketSteering(Steering):
     def quiesce_last(self, generation: int, on_quiet: Callable[[], None]) -> None:
         """Call back when the last generation has accepted all clients that came before this call.
 
-        Later clients wait for the next start: with a second socket from now on, otherwise from the
-        generation's order to finish.
+        Later clients wait for the next start.  If there is a second socket, that holds from now on,
+        otherwise from the generation's order to finish.
         """
         self.give_back()
         socket_number = self.turns.accepting.get(generation, 0)
@@ -344,7 +351,7 @@ class SocketSteering(Steering):
             self.steer()
 
     def gets_no_client(self, generation: int) -> bool:
-        """Return whether a generation gets no new clients, or only later clients than a stop."""
+        """Return whether a generation gets no new clients, except clients after a stop."""
         turns = self.turns
         if turns.given_back or self._repairs.ended:
             return True
@@ -387,7 +394,7 @@ class SocketSteering(Steering):
         if self._not_steered or self._not_held:
             self._loop.call_after("steer", _STEER_AGAIN_S, self._repair)
         self._steer_while_starting()
-        if self._written != self._groups:  # a repair may be the cause, which no decision follows
+        if self._written != self._groups:  # after a repair no decision writes the state
             self._written = self._groups
             self._loop.call_after("groups", 0, self._write)
         return self.is_steered
@@ -412,7 +419,7 @@ class SocketSteering(Steering):
         self._repairs.replace(listener, socket_number)
 
     def _repair(self) -> None:
-        if not self._repairs.ended:  # otherwise clients would wait here that no generation accepts
+        if not self._repairs.ended:  # otherwise no generation would accept clients that wait here
             self._repairs.repair_all()
             self.steer()
 

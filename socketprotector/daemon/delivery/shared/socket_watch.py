@@ -28,7 +28,9 @@ LAST_RESCUE_S = 600.0
 _RESCUE = "steering-rescue"
 _REPAIR = "steering-repair"
 _REPAIR_AGAIN_S = 0.1
-_MOUNTED = "clients came to a socket that the path has left: mount its folder, not its file"
+_MOUNTED = (
+    "clients came to a socket that its path no longer leads to; mount the folder, not the file"
+)
 
 
 class SocketWatch(Backlogs):
@@ -152,7 +154,7 @@ class SocketWatch(Backlogs):
     def _watches(
         self, without_worker: Sequence[tuple[Listener, int]] = ()
     ) -> list[tuple[AcceptWatch, list[tuple[Listener, int]]]]:
-        """Return each watch with its sockets, of the route and of a canary."""
+        """Return the watches of the route and of a canary, each with its sockets."""
         found = [(self.accepts, self._served_sockets(without_worker))]
         if self.canary is not None:
             found.append((self.canary.accepts, self.canary.sockets))

@@ -42,7 +42,8 @@ class Turns:
     unserved: frozenset[tuple[int, int]] = frozenset()
     #: The part of `unserved` where later workers have that socket, but earlier workers do not.
     partly_served: frozenset[tuple[int, int]] = frozenset()
-    #: Listeners whose socket the current generation lost: the next generation's gets the clients.
+    #: Listeners whose socket the current generation lost.  Their clients go to the next
+    #: generation's socket.
     lost: frozenset[int] = frozenset()
     given_back: bool = False  # sockets that were passed in get the new clients
     share: Share | None = None  # not in the record: the next program gets the order again
@@ -74,11 +75,11 @@ class Turns:
         return 0 if self.given_back and listener.settings.foreign else share.part
 
     def gets_clients(self, listener: Listener, number: int) -> bool:
-        """Return whether new clients go to one of its sockets, or will after a hold."""
+        """Return whether new clients go to a socket of a listener, or will after a hold."""
         return number == self.number_for(listener) or self.share_of(listener) > 0
 
     def at(self, listener: Listener, number: int) -> set[int]:
-        """Return the generations that accept from one of its sockets."""
+        """Return the generations that accept from a socket of a listener."""
         count = len(listener.sockets)
         return {
             generation
@@ -87,13 +88,13 @@ class Turns:
         }
 
     def takers(self, listener: Listener, number: int) -> set[int]:
-        """Return the generations with workers that have one of its sockets."""
+        """Return the generations with workers that have a socket of a listener."""
         lacking = self.unserved - self.partly_served
         there = self.at(listener, number)
         return {each for each in there if (each, listener.index) not in lacking}
 
     def is_served(self, listener: Listener, number: int) -> bool:
-        """Return whether a generation, or the next generation, accepts from one of its sockets."""
+        """Return whether a generation, or the next one, accepts from a socket of a listener."""
         if self.given_back and listener.settings.foreign:
             return True  # its owner accepts
         there = self.at(listener, number)
@@ -107,7 +108,7 @@ class Turns:
     def is_accepted(self, listener: Listener, number: int, left_since: float) -> bool:
         """Return whether workers may still accept from one of a listener's sockets.
 
-        left_since: workers that were ordered to finish before then accept no more.
+        left_since: workers that were ordered to finish before this time accept no more.
         """
         if self.takers(listener, number):
             return True
@@ -181,7 +182,7 @@ class Turns:
         return not self.is_served(listener, self.number_for(listener))
 
     def move_lost(self, listener: Listener) -> bool:
-        """Move clients of a lost socket to the next generation's; return whether they move."""
+        """Let clients of a lost socket wait for the next generation; return whether they do."""
         moves = self.lacks(listener)
         if moves:
             self.lost |= {listener.index}

@@ -1,0 +1,51 @@
+"""The folders of this process's cgroups, of both versions, as far as they are mounted.
+
+Source: cgroups(7); proc(5) for mountinfo.
+"""
+
+from __future__ import annotations
+
+PROC = "/proc/self"
+
+
+def names(proc: str = PROC) -> str:
+    """Return the names of the cgroups, which change if the process moves.  Raises OSError."""
+    return read(f"{proc}/cgroup")
+
+
+def folders(controller: str, proc: str = PROC) -> list[tuple[int, str]]:
+    """Return our cgroup of a controller, then its ancestors, each as (version, folder).
+
+    If both versions are mounted, both are returned: only one has the controller's files.
+    Raises OSError.
+    """
+    named = (line.split(":", 2) for line in names(proc).splitlines())
+    paths = {tuple(words[1].split(",")): words[2] for words in named}
+    found: list[tuple[int, str]] = []
+    for line in read(f"{proc}/mountinfo").splitlines():
+        words = line.split()
+        kind, options = words[words.index("-") + 1], words[-1].split(",")
+        if kind == "cgroup2" and ("",) in paths:
+            version, its = 2, [paths[("",)]]
+        elif kind == "cgroup" and controller in options:
+            version, its = 1, [path for of, path in paths.items() if controller in of]
+        else:
+            continue
+        found += [(version, folder) for path in its for folder in _up(path, words[3], words[4])]
+    return found
+
+
+def _up(path: str, root: str, mount: str) -> list[str]:
+    """Return the folders of a cgroup and of its ancestors, as far as they are mounted.
+
+    In a container the mount may begin at the container's cgroup, despite the path in /proc.
+    """
+    inside = path.removeprefix(root) if root != "/" else path
+    parts = inside.strip("/").split("/")
+    return ["/".join((mount, *parts[:count])).rstrip("/") for count in range(len(parts), -1, -1)]
+
+
+def read(path: str) -> str:
+    """Return a file's text.  Raises OSError."""
+    with open(path, "rb") as file:
+        return file.read().decode("utf-8", "replace")

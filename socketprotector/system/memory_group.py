@@ -1,0 +1,66 @@
+"""Reads how often the kernel killed a process of our memory cgroup, and the limit of that cgroup.
+
+It kills a process when memory runs out: at the limit of the cgroup, or elsewhere.
+
+Source: `memory.events` in Documentation/admin-guide/cgroup-v2.rst, and `memory.oom_control` in
+Documentation/admin-guide/cgroup-v1/memory.rst of Linux.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from ..model.lazy_dataclass import frozen
+from .cgroups import PROC, folders, read
+
+#: The files of each version: how often a process was killed, how often the cgroup was at its own
+#: limit, and that limit.
+_FILES = {
+    2: (("memory.events", "oom_kill"), ("memory.events.local", "oom"), "memory.max"),
+    1: (("memory.oom_control", "oom_kill"), ("memory.failcnt", ""), "memory.limit_in_bytes"),
+}
+#: Version 1 writes LONG_MAX, rounded down to a page, for no limit.
+_NO_LIMIT = 1 << 62
+
+
+@frozen
+class OutOfMemory:
+    """The counts of the kernel so far; zeros if they are unknown."""
+
+    kills: int = 0  # at any limit
+    at_limit: int = 0  # at the cgroup's own limit
+
+
+def counts(proc: str = PROC) -> OutOfMemory:
+    """Return the present counts."""
+    version, folder = _own(proc)
+    if not version:
+        return OutOfMemory()
+    kills, at_limit, _ = _FILES[version]
+    return OutOfMemory(_number(folder, *kills) or 0, _number(folder, *at_limit) or 0)
+
+
+def limit(proc: str = PROC) -> int | None:
+    """Return the cgroup's own limit in bytes; None: it has none, or it is unknown."""
+    version, folder = _own(proc)
+    found = _number(folder, _FILES[version][2]) if version else None
+    return found if found is not None and found < _NO_LIMIT else None
+
+
+def _own(proc: str) -> tuple[int, str]:
+    """Return the version and the folder of our memory cgroup; (0, ""): it is not known."""
+    with suppress(OSError):
+        for version, folder in folders("memory", proc):
+            if _number(folder, *_FILES[version][0]) is not None:
+                return version, folder
+    return 0, ""
+
+
+def _number(folder: str, file: str, key: str = "") -> int | None:
+    """Return the number in a file, or in its line of a key; None: there is none."""
+    with suppress(OSError):
+        for line in read(f"{folder}/{file}").splitlines():
+            name, _, value = line.rpartition(" ")
+            if name == key and value.isdecimal():
+                return int(value)
+    return None

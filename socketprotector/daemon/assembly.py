@@ -250,6 +250,8 @@ class Resident:
         for name in self.output.descriptors():
             store.forget(name)
         self.output.finish()
+        if self._releases is not None:
+            self._releases.close()
         if self.settings.notify_folder:
             remove_folder(self.settings.notify_folder)
         if self.settings.pid_file is not None and inherited.PID_FILE in self.own:

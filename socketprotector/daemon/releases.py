@@ -81,6 +81,11 @@ class Releases:
                 self._log.write("error", "current-not-locked", error=what_failed(error))
         return self._lock is not None
 
+    def close(self) -> None:
+        """Give up the lock at the end, although systemd may keep a copy of its descriptor."""
+        if self._lock is not None:
+            release_store.unlock(self._lock)
+
     def descriptors(self) -> dict[str, int]:
         """Return the descriptor that the next program needs, by name."""
         return {inherited.CURRENT: self._lock} if self._lock is not None else {}
@@ -216,7 +221,7 @@ class Releases:
         return f"{reason}; {error}" if reason else error
 
     def _prove(self, name: str, program: Program) -> None:
-        if self._lock is not None and name:
+        if self.own() and name:
             was = release_store.fingerprint(self._path(name), program.path)
             self._add(Entry(name, time.time(), was=was))
 

@@ -117,6 +117,11 @@ def lock(current: str) -> int | None:
     return fd
 
 
+def unlock(fd: int) -> None:
+    """Release the lock, also of copies of its descriptor."""
+    fcntl.flock(fd, fcntl.LOCK_UN)
+
+
 def prepare(current: str, target: str) -> None:
     """Make the link that move() renames, so that a missing right shows before the switch.
 

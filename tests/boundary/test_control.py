@@ -501,6 +501,8 @@ def test_a_member_of_the_status_group_may_look_and_change_nothing(place: Path) -
             "reload": {"dry_run": True},
             "log-level": {"level": "info"},
             "promote": {"now": True},
+            "deploy": {"release": "1"},
+            "rollback": {},
         }
         first = list(control_requests.COMMANDS[command])[:1]
         arguments = others.get(command, dict.fromkeys(first, 1))

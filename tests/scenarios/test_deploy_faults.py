@@ -13,9 +13,10 @@ import pytest
 
 from tests import needs
 from tests.running import Protector, eventually
-from tests.scenarios.adopting import revived
+from tests.scenarios.adopting import at_rest, revived
 from tests.scenarios.faults import Disk, injected
-from tests.scenarios.operating import Operated, Operating
+from tests.scenarios.managers import Service
+from tests.scenarios.operating import Line, Operated, Operating
 from tests.scenarios.releases import COMMAND, Releases, ctl, deployed, saved, serving
 from tests.scenarios.running_ctl import Running
 from tests.scenarios.users import A, B, Command
@@ -298,3 +299,29 @@ def test_another_user_moves_current_in_a_folder_of_its_own(
 def deployed_at(control: Path, name: str) -> None:
     ended = run("--control", str(control), "deploy", name)
     assert ended.status == 0, ended
+
+
+def test_a_service_manager_keeps_the_lock_over_a_kill_and_not_over_a_stop(
+    service: Service, releases: Releases, tmp_path: Path
+) -> None:
+    control = tmp_path / "control"
+    options: tuple[str | Path, ...] = ("--control", control, *releases.options)
+    words = (*options, "127.0.0.1:0", "--", *COMMAND)
+
+    def takes(name: str) -> None:
+        deployed_at(control, name)
+        with Line(control) as line:
+            found = line.status()["releases"]
+        assert (found["owner"], found["serving"], releases.named) == (True, name, name)
+
+    first = service.start(*words).ready()
+    takes("2")
+    at_rest(first)
+    service.kill()
+    second = service.start(*words)
+    second.log.wait_for("event=resumed")
+    takes("3")
+    second.stop()
+    third = service.start(*words).ready()
+    takes("1")
+    third.stop()

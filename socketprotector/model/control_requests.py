@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 from . import json_text
 from .lazy_dataclass import field, frozen
-from .release import NAME_IS, is_name
+from .release import is_name
 from .share import CANARY_FOR_S, Canary, read_percent
 
 TYPE_CHECKING = False
@@ -80,7 +80,7 @@ def _is_canary(value: Any) -> bool:
 
 
 _CANARY: Kind = 'an object with "share", such as "5%"', _is_canary
-_RELEASE: Kind = NAME_IS, is_name
+_RELEASE: Kind = "the name of a release", is_name
 _LEVEL: Kind = (
     '"debug", "info", "warning" or "error"',
     lambda value: value in ("debug", "info", "warning", "error"),

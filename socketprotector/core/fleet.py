@@ -193,7 +193,9 @@ class Fleet:
     rollout: Rollout | None = None  # of the reload under way
 
     served: bool = False  # a generation has served, since the first start
-    failed_starts: int = 0  # generations in a row that failed while no other generation served
+    #: The generations in a row that failed while no other generation served.  While a stop waits for
+    #: a rescue: also the rescues that it has opened, of which each waits longer.
+    failed_starts: int = 0
     listeners_open: bool = True
     held: bool = False  # an operator's hold: no client is accepted
     exit_status: int = 0

@@ -77,7 +77,7 @@ class WorkerPool:
         self._messages = WorkerMessages(
             runtime, self._workers, first, note=self._note, ready=self._is_ready
         )
-        self.limits: worker_recycling.LimitWatch | None = None
+        self._limits: worker_recycling.LimitWatch | None = None
         self.apply_settings(settings)
 
     @cached_property
@@ -97,10 +97,15 @@ class WorkerPool:
     def apply_settings(self, settings: Settings) -> None:
         """Use the settings of the start or of a reload."""
         self._spawner.settings = settings
-        if self.limits is not None:
-            self.limits.use(settings)
+        if self._limits is not None:
+            self._limits.use(settings)
         elif settings.worker_limits.any:
-            self.limits = worker_recycling.LimitWatch(settings, self._runtime, self._workers)
+            self._limits = worker_recycling.LimitWatch(settings, self._runtime, self._workers)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What an operator should know about the limits of workers."""
+        return () if self._limits is None else self._limits.warnings
 
     def advice(self, generation: int, *, passes_over: bool = False) -> str:
         """Return what to do about a generation that accepts no connection; "": unknown.

@@ -142,7 +142,7 @@ class CommandHandler:
             "crashes": history.crashed,
             "warnings": (
                 *status.of_warnings(settings),
-                *(limits.warnings if (limits := effects.pool.limits) is not None else ()),
+                *effects.pool.warnings,
                 *delivery.warnings,
             ),
         }

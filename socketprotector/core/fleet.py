@@ -193,8 +193,8 @@ class Fleet:
     rollout: Rollout | None = None  # of the reload under way
 
     served: bool = False  # a generation has served, since the first start
-    #: The generations in a row that failed while no other generation served.  While a stop waits for
-    #: a rescue: also the rescues that it has opened, of which each waits longer.
+    #: The generations in a row that failed while no other generation served.  While a stop waits
+    #: for a rescue: also the rescues that it has opened, of which each waits longer.
     failed_starts: int = 0
     listeners_open: bool = True
     held: bool = False  # an operator's hold: no client is accepted

@@ -152,14 +152,8 @@ class WorkerPool:
             worker.close()
             self._post(WorkerExited(number, f"cannot watch it: {what_failed(error)}"))
             return
-        self._log.write(
-            "info",
-            "spawned",
-            generation=generation.record.number,
-            worker=number,
-            slot=slot,
-            pid=worker.process.pid,
-        )
+        of, pid = generation.record.number, worker.process.pid
+        self._log.write("info", "spawned", generation=of, worker=number, slot=slot, pid=pid)
 
     def signal(self, number: int, kind: WorkerSignal) -> None:
         """Send a worker a signal, KILL to its whole process group; no error if it has exited."""

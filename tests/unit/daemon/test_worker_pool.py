@@ -392,7 +392,7 @@ def test_the_words_of_workers_that_share_the_log_are_no_ones_own(world: World) -
 def test_limits_are_watched_only_once_a_setting_asks_for_it(world: World) -> None:
     world.pool.apply_settings(replace(SETTINGS, watchdog_s=3.0))
     assert world.limits == []
-    assert world.pool.warnings == ()
+    assert not world.pool.warnings
     limited = replace(SETTINGS, worker_limits=Limits(age_s=60.0))
     world.pool.apply_settings(limited)
     world.pool.apply_settings(SETTINGS)

@@ -402,7 +402,7 @@ class WorkerPool:
     def _is_ready(self, number: int, by: str, *, retires: bool = False) -> None:
         worker = self._workers.get(number)
         if worker is None or worker.record.ready_by or worker.has_served:
-            if worker is not None and retires:  # its probe was earlier than its message
+            if worker is not None and retires:  # the probe made it ready before its message came
                 self._note(worker, retires=True)
             return
         if self._note_ready(number, worker, by, retires=retires):

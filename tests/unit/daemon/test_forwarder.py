@@ -763,15 +763,15 @@ def test_a_listener_that_fails_during_a_stop_is_not_repaired(world: World) -> No
 
 def test_at_the_end_each_connection_that_only_we_have_is_counted_as_lost(world: World) -> None:
     old, route = world.channel(1), world.channel(2, room=1)
-    old.hold("a", "b")
+    old.hold("a", "b", "c")
     old.line.append((PROBE, "probe"))
     world.release(old)
     world.route_to(route)
-    world.one.backlog.append("c")
+    world.one.backlog.append("d")
     world.turn()
     world.forwarder.close()
     assert route.names == ["a"]
-    assert world.forwarder.lost == 1
+    assert world.forwarder.lost == 2
     assert world.kernel.open == {}
     assert old.closed
     assert world.one.closed

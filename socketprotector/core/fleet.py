@@ -195,7 +195,9 @@ class Fleet:
     release: str = ""
 
     served: bool = False  # a generation has served, since the first start
-    failed_starts: int = 0  # generations in a row that failed while no other generation served
+    #: The generations in a row that failed while no other generation served.  While a stop waits
+    #: for a rescue: also the rescues that it has opened, of which each waits longer.
+    failed_starts: int = 0
     listeners_open: bool = True
     held: bool = False  # an operator's hold: no client is accepted
     exit_status: int = 0
@@ -243,6 +245,16 @@ class Fleet:
     def is_changing(self) -> bool:
         """Whether a reload, a dry run or a replacement is under way or queued."""
         return self.is_opening or self.reload_wanted
+
+    @property
+    def is_releasing(self) -> bool:
+        """Whether a reload, a deploy or a dry run is under way or queued.
+
+        Not a replacement by the last good command: a release may end its crash loop.
+        """
+        fresh = self.incoming is not None and self.incoming.fresh
+        begun = self.reading or self.candidate or self.to_open is Next.FRESH or fresh
+        return bool(begun or self.reload_wanted)
 
     def policy_of(self, fresh: bool) -> Policy:
         """Return the policy of a generation that is opened fresh, or from the last good command."""

@@ -45,7 +45,7 @@ def reload_requested(step: Step, canary: Canary | None, release: str = "") -> No
     """
     if step.fleet.stop_requested:
         step.do(Report(ReportKind.REFUSED, reason="cannot reload: a stop is in progress"))
-    elif release and step.fleet.is_changing:
+    elif release and step.fleet.is_releasing:
         step.do(Report(ReportKind.REFUSED, reason=f"cannot deploy {release}: {IN_PROGRESS}"))
     else:
         # Queued even during a reload, so that the newest release wins without another HUP.

@@ -313,9 +313,9 @@ def replace_requested(step: Step, number: int, reason: str, *, hung: bool) -> No
         step.add(generation.number, next(_free_slots(generation)), replaces=number)
     elif hung:
         step.do(Report(ReportKind.REPLACING, generation.number, reason))
-        step.end_worker(worker)  # without a replacement, so its exit may fail the generation
         if step.fleet.rollout and generation.phase is Phase.SETTLING:
-            fail(step, generation.number, reason)
+            fail(step, generation.number, reason)  # first, so that clients already go elsewhere
+        step.end_worker(worker)  # without a replacement, so its exit may fail the generation
 
 
 def _replacement(generation: Generation, number: int) -> Worker | None:
@@ -360,7 +360,7 @@ def too_slow(step: Step, number: int) -> None:
     found = step.fleet.find(number)
     if found and not found[0].ending:  # otherwise TERM was sent already
         generation, worker = found
-        step.end_worker(worker)
         if generation.phase is Phase.SETTLING and worker.state is State.STARTING:
             policy = step.fleet.policy_of(generation.fresh)
             fail(step, generation.number, start_timeout.not_ready(policy, ""))
+        step.end_worker(worker)  # last, so that clients already go elsewhere

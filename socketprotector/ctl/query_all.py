@@ -16,7 +16,7 @@ from .errors import NoProtector, RequestRefused
 
 #: A protector that takes longer is shown as silent.
 SURVEY_S = 0.8
-#: The limit of all incomplete answers together; above it, the longest is not SocketProtector's.
+#: The limit of all incomplete answers together.  Above it, we drop the longest answer.
 #: The status of an instance with 1,000 workers has 300 KB.
 _MOST_BYTES = 4 * 1024 * 1024
 

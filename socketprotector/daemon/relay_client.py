@@ -119,7 +119,7 @@ class LogRelay:
     ) -> None:
         """Adopt the relay that an earlier program started; takes ownership.
 
-        relay: the inherited descriptors of RELAY; outputs: those of OUTPUT.
+        relay, outputs: the inherited descriptors whose names begin with RELAY and OUTPUT.
         """
         self._shared = relay.get("read", {}).get("", -1)
         lines = relay.get("line", {})
@@ -312,7 +312,7 @@ class LogRelay:
         os.close(pipe.read)
 
     def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
-        """Close all but a few pipes that processes left by ended workers keep open, oldest first.
+        """Close the oldest pipes that are still open after their workers have ended; keep a few.
 
         living, numbers: how many workers have not ended, and which.
         """

@@ -96,7 +96,10 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
 def _held(
     descriptors: dict[str, int], snapshot: Snapshot | None
 ) -> tuple[Settings, Sequence[ListenerSettings]]:
-    """Return the settings in force, and all possible listeners.  Raises SettingsError."""
+    """Return the settings in force, and their listeners with those of a candidate.
+
+    Raises SettingsError.
+    """
     if snapshot is not None:
         found = snapshot.settings
         return found.current, (found.candidate or found.current).listeners

@@ -197,9 +197,9 @@ class Supervisor:
         """
         store = self.checkpoint.store
         if self.fleet.dry_run and store.flushed:
-            # As late as possible: if the store is never flushed, the dry run continues.
+            # This ends the dry run, so not earlier: the store may never be flushed.
             self.runtime.post(HandingOver())
-        if not store.flushed:  # the next program relies on that
+        if not store.flushed:  # the next program relies on stored descriptors
             self._hand_over_later(give_up_at)
             return
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())

@@ -77,7 +77,7 @@ class WorkerPool:
         self._messages = WorkerMessages(
             runtime, self._workers, first, note=self._note, ready=self._is_ready
         )
-        self.limits: worker_recycling.LimitWatch | None = None
+        self._limits: worker_recycling.LimitWatch | None = None
         self.apply_settings(settings)
 
     @cached_property
@@ -97,10 +97,15 @@ class WorkerPool:
     def apply_settings(self, settings: Settings) -> None:
         """Use the settings of the start or of a reload."""
         self._spawner.settings = settings
-        if self.limits is not None:
-            self.limits.use(settings)
+        if self._limits is not None:
+            self._limits.use(settings)
         elif settings.worker_limits.any:
-            self.limits = worker_recycling.LimitWatch(settings, self._runtime, self._workers)
+            self._limits = worker_recycling.LimitWatch(settings, self._runtime, self._workers)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What an operator should know about the limits of workers."""
+        return () if self._limits is None else self._limits.warnings
 
     def advice(self, generation: int, *, passes_over: bool = False) -> str:
         """Return what to do about a generation that accepts no connection; "": unknown.
@@ -147,14 +152,8 @@ class WorkerPool:
             worker.close()
             self._post(WorkerExited(number, f"cannot watch it: {what_failed(error)}"))
             return
-        self._log.write(
-            "info",
-            "spawned",
-            generation=generation.record.number,
-            worker=number,
-            slot=slot,
-            pid=worker.process.pid,
-        )
+        of, pid = generation.record.number, worker.process.pid
+        self._log.write("info", "spawned", generation=of, worker=number, slot=slot, pid=pid)
 
     def signal(self, number: int, kind: WorkerSignal) -> None:
         """Send a worker a signal, KILL to its whole process group; no error if it has exited."""
@@ -403,7 +402,7 @@ class WorkerPool:
     def _is_ready(self, number: int, by: str, *, retires: bool = False) -> None:
         worker = self._workers.get(number)
         if worker is None or worker.record.ready_by or worker.has_served:
-            if worker is not None and retires:  # its probe was earlier than its message
+            if worker is not None and retires:  # the probe made it ready before its message came
                 self._note(worker, retires=True)
             return
         if self._note_ready(number, worker, by, retires=retires):

@@ -7,6 +7,7 @@ configuration again takes that one, or the release that a deploy names.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -118,7 +119,8 @@ def absolute(folder: str, path: str) -> str:
 
 
 def check_folder(current: str, identity: Identity | None) -> None:
-    """Refuse a folder in which the protector could not move `current`."""
+    """Refuse a folder in which the protector could not move `current`, or in which others can."""
+    _refuse_shared(current)
     closed = partial(_closed, os.path.dirname(current))
     found = user_access.as_user(identity, closed) if identity else closed()
     if found:
@@ -135,3 +137,17 @@ def _closed(folder: str) -> str:
     except OSError as error:
         return f"{folder}: {error.strerror}"
     return ""
+
+
+def _refuse_shared(current: str) -> None:
+    """Refuse a folder in which any user could replace `current`, or what is written beside it."""
+    folder = os.path.dirname(current)
+    try:
+        mode = os.stat(folder).st_mode
+    except OSError as error:
+        raise UsageError(f"--current {current}: {folder}: {error.strerror}") from error
+    if mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise UsageError(
+            f"--current {current}: other users can write {folder} ({stat.filemode(mode)}); chmod "
+            f"go-w {folder}"
+        )

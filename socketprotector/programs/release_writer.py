@@ -14,8 +14,12 @@ import sys
 def main(folder: int, content: int, name: str) -> None:
     """Replace the history by rename(2), and sync the folder, which also has the link `current`."""
     following = f"{name}.next"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     left = os.pread(content, os.fstat(content).st_size, 0)
+    try:
+        os.unlink(following, dir_fd=folder)
+    except FileNotFoundError:
+        pass
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     fd = os.open(following, flags, 0o644, dir_fd=folder)
     while left:
         left = left[os.write(fd, left) :]

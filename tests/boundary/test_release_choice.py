@@ -220,6 +220,12 @@ def test_owners(web: Web, owner: str, words: tuple[str, ...], accepted: bool) ->
         assert "belongs to uid" in web.refused(KEYS + COMMAND, *words)
 
 
+@pytest.mark.parametrize("mode", [0o775, 0o757, 0o1777])
+def test_no_other_user_may_replace_current(web: Web, mode: int) -> None:
+    (web.folder / "live").chmod(mode)
+    assert "line 3: current: ./live/current: other users can write ./live (" in web.refused()
+
+
 @needs.ROOT
 def test_the_protectors_user_must_be_able_to_move_current(web: Web) -> None:
     for each in (web.folder, *web.folder.parents):

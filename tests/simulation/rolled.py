@@ -124,6 +124,9 @@ class Rolled(World):
         super()._said(event, fields)
         if event in ("reloaded", "reload-failed"):
             self.events[f"{event} after {self._stage}"] += 1
+        stops = self._supervisor is not None and bool(self._supervisor.fleet.stopping)
+        if event == "reloaded" and self._stage != "none":
+            assert not stops, "a stop ends a rollout unproved, and it is called a success"
 
     # -- what must hold ----------------------------------------------------------------
 

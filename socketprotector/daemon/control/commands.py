@@ -144,7 +144,7 @@ class CommandHandler:
             "crashes": history.crashed,
             "warnings": (
                 *status.of_warnings(settings),
-                *(limits.warnings if (limits := effects.pool.limits) is not None else ()),
+                *effects.pool.warnings,
                 *delivery.warnings,
                 *releases.warnings(effects),
             ),
@@ -236,7 +236,7 @@ class CommandHandler:
         fleet = self.supervisor.fleet
         if not release:
             raise RequestError("invalid", "deploy: release is needed")
-        if dry_run and not fleet.is_changing:
+        if dry_run and not fleet.is_releasing:
             self._refuse_dry_run(fleet)
         return releases.deploy(
             *(self._effects, fleet, self.runtime, release),

@@ -141,12 +141,13 @@ def _releases_of(effects: Effects) -> Releases:
 
 def _refuse_second(fleet: Fleet, effects: Effects) -> None:
     """Refuse a deploy while a reload, a deploy or a dry run is in progress."""
-    if not fleet.is_changing:
+    if not fleet.is_releasing:
         return
-    incoming = effects.generations.get(fleet.incoming.number) if fleet.incoming else None
+    fresh = fleet.incoming if fleet.incoming and fleet.incoming.fresh else None
+    incoming = effects.generations.get(fresh.number) if fresh else None
     name = incoming.program.release if incoming else fleet.release
     kind = "a dry run" if fleet.dry_run else "a deploy" if fleet.release else "a reload"
-    number = fleet.incoming.number if fleet.incoming else fleet.next_generation
+    number = fresh.number if fresh else fleet.next_generation
     what = f"{kind} of {name}" if name else kind
     raise RequestError(
         "deploying", f"{what} is in progress (generation {number}); wait for it, or `rollback`"

@@ -270,7 +270,7 @@ class Delivery(ABC):
     def adopt(
         self, record: DeliveryRecord, unclaimed: Inherited, *, held: bool, closing: bool
     ) -> None:
-        """Resume from an earlier program's record; claim what belongs to no single generation.
+        """Resume from an earlier program's record, and claim the descriptors of the whole.
 
         held: a hold must be in force.  closing: the listeners are about to be closed.
         """

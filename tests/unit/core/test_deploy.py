@@ -20,7 +20,7 @@ from socketprotector.core.events import (
     WorkerExited,
     WorkerReady,
 )
-from socketprotector.core.fleet import Policy
+from socketprotector.core.fleet import Next, Policy
 from tests.unit.conftest import Story
 
 
@@ -118,6 +118,28 @@ def test_a_deploy_that_a_rescue_interrupts_follows_for_the_same_release(
 
     story.when(Stranded())  # the last good command starts again first
     assert (story.fleet.release, story.fleet.reload_wanted) == ("2", True)
+    actions = story.when(WorkerReady(2))
+
+    assert ReadSettings(release="2") in actions
+    assert story.fleet.release == "2"
+
+
+def test_a_deploy_ends_a_crash_loop(configured: Story) -> None:
+    story = configured
+    story.when(WorkerExited(1, "died", served_s=1000.0))
+    story.fleet = replace(story.fleet, to_open=Next.LAST_GOOD, generations=())
+
+    actions = story.when(ReloadRequested(release="2"))
+
+    assert ReadSettings(release="2") in actions
+
+
+def test_a_deploy_follows_a_renewal_that_is_under_way(configured: Story) -> None:
+    story = configured
+    story.when(RenewRequested())
+    assert story.when(ReloadRequested(release="2")) == []
+    assert story.fleet.release == "2"
+
     actions = story.when(WorkerReady(2))
 
     assert ReadSettings(release="2") in actions

@@ -193,12 +193,12 @@ def test_the_old_generation_gets_its_clients_back_at_once(story: Story, event: o
     assert not drained or actions.index(RouteTo(1)) < actions.index(Drain(2))
 
 
-def test_a_stuck_worker_gets_abrt(story: Story) -> None:
+def test_a_stuck_worker_gets_abrt_once_clients_go_elsewhere(story: Story) -> None:
     with_canary(story)
 
     actions = story.when(ReplaceRequested(2, "silent", hung=True))
 
-    assert Signal(2, WorkerSignal.ABRT) in actions
+    assert actions.index(RouteTo(1)) < actions.index(Signal(2, WorkerSignal.ABRT))
 
 
 def test_promote_begins_the_next_stage_and_now_ends_all(story: Story) -> None:
@@ -479,6 +479,8 @@ def test_a_later_worker_that_is_not_ready_in_time_fails_the_reload(story: Story)
     [(_, reason)] = [each for each in news(actions) if each[0] is ReportKind.RELOAD_FAILED]
     assert reason.startswith("not ready within 1m")
     assert (story.settling, story.serving) == (set(), {1})
+    # It may accept at its generation's socket: first, clients go elsewhere.
+    assert actions.index(RouteTo(1)) < actions.index(Signal(new, WorkerSignal.TERM))
 
 
 def test_a_dead_old_worker_above_the_target_is_not_replaced(story: Story) -> None:

@@ -85,7 +85,7 @@ class MemoryListener:
     def __init__(
         self, kernel: Kernel, index: int, *, foreign: bool = False, can_refuse: bool = True
     ) -> None:
-        self._kernel, self.index = kernel, index
+        self._kernel, self.index, self.number = kernel, index, 10 + index
         self.settings = ListenerSettings(f"tcp:127.0.0.1:{8000 + index}", foreign=foreign)
         self.backlog: list[str] = []
         self.fails: list[int] = []  # the errors of the next accepts
@@ -109,7 +109,7 @@ class MemoryListener:
         return made, None
 
     def fileno(self) -> int:
-        return 10 + self.index
+        return self.number
 
     def is_alive(self) -> bool:
         return self.alive

@@ -30,7 +30,7 @@ class World(SharedWorld):
         self.queries = 0
         self.query_s = 0.0
         self.fails = 0
-        self.passed_through: frozenset[int] = frozenset()
+        self.passed_through: list[int] = []  # the further tag of each order to set one
         tags = SimpleNamespace(
             TAGS=TAGS, tag_of=lambda one: one.tag, tag=self._tag, connections=self._connections
         )
@@ -43,7 +43,8 @@ class World(SharedWorld):
         self, listening: MemorySocket, number: int, exclude: Collection[int] = frozenset()
     ) -> frozenset[int]:
         before, listening.tag = listening.tag, number
-        return frozenset(() if before == number else {before, *self.passed_through})
+        further = {self.passed_through.pop(0)} if self.passed_through else set()
+        return frozenset(() if before == number else {before, *further})
 
     def _connections(
         self, listening: MemorySocket, exclude: object = None, *, waiting: bool = False
@@ -163,9 +164,12 @@ def test_clients_that_waited_before_the_tag_was_set_leave_a_generation_without_a
 def test_clients_that_came_while_it_was_set_may_have_the_tag_of_another_generation(
     world: World, pair: MemoryListener
 ) -> None:
-    world.passed_through = frozenset({1})
     pair.sockets[0].line.append(b"client")
-    assert world.enter(0, (0, 1)) == ()
+    for passed_through in ([1], [3, 1]):
+        world.passed_through = passed_through
+        pair.sockets[0].tag = NO_TAG
+        assert world.enter(0, (0, 1)) == ()
+    world.passed_through = [1, 1]
     pair.sockets[0].tag = NO_TAG
     assert world.enter(0, (0, 2)) == ((0, NO_TAG),)
 
@@ -212,6 +216,9 @@ def test_where_the_kernel_does_not_answer_the_number_is_unknown(
     world.fails = 0
     world.clock.pass_time(1.0)
     assert world.counts.active([(0, 1)]) == 0
+    world.fails = errno.EMFILE
+    world.clock.pass_time(1.0)
+    assert world.counts.active([(0, 1)]) is None, "the number before is no answer"
 
 
 def test_a_count_of_one_listener_alone_is_no_count(world: World, pair: MemoryListener) -> None:

@@ -55,6 +55,7 @@ class World(QueueWorld):
         if self.repair_fails:
             raise failure(self.repair_fails)
         listener.alive = True
+        listener.number += 100  # another socket was bound
 
     def route_to(self, channel: MemoryChannel | None, *sharing: object) -> None:
         self.forwarder.route_to(any_of(channel), *map(any_of, sharing))
@@ -488,6 +489,8 @@ def test_a_listener_that_a_worker_shut_down_is_repaired(world: World, unix: bool
         world.one.alive = False
     world.turn()
     assert world.repaired == [world.one]
+    watched = {world.one.fileno(), world.two.fileno()}
+    assert world.clock.watched.keys() == watched, "and not the closed one"
     world.one.hangs_up = False
     world.one.backlog.append("a")
     world.turn()
@@ -543,7 +546,7 @@ def test_a_listener_that_is_added_is_accepted_from(world: World) -> None:
 
 
 def test_a_removed_listener_s_backlog_goes_to_the_generation_that_knows_it(world: World) -> None:
-    old, new = world.channel(1, 0, 1), world.channel(2, 0)
+    old, new = world.channel(1, 0, 1), world.channel(2)
     world.route_to(new)
     world.two.backlog += ["a", "b"]
     world.remove(world.two, old)
@@ -577,6 +580,16 @@ def test_a_released_generation_gets_no_backlog(world: World) -> None:
     world.release(old)
     assert (world.two.closed, old.closed) == (True, True)
     assert world.forwarder.lost == 1
+
+
+def test_a_channel_that_was_shut_down_ends_at_once(world: World) -> None:
+    """Its workers may never read it again, so no backlog can be sent there."""
+    old = world.channel(1, 0, 1)
+    world.route_to(world.channel(2, 0))
+    world.remove(world.two, old)
+    old.shut = True
+    world.drain(old)
+    assert old.has_ended
 
 
 def test_a_channel_that_was_shut_down_and_emptied_is_closed_at_its_release(world: World) -> None:
@@ -698,6 +711,8 @@ def test_a_listener_that_was_passed_in_is_accepted_from_no_more_and_keeps_its_cl
     world.route_to(world.channel(1))
     passed_in.backlog.append("a")
     world.forwarder.close_listeners(quick=False)
+    world.forwarder.hold(False)
+    world.turn()
     world.clock.pass_time(3 * QUIET_S)
     assert world.clock.posted == [BacklogEmptied()]
     assert passed_in.closed
@@ -722,6 +737,7 @@ def test_listeners_that_survive_serve_earlier_clients_and_leave_later_ones_to_th
 
     world.one.survives = True
     assert world.forwarder.close() == ("listener0",)
+    assert world.forwarder.listeners == ()
 
 
 def test_listeners_that_survive_wait_for_a_removed_one(world: World) -> None:
@@ -747,19 +763,34 @@ def test_a_listener_that_fails_during_a_stop_is_not_repaired(world: World) -> No
 
 def test_at_the_end_each_connection_that_only_we_have_is_counted_as_lost(world: World) -> None:
     old, route = world.channel(1), world.channel(2, room=1)
-    old.hold("a", "b")
+    old.hold("a", "b", "c")
     old.line.append((PROBE, "probe"))
     world.release(old)
     world.route_to(route)
-    world.one.backlog.append("c")
+    world.one.backlog.append("d")
     world.turn()
     world.forwarder.close()
     assert route.names == ["a"]
-    assert world.forwarder.lost == 1
+    assert world.forwarder.lost == 2
     assert world.kernel.open == {}
     assert old.closed
     assert world.one.closed
     assert not world.clock.watched
+
+
+def test_at_the_end_nothing_is_left_open(world: World) -> None:
+    old = world.channel(1, 0, 1)
+    world.route_to(world.channel(2, 0))
+    world.two.backlog.append("a")
+    world.remove(world.two, old)
+    world.one.backlog.append("b")
+    world.forwarder.close_listeners(quick=False)
+    assert world.forwarder.close() == ()
+    assert world.two.closed
+    assert world.forwarder.lost == 1
+    assert world.forwarder.listeners == ()
+    assert world.kernel.open == {}
+    assert world.clock.due("forwarder-quiet") is None
 
 
 # -- counts, and the next program --------------------------------------------------------
@@ -845,6 +876,11 @@ def test_a_canary_gets_its_share_and_its_own_counts(world: World) -> None:
     of_canary = world.forwarder.watch_of(any_of(sharing))
     assert of_canary not in (None, world.forwarder.queue)
     assert world.forwarder.record().shared == 10
+    world.route_to(route, sharing, 10_000)
+    world.one.backlog.append("last")
+    world.turn()
+    assert world.forwarder.record().shared == 11
+    assert sharing.names[-1] == "last"
 
     world.route_to(sharing)
     assert world.forwarder.watch_of(any_of(route)) is None

@@ -30,6 +30,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 def test_a_hold_begins_and_ends_once(world: World) -> None:
+    world.listener()
     assert not world.hold.on
     world.hold.turn(False)
     assert world.hold.record == HoldRecord()

@@ -379,6 +379,15 @@ def test_a_socket_that_its_workers_lost_has_no_worker(world: World, pair: Memory
     assert pair.sockets[1].line == []
 
 
+def test_once_discarded_later_connections_are_clients(world: World, path: MemoryListener) -> None:
+    world.probe(path, 1, world.reach(2))
+    world.turns.leave(2, world.clock.now)
+    world.probes.discard()
+    assert world.probes.probed == set()
+    path.sockets[1].line.append(5)
+    assert world.probes.clients_wait(path, 1)  # type: ignore[arg-type]
+
+
 def test_a_socket_that_its_owner_accepts_from_is_left_alone(world: World) -> None:
     passed_in = world.listener(foreign=True)
     world.serving(1)
@@ -523,8 +532,14 @@ def test_ipv6_probes_share_their_address_with_clients_of_this_machine(
     assert not world.probes.clients_wait(pair, 1)  # type: ignore[arg-type]
     pair.sockets[1].line.append(end("2001:db8::1"))
     assert world.probes.clients_wait(pair, 1)  # type: ignore[arg-type]
-    assert world.probes.reach_as_client("") is not None
+    as_client = world.probes.reach_as_client("")
+    assert as_client is not None
     assert world.probes.probed == {(pair.index, 1)}, "the serving one's peers may be clients"
+    pair.sockets[1].line.clear()
+    as_client.abandon(world.probe(pair, 0, as_client))
+    assert not world.probes.clients_wait(pair, 0)  # type: ignore[arg-type]
+    pair.sockets[0].line.append(end("::1", 7))
+    assert world.probes.clients_wait(pair, 0)  # type: ignore[arg-type]
 
 
 # -- counts ------------------------------------------------------------------------------

@@ -159,9 +159,11 @@ def test_a_common_socket_is_lost_by_all_and_the_starting_one_fails_first(
 
 
 def test_without_generations_no_other_one_is_needed(world: World, pair: MemoryListener) -> None:
+    world.clock.watched[pair.sockets[0].fileno()] = lambda: None
     world.replace(pair, 0)
     assert not world.clock.posted
     assert world.clock.lines == ["socket-replaced"]
+    assert not world.clock.watched, "a closed socket's number may be used again"
 
 
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENOMEM, errno.EBUSY])
@@ -248,17 +250,19 @@ def test_a_socket_without_clients_may_be_out_of_reach(world: World, pair: Memory
     assert pair.sockets == before
 
 
-@pytest.mark.parametrize("generation", [2, None])
+@pytest.mark.parametrize(
+    ("starts", "is_gone", "stays"), [(True, True, False), (False, True, True), (True, False, True)]
+)
 def test_a_starting_generation_whose_device_is_gone_cannot_be_probed(
-    world: World, pair: MemoryListener, generation: int | None
+    world: World, pair: MemoryListener, starts: bool, is_gone: bool, stays: bool
 ) -> None:
     world.serving(1)
-    if generation is not None:
-        world.starting(generation)
+    if starts:
+        world.starting(2)
     before = pair.sockets[1]
-    before.device_is_gone = True
+    before.device_is_gone = is_gone
     world.repairs.repair_all()
-    assert (pair.sockets[1] is before) == (generation is None)
+    assert (pair.sockets[1] is before) == stays
 
 
 def test_a_listener_that_is_removed_by_the_repair_of_another_one_is_not_looked_at(
@@ -338,8 +342,9 @@ def test_no_generation_starts_where_no_client_can_connect(world: World) -> None:
     path = world.listener(path="/run/s")
     path.is_cut_off = True
     path.local_address = ("/run/s", 0)  # type: ignore[attr-defined]
-    with pytest.raises(FileNotFoundError, match="socket file was removed"):
+    with pytest.raises(FileNotFoundError, match="socket file was removed") as raised:
         world.make_ready(path, 0)
+    assert raised.value.filename == "/run/s"
 
 
 def test_what_an_earlier_server_has_set_is_undone_on_a_socket_of_its_own(

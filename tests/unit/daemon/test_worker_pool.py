@@ -115,7 +115,7 @@ class World:
         ends = SimpleNamespace(end_of=lambda *_, **__: self.end, close=self._close)
         patch.setattr(module, "post_mortem", SimpleNamespace(PostMortem=lambda *_, **__: ends))
         self.limits: list[Settings] = []
-        watch = SimpleNamespace(use=self.limits.append)
+        watch = SimpleNamespace(use=self.limits.append, warnings=("raise it",))
 
         def limit_watch(settings: Settings, *_: object) -> object:
             self.limits.append(settings)
@@ -392,12 +392,13 @@ def test_the_words_of_workers_that_share_the_log_are_no_ones_own(world: World) -
 def test_limits_are_watched_only_once_a_setting_asks_for_it(world: World) -> None:
     world.pool.apply_settings(replace(SETTINGS, watchdog_s=3.0))
     assert world.limits == []
+    assert not world.pool.warnings
     limited = replace(SETTINGS, worker_limits=Limits(age_s=60.0))
     world.pool.apply_settings(limited)
     world.pool.apply_settings(SETTINGS)
 
     assert world.limits == [limited, SETTINGS]
-    assert world.pool.limits is not None
+    assert world.pool.warnings == ("raise it",)
 
 
 def test_checks_stop_for_an_upgrade_and_start_again_after_a_failed_one(world: World) -> None:

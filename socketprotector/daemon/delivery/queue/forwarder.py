@@ -212,7 +212,6 @@ class Forwarder:
             if is_released:
                 self._lost += probe_port.clients_in(channel)
                 channel.close()
-        self._leftovers.clear()
         self._shortage.close()
         return surviving
 

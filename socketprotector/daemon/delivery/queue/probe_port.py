@@ -121,7 +121,7 @@ class ProbePort:
         else:
             watch = self._watch()
             if watch is not None:
-                # Otherwise another port would count it as behind that port's probe.
+                # Otherwise another port would think that it was sent after that port's probe.
                 watch.add_uncounted()
                 self._sent_before = watch.sent
         probe.close()

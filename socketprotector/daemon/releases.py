@@ -49,6 +49,7 @@ class Releases:
         #: The release whose settings the last reload has read.
         self.tried = ""
         self._not_moved = self._not_written = ""  # why
+        self._still_named = ""  # what `current` named when it could not be moved
         self._is_written = True
         self._writer: HelperProcess | None = None
         self._written_history = History()
@@ -154,6 +155,7 @@ class Releases:
         deployed: that of a deploy, or "".
         """
         # Until `current` has been moved, a reload must not go back to the release it still names.
+        self._leave_if_moved_by_hand()
         wanted = deployed or self.due
         self.tried = wanted or self.named
         return wanted
@@ -186,11 +188,17 @@ class Releases:
                 self._log.write(
                     "error", "current-not-moved", release=self.due, error=error.strerror
                 )
+            self._still_named = self.named
             self._not_moved = f"{self.current} still names {self.named}: {error.strerror}"
             self._try_later()
         else:
             if self._not_moved:
                 self._log.write("info", "current-moved", release=self.due)
+            self.due = self._not_moved = ""
+
+    def _leave_if_moved_by_hand(self) -> None:
+        """Forget that `current` must be moved, if an operator has moved it meanwhile."""
+        if self.due and self._not_moved and self.named != self._still_named:
             self.due = self._not_moved = ""
 
     def reported(self, report: Report, program: Program | None) -> Report:
@@ -202,11 +210,11 @@ class Releases:
         if report.news in _PROVED and program is not None:
             self._prove(name, program)
             return replace(report, reason=self._with_error(report.reason))
+        if report.news is ReportKind.RELOAD_FAILED and self._lock is not None:
+            release_store.discard(self.current)
         # A reload of the serving release may fail for reasons that are not the release's.
         if report.news is ReportKind.RELOAD_FAILED and name not in ("", self.serving):
             self.tried = ""
-            if self._lock is not None:
-                release_store.discard(self.current)
             # A stop says nothing about the release.
             if self._lock is not None and self._exists(name) and report.reason != stop.CALLED_OFF:
                 self._add(Entry(name, time.time(), headline(report.reason) or "it failed"))
@@ -301,6 +309,7 @@ class Releases:
             self._loop.call_after(_AGAIN, self._back_off.wait_s(), self._again)
 
     def _again(self) -> None:
+        self._leave_if_moved_by_hand()
         if self.due:
             self._move()
         if not self._is_written:

@@ -144,6 +144,23 @@ def test_a_reload_does_not_go_back_to_what_current_still_names(
     one.daemon.stop()
 
 
+def test_a_link_that_an_operator_moves_meanwhile_stays(
+    faulty: Faulty, releases: Releases, flag: Path
+) -> None:
+    one = faulty("rename", FAIL, code="EROFS")
+    flag.touch()
+    assert ctl(one, "deploy", "2").status == 5
+
+    releases.point_at("3")
+    flag.unlink()
+
+    assert ctl(one, "reload").status == 0
+    assert (serving(one), releases.named, one.status()["warnings"]) == ("3", "3", [])
+    saved(one)
+    assert way(releases) == ["1", "2", "3"]
+    one.daemon.stop()
+
+
 def test_another_program_tries_again_what_failed(
     faulty: Faulty, releases: Releases, flag: Path
 ) -> None:

@@ -189,6 +189,7 @@ def test_a_disk_without_room_for_current(
     status: int,
 ) -> None:
     disk = new_disk("32k")
+    disk.seen.chmod(0o755)
     releases.live, releases.current = disk.seen, disk.seen / "current"
     releases.point_at("1")
     options = ("--releases", releases.folder, "--current", disk.path / "current")

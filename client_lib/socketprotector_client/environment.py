@@ -37,8 +37,8 @@ class Environment:
         self.workers = 1
         #: The scoreboard's descriptor, and the offset of this worker's record in bytes.
         self.board = (-1, 0)
-        #: Seconds over which the connections end at a drain.  0.0: they are not ended.  None: neither
-        #: at a drain nor at a stop, so that nothing needs to be prepared.
+        #: Seconds over which the connections end at a drain; 0.0: only at a stop; None: they are
+        #: never ended.
         self.spread_s: Optional[float] = None
         #: Without a channel: listening sockets to accept from.
         self.passed: Tuple[int, ...] = ()

@@ -48,8 +48,8 @@ _log = Logger(__name__)
 _TICK_S, _COUNT_S = 0.1, 1.0
 #: A connection without a byte for this long is idle.
 _IDLE_MS = 1000
-#: A client whose last bytes have no answer keeps its connection at its turn for so long, or for this
-#: part of the whole time if that is less.
+#: A client whose last bytes have no answer keeps its connection for so long after its turn, or for
+#: this part of the whole time if that is less.
 _PATIENCE_S, _PATIENCE_PART = 30.0, 0.05
 #: How many idle connections are looked for at once, so that other threads get their turn.
 _AT_ONCE = 256

@@ -50,8 +50,8 @@ BOARD_COUNTED = 1
 BOARD_STATE, BOARD_ACCEPTED, BOARD_ACTIVE, BOARD_ERRORS = range(4)
 #: Written by the worker: 1 if it ends its connections evenly when it drains.
 BOARD_SPREADS = 4
-#: Written by the protector when the worker must drain: the time, in CLOCK_MONOTONIC ns, by which its
-#: connections should have ended.  0: as its environment says.
+#: Written by the protector when the worker must drain: the time by which its connections should
+#: have ended, in CLOCK_MONOTONIC ns.  0: as its environment says.
 BOARD_SPREAD_UNTIL = 5
 #: That time if the worker should end no connection.
 SPREAD_NEVER = 2**64 - 1

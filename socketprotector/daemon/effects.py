@@ -21,6 +21,7 @@ from ..core.actions import (
     CheckSettling,
     CloseListeners,
     Drain,
+    EndEvenly,
     Exit,
     ForgetSettings,
     Hold,
@@ -61,6 +62,7 @@ from ..model.text import added
 from ..system.listener import Listener
 from ..system.program_spec import change_of, program_of
 from ..system.sd_notify import Systemd
+from . import spread
 from .check_probe import CheckProbes
 from .delivery import Delivery
 from .delivery.host import Host
@@ -159,6 +161,9 @@ class Effects(Host):
                 self._route_to(number, sharing, share)
             case Quiesce(number):
                 self._quiesce(number)
+            case EndEvenly(number, worker, seconds) if number in self.generations:
+                opened, records = self.generations[number], self.pool.records()
+                spread.order(opened, records, seconds, self._log, only=worker)
             case Drain(number) if number in self.generations:
                 self.generations[number].note_draining()
                 self.pool.drain(number)
@@ -295,6 +300,8 @@ class Effects(Host):
             if not each.record.serving_since:
                 each.update_record(serving_since=time.monotonic(), served_at=time.time())
         self.delivery.route_to(generation, again=again, sharing=other, share=share)
+        if generation.program.spreads:
+            spread.check(generation, self.pool.records(), self._log)
         if other is None:
             self._log.write("info", "route", generation=number)
         else:

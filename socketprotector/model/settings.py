@@ -169,6 +169,7 @@ CLASSES = (Settings, ListenerSettings, Policy, Canary, Identity, Limits, Origin)
 ADDED = (
     *("Settings.warnings", "ListenerSettings.beside"),
     *("Policy.canary", "Policy.surge", "Policy.surge_is_percent"),
+    *("Policy.drain_spread_s", "Policy.stop_spread_s"),
 )
 #: Fields for people only: an older program skips them.
 SAID = ("Settings.warnings",)

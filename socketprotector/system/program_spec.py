@@ -69,6 +69,8 @@ def program_of(settings: Settings) -> Program:
         settle_check=settings.policy.settle_check,
         drain_signal=settings.drain_signal,
         watchdog_s=settings.watchdog_s,
+        drain_spread_s=settings.policy.drain_spread_s,
+        stop_spread_s=settings.policy.stop_spread_s,
     )
 
 

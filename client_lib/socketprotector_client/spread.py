@@ -54,9 +54,11 @@ _PATIENCE_S, _PATIENCE_PART = 30.0, 0.05
 #: How many idle connections are looked for at once, so that other threads get their turn.
 _AT_ONCE = 256
 
-#: struct tcp_info: the offsets of tcpi_last_data_sent, tcpi_last_data_recv (milliseconds ago) and
-#: tcpi_bytes_received.
-_LAST_SENT_AT, _LAST_RECEIVED_AT, _BYTES_RECEIVED_AT, _TCP_INFO_BYTES = 44, 52, 128, 136
+#: struct tcp_info: the offsets of tcpi_last_data_sent, tcpi_last_data_recv (milliseconds ago), and of
+#: tcpi_bytes_acked, before tcpi_bytes_received.
+_LAST_SENT_AT, _LAST_RECEIVED_AT, _BYTES_ACKED_AT, _TCP_INFO_BYTES = 44, 52, 120, 136
+#: The handshake counts as one acknowledged byte.
+_SYN = 1
 
 
 class Spread:
@@ -149,10 +151,13 @@ class Spread:
                     turns.find()
                     found_at = now = time.monotonic()
                 if until is not None and not self.over:
-                    portion += len(turns) * min(1.0, (now - before) / (until - before))
+                    # The last turn comes so early that its client has as long as the others.
+                    patience_s = min(_PATIENCE_S, (until - began) * _PATIENCE_PART)
+                    left_s = until - patience_s - before
+                    portion += len(turns) * min(1.0, (now - before) / max(left_s, _TICK_S))
                     turns.next(int(portion))
                     portion %= 1.0
-                    turns.end_late(now, min(_PATIENCE_S, (until - began) * _PATIENCE_PART))
+                    turns.end_late(now, patience_s)
                 elif until is not None:
                     turns.next(len(turns))
                     turns.end_late(now, 0.0)
@@ -322,7 +327,9 @@ def _state_of(fd: int) -> Tuple[bool, bool]:
         return True, True
     (sent_ms,) = struct.unpack_from("I", found, _LAST_SENT_AT)
     (received_ms,) = struct.unpack_from("I", found, _LAST_RECEIVED_AT)
-    is_answered = sent_ms <= received_ms or not any(found[_BYTES_RECEIVED_AT:])
+    acked, received = struct.unpack_from("2Q", found, _BYTES_ACKED_AT)
+    # Before the first byte to it, the time of the accept counts as that of a byte.
+    is_answered = not received or (sent_ms <= received_ms and acked > _SYN)
     return min(sent_ms, received_ms) >= _IDLE_MS, is_answered
 
 

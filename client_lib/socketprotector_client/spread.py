@@ -23,6 +23,7 @@ import socket
 import struct
 import termios
 import time
+import weakref
 from collections import deque
 from contextlib import contextmanager
 
@@ -32,7 +33,6 @@ from .log import Logger
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import weakref
     from typing import Callable, Deque, Dict, Iterator, List, Optional, Set, Tuple, Union
 
     from .drain_state import Drain
@@ -54,8 +54,8 @@ _PATIENCE_S, _PATIENCE_PART = 30.0, 0.05
 #: How many idle connections are looked for at once, so that other threads get their turn.
 _AT_ONCE = 256
 
-#: struct tcp_info: the offsets of tcpi_last_data_sent, tcpi_last_data_recv (milliseconds ago), and of
-#: tcpi_bytes_acked, before tcpi_bytes_received.
+#: struct tcp_info: the offsets of tcpi_last_data_sent and tcpi_last_data_recv (milliseconds ago),
+#: and of tcpi_bytes_acked, before tcpi_bytes_received.
 _LAST_SENT_AT, _LAST_RECEIVED_AT, _BYTES_ACKED_AT, _TCP_INFO_BYTES = 44, 52, 120, 136
 #: The handshake counts as one acknowledged byte.
 _SYN = 1
@@ -70,26 +70,29 @@ class Spread:
         self._seconds = seconds
         # A forked child reads its parent's record, too: both drain for the same reason.
         self._words = board.words
-        self._opened: List[_Opened] = []
+        self._opened: List[weakref.ref[_Opened]] = []
         #: Ends connections in the program's own way, by descriptor; without it: by end of file.
         self.end: Optional[Callable[[List[int]], None]] = None
-        #: Whether the turn of each connection has come, or the drain ends no connection.
-        self.over = False
         self.after_fork_in_child()
         forking.register(self)
 
     def after_fork_in_child(self) -> None:
-        self._armed = False
+        #: Whether the turn of each connection has come, or the drain ends no connection.
         self.over = False
+        self._armed = self._all_due = self._said = False
         #: The inodes of the connections whose turn has come.
         self._due: Set[int] = set()
-        for each in self._opened:
+        for each in self._live():
             each.forget_parents()
+
+    def _live(self) -> List[_Opened]:
+        found = [each() for each in self._opened]
+        return [each for each in found if each is not None]
 
     def open_connections(self, on_change: Callable[[], None]) -> OpenConnections:
         """Return a new set of connections that have their turns."""
         found = _Opened(on_change, self)
-        self._opened.append(found)
+        self._opened = [*map(weakref.ref, self._live()), weakref.ref(found)]
         return found
 
     def arm(self) -> None:
@@ -102,7 +105,7 @@ class Spread:
 
     def is_due(self, fd: int) -> bool:
         """Return whether the turn of the connection with this descriptor has come."""
-        if self.over:
+        if self.over or self._all_due or not self._armed:
             return True
         try:
             return os.fstat(fd).st_ino in self._due
@@ -122,7 +125,7 @@ class Spread:
             system.start_thread(self._run, ())
         except RuntimeError as error:
             self.over = True
-            _log.error("cannot end connections evenly: %s", error)
+            self._say(error)
 
     def _run(self) -> None:
         try:
@@ -131,6 +134,11 @@ class Spread:
             _log.exception("cannot end connections evenly")
         finally:
             self.over = True
+
+    def _say(self, error: Exception) -> None:
+        if not self._said:
+            self._said = True
+            _log.error("cannot end connections evenly: %s", error)
 
     def _until(self, began: float) -> Optional[float]:
         """Return the time by which all connections should have ended; None: they are not ended."""
@@ -146,6 +154,7 @@ class Spread:
             until = self._until(began)
             before, now = now, time.monotonic()
             self.over = until is None or now >= until
+            self._all_due = self._all_due or until is None
             try:
                 if until is not None and now >= found_at + _COUNT_S:
                     turns.find()
@@ -161,14 +170,13 @@ class Spread:
                 elif until is not None:
                     turns.next(len(turns))
                     turns.end_late(now, 0.0)
-            except OSError as error:  # no descriptor is free
-                _log.error("cannot end connections: %s; trying again", error)
-                now = before
+            except OSError as error:  # no descriptor is free: the next round does more
+                self._say(error)
             _sleep(_COUNT_S if self.over else _TICK_S)
 
     def places(self) -> List[Place]:
         """Return the open connections of this process."""
-        return [(each, entry) for each in self._opened for entry in each.entries()]
+        return [(each, entry) for each in self._live() for entry in each.entries()]
 
     def note_due(self, inode: int) -> None:
         """Let is_due() know that the turn of a connection has come."""
@@ -243,8 +251,12 @@ class _Turns:
         self._waiting = deque(each for each in self._waiting if each in self._known)
         ranked: Tuple[List[Place], ...] = [], [], []
         for number, place in enumerate(new):
-            with _copied(place) as fd:
-                is_idle, is_answered = _state_of(fd)
+            is_idle = is_answered = False
+            try:
+                with _copied(place) as fd:
+                    is_idle, is_answered = _state_of(fd)
+            except OSError:
+                pass  # no descriptor is free
             ranked[2 - is_idle - (is_idle and is_answered)].append(place)
             if number % _AT_ONCE == _AT_ONCE - 1:
                 _sleep(0.0)
@@ -256,8 +268,9 @@ class _Turns:
         now, numbers = time.monotonic(), []
         own = self._spread.end
         while count > 0 and self._waiting:
-            place = self._waiting.popleft()
+            place = self._waiting[0]
             with _copied(place) as fd:
+                self._waiting.popleft()
                 if fd < 0:
                     continue
                 count -= 1

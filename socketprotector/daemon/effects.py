@@ -299,15 +299,11 @@ class Effects(Host):
         for each in filter(None, (generation, other)):
             if not each.record.serving_since:
                 each.update_record(serving_since=time.monotonic(), served_at=time.time())
+            if each.program.spreads:
+                spread.check(each, self.pool.records(), self._log)
         self.delivery.route_to(generation, again=again, sharing=other, share=share)
-        if generation.program.spreads:
-            spread.check(generation, self.pool.records(), self._log)
-        if other is None:
-            self._log.write("info", "route", generation=number)
-        else:
-            self._log.write(
-                "info", "route", generation=number, sharing=sharing, share=percent(share)
-            )
+        shared = {"sharing": sharing, "share": percent(share)} if other is not None else {}
+        self._log.write("info", "route", generation=number, **shared)
         self.probing.set_serving(generation)
 
     def met(self, number: int) -> int:

@@ -141,6 +141,39 @@ def test_one_that_is_not_unpacked_says_so(typed: Typed, monkeypatch: pytest.Monk
             "the same socket of 0?defer_accept=5 (?defer_accept)",
         ),
         (["--surge", "2", "0", "--", "true"], "--surge needs --reload-order rolling"),
+        (
+            ["--drain-spread", "10s", "--drain-timeout", "9s", "0", "--", "true"],
+            "--drain-spread 10s is longer than --drain-timeout (9s), which ends the workers",
+        ),
+        (
+            ["--drain-spread", "31s", "--reload-order", "stop-first", "0", "--", "true"],
+            "is longer than --drain-timeout (30s)",
+        ),
+        (
+            ["--stop-spread", "31s", "0", "--", "true"],
+            "--stop-spread 31s is longer than --stop-timeout (30s), which ends the workers",
+        ),
+        (
+            ["--stop-spread", "1s", "--handoff", "stdio", "0", "--", "true"],
+            "--stop-spread with --handoff stdio: only workers on the Python client library",
+        ),
+        (
+            ["--drain-spread", "1s", *LISTENER, "0", "--", "env", "haproxy", "-db"],
+            "which haproxy is not; use its own close-spread-time instead",
+        ),
+        (
+            ["--drain-spread", "1s", *LISTENER, "0", "--", "env", "nginx"],
+            "which nginx is not; use its own worker_shutdown_timeout instead",
+        ),
+        (
+            ["--stop-spread", "1s", "0", "--", sys.executable, "-m", "gunicorn", "app:app"],
+            "--stop-spread needs workers on the Python client library, which gunicorn is not; use "
+            "its own --graceful-timeout instead",
+        ),
+        (
+            ["--drain-spread", "1s", *LISTENER, "0", "--", "env", "node", "x.js"],
+            "which node is not; it has no such option of its own",
+        ),
         ([*ROLLING, "--surge", "0", "0", "--", "true"], "write a number of workers from 1"),
         ([*ROLLING, "--surge", "0%", "0", "--", "true"], "or 1% to 100%"),
         ([*ROLLING, "--surge", "101%", "0", "--", "true"], "or 1% to 100%"),

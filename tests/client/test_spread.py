@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import socket
 import time
@@ -140,6 +141,7 @@ class Board:
         assert words is not None
         shared = words.obj
         words.release()
+        assert isinstance(shared, mmap.mmap)
         shared.close()
 
     def order(self, until: int) -> None:

@@ -1,7 +1,8 @@
 """Ends connections of uvicorn at their turns in a spread: WebSockets with close code 1012.
 
 An end of file would end a WebSocket without a close frame, and a request without its answer.  So
-uvicorn ends each connection as at its own shutdown.  An answer under way is finished.
+uvicorn ends each connection as at its own shutdown.  An answer that has begun goes on, but not for
+long: its client gets the end of file later (spread.py).
 """
 
 from __future__ import annotations

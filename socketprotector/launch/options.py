@@ -311,8 +311,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "policy.drain_timeout_s", common=True, default="0"),
         Option("drain-spread", TIME,
                "Let old workers end their connections evenly over this time; 0: not at all.\n"
-               "Idle ones come first. Only for workers on the Python client library. See "
-               "docs/long-lived.md.",
+               "For workers on the Python client library. See docs/long-lived.md.",
                "policy.drain_spread_s", default="0"),
         Option("drain-signal", SIGNAL,
                "With --handoff listener: end workers gracefully by this signal.\n"
@@ -324,9 +323,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("stop-timeout", TIME, "Allow this long for a graceful stop, then send TERM.",
                "policy.stop_timeout_s", default="30s"),
         Option("stop-spread", TIME,
-               "At a stop: let workers end their connections evenly over this time; 0: not at "
-               "all.\n"
-               "As --drain-spread, within --stop-timeout.",
+               "The same at a stop, within --stop-timeout.",
                "policy.stop_spread_s", default="0"),
         Option("kill-timeout", TIME, "Send KILL this long after TERM.",
                "policy.kill_timeout_s", default="5s"),

@@ -302,8 +302,8 @@ class Effects(Host):
             if each.program.spreads:
                 spread.check(each, self.pool.records(), self._log)
         self.delivery.route_to(generation, again=again, sharing=other, share=share)
-        shared = {"sharing": sharing, "share": percent(share)} if other is not None else {}
-        self._log.write("info", "route", generation=number, **shared)
+        said = percent(share) if other is not None else None
+        self._log.write("info", "route", generation=number, sharing=said and sharing, share=said)
         self.probing.set_serving(generation)
 
     def met(self, number: int) -> int:

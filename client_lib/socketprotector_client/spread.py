@@ -163,7 +163,11 @@ class Spread:
                     # The last turn comes so early that its client has as long as the others.
                     patience_s = min(_PATIENCE_S, (until - began) * _PATIENCE_PART)
                     left_s = until - patience_s - before
-                    portion += len(turns) * min(1.0, (now - before) / max(left_s, _TICK_S))
+                    # Time that was lost, as at the first count, is not made up for at once: the
+                    # rest of the turns come a little faster.
+                    most_s = min(_COUNT_S, max(3 * _TICK_S, (until - began) / 100))
+                    passed_s = min(now - before, most_s)
+                    portion += len(turns) * min(1.0, passed_s / max(left_s, _TICK_S))
                     turns.next(int(portion))
                     portion %= 1.0
                     turns.end_late(now, patience_s)

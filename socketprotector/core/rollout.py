@@ -125,9 +125,8 @@ def advance(step: Step) -> None:
     if settling is None or rollout is None or rollout.canary:
         return
     serving = fleet.of(Phase.SERVING)
-    if _settle(settling.number) in fleet.timers:
-        return
-    if settling.ready and len(settling.workers) >= fleet.full_size(settling):
+    settles = _settle(settling.number) in fleet.timers
+    if not settles and settling.ready and len(settling.workers) >= fleet.full_size(settling):
         step.promote(settling.number)
         return
     share = _share_of_ready(settling, serving) if serving else WHOLE

@@ -530,6 +530,15 @@ def test_promote_ends_the_settling_of_the_first_workers_only(story: Story) -> No
     assert [kind for kind, _ in news(story.when(PromoteRequested()))] == [ReportKind.REFUSED]
 
 
+def test_the_share_follows_the_workers_while_the_first_ones_settle(story: Story) -> None:
+    story.given_serving(rolling(1, settle_s=5.0), workers=2)
+    story.and_also(ReloadRequested())
+    assert RouteTo(1, 2, WHOLE // 3) in story.when(WorkerReady(3))
+
+    story.and_also(ScaleRequested(to=3))
+    assert RouteTo(1, 2, WHOLE // 4) in story.when(WorkerReady(4))
+
+
 def test_a_stop_during_a_rolling_reload_calls_it_off(story: Story) -> None:
     story.given_serving(rolling(), workers=3).and_also(ReloadRequested(), WorkerReady(4))
 

@@ -113,7 +113,7 @@ def _handle(step: Step, event: Event) -> None:
                 _deadline_passed(step, deadline, advice, met)
 
 
-def _deadline_passed(step: Step, deadline: Deadline, advice: str, met: int) -> None:
+def _deadline_passed(step: Step, deadline: Deadline, advice: str, met: int | None) -> None:
     number = deadline.target
     match deadline.wait:
         case TimerKind.START:

@@ -159,7 +159,7 @@ class Rollout:
     share: int = 0  # of the new clients, in ten thousandths, as ordered
     canary: Canary | None = None  # None: the share follows the workers that are ready
     extended: bool = False  # too few connections came, so the canary lasts twice as long
-    met: int = 0  # the connections that the canary has had
+    met: int | None = 0  # the connections that the canary has had; None: unknown
 
 
 @frozen

@@ -306,10 +306,10 @@ class Effects(Host):
         self._log.write("info", "route", generation=number, sharing=said and sharing, share=said)
         self.probing.set_serving(generation)
 
-    def met(self, number: int) -> int:
-        """Return how many new clients a generation has got; 0: unknown."""
+    def met(self, number: int) -> int | None:
+        """Return how many new clients a generation has got; None: unknown."""
         generation = self.generations.get(number)
-        return (generation and self.delivery.met(generation)) or 0
+        return self.delivery.met(generation) if generation is not None else None
 
     def _same_file(self) -> str:
         """Return a warning if the serving generation's file was changed in place; otherwise ""."""

@@ -164,7 +164,9 @@ def lacks_library(fleet: Fleet, generation: Generation) -> str:
     policy = fleet.policy_of(generation.fresh)
     if policy.finish_alone:
         return NO_LIBRARY  # its workers will leave one after another while others serve
-    canary = canary_of(fleet, generation) if policy.workers_accept and not fleet.dry_run else None
+    canary = (
+        canary_of(fleet, generation) if policy.relies_on_library and not fleet.dry_run else None
+    )
     has_other = fleet.of(Phase.SERVING) is not None
     return NO_COUNTS if canary and canary.at_least and has_other else ""
 

@@ -389,8 +389,8 @@ class WorkerPool:
         workers = [w for w in self._workers.items() if w[1].record.generation == generation]
         for number, _ in workers:
             self._messages.read(number)  # it may have sent READY=1 before it answered
-        accept = self._spawner.settings.policy.workers_accept
-        early = accept and len({each.record.retires for _, each in workers}) > 1
+        relies = self._spawner.settings.policy.relies_on_library
+        early = relies and len({each.record.retires for _, each in workers}) > 1
         if not early and all(self._note_ready(number, worker, by) for number, worker in workers):
             self._post(Answered(generation, self.all_retire(generation)))
         return not early

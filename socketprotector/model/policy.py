@@ -96,6 +96,11 @@ class Policy:
         """Whether each worker must use the client library: it leaves while others accept on."""
         return self.rolls and self.workers_accept
 
+    @property
+    def relies_on_library(self) -> bool:
+        """Whether only workers on the client library count clients, and can finish alone."""
+        return self.workers_accept
+
     def surge_of(self, workers: int) -> int:
         """Return how many processes a rolling reload of this many workers may add."""
         return -(-workers * self.surge // 100) if self.surge_is_percent else self.surge

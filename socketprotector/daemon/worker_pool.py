@@ -63,7 +63,7 @@ class WorkerPool:
         self._by_pid: dict[int, int] = {}
         #: All descriptors of workers and their output that the next program needs.
         self.descriptors = output.named
-        #: Whether a guard reports how workers exited that are not our children.
+        #: Whether a guard reports the exits of workers that are not our children.
         self.guarded = settings.guarded
         #: Whether any worker has become ready by a message, a probe or a check, not by a timer.
         self.spoken_with = False
@@ -81,7 +81,7 @@ class WorkerPool:
 
     @cached_property
     def _post_mortem(self) -> post_mortem.PostMortem:
-        """What determines how workers ended; loaded at the first exit."""
+        """The object that finds out how a worker ended; loaded at the first exit."""
         return post_mortem.PostMortem(
             self._runtime,
             self._output,
@@ -114,7 +114,7 @@ class WorkerPool:
         workers = self._workers_of(generation)
         if not workers:
             return ""
-        # All workers run the same program.  So of many workers and files, we look at some only.
+        # All workers run the same program.  So we search only some files if there are many.
         pids = [each.process.pid for each in workers]
         return known_servers.advice(
             workers[0].generation.program,
@@ -438,7 +438,7 @@ class WorkerPool:
             return
         del self._workers[number], self._records[number]
         self._checked(worker)
-        # If its parent has reaped an adopted worker, another worker may have the same pid by now.
+        # The parent of an adopted worker may have reaped it, and another worker may have its pid.
         if self._by_pid.get(worker.process.pid) == number:
             del self._by_pid[worker.process.pid]
         for name in worker.named:

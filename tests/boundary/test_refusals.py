@@ -289,7 +289,9 @@ def test_a_known_server_is_refused_for_a_rolling_reload_where_it_accepts(
 
     ended = typed(*ROLLING, *LISTENER, "0", "--", program, "app")
 
-    refused(ended, 2, f"workers on the client library, which {server} is not; use start-first")
+    refused(
+        ended, 2, f"workers on the client library, which {server} does not use; choose start-first"
+    )
 
 
 @together(

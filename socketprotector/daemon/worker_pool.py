@@ -1,7 +1,8 @@
 """The running workers: starts them, signals them, and posts events about them.
 
-effects.py calls the pool, which posts events.  Start: worker_spawn.py; messages:
-worker_messages.py; exit: post_mortem.py.  A reaped worker's pid is used again, its number never.
+effects.py calls the pool, and the pool posts events.  Start: worker_spawn.py; messages:
+worker_messages.py; exit: post_mortem.py.  A worker is identified by its number, which is never
+reused.  Its pid can be reused as soon as it is reaped.
 """
 
 from __future__ import annotations

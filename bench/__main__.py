@@ -22,6 +22,7 @@ from bench.processes import CannotMeasure
 from bench.reload_rows import draining, handed_reloads, reloads, switch
 from bench.rollout_rows import canary, returned, rolling
 from bench.rows import cpu, handed, idle, latency, rate
+from bench.spread_rows import spread
 from bench.stdio_rows import stdio
 from bench.survive_rows import handed_survive, handed_upgrade, lasting, survive, upgrade
 from bench.wait_rows import wait
@@ -57,6 +58,7 @@ ROWS: dict[str, Callable[[Scale], list[Figure]]] = {
     "rolling": rolling,
     "canary": canary,
     "returned": returned,
+    "spread": spread,
 }
 
 

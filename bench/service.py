@@ -213,6 +213,7 @@ class Service:
         #: As long as it exists, --settle-check fails.
         self.failing = folder / "failing"
         ready = kind.question if earlier is None else "notify"
+        self.rolls = "rolling" in options
         self._options = ("--workers", str(workers), *kind.options, "--ready", ready, *options)
         self._protector = 0
         self._read = 0
@@ -297,6 +298,7 @@ class Service:
                 self.generation_of[int(words["pid"])] = int(words["generation"])
             elif event == "route":
                 self.serving = int(words["generation"])
+                self.events["shared"] += "sharing" in words
             elif event in ("start", "resumed", "adopted"):
                 self._begins(int(words["pid"]), words["version"])
             elif event == "upgrading":
@@ -373,6 +375,19 @@ class Service:
     def try_release(self) -> None:
         """Order a dry run of the release, without a wait for the outcome."""
         self._order("reload", "--dry-run", "--timeout", "10s")
+
+    def canary(self, seconds: float) -> None:
+        """Order a canary that has its share for so long, without a wait for the verdict."""
+        limit = f"{seconds * 1000:.0f}ms"
+        self._order("reload", "--canary", "30%", "--for", limit, "--no-wait")
+
+    def promote(self, *, now: bool) -> None:
+        """Order the next stage of a rollout, or its end."""
+        self._order("promote", *(["--now"] if now else []))
+
+    def roll_back(self) -> None:
+        """Order the end of a reload."""
+        self._order("rollback")
 
     def hold(self, seconds: float) -> None:
         """Order a hold of that length, without a wait for the answer."""

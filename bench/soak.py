@@ -62,6 +62,8 @@ MORE_DESCRIPTORS = 2
 SHOW_EVERY_S = 15.0
 REST_S = 60.0
 STOP_S = 60.0
+#: --drain-timeout of rolling reloads, which need one: no client stays as long.
+DRAIN = "2m"
 #: How long one lives that was started by an earlier commit's code: the next one is upgraded, too.
 FROM_EARLIER_MINUTES = 1.0
 INTERRUPTED = 130
@@ -309,7 +311,8 @@ def show(soak: Soak, short: Snapshot, idle: Snapshot) -> bool:
     print(
         f"\nwhat came of them: {events['reloaded']} reloaded, {events['reload-failed']} reloads "
         f"failed, {events['probe-failed']} bad answers, {events['dry-run-passed']} dry runs "
-        f"passed, {events['dry-run-failed']} failed, {events['upgrading']} upgraded, "
+        f"passed, {events['dry-run-failed']} failed, {events['shared']} orders of a share, "
+        f"{events['upgrading']} upgraded, "
         f"{events['upgrade-failed']} upgrades failed, "
         f"{events['resumed']} resumed, {events['protector-died']} protectors died, "
         f"{events['broken']} channels broken"
@@ -423,6 +426,8 @@ def torment_one(
     settle = random.Random(f"{given.seed} {kind.name}").choice(("0", "300ms", "2s"))
     options = ["--start-timeout", "6s", "--kill-timeout", "2s", "--settle", settle]
     folder = Path(tempfile.mkdtemp(prefix="socketprotector-soak-"))
+    if given.rolling:
+        options += ["--reload-order", "rolling", "--drain-timeout", DRAIN]
     if extracted is None:
         options += ("--health", kind.question, "--health-every", "500ms")
         if settle != "0":
@@ -472,6 +477,7 @@ def main() -> int:
     parser.add_argument("--idle", type=int, default=2000, help="long-lived connections")
     parser.add_argument("--kind", choices=SERVICES, help="this one alone, for all of the time")
     parser.add_argument("--workers", type=int, default=WORKERS, help="of each service")
+    parser.add_argument("--rolling", action="store_true", help="needs --kind connection")
     parser.add_argument("--keep-log", type=Path, help="copy the service's log there at the end")
     parser.add_argument("--simulated", type=float, help="minutes of the simulation; 0: none")
     parser.add_argument(
@@ -479,6 +485,8 @@ def main() -> int:
     )
     given = parser.parse_args()
     try:
+        if given.rolling and (given.kind != "connection" or given.commit is not None):
+            parser.error("--rolling needs --kind connection, and no --from")
         given.commit = resolve(given.commit) if given.commit is not None else None
     except NoSuchCommit as error:
         parser.error(str(error))

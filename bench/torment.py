@@ -49,6 +49,9 @@ class Torment:
         }
         if not service.from_earlier:
             self._actions |= {self._dry_run: 3, self._wrong_once_settling: 2}
+            self._actions |= {self._promote: 3, self._rollback: 2}
+            if not service.rolls:
+                self._actions |= {self._canary: 5, self._bad_canary: 3}
         if not service.kind.scales:
             del self._actions[self._scale]
 
@@ -161,6 +164,36 @@ class Torment:
         """Of the release that is there, which may be a bad one."""
         self._service.try_release()
         return "reload --dry-run"
+
+    def _canary(self) -> str:
+        self._service.canary(self._random.uniform(0.1, 2.0))
+        return "reload --canary"
+
+    def _bad_canary(self) -> str:
+        """One that cannot start, that gives wrong answers, or whose check fails for a while."""
+        answers = self._service.kind.http
+        name = self._random.choice(("exits", "hangs", *(["wrong"] if answers else []), "checked"))
+        if name == "checked":
+            self._service.failing.touch()
+        else:
+            self._service.release(name)
+        self._service.canary(self._random.uniform(0.5, 2.0))
+
+        def back() -> None:
+            self._service.failing.unlink(missing_ok=True)
+            self._service.release("good")
+
+        self._later(self._random.uniform(0.5, 3.0), back)
+        return f"bad canary ({name}) and back"
+
+    def _promote(self) -> str:
+        now = self._random.random() < 0.5
+        self._service.promote(now=now)
+        return "promote --now" if now else "promote"
+
+    def _rollback(self) -> str:
+        self._service.roll_back()
+        return "rollback"
 
     def _hold(self) -> str:
         self._service.hold(self._random.uniform(0.1, 1.0))

@@ -349,6 +349,7 @@ GLUE = {
     "trio": {"trio"},
     "waitress": {"waitress"},
     "run": {"uvicorn"},
+    "uvicorn_turns": {"uvicorn"},
 }
 
 

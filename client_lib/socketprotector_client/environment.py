@@ -16,7 +16,7 @@ from .system import Socket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Mapping, Tuple
+    from typing import Mapping, Optional, Tuple
 
 #: The first passed descriptor, by sd_listen_fds(3).
 _FIRST_PASSED = 3
@@ -37,6 +37,9 @@ class Environment:
         self.workers = 1
         #: The scoreboard's descriptor, and the offset of this worker's record in bytes.
         self.board = (-1, 0)
+        #: Seconds over which the connections end at a drain; 0.0: only at a stop; None: they are
+        #: never ended.
+        self.spread_s: Optional[float] = None
         #: Without a channel: listening sockets to accept from.
         self.passed: Tuple[int, ...] = ()
 
@@ -77,6 +80,8 @@ def _add_lines(environ: Mapping[str, str], found: Environment) -> None:
     # The scoreboard is optional, so a value that does not name one is ignored.
     board, _, offset = environ.get(wire.ENV_SCOREBOARD, "").partition(":")
     found.return_fd = return_fd
+    if environ.get(wire.ENV_DRAIN_SPREAD) or environ.get(wire.ENV_STOP_SPREAD):
+        found.spread_s = _seconds(environ.get(wire.ENV_DRAIN_SPREAD, ""))
     if all(each.isdecimal() and len(each) <= _DIGITS for each in (board, offset)):
         found.board = int(board), int(offset)
     for fd in (return_fd, found.board[0]):
@@ -119,6 +124,13 @@ def _kind_of(fd: int) -> Tuple[int, int, int]:
         return family, kind, listens
     finally:
         probe.detach()
+
+
+def _seconds(text: str) -> float:
+    # A later protector may write something else; then only its order at the drain counts.
+    whole, _, part = text.partition(".")
+    fits = whole.isdecimal() and len(whole) <= _DIGITS and (part or "0").isdecimal()
+    return float(text) if fits else 0.0
 
 
 def _number(environ: Mapping[str, str], name: str, default: int) -> int:

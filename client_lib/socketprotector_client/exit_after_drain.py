@@ -54,6 +54,7 @@ class DrainExit:
         is_own = isinstance(getattr(handler, "__self__", None), TermWatch)
         self._waits = pid is None and (is_own or handler in (signal.SIG_DFL, signal.SIG_IGN))
         self._sent = 0  # signals from here
+        self._hurries = False
 
     def begin(self) -> None:
         """Send SIGTERM once the clients' bytes are read, if the program handles that signal."""
@@ -71,7 +72,9 @@ class DrainExit:
         """Send SIGTERM again, for a handler that took the first SIGTERM as the begin of the drain.
 
         Call this in that handler.  SIGTERM is repeated only once: the drain begins only once.
+        During a spread it ends the spread.
         """
+        self._hurries = True
         if self._sent == 1:
             self._send()
 
@@ -93,6 +96,9 @@ class DrainExit:
                 return
 
     def _term_when_read(self) -> None:
+        spread = current().spread
+        if spread is not None:
+            spread.wait(lambda: not self._hurries and len(self._intake.open) > 0)
         deadline = time.monotonic() + _FIRST_REQUEST_S
         polls = 0
         while polls < _POLLS and time.monotonic() < deadline:

@@ -53,6 +53,8 @@ def on_starting(server: Any) -> None:
     if current().channel is None:
         return
     _check_worker_class(server)
+    # The first worker that drains makes the master stop, and with it workers with connections.
+    current().spread = None
     # take=None: both kinds of worker accept once for each wake-up.
     server.LISTENERS = [_Listener(take=None)]
     # The protector owns a UNIX socket's path: gunicorn must not remove it at the end.

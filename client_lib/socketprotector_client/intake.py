@@ -30,6 +30,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Callable, Optional, Tuple
 
+    from .spread import Spread
+
 _log = Logger(__name__)
 
 # How soon to try again if no event announces the right moment.
@@ -57,13 +59,19 @@ class Intake:
         limit: Optional[int],
         names: dict[int, str],
         board: Scoreboard,
+        spread: Optional[Spread] = None,
     ) -> None:
         """Take ownership of source.  At most `limit` connections are open at once.
 
         names: filled with the listener of each connection, by descriptor.
         board: counts the connections.
+        spread: ends the connections evenly when the worker drains.
         """
-        self.open = OpenConnections(self._changed)
+        self.open = (
+            OpenConnections(self._changed)
+            if spread is None
+            else spread.open_connections(self._changed)
+        )
         self.board = board
         board.follow(self.open)
         self.source = source

@@ -6,7 +6,7 @@ from .worker import current
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Callable, Protocol, Union
+    from typing import Callable, Optional, Protocol, Union
 
     class HasFileno(Protocol):
         def fileno(self) -> int: ...
@@ -15,14 +15,20 @@ if TYPE_CHECKING:
         def get_extra_info(self, name: str, default: object = None) -> object: ...
 
 
-def draining() -> bool:
+def draining(connection: Optional[Union[HasFileno, HasExtraInfo]] = None) -> bool:
     """Return whether this worker gets no more connections and should finish.
 
     A server with keep-alive connections calls this after each request; if the result is true, the
     server answers with `Connection: close`.  Once true it stays true; until then a call costs one
     poll().
+
+    connection: as for listener_of.  Under --drain-spread and --stop-spread the result is true only
+    from this connection's own turn on.
     """
-    return current().drain.begun()
+    worker = current()
+    if connection is None or worker.spread is None:
+        return worker.drain.begun()
+    return worker.drain.begun() and worker.spread.is_due(_number_of(connection))
 
 
 def on_drain(callback: Callable[[], object]) -> None:
@@ -49,6 +55,10 @@ def listener_of(connection: Union[HasFileno, HasExtraInfo]) -> str:
     connection: a socket (also wrapped in TLS), an asyncio transport or a StreamWriter.
     Raises KeyError for a socket that this library did not hand out.
     """
+    return current().listener_by_fd[_number_of(connection)]
+
+
+def _number_of(connection: Union[HasFileno, HasExtraInfo]) -> int:
     if not hasattr(connection, "fileno"):
         connection = connection.get_extra_info("socket")  # type: ignore[assignment]
-    return current().listener_by_fd[connection.fileno()]  # type: ignore[union-attr]
+    return connection.fileno()  # type: ignore[union-attr]

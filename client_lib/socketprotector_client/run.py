@@ -208,6 +208,16 @@ def _serve_asgi(app: Any, address: Optional[List[str]]) -> None:
                     pass  # no free descriptor: end now, even if unread clients are cut off
             super().handle_exit(sig, frame)
 
+        async def startup(self, *args: Any, **options: Any) -> None:
+            await super().startup(*args, **options)
+            spread = current().spread
+            if spread is not None:
+                import asyncio
+
+                from .uvicorn_turns import Turns
+
+                spread.end = Turns(self, asyncio.get_running_loop()).end
+
     Server(config).run(sockets=[listener])
 
 

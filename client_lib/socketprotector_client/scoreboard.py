@@ -93,6 +93,11 @@ class Scoreboard:
         while (now := now_open()) != written:
             words[_ACTIVE] = written = now
 
+    @property
+    def words(self) -> Optional[memoryview]:
+        """The record, for the words that are no counts; None without one."""
+        return self._words
+
     def count_error(self) -> None:
         """Count a handler that raised an exception."""
         with self._lock:

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple
 
 from waitress import create_server, wasyncore
 
+from . import system
 from .listener import Listener
 from .process import on_drain
 from .wait_set import LONGEST_WAIT_S
+from .worker import current
 
 if TYPE_CHECKING:
     from .address import ListenAddress
@@ -46,12 +48,25 @@ def serve_on(listener: Listener, app: Any, **options: Any) -> None:
     """Serve on an existing Listener; takes ownership of it."""
     server = create_server(app, sockets=[listener], **options)
 
+    def drain() -> None:
+        spread = current().spread
+        if spread is None:
+            end_idle()
+            return
+        intake = listener._opened()
+
+        def end_last() -> None:
+            spread.wait(lambda: len(intake.open) > 0)
+            end_idle()
+
+        system.start_thread(end_last, ())  # other callbacks must not wait
+
     def end_idle() -> None:
         server.adj.channel_timeout = server.adj.cleanup_interval = _IDLE_S
         server.next_channel_cleanup = 0
         server.pull_trigger()
 
-    on_drain(end_idle)
+    on_drain(drain)
     server.asyncore = _Loop(listener)
     server.run()
 

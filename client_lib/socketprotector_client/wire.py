@@ -35,6 +35,9 @@ ENV_GENERATION = "SOCKETPROTECTOR_GENERATION"
 ENV_WORKER = "SOCKETPROTECTOR_WORKER"
 ENV_WORKERS = "SOCKETPROTECTOR_WORKERS"
 ENV_SCOREBOARD = "SOCKETPROTECTOR_SCOREBOARD"
+#: Seconds over which a worker that drains, for a reload or a stop, ends its connections.
+ENV_DRAIN_SPREAD = "SOCKETPROTECTOR_DRAIN_SPREAD"
+ENV_STOP_SPREAD = "SOCKETPROTECTOR_STOP_SPREAD"
 ENV_NOTIFY = "NOTIFY_SOCKET"
 
 #: The size of a worker's record in the scoreboard, in 8-byte words of the machine's byte order.
@@ -45,6 +48,13 @@ BOARD_UNKNOWN = 0  # not written, or uncounted processes take connections, too
 BOARD_COUNTED = 1
 #: The words: state; connections taken; connections open now; handlers that raised.
 BOARD_STATE, BOARD_ACCEPTED, BOARD_ACTIVE, BOARD_ERRORS = range(4)
+#: Written by the worker: 1 if it ends its connections evenly when it drains.
+BOARD_SPREADS = 4
+#: Written by the protector when the worker must drain: the time by which its connections should
+#: have ended, in CLOCK_MONOTONIC ns.  0: as its environment says.
+BOARD_SPREAD_UNTIL = 5
+#: That time if the worker should end no connection.
+SPREAD_NEVER = 2**64 - 1
 #: The times from accept to taking: word n counts the waits below 2^n us.
 BOARD_WAITS, BOARD_WAIT_WORDS = 16, 32
 #: By descriptor: the time of accept, in CLOCK_MONOTONIC ns, of its current or last connection.

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from typing import List, Mapping, Optional
 
     from .address import ListenAddress
+    from .spread import Spread
 
 #: The protector's default of --backlog; the kernel lowers it to net.core.somaxconn.
 DEFAULT_BACKLOG = 4096
@@ -67,6 +68,12 @@ class Worker:
         #: The listener of each connection, by descriptor.  A reused descriptor
         #: replaces its entry, so the entries of open connections are right.
         self.listener_by_fd: dict[int, str] = {}
+        #: Ends the connections evenly when the worker drains; None: nothing does.
+        self.spread: Optional[Spread] = None
+        if environment.spread_s is not None and self.is_served:
+            from .spread import Spread
+
+            self.spread = Spread(self.drain, environment.spread_s, self._board)
         self._said_ready = False
         self._lock = threading.Lock()
         forking.register(self)
@@ -101,7 +108,7 @@ class Worker:
         return self._open(ChannelSource(channel, wakes_one=channel is self.channel), limit)
 
     def _open(self, source: Source, limit: Optional[int]) -> Intake:
-        intake = Intake(source, self.drain, limit, self.listener_by_fd, self._board)
+        intake = Intake(source, self.drain, limit, self.listener_by_fd, self._board, self.spread)
         if self._return_line is not None:
             # Only the end of the line counts.  A later protector may send messages on it, which
             # only the parent reads.
@@ -131,6 +138,8 @@ class Worker:
                 self._watchdogs.pop().start()
         if not retires:
             self._board.leave_uncounted()
+        elif self.spread is not None:
+            self.spread.arm()
         # In one datagram: the protector must know both before it relies on either.
         can_retire = retires and self._return_line is not None
         notify("READY=1", *([wire.RETIRES_ON_RETURN] if can_retire else []))

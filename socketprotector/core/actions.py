@@ -130,6 +130,19 @@ class Drain(Action):
 
 
 @frozen
+class EndEvenly(Action):
+    """Let workers on the client library end their connections evenly over some seconds; 0: no end.
+
+    An earlier order of a shorter time stays.
+    worker: 0 for all workers of the generation.
+    """
+
+    generation: int
+    worker: int
+    seconds: float
+
+
+@frozen
 class Release(Action):
     """Close the descriptors of a generation that is gone; its waiting clients go to the route.
 

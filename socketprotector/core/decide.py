@@ -113,7 +113,7 @@ def _handle(step: Step, event: Event) -> None:
                 _deadline_passed(step, deadline, advice, met)
 
 
-def _deadline_passed(step: Step, deadline: Deadline, advice: str, met: int) -> None:
+def _deadline_passed(step: Step, deadline: Deadline, advice: str, met: int | None) -> None:
     number = deadline.target
     match deadline.wait:
         case TimerKind.START:
@@ -198,6 +198,10 @@ def resume(
     actions += [each for each in undone if isinstance(each, UseSettings)]
     for generation in fleet.all_of(Phase.DRAINING):
         order = Quiesce if generation.quiescing else Drain
+        if order is Drain and fleet.policy.spreads:
+            step = Step(fleet)
+            step.end_evenly(generation)
+            actions += step.actions
         actions.append(order(generation.number))
     starting = fleet.of(Phase.STARTING)
     if starting and reload.is_probed(fleet, starting):

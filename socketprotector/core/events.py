@@ -67,11 +67,11 @@ class ReloadRequested(Event):
 class PromoteRequested(Event):
     """An operator ends a stage of a rollout early; now: all stages.
 
-    met: how many connections the new generation has had.
+    met: how many connections the new generation has had; None: unknown.
     """
 
     now: bool = False
-    met: int = 0
+    met: int | None = 0
 
 
 @frozen
@@ -280,9 +280,9 @@ class DeadlinePassed(Event):
     """A timer ran out.
 
     advice: why a start took too long, as far as effects know, or empty.
-    met: at the end of SETTLE, how many connections the generation has had.
+    met: at the end of SETTLE, how many connections the generation has had; None: unknown.
     """
 
     deadline: Deadline
     advice: str = ""
-    met: int = 0
+    met: int | None = 0

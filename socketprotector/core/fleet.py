@@ -39,7 +39,7 @@ PHASES: dict[Phase, dict[Phase | None, str]] = {
     Phase.SETTLING: {
         Phase.SERVING: "--settle or its rollout is over, a hold ended, or a stop began",
         Phase.DRAINING: "a worker exited, --settle-check failed, a hold ended, an operator "
-        "called it off, or a stop began during its rollout, or a quick stop",
+        "called it off, a stop began during its rollout, or a quick stop began",
     },
     Phase.SERVING: {Phase.DRAINING: "replaced, channel broken, or a stop began"},
     Phase.DRAINING: {None: "last worker gone"},
@@ -159,7 +159,7 @@ class Rollout:
     share: int = 0  # of the new clients, in ten thousandths, as ordered
     canary: Canary | None = None  # None: the share follows the workers that are ready
     extended: bool = False  # too few connections came, so the canary lasts twice as long
-    met: int = 0  # the connections that the canary has had
+    met: int | None = 0  # the connections that the canary has had; None: unknown
 
 
 @frozen

@@ -286,8 +286,8 @@ def answered(step: Step, number: int, alone: bool) -> None:
         return
     if not _is_complete(step.fleet, generation):
         return  # more workers are wanted by now; once they run, the generation is probed again
-    if not alone and rollout.lacks_library(step.fleet, generation):
-        fail(step, number, rollout.NO_LIBRARY)
+    if lacks := "" if alone else rollout.lacks_library(step.fleet, generation):
+        fail(step, number, lacks)
         return
     policy = step.fleet.policy_of(generation.fresh)
     workers = (
@@ -324,10 +324,10 @@ def _all_ready(step: Step, number: int, *, standby_s: float = 0.0) -> None:
         step.promote(number)
 
 
-def settled(step: Step, number: int, met: int) -> None:
+def settled(step: Step, number: int, met: int | None) -> None:
     """Continue with a generation that has settled, or pass its dry run.
 
-    met: how many connections it has had.
+    met: how many connections it has had; None: unknown.
     """
     if step.fleet.dry_run:
         _pass_dry_run(step, number)

@@ -27,6 +27,11 @@ NO_LIBRARY = (
     "--reload-order rolling needs workers on the client library: a worker sent no "
     "X_SOCKETPROTECTOR_RETIRE=1; use start-first"
 )
+#: Why a canary with --at-least fails in listener mode.
+NO_COUNTS = (
+    "--at-least needs workers on the client library: with --handoff listener no other workers "
+    "count their connections; leave it out"
+)
 
 
 def no_canary_under(policy: Policy) -> str | None:
@@ -69,16 +74,18 @@ def begin(step: Step, number: int, standby_s: float) -> bool:
     return True
 
 
-def stage_over(step: Step, number: int, met: int) -> str:
+def stage_over(step: Step, number: int, met: int | None) -> str:
     """Continue with a settling generation whose timer has run out; return why it fails, or "".
 
-    met: how many connections it has had.
+    met: how many connections it has had; None: unknown.
     """
     rollout = step.fleet.rollout
     canary = rollout.canary if rollout and rollout.share < WHOLE else None
-    if rollout is None or canary is None or met >= canary.at_least:
+    if rollout is None or canary is None or (met or 0) >= canary.at_least:
         next_stage(step, number, met)
         return ""
+    if met is None:
+        return NO_COUNTS
     if rollout.extended:
         time = in_units(2 * canary.for_s)
         return f"the canary had {met} of at least {canary.at_least} connections in {time}"
@@ -87,7 +94,7 @@ def stage_over(step: Step, number: int, met: int) -> str:
     return ""
 
 
-def next_stage(step: Step, number: int, met: int, *, now: bool = False) -> None:
+def next_stage(step: Step, number: int, met: int | None, *, now: bool = False) -> None:
     """Begin the next stage of a settling generation.  now: the last stage of a canary."""
     fleet, generation = step.fleet, step.fleet[number]
     rollout = fleet.rollout
@@ -114,8 +121,12 @@ def _settle(number: int) -> Deadline:
 
 
 def _had(rollout: Rollout) -> str:
-    canary = rollout.canary
-    return f"the canary had {rollout.met} connections at {canary.text}" if canary else ""
+    canary, met = rollout.canary, rollout.met
+    if canary is None:
+        return ""
+    if met is None:
+        return f"the canary had {canary.text} of new connections, which its workers do not count"
+    return f"the canary had {met} connections at {canary.text}"
 
 
 def advance(step: Step) -> None:
@@ -125,9 +136,8 @@ def advance(step: Step) -> None:
     if settling is None or rollout is None or rollout.canary:
         return
     serving = fleet.of(Phase.SERVING)
-    if _settle(settling.number) in fleet.timers:
-        return
-    if settling.ready and len(settling.workers) >= fleet.full_size(settling):
+    settles = _settle(settling.number) in fleet.timers
+    if not settles and settling.ready and len(settling.workers) >= fleet.full_size(settling):
         step.promote(settling.number)
         return
     share = _share_of_ready(settling, serving) if serving else WHOLE
@@ -144,13 +154,21 @@ def _share_of_ready(new: Generation, old: Generation) -> int:
     return min(max(share, 1), WHOLE - 1)
 
 
-def lacks_library(fleet: Fleet, generation: Generation) -> bool:
-    """Return whether each worker of an incoming generation must declare that it can finish alone.
+def lacks_library(fleet: Fleet, generation: Generation) -> str:
+    """Return why an incoming generation fails if a worker does not use the library, or "".
 
-    Its workers will leave one after another while others serve.
+    A worker that uses it declares that it can finish alone.
     """
-    incoming = generation.phase in (Phase.STARTING, Phase.SETTLING)
-    return incoming and fleet.policy_of(generation.fresh).finish_alone
+    if generation.phase not in (Phase.STARTING, Phase.SETTLING):
+        return ""
+    policy = fleet.policy_of(generation.fresh)
+    if policy.finish_alone:
+        return NO_LIBRARY  # its workers will leave one after another while others serve
+    canary = (
+        canary_of(fleet, generation) if policy.relies_on_library and not fleet.dry_run else None
+    )
+    has_other = fleet.of(Phase.SERVING) is not None
+    return NO_COUNTS if canary and canary.at_least and has_other else ""
 
 
 def read_settings(fleet: Fleet) -> ReadSettings:
@@ -173,7 +191,7 @@ def cannot_promote(fleet: Fleet, *, now: bool) -> str:
     return ""
 
 
-def promote_requested(step: Step, met: int, *, now: bool) -> None:
+def promote_requested(step: Step, met: int | None, *, now: bool) -> None:
     """End the present stage, if a generation is settling."""
     refused, settling = cannot_promote(step.fleet, now=now), step.fleet.of(Phase.SETTLING)
     if refused or settling is None:

@@ -22,6 +22,7 @@ from .actions import (
     CheckSettling,
     CloseListeners,
     Drain,
+    EndEvenly,
     ForgetSettings,
     Quiesce,
     Report,
@@ -103,6 +104,9 @@ class Step:
     def retire(self, worker: Worker) -> None:
         """Make a worker finish its connections; --drain-timeout limits the time."""
         finishes = worker.retires or worker.state is State.ORPHANED
+        found = self.fleet.find(worker.number)
+        if found is not None:
+            self.end_evenly(found[0], worker.number)
         number = worker.number
         self.do(Retire(number) if finishes else Signal(number, WorkerSignal.TERM))
         if self.fleet.policy.drain_timeout_s > 0:
@@ -170,7 +174,21 @@ class Step:
         """How long a generation may drain from now on; 0: no limit but that of a stop."""
         return 0.0 if self.fleet.stopping else self.fleet.policy.drain_limit_s
 
+    def end_evenly(self, generation: Generation, worker: int = 0) -> None:
+        """Order workers that leave, one or all, to end their connections evenly, if configured."""
+        fleet = self.fleet
+        policy = fleet.policy if fleet.stopping else fleet.newest_policy
+        if not policy.spreads:
+            return
+        seconds = policy.stop_spread_s
+        if not fleet.stopping:
+            leaving = 1 if worker else len(generation.alive)
+            part_s = policy.part_of(leaving, fleet.workers_wanted)
+            seconds = min(part_s, fleet.policy.drain_limit_s or part_s)
+        self.do(EndEvenly(generation.number, worker, seconds))
+
     def _end_channel(self, number: int, timeout_s: float) -> None:
+        self.end_evenly(self.fleet[number])
         self.do(Drain(number))
         if timeout_s > 0:
             self.start(TimerKind.DRAIN, number, timeout_s)

@@ -170,6 +170,9 @@ def _call_off(step: Step, stop: Stop | None) -> None:
         step.promote(incoming.number, SETTLED_BY_STOP)  # it serves the last clients
     elif incoming and not renews:
         _call_off_incoming(step, incoming)
+    if stop is Stop.GRACEFUL and step.fleet.policy.stop_spread_s > 0:
+        for generation in step.fleet.all_of(Phase.DRAINING):
+            step.end_evenly(generation)
     step.forget_settings()
     if not renews:
         if _has_unopened(before):

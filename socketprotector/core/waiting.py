@@ -34,7 +34,7 @@ class Facts:
     active: Mapping[int, int | None] = field(default_factory=dict)
     answer: str = ""  # the last answer of the starting generation to its probe or check
     settle_check: str = ""  # the check of the settling generation
-    met: int = 0  # the connections of the settling generation, of a canary
+    met: int | None = 0  # the connections of the settling generation; None: unknown
     #: Open connections of a worker and the age of the oldest in seconds; None: not known.
     held: Mapping[int, tuple[int | None, float | None]] = field(default_factory=dict)
     settle_check_due: bool = False  # --settle is over, and the check's next success is awaited
@@ -118,8 +118,10 @@ def _settle(fleet: Fleet, facts: Facts, generation: Generation) -> Wait:
     if shares and shares.canary:
         canary = shares.canary
         time = in_units(canary.for_s * (2 if shares.extended else 1))
-        reason = f"{canary.text} of new connections for {time}: {facts.met} so far"
-        if facts.met < canary.at_least:
+        reason = f"{canary.text} of new connections for {time}"
+        if facts.met is not None:
+            reason += f": {facts.met} so far"
+        if (facts.met or 0) < canary.at_least:
             reason += f", at least {canary.at_least} wanted"
         return Wait("canary", reason + checked, number, left_s)
     if shares:

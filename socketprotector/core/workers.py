@@ -36,8 +36,8 @@ def worker_ready(step: Step, number: int, retires: bool, *, alone: bool = True) 
     found = step.fleet.find(number)
     if found is None or found[1].state is not State.STARTING:
         return  # a repeated message, or sent before our signal arrived
-    if not alone and rollout.lacks_library(step.fleet, found[0]):
-        fail(step, found[0].number, rollout.NO_LIBRARY)
+    if lacks := "" if alone else rollout.lacks_library(step.fleet, found[0]):
+        fail(step, found[0].number, lacks)
         return
     step.cancel(TimerKind.WORKER_START, number)
     ready = replace(found[1], state=State.READY, retires=retires, replaces=0)

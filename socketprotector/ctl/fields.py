@@ -165,6 +165,20 @@ def rollout_text(status: Status) -> str:
     return f"{words}, {'the verdict' if lacks else 'promoted'} {left}"
 
 
+def closing_text(generation: Status) -> str:
+    """Return how fast a generation ends its connections, and for how long; "": it does not."""
+    closing = generation.get("closing")
+    rate = measure(closing, "per_s") if isinstance(closing, dict) else None
+    left_s = measure(closing, "left_s") if isinstance(closing, dict) else None
+    if rate is None or left_s is None:
+        return ""
+    speed = (
+        f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s" if rate >= 1 else f"{60 * rate:.0f}/min"
+    )
+    left = f"{math.ceil(left_s)} s" if left_s < _IN_SECONDS else f"{math.ceil(left_s / 60)} min"
+    return f"closing {speed}, {left} left"
+
+
 def _left(rollout: Status) -> str:
     left_s = measure(rollout, "left_s")
     if left_s is None:

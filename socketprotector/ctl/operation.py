@@ -15,7 +15,7 @@ from .reload_progress import Awaited, Losses
 
 #: How often to request the status while no event comes; this also finds a stuck protector.
 _LOOK_EVERY_S = 1.0
-#: How long to look for a protector after a stop: a guard keeps the socket while it restarts one.
+#: How long to look for a protector after a stop: a guard that restarts it keeps the socket open.
 _GONE_S = 0.2
 
 
@@ -38,7 +38,7 @@ class Operation:
             tell(step)
 
     def ends(self, result: str, words: str) -> None:
-        """Note the result; print the words, except with --json, which prints it at the end."""
+        """Note the result, which --json prints at the end; without --json, print the words now."""
         self.outcome["result"] = result
         if not self._as_json:
             say_outcome(say, words)

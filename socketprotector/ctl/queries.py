@@ -33,7 +33,7 @@ from .reload_progress import LEAVING
 _AGAIN_EVERY_S = 1.0
 #: `diff` takes longer: a separate process reads the file and resolves the names in it.
 _DIFF_S = 60.0
-#: How long one wait for the next event lasts; its end is not visible.
+#: How long to wait for the next event; then the wait begins again, and nothing is printed.
 _LISTEN_S = 3600.0
 #: How many addresses of an instance `list` shows, and how much of each.
 _ADDRESSES, _ADDRESS_CHARACTERS = 64, 200
@@ -101,8 +101,9 @@ def ready(instance: Instance, health: bool, as_json: bool) -> None:
 def history(instance: Instance, as_json: bool) -> None:
     """List the last reloads and dry runs, with result and reason, and failed health checks.
 
-    The newest last: 50 reloads, 20 dry runs, 50 changes of health. The last ten reloads and dry
-    runs show last words. The history survives upgrades and crashes of the protector.
+    The newest is last: 50 reloads, 20 dry runs and 50 changes of health are kept. The last ten
+    reloads and dry runs show last words. The history survives upgrades and crashes of the
+    protector.
     """
     try:
         result = instance.request("history")
@@ -237,14 +238,16 @@ def diff(instance: Instance, as_json: bool) -> None:
             say("no configuration change; a reload would only restart the command")
     if fixed and isinstance(fixed, list):
         what = f"{len(fixed)} {plural(len(fixed), 'change')}"
-        raise NewVersionFailed(f"a reload would be refused: {what} above needs a restart")
+        raise NewVersionFailed(
+            f"a reload would be refused: {what} above cannot take effect without a restart"
+        )
 
 
 # -- events -----------------------------------------------------------------------------
 
 
 @command(short_help="Print events as they happen.")
-@click.option("--follow", is_flag=True, help="Continue when the protector restarts.")
+@click.option("--follow", is_flag=True, help="Continue after a stop and a new start, too.")
 def events(instance: Instance, follow: bool, as_json: bool) -> None:
     """Print all events from now on, until Ctrl-C. It continues after upgrades and crashes."""
     path = instance.path()

@@ -59,7 +59,9 @@ TIMEOUT = click.option(
 @click.option("--drained", is_flag=True, help="Wait for the end of the old generations, too.")
 @click.option("--dry-run", is_flag=True, help="Start it, stop it when it is ready; no clients.")
 @click.option("--canary", type=_SHARE, help="Give it this share of the new clients first: 5%.")
-@click.option("--for", "for_s", type=Duration(zero=False), help="How long.  [default: 60s]")
+@click.option(
+    "--for", "for_s", type=Duration(zero=False), help="How long the canary lasts.  [default: 60s]"
+)
 @click.option("--at-least", type=click.IntRange(0), help="Connections that the canary must have.")
 @TIMEOUT
 def reload(
@@ -199,7 +201,7 @@ def _request_reload(client: Client, before: Message, how: dict[str, Any]) -> int
         raise RequestRefused(
             "unknown",
             f"{before.get('name')} runs version {before.get('version')}, which has no dry run; "
-            "nothing was tried (socketprotectorctl upgrade, once a newer one is installed)",
+            "nothing was tried; install a newer version and run `socketprotectorctl upgrade`",
         )
     try:
         return number_in(client.request("reload", **how), "generation")
@@ -222,7 +224,7 @@ def _canary(share: str | None, for_s: float | None, at_least: int | None) -> dic
 
 
 def _how(dry_run: bool, canary: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the arguments of a reload; an older protector takes none, and refuses any."""
+    """Return only the arguments that a reload needs: older protectors refuse any argument."""
     if canary is not None:
         return {"canary": canary}
     return {"dry_run": True} if dry_run else {}
@@ -238,7 +240,7 @@ def _judged(operation: Operation, watched: Reload) -> Verdict:
     except NoProtector as error:
         if error.code != "dead":
             raise
-        end = "it was stopped" if watched.stopping else str(error)
+        end = "the protector was stopped" if watched.stopping else str(error)
         serves = "ready" if watched.dry_run else "serving"
         raise NoProtector(
             f"lost sight of generation {watched.generation} before it was {serves}: {end}; "

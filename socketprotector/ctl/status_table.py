@@ -14,6 +14,7 @@ from . import render
 from .cli import plural
 from .client import Message
 from .fields import (
+    closing_text,
     failing,
     listed,
     number_in,
@@ -75,6 +76,8 @@ def heading(status: Message) -> list[Text]:
     shown = [each for each in other_waits_of(status) if each.kind not in ("hold", "lame-duck")]
     warnings += [f"waiting: {each.text}" for each in shown]
     for each in listed(status, "generations"):
+        if says := closing_text(each):
+            found.append(render.line(f"generation {number_in(each, 'number')}: {says}"))
         if why := failing(each):
             warnings.append(f"generation {number_in(each, 'number')}: {why}")
     for generation, seconds in untaken(status):

@@ -21,6 +21,7 @@ from ..core.actions import (
     CheckSettling,
     CloseListeners,
     Drain,
+    EndEvenly,
     Exit,
     ForgetSettings,
     Hold,
@@ -61,6 +62,7 @@ from ..model.text import added
 from ..system.listener import Listener
 from ..system.program_spec import change_of, program_of
 from ..system.sd_notify import Systemd
+from . import spread
 from .check_probe import CheckProbes
 from .delivery import Delivery
 from .delivery.host import Host
@@ -159,6 +161,9 @@ class Effects(Host):
                 self._route_to(number, sharing, share)
             case Quiesce(number):
                 self._quiesce(number)
+            case EndEvenly(number, worker, seconds) if number in self.generations:
+                opened, records = self.generations[number], self.pool.records()
+                spread.order(opened, records, seconds, self._log, only=worker)
             case Drain(number) if number in self.generations:
                 self.generations[number].note_draining()
                 self.pool.drain(number)
@@ -300,19 +305,17 @@ class Effects(Host):
         for each in filter(None, (generation, other)):
             if not each.record.serving_since:
                 each.update_record(serving_since=time.monotonic(), served_at=time.time())
+            if each.program.spreads:
+                spread.check(each, self.pool.records(), self._log)
         self.delivery.route_to(generation, again=again, sharing=other, share=share)
-        if other is None:
-            self._log.write("info", "route", generation=number)
-        else:
-            self._log.write(
-                "info", "route", generation=number, sharing=sharing, share=percent(share)
-            )
+        said = percent(share) if other is not None else None
+        self._log.write("info", "route", generation=number, sharing=said and sharing, share=said)
         self.probing.set_serving(generation)
 
-    def met(self, number: int) -> int:
-        """Return how many new clients a generation has got; 0: unknown."""
+    def met(self, number: int) -> int | None:
+        """Return how many new clients a generation has got; None: unknown."""
         generation = self.generations.get(number)
-        return (generation and self.delivery.met(generation)) or 0
+        return self.delivery.met(generation) if generation is not None else None
 
     def _same_file(self) -> str:
         """Return a warning if the serving generation's file was changed in place; otherwise ""."""

@@ -23,6 +23,7 @@ class OpenGeneration:
 
     record: GenerationRecord
     board: Board | None = None  # None: it cannot be made, and nothing is counted
+    said_unable: bool = False  # to end its connections evenly: see spread.py
 
     @classmethod
     def make(cls, number: int, program: Program) -> OpenGeneration:

@@ -33,7 +33,7 @@ class Probing:
         *,
         settings: Callable[[], Settings],
         remember: Callable[[Callable[[History], History]], None],
-        answered: Callable[[int, str], None],
+        answered: Callable[[int, str], bool],
         not_probed: Callable[[int], None],
     ) -> None:
         """settings, remember: see Health.  answered, not_probed: see ReadyProbe."""

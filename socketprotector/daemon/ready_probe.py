@@ -35,10 +35,10 @@ class ReadyProbe:
         runtime: Runtime,
         *,
         reach: Reach,
-        answered: Callable[[int, str], None],
+        answered: Callable[[int, str], bool],
         not_probed: Callable[[int], None],
     ) -> None:
-        """answered: called when a generation has answered this kind of probe.
+        """answered: called when a generation has answered this kind of probe; False: probe again.
 
         not_probed: called when a generation that need not be probed cannot be probed.
         """
@@ -84,13 +84,19 @@ class ReadyProbe:
         limit_s = _ANSWERED_S if self._spec.by_http else _ACCEPTED_S
         self._probe.send(self._generation, self._spec, limit_s, self._on_verdict)
 
+    def _send_later(self) -> None:
+        pause_s = verdicts.pause_s(time.monotonic() - self._began)
+        self._loop.call_after(_TIMER, pause_s, self._send_probe)
+
     def _on_verdict(self, verdict: Verdict) -> None:
         generation = self._generation
         assert generation is not None
         number = generation.record.number
         if verdict.kind == verdicts.GOOD:
-            self.stop()
-            self._answered(number, self._spec.kind)
+            if self._answered(number, self._spec.kind):
+                self.stop()
+            else:
+                self._send_later()
             return
         cannot = verdict.kind in (verdicts.CANNOT, verdicts.NO_TARGET)
         why = f"cannot be probed: {verdict.why}" if cannot else verdict.why
@@ -99,7 +105,6 @@ class ReadyProbe:
             self._log.write("info", "probe-failed", generation=number, reason=why)
         self.last = why
         if verdict.kind != verdicts.NO_TARGET:
-            pause_s = verdicts.pause_s(time.monotonic() - self._began)
-            self._loop.call_after(_TIMER, pause_s, self._send_probe)
+            self._send_later()
         if verdicts.time_tells(generation.program.ready, verdict) and not self._probe.is_closed:
             self._not_probed(number)

@@ -56,22 +56,21 @@ class WorkerPool:
         """remember: called with a function that returns a changed history."""
         self._probes, self._output, self._delivery = probes, output, delivery
         self._runtime, self._remember = runtime, remember
-        loop, log, post = runtime.loop, runtime.log, runtime.post
-        self._loop, self._log, self._post = loop, log, post
+        self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._workers: dict[int, Worker] = {}
         #: Kept apart from the workers, because each checkpoint needs all records.
         self._records: dict[int, WorkerRecord] = {}
         self._by_pid: dict[int, int] = {}
         #: All descriptors of workers and their output that the next program needs.
         self.descriptors = output.named
-        #: Whether a guard reports how workers exited that are not our children.
+        #: Whether a guard reports the exits of workers that are not our children.
         self.guarded = settings.guarded
         #: Whether any worker has become ready by a message, a probe or a check, not by a timer.
         self.spoken_with = False
-        self.groups = Groups(loop, log, self.descriptors)
+        self.groups = Groups(self._loop, self._log, self.descriptors)
         kill_timeout_s, identity = settings.policy.kill_timeout_s, settings.worker_identity
-        self.orphans = Orphans(loop, log, kill_timeout_s, identity, self.groups.has)
-        self._spawner = WorkerSpawner(settings, loop, log, output, delivery)
+        self.orphans = Orphans(self._loop, self._log, kill_timeout_s, identity, self.groups.has)
+        self._spawner = WorkerSpawner(settings, self._loop, self._log, output, delivery)
         self._out_of_memory = memory_group.counts()  # before any worker of ours
         first = FirstPrograms(runtime, output, remember)
         self._messages = WorkerMessages(
@@ -82,7 +81,7 @@ class WorkerPool:
 
     @cached_property
     def _post_mortem(self) -> post_mortem.PostMortem:
-        """What determines how workers ended; loaded at the first exit."""
+        """The object that finds out how a worker ended; loaded at the first exit."""
         return post_mortem.PostMortem(
             self._runtime,
             self._output,
@@ -115,7 +114,7 @@ class WorkerPool:
         workers = self._workers_of(generation)
         if not workers:
             return ""
-        # All workers run the same program.  So of many workers and files, we look at some only.
+        # All workers run the same program.  So we search only some files if there are many.
         pids = [each.process.pid for each in workers]
         return known_servers.advice(
             workers[0].generation.program,
@@ -382,16 +381,19 @@ class WorkerPool:
         for name in worker.named.keys() - before.keys():
             self.descriptors[name] = worker.named[name]
 
-    def answered(self, generation: int, by: str) -> None:
+    def answered(self, generation: int, by: str) -> bool:
         """Note that a generation answered the probe: its workers are ready if none has exited.
 
-        by: the kind of probe.
+        by: the kind of probe.  False: too early, some workers on the client library still start.
         """
         workers = [w for w in self._workers.items() if w[1].record.generation == generation]
         for number, _ in workers:
             self._messages.read(number)  # it may have sent READY=1 before it answered
-        if all(self._note_ready(number, worker, by) for number, worker in workers):
+        relies = self._spawner.settings.policy.relies_on_library
+        early = relies and len({each.record.retires for _, each in workers}) > 1
+        if not early and all(self._note_ready(number, worker, by) for number, worker in workers):
             self._post(Answered(generation, self.all_retire(generation)))
+        return not early
 
     def not_probed(self, generation: int) -> None:
         """Let a timer make a generation's workers ready, because it cannot be probed."""
@@ -436,7 +438,7 @@ class WorkerPool:
             return
         del self._workers[number], self._records[number]
         self._checked(worker)
-        # If its parent has reaped an adopted worker, another worker may have the same pid by now.
+        # The parent of an adopted worker may have reaped it, and another worker may have its pid.
         if self._by_pid.get(worker.process.pid) == number:
             del self._by_pid[worker.process.pid]
         for name in worker.named:

@@ -24,7 +24,7 @@ from socketprotector_client import wire
 
 from ..model.lazy_dataclass import field, mutable
 from ..model.listen_fds import FIRST_FD
-from ..model.records import WorkerRecord
+from ..model.records import Program, WorkerRecord
 from ..model.settings import Settings
 from ..system import inherited
 from ..system.foreign_descriptors import drop_unread
@@ -106,6 +106,16 @@ def client_library_env(
     return descriptors, environment
 
 
+def _spread_variables(program: Program) -> dict[str, str]:
+    times = {
+        wire.ENV_DRAIN_SPREAD: program.drain_spread_s,
+        wire.ENV_STOP_SPREAD: program.stop_spread_s,
+    }
+    return {
+        name: f"{seconds:.3f}".rstrip("0").rstrip(".") for name, seconds in times.items() if seconds
+    }
+
+
 @mutable
 class WorkerSpawner:
     """Starts workers, and adopts the workers of an earlier program."""
@@ -130,6 +140,8 @@ class WorkerSpawner:
             ours.callback(notify.close)
             output_start = self.output.position()
             environment = {wire.ENV_NOTIFY: notify.address}
+            if program.spreads:
+                environment |= _spread_variables(program)
             if program.watchdog_s:
                 environment["WATCHDOG_USEC"] = str(int(program.watchdog_s * 1_000_000))
             # The number of --ready fd:N is reserved.

@@ -28,6 +28,7 @@ from .listen_spec import Listen
 
 #: How often to try one port for two sockets: another program may take it between the two binds.
 _SAME_PORT_TRIES = 16
+_IP = (socket.AF_INET, socket.AF_INET6)
 #: A family, and the IP address or (AF_UNIX) the path.
 _Address = tuple[socket.AddressFamily, str]
 #: Returns why a UNIX path can have one socket only, and what helps; "" if it can have more.
@@ -86,7 +87,7 @@ def bind_all(
     released: addresses that become free when the running protector ends, for a dry run.
     earlier: arguments before these, by place().
     alone: for workers that accept; see pair().
-    dry: only check that the bind would work; the returned sockets are closed.
+    dry: only check that the bind would work; the returned sockets are closed, except passed ones.
     """
     bound: list[Bound] = []
     earlier = dict(earlier or {})
@@ -111,7 +112,8 @@ def bind_all(
             )
     if dry:
         for each in bound:
-            each.socket.close()
+            if not each.settings.foreign:
+                each.socket.close()
     return bound
 
 
@@ -196,7 +198,7 @@ def _kept_from(given: socket.socket, bound: Sequence[Bound]) -> str:
     The unit must have `ReusePort=yes`, and all sockets of the group must be ours.  If a leftover
     socket of an earlier protector still listens, positions in the group would be wrong.
     """
-    if given.family not in (socket.AF_INET, socket.AF_INET6):
+    if given.family not in _IP:
         return ""
     if not given.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT):
         return "it was passed in without ReusePort=yes"
@@ -204,6 +206,19 @@ def _kept_from(given: socket.socket, bound: Sequence[Bound]) -> str:
     if not listening(given.family, given.getsockname()[1]).keys() <= known:
         return "another program listens on that port"
     return ""
+
+
+def could_pair(bound: Sequence[Bound]) -> set[int]:
+    """Return the indexes of sockets that pair() would pair, as far as --check can know."""
+    return {
+        place
+        for place, each in enumerate(bound)
+        if not each.settings.foreign
+        or (
+            each.socket.family in _IP
+            and each.socket.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
+        )
+    }
 
 
 def _addresses(listen: Listen, notice: Callable[[str], None]) -> list[_Address]:

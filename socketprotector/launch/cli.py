@@ -31,7 +31,7 @@ from . import (
     server_hints,
     stored_listeners,
 )
-from .bind import bind_all, discard_all, pair, reserve
+from .bind import bind_all, could_pair, discard_all, pair, reserve
 from .bind_control import default_path
 from .bind_unix import why_alone
 from .help_pages import HelpCommand
@@ -117,6 +117,7 @@ def _launch(parsed: ParsedOptions) -> int:
         notices += [*warnings, *server_hints.drain_limits(settings)]
         if check:
             notify_dir.make(settings, notices.append, dry=True)
+            rollout_checks.check_siblings(settings, could_pair(bound))
         elif settings.policy.workers_accept:
             siblings = pair(bound, listens, notices.append, alone)
             listeners = (siblings.get(n, each).settings for n, each in enumerate(bound))

@@ -235,8 +235,8 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "P%: this part of the workers, rounded up.", default="1"),
         Option("canary", CANARY,
                "Give each new generation this share of the new connections first: 5%.\n"
-               "0.01% to 99.99%. All clients follow after --canary-for. It counts connections, not "
-               "requests. See docs/rollout.md.", unset="all"),
+               "SHARE is 0.01% to 99.99%. All clients follow after --canary-for. It counts "
+               "connections, not requests. See docs/rollout.md.", unset="all"),
         Option("canary-for", TIME_ABOVE_0, "Let the canary have its share for this time.",
                default="60s"),
         Option("canary-at-least", click.IntRange(0, 1_000_000_000),
@@ -261,8 +261,8 @@ GROUPS: Mapping[str, Sequence[Option]] = {
     ),
     "Workers": (
         Option("workers", click.IntRange(1, _MANY), "Run this many workers.\n"
-               "With --handoff stdio: programs at once. Signals TTIN and TTOU change the number "
-               "until a reload reads another number.",
+               "With --handoff stdio: run at most this many programs at a time. Signals TTIN and "
+               "TTOU change the number until a reload reads another number.",
                "workers", common=True, unset="1; 4 with stdio"),
         Option("shell", FLAG, "With --handoff stdio: run COMMAND by /bin/sh -c.", "shell"),
         Option("watchdog", TIME,
@@ -318,6 +318,10 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "Let an old generation finish its connections this long, then send TERM; "
                "0: no limit.",
                "policy.drain_timeout_s", common=True, default="0"),
+        Option("drain-spread", TIME,
+               "Let old workers end their connections evenly over this time; 0: not at all.\n"
+               "For workers on the Python client library. See docs/long-lived.md.",
+               "policy.drain_spread_s", default="0"),
         Option("drain-signal", SIGNAL,
                "With --handoff listener: end workers gracefully by this signal.\n"
                "A worker on the client library gets end of file on its RETURN line instead.",
@@ -327,6 +331,9 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "policy.max_draining", default=0),
         Option("stop-timeout", TIME, "Allow this long for a graceful stop, then send TERM.",
                "policy.stop_timeout_s", default="30s"),
+        Option("stop-spread", TIME,
+               "The same at a stop, within --stop-timeout.",
+               "policy.stop_spread_s", default="0"),
         Option("kill-timeout", TIME, "Send KILL this long after TERM.",
                "policy.kill_timeout_s", default="5s"),
         Option("lame-duck", TIME,
@@ -353,7 +360,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "text: key=value, in colour on a terminal unless NO_COLOR is set. json: one object "
                "a line.", "log_format", STAYS, default="text"),
         Option("log-prefix", FLAG, "Begin each line of a worker with [GENERATION PID].\n"
-               "This also keeps a failed worker's last words with -f on a terminal or a file "
+               "With -f on a terminal or a file, it also makes last words of failed workers known "
                "(docs/log.md).",
                "log_prefix", STAYS, common=True),
         Option("no-log-relay", FLAG, "Let workers write to the log themselves.\n"
@@ -367,8 +374,9 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("group", TEXT, "Run as this group.",
                at_reload=STAYS, metavar="GROUP", unset="the user's"),
         Option("worker-user", TEXT, "Run the workers as this user instead; needs --user.\n"
-               "Only this isolates the protector from its workers. It keeps CAP_SETUID, CAP_SETGID "
-               "and CAP_KILL.", "worker_identity", STAYS, metavar="USER", show=_user),
+               "Only this isolates the protector from its workers. The protector then "
+               "keeps CAP_SETUID, CAP_SETGID and CAP_KILL.", "worker_identity", STAYS,
+               metavar="USER", show=_user),
         Option("require-user", FLAG, "Refuse to run as root unless --user root is given.\n"
                "For units and scripts.", no_key=_LINE_ONLY),
         Option("no-new-privs", FLAG,

@@ -24,7 +24,14 @@ from ..model.policy import Policy
 from ..model.settings import Identity, Limits, Origin, Settings
 from ..model.share import Canary
 from ..system.cpu_quota import scheduler
-from . import option_values, preflight, release_choice, rollout_checks, users
+from . import (
+    option_values,
+    preflight,
+    release_choice,
+    rollout_checks,
+    spread_checks,
+    users,
+)
 from .listen_spec import Listen, parse
 from .option_values import Ready
 from .options import OPTIONS
@@ -94,6 +101,10 @@ class OptionResolver:
         for name, refused in rollout_checks.refusals(settings, self._said(), listens):
             with self._about(name):
                 raise UsageError(refused)
+        if settings.policy.spreads:
+            for name, refused in spread_checks.refusals(settings):
+                with self._about(name):
+                    raise UsageError(refused)
         with self._about("lame_duck_idle"):
             if given["lame_duck_idle"] and not given["lame_duck"]:
                 raise UsageError("--lame-duck-idle needs --lame-duck TIME")

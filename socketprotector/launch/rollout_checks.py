@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
-from ..model import known_servers
+from ..model import known_servers, probe_spec
 from ..model.errors import UsageError
 from ..model.settings import Settings
 from . import server_hints
@@ -56,6 +56,11 @@ def _rolling(settings: Settings) -> Iterator[str]:
         yield (
             f"{_ROLLING} needs a limit, because new workers wait for old ones to finish: set "
             "--drain-timeout TIME"
+        )
+    if settings.policy.workers_accept and settings.ready not in ("notify", *probe_spec.PROBED):
+        yield (
+            f"{_ROLLING} with --handoff listener needs --ready notify or a probe: with READY=1 "
+            "each worker declares that it can finish alone"
         )
     name = known_servers.known(settings.command)
     if settings.policy.workers_accept and name and not server_hints.uses_library(settings):

@@ -57,6 +57,9 @@ NEEDS_LISTENER = "it needs --handoff listener"
 _DRAIN_SIGNAL = {"drain-signal": NEEDS_LISTENER}
 _SHELL = {"shell": "it needs --handoff stdio"}
 _COUNTS = {"retire-after": "only workers on the client library count their connections"}
+_SPREAD = dict.fromkeys(
+    ("drain-spread", "stop-spread"), "only workers on the Python client library do that"
+)
 _READY = {"ready": "the adapter reports when it is ready; leave --ready out"}
 _IDLE = {"lame-duck-idle": "the protector does not see when clients connect; leave it out"}
 
@@ -73,7 +76,7 @@ STDIO = HandoffMode(
     adapter="stdio.__main__",
     pooled=True,
     workers=4,
-    refuses={**_COUNTS, **_DRAIN_SIGNAL, **_READY},
+    refuses={**_COUNTS, **_DRAIN_SIGNAL, **_READY, **_SPREAD},
     cannot={
         "scale": "under --handoff stdio --workers limits how many programs run at once: "
         "change it and reload",
@@ -86,7 +89,7 @@ LEGACY = HandoffMode(
     adapter="legacy.adapter",
     knows_ports_alone=True,
     ready_hint="legacy",
-    refuses={**_COUNTS, **_DRAIN_SIGNAL, **_SHELL, **_READY},
+    refuses={**_COUNTS, **_DRAIN_SIGNAL, **_SHELL, **_READY, **_SPREAD},
 )
 #: The modes by name, in the order of --help.
 MODES = {each.name: each for each in (CONNECTION, LISTENER, STDIO, LEGACY)}

@@ -34,6 +34,8 @@ class Server:
     #: None: without a limit, unless the option sets one.
     limit_s: float | None = None
     limit_option: str = ""
+    #: Its option that ends open connections evenly or at a limit, if `limit_option` is not that.
+    ends_by: str = ""
 
     @property
     def drain_signal(self) -> str:
@@ -82,9 +84,14 @@ KNOWN: Mapping[str, Server] = {
         options="--ready after:1s --drain-signal QUIT --env 'NGINX={fd:http};'",
         listen="'http=0.0.0.0:8000?nonblock=1'",
         adds="-g 'daemon off;'",
+        ends_by="worker_shutdown_timeout",
     ),
     "haproxy": Server(
-        options="--drain-signal USR1", listen="web=8000", adds="-db", rest="-f haproxy.cfg"
+        options="--drain-signal USR1",
+        listen="web=8000",
+        adds="-db",
+        rest="-f haproxy.cfg",
+        ends_by="close-spread-time",
     ),
     "node": Server(listen="http=127.0.0.1:8000", rest="http.js {fd:http} {fd:ready}"),
     "plackup": Server(
@@ -104,7 +111,12 @@ KNOWN: Mapping[str, Server] = {
         drops=("--fd", "--host", "--port"),
         limit_s=0.0,
     ),
-    "puma": Server(listen="127.0.0.1:9292", adds="-b tcp://127.0.0.1:9292", rest="config.ru"),
+    "puma": Server(
+        listen="127.0.0.1:9292",
+        adds="-b tcp://127.0.0.1:9292",
+        rest="config.ru",
+        ends_by="worker_shutdown_timeout",
+    ),
 }
 #: Words in a server's command or environment (NAME=VALUE) that give it the socket.
 _SOCKET_OPTIONS: Mapping[str, re.Pattern[str]] = {
@@ -243,6 +255,12 @@ def lacks(
             "application if it fails later than that"
         )
     return None
+
+
+def ends_connections_by(name: str) -> str:
+    """Return the advice to use a known server's own option instead of a spread; "": it has none."""
+    option = KNOWN[name].ends_by or KNOWN[name].limit_option
+    return f"use its own {option} instead" if option else ""
 
 
 def drain_limit(

@@ -38,6 +38,8 @@ class Policy:
     canary: Canary | None = None  # the share that each new release gets first; None: all
     surge: int = 0  # --reload-order rolling: how many workers a reload may add; 0: another order
     surge_is_percent: bool = False  # of the workers, rounded up
+    drain_spread_s: float = 0.0  # workers on the client library end their connections over so long
+    stop_spread_s: float = 0.0  # the same at a stop
 
     @property
     def probes(self) -> bool:
@@ -75,6 +77,11 @@ class Policy:
         return self.surge > 0
 
     @property
+    def spreads(self) -> bool:
+        """Whether workers may be ordered to end their connections evenly."""
+        return bool(self.drain_spread_s or self.stop_spread_s)
+
+    @property
     def reload_order(self) -> str:
         """The value of --reload-order."""
         return "rolling" if self.rolls else "stop-first" if self.stop_first else "start-first"
@@ -89,9 +96,24 @@ class Policy:
         """Whether each worker must use the client library: it leaves while others accept on."""
         return self.rolls and self.workers_accept
 
+    @property
+    def relies_on_library(self) -> bool:
+        """Whether only workers on the client library count clients, and can finish alone."""
+        return self.workers_accept
+
     def surge_of(self, workers: int) -> int:
         """Return how many processes a rolling reload of this many workers may add."""
         return -(-workers * self.surge // 100) if self.surge_is_percent else self.surge
+
+    def part_of(self, leaving: int, workers: int) -> float:
+        """Return over how long the connections of workers that leave together end at a drain.
+
+        A rolling reload takes --drain-spread as a whole, so each of its workers has a part.
+        """
+        if not self.rolls:
+            return self.drain_spread_s
+        together = max(leaving, self.surge_of(workers))
+        return self.drain_spread_s * min(1.0, together / max(1, workers))
 
     @property
     def drain_limit_s(self) -> float:

@@ -39,6 +39,13 @@ class Program:
     drain_signal: int = 15
     watchdog_s: float = 0.0
     release: str = ""  # its name; "": there are no releases
+    drain_spread_s: float = 0.0
+    stop_spread_s: float = 0.0
+
+    @property
+    def spreads(self) -> bool:
+        """Whether its workers learn that they may have to end their connections evenly."""
+        return bool(self.drain_spread_s or self.stop_spread_s)
 
     @property
     def mode(self) -> HandoffMode:

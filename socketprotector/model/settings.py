@@ -174,6 +174,7 @@ ADDED = (
     *("Settings.warnings", "ListenerSettings.beside"),
     *("Policy.canary", "Policy.surge", "Policy.surge_is_percent"),
     *("Settings.releases", "Settings.current", "Settings.release", "Settings.release_wanted"),
+    *("Policy.drain_spread_s", "Policy.stop_spread_s"),
 )
 #: Fields for people only: an older program skips them.
 SAID = ("Settings.warnings",)

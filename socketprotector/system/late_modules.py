@@ -50,6 +50,7 @@ LATE = (
     "daemon.relay_client",
     "daemon.probe",
     "daemon.settle_check",
+    "daemon.spread",
     "daemon.verdicts",
     "daemon.watch_client",
     "daemon.worker_recycling",

@@ -72,6 +72,8 @@ def program_of(settings: Settings) -> Program:
         drain_signal=settings.drain_signal,
         watchdog_s=settings.watchdog_s,
         release=settings.release,
+        drain_spread_s=settings.policy.drain_spread_s,
+        stop_spread_s=settings.policy.stop_spread_s,
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+import sys
 
 from socketprotector_client import wire
 
@@ -22,6 +23,7 @@ from .cleanup import on_error
 SLOTS = 1024
 _COUNTERS = struct.Struct(f"{wire.BOARD_ACCEPTED_AT}Q")
 _TIMES = struct.Struct(f"{wire.BOARD_DESCRIPTORS}Q")
+_SPREAD = struct.Struct("2Q")
 _NOTHING = bytes(wire.BOARD_BYTES)
 #: The highest value that we accept.
 _MOST = 2**53
@@ -71,6 +73,23 @@ class Board:
         at = slot * wire.BOARD_BYTES + 8 * wire.BOARD_ACCEPTED_AT
         times = _TIMES.unpack(os.pread(self.fd, _TIMES.size, at))
         return {fd: ns for fd, ns in enumerate(times) if ns}
+
+    def spread(self, slot: int) -> tuple[bool, int]:
+        """Return whether the worker in a slot ends its connections evenly, and by when it must.
+
+        The time is CLOCK_MONOTONIC ns; 0: no order yet; wire.SPREAD_NEVER: it must not.
+        """
+        if slot >= SLOTS:
+            return False, 0
+        words = os.pread(self.fd, _SPREAD.size, slot * wire.BOARD_BYTES + 8 * wire.BOARD_SPREADS)
+        spreads, until = _SPREAD.unpack(words)
+        return spreads == 1, until
+
+    def order_spread(self, slot: int, until: int) -> None:
+        """Order the worker in a slot to have ended its connections by a time."""
+        if slot < SLOTS:
+            at = slot * wire.BOARD_BYTES + 8 * wire.BOARD_SPREAD_UNTIL
+            os.pwrite(self.fd, until.to_bytes(8, sys.byteorder), at)
 
     def clear(self, slot: int) -> None:
         """Clear a slot's record for its next worker."""

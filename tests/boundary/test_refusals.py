@@ -141,11 +141,48 @@ def test_one_that_is_not_unpacked_says_so(typed: Typed, monkeypatch: pytest.Monk
             "the same socket of 0?defer_accept=5 (?defer_accept)",
         ),
         (["--surge", "2", "0", "--", "true"], "--surge needs --reload-order rolling"),
+        (
+            ["--drain-spread", "10s", "--drain-timeout", "9s", "0", "--", "true"],
+            "--drain-spread 10s is longer than --drain-timeout (9s), which ends the workers",
+        ),
+        (
+            ["--drain-spread", "31s", "--reload-order", "stop-first", "0", "--", "true"],
+            "is longer than --drain-timeout (30s)",
+        ),
+        (
+            ["--stop-spread", "31s", "0", "--", "true"],
+            "--stop-spread 31s is longer than --stop-timeout (30s), which ends the workers",
+        ),
+        (
+            ["--stop-spread", "1s", "--handoff", "stdio", "0", "--", "true"],
+            "--stop-spread with --handoff stdio: only workers on the Python client library",
+        ),
+        (
+            ["--drain-spread", "1s", *LISTENER, "0", "--", "env", "haproxy", "-db"],
+            "which haproxy is not; use its own close-spread-time instead",
+        ),
+        (
+            ["--drain-spread", "1s", *LISTENER, "0", "--", "env", "nginx"],
+            "which nginx is not; use its own worker_shutdown_timeout instead",
+        ),
+        (
+            ["--stop-spread", "1s", "0", "--", sys.executable, "-m", "gunicorn", "app:app"],
+            "--stop-spread needs workers on the Python client library, which gunicorn is not; use "
+            "its own --graceful-timeout instead",
+        ),
+        (
+            ["--drain-spread", "1s", *LISTENER, "0", "--", "env", "node", "x.js"],
+            "which node is not; it has no such option of its own",
+        ),
         ([*ROLLING, "--surge", "0", "0", "--", "true"], "write a number of workers from 1"),
         ([*ROLLING, "--surge", "0%", "0", "--", "true"], "or 1% to 100%"),
         ([*ROLLING, "--surge", "101%", "0", "--", "true"], "or 1% to 100%"),
         (
             ["--reload-order", "rolling", "0", "--", "true"],
+            "finish: set --drain-timeout TIME",
+        ),
+        (
+            ["--reload-order", "rolling", "--drain-timeout", "0", "0", "--", "true"],
             "finish: set --drain-timeout TIME",
         ),
         (
@@ -164,6 +201,26 @@ def test_one_that_is_not_unpacked_says_so(typed: Typed, monkeypatch: pytest.Monk
             [*ROLLING, *LISTENER, "unix:/run/w", "--", "true"],
             "generation accept from the same socket of unix:/run/w (a UNIX path)",
         ),
+        (
+            [*ROLLING, *LISTENER, "0", "unix:@w", "--", "true"],
+            "the same socket of unix:@w (an abstract name)",
+        ),
+        (
+            [*ROLLING, *LISTENER, "0", "web=0?defer_accept=5", "--", "true"],
+            "the same socket of web=0?defer_accept=5 (?defer_accept)",
+        ),
+        (
+            [*ROLLING, *LISTENER, "--ready", "check:true", "0", "--", "true"],
+            "needs --ready notify or a probe",
+        ),
+        (
+            [*ROLLING, *LISTENER, "--ready", "after:1s", "0", "--", "true"],
+            "needs --ready notify or a probe",
+        ),
+        (["--canary", "0%", "0", "--", "true"], "'0%' is no share"),
+        (["--canary", "five%", "0", "--", "true"], "'five%' is no share"),
+        ([*CANARY, "--canary-for", "0", "0", "--", "true"], "--canary-for"),
+        ([*CANARY, "--canary-at-least", "-1", "0", "--", "true"], "--canary-at-least"),
         ([*SETTLES, "http:x", "0", "--", "true"], "write http:/path"),
         ([*SETTLES, "accept", "0", "--", "true"], "'accept' is for --ready"),
         ([*SETTLES, "after:1s", "0", "--", "true"], "'after:1s' is for --ready"),
@@ -219,6 +276,40 @@ def test_what_cannot_be_is_refused_in_one_line(typed: Typed, words: list[str], s
     ended = typed(*words)
 
     refused(ended, 2, re.escape(said))
+    assert typed.left() == []
+
+
+@together("server", sorted(known_servers.KNOWN))
+def test_a_known_server_is_refused_for_a_rolling_reload_where_it_accepts(
+    typed: Typed, server: str
+) -> None:
+    program = typed.folder / server
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+
+    ended = typed(*ROLLING, *LISTENER, "0", "--", program, "app")
+
+    refused(
+        ended, 2, f"workers on the client library, which {server} does not use; choose start-first"
+    )
+
+
+@together(
+    "words",
+    [
+        (*CANARY, "--handoff", "stdio"),
+        (*CANARY, "--handoff", "legacy"),
+        (*CANARY, *LISTENER),
+        (*CANARY, "--settle-check", "true"),
+        (*CANARY, "--drain-timeout", "0"),
+        (*ROLLING, *LISTENER),
+        (*ROLLING, "--surge", "100%"),
+    ],
+)
+def test_what_a_rollout_works_with_is_accepted(typed: Typed, words: tuple[str, ...]) -> None:
+    ended = typed("--check", *words, "127.0.0.1:0", "--", "true", "4321")
+
+    assert ended.status == 0, ended
     assert typed.left() == []
 
 

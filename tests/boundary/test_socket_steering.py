@@ -1224,6 +1224,7 @@ class Answers:
     def __init__(self, world: World, ready: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.heard: list[Callable[[str], None]] = []
         self.ready: list[int] = []
+        self.early = False  # whether an answer does not count yet
         monkeypatch.setattr(probe, "Prober", self._begin)
         runtime = Runtime(world.loop, cast("Any", world.log), world.post, world.persist)
         self.ready_probe = ReadyProbe(
@@ -1231,7 +1232,7 @@ class Answers:
             reach=lambda generation, asked: world.steering.probes.reach_by_mark(
                 generation.record.number, ""
             ),
-            answered=lambda number, kind: self.ready.append(number),
+            answered=self._answered,
             not_probed=self.ready.append,
         )
         program = SimpleNamespace(
@@ -1239,6 +1240,10 @@ class Answers:
         )
         record = SimpleNamespace(number=2)
         self.ready_probe.begin(cast("Any", SimpleNamespace(program=program, record=record)))
+
+    def _answered(self, number: int, kind: str) -> bool:
+        self.ready.append(number)
+        return not self.early
 
     def _begin(self, loop: Loop, *, heard: Any, **_: object) -> object:
         def send(*_: object) -> None:
@@ -1283,6 +1288,23 @@ def test_nor_what_was_answered_by_http_meanwhile(
     its.heard[1]("")
 
     assert its.ready == [2]
+
+
+def test_a_generation_whose_answer_is_too_early_is_probed_again(
+    reloaded: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    its = Answers(reloaded, "http:/", monkeypatch)
+    its.early = True
+    its.heard[0]("")
+    assert its.ready == [2]
+
+    its.early = False
+    reloaded.pass_time(0.3)
+    its.heard[1]("")
+    reloaded.pass_time(0.3)
+
+    assert its.ready == [2, 2]
+    assert len(its.heard) == 2
 
 
 def test_no_client_gets_to_one_that_is_asked_while_the_other_is_shut_down(reloaded: World) -> None:

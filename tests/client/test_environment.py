@@ -36,6 +36,18 @@ def environ(fds: tuple[int, int, int]) -> dict[str, str]:
     }
 
 
+@pytest.mark.parametrize(
+    ("drain", "stop", "seconds"),
+    [("600", "", 600.0), ("2.5", "20", 2.5), ("", "20", 0.0), ("later", "", 0.0), ("", "", None)],
+)
+def test_a_worker_learns_how_long_it_has_to_end_its_connections(
+    fds: tuple[int, int, int], drain: str, stop: str, seconds: float | None
+) -> None:
+    more = {wire.ENV_DRAIN_SPREAD: drain, wire.ENV_STOP_SPREAD: stop}
+
+    assert read_environment({**environ(fds), **more}).spread_s == seconds
+
+
 def test_a_worker_learns_its_place_and_keeps_descriptors_to_itself(
     fds: tuple[int, int, int],
 ) -> None:
@@ -46,6 +58,7 @@ def test_a_worker_learns_its_place_and_keeps_descriptors_to_itself(
         "workers": 8,
         "board": (fds[2], 4096),
         "passed": (),
+        "spread_s": None,
     }
     assert [os.get_inheritable(fd) for fd in fds] == [False] * 3
 

@@ -152,6 +152,36 @@ def test_several_sockets_of_one_name_cannot_be_told_apart_and_check_says_so(give
     assert still_listens(giver)
 
 
+@pytest.mark.parametrize(
+    "share", [("--canary", "5%"), ("--reload-order", "rolling", "--drain-timeout", "9s")]
+)
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_a_socket_without_a_second_is_refused_for_a_share_and_check_says_so(
+    giver: Giver, tmp_path: Path, kind: str, share: tuple[str, ...]
+) -> None:
+    if kind == "tcp":
+        giver.tcp("web")
+    else:
+        giver.unix("web", tmp_path / "socket")
+    for options in (("--check",), ()):
+        daemon = giver.start(*options, *share, *SHARED)
+        assert daemon.wait() == 2
+        assert "old and new generation accept from the same socket of fd:web (passed in" in (
+            daemon.log.text()
+        )
+    assert still_listens(giver)
+
+
+@pytest.mark.parametrize("share", [(), ("--canary", "5%")])
+def test_check_accepts_a_passed_socket_that_may_have_a_second(
+    giver: Giver, share: tuple[str, ...]
+) -> None:
+    giver.tcp("web", reuse=bool(share))
+    daemon = giver.start("--check", *share, *SHARED)
+    assert daemon.wait() == 0, daemon.log.text()
+    assert still_listens(giver)
+
+
 def test_what_was_given_survives_an_upgrade_and_still_is_not_ours(giver: Giver) -> None:
     port = giver.tcp("web")
     daemon = giver.start("fd:web", "--", *MANY).ready()

@@ -19,7 +19,7 @@ from tests.scenarios.adopting import kill_protector, revived, upgrade
 from tests.scenarios.config_file import File
 from tests.scenarios.operating import OBEYS, Operated, Operating
 from tests.scenarios.running_ctl import Running
-from tests.scenarios.tools import Release, pid_in
+from tests.scenarios.tools import Gate, Release, pid_in, worker
 from tests.unit.ctl.conftest import run
 
 #: Each worker has several clients at a time, and counts them.
@@ -245,6 +245,24 @@ def test_a_canary_is_refused_under_another_reload_order(
     one.daemon.stop()
 
 
+@pytest.mark.parametrize("handoff", ["listener"], indirect=True)
+@pytest.mark.parametrize(
+    ("listen", "said"),
+    [("unix:{}/s", "unix:"), ("unix:@{}", "unix:@"), ("127.0.0.1:0?defer_accept=5", "defer_acc")],
+)
+def test_a_canary_is_refused_where_two_generations_share_a_socket(
+    operated: Operating, tmp_path: Path, handoff: str, listen: str, said: str
+) -> None:
+    one = operated(listen.format(tmp_path), command=WORKER)
+
+    refused = run("--control", str(one.path), "reload", "--canary", "5%")
+
+    assert refused.status == 100, refused
+    assert "no canary: " in refused.err
+    assert said in refused.err
+    one.daemon.stop()
+
+
 # -- a rolling reload ----------------------------------------------------------------------
 
 
@@ -276,6 +294,57 @@ def test_a_rolling_reload_waits_for_a_worker_with_a_client(
     assert reload.wait() == 0, reload.err.text()
     quiet(one, 1)
     assert most_processes(one) == 5
+    one.daemon.stop()
+
+
+@pytest.mark.parametrize("handoff", ["listener"], indirect=True)
+@pytest.mark.parametrize("ready", ["notify", "accept"])
+def test_workers_without_the_client_library_are_not_rolled_where_they_accept(
+    operated: Operating, protector: Callable[..., Protector], tmp_path: Path, ready: str
+) -> None:
+    """Such a worker may cut clients that it has accepted, if others stay when it leaves."""
+    said = "--reload-order rolling needs workers on the client library"
+    words = (*ROLLING, "--ready", ready)
+    first = protector(*words, "127.0.0.1:0", "--", *worker("asyncio_accepts"))
+    assert first.wait() == 3
+    assert said in first.log.wait_for("event=start-failed")
+
+    release = Release(tmp_path / "release")
+    release.becomes(*WORKER)
+    one = operated(*words, command=(str(release.path),))
+    release.becomes(*worker("asyncio_accepts"))
+    ended = run("--control", str(one.path), "reload")
+    assert ended.status == 3, ended
+    assert said in ended.err
+    quiet(one, 2)
+    assert split(one, 1) == (0, 10)
+    assert most_processes(one) <= 5
+    one.daemon.stop()
+
+
+@pytest.mark.parametrize("handoff", ["listener"], indirect=True)
+def test_an_answer_counts_once_the_slowest_worker_has_declared_that_it_can_finish_alone(
+    operated: Operating, tmp_path: Path, gate: Gate, handoff: str
+) -> None:
+    """A faster worker has answered the probe of the generation before."""
+    release, starts = Release(tmp_path / "release"), tmp_path / "starts"
+    words = " ".join([sys.executable, str(WORKERS / "obeys.py"), "8"])
+    release.write(
+        f"#!/bin/sh\necho >>{starts}\n[ $(wc -l <{starts}) -eq 4 ] && cat {gate.path}\n"
+        f"exec {words}\n"
+    )
+    words_of = (*ROLLING, "--ready", "accept")
+    one = operated(*words_of, command=(str(release.path),), ready=False)
+    one.line()
+    for _ in range(3):
+        one.daemon.log.wait_for("event=worker-ready")
+    assert one.status()["phase"] == "starting"
+
+    gate.open()
+
+    one.until("phase", "serving")
+    ctl(one, "reload")
+    quiet(one, 1)
     one.daemon.stop()
 
 

@@ -23,6 +23,7 @@ from tests.c.building import alone_in, compiled, shared_folder
 from tests.load import Load
 from tests.running import MARK, Client, Protector, ask, marked
 from tests.scenarios.adopting import at_rest, kill_protector, revived, served, upgrade
+from tests.scenarios.operating import Line
 from tests.scenarios.starting import shown
 from tests.scenarios.tools import (
     EITHER_HANDOFF,
@@ -398,4 +399,59 @@ def test_a_program_that_knows_one_socket_for_a_path_refuses_to_go_on_with_severa
     daemon.stop()
 
     assert "written by a newer program (this one does not know beside)" in refusal
+    assert load.snapshot().failures == ()
+
+
+# -- rollouts -----------------------------------------------------------------------------
+
+
+@EITHER_COMMIT
+@EITHER_HANDOFF
+@pytest.mark.parametrize(
+    "options", [("--canary", "5%"), ("--reload-order", "rolling", "--drain-timeout", "9s")]
+)
+def test_a_program_that_knows_no_rollouts_refuses_settings_that_order_them(
+    earlier: Earlier, handoff: str, options: tuple[str, ...]
+) -> None:
+    earlier.replace()
+    daemon = earlier.start("--workers", "2", *options, "127.0.0.1:0", "--", *library_worker("echo"))
+    with load_on(daemon) as load:
+        served(load)
+        earlier.put_back()
+        refusal = upgrade(daemon)
+        served(load)
+        earlier.replace()
+        upgraded(daemon)
+        served(load)
+    daemon.stop()
+
+    assert "event=upgrade-failed" in refusal
+    assert "written by a newer program (this one does not know" in refusal
+    assert load.snapshot().failures == ()
+
+
+@EITHER_COMMIT
+def test_a_program_that_knows_no_rollouts_ends_one_at_the_new_generation(
+    earlier: Earlier, place: Path
+) -> None:
+    earlier.replace()
+    words = ("--control", place, "--workers", "2", "--settle", "1h", "127.0.0.1:0", "--")
+    daemon = earlier.start(*words, *library_worker("echo"))
+    with load_on(daemon) as load, Line(place) as line:
+        served(load)
+        line.ask("reload", canary={"share": "50%", "for_s": 3})
+        daemon.log.wait_for("event=route generation=1 sharing=2 share=50%")
+        served(load)
+        earlier.put_back()
+        mark = len(daemon.log.seen)
+
+        daemon.signal(signal.SIGUSR2)
+
+        daemon.log.wait_for("event=(resumed|adopted) ", after=mark)  # earlier: adopted
+        daemon.log.wait_for("event=reloaded generation=2", after=mark)
+        daemon.log.wait_for("event=drained generation=1", after=mark)
+        served(load)
+    assert {pid_in(ask(here(daemon))) for _ in range(6)} <= {*spawned(daemon, 2)}
+    daemon.stop()
+
     assert load.snapshot().failures == ()

@@ -53,6 +53,8 @@ RETIRES = b"\nX_SOCKETPROTECTOR_RETIRE=1"
 def stage_of(fleet: Fleet) -> str:
     """Return in which stage of a rollout it is, as words for people."""
     incoming = fleet.incoming
+    if incoming is not None and incoming.phase is Phase.SETTLING and not fleet.of(Phase.SERVING):
+        return "none"  # the old generation broke: there is none to go back to
     if fleet.rollout is None or incoming is None:
         rolls = fleet.newest_policy.rolls and fleet.of(Phase.SERVING)
         return "rolling: first starts" if incoming and rolls else "none"

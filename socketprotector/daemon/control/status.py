@@ -21,6 +21,7 @@ from ...model.text import headline, in_units
 from ...model.waits import quantile_us
 from ...system.check_command import shown
 from ...system.listener import Listener
+from .. import spread
 from ..delivery import Delivery
 from ..effects import Effects
 from ..generation import OpenGeneration
@@ -203,12 +204,23 @@ def _of_generation(
         "lost": opened.record.lost if total is not None else None,
         **_of_counts(total),
         "active": active,
+        **_of_closing(
+            opened, [(w.slot, counts[w.number]) for w in generation.alive if w.number in counts]
+        ),
         "wait_us": _of_waits(total.waits) if total is not None else None,
         "workers": [
             _of_worker(each, records.get(each.number), counts.get(each.number))
             for each in generation.workers
         ],
     }
+
+
+def _of_closing(
+    opened: OpenGeneration, slots: Sequence[tuple[int, Counts | None]]
+) -> dict[str, Any]:
+    """Return the field `closing`; an empty result unless workers end their connections evenly."""
+    found = spread.of_closing(opened, slots) if opened.program.spreads else None
+    return {"closing": found} if found else {}
 
 
 def _of_first_programs(record: GenerationRecord) -> dict[str, Any] | None:

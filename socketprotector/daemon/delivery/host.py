@@ -12,7 +12,7 @@ from ..runtime import Runtime
 
 
 class Host(ABC):
-    """What a delivery uses of the resident process, and reports to the process.
+    """The part of the resident process that a delivery may use, and reports to.
 
     Effects is the host (daemon/effects.py).  It has the settings, and passes those that a
     delivery needs as arguments of the Delivery's methods.

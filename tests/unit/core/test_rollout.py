@@ -44,6 +44,7 @@ from socketprotector.core.events import (
     WorkerReady,
 )
 from socketprotector.core.fleet import Phase, Policy, Rollout, State
+from socketprotector.core.rollout import NO_COUNTS
 from socketprotector.core.stop import CALLED_OFF
 from socketprotector.model.policy import STANDBY_S
 from socketprotector.model.share import WHOLE, Canary
@@ -162,6 +163,38 @@ def test_too_few_connections_extend_it_once_and_then_fail_it(story: Story) -> No
     assert RouteTo(1) in actions
     why = "the canary had 99 of at least 100 connections in 2m"
     assert news(actions) == [(ReportKind.RELOAD_FAILED, why)]
+
+
+def test_connections_that_are_not_counted_are_not_reported_as_none(story: Story) -> None:
+    with_canary(story, Policy(workers_accept=True))
+
+    actions = story.when(DeadlinePassed(SETTLE_2, met=None))
+
+    why = "the canary had 5% of new connections, which its workers do not count"
+    assert news(actions) == [(ReportKind.RELOADED, why)]
+
+
+def test_a_canary_whose_connections_are_not_counted_cannot_have_enough(story: Story) -> None:
+    """It fails before its first client, or where its workers only seem to count."""
+    enough = replace(FIVE, at_least=100)
+    story.given_serving(Policy(workers_accept=True)).and_also(ReloadRequested(enough))
+    actions = story.when(WorkerReady(2, alone=False))
+    assert news(actions) == [(ReportKind.RELOAD_FAILED, NO_COUNTS)]
+    assert not any(isinstance(each, RouteTo) for each in actions)
+
+    other = with_canary(Story(), canary=enough)
+    assert news(other.when(DeadlinePassed(SETTLE_2, met=None))) == [
+        (ReportKind.RELOAD_FAILED, NO_COUNTS)
+    ]
+
+
+def test_only_a_canary_with_at_least_needs_counts(story: Story) -> None:
+    policy = Policy(workers_accept=True, canary=replace(FIVE, at_least=100))
+    story.given_serving(policy).and_also(DryRunRequested())
+    assert news(story.when(WorkerReady(2, alone=False))) == [(ReportKind.DRY_RUN_PASSED, "")]
+
+    other = Story().given_serving(Policy(workers_accept=True)).and_also(ReloadRequested(FIVE))
+    assert RouteTo(1, 2, 500) in other.when(WorkerReady(2, alone=False))
 
 
 def test_enough_connections_in_the_second_time_promote_it(story: Story) -> None:
@@ -528,6 +561,15 @@ def test_promote_ends_the_settling_of_the_first_workers_only(story: Story) -> No
     ]
     assert retired(story.when(PromoteRequested())) == [2]
     assert [kind for kind, _ in news(story.when(PromoteRequested()))] == [ReportKind.REFUSED]
+
+
+def test_the_share_follows_the_workers_while_the_first_ones_settle(story: Story) -> None:
+    story.given_serving(rolling(1, settle_s=5.0), workers=2)
+    story.and_also(ReloadRequested())
+    assert RouteTo(1, 2, WHOLE // 3) in story.when(WorkerReady(3))
+
+    story.and_also(ScaleRequested(to=3))
+    assert RouteTo(1, 2, WHOLE // 4) in story.when(WorkerReady(4))
 
 
 def test_a_stop_during_a_rolling_reload_calls_it_off(story: Story) -> None:

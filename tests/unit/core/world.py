@@ -18,6 +18,7 @@ from socketprotector.core.actions import (
     CheckSettling,
     CloseListeners,
     Drain,
+    EndEvenly,
     Exit,
     ForgetSettings,
     Hold,
@@ -116,6 +117,9 @@ POLICIES = [
     Policy(surge=1, drain_timeout_s=9.0),
     Policy(surge=2, drain_timeout_s=9.0, settle_s=5.0, settle_check="http:/"),
     Policy(surge=50, surge_is_percent=True, drain_timeout_s=9.0, workers_accept=True, ready="any"),
+    Policy(drain_spread_s=6.0, stop_spread_s=3.0, drain_timeout_s=9.0),
+    Policy(drain_spread_s=6.0, drain_timeout_s=9.0, surge=1),
+    Policy(stop_spread_s=3.0, workers_accept=True),
 ]
 #: Calm rounds after which everything must have come to rest: a kill follows a TERM follows
 #: a drain follows a start, each a round, and a few of these one after another.
@@ -268,6 +272,13 @@ class World:
                 coming = self.fleet.to_open or self.fleet.incoming
                 assert self.route or coming, "quiesces, and no other generation gets new clients"
                 self.channels[number] = "quiescing"
+            case EndEvenly(number, worker, seconds):
+                policy = self.fleet.policy
+                # A quiescing generation is ordered when it drains.
+                assert self.channels[number] in ("open", "quiescing", "drained")
+                assert self.route != number or worker, "ends connections while it gets new ones"
+                limit_s = policy.drain_limit_s or seconds
+                assert seconds <= (policy.stop_timeout_s if self.fleet.stopping else limit_s)
             case Drain(number):
                 assert self.channels[number] in ("open", "quiescing"), "drained twice"
                 gets = self.route, self.sharing[0] if self.sharing else None

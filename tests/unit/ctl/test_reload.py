@@ -355,7 +355,7 @@ def test_a_stop_in_the_middle_is_status_1(fake: Fake, ctl: Ctl) -> None:
     said = ctl("reload")
 
     assert said.status == 1
-    assert "lost sight of generation 9 before it was serving: it was stopped" in said.err
+    assert "lost sight of generation 9 before it was serving: the protector was stopped" in said.err
     assert time.monotonic() - began < client.RETURN_S
 
 

@@ -201,6 +201,14 @@ def test_without_a_route_the_drained_generation_takes_the_rest(world: World) -> 
     assert (old.names, old.has_ended) == (["a"], True)
 
 
+def test_the_route_itself_keeps_its_connections_when_it_is_drained(world: World) -> None:
+    route = world.channel(1)
+    route.hold("a", "b")
+    world.route_to(route)
+    world.drain(route)
+    assert (route.names, route.has_ended) == (["a", "b"], True)
+
+
 def test_a_channel_that_a_worker_shut_down_is_emptied_for_the_next_route(world: World) -> None:
     old, new = world.channel(1), world.channel(2)
     old.hold("a", "b")
@@ -861,6 +869,8 @@ def test_new_connections_are_counted_by_channel(world: World) -> None:
     assert new.names == ["earlier", "a", "b", "c"]
     met = [world.forwarder.met(any_of(each)) for each in (old, new)]
     assert met == [2, 1], "what was taken back is not new"
+    watches = [world.forwarder.watch_of(any_of(each)) for each in (old, new)]
+    assert watches == [None, world.forwarder.queue]
 
 
 def test_a_canary_gets_its_share_and_its_own_counts(world: World) -> None:

@@ -15,6 +15,7 @@ from socketprotector.core.events import Answered, Event, WorkerExited, WorkerRea
 from socketprotector.daemon import worker_pool as module
 from socketprotector.daemon.worker_pool import WorkerPool
 from socketprotector.model.lazy_dataclass import replace
+from socketprotector.model.policy import Policy
 from socketprotector.model.records import WorkerRecord
 from socketprotector.model.settings import Limits, Settings
 from socketprotector.system.process import End
@@ -262,6 +263,20 @@ def test_an_answer_makes_all_workers_of_a_generation_ready_if_none_has_exited(
 
     assert world.clock.posted == [Answered(1, False)]
     assert [each.has_served for each in (*workers, other)] == [True, True, False]
+
+
+def test_an_answer_is_too_early_while_a_worker_on_the_library_still_starts(world: World) -> None:
+    """One of several workers that accept has answered.  Its answer says nothing of the others."""
+    world.pool.apply_settings(replace(SETTINGS, policy=Policy(workers_accept=True)))
+    world.spawn(1)
+    world.spawn(2)
+    world.pool._is_ready(1, "notify", retires=True)
+    assert not world.pool.answered(1, "accept")
+
+    world.pool._is_ready(2, "notify", retires=True)
+    assert world.pool.answered(1, "accept")
+    ready = [WorkerReady(1, True, True), WorkerReady(2, True, True)]
+    assert world.clock.posted == [*ready, Answered(1, True)]
 
 
 def test_a_generation_that_cannot_be_probed_waits_for_a_timer(world: World) -> None:

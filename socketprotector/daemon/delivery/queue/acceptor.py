@@ -1,7 +1,7 @@
 """The fast path of a connection: accept, send to the route, close our copy.
 
-The interval between connections decides how many a wake-up accepts, and whether we busy-poll for
-the next connection.  The forwarder handles failures, and everything else.
+The interval between connections decides how many connections we accept per wake-up, and whether we
+busy-poll for the next connection.  The forwarder handles failures, and everything else.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .queue_watch import QueueWatch
 #: Sends one message, with these buffers, descriptors and flags.  Channel.send() would cost one more
 #: call for each connection.
 Send = Callable[[list[bytes], list[tuple[int, int, bytes]], int], object]
-#: Connections that come closer together than this have been waiting.  Then a wake-up accepts up to
-#: BURST, as long as it finds more than one.  Otherwise it accepts a single connection: an accept
-#: without a client costs 4 us (measured), as much as another turn of the loop.
+#: Connections that come closer together than this have been waiting.  From then on each wake-up
+#: accepts up to BURST, until one finds fewer than two.  Otherwise a wake-up accepts one connection:
+#: an accept without a client costs 4 us (measured), as much as another turn of the loop.
 BUSY_NS = 25_000
 BURST = 32
 #: After so many single connections in quick succession, we busy-poll for the next connection
@@ -38,7 +38,7 @@ class Acceptor:
     loop: Loop
     queue: QueueWatch
     _: KW_ONLY
-    #: Called when accept fails, also because no client waits.
+    #: Called when accept fails, which includes that no client waits.
     accept_failed: Callable[[Listener, OSError], None]
     #: Called when a send fails; takes ownership of the descriptor.
     send_failed: Callable[[bytes, int, OSError], None]

@@ -1,8 +1,8 @@
 """Accepted connections that are in no channel: only we have them.
 
-There are few, because we accept only what we can deliver: connections whose send failed, and
-connections by a listener that the route does not know.  The latter wait for a generation that knows
-the listener.
+There are few, because we accept only what we can deliver.  They are connections whose send failed,
+and connections from a listener that the route does not know.  The latter wait for a generation that
+knows the listener.
 
 All of them survive this program: their headers are in the state, and the next program gets their
 descriptors by name.  Two rules hold here:
@@ -39,7 +39,7 @@ class Undelivered:
         self._waiting: dict[int, tuple[bytes, int]] = {}
 
     def has(self, wanted: Wanted) -> bool:
-        """Return whether a connection by such a listener waits."""
+        """Return whether a connection from a wanted listener waits."""
         return any(wanted(listener_of(header)) for header, _ in self._waiting.values())
 
     def keep_first(self, header: bytes, fd: int) -> None:
@@ -53,7 +53,7 @@ class Undelivered:
         self.persist()
 
     def take(self, wanted: Wanted) -> tuple[bytes, int] | None:
-        """Remove and return the first connection by such a listener, for the caller to send.
+        """Remove and return the first connection from a wanted listener, for the caller to send.
 
         Returns None if there is none, or if the state cannot be written.
         """
@@ -68,7 +68,7 @@ class Undelivered:
         return None
 
     def drop(self, wanted: Wanted) -> int:
-        """Close the connections by such listeners; return how many."""
+        """Close the connections from the wanted listeners; return how many."""
         gone = [n for n, (header, _) in self._waiting.items() if wanted(listener_of(header))]
         for number in gone:
             os.close(self._waiting.pop(number)[1])
@@ -95,8 +95,8 @@ class Undelivered:
         """Adopt an earlier program's connections; takes ownership of their descriptors.
 
         number: the highest number in its record.  If that program was killed before it wrote the
-        record, it may have stored one more connection.  A connection without a descriptor was not
-        stored in time.
+        record, it may have stored one more connection.  Skip a connection
+        without a descriptor: it was not stored in time.
         """
         self.number = number + 1
         for each, header in waiting:

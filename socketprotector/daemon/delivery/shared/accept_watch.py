@@ -1,11 +1,11 @@
 """Detects that workers do not accept, under --handoff listener.
 
-In that mode no connection passes through us, and no connection may wake us needlessly.  So only a
-generation's first client wakes us.  After a while we read the backlog from the kernel (sock_diag),
-and later read it again.  accept() takes the oldest client.  So if the second answer still has all
-clients of the first, no client was accepted in between.  If the backlog is empty, we wait for the
-next client.  So while no client connects we sleep, and in normal operation we wake up at most twice
-in LOOK_S.
+In that mode no connection passes through us, and a connection must not wake us needlessly.  So only
+a generation's first client wakes us.  After a while we read the backlog from the kernel
+(sock_diag), and later read it again.  accept() takes the oldest client.  So if the second answer
+still has all clients of the first, no client was accepted in between.  If the backlog is empty, we
+wait for the next client.  So while no client connects we sleep, and in normal operation we wake up
+at most twice in LOOK_S.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ....system.loop import Loop
 from ....system.sock_diag import Line, stands
 from .. import NEVER_TAKEN_S, UNTAKEN_S
 
-#: The pause between two looks: until a first client is accepted, and later.  The pauses of a canary
-#: are the same fractions of its limits.
+#: The pause between two looks: until a first client is accepted, and later.  A canary has its own
+#: limits, and its pauses are the same fractions of them.
 FIRST_LOOK_S = NEVER_TAKEN_S / 4
 LOOK_S = UNTAKEN_S / 2
 #: Queries to the kernel take at most this share of our time, however many connections there are.
@@ -36,7 +36,7 @@ class Backlogs(ABC):
 
     @abstractmethod
     def watch(self) -> None:
-        """Follow a change of `awaits`: while it is True, call came() for the next client."""
+        """Apply a change of `awaits`: while it is True, call came() when a client comes."""
 
     @abstractmethod
     def report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
@@ -53,7 +53,7 @@ class AcceptWatch:
 
     loop: Loop
     backlogs: Backlogs
-    #: How long workers may accept no client: workers that never accepted one, and workers that did.
+    #: How long workers may leave clients waiting: before the first accepted client, and after it.
     late_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
     timer: str = "untaken"
     awaits: bool = False
@@ -66,7 +66,10 @@ class AcceptWatch:
     _waiting: dict[int, tuple[Line, float]] = field(default_factory=dict)
 
     def begin(self, *, served_before: bool) -> None:
-        """Watch the generation that gets clients from now on, maybe not for the first time."""
+        """Watch the generation that gets clients from now on.
+
+        served_before: it also got clients earlier.
+        """
         self._reported, self._served_before = False, served_before
         self._accepted.clear()
         self._await()
@@ -112,7 +115,7 @@ class AcceptWatch:
         for index, (before, since) in list(self._waiting.items()):
             line = found.get(index)
             if line is None or not line or not stands(before, line):
-                self._accepted.add(index)  # if the backlog is unknown, look as rarely
+                self._accepted.add(index)  # also if the backlog is unknown: look rarely
                 del self._waiting[index]
             else:
                 self._waiting[index] = line, since if before else began

@@ -1,8 +1,8 @@
 """Records O_NONBLOCK of listening sockets that were passed in; the next program restores the flag.
 
 Workers may change the flag.  The flag belongs to the open file description, so we share it with the
-process that passed the socket in.  At each start of the service systemd sets the flag to
-NonBlocking= of the unit, even if running workers have changed it.  systemd leaves the flags of
+process that passed the socket in.  Whenever the service starts, systemd sets the flag to the unit's
+NonBlocking=, and so may undo a change by workers that still run.  systemd leaves the flags of
 sockets in its fd store unchanged.
 
 Source: systemd.service(5), fcntl(2).
@@ -40,7 +40,7 @@ class ListenerFlags:
         return self._nonblocking
 
     def watch(self, after_s: float = _FIRST_S) -> None:
-        """Check for a while whether workers change the flags: the kernel reports no change."""
+        """Poll the flags for a while, because the kernel does not notify us of a change."""
         if self._passed_in:
             if self._nonblocking != self.record():
                 self._runtime.persist()

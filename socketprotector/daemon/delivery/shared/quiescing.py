@@ -24,8 +24,8 @@ from .turns import Turns
 
 #: The pause between two looks.
 _LOOK_S = 0.1
-#: The pause for workers that read from all accepted clients before they exit.  There we wait only
-#: for clients that are about to connect.
+#: The pause for workers that read from all accepted clients before they exit.  For such workers we
+#: wait only for clients that are about to connect.
 _LOOK_SOON_S = 0.01
 _SOON_LOOKS = 2
 #: A generation is quiet if no unread client was found for this time.
@@ -42,10 +42,10 @@ class _Generation:
 
     socket_number: int
     on_quiet: Callable[[], None]
-    common: Sequence[Listener]  # listeners without a second socket that may have a backlog
+    common: Sequence[Listener]  # listeners with a single socket, which may have a backlog
     reads_on: bool  # its workers read from all accepted clients before they exit
     began: float
-    # Planned, not elapsed, seconds: while the machine is suspended no worker can read.
+    # Seconds of planned pauses: elapsed time would include suspends, when no worker can read.
     delay_s: float = 0.0  # before this look
     waited_s: float = 0.0
     quiet_s: float = 0.0
@@ -62,7 +62,8 @@ def _unread_unix(
     The kernel does not report accepted clients that have sent nothing, so we do not wait for them.
 
     replaced: listeners where another socket has replaced the generation's own.  We no longer know
-    the name of the generation's socket.  So any name of the path counts that no present socket has.
+    the name of the generation's socket.  So we count each name of the path, except the names of
+    present sockets.
     """
     by_name = {each.socket_for(socket_number).getsockname(): each.index for each in listeners}
     by_path = {each.path: each.index for each in replaced}
@@ -100,8 +101,8 @@ class Quiescing:
     ) -> None:
         """Call back when a generation has accepted, and read from, all its clients.
 
-        socket_number: its socket.  common: listeners with one socket for all generations, which
-        count, too.  reads_on: call back as soon as the generation has accepted its clients.
+        socket_number: its socket.  common: listeners with one socket for all generations; wait for
+        their clients, too.  reads_on: call back as soon as the generation has accepted its clients.
         """
         self._generations[generation] = _Generation(
             socket_number, on_quiet, common, reads_on, began=time.monotonic()
@@ -119,14 +120,14 @@ class Quiescing:
         return tuple(self._generations)
 
     def begin_again(self, generation: int) -> None:
-        """Start over for a generation that has got clients until now."""
+        """Start over for a generation that was still getting clients."""
         state = self._generations[generation]
         state.began, state.waited_s, state.unread = time.monotonic(), 0.0, None
         state.quiet_looks, state.quiet_s = 0, 0.0
 
     def _look(self, generation: int) -> None:
         state, now = self._generations[generation], time.monotonic()
-        # Query this first, so that later clients do not count below.
+        # Check this before the queries: once no new client comes, they find all clients.
         still_come = not self._steering.gets_no_client(generation)
         state.common = [each for each in state.common if each.has_waiting()]
         own = self._turns.own(self._listeners.pairs, state.socket_number, generation)

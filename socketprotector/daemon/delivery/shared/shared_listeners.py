@@ -1,4 +1,4 @@
-"""The listeners from which workers accept, and the orders that parts of the steering give."""
+"""The listeners from which workers accept, and what parts of the steering may order."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class SharedListeners:
 
 
 class Steering(ABC):
-    """The orders that parts of the steering give to the steering as a whole."""
+    """The steering as a whole, with the orders that its parts may give it."""
 
     @abstractmethod
     def steer(self) -> bool:

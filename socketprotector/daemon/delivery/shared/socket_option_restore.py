@@ -4,9 +4,11 @@ Workers share their listening sockets.  A release that fails may have called lis
 TCP_DEFER_ACCEPT, and such options remain after its exit.  So we restore the options
 (system/socket_snapshot.py) in two cases:
 
-* A generation begins on a socket that no other generation uses: restore the new socket's options.
+* A generation begins on a socket that no other generation uses: restore the options that the
+  socket had when it was new.
 * A release fails, that is, a generation ends before an older generation on the same socket: restore
-  the options at the release's start.  So earlier changes of the serving generation remain.
+  the options that the socket had when the release started.  So earlier changes by the serving
+  generation remain.
 
 If an option cannot be restored and would keep clients out, the socket is replaced.
 
@@ -56,7 +58,7 @@ class SocketOptionRestore:
         if made is not None and is_alone():
             self._restore(listener, socket_number, made)
         listening = listener.socket_for(socket_number)
-        if not is_alone():  # also if _restore() could not bind another socket
+        if not is_alone():  # ask again: _restore() may have left one common socket
             self._before[generation, listener.index] = socket_snapshot.take(listening)
             if made is not None:
                 socket_snapshot.raise_backlog(listening, made)
@@ -66,7 +68,7 @@ class SocketOptionRestore:
     def end(
         self, generation: int, socket_number: int, others: Collection[int], *, gone: bool
     ) -> None:
-        """Undo a generation's changes if it failed: if others exist, and all are older.
+        """Undo a generation's changes if it failed: if older generations remain, and no newer.
 
         gone: all its workers have exited, so none can change an option later.
         """
@@ -101,8 +103,8 @@ class SocketOptionRestore:
         """Restore a socket's options; otherwise replace the socket, or log which options stay."""
         listening, count = listener.socket_for(socket_number), len(listener.sockets)
         stays = socket_snapshot.restore(listening, before)
-        # Replace a socket that all generations share only if it keeps clients out, because then the
-        # serving generation must be replaced, too.
+        # If all generations share the socket, the serving generation must be replaced with it.  So
+        # replace such a socket only if it keeps clients out.
         if stays and (
             listener.has_sibling
             or (

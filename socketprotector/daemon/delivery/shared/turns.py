@@ -20,14 +20,14 @@ class Share:
 
     generation: int
     part: int  # in ten thousandths
-    listeners: frozenset[int]  # that both generations know, by index
+    listeners: frozenset[int]  # the indices of the listeners that both generations know
 
 
 @mutable
 class Turns:
     """The assignment of sockets to generations.
 
-    Sockets have the numbers 0 and 1; a single socket of a listener has both numbers.
+    Sockets have the numbers 0 and 1.  If a listener has only one socket, both numbers mean it.
     """
 
     current: int = 0  # the number of the socket that gets new clients
@@ -37,16 +37,16 @@ class Turns:
     leaving: dict[int, tuple[int, float]] = field(default_factory=dict)
     #: Listener that the current generation does not know -> the socket where its clients wait.
     expected: dict[int, int] = field(default_factory=dict)
-    #: A generation and a listener whose socket it lacks, because the socket was bound, or the
-    #: listener added, after the generation's start.
+    #: Pairs of a generation and a listener.  The generation lacks the listener's socket, which was
+    #: bound or added after the generation's start.
     unserved: frozenset[tuple[int, int]] = frozenset()
     #: The part of `unserved` where later workers have that socket, but earlier workers do not.
     partly_served: frozenset[tuple[int, int]] = frozenset()
     #: Listeners whose socket the current generation lost.  Their clients go to the next
     #: generation's socket.
     lost: frozenset[int] = frozenset()
-    given_back: bool = False  # sockets that were passed in get the new clients
-    share: Share | None = None  # not in the record: the next program gets the order again
+    given_back: bool = False  # sockets that were passed in are their owner's, and get the clients
+    share: Share | None = None  # not recorded: the next program is given the share again
 
     @property
     def free(self) -> int:
@@ -88,13 +88,13 @@ class Turns:
         }
 
     def takers(self, listener: Listener, number: int) -> set[int]:
-        """Return the generations with workers that have a socket of a listener."""
+        """Return the generations that have workers with this socket."""
         lacking = self.unserved - self.partly_served
         there = self.at(listener, number)
         return {each for each in there if (each, listener.index) not in lacking}
 
     def is_served(self, listener: Listener, number: int) -> bool:
-        """Return whether a generation, or the next one, accepts from a socket of a listener."""
+        """Return whether a present generation accepts from this socket, or the next one will."""
         if self.given_back and listener.settings.foreign:
             return True  # its owner accepts
         there = self.at(listener, number)
@@ -119,7 +119,7 @@ class Turns:
         )
 
     def own(self, pairs: Iterable[Listener], number: int, generation: int = 0) -> list[Listener]:
-        """Return the listeners whose clients do not go to the socket of this number.
+        """Return the listeners whose socket of this number was not given back to its owner.
 
         pairs: the listeners with two sockets.  generation: only listeners that this generation, or
         some of its workers, have; 0: all listeners.
@@ -144,7 +144,7 @@ class Turns:
     def expect(self, listener: Listener, *, dry_run: bool) -> int:
         """Return the socket at which clients of a new listener wait for the next generation.
 
-        dry_run: that generation gets no clients, so they wait at the socket that it does not use.
+        dry_run: the next generation gets no clients, so return the socket that it does not use.
         """
         number = self.expected[listener.index] = self.current if dry_run else self.free
         if listener.has_sibling and not dry_run:  # otherwise they wait at a present socket
@@ -200,7 +200,9 @@ class Turns:
         return lost
 
     def grow(self, generation: int, knows: Callable[[int], bool]) -> bool:
-        """Note that a worker will start with the present sockets; return whether this changed.
+        """Note that a worker will start with the present sockets.
+
+        Returns whether the generation thereby gets a socket that all its workers lacked.
 
         knows: says whether its workers have a listener, by index.
         """

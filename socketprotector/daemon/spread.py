@@ -1,0 +1,110 @@
+"""Orders workers to end their connections evenly over a time, and shows how far they are.
+
+The order is the time by which all connections should have ended, in the worker's record of the
+scoreboard.  So it outlives this program, and a worker reads it whenever it likes.  Only workers on
+the Python client library follow it; their records say so.
+
+Source: docs/protocol.md, section "A spread".
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from socketprotector_client import wire
+
+from ..model.records import Counts, WorkerRecord
+from ..system.log import Log
+from .generation import OpenGeneration
+
+_NS = 1_000_000_000
+
+
+def order(
+    generation: OpenGeneration,
+    records: Iterable[WorkerRecord],
+    seconds: float,
+    log: Log,
+    *,
+    only: int = 0,
+) -> None:
+    """Order the workers of a generation to end their connections over so many seconds; 0: none.
+
+    An earlier end that was ordered before stays.
+    records: of all workers.  only: the number of a worker; 0: all.
+    """
+    board = generation.board
+    if board is None or not generation.program.spreads:
+        return
+    until = time.monotonic_ns() + int(seconds * _NS) if seconds else wire.SPREAD_NEVER
+    unable = 0
+    for each in _of(generation, records):
+        if only not in (0, each.number):
+            continue
+        try:
+            able, ordered = board.spread(each.slot)
+            unable += not able
+            if until < (ordered or wire.SPREAD_NEVER + 1):
+                board.order_spread(each.slot, until)
+        except OSError as error:
+            log.write("error", "cannot-spread", worker=each.number, error=error.strerror)
+    if unable and seconds:
+        _say_unable(generation, unable, log)
+
+
+def check(generation: OpenGeneration, records: Iterable[WorkerRecord], log: Log) -> None:
+    """Say which workers of a generation that begins to serve will not follow an order."""
+    board = generation.board
+    if board is None or not generation.program.spreads:
+        return
+    unable = 0
+    for each in _of(generation, records):
+        # A timer may make a worker ready before the library has begun.
+        if each.ready_by not in ("", "timer"):
+            unable += not _spread_of(generation, each.slot)[0]
+    if unable:
+        _say_unable(generation, unable, log)
+
+
+def _of(generation: OpenGeneration, records: Iterable[WorkerRecord]) -> Iterable[WorkerRecord]:
+    number = generation.record.number
+    return (each for each in records if each.generation == number and not each.orphaned)
+
+
+def _say_unable(generation: OpenGeneration, unable: int, log: Log) -> None:
+    if generation.said_unable:
+        return
+    generation.said_unable = True
+    log.write(
+        "warning",
+        "no-spread",
+        generation=generation.record.number,
+        workers=unable,
+        reason="these workers do not end their connections evenly: only workers on the Python "
+        "client library do; --drain-spread and --stop-spread have no effect on others",
+    )
+
+
+def _spread_of(generation: OpenGeneration, slot: int) -> tuple[bool, int]:
+    try:
+        return generation.board.spread(slot) if generation.board is not None else (False, 0)
+    except OSError:
+        return False, 0
+
+
+def of_closing(
+    generation: OpenGeneration, slots: Iterable[tuple[int, Counts | None]]
+) -> dict[str, float] | None:
+    """Return how many connections a generation ends a second, and for how long; None: it does not.
+
+    slots: of its living workers, with their counts.
+    """
+    now, rate, longest_s = time.monotonic_ns(), 0.0, 0.0
+    for slot, counts in slots if generation.program.spreads else ():
+        able, until = _spread_of(generation, slot)
+        if able and counts is not None and now < until < wire.SPREAD_NEVER:
+            left_s = (until - now) / _NS
+            rate += counts.active / max(left_s, 1.0)
+            longest_s = max(longest_s, left_s)
+    return {"per_s": rate, "left_s": longest_s} if longest_s else None

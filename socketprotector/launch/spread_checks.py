@@ -1,0 +1,42 @@
+"""Refuses --drain-spread and --stop-spread where they could not work, before anything is bound.
+
+A command does not show whether it uses the Python client library, so only well-known servers are
+refused here.  daemon/spread.py says it of other workers, once they are ready.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..model import known_servers
+from ..model.settings import Settings
+from ..model.text import in_units
+from . import server_hints
+
+
+def refusals(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Yield each option that does not work, with the reason."""
+    policy = settings.policy
+    drain, stop = policy.drain_spread_s, policy.stop_spread_s
+    if drain and 0 < policy.drain_limit_s < drain:
+        yield "drain_spread", _longer("drain", drain, policy.drain_limit_s)
+    if stop > policy.stop_timeout_s:
+        yield "stop_spread", _longer("stop", stop, policy.stop_timeout_s)
+    name = known_servers.known(settings.command)
+    if name is None or server_hints.uses_library(settings):
+        return
+    for option, seconds in (("drain_spread", drain), ("stop_spread", stop)):
+        if seconds:
+            own = known_servers.ends_connections_by(name)
+            yield (
+                option,
+                f"--{option.replace('_', '-')} needs workers on the Python client library, which "
+                f"{name} is not; {own or 'it has no such option of its own: leave this one out'}",
+            )
+
+
+def _longer(what: str, seconds: float, limit_s: float) -> str:
+    return (
+        f"--{what}-spread {in_units(seconds)} is longer than --{what}-timeout "
+        f"({in_units(limit_s)}), which ends the workers; raise that, or lower this"
+    )

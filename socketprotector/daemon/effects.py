@@ -200,13 +200,11 @@ class Effects(Host):
                 pass
 
     def _report(self, report: Report) -> None:
-        found = self.generations.get(report.generation)
-        program = found.program if found else None
+        program = self.generations.program_of(report.generation)
         self.last_good = (report.news in _SUCCESS and program) or self.last_good
         if report.news in _FAILURE and report.reason not in (stop.CALLED_OFF, UPGRADED):
             report = replace(report, reason=added(report.reason, self._same_file()))
-        report = self.live_settings.reported(report, program)
-        self.reports.write(report, program.release if program else "")
+        self.reports.write(*self.live_settings.reported(report, program))
 
     # -- from one program to the next ---------------------------------------------
 
@@ -264,8 +262,7 @@ class Effects(Host):
 
     def _open(self, number: int, fresh: bool, *, dry_run: bool) -> None:
         try:
-            live = self.live_settings
-            settings = (fresh and live.record.candidate) or live.settings
+            settings = self.live_settings.of_next(fresh=fresh)
             program = self.last_good if self.last_good and not fresh else program_of(settings)
             self._refuse_unless_reachable(program)
             if dry_run and (cannot := self.delivery.cannot_try()):

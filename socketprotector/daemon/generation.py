@@ -127,6 +127,10 @@ class Generations(dict[int, OpenGeneration]):
         super().__init__()
         self.released: dict[int, OpenGeneration] = {}
 
+    def program_of(self, number: int) -> Program | None:
+        """Return the program of an open generation; None: it could not be opened, or has gone."""
+        return self[number].program if number in self else None
+
     def release(self, number: int) -> OpenGeneration:
         """Release a generation; its waiting clients may still go to another generation."""
         each = self.pop(number)

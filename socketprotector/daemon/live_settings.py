@@ -50,6 +50,10 @@ class LiveSettings:
         """The settings in force."""
         return self.record.current
 
+    def of_next(self, *, fresh: bool) -> Settings:
+        """Return the settings of a generation that is opened fresh, or from the last good ones."""
+        return (self.record.candidate if fresh else None) or self.settings
+
     def read(self, *, dry_run: bool, canary: bool = False, release: str = "") -> None:
         """Read the configuration again, in another process; the result is an event.
 
@@ -104,9 +108,15 @@ class LiveSettings:
                 gone = (replace(each, removed=True) for each in added)
                 self._put_in_force(replace(self.settings, listeners=(*there, *gone)))
 
-    def reported(self, report: Report, program: Program | None) -> Report:
-        """Return a report with what it means for `current`.  program: of its generation."""
-        return self.releases.reported(report, program) if self.releases is not None else report
+    def reported(self, report: Report, program: Program | None) -> tuple[Report, str]:
+        """Return a report with what it means for `current`, and the release that it is about.
+
+        program: of its generation, if it was opened.
+        """
+        if self.releases is None:
+            return report, ""
+        name = program.release if program is not None else ""
+        return self.releases.reported(report, program), name
 
     @property
     def current_due(self) -> str:

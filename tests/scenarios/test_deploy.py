@@ -13,7 +13,7 @@ import pytest
 
 from tests.procfs import command_line_of, environment_of
 from tests.running import ask, eventually
-from tests.scenarios.adopting import kill_protector, revived, upgrade
+from tests.scenarios.adopting import at_rest, kill_protector, revived, upgrade
 from tests.scenarios.operating import MANY, Operated, Operating
 from tests.scenarios.releases import COMMAND, Releases, ctl, deployed, saved, serving, starts
 from tests.scenarios.running_ctl import Running
@@ -547,6 +547,7 @@ def test_a_killed_protector_goes_on_with_the_deploy(
     releases.add("gated", *worker("ready_at_gate", gate.path))
     running = beside(one, "deploy", "gated")
     starts(one, 2)
+    at_rest(one.daemon)  # the guard has what was made
 
     mark = kill_protector(one.daemon)
     revived(one.daemon, mark)

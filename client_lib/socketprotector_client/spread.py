@@ -165,7 +165,7 @@ class Spread:
                     left_s = until - patience_s - before
                     # Time that was lost, as at the first count, is not made up for at once: the
                     # rest of the turns come a little faster.
-                    most_s = min(_COUNT_S, max(3 * _TICK_S, (until - began) / 100))
+                    most_s = min(_COUNT_S, max(3 * _TICK_S, (until - began) / 600))
                     passed_s = min(now - before, most_s)
                     portion += len(turns) * min(1.0, passed_s / max(left_s, _TICK_S))
                     turns.next(int(portion))

@@ -165,7 +165,7 @@ class Spread:
                     left_s = until - patience_s - before
                     # Time that was lost, as at the first count, is not made up for at once: the
                     # rest of the turns come a little faster.
-                    most_s = min(_COUNT_S, max(3 * _TICK_S, (until - began) / 100))
+                    most_s = min(_COUNT_S, max(3 * _TICK_S, (until - began) / 600))
                     passed_s = min(now - before, most_s)
                     portion += len(turns) * min(1.0, passed_s / max(left_s, _TICK_S))
                     turns.next(int(portion))
@@ -269,8 +269,11 @@ class _Turns:
 
     def next(self, count: int) -> None:
         """Let the turn of so many open connections come."""
-        now, numbers = time.monotonic(), []
         own = self._spread.end
+        if own is not None:
+            self._next_own(count, own)
+            return
+        now = time.monotonic()
         while count > 0 and self._waiting:
             place = self._waiting[0]
             with _copied(place) as fd:
@@ -279,12 +282,22 @@ class _Turns:
                     continue
                 count -= 1
                 self._spread.note_due(os.fstat(fd).st_ino)
-                if own is None and _state_of(fd)[1]:
+                if _state_of(fd)[1]:
                     _end(fd)
                     continue
             self._late[place] = now
-            numbers.append(_number_of(place[1]))
-        if own is not None and numbers:
+
+    def _next_own(self, count: int, own: Callable[[List[int]], None]) -> None:
+        # Without a system call: after each one, a busy event loop would keep this thread waiting.
+        now = time.monotonic()
+        numbers: List[int] = []
+        while count > len(numbers) and self._waiting:
+            place = self._waiting.popleft()
+            number = _number_of(place[1])
+            if number >= 0:
+                self._late[place] = now
+                numbers.append(number)
+        if numbers:
             own(numbers)
 
     def end_late(self, now: float, patience_s: float) -> None:
@@ -295,6 +308,8 @@ class _Turns:
         """
         is_own = self._spread.end is not None
         for place, since in list(self._late.items()):
+            if is_own and now - since < patience_s:
+                continue
             with _copied(place) as fd:
                 if fd >= 0:
                     is_answered, is_over = _state_of(fd)[1], now - since >= patience_s

@@ -8,10 +8,13 @@ long: its client gets the end of file later (spread.py).
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import TYPE_CHECKING, Any, Dict, List
 
 if TYPE_CHECKING:
     import uvicorn
+
+_LONGEST_WAIT_S = 10.0
 
 
 class Turns:
@@ -23,13 +26,19 @@ class Turns:
         self._known: Dict[int, Any] = {}
 
     def end(self, numbers: List[int]) -> None:
-        """End the connections with these descriptors.  For any thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._end, numbers)
-        except RuntimeError:
-            pass  # the server has ended
+        """End the connections with these descriptors, from another thread than the loop's.
 
-    def _end(self, numbers: List[int]) -> None:
+        Waits for the loop: otherwise a busy loop would later end all that were due meanwhile.
+        """
+        ended = threading.Event()
+        try:
+            self._loop.call_soon_threadsafe(self._end, numbers, ended)
+        except RuntimeError:
+            return  # the server has ended
+        ended.wait(_LONGEST_WAIT_S)
+
+    def _end(self, numbers: List[int], ended: threading.Event) -> None:
+        ended.set()
         # An upgrade to WebSocket replaces a connection's protocol.
         if any(self._known.get(number) not in self._open for number in numbers):
             self._known = {_number_of(each): each for each in list(self._open)}

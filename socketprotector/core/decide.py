@@ -68,7 +68,7 @@ def _handle(step: Step, event: Event) -> None:
         case events.HoldRequested(seconds):
             stop.hold_requested(step, seconds)
         case events.HoldReleased():
-            stop.release_hold(step)
+            stop.end_hold(step)
         case events.RenewRequested():
             reload.renew_requested(step)
         case events.KillRequested(number):
@@ -132,7 +132,7 @@ def _deadline_passed(step: Step, deadline: Deadline, advice: str, met: int | Non
         case TimerKind.OPEN | TimerKind.TURN | TimerKind.WORKER_RESPAWN:
             pass  # `_advance` opens the generation or starts the workers that are due now
         case TimerKind.HOLD:
-            stop.release_hold(step)
+            stop.end_hold(step)
         case TimerKind.LAME_DUCK | TimerKind.LAME_DUCK_IDLE:
             stop.stop_gracefully(step)
         case TimerKind.STOP:

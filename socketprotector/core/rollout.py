@@ -9,12 +9,15 @@ the clients back.  No list of steps is stored.  The stage follows from the fleet
 * canary, share WHOLE: all clients for --settle, by the same timer
 * rolling, SETTLE timer: the first workers settle beside all old ones
 * rolling, no timer: `Fleet.wanted_in` names the targets, and `room` limits the processes
+
+A stage proves nothing while a hold keeps clients out.  So it does not end during a hold, and its
+time starts again when the hold ends.
 """
 
 from __future__ import annotations
 
 from ..model.lazy_dataclass import replace
-from ..model.policy import Policy
+from ..model.policy import STANDBY_S, Policy
 from ..model.share import WHOLE, Canary
 from ..model.text import in_units
 from .actions import ReadSettings, Report, ReportKind, RouteTo
@@ -92,6 +95,21 @@ def stage_over(step: Step, number: int, met: int | None) -> str:
     step.fleet = replace(step.fleet, rollout=replace(rollout, extended=True, met=met))
     step.start(TimerKind.SETTLE, number, canary.for_s)
     return ""
+
+
+def start_again(step: Step) -> None:
+    """Start the time of the present stage again, because a hold has kept clients out of it."""
+    fleet, settling = step.fleet, step.fleet.of(Phase.SETTLING)
+    if settling and (fleet.held or _settle(settling.number) in fleet.timers):
+        step.start(TimerKind.SETTLE, settling.number, _stage_s(fleet, settling))
+
+
+def _stage_s(fleet: Fleet, settling: Generation) -> float:
+    """Return how long the present stage of a settling generation takes, once clients come again."""
+    rollout = fleet.rollout
+    canary = rollout.canary if rollout and rollout.share < WHOLE else None
+    # A generation that has settled after a probe, or alone, may have no time of its own.
+    return max(STANDBY_S, canary.for_s if canary else fleet.policy_of(settling.fresh).settle_s)
 
 
 def next_stage(step: Step, number: int, met: int | None, *, now: bool = False) -> None:

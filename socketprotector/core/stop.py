@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from ..model.lazy_dataclass import replace
 from ..model.text import in_units
+from . import rollout
 from .actions import CloseListeners, Exit, Hold, Report, ReportKind, RouteTo
 from .events import Deadline, TimerKind
 from .fleet import Fleet, Generation, LameDuck, Next, Phase, Stop
@@ -43,7 +44,7 @@ def stop_requested(step: Step, quick: bool) -> None:
 
 def _begin_lame_duck(step: Step) -> None:
     policy = step.fleet.policy
-    release_hold(step)  # so that clients in the backlog are served
+    end_hold(step)  # so that clients in the backlog are served
     step.fleet = replace(step.fleet, lame_duck=LameDuck.STOPPING)
     reason = f"still serving; the stop begins in {in_units(policy.lame_duck_s)}"
     step.do(Report(ReportKind.LAME_DUCK, reason=reason))
@@ -153,7 +154,7 @@ def _call_off(step: Step, stop: Stop | None) -> None:
     """
     for wait in (TimerKind.OPEN, TimerKind.LAME_DUCK, TimerKind.LAME_DUCK_IDLE):
         step.cancel(wait)
-    release_hold(step)  # so that clients in the backlog are served
+    _release(step)  # so that clients in the backlog are served
     before = step.fleet
     renews, incoming = stop is None and before.is_renewing, before.incoming
     step.fleet = replace(
@@ -216,8 +217,14 @@ def hold_requested(step: Step, seconds: float) -> None:
     step.start(TimerKind.HOLD, 0, seconds)
 
 
-def release_hold(step: Step) -> None:
-    """End the hold, if there is one."""
+def end_hold(step: Step) -> None:
+    """End the hold, if there is one; a settling generation has its time from now on."""
+    if step.fleet.held:
+        _release(step)
+        rollout.start_again(step)
+
+
+def _release(step: Step) -> None:
     if step.fleet.held:
         step.cancel(TimerKind.HOLD)
         step.fleet = replace(step.fleet, held=False)

@@ -113,7 +113,8 @@ def _last_answer(answer: str) -> str:
 def _settle(fleet: Fleet, facts: Facts, generation: Generation) -> Wait:
     number = generation.number
     shares = fleet.rollout if fleet.sharing else None
-    left_s = _left(facts, TimerKind.SETTLE, number)
+    # The time starts again when a hold ends.
+    left_s = None if fleet.held else _left(facts, TimerKind.SETTLE, number)
     checked = f", checked by {facts.settle_check}" if generation.checked else ""
     if shares and shares.canary:
         canary = shares.canary

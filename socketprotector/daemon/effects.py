@@ -402,7 +402,10 @@ class Effects(Host):
             if idle_s < seconds:
                 run(seconds - idle_s)
                 return
-            if deadline.wait is TimerKind.SETTLE and self.probing.awaits(deadline.target):
+            if deadline.wait is TimerKind.SETTLE and (
+                self.probing.awaits(deadline.target)
+                or self.delivery.is_stuck(self.generations.get(deadline.target))
+            ):
                 run(_SETTLE_AGAIN_S)
                 return
             self._note_due(deadline)

@@ -1,4 +1,4 @@
-"""Directs the workers' output, and obtains a failed worker's last words.
+"""Directs the output, reopens the log file, and obtains a failed worker's last words.
 
 Workers write to a terminal, to /dev/null and to the file of `-f 2>FILE` directly.  For any other
 log, and if lines get a prefix, each worker has its own pipe.  A relay process reads these pipes and

@@ -1,8 +1,9 @@
 """Starts a worker: its descriptors, its environment, its process.
 
 A worker's environment describes its descriptors, by number (docs/protocol.md; for workers that
-accept, also sd_listen_fds(3)).  A worker gets the handles of its delivery, a RETURN line of its own
-and its slot of the scoreboard.
+accept, also sd_listen_fds(3)).  A worker gets the handles of its delivery, its slot of the
+scoreboard, and a RETURN line of its own: end of file tells it to finish, and nothing is read from
+it.
 
 We and all workers share the open file descriptions of the channel's read end and of the listening
 sockets.  A flag there affects all sharers, so we set none.

@@ -25,7 +25,7 @@ EXAMPLES = (
 )
 _SIGNALS = "Signals: HUP reload; TERM stop; INT stop at once; USR1 reopen the log."
 _ALL_SIGNALS = """Signals: HUP reload; TERM, QUIT stop; INT stop at once; USR1 reopen the log file;
-USR2 upgrade the protector itself; TTIN, TTOU one worker more, one fewer."""
+USR2 upgrade the protector itself; TTIN add a worker; TTOU end one."""
 _MORE = "--help-all: every option. socketprotectorctl --help: reload, status, crashes."
 _TIME = "TIME is 500ms, 10s, 1h30m, 1d or plain seconds."
 _DEMO = "SocketProtector demo shows a reload and crashes under load, in 20 seconds."

@@ -139,7 +139,7 @@ class Option(click.Option):
         return found or super().shell_complete(ctx, incomplete)
 
     def shown(self, value: Any) -> str:
-        """Return a value of the field for people."""
+        """Format a value of the field for people."""
         if self._show is not None:
             return self._show(value)
         if value is None:
@@ -176,7 +176,7 @@ def _user(found: Identity | None) -> str:
 # fmt: off
 #: cli.py adds the callback that reads the file.
 CONFIG = Option("config", TEXT, "Read options from a TOML file, at each reload too.\n"
-                "It may have LISTEN and COMMAND, too. The command line overrides it. "
+                "The file can also have LISTEN and COMMAND. The command line overrides the file. "
                 "See docs/reference.md.",
                 metavar="FILE", no_key=_LINE_ONLY, common=True, is_eager=True, expose_value=False)
 GROUPS: Mapping[str, Sequence[Option]] = {
@@ -189,14 +189,14 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "handoff", STAYS, placeholder="MODE", common=True, default="connection"),
         Option("backlog", click.IntRange(1, _MANY),
                "Let this many connections wait in the kernel, for each listener.",
-               at_reload="holds for listeners that are added", default=4096),
+               at_reload="applies to added listeners", default=4096),
         Option("queue", click.IntRange(wire.SMALLEST_QUEUE, _MANY),
                "Let this many connections wait in the queue of the workers.",
                "queue", default=256),
         Option("busy-poll", TIME,
                "Poll this long for the next connection before sleeping; 0: sleep at once.\n"
-               "Only while connections come faster than that, and with more than one processor. "
-               "Polling lowers the latency by 30 %, and uses one processor.",
+               "SocketProtector polls only with more than one processor, while connections come "
+               "faster than this. Polling lowers the latency by 30 %, and uses one processor.",
                "busy_poll_s", STAYS, default="200us"),
     ),
     "Start": (
@@ -211,7 +211,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "guarded", STAYS, common=True),
         Option("pid-file", TEXT, "Write the protector's process ID to this file.\n"
                "The protector locks the file while it lives: a second start is refused, "
-               "a stale file replaced.", "pid_file", STAYS, metavar="FILE"),
+               "and a stale file is replaced.", "pid_file", STAYS, metavar="FILE"),
         Option("ready", READY, "Choose how a worker shows that it is ready: notify, ack, fd:N, "
                "accept, http:PATH, check:CMD or after:TIME.\n"
                "notify: the worker sends READY=1. ack: it sends einhorn's ACK. fd:N: it writes a "
@@ -227,17 +227,17 @@ GROUPS: Mapping[str, Sequence[Option]] = {
     ),
     "Reload": (
         Option("reload-order", click.Choice(["start-first", "stop-first", "rolling"]),
-               "Start the new workers before the old ones stop, after, or a few at a time.\n"
-               "stop-first is for a daemon that uses something exclusive; clients wait meanwhile. "
+               "Start new workers before the old ones stop, after them, or a few at a time.\n"
+               "stop-first is for a daemon that locks something; clients wait meanwhile. "
                "rolling needs less memory, and needs --drain-timeout. See docs/rollout.md.",
                default="start-first"),
         Option("surge", SURGE, "With --reload-order rolling: add this many workers at most.\n"
-               "P%: this part of the workers, rounded up.", default="1"),
+               "P%: this percentage of the workers, rounded up.", default="1"),
         Option("canary", CANARY,
-               "Give each new generation this share of the new connections first: 5%.\n"
-               "SHARE is 0.01% to 99.99%. All clients follow after --canary-for. It counts "
-               "connections, not requests. See docs/rollout.md.", unset="all"),
-        Option("canary-for", TIME_ABOVE_0, "Let the canary have its share for this time.",
+               "Give each new generation only this share of new connections at first: 5%.\n"
+               "SHARE is 0.01% to 99.99% of the connections, not of the requests. All clients "
+               "follow after --canary-for. See docs/rollout.md.", unset="all"),
+        Option("canary-for", TIME_ABOVE_0, "Keep the canary at its share for this time.",
                default="60s"),
         Option("canary-at-least", click.IntRange(0, 1_000_000_000),
                "Require this many connections in the canary.\n"
@@ -266,7 +266,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "workers", common=True, unset="1; 4 with stdio"),
         Option("shell", FLAG, "With --handoff stdio: run COMMAND by /bin/sh -c.", "shell"),
         Option("watchdog", TIME,
-               "Replace a worker that sent WATCHDOG=1 and then nothing for this time; 0: never.\n"
+               "Replace a worker that stops sending WATCHDOG=1 for this time; 0: never.\n"
                "The client library sends WATCHDOG=1 from the serving loop.",
                "watchdog_s", default="0"),
         Option("retire-after", SHARE,
@@ -332,7 +332,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("stop-timeout", TIME, "Allow this long for a graceful stop, then send TERM.",
                "policy.stop_timeout_s", default="30s"),
         Option("stop-spread", TIME,
-               "The same at a stop, within --stop-timeout.",
+               "Do as --drain-spread at a stop, within --stop-timeout.",
                "policy.stop_spread_s", default="0"),
         Option("kill-timeout", TIME, "Send KILL this long after TERM.",
                "policy.kill_timeout_s", default="5s"),
@@ -360,7 +360,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "text: key=value, in colour on a terminal unless NO_COLOR is set. json: one object "
                "a line.", "log_format", STAYS, default="text"),
         Option("log-prefix", FLAG, "Begin each line of a worker with [GENERATION PID].\n"
-               "With -f on a terminal or a file, it also makes last words of failed workers known "
+               "With -f on a terminal or a file, it also saves the last words of failed workers "
                "(docs/log.md).",
                "log_prefix", STAYS, common=True),
         Option("no-log-relay", FLAG, "Let workers write to the log themselves.\n"
@@ -374,7 +374,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("group", TEXT, "Run as this group.",
                at_reload=STAYS, metavar="GROUP", unset="the user's"),
         Option("worker-user", TEXT, "Run the workers as this user instead; needs --user.\n"
-               "Only this isolates the protector from its workers. The protector then "
+               "Only this option isolates the protector from its workers. The protector then "
                "keeps CAP_SETUID, CAP_SETGID and CAP_KILL.", "worker_identity", STAYS,
                metavar="USER", show=_user),
         Option("require-user", FLAG, "Refuse to run as root unless --user root is given.\n"
@@ -391,7 +391,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
     "Configuration": (
         CONFIG,
         Option("check", FLAG, "Check what a start needs, and start nothing.\n"
-               "If a protector with the same pid file is running: check a start after its end.",
+               "If a protector with the same pid file is running, check a start after its end.",
                no_key=_LINE_ONLY, common=True),
         Option("control", TEXT, "Put the control socket at this path.", at_reload=STAYS,
                metavar="PATH",

@@ -345,6 +345,8 @@ def test_a_canary_whose_workers_take_nothing_is_reported_once(real: World) -> No
     assert isinstance(failed, SettleFailed)
     assert failed.generation == 2
     assert failed.reason == "no worker has accepted a connection yet; 2 waiting"
+    assert real.delivery.is_stuck(real.generations[2])
+    assert not real.delivery.is_stuck(real.generations[1])
     waited_s = real.delivery.oldest_waiting_s(real.generations[2])
     assert waited_s is not None
     assert waited_s >= canary.NEVER_TAKEN_S

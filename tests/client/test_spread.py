@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import select
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from socketprotector_client.scoreboard import Scoreboard
 from socketprotector_client.spread import Spread
 
 from tests.channel import Channel, Worker
-from tests.running import Client, eventually
+from tests.running import DEADLINE_S, Client, eventually
 
 SECONDS = 2.0
 SPREAD = {wire.ENV_DRAIN_SPREAD: str(SECONDS)}
@@ -27,18 +28,13 @@ WAYS = [["threads", str(COUNT)], ["tasks"], ["loop"]]
 def ends(clients: list[Client]) -> list[float]:
     """Return when each client read its end, in order; each had its own turn."""
     left, found = {each.socket.fileno(): each for each in clients}, []
-    for client in clients:
-        client.socket.settimeout(0.02)
     while left:
-        for fd, client in list(left.items()):
-            try:
-                said = client.hear()
-            except TimeoutError:
-                continue
+        ready, _, _ = select.select([*left], [], [], DEADLINE_S)
+        assert ready, f"{len(left)} of {len(clients)} connections never ended"
+        for fd in ready:
             found.append(time.monotonic())
-            assert said == "your turn"
-            assert client.hear() == ""
-            del left[fd]
+            client = left.pop(fd)
+            assert (client.hear(), client.hear()) == ("your turn", "")
     return found
 
 
@@ -58,7 +54,7 @@ def test_connections_end_evenly_and_their_handlers_may_still_write(
 
     # None comes before its turn; how late it comes is the machine's.
     each_s = SECONDS * (1 - spread._PATIENCE_PART) / COUNT
-    early = [at - began for n, at in enumerate(found, 1) if at - began < n * each_s - 0.1]
+    early = [at - began for n, at in enumerate(found, 1) if at - began < (n - 1) * each_s - 0.1]
     assert not early, (each_s, [at - began for at in found])
     assert (worker.read_last(), worker.wait()) == ("ended", 0)
 

@@ -167,6 +167,10 @@ class Delivery(ABC):
     def oldest_waiting_s(self, generation: OpenGeneration) -> float | None:
         """Return how long no waiting client has been accepted; None: too short to report."""
 
+    def is_stuck(self, generation: OpenGeneration | None) -> bool:
+        """Return whether clients of a canary wait in its queue, and its workers take none."""
+        return False
+
     @abstractmethod
     def queue_limit(self, generation: OpenGeneration) -> int | None:
         """Return how many clients a generation's queue has room for; None: it has no queue."""

@@ -326,6 +326,58 @@ def test_a_hold_changes_nothing_about_the_share(story: Story) -> None:
     assert story.fleet.sharing
 
 
+def test_no_stage_ends_during_a_hold_and_its_time_starts_again_afterwards(story: Story) -> None:
+    """A canary that no client reaches proves nothing."""
+    with_canary(story, canary=replace(FIVE, at_least=3)).and_also(HoldRequested(90.0))
+
+    assert story.when(passed(met=0)) == [StartTimer(SETTLE_2, 60.0)]
+    assert story.fleet.rollout == Rollout(500, replace(FIVE, at_least=3)), "it is not extended"
+    assert story.when(HoldReleased())[-1] == StartTimer(SETTLE_2, 60.0)
+
+    story.and_also(passed(met=3), HoldRequested(9.0))
+    assert story.when(passed(met=3)) == [StartTimer(SETTLE_2, 5.0)]
+    assert story.when_over(TimerKind.HOLD)[-1] == StartTimer(SETTLE_2, 5.0)
+    assert ReportKind.RELOADED in dict(news(story.when(passed(met=3))))
+
+
+def test_a_plain_settling_starts_its_time_again_after_a_hold(story: Story) -> None:
+    story.given_serving(Policy(settle_s=5.0)).and_also(HoldRequested(9.0))
+    story.and_also(ReloadRequested(), WorkerReady(2))
+
+    assert story.when(passed()) == [StartTimer(SETTLE_2, 5.0)]
+    assert StartTimer(SETTLE_2, 5.0) in story.when(HoldReleased())
+    assert ReportKind.RELOADED in dict(news(story.when(passed())))
+
+
+def test_a_hold_gives_no_time_to_workers_that_are_replaced(story: Story) -> None:
+    story.given_serving(rolling(), workers=3).and_also(ReloadRequested(), WorkerReady(4))
+
+    actions = [*story.when(HoldRequested(3.0)), *story.when(HoldReleased())]
+
+    assert SETTLE_2 not in [each.deadline for each in actions if isinstance(each, StartTimer)]
+
+
+def test_a_canary_that_is_left_alone_has_a_time_after_a_hold(story: Story) -> None:
+    with_canary(story, Policy()).and_also(HoldRequested(9.0), ChannelBroken(1))
+
+    assert story.when(passed()) == [StartTimer(SETTLE_2, STANDBY_S)]
+
+
+def test_promote_ends_a_stage_during_a_hold(story: Story) -> None:
+    with_canary(story, Policy()).and_also(HoldRequested(9.0))
+
+    assert ReportKind.RELOADED in dict(news(story.when(PromoteRequested())))
+
+
+def test_a_stop_that_ends_a_hold_starts_no_stage_again(story: Story) -> None:
+    with_canary(story).and_also(HoldRequested(9.0))
+
+    actions = story.when(StopRequested())
+
+    assert (ReportKind.RELOAD_FAILED, CALLED_OFF) in news(actions)
+    assert SETTLE_2 not in [each.deadline for each in actions if isinstance(each, StartTimer)]
+
+
 def test_scaling_changes_both_generations(story: Story) -> None:
     with_canary(story)
 

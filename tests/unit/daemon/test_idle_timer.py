@@ -1,4 +1,4 @@
-"""The timer of --lame-duck-idle: it begins anew with each client that comes."""
+"""Timers that run on: of --lame-duck-idle for each client, of a canary whose clients wait."""
 
 from __future__ import annotations
 
@@ -47,3 +47,25 @@ def test_it_runs_out_when_no_client_has_come_for_its_whole_time() -> None:
     effects.delivery.idle_s = 2.0
     timer.run_out()
     assert posted == [DeadlinePassed(IDLE)]
+
+
+def test_a_canary_is_not_promoted_while_its_clients_wait_in_vain() -> None:
+    timer, posted = Timer(), list[Event]()
+    settle = Deadline(TimerKind.SETTLE, 2)
+    effects = SimpleNamespace(
+        _loop=timer,
+        _note_due=lambda _: None,
+        _post=posted.append,
+        delivery=SimpleNamespace(is_stuck=lambda generation: generation == "stuck"),
+        generations={2: "stuck"},
+        met=lambda number: 7 + number,
+        probing=SimpleNamespace(awaits=lambda _: False),
+    )
+    Effects._start_timer(cast("Effects", effects), settle, 60.0)
+    timer.run_out()
+    assert 0.0 < timer.seconds < 1.0
+    assert posted == []
+
+    effects.generations[2] = "served"
+    timer.run_out()
+    assert posted == [DeadlinePassed(settle, met=9)]

@@ -190,6 +190,14 @@ class QueueDelivery(Delivery):
         watch = self.forwarder.watch_of(channel)
         return watch.oldest_waiting_s(channel) if watch is not None else None
 
+    def is_stuck(self, generation: OpenGeneration | None) -> bool:
+        if generation is None:
+            return False
+        channel = self._of(generation)
+        watch = self.forwarder.watch_of(channel)
+        is_canary = watch is not None and watch is not self.forwarder.queue
+        return watch is not None and is_canary and watch.is_stuck(channel)
+
     def queue_limit(self, generation: OpenGeneration) -> int | None:
         return self._of(generation).capacity()
 

@@ -21,6 +21,8 @@ from .generation_channel import GenerationChannel
 #: head stays the same.
 FIRST_LOOK_S = 0.05
 LAST_LOOK_S = 1.6
+#: A canary is not promoted while its workers have taken no waiting client for so long.
+STUCK_S = 1.0
 
 
 @mutable
@@ -95,6 +97,11 @@ class QueueWatch:
             return None
         seconds = time.monotonic() - self._head_since
         return seconds if seconds >= self.late_s[channel.taken_from] else None
+
+    def is_stuck(self, channel: GenerationChannel) -> bool:
+        """Return whether the same client has been first in the queue for STUCK_S."""
+        waits = channel is self._route and self._head is not None
+        return waits and time.monotonic() - self._head_since >= STUCK_S
 
     def _look(self) -> None:
         route = self._route

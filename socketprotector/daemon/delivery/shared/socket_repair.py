@@ -1,4 +1,7 @@
-"""Repairs sockets that workers have broken: makes them listen again, or binds new sockets instead.
+"""Gives a starting generation its own sockets, and repairs the sockets that workers have broken.
+
+A broken socket listens again, or a new one is bound in its place.  If a starting generation gets no
+socket of its own, socket_steering.py decides what follows.
 
 A listening socket is an open file description that all workers share, so any worker can shut it
 down for all.  Running workers cannot get a socket that replaces it, so another generation has to

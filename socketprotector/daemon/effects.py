@@ -60,7 +60,7 @@ from ..model.settings import Settings
 from ..model.share import percent
 from ..model.text import added
 from ..system.listener import Listener
-from ..system.program_spec import change_of, program_of
+from ..system.program_spec import program_of
 from ..system.sd_notify import Systemd
 from . import spread
 from .check_probe import CheckProbes
@@ -203,7 +203,8 @@ class Effects(Host):
         program = self.generations.program_of(report.generation)
         self.last_good = (report.news in _SUCCESS and program) or self.last_good
         if report.news in _FAILURE and report.reason not in (stop.CALLED_OFF, UPGRADED):
-            report = replace(report, reason=added(report.reason, self._same_file()))
+            more = self.generations.changed(self._route)
+            report = replace(report, reason=added(report.reason, more))
         self.reports.write(*self.live_settings.reported(report, program))
 
     # -- from one program to the next ---------------------------------------------
@@ -313,10 +314,6 @@ class Effects(Host):
         """Return how many new clients a generation has got; None: unknown."""
         generation = self.generations.get(number)
         return self.delivery.met(generation) if generation is not None else None
-
-    def _same_file(self) -> str:
-        """Return a warning if the serving generation's file was changed in place; otherwise ""."""
-        return change_of(self.generations[self._route].record) if self._route is not None else ""
 
     def _quiesce(self, number: int) -> None:
         def on_quiet() -> None:

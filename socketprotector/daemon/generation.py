@@ -14,6 +14,7 @@ from socketprotector_client import wire
 from ..model.lazy_dataclass import mutable, replace
 from ..model.records import Counts, GenerationRecord, Program
 from ..system import inherited
+from ..system.program_spec import change_of
 from ..system.scoreboard import SLOTS, Board
 
 
@@ -130,6 +131,10 @@ class Generations(dict[int, OpenGeneration]):
     def program_of(self, number: int) -> Program | None:
         """Return the program of an open generation; None: it could not be opened, or has gone."""
         return self[number].program if number in self else None
+
+    def changed(self, number: int | None) -> str:
+        """Return a warning if a generation's file was changed in place; otherwise ""."""
+        return change_of(self[number].record) if number is not None else ""
 
     def release(self, number: int) -> OpenGeneration:
         """Release a generation; its waiting clients may still go to another generation."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .process import draining as draining
     from .process import listener_of as listener_of
     from .process import on_drain as on_drain
+    from .process import post_fork as post_fork
     from .process import ready as ready
     from .sd_notify import notify as notify
     from .server import SocketServer as SocketServer
@@ -43,6 +44,7 @@ _MODULES = {
     "listener_of": "process",
     "notify": "sd_notify",
     "on_drain": "process",
+    "post_fork": "process",
     "ready": "process",
     "serve": "serving",
 }

@@ -1,33 +1,51 @@
-"""The forked children of a SocketServer's parent: forking, signals and reaping.
+"""The forked children of a SocketServer's parent: forking, signals, reaping and replacing.
 
-The parent waits for signals with sigwaitinfo, and has no handler.  So the parent never forks
-in the middle of other work, and misses no early signal.
+The parent waits for signals with sigtimedwait, and has no handler.  So the parent never forks
+in the middle of other work, and misses no early signal.  A child that changes its state sends its
+parent SIGCHLD, as the kernel does at its end.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
+import threading
+import time
 
+from . import prefork, wire
 from .log import Logger
+from .sd_notify import notify
+from .seat import LEAVING, MOST, READY, STARTING, Seats
 from .worker import current
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Callable, Set, Union
+    from typing import Callable, Dict, Optional, Set, Union
 
     #: A signal mask as pthread_sigmask returns it.
     _Mask = Set[Union[int, signal.Signals]]
 
 _log = Logger(__name__)
 
+#: So many children in a row may fail at their start before forking waits, and how long.
+_FREE_FAILURES = 3
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0
+
 
 class Children:
     """The living children of this process."""
 
     def __init__(self) -> None:
-        self._pids: Set[int] = set()
+        self._numbers: Dict[int, int] = {}  # by pid; each child has the lowest free number
+        self._seats: Optional[Seats] = None
+        self._wanted = 0
+        self._has_started = False  # all children were ready once
+        self._failures = 0  # children in a row that ended before they were ready
+        self._fork_at = 0.0
+        self._aborted: Set[int] = set()
+        self._next_turn_at = 0.0
 
     def run(
         self,
@@ -35,74 +53,170 @@ class Children:
         count: int,
         stop: Callable[[], None],
         is_over: Callable[[], bool],
+        *,
+        allow_threads: bool = False,
     ) -> None:
-        """Fork `count` children that call work; return when all have ended and is_over() is true.
+        """Fork `count` children that call work, and replace those that end until is_over().
 
-        Sends READY=1 once they are forked.  USR1 forks one more.
+        Sends READY=1 once all serve.  USR1 forks one more.  Returns when all have ended.
         stop: called at SIGTERM, if the program does not handle that signal.
+
+        Raises RuntimeError if other threads run, and ChildProcessError if a child ends before all
+        have served.
         """
         news = {signal.SIGCHLD, signal.SIGUSR1}
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             news.add(signal.SIGTERM)
         if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would never be delivered
+        prefork.prepare(allow_threads=allow_threads)
+        self._seats, self._wanted = Seats(), count
+        # A child that leaves keeps its record while the next one has begun.
+        current().board.open_children(2 * max(count, 1))
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, news)
         try:
-            for _ in range(count):
-                self._fork(work, mask)
-            current().ready()
-            while self._pids or not is_over():
-                number = signal.sigwaitinfo(news).si_signo
-                if number == signal.SIGUSR1:
-                    try:
-                        self._fork(work, mask)
-                    except OSError as error:
-                        _log.error("cannot fork one more child: %s", error.strerror)
-                elif number == signal.SIGTERM:
+            while True:
+                self._reap(is_over)
+                over = is_over()
+                if over and not self._numbers:
+                    return
+                if not over:
+                    self._fill(work, mask)
+                self._look()
+                found = self._wait(news, over=over)
+                if found == signal.SIGUSR1:
+                    self._wanted += 1
+                elif found == signal.SIGTERM:
                     stop()
-                else:
-                    self._reap()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            self._seats.close()  # children that are left see the end of the pipe, and finish
 
     def terminate(self) -> None:
         """Send SIGTERM to all children."""
-        for pid in self._pids:
+        for pid in self._numbers:
             os.kill(pid, signal.SIGTERM)  # not reaped yet, so the pid is still the child's
 
+    def _state(self, number: int) -> int:
+        return self._seats.state(number) if self._seats is not None else STARTING
+
+    @property
+    def _missing(self) -> int:
+        taking = [each for each in self._numbers.values() if self._state(each) != LEAVING]
+        return self._wanted - len(taking)
+
+    def _wait(self, news: Set[signal.Signals], *, over: bool) -> int:
+        """Wait for a signal, or until something is due; return the signal, 0 without one."""
+        due = []
+        if not over and self._missing > 0:
+            due.append(self._fork_at)
+        if current().watchdog_s and self._has_started:
+            due.append(self._next_turn_at)
+        if not due:
+            return signal.sigwaitinfo(news).si_signo
+        found = signal.sigtimedwait(news, max(0.0, min(due) - time.monotonic()))
+        return found.si_signo if found is not None else 0
+
+    def _look(self) -> None:
+        """Send READY=1 once all serve; then WATCHDOG=1, and end the children that are stuck."""
+        ready = [each for each in self._numbers.values() if self._state(each) == READY]
+        if len(ready) >= self._wanted and not self._has_started:
+            self._has_started = True
+            current().ready(takes=False)
+        every_s = current().watchdog_s
+        if not (every_s and self._has_started) or time.monotonic() < self._next_turn_at:
+            return
+        self._next_turn_at = time.monotonic() + every_s
+        notify("WATCHDOG=1")
+        for pid, number in self._numbers.items():
+            silent_s = self._seats.silent_s(number) if self._seats is not None else 0.0
+            if silent_s > 2 * every_s:
+                _log.error("child %d is stuck: its loop has not turned for %.1f s", pid, silent_s)
+                os.kill(pid, signal.SIGKILL if pid in self._aborted else signal.SIGABRT)
+                self._aborted.add(pid)
+
+    def _fill(self, work: Callable[[], object], mask: _Mask) -> None:
+        """Fork the missing children, unless children fail again and again."""
+        while self._missing > 0 and time.monotonic() >= self._fork_at:
+            try:
+                self._fork(work, mask)
+            except OSError as error:
+                if not self._has_started and not self._numbers:
+                    raise
+                _log.error("cannot fork one more child: %s", error.strerror)
+                self._fork_at = time.monotonic() + _FIRST_WAIT_S
+
     def _fork(self, work: Callable[[], object], mask: _Mask) -> None:
+        taken = set(self._numbers.values())
+        number = next((each for each in range(MOST) if each not in taken), None)
+        if number is None or self._seats is None:
+            raise OSError(0, f"there are {MOST} children")
+        self._seats.clear(number)
         _flush()  # otherwise the child would write buffered output again
         pid = os.fork()
         if pid:
-            self._pids.add(pid)
+            self._numbers[pid] = number
             return
         status = 1
         try:
             # A USR1 to the whole process group is meant for the parent.
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+            current().take_seat(self._seats, number)
+            self._numbers = {}  # the siblings are no children of this process
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            for hook in current().post_fork:
+                hook(number)
             work()
-            _flush()
             status = 0
         except KeyboardInterrupt:
             status = 128 + signal.SIGINT
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
         except BaseException:
             _log.exception("child %d failed", os.getpid())
         finally:
-            # Returning would run the parent's program in the child.
-            os._exit(status)
+            _exit(status)
 
-    def _reap(self) -> None:
-        for pid in list(self._pids):
+    def _reap(self, is_over: Callable[[], bool]) -> None:
+        for pid, number in list(self._numbers.items()):
             try:
                 ended, status = os.waitpid(pid, os.WNOHANG)
             except ChildProcessError:
                 ended, status = pid, 0  # the program has reaped this child itself
             if ended:
-                self._pids.discard(pid)
-                if status:
-                    code = os.waitstatus_to_exitcode(status)
-                    _log.error("child %d ended with %d; %d left", pid, code, len(self._pids))
+                self._ended(pid, number, status)
+                if not self._has_started and not is_over():
+                    raise ChildProcessError(
+                        f"cannot serve: child {pid} {_how(status)} before all children were ready"
+                    )
+
+    def _ended(self, pid: int, number: int, status: int) -> None:
+        was_ready = self._state(number) != STARTING
+        del self._numbers[pid]
+        self._aborted.discard(pid)
+        lost = current().board.end_child(number)
+        if status:
+            _log.error("child %d %s; %d left", pid, _how(status), len(self._numbers))
+            shown = "-" if lost is None else str(lost)
+            notify(f"{wire.CHILD}={number} {pid} {status} {shown}")
+        self._failures = 0 if was_ready else self._failures + 1
+        if self._failures > _FREE_FAILURES:
+            wait_s = _FIRST_WAIT_S * 2 ** min(self._failures - _FREE_FAILURES - 1, 10)
+            self._fork_at = time.monotonic() + min(wait_s, _LONGEST_WAIT_S)
+
+
+def _how(status: int) -> str:
+    return f"ended with {os.waitstatus_to_exitcode(status)}"
+
+
+def _exit(status: int) -> None:
+    """End this child as an interpreter ends, but without returning into the parent's program."""
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]  # waits, as for any program's threads
+        atexit._run_exitfuncs()
+        _flush()
+    finally:
+        os._exit(status)
 
 
 def _flush() -> None:

@@ -28,6 +28,8 @@ class Drain:
         """Watch fds, which the caller keeps: end of file on any of them begins the drain."""
         self._fds = tuple(fds)
         self._begun = False
+        #: Called at the begin, perhaps in a signal handler.
+        self.at_begin: Optional[Callable[[], None]] = None
         self._callbacks_called = False
         self._callbacks: list[Callable[[], object]] = []
         self._lock = threading.Lock()
@@ -44,7 +46,9 @@ class Drain:
 
     def begin(self) -> None:
         """Begin the drain.  Safe in a signal handler: takes no lock, never raises."""
-        self._begun = True
+        begun, self._begun = self._begun, True
+        if not begun and self.at_begin is not None:
+            self.at_begin()
         if self._pipe is not None:
             try:
                 os.write(self._pipe[1], b"\0")
@@ -86,6 +90,7 @@ class Drain:
 
     def after_fork_in_child(self) -> None:
         parents = self._pipe or ()
+        self.at_begin = None  # it is about the parent
         self._pipe, self._thread, self._callbacks = None, None, []
         self._lock = threading.Lock()
         for fd in parents:
@@ -94,7 +99,7 @@ class Drain:
     def _call_back(self) -> None:
         if not self._begun and self._pipe is not None:
             _hung_up(self._fds, or_readable=self._pipe[0])
-        self._begun = True
+        self.begin()
         with self._lock:
             self._callbacks_called = True
             callbacks = self._callbacks

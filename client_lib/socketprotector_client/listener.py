@@ -232,7 +232,7 @@ class Listener(Socket):
         self._intake = intake = current().open_intake(address, self._limit)
         intake.on_renewal = self._take_number
         self._take_number()
-        if current().passed:
+        if current().passed or current().seat is not None:
             # SIGTERM begins the drain, too; without a RETURN line nothing else does.
             self._term = TermWatch(intake)
         return intake

@@ -49,6 +49,16 @@ def ready() -> None:
     current().ready(retires=False)
 
 
+def post_fork(hook: Callable[[int], object]) -> Callable[[int], object]:
+    """Call hook(number) in each forked child of a SocketServer before it serves; return hook.
+
+    Also a decorator.  The number is the lowest that no living sibling has, from 0.  An exception
+    ends the child.
+    """
+    current().post_fork.append(hook)
+    return hook
+
+
 def listener_of(connection: Union[HasFileno, HasExtraInfo]) -> str:
     """Return the listen address of an open connection, such as `tcp:0.0.0.0:80`.
 

@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import Any, List, NoReturn, Optional, Sequence
+from typing import Any, Callable, NoReturn, Optional, Sequence, TypeVar
 
 from .errors import ProtocolError
 from .listener import Listener
@@ -27,6 +27,17 @@ _PROGRAM = "socketprotector-run"
 _ASGI, _WSGI = "ASGI", "WSGI"
 #: The server for each kind of application, and the extra that installs it.
 _SERVERS = {_ASGI: ("uvicorn", "asgi"), _WSGI: ("waitress", "wsgi")}
+
+
+#: What each server imports when it begins to serve; missing ones do not matter.
+_IMPORTED = {
+    _ASGI: (
+        *("asyncio", "uvicorn", "uvicorn.lifespan.on", "uvicorn.protocols.http.auto"),
+        *("uvicorn.protocols.websockets.auto",),
+    ),
+    _WSGI: (f"{__package__}.waitress",),
+}
+_T = TypeVar("_T")
 
 
 class _CannotRun(Exception):
@@ -78,6 +89,18 @@ def _parser() -> argparse.ArgumentParser:
         default=4,
         help="number of threads, for WSGI (%(default)s)",
     )
+    parser.add_argument(
+        "--processes",
+        metavar="N",
+        type=lambda text: 0 if text == "auto" else _positive(text),
+        help="load once, then fork N processes, which share the memory; auto: one for each "
+        "processor that the cgroup allows",
+    )
+    parser.add_argument(
+        "--allow-threads",
+        action="store_true",
+        help="with --processes: fork even if the application has started threads",
+    )
     return parser
 
 
@@ -100,16 +123,30 @@ def _run(given: argparse.Namespace) -> int:
             f"cannot serve {given.app}: it is {kind} and {server} is not installed; "
             f"pip install 'socketprotector-client[{extra}]'"
         )
+    serve = functools.partial(_serve_asgi if kind == _ASGI else _serve_wsgi, app, given)
     try:
-        if kind == _ASGI:
-            _serve_asgi(app, given.bind)
+        if given.processes is None:
+            serve()
         else:
-            from .waitress import serve_on
-
-            serve_on(_listener(given.bind, take=None), app, threads=given.threads)
+            _fork(serve, given, kind)
     except KeyboardInterrupt:
         pass  # Ctrl-C, without a protector
     return 0
+
+
+def _fork(serve: Callable[[], None], given: argparse.Namespace, kind: str) -> None:
+    """Serve in forked children.  The parent imports what they need, so that they share it."""
+    from .processors import processors
+    from .server import SocketServer
+
+    for name in _IMPORTED[kind]:
+        importlib.import_module(name)
+    with _listening(lambda: SocketServer(given.bind)) as server:
+        given.bind = None  # the children take from the server's queue
+        try:
+            server.fork(serve, given.processes or processors(), allow_threads=given.allow_threads)
+        except (ChildProcessError, RuntimeError) as error:
+            raise _CannotRun(str(error), status=1) from None
 
 
 def _load(text: str, factory: bool) -> Any:
@@ -167,16 +204,23 @@ def _kind_of(app: Any, text: str) -> str:
     raise _CannotRun(f"cannot tell whether {text} is ASGI or WSGI: say --asgi or --wsgi{hint}")
 
 
-def _listener(address: Optional[List[str]], take: Optional[int]) -> Listener:
+def _listening(make: Callable[[], _T]) -> _T:
     try:
-        return Listener(address, take=take)
+        return make()
     except ValueError as error:
         raise _CannotRun(str(error)) from None
     except OSError as error:
         raise _CannotRun(error.strerror or str(error), status=111) from None
 
 
-def _serve_asgi(app: Any, address: Optional[List[str]]) -> None:
+def _serve_wsgi(app: Any, given: argparse.Namespace) -> None:
+    from .waitress import serve_on
+
+    listener = _listening(lambda: Listener(given.bind, take=None))
+    serve_on(listener, app, threads=given.threads)
+
+
+def _serve_asgi(app: Any, given: argparse.Namespace) -> None:
     import uvicorn
 
     # After its shutdown uvicorn raises the signal again: without a handler that would kill it.
@@ -186,17 +230,17 @@ def _serve_asgi(app: Any, address: Optional[List[str]]) -> None:
     config = uvicorn.Config(
         app, loop="asyncio", interface="asgi3", log_level="warning", access_log=False
     )
-    listener = _listener(address, take=1)
+    listener = _listening(lambda: Listener(given.bind, take=1))
 
     class Server(uvicorn.Server):
         """A uvicorn server whose first SIGTERM goes to the listener, under `--handoff listener`.
 
-        Under that mode SIGTERM may begin the drain.  At a SIGTERM uvicorn disconnects clients whose
-        request is unread.  So the listener first stops accepting, and sends SIGTERM again once all
-        requests are read.
+        Under that mode, and in a forked child, SIGTERM may begin the drain.  At a SIGTERM uvicorn
+        disconnects clients whose request is unread.  So the listener first stops accepting, and
+        sends SIGTERM again once all requests are read.
         """
 
-        _has_stopped = not current().passed
+        _has_stopped = not (current().passed or current().seat)
 
         def handle_exit(self, sig: int, frame: Optional[FrameType]) -> None:
             if sig == signal.SIGTERM and not self._has_stopped:

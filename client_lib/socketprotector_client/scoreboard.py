@@ -36,7 +36,9 @@ class Scoreboard:
 
         fd: -1 if there is no scoreboard.
         """
-        self._words = _map(fd, offset)
+        self._file = _map(fd)
+        self._slot = offset // wire.BOARD_BYTES
+        self._words = _record(self._file, self._slot)
         self._parents: Optional[memoryview] = None
         self._owner = os.getpid()
         self._lock = threading.Lock()
@@ -104,6 +106,53 @@ class Scoreboard:
             if self._words is not None:
                 self._words[wire.BOARD_ERRORS] += 1
 
+    # Children: each counts in a record of its own, and the parent in its record for the dead ones
+
+    def open_children(self, count: int) -> None:
+        """Make room for the records of `count` children; without room they are not counted."""
+        first = wire.BOARD_WORKER_SLOTS + self._slot * count
+        if self._words is None or _record(self._file, first + count - 1) is None:
+            return
+        for number in range(count):
+            _clear(_record(self._file, first + number))
+        self._words[wire.BOARD_CHILDREN] = count
+        self._words[wire.BOARD_CHILDREN_FROM] = first
+
+    def begin_child(self, number: int) -> None:
+        """Count in the record of this child, right after the fork."""
+        words = self._child(self._parents, number)
+        if words is not None:
+            self._parents, self._words = None, words
+            words[wire.BOARD_PID] = os.getpid()
+            words[wire.BOARD_STATE] = wire.BOARD_COUNTED
+
+    def end_child(self, number: int) -> Optional[int]:
+        """Add the counts of a dead child to this record; return how many connections it had open.
+
+        Returns None if it did not count.
+        """
+        ours, words = self._words, self._child(self._words, number)
+        if ours is None or words is None:
+            return None
+        is_counted = words[wire.BOARD_STATE] == wire.BOARD_COUNTED
+        active = words[wire.BOARD_ACTIVE]
+        added = (wire.BOARD_ACCEPTED, wire.BOARD_ERRORS)
+        counts = {each: words[each] for each in (*added, *range(_WAITS, _WAITS + _LAST_WAIT + 1))}
+        _clear(words)
+        for each, value in counts.items():
+            ours[each] += value
+        return active if is_counted else None
+
+    def leave(self) -> None:
+        """Count nothing any more: the record may belong to another process by now."""
+        self._words = self._parents = None
+
+    def _child(self, parents: Optional[memoryview], number: int) -> Optional[memoryview]:
+        """Return the record of a child; None if it has none."""
+        if parents is None or number >= parents[wire.BOARD_CHILDREN]:
+            return None
+        return _record(self._file, parents[wire.BOARD_CHILDREN_FROM] + number)
+
     def _mark_uncounted(self) -> None:
         """Mark the parent's record as uncounted: a forked child takes connections, too."""
         parents, self._parents = self._parents, None
@@ -122,18 +171,29 @@ class Scoreboard:
         self._words, self._parents = None, self._parents or self._words
 
 
-def _map(fd: int, offset: int) -> Optional[memoryview]:
-    """Return the record as unsigned 8-byte words, or None if it cannot be mapped.
+def _map(fd: int) -> Optional[memoryview]:
+    """Return all records as unsigned 8-byte words, or None if they cannot be mapped.
 
     Not struct.pack_into, which stores byte by byte.
     """
     if fd < 0:
         return None
-    start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
     try:
-        shared = mmap.mmap(fd, offset - start + wire.BOARD_BYTES, offset=start)
-    except (OSError, ValueError):
-        return None  # not a scoreboard of this size, or no memory
+        return memoryview(mmap.mmap(fd, 0)).cast("Q")
+    except (OSError, TypeError, ValueError):
+        return None  # not a scoreboard, or no memory
     finally:
         os.close(fd)  # the mapping stays
-    return memoryview(shared)[offset - start :].cast("Q")
+
+
+def _record(file: Optional[memoryview], slot: int) -> Optional[memoryview]:
+    """Return the record in a slot; None if there is none."""
+    at = slot * wire.BOARD_WORDS
+    if file is None or not 0 <= at <= len(file) - wire.BOARD_WORDS:
+        return None
+    return file[at : at + wire.BOARD_WORDS]
+
+
+def _clear(words: Optional[memoryview]) -> None:
+    if words is not None:
+        words[:] = memoryview(bytes(wire.BOARD_BYTES)).cast("Q")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 #: The errors after the receiver is gone; another one may have taken its place.
 _GONE = (errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOTCONN, errno.EPIPE)
+_TURN = ("WATCHDOG=1",)
 _FULL = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -42,6 +43,13 @@ def notify(*lines: str, **fields: object) -> bool:
     address = os.environ.get(wire.ENV_NOTIFY, "")
     if not address.startswith(("/", "@")):
         return False
+    if lines == _TURN and not fields:
+        from .worker import current  # imported late: it imports this module
+
+        seat = current().seat
+        if seat is not None:  # the parent watches its children, and the protector the parent
+            seat.turn()
+            return True
     words = [*lines, *(f"{name.upper()}={value}" for name, value in fields.items())]
     # The receiver would read a line end within a value as the next assignment.
     return _sender(address).send([" ".join(word.splitlines()) for word in words])

@@ -20,18 +20,15 @@ from .address import close_all, listen, name_of
 from .channel import Channel
 from .children import Children
 from .intake import Intake
-from .log import Logger
 from .serving import serve_from
 from .worker import DEFAULT_BACKLOG, current
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Mapping, Optional
+    from typing import Any, Callable, Mapping, Optional
 
     from .address import ListenAddress
     from .serving import Handler
-
-_log = Logger(__name__)
 
 #: The protector's default of --queue.
 DEFAULT_QUEUE = 256
@@ -50,6 +47,9 @@ class SocketServer:
     _line: Optional[socket.socket] = None
     # In a child, while it takes connections.
     _intake: Optional[Intake] = None
+
+    #: The queue; None: the children accept from listening sockets (`--handoff listener`).
+    _channel: Optional[Channel] = None
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class SocketServer:
             )
         self._children = Children()
         worker = current()
-        if worker.channel is None:
+        if not worker.is_served:
             self._start(address, queue, backlog)
             return
         if worker.is_lent:
@@ -87,35 +87,71 @@ class SocketServer:
     @property
     def listeners(self) -> tuple[str, ...]:
         """The listen addresses, such as `tcp:0.0.0.0:4321`; port 0 shows as the chosen port."""
-        return self._channel.listeners
+        if self._channel is not None:
+            return self._channel.listeners
+        return current().passed_names
 
-    def client(self, handler: Handler) -> None:
-        """Call handler(socket, client's address), one connection after the other.  For a child.
+    def client(self, handler: Handler, *, threads: int = 1, limit: Optional[int] = None) -> None:
+        """Call handler(socket, client's address) for each connection.  For a child.
 
-        The socket is closed after the handler; only then the next connection is taken.  An
+        The socket is closed after the handler; only then a thread takes the next connection.  An
         exception in a handler is logged.  Returns at the end of the queue: the server was closed,
-        or the parent has ended.  Also returns after a SIGTERM, when the current connection is
+        or the parent has ended.  Also returns after a SIGTERM, when the current connections are
         served; the queue stays for the other children.
         """
         worker = current()
-        self._intake = worker.open_queue(self._channel, limit=1)
+        limit = threads if limit is None else limit
+        if self._channel is None:
+            self._intake = worker.open_intake(None, limit)
+        else:
+            self._intake = worker.open_queue(self._channel, limit)
         try:
-            serve_from(worker, self._intake, handler, threads=1)
+            serve_from(worker, self._intake, handler, threads)
         finally:
             self._intake = None
 
-    def run(self, handler: Handler, children: int = 1) -> None:
+    def run(
+        self,
+        handler: Handler,
+        children: int = 1,
+        *,
+        threads: int = 1,
+        limit: Optional[int] = None,
+        allow_threads: bool = False,
+    ) -> None:
         """Fork children that call `client(handler)`; return when all have ended.  For the parent.
 
-        USR1 forks one more.  If the program does not handle SIGTERM, that signal closes the server:
-        the children serve the connected clients, then end.  A child that dies is not replaced.
+        The other arguments and the errors are those of `client` and `fork`.
+        """
+
+        def work() -> None:
+            self.client(handler, threads=threads, limit=limit)
+
+        self.fork(work, children, allow_threads=allow_threads)
+
+    def fork(
+        self, work: Callable[[], object], children: int = 1, *, allow_threads: bool = False
+    ) -> None:
+        """Fork children that call work(); return when all have ended.  For the parent.
+
+        work takes connections by any way of this library; all take from this server's queue.  A
+        child that ends is replaced at once.  USR1 forks one more.  If the program does not handle
+        SIGTERM, that signal closes the server: the children serve the connected clients, then end.
         Call it in the main thread.
 
-        Raises ChildProcessError if the accepting process was killed.  Under a protector, raises it
-        if no child is left; the protector then starts this program again.
+        Raises RuntimeError if other threads run, unless allow_threads.  Raises ChildProcessError if
+        a child ends before all have served, or if the accepting process was killed.
         """
+
+        def begin() -> None:
+            if self._channel is not current().channel:
+                current().shared = self._channel
+            work()
+
         try:
-            self._children.run(lambda: self.client(handler), children, self._stop, self._is_over)
+            self._children.run(
+                begin, children, self._stop, self._is_over, allow_threads=allow_threads
+            )
         finally:
             self.close()
         if self._process is not None and self._process.returncode:
@@ -144,7 +180,8 @@ class SocketServer:
             return
         self._stop()
         # Otherwise the accepting process would wait for ever, for room in a queue without readers.
-        self._channel.close()
+        if self._channel is not None:
+            self._channel.close()
         if self._line is not None and self._process is not None:
             try:
                 self._process.wait(timeout_s)
@@ -175,6 +212,8 @@ class SocketServer:
         from multiprocessing import context, reduction
 
         context.assert_spawning(self)
+        if self._channel is None:
+            raise RuntimeError("cannot pass listening sockets to a spawned process: fork it")
         return {
             "channel": reduction.DupFd(self._channel.fileno()),
             "listeners": self.listeners,
@@ -253,15 +292,9 @@ class SocketServer:
             self._children.terminate()
 
     def _is_over(self) -> bool:
-        """Return whether the server has ended, now that no child is left.
-
-        Raises ChildProcessError if children are still needed, under a protector.
-        """
+        """Return whether no more connections will come, so that no child is replaced."""
         if self._stopping:
             return True
         if self._process is not None:
             return self._process.poll() is not None
-        if not current().drain.begun():
-            _log.error("no child is left; this program ends, and the protector starts it again")
-            raise ChildProcessError("cannot serve: no child is left")
-        return True
+        return current().drain.begun()

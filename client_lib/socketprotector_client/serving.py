@@ -86,6 +86,8 @@ def serve(
     *,
     threads: int = DEFAULT_THREADS,
     limit: Optional[int] = None,
+    processes: Optional[int] = None,
+    allow_threads: bool = False,
 ) -> None:
     """Call handler(socket, client's address) for each connection; return when drained.
 
@@ -94,12 +96,27 @@ def serve(
     after the handler.  An exception in a handler is logged, and serving continues.
     On drain, running handlers finish before this returns.
 
+    processes: fork so many children, which share the loaded memory, and serve in these; 0: one for
+    each processor.  Each has its own threads and limit.  See SocketServer.fork.
+
     `address`, `limit`, SIGTERM, READY=1 and errors are those of `connections`.
     Also raises ValueError if `threads` is below 1.
     """
     if threads < 1:
         raise ValueError(f"cannot serve with threads={threads}: at least 1 is needed")
     worker = current()
+    if processes is not None:
+        from .processors import processors
+        from .server import SocketServer
+
+        def work() -> None:
+            serve(handler, threads=threads, limit=limit)
+
+        if processes < 0:
+            raise ValueError(f"cannot serve with processes={processes}: it is negative")
+        with SocketServer(address) as server:
+            server.fork(work, processes or processors(), allow_threads=allow_threads)
+        return
     serve_from(worker, worker.open_intake(address, limit), handler, threads)
 
 

@@ -38,6 +38,8 @@ ENV_SCOREBOARD = "SOCKETPROTECTOR_SCOREBOARD"
 #: Seconds over which a worker that drains, for a reload or a stop, ends its connections.
 ENV_DRAIN_SPREAD = "SOCKETPROTECTOR_DRAIN_SPREAD"
 ENV_STOP_SPREAD = "SOCKETPROTECTOR_STOP_SPREAD"
+#: In a child that a worker has forked to share its memory: its number, from 0.
+ENV_CHILD = "SOCKETPROTECTOR_CHILD"
 ENV_NOTIFY = "NOTIFY_SOCKET"
 
 #: The size of a worker's record in the scoreboard, in 8-byte words of the machine's byte order.
@@ -55,6 +57,12 @@ BOARD_SPREADS = 4
 BOARD_SPREAD_UNTIL = 5
 #: That time if the worker should end no connection.
 SPREAD_NEVER = 2**64 - 1
+#: The words of a worker that forks children which take connections: the slot of the first child's
+#: record, and how many such records there are.  These slots follow those of the workers.
+BOARD_CHILDREN_FROM, BOARD_CHILDREN = 6, 7
+#: In a child's record: its pid; 0: the record has no child.
+BOARD_PID = 8
+BOARD_WORKER_SLOTS, BOARD_CHILD_SLOTS = 1024, 1024
 #: The times from accept to taking: word n counts the waits below 2^n us.
 BOARD_WAITS, BOARD_WAIT_WORDS = 16, 32
 #: By descriptor: the time of accept, in CLOCK_MONOTONIC ns, of its current or last connection.
@@ -65,6 +73,9 @@ BOARD_ACCEPTED_AT, BOARD_DESCRIPTORS = 64, BOARD_WORDS - 64
 RETIRES_ON_RETURN = "X_SOCKETPROTECTOR_RETIRE=1"
 #: A report on the first programs of --handoff stdio: `works`, or `failed PID STATUS`.
 PROGRAM = "X_SOCKETPROTECTOR_PROGRAM"
+#: A report on a forked child that has failed: `NUMBER PID STATUS LOST`.  STATUS is wait(2)'s, LOST
+#: the number of its open connections, `-` if they were not counted.
+CHILD = "X_SOCKETPROTECTOR_CHILD"
 
 #: The name of a removed listener, which keeps its place in the list.
 REMOVED_LISTENER = "-"

@@ -13,7 +13,7 @@ import threading
 from functools import lru_cache
 
 from . import forking, wire
-from .address import listen
+from .address import listen, name_of
 from .channel import Channel
 from .drain_state import Drain
 from .environment import read_environment
@@ -26,9 +26,10 @@ from .watchdog import Watchdog, interval_s
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import List, Mapping, Optional
+    from typing import Callable, List, Mapping, Optional, Tuple
 
     from .address import ListenAddress
+    from .seat import Seat, Seats
     from .spread import Spread
 
 #: The protector's default of --backlog; the kernel lowers it to net.core.somaxconn.
@@ -46,7 +47,7 @@ class Worker:
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         environment = read_environment(environ)
-        self._board = Scoreboard(*environment.board)
+        self.board = Scoreboard(*environment.board)
         self.channel: Optional[Channel] = None
         #: The number of workers with the same queue, as configured at the start.
         self.sharers = environment.workers
@@ -54,6 +55,12 @@ class Worker:
         self.is_lent = False
         #: Listening sockets shared with other processes (`--handoff listener`).
         self.passed = environment.passed
+        #: Among the forked children of a SocketServer: this one's seat.
+        self.seat: Optional[Seat] = None
+        #: In such a child, without a protector: the queue of the SocketServer.
+        self.shared: Optional[Channel] = None
+        #: Called with its number in each such child, right after the fork.
+        self.post_fork: List[Callable[[int], object]] = []
         self._watchdogs: List[Watchdog] = []  # they start when this process serves
         self._return_line: Optional[socket.socket] = None
         if environment.channel_fd >= 0:
@@ -63,7 +70,8 @@ class Worker:
         if environment.return_fd >= 0:
             self._return_line = Socket(fileno=environment.return_fd)
             atexit.register(self._return_line.detach)
-        self._watchdog_s = interval_s(environ) if self.is_served else 0.0
+        #: How often to send WATCHDOG=1; 0.0: never.
+        self.watchdog_s = interval_s(environ) if self.is_served else 0.0
         self.drain = Drain([line.fileno() for line in (self.channel, self._return_line) if line])
         #: The listener of each connection, by descriptor.  A reused descriptor
         #: replaces its entry, so the entries of open connections are right.
@@ -73,15 +81,33 @@ class Worker:
         if environment.spread_s is not None and self.is_served:
             from .spread import Spread
 
-            self.spread = Spread(self.drain, environment.spread_s, self._board)
+            self.spread = Spread(self.drain, environment.spread_s, self.board)
         self._said_ready = False
+        self._parents_watchdog_s = 0.0
         self._lock = threading.Lock()
         forking.register(self)
 
     @property
     def is_served(self) -> bool:
-        """Whether a protector gives this process connections, or listening sockets."""
+        """Whether another process gives this one connections, or listening sockets."""
+        return self.channel is not None or bool(self.passed) or self.shared is not None
+
+    @property
+    def _outlives_parent(self) -> bool:
+        """Whether connections come, also to a forked child, when the parent has ended.
+
+        Without a protector the queue ends with the parent, and the children serve it to its end.
+        """
         return self.channel is not None or bool(self.passed)
+
+    @property
+    def passed_names(self) -> Tuple[str, ...]:
+        """The names of the passed listening sockets, such as `tcp:0.0.0.0:4321`."""
+        found = []
+        for fd in self.passed:
+            with Socket(fileno=os.dup(fd)) as copy:
+                found.append(name_of(copy.family, copy.getsockname()))
+        return tuple(found)
 
     def open_intake(self, address: Optional[ListenAddress], limit: Optional[int]) -> Intake:
         """Return a new intake, which the caller closes.
@@ -92,6 +118,8 @@ class Worker:
         # Checked before a socket is bound.
         if limit is not None and limit < 1:
             raise ValueError(f"cannot work with limit={limit}: at least 1 is needed")
+        if self.shared is not None:
+            return self.open_queue(self.shared, limit)
         source: Source
         if self.channel is not None:
             source = ChannelSource(self.channel, wakes_one=True)
@@ -101,20 +129,22 @@ class Worker:
             source = ListenSource(listen(address, DEFAULT_BACKLOG), handed=False)
         return self._open(source, limit)
 
-    def open_queue(self, channel: Channel, limit: int) -> Intake:
+    def open_queue(self, channel: Channel, limit: Optional[int]) -> Intake:
         """Return a new intake of a channel; the caller keeps the channel and closes the intake."""
         if channel is not self.channel:
             self.drain.follow(channel.fileno())
         return self._open(ChannelSource(channel, wakes_one=channel is self.channel), limit)
 
     def _open(self, source: Source, limit: Optional[int]) -> Intake:
-        intake = Intake(source, self.drain, limit, self.listener_by_fd, self._board, self.spread)
+        intake = Intake(source, self.drain, limit, self.listener_by_fd, self.board, self.spread)
         if self._return_line is not None:
             # Only the end of the line counts.  A later protector may send messages on it, which
             # only the parent reads.
             intake.drain_at_end_of(self._return_line.fileno())
-        if self._watchdog_s:
-            watchdog = Watchdog(self._watchdog_s, lambda: intake.may_be_silent)
+        if self.seat is not None and self._outlives_parent:
+            intake.drain_at_end_of(self.seat.parents_end)
+        if self.watchdog_s:
+            watchdog = Watchdog(self.watchdog_s, lambda: intake.may_be_silent)
             intake.on_readable(watchdog.fileno(), watchdog.answer)
             with self._lock:
                 if self._said_ready:
@@ -123,12 +153,13 @@ class Worker:
                     self._watchdogs.append(watchdog)
         return intake
 
-    def ready(self, *, retires: bool = True) -> None:
+    def ready(self, *, retires: bool = True, takes: bool = True) -> None:
         """Send READY=1; later calls do nothing.
 
         If the protector is slow to read messages, it gets this message later: see notify().
         retires: whether this worker finishes when its RETURN line ends.  False for a program that
         takes from the Channel itself; its connections are not counted either.
+        takes: whether this process takes connections itself, not only its forked children.
         """
         with self._lock:
             if self._said_ready:
@@ -137,15 +168,30 @@ class Worker:
             while self._watchdogs:
                 self._watchdogs.pop().start()
         if not retires:
-            self._board.leave_uncounted()
-        elif self.spread is not None:
+            self.board.leave_uncounted()
+        elif self.spread is not None and takes:
             self.spread.arm()
+        if self.seat is not None:
+            self.seat.ready()  # the parent sends READY=1 once all its children serve
+            return
         # In one datagram: the protector must know both before it relies on either.
         can_retire = retires and self._return_line is not None
         notify("READY=1", *([wire.RETIRES_ON_RETURN] if can_retire else []))
 
+    def take_seat(self, seats: Seats, number: int) -> None:
+        """Become one of the children of a SocketServer: they count, and have a watchdog, each."""
+        os.environ[wire.ENV_CHILD] = str(number)
+        self.board.begin_child(number)
+        self.seat = seats.take(number, self.board.leave)
+        self.watchdog_s, self._said_ready = self._parents_watchdog_s, False
+        if self._outlives_parent:
+            self.drain.follow(self.seat.parents_end)
+        self.drain.at_begin = self.seat.leave
+
     def after_fork_in_child(self) -> None:
         # The protector watches the parent, not the child.
+        self._parents_watchdog_s = 0.0 if self.seat is not None else self.watchdog_s
+        self.seat = None
         self._lock = threading.Lock()
-        self._watchdog_s = 0.0
+        self.watchdog_s = 0.0
         self._watchdogs = []

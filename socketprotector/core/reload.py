@@ -331,8 +331,6 @@ def settled(step: Step, number: int, met: int | None) -> None:
     """
     if step.fleet.dry_run:
         _pass_dry_run(step, number)
-    elif step.fleet.held:
-        rollout.start_again(step)
     elif failure := rollout.stage_over(step, number, met):
         fail(step, number, failure)
 

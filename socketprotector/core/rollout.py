@@ -10,8 +10,9 @@ the clients back.  No list of steps is stored.  The stage follows from the fleet
 * rolling, SETTLE timer: the first workers settle beside all old ones
 * rolling, no timer: `Fleet.wanted_in` names the targets, and `room` limits the processes
 
-A stage proves nothing while a hold keeps clients out.  So it does not end during a hold, and its
-time starts again when the hold ends.
+A stage proves nothing while a hold keeps clients out, so its time starts again when the hold ends.
+No stage of a canary ends during a hold.  Other stages that began during a hold may: an operator
+may wait for the verdict of a reload before releasing the hold.
 """
 
 from __future__ import annotations
@@ -82,7 +83,10 @@ def stage_over(step: Step, number: int, met: int | None) -> str:
 
     met: how many connections it has had; None: unknown.
     """
-    rollout = step.fleet.rollout
+    fleet, rollout = step.fleet, step.fleet.rollout
+    if fleet.held and rollout and rollout.canary:
+        step.start(TimerKind.SETTLE, number, _stage_s(fleet, fleet[number]))
+        return ""
     canary = rollout.canary if rollout and rollout.share < WHOLE else None
     if rollout is None or canary is None or (met or 0) >= canary.at_least:
         next_stage(step, number, met)
@@ -97,11 +101,12 @@ def stage_over(step: Step, number: int, met: int | None) -> str:
     return ""
 
 
-def start_again(step: Step) -> None:
-    """Start the time of the present stage again, because a hold has kept clients out of it."""
-    fleet, settling = step.fleet, step.fleet.of(Phase.SETTLING)
-    if settling and (fleet.held or _settle(settling.number) in fleet.timers):
-        step.start(TimerKind.SETTLE, settling.number, _stage_s(fleet, settling))
+def start_again(step: Step, held_s: float = 0.0) -> None:
+    """Start the time of the present stage again, from the end of a hold of at most `held_s`."""
+    settling = step.fleet.of(Phase.SETTLING)
+    if settling and _settle(settling.number) in step.fleet.timers:
+        stage_s = _stage_s(step.fleet, settling)
+        step.start(TimerKind.SETTLE, settling.number, held_s + stage_s)
 
 
 def _stage_s(fleet: Fleet, settling: Generation) -> float:

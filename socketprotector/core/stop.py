@@ -215,6 +215,7 @@ def hold_requested(step: Step, seconds: float) -> None:
         step.fleet = replace(step.fleet, held=True)
         step.do(Hold(True), Report(ReportKind.HELD))
     step.start(TimerKind.HOLD, 0, seconds)
+    rollout.start_again(step, seconds)
 
 
 def end_hold(step: Step) -> None:

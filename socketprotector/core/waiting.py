@@ -113,8 +113,7 @@ def _last_answer(answer: str) -> str:
 def _settle(fleet: Fleet, facts: Facts, generation: Generation) -> Wait:
     number = generation.number
     shares = fleet.rollout if fleet.sharing else None
-    # The time starts again when a hold ends.
-    left_s = None if fleet.held else _left(facts, TimerKind.SETTLE, number)
+    left_s = _left(facts, TimerKind.SETTLE, number)
     checked = f", checked by {facts.settle_check}" if generation.checked else ""
     if shares and shares.canary:
         canary = shares.canary

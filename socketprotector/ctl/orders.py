@@ -171,7 +171,9 @@ def _generation_or_pid(which: str, status: Message) -> dict[str, int]:
         return {found[1]: number}
     generations = listed(status, "generations")
     numbers = {number_in(each, "number") for each in generations}
-    pids = {number_in(worker, "pid") for each in generations for worker in listed(each, "workers")}
+    workers = [worker for each in generations for worker in listed(each, "workers")]
+    forked = [child for worker in workers for child in listed(worker, "processes")]
+    pids = {number_in(each, "pid") for each in (*workers, *forked)}
     if number in numbers and number in pids:
         raise UsageError(
             f"{number} is a generation and a pid; write generation:{number} or pid:{number}"

@@ -178,7 +178,7 @@ def workers(status: Message, children: Mapping[int, Sequence[int]]) -> Table:
     for generation in _newest_first(status):
         for each in listed(generation, "workers"):
             deaths = number_in(each, "quick_deaths")
-            says = text_in(each, "status")
+            says, forked = text_in(each, "status"), listed(each, "processes")
             if deaths:
                 quick = f"{deaths:,} quick {plural(deaths, 'death')}"
                 says = f"{quick}; {says}" if says else quick
@@ -190,12 +190,29 @@ def workers(status: Message, children: Mapping[int, Sequence[int]]) -> Table:
                     text_in(each, "state"),
                     render.age_text(status.get("now"), each.get("started_at")),
                     *render.counts(each, "active", "accepted", "errors"),
-                    _pids(children.get(number_in(each, "pid"), ())),
+                    _pids(() if forked else children.get(number_in(each, "pid"), ())),
                     says,
                 )
             )
+            rows += [_forked(each, generation, child) for child in forked]
     hidden = _unknown(status, _workers_of(status))
-    return _table(_WORKERS, rows, hidden if any(children.values()) else {*hidden, "CHILDREN"})
+    plain = [each for each in _workers_of(status) if not listed(each, "processes")]
+    shown = any(children.get(number_in(each, "pid")) for each in plain)
+    return _table(_WORKERS, rows, hidden if shown else {*hidden, "CHILDREN"})
+
+
+def _forked(worker: Message, generation: Message, child: Message) -> Row:
+    """Return the row of a child that a worker has forked to share its memory: `3.0`."""
+    return (
+        f"{number_in(worker, 'number')}.{number_in(child, 'number')}",
+        number_in(generation, "number"),
+        number_in(child, "pid"),
+        "child",
+        None,
+        *render.counts(child, "active", "accepted", "errors"),
+        "",
+        "",
+    )
 
 
 def left_out(status: Message) -> list[Text]:

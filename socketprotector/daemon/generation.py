@@ -77,9 +77,16 @@ class OpenGeneration:
         return known is None or index in known
 
     def counts(self, slot: int) -> Counts | None:
-        """Return the counts of the worker in a slot; None if it does not count."""
+        """Return the counts of the worker in a slot and of its forked children.
+
+        None: it does not count.
+        """
         try:
-            return self.board.read(slot) if self.board is not None else None
+            found = self.board.read(slot) if self.board is not None else None
+            if found is None or self.board is None:
+                return None
+            children = map(self.board.read_any, self.board.child_slots(slot))
+            return sum(filter(None, children), found)
         except OSError:
             return None
 
@@ -91,10 +98,11 @@ class OpenGeneration:
         counted = [each.accepted for each in found if each is not None]
         return sum(counted) if counted else None
 
-    def take_counts(self, slot: int) -> int | None:
-        """Add up the counts of a dead worker; return how many connections it had open.
+    def take_counts(self, slot: int, kept: int = 0) -> int | None:
+        """Add up the counts of a dead worker; return how many connections were lost with it.
 
         Returns None if it did not count.  Frees the slot for the next worker.
+        kept: how many connections its children keep open.
         """
         found = self.counts(slot)
         try:
@@ -105,8 +113,9 @@ class OpenGeneration:
         if found is None:
             return None
         past = (self.record.past or Counts()) + replace(found, active=0)
-        self.update_record(lost=self.record.lost + found.active, past=past)
-        return found.active
+        lost = max(0, found.active - kept)
+        self.update_record(lost=self.record.lost + lost, past=past)
+        return lost
 
     def scoreboard_slot(self, slot: int) -> tuple[int, int] | None:
         """Return the scoreboard's descriptor and a worker's offset in it; None: it has no place."""

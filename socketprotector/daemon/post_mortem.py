@@ -25,12 +25,13 @@ from ..model import known_servers
 from ..model.history import Crash, History
 from ..model.lazy_dataclass import KW_ONLY, mutable, replace
 from ..model.records import WorkerRecord
-from ..model.text import LAST_WORDS, ended, escape
+from ..model.text import LAST_WORDS, ended, escape, status_of
 from ..system import memory_group
 from ..system.memory_group import OutOfMemory
 from ..system.orphans import Orphans
 from ..system.process import End, Process
 from ..system.process_groups import Groups
+from . import forked_children
 from .delivery import Delivery
 from .generation import OpenGeneration
 from .log_output import Output
@@ -43,6 +44,8 @@ KILLED = ended(False, signal.SIGKILL)
 _REAP_AGAIN_S = 0.1
 #: How long the guard may take to report how a worker exited.
 _STATUS_S = 1.0
+#: The most digits of a number in a report about a forked child.
+_DIGITS = 9
 
 
 @mutable
@@ -98,9 +101,9 @@ class PostMortem:
         worker.last_words = last_words
         self.ended(worker.record.number)
 
-    def _remember_words(self, number: int, last_words: str) -> None:
+    def _remember_words(self, number: int, last_words: str, *, pid: int) -> None:
         if last_words:
-            self.remember(lambda history: history.with_last_words(number, last_words))
+            self.remember(lambda history: history.with_last_words(number, pid, last_words))
 
     def _end_from_elsewhere(self, worker: Worker, *, guarded: bool) -> End | None:
         """Return how a worker that another process reaped has exited; None: not known yet."""
@@ -121,7 +124,8 @@ class PostMortem:
         record, number = worker.record, worker.record.number
         if end.how == KILLED and not record.killed:
             end = replace(end, how=self._why_killed())
-        lost = worker.generation.take_counts(record.slot)
+        kept = forked_children.left_open(record, worker.generation)
+        lost = worker.generation.take_counts(record.slot, kept)
         orphans = self.keep_group(record, worker.process, worker.generation)
         worker.close()
         self.runtime.log.write(
@@ -140,7 +144,7 @@ class PostMortem:
             crash = _crash(worker, end, lost, last_words)
             self.remember(lambda history: history.with_crash(crash))
             if worker.has_served:  # its replacement does not wait for the last words
-                self._request_words(record, partial(self._remember_words, number))
+                self._request_words(record, partial(self._remember_words, number, pid=record.pid))
         reason, served_s = end.how, 0.0
         if record.ready_at is not None:
             served_s = time.monotonic() - record.ready_at
@@ -148,6 +152,44 @@ class PostMortem:
             reason = self._why(worker, end.how, last_words, detached, spoken_with=spoken_with)
         waiting = self.delivery.waiting(worker.generation, clients_only=True) or 0
         return WorkerExited(number, reason, served_s, waiting, detached, orphans)
+
+    def child_failed(self, worker: Worker, text: str) -> None:
+        """Remember a forked child that has failed, as its parent reports (wire.CHILD)."""
+        words = text.split()
+        if len(words) != 4 or not all(_is_number(each) for each in words[:3]):
+            return
+        child, pid, status = map(int, words[:3])
+        lost = int(words[3]) if _is_number(words[3]) else None
+        record, generation = worker.record, worker.generation
+        if record.asked_to_exit or generation.ended:
+            return
+        _, how = status_of(status)
+        if how == KILLED:
+            how = self._why_killed()
+        self.runtime.log.write(
+            "warning",
+            "child-failed",
+            generation=record.generation,
+            worker=record.number,
+            child=child,
+            pid=pid,
+            how=how,
+            lost=lost or None,
+        )
+        if lost:
+            generation.update_record(lost=generation.record.lost + lost)
+        crash = Crash(
+            at=time.time(),
+            generation=record.generation,
+            worker=record.number,
+            slot=record.slot,
+            pid=pid,
+            how=f"child {child} of {record.pid}: {how}",
+            when="serving" if record.ready_by or worker.has_served else "starting",
+            lost=lost,
+        )
+        self.remember(lambda history: history.with_crash(crash))
+        self._request_words(record, partial(self._remember_words, record.number, pid=pid))
 
     def _why_killed(self) -> str:
         """Return how a worker ended that got SIGKILL, but not from us, with the cause.
@@ -235,3 +277,7 @@ def _crash(worker: Worker, end: End, lost: int | None, last_words: str) -> Crash
         cpu_s=end.cpu_s,
         max_rss_kib=end.max_rss_kib,
     )
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= _DIGITS

@@ -16,6 +16,10 @@ from .first_programs import FirstPrograms
 from .runtime import Runtime
 from .worker_spawn import Worker
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .post_mortem import PostMortem
+
 #: How much of a STATUS= line is kept.
 _STATUS_CHARACTERS = 500
 #: The most messages handled in one go: a worker that sends without end must not block us.  The
@@ -37,14 +41,17 @@ class WorkerMessages:
         runtime: Runtime,
         workers: Mapping[int, Worker],
         first_programs: FirstPrograms,
-        *,
         note: Callable[..., None],
         ready: Callable[..., None],
+        post_mortem: Callable[[], PostMortem],
     ) -> None:
-        """note: changes fields of a worker's record.  ready: called for a worker's READY=1."""
+        """note: changes fields of a worker's record.  ready: called for a worker's READY=1.
+
+        post_mortem: returns what hears of failed children.
+        """
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._workers, self._first_programs = workers, first_programs
-        self._note, self._ready = note, ready
+        self._note, self._ready, self._post_mortem = note, ready, post_mortem
 
     def watch(self, number: int, worker: Worker) -> None:
         """Read a worker's messages from now on.  Raises OSError."""
@@ -86,6 +93,8 @@ class WorkerMessages:
             self._log.write("debug", "status", worker=number, status=status)
         if wire.PROGRAM in fields:
             self._first_programs.said(worker, fields[wire.PROGRAM])
+        if wire.CHILD in fields:
+            self._post_mortem().child_failed(worker, fields[wire.CHILD])
         if fields.get("WATCHDOG") == "1":
             if not worker.record.watched:
                 self._note(worker, watched=True)

@@ -74,7 +74,7 @@ class WorkerPool:
         self._out_of_memory = memory_group.counts()  # before any worker of ours
         first = FirstPrograms(runtime, output, remember)
         self._messages = WorkerMessages(
-            runtime, self._workers, first, note=self._note, ready=self._is_ready
+            runtime, self._workers, first, self._note, self._is_ready, lambda: self._post_mortem
         )
         self._limits: worker_recycling.LimitWatch | None = None
         self.apply_settings(settings)

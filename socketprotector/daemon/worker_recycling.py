@@ -10,12 +10,14 @@ import os
 import time
 import zlib
 from collections.abc import Container, Mapping
+from contextlib import suppress
 
 from ..core.events import ReplaceRequested
 from ..model.backoff import FREE_DEATHS, backoff_s
 from ..model.settings import Limits, Settings
 from ..model.text import in_units
 from ..system import procfs
+from . import forked_children
 from .runtime import Runtime
 from .worker_spawn import Worker
 
@@ -75,6 +77,7 @@ class LimitWatch:
         self._blind = False  # no worker's memory can be read, and the log says so
         self._said_uncounted = False
         self._large = BornTooLarge()
+        self._retired: set[int] = set()  # pids of children that were ordered to finish
         self.use(settings)
 
     def use(self, settings: Settings) -> None:
@@ -88,15 +91,19 @@ class LimitWatch:
     def _check_workers(self) -> None:
         if self._limits.memory_bytes and not self._blind:
             self._blind = self._is_memory_hidden()
-        now, fits = time.monotonic(), False
+        now, fits, retired_now = time.monotonic(), False, set[int]()
         for number, worker in tuple(self._workers.items()):
             ready_at = worker.record.ready_at
             if ready_at is None or worker.record.asked_to_exit:
                 continue
+            children = forked_children.children_of(worker.record, worker.generation)
+            for child in children:
+                retired_now |= self._check_child(worker, child)
             counts = worker.generation.counts(worker.record.slot)
             if self._limits.connections and counts is None:
                 self._say_uncounted(number)
-            accepted = counts.accepted if counts is not None else None
+            # The parent of children takes no connection itself.
+            accepted = counts.accepted if counts is not None and not children else None
             age_s = now - ready_at
             reason = exceeded(
                 self._limits, f"{self._secret}-{number}", age_s=age_s, accepted=accepted
@@ -108,8 +115,25 @@ class LimitWatch:
                     continue
             if reason is not None:
                 self._post(ReplaceRequested(number, reason))
+        self._retired = retired_now
         self._large.forget(self._workers, a_grown_one_fits=fits)
         self._loop.call_after(_TIMER, EVERY_S, self._check_workers)
+
+    def _check_child(self, worker: Worker, child: forked_children.Child) -> set[int]:
+        """Retire a forked child that has reached a limit; return its pid if that was ordered."""
+        if child.pid in self._retired:
+            return {child.pid}
+        accepted = child.counts.accepted if child.counts is not None else None
+        key = f"{self._secret}-{worker.record.number}-{child.pid}"
+        reason = exceeded(self._limits, key, age_s=0.0, accepted=accepted)
+        reason = reason or too_large(self._limits, child.pid)
+        if reason is None:
+            return set()
+        number = worker.record.number
+        with suppress(OSError):  # it has changed its user
+            if forked_children.retire(child.pid, worker.process.pid):
+                self._log.write("info", "retired", worker=number, child=child.pid, reason=reason)
+        return {child.pid}
 
     def _may_replace(self, number: int, age_s: float, now: float) -> bool:
         """Return whether a worker that is too large may be replaced now; warn once of a loop."""

@@ -66,10 +66,12 @@ class History:
             return self
         return replace(self, crashes=(*self.crashes, crash)[-CRASHES:], crashed=self.crashed + 1)
 
-    def with_last_words(self, worker: int, last_words: str) -> History:
+    def with_last_words(self, worker: int, pid: int, last_words: str) -> History:
         """Return the history with the last words of a crashed worker, which were read later."""
         crashes = (
-            replace(each, last_words=last_words) if each.worker == worker else each
+            replace(each, last_words=last_words)
+            if (each.worker, each.pid) == (worker, pid)
+            else each
             for each in self.crashes
         )
         return replace(self, crashes=tuple(crashes))

@@ -43,6 +43,7 @@ LATE = (
     "daemon.delivery.queue.canary",
     "daemon.delivery.queue.probe_port",
     "daemon.delivery.shared.canary_watch",
+    "daemon.forked_children",
     "daemon.health",
     "daemon.post_mortem",
     "daemon.recovery",

@@ -20,7 +20,9 @@ from ..model.records import Counts
 from .cleanup import on_error
 
 #: The slots that are counted; the memory of an unused slot is never touched.
-SLOTS = 1024
+SLOTS = wire.BOARD_WORKER_SLOTS
+#: With those of forked children, which follow.
+_ALL_SLOTS = SLOTS + wire.BOARD_CHILD_SLOTS
 _COUNTERS = struct.Struct(f"{wire.BOARD_ACCEPTED_AT}Q")
 _TIMES = struct.Struct(f"{wire.BOARD_DESCRIPTORS}Q")
 _SPREAD = struct.Struct("2Q")
@@ -28,6 +30,8 @@ _NOTHING = bytes(wire.BOARD_BYTES)
 #: The highest value that we accept.
 _MOST = 2**53
 _MOST_OPEN = 2**20
+_MOST_PID = 2**22
+_NO_WORDS = (0,) * wire.BOARD_ACCEPTED_AT
 
 
 class Board:
@@ -42,7 +46,7 @@ class Board:
         """Return an empty scoreboard.  Raises OSError."""
         fd = os.memfd_create("sp.board", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         with on_error(os.close, fd):
-            os.ftruncate(fd, SLOTS * wire.BOARD_BYTES)
+            os.ftruncate(fd, _ALL_SLOTS * wire.BOARD_BYTES)
             seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
         return cls(fd)
@@ -53,9 +57,11 @@ class Board:
 
     def read(self, slot: int) -> Counts | None:
         """Return the counts of the worker in a slot; None if it does not count."""
-        if slot >= SLOTS:
-            return None
-        words = _COUNTERS.unpack(os.pread(self.fd, _COUNTERS.size, slot * wire.BOARD_BYTES))
+        return self.read_any(slot) if slot < SLOTS else None
+
+    def read_any(self, slot: int) -> Counts | None:
+        """Return the counts in a slot, also of a forked child; None: it does not count."""
+        words = self._words(slot)
         if words[wire.BOARD_STATE] != wire.BOARD_COUNTED:
             return None
         waits = words[wire.BOARD_WAITS : wire.BOARD_WAITS + wire.BOARD_WAIT_WORDS]
@@ -66,12 +72,27 @@ class Board:
             waits=tuple(min(each, _MOST) for each in waits),
         )
 
+    def child_slots(self, slot: int) -> range:
+        """Return the slots of the records of a worker's forked children."""
+        words = self._words(slot) if slot < SLOTS else _NO_WORDS
+        first, count = words[wire.BOARD_CHILDREN_FROM], words[wire.BOARD_CHILDREN]
+        is_valid = first >= SLOTS and first + count <= _ALL_SLOTS
+        return range(first, first + count) if is_valid else range(0)
+
+    def pid(self, slot: int) -> int:
+        """Return the pid of the forked child in a slot, as it says; 0: there is none."""
+        return min(self._words(slot)[wire.BOARD_PID], _MOST_PID)
+
+    def _words(self, slot: int) -> tuple[int, ...]:
+        data = os.pread(self.fd, _COUNTERS.size, slot * wire.BOARD_BYTES)
+        # An earlier program's scoreboard has no records of children.
+        return _COUNTERS.unpack(data) if len(data) == _COUNTERS.size else _NO_WORDS
+
     def accepted_at(self, slot: int) -> dict[int, int]:
         """Return descriptor -> time of accept (CLOCK_MONOTONIC ns), including stale entries."""
-        if slot >= SLOTS:
-            return {}
         at = slot * wire.BOARD_BYTES + 8 * wire.BOARD_ACCEPTED_AT
-        times = _TIMES.unpack(os.pread(self.fd, _TIMES.size, at))
+        data = os.pread(self.fd, _TIMES.size, at) if slot < _ALL_SLOTS else b""
+        times = _TIMES.unpack(data) if len(data) == _TIMES.size else ()
         return {fd: ns for fd, ns in enumerate(times) if ns}
 
     def spread(self, slot: int) -> tuple[bool, int]:
@@ -92,9 +113,9 @@ class Board:
             os.pwrite(self.fd, until.to_bytes(8, sys.byteorder), at)
 
     def clear(self, slot: int) -> None:
-        """Clear a slot's record for its next worker."""
-        if slot < SLOTS:
-            os.pwrite(self.fd, _NOTHING, slot * wire.BOARD_BYTES)
+        """Clear a slot's record for its next worker, with those of the children."""
+        for each in (*self.child_slots(slot), slot) if slot < SLOTS else ():
+            os.pwrite(self.fd, _NOTHING, each * wire.BOARD_BYTES)
 
     def close(self) -> None:
         os.close(self.fd)

@@ -123,15 +123,15 @@ def test_no_thread_is_begun_before_the_program_serves(channel: Channel) -> None:
     assert [worker.read_line() for _ in range(2)] == ["threads 1", "threads 2"]
 
 
-def test_the_children_of_a_socket_server_are_not_the_watchdogs(channel: Channel) -> None:
+def test_the_parent_answers_for_the_children_of_a_socket_server(channel: Channel) -> None:
     server = Sharing(channel, "run", "2", "16", HOME, alone=False, env=SOON)
     clients = [channel.connect() for _ in range(2)]
     pids = {int(client.ask("pid")) for client in clients}
 
     assert pids == set(server.children())
-    for pid in pids:
-        assert len(threads_of(pid)) == 1
-    assert not [heard for heard in channel.hear_all() if "WATCHDOG" in heard[1]]
+    assert len(threads_of(server.program.pid)) == 1
+    heard = [channel.hear() for _ in range(5)]
+    assert {pid for pid, text in heard if "WATCHDOG" in text} == {server.program.pid}
 
 
 def test_the_child_of_a_child_closes_no_descriptor_that_is_not_the_watchdogs() -> None:

@@ -233,7 +233,7 @@ def test_under_a_protector_term_lets_children_finish(channel: Channel) -> None:
     assert (program.read_last(), program.wait()) == ("ended", 0)
 
 
-def test_under_a_protector_a_program_without_a_child_ends(channel: Channel) -> None:
+def test_under_a_protector_a_killed_child_is_replaced(channel: Channel) -> None:
     program = channel.spawn("shares.py", "run", "1", "64", HOME)
     channel.wait_ready(program)
     client = channel.connect()
@@ -241,8 +241,9 @@ def test_under_a_protector_a_program_without_a_child_ends(channel: Channel) -> N
 
     os.kill(child, signal.SIGKILL)
 
-    assert program.wait() == 1
-    assert "no child is left" in channel.log.read_text()
+    assert client.hear() == ""
+    assert int(channel.connect().ask("pid")) not in (child, program.pid)
+    assert "ended with -9; 0 left" in channel.log.read_text()
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

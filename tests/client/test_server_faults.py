@@ -29,20 +29,17 @@ def test_a_killed_child_loses_only_the_connection_it_had(channel: Channel) -> No
     assert other.ask("hello") == "echo hello"
     other.close()
     for client in waiting:
-        assert client.hear() == pids[1]
+        assert client.hear() != pids[0]
         client.close()
     eventually(lambda: "ended with -9; 1 left" in channel.log.read_text(), "a line about it")
 
 
-def test_without_any_child_connections_wait(channel: Channel) -> None:
+def test_connections_wait_for_the_child_that_replaces_the_only_one(channel: Channel) -> None:
     sharing = Sharing(channel, "run", "1", "64", HOME)
-    victim = sharing.connect()
+    victim, waiting = sharing.connect(), sharing.connect()
+    waiting.say("hello")
     os.kill(int(victim.ask("pid")), signal.SIGKILL)
     assert victim.hear() == ""
-    waiting = sharing.connect()
-    waiting.say("hello")
-
-    sharing.signal(signal.SIGUSR1)
 
     assert waiting.hear() == "echo hello"
 
@@ -202,6 +199,7 @@ def test_a_close_that_no_client_reads_does_not_wait() -> None:
 
 def test_a_close_has_a_deadline_if_one_is_given() -> None:
     server = SocketServer(HOME, queue=6)
+    assert server._channel is not None
     reader_that_never_reads = os.dup(server._channel.fileno())
     clients = [socket.create_connection(sockname_of(server.listeners[0])) for _ in range(30)]
 

@@ -135,8 +135,10 @@ class Board:
         """Give up the memory, of which mmap keeps a descriptor."""
         words = self.board.words
         assert words is not None
+        assert self.board._file is not None
         shared = words.obj
         words.release()
+        self.board._file.release()
         assert isinstance(shared, mmap.mmap)
         shared.close()
 

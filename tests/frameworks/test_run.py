@@ -15,8 +15,9 @@ import pytest
 
 from tests import needs
 from tests.frameworks.asking import PATH, port_of
+from tests.procfs import children_of, running
 from tests.rounds import rounds
-from tests.running import Protector
+from tests.running import Protector, eventually
 from tests.web import Connection, Traffic, ask_once
 
 RUN = (sys.executable, "-m", "socketprotector_client.run")
@@ -296,3 +297,51 @@ def test_what_the_module_itself_raises_is_shown_whole(shapes: Path) -> None:
     assert status == 1
     assert said.startswith("Traceback")
     assert said.endswith("No module named 'no_such_module_of_broken'")
+
+
+@needs_both
+@pytest.mark.parametrize("mode", [(), LISTENER], ids=["connection", "listener"])
+@pytest.mark.parametrize("app", ["asgi", "wsgi"])
+def test_forked_processes_serve_and_are_reloaded_under_load(
+    protector: Callable[..., Protector], app: str, mode: tuple[str, ...]
+) -> None:
+    command = (*RUN, "--processes", "2", f"{PAGES}:{app}")
+    daemon = protector(*mode, "127.0.0.1:0", "--", *command, **PATH).ready()
+
+    with Traffic(("127.0.0.1", daemon.port)) as traffic:
+        traffic.wait_for_answers(30)
+        daemon.reload()
+        traffic.wait_for_answers(30)
+
+    daemon.stop()
+    assert not traffic.seen.failures
+    assert daemon.log.count(r'event=exited .*how="exited with status 0"$') == 2
+
+
+@needs_both
+@pytest.mark.parametrize("app", ["asgi", "wsgi"])
+def test_forked_processes_serve_without_a_protector(app: str) -> None:
+    command = [*RUN, "--bind", "127.0.0.1:0", "--processes", "2", f"{PAGES}:{app}"]
+    with subprocess.Popen(command, env={**os.environ, **PATH}) as parent:
+        try:
+            eventually(lambda: len(children_of(parent.pid)) == 3, "two children beside a helper")
+            [helper] = running("accepting", children_of(parent.pid))
+            answers = {ask_once(("127.0.0.1", port_of(helper))) for _ in range(3)}
+        finally:
+            parent.terminate()
+        assert parent.wait(60) == 0
+    assert answers
+    assert parent.pid not in answers
+
+
+def test_a_thread_of_the_application_is_refused_at_the_fork(shapes: Path) -> None:
+    (shapes / "threaded.py").write_text(
+        "import threading\n"
+        "threading.Thread(target=threading.Event().wait, name='metrics', daemon=True).start()\n"
+        "def app(environ, start_response): pass\n"
+    )
+
+    status, said = run("--bind", "127.0.0.1:0", "--processes", "2", "threaded:app", cwd=shapes)
+
+    assert (status, said.count("\n")) == (1, 0), said
+    assert "cannot fork while threads run ('metrics')" in said

@@ -78,8 +78,9 @@ def test_what_a_worker_says(data: bytes) -> None:
     )
     worker: Any = SimpleNamespace(readiness=SimpleNamespace(by_word=False))
     first: Any = SimpleNamespace(said=lambda *_: None)
+    failed: Any = lambda: SimpleNamespace(child_failed=lambda *_: None)  # noqa: E731
     one = WorkerMessages(
-        runtime, {}, first, note=lambda _, **fields: noted.append(fields), ready=lambda *_: None
+        runtime, {}, first, lambda _, **fields: noted.append(fields), lambda *_: None, failed
     )
     fields = {name: each for name, each in sd_notify.parse(data).items() if name != "WATCHDOG"}
 

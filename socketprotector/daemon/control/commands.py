@@ -34,6 +34,8 @@ from ...model import control_requests
 from ...model.control_requests import Request, RequestError
 from ...model.history import RECENT
 from ...model.lazy_dataclass import as_dict, mutable
+from ...model.records import WorkerRecord
+from .. import forked_children
 from ..config_reader import ConfigAnswer
 from ..effects import Effects
 from ..runtime import Runtime
@@ -324,6 +326,11 @@ class CommandHandler:
         return {"generation": generation}
 
     def _replace_worker(self, fleet: Fleet, pid: int) -> Mapping[str, Any]:
+        for record in self._effects.pool.records():
+            opened = self._effects.generations.get(record.generation)
+            children = forked_children.children_of(record, opened) if opened is not None else []
+            if any(each.pid == pid for each in children):
+                return self._replace_child(record, pid)
         number = next((r.number for r in self._effects.pool.records() if r.pid == pid), None)
         found = fleet.find(number) if number is not None else None
         if found is None:
@@ -337,6 +344,17 @@ class CommandHandler:
             )
         self.runtime.post(ReplaceRequested(worker.number, "requested by an operator"))
         return {"worker": worker.number}
+
+    def _replace_child(self, record: WorkerRecord, pid: int) -> Mapping[str, Any]:
+        """Order a forked child to finish; its parent forks another at once."""
+        try:
+            is_there = forked_children.retire(pid, record.pid)
+        except OSError as error:
+            raise RequestError("failed", f"cannot signal {pid}: {error.strerror}") from error
+        if not is_there:
+            raise RequestError("refused", f"child {pid} has ended meanwhile")
+        self.runtime.log.write("info", "retired", worker=record.number, child=pid)
+        return {"worker": record.number}
 
     def do_kill(self, generation: int) -> Mapping[str, Any]:
         found = self.supervisor.fleet.generation(generation)

@@ -46,7 +46,7 @@ def of_rollout(fleet: Fleet, effects: Effects, held: Held) -> dict[str, Any]:
         "stage": _stage(fleet, new),
         "share": _share(fleet, new) * 100 / WHOLE,
         "met": effects.delivery.met(opened) if opened is not None else None,
-        "left_s": _left_s(fleet, new, effects),
+        "left_s": _left_s(new, effects),
     }
     if canary:
         found["at_least"] = canary.at_least
@@ -78,9 +78,9 @@ def _share(fleet: Fleet, new: Generation) -> int:
     return fleet.rollout.share if fleet.sharing else WHOLE
 
 
-def _left_s(fleet: Fleet, new: Generation, effects: Effects) -> float | None:
-    """Return how many seconds are left of the stage; None: no timer ends it, as during a hold."""
-    if fleet.held or (new.checked and effects.probing.is_due):
+def _left_s(new: Generation, effects: Effects) -> float | None:
+    """Return how many seconds are left of the stage; None: no timer ends it."""
+    if new.checked and effects.probing.is_due:
         return None
     ends = Deadline(TimerKind.SETTLE, new.number)
     now = time.monotonic()

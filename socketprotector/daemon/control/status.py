@@ -21,7 +21,7 @@ from ...model.text import headline, in_units
 from ...model.waits import quantile_us
 from ...system.check_command import shown
 from ...system.listener import Listener
-from .. import spread
+from .. import forked_children, spread
 from ..delivery import Delivery
 from ..effects import Effects
 from ..generation import OpenGeneration
@@ -209,7 +209,7 @@ def _of_generation(
         ),
         "wait_us": _of_waits(total.waits) if total is not None else None,
         "workers": [
-            _of_worker(each, records.get(each.number), counts.get(each.number))
+            _of_worker(each, records.get(each.number), counts.get(each.number), opened)
             for each in generation.workers
         ],
     }
@@ -235,8 +235,9 @@ def _of_first_programs(record: GenerationRecord) -> dict[str, Any] | None:
 
 
 def _of_worker(
-    worker: Worker, record: WorkerRecord | None, counts: Counts | None
+    worker: Worker, record: WorkerRecord | None, counts: Counts | None, opened: OpenGeneration
 ) -> dict[str, Any]:
+    children = forked_children.children_of(record, opened) if record is not None else []
     ready_at = record.ready_at if record is not None else None
     return {
         "number": worker.number,
@@ -249,6 +250,9 @@ def _of_worker(
         "status": record.status if record is not None else "",
         "quick_deaths": worker.quick_deaths,
         **_of_counts(counts),
+        "processes": [
+            {"number": each.number, "pid": each.pid, **_of_counts(each.counts)} for each in children
+        ],
     }
 
 
@@ -286,21 +290,24 @@ def of_connections(
         opened = generations.get(record.generation)
         if opened is None or only not in (None, record.generation):
             continue
-        board, times = opened.board, None
-        if board is not None and opened.counts(record.slot) is not None and not record.orphaned:
-            accepted = board.accepted_at(record.slot)
-            times = {str(fd): ns / 1e9 + offset for fd, ns in accepted.items()}
-        found.append(
-            {
-                "generation": record.generation,
-                "worker": record.number,
-                "pid": record.pid,
-                "accepted_at_by_fd": times,
-                "orphaned": record.orphaned,
-                # A draining worker takes no more, so all its connections are older.
-                "since_at": opened.record.drained_at or record.started_at,
-            }
-        )
+        board, children = opened.board, forked_children.children_of(record, opened)
+        places = [(record.pid, record.slot), *((each.pid, each.slot) for each in children)]
+        for pid, slot in places:
+            times = None
+            if board is not None and not record.orphaned and board.read_any(slot) is not None:
+                accepted = board.accepted_at(slot)
+                times = {str(fd): ns / 1e9 + offset for fd, ns in accepted.items()}
+            found.append(
+                {
+                    "generation": record.generation,
+                    "worker": record.number,
+                    "pid": pid,
+                    "accepted_at_by_fd": times,
+                    "orphaned": record.orphaned,
+                    # A draining worker takes no more, so all its connections are older.
+                    "since_at": opened.record.drained_at or record.started_at,
+                }
+            )
     return found
 
 

@@ -170,10 +170,3 @@ def test_a_worker_that_is_replaced_is_waited_for(story: Story) -> None:
 def test_an_upgrade_says_what_it_waits_for(story: Story) -> None:
     story.given_serving()
     assert reasons(story, upgrade="probing the new program") == ["upgrade: probing the new program"]
-
-
-def test_a_settling_generation_has_no_known_end_during_a_hold(story: Story) -> None:
-    story.given_serving(Policy(settle_s=5.0)).and_also(ReloadRequested(), WorkerReady(2))
-    story.and_also(HoldRequested(9.0))
-    found = waits(story.fleet, Facts(dict.fromkeys(story.fleet.timers, 4.0)))
-    assert [(each.kind, each.left_s) for each in found] == [("settle", None), ("hold", 4.0)]

@@ -34,6 +34,7 @@ def worker(number: int, pid: int = 4712, state: str = "ready", **more: Any) -> M
         "errors": 0,
         "status": "",
         "quick_deaths": 0,
+        "processes": [],
         **more,
     }
 

@@ -35,6 +35,7 @@ class World:
         self.has_group = False
         self.left: dict[str, Any] = {}
         self.ended_orphans: list[str] = []
+        self.recorded: dict[str, int] = {}
         self.process = SimpleNamespace(
             pid=7,
             pidfd=PIDFD,
@@ -47,7 +48,10 @@ class World:
         self.generation = SimpleNamespace(
             ended=False,
             program=SimpleNamespace(argv=("serve",), finish_signal=15),
-            take_counts=lambda slot: 2 if slot == 4 else None,
+            board=None,
+            record=SimpleNamespace(lost=1),
+            update_record=self.recorded.update,
+            take_counts=lambda slot, kept: 2 if slot == 4 else None,
         )
         self.worker: Any = SimpleNamespace(
             record=WorkerRecord(1, 3, 7, 0, slot=4),
@@ -233,6 +237,39 @@ def test_a_crash_while_serving_is_remembered_and_its_last_words_follow(world: Wo
     assert world.history.crashes[0].last_words == "out of memory"
     assert world.ended_orphans == []
     assert world.clock.fields[0]["lost"] == 2
+
+
+def test_a_forked_child_that_failed_is_remembered_with_its_parent(world: World) -> None:
+    world.serves()
+
+    world.post_mortem.child_failed(world.worker, "3 99 256 2")
+    world.answers[0]("its words")
+    world.post_mortem.child_failed(world.worker, "3 100 9 -")
+
+    first, second = world.history.crashes
+    assert (first.pid, first.worker, first.lost, first.last_words) == (99, 1, 2, "its words")
+    assert first.how == "child 3 of 7: exited with status 1"
+    assert (second.pid, second.lost, second.how) == (
+        100,
+        None,
+        "child 3 of 7: was killed by SIGKILL",
+    )
+    assert world.recorded == {"lost": 3}
+
+
+@pytest.mark.parametrize("text", ["", "1 2 3", "1 2 x 4", "1 2 3 4 5", "1 9999999999 256 0"])
+def test_a_senseless_report_on_a_child_is_ignored(world: World, text: str) -> None:
+    world.post_mortem.child_failed(world.worker, text)
+
+    assert not world.history.crashes
+
+
+def test_a_child_that_fails_while_its_worker_ends_is_no_crash(world: World) -> None:
+    world.generation.ended = True
+
+    world.post_mortem.child_failed(world.worker, "3 99 256 2")
+
+    assert not world.history.crashes
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from socketprotector.core.events import (
     Deadline,
     DeadlinePassed,
     DryRunRequested,
-    HoldRequested,
     PromoteRequested,
     ReloadRequested,
     RollbackRequested,
@@ -229,13 +228,3 @@ def test_the_oldest_of_the_connections_that_are_waited_for(
 
     assert waited_for["active"] == active
     assert waited_for["oldest_s"] == (oldest_s and pytest.approx(oldest_s, abs=5))
-
-
-def test_during_a_hold_no_time_is_left(story: Story, seen: Seen) -> None:
-    """It starts again when the hold ends."""
-    story.given_serving().and_also(ReloadRequested(FIVE), WorkerReady(2))
-    assert seen.found["left_s"] == pytest.approx(41.0, abs=1)
-
-    story.and_also(HoldRequested(90.0))
-
-    assert seen.found["left_s"] is None

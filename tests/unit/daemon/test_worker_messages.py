@@ -65,8 +65,12 @@ class World:
         with pytest.MonkeyPatch.context() as patch:
             runtime = self.clock.use_in(patch)
         self.messages = WorkerMessages(
-            runtime, cast("Any", {1: self.worker}), first, note=self._note, ready=self._ready
+            *(runtime, cast("Any", {1: self.worker}), first, self._note, self._ready),
+            lambda: cast("Any", SimpleNamespace(child_failed=self._child_failed)),
         )
+
+    def _child_failed(self, worker: Any, text: str) -> None:
+        self.calls.append(f"child {text}")
 
     def _note(self, worker: Any, **changes: object) -> None:
         if self.cannot_note:
@@ -160,6 +164,12 @@ def test_a_pools_report_about_its_first_program_is_passed_on(world: World) -> No
 
 
 STUCK = ReplaceRequested(1, "no WATCHDOG=1 for 30s", hung=True)
+
+
+def test_a_report_about_a_forked_child_is_passed_on(world: World) -> None:
+    world.say(**{wire.CHILD: "0 8 9 -"})
+
+    assert "child 0 8 9 -" in world.calls
 
 
 def test_a_worker_that_stops_its_watchdog_messages_is_replaced_as_stuck(world: World) -> None:

@@ -1,0 +1,81 @@
+"""The children that a worker has forked to share its memory (the client library's SocketServer).
+
+Only their parent starts, reaps and replaces them; it is an ordinary worker.  We read their pids and
+counts from the scoreboard.  A worker could write any pid there, so a signal goes only to a process
+of the worker's own session.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+from ..model.lazy_dataclass import frozen
+from ..model.records import Counts, WorkerRecord
+from .generation import OpenGeneration
+
+
+@frozen
+class Child:
+    """A living child of a worker."""
+
+    number: int
+    pid: int
+    counts: Counts | None
+    slot: int  # of its record in the scoreboard
+
+
+def children_of(record: WorkerRecord, generation: OpenGeneration) -> list[Child]:
+    """Return the living children of a worker."""
+    if record.orphaned:
+        return []  # another worker uses its slot
+    return [each for each in _recorded(record, generation) if _is_in_session(each.pid, record.pid)]
+
+
+def _recorded(record: WorkerRecord, generation: OpenGeneration) -> Iterator[Child]:
+    board = generation.board
+    if board is None:
+        return
+    try:
+        for number, slot in enumerate(board.child_slots(record.slot)):
+            if pid := board.pid(slot):
+                yield Child(number, pid, board.read_any(slot), slot)
+    except OSError:
+        return
+
+
+def left_open(record: WorkerRecord, generation: OpenGeneration) -> int:
+    """Return how many connections the children of an exited worker keep open to finish them."""
+    if record.killed:
+        return 0  # they are killed, too
+    living = children_of(record, generation)
+    return sum(each.counts.active for each in living if each.counts is not None)
+
+
+def retire(child: int, leader: int) -> bool:
+    """Order a child to finish its connections; return whether it was there.
+
+    leader: the worker, whose session the child must be in.  Raises OSError.
+    """
+    try:
+        pidfd = os.pidfd_open(child)
+    except ProcessLookupError:
+        return False
+    try:
+        # Checked with the pidfd open, so that the pid cannot have been reused in between.
+        if child == leader or not _is_in_session(child, leader):
+            return False
+        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(pidfd)
+    return True
+
+
+def _is_in_session(pid: int, leader: int) -> bool:
+    try:
+        return os.getsid(pid) == leader
+    except OSError:
+        return False

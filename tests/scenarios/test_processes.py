@@ -1,0 +1,189 @@
+"""A worker that loads once and serves in forked children, by serve(processes=N)."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.load import Load
+from tests.running import Client, Protector, eventually
+from tests.scenarios.adopting import served
+from tests.scenarios.operating import Operated, Operating
+from tests.scenarios.tools import EITHER_HANDOFF, Gate, library_worker, pid_in
+
+
+def shares(count: int, way: str = "") -> tuple[str, ...]:
+    return library_worker("shares", str(count), *filter(None, [way]))
+
+
+def children(web: Operated, generation: int = 1) -> list[dict[str, Any]]:
+    [worker] = web.generation(generation)["workers"]
+    found = worker["processes"]
+    assert isinstance(found, list)
+    return found
+
+
+def pids(web: Operated, generation: int = 1) -> set[int]:
+    return {each["pid"] for each in children(web, generation)}
+
+
+def gone(pid: int) -> bool:
+    return not Path(f"/proc/{pid}").exists()
+
+
+@EITHER_HANDOFF
+def test_a_reload_under_load_loses_no_client_and_each_child_counts(operated: Operating) -> None:
+    web = operated(command=shares(3))
+    with Load(f"127.0.0.1:{web.address[1]}") as load:
+        served(load)
+        first = pids(web)
+        web.daemon.reload()
+        served(load)
+    assert load.snapshot().failures == ()
+
+    assert len(first) == 3
+    assert len(pids(web, 2)) == 3
+    assert not pids(web, 2) & first
+    counts = children(web, 2)
+    total = web.generation(2)["accepted"]
+    assert total == sum(each["accepted"] for each in counts) > 0
+    web.daemon.stop()
+    assert web.daemon.log.count(r'event=exited .*how="exited with status 0"$') == 2
+
+
+@EITHER_HANDOFF
+def test_a_killed_child_is_replaced_and_listed(operated: Operating) -> None:
+    web = operated("--log-prefix", command=shares(2))
+    line = web.line(follows=True)
+    with Client(web.address, "hello") as client:
+        victim = pid_in(client.hear())
+        os.kill(victim, signal.SIGKILL)
+        found = line.event("child-failed", pid=victim)
+    assert (found["how"], found["lost"]) == ("was killed by SIGKILL", 1)
+
+    eventually(lambda: len(pids(web) - {victim}) == 2, "two children")
+    generation = web.generation(1)
+    assert generation["lost"] == 1
+    assert generation["accepted"] == 1  # by the dead child
+    [crash] = line.ask("crashes")["crashes"]
+    [parent] = web.pids(1)
+    assert crash["pid"] == victim
+    assert crash["how"] == f"child {found['child']} of {parent}: was killed by SIGKILL"
+    eventually(lambda: "begins" in line.ask("crashes")["crashes"][0]["last_words"], "its words")
+
+
+@EITHER_HANDOFF
+def test_children_of_a_killed_parent_finish_while_the_next_one_serves(
+    operated: Operating, gate: Gate
+) -> None:
+    web = operated(command=shares(2))
+    [parent], old = web.pids(1), pids(web)
+    with Client(web.address, f"wait {gate.path}") as busy, Client(web.address, "hello") as idle:
+        assert pid_in(idle.hear()) in old
+        os.kill(parent, signal.SIGKILL)
+        web.daemon.log.wait_for(r"event=worker-ready .*worker=2")
+        with Client(web.address, "hello") as client:
+            assert pid_in(client.hear()) not in old
+        assert idle.ask("again")
+        gate.open()
+        assert pid_in(busy.hear()) in old
+    for each in old:
+        eventually(lambda pid=each: gone(pid), "the end of an orphan")  # type: ignore[misc]
+    eventually(lambda: len(pids(web)) == 2, "the new children")
+    assert web.generation(1)["lost"] == 0
+
+
+def test_orphans_and_grandchildren_are_gone_after_the_drain_timeout(
+    operated: Operating, gate: Gate
+) -> None:
+    web = operated("--drain-timeout", "1s", "--kill-timeout", "1s", command=shares(2, "grandchild"))
+    [parent] = web.pids(1)
+    with Client(web.address, f"wait {gate.path}"):
+        session = [
+            int(each) for each in os.listdir("/proc") if each.isdigit() and _of(each, parent)
+        ]
+        assert len(session) == 5
+        os.kill(parent, signal.SIGKILL)
+        for each in session:
+            eventually(lambda pid=each: gone(pid), "its end")  # type: ignore[misc]
+
+
+def _of(pid: str, session: int) -> bool:
+    try:
+        return os.getsid(int(pid)) == session
+    except ProcessLookupError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("way", "says"),
+    [
+        ("fails", "ValueError: no database"),
+        ("threads", "cannot fork while threads run ('metrics')"),
+    ],
+)
+def test_a_release_whose_children_cannot_start_fails(
+    protector: Callable[..., Protector], way: str, says: str
+) -> None:
+    daemon = protector("--log-prefix", "127.0.0.1:0", "--", *shares(3, way))
+
+    daemon.log.wait_for(says.replace("(", r"\(").replace(")", r"\)"))
+
+    assert daemon.process.wait(60) == 3
+    assert not daemon.log.count("event=worker-ready")
+
+
+def test_a_child_is_replaced_by_its_pid_without_losing_its_client(
+    operated: Operating, gate: Gate
+) -> None:
+    web = operated(command=shares(2))
+    [parent] = web.pids(1)
+    with Client(web.address, f"wait {gate.path}") as busy:
+        busy_pid = next(each["pid"] for each in _active(web))
+        web.line().ask("replace", pid=busy_pid)
+        eventually(lambda: len(pids(web) - {busy_pid}) == 2, "another child")
+        gate.open()
+        assert pid_in(busy.hear()) == busy_pid
+    eventually(lambda: gone(busy_pid), "its end")
+    assert web.pids(1) == [parent]
+    assert not web.line().ask("crashes")["crashes"]
+
+
+def _active(web: Operated) -> list[dict[str, Any]]:
+    eventually(lambda: any(each["active"] for each in children(web)), "a client")
+    return [each for each in children(web) if each["active"]]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"), [("--max-memory", "70M", "grow"), ("--retire-after", "1", "hello")]
+)
+def test_a_child_that_reaches_a_limit_is_replaced(
+    operated: Operating, option: str, value: str, said: str
+) -> None:
+    web = operated(option, value, command=shares(2))
+    [parent] = web.pids(1)
+    with Client(web.address, said) as client:
+        victim = pid_in(client.hear())
+    web.daemon.log.wait_for(f"event=retired worker=1 child={victim}")
+    eventually(lambda: gone(victim), "its end")
+    eventually(lambda: len(pids(web)) == 2, "another child")
+    assert web.pids(1) == [parent]
+
+
+def test_a_child_that_hangs_is_replaced_by_its_parent(operated: Operating) -> None:
+    web = operated("--watchdog", "1s", command=shares(2))
+    [parent] = web.pids(1)
+    with Client(web.address, "hang") as client:
+        found = web.line(follows=True).event("child-failed")
+        assert found["how"].startswith("was killed by SIGABRT")
+        try:
+            assert client.hear() == ""
+        except ConnectionResetError:
+            pass
+    eventually(lambda: len(pids(web) - {found["pid"]}) == 2, "another child")
+    assert web.pids(1) == [parent]

@@ -1,0 +1,45 @@
+"""shares.py PROCESSES [WAY]: serve in forked children, one line a connection: [PID] and the line.
+
+`wait PATH` waits for a fifo, `grow` takes 80 MB, `hang` never answers.
+WAY: `fails` in a child before it serves, `threads` at the fork, `grandchild` in each child.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+from socketprotector_client import post_fork, serve
+
+kept: list[bytes] = []
+count, way = int(sys.argv[1]), "".join(sys.argv[2:])
+
+
+def talk(client: Any, peer: object) -> None:
+    with client.makefile("rb") as lines:
+        for line in lines:
+            words = line.split()
+            if words[0] == b"wait":
+                with open(words[1], "rb") as gate:
+                    gate.read()
+            elif words[0] == b"grow":
+                kept.append(b"x" * 80_000_000)
+            elif words[0] == b"hang":
+                time.sleep(3600)
+            client.sendall(b"[%d] %s" % (os.getpid(), line))
+
+
+@post_fork
+def begin(number: int) -> None:
+    print(f"child {number} begins, {os.environ['SOCKETPROTECTOR_CHILD']}", flush=True)
+    if way == "fails" and number == 1:
+        raise ValueError("no database")
+    if way == "grandchild":
+        subprocess.Popen(["sleep", "3600"])
+
+
+if way == "threads":
+    threading.Thread(target=threading.Event().wait, name="metrics", daemon=True).start()
+serve(talk, threads=1, processes=count)

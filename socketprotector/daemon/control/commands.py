@@ -175,7 +175,10 @@ class CommandHandler:
         }
 
     def _compare(self, client: Client, request: Request) -> None:
-        """Answer `diff` once a helper process has read the configuration, which takes seconds."""
+        """Answer `diff` once a helper process has read the configuration.
+
+        Reading may take seconds.
+        """
         if not self._effects.live_settings.settings.origin.configured:
             raise RequestError(
                 "unknown", "there is no configuration file; start with --config FILE to use one"

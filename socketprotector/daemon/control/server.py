@@ -232,7 +232,8 @@ class ControlServer:
     loop: Loop
     #: Answers a request, by client.say() now or later.  Raises RequestError.
     handle: Callable[[Client, control_requests.Request], None]
-    #: Called with the pid of a worker that reports readiness by einhorn's protocol, without answer.
+    #: Called with the pid of a worker that reports readiness by einhorn's protocol.  The worker
+    #: expects no answer.
     acked: Callable[[int], None]
     _: KW_ONLY
     #: These users, and the members of this group, may send all commands.
@@ -253,7 +254,7 @@ class ControlServer:
             client.tell(lambda more: control_requests.event(name, at, level, {**fields, **more}))
 
     def finish(self) -> None:
-        """Accept all connected clients and answer all requests so far, as the server closes."""
+        """Accept all connected clients, and answer all requests so far, before a close."""
         for _ in range(CLIENTS):
             self._accept()
         for client in list(self._clients.values()):

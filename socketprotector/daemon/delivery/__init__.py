@@ -83,7 +83,7 @@ class Delivery(ABC):
 
     @abstractmethod
     def open(self, generation: OpenGeneration, queue: int, *, fresh: bool) -> None:
-        """Prepare the sockets of a generation's workers.  Raises OSError, and leaves nothing open.
+        """Prepare the sockets of a generation's workers, or leave nothing open and raise OSError.
 
         queue: how many clients a queue should hold.  fresh: the generation is a new release.
         """
@@ -281,7 +281,7 @@ class Delivery(ABC):
     def adopt(
         self, record: DeliveryRecord, unclaimed: Inherited, *, held: bool, closing: bool
     ) -> None:
-        """Resume from an earlier program's record, and claim descriptors of no single generation.
+        """Resume from an earlier program's record; claim descriptors that belong to no generation.
 
         held: a hold must be in force.  closing: the listeners are about to be closed.
         """

@@ -3,8 +3,9 @@
 One counter, for all listeners that both generations know, selects the canary's connections.  If
 such a connection cannot be sent to the canary, the route gets the connection at once.
 
-For listeners that only the canary knows, there is no other queue.  If such a connection cannot be
-sent, we keep the connection, accept nothing from these listeners, and send again by a timer.
+A connection of a listener that only the canary knows has no other queue.  If such a connection
+cannot be sent, we keep the connection, accept nothing from such listeners, and send again by a
+timer.
 
 Without a canary, no connection passes through this module: see `Send` in acceptor.py.
 """

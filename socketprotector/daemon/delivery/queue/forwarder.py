@@ -2,7 +2,7 @@
 
 acceptor.py is the fast path, without failures.  We choose no worker: workers take connections from
 the shared queue (client_lib's intake.py).  `decide` sets the route and orders drains, but handles
-no connection.  It gets two events: ChannelBroken and BacklogEmptied.
+no connection.  `decide` gets two events: ChannelBroken and BacklogEmptied.
 
 We accept only connections that we can deliver.  If a send still fails, undelivered.py keeps the
 connection, which is sent before all others.  When a generation drains or has exited, the

@@ -17,7 +17,7 @@ class GenerationChannel(Channel):
         self.taken_from = adopted
         #: Whether a report was made that no worker takes connections.
         self.said_untaken = False
-        #: How many new connections, and how many in all, were sent here until a QueueWatch left.
+        #: The new connections, and all connections, that a QueueWatch counted here before it left.
         self.met = self.sent = 0
 
     @property
@@ -26,7 +26,7 @@ class GenerationChannel(Channel):
         return self.generation.record.knows
 
     def knows_of(self, index: int) -> bool:
-        """Return whether its workers know a listener, and so can get its connections."""
+        """Return whether the workers know a listener, and so can get the listener's connections."""
         return self.generation.knows(index)
 
     def end(self) -> None:

@@ -121,7 +121,7 @@ class ProbePort:
         else:
             watch = self._watch()
             if watch is not None:
-                # Count the probe, so that another port does not take it for its own waiting probe.
+                # Count the probe, so that another port does not mistake this probe for its own.
                 watch.add_uncounted()
                 self._sent_before = watch.sent
         probe.close()

@@ -35,7 +35,7 @@ class Shortage:
     stop: Callable[[], None]
     #: Sends and accepts again, as far as possible.
     retry: Callable[[], None]
-    #: Whether the shortage lasts, and so the timer runs.
+    #: True while the shortage lasts and the timer runs.
     lasts: bool = False
     #: The reserve descriptor; -1 while it is spent.
     reserve: int = -1

@@ -1,13 +1,13 @@
 """Keeps accepted connections that are in no channel, so that only we have them.
 
 There are few, because we accept only connections that we can deliver.  Either their send failed, or
-the route does not know their listener.  In the second case they wait for a generation that does.
+the route does not know their listener.  Then they wait for a generation that knows the listener.
 
 These connections survive this program.  Their headers are in the state, and the next program gets
 their descriptors by name.  Two rules hold here:
 
 * A connection is removed from the state before it is sent.  If we are killed in between, the
-  connection is lost.  In the other order, the next program would send it to a second worker.
+  connection is lost.  In the other order, a second worker could get the same connection.
 * A descriptor's name is a number that no other connection ever had.  If numbers were reused, the
   guard or systemd's store might still have an older descriptor under the same name.
 """

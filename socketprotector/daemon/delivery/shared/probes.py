@@ -259,10 +259,10 @@ class Probes:
         return count
 
     def discard(self) -> set[tuple[int, int]]:
-        """Discard probes at sockets from which no worker accepts: no generation starts for them.
+        """Discard probes where no worker accepts, so that no generation starts for probes alone.
 
-        If a client waits at the same socket, its probes stay, because a generation starts and
-        accepts them.  Returns the sockets, by listener and number, whose queues cannot be read now.
+        If a client also waits at a socket, its probes stay, and a generation starts for the client.
+        Returns the sockets, by listener and number, whose queues cannot be read now.
         """
         unknown = set()
         for each, number in [(each, number) for each in self._listeners.pairs for number in (0, 1)]:

@@ -1,10 +1,10 @@
-"""Gives each generation a socket, and steers new clients to it, under --handoff listener.
+"""Steers new clients to the sockets of one generation, under --handoff listener.
 
 Each address has two sockets, 0 and 1, in one SO_REUSEPORT group (system/reuseport.py).  The old and
 the new generation have one socket each.  When the new generation is ready, a program in the kernel
-steers new clients to its socket.  Then the old generation gets no new clients, and quiesces
-(quiescing.py) before it is ordered to finish.  After an earlier order, a server would close
-connections that it has just accepted.
+steers new clients to that generation's socket.  Then the old generation gets no new clients, and
+quiesces (quiescing.py) before it is ordered to finish.  After an earlier order, a server would
+close connections that it has just accepted.
 
 A listener without a second socket is common to both generations.
 """
@@ -199,8 +199,8 @@ class SocketSteering(Steering):
         """Steer new clients to socket 0 or 1, and a share of them to the other socket.
 
         again: the generation at that socket has served before.  knows: returns whether that
-        generation knows a listener, by index; None: no generation has that socket yet.  If a
-        listener is not known, its clients stay at their present socket until it is removed.
+        generation knows a listener, by index; None: no generation has that socket yet.  Clients of
+        other listeners stay at their present socket until the listener is removed.
         """
         listeners, before = self._listeners.all, self.turns
         # A change of the share alone does not restart the watch.
@@ -358,7 +358,7 @@ class SocketSteering(Steering):
         return self.is_steered and turns.accepting[generation] != turns.current and not turns.share
 
     def _turn_away(self, generation: int) -> bool:
-        """Steer a generation's new clients to a socket without workers; return whether it did."""
+        """Steer a generation's new clients to a socket without workers; False: nothing changed."""
         number, turns = self.turns.accepting[generation], self.turns
         is_due = number == turns.current and 1 - number not in turns.accepting.values()
         if is_due:
@@ -394,7 +394,7 @@ class SocketSteering(Steering):
         if self._not_steered or self._not_held:
             self._loop.call_after("steer", _STEER_AGAIN_S, self._repair)
         self._steer_while_starting()
-        if self._written != self._groups:  # no decision follows a repair and writes the state
+        if self._written != self._groups:  # after a repair, only we write the state
             self._written = self._groups
             self._loop.call_after("groups", 0, self._write)
         return self.is_steered

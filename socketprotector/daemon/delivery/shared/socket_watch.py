@@ -28,9 +28,7 @@ LAST_RESCUE_S = 600.0
 _RESCUE = "steering-rescue"
 _REPAIR = "steering-repair"
 _REPAIR_AGAIN_S = 0.1
-_MOUNTED = (
-    "clients came to a socket that its path no longer leads to; mount the folder, not the file"
-)
+_MOUNTED = "clients came to a path's earlier socket; mount the folder, not the file"
 
 
 class SocketWatch(Backlogs):

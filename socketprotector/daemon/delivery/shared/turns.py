@@ -27,7 +27,7 @@ class Share:
 class Turns:
     """The assignment of sockets to generations.
 
-    A listener's sockets have the numbers 0 and 1.  If there is only one, both numbers mean it.
+    A listener's sockets have the numbers 0 and 1.  Both numbers mean a listener's only socket.
     """
 
     current: int = 0  # the number of the socket that gets new clients
@@ -145,10 +145,10 @@ class Turns:
     def expect(self, listener: Listener, *, dry_run: bool) -> int:
         """Let a new listener's clients wait for the next generation; return their socket's number.
 
-        dry_run: the next generation gets no clients, so they wait at the socket that it lacks.
+        dry_run: the next generation gets no clients, so clients wait at the current socket.
         """
         number = self.expected[listener.index] = self.current if dry_run else self.free
-        if listener.has_sibling and not dry_run:  # otherwise they wait at the current socket
+        if listener.has_sibling and not dry_run:  # otherwise clients wait at the current socket
             self.unserved |= {(generation, listener.index) for generation in self.accepting}
         return number
 
@@ -162,8 +162,8 @@ class Turns:
         """Assign new clients to socket 0 or 1, and a share of them to the other socket.
 
         there: the indices of all listeners.  knows: returns whether the generation at that socket
-        knows a listener; None: no generation has that socket yet.  If a listener is not known, its
-        clients stay at their socket.
+        knows a listener; None: no generation has that socket yet.  Clients of other listeners stay
+        at their present socket.
         """
         if knows is not None and number != self.current:
             unknown = {index: self.current for index in there if not knows(index)}

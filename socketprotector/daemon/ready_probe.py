@@ -55,7 +55,7 @@ class ReadyProbe:
         """Probe a generation until it answers, or until stop()."""
         self.stop()
         program = generation.program
-        if program.ready == "any" and program.ready_after_s is None:
+        if program.ready == "any" and program.ready_fd >= 0:
             return  # its command uses {fd:ready}
         self._generation, self._began = generation, time.monotonic()
         self._spec = probe_spec.read(program.ready_question or "accept")

@@ -14,7 +14,7 @@ from contextlib import suppress
 from ...core.fleet import Fleet, Generation, Phase, State, Worker
 from ...core.waiting import Facts, waits
 from ...model.lazy_dataclass import as_dict
-from ...model.listen_fds import ready_after_s
+from ...model.listen_fds import ready_fd
 from ...model.records import Counts, GenerationRecord, WorkerRecord
 from ...model.settings import Settings
 from ...model.text import headline, in_units
@@ -61,7 +61,7 @@ def of_ready(settings: Settings) -> str:
         case "after":
             return f"after {in_units(settings.ready_after_s or 0.0)} (only a timer)"
         case "any":
-            is_probed = ready_after_s(settings) is not None  # otherwise workers use {fd:ready}
+            is_probed = ready_fd(settings) < 0  # otherwise workers use {fd:ready}
             return "notify, ack, a line or accept" if is_probed else "notify, ack or a line"
         case "http" | "https":
             return settings.ready_question

@@ -1,6 +1,6 @@
 """`socketprotectorctl` and `python -m socketprotector.ctl`.
 
-main() imports the program, so that a lack of memory gives a one-line error.
+main() imports the program late, so that a lack of memory ends in a one-line error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _STATUS = 1  # cli.OutputFailed's
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command, by default that of the process's arguments.  Returns the exit status."""
+    """Run one command, by default the one in the process's arguments.  Returns the exit status."""
     try:
         from . import main as program
 

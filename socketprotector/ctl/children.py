@@ -1,7 +1,7 @@
 """The child processes of an unmodified server, such as gunicorn's workers.
 
 The command reads them from /proc: SocketProtector knows only the processes that it starts.
-None are found if /proc is missing, hides them, or belongs to another PID namespace.
+It finds none if /proc is missing, hides them, or belongs to another PID namespace.
 
 Source: proc(5), `task/TID/children` (CONFIG_PROC_CHILDREN) and `stat`.
 """
@@ -17,9 +17,9 @@ from .fields import listed, number_in, text_in
 
 
 def children_of(status: Message) -> dict[int, list[int]]:
-    """Return the living children of each worker that a status names, by its pid."""
+    """Return the living children of each worker in a status, by the worker's pid."""
     mode = MODES.get(text_in(status, "handoff"))
-    # The children of an adapter are programs of clients: one for each connection.
+    # The children of an adapter are programs for clients, one for each connection.
     if mode is None or mode.adapter or not procfs.is_ours():
         return {}
     parents = {number_in(status, "pid"), number_in(status, "main_pid")}
@@ -41,7 +41,7 @@ def _children(pid: int) -> list[int]:
             with open(f"/proc/{pid}/task/{thread}/children", encoding="ascii") as file:
                 found += [int(word) for word in file.read().split()]
     except OSError:
-        pass  # it has ended, or the kernel does not say
+        pass  # the process has ended, or the kernel lacks the file
     return sorted(found)
 
 

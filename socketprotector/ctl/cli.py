@@ -32,7 +32,7 @@ class OutputClosed(Exception):
 
 
 class OutputFailed(Refusal):
-    """The answer cannot be written (a full disk, for example), or an OSError prevented it."""
+    """The answer cannot be written (a full disk, for example), or an OSError prevented one."""
 
     status = 1
 
@@ -64,7 +64,7 @@ class Instance:
     ) -> Client:
         """Return a new connection, which the caller closes.  Raises NoProtector, UsageError.
 
-        answer_s: how long an answer may take.  events: whether to follow them.  until: see Client.
+        answer_s: how long an answer may take.  events: follow events.  until: see Client.
         """
         return Client(self.path(), answer_s, events=events, until=until)
 
@@ -173,7 +173,7 @@ def say(text: str) -> None:
 
 def say_json(value: Any) -> None:
     """Print a value as one line of JSON, which cannot control the terminal."""
-    # ensure_ascii leaves only DEL of the control characters.
+    # The only control character that ensure_ascii leaves is DEL.
     print(json.dumps(value).replace("\x7f", "\\u007f"), flush=True)
 
 

@@ -1,10 +1,10 @@
 """A connection to a control socket: a request, its answer, and the events in between.
 
 An upgrade or a crash ends the connection, but the socket stays.  A waiting client connects
-again, as long as it can expect a new process to answer there.
+again, as long as it can expect a new process to answer at the socket.
 
-Standard library only.  It prints nothing, and raises errors.  Each call blocks for a given time
-at most.  It checks the form of the peer's data, and limits its length.
+This module uses only the standard library.  It prints nothing, and raises errors.  Each call blocks
+for a limited time.  The form and length of the peer's data are checked.
 
 Source: docs/control.md; unix(7) for SO_PEERCRED.
 """
@@ -29,10 +29,10 @@ from .fields import label, text_in
 from .message import message_in
 
 VERSION = 1
-#: A protector answers within milliseconds, or within a few hundred of them after a crash.
-#: On an overloaded machine it takes longer.
+#: A protector answers within milliseconds, after a crash within a few hundred.
+#: On an overloaded machine an answer takes longer.
 ANSWER_S = 10.0
-#: A guard restarts a killed protector within 0.3 s, or later if it keeps dying.
+#: A guard restarts a killed protector within 0.3 s, or later if the protector keeps dying.
 RETURN_S = 10.0
 _TRY_EVERY_S = 0.05
 #: A protector buffers at most 1 MiB for a client, so it never sends a longer line.
@@ -89,8 +89,8 @@ class Client:
     def again(self, within_s: float = math.inf) -> Message:
         """Connect again, within RETURN_S at most; return the status.
 
-        Raises NoProtector if no protector came back.  Both requests are sent before the first
-        answer, because a protector that is about to exit answers only the requests it has.
+        Raises NoProtector if no protector came back.  The requests for events and status are sent
+        together, because a protector that is about to exit answers only the requests that it has.
         """
         limit_s = self._at_most(min(within_s, RETURN_S))
         until = time.monotonic() + limit_s
@@ -139,7 +139,7 @@ class Client:
     def query(self, command: str, **arguments: Any) -> Message:
         """Send a request that is safe to repeat, and return its result.
 
-        It is repeated whenever the connection ends before the answer, for RETURN_S at most: a
+        The request is repeated if the connection ends before the answer, for RETURN_S at most: a
         crash may follow an upgrade.
         """
         until = time.monotonic() + self._at_most(RETURN_S)
@@ -270,7 +270,7 @@ class Client:
 
     @property
     def unread_bytes(self) -> int:
-        """How many bytes it has read, but not yet returned."""
+        """Return how many bytes were read, but not returned yet."""
         return len(self._buffer) + self._events_bytes
 
     def foreign(self) -> NoProtector:

@@ -1,7 +1,7 @@
 """Reads the connections of workers from /proc, because the protector does not know them.
 
-It finds sockets whose local address is a listener's, and not a worker's own connections (to a
-database, say).  It also searches the worker's children: a server may fork one for each
+It finds sockets whose local address is a listener's.  So it leaves out a worker's own connections,
+such as to a database.  It also searches the worker's children: a server may fork a child for each
 connection.
 
 Source: proc(5), `net/tcp`: local and remote address, state, tx_queue:rx_queue, inode.
@@ -66,10 +66,10 @@ def look(
 ) -> tuple[list[Connection], list[HiddenWorker]]:
     """Return the workers' connections, and the workers whose connections cannot be read.
 
-    workers: as `connections` of docs/control.md returns them.  listeners: their canonical
-    addresses.  now: the time since the epoch.  draining: generations that get no clients any
-    more.  There a connection of unknown age is older than the drain; elsewhere it is younger than
-    its worker.
+    workers: as `connections` of docs/control.md returns them.  listeners: the listeners'
+    canonical addresses.  now: the time since the epoch.  draining: generations that get no clients
+    any more.  In these generations, a connection of unknown age is older than the drain.  In other
+    generations it is younger than its worker.
     """
     addresses = tuple(listeners)
     found: list[Connection] = []
@@ -178,7 +178,7 @@ def _unix(path: str, addresses: set[str]) -> Iterator[tuple[int, _Socket]]:
     waiting = unread_unix()
     for words in _lines(path):
         if len(words) < 7 or not words[6].isdecimal():
-            continue  # the rest of a line: any process may put a line break into a name
+            continue  # the rest of a broken line: any process may put a line break into a name
         state, inode = words[5], words[6]
         name = path_of(" ".join(words[7:]))  # a path may have blanks in it
         if state == _CONNECTED and name in addresses:

@@ -43,10 +43,10 @@ def by_path(path: str) -> str:
 def by_name(name: str) -> str:
     """Return the socket of the protector with this name.
 
-    If several protectors share a name, NAME:LISTENER chooses one.  A listener's port alone is a
-    name, too, unless a protector has it as its name.
+    If several protectors share a name, NAME:LISTENER chooses one of them.  A listener's port alone
+    is a name, too, unless a protector is named like that port.
     """
-    # The protector makes its key from its name in the same way; the name may be a path.
+    # The protector derives its key from its name, which may be a path, in the same way.
     key, found = control_path.key_of(name), sockets()
     there = [path for path in found if control_path.key(path) == key]
     others = [path for path in found if control_path.key(path).startswith(f"{key}:")]
@@ -74,18 +74,18 @@ def by_name(name: str) -> str:
 def running(begun: str) -> list[str]:
     """Return the names of running instances that begin with a text, for completion in a shell.
 
-    It leaves out names with characters that are special to a shell: any process can choose its
-    name.
+    It leaves out names with characters that are special to a shell, because any process can choose
+    any name.
     """
     found = names(everything())
     return [each for each in found if each.startswith(begun) and not set(each) - _SHELL_SAFE]
 
 
 def names(found: Sequence[SocketAnswer]) -> list[str]:
-    """Return a name for each: its own, with its listener if several share that name.
+    """Return a name for each protector, with its listener if several protectors share the name.
 
-    A protector that does not answer gets its socket's name.  Any process can choose its name, so
-    only the protector in the folder of that name keeps it without a listener.
+    A protector that does not answer gets its socket's name.  Any process can choose any name, so
+    only a protector whose socket is in the folder of the name keeps the name without a listener.
     """
     longer = [_names_of(each) for each in found]
     called = [plain for plain, *_ in longer]
@@ -129,7 +129,7 @@ def by_pid_file(file: str) -> str:
         if each.alive and pid in (each.pid, status.get("pid"), status.get("main_pid")):
             there.append(each)
     if there:
-        # Any process can report any pid: prefer the socket beside the file, then the kernel's pid.
+        # Any process can report any pid: prefer a socket beside the pid file, then SO_PEERCRED.
         folder = os.path.dirname(os.path.abspath(file))
         there.sort(key=lambda each: (os.path.dirname(each.path) != folder, each.pid != pid))
         return there[0].path
@@ -156,7 +156,7 @@ def the_only_one() -> str:
 
 
 def everything() -> list[SocketAnswer]:
-    """Return the answers of all control sockets in the usual folders to a status request."""
+    """Request the status from all control sockets in the usual folders; return the answers."""
     return query_all(sockets())
 
 
@@ -199,12 +199,12 @@ def where() -> str:
 
 
 def none_found() -> str:
-    """Return the message that no control socket was found, with what to do."""
+    """Return the message that no control socket was found, with advice."""
     return f"no protector has a control socket in {where()}{_unset()}"
 
 
 def _unset() -> str:
-    """Return what to do if XDG_RUNTIME_DIR is not set, and perhaps was for the protector."""
+    """Return advice if XDG_RUNTIME_DIR is not set, but may have been for the protector."""
     if os.geteuid() == 0 or os.environ.get("XDG_RUNTIME_DIR"):
         return ""
     return (

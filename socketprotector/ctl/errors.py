@@ -7,7 +7,7 @@ from ..model.text import escape
 
 
 class ControlError(Refusal):
-    """A request to a protector failed, or the command that it began."""
+    """A request to a protector failed, or the command that the request began."""
 
     #: The outcome in one word, which `--json` of reload, upgrade and stop prints.
     result = "lost"
@@ -22,7 +22,7 @@ class NoProtector(ControlError):
     status = 1
 
     def __init__(self, error: str, code: str = "dead") -> None:
-        super().__init__(escape(error))  # one line, whatever a path in it holds
+        super().__init__(escape(error))  # one line, even if a path contains a line break
         self.code = code
 
 
@@ -64,7 +64,7 @@ _STATUSES = {"invalid": UsageError.status, "unmet": UsageError.status, "deployin
 
 
 class RequestRefused(ControlError):
-    """The protector refused a request.  code: one of those in docs/control.md."""
+    """The protector refused a request.  code: see docs/control.md."""
 
     status = 100
     result = "refused"

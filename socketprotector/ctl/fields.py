@@ -1,4 +1,4 @@
-"""Reads fields of a status or an event, and ignores those of a wrong type.
+"""Reads fields of a status or an event, and ignores fields of a wrong type.
 
 The peer may be a newer protector, or no protector at all.
 """
@@ -45,7 +45,7 @@ def measure(message: Status, name: str) -> float | None:
 
 
 def is_lame_duck(status: Status) -> bool:
-    """Return True if load balancers should send clients elsewhere, although it is serving."""
+    """Return True if load balancers should send clients elsewhere, although workers serve."""
     return status.get("lame_duck") in ("on", "stopping")
 
 
@@ -58,8 +58,8 @@ def serves(status: Status) -> bool:
 def why_not_ready(status: Status) -> str:
     """Return why a load balancer should send no clients to a protector; "" if it should.
 
-    A hold is no reason: its clients wait and are served later.  Otherwise a hold of all hosts at
-    once would leave the balancer without a host.
+    A hold is no reason, because its clients wait and are served later.  Otherwise a hold on all
+    hosts would leave the balancer without a host.
     """
     if is_lame_duck(status):
         return "lame duck"
@@ -106,7 +106,7 @@ class Wait:
 
 
 def waits_of(status: Status) -> list[Wait]:
-    """Return the waits of a protector; those that delay a reload come first."""
+    """Return a protector's waits; waits that delay a reload come first."""
     return [
         Wait(
             text_in(each, "kind"),
@@ -166,7 +166,7 @@ def rollout_text(status: Status) -> str:
 
 
 def closing_text(generation: Status) -> str:
-    """Return how fast a generation ends its connections, and for how long; "": it does not."""
+    """Return how fast a generation ends its connections, and for how long; "": none."""
     closing = generation.get("closing")
     rate = measure(closing, "per_s") if isinstance(closing, dict) else None
     left_s = measure(closing, "left_s") if isinstance(closing, dict) else None
@@ -200,7 +200,7 @@ def _rolling_text(rollout: Status, stage: str) -> str:
 
 
 def _awaited(worker: Status) -> str:
-    """Return a worker that is waited for, with its connections."""
+    """Describe a worker that a rolling reload waits for, with its connections."""
     name, active = f"worker {number_in(worker, 'worker')}", measure(worker, "active")
     if active is None:
         return name

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import click
 
-#: Every command once, as the manual page has them.
+#: Every command once, in the manual page's order.
 GROUPS = {
     "Queries": (
         *("status", "ready", "connections", "history", "releases", "crashes", "diff", "events"),
@@ -53,7 +53,7 @@ _STATUSES = (
 
 
 class HelpGroup(click.Group):
-    """A group of commands with these two pages."""
+    """The group of all commands, which prints these two pages."""
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write --help."""

@@ -1,4 +1,4 @@
-"""Runs one of all commands of socketprotectorctl.
+"""Runs one command of socketprotectorctl.
 
 Every error becomes one line on stderr, and an exit status (errors.py).
 """
@@ -52,7 +52,7 @@ def completion(instance: Instance, shell: str, of: Sequence[str], as_json: bool)
     scripts = []
     for name in of or PROGRAMS:
         variable = f"_{name.replace('-', '_')}_COMPLETE".upper()
-        # Not the source() of the subclass: the one for bash runs bash to read its version.
+        # Not the subclass's source(), which for bash runs bash to read the version of bash.
         scripts.append(ShellComplete.source(found(program, {}, name, variable)))
     script = "\n".join(scripts)
     if as_json:
@@ -62,10 +62,10 @@ def completion(instance: Instance, shell: str, of: Sequence[str], as_json: bool)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command, by default that of the process's arguments.  Returns the exit status."""
+    """Run one command, by default the one in the process's arguments.  Returns the exit status."""
     stand_on_three_descriptors()
     if isinstance(sys.stdout, TextIOWrapper):  # the locale may lack characters of last words
-        with suppress(OSError):  # opened on a seekable file that is a pipe now
+        with suppress(OSError):  # stdout was a file when it was opened, and is a pipe now
             sys.stdout.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt

@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 #: The limit of values in a line; each takes about 100 bytes.  A status of 1,000 workers has
-#: 20,000.
+#: 20,000 values.
 _VALUES = 200_000
 #: The deepest nesting.  A status has 8 levels, down to the buckets of a generation's waits.
 _DEPTH = 16

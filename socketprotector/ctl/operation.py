@@ -25,7 +25,7 @@ class Operation:
     client: Client
 
     def __init__(self, timeout_s: float, as_json: bool, fields: Sequence[str] = ()) -> None:
-        """fields: what --json prints besides the result; null until they are known."""
+        """fields: names that --json prints besides the result; a value is null until known."""
         self.outcome: Message = {"result": None, **dict.fromkeys(fields)}
         self.losses: Losses | None = None
         self._as_json = as_json

@@ -23,7 +23,7 @@ from .queries import GENERATION, known_generations
 _HOLD_EVERY_S = 1.0
 _HOLD_EACH_S = 5.0
 _LEVELS = ("debug", "info", "warning", "error")
-#: With this `scale -1` is a number, not an option.
+#: Makes the -1 of `scale -1` a number, not an option.
 _NEGATIVE = {"ignore_unknown_options": True}
 
 

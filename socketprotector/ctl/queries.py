@@ -35,7 +35,7 @@ _AGAIN_EVERY_S = 1.0
 _DIFF_S = 60.0
 #: How long to wait for the next event; then the wait begins again, and nothing is printed.
 _LISTEN_S = 3600.0
-#: How many addresses of an instance `list` shows, and how much of each.
+#: How many addresses of an instance `list` shows, and how many characters of each.
 _ADDRESSES, _ADDRESS_CHARACTERS = 64, 200
 _BOUNDS = {EXACT: "", AT_LEAST: ">=", AT_MOST: "<="}
 
@@ -140,7 +140,7 @@ def history(instance: Instance, as_json: bool) -> None:
 @command(short_help="List connections: peer, age, worker.")
 @click.argument("generation", type=GENERATION, required=False, shell_complete=known_generations)
 def connections(instance: Instance, generation: int | None, as_json: bool) -> None:
-    """Show who is connected, for how long, and to which worker: what keeps a generation alive.
+    """Show each connection: peer, age and worker. Connections keep a generation alive.
 
     It reads /proc, so run it as root or as the workers' user. An age with >= or <= is at
     least or at most that.

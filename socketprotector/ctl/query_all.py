@@ -27,12 +27,12 @@ class SocketAnswer:
 
     path: str
     result: Message | None = None
-    pid: int = 0  # by SO_PEERCRED; 0 where no process listens
+    pid: int = 0  # by SO_PEERCRED; 0: no process listens
     why: str = ""  # the code of a NoProtector (dead, silent, no protector) or of a refusal
 
     @property
     def alive(self) -> bool:
-        """Return True if a process listens there."""
+        """Return True if a process listens at the socket."""
         return self.why != "dead"
 
 
@@ -55,7 +55,7 @@ def query_all(paths: Iterable[str], within_s: float = SURVEY_S) -> list[SocketAn
             for key, _ in selector.select(left_s):
                 client = key.data
                 if client.fileno() < 0:
-                    continue  # closed in this round, because its answer is too long
+                    continue  # closed in this round, because its answer was too long
                 answer = _answer_of(client)
                 if answer is None and (longest := _longest_of_too_much(selector)) is not None:
                     client, code = longest, longest.foreign().code
@@ -78,7 +78,7 @@ def _answer_of(client: Client) -> SocketAnswer | None:
 
 
 def _longest_of_too_much(selector: selectors.BaseSelector) -> Client | None:
-    """Return the client with the longest incomplete answer, if all are too long together."""
+    """Return the client with the longest incomplete answer, if the sum of all is too long."""
     clients: list[Client] = [key.data for key in selector.get_map().values()]
     if sum(each.unread_bytes for each in clients) <= _MOST_BYTES:
         return None

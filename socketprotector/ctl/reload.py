@@ -252,7 +252,7 @@ def _judged(operation: Operation, watched: Reload) -> Verdict:
 
 @contextmanager
 def _unless_it_ended(meant: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Ignore the end of the protector if `meant()`: its generations have ended with it."""
+    """Ignore the end of the protector if `meant()`: all generations have ended, too."""
     try:
         yield
     except NoProtector as error:
@@ -290,7 +290,7 @@ class _Older(Awaited):
 
 
 class _Tried(_Older):
-    """Waits until the generation that a dry run has started has ended."""
+    """Waits for the end of the generation that a dry run has started."""
 
     def _left_in(self, status: Message) -> str:
         there = {number_in(each, "number") for each in listed(status, "generations")}
@@ -316,7 +316,7 @@ def _raise_failed(operation: Operation, found: Verdict, what: str) -> None:
 
 
 def _last_words(client: Client, generation: int) -> str:
-    """Return the last words from `crashes`: a cut connection may have missed their event."""
+    """Return the last words from `crashes`, because a cut connection may have lost the event."""
     try:
         crashes = listed(client.request("crashes"), "crashes")
     except ControlError:
@@ -425,7 +425,7 @@ def _request_stop(client: Client, quick: bool) -> None:
             if client.query("status").get("phase") != "stopping":  # the request was lost
                 client.request("stop", quick=quick)
         except NoProtector:
-            pass  # it has ended; the caller waits for that next
+            pass  # the protector has ended; the caller waits for its process next
 
 
 class _Stopped(Awaited):

@@ -1,8 +1,8 @@
 """Derives the verdict of a reload from events and from status: pure, and never too early.
 
-There are two sources, because a cut connection may miss events.  `status` reports the same as the
-events, only later.  The verdict is the first `reloaded` or `reload-failed` of the promised
-generation, or of a later one; nothing else is a success.
+There are two sources, because a cut connection may lose events.  `status` reports the same as the
+events, but later.  The verdict is the first `reloaded` or `reload-failed` of the promised
+generation, or of a later generation.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ _VERDICTS = {"reloaded": True, "reload-failed": False}
 _DRY_RUN_VERDICTS = {"dry-run-passed": True, "dry-run-failed": False}
 #: The results in a status that are successes.
 _GOOD = ("reloaded", "passed")
-#: The kinds of waits that keep a reload from its verdict, and those of a stop.
+#: The kinds of waits that delay the verdict of a reload.
 OF_RELOAD = (
     *("upgrade", "configuration", "start", "canary", "settle", "rolling", "back-off", "room"),
     "earlier-reload",
 )
 #: Kinds of waits whose reasons contain counts, so that they change all the time.
 _COUNTING = ("canary", "rolling")
+#: The kinds of waits that delay a stop.
 OF_STOP = ("stop",)
 #: How often to repeat an unchanged reason, with the time left; how soon to show a changed reason
 #: of the same wait; and how long a wait must last before it gets a line.
@@ -51,7 +52,7 @@ class Verdict:
 
 @dataclass(slots=True)
 class ProgressThrottle:
-    """Decides which counts of workers to show: each change of a few, each tenth of many."""
+    """Decides which counts of workers to show: all of a few workers, each tenth of many."""
 
     _whole: int = 0
     _last: object = None
@@ -66,7 +67,7 @@ class ProgressThrottle:
 
 @dataclass(slots=True)
 class WaitsShown:
-    """Shows each reason of a wait once, and again from time to time while it lasts."""
+    """Shows each reason of a wait once, and again from time to time while the wait lasts."""
 
     tell: Callable[[str], None]
     now: list[Wait] = field(default_factory=list)
@@ -105,13 +106,13 @@ class _Generation:
 
 
 class Awaited:
-    """The outcome that a command waits for.  Events report it at once; status, later."""
+    """The outcome that a command waits for.  Events report it at once, `status` later."""
 
     #: Events after which the status is requested at once.
     heeded: tuple[str, ...] = ()
     #: The step to show when the connection is cut, unless a stop explains it.
     cut = ""
-    #: Whether the protector is being stopped, so that none comes back after it.
+    #: Whether the protector is being stopped, and no protector will come back.
     stopping = False
 
     def __init__(self, tell: Callable[[str], None]) -> None:
@@ -221,15 +222,15 @@ class Reload(Awaited):
                     self._switched(number)
                 else:
                     self._shared(number)
-        # Once this reload is in progress, the wait of an `earlier-reload` is for another reload.
+        # Once this reload is in progress, `earlier-reload` is the wait of another reload.
         kinds = [each for each in OF_RELOAD if self._now is None or each != "earlier-reload"]
         self.waits.looked(status, kinds)
-        # "waiting": under stop-first no generation has the route until the old one has quiesced.
+        # "waiting": under stop-first no generation has the route until the old generation is quiet.
         under_way = self._phase in (*_STARTING, "reloading", "waiting")
         if reloads or starting or under_way or self.stopping or status.get("reload_wanted"):
             self._forgotten = 0
             return
-        # Require several such statuses: a single one may come between two reloads.
+        # Require several such statuses: a single status may come between two reloads.
         self._forgotten += 1
         if self._forgotten > 2:
             reason = "its verdict is no longer known; see `history` and the log"

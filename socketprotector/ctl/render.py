@@ -45,7 +45,7 @@ Row = Sequence[Cell]
 
 
 def count(value: object) -> str:
-    """12345 -> 12,345; UNKNOWN if it is not a whole number."""
+    """Return 12345 as 12,345; UNKNOWN for anything but a whole number."""
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else UNKNOWN
 
 
@@ -55,7 +55,7 @@ def counts(message: Message, *names: str) -> list[str]:
 
 
 def duration_text(seconds: object) -> str:
-    """90061 -> 1d1h; two units at most."""
+    """Return 90061 as 1d1h, with two units at most."""
     if not isinstance(seconds, int | float):
         return UNKNOWN
     left = max(0.0, float(seconds))
@@ -78,7 +78,7 @@ def age_text(now: object, at: object) -> str:
 
 
 def latency_text(microseconds: object) -> str:
-    """63 -> 63us, 1023 -> 1.0ms."""
+    """Return 63 as 63us, and 1023 as 1.0ms."""
     if not isinstance(microseconds, int | float):
         return UNKNOWN
     if microseconds < 1000:
@@ -89,7 +89,7 @@ def latency_text(microseconds: object) -> str:
 
 
 def size(number: object) -> str:
-    """1536 -> 1.5K."""
+    """Return 1536 as 1.5K."""
     if not isinstance(number, int):
         return UNKNOWN
     if number < 1024:
@@ -123,7 +123,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 def columns(headings: str, rows: Iterable[Row]) -> Table:
     """Return a table without lines.  headings: separated by blanks."""
-    # One blank between columns, so that the row of a generation fits into 80.
+    # One blank between columns, so that a generation's row fits into 80 characters.
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for heading in headings.split():
         table.add_column(heading, justify="left" if heading in _TEXT else "right", no_wrap=True)

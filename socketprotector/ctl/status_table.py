@@ -1,4 +1,4 @@
-"""Renders a status: the heading, and the columns of `status` and `top` (of `list`: queries.py)."""
+"""Renders a status: the heading, and the columns of `status` and `top` (`list`: queries.py)."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _says(status: Message) -> str:
 
 
 def untaken(status: Message) -> list[tuple[int, float]]:
-    """Return the generations whose workers take no client, and since how many seconds."""
+    """Return the generations whose workers take no client, and for how many seconds."""
     found = []
     for each in listed(status, "generations"):
         seconds = each.get("oldest_waiting_s")
@@ -216,7 +216,7 @@ def _forked(worker: Message, generation: Message, child: Message) -> Row:
 
 
 def left_out(status: Message) -> list[Text]:
-    """Return the line that names the columns left out, and why."""
+    """Return the line that says which columns are left out, and why."""
     hidden = _unknown(status, [*listed(status, "generations"), *_workers_of(status)])
     if not hidden:
         return []
@@ -237,7 +237,7 @@ def _workers_of(status: Message) -> list[Message]:
 
 
 def _unknown(status: Message, messages: Sequence[Message]) -> dict[str, None]:
-    """Return the columns that stay unknown, not those that are unknown only at the start."""
+    """Return the columns that stay unknown; none before the first worker is ready."""
     begun = any(each.get("state") in ("ready", "retiring") for each in _workers_of(status))
     if not messages or not (begun or _workers_accept(status)):
         return {}

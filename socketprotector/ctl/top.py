@@ -1,6 +1,6 @@
 """top: one screen, redrawn every second, for a terminal of at least 80 x 24.
 
-Rates and waits are those of the last interval: the difference of two statuses.
+Rates and waits cover the last interval: the difference of two statuses.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Rates:
         if isinstance(now, int) and isinstance(then, int):
             self.forwarded.append(max(0, now - then) / span_s)
         else:
-            self.forwarded.clear()  # unknown where workers accept
+            self.forwarded.clear()  # unknown if workers accept
         waits = zip(_waits(status), _waits(before), strict=True)
         counts = [max(0, now - then) for now, then in waits]
         self.p50_us, self.p99_us = quantile_us(counts, 0.5), quantile_us(counts, 0.99)
@@ -114,9 +114,7 @@ def _screen(client: Client, interval: float) -> None:
                 live.update(drawn(status, rates, console.width, console.height), refresh=True)
             except NoProtector as error:
                 live.update(render.styled(f"no answer: {error}", "red"), refresh=True)
-                with suppress(
-                    NoProtector
-                ):  # the next status request reports it, until the user quits
+                with suppress(NoProtector):  # the next query reports it again
                     client.again(1.0)
             if pressed(interval):
                 return

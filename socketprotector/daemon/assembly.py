@@ -1,6 +1,6 @@
 """Creates the parts of the resident process, and connects them.
 
-An earlier program may have left a state and descriptors: each goes to the part that owns it.
+Each part takes over its descriptors and its share of the state from an earlier program.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _STDERR = 2
 
 
 class Resident:
-    """The resident process: its parts, from the start to the exit."""
+    """All parts of the resident process, from its start to its exit."""
 
     def __init__(
         self,
@@ -64,10 +64,10 @@ class Resident:
     ) -> None:
         """Take ownership of the descriptors.
 
-        earlier: the state of an earlier program, or why it cannot be resumed.
+        earlier: the state of an earlier program, or the reason why that state is unusable.
         """
-        # At a first start without a guard no store has copies of the descriptors, because they come
-        # from the launching process.
+        # At a first start without a guard, the descriptors come from the launching process, and no
+        # store has copies.
         known = inherited.GUARD in descriptors or inherited.STATE in descriptors
         kept = descriptors.keys() - {inherited.GUARD} if known else set()
         self.settings = settings
@@ -122,7 +122,7 @@ class Resident:
         supervisor = self._make_supervisor(runtime, queue, checkpoint)
         control = self._make_control(supervisor, runtime)
         self._watch_parents(supervisor, runtime)
-        # Signals were blocked from the start: before this line no part could handle one.
+        # Signals were blocked until now, because no part could handle them.
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         self.began = True
         watchers = self.unclaimed.take_all(inherited.WATCH)
@@ -131,8 +131,8 @@ class Resident:
             supervisor.launch()
         else:
             supervisor.adopt(recovery.Recovery(supervisor.effects, snapshot, self.unclaimed))
-        # The guard learns that we handle signals now, and which signal makes workers finish: it
-        # sends that signal if no protector can be started.
+        # Inform the guard that we handle signals now, and which signal makes workers finish.  The
+        # guard sends workers that signal if no protector can be started.
         self.parents.guard.send(f"X_BEGAN=1\nX_FINISH={settings.finish_signal}")
         if settings.watch or watchers:
             self.watcher = watch_client.FileWatch(settings, runtime)
@@ -151,7 +151,7 @@ class Resident:
     def _snapshot_to_resume(self) -> Snapshot | None:
         """Return the snapshot of an earlier program; None: this is a first start.
 
-        A first start makes the state file.  Raises StateError if the state cannot be resumed.
+        At a first start, makes the state file.  Raises StateError if the state cannot be resumed.
         """
         if isinstance(self.earlier, StateError):
             raise self.earlier
@@ -182,10 +182,9 @@ class Resident:
             """
             return processors() > 1 and quota.processors() > 1
 
-        # From here on another program can resume if this program fails.
         self._loop = loop = Loop(settings.busy_poll_s, has_spare_core)
-        # Each worker and each draining generation costs descriptors here.  Workers get back the
-        # soft limit of our caller.
+        # This process needs descriptors for each worker and each draining generation.  Workers get
+        # the soft limit of our caller.
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         spawn.use_batch_policy()
@@ -244,7 +243,7 @@ class Resident:
             # Remove the settings first: without them the next program makes a fresh start with the
             # stored descriptors.
             store.forget(inherited.SETTINGS)
-            # systemd may drop its copy late, but the copy is of the same file, now empty.
+            # systemd may drop its copy late, so empty the file.
             os.ftruncate(self.own[inherited.SETTINGS], 0)
         # The relay exits after its last writer, and a copy in the fd store would count as a writer.
         for name in self.output.descriptors():
@@ -347,7 +346,7 @@ class Resident:
     # -- the control socket ----------------------------------------------------
 
     def _make_control(self, supervisor: Supervisor, runtime: Runtime) -> ControlServer | None:
-        """Open the control socket to operators; None: there is none."""
+        """Open the control socket to operators; None: no control socket is configured."""
         settings = self.settings
         if self.control_listener is None:
             return None
@@ -380,13 +379,13 @@ class Resident:
                 listener.close()
 
     def _write_pid(self, log: Log) -> None:
-        """Write the pid that operators should signal into the pid file, which we have locked."""
+        """Write into our locked pid file which process operators should signal."""
         lock = self.own.get(inherited.PID_FILE)
         if lock is None:
             return
         try:
             text = b"%d\n" % self.parents.systemd.pid
-            # Write first, then truncate: so a reader always finds a whole pid in the first line.
+            # Write before truncating, so that a reader always finds a whole pid in the first line.
             os.pwrite(lock, text, 0)
             os.ftruncate(lock, len(text))
         except OSError as error:

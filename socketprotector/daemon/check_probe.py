@@ -1,9 +1,9 @@
 """The addresses at which check commands (--ready check:, --settle-check) reach their generation.
 
 Each generation has a loopback address while it is checked, so a command can use any client program.
-Connections to that address reach the generation through its channel.  Under --handoff listener a
-helper process (programs/prober.py) forwards them over our own connections, because only these carry
-the mark that selects a generation.
+Under --handoff listener a helper process (programs/prober.py) forwards the connections to that
+address over connections of ours, because only our connections carry the mark that selects a
+generation.  In other modes the connections go into the generation's channel.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Forwarding:
-    """Forwards connections from a loopback socket of ours, by a helper that can be restarted."""
+    """Forwards the connections of one loopback socket; its helper can be restarted."""
 
     def __init__(self, loop: Loop, target: ProbeTarget, ended: Ended) -> None:
         """Open the socket and start the helper.  Raises OSError.
@@ -48,13 +48,13 @@ class Forwarding:
         return host, port
 
     def close(self) -> None:
-        """Forward nothing more."""
+        """Stop the forwarding."""
         if self._prober is not None:
             self._prober.close()
         self._listening.close()
 
     def start(self) -> None:
-        """Start the helper if it does not run."""
+        """Start the helper unless it is running."""
         if self._prober is None:
             try:
                 self._prober = prober_client.Prober(
@@ -78,7 +78,7 @@ class CheckProbes:
     _open: dict[int, tuple[ProbeTarget, Forwarding | None]] = field(default_factory=dict)
 
     def address(self, generation: OpenGeneration) -> str:
-        """Return a generation's probe address; "": it cannot be reached.  Raises OSError."""
+        """Return a generation's probe address; "" if no probe can reach it.  Raises OSError."""
         number = generation.record.number
 
         def ended(how: str) -> None:
@@ -103,7 +103,7 @@ class CheckProbes:
         return f"{host}:{port}"
 
     def judge(self, generation: OpenGeneration, why: str) -> str:
-        """Return why a command's answer is bad; "": it is good.
+        """Return why a command's answer is bad; "" for a good answer.
 
         why: the command's own reason.  If the command may have reached another generation, the next
         command gets another address.

@@ -1,9 +1,9 @@
 """Saves, before each action, all that the next program needs to resume.
 
-Descriptors go to the fd store (systemd's, or the guard); the state memfd says what they are for.
-Descriptors come first, then the state, then the action.  So whenever we are killed, all descriptors
-that the state mentions exist.  Only changes are stored and written, so a change of one worker
-costs the same however many workers there are.
+Descriptors go to the fd store (of systemd or the guard); the state memfd says what they are for.
+We store descriptors first, then write the state, then act.  So whenever we are killed, the store
+has all descriptors that the state mentions.  Only changes are stored and written, so a change of
+one worker costs the same however many workers there are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..system.state_file import StateError, StateFile
 from .effects import Effects
 
 _FULL = (
-    "workers started from now on end with a crash of SocketProtector; raise "
+    "a crash of SocketProtector would end the workers that start from now on; raise "
     "FileDescriptorStoreMax= and LimitNOFILE="
 )
 
@@ -36,7 +36,7 @@ class Checkpoint:
     others: Callable[[], Mapping[str, int]]
     _effects: Effects | None = None
     _snapshot: Callable[[], Snapshot] | None = None
-    _written: Snapshot | None = None  # the last snapshot in the state; None: unknown
+    _written: Snapshot | None = None  # the last snapshot that was written; None: unknown
     _failing: bool = False
     _behind: bool = False
     _full: bool = False
@@ -53,8 +53,8 @@ class Checkpoint:
     def save(self) -> bool:
         """Store the descriptors and write the state, so that the next program can resume.
 
-        Returns False if the state could not be written.  Without an fd store it writes nothing:
-        then a kill closes all descriptors, so no program can resume.
+        Returns False if the state could not be written.  Without an fd store, nothing is written:
+        a kill then closes all descriptors, so no program could resume.
         """
         if self._effects is None:
             return True
@@ -83,8 +83,8 @@ class Checkpoint:
     def write(self) -> bool:
         """Write the state; return whether another program could resume from it now.
 
-        It cannot while the fd store lacks a descriptor: the next program regards all descriptors
-        that it inherits as stored.
+        No program can resume while the fd store lacks a descriptor, because the next program
+        assumes that all inherited descriptors are stored.
         """
         wanted = self.descriptors().keys() - {inherited.GUARD}
         return self._write() and self.store.has(wanted)
@@ -111,7 +111,7 @@ class Checkpoint:
 def read(fd: int) -> Snapshot | None:
     """Return the snapshot in an earlier program's state memfd; None: the memfd is empty.
 
-    Raises StateError if a newer program wrote it, or if it is damaged.
+    Raises StateError if a newer program wrote the state, or if the state is damaged.
     """
     file = StateFile(fd)
     if file.empty:

@@ -1,8 +1,8 @@
 """Reads the configuration again in a child process, because reading may block.
 
-Reading also needs modules that must not stay in the resident process.  The child
-(launch/reload_child.py) gets the current settings, reads everything as the launching process did,
-and exits.  That module documents its answer.
+Reading also needs modules that must not stay in the resident process.  The child gets the current
+settings, reads everything as the launching process did, and exits.  launch/reload_child.py is its
+program, and documents its answer.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class ConfigAnswer:
 
 @mutable
 class ConfigReader:
-    """Runs one reading child at a time."""
+    """Runs one reader process at a time."""
 
-    #: Executes the protector's program.
+    #: The command that executes the protector's program.
     command: tuple[str, ...]
     loop: Loop
-    #: The key of its timer.
+    #: The key of this reader's timer in the loop.
     key: Hashable
     _process: HelperProcess | None = None
     _line: socket.socket | None = None
@@ -63,7 +63,7 @@ class ConfigReader:
     ) -> None:
         """Read, bind new listeners, and call back; dry: only report what would change.
 
-        The child is killed after start_timeout_s.  If it cannot start, `done` is called at once.
+        Kills the child after start_timeout_s.  If no child can start, calls `done` at once.
         """
         assert not self.busy
         self._failure = ""
@@ -90,7 +90,7 @@ class ConfigReader:
         with theirs:
             self._output = os.memfd_create("sp.reader", os.MFD_CLOEXEC)
             held = inherited.memory_file(inherited.SETTINGS, dump(settings))
-            with open(held, "rb", buffering=0):  # we close it once the reader has it
+            with open(held, "rb", buffering=0):  # closed here once the child has its copy
                 # As at the start, the umask decides the mode of UNIX sockets.
                 self._process = HelperProcess.start_protector(
                     self.command,
@@ -107,7 +107,7 @@ class ConfigReader:
         assert self._line is not None
         while True:
             try:
-                # CMSG_SPACE of one int has room for two.
+                # Not CMSG_SPACE: its padding would have room for a second descriptor.
                 data, control, flags, _ = self._line.recvmsg(
                     _RECORD_BYTES, socket.CMSG_LEN(4), _FLAGS
                 )

@@ -1,7 +1,7 @@
 """Carries out the actions that the lifecycle orders, and turns their results into events.
 
 If a program is killed during an action, the next program repeats the action.  So each action can be
-carried out twice, except Open and Spawn: the state records these at once.
+carried out twice, except Open and Spawn, which the state records at once.
 
 Generations are in generation.py, workers in worker_pool.py, connections in delivery/, reports and
 history in reports.py.  recovery.py resumes where another program stopped.
@@ -196,7 +196,7 @@ class Effects(Host):
             case Exit(status):
                 self.exit_status = status
                 self.pool.orphans.when_ended(self._stop_running)
-            case _:  # its generation failed to open: OpenFailed is posted already
+            case _:  # the action's generation failed to open: OpenFailed is posted
                 pass
 
     def _report(self, report: Report) -> None:
@@ -210,7 +210,7 @@ class Effects(Host):
     # -- from one program to the next ---------------------------------------------
 
     def snapshot(self, fleet: Fleet, actions: Iterable[Action]) -> Snapshot:
-        """Return all that the next program needs, with these actions still to be carried out.
+        """Return all that the next program needs, including these unfinished actions.
 
         Only RECORDED actions are persisted.
         """
@@ -243,13 +243,13 @@ class Effects(Host):
     def own_descriptors(self) -> dict[str, int]:
         """Return the descriptors that belong to no single worker, by name.
 
-        Descriptors that clients need come first: a full fd store keeps no more.
+        Descriptors that clients need come first, because the fd store may fill up.
         """
         owners = (self.delivery, self.generations, self.output)
         return {name: fd for each in owners for name, fd in each.descriptors().items()}
 
     def suspend(self) -> None:
-        """Stop all probes and reading; the next program starts them again."""
+        """Stop all probes and readers; the next program starts them again."""
         self.live_settings.stop_reading()
         for each in (self.pool, self.probing):
             each.suspend()
@@ -268,7 +268,7 @@ class Effects(Host):
             self._refuse_unless_reachable(program)
             if dry_run and (cannot := self.delivery.cannot_try()):
                 raise ValueError(f"cannot dry-run: {cannot}")
-            self.generations.forget_released(self.delivery.keeps)  # without an fd store, too
+            self.generations.forget_released(self.delivery.keeps)  # snapshot() may never do it
             made = self.generations[number] = OpenGeneration.make(number, program)
             try:
                 self.delivery.open(made, settings.queue, fresh=fresh)
@@ -328,7 +328,7 @@ class Effects(Host):
 
     @property
     def listeners_survive_stop(self) -> bool:
-        """Whether our own listeners survive a stop."""
+        """Return whether our own listeners survive a stop."""
         ours = [each for each in self.delivery.listeners if not each.settings.foreign]
         return bool(ours) and self._stay([name for each in ours for name in each.descriptors()])
 
@@ -344,7 +344,7 @@ class Effects(Host):
 
     @property
     def _late_s(self) -> float:
-        """How long a graceful stop still accepts clients that a hold kept out."""
+        """Return how long a graceful stop still accepts clients that waited during a hold."""
         stop_s = self.live_settings.settings.policy.stop_timeout_s
         return min(self.delivery.late_s, stop_s / 2 if stop_s else float("inf"))
 
@@ -422,7 +422,7 @@ class Effects(Host):
         return "; ".join(filter(None, (known, more)))
 
     def _note_due(self, deadline: Deadline) -> None:
-        """Record when a timer runs out, or that it is not set."""
+        """Record when a timer runs out, or that the timer is not set."""
         due = self._loop.due(deadline)
         if due is None:
             self._due.pop(deadline, None)
@@ -435,7 +435,7 @@ class Effects(Host):
 
     @property
     def late_clients_s(self) -> float | None:
-        """How long a stop still accepts clients that a hold kept out; None: it does not."""
+        """Return how long a stop still accepts clients that waited during a hold; None: no time."""
         due = self._loop.due(_LATE)
         return max(0.0, due - time.monotonic()) if due is not None else None
 

@@ -1,7 +1,7 @@
 """Carries every event to the supervisor.
 
-The queue is created first: all parts that post events need it, and the supervisor, which takes the
-events, needs those parts.
+The queue is created first, because all parts that post events need it.  The supervisor takes the
+events, but needs those parts, so it is created later.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Handles the reports of --handoff stdio pools about a generation's first programs.
+"""Handles the reports of pools (--handoff stdio) about a generation's first programs.
 
 A pool reports `failed` for each program that fails at once, until a program works
-(programs/stdio/first_programs.py).  A client may have caused a single failure, so a single failure
-is only shown.  After NO_ACCIDENT failures a settling generation fails; any other generation keeps
+(programs/stdio/first_programs.py).  A single failure is only shown, because a client may have
+caused it.  After NO_ACCIDENT failures a settling generation fails; any other generation keeps
 running.
 """
 
@@ -20,7 +20,7 @@ from .log_output import Output
 from .runtime import Runtime
 from .worker_spawn import Worker
 
-#: The most digits of a pid, or of a status as wait(2) gives it.
+#: The most digits of a pid, or of a status from wait(2).
 _DIGITS = 9
 
 
@@ -55,7 +55,7 @@ class FirstPrograms:
         _, how = status_of(status)
         count = generation.record.programs_failed + 1
         generation.update_record(programs_failed=count, program_ended=how)
-        self.runtime.persist()  # before the relay is queried, which may take a while
+        self.runtime.persist()  # before the query to the relay, which may take a while
 
         def done(found: str) -> None:
             # By now other programs may have failed with the same words.
@@ -63,7 +63,7 @@ class FirstPrograms:
             if generation.record.programs_work:
                 return  # another program has worked meanwhile
             generation.update_record(program_words=last_words)
-            if count <= NO_ACCIDENT:  # later failures would only repeat these
+            if count <= NO_ACCIDENT:  # later failures only repeat the first ones
                 self._keep(worker, pid, f"program {how}", last_words, at)
             if count >= NO_ACCIDENT:
                 reason = generation.record.programs_fail

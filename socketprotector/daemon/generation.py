@@ -23,8 +23,8 @@ class OpenGeneration:
     """One open generation.  It owns its scoreboard; the delivery owns its sockets."""
 
     record: GenerationRecord
-    board: Board | None = None  # None: it cannot be made, and nothing is counted
-    said_unable: bool = False  # to end its connections evenly: see spread.py
+    board: Board | None = None  # None: there is none, so nothing is counted
+    said_unable: bool = False  # the log says that some workers cannot spread (spread.py)
 
     @classmethod
     def make(cls, number: int, program: Program) -> OpenGeneration:
@@ -48,11 +48,11 @@ class OpenGeneration:
         return self.record.program
 
     def update_record(self, **changes: object) -> None:
-        """Replace the record as a whole: a checkpoint detects a change by identity."""
+        """Replace the whole record, because a checkpoint detects a change by identity."""
         self.record = replace(self.record, **changes)  # type: ignore[arg-type]
 
     def note_draining(self) -> None:
-        """Record when it began to drain."""
+        """Record that it begins to drain now, unless it has begun already."""
         if self.record.drained_at is None:
             self.update_record(drained_at=time.time())
 
@@ -63,7 +63,7 @@ class OpenGeneration:
 
     @property
     def ended(self) -> bool:
-        """Whether its workers get no more clients: they read end of file, or must finish."""
+        """Return whether its workers get no more clients: they read end of file, or must finish."""
         return self.record.ended
 
     def note_ended(self) -> None:
@@ -79,7 +79,7 @@ class OpenGeneration:
     def counts(self, slot: int) -> Counts | None:
         """Return the counts of the worker in a slot and of its forked children.
 
-        None: it does not count.
+        None: the worker does not count.
         """
         try:
             found = self.board.read(slot) if self.board is not None else None
@@ -92,17 +92,17 @@ class OpenGeneration:
 
     @property
     def accepted(self) -> int | None:
-        """How many connections its workers have accepted; None: none of them counts."""
+        """Return how many connections its workers have accepted; None: no worker counts."""
         slots = range(SLOTS) if self.board is not None else ()
         found = [self.record.past, *map(self.counts, slots)]
         counted = [each.accepted for each in found if each is not None]
         return sum(counted) if counted else None
 
     def take_counts(self, slot: int, kept: int = 0) -> int | None:
-        """Add up the counts of a dead worker; return how many connections were lost with it.
+        """Add a dead worker's counts to the sum; return how many connections were lost.
 
-        Returns None if it did not count.  Frees the slot for the next worker.
-        kept: how many connections its children keep open.
+        Returns None if the worker did not count.  Frees the slot for the next worker.
+        kept: how many connections the worker's children keep open.
         """
         found = self.counts(slot)
         try:
@@ -118,20 +118,20 @@ class OpenGeneration:
         return lost
 
     def scoreboard_slot(self, slot: int) -> tuple[int, int] | None:
-        """Return the scoreboard's descriptor and a worker's offset in it; None: it has no place."""
+        """Return the scoreboard's descriptor and a worker's offset in it; None: no place."""
         if self.board is None or self.board.offset(slot) < 0:
             return None
         return self.board.fd, self.board.offset(slot)
 
     def forget_board(self) -> None:
-        """Close the scoreboard: no worker is left that counts."""
+        """Close the scoreboard; nothing is counted any more."""
         if self.board is not None:
             self.board.close()
             self.board = None
 
 
 class Generations(dict[int, OpenGeneration]):
-    """The open generations by number, and the released ones whose clients still wait."""
+    """The open generations by number, and released generations whose clients still wait."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class Generations(dict[int, OpenGeneration]):
 
 
 def known_to(program: Program) -> frozenset[int] | None:
-    """Return the listeners that a program gets, by index; None: all."""
+    """Return the indices of the listeners that a program gets; None: all listeners."""
     if not program.listeners:
         return None
     names = program.listeners.split()

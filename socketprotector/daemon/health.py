@@ -1,8 +1,8 @@
 """--health: probes the serving generation periodically, and reports the result.
 
-It takes no action: the result is in status, metrics and the exporter's /readyz, and an event
-reports each change.  A dependency that generations share, such as a database, fails for all of them
-at once, on every host: a restart would make that worse.
+The result is in status, metrics and the exporter's /readyz, and an event reports each change.  No
+restart follows: if a shared dependency such as a database fails, all generations on all hosts fail
+at once, and restarts would make that worse.
 
 No count of clients or connections includes our probes.
 """
@@ -119,7 +119,7 @@ class Health:
         self._remember(
             lambda history: history.health_changed(number, known.state, known.last, known.since_at)
         )
-        self._persist()  # no decision follows, so the state is not written otherwise
+        self._persist()  # no decision follows that would write the state
         if known.state == HEALTHY:
             self._log.write("info", "healthy", generation=number)
         else:

@@ -17,20 +17,20 @@ def adopt(
 ) -> list[Listener]:
     """Adopt the inherited listeners, for this delivery; takes ownership of their descriptors.
 
-    Several sockets may be inherited for one role of a listener.  The number behind the name says
-    which socket is the newest: only that socket is in use.
+    Several sockets may be inherited for one role of a listener.  Only the newest is in use: the
+    socket with the highest number after its name.
     """
     made = []
     for index, each in enumerate(settings):
         first, again = _newest(unclaimed.take(inherited.LISTENER, index))
         second, second_again = _newest(unclaimed.take(inherited.SIBLING, index))
         third, third_again = _newest(unclaimed.take(inherited.RESERVED, index))
-        # A killed program may have left a socket under its earlier name as well.
+        # A killed program may have left the same socket under an earlier name, too.
         if _is_same(second, (first,)):
             second = -1
         if _is_same(third, (first, second)):
             third, third_again = -1, third_again + 1
-        if first >= 0:  # otherwise an earlier program has closed it
+        if first >= 0:  # otherwise an earlier program has closed the listener
             numbers = again, second_again, third_again
             made.append(kind.make_listener(index, each, (first, second, third), numbers))
             continue
@@ -44,7 +44,7 @@ def adopt(
 
 
 def _is_same(fd: int, others: Sequence[int]) -> bool:
-    """Return whether others have a descriptor of the same socket; if so, close this descriptor."""
+    """Close a descriptor if others include its socket; return whether it was closed."""
     inodes = {os.fstat(each).st_ino for each in others if each >= 0}
     same = fd >= 0 and os.fstat(fd).st_ino in inodes
     if same:

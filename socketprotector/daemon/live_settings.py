@@ -1,7 +1,7 @@
 """The settings in force, the candidate settings of a reload, and the process that reads them.
 
-The next generation uses candidate settings.  They take effect when it serves; if it fails, they are
-dropped.
+The new generation of a reload uses the candidate settings.  When this generation is serving, they
+take effect; if it fails, they are dropped.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LiveSettings:
         command: tuple[str, ...],
     ) -> None:
         """command: executes this program again."""
-        #: The record that the next program needs; like each record of the state, replaced whole.
+        #: The record that the next program needs; always replaced as a whole.
         self.record = SettingsRecord(settings)
         self._pool = pool
         self._delivery = delivery
@@ -57,7 +57,7 @@ class LiveSettings:
     def read(self, *, dry_run: bool, canary: bool = False, release: str = "") -> None:
         """Read the configuration again, in another process; the result is an event.
 
-        dry_run: no clients come to the generation that will use it, or to added listeners.
+        dry_run: the generation that uses it, and added listeners, get no clients.
         canary: the reload was requested with a canary.
         release: the one to start; "": the one that `current` names.
         """
@@ -72,7 +72,7 @@ class LiveSettings:
         reader.read(replace(self.settings, release_wanted=release), done)
 
     def compare(self, done: Callable[[config_reader.ConfigAnswer], None]) -> bool:
-        """Find out what a reload would change, and call back; False: a comparison runs."""
+        """Find out what a reload would change, and call back; False: another one is running."""
         comparer = self._reader("comparer")
         if comparer.busy:
             return False
@@ -80,7 +80,7 @@ class LiveSettings:
         return True
 
     def _reader(self, purpose: str) -> config_reader.ConfigReader:
-        """Return the reader for a purpose.  Raises MemoryError: its module is loaded late."""
+        """Return the reader for a purpose.  Loads its module late, so it may raise MemoryError."""
         if purpose not in self._readers:
             made = config_reader.ConfigReader(self._command, self._loop, purpose)
             self._readers[purpose] = made
@@ -133,7 +133,7 @@ class LiveSettings:
     def adopt(self, snapshot: Snapshot) -> None:
         """Resume with the candidate settings, if the fleet still tries or uses them.
 
-        If core has ordered their use, it repeats that order.
+        If core has ordered UseSettings already, core repeats that order.
         """
         self.record = SettingsRecord(self.settings, snapshot.settings.candidate)
         if snapshot.fleet.candidate is None and UseSettings() not in snapshot.unfinished:
@@ -189,7 +189,7 @@ class LiveSettings:
             "dry-run-configured" if dry_run else "configured",
             changes="; ".join(answer.changes) or "none",
         )
-        for index, bound in enumerate(old.listeners):  # a socket file may be new since the reading
+        for index, bound in enumerate(old.listeners):  # a socket file may be newer
             new = _with_file(new, index, bound)
         self.record = SettingsRecord(old, new)
         for listener in added:
@@ -201,7 +201,7 @@ class LiveSettings:
     def _cannot_roll_out(
         self, new: Settings, added: Collection[Listener], canary: bool
     ) -> str | None:
-        """Return why new settings' canary or rolling reload is impossible; None: it is possible.
+        """Return why new settings make a canary or rolling reload impossible; None: they do not.
 
         canary: whether the request has a canary, which was accepted under the present settings.
         """

@@ -31,8 +31,8 @@ _WRITE = f"{inherited.RELAY}write"
 #: How an operator gets a worker's output into the log.
 _KEPT = "--log-prefix shows it here"
 _NOT_RELAYED = "without --no-log-relay it is shown here"
-#: The pipe's mode: a worker of another user may open /dev/stdout again.  No other process can
-#: reach the pipe.
+#: The mode of a worker's pipe, because a worker of another user may open /dev/stdout again.  No
+#: other process can reach the pipe.
 _REOPENED = 0o622
 
 
@@ -51,7 +51,7 @@ class Output:
         self._settings = settings
         self._log_file, self._to_syslog = settings.log_file, settings.to_syslog
         ours = self._to_syslog or self._log_file is not None
-        #: Each worker has a pipe of its own.
+        #: Whether each worker has a pipe of its own.
         self._relayed = settings.log_prefix or (settings.log_relay and (ours or _is_stream()))
         #: All output descriptors of workers that the next program needs.
         self.named = inherited.Named()
@@ -81,7 +81,7 @@ class Output:
         self._relay.start(read)
 
     def _lead_to(self, fd: int) -> None:
-        """Redirect stdout and stderr to fd; takes ownership of it."""
+        """Redirect stdout and stderr to fd; takes ownership of fd."""
         for standard in (_STDOUT, _STDERR):
             os.dup2(fd, standard, inheritable=True)
         os.close(fd)
@@ -95,7 +95,7 @@ class Output:
 
     @contextmanager
     def opened(self, number: int, generation: int) -> Iterator[Opened]:
-        """Open a worker's output for the time of its start.
+        """Open a worker's output while the worker starts.
 
         Raises OSError.  If the start raises, nothing is left open.
         """
@@ -131,7 +131,7 @@ class Output:
                 self._relay.reopened()
 
     def finish(self) -> None:
-        """Stop writing, and let the relay flush; it stays if another process still writes."""
+        """Stop writing, and let the relay flush; the relay stays if a process still writes."""
         if self._relay is not None:
             if self._to_syslog:
                 self._lead_to(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC))
@@ -151,7 +151,7 @@ class Output:
         """Call back with a worker's last lines, escaped; "" if they are unknown.
 
         The callback comes at once, or when the relay has answered.  start: the position after which
-        only this worker has written; -1: there is none.
+        only this worker has written; -1: unknown.
         """
         if self._relay is not None and self._relayed:
             self._relay.request_last_words(number, lambda data: done(_lines(data)))
@@ -164,7 +164,7 @@ class Output:
     def where_to_look(self) -> str:
         """Return where to find a worker's output that we do not have, and how to keep it.
 
-        The operator may sit at a different terminal.
+        The operator may not see the terminal of SocketProtector -f.
         """
         if self._log_file is not None:
             where = f"see {text.escape(self._log_file)}"
@@ -181,7 +181,7 @@ class Output:
 
     @property
     def keeps_words(self) -> bool:
-        """Whether we can get each worker's last words, however many workers write."""
+        """Return whether we can get each worker's last words, however many workers write."""
         return self._relayed
 
 
@@ -212,7 +212,7 @@ def _end_of(path: str, start: int) -> bytes:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
-        return b""  # our user, after dropping root, may not enter the folder
+        return b""  # without root we may lack permission for the folder
     try:
         found = os.fstat(fd)
         if not os.path.samestat(found, os.fstat(_STDERR)):

@@ -20,12 +20,12 @@ from ..system.sd_notify import WATCHDOG, Outbox, Store, Systemd, parse, room_of
 _MESSAGE_BYTES = 4096
 #: How long the guard may take to read that we exit for good.
 _FAREWELL_S = 5.0
-#: How long the service manager may take, which may have stopped reading.
+#: How long to wait for the service manager, which may have stopped reading.
 _MANAGER_S = 1.0
 
 
 class Parents:
-    """The line to the guard, the messages to both, and the descriptor store."""
+    """The line to the guard, the messages to guard and service manager, and the fd store."""
 
     def __init__(
         self, line: int | None, kept: Collection[str], later: Callable[[Callable[[], None]], None]
@@ -42,8 +42,8 @@ class Parents:
         pid = os.getppid() if self.line is not None else os.getpid()
         self.systemd = Systemd(os.environ, pid, self._manager, self.guard)
         room = room_of(os.environ, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        # After an upgrade in place getrlimit() returns the limit that we have raised, no longer
-        # systemd's limit.
+        # For the next program of an upgrade in place, to which getrlimit() returns the limit that
+        # we raise, not systemd's limit.
         os.environ["FDSTORE"] = str(room)
         self.store = (
             Store(self.guard, kept)
@@ -109,4 +109,4 @@ class Parents:
             self.store.sync(dict.fromkeys(surviving, -1))
         self.systemd.send(EXIT_STATUS=str(status))
         self.guard.finish(_FAREWELL_S)
-        self._manager.finish(_MANAGER_S)  # the next start gets the descriptors that systemd keeps
+        self._manager.finish(_MANAGER_S)  # so that the next start gets the stored descriptors

@@ -3,13 +3,13 @@
 The order is fixed:
 
 1. The last words, if the worker never served: they are the reason of a failed start, and may have
-   to come from the relay.  The worker is not reaped before, so that a program that replaces this
-   one meanwhile finds it exited, and requests its last words again.
+   to come from the relay.  The worker is reaped only after that.  So if another program replaces
+   this program meanwhile, it finds the exited worker, and requests the last words again.
 2. The exit status: from waitid(2), or from the guard.  If an earlier program was the worker's
    parent, waitid(2) fails here with ECHILD.
-3. Whether the kernel killed it, because memory ran out.
-4. The processes that the worker left: while its process group exists, the kernel does not reuse its
-   pid.
+3. Whether the kernel killed the worker because memory ran out.
+4. The processes that the worker left: while its process group exists, the kernel does not reuse the
+   worker's pid.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class PostMortem:
     ended: Callable[[int], None]
     #: Called with a function that returns a changed history.
     remember: Callable[[Callable[[History], History]], None]
-    #: The kernel's counts, as far as they have explained earlier exits.
+    #: The part of the kernel's counts that explains earlier exits.
     out_of_memory: OutOfMemory
 
     def end_of(self, worker: Worker, *, guarded: bool) -> End | None:
@@ -87,7 +87,7 @@ class PostMortem:
         except ChildProcessError:
             return self._end_from_elsewhere(worker, guarded=guarded)
         if end is None:
-            # A suspended tracer (a debugger, strace) must wait for the worker before us.
+            # A suspended tracer (a debugger, strace) must reap the worker before we can.
             self.runtime.loop.unwatch(worker.process.pidfd)
             self.runtime.loop.call_after(
                 ("reap", number), _REAP_AGAIN_S, partial(self.ended, number)
@@ -106,7 +106,7 @@ class PostMortem:
             self.remember(lambda history: history.with_last_words(number, pid, last_words))
 
     def _end_from_elsewhere(self, worker: Worker, *, guarded: bool) -> End | None:
-        """Return how a worker that another process reaped has exited; None: not known yet."""
+        """Return the end of a worker that another process has reaped; None: not known yet."""
         number = worker.record.number
         if worker.end_from_guard is not None or worker.awaits_end or not guarded:
             self.runtime.loop.cancel(("status", number))
@@ -119,7 +119,7 @@ class PostMortem:
     def close(self, worker: Worker, end: End, *, spoken_with: bool) -> WorkerExited:
         """Report a worker's exit, watch its process group, and close the worker's sockets.
 
-        spoken_with: whether a worker has ever sent READY=1, so that the command is able to.
+        spoken_with: whether any worker has become ready otherwise than by a timer.
         """
         record, number = worker.record, worker.record.number
         if end.how == KILLED and not record.killed:
@@ -192,14 +192,14 @@ class PostMortem:
         self._request_words(record, partial(self._remember_words, record.number, pid=pid))
 
     def _why_killed(self) -> str:
-        """Return how a worker ended that got SIGKILL, but not from us, with the cause.
+        """Return, in words, the end of a worker that got SIGKILL, but not from us.
 
         Each kill that the kernel has counted explains the end of one worker.
         """
         now, before = memory_group.counts(), self.out_of_memory
         if now.kills <= before.kills:
             return KILLED
-        more = now.kills > before.kills + 1  # we do not know yet of another end
+        more = now.kills > before.kills + 1  # another killed worker is handled later
         at_limit = before.at_limit if more else now.at_limit
         self.out_of_memory = OutOfMemory(before.kills + 1, at_limit)
         limit = memory_group.limit() if now.at_limit > before.at_limit else None

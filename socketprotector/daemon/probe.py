@@ -31,10 +31,10 @@ from .generation import OpenGeneration
 from .prober_client import Prober
 from .verdicts import Verdict
 
-#: The pause between two checks whether a connection was accepted: the first, the longest, and the
-#: share of the time that the connection has waited.
+#: The pauses between checks whether a connection was accepted: the first pause, the longest pause,
+#: and the pause as a share of the time that the connection has waited.
 _FIRST_LOOK_S, _LAST_LOOK_S, _LOOK_SHARE = 0.005, 1.0, 0.1
-#: How much longer than the probe's limit the prober may take: to start, or on a busy machine.
+#: The prober may exceed the probe's limit by this time: to start, or on a busy machine.
 _PROBER_S = 10.0
 #: The errors of connect() to an address where no process listens.
 _NOT_THERE = (errno.ECONNREFUSED, errno.ENOENT)
@@ -55,7 +55,7 @@ class Probe:
         """as_client: probe the serving generation, with a new target for each probe.
 
         addresses: the addresses at which commands reach a generation; None: commands use the
-        target.  reads: returns the stdin of a command, by generation number.
+        target.  reads: returns a command's stdin; its argument is the generation number.
         """
         self._loop, self._reach, self._as_client = loop, reach, as_client
         self._addresses, self._reads = addresses, reads
@@ -95,17 +95,17 @@ class Probe:
 
     @property
     def is_pending(self) -> bool:
-        """Whether a probe is under way."""
+        """Return whether a probe is under way."""
         return self._heard is not None
 
     @property
     def connection(self) -> socket.socket | None:
-        """The TCP connection of a probe that is under way, or that no worker has accepted yet."""
+        """The probe's TCP connection, kept after the verdict while no worker accepts it."""
         return self._connection if self._target is not None and not self._target.is_unix else None
 
     @property
     def is_closed(self) -> bool:
-        """Whether workers keep clients out: see ProbeTarget."""
+        """Return whether workers keep clients out: see ProbeTarget."""
         return self._target is not None and self._target.is_closed()
 
     def close(self) -> None:
@@ -222,7 +222,7 @@ class Probe:
         return not events_of(connection, select.POLLOUT) or target.waits(connection)
 
     def _still_waits(self) -> bool:
-        """Continue an earlier probe that still waits, and return True; otherwise forget it."""
+        """Continue an earlier probe, and return True; or close its connection if that is no use."""
         if self._connection is None:
             return False
         waits: bool | None = None
@@ -241,7 +241,7 @@ class Probe:
         return True
 
     def _waiting(self) -> tuple[str, str]:
-        """Return the verdict, and the reason, of a connection that no worker has accepted."""
+        """Return the verdict, and the reason, for a connection that no worker has accepted."""
         assert self._connection is not None
         made = events_of(self._connection, select.POLLOUT)
         where = self._target.in_words if self._target is not None else "it"
@@ -269,8 +269,8 @@ class Probe:
             self._finish(verdicts.MOVED, SHUT_DOWN)
         elif failed and not (was_reset and self._was_reset):
             # A reset has two causes: a server accepted and reset the connection, or the listening
-            # socket was shut down.  We repair such a socket, so two resets in a row come from a
-            # server.
+            # socket was shut down.  We repair a socket that was shut down, so two resets in a row
+            # come from a server.
             self._finish(verdicts.REFUSED, self._cannot_connect(failed))
         elif failed or not waits:
             self._finish(verdicts.GOOD)

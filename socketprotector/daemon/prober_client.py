@@ -64,9 +64,9 @@ class Prober:
         limit_s: float,
         left_s: float,
     ) -> None:
-        """Send a probe over a connection, which the caller keeps.  It may not be established yet.
+        """Send a probe over a connection, which the caller keeps; it need not be established.
 
-        limit_s: how long a good answer may take.  left_s: what is left of that time.  Answers to
+        limit_s: how long a good answer may take.  left_s: the rest of that time.  Answers to
         earlier probes are ignored from now on.  Raises OSError.
         """
         self._number += 1

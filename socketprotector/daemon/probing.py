@@ -1,4 +1,4 @@
-"""The probes of a generation from start to end; each module is loaded when it is needed."""
+"""The probes of a generation in each phase; each module is loaded at its first use."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Probing:
 
     @property
     def last(self) -> str:
-        """Why the starting generation is not ready, by its last answer."""
+        """Return why the starting generation is not ready, according to the last probe."""
         return self.ready_probe.last if self.ready_probe is not None else ""
 
     def check_settling(self, generation: OpenGeneration) -> None:
@@ -86,7 +86,7 @@ class Probing:
 
     @property
     def is_due(self) -> bool:
-        """Whether --settle is over, and a good answer is still awaited."""
+        """Return whether --settle is over, and a good answer is still awaited."""
         return self.settle_check is not None and self.settle_check.is_due
 
     def set_serving(self, generation: OpenGeneration | None) -> None:

@@ -3,8 +3,8 @@
 If workers accept, a mark steers the probe to that generation (system/reuseport.py).  Otherwise the
 probe connects to a loopback port, whose connections go into the generation's channel.
 
-Under the default --ready of listener mode, a generation that refuses connections may be ready
-nevertheless, so a timer makes it ready.
+Under the default --ready of listener mode, a generation may be ready although it refuses
+connections, so a timer makes it ready.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class ReadyProbe:
         answered: Callable[[int, str], bool],
         not_probed: Callable[[int], None],
     ) -> None:
-        """answered: called when a generation has answered this kind of probe; False: probe again.
+        """answered: called after an answer to this kind of probe; returns False to probe again.
 
-        not_probed: called when a generation that need not be probed cannot be probed.
+        not_probed: called when probes fail, and a timer must make the generation ready.
         """
         self._loop, self._log = runtime.loop, runtime.log
         self._answered, self._not_probed = answered, not_probed
@@ -48,14 +48,14 @@ class ReadyProbe:
         self._spec = ProbeSpec("")
         self._probe = Probe(runtime.loop, reach)
         self._began = 0.0
-        #: Why the generation is not ready, by its last answer.
+        #: Why the generation is not ready, according to the last probe.
         self.last = ""
 
     def begin(self, generation: OpenGeneration) -> None:
         """Probe a generation until it answers, or until stop()."""
         self.stop()
         program = generation.program
-        if program.ready == "any" and program.ready_after_s is None:
+        if program.ready == "any" and program.ready_fd >= 0:
             return  # its command uses {fd:ready}
         self._generation, self._began = generation, time.monotonic()
         self._spec = probe_spec.read(program.ready_question or "accept")

@@ -1,7 +1,7 @@
 """Resumes where another program stopped: each owner gets its record and its descriptors back.
 
 Connections come first, so that clients wait as little as possible.  Then the workers follow, one at
-a time: there may be a thousand.
+a time, because there may be a thousand.
 
 The earlier program may have been killed before it stored descriptors, or before it wrote the state.
 If a descriptor that the state mentions is missing, an event reports that.  A stored descriptor that
@@ -48,7 +48,7 @@ class Recovery:
     def adopt(self) -> list[Event]:
         """Adopt everything except the workers, so that a generation can get the route.
 
-        Returns events for the generations that are in the fleet but were not made in time.
+        Returns an event for each generation whose programs fail: a kill may have lost it.
         """
         effects, snapshot = self.effects, self.snapshot
         fleet, delivery = snapshot.fleet, effects.delivery
@@ -80,7 +80,7 @@ class Recovery:
         return broken
 
     def dismiss_unknown(self) -> None:
-        """Order workers to finish if the state, not written in time, does not mention them.
+        """Order unknown workers to finish: a kill came before the state mentioned them.
 
         Workers that accept need a signal; other workers read end of file on their line.
         """
@@ -113,11 +113,11 @@ class Recovery:
         return broken
 
     def adopt_workers(self) -> Iterator[tuple[Event, ...]]:
-        """Adopt one worker in each step; yield events for workers that were not made in time."""
+        """Adopt one worker in each step; at the end, yield events about lost parts of the fleet."""
         ended: list[WorkerExited] = []
         pool, fleet = self.effects.pool, self.snapshot.fleet
         for record, mine, generation in self._workers:
-            # A worker without a line needs a signal to finish.
+            # Without a line, only a signal makes a worker finish.
             needed = _STORED if generation.program.finish_signal else {*_STORED, "line"}
             if mine.keys() >= needed and not record.orphaned:
                 pool.adopt(record, mine, generation)
@@ -134,7 +134,7 @@ class Recovery:
         """Return events for the missing parts of the fleet; ended: workers already reported."""
         pool, fleet = self.effects.pool, self.snapshot.fleet
         known = {record.number for record in pool.records()}.union(ended)
-        # If the channel of the generation with the route was not stored, it must lose the route.
+        # If a generation has the route, but its channel was not stored, it must lose the route.
         lost: list[Event] = [
             OpenFailed(each.number, _KILLED)
             if each.phase in (Phase.STARTING, Phase.ABANDONED)

@@ -1,15 +1,15 @@
-"""The protector's side of the relay process: the pipes it reads, last words, and its replacement.
+"""The protector's side of the relay process: workers' pipes, last words, the start of a new relay.
 
 The protector keeps the read end of every pipe, too.  So if the relay dies, workers can still write,
-and the next relay continues reading.  A worker's pipe is kept until its last writer has exited;
-that may be a process that the worker left behind.  Only a few such pipes are kept: otherwise they
+and the next relay continues reading.  A worker's pipe is kept until its last writer has exited,
+even if the worker itself has exited before.  Only a few pipes of exited workers are kept: more
 could take all our descriptors, and no client could be accepted.
 
 If the relay is suspended (SIGSTOP), each worker blocks once its pipe is full.  The kernel does not
-report that, and we must not poll while idle.  So the first byte that a worker writes starts a
-timer.  If a pipe is not empty when the timer fires, we check the relay's state.
+report a suspended relay, and we must not poll while idle.  So the first byte that a worker writes
+starts a timer.  If a pipe is not empty when the timer fires, we check the relay's state.
 
-Source: proc(5) for a process's state, pipe(7), epoll(7) for an epoll set in another one.
+Source: proc(5) for a process's state, pipe(7), epoll(7) for an epoll set in another set.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _NOFILE = resource.RLIMIT_NOFILE
 _LINE_FD = 3
 _DESCRIPTOR = struct.Struct("i")
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-#: No answer is longer: at most 4096 bytes (TAIL_BYTES of the relay) and a number.
+#: The limit of an answer: 4096 bytes (TAIL_BYTES of the relay) and a number.
 _ANSWER_BYTES = 4096 + 64
 #: How long the relay may take to send last words; another relay may have to be started first.
 _WORDS_S = 2.0
@@ -48,8 +48,8 @@ _READS_S = 0.5
 #: The first and the longest wait before another relay is started.
 _RESTART_S = 0.1
 _LONGEST_S = 10.0
-#: How soon to repeat a message after the relay's line was full, and to check again a pipe with
-#: unread output.
+#: How soon to repeat a message after the relay's line was full, and to check a pipe with unread
+#: output again.
 _AGAIN_S = 0.1
 #: How soon to repeat a message after the relay lacked a free descriptor for it.
 _ROOM_S = 1.0
@@ -144,7 +144,7 @@ class LogRelay:
         if not found:
             self._spawn()
             return
-        # A relay without a line cannot learn of new workers, so it is of no use.
+        # Without a line a relay cannot learn of new workers.
         usable = [each for each in found if not each[0].has_ended() and each[1] >= 0]
         chosen, line = (usable or found)[-1]
         for process, other in found:
@@ -180,7 +180,7 @@ class LogRelay:
             out = null if self._kind == "syslog" else _STDERR
             shared = self._shared if self._shared >= 0 else null
             descriptors = {0: shared, 1: out, 2: null, _LINE_FD: theirs.fileno()}
-            # SCHED_BATCH: the relay should wake up for many lines, not for each.
+            # SCHED_BATCH: the relay should wake up once for many lines.
             self._helper = HelperProcess.start_own(
                 "log_relay.py", given, descriptors, self._loop, self._ended, batch=True
             )
@@ -208,7 +208,7 @@ class LogRelay:
         def again() -> None:
             try:
                 self._spawn()
-            except OSError:  # out of descriptors: until then the pipes hold the output
+            except OSError:  # out of descriptors: meanwhile the pipes hold the output
                 self._start_again()
             else:
                 self._persist()  # otherwise the next program would start a second relay
@@ -239,7 +239,7 @@ class LogRelay:
         """Check again when a worker has written something."""
         try:
             self._loop.watch(self._written.fileno(), self._was_written)
-        except OSError:  # the system is short of something
+        except OSError:  # out of memory: check by a timer
             self._loop.call_after("relay-reads", _READS_S, self._check_relay)
 
     def _was_written(self) -> None:
@@ -247,7 +247,7 @@ class LogRelay:
         self._loop.call_after("relay-reads", _READS_S, self._check_relay)
 
     def _check_relay(self) -> None:
-        """Send CONT to a relay that is suspended while output is unread; if that fails, kill it."""
+        """Send CONT to the relay if it is suspended while output is unread; if that fails, KILL."""
         if not self._written.poll(0, 1):
             self._was_stopped = False
             self._wait_for_output()
@@ -259,8 +259,8 @@ class LogRelay:
         stopped = process.is_stopped()
         if stopped and not self._was_stopped:
             self._log.write("warning", "relay-stopped", pid=process.pid)
-        # A kill loses the output that the relay has read and not passed on, so CONT comes first.
-        # If we cannot read its state (no /proc), we send CONT anyway: a running relay ignores it.
+        # CONT comes first, because a kill loses the output that the relay has read and not written.
+        # Without /proc the relay's state is unknown: send CONT, which a running relay ignores.
         if stopped is not False:
             process.signal(signal.SIGKILL if stopped and self._was_stopped else signal.SIGCONT)
         self._was_stopped = bool(stopped)
@@ -289,8 +289,8 @@ class LogRelay:
         """Close a pipe without writers, once it is read to its end."""
         pipe = self._workers[number]
         has_hung_up = events_of(pipe.read, 0)
-        # Always unwatch: under a descriptor limit of 0 events_of() sees nothing, and a watch left
-        # in place would call back all the time.
+        # Always unwatch: under a descriptor limit of 0 events_of() sees nothing, and the watch
+        # would call back all the time.
         self._loop.unwatch(pipe.read)
         # Check for hang-up first, then for output: a single call might miss the last output.
         if not has_hung_up or events_of(pipe.read, select.POLLIN) & select.POLLIN:
@@ -338,7 +338,7 @@ class LogRelay:
         self._loop.call_after(("output", number), _AGAIN_S, lambda: self._close_if_done(number))
 
     def reopened(self) -> None:
-        """Send the relay the new stderr, if it writes lines there."""
+        """Send the new stderr to a relay that writes lines to stderr."""
         if self._kind != "syslog":
             self._unsent.append((_NEW_STDERR, 0))
             self._send_unsent()
@@ -376,7 +376,7 @@ class LogRelay:
     # -- last words ----------------------------------------------------------
 
     def request_last_words(self, number: int, done: Callable[[bytes], None]) -> None:
-        """Request a worker's last output; calls back once, with b"" if it comes too late."""
+        """Request a worker's last output; calls back once, with b"" after _WORDS_S."""
         self._word_requests.setdefault(number, []).append(done)
         self._loop.call_after(
             (_WORDS, number), _WORDS_S, lambda: self._finish_without_words(number)
@@ -401,7 +401,7 @@ class LogRelay:
         self._on_words(int(number), said)
 
     def _repeat_later(self, kind: str, number: int) -> None:
-        """Repeat a message later: the relay lacked a descriptor; the pipe keeps the output."""
+        """Repeat a message for which the relay lacked a descriptor; the pipe keeps the output."""
         if not self._lacks_descriptor and self._helper is not None:
             pid = self._helper.process.pid
             self._log.write("warning", "relay-short", pid=pid, hint=_LACKS_HINT)
@@ -414,7 +414,7 @@ class LogRelay:
         if self._must_end:  # only root could raise its limit; the next relay gets ours
             self._unsent.appendleft((_END, 0))
             self._send_unsent()
-            if self._helper is not None:  # end() fails for a relay that is old or blocked: keep it
+            if self._helper is not None:  # a blocked or old relay does not exit by itself
                 kill = partial(self._helper.process.signal, signal.SIGKILL)
                 self._loop.call_after("relay-end", _LONGEST_S, kill)
             return
@@ -445,5 +445,5 @@ class LogRelay:
             self._helper.process.signal(signal.SIGCONT)
             poll = select.poll()
             poll.register(self._helper.process.pidfd, select.POLLIN)
-            with suppress(OSError):  # under a descriptor limit of 0 the relay flushes without us
+            with suppress(OSError):  # under a descriptor limit of 0 we cannot wait for the relay
                 poll.poll(_END_S * 1000)

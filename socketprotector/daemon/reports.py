@@ -43,10 +43,7 @@ _TO_END_S = 5.0
 
 
 class Reports:
-    """The reports to the log, the history, systemd and the launching process.
-
-    They are made from a Report, the history and the policy.
-    """
+    """The reports to the log, the history, systemd and the launching process."""
 
     def __init__(
         self,
@@ -72,7 +69,7 @@ class Reports:
             self._log.set_level(log_level)
 
     def welcome(self, fleet: Fleet) -> None:
-        """Repeat to systemd what the earlier program may not have sent."""
+        """Repeat the messages to systemd, in case the earlier program did not send them."""
         if fleet.stop_awaits_rescue:
             self._stopping()
         elif fleet.lame_duck is LameDuck.STOPPING:
@@ -114,7 +111,7 @@ class Reports:
             case ReportKind.READY:
                 self._ready(serving)
             case _ if self._is_stopping and report.news in _OF_RELOADS:
-                pass  # READY=1 and their status would contradict STOPPING=1
+                pass  # the messages of these reports would contradict STOPPING=1
             case ReportKind.RELOADING:
                 self._systemd.reloading()
             case ReportKind.RELOADED | ReportKind.RECOVERED:

@@ -1,9 +1,9 @@
-"""The long-running process: executed by the launcher, not forked from it, so that it stays small.
+"""The long-running process, which the launcher executes: a fork would need more memory.
 
-It inherits its descriptors by name (system/inherited.py).  They come from the launching process, or
-from itself in an upgrade.  After a crash they come from the guard or systemd.  If a state is among
-them, it resumes where another program stopped.  Heavy imports do not belong here: a test has the
-list of allowed ones, and bench/ measures the memory.
+It inherits its descriptors by name (system/inherited.py): from the launching process, after an
+upgrade from the earlier program, after a crash from the guard or systemd.  If the descriptors
+include a state, the process resumes where another program stopped.  Do not import heavy modules: a
+test lists the allowed modules, and bench/ measures the memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from . import checkpoint
 from .assembly import Resident
 from .delivery.choice import delivery_for
 
-#: The memory that a start needs beyond a probe: for objects and buffers.
+#: The memory for objects and buffers that a start needs and a probe does not.
 _SPARE_BYTES = 4 * 1024 * 1024
 
 
@@ -39,11 +39,11 @@ def main() -> None:
 
 
 def _probe(descriptors: dict[str, int]) -> int:
-    """Answer whether this program can take over from the running one; return the exit status."""
+    """Answer whether this program can take over; return the exit status."""
     try:
         settings, _ = _held(descriptors, checkpoint.read(descriptors[inherited.STATE]))
         delivery_for(settings.mode)
-        late_modules.load_all()  # a fault in them must not be found after the exec
+        late_modules.load_all()  # so that a fault in them is found before the exec
         # A start needs more memory than this probe, and after the exec there is no way back.
         bytearray(_SPARE_BYTES)
     except (StateError, SettingsError) as error:
@@ -54,7 +54,7 @@ def _probe(descriptors: dict[str, int]) -> int:
 
 
 def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
-    """Supervise with the inherited descriptors, taking ownership.  Returns the exit status.
+    """Supervise with the inherited descriptors, taking ownership of them.  Returns the exit status.
 
     command: executes this program again.
     """
@@ -80,8 +80,8 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
         # The traceback must reach a terminal that stops background output (`stty tostop`).
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTOU,))
         if resident.began and resident.parents.store.keeps:
-            raise  # the guard or systemd starts another one, which resumes
-        # No program can resume this: leave no process waiting, and no file.
+            raise  # the guard or systemd starts another program, which resumes
+        # No program can resume, so leave no waiting process and no file behind.
         reason = str(error)
         if isinstance(error, OSError) and not resident.began:
             reason = f"cannot start: {what_failed(error)}"  # the system's fault, so no traceback
@@ -96,7 +96,7 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
 def _held(
     descriptors: dict[str, int], snapshot: Snapshot | None
 ) -> tuple[Settings, Sequence[ListenerSettings]]:
-    """Return the settings in force, and their listeners with those of a candidate.
+    """Return the settings in force, and all listeners, including those of a candidate.
 
     Raises SettingsError.
     """

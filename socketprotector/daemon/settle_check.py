@@ -1,4 +1,4 @@
-"""--settle-check: probes the new generation during --settle, while the old one is kept.
+"""--settle-check: probes the new generation during --settle, while the old generation is kept.
 
 An HTTP probe is sent by the prober process, as in ready_probe.py.  A check command gets the counts
 of both generations, and decides by its own criteria: it can query the probe address, or the
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     Counts = Callable[[], Mapping[int, Mapping[str, Any]]]
 
-_EVERY_S = 1.0  # the pause between two check commands
+_EVERY_S = 1.0  # from the start of one check command to the next
 _ANSWERED_S = 5.0  # how long an HTTP answer may take
 _TIMER = "settle-check"
 

@@ -1,8 +1,8 @@
 """Orders workers to end their connections evenly over a time, and shows how far they are.
 
-The order is the time by which all connections should have ended, in the worker's record of the
-scoreboard.  So it outlives this program, and a worker reads it whenever it likes.  Only workers on
-the Python client library follow it; their records say so.
+An order is a time in the worker's slot of the scoreboard.  All connections should have ended by
+that time.  The order outlives this program, and the worker can read it at any time.  Only workers
+on the Python client library follow orders; their slots say so.
 
 Source: docs/protocol.md, section "A spread".
 """
@@ -29,9 +29,9 @@ def order(
     *,
     only: int = 0,
 ) -> None:
-    """Order the workers of a generation to end their connections over so many seconds; 0: none.
+    """Order the workers of a generation to end their connections over a time; 0: to end none.
 
-    An earlier end that was ordered before stays.
+    An earlier order with an earlier end stays in force.
     records: of all workers.  only: the number of a worker; 0: all.
     """
     board = generation.board
@@ -54,7 +54,7 @@ def order(
 
 
 def check(generation: OpenGeneration, records: Iterable[WorkerRecord], log: Log) -> None:
-    """Say which workers of a generation that begins to serve will not follow an order."""
+    """Warn if workers of a generation that begins to serve will not follow orders."""
     board = generation.board
     if board is None or not generation.program.spreads:
         return
@@ -96,7 +96,7 @@ def _spread_of(generation: OpenGeneration, slot: int) -> tuple[bool, int]:
 def of_closing(
     generation: OpenGeneration, slots: Iterable[tuple[int, Counts | None]]
 ) -> dict[str, float] | None:
-    """Return how many connections a generation ends a second, and for how long; None: it does not.
+    """Return how many connections a generation ends a second, and for how long; None: none.
 
     slots: of its living workers, with their counts.
     """

@@ -1,7 +1,7 @@
 """Reports to the launching process whether the first generation started.
 
 The operator's command exits with that result, so the launching process waits for the report.  Each
-message is one line with a JSON object (launch/await_verdict.py reads them).  In the foreground no
+message is one line with a JSON object (launch/await_verdict.py reads it).  In the foreground no
 process waits, and the reason of a failure goes to the terminal.
 """
 

@@ -1,4 +1,4 @@
-"""Passes each event to `decide`, and the actions that follow to the effects.
+"""Passes each event to `decide`, and the resulting actions to the effects.
 
 Signals, pidfds, timers and notify sockets only put an event on the queue.  The only decision here
 is what a signal means.
@@ -36,15 +36,15 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .recovery import Recovery
 
-#: How soon to check again whether the guard or systemd has read our messages, and how long an
-#: upgrade waits for that.  The guard and systemd usually need far less.
+#: An upgrade waits until the guard or systemd has read our messages: how often to check, and how
+#: long to wait.  The guard and systemd usually need far less.
 _AGAIN_S = 0.05
 _BEHIND_S = 10.0
-#: The timer that runs meanwhile.
+#: The timer of that wait.
 _HAND_OVER = "hand-over"
-#: After this much work we accept waiting clients: starting a worker takes 1 ms.
+#: How long to work before we accept waiting clients; starting a worker takes 1 ms.
 _YIELD_AFTER_S = 0.005
-#: How soon to reap again after a child that another object here reaps; doubles each time.
+#: How soon to reap again while an exited child waits for its owner; doubles each time.
 _FIRST_REAP_S = 0.01
 _LAST_REAP_S = 1.0
 #: Actions that must not be repeated, so the state records them at once.  A repetition would make a
@@ -81,14 +81,14 @@ class Supervisor:
     _recorded: deque[Action] = field(default_factory=deque)
     _working: bool = False
     _handing_over: bool = False
-    _yield_at: float = 0.0  # when to accept the next time
+    _yield_at: float = 0.0  # when to accept clients next
 
     def __post_init__(self) -> None:
         effects = self.effects
         self.checkpoint.begin(effects, lambda: effects.snapshot(self.fleet, self._recorded))
         self.queue.drain = self._work
-        # SIGCHLD, too: if our caller ignored it, the kernel would discard the workers' exit status.
-        # The exits themselves come by pidfds.
+        # Catch SIGCHLD, too: if our caller ignored it, the kernel would discard the workers' exit
+        # status.  We learn of each exit by a pidfd.
         self.runtime.loop.catch((*signals.TO_THE_PROTECTOR, signal.SIGCHLD), self._signalled)
 
     def launch(self) -> None:
@@ -115,7 +115,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Supervise until the fleet has ended.  Returns the exit status."""
-        self._reap_orphans()  # an earlier program may have got SIGCHLD and been killed before this
+        self._reap_orphans()  # an earlier program may have been killed before it reaped any
         self.runtime.loop.run()
         self.upgrade.end()
         return self.effects.exit_status or 0
@@ -185,7 +185,7 @@ class Supervisor:
             self.upgrade.failed(_NOT_KEPT)
 
     def upgrade_waits_for(self) -> str:
-        """Return what an upgrade waits for, in words; "" without one."""
+        """Return what an upgrade waits for, in words; "": no upgrade waits."""
         if self.runtime.loop.due(_HAND_OVER) is not None:
             return "the guard or systemd has not taken over all descriptors yet"
         return "probing the new program" if self.upgrade.probes else ""
@@ -197,14 +197,14 @@ class Supervisor:
         """
         store = self.checkpoint.store
         if self.fleet.dry_run and store.flushed:
-            # This ends the dry run, so not earlier: the store may never be flushed.
+            # HandingOver ends the dry run, so post it only after the store was flushed.
             self.runtime.post(HandingOver())
         if not store.flushed:  # the next program relies on stored descriptors
             self._hand_over_later(give_up_at)
             return
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         self._handing_over = True
-        # The new program cannot learn of signals whose handler has run here.
+        # Handle all signals that this process has got: the new program cannot learn of them.
         self.runtime.loop.take_signals()
         if self.effects.exit_status is not None:
             pass  # the fleet has ended: there is nothing to hand over
@@ -249,7 +249,7 @@ class Supervisor:
             # Objects that wait for a child of their own come first: reap the rest after them.
             self.runtime.loop.call_after("reap", 0.0, self._reap_orphans)
             return
-        # Take the signal first: if it ends us, it must not end the next program, too.
+        # First report the signal to the guard, so that it cannot end the next program, too.
         self.took(number)
         self.runtime.log.write("info", "signal", signal=signal.Signals(number).name)
         match number:
@@ -298,8 +298,8 @@ class Supervisor:
 def terminal_of(foreground: bool) -> int | None:
     """Return a descriptor of the terminal that we run on; None: there is none.
 
-    It is the controlling terminal, which sends HUP when it is closed.  stdin, stdout and stderr may
-    lead elsewhere: nohup redirects all three.
+    The controlling terminal is the first choice, because it sends HUP when it is closed.  stdin,
+    stdout and stderr may lead elsewhere (nohup).
     """
     if not foreground:
         return None

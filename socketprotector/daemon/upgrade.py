@@ -31,7 +31,7 @@ _TIMER = "probe"
 class Upgrade:
     """One upgrade at a time: probe, then exec."""
 
-    #: Executes the protector, by a path that a new version replaces.
+    #: The command that executes the protector; a new version replaces the file at its path.
     command: tuple[str, ...]
     loop: Loop
     log: Log
@@ -80,7 +80,7 @@ class Upgrade:
 
     @property
     def probes(self) -> bool:
-        """Whether the probe is running."""
+        """Return whether the probe is running."""
         return self._probe is not None
 
     def end(self) -> None:
@@ -94,9 +94,9 @@ class Upgrade:
         self.log.write("error", "upgrade-failed", reason=reason, hint=hint)
 
     def execute(self, descriptors: Mapping[str, int]) -> None:
-        """Execute the new program.  Call it with signals blocked.
+        """Execute the new program; signals must be blocked.
 
-        It returns only if that fails, with nothing changed.
+        Returns only if the exec fails; then nothing has changed.
         """
         self.log.flush()
         kept = {name: fd for name, fd in descriptors.items() if fd >= inherited.FIRST}

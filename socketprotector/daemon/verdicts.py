@@ -9,11 +9,13 @@ from __future__ import annotations
 from ..model.history import HEALTHY
 from ..model.lazy_dataclass import frozen, replace
 
-#: A good answer; a bad answer, or no answer in time.
+#: GOOD: a good answer.  BAD: a bad answer, or no answer in time.
 GOOD, BAD = "good", "bad"
-#: Nothing listens, or the server reset the connection; connecting failed for another reason.
+#: REFUSED: nothing listens, or the server reset the connection.  UNREACHED: connecting failed for
+#: another reason.
 REFUSED, UNREACHED = "refused", "unreached"
-#: Not connected in time, for example because the backlog is full; connected, but not accepted.
+#: UNMADE: not connected in time, for example because the backlog is full.  UNTAKEN: connected, but
+#: not accepted.
 UNMADE, UNTAKEN = "unmade", "untaken"
 #: We lacked a descriptor or a process.
 CANNOT = "cannot"
@@ -22,7 +24,7 @@ NO_TARGET = "no-way"
 #: The probed socket was shut down meanwhile: another generation may have answered.
 MOVED = "moved"
 
-#: The pause before the next probe: a tenth of the time since the first, within these limits.
+#: The pause before the next probe: a tenth of the time since the first probe, within these limits.
 _FIRST_PAUSE_S, _LAST_PAUSE_S, _PAUSE_SHARE = 0.05, 1.0, 0.1
 #: The pause after a probe without a verdict; and how long probes may stay without a verdict.
 _AGAIN_S = 0.25
@@ -44,7 +46,7 @@ def pause_s(since_first_s: float) -> float:
 
 # -- before it has clients ---------------------------------------------------------
 
-#: No worker causes these verdicts: the generation may be ready nevertheless.
+#: After these verdicts the generation may be ready nevertheless.
 _TELLS_NOTHING = (REFUSED, UNREACHED, UNMADE, NO_TARGET)
 
 
@@ -61,10 +63,10 @@ _UNKNOWN = (CANNOT, UNREACHED, MOVED)
 
 @frozen
 class Settling:
-    """What is known of a settling generation.
+    """The results of a settling generation's probes.
 
-    The first bad answer decides: during a second probe clients would keep failing.  If probes have
-    no verdict for UNKNOWN_S, that counts as a bad answer.
+    The generation fails at the first bad answer, because clients would keep failing during a second
+    probe.  If probes have no verdict for UNKNOWN_S, that counts as a bad answer.
     """
 
     is_over: bool = False  # the time of --settle has passed
@@ -97,20 +99,20 @@ UNKNOWN, UNHEALTHY = "unknown", "unhealthy"
 
 @frozen
 class Serving:
-    """What is known of the serving generation's health: at first nothing."""
+    """The results of the serving generation's health probes; at first there is none."""
 
     since_at: float
     state: str = UNKNOWN
     #: The result of the last probe, in words; "": a good answer, or no probe yet.
     last: str = ""
-    #: How many bad answers came since the last good one, and the reason of the last.
+    #: How many bad answers have come since the last good answer, and the last bad answer's reason.
     failures: int = 0
     reason: str = ""
     answered_at: float | None = None
     missed: int = 0  # how many probes in a row had no verdict
 
     def after(self, verdict: Verdict, most: int, at: float) -> Serving:
-        """Return the state after a verdict; most: how many in a row change the state."""
+        """Return the state after a verdict; most: how many bad or missing answers change it."""
         state, why = self.state, verdict.why
         failures, missed, reason = self.failures, 0, self.reason
         answered_at: float | None = at
@@ -120,7 +122,7 @@ class Serving:
             case "bad" | "refused":
                 failures, reason = failures + 1, why
                 state = UNHEALTHY if failures >= most else state
-            case "unmade" | "untaken":  # no other probe is sent until a worker accepts it
+            case "unmade" | "untaken":  # the next probe waits for a worker to accept this one
                 why, answered_at = "busy: no worker has accepted the probe yet", self.answered_at
             case _:
                 why, missed, answered_at = f"not probed: {why}", self.missed + 1, self.answered_at

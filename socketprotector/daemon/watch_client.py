@@ -37,7 +37,7 @@ class FileWatch:
         self._warned = False  # the first of several failures in a row was logged
 
     def start(self, watchers: Mapping[str, Mapping[str, int]]) -> None:
-        """Adopt the watcher of an earlier program, or start one; takes ownership.
+        """Adopt the watcher of an earlier program, or start a watcher; takes ownership.
 
         watchers: the descriptors of earlier watchers, by pid.
         """

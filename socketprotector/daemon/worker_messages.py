@@ -1,7 +1,7 @@
 """Reads the workers' notify sockets (sd_notify(3)), and detects workers that are silent too long.
 
 Each message is handled, and the result checkpointed, before the message is removed from its socket.
-If another program replaces this one before that, it receives the message again.
+If another program replaces this program in between, it receives the message again.
 """
 
 from __future__ import annotations
@@ -64,10 +64,7 @@ class WorkerMessages:
         self._loop.cancel(("word", number))
 
     def read(self, number: int) -> None:
-        """Handle a worker's messages on its notify socket.
-
-        Each message is handled, and the result checkpointed, before the message is removed.
-        """
+        """Handle a worker's messages on its notify socket."""
         worker = self._workers[number]
         for _ in range(_READ_AT_ONCE):
             try:
@@ -114,7 +111,7 @@ class WorkerMessages:
             self._read_later(number, worker, error)
 
     def await_word(self, number: int, worker: Worker) -> None:
-        """Replace a worker that sends no WATCHDOG=1 in time from now on.
+        """Replace a worker if its next WATCHDOG=1 does not come in time.
 
         Until a worker is ready, only the start timeout applies.
         """
@@ -122,7 +119,7 @@ class WorkerMessages:
         if limit_s and worker.record.watched and worker.has_served:
 
             def silent() -> None:
-                self.read(number)  # its message may have come while we were too busy to read
+                self.read(number)  # the message may have come while we were too busy to read
                 if self._loop.due(("word", number)) is not None:
                     return
                 reason = f"no WATCHDOG=1 for {in_units(limit_s)}"

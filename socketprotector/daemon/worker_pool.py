@@ -2,7 +2,7 @@
 
 effects.py calls the pool, and the pool posts events.  Start: worker_spawn.py; messages:
 worker_messages.py; exit: post_mortem.py.  A worker is identified by its number, which is never
-reused.  Its pid can be reused as soon as it is reaped.
+reused.  A pid can be reused as soon as its worker is reaped.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .runtime import Runtime
 from .worker_messages import WorkerMessages
 from .worker_spawn import Worker, WorkerSpawner, named
 
-#: Lets --ready check:COMMAND probe the right worker: old workers share its port.
+#: Lets --ready check:COMMAND probe the right worker, because old workers have the same port.
 _WORKER_PID = "SOCKETPROTECTOR_WORKER_PID"
 
 
@@ -103,7 +103,7 @@ class WorkerPool:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What an operator should know about the limits of workers."""
+        """Return what an operator should know about the limits of workers."""
         return () if self._limits is None else self._limits.warnings
 
     def advice(self, generation: int, *, passes_over: bool = False) -> str:
@@ -114,7 +114,7 @@ class WorkerPool:
         workers = self._workers_of(generation)
         if not workers:
             return ""
-        # All workers run the same program.  So we search only some files if there are many.
+        # All workers run the same program, so the first workers' descriptors are enough.
         pids = [each.process.pid for each in workers]
         return known_servers.advice(
             workers[0].generation.program,
@@ -135,7 +135,7 @@ class WorkerPool:
     # -- orders --------------------------------------------------------------
 
     def spawn(self, number: int, slot: int, generation: OpenGeneration) -> None:
-        """Start a worker.  A failure is reported as its exit."""
+        """Start a worker.  A failure is reported as the worker's exit."""
         try:
             worker = self._spawner.start(number, slot, generation)
         except (OSError, ValueError) as error:
@@ -180,7 +180,7 @@ class WorkerPool:
         self._log.write("info", "retired", worker=number)
 
     def drain(self, generation: int) -> None:
-        """Order a generation's workers to finish, unless the end of their channel does that."""
+        """Order a generation's workers to finish, unless end of file on their channel does that."""
         for worker in self._workers_of(generation):
             if worker.generation.program.finish_signal and not worker.record.asked_to_exit:
                 self._order_to_finish(worker)
@@ -197,13 +197,13 @@ class WorkerPool:
     def _order_to_finish(self, worker: Worker) -> None:
         finish_signal = worker.generation.program.finish_signal
         if worker.line is not None and (worker.record.retires or not finish_signal):
-            worker.line.shutdown(socket.SHUT_WR)  # we can still read what it writes there
+            worker.line.shutdown(socket.SHUT_WR)  # we can still read the worker's messages
         else:
             self._send(worker, finish_signal)
         self._note(worker, asked_to_exit=True)
 
     def _send(self, worker: Worker, number: int) -> bool:
-        """Send a signal and log it; return False if we may not.
+        """Send a signal and log it; return False without permission.
 
         KILL goes to the whole process group.
         """
@@ -253,7 +253,7 @@ class WorkerPool:
         return (*self._records.values(), *self.groups.records())
 
     def expect(self, record: WorkerRecord, descriptors: Mapping[str, int]) -> None:
-        """Record a worker in the state before we adopt it, because a kill may interrupt adopt()."""
+        """Keep the record of a worker that is adopted later, because a kill may come before."""
         self._records[record.number] = record
         for name, fd in named(record.number, descriptors).items():
             self.descriptors[name] = fd
@@ -306,7 +306,7 @@ class WorkerPool:
     # -- readiness and exits -------------------------------------------------
 
     def _share_output(self, worker: Worker) -> None:
-        """Note that workers share the log file, so its end is not the last words of one worker."""
+        """Note that workers share the log file, so its end is not one worker's last words."""
         for each in reversed(self._workers.values()):
             if each.record.output_start < 0:
                 break  # all earlier workers have the note, too
@@ -384,7 +384,7 @@ class WorkerPool:
     def answered(self, generation: int, by: str) -> bool:
         """Note that a generation answered the probe: its workers are ready if none has exited.
 
-        by: the kind of probe.  False: too early, some workers on the client library still start.
+        by: the kind of probe.  Returns False if workers on the client library are still starting.
         """
         workers = [w for w in self._workers.items() if w[1].record.generation == generation]
         for number, _ in workers:
@@ -404,7 +404,7 @@ class WorkerPool:
     def _is_ready(self, number: int, by: str, *, retires: bool = False) -> None:
         worker = self._workers.get(number)
         if worker is None or worker.record.ready_by or worker.has_served:
-            if worker is not None and retires:  # the probe made it ready before its message came
+            if worker is not None and retires:  # a probe made the worker ready before READY=1 came
                 self._note(worker, retires=True)
             return
         if self._note_ready(number, worker, by, retires=retires):

@@ -1,7 +1,7 @@
 """Replaces workers that have reached a limit: --retire-after, --max-memory, --max-age.
 
-This bounds a worker's leaks without a reload.  The numbers are checked once a second, and only if
-one of these options is set.
+The limits bound a worker's leaks without a reload.  Workers are checked once a second, if one of
+these options is set.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from . import forked_children
 from .runtime import Runtime
 from .worker_spawn import Worker
 
-#: How often to look.
+#: How often to check the workers.
 EVERY_S = 1.0
-#: A worker that is too large this soon needs more than --max-memory from its start on.
+#: A worker that exceeds --max-memory within this time was too large from the start.
 _AT_ONCE_S = 5.0
 _PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 _TIMER = "limits"
@@ -32,7 +32,7 @@ _TIMER = "limits"
 class BornTooLarge:
     """Delays the replacement of workers that are too large from the start.
 
-    A replacement would be too large, too.
+    Their replacements would be too large, too.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class BornTooLarge:
 
     @property
     def is_loop(self) -> bool:
-        """Whether replacements follow each other in a loop."""
+        """Return whether replacements follow each other in a loop."""
         return self._in_a_row > FREE_DEATHS
 
     def next_s(self, now: float) -> float:
@@ -50,7 +50,7 @@ class BornTooLarge:
         return max(0.0, self._next_at - now)
 
     def may_replace(self, number: int, age_s: float, now: float) -> bool:
-        """Return whether a worker that is too large may be replaced now, and count it."""
+        """Return whether a worker that is too large may be replaced now, and count that."""
         replaced = self._replaced.get(number)
         if replaced or (replaced is None and age_s >= _AT_ONCE_S):
             return True
@@ -145,7 +145,7 @@ class LimitWatch:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What an operator has to change if a limit replaces all workers again and again."""
+        """Return what an operator has to change if a limit replaces workers in a loop."""
         if not self._large.is_loop:
             return ()
         next_s = in_units(round(self._large.next_s(time.monotonic())))

@@ -6,7 +6,7 @@ scoreboard, and a RETURN line of its own: end of file tells it to finish, and no
 it.
 
 We and all workers share the open file descriptions of the channel's read end and of the listening
-sockets.  A flag there affects all sharers, so we set none.
+sockets.  A file status flag affects all sharers, so we set none.
 
 We close our copies of the worker's ends right after the spawn: otherwise we would never see end of
 file.
@@ -60,7 +60,7 @@ class Worker:
 
     @property
     def has_served(self) -> bool:
-        """Whether it served: a worker that exits as soon as it is ready never did."""
+        """Return whether it has served: a worker that exits as soon as it is ready has not."""
         return self.record.ready_at is not None
 
     def descriptors(self) -> dict[str, int]:
@@ -93,7 +93,7 @@ def client_library_env(
 ) -> tuple[dict[int, int], dict[str, str]]:
     """Return the descriptors and the environment variables that the client library uses.
 
-    The descriptors, number in the worker -> ours, are the worker's end of the RETURN line and the
+    The descriptors (number in the worker -> ours) are the worker's end of the RETURN line and the
     scoreboard.  Workers that accept get both, too: the client library counts in the scoreboard, and
     exits at the line's end of file.
     """
@@ -195,9 +195,9 @@ class WorkerSpawner:
     # -- notify sockets --------------------------------------------------------
 
     def addresses(self, number: int) -> tuple[str, ...]:
-        """Return the addresses that a worker's notify socket may have, the better one first."""
+        """Return the addresses that a worker's notify socket may have, the better address first."""
         name = f"{self.settings.secret}-{number}"
-        # Any process that reads /proc/net/unix can fill the queue of an abstract socket.
+        # A path is better: any process can find an abstract socket, and fill its queue.
         abstract = f"@socketprotector-{name}"
         folder = self.settings.notify_folder
         return (f"{folder}/{name}", abstract) if folder else (abstract,)
@@ -209,7 +209,7 @@ class WorkerSpawner:
         return other[0] if other and isinstance(notify.getsockname(), bytes) else first
 
     def _notify_socket(self, number: int) -> NotifySocket:
-        """Make a worker's notify socket, abstract if its folder fails.  Raises OSError."""
+        """Make a worker's notify socket; abstract if its path fails.  Raises OSError."""
         *better, abstract = self.addresses(number)
         for path in better:
             try:

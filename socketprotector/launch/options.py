@@ -244,7 +244,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "With fewer the canary lasts twice as long. If it still has too few, the reload "
                "fails.", default=0),
         Option("settle", TIME, "Keep the old generation on standby this long after the switch.\n"
-               "If the new one fails within this time, the old one serves again. Not with "
+               "If the new generation fails within this time, the old one serves again. Not with "
                "--reload-order stop-first.",
                "policy.settle_s", default="0"),
         Option("releases", TEXT, "Start a release of this folder, whose path replaces {release}.\n"
@@ -298,7 +298,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("settle-check", SETTLE_CHECK,
                "Probe the new generation during --settle; after a bad answer the old one serves "
                "again.\n"
-               "check:CMD, or only CMD, runs every second. It gets the counts of both generations "
+               "check:CMD, or only CMD, runs every second. CMD gets the counts of both generations "
                "as JSON on stdin; its exit status is the answer. http:/PATH, https:/PATH are as "
                "with --ready. See docs/probes.md.", unset="no probe"),
         Option("health", HEALTH, "Probe the serving workers, and report the result.\n"

@@ -57,10 +57,11 @@ def ready_fd(settings: Settings) -> int:
 def ready_after_s(settings: Settings) -> float | None:
     """Return after how many seconds a worker without a message counts as ready; None: never.
 
-    A server with {fd:ready} reports by that descriptor, so it has no timer.
+    A server with {fd:ready} reports by that descriptor, so it has no timer.  Nor has a worker that
+    must declare in its message that it can finish alone: a slow one would fail for the lack of it.
     """
     writes = settings.ready == "any" and ready_fd(settings) >= 0
-    return None if writes else settings.ready_after_s
+    return None if writes or settings.policy.finish_alone else settings.ready_after_s
 
 
 def fill(

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from socketprotector.model.handoff_modes import ALIVE_S
 from tests.running import WORKERS, Client, Protector, ask, eventually
 from tests.scenarios.adopting import kill_protector, revived, upgrade
 from tests.scenarios.config_file import File
@@ -344,6 +346,34 @@ def test_an_answer_counts_once_the_slowest_worker_has_declared_that_it_can_finis
 
     one.until("phase", "serving")
     ctl(one, "reload")
+    quiet(one, 1)
+    one.daemon.stop()
+
+
+@pytest.mark.parametrize("ready", [(), ("--ready", "accept")], ids=["default", "accept"])
+def test_a_later_worker_may_be_slow_to_declare_that_it_can_finish_alone(
+    operated: Operating, beside: Beside, tmp_path: Path, gate: Gate, ready: tuple[str, ...]
+) -> None:
+    """Without a probe, only its message makes it ready, however long this takes."""
+    release = Release(tmp_path / "release")
+    release.becomes(*WORKER)
+    words = (*ROLLING, "--handoff", "listener", *ready)
+    one = operated(*words, command=(str(release.path),))
+    starts = tmp_path / "starts"
+    slow = " ".join([sys.executable, str(WORKERS / "obeys.py"), "8"])
+    release.write(
+        f"#!/bin/sh\necho >>{starts}\n[ $(wc -l <{starts}) -gt 1 ] && cat {gate.path}\n"
+        f"exec {slow}\n"
+    )
+    reload = beside(one)
+    eventually(lambda: one.status().get("rollout", {}).get("replaced") == 1, "the first new worker")
+    eventually(lambda: len(one.generation(2)["workers"]) == 2, "the second new worker")
+    spawned = time.monotonic()
+    eventually(lambda: time.monotonic() > spawned + 2 * ALIVE_S, "the time of the timer")
+
+    gate.stay_open()
+
+    assert reload.wait() == 0, reload.err.text()
     quiet(one, 1)
     one.daemon.stop()
 

@@ -1,7 +1,7 @@
-"""Carries out the commands of the control socket: each reads values, or posts an event.
+"""Carries out the commands of the control socket.  Each command reads values, or posts an event.
 
-A command for a long operation is answered at once; clients that follow events get the result as an
-event (docs/control.md).
+A command that begins a long operation is answered at once.  Clients that follow events get the
+result as an event (docs/control.md).
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class CommandHandler:
             raise
         except Exception as error:
             if request.command not in _READ_ONLY:
-                raise  # the command may be half done: a restart resumes from the state
+                raise  # the command may be half done, and a restart resumes from the state
             self.runtime.log.write(
                 "error", "command-failed", command=request.command, error=repr(error)
             )
@@ -181,7 +181,10 @@ class CommandHandler:
         }
 
     def _compare(self, client: Client, request: Request) -> None:
-        """Answer `diff` once a helper process has read the configuration: this may take seconds."""
+        """Answer `diff` once a helper process has read the configuration.
+
+        Reading may take seconds.
+        """
         if not self._effects.live_settings.settings.origin.configured:
             raise RequestError(
                 "unknown", "there is no configuration file; start with --config FILE to use one"

@@ -1,6 +1,6 @@
 """Collects the field `rollout` of `status`, and the connections of leaving workers.
 
-It changes nothing.  docs/control.md has the names.
+This module changes nothing.  docs/control.md has the names of the fields.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     #: Worker -> its open connections, and the age of the oldest in seconds; None: unknown.
     Held = Mapping[int, tuple[int | None, float | None]]
 
-#: The oldest connection is looked for in this many workers at most, with at most this many
-#: connections each: that takes a system call for each descriptor.
+#: The search for the oldest connection takes a system call for each descriptor.  So we search few
+#: workers, and only workers with few connections.
 _MOST_CONNECTIONS, _MOST_WORKERS = 100, 4
 
 
@@ -58,7 +58,7 @@ def of_rollout(fleet: Fleet, effects: Effects, held: Held) -> dict[str, Any]:
 
 
 def _begins(fleet: Fleet) -> bool:
-    """Return whether the first workers of a rolling reload start."""
+    """Return whether the first workers of a rolling reload are starting."""
     return waits_to_replace(fleet) and not fleet.dry_run
 
 
@@ -88,7 +88,7 @@ def _left_s(new: Generation, effects: Effects) -> float | None:
 
 
 def _waits_for(fleet: Fleet, new: Generation, held: Held) -> list[dict[str, Any]]:
-    """Return the workers of which one must end before the next worker can start."""
+    """Return the leaving workers if one of them must end before the next worker can start."""
     stage = _stage(fleet, new)
     wanted = fleet.full_size(new) if stage == "replacing" else fleet.wanted_in(new)
     if len(new.workers) >= wanted or room(fleet, 1):
@@ -123,7 +123,7 @@ def held_by(fleet: Fleet, effects: Effects) -> Held:
         opened = effects.generations.get(generation.number)
         counts = None
         if opened is not None and worker.state is not State.ORPHANED:
-            counts = opened.counts(worker.slot)  # another worker uses the slot of an orphaned one
+            counts = opened.counts(worker.slot)  # an orphaned worker's slot has another worker
         active = counts.active if counts is not None else None
         oldest_s = None
         if active and opened is not None and len(found) < _MOST_WORKERS:
@@ -142,7 +142,7 @@ def _oldest_s(
     accepted_at = board.accepted_at(worker.slot)
     times = []
     with suppress(OSError):
-        # The scoreboard keeps the time of a connection that has ended, too.
+        # The scoreboard also keeps the times of connections that have ended.
         times = [accepted_at[fd] for fd, _ in sockets(record.pid) if fd in accepted_at]
     if len(times) != active:
         return None  # one of these sockets is no connection, or has no place in the scoreboard

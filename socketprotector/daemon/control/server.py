@@ -1,8 +1,8 @@
 """Serves the control socket: clients, lines, limits.  commands.py carries out the commands.
 
-No client of the control socket may delay the service's clients.  So each turn of the loop answers
-one request of one client, and no call blocks.  A client that sends too much, reads too little or
-stays idle is disconnected.
+A client of the control socket must not delay the service's clients.  So each turn of the loop
+answers one request of one client, and no call blocks.  A client that sends too much, reads too
+little or stays idle is disconnected.
 
 Source: docs/control.md; einhorn.py; unix(7) for SO_PEERCRED and SO_PEERGROUPS.
 """
@@ -26,8 +26,8 @@ from ...system.polling import read_now
 CLIENTS = 256
 IDLE_S = 30.0
 UNREAD_BYTES = 1024 * 1024
-#: The pause between two requests of a client.  It limits a client that sends requests without end
-#: to a few percent of a core.
+#: The pause between two requests of a client.  So a client that sends requests without end takes
+#: only a few percent of a core.
 REST_S = 0.001
 _READ_BYTES = 65_536
 _SO_PEERGROUPS = 59
@@ -78,8 +78,8 @@ class Client:
     def tell(self, line: Callable[[Mapping[str, object]], bytes]) -> None:
         """Send an event, or drop it if the client has too much unread.
 
-        line: makes the event's line, with more fields: the next event has the number of dropped
-        events.
+        line: returns the event's line with added fields.  After dropped events, the next event has
+        their number in the field `dropped`.
         """
         data = b""
         with self.within_memory():
@@ -107,7 +107,7 @@ class Client:
 
     @contextmanager
     def within_memory(self) -> Iterator[None]:
-        """Disconnect this client alone if memory runs out for it (`ulimit -v`)."""
+        """If memory runs out (`ulimit -v`), disconnect this client and no other."""
         try:
             yield
         except MemoryError:
@@ -184,7 +184,7 @@ class Client:
             self._await(READ)
 
     def _pause(self) -> None:
-        """Let all other clients come first."""
+        """Pause this client, so that other clients come first."""
         self._await(0)
         self.loop.call_after(("control-more", self.sock.fileno()), REST_S, self._more)
 
@@ -232,10 +232,11 @@ class ControlServer:
     loop: Loop
     #: Answers a request, by client.say() now or later.  Raises RequestError.
     handle: Callable[[Client, control_requests.Request], None]
-    #: Called with a pid that reports readiness by einhorn's protocol, which expects no answer.
+    #: Called with the pid of a worker that reports readiness by einhorn's protocol.  The worker
+    #: expects no answer.
     acked: Callable[[int], None]
     _: KW_ONLY
-    #: The users that may send all commands, and the group whose members may.
+    #: These users, and the members of this group, may send all commands.
     uids: frozenset[int]
     group: int | None
     #: A group whose members may send only the commands that read.
@@ -253,10 +254,7 @@ class ControlServer:
             client.tell(lambda more: control_requests.event(name, at, level, {**fields, **more}))
 
     def finish(self) -> None:
-        """Answer all requests so far, just before the server closes.
-
-        That includes clients that have connected but are not accepted yet.
-        """
+        """Accept all connected clients, and answer all requests so far, before a close."""
         for _ in range(CLIENTS):
             self._accept()
         for client in list(self._clients.values()):
@@ -272,7 +270,7 @@ class ControlServer:
             self.listener.close()
 
     def take(self, client: Client, line: bytes) -> None:
-        """Answer one line of a client; einhorn's ACK gets no answer, and its client is closed."""
+        """Answer one line of a client; after einhorn's ACK, close the client without an answer."""
         pid = einhorn.ack(line) if client.may is control_requests.COMMANDS else None
         if pid is not None:
             client.close()
@@ -304,12 +302,12 @@ class ControlServer:
         self.loop.call_after(("control", "again"), _AGAIN_S, self._listen)
 
     def _accept(self) -> None:
-        """Accept one client; the next turn of the loop accepts the next one."""
+        """Accept one client; the next turn of the loop accepts the next client."""
         try:
             sock, _ = self.listener.socket.accept()
         except OSError as error:
             if error.errno not in TRANSIENT_ERRNOS:
-                # Out of descriptors or memory: the socket stays readable, so wait by a timer.
+                # Descriptors or memory ran out.  The socket stays readable, so wait by a timer.
                 self.loop.unwatch(self.listener.fileno())
                 self._listen_later()
             return
@@ -328,7 +326,7 @@ class ControlServer:
         client.close()
 
     def _commands_for(self, sock: socket.socket) -> Collection[str]:
-        """Return the commands that a new client may send; none to an unknown user."""
+        """Return the commands that a new client may send; an unknown user may send no command."""
         try:
             found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         except OSError:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from ...core.fleet import Fleet, Generation, Phase, State, Worker
 from ...core.waiting import Facts, waits
 from ...model.lazy_dataclass import as_dict
-from ...model.listen_fds import ready_after_s
+from ...model.listen_fds import ready_fd
 from ...model.records import Counts, GenerationRecord, WorkerRecord
 from ...model.settings import Settings
 from ...model.text import headline, in_units
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ..health import Health
     from .rollout import Held
 
-#: The fields of a generation that a check command gets, beside its number of workers.
+#: A check command gets these fields of a generation, and the number of its workers.
 _COUNTED = (
     *("number", "phase", "serving_since_at", "queue"),
     *("accepted", "active", "finished", "errors", "lost", "wait_us"),
@@ -61,7 +61,7 @@ def of_ready(settings: Settings) -> str:
         case "after":
             return f"after {in_units(settings.ready_after_s or 0.0)} (only a timer)"
         case "any":
-            is_probed = ready_after_s(settings) is not None  # otherwise it uses {fd:ready}
+            is_probed = ready_fd(settings) < 0  # otherwise workers use {fd:ready}
             return "notify, ack, a line or accept" if is_probed else "notify, ack or a line"
         case "http" | "https":
             return settings.ready_question
@@ -121,16 +121,16 @@ def of_waits(
 
 
 def of_warnings(settings: Settings) -> list[str]:
-    """Return the warnings of the start that still apply.
+    """Return the start's warnings that still apply.
 
-    A warning about a UNIX socket names the rights of a file or folder, and an operator may have
-    changed them.
+    A warning about a UNIX socket names the rights of a file or folder, which an operator may have
+    changed.
     """
     return [each for each in settings.warnings if not _is_resolved(each)]
 
 
 def _is_resolved(warning: str) -> bool:
-    """Return whether the rights that a warning of launch/unix_access.py names have changed."""
+    """Return whether the rights in a warning of launch/unix_access.py have changed."""
     if not warning.startswith("unix:/"):
         return False
     for before, after in (("unix:", ": only "), (", but the folder ", " does not ")):
@@ -159,7 +159,7 @@ def of_generations(fleet: Fleet, effects: Effects) -> list[dict[str, Any]]:
     return [
         _of_generation(each, effects, by_number)
         for each in fleet.generations
-        if each.number in effects.generations  # otherwise it could not be opened
+        if each.number in effects.generations  # some generations could not be opened
     ]
 
 
@@ -178,10 +178,10 @@ def _of_generation(
     counts = {
         worker.number: opened.counts(worker.slot)
         for worker in generation.alive
-        if worker.state is not State.ORPHANED  # another worker uses its slot in the scoreboard
+        if worker.state is not State.ORPHANED  # an orphaned worker's slot has another worker
     }
     known = [each for each in (opened.record.past, *counts.values()) if each is not None]
-    # If one worker has connections and does not count them, every sum is unknown.
+    # If one worker may have connections and does not count them, every sum is unknown.
     is_incomplete = any(
         each.state in _WITH_CONNECTIONS and counts.get(each.number) is None
         for each in generation.alive
@@ -224,7 +224,7 @@ def _of_closing(
 
 
 def _of_first_programs(record: GenerationRecord) -> dict[str, Any] | None:
-    """Return how a pool's first programs failed; None: none has failed, or one has worked."""
+    """Return how a pool's first programs failed; None: no program failed, or one worked."""
     if not record.programs_failed:
         return None
     return {

@@ -1,7 +1,8 @@
-"""How clients reach workers: the contract of a delivery, and a folder for each of the two kinds.
+"""The contract of a delivery, which brings clients to workers.
 
-queue/: the protector accepts, and hands over.  shared/: workers accept, from shared sockets.
-Neither imports from the other.  choice.py selects one; all other modules know only `Delivery`.
+queue/: the protector accepts, and hands connections over.  shared/: workers accept, from sockets
+that they share with the protector.  Neither folder imports from the other.  choice.py selects the
+delivery; all other modules know only `Delivery`.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from ..generation import OpenGeneration
 from .host import Host
 from .probe_target import ProbeTarget
 
-#: How long workers may accept no client before that is reported: workers that never accepted a
-#: client, and workers that did.
+#: How long workers may accept no client before a report: NEVER_TAKEN_S until they accept their
+#: first client, UNTAKEN_S later.
 NEVER_TAKEN_S = 5.0
 UNTAKEN_S = 30.0
-#: The longest duration of a handshake: after that the client repeats it.  So a stop checks at this
-#: interval whether a client has come.
+#: A handshake ends within this time, or the client repeats it.  So a stop checks for new clients
+#: at this interval.
 QUIET_S = 0.2
 #: Listeners that cannot refuse new clients close after this time, even if clients still come.
 LAST_S = 10.0
@@ -31,9 +32,9 @@ LAST_S = 10.0
 
 @frozen
 class Handles:
-    """The descriptors from which a worker takes connections, and how it finds them."""
+    """The descriptors from which a worker takes connections, and how the worker finds them."""
 
-    descriptors: dict[int, int]  # descriptor in the worker -> ours
+    descriptors: dict[int, int]  # descriptor in the worker -> our descriptor
     environment: dict[str, str]  # describes the descriptors to the worker
     pid_in: str = ""  # the variable that holds the worker's pid
 
@@ -41,7 +42,7 @@ class Handles:
 class Delivery(ABC):
     """Brings new clients to the workers of the generation that has the route.
 
-    Each order must have the same effect if repeated: after a kill the next program repeats orders.
+    A repeated order must change nothing, because after a kill the next program repeats orders.
     """
 
     @classmethod
@@ -49,15 +50,16 @@ class Delivery(ABC):
     def make_listener(
         cls, index: int, settings: ListenerSettings, fds: Sequence[int], again: tuple[int, ...]
     ) -> Listener:
-        """Make a listener from its first, second and reserved socket; -1: no such socket.
+        """Make a listener from its first, second and reserved socket.
 
-        again: how often each socket was bound again.
+        fds: the three descriptors; -1: no such socket.  again: how often each socket was bound
+        again.
         """
 
     @classmethod
     @abstractmethod
     def leave(cls, listeners: Collection[Listener], record: DeliveryRecord) -> tuple[str, ...]:
-        """Close the listeners for an earlier program that has ended.
+        """Close the listeners of an earlier program that has ended.
 
         Returns the names of the sockets that survive for the next start.
         """
@@ -70,7 +72,10 @@ class Delivery(ABC):
 
     @abstractmethod
     def can_probe(self, listener: str) -> bool:
-        """Return whether reach() can reach a generation without clients; listener: see reach()."""
+        """Return whether a probe can reach a generation that has no clients.
+
+        listener: see reach().
+        """
 
     @abstractmethod
     def cannot_try(self) -> str | None:
@@ -78,9 +83,9 @@ class Delivery(ABC):
 
     @abstractmethod
     def open(self, generation: OpenGeneration, queue: int, *, fresh: bool) -> None:
-        """Prepare the sockets of a generation's workers.  On OSError nothing is left open.
+        """Prepare the sockets of a generation's workers, or leave nothing open and raise OSError.
 
-        queue: how many clients a queue can hold.  fresh: the generation is a new release.
+        queue: how many clients a queue should hold.  fresh: the generation is a new release.
         """
 
     @abstractmethod
@@ -96,10 +101,11 @@ class Delivery(ABC):
     def reach(
         self, generation: OpenGeneration, listener: str, *, as_client: bool = False
     ) -> ProbeTarget | None:
-        """Return the target for probes of a generation; None: they are impossible.
+        """Return the target for probes of a generation; None: no probe is possible.
 
-        listener: its name, "" for the first.  as_client: the generation has the route, and the
-        probe reaches it as clients do.  Raises OSError if it cannot be reached now.
+        listener: the listener's name; "": the first listener.  as_client: the generation has the
+        route, and the probe reaches it as clients do.  Raises OSError if the generation cannot be
+        reached now.
         """
 
     @abstractmethod
@@ -115,10 +121,10 @@ class Delivery(ABC):
         sharing: OpenGeneration | None = None,
         share: int = 0,
     ) -> None:
-        """Bring new clients to this generation; None: let them wait.
+        """Bring new clients to this generation; None: let new clients wait.
 
-        again: it has had the route before.  sharing: another generation, which gets `share` ten
-        thousandths of the new clients of the listeners that both know.
+        again: the generation has had the route before.  sharing: another generation.  It gets
+        `share` ten-thousandths of the new clients, of the listeners that both generations know.
         """
 
     @abstractmethod
@@ -131,13 +137,14 @@ class Delivery(ABC):
     ) -> None:
         """Call back when a generation without the route can be ordered to finish.
 
-        By then its workers have accepted all its clients, and read from each.  reads_on: they read
-        from accepted clients even after that order, so call back once all are accepted.
+        By then its workers have accepted all its clients, and read from each.  reads_on: workers
+        read from accepted clients even after that order, so call back once all clients are
+        accepted.
         """
 
     @abstractmethod
     def drain(self, generation: OpenGeneration) -> None:
-        """Bring a generation no more clients, and take back the clients that it did not accept."""
+        """Bring no more clients to a generation, and take back the clients not yet accepted."""
 
     @abstractmethod
     def release(self, generation: OpenGeneration) -> None:
@@ -160,12 +167,12 @@ class Delivery(ABC):
     def active(self, generation: OpenGeneration) -> int | None:
         """Return the number of a generation's open connections; None: unknown.
 
-        It is used for workers that do not count their connections.
+        The caller needs this number for workers that do not count their connections.
         """
 
     @abstractmethod
     def oldest_waiting_s(self, generation: OpenGeneration) -> float | None:
-        """Return how long no waiting client has been accepted; None: too short to report."""
+        """Return for how many seconds no waiting client was accepted; None: too few to report."""
 
     def is_stuck(self, generation: OpenGeneration | None) -> bool:
         """Return whether clients of a canary wait in its queue, and its workers take none."""
@@ -173,7 +180,7 @@ class Delivery(ABC):
 
     @abstractmethod
     def queue_limit(self, generation: OpenGeneration) -> int | None:
-        """Return how many clients a generation's queue has room for; None: it has no queue."""
+        """Return how many clients a generation's queue can hold; None: there is no queue."""
 
     # -- listeners -------------------------------------------------------------------
 
@@ -184,7 +191,7 @@ class Delivery(ABC):
 
     @abstractmethod
     def backlog(self, listener: Listener) -> tuple[int, int] | None:
-        """Return how many clients wait at a listener, and how many can; None: unknown."""
+        """Return how many clients wait at a listener, and how many can wait; None: unknown."""
 
     @property
     @abstractmethod
@@ -199,9 +206,9 @@ class Delivery(ABC):
 
     @abstractmethod
     def add(self, listener: Listener, *, dry_run: bool) -> None:
-        """Add a listener, for the generations that know it; takes ownership.
+        """Add a listener; takes ownership.  Generations that know the listener get its clients.
 
-        dry_run: the generation that will know it gets no clients.
+        dry_run: the next generation will know the listener, but gets no clients.
         """
 
     @abstractmethod
@@ -214,44 +221,44 @@ class Delivery(ABC):
 
     @abstractmethod
     def hold(self, on: bool) -> None:
-        """Begin or end a hold: during it, clients reach no worker, and none is refused."""
+        """Begin or end a hold, during which new clients reach no worker, but are not refused."""
 
     @property
     @abstractmethod
     def is_silent(self) -> bool:
-        """Whether a client that connects now gets no answer."""
+        """Return whether a client that connects now gets no answer."""
 
     @property
     @abstractmethod
     def late_s(self) -> float:
-        """How long clients that a hold kept out may still retry."""
+        """Return how long the clients of an ended hold may still retry."""
 
     @abstractmethod
     def close_listeners(
         self, serving: OpenGeneration | None, *, quick: bool, stay: bool = False
     ) -> None:
-        """Refuse new clients, and post BacklogEmptied once all earlier ones are accepted.
+        """Refuse new clients, and post BacklogEmptied once all earlier clients are accepted.
 
         quick: close at once, and post nothing.  stay: our own listeners survive, and later clients
-        wait there for the next start.
+        wait at these listeners for the next start.
         """
 
-    # -- the whole ---------------------------------------------------------------------
+    # -- the delivery as a whole ---------------------------------------------------------
 
     @property
     @abstractmethod
     def forwarded(self) -> int | None:
-        """How many connections we accepted to hand over; None: workers accept."""
+        """Return how many connections the protector has accepted; None: workers accept."""
 
     @property
     @abstractmethod
     def lost(self) -> int | None:
-        """How many forwarded connections were lost on the way."""
+        """Return how many forwarded connections were lost before a worker took them."""
 
     @property
     @abstractmethod
     def idle_s(self) -> float:
-        """How long no client has come; 0: a client waits, or it is unknown."""
+        """Return how long no client has come; 0: a client waits, or the time is unknown."""
 
     @property
     @abstractmethod
@@ -274,7 +281,7 @@ class Delivery(ABC):
     def adopt(
         self, record: DeliveryRecord, unclaimed: Inherited, *, held: bool, closing: bool
     ) -> None:
-        """Resume from an earlier program's record, and claim the descriptors of the whole.
+        """Resume from an earlier program's record; claim descriptors that belong to no generation.
 
         held: a hold must be in force.  closing: the listeners are about to be closed.
         """
@@ -286,7 +293,7 @@ class Delivery(ABC):
         """Adopt a generation that an earlier program opened; takes ownership of its descriptors.
 
         draining: the generation drains already.  Returns False if its descriptors were not stored
-        in time: such a generation never got a client.
+        in time.  Such a generation never got a client.
         """
 
     @abstractmethod

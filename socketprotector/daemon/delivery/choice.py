@@ -1,4 +1,4 @@
-"""Selects a process's delivery by its handoff mode; the other delivery is never loaded."""
+"""Selects the delivery by the handoff mode; the other delivery is never loaded."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 def delivery_for(mode: HandoffMode) -> type[Delivery]:
     """Return the delivery class of a handoff mode.
 
-    Call it at the start of a program: later an upgrade may have replaced the class's file.
+    Call this at the start of a program, because an upgrade may replace the class's file later.
     """
     if mode.workers_accept:
         import array
 
         from .shared.shared_delivery import SharedDelivery
 
-        array.array("B")  # loads the module while its file is there; for steering (system/bpf.py)
+        array.array("B")  # load the module while its file exists: system/bpf.py needs it later
         return SharedDelivery
     from .queue.queue_delivery import QueueDelivery
 

@@ -12,14 +12,14 @@ from ..runtime import Runtime
 
 
 class Host(ABC):
-    """The part of the resident process that a delivery may use, and reports to.
+    """The part of the resident process that a delivery may use and report to.
 
-    Effects is the host (daemon/effects.py).  It has the settings, and passes those that a
-    delivery needs as arguments of the Delivery's methods.
+    The host is Effects (daemon/effects.py).  Effects passes the settings that a delivery needs as
+    arguments of Delivery's methods.
     """
 
     runtime: Runtime
-    generations: Mapping[int, OpenGeneration]  # the open ones, by number
+    generations: Mapping[int, OpenGeneration]  # open generations, by number
 
     @abstractmethod
     def listener_lost(self, listener: Listener, reason: str) -> None:
@@ -36,7 +36,7 @@ class Host(ABC):
         """Report, once for each route, that workers have accepted no client for this time.
 
         waiting: how many clients wait.  ever: a client was accepted before.  listen: the addresses
-        where clients wait; None: in the queue.
+        where clients wait; None: they wait in the queue.
         """
 
     @property

@@ -1,4 +1,4 @@
-"""Where and how a probe connects to one generation."""
+"""Describes where and how a probe connects to one generation."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ..generation import OpenGeneration
 
 #: The variable that gives a check command the address to probe.
 PROBE = "SOCKETPROTECTOR_PROBE"
-#: A few places suffice: we probe one after the other, and a check command may connect a few times
-#: at once.
+#: The backlog of a socket for probes.  A small backlog suffices: probes come one after the other,
+#: and a check command makes few connections at once.
 BACKLOG = 16
-#: The verdict of a probe whose socket left its SO_REUSEPORT group: another generation may have
-#: answered.
+#: The verdict if a socket leaves its SO_REUSEPORT group during a probe.  Another generation may
+#: have answered this probe.
 SHUT_DOWN = "its listening socket was shut down or closed to clients meanwhile"
 
 
 @mutable
 class ProbeTarget:
-    """Where a probe of one generation connects, and with which mark."""
+    """The address to which probes of one generation connect, and their mark."""
 
-    address: tuple[str, int]  # of a UNIX socket: its path, or "@" and its name; and 0
+    address: tuple[str, int]  # host, port; of a UNIX socket: its path or "@" and its name, and 0
     mark: bpf.Mark | None
     #: Returns whether this connection still waits for a worker to accept it.  Raises OSError.
     waits: Callable[[socket.socket], bool]
@@ -32,21 +32,21 @@ class ProbeTarget:
     close: Callable[[], None]
     #: Notes that a connection is abandoned before a worker has accepted it.
     abandon: Callable[[socket.socket], None] = lambda connection: None
-    #: Returns whether this generation gave all answers so far.  Otherwise neither earlier nor later
-    #: answers count.
+    #: Returns whether all answers so far came from this generation.  If False, no answer counts,
+    #: earlier or later.
     holds: Callable[[], bool] = lambda: True
-    #: Returns whether the probed workers keep clients out while the serving workers do not.  Then a
-    #: timer must not make the probed workers ready.
+    #: Returns whether the probed workers keep clients out while the serving workers do not.  If
+    #: True, a timer must not make the probed workers ready.
     is_closed: Callable[[], bool] = lambda: False
 
     @property
     def is_unix(self) -> bool:
-        """Whether it is a UNIX socket."""
+        """Return whether the address is a UNIX socket."""
         return not self.address[1]
 
     @property
     def is_ours_alone(self) -> bool:
-        """Whether only our connections reach this generation at its address."""
+        """Return whether reaching this generation takes our mark or a UNIX socket."""
         return self.mark is not None or self.is_unix
 
     @property
@@ -71,7 +71,7 @@ class ProbeTarget:
         return f"\0{host[1:]}" if host.startswith("@") else host
 
     def connecting(self) -> socket.socket:
-        """Make a non-blocking socket that can connect there.  Raises OSError."""
+        """Make a non-blocking socket that can connect to the address.  Raises OSError."""
         client = socket.socket(family_of(self.address), socket.SOCK_STREAM)
         with on_error(client.close):
             client.setblocking(False)

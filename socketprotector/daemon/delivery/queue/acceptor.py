@@ -1,7 +1,7 @@
 """The fast path of a connection: accept, send to the route, close our copy.
 
 The interval between connections decides how many connections we accept per wake-up, and whether we
-busy-poll for the next connection.  The forwarder handles failures, and everything else.
+busy-poll for the next connection.  forwarder.py handles failures.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from ....system.listener import Listener, accept_of
 from ....system.loop import Loop
 from .queue_watch import QueueWatch
 
-#: Sends one message, with these buffers, descriptors and flags.  Channel.send() would cost one more
-#: call for each connection.
+#: Sends one message, with these buffers, descriptors and flags.  We do not use Channel.send(),
+#: which costs one more call for each connection.
 Send = Callable[[list[bytes], list[tuple[int, int, bytes]], int], object]
-#: Connections that come closer together than this have been waiting.  From then on each wake-up
-#: accepts up to BURST, until one finds fewer than two.  Otherwise a wake-up accepts one connection:
-#: an accept without a client costs 4 us (measured), as much as another turn of the loop.
+#: If we accept two connections within this time, the second one was already waiting.  Then each
+#: wake-up accepts up to BURST connections, until a wake-up finds fewer than two.  Otherwise a
+#: wake-up accepts one connection, because accept() without a client costs 4 us (measured), as much
+#: as another turn of the loop.
 BUSY_NS = 25_000
 BURST = 32
-#: After so many single connections in quick succession, we busy-poll for the next connection
-#: (--busy-poll).  If several come at once we do not: the workers need the core.
+#: After this many single connections in quick succession, we busy-poll for the next connection
+#: (--busy-poll).  If several connections come at once, we do not, because workers need the core.
 STEADY = 8
 
 
@@ -38,7 +39,7 @@ class Acceptor:
     loop: Loop
     queue: QueueWatch
     _: KW_ONLY
-    #: Called when accept fails, which includes that no client waits.
+    #: Called when accept() fails, for example because no client waits.
     accept_failed: Callable[[Listener, OSError], None]
     #: Called when a send fails; takes ownership of the descriptor.
     send_failed: Callable[[bytes, int, OSError], None]
@@ -51,7 +52,7 @@ class Acceptor:
     def begin(self, listener: Listener, send: Send) -> None:
         """Accept from this listener, too.  Raises OSError.
 
-        send: the sendmsg method of the route's write end, or a function that selects a queue.
+        send: sendmsg() of the route's channel, or a function that selects a channel.
         """
         fd = listener.fileno()
         if fd not in self._watched:
@@ -76,14 +77,14 @@ class Acceptor:
                 ready()
 
     def _accept_to(self, send: Send, listener: Listener) -> Callable[[], None]:
-        """Return the callback for a readable listener: a closure, because that is the fastest."""
+        """Return the callback for a readable listener, as a closure, which is the fastest way."""
         accept = accept_of(listener)
         now, close = time.monotonic_ns, os.close
-        # The common part is packed once: that halves the cost of the Python code.
+        # Packing the common part only once halves the cost of the Python code.
         begin = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, listener.index, 0, 0)[:-8]
-        # Usually the next connection has the same number: the kernel reuses the last closed number.
+        # Usually the next descriptor has the same number: the kernel takes the lowest free number.
         number, rights = -1, [rights_of(-1)]
-        most = 1  # how many to accept in one go
+        most = 1  # how many connections to accept in one call
 
         def ready() -> None:
             nonlocal number, rights, most

@@ -1,10 +1,11 @@
 """Sends a canary its share of the new connections; the route gets the rest.
 
-One counter selects the connections of the canary, over all listeners that both generations know.  A
-full or broken queue, or a shortage, never delays these clients: the route gets their connections.
+One counter, for all listeners that both generations know, selects the canary's connections.  If
+such a connection cannot be sent to the canary, the route gets the connection at once.
 
-The clients of a listener that only the canary knows have no other queue.  If such a connection
-cannot be sent, we keep it, accept nothing from these listeners, and send it again by a timer.
+A connection of a listener that only the canary knows has no other queue.  If such a connection
+cannot be sent, we keep the connection, accept nothing from such listeners, and send again by a
+timer.
 
 Without a canary, no connection passes through this module: see `Send` in acceptor.py.
 """
@@ -24,8 +25,8 @@ from .probe_port import is_probe
 from .queue_watch import QueueWatch
 from .undelivered import listener_of
 
-#: How long a canary's workers may take no client, until they have taken one.  Then they may be
-#: busy, and the limit of any generation applies.
+#: The canary fails if its workers take no first connection within this time.  Later they may be
+#: busy, so the limit is UNTAKEN_S.
 NEVER_TAKEN_S = 2.0
 #: The longest pause between two looks at the queue.
 _LAST_LOOK_S = 0.5
@@ -53,11 +54,11 @@ class CanaryQueue:
         self._loop, self._post, self._outlet, self._resume = loop, post, outlet, resume
         self.channel: GenerationChannel | None = None
         self._share = 0
-        #: How many connections were counted, of listeners that both generations know.
+        #: How many connections came so far to listeners that both generations know.
         self.count = count
         #: How many connections we accepted for a canary's queue.
         self.sent = 0
-        self._waits = False  # a timer sends kept connections again
+        self._waits = False  # True: a timer will send the kept connections
         self.watch = QueueWatch(
             loop,
             forwarded=lambda: self.sent,
@@ -77,13 +78,13 @@ class CanaryQueue:
         self.watch.follow(channel)
 
     def knows_alone(self, index: int) -> bool:
-        """Return whether the canary knows a listener, and the route does not."""
+        """Return whether the canary knows a listener that the route does not know."""
         channel, route = self.channel, self._outlet.route
         knows = channel is not None and channel.knows_of(index)
         return knows and route is not None and not route.knows_of(index)
 
     def sender(self, index: int) -> Send | None:
-        """Return the function that sends a listener's connections; None: none can be sent now."""
+        """Return the function that sends a listener's connections; None: do not accept now."""
         channel, route = self.channel, self._outlet.route
         if channel is None or route is None or not channel.knows_of(index):
             return None
@@ -102,7 +103,7 @@ class CanaryQueue:
                 try:
                     send_to_canary(buffers, rights, flags)
                 except OSError:
-                    pass  # the route gets it at once
+                    pass  # the route gets the connection at once
                 else:
                     self._count_sent()
                     return
@@ -117,7 +118,7 @@ class CanaryQueue:
             try:
                 send_to_canary(buffers, rights, flags)
             except OSError:
-                # The acceptor subtracts it from the route's queue, where it was never counted.
+                # The acceptor subtracts this connection from the route's queue, which never had it.
                 self.sent += 1
                 self.watch.take_away()
                 self._outlet.queue.add_uncounted()
@@ -141,7 +142,7 @@ class CanaryQueue:
             self._post(SettleFailed(self.channel.generation.record.number, reason))
 
     def keep(self, header: bytes, fd: int) -> None:
-        """Keep a connection that only the canary can get, for a while.  Takes ownership of fd."""
+        """Keep a connection for the canary, and send it again later.  Takes ownership of fd."""
         self._outlet.undelivered.keep_first(header, fd)
         self._send_later()
 
@@ -154,7 +155,7 @@ class CanaryQueue:
         self._resume()
 
     def send_kept(self) -> None:
-        """Send the kept connections that only the canary can get, until one fails."""
+        """Send the kept connections that only the canary can get, until a send fails."""
         kept, channel = self._outlet.undelivered, self.channel
         while channel is not None and not self._waits and kept.has(self.knows_alone):
             taken = kept.take(self.knows_alone) if channel.has_room() else None
@@ -178,7 +179,7 @@ class CanaryQueue:
                 self._send_elsewhere(header, fd)
 
     def _send(self, channel: GenerationChannel, header: bytes, fd: int) -> bool:
-        """Send one connection; False: that failed, and the caller still owns fd."""
+        """Send one connection; return False if that fails: then the caller still owns fd."""
         try:
             channel.send(header, fd)
         except OSError:
@@ -197,4 +198,4 @@ class CanaryQueue:
         elif self._outlet.is_free:
             self._outlet.send(route, header, fd)
         else:
-            self._outlet.undelivered.keep_last(header, fd)  # goes once there is room
+            self._outlet.undelivered.keep_last(header, fd)  # sent once there is room

@@ -1,12 +1,12 @@
-"""Decides when to accept connections, and recovers the connections that no worker has taken.
+"""Decides when to accept connections, and recovers connections that no worker has taken.
 
-acceptor.py is the fast path, without failures.  No worker is chosen here: workers take from the
-shared queue (client_lib's intake.py).  Connections never pass through `decide`.  The lifecycle sets
-the route and orders drains; it gets two facts back: the channel broke, the backlog is empty.
+acceptor.py is the fast path, without failures.  We choose no worker: workers take connections from
+the shared queue (client_lib's intake.py).  `decide` sets the route and orders drains, but handles
+no connection.  `decide` gets two events: ChannelBroken and BacklogEmptied.
 
-We accept only what we can deliver.  If a send fails nevertheless, undelivered.py keeps the
-connection, and it is sent before all others.  When a generation drains or has exited, the
-connections left in its channel are taken back and sent to the route (leftovers).
+We accept only connections that we can deliver.  If a send still fails, undelivered.py keeps the
+connection, which is sent before all others.  When a generation drains or has exited, the
+connections in its channel (leftovers) are taken back and sent to the route.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ _QUIET = "forwarder-quiet"
 class _Closing:
     """A graceful close: connected clients still go to workers, later clients do not."""
 
-    stay: bool  # the listeners survive us, with the clients that come later
-    latest: float = 0.0  # when to close at the latest; 0: clients are refused, so no limit
-    forwarded: int = -1  # how many at the last look; -1: no look since clients are refused
+    stay: bool  # the listeners survive us, and later clients wait there
+    latest: float = 0.0  # when to close at the latest; 0: no limit, new clients are refused
+    forwarded: int = -1  # Forwarder.forwarded at the last look; -1: no look yet
 
 
 class Forwarder:
@@ -62,16 +62,16 @@ class Forwarder:
         """Take ownership of the listeners.
 
         broken: called when the route's channel was shut down.
-        repair: makes a shut-down listener listen again, or sets it to lost.  Raises OSError if the
-        system is short of descriptors or memory.
-        untaken: called once for each route, with how many seconds no worker took a connection, how
-        many wait, and whether any was ever taken.
+        repair: makes a shut-down listener listen again, or marks the listener lost.  Raises OSError
+        if the system is short of descriptors or memory.
+        untaken: called once for each route whose workers take nothing.  Its arguments: for how many
+        seconds, how many connections wait, whether a worker ever took one.
         """
         self._loop = loop = runtime.loop
         self._post = runtime.post
         self._listeners = list(listeners)
         self._repair = repair
-        self._forwarded = 0  # by earlier programs
+        self._forwarded = 0  # connections that earlier programs accepted
         self._lost = 0
         self.undelivered = Undelivered(runtime.persist)
         self.queue = QueueWatch(
@@ -86,11 +86,11 @@ class Forwarder:
             accept_failed=self._accept_failed,
             send_failed=self._send_failed,
         )
-        #: Channels whose connections are taken back once a route has room, oldest first; True:
-        #: the generation is released, so its channel is closed afterwards.
+        #: Channels whose connections will be taken back once a route has room, the oldest first.
+        #: True: the generation is released, so the channel is closed afterwards.
         self._leftovers: dict[GenerationChannel, bool] = {}
         self._holding = False  # a hold: accept nothing
-        self._ended_listeners: list[Listener] = []  # we accept from them no longer
+        self._ended_listeners: list[Listener] = []  # we no longer accept from them
         self._closing: _Closing | None = None
         stop = self._acceptor.end_all
         self._shortage = Shortage(runtime, stop=stop, retry=self._resume)
@@ -124,16 +124,16 @@ class Forwarder:
         self._resume()
 
     def hold(self, on: bool) -> None:
-        """Accept nothing, and refuse nothing: new clients wait in the backlog."""
+        """Begin or end a hold: accept nothing, so that new clients wait in the backlog."""
         self._holding = on
         self._acceptor.end_all()
         self._resume()
 
     def drain(self, channel: GenerationChannel) -> None:
-        """Take back untaken connections, as far as the route has room; then end the channel.
+        """Take back untaken connections while the route has room; then end the channel.
 
-        Without a route the channel's workers take the rest.  But if a worker has shut the channel
-        down, workers may never read it again, and the rest is taken back for the next route.
+        The channel's workers take the remaining connections.  But if a worker has shut the channel
+        down, workers may never read it again, so the next route gets the remaining connections.
         """
         shut = channel.is_shut()
         self._reclaim(channel)
@@ -141,10 +141,10 @@ class Forwarder:
             return  # the channel still gets the backlog of a removed listener
         channel.end()
         if shut and channel.depth():
-            self._leftovers.setdefault(channel, False)  # an earlier program may have begun
+            self._leftovers.setdefault(channel, False)  # an earlier program may have ended it
 
     def release(self, channel: GenerationChannel) -> None:
-        """Close a channel without workers once its connections have gone to a route."""
+        """Close the channel of exited workers once its connections have gone to a route."""
         self._drains.end(channel)
         channel.end()
         self._leftovers.pop(channel, None)
@@ -152,7 +152,7 @@ class Forwarder:
             self._leftovers[channel] = True
             self._resume()
         else:
-            channel.close()  # do not wait for a route: many generations may fail before that
+            channel.close()  # at once: many generations may fail before there is a route
 
     def add(self, listener: Listener) -> None:
         """Add a listener, for the generations that know it; takes ownership."""
@@ -160,7 +160,7 @@ class Forwarder:
         self._resume()
 
     def remove(self, listener: Listener, to: GenerationChannel | None) -> None:
-        """Refuse new clients.  The backlog goes to channel `to`; without a channel it is lost."""
+        """Refuse new clients, and send the backlog to channel `to`; None: the backlog is lost."""
         self._listeners.remove(listener)
         self._acceptor.end(listener)
         if to is None:
@@ -169,7 +169,7 @@ class Forwarder:
             self._drains.begin(listener, to)
 
     def close_listeners(self, *, quick: bool, stay: bool = False) -> None:
-        """Refuse new clients; quick: close at once, otherwise after the backlog was sent on.
+        """Refuse new clients, and close once workers have got the backlog; quick: close at once.
 
         stay: our own listeners survive close(), and later clients wait there for the next start.
         """
@@ -180,7 +180,7 @@ class Forwarder:
         refused = not stay
         for listener in self._listeners:
             if listener.settings.foreign:
-                # Its owner keeps listening, so its backlog may never be empty.
+                # The socket's owner keeps listening, so the backlog may never be empty.
                 self._accept_no_more(listener)
             elif not stay:
                 refused = listener.refuse_new() and refused
@@ -199,7 +199,7 @@ class Forwarder:
         return [each for each in self._listeners if each not in ended and not each.lost]
 
     def close(self) -> tuple[str, ...]:
-        """Close everything, with undelivered connections (counted in `lost`).
+        """Close everything; undelivered connections count as lost.
 
         Returns the names of the sockets that the descriptor store must keep for the next start.
         """
@@ -217,23 +217,23 @@ class Forwarder:
 
     @property
     def forwarded(self) -> int:
-        """How many connections were accepted for the workers."""
+        """Return how many connections were accepted for the workers."""
         return self._forwarded + self._acceptor.accepted + self._drains.accepted
 
     @property
     def idle_s(self) -> float:
-        """How long no client has come; 0 while a client waits to be accepted."""
+        """Return how long no client has come; 0: a client waits to be accepted."""
         if any(each.has_waiting() for each in self._listeners):
             return 0.0
         return (time.monotonic_ns() - self._acceptor.last_ns) / 1e9
 
     @property
     def lost(self) -> int:
-        """How many accepted connections were lost on the way."""
+        """Return how many accepted connections were lost before a worker took them."""
         return self._lost + self.outlet.lost + self._drains.lost
 
     def watch_of(self, channel: GenerationChannel) -> QueueWatch | None:
-        """Return the watch of a channel; None: new connections do not go there."""
+        """Return the watch of a channel; None: the channel gets no new connections."""
         if self._canary is not None and channel is self._canary.channel:
             return self._canary.watch
         return self.queue if channel is self.outlet.route else None
@@ -267,7 +267,7 @@ class Forwarder:
         return found | self.undelivered.descriptors()
 
     def adopt_drained(self, channel: GenerationChannel) -> None:
-        """Adopt a channel that an earlier program ended: empty it for the next route."""
+        """Adopt a channel that an earlier program ended; the next route gets its connections."""
         if channel.depth():
             self._leftovers[channel] = False
 
@@ -304,7 +304,7 @@ class Forwarder:
                 self._shortage.begin("epoll_ctl", error)
 
     def _sender(self, index: int) -> Send | None:
-        """Return the function that sends a listener's connections; None: none can be sent now."""
+        """Return the function that sends a listener's connections; None: do not accept now."""
         send, route = self._canary and self._canary.sender(index), self.outlet.route
         return send or (route.write.sendmsg if route and route.knows_of(index) else None)
 
@@ -312,11 +312,11 @@ class Forwarder:
         return self._acceptor.accepted - (self._canary.sent if self._canary else 0)
 
     def _reclaim(self, channel: GenerationChannel, *, last: bool = False) -> None:
-        """Move a channel's connections to the route, oldest first, while there is room.
+        """Move a channel's connections to the route, the oldest first, while there is room.
 
-        A connection by a listener that the route does not know goes back to the channel's end.  If
-        the channel has ended, that connection stays, with all connections behind it.  last: the
-        channel's workers have exited, so such a connection is kept for another generation.
+        If the route does not know a connection's listener, the connection goes back to the end of
+        its channel.  If the channel has ended, this connection and all behind it stay there.
+        last: the channel's workers have exited, so such connections wait for another generation.
         """
         route = self.outlet.route
         has_unknown = route is not None and _may_have_unknown(channel, route)
@@ -335,14 +335,14 @@ class Forwarder:
             if fd < 0:
                 self._lost += not probe_port.is_probe(header)
             elif probe_port.is_probe(header):
-                self.outlet.let_go(fd)  # only a probe of this channel's generation
+                self.outlet.let_go(fd)  # the probe was for this channel's generation
             elif has_unknown and route is not None and not route.knows_of(listener_of(header)):
                 self._put_back(channel, header, fd)
             elif self.outlet.route is not None:
                 self.outlet.send(self.outlet.route, header, fd)
 
     def _is_stuck(self, channel: GenerationChannel) -> bool:
-        """Return whether the next connection can neither go to the route nor be put back."""
+        """Return whether the channel's next connection can neither move nor be put back."""
         try:
             header = channel.peek() if channel.write.fileno() < 0 else None
         except OSError as error:
@@ -364,14 +364,14 @@ class Forwarder:
             if listener_of(header) in {each.index for each in listeners}:
                 self.undelivered.keep_last(header, fd)
                 return
-            self._lost += 1  # no generation is left that knows the listener
+            self._lost += 1  # the listener is gone, so no generation can get its connections
         self.outlet.let_go(fd)
 
     # -- failures --------------------------------------------------------------
 
     def _accept_failed(self, listener: Listener, error: OSError) -> None:
         if error.errno in TRANSIENT_ERRNOS:
-            if listener.always_readable:  # shut down for a stop; no client waits at present
+            if listener.always_readable:  # we shut it down for a stop, and no client waits now
                 self._loop.unwatch(listener.fileno())
             elif listener.hangs_up:
                 self._repair_shut(listener)
@@ -405,10 +405,10 @@ class Forwarder:
     # -- the end -------------------------------------------------------------
 
     def _close_when_quiet(self, closing: _Closing) -> None:
-        """Close the listeners once no client has come since the last look, and none waits."""
+        """Close the listeners once no client has come since the last look, and no client waits."""
         if self.outlet.is_free and not any(self._leftovers.values()):
             self._acceptor.accept_now(lambda: self.outlet.is_free)
-            if closing.stay:  # earlier clients are accepted first
+            if closing.stay:  # later clients stay in the backlogs
                 for each in self._accepting:
                     if not each.has_waiting():
                         self._accept_no_more(each)
@@ -436,7 +436,7 @@ class Forwarder:
 
 
 def _may_have_unknown(channel: GenerationChannel, route: GenerationChannel) -> bool:
-    """Return whether a channel may have connections by listeners that a route does not know."""
+    """Return whether a channel may have connections whose listener a route does not know."""
     if route.knows is None:
         return False
     return channel.knows is None or not channel.knows <= route.knows

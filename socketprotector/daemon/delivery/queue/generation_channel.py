@@ -1,4 +1,4 @@
-"""The queue of one generation: its channel, and what its record says about its workers."""
+"""The queue of one generation: a channel that knows the generation's record."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from ...generation import OpenGeneration
 
 
 class GenerationChannel(Channel):
-    """A generation's channel; its end goes into the generation's record."""
+    """A generation's channel.  When the channel ends, the generation's record notes the end."""
 
     def __init__(self, ends: Channel, generation: OpenGeneration, *, adopted: bool = False) -> None:
         """Take ownership of both ends.  adopted: an earlier program made the channel."""
         super().__init__(ends.read, ends.write)
         self.generation = generation
-        #: Whether a worker has taken a connection from it; assumed for an adopted channel.
+        #: Whether a worker has taken a connection; assumed True for an adopted channel.
         self.taken_from = adopted
-        #: Whether it was reported that no worker takes from it.
+        #: Whether a report was made that no worker takes connections.
         self.said_untaken = False
-        #: The counts of a QueueWatch when it left the channel: new clients, and all records sent.
+        #: The new connections, and all connections, that a QueueWatch counted here before it left.
         self.met = self.sent = 0
 
     @property
@@ -26,10 +26,10 @@ class GenerationChannel(Channel):
         return self.generation.record.knows
 
     def knows_of(self, index: int) -> bool:
-        """Return whether its workers know a listener, so that they can get its connections."""
+        """Return whether the workers know a listener, and so can get the listener's connections."""
         return self.generation.knows(index)
 
     def end(self) -> None:
-        """Let the workers read end of file, and record that."""
+        """Let the workers read end of file, and record the end."""
         super().end()
         self.generation.note_ended()

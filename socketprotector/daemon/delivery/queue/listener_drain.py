@@ -1,7 +1,7 @@
-"""Drains listeners that a reload has removed: refuses new clients, delivers connected ones.
+"""Drains listeners that a reload has removed: refuses new clients, and delivers connected clients.
 
 Connected clients go to the generation that knows the listener, not to the serving generation.  A
-timer checks the backlog until no client came between two checks.  If the generation that knows the
+timer checks the backlog until two checks in a row find no client.  If the generation that knows the
 listener is gone, the clients count as lost, and the loss is logged.
 """
 
@@ -24,7 +24,8 @@ from .undelivered import Undelivered
 
 #: How many connections to send before the loop handles other events.
 BURST = 64
-#: The most lost clients to count: clients that we cannot refuse may come as fast as we count.
+#: The most lost clients to count.  Without a limit we might never finish, because clients that we
+#: cannot refuse may come as fast as we count.
 MOST_LOST = 4096
 
 
@@ -33,9 +34,9 @@ class _Draining:
     """A listener that is drained."""
 
     listener: Listener
-    channel: Channel  # of its generation
-    until: float = 0.0  # when to close even if clients come; 0: new clients are refused
-    quiet: bool = False  # no client came since the last look
+    channel: Channel  # of the generation that knows the listener
+    until: float = 0.0  # when to close at the latest; 0: no limit, new clients are refused
+    quiet: bool = False  # the last look found no client
 
     @property
     def timer(self) -> tuple[str, int]:
@@ -56,7 +57,7 @@ class DrainingListeners:
         self._loop, self._log = runtime.loop, runtime.log
         self._undelivered = undelivered
         self._shortage = shortage
-        #: How many connections came by these listeners, and how many of them were lost.
+        #: How many connections came to these listeners, and how many of them were lost.
         self.accepted = self.lost = 0
         self._draining: list[_Draining] = []
         self._to_end: list[Channel] = []  # channels to end once no listener drains to them
@@ -68,8 +69,8 @@ class DrainingListeners:
     def begin(self, listener: Listener, to: Channel) -> None:
         """Refuse new clients, send the backlog to a channel, then close the listener.
 
-        Takes ownership.  A socket from the service manager keeps its backlog, because the manager
-        accepts these clients.
+        Takes ownership of the listener.  A socket from the service manager keeps its backlog,
+        because the manager accepts these clients.
         """
         each = _Draining(listener, to)
         self._draining.append(each)
@@ -78,21 +79,21 @@ class DrainingListeners:
         self._loop.call_after(each.timer, 0.0, partial(self._look, each))
 
     def end_after(self, channel: Channel) -> bool:
-        """End a channel later, once no listener drains to it; return False if none does now."""
+        """End a channel once no listener drains to it; return False if no listener does now."""
         if not self._to(channel):
             return False
         self._to_end.append(channel)
         return True
 
     def end(self, channel: Channel | None = None) -> None:
-        """Close the listeners that drain to a channel, or all listeners, with their backlogs."""
+        """Close the listeners that drain to a channel, with their backlogs; None: all listeners."""
         for each in self._to(channel) if channel is not None else tuple(self._draining):
             self._end(each)
 
     def close(self, listener: Listener) -> None:
-        """Close a listener that drains to no channel, and log how many waiting clients are lost."""
+        """Close a listener, and log how many of its waiting clients are lost."""
         lost = self._undelivered.drop(lambda index: index == listener.index)
-        if not listener.settings.foreign:  # otherwise the service manager accepts them
+        if not listener.settings.foreign:  # otherwise the service manager accepts the clients
             dropped = self._drop_backlog(listener)
             self.accepted += dropped
             lost += dropped
@@ -103,8 +104,8 @@ class DrainingListeners:
         listener.close()
 
     def _drop_backlog(self, listener: Listener) -> int:
-        """Accept all connected clients and close them at once; return how many."""
-        self._shortage.spend_reserve()  # so that we can count them without a free descriptor
+        """Accept all connected clients and close them at once; return how many there were."""
+        self._shortage.spend_reserve()  # accept() needs a free descriptor
         found, accept = 0, accept_of(listener)
         for _ in range(MOST_LOST):
             try:
@@ -149,7 +150,7 @@ class DrainingListeners:
         self._loop.call_after(each.timer, delay_s, partial(self._look, each))
 
     def _move(self, each: _Draining) -> bool:
-        """Send one connection on; return False without a connection or room.  Raises OSError."""
+        """Send one connection; return False if there is none, or no room.  Raises OSError."""
         if each.is_full:
             return False
         if self._undelivered.has(each.has_index):  # undelivered connections go first
@@ -167,7 +168,7 @@ class DrainingListeners:
             self._undelivered.keep_first(header, fd)
             if error.errno in BROKEN:
                 raise
-            return False  # no room after all, or the system is short of something
+            return False  # no room after all, or the system is short of resources
         os.close(fd)
         return True
 
@@ -176,7 +177,7 @@ class DrainingListeners:
         try:
             fd, _ = accept_of(each.listener)()
         except OSError as error:
-            # No client waits; or out of descriptors: the next look tries again.
+            # No client waits, or no descriptor is free.  The next look tries again.
             each.quiet = each.quiet and error.errno in TRANSIENT_ERRNOS
             return None
         self.accepted += 1

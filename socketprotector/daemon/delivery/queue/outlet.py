@@ -1,7 +1,7 @@
 """Sends connections to the channel of the generation with the route, and handles obstacles.
 
-A full queue, a broken channel or a shortage blocks sending.  A connection whose send failed is kept
-(undelivered.py), and goes first as soon as sending is possible again.
+A full queue, a broken channel or a shortage blocks sending.  If a send fails, the connection is
+kept (undelivered.py), and is sent first as soon as sending is possible again.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Outlet:
     #: Called when the route's channel was shut down.
     broken: Callable[[], None]
     route: GenerationChannel | None = None
-    lost: int = 0  # connections that could not be taken out of a queue again
-    _full: GenerationChannel | None = None  # its write end is watched for room
+    lost: int = 0  # connections that could not be taken back from a queue
+    _full: GenerationChannel | None = None  # the full channel, watched for room
 
     def lead_to(self, channel: GenerationChannel | None) -> None:
         """Send to this channel from now on; None: send nothing."""
@@ -46,7 +46,7 @@ class Outlet:
 
     @property
     def is_free(self) -> bool:
-        """Whether a connection can be delivered now."""
+        """Return whether a connection can be delivered now."""
         return (
             self.route is not None
             and self._full is None
@@ -60,7 +60,7 @@ class Outlet:
             self._on_room()
 
     def send_kept(self) -> None:
-        """Send kept connections: of failed sends, and of listeners that no earlier route knew."""
+        """Send kept connections: their send failed, or no earlier route knew their listener."""
         route = self.route
         while route is not None and self.route is route and not self.shortage.lasts:
             if self._full is not None:
@@ -112,7 +112,7 @@ class Outlet:
             self.shortage.begin("sendmsg", error)
 
     def let_go(self, fd: int) -> None:
-        """Close our copy of a connection, and restore the reserve that it may have used."""
+        """Close our copy of a connection, and open the reserve again if it is spent."""
         os.close(fd)
         self.shortage.take_reserve()
 

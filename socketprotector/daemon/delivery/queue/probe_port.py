@@ -1,9 +1,9 @@
 """A loopback port for probes of a generation that takes connections from a channel.
 
-The port's connections are sent into that channel, and no count includes them.  Until a generation
-serves, its channel has only probes; the remaining probes are discarded when it fails or begins to
-serve.  In a serving generation's channel (--health) probes queue among the clients; when clients
-are taken back, the probes are discarded.
+The port's connections are sent into the generation's channel, and no count includes them.  Until a
+generation serves, its channel has only probes.  When the generation fails or begins to serve, the
+remaining probes are discarded.  In a serving generation's channel (--health), probes wait among
+clients; when the clients are taken back, the probes are discarded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ....system.polling import events_of
 from ..probe_target import BACKLOG, ProbeTarget
 from .queue_watch import QueueWatch
 
-#: How soon to accept again after a shortage.
+#: The pause before a port accepts or sends again.
 _ACCEPT_AGAIN_S = 0.1
 
 
@@ -38,14 +38,14 @@ class ProbePort:
         index: int,
         watch: Callable[[], QueueWatch | None] = lambda: None,
     ) -> None:
-        """Send its connections into a channel, as if they came by the listener of this index.
+        """Send the port's connections into a channel, as connections of the listener `index`.
 
         watch: returns the counter of clients and probes sent to the channel; None: the channel
-        has no clients.  Raises OSError.
+        gets no clients.  Raises OSError.
         """
         self._loop, self._channel, self._index, self._watch = loop, channel, index, watch
         self._sent_before = 0  # how many connections were sent up to the last probe
-        self._kept: socket.socket | None = None  # a probe that the channel has no room for yet
+        self._kept: socket.socket | None = None  # a probe that was accepted, but not sent yet
         self._failed: OSError | None = None
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         with on_error(self._socket.close):
@@ -75,13 +75,13 @@ class ProbePort:
             raise failed
         if self._kept is not None or events_of(self._socket, select.POLLIN):
             return True
-        # Connections that were sent after the probe queue behind it.
+        # Subtract the connections that were sent after the probe.
         watch = self._watch()
         behind = watch.sent - self._sent_before if watch is not None else 0
         return self._channel.depth() > behind
 
     def _accept_later(self) -> None:
-        """Accept again by a timer: the socket stays readable."""
+        """Accept again by a timer, and unwatch the socket until then, because it stays readable."""
         self._loop.unwatch(self._socket.fileno())
         self._loop.call_after(self, _ACCEPT_AGAIN_S, self._accept_again)
 
@@ -117,11 +117,11 @@ class ProbePort:
             if error.errno == errno.EAGAIN:
                 self._accept_later()
                 return
-            self._failed = error  # otherwise _waits() would report that a worker took the probe
+            self._failed = error  # so that _waits() does not report that a worker took the probe
         else:
             watch = self._watch()
             if watch is not None:
-                # Otherwise another port would think that it was sent after that port's probe.
+                # Count the probe, so that another port does not mistake this probe for its own.
                 watch.add_uncounted()
                 self._sent_before = watch.sent
         probe.close()
@@ -129,7 +129,7 @@ class ProbePort:
 
 
 def is_probe(header: bytes) -> bool:
-    """Return whether a record in a channel is a probe of ours."""
+    """Return whether a record in a channel is one of our probes."""
     return not wire.HEADER.unpack_from(header)[-1]
 
 

@@ -1,7 +1,8 @@
-"""The delivery where the protector accepts: each generation has a queue, its channel.
+"""The delivery in which the protector accepts; each generation's queue is a channel.
 
-All workers of a generation take from one queue.  The protector keeps both ends, so a queue outlives
-its workers.  Connections that no worker took go to the generation that has the route.
+All workers of a generation take connections from its queue.  The protector keeps both ends of the
+queue, so the queue outlives the workers.  Connections that no worker took go to the generation that
+has the route.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class QueueDelivery(Delivery):
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._channels: dict[int, GenerationChannel] = {}
         self._route: int | None = None
-        self._met: dict[int, int] = {}  # by generation, as an earlier program recorded it
+        self._met: dict[int, int] = {}  # new clients by generation, from an earlier program
         self.forwarder = Forwarder(
             runtime,
             tuple(listeners),
@@ -152,15 +153,12 @@ class QueueDelivery(Delivery):
         return self._channels[generation.record.number]
 
     def _open_channels(self) -> dict[int, GenerationChannel]:
-        """Return the channels that the forwarder has not yet emptied and closed."""
+        """Forget the channels that the forwarder has closed, and return the others."""
         self._channels = {n: each for n, each in self._channels.items() if not each.closed}
         return self._channels
 
     def _watch(self, number: int, channel: GenerationChannel) -> None:
-        """Watch for a worker that shuts the channel down: other workers may then take no more.
-
-        Raises OSError.
-        """
+        """Watch for a worker that shuts the channel down for all workers.  Raises OSError."""
         self._loop.watch(channel.read.fileno(), lambda: self._report_broken(number), SHUT)
 
     def _report_broken_route(self) -> None:
@@ -168,7 +166,7 @@ class QueueDelivery(Delivery):
             self._report_broken(self._route)
 
     def _report_broken(self, number: int) -> None:
-        """Report once that a worker has shut a channel down: epoll would report it for ever."""
+        """Report that a worker has shut a channel down; unwatch it, so that epoll reports once."""
         self._loop.unwatch(self._channels[number].read.fileno())
         since = self._host.generations[number].record.serving_since
         self._post(ChannelBroken(number, time.monotonic() - since if since else 0.0))
@@ -223,7 +221,7 @@ class QueueDelivery(Delivery):
         self.forwarder.add(listener)
 
     def remove(self, listener: Listener) -> None:
-        """Pass a listener's backlog to the newest generation that has served it."""
+        """Send a listener's backlog to the newest generation that has served and knows it."""
         served = [
             number
             for number, each in self._host.generations.items()
@@ -232,7 +230,7 @@ class QueueDelivery(Delivery):
         self.forwarder.remove(listener, self._channels[max(served)] if served else None)
 
     def _repair(self, listener: Listener) -> None:
-        """Make a shut-down listener listen again, or bind another socket, or set it to lost.
+        """Make a shut-down listener listen again, or bind another socket, or mark it lost.
 
         Raises OSError if the system is short of descriptors or memory.
         """
@@ -340,7 +338,7 @@ class QueueDelivery(Delivery):
 
 
 def _has_probe_first(channel: Channel) -> bool:
-    """Return whether the oldest connection in a channel is a probe; False also if it is unknown."""
+    """Return whether the oldest connection in a channel is known to be a probe."""
     try:
         header = channel.peek()
     except OSError:  # out of memory

@@ -1,10 +1,10 @@
 """Detects workers that take no connections from the queue of the route, or of a canary.
 
 The kernel may wake only one worker for a connection (EPOLLEXCLUSIVE).  If that worker is killed or
-suspended before it reads, the other workers sleep on, with a client waiting.  So while the queue is
-not empty, we check its head.  If two checks find the same head, the whole queue is sent again, in
-the same order: that wakes another worker.  While the queue is empty no timer runs,
-and accepting a connection tests one flag.
+suspended before it reads, the other workers stay asleep while a client waits.  So while the queue
+is not empty, a timer checks its head.  If two checks find the same head, the whole queue is sent
+again in the same order, which wakes another worker.  While the queue is empty, no timer runs, and
+a new connection costs only the test of one flag.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ STUCK_S = 1.0
 
 @mutable
 class QueueWatch:
-    """The periodic look at the queue, from the first send until it is empty."""
+    """The periodic look at the queue, from the first send until the queue is empty."""
 
     loop: Loop
     _: KW_ONLY
-    #: Returns how many new connections were ever sent to the route.
+    #: Returns how many new connections were sent so far, to this route and to earlier routes.
     forwarded: Callable[[], int]
     #: Sends all queued connections again.
     send_again: Callable[[GenerationChannel], None]
-    #: See Forwarder.
+    #: See Forwarder.__init__().
     untaken: Callable[[float, int, bool], None]
-    #: After how long untaken() is called: if workers never took a connection, and if they did.
+    #: How long workers may take nothing until untaken() is called: before the first connection
+    #: that they take, and after it.
     late_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
     last_look_s: float = LAST_LOOK_S
     timer: str = "forwarder-look"
@@ -45,14 +46,14 @@ class QueueWatch:
     runs: bool = False
     #: The connections sent to the route, minus `forwarded`.
     _extra: int = 0
-    _forwarded_before: int = 0  # the value of `forwarded` when it began to follow the route
+    _forwarded_before: int = 0  # the value of `forwarded` when this route began
     _route: GenerationChannel | None = None
     _head: bytes | None = None  # at the last look
     _head_since: float = 0.0
     _look_s: float = FIRST_LOOK_S
 
     def follow(self, route: GenerationChannel | None) -> None:
-        """Watch another route, or none."""
+        """Watch this route from now on; None: watch no route."""
         before, forwarded = self._route, self.forwarded()
         if route is before and route is not None:
             return
@@ -63,7 +64,7 @@ class QueueWatch:
         queued = route.depth() if route is not None else 0
         self._extra = max(queued, route.sent if route is not None else 0) - forwarded
         self._forwarded_before = forwarded
-        if queued:  # sent by an earlier program, or when this was the route before
+        if queued:  # an earlier program sent these, or the channel was the route before
             self.start()
 
     def new_in(self, channel: GenerationChannel) -> int:
@@ -78,11 +79,11 @@ class QueueWatch:
 
     @property
     def sent(self) -> int:
-        """How many connections were sent to the route, counted from an arbitrary start."""
+        """Return how many connections were sent to the route, counted from an arbitrary start."""
         return self.forwarded() + self._extra
 
     def add_uncounted(self) -> None:
-        """Count a sent connection that `forwarded` does not count, or not for this route."""
+        """Count a sent connection that does not increase `forwarded`."""
         self._extra += 1
         if not self.runs:
             self.start()
@@ -92,7 +93,7 @@ class QueueWatch:
         self._extra -= 1
 
     def oldest_waiting_s(self, channel: GenerationChannel) -> float | None:
-        """Return how long no worker has taken a connection; None: too short to report."""
+        """Return for how many seconds no worker took a connection; None: too few to report."""
         if channel is not self._route or self._head is None:
             return None
         seconds = time.monotonic() - self._head_since

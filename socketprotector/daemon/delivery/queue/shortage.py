@@ -1,10 +1,11 @@
 """Handles a shortage of descriptors or memory: retries later, and keeps one descriptor in reserve.
 
-Such an error (EMFILE, ENFILE, ENOBUFS, ENOMEM) is temporary.  A listener stays readable meanwhile,
-so only a timer keeps the loop from spinning.
+A shortage (EMFILE, ENFILE, ENOBUFS, ENOMEM) is temporary.  A listener stays readable meanwhile, and
+would keep the loop spinning, so we stop watching listeners and retry by a timer.
 
-The reserve is for taking a connection out of a channel.  The kernel gives that connection a
-descriptor number here, and drops it if no number is free (unix(7), MSG_CTRUNC).
+The reserve makes room to take a connection out of a channel.  The kernel gives the connection a
+descriptor number in this process, and drops the connection if no number is free (unix(7),
+MSG_CTRUNC).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ....system.channel import Channel
 from ....system.helper import BackOff
 from ...runtime import Runtime
 
-#: The first and the longest wait before a retry; each wait is twice as long as the last.
+#: The first and the longest wait before a retry; each wait is twice as long as the one before.
 FIRST_WAIT_S = 0.01
 LAST_WAIT_S = 0.5
 _RETRY = "forwarder-retry"
@@ -32,9 +33,9 @@ class Shortage:
     _: KW_ONLY
     #: Stops accepting.
     stop: Callable[[], None]
-    #: Resumes, as far as possible.
+    #: Sends and accepts again, as far as possible.
     retry: Callable[[], None]
-    #: Whether the timer runs.
+    #: True while the shortage lasts and the timer runs.
     lasts: bool = False
     #: The reserve descriptor; -1 while it is spent.
     reserve: int = -1
@@ -65,7 +66,7 @@ class Shortage:
             self.take_reserve()
 
     def take_reserve(self) -> bool:
-        """Open the reserve if it is spent; return whether it exists."""
+        """Open the reserve if it is spent; return whether it is open."""
         if self.reserve < 0:
             try:
                 self.reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
@@ -80,7 +81,7 @@ class Shortage:
             self.reserve = -1
 
     def take_back(self, channel: Channel) -> tuple[bytes, int] | None:
-        """Take a connection out of a channel; return None without a connection or descriptor.
+        """Take a connection out of a channel; None: no connection waits, or there is no reserve.
 
         The reserve makes room: without a free number the kernel would drop the connection silently.
         """

@@ -1,14 +1,13 @@
-"""Accepted connections that are in no channel: only we have them.
+"""Keeps accepted connections that are in no channel, so that only we have them.
 
-There are few, because we accept only what we can deliver.  They are connections whose send failed,
-and connections from a listener that the route does not know.  The latter wait for a generation that
-knows the listener.
+There are few, because we accept only connections that we can deliver.  Either their send failed, or
+the route does not know their listener.  Then they wait for a generation that knows the listener.
 
-All of them survive this program: their headers are in the state, and the next program gets their
-descriptors by name.  Two rules hold here:
+These connections survive this program.  Their headers are in the state, and the next program gets
+their descriptors by name.  Two rules hold here:
 
-* A connection is removed from the state before it is sent.  If we are killed in between, it is
-  lost.  With the other order, the next program would send a connection that a worker already has.
+* A connection is removed from the state before it is sent.  If we are killed in between, the
+  connection is lost.  In the other order, a second worker could get the same connection.
 * A descriptor's name is a number that no other connection ever had.  If numbers were reused, the
   guard or systemd's store might still have an older descriptor under the same name.
 """
@@ -28,7 +27,7 @@ Wanted = Callable[[int], bool]
 
 
 class Undelivered:
-    """The undelivered connections, and the owner of their descriptors."""
+    """The owner of the undelivered connections."""
 
     def __init__(self, persist: Callable[[], bool]) -> None:
         """persist: writes the state; returns False if that fails."""
@@ -43,19 +42,19 @@ class Undelivered:
         return any(wanted(listener_of(header)) for header, _ in self._waiting.values())
 
     def keep_first(self, header: bytes, fd: int) -> None:
-        """Keep a connection whose send failed: it goes next.  Takes ownership of fd."""
+        """Keep a connection whose send failed, before all others.  Takes ownership of fd."""
         self._waiting = {self._new_number(): (header, fd), **self._waiting}
         self.persist()
 
     def keep_last(self, header: bytes, fd: int) -> None:
-        """Keep a connection behind the others.  Takes ownership of fd."""
+        """Keep a connection, behind all others.  Takes ownership of fd."""
         self._waiting[self._new_number()] = header, fd
         self.persist()
 
     def take(self, wanted: Wanted) -> tuple[bytes, int] | None:
         """Remove and return the first connection from a wanted listener, for the caller to send.
 
-        Returns None if there is none, or if the state cannot be written.
+        Returns None if there is no such connection, or if the state cannot be written.
         """
         before = self._waiting
         for number, found in before.items():
@@ -68,7 +67,7 @@ class Undelivered:
         return None
 
     def drop(self, wanted: Wanted) -> int:
-        """Close the connections from the wanted listeners; return how many."""
+        """Close the connections from the wanted listeners; return how many there were."""
         gone = [n for n, (header, _) in self._waiting.items() if wanted(listener_of(header))]
         for number in gone:
             os.close(self._waiting.pop(number)[1])
@@ -95,8 +94,8 @@ class Undelivered:
         """Adopt an earlier program's connections; takes ownership of their descriptors.
 
         number: the highest number in its record.  If that program was killed before it wrote the
-        record, it may have stored one more connection.  Skip a connection
-        without a descriptor: it was not stored in time.
+        record, it may have stored one more descriptor, so the next number is not used.  A
+        connection without a descriptor was not stored in time, and is skipped.
         """
         self.number = number + 1
         for each, header in waiting:
@@ -106,6 +105,6 @@ class Undelivered:
 
 
 def listener_of(header: bytes) -> int:
-    """Return the index of the listener that a connection came by."""
+    """Return the index of the listener to which a connection came."""
     index: int = wire.HEADER.unpack_from(header)[2]
     return index

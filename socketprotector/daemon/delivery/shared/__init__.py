@@ -1,4 +1,4 @@
 """Workers accept, from sockets that they share with the protector.
 
-Which generation has which socket, and how clients get to it: socket_steering.py.
+socket_steering.py knows which generation has which socket, and steers clients to the sockets.
 """

@@ -1,9 +1,9 @@
-"""Counts each generation's open connections by the kernel's data, where workers accept.
+"""Counts each generation's open connections from the kernel's data, under --handoff listener.
 
 `status` shows the counts.  Connections that a generation accepts carry its accept tag
 (system/accept_tags.py).  Connections with NO_TAG count for no generation.  Queries to the kernel
 take at most ASKING_SHARE of our time, however many connections there are.  If `status` is requested
-more often, the last answer is repeated.
+more often, it shows the last counts again.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ class AcceptCounts:
     """The open connections of all generations, queried at once."""
 
     listeners: SharedListeners
-    #: Index of a listener -> how many connections have each tag.  Missing: the kernel did not say.
+    #: Index of a listener -> how many connections have each tag.  A listener is missing if the
+    #: kernel did not answer.
     _found: dict[int, Counter[int]] = field(default_factory=dict)
     _again_at: float = 0.0
 
     def enter(
         self, socket_number: int, taken: Collection[tuple[int, int]]
     ) -> tuple[tuple[int, int], ...]:
-        """Tag a socket, 0 or 1, for a generation that will start; return its tags.
+        """Tag the sockets of a generation that will start; return pairs of listener index and tag.
 
-        Each tag comes with its listener's index.  taken: the tags of other generations.  The
-        result is empty if queued connections may carry another generation's tag: then the
-        connections of the two generations cannot be counted separately.
+        socket_number: 0 or 1.  taken: the tags of other generations.  The result is empty if queued
+        connections may carry another generation's tag, because then the connections of the two
+        generations cannot be counted separately.
         """
         try:
             return tuple(self._tag(each, socket_number, taken) for each in self.listeners.living)
@@ -52,9 +53,9 @@ class AcceptCounts:
     def _tag(
         self, listener: Listener, socket_number: int, taken: Collection[tuple[int, int]]
     ) -> tuple[int, int]:
-        """Return a listener's index, and the tag that connections accepted at its socket get.
+        """Tag one socket; return its listener's index, and the tag of connections accepted there.
 
-        Raises OSError if they may carry the tag of another generation.
+        Raises OSError if these connections may carry the tag of another generation.
         """
         if not listener.has_sibling:
             raise OSError(errno.EOPNOTSUPP, "all generations accept from it")
@@ -67,10 +68,10 @@ class AcceptCounts:
             return listener.index, tag
         used = {tag for index, tag in taken if index == listener.index} - {NO_TAG}
         if accept_tags.tag_of(listening) in used and listener.has_waiting(socket_number):
-            # Keep the tag, so that our successor comes to the same result if we are killed now.
+            # Keep the tag, so that the next program comes to the same result if we are killed now.
             raise OSError(errno.EBUSY, _OTHERS_WAIT)
         tag = NO_TAG
-        with suppress(OSError):  # for example no descriptor is left, or the kernel gives no answer
+        with suppress(OSError):  # for example no descriptor is free, or the kernel does not answer
             tag = self._unused(listener, socket_number, used)
         earlier = accept_tags.tag(listening, tag, used)
         if earlier and listener.has_waiting(socket_number):
@@ -82,13 +83,13 @@ class AcceptCounts:
         return listener.index, tag
 
     def _unused(self, listener: Listener, socket_number: int, used: Collection[int]) -> int:
-        """Return an unused tag, preferably the socket's own; NO_TAG: none is left.
+        """Return an unused tag, preferably the socket's present tag; NO_TAG: no tag is left.
 
         used: the tags of known generations.  Raises OSError.
         """
         listening, other = (listener.socket_for(n) for n in (socket_number, 1 - socket_number))
-        # A released generation may still have open connections, with its tag: a process may have
-        # left the process group, or have passed a connection on.
+        # A released generation may still have open connections, with its tag, because a process may
+        # have left the process group, or have passed a connection on.
         ours = self.listeners.host.own_connection
         found = self._found[listener.index] = accept_tags.connections(listening, ours)
         tag = accept_tags.tag_of(listening)
@@ -101,7 +102,7 @@ class AcceptCounts:
     def active(self, tags: Collection[tuple[int, int]]) -> int | None:
         """Return how many open connections carry these tags; None: unknown.
 
-        tags: a generation's tags with their listeners' indices; empty: they are unknown.
+        tags: a generation's pairs of listener index and tag; empty: the tags are unknown.
         """
         if tags and time.monotonic() >= self._again_at:
             self._query()

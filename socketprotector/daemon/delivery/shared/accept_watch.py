@@ -1,11 +1,11 @@
-"""Detects that workers do not accept, under --handoff listener.
+"""Detects workers that do not accept, under --handoff listener.
 
-In that mode no connection passes through us, and a connection must not wake us needlessly.  So only
-a generation's first client wakes us.  After a while we read the backlog from the kernel
+In this mode no connection passes through us, and a connection must not wake us needlessly.  So we
+watch for a single client.  After this client has come, we read the backlog from the kernel
 (sock_diag), and later read it again.  accept() takes the oldest client.  So if the second answer
-still has all clients of the first, no client was accepted in between.  If the backlog is empty, we
-wait for the next client.  So while no client connects we sleep, and in normal operation we wake up
-at most twice in LOOK_S.
+still has all clients of the first answer, no client was accepted in between.  If the backlog is
+empty, we watch for the next client.  So we sleep while no client connects, and in normal operation
+we wake up at most twice in LOOK_S.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ....system.loop import Loop
 from ....system.sock_diag import Line, stands
 from .. import NEVER_TAKEN_S, UNTAKEN_S
 
-#: The pause between two looks: until a first client is accepted, and later.  A canary has its own
-#: limits, and its pauses are the same fractions of them.
+#: The pause between two looks: FIRST_LOOK_S until a first client is accepted, LOOK_S later.  For a
+#: canary, the pauses are the same fractions of the canary's limits.
 FIRST_LOOK_S = NEVER_TAKEN_S / 4
 LOOK_S = UNTAKEN_S / 2
 #: Queries to the kernel take at most this share of our time, however many connections there are.
@@ -32,11 +32,11 @@ class Backlogs(ABC):
 
     @abstractmethod
     def waiting_clients(self) -> Mapping[int, Line]:
-        """Return the clients in each backlog, by the listener's index, as far as is known."""
+        """Return the clients in each known backlog, by the listener's index."""
 
     @abstractmethod
     def watch(self) -> None:
-        """Apply a change of `awaits`: while it is True, call came() when a client comes."""
+        """Apply a change of `awaits`: if it is True, call came() when a client comes."""
 
     @abstractmethod
     def report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
@@ -61,14 +61,14 @@ class AcceptWatch:
     _accepted: set[int] = field(default_factory=set)  # the listeners at which a client was accepted
     #: The generation has served before, so it may have accepted clients of any listener.
     _served_before: bool = False
-    #: Listener -> the backlog, and the time since which none of its clients was accepted.  An empty
-    #: backlog means that a client has come, and the kernel was not queried yet.
+    #: Listener -> the backlog, and since when no client was accepted.  An empty backlog means that
+    #: a client has come, and that the kernel was not queried yet.
     _waiting: dict[int, tuple[Line, float]] = field(default_factory=dict)
 
     def begin(self, *, served_before: bool) -> None:
         """Watch the generation that gets clients from now on.
 
-        served_before: it also got clients earlier.
+        served_before: the generation also got clients earlier.
         """
         self._reported, self._served_before = False, served_before
         self._accepted.clear()
@@ -76,7 +76,7 @@ class AcceptWatch:
 
     @property
     def runs(self) -> bool:
-        """Whether it watches a generation."""
+        """Return whether a generation is watched."""
         return self.awaits or bool(self._waiting)
 
     def end(self) -> None:
@@ -94,7 +94,7 @@ class AcceptWatch:
 
     @property
     def seconds(self) -> float | None:
-        """How long no waiting client has been accepted; None: not long enough to report."""
+        """Return for how many seconds no waiting client was accepted; None: too few to report."""
         return max(self._passed_over().values(), default=None)
 
     def _await(self) -> None:
@@ -115,7 +115,7 @@ class AcceptWatch:
         for index, (before, since) in list(self._waiting.items()):
             line = found.get(index)
             if line is None or not line or not stands(before, line):
-                self._accepted.add(index)  # also if the backlog is unknown: look rarely
+                self._accepted.add(index)  # assumed if the backlog is unknown: then look rarely
                 del self._waiting[index]
             else:
                 self._waiting[index] = line, since if before else began

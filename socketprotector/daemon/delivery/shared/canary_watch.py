@@ -1,7 +1,7 @@
 """Detects a canary whose workers do not accept their share of the new clients.
 
-The clients of a canary wait at another socket than the clients of the route.  If its workers accept
-none of its clients, the canary fails.
+The canary's clients wait at another socket than the clients of the route.  If the canary's workers
+accept none of these clients, the canary fails.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from .probes import Probes
 from .shared_listeners import SharedListeners
 from .turns import Turns
 
-#: How long a canary's workers may accept no client, until they have accepted one.  Then they may be
-#: busy, and the limit of any generation applies.
+#: The canary fails if its workers accept no first client within this time.  Later they may be busy,
+#: so the limit is UNTAKEN_S.
 NEVER_TAKEN_S = 2.0
 
 
@@ -36,15 +36,15 @@ class CanaryWatch(Backlogs):
         self._listeners, self._turns, self._probes = listeners, turns, probes
         runtime = listeners.host.runtime
         self._post, self._watch = runtime.post, watch
-        self._canary = 0  # the generation; 0: none
-        self.never_accepted = 0  # the canary that failed before its workers accepted a client
+        self._canary = 0  # the generation's number; 0: no canary
+        self.never_accepted = 0  # the last canary that failed before its workers accepted a client
         late_s = NEVER_TAKEN_S, UNTAKEN_S
         self.accepts = AcceptWatch(runtime.loop, self, late_s=late_s, timer="canary-untaken")
 
     def follow(self) -> None:
         """Watch the present canary, if there is one.
 
-        An order that changes only its share does not begin the watch again.
+        A change of its share alone does not restart the watch.
         """
         share = self._turns.share
         canary = share.generation if share is not None else 0
@@ -82,7 +82,7 @@ class CanaryWatch(Backlogs):
                 line = unaccepted(each.socket_for(number))
             except OSError:
                 continue
-            if line:  # an empty answer: the clients are of another network namespace
+            if line:  # otherwise the clients are in another network namespace
                 found[each.index] = line
         return found
 

@@ -1,9 +1,9 @@
 """Records O_NONBLOCK of listening sockets that were passed in; the next program restores the flag.
 
-Workers may change the flag.  The flag belongs to the open file description, so we share it with the
-process that passed the socket in.  Whenever the service starts, systemd sets the flag to the unit's
-NonBlocking=, and so may undo a change by workers that still run.  systemd leaves the flags of
-sockets in its fd store unchanged.
+Workers may change the flag.  The flag belongs to the open file description, so we share the flag
+with the process that passed the socket in.  Whenever the service starts, systemd sets the flag to
+the unit's NonBlocking=, although workers that changed it may still run.  systemd leaves the flags
+of sockets in its fd store unchanged.
 
 Source: systemd.service(5), fcntl(2).
 """

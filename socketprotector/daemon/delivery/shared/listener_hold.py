@@ -1,8 +1,8 @@
-"""A hold under --handoff listener: new clients get no answer, so their kernels try again.
+"""Holds new clients under --handoff listener: they get no answer, so their kernels try again.
 
-Workers accept every client at their sockets.  So during a hold new clients are steered to a socket
-that no worker has, and that never answers (system/reuseport.py).  Only we have that socket.  With a
-guard or an fd store, the socket and the hold survive us; otherwise both end with us.
+Workers accept every client that comes to their sockets.  So during a hold, new clients are steered
+to a socket that never answers (system/reuseport.py), and that only we have.  With a guard or an fd
+store, this socket and the hold survive us; otherwise both end with us.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LAST_S = 10.0
 
 @mutable
 class ListenerHold:
-    """The hold, and until when its clients may still retry."""
+    """The hold, and the time until which its clients may retry."""
 
     listeners: SharedListeners
     #: What the next program needs.
@@ -31,7 +31,7 @@ class ListenerHold:
 
     @property
     def on(self) -> bool:
-        """Whether a hold is in force."""
+        """Return whether a hold is in force."""
         return self.record.began_at > 0.0
 
     def turn(self, on: bool) -> None:
@@ -48,7 +48,7 @@ class ListenerHold:
 
     @property
     def late_s(self) -> float:
-        """How long clients that the hold kept out may still come."""
+        """Return how long the clients of an ended hold may still retry."""
         return max(0.0, self.record.tried_until - time.monotonic())
 
     def cannot_begin(self) -> str | None:
@@ -63,21 +63,21 @@ class ListenerHold:
                 why = f"{each.settings.address}: {error.strerror}"
                 if error.errno in RESOURCE_ERRNOS or error.errno == errno.EEXIST:
                     return why  # EEXIST: another program's file is at the path
-                # A TCP socket must be bound at the start: we may have dropped privileges since.
+                # A TCP socket must be bound at the start, because we may drop privileges later.
                 when = "once files can be made in its directory" if each.path else "after a restart"
                 return f"{why}; possible {when}"
         return refused
 
     def loss(self, listeners: Iterable[Listener]) -> str | None:
-        """Return which clients a reload would lose if it removed listeners now; None: none.
+        """Return which clients a reload would lose if it removed listeners now; None: no clients.
 
-        Clients of a path wait at a socket that no worker has.  Over TCP they retry.
+        Clients of a UNIX path wait at a socket that no worker has.  TCP clients retry.
         """
         lost = [each.settings.address for each in listeners if each.is_reserved_for_clients]
         return f"the clients that wait at {' '.join(lost)} would be reset" if lost else None
 
     def refusal(self, listeners: Iterable[Listener]) -> str | None:
-        """Return why a listener cannot be held; None: all can be held."""
+        """Return why one of these listeners cannot be held; None: all can be held."""
         for each in listeners:
             if not each.shared or each.lost or each.can_be_held:
                 continue

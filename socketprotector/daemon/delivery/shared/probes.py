@@ -1,8 +1,8 @@
-"""Probes of a generation, with or without clients: how they reach it, and how we recognise them.
+"""Brings probes to a generation, with or without clients, and tells waiting probes from clients.
 
-At a TCP address a probe has a mark (system/bpf.py), by which the kernel steers it.  At a UNIX
-path it connects to the file of that generation's socket.  We discard a probe that no worker
-accepts, so that no generation is started for it.
+At a TCP address a probe has a mark (system/bpf.py), and the kernel steers the probe by its mark.
+At a UNIX path a probe connects to the file of the generation's own socket.  We discard a probe that
+no worker accepts, so that no generation starts for the probe.
 """
 
 from __future__ import annotations
@@ -24,27 +24,28 @@ from ..probe_target import ProbeTarget, family_of
 from .shared_listeners import SharedListeners, Steering
 from .turns import Turns
 
-#: How long workers may still accept after the order to finish: gunicorn's threads check once a
-#: second.
+#: How long workers may still accept after the order to finish.  gunicorn's threads, for example,
+#: check for the order once a second.
 LEAVES_S = 2.0
 #: The source address of IPv6 probes, but also of this machine's clients.
 _SOURCE_OF_IPV6 = "::1"
-#: A new socket cannot be made now, but can be later.
+#: Errors after which a new socket cannot be made now, but can be made later.
 RETRY_ERRNOS = RESOURCE_ERRNOS | {errno.EBUSY}
 
 
 def _waits(listening: socket.socket, address: tuple[str, int], client: socket.socket) -> bool:
     """Return whether our connection waits to be accepted.  Raises OSError.
 
-    Without sock_diag it is True while any connection waits.
+    Without sock_diag, returns True while any connection waits.
     """
     if not listening.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        raise OSError(errno.ENOTCONN, "it does not listen")  # it went to the other socket
+        # Our connection went to the other socket.
+        raise OSError(errno.ENOTCONN, "it does not listen")
     if listening.family == socket.AF_UNIX:
         return os.fstat(client.fileno()).st_ino in unaccepted(listening)
     try:
         return is_waiting(client, address, socket_copy.device_of(listening))
-    except OSError:  # sock_diag is not there
+    except OSError:  # the kernel has no sock_diag
         return _has_waiting(listening)
 
 
@@ -65,14 +66,14 @@ class Probes:
     def __init__(self, listeners: SharedListeners, turns: Turns, steering: Steering) -> None:
         self._listeners, self._turns, self._steering = listeners, turns, steering
         self._persist = listeners.host.runtime.persist
-        #: Sockets, by listener and number, whose ::1 or UNIX peers can only be probes of this
-        #: program or an earlier one.
+        #: Sockets, by listener and number, that get no clients.  Their ::1 or UNIX peers are
+        #: probes, of this program or an earlier program.
         self.probed: set[tuple[int, int]] = set()
         #: Sockets that IPv4 probes come to, each with a source address that no client has.
         self.probe_sources: set[tuple[int, int, str]] = set()
         #: The mark of probes of the serving generation, by listener and socket number.
         self._marks: dict[tuple[int, int], bpf.Mark] = {}
-        #: Probe mark -> socket number, whatever the current generation.
+        #: Probe mark -> socket number, whichever generation is current.
         self.socket_by_mark: dict[bpf.Mark, int] = {}
         #: Abandoned probes of the serving generation: the socket, and the probe's end.
         self._abandoned: list[tuple[socket.socket, bytes | int]] = []
@@ -82,20 +83,20 @@ class Probes:
     ) -> ProbeTarget | None:
         """Return how to reach the serving generation as clients do; None: no such listener.
 
-        name: the name of the listener, "" for the first.  knows: says whether that generation knows
-        a listener, by index.
+        name: the name of the listener; "": the first listener.  knows: returns whether that
+        generation knows a listener, by index.
         """
         for each in self._listeners.living:
             if name in ("", each.settings.name) and knows(each.index):
                 listening = each.socket_for(self._turns.current)
-                # As in reach_by_mark(): the probe never leaves this machine.
+                # The probe never leaves this machine, as in reach_by_mark().
                 unix = listening.family == socket.AF_UNIX
                 address = each.address_of(self._turns.current)
                 mark = None if unix else self._mark_for(each, address)
                 target = ProbeTarget(
                     address, mark, partial(_waits, listening, address), lambda: None
                 )
-                if each.has_sibling:  # otherwise the next generation accepts the probe
+                if each.has_sibling:  # otherwise the next generation accepts an abandoned probe
                     target.abandon = partial(self._note_abandoned, listening)
                 return target
         return None
@@ -112,8 +113,8 @@ class Probes:
     ) -> None:
         """Record where probes come from, so that the next program does not take them for clients.
 
-        IPv6 probes share ::1 with this machine's clients, and UNIX probes have no address.  So
-        these are recorded only for a socket that gets no clients.
+        IPv6 probes share ::1 with this machine's clients, and UNIX probes have no address.  So for
+        these probes, record a socket only if it gets no clients.
         """
         if mark is not None and mark.family == socket.AF_INET:
             self.probe_sources.add((*place, mark.source))
@@ -121,7 +122,7 @@ class Probes:
             self.probed.add(place)
         else:
             return
-        self._persist()  # before the first probe: if we are killed, the next program must know
+        self._persist()  # before the first probe, because the next program must know after a kill
 
     def _note_abandoned(self, listening: socket.socket, client: socket.socket) -> None:
         self._abandoned.append((listening, _end_of(client, listening)))
@@ -129,14 +130,14 @@ class Probes:
     def reach_by_mark(
         self, generation: int, name: str, knows: Callable[[int], bool] = lambda index: True
     ) -> ProbeTarget | None:
-        """Return how to reach a generation by a probe mark; None: no such listener.
+        """Return how to reach a generation by a probe mark; None: it has no such listener.
 
-        name: the name of the listener, "" for the first that has two sockets.  knows: says whether
-        the generation knows a listener, by index.
+        name: the name of the listener; "": the first listener that has two sockets.  knows: returns
+        whether the generation knows a listener, by index.
 
-        This works for the serving generation, too, and during a hold.  The probe never leaves this
-        machine, even if the address belongs to another one.  Raises OSError; EAGAIN, for example,
-        while workers of an earlier generation could answer.
+        This also works for the serving generation, and during a hold.  The probe never leaves this
+        machine, even if the address belongs to another machine.  Raises OSError, for example EAGAIN
+        while workers of an earlier generation may answer.
         """
         socket_number = self._turns.accepting.get(generation)
         if socket_number is None:
@@ -163,7 +164,7 @@ class Probes:
                 return is_same and found.is_alive(socket_number) and closing(listening) == closed
             return False
 
-        if listening.family == socket.AF_UNIX:  # the socket has a file of its own, so needs no mark
+        if listening.family == socket.AF_UNIX:  # it has a file of its own, so probes need no mark
             no_clients = self._steering.steer() and self._is_for_probes(found, socket_number)
             self._will_come_from(place, None, no_clients=no_clients)
             return ProbeTarget(address, None, waits, lambda: None, holds=holds)
@@ -203,7 +204,7 @@ class Probes:
             self._steering.steer()
 
     def _probes_at(self, listener: Listener, number: int) -> int | None:
-        """Return how many probes wait at a listener's socket; None: a client waits, too.
+        """Return how many probes wait at a listener's socket; None: a client may wait, too.
 
         Raises OSError.
         """
@@ -216,7 +217,7 @@ class Probes:
             sources.add(_SOURCE_OF_IPV6)
         if not (abandoned or sources):
             return None
-        waiting, _ = reuseport.queue(listening)  # queried first: later connections do not count
+        waiting, _ = reuseport.queue(listening)  # first, so that later connections do not count
         if listening.family == socket.AF_UNIX and place in self.probed:
             return waiting
         ends = unaccepted(listening)
@@ -225,7 +226,7 @@ class Probes:
         return waiting if waiting <= len(ours) else None
 
     def clients_wait(self, listener: Listener, number: int) -> bool:
-        """Return whether a client, not only probes, may wait at a listener's socket."""
+        """Return whether clients may wait at a listener's socket, not only probes."""
         try:
             return self._probes_at(listener, number) is None
         except OSError:
@@ -236,8 +237,8 @@ class Probes:
     ) -> int | None:
         """Return how many clients wait for a generation to accept them; None: unknown.
 
-        clients_only: ignore a socket where only probes wait.  knows: says whether its workers have
-        a listener, by index.
+        clients_only: ignore a socket where only probes wait.  knows: returns whether the workers
+        have a listener, by index.
         """
         if generation not in self._turns.accepting:
             return 0
@@ -258,9 +259,9 @@ class Probes:
         return count
 
     def discard(self) -> set[tuple[int, int]]:
-        """Flush probes where no worker accepts, so that no generation starts for them.
+        """Discard probes where no worker accepts, so that no generation starts for probes alone.
 
-        If a client waits there, too, nothing is flushed: a generation starts, and accepts both.
+        If a client also waits at a socket, its probes stay, and a generation starts for the client.
         Returns the sockets, by listener and number, whose queues cannot be read now.
         """
         unknown = set()
@@ -289,4 +290,4 @@ class Probes:
         """Note that these sockets, by listener and number, get clients from now on."""
         if not places.isdisjoint(self.probed):
             self.probed -= places
-            self._persist()  # before the first client: the next program must not discard it
+            self._persist()  # before the first client, which the next program must not discard

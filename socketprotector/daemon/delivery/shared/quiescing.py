@@ -1,9 +1,9 @@
 """Finds out when a replaced generation has accepted, and read from, all its clients.
 
-Such a generation gets no new clients.  But some clients may not be accepted yet, or their bytes may
-be unread: a server that is ordered to finish would close these connections.  So we query the kernel
-for such clients (sock_diag), for at most a tenth of our time.  If the kernel does not answer, we
-wait for a fixed time.
+A replaced generation gets no new clients.  But some of its clients may not be accepted yet, or
+their bytes may be unread.  A server that is ordered to finish would close these connections.  So we
+query the kernel for such clients (sock_diag), for at most a tenth of our time.  If the kernel does
+not answer, we wait for a fixed time.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .turns import Turns
 
 #: The pause between two looks.
 _LOOK_S = 0.1
-#: The pause for workers that read from all accepted clients before they exit.  For such workers we
-#: wait only for clients that are about to connect.
+#: The pause if workers read from all accepted clients before they exit.  For such workers we wait
+#: only for clients that are about to connect.
 _LOOK_SOON_S = 0.01
 _SOON_LOOKS = 2
 #: A generation is quiet if no unread client was found for this time.
@@ -45,12 +45,12 @@ class _Generation:
     common: Sequence[Listener]  # listeners with a single socket, which may have a backlog
     reads_on: bool  # its workers read from all accepted clients before they exit
     began: float
-    # Seconds of planned pauses: elapsed time would include suspends, when no worker can read.
-    delay_s: float = 0.0  # before this look
+    # We add up planned pauses.  Elapsed time would include suspends, when no worker can read.
+    delay_s: float = 0.0  # the pause before this look
     waited_s: float = 0.0
     quiet_s: float = 0.0
     quiet_looks: int = 0
-    # Clients that connected earlier, and whether each is silent; None: not queried yet.
+    # Clients that were unread in all looks, and whether each is silent; None: not queried yet.
     unread: dict[tuple[int, bytes], bool] | None = None
 
 
@@ -61,9 +61,8 @@ def _unread_unix(
 
     The kernel does not report accepted clients that have sent nothing, so we do not wait for them.
 
-    replaced: listeners where another socket has replaced the generation's own.  We no longer know
-    the name of the generation's socket.  So we count each name of the path, except the names of
-    present sockets.
+    replaced: listeners where another socket has replaced the generation's socket, whose name we no
+    longer know.  So we count clients of all names at the path, except names of present sockets.
     """
     by_name = {each.socket_for(socket_number).getsockname(): each.index for each in listeners}
     by_path = {each.path: each.index for each in replaced}
@@ -79,7 +78,7 @@ def _unread_unix(
 
 
 class Quiescing:
-    """The generations that are waiting to go quiet."""
+    """The generations that have not gone quiet yet."""
 
     def __init__(
         self, listeners: SharedListeners, turns: Turns, probes: Probes, steering: Steering
@@ -101,8 +100,9 @@ class Quiescing:
     ) -> None:
         """Call back when a generation has accepted, and read from, all its clients.
 
-        socket_number: its socket.  common: listeners with one socket for all generations; wait for
-        their clients, too.  reads_on: call back as soon as the generation has accepted its clients.
+        socket_number: the generation's socket.  common: listeners with one socket for all
+        generations, whose clients must be accepted, too.  reads_on: call back as soon as the
+        generation has accepted its clients.
         """
         self._generations[generation] = _Generation(
             socket_number, on_quiet, common, reads_on, began=time.monotonic()
@@ -127,7 +127,7 @@ class Quiescing:
 
     def _look(self, generation: int) -> None:
         state, now = self._generations[generation], time.monotonic()
-        # Check this before the queries: once no new client comes, they find all clients.
+        # Check this before the queries, which find all clients only if no new client comes.
         still_come = not self._steering.gets_no_client(generation)
         state.common = [each for each in state.common if each.has_waiting()]
         own = self._turns.own(self._listeners.pairs, state.socket_number, generation)
@@ -140,12 +140,12 @@ class Quiescing:
             self.begin_again(generation)
         unread = state.unread
         if unread is None:
-            # sock_diag reports by port, so it includes the other socket's backlog.  Those clients
-            # belong to the other generation, so leave out all backlogs if ours is empty.
+            # sock_diag reports by port, so its answer includes the other socket's backlog.  Those
+            # clients belong to the other generation, so leave out all backlogs if ours is empty.
             unread = self._query(generation, pairs, accepted=not waiting)
         elif unread and (still := self._query(generation, pairs, accepted=not waiting)) is not None:
             unread = {client: still[client] for client in unread if client in still}
-        # sock_diag omits clients in a UNIX backlog: query again when they have been accepted.
+        # sock_diag omits clients in a UNIX backlog, so query again when they have been accepted.
         state.unread = None if waiting else unread
         state.waited_s += state.delay_s
         state.quiet_s += state.delay_s if state.quiet_looks else 0.0
@@ -178,8 +178,7 @@ class Quiescing:
 
         For a generation with `reads_on`, return instead the clients that are about to connect.
         Addresses that the kernel does not report are left out.  None: the kernel cannot be queried
-        now.
-        accepted: leave out clients in a backlog.
+        now.  accepted: leave out clients in a backlog.
         """
         state, found = self._generations[generation], dict[tuple[int, bytes], bool]()
         for family in {each.socket.family for each in pairs}:

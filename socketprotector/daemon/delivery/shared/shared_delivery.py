@@ -1,7 +1,7 @@
 """The delivery in which workers accept, from listening sockets that they share with the protector.
 
-No connection passes through the protector.  It selects which of an address's two sockets gets new
-clients, and each generation has one of the two: socket_steering.py.
+No connection passes through the protector.  It only selects which of an address's two sockets gets
+new clients.  Each generation has one of the two sockets (socket_steering.py).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _cannot_share(listener: Listener) -> str | None:
 
 
 class SharedDelivery(Delivery):
-    """The owner of the listeners; its steering knows which generation accepts where."""
+    """The owner of the listeners; its steering knows which generation accepts from which socket."""
 
     @classmethod
     def make_listener(
@@ -74,12 +74,12 @@ class SharedDelivery(Delivery):
         self._counts = AcceptCounts(shared)
         self._flags = ListenerFlags(shared)
         self._route: int | None = None
-        self._stay = False  # our own listeners survive us
+        self._stay = False  # True: our own listeners survive us
 
     # -- a generation ----------------------------------------------------------------
 
     def can_probe(self, listener: str) -> bool:
-        # A UNIX path with one socket left gets another at the start of a generation, if possible.
+        # If a UNIX path has only one socket left, the next generation's start may bind another.
         named = [each for each in self._listeners if listener in ("", each.settings.name)]
         return self.steering.probes.can_probe(listener) or any(each.path for each in named)
 
@@ -88,7 +88,7 @@ class SharedDelivery(Delivery):
             if not each.has_sibling:
                 address = each.settings.address
                 return f"{address} has one socket for all generations, which accept directly"
-        # The tried generation's socket might get clients.
+        # If clients cannot be steered, they may reach the generation of the dry run.
         return None if self.steering.is_steered else "new clients cannot be steered now"
 
     def open(self, generation: OpenGeneration, queue: int, *, fresh: bool) -> None:
@@ -123,7 +123,7 @@ class SharedDelivery(Delivery):
         self, generation: OpenGeneration, listener: str, *, as_client: bool = False
     ) -> ProbeTarget | None:
         found = None
-        # While two generations share the clients, a probe without a mark may reach either.
+        # While two generations share the clients, a probe without a mark may reach either of them.
         if not as_client or self.steering.turns.share is not None:
             found = self.steering.probes.reach_by_mark(
                 generation.record.number, listener, generation.knows
@@ -165,7 +165,7 @@ class SharedDelivery(Delivery):
         return Share(sharing.record.number, share, both)
 
     def met(self, generation: OpenGeneration) -> int | None:
-        """Return how many connections its workers have accepted; only the library counts them."""
+        """Return how many connections its workers have accepted; only the client library counts."""
         return generation.accepted
 
     def begin_drain(
@@ -272,15 +272,15 @@ class SharedDelivery(Delivery):
         self._post(BacklogEmptied())
 
     def _refuse_new(self) -> None:
-        """Close the listeners once no connected client waits for a worker."""
+        """Refuse new clients, and close the listeners once no client waits for a worker."""
         self.steering.end()
         refused = [each.refuse_new() for each in self._listeners if not each.settings.foreign]
         self._close_when_empty(float("inf") if all(refused) else time.monotonic() + LAST_S)
 
     def _close_when_empty(self, latest: float, *, again: bool = False) -> None:
-        # A listener that was passed in may never be empty: its owner keeps listening.
+        # A passed-in listener may never be empty, because its owner keeps listening.
         awaited = [e for e in self._listeners if not (e.settings.foreign or e.lost)]
-        # No worker will accept clients at other sockets, such as the socket of a cancelled release.
+        # Do not wait for clients that no worker will accept, as at a cancelled release's socket.
         empty = again and not any(map(self.steering.accepts_waiting, awaited))
         if empty or not awaited or time.monotonic() > latest:
             self._finish_closing()
@@ -298,7 +298,7 @@ class SharedDelivery(Delivery):
                 self._close(each)
 
     def _report_lost(self, listener: Listener, accepted: Collection[int] = ()) -> None:
-        """Report the clients of a listener that no worker will accept, before it is closed.
+        """Before a listener is closed, report its clients that no worker will accept.
 
         accepted: the numbers of the sockets from which workers still accept.
         """
@@ -346,7 +346,7 @@ class SharedDelivery(Delivery):
         self._flags.adopt(record.nonblocking)  # first, because a worker may be about to accept
         self.steering.adopt_record(record.steering, held=held)
         if closing:
-            self.steering.end()  # we may have shut sockets down ourselves: do not repair them
+            self.steering.end()  # do not repair sockets that we have shut down ourselves
 
     def adopt_generation(
         self, generation: OpenGeneration, descriptors: Mapping[str, int], *, draining: bool

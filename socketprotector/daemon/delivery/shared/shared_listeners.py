@@ -1,4 +1,4 @@
-"""The listeners from which workers accept, and what parts of the steering may order."""
+"""The listeners from which workers accept, and the orders that parts of the steering may give."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..host import Host
 
 
 class SharedListeners:
-    """All listeners of the delivery, which each part reads and only the delivery changes."""
+    """All listeners of the delivery.  Each part reads the list; only the delivery changes it."""
 
     def __init__(self, host: Host, listeners: Iterable[Listener]) -> None:
         """Take ownership of the listeners."""
@@ -28,8 +28,8 @@ class SharedListeners:
         return [each for each in self.all if each.has_sibling]
 
     def note_bound(self, listener: Listener) -> None:
-        """Note that a listener has another socket, or one socket less."""
-        if not listener.has_sibling:  # tags no longer distinguish the generations there
+        """Note that a listener has another socket, or one socket fewer."""
+        if not listener.has_sibling:  # its connections' tags no longer distinguish generations
             for each in self.host.generations.values():
                 each.update_record(accept_tags=())
         self.host.listener_bound(listener)
@@ -41,7 +41,7 @@ class SharedListeners:
 
 
 class Steering(ABC):
-    """The steering as a whole, with the orders that its parts may give it."""
+    """The steering as a whole, as its parts know it."""
 
     @abstractmethod
     def steer(self) -> bool:
@@ -53,11 +53,11 @@ class Steering(ABC):
 
     @abstractmethod
     def replace(self, listener: Listener, socket_number: int) -> None:
-        """Bind another socket in the place of a broken one."""
+        """Bind another socket in the place of a broken socket."""
 
     @abstractmethod
     def adopt_held(self) -> None:
-        """Pass clients that waited at a socket during a hold to the next generation."""
+        """Pass the clients that waited during a hold to the next generation."""
 
     @abstractmethod
     def gets_no_client(self, generation: int) -> bool:

@@ -1,16 +1,17 @@
-"""Undoes what a generation has done to the listening sockets that another generation uses.
+"""Undoes a generation's changes to the options of sockets that another generation uses.
 
-Workers share their listening sockets.  A release that fails may have called listen(5), or set
-TCP_DEFER_ACCEPT, and such options remain after its exit.  So we restore the options
+Generations may share a listening socket.  A release that fails may have called listen(5), or set
+TCP_DEFER_ACCEPT, and such changes remain after its exit.  So we restore the options
 (system/socket_snapshot.py) in two cases:
 
-* A generation begins on a socket that no other generation uses: restore the options that the
-  socket had when it was new.
-* A release fails, that is, a generation ends before an older generation on the same socket: restore
-  the options that the socket had when the release started.  So earlier changes by the serving
-  generation remain.
+* When a generation begins on a socket that no other generation uses, we restore the options that
+  the socket had when it was new.
+* When a release fails, we restore the options that the socket had when the release started.  So
+  earlier changes by the serving generation remain.  A release has failed if its generation ends
+  before an older generation on the same socket.
 
-If an option cannot be restored and would keep clients out, the socket is replaced.
+If an option cannot be restored, the socket is replaced.  A socket that all generations share is
+replaced only if the option keeps clients out.
 
 If the serving generation has lowered a backlog, we raise it again when another generation begins on
 the same socket, or when no generation accepts.  A longer backlog is harmless.
@@ -50,15 +51,15 @@ class SocketOptionRestore:
     def begin(
         self, generation: int, listener: Listener, socket_number: int, is_alone: Callable[[], bool]
     ) -> None:
-        """Prepare a socket for a generation.
+        """Restore or record a socket's options before a generation accepts from the socket.
 
-        is_alone: says whether no other generation accepts from it.
+        is_alone: returns whether no other generation accepts from the socket.
         """
         made = self._before.get((_MADE, listener.index))
         if made is not None and is_alone():
             self._restore(listener, socket_number, made)
         listening = listener.socket_for(socket_number)
-        if not is_alone():  # ask again: _restore() may have left one common socket
+        if not is_alone():  # check again, because _restore() may have left one common socket
             self._before[generation, listener.index] = socket_snapshot.take(listening)
             if made is not None:
                 socket_snapshot.raise_backlog(listening, made)
@@ -68,7 +69,7 @@ class SocketOptionRestore:
     def end(
         self, generation: int, socket_number: int, others: Collection[int], *, gone: bool
     ) -> None:
-        """Undo a generation's changes if it failed: if older generations remain, and no newer.
+        """Undo a generation's changes if it failed, that is, if only older generations remain.
 
         gone: all its workers have exited, so none can change an option later.
         """
@@ -100,7 +101,7 @@ class SocketOptionRestore:
     def _restore(
         self, listener: Listener, socket_number: int, before: Snapshot, *, say: bool = True
     ) -> None:
-        """Restore a socket's options; otherwise replace the socket, or log which options stay."""
+        """Restore a socket's options; if that fails, replace the socket, or log what stays."""
         listening, count = listener.socket_for(socket_number), len(listener.sockets)
         stays = socket_snapshot.restore(listening, before)
         # If all generations share the socket, the serving generation must be replaced with it.  So

@@ -4,8 +4,7 @@ A broken socket listens again, or a new one is bound in its place.  If a startin
 socket of its own, socket_steering.py decides what follows.
 
 A listening socket is an open file description that all workers share, so any worker can shut it
-down for all.  Running workers cannot get a socket that replaces it, so another generation has to
-start.
+down for all.  Running workers cannot get a new socket, so another generation must start.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ RESTART = "restart SocketProtector: until then a release that fails may keep cli
 
 
 class SocketRepair:
-    """Gives each generation sound sockets, and repairs the sockets that it breaks."""
+    """Gives each generation sound sockets, and repairs sockets that a generation breaks."""
 
     def __init__(
         self,
@@ -42,15 +41,15 @@ class SocketRepair:
         runtime = listeners.host.runtime
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self.options = SocketOptionRestore(listeners, steering)
-        self.ended = False  # True: sockets that are shut down are not repaired
+        self.ended = False  # True: do not repair sockets that are shut down
 
     def repair(self, listener: Listener, socket_number: int) -> None:
-        """Make a socket that was shut down listen again, or bind another in its place."""
+        """Make a socket that was shut down listen again, or bind another socket in its place."""
         if self.ended or listener.lost:
             return
         self._loop.unwatch(listener.socket_for(socket_number).fileno())
         if listener.listen_again(socket_number):
-            # Steer first, then log: until we steer, new clients wait in vain at the other socket.
+            # Steer before the log, because until then new clients wait in vain at the other socket.
             self._steering.steer()
             self._log.write("warning", "listens-again", listen=listener.settings.address)
         else:
@@ -60,23 +59,23 @@ class SocketRepair:
     def repair_all(self) -> None:
         """Repair the sockets that no client can reach.
 
-        Epoll reports a socket that was shut down.  It reports neither a socket that a worker has
-        connected nor a socket on a missing device.
+        Epoll reports only sockets that were shut down.  This method also finds sockets that a
+        worker has connected, and sockets whose device is missing.
         """
         for each in self._listeners.living:
             for number in range(len(each.sockets)):
                 if each not in self._listeners.living:
-                    break  # the repair of another listener has cancelled the reload that added it
+                    break  # another repair has cancelled the reload that added this listener
                 if not each.is_alive(number):
                     self.repair(each, number)
                 elif self._is_out_of_reach(each, number):
                     self.replace(each, number)
 
     def _is_out_of_reach(self, listener: Listener, number: int) -> bool:
-        """Return whether no client can reach a listening socket: its device or file is gone.
+        """Return whether no client can reach a socket, because its device or file is gone.
 
-        A release that starts on such a socket cannot be probed, so only a timer would make it
-        ready.
+        A release that starts on such a socket cannot be probed, so only a timer would make the
+        release ready.
         """
         turns = self._turns
         if number == turns.number_for(listener):
@@ -85,15 +84,15 @@ class SocketRepair:
         return starts_there and socket_copy.device_is_gone(listener.socket_for(number))
 
     def make_ready(self, listener: Listener, socket_number: int) -> None:
-        """Give a starting generation its own socket.  Raises OSError."""
+        """Prepare the listener's socket for a starting generation.  Raises OSError."""
         if not listener.is_alive(socket_number) or not listener.is_sound(socket_number):
             self.repair(listener, socket_number)
         self._watch.unwatch(listener)
         if listener.is_reserved_for_clients and not self._hold.on:
             listener.adopt_reserved(socket_number)
             self._listeners.note_bound(listener)
-        # Keep a listener's only socket if some generation lacks it: its clients may be waiting for
-        # the next generation.
+        # Keep a listener's only socket if some generation lacks it: the socket's clients may be
+        # waiting for the next generation.
         awaited = any(index == listener.index for _, index in self._turns.unserved)
         if (listener.has_sibling or not awaited) and listener.renew(socket_number):
             self._listeners.note_bound(listener)
@@ -101,13 +100,13 @@ class SocketRepair:
             raise FileNotFoundError(errno.ENOENT, _CUT_OFF, listener.local_address[0])
 
     def make_sound(self, listener: Listener, socket_number: int, generation: int) -> None:
-        """Undo what an earlier generation has done to the socket of a new one."""
+        """Undo what an earlier generation has done to a new generation's socket."""
         if not listener.has_sibling:
             listener.let_in()
         elif socket_number not in self._turns.accepting.values():
             try:
                 socket_copy.reset(listener.socket_for(socket_number))
-            except OSError:  # its filter is locked for good
+            except OSError:  # the socket's filter is locked for good
                 self.replace(listener, socket_number)
 
         def is_alone() -> bool:
@@ -128,7 +127,7 @@ class SocketRepair:
             if common and not listener.is_reserved_for_clients:
                 self._listeners.lose(listener, error.strerror or str(error))
                 return
-            if common:  # clients may wait at the third socket, so it replaces the broken one
+            if common:  # clients may wait at the reserved socket, so use it from now on
                 listener.adopt_reserved(0)
                 listener.drop_socket(1)
             else:

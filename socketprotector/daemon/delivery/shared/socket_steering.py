@@ -1,10 +1,10 @@
-"""Which socket the workers of a generation accept from, under --handoff listener.
+"""Steers new clients to the sockets of one generation, under --handoff listener.
 
 Each address has two sockets, 0 and 1, in one SO_REUSEPORT group (system/reuseport.py).  The old and
-the new generation have one socket each.  A program in the kernel steers new clients to the new
-generation as soon as it is ready.  Then the old generation gets no new clients, and quiesces
-(quiescing.py) before it is ordered to finish.  If it were ordered earlier, a server would close
-connections that it has just accepted.
+the new generation have one socket each.  When the new generation is ready, a program in the kernel
+steers new clients to that generation's socket.  Then the old generation gets no new clients, and
+quiesces (quiescing.py) before it is ordered to finish.  After an earlier order, a server would
+close connections that it has just accepted.
 
 A listener without a second socket is common to both generations.
 """
@@ -42,7 +42,7 @@ class SocketSteering(Steering):
         #: Addresses whose clients the kernel sends to the wrong socket, and why.
         self._not_steered: dict[str, str] = {}
         self._not_held = ""  # why new clients are not held
-        self._written = self._groups  # as the state has them
+        self._written = self._groups  # the groups as the state has them
         self.turns = Turns()
         self.hold = ListenerHold(listeners)
         self.probes = Probes(listeners, self.turns, self)
@@ -52,22 +52,22 @@ class SocketSteering(Steering):
 
     @property
     def is_steered(self) -> bool:
-        """Whether the kernel sends all clients to the right socket."""
+        """Return whether the kernel sends all clients to the right socket."""
         return not self._not_steered
 
     @property
     def accept_watch(self) -> AcceptWatch:
-        """The watch for the first client that a generation accepts."""
+        """The watch that detects that the route's workers do not accept."""
         return self._watch.accepts
 
     @property
     def canary_seconds(self) -> float | None:
-        """How long the canary has accepted no waiting client; None: not long enough to report."""
+        """Return for how many seconds the canary accepted no client; None: too few to report."""
         canary = self._watch.canary
         return canary.accepts.seconds if canary is not None else None
 
     def adopt(self, generation: int, socket_number: int) -> None:
-        """Note where the workers of an earlier program's generation accept."""
+        """Note from which socket the workers of an earlier program's generation accept."""
         self.turns.accepting[generation] = socket_number
         # The earlier program may have been killed during a repair.
         for each in self._listeners.living:
@@ -79,15 +79,15 @@ class SocketSteering(Steering):
     def enter(self, generation: int, socket_number: int, *, fresh: bool = False) -> None:
         """Prepare a socket for a generation whose workers will start soon.
 
-        fresh: it is a new release, which ends the back-off of earlier rescues.  Raises OSError if
-        the path could not lead to the socket of a new release, or is gone.
+        fresh: the generation is a new release, which ends the back-off of earlier rescues.  Raises
+        OSError if a path cannot lead to the socket of a new release, or if the path is gone.
         """
         if fresh:
             self._watch.note_new_release()
         for each in self._listeners.living:
             try:
                 self._repairs.make_ready(each, socket_number)
-            except OSError as error:  # otherwise it keeps the present socket
+            except OSError as error:  # without a new release the listener keeps its socket
                 misses = each.has_sibling or each.is_cut_off
                 if fresh and misses and error.errno not in RESOURCE_ERRNOS:
                     self._watch.watch()
@@ -100,10 +100,11 @@ class SocketSteering(Steering):
     def grow(self, generation: int, knows: Callable[[int], bool]) -> None:
         """Note that a generation will get another worker, which inherits the present sockets.
 
-        knows: says whether its workers have a listener, by index.
+        knows: returns whether its workers have a listener, by index.
         """
         if self.turns.grow(generation, knows):
-            self._persist()  # before it accepts: the next program must wait for its clients, too
+            # Before the worker accepts, because the next program must wait for its clients, too.
+            self._persist()
 
     def reach(
         self, name: str, knows: Callable[[int], bool] = lambda index: True
@@ -116,7 +117,7 @@ class SocketSteering(Steering):
         self.leave(generation)
         socket_number, _ = self.turns.leaving.pop(generation, (0, 0.0))
         self._take_back(generation, socket_number, gone=True)
-        self._report_adopted()  # a failed generation leaves held clients to another one
+        self._report_adopted()  # a failed generation leaves held clients to the next generation
         self._watch.look_again()
 
     def leave(self, generation: int) -> None:
@@ -134,22 +135,22 @@ class SocketSteering(Steering):
 
     def _take_back(self, generation: int, socket_number: int, *, gone: bool) -> None:
         """Undo a generation's changes to sockets; gone: none of its workers is left."""
-        if not self._repairs.ended:  # otherwise new clients stay refused
+        if not self._repairs.ended:  # during a close, new clients must stay refused
             self._repairs.options.end(generation, socket_number, self.turns.accepting, gone=gone)
         if self.turns.accepting and max(self.turns.accepting) < generation:
             self._repair()
 
     def turn_hold(self, on: bool) -> None:
-        """Begin or end a hold: new clients get no answer, and their kernels retry until it ends."""
+        """Begin or end a hold, during which new clients get no answer and their kernels retry."""
         self.hold.turn(on)
         self.steer()
-        if not on:  # the held clients must not wait for a back-off that others have caused
+        if not on:  # held clients must not wait for a back-off that other clients have caused
             self._watch.end_back_off()
         self.adopt_held()
         self._report_adopted()
 
     def adopt_held(self) -> None:
-        """Pass clients that waited at a socket during a hold to the next generation."""
+        """Pass the clients that waited during a hold to the next generation."""
         free = self.turns.free
         if self.hold.on:
             return
@@ -162,7 +163,7 @@ class SocketSteering(Steering):
             moved |= each.has_sibling and self.turns.move_lost(each)
             if each.is_reserved_for_clients:
                 self._watch.unwatch(each)
-                with suppress(OSError):  # on failure this is tried at the next generation's start
+                with suppress(OSError):  # the next generation's start tries again
                     each.adopt_reserved(free)
                     self._listeners.note_bound(each)
         if moved:
@@ -171,7 +172,7 @@ class SocketSteering(Steering):
         self._watch.watch()
 
     def _report_adopted(self) -> None:
-        """Report clients of a hold that wait for the next generation: a stop must know at once."""
+        """Report held clients that wait for the next generation: a stop must know of them now."""
         free, living = self.turns.free, self._listeners.living
         is_left = not self.hold.on and free not in self.turns.accepting.values()
         at_paths = (each for each in living if each.path and each.can_be_held)
@@ -181,10 +182,10 @@ class SocketSteering(Steering):
     def expect(self, listener: Listener, *, dry_run: bool) -> None:
         """Steer the clients of a new listener to the next generation, which will know it.
 
-        dry_run: the next generation gets no clients: steer them to the socket that it does not use.
+        dry_run: the next generation gets no clients, so steer them to the socket that it lacks.
         """
         if self.turns.expect(listener, dry_run=dry_run) == 1:
-            listener.swap()  # the first socket has got the clients until now
+            listener.swap()  # until now, the first socket got the clients
         self.steer()
 
     def turn_to(
@@ -195,15 +196,14 @@ class SocketSteering(Steering):
         knows: Callable[[int], bool] | None = None,
         share: Share | None = None,
     ) -> None:
-        """Steer new clients to socket 0 or 1, and a share to the other one.
+        """Steer new clients to socket 0 or 1, and a share of them to the other socket.
 
-        again: the generation there has served before.  knows: returns whether that generation knows
-        a listener, by index; None: no generation has that socket yet.  Clients of an unknown
-        listener stay at their present socket, with a generation that knows the listener, until the
-        listener is removed.
+        again: the generation at that socket has served before.  knows: returns whether that
+        generation knows a listener, by index; None: no generation has that socket yet.  Clients of
+        other listeners stay at their present socket until the listener is removed.
         """
         listeners, before = self._listeners.all, self.turns
-        # An order that changes only the share does not begin the watch again.
+        # A change of the share alone does not restart the watch.
         is_watched = socket_number == before.current and (share or before.share) is not None
         self.turns.turn_to(socket_number, {each.index for each in listeners}, knows, share)
         places = {
@@ -217,7 +217,7 @@ class SocketSteering(Steering):
         self._repairs.repair_all()
         self.steer()
         self.adopt_held()  # clients may have waited at both sockets until now
-        self._report_adopted()  # an earlier program may have adopted them
+        self._report_adopted()  # an earlier program may have adopted held clients
         self._watch.follow_canary()
         self._watch.watch()
         is_watched = is_watched and self.accept_watch.runs
@@ -225,7 +225,7 @@ class SocketSteering(Steering):
             self.accept_watch.begin(served_before=again)
 
     def end_share(self) -> None:
-        """Steer all new clients to the socket of the route: a quick stop may leave it open."""
+        """Steer all new clients to the route's socket, which a quick stop may leave open."""
         if self.turns.share is not None:
             self.turns.share = None
             self.steer()
@@ -256,7 +256,7 @@ class SocketSteering(Steering):
     def adopt_record(self, record: SteeringRecord, *, held: bool) -> None:
         """Resume from an earlier program's record of the steering.
 
-        held: a hold is to be in force; the earlier program may have failed to begin or end it.
+        held: a hold must be in force; the earlier program may have failed to begin or end it.
         """
         turns, probes = self.turns, self.probes
         turns.current = record.socket_number
@@ -284,7 +284,7 @@ class SocketSteering(Steering):
         """
         canary = self._watch.canary
         in_vain = canary is not None and canary.never_accepted == generation
-        # The sooner it leaves, the sooner another generation accepts its clients.
+        # The sooner this generation leaves, the sooner another one accepts its clients.
         if in_vain or generation not in self.turns.accepting or not self._listeners.pairs:
             on_quiet()
             return
@@ -296,8 +296,8 @@ class SocketSteering(Steering):
     def quiesce_last(self, generation: int, on_quiet: Callable[[], None]) -> None:
         """Call back when the last generation has accepted all clients that came before this call.
 
-        Later clients wait for the next start.  If there is a second socket, that holds from now on,
-        otherwise from the generation's order to finish.
+        Later clients wait for the next start.  Without a second socket, the generation may still
+        accept clients until its order to finish.
         """
         self.give_back()
         socket_number = self.turns.accepting.get(generation, 0)
@@ -341,24 +341,24 @@ class SocketSteering(Steering):
 
     @property
     def share(self) -> bool:
-        """Whether a socket that was passed in has a second socket of ours beside it."""
+        """Return whether a socket that was passed in has a second socket of ours beside it."""
         return any(each.settings.foreign for each in self._listeners.pairs)
 
     def give_back(self) -> None:
-        """Steer new clients to the sockets that were passed in: their owner keeps listening."""
+        """Steer new clients to passed-in sockets, because their owner keeps listening."""
         self.turns.given_back = True
         if self.share:
             self.steer()
 
     def gets_no_client(self, generation: int) -> bool:
-        """Return whether a generation gets no new clients, except clients after a stop."""
+        """Return whether a generation gets no new clients; clients after a stop do not count."""
         turns = self.turns
         if turns.given_back or self._repairs.ended:
             return True
         return self.is_steered and turns.accepting[generation] != turns.current and not turns.share
 
     def _turn_away(self, generation: int) -> bool:
-        """Let new clients wait at a socket without workers, if any; return whether that is new."""
+        """Steer a generation's new clients to a socket without workers; False: nothing changed."""
         number, turns = self.turns.accepting[generation], self.turns
         is_due = number == turns.current and 1 - number not in turns.accepting.values()
         if is_due:
@@ -394,7 +394,7 @@ class SocketSteering(Steering):
         if self._not_steered or self._not_held:
             self._loop.call_after("steer", _STEER_AGAIN_S, self._repair)
         self._steer_while_starting()
-        if self._written != self._groups:  # after a repair no decision writes the state
+        if self._written != self._groups:  # after a repair, only we write the state
             self._written = self._groups
             self._loop.call_after("groups", 0, self._write)
         return self.is_steered
@@ -415,19 +415,19 @@ class SocketSteering(Steering):
         self._repairs.repair(listener, socket_number)
 
     def replace(self, listener: Listener, socket_number: int) -> None:
-        """Bind another socket in the place of a broken one."""
+        """Bind another socket in the place of a broken socket."""
         self._repairs.replace(listener, socket_number)
 
     def _repair(self) -> None:
-        if not self._repairs.ended:  # otherwise no generation would accept clients that wait here
+        if not self._repairs.ended:  # during a close, no generation would accept the clients
             self._repairs.repair_all()
             self.steer()
 
     def _steer_one(self, listener: Listener, socket_number: int) -> str:
         """Steer a listener's new clients to a socket, or to the silent socket during a hold.
 
-        Clients of a path whose socket the current generation lost are held, too.  Returns why
-        clients cannot be held now.  Raises OSError if clients still go to the other socket.
+        If the current generation lost a path's socket, the path's clients are held, too.  Returns
+        why clients cannot be held now.  Raises OSError if clients still go to the other socket.
         """
         share = self.turns.share_of(listener)
         if self.turns.given_back and listener.settings.foreign:
@@ -439,7 +439,7 @@ class SocketSteering(Steering):
                     before = listener.descriptors()
                     listener.reserve()
                     if listener.descriptors() != before:
-                        # So that a kill loses no client that waits there.
+                        # Pass the new socket on, so that a kill loses no client that waits there.
                         self._listeners.note_bound(listener)
                 listener.steer(socket_number, self.probes.socket_by_mark, held=True)
             except OSError as error:

@@ -20,21 +20,19 @@ from .probes import Probes
 from .shared_listeners import SharedListeners, Steering
 from .turns import Turns
 
-#: How long finishing workers may still accept waiting clients before a generation is started for
-#: these clients; and the longest pause between two such generations.
+#: Finishing workers may accept stranded clients for FIRST_RESCUE_S, before a generation is started
+#: for these clients.  LAST_RESCUE_S is the longest pause between two such generations.
 FIRST_RESCUE_S = 1.0
 LAST_RESCUE_S = 600.0
 
 _RESCUE = "steering-rescue"
 _REPAIR = "steering-repair"
 _REPAIR_AGAIN_S = 0.1
-_MOUNTED = (
-    "clients came to a socket that its path no longer leads to; mount the folder, not the file"
-)
+_MOUNTED = "clients came to a path's earlier socket; mount the folder, not the file"
 
 
 class SocketWatch(Backlogs):
-    """Wakes us when clients need another generation, or a listener another socket."""
+    """Wakes us when clients need another generation, or a listener needs another socket."""
 
     def __init__(
         self,
@@ -48,7 +46,7 @@ class SocketWatch(Backlogs):
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._steering = steering
         self.accepts = AcceptWatch(self._loop, self)
-        self.canary: canary_watch.CanaryWatch | None = None  # None: none has been ordered
+        self.canary: canary_watch.CanaryWatch | None = None  # None: there was no canary yet
         self._ended = False
         self._rescue_s = 0.0  # the pause between the last rescue and the next
         self._rescued_at = 0.0
@@ -68,12 +66,12 @@ class SocketWatch(Backlogs):
         self._rescue_s = 0.0
 
     def end_back_off(self) -> None:
-        """Start the next generation for stranded clients without a pause."""
+        """Let the next generation for stranded clients start without a pause."""
         self._loop.cancel(_RESCUE)
         self._rescue_s = 0.0
 
     def look_again(self) -> None:
-        """Look at once: maybe no process is left that could accept the clients."""
+        """Look for stranded clients now: the last worker that could accept them may be gone."""
         self._loop.cancel(_RESCUE)
         self.watch()
         wait = any(each.has_waiting(number) for each, number in self._without_worker())
@@ -81,7 +79,7 @@ class SocketWatch(Backlogs):
             self._rescue_later()  # this turn of the loop may still open a generation for them
 
     def unwatch(self, listener: Listener) -> None:
-        """Forget a listener's sockets until the next watch(): they may be replaced."""
+        """Forget a listener's sockets until the next watch(), because they may be replaced."""
         for each in listener.sockets:
             self._loop.unwatch(each.fileno())
 
@@ -147,7 +145,7 @@ class SocketWatch(Backlogs):
         elif (listener, number) in self._without_worker():
             self._rescue_later()
         for watch, sockets in self._watches():
-            # A worker may have accepted the client by now: then the next look finds none.
+            # If a worker has accepted the client by now, the next look finds no client.
             if watch.awaits and (listener, number) in sockets:
                 watch.came(listener.index)
 
@@ -179,7 +177,7 @@ class SocketWatch(Backlogs):
                 line = unaccepted(each.socket_for(number))
             except OSError:
                 continue
-            if line:  # an empty answer: the clients are of another network namespace
+            if line:  # otherwise the clients are in another network namespace
                 found[each.index] = line
         return found
 
@@ -191,7 +189,8 @@ class SocketWatch(Backlogs):
     def _rescue_later(self) -> None:
         """Look again later: a finishing worker may still accept the stranded clients.
 
-        Without such a worker look at once, unless a generation was started for clients recently.
+        Without such a worker, look at once, unless a generation was started for stranded clients
+        recently.
         """
         leaving, may_accept = {number for number, _ in self._turns.leaving.values()}, True
         for each, number in self._without_worker():

@@ -1,4 +1,4 @@
-"""Which generation accepts from which socket, and which socket gets a listener's clients.
+"""Knows which generation accepts from which socket, and which socket gets a listener's clients.
 
 This module makes no system call: socket_steering.py applies the assignment to the kernel.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @frozen
 class Share:
-    """The share of the new clients that a generation at the other socket gets."""
+    """The share of the new clients for a generation at the other socket."""
 
     generation: int
     part: int  # in ten thousandths
@@ -27,7 +27,7 @@ class Share:
 class Turns:
     """The assignment of sockets to generations.
 
-    Sockets have the numbers 0 and 1.  If a listener has only one socket, both numbers mean it.
+    A listener's sockets have the numbers 0 and 1.  Both numbers mean a listener's only socket.
     """
 
     current: int = 0  # the number of the socket that gets new clients
@@ -35,18 +35,19 @@ class Turns:
     accepting: dict[int, int] = field(default_factory=dict)
     #: Finishing generation -> the number of its socket, and when it was ordered to finish.
     leaving: dict[int, tuple[int, float]] = field(default_factory=dict)
-    #: Listener that the current generation does not know -> the socket where its clients wait.
+    #: Listener that the current generation does not know -> the number of the socket at which the
+    #: listener's clients wait.
     expected: dict[int, int] = field(default_factory=dict)
-    #: Pairs of a generation and a listener.  The generation lacks the listener's socket, which was
-    #: bound or added after the generation's start.
+    #: Pairs of a generation and a listener.  The generation lacks the listener's socket, because
+    #: the socket was bound after the generation's start.
     unserved: frozenset[tuple[int, int]] = frozenset()
-    #: The part of `unserved` where later workers have that socket, but earlier workers do not.
+    #: The pairs of `unserved` where the generation's later workers have the socket.
     partly_served: frozenset[tuple[int, int]] = frozenset()
     #: Listeners whose socket the current generation lost.  Their clients go to the next
     #: generation's socket.
     lost: frozenset[int] = frozenset()
-    given_back: bool = False  # sockets that were passed in are their owner's, and get the clients
-    share: Share | None = None  # not recorded: the next program is given the share again
+    given_back: bool = False  # True: passed-in sockets get the new clients, for their owner
+    share: Share | None = None  # not recorded, because the next program gets the share again
 
     @property
     def free(self) -> int:
@@ -75,11 +76,11 @@ class Turns:
         return 0 if self.given_back and listener.settings.foreign else share.part
 
     def gets_clients(self, listener: Listener, number: int) -> bool:
-        """Return whether new clients go to a socket of a listener, or will after a hold."""
+        """Return whether new clients go to this socket of the listener, or will after a hold."""
         return number == self.number_for(listener) or self.share_of(listener) > 0
 
     def at(self, listener: Listener, number: int) -> set[int]:
-        """Return the generations that accept from a socket of a listener."""
+        """Return the generations that accept from the listener's socket of this number."""
         count = len(listener.sockets)
         return {
             generation
@@ -94,7 +95,7 @@ class Turns:
         return {each for each in there if (each, listener.index) not in lacking}
 
     def is_served(self, listener: Listener, number: int) -> bool:
-        """Return whether a present generation accepts from this socket, or the next one will."""
+        """Return whether a present generation, or the next generation, accepts from this socket."""
         if self.given_back and listener.settings.foreign:
             return True  # its owner accepts
         there = self.at(listener, number)
@@ -106,7 +107,7 @@ class Turns:
         return any((generation, listener.index) not in self.unserved for generation in there)
 
     def is_accepted(self, listener: Listener, number: int, left_since: float) -> bool:
-        """Return whether workers may still accept from one of a listener's sockets.
+        """Return whether workers may still accept from the listener's socket of this number.
 
         left_since: workers that were ordered to finish before this time accept no more.
         """
@@ -121,8 +122,8 @@ class Turns:
     def own(self, pairs: Iterable[Listener], number: int, generation: int = 0) -> list[Listener]:
         """Return the listeners whose socket of this number was not given back to its owner.
 
-        pairs: the listeners with two sockets.  generation: only listeners that this generation, or
-        some of its workers, have; 0: all listeners.
+        pairs: the listeners with two sockets.  generation: leave out listeners whose socket no
+        worker of this generation has; 0: leave out none.
         """
         is_owners = self.given_back and number == 0
         lacking = self.unserved - self.partly_served
@@ -133,7 +134,7 @@ class Turns:
         ]
 
     def leave(self, generation: int, now: float) -> int | None:
-        """Note that a generation accepts no more; return its socket's number; None: it had none."""
+        """Note that a generation accepts no more; return the number of its socket, or None."""
         number = self.accepting.pop(generation, None)
         if number is not None:
             self.leaving[generation] = number, now
@@ -142,12 +143,12 @@ class Turns:
         return number
 
     def expect(self, listener: Listener, *, dry_run: bool) -> int:
-        """Return the socket at which clients of a new listener wait for the next generation.
+        """Let a new listener's clients wait for the next generation; return their socket's number.
 
-        dry_run: the next generation gets no clients, so return the socket that it does not use.
+        dry_run: the next generation gets no clients, so clients wait at the current socket.
         """
         number = self.expected[listener.index] = self.current if dry_run else self.free
-        if listener.has_sibling and not dry_run:  # otherwise they wait at a present socket
+        if listener.has_sibling and not dry_run:  # otherwise clients wait at the current socket
             self.unserved |= {(generation, listener.index) for generation in self.accepting}
         return number
 
@@ -158,11 +159,11 @@ class Turns:
         knows: Callable[[int], bool] | None,
         share: Share | None = None,
     ) -> None:
-        """Assign new clients to socket 0 or 1, and a share to the other one.
+        """Assign new clients to socket 0 or 1, and a share of them to the other socket.
 
-        there: the listeners' indices.  knows: returns whether the generation at that socket knows a
-        listener; None: no generation has that socket yet.  Clients of an unknown listener stay at
-        their socket.
+        there: the indices of all listeners.  knows: returns whether the generation at that socket
+        knows a listener; None: no generation has that socket yet.  Clients of other listeners stay
+        at their present socket.
         """
         if knows is not None and number != self.current:
             unknown = {index: self.current for index in there if not knows(index)}
@@ -176,7 +177,7 @@ class Turns:
         self.current, self.share = number, share
 
     def lacks(self, listener: Listener) -> bool:
-        """Return whether a path's clients go to a socket that the current generation lost."""
+        """Return whether a UNIX path's clients go to a socket that the current generation lost."""
         if not listener.path or listener.index in self.lost:
             return False
         return not self.is_served(listener, self.number_for(listener))
@@ -189,9 +190,9 @@ class Turns:
         return moves
 
     def lose(self, listener: Listener, number: int | None) -> set[int]:
-        """Return the generations that lack a socket from now on, because it was replaced.
+        """Note that a socket was replaced; return the generations that lack the new socket.
 
-        number: None for a socket that is common to all.
+        number: the socket's number; None: the socket is common to all generations.
         """
         lost = {each for each, accepts in self.accepting.items() if number in (None, accepts)}
         lacking = {(generation, listener.index) for generation in lost}
@@ -200,11 +201,11 @@ class Turns:
         return lost
 
     def grow(self, generation: int, knows: Callable[[int], bool]) -> bool:
-        """Note that a worker will start with the present sockets.
+        """Note that a worker of a generation will start with the present sockets.
 
         Returns whether the generation thereby gets a socket that all its workers lacked.
 
-        knows: says whether its workers have a listener, by index.
+        knows: returns whether its workers have a listener, by index.
         """
         served = {each for each in self.unserved if each[0] == generation and knows(each[1])}
         grown = not served <= self.partly_served

@@ -200,7 +200,7 @@ def workers(status: Message, children: Mapping[int, Sequence[int]]) -> Table:
 
 
 def _forked(worker: Message, generation: Message, child: Message) -> Row:
-    """Return the row of a child that a worker has forked to share its memory: `3.0`."""
+    """Return the row of a forked child, which begins with a number such as 3.0."""
     return (
         f"{number_in(worker, 'number')}.{number_in(child, 'number')}",
         number_in(generation, "number"),

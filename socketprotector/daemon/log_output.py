@@ -31,7 +31,7 @@ _WRITE = f"{inherited.RELAY}write"
 #: How an operator gets a worker's output into the log.
 _KEPT = "--log-prefix shows it here"
 _NOT_RELAYED = "without --no-log-relay it is shown here"
-#: The mode of a worker's pipe, because a worker of another user may open /dev/stdout again.  No
+#: The mode of a worker's pipe: a worker of another user must be able to open /dev/stdout again.  No
 #: other process can reach the pipe.
 _REOPENED = 0o622
 

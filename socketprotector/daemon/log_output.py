@@ -164,7 +164,7 @@ class Output:
     def where_to_look(self) -> str:
         """Return where to find a worker's output that we do not have, and how to keep it.
 
-        The operator may not see the terminal of SocketProtector -f.
+        The operator may use another terminal than SocketProtector -f.
         """
         if self._log_file is not None:
             where = f"see {text.escape(self._log_file)}"

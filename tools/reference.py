@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "exporter")]
 
 from socketprotector_exporter.metrics import MetricSet  # noqa: E402
 
-from socketprotector.launch.option_values import FLAG, TEXT, TIME  # noqa: E402
+from socketprotector.launch.option_values import FLAG, SURGE, TEXT, TIME  # noqa: E402
 from socketprotector.launch.options import CHANGES, GROUPS, STAYS, Option  # noqa: E402
 from socketprotector.model import control_requests  # noqa: E402
 from socketprotector.model.duration import Value  # noqa: E402
@@ -72,6 +72,8 @@ def key(option: Option) -> str:
         return "TIME"
     if isinstance(option.kind, click.types.IntParamType):
         return "whole number"
+    if option.kind is SURGE:
+        return "whole number or string"
     if option.kind is TEXT or isinstance(option.kind, (Value, click.Choice)):
         return "string"
     raise AssertionError(option.key)

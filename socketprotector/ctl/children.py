@@ -41,7 +41,7 @@ def _children(pid: int) -> list[int]:
             with open(f"/proc/{pid}/task/{thread}/children", encoding="ascii") as file:
                 found += [int(word) for word in file.read().split()]
     except OSError:
-        pass  # the process has ended, or the kernel lacks the file
+        pass  # the process has ended, or the kernel has no such file
     return sorted(found)
 
 

@@ -32,7 +32,7 @@ class OutputClosed(Exception):
 
 
 class OutputFailed(Refusal):
-    """The answer cannot be written (a full disk, for example), or an OSError prevented one."""
+    """The answer cannot be written (a full disk, for example), or an OSError came first."""
 
     status = 1
 

@@ -42,7 +42,7 @@ _PARTS = 10
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How a reload or dry run ended.  taken: it succeeded."""
+    """The result of a reload or dry run.  taken: it succeeded."""
 
     taken: bool
     generation: int
@@ -271,7 +271,7 @@ class Reload(Awaited):
             self.tell(f"switched: {share} of new connections go to generation {number}")
 
     def waits_for(self) -> str:
-        """Return what is missing before the verdict; "" once there is one."""
+        """Return what is missing before the verdict; "" after the verdict."""
         return "" if self.verdict else self.waits.added_to(self._waits_for())
 
     def _waits_for(self) -> str:

@@ -202,7 +202,7 @@ def workers(status: Message, children: Mapping[int, Sequence[int]]) -> Table:
 
 
 def _forked(worker: Message, generation: Message, child: Message) -> Row:
-    """Return the row of a child that a worker has forked to share its memory: `3.0`."""
+    """Return the row of a forked child, which begins with a number such as 3.0."""
     return (
         f"{number_in(worker, 'number')}.{number_in(child, 'number')}",
         number_in(generation, "number"),
@@ -264,13 +264,13 @@ def last_reload(status: Message) -> list[Text]:
     ended = [each for each in reloads if each.get("result") in ("reloaded", "failed")]
     found = []
     if reloads and reloads[-1].get("result") == "running":
-        found.append(_reload("reload under way", reloads[-1], now))
+        found.append(_reload("reload in progress", reloads[-1], now))
     if ended:
         found.append(_reload("last reload", ended[-1], now))
     dry_run = status.get("dry_run")
     if isinstance(dry_run, dict):
         running = dry_run.get("result") == "running"
-        found.append(_reload("dry run under way" if running else "last dry run", dry_run, now))
+        found.append(_reload("dry run in progress" if running else "last dry run", dry_run, now))
     if crashes := number_in(status, "crashes"):
         words = f"{crashes:,} {plural(crashes, 'worker')} failed"
         found.append(render.line(f"{words}; see: socketprotectorctl crashes"))
@@ -279,10 +279,10 @@ def last_reload(status: Message) -> list[Text]:
 
 def _reload(title: str, each: Message, now: object) -> Text:
     at = each.get("ended_at") if each.get("ended_at") is not None else each.get("began_at")
-    reason = headline(text_in(each, "reason"))
+    reason, result = headline(text_in(each, "reason")), text_in(each, "result")
     return Text.assemble(
         f"{title}: generation {number_in(each, 'generation')} ",
-        render.cell(text_in(each, "result")),
+        "began" if result == "running" else render.cell(result),
         f" {render.age_text(now, at)} ago",
         render.cell(f": {reason}" if reason else ""),
     )

@@ -132,7 +132,7 @@ class Resident:
         else:
             supervisor.adopt(recovery.Recovery(supervisor.effects, snapshot, self.unclaimed))
         # Inform the guard that we handle signals now, and which signal makes workers finish.  The
-        # guard sends workers that signal if no protector can be started.
+        # guard sends this signal to the workers if no protector can be started.
         self.parents.guard.send(f"X_BEGAN=1\nX_FINISH={settings.finish_signal}")
         if settings.watch or watchers:
             self.watcher = watch_client.FileWatch(settings, runtime)

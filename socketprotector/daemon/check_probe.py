@@ -3,7 +3,7 @@
 Each generation has a loopback address while it is checked, so a command can use any client program.
 Under --handoff listener a helper process (programs/prober.py) forwards the connections to that
 address over connections of ours, because only our connections carry the mark that selects a
-generation.  In other modes the connections go into the generation's channel.
+generation.  In other modes these connections go into the generation's channel.
 """
 
 from __future__ import annotations

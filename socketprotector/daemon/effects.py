@@ -435,7 +435,7 @@ class Effects(Host):
 
     @property
     def late_clients_s(self) -> float | None:
-        """Return how long a stop still accepts clients that waited during a hold; None: no time."""
+        """Return how long a stop still accepts the clients of a hold; None: not at all."""
         due = self._loop.due(_LATE)
         return max(0.0, due - time.monotonic()) if due is not None else None
 

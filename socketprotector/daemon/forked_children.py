@@ -1,8 +1,8 @@
 """The children that a worker has forked to share its memory (the client library's SocketServer).
 
-Only their parent starts, reaps and replaces them; it is an ordinary worker.  We read their pids and
-counts from the scoreboard.  A worker could write any pid there, so a signal goes only to a process
-of the worker's own session.
+Only the parent, an ordinary worker, starts, reaps and replaces its children.  We read their pids
+and counts from the scoreboard.  A worker could write any pid into the scoreboard, so we signal only
+processes of the worker's own session.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ def _recorded(record: WorkerRecord, generation: OpenGeneration) -> Iterator[Chil
 
 
 def left_open(record: WorkerRecord, generation: OpenGeneration) -> int:
-    """Return how many connections the children of an exited worker keep open to finish them."""
+    """Return how many connections the children of an exited worker still serve."""
     if record.killed:
-        return 0  # they are killed, too
+        return 0  # the children are killed, too
     living = children_of(record, generation)
     return sum(each.counts.active for each in living if each.counts is not None)
 
 
 def retire(child: int, leader: int) -> bool:
-    """Order a child to finish its connections; return whether it was there.
+    """Order a child to finish its connections; return False if there is no such child.
 
     leader: the worker, whose session the child must be in.  Raises OSError.
     """
@@ -63,7 +63,7 @@ def retire(child: int, leader: int) -> bool:
     except ProcessLookupError:
         return False
     try:
-        # Checked with the pidfd open, so that the pid cannot have been reused in between.
+        # Check after the pidfd was opened, so that the pid cannot be reused in between.
         if child == leader or not _is_in_session(child, leader):
             return False
         signal.pidfd_send_signal(pidfd, signal.SIGTERM)

@@ -52,7 +52,7 @@ class OpenGeneration:
         self.record = replace(self.record, **changes)  # type: ignore[arg-type]
 
     def note_draining(self) -> None:
-        """Record that it begins to drain now, unless it has begun already."""
+        """Record the time at which the drain begins."""
         if self.record.drained_at is None:
             self.update_record(drained_at=time.time())
 

@@ -72,7 +72,7 @@ class LiveSettings:
         reader.read(replace(self.settings, release_wanted=release), done)
 
     def compare(self, done: Callable[[config_reader.ConfigAnswer], None]) -> bool:
-        """Find out what a reload would change, and call back; False: another one is running."""
+        """Find out what a reload would change, and call back; False if that is under way."""
         comparer = self._reader("comparer")
         if comparer.busy:
             return False
@@ -189,7 +189,7 @@ class LiveSettings:
             "dry-run-configured" if dry_run else "configured",
             changes="; ".join(answer.changes) or "none",
         )
-        for index, bound in enumerate(old.listeners):  # a socket file may be newer
+        for index, bound in enumerate(old.listeners):  # a socket file may have changed since then
             new = _with_file(new, index, bound)
         self.record = SettingsRecord(old, new)
         for listener in added:

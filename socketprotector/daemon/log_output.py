@@ -31,7 +31,7 @@ _WRITE = f"{inherited.RELAY}write"
 #: How an operator gets a worker's output into the log.
 _KEPT = "--log-prefix shows it here"
 _NOT_RELAYED = "without --no-log-relay it is shown here"
-#: The mode of a worker's pipe, because a worker of another user may open /dev/stdout again.  No
+#: The mode of a worker's pipe: a worker of another user must be able to open /dev/stdout again.  No
 #: other process can reach the pipe.
 _REOPENED = 0o622
 
@@ -164,7 +164,7 @@ class Output:
     def where_to_look(self) -> str:
         """Return where to find a worker's output that we do not have, and how to keep it.
 
-        The operator may not see the terminal of SocketProtector -f.
+        The operator may use another terminal than SocketProtector -f.
         """
         if self._log_file is not None:
             where = f"see {text.escape(self._log_file)}"

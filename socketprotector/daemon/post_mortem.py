@@ -154,7 +154,7 @@ class PostMortem:
         return WorkerExited(number, reason, served_s, waiting, detached, orphans)
 
     def child_failed(self, worker: Worker, text: str) -> None:
-        """Remember a forked child that has failed, as its parent reports (wire.CHILD)."""
+        """Remember the failure of a forked child, which the parent has reported (wire.CHILD)."""
         words = text.split()
         if len(words) != 4 or not all(_is_number(each) for each in words[:3]):
             return

@@ -222,7 +222,7 @@ class Probe:
         return not events_of(connection, select.POLLOUT) or target.waits(connection)
 
     def _still_waits(self) -> bool:
-        """Continue an earlier probe, and return True; or close its connection if that is no use."""
+        """Continue an earlier probe if possible; return whether that was done."""
         if self._connection is None:
             return False
         waits: bool | None = None

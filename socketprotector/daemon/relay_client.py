@@ -376,7 +376,7 @@ class LogRelay:
     # -- last words ----------------------------------------------------------
 
     def request_last_words(self, number: int, done: Callable[[bytes], None]) -> None:
-        """Request a worker's last output; calls back once, with b"" after _WORDS_S."""
+        """Request a worker's last output; calls back once, with b"" if no answer comes in time."""
         self._word_requests.setdefault(number, []).append(done)
         self._loop.call_after(
             (_WORDS, number), _WORDS_S, lambda: self._finish_without_words(number)

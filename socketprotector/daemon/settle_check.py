@@ -89,7 +89,7 @@ class SettleCheck:
 
     @property
     def is_due(self) -> bool:
-        """Whether --settle is over, and a good answer is still awaited."""
+        """Return whether --settle is over, and a good answer is still awaited."""
         return (
             self._generation is not None and self._settling.is_over and not self._settling.is_good
         )

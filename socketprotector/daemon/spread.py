@@ -96,7 +96,7 @@ def _spread_of(generation: OpenGeneration, slot: int) -> tuple[bool, int]:
 def of_closing(
     generation: OpenGeneration, slots: Iterable[tuple[int, Counts | None]]
 ) -> dict[str, float] | None:
-    """Return how many connections a generation ends a second, and for how long; None: none.
+    """Return how many connections a generation ends a second, and how long; None: it ends none.
 
     slots: of its living workers, with their counts.
     """

@@ -115,7 +115,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Supervise until the fleet has ended.  Returns the exit status."""
-        self._reap_orphans()  # an earlier program may have been killed before it reaped any
+        self._reap_orphans()  # an earlier program may have been killed before it did that
         self.runtime.loop.run()
         self.upgrade.end()
         return self.effects.exit_status or 0
@@ -249,7 +249,7 @@ class Supervisor:
             # Objects that wait for a child of their own come first: reap the rest after them.
             self.runtime.loop.call_after("reap", 0.0, self._reap_orphans)
             return
-        # First report the signal to the guard, so that it cannot end the next program, too.
+        # Report the signal first, so that the guard does not send it to the next program, too.
         self.took(number)
         self.runtime.log.write("info", "signal", signal=signal.Signals(number).name)
         match number:

@@ -122,7 +122,7 @@ class Serving:
             case "bad" | "refused":
                 failures, reason = failures + 1, why
                 state = UNHEALTHY if failures >= most else state
-            case "unmade" | "untaken":  # the next probe waits for a worker to accept this one
+            case "unmade" | "untaken":  # no further probe before a worker accepts this probe
                 why, answered_at = "busy: no worker has accepted the probe yet", self.answered_at
             case _:
                 why, missed, answered_at = f"not probed: {why}", self.missed + 1, self.answered_at

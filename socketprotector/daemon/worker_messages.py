@@ -47,7 +47,7 @@ class WorkerMessages:
     ) -> None:
         """note: changes fields of a worker's record.  ready: called for a worker's READY=1.
 
-        post_mortem: returns what hears of failed children.
+        post_mortem: returns the object that handles failures of forked children.
         """
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._workers, self._first_programs = workers, first_programs

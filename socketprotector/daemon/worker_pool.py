@@ -197,7 +197,7 @@ class WorkerPool:
     def _order_to_finish(self, worker: Worker) -> None:
         finish_signal = worker.generation.program.finish_signal
         if worker.line is not None and (worker.record.retires or not finish_signal):
-            worker.line.shutdown(socket.SHUT_WR)  # we can still read the worker's messages
+            worker.line.shutdown(socket.SHUT_WR)
         else:
             self._send(worker, finish_signal)
         self._note(worker, asked_to_exit=True)
@@ -253,7 +253,7 @@ class WorkerPool:
         return (*self._records.values(), *self.groups.records())
 
     def expect(self, record: WorkerRecord, descriptors: Mapping[str, int]) -> None:
-        """Keep the record of a worker that is adopted later, because a kill may come before."""
+        """Keep a worker's record until adopt(), because a kill may come in between."""
         self._records[record.number] = record
         for name, fd in named(record.number, descriptors).items():
             self.descriptors[name] = fd

@@ -50,7 +50,7 @@ class BornTooLarge:
         return max(0.0, self._next_at - now)
 
     def may_replace(self, number: int, age_s: float, now: float) -> bool:
-        """Return whether a worker that is too large may be replaced now, and count that."""
+        """Return whether a worker that is too large may be replaced now; count replacements."""
         replaced = self._replaced.get(number)
         if replaced or (replaced is None and age_s >= _AT_ONCE_S):
             return True
@@ -102,7 +102,7 @@ class LimitWatch:
             counts = worker.generation.counts(worker.record.slot)
             if self._limits.connections and counts is None:
                 self._say_uncounted(number)
-            # The parent of children takes no connection itself.
+            # A parent of forked children accepts no connections itself.
             accepted = counts.accepted if counts is not None and not children else None
             age_s = now - ready_at
             reason = exceeded(
@@ -120,7 +120,7 @@ class LimitWatch:
         self._loop.call_after(_TIMER, EVERY_S, self._check_workers)
 
     def _check_child(self, worker: Worker, child: forked_children.Child) -> set[int]:
-        """Retire a forked child that has reached a limit; return its pid if that was ordered."""
+        """Retire a forked child that has reached a limit; return the pid of a retired child."""
         if child.pid in self._retired:
             return {child.pid}
         accepted = child.counts.accepted if child.counts is not None else None
@@ -130,7 +130,7 @@ class LimitWatch:
         if reason is None:
             return set()
         number = worker.record.number
-        with suppress(OSError):  # it has changed its user
+        with suppress(OSError):  # the child has changed its user
             if forked_children.retire(child.pid, worker.process.pid):
                 self._log.write("info", "retired", worker=number, child=child.pid, reason=reason)
         return {child.pid}

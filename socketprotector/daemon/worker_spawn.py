@@ -2,8 +2,8 @@
 
 A worker's environment describes its descriptors, by number (docs/protocol.md; for workers that
 accept, also sd_listen_fds(3)).  A worker gets the handles of its delivery, its slot of the
-scoreboard, and a RETURN line of its own: end of file tells it to finish, and nothing is read from
-it.
+scoreboard, and a RETURN line of its own.  End of file on this line orders the worker to finish; we
+read nothing from the line.
 
 We and all workers share the open file descriptions of the channel's read end and of the listening
 sockets.  A file status flag affects all sharers, so we set none.

@@ -23,7 +23,7 @@ from ..model.errors import Mistaken, UsageError
 from ..model.text import escape, in_one_line
 from ..system import env_file
 from . import toml_lines
-from .option_values import FLAG, TIME
+from .option_values import FLAG, SURGE, TIME
 from .options import OPTIONS, Option
 
 _OPTIONS = {each.key: each for each in OPTIONS}
@@ -201,6 +201,9 @@ def _wrong_kind(option: Option, value: Any) -> str:
         return "" if number and isinstance(value, int) else "a whole number"
     if isinstance(option.kind, type(TIME)):
         return "" if number or isinstance(value, str) else "a string or a number"
+    if option.kind is SURGE:
+        whole = number and isinstance(value, int)
+        return "" if whole or isinstance(value, str) else "a string or a whole number"
     # A number is refused: an umask of 022 would be read as decimal.
     return "" if isinstance(value, str) else "a string, in quotes"
 

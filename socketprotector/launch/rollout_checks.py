@@ -23,14 +23,14 @@ _ROLLING = "--reload-order rolling"
 def refusals(
     settings: Settings, given: Collection[str], listens: Sequence[Listen]
 ) -> Iterator[tuple[str, str]]:
-    """Yield each option that does not work, with the reason.
+    """Yield the parameter of each option that does not work, with the reason.
 
     given: the options that were given, without their dashes.
     """
     policy = settings.policy
     for name in ("canary-for", "canary-at-least"):
         if name in given and not policy.canary:
-            yield name, f"--{name} needs --canary SHARE"
+            yield name.replace("-", "_"), f"--{name} needs --canary SHARE"
     if policy.canary and policy.reload_order != "start-first":
         order = policy.reload_order
         yield "canary", f"--canary does not work with --reload-order {order}; leave one out"

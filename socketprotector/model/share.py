@@ -41,9 +41,10 @@ def percent(share: int) -> str:
 
 def read_percent(text: str) -> int:
     """Return the share that `5%` or `0.25%` stands for.  Raises ValueError."""
-    whole, _, hundredths = text.removesuffix("%").partition(".")
+    whole, point, hundredths = text.removesuffix("%").partition(".")
     digits = whole + hundredths.ljust(2, "0")
-    if text.endswith("%") and len(digits) < 6 and len(hundredths) < 3 and whole:
+    is_complete = bool(whole) and bool(hundredths) == bool(point)
+    if text.endswith("%") and len(digits) < 6 and len(hundredths) < 3 and is_complete:
         share = int(digits) if digits.isascii() and digits.isdigit() else 0
         if 0 < share < WHOLE:
             return share

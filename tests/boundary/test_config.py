@@ -199,6 +199,17 @@ def test_every_option_has_a_key_and_every_key_its_effect(read: Reader, tmp_path:
         assert dataclasses.replace(one, settings=same, config=None) != plain_asked, key
 
 
+@pytest.mark.parametrize(("written", "surge"), [("2", (2, False)), ('"25%"', (25, True))])
+def test_a_surge_is_a_number_or_a_string(
+    read: Reader, written: str, surge: tuple[int, bool]
+) -> None:
+    rolling = 'reload-order = "rolling"\ndrain-timeout = "1m"\n'
+
+    policy = read(f'{COMMAND}listen = "1"\n{rolling}surge = {written}\n').settings.policy
+
+    assert (policy.surge, policy.surge_is_percent) == surge
+
+
 @pytest.mark.parametrize("page", ["--help", "--help-all"])
 def test_help_is_the_same_without_docstrings(page: str) -> None:
     said = [
@@ -306,6 +317,14 @@ memory = 2
         (
             "settle-check = 'true'\n",
             "line 1: settle-check: --settle-check needs --settle TIME",
+        ),
+        ("surge = 2.5\n", "line 1: surge: 2.5: must be a string or a whole number"),
+        ("surge = true\n", "line 1: surge: true: must be a string or a whole number"),
+        ("surge = 0\n", "line 1: surge: '0': write a number of workers from 1, or 1% to 100%"),
+        ("canary-for = 5\n", "line 1: canary-for: --canary-for needs --canary SHARE"),
+        (
+            "canary-at-least = 5\n",
+            "line 1: canary-at-least: --canary-at-least needs --canary SHARE",
         ),
         (
             "lame-duck-idle = 5\n",

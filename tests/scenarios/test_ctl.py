@@ -217,7 +217,7 @@ def test_without_the_relay_a_failed_reload_says_where_to_look(web: Start, releas
 
     failed = run("reload", "--name", "web")
 
-    assert "see stderr of SocketProtector -f; the log relay" in failed.err
+    assert "see stderr of SocketProtector -f" in failed.err
     daemon.stop()
 
 

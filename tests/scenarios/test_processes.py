@@ -22,7 +22,8 @@ def shares(count: int, way: str = "") -> tuple[str, ...]:
 
 
 def children(web: Operated, generation: int = 1) -> list[dict[str, Any]]:
-    [worker] = web.generation(generation)["workers"]
+    workers = web.generation(generation)["workers"]
+    [worker] = [each for each in workers if each["state"] != "orphaned"]
     found = worker["processes"]
     assert isinstance(found, list)
     return found

@@ -186,6 +186,16 @@ def test_what_is_healthy_is_told_in_a_word(fake: Fake, ctl: Ctl) -> None:
     assert " serving " in ctl("list").out
 
 
+def test_status_says_when_a_reload_or_a_dry_run_began(fake: Fake, ctl: Ctl) -> None:
+    running = reload(10, "running")
+
+    fake.status = status(reloads=[running])
+    assert "\nreload in progress: generation 10 began 50s ago\n" in ctl("status").out
+
+    fake.status = status(dry_run=running)
+    assert "\ndry run in progress: generation 10 began 50s ago\n" in ctl("status").out
+
+
 def test_status_shows_what_runs(fake: Fake, ctl: Ctl) -> None:
     fake.status = status(
         generation(8, "draining", worker(14, 4712), accepted=None, active=None, wait_us=None),

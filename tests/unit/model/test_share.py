@@ -32,7 +32,7 @@ def test_a_share_is_read_as_it_is_written(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "5", "%", "0%", "100%", "-1%", "0.001%", "5%%", "nan%", "inf%", "x%"]
+    "text", ["", "5", "%", "0%", "100%", "-1%", "0.001%", "5.%", ".5%", "5%%", "nan%", "inf%", "x%"]
 )
 def test_what_is_no_share_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is no share"):

@@ -15,7 +15,7 @@ from .reload_progress import Awaited, Losses
 
 #: How often to request the status while no event comes; this also finds a stuck protector.
 _LOOK_EVERY_S = 1.0
-#: How long to look for a protector after a stop: a guard that restarts it keeps the socket open.
+#: How long to look for a protector after a stop: not long, because a guard keeps the socket open.
 _GONE_S = 0.2
 
 

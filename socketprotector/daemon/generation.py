@@ -1,7 +1,7 @@
 """An open generation: its record and its scoreboard.
 
-The next program gets the record from the state, and the scoreboard's descriptor by name
-(system/inherited.py).
+After an upgrade or a restart of the protector, the next process gets the record from the state, and
+the scoreboard's descriptor by name (system/inherited.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class OpenGeneration:
 
     record: GenerationRecord
     board: Board | None = None  # None: there is none, so nothing is counted
-    said_unable: bool = False  # the log says that some workers cannot spread (spread.py)
+    #: Whether the log has it that some workers cannot end connections evenly (spread.py).
+    said_unable: bool = False
 
     @classmethod
     def make(cls, number: int, program: Program) -> OpenGeneration:

@@ -34,7 +34,7 @@ from .verdicts import Verdict
 #: The pauses between checks whether a connection was accepted: the first pause, the longest pause,
 #: and the pause as a share of the time that the connection has waited.
 _FIRST_LOOK_S, _LAST_LOOK_S, _LOOK_SHARE = 0.005, 1.0, 0.1
-#: The prober may exceed the probe's limit by this time: to start, or on a busy machine.
+#: How long the prober may exceed the probe's limit: to start, or on a busy machine.
 _PROBER_S = 10.0
 #: The errors of connect() to an address where no process listens.
 _NOT_THERE = (errno.ECONNREFUSED, errno.ENOENT)
@@ -81,7 +81,7 @@ class Probe:
         limit_s: float,
         heard: Callable[[Verdict], None],
     ) -> None:
-        """Send a probe; `heard` is called once, maybe at once, unless close() comes first."""
+        """Send a probe; `heard` is called once, maybe before the return, but not after close()."""
         self._spec, self._heard = spec, heard
         self._sent_at = time.monotonic()
         self._until = self._sent_at + limit_s
@@ -105,7 +105,7 @@ class Probe:
 
     @property
     def is_closed(self) -> bool:
-        """Return whether workers keep clients out: see ProbeTarget."""
+        """Return whether the probed workers alone keep clients out: see ProbeTarget."""
         return self._target is not None and self._target.is_closed()
 
     def close(self) -> None:

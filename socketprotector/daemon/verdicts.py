@@ -26,7 +26,7 @@ MOVED = "moved"
 
 #: The pause before the next probe: a tenth of the time since the first probe, within these limits.
 _FIRST_PAUSE_S, _LAST_PAUSE_S, _PAUSE_SHARE = 0.05, 1.0, 0.1
-#: The pause after a probe without a verdict; and how long probes may stay without a verdict.
+#: The pause after an inconclusive probe, and how long all probes may stay inconclusive.
 _AGAIN_S = 0.25
 UNKNOWN_S = 10.0
 
@@ -51,7 +51,10 @@ _TELLS_NOTHING = (REFUSED, UNREACHED, UNMADE, NO_TARGET)
 
 
 def time_tells(ready: str, verdict: Verdict) -> bool:
-    """Return whether a timer makes a generation ready; ready: the kind of --ready."""
+    """Return whether, after this verdict, a timer may make the generation ready.
+
+    ready: the kind of --ready.
+    """
     return ready == "any" and verdict.kind in _TELLS_NOTHING
 
 
@@ -66,7 +69,7 @@ class Settling:
     """The results of a settling generation's probes.
 
     The generation fails at the first bad answer, because clients would keep failing during a second
-    probe.  If probes have no verdict for UNKNOWN_S, that counts as a bad answer.
+    probe.  If probes stay inconclusive for UNKNOWN_S, that counts as a bad answer.
     """
 
     is_over: bool = False  # the time of --settle has passed
@@ -109,7 +112,7 @@ class Serving:
     failures: int = 0
     reason: str = ""
     answered_at: float | None = None
-    missed: int = 0  # how many probes in a row had no verdict
+    missed: int = 0  # how many probes in a row were inconclusive
 
     def after(self, verdict: Verdict, most: int, at: float) -> Serving:
         """Return the state after a verdict; most: how many bad or missing answers change it."""

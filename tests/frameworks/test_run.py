@@ -15,7 +15,7 @@ import pytest
 
 from tests import needs
 from tests.frameworks.asking import PATH, port_of
-from tests.procfs import children_of, running
+from tests.procfs import children_of, ports_of, running
 from tests.rounds import rounds
 from tests.running import Protector, eventually
 from tests.web import Connection, Traffic, ask_once
@@ -325,8 +325,15 @@ def test_forked_processes_serve_without_a_protector(app: str) -> None:
     with subprocess.Popen(command, env={**os.environ, **PATH}) as parent:
         try:
             eventually(lambda: len(children_of(parent.pid)) == 3, "two children beside a helper")
-            [helper] = running("accepting", children_of(parent.pid))
-            answers = {ask_once(("127.0.0.1", port_of(helper))) for _ in range(3)}
+            ports: list[int] = []
+
+            def listens() -> bool:
+                for helper in running("accepting", children_of(parent.pid)):
+                    ports.extend(ports_of(helper))
+                return bool(ports)
+
+            eventually(listens, "the accepting process listens")
+            answers = {ask_once(("127.0.0.1", ports[0])) for _ in range(3)}
         finally:
             parent.terminate()
         assert parent.wait(60) == 0

@@ -91,7 +91,7 @@ class CommandHandler:
             raise
         except Exception as error:
             if request.command not in _READ_ONLY:
-                raise  # the command may be half done, and a restart resumes from the state
+                raise  # it may be half done: the next process resumes from the state
             self.runtime.log.write(
                 "error", "command-failed", command=request.command, error=repr(error)
             )

@@ -55,7 +55,7 @@ class Releases:
         self._written_history = History()
         self._output = -1
         self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
-        self.own()
+        self._take_lock()
         self._read()
 
     def _read(self) -> None:
@@ -75,6 +75,13 @@ class Releases:
 
     def own(self) -> bool:
         """Return whether this protector owns `current`; become its owner if it has none."""
+        if self._lock is None and self._take_lock():
+            # Its owner until now has added to the history, which is written as a whole.
+            self._read()
+        return self._lock is not None
+
+    def _take_lock(self) -> bool:
+        """Take the lock unless it is taken; return whether this protector has it."""
         if self._lock is None:
             try:
                 self._lock = release_store.lock(self.current)

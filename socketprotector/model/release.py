@@ -27,6 +27,8 @@ _FORMAT = 1
 _OTHERS = frozenset("._+~@=:,-")
 #: The longest reason that is kept.
 _REASON_CHARACTERS = 300
+#: What contents that are no history raise; OverflowError: a number that is infinite.
+_WRONG = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
 
 NAME_IS = "a name of 1 to 128 letters, digits and ._+~@=:,- that begins with a letter or digit"
 
@@ -157,7 +159,7 @@ def load(data: bytes) -> History:
         if found["format"] != _FORMAT:
             raise HistoryError("another version of SocketProtector has written it")
         way, entries = tuple(found["way"]), tuple(map(_entry, found["entries"]))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except _WRONG as error:
         raise HistoryError(f"it is no history of releases ({error})") from error
     if not all(map(is_name, way)):
         raise HistoryError("a release has no name")

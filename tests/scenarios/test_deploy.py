@@ -498,6 +498,9 @@ def test_another_protector_follows_at_its_reload(
     one.daemon.stop()
     deployed(other, "3")  # its owner has gone
     assert releases.named == "3"
+    # The deploys of the owner before are in the history of the new owner.
+    assert ctl(other, "rollback").status == 0
+    assert (serving(other), releases.named) == ("2", "2")
     other.daemon.stop()
 
 

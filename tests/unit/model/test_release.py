@@ -25,6 +25,7 @@ from socketprotector.model.release import (
 from tests.together import together
 
 ONE = History((Entry("1", 1.0),), ("1",))
+MARKED = History((Entry("1", 1.0, was=Fingerprint(device=1)),), ("1",))
 WAS = Fingerprint(1, 2, "/srv/web/releases/1/daemon", 3, 4, 5)
 
 
@@ -168,6 +169,7 @@ def test_what_is_written_is_read_again() -> None:
         b'{"format": 1, "way": [], "entries": [{"release": "1", "at": "x"}]}',
         b'{"format": 1, "way": [], "entries": [{"release": "1", "at": 1, "was": {}}]}',
         dump(ONE)[:-4],
+        dump(MARKED).replace(b'"device": 1', b'"device": 1e999'),
     ],
 )
 def test_anything_else_is_refused_by_one_kind_of_error(data: bytes) -> None:

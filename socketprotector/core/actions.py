@@ -175,7 +175,7 @@ class ReadSettings(Action):
 
     dry_run: this generation will get no client, not even from added listeners.
     canary: the reload was requested with a canary, for which the new settings must have a place.
-    release: the one to start; "": the one that `current` names.
+    release: the release to start; "": the release that `current` names.
     """
 
     dry_run: bool = False

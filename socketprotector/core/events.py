@@ -56,7 +56,7 @@ class ReloadRequested(Event):
     """A reload was requested: a new generation from the command as it is now.
 
     canary: the share that it gets first, instead of that of the settings.
-    release: a deploy of this release; "": the one that `current` names.
+    release: a deploy of this release; "": the release that `current` names.
     """
 
     canary: Canary | None = None

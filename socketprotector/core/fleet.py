@@ -191,7 +191,7 @@ class Fleet:
     dry_run: bool = False  # the reload under way is a dry run: its generation gets no clients
     canary_wanted: Canary | None = None  # that the queued reload was requested with
     rollout: Rollout | None = None  # of the reload under way
-    #: The release of the deploy under way, until its verdict; "": the one that `current` names.
+    #: The release of the deploy under way, until its verdict; "": no deploy, so `current` decides.
     release: str = ""
 
     served: bool = False  # a generation has served, since the first start

@@ -59,7 +59,7 @@ class LiveSettings:
 
         dry_run: the generation that uses it, and added listeners, get no clients.
         canary: the reload was requested with a canary.
-        release: the one to start; "": the one that `current` names.
+        release: the release to start; "": the release that `current` names.
         """
         try:
             reader = self._reader("reader")

@@ -91,7 +91,7 @@ def choose(
 ) -> Chosen:
     """Return the release to start.  Raises UsageError.
 
-    wanted: its name; "": the one that `current` names.
+    wanted: its name; "": the release that `current` names.
     """
     try:
         name = wanted or release_store.named(current, releases)

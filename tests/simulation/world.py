@@ -58,7 +58,7 @@ from socketprotector.daemon.checkpoint import Checkpoint
 from socketprotector.daemon.config_reader import ConfigAnswer
 from socketprotector.daemon.delivery.queue.forwarder import Forwarder
 from socketprotector.daemon.delivery.queue.queue_delivery import QueueDelivery
-from socketprotector.daemon.delivery.shared import canary_watch, probes, quiescing, socket_watch
+from socketprotector.daemon.delivery.shared import accept_watch, probes, quiescing
 from socketprotector.daemon.delivery.shared.shared_delivery import SharedDelivery
 from socketprotector.daemon.effects import Effects
 from socketprotector.daemon.event_queue import EventQueue
@@ -1728,7 +1728,7 @@ def installed(world: World) -> Iterator[None]:
         put(unix_listener, "give", kernel.give)
         put(quiescing, "unread_by_port", kernel.unread_by_port)
         put(quiescing, "handshakes_by_port", kernel.handshakes_by_port)
-        for module in (canary_watch, socket_watch, probes):
+        for module in (accept_watch, probes):
             put(module, "unaccepted", kernel.unaccepted)
         put(probes, "is_waiting", kernel.is_waiting)
         put(probes, "end_of", kernel.end_of)

@@ -6,7 +6,7 @@ docs/control.md has the names.
 from __future__ import annotations
 
 from ...core.events import DryRunRequested, ReloadRequested
-from ...core.fleet import Fleet
+from ...core.fleet import Fleet, Generation
 from ...model import release
 from ...model.control_requests import RequestError
 from ..effects import Effects
@@ -108,12 +108,11 @@ def of_status(effects: Effects, fleet: Fleet) -> dict[str, Any]:
     releases = effects.live_settings.releases
     if releases is None:
         return {}
-    incoming = fleet.incoming if fleet.incoming and fleet.incoming.fresh else None
-    opened = effects.generations.get(incoming.number) if incoming else None
+    incoming, name = _incoming(effects, fleet)
     route = fleet.route.number if fleet.route else None
     return {
         "releases": {
-            "deploying": (opened.program.release if opened else fleet.release) or None,
+            "deploying": name or None,
             "generation": incoming.number if incoming else route,
             "serving": releases.serving,
             "current": releases.named or None,
@@ -139,15 +138,20 @@ def _releases_of(effects: Effects) -> Releases:
     return effects.live_settings.releases
 
 
+def _incoming(effects: Effects, fleet: Fleet) -> tuple[Generation | None, str]:
+    """Return the generation that a reload or deploy has opened, and the release of either."""
+    incoming = fleet.incoming if fleet.incoming and fleet.incoming.fresh else None
+    opened = effects.generations.get(incoming.number) if incoming else None
+    return incoming, opened.program.release if opened else fleet.release
+
+
 def _refuse_second(fleet: Fleet, effects: Effects) -> None:
     """Refuse a deploy while a reload, a deploy or a dry run is in progress."""
     if not fleet.is_releasing:
         return
-    fresh = fleet.incoming if fleet.incoming and fleet.incoming.fresh else None
-    incoming = effects.generations.get(fresh.number) if fresh else None
-    name = incoming.program.release if incoming else fleet.release
+    incoming, name = _incoming(effects, fleet)
     kind = "a dry run" if fleet.dry_run else "a deploy" if fleet.release else "a reload"
-    number = fresh.number if fresh else fleet.next_generation
+    number = incoming.number if incoming else fleet.next_generation
     what = f"{kind} of {name}" if name else kind
     raise RequestError(
         "deploying", f"{what} is in progress (generation {number}); wait for it, or `rollback`"

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from ....model.lazy_dataclass import field, mutable
+from ....system.listener import Listener
 from ....system.loop import Loop
-from ....system.sock_diag import Line, stands
+from ....system.sock_diag import Line, stands, unaccepted
 from .. import NEVER_TAKEN_S, UNTAKEN_S
 
 #: The pause between two looks: FIRST_LOOK_S until a first client is accepted, LOOK_S later.  For a
@@ -45,6 +46,24 @@ class Backlogs(ABC):
         waiting: how many clients wait.  ever: a client was accepted before.  at: the listeners'
         indices.
         """
+
+
+def known_clients(
+    sockets: Iterable[tuple[Listener, int]], clients_wait: Callable[[Listener, int], bool]
+) -> dict[int, Line]:
+    """Return the clients known to wait at these sockets, by listener index."""
+    found: dict[int, Line] = {}
+    for each, number in sockets:
+        if not clients_wait(each, number):
+            found[each.index] = ()
+            continue
+        try:
+            line = unaccepted(each.socket_for(number))
+        except OSError:
+            continue
+        if line:  # otherwise the clients are in another network namespace
+            found[each.index] = line
+    return found
 
 
 @mutable

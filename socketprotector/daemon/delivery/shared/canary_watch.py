@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 from ....core.events import SettleFailed
 from ....system.listener import Listener
-from ....system.sock_diag import Line, unaccepted
+from ....system.sock_diag import Line
 from .. import UNTAKEN_S
-from .accept_watch import AcceptWatch, Backlogs
+from .accept_watch import AcceptWatch, Backlogs, known_clients
 from .probes import Probes
 from .shared_listeners import SharedListeners
 from .turns import Turns
@@ -73,18 +73,7 @@ class CanaryWatch(Backlogs):
 
     def waiting_clients(self) -> dict[int, Line]:
         """Return the clients known to wait for the canary, by listener index."""
-        found: dict[int, Line] = {}
-        for each, number in self.sockets:
-            if not self._probes.clients_wait(each, number):
-                found[each.index] = ()
-                continue
-            try:
-                line = unaccepted(each.socket_for(number))
-            except OSError:
-                continue
-            if line:  # otherwise the clients are in another network namespace
-                found[each.index] = line
-        return found
+        return known_clients(self.sockets, self._probes.clients_wait)
 
     def report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
         """Fail the canary."""

@@ -13,9 +13,9 @@ from functools import partial
 from ....core.events import Stranded
 from ....system.listener import Listener
 from ....system.loop import READ, SHUT
-from ....system.sock_diag import Line, unaccepted
+from ....system.sock_diag import Line
 from . import canary_watch
-from .accept_watch import AcceptWatch, Backlogs
+from .accept_watch import AcceptWatch, Backlogs, known_clients
 from .probes import Probes
 from .shared_listeners import SharedListeners, Steering
 from .turns import Turns
@@ -168,18 +168,8 @@ class SocketWatch(Backlogs):
 
     def waiting_clients(self) -> dict[int, Line]:
         """Return the clients known to wait for the current generation, by listener index."""
-        found: dict[int, Line] = {}
-        for each, number in self._served_sockets(self._without_worker()):
-            if not each.has_waiting(number):
-                found[each.index] = ()
-                continue
-            try:
-                line = unaccepted(each.socket_for(number))
-            except OSError:
-                continue
-            if line:  # otherwise the clients are in another network namespace
-                found[each.index] = line
-        return found
+        served = self._served_sockets(self._without_worker())
+        return known_clients(served, lambda each, number: each.has_waiting(number))
 
     def report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
         """Report the addresses at which workers do not accept."""

@@ -72,7 +72,7 @@ class Instance:
         }
         return {
             "name": self.name,
-            "version": "0.1.0",
+            "version": "0.9.0",
             "phase": "serving",
             "pid": 4711,
             "started_at": 1.0,

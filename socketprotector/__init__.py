@@ -3,4 +3,4 @@
 Under connection handoff all workers of a generation take from one queue; none of them is chosen.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.9.0"

@@ -2,8 +2,8 @@
 """Check whether a tag can be released:  tools/release_check.py TAG REPOSITORY
 
 The tag must be v and the version in each distribution, in each package with a version, and in a
-section of CHANGELOG.md.  The links must lead to that repository.  Requirements among the
-distributions must have this version.
+section of CHANGELOG.md.  The files of Debian, rpm and Arch must have this version.  The links must
+lead to that repository.  Requirements among the distributions must have this version.
 """
 
 from __future__ import annotations
@@ -14,6 +14,12 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+#: The files of other packages, and where each has the version.
+PACKAGES = {
+    "packaging/debian/changelog": r"\Asocketprotector \((.+)-1\)",
+    "packaging/rpm/socketprotector.spec": r"^Version: +(.+)$",
+    "packaging/arch/PKGBUILD": r"^pkgver=(.+)$",
+}
 
 
 def mistakes(tag: str, repository: str) -> list[str]:
@@ -46,6 +52,10 @@ def mistakes(tag: str, repository: str) -> list[str]:
             for each in needs
             if each.startswith("socketprotector") and not each.endswith(f"=={version}")
         ]
+    for name, place in PACKAGES.items():
+        written = re.search(place, (ROOT / name).read_text(encoding="utf-8"), re.M)
+        if written is None or written[1] != version:
+            found.append(f"{name}: version {written and written[1]}, tag {tag}")
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     if not re.search(rf"^## \[?{re.escape(version)}\]?( |$)", changes, re.M):
         found.append(f"CHANGELOG.md: no section {version}")

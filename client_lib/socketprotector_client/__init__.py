@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .serving import serve as serve
     from .streams import aserve as aserve
 
-__version__ = "0.1.0"
+__version__ = "0.9.0"
 
 #: Public name -> its module, loaded at first use.  So the protector loads only `wire` of this
 #: package, and a blocking daemon loads no asyncio.

@@ -27,10 +27,10 @@ _SAID = f'__version__ = "{VERSION}"'
 _MAIN = "def main() -> None:\n"
 #: Of each: its version, and what it has instead of what in one of its modules.
 _OTHERS = {
-    "next": ("0.1.1-1", "__init__.py", _SAID, '__version__ = "0.1.1"'),
-    "after": ("0.1.2-1", "__init__.py", _SAID, '__version__ = "0.1.2"'),
+    "next": ("0.9.1-1", "__init__.py", _SAID, '__version__ = "0.9.1"'),
+    "after": ("0.9.2-1", "__init__.py", _SAID, '__version__ = "0.9.2"'),
     "broken": (
-        *("0.1.3-1", "daemon/resident.py", _MAIN),
+        *("0.9.3-1", "daemon/resident.py", _MAIN),
         f'{_MAIN}    sys.exit("a broken release")\n',
     ),
 }

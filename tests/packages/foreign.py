@@ -25,7 +25,7 @@ from tests.packages.dists import EPOCH, VERSION
 from tests.running import ROOT, output_of
 
 TOOLS = Path(os.environ.get("PACKAGING_TOOLS", ROOT / ".venv" / "packaging")) / "bin"
-NEXT = "0.1.1"
+NEXT = "0.9.1"
 #: The Debian whose Python is the one that the packages are built with.
 SUITE = {(3, 11): "bookworm", (3, 13): "trixie"}.get(sys.version_info[:2], "")
 NAMESPACES = ("--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")

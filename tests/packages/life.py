@@ -207,7 +207,7 @@ def live_as_deb() -> None:
     (planted / "click.py").write_text("raise SystemExit('planted')\n")
     with_path = ("env", "PYTHONPATH=/tmp/planted")
     for program in ("SocketProtector", "socketprotectorctl", "socketprotector-exporter"):
-        assert "0.1.0" in inside(*with_path, program, "--version")
+        assert "0.9.0" in inside(*with_path, program, "--version")
     inside(*with_path, INIT, "status", "web")
     # Another one of root's, and one of a user's who is logged in.
     start_by_hand("hand", 4322)
@@ -218,17 +218,17 @@ def live_as_deb() -> None:
     start_by_hand("own", 4323, *user, "env", "XDG_RUNTIME_DIR=/run/user/65534")
 
     told = upgrade_under_load("next", by=lambda which: install(which, *with_path))
-    assert f"upgraded: pid {before['pid']} runs 0.1.1" in told
+    assert f"upgraded: pid {before['pid']} runs 0.9.1" in told
     assert inside(*whose) == "socketprotector-status 660\n"
     own = "/run/user/65534/socketprotector/own.control"
     assert f"notice: a user's own: the protector at {own} goes on" in told
-    assert status("hand.control")["version"] == "0.1.1"
+    assert status("hand.control")["version"] == "0.9.1"
     inside("socketprotectorctl", "--name", "hand", "stop")
     inside(*user, "socketprotectorctl", "--control", own, "upgrade")
     inside(*user, "socketprotectorctl", "--control", own, "stop")
     shutil.rmtree(ROOT / "run/user")
     after = status()
-    assert (after["pid"], after["version"]) == (before["pid"], "0.1.1")
+    assert (after["pid"], after["version"]) == (before["pid"], "0.9.1")
     assert after["route"] == before["route"]  # the same workers
 
     policy = ROOT / "usr/sbin/policy-rc.d"
@@ -239,7 +239,7 @@ def live_as_deb() -> None:
     assert forbids in inside(UPGRADE)
     assert status()["restarts"] == after["restarts"]
     say_of_policy(policy, 105)  # it does not know
-    assert f"upgraded: pid {before['pid']} runs 0.1.2" in inside(UPGRADE)
+    assert f"upgraded: pid {before['pid']} runs 0.9.2" in inside(UPGRADE)
     policy.unlink()
 
     told = upgrade_under_load("broken")
@@ -249,7 +249,7 @@ def live_as_deb() -> None:
     ask()
 
     # The version of before instead, and then one that is two versions newer.
-    for which, version in (("good", "0.1.0"), ("after", "0.1.2")):
+    for which, version in (("good", "0.9.0"), ("after", "0.9.2")):
         told = upgrade_under_load(which)
         assert f"upgraded: pid {before['pid']} runs {version}" in told
     assert status()["route"] == before["route"]
@@ -328,7 +328,7 @@ def live_as_deb_beside_systemd() -> None:
 
     assert orders(told) == []
     assert "policy-rc.d forbids to restart socketprotector@web.service" in said
-    assert (status()["version"], status("shop/control")["version"]) == ("0.1.0", "0.1.1")
+    assert (status()["version"], status("shop/control")["version"]) == ("0.9.0", "0.9.1")
 
     told.unlink()
     inside("dpkg", "-r", "socketprotector", EXPORTER)
@@ -377,13 +377,13 @@ def live_as_deb_in_a_container() -> None:
 
     assert "notice: policy-rc.d forbids to restart socketprotector: the protector at" in told
     assert "later: socketprotectorctl --control /run/socketprotector/web.control upgrade" in told
-    assert status("web.control")["version"] == before["version"] == "0.1.0"
+    assert status("web.control")["version"] == before["version"] == "0.9.0"
     inside("socketprotectorctl", "reload")  # the old program, with the new one's files
     ask()
     told = upgrade_under_load("next", by=lambda _: inside("socketprotectorctl", "upgrade"))
-    assert "upgraded: pid 1 runs 0.1.1" in told
+    assert "upgraded: pid 1 runs 0.9.1" in told
     (ROOT / "usr/sbin/policy-rc.d").unlink()
-    assert "upgraded: pid 1 runs 0.1.2" in upgrade_under_load("after")
+    assert "upgraded: pid 1 runs 0.9.2" in upgrade_under_load("after")
 
     inside("dpkg", "-r", "socketprotector", EXPORTER)
     ask()  # what no unit and no script has started goes on
@@ -429,7 +429,7 @@ def live_as_deb_unattended() -> None:
 
     told = upgrade_under_load("next", by=upgrade_unattended)
 
-    assert f"upgraded: pid {before['pid']} runs 0.1.1" in told
+    assert f"upgraded: pid {before['pid']} runs 0.9.1" in told
     said = inside("needrestart", "-v", "-r", "a")
     assert re.search(r"socketprotector", said, re.I), "needrestart does not see it at all"
     after = status()
@@ -467,10 +467,10 @@ def live_as_other(client: str) -> None:
 
     told = upgrade_under_load("next")
 
-    assert f"upgraded: pid {before['pid']} runs 0.1.1" in told
+    assert f"upgraded: pid {before['pid']} runs 0.9.1" in told
     after = status()
     assert (after["pid"], after["route"]) == (before["pid"], before["route"])
-    assert after["version"] == "0.1.1"
+    assert after["version"] == "0.9.1"
     assert inside("socketprotector-run", "--help")
     inside("socketprotectorctl", "stop")
     (ROOT / log[1:]).unlink()

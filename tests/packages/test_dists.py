@@ -295,8 +295,9 @@ def test_a_release_is_one_version_everywhere() -> None:
 
     assert told(f"v{VERSION}", source) == []
     assert len(told(f"v{VERSION}", f"{source}-fork")) == 3
-    # Each distribution's, two packages', and what they need of each other: 1, 2 by extras, 1.
-    assert len(told("v99.0", source)) == 9
+    # Each distribution's, two packages', what they need of each other (1, 2 by extras, 1), and the
+    # files of Debian, rpm and Arch.
+    assert len(told("v99.0", source)) == 12
 
 
 def test_the_repository_has_one_address() -> None:

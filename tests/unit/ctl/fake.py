@@ -177,7 +177,7 @@ def status(*generations: Message, **more: Any) -> Message:
         "name": "web",
         "pid": os.getpid(),
         "main_pid": os.getpid(),
-        "version": "0.1.0",
+        "version": "0.9.0",
         "started_at": 50.0,
         "now": 200.0,
         "restarts": 0,

@@ -279,21 +279,21 @@ def test_upgrade_waits_for_the_new_program(fake: Fake, ctl: Ctl) -> None:
 
     def answer(connection: Connection, asked: Message) -> None:
         connection.send(
-            {"v": 1, "id": asked["id"], "ok": True, "result": {"from": "0.1.0", "starts": 1}}
+            {"v": 1, "id": asked["id"], "ok": True, "result": {"from": "0.9.0", "starts": 1}}
         )
-        fake.status["restarts"], fake.status["version"] = 1, "0.2.0"
+        fake.status["restarts"], fake.status["version"] = 1, "0.9.1"
         connection.cut()
 
     fake.answers["upgrade"] = answer
 
-    assert ctl("upgrade") == Ended(0, "upgraded: pid 11 runs 0.2.0 (0.1.0 before)\n", "")
+    assert ctl("upgrade") == Ended(0, "upgraded: pid 11 runs 0.9.1 (0.9.0 before)\n", "")
 
 
 def test_upgrade_that_stays_with_the_old_is_status_3_with_the_probes_words(
     fake: Fake, ctl: Ctl
 ) -> None:
     def answer(connection: Connection, asked: Message) -> None:
-        connection.send({"v": 1, "id": asked["id"], "ok": True, "result": {"from": "0.1.0"}})
+        connection.send({"v": 1, "id": asked["id"], "ok": True, "result": {"from": "0.9.0"}})
         connection.event("upgrade-failed", reason="the new program exited with status 1: boom\x1b")
 
     fake.answers["upgrade"] = answer
@@ -303,7 +303,7 @@ def test_upgrade_that_stays_with_the_old_is_status_3_with_the_probes_words(
     assert said == Ended(
         3,
         "",
-        "socketprotectorctl: not upgraded: 0.1.0 keeps running: the new program exited with "
+        "socketprotectorctl: not upgraded: 0.9.0 keeps running: the new program exited with "
         "status 1: boom\\x1b\n",
     )
 

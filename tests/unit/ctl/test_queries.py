@@ -211,7 +211,7 @@ def test_status_shows_what_runs(fake: Fake, ctl: Ctl) -> None:
 
     assert said.status == 0
     assert said.out.splitlines() == [
-        "web: serving, pid 11, version 0.1.0, up 2m30s, guarded",
+        "web: serving, pid 11, version 0.9.0, up 2m30s, guarded",
         "held: accepts no connection for another 12s",
         "forwarded 12,345, lost 0, queue of 278, ready: notify, command: ./daemon",
         "listens on tcp:0.0.0.0:4321, 3 of 4,096 waiting",
@@ -245,7 +245,7 @@ def test_status_of_an_unmodified_server_leaves_out_what_cannot_be_known(
     said = ctl("status")
 
     assert said.out.splitlines() == [
-        "web: serving, pid {}, version 0.1.0, up 2m30s".format(fake.status["pid"]),
+        "web: serving, pid {}, version 0.9.0, up 2m30s".format(fake.status["pid"]),
         "warning: it lacks \\x1b",
         "ready: notify, command: ./daemon",
         "listens on tcp:0.0.0.0:4321, 3 of 4,096 waiting",

@@ -642,7 +642,7 @@ def test_a_protector_that_has_no_dry_run_is_not_asked_for_one(fake: Fake, ctl: C
 
     assert (said.status, said.out) == (100, "")
     assert said.err.startswith(
-        "socketprotectorctl: web runs version 0.1.0, which has no dry run; nothing was tried"
+        "socketprotectorctl: web runs version 0.9.0, which has no dry run; nothing was tried"
     )
     assert "reload" not in fake.commands()
 

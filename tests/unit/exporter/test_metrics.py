@@ -83,7 +83,7 @@ def test_a_status_becomes_metrics() -> None:
     )
 
     assert seen.value("up") == 1
-    assert seen.value("build_info", version="0.1.0") == 1
+    assert seen.value("build_info", version="0.9.0") == 1
     assert seen.value("start_time_seconds") == 50
     assert seen.value("restarts_total") == 2
     assert seen.value("phase", phase="serving") == 1

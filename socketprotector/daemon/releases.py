@@ -222,12 +222,25 @@ class Releases:
         # A reload of the serving release may fail for reasons that are not the release's.
         if report.news is ReportKind.RELOAD_FAILED and name not in ("", self.serving):
             self.tried = ""
-            # A stop says nothing about the release.
-            if self._lock is not None and self._exists(name) and report.reason != stop.CALLED_OFF:
+            if (
+                self._lock is not None
+                and self._exists(name)
+                and self._is_its(name, report, program)
+            ):
                 self._add(Entry(name, time.time(), headline(report.reason) or "it failed"))
             if name == self.named:
                 return replace(report, reason=added(report.reason, release.named_failed(name)))
         return report
+
+    def _is_its(self, name: str, report: Report, program: Program | None) -> bool:
+        """Return whether a failure is the release's own, so that a rollback passes over it.
+
+        A stop says nothing about it, and a mistake in the configuration does so if it names a path
+        of the release.
+        """
+        if report.reason == stop.CALLED_OFF:
+            return False
+        return program is not None or self._path(name) in report.reason
 
     def _with_error(self, reason: str) -> str:
         if not self._not_moved:

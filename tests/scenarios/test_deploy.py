@@ -313,6 +313,24 @@ def test_rollback_passes_over_a_release_that_is_gone_or_fails_now(
     one.daemon.stop()
 
 
+def test_a_mistake_in_the_configuration_is_no_failure_of_the_release(
+    operated: Operating, releases: Releases, tmp_path: Path
+) -> None:
+    config = tmp_path / "web.toml"
+    config.write_text("")
+    one = operated(*releases.options, "--config", config, command=COMMAND)
+    deployed(one, "2")
+    deployed(one, "3")
+    config.write_text("nonsense = 1\n")
+    assert ctl(one, "deploy", "2").status == 3
+    config.write_text("")
+
+    assert ctl(one, "rollback").status == 0
+
+    assert (serving(one), releases.named) == ("2", "2")
+    one.daemon.stop()
+
+
 def test_rollback_ends_a_deploy(
     web: Web, releases: Releases, tmp_path: Path, beside: Beside
 ) -> None:

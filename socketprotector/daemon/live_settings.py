@@ -68,7 +68,7 @@ class LiveSettings:
             return
         if self.releases is not None:
             release = self.releases.begin(release)
-        done = partial(self._on_config_read, dry_run=dry_run, canary=canary)
+        done = partial(self._on_config_read, release, dry_run=dry_run, canary=canary)
         reader.read(replace(self.settings, release_wanted=release), done)
 
     def compare(self, done: Callable[[config_reader.ConfigAnswer], None]) -> bool:
@@ -92,9 +92,11 @@ class LiveSettings:
         if candidate is not None:
             if candidate.log_level != self.settings.log_level:
                 self._log.set_level(candidate.log_level)
-            self._put_in_force(candidate)
-            if self.releases is not None:
-                self.releases.move(candidate.release)
+            left = self.settings.release
+            self._put_in_force(replace(candidate, release_wanted=""))
+            # A reload takes what `current` names, and leaves a `current` that was moved since.
+            if self.releases is not None and candidate.release_wanted:
+                self.releases.move(candidate.release, left)
 
     def forget(self) -> None:
         """Drop the candidate settings.  Listener indices are never reused."""
@@ -152,7 +154,7 @@ class LiveSettings:
     # -- inside ------------------------------------------------------------------
 
     def _on_config_read(
-        self, answer: config_reader.ConfigAnswer, *, dry_run: bool, canary: bool
+        self, release: str, answer: config_reader.ConfigAnswer, *, dry_run: bool, canary: bool
     ) -> None:
         old, new = self.settings, answer.settings
         if new is None:
@@ -162,6 +164,7 @@ class LiveSettings:
             more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
             self._post(SettingsFailed("\n".join((lines[0] + more, *lines[1:]))))
             return
+        new = replace(new, release_wanted=release)
         added = [
             self._delivery.make_listener(
                 n,
@@ -175,7 +178,7 @@ class LiveSettings:
         cannot = self._delivery.cannot_change(added, removed)
         cannot = cannot or self._cannot_roll_out(new, added, canary)
         if cannot is None and self.releases is not None:
-            cannot = self.releases.prepare(new.release, dry_run=dry_run) or None
+            cannot = self.releases.prepare(new, dry_run=dry_run) or None
         if cannot is not None:
             for each in added:
                 each.close()

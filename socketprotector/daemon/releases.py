@@ -48,8 +48,11 @@ class Releases:
         self.due = ""
         #: The release whose settings the last reload has read.
         self.tried = ""
+        #: Why the lock could not be taken; "": this protector or another one has it.
+        self.not_locked = ""
         self._not_moved = self._not_written = ""  # why
         self._still_named = ""  # what `current` named when it could not be moved
+        self._note = ""  # what the next verdict says about `current`
         self._is_written = True
         self._writer: HelperProcess | None = None
         self._written_history = History()
@@ -83,10 +86,14 @@ class Releases:
     def _take_lock(self) -> bool:
         """Take the lock unless it is taken; return whether this protector has it."""
         if self._lock is None:
+            failed = ""
             try:
                 self._lock = release_store.lock(self.current)
             except OSError as error:
-                self._log.write("error", "current-not-locked", error=what_failed(error))
+                failed = f"cannot lock {self.current}: {what_failed(error)}"
+            if failed and not self.not_locked:
+                self._log.write("error", "current-not-locked", error=failed)
+            self.not_locked = failed
         return self._lock is not None
 
     def close(self) -> None:
@@ -118,7 +125,7 @@ class Releases:
     @property
     def error(self) -> str:
         """Why `current` or the history is not as it must be on disk; "": it is, or will be soon."""
-        return self._not_moved or self._not_written
+        return self.not_locked or self._not_moved or self._not_written
 
     @property
     def is_saved(self) -> bool:
@@ -167,13 +174,13 @@ class Releases:
         self.tried = wanted or self.named
         return wanted
 
-    def prepare(self, name: str, *, dry_run: bool) -> str:
-        """Make ready to move `current` to a release that is tried; return why that is impossible.
+    def prepare(self, candidate: Settings, *, dry_run: bool) -> str:
+        """Make ready to move `current` to the release of a deploy; return why that is impossible.
 
         Nothing is changed for clients yet, so a full disk or a missing right shows before it is.
         """
-        self.tried = name
-        if dry_run or not self.own() or self.named == name:
+        name = self.tried = candidate.release
+        if dry_run or not candidate.release_wanted or not self.own() or self.named == name:
             return ""
         try:
             release_store.prepare(self.current, self._path(name))
@@ -181,11 +188,18 @@ class Releases:
             return f"cannot make {self.current}.next: {error.strerror}"
         return ""
 
-    def move(self, name: str) -> None:
-        """Let `current` name a release that has been proved; try again later if that fails."""
-        if self.own():
-            self.due = name
-            self._move()
+    def move(self, name: str, left: str) -> None:
+        """Let `current` name a release that has been proved; try again later if that fails.
+
+        left: the release that was serving until now; "": unknown.
+        """
+        if not self.own():
+            return
+        was, self.due = self.named, name
+        self._move()
+        if left and not self.due and was not in (left, name):
+            self._note = f"current named {was or 'no release'} meanwhile; it names {name} now"
+            self._log.write("warning", "current-moved-again", release=name, reason=self._note)
 
     def _move(self) -> None:
         try:
@@ -216,7 +230,7 @@ class Releases:
         name = program.release if program is not None else self.tried
         if report.news in _PROVED and program is not None:
             self._prove(name, program)
-            return replace(report, reason=self._with_error(report.reason))
+            return replace(report, reason=self._with_note(report.reason))
         if report.news is ReportKind.RELOAD_FAILED and self._lock is not None:
             release_store.discard(self.current)
         # A reload of the serving release may fail for reasons that are not the release's.
@@ -242,11 +256,11 @@ class Releases:
             return False
         return program is not None or self._path(name) in report.reason
 
-    def _with_error(self, reason: str) -> str:
-        if not self._not_moved:
-            return reason
-        error = f"{self._not_moved}; it is tried again"
-        return f"{reason}; {error}" if reason else error
+    def _with_note(self, reason: str) -> str:
+        again = f"{self._not_moved}; it is tried again" if self._not_moved else self.warning
+        found = "; ".join(filter(None, (reason, self._note, again)))
+        self._note = ""
+        return found
 
     def _prove(self, name: str, program: Program) -> None:
         if self.own() and name:
@@ -259,7 +273,7 @@ class Releases:
         due: the release to which it could not move `current`.  program: the one that serves.
         """
         if due:
-            self.move(due)
+            self.move(due, "")
         if program is not None and self.history.way[-1:] != (program.release,):
             self._prove(program.release, program)
 

@@ -124,7 +124,7 @@ class Settings:
     releases: str = ""  # the folder of releases; "": there are none
     current: str = ""  # the symbolic link that names the release to start
     release: str = ""  # the name of the release that these settings are for
-    release_wanted: str = ""  # only for the configuration reader; "": the one of `current`
+    release_wanted: str = ""  # of a candidate: that of its deploy; "": `current` names it
     foreground: bool = False
     guarded: bool = False
     outlives_terminal: bool = False  # HUP was ignored at start (nohup)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -79,6 +80,12 @@ def deployed(one: Operated, name: str, *more: str) -> None:
 def starts(one: Operated, number: int) -> None:
     """Wait until the first worker of a generation has been started."""
     one.daemon.log.wait_for(f"event=spawned generation={number} ")
+
+
+def way(releases: Releases) -> list[str]:
+    """The way back, as it is on disk."""
+    found: list[str] = json.loads((releases.live / "current.history").read_text())["way"]
+    return found
 
 
 def saved(one: Operated) -> None:

@@ -15,7 +15,7 @@ from tests.procfs import command_line_of, environment_of
 from tests.running import ask, eventually
 from tests.scenarios.adopting import at_rest, kill_protector, revived, upgrade
 from tests.scenarios.operating import MANY, Operated, Operating
-from tests.scenarios.releases import COMMAND, Releases, ctl, deployed, saved, serving, starts
+from tests.scenarios.releases import COMMAND, Releases, ctl, deployed, saved, serving, starts, way
 from tests.scenarios.running_ctl import Running
 from tests.scenarios.tools import EITHER_HANDOFF, Gate, pid_in, worker
 
@@ -273,6 +273,47 @@ def test_a_remembered_reload_finds_current_moved(
     one.daemon.stop()
 
 
+def test_a_current_that_is_moved_during_a_deploy_is_moved_again_and_that_is_said(
+    web: Web, releases: Releases, beside: Beside
+) -> None:
+    one = web("--settle", "1h")
+    running = beside(one, "deploy", "2", "--json")
+    one.until("route", 2)
+    releases.point_at("3")
+
+    assert ctl(one, "promote").status == 0
+
+    assert running.wait() == 0, running.err.text()
+    said = "current named 3 meanwhile; it names 2 now"
+    one.daemon.log.wait_for(f'warning event=current-moved-again release=2 reason="{said}"')
+    assert one.status()["reloads"][-1]["reason"] == said
+    assert (serving(one), releases.named) == ("2", "2")
+    one.daemon.stop()
+
+
+def test_a_current_that_is_moved_during_a_reload_stays_and_that_is_said(
+    web: Web, releases: Releases
+) -> None:
+    one = web("--settle", "1h")
+    releases.point_at("2")
+    one.daemon.signal(signal.SIGHUP)
+    one.until("route", 2)
+    releases.point_at("3")
+    one.daemon.signal(signal.SIGHUP)
+
+    assert ctl(one, "promote").status == 0
+
+    one.until("route", 3)  # the second reload
+    assert ctl(one, "promote").status == 0
+    one.daemon.log.wait_for("event=reloaded generation=3 release=3")
+    first, second = one.status()["reloads"][-2:]
+    assert first["reason"] == "current names 3, and 2 is serving; a restart starts 3"
+    assert not second["reason"]
+    assert (serving(one), releases.named) == ("3", "3")
+    assert way(releases) == ["1", "2", "3"]
+    one.daemon.stop()
+
+
 # -- rollback ---------------------------------------------------------------------------------
 
 
@@ -324,6 +365,8 @@ def test_a_mistake_in_the_configuration_is_no_failure_of_the_release(
     config.write_text("nonsense = 1\n")
     assert ctl(one, "deploy", "2").status == 3
     config.write_text("")
+    found = json.loads(ctl(one, "releases", "--json").out)["releases"]
+    assert [each["refused_at"] for each in found] == [None, None, None]
 
     assert ctl(one, "rollback").status == 0
 

@@ -17,7 +17,7 @@ from tests.scenarios.adopting import at_rest, revived
 from tests.scenarios.faults import Disk, injected
 from tests.scenarios.managers import Service
 from tests.scenarios.operating import Line, Operated, Operating
-from tests.scenarios.releases import COMMAND, Releases, ctl, deployed, saved, serving
+from tests.scenarios.releases import COMMAND, Releases, ctl, deployed, saved, serving, way
 from tests.scenarios.running_ctl import Running
 from tests.scenarios.users import A, B, Command
 from tests.unit.ctl.conftest import run
@@ -97,8 +97,29 @@ def test_without_a_place_for_the_link_nothing_changes(
     assert (serving(one), releases.named, left(releases)) == ("1", "1", WHOLE)
     one.daemon.log.wait_for(r"event=reload-failed generation=2 ")
     assert not one.daemon.log.count("event=spawned generation=2")
+    # That is no failure of the release.
+    [known] = one.line().ask("releases")["releases"]
+    assert known["release"] == "1"
     flag.unlink()
     deployed(one, "2")
+    one.daemon.stop()
+
+
+def test_a_lock_that_cannot_be_opened_is_said_once(operated: Operating, releases: Releases) -> None:
+    lock = releases.live / "current.lock"
+    lock.mkdir()
+    one = operated(*releases.options, command=COMMAND)
+
+    ended = ctl(one, "deploy", "2")
+
+    said = f"cannot lock {releases.current}: {lock}: Is a directory"
+    assert (ended.status, ended.err) == (2, f"socketprotectorctl: {said}\n")
+    assert said in one.status()["warnings"]
+    one.status()
+    assert one.daemon.log.count("event=current-not-locked") == 1
+    lock.rmdir()
+    deployed(one, "2")
+    assert one.status()["warnings"] == []
     one.daemon.stop()
 
 
@@ -275,12 +296,6 @@ def test_guard_and_protector_killed_at_a_write_leave_the_old_or_the_new_release(
     saved(again)
     assert left(releases) == WHOLE
     again.daemon.stop()
-
-
-def way(releases: Releases) -> list[str]:
-    """The way back, as it is on disk."""
-    found: list[str] = json.loads((releases.live / "current.history").read_text())["way"]
-    return found
 
 
 # -- other users ---------------------------------------------------------------------------------

@@ -167,5 +167,6 @@ def _refuse_without_lock(releases: Releases) -> None:
     if not releases.own():
         raise RequestError(
             "unmet",
-            f"another protector owns {releases.current}; deploy there, then reload this one",
+            releases.not_locked
+            or f"another protector owns {releases.current}; deploy there, then reload this one",
         )

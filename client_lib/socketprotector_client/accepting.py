@@ -7,7 +7,8 @@ new clients, queues the connected ones, and exits.
 
 Rule: it holds one connection at most.  While the queue is full, the backlog holds the rest.
 
-Source: tcp(7), unix(7), socket(7) for SO_ATTACH_FILTER.
+Source: tcp(7), unix(7), socket(7) for SO_ATTACH_FILTER; sock_bindtoindex() in net/core/sock.c for
+SO_BINDTOIFINDEX.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ _BURST = 64
 # The errors of sending when no process is left to take connections.
 _BROKEN = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
 
+_SO_BINDTOIFINDEX, _NO_DEVICE = 62, 0x7FFFFFFF
 _SO_ATTACH_FILTER = 26
 # Drops segments with SYN and without ACK, and passes all others.  So no client begins to connect
 # while handshakes that are under way finish.
@@ -208,6 +210,13 @@ def _refuse_new(listener: socket.socket) -> None:
                 pass  # it was removed already
         listener.shutdown(socket.SHUT_RD)
         return
+    # A socket that is bound to a device gets only clients of that device.  A handshake under way
+    # finishes, because it keeps the device that the socket had when the handshake began.
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, _NO_DEVICE)
+        return
+    except OSError:
+        pass  # the kernel is older than 5.7, and requires CAP_NET_RAW
     program = array.array("B", _NO_NEW_CLIENTS)
     address, length = program.buffer_info()
     try:
@@ -215,4 +224,4 @@ def _refuse_new(listener: socket.socket) -> None:
             socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", length // 8, address)
         )
     except OSError:
-        pass  # not granted (optmem_max): new clients come until the socket is closed
+        pass  # not granted (since 2026 to root only): new clients come until the socket is closed

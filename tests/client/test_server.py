@@ -117,6 +117,7 @@ def test_a_stop_under_load_loses_no_connection(channel: Channel) -> None:
 
     assert sharing.program.wait() == 0
     assert set(answered) == {b"echo hello\n"}
+    assert len(answered) < 20_000  # new clients are refused: otherwise 65,536 come after the signal
 
 
 def test_a_full_queue_leaves_the_rest_to_the_backlog(channel: Channel) -> None:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 
-from . import prefork, wire
+from . import child_output, prefork, wire
 from .log import Logger
 from .sd_notify import notify
 from .seat import LEAVING, MOST, READY, STARTING, Seats
@@ -161,6 +161,7 @@ class Children:
         try:
             # A USR1 to the whole process group is meant for the parent.
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+            child_output.mark_lines(number)
             current().take_seat(self._seats, number)
             self._numbers = {}  # the siblings are no children of this process
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -40,6 +40,8 @@ ENV_DRAIN_SPREAD = "SOCKETPROTECTOR_DRAIN_SPREAD"
 ENV_STOP_SPREAD = "SOCKETPROTECTOR_STOP_SPREAD"
 #: In a child that a worker has forked to share its memory: its number, from 0.
 ENV_CHILD = "SOCKETPROTECTOR_CHILD"
+#: 1 if each line of the output is to say who wrote it.
+ENV_LOG_PREFIX = "SOCKETPROTECTOR_LOG_PREFIX"
 ENV_NOTIFY = "NOTIFY_SOCKET"
 
 #: The size of a worker's record in the scoreboard, in 8-byte words of the machine's byte order.

@@ -141,6 +141,8 @@ class WorkerSpawner:
             ours.callback(notify.close)
             output_start = self.output.position()
             environment = {wire.ENV_NOTIFY: notify.address}
+            if self.settings.log_prefix:
+                environment[wire.ENV_LOG_PREFIX] = "1"
             if program.spreads:
                 environment |= _spread_variables(program)
             if program.watchdog_s:

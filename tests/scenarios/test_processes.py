@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.load import Load
+from tests.rounds import rounds
 from tests.running import Client, Protector, eventually
-from tests.scenarios.adopting import served
+from tests.scenarios.adopting import kill_protector, revived, served
 from tests.scenarios.operating import Operated, Operating
 from tests.scenarios.tools import EITHER_HANDOFF, Gate, library_worker, pid_in
 
@@ -105,20 +106,51 @@ def test_orphans_and_grandchildren_are_gone_after_the_drain_timeout(
     web = operated("--drain-timeout", "1s", "--kill-timeout", "1s", command=shares(2, "grandchild"))
     [parent] = web.pids(1)
     with Client(web.address, f"wait {gate.path}"):
-        session = [
-            int(each) for each in os.listdir("/proc") if each.isdigit() and _of(each, parent)
-        ]
+        session = in_sessions([parent])
         assert len(session) == 5
         os.kill(parent, signal.SIGKILL)
         for each in session:
             eventually(lambda pid=each: gone(pid), "its end")  # type: ignore[misc]
 
 
-def _of(pid: str, session: int) -> bool:
-    try:
-        return os.getsid(int(pid)) == session
-    except ProcessLookupError:
-        return False
+def in_sessions(leaders: Collection[int]) -> list[int]:
+    """Return the processes in the sessions of these workers."""
+
+    def session(pid: int) -> int:
+        try:
+            return os.getsid(pid)
+        except ProcessLookupError:
+            return 0
+
+    return [
+        int(each)
+        for each in os.listdir("/proc")
+        if each.isdigit() and session(int(each)) in leaders
+    ]
+
+
+@pytest.mark.timeout(rounds(120, 1800))
+@EITHER_HANDOFF
+def test_parents_killed_under_load_leave_no_orphan_and_lose_no_client(
+    operated: Operating,
+) -> None:
+    """Every second time the protector is killed, too, and its guard starts another one."""
+    limits = ("--drain-timeout", "1s", "--kill-timeout", "1s", "--guard")
+    web = operated(*limits, command=shares(2, "grandchild"))
+    killed: list[int] = []
+    with Load(f"127.0.0.1:{web.address[1]}") as load:
+        for number in range(1, rounds(3, 100) + 1):
+            [parent] = web.pids(number)
+            killed.append(parent)
+            mark = len(web.daemon.log.seen)
+            os.kill(parent, signal.SIGKILL)
+            if number % 2 == 0:
+                revived(web.daemon, kill_protector(web.daemon))
+            web.daemon.log.wait_for("event=worker-ready ", after=mark)
+            served(load)
+            web.daemon.reload()
+    assert load.snapshot().failures == ()
+    eventually(lambda: not in_sessions(killed), "the end of all orphans")
 
 
 @pytest.mark.parametrize(
@@ -188,3 +220,22 @@ def test_a_child_that_hangs_is_replaced_by_its_parent(operated: Operating) -> No
             pass
     eventually(lambda: len(pids(web) - {found["pid"]}) == 2, "another child")
     assert web.pids(1) == [parent]
+
+
+def test_each_line_of_the_log_names_its_child(operated: Operating) -> None:
+    """Also a line that goes through logging, which the parent has configured."""
+    web = operated("--log-prefix", command=shares(2))
+    [parent] = web.pids(1)
+    with Client(web.address, "log hello") as client:
+        pid = pid_in(client.hear())
+    [number] = [each["number"] for each in children(web) if each["pid"] == pid]
+    web.daemon.log.wait_for(rf"^\[1 {parent}\] \[{number} {pid}\] WARNING log hello$")
+    web.daemon.log.wait_for(rf"^\[1 {parent}\] \[{number} {pid}\] child {number} begins, {number}$")
+
+
+def test_native_threads_at_the_fork_cause_one_warning(operated: Operating) -> None:
+    web = operated(command=shares(3, "native"))
+    with Client(web.address, "hello") as client:
+        assert pid_in(client.hear()) in pids(web)
+    web.daemon.log.wait_for("2 native threads run at the fork")
+    assert web.daemon.log.count("native threads") == 1

@@ -1,9 +1,12 @@
 """shares.py PROCESSES [WAY]: serve in forked children, one line a connection: [PID] and the line.
 
-`wait PATH` waits for a fifo, `grow` takes 80 MB, `hang` never answers.
-WAY: `fails` in a child before it serves, `threads` at the fork, `grandchild` in each child.
+`wait PATH` waits for a fifo, `grow` takes 80 MB, `hang` never answers, `log` logs the line.
+WAY: `fails` in a child before it serves, `threads` or `native` ones at the fork, `grandchild` in
+each child.
 """
 
+import ctypes
+import logging
 import os
 import subprocess
 import sys
@@ -13,6 +16,8 @@ from typing import Any
 
 from socketprotector_client import post_fork, serve
 
+logging.basicConfig(format="%(levelname)s %(message)s")
+log = logging.getLogger("shares")
 kept: list[bytes] = []
 count, way = int(sys.argv[1]), "".join(sys.argv[2:])
 
@@ -28,6 +33,8 @@ def talk(client: Any, peer: object) -> None:
                 kept.append(b"x" * 80_000_000)
             elif words[0] == b"hang":
                 time.sleep(3600)
+            elif words[0] == b"log":
+                log.warning("%s", line.decode().strip())
             client.sendall(b"[%d] %s" % (os.getpid(), line))
 
 
@@ -42,4 +49,8 @@ def begin(number: int) -> None:
 
 if way == "threads":
     threading.Thread(target=threading.Event().wait, name="metrics", daemon=True).start()
+if way == "native":
+    libc = ctypes.CDLL(None)
+    for _ in range(2):
+        libc.pthread_create(ctypes.byref(ctypes.c_ulong()), None, libc.pause, None)
 serve(talk, threads=1, processes=count)

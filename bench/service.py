@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 _PR_SET_CHILD_SUBREAPER = 36
 _SYS_PIDFD_GETFD = 438  # on every architecture
 _NAME = "SocketProtector"
+_CTL = Path(sys.executable).with_name("socketprotectorctl")
 _DIES_S = 10.0
 
 
@@ -389,14 +390,18 @@ class Service:
         """Order the end of a reload."""
         self._order("rollback")
 
+    def scale(self, workers: int) -> None:
+        """Order this number of workers, and wait for the answer.  Raises CalledProcessError."""
+        command = [str(_CTL), "--pid-file", str(self.pid_file), "scale", str(workers)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
     def hold(self, seconds: float) -> None:
         """Order a hold of that length, without a wait for the answer."""
         self._order("hold", "--for", f"{seconds * 1000:.0f}ms")
 
     def _order(self, *words: str) -> None:
-        ctl = Path(sys.executable).with_name("socketprotectorctl")
         subprocess.Popen(
-            [str(ctl), "--pid-file", str(self.pid_file), *words],
+            [str(_CTL), "--pid-file", str(self.pid_file), *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -89,21 +89,12 @@ class Torment:
         del self._actions[self._kill_protector]
 
     def restore_workers(self) -> None:
-        """Bring the number of workers back to what it was at the start."""
-        service = self._service
-        for _ in range(2 * self._most_workers):
-            serving = [g for g in service.workers().values() if g == service.serving]
-            if len(serving) == self._workers_at_start:
-                return
-            fewer = len(serving) > self._workers_at_start
-            count = len(serving)
-            service.send(signal.SIGTTOU if fewer else signal.SIGTTIN)
-            service.wait(
-                lambda before=count: (  # type: ignore[misc]
-                    before != sum(g == service.serving for g in service.workers().values())
-                ),
-                5.0,
-            )
+        """Bring the number of workers back to what it was at the start.
+
+        Living processes would mislead: the protector may be about to replace a killed worker.
+        """
+        if self._scale in self._actions:
+            self._service.scale(self._workers_at_start)
 
     def _undo_until(self, now_s: float) -> None:
         for entry in [entry for entry in self._undo if entry[0] <= now_s]:

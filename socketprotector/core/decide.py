@@ -79,8 +79,8 @@ def _handle(step: Step, event: Event) -> None:
             workers.worker_ready(step, number, retires, alone=alone)
         case events.WorkerExited():
             workers.worker_exited(step, event)
-        case events.OpenFailed(number, reason):
-            failure.open_failed(step, number, reason)
+        case events.OpenFailed(number, reason, orphans):
+            failure.open_failed(step, number, reason, orphans=orphans)
         case events.Quiesced(number):
             step.quiesced(number)
         case events.Answered(number, alone):

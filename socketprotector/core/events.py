@@ -179,10 +179,15 @@ class WorkerExited(Event):
 
 @frozen
 class OpenFailed(Event):
-    """A generation could not be opened: the command, or a resource for it, is missing."""
+    """A generation could not be opened: the command, or a resource for it, is missing.
+
+    orphans: an earlier program may have started its workers.  Each of them is an orphan, and an
+    event follows when it is gone.
+    """
 
     generation: int
     reason: str
+    orphans: bool = False
 
 
 @frozen

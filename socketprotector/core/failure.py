@@ -12,20 +12,25 @@ from ..model.share import WHOLE
 from . import rollout, start_timeout, stop
 from .actions import Report, ReportKind, RouteTo
 from .events import TimerKind
-from .fleet import Next, Phase
+from .fleet import Next, Phase, State, Worker
 from .step import Step
 
 #: The exit status of SocketProtector after a start that failed.
 START_FAILED = 3
 
 
-def open_failed(step: Step, number: int, reason: str) -> None:
-    """Fail a generation that could not be opened: none of its workers was started."""
+def open_failed(step: Step, number: int, reason: str, *, orphans: bool) -> None:
+    """Fail a generation that could not be opened.
+
+    orphans: its workers may run, and nothing is left by which they could be signalled.
+    """
     generation = step.fleet.generation(number)
     if generation is None or generation.phase not in (Phase.STARTING, Phase.ABANDONED):
         return
-    # None of its workers was ever spawned, even if a stop has abandoned it.
-    step.fleet = step.fleet.with_generation(replace(generation, workers=()))
+    # Otherwise none of its workers was ever spawned, even if a stop has abandoned it.
+    left = generation.alive if orphans else ()
+    workers = tuple(Worker(each.number, each.slot, State.ORPHANED) for each in left)
+    step.fleet = step.fleet.with_generation(replace(generation, workers=workers))
     if generation.phase is Phase.STARTING:
         fail(step, number, reason)
 

@@ -14,6 +14,7 @@ import os
 import signal
 from collections.abc import Collection, Iterator
 from contextlib import suppress
+from functools import partial
 
 from ..core.events import ChannelBroken, Event, OpenFailed, SettleFailed, WorkerExited
 from ..core.fleet import Phase, State
@@ -136,7 +137,7 @@ class Recovery:
         known = {record.number for record in pool.records()}.union(ended)
         # If a generation has the route, but its channel was not stored, it must lose the route.
         lost: list[Event] = [
-            OpenFailed(each.number, _KILLED)
+            OpenFailed(each.number, _KILLED, orphans=True)
             if each.phase in (Phase.STARTING, Phase.ABANDONED)
             else ChannelBroken(each.number)
             for each in fleet.generations
@@ -144,9 +145,25 @@ class Recovery:
         ]
         for worker in fleet.alive():
             if worker.number not in known:
-                pool.end_unfinished(worker.number)
-                lost.append(WorkerExited(worker.number, _KILLED))
+                self._end_unfinished(worker.number)
+                lost.append(WorkerExited(worker.number, _KILLED, orphans=True))
         return lost
+
+    def _end_unfinished(self, number: int) -> None:
+        """End a worker that the earlier program was starting when it was killed.
+
+        Until a scan of /proc finds no process of this worker, the fleet counts an orphan.
+        """
+        pool = self.effects.pool
+        left = set(pool.addresses(number))
+
+        def gone(address: str) -> None:
+            left.discard(address)
+            if not left:
+                self.effects.runtime.post(WorkerExited(number, "orphans gone"))
+
+        for address in tuple(left):
+            pool.orphans.end(address, partial(gone, address))
 
 
 def _never_works(record: GenerationRecord) -> SettleFailed:

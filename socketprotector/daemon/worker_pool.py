@@ -282,10 +282,9 @@ class WorkerPool:
             del self.descriptors[name]
         return self._post_mortem.adopt_group(record, descriptors, generation)
 
-    def end_unfinished(self, number: int) -> None:
-        """End a worker that the earlier program was starting when it was killed."""
-        for address in self._spawner.addresses(number):
-            self.orphans.end(address)
+    def addresses(self, number: int) -> tuple[str, ...]:
+        """Return the notify addresses that a worker may have."""
+        return self._spawner.addresses(number)
 
     def learn_status(self, pid: int, clean: bool, how: str) -> None:
         """Note how a process exited, as reported by its parent, the guard."""

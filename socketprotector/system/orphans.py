@@ -76,6 +76,9 @@ class Orphans:
         #: Notify address -> when KILL is due; None before the first scan.
         self._left: dict[str, float | None] = {}
         self._kills: dict[str, int] = {}  # rounds of KILL, by address
+        self._gone: dict[
+            str, Callable[[], None]
+        ] = {}  # called when an address's processes are gone
         self._scan: Scan | None = None
         self._ended: Callable[[], None] | None = None  # called when all processes have ended
         self._blind = False  # /proc is unusable, and that was logged
@@ -91,9 +94,14 @@ class Orphans:
         """Whether a scan has found processes, which were sent TERM."""
         return any(due is not None for due in self._left.values())
 
-    def end(self, address: str) -> None:
-        """End the processes that have this notify address in their environment."""
+    def end(self, address: str, gone: Callable[[], None] | None = None) -> None:
+        """End the processes that have this notify address in their environment.
+
+        gone: called when none of them is left.
+        """
         self._left.setdefault(address, None)
+        if gone is not None:
+            self._gone[address] = gone
         self._scan_after(0.0)
 
     def when_ended(self, done: Callable[[], None]) -> None:
@@ -156,11 +164,14 @@ class Orphans:
             self._cannot_scan(why)
             return
         self._trouble = ""
-        for address in wanted:
-            if address not in found or self._kills.get(address, 0) >= _MOST_SCANS:
-                self._left.pop(address, None)
-                self._kills.pop(address, None)
+        over = [a for a in wanted if a not in found or self._kills.get(a, 0) >= _MOST_SCANS]
+        for address in over:
+            self._left.pop(address, None)
+            self._kills.pop(address, None)
         self.schedule()
+        for address in over:
+            if gone := self._gone.pop(address, None):
+                gone()
 
     def schedule(self) -> None:
         """Schedule the next scan, or report the end when no address is left."""
@@ -169,7 +180,8 @@ class Orphans:
             due = min(
                 0.0 if each is None else max(each - now, _DEATH_S) for each in self._left.values()
             )
-            self._scan_after(min(due, _DEATH_S) if self._ended is not None else due)
+            is_awaited = self._ended is not None or bool(self._gone)
+            self._scan_after(min(due, _DEATH_S) if is_awaited else due)
         elif self._ended is not None:
             self._loop.cancel(_TIMER_END)
             done, self._ended = self._ended, None

@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -149,6 +150,33 @@ def done(loop: Loop, found: Orphans) -> bool:
     found.when_ended(lambda: said.append(True))
     until(loop, lambda: bool(said))
     return found.left == ()
+
+
+def test_the_end_of_the_processes_of_an_address_is_reported_once_they_are_gone(
+    loop: Loop, log: Log
+) -> None:
+    """It does not wait for the time of KILL."""
+    gone: list[str] = []
+    with (
+        looks(loop, log, 3600.0) as (found, _),
+        subprocess.Popen(
+            ["/bin/sh", "-c", "trap 'read x; exit' TERM; echo; while :; do sleep 0.01; done"],
+            env={"NOTIFY_SOCKET": ADDRESS, "PATH": os.environ["PATH"]},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as one,
+    ):
+        assert one.stdout is not None
+        assert one.stdin is not None
+        assert one.stdout.read(1) == b"\n"
+        for address in (ADDRESS, f"{ADDRESS}-another"):
+            found.end(address, partial(gone.append, address))
+        until(loop, lambda: found.found)
+        assert gone == [f"{ADDRESS}-another"]
+        one.stdin.close()
+        until(loop, lambda: ADDRESS in gone)
+        assert gone == [f"{ADDRESS}-another", ADDRESS]
+        assert one.wait(30) == 0
 
 
 def test_what_ignores_TERM_is_killed_when_its_time_is_over(loop: Loop, log: Log) -> None:

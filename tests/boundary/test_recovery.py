@@ -6,19 +6,23 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from socketprotector.core.fleet import Fleet
+from socketprotector.core.decide import decide
+from socketprotector.core.events import Event, OpenFailed, WorkerExited
+from socketprotector.core.fleet import Fleet, Generation, Phase, State, Worker
 from socketprotector.core.snapshot import Snapshot
 from socketprotector.daemon.recovery import Recovery
 from socketprotector.model.records import SettingsRecord, WorkerRecord
 from socketprotector.model.settings import Settings
 from socketprotector.system.inherited import Inherited
 
+KILLED = "the protector was killed while it was being started"
+PHASES = (Phase.SERVING, Phase.STARTING)
 _WAITS = "import signal; signal.pause()"
 
 
@@ -77,3 +81,47 @@ def test_one_that_is_known_or_reads_the_end_of_its_line_is_sent_no_signal(
 
     process.kill()
     assert process.wait() == -signal.SIGKILL, "a signal that was sent before comes first"
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_worker_that_was_being_started_counts_until_no_process_has_its_address(
+    opened: bool,
+) -> None:
+    """The protector was killed after it had started the process, and before it could record it."""
+    events: list[Event] = []
+    ends: dict[str, Callable[[], None]] = {}
+    addresses = ("/notify/13", "@notify-13")
+    pool = SimpleNamespace(
+        records=lambda: (WorkerRecord(12, 1, 4711, 0),),
+        addresses=lambda number: addresses if number == 13 else (),
+        orphans=SimpleNamespace(end=ends.__setitem__),
+    )
+    generations = {1: None, 2: None} if opened else {1: None}
+    made = recovery(12, os.open(os.devnull, os.O_RDONLY), handoff="connection")
+    made.unclaimed.close()
+    made.effects = cast(
+        "Any",
+        SimpleNamespace(
+            pool=pool, generations=generations, runtime=SimpleNamespace(post=events.append)
+        ),
+    )
+    workers = [(Worker(12, 0, State.READY),), (Worker(13, 0, State.STARTING),)]
+    first, second = (Generation(n + 1, phase, workers=workers[n]) for n, phase in enumerate(PHASES))
+    fleet = Fleet(generations=(first, second), served=True)
+    made.snapshot = Snapshot(fleet, made.snapshot.settings)
+
+    [posted] = made.adopt_workers()
+
+    assert posted == (
+        *(() if opened else (OpenFailed(2, KILLED, orphans=True),)),
+        WorkerExited(13, KILLED, orphans=True),
+    )
+    for event in posted:
+        fleet, _ = decide(fleet, event)
+    assert 13 in [each.number for each in fleet.alive()]
+    ends[addresses[1]]()
+    assert not events
+    ends[addresses[0]]()
+    assert events == [WorkerExited(13, "orphans gone")]
+    fleet, _ = decide(fleet, events[0])
+    assert [each.number for each in fleet.alive()] == [12]

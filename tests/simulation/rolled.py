@@ -23,7 +23,7 @@ from socketprotector.core.fleet import LEAVING, Fleet, Phase, Policy
 from socketprotector.model.share import WHOLE, Canary
 from tests.simulation.each_step import STRUCK, ListenerStory, Story
 from tests.simulation.handed import Handed, steering_of
-from tests.simulation.world import World, forwarder_of, number_of
+from tests.simulation.world import World, forwarder_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -192,12 +192,8 @@ class Rolled(World):
         return pid
 
     def _counted(self, fleet: Fleet) -> set[str]:
-        """Return what lives, but for what a killed program had begun to start: that is ended."""
-        known = {each.number for each in fleet.alive()}
-        counted = {
-            each.address for each in self.workers if not each.orphan or number_of(each) in known
-        }
-        return {address for address, _ in self._carrying(counted)}
+        """Return what lives, with what a killed program had begun to start."""
+        return {address for address, _ in self._carrying({each.address for each in self.workers})}
 
 
 class RolledListener(Rolled, Handed):

@@ -29,6 +29,7 @@ from socketprotector.core.events import (
     HoldReleased,
     HoldRequested,
     Launched,
+    OpenFailed,
     PromoteRequested,
     ReloadRequested,
     RenewRequested,
@@ -528,6 +529,22 @@ def test_a_reload_without_room_waits(story: Story) -> None:
     assert story.starting == {3}
 
     assert spawned(story.when(WorkerExited(old, "gone"))) != []
+
+
+@pytest.mark.parametrize(
+    "event", [OpenFailed(2, "killed", orphans=True), WorkerExited(3, "killed", orphans=True)]
+)
+def test_a_worker_that_a_killed_protector_may_have_started_takes_room_until_it_is_gone(
+    story: Story, event: OpenFailed | WorkerExited
+) -> None:
+    story.given_serving(rolling(), workers=2).and_also(ReloadRequested())
+    assert ReportKind.RELOAD_FAILED in dict(news(story.when(event)))
+    story.and_also(WorkerExited(3, "killed", orphans=True))  # as for each worker without a record
+
+    assert spawned(story.when(ReloadRequested())) == []
+    assert sum(1 for _ in story.fleet.alive()) == story.fleet.most_processes == 3
+
+    assert spawned(story.when(WorkerExited(3, "orphans gone"))) != []
 
 
 def test_the_start_timeout_does_not_count_waiting_for_room(story: Story) -> None:

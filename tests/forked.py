@@ -51,7 +51,7 @@ _LOADED = (
     "encodings.idna",
     "socketprotector.launch.cli",
     "socketprotector.launch.config_file",
-    *(f"socketprotector.ctl.{each}" for each in ("orders", "queries", "reload", "top")),
+    *(f"socketprotector.ctl.{each}" for each in ("orders", "queries", "reload", "top", "upgrade")),
 )
 _MESSAGE_BYTES = 1 << 20
 

@@ -17,7 +17,7 @@ from click.shell_completion import ShellComplete, get_completion_class
 from ..model.errors import Refusal, UsageError, what_failed
 from ..model.text import escape, in_one_line
 from ..system.terminal import stand_on_three_descriptors
-from . import deploy, orders, queries, reload, top
+from . import deploy, orders, queries, reload, top, upgrade
 from .cli import (
     NAME,
     Instance,
@@ -32,7 +32,7 @@ from .cli import (
 )
 
 #: Importing these modules has added their commands to the program.
-COMMANDS = (deploy, orders, queries, reload, top)
+COMMANDS = (deploy, orders, queries, reload, top, upgrade)
 INTERRUPTED = 130
 #: The programs whose command lines a shell can complete; each computes its own completions.
 PROGRAMS = ("SocketProtector", "socketprotector", NAME, "socketprotector-exporter")

@@ -1,4 +1,4 @@
-"""reload, upgrade, stop: commands that take a while, and end in a verdict.
+"""reload, stop: commands that take a while, and end in a verdict.
 
 Each sends its request at once and then waits, so that the exit status is the outcome.
 Only the protector's own report counts as a success.
@@ -312,7 +312,7 @@ def _raise_failed(operation: Operation, found: Verdict, what: str) -> None:
     route = status.get("route")
     if isinstance(route, int) and status.get("phase") != "stopping":
         text += f"; generation {route} is still serving"
-    raise NewVersionFailed(text + _quoted(last_words))
+    raise NewVersionFailed(text + quoted(last_words))
 
 
 def _last_words(client: Client, generation: int) -> str:
@@ -327,60 +327,9 @@ def _last_words(client: Client, generation: int) -> str:
     return ""
 
 
-def _quoted(last_words: str) -> str:
+def quoted(last_words: str) -> str:
     lines = last_words.strip("\n").split("\n") if last_words.strip() else []
     return "".join(f"\n  | {line}" for line in lines)
-
-
-# -- upgrade ---------------------------------------------------------------------------
-
-
-@command(short_help="Replace the protector's own program in place.")
-@WAIT
-@TIMEOUT
-def upgrade(instance: Instance, wait: bool, timeout: float, as_json: bool) -> None:
-    """Replace the protector's own program in place: same pid, same workers, nothing closed.
-
-    Waits until the new program is running. If it cannot take over, the exit status is 3, and the
-    old program keeps running.
-    """
-    with begin(instance, timeout, as_json) as operation:
-        before = operation.client.query("status")
-        old = operation.client.request("upgrade").get("from", before.get("version"))
-        operation.outcome["from"] = old
-        if not wait:
-            words = "see status (restarts, version) or the log for the outcome"
-            operation.ends("requested", f"upgrade requested; {words}")
-            return
-        upgraded = _Upgraded(before, operation.tell)
-        operation.wait(upgraded)
-        after = upgraded.status
-        new = operation.outcome["version"] = after.get("version")
-        operation.ends("upgraded", f"upgraded: pid {after.get('pid')} runs {new} ({old} before)")
-
-
-class _Upgraded(Awaited):
-    """Waits for the new program: its status counts one restart more."""
-
-    def __init__(self, before: Message, tell: Callable[[str], None]) -> None:
-        super().__init__(tell)
-        self.status = self._before = before
-
-    def heard(self, event: Message) -> None:
-        if event.get("event") == "upgrade-failed":
-            raise NewVersionFailed(
-                f"not upgraded: {self._before.get('version')} keeps running: "
-                f"{text_in(event, 'reason')}" + _quoted(text_in(event, "last_words"))
-            )
-
-    def looked(self, status: Message) -> None:
-        self.status = status
-        self.waits.looked(status, ("upgrade",))
-
-    def waits_for(self) -> str:
-        if number_in(self.status, "restarts") > number_in(self._before, "restarts"):
-            return ""
-        return "the new program to say that it can take over"
 
 
 # -- stop --------------------------------------------------------------------------------

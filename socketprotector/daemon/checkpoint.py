@@ -8,12 +8,14 @@ one worker costs the same however many workers there are.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 
 from ..core.snapshot import CODEC, Snapshot
 from ..model.codec import DecodeError, refusal
 from ..model.lazy_dataclass import mutable
 from ..system import inherited
+from ..system.cleanup import on_error
 from ..system.log import Log
 from ..system.sd_notify import Store
 from ..system.state_file import StateError, StateFile
@@ -88,6 +90,20 @@ class Checkpoint:
         """
         wanted = self.descriptors().keys() - {inherited.GUARD}
         return self._write() and self.store.has(wanted)
+
+    def copies(self) -> dict[str, int]:
+        """Return copies of the settings and of the present state, by name, for the caller to close.
+
+        Raises OSError, and StateError if the state cannot be written.
+        """
+        if not self._write():
+            raise StateError("the state cannot be written")
+        settings = self.others()[inherited.SETTINGS]
+        content = os.pread(settings, os.fstat(settings).st_size, 0)
+        found = {inherited.STATE: self.file.copy()}
+        with on_error(os.close, found[inherited.STATE]):
+            found[inherited.SETTINGS] = inherited.memory_file(inherited.SETTINGS, content)
+        return found
 
     def _write(self) -> bool:
         assert self._snapshot is not None

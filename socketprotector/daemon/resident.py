@@ -44,6 +44,10 @@ def _probe(descriptors: dict[str, int]) -> int:
         settings, _ = _held(descriptors, checkpoint.read(descriptors[inherited.STATE]))
         delivery_for(settings.mode)
         late_modules.load_all()  # so that a fault in them is found before the exec
+        if inherited.CHECK in descriptors:
+            from ..system import whole_package
+
+            whole_package.load()
         # A start needs more memory than this probe, and after the exec there is no way back.
         bytearray(_SPARE_BYTES)
     except (StateError, SettingsError) as error:

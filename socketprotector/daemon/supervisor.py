@@ -30,7 +30,7 @@ from .checkpoint import Checkpoint
 from .effects import RECORDED, Effects
 from .event_queue import EventQueue
 from .runtime import Runtime
-from .upgrade import Upgrade
+from .upgrade import Answered, Upgrade
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -183,6 +183,16 @@ class Supervisor:
             self.upgrade.begin(self.checkpoint.descriptors(), self._hand_over)
         else:
             self.upgrade.failed(_NOT_KEPT)
+
+    def check_upgrade(self, answered: Answered) -> None:
+        """Run the new program on a copy of the state, and call back.
+
+        Raises OSError and StateError if there can be no copy.  No upgrade may be in progress.
+        """
+        copies = self.checkpoint.copies()
+        self.upgrade.check(copies, answered)
+        for fd in copies.values():
+            os.close(fd)
 
     def upgrade_waits_for(self) -> str:
         """Return what an upgrade waits for, in words; "": no upgrade waits."""

@@ -2,7 +2,8 @@
 
 First a probe process runs the new program, which loads the state and answers.  Only then does this
 process execute the new program: same pid, same children, nothing closed.  If the installation is
-broken, the probe fails, and nothing changes.
+broken, the probe fails, and nothing changes.  A check is a probe of a copy of the state, without
+the rest.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from contextlib import ExitStack, nullcontext
 
 from .. import __version__
 from ..model.errors import what_failed
-from ..model.lazy_dataclass import KW_ONLY, mutable
+from ..model.lazy_dataclass import KW_ONLY, field, mutable
 from ..model.text import in_units
 from ..system import executable, inherited, privileges
 from ..system.helper import HelperProcess, last_line
@@ -25,11 +26,19 @@ PROBE_S = 30.0
 _ANSWER_BYTES = 4096
 _ANSWER = b"ok "
 _TIMER = "probe"
+_SAID_BYTES = 4096
+
+#: What a probe reads.
+_NEEDED = (inherited.SETTINGS, inherited.STATE)
+
+#: Called with the new program's version, or with why it cannot take over; the other is empty.
+#: Both are empty if a check was called off.
+Answered = Callable[[str, str], None]
 
 
 @mutable
 class Upgrade:
-    """One upgrade at a time: probe, then exec."""
+    """One probe at a time, for an upgrade or for a check; then the exec."""
 
     #: The command that executes the protector; a new version replaces the file at its path.
     command: tuple[str, ...]
@@ -39,49 +48,92 @@ class Upgrade:
     #: Whether the new program needs the capabilities that we kept (system/privileges.py).
     keeps: bool
     _probe: HelperProcess | None = None
+    _opened: ExitStack = field(default_factory=ExitStack)  # the probe's answer and output
+    _check: Answered | None = None  # the probe is that of a check
 
     def begin(self, descriptors: Mapping[str, int], ready: Callable[[], None]) -> None:
-        """Probe the new program with the settings and the state; call back if it can take over."""
-        if self._probe is not None:
+        """Probe the new program with the settings and the state; call back if it can take over.
+
+        A check is called off: its answer would come too late.
+        """
+        if self.probes:
             self.log.write("info", "upgrade-under-way")
             return
+        self._call_off_check()
 
+        def answered(version: str, failure: str) -> None:
+            if failure:
+                self.failed(failure)
+                return
+            self.log.write("info", "upgrading", version=version)
+            ready()
+
+        self._start({each: descriptors[each] for each in _NEEDED}, answered)
+
+    def check(self, copies: Mapping[str, int], answered: Answered) -> None:
+        """Probe the new program with copies of the settings and the state, and call back.
+
+        Neither a check nor an upgrade may be in progress.
+        """
+
+        def done(version: str, failure: str) -> None:
+            self._check = None
+            answered(version, failure)
+
+        self._check = answered
+        self._start(copies, done, is_check=True)
+
+    def _call_off_check(self) -> None:
+        if self._check is not None and self._probe is not None:
+            self.loop.cancel(_TIMER)
+            self._probe.discard()
+            self._opened.close()
+            self._probe, answered, self._check = None, self._check, None
+            answered("", "")
+
+    def _start(
+        self, given: Mapping[str, int], answered: Answered, *, is_check: bool = False
+    ) -> None:
         def ended(how: str) -> None:
             late = self.loop.due(_TIMER) is None
             self.loop.cancel(_TIMER)
-            answer, last = _read(receive), last_line(said)
+            answer, last, place = _read(receive), last_line(said), _place(said)
             opened.close()
             self._probe = None
             if answer.startswith(_ANSWER):
-                version = answer[len(_ANSWER) :].decode("ascii", "replace").strip()
-                self.log.write("info", "upgrading", version=version)
-                ready()
+                answered(answer[len(_ANSWER) :].decode("ascii", "replace").strip(), "")
                 return
             how = f"did not answer in {in_units(PROBE_S)}" if late else how
-            self.failed(f"the new program {how}: {last}")
+            answered("", f"the new program {how}: {last}{place}")
 
-        opened = ExitStack()
+        self._opened = opened = ExitStack()
         try:
             receive, send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             opened.callback(os.close, receive)
             with open(send, "wb", buffering=0):  # close our copy once the probe has its own
                 said = os.memfd_create("sp.probe", os.MFD_CLOEXEC)
                 opened.callback(os.close, said)
-                given = {name: descriptors[name] for name in (inherited.SETTINGS, inherited.STATE)}
-                given[inherited.PROBE] = send
+                given = {**given, inherited.PROBE: send}
+                if is_check:
+                    given[inherited.CHECK] = send
                 start = HelperProcess.start_protector
                 self._probe = start(self.command, given, said, self.loop, ended)
         except OSError as error:  # for example too few descriptors: the old program stays
             opened.close()
             error.filename = error.filename or self.command[0]
-            self.failed(what_failed(error))
+            answered("", what_failed(error))
             return
         self.loop.call_after(_TIMER, PROBE_S, self._probe.process.kill_group)
 
     @property
     def probes(self) -> bool:
-        """Return whether the probe is running."""
-        return self._probe is not None
+        """Return whether the probe of an upgrade is running."""
+        return self._probe is not None and self._check is None
+
+    @property
+    def checks(self) -> bool:
+        """Return whether a check is in progress."""
+        return self._check is not None
 
     def end(self) -> None:
         """Kill a running probe, because this process exits and must not be replaced."""
@@ -117,3 +169,13 @@ def _read(fd: int) -> bytes:
         return os.read(fd, _ANSWER_BYTES)
     except BlockingIOError:
         return b""
+
+
+def _place(said: int) -> str:
+    """Return the file and line that a traceback in the output ends with; "" without one."""
+    size = os.fstat(said).st_size
+    text = os.pread(said, _SAID_BYTES, max(0, size - _SAID_BYTES)).decode("utf-8", "replace")
+    _, found, rest = text.rpartition('  File "')
+    path, _, rest = rest.partition('", line ')
+    number = rest.partition("\n")[0].partition(",")[0]
+    return f" ({path}, line {number})" if found and number.isdigit() else ""

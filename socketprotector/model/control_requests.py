@@ -99,7 +99,7 @@ COMMANDS: Mapping[str, Mapping[str, Kind]] = {
     },
     "rollback": {"expect": _RELEASE},
     "releases": {},
-    "upgrade": {},
+    "upgrade": {"check": _YES_OR_NO},
     "stop": {"quick": _YES_OR_NO},
     "lame-duck": {"on": _YES_OR_NO},
     "scale": {"to": _whole(1, 1_000_000), "by": _whole(-1_000_000, 1_000_000)},
@@ -117,7 +117,7 @@ COMMANDS: Mapping[str, Mapping[str, Kind]] = {
 #: The read-only commands that --status-group may send.
 STATUS_COMMANDS = ("status", "history", "releases", "events")
 #: Commands whose arguments are optional.
-_OPTIONAL = ("reload", "deploy", "promote", "rollback", "stop", "connections")
+_OPTIONAL = ("reload", "deploy", "promote", "rollback", "upgrade", "stop", "connections")
 
 
 def parse(line: bytes) -> Request:

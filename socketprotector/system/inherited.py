@@ -32,6 +32,7 @@ GUARD = "sp.guard"  # the line to the guard
 READER = "sp.reader"  # this process reads the configuration again, and answers on it
 READER_DRY = "sp.reader.dry"  # the same, but it only reports what would change
 PROBE = "sp.probe"  # this process only answers whether it could take over
+CHECK = "sp.check"  # with PROBE: it also loads what only later processes of the program need
 GENERATION = "sp.channel."  # + its number, .board; .read or .write, if it has a channel
 WORKER = "sp.worker."  # + its number, .process, .notify or .line
 HAND = "sp.hand."  # + a number: the connection whose send failed

@@ -15,6 +15,7 @@ import struct
 import zlib
 
 from ..model.codec import FORMAT, DecodeError, need_format, refusal
+from .cleanup import on_error
 
 #: magic, format, sequence, length; then the checksum of these and the payload.  A change has the
 #: same sequence as its whole value.
@@ -71,6 +72,16 @@ class StateFile:
         Raises OSError; the earlier state then stays valid.
         """
         self._bytes += self._put(_CHANGE, self._sequence, self._bytes, payload)
+
+    def copy(self) -> int:
+        """Return the descriptor of a new memfd with the same state.  Raises OSError, StateError."""
+        copied = StateFile.make()
+        with on_error(os.close, copied.fd):
+            whole, *changes = self.read()
+            copied.write(whole)
+            for each in changes:
+                copied.write_change(each)
+        return copied.fd
 
     def _put(self, kind: bytes, sequence: int, at: int, payload: bytes) -> int:
         header = _HEADER.pack(kind, FORMAT, sequence, len(payload))

@@ -503,6 +503,7 @@ def test_a_member_of_the_status_group_may_look_and_change_nothing(place: Path) -
             "promote": {"now": True},
             "deploy": {"release": "1"},
             "rollback": {},
+            "upgrade": {},
         }
         first = list(control_requests.COMMANDS[command])[:1]
         arguments = others.get(command, dict.fromkeys(first, 1))

@@ -139,8 +139,8 @@ def exception_at_import(installation: Installation) -> str:
     installation.change(
         "two",
         "daemon/recovery",  # loaded only where a program resumes
-        "#: Why something",
-        "raise OSError(28, 'disk')\n#: Why something",
+        "#: Why a worker or",
+        "raise OSError(28, 'disk')\n#: Why a worker or",
     )
     return "disk"
 

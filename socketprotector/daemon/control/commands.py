@@ -32,9 +32,11 @@ from ...core.reload import STOP_FIRST, cannot_roll_back
 from ...core.rollout import cannot_promote, no_canary_under
 from ...model import control_requests
 from ...model.control_requests import Request, RequestError
+from ...model.errors import what_failed
 from ...model.history import RECENT
 from ...model.lazy_dataclass import as_dict, mutable
 from ...model.records import WorkerRecord
+from ...system.state_file import StateError
 from .. import forked_children
 from ..config_reader import ConfigAnswer
 from ..effects import Effects
@@ -83,6 +85,9 @@ class CommandHandler:
                 raise RequestError("refused", "a stop is in progress")
             if request.command == "diff":
                 self._compare(client, request)
+                return
+            if request.command == "upgrade" and request.arguments.get("check"):
+                self._check_upgrade(client, request)
                 return
             command = getattr(self, "do_" + request.command.replace("-", "_"))
             result = command(**request.arguments)
@@ -202,6 +207,29 @@ class CommandHandler:
         if not self._effects.live_settings.compare(done):
             raise RequestError("busy", "another diff is in progress; try again after it")
 
+    def _check_upgrade(self, client: Client, request: Request) -> None:
+        """Answer `upgrade` with `check` once the new program has run on a copy of the state."""
+
+        def answered(version: str, failure: str) -> None:
+            if not version and not failure:
+                called_off = "called off: an upgrade has begun"
+                client.say(
+                    control_requests.refusal(RequestError("refused", called_off, request.id))
+                )
+                return
+            result = {"from": __version__, "version": version or None, "reason": failure or None}
+            client.say(control_requests.answer(request.id, result))
+
+        if self.supervisor.upgrade_waits_for() or self.supervisor.upgrade.checks:
+            raise RequestError(
+                "busy", "an upgrade or a check of one is in progress; try again after it"
+            )
+        try:
+            self.supervisor.check_upgrade(answered)
+        except (OSError, StateError) as error:
+            what = what_failed(error) if isinstance(error, OSError) else str(error)
+            raise RequestError("refused", f"no copy of the state: {what}") from error
+
     # -- commands that change something ------------------------------------------
 
     def do_reload(
@@ -272,7 +300,7 @@ class CommandHandler:
         if cannot:
             raise RequestError("refused", f"no dry run: {cannot}")
 
-    def do_upgrade(self) -> Mapping[str, Any]:
+    def do_upgrade(self, check: bool = False) -> Mapping[str, Any]:
         # Upgrade later, so that the client gets the answer before the exec.
         self.runtime.loop.call_after("upgrade-asked", 0.0, self.supervisor.begin_upgrade)
         return {"from": __version__, "starts": self._effects.reports.run.restarts + 1}

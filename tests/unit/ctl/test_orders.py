@@ -308,6 +308,28 @@ def test_upgrade_that_stays_with_the_old_is_status_3_with_the_probes_words(
     )
 
 
+def test_an_older_protector_has_no_check(fake: Fake, ctl: Ctl) -> None:
+    def answer(connection: Connection, asked: Message) -> None:
+        error = "upgrade: unknown argument 'check'; allowed: none"
+        refusal = {"ok": False, "code": "invalid", "error": error}
+        connection.send({"v": 1, "id": asked["id"], **refusal})
+
+    fake.answers["upgrade"] = answer
+
+    said = ctl("upgrade", "--check")
+
+    words = "this protector's version has no check; nothing was tried"
+    assert said == Ended(100, "", f"socketprotectorctl: {words}\n")
+
+
+@pytest.mark.parametrize("more", ["--no-wait", "--timeout=3s"])
+def test_a_check_takes_no_option_of_an_upgrade(ctl: Ctl, more: str) -> None:
+    said = ctl("upgrade", "--check", more)
+
+    assert (said.status, said.out) == (2, "")
+    assert "--check takes neither --no-wait nor --timeout" in said.err
+
+
 # -- completion -------------------------------------------------------------------------------
 
 

@@ -1,0 +1,94 @@
+"""upgrade: replaces the protector's own program, or checks whether that would work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import click
+
+from .cli import Instance, command, say, say_json, say_outcome
+from .client import Message
+from .errors import NewVersionFailed, RequestRefused
+from .fields import number_in, text_in
+from .operation import begin
+from .reload import TIMEOUT, WAIT, quoted
+from .reload_progress import Awaited
+
+#: `upgrade --check` takes as long as the protector waits for the installed program, and longer.
+_CHECK_S = 45.0
+
+
+@command(short_help="Replace the protector's own program in place.")
+@WAIT
+@click.option("--check", is_flag=True, help="Only say whether the installed one can take over.")
+@TIMEOUT
+def upgrade(instance: Instance, wait: bool, check: bool, timeout: float, as_json: bool) -> None:
+    """Replace the protector's own program in place: same pid, same workers, nothing closed.
+
+    Waits until the new program is running. If it cannot take over, the exit status is 3, and the
+    old program keeps running.
+
+    With --check the installed program runs on a copy of the state, and nothing is replaced.
+    """
+    if check:
+        if timeout or not wait:
+            raise click.UsageError("--check takes neither --no-wait nor --timeout")
+        _check_upgrade(instance, as_json)
+        return
+    with begin(instance, timeout, as_json) as operation:
+        before = operation.client.query("status")
+        old = operation.client.request("upgrade").get("from", before.get("version"))
+        operation.outcome["from"] = old
+        if not wait:
+            words = "see status (restarts, version) or the log for the outcome"
+            operation.ends("requested", f"upgrade requested; {words}")
+            return
+        upgraded = _Upgraded(before, operation.tell)
+        operation.wait(upgraded)
+        after = upgraded.status
+        new = operation.outcome["version"] = after.get("version")
+        operation.ends("upgraded", f"upgraded: pid {after.get('pid')} runs {new} ({old} before)")
+
+
+def _check_upgrade(instance: Instance, as_json: bool) -> None:
+    """Print whether the installed program can take over.  Raises NewVersionFailed."""
+    with instance.client(_CHECK_S, events=True) as client:  # so that it may wait longer
+        try:
+            result = client.request("upgrade", check=True)
+        except RequestRefused as error:
+            if error.code != "invalid":
+                raise
+            raise RequestRefused(
+                "unknown", "this protector's version has no check; nothing was tried"
+            ) from error
+    if as_json:
+        say_outcome(say_json, result)
+    old, reason = text_in(result, "from"), text_in(result, "reason")
+    if reason:
+        raise NewVersionFailed(f"{old} could not be upgraded: {reason}")
+    if not as_json:
+        say_outcome(say, f"{text_in(result, 'version')} can take over from {old}")
+
+
+class _Upgraded(Awaited):
+    """Waits for the new program: its status counts one restart more."""
+
+    def __init__(self, before: Message, tell: Callable[[str], None]) -> None:
+        super().__init__(tell)
+        self.status = self._before = before
+
+    def heard(self, event: Message) -> None:
+        if event.get("event") == "upgrade-failed":
+            raise NewVersionFailed(
+                f"not upgraded: {self._before.get('version')} keeps running: "
+                f"{text_in(event, 'reason')}" + quoted(text_in(event, "last_words"))
+            )
+
+    def looked(self, status: Message) -> None:
+        self.status = status
+        self.waits.looked(status, ("upgrade",))
+
+    def waits_for(self) -> str:
+        if number_in(self.status, "restarts") > number_in(self._before, "restarts"):
+            return ""
+        return "the new program to say that it can take over"

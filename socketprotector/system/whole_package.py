@@ -1,0 +1,28 @@
+"""Loads what other processes of this program need: for the check of an upgrade."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+_PACKAGE = __name__.partition(".")[0]
+#: What a start, a configuration reader and socketprotectorctl load, at their start or later.
+_OTHERS = (
+    *("launch.cli", "launch.config_file", "launch.reload_child"),
+    *("ctl.main", "ctl.render", "ctl.status_table"),
+)
+
+
+def load() -> None:
+    """Load those modules, and compile all others; raise the error of a broken module.
+
+    The others include programs, which run when they are loaded.
+    """
+    for each in _OTHERS:
+        __import__(f"{_PACKAGE}.{each}")
+    for root in sys.modules[_PACKAGE].__path__:
+        for folder, _, names in os.walk(root):
+            for name in names:
+                if name.endswith(".py"):
+                    with open(os.path.join(folder, name), "rb") as file:
+                        compile(file.read(), file.name, "exec")

@@ -1,0 +1,229 @@
+"""upgrade --check: the installed program runs on a copy of the state, and nothing else happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from socketprotector import __version__
+from tests.load import Load
+from tests.procfs import children_of
+from tests.running import DEADLINE_S, Protector, eventually
+from tests.scenarios.adopting import Installation, served, upgrade
+from tests.scenarios.operating import Line
+from tests.scenarios.running_ctl import Running
+from tests.scenarios.tools import (
+    EITHER_HANDOFF,
+    kinds_at_rest,
+    no_more_open,
+    worker,
+)
+from tests.unit.ctl.conftest import run
+
+MANY = worker("many")
+
+
+@pytest.fixture
+def web(installation: Installation, place: Path) -> Protector:
+    """A protector of release `one`, which is about to be replaced by `two`."""
+    options: tuple[str | Path, ...] = ("--control", place, "--workers", "2")
+    daemon = installation.start(*options, "127.0.0.1:0", "--", *MANY).ready()
+    installation.add("two", version="9.8.7")
+    installation.switch("two")
+    return daemon
+
+
+@pytest.fixture
+def beside(place: Path) -> Iterator[Callable[..., Running]]:
+    started: list[Running] = []
+
+    def start(*arguments: str) -> Running:
+        started.append(Running("--control", str(place), *arguments))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.end()
+
+
+@EITHER_HANDOFF
+def test_a_program_that_can_take_over_is_said_in_one_line_and_nothing_changes(
+    web: Protector, place: Path, installation: Installation
+) -> None:
+    descriptors, workers = kinds_at_rest(web), web.worker_pids()
+    mark = len(web.log.seen)
+    with Load(f"127.0.0.1:{web.port}") as load, Line(place) as line:
+        before = line.status()
+        for _ in range(2):
+            said = run("--control", str(place), "upgrade", "--check")
+            assert (said.status, said.err) == (0, "")
+            assert said.out == f"9.8.7 can take over from {__version__}\n"
+        after = line.status()
+        served(load)
+    assert load.snapshot().failures == ()
+    asked = run("--control", str(place), "upgrade", "--check", "--json")
+    expected = {"from": __version__, "version": "9.8.7", "reason": None}
+    assert (asked.status, json.loads(asked.out)) == (0, expected)
+
+    same = ("pid", "restarts", "version", "phase", "route", "reloads", "started_at")
+    assert [before[name] for name in same] == [after[name] for name in same]
+    assert web.log.seen[mark:] == []
+    no_more_open(descriptors, web.pid)
+    assert sorted(web.worker_pids()) == sorted(workers)
+    assert re.search(r"event=resumed .* version=9\.8\.7", upgrade(web))
+    web.stop()
+
+
+def future_state(installation: Installation) -> str:
+    installation.change("two", "model/codec", r"FORMAT = 3", "FORMAT = 2")
+    return r"written by a newer version \(format 3, this one reads up to 2\)"
+
+
+def future_field(installation: Installation) -> str:
+    installation.change("two", "model/settings", r"    workers: int = 1\n", "")
+    return r"written by a newer version \(this one does not know workers\)"
+
+
+def missing_module(installation: Installation) -> str:
+    (installation.folder / "two/socketprotector/daemon/delivery/queue/forwarder.py").unlink()
+    return r"ModuleNotFoundError: No module named 'socketprotector\.daemon\.delivery\.queue\.forwar"
+
+
+def missing_late_module(installation: Installation) -> str:
+    (installation.folder / "two/socketprotector/daemon/health.py").unlink()
+    return r"ImportError: cannot import name 'health' from 'socketprotector\.daemon'"
+
+
+def module_missing_at_a_reload(installation: Installation) -> str:
+    (installation.folder / "two/socketprotector/launch/toml_lines.py").unlink()
+    return r"cannot import name 'toml_lines'"
+
+
+def missing_program(installation: Installation) -> str:
+    (installation.folder / "two/socketprotector/programs/prober.py").unlink()
+    return r"No such file or directory: '.*/programs/prober\.py'"
+
+
+def syntax_error(installation: Installation) -> str:
+    module = "daemon/delivery/queue/forwarder"
+    installation.change("two", module, r"class Forwarder:", "class Forwarder")
+    return r"SyntaxError: expected ':' \(.*/forwarder\.py, line \d+\)"
+
+
+def syntax_error_in_a_program(installation: Installation) -> str:
+    installation.change("two", "programs/log_relay", r"def main\(", "def main")
+    return r"SyntaxError: .* \(.*/programs/log_relay\.py, line \d+\)"
+
+
+def no_package(installation: Installation) -> str:
+    shutil.rmtree(installation.folder / "two")
+    return r"not found|No such file or directory"
+
+
+SPOILS = [
+    *(future_state, future_field, missing_module, missing_late_module),
+    *(module_missing_at_a_reload, missing_program, syntax_error, syntax_error_in_a_program),
+    no_package,
+]
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+def test_a_program_that_cannot_take_over_is_status_3_and_one_line(
+    spoil: Callable[[Installation], str], web: Protector, place: Path, installation: Installation
+) -> None:
+    descriptors = kinds_at_rest(web)
+    mark = len(web.log.seen)
+    why = spoil(installation)
+
+    said = run("--control", str(place), "upgrade", "--check")
+
+    assert (said.status, said.out) == (3, "")
+    [line] = said.lines
+    assert line.startswith(f"socketprotectorctl: {__version__} could not be upgraded: "), line
+    assert re.search(why, line), line
+    assert web.log.seen[mark:] == []
+    no_more_open(descriptors, web.pid)
+    web.reload()
+    web.stop()
+
+
+# -- what happens during a check -------------------------------------------------------------
+
+
+class Waiting:
+    """A check whose program does not answer until it is killed."""
+
+    def __init__(self, running: Running, pid: int) -> None:
+        """pid: of the checked program."""
+        self.running = running
+        self.pid = pid
+
+
+@pytest.fixture
+def waiting(web: Protector, installation: Installation, beside: Callable[..., Running]) -> Waiting:
+    there = installation.folder / "there"
+    installation.script(
+        "two",
+        f"if 'sp.check' in os.environ.get('LISTEN_FDNAMES', ''):\n"
+        f"    os.symlink(str(os.getpid()), {str(there)!r})\n    import signal\n    signal.pause()\n"
+        "from socketprotector.__main__ import main\nmain()\n",
+    )
+    running = beside("upgrade", "--check")
+    eventually(there.is_symlink, "the checked program")
+    return Waiting(running, int(there.readlink().name))
+
+
+def reaped(daemon: Protector, pid: int) -> None:
+    eventually(lambda: pid not in children_of(daemon.pid), "the end of the checked program")
+
+
+def test_a_second_check_is_refused_and_the_first_goes_on(
+    web: Protector, place: Path, waiting: Waiting
+) -> None:
+    with Line(place) as line:
+        code, words = line.refused("upgrade", check=True)
+    assert (code, words) == (
+        "busy",
+        "an upgrade or a check of one is in progress; try again after it",
+    )
+    os.kill(waiting.pid, signal.SIGKILL)
+    assert waiting.running.wait() == 3
+    assert "the new program was killed by SIGKILL" in waiting.running.err.text()
+    web.stop()
+
+
+def test_an_upgrade_calls_a_check_off(web: Protector, waiting: Waiting) -> None:
+    descriptors = kinds_at_rest(web)
+
+    assert re.search(r"event=resumed .* version=9\.8\.7", upgrade(web))
+
+    assert waiting.running.wait() == 100
+    assert waiting.running.err.seen == ["socketprotectorctl: called off: an upgrade has begun"]
+    reaped(web, waiting.pid)
+    no_more_open(descriptors, web.pid)
+    web.stop()
+
+
+def test_a_check_whose_client_has_gone_ends_and_leaves_nothing(
+    web: Protector, place: Path, waiting: Waiting
+) -> None:
+    waiting.running.end()
+    os.kill(waiting.pid, signal.SIGKILL)
+    reaped(web, waiting.pid)
+
+    with Line(place) as line:
+        assert line.status()["phase"] == "serving"
+    web.stop()
+
+
+def test_a_stop_ends_a_check(web: Protector, waiting: Waiting) -> None:
+    web.signal(signal.SIGTERM)
+    assert web.process.wait(DEADLINE_S) == 0
+    assert waiting.running.wait() == 1

@@ -441,6 +441,8 @@ LOADED_LATER = {
     # At the start; the other one is never loaded.
     ("daemon.delivery.choice", "daemon.delivery.queue.queue_delivery"),
     ("daemon.delivery.choice", "daemon.delivery.shared.shared_delivery"),
+    # In the process of a check, which runs the installed package, and nothing else.
+    ("daemon.resident", "system.whole_package"),
 }
 
 

@@ -10,6 +10,7 @@ Source: unix(7); docs/protocol.md, section "Channel".
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from .channel import Channel
 from .children import Children
 from .intake import Intake
 from .serving import serve_from
+from .system import Socket
 from .worker import DEFAULT_BACKLOG, current
 
 TYPE_CHECKING = False
@@ -240,8 +242,9 @@ class SocketServer:
     def _start(self, address: Optional[ListenAddress], queue: int, backlog: int) -> None:
         sockets = listen(address, backlog)
         try:
+            sockets[:] = map(_above_standard_streams, sockets)
             named = {one.fileno(): name_of(one.family, one.getsockname()) for one in sockets}
-            read, write = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            read, write = _pair(socket.SOCK_SEQPACKET)
             with read, write:
                 # The write end is never read.  If a child sent something, the next child would
                 # get ECONNRESET when this end is closed (unix_release_sock).
@@ -262,7 +265,7 @@ class SocketServer:
         if not sys.executable:
             raise OSError("cannot start the accepting process: sys.executable names no interpreter")
         words = accepting.arguments(queue_fd, named)
-        self._line, theirs = socket.socketpair()
+        self._line, theirs = _pair(socket.SOCK_STREAM)
         try:
             with theirs:
                 self._process = subprocess.Popen(
@@ -298,3 +301,21 @@ class SocketServer:
         if self._process is not None:
             return self._process.poll() is not None
         return current().drain.begun()
+
+
+def _pair(kind: int) -> tuple[socket.socket, socket.socket]:
+    one, other = socket.socketpair(socket.AF_UNIX, kind)
+    return _above_standard_streams(one), _above_standard_streams(other)
+
+
+def _above_standard_streams(one: socket.socket) -> socket.socket:
+    """Return the socket with a descriptor from 3 on; takes ownership.  Raises OSError.
+
+    A program whose stdin is closed gets descriptor 0 for its next socket.  In the accepting
+    process, the line to the parent has this number.
+    """
+    if one.fileno() > 2:
+        return one
+    copy = Socket(fileno=fcntl.fcntl(one.fileno(), fcntl.F_DUPFD_CLOEXEC, 3))
+    one.close()
+    return copy

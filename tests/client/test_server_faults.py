@@ -10,7 +10,7 @@ import pytest
 from socketprotector_client import SocketServer
 from socketprotector_client.address import sockname_of
 
-from tests.channel import Channel
+from tests.channel import PROGRAMS, PYTHON, Channel
 from tests.client.sharing import HOME, Sharing, let_open, lowest_free, refuses, until_stopped
 from tests.running import eventually
 
@@ -60,6 +60,21 @@ def test_a_killed_parent_ends_all_once_connected_clients_are_served(
     waiting.close()
     sharing.wait_for_all()
     assert refuses(sharing.listeners[0])
+
+
+@pytest.mark.parametrize("closed", ["<&-", "<&- 2>&-"])
+def test_a_program_whose_standard_streams_are_closed_serves(channel: Channel, closed: str) -> None:
+    shell = ("sh", "-c", f'exec "$@" {closed}', "sh")
+    program = channel.spawn(
+        *shell, PYTHON, PROGRAMS / "shares.py", "run", "1", "64", HOME, alone=True
+    )
+    client = channel.client(sockname_of(program.read_line()))
+
+    assert client.ask("hello") == "echo hello"
+
+    client.close()
+    os.kill(program.pid, signal.SIGTERM)
+    assert (program.read_last(), program.wait()) == ("ended", 0)
 
 
 def test_a_killed_accepting_process_is_an_error_of_the_program(channel: Channel) -> None:

@@ -69,7 +69,9 @@ def _resolve_one(address: OneAddress) -> list[Endpoint]:
     if not host:
         everywhere = ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::"))
         return [Endpoint(family, (any_host, int(port))) for family, any_host in everywhere]
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    # As bytes: to encode a string, also an ASCII one, Python loads `re` and tables of Unicode.
+    name = host.encode() if host.isascii() else host
+    found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     return [Endpoint(family, sockaddr) for family, _, _, _, sockaddr in dict.fromkeys(found)]
 
 

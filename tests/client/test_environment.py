@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from urllib.parse import unquote
 
 import pytest
 import socketprotector_client
@@ -99,6 +100,15 @@ def test_a_variable_inherited_without_its_descriptor_is_explained(
 def test_a_variable_that_is_no_number_is_named() -> None:
     with pytest.raises(ProtocolError, match="cannot use SOCKETPROTECTOR_CHANNEL='x'"):
         read_environment({wire.ENV_CHANNEL: "x"})
+
+
+@pytest.mark.parametrize(
+    "word", ["unix:/a%20b%0A", "%C3%BC%ff", "%", "%4", "%+4x", "100%zz%41", "-"]
+)
+def test_a_listener_s_name_is_read_as_urllib_reads_it(word: str) -> None:
+    expected = unquote(word, errors="surrogateescape")
+
+    assert wire.unpack_listeners(f"{word} -") == [expected, "-"]
 
 
 def test_every_public_name_is_there() -> None:

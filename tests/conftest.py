@@ -155,6 +155,7 @@ def _state() -> dict[str, object]:
             continue
     return {
         "descriptors": descriptors(os.getpid()),
+        "streams that programs inherit": [fd for fd in range(3) if os.get_inheritable(fd)],
         "children": children - forked.source(),
         "threads": threading.active_count(),
         "directory": os.getcwd(),

@@ -271,6 +271,8 @@ def test_the_variables_of_a_worker(told: dict[str, str], count: str, usec: str) 
     for interval_s in every:
         assert 0 <= interval_s({"WATCHDOG_USEC": usec}) < math.inf
         assert interval_s({"WATCHDOG_USEC": "2000000"}) == 1.0
+    for stream in range(3):
+        os.set_inheritable(stream, True)  # a worker's line, as the variables may say
 
 
 # -- files -------------------------------------------------------------------------------------

@@ -136,3 +136,22 @@ def test_one_whose_descriptor_was_not_stored_in_time_is_forgotten(world: World) 
 
     assert (after.waiting, after.descriptors()) == ((), {})
     assert after.number > world.kept.number
+
+
+def test_no_number_is_used_again_that_two_killed_programs_have_stored(world: World) -> None:
+    world.kept.keep_last(*came_by(1))
+    known = world.states[-1]
+    # Each of two programs has stored a descriptor, and was killed before it wrote its state.
+    killed = [world.kept.number + 1, world.kept.number + 2]
+    names = {f"sp.hand.{number}": os.open(os.devnull, os.O_RDONLY) for number in killed}
+    kept = {name: os.dup(fd) for name, fd in world.kept.descriptors().items()}
+    after = Undelivered(lambda: True)
+
+    after.adopt(*known, Inherited({**kept, **names}))
+    after.keep_last(*came_by(0))
+
+    assert not after.descriptors().keys() & names.keys()
+    assert after.drop(any_listener) == 2
+    for fd in names.values():
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.close(fd)  # closed already

@@ -93,15 +93,17 @@ class Undelivered:
     ) -> None:
         """Adopt an earlier program's connections; takes ownership of their descriptors.
 
-        number: the highest number in its record.  If that program was killed before it wrote the
-        record, it may have stored one more descriptor, so the next number is not used.  A
+        number: the highest number in its record.  Programs that were killed before they wrote the
+        record may have stored one more descriptor each, so no number up to theirs is used.  A
         connection without a descriptor was not stored in time, and is skipped.
         """
-        self.number = number + 1
+        stored = {int(key): found[""] for key, found in unclaimed.take_all(inherited.HAND).items()}
+        self.number = max((number + 1, *stored))
         for each, header in waiting:
-            fd = unclaimed.take_one(f"{inherited.HAND}{each}")
-            if fd is not None:
-                self._waiting[each] = header, fd
+            if each in stored:
+                self._waiting[each] = header, stored.pop(each)
+        for fd in stored.values():
+            os.close(fd)
 
 
 def listener_of(header: bytes) -> int:

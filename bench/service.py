@@ -35,6 +35,8 @@ _SYS_PIDFD_GETFD = 438  # on every architecture
 _NAME = "SocketProtector"
 _CTL = Path(sys.executable).with_name("socketprotectorctl")
 _DIES_S = 10.0
+#: The releases that serve; the others of a service fail.
+GOOD = ("good", "good-2", "good-3")
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,9 @@ class Service:
         self.begun = 0  # pid of the protector that last logged that it goes on
         self.left_earlier = ""  # how this code came to run in the place of the earlier, once it did
         self.generation_of: dict[int, int] = {}  # worker's pid -> generation
+        self.release_serving = GOOD[0]  # by the log
+        #: Whether `current` was moved as an operator would, and may name a release that fails.
+        self.by_hand = False
         self._earlier = earlier
         self._version = ""  # of the protector that last logged that it goes on
         self._folder = folder
@@ -215,6 +220,8 @@ class Service:
         self.failing = folder / "failing"
         ready = kind.question if earlier is None else "notify"
         self.rolls = "rolling" in options
+        self._current = folder / "live" / "current"
+        self._current.parent.mkdir()
         self._options = ("--workers", str(workers), *kind.options, "--ready", ready, *options)
         self._protector = 0
         self._read = 0
@@ -228,37 +235,47 @@ class Service:
         packages = ":".join(map(str, [*path, ROOT]))
         good = f"export PYTHONPATH={shlex.quote(packages)}\nexec {words}\n"
         releases = {
-            "good": good,
+            **dict.fromkeys(GOOD, good),
             "wrong": f"export BENCH_WRONG=1\n{good}",
             "exits": "exit 3\n",
             "hangs": "exec sleep 600\n",
             "not-executable": good,
         }
         for name, text in releases.items():
-            program = self._folder / name / "daemon"
-            program.parent.mkdir()
+            program = self._folder / "releases" / name / "daemon"
+            program.parent.mkdir(parents=True)
             program.write_text("#!/bin/sh\n" + text)
             program.chmod(0o644 if name == "not-executable" else 0o755)
-        self.release("good")
+        self.release(GOOD[0])
 
     def release(self, name: str) -> None:
-        """Let `current` lead to another release."""
-        new = self._folder / "current.new"
-        new.symlink_to(name)
-        new.replace(self._folder / "current")
+        """Let `current` lead to another release, as an operator would."""
+        new = self._current.with_name("by-hand")
+        new.symlink_to(f"../releases/{name}")
+        self.by_hand = name not in GOOD
+        new.replace(self._current)
+
+    @property
+    def named(self) -> str:
+        """The release that `current` names."""
+        return Path(os.readlink(self._current)).name
 
     def command(self) -> list[str]:
         """Return the command that starts it."""
         installed = (str(Path(sys.executable).parent / _NAME),)
+        releases, path = (
+            (
+                ("--releases", str(self._folder / "releases"), "--current", str(self._current)),
+                "{release}",
+            )
+            if self._earlier is None
+            else ((), str(self._current))
+        )
         return [
             *(self._earlier.command if self._earlier is not None else installed),
-            *("--guard", *self._options),
+            *("--guard", *self._options, *releases),
             *("--pid-file", str(self.pid_file), "--log-file", str(self.log)),
-            *(
-                f"web={self._listen}",
-                "--",
-                str(self._folder / "current" / "daemon"),
-            ),
+            *(f"web={self._listen}", "--", f"{path}/daemon"),
             *(["{fd:web}"] if self.kind.accepts else []),
         ]
 
@@ -300,6 +317,9 @@ class Service:
             elif event == "route":
                 self.serving = int(words["generation"])
                 self.events["shared"] += "sharing" in words
+            elif event in ("ready", "reloaded", "recovered") and "release" in words:
+                self.events["deployed"] += words["release"] != self.release_serving
+                self.release_serving = words["release"]
             elif event in ("start", "resumed", "adopted"):
                 self._begins(int(words["pid"]), words["version"])
             elif event == "upgrading":
@@ -387,8 +407,12 @@ class Service:
         self._order("promote", *(["--now"] if now else []))
 
     def roll_back(self) -> None:
-        """Order the end of a reload."""
-        self._order("rollback")
+        """Order the end of a reload; without one, the release before."""
+        self._order("rollback", "--no-wait")
+
+    def deploy(self, name: str, *more: str) -> subprocess.Popen[bytes]:
+        """Order the deploy of a release, without a wait for the verdict."""
+        return self._order("deploy", name, "--timeout", "10s", *more)
 
     def scale(self, workers: int) -> None:
         """Order this number of workers, and wait for the answer.  Raises CalledProcessError."""
@@ -399,8 +423,8 @@ class Service:
         """Order a hold of that length, without a wait for the answer."""
         self._order("hold", "--for", f"{seconds * 1000:.0f}ms")
 
-    def _order(self, *words: str) -> None:
-        subprocess.Popen(
+    def _order(self, *words: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
             [str(_CTL), "--pid-file", str(self.pid_file), *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

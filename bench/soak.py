@@ -2,7 +2,7 @@
 
 Two at a time: one whose workers are handed connections, and one whose workers accept by
 themselves, of five kinds one after the other (`--kind`: one alone).  Load, idle connections, and
-random reloads, upgrades, kills, holds, scaling, bad releases, stops and shortages, from a seed
+random reloads, deploys, upgrades, kills, holds, scaling, bad releases, stops, shortages, by a seed
 that is printed.  At the end a report for each; exit status 1 if a connection failed that no kill
 accounts for, if an idle one changed hands, or if anything leaked.
 `--from COMMIT`: each service is started by that commit's code, and the first upgrade is one to this
@@ -31,6 +31,7 @@ from bench.account import Account, account
 from bench.earlier import EarlierCode, NoSuchCommit, extract, resolve
 from bench.figures import machine
 from bench.service import (
+    GOOD,
     SERVICES,
     Gone,
     Kind,
@@ -127,6 +128,7 @@ class Soak:
         self._idle_wanted = idle
         self._begun_s = time.monotonic()
         self._shown_s = 0.0
+        self._wrongly_named: set[str] = set()
 
     def run(self) -> tuple[Snapshot, Snapshot]:
         """Do it all; return what the short and the idle connections have seen."""
@@ -156,7 +158,7 @@ class Soak:
     def _torment(self) -> None:
         begun_s = time.monotonic()
         lasts_s = self.report.minutes * 60
-        self.torment.run(begun_s + lasts_s * GUARDED_SHARE, self._show)
+        self.torment.run(begun_s + lasts_s * GUARDED_SHARE, self._each_turn)
         self.torment.undo_all()  # or a stopped protector could not notice
         if self.service.from_earlier:
             self._leave_earlier()
@@ -167,8 +169,16 @@ class Soak:
             "the protector never noticed that the guard was gone",
         )
         self.expect(self._pid_file_is_protectors(), "the pid file is not the protector's")
-        self.torment.run(begun_s + lasts_s, self._show)
+        self.torment.run(begun_s + lasts_s, self._each_turn)
         self._weigh("loaded, after the last action")
+
+    def _each_turn(self) -> None:
+        """Find `current` as a power cut now would leave it, and show how far the run is."""
+        named = self.service.named
+        if named not in GOOD and not self.service.by_hand and named not in self._wrongly_named:
+            self._wrongly_named.add(named)
+            self.expect(False, f"current names {named}, which was never proved")
+        self._show()
 
     def _leave_earlier(self) -> None:
         """Upgrade, if that was not done yet: without a guard there is no other way to this code."""
@@ -197,6 +207,8 @@ class Soak:
             "the last reload did not succeed",
         )
         self.expect(service.wait(self._one_generation, REST_S), "the last reload left old ones")
+        serves = service.release_serving
+        self.expect(service.named == serves, f"current names {service.named}, not {serves}")
         left = len(service.workers())
         self.expect(left == self._workers, f"{left} workers left")
         # It may notice the end of orphans a moment later than we do.
@@ -311,7 +323,8 @@ def show(soak: Soak, short: Snapshot, idle: Snapshot) -> bool:
     print(
         f"\nwhat came of them: {events['reloaded']} reloaded, {events['reload-failed']} reloads "
         f"failed, {events['probe-failed']} bad answers, {events['dry-run-passed']} dry runs "
-        f"passed, {events['dry-run-failed']} failed, {events['shared']} orders of a share, "
+        f"passed, {events['dry-run-failed']} failed, {events['deployed']} changes of the release, "
+        f"{events['shared']} orders of a share, "
         f"{events['upgrading']} upgraded, "
         f"{events['upgrade-failed']} upgrades failed, "
         f"{events['resumed']} resumed, {events['protector-died']} protectors died, "

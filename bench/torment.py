@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from bench.account import Kill
-from bench.service import Gone, Service, reap
+from bench.service import GOOD, Gone, Service, reap
 
 #: Between two actions; short ones so that they meet each other half done.
 PAUSES_S = (0.0, 0.02, 0.1, 0.5, 1.0, 2.0)
@@ -50,6 +50,7 @@ class Torment:
         if not service.from_earlier:
             self._actions |= {self._dry_run: 3, self._wrong_once_settling: 2}
             self._actions |= {self._promote: 3, self._rollback: 2}
+            self._actions |= {self._deploy: 6, self._bad_deploy: 4}
             if not service.rolls:
                 self._actions |= {self._canary: 5, self._bad_canary: 3}
         if not service.kind.scales:
@@ -145,11 +146,29 @@ class Torment:
         self._service.send(signal.SIGHUP)
 
         def back() -> None:
-            self._service.release("good")
+            self._service.release(GOOD[0])
             self._service.send(signal.SIGHUP)
 
         self._later(self._random.uniform(0.2, 3.0), back)
         return f"bad release ({name}) and back"
+
+    def _deploy(self) -> str:
+        self._ordered(self._random.choice(GOOD))
+        return "deploy"
+
+    def _bad_deploy(self) -> str:
+        answers = ("wrong",) if self._service.kind.http else ()
+        name = self._random.choice(("exits", "hangs", "not-executable", "gone", *answers))
+        self._ordered(name)
+        return f"deploy of a bad release ({name})"
+
+    def _ordered(self, name: str) -> None:
+        """Order a deploy or its dry run; one in four socketprotectorctl is killed meanwhile."""
+        kind = self._random.choice(((), ("--force",), ("--force",), ("--dry-run",)))
+        ctl = self._service.deploy(name, *kind)
+        wait_s = self._random.uniform(0.0, 4.0)
+        if wait_s < 1.0:
+            self._later(wait_s, ctl.kill)
 
     def _dry_run(self) -> str:
         """Of the release that is there, which may be a bad one."""
@@ -172,7 +191,7 @@ class Torment:
 
         def back() -> None:
             self._service.failing.unlink(missing_ok=True)
-            self._service.release("good")
+            self._service.release(GOOD[0])
 
         self._later(self._random.uniform(0.5, 3.0), back)
         return f"bad canary ({name}) and back"

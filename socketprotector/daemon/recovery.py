@@ -74,7 +74,7 @@ class Recovery:
         self.unclaimed.close()
         effects.live_settings.adopt(snapshot)
         if releases := effects.live_settings.releases:
-            releases.resume(snapshot.current_due, proven.program if proven is not None else None)
+            releases.resume(snapshot.current_due, effects.last_good)
         for released in effects.generations.released.values():
             released.forget_board()
             delivery.release(released)

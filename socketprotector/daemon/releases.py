@@ -31,6 +31,7 @@ _FOLDER, _CONTENT = 3, 4
 _AGAIN = "releases"
 _FIRST_DELAY_S, _LAST_DELAY_S = 1.0, 60.0
 _PROVED = (ReportKind.READY, ReportKind.RELOADED)
+_VERDICTS = (*_PROVED, ReportKind.RELOAD_FAILED)
 
 
 class Releases:
@@ -228,11 +229,11 @@ class Releases:
         program: of the report's generation, if it was opened.
         """
         name = program.release if program is not None else self.tried
+        if report.news in _VERDICTS and self._lock is not None and not self.due:
+            release_store.discard(self.current)  # of a deploy that was not proved
         if report.news in _PROVED and program is not None:
             self._prove(name, program)
             return replace(report, reason=self._with_note(report.reason))
-        if report.news is ReportKind.RELOAD_FAILED and self._lock is not None:
-            release_store.discard(self.current)
         # A reload of the serving release may fail for reasons that are not the release's.
         if report.news is ReportKind.RELOAD_FAILED and name not in ("", self.serving):
             self.tried = ""
@@ -270,7 +271,7 @@ class Releases:
     def resume(self, due: str, program: Program | None) -> None:
         """Do what an earlier program may not have done.
 
-        due: the release to which it could not move `current`.  program: the one that serves.
+        due: the release to which it could not move `current`.  program: the last that was proved.
         """
         if due:
             self.move(due, "")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from itertools import count
 from typing import Any
 
+from tests.simulation.deployed import DEPLOYED, DEPLOYED_STORIES
 from tests.simulation.each_step import ListenerStory, Story
 from tests.simulation.handed import Handed
 from tests.simulation.rolled import ROLLED, ROLLED_STORIES
@@ -40,7 +41,7 @@ def handoff_of(seed: int, handoff: str) -> str:
 
 def life(seed: int, steps: int, arguments: Any, note: Callable[[str], None] | None = None) -> World:
     """Return a protector's life that has not begun yet."""
-    kinds = ROLLED if arguments.rollouts else KINDS
+    kinds = DEPLOYED if arguments.deploys else ROLLED if arguments.rollouts else KINDS
     return kinds[handoff_of(seed, arguments.handoff)](seed, steps, note)
 
 
@@ -82,6 +83,7 @@ class Told:
 def tell_stories(arguments: Any) -> int:
     """Have lives go wrong at each step of stories, or at one that is named."""
     stories = ROLLED_STORIES if arguments.rollouts else STORIES
+    stories = DEPLOYED_STORIES if arguments.deploys else stories
     if arguments.call:
         story = stories[handoff_of(arguments.seed[0], arguments.handoff)]
         struck = arguments.call, arguments.fails_with
@@ -124,6 +126,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, help="so long, instead of so many steps")
     parser.add_argument("--handoff", choices=(*KINDS, "any"), default="any", help=HANDOFF)
     parser.add_argument("--rollouts", action="store_true", help="lives with shares and rolling")
+    parser.add_argument("--deploys", action="store_true", help="lives with releases")
     parser.add_argument("--lives", type=int, help="so many, instead of so many steps")
     parser.add_argument("--each-step", action="store_true", help=EACH_STEP)
     parser.add_argument("--acts", nargs="+", default=(), help="of a story; else the seed's")
@@ -134,7 +137,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.each_step:
         return tell_stories(arguments)
-    if arguments.seed is not None and len(arguments.seed) == 1:
+    if arguments.seed is not None and len(arguments.seed) == 1 and not arguments.verbose:
         life(arguments.seed[0], arguments.steps, arguments, print).live()
         return 0
     began, done = time.process_time(), 0

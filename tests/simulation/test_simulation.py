@@ -24,6 +24,8 @@ LIFE = rounds(300, 2000)
 STEPS = rounds(15_000, 250_000)
 #: Kinds of regressions that are of lives with rollouts.
 ROLLED = ("rolled-connection", "rolled-listener")
+#: Those of lives with releases.
+DEPLOYED = ("deployed-connection", "deployed-listener")
 #: Of the calls in stories, and lives that come off those: of some stories, so that all verbs do.
 SHARE, STORIED = ("1", "2000") if MANY else ("0.01", "300")
 
@@ -65,23 +67,43 @@ def test_rollouts_share_and_stay_within_their_bound(handoff: str) -> None:
     assert "'killed in canary: " in seen or "'killed in rolling: " in seen
 
 
+@pytest.mark.timeout(rounds(120, 3600))
+@pytest.mark.parametrize("handoff", ["connection", "listener"])
+def test_current_names_only_what_was_proved(handoff: str) -> None:
+    """Releases are deployed and rolled back; each write may fail, or end the protector."""
+    lives = str(rounds(25, 500))
+    seen = simulate("--deploys", "--verbose", "--handoff", handoff, "--lives", lives)
+
+    for event in ("deploy", "rollback", "current moved", "history-not-written"):
+        assert f"'{event}': " in seen
+
+
 def regressions(kind: str) -> list[str]:
     lines = REGRESSIONS.read_text(encoding="ascii").splitlines()
     found = [line.split()[:2] for line in lines if line and not line.startswith("#")]
     return [seed for its, seed in found if its == kind]
 
 
-@pytest.mark.parametrize("kind", ["connection", "listener", *ROLLED])
+@pytest.mark.parametrize("kind", ["connection", "listener", *ROLLED, *DEPLOYED])
 def test_a_seed_that_has_once_failed(kind: str) -> None:
     """All in one process; what it says of one that fails begins with its seed."""
-    seeds, handoff = regressions(kind), kind.removeprefix("rolled-")
-    words = ("--rollouts",) if kind in ROLLED else ()
+    seeds, handoff = regressions(kind), kind.rpartition("-")[2]
+    words = ("--rollouts",) if kind in ROLLED else ("--deploys",) if kind in DEPLOYED else ()
 
     told = simulate(
         *words, "--verbose", "--handoff", handoff, "--steps", str(LIFE), "--seed", *seeds
     )
 
     assert f"seeds {seeds[0]} to {seeds[-1]}" in told
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(rounds(300, 3600))
+@pytest.mark.parametrize("handoff", ["connection", "listener"])
+def test_each_step_of_a_deploy_is_a_kill_and_a_failure(handoff: str) -> None:
+    words = ("--deploys", "--each-step", "--handoff", handoff)
+
+    assert "failed: 0" in simulate(*words, "--share", SHARE, "--lives", STORIED)
 
 
 @pytest.mark.slow

@@ -787,6 +787,7 @@ class World:
             systemd=Systemd({}, 1, Outbox(self._later), self._outbox),
             start_report=StartReport(None, None, 1),
         )
+        self._with_releases(effects, runtime)
         self._supervisor = protector = Supervisor(
             Fleet(
                 policy=settings.policy,
@@ -827,6 +828,13 @@ class World:
         self._starting = False
         protector.run()
         effects.close()
+
+    def _with_releases(self, effects: Effects, runtime: Runtime) -> None:
+        """Give a program its releases, if there are any."""
+
+    def _replaced(self) -> Iterator[tuple[Any, str, Any]]:
+        """Yield what one kind of life replaces in the protector's modules."""
+        yield from ()
 
     def _forget_others(self, snapshot: Snapshot) -> None:
         """Note which workers the state does not tell of."""
@@ -1750,6 +1758,8 @@ def installed(world: World) -> Iterator[None]:
         put(orphans, "Scan", look)
         put(workers, "AT_ONCE", world._at_once)
         put(peer_credentials, "_ambiguous", lambda *_: frozenset())
+        for module, name, value in world._replaced():
+            put(module, name, value)
         yield
     finally:
         for module, name, value in reversed(replaced):

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo recording test test-tools test-everywhere test-all test-fast test-debian test-musl test-vm test-page test-fleet fleet-demo wheels packages lint format docs bench soak clean
+.PHONY: help install demo recording test test-tools test-everywhere test-all test-fast test-debian test-musl test-vm test-page test-fleet fleet-demo wheels packages lint format docs bench rivals soak clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -160,11 +160,17 @@ bench: $(INSTALLED) ## measure and print the table of figures (some minutes; ins
 	tools/install-packages gcc libc6-dev
 	$(BIN)/python -m bench
 
+ROUND_S ?= 15
+
+rivals: $(INSTALLED) ## measure and try it beside other supervisors (root; two hours, goes on where it was stopped) [ONLY="nginx ours-listener" ROUND_S=15]
+	-tools/install-packages gcc libc6-dev nginx-light
+	@$(BIN)/python -m bench.rivals $(ONLY) --round $(ROUND_S)
+
 MINUTES ?= 3
 
 soak: $(INSTALLED) ## torment a loaded service at random for MINUTES=3 [SEED=N], then simulate as long; report
 	$(BIN)/python -m bench.soak $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 clean: ## remove .venv and what tools leave
-	rm -rf $(VENV) $(MUSL) .axe build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/load bench/stamp
+	rm -rf $(VENV) $(MUSL) .axe build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/answer bench/flips bench/load bench/stamp
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,7 +13,8 @@
  * Waiting for the end of file is not only politeness: a protector that kept a copy of a connection
  * would show up here as timed_out.  Latency is from before connect() to the whole reply.
  *
- * With --again a connection asks again and again until the end: keep-alive.
+ * With --again a connection asks again and again until the end: keep-alive.  A reply that says
+ * "Connection: close" is its last.
  *
  * Prints one line of JSON at the end.  With --keep, a first line when all connections are open.
  */
@@ -58,6 +59,7 @@ static socklen_t server_len;
 static const char *request = "ping\n", *expected;
 static size_t request_len, expected_len;
 static uint64_t timeout_ns = 10000000000ULL, started_ns, slowest_at_ns;
+static uint64_t answered_ns, gap_ns, gap_at_ns; /* the longest time in which no client had a reply */
 static uint32_t *samples; /* tenths of a microsecond: exact percentiles, 429 s at most */
 static size_t sample_count, sample_room;
 static unsigned long failures[KINDS], backlog_full, begun, most = (unsigned long)-1;
@@ -201,11 +203,22 @@ static void begin(struct connection *c)
     send_request(c); /* over loopback the handshake is done by now: no wait for EPOLLOUT */
 }
 
+static void note_gap(uint64_t now)
+{
+    if (now - answered_ns > gap_ns) {
+        gap_ns = now - answered_ns;
+        gap_at_ns = answered_ns;
+    }
+    answered_ns = now;
+}
+
 static void record(const struct connection *c)
 {
     static uint32_t slowest;
     uint64_t now = now_ns(), tenths = (now - c->started_ns) / 100;
 
+    if (!stopping)
+        note_gap(now);
     if (sample_count == sample_room) {
         sample_room = sample_room ? sample_room * 2 : 1 << 20;
         samples = realloc(samples, sample_room * sizeof *samples);
@@ -251,7 +264,7 @@ static void on_event(struct connection *c, uint32_t events)
                 memcmp(c->reply + c->got - expected_len, expected, expected_len) == 0;
     if (whole && c->state == SENT) {
         record(c);
-        if (again && !stopping) { /* keep-alive: the next request on the same connection */
+        if (again && !stopping && !memmem(c->reply, c->got, "onnection: close", 16)) { /* keep-alive: the next request on the same connection */
             c->got = 0;
             c->started_ns = now_ns();
             send_request(c);
@@ -304,9 +317,11 @@ static void report(double seconds, size_t in_time)
         failed += failures[kind];
     }
     printf(", \"failed\": %lu, \"backlog_full\": %lu, \"p50_us\": %.1f, \"p99_us\": %.1f, "
-           "\"p999_us\": %.1f, \"max_us\": %.1f, \"max_at_s\": %.3f, \"own_cpu_us\": %.2f}\n",
+           "\"p999_us\": %.1f, \"max_us\": %.1f, \"max_at_s\": %.3f, \"gap_us\": %.1f, "
+           "\"gap_at_s\": %.3f, \"own_cpu_us\": %.2f}\n",
            failed, backlog_full, percentile_us(0.5), percentile_us(0.99), percentile_us(0.999),
-           percentile_us(1), slowest_at, sample_count ? cpu_us / (double)sample_count : 0);
+           percentile_us(1), slowest_at, (double)gap_ns / 1e3,
+           (double)(gap_at_ns - started_ns) / 1e9, sample_count ? cpu_us / (double)sample_count : 0);
 }
 
 int main(int argc, char **argv)
@@ -354,7 +369,7 @@ int main(int argc, char **argv)
     for (int i = 0; i < count; i++)
         all[i].fd = -1;
     idle = count;
-    started_ns = now_ns();
+    started_ns = answered_ns = gap_at_ns = now_ns();
     uint64_t swept_ns = 0, ended_ns = 0, retried_ns = 0, now = started_ns;
     size_t in_time = 0;
     while (!ended_ns || (open_now > 0 && !keep)) {
@@ -385,6 +400,7 @@ int main(int argc, char **argv)
             stopping = 1;
         if (!ended_ns && (stopping || (!keep && begun >= most && open_now == 0))) {
             ended_ns = now;
+            note_gap(now);
             in_time = sample_count;
         }
     }

@@ -1,0 +1,1 @@
+"""What the rivals serve: the same answer from each of them."""

@@ -1,0 +1,204 @@
+"""What is done to each rival while clients come, and what is noted.
+
+A round is as long as the operator wants; a fault comes at a quarter of it, and what undoes it at
+three quarters.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from bench.figures import median
+from bench.hog_rows import burning
+from bench.processes import CannotMeasure, built
+from bench.reload_rows import EverySecond
+from bench.rivals.installing import helpers, helping
+from bench.rivals.running import LOOKS_S, Running, cpu_s, pss_kib
+
+Seen = dict[str, Any]
+_END = ("--expect", "pong", "--timeout", "5")
+SHORT = ("--plain", "--send", "GET / HTTP/1.0\r\n\r\n", *_END)
+KEPT = ("--again", "--send", "GET / HTTP/1.1\r\nHost: rivals\r\n\r\n", *_END)
+#: A killed worker is stopped for so long before, so that clients wait in the queue.
+STOPPED_S = 0.3
+RELOADS = 5
+
+
+class Loading:
+    """A generator beside what is done meanwhile; `seen` once it has ended."""
+
+    def __init__(
+        self, one: Running, at_once: int, seconds: float, options: tuple[str, ...]
+    ) -> None:
+        words = [built("load"), "-c", str(at_once), "-t", str(seconds), *options, one.address]
+        self._process = subprocess.Popen(words, stdout=subprocess.PIPE)
+        self.seen: Seen = {}
+        self._limit_s = seconds + 30
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with helping(self._process):
+            yield
+            said = self._process.communicate(timeout=self._limit_s)[0]
+        if self._process.returncode:
+            raise CannotMeasure(f"the generator ended with {self._process.returncode}")
+        self.seen = json.loads(said.splitlines()[-1])
+
+
+def _quiet(one: Running, seconds: float, at_once: int, options: tuple[str, ...] = SHORT) -> Seen:
+    pids = one.family()
+    before_s = cpu_s(pids)
+    load = Loading(one, at_once, seconds, options)
+    with load.running():
+        pass
+    spent_s = cpu_s(pids) - before_s
+    load.seen["cpu_us"] = spent_s / max(1, load.seen["connections"]) * 1e6
+    return load.seen
+
+
+def _replaced(one: Running) -> bool:
+    """Whether a good release still gets to serve by a reload."""
+    one.reload()
+    return one.until_new()
+
+
+def _reloading(one: Running, seconds: float, at_once: int, options: tuple[str, ...]) -> Seen:
+    load = Loading(one, at_once, seconds, options)
+    with load.running(), EverySecond(one.reload) as each:
+        time.sleep(max(0.0, seconds - 0.5))
+    load.seen["reloads"] = each.count
+    load.seen["replaced"] = _replaced(one)
+    return load.seen
+
+
+def _release(one: Running, seconds: float, name: str) -> Seen:
+    """Deploy a release that is bad in some way, then a good one."""
+    load = Loading(one, 8, seconds, SHORT)
+    with load.running():
+        time.sleep(seconds / 4)
+        begun_s = time.monotonic()
+        one.reload(name)
+        time.sleep(max(0.0, seconds / 2 - (time.monotonic() - begun_s)))
+        one.reload()
+    load.seen["replaced"] = _replaced(one)
+    return load.seen
+
+
+def _fault(one: Running, seconds: float, at_once: int, act: Callable[[], object]) -> Seen:
+    load = Loading(one, at_once, seconds, SHORT)
+    with load.running():
+        time.sleep(seconds / 4)
+        act()
+    load.seen["replaced"] = _replaced(one)
+    return load.seen
+
+
+def kill_worker(one: Running) -> None:
+    """Stop all that answer until clients wait in the queue, then kill one of them."""
+    family = set(one.family())
+    answering = {one.ask().pid for _ in range(32)} & family
+    for pid in answering:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(STOPPED_S)
+    for number, pid in enumerate(sorted(answering)):
+        os.kill(pid, signal.SIGCONT if number else signal.SIGKILL)
+
+
+def _memory(one: Running, seconds: float) -> Seen:
+    """The memory while it serves, and the most during reloads."""
+    for _ in range(50):
+        one.ask()
+    time.sleep(0.5)
+    idle = most = pss_kib(one.family())
+    for _ in range(3):
+        load = Loading(one, 1, max(1.0, seconds / 5), SHORT)
+        with load.running():
+            one.reload()
+            until_s = time.monotonic() + max(1.0, seconds / 5)
+            while time.monotonic() < until_s:
+                most = max(most, pss_kib(one.family()))
+                time.sleep(0.02)
+        one.until_new()
+    return {"idle_mb": idle / 1000, "most_mb": most / 1000}
+
+
+def _first(one: Running, seconds: float) -> Seen:
+    """The order to reload to the first answer of a new process."""
+    took = []
+    for _ in range(RELOADS):
+        begun_s = time.monotonic()
+        one.reload()
+        if one.until_new():
+            took.append((time.monotonic() - begun_s) * 1e3)
+        time.sleep(min(1.0, seconds / 10))
+    if not took:
+        raise CannotMeasure(f"no new process answered within {LOOKS_S:g} s")
+    return {"first_ms": median(took), "first_most_ms": max(took), "missed": RELOADS - len(took)}
+
+
+def _beside_a_hog(one: Running, seconds: float) -> Seen:
+    with burning() as hog:
+        helpers.add(hog)
+        try:
+            return _quiet(one, seconds, 64)
+        finally:
+            helpers.discard(hog)
+
+
+@dataclass(frozen=True)
+class Situation:
+    """A column: what is done, and to whom."""
+
+    title: str
+    run: Callable[[Running, float], Seen]
+    everyone: bool = False
+    unix: bool = False
+    reloads: bool = True  # whether it takes a reload
+    one_group: bool = False
+
+
+SITUATIONS = {
+    "short": Situation(
+        "short connections, C=8", lambda one, s: _quiet(one, s, 8), everyone=True, reloads=False
+    ),
+    "reload": Situation(
+        "the same, a reload each second", lambda one, s: _reloading(one, s, 8, SHORT), everyone=True
+    ),
+    "c64": Situation("C=64", lambda one, s: _quiet(one, s, 64), reloads=False),
+    "c64-reload": Situation(
+        "C=64, a reload each second", lambda one, s: _reloading(one, s, 64, SHORT)
+    ),
+    "keep-alive": Situation(
+        "keep-alive, C=8, a reload each second", lambda one, s: _reloading(one, s, 8, KEPT)
+    ),
+    "unix": Situation(
+        "UNIX behind nginx, C=8, a reload each second",
+        lambda one, s: _reloading(one, s, 8, SHORT),
+        unix=True,
+    ),
+    "broken": Situation("a broken release", lambda one, s: _release(one, s, "broken")),
+    "slow": Situation("a release that starts in 1.5 s", lambda one, s: _release(one, s, "slow")),
+    "answers-500": Situation(
+        "a release that answers 500", lambda one, s: _release(one, s, "answers-500")
+    ),
+    "worker": Situation(
+        "a worker killed with a full queue, C=64",
+        lambda one, s: _fault(one, s, 64, lambda: kill_worker(one)),
+    ),
+    "supervisor": Situation(
+        "the supervisor killed",
+        lambda one, s: _fault(one, s, 8, lambda: os.kill(one.supervisor(), signal.SIGKILL)),
+    ),
+    "upgrade": Situation("the supervisor upgraded", lambda one, s: _fault(one, s, 8, one.upgrade)),
+    "hog": Situation("C=64 beside a hog on one core", _beside_a_hog, reloads=False, one_group=True),
+    "memory": Situation("memory", _memory),
+    "first": Situation("HUP to the first new answer", _first),
+}

@@ -1,0 +1,172 @@
+"""The comparison with rivals: what is made of its notes, and one rival that is run."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.processes import ROOT
+from bench.rivals import report
+from bench.rivals.catalogue import RIVALS
+from bench.rivals.report import Note, Results
+from bench.rivals.running import steps
+from bench.rivals.situations import SITUATIONS
+from tests import needs
+from tests.together import together
+
+
+def seen(failed: int = 0, connections: int = 1000, **more: Any) -> dict[str, Any]:
+    kinds = dict.fromkeys(report.KINDS, 0)
+    kinds["refused"] = failed
+    return {**kinds, "connections": connections, "failed": failed, "gap_us": 1000.0, **more}
+
+
+def note(rival: str, situation: str = "reload", turn: int = 0, **more: Any) -> Note:
+    return Note(rival, situation, turn, seen(**more))
+
+
+@together("name", list(RIVALS))
+def test_each_entry_is_complete(name: str) -> None:
+    rival = RIVALS[name]
+    texts = dict.fromkeys(
+        (
+            "port",
+            "path",
+            "unix",
+            "folder",
+            "release",
+            "number",
+            "status",
+            "word",
+            "broken",
+            "python",
+        ),
+        "1",
+    ) | dict.fromkeys(("scripts", "tools", "worker", "programs", "built", "root"), "1")
+
+    for text in (rival.command, rival.at_path, rival.version, *rival.files.values()):
+        text.format(**texts)  # raises KeyError where it names what there is not
+    steps((*rival.reload, *rival.upgrade))
+    assert rival.command or rival.fronted
+    assert rival.manual
+    assert rival.source
+    assert set(rival.without) <= SITUATIONS.keys()
+
+
+def test_steps_name_signals_and_what_an_operator_does() -> None:
+    assert steps(("USR2", "answers", "old TERM", "run a b")) == [
+        ("signal", "USR2"),
+        ("answers", ""),
+        ("old", "TERM"),
+        ("run", "a b"),
+    ]
+
+
+def test_a_step_that_there_is_not_is_an_error() -> None:
+    with pytest.raises(KeyError):
+        steps(("HOP",))
+
+
+def test_turns_are_there_and_back() -> None:
+    assert report.order(["a", "b"], 2) == [(0, "a"), (0, "b"), (1, "b"), (1, "a")]
+
+
+def test_a_second_run_skips_what_is_done_and_not_what_has_failed() -> None:
+    whole, bad = note("nginx"), Note("nginx", "first", 0, {}, "never answered")
+    lines = [whole.line(), bad.line(), whole.line()[:20]]
+
+    notes = report.read(lines)
+
+    assert notes == [whole, bad]
+    assert report.done(notes) == {("nginx", "reload", 0)}
+
+
+def test_failures_are_counted_by_kind_over_all_turns() -> None:
+    results = Results([note("nginx", turn=0, failed=2), note("nginx", turn=1, failed=1)])
+
+    assert report.failed(results, "nginx", "reload") == "3 of 2,003: 3 refused"
+
+
+def test_a_ratio_is_of_the_turns_that_both_had() -> None:
+    results = Results(
+        [
+            note("direct", "short", 0, per_second=100.0),
+            note("direct", "short", 1, per_second=400.0),
+            note("nginx", "short", 0, per_second=50.0),
+            note("nginx", "short", 1, per_second=100.0),
+            note("nginx", "short", 2, per_second=1.0),
+        ]
+    )
+
+    assert results.ratio("nginx", "short", "per_second") == pytest.approx(0.375)
+
+
+def test_the_best_rivals_fail_least_then_have_the_shortest_gaps_and_are_not_ours() -> None:
+    names = ["circus", "puma", "nginx", "uvicorn", "granian", "ours-listener", "direct"]
+    failed = {"circus": 1, "puma": 0, "nginx": 0, "uvicorn": 5, "granian": 9}
+    gaps = {"puma": 9000.0, "nginx": 2000.0}
+    notes = [
+        Note(name, "reload", 0, seen(failed.get(name, 0)) | {"gap_us": gaps.get(name, 1.0)})
+        for name in names
+    ]
+
+    assert report.best(Results(notes), names) == ["nginx", "puma", "circus", "uvicorn"]
+
+
+def test_where_a_rival_is_better_is_said_with_both_figures() -> None:
+    notes = [note("nginx", failed=0), note("ours-listener", failed=10)]
+
+    (line,) = report.better(Results(notes), ["nginx", "ours-listener"])
+
+    assert "failed: nginx 0.000 %; ours: ours-listener 0.990 %" in line
+
+
+def test_a_rate_is_compared_with_the_same_worker_only() -> None:
+    notes = [
+        note("ours-listener", "short", per_second=100.0),
+        note("nginx", "short", per_second=900.0),
+        note("server-starter", "short", per_second=200.0),
+    ]
+
+    (line,) = report.better(Results(notes), ["ours-listener", "nginx", "server-starter"])
+
+    assert "server-starter" in line
+    assert "nginx" not in line
+
+
+def test_a_longer_gap_than_the_best_rivals_is_missed() -> None:
+    notes = [
+        Note("nginx", "reload", 0, seen() | {"gap_us": 20_000.0}),
+        Note("puma", "reload", 0, seen() | {"gap_us": 90_000.0}),
+        Note("ours-listener", "reload", 0, seen() | {"gap_us": 30_000.0}),
+    ]
+
+    ((_, text, holds),) = report.gaps(Results(notes), ["nginx", "puma", "ours-listener"])
+
+    assert not holds
+    assert text == "ours-listener 30.0 against 20.0 ms of nginx"
+
+
+def test_one_that_cannot_be_run_is_listed_with_the_command_that_failed() -> None:
+    assert "| `apt-get x`: no |" in report.not_run({"puma": "`apt-get x`: no"})
+
+
+def test_one_row_is_measured_and_printed(tmp_path: Path) -> None:
+    if shutil.which("cc") is None:
+        needs.skip("cc")
+    turn = ("--only", "short", "--turns", "1", "--round", "0.2", "--kept", str(tmp_path))
+    command = [sys.executable, "-m", "bench.rivals", "ours-listener", *turn]
+
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert "ours-listener: 0 failed" in done.stderr
+    assert re.search(r"^\| ours-listener \|.*\| - \| - \|", done.stdout, re.MULTILINE)
+    (kept,) = tmp_path.iterdir()
+    assert len(kept.read_text().splitlines()) == 1

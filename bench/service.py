@@ -434,6 +434,8 @@ class Service:
     def upgrade(self) -> None:
         """Ask for an upgrade, to this code from whatever runs.  Raises Gone."""
         if self._earlier is not None:
+            # A program that is starting would load modules of both, fail, and be started again.
+            self.wait(lambda: self.protector() == self.begun, _DIES_S)
             self._earlier.replace()
         self.send(signal.SIGUSR2)
 

@@ -179,6 +179,9 @@ class MemoryDelivery(Delivery):
     def oldest_waiting_s(self, generation: OpenGeneration) -> float | None:
         return None
 
+    def is_stuck(self, generation: OpenGeneration | None) -> bool:
+        return False
+
     def queue_limit(self, generation: OpenGeneration) -> int | None:
         return None
 

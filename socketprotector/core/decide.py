@@ -65,8 +65,8 @@ def _handle(step: Step, event: Event) -> None:
             stop.lame_duck_requested(step, on)
         case events.ScaleRequested(change, to):
             workers.scale_requested(step, change, to)
-        case events.HoldRequested(seconds):
-            stop.hold_requested(step, seconds)
+        case events.HoldRequested(seconds, left_s):
+            stop.hold_requested(step, seconds, left_s)
         case events.HoldReleased():
             stop.end_hold(step)
         case events.RenewRequested():
@@ -87,6 +87,8 @@ def _handle(step: Step, event: Event) -> None:
             reload.answered(step, number, alone)
         case events.SettleFailed(number, reason):
             failure.settle_failed(step, number, reason)
+        case events.Untaken(number, reason):
+            failure.untaken(step, number, reason)
         case events.HandingOver():
             reload.call_off_dry_run(step, reload.UPGRADED)
         case events.Stranded():
@@ -107,19 +109,20 @@ def _handle(step: Step, event: Event) -> None:
             reload.settings_read(step, policy, wanted)
         case events.SettingsFailed(reason):
             reload.settings_failed(step, reason)
-        case events.DeadlinePassed(deadline, advice, met):
+        case events.DeadlinePassed(deadline):
             if deadline in step.fleet.timers:  # otherwise it ran out just before its CancelTimer
                 step.fleet = replace(step.fleet, timers=step.fleet.timers - {deadline})
-                _deadline_passed(step, deadline, advice, met)
+                _deadline_passed(step, event)
 
 
-def _deadline_passed(step: Step, deadline: Deadline, advice: str, met: int | None) -> None:
+def _deadline_passed(step: Step, passed: events.DeadlinePassed) -> None:
+    deadline = passed.deadline
     number = deadline.target
     match deadline.wait:
         case TimerKind.START:
-            failure.start_timed_out(step, number, advice)
+            failure.start_timed_out(step, number, passed.advice)
         case TimerKind.SETTLE:
-            reload.settled(step, number, met)
+            reload.settled(step, number, passed.met, stuck=passed.stuck)
         case TimerKind.DRAIN:
             step.end_generation(number)
         case TimerKind.KILL:

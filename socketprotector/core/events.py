@@ -113,9 +113,13 @@ class ScaleRequested(Event):
 
 @frozen
 class HoldRequested(Event):
-    """A hold was requested: for this many seconds clients are neither accepted nor refused."""
+    """A hold was requested: for this many seconds clients are neither accepted nor refused.
+
+    left_s: how much time a settling generation had left; None: no timer ran.
+    """
 
     seconds: float
+    left_s: float | None = None
 
 
 @frozen
@@ -214,6 +218,17 @@ class SettleFailed(Event):
 
 
 @frozen
+class Untaken(Event):
+    """Clients wait for a generation, and its workers have accepted none for too long.
+
+    reason: a text for people.
+    """
+
+    generation: int
+    reason: str
+
+
+@frozen
 class HandingOver(Event):
     """An upgrade hands over to another program, which may be too old to know of dry runs."""
 
@@ -286,8 +301,11 @@ class DeadlinePassed(Event):
 
     advice: why a start took too long, as far as effects know, or empty.
     met: at the end of SETTLE, how many connections the generation has had; None: unknown.
+    stuck: at the end of SETTLE, whether clients wait for the generation, and its workers accept
+    none.
     """
 
     deadline: Deadline
     advice: str = ""
     met: int | None = 0
+    stuck: bool = False

@@ -77,6 +77,12 @@ def settle_failed(step: Step, number: int, reason: str) -> None:
         fail(step, number, reason)
 
 
+def untaken(step: Step, number: int, reason: str) -> None:
+    """Roll back a rollout whose workers accept no client.  A plain reload is only reported."""
+    if step.fleet.rollout:
+        settle_failed(step, number, reason)
+
+
 def _count_failure(step: Step) -> float:
     """Count a failure while no other generation serves; return the seconds to wait after it."""
     failed = step.fleet.failed_starts + 1

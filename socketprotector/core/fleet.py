@@ -200,6 +200,8 @@ class Fleet:
     failed_starts: int = 0
     listeners_open: bool = True
     held: bool = False  # an operator's hold: no client is accepted
+    #: During a hold: how much time the settling generation has left; None: a whole stage.
+    stage_left_s: float | None = None
     exit_status: int = 0
     exiting: bool = False
 

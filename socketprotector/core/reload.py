@@ -324,14 +324,15 @@ def _all_ready(step: Step, number: int, *, standby_s: float = 0.0) -> None:
         step.promote(number)
 
 
-def settled(step: Step, number: int, met: int | None) -> None:
+def settled(step: Step, number: int, met: int | None, *, stuck: bool) -> None:
     """Continue with a generation that has settled, or pass its dry run.
 
-    met: how many connections it has had; None: unknown.
+    met: how many connections it has had; None: unknown.  stuck: its workers accept no client that
+    waits for them.
     """
     if step.fleet.dry_run:
         _pass_dry_run(step, number)
-    elif failure := rollout.stage_over(step, number, met):
+    elif failure := rollout.stage_over(step, number, met, stuck=stuck):
         fail(step, number, failure)
 
 

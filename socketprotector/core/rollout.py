@@ -10,7 +10,7 @@ the clients back.  No list of steps is stored.  The stage follows from the fleet
 * rolling, SETTLE timer: the first workers settle beside all old ones
 * rolling, no timer: `Fleet.wanted_in` names the targets, and `room` limits the processes
 
-A stage proves nothing while a hold keeps clients out, so its time starts again when the hold ends.
+A stage proves nothing while a hold keeps clients out, so its time stands still during the hold.
 No stage of a canary ends during a hold.  Other stages that began during a hold may: an operator
 may wait for the verdict of a reload before releasing the hold.
 """
@@ -26,6 +26,8 @@ from .events import Deadline, TimerKind
 from .fleet import LEAVING, Fleet, Generation, Phase, Rollout
 from .step import Step
 
+#: How soon to look again whether workers accept the clients that wait.
+_LOOK_AGAIN_S = 0.1
 #: Why --reload-order rolling fails in listener mode.
 NO_LIBRARY = (
     "--reload-order rolling needs workers on the client library: a worker sent no "
@@ -78,12 +80,16 @@ def begin(step: Step, number: int, standby_s: float) -> bool:
     return True
 
 
-def stage_over(step: Step, number: int, met: int | None) -> str:
+def stage_over(step: Step, number: int, met: int | None, *, stuck: bool) -> str:
     """Continue with a settling generation whose timer has run out; return why it fails, or "".
 
-    met: how many connections it has had; None: unknown.
+    met: how many connections it has had; None: unknown.  stuck: its workers accept no client that
+    waits for them.
     """
     fleet, rollout = step.fleet, step.fleet.rollout
+    if stuck and rollout:
+        step.start(TimerKind.SETTLE, number, _LOOK_AGAIN_S)  # until it accepts, or is Untaken
+        return ""
     if fleet.held and rollout and rollout.canary:
         step.start(TimerKind.SETTLE, number, _stage_s(fleet, fleet[number]))
         return ""
@@ -101,8 +107,8 @@ def stage_over(step: Step, number: int, met: int | None) -> str:
     return ""
 
 
-def start_again(step: Step, held_s: float = 0.0) -> None:
-    """Start the time of the present stage again, from the end of a hold of at most `held_s`."""
+def resume_stage(step: Step, held_s: float = 0.0) -> None:
+    """Start the timer of the present stage, as from the end of a hold of at most `held_s`."""
     settling = step.fleet.of(Phase.SETTLING)
     if settling and _settle(settling.number) in step.fleet.timers:
         stage_s = _stage_s(step.fleet, settling)
@@ -111,6 +117,8 @@ def start_again(step: Step, held_s: float = 0.0) -> None:
 
 def _stage_s(fleet: Fleet, settling: Generation) -> float:
     """Return how long the present stage of a settling generation takes, once clients come again."""
+    if fleet.stage_left_s is not None:
+        return max(fleet.stage_left_s, _LOOK_AGAIN_S)
     rollout = fleet.rollout
     canary = rollout.canary if rollout and rollout.share < WHOLE else None
     # A generation that has settled after a probe, or alone, may have no time of its own.
@@ -129,14 +137,15 @@ def next_stage(step: Step, number: int, met: int | None, *, now: bool = False) -
     elif rollout.share >= WHOLE:
         step.promote(number, _had(rollout))
     else:
-        step.fleet = replace(step.fleet, rollout=replace(rollout, share=WHOLE, met=met))
+        rollout = replace(rollout, share=WHOLE, met=met)
+        step.fleet = replace(step.fleet, rollout=rollout, stage_left_s=None)
         if fleet.of(Phase.SERVING):
             step.do(RouteTo(number))
         settle_s = fleet.policy_of(generation.fresh).settle_s
         if settle_s > 0 and not now:
             step.start(TimerKind.SETTLE, number, settle_s)
         else:
-            step.promote(number, _had(replace(rollout, met=met)))
+            step.promote(number, _had(rollout))
 
 
 def _settle(number: int) -> Deadline:

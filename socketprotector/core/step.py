@@ -125,7 +125,7 @@ class Step:
     def settle(self, number: int, seconds: float) -> None:
         """Let a generation settle: keep the previous one this long, for a rollback."""
         checked = bool(self.fleet.policy_of(self.fleet[number].fresh).settle_check)
-        self.fleet = self.fleet.moved(number, Phase.SETTLING)
+        self.fleet = replace(self.fleet.moved(number, Phase.SETTLING), stage_left_s=None)
         if seconds > 0:
             self.start(TimerKind.SETTLE, number, seconds)
         if checked:

@@ -206,23 +206,26 @@ def _has_unopened(fleet: Fleet) -> bool:
     return fleet.to_open is not None and fleet.of(Phase.SERVING) is not None
 
 
-def hold_requested(step: Step, seconds: float) -> None:
-    """Accept no client for this long; another request starts the time again."""
+def hold_requested(step: Step, seconds: float, left_s: float | None) -> None:
+    """Accept no client for this long; another request starts the time again.
+
+    left_s: how much time a settling generation has left, and keeps for after the hold.
+    """
     if step.fleet.stop_requested:
         step.do(Report(ReportKind.REFUSED, reason="cannot hold: a stop is in progress"))
         return
     if not step.fleet.held:
-        step.fleet = replace(step.fleet, held=True)
+        step.fleet = replace(step.fleet, held=True, stage_left_s=left_s)
         step.do(Hold(True), Report(ReportKind.HELD))
     step.start(TimerKind.HOLD, 0, seconds)
-    rollout.start_again(step, seconds)
+    rollout.resume_stage(step, seconds)
 
 
 def end_hold(step: Step) -> None:
-    """End the hold, if there is one; a settling generation has its time from now on."""
+    """End the hold, if there is one; the time of a settling generation runs again."""
     if step.fleet.held:
         _release(step)
-        rollout.start_again(step)
+        rollout.resume_stage(step)
 
 
 def _release(step: Step) -> None:

@@ -48,6 +48,7 @@ from ..core.events import (
     OpenFailed,
     Quiesced,
     TimerKind,
+    Untaken,
 )
 from ..core.fleet import Fleet
 from ..core.reload import UPGRADED
@@ -369,17 +370,17 @@ class Effects(Host):
         self, seconds: float, waiting: int, ever: bool, listen: str | None = None
     ) -> None:
         """Warn that workers accept no connection."""
-        number = self._route
-        if number is None:
+        if (number := self._route) is None:
             return
-        since = f"for {seconds:.0f} s" if ever else "yet"
+        reason = f"no worker has accepted a connection {f'for {seconds:.0f} s' if ever else 'yet'}"
+        self._post(Untaken(number, f"{reason}; {waiting} waiting"))
         self._log.write(
             "warning",
             "queue-stalled",
             generation=number,
             waiting=waiting,
             listen=listen,
-            reason=f"no worker has accepted a connection {since}",
+            reason=reason,
             hint=known_servers.hint(
                 self.generations[number].program,
                 taken_from=ever,
@@ -399,17 +400,16 @@ class Effects(Host):
             if idle_s < seconds:
                 run(seconds - idle_s)
                 return
-            if deadline.wait is TimerKind.SETTLE and (
-                self.probing.awaits(deadline.target)
-                or self.delivery.is_stuck(self.generations.get(deadline.target))
-            ):
+            target, settles = deadline.target, deadline.wait is TimerKind.SETTLE
+            if settles and self.probing.awaits(target):
                 run(_SETTLE_AGAIN_S)
                 return
             self._note_due(deadline)
             starts = deadline.wait is TimerKind.START
-            advice = self._start_advice(deadline.target) if starts else ""
-            met = self.met(deadline.target) if deadline.wait is TimerKind.SETTLE else 0
-            self._post(DeadlinePassed(deadline, advice, met))
+            advice = self._start_advice(target) if starts else ""
+            met = self.met(target) if settles else 0
+            stuck = settles and self.delivery.is_stuck(self.generations.get(target))
+            self._post(DeadlinePassed(deadline, advice, met, stuck))
 
         run(seconds)
 

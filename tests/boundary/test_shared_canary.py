@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 from socketprotector_client import wire
 
-from socketprotector.core.events import Event, SettleFailed, SocketLost, Stranded
+from socketprotector.core.events import Event, SocketLost, Stranded, Untaken
 from socketprotector.daemon.delivery.shared import canary_watch
 from socketprotector.daemon.delivery.shared.shared_delivery import SharedDelivery
 from socketprotector.launch.bind import bind_all
@@ -96,7 +96,9 @@ def test_without_a_route_no_socket_has_a_share(world: CanaryWorld) -> None:
     world.draw()
     world.delivery.route_to(None)
     assert world.come() == (CLIENTS, 0)
-    assert world.shared.steering.canary_seconds is None
+    watch = world.shared.steering.canary_watch
+    assert watch is not None
+    assert not watch.runs
 
 
 def test_the_next_program_gets_the_share_with_its_first_order(world: CanaryWorld) -> None:
@@ -183,7 +185,7 @@ def test_the_route_of_a_broken_socket_is_replaced(world: CanaryWorld) -> None:
 
 
 def of_canary(world: CanaryWorld) -> list[Event]:
-    return [each for each in world.posted if isinstance(each, SettleFailed)]
+    return [each for each in world.posted if isinstance(each, Untaken)]
 
 
 def test_a_canary_that_accepts_no_client_fails(
@@ -196,8 +198,9 @@ def test_a_canary_that_accepts_no_client_fails(
     world.until(lambda: bool(of_canary(world)))
     [listener] = world.delivery.listeners
     reason = f"no worker has accepted a connection yet at {listener.settings.address}; 1 waiting"
-    assert of_canary(world) == [SettleFailed(2, reason)]
+    assert of_canary(world) == [Untaken(2, reason)]
     assert world.delivery.oldest_waiting_s(world.generations[2]) is not None
+    assert world.delivery.is_stuck(world.generations[2])
 
     world.route_to(1)
     assert world.delivery.oldest_waiting_s(world.generations[2]) is None
@@ -229,6 +232,28 @@ def test_a_canary_that_accepts_is_not_failed(
     accepts = cast("Any", world.shared.steering)._watch.canary.accepts
     world.until(lambda: accepts.awaits)
     assert of_canary(world) == []
+
+
+@pytest.mark.parametrize("share", [WHOLE, 0])
+def test_it_is_stuck_until_a_client_that_waits_is_accepted(world: CanaryWorld, share: int) -> None:
+    """share: 0: it gets all clients."""
+    if share:
+        world.draw(share)
+    else:
+        world.route_to(2)
+    new = world.generations[2]
+    assert not world.delivery.is_stuck(new)
+    assert not world.delivery.is_stuck(None)
+
+    first, _ = world.connect(), world.connect()
+    world.turn()
+    for _ in range(3):  # as at the end of a stage, which is put off while this holds
+        assert world.delivery.is_stuck(new)
+    assert not world.delivery.is_stuck(world.generations[1])
+
+    assert world.take(2)
+    assert world.count(first, 2) == 1
+    assert not world.delivery.is_stuck(new)  # a busy worker has more clients than it can accept
 
 
 # -- the share is over ------------------------------------------------------------------

@@ -102,6 +102,33 @@ def test_a_canary_whose_workers_are_stopped_is_returned_and_no_client_is_lost(
     assert web.status()["route"] == 1
 
 
+def test_a_canary_whose_workers_stop_after_its_share_is_returned_too(
+    operated: Operating,
+) -> None:
+    """All clients come to its queue: the old generation gets them from there."""
+    web = operated("--workers", "2", "--settle", "2s")
+    old = web.pids(1)
+    with Line(web.path) as line:
+        line.ask("reload", canary={"share": "50%", "for_s": 3600})
+    web.daemon.log.wait_for(r"event=route\b.* sharing=2 share=50%")
+    stopped = web.pids(2)
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    clients = [Client(web.address, "hello") for _ in range(4)]
+    with Line(web.path) as line:
+        line.ask("promote")
+    web.daemon.log.wait_for(r"event=route generation=2\b")
+    clients += [Client(web.address, "hello") for _ in range(4)]
+    try:
+        web.daemon.log.wait_for(r"event=reload-failed generation=2\b.*no worker has accepted a")
+        assert {pid_of(each.hear()) for each in clients} <= {*old}
+    finally:
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+    for each in clients:
+        each.close()
+
+
 @pytest.mark.parametrize("way", ["USR2", "killed"])
 def test_a_canary_goes_on_in_the_next_program(operated: Operating, way: str) -> None:
     web = operated(*(["--guard"] if way == "killed" else []), "--workers", "2", "127.0.0.1:0")

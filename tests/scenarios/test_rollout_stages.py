@@ -68,6 +68,11 @@ class Rollout:
         """The present stage; "" without a rollout."""
         return str(self.one.status().get("rollout", {}).get("stage", ""))
 
+    @property
+    def left_s(self) -> float:
+        """How long the stage still takes; 0.0: no timer ends it."""
+        return float(self.one.status()["rollout"]["left_s"] or 0.0)
+
     def held_back(self) -> None:
         """Begin a hold; clients wait, and the stage stays."""
         self.order("hold", seconds=60)
@@ -201,10 +206,12 @@ def rollout(operated: Operating) -> Iterator[Beginning]:
 @STAGE
 def test_a_hold_begins_and_ends_in_a_stage(rollout: Beginning, stage: str) -> None:
     begun = rollout(stage)
+    left_s = begun.left_s
     begun.held_back()
 
     begun.order("release")
 
+    assert begun.left_s <= left_s
     begun.stays()
     begun.succeeds()
     begun.one.daemon.stop()

@@ -29,6 +29,7 @@ from socketprotector.core.events import HoldRequested
 from socketprotector.core.fleet import Phase, State
 from socketprotector.core.snapshot import Snapshot
 from socketprotector.daemon.config_reader import ConfigAnswer
+from socketprotector.daemon.control import rollout
 from socketprotector.daemon.delivery.shared.accept_counts import NO_TAG
 from socketprotector.daemon.delivery.shared.quiescing import LAST_S
 from socketprotector.daemon.delivery.shared.shared_delivery import SharedDelivery
@@ -384,7 +385,9 @@ class Handed(World):
         effects = protector.effects
         if steering_of(effects).hold.refusal(effects.delivery.listeners) is not None:
             return
-        asked = HoldRequested(self._random.choice((0.5, 3.0, 15.0)))
+        settling = protector.fleet.of(Phase.SETTLING)
+        left_s = rollout.left_s(settling.number, effects) if settling else None
+        asked = HoldRequested(self._random.choice((0.5, 3.0, 15.0)), left_s)
         self._say(f"a hold of {asked.seconds:g} s is asked for")
         self._loop.call_after("hold", 0.0, lambda: protector.runtime.post(asked))
         self._children_ended()  # so that it looks whose time has come

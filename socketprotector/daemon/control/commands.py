@@ -329,7 +329,9 @@ class CommandHandler:
         cannot = self._effects.delivery.cannot_hold()
         if cannot is not None:
             raise RequestError("refused", f"hold is unavailable: {cannot}")
-        self.runtime.post(HoldRequested(seconds))
+        settling = self.supervisor.fleet.of(Phase.SETTLING)
+        left_s = rollout.left_s(settling.number, self._effects) if settling else None
+        self.runtime.post(HoldRequested(seconds, left_s))
         return {"until_at": time.time() + seconds}
 
     def do_release(self) -> Mapping[str, Any]:

@@ -82,7 +82,12 @@ def _left_s(new: Generation, effects: Effects) -> float | None:
     """Return how many seconds are left of the stage; None: no timer ends it."""
     if new.checked and effects.probing.is_due:
         return None
-    ends = Deadline(TimerKind.SETTLE, new.number)
+    return left_s(new.number, effects)
+
+
+def left_s(number: int, effects: Effects) -> float | None:
+    """Return how many seconds a generation still settles; None: no timer runs."""
+    ends = Deadline(TimerKind.SETTLE, number)
     now = time.monotonic()
     return next((max(0.0, due - now) for each, due in effects.due() if each == ends), None)
 

@@ -174,9 +174,9 @@ class Delivery(ABC):
     def oldest_waiting_s(self, generation: OpenGeneration) -> float | None:
         """Return for how many seconds no waiting client was accepted; None: too few to report."""
 
+    @abstractmethod
     def is_stuck(self, generation: OpenGeneration | None) -> bool:
-        """Return whether clients of a canary wait in its queue, and its workers take none."""
-        return False
+        """Return whether clients wait for a generation, and its workers accept none."""
 
     @abstractmethod
     def queue_limit(self, generation: OpenGeneration) -> int | None:

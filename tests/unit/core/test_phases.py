@@ -40,6 +40,7 @@ from socketprotector.core.events import (
     Stranded,
     TimeExtended,
     TimerKind,
+    Untaken,
     WorkerExited,
     WorkerReady,
 )
@@ -90,6 +91,7 @@ ANSWERS: list[tuple[Event, dict[Phase, Phase | None]]] = [
     (Quiesced(2), {}),
     (Answered(2), {STARTING: SETTLING}),
     (SettleFailed(2, "GET /: 500"), {SETTLING: DRAINING}),
+    (Untaken(2, "no worker has accepted a connection"), {}),  # a plain reload goes on
     (SocketLost(2), {STARTING: ABANDONED}),
     (Stranded(), {}),
     (HeldClientsWait(), {STARTING: ABANDONED, SETTLING: DRAINING}),

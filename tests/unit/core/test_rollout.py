@@ -41,6 +41,7 @@ from socketprotector.core.events import (
     SocketLost,
     StopRequested,
     TimerKind,
+    Untaken,
     WorkerExited,
     WorkerReady,
 )
@@ -327,17 +328,90 @@ def test_a_hold_changes_nothing_about_the_share(story: Story) -> None:
     assert story.fleet.sharing
 
 
-def test_the_time_of_a_stage_starts_again_when_a_hold_ends(story: Story) -> None:
+def test_the_time_of_a_stage_stands_still_during_a_hold(story: Story) -> None:
     """Meanwhile no client reaches the canary, which proves nothing."""
     with_canary(story)
 
-    assert story.when(HoldRequested(9.0))[-1] == StartTimer(SETTLE_2, 69.0)
-    assert story.when(HoldRequested(7.0))[-1] == StartTimer(SETTLE_2, 67.0)
-    assert story.when(HoldReleased())[-1] == StartTimer(SETTLE_2, 60.0)
+    assert story.when(HoldRequested(9.0, left_s=42.0))[-1] == StartTimer(SETTLE_2, 51.0)
+    assert story.when(HoldRequested(7.0, left_s=50.0))[-1] == StartTimer(SETTLE_2, 49.0)
+    assert story.when(passed(met=3)) == [StartTimer(SETTLE_2, 42.0)]
+    assert story.when(HoldReleased())[-1] == StartTimer(SETTLE_2, 42.0)
 
-    story.and_also(passed(met=3), HoldRequested(9.0))
-    assert story.when_over(TimerKind.HOLD)[-1] == StartTimer(SETTLE_2, 5.0)
+    story.and_also(passed(met=3), HoldRequested(9.0, left_s=1.5))
+    assert story.when_over(TimerKind.HOLD)[-1] == StartTimer(SETTLE_2, 1.5)
     assert ReportKind.RELOADED in dict(news(story.when(passed(met=3))))
+
+
+def test_a_stage_that_begins_during_a_hold_has_all_of_its_time(story: Story) -> None:
+    with_canary(story).and_also(HoldRequested(9.0, left_s=42.0), PromoteRequested(met=3))
+
+    assert story.when(HoldReleased())[-1] == StartTimer(SETTLE_2, 5.0)
+
+
+def test_another_reload_has_all_of_its_time_after_a_hold(story: Story) -> None:
+    with_canary(story).and_also(HoldRequested(9.0, left_s=42.0), RollbackRequested())
+    story.and_also(WorkerExited(2, "exited with status 0"), ReloadRequested(FIVE), WorkerReady(3))
+
+    settle = Deadline(TimerKind.SETTLE, 3)
+    assert story.when(HoldReleased())[-1] == StartTimer(settle, 60.0)
+
+
+def test_a_stage_without_time_left_does_not_end_again_and_again_during_a_hold(
+    story: Story,
+) -> None:
+    with_canary(story).and_also(HoldRequested(9.0, left_s=0.0))
+
+    [again] = story.when(passed(met=3))
+
+    assert isinstance(again, StartTimer)
+    assert again.seconds >= 0.1
+
+
+STAGES = {
+    "share": (),
+    "all": (PromoteRequested(met=3),),
+    "first workers": (),
+}
+
+
+def in_stage(story: Story, stage: str) -> Story:
+    if stage == "first workers":
+        story.given_serving(rolling(settle_s=5.0), workers=3)
+        return story.and_also(ReloadRequested(), WorkerReady(4))
+    return with_canary(story).and_also(*STAGES[stage])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_stage_ends_well_while_clients_wait_in_vain(story: Story, stage: str) -> None:
+    in_stage(story, stage)
+
+    stuck = replace(passed(met=3), stuck=True)
+    assert story.when(stuck) == [StartTimer(SETTLE_2, 0.1)]
+    assert SETTLE_2 in story.fleet.timers
+
+    actions = story.when(passed(met=3))
+    assert actions != []
+    assert StartTimer(SETTLE_2, 0.1) not in actions
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_workers_that_accept_no_client_end_a_rollout_in_each_stage(
+    story: Story, stage: str
+) -> None:
+    in_stage(story, stage)
+    assert story.when(Untaken(1, "no worker")) == []  # of the old generation
+
+    actions = story.when(Untaken(2, "no worker has accepted"))
+
+    assert (ReportKind.RELOAD_FAILED, "no worker has accepted") in news(actions)
+    assert RouteTo(1) in actions
+
+
+def test_a_plain_reload_is_not_ended_by_clients_that_wait(story: Story) -> None:
+    story.given_serving(Policy(settle_s=5.0)).and_also(ReloadRequested(), WorkerReady(2))
+
+    assert story.when(Untaken(2, "no worker has accepted")) == []
+    assert ReportKind.RELOADED in dict(news(story.when(replace(passed(), stuck=True))))
 
 
 def test_a_canary_that_begins_during_a_hold_lasts_until_clients_come(story: Story) -> None:
@@ -351,11 +425,11 @@ def test_a_canary_that_begins_during_a_hold_lasts_until_clients_come(story: Stor
     assert RouteTo(2) in story.when(passed(met=3))
 
 
-def test_a_plain_settling_starts_its_time_again_after_a_hold(story: Story) -> None:
+def test_the_time_of_a_plain_settling_stands_still_during_a_hold(story: Story) -> None:
     story.given_serving(Policy(settle_s=5.0)).and_also(ReloadRequested(), WorkerReady(2))
 
-    assert StartTimer(SETTLE_2, 14.0) in story.when(HoldRequested(9.0))
-    assert StartTimer(SETTLE_2, 5.0) in story.when(HoldReleased())
+    assert StartTimer(SETTLE_2, 12.0) in story.when(HoldRequested(9.0, left_s=3.0))
+    assert StartTimer(SETTLE_2, 3.0) in story.when(HoldReleased())
 
 
 @pytest.mark.parametrize("policy", [Policy(settle_s=5.0), Policy(surge=1, settle_s=5.0)])

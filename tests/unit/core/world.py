@@ -71,6 +71,7 @@ from socketprotector.core.events import (
     Stranded,
     TimeExtended,
     TimerKind,
+    Untaken,
     WorkerExited,
     WorkerReady,
 )
@@ -603,6 +604,7 @@ class World:
             yield ScaleRequested(+1)
             yield ScaleRequested(to=2)
         yield HoldRequested(3.0)
+        yield HoldRequested(3.0, left_s=1.0)
         yield HoldReleased()
         yield LameDuckRequested(True)
         yield LameDuckRequested(False)
@@ -663,6 +665,7 @@ class World:
             yield BacklogEmptied()
         if self.checked is not None:
             yield SettleFailed(self.checked, "GET /: 500")
+        yield from (Untaken(each.number, "no worker") for each in self.fleet.generations)
         if self.reader:
             yield from self.read_again()
 
@@ -776,7 +779,7 @@ def check_step(before: Fleet, event: Event, after: Fleet, actions: tuple[Action,
         check_dry_run_step(before, after, news, actions)
     if UseSettings() in actions:
         assert ReportKind.RELOADED in news, "used before it serves"
-    if isinstance(event, SettleFailed) and actions:
+    if isinstance(event, SettleFailed | Untaken) and actions:
         assert serving
         back = actions.index(RouteTo(serving.number))
         drained = (Drain(event.generation), Quiesce(event.generation))

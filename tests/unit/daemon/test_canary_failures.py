@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 from socketprotector_client import wire
 
-from socketprotector.core.events import Event, SettleFailed
+from socketprotector.core.events import Event, Untaken
 from socketprotector.daemon.delivery import UNTAKEN_S
 from socketprotector.daemon.delivery.queue import canary as module
 from socketprotector.daemon.delivery.queue import queue_watch
@@ -235,6 +235,6 @@ def test_workers_that_take_nothing_fail_it_and_busy_workers_later(
 
     since = f"for {limit_s:.0f} s" if taken_from else "yet"
     reason = f"no worker has accepted a connection {since}; 1 waiting"
-    assert world.posted == [SettleFailed(2, reason)]
+    assert world.posted == [Untaken(2, reason)]
     world.clock.pass_time(10 * limit_s)
     assert len(world.posted) == 1

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from socketprotector.core.events import SettleFailed, Stranded
+from socketprotector.core.events import Stranded, Untaken
 from socketprotector.daemon.delivery import NEVER_TAKEN_S
 from socketprotector.daemon.delivery.shared import accept_watch, canary_watch, socket_watch
 from socketprotector.daemon.delivery.shared.socket_watch import (
@@ -404,7 +404,7 @@ def test_a_canary_has_a_watch_of_its_own(world: World, pair: MemoryListener) -> 
     assert not world.reads(pair, 1)
     world.clock.pass_time(canary_watch.NEVER_TAKEN_S + 1)
     [failed] = world.clock.posted
-    assert isinstance(failed, SettleFailed)
+    assert isinstance(failed, Untaken)
     assert failed.generation == 2
     assert not world.host.untaken
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ....core.events import Event, SettleFailed
+from ....core.events import Event, Untaken
 from ....model.share import in_share
 from ....system.loop import Loop
 from .. import UNTAKEN_S
@@ -135,11 +135,11 @@ class CanaryQueue:
     # -- failures --------------------------------------------------------------
 
     def _untaken(self, seconds: float, waiting: int, ever: bool) -> None:
-        """Fail a canary whose workers take no client."""
+        """Report a canary whose workers take no client."""
         if self.channel is not None:
             since = f"for {seconds:.0f} s" if ever else "yet"
             reason = f"no worker has accepted a connection {since}; {waiting} waiting"
-            self._post(SettleFailed(self.channel.generation.record.number, reason))
+            self._post(Untaken(self.channel.generation.record.number, reason))
 
     def keep(self, header: bytes, fd: int) -> None:
         """Keep a connection for the canary, and send it again later.  Takes ownership of fd."""

@@ -193,8 +193,7 @@ class QueueDelivery(Delivery):
             return False
         channel = self._of(generation)
         watch = self.forwarder.watch_of(channel)
-        is_canary = watch is not None and watch is not self.forwarder.queue
-        return watch is not None and is_canary and watch.is_stuck(channel)
+        return watch is not None and watch.is_stuck(channel)
 
     def queue_limit(self, generation: OpenGeneration) -> int | None:
         return self._of(generation).capacity()

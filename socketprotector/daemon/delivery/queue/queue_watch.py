@@ -21,7 +21,7 @@ from .generation_channel import GenerationChannel
 #: head stays the same.
 FIRST_LOOK_S = 0.05
 LAST_LOOK_S = 1.6
-#: A canary is not promoted while its workers have taken no waiting client for so long.
+#: Workers that take no waiting client for so long are stuck, or busy.
 STUCK_S = 1.0
 
 

@@ -116,6 +116,15 @@ class AcceptWatch:
         """Return for how many seconds no waiting client was accepted; None: too few to report."""
         return max(self._passed_over().values(), default=None)
 
+    def is_stuck(self) -> bool:
+        """Look now; return whether clients wait, and none was accepted since the last look."""
+        if not self._waiting:
+            return False
+        before = {index: line for index, (line, _) in self._waiting.items() if line}
+        self._look()
+        now = {index: line for index, (line, _) in self._waiting.items()}
+        return any(index not in before or stands(before[index], now[index]) for index in now)
+
     def _await(self) -> None:
         self.end()
         self.awaits = True

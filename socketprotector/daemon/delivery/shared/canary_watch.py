@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ....core.events import SettleFailed
+from ....core.events import Untaken
 from ....system.listener import Listener
 from ....system.sock_diag import Line
 from .. import UNTAKEN_S
@@ -82,4 +82,4 @@ class CanaryWatch(Backlogs):
         since = f"for {seconds:.0f} s" if ever else "yet"
         addresses = [each.settings.address for each in self._listeners.living if each.index in at]
         reason = f"no worker has accepted a connection {since} at {' '.join(addresses)}"
-        self._post(SettleFailed(self._canary, f"{reason}; {waiting} waiting"))
+        self._post(Untaken(self._canary, f"{reason}; {waiting} waiting"))

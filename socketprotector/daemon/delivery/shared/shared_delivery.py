@@ -25,6 +25,7 @@ from .. import LAST_S, QUIET_S, Delivery, Handles
 from ..host import Host
 from ..probe_target import ProbeTarget
 from .accept_counts import AcceptCounts
+from .accept_watch import AcceptWatch
 from .listener_flags import ListenerFlags
 from .shared_listeners import SharedListeners
 from .socket_steering import SocketSteering
@@ -193,10 +194,18 @@ class SharedDelivery(Delivery):
         return self._counts.active(generation.record.accept_tags)
 
     def oldest_waiting_s(self, generation: OpenGeneration) -> float | None:
+        watch = self._watch_of(generation)
+        return watch.seconds if watch is not None else None
+
+    def is_stuck(self, generation: OpenGeneration | None) -> bool:
+        watch = self._watch_of(generation) if generation is not None else None
+        return watch is not None and watch.is_stuck()
+
+    def _watch_of(self, generation: OpenGeneration) -> AcceptWatch | None:
         number, share = generation.record.number, self.steering.turns.share
         if share is not None and share.generation == number:
-            return self.steering.canary_seconds
-        return self.steering.accept_watch.seconds if number == self._route else None
+            return self.steering.canary_watch
+        return self.steering.accept_watch if number == self._route else None
 
     def queue_limit(self, generation: OpenGeneration) -> int | None:
         return None

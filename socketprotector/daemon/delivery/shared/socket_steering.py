@@ -61,10 +61,10 @@ class SocketSteering(Steering):
         return self._watch.accepts
 
     @property
-    def canary_seconds(self) -> float | None:
-        """Return for how many seconds the canary accepted no client; None: too few to report."""
+    def canary_watch(self) -> AcceptWatch | None:
+        """The watch that detects that a canary's workers do not accept; None: no canary yet."""
         canary = self._watch.canary
-        return canary.accepts.seconds if canary is not None else None
+        return canary.accepts if canary is not None else None
 
     def adopt(self, generation: int, socket_number: int) -> None:
         """Note from which socket the workers of an earlier program's generation accept."""

@@ -31,6 +31,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tests import answers
+
 ROOT = str(Path(__file__).resolve().parent.parent)
 _CLONE_PARENT = 0x00008000
 _SYSCALL = {"x86_64": 56}.get(platform.machine())
@@ -203,6 +205,7 @@ def main() -> None:
     """Fork for each message, until the other end is closed."""
     sys.path.append(str(Path(ROOT, "exporter")))  # as pytest has it
     _load(_LOADED)
+    answers.check_clients()
     requests = socket.socket(fileno=int(sys.argv[1]))
     while True:
         data, descriptors, _, _ = socket.recv_fds(requests, _MESSAGE_BYTES, 64)

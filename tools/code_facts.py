@@ -22,7 +22,7 @@ from socketprotector.model.log_format import LEVELS  # noqa: E402
 
 PACKAGE = ROOT / "socketprotector"
 #: The fields that Reports.write() writes for each Report.
-_OF_REPORTS = ("generation", "reason", "last_words")
+_OF_REPORTS = ("generation", "reason", "last_words", "release")
 #: The fields of crash-loop, which repeats fields of the suppressed lines.
 _OF_CRASH_LOOPS = (
     *("generation", "slot", "deaths", "unreported", "for_s", "worker", "how", "lost", "reason"),

@@ -93,7 +93,7 @@ class FileWatch:
                 self._log.write("info", "watching", paths=" ".join(self._settings.watch))
             case "+":
                 count, _, path = text[1:].partition(" ")
-                self._log.write("info", "files-changed", path=path, files=count)
+                self._log.write("info", "files-changed", path=path, files=int(count))
                 self._runtime.post(ReloadRequested())
             case "!":
                 self._warn(text[1:])

@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import re
-import sys
 from types import ModuleType
 
 import pytest
 
 from socketprotector.model.log_format import LEVELS
+from tests.pages.tooling import tool
 from tests.running import ROOT
 
 TABLE = """\
@@ -29,11 +28,7 @@ FACTS = {"one": ("a, b",), "two": ("b, c",), "three": ("",)}
 
 @pytest.fixture(scope="module")
 def tools() -> ModuleType:
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        return importlib.import_module("reference")
-    finally:
-        sys.path.remove(str(ROOT / "tools"))
+    return tool("reference")
 
 
 def test_columns_are_made_and_the_last_one_is_kept(tools: ModuleType) -> None:

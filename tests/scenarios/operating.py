@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests import answers
 from tests.procfs import environment_of
 from tests.running import DEADLINE_S, WORKERS, Protector, eventually
 from tests.scenarios.tools import worker
@@ -35,16 +36,21 @@ class Line:
         self._lines = self.socket.makefile("rb")
         self.kept: list[dict[str, Any]] = []  # events that came before an answer
         self._asked = 0
+        self._commands: dict[object, str] = {}  # by the number of the request
 
     def send(self, command: str, **arguments: Any) -> None:
         self._asked += 1
+        self._commands[self._asked] = command
         request = {"v": 1, "id": self._asked, "command": command, **arguments}
         self.socket.sendall(json.dumps(request).encode() + b"\n")
 
     def hear(self) -> dict[str, Any]:
-        """Return the next line, an answer or an event; {} at the end."""
+        """Return the next line, an answer or an event that the schema describes; {} at the end."""
         line = self._lines.readline()
-        found: dict[str, Any] = json.loads(line) if line else {}
+        if not line:
+            return {}
+        found: dict[str, Any] = json.loads(line)
+        answers.check(self._commands.get(found.get("id")), found)
         return found
 
     def answer(self) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from socketprotector import __version__
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -22,6 +24,21 @@ class NoSuchCommit(Exception):
 def resolve(commit: str) -> str:
     """Return a commit's full hash.  Raises NoSuchCommit."""
     return _git(commit, "rev-parse", "--verify", f"{commit}^{{commit}}").decode().strip()
+
+
+def release_before() -> str:
+    """Return the last release before this code, as a tag or a commit.  Raises NoSuchCommit.
+
+    Without a tag: the commit before the one that gave this code its version.
+    """
+    tags = _git("HEAD", "tag", "--list", "v*", "--merged", "HEAD^", "--sort=-version:refname")
+    if tags:
+        return tags.decode().split()[0]
+    version = f'version = "{__version__}"'
+    found = _git("HEAD", "log", "--format=%H", f"-S{version}", "--", "pyproject.toml").split()
+    if not found:
+        raise NoSuchCommit(f"no commit has given this code the version {__version__}")
+    return f"{found[-1].decode()}^"
 
 
 def extract(commit: str, folder: Path) -> None:

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from bench.earlier import EarlierCode, NoSuchCommit, extract
-from socketprotector import __version__
 from tests import needs
-from tests.c.building import alone_in, compiled, shared_folder
+from tests.c.building import compiled, shared_folder
 from tests.load import Load
 from tests.running import MARK, Client, Protector, ask, marked
-from tests.scenarios.adopting import at_rest, kill_protector, revived, served, upgrade
+from tests.scenarios.adopting import at_rest, served, upgrade
+from tests.scenarios.earlier import Earlier, extracted_once, killed, load_on, upgraded
 from tests.scenarios.operating import Line
 from tests.scenarios.starting import shown
 from tests.scenarios.tools import (
@@ -41,54 +39,13 @@ EITHER_COMMIT = pytest.mark.parametrize("extracted", [COMMIT, WITH_CHANNELS], in
 MANY = worker("many")
 #: Answers each line as the load client expects it.
 TALKS = 'while read -r line; do echo "[$$] $line"; done'
-THIS_CODE = rf"version={re.escape(__version__)}( |$)"
 
 
 @pytest.fixture(scope="session")
 def extracted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The earlier code, once for all processes that pytest runs in: it is compiled once."""
-    shared, commit = shared_folder(tmp_path_factory), getattr(request, "param", COMMIT)
-    folder, unfinished = shared / commit, shared / f"{commit}.new"
-    with alone_in(shared):
-        if not folder.exists():
-            unfinished.mkdir(exist_ok=True)
-            try:
-                extract(commit, unfinished)
-            except NoSuchCommit as error:
-                needs.skip("a git history with earlier code", error)
-            unfinished.rename(folder)
-    return folder
-
-
-class Earlier:
-    """Starts protectors of the earlier code, until that is replaced."""
-
-    def __init__(
-        self, folder: Path, extracted: Path, environment: dict[str, str], options: tuple[str, ...]
-    ) -> None:
-        """options: in front of those that a protector is started with."""
-        self._code = EarlierCode(folder, extracted)
-        self._folder = folder
-        self._version = extracted.name[:12]
-        self._environment = {**environment, **self._code.environment}
-        self._options = options
-        self.replace, self.put_back = self._code.replace, self._code.put_back
-        self.started: list[Protector] = []
-
-    def start(self, *arguments: str | Path) -> Protector:
-        """Start one in the foreground, and wait until it serves."""
-        words = [*self._options, *map(str, arguments)]
-        daemon = Protector(
-            words,
-            self._environment,
-            command=self._code.command,
-            cwd=self._folder,  # not where a `socketprotector` of this code would be found
-        )
-        self.started.append(daemon)
-        daemon.ready()
-        versions = f"{self._version}|{re.escape(__version__)}"
-        assert daemon.log.count(rf"event=start .*version=({versions}) ")
-        return daemon
+    commit = getattr(request, "param", COMMIT)
+    return extracted_once(commit, shared_folder(tmp_path_factory))
 
 
 @pytest.fixture
@@ -107,22 +64,6 @@ def earlier(
 
 def here(daemon: Protector) -> tuple[str, int]:
     return "127.0.0.1", daemon.port
-
-
-def load_on(daemon: Protector) -> Load:
-    return Load(f"127.0.0.1:{daemon.port}", concurrency=8)
-
-
-def upgraded(daemon: Protector) -> None:
-    """Upgrade; this code has gone on."""
-    assert re.search(f"event=resumed .*{THIS_CODE}", upgrade(daemon)), daemon.log.text()
-
-
-def killed(daemon: Protector) -> None:
-    """Kill the protector; its guard has started this code, which has gone on."""
-    mark = kill_protector(daemon)
-    revived(daemon, mark)
-    assert re.search(THIS_CODE, daemon.log.wait_for("event=resumed", after=mark))
 
 
 # -- connections -----------------------------------------------------------------------

@@ -27,6 +27,10 @@ from tests.running import ROOT, Protector, ask, output_of
 TOOLS = Path(os.environ.get("PACKAGING_TOOLS", ROOT / ".venv" / "packaging")) / "bin"
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
 
+WORKFLOWS = pytest.mark.parametrize(
+    "file", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda file: file.name
+)
+
 pytestmark = [
     needs.unless(TOOLS.is_dir(), f"the tools in {TOOLS}"),
     pytest.mark.timeout(600),
@@ -52,14 +56,14 @@ def test_check_wheel_contents_finds_nothing(dists: Path) -> None:
     assert told.count("OK") == len(WHEELS), told
 
 
-def test_the_workflow_is_one_that_github_understands() -> None:
-    file = ROOT / ".github" / "workflows" / "release.yml"
+@WORKFLOWS
+def test_a_workflow_is_one_that_github_understands(file: Path) -> None:
     output_of(TOOLS / "check-jsonschema", "--builtin-schema", "vendor.github-workflows", file)
 
 
-def test_the_workflow_gives_no_more_away_than_it_has_to() -> None:
+@WORKFLOWS
+def test_a_workflow_gives_no_more_away_than_it_has_to(file: Path) -> None:
     """By zizmor: rights, credentials, injected text, and actions that are pinned to a commit."""
-    file = ROOT / ".github" / "workflows" / "release.yml"
     told = output_of(TOOLS / "zizmor", "--offline", "--no-progress", "--color=never", file)
 
     assert "No findings to report" in told, told

@@ -334,6 +334,26 @@ def test_a_release_installs_only_what_has_a_hash_and_uploads_before_it_runs_anyt
     assert text.index("upload-artifact@") < text.index("dist/*.whl")
 
 
+def test_a_release_needs_the_upgrade_and_the_downgrade_under_load() -> None:
+    text = (ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8")
+    compatible, _, build = text.partition("\n  compatible:\n")[2].partition("\n  build:\n")
+    publish = build.partition("\n  publish:\n")[2]
+
+    assert "pytest -v tests/scenarios/test_release_before.py" in compatible
+    assert (ROOT / "tests/scenarios/test_release_before.py").exists()
+    assert build.startswith("    needs: compatible\n")
+    assert publish.startswith("    needs: build\n")
+
+
+def test_a_workflow_makes_what_the_makefile_has() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    texts = [each.read_text() for each in (ROOT / ".github" / "workflows").glob("*.yml")]
+    made = {each for text in texts for each in re.findall(r"run: (?:sudo )?make ([\w-]+)", text)}
+
+    assert made == {"docs", "install", "lint", "test", "test-tools"}
+    assert all(re.search(rf"^{target}:", makefile, re.M) for target in made)
+
+
 def test_an_image_has_no_unpinned_part() -> None:
     text = (ROOT / "packaging" / "Containerfile").read_text(encoding="utf-8")
     joined = text.replace("\\\n", " ")

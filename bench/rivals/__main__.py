@@ -29,16 +29,15 @@ from bench.rivals.situations import SITUATIONS
 from bench.rows import latency, rate
 from bench.service import become_sub_reaper
 
-LIMIT_S = 2 * 3600.0
 TARGETS = {"rate": rate, "latency": latency, "hog": hog}
 
 
 class Run:
     """One run: what is measured, and where that is kept."""
 
-    def __init__(self, file: Path, round_s: float, turns: int) -> None:
+    def __init__(self, file: Path, round_s: float, turns: int, hours: float) -> None:
         self._file, self._round_s, self._turns = file, round_s, turns
-        self._until_s = time.monotonic() + LIMIT_S
+        self._until_s = time.monotonic() + hours * 3600
         self.notes = report.read(file.read_text().splitlines()) if file.exists() else []
         self._done = report.done(self.notes)
         self.left_out = 0
@@ -119,7 +118,7 @@ def _print(one: Run, names: list[str], chosen: list[str], versions: dict[str, st
         print("\n## Not measured\n")
         print("\n".join(f"* {line}" for line in errors))
     if one.left_out:
-        print(f"\n{one.left_out} turns were left out after {LIMIT_S / 3600:g} hours: run it again.")
+        print(f"\n{one.left_out} turns were left out when the time was over: run it again.")
 
 
 def main() -> int:
@@ -128,6 +127,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(RIVALS))
     parser.add_argument("--only", action="append", choices=SITUATIONS, help="this situation")
     parser.add_argument("--turns", type=int, default=2, metavar="N", help="of each, there and back")
+    parser.add_argument("--hours", type=float, default=2, metavar="H", help="at most, then print")
     parser.add_argument("--kept", type=Path, default=ROOT / "build" / "rivals", metavar="FOLDER")
     parser.add_argument("--round", type=float, default=15, metavar="S", help="seconds of a turn")
     given = parser.parse_args()
@@ -137,7 +137,7 @@ def main() -> int:
     commit = re.search(r"commit (\S+)", machine())
     given.kept.mkdir(parents=True, exist_ok=True)
     file = given.kept / f"{commit[1] if commit else 'unknown'}-{given.round:g}.jsonl"
-    one = Run(file, given.round, given.turns)
+    one = Run(file, given.round, given.turns, given.hours)
     missing, versions = dict[str, str](), dict[str, str]()
     names = given.names or list(RIVALS)
     for name in names:

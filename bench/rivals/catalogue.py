@@ -115,10 +115,12 @@ _UWSGI = (
     "uwsgi --plugin python3 --master --processes 2 --die-on-term --disable-logging "
     "--module bench.rivals.programs.app:wsgi --master-fifo {folder}/fifo --http-socket "
 )
-_OURS = "{tools}/SocketProtector -f --guard --workers 2 --env RELEASE={release} "
+_OURS = (
+    "{tools}/SocketProtector -f --guard --workers 2 --start-timeout 10s --env RELEASE={release} "
+)
 _OUR_MANUAL = (
     "`--guard` so that a kill of the protector loses no connection; `--ready http:/` so that a "
-    "release which answers 500 never serves"
+    "release which answers 500 never serves; it is asked for --start-timeout (60 s, here 10)"
 )
 _TCP, _UNIX = "127.0.0.1:{port}", "unix:{path}"
 

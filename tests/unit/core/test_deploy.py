@@ -10,6 +10,7 @@ from socketprotector.core.actions import ReadSettings, Report, ReportKind, UseSe
 from socketprotector.core.decide import resume
 from socketprotector.core.events import (
     DryRunRequested,
+    Event,
     ReloadRequested,
     RenewRequested,
     RollbackRequested,
@@ -150,3 +151,39 @@ def test_a_renewal_has_no_release(configured: Story) -> None:
     story = configured
     actions = story.when(RenewRequested())
     assert not [each for each in actions if isinstance(each, ReadSettings)]
+
+
+def test_a_reload_that_is_remembered_leaves_the_deploy_its_release(configured: Story) -> None:
+    configured.and_also(ReloadRequested(release="2"), ReloadRequested())
+
+    assert configured.fleet.release == "2"
+
+
+@pytest.mark.parametrize(
+    ("policy", "events"),
+    [
+        (Policy(stop_first=True), ()),
+        (Policy(), ()),
+        (Policy(settle_s=5.0), (WorkerReady(2),)),
+    ],
+    ids=["waits for the old workers", "starts", "settles"],
+)
+def test_a_deploy_is_refused_until_the_reload_before_it_is_over(
+    story: Story, policy: Policy, events: tuple[Event, ...]
+) -> None:
+    story.given_serving(policy).and_also(ReloadRequested(), *events)
+
+    reason = "cannot deploy 2: a reload is in progress"
+    assert story.when(ReloadRequested(release="2")) == [Report(ReportKind.REFUSED, reason=reason)]
+
+
+def test_a_deploy_and_a_dry_run_are_refused_while_a_reload_is_queued(story: Story) -> None:
+    """It waits for the last process of the failed generation, and nothing has begun."""
+    story.given_serving(Policy(workers_accept=True), workers=2)
+    story.and_also(ReloadRequested(), WorkerExited(3, "exited with status 3"), ReloadRequested())
+    assert (story.fleet.is_opening, story.fleet.reload_wanted) == (False, True)
+
+    for event in (ReloadRequested(release="2"), DryRunRequested()):
+        [refused] = story.when(event)
+        assert isinstance(refused, Report)
+        assert refused.news is ReportKind.REFUSED

@@ -191,3 +191,18 @@ def test_another_program_asks_anew(story: Story) -> None:
 
     story.and_also(Answered(1))
     assert Probe(1) not in resume(story.fleet, {})
+
+
+def test_an_answer_before_all_of_its_workers_run_decides_nothing(story: Story) -> None:
+    story.given(ALONE, workers=20)
+    story.when_at_once(Launched())
+
+    assert story.when_at_once(Answered(1)) == []
+    assert story.serving == set()
+
+
+def test_it_is_asked_at_once_where_fewer_workers_are_wanted_by_now(story: Story) -> None:
+    story.given(ALONE, workers=20)
+    assert Probe(1) not in story.when_at_once(Launched())
+
+    assert Probe(1) in story.when_at_once(ScaleRequested(to=8))

@@ -25,9 +25,13 @@ from socketprotector.core.actions import (
 from socketprotector.core.events import (
     ChannelBroken,
     Deadline,
+    DryRunRequested,
     OpenFailed,
     Quiesced,
     ReloadRequested,
+    RenewRequested,
+    SettingsRead,
+    SocketLost,
     TimerKind,
     WorkerExited,
     WorkerReady,
@@ -605,3 +609,79 @@ def test_one_that_waits_to_be_opened_comes_where_what_serves_fails_meanwhile(sto
 
     assert Open(3, fresh=True) in actions
     assert Report(ReportKind.RELOADED, 3) in story.when(WorkerReady(3))
+
+
+def test_a_dry_run_that_waits_to_be_opened_ends_where_what_serves_fails(story: Story) -> None:
+    """The last good command comes next."""
+    story.given_serving(Policy(workers_accept=True))
+    story.and_also(ReloadRequested(), WorkerReady(2), DryRunRequested())
+    assert story.fleet.to_open is Next.FRESH
+
+    story.and_also(ChannelBroken(2, served_s=20.0))
+
+    assert (story.fleet.to_open, story.fleet.dry_run) == (Next.LAST_GOOD, False)
+
+
+@pytest.mark.parametrize("breaks", [False, True], ids=["another serves", "no other serves"])
+def test_a_replacement_that_fails_while_it_settles_has_a_verdict(
+    story: Story, breaks: bool
+) -> None:
+    story.given_serving(Policy(settle_s=5.0)).and_also(RenewRequested(), WorkerReady(2))
+    if breaks:
+        story.and_also(ChannelBroken(1))
+    else:
+        story.and_also(ReloadRequested())
+
+    assert Report(ReportKind.RELOAD_FAILED, 2, DIED) in story.when(WorkerExited(2, DIED))
+
+
+def test_a_generation_that_breaks_its_socket_before_ready_fails(story: Story) -> None:
+    story.given_serving(Policy(workers_accept=True)).and_also(ReloadRequested())
+
+    reason = "a worker shut down or broke its listening socket"
+    assert Report(ReportKind.RELOAD_FAILED, 2, reason) in story.when(SocketLost(2))
+
+
+def test_a_channel_that_has_served_counts_as_one_failure(story: Story) -> None:
+    story.given_serving().and_also(ChannelBroken(1), WorkerReady(2), ChannelBroken(2))
+    assert story.fleet.failed_starts == 2
+
+    story.and_also(WorkerReady(3), ChannelBroken(3, served_s=10.0))
+
+    assert story.fleet.failed_starts == 1
+
+
+def test_under_stop_first_a_replacement_waits_for_the_old_workers_too(story: Story) -> None:
+    story.given_serving(STOP_FIRST)
+
+    actions = story.when(RenewRequested())
+
+    assert actions.index(RouteTo(None)) < actions.index(Drain(1))
+    assert opened(2, worker=2, fresh=False)[0] not in actions
+
+
+def test_stop_first_gives_no_new_time_to_what_is_ended_already(story: Story) -> None:
+    story.given_serving(Policy(drain_timeout_s=9.0)).and_also(ReloadRequested(), WorkerReady(2))
+    story.when_over(TimerKind.DRAIN, 1)
+    story.fleet = replace(story.fleet, configured=True)
+
+    actions = story.and_also(ReloadRequested()).when(SettingsRead(STOP_FIRST))
+
+    drains = [each.deadline.target for each in actions if isinstance(each, StartTimer)]
+    assert drains == [2]
+
+
+def test_why_a_replacement_or_a_dry_run_cannot_begin(story: Story) -> None:
+    story.given_serving().and_also(ReloadRequested())
+
+    for event, reason in (
+        (
+            RenewRequested(),
+            "a replacement is already in progress, or nothing is serving; see `status`",
+        ),
+        (
+            DryRunRequested(),
+            "cannot dry-run now: a reload or stop is in progress, or nothing is serving",
+        ),
+    ):
+        assert story.when(event) == [Report(ReportKind.REFUSED, reason=reason)]

@@ -23,11 +23,13 @@ from socketprotector.core.actions import (
     StartTimer,
 )
 from socketprotector.core.events import (
+    ChannelBroken,
     Deadline,
     DryRunRequested,
     Event,
     HeldClientsWait,
     HoldRequested,
+    Launched,
     Quiesced,
     ReloadRequested,
     SettingsRead,
@@ -41,6 +43,7 @@ from socketprotector.core.fleet import Next, Phase, Policy, Stop
 from socketprotector.core.rescue import HELD_FIRST, SETTLED_BY_HOLD, STRANDED_FIRST
 from socketprotector.core.stop import CALLED_OFF, SETTLED_BY_STOP
 from socketprotector.core.waiting import Facts, waits
+from socketprotector.model.share import Canary
 from tests.unit.conftest import Story
 
 ACCEPT = Policy(workers_accept=True)
@@ -422,3 +425,48 @@ def test_what_a_replaced_generation_has_left_comes_before_the_next_release(
     assert opened(actions) == [Open(3, fresh=not waiting)]
     assert (Report(ReportKind.RETRYING, 3, STRANDED_FIRST) in actions) == bool(waiting)
     assert story.fleet.reload_wanted == bool(waiting)
+
+
+@pytest.mark.parametrize("event", [HeldClientsWait(), Stranded()])
+def test_a_reload_that_is_called_off_for_them_keeps_its_canary(story: Story, event: Event) -> None:
+    share = Canary(500, 60.0)
+    story.given_serving(ACCEPT)
+    story.fleet = replace(story.fleet, configured=event == Stranded())
+    story.and_also(ReloadRequested(share))
+
+    story.when(event)
+
+    assert story.fleet.canary_wanted == share
+
+
+def test_clients_of_a_hold_call_off_no_first_start_and_no_stop(story: Story) -> None:
+    story.given(ACCEPT).and_also(Launched())
+    assert story.when(HeldClientsWait()) == []
+
+    story.and_also(WorkerReady(1), ReloadRequested(), StopRequested())
+    assert story.when(HeldClientsWait()) == []
+
+
+def test_a_release_that_has_been_opened_is_not_called_off_for_others(story: Story) -> None:
+    story.given_serving(ACCEPT)
+    story.fleet = replace(story.fleet, configured=True)
+    story.and_also(ReloadRequested(), SettingsRead(ACCEPT))
+
+    assert story.when(Stranded()) == []
+    assert story.starting == {2}
+
+
+def test_where_no_generation_serves_a_release_is_not_called_off(story: Story) -> None:
+    story.given_serving(replace(ACCEPT, stop_first=True)).and_also(ReloadRequested())
+
+    assert story.when(Stranded()) == []
+    assert story.fleet.to_open is Next.FRESH
+
+
+def test_a_reload_beside_a_failed_generation_begins_where_no_generation_serves(
+    story: Story,
+) -> None:
+    story.given_serving(ACCEPT, workers=2)
+    story.and_also(ReloadRequested(), ChannelBroken(1), died(3, waiting=0))
+
+    assert Report(ReportKind.RELOADING) in story.when(ReloadRequested())

@@ -20,6 +20,7 @@ from socketprotector.core.actions import (
     Quiesce,
     ReadSettings,
     Report,
+    ReportKind,
     Retire,
     RouteTo,
     Signal,
@@ -33,6 +34,7 @@ from socketprotector.core.events import (
     Deadline,
     DeadlinePassed,
     Event,
+    HoldRequested,
     Launched,
     OpenFailed,
     ReloadRequested,
@@ -305,3 +307,25 @@ def test_a_timer_that_the_state_does_not_have_is_over_at_once(story: Story) -> N
     assert StartTimer(Deadline(TimerKind.START, 2), 0.0) in resume(story.fleet, {})
     overdue = {Deadline(TimerKind.START, 2): -3.0}
     assert StartTimer(Deadline(TimerKind.START, 2), 0.0) in resume(story.fleet, overdue)
+
+
+def test_a_hold_and_the_settings_come_before_any_drain(story: Story) -> None:
+    """A removed listener's clients go to the old generation, which must not drain before."""
+    story.given_serving().and_also(ReloadRequested(), WorkerReady(2), HoldRequested(9.0))
+    verdict = Report(ReportKind.RELOADED, 2)
+
+    assert resume(story.fleet, left_of(story.fleet, 7.0), (verdict, UseSettings())) == (
+        Hold(True),
+        RouteTo(2),
+        UseSettings(),
+        Drain(1),
+        verdict,
+        StartTimer(Deadline(TimerKind.HOLD), 7.0),
+    )
+
+
+def test_a_generation_that_accepts_its_last_clients_is_not_drained_yet(story: Story) -> None:
+    spreads = Policy(workers_accept=True, drain_spread_s=6.0)
+    story.given_serving(spreads).and_also(ReloadRequested(), WorkerReady(2))
+
+    assert resume(story.fleet, {}) == (RouteTo(2), Quiesce(1))

@@ -26,6 +26,7 @@ from socketprotector.core.events import (
     Deadline,
     DeadlinePassed,
     DryRunRequested,
+    Event,
     HoldReleased,
     HoldRequested,
     Launched,
@@ -45,8 +46,8 @@ from socketprotector.core.events import (
     WorkerExited,
     WorkerReady,
 )
-from socketprotector.core.fleet import Phase, Policy, Rollout, State
-from socketprotector.core.rollout import NO_COUNTS
+from socketprotector.core.fleet import Next, Phase, Policy, Rollout, State
+from socketprotector.core.rollout import NO_COUNTS, NO_LIBRARY
 from socketprotector.core.stop import CALLED_OFF
 from socketprotector.model.policy import STANDBY_S
 from socketprotector.model.share import WHOLE, Canary
@@ -779,3 +780,162 @@ def test_when_no_generation_serves_the_next_starts_all_that_there_is_room_for(
 
     story.and_also(WorkerExited(1, "exited with status 0"), WorkerExited(2, "exited with status 0"))
     assert len(story.fleet[2].workers) == 3
+
+
+def test_all_start_where_the_broken_generation_has_ended(story: Story) -> None:
+    story.given_serving(rolling(), workers=3)
+    story.and_also(ChannelBroken(1), *(WorkerExited(n, DIED) for n in (1, 2, 3)))
+
+    story.and_also(DeadlinePassed(Deadline(TimerKind.OPEN)))
+
+    assert len(story.fleet[2].workers) == 3
+
+
+def test_the_start_where_no_generation_serves_grows_as_others_end(story: Story) -> None:
+    story.given_serving(rolling(2), workers=3)
+
+    story.and_also(ChannelBroken(1), DeadlinePassed(Deadline(TimerKind.OPEN)))
+    assert len(story.fleet[2].workers) == 2
+
+    story.and_also(WorkerExited(1, DIED))
+    assert len(story.fleet[2].workers) == 3
+
+
+@pytest.mark.parametrize(("before", "after", "most"), [(2, 4, 5), (4, 2, 5)])
+def test_the_bound_is_that_of_the_larger_number(
+    story: Story, before: int, after: int, most: int
+) -> None:
+    story.given_serving(workers=before)
+    story.fleet = replace(story.fleet, configured=True)
+    story.and_also(ReloadRequested(), SettingsRead(rolling(), after))
+
+    assert story.fleet.most_processes == most
+
+
+def test_if_the_old_generation_breaks_a_rolling_reload_starts_all_workers(story: Story) -> None:
+    story.given_serving(rolling(), workers=3).and_also(ReloadRequested(), WorkerReady(4))
+
+    assert RouteTo(2) in story.when(ChannelBroken(1))
+
+    assert story.fleet.rollout == Rollout(WHOLE)
+    story.and_also(*(WorkerExited(n, DIED) for n in (1, 2, 3)))
+    assert len(story.fleet[2].workers) == 3
+
+
+def test_if_the_old_generation_breaks_beside_a_whole_canary_its_count_stays(story: Story) -> None:
+    with_canary(story).and_also(passed(met=41))
+
+    assert RouteTo(2) not in story.when(ChannelBroken(1))
+
+    assert news(story.when(passed(met=900))) == [
+        (ReportKind.RELOADED, "the canary had 41 connections at 5%")
+    ]
+
+
+def test_an_old_worker_that_dies_often_is_replaced_later(story: Story) -> None:
+    """Beside a rolling reload, too."""
+    story.given_serving(rolling(), workers=3).and_also(ReloadRequested(), WorkerReady(4))
+    while not any(each.wait is TimerKind.WORKER_RESPAWN for each in story.fleet.timers):
+        [first] = [w for w in story.fleet[1].workers if w.slot == 0]
+        if first.state is State.STARTING:
+            story.and_also(WorkerReady(first.number, retires=True))
+        story.and_also(WorkerExited(first.number, DIED))
+
+    assert [w.state for w in story.fleet[1].workers if w.slot == 0] == [State.WAITING]
+
+
+def test_an_old_worker_that_is_about_to_leave_is_not_replaced(story: Story) -> None:
+    """Only a few are retired in one turn of the loop."""
+    story.given_serving(rolling(19), workers=20).and_also(ReloadRequested())
+    for number in range(21, 40):
+        story.when_at_once(WorkerReady(number, retires=True))
+    over = [w.number for w in story.fleet[1].workers if w.state is State.READY]
+    assert len(over) > story.fleet.wanted_in(story.fleet[1])
+
+    actions = story.when_at_once(WorkerExited(over[1], DIED))
+
+    assert spawned(actions) == []
+    assert all(w.state is not State.WAITING for w in story.fleet[1].workers)
+
+
+@pytest.mark.parametrize("phase", [Phase.STARTING, Phase.SETTLING])
+def test_where_workers_accept_each_must_be_able_to_leave_alone(story: Story, phase: Phase) -> None:
+    story.given_serving(replace(rolling(1, settle_s=5.0), workers_accept=True), workers=2)
+    story.and_also(ReloadRequested())
+    if phase is Phase.SETTLING:
+        story.and_also(WorkerReady(3, retires=True), passed())
+        story.and_also(WorkerExited(2, "exited with status 0", served_s=20.0))
+    [new] = [w.number for w in story.fleet[2].workers if w.state is State.STARTING]
+
+    actions = story.when(WorkerReady(new, alone=False))
+
+    assert (ReportKind.RELOAD_FAILED, NO_LIBRARY) in news(actions)
+    assert story.serving == {1}
+
+
+def test_what_serves_already_may_use_no_library(story: Story) -> None:
+    story.given_serving(replace(rolling(), workers_accept=True))
+    story.and_also(WorkerExited(1, DIED, served_s=20.0))
+
+    story.and_also(WorkerReady(2, alone=False))
+
+    assert story.fleet[1].ready
+
+
+def test_the_answer_does_not_replace_the_library(story: Story) -> None:
+    policy = replace(rolling(), workers_accept=True, ready="any")
+    story.given(policy).and_also(Launched(), WorkerReady(1), Answered(1))
+    story.and_also(ReloadRequested())
+
+    assert (ReportKind.RELOAD_FAILED, NO_LIBRARY) in news(story.when(Answered(2, alone=False)))
+
+
+def test_a_queue_counts_the_clients_of_a_canary_itself(story: Story) -> None:
+    story.given_serving().and_also(ReloadRequested(replace(FIVE, at_least=1)))
+
+    assert RouteTo(1, 2, 500) in story.when(WorkerReady(2, alone=False))
+
+
+def test_why_a_stage_cannot_be_ended(story: Story) -> None:
+    nothing = "nothing to promote: no generation is settling; see `status`"
+    story.given_serving(rolling(), workers=2)
+    assert news(story.when(PromoteRequested())) == [(ReportKind.REFUSED, nothing)]
+
+    story.and_also(ReloadRequested(), WorkerReady(3))
+    [(kind, reason)] = news(story.when(PromoteRequested()))
+    assert (kind, reason[:35]) == (ReportKind.REFUSED, "cannot promote: workers are being r")
+
+    canary = with_canary(Story(), Policy(lame_duck_s=9.0)).and_also(StopRequested())
+    assert news(canary.when(PromoteRequested())) == [(ReportKind.REFUSED, nothing)]
+
+
+NOTHING = "nothing to roll back: no reload is in progress; see `status`"
+
+
+@pytest.mark.parametrize(
+    ("policy", "events"),
+    [
+        (Policy(), ()),
+        (Policy(), (RenewRequested(),)),
+        (Policy(), (DryRunRequested(),)),
+        (Policy(stop_first=True), (ReloadRequested(),)),
+        (Policy(lame_duck_s=9.0), (ReloadRequested(), StopRequested())),
+    ],
+    ids=["no reload", "a replacement", "a dry run", "no older generation", "a stop"],
+)
+def test_only_a_release_beside_an_older_generation_is_called_off(
+    story: Story, policy: Policy, events: tuple[Event, ...]
+) -> None:
+    story.given_serving(policy).and_also(*events)
+
+    assert story.when(RollbackRequested()) == [Report(ReportKind.REFUSED, reason=NOTHING)]
+
+
+def test_rollback_ends_a_reload_that_waits_to_be_opened(story: Story) -> None:
+    story.given_serving(Policy(workers_accept=True))
+    story.and_also(ReloadRequested(), WorkerReady(2), ReloadRequested())
+    assert story.fleet.to_open is Next.FRESH
+
+    assert ReportKind.RELOAD_FAILED in dict(news(story.when(RollbackRequested())))
+
+    assert story.fleet.to_open is None

@@ -19,9 +19,11 @@ from socketprotector.core.actions import (
 from socketprotector.core.events import (
     ChannelBroken,
     Deadline,
+    DryRunRequested,
     Launched,
     OpenFailed,
     ReloadRequested,
+    RenewRequested,
     StopRequested,
     TimerKind,
     WorkerExited,
@@ -201,3 +203,20 @@ def test_a_stop_before_anything_was_started_just_ends(story: Story) -> None:
         Exit(0),
     ]
     assert story.when(Launched()) == []
+
+
+def test_before_the_first_start_nothing_is_replaced_or_tried(story: Story) -> None:
+    story.given(Policy())
+
+    for event in (RenewRequested(), DryRunRequested()):
+        [refused] = story.when(event)
+        assert isinstance(refused, Report)
+        assert refused.news is ReportKind.REFUSED
+    assert story.fleet.next_generation == 1
+
+
+def test_a_generation_that_serves_is_neither_opened_again_nor_fails_to_open(story: Story) -> None:
+    story.given_serving()
+
+    assert story.when(Launched()) == []
+    assert story.when(OpenFailed(1, "too late")) == []

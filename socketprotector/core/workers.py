@@ -71,6 +71,8 @@ def _exited(step: Step, event: WorkerExited, generation: Generation, worker: Wor
         is_wanted = rollout.may_respawn(step.fleet, step.fleet[generation.number])
         if replacement is None and is_wanted:
             _respawn(step, generation.number, worker, event.served_s)
+        elif replacement is None:
+            _end_stuck(step, worker.replaces)
     elif event.waiting and _is_last_taker(step.fleet, generation.number):
         _respawn(step, generation.number, worker, event.served_s)
     elif generation.phase in (Phase.STARTING, Phase.SETTLING):
@@ -334,6 +336,13 @@ def _take_over(step: Step, number: int) -> None:
             _retire(step, generation.number, worker)
         elif worker.hung:
             step.end_worker(worker)
+
+
+def _end_stuck(step: Step, number: int) -> None:
+    """End a stuck worker whose replacement has exited, if no other replacement starts."""
+    found = step.fleet.find(number)
+    if found and found[1].hung:
+        step.end_worker(found[1])
 
 
 # -- time ----------------------------------------------------------------------

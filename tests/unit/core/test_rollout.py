@@ -939,3 +939,21 @@ def test_rollback_ends_a_reload_that_waits_to_be_opened(story: Story) -> None:
     assert ReportKind.RELOAD_FAILED in dict(news(story.when(RollbackRequested())))
 
     assert story.fleet.to_open is None
+
+
+def test_a_stuck_worker_ends_if_its_replacement_dies_while_a_canary_starts(story: Story) -> None:
+    story.given_serving()
+    story.and_also(ReloadRequested(FIVE), ReplaceRequested(1, "silent", hung=True))
+    assert story.fleet[1].workers[1].replaces == 1
+
+    assert Signal(1, WorkerSignal.ABRT) in story.when(WorkerExited(3, DIED))
+    assert Spawn(1, worker=4, slot=0) in story.when(WorkerExited(1, DIED))
+
+
+def test_a_stuck_worker_ends_if_its_dead_replacement_is_not_wanted_any_more(story: Story) -> None:
+    story.given_serving(workers=2)
+    story.when(ReplaceRequested(1, "silent", hung=True))
+    story.when_at_once(ReloadRequested(FIVE))
+    story.when_at_once(ScaleRequested(-1))
+
+    assert Signal(1, WorkerSignal.ABRT) in story.when_at_once(WorkerExited(3, DIED))

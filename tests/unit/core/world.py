@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
+from typing import Self
 
 import pytest
 
@@ -173,8 +174,8 @@ class World:
         self.highest_generation = 0
         self.spawned: frozenset[int] = frozenset()
 
-    def copy(self) -> World:
-        other = World.__new__(World)
+    def copy(self) -> Self:
+        other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.processes, other.channels = dict(self.processes), dict(self.channels)
         return other
@@ -211,6 +212,10 @@ class World:
         for action in actions:
             assert not self.exited, "Exit is the last action"
             self.perform(action)
+        self.stepped(before, event, actions)
+
+    def stepped(self, before: Fleet, event: Event, actions: tuple[Action, ...]) -> None:
+        """Check the state that a step has led to, and the step."""
         self.check()
         check_step(before, event, self.fleet, actions)
 
@@ -283,13 +288,14 @@ class World:
             case Drain(number):
                 assert self.channels[number] in ("open", "quiescing"), "drained twice"
                 gets = self.route, self.sharing[0] if self.sharing else None
-                assert number not in gets, "drained while it gets new connections"
+                assert number not in gets, "invariant 3: drained before the route"
                 self.channels[number] = "drained"
                 if self.fleet.stopping or not self.fleet.policy.drain_limit_s:
                     self.unlimited |= {number}
             case Release(number):
                 assert self.route != number
-                assert number not in [p.generation for p in self.processes.values()]
+                runs = number in [p.generation for p in self.processes.values()]
+                assert not runs, "invariant 4: released before its workers have exited"
                 del self.channels[number]
             case CloseListeners(quick):
                 assert self.listeners == "open" or (quick and self.listeners == "closing")

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo recording test test-tools test-everywhere test-all test-fast test-debian test-musl test-vm test-page test-fleet fleet-demo wheels packages lint format docs bench rivals soak clean
+.PHONY: help install demo recording test test-tools test-everywhere test-all test-fast test-debian test-musl test-vm test-page test-fleet fleet-demo wheels packages lint format docs bench rivals everycall soak clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -165,6 +165,10 @@ ROUND_S ?= 15
 rivals: $(INSTALLED) ## measure and try it beside other supervisors (root; two hours, goes on where it was stopped) [ONLY="nginx ours-listener" ROUND_S=15]
 	-tools/install-packages gcc libc6-dev nginx-light
 	@$(BIN)/python -m bench.rivals $(ONLY) --round $(ROUND_S)
+
+everycall: $(INSTALLED) ## let each system call of each line fail once, or kill there, in each operation (hours, goes on where it was stopped) [ONLY="reload,stop" FOR=480]
+	-tools/install-packages gcc libc6-dev
+	$(BIN)/python -m tests.everycall $(if $(ONLY),--only $(ONLY)) $(if $(FOR),--minutes $(FOR))
 
 MINUTES ?= 3
 

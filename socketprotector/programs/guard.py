@@ -49,6 +49,8 @@ LAST_STATUSES = 255
 SENT_AGAIN_S = 10.0
 #: Sockets that may have files, by the beginnings of their names.
 WITH_FILES = (inherited.LISTENER, inherited.SIBLING, inherited.RESERVED)
+#: How long the guard waits before it looks again, if the kernel has no memory to wait for events.
+SHORTAGE_S = 0.1
 _MESSAGE_BYTES = 4096
 #: How much a writable pipe takes without blocking (PIPE_BUF).
 _LINE_BYTES = 4096
@@ -358,7 +360,11 @@ class Guard:
             wait_ms = None
             if self.due is not None:
                 wait_ms = max(0.0, self.due - time.monotonic()) * 1000
-            ready = [fd for fd, _ in poll.poll(wait_ms)]
+            try:
+                ready = [fd for fd, _ in poll.poll(wait_ms)]
+            except OSError:  # no memory; without the guard a death of the protector is the end
+                time.sleep(SHORTAGE_S)
+                continue
             self.hear()
             self.send_statuses()
             if receive in ready:

@@ -1,0 +1,58 @@
+"""`make everycall`: one fault at each system call of each line of Python, in each operation.
+
+A first run of each operation finds the sites.  Results are appended to a file, so that a second
+run goes on where the first one ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from pathlib import Path
+
+from tests.everycall.trials import found_sites, report, trials, try_one
+from tests.running import ROOT
+
+
+def digest_of_sources() -> str:
+    """Return a name for the code as it is now."""
+    digest = hashlib.sha256()
+    for package in (ROOT / "socketprotector", ROOT / "client_lib" / "socketprotector_client"):
+        for path in sorted(package.rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.everycall", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("build/everycall"))
+    parser.add_argument("--minutes", type=float, default=480.0, help="end after so long")
+    parser.add_argument("--only", default="", help="an operation, or several with commas")
+    parser.add_argument("--site", default="", help="only sites that contain this")
+    arguments = parser.parse_args()
+    # Lines of other sources are other sites.
+    folder: Path = arguments.folder.absolute() / digest_of_sources()
+    folder.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + 60 * arguments.minutes
+    names = [each for each in arguments.only.split(",") if each]
+    sites = found_sites(folder, names)
+    results = folder / "results.jsonl"
+    text = results.read_text() if results.exists() else ""
+    done = {tuple(json.loads(line)["trial"]) for line in text.splitlines()}
+    for trial in trials(sites):
+        if trial in done or arguments.site not in trial[1]:
+            continue
+        if time.monotonic() > until:
+            break
+        outcome = try_one(folder, trial)
+        with results.open("a") as file:
+            file.write(json.dumps(outcome) + "\n")
+        if outcome["problems"]:
+            print(*trial, *outcome["problems"], sep="; ", flush=True)
+    print(report(sites, results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,341 @@
+"""One short life of a real protector, in which one system call fails or kills its process."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.running import COMMAND, MARK, WORKERS, Client, marked, wait_gone
+
+HERE = Path(__file__).parent
+PYTHON = sys.executable
+#: How long something may take on a busy machine.
+LIMIT_S = 20.0
+ECHO = f"{PYTHON} {WORKERS / 'echo.py'}"
+STDIO = f"""{PYTHON} -c 'import os; print("[%d] %s" % (os.getpid(), input()))'"""
+KILL = 0
+#: What a life says of files that the next start and stop remove.
+FILES_UNTIL_NEXT = "until the next start files are left"
+
+
+def build(folder: Path) -> Path:
+    """Compile the library that is preloaded."""
+    library = folder / "faults.so"
+    compile_it = ("gcc", "-shared", "-fPIC", "-O1", "-o", library, HERE / "faults.c", "-ldl")
+    subprocess.run(compile_it, check=True)
+    return library
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What happens while the calls count."""
+
+    act: Callable[[Life], None]
+    options: tuple[str, ...] = ()
+    command: str = ECHO
+    #: Whether clients come all the time, and lose nothing; else the operation is a start or a stop.
+    load: bool = True
+
+
+@dataclass
+class Life:
+    """A protector in a folder of its own."""
+
+    folder: Path
+    library: Path
+    operation: Operation
+    plan: str = ""
+    mark: dict[str, str] = field(default_factory=dict)
+    port: int = 0
+    lost: int = 0
+    is_second: bool = False  # another start, to see whether it clears up
+    problems: list[str] = field(default_factory=list)
+    _over: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        if self.plan:
+            (self.folder / "plan").write_text(self.plan)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        (self.folder / "run").mkdir()
+
+    # -- what is done to it ----------------------------------------------------------
+
+    @property
+    def log(self) -> str:
+        file = self.folder / "log"
+        return file.read_text(errors="replace") if file.exists() else ""
+
+    @property
+    def pid(self) -> int:
+        with suppress(OSError, ValueError):
+            return int((self.folder / "pid").read_text())
+        return 0
+
+    @property
+    def protector(self) -> int:
+        """The protector that runs now; under a guard that is not the process of the pid file."""
+        found = re.findall(r"event=(?:start|resumed|adopted) pid=(\d+)", self.log)
+        return int(found[-1])
+
+    def start(self, *, faults: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run the launching process to its end."""
+        environment = {**os.environ, **self.mark, "XDG_RUNTIME_DIR": str(self.folder / "run")}
+        if faults:
+            environment |= {"EVERYCALL": str(self.folder), "LD_PRELOAD": str(self.library)}
+        words = ("--guard", "--pid-file", "pid", "--log-file", "log", "--start-timeout", "8s")
+        shell = ("sh", "-c", f"test -e bad && exit 1; exec {self.operation.command}")
+        with (self.folder / "err").open("a") as err:
+            done = subprocess.run(
+                [*COMMAND, *words, *self.operation.options, f"127.0.0.1:{self.port}", "--", *shell],
+                cwd=self.folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=err,
+                check=False,
+                timeout=3 * LIMIT_S,
+            )
+        return subprocess.CompletedProcess((), done.returncode, "", self.said)
+
+    @property
+    def said(self) -> str:
+        return (self.folder / "err").read_text(errors="replace")
+
+    def ctl(self, *words: str) -> int:
+        """Run socketprotectorctl, without faults; return its exit status."""
+        control = (PYTHON, "-m", "socketprotector.ctl", "--pid-file", "pid", *words)
+        environment = {**os.environ, **self.mark, "XDG_RUNTIME_DIR": str(self.folder / "run")}
+        with suppress(subprocess.TimeoutExpired):
+            return subprocess.run(
+                control,
+                cwd=self.folder,
+                env=environment,
+                capture_output=True,
+                check=False,
+                timeout=LIMIT_S,
+            ).returncode
+        return -1
+
+    def send(self, number: signal.Signals, pid: int = 0) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(pid or self.pid, number)
+
+    def until(self, fact: Callable[[], object], limit_s: float = LIMIT_S) -> bool:
+        """Wait for a fact; return whether it came."""
+        end = time.monotonic() + limit_s
+        while not fact():
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def says(self, pattern: str, times: int = 1) -> bool:
+        return self.until(lambda: len(re.findall(pattern, self.log)) >= times, LIMIT_S / 2)
+
+    def answers(self) -> bool:
+        """Return whether a new connection is answered."""
+        with suppress(OSError), Client(("127.0.0.1", self.port), "hello", timeout_s=LIMIT_S) as it:
+            return "hello" in it.hear()
+        return False
+
+    def _clients(self) -> None:
+        while not self._over.wait(0.02):
+            if not self.answers():
+                self.lost += 1
+
+    # -- a life -------------------------------------------------------------------------
+
+    def arm(self) -> None:
+        (self.folder / "armed").touch()
+
+    def disarm(self) -> None:
+        (self.folder / "armed").unlink(missing_ok=True)
+
+    @property
+    def fired(self) -> bool:
+        return (self.folder / "fired").exists()
+
+    def live(self) -> list[str]:
+        """Start, act, and look what is left; return what is wrong."""
+        operation = self.operation
+        starts = operation.act is start
+        if starts:
+            self.arm()
+        begun = self.start()
+        if starts:
+            self.disarm()
+        if begun.returncode != 0 and not (starts and self.fired):
+            return [f"the start failed: {begun.stderr}"]
+        if begun.returncode != 0:
+            self._start_failed(begun)
+            return self.problems
+        clients = threading.Thread(target=self._clients)
+        if operation.load:
+            clients.start()
+        try:
+            if not starts:
+                self.arm()
+                operation.act(self)
+                self.disarm()
+            if operation.act is not stop:
+                self._serves_and_reloads()
+        finally:
+            self._over.set()
+            if operation.load:
+                clients.join()
+        self._end()
+        allowed = 1 if self.plan.endswith(f" {KILL}") else 0
+        if self.lost > allowed:
+            self.problems.append(f"{self.lost} connections lost")
+        return self.problems
+
+    def _start_failed(self, begun: subprocess.CompletedProcess[str]) -> None:
+        lines = begun.stderr.strip().splitlines()
+        if begun.returncode >= 0 and not lines:
+            self.problems.append(f"a start failed with status {begun.returncode} and no line")
+        self._end()
+        if not self.is_second:
+            self._start_again([])
+
+    def _start_again(self, files: list[str]) -> None:
+        """Start and stop once more, without a fault, which also clears up what a kill has left."""
+        self.is_second = True
+        (self.folder / "err").write_text("")
+        before, self.problems = self.problems, []
+        again = self.start(faults=False)
+        if again.returncode != 0:
+            self.problems.append(f"the next start failed: {again.stderr}")
+        else:
+            self._end()
+        if files and not self.problems:
+            before = [each for each in before if not each.startswith("files are left")]
+            before.append(f"{FILES_UNTIL_NEXT}: {files}")
+        self.problems = before + self.problems
+
+    def _serves_and_reloads(self) -> None:
+        if not self.until(self.answers):
+            self.problems.append("it does not serve")
+        (self.folder / "bad").unlink(missing_ok=True)
+        if (status := self.ctl("reload", "--timeout", "15s")) != 0:
+            self.problems.append(f"the next reload ended with status {status}")
+
+    def _end(self) -> None:
+        value = self.mark[MARK]
+        if pid := self.pid:
+            self.send(signal.SIGTERM, pid)
+        if wait_gone(marked(value), LIMIT_S):
+            left = [
+                f"{pid} {Path(f'/proc/{pid}/cmdline').read_bytes()[:80]!r}"
+                for pid in marked(value)
+                if Path(f"/proc/{pid}").exists()
+            ]
+            self.problems.append(f"processes are left: {left}")
+            for pid in marked(value):
+                self.send(signal.SIGKILL, pid)
+            wait_gone(marked(value), LIMIT_S)
+        ours = {"armed", "fired", "plan", "sites", "log", "err", "run", "bad"}
+        files = {path.name for path in self.folder.iterdir()} - ours
+        files |= {path.name for path in (self.folder / "run").rglob("*") if not path.is_dir()}
+        if files:
+            self.problems.append(f"files are left: {sorted(files)}")
+            if not self.is_second:
+                self._start_again(sorted(files))
+        self.look_for_tracebacks(self.log + self.said)
+
+    def look_for_tracebacks(self, text: str) -> None:
+        _, found, rest = text.partition("Traceback")
+        if found:
+            self.problems.append("a traceback: " + rest[-600:])
+
+    def forget(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+# -- the operations ----------------------------------------------------------------------
+
+
+def start(life: Life) -> None:
+    """The start itself: see Life.live()."""
+
+
+def reload(life: Life) -> None:
+    life.send(signal.SIGHUP)
+    life.says("event=(reloaded|reload-failed)")
+    life.says("event=drained")
+
+
+def failed_reload(life: Life) -> None:
+    (life.folder / "bad").touch()
+    life.send(signal.SIGHUP)
+    life.says("event=reload-failed")
+
+
+def canary(life: Life) -> None:
+    life.ctl("reload", "--canary", "50%", "--for", "500ms", "--timeout", "15s")
+
+
+def hold(life: Life) -> None:
+    life.ctl("hold", "300ms")
+    life.says("event=released")
+
+
+def upgrade(life: Life) -> None:
+    life.send(signal.SIGUSR2)
+    life.says("event=(resumed|upgrade-failed)")
+
+
+def recovery(life: Life) -> None:
+    life.send(signal.SIGKILL, life.protector)
+    life.says("event=resumed")
+    life.until(life.answers)
+
+
+def rotation(life: Life) -> None:
+    (life.folder / "log").rename(life.folder / "sites.log")
+    life.send(signal.SIGUSR1)
+    life.says("event=reopened")
+    text = (life.folder / "sites.log").read_text(errors="replace") + life.log
+    (life.folder / "sites.log").unlink()
+    life.look_for_tracebacks(text)
+
+
+def stop(life: Life) -> None:
+    life.send(signal.SIGTERM)
+    wait_gone(marked(life.mark[MARK]), LIMIT_S / 2)
+
+
+def death(life: Life) -> None:
+    pids = re.findall(r"event=spawned .*\bpid=(\d+)", life.log)
+    life.send(signal.SIGKILL, int(pids[-1]))
+    life.says("event=worker-ready", 2)
+    life.lost = 0  # what that worker had is its own
+
+
+OPERATIONS = {
+    "start": Operation(start, load=False),
+    "reload": Operation(reload),
+    "failed-reload": Operation(failed_reload),
+    "canary": Operation(canary),
+    "rolling": Operation(
+        reload, ("--workers", "2", "--reload-order", "rolling", "--drain-timeout", "9s")
+    ),
+    "hold": Operation(hold),
+    "upgrade": Operation(upgrade),
+    "recovery": Operation(recovery),
+    "rotation": Operation(rotation),
+    "stop": Operation(stop, load=False),
+    "death": Operation(death),
+    "stdio": Operation(reload, ("--handoff", "stdio"), STDIO),
+}

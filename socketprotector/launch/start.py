@@ -81,7 +81,11 @@ def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
     for each in bound.values():
         each.socket.close()
     os.waitpid(child, 0)  # the first of the two forks ends at once
-    return wait(ours, settings.log_file or "syslog")
+    try:
+        return wait(ours, settings.log_file or "syslog")
+    except OSError as error:
+        # The line ends with this process, so the resident process cancels the start.
+        raise SystemRefused(f"cannot wait for the start: {what_failed(error)}") from error
 
 
 def _cannot_detach(error: OSError) -> SystemRefused:

@@ -32,6 +32,12 @@ EXCEPTIONS = (
         FILES_UNTIL_NEXT,
         "no process is left that removes files after a kill of the last one",
     ),
+    (
+        r"\w+ socketprotector_client/\S+ E[A-Z]+",
+        r"a traceback: |1 connections lost",
+        "a worker that cannot wait for its queue ends, with the connection that it has just taken; "
+        "its traceback is its last words",
+    ),
 )
 #: An operation, a site (CALL FILE:LINE), and an errno or KILL.
 Trial = tuple[str, str, int]
@@ -42,7 +48,7 @@ DISK = "ENOSPC EDQUOT EIO EROFS EACCES"
 #: What surroundings can cause, by the call.  EINTR only where Linux gives it for such a call.
 ERRNOS = {
     r"open(at)?(64)?": f"EINTR {SCARCE} {DISK}",
-    r"read|pread(64)?|readv": "EINTR EIO",
+    r"read|pread(64)?": "EINTR",
     r"write|pwrite(64)?|writev": "EINTR",
     r"socket|socketpair|epoll_create1|pipe2|memfd_create|dup|inotify_init1": SCARCE,
     r"accept4?": f"EINTR {SCARCE} ENOBUFS EPERM",
@@ -83,6 +89,8 @@ def errnos_of(site: str, kind: str) -> list[str]:
     if call.startswith(("write", "pwrite")):
         names += DISK.replace(" EROFS EACCES", "").split() if kind.startswith("file") else []
         names += ["EPIPE"] if kind.startswith("pipe") else []
+    if call.startswith(("read", "pread")):
+        names += {"f": ["EIO"], "s": ["ECONNRESET"]}.get(kind[0], [])
     if call.startswith(("read", "write")) and "nonblock" in kind:
         names += ["EAGAIN"]
     if kind.startswith("file") and "EINTR" in names and not call.startswith("open"):

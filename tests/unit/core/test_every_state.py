@@ -29,6 +29,7 @@ from socketprotector.core.events import (
     DeadlinePassed,
     Launched,
     OpenFailed,
+    ReplaceRequested,
     TimerKind,
     WorkerExited,
     WorkerReady,
@@ -68,7 +69,8 @@ def one_generation_gets_new_connections(taken: Taken) -> None:
         elif isinstance(action, Drain | Quiesce):
             assert action.generation not in route, "invariant 3: drained before the route"
     if before.route and not after.route and not after.stopping:
-        broken = isinstance(taken.event, ChannelBroken | WorkerExited)
+        # A generation that serves alone, and settles, may fail by a stuck worker.
+        broken = isinstance(taken.event, ChannelBroken | WorkerExited | ReplaceRequested)
         stop_first = before.policy.stop_first or before.policy_of(fresh=True).stop_first
         stop_first = stop_first or after.policy_of(fresh=True).stop_first
         assert broken or stop_first, "invariant 3: no generation gets new connections"

@@ -785,7 +785,7 @@ def check_step(before: Fleet, event: Event, after: Fleet, actions: tuple[Action,
         check_dry_run_step(before, after, news, actions)
     if UseSettings() in actions:
         assert ReportKind.RELOADED in news, "used before it serves"
-    if isinstance(event, SettleFailed | Untaken) and actions:
+    if isinstance(event, SettleFailed | Untaken) and failed:
         assert serving
         back = actions.index(RouteTo(serving.number))
         drained = (Drain(event.generation), Quiesce(event.generation))
@@ -794,7 +794,9 @@ def check_step(before: Fleet, event: Event, after: Fleet, actions: tuple[Action,
     read = event.policy.stop_first if isinstance(event, SettingsRead) else False
     stop_first = before.policy_of(True).stop_first or before.policy.stop_first or read
     if lost_route and not stop_first:
-        assert isinstance(event, ChannelBroken | WorkerExited) or after.stopping
+        # A stuck worker fails its settling generation, even if no older one is left.
+        stuck = isinstance(event, ReplaceRequested) and event.hung and serving is None
+        assert stuck or isinstance(event, ChannelBroken | WorkerExited) or after.stopping
     if isinstance(event, WorkerExited) and lost_route:
         assert before.of(Phase.SERVING) is None or stop_first or after.stopping
     if ReportKind.START_FAILED in news:

@@ -308,7 +308,9 @@ def recovery(life: Life) -> None:
 def rotation(life: Life) -> None:
     (life.folder / "log").rename(life.folder / "sites.log")
     life.send(signal.SIGUSR1)
-    life.says("event=reopened")
+    if not life.says("event=reopened"):  # a kill came first: logrotate's next run asks again
+        life.send(signal.SIGUSR1)
+        life.says("event=reopened")
     text = (life.folder / "sites.log").read_text(errors="replace") + life.log
     (life.folder / "sites.log").unlink()
     life.look_for_tracebacks(text)

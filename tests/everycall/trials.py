@@ -20,20 +20,25 @@ MENDED = (
     ("rotation", "poll socketprotector/programs/guard.py", errno.ENOMEM),
     ("start", "pipe2 socketprotector/system/signals.py", errno.EMFILE),
 )
-#: What may be left or lost, and why: of a site and its action, a pattern; then one of the problem.
+#: What may be left or lost: a pattern of operation, site and fault; one of the problem; the reason.
 EXCEPTIONS = (
     (
-        r"(l?stat|unlink|rmdir|rename)\w* \S+ [A-Z]+",
+        r"\S+ (l?stat|unlink|rmdir|rename)\w* \S+ [A-Z]+",
         FILES_UNTIL_NEXT,
         "a file that cannot be looked at or removed stays; the next start replaces it",
     ),
     (
-        r"\w+ \S+ SIGKILL",
+        r"\S+ \w+ \S+ SIGKILL",
         FILES_UNTIL_NEXT,
         "no process is left that removes files after a kill of the last one",
     ),
     (
-        r"\w+ socketprotector_client/\S+ E[A-Z]+",
+        r"recovery \w+ socketprotector/programs/guard.py:\d+ SIGKILL",
+        r"it does not serve|the next reload failed|\d+ connections lost",
+        "the protector and its guard are both killed: the next start serves",
+    ),
+    (
+        r"\S+ \w+ socketprotector_client/\S+ E[A-Z]+",
         r"a traceback: |1 connections lost",
         "a worker that cannot wait for its queue ends, with the connection that it has just taken; "
         "its traceback is its last words",
@@ -141,9 +146,9 @@ def trials(sites: dict[str, dict[str, str]], seed: int = 36) -> list[Trial]:
     return [each[at] for at in range(turns) for each in by_operation if at < len(each)]
 
 
-def excuse(site: str, code: int, problem: str) -> str:
+def excuse(name: str, site: str, code: int, problem: str) -> str:
     """Return why this may be so; "": it may not."""
-    fault = f"{site} {errno.errorcode.get(code, 'SIGKILL')}"
+    fault = f"{name} {site} {errno.errorcode.get(code, 'SIGKILL')}"
     found = (
         reason
         for where, what, reason in EXCEPTIONS
@@ -162,7 +167,7 @@ def try_one(folder: Path, trial: Trial) -> dict[str, Any]:
         problems = [repr(error)]
         life._end()
     fired = life.fired
-    excused = [each for each in problems if excuse(site, code, each)]
+    excused = [each for each in problems if excuse(name, site, code, each)]
     problems = [each for each in problems if each not in excused]
     if not problems:
         life.forget()

@@ -290,7 +290,7 @@ def canary(life: Life) -> None:
 
 
 def hold(life: Life) -> None:
-    life.ctl("hold", "300ms")
+    life.ctl("hold", "--for", "300ms")
     life.says("event=released")
 
 

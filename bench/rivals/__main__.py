@@ -134,7 +134,7 @@ def main() -> int:
     if unknown := set(given.names) - set(RIVALS):
         parser.error(f"{' '.join(sorted(unknown))}: there are {', '.join(RIVALS)}")
     become_sub_reaper()
-    commit = re.search(r"commit (\S+)", machine())
+    commit = re.search(r"commit (\S+)", about := machine())
     given.kept.mkdir(parents=True, exist_ok=True)
     file = given.kept / f"{commit[1] if commit else 'unknown'}-{given.round:g}.jsonl"
     one = Run(file, given.round, given.turns, given.hours)
@@ -163,7 +163,7 @@ def main() -> int:
                 one.turns(situation, chosen)
         figures = [] if given.names or given.only else one.targets()
         where = (
-            f"{machine()}; rounds of {given.round:g} s; others kept {bystanders.cores():.2f} cores "
+            f"{about}; rounds of {given.round:g} s; others kept {bystanders.cores():.2f} cores "
             "busy meanwhile"
         )
     _print(one, names, chosen, versions, missing, figures, where)

@@ -220,6 +220,7 @@ ALL = (
         "all workers end their requests and start again; clients wait in the backlog until then",
         "The Art of Graceful Reloading",
         upgrade=("HUP",),
+        without=("keep-alive",),  # its http-socket closes each connection, and does not say so
         debian=("uwsgi-core", "uwsgi-plugin-python3"),
         at_path=_UWSGI + "{path}",
     ),
@@ -232,6 +233,7 @@ ALL = (
         "The Art of Graceful Reloading",
         reload=("write {folder}/fifo c",),
         upgrade=("HUP",),
+        without=("keep-alive",),  # its http-socket closes each connection, and does not say so
         debian=("uwsgi-core", "uwsgi-plugin-python3"),
         at_path=_UWSGI.replace("--master ", "--master --lazy-apps ") + "{path}",
     ),

@@ -31,8 +31,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tests import answers
-
 ROOT = str(Path(__file__).resolve().parent.parent)
 _CLONE_PARENT = 0x00008000
 _SYSCALL = {"x86_64": 56}.get(platform.machine())
@@ -205,7 +203,10 @@ def main() -> None:
     """Fork for each message, until the other end is closed."""
     sys.path.append(str(Path(ROOT, "exporter")))  # as pytest has it
     _load(_LOADED)
-    answers.check_clients()
+    with suppress(ModuleNotFoundError):  # on a system without the developers' tools
+        from tests import answers
+
+        answers.check_clients()
     requests = socket.socket(fileno=int(sys.argv[1]))
     while True:
         data, descriptors, _, _ = socket.recv_fds(requests, _MESSAGE_BYTES, 64)

@@ -23,6 +23,7 @@ from bench.reload_rows import draining, handed_reloads, reloads, switch
 from bench.rollout_rows import canary, returned, rolling
 from bench.rows import cpu, handed, idle, latency, rate
 from bench.spread_rows import spread
+from bench.start_rows import start
 from bench.stdio_rows import stdio
 from bench.survive_rows import handed_survive, handed_upgrade, lasting, survive, upgrade
 from bench.wait_rows import wait
@@ -32,6 +33,7 @@ ROWS: dict[str, Callable[[Scale], list[Figure]]] = {
     "latency": latency,
     "reloads": reloads,
     "switch": switch,
+    "start": start,
     "idle": idle,
     "cpu": cpu,
     "draining": draining,

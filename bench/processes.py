@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -201,15 +202,18 @@ def worker_command(mode: str) -> list[str]:
     return [built("stamp"), sys.executable, str(HERE / "worker.py"), mode]
 
 
-def protector(mode: str = "library", *options: str) -> Started:
-    """Start SocketProtector in the foreground on a free port, with the worker behind it."""
+def protector(mode: str = "library", *options: str, command: Sequence[str] = ()) -> Started:
+    """Start SocketProtector in the foreground on a free port, with the worker behind it.
+
+    command: another worker.
+    """
     address = f"127.0.0.1:{free_port()}"
     program = os.environ.get("BENCH_PROTECTOR", "").split() or [
         str(Path(sysconfig.get_path("scripts")) / "SocketProtector"),
         "-f",
     ]
-    command = [*program, *options, address, "--", *worker_command(mode)]
-    return Started(command, address, {}, [])
+    words = [*program, *options, address, "--", *(command or worker_command(mode))]
+    return Started(words, address, {}, [])
 
 
 #: For protector(): the worker accepts from a listener that it is handed.

@@ -132,8 +132,8 @@ def _reloads(
     ]
 
 
-def one_reload(started: Started) -> dict[str, float]:
-    """Reload once; return milliseconds: whole, the worker's own start, before it, after it."""
+def first_answer(started: Started) -> tuple[int, int]:
+    """Reload once; return when HUP was sent, and when the new generation answered."""
     old = ask(started.address)[0]
     hup_ns = time.monotonic_ns()
     os.kill(started.pid, signal.SIGHUP)
@@ -142,7 +142,12 @@ def one_reload(started: Started) -> dict[str, float]:
         time.sleep(0.0002)
         if time.monotonic_ns() - hup_ns > NEW_ONE_LIMIT_S * 1e9:
             raise CannotMeasure(f"no new generation within {NEW_ONE_LIMIT_S} s of HUP")
-    served_ns = time.monotonic_ns()
+    return hup_ns, time.monotonic_ns()
+
+
+def one_reload(started: Started) -> dict[str, float]:
+    """Reload once; return milliseconds: whole, the worker's own start, before it, after it."""
+    hup_ns, served_ns = first_answer(started)
     told = stamps(started.address)
     return {
         "whole": (served_ns - hup_ns) / 1e6,

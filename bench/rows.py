@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import socketprotector_client
+
 import socketprotector
 from bench.figures import Figure, Scale, alternately, median, ratio
 from bench.processes import (
@@ -307,11 +309,16 @@ def _kept_bytes(pid: int) -> int:
     return sum(each.stat().st_blocks * 512 for each in found)
 
 
+def compiled() -> None:
+    """Compile the packages, because they have bytecode when they are installed."""
+    folders = (*socketprotector.__path__, *socketprotector_client.__path__)
+    subprocess.run([sys.executable, "-m", "compileall", "-q", *folders], check=True)
+
+
 def _memory(scale: Scale) -> Figure:
     """Measure an idle protector as installed, with bytecode, and the price of each feature."""
     # Without bytecode a process keeps 1.5 MB more: what compiling has left.
-    [folder] = socketprotector.__path__
-    subprocess.run([sys.executable, "-m", "compileall", "-q", folder], check=True)
+    compiled()
     plain, *others = alternately(
         scale.rounds(8, 1), _idle_mb, *(partial(_idle_mb, *each) for each in _FEATURES.values())
     )

@@ -17,7 +17,7 @@ from ..core.snapshot import Snapshot
 from ..model.errors import SystemRefused, what_failed
 from ..model.lazy_dataclass import replace
 from ..model.settings import ListenerSettings, Settings
-from ..system import inherited, pid_file_removal, privileges, spawn
+from ..system import inherited, late_modules, pid_file_removal, privileges, spawn
 from ..system.cpu_quota import Quota, processors
 from ..system.inherited import Inherited
 from ..system.listeners import listener_of
@@ -137,6 +137,8 @@ class Resident:
         if settings.watch or watchers:
             self.watcher = watch_client.FileWatch(settings, runtime)
             self.watcher.start(watchers)
+        for _ in late_modules.pack():
+            supervisor.yield_to_accepts()
         status = supervisor.run()
         if control is not None:
             control.finish()

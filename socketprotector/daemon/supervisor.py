@@ -107,7 +107,7 @@ class Supervisor:
         self._act(Hold, RouteTo)  # before the slow rest, so that clients need not wait for it
         for events in recovery.adopt_workers():
             self.queue.add(events)
-            self._yield_to_accepts()
+            self.yield_to_accepts()
         self._act()
         self.effects.reports.welcome(self.fleet)
         self._working = False
@@ -134,7 +134,7 @@ class Supervisor:
                 self.runtime.persist()
                 acted = bool(self._unfinished)
                 self._act()
-                self._yield_to_accepts()
+                self.yield_to_accepts()
         finally:
             self._working = False
         if acted:
@@ -161,9 +161,9 @@ class Supervisor:
             kind = action.news if isinstance(action, Report) else type(action)
             if kind in _WRITTEN_AT_ONCE:
                 self.runtime.persist()
-            self._yield_to_accepts()
+            self.yield_to_accepts()
 
-    def _yield_to_accepts(self) -> None:
+    def yield_to_accepts(self) -> None:
         """Accept waiting clients, and feed the watchdog, in the middle of long work.
 
         Everything else waits, so that events are handled one after the other.

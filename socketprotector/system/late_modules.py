@@ -7,6 +7,9 @@ in one memfd, compressed: loading it needs no file and no descriptor, but memory
 a reserve.  The memfd also has the late modules of the standard library, and the programs that we
 start later: these as source, because the interpreter may have been replaced.
 
+Compressing takes most of the time, and a program that resumes has clients waiting.  So keep() does
+not compress, and pack() does it once clients are accepted.
+
 The resident process never reads annotations, docstrings or a module's location.  Without them an
 idle protector is 0.4 MB smaller.
 """
@@ -18,12 +21,13 @@ import marshal
 import os
 import sys
 import zlib
+from contextlib import suppress
 from types import FunctionType, ModuleType
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from importlib.machinery import ModuleSpec
+    from collections.abc import Iterator, Mapping, Sequence
+    from importlib.machinery import ModuleSpec, SourceFileLoader
     from typing import Any, ClassVar
 
 _PACKAGE = __name__.partition(".")[0]
@@ -81,14 +85,55 @@ LATE = (
 STDLIB = ("copyreg", "re", "re._casefix", "re._constants", "re._parser", "re._compiler")
 #: The programs in programs/ that the resident process starts (system/helper.py).
 PROGRAMS = ("prober.py", "file_watch.py", "log_relay.py", "release_writer.py")
-#: Program -> descriptor, length and offset of its source.
-_programs: dict[str, tuple[int, int, int]] = {}
-#: For zlib.compressobj(): level, method, bits of the window, memory.  So 0.53 MB become 0.26 MB in
-#: 8 ms; with zlib's defaults 0.24 MB in 30 ms.
-_COMPRESSION = (1, zlib.DEFLATED, 13, 7)
+#: For zlib.compressobj(): level, method, bits of the window, memory.  So 0.72 MB become 0.35 MB in
+#: 12 ms; at level 6, 0.34 MB in 18 ms.
+_COMPRESSION = (4, zlib.DEFLATED, 13, 6)
+#: How much to compress at once.  The buffers for a whole module would also stay in memory.
+_PIECE_BYTES = 4096
+#: What precedes the code in a .pyc file.
+_PYC_HEAD_BYTES = 16
 #: A reserve of untouched address space for a shortage (`ulimit -v`): more than all of LATE needs.
 _RESERVE_BYTES = 2 * 1024 * 1024
 _reserve: list[bytes] = []
+
+
+class _Kept:
+    """A text that is kept in a memfd."""
+
+    __slots__ = ("_fd", "_is_packed", "_length", "_start")
+
+    def __init__(self, fd: int, text: bytes) -> None:
+        """Append the text to a memfd.  Raises OSError."""
+        self._fd, self._start, self._is_packed = fd, os.fstat(fd).st_size, False
+        self._length = _write(fd, text, self._start)
+
+    def read(self) -> bytes:
+        """Return the text.  Raises OSError and MemoryError."""
+        text = os.pread(self._fd, self._length, self._start)
+        return zlib.decompress(text) if self._is_packed else text
+
+    def pack(self, fd: int) -> None:
+        """Move the text to another memfd, compressed.  Raises OSError and MemoryError."""
+        begin, last = os.fstat(fd).st_size, self._start + self._length
+        end, compressor = begin, zlib.compressobj(*_COMPRESSION)
+        for start in range(self._start, last, _PIECE_BYTES):
+            piece = os.pread(self._fd, min(_PIECE_BYTES, last - start), start)
+            end += _write(fd, compressor.compress(piece), end)
+        end += _write(fd, compressor.flush(), end)
+        self._fd, self._start, self._length, self._is_packed = fd, begin, end - begin, True
+
+
+def _write(fd: int, text: bytes, place: int) -> int:
+    """Write to a memfd at this place; return the number of bytes.  Raises OSError."""
+    if os.pwrite(fd, text, place) < len(text):
+        raise OSError(28, "no memory to keep the code of late modules")
+    return len(text)
+
+
+#: The memfd that keep() has made, until pack() has compressed all that is in it.
+_stored: list[int] = []
+#: Program -> its source.
+_programs: dict[str, _Kept] = {}
 
 
 class _Loader(importing.SourceFileLoader):
@@ -102,15 +147,15 @@ class _Loader(importing.SourceFileLoader):
 class _KeptLoader:
     """Loads a module of the standard library from its kept code."""
 
-    def __init__(self, kept: tuple[int, int, int]) -> None:
-        self._kept = kept
+    def __init__(self, kept: _Kept) -> None:
+        self.kept = kept
 
     def create_module(self, spec: ModuleSpec) -> None:
         """Let Python make the module."""
 
     def exec_module(self, module: ModuleType) -> None:
         """Run the module's code."""
-        exec(marshal.loads(_read(*self._kept)), vars(module))
+        exec(marshal.loads(self.kept.read()), vars(module))
 
 
 class Finder:
@@ -163,13 +208,31 @@ def keep() -> None:
             continue  # in an archive: such a module is loaded as usual
         module = _Late(name)
         module.__file__, module.__package__ = spec.origin, parent
-        vars(module)["__kept__"] = _write(kept, marshal.dumps(spec.loader.get_code(name)))
+        vars(module)["__kept__"] = _Kept(kept, _marshalled(spec.loader, name))
         sys.modules[name] = module
     for program in PROGRAMS:
         with open(_path_of(program), "rb") as file:
-            _programs[program] = _write(kept, file.read())
+            _programs[program] = _Kept(kept, file.read())
     _keep_stdlib(kept)
     _fill_reserve()
+    _stored.append(kept)
+
+
+def pack() -> Iterator[None]:
+    """Compress what keep() has kept; yield after each part, so that clients need not wait."""
+    # Without descriptors or memory some code stays as it is, and takes more memory.
+    with suppress(OSError, MemoryError):
+        packed = os.memfd_create("sp.late", os.MFD_CLOEXEC)
+        modules = (sys.modules.get(f"{_PACKAGE}.{each}") for each in LATE)
+        loaders: Any = (each.loader for each in Finder.stdlib.values())
+        for kept in (
+            *(vars(each)["__kept__"] for each in modules if isinstance(each, _Late)),
+            *(loader.kept for loader in loaders),
+            *_programs.values(),
+        ):
+            kept.pack(packed)
+            yield
+        os.close(_stored.pop())
 
 
 def _keep_stdlib(kept: int) -> None:
@@ -179,16 +242,31 @@ def _keep_stdlib(kept: int) -> None:
         if spec is None or not isinstance(spec.loader, importing.SourceFileLoader):
             continue  # frozen, or from an archive
         folder = spec.submodule_search_locations or folder
-        code = marshal.dumps(spec.loader.get_code(name))
-        spec.loader = _KeptLoader(_write(kept, code))  # type: ignore[assignment]
+        code = _Kept(kept, _marshalled(spec.loader, name))
+        spec.loader = _KeptLoader(code)  # type: ignore[assignment]
         Finder.stdlib[name] = spec
+
+
+def _marshalled(loader: SourceFileLoader, name: str) -> bytes:
+    """Return the code of a module, as marshal writes it.
+
+    A valid .pyc file has it so: to load it and write it again took 2 ms of each start.
+    """
+    with suppress(OSError, NotImplementedError):  # Python may have no place for such files
+        stats = loader.path_stats(loader.path)
+        numbers = (0, int(stats["mtime"]), stats["size"])  # 0: valid for a source of these two
+        head = b"".join((each & 0xFFFFFFFF).to_bytes(4, "little") for each in numbers)
+        pyc = loader.get_data(importing.cache_from_source(loader.path))
+        if pyc.startswith(importing.MAGIC_NUMBER + head):
+            return pyc[_PYC_HEAD_BYTES:]
+    return marshal.dumps(loader.get_code(name))
 
 
 def program(name: str) -> tuple[str, bytes]:
     """Return the path and the kept source of one of PROGRAMS.  Raises OSError."""
     path = _path_of(name)
     if name in _programs:
-        return path, _read(*_programs[name])
+        return path, _programs[name].read()
     with open(path, "rb") as file:  # this process has not called keep()
         return path, file.read()
 
@@ -196,20 +274,6 @@ def program(name: str) -> tuple[str, bytes]:
 def _path_of(program: str) -> str:
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     return os.path.join(package, "programs", program)
-
-
-def _write(kept: int, text: bytes) -> tuple[int, int, int]:
-    """Append to the memfd, compressed; return the arguments of _read() for it.  Raises OSError."""
-    compressor, end = zlib.compressobj(*_COMPRESSION), os.fstat(kept).st_size
-    packed = compressor.compress(text) + compressor.flush()
-    if os.pwrite(kept, packed, end) < len(packed):
-        raise OSError(28, "no memory to keep the code of late modules")
-    return kept, len(packed), end
-
-
-def _read(kept: int, length: int, start: int) -> bytes:
-    """Return what was written there.  Raises OSError and MemoryError."""
-    return zlib.decompress(os.pread(kept, length, start))
 
 
 def load_all() -> None:
@@ -225,7 +289,11 @@ def _load(module: ModuleType) -> None:
     before = {**vars(module)}
     for last in (False, True):
         try:
-            exec(marshal.loads(_read(*before["__kept__"])), vars(module))
+            # Not by marshal, because the code of a copied .pyc file names another source.
+            code = importing._compile_bytecode(  # type: ignore[attr-defined]
+                before["__kept__"].read(), module.__name__, None, module.__file__
+            )
+            exec(code, vars(module))
             break
         except BaseException as error:
             vars(module).clear()

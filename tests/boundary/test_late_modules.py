@@ -6,6 +6,7 @@ Each in a process of its own, with a copy of the package that is removed once it
 from __future__ import annotations
 
 import os
+import py_compile
 import shutil
 import subprocess
 import sys
@@ -57,8 +58,24 @@ def run(package: Path, code: str) -> str:
     return ended.stdout
 
 
-def test_each_late_module_is_loaded_without_any_file(package: Path) -> None:
-    code = """
+#: Keeps the code as it is, compressed, or, without a free descriptor, again as it is.
+PACKED = {
+    "stored": "",
+    "packed": "assert [*late_modules.pack()]",
+    "scarce": """
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+assert not [*late_modules.pack()]
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+""",
+}
+
+
+@pytest.mark.parametrize("packed", PACKED)
+def test_each_late_module_is_loaded_without_any_file(package: Path, packed: str) -> None:
+    code = (
+        PACKED[packed]
+        + """
 opened = []
 sys.addaudithook(lambda event, args: opened.append(args) if event == "open" else None)
 before = {*sys.modules}
@@ -70,19 +87,59 @@ for name in LATE:
             + name.replace(".", "/") + ".py", is_loaded(name))
 print(opened, sorted({*sys.modules} - before))
 """
+    )
     *loaded, last = run(package, code).splitlines()
 
     assert loaded == [f"{name} True True" for name in LATE]
     assert last == "[] []"
 
 
-def test_regular_expressions_are_loaded_without_any_file(package: Path) -> None:
-    code = """
+def kept_bytes(package: Path, code: str) -> int:
+    """The size of all memfds of kept code."""
+    measures = """
+folder = "/proc/self/fd/"
+kept = [each for each in os.listdir(folder) if os.path.exists(folder + each)]
+print(sum(os.stat(folder + fd).st_size for fd in kept if "sp.late" in os.readlink(folder + fd)))
+"""
+    return int(run(package, code + measures))
+
+
+def test_packed_code_takes_less_memory(package: Path) -> None:
+    stored = kept_bytes(package, "")
+    shutil.copytree(ROOT / "socketprotector", package / "socketprotector")
+
+    assert 0 < kept_bytes(package, PACKED["packed"]) < 0.6 * stored
+
+
+def test_a_file_of_bytecode_counts_if_it_is_of_this_source(package: Path) -> None:
+    """Python itself compares the same two values: the source's size and time."""
+    source = package / "socketprotector" / "model" / "known_servers.py"
+    code = "from socketprotector.model import known_servers as k\nprint(k.advice, k.__file__)\n"
+    code += "print(k.whence.__code__.co_filename)"
+    whence = source.read_text() + "\ndef whence() -> None: ...\n"
+    for number, text in enumerate((f"{whence}advice = 'old'\n", f"{whence}advice = 'new'\n")):
+        source.write_text(text)
+        os.utime(source, (number, number))
+        if not number:
+            py_compile.compile(str(source), dfile="/elsewhere.py")
+            shutil.copytree(package / "socketprotector", package / "first")
+            assert run(package, code) == f"old {source}\n{source}\n"
+            shutil.copytree(package / "first", package / "socketprotector")
+
+    assert run(package, code) == f"new {source}\n{source}\n"
+
+
+@pytest.mark.parametrize("packed", PACKED)
+def test_regular_expressions_are_loaded_without_any_file(package: Path, packed: str) -> None:
+    code = (
+        PACKED[packed]
+        + """
 opened = []
 sys.addaudithook(lambda event, args: opened.append(args) if event == "open" else None)
 import re
 print(re.compile("(?i)a+|[b-d]").match("AAb")[0], "_sre" in sys.modules, opened)
 """
+    )
     assert run(package, code) == "AA True []\n"
 
 

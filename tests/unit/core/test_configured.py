@@ -221,3 +221,22 @@ def test_a_program_that_resumes_reads_again_what_was_being_read() -> None:
     fleet = Fleet(configured=True, reading=True, served=True)
 
     assert resume(fleet, {}) == (RouteTo(None), ReadSettings())
+
+
+def test_a_number_of_workers_that_the_file_leaves_out_stays_so(configured: Story) -> None:
+    configured.and_also(ReloadRequested(), SettingsRead(Policy()), ScaleRequested(+1))
+
+    assert configured.fleet.candidate == Candidate(Policy())
+
+
+@pytest.mark.parametrize(
+    ("scaled", "workers"), [(ScaleRequested(to=3), 3), (ScaleRequested(-1), 1)]
+)
+def test_scaling_changes_what_the_file_says(
+    story: Story, scaled: ScaleRequested, workers: int
+) -> None:
+    story.given_serving(workers=2)
+    story.fleet = replace(story.fleet, configured=True)
+    story.and_also(ReloadRequested(), SettingsRead(Policy(), 1), scaled)
+
+    assert story.fleet.candidate == Candidate(Policy(), workers)

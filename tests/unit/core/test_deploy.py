@@ -187,3 +187,11 @@ def test_a_deploy_and_a_dry_run_are_refused_while_a_reload_is_queued(story: Stor
         [refused] = story.when(event)
         assert isinstance(refused, Report)
         assert refused.news is ReportKind.REFUSED
+
+
+def test_a_renewal_that_fails_leaves_the_deploy_behind_it_its_release(configured: Story) -> None:
+    configured.and_also(RenewRequested(), ReloadRequested(release="2"))
+
+    configured.and_also(WorkerExited(2, "exited with status 3"))
+
+    assert configured.fleet.release == "2"

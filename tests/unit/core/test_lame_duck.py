@@ -22,6 +22,7 @@ from socketprotector.core.events import (
     BacklogEmptied,
     Deadline,
     Event,
+    HoldReleased,
     HoldRequested,
     LameDuckRequested,
     Launched,
@@ -254,3 +255,18 @@ def test_another_program_waits_anew_for_clients_that_it_does_not_know_of(story: 
     story.given_serving(Policy(lame_duck_s=10.0, lame_duck_idle_s=2.0)).and_also(StopRequested())
 
     assert StartTimer(IDLE, 2.0) in resume(story.fleet, {LAME_DUCK: 4.0, IDLE: 0.5})
+
+
+def test_a_hold_is_begun_and_ended_once(story: Story) -> None:
+    story.given_serving(POLICY)
+    hold = Deadline(TimerKind.HOLD)
+    assert story.when(HoldReleased()) == []
+
+    assert story.when(HoldRequested(3.0)) == [
+        Hold(True),
+        Report(ReportKind.HELD),
+        StartTimer(hold, 3.0),
+    ]
+    assert story.when(HoldRequested(4.0)) == [StartTimer(hold, 4.0)]
+    released = [CancelTimer(hold), Hold(False), Report(ReportKind.RELEASED)]
+    assert story.when(HoldReleased()) == released

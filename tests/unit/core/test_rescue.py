@@ -470,3 +470,12 @@ def test_a_reload_beside_a_failed_generation_begins_where_no_generation_serves(
     story.and_also(ReloadRequested(), ChannelBroken(1), died(3, waiting=0))
 
     assert Report(ReportKind.RELOADING) in story.when(ReloadRequested())
+
+
+def test_a_canary_that_is_queued_behind_what_they_call_off_stays(story: Story) -> None:
+    share = Canary(500, 60.0)
+    story.given_serving(ACCEPT).and_also(ReloadRequested(), ReloadRequested(share))
+
+    story.when(HeldClientsWait())
+
+    assert story.fleet.canary_wanted == share

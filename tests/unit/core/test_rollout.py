@@ -957,3 +957,49 @@ def test_a_stuck_worker_ends_if_its_dead_replacement_is_not_wanted_any_more(stor
     story.when_at_once(ScaleRequested(-1))
 
     assert Signal(1, WorkerSignal.ABRT) in story.when_at_once(WorkerExited(3, DIED))
+
+
+def test_a_replacement_waits_even_where_there_is_room(story: Story) -> None:
+    story.given_serving(rolling(2)).and_also(ReloadRequested())
+    assert sum(1 for _ in story.fleet.alive()) < story.fleet.most_processes
+
+    assert spawned(story.when(ReplaceRequested(1, "too old"))) == []
+
+
+def test_an_old_worker_that_dies_before_the_switch_is_replaced(story: Story) -> None:
+    story.given_serving(rolling(2)).and_also(ReloadRequested())
+
+    assert spawned(story.when(WorkerExited(1, DIED, served_s=20.0))) == [3]
+
+
+def test_a_stuck_worker_of_an_older_generation_leaves_the_canary_alone(story: Story) -> None:
+    story.given_serving().and_also(ReloadRequested(), WorkerReady(2))
+    story.and_also(ReloadRequested(FIVE), WorkerReady(3))
+
+    actions = story.when(ReplaceRequested(1, "silent", hung=True))
+
+    assert news(actions) == [(ReportKind.REPLACING, "silent")]
+    assert story.settling == {3}
+
+
+def test_a_stuck_worker_of_a_plain_settling_fails_it_by_its_exit(story: Story) -> None:
+    story.given_serving(Policy(settle_s=5.0)).and_also(ReloadRequested(), WorkerReady(2))
+
+    actions = story.when(ReplaceRequested(2, "silent", hung=True))
+
+    assert news(actions) == [(ReportKind.REPLACING, "silent")]
+
+
+def test_a_worker_that_leaves_a_canary_too_slowly_does_not_fail_it(story: Story) -> None:
+    story.given_serving(Policy(settle_s=5.0, drain_timeout_s=9.0), workers=2)
+    story.and_also(ReloadRequested(FIVE), WorkerReady(3), WorkerReady(4), ScaleRequested(-1))
+
+    actions = story.when_over(TimerKind.WORKER_RETIRE, 4)
+
+    assert (news(actions), story.settling) == ([], {2})
+
+
+def test_a_canary_whose_start_fails_leaves_nothing(story: Story) -> None:
+    story.given_serving().and_also(ReloadRequested(FIVE), WorkerExited(2, DIED))
+
+    assert story.fleet.rollout is None

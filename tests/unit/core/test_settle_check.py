@@ -139,3 +139,9 @@ def test_another_program_asks_anew(settling: Story) -> None:
 
     settling.when_over(TimerKind.SETTLE, 2)
     assert CheckSettling(2) not in resume(settling.fleet, {})
+
+
+def test_one_that_serves_is_checked_no_more(settling: Story) -> None:
+    settling.when_over(TimerKind.SETTLE, 2)
+
+    assert not settling.fleet[2].checked

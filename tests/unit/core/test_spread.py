@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from socketprotector.core.actions import Action, Drain, EndEvenly, Retire
 from socketprotector.core.decide import resume
 from socketprotector.core.events import (
     BacklogEmptied,
+    ChannelBroken,
     Launched,
     Quiesced,
     ReloadRequested,
     ReplaceRequested,
     ScaleRequested,
+    SettingsRead,
     StopRequested,
     TimerKind,
     WorkerReady,
@@ -122,3 +126,33 @@ def test_the_next_program_orders_it_again(story: Story) -> None:
 
     assert orders(list(actions)) == [EndEvenly(1, 0, 6.0)]
     assert TimerKind.DRAIN in [each.wait for each in story.fleet.timers]
+
+
+def test_a_generation_that_breaks_has_the_time_of_all_its_workers(story: Story) -> None:
+    policy = Policy(surge=1, drain_spread_s=6.0, drain_timeout_s=9.0)
+    story.given_serving(policy, workers=4)
+
+    assert orders(story.when(ChannelBroken(1))) == [EndEvenly(1, 0, 6.0)]
+
+
+def test_a_reload_may_read_the_time_for_the_workers_it_replaces(story: Story) -> None:
+    story.given_serving(Policy(surge=1), workers=4)
+    story.fleet = replace(story.fleet, configured=True)
+    story.and_also(ReloadRequested())
+    story.and_also(SettingsRead(Policy(surge=1, drain_spread_s=6.0)))
+
+    [order] = orders(story.when(WorkerReady(5)))
+
+    assert (order.worker > 0, order.seconds) == (True, 1.5)
+
+
+def test_a_stop_within_a_second_is_spread_too(story: Story) -> None:
+    story.given_serving(Policy(stop_spread_s=1.0)).and_also(ReloadRequested(), WorkerReady(2))
+
+    assert orders(story.when(StopRequested())) == [EndEvenly(1, 0, 1.0)]
+
+
+def test_a_quick_stop_gives_a_draining_generation_no_other_time(story: Story) -> None:
+    story.given_serving(BOTH).and_also(ReloadRequested(), WorkerReady(2))
+
+    assert EndEvenly(1, 0, 3.0) not in story.when(StopRequested(quick=True))

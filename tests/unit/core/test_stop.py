@@ -13,6 +13,7 @@ from socketprotector.core.actions import (
     Drain,
     Exit,
     Open,
+    Quiesce,
     ReadSettings,
     Release,
     Report,
@@ -473,3 +474,56 @@ def test_a_reload_while_stopping_is_refused(story: Story) -> None:
     assert story.when(ReloadRequested()) == [
         Report(ReportKind.REFUSED, reason="cannot reload: a stop is in progress")
     ]
+
+
+ACCEPT = Policy(workers_accept=True, drain_timeout_s=9.0)
+
+
+def test_a_quick_stop_while_settling_waits_for_no_last_clients(story: Story) -> None:
+    story.given_serving(replace(ACCEPT, settle_s=5.0)).and_also(ReloadRequested(), WorkerReady(2))
+
+    assert not any(isinstance(each, Quiesce) for each in story.when(StopRequested(quick=True)))
+
+
+def test_only_the_stop_limits_what_drains_during_it(story: Story) -> None:
+    story.given_serving(ACCEPT).and_also(ReloadRequested(), WorkerReady(2), StopRequested())
+
+    assert story.when(Quiesced(1)) == [Drain(1)]
+    assert story.when(Quiesced(1)) == []
+
+
+def test_a_stop_ends_no_generation_for_being_one_too_many(story: Story) -> None:
+    story.given_serving(Policy(max_draining=1)).and_also(ReloadRequested(), WorkerReady(2))
+
+    assert story.and_also(StopRequested()).when(BacklogEmptied()) == [RouteTo(None), Drain(2)]
+
+
+def test_without_a_hold_a_stop_does_not_wait_where_workers_accept(story: Story) -> None:
+    story.given_serving(ACCEPT)
+
+    assert CloseListeners(quick=False) in story.when_at_once(StopRequested())
+
+
+def test_in_a_crash_loop_of_all_workers_a_stop_spawns_one(story: Story) -> None:
+    story.given_serving(workers=2)
+    while story.fleet[1].alive:
+        story.and_also(WorkerExited(story.fleet[1].alive[0].number, CRASHED))
+
+    actions = story.and_also(StopRequested()).when(BacklogEmptied())
+
+    assert len([each for each in actions if isinstance(each, Spawn)]) == 1
+
+
+def test_a_backlog_that_is_empty_after_a_quick_stop_changes_nothing(story: Story) -> None:
+    story.given_serving().and_also(StopRequested(quick=True))
+
+    assert story.when(BacklogEmptied()) == []
+
+
+@pytest.mark.parametrize("lame_duck_s", [0.0, 9.0])
+def test_listeners_that_are_lost_during_a_stop_are_no_failure(
+    story: Story, lame_duck_s: float
+) -> None:
+    story.given_serving(Policy(lame_duck_s=lame_duck_s)).and_also(StopRequested(), ListenersLost())
+
+    assert story.fleet.exit_status == 0

@@ -18,6 +18,7 @@ from socketprotector.core.actions import (
 )
 from socketprotector.core.events import (
     Deadline,
+    KillRequested,
     Launched,
     ReloadRequested,
     ReplaceRequested,
@@ -421,7 +422,8 @@ def test_one_that_hangs_does_not_outlive_a_replacement_that_comes_to_nothing(sto
     """The generation drains meanwhile, so no other worker is started."""
     story.given_serving()
     replaced(story, hung=True)
-    story.and_also(ReloadRequested(), WorkerReady(3))
+    story.and_also(ReloadRequested())
+    assert Signal(1, WorkerSignal.ABRT) not in story.when(WorkerReady(3))
 
     assert Signal(1, WorkerSignal.ABRT) in story.when(WorkerExited(2, "exited with status 0"))
 
@@ -443,3 +445,162 @@ def test_what_drains_already_needs_no_replacement_and_is_not_reported_each_secon
     assert story.draining == {1}
 
     assert story.when(ReplaceRequested(1, OLD)) == []
+
+
+def test_the_exit_of_a_worker_that_has_not_been_started_is_nothing(story: Story) -> None:
+    story.given_serving().and_also(*(WorkerExited(number, CRASHED) for number in (1, 2, 3)))
+    assert not story.fleet[1].alive
+
+    assert story.when(WorkerExited(4, CRASHED)) == []
+
+
+# -- processes that a worker has left behind -----------------------------------------
+
+
+def signals(actions: list[Action]) -> list[Signal]:
+    return [each for each in actions if isinstance(each, Signal)]
+
+
+def test_the_end_of_what_a_worker_left_is_no_exit_of_a_worker(story: Story) -> None:
+    story.given_serving()
+    story.and_also(WorkerExited(1, CRASHED, served_s=60.0, orphans=True), WorkerReady(2))
+
+    assert story.when(WorkerExited(1, "gone")) == []
+
+
+def test_what_a_worker_left_amid_a_quick_stop_gets_term_too(story: Story) -> None:
+    story.given_serving().and_also(StopRequested(quick=True))
+
+    actions = story.when(WorkerExited(1, CRASHED, orphans=True))
+
+    assert actions == [Signal(1, WorkerSignal.TERM)]
+
+
+def test_what_a_worker_left_that_never_became_ready_is_ended(story: Story) -> None:
+    story.given_serving().and_also(WorkerExited(1, CRASHED, served_s=60.0))
+
+    actions = story.when(WorkerExited(2, CRASHED, orphans=True))
+
+    assert signals(actions) == [Signal(2, WorkerSignal.TERM)]
+    assert StartTimer(Deadline(TimerKind.WORKER_KILL, 2), 5.0) in actions
+
+
+def test_what_a_worker_left_that_was_signalled_is_ended(story: Story) -> None:
+    story.given_serving(workers=2).and_also(ScaleRequested(-1))
+    story.and_also(ReplaceRequested(2, OLD, hung=True))
+
+    actions = story.when(WorkerExited(2, CRASHED, orphans=True))
+
+    assert signals(actions) == [Signal(2, WorkerSignal.TERM)]
+    assert StartTimer(Deadline(TimerKind.WORKER_KILL, 2), 5.0) in actions
+
+
+def test_what_a_failed_generation_left_gets_the_signals_of_the_generation(story: Story) -> None:
+    story.given_serving().and_also(ReloadRequested())
+
+    actions = story.when(WorkerExited(2, CRASHED, orphans=True))
+
+    assert signals(actions) == [Signal(2, WorkerSignal.TERM)]
+    assert Deadline(TimerKind.WORKER_KILL, 2) not in story.fleet.timers
+
+
+def test_living_workers_are_no_groups_of_dead_ones(story: Story) -> None:
+    story.given_serving(workers=2)
+    for number in range(2, 2 + MOST_ORPHANS):
+        done = story.when(WorkerExited(number, CRASHED, served_s=60.0, orphans=True))
+        assert Retire(number) in done
+        assert not signals(done)
+        story.when(WorkerReady(number + 1))
+
+
+# -- limits ---------------------------------------------------------------------------
+
+
+def test_a_limit_of_one_second_is_a_limit(story: Story) -> None:
+    policy = Policy(drain_timeout_s=1.0, lame_duck_s=1.0, lame_duck_idle_s=1.0)
+    story.given_serving(policy, workers=2)
+    assert StartTimer(Deadline(TimerKind.WORKER_RETIRE, 2), 1.0) in scaled(story, -1)
+
+    story.and_also(ReloadRequested())
+    assert StartTimer(Deadline(TimerKind.DRAIN, 1), 1.0) in story.when(WorkerReady(3))
+
+    actions = story.when(StopRequested())
+    assert StartTimer(Deadline(TimerKind.LAME_DUCK), 1.0) in actions
+    assert StartTimer(Deadline(TimerKind.LAME_DUCK_IDLE), 1.0) in actions
+
+
+def test_a_request_for_time_extends_the_limits_of_its_generation(story: Story) -> None:
+    story.given_serving(Policy(drain_timeout_s=9.0), workers=2).and_also(ReloadRequested())
+    start = Deadline(TimerKind.START, 2)
+    assert story.when(TimeExtended(3, 30.0)) == [StartTimer(start, 30.0, extend=True)]
+
+    story.and_also(WorkerReady(3), WorkerReady(4))
+    drain = Deadline(TimerKind.DRAIN, 1)
+    assert story.when(TimeExtended(2, 30.0)) == [StartTimer(drain, 30.0, extend=True)]
+
+
+def test_a_worker_that_has_term_gets_no_second_one_when_it_is_too_slow(story: Story) -> None:
+    story.given_serving().and_also(WorkerExited(1, CRASHED, served_s=60.0))
+    story.and_also(StopRequested(quick=True))
+
+    assert story.when_over(TimerKind.WORKER_START, 2) == []
+
+
+# -- ended by an operator -------------------------------------------------------------
+
+
+def test_an_operator_may_kill_only_what_is_leaving(story: Story) -> None:
+    story.given_serving(workers=2)
+    reason = "`kill` takes only draining or failed generations, not {}; see `status`"
+    for number in (1, 77):
+        refused = Report(ReportKind.REFUSED, number, reason.format(number))
+        assert story.when(KillRequested(number)) == [refused]
+
+    story.and_also(ReloadRequested(), WorkerExited(3, CRASHED))
+    assert story.when(KillRequested(2)) == [Signal(4, WorkerSignal.KILL)]
+
+    story.and_also(ReloadRequested(), WorkerReady(5), WorkerReady(6))
+    assert story.draining == {1}
+    killed = [Signal(1, WorkerSignal.KILL), Signal(2, WorkerSignal.KILL)]
+    assert story.when(KillRequested(1)) == killed
+
+
+# -- stuck ----------------------------------------------------------------------------
+
+
+def test_one_that_starts_cannot_be_stuck_yet(story: Story) -> None:
+    story.given_serving().and_also(WorkerExited(1, CRASHED, served_s=60.0))
+    before = story.fleet
+
+    assert story.when(ReplaceRequested(2, OLD, hung=True)) == []
+    assert story.fleet == before
+
+
+def test_in_a_stop_only_one_that_hangs_is_ended(story: Story) -> None:
+    story.given_serving().and_also(StopRequested())
+
+    assert story.when(ReplaceRequested(1, OLD)) == []
+    assert Signal(1, WorkerSignal.ABRT) in story.when(ReplaceRequested(1, OLD, hung=True))
+
+
+def test_a_replacement_that_is_ready_in_a_draining_generation_ends_none(story: Story) -> None:
+    """The older worker finishes its connections, as all of its generation do."""
+    story.given_serving()
+    story.and_also(ReplaceRequested(1, OLD), ReloadRequested(), WorkerReady(3))
+    assert story.draining == {1}
+
+    assert story.when(WorkerReady(2)) == [CancelTimer(Deadline(TimerKind.WORKER_START, 2))]
+
+
+@pytest.mark.parametrize("hung", [False, True])
+def test_one_whose_replacement_is_never_started_is_ended_only_if_it_hangs(
+    story: Story, hung: bool
+) -> None:
+    story.given_serving()
+    replaced(story, hung=hung)
+    for number in (2, 3, 4):
+        story.and_also(WorkerExited(number, CRASHED))
+    assert Deadline(TimerKind.WORKER_RESPAWN, 5) in story.fleet.timers
+    story.and_also(ReloadRequested())
+
+    assert (Signal(1, WorkerSignal.ABRT) in story.when(WorkerReady(6))) == hung

@@ -31,6 +31,9 @@ from tests.running import (
     eventually,
     wait_gone,
 )
+from tests.scenarios.releases import COMMAND, Releases
+from tests.scenarios.tools import pid_in
+from tests.unit.ctl.conftest import run as ctl_run
 
 SCRIPT = ROOT / "init.d" / "socketprotector"
 SHELLS = [shell for shell in ("dash", "bash") if shutil.which(shell)] or ["sh"]
@@ -513,6 +516,33 @@ def test_a_restart_whose_upgrade_or_reload_fails_says_so_and_the_old_one_serves_
     assert machine.run("restart") in (0, 1)  # whether it can be told from the one before
     machine.program.write_text(whole)
     assert worker_of(address)
+
+
+def test_a_restart_and_a_start_take_the_release_that_was_proved_last(machine: Machine) -> None:
+    releases = Releases(machine.root / "srv")
+    machine.configure(command=COMMAND[0], OPTIONS=" ".join(releases.options))
+    address = machine.start()
+    control = ("--control", str(machine.run_directory() / "control"))
+
+    def found() -> tuple[str, str]:
+        pid = pid_in(ask(address))
+        return environment_of(pid)["SOCKETPROTECTOR_RELEASE"], releases.named
+
+    assert found() == ("1", "1")
+    assert ctl_run(*control, "deploy", "2").status == 0
+    assert ctl_run(*control, "deploy", "3").status == 0
+    assert ctl_run(*control, "deploy", "bad").status == 3
+    assert machine.run("restart") == 0
+    assert "upgraded: pid " in machine.output
+    assert found() == ("3", "3")
+    assert ctl_run(*control, "rollback").status == 0
+    assert found() == ("2", "2")
+    assert machine.run("reload") == 0
+    assert machine.run("stop") == 0
+    address = machine.start()
+    assert found() == ("2", "2")
+    assert ctl_run(*control, "rollback", "--expect", "2").status == 0
+    assert found() == ("1", "1")
 
 
 @pytest.mark.parametrize("changed", ["options", "environment", "no tool", "no control"])

@@ -7,13 +7,16 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests import needs
 from tests.procfs import children_of, state_of, wake_ups
 from tests.running import Client, Protector, ask, eventually
+from tests.scenarios.releases import COMMAND, Releases
 from tests.scenarios.tools import pid_in, worker
+from tests.unit.ctl.conftest import run
 
 #: A namespace of its own, in which it is PID 1; it ends with its maker.
 CONTAINER = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -223,3 +226,24 @@ def test_orphans_that_have_ended_and_are_never_reaped_count_as_gone(start: Start
     os.kill(pid, signal.SIGTERM)
     assert daemon.wait() == 0
     assert daemon.log.count("signal=KILL") == 0
+
+
+@IN_CONTAINER
+def test_the_next_container_starts_the_release_that_the_last_one_has_proved(
+    start: Start, tmp_path: Path
+) -> None:
+    releases, control = Releases(tmp_path / "volume"), str(tmp_path / "control")
+    words = ("--control", control, *releases.options, "127.0.0.1:0", "--", *COMMAND)
+    first = start(CONTAINER, *words).ready()
+    for name in ("2", "3"):
+        assert run("--control", control, "deploy", name).status == 0
+    assert run("--control", control, "deploy", "bad").status == 3
+    assert run("--control", control, "rollback").status == 0
+
+    first.process.kill()  # with all of its namespace
+    first.process.wait()
+
+    assert releases.named == "2"
+    start(CONTAINER, *words).log.wait_for(r"event=ready generation=1 release=2\b")
+    found = run("--control", control, "rollback")  # the history is on the volume, too
+    assert (found.status, releases.named) == (0, "1"), found

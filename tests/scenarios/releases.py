@@ -88,6 +88,13 @@ def way(releases: Releases) -> list[str]:
     return found
 
 
+def entries(releases: Releases) -> list[dict[str, object]]:
+    """What was tried, as it is on disk."""
+    history = json.loads((releases.live / "current.history").read_text())
+    found: list[dict[str, object]] = history["entries"]
+    return found
+
+
 def saved(one: Operated) -> None:
     """Wait until `current` and the history are on disk."""
     eventually(lambda: bool(one.status()["releases"]["saved"]), "current on disk")

@@ -12,15 +12,26 @@ from pathlib import Path
 import pytest
 
 from tests.procfs import command_line_of, environment_of
-from tests.running import ask, eventually
+from tests.running import Protector, ask, eventually
 from tests.scenarios.adopting import at_rest, kill_protector, revived, upgrade
 from tests.scenarios.operating import MANY, Operated, Operating
-from tests.scenarios.releases import COMMAND, Releases, ctl, deployed, saved, serving, starts, way
+from tests.scenarios.releases import (
+    COMMAND,
+    Releases,
+    ctl,
+    deployed,
+    entries,
+    saved,
+    serving,
+    starts,
+    way,
+)
 from tests.scenarios.running_ctl import Running
 from tests.scenarios.tools import EITHER_HANDOFF, Gate, pid_in, worker
 
 Web = Callable[..., Operated]
 Beside = Callable[..., Running]
+Deploying = Callable[..., tuple[Operated, Running, Gate]]
 
 
 @pytest.fixture
@@ -52,6 +63,24 @@ def beside() -> Iterator[Beside]:
     yield start
     for each in started:
         each.end()
+
+
+@pytest.fixture
+def deploying(web: Web, releases: Releases, tmp_path: Path, beside: Beside) -> Deploying:
+    """Start a protector that deploys a release, which is ready when its gate is open.
+
+    deploying(*options) returns both, and the gate.
+    """
+
+    def start(*options: str | Path) -> tuple[Operated, Running, Gate]:
+        gate = Gate(tmp_path / "gate")
+        releases.add("gated", *worker("ready_at_gate", gate.path))
+        one = web(*options)
+        running = beside(one, "deploy", "gated")
+        starts(one, 2)
+        return one, running, gate
+
+    return start
 
 
 # -- a deploy -----------------------------------------------------------------------------
@@ -254,14 +283,8 @@ def test_a_deploy_while_current_names_another_needs_force(web: Web, releases: Re
     one.daemon.stop()
 
 
-def test_a_remembered_reload_finds_current_moved(
-    web: Web, releases: Releases, tmp_path: Path, beside: Beside
-) -> None:
-    one = web()
-    gate = Gate(tmp_path / "gate")
-    releases.add("gated", *worker("ready_at_gate", gate.path))
-    running = beside(one, "deploy", "gated")
-    starts(one, 2)
+def test_a_remembered_reload_finds_current_moved(deploying: Deploying, releases: Releases) -> None:
+    one, running, gate = deploying()
     one.daemon.signal(signal.SIGHUP)
     one.until("reload_wanted", True)
 
@@ -312,6 +335,132 @@ def test_a_current_that_is_moved_during_a_reload_stays_and_that_is_said(
     assert (serving(one), releases.named) == ("3", "3")
     assert way(releases) == ["1", "2", "3"]
     one.daemon.stop()
+
+
+# -- what a deploy meets ----------------------------------------------------------------------
+
+
+def test_a_deploy_is_refused_while_a_reload_is_in_progress(
+    web: Web, releases: Releases, beside: Beside
+) -> None:
+    one = web("--settle", "1h")
+    one.daemon.signal(signal.SIGHUP)
+    one.until("route", 2)
+
+    ended = ctl(one, "deploy", "2")
+
+    assert (ended.status, ended.err) == (
+        6,
+        "socketprotectorctl: a reload of 1 is in progress (generation 2); wait for it, or "
+        "`rollback`\n",
+    )
+    assert ctl(one, "promote").status == 0
+    one.daemon.log.wait_for("event=reloaded generation=2")
+    running = beside(one, "deploy", "2")
+    one.until("route", 3)
+    assert ctl(one, "promote").status == 0
+    assert running.wait() == 0
+    one.daemon.stop()
+
+
+def test_an_upgrade_during_a_deploy_goes_on_with_it(
+    deploying: Deploying, releases: Releases
+) -> None:
+    one, running, gate = deploying()
+
+    assert "resumed" in upgrade(one.daemon)
+    gate.stay_open()
+
+    assert running.wait() == 0, running.err.text()
+    assert (serving(one), releases.named, way(releases)) == ("gated", "gated", ["1", "gated"])
+    one.daemon.stop()
+
+
+def test_a_scale_during_a_deploy_is_for_the_release(
+    deploying: Deploying, releases: Releases
+) -> None:
+    one, running, gate = deploying()
+
+    assert ctl(one, "scale", "2").status == 0
+    gate.stay_open()
+
+    assert running.wait() == 0, running.err.text()
+    assert len(one.pids(2)) == 2
+    assert (serving(one), releases.named) == ("gated", "gated")
+    one.daemon.stop()
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_during_a_deploy_leaves_current(
+    deploying: Deploying, releases: Releases, sign: signal.Signals
+) -> None:
+    one, running, gate = deploying()
+
+    one.daemon.signal(sign)
+
+    assert one.daemon.wait() == 0
+    assert running.wait() in (1, 3), running.err.text()
+    assert releases.named == "1"
+    assert [each["release"] for each in entries(releases)] == ["1"]
+    gate.stay_open()
+
+
+def test_a_deploy_during_a_hold_moves_current_when_the_hold_is_over_or_before(
+    web: Web, releases: Releases
+) -> None:
+    one = web()
+    assert ctl(one, "hold", "--for", "1h").status == 0
+
+    ended = ctl(one, "deploy", "2")
+
+    assert (ended.status, releases.named) == (0, "2"), ended
+    assert ctl(one, "release").status == 0
+    assert serving(one) == "2"
+    one.daemon.stop()
+
+
+def test_a_deploy_may_add_and_remove_listeners_and_a_bad_one_does_not(
+    protector: Callable[..., Protector],
+    place: Path,
+    releases: Releases,
+    tmp_path: Path,
+    free_port: Callable[[], int],
+) -> None:
+    old, new = ("127.0.0.1", free_port()), ("127.0.0.1", free_port())
+    config = tmp_path / "web.toml"
+    config.write_text(f"listen = '127.0.0.1:{old[1]}'\n")
+    words = ("--control", place, "--config", config, *releases.options, "--", *COMMAND)
+    one = Operated(protector(*words), place)
+    one.line()
+    one.until("phase", "serving")
+    config.write_text(f"listen = '127.0.0.1:{new[1]}'\n")
+
+    assert ctl(one, "deploy", "bad").status == 3
+
+    with pytest.raises(ConnectionRefusedError):
+        ask(new)
+    assert pid_in(ask(old)) in one.pids(1)
+    deployed(one, "2")
+    assert environment_of(pid_in(ask(new)))["SOCKETPROTECTOR_RELEASE"] == "2"
+    with pytest.raises(ConnectionRefusedError):
+        ask(old)
+    assert releases.named == "2"
+    one.daemon.stop()
+    one.end()
+
+
+def test_a_killed_guard_ends_no_deploy(deploying: Deploying, releases: Releases) -> None:
+    one, running, gate = deploying("--guard")
+
+    os.kill(one.daemon.pid, signal.SIGKILL)
+    one.daemon.log.wait_for("event=guard-died")
+    gate.stay_open()
+
+    assert running.wait() == 0, running.err.text()
+    assert (serving(one), releases.named) == ("gated", "gated")
+    assert ctl(one, "rollback").status == 0
+    assert releases.named == "1"
+    assert ctl(one, "stop").status == 0
 
 
 # -- rollback ---------------------------------------------------------------------------------
@@ -374,14 +523,8 @@ def test_a_mistake_in_the_configuration_is_no_failure_of_the_release(
     one.daemon.stop()
 
 
-def test_rollback_ends_a_deploy(
-    web: Web, releases: Releases, tmp_path: Path, beside: Beside
-) -> None:
-    one = web()
-    gate = Gate(tmp_path / "gate")
-    releases.add("gated", *worker("ready_at_gate", gate.path))
-    running = beside(one, "deploy", "gated")
-    starts(one, 2)
+def test_rollback_ends_a_deploy(deploying: Deploying, releases: Releases) -> None:
+    one, running, gate = deploying()
 
     wrong = ctl(one, "rollback", "--expect", "1")
     right = ctl(one, "rollback", "--expect", "gated")
@@ -414,12 +557,8 @@ def test_without_releases_there_is_nothing_to_go_back_to(operated: Operating) ->
 # -- scripts -----------------------------------------------------------------------------------
 
 
-def test_two_deploys_at_once(web: Web, releases: Releases, tmp_path: Path, beside: Beside) -> None:
-    one = web()
-    gate = Gate(tmp_path / "gate")
-    releases.add("gated", *worker("ready_at_gate", gate.path))
-    running = beside(one, "deploy", "gated")
-    starts(one, 2)
+def test_two_deploys_at_once(deploying: Deploying, releases: Releases) -> None:
+    one, running, gate = deploying()
 
     for words in (("deploy", "3"), ("deploy", "3", "--dry-run"), ("deploy", "gated")):
         ended = ctl(one, *words)
@@ -565,14 +704,8 @@ def test_another_protector_follows_at_its_reload(
     other.daemon.stop()
 
 
-def test_a_killed_ctl_changes_nothing(
-    web: Web, releases: Releases, tmp_path: Path, beside: Beside
-) -> None:
-    one = web()
-    gate = Gate(tmp_path / "gate")
-    releases.add("gated", *worker("ready_at_gate", gate.path))
-    running = beside(one, "deploy", "gated")
-    starts(one, 2)
+def test_a_killed_ctl_changes_nothing(deploying: Deploying, releases: Releases) -> None:
+    one, running, gate = deploying()
 
     running.process.kill()
     gate.stay_open()
@@ -604,13 +737,9 @@ def test_after_a_power_cut_what_was_proved_starts(
 
 
 def test_a_killed_protector_goes_on_with_the_deploy(
-    web: Web, releases: Releases, tmp_path: Path, beside: Beside
+    deploying: Deploying, releases: Releases
 ) -> None:
-    one = web("--guard")
-    gate = Gate(tmp_path / "gate")
-    releases.add("gated", *worker("ready_at_gate", gate.path))
-    running = beside(one, "deploy", "gated")
-    starts(one, 2)
+    one, running, gate = deploying("--guard")
     at_rest(one.daemon)  # the guard has what was made
 
     mark = kill_protector(one.daemon)

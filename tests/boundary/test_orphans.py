@@ -160,7 +160,7 @@ def test_the_end_of_the_processes_of_an_address_is_reported_once_they_are_gone(
     with (
         looks(loop, log, 3600.0) as (found, _),
         subprocess.Popen(
-            ["/bin/sh", "-c", "trap 'read x; exit' TERM; echo; while :; do sleep 0.01; done"],
+            ["/bin/sh", "-c", "trap 'read x; exit 0' TERM; echo; while :; do sleep 0.01; done"],
             env={"NOTIFY_SOCKET": ADDRESS, "PATH": os.environ["PATH"]},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -61,6 +61,7 @@ _FAMILIES: tuple[tuple[Any, ...], ...] = (
     (Gauge, "guarded", "1 under --guard."),
     (Gauge, "generations", "Generations in each phase.", "phase"),
     (Gauge, "workers", "Workers in each state, of all generations.", "state"),
+    (Gauge, "child_processes", "Forked children of workers."),
     (Gauge, "workers_wanted", "Workers that the serving generation should have."),
     (Gauge, "rollout_stage", "1 for the stage of the rollout in progress.", "stage"),
     (Gauge, "rollout_share_ratio", "Share of new connections for the new generation, 0 to 1."),
@@ -174,6 +175,8 @@ class MetricSet:
         self._put_each("generations", instance, GENERATION_PHASES, generations)
         workers = [each for one in generations for each in listed(one, "workers")]
         self._put_each("workers", instance, STATES, workers, "state")
+        forked = sum(len(listed(each, "processes")) for each in workers)
+        self._put("child_processes", instance, float(forked))
         self._add_rollout(instance, status)
         releases = status.get("releases")
         if isinstance(releases, dict) and (serving := label(releases, "serving")):

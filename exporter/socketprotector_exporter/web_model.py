@@ -6,7 +6,8 @@ Pure: times are arguments, and everything returned is JSON.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from socketprotector.ctl.api import (
@@ -30,7 +31,7 @@ from socketprotector.ctl.api import (
 from .web_series import SPARKLINES, History, Key, Window, key_of, rounded
 from .web_text import cut, event_line, line, verdict_of
 
-#: The workers that are drawn; further ones are only counted.
+#: The workers and forked children that are drawn; further workers are only counted.
 CELLS = 96
 #: The ending generations that are drawn; older ones are only counted, to keep a card short.
 ENDING_LANES = 4
@@ -195,7 +196,7 @@ class Instance:
             "p99": quantile_us(waits, 0.99),
             "ready": sum(label(each, "state") in ("ready", "retiring") for each in workers),
             "size": len(workers),
-            "workers": [_cell(each) for each in workers[:CELLS]],
+            "workers": list(islice(_cells(workers), CELLS)),
             "drain": self._drain(key, generation, workers, drains=phase == "draining"),
         }
 
@@ -356,6 +357,15 @@ def _health(status: Status) -> str:
         return ""
     state = text_in(health, "state")
     return state if state in ("healthy", "unhealthy") else "unknown"
+
+
+def _cells(workers: Iterable[Status]) -> Iterator[list[Any]]:
+    """Yield the cell of each worker, followed by those of its forked children."""
+    for each in workers:
+        yield _cell(each)
+        for child in listed(each, "processes"):
+            number = f"{number_in(each, 'number')}.{number_in(child, 'number')}"
+            yield [number, number_in(child, "pid"), "child", measure(child, "active"), ""]
 
 
 def _cell(worker: Status) -> list[Any]:

@@ -187,7 +187,7 @@ function drawWorkers(box, lane) {
   box.hidden = !lane.size;
   text(box.querySelector(".size"), `${number(lane.size)} ${lane.size === 1 ? "worker" : "workers"}`);
   const cells = box.querySelector(".cells");
-  const rest = lane.size - lane.workers.length;
+  const rest = lane.size - lane.workers.filter(([, , state]) => state !== "child").length;
   while (cells.children.length > lane.workers.length) cells.lastElementChild.remove();
   lane.workers.forEach(([, , state, active], place) => {
     const cell = cells.children[place] && cells.children[place].tagName === "I" ? cells.children[place] : null;

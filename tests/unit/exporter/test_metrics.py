@@ -105,6 +105,14 @@ def test_a_status_becomes_metrics() -> None:
     assert seen.value("serving") == 1
 
 
+def test_forked_children_are_counted() -> None:
+    forked = worker(2, processes=[{"number": 0, "pid": 9}, {"number": 1, "pid": 10}])
+    seen = Collected().see(status(generation(8, "serving", forked, worker(3))))
+
+    assert seen.value("child_processes") == 2
+    assert seen.value("workers", state="ready") == 2
+
+
 def test_a_lame_duck_serves() -> None:
     seen = Collected().see(status(lame_duck="stopping", phase="stopping"))
 

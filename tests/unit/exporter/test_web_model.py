@@ -85,6 +85,19 @@ def test_a_status_becomes_a_card(seen: Seen) -> None:
     assert seen.lane(7)["since"] == 150.0
 
 
+def test_forked_children_have_cells_behind_their_worker(seen: Seen) -> None:
+    child = {"number": 0, "pid": 4713, "active": 2}
+    seen.see(status(generation(8, "serving", worker(2, processes=[child]), worker(3))))
+
+    lane = seen.lane(8)
+    assert lane["size"] == 2
+    assert [each[:4] for each in lane["workers"]] == [
+        [2, 4712, "ready", 1],
+        ["2.0", 4713, "child", 2],
+        [3, 4712, "ready", 1],
+    ]
+
+
 def test_of_many_generations_that_drain_the_newest_are_lanes(seen: Seen) -> None:
     draining = [generation(number, "draining", active=1) for number in range(2, 60)]
     shown = seen.see(status(generation(1, active=2), *draining, generation(60, "starting")))

@@ -1,8 +1,8 @@
 """The forked children of a SocketServer's parent: forking, signals, reaping and replacing.
 
-The parent waits for signals with sigtimedwait, and has no handler.  So the parent never forks
-in the middle of other work, and misses no early signal.  A child that changes its state sends its
-parent SIGCHLD, as the kernel does at its end.
+The parent waits for signals, and its handlers do nothing.  So the parent never forks in the
+middle of other work.  A child that changes its state sends its parent SIGCHLD, as the kernel does
+at its end.
 """
 
 from __future__ import annotations
@@ -18,14 +18,12 @@ from . import child_output, prefork, wire
 from .log import Logger
 from .sd_notify import notify
 from .seat import LEAVING, MOST, READY, STARTING, Seats
+from .signals import SignalWait
 from .worker import current
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Callable, Dict, Optional, Set, Union
-
-    #: A signal mask as pthread_sigmask returns it.
-    _Mask = Set[Union[int, signal.Signals]]
+    from typing import Callable, Dict, Optional, Set
 
 _log = Logger(__name__)
 
@@ -67,13 +65,11 @@ class Children:
         news = {signal.SIGCHLD, signal.SIGUSR1}
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             news.add(signal.SIGTERM)
-        if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would never be delivered
         prefork.prepare(allow_threads=allow_threads)
         self._seats, self._wanted = Seats(), count
         # A child that leaves keeps its record while the next one has begun.
         current().board.open_children(2 * max(count, 1))
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, news)
+        signals = SignalWait(news)
         try:
             while True:
                 self._reap(is_over)
@@ -81,15 +77,14 @@ class Children:
                 if over and not self._numbers:
                     return
                 if not over:
-                    self._fill(work, mask)
+                    self._fill(work, signals)
                 self._look()
-                found = self._wait(news, over=over)
-                if found == signal.SIGUSR1:
-                    self._wanted += 1
-                elif found == signal.SIGTERM:
+                found = signals.wait(self._due(over=over))
+                self._wanted += found.count(signal.SIGUSR1)
+                if signal.SIGTERM in found:
                     stop()
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            signals.close()
             self._seats.close()  # children that are left see the end of the pipe, and finish
 
     def terminate(self) -> None:
@@ -105,17 +100,14 @@ class Children:
         taking = [each for each in self._numbers.values() if self._state(each) != LEAVING]
         return self._wanted - len(taking)
 
-    def _wait(self, news: Set[signal.Signals], *, over: bool) -> int:
-        """Wait for a signal, or until something is due; return the signal, 0 without one."""
+    def _due(self, *, over: bool) -> Optional[float]:
+        """Return when there is something to do, also without a signal; None: never."""
         due = []
         if not over and self._missing > 0:
             due.append(self._fork_at)
         if current().watchdog_s and self._has_started:
             due.append(self._next_turn_at)
-        if not due:
-            return signal.sigwaitinfo(news).si_signo
-        found = signal.sigtimedwait(news, max(0.0, min(due) - time.monotonic()))
-        return found.si_signo if found is not None else 0
+        return min(due) if due else None
 
     def _look(self) -> None:
         """Send READY=1 once all serve; then WATCHDOG=1, and end the children that are stuck."""
@@ -135,25 +127,25 @@ class Children:
                 os.kill(pid, signal.SIGKILL if pid in self._aborted else signal.SIGABRT)
                 self._aborted.add(pid)
 
-    def _fill(self, work: Callable[[], object], mask: _Mask) -> None:
+    def _fill(self, work: Callable[[], object], signals: SignalWait) -> None:
         """Fork the missing children, unless children fail again and again."""
         while self._missing > 0 and time.monotonic() >= self._fork_at:
             try:
-                self._fork(work, mask)
+                self._fork(work, signals)
             except OSError as error:
                 if not self._has_started and not self._numbers:
                     raise
                 _log.error("cannot fork one more child: %s", error.strerror)
                 self._fork_at = time.monotonic() + _FIRST_WAIT_S
 
-    def _fork(self, work: Callable[[], object], mask: _Mask) -> None:
+    def _fork(self, work: Callable[[], object], signals: SignalWait) -> None:
         taken = set(self._numbers.values())
         number = next((each for each in range(MOST) if each not in taken), None)
         if number is None or self._seats is None:
             raise OSError(0, f"there are {MOST} children")
         self._seats.clear(number)
         _flush()  # otherwise the child would write buffered output again
-        pid = os.fork()
+        pid = signals.fork()
         if pid:
             self._numbers[pid] = number
             return
@@ -164,7 +156,6 @@ class Children:
             child_output.mark_lines(number)
             current().take_seat(self._seats, number)
             self._numbers = {}  # the siblings are no children of this process
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             for hook in current().post_fork:
                 hook(number)
             work()

@@ -8,15 +8,17 @@ while a taken connection has no owner yet.  Python also writes a byte to a pipe 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
+import time
 from types import FrameType
 
-from . import forking
+from . import forking, system
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Optional
+    from typing import Iterable, Optional
 
     from .intake import Intake
 
@@ -71,3 +73,54 @@ class TermWatch:
         for fd in self._pipe:
             os.close(fd)
         self._pipe = None
+
+
+class SignalWait:
+    """Waits for signals, whichever thread of the process gets them.
+
+    Not sigtimedwait(2): a thread of a library such as numpy does not block the signals.  It would
+    take one while this thread does not wait, and ignore it or end the process.
+    """
+
+    def __init__(self, wanted: Iterable[signal.Signals]) -> None:
+        """Wait for these signals from now on.  Only for the main thread."""
+        self._read_fd, self._write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._wakeup_fd = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
+        self._before = {each: signal.signal(each, _note) for each in wanted}
+        self._poll = system.poll()
+        self._poll.register(self._read_fd, select.POLLIN)
+
+    def wait(self, until: Optional[float]) -> bytes:
+        """Return the signals that have come; wait for one until a time (None: for ever)."""
+        timeout_ms = None if until is None else max(0.0, until - time.monotonic()) * 1000
+        self._poll.poll(timeout_ms)
+        try:
+            return os.read(self._read_fd, 4096)
+        except BlockingIOError:
+            return b""
+
+    def fork(self) -> int:
+        """Fork; the child gets the handlers as they were before."""
+        # Otherwise the child could write a signal of its own into the pipe.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._before)
+        pid = -1
+        try:
+            pid = os.fork()
+            if not pid:
+                self.close()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        return pid
+
+    def close(self) -> None:
+        """Restore the handlers."""
+        for each, handler in self._before.items():
+            if handler is not None:  # otherwise it was not Python's
+                signal.signal(each, handler)
+        signal.set_wakeup_fd(self._wakeup_fd)
+        os.close(self._read_fd)
+        os.close(self._write_fd)
+
+
+def _note(signum: int, frame: Optional[FrameType]) -> None:
+    """Do nothing: Python has written the signal to the pipe."""

@@ -50,7 +50,8 @@ def begin(number: int) -> None:
 if way == "threads":
     threading.Thread(target=threading.Event().wait, name="metrics", daemon=True).start()
 if way == "native":
-    libc = ctypes.CDLL(None)
-    for _ in range(2):
-        libc.pthread_create(ctypes.byref(ctypes.c_ulong()), None, libc.pause, None)
+    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    libc.pthread_mutex_lock(mutex)
+    for _ in range(2):  # these wait for ever
+        libc.pthread_create(ctypes.byref(ctypes.c_ulong()), None, libc.pthread_mutex_lock, mutex)
 serve(talk, threads=1, processes=count)

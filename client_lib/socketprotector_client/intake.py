@@ -127,6 +127,17 @@ class Intake:
         self._actions[fd] = self.drained
         self.waits.add([fd], select.EPOLLRDHUP)
 
+    def at_end_of(self, fd: int, act: Callable[[], None]) -> None:
+        """Call act once when fd is at end of file.  The caller keeps fd."""
+
+        def once() -> None:
+            self.waits.remove([fd])
+            del self._actions[fd]
+            act()
+
+        self._actions[fd] = once
+        self.waits.add([fd], select.EPOLLRDHUP)
+
     def get(self, timeout_s: Optional[float] = None) -> Optional[Connection]:
         """Wait for the next connection and return it; None if none came within timeout_s.
 

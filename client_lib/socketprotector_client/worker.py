@@ -142,7 +142,10 @@ class Worker:
             # only the parent reads.
             intake.drain_at_end_of(self._return_line.fileno())
         if self.seat is not None and self._outlives_parent:
-            intake.drain_at_end_of(self.seat.parents_end)
+            if self._return_line is None:
+                intake.drain_at_end_of(self.seat.parents_end)
+            else:  # the protector ends the line, at once or when the next parent is ready
+                intake.at_end_of(self.seat.parents_end, self.board.leave)
         if self.watchdog_s:
             watchdog = Watchdog(self.watchdog_s, lambda: intake.may_be_silent)
             intake.on_readable(watchdog.fileno(), watchdog.answer)
@@ -184,7 +187,7 @@ class Worker:
         self.board.begin_child(number)
         self.seat = seats.take(number, self.board.leave)
         self.watchdog_s, self._said_ready = self._parents_watchdog_s, False
-        if self._outlives_parent:
+        if self._outlives_parent and self._return_line is None:
             self.drain.follow(self.seat.parents_end)
         self.drain.at_begin = self.seat.leave
 

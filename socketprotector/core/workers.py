@@ -43,6 +43,7 @@ def worker_ready(step: Step, number: int, retires: bool, *, alone: bool = True) 
     ready = replace(found[1], state=State.READY, retires=retires, replaces=0)
     step.fleet = step.fleet.with_worker(ready)
     _take_over(step, found[1].replaces)
+    _retire_orphans(step, found[0].number, ready.slot)
 
 
 def worker_exited(step: Step, event: WorkerExited) -> None:
@@ -99,8 +100,31 @@ def _end_orphans(
     elif was_signalled or worker.state is State.STARTING:
         step.end_worker(orphan)
     else:
-        step.retire(orphan)
+        if not _serves_on(step.fleet, generation.number, orphan):
+            step.retire(orphan)
         _end_oldest_orphans(step)
+
+
+def _serves_on(fleet: Fleet, number: int, orphan: Worker) -> bool:
+    """Return whether orphans serve until the next worker in their slot is ready.
+
+    A bound on the processes may delay that worker until other orphans have ended.
+    """
+    if not fleet.policy.rolls or fleet[number].phase is not Phase.SERVING:
+        return False
+    to_come = (State.WAITING, State.STARTING)
+    return any(w.slot == orphan.slot and w.state in to_come for w in fleet[number].workers)
+
+
+def _retire_orphans(step: Step, number: int, slot: int) -> None:
+    """Let the orphans finish that have served until another worker is ready."""
+    if not step.fleet.policy.rolls:
+        return  # these were retired at once; rolling always has a drain limit
+    for each in step.fleet[number].workers:
+        is_retired = Deadline(TimerKind.WORKER_RETIRE, each.number) in step.fleet.timers
+        is_killed = Deadline(TimerKind.WORKER_KILL, each.number) in step.fleet.timers
+        if each.state is State.ORPHANED and each.slot == slot and not (is_retired or is_killed):
+            step.retire(each)
 
 
 def _end_oldest_orphans(step: Step) -> None:
@@ -272,6 +296,7 @@ def _retire(step: Step, number: int, worker: Worker) -> None:
     if worker.state is State.WAITING:
         step.cancel(TimerKind.WORKER_RESPAWN, worker.number)
         step.fleet = step.fleet.with_generation(step.fleet[number].replaced(worker.number))
+        _retire_orphans(step, number, worker.slot)
         return
     step.fleet = step.fleet.with_worker(replace(worker, state=State.RETIRING))
     if worker.state is not State.READY or worker.hung:

@@ -15,7 +15,7 @@ The order is fixed:
 from __future__ import annotations
 
 import os
-import signal
+import socket
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -25,9 +25,8 @@ from ..model import known_servers
 from ..model.history import Crash, History
 from ..model.lazy_dataclass import KW_ONLY, mutable, replace
 from ..model.records import WorkerRecord
-from ..model.text import LAST_WORDS, ended, escape, status_of
-from ..system import memory_group
-from ..system.memory_group import OutOfMemory
+from ..model.text import LAST_WORDS, escape, status_of
+from ..system.foreign_descriptors import drop_unread
 from ..system.orphans import Orphans
 from ..system.process import End, Process
 from ..system.process_groups import Groups
@@ -35,11 +34,10 @@ from . import forked_children
 from .delivery import Delivery
 from .generation import OpenGeneration
 from .log_output import Output
+from .memory_watch import KILLED
 from .runtime import Runtime
 from .worker_spawn import Worker
 
-#: The end of a worker that the kernel, or another process, has killed.
-KILLED = ended(False, signal.SIGKILL)
 #: How soon to reap again an exited worker that a tracer holds.
 _REAP_AGAIN_S = 0.1
 #: How long the guard may take to report how a worker exited.
@@ -62,8 +60,8 @@ class PostMortem:
     ended: Callable[[int], None]
     #: Called with a function that returns a changed history.
     remember: Callable[[Callable[[History], History]], None]
-    #: The part of the kernel's counts that explains earlier exits.
-    out_of_memory: OutOfMemory
+    #: Returns, in words, the end of a worker that got SIGKILL, but not from us.
+    why_killed: Callable[[], str]
 
     def end_of(self, worker: Worker, *, guarded: bool) -> End | None:
         """Reap an exited worker; None: its end is not known yet, and `ended` will be called.
@@ -123,10 +121,12 @@ class PostMortem:
         """
         record, number = worker.record, worker.record.number
         if end.how == KILLED and not record.killed:
-            end = replace(end, how=self._why_killed())
+            end = replace(end, how=self.why_killed())
         kept = forked_children.left_open(record, worker.generation)
         lost = worker.generation.take_counts(record.slot, kept)
-        orphans = self.keep_group(record, worker.process, worker.generation)
+        # Forked children finish when the line ends, which the lifecycle orders.
+        line, worker.line = worker.line, None
+        orphans = self.keep_group(record, worker.process, worker.generation, line)
         worker.close()
         self.runtime.log.write(
             "info",
@@ -165,7 +165,7 @@ class PostMortem:
             return
         _, how = status_of(status)
         if how == KILLED:
-            how = self._why_killed()
+            how = self.why_killed()
         self.runtime.log.write(
             "warning",
             "child-failed",
@@ -191,22 +191,6 @@ class PostMortem:
         self.remember(lambda history: history.with_crash(crash))
         self._request_words(record, partial(self._remember_words, record.number, pid=pid))
 
-    def _why_killed(self) -> str:
-        """Return, in words, the end of a worker that got SIGKILL, but not from us.
-
-        Each kill that the kernel has counted explains the end of one worker.
-        """
-        now, before = memory_group.counts(), self.out_of_memory
-        if now.kills <= before.kills:
-            return KILLED
-        more = now.kills > before.kills + 1  # another killed worker is handled later
-        at_limit = before.at_limit if more else now.at_limit
-        self.out_of_memory = OutOfMemory(before.kills + 1, at_limit)
-        limit = memory_group.limit() if now.at_limit > before.at_limit else None
-        if limit is None:
-            return f"{KILLED}: out of memory (not by a limit of the service)"
-        return f"{KILLED}: out of memory (the service's limit of {limit >> 20}M)"
-
     def _why(
         self, worker: Worker, how: str, last_words: str, detached: bool, *, spoken_with: bool
     ) -> str:
@@ -228,15 +212,25 @@ class PostMortem:
     # -- process groups ----------------------------------------------------------
 
     def keep_group(
-        self, record: WorkerRecord, process: Process, generation: OpenGeneration
+        self,
+        record: WorkerRecord,
+        process: Process,
+        generation: OpenGeneration,
+        line: socket.socket | None = None,
     ) -> bool:
-        """Watch the processes left in a worker's process group; return whether there are any."""
+        """Watch the processes left in a worker's process group; return whether there are any.
+
+        Takes ownership of the process and the line.
+        """
         has_group = process.has_group()
         if has_group:
             ended = partial(self._group_ended, record, generation)
-            self.groups.keep(record, process, generation.program.finish_signal, ended)
+            self.groups.keep(record, process, generation.program.finish_signal, ended, line)
         else:
             process.close()
+            if line is not None:
+                drop_unread(line)
+                line.close()
         return has_group
 
     def _group_ended(self, record: WorkerRecord, generation: OpenGeneration) -> None:
@@ -251,14 +245,16 @@ class PostMortem:
         Returns whether a process of the group is left.
         """
         for name, fd in descriptors.items():
-            if name != "process":
-                os.close(fd)  # only the process's descriptor is needed
+            if name not in ("process", "line"):
+                os.close(fd)  # not needed any more
         process = Process(record.pid, descriptors["process"])
         try:
             process.reap()
         except ChildProcessError:
             pass  # the worker is another process's child
-        return self.keep_group(record, process, generation)
+        found = descriptors.get("line")
+        line = socket.socket(fileno=found) if found is not None else None
+        return self.keep_group(record, process, generation, line)
 
 
 def _crash(worker: Worker, end: End, lost: int | None, last_words: str) -> Crash:

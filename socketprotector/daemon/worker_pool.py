@@ -21,11 +21,11 @@ from ..model.history import History
 from ..model.lazy_dataclass import replace
 from ..model.records import WorkerRecord
 from ..model.settings import Settings
-from ..system import check_command, memory_group, procfs, sock_diag
+from ..system import check_command, procfs, sock_diag
 from ..system.orphans import Orphans
 from ..system.process import End
 from ..system.process_groups import Groups
-from . import post_mortem, worker_recycling
+from . import memory_watch, post_mortem, worker_recycling
 from .check_probe import CheckProbes
 from .delivery import Delivery
 from .delivery.probe_target import PROBE
@@ -71,11 +71,10 @@ class WorkerPool:
         kill_timeout_s, identity = settings.policy.kill_timeout_s, settings.worker_identity
         self.orphans = Orphans(self._loop, self._log, kill_timeout_s, identity, self.groups.has)
         self._spawner = WorkerSpawner(settings, self._loop, self._log, output, delivery)
-        self._out_of_memory = memory_group.counts()  # before any worker of ours
+        self._memory = memory_watch.MemoryWatch(runtime, self._workers)
         first = FirstPrograms(runtime, output, remember)
-        self._messages = WorkerMessages(
-            runtime, self._workers, first, self._note, self._is_ready, lambda: self._post_mortem
-        )
+        calls = self._note, self._is_ready, lambda: self._post_mortem
+        self._messages = WorkerMessages(runtime, self._workers, first, *calls)
         self._limits: worker_recycling.LimitWatch | None = None
         self.apply_settings(settings)
 
@@ -90,7 +89,7 @@ class WorkerPool:
             orphans=self.orphans,
             ended=self._ended,
             remember=self._remember,
-            out_of_memory=self._out_of_memory,
+            why_killed=self._memory.why_killed,
         )
 
     def apply_settings(self, settings: Settings) -> None:
@@ -184,6 +183,7 @@ class WorkerPool:
         for worker in self._workers_of(generation):
             if worker.generation.program.finish_signal and not worker.record.asked_to_exit:
                 self._order_to_finish(worker)
+        self.groups.drain(generation)
 
     def all_retire(self, generation: int) -> bool:
         """Return whether all workers of a generation exit when their RETURN lines end.

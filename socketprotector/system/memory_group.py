@@ -2,12 +2,17 @@
 
 It kills a process when memory runs out: at the limit of the cgroup, or elsewhere.
 
+Events: version 2 wakes who polls `memory.events`; version 1 writes to an eventfd at each shortage
+of the cgroup, before the kill, but not at a shortage of the whole machine.
+
 Source: `memory.events` in Documentation/admin-guide/cgroup-v2.rst, and `memory.oom_control` in
 Documentation/admin-guide/cgroup-v1/memory.rst of Linux.
 """
 
 from __future__ import annotations
 
+import os
+import select
 from contextlib import suppress
 
 from ..model.lazy_dataclass import frozen
@@ -21,6 +26,7 @@ _FILES = {
 }
 #: Version 1 writes LONG_MAX, rounded down to a page, for no limit.
 _NO_LIMIT = 1 << 62
+_READ_BYTES = 4096
 
 
 @frozen
@@ -45,6 +51,58 @@ def limit(proc: str = PROC) -> int | None:
     version, folder = _own(proc)
     found = _number(folder, _FILES[version][2]) if version else None
     return found if found is not None and found < _NO_LIMIT else None
+
+
+class Events:
+    """A descriptor that reports that memory has run out.  Owns it."""
+
+    def __init__(self, fd: int, awaited: int) -> None:
+        """awaited: the events of epoll to wait for."""
+        self.fd, self.awaited = fd, awaited
+
+    @classmethod
+    def open(cls, proc: str = PROC) -> Events | None:
+        """Return the events of our cgroup from now on; None: it has none for us."""
+        version, folder = _own(proc)
+        fd = -1
+        try:
+            if version == 2:
+                fd = os.open(f"{folder}/{_FILES[2][0][0]}", os.O_RDONLY | os.O_CLOEXEC)
+                found = cls(fd, select.EPOLLPRI)
+                found.take()
+                return found
+            if version == 1:
+                fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+                _register(folder, fd)
+                return cls(fd, select.EPOLLIN)
+        except OSError:
+            if fd >= 0:
+                os.close(fd)
+        return None
+
+    def take(self) -> None:
+        """Note the events so far, so that only later ones are reported."""
+        with suppress(OSError):
+            if self.awaited == select.EPOLLPRI:
+                os.pread(self.fd, _READ_BYTES, 0)
+            else:
+                os.eventfd_read(self.fd)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def _register(folder: str, fd: int) -> None:
+    """Have version 1 write to an eventfd.  Raises OSError."""
+    file = os.open(f"{folder}/{_FILES[1][0][0]}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        order = os.open(f"{folder}/cgroup.event_control", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(order, b"%d %d" % (fd, file))
+        finally:
+            os.close(order)
+    finally:
+        os.close(file)
 
 
 def _own(proc: str) -> tuple[int, str]:

@@ -16,13 +16,16 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, MutableMapping, Set
+from contextlib import suppress
 from itertools import islice
 
 from ..model.lazy_dataclass import mutable, replace
 from ..model.records import WorkerRecord
 from . import inherited, procfs
+from .foreign_descriptors import drop_unread
 from .log import Log
 from .loop import Loop
 from .process import Process
@@ -55,6 +58,8 @@ class _Group:
     drain_signal: int  # makes the group finish; 0: it finishes without a signal
     ended: Callable[[], None]  # called when its last process is gone
     since: float  # the time of the last signal, or of the leader's end
+    #: Our end of the leader's RETURN line, which forked children watch, too.  None: closed.
+    line: socket.socket | None = None
     logged: bool = False
     found_dead: bool = False  # the last scan of /proc found no living process
 
@@ -83,23 +88,34 @@ class Groups:
         process: Process,
         drain_signal: int,
         ended: Callable[[], None],
+        line: socket.socket | None = None,
     ) -> None:
-        """Watch the group of a leader that has ended; takes ownership of the process.
+        """Watch the group of a leader that has ended; takes ownership of the process and the line.
 
         ended: called when the last process of the group is gone.
+        line: our end of the leader's RETURN line; its end orders forked children to finish.
         """
-        group = _Group(
-            replace(record, orphaned=True), process, drain_signal, ended, time.monotonic()
-        )
+        orphaned, now = replace(record, orphaned=True), time.monotonic()
+        group = _Group(orphaned, process, drain_signal, ended, now, line)
         self._groups[record.number] = group
         self._descriptors[_name(record.number)] = process.pidfd
+        if line is not None:
+            self._descriptors[_name(record.number, "line")] = line.fileno()
         self._look_later(record.number)
 
     def retire(self, number: int) -> None:
-        """Send a group its drain signal, if it has one."""
+        """Order a group to finish: end its RETURN line, and send its drain signal, if any."""
         group = self._groups.get(number)
-        if group is not None and group.drain_signal:
-            self.signal(number, group.drain_signal)
+        if group is not None:
+            self._end_line(group)
+            if group.drain_signal:
+                self.signal(number, group.drain_signal)
+
+    def drain(self, generation: int) -> None:
+        """End the RETURN lines of a generation's groups."""
+        for group in self._groups.values():
+            if group.record.generation == generation:
+                self._end_line(group)
 
     def signal(self, number: int, sign: int) -> None:
         """Send a signal to a group; do nothing if the group is gone."""
@@ -168,7 +184,18 @@ class Groups:
             self._report("info", "orphans-gone", group)
         del self._descriptors[_name(number)]
         group.process.close()
+        self._end_line(group)
         group.ended()
+
+    def _end_line(self, group: _Group) -> None:
+        """Let the forked children finish that watch the line."""
+        if group.line is not None:
+            with suppress(OSError):
+                group.line.shutdown(socket.SHUT_WR)  # at once, although the guard has a copy
+            drop_unread(group.line)
+            del self._descriptors[_name(group.record.number, "line")]
+            group.line.close()
+            group.line = None
 
     # -- groups of zombies ---------------------------------------------------------
 
@@ -220,5 +247,5 @@ class Groups:
         )
 
 
-def _name(number: int) -> str:
-    return f"{inherited.WORKER}{number}.process"
+def _name(number: int, kind: str = "process") -> str:
+    return f"{inherited.WORKER}{number}.{kind}"

@@ -7,12 +7,15 @@ cases: proc(5).
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 
 #: The error text without a usable /proc.
 MISSING = "no /proc of this PID namespace is mounted"
+#: PF_EXITING of linux/sched.h; SIGKILL in a set of pending signals.
+_EXITING, _KILL = 0x4, 1 << (signal.SIGKILL - 1)
 #: How many descriptors to search for sockets: each takes microseconds.
 _SEARCHED = 1000
 
@@ -44,6 +47,19 @@ def state_of(pid: int | str) -> tuple[bytes, int] | None:
         return None
     state, _, group = stat.rpartition(b")")[2].split()[:3]
     return state, int(group)
+
+
+def is_ending(pid: int) -> bool:
+    """Return whether a process has got SIGKILL, or is exiting; False if unknown."""
+    with suppress(OSError, ValueError, IndexError):
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            if int(file.read().rpartition(b")")[2].split()[6]) & _EXITING:
+                return True
+        with open(f"/proc/{pid}/status", "rb") as file:
+            for line in file:
+                if line.startswith((b"SigPnd:", b"ShdPnd:")) and int(line.split()[1], 16) & _KILL:
+                    return True
+    return False
 
 
 def parent_of(pid: int) -> int | None:

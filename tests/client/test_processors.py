@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from socketprotector_client import processors as module
+
+from tests import needs
 
 NEW = "30 23 0:26 {root} /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n"
 OLD = "30 23 0:26 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu,cpuacct\n"
@@ -51,3 +58,29 @@ def test_the_smallest_quota_counts(
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
 
     assert module.processors() == count
+
+
+@needs.ROOT
+@pytest.mark.parametrize(
+    ("mount", "quota"),
+    [("/sys/fs/cgroup", "cpu.max"), ("/sys/fs/cgroup/cpu", "cpu.cfs_quota_us")],
+)
+def test_a_process_in_a_cgroup_with_half_a_processor_may_use_one(mount: str, quota: str) -> None:
+    folder = Path(mount) / f"sp-test-{os.getpid()}"
+    try:
+        folder.mkdir()
+    except OSError:
+        needs.skip("a cgroup of its own")
+    try:
+        if not (folder / quota).exists():
+            needs.skip("a cgroup with a quota")
+        enter = f"echo $$ > {folder}/cgroup.procs && exec {sys.executable} -c "
+        look = "from socketprotector_client.processors import processors; print(processors())"
+        found = []
+        for text in ("50000", "150000"):
+            (folder / quota).write_text(text)
+            words = ["sh", "-c", f'{enter} "{look}"']
+            found.append(int(subprocess.run(words, capture_output=True, check=True).stdout))
+    finally:
+        folder.rmdir()
+    assert found == [1, min(2, len(os.sched_getaffinity(0)))]

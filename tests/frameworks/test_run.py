@@ -18,6 +18,7 @@ from tests.frameworks.asking import PATH, port_of
 from tests.procfs import children_of, ports_of, running
 from tests.rounds import rounds
 from tests.running import Protector, eventually
+from tests.scenarios.tools import spawned
 from tests.web import Connection, Traffic, ask_once
 
 RUN = (sys.executable, "-m", "socketprotector_client.run")
@@ -339,6 +340,44 @@ def test_forked_processes_serve_without_a_protector(app: str) -> None:
         assert parent.wait(60) == 0
     assert answers
     assert parent.pid not in answers
+
+
+#: Notes which process begins and ends its lifespan.
+LIVES = """
+import os
+from tests.frameworks.programs.pages import asgi
+
+def note(word):
+    with open(os.environ["LIVES"], "a") as file:
+        file.write(f"{word} {os.getpid()}\\n")
+
+async def app(scope, receive, send):
+    if scope["type"] != "lifespan":
+        await asgi(scope, receive, send)
+        return
+    for event in "startup", "shutdown":
+        await receive()
+        note(event)
+        await send({"type": f"lifespan.{event}.complete"})
+"""
+
+
+@needs_both
+def test_each_forked_process_has_an_asgi_lifespan(
+    protector: Callable[..., Protector], tmp_path: Path
+) -> None:
+    (tmp_path / "lives.py").write_text(LIVES)
+    notes = tmp_path / "notes"
+    path = {**PATH, "PYTHONPATH": f"{tmp_path}:{PATH['PYTHONPATH']}", "LIVES": str(notes)}
+    daemon = protector("127.0.0.1:0", "--", *RUN, "--processes", "2", "lives:app", **path).ready()
+    began = notes.read_text().split()
+    [parent] = spawned(daemon, 1)
+    assert began[::2] == ["startup", "startup"]
+    assert {int(pid) for pid in began[1::2]} == set(children_of(parent))
+    daemon.stop()
+    ended = notes.read_text().split()[4:]
+    assert ended[::2] == ["shutdown", "shutdown"]
+    assert {*ended[1::2]} == {*began[1::2]}
 
 
 def test_a_thread_of_the_application_is_refused_at_the_fork(shapes: Path) -> None:

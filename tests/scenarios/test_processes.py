@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from tests.load import Load
 from tests.rounds import rounds
-from tests.running import Client, Protector, eventually
+from tests.running import WORKERS, Client, Protector, eventually
 from tests.scenarios.adopting import kill_protector, revived, served
 from tests.scenarios.operating import Operated, Operating
 from tests.scenarios.tools import EITHER_HANDOFF, Gate, library_worker, pid_in
@@ -98,6 +99,42 @@ def test_children_of_a_killed_parent_finish_while_the_next_one_serves(
         eventually(lambda pid=each: gone(pid), "the end of an orphan")  # type: ignore[misc]
     eventually(lambda: len(pids(web)) == 2, "the new children")
     assert web.generation(1)["lost"] == 0
+
+
+@EITHER_HANDOFF
+def test_orphans_serve_while_the_bound_of_a_rolling_reload_has_no_room(
+    operated: Operating, gate: Gate
+) -> None:
+    """Old orphans hold the room, so the parent killed last is replaced when they have ended."""
+    limits = ("--guard", "--reload-order", "rolling", "--drain-timeout", "5m")
+    web = operated(*limits, command=shares(2))
+    first = pids(web)
+    with Client(web.address, f"wait {gate.path}") as busy:
+        _active(web)
+        os.kill(web.pids(1)[0], signal.SIGKILL)
+        web.daemon.log.wait_for("event=worker-ready .*worker=2")
+        second = pids(web)
+        os.kill(ready_pid(web), signal.SIGKILL)
+        web.daemon.log.wait_for("event=exited .*worker=2 ")
+        for is_killed in (False, True):
+            if is_killed:
+                revived(web.daemon, kill_protector(web.daemon))
+            with Client(web.address, "hello") as client:
+                assert pid_in(client.hear()) in second
+        assert not web.daemon.log.count("event=spawned .*worker=3 ")
+        gate.open()
+        assert pid_in(busy.hear()) in first
+    web.daemon.log.wait_for("event=worker-ready .*worker=3")
+    for each in second:
+        eventually(lambda pid=each: gone(pid), "the end of an orphan")  # type: ignore[misc]
+    with Client(web.address, "hello") as client:
+        assert pid_in(client.hear()) in pids(web)
+
+
+def ready_pid(web: Operated) -> int:
+    [found] = [w["pid"] for w in web.generation(1)["workers"] if w["state"] == "ready"]
+    assert isinstance(found, int)
+    return found
 
 
 def test_orphans_and_grandchildren_are_gone_after_the_drain_timeout(
@@ -233,9 +270,50 @@ def test_each_line_of_the_log_names_its_child(operated: Operating) -> None:
     web.daemon.log.wait_for(rf"^\[1 {parent}\] \[{number} {pid}\] child {number} begins, {number}$")
 
 
-def test_native_threads_at_the_fork_cause_one_warning(operated: Operating) -> None:
+def test_native_threads_at_the_fork_cause_one_warning_and_take_no_signal(
+    operated: Operating,
+) -> None:
     web = operated(command=shares(3, "native"))
     with Client(web.address, "hello") as client:
         assert pid_in(client.hear()) in pids(web)
     web.daemon.log.wait_for("2 native threads run at the fork")
     assert web.daemon.log.count("native threads") == 1
+
+    [parent] = web.pids(1)
+    native = max(map(int, os.listdir(f"/proc/{parent}/task")))
+    assert native != parent
+    os.kill(native, signal.SIGUSR1)  # to its process, and the kernel tries this thread first
+    eventually(lambda: len(pids(web)) == 4, "one more child")
+    assert web.pids(1) == [parent]
+
+
+def test_a_changed_file_reloads_a_parent_and_its_children(
+    operated: Operating, tmp_path: Path
+) -> None:
+    program = tmp_path / "source" / "shares.py"
+    program.parent.mkdir()
+    program.write_text((WORKERS / "shares.py").read_text())
+    watched = ("--watch", str(program.parent))
+    web = operated(*watched, command=(sys.executable, str(program), "2"))
+    first = pids(web)
+
+    program.write_text(program.read_text() + "\n")
+
+    web.daemon.log.wait_for("event=reloaded ")
+    assert len(pids(web, 2)) == 2
+    for each in first:
+        eventually(lambda pid=each: gone(pid), "the end of an old child")  # type: ignore[misc]
+
+
+def test_connections_and_kill_know_the_children(operated: Operating, gate: Gate) -> None:
+    web = operated(command=shares(2))
+    with Client(web.address, f"wait {gate.path}"):
+        [busy] = _active(web)
+        found = web.line().ask("connections")["workers"]
+        [child] = [each for each in found if each["pid"] == busy["pid"]]
+        assert len(child["accepted_at_by_fd"]) == 1
+        web.daemon.reload()
+        assert not gone(busy["pid"])
+        web.line().ask("kill", generation=1)
+        eventually(lambda: gone(busy["pid"]), "its end")
+    web.daemon.log.wait_for("event=drained generation=1")

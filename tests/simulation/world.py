@@ -75,6 +75,7 @@ from socketprotector.system import (
     accept_tags,
     bpf,
     inherited,
+    memory_group,
     orphans,
     peer_credentials,
     process,
@@ -1757,6 +1758,7 @@ def installed(world: World) -> Iterator[None]:
         put(spawn, "_fork", kernel.fork)
         put(orphans, "Scan", look)
         put(workers, "AT_ONCE", world._at_once)
+        put(memory_group.Events, "open", lambda: None)
         put(peer_credentials, "_ambiguous", lambda *_: frozenset())
         for module, name, value in world._replaced():
             put(module, name, value)

@@ -622,6 +622,33 @@ def test_a_worker_that_a_killed_protector_may_have_started_takes_room_until_it_i
     assert spawned(story.when(WorkerExited(3, "orphans gone"))) != []
 
 
+def test_orphans_serve_until_another_worker_of_their_slot_is_ready(story: Story) -> None:
+    story.given_serving(rolling(), workers=1)
+
+    actions = story.when(WorkerExited(1, DIED, served_s=20.0, orphans=True))
+    assert (spawned(actions), Retire(1) in actions) == ([2], False)
+    assert Retire(1) in story.when(WorkerReady(2, retires=True))
+
+    # No room: the next orphans serve until the first are gone, and another worker is ready.
+    actions = story.when(WorkerExited(2, DIED, served_s=20.0, orphans=True))
+    assert (spawned(actions), Retire(2) in actions) == ([], False)
+    assert sum(1 for _ in story.fleet.alive()) == story.fleet.most_processes == 2
+    actions = story.when(WorkerExited(1, "orphans gone"))
+    assert (spawned(actions), Retire(2) in actions) == ([3], False)
+    assert Retire(2) in story.when(WorkerReady(3, retires=True))
+
+
+def test_orphans_of_a_slot_that_is_not_filled_finish_at_once(story: Story) -> None:
+    story.given_serving(rolling(), workers=2).and_also(
+        WorkerExited(1, DIED, served_s=20.0, orphans=True),
+        WorkerExited(2, DIED, served_s=20.0, orphans=True),
+    )
+    [waiting] = [w for w in story.fleet[1].workers if w.state is State.WAITING]
+    [orphan] = [w.number for w in story.fleet[1].workers if w.number < 3 and w.slot == waiting.slot]
+
+    assert Retire(orphan) in story.when(ScaleRequested(to=1))
+
+
 def test_the_start_timeout_does_not_count_waiting_for_room(story: Story) -> None:
     story.given_serving(rolling(2), workers=2)
     story.and_also(WorkerExited(1, DIED, served_s=20.0, orphans=True), WorkerReady(3))

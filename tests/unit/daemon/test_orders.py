@@ -15,6 +15,7 @@ from socketprotector.daemon.generation import OpenGeneration
 from socketprotector.daemon.runtime import Runtime
 from socketprotector.model.records import GenerationRecord, Program
 from socketprotector.model.settings import Settings
+from socketprotector.system import memory_group
 from tests import memory_delivery
 from tests.memory_delivery import MemoryDelivery
 
@@ -52,7 +53,8 @@ class World:
 
 
 @pytest.fixture
-def world() -> World:
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    monkeypatch.setattr(memory_group.Events, "open", lambda: None)
     made = World()
     made.open(7)
     made.effects.perform(RouteTo(7))

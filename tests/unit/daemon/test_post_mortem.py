@@ -14,7 +14,6 @@ from socketprotector.daemon.post_mortem import PostMortem
 from socketprotector.model.history import History
 from socketprotector.model.lazy_dataclass import replace
 from socketprotector.model.records import WorkerRecord
-from socketprotector.system.memory_group import OutOfMemory
 from socketprotector.system.process import End
 
 from .clock import Clock
@@ -58,6 +57,7 @@ class World:
             generation=self.generation,
             process=self.process,
             notify=SimpleNamespace(address="@notify"),
+            line=None,
             has_served=False,
             ended=False,
             last_words=None,
@@ -82,12 +82,8 @@ class World:
             orphans=cast("Any", SimpleNamespace(end=self.ended_orphans.append)),
             ended=self.ended.append,
             remember=self._remember,
-            out_of_memory=OutOfMemory(kills=2, at_limit=7),
+            why_killed=lambda: BY_LIMIT,
         )
-        self.counted = OutOfMemory(kills=2, at_limit=7)
-        memory = SimpleNamespace(counts=lambda: self.counted, limit=lambda: self.limit)
-        patch.setattr(module, "memory_group", memory)
-        self.limit: int | None = 512 << 20
         self.clock.watch(PIDFD, lambda: None)
 
     def _remember(self, change: Callable[[History], History]) -> None:
@@ -104,7 +100,9 @@ class World:
         assert clients_only
         return 5
 
-    def _keep(self, record: WorkerRecord, _process: object, sign: int, ended: object) -> None:
+    def _keep(
+        self, record: WorkerRecord, _process: object, sign: int, ended: object, _line: object
+    ) -> None:
         assert (record.number, sign) == (1, 15)
         self.left["ended"] = ended
 
@@ -252,7 +250,7 @@ def test_a_forked_child_that_failed_is_remembered_with_its_parent(world: World) 
     assert (second.pid, second.lost, second.how) == (
         100,
         None,
-        "child 3 of 7: was killed by SIGKILL",
+        f"child 3 of 7: {BY_LIMIT}",
     )
     assert world.recorded == {"lost": 3}
 
@@ -362,28 +360,6 @@ def test_without_such_processes_the_process_is_closed(world: World) -> None:
 
 KILLED = End(False, "was killed by SIGKILL")
 BY_LIMIT = "was killed by SIGKILL: out of memory (the service's limit of 512M)"
-BY_OTHER = "was killed by SIGKILL: out of memory (not by a limit of the service)"
-
-
-def test_the_limit_of_the_service_is_the_cause_only_if_it_left_no_memory(world: World) -> None:
-    world.serves()
-    world.counted = OutOfMemory(kills=3, at_limit=8)
-    assert world.close(KILLED).reason == BY_LIMIT
-    assert world.history.crashes[-1].how == BY_LIMIT
-
-    world.counted = OutOfMemory(kills=4, at_limit=8)
-    assert world.close(KILLED).reason == BY_OTHER
-    world.limit, world.counted = None, OutOfMemory(kills=5, at_limit=9)
-    assert world.close(KILLED).reason == BY_OTHER
-
-
-def test_each_kill_that_the_kernel_has_counted_explains_one_end(world: World) -> None:
-    world.serves()
-    world.counted = OutOfMemory(kills=4, at_limit=9)
-
-    ends = [world.close(KILLED).reason for _ in range(3)]
-
-    assert ends == [BY_LIMIT, BY_LIMIT, KILLED.how]
 
 
 @pytest.mark.parametrize(
@@ -392,7 +368,6 @@ def test_each_kill_that_the_kernel_has_counted_explains_one_end(world: World) ->
 def test_another_end_is_not_explained_by_the_memory(world: World, end: End, by_us: bool) -> None:
     world.serves()
     world.worker.record = replace(world.worker.record, killed=by_us)
-    world.counted = OutOfMemory(kills=3, at_limit=8)
 
     assert world.close(end).reason == end.how
     world.worker.record = replace(world.worker.record, killed=False)

@@ -98,12 +98,14 @@ class World:
         self.end: End | None = End(False, "exit status 1")
         self.group_signals: list[tuple[int, int]] = []
         self.retired_groups: list[int] = []
+        self.drained_groups: list[int] = []
         self.group_records: list[WorkerRecord] = []
         self.released: list[int] = []
         self.output = SimpleNamespace(named={}, close_oldest=lambda *_: None)
         groups = SimpleNamespace(
             signal=lambda number, sign: self.group_signals.append((number, sign)),
             retire=self.retired_groups.append,
+            drain=self.drained_groups.append,
             records=lambda: tuple(self.group_records),
             look=lambda: None,
             numbers=frozenset(),
@@ -115,12 +117,14 @@ class World:
         patch.setattr(module, "WorkerSpawner", lambda *_: spawner)
         ends = SimpleNamespace(end_of=lambda *_, **__: self.end, close=self._close)
         patch.setattr(module, "post_mortem", SimpleNamespace(PostMortem=lambda *_, **__: ends))
+        watch = SimpleNamespace(why_killed=lambda: "")
+        patch.setattr(module, "memory_watch", SimpleNamespace(MemoryWatch=lambda *_: watch))
         self.limits: list[Settings] = []
-        watch = SimpleNamespace(use=self.limits.append, warnings=("raise it",))
+        limits = SimpleNamespace(use=self.limits.append, warnings=("raise it",))
 
         def limit_watch(settings: Settings, *_: object) -> object:
             self.limits.append(settings)
-            return watch
+            return limits
 
         patch.setattr(module, "worker_recycling", SimpleNamespace(LimitWatch=limit_watch))
         self.pool = WorkerPool(

@@ -1,0 +1,95 @@
+"""Tells whether a worker that got SIGKILL was killed because memory ran out.
+
+The kernel counts such kills in our memory cgroup, and does not say which process it killed.  The
+count rises before the process dies.  So a kill explains the end of a worker only if that end
+follows soon: otherwise the kernel has killed another process, such as a program that a worker runs.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Mapping
+
+from ..model.text import ended
+from ..system import memory_group, procfs
+from ..system.memory_group import OutOfMemory
+from . import forked_children
+from .runtime import Runtime
+from .worker_spawn import Worker
+
+#: The end of a worker that the kernel, or another process, has killed.
+KILLED = ended(False, signal.SIGKILL)
+#: How long after a kill to look for the killed process.
+_LOOK_S = 1.0
+_TIMER = "memory"
+
+
+class MemoryWatch:
+    """The kills that the kernel has counted, and which of them are explained."""
+
+    def __init__(self, runtime: Runtime, workers: Mapping[int, Worker]) -> None:
+        """workers: the running workers by number, always up to date."""
+        self._loop, self._log, self._workers = runtime.loop, runtime.log, workers
+        self._explained = memory_group.counts()  # before any worker of ours
+        # Without events each kill explains the next end of a worker.
+        self._events = memory_group.Events.open()
+        self._wait()
+
+    def _wait(self) -> None:
+        if self._events is not None:
+            try:
+                self._loop.watch(self._events.fd, self._look_later, self._events.awaited)
+            except OSError:  # out of memory, or a file system that has no events
+                self._events.close()
+                self._events = None
+
+    def _look_later(self) -> None:
+        if self._events is not None:
+            # A cgroup at its limit causes many events.
+            self._loop.unwatch(self._events.fd)
+        self._loop.call_after(_TIMER, _LOOK_S, self._look)
+
+    def _look(self) -> None:
+        """Note the kills of other processes, unless a worker is still ending."""
+        if self._events is not None:
+            self._events.take()
+        now, before = memory_group.counts(), self._explained
+        if now.kills > before.kills:
+            if any(map(procfs.is_ending, self._pids())):
+                self._loop.call_after(_TIMER, _LOOK_S, self._look)
+                return
+            self._log.write(
+                "warning",
+                "out-of-memory",
+                killed=now.kills - before.kills,
+                reason=_cause(at_limit=now.at_limit > before.at_limit),
+            )
+            self._explained = now
+        self._wait()
+
+    def _pids(self) -> Iterator[int]:
+        """Yield the pids of all workers and of their forked children."""
+        for each in self._workers.values():
+            yield each.process.pid
+            for child in forked_children.children_of(each.record, each.generation):
+                yield child.pid
+
+    def why_killed(self) -> str:
+        """Return, in words, the end of a worker that got SIGKILL, but not from us.
+
+        Each kill that the kernel has counted explains the end of one worker.
+        """
+        now, before = memory_group.counts(), self._explained
+        if now.kills <= before.kills:
+            return KILLED
+        more = now.kills > before.kills + 1  # another killed worker is handled later
+        at_limit = before.at_limit if more else now.at_limit
+        self._explained = OutOfMemory(before.kills + 1, at_limit)
+        return f"{KILLED}: {_cause(at_limit=now.at_limit > before.at_limit)}"
+
+
+def _cause(*, at_limit: bool) -> str:
+    limit = memory_group.limit() if at_limit else None
+    if limit is None:
+        return "out of memory (not by a limit of the service)"
+    return f"out of memory (the service's limit of {limit >> 20}M)"

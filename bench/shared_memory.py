@@ -138,7 +138,6 @@ def measure(way: str, folder: Path, port: int, requests: int) -> dict[str, float
         start_s = time.monotonic() - began
         rate = load(port, requests)
         serving = session_pss(protector.pid)
-        respawn = respawn_ms(protector.pid)
         ctl = [str(BIN / "socketprotectorctl"), "--control", str(control), "reload"]
         peak = serving
         quiet = subprocess.DEVNULL
@@ -146,6 +145,7 @@ def measure(way: str, folder: Path, port: int, requests: int) -> dict[str, float
             while reload.poll() is None:
                 peak = max(peak, session_pss(protector.pid))
                 time.sleep(0.02)
+        respawn = respawn_ms(protector.pid)
     finally:
         protector.send_signal(signal.SIGTERM)
         protector.wait(60)

@@ -295,6 +295,7 @@ def test_a_changed_file_reloads_a_parent_and_its_children(
     program.write_text((WORKERS / "shares.py").read_text())
     watched = ("--watch", str(program.parent))
     web = operated(*watched, command=(sys.executable, str(program), "2"))
+    web.daemon.log.wait_for("event=watching")
     first = pids(web)
 
     program.write_text(program.read_text() + "\n")

@@ -33,8 +33,9 @@ def one(
     protector: Callable[..., Protector], path: Path, place: Path, release: Release
 ) -> Iterator[Operated]:
     release.becomes(*SERVER)
-    words = (*MODE, "--guard", "--control", place, f"unix:{path}", "--", release.path)
-    found = Operated(protector(*words).ready(), place)
+    # A generation whose file was removed before its probe has failed after this time.
+    words = (*MODE, "--guard", "--start-timeout", "5s", "--control", place)
+    found = Operated(protector(*words, f"unix:{path}", "--", release.path).ready(), place)
     yield found
     found.daemon.stop()
     assert list(path.parent.iterdir()) == []
@@ -45,6 +46,11 @@ def tidy(path: Path) -> None:
     for each in path.parent.iterdir():
         if each != path:
             each.unlink()
+
+
+def at_rest(one: Operated) -> None:
+    with one.line() as line:
+        eventually(lambda: line.ask("status")["phase"] == "serving", "no reload is in progress")
 
 
 def newest_answers(one: Operated, path: Path) -> None:
@@ -150,6 +156,7 @@ def test_files_removed_before_and_during_holds_keep_no_client_waiting(
                 line.ask("release")
                 assert late.hear().endswith(" hello")
         newest_answers(one, path)
+        at_rest(one)
     one.daemon.reload()
     newest_answers(one, path)
 

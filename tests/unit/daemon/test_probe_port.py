@@ -217,6 +217,7 @@ def test_clients_behind_a_probe_do_not_make_it_wait(world: World) -> None:
     world.to.hold("before")
     world.watch.follow(any_of(world.to))
     target = world.open().target
+    assert not target.waits(CLIENT), "no probe was sent yet"
     world.probe("probe")
     world.to.hold("behind", "behind too")
     sent[0] += 2

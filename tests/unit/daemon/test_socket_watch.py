@@ -249,6 +249,24 @@ def test_after_a_long_quiet_time_the_next_client_is_helped_at_once(
         world.clock.pass_time(LAST_RESCUE_S + 1)
 
 
+def test_after_a_long_quiet_time_the_pauses_are_short_again(
+    world: World, pair: MemoryListener
+) -> None:
+    replaced(world, pair)
+    world.watch.watch()
+    world.connect(pair, 0)
+    while world.rescues < 4:
+        world.clock.pass_time(1.0)
+        world.turn(pair, 0)
+    pair.sockets[0].line.clear()
+    world.clock.pass_time(LAST_RESCUE_S + 10)
+    world.connect(pair, 0)
+    assert world.rescues == 5
+    world.clock.pass_time(FIRST_RESCUE_S)
+    world.turn(pair, 0)
+    assert world.rescues == 6
+
+
 @pytest.mark.parametrize("how", ["note_new_release", "end_back_off"])
 def test_a_new_release_and_the_end_of_a_hold_end_the_pause(
     world: World, pair: MemoryListener, how: str
@@ -279,6 +297,26 @@ def test_it_is_looked_at_once_where_no_process_is_left_that_could_accept(
     world.clock.pass_time(LAST_RESCUE_S + 1)
     world.watch.look_again()
     assert world.rescues == 1, "no client waits"
+
+
+def test_where_no_client_waits_any_more_the_next_client_wakes_us_again(
+    world: World, pair: MemoryListener
+) -> None:
+    """No worker is left that could accept the next client, so its time must not run out first."""
+    world.turns.leave(1, world.clock.now)
+    world.turns.accepting[2] = 1
+    world.turns.current = 1
+    world.watch.watch()
+    world.connect(pair, 0)
+    assert not world.reads(pair, 0)
+    pair.sockets[0].line.clear()
+    del world.turns.leaving[1]
+
+    world.watch.look_again()
+
+    assert world.reads(pair, 0)
+    world.connect(pair, 0)
+    assert world.rescues == 1
 
 
 def test_a_generation_that_accepts_there_again_ends_the_wait(

@@ -9,6 +9,7 @@ import pytest
 from socketprotector.core.events import (
     Answered,
     BacklogEmptied,
+    Deadline,
     DeadlinePassed,
     DryRunRequested,
     HoldRequested,
@@ -20,8 +21,9 @@ from socketprotector.core.events import (
     WorkerExited,
     WorkerReady,
 )
-from socketprotector.core.fleet import Policy
+from socketprotector.core.fleet import Policy, State
 from socketprotector.core.waiting import Facts, Wait, waits
+from socketprotector.model.share import Canary
 from tests.unit.conftest import Story
 
 ANSWER = 'GET /healthz: 500, "database gone"'
@@ -170,3 +172,81 @@ def test_a_worker_that_is_replaced_is_waited_for(story: Story) -> None:
 def test_an_upgrade_says_what_it_waits_for(story: Story) -> None:
     story.given_serving()
     assert reasons(story, upgrade="probing the new program") == ["upgrade: probing the new program"]
+
+
+# -- rollouts ----------------------------------------------------------------------
+
+
+def with_canary(story: Story, canary: Canary) -> Story:
+    story.given_serving(Policy(settle_s=5.0)).and_also(ReloadRequested(canary), WorkerReady(2))
+    return story
+
+
+def test_a_canary_says_its_share_its_time_and_how_many_it_has_met(story: Story) -> None:
+    with_canary(story, Canary(500, 60.0))
+    [wait] = waits(story.fleet, Facts(dict.fromkeys(story.fleet.timers, 4.0), met=7))
+    assert wait == Wait("canary", "5% of new connections for 1m: 7 so far", 2, 4.0)
+    assert reasons(story, met=None) == ["5% of new connections for 1m"]
+
+
+def test_a_canary_that_has_met_too_few_says_so_and_has_its_time_again(story: Story) -> None:
+    with_canary(story, Canary(500, 60.0, at_least=3))
+    assert reasons(story, met=2) == [
+        "5% of new connections for 1m: 2 so far, at least 3 wanted",
+    ]
+    assert reasons(story, met=3) == ["5% of new connections for 1m: 3 so far"]
+    story.when(DeadlinePassed(Deadline(TimerKind.SETTLE, 2), met=2))
+    assert reasons(story, met=3) == ["5% of new connections for 2m: 3 so far"]
+
+
+def test_a_canary_that_is_checked_says_by_what(story: Story) -> None:
+    story.given_serving(Policy(settle_s=5.0, settle_check="check:./good"))
+    story.and_also(ReloadRequested(Canary(500, 60.0)), WorkerReady(2))
+    assert reasons(story, met=0, settle_check="check:./good") == [
+        "5% of new connections for 1m: 0 so far, checked by check:./good"
+    ]
+
+
+def rolling(story: Story, workers: int = 3, settle_s: float = 0.0) -> Story:
+    policy = Policy(surge=1, drain_timeout_s=9.0, settle_s=settle_s)
+    story.given_serving(policy, workers=workers).and_also(ReloadRequested())
+    return story
+
+
+def test_the_first_workers_of_a_rolling_reload_settle(story: Story) -> None:
+    rolling(story, settle_s=5.0).when(WorkerReady(4))
+    [wait] = waits(story.fleet, Facts(dict.fromkeys(story.fleet.timers, 4.0)))
+    assert wait == Wait("rolling", "1 of 3 workers replaced, settling", 2, 4.0)
+
+
+def test_a_rolling_reload_says_which_worker_makes_room(story: Story) -> None:
+    rolling(story).when(WorkerReady(4, retires=True))
+    [leaving] = [each.number for each in story.fleet[1].workers if each.state is State.RETIRING]
+    start = "1 of 3 workers replaced, waiting for worker"
+    rolling_reasons = [
+        reasons(story, held={leaving: held})[0] for held in ((2, 240.7), (1, None), (0, None))
+    ]
+    assert rolling_reasons == [
+        f"{start} {leaving} (2 connections, longest 4m)",
+        f"{start} {leaving} (1 connection)",
+        f"{start} {leaving}",
+    ]
+    assert reasons(story)[0] == f"{start} {leaving}"
+
+    story.when(WorkerExited(leaving, DIED, served_s=20.0, orphans=True))
+    assert reasons(story)[0] == (
+        f"1 of 3 workers replaced, waiting for processes of worker {leaving}"
+    )
+    story.when(WorkerExited(leaving, "orphans gone"))
+    assert reasons(story)[0] == "1 of 3 workers replaced, 1 starting"
+
+
+def test_a_rolling_reload_without_room_says_which_workers_leave(story: Story) -> None:
+    story.given_serving(Policy(surge=1, drain_timeout_s=9.0), workers=2)
+    for number in (1, 2):
+        story.when(WorkerExited(number, DIED, served_s=20.0, orphans=True))
+    story.when(ReloadRequested())
+    found = [each for each in reasons(story) if each.startswith("generation 2 starts")]
+    assert found == [
+        "generation 2 starts: 0 of 1 worker ready; waiting for processes of worker 1 and 1 more"
+    ]

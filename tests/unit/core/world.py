@@ -575,7 +575,13 @@ class World:
                 or generation.quiescing
                 or generation.number in self.unlimited
             )
-            assert self.runs(TimerKind.WORKER_RETIRE, number) or drains or last_word
+            # Orphans under rolling serve until another worker of their slot is ready.
+            serves_on = worker.state is State.ORPHANED and self.fleet.policy.rolls
+            serves_on = serves_on and any(
+                each.slot == worker.slot and each.state in (State.WAITING, State.STARTING)
+                for each in generation.workers
+            )
+            assert self.runs(TimerKind.WORKER_RETIRE, number) or drains or serves_on or last_word
 
     def is_in_the_place_of_the_next(self, generation: Generation) -> bool:
         """Whether it accepts where the next one is to accept; it has an end."""

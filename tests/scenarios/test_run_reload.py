@@ -462,8 +462,8 @@ def test_a_replacement_is_what_its_generation_was_started_as(
 
     os.kill(spawned(daemon)[0], signal.SIGKILL)
     eventually(lambda: daemon.log.count("event=worker-ready") == 2, "the replacement")
-    assert daemon.log.count("from=1") == 2
+    eventually(lambda: daemon.log.count("from=1") == 2, "the lines of both workers")
 
     daemon.reload()
-    assert daemon.log.count("from=2") == 1
+    eventually(lambda: daemon.log.count("from=2") == 1, "the new worker's line")
     daemon.stop()

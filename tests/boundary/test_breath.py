@@ -23,7 +23,7 @@ from socketprotector.core.events import (
 )
 from socketprotector.core.fleet import Fleet
 from socketprotector.core.snapshot import Snapshot
-from socketprotector.daemon import supervisor
+from socketprotector.daemon import memory_watch, supervisor
 from socketprotector.daemon.event_queue import EventQueue
 from socketprotector.daemon.runtime import Runtime
 from socketprotector.daemon.supervisor import Supervisor
@@ -179,7 +179,10 @@ def test_while_600_workers_are_adopted_clients_are_looked_after(
     assert away.unfed_s < LONGEST_S
 
 
-def test_a_worker_that_is_not_adopted_yet_is_known_to_a_program_that_resumes_meanwhile() -> None:
+def test_a_worker_that_is_not_adopted_yet_is_known_to_a_program_that_resumes_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory_watch, "MemoryWatch", lambda *_: None)  # root's opens descriptors
     named = inherited.Named()
     settings = SimpleNamespace(
         secret="",

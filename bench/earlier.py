@@ -29,7 +29,7 @@ def resolve(commit: str) -> str:
 def release_before() -> str:
     """Return the last release before this code, as a tag or a commit.  Raises NoSuchCommit.
 
-    Without a tag: the commit before the one that gave this code its version.
+    Without a tag, it is the parent of the commit that set this code's version.
     """
     tags = _git("HEAD", "tag", "--list", "v*", "--merged", "HEAD^", "--sort=-version:refname")
     if tags:

@@ -33,7 +33,7 @@ TARGETS = {"rate": rate, "latency": latency, "hog": hog}
 
 
 class Run:
-    """One run: what is measured, and where that is kept."""
+    """A run: its situations, and the file of its results."""
 
     def __init__(self, file: Path, round_s: float, turns: int, hours: float) -> None:
         self._file, self._round_s, self._turns = file, round_s, turns
@@ -76,7 +76,7 @@ class Run:
                 return Note(name, situation, turn, {}, " ".join(str(error).split())[-300:])
 
     def targets(self) -> list[Figure]:
-        """Measure what is aimed at, or return what an earlier run has measured."""
+        """Measure the targets, or return the measurements of an earlier run."""
         figures = []
         for name, take in TARGETS.items():
             if ("targets", name, 0) not in self._done:
@@ -122,7 +122,7 @@ def _print(one: Run, names: list[str], chosen: list[str], versions: dict[str, st
 
 
 def main() -> int:
-    """Run what is asked for, and print it."""
+    """Run the comparison that the options name, and print it."""
     parser = argparse.ArgumentParser(prog="python -m bench.rivals", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(RIVALS))
     parser.add_argument("--only", action="append", choices=SITUATIONS, help="this situation")

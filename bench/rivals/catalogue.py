@@ -1,4 +1,4 @@
-"""The rivals: one entry each.  All that is known of a rival is in its entry.
+"""The rivals.  Each has one entry, with all that the comparison needs.
 
 Texts have {port} or {path} (where it listens), {folder} (its own), {release}, {number},
 {status} and {word} (what this release is), {python}, {scripts}, {worker} and {tools}
@@ -15,7 +15,7 @@ NO_START = ("slow",)
 
 @dataclass(frozen=True)
 class Rival:
-    """How one is installed, started, reloaded and upgraded, and what its manual says."""
+    """How a rival is installed, started, reloaded and upgraded, and what its manual says."""
 
     name: str
     command: str
@@ -140,7 +140,7 @@ ALL = (
         "start_server --port=127.0.0.1:{port} -- " + _STARTER_WORKER,
         "start_server --version",
         "HUP starts a new program, and TERM ends the old one if the new one lives for --interval "
-        "(1 s); a new one that exits is retried; no upgrade of itself is described",
+        "(1 s), and retries a new one that exits; no upgrade of start_server is described",
         "start_server(1)",
         debian=("libserver-starter-perl",),
         at_path="start_server --path={path} -- " + _STARTER_WORKER,
@@ -198,7 +198,7 @@ ALL = (
         "hypercorn",
         "{scripts}/hypercorn --workers 2 --bind " + _TCP + _APP + "asgi",
         "{python} -c \"import importlib.metadata as m; print(m.version('hypercorn'))\"",
-        "HUP (0.18 and later) starts the workers anew; nothing is promised to clients meanwhile",
+        "HUP (0.18 and later) restarts the workers; the manual promises clients nothing",
         "pgjones/hypercorn #304, #233",
         pip=("hypercorn",),
         at_path="{scripts}/hypercorn --workers 2 --bind " + _UNIX + _APP + "asgi",
@@ -207,8 +207,8 @@ ALL = (
         "granian",
         "{scripts}/granian --interface asgi --workers 2 --port {port}" + _APP + "asgi",
         "{scripts}/granian --version",
-        "HUP starts the workers anew, one after the other (--respawn-interval 3.5 s); nothing is "
-        "promised to clients meanwhile",
+        "HUP restarts the workers one after the other (--respawn-interval 3.5 s); the manual "
+        "promises clients nothing",
         "granian --help; emmett-framework/granian #376",
         pip=("granian",),
         at_path="{scripts}/granian --interface asgi --workers 2 --uds {path}" + _APP + "asgi",
@@ -341,8 +341,7 @@ ALL = (
         "tableflip",
         "{built}/flips tcp 127.0.0.1:{port} {folder}/pid",
         "dpkg-query -W -f ${{Version}} golang-github-cloudflare-tableflip-dev",
-        "HUP starts the new program, which says Ready(); Upgrade() returns the error of one that "
-        "does not",
+        "HUP starts the new program, which calls Ready(); otherwise Upgrade() returns an error",
         "github.com/cloudflare/tableflip",
         upgrade=("HUP",),
         debian=("golang-go", "golang-github-cloudflare-tableflip-dev"),
@@ -403,7 +402,7 @@ RIVALS = {each.name: each for each in ALL}
 
 @dataclass(frozen=True)
 class Quoted:
-    """One that is not run, and why."""
+    """A rival that is not run, and why."""
 
     name: str
     says: str

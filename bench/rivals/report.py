@@ -37,7 +37,7 @@ class Note:
 
 
 def read(lines: Iterable[str]) -> list[Note]:
-    """Return the notes of earlier runs; what was cut off in the middle of a line is left out."""
+    """Return the notes of earlier runs, without an incomplete last line."""
     found = []
     for line in lines:
         try:
@@ -328,7 +328,7 @@ def gaps(results: Results, names: Sequence[str]) -> list[tuple[str, str, bool]]:
 
 
 def manuals(names: Iterable[str], versions: dict[str, str]) -> str:
-    """Return what was run, and what its manual says."""
+    """Return a row for each rival: its command, and the words of its manual."""
     body = [
         (
             name,

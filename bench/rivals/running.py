@@ -60,7 +60,7 @@ def steps(words: tuple[str, ...]) -> list[tuple[str, str]]:
 
 
 class Answer(NamedTuple):
-    """What a client was told."""
+    """A client's answer."""
 
     pid: int
     release: int
@@ -201,7 +201,7 @@ class Running:
             try:
                 return int((self._folder / "pid").read_text())
             except (OSError, ValueError):
-                pass  # it is written anew
+                pass  # it is written again
         return self._first
 
     def ask(self) -> Answer:

@@ -1,6 +1,6 @@
-"""What is done to each rival while clients come, and what is noted.
+"""The situations: faults and reloads of each rival while clients come, and their results.
 
-A round is as long as the operator wants; a fault comes at a quarter of it, and what undoes it at
+A round is as long as the operator wants; a fault comes at a quarter of it, and its end at
 three quarters.
 """
 
@@ -33,7 +33,7 @@ RELOADS = 5
 
 
 class Loading:
-    """A generator beside what is done meanwhile; `seen` once it has ended."""
+    """A load generator that runs beside a situation; `seen` has its result."""
 
     def __init__(
         self, one: Running, at_once: int, seconds: float, options: tuple[str, ...]
@@ -155,7 +155,7 @@ def _beside_a_hog(one: Running, seconds: float) -> Seen:
 
 @dataclass(frozen=True)
 class Situation:
-    """A column: what is done, and to whom."""
+    """A column of the table: an action, and the rivals that it is for."""
 
     title: str
     run: Callable[[Running, float], Seen]

@@ -65,7 +65,7 @@ from ..system.program_spec import program_of
 from ..system.sd_notify import Systemd
 from . import spread
 from .check_probe import CheckProbes
-from .delivery import Delivery
+from .delivery import Delivery, untaken
 from .delivery.host import Host
 from .generation import Generations, OpenGeneration
 from .live_settings import LiveSettings
@@ -372,7 +372,7 @@ class Effects(Host):
         """Warn that workers accept no connection."""
         if (number := self._route) is None:
             return
-        reason = f"no worker has accepted a connection {f'for {seconds:.0f} s' if ever else 'yet'}"
+        reason = untaken(seconds, ever=ever)
         self._post(Untaken(number, f"{reason}; {waiting} waiting"))
         self._log.write(
             "warning",

@@ -26,7 +26,7 @@ from ..model.history import Crash, History
 from ..model.lazy_dataclass import KW_ONLY, mutable, replace
 from ..model.records import WorkerRecord
 from ..model.text import LAST_WORDS, escape, status_of
-from ..system.foreign_descriptors import drop_unread
+from ..system.foreign_descriptors import close_unread
 from ..system.orphans import Orphans
 from ..system.process import End, Process
 from ..system.process_groups import Groups
@@ -229,8 +229,7 @@ class PostMortem:
         else:
             process.close()
             if line is not None:
-                drop_unread(line)
-                line.close()
+                close_unread(line)
         return has_group
 
     def _group_ended(self, record: WorkerRecord, generation: OpenGeneration) -> None:

@@ -81,7 +81,7 @@ class Upgrade:
             answered(version, failure)
 
         self._check = answered
-        self._start(copies, done, is_check=True)
+        self._start(copies, done)
 
     def _call_off_check(self) -> None:
         if self._check is not None and self._probe is not None:
@@ -91,9 +91,7 @@ class Upgrade:
             self._probe, answered, self._check = None, self._check, None
             answered("", "")
 
-    def _start(
-        self, given: Mapping[str, int], answered: Answered, *, is_check: bool = False
-    ) -> None:
+    def _start(self, given: Mapping[str, int], answered: Answered) -> None:
         def ended(how: str) -> None:
             late = self.loop.due(_TIMER) is None
             self.loop.cancel(_TIMER)
@@ -114,7 +112,7 @@ class Upgrade:
                 said = os.memfd_create("sp.probe", os.MFD_CLOEXEC)
                 opened.callback(os.close, said)
                 given = {**given, inherited.PROBE: send}
-                if is_check:
+                if self.checks:
                     given[inherited.CHECK] = send
                 start = HelperProcess.start_protector
                 self._probe = start(self.command, given, said, self.loop, ended)

@@ -73,8 +73,9 @@ class WorkerPool:
         self._spawner = WorkerSpawner(settings, self._loop, self._log, output, delivery)
         self._memory = memory_watch.MemoryWatch(runtime, self._workers)
         first = FirstPrograms(runtime, output, remember)
-        calls = self._note, self._is_ready, lambda: self._post_mortem
-        self._messages = WorkerMessages(runtime, self._workers, first, *calls)
+        self._messages = WorkerMessages(
+            runtime, self._workers, first, self._note, self._is_ready, lambda: self._post_mortem
+        )
         self._limits: worker_recycling.LimitWatch | None = None
         self.apply_settings(settings)
 

@@ -28,7 +28,7 @@ from ..model.listen_fds import FIRST_FD
 from ..model.records import Program, WorkerRecord
 from ..model.settings import Settings
 from ..system import inherited
-from ..system.foreign_descriptors import drop_unread
+from ..system.foreign_descriptors import close_unread
 from ..system.log import Log
 from ..system.loop import Loop
 from ..system.process import End, Process
@@ -79,8 +79,7 @@ class Worker:
         self.notify.close()
         self.readiness.close()
         if self.line is not None:
-            drop_unread(self.line)
-            self.line.close()
+            close_unread(self.line)
 
 
 def named(number: int, descriptors: Mapping[str, int]) -> dict[str, int]:

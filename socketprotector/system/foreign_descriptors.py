@@ -54,8 +54,7 @@ def _interrupt(number: int, frame: object) -> None:
 def drop_unread(sock: socket.socket) -> None:
     """Remove all messages from a UNIX socket, and refuse further messages.
 
-    Call it before closing the socket.  Otherwise another process with a copy, such as the guard,
-    would wait.
+    Needed before a close.  Otherwise another process with a copy, such as the guard, would wait.
     """
     try:
         sock.shutdown(socket.SHUT_RD)
@@ -69,3 +68,9 @@ def drop_unread(sock: socket.socket) -> None:
                     return
     except OSError:
         return  # a datagram socket is empty
+
+
+def close_unread(sock: socket.socket) -> None:
+    """Close a UNIX socket, with all messages that were not read."""
+    drop_unread(sock)
+    sock.close()

@@ -2,8 +2,8 @@
 
 It kills a process when memory runs out: at the limit of the cgroup, or elsewhere.
 
-Events: version 2 wakes who polls `memory.events`; version 1 writes to an eventfd at each shortage
-of the cgroup, before the kill, but not at a shortage of the whole machine.
+Events: version 2 wakes a process that polls `memory.events`.  Version 1 writes to an eventfd at
+each shortage of the cgroup, before the kill, but not at a shortage of the whole machine.
 
 Source: `memory.events` in Documentation/admin-guide/cgroup-v2.rst, and `memory.oom_control` in
 Documentation/admin-guide/cgroup-v1/memory.rst of Linux.
@@ -93,7 +93,7 @@ class Events:
 
 
 def _register(folder: str, fd: int) -> None:
-    """Have version 1 write to an eventfd.  Raises OSError."""
+    """Order version 1 to write to an eventfd at a shortage.  Raises OSError."""
     file = os.open(f"{folder}/{_FILES[1][0][0]}", os.O_RDONLY | os.O_CLOEXEC)
     try:
         order = os.open(f"{folder}/cgroup.event_control", os.O_WRONLY | os.O_CLOEXEC)

@@ -76,9 +76,8 @@ class Orphans:
         #: Notify address -> when KILL is due; None before the first scan.
         self._left: dict[str, float | None] = {}
         self._kills: dict[str, int] = {}  # rounds of KILL, by address
-        self._gone: dict[
-            str, Callable[[], None]
-        ] = {}  # called when an address's processes are gone
+        #: Notify address -> called when its processes are gone.
+        self._gone: dict[str, Callable[[], None]] = {}
         self._scan: Scan | None = None
         self._ended: Callable[[], None] | None = None  # called when all processes have ended
         self._blind = False  # /proc is unusable, and that was logged

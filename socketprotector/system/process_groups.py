@@ -25,7 +25,7 @@ from itertools import islice
 from ..model.lazy_dataclass import mutable, replace
 from ..model.records import WorkerRecord
 from . import inherited, procfs
-from .foreign_descriptors import drop_unread
+from .foreign_descriptors import close_unread
 from .log import Log
 from .loop import Loop
 from .process import Process
@@ -192,9 +192,8 @@ class Groups:
         if group.line is not None:
             with suppress(OSError):
                 group.line.shutdown(socket.SHUT_WR)  # at once, although the guard has a copy
-            drop_unread(group.line)
             del self._descriptors[_name(group.record.number, "line")]
-            group.line.close()
+            close_unread(group.line)
             group.line = None
 
     # -- groups of zombies ---------------------------------------------------------

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from ..model import einhorn, probe_spec
 from ..model.errors import what_failed
 from ..model.records import Program
-from .foreign_descriptors import drop_unread, dropping
+from .foreign_descriptors import close_unread, dropping
 from .loop import Loop
 from .polling import read_now
 
@@ -182,9 +182,7 @@ class Readiness:
         if fd >= 0:
             self._loop.unwatch(fd)
             if name == _ACK:
-                line = socket.socket(fileno=fd)
-                drop_unread(line)
-                line.close()
+                close_unread(socket.socket(fileno=fd))
             else:
                 os.close(fd)
             if self._changed is not None:

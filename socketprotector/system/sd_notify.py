@@ -22,7 +22,7 @@ from contextlib import suppress
 
 from . import peer_credentials
 from .cleanup import on_error
-from .foreign_descriptors import drop_unread, dropping
+from .foreign_descriptors import close_unread, dropping
 from .inherited import Named
 
 #: The file name under which each socket is first bound.
@@ -114,8 +114,7 @@ class NotifySocket:
 
     def close(self) -> None:
         """Close the socket, and remove its file."""
-        drop_unread(self.socket)
-        self.socket.close()
+        close_unread(self.socket)
         if not self._is_abstract:
             _remove(self.address)
 

@@ -1,4 +1,4 @@
-"""The comparison with rivals: what is made of its notes, and one rival that is run."""
+"""The comparison with rivals: its report, and a run of one rival."""
 
 from __future__ import annotations
 

@@ -10,13 +10,12 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.running import COMMAND, MARK, WORKERS, Client, marked, wait_gone
+from tests.running import COMMAND, MARK, WORKERS, Client, eventually, marked, wait_gone
 
 HERE = Path(__file__).parent
 PYTHON = sys.executable
@@ -70,7 +69,7 @@ class Life:
             self.port = free.getsockname()[1]
         (self.folder / "run").mkdir()
 
-    # -- what is done to it ----------------------------------------------------------
+    # -- actions ----------------------------------------------------------
 
     @property
     def log(self) -> str:
@@ -134,11 +133,10 @@ class Life:
 
     def until(self, fact: Callable[[], object], limit_s: float = LIMIT_S) -> bool:
         """Wait for a fact; return whether it came."""
-        end = time.monotonic() + limit_s
-        while not fact():
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.02)
+        try:
+            eventually(lambda: bool(fact()), "it", limit_s)
+        except AssertionError:
+            return False
         return True
 
     def says(self, pattern: str, times: int = 1) -> bool:
@@ -168,7 +166,7 @@ class Life:
         return (self.folder / "fired").exists()
 
     def live(self) -> list[str]:
-        """Start, act, and look what is left; return what is wrong."""
+        """Start, act, stop, and look for leftovers; return the problems."""
         operation = self.operation
         starts = operation.act is start
         if starts:

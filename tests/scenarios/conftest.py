@@ -18,6 +18,7 @@ from tests.running import (
     Protector,
 )
 from tests.scenarios.adopting import Installation
+from tests.scenarios.earlier import Earlier
 from tests.scenarios.faults import Disk
 from tests.scenarios.managers import Service
 from tests.scenarios.operating import MANY, Operated, Operating
@@ -162,3 +163,18 @@ def on_disk(marked_environment: dict[str, str]) -> Iterator[Callable[..., Protec
             return daemon
 
         yield start
+
+
+@pytest.fixture
+def earlier(
+    tmp_path: Path,
+    extracted: Path,
+    marked_environment: dict[str, str],
+    handed_over: tuple[str, ...],
+) -> Iterator[Earlier]:
+    """Protectors of an earlier commit's code, which the test's module extracts."""
+    made = Earlier(tmp_path, extracted, marked_environment, handed_over)
+    yield made
+    for each in made.started:
+        each.end()
+        print(f"--- log of protector {each.pid} ---\n{each.log.text()}")

@@ -6,7 +6,6 @@ The release workflow runs this.  docs/compatibility.md promises it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,22 +31,8 @@ def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return extracted_once(commit, shared_folder(tmp_path_factory))
 
 
-@pytest.fixture
-def earlier(
-    tmp_path: Path,
-    extracted: Path,
-    marked_environment: dict[str, str],
-    handed_over: tuple[str, ...],
-) -> Iterator[Earlier]:
-    made = Earlier(tmp_path, extracted, marked_environment, handed_over)
-    yield made
-    for each in made.started:
-        each.end()
-        print(f"--- log of protector {each.pid} ---\n{each.log.text()}")
-
-
 def downgraded(daemon: Protector, version: str) -> None:
-    """Execute the code in place, which is that of the release before; it has gone on."""
+    """Let the protector execute the code in place: that of the release before."""
     assert re.search(f"event=resumed .*version={version}( |$)", upgrade(daemon)), daemon.log.text()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,20 +46,6 @@ def extracted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     """The earlier code, once for all processes that pytest runs in: it is compiled once."""
     commit = getattr(request, "param", COMMIT)
     return extracted_once(commit, shared_folder(tmp_path_factory))
-
-
-@pytest.fixture
-def earlier(
-    tmp_path: Path,
-    extracted: Path,
-    marked_environment: dict[str, str],
-    handed_over: tuple[str, ...],
-) -> Iterator[Earlier]:
-    made = Earlier(tmp_path, extracted, marked_environment, handed_over)
-    yield made
-    for each in made.started:
-        each.end()
-        print(f"--- log of protector {each.pid} ---\n{each.log.text()}")
 
 
 def here(daemon: Protector) -> tuple[str, int]:

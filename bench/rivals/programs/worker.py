@@ -5,7 +5,7 @@
 
 It answers `PID RELEASE pong`, keeps a connection if the client asks for that, and drains at
 TERM: it accepts no more, and ends each kept connection with the answer to its next request.
---fork N: N such processes below one that starts them again, as Perl's prefork servers do.
+--fork N: a parent with N such processes, which it restarts, as Perl's prefork servers do.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Server:
 
 
 def prefork(count: int) -> None:
-    """Return in each of so many processes; the one that was called never does."""
+    """Fork so many processes, and return in each; the caller's process never returns."""
     children: set[int] = set()
     stopping = False
 

@@ -30,6 +30,14 @@ QUIET_S = 0.2
 LAST_S = 10.0
 
 
+def untaken(seconds: float, *, ever: bool) -> str:
+    """Return, in words, that workers accept no client.
+
+    ever: whether they have ever accepted one; seconds: since then.
+    """
+    return f"no worker has accepted a connection {f'for {seconds:.0f} s' if ever else 'yet'}"
+
+
 @frozen
 class Handles:
     """The descriptors from which a worker takes connections, and how the worker finds them."""

@@ -177,12 +177,17 @@ def test_a_client_where_no_worker_accepts_needs_a_generation_at_once(
     assert world.clock.fields == [{"listen": pair.settings.address, "hint": None}]
 
 
-def test_workers_that_are_finishing_may_still_accept_it(world: World, pair: MemoryListener) -> None:
+def wait_behind_finishing_workers(world: World, pair: MemoryListener) -> None:
+    """A client comes to a socket that only finishing workers may still accept from."""
     world.turns.leave(1, world.clock.now)
     world.turns.accepting[2] = 1
     world.turns.current = 1
     world.watch.watch()
     world.connect(pair, 0)
+
+
+def test_workers_that_are_finishing_may_still_accept_it(world: World, pair: MemoryListener) -> None:
+    wait_behind_finishing_workers(world, pair)
     assert not world.clock.posted
     assert not world.reads(pair, 0), "it would wake us all the time"
     world.clock.pass_time(0.9 * FIRST_RESCUE_S)
@@ -194,11 +199,7 @@ def test_workers_that_are_finishing_may_still_accept_it(world: World, pair: Memo
 def test_a_client_that_finishing_workers_accept_is_no_reason(
     world: World, pair: MemoryListener
 ) -> None:
-    world.turns.leave(1, world.clock.now)
-    world.turns.accepting[2] = 1
-    world.turns.current = 1
-    world.watch.watch()
-    world.connect(pair, 0)
+    wait_behind_finishing_workers(world, pair)
     pair.sockets[0].line.clear()
     world.clock.pass_time(2 * FIRST_RESCUE_S)
     assert not world.clock.posted
@@ -285,11 +286,7 @@ def test_a_new_release_and_the_end_of_a_hold_end_the_pause(
 def test_it_is_looked_at_once_where_no_process_is_left_that_could_accept(
     world: World, pair: MemoryListener
 ) -> None:
-    world.turns.leave(1, world.clock.now)
-    world.turns.accepting[2] = 1
-    world.turns.current = 1
-    world.watch.watch()
-    world.connect(pair, 0)
+    wait_behind_finishing_workers(world, pair)
     del world.turns.leaving[1]
     world.watch.look_again()
     assert world.rescues == 1
@@ -303,11 +300,7 @@ def test_where_no_client_waits_any_more_the_next_client_wakes_us_again(
     world: World, pair: MemoryListener
 ) -> None:
     """No worker is left that could accept the next client, so its time must not run out first."""
-    world.turns.leave(1, world.clock.now)
-    world.turns.accepting[2] = 1
-    world.turns.current = 1
-    world.watch.watch()
-    world.connect(pair, 0)
+    wait_behind_finishing_workers(world, pair)
     assert not world.reads(pair, 0)
     pair.sockets[0].line.clear()
     del world.turns.leaving[1]
@@ -322,11 +315,7 @@ def test_where_no_client_waits_any_more_the_next_client_wakes_us_again(
 def test_a_generation_that_accepts_there_again_ends_the_wait(
     world: World, pair: MemoryListener
 ) -> None:
-    world.turns.leave(1, world.clock.now)
-    world.turns.accepting[2] = 1
-    world.turns.current = 1
-    world.watch.watch()
-    world.connect(pair, 0)
+    wait_behind_finishing_workers(world, pair)
     world.turns.accepting[3] = 0
     world.watch.watch()
     world.clock.pass_time(10.0)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from ....core.events import Event, Untaken
 from ....model.share import in_share
 from ....system.loop import Loop
-from .. import UNTAKEN_S
+from .. import UNTAKEN_S, untaken
 from .acceptor import Send
 from .generation_channel import GenerationChannel
 from .outlet import Outlet
@@ -137,8 +137,7 @@ class CanaryQueue:
     def _untaken(self, seconds: float, waiting: int, ever: bool) -> None:
         """Report a canary whose workers take no client."""
         if self.channel is not None:
-            since = f"for {seconds:.0f} s" if ever else "yet"
-            reason = f"no worker has accepted a connection {since}; {waiting} waiting"
+            reason = f"{untaken(seconds, ever=ever)}; {waiting} waiting"
             self._post(Untaken(self.channel.generation.record.number, reason))
 
     def keep(self, header: bytes, fd: int) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from ....core.events import Untaken
 from ....system.listener import Listener
 from ....system.sock_diag import Line
-from .. import UNTAKEN_S
+from .. import UNTAKEN_S, untaken
 from .accept_watch import AcceptWatch, Backlogs, known_clients
 from .probes import Probes
 from .shared_listeners import SharedListeners
@@ -79,7 +79,6 @@ class CanaryWatch(Backlogs):
         """Fail the canary."""
         if not ever:
             self.never_accepted = self._canary
-        since = f"for {seconds:.0f} s" if ever else "yet"
         addresses = [each.settings.address for each in self._listeners.living if each.index in at]
-        reason = f"no worker has accepted a connection {since} at {' '.join(addresses)}"
+        reason = f"{untaken(seconds, ever=ever)} at {' '.join(addresses)}"
         self._post(Untaken(self._canary, f"{reason}; {waiting} waiting"))

@@ -45,8 +45,11 @@ def built(name: str, *, preloaded: bool = False) -> str:
     if not binary.exists() or binary.stat().st_mtime < source.stat().st_mtime:
         flags = ["-std=c99", "-O2", "-Wall", "-Wextra", "-Werror"]
         flags += ["-fPIC", "-shared"] if preloaded else []
+        # Renamed, because another process may run or compile it now.
+        new = binary.with_name(f".{binary.name}.{os.getpid()}")
         try:
-            subprocess.run(["cc", *flags, "-o", str(binary), str(source)], check=True)
+            subprocess.run(["cc", *flags, "-o", str(new), str(source)], check=True)
+            new.rename(binary)
         except (OSError, subprocess.CalledProcessError) as error:
             raise CannotMeasure(f"cannot build {source.name}: {error}") from error
     return str(binary)

@@ -114,6 +114,7 @@ class Effects(Host):
         )
         self.generations: Generations = Generations()
         self._route: int | None = None
+        self._sharing: int | None = None  # the generation with a share of the new clients
         self.last_good: Program | None = None  # of the generation that served last
         self._due: dict[Deadline, tuple[Deadline, float]] = {}  # each timer, and when it runs out
         self.exit_status: int | None = None
@@ -294,7 +295,7 @@ class Effects(Host):
 
     def _route_to(self, number: int | None, sharing: int | None, share: int) -> None:
         generation = self.generations.get(number) if number is not None else None
-        self._route = number if generation is not None else None
+        self._route, self._sharing = number if generation is not None else None, sharing
         if generation is None:
             self.probing.set_serving(None)
             self.delivery.route_to(None)
@@ -405,9 +406,8 @@ class Effects(Host):
                 run(_SETTLE_AGAIN_S)
                 return
             self._note_due(deadline)
-            starts = deadline.wait is TimerKind.START
-            advice = self._start_advice(target) if starts else ""
-            met = self.met(target) if settles else 0
+            advice = self._start_advice(target) if deadline.wait is TimerKind.START else ""
+            met = self.met(target) if settles and target == self._sharing else 0
             stuck = settles and self.delivery.is_stuck(self.generations.get(target))
             self._post(DeadlinePassed(deadline, advice, met, stuck))
 

@@ -224,7 +224,10 @@ def forget(path: str, one: socket.socket) -> None:
 def remove(path: str, ours: Iterable[socket.socket]) -> None:
     """Remove the path, unless it is another program's file, and all our files beside it."""
     members = dict(enumerate(ours))
-    group = look(path, members)
+    try:
+        group = look(path, members)
+    except OSError:
+        return  # the folder is closed to us, so we can remove no file there
     with suppress(OSError):
         group = examine(path, group, members)
     for step in group.remove():

@@ -11,7 +11,7 @@ import errno
 import os
 import select
 import socket
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 
 from ..model.lazy_dataclass import replace
@@ -89,11 +89,18 @@ class UnixListener(Listener):
         """Whether no client can connect any more, because another program has removed its files."""
         if not self.settings.inode or self.settings.foreign:
             return False
-        return self._look().is_cut_off if self.path else not os.path.lexists(self.local_address[0])
+        if self.path:
+            return self._says(lambda group: group.is_cut_off)
+        try:
+            os.lstat(self.local_address[0])
+        except OSError as error:
+            return error.errno == errno.ENOENT
+        return False
 
     def is_out_of_reach(self, socket_number: int) -> bool:
         """Return whether a socket must be replaced: another program has removed its file."""
-        return bool(self.path) and self._look().is_out_of_reach(socket_number % 2)
+        number = socket_number % 2
+        return bool(self.path) and self._says(lambda group: group.is_out_of_reach(number))
 
     def is_passed_by(self, socket_number: int) -> bool:
         """Return whether a socket can get clients although its path no longer leads to it.
@@ -101,7 +108,7 @@ class UnixListener(Listener):
         They can if the file is mounted elsewhere, because a mount keeps its original file.
         """
         was_left = self._known is not None and bool(self._known.left_empty)
-        return was_left and self._look().is_passed_by(socket_number % 2)
+        return was_left and self._says(lambda group: group.is_passed_by(socket_number % 2))
 
     def note(self) -> None:
         """Remember the sockets without clients to which the path does not lead.
@@ -144,7 +151,7 @@ class UnixListener(Listener):
             if held:
                 self.reserve()
             self._carry_out(self._examine().steer(socket_number % len(self.sockets), held=held))
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError, PermissionError):
                 self._rights = socket_file.rights_of(self.path)
 
     def _steer_last(self, socket_number: int) -> None:
@@ -240,9 +247,22 @@ class UnixListener(Listener):
         members = self._members()
         waiting = frozenset(n for n, one in members.items() if has_client(one))
         left_empty = frozenset[int]() if self._known is None else self._known.left_empty
-        found = socket_file.look(self._path, members)
+        try:
+            found = socket_file.look(self._path, members)
+        except PermissionError:
+            if len(members) > 1:
+                raise
+            # The folder is closed to us, but not to clients: they still come to the only socket.
+            found = path_group.PathGroup(frozenset(members), leads_to=0, path=self._path)
         self._known = replace(found, waiting=waiting, left_empty=left_empty)
         return self._known
+
+    def _says(self, what: Callable[[PathGroup], bool]) -> bool:
+        """Return a fact about the path; False if the folder is closed to us."""
+        try:
+            return what(self._look())
+        except OSError:
+            return False
 
     def _examine(self) -> PathGroup:
         """Return the value of the path with the files of closed sockets.  Raises OSError."""

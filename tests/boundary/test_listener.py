@@ -18,6 +18,7 @@ from socketprotector.model.settings import ListenerSettings
 from socketprotector.system import accept_tags, bpf, reuseport, sock_diag, socket_copy, socket_file
 from socketprotector.system.listener import Listener
 from socketprotector.system.listeners import listener_of
+from tests.running import shared_path
 from tests.unanswered import Unanswered
 
 
@@ -559,3 +560,32 @@ def test_a_socket_of_workers_keeps_its_flags_and_one_of_ours_never_waits() -> No
             listener = listener_of(made.detach(), 0, settings, shared=is_shared)
             assert listener.blocks == (is_shared and blocks)
             listener.close()
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_a_folder_that_is_closed_to_us_is_open_to_clients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_room: bool
+) -> None:
+    """The only socket of a path stays as it is, also where files beside it had room."""
+    path = tmp_path / "s" if has_room else shared_path(tmp_path)
+    listener = on_file(path, shared=True)
+    assert bool(listener.path) == has_room
+    real = os.lstat
+
+    def closed(name: str, **how: Any) -> os.stat_result:
+        if os.path.dirname(name) == os.fspath(tmp_path):
+            raise PermissionError(errno.EACCES, "Permission denied", name)
+        return real(name, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "lstat", closed)
+        assert not listener.is_cut_off
+        assert not listener.is_out_of_reach(0)
+        assert not listener.is_passed_by(0)
+        listener.steer(0)
+        listener.remove_files()
+    assert path.exists()
+    assert not listener.is_cut_off
+    path.unlink()
+    assert listener.is_cut_off
+    listener.close()

@@ -2376,17 +2376,25 @@ def test_a_client_of_a_probed_generation_is_kept_by_the_program_after_a_kill_at_
     assert pair.has_waiting(1)
 
 
-def test_a_release_without_clients_fails_where_all_files_of_a_path_were_removed_before_a_kill(
+def test_a_release_starts_for_other_listeners_where_files_of_a_path_were_removed_before_a_kill(
     world: World, pair: Listener
 ) -> None:
-    """The next program does not know the files' rights, so it can make none."""
+    """The next program does not know the files' rights, so it can make none.
+
+    A release without any client fails.
+    """
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
     for each in {pair.path, pair.address_of(0)[0], pair.address_of(1)[0]}:
         os.unlink(each)
     pair.__dict__["_rights"] = None
     world.resume((1, 0))
+    world.steering.enter(2, 1, fresh=True)
+    assert any("no client can connect" in each for each in world.steering.warnings)
+    world.steering.forget(2)
 
+    for other in world.listeners:
+        other.lost = other is not pair
     with pytest.raises(OSError, match=r"no client can connect; restart SocketProtector") as failed:
         world.steering.enter(2, 1, fresh=True)
 

@@ -499,21 +499,43 @@ def test_a_hold_of_a_unix_socket_is_refused_in_words(operated: Operating, tmp_pa
     )
 
 
+CUT_OFF = "its socket file was removed, so no client can connect; restart SocketProtector"
+
+
 @pytest.mark.costly
-def test_a_reload_fails_where_the_file_of_an_only_socket_was_removed(
-    operated: Operating, tmp_path: Path
+def test_a_reload_fails_where_the_file_of_the_only_socket_was_removed(
+    protector: Callable[..., Protector], tmp_path: Path
 ) -> None:
     """The release would get no client."""
     path = shared_path(tmp_path)
-    daemon = operated(*MODE, *FAST, f"unix:{path}", command=SERVER)
+    daemon = protector(*MODE, *FAST, f"unix:{path}", "--", *SERVER)
+    daemon.log.wait_for("event=ready generation=1")
     os.unlink(path)
 
-    mark = daemon.daemon.signal(signal.SIGHUP)
-    said = daemon.daemon.log.wait_for("event=reload-failed generation=2", after=mark)
+    mark = daemon.signal(signal.SIGHUP)
+    said = daemon.log.wait_for("event=reload-failed generation=2", after=mark)
 
-    assert "its socket file was removed, so no client can connect; restart SocketProtector" in said
+    assert CUT_OFF in said
     assert str(path) in said
-    assert len(spawned(daemon.daemon)) == 1
+    assert len(spawned(daemon)) == 1
+
+
+@pytest.mark.costly
+def test_a_removed_socket_file_keeps_no_release_from_another_listener(
+    operated: Operating, tmp_path: Path
+) -> None:
+    path = shared_path(tmp_path)
+    daemon = operated(*MODE, *FAST, f"unix:{path}", command=SERVER)
+    warning = f"unix:{path}: {CUT_OFF}"
+    assert warning not in daemon.status()["warnings"]
+    os.unlink(path)
+    assert warning in daemon.status()["warnings"]
+
+    mark = daemon.daemon.signal(signal.SIGHUP)
+    said = daemon.daemon.log.wait_for("event=listener-lost", after=mark)
+
+    assert f"listen=unix:{path}" in said
+    daemon.daemon.log.wait_for("event=reloaded generation=2", after=mark)
 
 
 def test_a_hold_lasts_through_a_reload_an_upgrade_and_a_crash(operated: Operating) -> None:

@@ -75,7 +75,7 @@ class MemoryListener:
         self.renewed: list[int] = []
         self.renews = False
         self.let_in_count = self.noted = 0
-        self.spare = False
+        self.spare = self.has_no_spare = False
 
     def made(self) -> MemorySocket:
         return MemorySocket(self._family)

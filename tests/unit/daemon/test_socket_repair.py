@@ -347,6 +347,23 @@ def test_no_generation_starts_where_no_client_can_connect(world: World) -> None:
     assert raised.value.filename == "/run/s"
 
 
+def test_a_removed_file_of_an_only_socket_keeps_no_release_from_other_listeners(
+    world: World, pair: MemoryListener
+) -> None:
+    path = world.listener(count=1, path="/run/s")
+    path.is_cut_off = True
+    world.make_ready(path, 0)
+    world.make_sound(path, 0, 1)
+    assert world.host.lost == [(path, socket_repair.CUT_OFF)]
+    assert [*world.repairs.warnings] == [f"unix:/run/s: {socket_repair.CUT_OFF}"]
+
+    path.is_cut_off = False
+    world.make_sound(path, 0, 2)
+    world.make_sound(pair, 0, 2)
+    assert len(world.host.lost) == 1
+    assert not world.repairs.warnings
+
+
 def test_what_an_earlier_server_has_set_is_undone_on_a_socket_of_its_own(
     world: World, pair: MemoryListener
 ) -> None:

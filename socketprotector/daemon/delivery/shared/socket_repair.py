@@ -21,7 +21,7 @@ from .socket_option_restore import SocketOptionRestore
 from .socket_watch import SocketWatch
 from .turns import Turns
 
-_CUT_OFF = "its socket file was removed, so no client can connect; restart SocketProtector"
+CUT_OFF = "its socket file was removed, so no client can connect; restart SocketProtector"
 RESTART = "restart SocketProtector: until then a release that fails may keep clients out"
 
 
@@ -96,13 +96,37 @@ class SocketRepair:
         awaited = any(index == listener.index for _, index in self._turns.unserved)
         if (listener.has_sibling or not awaited) and listener.renew(socket_number):
             self._listeners.note_bound(listener)
-        if listener.is_cut_off:
-            raise FileNotFoundError(errno.ENOENT, _CUT_OFF, listener.local_address[0])
+        if listener.is_cut_off and self.needs(listener):
+            raise FileNotFoundError(errno.ENOENT, CUT_OFF, listener.local_address[0])
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The listeners that a restart restores, or protects from the next broken release."""
+        cut_off = [
+            f"{each.settings.address}: {CUT_OFF}"
+            for each in self._listeners.living
+            if not each.has_sibling and each.is_cut_off
+        ]
+        spent = [
+            f"{each.settings.address}: a release broke a socket, and no spare is left; {RESTART}"
+            for each in self._listeners.living
+            if each.has_no_spare
+        ]
+        return *cut_off, *spent
+
+    def needs(self, listener: Listener) -> bool:
+        """Return whether a release must not start unless clients can reach it at this listener.
+
+        The removed file of an only socket must not keep a release from the other listeners.
+        """
+        return listener.has_sibling or all(each.is_cut_off for each in self._listeners.living)
 
     def make_sound(self, listener: Listener, socket_number: int, generation: int) -> None:
         """Undo what an earlier generation has done to a new generation's socket."""
         if not listener.has_sibling:
             listener.let_in()
+            if listener.is_cut_off:
+                self._listeners.host.listener_lost(listener, CUT_OFF)
         elif socket_number not in self._turns.accepting.values():
             try:
                 socket_copy.reset(listener.socket_for(socket_number))

@@ -24,7 +24,7 @@ from .listener_hold import ListenerHold
 from .probes import LEAVES_S, Probes
 from .quiescing import Quiescing
 from .shared_listeners import SharedListeners, Steering
-from .socket_repair import RESTART, SocketRepair
+from .socket_repair import SocketRepair
 from .socket_watch import SocketWatch
 from .turns import Share, Turns
 
@@ -80,7 +80,7 @@ class SocketSteering(Steering):
         """Prepare a socket for a generation whose workers will start soon.
 
         fresh: the generation is a new release, which ends the back-off of earlier rescues.  Raises
-        OSError if a path cannot lead to the socket of a new release, or if the path is gone.
+        OSError if a path cannot lead to the socket of a new release, or if every path is gone.
         """
         if fresh:
             self._watch.note_new_release()
@@ -88,8 +88,8 @@ class SocketSteering(Steering):
             try:
                 self._repairs.make_ready(each, socket_number)
             except OSError as error:  # without a new release the listener keeps its socket
-                misses = each.has_sibling or each.is_cut_off
-                if fresh and misses and error.errno not in RESOURCE_ERRNOS:
+                is_needed = self._repairs.needs(each)
+                if fresh and is_needed and error.errno not in RESOURCE_ERRNOS:
                     self._watch.watch()
                     raise
             self._repairs.make_sound(each, socket_number, generation)
@@ -326,18 +326,13 @@ class SocketSteering(Steering):
             for each in self._listeners.all
             if each.lost
         ]
-        spent = [
-            f"{each.settings.address}: a release broke a socket, and no spare is left; {RESTART}"
-            for each in self._listeners.living
-            if each.has_no_spare
-        ]
         others = [
             f"{address}: new clients do not reach the newest generation: {why}"
             for address, why in self._not_steered.items()
         ]
         if self._not_held and self.hold.on:
             others.append(f"on hold, but workers accept new clients: {self._not_held}")
-        return *lost, *spent, *others
+        return *lost, *self._repairs.warnings, *others
 
     @property
     def share(self) -> bool:

@@ -70,7 +70,7 @@ _FAMILIES: tuple[tuple[Any, ...], ...] = (
     (Gauge, "rollout_workers_awaited", "Workers of which one must end before more are replaced."),
     (Info, "release", "The `release` that is serving."),
     (Gauge, "release_is_current", "1 if a restart would start the serving release, 0 if not."),
-    (Total, "worker_crashes", "Workers that ended without an order to."),
+    (Total, "worker_crashes", "Workers that ended unexpectedly."),
     (Total, "connections_accepted", "Connections accepted and sent to workers."),
     (Total, "connections_taken", "Connections that workers have taken."),
     (Total, "connections_finished", "Connections that workers have finished."),

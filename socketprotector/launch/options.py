@@ -227,7 +227,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
     ),
     "Reload": (
         Option("reload-order", click.Choice(["start-first", "stop-first", "rolling"]),
-               "Start new workers before the old ones stop, after them, or a few at a time.\n"
+               "Start new workers before the old ones stop, after their end, or a few at a time.\n"
                "stop-first is for a daemon that locks something; clients wait meanwhile. "
                "rolling needs less memory, and needs --drain-timeout. See docs/rollout.md.",
                default="start-first"),
@@ -247,12 +247,12 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "If the new generation fails within this time, the old one serves again. Not with "
                "--reload-order stop-first.",
                "policy.settle_s", default="0"),
-        Option("releases", TEXT, "Start a release of this folder, whose path replaces {release}.\n"
-               "{release} can be in COMMAND, --chdir, --env, --env-file and checks. "
+        Option("releases", TEXT, "Start a release, a subfolder of this folder.\n"
+               "Its path replaces {release} in COMMAND, --chdir, --env, --env-file and checks. "
                "socketprotectorctl deploy NAME starts another release. See docs/deploy.md.",
                "releases", STAYS, metavar="DIR", show=lambda path: path or "none"),
         Option("current", TEXT, "Start the release to which this symbolic link leads.\n"
-               "It is moved when a deployed release is proved, and only then.",
+               "SocketProtector moves the link only when a deployed release is proved.",
                "current", STAYS, metavar="PATH", show=lambda path: path or "none"),
         Option("deployer", TEXT, "Accept releases that belong to this user, and those of root.",
                metavar="USER"),
@@ -332,7 +332,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("stop-timeout", TIME, "Allow this long for a graceful stop, then send TERM.",
                "policy.stop_timeout_s", default="30s"),
         Option("stop-spread", TIME,
-               "Do as --drain-spread at a stop, within --stop-timeout.",
+               "At a stop, end connections evenly over this time, as with --drain-spread.",
                "policy.stop_spread_s", default="0"),
         Option("kill-timeout", TIME, "Send KILL this long after TERM.",
                "policy.kill_timeout_s", default="5s"),
@@ -391,7 +391,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
     "Configuration": (
         CONFIG,
         Option("check", FLAG, "Check what a start needs, and start nothing.\n"
-               "If a protector with the same pid file is running, check a start after its end.",
+               "If a protector with the same pid file is running, check as if it had ended.",
                no_key=_LINE_ONLY, common=True),
         Option("control", TEXT, "Put the control socket at this path.", at_reload=STAYS,
                metavar="PATH",

@@ -382,7 +382,7 @@ def test_so_many_clients_and_no_more_until_one_leaves(desk: Desk) -> None:
     [refused] = one_more.hear()
     assert (refused["code"], refused["error"]) == (
         "busy",
-        "256 clients are connected already; try again after one has left",
+        "256 clients are connected already; try again after a client leaves",
     )
     one_more.hear_end()
 

@@ -386,7 +386,7 @@ class Handed(World):
         if steering_of(effects).hold.refusal(effects.delivery.listeners) is not None:
             return
         settling = protector.fleet.of(Phase.SETTLING)
-        left_s = rollout.left_s(settling.number, effects) if settling else None
+        left_s = rollout.settle_left_s(settling.number, effects) if settling else None
         asked = HoldRequested(self._random.choice((0.5, 3.0, 15.0)), left_s)
         self._say(f"a hold of {asked.seconds:g} s is asked for")
         self._loop.call_after("hold", 0.0, lambda: protector.runtime.post(asked))

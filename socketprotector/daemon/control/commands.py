@@ -70,7 +70,7 @@ class CommandHandler:
         return self.supervisor.effects
 
     def handle(self, client: Client, request: Request) -> None:
-        """Carry out a request by the method `do_` + its name, and answer it.
+        """Carry out a request by its method `do_NAME`, and answer the request.
 
         Raises RequestError.
         """
@@ -96,7 +96,7 @@ class CommandHandler:
             raise
         except Exception as error:
             if request.command not in _READ_ONLY:
-                raise  # it may be half done: the next process resumes from the state
+                raise  # the command may be half done: the next program resumes from the state
             self.runtime.log.write(
                 "error", "command-failed", command=request.command, error=repr(error)
             )
@@ -164,7 +164,7 @@ class CommandHandler:
         return {"history": self._effects.reports.run.history.entries()}
 
     def _left_s(self, wait: TimerKind) -> float | None:
-        """Return the seconds until a timer of the fleet runs out; None: it is not set."""
+        """Return the seconds until a timer of the fleet runs out; None: the timer is not set."""
         due = self.runtime.loop.due(Deadline(wait))
         return max(0.0, due - time.monotonic()) if due is not None else None
 
@@ -208,7 +208,7 @@ class CommandHandler:
             raise RequestError("busy", "another diff is in progress; try again after it")
 
     def _check_upgrade(self, client: Client, request: Request) -> None:
-        """Answer `upgrade` with `check` once the new program has run on a copy of the state."""
+        """Answer an upgrade check once the new program has run on a copy of the state."""
 
         def answered(version: str, failure: str) -> None:
             if not version and not failure:
@@ -222,13 +222,13 @@ class CommandHandler:
 
         if self.supervisor.upgrade_waits_for() or self.supervisor.upgrade.checks:
             raise RequestError(
-                "busy", "an upgrade or a check of one is in progress; try again after it"
+                "busy", "an upgrade or an upgrade check is in progress; try again after it"
             )
         try:
             self.supervisor.check_upgrade(answered)
         except (OSError, StateError) as error:
             what = what_failed(error) if isinstance(error, OSError) else str(error)
-            raise RequestError("refused", f"no copy of the state: {what}") from error
+            raise RequestError("refused", f"cannot copy the state: {what}") from error
 
     # -- commands that change something ------------------------------------------
 
@@ -237,7 +237,7 @@ class CommandHandler:
     ) -> Mapping[str, Any]:
         fleet = self.supervisor.fleet
         if dry_run and canary:
-            raise RequestError("invalid", "reload: a dry run gets no clients, so no canary")
+            raise RequestError("invalid", "reload: no canary in a dry run, which gets no clients")
         if dry_run:
             self._refuse_dry_run(fleet)
             self.runtime.post(DryRunRequested())
@@ -268,7 +268,7 @@ class CommandHandler:
     ) -> Mapping[str, Any]:
         fleet = self.supervisor.fleet
         if not release:
-            raise RequestError("invalid", "deploy: release is needed")
+            raise RequestError("invalid", "deploy: the argument release is missing")
         if dry_run and not fleet.is_releasing:
             self._refuse_dry_run(fleet)
         return releases.deploy(
@@ -330,7 +330,7 @@ class CommandHandler:
         if cannot is not None:
             raise RequestError("refused", f"hold is unavailable: {cannot}")
         settling = self.supervisor.fleet.of(Phase.SETTLING)
-        left_s = rollout.left_s(settling.number, self._effects) if settling else None
+        left_s = rollout.settle_left_s(settling.number, self._effects) if settling else None
         self.runtime.post(HoldRequested(seconds, left_s))
         return {"until_at": time.time() + seconds}
 
@@ -368,7 +368,7 @@ class CommandHandler:
         found = fleet.find(number) if number is not None else None
         if found is None:
             name = self._effects.live_settings.settings.name
-            why = f"process {pid} is not a worker of {name}; `status` lists them"
+            why = f"process {pid} is not a worker of {name}; `status` lists its workers"
             raise RequestError("unknown", why)
         generation, worker = found
         if generation.phase is not Phase.SERVING or worker.state is not State.READY:
@@ -379,13 +379,13 @@ class CommandHandler:
         return {"worker": worker.number}
 
     def _replace_child(self, record: WorkerRecord, pid: int) -> Mapping[str, Any]:
-        """Order a forked child to finish; its parent forks another at once."""
+        """Order a forked child to finish; its parent forks another child at once."""
         try:
             is_there = forked_children.retire(pid, record.pid)
         except OSError as error:
             raise RequestError("failed", f"cannot signal {pid}: {error.strerror}") from error
         if not is_there:
-            raise RequestError("refused", f"child {pid} has ended meanwhile")
+            raise RequestError("refused", f"child {pid} has already exited")
         self.runtime.log.write("info", "retired", worker=record.number, child=pid)
         return {"worker": record.number}
 

@@ -1,7 +1,4 @@
-"""Carries out `deploy` and `releases`, and the rollback to an earlier release.
-
-docs/control.md has the names.
-"""
+"""Carries out `deploy` and `releases`, and the rollback to an earlier release (docs/control.md)."""
 
 from __future__ import annotations
 
@@ -32,8 +29,8 @@ def deploy(
 ) -> dict[str, Any]:
     """Begin the deploy of a release, or its dry run.
 
-    expect: refuse if another release is serving.  force: even if `current` names another release
-    than the serving one.
+    expect: refuse if another release is serving.  force: deploy even if `current` does not name the
+    serving release.
     """
     releases = _releases_of(effects)
     _refuse_second(fleet, effects)
@@ -55,7 +52,7 @@ def deploy(
 
 
 def roll_back(effects: Effects, fleet: Fleet, runtime: Runtime, expect: str) -> dict[str, Any]:
-    """Begin the deploy of the release that was proved before the serving one."""
+    """Begin the deploy of the last release that was proved before the serving release."""
     releases = effects.live_settings.releases
     if releases is None:
         raise RequestError(
@@ -76,13 +73,13 @@ def roll_back(effects: Effects, fleet: Fleet, runtime: Runtime, expect: str) -> 
 
 
 def refuse_unexpected_incoming(effects: Effects, fleet: Fleet, expect: str) -> None:
-    """Refuse to end a reload that starts another release than the expected one."""
+    """Refuse to end a reload unless it starts the expected release."""
     incoming = effects.generations.get(fleet.incoming.number) if fleet.incoming else None
     _refuse_unexpected(expect, incoming.program.release if incoming else fleet.release)
 
 
 def listed(effects: Effects) -> list[dict[str, Any]]:
-    """Return each release of the history, the latest tried last."""
+    """Return the releases of the history, in the order of their last verdicts."""
     releases = _releases_of(effects)
     serving, named = releases.serving, releases.named
     found = release.latest(releases.history)
@@ -125,7 +122,7 @@ def of_status(effects: Effects, fleet: Fleet) -> dict[str, Any]:
 
 
 def warnings(effects: Effects) -> tuple[str, ...]:
-    """Return what a restart would not start as it is now."""
+    """Return why a restart may not start the serving release, or why `current` is not saved."""
     releases = effects.live_settings.releases
     if releases is None:
         return ()
@@ -139,7 +136,7 @@ def _releases_of(effects: Effects) -> Releases:
 
 
 def _incoming(effects: Effects, fleet: Fleet) -> tuple[Generation | None, str]:
-    """Return the generation that a reload or deploy has opened, and the release of either."""
+    """Return the generation that a reload or deploy has opened, and its release."""
     incoming = fleet.incoming if fleet.incoming and fleet.incoming.fresh else None
     opened = effects.generations.get(incoming.number) if incoming else None
     return incoming, opened.program.release if opened else fleet.release
@@ -158,9 +155,9 @@ def _refuse_second(fleet: Fleet, effects: Effects) -> None:
     )
 
 
-def _refuse_unexpected(expect: str, serving: str) -> None:
-    if expect and expect != serving:
-        raise RequestError("unmet", f"expected {expect}, but it is {serving or 'unknown'}")
+def _refuse_unexpected(expect: str, found: str) -> None:
+    if expect and expect != found:
+        raise RequestError("unmet", f"expected {expect}, but found {found or 'no known release'}")
 
 
 def _refuse_without_lock(releases: Releases) -> None:

@@ -46,7 +46,7 @@ def of_rollout(fleet: Fleet, effects: Effects, held: Held) -> dict[str, Any]:
         "stage": _stage(fleet, new),
         "share": _share(fleet, new) * 100 / WHOLE,
         "met": effects.delivery.met(opened) if opened is not None else None,
-        "left_s": _left_s(new, effects),
+        "left_s": _stage_left_s(new, effects),
     }
     if canary:
         found["at_least"] = canary.at_least
@@ -78,14 +78,14 @@ def _share(fleet: Fleet, new: Generation) -> int:
     return fleet.rollout.share if fleet.sharing else WHOLE
 
 
-def _left_s(new: Generation, effects: Effects) -> float | None:
-    """Return how many seconds are left of the stage; None: no timer ends it."""
+def _stage_left_s(new: Generation, effects: Effects) -> float | None:
+    """Return how many seconds are left of the stage; None: no timer ends the stage."""
     if new.checked and effects.probing.is_due:
         return None
-    return left_s(new.number, effects)
+    return settle_left_s(new.number, effects)
 
 
-def left_s(number: int, effects: Effects) -> float | None:
+def settle_left_s(number: int, effects: Effects) -> float | None:
     """Return how many seconds a generation still settles; None: no timer runs."""
     ends = Deadline(TimerKind.SETTLE, number)
     now = time.monotonic()

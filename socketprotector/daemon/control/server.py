@@ -46,8 +46,8 @@ class Client:
     server: ControlServer
     loop: Loop
     may: Collection[str]  # the commands that it may send
-    follows: bool = False  # it gets events
-    _awaited: int = 0  # the events for which its descriptor is watched; 0: it is not watched
+    follows: bool = False  # the client gets events
+    _awaited: int = 0  # the events for which we watch the client's descriptor; 0: none
     _received: bytearray = field(default_factory=bytearray)
     _unsent: bytearray = field(default_factory=bytearray)
     _ending: bool = False  # close once everything is sent
@@ -76,7 +76,7 @@ class Client:
             self._send()
 
     def tell(self, line: Callable[[Mapping[str, object]], bytes]) -> None:
-        """Send an event, or drop it if the client has too much unread.
+        """Send an event, or drop it if the client has too much unread data.
 
         line: returns the event's line with added fields.  After dropped events, the next event has
         their number in the field `dropped`.
@@ -107,7 +107,7 @@ class Client:
 
     @contextmanager
     def within_memory(self) -> Iterator[None]:
-        """If memory runs out (`ulimit -v`), disconnect this client and no other."""
+        """Disconnect this client, and no other, if memory runs out (`ulimit -v`)."""
         try:
             yield
         except MemoryError:
@@ -199,7 +199,7 @@ class Client:
         return b"\n" in self._received and not self._ending
 
     def _await(self, events: int) -> None:
-        """Watch the client's descriptor for these events alone; 0: do not watch it."""
+        """Watch the client's descriptor for only these events; 0: stop watching."""
         fd = self.sock.fileno()
         if self._awaited == events:
             return
@@ -215,7 +215,7 @@ class Client:
                 self._awaited = events
 
     def _await_request(self) -> None:
-        """Disconnect the client if no request comes within IDLE_S, unless it follows events."""
+        """Disconnect a client that sends no request within IDLE_S, unless it follows events."""
 
         def on_idle() -> None:
             if not self.follows:
@@ -316,7 +316,7 @@ class ControlServer:
             wrong = control_requests.RequestError("denied", "permission denied")
         elif len(self._clients) >= CLIENTS:
             wrong = control_requests.RequestError(
-                "busy", f"{CLIENTS} clients are connected already; try again after one has left"
+                "busy", f"{CLIENTS} clients are connected already; try again after a client leaves"
             )
         else:
             self._clients[sock.fileno()] = client

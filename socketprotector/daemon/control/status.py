@@ -224,7 +224,7 @@ def _of_closing(
 
 
 def _of_first_programs(record: GenerationRecord) -> dict[str, Any] | None:
-    """Return how a pool's first programs failed; None: no program failed, or one worked."""
+    """Return how a pool's first programs failed; None: no failure, or a program worked."""
     if not record.programs_failed:
         return None
     return {
@@ -304,7 +304,7 @@ def of_connections(
                     "pid": pid,
                     "accepted_at_by_fd": times,
                     "orphaned": record.orphaned,
-                    # A draining worker takes no more, so all its connections are older.
+                    # A draining worker accepts no more, so all its connections are older.
                     "since_at": opened.record.drained_at or record.started_at,
                 }
             )

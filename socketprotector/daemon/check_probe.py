@@ -93,7 +93,7 @@ class CheckProbes:
             with on_error(target.close):
                 found = (
                     target,
-                    Forwarding(self.loop, target, ended) if target.is_ours_alone else None,
+                    Forwarding(self.loop, target, ended) if target.needs_forwarding else None,
                 )
             self._open[number] = found
         elif found[1] is not None:

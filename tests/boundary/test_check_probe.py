@@ -25,7 +25,7 @@ def test_that_nothing_forwards_what_a_check_sends_is_logged(
     monkeypatch.setattr(prober_client, "Prober", fails)
     lines: list[tuple[str, str, dict[str, object]]] = []
     log = SimpleNamespace(write=lambda *words, **fields: lines.append((*words, fields)))
-    way = SimpleNamespace(close=lambda: None, is_ours_alone=True)
+    way = SimpleNamespace(close=lambda: None, needs_forwarding=True)
     probes = CheckProbes(loop, cast("Any", log), lambda *_: cast("Any", way))
     generation = SimpleNamespace(record=SimpleNamespace(number=2))
 
@@ -41,7 +41,7 @@ def test_what_a_command_says_that_may_have_reached_another_generation_counts_for
 ) -> None:
     """The next one gets another address, by which what comes later is known to be of this one."""
     ways = [
-        SimpleNamespace(address=("127.0.0.1", n), close=lambda: None, is_ours_alone=False)
+        SimpleNamespace(address=("127.0.0.1", n), close=lambda: None, needs_forwarding=False)
         for n in (1, 2)
     ]
     ways[0].holds, ways[1].holds = (lambda: False), (lambda: True)

@@ -1,8 +1,8 @@
-"""The contract of a delivery, which brings clients to workers.
+"""The interface of a delivery, which brings clients to workers.
 
-queue/: the protector accepts, and hands connections over.  shared/: workers accept, from sockets
-that they share with the protector.  Neither folder imports from the other.  choice.py selects the
-delivery; all other modules know only `Delivery`.
+In queue/, the protector accepts connections and hands them to workers.  In shared/, workers accept
+from sockets that they share with the protector.  Neither folder imports from the other.  choice.py
+selects the delivery; all other modules know only `Delivery`.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from ..generation import OpenGeneration
 from .host import Host
 from .probe_target import ProbeTarget
 
-#: How long workers may accept no client before a report: NEVER_TAKEN_S until they accept their
-#: first client, UNTAKEN_S later.
+#: We report workers that accept no waiting client for this time: NEVER_TAKEN_S until their first
+#: client, UNTAKEN_S afterwards.
 NEVER_TAKEN_S = 5.0
 UNTAKEN_S = 30.0
-#: A handshake ends within this time, or the client repeats it.  So a stop checks for new clients
-#: at this interval.
+#: A stop checks for new clients at this interval.  A handshake takes less time, unless the client
+#: has to repeat a packet.
 QUIET_S = 0.2
-#: Listeners that cannot refuse new clients close after this time, even if clients still come.
+#: After this time, listeners that cannot refuse new clients close, even if clients still come.
 LAST_S = 10.0
 
 
 def untaken(seconds: float, *, ever: bool) -> str:
-    """Return, in words, that workers accept no client.
+    """Return the message that workers accept no client.
 
-    ever: whether they have ever accepted one; seconds: since then.
+    seconds: for how long.  ever: whether the workers have accepted a client before.
     """
     return f"no worker has accepted a connection {f'for {seconds:.0f} s' if ever else 'yet'}"
 
@@ -44,13 +44,13 @@ class Handles:
 
     descriptors: dict[int, int]  # descriptor in the worker -> our descriptor
     environment: dict[str, str]  # describes the descriptors to the worker
-    pid_in: str = ""  # the variable that holds the worker's pid
+    pid_in: str = ""  # the environment variable for the worker's pid
 
 
 class Delivery(ABC):
     """Brings new clients to the workers of the generation that has the route.
 
-    A repeated order must change nothing, because after a kill the next program repeats orders.
+    A repeated order must change nothing, because a program repeats orders of a killed program.
     """
 
     @classmethod
@@ -91,7 +91,9 @@ class Delivery(ABC):
 
     @abstractmethod
     def open(self, generation: OpenGeneration, queue: int, *, fresh: bool) -> None:
-        """Prepare the sockets of a generation's workers, or leave nothing open and raise OSError.
+        """Prepare the sockets of a generation's workers.
+
+        Raises OSError if that fails, and then leaves no socket open.
 
         queue: how many clients a queue should hold.  fresh: the generation is a new release.
         """
@@ -100,7 +102,7 @@ class Delivery(ABC):
     def worker_handles(
         self, generation: OpenGeneration, slot: int, free: Iterator[int], settings: Settings
     ) -> Handles:
-        """Return the handles of a worker that is about to start.  Raises OSError.
+        """Return the handles for a worker that is about to start.  Raises OSError.
 
         free: descriptor numbers that are unused in the worker.
         """
@@ -111,9 +113,8 @@ class Delivery(ABC):
     ) -> ProbeTarget | None:
         """Return the target for probes of a generation; None: no probe is possible.
 
-        listener: the listener's name; "": the first listener.  as_client: the generation has the
-        route, and the probe reaches it as clients do.  Raises OSError if the generation cannot be
-        reached now.
+        listener: the listener's name; "": the first listener.  as_client: connect as clients do;
+        the generation must have the route.  Raises OSError if the generation cannot be reached now.
         """
 
     @abstractmethod
@@ -131,8 +132,8 @@ class Delivery(ABC):
     ) -> None:
         """Bring new clients to this generation; None: let new clients wait.
 
-        again: the generation has had the route before.  sharing: another generation.  It gets
-        `share` ten-thousandths of the new clients, of the listeners that both generations know.
+        again: the generation has had the route before.  sharing: another generation, which gets
+        `share` ten-thousandths of the new clients at listeners that both generations know.
         """
 
     @abstractmethod
@@ -145,14 +146,14 @@ class Delivery(ABC):
     ) -> None:
         """Call back when a generation without the route can be ordered to finish.
 
-        By then its workers have accepted all its clients, and read from each.  reads_on: workers
-        read from accepted clients even after that order, so call back once all clients are
-        accepted.
+        By then its workers have accepted all its clients, and read from each.  reads_on: its
+        workers keep reading from accepted clients after that order, so call back as soon as they
+        have accepted all clients.
         """
 
     @abstractmethod
     def drain(self, generation: OpenGeneration) -> None:
-        """Bring no more clients to a generation, and take back the clients not yet accepted."""
+        """Stop bringing clients to a generation, and take back clients that no worker accepted."""
 
     @abstractmethod
     def release(self, generation: OpenGeneration) -> None:
@@ -180,7 +181,7 @@ class Delivery(ABC):
 
     @abstractmethod
     def oldest_waiting_s(self, generation: OpenGeneration) -> float | None:
-        """Return for how many seconds no waiting client was accepted; None: too few to report."""
+        """Return for how long no waiting client was accepted; None: too short to report."""
 
     @abstractmethod
     def is_stuck(self, generation: OpenGeneration | None) -> bool:
@@ -221,7 +222,7 @@ class Delivery(ABC):
 
     @abstractmethod
     def remove(self, listener: Listener) -> None:
-        """Refuse new clients of a listener, but bring its connected clients to workers."""
+        """Refuse a listener's new clients, but still bring its connected clients to workers."""
 
     @abstractmethod
     def cannot_hold(self) -> str | None:
@@ -266,12 +267,12 @@ class Delivery(ABC):
     @property
     @abstractmethod
     def idle_s(self) -> float:
-        """Return how long no client has come; 0: a client waits, or the time is unknown."""
+        """Return the time since the last client; 0: a client waits, or the time is unknown."""
 
     @property
     @abstractmethod
     def warnings(self) -> tuple[str, ...]:
-        """The faults that only a restart repairs."""
+        """The present faults, as messages for `status`."""
 
     @abstractmethod
     def look(self) -> None:

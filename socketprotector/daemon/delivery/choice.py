@@ -1,4 +1,4 @@
-"""Selects the delivery by the handoff mode; the other delivery is never loaded."""
+"""Selects the delivery by the handoff mode, and loads only that delivery."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def delivery_for(mode: HandoffMode) -> type[Delivery]:
 
         from .shared.shared_delivery import SharedDelivery
 
-        array.array("B")  # load the module while its file exists: system/bpf.py needs it later
+        array.array("B")  # load `array` while its file exists: system/bpf.py needs the module later
         return SharedDelivery
     from .queue.queue_delivery import QueueDelivery
 

@@ -1,4 +1,4 @@
-"""The resident process, as its delivery knows it."""
+"""The interface of the resident process for its delivery."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from ..runtime import Runtime
 class Host(ABC):
     """The part of the resident process that a delivery may use and report to.
 
-    The host is Effects (daemon/effects.py).  Effects passes the settings that a delivery needs as
-    arguments of Delivery's methods.
+    Effects (daemon/effects.py) is the host.  It passes settings to a delivery as arguments.
     """
 
     runtime: Runtime
@@ -27,16 +26,16 @@ class Host(ABC):
 
     @abstractmethod
     def listener_bound(self, listener: Listener) -> None:
-        """Note that a listener has a new socket file."""
+        """Note that a listener may have a new socket file."""
 
     @abstractmethod
     def report_untaken(
         self, seconds: float, waiting: int, ever: bool, listen: str | None = None
     ) -> None:
-        """Report, once for each route, that workers have accepted no client for this time.
+        """Report that workers have accepted no client for some seconds, once for each route.
 
-        waiting: how many clients wait.  ever: a client was accepted before.  listen: the addresses
-        where clients wait; None: they wait in the queue.
+        waiting: how many clients wait.  ever: workers have accepted a client before.  listen: the
+        addresses where clients wait; None: the clients wait in the queue.
         """
 
     @property

@@ -10,21 +10,22 @@ from ...system import bpf
 from ...system.cleanup import on_error
 from ..generation import OpenGeneration
 
-#: The variable that gives a check command the address to probe.
+#: The environment variable with the address that a check command probes.
 PROBE = "SOCKETPROTECTOR_PROBE"
 #: The backlog of a socket for probes.  A small backlog suffices: probes come one after the other,
 #: and a check command makes few connections at once.
 BACKLOG = 16
-#: The verdict if a socket leaves its SO_REUSEPORT group during a probe.  Another generation may
-#: have answered this probe.
-SHUT_DOWN = "its listening socket was shut down or closed to clients meanwhile"
+#: The verdict if a socket leaves its SO_REUSEPORT group during a probe, because another generation
+#: may have answered.
+SHUT_DOWN = "its listening socket was shut down or closed to clients during the probe"
 
 
 @mutable
 class ProbeTarget:
     """The address to which probes of one generation connect, and their mark."""
 
-    address: tuple[str, int]  # host, port; of a UNIX socket: its path or "@" and its name, and 0
+    #: Host and port; for a UNIX socket: its path, or "@" and its name, with 0 as the port.
+    address: tuple[str, int]
     mark: bpf.Mark | None
     #: Returns whether this connection still waits for a worker to accept it.  Raises OSError.
     waits: Callable[[socket.socket], bool]
@@ -32,8 +33,8 @@ class ProbeTarget:
     close: Callable[[], None]
     #: Notes that a connection is abandoned before a worker has accepted it.
     abandon: Callable[[socket.socket], None] = lambda connection: None
-    #: Returns whether all answers so far came from this generation.  If False, no answer counts,
-    #: earlier or later.
+    #: Returns whether all answers so far came from this generation.  If False, discard all answers,
+    #: earlier and later ones.
     holds: Callable[[], bool] = lambda: True
     #: Returns whether the probed workers keep clients out while the serving workers do not.  If
     #: True, a timer must not make the probed workers ready.
@@ -45,8 +46,8 @@ class ProbeTarget:
         return not self.address[1]
 
     @property
-    def is_ours_alone(self) -> bool:
-        """Return whether reaching this generation takes our mark or a UNIX socket."""
+    def needs_forwarding(self) -> bool:
+        """Return whether a check command needs another port, which we forward to this address."""
         return self.mark is not None or self.is_unix
 
     @property

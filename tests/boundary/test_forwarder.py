@@ -109,7 +109,7 @@ class FakeChannel:
 
     def __init__(self, room: int = 1000) -> None:
         self.write = self
-        self.knows: frozenset[int] | None = None
+        self.known: frozenset[int] | None = None
         self.taken_from = False
         self.said_untaken = False
         self.met = self.sent = 0
@@ -169,7 +169,7 @@ class FakeChannel:
         return numbers
 
     def knows_of(self, index: int) -> bool:
-        return self.knows is None or index in self.knows
+        return self.known is None or index in self.known
 
 
 class FakeLoop:

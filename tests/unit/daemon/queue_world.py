@@ -139,7 +139,7 @@ class MemoryChannel:
     def __init__(self, kernel: Kernel, number: int, *knows: int, room: int = 1000) -> None:
         self._kernel = kernel
         self.generation = SimpleNamespace(record=SimpleNamespace(number=number))
-        self.knows: frozenset[int] | None = frozenset(knows) if knows else None
+        self.known: frozenset[int] | None = frozenset(knows) if knows else None
         self.line: list[tuple[bytes, str]] = []
         self.room = room
         self.fails: list[int] = []  # the errors of the next sends
@@ -153,7 +153,7 @@ class MemoryChannel:
         )
 
     def knows_of(self, index: int) -> bool:
-        return self.knows is None or index in self.knows
+        return self.known is None or index in self.known
 
     def _sendmsg(
         self, buffers: list[bytes], rights: list[tuple[int, int, bytes]], _flags: int

@@ -28,7 +28,7 @@ Send = Callable[[list[bytes], list[tuple[int, int, bytes]], int], object]
 BUSY_NS = 25_000
 BURST = 32
 #: After this many single connections in quick succession, we busy-poll for the next connection
-#: (--busy-poll).  If several connections come at once, we do not, because workers need the core.
+#: (--busy-poll).  If several come at once, we do not busy-poll, because workers need the core.
 STEADY = 8
 
 
@@ -77,7 +77,7 @@ class Acceptor:
                 ready()
 
     def _accept_to(self, send: Send, listener: Listener) -> Callable[[], None]:
-        """Return the callback for a readable listener, as a closure, which is the fastest way."""
+        """Return the callback for a readable listener, as a closure, which is the fastest kind."""
         accept = accept_of(listener)
         now, close = time.monotonic_ns, os.close
         # Packing the common part only once halves the cost of the Python code.

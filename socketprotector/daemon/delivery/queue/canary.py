@@ -1,11 +1,10 @@
 """Sends a canary its share of the new connections; the route gets the rest.
 
-One counter, for all listeners that both generations know, selects the canary's connections.  If
-such a connection cannot be sent to the canary, the route gets the connection at once.
+A counter selects the canary's connections among those of all listeners that both generations know.
+If sending to the canary fails, the route gets the connection at once.
 
-A connection of a listener that only the canary knows has no other queue.  If such a connection
-cannot be sent, we keep the connection, accept nothing from such listeners, and send again by a
-timer.
+If only the canary knows a listener, the route cannot get the listener's connections.  If such a
+connection cannot be sent, we keep it, accept nothing from such listeners, and retry by a timer.
 
 Without a canary, no connection passes through this module: see `Send` in acceptor.py.
 """
@@ -25,8 +24,8 @@ from .probe_port import is_probe
 from .queue_watch import QueueWatch
 from .undelivered import listener_of
 
-#: The canary fails if its workers take no first connection within this time.  Later they may be
-#: busy, so the limit is UNTAKEN_S.
+#: The canary fails if its workers take no connection within this time.  After their first
+#: connection the limit is UNTAKEN_S, because the workers may be busy.
 NEVER_TAKEN_S = 2.0
 #: The longest pause between two looks at the queue.
 _LAST_LOOK_S = 0.5
@@ -118,7 +117,7 @@ class CanaryQueue:
             try:
                 send_to_canary(buffers, rights, flags)
             except OSError:
-                # The acceptor subtracts this connection from the route's queue, which never had it.
+                # The acceptor will subtract this connection from the route's queue: add it first.
                 self.sent += 1
                 self.watch.take_away()
                 self._outlet.queue.add_uncounted()
@@ -178,7 +177,7 @@ class CanaryQueue:
                 self._send_elsewhere(header, fd)
 
     def _send(self, channel: GenerationChannel, header: bytes, fd: int) -> bool:
-        """Send one connection; return False if that fails: then the caller still owns fd."""
+        """Send one connection, and close fd; return False, and leave fd open, if that fails."""
         try:
             channel.send(header, fd)
         except OSError:

@@ -1,12 +1,12 @@
 """Decides when to accept connections, and recovers connections that no worker has taken.
 
-acceptor.py is the fast path, without failures.  We choose no worker: workers take connections from
-the shared queue (client_lib's intake.py).  `decide` sets the route and orders drains, but handles
-no connection.  `decide` gets two events: ChannelBroken and BacklogEmptied.
+acceptor.py is the fast path; this module handles its failures.  We choose no worker: workers take
+connections from the shared queue (client_lib's intake.py).  `decide` sets the route and orders
+drains, but handles no connection.  It gets two events: ChannelBroken and BacklogEmptied.
 
 We accept only connections that we can deliver.  If a send still fails, undelivered.py keeps the
-connection, which is sent before all others.  When a generation drains or has exited, the
-connections in its channel (leftovers) are taken back and sent to the route.
+connection, which is sent before all others.  When a generation drains or has exited, we take back
+the connections in its channel (leftovers), and send them to the route.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class _Closing:
     """A graceful close: connected clients still go to workers, later clients do not."""
 
     stay: bool  # the listeners survive us, and later clients wait there
-    latest: float = 0.0  # when to close at the latest; 0: no limit, new clients are refused
+    latest: float = 0.0  # when to close at the latest; 0: no limit, as new clients are refused
     forwarded: int = -1  # Forwarder.forwarded at the last look; -1: no look yet
 
 
 class Forwarder:
-    """Sends connections to the route, without losing any."""
+    """Accepts connections and sends them to the route; keeps each connection until it is sent."""
 
     def __init__(
         self,
@@ -65,13 +65,13 @@ class Forwarder:
         repair: makes a shut-down listener listen again, or marks the listener lost.  Raises OSError
         if the system is short of descriptors or memory.
         untaken: called once for each route whose workers take nothing.  Its arguments: for how many
-        seconds, how many connections wait, whether a worker ever took one.
+        seconds, how many connections wait, and whether a worker has ever taken a connection.
         """
         self._loop = loop = runtime.loop
         self._post = runtime.post
         self._listeners = list(listeners)
         self._repair = repair
-        self._forwarded = 0  # connections that earlier programs accepted
+        self._forwarded = 0  # how many connections earlier programs accepted
         self._lost = 0
         self.undelivered = Undelivered(runtime.persist)
         self.queue = QueueWatch(
@@ -100,7 +100,7 @@ class Forwarder:
         )
         self._drains = DrainingListeners(runtime, self.undelivered, self._shortage)
         self._canary: canary.CanaryQueue | None = None  # None: no canary has been ordered
-        self._shared = 0  # the connections that earlier programs counted for a share
+        self._shared = 0  # how many connections earlier programs counted for a share
 
     # -- orders --------------------------------------------------------------
 
@@ -110,7 +110,7 @@ class Forwarder:
         sharing: GenerationChannel | None = None,
         share: int = 0,
     ) -> None:
-        """Send new connections to this channel; None: keep them in the backlog.
+        """Send new connections to this channel; None: leave them in the backlog.
 
         sharing, share: see Delivery.route_to().
         """
@@ -133,18 +133,18 @@ class Forwarder:
         """Take back untaken connections while the route has room; then end the channel.
 
         The channel's workers take the remaining connections.  But if a worker has shut the channel
-        down, workers may never read it again, so the next route gets the remaining connections.
+        down, workers may never read it again.  Then the next route gets the remaining connections.
         """
-        shut = channel.is_shut()
+        is_shut = channel.is_shut()
         self._reclaim(channel)
-        if not shut and self._drains.end_after(channel):
+        if not is_shut and self._drains.end_after(channel):
             return  # the channel still gets the backlog of a removed listener
         channel.end()
-        if shut and channel.depth():
-            self._leftovers.setdefault(channel, False)  # an earlier program may have ended it
+        if is_shut and channel.depth():
+            self._leftovers.setdefault(channel, False)  # adopt_drained() may have added the channel
 
     def release(self, channel: GenerationChannel) -> None:
-        """Close the channel of exited workers once its connections have gone to a route."""
+        """Close a channel whose workers have exited, once a route has got its connections."""
         self._drains.end(channel)
         channel.end()
         self._leftovers.pop(channel, None)
@@ -152,7 +152,7 @@ class Forwarder:
             self._leftovers[channel] = True
             self._resume()
         else:
-            channel.close()  # at once: many generations may fail before there is a route
+            channel.close()  # now, because many generations may fail before there is a route
 
     def add(self, listener: Listener) -> None:
         """Add a listener, for the generations that know it; takes ownership."""
@@ -160,7 +160,7 @@ class Forwarder:
         self._resume()
 
     def remove(self, listener: Listener, to: GenerationChannel | None) -> None:
-        """Refuse new clients, and send the backlog to channel `to`; None: the backlog is lost."""
+        """Refuse a listener's new clients; send its backlog to a channel; None: it is lost."""
         self._listeners.remove(listener)
         self._acceptor.end(listener)
         if to is None:
@@ -217,12 +217,12 @@ class Forwarder:
 
     @property
     def forwarded(self) -> int:
-        """Return how many connections were accepted for the workers."""
+        """Return how many connections we have accepted for the workers."""
         return self._forwarded + self._acceptor.accepted + self._drains.accepted
 
     @property
     def idle_s(self) -> float:
-        """Return how long no client has come; 0: a client waits to be accepted."""
+        """Return the time since the last client came; 0: a client waits to be accepted."""
         if any(each.has_waiting() for each in self._listeners):
             return 0.0
         return (time.monotonic_ns() - self._acceptor.last_ns) / 1e9
@@ -233,7 +233,7 @@ class Forwarder:
         return self._lost + self.outlet.lost + self._drains.lost
 
     def watch_of(self, channel: GenerationChannel) -> QueueWatch | None:
-        """Return the watch of a channel; None: the channel gets no new connections."""
+        """Return the QueueWatch of a channel; None: the channel gets no new connections."""
         if self._canary is not None and channel is self._canary.channel:
             return self._canary.watch
         return self.queue if channel is self.outlet.route else None
@@ -267,7 +267,7 @@ class Forwarder:
         return found | self.undelivered.descriptors()
 
     def adopt_drained(self, channel: GenerationChannel) -> None:
-        """Adopt a channel that an earlier program ended; the next route gets its connections."""
+        """Let the next route get the connections of a channel that an earlier program ended."""
         if channel.depth():
             self._leftovers[channel] = False
 
@@ -315,8 +315,9 @@ class Forwarder:
         """Move a channel's connections to the route, the oldest first, while there is room.
 
         If the route does not know a connection's listener, the connection goes back to the end of
-        its channel.  If the channel has ended, this connection and all behind it stay there.
-        last: the channel's workers have exited, so such connections wait for another generation.
+        its channel.  If the channel has ended, that connection and all behind it stay there.
+
+        last: the channel's workers have exited, so undelivered.py keeps such connections instead.
         """
         route = self.outlet.route
         has_unknown = route is not None and _may_have_unknown(channel, route)
@@ -327,7 +328,7 @@ class Forwarder:
             taken = self._shortage.take_back(channel)
             if taken is None:
                 if self.outlet.is_free and channel.depth():
-                    # The channel is not empty, although the call returned nothing.
+                    # take_back() returned None, although the channel is not empty.
                     self._shortage.begin("recvmsg", BlockingIOError(errno.EAGAIN, "try again"))
                 return
             remaining -= 1
@@ -335,14 +336,14 @@ class Forwarder:
             if fd < 0:
                 self._lost += not probe_port.is_probe(header)
             elif probe_port.is_probe(header):
-                self.outlet.let_go(fd)  # the probe was for this channel's generation
+                self.outlet.let_go(fd)  # a probe is only for this channel's generation
             elif has_unknown and route is not None and not route.knows_of(listener_of(header)):
                 self._put_back(channel, header, fd)
             elif self.outlet.route is not None:
                 self.outlet.send(self.outlet.route, header, fd)
 
     def _is_stuck(self, channel: GenerationChannel) -> bool:
-        """Return whether the channel's next connection can neither move nor be put back."""
+        """Return whether a channel has ended, and its next connection cannot go to the route."""
         try:
             header = channel.peek() if channel.write.fileno() < 0 else None
         except OSError as error:
@@ -358,28 +359,28 @@ class Forwarder:
             channel.send(header, fd)
         except OSError as error:
             if channel.write.fileno() >= 0 and error.errno not in BROKEN:
-                # The channel has not ended, so the rest can stay in it.
+                # The channel has not ended, so its other connections can stay there.
                 self._shortage.begin("sendmsg", error)
             listeners = (*self._listeners, *self._drains.listeners)
             if listener_of(header) in {each.index for each in listeners}:
                 self.undelivered.keep_last(header, fd)
                 return
-            self._lost += 1  # the listener is gone, so no generation can get its connections
+            self._lost += 1  # the listener is gone, so no generation can get this connection
         self.outlet.let_go(fd)
 
     # -- failures --------------------------------------------------------------
 
     def _accept_failed(self, listener: Listener, error: OSError) -> None:
         if error.errno in TRANSIENT_ERRNOS:
-            if listener.always_readable:  # we shut it down for a stop, and no client waits now
+            if listener.always_readable:  # we shut the listener down for a stop; no client waits
                 self._loop.unwatch(listener.fileno())
             elif listener.hangs_up:
                 self._repair_shut(listener)
         elif error.errno == errno.EINVAL and not listener.is_alive():
             self._repair_shut(listener)
         else:
-            # Descriptors or memory are short, or the error is undocumented.  In both cases we keep
-            # the listener.  It stays readable, so accept again by a timer.
+            # Descriptors or memory are short, or the error is undocumented.  Keep the listener in
+            # both cases.  It stays readable, so accept again by a timer.
             self._shortage.begin("accept", error)
 
     def _send_failed(self, header: bytes, fd: int, error: OSError) -> None:
@@ -414,8 +415,8 @@ class Forwarder:
                         self._accept_no_more(each)
             quiet = self.forwarded == closing.forwarded
             late = bool(closing.latest) and time.monotonic() > closing.latest
-            drains = closing.stay and self._drains.listeners
-            done = (quiet or not self._accepting) and not drains
+            draining = closing.stay and self._drains.listeners
+            done = (quiet or not self._accepting) and not draining
             if self.outlet.is_free and (done or late):
                 self._close_listeners()
                 self._post(BacklogEmptied())
@@ -436,7 +437,7 @@ class Forwarder:
 
 
 def _may_have_unknown(channel: GenerationChannel, route: GenerationChannel) -> bool:
-    """Return whether a channel may have connections whose listener a route does not know."""
-    if route.knows is None:
+    """Return whether a channel may have connections whose listener the route does not know."""
+    if route.known is None:
         return False
-    return channel.knows is None or not channel.knows <= route.knows
+    return channel.known is None or not channel.known <= route.known

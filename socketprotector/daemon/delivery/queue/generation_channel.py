@@ -15,13 +15,13 @@ class GenerationChannel(Channel):
         self.generation = generation
         #: Whether a worker has taken a connection; assumed True for an adopted channel.
         self.taken_from = adopted
-        #: Whether a report was made that no worker takes connections.
+        #: Whether it was reported that no worker takes connections.
         self.said_untaken = False
-        #: The new connections, and all connections, that a QueueWatch counted here before it left.
+        #: The new connections, and all connections, that each QueueWatch counted until it left.
         self.met = self.sent = 0
 
     @property
-    def knows(self) -> frozenset[int] | None:
+    def known(self) -> frozenset[int] | None:
         """The indices of the listeners that its workers know; None: all listeners."""
         return self.generation.record.knows
 

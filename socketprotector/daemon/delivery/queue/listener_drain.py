@@ -31,11 +31,11 @@ MOST_LOST = 4096
 
 @mutable
 class _Draining:
-    """A listener that is drained."""
+    """A listener, and the channel to which its backlog goes."""
 
     listener: Listener
     channel: Channel  # of the generation that knows the listener
-    until: float = 0.0  # when to close at the latest; 0: no limit, new clients are refused
+    until: float = 0.0  # when to close at the latest; 0: no limit, as new clients are refused
     quiet: bool = False  # the last look found no client
 
     @property
@@ -79,7 +79,7 @@ class DrainingListeners:
         self._loop.call_after(each.timer, 0.0, partial(self._look, each))
 
     def end_after(self, channel: Channel) -> bool:
-        """End a channel once no listener drains to it; return False if no listener does now."""
+        """End a channel once no listener drains to it; return whether a listener does now."""
         if not self._to(channel):
             return False
         self._to_end.append(channel)
@@ -136,7 +136,7 @@ class DrainingListeners:
         try:
             while moved < BURST and self._move(each):
                 moved += 1
-        except OSError:  # the channel is broken: its generation takes no more
+        except OSError:  # the channel is broken, so its workers take nothing more
             self._end(each)
             return
         kept = self._undelivered.has(each.has_index)

@@ -1,7 +1,7 @@
 """Sends connections to the channel of the generation with the route, and handles obstacles.
 
-A full queue, a broken channel or a shortage blocks sending.  If a send fails, the connection is
-kept (undelivered.py), and is sent first as soon as sending is possible again.
+A full queue, a broken channel or a shortage blocks sending.  If a send fails, undelivered.py keeps
+the connection, and we send it first once sending is possible again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Outlet:
     #: Called when the route's channel was shut down.
     broken: Callable[[], None]
     route: GenerationChannel | None = None
-    lost: int = 0  # connections that could not be taken back from a queue
+    lost: int = 0  # how many connections were lost while we took them back from a queue
     _full: GenerationChannel | None = None  # the full channel, watched for room
 
     def lead_to(self, channel: GenerationChannel | None) -> None:
@@ -60,7 +60,7 @@ class Outlet:
             self._on_room()
 
     def send_kept(self) -> None:
-        """Send kept connections: their send failed, or no earlier route knew their listener."""
+        """Send the undelivered connections whose listener the route knows."""
         route = self.route
         while route is not None and self.route is route and not self.shortage.lasts:
             if self._full is not None:
@@ -84,7 +84,7 @@ class Outlet:
             self.let_go(fd)
 
     def send_again(self, route: GenerationChannel) -> None:
-        """Send all queued connections again, in the same order."""
+        """Take all queued connections back, and send them again in the same order."""
         for _ in range(route.depth()):
             taken = self.shortage.take_back(route) if self.is_free else None
             if taken is None:
@@ -97,7 +97,7 @@ class Outlet:
                 self.send(route, header, fd)
 
     def send_failed(self, header: bytes, fd: int, error: OSError) -> None:
-        """Keep a client's connection until sending is possible again.  Takes ownership of fd."""
+        """Keep a client's connection or drop a probe after a failed send; takes ownership of fd."""
         if probe_port.is_probe(header):
             self.let_go(fd)  # the probe must not reach the generation of the next route
         else:

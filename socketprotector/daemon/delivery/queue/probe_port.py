@@ -1,9 +1,9 @@
 """A loopback port for probes of a generation that takes connections from a channel.
 
-The port's connections are sent into the generation's channel, and no count includes them.  Until a
-generation serves, its channel has only probes.  When the generation fails or begins to serve, the
-remaining probes are discarded.  In a serving generation's channel (--health), probes wait among
-clients; when the clients are taken back, the probes are discarded.
+The port sends its connections into the generation's channel, and no count of clients includes them.
+Until a generation serves, its channel has only probes.  In a serving generation's channel
+(--health), probes wait among clients.  When the connections in a channel go to another generation,
+the probes among them are discarded.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ProbePort:
 
     @property
     def target(self) -> ProbeTarget:
-        """The target that a probe of its generation connects to."""
+        """The target to which a probe of the generation connects."""
         host, port = self._socket.getsockname()
         return ProbeTarget((host, port), None, self._waits, self.close)
 
@@ -117,11 +117,11 @@ class ProbePort:
             if error.errno == errno.EAGAIN:
                 self._accept_later()
                 return
-            self._failed = error  # so that _waits() does not report that a worker took the probe
+            self._failed = error  # otherwise _waits() would report that a worker took the probe
         else:
             watch = self._watch()
             if watch is not None:
-                # Count the probe, so that another port does not mistake this probe for its own.
+                # Count the probe; otherwise another port would report that its own probe waits.
                 watch.add_uncounted()
                 self._sent_before = watch.sent
         probe.close()

@@ -1,4 +1,4 @@
-"""The delivery in which the protector accepts; each generation's queue is a channel.
+"""The delivery in which the protector accepts connections; each generation's queue is a channel.
 
 All workers of a generation take connections from its queue.  The protector keeps both ends of the
 queue, so the queue outlives the workers.  Connections that no worker took go to the generation that
@@ -53,7 +53,7 @@ class QueueDelivery(Delivery):
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._channels: dict[int, GenerationChannel] = {}
         self._route: int | None = None
-        self._met: dict[int, int] = {}  # new clients by generation, from an earlier program
+        self._met: dict[int, int] = {}  # new clients that an earlier program counted
         self.forwarder = Forwarder(
             runtime,
             tuple(listeners),
@@ -166,7 +166,7 @@ class QueueDelivery(Delivery):
             self._report_broken(self._route)
 
     def _report_broken(self, number: int) -> None:
-        """Report that a worker has shut a channel down; unwatch it, so that epoll reports once."""
+        """Post that a worker has shut a channel down; unwatch the channel, to post this once."""
         self._loop.unwatch(self._channels[number].read.fileno())
         since = self._host.generations[number].record.serving_since
         self._post(ChannelBroken(number, time.monotonic() - since if since else 0.0))
@@ -175,7 +175,7 @@ class QueueDelivery(Delivery):
 
     def waiting(self, generation: OpenGeneration, *, clients_only: bool = False) -> int | None:
         if clients_only and not generation.record.serving_since:
-            return 0  # until it serves, its channel has only probes (probe_port.py)
+            return 0  # until a generation serves, its channel has only probes (probe_port.py)
         channel = self._of(generation)
         waiting = channel.depth()
         return 0 if clients_only and waiting == 1 and _has_probe_first(channel) else waiting
@@ -229,7 +229,7 @@ class QueueDelivery(Delivery):
         self.forwarder.remove(listener, self._channels[max(served)] if served else None)
 
     def _repair(self, listener: Listener) -> None:
-        """Make a shut-down listener listen again, or bind another socket, or mark it lost.
+        """Make a shut-down listener listen again, or bind another socket; or mark it as lost.
 
         Raises OSError if the system is short of descriptors or memory.
         """
@@ -323,7 +323,7 @@ class QueueDelivery(Delivery):
         if draining:
             self.forwarder.adopt_drained(channel)
         if not (record.ended or record.released):
-            if channel.has_ended:  # its write end could not be stored in time
+            if channel.has_ended:  # the write end was not stored in time
                 self._post(ChannelBroken(record.number))
             else:
                 self._watch(record.number, channel)

@@ -3,8 +3,8 @@
 The kernel may wake only one worker for a connection (EPOLLEXCLUSIVE).  If that worker is killed or
 suspended before it reads, the other workers stay asleep while a client waits.  So while the queue
 is not empty, a timer checks its head.  If two checks find the same head, the whole queue is sent
-again in the same order, which wakes another worker.  While the queue is empty, no timer runs, and
-a new connection costs only the test of one flag.
+again in the same order, which wakes another worker.  While the queue is empty, no timer runs.
+While the timer runs, a new connection costs only the test of one flag.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .generation_channel import GenerationChannel
 #: head stays the same.
 FIRST_LOOK_S = 0.05
 LAST_LOOK_S = 1.6
-#: Workers that take no waiting client for so long are stuck, or busy.
+#: If clients wait, and workers take none of them for this long, the workers are stuck or busy.
 STUCK_S = 1.0
 
 
@@ -37,12 +37,11 @@ class QueueWatch:
     send_again: Callable[[GenerationChannel], None]
     #: See Forwarder.__init__().
     untaken: Callable[[float, int, bool], None]
-    #: How long workers may take nothing until untaken() is called: before the first connection
-    #: that they take, and after it.
+    #: The limits after which untaken() is called: before the first taken connection, and later.
     late_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
     last_look_s: float = LAST_LOOK_S
     timer: str = "forwarder-look"
-    #: Whether a look is due; otherwise the next send must call start().
+    #: Whether the timer runs; otherwise the next send must call start().
     runs: bool = False
     #: The connections sent to the route, minus `forwarded`.
     _extra: int = 0
@@ -93,7 +92,7 @@ class QueueWatch:
         self._extra -= 1
 
     def oldest_waiting_s(self, channel: GenerationChannel) -> float | None:
-        """Return for how many seconds no worker took a connection; None: too few to report."""
+        """Return for how long no waiting connection was taken; None: too short to report."""
         if channel is not self._route or self._head is None:
             return None
         seconds = time.monotonic() - self._head_since

@@ -1,7 +1,7 @@
 """Handles a shortage of descriptors or memory: retries later, and keeps one descriptor in reserve.
 
-A shortage (EMFILE, ENFILE, ENOBUFS, ENOMEM) is temporary.  A listener stays readable meanwhile, and
-would keep the loop spinning, so we stop watching listeners and retry by a timer.
+A shortage (EMFILE, ENFILE, ENOBUFS, ENOMEM) is temporary.  But listeners stay readable, and would
+keep the loop spinning.  So we stop watching the listeners, and retry by a timer.
 
 The reserve makes room to take a connection out of a channel.  The kernel gives the connection a
 descriptor number in this process, and drops the connection if no number is free (unix(7),
@@ -19,7 +19,7 @@ from ....system.channel import Channel
 from ....system.helper import BackOff
 from ...runtime import Runtime
 
-#: The first and the longest wait before a retry; each wait is twice as long as the one before.
+#: The first and the longest wait before a retry; the wait doubles after each failure.
 FIRST_WAIT_S = 0.01
 LAST_WAIT_S = 0.5
 _RETRY = "forwarder-retry"
@@ -40,21 +40,21 @@ class Shortage:
     #: The reserve descriptor; -1 while it is spent.
     reserve: int = -1
     _back_off: BackOff = field(default_factory=lambda: BackOff(FIRST_WAIT_S, LAST_WAIT_S))
-    _since: float = 0.0
+    _failed_at: float = 0.0  # when the last failure came
 
     def __post_init__(self) -> None:
         self.take_reserve()
 
     def begin(self, call: str, error: OSError) -> None:
-        """Wait for descriptors or memory, longer after each failure; log the first failure."""
+        """Stop accepting, and retry after a growing wait; log the first failure."""
         now = time.monotonic()
-        if now - self._since > 2 * LAST_WAIT_S:
+        if now - self._failed_at > 2 * LAST_WAIT_S:
             self._back_off.reset()
             hint = "accepting again by a timer"
             self.runtime.log.write(
                 "error", "resources-exhausted", call=call, error=error.strerror, hint=hint
             )
-        self._since = now
+        self._failed_at = now
         self.lasts = True
         self.stop()
         self.runtime.loop.call_after(_RETRY, self._back_off.wait_s(), self._try_again)
@@ -81,7 +81,7 @@ class Shortage:
             self.reserve = -1
 
     def take_back(self, channel: Channel) -> tuple[bytes, int] | None:
-        """Take a connection out of a channel; None: no connection waits, or there is no reserve.
+        """Take a connection out of a channel; None: the channel is empty, or a shortage begins.
 
         The reserve makes room: without a free number the kernel would drop the connection silently.
         """

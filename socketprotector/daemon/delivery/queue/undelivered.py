@@ -1,7 +1,7 @@
-"""Keeps accepted connections that are in no channel, so that only we have them.
+"""Keeps accepted connections that are in no channel, so that only this process has them.
 
-There are few, because we accept only connections that we can deliver.  Either their send failed, or
-the route does not know their listener.  Then they wait for a generation that knows the listener.
+There are few, because we accept only connections that we can deliver.  Either such a connection
+could not be sent, or it waits for a generation that knows its listener.
 
 These connections survive this program.  Their headers are in the state, and the next program gets
 their descriptors by name.  Two rules hold here:
@@ -22,7 +22,7 @@ from socketprotector_client import wire
 from ....system import inherited
 from ....system.inherited import Inherited
 
-#: Selects connections by their listener's index.
+#: Returns whether connections to the listener with this index are wanted.
 Wanted = Callable[[int], bool]
 
 
@@ -93,9 +93,9 @@ class Undelivered:
     ) -> None:
         """Adopt an earlier program's connections; takes ownership of their descriptors.
 
-        number: the highest number in its record.  Programs that were killed before they wrote the
-        record may have stored one more descriptor each, so no number up to theirs is used.  A
-        connection without a descriptor was not stored in time, and is skipped.
+        number: the highest number in the record.  A program that was killed before it wrote its
+        record may have stored one more descriptor, so we also skip that number and all stored
+        numbers.  If a connection's descriptor was not stored in time, we skip the connection.
         """
         stored = {int(key): found[""] for key, found in unclaimed.take_all(inherited.HAND).items()}
         self.number = max((number + 1, *stored))

@@ -268,7 +268,7 @@ def test_a_tag_of_which_connections_are_open_is_nobody_elses(
         stack.enter_context(socket.create_connection(its.socket.getsockname()))
         stack.enter_context(its.socket_for(number).accept()[0])
         known.append(tags)
-    counts._again_at = 0.0
+    counts._next_query_at = 0.0
 
     assert [counts.active(tags) for tags in known] == [1] * 7 + [None] * 57
 
@@ -282,7 +282,7 @@ def test_a_generation_that_begins_while_the_kernel_does_not_tell_takes_nothing_f
     second = counts.enter(1, first)
     again = counts.enter(0, {*first, *second})
     has(told, *(tag for _, tag in first))
-    counts._again_at = 0.0
+    counts._next_query_at = 0.0
 
     assert second == again == ((0, NO_TAG),)
     assert [counts.active(tags) for tags in (first, second, again)] == [1, None, None]

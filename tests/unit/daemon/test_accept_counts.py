@@ -13,7 +13,7 @@ import pytest
 
 from socketprotector.daemon.delivery.shared import accept_counts as module
 from socketprotector.daemon.delivery.shared.accept_counts import NO_TAG, AcceptCounts
-from socketprotector.daemon.delivery.shared.accept_watch import ASKING_SHARE
+from socketprotector.daemon.delivery.shared.accept_watch import QUERY_SHARE
 from tests.unit.daemon.shared_world import MemoryListener, MemorySocket, SharedWorld, failure
 
 TAGS = 3
@@ -238,6 +238,6 @@ def test_queries_take_a_small_share_of_our_time_however_often_status_is_requeste
         counts.append(world.counts.active([(0, 1)]))
         world.clock.pass_time(0.1)
     passed = world.clock.now - 1000.0
-    assert world.queries * 0.5 <= passed * ASKING_SHARE + 0.5
+    assert world.queries * 0.5 <= passed * QUERY_SHARE + 0.5
     assert world.queries >= 10
     assert counts == sorted(counts), "in between, the last answer is repeated"

@@ -2,7 +2,7 @@
 
 `status` shows the counts.  Connections that a generation accepts carry its accept tag
 (system/accept_tags.py).  Connections with NO_TAG count for no generation.  Queries to the kernel
-take at most ASKING_SHARE of our time, however many connections there are.  If `status` is requested
+take at most QUERY_SHARE of our time, however many connections there are.  If `status` is requested
 more often, it shows the last counts again.
 """
 
@@ -18,7 +18,7 @@ from contextlib import suppress
 from ....model.lazy_dataclass import field, mutable
 from ....system import accept_tags, socket_file
 from ....system.listener import Listener
-from .accept_watch import ASKING_SHARE
+from .accept_watch import QUERY_SHARE
 from .shared_listeners import SharedListeners
 
 #: The tag of a generation that found no unused tag.
@@ -34,7 +34,7 @@ class AcceptCounts:
     #: Index of a listener -> how many connections have each tag.  A listener is missing if the
     #: kernel did not answer.
     _found: dict[int, Counter[int]] = field(default_factory=dict)
-    _again_at: float = 0.0
+    _next_query_at: float = 0.0
 
     def enter(
         self, socket_number: int, taken: Collection[tuple[int, int]]
@@ -42,8 +42,8 @@ class AcceptCounts:
         """Tag the sockets of a generation that will start; return pairs of listener index and tag.
 
         socket_number: 0 or 1.  taken: the tags of other generations.  The result is empty if queued
-        connections may carry another generation's tag, because then the connections of the two
-        generations cannot be counted separately.
+        connections may carry another generation's tag, because then we cannot count the two
+        generations separately.
         """
         try:
             return tuple(self._tag(each, socket_number, taken) for each in self.listeners.living)
@@ -104,7 +104,7 @@ class AcceptCounts:
 
         tags: a generation's pairs of listener index and tag; empty: the tags are unknown.
         """
-        if tags and time.monotonic() >= self._again_at:
+        if tags and time.monotonic() >= self._next_query_at:
             self._query()
         if not tags or any(tag == NO_TAG or index not in self._found for index, tag in tags):
             return None
@@ -124,4 +124,4 @@ class AcceptCounts:
             except OSError:
                 continue
         ended = time.monotonic()
-        self._again_at = ended + (ended - began) / ASKING_SHARE
+        self._next_query_at = ended + (ended - began) / QUERY_SHARE

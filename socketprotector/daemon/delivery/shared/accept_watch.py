@@ -25,7 +25,7 @@ from .. import NEVER_TAKEN_S, UNTAKEN_S
 FIRST_LOOK_S = NEVER_TAKEN_S / 4
 LOOK_S = UNTAKEN_S / 2
 #: Queries to the kernel take at most this share of our time, however many connections there are.
-ASKING_SHARE = 0.1
+QUERY_SHARE = 0.1
 
 
 class Backlogs(ABC):
@@ -37,14 +37,14 @@ class Backlogs(ABC):
 
     @abstractmethod
     def watch(self) -> None:
-        """Apply a change of `awaits`: if it is True, call came() when a client comes."""
+        """Apply a change of AcceptWatch.awaits."""
 
     @abstractmethod
     def report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
         """Report, once for each generation, that its workers do not accept.
 
-        waiting: how many clients wait.  ever: a client was accepted before.  at: the listeners'
-        indices.
+        waiting: how many clients wait.  ever: a client was accepted before.  at: the indices of
+        the listeners at which clients wait.
         """
 
 
@@ -75,10 +75,10 @@ class AcceptWatch:
     #: How long workers may leave clients waiting: before the first accepted client, and after it.
     late_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
     timer: str = "untaken"
-    awaits: bool = False
+    awaits: bool = False  # True: call came() when a client comes
     _reported: bool = False
     _accepted: set[int] = field(default_factory=set)  # the listeners at which a client was accepted
-    #: The generation has served before, so it may have accepted clients of any listener.
+    #: True: the generation has served before, so it may have accepted clients of any listener.
     _served_before: bool = False
     #: Listener -> the backlog, and since when no client was accepted.  An empty backlog means that
     #: a client has come, and that the kernel was not queried yet.
@@ -113,7 +113,7 @@ class AcceptWatch:
 
     @property
     def seconds(self) -> float | None:
-        """Return for how many seconds no waiting client was accepted; None: too few to report."""
+        """Return for how long no waiting client was accepted; None: too short to report."""
         return max(self._passed_over().values(), default=None)
 
     def is_stuck(self) -> bool:
@@ -135,7 +135,7 @@ class AcceptWatch:
         seldom = self._served_before or self._waiting.keys() <= self._accepted
         never_s, later_s = self.late_s
         delay_s = later_s / 2 if seldom else never_s / 4
-        self.loop.call_after(self.timer, max(delay_s, query_s / ASKING_SHARE), self._look)
+        self.loop.call_after(self.timer, max(delay_s, query_s / QUERY_SHARE), self._look)
 
     def _look(self) -> None:
         began = time.monotonic()
@@ -143,7 +143,7 @@ class AcceptWatch:
         for index, (before, since) in list(self._waiting.items()):
             line = found.get(index)
             if line is None or not line or not stands(before, line):
-                self._accepted.add(index)  # assumed if the backlog is unknown: then look rarely
+                self._accepted.add(index)  # also if the backlog is unknown: so we look rarely
                 del self._waiting[index]
             else:
                 self._waiting[index] = line, since if before else began

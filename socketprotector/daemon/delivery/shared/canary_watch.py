@@ -17,8 +17,8 @@ from .probes import Probes
 from .shared_listeners import SharedListeners
 from .turns import Turns
 
-#: The canary fails if its workers accept no first client within this time.  Later they may be busy,
-#: so the limit is UNTAKEN_S.
+#: The canary fails if its workers accept no client within this time.  After their first client the
+#: limit is UNTAKEN_S, because the workers may be busy.
 NEVER_TAKEN_S = 2.0
 
 

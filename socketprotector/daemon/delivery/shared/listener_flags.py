@@ -45,8 +45,8 @@ class ListenerFlags:
             if self._nonblocking != self.record():
                 self._runtime.persist()
             if after_s <= _LAST_S:
-                again = 2 * after_s
-                self._runtime.loop.call_after(_TIMER, after_s, lambda: self.watch(again))
+                next_s = 2 * after_s
+                self._runtime.loop.call_after(_TIMER, after_s, lambda: self.watch(next_s))
 
     def adopt(self, nonblocking: Collection[int]) -> None:
         """Restore the flags that an earlier program recorded."""

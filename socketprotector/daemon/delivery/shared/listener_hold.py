@@ -1,8 +1,8 @@
 """Holds new clients under --handoff listener: they get no answer, so their kernels try again.
 
-Workers accept every client that comes to their sockets.  So during a hold, new clients are steered
-to a socket that never answers (system/reuseport.py), and that only we have.  With a guard or an fd
-store, this socket and the hold survive us; otherwise both end with us.
+Workers accept every client that comes to their sockets.  So during a hold, we steer new clients to
+a socket that never answers (system/reuseport.py).  Only the protector has this socket.  With a
+guard or an fd store, the socket and the hold survive the protector; otherwise both end with it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ListenerHold:
         return max(0.0, self.record.tried_until - time.monotonic())
 
     def cannot_begin(self) -> str | None:
-        """Return why no hold is possible; None: it is possible."""
+        """Return why a hold is impossible; None: it is possible."""
         listeners = self.listeners.all
         refused = self.refusal(listeners)
         for each in listeners if refused is None else ():

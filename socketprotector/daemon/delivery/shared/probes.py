@@ -1,4 +1,4 @@
-"""Brings probes to a generation, with or without clients, and tells waiting probes from clients.
+"""Brings probes to a generation, and distinguishes waiting probes from waiting clients.
 
 At a TCP address a probe has a mark (system/bpf.py), and the kernel steers the probe by its mark.
 At a UNIX path a probe connects to the file of the generation's own socket.  We discard a probe that
@@ -27,9 +27,9 @@ from .turns import Turns
 #: How long workers may still accept after the order to finish.  gunicorn's threads, for example,
 #: check for the order once a second.
 LEAVES_S = 2.0
-#: The source address of IPv6 probes, but also of this machine's clients.
+#: The source address of IPv6 probes, but also of clients on this machine.
 _SOURCE_OF_IPV6 = "::1"
-#: Errors after which a new socket cannot be made now, but can be made later.
+#: The errors after which another try to make a socket may succeed.
 RETRY_ERRNOS = RESOURCE_ERRNOS | {errno.EBUSY}
 
 
@@ -50,7 +50,7 @@ def _waits(listening: socket.socket, address: tuple[str, int], client: socket.so
 
 
 def _end_of(client: socket.socket, listening: socket.socket) -> bytes | int:
-    """Return the key under which unaccepted() lists our connection."""
+    """Return the key by which unaccepted() lists our connection."""
     if listening.family == socket.AF_UNIX:
         return os.fstat(client.fileno()).st_ino
     return end_of(client, listening.family)
@@ -61,21 +61,21 @@ def _has_waiting(listening: socket.socket) -> bool:
 
 
 class Probes:
-    """The probes of all generations, and the sockets at which probes still wait."""
+    """The probes of all generations, and the sockets at which probes may wait."""
 
     def __init__(self, listeners: SharedListeners, turns: Turns, steering: Steering) -> None:
         self._listeners, self._turns, self._steering = listeners, turns, steering
         self._persist = listeners.host.runtime.persist
-        #: Sockets, by listener and number, that get no clients.  Their ::1 or UNIX peers are
-        #: probes, of this program or an earlier program.
+        #: Sockets, by listener and number, that get no clients.  So their ::1 or UNIX peers are
+        #: probes of this program or of an earlier program.
         self.probed: set[tuple[int, int]] = set()
         #: Sockets that IPv4 probes come to, each with a source address that no client has.
         self.probe_sources: set[tuple[int, int, str]] = set()
-        #: The mark of probes of the serving generation, by listener and socket number.
+        #: The mark of the serving generation's probes, by listener and socket number.
         self._marks: dict[tuple[int, int], bpf.Mark] = {}
         #: Probe mark -> socket number, whichever generation is current.
         self.socket_by_mark: dict[bpf.Mark, int] = {}
-        #: Abandoned probes of the serving generation: the socket, and the probe's end.
+        #: Abandoned probes of the serving generation: the listening socket, and the probe's key.
         self._abandoned: list[tuple[socket.socket, bytes | int]] = []
 
     def reach_as_client(
@@ -89,9 +89,9 @@ class Probes:
         for each in self._listeners.living:
             if name in ("", each.settings.name) and knows(each.index):
                 listening = each.socket_for(self._turns.current)
-                # The probe never leaves this machine, as in reach_by_mark().
                 unix = listening.family == socket.AF_UNIX
                 address = each.address_of(self._turns.current)
+                # The mark keeps the probe on this machine, as in reach_by_mark().
                 mark = None if unix else self._mark_for(each, address)
                 target = ProbeTarget(
                     address, mark, partial(_waits, listening, address), lambda: None
@@ -122,7 +122,7 @@ class Probes:
             self.probed.add(place)
         else:
             return
-        self._persist()  # before the first probe, because the next program must know after a kill
+        self._persist()  # before the first probe, for the next program after a kill
 
     def _note_abandoned(self, listening: socket.socket, client: socket.socket) -> None:
         self._abandoned.append((listening, _end_of(client, listening)))
@@ -130,7 +130,7 @@ class Probes:
     def reach_by_mark(
         self, generation: int, name: str, knows: Callable[[int], bool] = lambda index: True
     ) -> ProbeTarget | None:
-        """Return how to reach a generation by a probe mark; None: it has no such listener.
+        """Return how to reach a generation by a mark; None: the generation has no such listener.
 
         name: the name of the listener; "": the first listener that has two sockets.  knows: returns
         whether the generation knows a listener, by index.
@@ -169,10 +169,10 @@ class Probes:
             self._will_come_from(place, None, no_clients=no_clients)
             return ProbeTarget(address, None, waits, lambda: None, holds=holds)
         while (mark := bpf.Mark.draw(family_of(address))) in self.socket_by_mark:
-            pass  # IPv6 has few marks
+            pass  # draw again: IPv6 has few marks
         self.socket_by_mark[mark] = socket_number
         with on_error(self.socket_by_mark.pop, mark):
-            if not self._steering.steer():  # otherwise the old generation would answer
+            if not self._steering.steer():  # otherwise the probe reaches the old generation
                 raise OSError(errno.EAGAIN, "new clients cannot be steered now")
             no_clients = self._is_for_probes(found, socket_number)
         self._will_come_from(place, mark, no_clients=no_clients)
@@ -217,7 +217,7 @@ class Probes:
             sources.add(_SOURCE_OF_IPV6)
         if not (abandoned or sources):
             return None
-        waiting, _ = reuseport.queue(listening)  # first, so that later connections do not count
+        waiting, _ = reuseport.queue(listening)  # read this first, to leave out later connections
         if listening.family == socket.AF_UNIX and place in self.probed:
             return waiting
         ends = unaccepted(listening)
@@ -261,7 +261,7 @@ class Probes:
     def discard(self) -> set[tuple[int, int]]:
         """Discard probes where no worker accepts, so that no generation starts for probes alone.
 
-        If a client also waits at a socket, its probes stay, and a generation starts for the client.
+        If a client also waits at a socket, the probes stay, and a generation starts for the client.
         Returns the sockets, by listener and number, whose queues cannot be read now.
         """
         unknown = set()

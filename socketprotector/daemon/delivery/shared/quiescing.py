@@ -17,7 +17,7 @@ from ....model.lazy_dataclass import mutable
 from ....system.listener import RESOURCE_ERRNOS, Listener
 from ....system.sock_diag import accepted_unix, handshakes_by_port, unread_by_port
 from ....system.socket_file import path_of
-from .accept_watch import ASKING_SHARE
+from .accept_watch import QUERY_SHARE
 from .probes import Probes
 from .shared_listeners import SharedListeners, Steering
 from .turns import Turns
@@ -50,7 +50,7 @@ class _Generation:
     waited_s: float = 0.0
     quiet_s: float = 0.0
     quiet_looks: int = 0
-    # Clients that were unread in all looks, and whether each is silent; None: not queried yet.
+    # Clients that were unread at every look, and whether each is silent; None: not queried yet.
     unread: dict[tuple[int, bytes], bool] | None = None
 
 
@@ -61,8 +61,8 @@ def _unread_unix(
 
     The kernel does not report accepted clients that have sent nothing, so we do not wait for them.
 
-    replaced: listeners where another socket has replaced the generation's socket, whose name we no
-    longer know.  So we count clients of all names at the path, except names of present sockets.
+    replaced: listeners whose socket was replaced after the generation's start.  We no longer know
+    the old socket's name.  So we count clients of any name at the path, unless it is in use now.
     """
     by_name = {each.socket_for(socket_number).getsockname(): each.index for each in listeners}
     by_path = {each.path: each.index for each in replaced}
@@ -128,7 +128,7 @@ class Quiescing:
     def _look(self, generation: int) -> None:
         state, now = self._generations[generation], time.monotonic()
         # Check this before the queries, which find all clients only if no new client comes.
-        still_come = not self._steering.gets_no_client(generation)
+        gets_clients = not self._steering.gets_no_client(generation)
         state.common = [each for each in state.common if each.has_waiting()]
         own = self._turns.own(self._listeners.pairs, state.socket_number, generation)
         # Include replaced sockets: the generation accepted from the earlier socket.
@@ -136,21 +136,21 @@ class Quiescing:
         waiting = any(self._probes.clients_wait(each, state.socket_number) for each in own) or bool(
             state.common
         )
-        if still_come:
+        if gets_clients:
             self.begin_again(generation)
         unread = state.unread
         if unread is None:
             # sock_diag reports by port, so its answer includes the other socket's backlog.  Those
-            # clients belong to the other generation, so leave out all backlogs if ours is empty.
+            # clients belong to the other generation, so leave out backlogs if no client waits here.
             unread = self._query(generation, pairs, accepted=not waiting)
         elif unread and (still := self._query(generation, pairs, accepted=not waiting)) is not None:
             unread = {client: still[client] for client in unread if client in still}
-        # sock_diag omits clients in a UNIX backlog, so query again when they have been accepted.
+        # sock_diag omits clients in a UNIX backlog, so query again once workers accepted them.
         state.unread = None if waiting else unread
         state.waited_s += state.delay_s
         state.quiet_s += state.delay_s if state.quiet_looks else 0.0
         state.quiet_looks += 1
-        if waiting or still_come or unread is None or not all(unread.values()):
+        if waiting or gets_clients or unread is None or not all(unread.values()):
             state.quiet_looks, state.quiet_s = 0, 0.0
         if state.reads_on:
             quiet = state.quiet_looks >= _SOON_LOOKS
@@ -167,7 +167,7 @@ class Quiescing:
             return
         query_s = time.monotonic() - now
         look_s = _LOOK_SOON_S if state.reads_on else _LOOK_S
-        state.delay_s = max(look_s, query_s / ASKING_SHARE)
+        state.delay_s = max(look_s, query_s / QUERY_SHARE)
         again = partial(self._look, generation)
         self._loop.call_after(("quiesce", generation), state.delay_s, again)
 
@@ -197,8 +197,8 @@ class Quiescing:
             known: dict[int, dict[bytes, bool]]
             try:
                 if state.reads_on:
-                    shaking = handshakes_by_port(family, ports)
-                    known = {port: dict.fromkeys(each, False) for port, each in shaking.items()}
+                    handshakes = handshakes_by_port(family, ports)
+                    known = {port: dict.fromkeys(each, False) for port, each in handshakes.items()}
                 else:
                     known = unread_by_port(family, ports, accepted=accepted)
             except OSError as error:

@@ -1,6 +1,6 @@
 """The delivery in which workers accept, from listening sockets that they share with the protector.
 
-No connection passes through the protector.  It only selects which of an address's two sockets gets
+No connection passes through the protector, which only selects one of an address's two sockets for
 new clients.  Each generation has one of the two sockets (socket_steering.py).
 """
 
@@ -80,7 +80,7 @@ class SharedDelivery(Delivery):
     # -- a generation ----------------------------------------------------------------
 
     def can_probe(self, listener: str) -> bool:
-        # If a UNIX path has only one socket left, the next generation's start may bind another.
+        # If a UNIX path has only one socket left, the next generation may get another socket.
         named = [each for each in self._listeners if listener in ("", each.settings.name)]
         return self.steering.probes.can_probe(listener) or any(each.path for each in named)
 
@@ -124,7 +124,7 @@ class SharedDelivery(Delivery):
         self, generation: OpenGeneration, listener: str, *, as_client: bool = False
     ) -> ProbeTarget | None:
         found = None
-        # While two generations share the clients, a probe without a mark may reach either of them.
+        # While two generations share the clients, a probe without a mark may reach either.
         if not as_client or self.steering.turns.share is not None:
             found = self.steering.probes.reach_by_mark(
                 generation.record.number, listener, generation.knows
@@ -166,7 +166,7 @@ class SharedDelivery(Delivery):
         return Share(sharing.record.number, share, both)
 
     def met(self, generation: OpenGeneration) -> int | None:
-        """Return how many connections its workers have accepted; only the client library counts."""
+        """Return how many connections the workers have accepted; the client library counts them."""
         return generation.accepted
 
     def begin_drain(
@@ -236,7 +236,7 @@ class SharedDelivery(Delivery):
         self.steering.expect(listener, dry_run=dry_run)
 
     def remove(self, listener: Listener) -> None:
-        """Refuse new clients of a listener; the workers that have it accept the backlog."""
+        """Refuse a listener's new clients; workers with its sockets accept the backlog."""
         self._listeners.remove(listener)
         listener.refuse_new()
         turns, generations = self.steering.turns, self._host.generations.items()
@@ -270,7 +270,7 @@ class SharedDelivery(Delivery):
             return
         # Later clients belong to the next start, or to the process that owns the sockets.
         on_quiet = self._finish_closing if stay else self._refuse_new
-        if serving is not None and (stay or self.steering.share):
+        if serving is not None and (stay or self.steering.has_passed_in_pair):
             self.steering.quiesce_last(serving.record.number, on_quiet)
         else:
             on_quiet()
@@ -289,7 +289,7 @@ class SharedDelivery(Delivery):
     def _close_when_empty(self, latest: float, *, again: bool = False) -> None:
         # A passed-in listener may never be empty, because its owner keeps listening.
         awaited = [e for e in self._listeners if not (e.settings.foreign or e.lost)]
-        # Do not wait for clients that no worker will accept, as at a cancelled release's socket.
+        # Do not wait for clients that no worker will accept, such as those of a cancelled release.
         empty = again and not any(map(self.steering.accepts_waiting, awaited))
         if empty or not awaited or time.monotonic() > latest:
             self._finish_closing()
@@ -307,7 +307,7 @@ class SharedDelivery(Delivery):
                 self._close(each)
 
     def _report_lost(self, listener: Listener, accepted: Collection[int] = ()) -> None:
-        """Before a listener is closed, report its clients that no worker will accept.
+        """Report how many clients of a listener are lost when it is closed.
 
         accepted: the numbers of the sockets from which workers still accept.
         """
@@ -352,7 +352,7 @@ class SharedDelivery(Delivery):
     def adopt(
         self, record: DeliveryRecord, unclaimed: Inherited, *, held: bool, closing: bool
     ) -> None:
-        self._flags.adopt(record.nonblocking)  # first, because a worker may be about to accept
+        self._flags.adopt(record.nonblocking)  # do this first: a worker may be about to accept
         self.steering.adopt_record(record.steering, held=held)
         if closing:
             self.steering.end()  # do not repair sockets that we have shut down ourselves
@@ -360,7 +360,7 @@ class SharedDelivery(Delivery):
     def adopt_generation(
         self, generation: OpenGeneration, descriptors: Mapping[str, int], *, draining: bool
     ) -> bool:
-        for fd in descriptors.values():  # earlier versions made a channel that no worker used
+        for fd in descriptors.values():  # an earlier version made a channel, which is not needed
             os.close(fd)
         if not (generation.ended or generation.record.released):
             self.steering.adopt(generation.record.number, generation.record.socket_number)

@@ -28,7 +28,7 @@ class SharedListeners:
         return [each for each in self.all if each.has_sibling]
 
     def note_bound(self, listener: Listener) -> None:
-        """Note that a listener has another socket, or one socket fewer."""
+        """Note that a listener got another socket, or lost its second socket."""
         if not listener.has_sibling:  # its connections' tags no longer distinguish generations
             for each in self.host.generations.values():
                 each.update_record(accept_tags=())
@@ -41,7 +41,7 @@ class SharedListeners:
 
 
 class Steering(ABC):
-    """The steering as a whole, as its parts know it."""
+    """The interface of the steering for its parts."""
 
     @abstractmethod
     def steer(self) -> bool:

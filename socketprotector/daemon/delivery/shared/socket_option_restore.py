@@ -1,4 +1,4 @@
-"""Undoes a generation's changes to the options of sockets that another generation uses.
+"""Undoes a generation's changes to the options of a socket that other generations use.
 
 Generations may share a listening socket.  A release that fails may have called listen(5), or set
 TCP_DEFER_ACCEPT, and such changes remain after its exit.  So we restore the options
@@ -27,7 +27,7 @@ from ....system.socket_snapshot import Snapshot
 from .shared_listeners import SharedListeners, Steering
 
 #: The key of a new socket's options, in place of a generation's number.
-_MADE = 0
+_INITIAL = 0
 
 
 class SocketOptionRestore:
@@ -55,35 +55,36 @@ class SocketOptionRestore:
 
         is_alone: returns whether no other generation accepts from the socket.
         """
-        made = self._before.get((_MADE, listener.index))
-        if made is not None and is_alone():
-            self._restore(listener, socket_number, made)
+        initial = self._before.get((_INITIAL, listener.index))
+        if initial is not None and is_alone():
+            self._restore(listener, socket_number, initial)
         listening = listener.socket_for(socket_number)
         if not is_alone():  # check again, because _restore() may have left one common socket
             self._before[generation, listener.index] = socket_snapshot.take(listening)
-            if made is not None:
-                socket_snapshot.raise_backlog(listening, made)
-        elif made is None:
-            self._before[_MADE, listener.index] = socket_snapshot.take(listening)
+            if initial is not None:
+                socket_snapshot.raise_backlog(listening, initial)
+        elif initial is None:
+            self._before[_INITIAL, listener.index] = socket_snapshot.take(listening)
 
     def end(
-        self, generation: int, socket_number: int, others: Collection[int], *, gone: bool
+        self, generation: int, socket_number: int, remaining: Collection[int], *, gone: bool
     ) -> None:
-        """Undo a generation's changes if it failed, that is, if only older generations remain.
+        """Undo a generation's changes if only older generations remain, that is, if it failed.
 
-        gone: all its workers have exited, so none can change an option later.
+        remaining: the generations that still accept.  gone: all workers of this generation have
+        exited, so no worker can change an option later.
         """
-        if not others:
+        if not remaining:
             self._raise_backlogs()
         mine = [key for key in self._before if key[0] == generation]
-        if others and max(others) < generation:
+        if remaining and max(remaining) < generation:
             by_index = {each.index: each for each in self._listeners.living}
             for key in mine:
                 if key[1] in by_index:
                     listener = by_index[key[1]]
                     if not listener.has_sibling:
                         listener.let_in()
-                    self._restore(listener, socket_number, self._before[key], say=gone)
+                    self._restore(listener, socket_number, self._before[key], may_log=gone)
         else:
             gone = True
         for key in mine if gone else ():
@@ -92,32 +93,32 @@ class SocketOptionRestore:
     def _raise_backlogs(self) -> None:
         """Raise each backlog, because clients may wait long for the next generation."""
         for listener in self._listeners.living:
-            made = self._before.get((_MADE, listener.index))
-            if made is None:
+            initial = self._before.get((_INITIAL, listener.index))
+            if initial is None:
                 continue
             for listening in listener.sockets:
-                socket_snapshot.raise_backlog(listening, made)
+                socket_snapshot.raise_backlog(listening, initial)
 
     def _restore(
-        self, listener: Listener, socket_number: int, before: Snapshot, *, say: bool = True
+        self, listener: Listener, socket_number: int, before: Snapshot, *, may_log: bool = True
     ) -> None:
-        """Restore a socket's options; if that fails, replace the socket, or log what stays."""
+        """Restore a socket's options; if that fails, replace the socket, or log these options."""
         listening, count = listener.socket_for(socket_number), len(listener.sockets)
-        stays = socket_snapshot.restore(listening, before)
+        unrestored = socket_snapshot.restore(listening, before)
         # If all generations share the socket, the serving generation must be replaced with it.  So
         # replace such a socket only if it keeps clients out.
-        if stays and (
+        if unrestored and (
             listener.has_sibling
             or (
-                socket_snapshot.KEEPS_CLIENTS_OUT.intersection(stays)
+                socket_snapshot.KEEPS_CLIENTS_OUT.intersection(unrestored)
                 and listener.can_do_without(listening)
             )
         ):
             self._steering.replace(listener, socket_number)
             if listener.lost or len(listener.sockets) != count:
                 return  # the remaining socket belongs to the serving generation
-            stays = socket_snapshot.restore(listener.socket_for(socket_number), before)
-        if stays and say:
-            address, options = listener.settings.address, " ".join(stays)
+            unrestored = socket_snapshot.restore(listener.socket_for(socket_number), before)
+        if unrestored and may_log:
+            address, options = listener.settings.address, " ".join(unrestored)
             hint = "restart SocketProtector to get another socket"
             self._log.write("warning", "not-restored", listen=address, options=options, hint=hint)

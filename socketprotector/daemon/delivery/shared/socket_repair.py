@@ -1,7 +1,7 @@
 """Gives a starting generation its own sockets, and repairs the sockets that workers have broken.
 
-A broken socket listens again, or a new one is bound in its place.  If a starting generation gets no
-socket of its own, socket_steering.py decides what follows.
+A broken socket listens again, or we bind a new socket in its place.  If a starting generation gets
+no socket of its own, socket_steering.py decides what follows.
 
 A listening socket is an open file description that all workers share, so any worker can shut it
 down for all.  Running workers cannot get a new socket, so another generation must start.
@@ -49,7 +49,7 @@ class SocketRepair:
             return
         self._loop.unwatch(listener.socket_for(socket_number).fileno())
         if listener.listen_again(socket_number):
-            # Steer before the log, because until then new clients wait in vain at the other socket.
+            # Steer before we log: until then, new clients wait in vain at the other socket.
             self._steering.steer()
             self._log.write("warning", "listens-again", listen=listener.settings.address)
         else:
@@ -60,7 +60,7 @@ class SocketRepair:
         """Repair the sockets that no client can reach.
 
         Epoll reports only sockets that were shut down.  This method also finds sockets that a
-        worker has connected, and sockets whose device is missing.
+        worker has connected, and sockets whose device or file is missing.
         """
         for each in self._listeners.living:
             for number in range(len(each.sockets)):
@@ -101,7 +101,7 @@ class SocketRepair:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """The listeners that a restart restores, or protects from the next broken release."""
+        """Messages about listeners that only a restart repairs or protects."""
         cut_off = [
             f"{each.settings.address}: {CUT_OFF}"
             for each in self._listeners.living
@@ -115,14 +115,14 @@ class SocketRepair:
         return *cut_off, *spent
 
     def needs(self, listener: Listener) -> bool:
-        """Return whether a release must not start unless clients can reach it at this listener.
+        """Return whether a new release must fail if clients cannot reach it at this listener.
 
-        The removed file of an only socket must not keep a release from the other listeners.
+        If a listener's only socket lost its file, a release may still start for other listeners.
         """
         return listener.has_sibling or all(each.is_cut_off for each in self._listeners.living)
 
     def make_sound(self, listener: Listener, socket_number: int, generation: int) -> None:
-        """Undo what an earlier generation has done to a new generation's socket."""
+        """Undo an earlier generation's changes to a new generation's socket."""
         if not listener.has_sibling:
             listener.let_in()
             if listener.is_cut_off:
@@ -130,7 +130,7 @@ class SocketRepair:
         elif socket_number not in self._turns.accepting.values():
             try:
                 socket_copy.reset(listener.socket_for(socket_number))
-            except OSError:  # the socket's filter is locked for good
+            except OSError:  # a worker has locked the socket's filter
                 self.replace(listener, socket_number)
 
         def is_alone() -> bool:
@@ -139,7 +139,7 @@ class SocketRepair:
         self.options.begin(generation, listener, socket_number, is_alone)
 
     def replace(self, listener: Listener, socket_number: int) -> None:
-        """Bind another socket in the place of a broken one."""
+        """Bind another socket in the place of a broken socket."""
         self._loop.unwatch(listener.socket_for(socket_number).fileno())
         address = listener.settings.address
         common = not listener.has_sibling
@@ -157,18 +157,18 @@ class SocketRepair:
             else:
                 listener.drop_socket(socket_number)
                 why = error.strerror
-                said = {"listen": address, "error": why, "hint": RESTART}
-                self._log.write("warning", "one-socket-left", **said)
-        lost = self._turns.lose(listener, None if common else socket_number)
+                fields = {"listen": address, "error": why, "hint": RESTART}
+                self._log.write("warning", "one-socket-left", **fields)
+        lacking = self._turns.lose(listener, None if common else socket_number)
         self._steering.steer()
         if common or listener.has_sibling:
             self._log.write("warning", "socket-replaced", listen=address)
         self._listeners.note_bound(listener)
         self._steering.adopt_held()
         starting = self._turns.starting
-        if starting in lost:
+        if starting in lacking:
             # Post this first: the starting generation must fail before another generation starts.
             self._post(SocketLost(starting))
-            lost.remove(starting)
-        if lost:
+            lacking.remove(starting)
+        if lacking:
             self._post(Stranded())

@@ -3,7 +3,7 @@
 Each address has two sockets, 0 and 1, in one SO_REUSEPORT group (system/reuseport.py).  The old and
 the new generation have one socket each.  When the new generation is ready, a program in the kernel
 steers new clients to that generation's socket.  Then the old generation gets no new clients, and
-quiesces (quiescing.py) before it is ordered to finish.  After an earlier order, a server would
+quiesces (quiescing.py) before it is ordered to finish.  If the order came earlier, a server would
 close connections that it has just accepted.
 
 A listener without a second socket is common to both generations.
@@ -42,7 +42,7 @@ class SocketSteering(Steering):
         #: Addresses whose clients the kernel sends to the wrong socket, and why.
         self._not_steered: dict[str, str] = {}
         self._not_held = ""  # why new clients are not held
-        self._written = self._groups  # the groups as the state has them
+        self._written = self._groups  # the groups that are in the state
         self.turns = Turns()
         self.hold = ListenerHold(listeners)
         self.probes = Probes(listeners, self.turns, self)
@@ -87,14 +87,14 @@ class SocketSteering(Steering):
         for each in self._listeners.living:
             try:
                 self._repairs.make_ready(each, socket_number)
-            except OSError as error:  # without a new release the listener keeps its socket
+            except OSError as error:  # without `fresh`, the workers get the present socket
                 is_needed = self._repairs.needs(each)
                 if fresh and is_needed and error.errno not in RESOURCE_ERRNOS:
                     self._watch.watch()
                     raise
             self._repairs.make_sound(each, socket_number, generation)
         self.turns.accepting[generation] = socket_number
-        self.steer()  # a path with two sockets again can be held again
+        self.steer()  # a path that has two sockets again can be held
         self._watch.watch()
 
     def grow(self, generation: int, knows: Callable[[int], bool]) -> None:
@@ -103,7 +103,7 @@ class SocketSteering(Steering):
         knows: returns whether its workers have a listener, by index.
         """
         if self.turns.grow(generation, knows):
-            # Before the worker accepts, because the next program must wait for its clients, too.
+            # Persist before the worker accepts: the next program must wait for its clients, too.
             self._persist()
 
     def reach(
@@ -134,7 +134,7 @@ class SocketSteering(Steering):
         self._watch.watch()
 
     def _take_back(self, generation: int, socket_number: int, *, gone: bool) -> None:
-        """Undo a generation's changes to sockets; gone: none of its workers is left."""
+        """Undo a generation's changes to sockets; gone: all its workers have exited."""
         if not self._repairs.ended:  # during a close, new clients must stay refused
             self._repairs.options.end(generation, socket_number, self.turns.accepting, gone=gone)
         if self.turns.accepting and max(self.turns.accepting) < generation:
@@ -174,15 +174,15 @@ class SocketSteering(Steering):
     def _report_adopted(self) -> None:
         """Report held clients that wait for the next generation: a stop must know of them now."""
         free, living = self.turns.free, self._listeners.living
-        is_left = not self.hold.on and free not in self.turns.accepting.values()
+        is_idle = not self.hold.on and free not in self.turns.accepting.values()
         at_paths = (each for each in living if each.path and each.can_be_held)
-        if is_left and any(self.probes.clients_wait(each, free) for each in at_paths):
+        if is_idle and any(self.probes.clients_wait(each, free) for each in at_paths):
             self._post(HeldClientsWait())
 
     def expect(self, listener: Listener, *, dry_run: bool) -> None:
         """Steer the clients of a new listener to the next generation, which will know it.
 
-        dry_run: the next generation gets no clients, so steer them to the socket that it lacks.
+        dry_run: the next generation gets no clients, so steer them to the current socket.
         """
         if self.turns.expect(listener, dry_run=dry_run) == 1:
             listener.swap()  # until now, the first socket got the clients
@@ -213,7 +213,7 @@ class SocketSteering(Steering):
             if self.turns.gets_clients(each, number)
         }
         self.probes.clients_come(places)
-        self.probes.discard()  # an earlier program may have been killed before it did this
+        self.probes.discard()  # an earlier program may have been killed before this
         self._repairs.repair_all()
         self.steer()
         self.adopt_held()  # clients may have waited at both sockets until now
@@ -225,7 +225,7 @@ class SocketSteering(Steering):
             self.accept_watch.begin(served_before=again)
 
     def end_share(self) -> None:
-        """Steer all new clients to the route's socket, which a quick stop may leave open."""
+        """Steer all new clients to the route's socket: a quick stop may keep only that socket."""
         if self.turns.share is not None:
             self.turns.share = None
             self.steer()
@@ -284,7 +284,7 @@ class SocketSteering(Steering):
         """
         canary = self._watch.canary
         in_vain = canary is not None and canary.never_accepted == generation
-        # The sooner this generation leaves, the sooner another one accepts its clients.
+        # The sooner this generation leaves, the sooner another generation accepts its clients.
         if in_vain or generation not in self.turns.accepting or not self._listeners.pairs:
             on_quiet()
             return
@@ -320,29 +320,29 @@ class SocketSteering(Steering):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """The reasons why clients cannot connect, or reach the wrong socket."""
+        """The present faults of listeners and of the steering, as messages."""
         lost = [
             f"{each.settings.address}: no client can connect; restart SocketProtector"
             for each in self._listeners.all
             if each.lost
         ]
-        others = [
+        unsteered = [
             f"{address}: new clients do not reach the newest generation: {why}"
             for address, why in self._not_steered.items()
         ]
         if self._not_held and self.hold.on:
-            others.append(f"on hold, but workers accept new clients: {self._not_held}")
-        return *lost, *self._repairs.warnings, *others
+            unsteered.append(f"on hold, but workers accept new clients: {self._not_held}")
+        return *lost, *self._repairs.warnings, *unsteered
 
     @property
-    def share(self) -> bool:
+    def has_passed_in_pair(self) -> bool:
         """Return whether a socket that was passed in has a second socket of ours beside it."""
         return any(each.settings.foreign for each in self._listeners.pairs)
 
     def give_back(self) -> None:
         """Steer new clients to passed-in sockets, because their owner keeps listening."""
         self.turns.given_back = True
-        if self.share:
+        if self.has_passed_in_pair:
             self.steer()
 
     def gets_no_client(self, generation: int) -> bool:
@@ -370,7 +370,7 @@ class SocketSteering(Steering):
     def steer(self) -> bool:
         """Update the steering in the kernel; return whether that succeeded.
 
-        If it fails, clients still go to the other socket, whose workers keep accepting.
+        If that fails, clients still go to the other socket, whose workers keep accepting.
         """
         not_steered: dict[str, str] = {}
         not_held = ""
@@ -389,7 +389,7 @@ class SocketSteering(Steering):
         if self._not_steered or self._not_held:
             self._loop.call_after("steer", _STEER_AGAIN_S, self._repair)
         self._steer_while_starting()
-        if self._written != self._groups:  # after a repair, only we write the state
+        if self._written != self._groups:  # a repair changed a group: update the state
             self._written = self._groups
             self._loop.call_after("groups", 0, self._write)
         return self.is_steered
@@ -398,7 +398,7 @@ class SocketSteering(Steering):
         self._persist()
 
     def _steer_while_starting(self) -> None:
-        """Repair repeatedly while a release starts, because its workers can divert the clients.
+        """Repair repeatedly while a release starts, because its workers can divert clients.
 
         They could clear SO_REUSEPORT, attach a filter to the group, or connect the socket.
         """
@@ -422,7 +422,7 @@ class SocketSteering(Steering):
         """Steer a listener's new clients to a socket, or to the silent socket during a hold.
 
         If the current generation lost a path's socket, the path's clients are held, too.  Returns
-        why clients cannot be held now.  Raises OSError if clients still go to the other socket.
+        why this hold is impossible, or "".  Raises OSError if clients go to the other socket.
         """
         share = self.turns.share_of(listener)
         if self.turns.given_back and listener.settings.foreign:

@@ -1,7 +1,7 @@
 """Watches for sockets that were shut down, and for stranded clients.
 
-A client is stranded at a socket from which no worker accepts.  A generation is started for stranded
-clients (event `stranded`), and accepts from their socket.
+A client is stranded at a socket from which no worker accepts.  Then another generation starts
+(event `stranded`), and accepts from this socket.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .probes import Probes
 from .shared_listeners import SharedListeners, Steering
 from .turns import Turns
 
-#: Finishing workers may accept stranded clients for FIRST_RESCUE_S, before a generation is started
-#: for these clients.  LAST_RESCUE_S is the longest pause between two such generations.
+#: Finishing workers may accept stranded clients for FIRST_RESCUE_S, before a generation starts for
+#: these clients.  LAST_RESCUE_S is the longest pause between two such generations.
 FIRST_RESCUE_S = 1.0
 LAST_RESCUE_S = 600.0
 
@@ -74,9 +74,9 @@ class SocketWatch(Backlogs):
         """Look for stranded clients now: the last worker that could accept them may be gone."""
         self._loop.cancel(_RESCUE)
         self.watch()
-        wait = any(each.has_waiting(number) for each, number in self._without_worker())
-        if wait and not self._ended:
-            self._rescue_later()  # this turn of the loop may still open a generation for them
+        clients_wait = any(each.has_waiting(number) for each, number in self._without_worker())
+        if clients_wait and not self._ended:
+            self._rescue_later()  # a generation for them may be opened before that
 
     def unwatch(self, listener: Listener) -> None:
         """Forget a listener's sockets until the next watch(), because they may be replaced."""
@@ -145,7 +145,7 @@ class SocketWatch(Backlogs):
         elif (listener, number) in self._without_worker():
             self._rescue_later()
         for watch, sockets in self._watches():
-            # If a worker has accepted the client by now, the next look finds no client.
+            # If a worker has accepted the client by now, the look after came() finds no client.
             if watch.awaits and (listener, number) in sockets:
                 watch.came(listener.index)
 
@@ -179,7 +179,7 @@ class SocketWatch(Backlogs):
     def _rescue_later(self) -> None:
         """Look again later: a finishing worker may still accept the stranded clients.
 
-        Without such a worker, look at once, unless a generation was started for stranded clients
+        Without such a worker, look at once, unless a generation has started for stranded clients
         recently.
         """
         leaving, may_accept = {number for number, _ in self._turns.leaving.values()}, True
@@ -197,6 +197,7 @@ class SocketWatch(Backlogs):
             self._rescue()
 
     def _rescue(self) -> None:
+        """Start a generation for stranded clients, if any wait."""
         unknown = self._probes.discard()
         readable = [
             (each, number)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @frozen
 class Share:
-    """The share of the new clients for a generation at the other socket."""
+    """The share of the new clients that the generation at the other socket gets."""
 
     generation: int
     part: int  # in ten thousandths
@@ -27,7 +27,7 @@ class Share:
 class Turns:
     """The assignment of sockets to generations.
 
-    A listener's sockets have the numbers 0 and 1.  Both numbers mean a listener's only socket.
+    A listener's sockets have the numbers 0 and 1.  A listener's only socket has both numbers.
     """
 
     current: int = 0  # the number of the socket that gets new clients
@@ -123,7 +123,7 @@ class Turns:
         """Return the listeners whose socket of this number was not given back to its owner.
 
         pairs: the listeners with two sockets.  generation: leave out listeners whose socket no
-        worker of this generation has; 0: leave out none.
+        worker of this generation has; 0: leave out no listener.
         """
         is_owners = self.given_back and number == 0
         lacking = self.unserved - self.partly_served
@@ -155,25 +155,25 @@ class Turns:
     def turn_to(
         self,
         number: int,
-        there: Collection[int],
+        indices: Collection[int],
         knows: Callable[[int], bool] | None,
         share: Share | None = None,
     ) -> None:
         """Assign new clients to socket 0 or 1, and a share of them to the other socket.
 
-        there: the indices of all listeners.  knows: returns whether the generation at that socket
-        knows a listener; None: no generation has that socket yet.  Clients of other listeners stay
-        at their present socket.
+        indices: the indices of all listeners.  knows: returns whether the generation at that
+        socket knows a listener; None: no generation has that socket yet.  Clients of other
+        listeners stay at their present socket.
         """
         if knows is not None and number != self.current:
-            unknown = {index: self.current for index in there if not knows(index)}
+            unknown = {index: self.current for index in indices if not knows(index)}
             self.expected = unknown | self.expected
         self.expected = {
             index: place
             for index, place in self.expected.items()
-            if index in there and not (knows and knows(index))
+            if index in indices and not (knows and knows(index))
         }
-        self.lost = frozenset() if number != self.current else self.lost & set(there)
+        self.lost = frozenset() if number != self.current else self.lost & set(indices)
         self.current, self.share = number, share
 
     def lacks(self, listener: Listener) -> bool:
@@ -194,11 +194,11 @@ class Turns:
 
         number: the socket's number; None: the socket is common to all generations.
         """
-        lost = {each for each, accepts in self.accepting.items() if number in (None, accepts)}
-        lacking = {(generation, listener.index) for generation in lost}
-        self.unserved |= lacking
-        self.partly_served -= lacking
-        return lost
+        lacking = {each for each, accepts in self.accepting.items() if number in (None, accepts)}
+        pairs = {(generation, listener.index) for generation in lacking}
+        self.unserved |= pairs
+        self.partly_served -= pairs
+        return lacking
 
     def grow(self, generation: int, knows: Callable[[int], bool]) -> bool:
         """Note that a worker of a generation will start with the present sockets.

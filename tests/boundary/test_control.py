@@ -262,7 +262,10 @@ def test_a_line_may_be_so_long_and_no_longer(desk: Desk) -> None:
     for data in (padded(LINE_BYTES + 1) + b"\n", padded(LINE_BYTES + 1), b"x" * 150_000):
         caller = desk.call(data)
         [refused] = caller.hear()
-        assert (refused["code"], refused["error"]) == ("invalid", "a line has up to 65536 bytes")
+        assert (refused["code"], refused["error"]) == (
+            "invalid",
+            "a line may have at most 65536 bytes",
+        )
         caller.hear_end()
     assert len(desk.asked) == 1
 

@@ -420,7 +420,7 @@ def test_where_connections_are_is_shown(operated: Operating) -> None:
         assert line.ask("connections", generation=1)["workers"][0]["pid"] == found["pid"]
     assert line.refused("connections", generation=9) == (
         "unknown",
-        "there is no generation 9; `status` lists them",
+        "there is no generation 9; `status` lists the generations",
     )
 
 
@@ -631,7 +631,7 @@ def test_what_drains_already_or_is_not_there_is_not_replaced(
         code, text = line.refused("replace", generation=1)
         assert (code, text) == ("refused", "generation 1 is draining already; `kill` ends it")
         assert line.refused("replace", pid=old)[0] == "refused"
-        missing = ("unknown", "there is no generation 7; `status` lists them")
+        missing = ("unknown", "there is no generation 7; `status` lists the generations")
         assert line.refused("replace", generation=7) == missing
         release.becomes(*gate.before(*MANY))
         line.ask("reload")
@@ -655,7 +655,7 @@ def test_what_is_left_of_a_draining_generation_is_killed(operated: Operating) ->
         )
         assert line.refused("kill", generation=5) == (
             "unknown",
-            "there is no generation 5; `status` lists them",
+            "there is no generation 5; `status` lists the generations",
         )
         line.ask("reload")
         line.event("reloaded", generation=2)

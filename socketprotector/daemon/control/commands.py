@@ -172,7 +172,7 @@ class CommandHandler:
         generations = self._effects.generations
         if generation is not None and generation not in generations:
             raise RequestError(
-                "unknown", f"there is no generation {generation}; `status` lists them"
+                "unknown", f"there is no generation {generation}; `status` lists the generations"
             )
         return {
             "workers": status.of_connections(generations, self._effects.pool.records(), generation)
@@ -347,7 +347,7 @@ class CommandHandler:
         found = fleet.generation(generation or 0)
         if found is None:
             raise RequestError(
-                "unknown", f"there is no generation {generation}; `status` lists them"
+                "unknown", f"there is no generation {generation}; `status` lists the generations"
             )
         if found.phase in _ENDING:
             raise RequestError(
@@ -393,7 +393,7 @@ class CommandHandler:
         found = self.supervisor.fleet.generation(generation)
         if found is None:
             raise RequestError(
-                "unknown", f"there is no generation {generation}; `status` lists them"
+                "unknown", f"there is no generation {generation}; `status` lists the generations"
             )
         if found.phase not in _ENDING:
             raise RequestError(

@@ -43,7 +43,7 @@ def deploy(
             raise RequestError(
                 "unmet",
                 f"{releases.current} {what}, but {releases.serving} is serving; see `releases`, "
-                "and use --force to move it",
+                "and use --force to move the link",
             )
         runtime.post(ReloadRequested(release=name))
     else:

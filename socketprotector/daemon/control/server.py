@@ -149,7 +149,7 @@ class Client:
             found, end, after = self._received.partition(b"\n")
             line, rest = bytes(found), after if end else None
         if len(line) > control_requests.LINE_BYTES:
-            most = f"a line has up to {control_requests.LINE_BYTES} bytes"
+            most = f"a line may have at most {control_requests.LINE_BYTES} bytes"
             self.end(control_requests.refusal(control_requests.RequestError("invalid", most)))
         elif rest is not None:
             self._received = rest

@@ -31,7 +31,7 @@ LAST_S = 10.0
 
 
 def untaken(seconds: float, *, ever: bool) -> str:
-    """Return the message that workers accept no client.
+    """Return the message about workers that accept no client.
 
     seconds: for how long.  ever: whether the workers have accepted a client before.
     """
@@ -50,7 +50,7 @@ class Handles:
 class Delivery(ABC):
     """Brings new clients to the workers of the generation that has the route.
 
-    A repeated order must change nothing, because a program repeats orders of a killed program.
+    A repeated order must change nothing: after a kill, the next program repeats the orders.
     """
 
     @classmethod

@@ -1,7 +1,7 @@
 """Sends a canary its share of the new connections; the route gets the rest.
 
-A counter selects the canary's connections among those of all listeners that both generations know.
-If sending to the canary fails, the route gets the connection at once.
+To select the canary's connections, we count the connections to listeners that both generations
+know.  If sending to the canary fails, the route gets the connection at once.
 
 If only the canary knows a listener, the route cannot get the listener's connections.  If such a
 connection cannot be sent, we keep it, accept nothing from such listeners, and retry by a timer.

@@ -160,7 +160,10 @@ class Forwarder:
         self._resume()
 
     def remove(self, listener: Listener, to: GenerationChannel | None) -> None:
-        """Refuse a listener's new clients; send its backlog to a channel; None: it is lost."""
+        """Refuse a listener's new clients, and send its backlog to a channel.
+
+        to: the channel; None: the backlog is lost.
+        """
         self._listeners.remove(listener)
         self._acceptor.end(listener)
         if to is None:
@@ -379,8 +382,8 @@ class Forwarder:
         elif error.errno == errno.EINVAL and not listener.is_alive():
             self._repair_shut(listener)
         else:
-            # Descriptors or memory are short, or the error is undocumented.  Keep the listener in
-            # both cases.  It stays readable, so accept again by a timer.
+            # The system is short of descriptors or memory, or the error is undocumented.  The
+            # listener stays readable in both cases, so keep it, and accept again by a timer.
             self._shortage.begin("accept", error)
 
     def _send_failed(self, header: bytes, fd: int, error: OSError) -> None:

@@ -2,7 +2,7 @@
 
 The kernel may wake only one worker for a connection (EPOLLEXCLUSIVE).  If that worker is killed or
 suspended before it reads, the other workers stay asleep while a client waits.  So while the queue
-is not empty, a timer checks its head.  If two checks find the same head, the whole queue is sent
+is not empty, a timer checks its head.  If two checks find the same head, we send the whole queue
 again in the same order, which wakes another worker.  While the queue is empty, no timer runs.
 While the timer runs, a new connection costs only the test of one flag.
 """

@@ -62,7 +62,8 @@ def _unread_unix(
     The kernel does not report accepted clients that have sent nothing, so we do not wait for them.
 
     replaced: listeners whose socket was replaced after the generation's start.  We no longer know
-    the old socket's name.  So we count clients of any name at the path, unless it is in use now.
+    the old socket's name.  So we count clients of each name at the path, unless a present socket
+    has the name.
     """
     by_name = {each.socket_for(socket_number).getsockname(): each.index for each in listeners}
     by_path = {each.path: each.index for each in replaced}

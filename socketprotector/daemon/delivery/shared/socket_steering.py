@@ -87,7 +87,7 @@ class SocketSteering(Steering):
         for each in self._listeners.living:
             try:
                 self._repairs.make_ready(each, socket_number)
-            except OSError as error:  # without `fresh`, the workers get the present socket
+            except OSError as error:  # otherwise the listener keeps its present socket
                 is_needed = self._repairs.needs(each)
                 if fresh and is_needed and error.errno not in RESOURCE_ERRNOS:
                     self._watch.watch()

@@ -92,7 +92,7 @@ class SocketWatch(Backlogs):
             self.canary.follow()
 
     def watch_later(self) -> None:
-        """Watch by a timer, because a worker may shut its socket down again and again."""
+        """Watch again after a pause, because a worker may shut its socket down repeatedly."""
         self._loop.call_after(_REPAIR, _REPAIR_AGAIN_S, self.watch)
 
     def _without_worker(self) -> list[tuple[Listener, int]]:

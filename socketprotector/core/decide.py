@@ -80,7 +80,7 @@ def _handle(step: Step, event: Event) -> None:
         case events.WorkerExited():
             workers.worker_exited(step, event)
         case events.OpenFailed(number, reason, orphans):
-            failure.open_failed(step, number, reason, orphans=orphans)
+            failure.open_failed(step, number, reason, orphans)
         case events.Quiesced(number):
             step.quiesced(number)
         case events.Answered(number, alone):

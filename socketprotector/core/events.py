@@ -185,13 +185,13 @@ class WorkerExited(Event):
 class OpenFailed(Event):
     """A generation could not be opened: the command, or a resource for it, is missing.
 
-    orphans: an earlier program may have started its workers.  Each of them is an orphan, and an
+    orphans: workers that an earlier program may have started.  Each of them is an orphan, and an
     event follows when it is gone.
     """
 
     generation: int
     reason: str
-    orphans: bool = False
+    orphans: tuple[int, ...] = ()
 
 
 @frozen

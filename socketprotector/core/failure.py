@@ -5,6 +5,8 @@ Pure.  A generation that fails while another serves changes nothing for clients.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from ..model.backoff import backoff_s
 from ..model.lazy_dataclass import replace
 from ..model.policy import PROVEN_S
@@ -19,16 +21,16 @@ from .step import Step
 START_FAILED = 3
 
 
-def open_failed(step: Step, number: int, reason: str, *, orphans: bool) -> None:
+def open_failed(step: Step, number: int, reason: str, orphans: Collection[int]) -> None:
     """Fail a generation that could not be opened.
 
-    orphans: its workers may run, and nothing is left by which they could be signalled.
+    orphans: these workers may run, and nothing is left by which they could be signalled.
     """
     generation = step.fleet.generation(number)
     if generation is None or generation.phase not in (Phase.STARTING, Phase.ABANDONED):
         return
-    # Otherwise none of its workers was ever spawned, even if a stop has abandoned it.
-    left = generation.alive if orphans else ()
+    # None of its other workers was ever spawned, even if a stop has abandoned it.
+    left = [each for each in generation.alive if each.number in orphans]
     workers = tuple(Worker(each.number, each.slot, State.ORPHANED) for each in left)
     step.fleet = step.fleet.with_generation(replace(generation, workers=workers))
     if generation.phase is Phase.STARTING:

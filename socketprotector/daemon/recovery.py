@@ -135,18 +135,18 @@ class Recovery:
         """Return events for the missing parts of the fleet; ended: workers already reported."""
         pool, fleet = self.effects.pool, self.snapshot.fleet
         known = {record.number for record in pool.records()}.union(ended)
+        unfinished = [each.number for each in fleet.alive() if each.number not in known]
         # If a generation has the route, but its channel was not stored, it must lose the route.
         lost: list[Event] = [
-            OpenFailed(each.number, _KILLED, orphans=True)
+            OpenFailed(each.number, _KILLED, tuple(unfinished))
             if each.phase in (Phase.STARTING, Phase.ABANDONED)
             else ChannelBroken(each.number)
             for each in fleet.generations
             if each.number not in self.effects.generations
         ]
-        for worker in fleet.alive():
-            if worker.number not in known:
-                self._end_unfinished(worker.number)
-                lost.append(WorkerExited(worker.number, _KILLED, orphans=True))
+        for number in unfinished:
+            self._end_unfinished(number)
+            lost.append(WorkerExited(number, _KILLED, orphans=True))
         return lost
 
     def _end_unfinished(self, number: int) -> None:

@@ -113,7 +113,7 @@ def test_a_worker_that_was_being_started_counts_until_no_process_has_its_address
     [posted] = made.adopt_workers()
 
     assert posted == (
-        *(() if opened else (OpenFailed(2, KILLED, orphans=True),)),
+        *(() if opened else (OpenFailed(2, KILLED, (13,)),)),
         WorkerExited(13, KILLED, orphans=True),
     )
     for event in posted:

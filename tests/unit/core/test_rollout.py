@@ -607,7 +607,7 @@ def test_a_reload_without_room_waits(story: Story) -> None:
 
 
 @pytest.mark.parametrize(
-    "event", [OpenFailed(2, "killed", orphans=True), WorkerExited(3, "killed", orphans=True)]
+    "event", [OpenFailed(2, "killed", orphans=(3,)), WorkerExited(3, "killed", orphans=True)]
 )
 def test_a_worker_that_a_killed_protector_may_have_started_takes_room_until_it_is_gone(
     story: Story, event: OpenFailed | WorkerExited
@@ -620,6 +620,15 @@ def test_a_worker_that_a_killed_protector_may_have_started_takes_room_until_it_i
     assert sum(1 for _ in story.fleet.alive()) == story.fleet.most_processes == 3
 
     assert spawned(story.when(WorkerExited(3, "orphans gone"))) != []
+
+
+def test_a_worker_that_no_protector_has_started_takes_no_room(story: Story) -> None:
+    """The killed protector's state had its generation, and no worker of it."""
+    story.given_serving(rolling(), workers=2).and_also(ReloadRequested())
+    story.and_also(OpenFailed(2, "killed"))
+    assert sum(1 for _ in story.fleet.alive()) == 2
+
+    assert spawned(story.when(ReloadRequested())) != []
 
 
 def test_orphans_serve_until_another_worker_of_their_slot_is_ready(story: Story) -> None:

@@ -33,8 +33,8 @@ class ProbeTarget:
     close: Callable[[], None]
     #: Notes that a connection is abandoned before a worker has accepted it.
     abandon: Callable[[socket.socket], None] = lambda connection: None
-    #: Returns whether all answers so far came from this generation.  If False, discard all answers,
-    #: earlier and later ones.
+    #: Returns whether all answers so far came from this generation.  If False, discard earlier and
+    #: later answers.
     holds: Callable[[], bool] = lambda: True
     #: Returns whether the probed workers keep clients out while the serving workers do not.  If
     #: True, a timer must not make the probed workers ready.

@@ -289,7 +289,7 @@ class SharedDelivery(Delivery):
     def _close_when_empty(self, latest: float, *, again: bool = False) -> None:
         # A passed-in listener may never be empty, because its owner keeps listening.
         awaited = [e for e in self._listeners if not (e.settings.foreign or e.lost)]
-        # Do not wait for clients that no worker will accept, such as those of a cancelled release.
+        # Do not wait for clients that no worker will accept, as at a cancelled release's socket.
         empty = again and not any(map(self.steering.accepts_waiting, awaited))
         if empty or not awaited or time.monotonic() > latest:
             self._finish_closing()

@@ -71,12 +71,12 @@ class SocketWatch(Backlogs):
         self._rescue_s = 0.0
 
     def look_again(self) -> None:
-        """Look for stranded clients now: the last worker that could accept them may be gone."""
+        """Look for stranded clients now, because the last worker at their socket may be gone."""
         self._loop.cancel(_RESCUE)
         self.watch()
         clients_wait = any(each.has_waiting(number) for each, number in self._without_worker())
         if clients_wait and not self._ended:
-            self._rescue_later()  # a generation for them may be opened before that
+            self._rescue_later()  # this turn of the loop may still open a generation
 
     def unwatch(self, listener: Listener) -> None:
         """Forget a listener's sockets until the next watch(), because they may be replaced."""

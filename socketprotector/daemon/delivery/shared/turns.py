@@ -203,7 +203,7 @@ class Turns:
     def grow(self, generation: int, knows: Callable[[int], bool]) -> bool:
         """Note that a worker of a generation will start with the present sockets.
 
-        Returns whether the generation thereby gets a socket that all its workers lacked.
+        Returns whether the generation then has a socket that all its workers lacked before.
 
         knows: returns whether its workers have a listener, by index.
         """

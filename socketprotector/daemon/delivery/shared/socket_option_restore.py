@@ -4,8 +4,8 @@ Generations may share a listening socket.  A release that fails may have called 
 TCP_DEFER_ACCEPT, and such changes remain after its exit.  So we restore the options
 (system/socket_snapshot.py) in two cases:
 
-* When a generation begins on a socket that no other generation uses, we restore the options that
-  the socket had when it was new.
+* When a generation begins on a socket that no other generation uses, we restore the options of a
+  new socket.
 * When a release fails, we restore the options that the socket had when the release started.  So
   earlier changes by the serving generation remain.  A release has failed if its generation ends
   before an older generation on the same socket.
@@ -13,8 +13,8 @@ TCP_DEFER_ACCEPT, and such changes remain after its exit.  So we restore the opt
 If an option cannot be restored, the socket is replaced.  A socket that all generations share is
 replaced only if the option keeps clients out.
 
-If the serving generation has lowered a backlog, we raise it again when another generation begins on
-the same socket, or when no generation accepts.  A longer backlog is harmless.
+If the serving generation has lowered a backlog, we raise the backlog when another generation begins
+on the socket, or when no generation accepts.  A longer backlog is harmless.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""socketprotectorctl: sends requests to control sockets (docs/control.md), and shows the answers.
+"""socketprotectorctl: sends requests to control sockets (docs/control.md) and shows the answers.
 
-Columns of `status` and `top`: status_table.py.  Folders of control sockets: system/control_path.py.
-The protector never imports this package; modules that send requests need only the standard library.
+status_table.py has the columns of `status` and `top`; system/control_path.py finds the sockets.
+The protector never imports this package.  Modules that send requests use only the standard library.
 May import: model, system.
 """

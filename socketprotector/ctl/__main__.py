@@ -1,6 +1,6 @@
 """`socketprotectorctl` and `python -m socketprotector.ctl`.
 
-main() imports the program late, so that a lack of memory ends in a one-line error.
+main() imports the program late, so that it can report a lack of memory in one line.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_STATUS = 1  # cli.OutputFailed's
+_STATUS = 1  # the exit status of cli.OutputFailed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command, by default the one in the process's arguments.  Returns the exit status."""
+    """Run one command and return the exit status.  arguments: by default those of the process."""
     try:
         from . import main as program
 
         return program.main(arguments)
-    except (MemoryError, ImportError) as error:  # `ulimit -v`
+    except (MemoryError, ImportError) as error:  # for example under `ulimit -v`
         lack = lack_of_memory(error)
         if not lack:
-            raise  # the installation is incomplete
+            raise  # an ImportError for another reason: the installation is incomplete
         os.write(2, f"socketprotectorctl: {lack}\n".encode())
         os._exit(_STATUS)
 

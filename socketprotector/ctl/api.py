@@ -1,8 +1,8 @@
-"""The names that other distributions may import: socketprotector-exporter imports only these.
+"""The public API: the only names that socketprotector-exporter may import from SocketProtector.
 
-Some names find control sockets, query them and read the answers.  Other names help a program with
-its own messages, files and exit statuses.  Standard library only.
-Change or remove a name here only together with the exporter.
+Most of them find control sockets, query them and read the answers.  The rest help a program with
+its messages, files and exit statuses.  Everything here uses only the standard library.
+Change or remove a name only together with the exporter.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The child processes of an unmodified server, such as gunicorn's workers.
+"""Finds the child processes of an unmodified server, such as gunicorn's workers.
 
-The command reads them from /proc: SocketProtector knows only the processes that it starts.
-It finds none if /proc is missing, hides them, or belongs to another PID namespace.
+SocketProtector knows only the processes that it starts, so socketprotectorctl reads /proc.
+It finds no children if /proc is missing, hides them, or belongs to another PID namespace.
 
 Source: proc(5), `task/TID/children` (CONFIG_PROC_CHILDREN) and `stat`.
 """
@@ -17,9 +17,9 @@ from .fields import listed, number_in, text_in
 
 
 def children_of(status: Message) -> dict[int, list[int]]:
-    """Return the living children of each worker in a status, by the worker's pid."""
+    """Return the pids of each worker's living children, by the worker's pid."""
     mode = MODES.get(text_in(status, "handoff"))
-    # The children of an adapter are programs for clients, one for each connection.
+    # An adapter's children are not server processes: it starts a program for each connection.
     if mode is None or mode.adapter or not procfs.is_ours():
         return {}
     parents = {number_in(status, "pid"), number_in(status, "main_pid")}
@@ -27,24 +27,24 @@ def children_of(status: Message) -> dict[int, list[int]]:
     for generation in listed(status, "generations"):
         for worker in listed(generation, "workers"):
             pid = number_in(worker, "pid")
-            # In another PID namespace this pid belongs to another process, with another parent.
+            # If this pid is from another PID namespace, /proc shows a process with another parent.
             if pid > 0 and procfs.parent_of(pid) in parents:
-                found[pid] = [each for each in _children(pid) if _lives(each)]
+                found[pid] = [each for each in _children(pid) if _is_alive(each)]
     return found
 
 
 def _children(pid: int) -> list[int]:
-    """Return the pids that the threads of a process have started; [] if /proc hides them."""
+    """Return the pids of a process's children; [] if /proc hides them."""
     found = []
     try:
         for thread in os.listdir(f"/proc/{pid}/task"):
             with open(f"/proc/{pid}/task/{thread}/children", encoding="ascii") as file:
                 found += [int(word) for word in file.read().split()]
     except OSError:
-        pass  # the process has ended, or the kernel has no such file
+        pass  # the process has ended, or the kernel lacks CONFIG_PROC_CHILDREN
     return sorted(found)
 
 
-def _lives(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     state = procfs.state_of(pid)
     return state is not None and state[0] not in (b"Z", b"X")

@@ -1,6 +1,6 @@
 """The command line of socketprotectorctl: instance options, a command, the command's options.
 
-Every error is one line: what failed, where, and how to fix it.
+Every error is one line that says what failed, where, and how to fix it.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class OutputClosed(Exception):
-    """The reader of stdout has exited (`| head`), which is no error; click would exit with 1."""
+    """The reader of stdout has exited (`| head`), which is no error.  click would exit with 1."""
 
 
 class OutputFailed(Refusal):
-    """The answer cannot be written (a full disk, for example), or an OSError came first."""
+    """A command failed with an OSError, usually because stdout cannot be written (a full disk)."""
 
     status = 1
 
 
 class Interrupted(Exception):
-    """INT or TERM came.  For KeyboardInterrupt click would print an empty line."""
+    """INT or TERM came.  This replaces KeyboardInterrupt, for which click prints an empty line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """The protector that the options name; the first request looks for its socket."""
+    """The protector that the instance options choose.  Its socket is looked up when connecting."""
 
     name: str | None = None
     control: str | None = None
     pid_file: str | None = None
 
     def path(self) -> str:
-        """Return its control socket.  Raises NoProtector, UsageError."""
+        """Return the path of the protector's control socket.  Raises NoProtector, UsageError."""
         if self.control is not None:
             return discovery.by_path(self.control)
         if self.name is not None:
@@ -62,14 +62,14 @@ class Instance:
     def client(
         self, answer_s: float = ANSWER_S, *, events: bool = False, until: float = math.inf
     ) -> Client:
-        """Return a new connection, which the caller closes.  Raises NoProtector, UsageError.
+        """Return a new connection; the caller closes it.  Raises NoProtector, UsageError.
 
         answer_s: how long an answer may take.  events: follow events.  until: see Client.
         """
         return Client(self.path(), answer_s, events=events, until=until)
 
     def request(self, command: str, **arguments: Any) -> Message:
-        """Send a request over a new connection, and return its result.
+        """Send a request over a new connection and return the result.
 
         Raises ControlError, UsageError.
         """
@@ -77,8 +77,8 @@ class Instance:
             return client.request(command, **arguments)
 
 
-def _take(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    """Store an instance option, given before or after the command."""
+def _store_instance(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    """Store an instance option; it may stand before or after the command."""
     if value is None:
         return
     given = [name for name, before in asdict(ctx.obj or Instance()).items() if before is not None]
@@ -88,27 +88,27 @@ def _take(ctx: click.Context, param: click.Parameter, value: str | None) -> None
     ctx.obj = Instance(**{str(param.name): value})
 
 
-def _complete_name(_: click.Context, __: click.Parameter, begun: str) -> list[str]:
-    """Return the names of running protectors that begin with this text."""
-    return discovery.running(begun)
+def _complete_name(_: click.Context, __: click.Parameter, typed: str) -> list[str]:
+    """Return the names of running protectors that begin with the typed text."""
+    return discovery.running(typed)
 
 
 def _instance_options(function: Function, *, hidden: bool = False) -> Function:
     """Add the options that choose an instance, to the program or to one of its commands."""
     for name, metavar, text in (
-        ("pid-file", "FILE", "Choose it by its pid file."),
-        ("control", "PATH", "Choose it by its control socket."),
-        ("name", "NAME", "Choose the protector of this name."),
+        ("pid-file", "FILE", "Choose the protector with this pid file."),
+        ("control", "PATH", "Choose the protector with this control socket."),
+        ("name", "NAME", "Choose the protector with this name."),
     ):
         function = click.option(
             f"--{name}",
             metavar=metavar,
-            # A path, so that shells complete files; a request reports a missing permission.
+            # click.Path makes shells complete files.  The request reports a missing permission.
             type=None if name == "name" else click.Path(readable=False),
             shell_complete=_complete_name if name == "name" else None,
             hidden=hidden,
             expose_value=False,
-            callback=_take,
+            callback=_store_instance,
             help=text,
         )(function)
     return function
@@ -140,9 +140,12 @@ def program(ctx: click.Context) -> None:
 
 
 def command(name: str | None = None, **settings: Any) -> Callable[[Function], click.Command]:
-    """Make a command of a function that takes the instance first, and `as_json` by name."""
+    """Return a decorator that makes a function a command.
 
-    def made(function: Function) -> click.Command:
+    The function takes the instance as its first argument, and `as_json` by name.
+    """
+
+    def decorate(function: Function) -> click.Command:
         @wraps(function)
         def run(*arguments: Any, **options: Any) -> Any:
             try:
@@ -157,43 +160,43 @@ def command(name: str | None = None, **settings: Any) -> Callable[[Function], cl
                 raise Interrupted from None
 
         with_json = click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
-        answers = _instance_options(with_json(click.pass_obj(run)), hidden=True)
-        return program.command(name, **settings)(answers)
+        with_options = _instance_options(with_json(click.pass_obj(run)), hidden=True)
+        return program.command(name, **settings)(with_options)
 
-    return made
+    return decorate
 
 
 # -- output -------------------------------------------------------------------------
 
 
 def say(text: str) -> None:
-    """Print a line of the answer, escaped, so that it cannot control the terminal."""
+    """Print a line of the answer; it is escaped, so that it cannot control the terminal."""
     print(escape(text), flush=True)
 
 
 def say_json(value: Any) -> None:
-    """Print a value as one line of JSON, which cannot control the terminal."""
-    # The only control character that ensure_ascii leaves is DEL.
+    """Print a value as one line of JSON without control characters."""
+    # json.dumps escapes every control character except DEL.
     print(json.dumps(value).replace("\x7f", "\\u007f"), flush=True)
 
 
-def plural(number: int, one: str, more: str = "") -> str:
-    """Return the singular for 1, and otherwise the plural."""
-    return one if number == 1 else more or f"{one}s"
+def plural(number: int, noun: str, plural_noun: str = "") -> str:
+    """Return the noun for this number: the singular for 1, otherwise the plural."""
+    return noun if number == 1 else plural_noun or f"{noun}s"
 
 
 def answer(as_json: bool, result: Message, words: str) -> None:
-    """Print the outcome of a command in words, or with --json the protector's result."""
+    """Print the outcome of a command: in words, or with --json as the protector's result."""
     if as_json:
         say_outcome(say_json, result)
     else:
         say_outcome(say, words)
 
 
-def say_outcome(print_it: Callable[[Any], None], outcome: Any) -> None:
-    """Print the outcome of a command; if that fails, the exit status still reports it."""
+def say_outcome(printer: Callable[[Any], None], outcome: Any) -> None:
+    """Print the outcome of a command.  If stdout fails, the exit status still gives the outcome."""
     try:
-        print_it(outcome)
+        printer(outcome)
     except OSError as error:
         discard_output()
         if not isinstance(error, BrokenPipeError):
@@ -201,7 +204,7 @@ def say_outcome(print_it: Callable[[Any], None], outcome: Any) -> None:
 
 
 def discard_output() -> None:
-    """Send the unwritten rest of stdout, and all later output, to /dev/null."""
+    """Send all further output, and what stdout still buffers, to /dev/null."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -213,7 +216,7 @@ def say_last_words(text: str) -> None:
 
 
 def tell(text: str) -> None:
-    """Print progress, warnings and errors to stderr, which may be closed."""
+    """Print progress, a warning or an error to stderr.  Does nothing if stderr is closed."""
     lines = [escape(line) for line in text.split("\n")]
     try:
         print(*lines, sep="\n", file=sys.stderr, flush=True)
@@ -222,5 +225,5 @@ def tell(text: str) -> None:
 
 
 def complain(text: str) -> None:
-    """Print an error to stderr, after the command's name."""
+    """Print an error to stderr, prefixed with `socketprotectorctl:`."""
     tell(f"{NAME}: {text}")

@@ -1,10 +1,10 @@
-"""A connection to a control socket: a request, its answer, and the events in between.
+"""A connection to a control socket: sends requests, and receives answers and events.
 
-An upgrade or a crash ends the connection, but the socket stays.  A waiting client connects
-again, as long as it can expect a new process to answer at the socket.
+An upgrade or a crash of the protector ends the connection, but the socket stays.  A waiting client
+reconnects as long as a new process may still answer at the socket.
 
-This module uses only the standard library.  It prints nothing, and raises errors.  Each call blocks
-for a limited time.  The form and length of the peer's data are checked.
+This module uses only the standard library, and prints nothing.  Each call blocks for a limited
+time.  The module checks the form and length of everything that it receives.
 
 Source: docs/control.md; unix(7) for SO_PEERCRED.
 """
@@ -29,17 +29,17 @@ from .fields import label, text_in
 from .message import message_in
 
 VERSION = 1
-#: A protector answers within milliseconds, after a crash within a few hundred.
-#: On an overloaded machine an answer takes longer.
+#: A protector answers within milliseconds; after a crash it takes a few hundred milliseconds.
+#: The rest is for overloaded machines.
 ANSWER_S = 10.0
-#: A guard restarts a killed protector within 0.3 s, or later if the protector keeps dying.
+#: A guard restarts a killed protector within 0.3 s; if the protector keeps dying, it waits longer.
 RETURN_S = 10.0
 _TRY_EVERY_S = 0.05
 #: A protector buffers at most 1 MiB for a client, so it never sends a longer line.
 LONGEST_LINE = 1024 * 1024
-#: How many events, and of how many bytes, may come before the answer to a request.
+#: The limits of the events that may arrive before the answer to a request.
 _MOST_EVENTS, _MOST_EVENT_BYTES = 10_000, 2 * 1024 * 1024
-#: The size of sun_path, without the zero byte at its end (unix(7)).
+#: The longest path of a socket: the size of sun_path without the final zero byte (unix(7)).
 _LONGEST_PATH = 107
 
 Message = dict[str, Any]
@@ -58,7 +58,7 @@ class Client:
     ) -> None:
         """Connect, and follow events if `events` is true.  Raises NoProtector, RequestRefused.
 
-        until: when every wait ends at the latest, by time.monotonic().
+        until: the deadline of every wait, by time.monotonic().
         """
         self.path = path
         self._answer_s = answer_s
@@ -75,22 +75,25 @@ class Client:
         self._begin()
 
     def _at_most(self, within_s: float) -> float:
-        """Limit a time to wait by `until`, but never to 0, which makes a socket non-blocking."""
+        """Shorten a time to wait so that it ends by `until`.
+
+        The result is never shortened to 0, because a timeout of 0 makes a socket non-blocking.
+        """
         left_s = self._until - time.monotonic()
         return min(within_s, max(0.001, left_s)) if within_s else within_s
 
     def _begin(self) -> None:
-        """Discard what the peer sent over an earlier connection."""
+        """Reset the buffers, so that nothing from an earlier connection remains."""
         self._buffer = bytearray()
         self._events: deque[Message] = deque()
         self._events_bytes = 0
-        self._passed_over = 0
+        self._late_answers = 0
 
-    def again(self, within_s: float = math.inf) -> Message:
-        """Connect again, within RETURN_S at most; return the status.
+    def reconnect(self, within_s: float = math.inf) -> Message:
+        """Connect again and return the status.  Raises NoProtector if no protector comes back.
 
-        Raises NoProtector if no protector came back.  The requests for events and status are sent
-        together, because a protector that is about to exit answers only the requests that it has.
+        The wait is RETURN_S at most.  The requests for events and status are sent together: a
+        protector that is about to exit answers only the requests that it has already received.
         """
         limit_s = self._at_most(min(within_s, RETURN_S))
         until = time.monotonic() + limit_s
@@ -128,19 +131,20 @@ class Client:
     # -- requests ----------------------------------------------------------------
 
     def request(self, command: str, **arguments: Any) -> Message:
-        """Send a request once, and return its result.
+        """Send a request once and return its result.
 
-        Raises RequestRefused if the protector refuses.  ConnectionLost: the connection ended
-        before the answer, so the protector may or may not have read the request.  NoProtector:
-        no answer came in time; the connection cannot be used any more.
+        Raises RequestRefused if the protector refuses.
+        Raises ConnectionLost if the connection ends before the answer: the protector may or may not
+        have read the request.
+        Raises NoProtector if no answer comes in time: the connection is then unusable.
         """
         return self._request(command, arguments, self._answer_s)
 
     def query(self, command: str, **arguments: Any) -> Message:
         """Send a request that is safe to repeat, and return its result.
 
-        The request is repeated if the connection ends before the answer, for RETURN_S at most: a
-        crash may follow an upgrade.
+        If the connection ends before the answer, reconnect and repeat the request.  This may happen
+        several times (a crash after an upgrade), within RETURN_S.
         """
         until = time.monotonic() + self._at_most(RETURN_S)
         while True:
@@ -149,10 +153,10 @@ class Client:
             except ConnectionLost as error:
                 left_s = until - time.monotonic()
                 if left_s <= 0 and time.monotonic() >= self._until:
-                    raise NoProtector(str(error), "silent") from error  # the caller's time is over
+                    raise NoProtector(str(error), "silent") from error  # past the caller's deadline
                 if left_s <= 0:
                     raise
-                self.again(left_s)
+                self.reconnect(left_s)
 
     def _request(self, command: str, arguments: Message, within_s: float) -> Message:
         within_s = self._at_most(within_s)
@@ -168,7 +172,7 @@ class Client:
         return result
 
     def send(self, command: str, arguments: Message, until: float) -> None:
-        """Send a request.  until: a time by time.monotonic().  Raises NoProtector."""
+        """Send a request.  until: the deadline, by time.monotonic().  Raises NoProtector."""
         self._last_id += 1
         self._follows |= command == "events"
         request = {"v": VERSION, "id": self._last_id, "command": command, **arguments}
@@ -181,14 +185,14 @@ class Client:
                 "silent",
             ) from None
         except OSError as error:
-            # The protector may have sent a refusal before it closed; `answer` reads that line.
+            # The protector may have sent a refusal before it closed; `answer` will read it.
             if error.errno not in (errno.EPIPE, errno.ECONNRESET):
                 raise NoProtector(f"{self.path}: {error.strerror}") from error
 
     def answer(self, until: float) -> Message | None:
-        """Return the result of the last request; None if it has not come by `until`.
+        """Return the result of the last request; None if it has not arrived by `until`.
 
-        Raises NoProtector if the peer sends more events than a protector does, or more answers
+        Raises NoProtector if the peer sends more events than a protector would, or more answers
         than there were requests.
         """
         while (found := self._message(until)) is not None:
@@ -198,21 +202,21 @@ class Client:
                 self._events_bytes += size
                 most = _MOST_EVENTS if self._follows else 0
                 if len(self._events) > most or self._events_bytes > _MOST_EVENT_BYTES:
-                    raise self.foreign()
+                    raise self.foreign_peer_error()
             elif message.get("id") in (self._last_id, None):
                 return _result(message)
             else:
-                self._passed_over += 1  # the late answer to an earlier request
-                if self._passed_over > self._last_id:
-                    raise self.foreign()
-            if self._is_over(until):
+                self._late_answers += 1  # the late answer to an earlier request
+                if self._late_answers > self._last_id:
+                    raise self.foreign_peer_error()
+            if self._has_run_out(until):
                 break
         return None
 
     def event(self, timeout_s: float) -> Message | None:
-        """Return the next event; None if none came in time.
+        """Return the next event; None if no event arrives in time.
 
-        Raises ConnectionLost.  The caller then connects `again`, and reads the status.
+        Raises ConnectionLost; the caller then calls `reconnect`, which returns the status.
         """
         until = time.monotonic() + timeout_s
         while not self._events:
@@ -221,37 +225,37 @@ class Client:
                 return None
             if "event" in found[0]:
                 return found[0]
-            if self._is_over(until):
+            if self._has_run_out(until):
                 return None
-        self._events_bytes = 0  # no further event is buffered before the next request
+        self._events_bytes = 0  # events are added to the buffer only while a request waits
         return self._events.popleft()
 
     # -- lines -------------------------------------------------------------------
 
-    def _is_over(self, until: float) -> bool:
-        """Return True if the time is over and no complete line is buffered."""
+    def _has_run_out(self, until: float) -> bool:
+        """Return True if `until` has passed and no complete line is buffered."""
         return time.monotonic() >= until and b"\n" not in self._buffer
 
     def _message(self, until: float) -> tuple[Message, int] | None:
-        """Return the next message and its length; None if none came in time."""
+        """Return the next message and its length; None if no message arrives in time."""
         line = self._line(until)
         if line is None:
             return None
         message = message_in(line)
         if message is None:
-            raise self.foreign()
+            raise self.foreign_peer_error()
         return message, len(line)
 
     def _line(self, until: float) -> bytes | None:
         searched = 0
         while (end := self._buffer.find(b"\n", searched)) < 0:
-            # Read once in any case, so that 0 s is enough for an event that has arrived.
+            # Read at least once, so that a wait of 0 s still returns an event that has arrived.
             left_s = max(0.0, until - time.monotonic())
             if searched and not left_s:
                 return None
             searched = len(self._buffer)
             if searched > LONGEST_LINE:
-                raise self.foreign()
+                raise self.foreign_peer_error()
             self._socket.settimeout(left_s)
             try:
                 data = self._socket.recv(65536)
@@ -270,17 +274,17 @@ class Client:
 
     @property
     def unread_bytes(self) -> int:
-        """Return how many bytes were read, but not returned yet."""
+        """Return how many bytes were received but not yet returned to the caller."""
         return len(self._buffer) + self._events_bytes
 
-    def foreign(self) -> NoProtector:
+    def foreign_peer_error(self) -> NoProtector:
         """Return the error for a peer that is not SocketProtector."""
         return NoProtector(
             f"{self.path}: the process there is not SocketProtector; check the path", "no protector"
         )
 
     def close(self) -> None:
-        """Close the connection and discard what it has sent.  May be called twice."""
+        """Close the connection and discard the buffers.  May be called twice."""
         self._socket.close()
         self._begin()
 
@@ -292,11 +296,11 @@ class Client:
 
 
 def connect(path: str, timeout_s: float) -> socket.socket:
-    """Return a connected socket, which the caller closes.
+    """Return a connected socket; the caller closes it.
 
-    Raises NoProtector, or RequestRefused (denied) if the socket's mode forbids it.
-    timeout_s: how long to wait if the backlog is full; 0: not at all, and the returned socket is
-    non-blocking.
+    Raises NoProtector, or RequestRefused (denied) if the socket's mode forbids the connection.
+    timeout_s: how long to wait if the backlog is full.  0: do not wait, and return a non-blocking
+    socket.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -317,7 +321,7 @@ def _connect(sock: socket.socket, path: str) -> None:
     try:
         there = f"/proc/self/fd/{folder}"
         if not os.path.exists(there):
-            why = f"longer than {_LONGEST_PATH} bytes, and there is no /proc to shorten it by"
+            why = f"longer than {_LONGEST_PATH} bytes, which needs /proc; use a shorter path"
             raise OSError(errno.ENAMETOOLONG, why)
         sock.connect(f"{there}/{os.path.basename(path)}")
     finally:
@@ -344,15 +348,15 @@ def _unreachable(path: str, error: OSError) -> NoProtector | RequestRefused:
     return NoProtector(f"{path}: {why}")
 
 
-def lives(pid: int) -> bool:
+def process_exists(pid: int) -> bool:
     """Return True if the process exists, even as a zombie.
 
-    It does not use /proc, which may hide other users' processes.
+    This works without /proc, which may hide other users' processes.
     """
     try:
         os.kill(pid, 0)
     except PermissionError:
-        pass  # another user's
+        pass  # it exists, and belongs to another user
     except (ProcessLookupError, OverflowError):
         return False
     return True

@@ -1,8 +1,8 @@
 """Reads the connections of workers from /proc, because the protector does not know them.
 
-It finds sockets whose local address is a listener's.  So it leaves out a worker's own connections,
-such as to a database.  It also searches the worker's children: a server may fork a child for each
-connection.
+It takes only sockets whose local address is the address of a listener, so connections that a worker
+opens itself, such as to a database, are left out.  It also searches the worker's children, because
+a server may fork a child for each connection.
 
 Source: proc(5), `net/tcp`: local and remote address, state, tx_queue:rx_queue, inode.
 """
@@ -19,21 +19,21 @@ from typing import TypedDict
 from ..system import procfs
 from ..system.sock_diag import unread_unix
 from ..system.socket_file import path_of
-from .client import Message, lives
+from .client import Message, process_exists
 from .fields import listed, number_in, text_in
 
-#: The state TCP_LISTEN of proc(5).
+#: TCP_LISTEN in the state column of /proc/net/tcp (proc(5)).
 _LISTENING = "0A"
-#: UNIX sockets that were accepted or have connected: SS_CONNECTED of linux/net.h.
+#: SS_CONNECTED of linux/net.h, the state of both ends of a UNIX connection.
 _CONNECTED = "03"
 EXACT, AT_LEAST, AT_MOST = "exact", "at least", "at most"
-_HIDDEN = "not in /proc (hidepid, or not mounted here); run as root, where /proc is mounted"
+_HIDDEN = "not in /proc (hidepid, or /proc is not mounted here); run as root, with /proc mounted"
 _V4_MAPPED = b"\0" * 10 + b"\xff\xff"
 
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """One connection of a worker.  None: not known."""
+    """One connection of a worker.  waiting_bytes is None if unknown."""
 
     generation: int
     worker: int
@@ -47,7 +47,7 @@ class Connection:
 
 @dataclass(frozen=True, slots=True)
 class HiddenWorker:
-    """A worker whose connections cannot be read, and why."""
+    """A worker whose connections cannot be read, with the reason."""
 
     generation: int
     worker: int
@@ -61,15 +61,17 @@ class _Socket(TypedDict):
     waiting_bytes: int | None
 
 
-def look(
+def find_connections(
     workers: Iterable[Message], listeners: Iterable[str], now: float, draining: Container[int] = ()
 ) -> tuple[list[Connection], list[HiddenWorker]]:
     """Return the workers' connections, and the workers whose connections cannot be read.
 
-    workers: as `connections` of docs/control.md returns them.  listeners: the listeners'
-    canonical addresses.  now: the time since the epoch.  draining: generations that get no clients
-    any more.  In these generations, a connection of unknown age is older than the drain.  In other
-    generations it is younger than its worker.
+    workers: from the request `connections` of docs/control.md.  listeners: their canonical
+    addresses.  now: seconds since the epoch.  draining: generations that get no new clients.
+
+    If the age of a connection is unknown, its bound depends on the generation.  A connection in a
+    draining generation is at least as old as the drain; otherwise it is at most as old as the
+    worker.
     """
     addresses = tuple(listeners)
     found: list[Connection] = []
@@ -80,9 +82,9 @@ def look(
         pid = number_in(worker, "pid")
         if pid <= 0:
             continue  # not started yet
-        pids = _session(pid) if worker.get("orphaned") is True else [pid]
+        pids = _session_members(pid) if worker.get("orphaned") is True else [pid]
         if not pids:
-            continue  # all of its processes have ended meanwhile
+            continue  # all processes of the orphan have ended meanwhile
         try:
             space = os.readlink(f"/proc/{pids[0]}/ns/net")
             if space not in tables:
@@ -93,7 +95,7 @@ def look(
             unseen.append(HiddenWorker(generation, number, pid, why))
             continue
         except (FileNotFoundError, ProcessLookupError):
-            if lives(pid):  # otherwise the worker has ended meanwhile
+            if process_exists(pid):  # otherwise the worker has ended meanwhile
                 unseen.append(HiddenWorker(generation, number, pid, _HIDDEN))
             continue
         times = worker.get("accepted_at_by_fd")
@@ -110,11 +112,11 @@ def look(
 
 
 def addresses_of(status: Message) -> list[str]:
-    """Return the listeners' addresses that a status names."""
+    """Return the addresses of the listeners in a status."""
     return [text_in(each, "address") for each in listed(status, "listeners")]
 
 
-def _session(leader: int) -> list[int]:
+def _session_members(leader: int) -> list[int]:
     """Return the living processes of a session whose leader has ended."""
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
@@ -122,17 +124,17 @@ def _session(leader: int) -> list[int]:
             with open(f"/proc/{name}/stat", "rb") as file:
                 state, _, _, session = file.read().rpartition(b")")[2].split()[:4]
         except OSError:
-            continue  # it has ended, or is hidden from us
+            continue  # the process has ended, or is hidden from us
         if int(session) == leader and state not in (b"Z", b"X"):
             found.append(int(name))
     return found
 
 
 def _inodes(pids: Sequence[int]) -> dict[int, int | None]:
-    """Return the inodes of the sockets of these processes and their descendants.
+    """Map each socket inode of these processes and their descendants to a descriptor.
 
-    The value is the socket's descriptor in the first process, the worker; None if the worker
-    does not have this socket.
+    The first process is the worker.  The value is the worker's descriptor for the socket; None if
+    only another process has the socket.
     """
     found: dict[int, int | None] = {}
     worker, todo = pids[0], list(reversed(pids))
@@ -140,7 +142,7 @@ def _inodes(pids: Sequence[int]) -> dict[int, int | None]:
         each = todo.pop()
         try:
             for number, inode in procfs.sockets(each):
-                # A descendant numbers its descriptors differently.
+                # Only the worker's descriptor numbers are the keys of `accepted_at_by_fd`.
                 found.setdefault(inode, number if each == worker else None)
             with open(f"/proc/{each}/task/{each}/children", encoding="ascii") as children:
                 todo += [int(word) for word in children.read().split()]
@@ -151,7 +153,10 @@ def _inodes(pids: Sequence[int]) -> dict[int, int | None]:
 
 
 def _sockets(pid: int, addresses: tuple[str, ...]) -> Iterator[tuple[int, _Socket]]:
-    """Yield each connection to the listeners in a process's network namespace, by inode."""
+    """Yield (inode, socket) for each connection to these listeners.
+
+    pid: a process in the network namespace to search.
+    """
     tcp = {each[4:] for each in addresses if each.startswith("tcp:")}
     unix = {each[5:] for each in addresses if each.startswith("unix:")}
     if tcp:
@@ -178,9 +183,9 @@ def _unix(path: str, addresses: set[str]) -> Iterator[tuple[int, _Socket]]:
     waiting = unread_unix()
     for words in _lines(path):
         if len(words) < 7 or not words[6].isdecimal():
-            continue  # the rest of a broken line: any process may put a line break into a name
+            continue  # a part of a line: any process may put a line break into its socket's name
         state, inode = words[5], words[6]
-        name = path_of(" ".join(words[7:]))  # a path may have blanks in it
+        name = path_of(" ".join(words[7:]))  # a path may contain blanks
         if state == _CONNECTED and name in addresses:
             unread = waiting.get(int(inode))
             yield int(inode), _Socket(local=f"unix:{name}", peer="unix", waiting_bytes=unread)
@@ -197,7 +202,7 @@ def _lines(path: str) -> Iterator[list[str]]:
 
 
 def _decode(text: str) -> str:
-    """Read `0100007F:10E1`: groups of four bytes, each in the machine's own order."""
+    """Parse an address such as `0100007F:10E1`: four-byte groups, each in the host's byte order."""
     host, _, port = text.partition(":")
     groups = (int(host[at : at + 8], 16) for at in range(0, len(host), 8))
     raw = b"".join(struct.pack("=I", group) for group in groups).removeprefix(_V4_MAPPED)

@@ -1,4 +1,4 @@
-"""deploy, rollback, releases: which release serves, and which one a restart would start."""
+"""The commands deploy, rollback and releases, for a protector with --releases."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from .client import Client, Message
 from .errors import ConnectionLost, CurrentNotMoved, RequestRefused
 from .fields import listed, number_in, text_in
 from .operation import Operation, begin
-from .reload import OUTCOME, TIMEOUT, WAIT, begun, follow
+from .reload import OUTCOME, TIMEOUT, WAIT, follow, read_status_before
 from .reload_progress import Awaited
 
 _OUTCOME = (*OUTCOME, "release", "from_release")
 
 
-def _name(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     if value is not None and not is_name(value):
         raise click.BadParameter(f"{value!r}: write {NAME_IS}")
     return value
 
 
 def _complete(ctx: click.Context, _: click.Parameter, typed: str) -> list[str]:
-    """Complete a release of the instance that the command line names so far."""
+    """Return the instance's releases that begin with the typed text."""
     try:
         found = listed((ctx.obj or Instance()).request("releases"), "releases")
     except Exception:  # an error is shown when the command is run, not while it is typed
@@ -36,16 +36,16 @@ def _complete(ctx: click.Context, _: click.Parameter, typed: str) -> list[str]:
 _EXPECT = click.option(
     "--expect",
     metavar="NAME",
-    callback=_name,
+    callback=_check_name,
     shell_complete=_complete,
     help="Refuse unless this release is serving.",
 )
 
 
-@command(short_help="Start a release, and let current name it once it is proved.")
-@click.argument("release", metavar="NAME", callback=_name, shell_complete=_complete)
+@command(short_help="Start a release; once it has proved itself, move current.")
+@click.argument("release", metavar="NAME", callback=_check_name, shell_complete=_complete)
 @_EXPECT
-@click.option("--force", is_flag=True, help="Even if current names another than the serving one.")
+@click.option("--force", is_flag=True, help="Even if current does not name the serving release.")
 @click.option("--if-changed", is_flag=True, help="Do nothing if this release is serving.")
 @click.option("--dry-run", is_flag=True, help="Start it, stop it when it is ready; no clients.")
 @WAIT
@@ -61,28 +61,29 @@ def deploy(
     timeout: float,
     as_json: bool,
 ) -> None:
-    """Start a release of the folder --releases; it takes over when it is proved.
+    """Start a release from the folder --releases. It takes over when it is ready.
 
-    Then, and only then, the link --current names it, so that a restart starts it, too. If it
-    fails, the exit status is 3: the old release is serving, and current names it as before.
+    Once it has proved itself, the link --current is moved to it, so that a restart starts the same
+    release. If it fails, the exit status is 3: the old release is still serving, and current is
+    unchanged.
 
-    Exit status 2: nothing was tried. 5: it is serving, but current could not be moved yet.
-    6: another deploy or reload is in progress.
+    Exit status 2: nothing was tried. 5: the release is serving, but current could not be moved
+    yet. 6: another deploy or reload is in progress.
     """
-    how = _given(release=release, expect=expect, force=force, dry_run=dry_run)
+    arguments = _set_only(release=release, expect=expect, force=force, dry_run=dry_run)
     with begin(instance, timeout, as_json, *_OUTCOME) as operation:
-        before = begun(operation)
+        before = read_status_before(operation)
         operation.outcome["release"] = release
         operation.outcome["from_release"] = serving = _of_releases(before).get("serving")
-        if if_changed and _serves(operation.client, before, release, expect):
+        if if_changed and _is_unchanged(operation.client, before, release, expect):
             operation.outcome["generation"] = before.get("route")
-            operation.ends("unchanged", f"unchanged: release {release} is serving")
+            operation.finish("unchanged", f"unchanged: release {release} is serving")
             return
-        promised = _request(operation.client, before, release, "deploy", how)
-        _end(operation, before, promised, release, dry_run=dry_run, wait=wait, old=serving)
+        promised = _request_deploy(operation.client, before, release, "deploy", arguments)
+        _await_deploy(operation, before, promised, release, dry_run=dry_run, wait=wait, old=serving)
 
 
-@command(short_help="End a reload, or go back to the release before.")
+@command(short_help="End a reload, or go back to the previous release.")
 @_EXPECT
 @WAIT
 @TIMEOUT
@@ -91,28 +92,29 @@ def rollback(
 ) -> None:
     """End the reload or deploy in progress: the old generation gets all new clients.
 
-    Without one, deploy the release that was proved before the serving one. Each further rollback
-    goes further back, and none returns to a release that was left.
+    If none is in progress, deploy the release that served before the serving one. Each repeated
+    rollback goes further back.
 
-    Exit status 2: there is nothing to roll back. --expect names the release that is left.
+    Exit status 2: there is nothing to roll back, or --expect names another release.
     """
-    how = _given(expect=expect)
+    arguments = _set_only(expect=expect)
     with begin(instance, timeout, as_json, *_OUTCOME) as operation:
-        before = begun(operation)
+        before = read_status_before(operation)
         operation.outcome["from_release"] = serving = _of_releases(before).get("serving")
-        result = operation.client.request("rollback", **how)
+        result = operation.client.request("rollback", **arguments)
         name, number = text_in(result, "release"), number_in(result, "generation")
         if not name:
             operation.outcome["generation"] = number
             words = f"rolled back: generation {number} gets no new clients"
-            operation.ends("rolled back", words)
+            operation.finish("rolled back", words)
             return
         operation.outcome["release"] = name
         operation.tell(f"going back from release {serving} to {name}")
-        _end(operation, before, number, name, dry_run=False, wait=wait, old=serving)
+        _await_deploy(operation, before, number, name, dry_run=False, wait=wait, old=serving)
 
 
-def _given(**arguments: Any) -> dict[str, Any]:
+def _set_only(**arguments: Any) -> dict[str, Any]:
+    """Return the arguments that have a value other than False or None."""
     return {name: value for name, value in arguments.items() if value}
 
 
@@ -121,8 +123,8 @@ def _of_releases(status: Message) -> Message:
     return found if isinstance(found, dict) else {}
 
 
-def _serves(client: Client, before: Message, name: str, expect: str | None) -> bool:
-    """Return whether a release is serving as it was proved, and `current` names it."""
+def _is_unchanged(client: Client, before: Message, name: str, expect: str | None) -> bool:
+    """Return True if the release is serving unchanged, and `current` names it."""
     releases = _of_releases(before)
     if expect not in (None, name) or (releases.get("serving"), releases.get("current")) != (
         name,
@@ -133,8 +135,10 @@ def _serves(client: Client, before: Message, name: str, expect: str | None) -> b
     return bool(found) and not any(each.get("changed") for each in found)
 
 
-def _request(client: Client, before: Message, name: str, what: str, how: dict[str, Any]) -> int:
-    """Request a deploy; if the connection ends early, request it again unless it has begun."""
+def _request_deploy(
+    client: Client, before: Message, name: str, what: str, arguments: dict[str, Any]
+) -> int:
+    """Request a deploy.  If the connection ends early, request it again unless it has begun."""
     if "releases" not in before:
         raise RequestRefused(
             "unmet",
@@ -142,18 +146,18 @@ def _request(client: Client, before: Message, name: str, what: str, how: dict[st
             "PATH to use them",
         )
     try:
-        return number_in(client.request(what, **how), "generation")
+        return number_in(client.request(what, **arguments), "generation")
     except ConnectionLost:
-        client.again()
+        client.reconnect()
     now = _of_releases(client.query("status"))
     if now.get("deploying") == name or (
         now.get("serving") == name and _of_releases(before).get("serving") != name
     ):
         return number_in(now, "generation")
-    return number_in(client.query(what, **how), "generation")
+    return number_in(client.query(what, **arguments), "generation")
 
 
-def _end(
+def _await_deploy(
     operation: Operation,
     before: Message,
     promised: int,
@@ -163,28 +167,28 @@ def _end(
     wait: bool,
     old: object,
 ) -> None:
-    """Wait for the verdict about a release, and until `current` is on disk; say so."""
+    """Wait for the verdict on a release, then until `current` is on disk, and print the outcome."""
     if not wait:
         operation.outcome["generation"] = promised
         words = f"requested: generation {promised} will start release {name}; see releases"
-        operation.ends("requested", words)
+        operation.finish("requested", words)
         return
     failed = f"release {name} is not ready to deploy" if dry_run else f"release {name} not deployed"
     found = follow(operation, before, promised, failed, dry_run=dry_run)
     if dry_run:
-        operation.ends("passed", f"would deploy release {name}: {found.words}")
+        operation.finish("passed", f"would deploy release {name}: {found.words}")
         return
-    recorded = _Recorded(name, operation.tell)
-    operation.wait(recorded, look=True)
-    was = f" (before: {old})" if old and old != name else ""
-    if recorded.error:
+    saved = _CurrentSaved(name, operation.tell)
+    operation.wait(saved, status_first=True)
+    previous = f" (before: {old})" if old and old != name else ""
+    if saved.error:
         raise CurrentNotMoved(
-            f"release {name} is serving{was}, but {recorded.error}; it is tried again, see status"
+            f"release {name} is serving{previous}, but {saved.error}; it is tried again, see status"
         )
-    operation.ends("deployed", f"deployed: release {name}{was}; {found.words}")
+    operation.finish("deployed", f"deployed: release {name}{previous}; {found.words}")
 
 
-class _Recorded(Awaited):
+class _CurrentSaved(Awaited):
     """Waits until `current` and the history are on disk, or cannot be written."""
 
     cut = "the connection was cut: an upgrade or a crash; connecting again"
@@ -195,24 +199,24 @@ class _Recorded(Awaited):
         self._done = False
         self.error = ""
 
-    def looked(self, status: Message) -> None:
-        super().looked(status)
+    def on_status(self, status: Message) -> None:
+        super().on_status(status)
         releases = _of_releases(status)
         self.error = text_in(releases, "error")
-        # Another reload may have begun: then `current` is its matter.
+        # If another release is serving now, a later deploy is responsible for `current`.
         self._done = releases.get("saved") is not False or releases.get("serving") != self._name
 
     def waits_for(self) -> str:
-        """Return what is missing; "" for an error, too."""
+        """Return what is missing; "" if nothing is, or if `current` cannot be written."""
         return "" if self._done or self.error else "current to be on disk"
 
 
 @command(short_help="List the releases that were tried.")
 def releases(instance: Instance, as_json: bool) -> None:
-    """List the releases that were tried, the latest last: since when each served, why it failed.
+    """List the releases that were tried, the latest last, with times and reasons of failures.
 
-    "changed" means that its folder or its program is not the one that was proved. Changes of other
-    files are not seen.
+    "changed" means that the release's folder or program was replaced after it had proved itself.
+    Changes of other files are not detected.
     """
     result = instance.request("releases")
     if as_json:
@@ -232,4 +236,4 @@ def releases(instance: Instance, as_json: bool) -> None:
         line = "  ".join(filter(None, (text_in(each, "release"), ", ".join((*marks, *times)))))
         say(f"{line}: {reason}" if reason else line)
     if not found:
-        say("no release was tried yet")
+        say("no release has been tried yet")

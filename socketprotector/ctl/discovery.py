@@ -1,4 +1,4 @@
-"""Finds a control socket by path, by name, by pid file, or as the only one in use."""
+"""Finds a control socket: by path, name or pid file, or as the only socket that is in use."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from contextlib import suppress
 from ..model.errors import UsageError
 from ..model.text import escape
 from ..system import control_path
-from .client import connect, lives
+from .client import connect, process_exists
 from .errors import NoProtector, RequestRefused
 from .fields import label, listed, text_in
 from .query_all import SocketAnswer, query_all
 
 _NAMES_SHOWN = 8
 
-#: Characters that no shell treats specially, wherever they are in a word.
+#: Characters that no shell treats specially, anywhere in a word.
 _SHELL_SAFE = frozenset(string.ascii_letters + string.digits + "@%+:,./_-")
 
 
 def sockets() -> list[str]:
-    """Return the paths of all control sockets, living or dead."""
+    """Return the paths of all control sockets, even those of protectors that have ended."""
     return control_path.sockets(os.environ, os.geteuid())
 
 
 def by_path(path: str) -> str:
     """Return the absolute path of a control socket.  Raises UsageError for another kind of file."""
-    with suppress(OSError):  # connect() will report it
+    with suppress(OSError):  # connect() will report a missing file or permission
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             raise UsageError(
-                f"--control {path}: it is no socket; name a control socket, as "
-                "`socketprotectorctl list` shows them"
+                f"--control {path}: it is no socket; `socketprotectorctl list` shows the control "
+                "sockets"
             )
     return os.path.abspath(path)
 
@@ -43,61 +43,60 @@ def by_path(path: str) -> str:
 def by_name(name: str) -> str:
     """Return the socket of the protector with this name.
 
-    If several protectors share a name, NAME:LISTENER chooses one of them.  A listener's port alone
-    is a name, too, unless a protector is named like that port.
+    If several protectors share a name, NAME:LISTENER chooses one of them.  The port of a listener
+    is also accepted as a name, unless a protector has that name.
     """
-    # The protector derives its key from its name, which may be a path, in the same way.
+    # A protector names its socket by this key.
     key, found = control_path.key_of(name), sockets()
-    there = [path for path in found if control_path.key(path) == key]
-    others = [path for path in found if control_path.key(path).startswith(f"{key}:")]
-    living = [path for path in there if _listening(path)]
-    if len(living) == 1 and not others:
+    with_key = [path for path in found if control_path.key(path) == key]
+    with_longer_key = [path for path in found if control_path.key(path).startswith(f"{key}:")]
+    living = [path for path in with_key if _listening(path)]
+    if len(living) == 1 and not with_longer_key:
         return living[0]
     alive = [each for each in query_all(found) if each.alive]
-    called = dict(zip((each.path for each in alive), names(alive), strict=True))
-    meant = [each.path for each in alive if name in _names_of(each)] or [
+    shown = dict(zip((each.path for each in alive), names(alive), strict=True))
+    matching = [each.path for each in alive if name in _names_of(each)] or [
         each.path for each in alive if f"{_names_of(each)[0]}:{name}" in _names_of(each)
     ]
-    if len(meant) > 1:
-        apart = [called[path] for path in meant]
-        if len(set(apart)) < len(apart):  # some share the listener, too
-            apart = [f"--control {path}" for path in meant]
-        raise UsageError(f"--name {name}: which one? {_names(apart)}")
-    if meant or living or there:
-        return (meant or living or there)[0]
-    known = _names(list(called.values()))
+    if len(matching) > 1:
+        choices = [shown[path] for path in matching]
+        if len(set(choices)) < len(choices):  # some of them share the listener, too
+            choices = [f"--control {path}" for path in matching]
+        raise UsageError(f"--name {name}: which one? {_shortened(choices)}")
+    if matching or living or with_key:
+        return (matching or living or with_key)[0]
+    known = _shortened(list(shown.values()))
     raise NoProtector(
         f"--name {name}: no protector of that name in {where()}; there is {known}{_unset()}"
     )
 
 
-def running(begun: str) -> list[str]:
-    """Return the names of running instances that begin with a text, for completion in a shell.
+def running(prefix: str) -> list[str]:
+    """Return the names of protectors that begin with a prefix, for completion in a shell.
 
-    It leaves out names with characters that are special to a shell, because any process can choose
-    any name.
+    Names with characters that are special to a shell are left out: any process can choose any name.
     """
     found = names(everything())
-    return [each for each in found if each.startswith(begun) and not set(each) - _SHELL_SAFE]
+    return [each for each in found if each.startswith(prefix) and not set(each) - _SHELL_SAFE]
 
 
 def names(found: Sequence[SocketAnswer]) -> list[str]:
-    """Return a name for each protector, with its listener if several protectors share the name.
+    """Return a name for each protector; if several share a name, the listener is added to it.
 
-    A protector that does not answer gets its socket's name.  Any process can choose any name, so
-    only a protector whose socket is in the folder of the name keeps the name without a listener.
+    A protector that does not answer is named by its socket.  Any process can choose any name, so a
+    shared name stays short only for the protector whose socket is in the folder of that name.
     """
-    longer = [_names_of(each) for each in found]
-    called = [plain for plain, *_ in longer]
-    for more in (1, 2):
-        several = Counter(called)
-        called = [
+    candidates = [_names_of(each) for each in found]
+    chosen = [shortest for shortest, *_ in candidates]
+    for length in (1, 2):
+        uses = Counter(chosen)
+        chosen = [
             name
-            if several[name] == 1 or each.path.endswith(_own_folder(name))
-            else its[min(more, len(its) - 1)]
-            for each, name, its in zip(found, called, longer, strict=True)
+            if uses[name] == 1 or each.path.endswith(_own_folder(name))
+            else longer[min(length, len(longer) - 1)]
+            for each, name, longer in zip(found, chosen, candidates, strict=True)
         ]
-    return called
+    return chosen
 
 
 def _own_folder(name: str) -> str:
@@ -105,7 +104,7 @@ def _own_folder(name: str) -> str:
 
 
 def _names_of(found: SocketAnswer) -> tuple[str, ...]:
-    """Return the names that an instance may have, the shortest first."""
+    """Return the names by which a protector can be chosen, the shortest first."""
     status = found.result or {}
     name = label(status, "name") or control_path.key(found.path)
     listeners = listed(status, "listeners")
@@ -119,22 +118,23 @@ def _names_of(found: SocketAnswer) -> tuple[str, ...]:
 def by_pid_file(file: str) -> str:
     """Return the socket of the protector whose pid is in this file."""
     pid = _pid(file)
-    if not lives(pid):
+    if not process_exists(pid):
         raise NoProtector(f"--pid-file {file}: process {pid} is gone; the protector has ended")
     found = query_all(sockets())
-    there = []
+    matching = []
     for each in found:
         status = each.result or {}
-        # Under --guard the pid file holds the pid of the guard: main_pid.
+        # Under --guard the pid file contains the guard's pid, which is main_pid in the status.
         if each.alive and pid in (each.pid, status.get("pid"), status.get("main_pid")):
-            there.append(each)
-    if there:
-        # Any process can report any pid: prefer a socket beside the pid file, then SO_PEERCRED.
+            matching.append(each)
+    if matching:
+        # A process can claim any pid in its status.  So prefer a socket beside the pid file, then
+        # a socket whose pid the kernel confirms (SO_PEERCRED).
         folder = os.path.dirname(os.path.abspath(file))
-        there.sort(key=lambda each: (os.path.dirname(each.path) != folder, each.pid != pid))
-        return there[0].path
-    unseen = [each.path for each in found if each.why in ("denied", "silent")]
-    hint = f" (no answer from {_names(unseen)})" if unseen else ""
+        matching.sort(key=lambda each: (os.path.dirname(each.path) != folder, each.pid != pid))
+        return matching[0].path
+    unanswered = [each.path for each in found if each.why in ("denied", "silent")]
+    hint = f" (no answer from {_shortened(unanswered)})" if unanswered else ""
     raise NoProtector(
         f"--pid-file {file}: no control socket of process {pid} in {where()}{hint}; "
         "name it with --control PATH"
@@ -142,7 +142,7 @@ def by_pid_file(file: str) -> str:
 
 
 def the_only_one() -> str:
-    """Return the socket of the only protector that is running."""
+    """Return the socket of the only running protector.  Raises UsageError if several run."""
     living = [path for path in sockets() if _listening(path)]
     if not living:
         raise NoProtector(
@@ -150,7 +150,7 @@ def the_only_one() -> str:
             f"{_unset() or '; start one, or pass --control PATH'}"
         )
     if len(living) > 1:
-        known = _names(sorted(names(query_all(living))))
+        known = _shortened(sorted(names(query_all(living))))
         raise UsageError(f"several protectors run; choose one by --name NAME: {known}")
     return living[0]
 
@@ -166,7 +166,7 @@ def _listening(path: str) -> bool:
     except NoProtector as error:
         return error.code == "silent"
     except RequestRefused:
-        pass  # a process listens, but we have no permission: the request will report it
+        pass  # a process listens; the request will report that we have no permission
     return True
 
 
@@ -194,17 +194,17 @@ def _pid(file: str) -> int:
 
 
 def where() -> str:
-    """Return the folders that are searched for control sockets, in words."""
+    """Return the folders that are searched for control sockets, as text for a message."""
     return " or ".join(control_path.folders(os.environ, os.geteuid()))
 
 
 def none_found() -> str:
-    """Return the message that no control socket was found, with advice."""
+    """Return the message for the case that no control socket was found."""
     return f"no protector has a control socket in {where()}{_unset()}"
 
 
 def _unset() -> str:
-    """Return advice if XDG_RUNTIME_DIR is not set, but may have been for the protector."""
+    """Return advice if XDG_RUNTIME_DIR is not set, because it may be set for the protector."""
     if os.geteuid() == 0 or os.environ.get("XDG_RUNTIME_DIR"):
         return ""
     return (
@@ -213,7 +213,8 @@ def _unset() -> str:
     )
 
 
-def _names(names: list[str]) -> str:
+def _shortened(names: list[str]) -> str:
+    """Return the first names of a list as text, and how many more there are."""
     shown = ", ".join(escape(name) for name in names[:_NAMES_SHOWN])
     more = len(names) - _NAMES_SHOWN
     return (shown + (f" and {more} more" if more > 0 else "")) or "none"

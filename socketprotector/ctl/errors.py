@@ -7,16 +7,16 @@ from ..model.text import escape
 
 
 class ControlError(Refusal):
-    """A request to a protector failed, or the command that the request began."""
+    """A request to a protector failed, or the operation that it started."""
 
-    #: The outcome in one word, which `--json` of reload, upgrade and stop prints.
+    #: The outcome in a word or two; reload, upgrade and stop print it with `--json`.
     result = "lost"
 
 
 class NoProtector(ControlError):
-    """No protector answers at the control socket, or none came back to it.
+    """No protector answers at the control socket, or no protector came back to it.
 
-    code: dead, silent (it does not answer) or no protector (another program answers).
+    code: dead (no process listens), silent (no answer) or no protector (another program answers).
     """
 
     status = 1
@@ -27,7 +27,7 @@ class NoProtector(ControlError):
 
 
 class ConnectionLost(NoProtector):
-    """The connection ended by an upgrade, crash or stop.  A waiting command connects again."""
+    """An upgrade, crash or stop ended the connection.  A waiting command reconnects."""
 
 
 class NewVersionFailed(ControlError):
@@ -38,14 +38,14 @@ class NewVersionFailed(ControlError):
 
 
 class NotReady(ControlError):
-    """The protector is running, but load balancers should not send it clients."""
+    """The protector is running, but load balancers should not send clients to it."""
 
     status = 3
     result = "not ready"
 
 
 class TimedOut(ControlError):
-    """--timeout is over; the outcome may still come."""
+    """--timeout has expired; the operation may still succeed."""
 
     status = 4
     result = "timed out"
@@ -58,8 +58,8 @@ class CurrentNotMoved(ControlError):
     result = "not recorded"
 
 
-#: Codes of refusals with an exit status of their own.  invalid: a mistake in the command line, such
-#: as a number out of range.
+#: Refusal codes that have their own exit status.  invalid: a mistake in the command line, such as a
+#: number out of range.
 _STATUSES = {"invalid": UsageError.status, "unmet": UsageError.status, "deploying": 6}
 
 

@@ -1,6 +1,6 @@
 """Reads fields of a status or an event, and ignores fields of a wrong type.
 
-The peer may be a newer protector, or no protector at all.
+The types are checked because the peer may be a newer protector, or another program.
 """
 
 from __future__ import annotations
@@ -14,30 +14,33 @@ from ..model.text import in_units
 
 Status = dict[str, Any]
 _LABEL_CHARACTERS = 200
-#: Shorter times are shown in seconds.
+#: A time below this many seconds is shown in seconds.
 _IN_SECONDS = 120
 
 
 def listed(message: Status, name: str) -> list[Status]:
-    """Return the objects in a list; [] if the field is not a list."""
+    """Return the objects in a list field; [] if the field is not a list."""
     value = message.get(name)
     return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 
 
 def number_in(message: Status, name: str) -> int:
-    """Return a whole number; 0 for any other field."""
+    """Return a field's whole number; 0 if the field is not a whole number."""
     value = message.get(name)
     return value if isinstance(value, int) else 0
 
 
 def text_in(message: Status, name: str) -> str:
-    """Return a text; "" for any other field."""
+    """Return a field's text; "" if the field is not a text."""
     value = message.get(name)
     return value if isinstance(value, str) else ""
 
 
 def measure(message: Status, name: str) -> float | None:
-    """Return a finite number, 0 or more; None for any other field, so that no metric shows 0."""
+    """Return a field's number if it is finite and not negative, otherwise None.
+
+    None, and not 0, lets a metric be absent instead of wrong.
+    """
     value = message.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -45,7 +48,7 @@ def measure(message: Status, name: str) -> float | None:
 
 
 def is_lame_duck(status: Status) -> bool:
-    """Return True if load balancers should send clients elsewhere, although workers serve."""
+    """Return True if load balancers should send clients elsewhere, although workers still serve."""
     return status.get("lame_duck") in ("on", "stopping")
 
 
@@ -58,8 +61,8 @@ def serves(status: Status) -> bool:
 def why_not_ready(status: Status) -> str:
     """Return why a load balancer should send no clients to a protector; "" if it should.
 
-    A hold is no reason, because its clients wait and are served later.  Otherwise a hold on all
-    hosts would leave the balancer without a host.
+    A hold is not a reason: its clients wait and are served later.  If it were, a hold on all hosts
+    would leave the load balancer without a host.
     """
     if is_lame_duck(status):
         return "lame duck"
@@ -67,7 +70,7 @@ def why_not_ready(status: Status) -> str:
 
 
 def standing_dry_run(status: Status) -> Status | None:
-    """Return the last dry run that has ended; None if a reload has begun since."""
+    """Return the last dry run if it has ended and no reload has begun since; otherwise None."""
     dry_run = status.get("dry_run")
     if not isinstance(dry_run, dict) or label(dry_run, "result") not in ("passed", "failed"):
         return None
@@ -76,10 +79,7 @@ def standing_dry_run(status: Status) -> Status | None:
 
 
 def unhealthy(status: Status) -> str | None:
-    """Return the last bad answer of an unhealthy instance; None if it is healthy or unknown.
-
-    A probe without an answer may also mean that the workers are busy.
-    """
+    """Return why an instance is unhealthy; None if it is healthy or its health is unknown."""
     health = status.get("health")
     if not isinstance(health, dict) or health.get("state") != "unhealthy":
         return None
@@ -97,7 +97,7 @@ class Wait:
 
     @property
     def text(self) -> str:
-        """The reason, and how much longer the wait lasts at most."""
+        """The reason, and the longest time that the wait can still last."""
         if self.left_s is None:
             return self.reason
         whole = math.ceil(self.left_s)
@@ -106,7 +106,7 @@ class Wait:
 
 
 def waits_of(status: Status) -> list[Wait]:
-    """Return a protector's waits; waits that delay a reload come first."""
+    """Return what a protector waits for; waits that delay a reload come first."""
     return [
         Wait(
             text_in(each, "kind"),
@@ -125,13 +125,13 @@ _NAMED = 3
 
 
 def rollout_of(status: Status) -> Status | None:
-    """Return the rollout of a status; None: there is none."""
+    """Return the rollout in a status; None if there is no rollout."""
     found = status.get("rollout")
     return found if isinstance(found, dict) else None
 
 
 def share_of(status: Status, generation: int) -> float | None:
-    """Return the percentage of new connections that a generation has; None without a rollout."""
+    """Return the percentage of new connections that a generation gets; None without a rollout."""
     rollout = rollout_of(status)
     share = measure(rollout, "share") if rollout is not None else None
     if rollout is None or share is None:
@@ -142,11 +142,11 @@ def share_of(status: Status, generation: int) -> float | None:
 
 
 def rollout_text(status: Status) -> str:
-    """Return how far a rollout is, and what ends its stage; "" without a rollout that has begun."""
+    """Return a text about a rollout's progress and the end of its stage; "" if none has begun."""
     rollout = rollout_of(status)
     stage = text_in(rollout, "stage") if rollout is not None else "starting"
     if rollout is None or stage == "starting":
-        return ""  # the entry of `waits_for` about the start says more
+        return ""  # `waits_for` has an entry about the start, which says more
     if text_in(rollout, "kind") == "rolling":
         return _rolling_text(rollout, stage)
     share = (
@@ -156,17 +156,17 @@ def rollout_text(status: Status) -> str:
     )
     words = f"generation {number_in(rollout, 'generation')} has {share} new connections"
     met, least = measure(rollout, "met"), number_in(rollout, "at_least")
-    lacks = stage == "share" and met is not None and met < least
+    too_few = stage == "share" and met is not None and met < least
     if met is not None:
-        words += f", {met:,.0f} of at least {least:,} so far" if lacks else f", {met:,.0f} so far"
-    left = _left(rollout)
-    if stage == "share" and not lacks:
-        return f"{words}, all of them {left}"
-    return f"{words}, {'the verdict' if lacks else 'promoted'} {left}"
+        words += f", {met:,.0f} of at least {least:,} so far" if too_few else f", {met:,.0f} so far"
+    when = _stage_end(rollout)
+    if stage == "share" and not too_few:
+        return f"{words}, all of them {when}"
+    return f"{words}, {'the verdict' if too_few else 'promoted'} {when}"
 
 
 def closing_text(generation: Status) -> str:
-    """Return how fast a generation ends its connections, and for how long; "": none."""
+    """Return how fast a generation closes its connections, and the time left; "" if it does not."""
     closing = generation.get("closing")
     rate = measure(closing, "per_s") if isinstance(closing, dict) else None
     left_s = measure(closing, "left_s") if isinstance(closing, dict) else None
@@ -179,7 +179,8 @@ def closing_text(generation: Status) -> str:
     return f"closing {speed}, {left} left"
 
 
-def _left(rollout: Status) -> str:
+def _stage_end(rollout: Status) -> str:
+    """Return when the stage of a rollout ends."""
     left_s = measure(rollout, "left_s")
     if left_s is None:
         return "after the next good --settle-check"
@@ -190,7 +191,7 @@ def _rolling_text(rollout: Status, stage: str) -> str:
     replaced, wanted = number_in(rollout, "replaced"), number_in(rollout, "wanted")
     words = f"{replaced:,} of {wanted:,} {'worker' if wanted == 1 else 'workers'} replaced"
     if stage == "settling":
-        return f"{words}, the next {_left(rollout)}"
+        return f"{words}, the next {_stage_end(rollout)}"
     awaited = listed(rollout, "waits_for")
     if not awaited:
         return words
@@ -218,7 +219,7 @@ def other_waits_of(status: Status) -> list[Wait]:
 
 
 def failing(generation: Status) -> str:
-    """Return how a generation's first programs fail, with their last line; "" if they do not."""
+    """Return why a generation's first programs failed, and their last line; "" if they did not."""
     found = generation.get("first_programs")
     if not isinstance(found, dict):
         return ""
@@ -227,6 +228,6 @@ def failing(generation: Status) -> str:
 
 
 def label(message: Status, name: str) -> str | None:
-    """Return a text, cut to the length of a metric's label; None for any other field."""
+    """Return a field's text, cut to the length of a metric label; None if it is not a text."""
     value = message.get(name)
     return value[:_LABEL_CHARACTERS] if isinstance(value, str) else None

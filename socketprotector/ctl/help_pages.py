@@ -1,4 +1,4 @@
-"""--help of socketprotectorctl, which fits one screen, and --help-all."""
+"""The texts of `socketprotectorctl --help`, which fits one screen, and of `--help-all`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import click
 
-#: Every command once, in the manual page's order.
+#: Every command, in the order of the manual page.
 GROUPS = {
     "Queries": (
         *("status", "ready", "connections", "history", "releases", "crashes", "diff", "events"),
@@ -19,13 +19,13 @@ GROUPS = {
     ),
     "Shell": ("completion",),
 }
-#: The commands of --help.
+#: The commands that --help shows.
 COMMON = (
     *("list", "status", "top", "reload", "diff", "history", "crashes", "connections"),
     *("deploy", "promote", "rollback", "scale", "upgrade", "stop"),
 )
-_PURPOSE = """Inspect and control a running SocketProtector. Without --name, --control or
---pid-file: the only running one. These options may also follow the command."""
+_PURPOSE = """Inspect and control a running SocketProtector. If several run, choose one by --name,
+--control or --pid-file, before or after the command."""
 _STATUS = """Exit status of reload and upgrade: 0: the new version is serving; 3: it failed, and
 the old one is still serving."""
 _MORE = """--help-all: every command and exit status. COMMAND --help: its options. Each command
@@ -37,8 +37,11 @@ EXAMPLES = (
 )
 _STATUSES = (
     ("0", "done"),
-    ("1", "no protector is running, or its connection was lost for good"),
-    ("2", "the command line is wrong, or nothing is as it expects (deploy, rollback)"),
+    ("1", "no protector is running, or the connection to it was lost for good"),
+    (
+        "2",
+        "the command line is wrong; deploy, rollback: also an unmet condition, nothing was tried",
+    ),
     (
         "3",
         "reload, deploy, rollback, upgrade: the new version failed, and the old one is still "
@@ -47,13 +50,13 @@ _STATUSES = (
     ("4", "not done within --timeout; it may still succeed"),
     ("5", "deploy, rollback: the new version is serving, but current could not be moved yet"),
     ("6", "deploy, rollback: another deploy or reload is in progress"),
-    ("100", "the protector refuses, or this user has no permission"),
+    ("100", "the protector refused, or this user has no permission"),
     ("130", "interrupted"),
 )
 
 
 class HelpGroup(click.Group):
-    """The group of all commands, which prints these two pages."""
+    """The group of all commands; it prints --help and --help-all."""
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write --help."""
@@ -92,7 +95,7 @@ class HelpGroup(click.Group):
 
 
 def print_full_help(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    """Print --help-all and exit, as the callback of that option."""
+    """Print the page of --help-all and exit.  This is the callback of that option."""
     if value and not ctx.resilient_parsing:
         assert isinstance(ctx.command, HelpGroup)
         click.echo(ctx.command.full_help(ctx))

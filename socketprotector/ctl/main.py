@@ -1,6 +1,6 @@
 """Runs one command of socketprotectorctl.
 
-Every error becomes one line on stderr, and an exit status (errors.py).
+It turns every error into one line on stderr and an exit status (errors.py).
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from .cli import (
     say_json,
 )
 
-#: Importing these modules has added their commands to the program.
+#: Importing these modules adds their commands to the program.
 COMMANDS = (deploy, orders, queries, reload, top, upgrade)
 INTERRUPTED = 130
-#: The programs whose command lines a shell can complete; each computes its own completions.
+#: The programs with completion in a shell; each of them computes its own completions.
 PROGRAMS = ("SocketProtector", "socketprotector", NAME, "socketprotector-exporter")
 
 
-@command(short_help="Print the script that completes in a shell.")
+@command(short_help="Print the completion script for a shell.")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.argument("of", nargs=-1, type=click.Choice(PROGRAMS), metavar="[PROGRAM]...")
 def completion(instance: Instance, shell: str, of: Sequence[str], as_json: bool) -> None:
-    """Print the script for a shell, as in: eval "$(socketprotectorctl completion bash)".
+    """Print the completion script for a shell: eval "$(socketprotectorctl completion bash)".
 
-    It completes all of SocketProtector's programs, or the named ones.
+    It completes the named programs, or all of SocketProtector's programs.
     """
     _ = instance
     found = get_completion_class(shell)
@@ -52,7 +52,7 @@ def completion(instance: Instance, shell: str, of: Sequence[str], as_json: bool)
     scripts = []
     for name in of or PROGRAMS:
         variable = f"_{name.replace('-', '_')}_COMPLETE".upper()
-        # Not the subclass's source(), which for bash runs bash to read the version of bash.
+        # The subclass's source() would run bash to read its version.
         scripts.append(ShellComplete.source(found(program, {}, name, variable)))
     script = "\n".join(scripts)
     if as_json:
@@ -62,9 +62,9 @@ def completion(instance: Instance, shell: str, of: Sequence[str], as_json: bool)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command, by default the one in the process's arguments.  Returns the exit status."""
+    """Run one command and return the exit status.  arguments: by default those of the process."""
     stand_on_three_descriptors()
-    if isinstance(sys.stdout, TextIOWrapper):  # the locale may lack characters of last words
+    if isinstance(sys.stdout, TextIOWrapper):  # the locale may lack characters of a worker's output
         with suppress(OSError):  # stdout was a file when it was opened, and is a pipe now
             sys.stdout.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Refusal as error:
         if isinstance(error, OutputFailed):
             discard_output()
-        # A path may hold a line break, so escape it; last words keep their own lines.
+        # Escape a path, which may contain a line break.  Other errors keep the lines of last words.
         complain(escape(str(error)) if isinstance(error, UsageError) else str(error))
         return error.status
     except MemoryError as error:

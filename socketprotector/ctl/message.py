@@ -1,7 +1,7 @@
-"""Parses a message of a control socket, and limits its values, so that no caller has to.
+"""Parses a message from a control socket, and limits its values for all callers.
 
-The peer may be a newer protector, or no protector at all.  The numbers of a parsed message can be
-shown and added up, its texts can be encoded, and its lists, texts and nesting are limited.
+The peer may be a newer protector, or another program.  In a parsed message, numbers can be shown
+and added, texts can be encoded, and the size of lists and texts and the nesting are limited.
 """
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ from __future__ import annotations
 import json
 from typing import Any
 
-#: The limit of values in a line; each takes about 100 bytes.  A status of 1,000 workers has
-#: 20,000 values.
+#: The limit of values in a line.  A value takes about 100 bytes of memory.  A status of 1,000
+#: workers has 20,000 values.
 _VALUES = 200_000
-#: The deepest nesting.  A status has 8 levels, down to the buckets of a generation's waits.
+#: The limit of nesting.  A status has 8 levels, down to the buckets of a generation's wait times.
 _DEPTH = 16
 _CHARACTERS = 1 << 18
-#: The limit of members in a list or an object: a generation may have thousands of workers.
+#: The limit of members in a list or object.  A generation may have thousands of workers.
 _MEMBERS = 1 << 16
-#: A larger number can be neither a count nor a time.
+#: The limit of numbers: no count and no time is larger.
 _GREATEST = 1 << 63
 
 
 def message_in(line: bytes) -> dict[str, Any] | None:
-    """Parse a line; None if it is not a message.
+    """Return the message in a line; None if the line is not a message.
 
-    Numbers without a meaning, and values that are nested too deep, become None: no protector sends
-    them.  Long texts and lists are cut.
+    Long texts and lists are cut.  NaN, numbers out of range and values nested too deep become None;
+    no protector sends such values.
     """
     if sum(map(line.count, (b",", b":", b"[", b"{"))) > _VALUES:
         return None
@@ -43,7 +43,7 @@ def _bounded(value: Any, depth: int) -> Any:
         return {_text(name): _bounded(each, depth - 1) for name, each in members}
     if kind is list and depth:
         return [
-            # Most values are counts; a function call for each would be the largest cost here.
+            # Most values are counts.  A function call for each of them would be the largest cost.
             each if type(each) is int and 0 <= each <= _GREATEST else _bounded(each, depth - 1)
             for each in value[:_MEMBERS]
         ]

@@ -1,4 +1,4 @@
-"""Waits for the result of a command up to a deadline, even if the connection is cut."""
+"""Waits for the outcome of a command until a deadline, and reconnects if the connection is cut."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .client import Client, Message
 from .errors import ConnectionLost, ControlError, NoProtector, TimedOut
 from .reload_progress import Awaited, Losses
 
-#: How often to request the status while no event comes; this also finds a stuck protector.
-_LOOK_EVERY_S = 1.0
-#: How long to look for a protector after a stop: not long, because a guard keeps the socket open.
+#: How often to request the status while no event comes.  A stuck protector shows by its silence.
+_STATUS_EVERY_S = 1.0
+#: How long to reconnect after a stop.  It is short, because a guard keeps the socket open.
 _GONE_S = 0.2
 
 
@@ -25,7 +25,7 @@ class Operation:
     client: Client
 
     def __init__(self, timeout_s: float, as_json: bool, fields: Sequence[str] = ()) -> None:
-        """fields: names that --json prints besides the result; a value is null until known."""
+        """fields: further names that --json prints; their values are null until known."""
         self.outcome: Message = {"result": None, **dict.fromkeys(fields)}
         self.losses: Losses | None = None
         self._as_json = as_json
@@ -37,78 +37,79 @@ class Operation:
         if not self._as_json:
             tell(step)
 
-    def ends(self, result: str, words: str) -> None:
-        """Note the result, which --json prints at the end; without --json, print the words now."""
+    def finish(self, result: str, words: str) -> None:
+        """Set the result for --json, which is printed at the end; otherwise print the words now."""
         self.outcome["result"] = result
         if not self._as_json:
             say_outcome(say, words)
 
-    def slice_s(self, waits_for: str) -> float:
+    def next_wait_s(self, waits_for: str) -> float:
         """Return how long to wait for the next event.  Raises TimedOut.
 
-        waits_for: for the error, in words that follow "still waits for".
+        waits_for: what is missing; the error says "still waits for" it.
         """
         left_s = self.until - time.monotonic()
         if left_s <= 0:
             raise TimedOut(f"not within {in_units(self._timeout_s)}: still waits for {waits_for}")
-        return min(left_s, _LOOK_EVERY_S)
+        return min(left_s, _STATUS_EVERY_S)
 
-    def hear(self, timeout_s: float) -> Message | None:
-        """Return the next event, or None.  Raises ConnectionLost."""
+    def next_event(self, timeout_s: float) -> Message | None:
+        """Return the next event; None if no event arrives in time.  Raises ConnectionLost."""
         event = self.client.event(timeout_s)
         if event is not None and self.losses is not None:
-            self.losses.heard(event)
+            self.losses.on_event(event)
         return event
 
-    def wait(self, awaited: Awaited, *, look: bool = False) -> None:
-        """Read events, and the status while no event comes, until `awaited` is complete.
+    def wait(self, awaited: Awaited, *, status_first: bool = False) -> None:
+        """Read events until `awaited` is complete; read the status while no event comes.
 
-        look: read the status first.  Raises NoProtector, TimedOut.
+        status_first: begin with the status.  Raises NoProtector, TimedOut.
         """
+        status_due = status_first
         while waits_for := awaited.waits_for():
             try:
-                if look:
-                    look = False
-                    awaited.looked(self.client.request("status"))
+                if status_due:
+                    status_due = False
+                    awaited.on_status(self.client.request("status"))
                     continue
-                event = self.hear(self.slice_s(waits_for))
+                event = self.next_event(self.next_wait_s(waits_for))
                 if event is not None:
-                    awaited.heard(event)
-                look = event is None or event.get("event") in awaited.heeded
+                    awaited.on_event(event)
+                status_due = event is None or event.get("event") in awaited.refresh_after
             except ConnectionLost:
-                self._again(awaited)
+                self._reconnect(awaited)
             except NoProtector:  # the protector lives, but does not answer
-                self.slice_s(waits_for)
+                self.next_wait_s(waits_for)
                 raise
 
-    def _again(self, awaited: Awaited) -> None:
-        """Read the events from before the cut; then connect again, and read the status."""
+    def _reconnect(self, awaited: Awaited) -> None:
+        """Process the events from before the cut; then reconnect, and process the status."""
         with suppress(ConnectionLost):
-            while event := self.hear(0.0):
-                awaited.heard(event)
+            while event := self.next_event(0.0):
+                awaited.on_event(event)
         if not awaited.waits_for():
             return
         if awaited.cut and not awaited.stopping:
             self.tell(awaited.cut)
         try:
-            status = self.client.again(_GONE_S if awaited.stopping else math.inf)
+            status = self.client.reconnect(_GONE_S if awaited.stopping else math.inf)
         except NoProtector:
-            self.slice_s(awaited.waits_for())
+            self.next_wait_s(awaited.waits_for())
             raise
-        awaited.looked(status)
+        awaited.on_status(status)
 
 
 @contextmanager
 def begin(instance: Instance, timeout_s: float, as_json: bool, *fields: str) -> Iterator[Operation]:
-    """Connect for an operation.  With --json, print its outcome in any case."""
-    made, begun = Operation(timeout_s, as_json, fields), time.monotonic()
-    outcome = made.outcome
+    """Connect for an operation.  With --json, print the outcome even if the operation fails."""
+    operation, begun_s = Operation(timeout_s, as_json, fields), time.monotonic()
+    outcome = operation.outcome
     try:
         try:
-            with instance.client(events=True, until=made.until) as made.client:
-                yield made
+            with instance.client(events=True, until=operation.until) as operation.client:
+                yield operation
         except NoProtector as error:
-            if error.code == "silent" and time.monotonic() >= made.until:
+            if error.code == "silent" and time.monotonic() >= operation.until:
                 raise TimedOut(f"not within {in_units(timeout_s)}: {error}") from error
             raise
     except ControlError as error:
@@ -120,6 +121,6 @@ def begin(instance: Instance, timeout_s: float, as_json: bool, *fields: str) -> 
         tell("interrupted: only the wait has ended; the operation continues")
         raise
     finally:
-        outcome["waited_s"] = round(time.monotonic() - begun, 3)
+        outcome["waited_s"] = round(time.monotonic() - begun_s, 3)
         if as_json and outcome["result"] is not None:
             say_outcome(say_json, outcome)

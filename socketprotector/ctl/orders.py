@@ -1,4 +1,4 @@
-"""Commands that end at once: scale, lame-duck, hold, promote, rollback, kill, log-level, ..."""
+"""Commands that end at once: scale, lame-duck, hold, promote, replace, kill, log-level, reopen."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .errors import ControlError, RequestRefused
 from .fields import listed, number_in
 from .queries import GENERATION, known_generations
 
-#: How often a hold without --for is renewed, and for how long each time.  So the hold ends soon
-#: after the command is killed or its terminal is gone.
+#: How often a hold without --for is renewed, and for how long.  So the hold ends soon after the
+#: command is killed.
 _HOLD_EVERY_S = 1.0
 _HOLD_EACH_S = 5.0
 _LEVELS = ("debug", "info", "warning", "error")
-#: Makes the -1 of `scale -1` a number, not an option.
+#: Lets click read the -1 of `scale -1` as a number, not as an option.
 _NEGATIVE = {"ignore_unknown_options": True}
 
 
-@command(context_settings=_NEGATIVE, short_help="Set the number of workers, or change it.")
+@command(context_settings=_NEGATIVE, short_help="Set or change the number of workers.")
 @click.argument("workers", metavar="N|+N|-N")
 def scale(instance: Instance, workers: str, as_json: bool) -> None:
     """Set the number of workers to N, or change it by N."""
@@ -45,9 +45,9 @@ def scale(instance: Instance, workers: str, as_json: bool) -> None:
 @command("lame-duck", short_help="Report not ready to load balancers, and keep serving.")
 @click.argument("state", metavar="on|off", type=click.Choice(["on", "off"]))
 def lame_duck(instance: Instance, state: str, as_json: bool) -> None:
-    """Keep serving, while /readyz of the exporter answers 503: balancers send clients elsewhere.
+    """Keep serving, but let the exporter's /readyz answer 503.
 
-    It lasts until off, or a stop.
+    Load balancers then send clients elsewhere. This lasts until `lame-duck off` or a stop.
     """
     words = (
         "lame duck: still serving, but not ready for new clients"
@@ -60,7 +60,7 @@ def lame_duck(instance: Instance, state: str, as_json: bool) -> None:
 # -- hold --------------------------------------------------------------------------------
 
 
-@command(short_help="Accept nothing, refuse nothing.")
+@command(short_help="Let new clients wait, neither accepted nor refused.")
 @click.option(
     "--for",
     "seconds",
@@ -69,12 +69,12 @@ def lame_duck(instance: Instance, state: str, as_json: bool) -> None:
     help="Return at once; the hold ends after this time.",
 )
 def hold(instance: Instance, seconds: float | None, as_json: bool) -> None:
-    """Accept nothing, refuse nothing: new clients wait in the kernel's backlog.
+    """Let new clients wait in the kernel's backlog: they are neither accepted nor refused.
 
-    Under --handoff listener TCP clients' kernels try again, after 1, 3, 7 s and so on.
+    Under --handoff listener, the kernels of TCP clients retry after 1, 3, 7 s and so on.
 
-    Without --for it lasts as long as this command runs: Ctrl-C or TERM releases. If this command
-    is killed, the hold ends within 5 s.
+    Without --for the hold lasts while this command runs; Ctrl-C or TERM ends it. If this command is
+    killed, the hold ends within 5 s.
     """
     if seconds is not None:
         result = instance.request("hold", seconds=seconds)
@@ -103,7 +103,7 @@ def _release(client: Client) -> None:
 def _end_requested() -> Iterator[Callable[[float], bool]]:
     """Yield a function that waits some seconds and returns True if INT, TERM or HUP came.
 
-    These signals are blocked meanwhile, so that none is missed between a hold and its release.
+    These signals are blocked inside the context, so that no signal is missed before the release.
     """
     numbers = {
         number
@@ -115,25 +115,25 @@ def _end_requested() -> Iterator[Callable[[float], bool]]:
         yield lambda seconds: signal.sigtimedwait(numbers, seconds) is not None
     finally:
         while signal.sigtimedwait(numbers, 0) is not None:
-            pass  # discard a second Ctrl-C: the release is done
+            pass  # discard a second Ctrl-C: the hold is already released
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @command(short_help="End a hold.")
 def release(instance: Instance, as_json: bool) -> None:
-    """End a hold: accept again, first the clients that have waited longest."""
+    """End a hold: clients are accepted again, those that have waited longest first."""
     answer(as_json, instance.request("release"), "released")
 
 
 # -- rollouts ------------------------------------------------------------------------------
 
 
-@command(short_help="Let a settling generation go to its next stage.")
-@click.option("--now", is_flag=True, help="Let it serve at once: skip all stages.")
+@command(short_help="End the current stage of a rollout early.")
+@click.option("--now", is_flag=True, help="Skip all stages: the new generation serves at once.")
 def promote(instance: Instance, now: bool, as_json: bool) -> None:
-    """Let the new generation go to its next stage: from its share to all clients, then to the end.
+    """End the current stage of a rollout: a share becomes all clients, or settling ends.
 
-    With --now it serves at once.
+    With --now the new generation skips all stages and serves at once.
     """
     result = instance.request("promote", **({"now": True} if now else {}))
     number = number_in(result, "generation")
@@ -147,7 +147,7 @@ def promote(instance: Instance, now: bool, as_json: bool) -> None:
 @command(short_help="Replace the serving generation, or a worker.")
 @click.argument("which", metavar="GEN|PID", shell_complete=known_generations)
 def replace(instance: Instance, which: str, as_json: bool) -> None:
-    """Replace the serving generation, or one worker, by another of the same program.
+    """Replace the serving generation, or one worker. The replacement runs the same program.
 
     If a number is both a generation and a pid, write generation:N or pid:N.
     """
@@ -186,10 +186,10 @@ def _generation_or_pid(which: str, status: Message) -> dict[str, int]:
     return {"pid" if number in pids else "generation": number}
 
 
-@command(short_help="Send KILL to the rest of an old generation.")
+@command(short_help="Send KILL to the workers of an old generation.")
 @click.argument("generation", type=GENERATION, shell_complete=known_generations)
 def kill(instance: Instance, generation: int, as_json: bool) -> None:
-    """Send KILL to the workers of a draining or failed generation; their connections end."""
+    """Send KILL to the workers of a draining or failed generation; their connections are lost."""
     result = instance.request("kill", generation=generation)
     killed = number_in(result, "workers")
     answer(

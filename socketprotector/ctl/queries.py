@@ -1,4 +1,4 @@
-"""status, ready, history, connections, crashes, diff, events, list: they change nothing."""
+"""Commands that only read: status, ready, history, connections, crashes, diff, events, list."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ from . import discovery
 from .children import children_of
 from .cli import Instance, command, complain, plural, say, say_json, say_last_words, tell
 from .client import Client, Message
-from .connections import AT_LEAST, AT_MOST, EXACT, Connection, HiddenWorker, addresses_of, look
+from .connections import (
+    AT_LEAST,
+    AT_MOST,
+    EXACT,
+    Connection,
+    HiddenWorker,
+    addresses_of,
+    find_connections,
+)
 from .errors import ConnectionLost, NewVersionFailed, NoProtector, NotReady, RequestRefused
 from .fields import (
     is_lame_duck,
@@ -31,26 +39,26 @@ from .query_all import SocketAnswer
 from .reload_progress import LEAVING
 
 _AGAIN_EVERY_S = 1.0
-#: `diff` takes longer: a separate process reads the file and resolves the names in it.
+#: `diff` takes longer: a new process reads the configuration file and resolves the host names.
 _DIFF_S = 60.0
-#: How long to wait for the next event; then the wait begins again, and nothing is printed.
+#: How long one wait for an event lasts.  After it `events` waits again, and prints nothing.
 _LISTEN_S = 3600.0
-#: How many addresses of an instance `list` shows, and how many characters of each.
+#: The limits of `list`: addresses of an instance, and characters of an address.
 _ADDRESSES, _ADDRESS_CHARACTERS = 64, 200
 _BOUNDS = {EXACT: "", AT_LEAST: ">=", AT_MOST: "<="}
 
 
-def known_generations(ctx: click.Context, _: click.Parameter, begun: str) -> list[str]:
-    """Complete a generation of the instance that the command line names so far."""
+def known_generations(ctx: click.Context, _: click.Parameter, typed: str) -> list[str]:
+    """Return the instance's generations that begin with the typed text."""
     try:
         generations = listed((ctx.obj or Instance()).request("status"), "generations")
     except Exception:  # an error is shown when the command is run, not while it is typed
         return []
     numbers = [str(number_in(each, "number")) for each in generations]
-    return [number for number in numbers if number.startswith(begun)]
+    return [number for number in numbers if number.startswith(typed)]
 
 
-#: An argument GEN.
+#: The type of an argument GEN.
 GENERATION = click.IntRange(1, 2**31 - 1)
 
 
@@ -65,7 +73,7 @@ def status(instance: Instance, as_json: bool) -> None:
 
     render.show(
         *status_table.heading(found),
-        status_table.sums(found),
+        status_table.totals(found),
         *status_table.listeners(found),
         *status_table.last_reload(found),
         render.line(),
@@ -74,16 +82,16 @@ def status(instance: Instance, as_json: bool) -> None:
     if any(listed(each, "workers") for each in listed(found, "generations")):
         children = children_of(found)
         render.show(render.line(), status_table.workers(found, children))
-    render.show(*status_table.left_out(found))
+    render.show(*status_table.omitted_columns(found))
 
 
-@command(short_help="Tell by the exit status if it is ready for clients.")
+@command(short_help="Exit with 0 if SocketProtector is ready for clients.")
 @click.option("--health", is_flag=True, help="Report an unhealthy instance as not ready.")
 def ready(instance: Instance, health: bool, as_json: bool) -> None:
-    """Tell if SocketProtector is ready for clients, as /readyz of the exporter does.
+    """Print whether SocketProtector is ready for clients, like the exporter's /readyz.
 
-    For probes: the exit status is 0 if it is ready. It is 3 if no generation is serving, or if
-    SocketProtector is a lame duck. During a hold it is ready.
+    The exit status is 0 if it is ready, also during a hold. It is 3 if no generation is serving, or
+    if SocketProtector is a lame duck.
     """
     found = instance.request("status")
     why, answer = why_not_ready(found), unhealthy(found)
@@ -101,9 +109,8 @@ def ready(instance: Instance, health: bool, as_json: bool) -> None:
 def history(instance: Instance, as_json: bool) -> None:
     """List the last reloads and dry runs, with result and reason, and failed health checks.
 
-    The newest is last: 50 reloads, 20 dry runs and 50 changes of health are kept. The last ten
-    reloads and dry runs show last words. The history survives upgrades and crashes of the
-    protector.
+    The newest is last. The protector keeps 50 reloads, 20 dry runs and 50 changes of health, even
+    after an upgrade or a crash. The last ten reloads and dry runs show last words.
     """
     try:
         result = instance.request("history")
@@ -142,8 +149,8 @@ def history(instance: Instance, as_json: bool) -> None:
 def connections(instance: Instance, generation: int | None, as_json: bool) -> None:
     """Show each connection: peer, age and worker. Connections keep a generation alive.
 
-    It reads /proc, so run it as root or as the workers' user. An age with >= or <= is at
-    least or at most that.
+    The command reads /proc, so run it as root or as the workers' user. Some ages are known only as
+    a bound: >= (at least) or <= (at most).
     """
     with instance.client() as client:
         state = client.request("status")
@@ -155,7 +162,7 @@ def connections(instance: Instance, generation: int | None, as_json: bool) -> No
         for each in listed(state, "generations")
         if each.get("phase") in LEAVING
     }
-    found, unseen = look(workers, addresses_of(state), now, draining)
+    found, unseen = find_connections(workers, addresses_of(state), now, draining)
     found.sort(key=lambda each: (each.generation, -each.age_s))
     if as_json:
         say_json({"connections": [asdict(c) for c in found], "unseen": [asdict(u) for u in unseen]})
@@ -183,7 +190,7 @@ def _show_connections(state: Message, found: list[Connection], unseen: list[Hidd
         words = f"{count} {plural(count, 'connection')}, oldest {oldest}"
         say(f"generation {number} {phases.get(number, '')}: {words}")
     if not found:
-        say("no connections" + (" that this user may see" if unseen else ""))
+        say("no connections" + (" that this user can see" if unseen else ""))
     for each in unseen:
         complain(
             f"worker {each.worker} of generation {each.generation}, pid {each.pid}: {each.why}"
@@ -192,7 +199,7 @@ def _show_connections(state: Message, found: list[Connection], unseen: list[Hidd
 
 @command(short_help="List the last crashes of workers.")
 def crashes(instance: Instance, as_json: bool) -> None:
-    """List the last workers that failed: how, when, what was lost, their last words."""
+    """List the last workers that failed: how and when, the connections lost, the last words."""
     result = instance.request("crashes")
     found = listed(result, "crashes")
     if as_json:
@@ -247,23 +254,24 @@ def diff(instance: Instance, as_json: bool) -> None:
 
 
 @command(short_help="Print events as they happen.")
-@click.option("--follow", is_flag=True, help="Continue after a stop and a new start, too.")
+@click.option("--follow", is_flag=True, help="Continue even after a stop and a new start.")
 def events(instance: Instance, follow: bool, as_json: bool) -> None:
-    """Print all events from now on, until Ctrl-C. It continues after upgrades and crashes."""
+    """Print all events from now on, until Ctrl-C. Upgrades and crashes do not end it."""
     path = instance.path()
-    with _opened(path, follow) as client:
+    with _connect(path, follow) as client:
         while True:
             try:
                 event = client.event(_LISTEN_S)
             except ConnectionLost:
                 tell("the connection was cut; connecting again")
-                _again(client, follow)
+                _reconnect(client, follow)
                 continue
             if event is not None:
                 _show_event(event, as_json)
 
 
-def _opened(path: str, follow: bool) -> Client:
+def _connect(path: str, follow: bool) -> Client:
+    """Connect for events; with `follow`, wait for a protector as long as the folder exists."""
     while True:
         try:
             return Client(path, events=True)
@@ -273,10 +281,10 @@ def _opened(path: str, follow: bool) -> Client:
             time.sleep(_AGAIN_EVERY_S)
 
 
-def _again(client: Client, follow: bool) -> None:
+def _reconnect(client: Client, follow: bool) -> None:
     while True:
         try:
-            client.again()
+            client.reconnect()
             return
         except NoProtector:
             if not follow:
@@ -334,19 +342,19 @@ def list_all(instance: Instance, living: bool, as_json: bool) -> None:
     for name, each in zip(names, found, strict=True):
         try:
             rows.append(_row(name, each))
-        except Exception:  # an unknown form of a status must not hide the other instances
+        except Exception:  # a malformed status must not hide the other instances
             rows.append(_row(name, SocketAnswer(each.path, pid=each.pid, why="no protector")))
     headings = "NAME PHASE PID GENERATION UP FORWARDED LISTENS CONTROL"
     render.show(render.columns(headings, rows))
 
 
 def _row(name: str, found: SocketAnswer) -> tuple[str | int | None, ...]:
-    """Return the row of an instance in `list`."""
+    """Return an instance's row in the table of `list`."""
     from . import render, status_table
 
     state = found.result or {}
     phase = label(state, "phase")
-    if status_table.untaken(state):
+    if status_table.stuck_generations(state):
         phase = "stuck"
     elif is_lame_duck(state):
         phase = "lame duck"

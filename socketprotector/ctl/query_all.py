@@ -1,6 +1,6 @@
 """Requests the status from many control sockets at once, in one loop with one timeout.
 
-A hundred instances, some of them dead or suspended, take no longer than the slowest answer.
+So a hundred instances take no longer than the slowest answer, even if some are dead or suspended.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from .client import Client, Message
 from .errors import NoProtector, RequestRefused
 
-#: A protector that takes longer is shown as silent.
+#: How long to wait for all answers.  A protector that takes longer is shown as silent.
 SURVEY_S = 0.8
-#: The limit of all incomplete answers together.  Above it, we drop the longest answer.
+#: The limit of all incomplete answers together.  Above it, the longest of them is dropped.
 #: The status of an instance with 1,000 workers has 300 KB.
 _MOST_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class SocketAnswer:
-    """The answer of one socket, or a word for why there is none."""
+    """The answer from one socket, or why there is no answer."""
 
     path: str
     result: Message | None = None
@@ -37,7 +37,7 @@ class SocketAnswer:
 
 
 def query_all(paths: Iterable[str], within_s: float = SURVEY_S) -> list[SocketAnswer]:
-    """Request the status from all of these sockets; return their answers in the same order."""
+    """Request the status from each socket; return the answers in the order of the paths."""
     paths = list(paths)
     found: dict[str, SocketAnswer] = {}
     until = time.monotonic() + within_s
@@ -55,10 +55,10 @@ def query_all(paths: Iterable[str], within_s: float = SURVEY_S) -> list[SocketAn
             for key, _ in selector.select(left_s):
                 client = key.data
                 if client.fileno() < 0:
-                    continue  # closed in this round, because its answer was too long
+                    continue  # already closed in this round, because its answer was too long
                 answer = _answer_of(client)
-                if answer is None and (longest := _longest_of_too_much(selector)) is not None:
-                    client, code = longest, longest.foreign().code
+                if answer is None and (longest := _longest_if_too_much(selector)) is not None:
+                    client, code = longest, longest.foreign_peer_error().code
                     answer = SocketAnswer(client.path, None, client.peer_pid, code)
                 if answer is not None:
                     found[client.path] = answer
@@ -68,7 +68,7 @@ def query_all(paths: Iterable[str], within_s: float = SURVEY_S) -> list[SocketAn
 
 
 def _answer_of(client: Client) -> SocketAnswer | None:
-    """Return the answer, or why there is none; None while the answer is incomplete."""
+    """Return the answer, or why there will be no answer; None while the answer is incomplete."""
     try:
         result = client.answer(0.0)
     except (NoProtector, RequestRefused) as error:
@@ -77,8 +77,8 @@ def _answer_of(client: Client) -> SocketAnswer | None:
     return None if result is None else SocketAnswer(client.path, result, client.peer_pid)
 
 
-def _longest_of_too_much(selector: selectors.BaseSelector) -> Client | None:
-    """Return the client with the longest incomplete answer, if the sum of all is too long."""
+def _longest_if_too_much(selector: selectors.BaseSelector) -> Client | None:
+    """Return the client with the longest incomplete answer if all of them exceed the limit."""
     clients: list[Client] = [key.data for key in selector.get_map().values()]
     if sum(each.unread_bytes for each in clients) <= _MOST_BYTES:
         return None

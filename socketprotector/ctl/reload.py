@@ -1,7 +1,7 @@
-"""reload, stop: commands that take a while, and end in a verdict.
+"""The commands reload and stop, which wait for the outcome.
 
-Each sends its request at once and then waits, so that the exit status is the outcome.
-Only the protector's own report counts as a success.
+Each command sends its request and then waits, so that its exit status can report the outcome.
+Only a report from the protector counts as success.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from .reload_progress import (
 #: The fields of `reload --json` besides result and waited_s; null if unknown.
 OUTCOME = ("name", "from", "generation", "reason", "last_words", "lost")
 
-WAIT = click.option("--wait/--no-wait", default=True, help="Wait for the outcome, or return.")
+WAIT = click.option("--wait/--no-wait", default=True, help="Whether to wait for the outcome.")
 _SHARE = Value("SHARE", lambda text: percent(read_percent(text)))
 TIMEOUT = click.option(
     "--timeout", default="0", type=Duration(), help="How long to wait; 0: no limit."
@@ -56,7 +56,7 @@ TIMEOUT = click.option(
 
 @command(short_help="Start the new version, and report the outcome.")
 @WAIT
-@click.option("--drained", is_flag=True, help="Wait for the end of the old generations, too.")
+@click.option("--drained", is_flag=True, help="Also wait for the end of the old generations.")
 @click.option("--dry-run", is_flag=True, help="Start it, stop it when it is ready; no clients.")
 @click.option("--canary", type=_SHARE, help="Give it this share of the new clients first: 5%.")
 @click.option(
@@ -77,25 +77,25 @@ def reload(
 ) -> None:
     """Start the new version beside the old one; it takes over when it is ready.
 
-    Waits until the new generation is serving and --settle is over.  If the new generation fails,
-    prints the reason and exits with 3; the old one is still serving.
+    The command waits until the new generation is serving and --settle is over. If the new
+    generation fails, the command prints the reason and exits with 3; the old one is still serving.
 
-    With --dry-run the new generation is stopped when it is ready, and gets no clients. The exit
-    status is that of a reload.
+    With --dry-run the new generation gets no clients, and is stopped when it is ready. The exit
+    status has the same meaning.
 
-    With --canary the new generation first has a share of the new clients. promote and rollback end
-    that time early.
+    With --canary the new generation first gets a share of the new clients. promote and rollback end
+    the canary early.
     """
     if dry_run and (drained or canary):
         other = "--canary" if canary else "--drained"
         raise click.UsageError(f"--dry-run does not work with {other}; leave one out")
-    how = _how(dry_run, _canary(canary, for_s, at_least))
+    arguments = _request_arguments(dry_run, _canary(canary, for_s, at_least))
     if not wait:
         if drained or timeout:
             raise click.UsageError(
                 "--no-wait does not work with --drained or --timeout; leave one out"
             )
-        generation = number_in(instance.request("reload", **how), "generation")
+        generation = number_in(instance.request("reload", **arguments), "generation")
         words = f"reload requested: generation {generation} will start; see status for the outcome"
         if dry_run:
             words = f"dry run requested: generation {generation} will be tried; see status for the "
@@ -103,24 +103,24 @@ def reload(
         answer(as_json, {"generation": generation, "result": "requested"}, words)
         return
     with begin(instance, timeout, as_json, *OUTCOME) as operation:
-        before = begun(operation)
-        promised = _request_reload(operation.client, before, how)
+        before = read_status_before(operation)
+        promised = _request_reload(operation.client, before, arguments)
         failed = "not ready to reload" if dry_run else "not reloaded"
         found = follow(operation, before, promised, failed, dry_run=dry_run, drained=drained)
         words = f"would reload: {found.words}" if dry_run else f"reloaded: {found.words}"
-        operation.ends("passed" if dry_run else "reloaded", words)
+        operation.finish("passed" if dry_run else "reloaded", words)
 
 
 @dataclass(frozen=True, slots=True)
 class Success:
-    """A reload or dry run that has succeeded."""
+    """A reload or dry run that has succeeded.  words: the outcome, as printed."""
 
     words: str
-    status: Message  # after it; empty if the protector did not answer
+    status: Message  # from after the reload; empty if the protector did not answer
 
 
-def begun(operation: Operation) -> Message:
-    """Return the status before a request, and note it for the outcome."""
+def read_status_before(operation: Operation) -> Message:
+    """Return the status before a request, and store in the outcome what it must contain."""
     before = operation.client.query("status")
     operation.losses = Losses(before)
     operation.outcome["name"] = before.get("name")
@@ -137,23 +137,24 @@ def follow(
     dry_run: bool,
     drained: bool = False,
 ) -> Success:
-    """Wait for the verdict about a requested generation, and for what --drained adds.
+    """Wait for the verdict on a generation; with `drained`, also for the end of older generations.
 
-    promised: its number.  failed: the beginning of the error if it fails, as NewVersionFailed.
+    promised: the number of the generation, from the answer to the request.
+    failed: the first words of the error.  Raises NewVersionFailed if the generation fails.
     """
     old = before.get("route")
     operation.outcome["generation"] = promised
     watched = Reload(promised, before, operation.tell, dry_run=dry_run)
-    found = _judged(operation, watched)
+    found = _await_verdict(operation, watched)
     operation.outcome["generation"] = found.generation
     serves_still = False
-    if dry_run or (drained and found.taken):
-        left = (_Tried if dry_run else _Older)(found.generation, watched)
-        with _unless_it_ended(lambda: dry_run or left.stopping):
-            operation.wait(left, look=True)
-            serves_still = not left.stopping
+    if dry_run or (drained and found.succeeded):
+        ending = (_TriedGeneration if dry_run else _OlderGenerations)(found.generation, watched)
+        with _allow_protector_to_end(lambda: dry_run or ending.stopping):
+            operation.wait(ending, status_first=True)
+            serves_still = not ending.stopping
     after_all = _count_losses(operation)
-    if not found.taken:
+    if not found.succeeded:
         _raise_failed(operation, found, failed)
     if dry_run:
         still = serves_still and old is not None
@@ -169,7 +170,10 @@ def follow(
 
 
 def _first_programs(status: Message, generation: int) -> str:
-    """Return how a generation's first programs ended; "" unless each connection gets a program."""
+    """Return a text if a generation's first programs failed, or none ran yet; "" otherwise.
+
+    Only modes that start a program for each connection have first programs.
+    """
     mode = MODES.get(text_in(status, "handoff"))
     if mode is None or not mode.pooled:
         return ""
@@ -182,11 +186,11 @@ def _first_programs(status: Message, generation: int) -> str:
 
 
 def _count_losses(operation: Operation) -> Message:
-    """Store how many connections were lost since the reload was requested; return the status."""
+    """Store in the outcome how many connections the reload has lost; return the status."""
     assert operation.losses is not None
     try:
         after = operation.client.request("status")
-        while operation.hear(0.0) is not None:  # events from before that answer
+        while operation.next_event(0.0) is not None:  # count events from before that status
             pass
     except ControlError:
         return {}
@@ -194,9 +198,9 @@ def _count_losses(operation: Operation) -> Message:
     return after
 
 
-def _request_reload(client: Client, before: Message, how: dict[str, Any]) -> int:
-    """Request the reload; if the connection ends early, request it again unless it has begun."""
-    dry_run = "dry_run" in how
+def _request_reload(client: Client, before: Message, arguments: dict[str, Any]) -> int:
+    """Request the reload.  If the connection ends early, request it again unless it has begun."""
+    dry_run = "dry_run" in arguments
     if dry_run and "dry_run" not in before:
         raise RequestRefused(
             "unknown",
@@ -204,18 +208,18 @@ def _request_reload(client: Client, before: Message, how: dict[str, Any]) -> int
             "nothing was tried; install a newer version and run `socketprotectorctl upgrade`",
         )
     try:
-        return number_in(client.request("reload", **how), "generation")
+        return number_in(client.request("reload", **arguments), "generation")
     except ConnectionLost:
-        client.again()
-    newest = max(_tried(before, dry_run=dry_run), default=0)
-    for number in _tried(client.query("status"), dry_run=dry_run):
+        client.reconnect()
+    newest = max(_generations_tried(before, dry_run=dry_run), default=0)
+    for number in _generations_tried(client.query("status"), dry_run=dry_run):
         if number > newest:
             return number
-    return number_in(client.query("reload", **how), "generation")
+    return number_in(client.query("reload", **arguments), "generation")
 
 
 def _canary(share: str | None, for_s: float | None, at_least: int | None) -> dict[str, Any] | None:
-    """Return the canary of a request; None: the new generation gets all clients at once."""
+    """Return the `canary` argument of a request; None if the new generation gets all clients."""
     more = {"for_s": for_s, "at_least": at_least}
     given = {name: value for name, value in more.items() if value is not None}
     if share is None and given:
@@ -223,18 +227,18 @@ def _canary(share: str | None, for_s: float | None, at_least: int | None) -> dic
     return {"share": share, **given} if share is not None else None
 
 
-def _how(dry_run: bool, canary: dict[str, Any] | None) -> dict[str, Any]:
-    """Return only the arguments that a reload needs: older protectors refuse any argument."""
+def _request_arguments(dry_run: bool, canary: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the arguments of a reload; none if possible, because older protectors refuse any."""
     if canary is not None:
         return {"canary": canary}
     return {"dry_run": True} if dry_run else {}
 
 
-def _tried(status: Message, *, dry_run: bool) -> list[int]:
+def _generations_tried(status: Message, *, dry_run: bool) -> list[int]:
     return [number_in(each, "generation") for each in tries(status, dry_run=dry_run)]
 
 
-def _judged(operation: Operation, watched: Reload) -> Verdict:
+def _await_verdict(operation: Operation, watched: Reload) -> Verdict:
     try:
         operation.wait(watched)
     except NoProtector as error:
@@ -251,54 +255,54 @@ def _judged(operation: Operation, watched: Reload) -> Verdict:
 
 
 @contextmanager
-def _unless_it_ended(meant: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Ignore the end of the protector if `meant()`: all generations have ended, too."""
+def _allow_protector_to_end(allowed: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Ignore the end of the protector if `allowed()`: its generations have then ended, too."""
     try:
         yield
     except NoProtector as error:
-        if error.code != "dead" or not meant():
+        if error.code != "dead" or not allowed():
             raise
 
 
-class _Older(Awaited):
-    """Waits until all generations before the serving one have ended, after a reload."""
+class _OlderGenerations(Awaited):
+    """Waits, after a reload, until all generations older than the serving one have ended."""
 
-    heeded = ("drained", "exited")
+    refresh_after = ("drained", "exited")
 
     def __init__(self, generation: int, watched: Reload) -> None:
         super().__init__(watched.tell)
         self.stopping = watched.stopping
         self._generation = generation
-        self._left = "status"
+        self._missing = "status"
         self._most, self._shown = 0, ProgressThrottle()
 
-    def looked(self, status: Message) -> None:
-        super().looked(status)
-        self._left = self._left_in(status)
+    def on_status(self, status: Message) -> None:
+        super().on_status(status)
+        self._missing = self._missing_in(status)
 
-    def _left_in(self, status: Message) -> str:
-        self.waits.looked(status, ("drain", "stop"), self._generation)
+    def _missing_in(self, status: Message) -> str:
+        self.waits.on_status(status, ("drain", "stop"), self._generation)
         workers, words = draining(status, self._generation)
         self._most = max(self._most, workers)
         step = f"drained {self._most - workers}/{self._most} workers"
-        if self._most and self._shown.is_news(workers, step):
+        if self._most and self._shown.should_show(workers, step):
             self.tell(step)
-        return self.waits.added_to(f"{words} to drain") if words else ""
+        return self.waits.with_reasons(f"{words} to drain") if words else ""
 
     def waits_for(self) -> str:
-        return self._left
+        return self._missing
 
 
-class _Tried(_Older):
+class _TriedGeneration(_OlderGenerations):
     """Waits for the end of the generation that a dry run has started."""
 
-    def _left_in(self, status: Message) -> str:
-        there = {number_in(each, "number") for each in listed(status, "generations")}
-        return f"generation {self._generation} to end" if self._generation in there else ""
+    def _missing_in(self, status: Message) -> str:
+        numbers = {number_in(each, "number") for each in listed(status, "generations")}
+        return f"generation {self._generation} to end" if self._generation in numbers else ""
 
 
 def _raise_failed(operation: Operation, found: Verdict, what: str) -> None:
-    """Raise an error with the reason, and the last words of the worker that failed."""
+    """Raise NewVersionFailed with the reason, and the last words of the worker that failed."""
     last_words = found.last_words or _last_words(operation.client, found.generation)
     operation.outcome["reason"] = found.reason or None
     operation.outcome["last_words"] = last_words or None
@@ -316,7 +320,7 @@ def _raise_failed(operation: Operation, found: Verdict, what: str) -> None:
 
 
 def _last_words(client: Client, generation: int) -> str:
-    """Return the last words from `crashes`, because a cut connection may have lost the event."""
+    """Return the last words from `crashes`; a cut connection may have lost the event."""
     try:
         crashes = listed(client.request("crashes"), "crashes")
     except ControlError:
@@ -328,6 +332,7 @@ def _last_words(client: Client, generation: int) -> str:
 
 
 def quoted(last_words: str) -> str:
+    """Return last words as indented lines, to be added to a message."""
     lines = last_words.strip("\n").split("\n") if last_words.strip() else []
     return "".join(f"\n  | {line}" for line in lines)
 
@@ -337,13 +342,13 @@ def quoted(last_words: str) -> str:
 
 @command(short_help="Stop gracefully, or at once with --quick.")
 @WAIT
-@click.option("--quick", is_flag=True, help="At once: TERM to the workers, then KILL.")
+@click.option("--quick", is_flag=True, help="Stop at once: TERM to the workers, then KILL.")
 @TIMEOUT
 def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: bool) -> None:
-    """Stop: serve the connected clients, let the workers finish, exit."""
+    """Stop gracefully: serve the connected clients, let the workers finish, then exit."""
     with begin(instance, timeout, as_json) as operation, ExitStack() as opened:
         before = operation.client.query("status")
-        # The processes of the protector and its guard: "stopped" means that both are gone.
+        # The protector and its guard: "stopped" is printed only when both processes are gone.
         pidfds = []
         for each in {number_in(before, "pid"), number_in(before, "main_pid")}:
             try:
@@ -353,25 +358,25 @@ def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: b
             opened.callback(os.close, pidfds[-1])
         _request_stop(operation.client, quick)
         if not wait:
-            operation.ends("requested", "stop requested")
+            operation.finish("requested", "stop requested")
             return
-        with _unless_it_ended():
+        with _allow_protector_to_end():
             operation.wait(_Stopped(operation.tell))
         for pidfd in pidfds:
             waits_for = "the protector's process to end"
-            while not select.select([pidfd], [], [], operation.slice_s(waits_for))[0]:
+            while not select.select([pidfd], [], [], operation.next_wait_s(waits_for))[0]:
                 pass
-        operation.ends("stopped", f"stopped: {before.get('name')}")
+        operation.finish("stopped", f"stopped: {before.get('name')}")
 
 
 def _request_stop(client: Client, quick: bool) -> None:
-    """Request the stop only once, because a second request stops at once."""
+    """Request the stop.  It is never sent twice, because a second request stops at once."""
     try:
         client.request("stop", quick=quick)
     except ConnectionLost:
         try:
-            client.again()
-            if client.query("status").get("phase") != "stopping":  # the request was lost
+            client.reconnect()
+            if client.query("status").get("phase") != "stopping":  # the first request was lost
                 client.request("stop", quick=quick)
         except NoProtector:
             pass  # the protector has ended; the caller waits for its process next
@@ -380,18 +385,18 @@ def _request_stop(client: Client, quick: bool) -> None:
 class _Stopped(Awaited):
     """Waits until the protector no longer answers, because it has ended."""
 
-    heeded = ("lame-duck", "drained", "exited", "stopping")
+    refresh_after = ("lame-duck", "drained", "exited", "stopping")
     stopping = True
-    _left = "the workers"
-    _lame_duck_told = False
+    _unfinished = "the workers"
+    _lame_duck_shown = False
 
-    def looked(self, status: Message) -> None:
-        self._left = draining(status)[1] or "the protector"
-        self.waits.looked(status, OF_STOP)
+    def on_status(self, status: Message) -> None:
+        self._unfinished = draining(status)[1] or "the protector"
+        self.waits.on_status(status, OF_STOP)
         seconds = measure(status, "lame_duck_s")
-        if seconds is not None and not self._lame_duck_told:
+        if seconds is not None and not self._lame_duck_shown:
             self.tell(f"lame duck: still serving; the stop begins in {in_units(round(seconds))}")
-            self._lame_duck_told = True
+            self._lame_duck_shown = True
 
     def waits_for(self) -> str:
-        return self.waits.added_to(f"{self._left} to finish")
+        return self.waits.with_reasons(f"{self._unfinished} to finish")

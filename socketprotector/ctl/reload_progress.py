@@ -1,8 +1,8 @@
-"""Derives the verdict of a reload from events and from status: pure, and never too early.
+"""Derives the verdict of a reload from events and from the status, without any input or output.
 
-There are two sources, because a cut connection may lose events.  `status` reports the same as the
-events, but later.  The verdict is the first `reloaded` or `reload-failed` of the promised
-generation, or of a later generation.
+It needs both, because a cut connection may lose events: the status reports the same, but later.
+The verdict is the first `reloaded` or `reload-failed` of the promised generation, or of a later
+generation.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ from .cli import plural
 from .client import Message
 from .fields import Wait, listed, measure, number_in, text_in, waits_of
 
-#: The phases of generations that get no connections any more.
+#: The phases of generations that get no new connections.
 LEAVING = ("draining", "abandoned")
 _STARTING = ("starting", "settling")
 #: The events that are verdicts, and whether each is a success.
 _VERDICTS = {"reloaded": True, "reload-failed": False}
 _DRY_RUN_VERDICTS = {"dry-run-passed": True, "dry-run-failed": False}
-#: The results in a status that are successes.
+#: The results in a status that mean success.
 _GOOD = ("reloaded", "passed")
 #: The kinds of waits that delay the verdict of a reload.
 OF_RELOAD = (
     *("upgrade", "configuration", "start", "canary", "settle", "rolling", "back-off", "room"),
     "earlier-reload",
 )
-#: Kinds of waits whose reasons contain counts, so that they change all the time.
+#: Kinds of waits whose reasons contain counts, and therefore change all the time.
 _COUNTING = ("canary", "rolling")
 #: The kinds of waits that delay a stop.
 OF_STOP = ("stop",)
-#: How often to repeat an unchanged reason, with the time left; how soon to show a changed reason
-#: of the same wait; and how long a wait must last before it gets a line.
+#: How often to repeat an unchanged reason, with the time left.  How soon to show a changed reason
+#: of the same wait.  How long a wait must last before it is shown.
 _REPEATED_S, _CHANGED_S, _LASTS_S = 10.0, 1.0, 0.5
-#: With more workers than this, show progress only in this many parts.
+#: With more workers than this, show progress only in this many steps.
 _PARTS = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The result of a reload or dry run.  taken: it succeeded."""
+    """The result of a reload or dry run."""
 
-    taken: bool
+    succeeded: bool
     generation: int
     reason: str = ""
     last_words: str = ""
@@ -52,35 +52,35 @@ class Verdict:
 
 @dataclass(slots=True)
 class ProgressThrottle:
-    """Decides which counts of workers to show: all of a few workers, each tenth of many."""
+    """Decides which counts of workers to show: every count of a few, each tenth of many."""
 
-    _whole: int = 0
+    _total: int = 0
     _last: object = None
 
-    def is_news(self, left: int, words: str) -> bool:
-        """Return True if this text should be shown.  left: how many workers remain."""
-        self._whole = max(self._whole, left)
-        step = words if self._whole <= _PARTS else -(-left * _PARTS // self._whole)
+    def should_show(self, remaining: int, words: str) -> bool:
+        """Return True if this text should be shown.  remaining: how many workers are not done."""
+        self._total = max(self._total, remaining)
+        step = words if self._total <= _PARTS else -(-remaining * _PARTS // self._total)
         before, self._last = self._last, step
         return step != before
 
 
 @dataclass(slots=True)
 class WaitsShown:
-    """Shows each reason of a wait once, and again from time to time while the wait lasts."""
+    """Shows each reason of a wait once, and repeats it from time to time while the wait lasts."""
 
     tell: Callable[[str], None]
-    now: list[Wait] = field(default_factory=list)
+    current: list[Wait] = field(default_factory=list)
     _shown: dict[tuple[str, int], tuple[str, float]] = field(default_factory=dict)
 
-    def looked(self, status: Message, kinds: Collection[str], before: float = math.inf) -> None:
-        """Show the waits of these kinds.  before: only of generations below this number."""
+    def on_status(self, status: Message, kinds: Collection[str], before: float = math.inf) -> None:
+        """Show the waits of these kinds.  before: show only generations below this number."""
         at = measure(status, "now") or 0.0
-        self.now = [
+        self.current = [
             each for each in waits_of(status) if each.kind in kinds and each.generation < before
         ]
         earlier, self._shown = self._shown, {}
-        for each in self.now:
+        for each in self.current:
             key = each.kind, each.generation
             reason, shown_at = earlier.get(key, ("", at - _CHANGED_S + _LASTS_S))
             as_before = reason == each.reason or (reason and each.kind in _COUNTING)
@@ -89,30 +89,30 @@ class WaitsShown:
                 reason, shown_at = each.reason, at
             self._shown[key] = reason, shown_at
 
-    def added_to(self, words: str) -> str:
-        """Return these words, followed by the reasons of the present waits."""
-        return ": ".join(filter(None, (words, "; ".join(each.reason for each in self.now))))
+    def with_reasons(self, words: str) -> str:
+        """Return these words, followed by the reasons of the current waits."""
+        return ": ".join(filter(None, (words, "; ".join(each.reason for each in self.current))))
 
 
 @dataclass(slots=True)
 class _Generation:
-    """The progress of the generation that is starting."""
+    """The progress of a generation that is starting, as shown so far."""
 
     number: int
     ready: set[int] = field(default_factory=set)
     shown: ProgressThrottle = field(default_factory=ProgressThrottle)
     routed: bool = False
-    shares: bool = False  # it gets a share of the new connections
+    shares: bool = False  # the generation gets a share of the new connections
 
 
 class Awaited:
-    """The outcome that a command waits for.  Events report it at once, `status` later."""
+    """The outcome that a command waits for.  Events report it at once, the status later."""
 
     #: Events after which the status is requested at once.
-    heeded: tuple[str, ...] = ()
-    #: The step to show when the connection is cut, unless a stop explains it.
+    refresh_after: tuple[str, ...] = ()
+    #: The line to show when the connection is cut, unless a stop explains the cut.
     cut = ""
-    #: Whether the protector is being stopped, and no protector will come back.
+    #: Whether the protector is being stopped, so that it will not come back.
     stopping = False
 
     def __init__(self, tell: Callable[[str], None]) -> None:
@@ -120,23 +120,23 @@ class Awaited:
         self.tell = tell
         self.waits = WaitsShown(tell)
 
-    def heard(self, event: Message) -> None:
+    def on_event(self, event: Message) -> None:
         """Process an event."""
         if event.get("event") == "stopping":
-            self._stops()
+            self._note_stop()
 
-    def looked(self, status: Message) -> None:
+    def on_status(self, status: Message) -> None:
         """Process a status."""
         if status.get("phase") == "stopping":
-            self._stops()
+            self._note_stop()
 
-    def _stops(self) -> None:
+    def _note_stop(self) -> None:
         if not self.stopping:
             self.stopping = True
             self.tell("the protector is being stopped")
 
     def waits_for(self) -> str:
-        """Return what is missing, in words that follow "still waits for"; "": nothing."""
+        """Return what is missing, to be shown after "still waits for"; "" if nothing is missing."""
         raise NotImplementedError
 
 
@@ -153,7 +153,7 @@ class Reload(Awaited):
         *,
         dry_run: bool = False,
     ) -> None:
-        """generation: from the answer to `reload`.  status: from before the request."""
+        """generation: its number in the answer to `reload`.  status: from before the request."""
         super().__init__(tell)
         self.generation = generation
         self.dry_run = dry_run
@@ -170,9 +170,9 @@ class Reload(Awaited):
         if self._ahead:
             tell("an earlier reload is still in progress")
 
-    def heard(self, event: Message) -> None:
-        """Process an event; those of earlier generations do not decide the verdict."""
-        super().heard(event)
+    def on_event(self, event: Message) -> None:
+        """Process an event.  An event of an earlier generation does not decide the verdict."""
+        super().on_event(event)
         name, number = event.get("event"), number_in(event, "generation")
         if name == "route" and number_in(event, "sharing") >= self.generation:
             self._shared(number_in(event, "sharing"), text_in(event, "share"))
@@ -189,9 +189,9 @@ class Reload(Awaited):
             case "route":
                 self._switched(number)
 
-    def looked(self, status: Message) -> None:
-        """Process a status, which reports everything that missed events would have reported."""
-        super().looked(status)
+    def on_status(self, status: Message) -> None:
+        """Process a status, which makes up for events that were missed."""
+        super().on_status(status)
         self._phase = str(status.get("phase"))
         if self.verdict is not None:
             return
@@ -205,8 +205,8 @@ class Reload(Awaited):
             if each.get("result") in (*_GOOD, "failed"):
                 number, reason = number_in(each, "generation"), text_in(each, "reason")
                 last_words = reason.partition("\n")[2]
-                taken = each["result"] in _GOOD
-                self.verdict = Verdict(taken, number, headline(reason), last_words)
+                succeeded = each["result"] in _GOOD
+                self.verdict = Verdict(succeeded, number, headline(reason), last_words)
                 return
         starting = [
             each
@@ -222,15 +222,15 @@ class Reload(Awaited):
                     self._switched(number)
                 else:
                     self._shared(number)
-        # Once this reload is in progress, `earlier-reload` is the wait of another reload.
+        # Once this reload is in progress, `earlier-reload` belongs to another reload.
         kinds = [each for each in OF_RELOAD if self._now is None or each != "earlier-reload"]
-        self.waits.looked(status, kinds)
-        # "waiting": under stop-first no generation has the route until the old generation is quiet.
+        self.waits.on_status(status, kinds)
+        # "waiting": under stop-first no generation is serving until the old generation is quiet.
         under_way = self._phase in (*_STARTING, "reloading", "waiting")
         if reloads or starting or under_way or self.stopping or status.get("reload_wanted"):
             self._forgotten = 0
             return
-        # Require several such statuses: a single status may come between two reloads.
+        # Require several such statuses, because one of them may fall between two reloads.
         self._forgotten += 1
         if self._forgotten > 2:
             reason = "its verdict is no longer known; see `history` and the log"
@@ -248,15 +248,17 @@ class Reload(Awaited):
         starting = self._starting(number)
         if not workers <= starting.ready:
             starting.ready |= workers
-            left, words = self._left(starting), f"ready {self._share(starting)}"
-            if starting.shown.is_news(left, words):
+            remaining, words = self._not_ready(starting), f"ready {self._ready_text(starting)}"
+            if starting.shown.should_show(remaining, words):
                 self.tell(words)
 
-    def _left(self, starting: _Generation) -> int:
+    def _not_ready(self, starting: _Generation) -> int:
+        """Return how many of the wanted workers are not ready yet."""
         return max(self._wanted - len(starting.ready), 0)
 
-    def _share(self, starting: _Generation) -> str:
-        return f"{len(starting.ready)}/{len(starting.ready) + self._left(starting)}"
+    def _ready_text(self, starting: _Generation) -> str:
+        """Return the ready workers of all, such as 1/4."""
+        return f"{len(starting.ready)}/{len(starting.ready) + self._not_ready(starting)}"
 
     def _switched(self, number: int) -> None:
         starting = self._starting(number)
@@ -272,7 +274,7 @@ class Reload(Awaited):
 
     def waits_for(self) -> str:
         """Return what is missing before the verdict; "" after the verdict."""
-        return "" if self.verdict else self.waits.added_to(self._waits_for())
+        return "" if self.verdict else self.waits.with_reasons(self._waits_for())
 
     def _waits_for(self) -> str:
         if self.stopping:
@@ -285,24 +287,25 @@ class Reload(Awaited):
             return f"generation {self._now.number} to survive --settle"
         if self._now.shares:
             return f"generation {self._now.number} to get all clients"
-        return f"generation {self._now.number} to be ready ({self._share(self._now)} workers are)"
+        ready = self._ready_text(self._now)
+        return f"generation {self._now.number} to be ready ({ready} workers are)"
 
 
 class Losses:
     """Counts the connections that the protector and its workers lose after a status."""
 
     def __init__(self, before: Message) -> None:
-        """before: the status at the start; events must be followed from then on."""
+        """before: the status at the start.  From then on, the caller must pass every event."""
         self._before = before
         self._by_workers = 0
 
-    def heard(self, event: Message) -> None:
+    def on_event(self, event: Message) -> None:
         """Process an event."""
         if event.get("event") == "exited":
             self._by_workers += number_in(event, "lost")
 
     def count(self, after: Message) -> int | None:
-        """Return how many were lost until the status `after`; None if it cannot be known."""
+        """Return how many connections were lost until the status `after`; None if unknown."""
         before = self._before
         by_protector = measure(before, "lost"), measure(after, "lost")
         if None in by_protector or before.get("restarts") != after.get("restarts"):
@@ -314,7 +317,7 @@ class Losses:
 
 
 def tries(status: Message, *, dry_run: bool) -> list[Message]:
-    """Return the reloads in a status, or with `dry_run` the last dry run."""
+    """Return the reloads in a status; with `dry_run`, the last dry run instead."""
     if not dry_run:
         return listed(status, "reloads")
     last = status.get("dry_run")
@@ -322,23 +325,23 @@ def tries(status: Message, *, dry_run: bool) -> list[Message]:
 
 
 def draining(status: Message, before: float = math.inf) -> tuple[int, str]:
-    """Return how many workers of draining generations are left, and a description of them.
+    """Return how many workers are left in draining generations, and a text that describes them.
 
-    before: count only generations below this number.  If none is left, the description is "".
+    before: count only generations below this number.  If no generation drains, the text is "".
     """
-    left = [
+    leaving = [
         each
         for each in listed(status, "generations")
         if number_in(each, "number") < before and each.get("phase") in LEAVING
     ]
-    if not left:
+    if not leaving:
         return 0, ""
-    workers = [worker for each in left for worker in listed(each, "workers")]
+    workers = [worker for each in leaving for worker in listed(each, "workers")]
     words = f"{len(workers)} {plural(len(workers), 'worker')}"
     if pids := [str(number_in(each, "pid")) for each in workers if number_in(each, "pid")]:
         words += f": pid {', '.join(pids[:5])}" + (", ..." if len(workers) > 5 else "")
-    active = [number for each in left if isinstance(number := each.get("active"), int)]
-    if len(active) == len(left):  # otherwise some generations do not report it
+    active = [number for each in leaving if isinstance(number := each.get("active"), int)]
+    if len(active) == len(leaving):  # otherwise some generations do not report their connections
         words += f", {sum(active)} {plural(sum(active), 'connection')}"
-    numbers = ", ".join(str(number_in(each, "number")) for each in left)
-    return len(workers), f"{plural(len(left), 'generation')} {numbers} ({words})"
+    numbers = ", ".join(str(number_in(each, "number")) for each in leaving)
+    return len(workers), f"{plural(len(leaving), 'generation')} {numbers} ({words})"

@@ -1,8 +1,8 @@
 """Formats values for people: numbers with units, columns, colours.
 
-On a terminal, lines have colours and are cut at the right edge.  Elsewhere columns are plain, so
-that awk can read them.  NO_COLOR is respected.  All text that is shown passes through
-`model.text.escape` here.
+On a terminal, lines have colours and tables are cut at the right edge.  Elsewhere the output is
+plain, so that awk can read it.  NO_COLOR is respected.  Text is escaped here
+(`model.text.escape`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .client import Message
 
 #: The text for an unknown value.
 UNKNOWN = "-"
-#: Phases, results and levels that stand out.
+#: The colours of phases, results and levels.
 _STYLES = {
     **dict.fromkeys(("serving", "ready", "reloaded", "passed", "healthy"), "green"),
     **dict.fromkeys(
@@ -34,7 +34,7 @@ _STYLES = {
 }
 _BARS = " ▁▂▃▄▅▆▇█"
 _UNITS_S = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))
-#: Columns of text; other columns are numbers, aligned at the right.
+#: Columns of text, aligned at the left.  All other columns are aligned at the right, as numbers.
 _TEXT = {"NAME", "PHASE", "LISTENS", "CONTROL", "STATE", "CHILDREN", "SAYS", "PEER", "LOCAL"}
 
 Cell = str | int | float | None
@@ -45,23 +45,23 @@ Row = Sequence[Cell]
 
 
 def count(value: object) -> str:
-    """Return 12345 as 12,345; UNKNOWN for anything but a whole number."""
+    """Return 12345 as 12,345; UNKNOWN if the value is not a whole number."""
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else UNKNOWN
 
 
 def counts(message: Message, *names: str) -> list[str]:
-    """Return several fields of a message, each as count() writes it."""
+    """Return several fields of a message, each formatted by count()."""
     return [count(message.get(name)) for name in names]
 
 
 def duration_text(seconds: object) -> str:
-    """Return 90061 as 1d1h, with two units at most."""
+    """Return 90061 as 1d1h, with two units at most; UNKNOWN if the value is not a number."""
     if not isinstance(seconds, int | float):
         return UNKNOWN
-    left = max(0.0, float(seconds))
-    if left < 60:
-        return f"{left:.1f}s" if left < 10 else f"{left:.0f}s"
-    whole = int(left)
+    span_s = max(0.0, float(seconds))
+    if span_s < 60:
+        return f"{span_s:.1f}s" if span_s < 10 else f"{span_s:.0f}s"
+    whole = int(span_s)
     parts: list[str] = []
     for unit, size in _UNITS_S:
         if whole >= size or parts:
@@ -122,7 +122,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def columns(headings: str, rows: Iterable[Row]) -> Table:
-    """Return a table without lines.  headings: separated by blanks."""
+    """Return a table without ruled lines.  headings: the titles, separated by blanks."""
     # One blank between columns, so that a generation's row fits into 80 characters.
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for heading in headings.split():
@@ -133,13 +133,13 @@ def columns(headings: str, rows: Iterable[Row]) -> Table:
 
 
 def cell(value: Cell) -> Text:
-    """Return a value in the colour of its word."""
+    """Return a value as text, coloured if it is a word of _STYLES."""
     text = UNKNOWN if value is None else str(value)
     return styled(text, _STYLES.get(text, ""))
 
 
 def styled(text: str, style: str = "") -> Text:
-    """Return a line in one style, escaped, so that it cannot control the terminal."""
+    """Return a text in one style, escaped, so that it cannot control the terminal."""
     return Text(escape(text), style=style)
 
 
@@ -149,7 +149,7 @@ def line(*parts: Cell) -> Text:
 
 
 def show(*things: Table | Text) -> None:
-    """Print tables and lines: coloured and cut on a terminal, complete and plain elsewhere."""
+    """Print tables and lines: coloured and fitted on a terminal, complete and plain elsewhere."""
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=False)
     for thing in things:
         if console.is_terminal:

@@ -1,4 +1,4 @@
-"""Renders a status: the heading, and the columns of `status` and `top` (`list`: queries.py)."""
+"""Renders a status: the heading and tables of `status` and `top`.  (queries.py renders `list`.)"""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .render import Row
 
 _GENERATIONS = "GEN PHASE SHARE AGE READY QUEUE ACTIVE ACCEPTED ERRORS LOST WAIT-P50 P99"
 _WORKERS = "WORKER GEN PID STATE AGE ACTIVE ACCEPTED ERRORS CHILDREN SAYS"
-#: Columns that are left out if their field is unknown in all rows.
+#: Columns that are omitted if their field is unknown in all rows.
 _FIELDS = {
     "QUEUE": "queue",
     "ACTIVE": "active",
@@ -70,9 +70,9 @@ def heading(status: Message) -> list[Text]:
         warnings.append(f"lame duck: /readyz answers 503; still serving, stop in {span}")
     elif status.get("lame_duck") == "on":
         warnings.append("lame duck: /readyz answers 503; still serving")
-    if says := _says(status):
+    if says := _health_line(status):
         warnings.append(says)
-    # The lines above say more about a hold and a lame duck.
+    # Leave out a hold and a lame duck: the warnings above already describe them.
     shown = [each for each in other_waits_of(status) if each.kind not in ("hold", "lame-duck")]
     warnings += [f"waiting: {each.text}" for each in shown]
     for each in listed(status, "generations"):
@@ -80,30 +80,30 @@ def heading(status: Message) -> list[Text]:
             found.append(render.line(f"generation {number_in(each, 'number')}: {says}"))
         if why := failing(each):
             warnings.append(f"generation {number_in(each, 'number')}: {why}")
-    for generation, seconds in untaken(status):
+    for generation, seconds in stuck_generations(status):
         span = render.duration_text(seconds)
         warnings.append(f"generation {generation}: no worker has taken a waiting client for {span}")
-    lacks = status.get("warnings")
-    for each in lacks if isinstance(lacks, list) else []:
+    reported = status.get("warnings")
+    for each in reported if isinstance(reported, list) else []:
         warnings.append(f"warning: {each}")
     return [*found, *(render.styled(each, "yellow") for each in warnings)]
 
 
-def _says(status: Message) -> str:
-    """Return the line about --health if the last answer was bad or missing; otherwise ""."""
+def _health_line(status: Message) -> str:
+    """Return the line about --health if the last answer was bad or missing; "" otherwise."""
     health = status.get("health")
     if not isinstance(health, dict):
         return ""
     last = text_in(health, "last")
     if (why := unhealthy(status)) is not None:
-        later = f"; last: {last}" if last not in ("", why) else ""
+        last_text = f"; last: {last}" if last not in ("", why) else ""
         age = render.age_text(status.get("now"), health.get("since_at"))
-        return f"unhealthy for {age}: {why}{later}"
+        return f"unhealthy for {age}: {why}{last_text}"
     return f"health is {text_in(health, 'state')}; last: {last}" if last else ""
 
 
-def untaken(status: Message) -> list[tuple[int, float]]:
-    """Return the generations whose workers take no client, and for how many seconds."""
+def stuck_generations(status: Message) -> list[tuple[int, float]]:
+    """Return (generation, seconds) where workers have taken no waiting client for so long."""
     found = []
     for each in listed(status, "generations"):
         seconds = each.get("oldest_waiting_s")
@@ -117,15 +117,15 @@ def listeners(status: Message) -> list[Text]:
     found = []
     for each in listed(status, "listeners"):
         words = f"listens on {text_in(each, 'address')}"
-        if each.get("backlog") is not None:  # the kernel does not report it for UNIX sockets
+        if each.get("backlog") is not None:  # None for UNIX sockets: the kernel does not report it
             waiting, limit = render.counts(each, "backlog", "backlog_limit")
             words += f", {waiting} of {limit} waiting"
         found.append(render.line(words))
     return found
 
 
-def sums(status: Message) -> Text:
-    """Return the line of totals: connections forwarded and lost, and the command."""
+def totals(status: Message) -> Text:
+    """Return the line of totals (connections forwarded and lost), with the command."""
     command = status.get("command")
     words = " ".join(map(str, command if isinstance(command, list) else []))
     named = {"forwarded": "forwarded", "lost": "lost", "queue_limit": "queue of"}
@@ -159,7 +159,7 @@ def generations(status: Message) -> Table:
                 render.latency_text(wait_us.get("p99")),
             )
         )
-    hidden = _unknown(status, listed(status, "generations"))
+    hidden = _unknown_columns(status, listed(status, "generations"))
     return _table(_GENERATIONS, rows, hidden if rollout_text(status) else {*hidden, "SHARE"})
 
 
@@ -170,9 +170,9 @@ def _share(status: Message, generation: int) -> str | None:
 
 
 def workers(status: Message, children: Mapping[int, Sequence[int]]) -> Table:
-    """Return a table with a row for each worker, those of the newest generation first.
+    """Return a table with a row for each worker, the newest generation first.
 
-    children: the known pids of each worker's children, by the worker's pid.
+    children: the pids of each worker's children, by the worker's pid.
     """
     rows: list[Row] = []
     for generation in _newest_first(status):
@@ -194,15 +194,15 @@ def workers(status: Message, children: Mapping[int, Sequence[int]]) -> Table:
                     says,
                 )
             )
-            rows += [_forked(each, generation, child) for child in forked]
-    hidden = _unknown(status, _workers_of(status))
+            rows += [_child_row(each, generation, child) for child in forked]
+    hidden = _unknown_columns(status, _workers_of(status))
     plain = [each for each in _workers_of(status) if not listed(each, "processes")]
     shown = any(children.get(number_in(each, "pid")) for each in plain)
     return _table(_WORKERS, rows, hidden if shown else {*hidden, "CHILDREN"})
 
 
-def _forked(worker: Message, generation: Message, child: Message) -> Row:
-    """Return the row of a forked child, which begins with a number such as 3.0."""
+def _child_row(worker: Message, generation: Message, child: Message) -> Row:
+    """Return the row of a forked child; child 0 of worker 3 has the number 3.0."""
     return (
         f"{number_in(worker, 'number')}.{number_in(child, 'number')}",
         number_in(generation, "number"),
@@ -215,12 +215,12 @@ def _forked(worker: Message, generation: Message, child: Message) -> Row:
     )
 
 
-def left_out(status: Message) -> list[Text]:
-    """Return the line that says which columns are left out, and why."""
-    hidden = _unknown(status, [*listed(status, "generations"), *_workers_of(status)])
+def omitted_columns(status: Message) -> list[Text]:
+    """Return a line that says which columns are omitted, and why; none if no column is."""
+    hidden = _unknown_columns(status, [*listed(status, "generations"), *_workers_of(status)])
     if not hidden:
         return []
-    why = "their workers do not use the client library, which counts them"
+    why = "the workers do not use the client library, which counts these"
     if _workers_accept(status):
         why = "workers accept, so SocketProtector cannot count these"
         why += "; see socketprotectorctl connections"
@@ -236,8 +236,11 @@ def _workers_of(status: Message) -> list[Message]:
     return [each for generation in _newest_first(status) for each in listed(generation, "workers")]
 
 
-def _unknown(status: Message, messages: Sequence[Message]) -> dict[str, None]:
-    """Return the columns that stay unknown; none before the first worker is ready."""
+def _unknown_columns(status: Message, messages: Sequence[Message]) -> dict[str, None]:
+    """Return the columns to omit, because no message has their field.
+
+    Before the first worker is ready, no column is omitted.
+    """
     begun = any(each.get("state") in ("ready", "retiring") for each in _workers_of(status))
     if not messages or not (begun or _workers_accept(status)):
         return {}
@@ -252,13 +255,13 @@ def _table(headings: str, rows: Sequence[Row], hidden: Collection[str]) -> Table
 
 
 def _pids(pids: Sequence[int]) -> str:
-    """Return how many pids there are, and the first of them: `2: 4712 4713`."""
+    """Return the number of pids and the first of them, such as `2: 4712 4713`."""
     more = " ..." if len(pids) > _PIDS else ""
     return f"{len(pids)}: {' '.join(map(str, pids[:_PIDS]))}{more}" if pids else ""
 
 
 def last_reload(status: Message) -> list[Text]:
-    """Return lines about the reload in progress, the last reload, the dry run and crashes."""
+    """Return lines about reloads (in progress and last), the dry run and failed workers."""
     now = status.get("now")
     reloads = listed(status, "reloads")
     ended = [each for each in reloads if each.get("result") in ("reloaded", "failed")]

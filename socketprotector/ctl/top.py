@@ -1,6 +1,6 @@
-"""top: one screen, redrawn every second, for a terminal of at least 80 x 24.
+"""The command top: one screen, redrawn every second, for a terminal of at least 80 x 24.
 
-Rates and waits cover the last interval: the difference of two statuses.
+Rates and wait times cover the last interval: they are computed from two consecutive statuses.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _KEPT = 200
 
 
 class Rates:
-    """Rates per second between the last two statuses."""
+    """Computes rates and wait times from the last two statuses."""
 
     def __init__(self) -> None:
         self.forwarded: deque[float] = deque(maxlen=_KEPT)
@@ -54,19 +54,19 @@ class Rates:
         if isinstance(now, int) and isinstance(then, int):
             self.forwarded.append(max(0, now - then) / span_s)
         else:
-            self.forwarded.clear()  # unknown if workers accept
+            self.forwarded.clear()  # unknown in modes in which workers accept
         waits = zip(_waits(status), _waits(before), strict=True)
         counts = [max(0, now - then) for now, then in waits]
         self.p50_us, self.p99_us = quantile_us(counts, 0.5), quantile_us(counts, 0.99)
 
     @property
     def per_second(self) -> float | None:
-        """Connections forwarded per second; None: unknown so far, or workers accept."""
+        """Connections forwarded per second; None if unknown so far, or if workers accept."""
         return self.forwarded[-1] if self.forwarded else None
 
 
 def _waits(status: Message) -> list[int]:
-    """Return the sums of all generations' buckets of wait times."""
+    """Return the buckets of wait times, each summed over all generations."""
     total = [0] * 32
     for generation in listed(status, "generations"):
         wait_us = generation.get("wait_us")
@@ -81,9 +81,9 @@ def _waits(status: Message) -> list[int]:
     "--interval", default="1s", type=Duration(zero=False), help="Time between two queries."
 )
 def top(instance: Instance, interval: float, as_json: bool) -> None:
-    """Show rates, waits, generations and workers every second; q or Ctrl-C ends.
+    """Show rates, wait times, generations and workers every second; q or Ctrl-C quits.
 
-    With --json: a status line every interval.
+    With --json, print a line with the status every interval.
     """
     if not as_json and not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError("top: needs a terminal; use status, or top --json")
@@ -111,11 +111,11 @@ def _screen(client: Client, interval: float) -> None:
             try:
                 status = client.query("status")
                 rates.take(status)
-                live.update(drawn(status, rates, console.width, console.height), refresh=True)
+                live.update(draw(status, rates, console.width, console.height), refresh=True)
             except NoProtector as error:
                 live.update(render.styled(f"no answer: {error}", "red"), refresh=True)
                 with suppress(NoProtector):  # the next query reports it again
-                    client.again(1.0)
+                    client.reconnect(1.0)
             if pressed(interval):
                 return
 
@@ -143,8 +143,8 @@ def _keys() -> Iterator[Callable[[float], bool]]:
         termios.tcsetattr(fd, termios.TCSADRAIN, before)
 
 
-def drawn(status: Message, rates: Rates, width: int, height: int) -> Group:
-    """Return the screen, with the workers last, because a small terminal cuts off the end."""
+def draw(status: Message, rates: Rates, width: int, height: int) -> Group:
+    """Return the screen.  The workers are last, because a small terminal cuts off the end."""
     from rich.console import Group
     from rich.text import Text
 

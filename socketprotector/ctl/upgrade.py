@@ -1,4 +1,4 @@
-"""upgrade: replaces the protector's own program, or checks whether that would work."""
+"""The command upgrade: replaces the protector's own program, or checks if that would work."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .operation import begin
 from .reload import TIMEOUT, WAIT, quoted
 from .reload_progress import Awaited
 
-#: `upgrade --check` takes as long as the protector waits for the installed program, and longer.
+#: This is longer than the protector waits for the installed program during `upgrade --check`.
 _CHECK_S = 45.0
 
 
 @command(short_help="Replace the protector's own program in place.")
 @WAIT
-@click.option("--check", is_flag=True, help="Only say whether the installed one can take over.")
+@click.option("--check", is_flag=True, help="Only check if the installed program can take over.")
 @TIMEOUT
 def upgrade(instance: Instance, wait: bool, check: bool, timeout: float, as_json: bool) -> None:
     """Replace the protector's own program in place: same pid, same workers, nothing closed.
 
-    Waits until the new program is running. If it cannot take over, the exit status is 3, and the
-    old program keeps running.
+    The command waits until the new program is running. If the new program cannot take over, the
+    exit status is 3, and the old program keeps running.
 
-    With --check the installed program runs on a copy of the state, and nothing is replaced.
+    With --check the installed program is tried with a copy of the state; nothing is replaced.
     """
     if check:
         if timeout or not wait:
@@ -41,18 +41,19 @@ def upgrade(instance: Instance, wait: bool, check: bool, timeout: float, as_json
         operation.outcome["from"] = old
         if not wait:
             words = "see status (restarts, version) or the log for the outcome"
-            operation.ends("requested", f"upgrade requested; {words}")
+            operation.finish("requested", f"upgrade requested; {words}")
             return
         upgraded = _Upgraded(before, operation.tell)
         operation.wait(upgraded)
         after = upgraded.status
         new = operation.outcome["version"] = after.get("version")
-        operation.ends("upgraded", f"upgraded: pid {after.get('pid')} runs {new} ({old} before)")
+        operation.finish("upgraded", f"upgraded: pid {after.get('pid')} runs {new} ({old} before)")
 
 
 def _check_upgrade(instance: Instance, as_json: bool) -> None:
     """Print whether the installed program can take over.  Raises NewVersionFailed."""
-    with instance.client(_CHECK_S, events=True) as client:  # so that it may wait longer
+    # The protector would disconnect an idle client that does not follow events.
+    with instance.client(_CHECK_S, events=True) as client:
         try:
             result = client.request("upgrade", check=True)
         except RequestRefused as error:
@@ -71,24 +72,24 @@ def _check_upgrade(instance: Instance, as_json: bool) -> None:
 
 
 class _Upgraded(Awaited):
-    """Waits for the new program: its status counts one restart more."""
+    """Waits for the status of the new program, which has one more restart than the old status."""
 
     def __init__(self, before: Message, tell: Callable[[str], None]) -> None:
         super().__init__(tell)
         self.status = self._before = before
 
-    def heard(self, event: Message) -> None:
+    def on_event(self, event: Message) -> None:
         if event.get("event") == "upgrade-failed":
             raise NewVersionFailed(
                 f"not upgraded: {self._before.get('version')} keeps running: "
                 f"{text_in(event, 'reason')}" + quoted(text_in(event, "last_words"))
             )
 
-    def looked(self, status: Message) -> None:
+    def on_status(self, status: Message) -> None:
         self.status = status
-        self.waits.looked(status, ("upgrade",))
+        self.waits.on_status(status, ("upgrade",))
 
     def waits_for(self) -> str:
         if number_in(self.status, "restarts") > number_in(self._before, "restarts"):
             return ""
-        return "the new program to say that it can take over"
+        return "the new program to take over"

@@ -118,7 +118,7 @@ def test_ctl_says_that_it_cannot_see_connections_instead_of_none(
         assert ask(("127.0.0.1", listening.port))
         shown = around.run("--name", NAME, "connections", module="socketprotector.ctl")
         assert "hidepid" in shown.stdout + shown.stderr
-        assert "no connections that this user may see" in shown.stdout
+        assert "no connections that this user can see" in shown.stdout
         listening.stop()
     finally:
         listening.end()

@@ -137,7 +137,7 @@ def test_a_client_comes_back_and_follows_again(fake: Fake) -> None:
         fake.cut_all()
         with pytest.raises(ConnectionLost):
             client.event(5)
-        assert client.again()["name"] == "web"
+        assert client.reconnect()["name"] == "web"
         fake.cut_all()
 
         assert client.query("status")["name"] == "web"
@@ -164,7 +164,7 @@ def test_after_a_short_wait_to_come_back_an_answer_has_its_usual_time(fake: Fake
     """As after a stop, when a guard has started the protector again."""
     with Client(str(fake.path)) as client:
         fake.cut_all()
-        client.again(0.2)
+        client.reconnect(0.2)
 
         def answer(*_: object) -> Message:
             time.sleep(0.5)

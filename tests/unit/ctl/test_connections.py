@@ -57,7 +57,7 @@ def test_peer_worker_age_and_bytes_of_a_connection(
     times = {str(accepted.fileno()): 40.0}
 
     def look() -> list[connections.Connection]:
-        found, unseen = connections.look(
+        found, unseen = connections.find_connections(
             [owner(os.getpid(), accepted_at_by_fd=times)], [address], 100.0
         )
         assert unseen == []
@@ -85,7 +85,7 @@ def test_mapped_addresses_are_shown_as_what_they_are(stack: ExitStack) -> None:
     client = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
     stack.enter_context(listener.accept()[0])
 
-    found, _ = connections.look([owner(os.getpid())], [f"tcp:[::]:{port}"], now=100.0)
+    found, _ = connections.find_connections([owner(os.getpid())], [f"tcp:[::]:{port}"], now=100.0)
 
     assert [each.peer for each in found] == [f"127.0.0.1:{client.getsockname()[1]}"]
 
@@ -96,7 +96,9 @@ def test_a_unix_socket_whose_path_has_a_blank(stack: ExitStack, tmp_path: Path) 
     client.sendall(b"123")
 
     for draining, bound in (({8}, AT_LEAST), (set[int](), AT_MOST)):
-        found, _ = connections.look([owner(os.getpid())], [f"unix:{path}"], 100.0, draining)
+        found, _ = connections.find_connections(
+            [owner(os.getpid())], [f"unix:{path}"], 100.0, draining
+        )
 
         assert [(each.local, each.peer, each.age_s, each.bound) for each in found] == [
             (f"unix:{path}", "unix", 10.0, bound)
@@ -113,7 +115,7 @@ def test_a_line_break_in_the_name_of_somebodys_socket_is_no_row(
     path = str(tmp_path / "socket")
     pair(stack, socket.AF_UNIX, path)
 
-    found, _ = connections.look([owner(os.getpid())], [f"unix:{path}"], 100.0)
+    found, _ = connections.find_connections([owner(os.getpid())], [f"unix:{path}"], 100.0)
 
     assert [each.local for each in found] == [f"unix:{path}"]
 
@@ -121,7 +123,9 @@ def test_a_line_break_in_the_name_of_somebodys_socket_is_no_row(
 def test_what_is_no_connection_to_a_listener_is_not_shown(stack: ExitStack) -> None:
     pair(stack, socket.AF_INET, ("127.0.0.1", 0))
 
-    assert connections.look([owner(os.getpid())], ["tcp:0.0.0.0:1", "unix:@x"], now=1.0) == ([], [])
+    assert connections.find_connections(
+        [owner(os.getpid())], ["tcp:0.0.0.0:1", "unix:@x"], now=1.0
+    ) == ([], [])
 
 
 def test_a_connection_that_only_a_workers_child_has(stack: ExitStack) -> None:
@@ -143,7 +147,7 @@ def test_a_connection_that_only_a_workers_child_has(stack: ExitStack) -> None:
     assert process.stdout
     process.stdout.readline()
 
-    found, _ = connections.look(
+    found, _ = connections.find_connections(
         [owner(process.pid, accepted_at_by_fd={"-1": 5.0})], [f"tcp:127.0.0.1:{port}"], now=100.0
     )
     process.communicate()
@@ -156,7 +160,9 @@ def test_a_worker_that_has_ended_meanwhile_is_left_out() -> None:
     process = subprocess.Popen(["true"])
     process.wait()
 
-    assert connections.look([owner(process.pid), owner(0)], ["tcp:0.0.0.0:1"], now=1.0) == ([], [])
+    assert connections.find_connections(
+        [owner(process.pid), owner(0)], ["tcp:0.0.0.0:1"], now=1.0
+    ) == ([], [])
 
 
 def test_a_worker_of_another_user_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +171,7 @@ def test_a_worker_of_another_user_is_reported(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(os, "readlink", no)
 
-    _, unseen = connections.look([owner(1)], ["tcp:0.0.0.0:1"], now=1.0)
+    _, unseen = connections.find_connections([owner(1)], ["tcp:0.0.0.0:1"], now=1.0)
 
     assert [(each.pid, each.why) for each in unseen] == [
         (1, "permission denied; run as root or as the worker's user")
@@ -224,8 +230,8 @@ def test_the_connections_of_orphans_are_found_by_their_session(stack: ExitStack)
         host, port = accepted.getsockname()
         listens = [f"tcp:{host}:{port}"]
 
-        alive, _ = connections.look([owner(leader.pid)], listens, 100.0)
-        left, _ = connections.look([owner(leader.pid, orphaned=True)], listens, 100.0)
+        alive, _ = connections.find_connections([owner(leader.pid)], listens, 100.0)
+        left, _ = connections.find_connections([owner(leader.pid, orphaned=True)], listens, 100.0)
 
     assert alive == []
     assert [(each.worker, each.pid, each.bound) for each in left] == [(14, leader.pid, AT_MOST)]

@@ -241,7 +241,7 @@ def test_a_control_path_of_another_kind_of_file_is_refused(tmp_path: Path, ctl: 
     for path in (tmp_path / "file", tmp_path, Path("/dev/null")):
         said = level(ctl, "--control", str(path))
         assert said.status == 2
-        assert f"--control {path}: it is no socket; name a control socket, as " in said.err
+        assert f"--control {path}: it is no socket; `socketprotectorctl list` shows " in said.err
 
 
 def test_by_pid_file(fakes: Fakes, tmp_path: Path, ctl: Ctl) -> None:

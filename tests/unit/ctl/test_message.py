@@ -18,7 +18,7 @@ from socketprotector_exporter.web_model import Instance
 from socketprotector.ctl import queries, status_table
 from socketprotector.ctl.message import message_in
 from socketprotector.ctl.query_all import SocketAnswer
-from socketprotector.ctl.status_table import heading, last_reload, listeners, sums
+from socketprotector.ctl.status_table import heading, last_reload, listeners, totals
 from tests.unit.ctl.fake import generation, health, reload, status, worker
 
 FULL = status(
@@ -135,7 +135,7 @@ def test_no_value_of_any_field_stops_who_shows_it(data: some.DataObject) -> None
 
     for show in (
         heading,
-        sums,
+        totals,
         listeners,
         last_reload,
         status_table.generations,

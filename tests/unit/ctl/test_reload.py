@@ -703,7 +703,7 @@ def test_a_reload_that_waits_for_this_one_is_no_wait_of_this_one() -> None:
         for at in (1.0, 9.0):  # it lasts
             found = waiting(at, "0 of 1 worker ready")
             found["waits_for"].append(later)
-            each.looked(found)
+            each.on_status(found)
     assert "waiting: begins after the one under way" in said
 
 
@@ -711,11 +711,11 @@ def test_each_wait_has_its_reason_in_the_progress_and_is_repeated_now_and_then()
     said: list[str] = []
     reload = Reload(9, {"phase": "serving"}, said.append)
 
-    reload.looked(waiting(1.0, "last answer to GET /healthz: 500"))
+    reload.on_status(waiting(1.0, "last answer to GET /healthz: 500"))
     for at in range(2, 13):
-        reload.looked(waiting(float(at), "last answer to GET /healthz: 500"))
-    reload.looked(waiting(20.0, "last answer to GET /healthz: 404\x1b[2J"))
-    reload.looked(waiting(20.1, "so many that change at once"))
+        reload.on_status(waiting(float(at), "last answer to GET /healthz: 500"))
+    reload.on_status(waiting(20.0, "last answer to GET /healthz: 404\x1b[2J"))
+    reload.on_status(waiting(20.1, "so many that change at once"))
 
     assert [each for each in said if each.startswith("waiting")] == [
         "waiting: last answer to GET /healthz: 500, 98 s left",
@@ -730,10 +730,10 @@ def test_a_wait_that_is_soon_over_is_no_line() -> None:
     waits = WaitsShown(said.append)
 
     for at in (1.0, 1.3):
-        waits.looked(waiting(at, "brief"), ("start",))
-    waits.looked({"now": 1.4}, ("start",))
+        waits.on_status(waiting(at, "brief"), ("start",))
+    waits.on_status({"now": 1.4}, ("start",))
     for at in (1.5, 1.8, 2.0):
-        waits.looked(waiting(at, "lasting"), ("start",))
+        waits.on_status(waiting(at, "lasting"), ("start",))
 
     assert said == ["waiting: lasting, 98 s left"]
 
@@ -742,8 +742,8 @@ def test_what_keeps_no_reload_is_not_in_its_progress() -> None:
     said: list[str] = []
     reload = Reload(9, {"phase": "serving"}, said.append)
 
-    reload.looked(waiting(1.0, waits_for=[{"kind": "drain", "generation": 7, "reason": "x"}]))
-    reload.looked({"phase": "reloading", "generations": [], "reload_wanted": True})
+    reload.on_status(waiting(1.0, waits_for=[{"kind": "drain", "generation": 7, "reason": "x"}]))
+    reload.on_status({"phase": "reloading", "generations": [], "reload_wanted": True})
 
     assert not [each for each in said if "x" in each.split()]
 
@@ -754,7 +754,7 @@ def test_a_reload_is_not_forgotten_while_an_old_generation_quiesces_first() -> N
     reload = Reload(2, {"phase": "serving"}, lambda _: None)
 
     for _ in range(10):
-        reload.looked(quiescing)
+        reload.on_status(quiescing)
 
     assert reload.verdict is None
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
-from socketprotector.ctl.top import Rates, drawn
+from socketprotector.ctl.top import Rates, draw
 from tests.running import DEADLINE_S, eventually
 from tests.unit.ctl.conftest import COMMAND
 from tests.unit.ctl.fake import Fake, awaited, generation, rolling, status, worker
@@ -116,7 +116,7 @@ def test_a_busy_generation_fits_into_80_columns() -> None:
     waits = {"count": 1, "p50": 1_023, "p99": 1_048_575, "buckets": []}
     busy = generation(1234, "draining", worker(1), accepted=12_345_678, active=4_321, wait_us=waits)
     console = Console(width=80, file=io.StringIO())
-    console.print(drawn(status(busy), Rates(), 80, 24))
+    console.print(draw(status(busy), Rates(), 80, 24))
 
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "12,345,678" in shown
@@ -131,7 +131,7 @@ def test_a_rollout_is_a_line_and_a_column_that_fits_into_80_columns() -> None:
     )
     told = status(old, new, route=8, rollout=rolling(awaited(5, 2, 240.9), share=33.33))
     console = Console(width=80, file=io.StringIO())
-    console.print(drawn(told, Rates(), 80, 24))
+    console.print(draw(told, Rates(), 80, 24))
 
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "rollout: 3 of 8 workers replaced, waiting for worker 5 (2 connections, longest" in shown
@@ -160,7 +160,7 @@ def test_rates_and_waits_are_those_of_the_interval() -> None:
 
     assert list(rates.forwarded) == [100.0, 0.0]
     assert rates.p50_us is None
-    drawn({}, rates, 80, 24)
+    draw({}, rates, 80, 24)
 
 
 def test_where_connections_are_not_counted_there_is_no_rate() -> None:
@@ -169,7 +169,7 @@ def test_where_connections_are_not_counted_there_is_no_rate() -> None:
         rates.take(status(now=100.0 + second, forwarded=None, lost=None))
     console = Console(file=io.StringIO(), width=100)
 
-    console.print(drawn(status(forwarded=None, lost=None), rates, 100, 24))
+    console.print(draw(status(forwarded=None, lost=None), rates, 100, 24))
 
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert re.search(r"^-/s .* forwarded -  lost -$", shown, re.MULTILINE), shown

@@ -1,9 +1,9 @@
 """Takes over sockets that the service manager has opened (socket activation).
 
-A LISTEN argument takes a socket by name (`fd:NAME`), or because it is bound to the argument's
+A LISTEN argument takes a socket with the given name (`fd:NAME`), or one bound to the argument's
 address.  The service manager still listens on these sockets after SocketProtector stops.
 
-Sockets with SocketProtector's own names come from the descriptor store instead: see
+A socket with one of SocketProtector's own names comes from the descriptor store: see
 stored_listeners.py.
 
 Source: sd_listen_fds(3), systemd.socket(5).
@@ -32,36 +32,39 @@ class Passed:
     """The sockets that the service manager passed to this process."""
 
     given: list[Bound]
-    left: list[Bound]  # from the previous protector, through the descriptor store
-    stored: list[str]  # all of our names in the descriptor store
+    inherited: list[Bound]  # from the previous protector, through the descriptor store
+    stored: list[str]  # every name of ours in the descriptor store
 
 
 def passed() -> Passed:
     """Take over the listening stream sockets that were passed to this process.
 
-    The variables are removed, because they are for this process alone.  Any other descriptor is
-    closed if it has one of our names, and otherwise stays open.
+    The environment variables are removed, because they are meant only for this process.  A
+    descriptor that is no listening socket is closed if it has one of our names; otherwise it stays
+    open.
     """
     pid, count, names, _ = (os.environ.pop(variable, "") for variable in _VARIABLES)
     if pid != str(os.getpid()):
         return Passed([], [], [])
     numbers = range(inherited.FIRST, inherited.FIRST + inherited.number_in(count))
-    called = chain(names.split(":") if names else (), repeat("unknown"))
+    fd_names = chain(names.split(":") if names else (), repeat("unknown"))
     found = Passed([], [], [])
-    for fd, name in zip(numbers, called, strict=False):
+    for fd, name in zip(numbers, fd_names, strict=False):
         ours = name.startswith(inherited.OURS)
         if ours:
             found.stored.append(name)
-        one = _listening(fd)
-        if one is not None:
-            settings = ListenerSettings(_address(one), name=name, foreign=not ours)
-            (found.left if ours else found.given).append(Bound(one, settings, left=ours))
+        sock = _listening_socket(fd)
+        if sock is not None:
+            settings = ListenerSettings(_address(sock), name=name, foreign=not ours)
+            bound = Bound(sock, settings, inherited=ours)
+            (found.inherited if ours else found.given).append(bound)
         elif ours:
             os.close(fd)
     return found
 
 
-def _listening(fd: int) -> socket.socket | None:
+def _listening_socket(fd: int) -> socket.socket | None:
+    """Return the listening stream socket of a descriptor; None if it is something else."""
     try:
         found = socket.socket(fileno=fd)
     except OSError:
@@ -82,13 +85,13 @@ def take(listens: Sequence[Listen], passed: Sequence[Bound]) -> dict[int, list[B
     """
     taken: dict[int, list[Bound]] = {}
     for index, listen in enumerate(listens):
-        mine = [
+        matching = [
             each
             for each in passed
             if each.settings.name == listen.passed or listen.means(each.settings.address)
         ]
-        if mine:
-            taken[index] = mine
+        if matching:
+            taken[index] = matching
         elif listen.passed is not None:
             names = ", ".join(sorted({each.settings.name for each in passed})) or "none at all"
             raise UsageError(

@@ -1,8 +1,8 @@
 """Waits in the launching process for the verdict of the first start.
 
-It reads JSON lines from the resident process (daemon/start_report.py), which keeps the line open
-until it is serving or has exited.  Ctrl-C and TERM cancel the start.  So does killing the launching
-process: the resident process then reads end of file.
+It reads lines of JSON from the resident process (daemon/start_report.py), which keeps the
+connection open until a generation is serving or the process exits.  Ctrl-C and TERM cancel the
+start.  Killing the launching process also cancels it: the resident process then reads end of file.
 """
 
 from __future__ import annotations
@@ -24,36 +24,37 @@ from ..system.polling import events_of
 from ..system.terminal import tell
 
 _INTERRUPTED = 130
-_CALLS_OFF = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
+_CANCELLING = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
 
 
 def wait(line: socket.socket, log: str = "syslog") -> int:
-    """Wait for the verdict, print what went wrong, and return the exit status.
+    """Wait for the verdict, print why a start failed, and return the exit status.
 
-    log: where the resident process writes its log.  Takes ownership of the line.
+    line: the connection to the resident process, which this function closes.
+    log: where the resident process writes its log.
     Call this with signals blocked; it unblocks them.
     """
-    receive = signals.catch(_CALLS_OFF)
+    wake_up = signals.catch(_CANCELLING)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     poll = select.poll()
     poll.register(line, select.POLLIN)
-    poll.register(receive, select.POLLIN)
-    called_off = False
-    resident = -1  # its pidfd
+    poll.register(wake_up, select.POLLIN)
+    cancelled = False
+    resident = -1  # the pidfd of the resident process
     verdict: dict[str, Any] = {}
     rest = b""
     while True:
         ready = [fd for fd, _ in poll.poll()]
-        if receive in ready and not called_off:
-            called_off = True
-            poll.unregister(receive)
-            with suppress(OSError):  # it has closed its end, after sending the reason
+        if wake_up in ready and not cancelled:
+            cancelled = True
+            poll.unregister(wake_up)
+            with suppress(OSError):  # the resident process has sent a reason, and closed its end
                 line.shutdown(socket.SHUT_WR)  # the resident process reads end of file, and stops
         if line.fileno() not in ready:
             continue
         data = b""
-        with suppress(ConnectionResetError):  # it was killed with unread data
+        with suppress(ConnectionResetError):  # the resident process was killed with unread data
             data = line.recv(65536)
         if not data:
             break
@@ -62,24 +63,24 @@ def wait(line: socket.socket, log: str = "syslog") -> int:
             if "notice" in words:
                 tell(escape(words["notice"]))
             if "pid" in words:
-                with suppress(ProcessLookupError):  # it has ended meanwhile
+                with suppress(ProcessLookupError):  # the process has ended meanwhile
                     resident = os.pidfd_open(words["pid"])
             verdict.update(words)
         if verdict.get("ready"):
-            called_off = _is_too_late(receive) or called_off
-            if not called_off:
+            cancelled = _ignore_signals(wake_up) or cancelled
+            if not cancelled:
                 return 0
-            with suppress(OSError):  # it has ended, or did not send its pid
+            with suppress(OSError):  # the process has ended, or did not send its pid
                 # The resident process serves already, but the operator has cancelled the start.
                 signal.pidfd_send_signal(resident, signal.SIGINT)
             break
-    if resident >= 0:  # not our child, so wait for its end by its pidfd
+    if resident >= 0:  # it is not our child, so a pidfd is needed to wait for its end
         end = select.poll()
         end.register(resident, select.POLLIN)
         end.poll()
     for path, known in verdict.get("made", {}).items():
         _remove(path, known)
-    if called_off:
+    if cancelled:
         tell("interrupted; nothing was started")
         return _INTERRUPTED
     if "failed" in verdict:
@@ -92,21 +93,25 @@ def wait(line: socket.socket, log: str = "syslog") -> int:
 def known_by(path: str) -> list[int]:
     """Return numbers that identify a file as long as it exists.  Raises OSError."""
     found = os.lstat(path)
-    # An inode number may be used again, but with another ctime.  A folder's ctime changes.
+    # A later file may have the same inode number, but not the same ctime.  A folder's ctime changes
+    # with its contents, so it is left out.
     changed = 0 if stat.S_ISDIR(found.st_mode) else found.st_ctime_ns
     return [found.st_dev, found.st_ino, changed]
 
 
 def _remove(path: str, known: list[int]) -> None:
     """Remove a file or folder of a failed start, unless another program has replaced it."""
-    with suppress(OSError), locked(path):  # it is gone, or the folder is not ours
+    with suppress(OSError), locked(path):  # the file is gone, or the folder is not ours
         if known_by(path) == known:
             (os.unlink if known[-1] else os.rmdir)(path)
 
 
-def _is_too_late(wake_up: int) -> bool:
-    """Ignore signals, so that the exit status is true; return whether one came earlier."""
-    for number in _CALLS_OFF:
-        # Not left caught: at its exit Python restores the default action, which kills.
+def _ignore_signals(wake_up: int) -> bool:
+    """Ignore cancelling signals from now on; return True if one has already come.
+
+    Otherwise a late signal would contradict the exit status.
+    """
+    for number in _CANCELLING:
+        # A handler is not enough: at its exit Python restores the default action, which kills.
         signal.signal(number, signal.SIG_IGN)
     return bool(events_of(wake_up, select.POLLIN))

@@ -1,6 +1,6 @@
-"""Binds all listeners on the operator's command line, or none.
+"""Binds all listeners of the command line; if one fails, none stays bound.
 
-Runs in the launching process only, so that errors appear on the operator's terminal before
+This runs only in the launching process, so that errors appear on the operator's terminal before
 anything has changed.
 
 Source: bind(2), tcp(7), ipv6(7).
@@ -26,17 +26,18 @@ from . import port_owner, socket_options
 from .bind_unix import bind_unix, give_away, reapply_options
 from .listen_spec import Listen
 
-#: How often to try one port for two sockets: another program may take it between the two binds.
+#: How often to look for a port that two sockets can have: between the two binds, another program
+#: may take it.
 _SAME_PORT_TRIES = 16
 _IP = (socket.AF_INET, socket.AF_INET6)
-#: A family, and the IP address or (AF_UNIX) the path.
+#: A family, and its address: an IP address, or a path for AF_UNIX.
 _Address = tuple[socket.AddressFamily, str]
-#: Returns why a UNIX path can have one socket only, and what helps; "" if it can have more.
+#: Returns why a UNIX path can have only one socket, with advice; "" if it can have more.
 Alone = Callable[[Listen, str], str]
 _HINTS = {
     errno.EACCES: "a port this low needs root or CAP_NET_BIND_SERVICE: start as root with "
     "--user, or choose another port",
-    errno.EADDRNOTAVAIL: "no interface has it: add ?freebind=1 if one will",
+    errno.EADDRNOTAVAIL: "no interface has this address: add ?freebind=1 if one gets it later",
 }
 
 
@@ -46,11 +47,11 @@ class Bound:
 
     socket: socket.socket
     settings: ListenerSettings
-    left: bool = False  # from the previous protector: the service manager kept it
+    inherited: bool = False  # from the previous protector; the service manager kept the socket
 
     def discard(self) -> None:
-        """Close the socket, and remove the socket files that binding it made."""
-        if not self.left:
+        """Close the socket, and remove the socket files that the bind has made."""
+        if not self.inherited:
             remove_file(self.settings)
             if self.settings.inode:
                 socket_file.forget(self.settings.address.removeprefix("unix:"), self.socket)
@@ -69,25 +70,25 @@ def bind_all(
     *,
     notice: Callable[[str], None],
     passed: Mapping[int, list[Bound]] | None = None,
-    left: Mapping[str, Bound] | None = None,
+    inherited: Mapping[str, Bound] | None = None,
     have: Collection[str] = (),
     released: Collection[str] = (),
     earlier: Mapping[str, Listen] | None = None,
     alone: Alone | None = None,
     dry: bool = False,
 ) -> list[Bound]:
-    """Bind every address, in order, and listen.  Raises Refusal; then no socket stays open.
+    """Bind every address, in order, and listen.  If this raises Refusal, no socket stays open.
 
     The caller owns the returned sockets.
 
     notice: called with lines for the operator.
     passed: sockets from the service manager, by the index of the argument that uses them.
-    left: sockets from the previous protector, by canonical address (stored_listeners.py).
-    have: canonical addresses to leave out, because they are bound already.
-    released: addresses that become free when the running protector ends, for a dry run.
+    inherited: sockets from the previous protector, by canonical address (stored_listeners.py).
+    have: canonical addresses that are bound already, and are skipped.
+    released: for a dry run: addresses that will be free when the running protector ends.
     earlier: arguments before these, by place().
     alone: for workers that accept; see pair().
-    dry: only check that the bind would work; the returned sockets are closed, except passed ones.
+    dry: only check that the bind would work; close the returned sockets, except passed sockets.
     """
     bound: list[Bound] = []
     earlier = dict(earlier or {})
@@ -105,7 +106,7 @@ def bind_all(
                 for address in addresses if not listen.port_is_chosen else ():
                     refuse_twice(canonical(*address, listen.port), listen, earlier)
                 own = None if dry else listen.backlog(backlog)
-                found = _bind(listen, addresses, own, left or {}, released, alone)
+                found = _bind(listen, addresses, own, inherited or {}, released, alone)
             earlier |= {place(each.settings.address): listen for each in found}
             bound += (
                 replace(each, settings=replace(each.settings, **listen.settings)) for each in found
@@ -125,16 +126,16 @@ def pair(
 ) -> dict[int, Bound]:
     """Prepare sockets for workers that accept; return a second socket for each, by index.
 
-    The caller owns the second sockets.  The settings of a second socket replace those of the first:
-    even a socket from the fd store now has a file beside its path.  See reuseport.py, and
-    socket_file.py for UNIX sockets.
+    The caller owns the second sockets.  The settings of a second socket replace those of the first,
+    because the file beside a UNIX path is made here, even for a socket from the descriptor store.
+    See reuseport.py for TCP, and socket_file.py for UNIX sockets.
 
     listens: the arguments of these sockets.
     notice: called with a line for each address that cannot have a second socket.
     alone: returns why a path can have only one socket.
 
-    O_NONBLOCK is set here and never again, because workers share the open file description with
-    this flag.  A passed socket keeps its own flag.
+    O_NONBLOCK is set only here, because workers share this flag through the open file description.
+    A passed socket keeps its flag.
     """
     found = {}
     by_text = {each.text: each for each in listens}
@@ -143,9 +144,9 @@ def pair(
         try:
             if not foreign:
                 each.socket.setblocking(not each.settings.nonblock)
-            elif why := _kept_from(each.socket, bound):
+            elif why := _why_not_shared(each.socket, bound):
                 notice(_alone(each, why))
-                reuseport.steer_if_can(each.socket)  # an earlier protector may have left the group
+                reuseport.steer_if_can(each.socket)  # an earlier protector may have made a group
                 continue
             if each.settings.inode and not foreign:
                 path = each.settings.address.removeprefix("unix:")
@@ -171,9 +172,9 @@ def pair(
 def reserve(bound: Iterable[Bound]) -> dict[int, Bound]:
     """Bind sockets that serve no client, for a hold and probes; return them by index.
 
-    The caller owns the sockets.  If a listener has no such socket, a hold reports why.  They are
-    bound now, because the process may later run as another user.  That user cannot bind a port
-    below 1024, nor share an address with this user's sockets (SO_REUSEPORT in socket(7)).
+    The caller owns the sockets.  If the bind fails for a listener, a later hold reports why.  The
+    sockets are bound now because the process may later run as another user, who cannot bind a port
+    below 1024 or share an address with this user's sockets (SO_REUSEPORT in socket(7)).
     """
     found = {}
     for place, each in enumerate(bound):
@@ -185,18 +186,19 @@ def reserve(bound: Iterable[Bound]) -> dict[int, Bound]:
     return found
 
 
-def _alone(one: Bound, why: str) -> str:
+def _alone(bound: Bound, why: str) -> str:
+    """Return the notice for an address that has only one socket."""
     return (
-        f"{one.settings.address}: no second socket ({why}). Servers that close "
+        f"{bound.settings.address}: no second socket ({why}). Servers that close "
         "accepted-but-unread connections may drop a few at each reload"
     )
 
 
-def _kept_from(given: socket.socket, bound: Sequence[Bound]) -> str:
-    """Return why a passed socket may not share its address; "" if it may.
+def _why_not_shared(given: socket.socket, bound: Sequence[Bound]) -> str:
+    """Return why a passed socket cannot share its address with a second socket; "" if it can.
 
-    The unit must have `ReusePort=yes`, and all sockets of the group must be ours.  If a leftover
-    socket of an earlier protector still listens, positions in the group would be wrong.
+    The unit must have `ReusePort=yes`, and all sockets of the group must be ours.  A socket that an
+    earlier protector has left behind would shift the positions in the group.
     """
     if given.family not in _IP:
         return ""
@@ -209,7 +211,10 @@ def _kept_from(given: socket.socket, bound: Sequence[Bound]) -> str:
 
 
 def could_pair(bound: Sequence[Bound]) -> set[int]:
-    """Return the indexes of sockets that pair() would pair, as far as --check can know."""
+    """Return the indexes of the sockets for which pair() would bind a second one.
+
+    This is an estimate for --check, which binds nothing.
+    """
     return {
         place
         for place, each in enumerate(bound)
@@ -238,7 +243,7 @@ def _addresses(listen: Listen, notice: Callable[[str], None]) -> list[_Address]:
 
 
 def _resolved(listen: Listen, host: str) -> list[_Address]:
-    # Encode here: for text Python loads a codec, which takes memory and which ASCII does not need.
+    # For a str, Python would load the IDNA codec, which takes memory.  ASCII names do not need it.
     name = host.encode() if host.isascii() else host
     try:
         answers = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -252,7 +257,7 @@ def _resolved(listen: Listen, host: str) -> list[_Address]:
 
 
 def _has_ipv6() -> bool:
-    """Return True if an IPv6 socket can be bound: the kernel may lack IPv6, or disable it."""
+    """Return True if an IPv6 socket can be bound.  The kernel may lack IPv6, or disable it."""
     try:
         with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
             probe.bind(("::1", 0))
@@ -262,11 +267,12 @@ def _has_ipv6() -> bool:
 
 
 def addresses_of(listen: Listen, notice: Callable[[str], None]) -> list[str]:
-    """Return the canonical addresses of an argument, as far as they are known before a bind."""
+    """Return the canonical addresses of an argument; a port that the kernel will choose is 0."""
     return [canonical(family, host, listen.port) for family, host in _addresses(listen, notice)]
 
 
 def canonical(family: int, host: str, port: int = 0) -> str:
+    """Return an address in its canonical form, such as `tcp:[::]:80` or `unix:/run/x`."""
     if family == socket.AF_UNIX:
         return f"unix:{host}"
     return f"tcp:[{host}]:{port}" if family == socket.AF_INET6 else f"tcp:{host}:{port}"
@@ -276,11 +282,11 @@ def _bind(
     listen: Listen,
     addresses: Sequence[_Address],
     backlog: int | None,
-    left: Mapping[str, Bound],
+    inherited: Mapping[str, Bound],
     released: Collection[str],
     alone: Alone | None,
 ) -> list[Bound]:
-    """Bind the addresses of one argument to the same port.  backlog None: only try it."""
+    """Bind the addresses of one argument to the same port.  backlog None: only check."""
     for tries_left in reversed(range(_SAME_PORT_TRIES)):
         bound: list[Bound] = []
         port = listen.port
@@ -289,7 +295,7 @@ def _bind(
                 address = canonical(family, host, port)
                 here = place(address) if released else address
                 free = not any(_overlap(here, other) for other in released)
-                each = left.get(address) or _bind_one(
+                each = inherited.get(address) or _bind_one(
                     listen, family, host, port, backlog, free=free, alone=alone
                 )
                 bound.append(each)
@@ -316,45 +322,48 @@ def place(address: str) -> str:
 
 
 def refuse_twice(address: str, listen: Listen, earlier: Mapping[str, Listen]) -> None:
-    """Raise UsageError if an earlier argument has the same address, or its port on all addresses.
+    """Raise UsageError if the address overlaps the address of an earlier argument.
 
-    Without this check, the error would name our own process as the owner, and a dry run would see
-    no error.  earlier: arguments by place(), which is slow: compute it once for each address.
+    Without this check, the bind would report our own process as the owner of the address, and a dry
+    run would not notice.
+
+    earlier: arguments by place(), which is slow: call it only once for each address.
     """
     here = place(address)
-    for other in earlier.keys() & {here} if here.startswith("unix:") else earlier:
-        its = earlier[other]
-        if _overlap(here, other) and not {*listen.options, *its.options} & {"device"}:
-            why = f"both are {here}" if here == other else f"{here} and {other} overlap"
+    for other_place in earlier.keys() & {here} if here.startswith("unix:") else earlier:
+        other = earlier[other_place]
+        if _overlap(here, other_place) and not {*listen.options, *other.options} & {"device"}:
+            same = here == other_place
+            why = f"both are {here}" if same else f"{here} and {other_place} overlap"
             raise UsageError(
-                f"cannot listen on {listen.text} beside {its.text}: {why}; leave one of them out"
+                f"cannot listen on {listen.text} beside {other.text}: {why}; leave one of them out"
             )
 
 
-def _overlap(one: str, other: str) -> bool:
-    """Return whether two addresses, in the form of place(), overlap."""
-    if one == other or "unix:" in (one[:5], other[:5]):
-        return one == other
-    (host, _, port), (its_host, _, its_port) = one.rpartition(":"), other.rpartition(":")
+def _overlap(first: str, second: str) -> bool:
+    """Return True if two addresses, in the form of place(), overlap."""
+    if first == second or "unix:" in (first[:5], second[:5]):
+        return first == second
+    (host, _, port), (host_2, _, port_2) = first.rpartition(":"), second.rpartition(":")
     any_host = "tcp:[::]" if host.startswith("tcp:[") else "tcp:0.0.0.0"
-    same_family = host.startswith("tcp:[") == its_host.startswith("tcp:[")
-    return same_family and port == its_port and any_host in (host, its_host)
+    same_family = host.startswith("tcp:[") == host_2.startswith("tcp:[")
+    return same_family and port == port_2 and any_host in (host, host_2)
 
 
-def reuse(left: Bound, listen: Listen, backlog: int) -> Bound:
-    """Set up an inherited listening socket like a newly bound one.
+def reuse(bound: Bound, listen: Listen, backlog: int) -> Bound:
+    """Set up an inherited listening socket like a newly bound socket.
 
-    Raises OSError, which names an option that cannot be set, and Refusal.
+    Raises Refusal, or an OSError that names the option that cannot be set.
     """
-    used = left.socket
-    used.setblocking(False)
+    sock = bound.socket
+    sock.setblocking(False)
     if listen.path is not None:
-        socket_copy.reapply_options(used, used)
-        return replace(left, settings=reapply_options(used, listen, listen.path, backlog))
-    with _made(listen, socket.AddressFamily(used.family)) as fresh:
-        socket_copy.reapply_options(used, fresh)
-    used.listen(backlog)
-    return left
+        socket_copy.reapply_options(sock, sock)
+        return replace(bound, settings=reapply_options(sock, listen, listen.path, backlog))
+    with _unbound(listen, socket.AddressFamily(sock.family)) as fresh:
+        socket_copy.reapply_options(sock, fresh)
+    sock.listen(backlog)
+    return bound
 
 
 def _bind_one(
@@ -373,17 +382,18 @@ def _bind_one(
     if family == socket.AF_UNIX:
         beside = alone is not None and not alone(listen, host)
         return Bound(*bind_unix(listen, host, backlog, beside=beside))
-    sock = _made(listen, family)
+    sock = _unbound(listen, family)
     with on_error(sock.close):
         if not free:
-            pass  # the options could be set; a bind cannot be tried before the port is free
+            pass  # only the options are checked, because the port is not free yet
         elif port or backlog is None:
             sock.bind((host, port))
         else:
-            # Bind by number.  A socket that was bound to port 0 gets another port if a worker shuts
-            # it down and it listens again (SOCK_BINDPORT_LOCK, tcp_set_state() in net/ipv4/tcp.c).
-            # Both sockets here may have the port, because neither listens.
-            with _made(listen, family) as chooser:
+            # Find a free port first, then bind to its number.  A socket that was bound to port 0
+            # would get another port when it listens again after a worker has shut it down
+            # (SOCK_BINDPORT_LOCK, tcp_set_state() in net/ipv4/tcp.c).
+            # Both sockets can have the port, because neither of them listens.
+            with _unbound(listen, family) as chooser:
                 chooser.bind((host, 0))
                 port = chooser.getsockname()[1]
                 sock.bind((host, port))
@@ -393,7 +403,7 @@ def _bind_one(
     return Bound(sock, ListenerSettings(canonical(family, host, port)))
 
 
-def _made(listen: Listen, family: socket.AddressFamily) -> socket.socket:
+def _unbound(listen: Listen, family: socket.AddressFamily) -> socket.socket:
     """Return an unbound socket with the argument's options.  Raises OSError."""
     sock = socket.socket(family, socket.SOCK_STREAM)
     with on_error(sock.close):

@@ -1,6 +1,6 @@
 """Binds the control socket: at --control, or at the default path (docs/control.md).
 
-A protector works without a control socket, so a failure here is only a notice.
+A protector works without a control socket, so a failure here only causes a notice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _BACKLOG = 64
 
 
 def default_path(name: str) -> str:
-    """Return the path of a service's control socket: in the service's own folder, if it has one."""
+    """Return the path of a service's control socket: in the service's folder if there is one."""
     own = os.path.join(_folder(), control_path.key_of(name))
     if os.path.isdir(own):
         return os.path.join(own, control_path.IN_OWN_FOLDER)
@@ -32,9 +32,10 @@ def _folder() -> str:
 
 
 def bind_control(settings: Settings, notice: Callable[[str], None]) -> Bound | None:
-    """Bind the control socket, for root, the protector's user and the settings' group.
+    """Bind the control socket; root, the protector's user and the settings' groups may use it.
 
-    Returns None if no socket is wanted, or on failure, after passing the reason to `notice`.
+    Returns None if no socket is wanted.  On failure, passes the reason to `notice` and returns
+    None.
     """
     if settings.control is None:
         return None
@@ -48,7 +49,7 @@ def bind_control(settings: Settings, notice: Callable[[str], None]) -> Bound | N
         at = default_path(called) if len(names) > 1 else path
         try:
             if os.path.dirname(at) == _folder():
-                # Other users may list this folder: each socket in it has its own mode.
+                # Other users may list this folder, because each socket in it has its own mode.
                 os.makedirs(_folder(), 0o755, exist_ok=True)
             bound = _bind(settings, at)
         except OSError as error:
@@ -92,5 +93,5 @@ def _bind(settings: Settings, path: str) -> Bound:
 
 
 def _is_taken(error: SystemRefused) -> bool:
-    """Return whether another protector listens there."""
+    """Return True if the bind failed because another process listens at the path."""
     return isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE

@@ -1,4 +1,4 @@
-"""Binds UNIX sockets: a live socket is not stolen, a stale file is replaced.
+"""Binds UNIX sockets.  A stale file is replaced; a socket that is in use is not.
 
 Source: unix(7), bind(2).
 """
@@ -25,19 +25,20 @@ from .listen_spec import Listen, gid_of, uid_of
 from .pid_file import hint
 from .user_access import as_user, refuse_unwritable
 
-#: Of linux/fcntl.h.
+#: From linux/fcntl.h.
 _AT_EMPTY_PATH = 0x1000
-#: Tags of linux/posix_acl.h, in the order of the entries of a list.
+#: Tags from linux/posix_acl.h, in the order that an access control list must have.
 _ACL_USER_OBJ, _ACL_GROUP_OBJ, _ACL_GROUP, _ACL_MASK, _ACL_OTHER = 0x01, 0x04, 0x08, 0x10, 0x20
 
 
 def bind_unix(
     listen: Listen, path: str, backlog: int | None, *, beside: bool = False
 ) -> tuple[socket.socket, ListenerSettings]:
-    """Bind a path or @name and listen; backlog None: only check that this would work.
+    """Bind a path or @name, and listen.  Raises SystemRefused.
 
-    The caller owns the socket, and the file that the settings name.  Raises SystemRefused.
-    beside: bind a file beside the path, so that the path can lead to several sockets in turn
+    The caller owns the socket, and the file that the settings name.
+    backlog: None means to only check that this would work.
+    beside: bind a file beside the path, so that the path can lead to different sockets over time
     (system/socket_file.py).
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -86,7 +87,9 @@ def _bind_path(
                 os.umask(before)
         with on_error(os.unlink, path):
             found = _give(path, listen)
-            sock.listen(backlog)  # still locked: another start would consider the file stale
+            sock.listen(
+                backlog
+            )  # under the lock: before this, another start would see a stale file
     return ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, backlog)
 
 
@@ -112,9 +115,9 @@ def _bind_beside(listen: Listen, path: str, backlog: int) -> tuple[socket.socket
 
 
 def why_alone(listen: Listen, path: str, identity: Identity | None) -> str:
-    """Return why generations cannot have their own sockets at a path, with advice; "": they can.
+    """Return why generations cannot have their own sockets at a path, with advice; "" if they can.
 
-    identity: the user that makes these sockets; None: the current user.
+    identity: the user that makes these sockets; None means the current user.
     """
     if path.startswith("@"):
         return "its name is abstract: use unix:PATH"
@@ -133,9 +136,9 @@ def why_alone(listen: Listen, path: str, identity: Identity | None) -> str:
         missing.append(f"user {user} cannot make files in {folder}: chown {user} {folder}")
     if uid != identity.uid:
         missing.append(f"the socket does not belong to user {user}: add ?user={user}")
-    # Clients of a group without write permission cannot connect, so the group does not matter.
-    counts = bool(mode & stat.S_IWGRP) and not setgid
-    if counts and gid not in (identity.gid, *identity.groups):
+    # The group matters only if it may write, and so connect.  A setgid folder sets it anyway.
+    group_matters = bool(mode & stat.S_IWGRP) and not setgid
+    if group_matters and gid not in (identity.gid, *identity.groups):
         advice = f"add --group {_group_name(gid)}" if "group" in listen.options else "add ?group="
         missing.append(f"user {user} is not in the socket's group {_group_name(gid)}: {advice}")
     return "; ".join(missing)
@@ -156,10 +159,10 @@ def _may_write(identity: Identity, folder: str) -> bool:
 
 
 def admit_group(sock: socket.socket, path: str, gid: int) -> None:
-    """Let one more group use the file of a bound socket, by an access control list.
+    """Let another group use the file of a bound socket, by an access control list.
 
-    Raises OSError if the file system has no such lists, or /proc is missing.  Source: acl(5);
-    linux/posix_acl_xattr.h.
+    Raises OSError if the file system has no such lists, or /proc is missing.
+    Source: acl(5); linux/posix_acl_xattr.h.
     """
     read_write, nothing, no_id = 6, 0, 0xFFFFFFFF
     entries = (
@@ -226,7 +229,7 @@ def is_file_of(sock: socket.socket, found: os.stat_result) -> bool:
 
 
 def _give(path: str, listen: Listen) -> os.stat_result:
-    """Give a socket file to the user and group of the argument; return its stat()."""
+    """Give a socket file to the user and group of the argument; return the file's stat()."""
     user, group = listen.options.get("user"), listen.options.get("group")
     uid = -1 if user is None else uid_of(listen.text, user)
     gid = -1 if group is None else gid_of(listen.text, group)
@@ -234,7 +237,7 @@ def _give(path: str, listen: Listen) -> os.stat_result:
 
 
 def give_away(fd: int, uid: int, gid: int) -> None:
-    """Change the owner of a file by its O_PATH descriptor; os.chown() would need /proc for that.
+    """Change the owner of a file by its O_PATH descriptor.  os.chown() would need /proc.
 
     Source: fchownat(2), AT_EMPTY_PATH.
     """

@@ -1,6 +1,6 @@
-"""The command line: options in, checked and resolved settings out; then launch.
+"""Turns the command line into checked and resolved settings, then launches.
 
-Every error is one line: what failed, where, and how to fix it.
+Every error is one line that says what failed, where, and how to fix it.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from .start import launch
 
 
 def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    """Use the file's values as defaults."""
+    """Use the values in the configuration file as defaults."""
     if value is not None and not ctx.resilient_parsing:
-        from .config_file import ConfigFile  # loads tomllib, so only if there is a file
+        from .config_file import ConfigFile  # late, because it loads tomllib
 
         ctx.obj.file = ConfigFile(os.path.join(ctx.obj.directory, value))
         ctx.default_map = ctx.obj.file.values
@@ -70,7 +70,7 @@ COMMAND = HelpCommand(
 
 
 def _launch(parsed: ParsedOptions) -> int:
-    """Bind and start the resident process; with --check, only report whether that would work."""
+    """Bind, and start the resident process.  With --check, only report whether that would work."""
     settings, check, listens = parsed.settings, parsed.check, parsed.listens
     if not os.path.isfile(__file__):  # Python cannot run guard.py from inside a wheel
         raise SystemRefused("running from a zip or wheel is not supported; pip install it")
@@ -88,7 +88,7 @@ def _launch(parsed: ParsedOptions) -> int:
     notices: list[str] = []
     given = activation.passed()
     passed = activation.take(listens, given.given)
-    left, released = {}, frozenset[str]()
+    kept, released = {}, frozenset[str]()
     if holder:
         released = port_owner.addresses_of(holder)
         notices.append(
@@ -96,14 +96,16 @@ def _launch(parsed: ParsedOptions) -> int:
             "to see what a reload would change, run socketprotectorctl diff"
         )
     if not check:
-        left = stored_listeners.take(listens, passed, given.left, parsed.backlog, notices.append)
+        kept = stored_listeners.take(
+            listens, passed, given.inherited, parsed.backlog, notices.append
+        )
     alone = partial(why_alone, identity=settings.identity)
     bound = bind_all(
         listens,
         parsed.backlog,
         notice=notices.append,
         passed=passed,
-        left=left,
+        inherited=kept,
         released=released,
         alone=alone if settings.mode.workers_accept else None,
         dry=check,
@@ -128,15 +130,16 @@ def _launch(parsed: ParsedOptions) -> int:
             rollout_checks.check_siblings(settings, siblings.keys())
             named |= {f"{inherited.SIBLING}{index}": each for index, each in siblings.items()}
             named |= {f"{inherited.RESERVED}{index}": each for index, each in reserved.items()}
-        here = check or not (settings.foreground and settings.log_file is None)
+        # With -f and no log file, the log goes to stderr, and will contain the notices.
+        log_elsewhere = check or not (settings.foreground and settings.log_file is None)
         terminal = os.isatty(STDERR)
-        said = notices if here else []  # otherwise its log prints them on the same terminal
-        if here or terminal:
-            said = [*said, *server_hints.of(settings, listens, typed=True)]
-        for notice in said:
+        printed = notices if log_elsewhere else []
+        if log_elsewhere or terminal:
+            printed = [*printed, *server_hints.of(settings, listens, typed=True)]
+        for notice in printed:
             tell(escape(notice))
         hints = [*server_hints.of(settings, listens, typed=False)]
-        notices += hints if here or not terminal else []
+        notices += hints if log_elsewhere or not terminal else []
         warnings += hints
         if check:
             valid = f"{parsed.config} is valid; " if parsed.config else ""
@@ -153,7 +156,7 @@ def _launch(parsed: ParsedOptions) -> int:
 
 
 def _files_of(parsed: ParsedOptions) -> dict[str, str | None]:
-    """Return the files that the pid file must not replace, by the option that names each."""
+    """Return the files that the pid file must not replace, by the option that names the file."""
     return {
         "--config": parsed.config,
         "--env-file": parsed.settings.env_file,
@@ -163,10 +166,10 @@ def _files_of(parsed: ParsedOptions) -> dict[str, str | None]:
 
 
 def parse(arguments: Sequence[str], running: Settings | None = None) -> ParsedOptions | None:
-    """Read a command line and the file that it names; return the parsed options.
+    """Read a command line and its configuration file; return the parsed options.  Raises Refusal.
 
-    running: the settings of the protector that reads this command line again.  Returns None if the
-    command line only requested help, which is then printed.  Raises Refusal.
+    Returns None if the command line only requested help, which click has printed.
+    running: at a reload, the settings of the running protector.
     """
     words, command = options.split(arguments)
     resolver = OptionResolver(arguments, command, running)
@@ -177,7 +180,7 @@ def parse(arguments: Sequence[str], running: Settings | None = None) -> ParsedOp
     except click.ClickException as error:
         message = in_one_line(error.format_message())
         raise UsageError(f"{message}; see --help") from error
-    return found if isinstance(found, ParsedOptions) else None  # otherwise it is an exit status
+    return found if isinstance(found, ParsedOptions) else None  # None: click has printed help
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -190,7 +193,7 @@ def main(arguments: Sequence[str]) -> int:
             parsed = parse(arguments)
             return _launch(parsed) if parsed is not None else 0
         except Refusal as error:
-            # Escape it to one line; a Mistaken has an escaped line for each mistake.
+            # Escape an error to one line.  A Mistaken already has an escaped line for each mistake.
             tell(str(error) if isinstance(error, Mistaken) else escape(str(error)))
             return error.status
     except (click.Abort, KeyboardInterrupt):  # also while a refusal is printed

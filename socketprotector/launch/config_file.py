@@ -1,10 +1,9 @@
-"""Reads the configuration file: TOML in, values of options out, each mistake with its line.
+"""Reads the values of options from a TOML file, and reports each mistake with its line.
 
 A key is an option's name without its leading dashes (`start-timeout = "10s"`), or `listen`, or
-`command`.  The option's own converter reads each value, so the file and the command line give the
-same errors.
+`command`.  Values are converted as on the command line, so the errors are the same.
 
-Mistakes are collected, and raised once the whole file has been read.
+Mistakes are collected, and raised together after the whole file has been read.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from .options import OPTIONS, Option
 
 _OPTIONS = {each.key: each for each in OPTIONS}
 
-#: The beginning of a refusal that names its option: `--chdir /x: `, `--limit nofile=x: `.
+#: The beginning of an error that names an option: `--chdir /x: `, `--limit nofile=x: `.
 _OPTION = re.compile(r"--([a-z-]+)(?: (?=[^ ]*: |[^ ]+=)|: )")
 _NUL = "must not contain a NUL"
 LISTEN, COMMAND = "listen", "command"
@@ -45,12 +44,12 @@ class ConfigFile:
         Raises Mistaken if it is not TOML, UsageError if it cannot be read.
         """
         self.path = path
-        #: Relative paths in the file start at this folder, whose symbolic links are followed again
+        #: Relative paths in the file start at this folder.  Symbolic links in it are followed again
         #: at each reload.
         self.folder = os.path.dirname(path)
         self.listens: tuple[str, ...] = ()
         self.command: tuple[str, ...] = ()
-        #: Values of options by the parameter's name, as words of a command line.
+        #: Values of options by the parameter's name, as they would stand on a command line.
         self.values: dict[str, Any] = {}
         #: Converted values of repeatable options: name -> value.
         self.tables: dict[str, dict[str, str]] = {}
@@ -98,7 +97,7 @@ class ConfigFile:
         try:
             yield
         except UsageError as error:
-            # The message may name another option than `where`.
+            # The error may be about another option than `where`.
             option = _OPTION.match(str(error))
             key = option[1] if option and (option[1],) in self._places else str(where[0])
             where = where if key == where[0] else (key,)
@@ -193,7 +192,7 @@ class ConfigFile:
 
 
 def _wrong_kind(option: Option, value: Any) -> str:
-    """Return which kind of value an option takes; "" if this value fits."""
+    """Return the kind of value that an option takes; "" if this value is of that kind."""
     if option.kind is FLAG:
         return "" if isinstance(value, bool) else "true or false"
     number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -209,7 +208,7 @@ def _wrong_kind(option: Option, value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """Return a value, or its kind if the value does not fit into a line."""
+    """Return a value as text for an error; for a table or list, only its kind."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict | list):

@@ -1,4 +1,4 @@
-"""--help, which fits one screen, and --help-all: both from the table of options."""
+"""The texts of `SocketProtector --help`, which fits one screen, and of `--help-all`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _DEMO = "SocketProtector demo shows a reload and crashes under load, in 20 secon
 
 
 class HelpCommand(click.Command):
-    """A command with these two pages; `python -OO` would remove their texts from docstrings."""
+    """A command with these two pages.  Their texts are no docstrings: `python -OO` drops those."""
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write --help."""
@@ -65,6 +65,6 @@ def _write_paragraphs(formatter: click.HelpFormatter, *texts: str) -> None:
 
 
 def _write_lines(formatter: click.HelpFormatter, texts: Iterable[str]) -> None:
-    """Write texts to be copied, which are not wrapped."""
+    """Write texts without wrapping them, so that they can be copied."""
     for line in (line for each in texts for line in each.splitlines()):
         formatter.write(f"{'':{formatter.current_indent}}{line}\n")

@@ -29,7 +29,7 @@ def check() -> None:
         ("waitid(P_PIDFD)", lambda: _pidfd(_wait)),
     ):
         if "pidfd_open" in (*missing, *forbidden):
-            break  # without a pidfd the other two cannot be tried
+            break  # the calls that follow need a pidfd
         try:
             look()
         except AttributeError:  # this Python was built for an older system
@@ -39,7 +39,7 @@ def check() -> None:
                 missing.append(call)
             elif error.errno in (errno.EPERM, errno.EACCES):
                 forbidden.append(call)
-            # Otherwise it exists but lacks a resource, which the start will report.
+            # For any other error the call exists; if a resource is short, the start will report it.
     release = os.uname().release
     said = []
     if missing:
@@ -71,8 +71,8 @@ def _sealed_memory() -> None:
 
 
 def _spawn() -> None:
-    """Try clone3: glibc falls back to clone if clone3 is unknown, but not if it is forbidden."""
-    with suppress(FileNotFoundError):  # a process was made, and found no program
+    """Try clone3.  glibc uses clone instead if clone3 is unknown, but not if it is forbidden."""
+    with suppress(FileNotFoundError):  # the call works: a process was made, and found no program
         os.posix_spawn("", ("none",), {})
 
 
@@ -85,5 +85,5 @@ def _pidfd(use: Callable[[int], object]) -> None:
 
 
 def _wait(fd: int) -> None:
-    with suppress(ChildProcessError):  # no process is a child of its own: the call is understood
+    with suppress(ChildProcessError):  # the call works: it found that we are not our own child
         os.waitid(os.P_PIDFD, fd, os.WEXITED | os.WNOHANG | os.WNOWAIT)

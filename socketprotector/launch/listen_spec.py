@@ -1,4 +1,4 @@
-"""Reads and checks listen addresses as the operator writes them; bind.py binds them.
+"""Parses and checks the operator's listen addresses; bind.py binds them.
 
 Source: ip(7), unix(7).
 """
@@ -22,9 +22,9 @@ from .users import MOST_ID
 
 _UNIX_OPTIONS = ("backlog", "group", "mode", "nonblock", "user")
 _PATH_MAX_BYTES = 107
-#: Longer than a name of 255, a host of 253 and all options together.
+#: More than a name of 255 characters, a host of 253 and all options can have together.
 _MOST_CHARS = 2000
-#: NAME= before an address; 255 bytes are what sd_listen_fds(3) allows.
+#: NAME= before an address.  sd_listen_fds(3) allows names of up to 255 bytes.
 _NAMED = re.compile(r"([A-Za-z_][A-Za-z0-9_.-]{0,254})=(.*)", re.DOTALL)
 
 
@@ -38,18 +38,18 @@ class Listen:
     path: str | None = None  # UNIX; @name for an abstract one
     passed: str | None = None  # the name of a socket that the service manager passes to us
     options: dict[str, str] = field(default_factory=dict)
-    called: str = ""  # NAME=
+    called: str = ""  # the NAME of NAME=ADDRESS
 
     @property
     def name(self) -> str:
-        """The name by which a worker may refer to it."""
+        """The name by which a worker may refer to the listener."""
         if self.called or self.passed is not None:
             return self.called or self.passed or ""
         return os.path.basename(self.path) if self.path is not None else str(self.port)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The fields of ListenerSettings that each of its sockets gets."""
+        """The fields of ListenerSettings for each socket of the argument."""
         return {
             "text": self.text,
             "name": self.name,
@@ -59,15 +59,16 @@ class Listen:
 
     @property
     def port_is_chosen(self) -> bool:
-        """Whether it is a TCP address with port 0: the kernel chooses the port."""
+        """Whether the kernel chooses the port: a TCP address with port 0."""
         return self.path is None and self.passed is None and not self.port
 
     def backlog(self, default: int) -> int:
+        """Return the backlog of the argument's option, or the default."""
         own = self.options.get("backlog")
         return default if own is None else socket_options.number(own)
 
     def means(self, address: str) -> bool:
-        """Return whether a socket bound to this canonical address satisfies the argument."""
+        """Return True if a socket bound to this canonical address satisfies the argument."""
         if self.path is not None:
             return address == f"unix:{self.path}"
         if self.passed is not None or self.port_is_chosen:
@@ -77,9 +78,9 @@ class Listen:
 
 
 def parse(text: str, directory: str) -> Listen:
-    """Read one LISTEN argument.  directory: where relative UNIX paths start.
+    """Parse a LISTEN argument.  Raises UsageError with the argument and the allowed forms.
 
-    Raises UsageError with the argument and the allowed forms.
+    directory: where relative UNIX paths start.
     """
     if len(text) > _MOST_CHARS:
         raise UsageError(f"{shortened(text)}: too long for an address")
@@ -140,6 +141,7 @@ def _options(text: str, query: str, allowed: Sequence[str]) -> dict[str, str]:
 
 
 def mode_of(text: str, mode: str) -> int:
+    """Return an octal mode.  Raises UsageError, which begins with `text`."""
     try:
         return octal(mode)
     except ValueError:
@@ -147,6 +149,7 @@ def mode_of(text: str, mode: str) -> int:
 
 
 def uid_of(text: str, user: str) -> int:
+    """Return the uid of a user, given by name or number.  Raises UsageError as mode_of() does."""
     try:
         number = whole(user, MOST_ID)
         return pwd.getpwnam(user).pw_uid if number is None else number
@@ -155,6 +158,7 @@ def uid_of(text: str, user: str) -> int:
 
 
 def gid_of(text: str, group: str) -> int:
+    """Return the gid of a group, given by name or number.  Raises UsageError as mode_of() does."""
     try:
         number = whole(group, MOST_ID)
         return grp.getgrnam(group).gr_gid if number is None else number

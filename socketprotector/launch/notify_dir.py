@@ -1,13 +1,13 @@
-"""The directory of the workers' notify sockets, which keeps other users out.
+"""Makes the folder of the workers' notify sockets, which keeps other users out.
 
-Any local user could find an abstract name in /proc/net/unix, send messages to it, and fill its
-queue.  In a user namespace that shares the host's network, the user of a sender cannot be verified
-either.  A name in this folder can be neither listed (mode 0711) nor guessed, and is not in
-/proc/net/unix (system/sd_notify.py).  So a process that can connect is a worker, or got the name
-from a worker.
+Abstract names would not: any local user can find them in /proc/net/unix, send messages to the
+sockets and fill their queues.  In a user namespace that shares the host's network, even the user of
+a sender cannot be verified.
+A name in this folder cannot be listed (mode 0711) or guessed, and is not in /proc/net/unix
+(system/sd_notify.py).  So a process that can connect is a worker, or got the name from a worker.
 
-The folder is locked as long as a process holds its descriptor: the protector, the guard, or
-systemd for the next protector.  A killed protector leaves an unlocked folder, which the next start
+The folder is locked while a process holds its descriptor: the protector, the guard, or systemd
+(for the next protector).  A killed protector leaves an unlocked folder, which the next start
 removes.
 
 Source: unix(7), flock(2); tmpfiles.d(5), which skips locked folders.
@@ -29,19 +29,19 @@ from ..system.sd_notify import remove_folder
 from .user_access import downwards, refuse_unwritable
 
 PREFIX = ".notify-"
-#: The place for the folder if no other is suitable.
-_ANYBODYS = "/tmp"
+#: The place for the folder if no other place is suitable.
+_LAST_RESORT = "/tmp"
 _KEY_BYTES = 4
-#: Of a UNIX socket's path, without the NUL: unix(7).
+#: The longest path of a UNIX socket, without the final NUL (unix(7)).
 _LONGEST = 107
-#: In the folder: `/`, the secret, `-` and a worker's number.
+#: The length of `/`, the secret, `-` and a worker's number, which follow the folder's path.
 _NAME_BYTES = 1 + 24 + 1 + 10
 _TRIES = 20
 
 
 @frozen
 class NotifyFolder:
-    """A folder that was made, and the descriptor that keeps it locked."""
+    """A new folder, and the descriptor that keeps it locked."""
 
     path: str
     fd: int
@@ -55,10 +55,11 @@ class NotifyFolder:
 def make(
     settings: Settings, notice: Callable[[str], None], *, dry: bool = False
 ) -> NotifyFolder | None:
-    """Make a locked folder for the protector's user; the caller owns it.  dry: only check.
+    """Make a locked folder for the protector's user; the caller owns it.
 
-    Also removes the folders of that user's killed protectors.  Returns None if no folder can be
-    made; then `notice` gets the reason.
+    This also removes the folders that killed protectors of that user have left.
+    If no folder can be made, returns None and passes the reason to `notice`.
+    dry: only check that a folder could be made.
     """
     refused = []
     for place in _places(settings):
@@ -71,7 +72,7 @@ def make(
                 os.makedirs(place, 0o755, exist_ok=True)
             _check(place, settings)
             _sweep(place, settings)
-            return _made(place, settings)
+            return _make_locked(place, settings)
         except OSError as error:
             refused.append(f"{place}: {error.strerror}")
     notice(
@@ -82,7 +83,10 @@ def make(
 
 
 def _check_writable(place: str, settings: Settings) -> None:
-    """Raise OSError if no folder could be made; the usual places may be made first."""
+    """Raise OSError if no folder could be made in a place.
+
+    A usual place may be missing: it would be made first, so its parent is checked instead.
+    """
     while place in _usual() and not os.path.lexists(place):
         place = os.path.dirname(place)
     _check(place, settings)
@@ -94,25 +98,25 @@ def _usual() -> list[str]:
 
 
 def _places(settings: Settings) -> list[str]:
-    """Return the places for the folder, the best one first.
+    """Return the places for the folder, the best place first.
 
-    The first choice is beside the control socket, but only where the protector's user can remove
-    the folder at the end.
+    A place from which the protector's user can later remove the folder is better than others.
+    Among such places, the folder of the control socket is the best.
     """
     control = settings.control
     beside = [os.path.dirname(control.address.removeprefix("unix:"))] if control else []
-    places = list(dict.fromkeys([*beside, *_usual(), _ANYBODYS]))
+    places = list(dict.fromkeys([*beside, *_usual(), _LAST_RESORT]))
     return sorted(places, key=lambda place: not _can_remove_from(place, settings))
 
 
 def _can_remove_from(place: str, settings: Settings) -> bool:
-    """Return whether the protector's user can remove its own folder from this place."""
+    """Return True if the protector's user can remove its own folder from this place."""
     if settings.identity is None or settings.identity.uid == 0:
         return True
     try:
         found = os.stat(place)
     except OSError:
-        return False  # root makes this place, so it will belong to root
+        return False  # root will make this place, and own it
     return found.st_uid == settings.identity.uid or bool(found.st_mode & stat.S_ISVTX)
 
 
@@ -121,6 +125,7 @@ def _owners(settings: Settings) -> set[int]:
 
 
 def _refuse(number: int, why: str = "") -> None:
+    """Raise OSError with this errno; why: a reason in place of the usual text."""
     raise OSError(number, why or os.strerror(number))
 
 
@@ -150,7 +155,7 @@ def _sweep(place: str, settings: Settings) -> None:
     """Remove unlocked folders, whose protectors are gone."""
     for name in os.listdir(place):
         if name.startswith(PREFIX):
-            with suppress(OSError):  # it is locked, or another user's
+            with suppress(OSError):  # the folder is locked, or belongs to another user
                 _remove_stale(os.path.join(place, name), _owners(settings))
 
 
@@ -166,7 +171,7 @@ def _remove_stale(path: str, owners: set[int]) -> None:
         os.close(fd)
 
 
-def _made(place: str, settings: Settings) -> NotifyFolder:
+def _make_locked(place: str, settings: Settings) -> NotifyFolder:
     for _ in range(_TRIES):
         path = os.path.join(place, PREFIX + os.urandom(_KEY_BYTES).hex())
         fd = -1
@@ -181,7 +186,7 @@ def _made(place: str, settings: Settings) -> NotifyFolder:
                     os.fchown(fd, settings.identity.uid, settings.identity.gid)
                 return NotifyFolder(path, fd)
         except (FileExistsError, FileNotFoundError, BlockingIOError):
-            pass  # another start has removed it, or the name is taken
+            pass  # another start has removed the folder, or the name is taken
         except OSError:
             if fd >= 0:
                 os.close(fd)

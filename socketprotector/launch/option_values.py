@@ -1,4 +1,4 @@
-"""The types of option values: how to parse and show each.
+"""The types of option values: how to parse and to show a value of each type.
 
 Every error names the allowed values in one line.
 """
@@ -25,13 +25,13 @@ from ..system.spawn import RLIMITS
 _SIZES = {"K": 1024, "M": 1024**2, "G": 1024**3}
 #: Every process needs more memory than this.
 _LEAST_SIZE = 1024**2
-#: More is a mistake.
+#: The limit of numbers: a larger number is surely a mistake.
 _MOST = 10**15
 
 
 @frozen
 class Ready:
-    """A value of --ready: how a worker shows that it is ready; see Settings."""
+    """A value of --ready, which says how a worker shows that it is ready; see Settings."""
 
     kind: str
     after_s: float | None = None
@@ -64,13 +64,13 @@ def _health(text: str) -> str:
 
 
 def _settle_check(text: str) -> str:
-    """Return the text; a bare command becomes `check:COMMAND`."""
+    """Return the text of --settle-check, with a bare command written as `check:COMMAND`."""
     check = probe_spec.read_settle_check(text)
     return f"{probe_spec.CHECK}:{check.path}" if check.kind == probe_spec.CHECK else text
 
 
 def _signal(text: str) -> int:
-    """`TERM`, `SIGTERM` or `term` -> 15."""
+    """Return 15 for `TERM`, `SIGTERM` or `term`."""
     try:
         number = signal.Signals[f"SIG{text.upper().removeprefix('SIG')}"]
     except KeyError:
@@ -91,21 +91,21 @@ def _names(text: str) -> tuple[str, ...]:
     found = tuple(filter(None, (each.strip() for each in text.split(","))))
     for each in found:
         if "=" in each:
-            raise ValueError(f"{each!r}: a name alone; for a value take --env")
+            raise ValueError(f"{each!r}: write only a name; --env sets a value")
     return found
 
 
 def _share(text: str) -> tuple[int, int]:
-    """`1000` or `1000+-100` -> (1000, 100)."""
+    """Return (1000, 100) for `1000+-100`, and (1000, 0) for `1000`."""
     number, _, spread = text.partition("+-")
-    share, by = whole(number, _MOST), whole(spread or "0", _MOST)
-    if share is not None and by is not None and (by < share or share == by == 0):
-        return share, by
+    share, jitter = whole(number, _MOST), whole(spread or "0", _MOST)
+    if share is not None and jitter is not None and (jitter < share or share == jitter == 0):
+        return share, jitter
     raise ValueError(f"{text!r}: write 1000 or 1000+-100")
 
 
 def _surge(text: str) -> tuple[int, bool]:
-    """`2` -> (2, False), `25%` -> (25, True)."""
+    """Return (2, False) for `2`, and (25, True) for `25%`."""
     number = whole(text.removesuffix("%"), 100 if text.endswith("%") else 1_000_000)
     if not number:
         raise ValueError(f"{text!r}: write a number of workers from 1, or 1% to 100%")
@@ -113,7 +113,7 @@ def _surge(text: str) -> tuple[int, bool]:
 
 
 def _size(text: str) -> int:
-    """`500M`, `2G`, `65536K` or bytes."""
+    """Return the bytes of `500M`, `2G`, `65536K` or a plain number."""
     word = text.strip().upper().removesuffix("IB").removesuffix("B")
     unit = _SIZES.get(word[-1:], 1)
     digits = word[:-1] if word[-1:] in _SIZES else word
@@ -126,7 +126,7 @@ def _size(text: str) -> int:
 
 
 def octal(text: str) -> int:
-    """Return a mode or umask, in the shell's notation."""
+    """Return a mode or umask that is written in octal, as in a shell."""
     with suppress(ValueError):
         if 0 <= (number := int(text, 8)) <= 0o777:
             return number
@@ -137,9 +137,9 @@ FLAG = click.BOOL
 TEXT = click.STRING
 TIME = Duration()
 TIME_ABOVE_0 = Duration(zero=False)
-#: The shortest interval of probes: each probe is a connection or a process.
+#: An interval of probes.  It is not shorter, because each probe costs a connection or a process.
 TIME_EACH = Duration(least_s=0.1)
-#: A shorter limit would measure how busy the machine is.
+#: A limit for an answer.  A shorter limit would only measure how busy the machine is.
 TIME_TO_ANSWER = Duration(least_s=0.01)
 HEALTH = Value("http:PATH|accept|check:CMD", _health)
 READY = Value("notify|ack|fd:N|accept|http:PATH|check:CMD|after:TIME", _ready)
@@ -155,9 +155,9 @@ OCTAL = Value("OCTAL", octal, "{:04o}".format)
 
 
 def limit(name: str, text: str) -> int:
-    """Return a valid resource limit or nice value from its text.
+    """Return the value of a resource limit or of `nice`.
 
-    Raises UsageError if the name is unknown, or the value is no number or not allowed.
+    Raises UsageError if the name is unknown, or the text is not an allowed number.
     """
     said = f"--limit {name}={shortened(text)}"
     if name not in (*RLIMITS, "nice"):
@@ -184,8 +184,8 @@ def limit(name: str, text: str) -> int:
 def nofile_of_workers(environment: Mapping[str, str]) -> int:
     """Return the soft limit of descriptors that workers get without --limit nofile.
 
-    That is our own limit.  A unit whose protector needs a higher limit names the workers' limit in
-    SOCKETPROTECTOR_NOFILE.
+    By default workers get our own limit.  If the protector needs more than its workers, the unit
+    sets SOCKETPROTECTOR_NOFILE to the workers' limit.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = environment.get("SOCKETPROTECTOR_NOFILE", "")

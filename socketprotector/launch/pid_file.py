@@ -1,13 +1,14 @@
-"""Writes and locks the pid file: lockfile's PID lock file, but never partly written.
+"""Writes and locks the pid file, which never exists partly written.
 
-The protector holds a flock on the pid file until its end, through every exec.  So a pid file is
-stale if its lock is free.  The pid in it does not matter: another program may have it by now.
-Only a file that looks like a pid file is replaced.
+The protector holds a flock on the pid file until it ends, through every exec.  So a pid file is
+stale if its lock is free.  The pid in the file does not prove anything, because another program may
+have it by now.  Only a file that looks like a pid file is replaced.
 
-The file exists before a generation is serving, and is removed if the start fails.  So the file
-does not show readiness.
+The file is made before a generation is serving, and is removed if the start fails.  So its
+existence does not show that the protector is ready.
 
-Source: rename(2), flock(2); lockfile.pidlockfile, whose own acquire() makes an empty file first.
+Source: rename(2), flock(2).  The acquire() of lockfile.pidlockfile is replaced, because it makes an
+empty file first.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ..system import pid_file_removal
 from ..system.cleanup import on_error
 from ..system.dir_lock import locked
 
-#: The longest content of a file that is replaced.
+#: A file with more content is not replaced, because it cannot be a pid file.
 _MAX_BYTES = 32
 _HINTS = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space there, or choose another disk"),
@@ -40,10 +41,10 @@ def hint(error: OSError, place: str) -> str:
 
 
 def _has_open(pid: int, path: str) -> bool:
-    """Return whether a process has a file of this name open, as each protector has its pid file.
+    """Return True if a process has a file of this name open, or if /proc hides its descriptors.
 
-    True if /proc does not show it.  Needed because any user who can read the file of a killed
-    protector can lock it.
+    A protector keeps its pid file open.  The lock alone proves nothing: any user who can read the
+    pid file of a killed protector can lock it.
     """
     try:
         os.kill(pid, 0)
@@ -54,8 +55,8 @@ def _has_open(pid: int, path: str) -> bool:
     except OSError:
         return True
     for name in names:
-        with suppress(OSError):  # closed meanwhile
-            # Not stat(), which may hang on the file behind the link.
+        with suppress(OSError):  # the descriptor was closed meanwhile
+            # stat() instead would follow the link, and may hang on its target.
             if os.path.basename(os.readlink(f"{descriptors}/{name}")) == os.path.basename(path):
                 return True
     return False
@@ -65,17 +66,17 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
     """A PID lock file for DaemonContext(pidfile=...)."""
 
     def __init__(self, path: str) -> None:
-        """`path` is absolute; nothing is opened yet."""
+        """path: absolute.  The file is not opened yet."""
         super().__init__(path)
         #: Holds the lock once acquired; the resident process inherits it.
         self.fd = -1
 
     def acquire(self, timeout: float | None = None) -> None:
-        """Write our pid.
+        """Lock the file and write our pid to it.
 
-        timeout: for lockfile, ignored here: a living daemon keeps its lock however long we wait.
-        Raises AlreadyRunning if a living protector holds the file, UsageError if it is no pid
-        file, SystemRefused if it cannot be made.
+        Raises AlreadyRunning if a living protector holds the file, UsageError if the file is no pid
+        file, and SystemRefused if the file cannot be made.
+        timeout: ignored, because a living daemon keeps its lock.  lockfile requires the parameter.
         """
         stale = None
         try:
@@ -94,11 +95,11 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
     def _put(self, stale: int | None) -> int:
         """Make a locked file with our pid, and rename it to the path; return its descriptor.
 
-        stale: the file that has this path now.
+        stale: the descriptor of the file to be replaced.
         """
         temporary = f"{self.path}.{os.getpid()}"
         if os.path.lexists(temporary):
-            os.unlink(temporary)  # from a killed process that had our pid
+            os.unlink(temporary)  # left by a killed process that had our pid
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         with on_error(os.close, fd), on_error(os.unlink, temporary):
             os.fchmod(fd, 0o644)
@@ -120,18 +121,18 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                     "choose a path that no other program uses"
                 )
 
-    def refuse_if_held(self, do: str) -> None:
-        """Raise AlreadyRunning, with what to do, if a living protector holds the file.
+    def refuse_if_held(self, advice: str) -> None:
+        """Raise AlreadyRunning, with this advice, if a living protector holds the file.
 
-        Raises UsageError for a file that is no pid file, and OSError.
+        Raises UsageError if the file is no pid file, and OSError.
         """
         with locked(self.path):
-            fd = self._open_stale(do)
+            fd = self._open_stale(advice)
         if fd is not None:
             os.close(fd)
 
-    def _open_stale(self, do: str) -> int | None:
-        """Open the existing file, if it may be replaced; return None if there is no file."""
+    def _open_stale(self, advice: str) -> int | None:
+        """Open the existing file, and check that it may be replaced; None if there is no file."""
         try:
             # Check before opening: opening a device may have effects, and opening a FIFO waits.
             self._refuse_kind(os.lstat(self.path))
@@ -151,7 +152,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                         f"it names; if `fuser {self.path}` shows no protector, remove the file"
                     ) from None
                 raise AlreadyRunning(
-                    f"the pid file {self.path} is held by process {holder}; {do}", holder
+                    f"the pid file {self.path} is held by process {holder}; {advice}", holder
                 ) from None
             self._refuse_content(fd)
         return fd
@@ -172,7 +173,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
             )
 
     def release(self) -> None:
-        """Remove the file.  Raises NotMyLock when we do not hold it."""
+        """Remove the file and unlock it.  Raises NotMyLock if we do not hold it."""
         if self.fd < 0:
             raise NotMyLock(f"{self.path} is not locked by us")
         pid_file_removal.remove(self.path, self.fd)

@@ -13,12 +13,12 @@ from contextlib import suppress
 from ..system.socket_file import path_of
 
 _CREDENTIALS = struct.Struct("3i")
-#: At a reload the pid of the protector, which should not be stopped; 0 at a start.
+#: At a reload, the pid of the running protector, which must not be stopped.  At a start, 0.
 protector = 0
 
 
 def of_port(host: str, port: int) -> str:
-    """Return which process listens on a TCP port, as advice for an error."""
+    """Return, for an error, which process listens on a TCP port, and what to do."""
     try:
         return _of_port(host, port)
     except MemoryError:  # `ulimit -v`
@@ -29,7 +29,7 @@ def _of_port(host: str, port: int) -> str:
     import psutil  # takes a tenth of a start; only a failed start needs it
 
     pid = None
-    with suppress(psutil.Error, OSError):  # no /proc, or it is closed to us
+    with suppress(psutil.Error, OSError):  # there is no /proc, or we may not read it
         pids = [
             each.pid
             for each in psutil.net_connections("tcp")
@@ -38,7 +38,7 @@ def _of_port(host: str, port: int) -> str:
             and (each.laddr.ip == host or {each.laddr.ip, host} & {"0.0.0.0", "::"})
         ]
         pid = next(filter(None, pids), None)
-    if pid == os.getpid():  # at a reload that adds it twice
+    if pid == os.getpid():  # at a reload: the configuration has the address twice
         return "another listener of this protector has it: leave one of them out"
     return _advice(pid)
 
@@ -69,7 +69,7 @@ def _advice(pid: int | None) -> str:
 
 
 def _is_of_protector(pid: int) -> bool:
-    """Whether a process is the protector, or was started by it."""
+    """Return True if a process is the protector, or a descendant of the protector."""
     import psutil
 
     with suppress(psutil.Error):
@@ -84,11 +84,11 @@ def _called(pid: int | None) -> str:
     try:
         return f"process {pid} ({psutil.Process(pid).name()})" if pid else "another program"
     except psutil.Error:
-        return "another program"  # it has ended, and left its socket to a child
+        return "another program"  # the process has ended, but a child of it still has the socket
 
 
 def of_path(path: str) -> str:
-    """Return which process listens on a UNIX socket (@name: abstract), as advice for an error."""
+    """Return, for an error, which process listens on a UNIX socket or @name, and what to do."""
     return _advice(_peer("\0" + path[1:] if path.startswith("@") else path))
 
 

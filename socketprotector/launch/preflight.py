@@ -1,7 +1,7 @@
 """Checks that a start can succeed, before anything is changed.
 
-So the operator reads one clear line, instead of seeing a start fail half-way.
-Each function raises Refusal, or passes a notice.
+So the operator reads one clear line, and no start fails half-way.
+Each check raises a Refusal, or yields notices.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from . import unix_access, user_access
 from .listen_spec import Listen
 from .pid_file import PidFile, hint
 
-#: Where syslog(3) writes; a container has none.
+#: Where syslog(3) writes.  A container usually has no such socket.
 _SYSLOG = "/dev/log"
 _HOW = {
     errno.EACCES: "chmod +x it, or name its interpreter",
@@ -36,7 +36,7 @@ _SOMAXCONN = "/proc/sys/net/core/somaxconn"
 
 
 def working_directory() -> str:
-    """Return the caller's directory by the caller's own name for it, symbolic links included."""
+    """Return the current directory as the shell names it, with symbolic links."""
     logical = os.environ.get("PWD", "")
     try:
         if os.path.isabs(logical) and os.path.samefile(logical, "."):
@@ -49,7 +49,7 @@ def working_directory() -> str:
 
 
 def check_workers(settings: Settings) -> None:
-    """Refuse more workers than there are descriptors for."""
+    """Refuse a number of workers that needs more descriptors than the limit allows."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if refused := fd_budget.refused(settings, settings.processes, hard):
         raise UsageError(f"--workers: {refused}")
@@ -68,7 +68,7 @@ def check_env_file(path: str | None) -> None:
 
 
 def environment_of(settings: Settings) -> dict[str, str]:
-    """Return the workers' environment, with placeholders of descriptors as they are written."""
+    """Return the workers' environment; placeholders of descriptors are not filled in."""
     environment = inherited_environment(settings)
     if settings.env_file is not None:
         environment.update(env_file.read(settings.env_file))
@@ -81,7 +81,7 @@ def check_command(settings: Settings) -> None:
     try:
         environment = environment_of(settings)
     except (OSError, ValueError):
-        return  # env_file() refuses that, and PATH may be in there
+        return  # check_env_file() reports this; the file might set PATH, so do not search now
     try:
         search = environment.get("PATH", os.defpath)
         path, _ = executable.resolve(settings.executed, settings.directory, search)
@@ -95,7 +95,7 @@ def check_command(settings: Settings) -> None:
 
 
 def _shell_runs(probe: str) -> None:
-    """Refuse a command that only a shell could run where there is none."""
+    """Refuse a command that needs a shell if there is no shell."""
     if not os.access("/bin/sh", os.X_OK):
         raise UsageError(f"{probe}: there is no /bin/sh to run it")
 
@@ -163,30 +163,30 @@ def _ready(settings: Settings) -> tuple[str, str]:
 
 
 def _settle_check(settings: Settings) -> tuple[str, str] | None:
-    """Return the same for --settle-check; None if that is a command or not given."""
+    """Return the same for --settle-check; None if it is a command, or is not given."""
     text = settings.policy.settle_check
     probe = probe_spec.read_settle_check(text) if text else None
     return (f"--settle-check {text}", probe.listener) if probe and probe.by_http else None
 
 
 def _reaches_one(settings: Settings, probe: str, name: str, listens: Sequence[Listen]) -> None:
-    """Refuse a probe of a listener that has one socket for both generations."""
-    mine = _probed_by(probe, name, listens)
-    if settings.mode.workers_accept and not any(map(_can_have_two_sockets, mine)):
-        raise UsageError(probe_spec.refusal(probe, " ".join(each.text for each in mine)))
+    """Refuse a probe if all its listeners have one socket for both generations."""
+    probed = _probed_by(probe, name, listens)
+    if settings.mode.workers_accept and not any(map(_can_have_two_sockets, probed)):
+        raise UsageError(probe_spec.refusal(probe, " ".join(each.text for each in probed)))
 
 
 def _probed_by(probe: str, name: str, listens: Sequence[Listen]) -> list[Listen]:
-    """Return the listeners with this name.  Raises UsageError if there is none."""
-    mine = [each for each in listens if name in ("", each.name)]
-    if not mine:
+    """Return the listeners with this name, or all for "".  Raises UsageError if there is none."""
+    probed = [each for each in listens if name in ("", each.name)]
+    if not probed:
         names = ", ".join(each.name for each in listens)
         raise UsageError(f"{probe}: no listener is called {name}; there is: {names}")
-    return mine
+    return probed
 
 
 def check_settle(settings: Settings) -> None:
-    """Refuse to settle without an old generation, which stop-first has ended."""
+    """Refuse --settle with stop-first, which has ended the old generation before the new starts."""
     if settings.policy.settle_s and settings.policy.stop_first:
         raise UsageError("--settle does not work with --reload-order stop-first; leave one out")
 
@@ -213,9 +213,9 @@ def check_siblings(settings: Settings, siblings: Collection[int]) -> None:
         return
     ready = _ready(settings) if settings.policy.answer_decides else None
     for probe, name in filter(None, (ready, _settle_check(settings))):
-        mine = {n: e for n, e in enumerate(settings.listeners) if name in ("", e.name)}
-        if not mine.keys() & siblings:
-            where = " ".join(each.text for each in mine.values())
+        probed = {n: e for n, e in enumerate(settings.listeners) if name in ("", e.name)}
+        if not probed.keys() & siblings:
+            where = " ".join(each.text for each in probed.values())
             raise UsageError(probe_spec.refusal(probe, where))
 
 
@@ -226,7 +226,7 @@ def _can_have_two_sockets(listen: Listen) -> bool:
 
 
 def check_descriptor_names(settings: Settings) -> None:
-    """Refuse unknown names of descriptors, and a descriptor number that is taken."""
+    """Refuse unknown names in {fd:NAME}, and a --ready fd:N whose number a listener has."""
     if not settings.mode.workers_accept:
         return
     values = [value for _, value in settings.environment]
@@ -246,10 +246,11 @@ def check_descriptor_names(settings: Settings) -> None:
 def check_pid_file(
     path: str | None, others: Mapping[str, str | None], *, check: bool = False
 ) -> int:
-    """Refuse a pid file that cannot be used, before the bind fails with `port in use`.
+    """Refuse a pid file that cannot be used.  Without this, the bind may fail first: `port in use`.
 
-    others: the files that other options name, by option.  check: nothing will start, so a file that
-    a living protector holds is allowed.  Returns the pid of that protector, or 0.
+    others: the files that other options name, by option.
+    check: with --check nothing starts, so a living protector may hold the file.
+    Returns the pid of that protector, or 0.
     """
     holder = 0
     if path is None:
@@ -294,7 +295,7 @@ def check_control(path: str, others: Mapping[str, str | None]) -> None:
 
 
 def _is_same_file(path: str, other: str) -> bool:
-    """Return whether two paths name one file, or will when it is made."""
+    """Return True if two paths name the same file, or will name it once it is made."""
     real = os.path.realpath(other)
     with suppress(OSError):
         if os.path.lexists(path):
@@ -305,7 +306,7 @@ def _is_same_file(path: str, other: str) -> bool:
 
 
 def check_log_file(path: str | None) -> None:
-    """Refuse a log file that could not be written; for --check, which must not make it."""
+    """Refuse a log file that could not be written.  The file is not made, because of --check."""
     if path is not None:
         there = path if os.path.lexists(path) else os.path.dirname(path)
         _refuse_unwritable("log file", path, there)
@@ -336,7 +337,7 @@ def resolve_watched(paths: Sequence[str], directory: str) -> tuple[str, ...]:
 
 
 def syslog_notices(settings: Settings) -> Iterator[str]:
-    """Warn that every line would be lost.  No refusal: at boot, syslog may start later."""
+    """Warn if no syslog daemon listens.  This is no refusal: at boot, syslog may start later."""
     if settings.to_syslog and not _syslog_listens():
         yield (
             f"no syslog daemon listens at {_SYSLOG}: until one does, every line of the log and of "
@@ -345,17 +346,17 @@ def syslog_notices(settings: Settings) -> Iterator[str]:
 
 
 def _syslog_listens() -> bool:
-    """Return whether syslog(3), by which the relay writes, can connect."""
+    """Return True if syslog(3) can connect; the log relay writes through it."""
     for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
         with socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK) as sock:
             error = sock.connect_ex(_SYSLOG)
             if error != errno.EPROTOTYPE:
-                return error in (0, errno.EAGAIN)  # EAGAIN: its backlog is full
+                return error in (0, errno.EAGAIN)  # EAGAIN: the daemon's backlog is full
     return False
 
 
 def notices(settings: Settings, listens: Sequence[Listen], backlog: int) -> Iterator[str]:
-    """Yield warnings about what will work less well than the operator may expect."""
+    """Yield a warning for each setting that will work less well than the operator may expect."""
     wanted = max(listen.backlog(backlog) for listen in listens)
     try:
         with open(_SOMAXCONN, encoding="ascii") as file:
@@ -377,9 +378,9 @@ def notices(settings: Settings, listens: Sequence[Listen], backlog: int) -> Iter
     yield from unix_access.notices(listens, settings.listeners)
     if settings.identity is None:
         return
-    # Not the log file, which stays; logrotate makes the next one with the same owner.
+    # Only files that are removed at the end count.  The log file stays.
     files = [settings.pid_file]
-    # systemd removes its RuntimeDirectory= itself, with the pid file in it.
+    # systemd removes a RuntimeDirectory= with the pid file in it.
     if os.path.dirname(settings.pid_file or "") in os.environ.get("RUNTIME_DIRECTORY", "").split(
         ":"
     ):

@@ -1,7 +1,7 @@
-"""Chooses the release to start, and refuses options that contradict releases.
+"""Chooses the release to start, and refuses options that do not fit --releases.
 
-The launching process takes the release that `current` names.  A process that reads the
-configuration again takes that one, or the release that a deploy names.
+The launching process takes the release that `current` names.  A reload also takes that release; a
+deploy takes the release that it names.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _HOW = f"use {PLACEHOLDER}, which is the release's own path"
 
 @frozen
 class Chosen:
-    """The release to start; without releases all of it is empty."""
+    """The release to start; both fields are "" without --releases."""
 
     name: str = ""
     path: str = ""
@@ -33,13 +33,13 @@ class Chosen:
 def check_options(
     given: Mapping[str, Any], releases: str | None, current: str | None, words: tuple[str, ...]
 ) -> None:
-    """Refuse releases that no option uses, or that nothing names.
+    """Refuse --releases, --current or --deployer without the options that they need.
 
     given: the options' values.  words: the command.
     """
     if bool(releases) != bool(current):
-        one, other = ("releases", "current") if releases else ("current", "releases")
-        raise UsageError(f"--{one} needs --{other}")
+        option, missing = ("releases", "current") if releases else ("current", "releases")
+        raise UsageError(f"--{option} needs --{missing}")
     if given["deployer"] and not releases:
         raise UsageError("--deployer needs --releases and --current")
     if releases and not any(PLACEHOLDER in each for each in (*words, given["chdir"] or "")):
@@ -50,9 +50,10 @@ def check_options(
 
 
 def check_files(releases: str, current: str, files: Mapping[str, str | None]) -> None:
-    """Refuse a file that a deploy would change, or that would follow `current` on its own.
+    """Refuse a file that a deploy would change, or that lies behind the link `current`.
 
-    files: what the options name, by option, with the placeholder.  A file of {release} is meant.
+    files: the files that options name, by option.  A path with {release} is allowed, because it
+    belongs to the release by intention.
     """
     real = os.path.join(os.path.realpath(releases), "")
     if os.path.join(os.path.realpath(os.path.dirname(current)), "").startswith(real):
@@ -69,7 +70,7 @@ def check_files(releases: str, current: str, files: Mapping[str, str | None]) ->
 
 
 def _goes_through(path: str, current: str) -> bool:
-    """Return whether a path has `current` among its folders."""
+    """Return True if a path leads through the link `current`."""
     folder = os.path.dirname(os.path.normpath(path))
     there = os.path.realpath(os.path.dirname(current)), os.path.basename(current)
     while True:
@@ -91,7 +92,7 @@ def choose(
 ) -> Chosen:
     """Return the release to start.  Raises UsageError.
 
-    wanted: its name; "": the release that `current` names.
+    wanted: the name of the release; "" for the release that `current` names.
     """
     try:
         name = wanted or release_store.named(current, releases)
@@ -104,22 +105,22 @@ def choose(
 def owners(
     deployer: str | None, identity: Identity | None, worker_identity: Identity | None
 ) -> frozenset[int]:
-    """Return the users whose releases are started."""
+    """Return the uids whose releases may be started."""
     found = {0} | ({users.uid_of("--deployer", deployer)} if deployer else set())
     own = identity.uid if identity else os.geteuid()
     workers = worker_identity.uid if worker_identity else own
     without_root = identity is None and own != 0
-    # Workers must not make the next release, unless all of this runs as one user anyway.
+    # Workers must not be able to make the next release, unless everything runs as one user anyway.
     return frozenset(found | ({own} if own != workers or without_root else set()))
 
 
 def absolute(folder: str, path: str) -> str:
-    """Return a path that an option names, from a folder; the path of {release} is absolute."""
+    """Return a path relative to a folder as absolute; the path of {release} is absolute already."""
     return path if path.startswith(PLACEHOLDER) else os.path.join(folder, path)
 
 
 def check_folder(current: str, identity: Identity | None) -> None:
-    """Refuse a folder in which the protector could not move `current`, or in which others can."""
+    """Refuse a folder in which the protector cannot move `current`, or in which other users can."""
     _refuse_shared(current)
     closed = partial(_closed, os.path.dirname(current))
     found = user_access.as_user(identity, closed) if identity else closed()
@@ -140,7 +141,7 @@ def _closed(folder: str) -> str:
 
 
 def _refuse_shared(current: str) -> None:
-    """Refuse a folder in which any user could replace `current`, or what is written beside it."""
+    """Refuse a folder in which other users could replace `current` or the files beside it."""
     folder = os.path.dirname(current)
     try:
         mode = os.stat(folder).st_mode

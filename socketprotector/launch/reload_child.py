@@ -1,16 +1,16 @@
-"""Reads the configuration again for a running protector, answers, and exits.
+"""The program that reads the configuration again for a running protector.
 
-A separate process, so that the code that reads files and command lines does not stay in the
-resident process.  It inherits the settings in force, and a socket for the answer.  The answer
-consists of records, each with a descriptor:
+It is a separate process, so that the resident process does not load the code for files and command
+lines.  It inherits the settings in force, and a socket for the answer.  The answer consists of
+records, each with a descriptor:
 
     listener N    an added socket, bound and listening; N: its index
     twin N        the second socket of that address, if there is one
     reserved N    the third socket, which does not listen, if there is one
     differences   a memfd with the changes of the new settings, line by line
     settings      a memfd with the new settings: the last record of a reload
-    changes       a memfd with the changes that a reload would make, line by line: only for `diff`
-    fixed         a memfd with the changes that need a restart, so that a reload would be refused
+    changes       only for `diff`: a memfd with all changes, line by line
+    fixed         only for `diff`: a memfd with the changes for which a reload would be refused
     refused       a memfd with the mistakes, line by line
 """
 
@@ -45,11 +45,11 @@ from .listen_spec import Listen
 from .resolve import ParsedOptions
 from .settings_diff import RESTART, changes, forbidden
 
-#: This process runs as the configured user by now.
+#: This process already runs as the configured user.
 _ALONE = partial(why_alone, identity=None)
 #: The index has 16 bits on the channel (docs/protocol.md).
 _MOST_LISTENERS = 1 << 16
-#: Fields of Settings that come from the caller's surroundings, or are made at the start.
+#: Fields of Settings that the start decides, and a reload keeps.
 _STAYS = (
     *("nofile_soft", "batch", "pools", "outlives_terminal", "secret", "notify_folder"),
     *("control", "origin"),
@@ -57,7 +57,7 @@ _STAYS = (
 
 
 def main() -> int:
-    """Read, answer and end.  Returns the exit status."""
+    """Read the configuration and send the answer.  Returns the exit status."""
     port_owner.protector = os.getppid()
     descriptors = inherited.receive()
     fd = descriptors[inherited.SETTINGS]
@@ -69,7 +69,7 @@ def main() -> int:
         if parsed is not None:
             _answer(line, running, parsed, dry=dry)
     except Refusal as error:
-        # Escape it to one line; a Mistaken has an escaped line for each mistake.
+        # Escape an error to one line.  A Mistaken already has an escaped line for each mistake.
         reason = str(error) if isinstance(error, Mistaken) else escape(str(error))
         _send(line, "refused", _memfd(reason.encode("utf-8", "backslashreplace")))
     return 0
@@ -78,8 +78,8 @@ def main() -> int:
 def _answer(line: socket.socket, running: Settings, parsed: ParsedOptions, *, dry: bool) -> None:
     notices: list[str] = []
     new = replace(parsed.settings, **{name: getattr(running, name) for name in _STAYS})
-    stays = [*forbidden(running, new), *_control(running, parsed)]
-    refused = [escape(f"{each}; {RESTART}") for each in stays]
+    unchangeable = [*forbidden(running, new), *_control(running, parsed)]
+    refused = [escape(f"{each}; {RESTART}") for each in unchangeable]
     cannot = [f"cannot change at a reload: {each}" for each in refused]
     try:
         listeners, bound = _listeners(running.listeners, parsed, notices.append, dry=dry)
@@ -121,7 +121,7 @@ def _changes(running: Settings, new: Settings) -> list[str]:
 
 
 def _control(running: Settings, parsed: ParsedOptions) -> Iterator[str]:
-    """Yield the change if the control socket would move."""
+    """Yield a line if the control socket would move."""
     if running.control is not None and parsed.control is not None:
         was = running.control.address.removeprefix("unix:")
         if parsed.control != was:
@@ -129,14 +129,15 @@ def _control(running: Settings, parsed: ParsedOptions) -> Iterator[str]:
 
 
 def _listeners(
-    there: Sequence[ListenerSettings],
+    present: Sequence[ListenerSettings],
     parsed: ParsedOptions,
     notice: Callable[[str], None],
     *,
     dry: bool,
 ) -> tuple[tuple[ListenerSettings, ...], list[Bound]]:
-    """Keep, add and mark listeners as removed; return all listeners, and the sockets bound now.
+    """Compute the new list of listeners, and bind the added ones; return the list and the sockets.
 
+    A removed listener stays in the list, marked as removed.
     Raises Refusal with each listener that cannot be bound; then no new socket stays bound.
     """
     kept: dict[int, ListenerSettings] = {}
@@ -145,15 +146,15 @@ def _listeners(
     earlier: dict[str, Listen] = {}
     for listen in parsed.listens:
         try:
-            mine = _there(there, listen, notice)
-            have = {each.address for each in mine.values()}
+            matching = _matching(present, listen, notice)
+            have = {each.address for each in matching.values()}
             if listen.passed is None and not listen.port_is_chosen:
                 for address in have:
                     refuse_twice(address, listen, earlier)
-            kept.update(mine)
+            kept.update(matching)
             earlier |= dict.fromkeys(map(place, have), listen)
-            if any(each.text == listen.text for each in there if not each.removed):
-                continue  # a name is not resolved again, port 0 keeps its number
+            if any(each.text == listen.text for each in present if not each.removed):
+                continue  # unchanged: a host name is not resolved again, port 0 keeps its number
             if listen.passed is not None:
                 raise UsageError(f"{listen.text}: sockets are passed only at a start; {RESTART}")
             added = bind_all(
@@ -169,7 +170,7 @@ def _listeners(
             bound += added
         except Refusal as error:
             refused.append(error)
-    if len(there) + len(bound) > _MOST_LISTENERS:
+    if len(present) + len(bound) > _MOST_LISTENERS:
         refused.append(
             UsageError(f"more than {_MOST_LISTENERS} listeners since the start; {RESTART}")
         )
@@ -178,16 +179,16 @@ def _listeners(
         raise Mistaken("\n".join(escape(str(each)) for each in refused))
     places = [
         kept[index] if index in kept else replace(each, removed=True)
-        for index, each in enumerate(there)
+        for index, each in enumerate(present)
     ]
     return (*places, *(each.settings for each in bound)), bound
 
 
-def _there(
-    there: Sequence[ListenerSettings], listen: Listen, notice: Callable[[str], None]
+def _matching(
+    present: Sequence[ListenerSettings], listen: Listen, notice: Callable[[str], None]
 ) -> dict[int, ListenerSettings]:
-    """Return the bound listeners that an argument means, by index."""
-    living = {index: each for index, each in enumerate(there) if not each.removed}
+    """Return the bound listeners that match an argument, by index."""
+    living = {index: each for index, each in enumerate(present) if not each.removed}
     same = {index: each for index, each in living.items() if each.text == listen.text}
     if same or listen.passed is not None:
         return same
@@ -207,7 +208,7 @@ def _memfd(content: bytes) -> int:
 
 
 def _send(line: socket.socket, what: str, fd: int) -> None:
-    # send_fds() ignores flags like MSG_NOSIGNAL (CPython 3.11), but Python ignores SIGPIPE.
+    # send_fds() ignores MSG_NOSIGNAL (CPython 3.11).  That does no harm: Python ignores SIGPIPE.
     socket.send_fds(line, [what.encode()], [fd])
 
 

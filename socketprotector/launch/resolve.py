@@ -1,6 +1,6 @@
 """Turns the options of the command line and the file into checked settings with resolved paths.
 
-The table of options (options.py) copies values that need no conversion; this module does the rest.
+Options with a `field` in options.py are copied to the settings; this module converts the others.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .release_choice import Chosen
 if TYPE_CHECKING:
     from .config_file import ConfigFile
 
-#: The most characters of a program's name in the service's name, as in syslog (RFC 5424).
+#: The limit of a service name that is taken from the program's name, as in syslog (RFC 5424).
 _NAME_CHARS = 48
 
 
@@ -53,16 +53,16 @@ class ParsedOptions:
     backlog: int
     check: bool
     config: str | None
-    control: str | None  # the path of its socket; None: the default; "": no socket
+    control: str | None  # the path of the control socket; None: the default; "": no socket
 
 
 class OptionResolver:
-    """The options of one start or reload; a mistake in the file is reported with its line."""
+    """Resolves the options of one start or reload; a mistake in the file has its line."""
 
     def __init__(self, words: Sequence[str], command: list[str], running: Settings | None) -> None:
         """words: the command line before `--`; command: the words after it.
 
-        running: the settings of the protector that reads this command line again.
+        running: at a reload, the settings of the running protector.
         """
         self._release = Chosen()
         self._words = tuple(words)
@@ -72,7 +72,7 @@ class OptionResolver:
 
     @property
     def directory(self) -> str:
-        """The directory at which relative paths on the command line start."""
+        """The directory from which relative paths on the command line are resolved."""
         return self._running.origin.directory if self._running else preflight.working_directory()
 
     def resolve(self, ctx: click.Context, given: dict[str, Any]) -> ParsedOptions:
@@ -128,13 +128,13 @@ class OptionResolver:
         if self._given["require_user"]:
             users.refuse_root_unless_named(self._given["user"], file.path if file else None)
 
-    # -- where it comes from ---------------------------------------------------
+    # -- where a value comes from ----------------------------------------------
 
     def _from_file(self, name: str) -> bool:
         return self._ctx.get_parameter_source(name) is ParameterSource.DEFAULT_MAP
 
     def _said(self) -> list[str]:
-        """Return the names of the given options, without dashes."""
+        """Return the names of the options that were given, without leading dashes."""
         return [
             name.replace("_", "-")
             for name in self._given
@@ -148,7 +148,7 @@ class OptionResolver:
         return self.file.about(*where) if self.file is not None and there else nullcontext()
 
     def _path(self, name: str) -> str | None:
-        """Return a path, resolved from the directory of the caller or of the file."""
+        """Return an option's path, resolved from the folder of the command line or of the file."""
         value: str | None = self._given[name]
         folder = self.file.folder if self.file and self._from_file(name) else self.directory
         return release_choice.absolute(folder, value) if value else None
@@ -165,7 +165,7 @@ class OptionResolver:
         return found
 
     def _command(self) -> tuple[str, ...]:
-        """Resolve a relative command from the directory of the caller, or of the file."""
+        """Return the command; a relative path is resolved from the folder where it was written."""
         words, folder = tuple(self._behind), self.directory
         if not words and self.file is not None:
             words, folder = self.file.command, self.file.folder
@@ -176,7 +176,7 @@ class OptionResolver:
         return (path, *words[1:]) if words else ()
 
     def _table(self, name: str) -> dict[str, str]:
-        """The entries of a table option, by name; the command line wins over the file."""
+        """Return a repeatable option's entries by name; the command line overrides the file."""
         in_file = self.file.tables.get(name, {}) if self.file else {}
         return {**in_file, **dict(self._given[name])}
 
@@ -189,7 +189,7 @@ class OptionResolver:
 
     @property
     def _is_read_again(self) -> bool:
-        """Whether a reload reads the options again: a file or `current` may have changed."""
+        """Whether a reload reads the options again: the file or `current` may have changed."""
         return self.file is not None or bool(self._given["releases"])
 
     def _choose_release(
@@ -198,7 +198,7 @@ class OptionResolver:
         identity: Identity | None,
         worker_identity: Identity | None,
     ) -> None:
-        """Choose the release whose path stands for {release}, if there are releases."""
+        """With --releases, choose the release whose path replaces {release}."""
         given, running = self._given, self._running
         releases, current = self._path("releases"), self._path("current")
         release_choice.check_options(given, releases, current, command)
@@ -231,7 +231,7 @@ class OptionResolver:
         with self._about("releases" if given["releases"] else "current"):
             self._choose_release(command, identity, worker_identity)
         if given["releases"] and not self._release.path and self.file is not None:
-            self.file.refuse_if_mistaken()  # without its path no other option can be checked
+            self.file.refuse_if_mistaken()  # other options need the path of the release
         fill = partial(release.fill, path=self._release.path)
         command = tuple(map(fill, command))
         directory = fill(self._path("chdir") or self.directory)

@@ -1,10 +1,12 @@
 """Refuses a canary or a rolling reload that could not work, before anything is bound.
 
-In listener mode a canary needs two sockets for each listener.  A rolling reload needs them, too,
-and workers on the client library: without it a worker that leaves may cut clients that it has
-accepted, and one worker may be a whole server.  A command does not show whether it uses the
-library, so only well-known servers are refused here.  core/workers.py refuses others when the first
-worker is ready without the declaration of the library.
+In listener mode, both need two sockets for each listener.  A rolling reload also needs workers that
+use the client library.  Without the library, a worker that leaves may cut clients that it has
+accepted, and one worker may be a whole server.
+
+A command does not show whether it uses the library, so only well-known servers are refused here.
+core/workers.py refuses other servers when the first worker is ready without the library's
+declaration.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ _ROLLING = "--reload-order rolling"
 def refusals(
     settings: Settings, given: Collection[str], listens: Sequence[Listen]
 ) -> Iterator[tuple[str, str]]:
-    """Yield the parameter of each option that does not work, with the reason.
+    """Yield (parameter, reason) for each option that would not work.
 
     given: the options that were given, without their dashes.
     """
@@ -46,7 +48,7 @@ def refusals(
 
 
 def _rolling(settings: Settings) -> Iterator[str]:
-    """Yield why the workers cannot be replaced a few at a time."""
+    """Yield each reason why a rolling reload would not work."""
     if settings.mode.adapter:
         yield (
             f"{_ROLLING} does not work with --handoff {settings.mode.name}: workers of an adapter "
@@ -71,7 +73,7 @@ def _rolling(settings: Settings) -> Iterator[str]:
 
 
 def _shares(settings: Settings) -> str:
-    """Return the option by which two generations share a listener's clients; "": none does."""
+    """Return the option that makes two generations share a listener's clients; "" if none does."""
     policy = settings.policy
     if not policy.workers_accept:
         return ""
@@ -93,7 +95,7 @@ def _cannot_share(listen: Listen) -> str:
 
 
 def check_siblings(settings: Settings, siblings: Collection[int]) -> None:
-    """Refuse a listener that has one socket after all, such as a passed socket.
+    """Refuse a listener that turned out to have only one socket, such as a passed socket.
 
     siblings: the indexes of the listeners with a second socket.
     """

@@ -1,6 +1,6 @@
-"""Tells which options a well-known server lacks, and corrects its command line.
+"""Reports options that a well-known server lacks, with a corrected command line.
 
-Only the terminal shows the complete line.  The log and status omit arguments that may be secret
+Only the terminal shows the complete line.  The log and the status omit arguments that may be secret
 (docs/security.md).
 """
 
@@ -22,25 +22,25 @@ from .listen_spec import Listen
 
 #: Words that need no quotes in a shell, {fd:NAME} among them.
 _PLAIN = re.compile(r"(?:[\w@%+=:,./-]|\{fd:\w+\})+", re.ASCII)
-#: A variable, as in --env and env(1), or the command of a check.
+#: Words that may contain a secret: NAME=VALUE, as in --env and env(1), or the command of a check.
 _SECRET = re.compile(r"(?s)((?:--env=)?[A-Za-z_]\w*=|(?:--[a-z-]+=)?check:).+")
 _LEFT_OUT = "..."
 _NAMED = re.compile(r"\{fd:(\w+)\}")
-#: Options that --handoff listener refuses, or that an unmodified server does not support.  With
-#: one of these, the operator must correct the line.
+#: Options that --handoff listener refuses, or that an unmodified server does not support.  If the
+#: command line has one, no corrected line is shown.
 _REFUSED = {
     f"--{each.key}" for each in options.OPTIONS if each.key in {*LISTENER.refuses, "retire-after"}
 }
 #: Files that gunicorn and puma read by default.
 _DEFAULT_FILES = ("gunicorn.conf.py", "config/puma.rb")
-#: The bytes to read of each file: an import of the client library is at the top.
-_LOOKED_AT = 1 << 16
+#: How much of a file to read.  This is enough, because imports are at the top.
+_READ_BYTES = 1 << 16
 
 
 def of(settings: Settings, listens: Sequence[Listen], *, typed: bool) -> Iterator[str]:
-    """Return which options a well-known server lacks, and how to start it.
+    """Yield which options a well-known server lacks, and how to start it.
 
-    typed: for the terminal, with all of the operator's words; otherwise without possible secrets.
+    typed: the line is for the terminal, and has all words; otherwise possible secrets are omitted.
     """
     name = known_servers.known(settings.command)
     if name is None:
@@ -92,11 +92,11 @@ def uses_library(settings: Settings) -> bool:
     try:
         return _speaks(settings, preflight.environment_of(settings))
     except (OSError, ValueError):
-        return False  # check_env_file() refuses that
+        return False  # check_env_file() refuses an unreadable file
 
 
 def _speaks(settings: Settings, environment: Mapping[str, str]) -> bool:
-    """Return True if a file that the command names, or gunicorn reads, uses the client library."""
+    """Return True if the command, or a file that it or gunicorn reads, names the client library."""
     words = _words(settings, environment)
     return known_servers.OURS in "".join((*words, _files(settings, environment)))
 
@@ -106,20 +106,20 @@ def _words(settings: Settings, environment: Mapping[str, str]) -> Sequence[str]:
 
 
 def _files(settings: Settings, environment: Mapping[str, str]) -> str:
-    """Return the beginnings of the files that the command names, or that a server reads anyway."""
+    """Return the beginnings of the files that the command names or a server reads by default."""
     words, found = _words(settings, environment), []
     named = [word.rpartition("=")[2].removeprefix("-c").removeprefix("file:") for word in words]
     for name in (*named, *_DEFAULT_FILES):
         path = os.path.join(settings.directory, name)
         try:
-            # Checked before open(), which wakes the writer of a FIFO and may start a device.
+            # Check before open(), which would wake the writer of a FIFO, or start a device.
             if not stat.S_ISREG(os.stat(path).st_mode):
                 continue
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except (OSError, ValueError):
             continue
         try:
-            found.append(os.read(fd, _LOOKED_AT).decode("utf-8", "replace"))
+            found.append(os.read(fd, _READ_BYTES).decode("utf-8", "replace"))
         finally:
             os.close(fd)
     return "\n".join(found)
@@ -130,7 +130,7 @@ def line(
 ) -> str | None:
     """Return the line with all options that the server needs; None if that is uncertain.
 
-    words: the typed words.  listens: the addresses.  mode: the present handoff mode.
+    words: the typed words.  listens: the addresses.  mode: the handoff mode of the typed line.
     whole: include words that may be secret.
     """
     ours, command = options.split(words)
@@ -181,11 +181,11 @@ def _masked(words: Sequence[str], addresses: Collection[str]) -> Iterator[str]:
 def _without(
     words: Sequence[str], valued: Collection[str], flags: Collection[str] = ()
 ) -> tuple[list[str], dict[str, str]]:
-    """Remove options: `--name VALUE`, `--name=VALUE`, `-n VALUE`, `-nVALUE`.
+    """Remove options in any of their forms: `--name VALUE`, `--name=VALUE`, `-n VALUE`, `-nVALUE`.
 
-    Returns the remaining words, and the values.
+    Returns the remaining words, and the values of the removed options.
     """
-    left: list[str] = []
+    remaining: list[str] = []
     values: dict[str, str] = {}
     rest = iter(words)
     for word in rest:
@@ -195,8 +195,8 @@ def _without(
         if head in valued:
             values[head] = value if equals else next(rest, "")
         elif word not in flags:
-            left.append(word)
-    return left, values
+            remaining.append(word)
+    return remaining, values
 
 
 def _quoted(word: str) -> str:

@@ -1,6 +1,6 @@
 """Lists the differences between two settings, and the differences that need a restart.
 
-The list has only the names of variables and of the program, because the rest may be secret.
+Of variables and of the command, the list has only the names, because the rest may be secret.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ RESTART = "needs a restart"
 
 
 def changes(old: Settings, new: Settings) -> Iterator[str]:
-    """Yield what a reload changes: `workers: 2 -> 4`, `listen: + tcp:0.0.0.0:81`, `env: A`."""
+    """Yield the changes of a reload: `workers: 2 -> 4`, `listen: + tcp:0.0.0.0:81`, `env: + A`."""
     yield from _differs("release", old.release or "none", new.release or "none")
     yield from _rollout(old.policy, new.policy)
     yield from _options(old, new, stays=False)
     yield from _differs("ready", _ready(old), _ready(new))
     if old.ready_check != new.ready_check:
-        yield "ready: another check"  # its command may be secret
+        yield "ready: another check"  # the command of the check may be secret
     yield from _question("health", old.health, new.health)
     yield from _question("settle-check", old.policy.settle_check, new.policy.settle_check)
     yield from _differs("retire-after", _share(old), _share(new))
@@ -77,7 +77,7 @@ def _share(settings: Settings) -> str:
 
 
 def _command(old: Sequence[str], new: Sequence[str]) -> Iterator[str]:
-    """Return the program alone, because an argument may be secret."""
+    """Yield the change of the command, without arguments, which may be secret."""
     if old[:1] != new[:1]:
         yield f"command: {old[0]} -> {new[0]}"
     elif old != new:
@@ -85,7 +85,7 @@ def _command(old: Sequence[str], new: Sequence[str]) -> Iterator[str]:
 
 
 def forbidden(old: Settings, new: Settings) -> Iterator[str]:
-    """Yield the changes that are impossible while the process lives."""
+    """Yield the changes that need a restart."""
     return _options(old, new, stays=True)
 
 
@@ -94,7 +94,8 @@ def _options(old: Settings, new: Settings, *, stays: bool) -> Iterator[str]:
         if option.field and (option.at_reload == STAYS) == stays:
             before, after = map(attrgetter(option.field), (old, new))
             if isinstance(before, Identity) and isinstance(after, Identity):
-                # Compare only what the options name; the user's other fields stay from the start.
+                # Compare only the user and group, which the options name.  The rest is read at the
+                # start, and is kept.
                 after = replace(after, groups=before.groups, home=before.home, shell=before.shell)
             if before != after:
                 yield from _differs(option.key, option.shown(before), option.shown(after))

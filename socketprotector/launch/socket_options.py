@@ -1,8 +1,8 @@
-"""Reads and checks the options after a TCP listener's `?`, and sets them before the bind.
+"""Checks the options after a TCP listener's `?`, and sets them before the bind.
 
 Accepted connections inherit all options except the priority, which is set on each connection.
-system/socket_copy.py lists the options that later sockets of the address get.
-system/socket_snapshot.py lists the options that are restored after a worker has changed them.
+system/socket_copy.py has the options that are copied to further sockets of the address.
+system/socket_snapshot.py has the options that are restored after a worker has changed them.
 
 Source: socket(7), ip(7), ipv6(7), tcp(7); sk_clone_lock() in net/core/sock.c.
 """
@@ -25,7 +25,7 @@ _NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,12}|[0-9]{1,12}")
 _TIME = re.compile(r"[0-9a-z.]+")
 _KEEPALIVE = re.compile(r"([0-9]{0,5})(?::([0-9]{0,5}))?(?::([0-9]{0,5}))?")
 _KEEP = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
-#: The errors of a missing permission.
+#: The errno values of a missing permission.
 FORBIDDEN = (errno.EPERM, errno.EACCES)
 
 _Set = Callable[[socket.socket, str], None]
@@ -33,7 +33,7 @@ _Set = Callable[[socket.socket, str], None]
 
 @frozen
 class Option:
-    """One option: its allowed values in words and as a test, and how to set it."""
+    """An option: its allowed values, in words and as a test, and a function that sets it."""
 
     allowed: str
     is_allowed: Callable[[str], bool]
@@ -41,7 +41,7 @@ class Option:
 
 
 def number(value: str) -> int:
-    """Return a decimal number, or a hexadecimal one after 0x; -1: no number."""
+    """Return a decimal number, or a hexadecimal number after 0x; -1 if the text is no number."""
     return int(value, 16 if value[:2] in ("0x", "0X") else 10) if _NUMBER.fullmatch(value) else -1
 
 
@@ -50,7 +50,7 @@ def _between(least: int, most: int) -> Callable[[str], bool]:
 
 
 def _ms(value: str) -> int:
-    """Return a time in whole milliseconds; 0: the text is no time."""
+    """Return a time in whole milliseconds; 0 if the text is no time."""
     try:
         return round(TIME.read(value) * 1000) if _TIME.fullmatch(value) else 0
     except ValueError:
@@ -71,7 +71,7 @@ def _put_keepalive(one: socket.socket, value: str) -> None:
 
 
 def _of_ip(option: int, of_ipv6: int) -> _Set:
-    """Set both on an IPv6 socket, which may take IPv4, too."""
+    """Return a setter of an IP option.  An IPv6 socket gets both, as it may take IPv4, too."""
 
     def put(one: socket.socket, value: str) -> None:
         one.setsockopt(socket.IPPROTO_IP, option, number(value))
@@ -115,7 +115,7 @@ OPTIONS: Mapping[str, Option] = {
     "mark": Option(
         "a number from 0 to 0xffffffff",
         _between(0, 2**32 - 1),
-        # As bytes: setsockopt() of Python takes a C int.
+        # As bytes, because the numbers of Python's setsockopt() are signed.
         _put(_SOCKET, socket.SO_MARK, lambda v: number(v).to_bytes(4, sys.byteorder)),
     ),
     "nodelay": Option(*_SWITCH, _put(_TCP, socket.TCP_NODELAY)),
@@ -136,7 +136,7 @@ OPTIONS: Mapping[str, Option] = {
     ),
     "v6only": Option(*_SWITCH, _put_v6only),
 }
-#: The capability that an option needs, for the message of a refusal.
+#: The capability that an option needs, for the error message.
 _NEEDS = {
     "mark": "CAP_NET_ADMIN",
     "transparent": "CAP_NET_ADMIN",

@@ -1,7 +1,7 @@
 """Refuses --drain-spread and --stop-spread where they could not work, before anything is bound.
 
 A command does not show whether it uses the Python client library, so only well-known servers are
-refused here.  daemon/spread.py says it of other workers, once they are ready.
+refused here.  For other servers, daemon/spread.py warns once their workers are ready.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from . import server_hints
 
 
 def refusals(settings: Settings) -> Iterator[tuple[str, str]]:
-    """Yield each option that does not work, with the reason."""
+    """Yield (parameter, reason) for each option that would not work."""
     policy = settings.policy
     drain, stop = policy.drain_spread_s, policy.stop_spread_s
     if drain and 0 < policy.drain_limit_s < drain:

@@ -1,8 +1,8 @@
-"""From a parsed command line to a resident process: detach, pid file, exec.
+"""Starts the resident process: detaches, takes the pid file, and executes it.
 
-Runs in the launching process.  In the foreground the launching process becomes the resident
+This runs in the launching process.  In the foreground, the launching process becomes the resident
 process.  Otherwise it waits (await_verdict.py), and exits with the verdict of the first start.
-Signals are blocked from here until the waiting process, or the resident process, can handle them.
+Signals stay blocked until the waiting process, or the resident process, can handle them.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from .pid_file import PidFile, hint
 def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
     """Start the resident process with the bound sockets; takes ownership of them.
 
-    bound: the sockets, by the names under which the resident process inherits them.  Returns the
-    exit status once the first generation is serving or has failed; in the foreground it does not
-    return.  Raises Refusal.
+    Returns the exit status once the first generation is serving or has failed.  In the foreground
+    this function does not return.  Raises Refusal.
+    bound: the sockets, by the names under which the resident process inherits them.
     """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     with on_error(signal.pthread_sigmask, signal.SIG_SETMASK, mask):
@@ -51,18 +51,18 @@ def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
                 terminal = os.dup(2)
             except OSError as error:
                 raise SystemRefused(f"cannot start: {what_failed(error)}") from error
-            with on_error(os.dup2, terminal, 2):  # the reason is for the terminal, not for the log
+            with on_error(os.dup2, terminal, 2):  # an error belongs on the terminal, not in the log
                 _become_resident(settings, bound, log, terminal)
         # If our caller ignores SIGCHLD, the kernel would reap the child before we do.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
             ours, theirs = socket.socketpair()
-            child = os.fork()  # before DaemonContext, which ends the process that opens it
-        except OSError as error:  # no more descriptors, or processes (RLIMIT_NPROC)
+            child = os.fork()  # first, because DaemonContext ends the process that opens it
+        except OSError as error:  # no descriptor or process is available (RLIMIT_NPROC)
             raise _cannot_detach(error) from error
     if child == 0:
         ours.close()
-        # The resident process takes over from the process that systemd watches.
+        # systemd's watchdog shall watch the resident process instead of the launching process.
         if os.environ.get("WATCHDOG_PID") == str(os.getppid()):
             del os.environ["WATCHDOG_PID"]
         try:
@@ -77,19 +77,19 @@ def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
         finally:
             os._exit(1)
     theirs.close()
-    # The child owns the sockets now, and their files.
+    # The child now owns the sockets and their files.
     for each in bound.values():
         each.socket.close()
-    os.waitpid(child, 0)  # the first of the two forks ends at once
+    os.waitpid(child, 0)  # the child ends at once: DaemonContext forks again
     try:
         return wait(ours, settings.log_file or "syslog")
     except OSError as error:
-        # The line ends with this process, so the resident process cancels the start.
+        # This process exits, so its connection closes, and the resident process cancels the start.
         raise SystemRefused(f"cannot wait for the start: {what_failed(error)}") from error
 
 
 def _cannot_detach(error: OSError) -> SystemRefused:
-    # DaemonContext raises its own error, without an errno.
+    # The error of DaemonContext has no errno, but a cause.
     no_process = isinstance(error.__cause__ or error, BlockingIOError)
     return SystemRefused(f"cannot detach: {NO_PROCESSES if no_process else what_failed(error)}")
 
@@ -115,7 +115,8 @@ def _become_resident(
 ) -> None:
     """Detach unless in the foreground, take the pid file, and exec.  Never returns.
 
-    verdict: the descriptor for the outcome: the launcher's line, or the foreground's terminal.
+    verdict: the descriptor for the outcome: the connection to the launcher, or in the foreground
+    the terminal.
     """
     pid_file = PidFile(settings.pid_file) if settings.pid_file is not None else None
     kept = [verdict, *(each.socket.fileno() for each in bound.values())]
@@ -124,9 +125,10 @@ def _become_resident(
         context.open()
     except OSError as error:
         raise _cannot_detach(error) from error
-    with ExitStack() as made:  # left only after a failure
+    with ExitStack() as made:  # undone only after a failure, because a success ends in exec
         made.callback(context.close)  # removes the pid file; a second close() does nothing
-        # If several start at once, only the one with the pid file may use these files.
+        # The files below are made after the pid file was taken, so that of several simultaneous
+        # starts only one makes them.
         notices: list[str] = []
         control = bind_control(settings, notices.append)
         if control is not None:
@@ -137,7 +139,7 @@ def _become_resident(
         for notice in notices:
             if not settings.foreground:
                 _tell(verdict, notice=notice)
-            elif settings.log_file is not None:  # otherwise the log prints it on the same terminal
+            elif settings.log_file is not None:  # otherwise the log is on this terminal
                 tell(escape(notice), verdict)
         settings = replace(settings, notices=(*settings.notices, *notices))
         descriptors = {}
@@ -146,7 +148,7 @@ def _become_resident(
             settings = replace(settings, notify_folder=folder.path)
             descriptors[inherited.NOTIFY] = folder.fd
         if not settings.foreground and settings.identity is not None:
-            _tell(verdict, made=_made(settings, bound))
+            _tell(verdict, made=_files_made(settings, bound))
         try:
             _exec(settings, bound, descriptors, pid_file, verdict)
         except OSError as error:
@@ -164,20 +166,20 @@ def _become_resident(
 def _context(
     settings: Settings, pid_file: PidFile | None, kept: list[int], log: int | None
 ) -> DaemonContext:
-    """Return the context that detaches, unless in the foreground, and takes the pid file.
+    """Return the context that takes the pid file, and detaches unless in the foreground.
 
     kept: the descriptors that stay open.  log: the target of stdout and stderr, if not None.
     """
     detach = not settings.foreground
-    # None means /dev/null to DaemonContext; in the foreground all three stay unchanged.
+    # DaemonContext replaces None by /dev/null.  In the foreground all three stay unchanged.
     # ruff: noqa: SIM115 -- they stay open for the life of the daemon
     standard = [None if detach else open(fd, "r+b", 0, closefd=False) for fd in (0, 1, 2)]
     if log is not None:
         standard[1:] = [open(log, "ab", 0)] * 2
-    # All arguments are given, because workers would inherit DaemonContext's defaults: umask 0, no
-    # core dumps, TSTP ignored, no detaching if stdin is a socket.  But no uid, because
-    # DaemonContext drops privileges before it writes the pid file.  It closes descriptors that
-    # files_preserve does not name.  Source: python-daemon 3.1, open().
+    # Override DaemonContext's defaults, which workers would inherit: umask 0, no core dumps, TSTP
+    # ignored, no detaching if stdin is a socket.  Do not pass a uid: DaemonContext drops privileges
+    # before it writes the pid file.  It closes all descriptors that are not in files_preserve.
+    # Source: python-daemon 3.1, open().
     return DaemonContext(
         pidfile=pid_file,
         detach_process=detach,
@@ -192,12 +194,13 @@ def _context(
     )
 
 
-def _made(settings: Settings, bound: Mapping[str, Bound]) -> dict[str, list[int]]:
-    """Return the files made in folders that may belong to root, and how to identify them.
+def _files_made(settings: Settings, bound: Mapping[str, Bound]) -> dict[str, list[int]]:
+    """Return the files that this start has made, each with numbers that identify it.
 
-    The waiting process can remove them; the resident process may have become another user.
+    If the start fails, the waiting process removes them.  The resident process may run as another
+    user, who has no permission for that.
     """
-    sockets = (each.settings for each in bound.values() if not each.left)
+    sockets = (each.settings for each in bound.values() if not each.inherited)
     paths = [each.address.removeprefix("unix:") for each in sockets if each.inode]
     return {
         path: known_by(path) for path in (*paths, settings.notify_folder, settings.pid_file) if path
@@ -217,12 +220,12 @@ def _exec(
     descriptors[inherited.TERMINAL if settings.foreground else inherited.LAUNCHER] = verdict
     if pid_file is not None:
         descriptors[inherited.PID_FILE] = pid_file.fd
-    # Where a standard descriptor was closed before, /dev/null came there as close-on-exec.
+    # A standard descriptor that was closed is now /dev/null, but close-on-exec.
     for fd in (0, 1, 2):
         os.set_inheritable(fd, True)
     # If `-m` found the package in the current folder, the next program needs that folder, too.
     safe = [] if sys.path[:1] == [os.getcwd()] else ["-P"]
-    # ps shows these words, so they have only the command's name and no secret.
+    # `ps` shows these words, so they contain only the command's name, and no secret.
     addresses = (each.address for each in settings.listeners)
     label = (settings.name, *addresses, "--", settings.executed[0])
     command = list(command_of(label, safe))
@@ -231,17 +234,17 @@ def _exec(
     starts_others = settings.worker_identity is not None
     if settings.guarded:
         privileges.adopt_group()
-        # It holds all that the protector holds.
+        # The guard holds every descriptor of the protector, so it needs the same limit.
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         if settings.identity is not None:
-            # The guard needs no more than the protector, and can give no more to the next one.
+            # The guard needs no more privileges than the protector, and cannot pass on more.
             privileges.become(settings.identity, settings.nice, starts_others=starts_others)
         guard_options = ["--json"] if settings.log_format == "json" else []
         if settings.pid_file is not None:
             guard_options.append(f"{guard.PID_FILE_OPTION}{settings.pid_file}")
         command = [sys.executable, "-I", "-S", guard.__file__, *guard_options, *command]
-    need_descriptors()  # its own reason would be in the log only
+    need_descriptors()  # check here, because after the exec the reason would be only in the log
     with (
         privileges.lent() if settings.guarded and starts_others else nullcontext(),
         inherited.kept_through_exec(descriptors) as variables,

@@ -1,7 +1,7 @@
-"""Finds the line of each key and list value in a valid TOML text: tomllib does not report lines.
+"""Finds the line of each key and list value in a valid TOML text; tomllib does not report lines.
 
-The text is cut into statements, which tomllib reads one by one.  This module itself only
-recognizes strings and comments.
+It cuts the text into statements, which tomllib reads one by one.  This module itself recognizes
+only strings, comments and brackets.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Any
 
-#: The way to a value: names of tables and keys, the number in a list.
+#: The path to a value: the names of tables and keys, and the index in a list.
 Path = tuple[str | int, ...]
 
 #: Strings and comments, whose brackets, commas and line ends have no meaning.
@@ -24,7 +24,7 @@ _OPAQUE = re.compile(
     r"|#[^\n]*",
     re.DOTALL,
 )
-#: With the space behind it, where a value may begin.
+#: A bracket, comma or line end.  After `[`, `{` or `,` it includes the space before the next value.
 _MARK = re.compile(r"[\[{,]\s*|[\]}\n]")
 _DEEPER = {"[": 1, "{": 1, "]": -1, "}": -1}
 

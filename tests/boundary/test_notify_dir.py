@@ -51,7 +51,7 @@ def place() -> Path:
 @pytest.fixture(autouse=True)
 def _nowhere_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(control_path, "SYSTEM", str(tmp_path / "system" / "none"))
-    monkeypatch.setattr(notify_dir, "_ANYBODYS", str(tmp_path / "anybodys"))
+    monkeypatch.setattr(notify_dir, "_LAST_RESORT", str(tmp_path / "anybodys"))
 
 
 def settings(control: Path | None = None, identity: Identity | None = None) -> Settings:

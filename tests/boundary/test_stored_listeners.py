@@ -64,7 +64,7 @@ class Machine:
             self.kept.append(os.dup(each.socket.fileno()))
             passed = socket.socket(fileno=os.dup(each.socket.fileno()))
             settings = ListenerSettings(each.settings.address, name=f"sp.listener.{index}")
-            found.append(Bound(passed, settings, left=True))
+            found.append(Bound(passed, settings, inherited=True))
             each.socket.close()
         self.bound = []
         return found
@@ -77,7 +77,7 @@ class Machine:
             change(each.socket)
         listens: list[Listen] = [parse(text, "/") for text in texts]
         taken = stored_listeners.take(listens, (), self.stop(), backlog, self.notices.append)
-        self.bound = bind_all(listens, backlog, notice=self.notices.append, left=taken)
+        self.bound = bind_all(listens, backlog, notice=self.notices.append, inherited=taken)
         return self.bound
 
     def close(self) -> None:
@@ -149,7 +149,7 @@ def test_the_same_socket_is_taken_with_all_clients_that_wait_there(
         after.socket.accept()[0].close()
         assert waiting.recv(1) == b""
     assert after.settings.name == "web"
-    assert after.left
+    assert after.inherited
     assert machine.notices == []
 
 
@@ -223,7 +223,7 @@ def test_what_workers_have_done_to_it_is_undone(machine: Machine, port: int, ref
 
     machine.start(f"127.0.0.1:{port}")
     [after] = machine.restart(f"127.0.0.1:{port}", change=change)
-    assert after.left
+    assert after.inherited
     assert accepts(after.socket, ("127.0.0.1", port))
     assert not after.socket.getblocking()
     assert after.socket.getsockopt(SOCKET, socket.SO_LINGER, 8)[:4] == bytes(4)
@@ -260,7 +260,7 @@ def test_what_cannot_be_undone_is_bound_anew_and_reported(machine: Machine, port
 
     machine.start(f"127.0.0.1:{port}")
     [after] = machine.restart(f"127.0.0.1:{port}", change=lock)
-    assert not after.left
+    assert not after.inherited
     assert accepts(after.socket, ("127.0.0.1", port))
     assert f"127.0.0.1:{port}: bound again" in machine.notices[0]
 
@@ -281,12 +281,12 @@ def test_both_families_in_one_socket_or_in_two_are_told_apart(machine: Machine, 
     machine.start(f"{port}?v6only=0")
     two = machine.restart(str(port))
     assert len(two) == 2
-    assert not any(each.left for each in two)
+    assert not any(each.inherited for each in two)
     assert "v6only" in machine.notices[0]
     assert accepts(two[0].socket, ("127.0.0.1", port))
     machine.notices.clear()
     one = machine.restart(f"{port}?v6only=0")
-    assert [each.left for each in one] == [False]
+    assert [each.inherited for each in one] == [False]
     assert accepts(one[0].socket, ("127.0.0.1", port))
 
 
@@ -318,7 +318,7 @@ def test_a_path_belongs_to_the_user_of_the_new_start(machine: Machine, tmp_path:
     machine.start(f"unix:{path}?user=7&group=8")
     for options, owner in (("?user=9", (9, os.getegid())), ("", (0, os.getegid()))):
         [after] = machine.restart(f"unix:{path}{options}")
-        assert after.left
+        assert after.inherited
         found = os.lstat(path)
         assert (found.st_uid, found.st_gid) == owner
 
@@ -334,7 +334,7 @@ def test_a_path_whose_file_is_gone_is_bound_anew(
         with socket.socket(socket.AF_UNIX) as stale:
             stale.bind(path)
     [after] = machine.restart(f"unix:{path}")
-    assert not after.left
+    assert not after.inherited
     assert accepts(after.socket, path)
     assert len(machine.notices) == 1
 
@@ -342,7 +342,7 @@ def test_a_path_whose_file_is_gone_is_bound_anew(
 def test_an_abstract_name_is_taken(machine: Machine, port: int) -> None:
     machine.start(f"unix:@left-{port}")
     [after] = machine.restart(f"unix:@left-{port}")
-    assert after.left
+    assert after.inherited
     assert accepts(after.socket, f"\0left-{port}")
 
 
@@ -376,7 +376,7 @@ def test_the_fd_store_gets_new_names_after_the_old_ones_are_removed(
         stored = [*(each.settings.name for each in given), "sp.state", "sp.worker.1.process"]
         listens = [parse(text, "/") for text in (texts[0], texts[2], texts[1])]
         taken = stored_listeners.take(listens, (), given, 16, machine.notices.append)
-        machine.bound = bind_all(listens, 16, notice=machine.notices.append, left=taken)
+        machine.bound = bind_all(listens, 16, notice=machine.notices.append, inherited=taken)
         places = {f"sp.listener.{index}": each for index, each in enumerate(machine.bound)}
         stored_listeners.store(Passed([], given, stored), places)
         systemd.setblocking(False)

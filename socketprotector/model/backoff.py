@@ -1,7 +1,8 @@
 """Back-off: a single crash costs no time, and a program that always crashes costs little CPU.
 
-After the first quick deaths the next try begins at once.  After later quick deaths it begins after
-a growing wait.  This holds for the workers of a slot, generations, and a guarded protector.
+After the first quick deaths in a row, the next try begins at once.  After each further quick death,
+the wait before the next try grows.  This holds for the workers of a slot, for generations, and for
+a guarded protector.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ MAX_DELAY_S = 60.0
 
 
 def backoff_s(quick_deaths: int) -> float:
-    """Return the seconds to wait before the next try, after so many quick deaths in a row."""
+    """Return the seconds to wait before the next try, from the number of quick deaths in a row."""
     if quick_deaths <= FREE_DEATHS:
         return 0.0
     # The exponent is bounded because a float overflows after a thousand doublings.

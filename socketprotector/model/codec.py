@@ -1,10 +1,10 @@
 """The JSON form of values: the state, the settings, and the changes between two states.
 
-Classes and fields are identified by name, so that a newer program reads an older program's state.
-A missing field takes its default, and a renamed field is found by its old name.
+Classes and fields are identified by name, so that a newer program can read an older program's
+state.  A missing field takes its default, and a renamed field is found by its old name.
 An older program refuses a newer program's state, with the reason.
 
-Pure.  One serializer for all values that outlive a program.
+Pure.  All values that outlive a program use this serializer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-#: Increased by each change after which old and new programs cannot read each other's values.
+#: Increase it with a change after which old and new programs cannot read each other's values.
 FORMAT = 3
 
 
@@ -30,7 +30,7 @@ def _float(value: float) -> str:
     return float.__repr__(value) if finite else json.dumps(value)
 
 
-#: The same text as json.dumps(), without its set-up cost.
+#: Functions that return the same text as json.dumps(), without its set-up cost.
 _PLAIN: Mapping[type, Callable[[Any], str]] = {
     str: json.encoder.encode_basestring_ascii,
     int: int.__repr__,
@@ -45,7 +45,7 @@ class DecodeError(ValueError):
 
 
 class NewerError(DecodeError):
-    """A newer program has written the bytes; the message says what is unknown here."""
+    """A newer program has written the bytes; the message says what this program does not know."""
 
 
 @contextmanager
@@ -90,13 +90,13 @@ class Codec:
         added: Collection[str] = (),
         said: Collection[str] = (),
     ) -> None:
-        """Encode these classes: frozen dataclasses and enums with distinct names.
+        """classes: frozen dataclasses and enums with distinct names.
 
         renamed: `Class` or `Class.field` of an older program -> the name today.
         strict: classes whose unknown fields are refused, not dropped.
-        added: `Class.field` that older programs lack, and that is left out while at its default.
-        said: `Class.field` for people, on which no program acts.  Such fields are written apart, so
-        that an older program skips them.
+        added: `Class.field` that older programs lack; it is not written while it has its default.
+        said: `Class.field` that is only for people.  Such fields are written separately, so that an
+        older program skips them.
         """
         self._classes: Mapping[str, type] = {each.__name__: each for each in classes}
         self._fields: dict[type, tuple[str, ...]] = {
@@ -104,7 +104,7 @@ class Codec:
             for each in self._classes.values()
             if hasattr(each, "__match_args__")
         }
-        # The class's name today -> a field's old name -> its name today.
+        # Today's name of a class -> a field's old name -> the field's name today.
         self._renamed: dict[str, dict[str, str]] = {}
         self._older = dict(self._classes)
         for old, new in (renamed or {}).items():
@@ -125,9 +125,10 @@ class Codec:
             self._said.setdefault(self._classes[kind], []).append(name)
 
     def encode(self, value: object) -> bytes:
-        """Return a value as bytes: of these classes, tuples, frozensets and plain JSON values.
+        """Return a value as bytes.
 
-        Raises TypeError for any other value.
+        The value consists of the codec's classes, tuples, frozensets and plain JSON values.  Raises
+        TypeError for any other value.
         """
         return self._text(value).encode()
 
@@ -186,31 +187,31 @@ class Codec:
             return
         added = self._added.get(known, {})
         for name in names:
-            one, other = getattr(old, name), getattr(new, name)
-            if name in added and one == added[name] != other:  # a default value was not written
-                found.append(f'{{"p":[""{path},"{name}"],"v":{self._text(other)}}}')
+            before, after = getattr(old, name), getattr(new, name)
+            if name in added and before == added[name] != after:  # a default value was not written
+                found.append(f'{{"p":[""{path},"{name}"],"v":{self._text(after)}}}')
             else:
-                self._compare(f'{path},"{name}"', one, other, found)
+                self._compare(f'{path},"{name}"', before, after, found)
 
     def _compare_tuples(
         self, path: str, old: tuple[object, ...], new: tuple[object, ...], found: list[str]
     ) -> None:
         first = _common_prefix(old, new)
         if len(old) == len(new) and old[first + 1 :] == new[first + 1 :]:
-            if first < len(new):  # nearly always one of a thousand items has changed
+            if first < len(new):  # the usual case: one of a thousand items has changed
                 self._compare(f"{path},{first}", old[first], new[first], found)
             return
         last = _common_prefix(old[first:][::-1], new[first:][::-1])
         before, after = old[first : len(old) - last], new[first : len(new) - last]
         if len(before) == len(after) and after and after[0] in before:
-            # The oldest items were dropped for new ones.  Without this case, each remaining item
-            # would be written as a change, because its index is a new one.
+            # New items have replaced the oldest.  Without this case, each remaining item would be
+            # written as a change, because its index has changed.
             gone = before.index(after[0])
             found.append(f'{{"p":[""{path}],"at":{first},"n":{gone},"v":[]}}')
             self._compare_tuples(path, old[:first] + old[first + gone :], new, found)
         elif len(before) == len(after):
-            for at, (one, other) in enumerate(zip(before, after, strict=True), first):
-                self._compare(f"{path},{at}", one, other, found)
+            for at, (before_item, item) in enumerate(zip(before, after, strict=True), first):
+                self._compare(f"{path},{at}", before_item, item, found)
         else:
             found.append(
                 f'{{"p":[""{path}],"at":{first},"n":{len(before)},"v":{self._text(after)}}}'
@@ -279,15 +280,15 @@ class Codec:
         return {renamed.get(field, field): value for field, value in written.items()}
 
 
-def _common_prefix(one: tuple[object, ...], other: tuple[object, ...]) -> int:
+def _common_prefix(first: tuple[object, ...], second: tuple[object, ...]) -> int:
     """Return the number of equal items at the beginning of both tuples.
 
-    By bisection, because slices are compared in C.
+    Bisection is faster than a loop, because Python compares slices in C.
     """
-    low, high = 0, min(len(one), len(other))
+    low, high = 0, min(len(first), len(second))
     while low < high:
         middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
+        if first[low:middle] == second[low:middle]:
             low = middle
         else:
             high = middle - 1

@@ -1,6 +1,6 @@
-"""Parsing of requests on the control socket, and the lines of their answers.
+"""Parses requests on the control socket, and writes the lines of answers and events.
 
-Pure.  A request with an unknown or wrong argument is refused as a whole, never done in part.
+Pure.  A request with an unknown or wrong argument is refused as a whole.
 
 Source: docs/control.md.
 """
@@ -19,19 +19,19 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    #: The allowed values of an argument in words, and the test for them.
+    #: The allowed values of an argument, in words and as a test.
     Kind = tuple[str, Callable[[Any], bool]]
 
 VERSION = 1
 LINE_BYTES = 65_536
 _ID_CHARACTERS = 64
-#: Above every number of a generation, worker or process.
+#: No generation, worker or process has a higher number.
 _MOST = 2**31
 _ENVELOPE = ("v", "id", "command")
 
 
 class RequestError(Exception):
-    """A request is wrong; the text and the code are its answer."""
+    """A request is wrong; the text and the code are for the answer."""
 
     def __init__(self, code: str, text: str, request_id: object = None) -> None:
         super().__init__(text)
@@ -85,7 +85,7 @@ _LEVEL: Kind = (
     '"debug", "info", "warning" or "error"',
     lambda value: value in ("debug", "info", "warning", "error"),
 )
-#: Command -> its arguments, of which exactly one is needed, except in _OPTIONAL.
+#: Command -> its arguments.  Exactly one of them is required, except for commands in _OPTIONAL.
 COMMANDS: Mapping[str, Mapping[str, Kind]] = {
     "status": {},
     "history": {},
@@ -121,10 +121,10 @@ _OPTIONAL = ("reload", "deploy", "promote", "rollback", "upgrade", "stop", "conn
 
 
 def parse(line: bytes) -> Request:
-    """Return the request in a line.  Raises RequestError for any other line."""
+    """Return the request in a line.  Raises RequestError if the line is not a valid request."""
     try:
         found = json_text.parse(line, _each_once)
-    except (ValueError, RecursionError) as error:  # ValueError: UnicodeDecodeError too
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError, too
         raise RequestError("invalid", f"a line is one JSON object: {_short(error)}") from None
     if not isinstance(found, dict):
         raise RequestError("invalid", "a line is one JSON object")
@@ -163,7 +163,7 @@ def _fault(command: str, arguments: Mapping[str, object]) -> str | None:
 def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a name stands twice")  # parsers differ in which one they use
+        raise ValueError("a name stands twice")  # parsers differ in which value they use
     return found
 
 
@@ -173,7 +173,7 @@ def _is_id(value: object) -> bool:
     try:
         return len(json.dumps(value, allow_nan=False)) <= _ID_CHARACTERS
     except ValueError:
-        return False  # Python reads NaN and Infinity, which valid JSON cannot return
+        return False  # NaN or Infinity: Python reads them, but an answer in valid JSON cannot
 
 
 def _short(value: object) -> str:
@@ -194,7 +194,7 @@ def refusal(wrong: RequestError) -> bytes:
 
 def event(name: str, at: float, level: str, fields: Mapping[str, object]) -> bytes:
     """Return the line of an event.  at: in seconds since the epoch."""
-    # Our own keys last, so that no field can replace them.
+    # Our own keys are last, so that no field can replace them.
     return _line({**fields, "v": VERSION, "event": name, "at": at, "level": level})
 
 

@@ -1,7 +1,7 @@
-"""Parsing of durations on the command lines of the daemon and of socketprotectorctl.
+"""Parses durations on the command lines of SocketProtector and socketprotectorctl.
 
-text.in_units shows them, without click, which the resident process does not load.
-The other option values of the daemon are in launch/option_values.py.
+This module needs click, which the resident process does not load.  So text.in_units, which shows
+durations, is in another module.  The daemon's other option values are in launch/option_values.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import click
 
 from .text import UNITS_US, in_units, shortened
 
-#: From 31 years on a duration must be a mistake.
+#: The limit of a duration, 31 years: a longer duration must be a mistake.
 _MOST_S = 1e9
 
 _UNITS = {unit: us / 1_000_000 for unit, us in UNITS_US.items()}
@@ -23,7 +23,7 @@ _SEVERAL = re.compile("(?=.)" + "".join(rf"(?:([0-9]+(?:\.[0-9]+)?){unit})?" for
 
 
 class Value(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.1.3 (Debian 12)
-    """A type of option value, with a function that reads it or raises ValueError with a reason."""
+    """A type of option value.  Its `read` function raises ValueError with a reason."""
 
     def __init__(
         self, name: str, read: Callable[[str], Any], show: Callable[[Any], str] = str
@@ -40,7 +40,7 @@ class Value(click.ParamType):  # type: ignore[type-arg]  # not generic in click 
 
 
 class Duration(Value):
-    """`500ms`, `10s`, `1h30m`, `1d` or plain seconds."""
+    """A duration, written as `500ms`, `10s`, `1h30m`, `1d` or plain seconds."""
 
     def __init__(self, *, zero: bool = True, least_s: float = 0.0) -> None:
         super().__init__("TIME", self.read, in_units)
@@ -53,7 +53,7 @@ class Duration(Value):
         if seconds >= _MOST_S:
             most = in_units(_MOST_S // 86_400 * 86_400)
             raise ValueError(f"{shortened(text)!r} is too long; write at most {most}")
-        if not seconds >= 0:  # or not a number
+        if not seconds >= 0:  # negative, or NaN
             raise ValueError(f"{text!r} is no duration; write 500ms, 10s, 1h30m or seconds")
         if seconds == 0 and not self._zero:
             raise ValueError("it must be above 0")
@@ -63,11 +63,11 @@ class Duration(Value):
 
 
 def _seconds(text: str) -> float:
-    """Return a duration in seconds, -1 for a malformed one."""
+    """Return a duration in seconds; -1 if the text is malformed."""
     if several := _SEVERAL.fullmatch(text):
         parts = zip(several.groups("0"), _UNITS.values(), strict=True)
         return sum(float(number) * seconds for number, seconds in parts)
-    # Any other form of float(), with one unit or none.
+    # Otherwise any form that float() accepts, with at most one unit.
     unit = next((u for u in reversed(_UNITS) if text.endswith(u)), "")
     try:
         return float(text.removesuffix(unit)) * _UNITS.get(unit, 1.0)

@@ -1,20 +1,20 @@
-"""The ready message of an einhorn worker.  Pure.
+"""Parses the ready message of an einhorn worker.  Pure.
 
-Source: einhorn's worker protocol.  The message is one line of JSON, or a block of YAML with its
-line ends written as %0A and its percent signs as %25.  The worker expects no answer.
+Source: einhorn's worker protocol.  The message is a line of JSON, or a block of YAML in which line
+ends are written as %0A and percent signs as %25.  The worker expects no answer.
 """
 
 from __future__ import annotations
 
 import json
 
-#: The longest accepted line; einhorn's own has 50 bytes.
+#: The longest accepted line; the line that einhorn sends has 50 bytes.
 ACK_BYTES = 512
 _ACK = "worker:ack"
 
 
 def ack(line: bytes) -> int | None:
-    """Return the pid in a `worker:ack`, 0 if the ack names none; None for any other line."""
+    """Return the pid in a `worker:ack`; 0 if the ack has no pid; None for any other line."""
     if len(line) > ACK_BYTES or _ACK.encode() not in line:
         return None
     text = line.decode("utf-8", "replace").replace("%0A", "\n").replace("%25", "%")

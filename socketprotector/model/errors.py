@@ -14,7 +14,7 @@ class Refusal(Exception):
 
 
 class UsageError(Refusal):
-    """The command line (or a file it names) is wrong or contradicts itself."""
+    """The command line, or a file that it names, is wrong or contradicts itself."""
 
     status = 2
 
@@ -30,10 +30,10 @@ class SystemRefused(Refusal):
 
 
 class AlreadyRunning(Refusal):
-    """A living protector holds the pid file (or the socket) already."""
+    """A running protector already holds the pid file or the socket."""
 
     def __init__(self, message: str, holder: int = 0) -> None:
-        """holder: the process that the pid file names."""
+        """holder: the pid in the pid file."""
         super().__init__(message)
         self.holder = holder
 
@@ -54,14 +54,14 @@ _FREE_MEMORY = "raise the limit (ulimit -v, LimitAS= of a unit), or free some"
 
 
 def lack_of_memory(error: MemoryError | ImportError) -> str:
-    """Return the message if there is no memory to load a program; empty for any other error."""
+    """Return the message if memory for loading a program is lacking; "" for any other error."""
     if isinstance(error, ImportError) and ".so" not in str(error):
         return ""
     return f"out of memory ({error}): {_FREE_MEMORY}".replace(" ()", "")
 
 
 def what_failed(error: BaseException) -> str:
-    """Return an error's cause, with the file that it is about."""
+    """Return the cause of an error, with the name of the file if there is one."""
     if isinstance(error, MemoryError):
         return f"out of memory: {_FREE_MEMORY}"
     if isinstance(error, OSError) and error.errno in LIMITS:

@@ -1,4 +1,4 @@
-"""How many workers the limit of descriptors allows: the protector keeps some for each worker.
+"""Computes how many workers the limit of descriptors allows: each worker costs the protector some.
 
 Pure.  docs/reliability.md explains the numbers, in "How many workers".
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 from . import probe_spec
 from .settings import Settings
 
-#: The descriptors for standard files, listeners, state, channels, guard, relay, and a start.
+#: Descriptors that do not depend on the workers: standard files, listeners, state, channels, guard,
+#: relay, and those for starting a process.
 _OTHERS = 32
-#: How many output pipes of ended workers are kept, for processes that these workers have left.
+#: How many output pipes of ended workers are kept, because child processes still write to them.
 LEFT_BEHIND = 32
 _RAISE = "raise that (ulimit -Hn, LimitNOFILE= of a unit)"
 
@@ -30,7 +31,7 @@ def most(settings: Settings, hard: int) -> int:
 def refused(settings: Settings, wanted: int, hard: int) -> str | None:
     """Return why so many workers are impossible, and what to do; None if they are possible.
 
-    hard: the hard limit, to which the protector raises its own; below 0: no limit.
+    hard: the hard limit, to which the protector raises its soft limit; below 0: no limit.
     """
     room = most(settings, hard)
     if hard < 0 or wanted <= room:

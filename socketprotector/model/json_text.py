@@ -1,4 +1,4 @@
-"""Parsing of one-line JSON without `re`, which json.loads() needs for spaces (late_stdlib.py)."""
+"""Parses one-line JSON without `re`, which json.loads() needs for spaces (late_stdlib.py)."""
 
 from __future__ import annotations
 

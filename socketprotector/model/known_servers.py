@@ -1,7 +1,8 @@
 """The options that well-known servers need, by the name of their command.
 
-Pure.  These options change no setting.  --help and --check show them, and so do messages about a
-server that was started without them and binds its own port.  docs/servers.md explains them.
+Pure.  This table changes no setting.  It is for --help, for --check, and for messages about a
+server that was started without these options and binds its own port.  docs/servers.md explains
+them.
 """
 
 from __future__ import annotations
@@ -23,23 +24,23 @@ class Server:
 
     listen: str
     options: str = ""  # options of SocketProtector
-    adds: str = ""  # the server's options, behind its name
+    adds: str = ""  # the server's options, to be written after its name
     rest: str = ""  # an example of the user's own words
-    #: The server's options to remove, because they bind an address or contradict `adds`: with a
-    #: value (drops) or without (flags).  drops is None if commands of this server cannot be
+    #: The server's options to remove, because they bind an address or contradict `adds`: options
+    #: with a value (drops) and without (flags).  If drops is None, commands of this server are not
     #: rewritten.
     drops: tuple[str, ...] | None = None
     flags: tuple[str, ...] = ()
-    #: How long the server keeps connections open after the drain signal, and its option for that.
-    #: None: without a limit, unless the option sets one.
+    #: How long the server keeps connections open after the drain signal; None: no limit by default.
     limit_s: float | None = None
+    #: The server's option for this limit.
     limit_option: str = ""
-    #: Its option that ends open connections evenly or at a limit, if `limit_option` is not that.
+    #: The server's option that ends connections evenly or at a limit, if it is not `limit_option`.
     ends_by: str = ""
 
     @property
     def drain_signal(self) -> str:
-        """The signal to use instead of TERM, which would close open connections; "": use TERM."""
+        """The signal to use if TERM would close open connections; "" if TERM does not."""
         _, named, after = self.options.partition("--drain-signal ")
         return after.partition(" ")[0] if named else ""
 
@@ -118,7 +119,7 @@ KNOWN: Mapping[str, Server] = {
         ends_by="worker_shutdown_timeout",
     ),
 }
-#: Words in a server's command or environment (NAME=VALUE) that give it the socket.
+#: Words in a server's command or environment (NAME=VALUE) that give the socket to the server.
 _SOCKET_OPTIONS: Mapping[str, re.Pattern[str]] = {
     "uvicorn": re.compile("--fd|UVICORN_FD="),
     "hypercorn": re.compile(".*fd://|-c|--config"),
@@ -127,25 +128,25 @@ _SOCKET_OPTIONS: Mapping[str, re.Pattern[str]] = {
 }
 #: Servers whose module for inherited sockets, Net::Server::SS::PreFork, supports only TCP.
 _TCP_ALONE = re.compile("starman$|(?:-s|--server)[= ]?Starman")
-#: Without this variable of Server::Starter, Net::Server loads no such module.
+#: An empty variable of Server::Starter: with it, Net::Server does not load that module.
 _WITHOUT_STARTER = "SERVER_STARTER_PORT="
 #: Words with which gunicorn may load the application before it sends READY=1.
 _PRELOADS = re.compile("--preload|-c|--config|GUNICORN_CMD_ARGS=")
-#: Part of a command that uses the client library or an adapter.
+#: A command that contains this word uses the client library or an adapter.
 OURS = "socketprotector"
-#: Servers that load an application, which may fail.
+#: Servers that load an application; loading it may fail.
 _LOADS = ("gunicorn", "uvicorn", "hypercorn")
 WANTS = f"a program that binds its own port needs --handoff {LISTENER.name} ({_PAGE})"
-#: The same advice for a server that should accept from the passed socket.
+#: The advice for a server that should accept from the passed socket.
 TAKES = (
     f"the server must accept on the inherited socket, by number or variable ({_PAGE}); a server "
     "that can only bind its own port needs a proxy in front (docs/comparison.md)"
 )
 STDIN = "does it serve on stdin and stdout, as under inetd? use --handoff stdio (docs/modes.md)"
 _PYTHON = re.compile(r"python[0-9.]*$")
-#: In hypercorn the first idle worker ends its other workers, with their requests in progress.
+#: Several workers of hypercorn: the first idle worker ends the others, with requests in progress.
 _SEVERAL = re.compile(r"(?:--workers[= ]|-w ?)0*(?:[2-9]|1\d)")
-#: puma with workers of its own; puma as a single process has no limit.
+#: puma in cluster mode, which has a limit; as a single process puma has no limit.
 _CLUSTERED = re.compile(r"(?:--workers[= ]|-w ?|WEB_CONCURRENCY=)0*[1-9]")
 _CLUSTER_LIMIT_S = 30.0
 #: A configuration file in the command, which may set more options.
@@ -163,7 +164,7 @@ def known(command: Sequence[str]) -> str | None:
 
 
 def program_index(command: Sequence[str]) -> int:
-    """Return the index of the program's name in a command, behind env(1) and `python -m`."""
+    """Return the index of the program's name in a command, after any env(1) and `python -m`."""
     at = 0
     while at < len(command) and (_base(command[at]) == "env" or "=" in command[at]):
         at += 1
@@ -210,7 +211,7 @@ def lacks(
     variables: the environment, as NAME=VALUE.
     settles: whether a generation that fails soon after it was ready is rolled back.
     after_s: the time after which a timer makes a worker ready; None without a timer.
-    drain_signal: its name without SIG.
+    drain_signal: the signal's name without SIG.
     unix: whether the server gets a UNIX socket.
     files: the contents of the server's configuration files.
     """
@@ -258,7 +259,7 @@ def lacks(
 
 
 def ends_connections_by(name: str) -> str:
-    """Return the advice to use a known server's own option instead of a spread; "": it has none."""
+    """Return advice to use a server's own option instead of a spread; "" if it has no option."""
     option = KNOWN[name].ends_by or KNOWN[name].limit_option
     return f"use its own {option} instead" if option else ""
 
@@ -270,11 +271,12 @@ def drain_limit(
     drain_limit_s: float,
     files: str = "",
 ) -> str | None:
-    """Return a warning that a server's own limit closes connections before --drain-timeout does.
+    """Return a warning if a server's own limit closes connections before --drain-timeout does.
 
-    None: it does not, or the operator has set that limit and --drain-timeout is not longer.
+    Returns None if it does not, or if the operator has set a limit and --drain-timeout is not
+    longer.
     drain_limit_s: the --drain-timeout; 0: no limit.
-    files: the contents of the server's configuration files, where the operator may set the limit.
+    files: the contents of the server's configuration files, which may set the limit.
     """
     name = known(command)
     if name is None:
@@ -305,7 +307,7 @@ def drain_limit(
 
 
 def _value(words: Sequence[str], option: str) -> str:
-    """Return the last value of an option in `words`, "" without one."""
+    """Return the last value of an option in `words`; "" if the option is missing."""
     found = ""
     for word, following in _neighbours(words):
         if option and word == option:
@@ -320,8 +322,8 @@ def _neighbours(words: Sequence[str]) -> Iterable[tuple[str, str]]:
 
 
 def _pairs(words: Sequence[str]) -> Iterable[str]:
-    """Return each word, and each word together with the next one."""
-    return (text for one, next_one in _neighbours(words) for text in (one, f"{one} {next_one}"))
+    """Return each word, and each word together with the next word."""
+    return (text for word, after in _neighbours(words) for text in (word, f"{word} {after}"))
 
 
 def advice(
@@ -332,12 +334,12 @@ def advice(
     listens: Callable[[], str | None] = lambda: None,
     passes_over: bool = False,
 ) -> str:
-    """Return advice about a program that takes no connection; "" without any.
+    """Return advice about a program that takes no connection; "" if there is no advice.
 
-    said: its last words.
-    unseen: whether its output is not readable for SocketProtector.
+    said: the program's last words.
+    unseen: whether SocketProtector cannot read the program's output.
     listens: returns the address of a listener that the program has bound itself, or None.
-    passes_over: whether clients wait in the socket from which it should accept.
+    passes_over: whether clients wait at the socket from which the program should accept.
     """
     name = known(program.argv)
     if program.mode.workers_accept and (passes_over or _TAKEN.search(said)):
@@ -365,9 +367,9 @@ def detached(program: Program) -> str:
 
 
 def hint(program: Program, *, taken_from: bool, advice: Callable[[], str]) -> str | None:
-    """Return advice if clients wait and no worker takes them; None without any.
+    """Return advice for clients that wait and are not taken by a worker; None if there is none.
 
-    taken_from: whether workers have taken a connection before: then the server uses our socket.
+    taken_from: whether workers have taken a connection before, so the server uses our socket.
     """
     if taken_from:
         return "workers are busy or stuck: check `status`; then `scale +1`, or set --watchdog"

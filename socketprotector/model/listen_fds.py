@@ -1,7 +1,7 @@
-"""The listening sockets that a server gets under --handoff listener, and their variables.
+"""The descriptors and variables by which a server gets its sockets under --handoff listener.
 
 Pure.  A server finds its sockets by a variable, or by a descriptor's number in its command.  For
-that number the operator writes a placeholder.
+such a number, the operator writes a placeholder.
 
 Source: sd_listen_fds(3); Server::Starter's SERVER_STARTER_PORT; einhorn's EINHORN_FD_n; circus'
 $(circus.sockets.NAME); nginx' NGINX.
@@ -31,7 +31,7 @@ class PlaceholderError(ValueError):
 
 
 def descriptors(listeners: Sequence[ListenerSettings]) -> dict[int, int]:
-    """Return the descriptors of listeners in a worker: index -> number, without removed ones."""
+    """Return the descriptor of each listener in a worker, by index; removed listeners have none."""
     living = [index for index, each in enumerate(listeners) if not each.removed]
     return {index: fd for fd, index in enumerate(living, FIRST_FD)}
 
@@ -42,7 +42,7 @@ def placeholders(words: Sequence[str]) -> list[str]:
 
 
 def ready_fd(settings: Settings) -> int:
-    """Return the number of the ready descriptor in a worker, -1 without one.
+    """Return the number of the ready descriptor in a worker; -1 if it has none.
 
     Either --ready names the number, or {fd:ready} requests the next number after the listeners.
     """
@@ -55,10 +55,11 @@ def ready_fd(settings: Settings) -> int:
 
 
 def ready_after_s(settings: Settings) -> float | None:
-    """Return after how many seconds a worker without a message counts as ready; None: never.
+    """Return after how many seconds a worker without a message counts as ready; None means never.
 
-    A server with {fd:ready} reports by that descriptor, so it has no timer.  Nor has a worker that
-    must declare in its message that it can finish alone: a slow one would fail for the lack of it.
+    A server with {fd:ready} reports by that descriptor, so it needs no timer.  A worker that must
+    declare in its message that it can finish alone has none either: if the worker were slow, the
+    timer would end before the declaration.
     """
     writes = settings.ready == "any" and ready_fd(settings) >= 0
     return None if writes or settings.policy.finish_alone else settings.ready_after_s
@@ -67,7 +68,7 @@ def ready_after_s(settings: Settings) -> float | None:
 def fill(
     words: Sequence[str], listeners: Sequence[ListenerSettings], ready: int = -1
 ) -> tuple[str, ...]:
-    """Return the words with descriptors' numbers for placeholders.  Raises PlaceholderError."""
+    """Return the words with descriptor numbers for placeholders.  Raises PlaceholderError."""
     numbers = descriptors(listeners)
 
     def number(found: re.Match[str]) -> str:
@@ -119,12 +120,12 @@ def worker_variables(generation: int, *, slot: int, master_pid: int) -> dict[str
 
 
 def _name(found: re.Match[str]) -> str:
-    """Return the name in a placeholder, in lower case as circus does; no two names clash."""
+    """Return the name in a placeholder, in lower case, because circus ignores case."""
     return (found["fd"] or found["circus"] or found["old"] or "").lower()
 
 
 def _starter_name(listener: ListenerSettings) -> str:
-    """Return Server::Starter's name of a listener: the port if LISTEN has no host."""
+    """Return Server::Starter's name of a listener: HOST:PORT, PORT without a host, or a path."""
     kind, _, rest = listener.address.partition(":")
     if kind == "unix":
         return rest

@@ -1,6 +1,6 @@
 """The format of a log line, key=value text or a JSON object, and a test for our own lines.
 
-Pure.  Each line is one line of printable characters, whatever its fields have.
+Pure.  Each line is one line of printable characters, whatever its fields contain.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def stamp(now: float) -> str:
 def as_text(level: str, event: str, fields: Mapping[str, object], now: float | None = None) -> str:
     """Return `TIME LEVEL event=EVENT NAME=VALUE...`.
 
-    Without `now`, time and level are replaced by a priority (sd-daemon(3)), for a reader that adds
-    them itself.
+    Without `now`, the line has a priority (sd-daemon(3)) instead of time and level, for a log
+    reader that adds time and level itself.
     """
     pairs = _pairs(event, fields)
     if now is None:

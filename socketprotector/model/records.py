@@ -1,6 +1,6 @@
 """The records of programs, generations and workers, as values that outlive the resident process.
 
-Pure data, without descriptors: the next program finds those by name.
+Pure data, without descriptors, which the next program finds by name.
 Times are CLOCK_MONOTONIC seconds, valid until a reboot, unless a comment says otherwise.
 """
 
@@ -17,7 +17,7 @@ from .settings import Identity, Settings
 
 @frozen
 class Program:
-    """A fully resolved command, which a respawn executes again."""
+    """A fully resolved command, which each new worker executes."""
 
     path: str
     argv: tuple[str, ...]
@@ -44,7 +44,7 @@ class Program:
 
     @property
     def spreads(self) -> bool:
-        """Whether its workers learn that they may have to end their connections evenly."""
+        """Whether workers are told that they may have to end their connections evenly."""
         return bool(self.drain_spread_s or self.stop_spread_s)
 
     @property
@@ -77,7 +77,7 @@ class Counts:
             self.accepted + other.accepted,
             self.active + other.active,
             self.errors + other.errors,
-            tuple(one + another for one, another in zip(self.waits, other.waits, strict=True)),
+            tuple(mine + theirs for mine, theirs in zip(self.waits, other.waits, strict=True)),
         )
 
 
@@ -87,7 +87,7 @@ NO_ACCIDENT = 3
 
 @frozen
 class GenerationRecord:
-    """An open generation, or a released one whose queue still has connections."""
+    """An open generation, or a released generation whose queue still has connections."""
 
     number: int
     program: Program
@@ -102,8 +102,8 @@ class GenerationRecord:
     lost: int = 0  # connections that were open in workers that ended
     socket_number: int = 0  # the socket from which its workers accept: see delivery/shared/
     accept_tags: tuple[tuple[int, int], ...] = ()  # by listener's index; empty: unknown
-    # Of --handoff stdio: whether a program has worked.  Until then: how many failed at once, how
-    # the last one ended, and its last output.
+    # For --handoff stdio: whether a program has worked.  Until then: how many programs failed at
+    # once, how the last program ended, and its last output.
     programs_work: bool = False
     programs_failed: int = 0
     program_ended: str = ""
@@ -111,7 +111,7 @@ class GenerationRecord:
 
     @property
     def never_works(self) -> bool:
-        """Whether its first NO_ACCIDENT programs have failed and none has worked."""
+        """Whether the first NO_ACCIDENT programs have failed, and no program has worked."""
         return self.programs_failed >= NO_ACCIDENT
 
     @property
@@ -152,14 +152,14 @@ class ForwarderRecord:
     lost: int = 0
     pending: bytes | None = None  # the header of the connection whose send failed
     number: int = 0  # the highest connection number so far; a pending connection has this number
-    parked: tuple[tuple[int, bytes], ...] = ()  # number and header of those that wait for a drain
+    parked: tuple[tuple[int, bytes], ...] = ()  # (number, header) of connections that await a drain
     shared: int = 0  # how many connections were counted for the share of a canary
     met: tuple[tuple[int, int], ...] = ()  # (generation, how many new connections it has got)
 
 
 @frozen
 class HoldRecord:
-    """A hold where workers accept, and how long its clients still try to connect."""
+    """A hold in a mode in which workers accept, and how long its clients keep trying to connect."""
 
     began_at: float = 0.0  # 0: there is no hold
     tried_until: float = 0.0  # clients of this hold or an earlier hold try until this time
@@ -170,7 +170,7 @@ class SteeringRecord:
     """Which socket of each address gets new clients, and which generations lack a socket."""
 
     socket_number: int = 0
-    unserved: tuple[tuple[int, int], ...] = ()  # (generation, listener that it has no socket of)
+    unserved: tuple[tuple[int, int], ...] = ()  # (generation, listener for which it has no socket)
     #: (a candidate's listener, the number of the socket that gets its clients).
     expected: tuple[tuple[int, int], ...] = ()
     #: (finishing generation, its socket's number, the time when it began to finish).
@@ -181,7 +181,7 @@ class SteeringRecord:
     asked_from: tuple[tuple[int, int, str], ...] = ()  # the same with the origin of IPv4 probes
     #: (generation (0: none yet), listener, the options that its socket had).
     options: tuple[tuple[int, int, str], ...] = ()
-    partly_served: tuple[tuple[int, int], ...] = ()  # the unserved whose later workers have it
+    partly_served: tuple[tuple[int, int], ...] = ()  # unserved pairs whose later workers can serve
     lost: tuple[int, ...] = ()  # listeners whose clients come to the other socket: see Turns
     #: (listener, its group's members in two orders): see system/reuseport_group.py.
     groups: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...] = ()

@@ -1,4 +1,4 @@
-"""Releases: their names, the history of those that were tried, and the way back.
+"""Releases: their names, the history of tried releases, and the way back by rollbacks.
 
 Pure.  The history has an entry for each time that a release was proved or refused, the newest last.
 """
@@ -27,7 +27,7 @@ _FORMAT = 1
 _OTHERS = frozenset("._+~@=:,-")
 #: The longest reason that is kept.
 _REASON_CHARACTERS = 300
-#: What contents that are no history raise; OverflowError: a number that is infinite.
+#: The errors that malformed contents raise.  An infinite number raises OverflowError.
 _WRONG = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
 
 NAME_IS = "a name of 1 to 128 letters, digits and ._+~@=:,- that begins with a letter or digit"
@@ -39,7 +39,7 @@ class HistoryError(Exception):
 
 @frozen
 class Fingerprint:
-    """What tells whether a release was changed after its proof; zeros: unknown.
+    """The values that show whether a release was changed after it was proved; zeros: unknown.
 
     Only the folder itself and the program are compared, because a start changes other files, such
     as __pycache__.
@@ -65,9 +65,10 @@ class Entry:
 
 @frozen
 class History:
-    """The last entries, the newest last; and the way back: from the oldest release to the serving.
+    """The last entries, and the way back; in both, the newest is last.
 
-    The way is stored, because old entries are dropped.
+    way: the releases to which rollbacks lead, up to the serving release.  It is stored separately,
+    because old entries are dropped.
     """
 
     entries: tuple[Entry, ...] = ()
@@ -75,7 +76,7 @@ class History:
 
 
 def is_name(text: object) -> bool:
-    """Return whether a text can be the name of a release."""
+    """Return True if a text can be the name of a release."""
     if not isinstance(text, str) or not 0 < len(text) <= _LONGEST_NAME or not text.isascii():
         return False
     return text[0].isalnum() and all(each.isalnum() or each in _OTHERS for each in text)
@@ -89,7 +90,8 @@ def fill(text: str, path: str) -> str:
 def added(history: History, entry: Entry) -> History:
     """Return the history with a new entry.
 
-    A release that is refused again and again has one entry, so that it removes no proved release.
+    A release that is refused repeatedly keeps only one entry, so that it displaces no proved
+    release.
     """
     kept = history.entries
     if entry.refused:
@@ -97,17 +99,17 @@ def added(history: History, entry: Entry) -> History:
         entry = replace(entry, refused=entry.refused[:_REASON_CHARACTERS])
         return replace(history, entries=(*kept, entry)[-ENTRIES:])
     if kept and not kept[-1].refused and kept[-1].release == entry.release:
-        # It is served again: the time since when it has served stays.
+        # The same release is serving again: keep the time from which it has served.
         entry = replace(entry, at=kept[-1].at)
         kept = kept[:-1]
     return History((*kept, entry)[-ENTRIES:], _way_to(entry.release, history.way))
 
 
 def _way_to(name: str, way: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the way back from a release that serves now.
+    """Return the way back from the release that is serving now.
 
-    A release that serves again ends the way at its place.  So each rollback goes further back, and
-    none returns to a release that an operator has left.
+    If the release is already on the way, later releases are cut off.  So each rollback goes further
+    back, and never returns to a release that was rolled back.
     """
     if name in way:
         return way[: way.index(name) + 1]
@@ -115,9 +117,9 @@ def _way_to(name: str, way: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def previous(history: History, serving: str, exists: Callable[[str], bool]) -> str:
-    """Return the release to roll back to; "": there is none.
+    """Return the release to roll back to; "" if there is none.
 
-    Releases that are gone, or were refused when they were last tried, are passed over.
+    Releases that are gone, or were refused when they were last tried, are skipped.
     """
     for name in reversed(_way_to(serving, history.way)[:-1]):
         if not failed_last(history, name) and exists(name):
@@ -126,7 +128,7 @@ def previous(history: History, serving: str, exists: Callable[[str], bool]) -> s
 
 
 def failed_last(history: History, name: str) -> bool:
-    """Return whether a release was refused when it was last tried."""
+    """Return True if a release was refused when it was last tried."""
     last = next((each for each in reversed(history.entries) if each.release == name), None)
     return last is not None and bool(last.refused)
 
@@ -141,7 +143,7 @@ def latest(history: History) -> dict[str, tuple[Entry | None, Entry | None]]:
 
 
 def named_failed(current: str) -> str:
-    """Return the warning about a `current` that names a release which has failed."""
+    """Return the warning for a link `current` that names a failed release."""
     return f"current names {current}, which failed; a restart would start {current}"
 
 

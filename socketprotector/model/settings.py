@@ -124,7 +124,7 @@ class Settings:
     releases: str = ""  # the folder of releases; "": there are none
     current: str = ""  # the symbolic link that names the release to start
     release: str = ""  # the name of the release that these settings are for
-    release_wanted: str = ""  # of a candidate: that of its deploy; "": `current` names it
+    release_wanted: str = ""  # the release that a deploy named; "": use the one in `current`
     foreground: bool = False
     guarded: bool = False
     outlives_terminal: bool = False  # HUP was ignored at start (nohup)
@@ -151,7 +151,7 @@ class Settings:
 
     @property
     def processes(self) -> int:
-        """The number of workers in a generation: under stdio a few pools start all programs."""
+        """The number of workers in a generation; under stdio, a few pools start all programs."""
         return min(self.workers, self.pools) if self.mode.pooled else self.workers
 
     @property
@@ -165,18 +165,18 @@ class Settings:
         return ("/bin/sh",) if self.shell else self.command
 
 
-#: All classes of settings.  An unknown field is refused: to drop it would silently drop an option.
+#: All classes of settings.  An unknown field is refused: dropping it would drop an option.
 CLASSES = (Settings, ListenerSettings, Policy, Canary, Identity, Limits, Origin)
-#: Newer fields, which are left out at their defaults.  After a package update, the running older
-#: protector reads its configuration by the new package's code.  So it refuses only settings that it
-#: cannot honour.
+#: Newer fields, which are not written if they have their defaults.  After a package update, the
+#: running older protector gets its settings from the new package's code.  So it refuses only
+#: settings that it cannot honour.
 ADDED = (
     *("Settings.warnings", "ListenerSettings.beside"),
     *("Policy.canary", "Policy.surge", "Policy.surge_is_percent"),
     *("Settings.releases", "Settings.current", "Settings.release", "Settings.release_wanted"),
     *("Policy.drain_spread_s", "Policy.stop_spread_s"),
 )
-#: Fields for people only: an older program skips them.
+#: Fields that are only for people; an older program skips them.
 SAID = ("Settings.warnings",)
 _CODEC = Codec(CLASSES, strict=CLASSES, added=ADDED, said=SAID)
 

@@ -16,11 +16,11 @@ CANARY_FOR_S = 60.0
 
 @frozen
 class Canary:
-    """The share that a new generation has first, and for how long."""
+    """The share that a new generation gets first, and for how long."""
 
-    share: int  # of WHOLE
+    share: int  # in parts of WHOLE
     for_s: float
-    at_least: int = 0  # with fewer connections in this time it gets as long again, then fails
+    at_least: int = 0  # with fewer connections, the canary gets the same time again, then fails
 
     @property
     def text(self) -> str:
@@ -29,7 +29,7 @@ class Canary:
 
     @property
     def described(self) -> str:
-        """The canary as text."""
+        """The canary as text, with its time."""
         least = f", at least {self.at_least}" if self.at_least else ""
         return f"{self.text} for {in_units(self.for_s)}{least}"
 
@@ -52,7 +52,7 @@ def read_percent(text: str) -> int:
 
 
 def in_share(count: int, share: int) -> bool:
-    """Return whether the connection with this number (0, 1, ...) is in the share.
+    """Return True if the connection with this number (0, 1, ...) is in the share.
 
     Any n connections in a row contain n times the share, rounded down or up.
     """

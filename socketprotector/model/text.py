@@ -1,12 +1,12 @@
 """Text for people: exits of processes, durations, and text that is safe to show.
 
-Pure.  Text from a worker or a client is escaped before it reaches a terminal or a log.
-So it can neither forge a line nor control the terminal.
+Pure.  Text from a worker or a client is escaped before it reaches a terminal or a log.  So such
+text cannot forge a line or control the terminal.
 """
 
 from __future__ import annotations
 
-#: The end of a reason's first line, if a worker's last words follow in the next lines.
+#: This ends the first line of a reason if a worker's last words follow in the next lines.
 LAST_WORDS = "; its last words:"
 
 #: The units of times, the greatest first, in microseconds.
@@ -42,7 +42,7 @@ def last_line(written: bytes) -> str:
 
 
 def in_one_line(text: str) -> str:
-    """Return a text of several lines, such as an error of click, in one line without its full stop.
+    """Return a text, such as an error of click, as one line without a full stop.
 
     Words of more than 200 characters are shortened, so that the reason after them stays visible.
     """
@@ -51,12 +51,12 @@ def in_one_line(text: str) -> str:
 
 
 def shortened(text: str, most: int = 40) -> str:
-    """Return a text whole, or only its beginning if it is longer than `most` characters."""
+    """Return a text; only its beginning if it is longer than `most` characters."""
     return text if len(text) <= most else f"{text[:40]}..."
 
 
 def whole(text: str, most: int) -> int | None:
-    """Return the number in a text of ASCII digits; None if it is no number, or above `most`."""
+    """Return the number in a text of ASCII digits; None if it is no number or exceeds `most`."""
     if text.isascii() and text.isdigit() and len(text.lstrip("0")) <= len(str(most)):
         number = int(text.lstrip("0") or "0")
         return number if number <= most else None
@@ -64,7 +64,7 @@ def whole(text: str, most: int) -> int | None:
 
 
 def headline(reason: str) -> str:
-    """Return a reason without the last words behind it."""
+    """Return the first line of a reason, without last words."""
     return reason.partition("\n")[0].removesuffix(LAST_WORDS)
 
 

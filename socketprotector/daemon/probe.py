@@ -335,7 +335,7 @@ class Probe:
             generation.program,
             self._spec.path,
             {PROBE: address} if address else {},
-            over=ended,
+            ended=ended,
             late=late,
             limit_s=limit_s,
             stdin=self._reads(number),

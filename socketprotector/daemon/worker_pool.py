@@ -358,7 +358,7 @@ class WorkerPool:
             program,
             program.ready_check,
             variables,
-            over=lambda why: over(self._probes.judge(worker.generation, why)),
+            ended=lambda why: over(self._probes.judge(worker.generation, why)),
             late=late,
             limit_s=check_command.LIMIT_S,
         )

@@ -62,35 +62,35 @@ def _is_keepalive(value: str) -> bool:
     return found is not None and all(0 < int(each) <= 32_767 for each in found.groups() if each)
 
 
-def _put_keepalive(one: socket.socket, value: str) -> None:
+def _put_keepalive(sock: socket.socket, value: str) -> None:
     found = _KEEPALIVE.fullmatch(value)
-    one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, seconds in zip(_KEEP, found.groups() if found else (), strict=False):
         if seconds:
-            one.setsockopt(socket.IPPROTO_TCP, option, int(seconds))
+            sock.setsockopt(socket.IPPROTO_TCP, option, int(seconds))
 
 
 def _of_ip(option: int, of_ipv6: int) -> _Set:
     """Return a setter of an IP option.  An IPv6 socket gets both, as it may take IPv4, too."""
 
-    def put(one: socket.socket, value: str) -> None:
-        one.setsockopt(socket.IPPROTO_IP, option, number(value))
-        if one.family == socket.AF_INET6:
-            one.setsockopt(socket.IPPROTO_IPV6, of_ipv6, number(value))
+    def put(sock: socket.socket, value: str) -> None:
+        sock.setsockopt(socket.IPPROTO_IP, option, number(value))
+        if sock.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, of_ipv6, number(value))
 
     return put
 
 
-def _put_v6only(one: socket.socket, value: str) -> None:
-    if one.family == socket.AF_INET6:
-        one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(value))
+def _put_v6only(sock: socket.socket, value: str) -> None:
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(value))
 
 
 def _put(level: int, option: int, value_of: Callable[[str], int | bytes] = number) -> _Set:
-    return lambda one, value: one.setsockopt(level, option, value_of(value))
+    return lambda sock, value: sock.setsockopt(level, option, value_of(value))
 
 
-def _elsewhere(one: socket.socket, value: str) -> None:
+def _elsewhere(sock: socket.socket, value: str) -> None:
     """Do nothing: the option takes effect at listen(2) or accept(2)."""
 
 
@@ -166,10 +166,10 @@ class Unsettable(OSError):
             self.hint = "see `ip link` for the devices there are"
 
 
-def put(one: socket.socket, options: Mapping[str, str]) -> None:
+def put(sock: socket.socket, options: Mapping[str, str]) -> None:
     """Set these options on a socket that is not bound yet.  Raises Unsettable."""
     for name, value in {"v6only": "1", **options}.items():
         try:
-            OPTIONS[name].put(one, value)
+            OPTIONS[name].put(sock, value)
         except OSError as error:
             raise Unsettable(name, value, error) from error

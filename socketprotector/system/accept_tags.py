@@ -1,4 +1,4 @@
-"""Accept tags, which connections inherit from their listening socket, and counts by tag.
+"""Tags listening sockets, so that their connections inherit the tag, and counts them by tag.
 
 The kernel does not report which socket accepted a connection.  But a connection inherits the
 options of its listening socket, and sock_diag reports some of them.  A tag is encoded in options
@@ -19,7 +19,7 @@ from .sock_diag import accepted, end_of
 
 IP_BIND_ADDRESS_NO_PORT = 24
 IP_MULTICAST_ALL = 49
-#: Each option, and its bit in the two bytes of the reply; a big-endian machine fills bit-fields
+#: Each option, and its bit in the two bytes of the reply.  A big-endian machine fills bit-fields
 #: from the other end.
 _BITS = (
     (socket.IP_MULTICAST_LOOP, 0x0010 if sys.byteorder == "little" else 0x0008),
@@ -53,7 +53,7 @@ def tag(
 
 
 def tag_of(listening: socket.socket) -> int:
-    """Return the tag of a socket, 0 for none.  Raises OSError."""
+    """Return the tag of a socket; 0 if it has none.  Raises OSError."""
     found = sum(
         listening.getsockopt(socket.IPPROTO_IP, option) << place
         for place, (option, _) in enumerate(_BITS)
@@ -66,8 +66,8 @@ def connections(
 ) -> Counter[int]:
     """Return the number of open connections at a socket's address, by tag.
 
-    exclude: a client that does not count.  waiting: include clients that wait to be accepted.
-    Raises OSError where the kernel does not report connections.
+    exclude: the socket of a client that is not counted.  waiting: include clients that wait to be
+    accepted.  Raises OSError if the kernel does not report connections.
     """
     untagged = _untagged(listening.family)
     counted: Counter[int] = Counter()

@@ -58,27 +58,27 @@ NO_NEW_CLIENTS: Sequence[Instruction] = (
 class Mark:
     """The origin by which a filter recognises our own connections; new for each generation."""
 
-    source: str  # their source address
+    source: str  # the source address of these connections
     traffic_class: int = 0  # for IPv6
 
     @classmethod
     def draw(cls, family: int) -> Mark:
         """Return a random mark for connections of a family."""
-        one, two, three = os.urandom(3)
+        first, second, third = os.urandom(3)
         if family == socket.AF_INET6:
-            return cls("::1", (1 + one % 63) << 2)  # six bits
-        return cls(f"127.{1 + one % 254}.{two}.{1 + three % 254}")
+            return cls("::1", (1 + first % 63) << 2)  # six bits
+        return cls(f"127.{1 + first % 254}.{second}.{1 + third % 254}")
 
     @property
     def family(self) -> socket.AddressFamily:
-        """The address family of its connections."""
+        """The address family of connections with this mark."""
         return socket.AF_INET6 if ":" in self.source else socket.AF_INET
 
     @property
     def options(self) -> tuple[tuple[int, int, int], ...]:
         """The mark's socket options, without its source address: levels, options and values."""
-        # connect() chooses the port: even if all are in use, it may share a port that is connected
-        # to another address.
+        # Let connect() choose the port.  Even if all ports are in use, it may share a port that is
+        # connected to another address.
         late = socket.IPPROTO_IP, accept_tags.IP_BIND_ADDRESS_NO_PORT, 1
         if self.family == socket.AF_INET:
             return (late,)
@@ -88,11 +88,11 @@ class Mark:
             (socket.IPPROTO_IPV6, _IPV6_TRAFFIC_CLASS, self.traffic_class),
         )
 
-    def put(self, one: socket.socket) -> None:
+    def put(self, sock: socket.socket) -> None:
         """Make a socket connect with this mark.  Raises OSError."""
         for level, option, value in self.options:
-            one.setsockopt(level, option, value)
-        one.bind((self.source, 0))
+            sock.setsockopt(level, option, value)
+        sock.bind((self.source, 0))
 
     def _checks(self) -> Sequence[tuple[int, int, int]]:
         """Return the checks for a packet with this mark: load instruction, offset, and value."""
@@ -108,7 +108,7 @@ class Mark:
     def program(self, member: int) -> Sequence[Instruction]:
         """Return instructions that select a member for connections with this mark.
 
-        For other connections the next instructions decide.
+        For other connections, the instructions that follow decide.
         """
         of_ipv6 = self.family == socket.AF_INET6
         begins = 6 << 8 | self.traffic_class if of_ipv6 else 4 << 8
@@ -123,7 +123,7 @@ class Mark:
 
 
 def comes_from(end: bytes | int, sources: Collection[str]) -> bool:
-    """Return whether a connection from sock_diag.unaccepted() has one of these source addresses."""
+    """Return True if a connection from sock_diag.unaccepted() has one of these source addresses."""
     if isinstance(end, int):
         return False
     address = end[2:].removeprefix(bytes(10) + b"\xff\xff").ljust(16, b"\0")

@@ -1,4 +1,4 @@
-"""The folders of this process's cgroups, of both versions, as far as they are mounted.
+"""Finds the mounted folders of this process's cgroups, of both versions.
 
 Source: cgroups(7); proc(5) for mountinfo.
 """
@@ -9,14 +9,14 @@ PROC = "/proc/self"
 
 
 def names(proc: str = PROC) -> str:
-    """Return the names of the cgroups, which change if the process moves.  Raises OSError."""
+    """Return the names of our cgroups; they change if the process moves.  Raises OSError."""
     return read(f"{proc}/cgroup")
 
 
 def folders(controller: str, proc: str = PROC) -> list[tuple[int, str]]:
     """Return our cgroup of a controller, then its ancestors, each as (version, folder).
 
-    If both versions are mounted, both are returned: only one has the controller's files.
+    If both versions are mounted, both are returned, although only one has the controller's files.
     Raises OSError.
     """
     named = (line.split(":", 2) for line in names(proc).splitlines())
@@ -26,12 +26,12 @@ def folders(controller: str, proc: str = PROC) -> list[tuple[int, str]]:
         words = line.split()
         kind, options = words[words.index("-") + 1], words[-1].split(",")
         if kind == "cgroup2" and ("",) in paths:
-            version, its = 2, [paths[("",)]]
+            version, ours = 2, [paths[("",)]]
         elif kind == "cgroup" and controller in options:
-            version, its = 1, [path for of, path in paths.items() if controller in of]
+            version, ours = 1, [path for names, path in paths.items() if controller in names]
         else:
             continue
-        found += [(version, folder) for path in its for folder in _up(path, words[3], words[4])]
+        found += [(version, folder) for path in ours for folder in _up(path, words[3], words[4])]
     return found
 
 

@@ -100,7 +100,7 @@ class Channel:
 
     @property
     def has_ended(self) -> bool:
-        """Whether workers read end of file, behind the queued connections."""
+        """Whether workers read end of file after the queued connections."""
         return self.write.fileno() < 0
 
     def depth(self) -> int:
@@ -110,13 +110,13 @@ class Channel:
         return int.from_bytes(waiting, "little") // wire.HEADER.size
 
     def is_shut(self) -> bool:
-        """Return whether a worker has shut the channel down, so that nothing more can be sent."""
+        """Return True if a worker has shut the channel down, so that nothing more can be sent."""
         if self.has_ended:
             return False
         return bool(events_of(self.read, select.POLLRDHUP))
 
     def has_room(self) -> bool:
-        """Return whether the write end has room, as poll(2) reports it."""
+        """Return True if the write end has room, as poll(2) reports it."""
         return bool(events_of(self.write, select.POLLOUT))
 
     def send(self, header: bytes, fd: int) -> None:
@@ -150,17 +150,17 @@ class Channel:
         except BlockingIOError:
             return None
         if not data:
-            return None  # end of file: a worker has shut it down
+            return None  # end of file: a worker has shut the channel down
         for level, kind, content in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 return data, int.from_bytes(content[:4], sys.byteorder)
         return data, -1
 
     def end(self) -> None:
-        """Let the workers read end of file behind the queued connections.
+        """Let the workers read end of file after the queued connections.
 
-        It uses shutdown(), because close() has no effect on the workers while another process has a
-        copy of this end.
+        close() alone would have no effect on the workers while another process has a copy of the
+        write end, so this uses shutdown() first.
         """
         if not self.has_ended:
             with suppress(OSError):  # a worker has shut it down already

@@ -1,10 +1,10 @@
-"""Check commands: `check:` of --ready, --health and --settle-check.
+"""Runs check commands: `check:` of --ready, --health and --settle-check.
 
-The shell runs the command as the worker's user and in its environment.  The exit status decides;
-the last line of output is the reason for people.  Output goes to a pipe, not to the log: there a
-verbose command would fill the disk, and a command that prints client data could forge lines.  We
-read the pipe to its end, so that the command never blocks.  But we read little at once, so that a
-verbose command cannot keep the event loop busy.
+The shell runs the command as the worker's user and in the worker's environment.  The exit status
+decides; the last line of output is the reason, for people.
+Output goes to a pipe, not to the log.  In the log, a verbose command would fill the disk, and a
+command that prints client data could forge lines.  We read the pipe to its end, so that the command
+never blocks, but little at once, so that a verbose command cannot keep the event loop busy.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from .spawn import spawn
 #: A check that takes longer is stuck, and is killed, because the next check may succeed.  The limit
 #: is twice the time that a resolver allows a name server (resolv.conf(5)).
 LIMIT_S = 10.0
-#: The size of a pipe; the pause between reads; and the most reads after the command's exit, because
-#: a process that has left the group may write for ever.
+#: The size of a pipe, the pause between reads, and the limit of reads after the command's exit.
+#: Without that limit, a process that has left the group could write for ever.
 _PIPE_BYTES, _READ_EVERY_S, _LAST_READS = 65_536, 0.01, 4
 #: The bytes of output that are kept, and the characters of the last line that are shown.
 _KEPT_BYTES, _SHOWN = 4096, 200
@@ -49,7 +49,7 @@ class CheckCommand:
         command: str,
         variables: Mapping[str, str],
         *,
-        over: Callable[[str], None],
+        ended: Callable[[str], None],
         late: Callable[[str], None],
         limit_s: float,
         stdin: bytes = b"",
@@ -58,12 +58,12 @@ class CheckCommand:
 
         program: the worker's program, for its user, directory and environment.
         variables: added to the environment.
-        over: called once when the command has ended, with the reason of a failure; "" for success.
+        ended: called once when the command has ended, with the reason of a failure; "" for success.
         late: called with the same reason when the command exceeds its limit and is killed.  A
-        command that runs as another user may survive; `over` is called when it has ended.
-        stdin: its standard input.
+        command that runs as another user may survive; `ended` is called when it has ended.
+        stdin: the command's standard input.
         """
-        self._loop, self._over, self._late = loop, over, late
+        self._loop, self._on_end, self._late = loop, ended, late
         self._program = first_program(command)
         self._tail, self._why_late = b"", ""
         self._output = -1
@@ -93,7 +93,7 @@ class CheckCommand:
             os.close(write)
 
     def close(self) -> None:
-        """Kill the command if it runs, and close its pipe; may be repeated."""
+        """Kill the command if it runs, and close its pipe.  May be called twice."""
         self._loop.cancel(self)
         self._loop.cancel(self._resume_reading)
         if self._process is not None:
@@ -107,7 +107,7 @@ class CheckCommand:
 
     @property
     def is_late(self) -> bool:
-        """Whether it exceeded its limit and was killed; it may survive."""
+        """Whether the command exceeded its limit and was sent KILL, which it may survive."""
         return bool(self._why_late)
 
     def _on_limit(self, limit_s: float) -> None:
@@ -130,9 +130,9 @@ class CheckCommand:
         last = text.last_line(self._tail)[:_SHOWN]
         self.close()
         failed = ": ".join(filter(None, (self._program, result.how, last)))
-        self._over(self._why_late or ("" if result.clean else failed))
+        self._on_end(self._why_late or ("" if result.clean else failed))
 
-    # -- its output --------------------------------------------------------------
+    # -- output of the command -----------------------------------------------------
 
     def _on_output(self) -> None:
         self._loop.unwatch(self._output)
@@ -153,12 +153,12 @@ class CheckCommand:
 
 
 def first_program(command: str) -> str:
-    """Return the first program of a shell command; the rest of it may contain secrets."""
+    """Return the first program of a shell command; the rest of the command may contain secrets."""
     found = _PROGRAM.match(command)
     return found[1] if found and found[1] != "exec" else "sh"  # exec with redirections only
 
 
 def shown(check: str) -> str:
-    """Return --health or --settle-check for people: of a command only its program."""
+    """Return a check as text for people; of a command, only its program."""
     kind, _, command = check.partition(":")
     return f"{kind}:{first_program(command)}" if kind == "check" else check

@@ -1,6 +1,6 @@
-"""The default path of control sockets (docs/control.md).
+"""Finds the default paths of control sockets (docs/control.md).
 
-Shared by the protector, which creates the socket, and the programs that look for it.
+The protector, which makes the socket, and the programs that look for it use the same functions.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ IN_OWN_FOLDER = "control"
 
 
 def folders(environment: Mapping[str, str], user: int) -> list[str]:
-    """Return the folders of control sockets; the first is for new sockets of this user.
+    """Return the folders of control sockets; the first folder is for new sockets of this user.
 
-    logind removes a session's folder at logout, even with files of root's services in it.  After
-    `su` the session's folder belongs to another user.  So root uses other folders first.
+    For root, the folder of a login session comes last: logind removes that folder at logout, even
+    with files of root's services in it, and after `su` it belongs to another user.
     """
     own = environment.get("XDG_RUNTIME_DIR")
     if own is None or not os.path.isabs(own):
@@ -30,22 +30,22 @@ def folders(environment: Mapping[str, str], user: int) -> list[str]:
 
 
 def key_of(name: str) -> str:
-    """Return a name, escaped for a path."""
+    """Return a name as it is written in a path."""
     return name.replace("/", "_")
 
 
 def apart(name: str, address: str) -> tuple[str, str]:
-    """Return two distinct names for an instance whose name others use, by its first address.
+    """Return two longer names for an instance whose name other instances have, too.
 
-    The first name has the port or file.  The second, for use if the first is taken, has the whole
-    address.
+    The first name adds the port or file of the instance's first address.  The second name, for use
+    if the first is taken, adds the whole address.
     """
     whole = address.partition(":")[2]
     return f"{name}:{os.path.basename(address.rpartition(':')[2])}", f"{name}:{whole}"
 
 
 def key(path: str) -> str:
-    """Return the name in a control socket's path, as escaped by key_of()."""
+    """Return the name in a control socket's path, in the form of key_of()."""
     folder, name = os.path.split(path)
     return os.path.basename(folder) if name == IN_OWN_FOLDER else name.removesuffix(SUFFIX)
 

@@ -1,4 +1,4 @@
-"""The processor time that the system allows this process: quotas of cgroups, scheduling policy.
+"""Reads how much processor time this process may use: quotas of cgroups, and scheduling policy.
 
 The set of allowed processors does not show a quota.  A container with a quota of half a processor
 sees all processors, and is suspended once it has used its share of a period.
@@ -38,7 +38,7 @@ class Quota:
     """The quota files of this process's cgroups; their contents and the cgroup may change."""
 
     def __init__(self, proc: str = cgroups.PROC) -> None:
-        """Read cgroups and mounts from `proc`; if it cannot be read, assume no quota."""
+        """proc: the folder of `cgroup` and `mountinfo`; without them, assume no quota."""
         self._proc = proc
         self._groups = ""  # the cgroups for which _files was made
         self._files: list[tuple[str, ...]] = []  # each item: the files of a quota and its period

@@ -1,11 +1,12 @@
-"""The log's limit for crash loops: after SHOWN deaths one line with a count, not a full disk.
+"""Keeps a crash loop from filling the log: after SHOWN deaths, lines with a count replace the rest.
 
-Later deaths are counted, and a line at growing intervals has the count and the last cause.  When a
-worker has proved itself, and at a stop, the rest is summed up, and the running worker's withheld
-lines are written.  Observers of the log get every line.
+Further deaths are counted.  At growing intervals, a line has the count and the last cause.  When a
+worker has proved itself, and at a stop, the remaining deaths are summed up, and the withheld lines
+of the running worker are written.  Observers of the log get every line.
 
-The limit is for each slot of a generation, and for generations that fail in a row while none
-serves.  It reads the log's own lines, which also say when a worker was spawned and why it ended.
+The limit holds for each slot of a generation, and for generations that fail in a row while no
+generation is serving.  This module reads the log's own lines, which also say when a worker was
+spawned and why it ended.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ FIRST_INTERVAL_S, LAST_INTERVAL_S = 10.0, 3600.0
 _UNKNOWN = -1
 
 _REPEATED = ("spawned", "worker-ready", "signalled", "exited")
-#: The events that generations repeat when they fail in a row, and those that end such a loop.
+#: The events that repeat when generations fail in a row, and the events that end such a loop.
 _FAILURES = ("retrying", "channel-broken")
 _REPEATED_BY_GENERATIONS = (*_REPEATED, *_FAILURES, "route", "recovered", "drained")
 _VERDICTS = ("ready", "reloaded", "reload-failed", "start-failed")
@@ -42,7 +43,7 @@ _VERDICTS = ("ready", "reloaded", "reload-failed", "start-failed")
 
 @mutable
 class _CrashLoop:
-    """A run of deaths of one slot, or of generations."""
+    """A series of deaths in one slot, or of generations."""
 
     began: float
     deaths: int = 0  # quick deaths in a row
@@ -68,7 +69,7 @@ class CrashLoopFilter:
         self._stopping = False
 
     def suppresses(self, level: str, event: str, fields: Fields) -> bool:
-        """Return whether to withhold a line; call it for each line of the log."""
+        """Return True if a line is to be withheld; call this for each line of the log."""
         if event == "stopping":
             self.flush()
             self._stopping = True
@@ -129,7 +130,7 @@ class CrashLoopFilter:
         return (event == "recovered" or None in self._crashing) and self._withholds(None, line)
 
     def _withholds(self, key: Key, line: Line) -> bool:
-        """Withhold a line of a worker or generation that is in a loop; return whether it is."""
+        """Withhold a line if its worker or generation is in a crash loop; return whether it is."""
         now, _, event, _ = line
         crashes = self._crashing.setdefault(key, _CrashLoop(now))
         ready = event == ("recovered" if key is None else "worker-ready")
@@ -177,7 +178,7 @@ class CrashLoopFilter:
         self._write("warning", "crash-loop", {k: v for k, v in fields.items() if v is not None})
 
     def _finish(self, key: Key) -> None:
-        """Sum up the rest, write the running worker's withheld lines, and end the loop."""
+        """Write the remaining count and the running worker's withheld lines, and end the loop."""
         if key not in self._crashing:
             return
         self._loop.cancel(("crash-loop", key))

@@ -1,7 +1,7 @@
 """Locks a folder while a file in it is checked and replaced.
 
-A process that finds a stale file and replaces it does both under this lock.  So two processes that
-start at once cannot remove each other's file.
+A process holds this lock while it checks that a file is stale and replaces it.  So two processes
+that start at once cannot remove each other's file.
 
 Source: flock(2).
 """
@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-#: The longest wait.  SocketProtector holds the lock only for a few system calls, so after this time
-#: another program must have it.
+#: The longest wait for the lock.  SocketProtector holds it only for a few system calls, so after
+#: this time another program must hold it.
 _LOCK_S = 5.0
 _LOOK_AGAIN_MS = 5
 
@@ -50,8 +50,9 @@ def locked(path: str, patience_s: float = _LOCK_S) -> Iterator[None]:
 def give(path: str, uid: int, gid: int, chown: Callable[[int, int, int], None]) -> os.stat_result:
     """Give a socket file that we have just made to a user and group (-1: unchanged).
 
-    Returns the file's stat result.  It uses a descriptor, because another user with write access to
-    the folder could replace the file meanwhile.  Raises OSError.
+    Returns the file's stat result.  Raises OSError.
+    This uses a descriptor, because another user with write access to the folder could replace the
+    file meanwhile.
     """
     fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:

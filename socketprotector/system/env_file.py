@@ -1,4 +1,4 @@
-"""Environment files: NAME=VALUE lines, as in systemd's EnvironmentFile=.
+"""Reads environment files: lines of NAME=VALUE, as in systemd's EnvironmentFile=.
 
 Blank lines and lines that begin with # or ; are skipped.  A value may have
 single or double quotes.  A leading `export ` is allowed, so that a shell can read the file, too.
@@ -11,13 +11,13 @@ import os
 import re
 import stat
 
-#: The most bytes; more do not fit into the environment of a process (execve(2)).
+#: The limit of a file's size: more does not fit into the environment of a process (execve(2)).
 MAX_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
 def parse(text: str, name: str) -> dict[str, str]:
-    """Return the assignments in text.  Raises ValueError with `name` and the line."""
+    """Return the assignments in a text.  Raises ValueError with `name` and the line."""
     found = {}
     for number, line in enumerate(text.splitlines(), 1):
         line = line.strip()

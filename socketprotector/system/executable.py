@@ -1,4 +1,4 @@
-"""The executable file of a command, and SocketProtector's own.
+"""Finds the executable file of a command, and the command that executes SocketProtector again.
 
 Source: execve(2), binfmt_misc of the kernel's documentation.
 """
@@ -20,11 +20,11 @@ _HEAD_BYTES, _FORMATS = 256, "/proc/sys/fs/binfmt_misc"
 
 
 def resolve(command: Sequence[str], directory: str, search: str) -> tuple[str, tuple[str, ...]]:
-    """Return (real path, argv) of a command as it is now.
+    """Return (real path, argv) of a command, with symbolic links followed.
 
-    Symlinks are followed, so that a generation of one release never starts a process of the next.
-    A final symlink under another name to a script is not followed: such a script may depend on the
-    name by which it was called.
+    So a generation keeps its release even if a link is changed later.  A final link to a script of
+    another name is not followed, because such a script may depend on the name by which it was
+    called.
     Raises FileNotFoundError, or PermissionError if the file is not executable.
     """
     name = command[0]
@@ -39,7 +39,7 @@ def resolve(command: Sequence[str], directory: str, search: str) -> tuple[str, t
 
 
 def refuse_format(path: str, directory: str = "") -> None:
-    """Raise OSError for an executable file that the kernel cannot execute; accept doubtful files.
+    """Raise OSError for an executable file that the kernel certainly cannot execute.
 
     directory: the working directory of the execution.
     """
@@ -47,7 +47,7 @@ def refuse_format(path: str, directory: str = "") -> None:
         with open(path, "rb") as file:
             head = file.read(_HEAD_BYTES)
     except OSError:
-        return  # executable without being readable: a binary
+        return  # the file is executable but not readable, so it is a binary
     if head[:2] == b"#!":
         line = head[2:].partition(b"\n")[0].split(maxsplit=1)
         try:
@@ -66,7 +66,7 @@ def refuse_format(path: str, directory: str = "") -> None:
 
 
 def _other_formats(head: bytes) -> bool:
-    """Return whether binfmt_misc may know how to execute such a file."""
+    """Return True if binfmt_misc may know how to execute such a file."""
     try:
         found = set(os.listdir(_FORMATS))
     except FileNotFoundError:
@@ -78,10 +78,11 @@ def _other_formats(head: bytes) -> bool:
 
 
 def command_of(label: tuple[str, ...], safe: Sequence[str] = ("-P",)) -> tuple[str, ...]:
-    """Return the command that executes this program again, by the path by which it was called.
+    """Return the command that executes this program again.
 
-    A script is executed by that path, so that a symlink to another release is followed.  Without a
-    script the command is the interpreter with -m.  `label`: words for the process list.
+    A script is executed by the path by which it was called, so that a link to another release is
+    followed.  Without a script, the command is the interpreter with -m.
+    label: words for the process list.
     """
     script = sys.argv[0]
     if os.path.basename(script) != "__main__.py" and os.access(script, os.X_OK):

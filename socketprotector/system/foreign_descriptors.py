@@ -1,12 +1,12 @@
-"""Descriptors in messages of other processes, which are dropped instead of received.
+"""Lets the kernel drop descriptors in messages of other processes, so that they are not received.
 
-A received descriptor can be of any kind.  Closing it may wait for its sender (a file of FUSE).
+A received descriptor can be of any kind.  Closing it may wait for the sender (a file of FUSE).
 If no descriptor is free, the rest of the message is in an unknown state.  So we read every such
 message without room for descriptors, and the kernel drops them.
 
-When the kernel drops the last copy of a TCP socket with SO_LINGER, it waits as long as the
-sender has set.  It does so even for a socket in the queue of a UNIX socket.  A signal ends this
-wait, so a timer sends one.
+When the kernel drops the last copy of a TCP socket with SO_LINGER, it waits as long as the sender
+has set, even for a socket in the queue of a UNIX socket.  A signal ends this wait, so a timer sends
+a signal.
 
 Source: unix(7); socket(7), SO_LINGER; setitimer(2); sk_stream_wait_close() in Linux.
 """
@@ -18,7 +18,8 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-#: The limit.  Reading a message without such a socket takes far less, so usually no signal comes.
+#: The time until the signal.  Reading a message without such a socket is faster, so usually no
+#: signal comes.
 _FIRST_S = 0.001
 _SO_PASSRIGHTS = 83
 _UNREAD_BYTES = 65_536
@@ -54,7 +55,7 @@ def _interrupt(number: int, frame: object) -> None:
 def drop_unread(sock: socket.socket) -> None:
     """Remove all messages from a UNIX socket, and refuse further messages.
 
-    Needed before a close.  Otherwise another process with a copy, such as the guard, would wait.
+    Call this before a close.  Otherwise another process with a copy, such as the guard, would wait.
     """
     try:
         sock.shutdown(socket.SHUT_RD)

@@ -1,6 +1,7 @@
-"""Helper processes of SocketProtector: relay, watcher, prober, configuration reader, upgrade probe.
+"""Starts, reaps and releases helper processes.
 
-This module starts, reaps and releases helpers; the module that uses a helper has its protocol.
+The helpers are relay, watcher, prober, configuration reader and upgrade probe.  The module that
+uses a helper has its protocol.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ _RUN = (
     "exec(compile(os.pread({fd},os.fstat({fd}).st_size,0),sys.argv[0],'exec'))"
 )
 
-#: Called with how a helper ended.
+#: Called when a helper has ended, with a text that says how.
 Ended = Callable[[str], None]
 
 
 class HelperProcess:
-    """One helper.  Owns the process until it has ended or is released."""
+    """One helper process, owned until it has ended or is released."""
 
     def __init__(self, process: Process, loop: Loop, ended: Ended) -> None:
         """Watch a running process; call `ended` once, when it is reaped.  Raises OSError."""
@@ -60,7 +61,7 @@ class HelperProcess:
         batch: bool = False,
         tell_pid: str = "",
     ) -> HelperProcess:
-        """Start a helper with our own environment; arguments: see spawn().  Raises OSError."""
+        """Start a helper with our own environment.  For arguments see spawn().  Raises OSError."""
         program = Program(
             path=argv[0],
             argv=argv,
@@ -87,16 +88,16 @@ class HelperProcess:
         options: tuple[str, ...] = ("-I", "-S"),
         batch: bool = False,
     ) -> HelperProcess:
-        """Start one of late_modules.PROGRAMS, with its code from our own start.  Raises OSError.
+        """Start one of late_modules.PROGRAMS, with the code as of our own start.  Raises OSError.
 
         options: options of the interpreter.
         """
         path, text = late_modules.program(program)
-        there = max(descriptors) + 1
-        argv = (sys.executable, *options, "-c", _RUN.format(fd=there), path, *words)
+        code_fd = max(descriptors) + 1  # in the helper
+        argv = (sys.executable, *options, "-c", _RUN.format(fd=code_fd), path, *words)
         code = inherited.memory_file("sp.program", text)
         try:
-            return cls.start(argv, {**descriptors, there: code}, loop, ended, batch=batch)
+            return cls.start(argv, {**descriptors, code_fd: code}, loop, ended, batch=batch)
         finally:
             os.close(code)
 
@@ -111,9 +112,9 @@ class HelperProcess:
         *,
         umask: int = 0o077,
     ) -> HelperProcess:
-        """Start the protector's program with descriptors that it finds by name.  Raises OSError.
+        """Start the protector's program, with descriptors by name.  Raises OSError.
 
-        output: the descriptor for its stdout and stderr.
+        output: the descriptor for the program's stdout and stderr.
         """
         return cls.start(
             command,
@@ -178,15 +179,15 @@ class BackOff:
 class Line:
     """Our end of a SEQPACKET socket on which a helper sends messages."""
 
-    def __init__(self, loop: Loop, one: socket.socket, heard: Callable[[str], None]) -> None:
+    def __init__(self, loop: Loop, sock: socket.socket, heard: Callable[[str], None]) -> None:
         """Take ownership of the socket, and call `heard` with each message.
 
         Raises OSError, after closing the socket.
         """
         self._loop, self._heard = loop, heard
-        self.socket = one
-        with on_error(one.close):
-            loop.watch(one.fileno(), self.hear)
+        self.socket = sock
+        with on_error(sock.close):
+            loop.watch(sock.fileno(), self.hear)
 
     @classmethod
     def make(cls, loop: Loop, heard: Callable[[str], None]) -> tuple[Line, socket.socket]:
@@ -196,7 +197,7 @@ class Line:
             return cls(loop, ours, heard), theirs
 
     def hear(self) -> None:
-        """Handle all waiting messages; the pidfd, not the line, reports the helper's end."""
+        """Handle all waiting messages; the pidfd, not end of file, reports the helper's end."""
         while self.socket.fileno() >= 0:
             data = read_now(self.socket.recv, _MESSAGE_BYTES, socket.MSG_DONTWAIT)
             if data is None:

@@ -1,10 +1,10 @@
-"""The descriptors that the resident process inherits by name, from any predecessor.
+"""Passes descriptors to the next program by name, and receives them.
 
-The predecessor passes descriptors 3, 4, ... and their names, as systemd does (sd_listen_fds(3)).
-SocketProtector's names begin with `sp.`.
+Any predecessor of the resident process passes descriptors 3, 4, ... and their names, as systemd
+does (sd_listen_fds(3)).  SocketProtector's names begin with `sp.`.
 
-Names that are too long for the environment go into a memfd; the only name in
-the environment then has its number: `sp.names.N`.
+Names that are too long for the environment go into a memfd.  Then the environment has only the name
+`sp.names.N`, with the number of the memfd.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import errno
 import os
 
 TYPE_CHECKING = False
-if TYPE_CHECKING:  # the guard imports this, and nothing that would make it larger
+if TYPE_CHECKING:  # the guard imports this module, and must stay small
     from collections.abc import Iterable, Mapping
 
 FIRST = 3
 _DIGITS = 6
 SETTINGS = "sp.settings"
-LAUNCHER = "sp.launcher"  # the launching process waits there for the result of the start
+LAUNCHER = "sp.launcher"  # the launching process waits at its end for the result of the start
 TERMINAL = "sp.terminal"  # in the foreground: for the reason of a failed start
 PID_FILE = "sp.pidfile"  # holds the lock
 CURRENT = "sp.current"  # holds the lock of the link `current`
@@ -54,7 +54,7 @@ _VARIABLES = ("LISTEN_FDS", PID, "LISTEN_FDNAMES", "LISTEN_PIDFDID")
 
 
 class Named(dict[str, int]):
-    """Descriptors by name, with the set of names that were added or removed lately.
+    """Descriptors by name, with the set of names that were recently added or removed.
 
     With that set the fd store need not compare all names.  Change the dictionary only by
     `[name] = fd` and `del`.
@@ -75,22 +75,22 @@ class Named(dict[str, int]):
 
 
 class Inherited:
-    """The descriptors of an earlier program, by name; each owner takes its part, once."""
+    """The descriptors of an earlier program, by name; each owner takes its descriptors once."""
 
     def __init__(self, descriptors: Mapping[str, int]) -> None:
         """Take ownership of the descriptors."""
-        # By prefix and key (`sp.worker.`, `12`), so that each take() needs a single look-up.
+        # The keys are prefix and key (`sp.worker.`, `12`), so that take() needs only one look-up.
         self._left: dict[tuple[str, str], dict[str, int]] = {}
         for name, fd in descriptors.items():
             kind, key, rest = _parts(name)
             self._left.setdefault((kind, key), {})[rest] = fd
 
     def has(self, kind: str, key: int | str = "", rest: str = "") -> bool:
-        """Return whether there is a descriptor `{kind}{key}.{rest}`."""
+        """Return True if there is a descriptor `{kind}{key}.{rest}`."""
         return rest in self._left.get((kind, str(key)), {})
 
     def take(self, kind: str, key: int | str) -> dict[str, int]:
-        """Return the descriptors `{kind}{key}.REST`, by REST, or "", for the caller to own."""
+        """Return the descriptors `{kind}{key}.REST` by REST; the caller then owns them."""
         return self._left.pop((kind, str(key)), {})
 
     def take_one(self, name: str) -> int | None:
@@ -103,19 +103,22 @@ class Inherited:
         return found
 
     def take_all(self, kind: str) -> dict[str, dict[str, int]]:
-        """Return all of a kind, for the caller to own: `{kind}7.read` as {"7": {"read": fd}}."""
+        """Return all descriptors of a kind: `{kind}7.read` as {"7": {"read": fd}}.
+
+        The caller then owns them.
+        """
         keys = [key for each, key in self._left if each == kind]
         return {key: self._left.pop((kind, key)) for key in keys}
 
     def close(self) -> None:
-        """Close the descriptors without an owner, as the earlier program was about to do."""
+        """Close the descriptors that no owner has taken; the earlier program was about to do so."""
         while self._left:
             for fd in self._left.popitem()[1].values():
                 os.close(fd)
 
 
 def _parts(name: str) -> tuple[str, str, str]:
-    """Split `sp.worker.12.process`; a name without a key, such as `sp.settings`, is one part."""
+    """Split `sp.worker.12.process` in three; a name without a key (`sp.settings`) is one part."""
     kind, dot, more = name.removeprefix(OURS).partition(".")
     key, _, rest = more.partition(".")
     return (f"{OURS}{kind}.", key, rest) if dot else (name, "", "")
@@ -153,7 +156,7 @@ def memory_file(name: str, content: bytes, flags: int = os.MFD_CLOEXEC) -> int:
 class kept_through_exec:
     """Lets descriptors survive an exec under their numbers; yields the variables that name them.
 
-    No descriptor is moved.  So after a failed exec the end of the block undoes everything.
+    No descriptor is moved, so after a failed exec, the end of the block undoes everything.
     """
 
     def __init__(self, descriptors: Mapping[str, int]) -> None:
@@ -179,7 +182,7 @@ class kept_through_exec:
 def receive() -> dict[str, int]:
     """Return the descriptors for this process by name; the caller owns them.
 
-    Sets close-on-exec on each and removes the variables from the environment.
+    This sets close-on-exec on each descriptor, and removes the variables from the environment.
     """
     count, pid, names, _ = (os.environ.pop(variable, "") for variable in _VARIABLES)
     if pid != str(os.getpid()):
@@ -192,8 +195,8 @@ def receive() -> dict[str, int]:
             found[name] = fd
             os.set_inheritable(fd, False)
         else:
-            # Sockets from socket activation are not needed: the first start has adopted them under
-            # our own names.  Several of them may have the same name here.
+            # A socket from socket activation, or a repeated name.  The first start has adopted such
+            # sockets under our own names.
             os.close(fd)
     if (memfd := _memfd(names)) is not None:
         os.close(memfd)
@@ -201,13 +204,13 @@ def receive() -> dict[str, int]:
 
 
 def number_in(text: str) -> int:
-    """Return the number of descriptors in a variable; 0 for no number or too many digits."""
+    """Return the number in a variable; 0 if it is no number, or has too many digits."""
     is_number = text.isascii() and text.isdigit() and len(text) <= _DIGITS
     return int(text) if is_number else 0
 
 
 def is_ours() -> bool:
-    """Return whether this process inherits a state to resume: it has non-empty settings.
+    """Return True if this process inherits a state to resume, which shows by non-empty settings.
 
     After a graceful stop the settings are empty.
     """
@@ -216,7 +219,7 @@ def is_ours() -> bool:
 
 
 def is_for_reader() -> bool:
-    """Return whether this process is a configuration reader."""
+    """Return True if this process is a configuration reader."""
     return not {READER, READER_DRY}.isdisjoint(_listed_for_us())
 
 

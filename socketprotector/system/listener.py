@@ -1,7 +1,7 @@
-"""The listening sockets in the resident process: accepting from them, and closing them.
+"""The listening sockets in the resident process: accepts from them, and closes them.
 
-launch/bind.py and launch/bind_unix.py bind the sockets before this process begins, which inherits
-their descriptors.  The two families are in tcp_listener.py and unix_listener.py.
+launch/bind.py and launch/bind_unix.py bind the sockets.  The resident process inherits their
+descriptors.  tcp_listener.py and unix_listener.py have the two families.
 
 Source: tcp(7), unix(7).
 """
@@ -20,8 +20,8 @@ from ..model.settings import ListenerSettings
 from . import bpf, inherited, reuseport, socket_copy
 from .polling import events_of
 
-#: There is no client, or the client has disconnected; the next wake-up brings the next client.
-#: accept(2) on Linux also returns errors of the connection itself.
+#: No client waits, or the client has disconnected: wait for the next wake-up.  On Linux, accept(2)
+#: also returns errors of the connection itself.
 TRANSIENT_ERRNOS = frozenset(
     {
         errno.EAGAIN,
@@ -59,11 +59,11 @@ def accept_of(listener: Listener) -> Callable[[], tuple[int, object]]:
 
     def accept_and_set() -> tuple[int, object]:
         fd, address = accept()
-        one = socket.socket(family, socket.SOCK_STREAM, 0, fd)
+        sock = socket.socket(family, socket.SOCK_STREAM, 0, fd)
         # OSError: a program without privileges may not set a priority above 6.
         with suppress(OSError):
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, priority)
-        one.detach()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, priority)
+        sock.detach()
         return fd, address
 
     return accept_and_set
@@ -90,8 +90,8 @@ class Listener:
 
         shared: workers have the socket, too, and accept from it until they exit.
         sibling: another socket of the same address, so that two generations have one socket each.
-        reserved: a third socket, which no worker gets; new clients go to it during a hold.  It is
-        also the spare if we may not bind the address.
+        reserved: a third socket, which no worker gets; new clients go to it during a hold.  It also
+        replaces a broken socket if we may not bind the address.
         again: how often each of the three sockets was bound again; the names contain that number.
         """
         #: Socket 0, and its sibling, socket 1, if there is one.
@@ -109,11 +109,12 @@ class Listener:
         self.group_record: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         #: The backlog of each of the two sockets, for listening again.
         self._backlogs = [settings.backlog or socket.SOMAXCONN] * 2
-        #: Whether each of the two sockets was made for just the generation that accepts from it.
+        #: For each of the two sockets, whether it was made only for the generation that accepts
+        #: from it.
         self.is_fresh = [False, False]
-        #: Whether it gets no clients any more: it was shut down, and cannot be bound again.
+        #: Whether the listener gets no more clients: it was shut down, and cannot be bound again.
         self.lost = False
-        #: Whether it is readable without a client, so that polling it is useless.
+        #: Whether the socket is readable without a client, so that polling it is useless.
         self.always_readable = False
 
     def fileno(self) -> int:
@@ -123,7 +124,7 @@ class Listener:
 
     @property
     def port(self) -> int:
-        """The port of its TCP address; a socket that was shut down may have another one."""
+        """The port of the TCP address; a socket that was shut down may have another port."""
         return 0
 
     @property
@@ -132,11 +133,11 @@ class Listener:
         raise NotImplementedError
 
     def is_alive(self, socket_number: int = 0) -> bool:
-        """Return whether clients can connect to a socket at its address."""
+        """Return True if clients can connect to this socket at the listener's address."""
         raise NotImplementedError
 
     def is_sound(self, socket_number: int) -> bool:
-        """Return whether accepted connections work; two shutdowns of a socket break them."""
+        """Return True if accepted connections work; two shutdowns of a socket break them."""
         raise NotImplementedError
 
     def listen_again(self, socket_number: int) -> bool:
@@ -164,9 +165,9 @@ class Listener:
         raise NotImplementedError
 
     def reserve(self) -> socket.socket:
-        """Return the third socket; if it is missing, make it, which needs the right to bind.
+        """Return the third socket; make it if it is missing.
 
-        Raises OSError.
+        Making it needs the permission to bind the address.  Raises OSError.
         """
         raise NotImplementedError
 
@@ -179,10 +180,10 @@ class Listener:
         raise NotImplementedError
 
     def _made_anew(self, socket_number: int) -> socket.socket:
-        """Return a new socket to replace this one.  Raises OSError."""
+        """Return a new socket to replace this socket.  Raises OSError."""
         raise NotImplementedError
 
-    def _withdraw(self, one: socket.socket) -> None:
+    def _withdraw(self, sock: socket.socket) -> None:
         """Keep new clients from a socket before it is closed; other processes may have it."""
         raise NotImplementedError
 
@@ -222,7 +223,7 @@ class Listener:
 
     @property
     def hangs_up(self) -> bool:
-        """Whether it is a UNIX socket that was shut down: always readable, without a client."""
+        """Whether this is a UNIX socket that was shut down: always readable, without a client."""
         return False
 
     def note(self) -> None:
@@ -237,7 +238,7 @@ class Listener:
 
     @property
     def has_no_spare(self) -> bool:
-        """Whether a socket was bound again, but no further socket can be bound."""
+        """Whether a socket was bound again, and no further socket can be bound."""
         return False
 
     @property
@@ -266,7 +267,7 @@ class Listener:
 
     @property
     def has_sibling(self) -> bool:
-        """Whether there are two sockets, so that two generations have one each."""
+        """Whether there are two sockets, so that each of two generations has its own."""
         return len(self.sockets) == 2
 
     def socket_for(self, socket_number: int) -> socket.socket:
@@ -279,12 +280,12 @@ class Listener:
 
     @property
     def blocks(self) -> bool:
-        """Whether accept() blocks; each process with the socket can change that for all."""
+        """Whether accept() blocks; any process that has the socket can change this for all."""
         return os.get_blocking(self.fileno())
 
     @property
     def is_ending(self) -> bool:
-        """Whether an earlier program had shut it down, and was about to close it."""
+        """Whether an earlier program had shut the listener down, and was about to close it."""
         return not (self.shared or self.settings.foreign or is_listening(self.socket))
 
     def descriptors(self) -> dict[str, int]:
@@ -303,12 +304,12 @@ class Listener:
         """Replace a broken socket with a new one, which no worker has yet.  Raises OSError."""
         if self.settings.foreign:
             raise OSError(errno.EPERM, "it was passed in, and is not ours")
-        one, made = self.socket_for(socket_number), self._made_anew(socket_number)
-        made.setblocking(os.get_blocking(one.fileno()))
+        sock, made = self.socket_for(socket_number), self._made_anew(socket_number)
+        made.setblocking(os.get_blocking(sock.fileno()))
         self._replace(socket_number, made)
 
     def _replace(self, socket_number: int, made: socket.socket) -> None:
-        """Replace a socket with another one, and close the old one."""
+        """Replace a socket by another socket, and close the old one."""
         number = socket_number % len(self.sockets)
         self._withdraw(self.sockets[number])
         self.sockets[number].close()
@@ -318,26 +319,26 @@ class Listener:
     def drop_socket(self, socket_number: int) -> None:
         """Close a socket for good; its sibling then has both numbers."""
         number = socket_number % 2
-        one = self.sockets.pop(number)
+        sock = self.sockets.pop(number)
         del self._backlogs[number]
-        self._withdraw(one)
-        shut_down(one)
-        one.close()
+        self._withdraw(sock)
+        shut_down(sock)
+        sock.close()
         if number == 0:  # a name must never get another descriptor
             self._again[0] += 1
 
-    def can_do_without(self, one: socket.socket) -> bool:
-        """Return whether a socket that keeps clients out can be dropped without a loss.
+    def can_do_without(self, sock: socket.socket) -> bool:
+        """Return True if a socket that keeps clients out can be dropped without a loss.
 
-        It can if there is a spare, or if the socket is bound to a missing device, so that no client
-        reaches it.
+        It can be dropped if there is a spare socket.  It can also be dropped if it is bound to a
+        missing device, because no client reaches it.
         """
         if not self.can_be_held:
             return False
         with suppress(OSError):
             self.reserve()
             return True
-        return socket_copy.device_is_gone(one)
+        return socket_copy.device_is_gone(sock)
 
     def close_reserved(self) -> None:
         """Close the third socket."""
@@ -359,7 +360,7 @@ class Listener:
             each.listen(self.settings.backlog)
 
     def close(self) -> None:
-        """Stop listening, by shutdown(), because another process may have a copy of the descriptor.
+        """Stop listening.  This uses shutdown(), because another process may have a copy.
 
         A socket that workers share listens until the last worker exits.
         """
@@ -371,10 +372,10 @@ class Listener:
             each.close()
 
     def leave(self, socket_number: int) -> str:
-        """Close our copies only: the fd store keeps a socket for the next start.
+        """Close only our copies of the sockets: the fd store keeps a socket for the next start.
 
-        socket_number: the socket that gets new clients.  Returns its name in the store, or "" if
-        no socket is left there: then everything is closed.
+        socket_number: the socket that gets new clients.  Returns its name in the store.  Returns ""
+        if the store keeps no socket; then everything is closed.
         """
         if self.settings.foreign or not self.is_alive(socket_number):
             self.close()
@@ -395,7 +396,7 @@ class Listener:
         """Steer clients to the socket that the next start gets.  Raises OSError."""
 
     def backlog(self, socket_number: int, but: Collection[int] = ()) -> tuple[int, int] | None:
-        """Return how many clients wait at its sockets, and how many can; None: unknown.
+        """Return how many clients wait at the sockets, and how many can; None if unknown.
 
         socket_number: the socket whose limit counts.  but: sockets whose clients do not count.
         """
@@ -406,12 +407,12 @@ class Listener:
             return None
 
     def _sockets_but(self, numbers: Collection[int]) -> list[socket.socket]:
-        """Return its sockets, with that of a hold, without the sockets of these numbers."""
+        """Return all sockets, also the socket of a hold, except those with these numbers."""
         but = [*map(self.socket_for, numbers)]
         return [each for each in (*self.sockets, self._reserved) if each and each not in but]
 
     def has_waiting(self, socket_number: int | None = None) -> bool:
-        """Return whether a connected client waits to be accepted; None: at any of the sockets."""
+        """Return True if a connected client waits to be accepted.  None: at any of the sockets."""
         polled = self.sockets if socket_number is None else (self.socket_for(socket_number),)
         return any(map(has_client, polled))
 
@@ -421,17 +422,17 @@ class Listener:
         return self.sockets[0]
 
 
-def has_client(one: socket.socket) -> bool:
-    """Return whether a client waits at a socket."""
-    return events_of(one, CLIENT_OR_END) == select.POLLIN
+def has_client(sock: socket.socket) -> bool:
+    """Return True if a client waits at a socket."""
+    return events_of(sock, CLIENT_OR_END) == select.POLLIN
 
 
-def is_listening(one: socket.socket) -> bool:
-    """Return whether a socket was not shut down."""
-    return bool(one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+def is_listening(sock: socket.socket) -> bool:
+    """Return True if a socket is listening: it was not shut down."""
+    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
-def shut_down(one: socket.socket) -> None:
+def shut_down(sock: socket.socket) -> None:
     """Shut a socket down for all processes that have it."""
-    with suppress(OSError):  # it was shut down already
-        one.shutdown(socket.SHUT_RDWR)
+    with suppress(OSError):  # the socket was shut down already
+        sock.shutdown(socket.SHUT_RDWR)

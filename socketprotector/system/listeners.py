@@ -1,4 +1,4 @@
-"""The choice of the listener class for an address, TCP or UNIX."""
+"""Chooses the listener class for an address, TCP or UNIX."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Log:
         self._observers = (*self._observers, callback)
 
     def suppress_crash_loops(self, loop: Loop) -> None:
-        """Sum up the lines of a crash loop in one line with a count, except at level debug."""
+        """Replace the lines of a crash loop by a line with a count, except at level debug."""
         self._filter = CrashLoopFilter(self._write, loop)
 
     def flush(self) -> None:
@@ -72,7 +72,7 @@ class Log:
             self._filter.flush()
 
     def reopen(self) -> None:
-        """Write to the present stderr from now on.
+        """Write to the current stderr from now on.
 
         The log opens stderr again, because O_NONBLOCK on the inherited open file description would
         affect every worker's output.  A socket cannot be opened again, but allows MSG_DONTWAIT.
@@ -154,12 +154,12 @@ class Log:
 
 
 def _wants_colour() -> bool:
-    """Return whether stderr is a terminal whose user wants colour (no-color.org)."""
+    """Return True if stderr is a terminal whose user wants colour (no-color.org)."""
     dull = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     return not dull and os.isatty(_STDERR)
 
 
 def is_journal() -> bool:
-    """Return whether stderr is the journal's socket (systemd.exec(5), JOURNAL_STREAM)."""
+    """Return True if stderr is the journal's socket (systemd.exec(5), JOURNAL_STREAM)."""
     found = os.fstat(_STDERR)
     return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"

@@ -27,8 +27,8 @@ SHUT = select.EPOLLRDHUP
 _STALE = 64
 #: The most events that one wait returns (Python asks for FD_SETSIZE - 1).
 _FOUND_AT_ONCE = 1023
-#: The longest wait: epoll_wait(2) takes milliseconds as a C int, 24.8 days, and an operator may
-#: give any time.  A wake-up without a due timer costs almost nothing.
+#: The longest wait.  epoll_wait(2) takes milliseconds as a C int, so 24.8 days at most, but an
+#: operator may give any time.  A wake-up without a due timer costs almost nothing.
 LONGEST_WAIT_S = 86_400.0
 _COMING = "loop-coming"
 #: How often to check for spare processor time again: an operator may change the quota.

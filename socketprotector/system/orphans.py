@@ -1,9 +1,9 @@
-"""Finds and ends the processes that failed workers, which never served, have left behind.
+"""Finds and ends processes that failed workers have left behind.  (These workers never served.)
 
-A program that detaches itself, or fails with children running, would keep its port and files while
-the start is reported as failed.  Its processes have the worker's notify address, which is random
-and unique, in their environment.  process_groups.py ends the processes in the worker's group; this
-module ends the processes that have left the group.
+A program may detach itself, or fail while its children run.  It would keep its port and files
+although the start is reported as failed.  Its processes have the worker's notify address, which is
+random and unique, in their environment.  process_groups.py ends the processes in the worker's
+group; this module ends the processes that have left the group.
 
 A child process scans /proc for all addresses at once: there may be thousands of processes, and a
 process with locked memory (a page on a dead disk) blocks the reader of its environment.  The child
@@ -33,13 +33,13 @@ from .loop import Loop
 from .polling import events_of
 from .spawn import fork
 
-#: The most scans for processes started during a scan, and the most rounds of KILL.
+#: The limit of scans for processes that were started during a scan, and of rounds of KILL.
 _MOST_SCANS = 10
-#: The time until the next scan checks that signalled processes are gone.
+#: The time until the next scan, which checks that signalled processes are gone.
 _DEATH_S = 0.2
-#: The time until the next scan after a scan failed.
+#: The time until the next scan if a scan has failed.
 _SCAN_AGAIN_S = 1.0
-#: A scan that takes longer is stuck and is killed.
+#: The limit of a scan.  A scan that takes longer is stuck, and is killed.
 _SCAN_S = 30.0
 _ANCILLARY = socket.CMSG_LEN(4)  # CMSG_SPACE of one int has room for two
 _FLAGS = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
@@ -96,7 +96,7 @@ class Orphans:
     def end(self, address: str, gone: Callable[[], None] | None = None) -> None:
         """End the processes that have this notify address in their environment.
 
-        gone: called when none of them is left.
+        gone: called when no such process is left.
         """
         self._left.setdefault(address, None)
         if gone is not None:
@@ -116,7 +116,7 @@ class Orphans:
         self.schedule()
 
     def stop_looking(self) -> None:
-        """Stop the current scan: the program that replaces this one begins another."""
+        """Stop the current scan.  The program that replaces this program begins a new scan."""
         if self._scan is not None:
             self._scan.call_off()
             self._scan = None
@@ -140,8 +140,8 @@ class Orphans:
             self._cannot_scan(error.strerror or str(error))
 
     def _cannot_scan(self, why: str) -> None:
-        """Try again later: out of descriptors or memory."""
-        if why != self._trouble:  # once, not each second
+        """Scan again later, because descriptors or memory are lacking."""
+        if why != self._trouble:  # write it once, not each second
             self._log.write("error", "cannot-examine", error=why)
         self._trouble = why
         self._scan_after(_SCAN_AGAIN_S)
@@ -163,12 +163,12 @@ class Orphans:
             self._cannot_scan(why)
             return
         self._trouble = ""
-        over = [a for a in wanted if a not in found or self._kills.get(a, 0) >= _MOST_SCANS]
-        for address in over:
+        done = [a for a in wanted if a not in found or self._kills.get(a, 0) >= _MOST_SCANS]
+        for address in done:
             self._left.pop(address, None)
             self._kills.pop(address, None)
         self.schedule()
-        for address in over:
+        for address in done:
             if gone := self._gone.pop(address, None):
                 gone()
 

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-def events_of(one: int | socket, wanted: int) -> int:
-    """Return the present events among `wanted`, and POLLHUP and POLLERR.  Raises OSError.
+def events_of(fd: int | socket, wanted: int) -> int:
+    """Return the current events among `wanted`, and POLLHUP and POLLERR.  Raises OSError.
 
-    Return 0 while another process has lowered our descriptor limit to 0 (prlimit(2)): poll(2) fails
-    then, and the caller should try again later.
+    Returns 0 while another process has lowered our descriptor limit to 0 (prlimit(2)).  Then
+    poll(2) fails, and the caller should try again later.
     """
     poll = select.poll()
-    poll.register(one, wanted)
+    poll.register(fd, wanted)
     try:
         found = poll.poll(0)
     except OSError as error:
@@ -32,8 +32,8 @@ def events_of(one: int | socket, wanted: int) -> int:
 def read_now(read: Callable[..., bytes], *arguments: Any) -> bytes | None:
     """Return the bytes that `read` returns without waiting.
 
-    b"": end of file, also after a crash of the writer.  None: nothing yet, for example after a
-    wake-up for another file that had this number before.
+    b"" means end of file, also after a crash of the writer.  None means that no data waits, for
+    example after a wake-up for another file that had this number before.
     """
     try:
         return read(*arguments)

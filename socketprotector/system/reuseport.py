@@ -54,13 +54,13 @@ def prepare(bound: socket.socket) -> None:
     _tag_if_can(bound, 1)
 
 
-def steer_if_can(one: socket.socket) -> None:
+def steer_if_can(sock: socket.socket) -> None:
     """Steer to member 0, if possible.
 
     It is impossible with a socket that listens without a group, or whose filters a worker locked.
     """
     with suppress(OSError):
-        steer(one, 0)
+        steer(sock, 0)
 
 
 def _steer_to_listening(beside: socket.socket) -> None:
@@ -127,22 +127,22 @@ def backlog(listening: socket.socket) -> int:
 
 
 def rebind(
-    one: socket.socket, address: tuple[str, int], backlog: int, *, other_tag: bool = False
+    sock: socket.socket, address: tuple[str, int], backlog: int, *, other_tag: bool = False
 ) -> socket.socket:
-    """Return a new listening socket on an address, with the options of `one`.  Raises OSError.
+    """Return a new listening socket on an address, with the options of `sock`.  Raises OSError.
 
-    other_tag: give its connections another accept tag than those of `one` (accept_tags.py).
+    other_tag: the connections of the two sockets get different accept tags (accept_tags.py).
     """
-    made = socket_copy.bind_beside(one, address)
+    made = socket_copy.bind_beside(sock, address)
     with on_error(made.close):
-        tag = accept_tags.tag_of(one)
+        tag = accept_tags.tag_of(sock)
         _tag_if_can(made, (2 if tag != 2 else 1) if other_tag else tag)
         made.listen(backlog)
     return made
 
 
 def steer(
-    one: socket.socket,
+    sock: socket.socket,
     member: int,
     marked: Mapping[bpf.Mark, int] = NO_MARKS,
     drawn: int = 0,
@@ -154,16 +154,17 @@ def steer(
     Members are in the order of listen(2); when a member leaves, the last member takes its position.
     A handshake finishes at the member at which it began.
     """
-    bpf.attach(one, bpf.SO_ATTACH_REUSEPORT_CBPF, bpf.selecting(member, marked, drawn, share))
+    bpf.attach(sock, bpf.SO_ATTACH_REUSEPORT_CBPF, bpf.selecting(member, marked, drawn, share))
 
 
-def reserve(one: socket.socket, address: tuple[str, int]) -> socket.socket:
-    """Return a bound socket, which silence() adds to the group to leave clients unanswered.
+def reserve(sock: socket.socket, address: tuple[str, int]) -> socket.socket:
+    """Return a bound socket that does not listen yet.
 
-    The socket does not listen yet.  Raises OSError, also without the right to bind the address.
+    silence() adds it to the group, so that clients get no answer.  Raises OSError, also if we may
+    not bind the address.
     """
-    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    made = socket_copy.bind_beside(one, address)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    made = socket_copy.bind_beside(sock, address)
     with suppress(OSError):  # since 2026 kernels require CAP_NET_ADMIN for that on a TCP socket
         bpf.attach(made, bpf.SO_ATTACH_FILTER, bpf.NOTHING)
     return made
@@ -209,6 +210,6 @@ def refuse_new(listening: socket.socket) -> None:
         bpf.attach(listening, bpf.SO_ATTACH_FILTER, bpf.NO_NEW_CLIENTS)
 
 
-def _tag_if_can(one: socket.socket, tag: int) -> None:
+def _tag_if_can(sock: socket.socket, tag: int) -> None:
     with suppress(OSError):  # on failure its connections are not counted
-        accept_tags.tag(one, tag)
+        accept_tags.tag(sock, tag)

@@ -69,11 +69,11 @@ _HARMLESS = (
 )
 
 
-def bind_beside(one: socket.socket, address: tuple[str, int]) -> socket.socket:
-    """Return a socket bound to an address, with the options of `one`.  Raises OSError."""
-    made = socket.socket(one.family, socket.SOCK_STREAM)
+def bind_beside(sock: socket.socket, address: tuple[str, int]) -> socket.socket:
+    """Return a socket bound to an address, with the options of `sock`.  Raises OSError."""
+    made = socket.socket(sock.family, socket.SOCK_STREAM)
     with on_error(made.close):
-        copy(one, made)
+        copy(sock, made)
         made.bind(address)
     return made
 
@@ -102,11 +102,11 @@ def let_in(listening: socket.socket) -> None:
         listening.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
 
 
-def least_ttl(one: socket.socket) -> Sequence[tuple[int, int]]:
+def least_ttl(sock: socket.socket) -> Sequence[tuple[int, int]]:
     """Return the options for the least TTL of packets, for each protocol of the socket."""
-    if one.family == socket.AF_INET6:  # such a socket may get IPv4 clients, too
+    if sock.family == socket.AF_INET6:  # such a socket may get IPv4 clients, too
         return (socket.IPPROTO_IP, IP_MINTTL), (socket.IPPROTO_IPV6, IPV6_MINHOPCOUNT)
-    return ((socket.IPPROTO_IP, IP_MINTTL),) if one.family == socket.AF_INET else ()
+    return ((socket.IPPROTO_IP, IP_MINTTL),) if sock.family == socket.AF_INET else ()
 
 
 def reapply_options(used: socket.socket, fresh: socket.socket) -> None:
@@ -126,9 +126,9 @@ def reapply_options(used: socket.socket, fresh: socket.socket) -> None:
     copy(fresh, used)
 
 
-def _locks(one: socket.socket) -> int | None:
+def _locks(sock: socket.socket) -> int | None:
     try:
-        return one.getsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK)
+        return sock.getsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK)
     except OSError:
         return None  # an older kernel
 

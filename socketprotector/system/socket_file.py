@@ -66,9 +66,9 @@ def files_of(name: str) -> list[str]:
     return [each for each in (name + _OWN, path_of(name)) if os.path.lexists(each)]
 
 
-def number_of(one: socket.socket) -> int:
+def number_of(sock: socket.socket) -> int:
     """Return the number in the name of a socket's connections; 0 if the name has none."""
-    found = _NAME.fullmatch(_bound_as(one))
+    found = _NAME.fullmatch(_bound_as(sock))
     return int(found["number"], 16) if found else 0
 
 
@@ -103,26 +103,26 @@ def _drawn(path: str) -> str:
     return _name(path, int.from_bytes(os.urandom(3), "big") or 1)
 
 
-def _bound_as(one: socket.socket) -> str:
-    name = one.getsockname()
+def _bound_as(sock: socket.socket) -> str:
+    name = sock.getsockname()
     return os.fsdecode(name) if name else ""
 
 
-def own_file(path: str, one: socket.socket) -> str:
+def own_file(path: str, sock: socket.socket) -> str:
     """Return the name of a socket's own file."""
-    name = _bound_as(one)
+    name = _bound_as(sock)
     # A socket that is bound to the path itself gets its own file only when it loses the path.
     return (_name(path, 0) if name == path else name) + _OWN
 
 
-def identity_of(path: str, one: socket.socket) -> tuple[int, int]:
+def identity_of(path: str, sock: socket.socket) -> tuple[int, int]:
     """Return device and inode of a socket's own file.
 
     Raises OSError if the file is missing, or belongs to another program.
     """
-    found = os.lstat(own_file(path, one))
+    found = os.lstat(own_file(path, sock))
     try:
-        inode = file_of(one)
+        inode = file_of(sock)
     except OSError:  # without sock_diag
         inode = found.st_ino & 0xFFFFFFFF
     if inode != found.st_ino & 0xFFFFFFFF:
@@ -145,7 +145,7 @@ def bind(path: str, backlog: int, rights: Rights, chown: Chown) -> socket.socket
     return made
 
 
-def _bind(one: socket.socket, path: str, mode: int) -> str:
+def _bind(sock: socket.socket, path: str, mode: int) -> str:
     """Bind a socket to an unused name, and return the name.  Raises OSError."""
     before = os.umask(0o777 & ~mode)
     try:
@@ -154,7 +154,7 @@ def _bind(one: socket.socket, path: str, mode: int) -> str:
             if os.path.lexists(name + _OWN):
                 continue
             try:
-                one.bind(name)
+                sock.bind(name)
             except OSError as error:
                 if error.errno != errno.EADDRINUSE or not tries_left:
                     raise
@@ -185,40 +185,40 @@ def rights_of(path: str) -> Rights:
     )
 
 
-def leads_to(path: str, one: socket.socket) -> bool:
+def leads_to(path: str, sock: socket.socket) -> bool:
     """Return whether a path leads to a socket."""
-    return _is_file_of(path, one, _identity(path))
+    return _is_file_of(path, sock, _identity(path))
 
 
-def has_file(path: str, one: socket.socket) -> bool:
+def has_file(path: str, sock: socket.socket) -> bool:
     """Return whether a path can lead to a socket: other programs may remove the socket's file."""
-    return look(path, {0: one}).can_lead_to(0)
+    return look(path, {0: sock}).can_lead_to(0)
 
 
-def keep_file(path: str, one: socket.socket) -> None:
+def keep_file(path: str, sock: socket.socket) -> None:
     """Give a socket its own file if it has none; the path leads to that socket.
 
     An earlier program may have bound it to the path itself.  Raises OSError.
     """
-    for step in look(path, {0: one}).keep():
-        perform(path, step, {0: one})
+    for step in look(path, {0: sock}).keep():
+        perform(path, step, {0: sock})
 
 
-def lead_to(path: str, one: socket.socket, ours: Iterable[socket.socket]) -> None:
+def lead_to(path: str, sock: socket.socket, ours: Iterable[socket.socket]) -> None:
     """Lead a path, and so its new clients, to a socket.
 
     ours: all sockets of the path.  A file that a closed socket has left at the path is replaced.
     Raises OSError, also if another program's file is at the path.
     """
-    members = dict(enumerate([one, *(each for each in ours if each is not one)]))
+    members = dict(enumerate([sock, *(each for each in ours if each is not sock)]))
     for step in examine(path, look(path, members)).lead_to(0):
         perform(path, step, members)
 
 
-def forget(path: str, one: socket.socket) -> None:
+def forget(path: str, sock: socket.socket) -> None:
     """Remove the file of a socket that is about to be closed, unless the path leads to it."""
-    for step in look(path, {0: one}).withdraw(0):
-        perform(path, step, {0: one})
+    for step in look(path, {0: sock}).withdraw(0):
+        perform(path, step, {0: sock})
 
 
 def remove(path: str, ours: Iterable[socket.socket]) -> None:
@@ -240,13 +240,13 @@ def remove(path: str, ours: Iterable[socket.socket]) -> None:
 def look(path: str, members: Members) -> PathGroup:
     """Return what the file system has of a path's sockets.  Raises OSError."""
     found = _identity(path)
-    target = next((n for n, one in members.items() if _is_file_of(path, one, found)), None)
+    target = next((n for n, sock in members.items() if _is_file_of(path, sock, found)), None)
     if target is None:
         target = path_group.MISSING if found == _NONE else path_group.OTHER
     return path_group.PathGroup(
         frozenset(members),
         target,
-        frozenset(n for n, one in members.items() if _identity(own_file(path, one)) != _NONE),
+        frozenset(n for n, sock in members.items() if _identity(own_file(path, sock)) != _NONE),
         path=path,
     )
 
@@ -262,7 +262,7 @@ def examine(path: str, group: PathGroup, members: Members | None = None) -> Path
     if target == path_group.OTHER and (leftovers := _stale_files(path, _identity(path))):
         target = path_group.STALE
     if members is not None:
-        own = {own_file(path, one) for one in members.values()}
+        own = {own_file(path, sock) for sock in members.values()}
         known = {_identity(each) for each in own}
         for each in left_beside(path):
             if each not in own and (_identity(each) in known or _is_leftover(each)):
@@ -337,13 +337,13 @@ def _stale_files(path: str, found: tuple[int, int]) -> list[str]:
     return links if links and is_stale(path) else []
 
 
-def _is_file_of(path: str, one: socket.socket, found: tuple[int, int]) -> bool:
+def _is_file_of(path: str, sock: socket.socket, found: tuple[int, int]) -> bool:
     """Return whether a file, by device and inode, belongs to a socket of a path."""
-    own = _identity(own_file(path, one))
+    own = _identity(own_file(path, sock))
     if own != _NONE or found == _NONE:
         return own == found != _NONE
     try:
-        return file_of(one) == found[1] & 0xFFFFFFFF
+        return file_of(sock) == found[1] & 0xFFFFFFFF
     except OSError:
         return False  # unknown
 

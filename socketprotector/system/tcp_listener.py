@@ -76,24 +76,24 @@ class TcpListener(Listener):
 
     def is_alive(self, socket_number: int = 0) -> bool:
         """Return whether clients can connect to a socket at its address."""
-        one = self.socket_for(socket_number)
-        return is_listening(one) and bool(one.getsockname()[1] == self.port)
+        sock = self.socket_for(socket_number)
+        return is_listening(sock) and bool(sock.getsockname()[1] == self.port)
 
     def is_sound(self, socket_number: int) -> bool:
         """Return whether accepted connections work; two shutdowns of a socket break them."""
-        one = self.socket_for(socket_number)
+        sock = self.socket_for(socket_number)
         try:
-            found = sock_diag.listening(one.family, self.port)
+            found = sock_diag.listening(sock.family, self.port)
         except OSError:
             return True  # unknown: assume that it is
-        return not found.get(os.fstat(one.fileno()).st_ino, 0)
+        return not found.get(os.fstat(sock.fileno()).st_ino, 0)
 
     def note(self) -> None:
         """Remember the backlog that a worker has set, to set it again when listening again."""
-        for number, one in enumerate(self.sockets):
+        for number, sock in enumerate(self.sockets):
             if self.is_alive(number):
                 with suppress(OSError):  # on failure the earlier value stays
-                    self._backlogs[number] = reuseport.backlog(one)
+                    self._backlogs[number] = reuseport.backlog(sock)
 
     def listen_again(self, socket_number: int) -> bool:
         """Listen again on a socket that was shut down; return whether that succeeded.
@@ -123,11 +123,11 @@ class TcpListener(Listener):
         self._group.joined(number)
         return made
 
-    def _withdraw(self, one: socket.socket) -> None:
+    def _withdraw(self, sock: socket.socket) -> None:
         """Keep new clients from a socket before it is closed; other processes may have it."""
-        if one is not self._reserved:
+        if sock is not self._reserved:
             self._end_silence()
-        shut_down(one)
+        shut_down(sock)
 
     def drop_socket(self, socket_number: int) -> None:
         """Close a socket for good; its sibling then has both numbers."""
@@ -137,12 +137,12 @@ class TcpListener(Listener):
     def _bind_port(self, socket_number: int) -> socket.socket:
         """Return another socket, bound beside the sibling, or the spare.  Raises OSError."""
         number = socket_number % len(self.sockets)
-        one, other = self.socket_for(socket_number), self.socket_for(1 - socket_number)
+        sock, other = self.socket_for(socket_number), self.socket_for(1 - socket_number)
         backlog, spare = self._backlogs[number], self._reserved
         # None: there is no sibling, or the sibling has another port after a shutdown.
-        beside = None if other is one or other.getsockname()[1] != self.port else other
+        beside = None if other is sock or other.getsockname()[1] != self.port else other
         if beside is None and spare is None:
-            return reuseport.rebind(one, _bound_to(self.settings.address), backlog)
+            return reuseport.rebind(sock, _bound_to(self.settings.address), backlog)
         made = None
         if beside is not None:
             try:
@@ -152,11 +152,11 @@ class TcpListener(Listener):
                     raise
         if made is not None:
             with suppress(OSError):  # on failure its connections are not counted
-                accept_tags.tag(made, accept_tags.tag_of(one))
+                accept_tags.tag(made, accept_tags.tag_of(sock))
             return made
         if spare is None:
             raise OSError(errno.EOPNOTSUPP, "the other socket waits for data (TCP_DEFER_ACCEPT)")
-        reuseport.enlist(spare, accept_tags.tag_of(one), backlog, beside)
+        reuseport.enlist(spare, accept_tags.tag_of(sock), backlog, beside)
         self._reserved = None
         self._again[2] += 1
         with suppress(OSError):  # now, before workers can change the options
@@ -212,8 +212,8 @@ class TcpListener(Listener):
         """
         if self._reserved is None:
             alive = (each for n, each in enumerate(self.sockets) if self.is_alive(n))
-            one = next(alive, self.socket)
-            self._reserved = reuseport.reserve(one, one.getsockname())
+            sock = next(alive, self.socket)
+            self._reserved = reuseport.reserve(sock, sock.getsockname())
         return self._reserved
 
     @property

@@ -80,9 +80,9 @@ class UnixListener(Listener):
 
     def is_alive(self, socket_number: int = 0) -> bool:
         """Return whether clients can connect to a socket at its address."""
-        one = self.socket_for(socket_number)
-        hung_up = events_of(one, CLIENT_OR_END) & (select.POLLRDHUP | select.POLLHUP)
-        return is_listening(one) and not hung_up
+        sock = self.socket_for(socket_number)
+        hung_up = events_of(sock, CLIENT_OR_END) & (select.POLLRDHUP | select.POLLHUP)
+        return is_listening(sock) and not hung_up
 
     @property
     def is_cut_off(self) -> bool:
@@ -183,10 +183,10 @@ class UnixListener(Listener):
         shut_down(self.socket_for(socket_number))
         return made
 
-    def _withdraw(self, one: socket.socket) -> None:
+    def _withdraw(self, sock: socket.socket) -> None:
         """Keep new clients from a socket; its workers can still accept waiting clients."""
         if self.path:
-            socket_file.forget(self.path, one)
+            socket_file.forget(self.path, sock)
 
     # -- during a hold -------------------------------------------------------------
 
@@ -245,7 +245,7 @@ class UnixListener(Listener):
     def _look(self) -> PathGroup:
         """Return the value of the path now.  Raises OSError."""
         members = self._members()
-        waiting = frozenset(n for n, one in members.items() if has_client(one))
+        waiting = frozenset(n for n, sock in members.items() if has_client(sock))
         left_empty = frozenset[int]() if self._known is None else self._known.left_empty
         try:
             found = socket_file.look(self._path, members)

@@ -34,7 +34,7 @@ class Run:
             PROGRAM,
             command,
             {"SHOWN": "what we add"},
-            over=lambda why: self._ends(self.said, why),
+            ended=lambda why: self._ends(self.said, why),
             late=lambda why: self._ends(self.late, why),
             limit_s=limit_s,
             stdin=stdin,
@@ -155,7 +155,7 @@ def test_one_that_cannot_be_started_leaves_nothing(loop: Loop) -> None:
     with pytest.raises(ValueError, match="null"):
         CheckCommand(
             *(loop, PROGRAM, "true", {"A": "\0"}),
-            over=lambda _: None,
+            ended=lambda _: None,
             late=lambda _: None,
             limit_s=1.0,
         )

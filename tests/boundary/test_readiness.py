@@ -58,7 +58,7 @@ class Checked:
             self.program,
             self.program.ready_check,
             {},
-            over=over,
+            ended=over,
             late=late,
             limit_s=self._limit_s,
         )

@@ -139,7 +139,7 @@ def _reloaded(count: int, seconds: float, *options: str) -> tuple[_Clients, floa
     """Reload beside so many clients; return them when all have come back, and when it began."""
     address = f"127.0.0.1:{free_port()}"
     limit = ("--limit", f"nofile={count + 1000}", "--drain-timeout", "1h")
-    app = [sys.executable, "-m", "socketprotector_client.run", "bench.websockets:app"]
+    app = [sys.executable, "-m", "socketprotector_client.run", "bench.websocket_app:app"]
     with _Web([_OURS, "-f", *limit, *options, address, "--", *app], address, {}, []) as started:
         clients = _Clients(address, count)
         try:

@@ -1,11 +1,12 @@
 """The accepting process of a SocketServer: it moves connections from the backlog to the queue.
 
-Not a thread: a program that forks must have no thread, because its children would inherit
+It is not a thread, because a program that forks must have no thread: the children would inherit
 locks that are never released.  The accepting process is a fresh interpreter with only the
 descriptors below.  When the parent closes its line, or is killed, the accepting process refuses
-new clients, queues the connected ones, and exits.
+new clients, queues the connected clients, and exits.
 
-Rule: it holds one connection at most.  While the queue is full, the backlog holds the rest.
+Rule: the process holds at most one connection.  While the queue is full, the backlog holds the
+rest.
 
 Source: tcp(7), unix(7), socket(7) for SO_ATTACH_FILTER; sock_bindtoindex() in net/core/sock.c for
 SO_BINDTOIFINDEX.
@@ -43,10 +44,10 @@ PROGRAM = (
 _RETRY_S = 0.05
 # A handshake that is under way at the stop finishes within this time, or the client repeats it.
 _QUIET_MS = 200
-# The most connections queued after the stop: more than a backlog holds.  The limit matters on a
-# system that does not let us refuse new clients: they might come for ever.
+# The limit of connections queued after the stop, more than a backlog holds.  It matters if the
+# system does not let us refuse new clients, because they might come for ever.
 _MOST_AT_STOP = 1 << 16
-# The most connections of one listener in a row, before other listeners and the parent.
+# The limit of connections to take from a listener before other listeners and the parent are served.
 _BURST = 64
 
 # The errors of sending when no process is left to take connections.
@@ -69,7 +70,7 @@ _NO_NEW_CLIENTS = b"".join(
 
 
 def arguments(queue_fd: int, listeners: Mapping[int, str]) -> list[str]:
-    """Return the arguments for PROGRAM, whose standard input is the parent's line.
+    """Return the arguments for PROGRAM.  Its standard input must be the parent's line.
 
     The names of the listeners are only for the output of `ps`.
     """
@@ -79,8 +80,8 @@ def arguments(queue_fd: int, listeners: Mapping[int, str]) -> list[str]:
 
 def main() -> None:
     """Accept until the parent's line ends, then empty the backlog and exit."""
-    # This process ends with its parent.  A signal to all processes of a service must not
-    # cut off waiting clients.
+    # This process ends only after its parent: a signal to all processes of a service must not cut
+    # off waiting clients.
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     numbers = [0, *(int(word.partition("=")[0]) for word in sys.argv[2:])]
@@ -96,7 +97,7 @@ def main() -> None:
 
 
 class _Acceptor:
-    """Owns the listeners and the writing end of the queue."""
+    """Moves connections; owns the listeners and the writing end of the queue."""
 
     def __init__(
         self, parent: socket.socket, queue: socket.socket, listeners: Sequence[socket.socket]
@@ -132,7 +133,7 @@ class _Acceptor:
                 return
 
     def close(self) -> None:
-        """End the queue for its readers, by shutdown(): another process may have a copy."""
+        """End the queue for its readers, by shutdown(): other processes may have copies."""
         for end in (self._queue, *(one for _, one in self._listeners.values())):
             try:
                 end.shutdown(socket.SHUT_RDWR)
@@ -141,7 +142,7 @@ class _Acceptor:
             end.close()
 
     def _wait(self, fds: Iterable[int], timeout_ms: Optional[int] = None) -> list[int]:
-        """Return the readable ones of fds; while the queue is full, no listeners."""
+        """Return which fds are readable; while the queue is full, listeners are left out."""
         poll = select.poll()
         if self._pending is not None:
             poll.register(self._queue, select.POLLOUT)
@@ -164,14 +165,14 @@ class _Acceptor:
         except OSError as error:
             if error.errno in _BROKEN:
                 raise BrokenPipeError from error
-            if self._shortage != error.errno:  # logged once, not at each try
+            if self._shortage != error.errno:  # log it once, not at each try
                 _log.error("cannot accept: %s; trying again", error.strerror)
             self._shortage = error.errno or errno.EIO
             time.sleep(_RETRY_S)
         return moved
 
     def _accept(self, index: int, listener: socket.socket) -> bool:
-        """Accept one connection into `_pending`; return whether there was one."""
+        """Accept a connection into `_pending`; return False if no client waits."""
         try:
             connection, _ = listener.accept()
         except OSError as error:
@@ -184,7 +185,7 @@ class _Acceptor:
         return True
 
     def _send(self) -> bool:
-        """Queue the pending connection; return whether none is pending any more."""
+        """Queue the pending connection; return False if it is still pending."""
         if self._pending is None:
             return True
         header, connection = self._pending
@@ -224,4 +225,4 @@ def _refuse_new(listener: socket.socket) -> None:
             socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", length // 8, address)
         )
     except OSError:
-        pass  # not granted (since 2026 to root only): new clients come until the socket is closed
+        pass  # no permission (since 2026 only root has it): clients come until the socket is closed

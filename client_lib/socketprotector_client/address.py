@@ -1,9 +1,9 @@
-"""Listen addresses: how people write them, how the protector names them, and binding.
+"""Parses listen addresses, converts them to the protector's names, and binds them.
 
-Without a protector a worker binds and listens itself.  Every way to write an address means
-the same here as on the protector's command line.
+Without a protector a worker binds and listens itself.  An address means the same here as on the
+protector's command line.
 
-Rule: knows nothing of channels and workers.
+Rule: this module knows nothing of channels and workers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     #: One address, or a list of addresses.
     ListenAddress = Union[OneAddress, Sequence[OneAddress]]
 
-# How often to try another port if a port that is free for IPv4 is taken for IPv6.
+# How many ports to try: a port that is free for IPv4 may be taken for IPv6.
 _PORT_TRIES = 20
 
 
@@ -69,7 +69,7 @@ def _resolve_one(address: OneAddress) -> list[Endpoint]:
     if not host:
         everywhere = ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::"))
         return [Endpoint(family, (any_host, int(port))) for family, any_host in everywhere]
-    # As bytes: to encode a string, also an ASCII one, Python loads `re` and tables of Unicode.
+    # Pass bytes: to encode a str, even an ASCII one, Python loads `re` and tables of Unicode.
     name = host.encode() if host.isascii() else host
     found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     return [Endpoint(family, sockaddr) for family, _, _, _, sockaddr in dict.fromkeys(found)]
@@ -78,9 +78,9 @@ def _resolve_one(address: OneAddress) -> list[Endpoint]:
 def listen(address: Optional[ListenAddress], backlog: int) -> list[socket.socket]:
     """Bind and listen on every endpoint of address; return the sockets, non-blocking.
 
-    The caller owns them.  A stale UNIX socket is replaced, a live one is not.
-    Raises ValueError for None, the errors of `resolve`, and OSError if an endpoint cannot be
-    bound; then no endpoint is bound.
+    The caller owns the sockets.  A stale UNIX socket is replaced; a live one is not.
+    Raises ValueError for None, and the errors of `resolve`.  Raises OSError if an endpoint cannot
+    be bound; then no endpoint stays bound.
     """
     if address is None:
         raise ValueError(
@@ -99,7 +99,7 @@ def listen(address: Optional[ListenAddress], backlog: int) -> list[socket.socket
 def _listen_together(
     endpoints: Sequence[Endpoint], backlog: int, tries_left: int = _PORT_TRIES
 ) -> list[socket.socket]:
-    """Listen on the endpoints of one address; for port 0 all get the same free port."""
+    """Listen on the endpoints of an address; for port 0, all endpoints get the same free port."""
     sockets: list[socket.socket] = []
     try:
         for family, address in endpoints:
@@ -177,7 +177,7 @@ def name_of(family: int, address: Any) -> str:
 
 
 def family_of(name: str) -> Optional[int]:
-    """Return the address family of a listener's name, None if the name has none."""
+    """Return the address family of a listener's name; None if the name has no family."""
     if name.startswith("unix:"):
         return socket.AF_UNIX
     if name.startswith("tcp:["):

@@ -56,7 +56,7 @@ class TaskListener:
 
     async def _take(self) -> socket.socket:
         current().ready()
-        # Before taking: a cancellation after the taking would lose the connection.
+        # Allow a cancellation here: after a connection is taken, a cancellation would lose it.
         await self._library.lowlevel.checkpoint()
         while not self._closed:
             try:
@@ -77,9 +77,10 @@ class TaskListener:
         self._intake.await_last()
         while len(self._intake.open):
             await self._waiting.wait_readable(self._intake.fileno())
-        # No event announces the end of detached connections; uncounted, they would look lost.
+        # No event announces the end of detached connections.  Without a new count they would look
+        # lost.
         self._intake.board.count_open()
-        # In a thread: a callback may need this event loop.
+        # Use a thread, because a callback may need this event loop.
         await self._library.to_thread.run_sync(current().drain.finish)
 
     async def _serve(self, handler: _Handler, own: Any, tasks: Any) -> None:

@@ -1,8 +1,8 @@
-"""The lines of a forked child, each with the child's number and pid (`--log-prefix`).
+"""Marks the lines of a forked child with the child's number and pid (`--log-prefix`).
 
 All children write to their parent's pipe, and the protector cannot tell them apart.  So each child
-marks the lines of sys.stdout and sys.stderr itself.  The stream objects stay, because logging
-handlers that the parent made hold them.  What programs and C code write has no mark.
+marks the lines of sys.stdout and sys.stderr itself.  The stream objects stay, because the parent's
+logging handlers hold them.  Output of other programs and of C code has no mark.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from . import forking, wire
 
 
 class _Marked(io.RawIOBase):
-    """Writes whole lines to a descriptor, each behind a mark."""
+    """Writes whole lines to a descriptor, each with a mark at its beginning."""
 
     def __init__(self, fd: int, mark: bytes) -> None:
         self._fd, self._mark = fd, mark
@@ -56,13 +56,13 @@ class _Marked(io.RawIOBase):
                 text = text[os.write(self._fd, text) :]
 
     def _marked(self, line: bytes) -> bytes:
-        """Put the mark before a line, or behind its priority for syslog (sd-daemon(3))."""
+        """Put the mark before a line, or after the line's syslog priority (sd-daemon(3))."""
         at = 3 if line[:1] == b"<" and line[2:3] == b">" else 0
         return line[:at] + self._mark + line[at:]
 
 
 def mark_lines(number: int) -> None:
-    """Mark the lines of this process, a child that was just forked, if the protector wants it."""
+    """Mark the lines of this just forked child if the protector uses --log-prefix."""
     if os.environ.get(wire.ENV_LOG_PREFIX) != "1":
         return
     mark = b"[%d %d] " % (number, os.getpid())

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
     from .address import ListenAddress
 
-# The most connections taken in a row, by all workers of a generation together.  A row of 1 costs a
-# third of the rate, a row of 16 a fortieth; longer rows gain nothing.  But a long row leaves no
-# connection for workers that are just waking up.
+# The limit of connections taken in a row, by all workers of a generation together.  A row of 1
+# costs a third of the rate, a row of 16 a fortieth; longer rows gain nothing.  A long row leaves
+# no connection for workers that are just waking up.
 _MOST = 32
 
 _EAGAIN_TEXT = os.strerror(errno.EAGAIN)
@@ -53,7 +53,7 @@ class Listener(Socket):
     ) -> None:
         """Take connections from the protector; without one, bind `address` now, or in bind().
 
-        limit: while so many accepted connections are open, further ones stay in the queue.
+        limit: while this number of accepted connections is open, others stay in the queue.
         take: after so many connections in a row, accept fails once with BlockingIOError.  Without
         that error an event loop would take the whole queue before it serves.  0 adapts the row: 1
         connection, or, while the queue is never empty, up to 32 divided by the number of workers.
@@ -126,7 +126,7 @@ class Listener(Socket):
         return connection, connection.peer
 
     def bind(self, address: Any) -> None:
-        """Bind and listen; do nothing under a protector, or if it is bound already."""
+        """Bind and listen; do nothing under a protector, or if the listener is already bound."""
         if self._intake is None:
             if isinstance(address, tuple):
                 # An empty host means 0.0.0.0 here, not also [::] as a bare port would.

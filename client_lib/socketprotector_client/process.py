@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def draining(connection: Optional[Union[HasFileno, HasExtraInfo]] = None) -> bool:
-    """Return whether this worker gets no more connections and should finish.
+    """Return True if this worker gets no more connections and should finish.
 
     A server with keep-alive connections calls this after each request; if the result is true, the
     server answers with `Connection: close`.  Once true it stays true; until then a call costs one
@@ -32,7 +32,7 @@ def draining(connection: Optional[Union[HasFileno, HasExtraInfo]] = None) -> boo
 
 
 def on_drain(callback: Callable[[], object]) -> None:
-    """Call callback() once when the drain begins; at once if it has begun already.
+    """Call callback() once when the drain begins, or now if the drain has already begun.
 
     The callback runs in the library's own thread; in asyncio, use loop.call_soon_threadsafe to
     reach the event loop.  `serve`, `aserve` and `connections` return after the callback has
@@ -52,8 +52,8 @@ def ready() -> None:
 def post_fork(hook: Callable[[int], object]) -> Callable[[int], object]:
     """Call hook(number) in each forked child of a SocketServer before it serves; return hook.
 
-    Also a decorator.  The number is the lowest that no living sibling has, from 0.  An exception
-    ends the child.
+    This can be used as a decorator.  The number is the lowest, from 0, that no living sibling has.
+    An exception ends the child.
     """
     current().post_fork.append(hook)
     return hook

@@ -1,7 +1,7 @@
 """A shared queue for forked children: a small protector for programs that run without one.
 
 The parent binds.  A separate process accepts, and puts each connection into a queue that all
-children share, in the format of docs/protocol.md.  accepting.py explains why that is no thread.
+children share, in the format of docs/protocol.md.  accepting.py explains why a thread cannot do it.
 
 Under a protector the children use the protector's queue, and nothing is bound or started.
 
@@ -63,7 +63,7 @@ class SocketServer:
         """Bind and begin to accept.  Clients may connect and send before there is a child.
 
         address: where to listen; ignored under a protector.
-        queue: about how many connections may wait; further ones stay in the backlog.
+        queue: about how many connections may wait; further connections stay in the backlog.
 
         Raises ValueError for a queue below 6, or if there is neither a protector nor an address.
         Raises OSError if the address cannot be bound, or the accepting process not started.

@@ -1,7 +1,7 @@
-"""Serving of connections one after the other, or in a pool of threads.
+"""Serves connections one after the other, or in a pool of threads.
 
-The same program runs with a protector and without.  Both times it ends in the same way: when no
-more connections will come, it finishes the open ones.
+The same program runs with and without a protector.  In both cases it ends in the same way: when no
+more connections will come, it finishes the open connections.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def connections(
     address.  Raises OSError if the address cannot be bound, and ProtocolError if the
     protector speaks another version.
     """
-    # Not a generator itself, so that the call raises these errors, not the first step.
+    # This function is not a generator, so that the call itself raises these errors.
     worker = current()
     intake = worker.open_intake(address, limit)
     worker.ready()
@@ -96,8 +96,8 @@ def serve(
     after the handler.  An exception in a handler is logged, and serving continues.
     On drain, running handlers finish before this returns.
 
-    processes: fork so many children, which share the loaded memory, and serve in these; 0: one for
-    each processor.  Each has its own threads and limit.  See SocketServer.fork.
+    processes: how many children to fork, which then serve and share the loaded memory; 0: one child
+    for each processor.  Each child has its own threads and limit.  See SocketServer.fork.
 
     `address`, `limit`, SIGTERM, READY=1 and errors are those of `connections`.
     Also raises ValueError if `threads` is below 1.
@@ -136,7 +136,7 @@ def serve_from(worker: Worker, intake: Intake, handler: Handler, threads: int) -
             errors.append(error)
             intake.interrupt()
 
-    # Daemon threads, so that Ctrl-C ends a program whose clients never disconnect.
+    # Use daemon threads, so that Ctrl-C ends a program whose clients never disconnect.
     others = [
         threading.Thread(target=work_elsewhere, name=f"serve-{number}", daemon=True)
         for number in range(1, threads)

@@ -66,8 +66,10 @@ def find_connections(
 ) -> tuple[list[Connection], list[HiddenWorker]]:
     """Return the workers' connections, and the workers whose connections cannot be read.
 
-    workers: from the request `connections` of docs/control.md.  listeners: their canonical
-    addresses.  now: seconds since the epoch.  draining: generations that get no new clients.
+    workers: from the request `connections` of docs/control.md.
+    listeners: the canonical addresses of the listeners.
+    now: seconds since the epoch.
+    draining: generations that get no new clients.
 
     If the age of a connection is unknown, its bound depends on the generation.  A connection in a
     draining generation is at least as old as the drain; otherwise it is at most as old as the

@@ -92,8 +92,8 @@ def rollback(
 ) -> None:
     """End the reload or deploy in progress: the old generation gets all new clients.
 
-    If none is in progress, deploy the release that served before the serving one. Each repeated
-    rollback goes further back.
+    If none is in progress, deploy the release that was serving previously. Each repeated rollback
+    goes further back.
 
     Exit status 2: there is nothing to roll back, or --expect names another release.
     """

@@ -46,7 +46,7 @@ def by_name(name: str) -> str:
     If several protectors share a name, NAME:LISTENER chooses one of them.  The port of a listener
     is also accepted as a name, unless a protector has that name.
     """
-    # A protector names its socket by this key.
+    # The key is the protector's name as it is written in the path of its socket.
     key, found = control_path.key_of(name), sockets()
     with_key = [path for path in found if control_path.key(path) == key]
     with_longer_key = [path for path in found if control_path.key(path).startswith(f"{key}:")]

@@ -13,9 +13,9 @@ from .client import Client, Message
 from .errors import ConnectionLost, ControlError, NoProtector, TimedOut
 from .reload_progress import Awaited, Losses
 
-#: How often to request the status while no event comes.  A stuck protector shows by its silence.
+#: How often to request the status while no event comes.  This also reveals a stuck protector.
 _STATUS_EVERY_S = 1.0
-#: How long to reconnect after a stop.  It is short, because a guard keeps the socket open.
+#: How long to try to reconnect after a stop.  It is short, because a guard keeps the socket open.
 _GONE_S = 0.2
 
 
@@ -38,7 +38,7 @@ class Operation:
             tell(step)
 
     def finish(self, result: str, words: str) -> None:
-        """Set the result for --json, which is printed at the end; otherwise print the words now."""
+        """Set the result, which --json prints at the end; without --json, print the words now."""
         self.outcome["result"] = result
         if not self._as_json:
             say_outcome(say, words)

@@ -120,7 +120,7 @@ class Success:
 
 
 def read_status_before(operation: Operation) -> Message:
-    """Return the status before a request, and store in the outcome what it must contain."""
+    """Return the status before a request; store its name and generation in the outcome."""
     before = operation.client.query("status")
     operation.losses = Losses(before)
     operation.outcome["name"] = before.get("name")
@@ -170,9 +170,9 @@ def follow(
 
 
 def _first_programs(status: Message, generation: int) -> str:
-    """Return a text if a generation's first programs failed, or none ran yet; "" otherwise.
+    """Return a text if a generation's first programs failed, or no program has run; otherwise "".
 
-    Only modes that start a program for each connection have first programs.
+    This is only for modes that start a program for each connection.
     """
     mode = MODES.get(text_in(status, "handoff"))
     if mode is None or not mode.pooled:

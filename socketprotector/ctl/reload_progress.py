@@ -19,7 +19,7 @@ from .fields import Wait, listed, measure, number_in, text_in, waits_of
 #: The phases of generations that get no new connections.
 LEAVING = ("draining", "abandoned")
 _STARTING = ("starting", "settling")
-#: The events that are verdicts, and whether each is a success.
+#: The events that report a verdict, and whether the verdict is a success.
 _VERDICTS = {"reloaded": True, "reload-failed": False}
 _DRY_RUN_VERDICTS = {"dry-run-passed": True, "dry-run-failed": False}
 #: The results in a status that mean success.
@@ -52,7 +52,7 @@ class Verdict:
 
 @dataclass(slots=True)
 class ProgressThrottle:
-    """Decides which counts of workers to show: every count of a few, each tenth of many."""
+    """Decides which counts to show: for few workers every count, for many only each tenth."""
 
     _total: int = 0
     _last: object = None
@@ -257,7 +257,7 @@ class Reload(Awaited):
         return max(self._wanted - len(starting.ready), 0)
 
     def _ready_text(self, starting: _Generation) -> str:
-        """Return the ready workers of all, such as 1/4."""
+        """Return how many of all workers are ready, such as 1/4."""
         return f"{len(starting.ready)}/{len(starting.ready) + self._not_ready(starting)}"
 
     def _switched(self, number: int) -> None:

@@ -7,7 +7,7 @@ from ..model.text import escape
 
 
 class ControlError(Refusal):
-    """A request to a protector failed, or the operation that it started."""
+    """A request to a protector, or the operation that the request started, has failed."""
 
     #: The outcome in a word or two; reload, upgrade and stop print it with `--json`.
     result = "lost"

@@ -39,7 +39,7 @@ def text_in(message: Status, name: str) -> str:
 def measure(message: Status, name: str) -> float | None:
     """Return a field's number if it is finite and not negative, otherwise None.
 
-    None, and not 0, lets a metric be absent instead of wrong.
+    With None a metric is absent; 0 would be a wrong value.
     """
     value = message.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -1,7 +1,7 @@
 """Parses a message from a control socket, and limits its values for all callers.
 
-The peer may be a newer protector, or another program.  In a parsed message, numbers can be shown
-and added, texts can be encoded, and the size of lists and texts and the nesting are limited.
+The peer may be a newer protector, or another program.  Callers can rely on a parsed message: its
+numbers can be shown and added, its texts can be encoded, and its size and nesting are limited.
 """
 
 from __future__ import annotations

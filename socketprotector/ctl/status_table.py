@@ -103,7 +103,7 @@ def _health_line(status: Message) -> str:
 
 
 def stuck_generations(status: Message) -> list[tuple[int, float]]:
-    """Return (generation, seconds) where workers have taken no waiting client for so long."""
+    """Return each stuck generation, and for how many seconds no worker has taken a client."""
     found = []
     for each in listed(status, "generations"):
         seconds = each.get("oldest_waiting_s")

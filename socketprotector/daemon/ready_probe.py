@@ -93,7 +93,10 @@ class ReadyProbe:
         assert generation is not None
         number = generation.record.number
         if verdict.kind == verdicts.GOOD:
-            if self._answered(number, self._spec.kind):
+            done = self._answered(number, self._spec.kind)
+            if self._generation is not generation:
+                return  # a reload that waited for this answer may have begun, and is being probed
+            if done:
                 self.stop()
             else:
                 self._send_later()

@@ -499,6 +499,15 @@ def test_a_hold_of_a_unix_socket_is_refused_in_words(operated: Operating, tmp_pa
     )
 
 
+def test_a_reload_that_is_ordered_during_the_first_start_is_probed(protector: Starter) -> None:
+    """It begins within the answer to the probe of the first generation."""
+    daemon = protector(*MODE, "127.0.0.1:0", "--", *SERVER)
+    daemon.log.wait_for("event=spawned generation=1")
+    daemon.signal(signal.SIGHUP)
+    daemon.log.wait_for("event=(reloaded|reload-failed) generation=2")
+    assert daemon.log.count("event=reload-failed") == 0
+
+
 CUT_OFF = "its socket file was removed, so no client can connect; restart SocketProtector"
 
 

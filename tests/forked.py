@@ -26,6 +26,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -179,14 +180,37 @@ def _become(message: dict[str, Any], descriptors: Sequence[int]) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=stream is sys.stderr or stream.isatty())  # type: ignore[union-attr]
     words = sys.orig_argv = message["argv"]
-    if words[1] == "-m":
-        sys.argv = words[2:]
-        sys.path[0] = message["cwd"]
-        runpy.run_module(words[2], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = words[1:]
-        sys.path[0] = os.path.dirname(words[1])
-        runpy.run_path(words[1], run_name="__main__")
+    try:
+        if words[1] == "-m":
+            sys.argv = words[2:]
+            sys.path[0] = message["cwd"]
+            runpy.run_module(words[2], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = words[1:]
+            sys.path[0] = os.path.dirname(words[1])
+            runpy.run_path(words[1], run_name="__main__")
+    except SystemExit as end:
+        if not isinstance(end.code, int | None):
+            raise  # a message, which the interpreter writes
+        _end(end.code or 0)
+        raise
+    _end(0)
+
+
+def _end(status: int) -> None:
+    """End as the interpreter does, but without freeing each object: that took most of a short run.
+
+    Returns where the interpreter has an error of a stream to report.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    except (OSError, ValueError):
+        return
+    os._exit(status & 0xFF)
 
 
 def _load(names: Sequence[str]) -> None:

@@ -84,7 +84,7 @@ class Intake:
         self._actions: dict[int, Callable[[], None]] = {}
         self._ends: list[int] = []
         self.waits = WaitSet()
-        self.queue = QueueWait(source, self.waits)
+        self.queue = QueueWait(source, self.waits, self._cannot_wait)
         self._fds = self.queue.fds
         # The usual result of a wait, with a shortcut in _look; no shortcut with several listeners.
         self._channel_alone = [*self._fds] if len(self._fds) == 1 else [-1]
@@ -96,6 +96,7 @@ class Intake:
         self._idle: set[int] = set()
         self._awaits_last = False
         self._will_look_again = False
+        self._lacks = False  # whether the last try to wait for the queue failed
         # The descriptor that get_next takes from; -1: look at all descriptors first.
         self._row_fd = -1
         # How many more descriptors are certainly free; -1: unknown.
@@ -408,6 +409,15 @@ class Intake:
             self.queue.resume()
             if self._ended:  # meanwhile, in another thread
                 self.queue.pause()
+            if self.queue.waited:
+                self._lacks = False
+
+    def _cannot_wait(self, error: OSError) -> None:
+        """Pause: the kernel lacks memory or a watch (epoll_ctl(2): ENOMEM, ENOSPC)."""
+        if not self._lacks:  # logged once, not at each try
+            _log.error("cannot wait for connections: %s; trying again", error.strerror)
+        self._lacks = True
+        self._pause(short=True)
 
     def _changed(self) -> None:
         self.board.count_open()

@@ -12,12 +12,19 @@ import select
 from .source import Source
 from .wait_set import WaitSet
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Callable
+
 
 class QueueWait:
     """The wait for the descriptors of one source."""
 
-    def __init__(self, source: Source, own: WaitSet) -> None:
-        """Begin to wait in the intake's own set."""
+    def __init__(self, source: Source, own: WaitSet, cannot: Callable[[OSError], None]) -> None:
+        """Begin to wait in the intake's own set.
+
+        cannot: called when a later addition to a set fails; it pauses, and resumes later.
+        """
         self.fds = tuple(source.fds)
         #: Whether the intake waits for connections: it has neither paused nor ended.
         self.waited = True
@@ -28,6 +35,7 @@ class QueueWait:
         self._wakes_one = source.wakes_one
         self._events = select.EPOLLIN | (select.EPOLLEXCLUSIVE if source.wakes_one else 0)
         self._own = self._set = own
+        self._cannot = cannot
         own.add(self.fds, self._events)
 
     @property
@@ -55,7 +63,7 @@ class QueueWait:
             self.in_loop = False
             joined.close()
             if self.waited:
-                self._own.add(self.fds, self._events)
+                self._add()
 
     def share(self) -> None:
         """Make the kernel wake one of several waiting threads, not each in turn."""
@@ -67,7 +75,7 @@ class QueueWait:
         self.has_taken = False
         if self._wakes_one and self.waited:
             self._set.remove(self.fds)
-            self._set.add(self.fds, self._events)
+            self._add()
 
     def move_back_in_loop(self) -> None:
         """Move behind the other workers if in a loop; call this at the end of a loop's turn."""
@@ -83,7 +91,13 @@ class QueueWait:
     def resume(self) -> None:
         """Wait for connections again."""
         self.waited = True
-        self._set.add(self.fds, self._events)
+        self._add()
+
+    def _add(self) -> None:
+        try:
+            self._set.add(self.fds, self._events)
+        except OSError as error:
+            self._cannot(error)
 
     def after_fork_in_child(self, ends: list[int]) -> None:
         """Wait in a set of the child's own, which replaces its copy of the parent's."""

@@ -1,0 +1,140 @@
+"""A wait for the queue that the kernel refuses (epoll_ctl: ENOMEM, ENOSPC) is tried again."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from socketprotector_client.address import listen
+from socketprotector_client.connection import Connection
+from socketprotector_client.drain_state import Drain
+from socketprotector_client.intake import Intake
+from socketprotector_client.scoreboard import Scoreboard
+from socketprotector_client.source import ListenSource
+from socketprotector_client.wait_set import WaitSet
+
+
+class Chosen(ListenSource):
+    """Makes the kernel wake one waiter, as a channel does."""
+
+    wakes_one = True
+
+
+class Scarce:
+    """An epoll to which the queue cannot be added, so many times."""
+
+    def __init__(self, waits: WaitSet, times: int) -> None:
+        """Stand in for the epoll of a set."""
+        self._epoll = waits._epoll
+        self.times = times
+        waits._epoll = self  # type: ignore[assignment]
+
+    def register(self, fd: int, events: int) -> None:
+        if events & select.EPOLLEXCLUSIVE and self.times:
+            self.times -= 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._epoll.register(fd, events)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._epoll, name)
+
+
+@pytest.fixture
+def intake() -> Iterator[Intake]:
+    source = Chosen(listen("127.0.0.1:0", 16), handed=False)
+    one = Intake(source, Drain(()), 2, {}, Scoreboard(-1, 0))
+    yield one
+    one.close()
+
+
+def taken(intake: Intake) -> Connection:
+    with socket.create_connection(intake.source.sockname):
+        connection = intake.get(10)
+    assert connection is not None
+    return connection
+
+
+def when_asked(intake: Intake) -> Scarce:
+    taken(intake).close()
+    return Scarce(intake.waits, 3)
+
+
+def by_a_loop_that_sleeps(intake: Intake) -> Scarce:
+    taken(intake).close()
+    scarce = Scarce(intake.waits, 3)
+    assert intake.sleep(0) == (False, False)
+    assert scarce.times < 3
+    return scarce
+
+
+def after_the_limit(intake: Intake) -> Scarce:
+    with taken(intake), taken(intake):
+        scarce = Scarce(intake.waits, 3)
+    assert scarce.times < 3
+    return scarce
+
+
+def by_a_pool(intake: Intake) -> Scarce:
+    intake.share()
+    scarce = Scarce(intake.waits, 3)
+    with taken(intake):
+        assert scarce.times < 3
+    return scarce
+
+
+def by_a_pool_that_begins(intake: Intake) -> Scarce:
+    scarce = Scarce(intake.waits, 3)
+    intake.share()
+    return scarce
+
+
+def outside_a_loop(intake: Intake) -> Scarce:
+    intake.queue.join(WaitSet())
+    return Scarce(intake.waits, 3)
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        when_asked,
+        by_a_loop_that_sleeps,
+        after_the_limit,
+        by_a_pool,
+        by_a_pool_that_begins,
+        outside_a_loop,
+    ],
+)
+def test_a_refused_wait_loses_no_connection_and_is_tried_again(
+    intake: Intake, refused: Callable[[Intake], Scarce], caplog: pytest.LogCaptureFixture
+) -> None:
+    scarce = refused(intake)
+
+    taken(intake).close()
+
+    assert scarce.times == 0
+    assert caplog.messages == ["cannot wait for connections: No space left on device; trying again"]
+
+
+def test_a_wait_that_a_loop_is_refused_is_tried_again_there(
+    intake: Intake, caplog: pytest.LogCaptureFixture
+) -> None:
+    joined = WaitSet()
+    intake.queue.join(joined)
+    scarce = Scarce(joined, 3)
+    with socket.create_connection(intake.source.sockname):
+        assert joined.wait(10)
+        connection = intake.get_now()
+        assert connection is not None
+        intake.queue.move_back_in_loop()
+        assert scarce.times < 3
+        connection.close()
+
+    with socket.create_connection(intake.source.sockname):
+        assert joined.wait(10)
+    assert scarce.times == 0
+    assert caplog.messages == ["cannot wait for connections: No space left on device; trying again"]

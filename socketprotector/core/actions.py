@@ -84,7 +84,7 @@ class StopProbing(Action):
 class CheckSettling(Action):
     """Check a settling generation repeatedly.  When a check fails, effects post SettleFailed.
 
-    When the SETTLE timer runs out, effects await another good check before they post its end.
+    When the SETTLE timer runs out, effects await another good check, then post DeadlinePassed.
     """
 
     generation: int
@@ -101,7 +101,7 @@ class StopChecking(Action):
 class RouteTo(Action):
     """Send new connections to this generation; with None, let them wait.
 
-    sharing: another generation, which gets `share` ten-thousandths of them instead.
+    sharing: another generation, which gets `share` ten-thousandths of these connections instead.
     """
 
     generation: int | None
@@ -111,7 +111,7 @@ class RouteTo(Action):
 
 @frozen
 class Quiesce(Action):
-    """Wait until a generation that gets no new clients has accepted the earlier ones.
+    """Wait until a generation that gets no new clients has accepted all earlier clients.
 
     Effects then post Quiesced.
     """
@@ -131,9 +131,9 @@ class Drain(Action):
 
 @frozen
 class EndEvenly(Action):
-    """Let workers on the client library end their connections evenly over some seconds; 0: no end.
+    """Let workers on the client library end their connections evenly over some time.
 
-    An earlier order of a shorter time stays.
+    seconds: 0: end no connection.  An earlier order with a shorter time stays in force.
     worker: 0 for all workers of the generation.
     """
 
@@ -146,7 +146,7 @@ class EndEvenly(Action):
 class Release(Action):
     """Close the descriptors of a generation that is gone; its waiting clients go to the route.
 
-    Without a route these clients wait until there is one.
+    Without a route, these clients wait for the next route.
     """
 
     generation: int

@@ -110,7 +110,7 @@ def _handle(step: Step, event: Event) -> None:
         case events.SettingsFailed(reason):
             reload.settings_failed(step, reason)
         case events.DeadlinePassed(deadline):
-            if deadline in step.fleet.timers:  # otherwise it ran out just before its CancelTimer
+            if deadline in step.fleet.timers:  # otherwise an earlier event has cancelled it
                 step.fleet = replace(step.fleet, timers=step.fleet.timers - {deadline})
                 _deadline_passed(step, event)
 
@@ -145,14 +145,14 @@ def _deadline_passed(step: Step, passed: events.DeadlinePassed) -> None:
 def _advance(step: Step) -> None:
     """Take every step that has become possible; if there is none, change nothing.
 
-    Without a stop, no name in stop.py is looked up, so that the module is not loaded.
+    Without a stop, this function uses no name of stop.py, so that the module is not loaded.
     """
     reload.serve_if_ready(step)
     if step.fleet.rollout:
         rollout.advance(step)
     if step.fleet.stop_awaits_rescue:
         stop.stop_if_rescued(step)
-    reload.try_nothing_unserved(step)
+    reload.call_off_unserved_dry_run(step)
     reload.begin_if_wanted(step)
     _release_gone_generations(step)
     reload.open_if_due(step)
@@ -189,15 +189,15 @@ def resume(
 
     Each action can be repeated without harm.
     left_s: seconds left of each timer; a timer without an entry runs out at once.
-    undone: actions that the previous program ordered and perhaps did not carry out.  They are
-    recorded, because sending TERM to every ending worker again would do harm: many programs
-    exit at once on a second TERM.
+    undone: actions that the previous program ordered and perhaps did not carry out.  The state
+    records them, because TERM must not be repeated for every ending worker: many programs exit
+    at once on a second TERM.
     """
     undone = tuple(undone)
     actions: list[Action] = [Hold(True)] if fleet.held else []
     actions += [route_of(fleet)]
-    # This comes first, so that the old generation gets the clients of a removed listener before
-    # it drains.
+    # UseSettings comes first, so that the old generation gets the clients of a removed listener
+    # before it drains.
     actions += [each for each in undone if isinstance(each, UseSettings)]
     for generation in fleet.all_of(Phase.DRAINING):
         order = Quiesce if generation.quiescing else Drain
@@ -218,7 +218,7 @@ def resume(
     if fleet.stopping:
         quick = fleet.stopping is Stop.QUICK or not fleet.listeners_open
         actions.append(CloseListeners(quick))
-    # The state does not record when the last client came, so the time starts again.
+    # The state does not record when the last client came, so this timer starts again.
     left_s = {**left_s, Deadline(TimerKind.LAME_DUCK_IDLE): fleet.policy.lame_duck_idle_s}
     actions += [StartTimer(each, max(0.0, left_s.get(each, 0.0))) for each in fleet.timers]
     return tuple(actions)

@@ -34,7 +34,7 @@ class TimerKind(Enum):
 
 @frozen
 class Deadline:
-    """The name of a timer.  Of each name at most one timer runs."""
+    """The name of a timer.  At most one timer of each name runs."""
 
     wait: TimerKind
     target: int = 0
@@ -55,7 +55,7 @@ class Launched(Event):
 class ReloadRequested(Event):
     """A reload was requested: a new generation from the command as it is now.
 
-    canary: the share that it gets first, instead of that of the settings.
+    canary: the share that the generation gets first, instead of the configured share.
     release: a deploy of this release; "": the release that `current` names.
     """
 
@@ -65,9 +65,9 @@ class ReloadRequested(Event):
 
 @frozen
 class PromoteRequested(Event):
-    """An operator ends a stage of a rollout early; now: all stages.
+    """An operator ends the present stage of a rollout early.
 
-    met: how many connections the new generation has had; None: unknown.
+    now: end all stages.  met: how many connections the new generation has had; None: unknown.
     """
 
     now: bool = False
@@ -81,7 +81,10 @@ class RollbackRequested(Event):
 
 @frozen
 class DryRunRequested(Event):
-    """A dry run was requested: a reload that ends before its switch.  release: see above."""
+    """A dry run was requested: a reload that ends before its switch.
+
+    release: see ReloadRequested.
+    """
 
     release: str = ""
 
@@ -170,7 +173,8 @@ class WorkerExited(Event):
     served_s: seconds since its READY, 0 without one.
     waiting: connections in its generation's queue at that moment.
     detached: it exited with status 0 before READY.
-    orphans: processes that it started are running; a second event follows when they have ended.
+    orphans: processes that the worker started still run; when they have ended, a second event
+    follows.
     """
 
     worker: int
@@ -185,8 +189,8 @@ class WorkerExited(Event):
 class OpenFailed(Event):
     """A generation could not be opened: the command, or a resource for it, is missing.
 
-    orphans: workers that an earlier program may have started.  Each of them is an orphan, and an
-    event follows when it is gone.
+    orphans: workers that an earlier program may have started.  Each of these workers is an orphan
+    until a WorkerExited event.
     """
 
     generation: int
@@ -203,7 +207,10 @@ class Quiesced(Event):
 
 @frozen
 class Answered(Event):
-    """A generation has passed its probe.  alone: see WorkerReady, of all of its workers."""
+    """A generation has passed its probe.
+
+    alone: all of its workers have declared that they can finish alone (see WorkerReady).
+    """
 
     generation: int
     alone: bool = True
@@ -242,21 +249,21 @@ class Stranded(Event):
 class HeldClientsWait(Event):
     """After a hold, clients wait at a UNIX path whose generations have their own sockets.
 
-    Only a new generation can accept these clients, so neither a reload under way nor a graceful
-    stop comes before it.
+    Only a new generation can accept these clients, so it comes before a reload under way, and
+    before a graceful stop.
     """
 
 
 @frozen
 class SocketLost(Event):
-    """A listening socket was replaced, and a generation's workers do not have the new one."""
+    """A listening socket was replaced, and a generation's workers do not have the new socket."""
 
     generation: int
 
 
 @frozen
 class ListenersLost(Event):
-    """The last listener was shut down, and no other can be bound in its place."""
+    """The last listener was shut down, and no socket can be bound in its place."""
 
 
 @frozen
@@ -299,10 +306,9 @@ class SettingsFailed(Event):
 class DeadlinePassed(Event):
     """A timer ran out.
 
-    advice: why a start took too long, as far as effects know, or empty.
+    advice: the likely cause of a start that took too long; "": unknown.
     met: at the end of SETTLE, how many connections the generation has had; None: unknown.
-    stuck: at the end of SETTLE, whether clients wait for the generation, and its workers accept
-    none.
+    stuck: at the end of SETTLE, clients wait for the generation, but its workers accept none.
     """
 
     deadline: Deadline

@@ -1,4 +1,4 @@
-"""A generation that fails: the previous one gets its clients back, or the last good one starts.
+"""Fails a generation: the previous one gets the clients back, or the last good command starts.
 
 Pure.  A generation that fails while another serves changes nothing for clients.
 """
@@ -24,21 +24,21 @@ START_FAILED = 3
 def open_failed(step: Step, number: int, reason: str, orphans: Collection[int]) -> None:
     """Fail a generation that could not be opened.
 
-    orphans: these workers may run, and nothing is left by which they could be signalled.
+    orphans: these workers may be running, but we have no descriptor to signal them.
     """
     generation = step.fleet.generation(number)
     if generation is None or generation.phase not in (Phase.STARTING, Phase.ABANDONED):
         return
-    # None of its other workers was ever spawned, even if a stop has abandoned it.
-    left = [each for each in generation.alive if each.number in orphans]
-    workers = tuple(Worker(each.number, each.slot, State.ORPHANED) for each in left)
+    # No other worker was ever spawned, even if a stop has abandoned the generation.
+    running = [each for each in generation.alive if each.number in orphans]
+    workers = tuple(Worker(each.number, each.slot, State.ORPHANED) for each in running)
     step.fleet = step.fleet.with_generation(replace(generation, workers=workers))
     if generation.phase is Phase.STARTING:
         fail(step, number, reason)
 
 
 def start_timed_out(step: Step, number: int, advice: str) -> None:
-    """Fail a generation that was not ready in time, unless it waits only for room.
+    """Fail a generation that was not ready in time, unless its workers only wait for room.
 
     advice: the likely cause, for people.
     """
@@ -53,7 +53,7 @@ def start_timed_out(step: Step, number: int, advice: str) -> None:
 def fail(step: Step, number: int, reason: str, *, retry: bool = False) -> None:
     """Fail a starting or settling generation, and decide what follows.
 
-    The route of a settling generation returns to the serving one.
+    If the generation was settling, the route returns to the serving generation.
     retry: a first start may try again (--start-tries).
     """
     serving, failed = step.fleet.of(Phase.SERVING), step.fleet[number]
@@ -106,7 +106,7 @@ def _first_start_failed(step: Step, number: int, reason: str, *, retry: bool) ->
 def socket_lost(step: Step, number: int) -> None:
     """Fail a starting generation that lost a socket: it could not accept all clients.
 
-    A generation with a share of the clients fails, too: the other one still accepts them all.
+    A generation with a share of the clients fails, too: the serving one still accepts all.
     """
     generation = step.fleet.generation(number)
     if generation and (generation.phase is Phase.STARTING or generation == step.fleet.sharing):
@@ -118,7 +118,7 @@ def channel_broken(step: Step, number: int, served_s: float) -> None:
     generation = step.fleet.generation(number)
     phase = generation.phase if generation else None
     if phase not in (Phase.STARTING, Phase.SETTLING, Phase.SERVING):
-        return  # no new connections go through it
+        return  # no new connections go through this channel
     reason = "a worker shut down the channel"
     step.do(Report(ReportKind.BROKEN, number, reason))
     if phase is Phase.SERVING:
@@ -132,7 +132,8 @@ def _serving_broken(step: Step, number: int, served_s: float) -> None:
     if settling is None:
         step.do(RouteTo(None))
     elif step.fleet.sharing and shares:
-        # Nothing is left to share with: a canary settles, a rolling reload starts all workers.
+        # No generation is left to share with: a canary settles, a rolling reload starts all
+        # workers.
         alone = None if shares.canary else replace(shares, share=WHOLE)
         step.fleet = replace(step.fleet, rollout=alone)
         step.do(RouteTo(settling.number))

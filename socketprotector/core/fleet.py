@@ -63,13 +63,13 @@ LEAVING = (State.RETIRING, State.ORPHANED)
 
 @frozen
 class Worker:
-    """One slot of a generation and the process in it; `number` is never reused."""
+    """A slot of a generation, and the process in this slot; `number` is never reused."""
 
     number: int
     slot: int
     state: State = State.STARTING
     retires: bool = False  # it finishes and leaves when its RETURN line ends
-    quick_deaths: int = 0  # in a row, in this slot
+    quick_deaths: int = 0  # how many workers in a row have died quickly in this slot
     replaces: int = 0  # the number of the worker that leaves when this worker is ready
     hung: bool = False  # stuck: it must leave, and does not react to messages
 
@@ -85,17 +85,17 @@ _NUMBER, _STATE = attrgetter("number"), attrgetter("state")
 class Generation:
     """All workers started from one version of the command.
 
-    A generation may have a thousand workers, and an event about one must not look at all of them.
-    So they are sorted by number, for a binary search.  Copying the tuple costs little.
+    A generation may have a thousand workers, and an event about one worker must not visit them all.
+    So `workers` is sorted by number, for a binary search.  Copying the tuple costs little.
     """
 
     number: int
     phase: Phase = Phase.STARTING
-    fresh: bool = True  # started from the command as it is now, not from the last good one
+    fresh: bool = True  # started from the command as it is now, not from the last good command
     ending: bool = False  # a deadline or a stop sent TERM; KILL follows
-    quiescing: bool = False  # draining, and still accepting the clients that came before
+    quiescing: bool = False  # draining, but its workers still accept the earlier clients
     workers: tuple[Worker, ...] = ()
-    checked: bool = False  # settling, and --settle-check is probing it
+    checked: bool = False  # settling, and probed by --settle-check
 
     @property
     def alive(self) -> tuple[Worker, ...]:
@@ -103,7 +103,7 @@ class Generation:
 
     @property
     def ready(self) -> bool:
-        # From the end: the worker started last is usually the last to be ready.
+        # Start at the end: the newest worker is usually the last to be ready.
         return all(worker.state is State.READY for worker in reversed(self.workers))
 
     @property
@@ -122,8 +122,8 @@ class Generation:
         return replace(self, workers=(*self.workers[:at], *changed, *self.workers[at + 1 :]))
 
     @property
-    def takers(self) -> tuple[Worker, ...]:
-        """The workers that take, or will take, connections from the queue."""
+    def staying(self) -> tuple[Worker, ...]:
+        """The workers that are not leaving: they serve new connections, now or soon."""
         return tuple(w for w in self.alive if w.state not in LEAVING)
 
 
@@ -143,7 +143,7 @@ class LameDuck(Enum):
 
 
 class Next(Enum):
-    """Which command the next generation is opened with, once nothing delays it."""
+    """The command of the next generation, which opens as soon as nothing delays it."""
 
     FRESH = "fresh"
     LAST_GOOD = "last good"
@@ -156,10 +156,10 @@ class Rollout:
     The stage follows from the share and from the generation's SETTLE timer, see core/rollout.py.
     """
 
-    share: int = 0  # of the new clients, in ten thousandths, as ordered
+    share: int = 0  # the ordered share of the new clients, in ten thousandths
     canary: Canary | None = None  # None: the share follows the workers that are ready
     extended: bool = False  # too few connections came, so the canary lasts twice as long
-    met: int | None = 0  # the connections that the canary has had; None: unknown
+    met: int | None = 0  # how many connections the canary has had; None: unknown
 
 
 @frozen
@@ -189,14 +189,14 @@ class Fleet:
     reading: bool = False  # the configuration is being read
     candidate: Candidate | None = None  # the new settings, until they are applied or discarded
     dry_run: bool = False  # the reload under way is a dry run: its generation gets no clients
-    canary_wanted: Canary | None = None  # that the queued reload was requested with
-    rollout: Rollout | None = None  # of the reload under way
+    canary_wanted: Canary | None = None  # the canary of the queued reload request
+    rollout: Rollout | None = None  # the rollout of the reload under way
     #: The release of the deploy under way, until its verdict; "": no deploy, so `current` decides.
     release: str = ""
 
     served: bool = False  # a generation has served, since the first start
-    #: The generations in a row that failed while no other generation served.  While a stop waits
-    #: for a rescue: also the rescues that it has opened, of which each waits longer.
+    #: How many generations in a row failed while no other generation served.  While a stop waits
+    #: for a rescue, each rescue counts, too, so that the next rescue waits longer.
     failed_starts: int = 0
     listeners_open: bool = True
     held: bool = False  # an operator's hold: no client is accepted
@@ -216,12 +216,12 @@ class Fleet:
 
     @property
     def incoming(self) -> Generation | None:
-        """The generation that the reload, or start, under way has opened."""
+        """The generation that the present reload or start has opened."""
         return self.of(Phase.STARTING) or self.of(Phase.SETTLING)
 
     @property
     def route(self) -> Generation | None:
-        """The generation that gets new connections, but for the share of another."""
+        """The generation that gets new connections, except the share of `sharing`."""
         if self.sharing:
             return self.of(Phase.SERVING)
         return self.of(Phase.SETTLING) or self.of(Phase.SERVING)
@@ -239,7 +239,7 @@ class Fleet:
 
     @property
     def is_renewing(self) -> bool:
-        """Whether the last good command starts again."""
+        """Whether the last good command is being started again."""
         starting = self.of(Phase.STARTING)
         return self.to_open is Next.LAST_GOOD or bool(starting and not starting.fresh)
 
@@ -252,7 +252,7 @@ class Fleet:
     def is_releasing(self) -> bool:
         """Whether a reload, a deploy or a dry run is under way or queued.
 
-        Not a replacement by the last good command: a release may end its crash loop.
+        A replacement by the last good command does not count: a release may end its crash loop.
         """
         fresh = self.incoming is not None and self.incoming.fresh
         begun = self.reading or self.candidate or self.to_open is Next.FRESH or fresh
@@ -277,9 +277,9 @@ class Fleet:
 
     @property
     def most_processes(self) -> int:
-        """How many processes may live at once under a policy that rolls.
+        """How many processes may live at once under --reload-order rolling.
 
-        It counts the workers of all generations, and process groups that outlived their workers.
+        The number includes the workers of all generations, and process groups without their worker.
         """
         wanted, incoming = self.workers_wanted, self.incoming
         if incoming:
@@ -292,16 +292,16 @@ class Fleet:
         if not incoming or not policy.rolls or not self.served:
             return full
         if not self.of(Phase.SERVING):
-            # No generation serves: start as many as there is room for; the others follow.
-            others = sum(1 for _ in self.alive()) - len(generation.alive)
-            return max(1, min(full, self.most_processes - others))
+            # No generation serves: start as many workers as have room; the missing workers follow.
+            elsewhere = sum(1 for _ in self.alive()) - len(generation.alive)
+            return max(1, min(full, self.most_processes - elsewhere))
         first = (
             incoming.phase is Phase.STARTING
             or Deadline(TimerKind.SETTLE, incoming.number) in self.timers
         )
         if generation.number == incoming.number:
             return min(full, policy.surge_of(full)) if first else full
-        # One stays until the new generation is complete, so that a rollback is possible.
+        # One old worker stays until the new generation is complete, for a rollback.
         return full if first else max(1, full - incoming.ready_workers)
 
     def generation(self, number: int) -> Generation | None:
@@ -323,22 +323,22 @@ class Fleet:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether the fleet stops, now or after its lame duck; no new request begins then."""
+        """Whether a stop has begun, or follows the lame duck.  Then no new request begins."""
         return self.stopping is not None or self.lame_duck is LameDuck.STOPPING
 
     @property
     def stop_awaits_rescue(self) -> bool:
         """Whether a graceful stop waits for a generation that accepts clients of a hold.
 
-        The lame duck before it is over, so only --stop-timeout limits the wait.
+        The lame duck is over by then, so only --stop-timeout limits the wait.
         """
         return self.lame_duck is LameDuck.STOPPING and Deadline(TimerKind.STOP) in self.timers
 
     @property
     def queue_is_last(self) -> bool:
-        """Whether the clients in a draining generation's queue have only its workers left.
+        """Whether a draining generation's queue has clients that only its workers can serve.
 
-        False where workers accept: there clients wait in the backlog, and a stop has closed it.
+        False where workers accept: there, clients wait in the backlog, which a stop closes.
         """
         stops = self.stopping is Stop.GRACEFUL and self.route is None
         return stops and self.policy.queues

@@ -1,6 +1,6 @@
-"""From one generation to the next: open, ready, settle, promote; fail, roll back, recover.
+"""Opens the next generation and lets it serve, or gives the clients back to the previous one.
 
-Pure.  Two rules hold it together:
+Pure.  Two rules apply throughout:
 
 * Route before draining: at every moment some generation gets the new connections.
 * A generation that fails while another serves changes nothing for clients.
@@ -33,14 +33,14 @@ STOP_FIRST = "with --reload-order stop-first the old workers end before the new 
 
 def launched(step: Step) -> None:
     """Open the first generation."""
-    if step.fleet.next_generation == 1:  # a repeated event: a generation exists already
+    if step.fleet.next_generation == 1:  # otherwise the event is repeated
         step.fleet = replace(step.fleet, to_open=Next.FRESH)
 
 
 def reload_requested(step: Step, canary: Canary | None, release: str = "") -> None:
     """Queue a reload, which begin_if_wanted() begins.
 
-    canary: the share that its generation gets first, instead of that of the settings.
+    canary: the share that its generation gets first, instead of the configured share.
     release: the release of a deploy, which begins now or not at all.
     """
     if step.fleet.stop_requested:
@@ -48,7 +48,7 @@ def reload_requested(step: Step, canary: Canary | None, release: str = "") -> No
     elif release and step.fleet.is_releasing:
         step.do(Report(ReportKind.REFUSED, reason=f"cannot deploy {release}: {IN_PROGRESS}"))
     else:
-        # Queued even during a reload, so that the newest release wins without another HUP.
+        # Queue it even during a reload, so that the newest release wins without another HUP.
         # A later request without a share does not turn a queued canary into a plain reload.
         wanted = canary or step.fleet.canary_wanted
         step.fleet = replace(step.fleet, reload_wanted=True, canary_wanted=wanted)
@@ -100,8 +100,8 @@ def begin_if_wanted(step: Step) -> None:
     if fleet.candidate:
         _begin(step)
     elif fleet.reload_wanted and fleet.stop_requested:
-        # Not earlier: a caller takes the first verdict after its request for its own, and until
-        # now that was the verdict of the previous reload.
+        # Fail it only after the verdict of the previous reload: a caller takes the first verdict
+        # after its request as its own.
         step.fleet = replace(fleet, reload_wanted=False, canary_wanted=None)
         step.fail_unopened(stop.CALLED_OFF)
     elif fleet.reload_wanted and not _may_rescue(fleet):
@@ -141,8 +141,8 @@ def settings_failed(step: Step, reason: str) -> None:
         step.fail_unopened(reason)
 
 
-def try_nothing_unserved(step: Step) -> None:
-    """Call off a dry run while no generation serves: the last good command must serve first."""
+def call_off_unserved_dry_run(step: Step) -> None:
+    """Call off a dry run if no generation serves: the last good command must serve first."""
     if not step.fleet.of(Phase.SERVING):
         call_off_dry_run(step, "the serving generation failed during the dry run; see `crashes`")
 
@@ -165,14 +165,14 @@ def _begin(step: Step) -> None:
     if step.fleet.dry_run:
         _begin_dry_run(step)
         return
-    # During a back-off no generation serves, so the reload must not wait until it is over.
+    # During a back-off no generation serves, so the reload must not wait for its end.
     step.cancel(TimerKind.OPEN)
     step.fleet = replace(step.fleet, to_open=Next.FRESH, failed_starts=0)
     _make_room(step)
 
 
 def _begin_dry_run(step: Step) -> None:
-    """Open the dry run's generation beside the serving one, which stays as it is."""
+    """Open the dry run's generation beside the serving generation, which stays as it is."""
     if step.fleet.policy_of(fresh=True).stop_first:
         step.forget_settings()
         step.fail_unopened(f"cannot dry-run: {STOP_FIRST}")
@@ -200,8 +200,8 @@ def _make_room(step: Step) -> None:
 
 def in_the_way(fleet: Fleet) -> tuple[Generation, ...]:
     """Return the generations that must end before the next one opens."""
-    # Under stop-first an older generation may hold a resource that the next one needs.  At a
-    # first start the attempt that has failed may hold it.
+    # Under stop-first, an older generation may hold a resource that the next generation needs.
+    # At a first start, the failed attempt may hold such a resource.
     policy = fleet.policy_of(fleet.to_open is Next.FRESH)
     if policy.stop_first or not fleet.served:
         return fleet.generations
@@ -215,7 +215,7 @@ def _takes_a_place(fleet: Fleet, generation: Generation) -> bool:
 
 
 def has_failed(fleet: Fleet, generation: Generation) -> bool:
-    """Return whether a generation that is leaving has failed: an older generation serves."""
+    """Return whether a leaving generation has failed: then an older generation serves."""
     serving = fleet.of(Phase.SERVING)
     return serving is not None and generation.number > serving.number
 
@@ -266,7 +266,7 @@ def is_probed(fleet: Fleet, starting: Generation) -> bool:
 
 
 def probe_if_complete(step: Step) -> None:
-    """Probe a starting generation once all of its workers run; repeat this if it gets more."""
+    """Probe a starting generation once all of its workers run; again if it gets more workers."""
     starting = step.fleet.of(Phase.STARTING)
     if starting is None or not is_probed(step.fleet, starting):
         return
@@ -279,7 +279,7 @@ def probe_if_complete(step: Step) -> None:
 def answered(step: Step, number: int, alone: bool) -> None:
     """Let a generation that has passed its probe serve, whether its workers sent READY or not.
 
-    alone: each of them has declared that it can finish alone.
+    alone: each worker has declared that it can finish alone.
     """
     generation = step.fleet.generation(number)
     if generation is None or generation.phase is not Phase.STARTING:
@@ -306,7 +306,7 @@ def _all_ready(step: Step, number: int, *, standby_s: float = 0.0) -> None:
     standby_s: keep the previous generation able to take over for at least this long.
     """
     if step.fleet.dry_run:
-        if standby_s > 0:  # run it so long without clients, to see whether it dies
+        if standby_s > 0:  # the generation must survive that long without clients
             step.end_start(number)
             step.start(TimerKind.SETTLE, number, standby_s)
         elif Deadline(TimerKind.SETTLE, number) not in step.fleet.timers:
@@ -325,10 +325,10 @@ def _all_ready(step: Step, number: int, *, standby_s: float = 0.0) -> None:
 
 
 def settled(step: Step, number: int, met: int | None, *, stuck: bool) -> None:
-    """Continue with a generation that has settled, or pass its dry run.
+    """Continue with a generation whose SETTLE timer has run out, or pass its dry run.
 
-    met: how many connections it has had; None: unknown.  stuck: its workers accept no client that
-    waits for them.
+    met: how many connections it has had; None: unknown.
+    stuck: clients wait for it, but its workers accept none.
     """
     if step.fleet.dry_run:
         _pass_dry_run(step, number)
@@ -343,7 +343,7 @@ def _pass_dry_run(step: Step, number: int) -> None:
 
 
 def cannot_roll_back(fleet: Fleet) -> str:
-    """Return why no release under way can be called off; "" if one can."""
+    """Return why a rollback is impossible; "": a release under way can be called off."""
     incoming = fleet.incoming
     begun = fleet.reading or fleet.to_open is Next.FRESH or (incoming and incoming.fresh)
     if begun and fleet.of(Phase.SERVING) and not (fleet.stop_requested or fleet.dry_run):

@@ -1,7 +1,7 @@
 """Rescues: serve clients that wait at a socket without workers, before a requested reload.
 
-Pure.  Needed only where workers accept, after a failed release or a hold, during which new clients
-wait.  A rescue opens the last good command again, and its workers accept these clients.
+Pure.  A rescue opens the last good command again, and its workers accept these clients.  Rescues
+are needed only where workers accept, after a failed release or after a hold.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def rescue(step: Step, number: int) -> None:
 def serve_held(step: Step) -> None:
     """Open the last good command to accept clients of a hold; restart a reload under way.
 
-    Only two generations can accept at once, so the incoming one must make room.  If it is a
-    release, it is called off.  If it runs the last good command, it is promoted early if it is
-    settling, and awaited if it is still starting.
+    Only two generations can accept at once, so the incoming generation must make room.  A release
+    is called off.  The last good command is promoted early if it is settling, or awaited if it is
+    starting.
     """
     serving, incoming = step.fleet.of(Phase.SERVING), step.fleet.incoming
     if not serving or step.fleet.stopping:
@@ -61,14 +61,14 @@ def serve_held(step: Step) -> None:
         canary = step.fleet.rollout.canary if step.fleet.rollout else None
         step.take_back(incoming)
         step.do(Report(ReportKind.RETRYING, incoming.number, HELD_FIRST))
-        step.want_again(canary)
+        step.requeue_reload(canary)
     renew(step)
 
 
 def _serve_held_before_stop(step: Step) -> None:
     """Open the last good command, after a pause if it has failed; --stop-timeout limits the tries.
 
-    Without clients that wait, no such event comes, and the stop continues.
+    If no client waits, no HeldClientsWait event comes, and the stop continues.
     """
     pause_s = backoff_s(step.fleet.failed_starts)
     if renew(step):
@@ -90,7 +90,7 @@ def serve_stranded(step: Step) -> None:
             step.forget_settings()
             step.do(Report(ReportKind.RETRYING, fleet.next_generation, STRANDED_FIRST))
             step.fleet = replace(step.fleet, to_open=None)
-            step.want_again(fleet.rollout.canary if fleet.rollout else None)
+            step.requeue_reload(fleet.rollout.canary if fleet.rollout else None)
     renew(step)
 
 

@@ -11,8 +11,8 @@ the clients back.  No list of steps is stored.  The stage follows from the fleet
 * rolling, no timer: `Fleet.wanted_in` names the targets, and `room` limits the processes
 
 A stage proves nothing while a hold keeps clients out, so its time stands still during the hold.
-No stage of a canary ends during a hold.  Other stages that began during a hold may: an operator
-may wait for the verdict of a reload before releasing the hold.
+No stage of a canary ends during a hold.  Any other stage that began during the hold may end: an
+operator may wait for the verdict of a reload before releasing the hold.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .events import Deadline, TimerKind
 from .fleet import LEAVING, Fleet, Generation, Phase, Rollout
 from .step import Step
 
-#: How soon to look again whether workers accept the clients that wait.
+#: How soon to check again whether workers accept the waiting clients.
 _LOOK_AGAIN_S = 0.1
 #: Why --reload-order rolling fails in listener mode.
 NO_LIBRARY = (
@@ -83,12 +83,13 @@ def begin(step: Step, number: int, standby_s: float) -> bool:
 def stage_over(step: Step, number: int, met: int | None, *, stuck: bool) -> str:
     """Continue with a settling generation whose timer has run out; return why it fails, or "".
 
-    met: how many connections it has had; None: unknown.  stuck: its workers accept no client that
-    waits for them.
+    met: how many connections it has had; None: unknown.
+    stuck: clients wait for it, but its workers accept none.
     """
     fleet, rollout = step.fleet, step.fleet.rollout
     if stuck and rollout:
-        step.start(TimerKind.SETTLE, number, _LOOK_AGAIN_S)  # until it accepts, or is Untaken
+        # Wait until its workers accept, or until an Untaken event comes.
+        step.start(TimerKind.SETTLE, number, _LOOK_AGAIN_S)
         return ""
     if fleet.held and rollout and rollout.canary:
         step.start(TimerKind.SETTLE, number, _stage_s(fleet, fleet[number]))
@@ -108,34 +109,34 @@ def stage_over(step: Step, number: int, met: int | None, *, stuck: bool) -> str:
 
 
 def resume_stage(step: Step, held_s: float = 0.0) -> None:
-    """Start the timer of the present stage, as from the end of a hold of at most `held_s`."""
+    """Restart the timer of the present stage.  held_s: how long a hold may still delay it."""
     settling = step.fleet.of(Phase.SETTLING)
-    if settling and _settle(settling.number) in step.fleet.timers:
+    if settling and _settle_deadline(settling.number) in step.fleet.timers:
         stage_s = _stage_s(step.fleet, settling)
         step.start(TimerKind.SETTLE, settling.number, held_s + stage_s)
 
 
 def _stage_s(fleet: Fleet, settling: Generation) -> float:
-    """Return how long the present stage of a settling generation takes, once clients come again."""
+    """Return how long the present stage of a settling generation takes after the hold."""
     if fleet.stage_left_s is not None:
         return max(fleet.stage_left_s, _LOOK_AGAIN_S)
     rollout = fleet.rollout
     canary = rollout.canary if rollout and rollout.share < WHOLE else None
-    # A generation that has settled after a probe, or alone, may have no time of its own.
+    # settle_s may be 0: a generation also settles after a probe, or when the old generation broke.
     return max(STANDBY_S, canary.for_s if canary else fleet.policy_of(settling.fresh).settle_s)
 
 
 def next_stage(step: Step, number: int, met: int | None, *, now: bool = False) -> None:
-    """Begin the next stage of a settling generation.  now: the last stage of a canary."""
+    """Begin the next stage of a settling generation.  now: skip the last stage of a canary."""
     fleet, generation = step.fleet, step.fleet[number]
     rollout = fleet.rollout
     step.cancel(TimerKind.SETTLE, number)
     if rollout is None:
         step.promote(number)
     elif not rollout.canary:
-        pass  # rolling: workers.reconcile() continues it, and advance() ends it
+        pass  # rolling: workers.reconcile() replaces more workers, and advance() ends the reload
     elif rollout.share >= WHOLE:
-        step.promote(number, _had(rollout))
+        step.promote(number, _canary_result(rollout))
     else:
         rollout = replace(rollout, share=WHOLE, met=met)
         step.fleet = replace(step.fleet, rollout=rollout, stage_left_s=None)
@@ -145,14 +146,14 @@ def next_stage(step: Step, number: int, met: int | None, *, now: bool = False) -
         if settle_s > 0 and not now:
             step.start(TimerKind.SETTLE, number, settle_s)
         else:
-            step.promote(number, _had(rollout))
+            step.promote(number, _canary_result(rollout))
 
 
-def _settle(number: int) -> Deadline:
+def _settle_deadline(number: int) -> Deadline:
     return Deadline(TimerKind.SETTLE, number)
 
 
-def _had(rollout: Rollout) -> str:
+def _canary_result(rollout: Rollout) -> str:
     canary, met = rollout.canary, rollout.met
     if canary is None:
         return ""
@@ -162,13 +163,13 @@ def _had(rollout: Rollout) -> str:
 
 
 def advance(step: Step) -> None:
-    """Order the share that follows from the workers, and end a rolling reload that is complete."""
+    """Set the share by the ready workers, and end a rolling reload that is complete."""
     fleet, settling = step.fleet, step.fleet.of(Phase.SETTLING)
     rollout = fleet.rollout
     if settling is None or rollout is None or rollout.canary:
         return
     serving = fleet.of(Phase.SERVING)
-    settles = _settle(settling.number) in fleet.timers
+    settles = _settle_deadline(settling.number) in fleet.timers
     if not settles and settling.ready and len(settling.workers) >= fleet.full_size(settling):
         step.promote(settling.number)
         return
@@ -181,15 +182,15 @@ def advance(step: Step) -> None:
 
 def _share_of_ready(new: Generation, old: Generation) -> int:
     """Return the new generation's part of all ready workers: above 0, and below WHOLE."""
-    ready, others = new.ready_workers, old.ready_workers
-    share = WHOLE * ready // (ready + others) if ready else 0
+    ready, old_ready = new.ready_workers, old.ready_workers
+    share = WHOLE * ready // (ready + old_ready) if ready else 0
     return min(max(share, 1), WHOLE - 1)
 
 
 def lacks_library(fleet: Fleet, generation: Generation) -> str:
     """Return why an incoming generation fails if a worker does not use the library, or "".
 
-    A worker that uses it declares that it can finish alone.
+    Workers on the library declare that they can finish alone.
     """
     if generation.phase not in (Phase.STARTING, Phase.SETTLING):
         return ""
@@ -213,12 +214,12 @@ def read_settings(fleet: Fleet) -> ReadSettings:
 
 
 def cannot_promote(fleet: Fleet, *, now: bool) -> str:
-    """Return why the present stage cannot be ended; "" if it can."""
+    """Return why no stage can be ended now; "": the present stage can."""
     settling = fleet.of(Phase.SETTLING)
     if settling is None or fleet.stop_requested:
         return "nothing to promote: no generation is settling; see `status`"
     rolls = fleet.rollout is not None and not fleet.rollout.canary
-    if rolls and (now or _settle(settling.number) not in fleet.timers):
+    if rolls and (now or _settle_deadline(settling.number) not in fleet.timers):
         return "cannot promote: workers are being replaced a few at a time; see `status`"
     return ""
 
@@ -243,7 +244,7 @@ def room(fleet: Fleet, most: int) -> int:
 
 
 def lacks_room(fleet: Fleet, starting: Generation) -> bool:
-    """Return whether a starting generation misses only workers for which there is no room."""
+    """Return whether a starting generation is ready except for workers that have no room."""
     is_ready = starting.ready and len(starting.workers) < fleet.wanted_in(starting)
     return is_ready and room(fleet, 1) == 0
 
@@ -255,7 +256,7 @@ def waits_to_replace(fleet: Fleet) -> bool:
 
 
 def may_respawn(fleet: Fleet, generation: Generation) -> bool:
-    """Return whether an exited worker is replaced: not if its generation has enough others."""
+    """Return whether an exited worker is replaced: only if its generation has too few workers."""
     if fleet.rollout is None:
         return True
     staying = [w for w in generation.workers if w.state not in LEAVING and not w.replaces]

@@ -1,4 +1,4 @@
-"""The state with which the next program resumes where this one stopped, as one value.
+"""The state from which the next program resumes, as one value.
 
 Pure data.  The state records these classes by name, so a renamed class must still be readable
 (`renamed` of the codec).
@@ -40,7 +40,7 @@ from .fleet import (
     Worker,
 )
 
-#: The ordered actions that the next program must repeat, because the fleet does not imply them.
+#: Actions that the state must list for the next program, because the fleet does not imply them.
 Undone = Signal | Retire | UseSettings
 
 
@@ -50,7 +50,7 @@ class Snapshot:
 
     fleet: Fleet
     settings: SettingsRecord
-    unfinished: tuple[Undone, ...] = ()  # ordered; perhaps not carried out
+    unfinished: tuple[Undone, ...] = ()  # actions that were ordered; perhaps not carried out
     timers: tuple[tuple[Deadline, float], ...] = ()  # each with the time at which it runs out
     generations: tuple[GenerationRecord, ...] = ()
     last_good: Program | None = None  # the last program that served, for a recovery

@@ -1,7 +1,6 @@
-"""The reason of a start that was not ready in time: "not ready within 60 s; ...".
+"""Makes the reason of a start timeout: "not ready within 60 s; ...".
 
-It names the message that did not come, because a program that never sends READY looks like a
-slow one.
+The reason names the missing message: a program that never sends READY looks like a slow program.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ from .actions import (
 from .events import Deadline, TimerKind
 from .fleet import Fleet, Generation, Phase, State, Stop, Worker
 
-#: Without --max-draining, a warning is due from this many draining generations on.
+#: Without --max-draining, warn if at least this many generations are draining.
 MANY_DRAINING = 4
 
 
@@ -48,7 +48,7 @@ class Step:
     """The fleet and the actions that one event has led to so far."""
 
     def __init__(self, fleet: Fleet) -> None:
-        self.before = fleet  # earlier steps have done all that was possible in it
+        self.before = fleet  # before the event; earlier steps left nothing to do in this fleet
         self.fleet = fleet
         self.actions: list[Action] = []
 
@@ -65,7 +65,7 @@ class Step:
         self.do(StartTimer(deadline, seconds))
 
     def start_or_extend(self, wait: TimerKind, target: int, seconds: float) -> None:
-        """Start a timer, or extend a running one to run for at least this long."""
+        """Start a timer; if it is running, let it run for at least this long."""
         deadline = Deadline(wait, target)
         if deadline in self.fleet.timers:
             self.do(StartTimer(deadline, seconds, extend=True))
@@ -115,7 +115,7 @@ class Step:
     # -- generations ---------------------------------------------------------
 
     def end_start(self, number: int) -> None:
-        """Cancel the timers and probes of a generation's start, which is ready or has failed."""
+        """Cancel the timers and probes of a start that has succeeded or failed."""
         generation = self.fleet[number]
         self.cancel(TimerKind.START, number)
         self.cancel(TimerKind.SETTLE, number)
@@ -123,7 +123,7 @@ class Step:
             self.do(StopProbing(number))
 
     def settle(self, number: int, seconds: float) -> None:
-        """Let a generation settle: keep the previous one this long, for a rollback."""
+        """Let a generation settle: keep the previous generation this long, for a rollback."""
         checked = bool(self.fleet.policy_of(self.fleet[number].fresh).settle_check)
         self.fleet = replace(self.fleet.moved(number, Phase.SETTLING), stage_left_s=None)
         if seconds > 0:
@@ -146,16 +146,17 @@ class Step:
         self.fleet = self.fleet.moved(number, Phase.DRAINING)
         generation = self.fleet[number]
         # Another generation accepts new clients from a socket of its own, now or soon.
-        others = self.fleet.route or self.fleet.to_open
-        others_accept = self.fleet.policy.quiesces and others
-        if others_accept and self.fleet.stopping is not Stop.QUICK:
+        other = self.fleet.route or self.fleet.to_open
+        other_accepts = self.fleet.policy.quiesces and other
+        if other_accepts and self.fleet.stopping is not Stop.QUICK:
             # The old workers may not have accepted all earlier clients, or read their first bytes.
             self.fleet = self.fleet.with_generation(replace(generation, quiescing=True))
             self.do(Quiesce(number))
         else:
             self._end_channel(number, timeout_s)
-        if self.fleet.queue_is_last and not generation.takers:
-            # All of its workers wait for a back-off, but one must take the queued connections.
+        if self.fleet.queue_is_last and not generation.staying:
+            # All of its workers wait for a back-off, but one worker must take the queued
+            # connections.
             for worker in [each for each in generation.workers if not each.alive][:1]:
                 self.spawn(number, worker)
         self.forget_waiting(number)
@@ -171,11 +172,11 @@ class Step:
 
     @property
     def _drain_limit_s(self) -> float:
-        """How long a generation may drain from now on; 0: no limit but that of a stop."""
+        """How long a generation may drain from now on; 0: only a stop limits the drain."""
         return 0.0 if self.fleet.stopping else self.fleet.policy.drain_limit_s
 
     def end_evenly(self, generation: Generation, worker: int = 0) -> None:
-        """Order workers that leave, one or all, to end their connections evenly, if configured."""
+        """Order a leaving worker, or all workers (0), to end connections evenly, if configured."""
         fleet = self.fleet
         policy = fleet.policy if fleet.stopping else fleet.newest_policy
         if not policy.spreads:
@@ -194,7 +195,7 @@ class Step:
             self.start(TimerKind.DRAIN, number, timeout_s)
 
     def limit_draining(self) -> None:
-        """End the oldest draining generations above --max-draining; without it, warn of many."""
+        """End the oldest draining generations above --max-draining; without a limit, only warn."""
         draining = [g for g in self.fleet.all_of(Phase.DRAINING) if g.workers]
         limit = self.fleet.policy.max_draining
         if limit:
@@ -204,7 +205,7 @@ class Step:
             self.do(Report(ReportKind.MANY_DRAINING, reason=f"{len(draining)} generations"))
 
     def take_back(self, incoming: Generation) -> None:
-        """End a starting or settling generation; its clients go to the serving one again."""
+        """End a starting or settling generation; the serving generation gets the clients back."""
         number, serving = incoming.number, self.fleet.of(Phase.SERVING)
         if incoming.phase is Phase.STARTING:
             self.abandon(number)
@@ -252,8 +253,8 @@ class Step:
 
     # -- settings ------------------------------------------------------------
 
-    def want_again(self, canary: Canary | None) -> None:
-        """Queue the reload again that another generation's clients have interrupted."""
+    def requeue_reload(self, canary: Canary | None) -> None:
+        """Queue a reload again that clients of another generation have interrupted."""
         canary = canary or self.fleet.canary_wanted
         self.fleet = replace(self.fleet, reload_wanted=True, canary_wanted=canary, rollout=None)
 
@@ -278,9 +279,9 @@ class Step:
     # -- verdicts ------------------------------------------------------------
 
     def promote(self, number: int, reason: str = "") -> None:
-        """Make the generation with the route the serving one, and drain the previous one.
+        """Promote a generation to serving, and drain the previous generation.
 
-        reason: what its verdict adds, such as why this happens before --settle is over.
+        reason: an addition to the verdict, such as why --settle ends early.
         """
         old = self.fleet.of(Phase.SERVING)
         if self.fleet.sharing:
@@ -309,7 +310,7 @@ class Step:
     def fail_unopened(self, reason: str) -> None:
         """Report the failure of a reload or dry run that opened no generation.
 
-        It uses up a generation number, because control clients wait for the verdict on a number.
+        The report uses up a generation number, because control clients await a number's verdict.
         """
         number = self.fleet.next_generation
         self.fleet = replace(self.fleet, next_generation=number + 1, rollout=None)

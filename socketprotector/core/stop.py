@@ -6,8 +6,8 @@ that no other worker or generation can serve.
 A lame duck (--lame-duck) may precede a graceful stop.  Balancers are asked to send clients
 elsewhere.  Serving continues, and so does a reload under way, but no new request begins.
 
-Where workers accept, clients of a hold may wait where only another generation can accept them.
-So a graceful stop ends the hold first, and waits until that generation serves (rescue.py).
+Where workers accept, clients of a hold may need another generation to accept them.  So a graceful
+stop first ends the hold, and waits until that generation serves (rescue.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .step import Step
 
 #: The exit status of a stop after which no client could connect (errors.SystemRefused).
 LISTENERS_LOST = 111
-#: The verdict of a reload or a dry run that is under way.
+#: The verdict of a reload or a dry run that a stop calls off.
 CALLED_OFF = "called off: the protector is stopping"
 #: Why a settling generation is promoted: a rollback is no longer possible.
 SETTLED_BY_STOP = "before --settle was over: the protector is stopping"
@@ -77,9 +77,9 @@ def stop_gracefully(step: Step, reason: str = "") -> None:
 
 
 def stop_if_rescued(step: Step) -> None:
-    """Go on with a stop that waits, once no client of a hold needs another generation.
+    """Continue a waiting stop once no client of a hold needs another generation.
 
-    The end of the hold, or of a start, may lead to HeldClientsWait: so let the event loop turn.
+    A HeldClientsWait event may follow the end of the hold or of a start: let the event loop turn.
     """
     fleet, before = step.fleet, step.before
     if _may_renew(fleet):
@@ -93,14 +93,14 @@ def stop_if_rescued(step: Step) -> None:
 def _may_renew(fleet: Fleet) -> bool:
     """Return whether the last good command starts, or has failed and may start again.
 
-    Its clients wait for another generation only once none of its workers is left.
+    Until the last worker of a failed start has exited, no HeldClientsWait event can come.
     """
     abandoned = fleet.all_of(Phase.ABANDONED)
     return fleet.is_renewing or any(each.workers and not each.fresh for each in abandoned)
 
 
 def _serve_backlog(step: Step) -> None:
-    """Accept no client but those that have connected, and let all workers finish."""
+    """Accept only the clients that have already connected, and let all workers finish."""
     _call_off(step, Stop.GRACEFUL)
     if step.fleet.route:
         step.do(CloseListeners(quick=False))
@@ -127,7 +127,7 @@ def backlog_emptied(step: Step) -> None:
     step.fleet = replace(step.fleet, listeners_open=False)
     serving = step.fleet.of(Phase.SERVING)
     if serving:
-        # With a route, Drain would reclaim the generation's clients and send them to it again.
+        # With a route, Drain would reclaim clients and send them to the same generation again.
         step.do(RouteTo(None))
         step.drain(serving.number, 0.0)
 
@@ -149,12 +149,12 @@ def stop_quickly(step: Step) -> None:
 def _call_off(step: Step, stop: Stop | None) -> None:
     """Call off all pending work, with a verdict for each reload and dry run.
 
-    stop: None while the stop waits for clients of a hold; a start of the last good command stays.
+    stop: None while the stop waits for clients of a hold; a start of the last good command goes on.
     A queued reload gets its verdict later, from reload.begin_if_wanted().
     """
     for wait in (TimerKind.OPEN, TimerKind.LAME_DUCK, TimerKind.LAME_DUCK_IDLE):
         step.cancel(wait)
-    _release(step)  # so that clients in the backlog are served
+    _lift_hold(step)  # so that clients in the backlog are served
     before = step.fleet
     renews, incoming = stop is None and before.is_renewing, before.incoming
     step.fleet = replace(
@@ -209,7 +209,7 @@ def _has_unopened(fleet: Fleet) -> bool:
 def hold_requested(step: Step, seconds: float, left_s: float | None) -> None:
     """Accept no client for this long; another request starts the time again.
 
-    left_s: how much time a settling generation has left, and keeps for after the hold.
+    left_s: how much time a settling generation has left, and still has after the hold.
     """
     if step.fleet.stop_requested:
         step.do(Report(ReportKind.REFUSED, reason="cannot hold: a stop is in progress"))
@@ -224,11 +224,11 @@ def hold_requested(step: Step, seconds: float, left_s: float | None) -> None:
 def end_hold(step: Step) -> None:
     """End the hold, if there is one; the time of a settling generation runs again."""
     if step.fleet.held:
-        _release(step)
+        _lift_hold(step)
         rollout.resume_stage(step)
 
 
-def _release(step: Step) -> None:
+def _lift_hold(step: Step) -> None:
     if step.fleet.held:
         step.cancel(TimerKind.HOLD)
         step.fleet = replace(step.fleet, held=False)
@@ -236,7 +236,7 @@ def _release(step: Step) -> None:
 
 
 def exit_if_done(step: Step) -> None:
-    """Exit if no generation is left; a stop was requested."""
+    """Exit once a stop has left no generation."""
     fleet = step.fleet
     if not fleet.generations:
         step.cancel(TimerKind.STOP)

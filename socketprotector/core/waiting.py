@@ -1,6 +1,6 @@
-"""What a fleet waits for and why, in words for the operator.
+"""Names each event that a fleet waits for, and the reason, for the operator.
 
-Pure.  `status` shows the result.  Commands that show progress, and the page, take it from there.
+Pure.  `status` shows the waits.  The page, and commands that show progress, read `status`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Wait:
 
 @frozen
 class Facts:
-    """Facts for these reasons that the fleet does not record."""
+    """Facts that the reasons mention and the fleet does not record."""
 
     left_s: Mapping[Deadline, float] = field(default_factory=dict)  # of each running timer
     #: Open connections by generation; None: not known.
@@ -44,7 +44,7 @@ class Facts:
 
 
 def waits(fleet: Fleet, facts: Facts) -> tuple[Wait, ...]:
-    """Return all waits, those of a reload first."""
+    """Return all waits, beginning with an upgrade and a reload."""
     return (
         *_upgrade(facts),
         *_reload(fleet, facts),
@@ -55,7 +55,7 @@ def waits(fleet: Fleet, facts: Facts) -> tuple[Wait, ...]:
     )
 
 
-def _left(facts: Facts, kind: TimerKind, target: int = 0) -> float | None:
+def _time_left(facts: Facts, kind: TimerKind, target: int = 0) -> float | None:
     return facts.left_s.get(Deadline(kind, target))
 
 
@@ -77,10 +77,10 @@ def _reload(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
             yield _settle(fleet, facts, generation)
     if fleet.to_open and Deadline(TimerKind.OPEN) in fleet.timers:
         failed = _count(fleet.failed_starts, "failure")
-        left_s = _left(facts, TimerKind.OPEN)
+        left_s = _time_left(facts, TimerKind.OPEN)
         yield Wait("back-off", f"next start after {failed}", None, left_s)
     for generation in _awaited(fleet):
-        yield _end("room", facts, generation)
+        yield _end_of("room", facts, generation)
     if fleet.reload_wanted or (fleet.candidate and fleet.incoming and not fleet.incoming.fresh):
         yield Wait("earlier-reload", "a requested reload begins after the one under way")
 
@@ -88,7 +88,7 @@ def _reload(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
 def _start(fleet: Fleet, facts: Facts, generation: Generation) -> Wait:
     number = generation.number
     if Deadline(TimerKind.SETTLE, number) in fleet.timers:  # a dry run: see reload._all_ready()
-        left_s = _left(facts, TimerKind.SETTLE, number)
+        left_s = _time_left(facts, TimerKind.SETTLE, number)
         return Wait("start", f"generation {number} is watched before the verdict", number, left_s)
     wanted = max(fleet.wanted_in(generation), len(generation.workers))
     ready = sum(worker.state is State.READY for worker in generation.workers)
@@ -100,20 +100,20 @@ def _start(fleet: Fleet, facts: Facts, generation: Generation) -> Wait:
     if rollout.lacks_room(fleet, generation) or not (wanted or rollout.room(fleet, 1)):
         known.append(_room(fleet, facts))
     reason = f"generation {number} starts: {'; '.join(known)}"
-    return Wait("start", reason, number, _left(facts, TimerKind.START, number))
+    return Wait("start", reason, number, _time_left(facts, TimerKind.START, number))
 
 
 def _last_answer(answer: str) -> str:
-    """Return the answer in words: `GET /healthz: 500` is one, `GET /healthz: refused` is not."""
-    asked, colon, said = answer.partition(": ")
-    got_one = asked.startswith("GET ") and colon and said[:1].isdigit()
-    return f"last answer to {answer}" if got_one else f"last probe: {answer}"
+    """Return a probe's result in words; `GET /x: 500` is an answer, `GET /x: refused` is none."""
+    request, colon, result = answer.partition(": ")
+    is_answer = request.startswith("GET ") and colon and result[:1].isdigit()
+    return f"last answer to {answer}" if is_answer else f"last probe: {answer}"
 
 
 def _settle(fleet: Fleet, facts: Facts, generation: Generation) -> Wait:
     number = generation.number
     shares = fleet.rollout if fleet.sharing else None
-    left_s = _left(facts, TimerKind.SETTLE, number)
+    left_s = _time_left(facts, TimerKind.SETTLE, number)
     checked = f", checked by {facts.settle_check}" if generation.checked else ""
     if shares and shares.canary:
         canary = shares.canary
@@ -157,11 +157,11 @@ def _room(fleet: Fleet, facts: Facts) -> str:
     if leaving:
         more = f" and {len(leaving) - 1} more" if len(leaving) > 1 else ""
         return f"waiting for {_leaving_worker(facts, leaving[0])}{more}"
-    ends = [_end("room", facts, each).reason for each in fleet.generations if _is_over(each)]
+    ends = [_end_of("room", facts, each).reason for each in fleet.generations if _is_leaving(each)]
     return f"waiting for room: {'; '.join(ends) or 'more workers are running than wanted'}"
 
 
-def _is_over(generation: Generation) -> bool:
+def _is_leaving(generation: Generation) -> bool:
     return generation.phase in (Phase.DRAINING, Phase.ABANDONED)
 
 
@@ -180,9 +180,9 @@ def _leaving_worker(facts: Facts, worker: Worker) -> str:
 
 def _operator(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
     if fleet.held:
-        yield Wait("hold", "held: no client is accepted", None, _left(facts, TimerKind.HOLD))
+        yield Wait("hold", "held: no client is accepted", None, _time_left(facts, TimerKind.HOLD))
     if fleet.lame_duck is LameDuck.STOPPING and not fleet.stop_awaits_rescue:
-        left_s = _left(facts, TimerKind.LAME_DUCK)
+        left_s = _time_left(facts, TimerKind.LAME_DUCK)
         yield Wait("lame-duck", "lame duck: the stop begins later", None, left_s)
 
 
@@ -205,11 +205,11 @@ def _stop(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
         yield Wait("stop", reason, None, late if late is not None else _stop_left(facts))
     for generation in fleet.generations:
         if generation.phase in (Phase.DRAINING, Phase.ABANDONED):
-            yield _end("stop", facts, generation, _stop_left(facts))
+            yield _end_of("stop", facts, generation, _stop_left(facts))
 
 
 def _stop_left(facts: Facts) -> float | None:
-    return _left(facts, TimerKind.STOP)
+    return _time_left(facts, TimerKind.STOP)
 
 
 # -- generations and workers that leave --------------------------------------------
@@ -222,7 +222,7 @@ def _leaving(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
     named = _awaited(fleet)
     for generation in fleet.generations:
         if generation.phase in (Phase.DRAINING, Phase.ABANDONED) and generation not in named:
-            yield _end("drain", facts, generation)
+            yield _end_of("drain", facts, generation)
 
 
 def _awaited(fleet: Fleet) -> tuple[Generation, ...]:
@@ -232,23 +232,23 @@ def _awaited(fleet: Fleet) -> tuple[Generation, ...]:
     return failed_in_the_way(fleet) if fleet.reload_wanted else ()
 
 
-def _end(kind: str, facts: Facts, generation: Generation, left_s: float | None = None) -> Wait:
+def _end_of(kind: str, facts: Facts, generation: Generation, left_s: float | None = None) -> Wait:
     """Return the wait for the end of a leaving generation."""
     number, active = generation.number, facts.active.get(generation.number)
     workers = len(generation.alive)
     if generation.ending:
-        reason = f"generation {number} was sent TERM; {_still(workers)}"
-        return Wait(kind, reason, number, _left(facts, TimerKind.KILL, number))
+        reason = f"generation {number} was sent TERM; {_not_exited(workers)}"
+        return Wait(kind, reason, number, _time_left(facts, TimerKind.KILL, number))
     if left_s is None:
-        left_s = _left(facts, TimerKind.DRAIN, number)
+        left_s = _time_left(facts, TimerKind.DRAIN, number)
     if generation.quiescing:
         reason = f"generation {number} is accepting the clients that connected before the switch"
     elif active:
         reason = f"generation {number} still has {_count(active, 'connection')}"
     elif active == 0:
-        reason = f"generation {number} has no connection; {_still(workers)}"
+        reason = f"generation {number} has no connection; {_not_exited(workers)}"
     else:
-        reason = f"generation {number} is draining; {_still(workers)}"
+        reason = f"generation {number} is draining; {_not_exited(workers)}"
     return Wait(kind, reason, number, left_s)
 
 
@@ -256,7 +256,7 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def _still(workers: int) -> str:
+def _not_exited(workers: int) -> str:
     return f"{_count(workers, 'worker')} {'has' if workers == 1 else 'have'} not exited"
 
 
@@ -270,7 +270,7 @@ def _workers(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
         ("worker", TimerKind.WORKER_START, "not ready yet"),
         ("worker", TimerKind.WORKER_KILL, "signalled, not exited yet"),
     ):
-        limits = (_left(facts, timer, worker.number) for worker in serving.workers)
+        limits = (_time_left(facts, timer, worker.number) for worker in serving.workers)
         waits_s = [left_s for left_s in limits if left_s is not None]
         if waits_s:
             reason = f"{_count(len(waits_s), 'worker')} of generation {serving.number}: {awaited}"
@@ -285,7 +285,7 @@ def _workers(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
         and worker.number not in reported
     ]
     if finishing:
-        retire_limits = [_left(facts, TimerKind.WORKER_RETIRE, w.number) for w in finishing]
+        retire_limits = [_time_left(facts, TimerKind.WORKER_RETIRE, w.number) for w in finishing]
         known = [left_s for left_s in retire_limits if left_s is not None]
         what = _count(len(finishing), "worker")
         reason = f"{what} of generation {serving.number}: finishing, not exited yet"

@@ -1,7 +1,6 @@
 """Workers of a generation: ready, exited, replaced, scaled up and down.
 
-Pure.  The rule: a process is gone only on WorkerExited; a signal or a deadline never
-removes it from the fleet.
+Pure.  Only WorkerExited removes a process from the fleet; a signal or a deadline never does.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from .step import Step
 
 #: The most workers to start or retire in one turn of the loop: a few milliseconds' work.
 AT_ONCE = 8
-#: The most process groups that may outlive their workers, because each takes descriptors.  Twice
-#: the wanted number of workers is the limit, if that is more.
+#: How many process groups may outlive their workers; each takes descriptors.  If twice the wanted
+#: number of workers is more, that is the limit.
 MOST_ORPHANS = 64
 _NUMBER, _REPLACES, _STATE = attrgetter("number"), attrgetter("replaces"), attrgetter("state")
 
@@ -35,7 +34,7 @@ def worker_ready(step: Step, number: int, retires: bool, *, alone: bool = True) 
     """
     found = step.fleet.find(number)
     if found is None or found[1].state is not State.STARTING:
-        return  # a repeated message, or sent before our signal arrived
+        return  # the message is repeated, or the worker sent it before our signal arrived
     if lacks := "" if alone else rollout.lacks_library(step.fleet, found[0]):
         fail(step, found[0].number, lacks)
         return
@@ -65,7 +64,7 @@ def _exited(step: Step, event: WorkerExited, generation: Generation, worker: Wor
     if worker.state is State.ORPHANED:
         return  # its slot was filled or dropped long ago
     replacement = _replacement(generation, worker.number)
-    if replacement:  # there is no worker left that it could replace
+    if replacement:  # the worker that it was to replace has exited
         step.fleet = step.fleet.with_worker(replace(replacement, replaces=0))
     if generation.phase is Phase.SERVING and worker.state is not State.RETIRING:
         step.do(Report(ReportKind.EXITED, generation.number, event.reason))
@@ -108,7 +107,7 @@ def _end_orphans(
 def _serves_on(fleet: Fleet, number: int, orphan: Worker) -> bool:
     """Return whether orphans serve until the next worker in their slot is ready.
 
-    A bound on the processes may delay that worker until other orphans have ended.
+    A limit on the processes may delay that worker until other orphans have ended.
     """
     if not fleet.policy.rolls or fleet[number].phase is not Phase.SERVING:
         return False
@@ -117,10 +116,11 @@ def _serves_on(fleet: Fleet, number: int, orphan: Worker) -> bool:
 
 
 def _retire_orphans(step: Step, number: int, slot: int) -> None:
-    """Let the orphans finish that have served until another worker is ready."""
+    """Retire the orphans of a slot, which served until another worker was ready."""
     if not step.fleet.policy.rolls:
-        return  # these were retired at once; rolling always has a drain limit
+        return  # without rolling, orphans are retired at once
     for each in step.fleet[number].workers:
+        # Rolling always has a drain limit, so each retired orphan has a timer.
         is_retired = Deadline(TimerKind.WORKER_RETIRE, each.number) in step.fleet.timers
         is_killed = Deadline(TimerKind.WORKER_KILL, each.number) in step.fleet.timers
         if each.state is State.ORPHANED and each.slot == slot and not (is_retired or is_killed):
@@ -130,8 +130,8 @@ def _retire_orphans(step: Step, number: int, slot: int) -> None:
 def _end_oldest_orphans(step: Step) -> None:
     """End the oldest orphaned process groups if there are too many."""
     orphans = [each for each in step.fleet.alive() if each.state is State.ORPHANED]
-    over = len(orphans) - max(MOST_ORPHANS, 2 * step.fleet.workers_wanted)
-    for oldest in sorted(orphans, key=_NUMBER)[: max(0, over)]:
+    excess = len(orphans) - max(MOST_ORPHANS, 2 * step.fleet.workers_wanted)
+    for oldest in sorted(orphans, key=_NUMBER)[: max(0, excess)]:
         if Deadline(TimerKind.WORKER_KILL, oldest.number) not in step.fleet.timers:
             step.end_worker(oldest)
 
@@ -139,8 +139,8 @@ def _end_oldest_orphans(step: Step) -> None:
 def _is_last_taker(fleet: Fleet, number: int) -> bool:
     """Return whether queued clients would be lost without another worker."""
     generation = fleet[number]
-    others = generation.takers or any(not w.alive for w in generation.workers)
-    return fleet.queue_is_last and not generation.ending and not others
+    has_another = generation.staying or any(not w.alive for w in generation.workers)
+    return fleet.queue_is_last and not generation.ending and not has_another
 
 
 def _respawn(step: Step, number: int, dead: Worker, served_s: float) -> None:
@@ -205,11 +205,11 @@ def _waiting(step: Step) -> Iterator[tuple[int, Worker]]:
     """Yield the workers that may start now, each with its generation's number."""
     before, timers = step.before, step.fleet.timers
     waits = rollout.waits_to_replace(step.fleet)
-    # A bound, or its end, may make room without a change of these generations.
-    bounded = step.fleet.newest_policy.rolls or before.newest_policy.rolls
+    # While processes are limited, and when the limit ends, unchanged generations may get room.
+    limited = step.fleet.newest_policy.rolls or before.newest_policy.rolls
     for generation in step.fleet.generations:
         as_it_was = before.timers is timers and before.generation(generation.number) is generation
-        may_start = bounded or not as_it_was
+        may_start = limited or not as_it_was
         if may_start and State.WAITING in map(_STATE, generation.workers):
             for worker in generation.workers:
                 if worker.alive or (worker.replaces and waits):
@@ -243,9 +243,9 @@ def _resize(step: Step, most: int) -> int:
     fleet = step.fleet
     serving, settling = fleet.of(Phase.SERVING), fleet.of(Phase.SETTLING)
     if fleet.stopping or (settling and fleet.rollout is None):
-        return 0  # until --settle is over, it is open which generation grows
+        return 0  # until --settle is over, it is undecided which generation grows
     changed = 0
-    for generation in filter(None, (serving, settling)):  # the old one makes room
+    for generation in filter(None, (serving, settling)):  # first the old one, which makes room
         if not _is_as_it_was(step, generation):
             changed += _resize_one(step, generation, most - changed)
     return changed
@@ -271,13 +271,13 @@ def _resize_one(step: Step, generation: Generation, most: int) -> int:
     if staying > wanted:
         settled = [w for w in generation.workers if w.state not in LEAVING and not w.replaces]
         # Stuck workers first, then the highest slots.
-        over = sorted(settled, key=lambda w: (w.hung, w.slot))[: wanted - 1 : -1][:most]
-        for worker in over:
+        excess = sorted(settled, key=lambda w: (w.hung, w.slot))[: wanted - 1 : -1][:most]
+        for worker in excess:
             _retire(step, generation.number, worker)
             replacement = _replacement(generation, worker.number)
             if replacement:
                 _retire(step, generation.number, replacement)
-        return len(over)
+        return len(excess)
     missing = rollout.room(step.fleet, max(0, min(wanted - staying, most)))
     for slot in islice(_free_slots(generation), missing):
         step.spawn(generation.number, step.add(generation.number, slot))
@@ -320,7 +320,7 @@ def kill_requested(step: Step, number: int) -> None:
 
 
 def replace_requested(step: Step, number: int, reason: str, *, hung: bool) -> None:
-    """Replace a worker of the serving generation, which leaves when its replacement is ready.
+    """Replace a worker of the serving generation; it leaves when its replacement is ready.
 
     A worker of another generation is ended if it is stuck, and stays otherwise.
     """

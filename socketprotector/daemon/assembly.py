@@ -68,8 +68,8 @@ class Resident:
         """
         # At a first start without a guard, the descriptors come from the launching process, and no
         # store has copies.
-        known = inherited.GUARD in descriptors or inherited.STATE in descriptors
-        kept = descriptors.keys() - {inherited.GUARD} if known else set()
+        stored = inherited.GUARD in descriptors or inherited.STATE in descriptors
+        kept = descriptors.keys() - {inherited.GUARD} if stored else set()
         self.settings = settings
         self.unclaimed = unclaimed = Inherited(descriptors)
         #: The descriptors of the process itself, which belong to none of its parts.
@@ -91,6 +91,7 @@ class Resident:
             if control is not None and settings.control is not None
             else None
         )
+        #: Whether the fleet was launched or resumed, so that a next program can resume it.
         self.began = False
         #: The names of the listening sockets that survive for the next start.
         self.surviving: tuple[str, ...] = ()
@@ -245,9 +246,9 @@ class Resident:
             # Remove the settings first: without them the next program makes a fresh start with the
             # stored descriptors.
             store.forget(inherited.SETTINGS)
-            # systemd may drop its copy late, so empty the file.
+            # systemd may drop its copy of the settings late, so empty the file.
             os.ftruncate(self.own[inherited.SETTINGS], 0)
-        # The relay exits after its last writer, and a copy in the fd store would count as a writer.
+        # The relay exits after its last writer, and a copy in the fd store counts as a writer.
         for name in self.output.descriptors():
             store.forget(name)
         self.output.finish()
@@ -268,11 +269,11 @@ class Resident:
             self.output.begin(self.unclaimed, runtime)
         except OSError as error:
             where = "to syslog" if settings.to_syslog else "of workers' output"
-            asked = " for --log-prefix" if settings.log_prefix else ""
-            why = f"cannot start the relay {where}{asked}: {what_failed(error)}"
-            if settings.to_syslog or asked:
+            purpose = " for --log-prefix" if settings.log_prefix else ""
+            why = f"cannot start the relay {where}{purpose}: {what_failed(error)}"
+            if settings.to_syslog or purpose:
                 raise SystemRefused(why) from error
-            # The operator did not request the relay, so workers can write to the file directly.
+            # No option needs the relay, so workers can write to the file directly.
             self.output = Output(replace(settings, log_relay=False))
             runtime.log.reopen()
             runtime.log.write("warning", "notice", text=why)
@@ -290,7 +291,7 @@ class Resident:
             systemd=self.parents.systemd,
             start_report=self.start_report,
             command=self.command,
-            stay=self.parents.stays,
+            survive_exit=self.parents.stays,
         )
         keeps = settings.worker_identity is not None
         supervisor = Supervisor(
@@ -305,7 +306,7 @@ class Resident:
             Upgrade(self.command, runtime.loop, runtime.log, keeps=keeps),
             runtime,
             reopen_logs=lambda: self._reopen_logs(runtime.log),
-            took=lambda number: self.parents.guard.send(f"X_TOOK={number:d}"),
+            on_signal=lambda number: self.parents.guard.send(f"X_TOOK={number:d}"),
             terminal=terminal_of(settings.foreground),
             outlives_terminal=settings.outlives_terminal,
         )
@@ -326,8 +327,8 @@ class Resident:
             found |= self.watcher.descriptors()
         if self._releases is not None:
             found |= self._releases.descriptors()
-        theirs = (self.parents, self.start_report)
-        return found | {name: fd for each in theirs for name, fd in each.descriptors().items()}
+        parts = (self.parents, self.start_report)
+        return found | {name: fd for each in parts for name, fd in each.descriptors().items()}
 
     def _retry_later(self, again: Callable[[], None]) -> None:
         if self._loop is not None:  # otherwise this process exits, and finish() waits for room
@@ -381,7 +382,7 @@ class Resident:
                 listener.close()
 
     def _write_pid(self, log: Log) -> None:
-        """Write into our locked pid file which process operators should signal."""
+        """Write the pid that operators should signal into our locked pid file."""
         lock = self.own.get(inherited.PID_FILE)
         if lock is None:
             return

@@ -1,9 +1,9 @@
 """The addresses at which check commands (--ready check:, --settle-check) reach their generation.
 
 Each generation has a loopback address while it is checked, so a command can use any client program.
-Under --handoff listener a helper process (programs/prober.py) forwards the connections to that
-address over connections of ours, because only our connections carry the mark that selects a
-generation.  In other modes these connections go into the generation's channel.
+In listener mode only our connections carry the mark that selects a generation, so a helper process
+(programs/prober.py) forwards the command's connections over ours.  In other modes the command's
+connections go into the generation's channel.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Forwarding:
         with on_error(self._listening.close):
             self._listening.bind(("127.0.0.1", 0))
             self._listening.listen(BACKLOG)
-        self._tell = ended
+        self._on_ended = ended
         self._prober: Prober | None = None
         self.start()
 
@@ -61,11 +61,11 @@ class Forwarding:
                     self._loop, ended=self._ended, forwards=(self._target, self._listening)
                 )
             except OSError as error:
-                self._tell(f"cannot be started: {error.strerror}")
+                self._on_ended(f"cannot be started: {error.strerror}")
 
     def _ended(self, how: str) -> None:
         self._prober = None
-        self._tell(how)
+        self._on_ended(how)
 
 
 @mutable
@@ -78,7 +78,7 @@ class CheckProbes:
     _open: dict[int, tuple[ProbeTarget, Forwarding | None]] = field(default_factory=dict)
 
     def address(self, generation: OpenGeneration) -> str:
-        """Return a generation's probe address; "" if no probe can reach it.  Raises OSError."""
+        """Return a generation's probe address; "": no probe can reach it.  Raises OSError."""
         number = generation.record.number
 
         def ended(how: str) -> None:

@@ -35,7 +35,7 @@ class Checkpoint:
     store: Store
     log: Log
     #: Returns the descriptors that belong to no generation, worker or listener, by name.
-    others: Callable[[], Mapping[str, int]]
+    process_descriptors: Callable[[], Mapping[str, int]]
     _effects: Effects | None = None
     _snapshot: Callable[[], Snapshot] | None = None
     _written: Snapshot | None = None  # the last snapshot that was written; None: unknown
@@ -50,7 +50,7 @@ class Checkpoint:
     def descriptors(self) -> dict[str, int]:
         """Return every descriptor that another program would need, by name."""
         assert self._effects is not None
-        return {**self.others(), **self._effects.descriptors()}
+        return {**self.process_descriptors(), **self._effects.descriptors()}
 
     def save(self) -> bool:
         """Store the descriptors and write the state, so that the next program can resume.
@@ -63,7 +63,7 @@ class Checkpoint:
         if not self.store.keeps:
             self.store.sync({}, self._effects.pool.descriptors)
             return True
-        wanted = {**self.others(), **self._effects.own_descriptors()}
+        wanted = {**self.process_descriptors(), **self._effects.own_descriptors()}
         wanted.pop(inherited.GUARD, None)  # the guard makes a new line for each program
         self.store.sync(wanted, self._effects.pool.descriptors)
         if self.store.full and not self._full:
@@ -98,7 +98,7 @@ class Checkpoint:
         """
         if not self._write():
             raise StateError("the state cannot be written")
-        settings = self.others()[inherited.SETTINGS]
+        settings = self.process_descriptors()[inherited.SETTINGS]
         content = os.pread(settings, os.fstat(settings).st_size, 0)
         found = {inherited.STATE: self.file.copy()}
         with on_error(os.close, found[inherited.STATE]):

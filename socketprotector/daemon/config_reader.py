@@ -1,8 +1,8 @@
 """Reads the configuration again in a child process, because reading may block.
 
 Reading also needs modules that must not stay in the resident process.  The child gets the current
-settings, reads everything as the launching process did, and exits.  launch/reload_child.py is its
-program, and documents its answer.
+settings, reads everything as the launching process did, and exits.  launch/reload_child.py is the
+child's program, and documents the answer.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ class ConfigReader:
     def read(
         self, settings: Settings, done: Callable[[ConfigAnswer], None], *, dry: bool = False
     ) -> None:
-        """Read, bind new listeners, and call back; dry: only report what would change.
+        """Read the configuration, bind new listeners, and call `done` with the answer.
 
-        Kills the child after start_timeout_s.  If no child can start, calls `done` at once.
+        dry: only report what would change.  The child is killed after start_timeout_s.  If no child
+        can start, `done` is called at once.
         """
         assert not self.busy
         self._failure = ""
@@ -89,12 +90,12 @@ class ConfigReader:
         name = inherited.READER_DRY if dry else inherited.READER
         with theirs:
             self._output = os.memfd_create("sp.reader", os.MFD_CLOEXEC)
-            held = inherited.memory_file(inherited.SETTINGS, dump(settings))
-            with open(held, "rb", buffering=0):  # closed here once the child has its copy
-                # As at the start, the umask decides the mode of UNIX sockets.
+            content = inherited.memory_file(inherited.SETTINGS, dump(settings))
+            with open(content, "rb", buffering=0):  # closed here once the child has its copy
+                # The umask decides the mode of UNIX sockets, as at the start.
                 self._process = HelperProcess.start_protector(
                     self.command,
-                    {inherited.SETTINGS: held, name: theirs.fileno()},
+                    {inherited.SETTINGS: content, name: theirs.fileno()},
                     self._output,
                     self.loop,
                     self._ended,
@@ -107,7 +108,7 @@ class ConfigReader:
         assert self._line is not None
         while True:
             try:
-                # Not CMSG_SPACE: its padding would have room for a second descriptor.
+                # CMSG_SPACE would add padding, which has room for a second descriptor.
                 data, control, flags, _ = self._line.recvmsg(
                     _RECORD_BYTES, socket.CMSG_LEN(4), _FLAGS
                 )

@@ -83,7 +83,7 @@ _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
 _FAILURE = (ReportKind.RELOAD_FAILED, ReportKind.DRY_RUN_FAILED)
 #: How soon to check again for a good answer after --settle.
 _SETTLE_AGAIN_S = 0.1
-_LATE = "late"
+_LATE = "late"  # the timer of a stop that still accepts clients of a hold
 
 
 class Effects(Host):
@@ -99,23 +99,22 @@ class Effects(Host):
         systemd: Systemd,
         start_report: StartReport,
         command: tuple[str, ...] = (),
-        stay: Callable[[Iterable[str]], bool] = lambda names: False,
+        survive_exit: Callable[[Iterable[str]], bool] = lambda names: False,
     ) -> None:
         """build: makes the delivery.  command: executes this program again.
 
-        stay: returns whether the descriptors with these names survive our exit, for the next
-        start.
+        survive_exit: returns whether the next start gets the descriptors with these names.
         """
         self.runtime = runtime
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
-        self._stay = stay
+        self._survive_exit = survive_exit
         self.reports = Reports(
             runtime.log, systemd, start_report, policy=lambda: self.live_settings.settings.policy
         )
         self.generations: Generations = Generations()
         self._route: int | None = None
         self._sharing: int | None = None  # the generation with a share of the new clients
-        self.last_good: Program | None = None  # of the generation that served last
+        self.last_good: Program | None = None  # the program of the generation that served last
         self._due: dict[Deadline, tuple[Deadline, float]] = {}  # each timer, and when it runs out
         self.exit_status: int | None = None
         self.delivery = build(self)
@@ -270,7 +269,7 @@ class Effects(Host):
             self._refuse_unless_reachable(program)
             if dry_run and (cannot := self.delivery.cannot_try()):
                 raise ValueError(f"cannot dry-run: {cannot}")
-            self.generations.forget_released(self.delivery.keeps)  # snapshot() may never do it
+            self.generations.forget_released(self.delivery.keeps)  # snapshot() may never run
             made = self.generations[number] = OpenGeneration.make(number, program)
             try:
                 self.delivery.open(made, settings.queue, fresh=fresh)
@@ -300,16 +299,16 @@ class Effects(Host):
             self.probing.set_serving(None)
             self.delivery.route_to(None)
             return
-        again = generation.record.serving_since > 0.0
+        served_before = generation.record.serving_since > 0.0
         other = self.generations.get(sharing) if sharing is not None else None
         for each in filter(None, (generation, other)):
             if not each.record.serving_since:
                 each.update_record(serving_since=time.monotonic(), served_at=time.time())
             if each.program.spreads:
                 spread.check(each, self.pool.records(), self._log)
-        self.delivery.route_to(generation, again=again, sharing=other, share=share)
-        said = percent(share) if other is not None else None
-        self._log.write("info", "route", generation=number, sharing=said and sharing, share=said)
+        self.delivery.route_to(generation, again=served_before, sharing=other, share=share)
+        part = percent(share) if other is not None else None
+        self._log.write("info", "route", generation=number, sharing=part and sharing, share=part)
         self.probing.set_serving(generation)
 
     def met(self, number: int) -> int | None:
@@ -332,7 +331,8 @@ class Effects(Host):
     def listeners_survive_stop(self) -> bool:
         """Return whether our own listeners survive a stop."""
         ours = [each for each in self.delivery.listeners if not each.settings.foreign]
-        return bool(ours) and self._stay([name for each in ours for name in each.descriptors()])
+        names = [name for each in ours for name in each.descriptors()]
+        return bool(ours) and self._survive_exit(names)
 
     def _close_listeners(self, *, quick: bool) -> None:
         stay, serving = self.listeners_survive_stop, self._route
@@ -415,14 +415,14 @@ class Effects(Host):
 
     def _start_advice(self, number: int) -> str:
         """Return the likely cause of a generation's start timeout; "": unknown."""
-        known = self.probing.last or self.pool.check_says(number)
-        if self.pool.spoken_with:  # the program can send READY=1, and needs no such advice
+        known = self.probing.last or self.pool.check_result(number)
+        if self.pool.spoken_with:  # a worker has become ready before: the program needs no advice
             return known
         more = self.pool.advice(number, passes_over=bool(known))
         return "; ".join(filter(None, (known, more)))
 
     def _note_due(self, deadline: Deadline) -> None:
-        """Record when a timer runs out, or that the timer is not set."""
+        """Record when a timer runs out; forget a timer that is not set."""
         due = self._loop.due(deadline)
         if due is None:
             self._due.pop(deadline, None)

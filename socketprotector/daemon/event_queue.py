@@ -1,7 +1,7 @@
 """Carries every event to the supervisor.
 
-The queue is created first, because all parts that post events need it.  The supervisor takes the
-events, but needs those parts, so it is created later.
+All parts that post events need the queue, so it is created first.  The supervisor, which handles
+the events, needs all these parts, so it is created last.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class EventQueue:
 
     def __init__(self) -> None:
         self._events: deque[Event] = deque()
-        #: Called when there are events.
+        #: Handles all queued events; set by the supervisor.
         self.drain: Callable[[], None] = lambda: None
 
     def post(self, event: Event) -> None:

@@ -33,7 +33,7 @@ class FirstPrograms:
     #: Called with a function that returns a changed history.
     remember: Callable[[Callable[[History], History]], None]
 
-    def said(self, worker: Worker, text: str) -> None:
+    def handle(self, worker: Worker, text: str) -> None:
         """Handle one message of a worker: `works`, or `failed PID STATUS`."""
         generation, record = worker.generation, worker.generation.record
         if not generation.program.mode.pooled or record.programs_work:

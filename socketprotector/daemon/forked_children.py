@@ -23,13 +23,13 @@ class Child:
     number: int
     pid: int
     counts: Counts | None
-    slot: int  # of its record in the scoreboard
+    slot: int  # the slot of its record in the scoreboard
 
 
 def children_of(record: WorkerRecord, generation: OpenGeneration) -> list[Child]:
     """Return the living children of a worker."""
     if record.orphaned:
-        return []  # another worker uses its slot
+        return []  # another worker uses the slot
     return [each for each in _recorded(record, generation) if _is_in_session(each.pid, record.pid)]
 
 

@@ -24,8 +24,8 @@ class OpenGeneration:
 
     record: GenerationRecord
     board: Board | None = None  # None: there is none, so nothing is counted
-    #: Whether the log has it that some workers cannot end connections evenly (spread.py).
-    said_unable: bool = False
+    #: Whether we have logged that some workers cannot end connections evenly (spread.py).
+    warned_unable: bool = False
 
     @classmethod
     def make(cls, number: int, program: Program) -> OpenGeneration:
@@ -39,7 +39,7 @@ class OpenGeneration:
 
     @classmethod
     def adopt(cls, record: GenerationRecord, board: int | None) -> OpenGeneration:
-        """Adopt a generation that an earlier program opened; takes ownership of its scoreboard."""
+        """Adopt a generation that an earlier program opened; take ownership of its scoreboard."""
         if record.knows is None:  # an older program did not record it
             record = replace(record, knows=known_to(record.program))
         return cls(record, Board(board) if board is not None else None)
@@ -49,7 +49,7 @@ class OpenGeneration:
         return self.record.program
 
     def update_record(self, **changes: object) -> None:
-        """Replace the whole record, because a checkpoint detects a change by identity."""
+        """Change fields in a new record, because a checkpoint detects changes by identity."""
         self.record = replace(self.record, **changes)  # type: ignore[arg-type]
 
     def note_draining(self) -> None:
@@ -64,7 +64,7 @@ class OpenGeneration:
 
     @property
     def ended(self) -> bool:
-        """Return whether its workers get no more clients: they read end of file, or must finish."""
+        """Return whether its workers get no more clients: they read end of file, or must exit."""
         return self.record.ended
 
     def note_ended(self) -> None:
@@ -143,7 +143,7 @@ class Generations(dict[int, OpenGeneration]):
         return self[number].program if number in self else None
 
     def changed(self, number: int | None) -> str:
-        """Return a warning if a generation's file was changed in place; otherwise ""."""
+        """Return a warning if a generation's program file was changed in place, or ""."""
         return change_of(self[number].record) if number is not None else ""
 
     def release(self, number: int) -> OpenGeneration:

@@ -2,7 +2,7 @@
 
 The result is in status, metrics and the exporter's /readyz, and an event reports each change.  No
 restart follows: if a shared dependency such as a database fails, all generations on all hosts fail
-at once, and restarts would make that worse.
+at once.  Restarts would make that worse.
 
 No count of clients or connections includes our probes.
 """

@@ -13,26 +13,26 @@ from .delivery import Delivery
 
 
 def adopt(
-    unclaimed: Inherited, settings: Sequence[ListenerSettings], kind: type[Delivery]
+    unclaimed: Inherited, settings: Sequence[ListenerSettings], delivery: type[Delivery]
 ) -> list[Listener]:
-    """Adopt the inherited listeners, for this delivery; takes ownership of their descriptors.
+    """Adopt the inherited listeners, for this delivery; take ownership of their descriptors.
 
     Several sockets may be inherited for one role of a listener.  Only the newest is in use: the
     socket with the highest number after its name.
     """
     made = []
     for index, each in enumerate(settings):
-        first, again = _newest(unclaimed.take(inherited.LISTENER, index))
-        second, second_again = _newest(unclaimed.take(inherited.SIBLING, index))
-        third, third_again = _newest(unclaimed.take(inherited.RESERVED, index))
+        first, first_number = _newest(unclaimed.take(inherited.LISTENER, index))
+        second, second_number = _newest(unclaimed.take(inherited.SIBLING, index))
+        third, third_number = _newest(unclaimed.take(inherited.RESERVED, index))
         # A killed program may have left the same socket under an earlier name, too.
-        if _is_same(second, (first,)):
+        if _close_if_same(second, (first,)):
             second = -1
-        if _is_same(third, (first, second)):
-            third, third_again = -1, third_again + 1
+        if _close_if_same(third, (first, second)):
+            third, third_number = -1, third_number + 1
         if first >= 0:  # otherwise an earlier program has closed the listener
-            numbers = again, second_again, third_again
-            made.append(kind.make_listener(index, each, (first, second, third), numbers))
+            numbers = first_number, second_number, third_number
+            made.append(delivery.make_listener(index, each, (first, second, third), numbers))
             continue
         for fd in (second, third):
             if fd >= 0:
@@ -43,9 +43,9 @@ def adopt(
     return made
 
 
-def _is_same(fd: int, others: Sequence[int]) -> bool:
-    """Close a descriptor if others include its socket; return whether it was closed."""
-    inodes = {os.fstat(each).st_ino for each in others if each >= 0}
+def _close_if_same(fd: int, kept: Sequence[int]) -> bool:
+    """Close a descriptor if a kept descriptor has the same socket; return whether it was closed."""
+    inodes = {os.fstat(each).st_ino for each in kept if each >= 0}
     same = fd >= 0 and os.fstat(fd).st_ino in inodes
     if same:
         os.close(fd)

@@ -1,7 +1,7 @@
 """The settings in force, the candidate settings of a reload, and the process that reads them.
 
-The new generation of a reload uses the candidate settings.  When this generation is serving, they
-take effect; if it fails, they are dropped.
+The new generation of a reload uses the candidate settings.  They take effect when this generation
+serves, and are dropped if it fails.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .worker_pool import WorkerPool
 
 
 class LiveSettings:
-    """Holds the settings, and applies changed ones to the worker pool and the delivery."""
+    """Holds the settings, and applies changes to the worker pool and the delivery."""
 
     def __init__(
         self,
@@ -51,13 +51,13 @@ class LiveSettings:
         return self.record.current
 
     def of_next(self, *, fresh: bool) -> Settings:
-        """Return the settings of a generation that is opened fresh, or from the last good ones."""
+        """Return the settings of a generation, opened fresh or with the last good command."""
         return (self.record.candidate if fresh else None) or self.settings
 
     def read(self, *, dry_run: bool, canary: bool = False, release: str = "") -> None:
         """Read the configuration again, in another process; the result is an event.
 
-        dry_run: the generation that uses it, and added listeners, get no clients.
+        dry_run: the new generation and added listeners get no clients.
         canary: the reload was requested with a canary.
         release: the release to start; "": the release that `current` names.
         """
@@ -72,7 +72,7 @@ class LiveSettings:
         reader.read(replace(self.settings, release_wanted=release), done)
 
     def compare(self, done: Callable[[config_reader.ConfigAnswer], None]) -> bool:
-        """Find out what a reload would change, and call back; False if that is under way."""
+        """Find out what a reload would change, and call back; return False if already busy."""
         comparer = self._reader("comparer")
         if comparer.busy:
             return False
@@ -92,28 +92,28 @@ class LiveSettings:
         if candidate is not None:
             if candidate.log_level != self.settings.log_level:
                 self._log.set_level(candidate.log_level)
-            left = self.settings.release
+            previous = self.settings.release
             self._put_in_force(replace(candidate, release_wanted=""))
-            # A reload takes what `current` names, and leaves a `current` that was moved since.
+            # A plain reload starts the release that `current` names, so it moves nothing.
             if self.releases is not None and candidate.release_wanted:
-                self.releases.move(candidate.release, left)
+                self.releases.move(candidate.release, previous)
 
     def forget(self) -> None:
         """Drop the candidate settings.  Listener indices are never reused."""
         if "reader" in self._readers:
             self._readers["reader"].call_off()
         if self.record.candidate is not None:
-            there = self.settings.listeners
-            added = self.record.candidate.listeners[len(there) :]
+            kept = self.settings.listeners
+            added = self.record.candidate.listeners[len(kept) :]
             self.record = SettingsRecord(self.settings)
             if added:
-                gone = (replace(each, removed=True) for each in added)
-                self._put_in_force(replace(self.settings, listeners=(*there, *gone)))
+                removed = (replace(each, removed=True) for each in added)
+                self._put_in_force(replace(self.settings, listeners=(*kept, *removed)))
 
     def reported(self, report: Report, program: Program | None) -> tuple[Report, str]:
-        """Return a report with what it means for `current`, and the release that it is about.
+        """Add to a report what it means for `current`; return it, and the name of its release.
 
-        program: of its generation, if it was opened.
+        program: the program of the report's generation; None: that could not be opened.
         """
         if self.releases is None:
             return report, ""
@@ -192,7 +192,8 @@ class LiveSettings:
             "dry-run-configured" if dry_run else "configured",
             changes="; ".join(answer.changes) or "none",
         )
-        for index, bound in enumerate(old.listeners):  # a socket file may have changed since then
+        # A socket file may have changed since the reading began.
+        for index, bound in enumerate(old.listeners):
             new = _with_file(new, index, bound)
         self.record = SettingsRecord(old, new)
         for listener in added:
@@ -206,7 +207,7 @@ class LiveSettings:
     ) -> str | None:
         """Return why new settings make a canary or rolling reload impossible; None: they do not.
 
-        canary: whether the request has a canary, which was accepted under the present settings.
+        canary: the reload was requested with a canary, which the present settings allow.
         """
         policy = new.policy
         cannot = no_canary_under(policy) if canary else None
@@ -216,7 +217,7 @@ class LiveSettings:
         if cannot is not None and canary:
             return f"no canary: {cannot}"
         if cannot is None and policy.finish_alone:
-            # The old workers leave one after another, too.
+            # The old workers, too, must be able to leave one after another.
             workers = [each for each in self._pool.records() if not each.asked_to_exit]
             cannot = None if all(each.retires for each in workers) else NO_LIBRARY
         return cannot

@@ -1,9 +1,9 @@
 """Directs the output, reopens the log file, and obtains a failed worker's last words.
 
 Workers write to a terminal, to /dev/null and to the file of `-f 2>FILE` directly.  For any other
-log, and if lines get a prefix, each worker has its own pipe.  A relay process reads these pipes and
-writes the log (log_relay.py).  So running workers need not reopen a rotated
-log, and each line belongs to a known worker.
+log, and if lines get a prefix, each worker has its own pipe.  A relay process (log_relay.py) reads
+these pipes and writes the log.  So running workers need not reopen a rotated log, and the relay
+knows which worker wrote a line.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Output:
         self._relay = relay_client.LogRelay(name, kind, runtime, self.named, prefixed=prefixed)
         given = unclaimed.take_one(_WRITE)
         if given is not None:  # otherwise we have inherited stderr itself
-            self._lead_to(given)
+            self._redirect_to(given)
         relay, outputs = unclaimed.take_all(inherited.RELAY), unclaimed.take_all(inherited.OUTPUT)
         if relay or outputs:
             self._relay.adopt(relay, outputs)
@@ -77,10 +77,10 @@ class Output:
         read = -1
         if self._to_syslog:
             read, write = os.pipe2(os.O_CLOEXEC)
-            self._lead_to(write)
+            self._redirect_to(write)
         self._relay.start(read)
 
-    def _lead_to(self, fd: int) -> None:
+    def _redirect_to(self, fd: int) -> None:
         """Redirect stdout and stderr to fd; takes ownership of fd."""
         for standard in (_STDOUT, _STDERR):
             os.dup2(fd, standard, inheritable=True)
@@ -97,7 +97,7 @@ class Output:
     def opened(self, number: int, generation: int) -> Iterator[Opened]:
         """Open a worker's output while the worker starts.
 
-        Raises OSError.  If the start raises, nothing is left open.
+        Raises OSError.  If the start fails, nothing stays open.
         """
         if self._relay is None or not self._relayed:
             yield Opened()
@@ -126,7 +126,7 @@ class Output:
     def reopen(self) -> None:
         """Open the log file again by its name, after a rotation.  Raises OSError."""
         if self._log_file is not None:
-            self._lead_to(log_file.open_log(self._log_file))
+            self._redirect_to(log_file.open_log(self._log_file))
             if self._relay is not None:
                 self._relay.reopened()
 
@@ -134,7 +134,7 @@ class Output:
         """Stop writing, and let the relay flush; the relay stays if a process still writes."""
         if self._relay is not None:
             if self._to_syslog:
-                self._lead_to(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC))
+                self._redirect_to(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC))
             self._relay.finish()
 
     def position(self) -> int:
@@ -164,7 +164,7 @@ class Output:
     def where_to_look(self) -> str:
         """Return where to find a worker's output that we do not have, and how to keep it.
 
-        The operator may use another terminal than SocketProtector -f.
+        The operator may be at another terminal than the terminal of SocketProtector -f.
         """
         if self._log_file is not None:
             where = f"see {text.escape(self._log_file)}"

@@ -1,8 +1,8 @@
-"""Tells whether a worker that got SIGKILL was killed because memory ran out.
+"""Determines whether a worker got SIGKILL because memory ran out.
 
-The kernel counts such kills in our memory cgroup, and does not say which process it killed.  The
+The kernel counts such kills in our memory cgroup, but does not report which process it killed.  The
 count rises before the process dies.  So a kill explains the end of a worker only if that end
-follows soon: otherwise the kernel has killed another process, such as a program that a worker runs.
+follows soon.  Otherwise the kernel has killed another process, such as a program of a worker.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class MemoryWatch:
     def __init__(self, runtime: Runtime, workers: Mapping[int, Worker]) -> None:
         """workers: the running workers by number, always up to date."""
         self._loop, self._log, self._workers = runtime.loop, runtime.log, workers
-        self._explained = memory_group.counts()  # before any worker of ours
-        # Without events each kill explains the next end of a worker.
+        self._explained = memory_group.counts()  # the kills before our first worker
+        # Without events, each kill explains the next worker that SIGKILL ends.
         self._events = memory_group.Events.open()
         self._wait()
 
@@ -45,7 +45,7 @@ class MemoryWatch:
 
     def _look_later(self) -> None:
         if self._events is not None:
-            # A cgroup at its limit causes many events.
+            # Pause the events: a cgroup at its limit causes many.
             self._loop.unwatch(self._events.fd)
         self._loop.call_after(_TIMER, _LOOK_S, self._look)
 

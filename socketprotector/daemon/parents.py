@@ -42,8 +42,8 @@ class Parents:
         pid = os.getppid() if self.line is not None else os.getpid()
         self.systemd = Systemd(os.environ, pid, self._manager, self.guard)
         room = room_of(os.environ, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        # For the next program of an upgrade in place, to which getrlimit() returns the limit that
-        # we raise, not systemd's limit.
+        # Pass the number on to the next program of an upgrade in place: its getrlimit() returns the
+        # limit that we raise, not systemd's limit.
         os.environ["FDSTORE"] = str(room)
         self.store = (
             Store(self.guard, kept)
@@ -52,22 +52,22 @@ class Parents:
         )
 
     def watch(
-        self, loop: Loop, learned: Callable[[int, bool, str], None], gone: Callable[[], None]
+        self, loop: Loop, on_exited: Callable[[int, bool, str], None], on_gone: Callable[[], None]
     ) -> None:
         """Read the guard's messages, and feed the watchdog.
 
-        learned: called with the pid of a process that the guard reaped, and how it exited.  gone:
-        called when the guard exits, or at once if there is none.
+        on_exited: called with the pid of a process that the guard reaped, and how it exited.
+        on_gone: called when the guard exits, or at once if there is no guard.
         """
         if self.line is None:
-            gone()  # the guard may have exited under an earlier program
+            on_gone()  # the guard may have exited under an earlier program
         else:
-            loop.watch(self.line.fileno(), lambda: self._read(loop, learned, gone))
+            loop.watch(self.line.fileno(), lambda: self._read(loop, on_exited, on_gone))
         if self.systemd.watchdog_s:
             self._feed_watchdog(loop)
 
     def _read(
-        self, loop: Loop, learned: Callable[[int, bool, str], None], gone: Callable[[], None]
+        self, loop: Loop, on_exited: Callable[[int, bool, str], None], on_gone: Callable[[], None]
     ) -> None:
         assert self.line is not None
         data = read_now(self.line.recv, _MESSAGE_BYTES, socket.MSG_DONTWAIT)
@@ -77,11 +77,11 @@ class Parents:
             loop.unwatch(self.line.fileno())
             self.guard.close()
             self.systemd.pid = os.getpid()
-            gone()
+            on_gone()
             return
         pid, _, status = parse(data).get("X_EXITED", "").partition(" ")
         if pid.isdigit() and status.isdigit():
-            learned(int(pid), *status_of(int(status)))
+            on_exited(int(pid), *status_of(int(status)))
 
     def _feed_watchdog(self, loop: Loop) -> None:
         """Send WATCHDOG=1 to systemd now, and again after half of WatchdogSec=."""

@@ -4,7 +4,7 @@ The order is fixed:
 
 1. The last words, if the worker never served: they are the reason of a failed start, and may have
    to come from the relay.  The worker is reaped only after that.  So if another program replaces
-   this program meanwhile, it finds the exited worker, and requests the last words again.
+   this program meanwhile, that program finds the exited worker, and requests the words again.
 2. The exit status: from waitid(2), or from the guard.  If an earlier program was the worker's
    parent, waitid(2) fails here with ECHILD.
 3. Whether the kernel killed the worker because memory ran out.
@@ -117,14 +117,14 @@ class PostMortem:
     def close(self, worker: Worker, end: End, *, spoken_with: bool) -> WorkerExited:
         """Report a worker's exit, watch its process group, and close the worker's sockets.
 
-        spoken_with: whether any worker has become ready otherwise than by a timer.
+        spoken_with: whether any worker has become ready by other means than a timer.
         """
         record, number = worker.record, worker.record.number
         if end.how == KILLED and not record.killed:
             end = replace(end, how=self.why_killed())
         kept = forked_children.left_open(record, worker.generation)
         lost = worker.generation.take_counts(record.slot, kept)
-        # Forked children finish when the line ends, which the lifecycle orders.
+        # Keep the line open: when it ends, forked children finish, and the lifecycle orders that.
         line, worker.line = worker.line, None
         orphans = self.keep_group(record, worker.process, worker.generation, line)
         worker.close()
@@ -136,10 +136,10 @@ class PostMortem:
             how=end.how,
             lost=lost or None,
         )
-        last_words, silent = worker.last_words or "", not record.ready_by and not worker.has_served
-        if silent:  # it failed to start, or detached itself
+        last_words, was_ready = worker.last_words or "", record.ready_by or worker.has_served
+        if not was_ready:  # it failed to start, or detached itself
             self.orphans.end(worker.notify.address)
-        detached = end.clean and silent
+        detached = end.clean and not was_ready
         if not record.asked_to_exit and not (end.clean and worker.generation.ended):
             crash = _crash(worker, end, lost, last_words)
             self.remember(lambda history: history.with_crash(crash))
@@ -250,7 +250,7 @@ class PostMortem:
         try:
             process.reap()
         except ChildProcessError:
-            pass  # the worker is another process's child
+            pass  # the worker is a child of another process
         found = descriptors.get("line")
         line = socket.socket(fileno=found) if found is not None else None
         return self.keep_group(record, process, generation, line)

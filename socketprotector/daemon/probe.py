@@ -32,9 +32,9 @@ from .prober_client import Prober
 from .verdicts import Verdict
 
 #: The pauses between checks whether a connection was accepted: the first pause, the longest pause,
-#: and the pause as a share of the time that the connection has waited.
+#: and each pause as a share of the connection's waiting time.
 _FIRST_LOOK_S, _LAST_LOOK_S, _LOOK_SHARE = 0.005, 1.0, 0.1
-#: How long the prober may exceed the probe's limit: to start, or on a busy machine.
+#: By how much the prober may exceed the probe's limit, to start or on a busy machine.
 _PROBER_S = 10.0
 #: The errors of connect() to an address where no process listens.
 _NOT_THERE = (errno.ECONNREFUSED, errno.ENOENT)
@@ -59,7 +59,7 @@ class Probe:
         """
         self._loop, self._reach, self._as_client = loop, reach, as_client
         self._addresses, self._reads = addresses, reads
-        self._heard: Callable[[Verdict], None] | None = None
+        self._report: Callable[[Verdict], None] | None = None
         self._spec = ProbeSpec("")
         self._sent_at = self._until = 0.0
         self._target: ProbeTarget | None = None
@@ -79,16 +79,16 @@ class Probe:
         generation: OpenGeneration,
         spec: ProbeSpec,
         limit_s: float,
-        heard: Callable[[Verdict], None],
+        report: Callable[[Verdict], None],
     ) -> None:
-        """Send a probe; `heard` is called once, maybe before the return, but not after close()."""
-        self._spec, self._heard = spec, heard
+        """Send a probe; `report` is called once, maybe before the return, but not after close()."""
+        self._spec, self._report = spec, report
         self._sent_at = time.monotonic()
         self._until = self._sent_at + limit_s
         try:
             if spec.kind == probe_spec.CHECK:
                 self._run(generation, limit_s)
-            elif not self._still_waits():
+            elif not self._continue_earlier():
                 self._connect(generation, limit_s)
         except (OSError, ValueError) as error:
             self._finish(verdicts.CANNOT, what_failed(error))
@@ -96,7 +96,7 @@ class Probe:
     @property
     def is_pending(self) -> bool:
         """Return whether a probe is under way."""
-        return self._heard is not None
+        return self._report is not None
 
     @property
     def connection(self) -> socket.socket | None:
@@ -105,18 +105,18 @@ class Probe:
 
     @property
     def is_closed(self) -> bool:
-        """Return whether the probed workers alone keep clients out: see ProbeTarget."""
+        """Return ProbeTarget.is_closed() of the present target; False: there is no target."""
         return self._target is not None and self._target.is_closed()
 
     def close(self) -> None:
         """Abandon the probe of this generation."""
-        self._heard = None
+        self._report = None
         self._loop.cancel(self)
         with suppress(OSError):
             if self._target is not None and self._connection is not None and self._waits():
                 self._target.abandon(self._connection)
         self._disconnect()
-        self._leave()
+        self._close_target()
         if self._command is not None:
             self._command.close()
             self._command = None
@@ -140,10 +140,10 @@ class Probe:
         if kind not in (verdicts.UNMADE, verdicts.UNTAKEN):
             self._disconnect()
         if self._connection is None and (self._as_client or not holds):
-            self._leave()
-        heard, self._heard = self._heard, None
-        if heard is not None:
-            heard(Verdict(kind, why))
+            self._close_target()
+        report, self._report = self._report, None
+        if report is not None:
+            report(Verdict(kind, why))
 
     def _connect(self, generation: OpenGeneration, limit_s: float) -> None:
         """Connect to the generation.  Raises OSError if it cannot be reached now."""
@@ -206,7 +206,7 @@ class Probe:
                 self._connection.close()
             self._connection = None
 
-    def _leave(self) -> None:
+    def _close_target(self) -> None:
         if self._target is not None:
             self._target.close()
             self._target = None
@@ -218,11 +218,11 @@ class Probe:
         target, connection = self._target, self._connection
         assert target is not None
         assert connection is not None
-        # While the backlog is full, the kernel has not connected our socket: this is waiting, too.
+        # While the backlog is full, the kernel does not connect our socket, so it waits, too.
         return not events_of(connection, select.POLLOUT) or target.waits(connection)
 
-    def _still_waits(self) -> bool:
-        """Continue an earlier probe if possible; return whether that was done."""
+    def _continue_earlier(self) -> bool:
+        """Continue with an earlier probe's connection; return False if there is none to use."""
         if self._connection is None:
             return False
         waits: bool | None = None
@@ -232,15 +232,15 @@ class Probe:
         if waits is None or (self._spec.by_http and not waits):
             self._disconnect()
             if self._as_client:
-                self._leave()
+                self._close_target()
             return False
         if self._spec.by_http:
-            self._finish(self._waiting()[0], self._late)
+            self._finish(self._not_accepted()[0], self._late)
         else:
             self._look()
         return True
 
-    def _waiting(self) -> tuple[str, str]:
+    def _not_accepted(self) -> tuple[str, str]:
         """Return the verdict, and the reason, for a connection that no worker has accepted."""
         assert self._connection is not None
         made = events_of(self._connection, select.POLLOUT)
@@ -268,14 +268,13 @@ class Probe:
         if not target.holds():
             self._finish(verdicts.MOVED, SHUT_DOWN)
         elif failed and not (was_reset and self._was_reset):
-            # A reset has two causes: a server accepted and reset the connection, or the listening
-            # socket was shut down.  We repair a socket that was shut down, so two resets in a row
-            # come from a server.
+            # Either a server accepted and reset the connection, or the listening socket was shut
+            # down.  We repair such a socket, so a server has caused two resets in a row.
             self._finish(verdicts.REFUSED, self._cannot_connect(failed))
         elif failed or not waits:
             self._finish(verdicts.GOOD)
         elif not self._left_s:
-            self._finish(*self._waiting())
+            self._finish(*self._not_accepted())
         else:
             self._look_later(self._look)
 
@@ -289,7 +288,7 @@ class Probe:
         self._late, kind = why, verdicts.BAD
         with suppress(OSError):
             if self._connection is not None and self._waits():
-                kind, _ = self._waiting()
+                kind, _ = self._not_accepted()
         if self.is_pending:
             self._finish(kind, why)
 
@@ -319,7 +318,7 @@ class Probe:
             command, self._command = self._command, None
             if command is not None and command.is_late:
                 self._loop.cancel(self)  # late() has reported the verdict
-                self._heard = None
+                self._report = None
                 return
             if self._addresses is not None:
                 why = self._addresses.judge(generation, why)

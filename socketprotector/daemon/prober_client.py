@@ -42,7 +42,7 @@ class Prober:
         """
         self._heard, self._ended, self._late = heard, ended, late
         self._process: HelperProcess | None = None
-        self._number = 0  # of the last probe
+        self._number = 0  # the number of the last probe
         words = [str(_LINE_FD)]
         self._line, theirs = Line.make(loop, self._on_message)
         descriptors = {_LINE_FD: theirs.fileno()}
@@ -64,10 +64,10 @@ class Prober:
         limit_s: float,
         left_s: float,
     ) -> None:
-        """Send a probe over a connection, which the caller keeps; it need not be established.
+        """Send a probe over a connection that the caller keeps; it may still be connecting.
 
-        limit_s: how long a good answer may take.  left_s: the rest of that time.  Answers to
-        earlier probes are ignored from now on.  Raises OSError.
+        limit_s: how long a good answer may take.  left_s: how much of that time is left.  Answers
+        to earlier probes are ignored from now on.  Raises OSError.
         """
         self._number += 1
         limit = {"limit_s": left_s, "limit": in_units(limit_s)}

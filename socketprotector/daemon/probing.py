@@ -1,4 +1,4 @@
-"""The probes of a generation in each phase; each module is loaded at its first use."""
+"""Probes generations in each phase; loads the module of a kind of probe at its first use."""
 
 from __future__ import annotations
 

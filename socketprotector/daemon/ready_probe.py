@@ -22,13 +22,13 @@ from .runtime import Runtime
 from .verdicts import Verdict
 
 _TIMER = "ready-probe"
-#: How long connecting may take.  The kernel does the handshake without the workers.
+#: How long an accept probe waits for a worker.  The next probe continues with its connection.
 _ACCEPTED_S = 1.0
 _ANSWERED_S = 5.0
 
 
 class ReadyProbe:
-    """Carries out Probe and StopProbing."""
+    """Carries out the actions Probe and StopProbing."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class ReadyProbe:
         answered: Callable[[int, str], bool],
         not_probed: Callable[[int], None],
     ) -> None:
-        """answered: called after an answer to this kind of probe; returns False to probe again.
+        """answered: called with the generation and the kind of probe; returns False to probe again.
 
         not_probed: called when probes fail, and a timer must make the generation ready.
         """
@@ -56,7 +56,7 @@ class ReadyProbe:
         self.stop()
         program = generation.program
         if program.ready == "any" and program.ready_fd >= 0:
-            return  # its command uses {fd:ready}
+            return  # its command reports readiness by {fd:ready}
         self._generation, self._began = generation, time.monotonic()
         self._spec = probe_spec.read(program.ready_question or "accept")
         self.last = f"GET {self._spec.path}: not answered yet" if self._spec.by_http else ""

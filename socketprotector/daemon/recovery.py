@@ -1,7 +1,7 @@
 """Resumes where another program stopped: each owner gets its record and its descriptors back.
 
-Connections come first, so that clients wait as little as possible.  Then the workers follow, one at
-a time, because there may be a thousand.
+Connections come first, so that clients wait only briefly.  Then the workers follow, one at a time,
+because there may be a thousand.
 
 The earlier program may have been killed before it stored descriptors, or before it wrote the state.
 If a descriptor that the state mentions is missing, an event reports that.  A stored descriptor that
@@ -49,7 +49,7 @@ class Recovery:
     def adopt(self) -> list[Event]:
         """Adopt everything except the workers, so that a generation can get the route.
 
-        Returns an event for each generation whose programs fail: a kill may have lost it.
+        Returns an event for each generation whose programs fail: a kill may have lost that event.
         """
         effects, snapshot = self.effects, self.snapshot
         fleet, delivery = snapshot.fleet, effects.delivery
@@ -81,7 +81,7 @@ class Recovery:
         return broken
 
     def dismiss_unknown(self) -> None:
-        """Order unknown workers to finish: a kill came before the state mentioned them.
+        """Order workers to finish that the state does not mention, because a kill came first.
 
         Workers that accept need a signal; other workers read end of file on their line.
         """
@@ -129,14 +129,14 @@ class Recovery:
                 if has_group != (found is not None and found[1].state is State.ORPHANED):
                     ended.append(WorkerExited(record.number, _ENDED, orphans=has_group))
             yield ()
-        yield (*ended, *self._not_made({each.worker for each in ended}))
+        yield (*ended, *self._report_missing({each.worker for each in ended}))
 
-    def _not_made(self, ended: Collection[int]) -> list[Event]:
+    def _report_missing(self, ended: Collection[int]) -> list[Event]:
         """Return events for the missing parts of the fleet; ended: workers already reported."""
         pool, fleet = self.effects.pool, self.snapshot.fleet
         known = {record.number for record in pool.records()}.union(ended)
         unfinished = [each.number for each in fleet.alive() if each.number not in known]
-        # If a generation has the route, but its channel was not stored, it must lose the route.
+        # A generation whose channel was not stored must lose the route, if it has the route.
         lost: list[Event] = [
             OpenFailed(each.number, _KILLED, tuple(unfinished))
             if each.phase in (Phase.STARTING, Phase.ABANDONED)
@@ -155,14 +155,14 @@ class Recovery:
         Until a scan of /proc finds no process of this worker, the fleet counts an orphan.
         """
         pool = self.effects.pool
-        left = set(pool.addresses(number))
+        searched = set(pool.addresses(number))
 
         def gone(address: str) -> None:
-            left.discard(address)
-            if not left:
+            searched.discard(address)
+            if not searched:
                 self.effects.runtime.post(WorkerExited(number, "orphans gone"))
 
-        for address in tuple(left):
+        for address in tuple(searched):
             pool.orphans.end(address, partial(gone, address))
 
 

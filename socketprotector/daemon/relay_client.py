@@ -1,9 +1,9 @@
-"""The protector's side of the relay process: workers' pipes, last words, the start of a new relay.
+"""Starts the relay process, passes the workers' pipes to it, and gets last words from it.
 
 The protector keeps the read end of every pipe, too.  So if the relay dies, workers can still write,
 and the next relay continues reading.  A worker's pipe is kept until its last writer has exited,
-even if the worker itself has exited before.  Only a few pipes of exited workers are kept: more
-could take all our descriptors, and no client could be accepted.
+even if the worker has exited earlier.  Only a few pipes of exited workers are kept: more pipes
+could take all our descriptors, and we could accept no client.
 
 If the relay is suspended (SIGSTOP), each worker blocks once its pipe is full.  The kernel does not
 report a suspended relay, and we must not poll while idle.  So the first byte that a worker writes
@@ -101,10 +101,10 @@ class LogRelay:
         #: Callbacks that wait for last words, by the worker's number, in the order of the requests.
         self._word_requests: dict[int, list[Callable[[bytes], None]]] = {}
         #: Readable as soon as any pipe has output.
-        self._written = select.epoll()
+        self._output_ready = select.epoll()
         self._was_stopped = False  # the relay was suspended at our last check
         self._lacks_descriptor = False  # the relay had no descriptor for a message
-        self._must_end = False  # its limit of descriptors cannot be raised
+        self._must_end = False  # the relay's descriptor limit cannot be raised
 
     # -- the process -----------------------------------------------------------
 
@@ -139,7 +139,7 @@ class LogRelay:
     def _choose(self, found: list[tuple[Process, int]]) -> None:
         """Adopt one of the relays, and end the others.
 
-        There are two relays if the earlier program was killed while it replaced one by the other.
+        There are two relays if the earlier program was killed while it replaced a relay.
         """
         if not found:
             self._spawn()
@@ -147,13 +147,13 @@ class LogRelay:
         # Without a line a relay cannot learn of new workers.
         usable = [each for each in found if not each[0].has_ended() and each[1] >= 0]
         chosen, line = (usable or found)[-1]
-        for process, other in found:
+        for process, its_line in found:
             if process is not chosen or not usable:
                 process.signal(signal.SIGKILL)
             if process is not chosen:
                 process.close()
-                if other >= 0:
-                    os.close(other)
+                if its_line >= 0:
+                    os.close(its_line)
         if line >= 0:
             self._listen(socket.socket(fileno=line))
         self._helper = HelperProcess(chosen, self._loop, self._ended)
@@ -200,7 +200,7 @@ class LogRelay:
             False,
             False,
         )
-        self._hang_up()
+        self._close_line()
         self._persist()
         self._start_again()
 
@@ -219,10 +219,10 @@ class LogRelay:
         self._line = line
         try:
             self._loop.watch(line.fileno(), self._receive)
-        except OSError:  # out of memory: then there are no last words
+        except OSError:  # out of memory: last words are lost, output is not
             pass
 
-    def _hang_up(self) -> None:
+    def _close_line(self) -> None:
         if self._line is not None:
             self._loop.unwatch(self._line.fileno())
             self._line.close()
@@ -232,23 +232,23 @@ class LogRelay:
 
     def _begin_to_watch(self) -> None:
         if self._shared >= 0:
-            self._written.register(self._shared, select.EPOLLIN)
+            self._output_ready.register(self._shared, select.EPOLLIN)
         self._wait_for_output()
 
     def _wait_for_output(self) -> None:
         """Check again when a worker has written something."""
         try:
-            self._loop.watch(self._written.fileno(), self._was_written)
+            self._loop.watch(self._output_ready.fileno(), self._on_output)
         except OSError:  # out of memory: check by a timer
             self._loop.call_after("relay-reads", _READS_S, self._check_relay)
 
-    def _was_written(self) -> None:
-        self._loop.unwatch(self._written.fileno())
+    def _on_output(self) -> None:
+        self._loop.unwatch(self._output_ready.fileno())
         self._loop.call_after("relay-reads", _READS_S, self._check_relay)
 
     def _check_relay(self) -> None:
         """Send CONT to the relay if it is suspended while output is unread; if that fails, KILL."""
-        if not self._written.poll(0, 1):
+        if not self._output_ready.poll(0, 1):
             self._was_stopped = False
             self._wait_for_output()
             return
@@ -275,13 +275,13 @@ class LogRelay:
 
     def _keep(self, number: int, pipe: WorkerPipe) -> None:
         if number in self._workers:  # an earlier program was killed before it recorded that worker
-            self._let_go(number)
+            self._close_pipe(number)
         self._workers[number] = pipe
         self._named[pipe.name(number)] = pipe.read
         try:
             # Events 0: epoll still reports when the last writer has closed the pipe.
             self._loop.watch(pipe.read, lambda: self._close_if_done(number), 0)
-            self._written.register(pipe.read, select.EPOLLIN)
+            self._output_ready.register(pipe.read, select.EPOLLIN)
         except OSError:  # out of descriptors or memory: check by a timer
             self._check_later(number)
 
@@ -296,17 +296,17 @@ class LogRelay:
         if not has_hung_up or events_of(pipe.read, select.POLLIN) & select.POLLIN:
             self._check_later(number)
             return
-        self._let_go(number)
+        self._close_pipe(number)
         self._persist()
 
-    def _let_go(self, number: int) -> None:
+    def _close_pipe(self, number: int) -> None:
         """Close our copy of a worker's pipe; the relay reads its copy to the end."""
         pipe = self._workers.pop(number)
         del self._named[pipe.name(number)]
         self._loop.cancel(("output", number))
         self._loop.unwatch(pipe.read)
         try:
-            self._written.unregister(pipe.read)
+            self._output_ready.unregister(pipe.read)
         except FileNotFoundError:
             pass  # _keep() had no memory to register it
         os.close(pipe.read)
@@ -331,7 +331,7 @@ class LogRelay:
                     hint=_CLOSED_HINT.format(pipe=os.fstat(pipe.read).st_ino),
                 )
                 self._unsent.append((_CLOSE, number))
-            self._let_go(number)
+            self._close_pipe(number)
         self._send_unsent()
 
     def _check_later(self, number: int) -> None:
@@ -397,8 +397,8 @@ class LogRelay:
         if kind in (_PIPE, _NEW_STDERR):
             self._repeat_later(kind, int(data[1:]))
             return
-        number, _, said = data.partition(b"\n")
-        self._on_words(int(number), said)
+        number, _, words = data.partition(b"\n")
+        self._on_words(int(number), words)
 
     def _repeat_later(self, kind: str, number: int) -> None:
         """Repeat a message for which the relay lacked a descriptor; the pipe keeps the output."""
@@ -406,22 +406,22 @@ class LogRelay:
             pid = self._helper.process.pid
             self._log.write("warning", "relay-short", pid=pid, hint=_LACKS_HINT)
             ours, self._lacks_descriptor = resource.getrlimit(_NOFILE), True
-            try:  # the relay had our limit, until another process lowered it
+            try:  # the relay had our limit until another process lowered it
                 resource.prlimit(pid, _NOFILE, ours)
             except (OSError, ValueError):
                 with suppress(OSError):
                     self._must_end = resource.prlimit(pid, _NOFILE)[1] < ours[1]
-        if self._must_end:  # only root could raise its limit; the next relay gets ours
+        if self._must_end:  # only root could raise the relay's limit; the next relay gets our limit
             self._unsent.appendleft((_END, 0))
             self._send_unsent()
-            if self._helper is not None:  # a blocked or old relay does not exit by itself
+            if self._helper is not None:  # a blocked relay, or an older program, ignores _END
                 kill = partial(self._helper.process.signal, signal.SIGKILL)
                 self._loop.call_after("relay-end", _LONGEST_S, kill)
             return
         self._unsent.append((kind, number))
         self._loop.call_after("relay-line", _ROOM_S, self._send_unsent)
 
-    def _on_words(self, number: int, said: bytes) -> None:
+    def _on_words(self, number: int, words: bytes) -> None:
         requests = self._word_requests.get(number)
         if requests is None:
             return  # the answer came too late
@@ -429,10 +429,10 @@ class LogRelay:
         if not requests:
             del self._word_requests[number]
             self._loop.cancel((_WORDS, number))
-        done(said)
+        done(words)
 
     def _finish_without_words(self, number: int) -> None:
-        """Call back all callers that wait for a worker's last words, with empty words."""
+        """Answer all pending requests for a worker's last words with b""."""
         while number in self._word_requests:
             self._on_words(number, b"")
 
@@ -440,7 +440,7 @@ class LogRelay:
 
     def finish(self) -> None:
         """Let the relay flush its output and exit; it stays if a process still writes."""
-        self._hang_up()
+        self._close_line()
         if self._helper is not None:
             self._helper.process.signal(signal.SIGCONT)
             poll = select.poll()

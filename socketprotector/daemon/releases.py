@@ -1,10 +1,10 @@
 """Moves `current` to each release that has been proved, and keeps the history of releases.
 
-The rename is made here, before a queued reload reads `current`.  A process of its own writes the
-history and waits for the disk (programs/release_writer.py).  What fails is tried again.
+This process renames `current`, before a queued reload reads it.  A separate process writes the
+history and waits for the disk (programs/release_writer.py).  After a failure we try again.
 
-One protector owns a `current`, by a lock that lasts as long as the protector lives, over upgrades,
-too.  Others with the same `current` follow it at their reloads, and move nothing.
+One protector owns a `current`: it keeps a lock for its whole life, upgrades included.  Other
+protectors with the same `current` use it at their reloads, but never move it.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ class Releases:
     def __init__(
         self, settings: Callable[[], Settings], runtime: Runtime, lock: int | None
     ) -> None:
-        """settings: returns those in force.  lock: the descriptor of an earlier program's lock."""
+        """settings: returns the settings in force.  lock: an earlier program's lock."""
         self._settings = settings
         self._loop, self._log, self._persist = runtime.loop, runtime.log, runtime.persist
         self._lock = lock
         self.history = History()
-        #: The release to which `current` must still be moved; "": it is where it must be.
+        #: The release to which `current` must still be moved; "": there is none.
         self.due = ""
         #: The release whose settings the last reload has read.
         self.tried = ""
-        #: Why the lock could not be taken; "": this protector or another one has it.
+        #: Why the lock could not be taken; "": this protector or another protector has it.
         self.not_locked = ""
-        self._not_moved = self._not_written = ""  # why
+        self._not_moved = self._not_written = ""  # the reasons of failures; "": none
         self._still_named = ""  # what `current` named when it could not be moved
         self._note = ""  # what the next verdict says about `current`
         self._is_written = True
@@ -80,12 +80,12 @@ class Releases:
     def own(self) -> bool:
         """Return whether this protector owns `current`; become its owner if it has none."""
         if self._lock is None and self._take_lock():
-            # Its owner until now has added to the history, which is written as a whole.
+            # The previous owner may have added entries, and our next write replaces the whole file.
             self._read()
         return self._lock is not None
 
     def _take_lock(self) -> bool:
-        """Take the lock unless it is taken; return whether this protector has it."""
+        """Take the lock if it is free; return whether this protector has it."""
         if self._lock is None:
             failed = ""
             try:
@@ -98,7 +98,7 @@ class Releases:
         return self._lock is not None
 
     def close(self) -> None:
-        """Give up the lock at the end, although systemd may keep a copy of its descriptor."""
+        """Release the lock, even if systemd keeps a copy of its descriptor."""
         if self._lock is not None:
             release_store.unlock(self._lock)
 
@@ -106,7 +106,7 @@ class Releases:
         """Return the descriptor that the next program needs, by name."""
         return {inherited.CURRENT: self._lock} if self._lock is not None else {}
 
-    # -- what is so ----------------------------------------------------------------
+    # -- the present state ---------------------------------------------------------
 
     @property
     def current(self) -> str:
@@ -120,12 +120,12 @@ class Releases:
 
     @property
     def named(self) -> str:
-        """The release that `current` names; "": none that could start."""
+        """The release that `current` names; "": `current` leads to no release."""
         return release_store.leads_to(self.current, self._settings().releases)
 
     @property
     def error(self) -> str:
-        """Why `current` or the history is not as it must be on disk; "": it is, or will be soon."""
+        """Why `current` or the history is wrong on disk; "": both are right, or will be soon."""
         return self.not_locked or self._not_moved or self._not_written
 
     @property
@@ -135,7 +135,7 @@ class Releases:
 
     @property
     def warning(self) -> str:
-        """What a restart would start instead of the serving release; "": nothing else."""
+        """A warning that a restart would not start the serving release; "": it would."""
         named = self.named
         if named == self.serving:
             return ""
@@ -156,7 +156,7 @@ class Releases:
         return os.path.join(self._settings().releases, name)
 
     def is_changed(self, entry: Entry) -> bool:
-        """Return whether a release is not as it was when it was proved."""
+        """Return whether a release has changed since it was proved."""
         was = entry.was
         return was is not None and was != release_store.fingerprint(
             self._path(entry.release), was.program
@@ -165,20 +165,20 @@ class Releases:
     # -- a reload --------------------------------------------------------------------
 
     def begin(self, deployed: str) -> str:
-        """Note the release of a reload that begins; return it, or "" for that of `current`.
+        """Note the release that a reload starts; return it, or "" if `current` names it.
 
-        deployed: that of a deploy, or "".
+        deployed: the release of a deploy; "": no deploy.
         """
-        # Until `current` has been moved, a reload must not go back to the release it still names.
-        self._leave_if_moved_by_hand()
+        # While `current` must still be moved, a reload must not start the release that it names.
+        self._forget_due_if_moved()
         wanted = deployed or self.due
         self.tried = wanted or self.named
         return wanted
 
     def prepare(self, candidate: Settings, *, dry_run: bool) -> str:
-        """Make ready to move `current` to the release of a deploy; return why that is impossible.
+        """Prepare to move `current` to the release of a deploy; return why that is impossible.
 
-        Nothing is changed for clients yet, so a full disk or a missing right shows before it is.
+        So a full disk or a missing permission fails the deploy before anything changes for clients.
         """
         name = self.tried = candidate.release
         if dry_run or not candidate.release_wanted or not self.own() or self.named == name:
@@ -189,16 +189,16 @@ class Releases:
             return f"cannot make {self.current}.next: {error.strerror}"
         return ""
 
-    def move(self, name: str, left: str) -> None:
+    def move(self, name: str, replaced: str) -> None:
         """Let `current` name a release that has been proved; try again later if that fails.
 
-        left: the release that was serving until now; "": unknown.
+        replaced: the release that was serving until now; "": unknown.
         """
         if not self.own():
             return
         was, self.due = self.named, name
         self._move()
-        if left and not self.due and was not in (left, name):
+        if replaced and not self.due and was not in (replaced, name):
             self._note = f"current named {was or 'no release'} meanwhile; it names {name} now"
             self._log.write("warning", "current-moved-again", release=name, reason=self._note)
 
@@ -218,50 +218,50 @@ class Releases:
                 self._log.write("info", "current-moved", release=self.due)
             self.due = self._not_moved = ""
 
-    def _leave_if_moved_by_hand(self) -> None:
+    def _forget_due_if_moved(self) -> None:
         """Forget that `current` must be moved, if an operator has moved it meanwhile."""
         if self.due and self._not_moved and self.named != self._still_named:
             self.due = self._not_moved = ""
 
     def reported(self, report: Report, program: Program | None) -> Report:
-        """Note the verdict about a release; return the report with what it means for `current`.
+        """Note the verdict about a release; add to the report what it means for `current`.
 
-        program: of the report's generation, if it was opened.
+        program: the program of the report's generation; None: that could not be opened.
         """
         name = program.release if program is not None else self.tried
         if report.news in _VERDICTS and self._lock is not None and not self.due:
-            release_store.discard(self.current)  # of a deploy that was not proved
+            release_store.discard(self.current)  # prepare() made a link for a failed deploy
         if report.news in _PROVED and program is not None:
             self._prove(name, program)
             return replace(report, reason=self._with_note(report.reason))
-        # A reload of the serving release may fail for reasons that are not the release's.
+        # A reload of the serving release may fail for other reasons than the release.
         if report.news is ReportKind.RELOAD_FAILED and name not in ("", self.serving):
             self.tried = ""
             if (
                 self._lock is not None
                 and self._exists(name)
-                and self._is_its(name, report, program)
+                and self._is_own_failure(name, report, program)
             ):
                 self._add(Entry(name, time.time(), headline(report.reason) or "it failed"))
             if name == self.named:
                 return replace(report, reason=added(report.reason, release.named_failed(name)))
         return report
 
-    def _is_its(self, name: str, report: Report, program: Program | None) -> bool:
-        """Return whether a failure is the release's own, so that a rollback passes over it.
+    def _is_own_failure(self, name: str, report: Report, program: Program | None) -> bool:
+        """Return whether a release has caused a failure, so that a rollback skips this release.
 
-        A stop says nothing about it, and a mistake in the configuration does so if it names a path
-        of the release.
+        A failure by a stop does not count.  A mistake in the configuration counts only if its
+        message names a path of the release.
         """
         if report.reason == stop.CALLED_OFF:
             return False
         return program is not None or self._path(name) in report.reason
 
     def _with_note(self, reason: str) -> str:
-        again = f"{self._not_moved}; it is tried again" if self._not_moved else self.warning
-        found = "; ".join(filter(None, (reason, self._note, again)))
+        state = f"{self._not_moved}; it is tried again" if self._not_moved else self.warning
+        noted = "; ".join(filter(None, (reason, self._note, state)))
         self._note = ""
-        return found
+        return noted
 
     def _prove(self, name: str, program: Program) -> None:
         if self.own() and name:
@@ -269,9 +269,10 @@ class Releases:
             self._add(Entry(name, time.time(), was=was))
 
     def resume(self, due: str, program: Program | None) -> None:
-        """Do what an earlier program may not have done.
+        """Complete what an earlier program may have left undone.
 
-        due: the release to which it could not move `current`.  program: the last that was proved.
+        due: the release to which `current` must still be moved; "": there is none.
+        program: the last program that was proved.
         """
         if due:
             self.move(due, "")
@@ -285,7 +286,7 @@ class Releases:
         self._write()
 
     def _write(self) -> None:
-        """Write the history, or note that it must be written again after the present writing."""
+        """Write the history, after a write that is under way or after the pause of a failure."""
         self._is_written = False
         if self._writer is not None or self._loop.due(_AGAIN) is not None:
             return
@@ -295,32 +296,32 @@ class Releases:
             with on_error(self._close_output):
                 self._start_writer(folder, f"{name}.history")
         except OSError as error:
-            self._failed(what_failed(error))
+            self._write_failed(what_failed(error))
 
     def _start_writer(self, folder: str, name: str) -> None:
         content = inherited.memory_file("sp.history", release.dump(self.history))
         try:
-            into = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 self._writer = HelperProcess.start_own(
                     "release_writer.py",
                     (str(_FOLDER), str(_CONTENT), name),
-                    {1: self._output, 2: self._output, _FOLDER: into, _CONTENT: content},
+                    {1: self._output, 2: self._output, _FOLDER: folder_fd, _CONTENT: content},
                     self._loop,
-                    self._written,
+                    self._on_written,
                 )
             finally:
-                os.close(into)
+                os.close(folder_fd)
         finally:
             os.close(content)
         self._written_history = self.history
 
-    def _written(self, how: str) -> None:
+    def _on_written(self, how: str) -> None:
         self._writer = None
-        said = last_line(self._output)
+        answer = last_line(self._output)
         self._close_output()
-        if said != "ok":
-            self._failed(f"{said} ({how})")
+        if answer != "ok":
+            self._write_failed(f"{answer} ({how})")
         elif self._written_history is not self.history:
             self._write()
         else:
@@ -329,7 +330,7 @@ class Releases:
             self._not_written, self._is_written = "", True
             self._back_off.reset()
 
-    def _failed(self, why: str) -> None:
+    def _write_failed(self, why: str) -> None:
         if not self._not_written:
             self._log.write("error", "history-not-written", error=why)
         self._not_written = f"current and its history may not be on disk: {why}"
@@ -341,10 +342,10 @@ class Releases:
 
     def _try_later(self) -> None:
         if self._loop.due(_AGAIN) is None:
-            self._loop.call_after(_AGAIN, self._back_off.wait_s(), self._again)
+            self._loop.call_after(_AGAIN, self._back_off.wait_s(), self._retry)
 
-    def _again(self) -> None:
-        self._leave_if_moved_by_hand()
+    def _retry(self) -> None:
+        self._forget_due_if_moved()
         if self.due:
             self._move()
         if not self._is_written:

@@ -1,6 +1,6 @@
 """Carries out `Report`: informs the log, systemd and the launching process.
 
-It also keeps the history, which the next program continues.  No report decides anything.  After
+Reports also keeps the history, which the next program continues.  It decides nothing.  After
 STOPPING=1, systemd gets no READY=1 or RELOADING=1, which would contradict STOPPING=1.
 """
 
@@ -93,7 +93,7 @@ class Reports:
     def write(self, report: Report, release: str = "") -> None:
         """Send a report to the log, the history, systemd and the launching process.
 
-        release: that of its generation, if there are releases.
+        release: the release of the report's generation; "": unknown, or no --releases.
         """
         first_line = headline(report.reason)
         _, _, last_words = report.reason.partition("\n")

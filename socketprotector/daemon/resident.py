@@ -1,9 +1,9 @@
 """The long-running process, which the launcher executes: a fork would need more memory.
 
-It inherits its descriptors by name (system/inherited.py): from the launching process, after an
-upgrade from the earlier program, after a crash from the guard or systemd.  If the descriptors
-include a state, the process resumes where another program stopped.  Do not import heavy modules: a
-test lists the allowed modules, and bench/ measures the memory.
+It inherits its descriptors by name (system/inherited.py).  They come from the launching process,
+from the earlier program of an upgrade, or from the guard or systemd after a crash.  If they include
+a state, the process resumes where another program stopped.  Do not import heavy modules: a test
+lists the allowed modules, and bench/ measures the memory.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def main() -> None:
 def _probe(descriptors: dict[str, int]) -> int:
     """Answer whether this program can take over; return the exit status."""
     try:
-        settings, _ = _held(descriptors, checkpoint.read(descriptors[inherited.STATE]))
+        settings, _ = _settings_and_listeners(
+            descriptors, checkpoint.read(descriptors[inherited.STATE])
+        )
         delivery_for(settings.mode)
         late_modules.load_all()  # so that a fault in them is found before the exec
         if inherited.CHECK in descriptors:
@@ -72,7 +74,7 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
         earlier = error
     try:
         snapshot = earlier if isinstance(earlier, Snapshot) else None
-        settings, listeners = _held(descriptors, snapshot)
+        settings, listeners = _settings_and_listeners(descriptors, snapshot)
     except SettingsError as error:
         print(error, file=sys.stderr)
         return SystemRefused.status
@@ -97,7 +99,7 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
     return status
 
 
-def _held(
+def _settings_and_listeners(
     descriptors: dict[str, int], snapshot: Snapshot | None
 ) -> tuple[Settings, Sequence[ListenerSettings]]:
     """Return the settings in force, and all listeners, including those of a candidate.

@@ -40,7 +40,7 @@ _TIMER = "settle-check"
 
 
 class SettleCheck:
-    """Carries out CheckSettling and StopChecking."""
+    """Carries out the actions CheckSettling and StopChecking."""
 
     def __init__(self, runtime: Runtime, reach: Reach, probes: CheckProbes, counts: Counts) -> None:
         """counts: returns the counts of the generations, by number, for a command to read."""
@@ -122,5 +122,5 @@ class SettleCheck:
     def _input_of(self, number: int) -> bytes:
         """Return the counts that a check command reads, of the new and the old generation."""
         counts = self._counts()
-        others = (each for each in counts.values() if each["phase"] == "serving")
-        return json.dumps({"new": counts.get(number), "old": next(others, None)}).encode()
+        serving = (each for each in counts.values() if each["phase"] == "serving")
+        return json.dumps({"new": counts.get(number), "old": next(serving, None)}).encode()

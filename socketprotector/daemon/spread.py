@@ -1,4 +1,4 @@
-"""Orders workers to end their connections evenly over a time, and shows how far they are.
+"""Orders workers to end their connections evenly over a time, and reports their progress.
 
 An order is a time in the worker's slot of the scoreboard.  All connections should have ended by
 that time.  The order outlives this program, and the worker can read it at any time.  Only workers
@@ -32,14 +32,14 @@ def order(
     """Order the workers of a generation to end their connections over a time; 0: to end none.
 
     An earlier order with an earlier end stays in force.
-    records: of all workers.  only: the number of a worker; 0: all.
+    records: the records of all workers.  only: the number of one worker; 0: all workers.
     """
     board = generation.board
     if board is None or not generation.program.spreads:
         return
     until = time.monotonic_ns() + int(seconds * _NS) if seconds else wire.SPREAD_NEVER
     unable = 0
-    for each in _of(generation, records):
+    for each in _workers_of(generation, records):
         if only not in (0, each.number):
             continue
         try:
@@ -50,7 +50,7 @@ def order(
         except OSError as error:
             log.write("error", "cannot-spread", worker=each.number, error=error.strerror)
     if unable and seconds:
-        _say_unable(generation, unable, log)
+        _warn_unable(generation, unable, log)
 
 
 def check(generation: OpenGeneration, records: Iterable[WorkerRecord], log: Log) -> None:
@@ -59,23 +59,25 @@ def check(generation: OpenGeneration, records: Iterable[WorkerRecord], log: Log)
     if board is None or not generation.program.spreads:
         return
     unable = 0
-    for each in _of(generation, records):
+    for each in _workers_of(generation, records):
         # A timer may make a worker ready before the library has begun.
         if each.ready_by not in ("", "timer"):
             unable += not _spread_of(generation, each.slot)[0]
     if unable:
-        _say_unable(generation, unable, log)
+        _warn_unable(generation, unable, log)
 
 
-def _of(generation: OpenGeneration, records: Iterable[WorkerRecord]) -> Iterable[WorkerRecord]:
+def _workers_of(
+    generation: OpenGeneration, records: Iterable[WorkerRecord]
+) -> Iterable[WorkerRecord]:
     number = generation.record.number
     return (each for each in records if each.generation == number and not each.orphaned)
 
 
-def _say_unable(generation: OpenGeneration, unable: int, log: Log) -> None:
-    if generation.said_unable:
+def _warn_unable(generation: OpenGeneration, unable: int, log: Log) -> None:
+    if generation.warned_unable:
         return
-    generation.said_unable = True
+    generation.warned_unable = True
     log.write(
         "warning",
         "no-spread",
@@ -93,12 +95,12 @@ def _spread_of(generation: OpenGeneration, slot: int) -> tuple[bool, int]:
         return False, 0
 
 
-def of_closing(
+def closing_rate(
     generation: OpenGeneration, slots: Iterable[tuple[int, Counts | None]]
 ) -> dict[str, float] | None:
-    """Return how many connections a generation ends a second, and how long; None: it ends none.
+    """Return how many connections a second a generation ends, and for how long; None: none.
 
-    slots: of its living workers, with their counts.
+    slots: the slots of its living workers, with their counts.
     """
     now, rate, longest_s = time.monotonic_ns(), 0.0, 0.0
     for slot, counts in slots if generation.program.spreads else ():

@@ -20,7 +20,7 @@ from ..system.terminal import tell
 
 
 class StartReport:
-    """The report of the first start, which is sent once."""
+    """The report on the first start, which is sent once."""
 
     def __init__(self, line: int | None, terminal: int | None, pid: int) -> None:
         """Take ownership of the descriptors.
@@ -35,7 +35,7 @@ class StartReport:
         self.failure = ""
 
     def watch(self, loop: Loop, gone: Callable[[], None]) -> None:
-        """Call back when the launching process exits before it gets a report."""
+        """Call back if the launching process exits before it gets a report."""
         if self._socket is not None:
             self._unwatch = partial(loop.unwatch, self._socket.fileno())
 

@@ -69,8 +69,8 @@ class Supervisor:
     runtime: Runtime
     _: KW_ONLY
     reopen_logs: Callable[[], None]
-    #: Called with each signal, before it is acted on.
-    took: Callable[[int], object]
+    #: Called with each signal before we act on it.
+    on_signal: Callable[[int], object]
     #: A descriptor of the terminal that a foreground protector runs on.
     terminal: int | None
     #: The protector was started to survive its terminal (nohup).
@@ -104,7 +104,7 @@ class Supervisor:
         left_s = {each: due - now for each, due in snapshot.timers}
         self._order(resume(self.fleet, left_s, (*snapshot.unfinished, *snapshot.unsaid)))
         self.queue.add(recovery.adopt())
-        self._act(Hold, RouteTo)  # before the slow rest, so that clients need not wait for it
+        self._act(Hold, RouteTo)  # first, so that clients need not wait for the slow rest
         for events in recovery.adopt_workers():
             self.queue.add(events)
             self.yield_to_accepts()
@@ -115,7 +115,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Supervise until the fleet has ended.  Returns the exit status."""
-        self._reap_orphans()  # an earlier program may have been killed before it did that
+        self._reap_orphans()  # an earlier program may have been killed before it reaped them
         self.runtime.loop.run()
         self.upgrade.end()
         return self.effects.exit_status or 0
@@ -260,7 +260,7 @@ class Supervisor:
             self.runtime.loop.call_after("reap", 0.0, self._reap_orphans)
             return
         # Report the signal first, so that the guard does not send it to the next program, too.
-        self.took(number)
+        self.on_signal(number)
         self.runtime.log.write("info", "signal", signal=signal.Signals(number).name)
         match number:
             case signal.SIGHUP if self._terminal_is_gone():

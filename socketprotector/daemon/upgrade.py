@@ -2,8 +2,8 @@
 
 First a probe process runs the new program, which loads the state and answers.  Only then does this
 process execute the new program: same pid, same children, nothing closed.  If the installation is
-broken, the probe fails, and nothing changes.  A check is a probe of a copy of the state, without
-the rest.
+broken, the probe fails, and nothing changes.  A check is a probe with a copy of the state, and
+without the exec.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ PROBE_S = 30.0
 _ANSWER_BYTES = 4096
 _ANSWER = b"ok "
 _TIMER = "probe"
-_SAID_BYTES = 4096
+_OUTPUT_BYTES = 4096
 
-#: What a probe reads.
+#: The descriptors that a probe reads.
 _NEEDED = (inherited.SETTINGS, inherited.STATE)
 
-#: Called with the new program's version, or with why it cannot take over; the other is empty.
-#: Both are empty if a check was called off.
+#: Called with the new program's version and with the reason why it cannot take over.  One of them
+#: is empty; both are empty if a check was called off.
 Answered = Callable[[str, str], None]
 
 
@@ -49,12 +49,12 @@ class Upgrade:
     keeps: bool
     _probe: HelperProcess | None = None
     _opened: ExitStack = field(default_factory=ExitStack)  # the probe's answer and output
-    _check: Answered | None = None  # the probe is that of a check
+    _check: Answered | None = None  # the caller of a check; None: the probe is for an upgrade
 
     def begin(self, descriptors: Mapping[str, int], ready: Callable[[], None]) -> None:
         """Probe the new program with the settings and the state; call back if it can take over.
 
-        A check is called off: its answer would come too late.
+        A check under way is called off: its answer would come too late.
         """
         if self.probes:
             self.log.write("info", "upgrade-under-way")
@@ -95,7 +95,7 @@ class Upgrade:
         def ended(how: str) -> None:
             late = self.loop.due(_TIMER) is None
             self.loop.cancel(_TIMER)
-            answer, last, place = _read(receive), last_line(said), _place(said)
+            answer, last, place = _read(receive), last_line(output), _place(output)
             opened.close()
             self._probe = None
             if answer.startswith(_ANSWER):
@@ -109,14 +109,14 @@ class Upgrade:
             receive, send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             opened.callback(os.close, receive)
             with open(send, "wb", buffering=0):  # close our copy once the probe has its own
-                said = os.memfd_create("sp.probe", os.MFD_CLOEXEC)
-                opened.callback(os.close, said)
+                output = os.memfd_create("sp.probe", os.MFD_CLOEXEC)
+                opened.callback(os.close, output)
                 given = {**given, inherited.PROBE: send}
                 if self.checks:
                     given[inherited.CHECK] = send
                 start = HelperProcess.start_protector
-                self._probe = start(self.command, given, said, self.loop, ended)
-        except OSError as error:  # for example too few descriptors: the old program stays
+                self._probe = start(self.command, given, output, self.loop, ended)
+        except OSError as error:  # such as too few descriptors: the old program keeps running
             opened.close()
             error.filename = error.filename or self.command[0]
             answered("", what_failed(error))
@@ -169,10 +169,11 @@ def _read(fd: int) -> bytes:
         return b""
 
 
-def _place(said: int) -> str:
-    """Return the file and line that a traceback in the output ends with; "" without one."""
-    size = os.fstat(said).st_size
-    text = os.pread(said, _SAID_BYTES, max(0, size - _SAID_BYTES)).decode("utf-8", "replace")
+def _place(output: int) -> str:
+    """Return the last file and line of a traceback in the output; "": there is no traceback."""
+    size = os.fstat(output).st_size
+    start = max(0, size - _OUTPUT_BYTES)
+    text = os.pread(output, _OUTPUT_BYTES, start).decode("utf-8", "replace")
     _, found, rest = text.rpartition('  File "')
     path, _, rest = rest.partition('", line ')
     number = rest.partition("\n")[0].partition(",")[0]

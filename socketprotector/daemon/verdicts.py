@@ -44,10 +44,10 @@ def pause_s(since_first_s: float) -> float:
     return min(max(_FIRST_PAUSE_S, _PAUSE_SHARE * since_first_s), _LAST_PAUSE_S)
 
 
-# -- before it has clients ---------------------------------------------------------
+# -- while it starts ---------------------------------------------------------------
 
-#: After these verdicts the generation may be ready nevertheless.
-_TELLS_NOTHING = (REFUSED, UNREACHED, UNMADE, NO_TARGET)
+#: The generation may be ready in spite of these verdicts.
+_MAYBE_READY = (REFUSED, UNREACHED, UNMADE, NO_TARGET)
 
 
 def time_tells(ready: str, verdict: Verdict) -> bool:
@@ -55,7 +55,7 @@ def time_tells(ready: str, verdict: Verdict) -> bool:
 
     ready: the kind of --ready.
     """
-    return ready == "any" and verdict.kind in _TELLS_NOTHING
+    return ready == "any" and verdict.kind in _MAYBE_READY
 
 
 # -- while it settles --------------------------------------------------------------
@@ -81,11 +81,11 @@ class Settling:
         """Return this state with --settle over: from now on a good answer is awaited."""
         return self if self.is_over else replace(self, is_over=True, is_good=False)
 
-    def after(self, verdict: Verdict, asked_at: float, now: float) -> Settling:
-        """Return the state after a verdict."""
+    def after(self, verdict: Verdict, sent_at: float, now: float) -> Settling:
+        """Return the state after a verdict; sent_at: when its probe was sent."""
         if verdict.kind == GOOD:
             return replace(self, is_good=True, unknown_since=None)
-        since = asked_at if self.unknown_since is None else self.unknown_since
+        since = sent_at if self.unknown_since is None else self.unknown_since
         if verdict.kind in _UNKNOWN and now - since < UNKNOWN_S:
             return replace(self, unknown_since=since)
         return replace(self, bad=verdict.why)
@@ -115,7 +115,7 @@ class Serving:
     missed: int = 0  # how many probes in a row were inconclusive
 
     def after(self, verdict: Verdict, most: int, at: float) -> Serving:
-        """Return the state after a verdict; most: how many bad or missing answers change it."""
+        """Return the state after a verdict; most: how many bad or missing answers end a state."""
         state, why = self.state, verdict.why
         failures, missed, reason = self.failures, 0, self.reason
         answered_at: float | None = at

@@ -25,7 +25,7 @@ _FILES = "unix:/"
 
 
 class FileWatch:
-    """Keeps one watcher process running."""
+    """Keeps a watcher process running, and handles its reports."""
 
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
         self._settings = settings
@@ -47,7 +47,7 @@ class FileWatch:
                 self._process = HelperProcess(process, self._loop, self._ended)
                 line = socket.socket(fileno=mine["line"])
                 self._line = Line(self._loop, line, self._handle)
-            else:  # not all of its descriptors were stored, or --watch is off now
+            else:  # a descriptor of this watcher was not stored, or --watch is off now
                 for fd in mine.values():
                     os.close(fd)
         if self._line is None and self._settings.watch:

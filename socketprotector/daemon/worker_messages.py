@@ -1,7 +1,7 @@
 """Reads the workers' notify sockets (sd_notify(3)), and detects workers that are silent too long.
 
 Each message is handled, and the result checkpointed, before the message is removed from its socket.
-If another program replaces this program in between, it receives the message again.
+If another program replaces this program in between, that program gets the message again.
 """
 
 from __future__ import annotations
@@ -89,16 +89,16 @@ class WorkerMessages:
             self._note(worker, status=status)
             self._log.write("debug", "status", worker=number, status=status)
         if wire.PROGRAM in fields:
-            self._first_programs.said(worker, fields[wire.PROGRAM])
+            self._first_programs.handle(worker, fields[wire.PROGRAM])
         if wire.CHILD in fields:
             self._post_mortem().child_failed(worker, fields[wire.CHILD])
         if fields.get("WATCHDOG") == "1":
             if not worker.record.watched:
                 self._note(worker, watched=True)
-            self.await_word(number, worker)
+            self.await_watchdog(number, worker)
 
     def _read_later(self, number: int, worker: Worker, error: OSError) -> None:
-        """Read again by a timer: the socket stays readable while we are out of memory."""
+        """Read again after a pause: while we are out of memory, the loop would call without end."""
         self._log.write("error", "cannot-read-messages", worker=number, error=error.strerror)
         self._loop.unwatch(worker.notify.fileno())
         self._loop.call_after(("hear", number), _READ_AGAIN_S, lambda: self._read_again(number))
@@ -110,7 +110,7 @@ class WorkerMessages:
         except OSError as error:
             self._read_later(number, worker, error)
 
-    def await_word(self, number: int, worker: Worker) -> None:
+    def await_watchdog(self, number: int, worker: Worker) -> None:
         """Replace a worker if its next WATCHDOG=1 does not come in time.
 
         Until a worker is ready, only the start timeout applies.

@@ -1,8 +1,7 @@
-"""The running workers: starts them, signals them, and posts events about them.
+"""Starts and signals workers, and posts events about them.
 
-effects.py calls the pool, and the pool posts events.  Start: worker_spawn.py; messages:
-worker_messages.py; exit: post_mortem.py.  A worker is identified by its number, which is never
-reused.  A pid can be reused as soon as its worker is reaped.
+Start: worker_spawn.py; messages: worker_messages.py; exit: post_mortem.py.  A worker is identified
+by its number, which is never reused.  The kernel may reuse a pid as soon as its worker is reaped.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ class WorkerPool:
         self._memory = memory_watch.MemoryWatch(runtime, self._workers)
         first = FirstPrograms(runtime, output, remember)
         self._messages = WorkerMessages(
-            runtime, self._workers, first, self._note, self._is_ready, lambda: self._post_mortem
+            runtime, self._workers, first, self._note, self._on_ready, lambda: self._post_mortem
         )
         self._limits: worker_recycling.LimitWatch | None = None
         self.apply_settings(settings)
@@ -124,8 +123,8 @@ class WorkerPool:
             passes_over=passes_over,
         )
 
-    def check_says(self, generation: int) -> str:
-        """Return a check result of a worker that is not ready yet; "": there is none."""
+    def check_result(self, generation: int) -> str:
+        """Return the last --ready check: result of a worker that is not ready; "": no result."""
         results = (each.readiness.last for each in self._workers_of(generation))
         return next(filter(None, results), "")
 
@@ -155,7 +154,7 @@ class WorkerPool:
         self._log.write("info", "spawned", generation=of, worker=number, slot=slot, pid=pid)
 
     def signal(self, number: int, kind: WorkerSignal) -> None:
-        """Send a worker a signal, KILL to its whole process group; no error if it has exited."""
+        """Send a signal to a worker or its orphaned group; KILL goes to the whole group."""
         worker, sent = self._workers.get(number), signal.Signals[f"SIG{kind.value}"]
         if worker is None:
             self.groups.signal(number, sent)
@@ -180,7 +179,7 @@ class WorkerPool:
         self._log.write("info", "retired", worker=number)
 
     def drain(self, generation: int) -> None:
-        """Order a generation's workers to finish, unless end of file on their channel does that."""
+        """Order a generation's workers to finish, if end of file on the channel does not do so."""
         for worker in self._workers_of(generation):
             if worker.generation.program.finish_signal and not worker.record.asked_to_exit:
                 self._order_to_finish(worker)
@@ -204,7 +203,7 @@ class WorkerPool:
         self._note(worker, asked_to_exit=True)
 
     def _send(self, worker: Worker, number: int) -> bool:
-        """Send a signal and log it; return False without permission.
+        """Send a signal and log it; return False if permission is missing.
 
         KILL goes to the whole process group.
         """
@@ -301,7 +300,7 @@ class WorkerPool:
         """Note that a worker reported by einhorn's protocol that it is ready."""
         number = self._by_pid.get(pid)
         if number is not None and self._workers[number].readiness.by_ack:
-            self._is_ready(number, "ack")
+            self._on_ready(number, "ack")
 
     # -- readiness and exits -------------------------------------------------
 
@@ -319,7 +318,7 @@ class WorkerPool:
         self._messages.watch(number, worker)
         program = worker.generation.program
         worker.readiness.watch(
-            lambda by: self._is_ready(number, by),
+            lambda by: self._on_ready(number, by),
             lambda over, late: self._start_check(worker, over, late),
             lambda why: self._log.write(
                 "warning",
@@ -343,7 +342,7 @@ class WorkerPool:
         self._records[number] = worker.record
         self._by_pid[worker.process.pid] = number
         self._keep_descriptors(worker)
-        self._messages.await_word(number, worker)
+        self._messages.await_watchdog(number, worker)
 
     def _start_check(
         self, worker: Worker, over: Callable[[str], None], late: Callable[[str], None]
@@ -364,7 +363,7 @@ class WorkerPool:
         )
 
     def _checked(self, worker: Worker) -> None:
-        """Release a generation's probe address once no worker of it is checked any more."""
+        """Release a generation's probe address once none of its workers is checked any more."""
         generation = worker.record.generation
         if worker.generation.program.ready == "check" and not any(
             each.readiness.is_checked for each in self._workers_of(generation)
@@ -388,8 +387,9 @@ class WorkerPool:
         """
         workers = [w for w in self._workers.items() if w[1].record.generation == generation]
         for number, _ in workers:
-            self._messages.read(number)  # it may have sent READY=1 before it answered
+            self._messages.read(number)  # the worker may have sent READY=1 before the answer
         relies = self._spawner.settings.policy.relies_on_library
+        # Some workers have sent X_SOCKETPROTECTOR_RETIRE=1, and others not yet.
         early = relies and len({each.record.retires for _, each in workers}) > 1
         if not early and all(self._note_ready(number, worker, by) for number, worker in workers):
             self._post(Answered(generation, self.all_retire(generation)))
@@ -401,10 +401,10 @@ class WorkerPool:
             if not worker.has_served:
                 worker.readiness.wait()
 
-    def _is_ready(self, number: int, by: str, *, retires: bool = False) -> None:
+    def _on_ready(self, number: int, by: str, *, retires: bool = False) -> None:
         worker = self._workers.get(number)
         if worker is None or worker.record.ready_by or worker.has_served:
-            if worker is not None and retires:  # a probe made the worker ready before READY=1 came
+            if worker is not None and retires:  # READY=1 has come after a good probe
                 self._note(worker, retires=True)
             return
         if self._note_ready(number, worker, by, retires=retires):
@@ -412,7 +412,7 @@ class WorkerPool:
             self._post(WorkerReady(number, finishes, retires))
 
     def _note_ready(self, number: int, worker: Worker, by: str, *, retires: bool = False) -> bool:
-        """Note how a worker became ready; return False if it has exited, and so must not serve."""
+        """Note how a worker became ready; return False if it has exited and must not serve."""
         if worker.has_served:
             return True
         self.spoken_with = self.spoken_with or by != "timer"
@@ -426,7 +426,7 @@ class WorkerPool:
         self._log.write(
             "info", "worker-ready", generation=worker.record.generation, worker=number, by=other
         )
-        self._messages.await_word(number, worker)
+        self._messages.await_watchdog(number, worker)
         return True
 
     def _ended(self, number: int) -> None:

@@ -60,10 +60,10 @@ class BornTooLarge:
             self._next_at = now + backoff_s(self._in_a_row)
         return self._replaced[number]
 
-    def forget(self, living: Container[int], *, a_grown_one_fits: bool) -> None:
-        """Forget exited workers, and end the loop if a grown worker fits."""
-        self._replaced = {each: said for each, said in self._replaced.items() if each in living}
-        if a_grown_one_fits and not self._replaced:
+    def forget(self, living: Container[int], *, grown_worker_fits: bool) -> None:
+        """Forget exited workers, and end the loop if a worker stayed within the limit."""
+        self._replaced = {each: may for each, may in self._replaced.items() if each in living}
+        if grown_worker_fits and not self._replaced:
             self._in_a_row = 0
 
 
@@ -81,7 +81,7 @@ class LimitWatch:
         self.use(settings)
 
     def use(self, settings: Settings) -> None:
-        """Put these limits in force."""
+        """Apply the limits of these settings."""
         self._limits, self._secret = settings.worker_limits, settings.secret
         self._large = BornTooLarge()
         self._loop.cancel(_TIMER)
@@ -116,7 +116,7 @@ class LimitWatch:
             if reason is not None:
                 self._post(ReplaceRequested(number, reason))
         self._retired = retired_now
-        self._large.forget(self._workers, a_grown_one_fits=fits)
+        self._large.forget(self._workers, grown_worker_fits=fits)
         self._loop.call_after(_TIMER, EVERY_S, self._check_workers)
 
     def _check_child(self, worker: Worker, child: forked_children.Child) -> set[int]:
@@ -183,7 +183,7 @@ def exceeded(limits: Limits, key: str, *, age_s: float, accepted: int | None) ->
     """Return which limit of age or connections a worker has reached, in words; None: neither.
 
     key: differs by worker, so that workers that start together do not end together.
-    accepted: how many connections it has accepted; None: they are not counted.
+    accepted: how many connections the worker has accepted; None: it does not count.
     """
     if limits.age_s and age_s >= limits.age_s:
         return f"older than {in_units(limits.age_s)}"

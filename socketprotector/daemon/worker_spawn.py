@@ -1,7 +1,7 @@
 """Starts a worker: its descriptors, its environment, its process.
 
 A worker's environment describes its descriptors, by number (docs/protocol.md; for workers that
-accept, also sd_listen_fds(3)).  A worker gets the handles of its delivery, its slot of the
+accept, also sd_listen_fds(3)).  A worker gets the handles of the delivery, a slot of the
 scoreboard, and a RETURN line of its own.  End of file on this line orders the worker to finish; we
 read nothing from the line.
 
@@ -44,8 +44,8 @@ from .log_output import Output
 class Worker:
     """One worker process, and the sockets between it and us."""
 
-    #: The record that the next program needs.  It is always replaced whole, because a checkpoint
-    #: detects a change by identity.
+    #: The record that the next program needs.  Always replace it whole, because a checkpoint
+    #: detects changes by identity.
     record: WorkerRecord
     generation: OpenGeneration  # not ours to close
     process: Process
@@ -55,12 +55,12 @@ class Worker:
     named: dict[str, int] = field(default_factory=dict)  # the stored part of descriptors()
     ended: bool = False
     last_words: str | None = None  # after its end; None: still awaited, or not requested
-    end_from_guard: End | None = None  # how it ended, from the guard
-    awaits_end: bool = False  # its end must come from the guard
+    end_from_guard: End | None = None  # how it ended, as the guard reported
+    awaits_end: bool = False  # the guard must report how it ended
 
     @property
     def has_served(self) -> bool:
-        """Return whether it has served: a worker that exits as soon as it is ready has not."""
+        """Return whether it has served; False for a worker that exits as soon as it is ready."""
         return self.record.ready_at is not None
 
     def descriptors(self) -> dict[str, int]:
@@ -157,9 +157,9 @@ class WorkerSpawner:
                 descriptors = handles.descriptors | more
                 environment |= handles.environment | library_environment
                 offered = Readiness.offered(program, free, self.loop, number)
-                readiness, its_ends, variables = theirs.enter_context(offered)
+                readiness, ready_ends, variables = theirs.enter_context(offered)
                 output = theirs.enter_context(self.output.opened(number, generation.record.number))
-                descriptors |= its_ends | output.places
+                descriptors |= ready_ends | output.places
                 environment |= variables
                 process = spawn(program, environment, descriptors, handles.pid_in)
                 output.pid = process.pid

@@ -115,7 +115,7 @@ def protector_of(away: Away, monkeypatch: pytest.MonkeyPatch, workers: int = 600
         cast("Any", None),
         Runtime(cast("Any", loop), cast("Any", log), queue.post, lambda: True),
         reopen_logs=lambda: None,
-        took=lambda _: None,
+        on_signal=lambda _: None,
         terminal=None,
         outlives_terminal=False,
     )

@@ -425,6 +425,6 @@ def test_a_number_that_an_unwritten_state_has_given_twice_ends_no_protector() ->
     assert relay._helper is not None
     assert relay._helper.process.reap()
     relay._helper.close()
-    relay._written.close()
+    relay._output_ready.close()
     log.close()
     loop.close()

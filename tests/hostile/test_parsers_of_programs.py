@@ -77,7 +77,7 @@ def test_what_a_worker_says(data: bytes) -> None:
         loop=None, log=SimpleNamespace(write=lambda *_, **__: None), post=posted.append
     )
     worker: Any = SimpleNamespace(readiness=SimpleNamespace(by_word=False))
-    first: Any = SimpleNamespace(said=lambda *_: None)
+    first: Any = SimpleNamespace(handle=lambda *_: None)
     failed: Any = lambda: SimpleNamespace(child_failed=lambda *_: None)  # noqa: E731
     one = WorkerMessages(
         runtime, {}, first, lambda _, **fields: noted.append(fields), lambda *_: None, failed
@@ -105,8 +105,8 @@ def test_what_a_pool_says_of_its_first_programs(text: str) -> None:
     failed: list[tuple[int, int]] = []
     object.__setattr__(one, "_failed", lambda _, pid, status: failed.append((pid, status)))
 
-    one.said(worker, text)
-    one.said(worker, "failed 12 256")
+    one.handle(worker, text)
+    one.handle(worker, "failed 12 256")
 
     assert failed[-1] == (12, 256)
     assert all(0 <= number < 10**9 for pair in failed for number in pair)

@@ -100,7 +100,7 @@ class FakeStore:
             if not fails:
                 self.written = content
             self.said = "No space left on device" if fails else "ok"
-            its._written("exited")
+            its._on_written("exited")
 
         self._world._loop.call_after("release writer", self._world._chance(), end)
 

@@ -801,7 +801,7 @@ class World:
             cast("Any", Upgrade(kernel)),
             runtime,
             reopen_logs=lambda: None,
-            took=lambda _: None,
+            on_signal=lambda _: None,
             terminal=None,
             outlives_terminal=False,
         )

@@ -101,7 +101,7 @@ def of_waits(
     now, starting = time.monotonic(), fleet.of(Phase.STARTING)
     answer = ""
     if starting is not None:
-        answer = effects.probing.last or effects.pool.check_says(starting.number)
+        answer = effects.probing.last or effects.pool.check_result(starting.number)
     settling = fleet.of(Phase.SETTLING)
     settles = effects.generations.get(settling.number) if settling is not None else None
     facts = Facts(
@@ -219,7 +219,7 @@ def _of_closing(
     opened: OpenGeneration, slots: Sequence[tuple[int, Counts | None]]
 ) -> dict[str, Any]:
     """Return the field `closing`; an empty result unless workers end their connections evenly."""
-    found = spread.of_closing(opened, slots) if opened.program.spreads else None
+    found = spread.closing_rate(opened, slots) if opened.program.spreads else None
     return {"closing": found} if found else {}
 
 

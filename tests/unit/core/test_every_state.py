@@ -55,7 +55,7 @@ def a_failed_reload_changes_nothing(taken: Taken) -> None:
     assert taken.after.of(Phase.SERVING) is not None, "invariant 2: nothing serves any more"
     assert taken.after[serving.number].phase is Phase.SERVING, "invariant 2: another one serves"
     ended = {each.worker for each in taken.actions if isinstance(each, Signal)}
-    staying = {each.number for each in serving.takers if not each.hung}
+    staying = {each.number for each in serving.staying if not each.hung}
     assert not ended & staying, "invariant 2: workers that serve were ended"
 
 

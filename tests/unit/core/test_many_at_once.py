@@ -178,7 +178,7 @@ def test_many_are_let_go_a_few_at_a_time(story: Story) -> None:
 
     assert count(story.when_at_once(ScaleRequested(to=1)), Retire) <= AT_ONCE
     story.when(DeadlinePassed(TURN))
-    assert len(story.fleet.generations[0].takers) == 1
+    assert len(story.fleet.generations[0].staying) == 1
 
 
 def test_where_one_was_killed_the_next_program_goes_on_starting_them(story: Story) -> None:

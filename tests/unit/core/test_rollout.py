@@ -479,7 +479,7 @@ def test_scaling_changes_both_generations(story: Story) -> None:
     assert [len(each.workers) for each in story.fleet.generations] == [2, 2]
 
     story.and_also(WorkerReady(3), WorkerReady(4), ScaleRequested(-1))
-    assert [len(each.takers) for each in story.fleet.generations] == [1, 1]
+    assert [len(each.staying) for each in story.fleet.generations] == [1, 1]
 
     retiring = [w for w in story.fleet[2].workers if w.state is State.RETIRING]
     story.and_also(WorkerExited(retiring[0].number, "exited with status 0"))

@@ -115,11 +115,11 @@ def test_an_order_that_ends_nothing_reports_nobody(generation: OpenGeneration) -
 
 def test_status_shows_the_rate_and_the_time(generation: OpenGeneration) -> None:
     slots = [(0, Counts(active=300)), (1, Counts(active=60)), (2, None)]
-    assert spread.of_closing(generation, slots) is None
+    assert spread.closing_rate(generation, slots) is None
     declare(generation, 0)
     spread.order(generation, [FIRST, SECOND], 600.0, Said().log)
 
-    found = spread.of_closing(generation, slots)
+    found = spread.closing_rate(generation, slots)
 
     # The second worker does not declare that it follows.
     assert found is not None
@@ -134,5 +134,5 @@ def test_without_a_scoreboard_nothing_is_ordered_and_nothing_shown() -> None:
     spread.order(bare, [FIRST], 600.0, said.log)
     spread.check(bare, [FIRST], said.log)
 
-    assert spread.of_closing(bare, [(0, Counts(active=3))]) is None
+    assert spread.closing_rate(bare, [(0, Counts(active=3))]) is None
     assert not said.lines

@@ -61,7 +61,7 @@ class World:
             readiness=SimpleNamespace(by_word=True),
             has_served=True,
         )
-        first: Any = SimpleNamespace(said=lambda _, text: self.programs.append(text))
+        first: Any = SimpleNamespace(handle=lambda _, text: self.programs.append(text))
         with pytest.MonkeyPatch.context() as patch:
             runtime = self.clock.use_in(patch)
         self.messages = WorkerMessages(
@@ -199,7 +199,7 @@ def test_a_worker_without_a_watchdog_may_be_silent(world: World, why: str) -> No
     world.worker.has_served = why != "not ready"
     world.worker.generation.program.watchdog_s = 0.0 if why == "no option" else WATCHDOG_S
     world.say(**({"STATUS": "idle"} if why == "never sent one" else {"WATCHDOG": "1"}))
-    world.messages.await_word(1, world.worker)
+    world.messages.await_watchdog(1, world.worker)
     world.clock.pass_time(1000)
 
     assert world.clock.posted == []

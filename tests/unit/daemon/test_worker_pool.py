@@ -274,10 +274,10 @@ def test_an_answer_is_too_early_while_a_worker_on_the_library_still_starts(world
     world.pool.apply_settings(replace(SETTINGS, policy=Policy(workers_accept=True)))
     world.spawn(1)
     world.spawn(2)
-    world.pool._is_ready(1, "notify", retires=True)
+    world.pool._on_ready(1, "notify", retires=True)
     assert not world.pool.answered(1, "accept")
 
-    world.pool._is_ready(2, "notify", retires=True)
+    world.pool._on_ready(2, "notify", retires=True)
     assert world.pool.answered(1, "accept")
     ready = [WorkerReady(1, True, True), WorkerReady(2, True, True)]
     assert world.clock.posted == [*ready, Answered(1, True)]

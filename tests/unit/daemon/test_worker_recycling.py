@@ -86,7 +86,7 @@ def replaced_at(large: BornTooLarge, seconds: int) -> list[int]:
         if large.may_replace(number, 1.0, float(now)):
             at.append(now)
             number += 1
-        large.forget({number}, a_grown_one_fits=False)
+        large.forget({number}, grown_worker_fits=False)
     return at
 
 
@@ -118,7 +118,7 @@ def test_a_worker_that_has_grown_is_replaced_at_once_in_a_row_of_others_too() ->
     waits = not large.may_replace(1001, 1.0, 100.0)
     assert waits
     assert not large.may_replace(1001, 60.0, 100.0), "it was too large at once"
-    large.forget((), a_grown_one_fits=True)
+    large.forget((), grown_worker_fits=True)
     assert not large.is_loop
 
 

@@ -279,7 +279,7 @@ class Fleet:
     def most_processes(self) -> int:
         """How many processes may live at once under --reload-order rolling.
 
-        The number includes the workers of all generations, and process groups without their worker.
+        The number includes the workers of all generations, and orphaned process groups.
         """
         wanted, incoming = self.workers_wanted, self.incoming
         if incoming:
@@ -336,7 +336,7 @@ class Fleet:
 
     @property
     def queue_is_last(self) -> bool:
-        """Whether a draining generation's queue has clients that only its workers can serve.
+        """Whether only a draining generation's own workers can serve the clients in its queue.
 
         False where workers accept: there, clients wait in the backlog, which a stop closes.
         """

@@ -1,7 +1,7 @@
 """The result of one decide() call under construction: the new fleet and the actions.
 
 Pure.  Each method changes the fleet and orders the matching action in one place, so that the two
-cannot diverge: no timer runs that the fleet does not know, and no worker is spawned that the fleet
+cannot diverge.  No timer runs that the fleet does not know, and no worker is spawned that the fleet
 does not list.  Shared by reload.py, workers.py and stop.py:
 
 * timers: start, extend, cancel

@@ -1,4 +1,4 @@
-"""Workers of a generation: ready, exited, replaced, scaled up and down.
+"""Handles the workers of a generation: ready, exited, replaced, scaled up and down.
 
 Pure.  Only WorkerExited removes a process from the fleet; a signal or a deadline never does.
 """
@@ -73,7 +73,7 @@ def _exited(step: Step, event: WorkerExited, generation: Generation, worker: Wor
             _respawn(step, generation.number, worker, event.served_s)
         elif replacement is None:
             _end_stuck(step, worker.replaces)
-    elif event.waiting and _is_last_taker(step.fleet, generation.number):
+    elif event.waiting and _would_lose_queue(step.fleet, generation.number):
         _respawn(step, generation.number, worker, event.served_s)
     elif generation.phase in (Phase.STARTING, Phase.SETTLING):
         if worker.state is not State.RETIRING:
@@ -136,7 +136,7 @@ def _end_oldest_orphans(step: Step) -> None:
             step.end_worker(oldest)
 
 
-def _is_last_taker(fleet: Fleet, number: int) -> bool:
+def _would_lose_queue(fleet: Fleet, number: int) -> bool:
     """Return whether queued clients would be lost without another worker."""
     generation = fleet[number]
     has_another = generation.staying or any(not w.alive for w in generation.workers)

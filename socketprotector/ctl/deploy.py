@@ -183,7 +183,8 @@ def _await_deploy(
     previous = f" (before: {old})" if old and old != name else ""
     if saved.error:
         raise CurrentNotMoved(
-            f"release {name} is serving{previous}, but {saved.error}; it is tried again, see status"
+            f"release {name} is serving{previous}, but {saved.error}; "
+            "SocketProtector tries again, see status"
         )
     operation.finish("deployed", f"deployed: release {name}{previous}; {found.words}")
 

@@ -28,8 +28,8 @@ from .effects import Effects
 from .generation import OpenGeneration
 
 #: Why a worker or generation of the fleet is missing.
-_KILLED = "the protector was killed while it was being started"
-_ENDED = "ended while the protector was killed"
+_KILLED = "the protector was killed during this start"
+_ENDED = "ended while no protector was running"
 #: The descriptors without which a worker cannot be adopted.
 _STORED = {"process", "notify"}
 

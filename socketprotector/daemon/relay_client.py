@@ -58,9 +58,9 @@ _END_S = 3.0
 #: The messages to the relay: read a worker's pipe, close the pipe, send last words, write lines to
 #: this descriptor, exit.
 _PIPE, _CLOSE, _WORDS, _NEW_STDERR, _END = "+", "-", "?", "=", "!"
-_LACKS_HINT = "its descriptor limit was lowered; SocketProtector raises it, or starts another relay"
+_LACKS_HINT = "its descriptor limit was lowered; SocketProtector raises it or restarts the relay"
 _CLOSED_HINT = (
-    "a process that writes there gets SIGPIPE; see: ls -l /proc/*/fd/* | grep pipe:.{pipe}"
+    "a process that writes to the pipe gets SIGPIPE; see: ls -l /proc/*/fd/* | grep pipe:.{pipe}"
 )
 
 
@@ -268,7 +268,7 @@ class LogRelay:
     # -- workers -------------------------------------------------------------
 
     def read_from(self, number: int, pipe: WorkerPipe) -> None:
-        """Carry a worker's output from now on; takes ownership of the read end."""
+        """Let the relay read a worker's output from now on; takes ownership of the read end."""
         self._keep(number, pipe)
         self._unsent.append((_PIPE, number))
         self._send_unsent()
@@ -279,7 +279,7 @@ class LogRelay:
         self._workers[number] = pipe
         self._named[pipe.name(number)] = pipe.read
         try:
-            # Events 0: epoll still reports when the last writer has closed the pipe.
+            # With events 0, epoll still reports that the last writer has closed the pipe.
             self._loop.watch(pipe.read, lambda: self._close_if_done(number), 0)
             self._output_ready.register(pipe.read, select.EPOLLIN)
         except OSError:  # out of descriptors or memory: check by a timer

@@ -258,7 +258,9 @@ class Releases:
         return program is not None or self._path(name) in report.reason
 
     def _with_note(self, reason: str) -> str:
-        state = f"{self._not_moved}; it is tried again" if self._not_moved else self.warning
+        state = (
+            f"{self._not_moved}; SocketProtector tries again" if self._not_moved else self.warning
+        )
         noted = "; ".join(filter(None, (reason, self._note, state)))
         self._note = ""
         return noted

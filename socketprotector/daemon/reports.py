@@ -134,7 +134,7 @@ class Reports:
 
     def listener_lost(self, address: str, reason: str) -> None:
         """Report that a listener gets no more clients."""
-        hint = "a process has broken it or removed its file; restart to restore it"
+        hint = "a process broke the socket or removed its file; restart to restore the listener"
         self._log.write("error", "listener-lost", listen=address, error=reason, hint=hint)
         self._systemd.send(STATUS=f"{address} no longer accepts connections; restart to restore it")
 

@@ -72,7 +72,7 @@ class StartReport:
         The line stays open until this process exits: the launching process waits for that.
         """
         self._send(
-            failed=self.failure or "it was stopped before a generation was serving",
+            failed=self.failure or "stopped before a generation was serving",
             status=status or Refusal.status,
         )
         if self._terminal is not None and self.failure:

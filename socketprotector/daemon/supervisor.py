@@ -76,7 +76,7 @@ class Supervisor:
     #: The protector was started to survive its terminal (nohup).
     outlives_terminal: bool
     _unfinished: deque[Action] = field(default_factory=deque)  # decided, maybe not carried out
-    # The RECORDED part of _unfinished, kept apart because each of a thousand spawns writes the
+    # The RECORDED part of _unfinished is kept apart, because each of a thousand spawns writes the
     # state.
     _recorded: deque[Action] = field(default_factory=deque)
     _working: bool = False
@@ -125,7 +125,7 @@ class Supervisor:
         if self._working:
             return
         self._working = True
-        acted = True  # the caller may have acted
+        acted = True  # the caller may have acted before
         try:
             for event in self.queue:
                 self.fleet, actions = decide(self.fleet, event)

@@ -148,7 +148,7 @@ class WorkerPool:
             self._messages.unwatch(number, worker)
             worker.process.discard()
             worker.close()
-            self._post(WorkerExited(number, f"cannot watch it: {what_failed(error)}"))
+            self._post(WorkerExited(number, f"cannot watch the worker: {what_failed(error)}"))
             return
         of, pid = generation.record.number, worker.process.pid
         self._log.write("info", "spawned", generation=of, worker=number, slot=slot, pid=pid)

@@ -154,7 +154,7 @@ class LimitWatch:
     @property
     def _hint(self) -> str:
         most, soon = f"{self._limits.memory_bytes >> 20} MiB", in_units(_AT_ONCE_S)
-        return f"workers exceed --max-memory ({most}) within {soon} of their start; raise it"
+        return f"workers exceed --max-memory ({most}) within {soon} of their start; raise the limit"
 
     def _say_uncounted(self, number: int) -> None:
         """Warn once that --retire-after has no effect on a worker that does not count."""

@@ -136,7 +136,7 @@ def test_a_start_that_is_called_off_has_ended_before_it_says_so(
         waiting.process.send_signal(number)
         assert waiting.line.recv(1) == b""
         waiting.process.send_signal(number)  # once more changes nothing
-        waiting.hears(failed="it was stopped before a generation was serving", status=100)
+        waiting.hears(failed="stopped before a generation was serving", status=100)
         waiting.line.close()
         protector.kill()
 

@@ -21,7 +21,7 @@ from socketprotector.model.records import SettingsRecord, WorkerRecord
 from socketprotector.model.settings import Settings
 from socketprotector.system.inherited import Inherited
 
-KILLED = "the protector was killed while it was being started"
+KILLED = "the protector was killed during this start"
 PHASES = (Phase.SERVING, Phase.STARTING)
 _WAITS = "import signal; signal.pause()"
 

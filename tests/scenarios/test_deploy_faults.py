@@ -133,14 +133,15 @@ def test_if_the_rename_fails_the_release_serves_and_it_is_tried_again(
 
     said = f"{releases.current} still names 1: No space left on device"
     assert ended.status == 5, ended
-    assert f"release 2 is serving (before: 1), but {said}; it is tried again, see status" in (
-        ended.err
+    assert (
+        f"release 2 is serving (before: 1), but {said}; SocketProtector tries again, see status"
+        in (ended.err)
     )
     assert (serving(one), releases.named) == ("2", "1")
     status = one.status()
     assert status["releases"]["error"] == said
     assert said in status["warnings"]
-    assert status["reloads"][-1]["reason"] == f"{said}; it is tried again"
+    assert status["reloads"][-1]["reason"] == f"{said}; SocketProtector tries again"
     assert json.loads(ctl(one, "deploy", "2", "--json", "--force").out)["result"] == "not recorded"
     flag.unlink()
     eventually(lambda: releases.named == "2", "current moved")

@@ -122,7 +122,7 @@ def test_term_to_the_protector_that_starts_stops_it_and_says_so(start: Start, ga
         assert process.wait(DEADLINE_S) == 100
         assert process.stderr
         said = process.stderr.read()
-        assert said == "SocketProtector: it was stopped before a generation was serving\n"
+        assert said == "SocketProtector: stopped before a generation was serving\n"
         assert start.left() == []
 
 

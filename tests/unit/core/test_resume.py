@@ -52,7 +52,7 @@ from tests.unit.core.world import POLICIES, ROUNDS, World, check_step, one_at_a_
 
 __all__ = ["one_at_a_time"]  # pytest uses it
 
-KILLED = "the protector was killed while it was being started"
+KILLED = "the protector was killed during this start"
 
 
 class KilledWorld(World):

@@ -178,7 +178,9 @@ def test_a_worker_that_cannot_be_watched_is_ended_and_reported(world: World, at:
     worker = world.spawn(1)
 
     assert worker.calls == ["discard", "close"]
-    assert world.clock.posted == [WorkerExited(1, "cannot watch it: Cannot allocate memory")]
+    assert world.clock.posted == [
+        WorkerExited(1, "cannot watch the worker: Cannot allocate memory")
+    ]
     assert (world.pool.records(), world.clock.watched) == ((), {})
 
 

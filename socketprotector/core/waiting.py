@@ -198,11 +198,11 @@ def _stop(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
     if not fleet.stopping:
         return
     if fleet.stopping is Stop.GRACEFUL and fleet.listeners_open:
-        late = facts.late_clients_s
+        late_s = facts.late_clients_s
         reason = "stopping: accepting clients that have already connected"
-        if late is not None:
+        if late_s is not None:
             reason = "stopping: accepting clients that waited during the hold"
-        yield Wait("stop", reason, None, late if late is not None else _stop_left(facts))
+        yield Wait("stop", reason, None, late_s if late_s is not None else _stop_left(facts))
     for generation in fleet.generations:
         if generation.phase in (Phase.DRAINING, Phase.ABANDONED):
             yield _end_of("stop", facts, generation, _stop_left(facts))

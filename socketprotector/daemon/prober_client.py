@@ -43,17 +43,17 @@ class Prober:
         self._heard, self._ended, self._late = heard, ended, late
         self._process: HelperProcess | None = None
         self._number = 0  # the number of the last probe
-        words = [str(_LINE_FD)]
+        arguments = [str(_LINE_FD)]
         self._line, theirs = Line.make(loop, self._on_message)
         descriptors = {_LINE_FD: theirs.fileno()}
         with on_error(self.close), theirs:
             if forwards is not None:
                 target, listening = forwards
-                words.append(str(_LISTENING_FD))
+                arguments.append(str(_LISTENING_FD))
                 descriptors[_LISTENING_FD] = listening.fileno()
                 self._line.socket.send(_message(target, ProbeSpec("forward")), socket.MSG_DONTWAIT)
             self._process = HelperProcess.start_own(
-                "prober.py", words, descriptors, loop, self._has_ended
+                "prober.py", arguments, descriptors, loop, self._has_ended
             )
 
     def send(

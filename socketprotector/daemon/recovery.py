@@ -61,9 +61,9 @@ class Recovery:
             if generation is not None and self.unclaimed.has(
                 inherited.WORKER, record.number, "process"
             ):
-                mine = self.unclaimed.take(inherited.WORKER, record.number)
-                effects.pool.expect(record, mine)
-                self._workers.append((record, mine, generation))
+                descriptors = self.unclaimed.take(inherited.WORKER, record.number)
+                effects.pool.expect(record, descriptors)
+                self._workers.append((record, descriptors, generation))
         serving = fleet.of(Phase.SERVING)
         proven = effects.generations.get(serving.number) if serving is not None else None
         effects.last_good = proven.program if proven is not None else snapshot.last_good
@@ -99,11 +99,11 @@ class Recovery:
     def _adopt_generations(self) -> list[Event]:
         effects, fleet, broken = self.effects, self.snapshot.fleet, list[Event]()
         for record in self.snapshot.generations:
-            mine = self.unclaimed.take(inherited.GENERATION, record.number)
-            each = OpenGeneration.adopt(record, mine.pop("board", None))
+            descriptors = self.unclaimed.take(inherited.GENERATION, record.number)
+            each = OpenGeneration.adopt(record, descriptors.pop("board", None))
             known = None if record.released else fleet.generation(record.number)
             draining = known is not None and known.phase is Phase.DRAINING
-            if not effects.delivery.adopt_generation(each, mine, draining=draining):
+            if not effects.delivery.adopt_generation(each, descriptors, draining=draining):
                 each.forget_board()
             elif known is None:
                 effects.generations.released[record.number] = each
@@ -117,14 +117,14 @@ class Recovery:
         """Adopt one worker in each step; at the end, yield events about lost parts of the fleet."""
         ended: list[WorkerExited] = []
         pool, fleet = self.effects.pool, self.snapshot.fleet
-        for record, mine, generation in self._workers:
+        for record, descriptors, generation in self._workers:
             # Without a line, only a signal makes a worker finish.
             needed = _STORED if generation.program.finish_signal else {*_STORED, "line"}
-            if mine.keys() >= needed and not record.orphaned:
-                pool.adopt(record, mine, generation)
+            if descriptors.keys() >= needed and not record.orphaned:
+                pool.adopt(record, descriptors, generation)
             else:
                 # The worker had exited, and some of its descriptors may have left the store.
-                has_group = pool.adopt_group(record, mine, generation)
+                has_group = pool.adopt_group(record, descriptors, generation)
                 found = fleet.find(record.number)
                 if has_group != (found is not None and found[1].state is State.ORPHANED):
                     ended.append(WorkerExited(record.number, _ENDED, orphans=has_group))

@@ -157,9 +157,9 @@ class Releases:
 
     def is_changed(self, entry: Entry) -> bool:
         """Return whether a release has changed since it was proved."""
-        was = entry.was
-        return was is not None and was != release_store.fingerprint(
-            self._path(entry.release), was.program
+        proved = entry.was
+        return proved is not None and proved != release_store.fingerprint(
+            self._path(entry.release), proved.program
         )
 
     # -- a reload --------------------------------------------------------------------
@@ -196,10 +196,10 @@ class Releases:
         """
         if not self.own():
             return
-        was, self.due = self.named, name
+        named, self.due = self.named, name
         self._move()
-        if replaced and not self.due and was not in (replaced, name):
-            self._note = f"current named {was or 'no release'} meanwhile; it names {name} now"
+        if replaced and not self.due and named not in (replaced, name):
+            self._note = f"current named {named or 'no release'} meanwhile; it names {name} now"
             self._log.write("warning", "current-moved-again", release=name, reason=self._note)
 
     def _move(self) -> None:
@@ -267,8 +267,8 @@ class Releases:
 
     def _prove(self, name: str, program: Program) -> None:
         if self.own() and name:
-            was = release_store.fingerprint(self._path(name), program.path)
-            self._add(Entry(name, time.time(), was=was))
+            fingerprint = release_store.fingerprint(self._path(name), program.path)
+            self._add(Entry(name, time.time(), was=fingerprint))
 
     def resume(self, due: str, program: Program | None) -> None:
         """Complete what an earlier program may have left undone.

@@ -41,14 +41,14 @@ class FileWatch:
 
         watchers: the descriptors of earlier watchers, by pid.
         """
-        for pid, mine in watchers.items():
-            if self._settings.watch and self._process is None and len(mine) == 2:
-                process = Process(int(pid), mine["process"])
+        for pid, descriptors in watchers.items():
+            if self._settings.watch and self._process is None and len(descriptors) == 2:
+                process = Process(int(pid), descriptors["process"])
                 self._process = HelperProcess(process, self._loop, self._ended)
-                line = socket.socket(fileno=mine["line"])
+                line = socket.socket(fileno=descriptors["line"])
                 self._line = Line(self._loop, line, self._handle)
             else:  # a descriptor of this watcher was not stored, or --watch is off now
-                for fd in mine.values():
+                for fd in descriptors.values():
                     os.close(fd)
         if self._line is None and self._settings.watch:
             self._spawn()
@@ -58,8 +58,8 @@ class FileWatch:
         if self._process is None or self._line is None:
             return {}
         process = self._process.process
-        mine = f"{inherited.WATCH}{process.pid}"
-        return {f"{mine}.process": process.pidfd, f"{mine}.line": self._line.socket.fileno()}
+        prefix = f"{inherited.WATCH}{process.pid}"
+        return {f"{prefix}.process": process.pidfd, f"{prefix}.line": self._line.socket.fileno()}
 
     def close(self) -> None:
         """Stop watching: the watcher exits."""
@@ -71,14 +71,14 @@ class FileWatch:
         files = [settings.log_file, settings.pid_file]
         sockets = [*settings.listeners, *([settings.control] if settings.control else [])]
         files += [s.address[len(_FILES) - 1 :] for s in sockets if s.address.startswith(_FILES)]
-        ours = [file for file in files if file]
-        words = (str(_LINE_FD), *settings.watch, "--", *ours)
+        own_files = [file for file in files if file]
+        arguments = (str(_LINE_FD), *settings.watch, "--", *own_files)
         try:
             self._line, theirs = Line.make(self._loop, self._handle)
             with theirs:
                 descriptors = {_LINE_FD: theirs.fileno()}
                 self._process = HelperProcess.start_own(
-                    *("file_watch.py", words, descriptors, self._loop, self._ended),
+                    *("file_watch.py", arguments, descriptors, self._loop, self._ended),
                     options=("-P",),
                 )
         except OSError as error:

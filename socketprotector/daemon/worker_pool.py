@@ -150,8 +150,8 @@ class WorkerPool:
             worker.close()
             self._post(WorkerExited(number, f"cannot watch the worker: {what_failed(error)}"))
             return
-        of, pid = generation.record.number, worker.process.pid
-        self._log.write("info", "spawned", generation=of, worker=number, slot=slot, pid=pid)
+        opened, pid = generation.record.number, worker.process.pid
+        self._log.write("info", "spawned", generation=opened, worker=number, slot=slot, pid=pid)
 
     def signal(self, number: int, kind: WorkerSignal) -> None:
         """Send a signal to a worker or its orphaned group; KILL goes to the whole group."""
@@ -319,7 +319,7 @@ class WorkerPool:
         program = worker.generation.program
         worker.readiness.watch(
             lambda by: self._on_ready(number, by),
-            lambda over, late: self._start_check(worker, over, late),
+            lambda done, late: self._start_check(worker, done, late),
             lambda why: self._log.write(
                 "warning",
                 "check-timed-out",
@@ -345,7 +345,7 @@ class WorkerPool:
         self._messages.await_watchdog(number, worker)
 
     def _start_check(
-        self, worker: Worker, over: Callable[[str], None], late: Callable[[str], None]
+        self, worker: Worker, done: Callable[[str], None], late: Callable[[str], None]
     ) -> check_command.CheckCommand:
         """Run the command of --ready check once.  Raises OSError or ValueError."""
         program = worker.generation.program
@@ -357,7 +357,7 @@ class WorkerPool:
             program,
             program.ready_check,
             variables,
-            ended=lambda why: over(self._probes.judge(worker.generation, why)),
+            ended=lambda why: done(self._probes.judge(worker.generation, why)),
             late=late,
             limit_s=check_command.LIMIT_S,
         )
@@ -422,9 +422,9 @@ class WorkerPool:
             self._note(worker, ready_by=by)  # its exit is handled next
             return False
         self._note(worker, ready_at=time.monotonic(), ready_by=by, retires=retires)
-        other = by if by != "notify" else None
+        shown_by = by if by != "notify" else None
         self._log.write(
-            "info", "worker-ready", generation=worker.record.generation, worker=number, by=other
+            "info", "worker-ready", generation=worker.record.generation, worker=number, by=shown_by
         )
         self._messages.await_watchdog(number, worker)
         return True

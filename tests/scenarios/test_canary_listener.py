@@ -121,3 +121,21 @@ def test_clients_of_a_canary_whose_workers_are_stopped_are_served(operated: Oper
     assert pids.isdisjoint(stopped)
     for each in clients:
         each.close()
+
+
+def test_a_canary_whose_workers_stop_after_its_share_is_returned_too(operated: Operating) -> None:
+    """--settle is over at once, but not while clients wait in vain."""
+    web = operated(*MODE, "--settle", "100ms", "--kill-timeout", "2s", command=SERVERS["asyncio"])
+    mark = begin(web, "50%")
+    stopped = web.pids(2)
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    clients = [Client(web.address, "hello") for _ in range(20)]
+    with Line(web.path) as line:
+        line.ask("promote")
+    said = web.daemon.log.wait_for(r"event=(reloaded|reload-failed)\b", after=mark)
+    assert "event=reload-failed" in said
+    assert "no worker has accepted a connection" in said
+    assert {pid_of(each.hear()) for each in clients}.isdisjoint(stopped)
+    for each in clients:
+        each.close()

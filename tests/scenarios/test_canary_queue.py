@@ -102,11 +102,12 @@ def test_a_canary_whose_workers_are_stopped_is_returned_and_no_client_is_lost(
     assert web.status()["route"] == 1
 
 
+@pytest.mark.parametrize("settle", ["2s", "100ms"])
 def test_a_canary_whose_workers_stop_after_its_share_is_returned_too(
-    operated: Operating,
+    operated: Operating, settle: str
 ) -> None:
     """All clients come to its queue: the old generation gets them from there."""
-    web = operated("--workers", "2", "--settle", "2s")
+    web = operated("--workers", "2", "--settle", settle)
     old = web.pids(1)
     with Line(web.path) as line:
         line.ask("reload", canary={"share": "50%", "for_s": 3600})

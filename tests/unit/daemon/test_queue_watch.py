@@ -142,3 +142,23 @@ def test_without_memory_it_looks_again(world: World) -> None:
     world.queue.is_scarce = False
     world.clock.pass_time(1)
     assert world.repeated
+
+
+def test_it_is_stuck_until_the_first_client_is_taken(world: World) -> None:
+    """As at the end of a stage, however short: it is put off while this holds."""
+    channel = cast("Any", world.queue)
+    assert not world.watch.is_stuck(channel)
+    world.send(b"a")
+    world.send(b"b")
+    assert world.watch.is_stuck(channel), "no look has seen it yet"
+    world.clock.pass_time(1.5 * FIRST_LOOK_S)
+    assert world.watch.is_stuck(channel)
+    assert not world.watch.is_stuck(cast("Any", Queue()))
+    world.queue.is_scarce = True
+    assert world.watch.is_stuck(channel), "unknown"
+    world.queue.is_scarce = False
+
+    world.queue.waiting.pop(0)
+    assert not world.watch.is_stuck(channel), "busy workers have more clients than they can take"
+    world.queue.waiting.pop(0)
+    assert not world.watch.is_stuck(channel)

@@ -21,8 +21,6 @@ from .generation_channel import GenerationChannel
 #: head stays the same.
 FIRST_LOOK_S = 0.05
 LAST_LOOK_S = 1.6
-#: If clients wait, and workers take none of them for this long, the workers are stuck or busy.
-STUCK_S = 1.0
 
 
 @mutable
@@ -99,9 +97,14 @@ class QueueWatch:
         return seconds if seconds >= self.late_s[channel.taken_from] else None
 
     def is_stuck(self, channel: GenerationChannel) -> bool:
-        """Return whether the same client has been first in the queue for STUCK_S."""
-        waits = channel is self._route and self._head is not None
-        return waits and time.monotonic() - self._head_since >= STUCK_S
+        """Return whether clients wait, and the first of them has waited since the last look."""
+        if channel is not self._route or not self.runs:
+            return False
+        try:
+            head = channel.peek()
+        except OSError:  # out of memory: the caller asks again
+            return True
+        return head is not None and self._head in (None, head)
 
     def _look(self) -> None:
         route = self._route

@@ -98,6 +98,11 @@ class AcceptWatch:
         """Return whether a generation is watched."""
         return self.awaits or bool(self._waiting)
 
+    @property
+    def has_accepted(self) -> bool:
+        """Return whether the generation is known to have accepted a client."""
+        return bool(self._accepted)
+
     def end(self) -> None:
         """Watch no generation."""
         self.loop.cancel(self.timer)

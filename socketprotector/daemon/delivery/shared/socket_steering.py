@@ -202,7 +202,9 @@ class SocketSteering(Steering):
         generation knows a listener, by index; None: no generation has that socket yet.  Clients of
         other listeners stay at their present socket until the listener is removed.
         """
-        listeners, before = self._listeners.all, self.turns
+        listeners, before, canary = self._listeners.all, self.turns, self._watch.canary
+        if canary is not None and before.share and socket_number != before.current:
+            again = canary.accepts.has_accepted  # so far it has served a share of the clients
         # A change of the share alone does not restart the watch.
         is_watched = socket_number == before.current and (share or before.share) is not None
         self.turns.turn_to(socket_number, {each.index for each in listeners}, knows, share)

@@ -185,13 +185,13 @@ def metrics(text: str) -> str:
 
 
 def commands(text: str) -> str:
-    def arguments(command: str, taken: Mapping[str, control_requests.Kind]) -> str:
-        optional = ", optional" if command in control_requests._OPTIONAL else ""
-        return " or ".join(f"`{name}` ({kind}{optional})" for name, (kind, _) in taken.items())
+    def arguments(command: control_requests.Command) -> str:
+        optional = ", optional" if command.optional else ""
+        taken = command.arguments.items()
+        return " or ".join(f"`{name}` ({kind}{optional})" for name, (kind, _) in taken)
 
     return filled(
-        text,
-        {name: (arguments(name, taken),) for name, taken in control_requests.COMMANDS.items()},
+        text, {name: (arguments(each),) for name, each in control_requests.COMMANDS.items()}
     )
 
 

@@ -85,39 +85,51 @@ _LEVEL: Kind = (
     '"debug", "info", "warning" or "error"',
     lambda value: value in ("debug", "info", "warning", "error"),
 )
-#: Command -> its arguments.  Exactly one of them is required, except for commands in _OPTIONAL.
-COMMANDS: Mapping[str, Mapping[str, Kind]] = {
-    "status": {},
-    "history": {},
-    "reload": {"dry_run": _YES_OR_NO, "canary": _CANARY},
-    "promote": {"now": _YES_OR_NO},
-    "deploy": {
-        "release": _RELEASE,
-        "expect": _RELEASE,
-        "force": _YES_OR_NO,
-        "dry_run": _YES_OR_NO,
-    },
-    "rollback": {"expect": _RELEASE},
-    "releases": {},
-    "upgrade": {"check": _YES_OR_NO},
-    "stop": {"quick": _YES_OR_NO},
-    "lame-duck": {"on": _YES_OR_NO},
-    "scale": {"to": _whole(1, 1_000_000), "by": _whole(-1_000_000, 1_000_000)},
-    "hold": {"seconds": _SECONDS},
-    "release": {},
-    "replace": {"generation": _NUMBER, "pid": _NUMBER},
-    "kill": {"generation": _NUMBER},
-    "log-level": {"level": _LEVEL},
-    "reopen": {},
-    "connections": {"generation": _NUMBER},
-    "crashes": {},
-    "diff": {},
-    "events": {},
+
+
+@frozen
+class Command:
+    """The arguments of one command, who may send it, and when."""
+
+    arguments: Mapping[str, Kind] = field(default_factory=dict)
+    optional: bool = False  # otherwise exactly one of the arguments is required
+    reads: bool = False  # it changes nothing, so a failure leaves nothing half done
+    while_stopping: bool = True
+    for_status_group: bool = False  # the members of --status-group may send it
+
+
+COMMANDS = {
+    "status": Command(reads=True, for_status_group=True),
+    "history": Command(reads=True, for_status_group=True),
+    "reload": Command(
+        {"dry_run": _YES_OR_NO, "canary": _CANARY}, optional=True, while_stopping=False
+    ),
+    "promote": Command({"now": _YES_OR_NO}, optional=True, while_stopping=False),
+    "deploy": Command(
+        {"release": _RELEASE, "expect": _RELEASE, "force": _YES_OR_NO, "dry_run": _YES_OR_NO},
+        optional=True,
+        while_stopping=False,
+    ),
+    "rollback": Command({"expect": _RELEASE}, optional=True, while_stopping=False),
+    "releases": Command(reads=True, for_status_group=True),
+    "upgrade": Command({"check": _YES_OR_NO}, optional=True, while_stopping=False),
+    "stop": Command({"quick": _YES_OR_NO}, optional=True),
+    "lame-duck": Command({"on": _YES_OR_NO}, while_stopping=False),
+    "scale": Command(
+        {"to": _whole(1, 1_000_000), "by": _whole(-1_000_000, 1_000_000)}, while_stopping=False
+    ),
+    "hold": Command({"seconds": _SECONDS}, while_stopping=False),
+    "release": Command(),
+    "replace": Command({"generation": _NUMBER, "pid": _NUMBER}, while_stopping=False),
+    "kill": Command({"generation": _NUMBER}),
+    "log-level": Command({"level": _LEVEL}),
+    "reopen": Command(),
+    "connections": Command({"generation": _NUMBER}, optional=True, reads=True),
+    "crashes": Command(reads=True),
+    "diff": Command(),
+    "events": Command(reads=True, for_status_group=True),
 }
-#: The read-only commands that --status-group may send.
-STATUS_COMMANDS = ("status", "history", "releases", "events")
-#: Commands whose arguments are optional.
-_OPTIONAL = ("reload", "deploy", "promote", "rollback", "upgrade", "stop", "connections")
+STATUS_COMMANDS = tuple(name for name, each in COMMANDS.items() if each.for_status_group)
 
 
 def parse(line: bytes) -> Request:
@@ -147,7 +159,7 @@ def parse(line: bytes) -> Request:
 
 
 def _fault(command: str, arguments: Mapping[str, object]) -> str | None:
-    allowed = COMMANDS[command]
+    allowed, is_optional = COMMANDS[command].arguments, COMMANDS[command].optional
     for name, value in arguments.items():
         if name not in allowed:
             known = ", ".join(allowed) or "none"
@@ -155,7 +167,7 @@ def _fault(command: str, arguments: Mapping[str, object]) -> str | None:
         expected, is_one = allowed[name]
         if not is_one(value):
             return f"{name}: {_short(value)} is not {expected}"
-    if not allowed or command in _OPTIONAL or len(arguments) == 1:
+    if not allowed or is_optional or len(arguments) == 1:
         return None
     return f"{'exactly one of ' if len(allowed) > 1 else ''}{', '.join(allowed)} is needed"
 

@@ -508,7 +508,7 @@ def test_a_member_of_the_status_group_may_look_and_change_nothing(place: Path) -
             "rollback": {},
             "upgrade": {},
         }
-        first = list(control_requests.COMMANDS[command])[:1]
+        first = list(control_requests.COMMANDS[command].arguments)[:1]
         arguments = others.get(command, dict.fromkeys(first, 1))
         asked = {"v": 1, "id": 3, "command": command, **arguments}
         return as_nobody(desk, groups=groups, request=json.dumps(asked).encode() + b"\n")

@@ -72,7 +72,8 @@ def test_no_argument_of_a_request_is_a_text(value: str) -> None:
 
     One of the four levels is a word; and the name of a release is one, which leads nowhere else.
     """
-    arguments = [pair for each in control_requests.COMMANDS.values() for pair in each.items()]
+    taken = [each.arguments for each in control_requests.COMMANDS.values()]
+    arguments = [pair for each in taken for pair in each.items()]
     named = [kind for name, kind in arguments if name in ("release", "expect")]
     assert len(named) == 3
     assert value[:1] != "." or not any(is_one(value) for _, is_one in named)

@@ -49,12 +49,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-#: Commands that change nothing, so a failure leaves nothing half done.
-_READ_ONLY = ("status", "history", "connections", "crashes", "releases")
-_NOT_WHILE_STOPPING = (
-    *("reload", "deploy", "promote", "rollback", "upgrade", "lame-duck", "scale", "hold"),
-    "replace",
-)
 _ENDING = (Phase.DRAINING, Phase.ABANDONED)
 
 
@@ -74,14 +68,15 @@ class CommandHandler:
 
         Raises RequestError.
         """
+        asked = control_requests.COMMANDS[request.command]
         if request.command == "events":
             client.follows = True
             client.say(control_requests.answer(request.id, {}))
             return
         try:
             fleet = self.supervisor.fleet
-            ended = fleet.exiting and request.command not in (*_READ_ONLY, "stop")
-            if ended or (fleet.stop_requested and request.command in _NOT_WHILE_STOPPING):
+            ended = fleet.exiting and not asked.reads and request.command != "stop"
+            if ended or (fleet.stop_requested and not asked.while_stopping):
                 raise RequestError("refused", "a stop is in progress")
             if request.command == "diff":
                 self._compare(client, request)
@@ -95,7 +90,7 @@ class CommandHandler:
             wrong.id = request.id
             raise
         except Exception as error:
-            if request.command not in _READ_ONLY:
+            if not asked.reads:
                 raise  # the command may be half done: the next program resumes from the state
             self.runtime.log.write(
                 "error", "command-failed", command=request.command, error=repr(error)

@@ -9,9 +9,11 @@ from collections.abc import Collection
 
 from ..model.backoff import backoff_s
 from ..model.lazy_dataclass import replace
-from ..model.policy import PROVEN_S
+from ..model.policy import PROVEN_S, Policy
+from ..model.ready_kinds import KINDS
 from ..model.share import WHOLE
-from . import rollout, start_timeout, stop
+from ..model.text import in_units
+from . import rollout, stop
 from .actions import Report, ReportKind, RouteTo
 from .events import TimerKind
 from .fleet import Next, Phase, State, Worker
@@ -47,7 +49,15 @@ def start_timed_out(step: Step, number: int, advice: str) -> None:
     if rollout.lacks_room(step.fleet, starting):
         step.start(TimerKind.START, number, policy.start_timeout_s)
     else:
-        fail(step, number, start_timeout.not_ready(policy, advice))
+        fail(step, number, not_ready(policy, advice))
+
+
+def not_ready(policy: Policy, advice: str) -> str:
+    """Return the reason of a start timeout.  advice: see DeadlinePassed."""
+    # The reason names the missing message: a program that never sends READY looks like a slow one.
+    hint = KINDS[policy.ready].hint if policy.ready in KINDS else ""
+    hints = "; ".join(filter(None, (advice, hint)))
+    return f"not ready within {in_units(policy.start_timeout_s)}; {hints}"
 
 
 def fail(step: Step, number: int, reason: str, *, retry: bool = False) -> None:

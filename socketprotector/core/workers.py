@@ -12,10 +12,10 @@ from operator import attrgetter
 from ..model.backoff import backoff_s
 from ..model.lazy_dataclass import replace
 from ..model.policy import PROVEN_S
-from . import rescue, rollout, start_timeout
+from . import rescue, rollout
 from .actions import Report, ReportKind, Signal, Spawn, StartTimer, WorkerSignal
 from .events import Deadline, TimerKind, WorkerExited
-from .failure import fail
+from .failure import fail, not_ready
 from .fleet import LEAVING, Fleet, Generation, Phase, State, Worker
 from .step import Step
 
@@ -396,5 +396,5 @@ def too_slow(step: Step, number: int) -> None:
         generation, worker = found
         if generation.phase is Phase.SETTLING and worker.state is State.STARTING:
             policy = step.fleet.policy_of(generation.fresh)
-            fail(step, generation.number, start_timeout.not_ready(policy, ""))
+            fail(step, generation.number, not_ready(policy, ""))
         step.end_worker(worker)  # last, so that clients already go elsewhere

@@ -53,7 +53,7 @@ from ..core.events import (
 from ..core.fleet import Fleet
 from ..core.reload import UPGRADED
 from ..core.snapshot import Snapshot, Undone
-from ..model import known_servers, probe_spec
+from ..model import known_servers, probe_spec, ready_kinds
 from ..model.errors import what_failed
 from ..model.lazy_dataclass import replace
 from ..model.records import Program
@@ -285,7 +285,7 @@ class Effects(Host):
 
     def _refuse_unless_reachable(self, program: Program) -> None:
         """Raise ValueError if only a probe can make a program ready, but no probe can reach it."""
-        if program.ready in probe_spec.KINDS:
+        if program.ready in ready_kinds.NEED_ANSWER:
             name = probe_spec.read(program.ready_question).listener
             if not self.delivery.can_probe(name):
                 raise ValueError(

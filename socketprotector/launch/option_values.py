@@ -18,6 +18,7 @@ from ..model.duration import Duration, Value
 from ..model.errors import UsageError
 from ..model.handoff_modes import ALIVE_S
 from ..model.lazy_dataclass import frozen
+from ..model.ready_kinds import NEED_ANSWER
 from ..model.share import read_percent
 from ..model.text import shortened, whole
 from ..system.spawn import RLIMITS
@@ -50,7 +51,7 @@ def _ready(text: str) -> Ready:
         return Ready(kind, fd=fd)
     if kind == "check" and rest.strip():
         return Ready(kind, check=rest)
-    if kind in probe_spec.KINDS:
+    if kind in NEED_ANSWER:
         return Ready(probe_spec.read(text).kind, ALIVE_S, question=text)
     raise ValueError(
         f"{text!r}: write notify, ack, fd:N (3 to 1023), accept, http:/path, check:COMMAND or "

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
-from ..model import known_servers, probe_spec
+from ..model import known_servers
 from ..model.errors import UsageError
+from ..model.ready_kinds import PROBED
 from ..model.settings import Settings
 from . import server_hints
 from .listen_spec import Listen
@@ -59,7 +60,7 @@ def _rolling(settings: Settings) -> Iterator[str]:
             f"{_ROLLING} needs a limit, because new workers wait for old ones to finish: set "
             "--drain-timeout TIME"
         )
-    if settings.policy.workers_accept and settings.ready not in ("notify", *probe_spec.PROBED):
+    if settings.policy.workers_accept and settings.ready not in ("notify", *PROBED):
         yield (
             f"{_ROLLING} with --handoff listener needs --ready notify or a probe: with READY=1 "
             "each worker declares that it can finish alone"

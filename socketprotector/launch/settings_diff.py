@@ -12,7 +12,6 @@ from operator import attrgetter
 from ..model import probe_spec
 from ..model.policy import Policy
 from ..model.settings import Identity, ListenerSettings, Settings
-from ..model.text import in_units
 from .options import OPTIONS, STAYS
 
 RESTART = "needs a restart"
@@ -23,7 +22,7 @@ def changes(old: Settings, new: Settings) -> Iterator[str]:
     yield from _differs("release", old.release or "none", new.release or "none")
     yield from _rollout(old.policy, new.policy)
     yield from _options(old, new, stays=False)
-    yield from _differs("ready", _ready(old), _ready(new))
+    yield from _differs("ready", old.ready_text(), new.ready_text())
     if old.ready_check != new.ready_check:
         yield "ready: another check"  # the command of the check may be secret
     yield from _question("health", old.health, new.health)
@@ -39,18 +38,6 @@ def changes(old: Settings, new: Settings) -> Iterator[str]:
             mark = "-" if name not in after else "+" if name not in before else "changed"
             yield f"env: {mark} {name}"
     yield from _listeners(old.listeners, new.listeners)
-
-
-def _ready(settings: Settings) -> str:
-    match settings.ready:
-        case "after":
-            return f"after:{in_units(settings.ready_after_s or 0.0)}"
-        case "fd":
-            return f"fd:{settings.ready_fd}"
-        case "http" | "https":
-            return settings.ready_question
-        case kind:
-            return kind
 
 
 def _rollout(old: Policy, new: Policy) -> Iterator[str]:

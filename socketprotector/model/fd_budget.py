@@ -5,7 +5,7 @@ Pure.  docs/reliability.md explains the numbers, in "How many workers".
 
 from __future__ import annotations
 
-from . import probe_spec
+from .ready_kinds import PROBED
 from .settings import Settings
 
 #: Descriptors that do not depend on the workers: standard files, listeners, state, channels, guard,
@@ -18,7 +18,7 @@ _RAISE = "raise that (ulimit -Hn, LimitNOFILE= of a unit)"
 
 def of_a_worker(settings: Settings) -> int:
     """Return the number of descriptors for one worker: pidfd, notify socket, line, output, ack."""
-    acks = settings.ready in ("ack", *probe_spec.PROBED)
+    acks = settings.ready in ("ack", *PROBED)
     return 3 + settings.log_relay + acks
 
 

@@ -5,8 +5,8 @@ Pure.  Not in core/fleet.py, which imports core/events.py: an event carries a po
 
 from __future__ import annotations
 
-from . import probe_spec
 from .lazy_dataclass import frozen
+from .ready_kinds import NEED_ANSWER, PROBED
 from .share import Canary
 
 #: The death of a worker (or generation) that has served this long is not a quick one.
@@ -44,12 +44,12 @@ class Policy:
     @property
     def probes(self) -> bool:
         """Whether a new generation is probed before it gets its first client."""
-        return self.ready in probe_spec.PROBED
+        return self.ready in PROBED
 
     @property
     def answer_decides(self) -> bool:
         """Whether only the probe's answer makes a generation ready, not its workers' messages."""
-        return self.ready in probe_spec.KINDS
+        return self.ready in NEED_ANSWER
 
     @property
     def quiesces(self) -> bool:

@@ -8,15 +8,10 @@ from __future__ import annotations
 import re
 
 from .lazy_dataclass import frozen
+from .ready_kinds import ANY, KINDS, LEGACY
 
 #: A check by a command.
 CHECK = "check"
-#: Kinds of --ready under which only a probe's answer makes a generation ready.
-KINDS = ("accept", "http", "https")
-#: Kinds of --ready under which a generation is probed; under `any` it can be ready without, too.
-PROBED = ("any", *KINDS)
-#: Values of --ready that are wrong for --settle-check, which could take them for a command.
-_READY_ALONE = ("accept", "notify", "ack", "fd", "after")
 #: `http:`, `[LISTENER]`, `//HOST`, the path, `=STATUS`.
 _URL = re.compile(
     r"(?P<kind>https?):(?:\[(?P<name>[^][]+)\])?(?://(?P<host>[^/\s]+))?"
@@ -92,7 +87,7 @@ def read_settle_check(text: str) -> ProbeSpec:
     kind, _, rest = text.partition(":")
     if kind in ("http", "https"):
         return read(text)
-    if kind in _READY_ALONE:
+    if kind in {*KINDS} - {CHECK, ANY, LEGACY}:  # it could be taken for a command
         raise ValueError(f"{text!r} is for --ready: write http:/path, https:/path or check:COMMAND")
     command = rest if kind == CHECK else text
     if not command.strip():

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from socketprotector_client import wire
 
-from . import probe_spec
 from .handoff_modes import MODES, HandoffMode
 from .history import History
 from .lazy_dataclass import field, frozen
+from .ready_kinds import PROBED
 from .settings import Identity, Settings
 
 
@@ -60,7 +60,7 @@ class Program:
     @property
     def is_probed(self) -> bool:
         """Whether a new generation is probed before it gets its first client."""
-        return self.ready in probe_spec.PROBED
+        return self.ready in PROBED
 
 
 @frozen

@@ -14,7 +14,9 @@ from .codec import FORMAT, Codec, DecodeError, NewerError, decoding, need_format
 from .handoff_modes import MODES, HandoffMode
 from .lazy_dataclass import field, frozen
 from .policy import Policy
+from .ready_kinds import KINDS
 from .share import Canary
+from .text import in_units
 
 
 class SettingsError(ValueError):
@@ -90,9 +92,7 @@ class Settings:
     pools: int = 1  # stdio: the limit of processes that start programs, one for each core
     drain_signal: int = 15  # listener: the signal that makes a worker finish
     workers: int = 1
-    #: The kind of --ready: notify, ack, fd, check, after (a timer), any; or a probe: accept, http,
-    #: https.
-    ready: str = "notify"
+    ready: str = "notify"  # the kind of --ready: see ready_kinds.py
     ready_after_s: float | None = None  # the timer of `after` and of probed kinds
     ready_fd: int = -1  # the descriptor's number in the worker, for kind fd
     ready_check: str = ""  # the command for /bin/sh, for kind check
@@ -153,6 +153,12 @@ class Settings:
     def processes(self) -> int:
         """The number of workers in a generation; under stdio, a few pools start all programs."""
         return min(self.workers, self.pools) if self.mode.pooled else self.workers
+
+    def ready_text(self, *, in_status: bool = False) -> str:
+        """Return --ready as it is written, or as status shows it, without its command."""
+        kind, after = KINDS[self.ready], in_units(self.ready_after_s or 0.0)
+        text = (kind.shown if in_status else "") or kind.written or self.ready
+        return text.format(after=after, fd=self.ready_fd, question=self.ready_question)
 
     @property
     def to_syslog(self) -> bool:

@@ -34,7 +34,6 @@ _PACKAGE = __name__.partition(".")[0]
 #: The names of all late modules, relative to the package.
 LATE = (
     "core.rescue",
-    "core.start_timeout",
     "core.stop",
     "core.waiting",
     "daemon.prober_client",
@@ -63,6 +62,7 @@ LATE = (
     "model.einhorn",
     "model.fd_budget",
     "model.known_servers",
+    "model.probe_spec",
     "model.release",
     "model.waits",
     "system.accept_tags",

@@ -21,8 +21,9 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from ..model import einhorn, probe_spec
+from ..model import einhorn
 from ..model.errors import what_failed
+from ..model.ready_kinds import PROBED
 from ..model.records import Program
 from .foreign_descriptors import close_unread, dropping
 from .loop import Loop
@@ -42,7 +43,7 @@ CHECK_EVERY_S = 0.25
 #: Names of descriptors; `line` is the RETURN line (daemon/worker_pool.py).
 _ACK, _NEWLINE = "ack", "newline"
 #: The kinds of --ready under which an ack, a line and READY=1 count.
-_BY_ACK, _BY_LINE, _BY_WORD = ((kind, *probe_spec.PROBED) for kind in ("ack", "fd", "notify"))
+_BY_ACK, _BY_LINE, _BY_WORD = ((kind, *PROBED) for kind in ("ack", "fd", "notify"))
 _CHECK, _AFTER = "check", "after"
 
 

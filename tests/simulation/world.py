@@ -69,7 +69,7 @@ from socketprotector.daemon.start_report import StartReport
 from socketprotector.daemon.supervisor import Supervisor
 from socketprotector.model import text
 from socketprotector.model.history import History
-from socketprotector.model.probe_spec import PROBED
+from socketprotector.model.ready_kinds import PROBED
 from socketprotector.model.settings import ListenerSettings, Origin, Settings
 from socketprotector.system import (
     accept_tags,

@@ -15,9 +15,10 @@ from ...core.fleet import Fleet, Generation, Phase, State, Worker
 from ...core.waiting import Facts, waits
 from ...model.lazy_dataclass import as_dict
 from ...model.listen_fds import ready_fd
+from ...model.ready_kinds import ANY
 from ...model.records import Counts, GenerationRecord, WorkerRecord
 from ...model.settings import Settings
-from ...model.text import headline, in_units
+from ...model.text import headline
 from ...model.waits import quantile_us
 from ...system.check_command import shown
 from ...system.listener import Listener
@@ -57,18 +58,9 @@ def phase_of(fleet: Fleet) -> str:
 
 def of_ready(settings: Settings) -> str:
     """Return what makes a worker ready, in words."""
-    match settings.ready:
-        case "after":
-            return f"after {in_units(settings.ready_after_s or 0.0)} (only a timer)"
-        case "any":
-            is_probed = ready_fd(settings) < 0  # otherwise workers use {fd:ready}
-            return "notify, ack, a line or accept" if is_probed else "notify, ack or a line"
-        case "http" | "https":
-            return settings.ready_question
-        case "fd":
-            return f"fd {settings.ready_fd}"
-        case kind:
-            return kind
+    if settings.ready == ANY and ready_fd(settings) >= 0:  # the command has {fd:ready}
+        return "notify, ack or a line"
+    return settings.ready_text(in_status=True)
 
 
 def of_health(health: Health | None) -> dict[str, Any] | None:

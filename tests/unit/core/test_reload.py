@@ -37,7 +37,7 @@ from socketprotector.core.events import (
     WorkerReady,
 )
 from socketprotector.core.fleet import Next, Policy
-from socketprotector.core.start_timeout import READY_HINTS
+from socketprotector.model.ready_kinds import KINDS
 from tests.unit.conftest import Story
 
 DIED = "./daemon exited with status 1"
@@ -97,7 +97,7 @@ def test_the_old_generation_keeps_serving_when_the_new_one_never_becomes_ready(
     assert story.when_over(TimerKind.START, 2) == [
         Signal(2, WorkerSignal.TERM),
         StartTimer(Deadline(TimerKind.KILL, 2), 5.0),
-        Report(ReportKind.RELOAD_FAILED, 2, f"not ready within 1m; {READY_HINTS['notify']}"),
+        Report(ReportKind.RELOAD_FAILED, 2, f"not ready within 1m; {KINDS['notify'].hint}"),
     ]
     assert story.when(WorkerReady(2)) == [], "too late"
     assert story.when_over(TimerKind.KILL, 2) == [Signal(2, WorkerSignal.KILL)]

@@ -20,7 +20,7 @@ STOP_FIRST_DRAIN_S = 30.0
 
 @frozen
 class Policy:
-    """The operator's policy.  Times in seconds; 0: no limit."""
+    """The operator's policy.  Times in seconds; 0: no limit.  settings.ADDED has newer fields."""
 
     start_tries: int = 3
     start_timeout_s: float = 60.0

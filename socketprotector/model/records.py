@@ -17,7 +17,10 @@ from .settings import Identity, Settings
 
 @frozen
 class Program:
-    """A fully resolved command, which each new worker executes."""
+    """A fully resolved command, which each new worker executes, and a generation's settings.
+
+    Here each generation keeps the settings that a later reload must not change for it.
+    """
 
     path: str
     argv: tuple[str, ...]

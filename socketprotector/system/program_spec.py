@@ -49,32 +49,22 @@ def program_of(settings: Settings) -> Program:
         argv = listen_fds.fill(argv, settings.listeners, ready_fd)
     elif mode.adapter:
         path, argv = sys.executable, _adapted(settings, path, argv)
-    return Program(
-        path=path,
-        argv=argv,
-        directory=directory,
-        environment=tuple(environment.items()),
-        umask=settings.umask,
-        limits=tuple({"nofile": settings.nofile_soft, **dict(settings.limits)}.items()),
-        nice=settings.nice,
-        identity=settings.worker_identity,
-        batch=settings.batch,
-        listeners=wire.pack_listeners(
+    resolved = {
+        "path": path,
+        "argv": argv,
+        "directory": directory,
+        "environment": tuple(environment.items()),
+        "limits": tuple({"nofile": settings.nofile_soft, **dict(settings.limits)}.items()),
+        "identity": settings.worker_identity,
+        "listeners": wire.pack_listeners(
             [wire.REMOVED_LISTENER if e.removed else e.address for e in settings.listeners]
         ),
-        handoff=settings.handoff,
-        ready=settings.ready,
-        ready_after_s=listen_fds.ready_after_s(settings),
-        ready_fd=ready_fd,
-        ready_check=settings.ready_check,
-        ready_question=settings.ready_question,
-        settle_check=settings.policy.settle_check,
-        drain_signal=settings.drain_signal,
-        watchdog_s=settings.watchdog_s,
-        release=settings.release,
-        drain_spread_s=settings.policy.drain_spread_s,
-        stop_spread_s=settings.policy.stop_spread_s,
-    )
+        "ready_after_s": listen_fds.ready_after_s(settings),
+        "ready_fd": ready_fd,
+    }
+    # Any other field of a program is the setting of the same name.
+    fields = {**vars(settings.policy), **vars(settings), **resolved}
+    return Program(**{name: fields[name] for name in Program.__match_args__})
 
 
 def change_of(record: GenerationRecord) -> str:

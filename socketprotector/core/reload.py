@@ -24,8 +24,6 @@ UPGRADED = "called off: the protector is being upgraded"
 ROLLED_BACK = "rolled back: an operator called it off"
 #: Why a deploy is refused.
 IN_PROGRESS = "a reload is in progress"
-#: Why a dry run is refused under stop-first.
-STOP_FIRST = "with --reload-order stop-first the old workers end before the new ones start"
 
 
 # -- the next generation ------------------------------------------------------
@@ -173,9 +171,9 @@ def _begin(step: Step) -> None:
 
 def _begin_dry_run(step: Step) -> None:
     """Open the dry run's generation beside the serving generation, which stays as it is."""
-    if step.fleet.policy_of(fresh=True).stop_first:
+    if cannot := step.fleet.policy_of(fresh=True).order.no_dry_run:
         step.forget_settings()
-        step.fail_unopened(f"cannot dry-run: {STOP_FIRST}")
+        step.fail_unopened(f"cannot dry-run: {cannot}")
     else:
         step.fleet = replace(step.fleet, to_open=Next.FRESH)
 

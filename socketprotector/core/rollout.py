@@ -42,12 +42,9 @@ NO_COUNTS = (
 
 def no_canary_under(policy: Policy) -> str | None:
     """Return why a canary is impossible under the reload order; None: it is possible."""
-    order = policy.reload_order
-    return (
-        None
-        if order == "start-first"
-        else f"it does not work with --reload-order {order}; reload without it"
-    )
+    if "canary" not in policy.order.excludes:
+        return None
+    return f"it does not work with --reload-order {policy.order.name}; reload without it"
 
 
 def canary_of(fleet: Fleet, generation: Generation) -> Canary | None:

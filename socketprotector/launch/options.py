@@ -22,6 +22,7 @@ from socketprotector_client import wire
 from .. import __version__
 from ..model.handoff_modes import MODES
 from ..model.log_format import FORMATS, LEVELS
+from ..model.reload_orders import ORDERS
 from ..model.settings import Identity
 from .option_values import (
     CANARY,
@@ -226,7 +227,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "policy.start_tries", "changes; used only at the first start", default=3),
     ),
     "Reload": (
-        Option("reload-order", click.Choice(["start-first", "stop-first", "rolling"]),
+        Option("reload-order", click.Choice([each.name for each in ORDERS]),
                "Start new workers before the old ones stop, after their end, or a few at a time.\n"
                "stop-first is for a daemon that locks something; clients wait meanwhile. "
                "rolling needs less memory, and needs --drain-timeout. See docs/rollout.md.",

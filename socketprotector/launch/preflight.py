@@ -185,12 +185,6 @@ def _probed_by(probe: str, name: str, listens: Sequence[Listen]) -> list[Listen]
     return probed
 
 
-def check_settle(settings: Settings) -> None:
-    """Refuse --settle with stop-first, which has ended the old generation before the new starts."""
-    if settings.policy.settle_s and settings.policy.stop_first:
-        raise UsageError("--settle does not work with --reload-order stop-first; leave one out")
-
-
 def check_settle_check(settings: Settings, listens: Sequence[Listen]) -> None:
     """Refuse a probe that would never run, or that no listener supports."""
     policy = settings.policy

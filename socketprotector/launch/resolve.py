@@ -21,6 +21,7 @@ from ..model.errors import UsageError
 from ..model.handoff_modes import MODES, HandoffMode
 from ..model.lazy_dataclass import frozen
 from ..model.policy import Policy
+from ..model.reload_orders import ROLLING, STOP_FIRST
 from ..model.settings import Identity, Limits, Origin, Settings
 from ..model.share import Canary
 from ..system.cpu_quota import scheduler
@@ -94,8 +95,6 @@ class OptionResolver:
             preflight.check_mode(settings, self._said(), listens)
         with self._about("workers"):
             preflight.check_workers(settings)
-        with self._about("settle"):
-            preflight.check_settle(settings)
         with self._about("settle_check"):
             preflight.check_settle_check(settings, listens)
         for name, refused in rollout_checks.refusals(settings, self._said(), listens):
@@ -258,7 +257,7 @@ class OptionResolver:
             "name": given["name"] or (running.name if running else called),
             "command": command,
             "directory": directory,
-            "policy.stop_first": given["reload_order"] == "stop-first",
+            "policy.stop_first": given["reload_order"] == STOP_FIRST.name,
             **_rollout(given),
             "policy.workers_accept": mode.workers_accept,
             "policy.settle_check": fill(given["settle_check"] or ""),
@@ -303,7 +302,7 @@ def _rollout(given: Mapping[str, Any]) -> dict[str, Any]:
     if given["canary"]:
         share = Canary(given["canary"], given["canary_for"], given["canary_at_least"])
         found["policy.canary"] = share
-    if given["reload_order"] == "rolling":
+    if given["reload_order"] == ROLLING.name:
         found["policy.surge"], found["policy.surge_is_percent"] = given["surge"]
     return found
 

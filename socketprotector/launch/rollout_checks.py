@@ -1,4 +1,4 @@
-"""Refuses a canary or a rolling reload that could not work, before anything is bound.
+"""Refuses --settle, a canary or a rolling reload that could not work, before anything is bound.
 
 In listener mode, both need two sockets for each listener.  A rolling reload also needs workers that
 use the client library.  Without the library, a worker that leaves may cut clients that it has
@@ -34,9 +34,10 @@ def refusals(
     for name in ("canary-for", "canary-at-least"):
         if name in given and not policy.canary:
             yield name.replace("-", "_"), f"--{name} needs --canary SHARE"
-    if policy.canary and policy.reload_order != "start-first":
-        order = policy.reload_order
-        yield "canary", f"--canary does not work with --reload-order {order}; leave one out"
+    for name, is_used in (("settle", policy.settle_s), ("canary", policy.canary)):
+        if is_used and name in policy.order.excludes:
+            order = policy.order.name
+            yield name, f"--{name} does not work with --reload-order {order}; leave one out"
     if "surge" in given and not policy.rolls:
         yield "surge", f"--surge needs {_ROLLING}"
     if policy.rolls:

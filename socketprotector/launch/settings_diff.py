@@ -41,7 +41,7 @@ def changes(old: Settings, new: Settings) -> Iterator[str]:
 
 
 def _rollout(old: Policy, new: Policy) -> Iterator[str]:
-    yield from _differs("reload-order", old.reload_order, new.reload_order)
+    yield from _differs("reload-order", old.order.name, new.order.name)
     yield from _differs("surge", old.surge_text, new.surge_text)
     before, after = (each.canary.described if each.canary else "none" for each in (old, new))
     yield from _differs("canary", before, after)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from .lazy_dataclass import frozen
 from .ready_kinds import NEED_ANSWER, PROBED
+from .reload_orders import ROLLING, START_FIRST, STOP_FIRST, ReloadOrder
 from .share import Canary
 
 #: The death of a worker (or generation) that has served this long is not a quick one.
@@ -82,9 +83,9 @@ class Policy:
         return bool(self.drain_spread_s or self.stop_spread_s)
 
     @property
-    def reload_order(self) -> str:
+    def order(self) -> ReloadOrder:
         """The value of --reload-order."""
-        return "rolling" if self.rolls else "stop-first" if self.stop_first else "start-first"
+        return ROLLING if self.rolls else STOP_FIRST if self.stop_first else START_FIRST
 
     @property
     def surge_text(self) -> str:

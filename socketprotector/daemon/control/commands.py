@@ -28,7 +28,7 @@ from ...core.events import (
     TimerKind,
 )
 from ...core.fleet import Fleet, Phase, State
-from ...core.reload import STOP_FIRST, cannot_roll_back
+from ...core.reload import cannot_roll_back
 from ...core.rollout import cannot_promote, no_canary_under
 from ...model import control_requests
 from ...model.control_requests import Request, RequestError
@@ -284,8 +284,8 @@ class CommandHandler:
     def _refuse_dry_run(self, fleet: Fleet) -> None:
         settings = self._effects.live_settings.settings
         cannot = settings.mode.cannot.get("dry-run") or self._effects.delivery.cannot_try()
-        if settings.policy.stop_first:
-            cannot = STOP_FIRST
+        if settings.policy.order.no_dry_run:
+            cannot = settings.policy.order.no_dry_run
         elif fleet.dry_run:
             cannot = "another dry run is in progress; try again after it"
         elif fleet.is_changing:

@@ -46,9 +46,10 @@ from socketprotector.core.events import (
     WorkerReady,
 )
 from socketprotector.core.fleet import Fleet, Next, Policy, State
-from socketprotector.core.reload import STOP_FIRST, UPGRADED
+from socketprotector.core.reload import UPGRADED
 from socketprotector.core.stop import CALLED_OFF
 from socketprotector.model.policy import STANDBY_S
+from socketprotector.model.reload_orders import STOP_FIRST
 from tests.unit.conftest import Story
 
 DIED = "./daemon exited with status 1"
@@ -211,7 +212,7 @@ def test_a_file_that_says_stop_first_cannot_be_tried(configured: Story) -> None:
 
     assert story.when(SettingsRead(Policy(stop_first=True))) == [
         ForgetSettings(),
-        failed(f"cannot dry-run: {STOP_FIRST}"),
+        failed(f"cannot dry-run: {STOP_FIRST.no_dry_run}"),
     ]
 
     as_before(story, before)

@@ -8,13 +8,14 @@ at its end.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import signal
 import sys
 import threading
 import time
 
-from . import child_output, prefork, wire
+from . import child_output, wire
 from .log import Logger
 from .sd_notify import notify
 from .seat import LEAVING, MOST, READY, STARTING, Seats
@@ -65,7 +66,7 @@ class Children:
         news = {signal.SIGCHLD, signal.SIGUSR1}
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             news.add(signal.SIGTERM)
-        prefork.prepare(allow_threads=allow_threads)
+        _prepare(allow_threads=allow_threads)
         self._seats, self._wanted = Seats(), count
         # A child that leaves keeps its record while the next one has begun.
         current().board.open_children(2 * max(count, 1))
@@ -195,6 +196,37 @@ class Children:
         if self._failures > _FREE_FAILURES:
             wait_s = _FIRST_WAIT_S * 2 ** min(self._failures - _FREE_FAILURES - 1, 10)
             self._fork_at = time.monotonic() + min(wait_s, _LONGEST_WAIT_S)
+
+
+def _prepare(*, allow_threads: bool) -> None:
+    """Freeze the loaded objects: the garbage collector would write to pages that children share.
+
+    Raises RuntimeError if other threads run: a lock that a thread holds stays locked in a child.
+    """
+    others = [each for each in threading.enumerate() if each is not threading.current_thread()]
+    if others and not allow_threads:
+        names = ", ".join(repr(each.name) for each in others[:5])
+        raise RuntimeError(
+            f"cannot fork while threads run ({names}): a lock that such a thread holds would stay "
+            f"locked in the children; start threads in a post_fork hook, or allow them "
+            f"(allow_threads=True, --allow-threads)"
+        )
+    if native := _native_threads():
+        _log.warning(
+            "%d native threads run at the fork, such as numpy's; children do not have these "
+            "threads, and a call that waits for one hangs (numpy: set OMP_NUM_THREADS=1)",
+            native,
+        )
+    gc.collect()
+    gc.freeze()
+
+
+def _native_threads() -> int:
+    """Return how many threads of this process run no Python code; 0 if /proc does not say."""
+    try:
+        return max(0, len(os.listdir("/proc/self/task")) - len(sys._current_frames()))
+    except OSError:
+        return 0
 
 
 def _how(status: int) -> str:

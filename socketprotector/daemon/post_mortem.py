@@ -34,7 +34,7 @@ from . import forked_children
 from .delivery import Delivery
 from .generation import OpenGeneration
 from .log_output import Output
-from .memory_watch import KILLED
+from .out_of_memory import KILLED
 from .runtime import Runtime
 from .worker_spawn import Worker
 

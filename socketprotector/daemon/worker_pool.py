@@ -24,7 +24,7 @@ from ..system import check_command, procfs, sock_diag
 from ..system.orphans import Orphans
 from ..system.process import End
 from ..system.process_groups import Groups
-from . import memory_watch, post_mortem, worker_recycling
+from . import out_of_memory, post_mortem, worker_recycling
 from .check_probe import CheckProbes
 from .delivery import Delivery
 from .delivery.probe_target import PROBE
@@ -70,7 +70,7 @@ class WorkerPool:
         kill_timeout_s, identity = settings.policy.kill_timeout_s, settings.worker_identity
         self.orphans = Orphans(self._loop, self._log, kill_timeout_s, identity, self.groups.has)
         self._spawner = WorkerSpawner(settings, self._loop, self._log, output, delivery)
-        self._memory = memory_watch.MemoryWatch(runtime, self._workers)
+        self._memory = out_of_memory.MemoryWatch(runtime, self._workers)
         first = FirstPrograms(runtime, output, remember)
         self._messages = WorkerMessages(
             runtime, self._workers, first, self._note, self._on_ready, lambda: self._post_mortem

@@ -23,7 +23,7 @@ from socketprotector.core.events import (
 )
 from socketprotector.core.fleet import Fleet
 from socketprotector.core.snapshot import Snapshot
-from socketprotector.daemon import memory_watch, supervisor
+from socketprotector.daemon import out_of_memory, supervisor
 from socketprotector.daemon.event_queue import EventQueue
 from socketprotector.daemon.runtime import Runtime
 from socketprotector.daemon.supervisor import Supervisor
@@ -182,7 +182,7 @@ def test_while_600_workers_are_adopted_clients_are_looked_after(
 def test_a_worker_that_is_not_adopted_yet_is_known_to_a_program_that_resumes_meanwhile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(memory_watch, "MemoryWatch", lambda *_: None)  # root's opens descriptors
+    monkeypatch.setattr(out_of_memory, "MemoryWatch", lambda *_: None)  # root's opens descriptors
     named = inherited.Named()
     settings = SimpleNamespace(
         secret="",

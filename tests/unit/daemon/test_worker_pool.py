@@ -118,7 +118,7 @@ class World:
         ends = SimpleNamespace(end_of=lambda *_, **__: self.end, close=self._close)
         patch.setattr(module, "post_mortem", SimpleNamespace(PostMortem=lambda *_, **__: ends))
         watch = SimpleNamespace(why_killed=lambda: "")
-        patch.setattr(module, "memory_watch", SimpleNamespace(MemoryWatch=lambda *_: watch))
+        patch.setattr(module, "out_of_memory", SimpleNamespace(MemoryWatch=lambda *_: watch))
         self.limits: list[Settings] = []
         limits = SimpleNamespace(use=self.limits.append, warnings=("raise it",))
 

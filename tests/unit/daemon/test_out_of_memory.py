@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import pytest
 
-from socketprotector.daemon import memory_watch as module
-from socketprotector.daemon.memory_watch import KILLED, MemoryWatch
+from socketprotector.daemon import out_of_memory as module
+from socketprotector.daemon.out_of_memory import KILLED, MemoryWatch
 from socketprotector.system.memory_group import OutOfMemory
 from tests.unit.daemon.clock import Clock
 

@@ -50,6 +50,8 @@ class Handles:
 class Delivery(ABC):
     """Brings new clients to the workers of the generation that has the route.
 
+    The smallest delivery is tests/memory_delivery.py.
+
     A repeated order must change nothing: after a kill, the next program repeats the orders.
     """
 

@@ -198,7 +198,7 @@ class Handed(World):
         self._has_stopped = False  # an earlier program
         self._impatient = random.Random(f"clients {self.seed}").random() < 0.3
         self._tempted = 0
-        self.kernel.moved = self._look_at_paths
+        self.kernel.moved, self.kernel.asked = self._look_at_paths, self._look_at_question
         self._crowded = False  # there are too few descriptors for two generations
         self._mischievous = pick((False, False, True)) and not self._asks
         self._rude = pick((0.0, 0.5))
@@ -983,6 +983,25 @@ class Handed(World):
                 if self._at(told).is_path:  # a question has no address that tells it from them
                     continue
                 assert clients, f"another generation is started for {waiting}"
+
+    def _look_at_question(self, question: Question, to: Listening, source: str) -> None:
+        """One that a worker has diverted may be taken for a client at the socket it comes to."""
+        address = to.address
+        if self._supervisor is None or not (address.disturbed and address.by_number):
+            return
+        act = self._supervisor.effects
+        probes, current = steering_of(act).probes, steering_of(act).turns.current
+        places = {(index, number) for index, number, its in probes.probe_sources if its == source}
+        if address.family == socket.AF_INET6:
+            places |= probes.probed | {(each.index, current) for each in act.delivery.listeners}
+        meant = {
+            self.kernel.file(each.socket_for(number).fileno())
+            for each in act.delivery.listeners
+            for index, number in places
+            if index == each.index
+        }
+        if to not in meant:
+            question.excuse = MISCHIEF
 
     def _check_dropped(self, address: Address) -> None:
         """A client gets no answer under a hold alone, or until a program has resumed after it."""

@@ -289,6 +289,7 @@ class Kernel:
         self.zombie: Callable[[], Any] = lambda: None  # a child that has ended, if there is one
         self.start: Callable[[tuple[str, ...], dict[str, str], dict[int, File]], int]
         self.sent: Callable[[Connection, End], None] = lambda connection, end: None
+        self.asked: Callable[[Question, Listening, str], None] = lambda question, to, source: None
         self.modules = self._modules()
 
     # -- every call ------------------------------------------------------------
@@ -752,6 +753,7 @@ class Kernel:
         self.sources[b"%d" % question.number] = source
         if self.note:
             self.note(f"{question} comes to {to.name}, socket {to.inode}")
+        self.asked(question, to, source)
         if to.address.by_number and to.mask:  # it finds itself shut down
             question.drop()
         else:

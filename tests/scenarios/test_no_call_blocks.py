@@ -34,7 +34,7 @@ pytestmark = [
     needs.programs("strace"),
 ]
 
-ROUNDS = rounds(8, 250)
+ROUNDS = rounds(2, 250)
 #: An upgrade's new program may take PROBE_S until it answers, and as long again to begin, each call
 #: of which a tracer looks at.
 PATIENCE_S = 4 * PROBE_S

@@ -28,7 +28,7 @@ from tests.rounds import rounds
 from tests.together import together
 
 #: A snapshot with all that can be in it takes 50 ms of a processor to be thought of.
-SNAPSHOTS = rounds(15, 100)
+SNAPSHOTS = rounds(8, 100)
 SETTINGS = SettingsRecord(Settings("x", ("./daemon",), "/"))
 #: What a name of a file or a variable can be: bytes that are no UTF-8 too.
 texts = st.text(st.characters(exclude_categories=()), max_size=8)
@@ -66,7 +66,7 @@ def test_a_snapshot_comes_back_as_it_was(snapshot: Snapshot) -> None:
     assert CODEC.decode(CODEC.encode(snapshot)) == snapshot
 
 
-@settings(max_examples=rounds(15, 400), deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=rounds(8, 400), deadline=None, suppress_health_check=list(HealthCheck))
 @given(values)
 def test_every_class_of_it_comes_back_as_it_was(value: object) -> None:
     again = CODEC.decode(CODEC.encode(value))
@@ -238,7 +238,7 @@ def test_what_is_no_value_is_refused(written: bytes) -> None:
         Codec([Thing, Colour]).decode(written)
 
 
-@settings(max_examples=rounds(20, 400), deadline=None)
+@settings(max_examples=rounds(10, 400), deadline=None)
 @given(
     st.recursive(
         st.none() | st.integers() | texts,

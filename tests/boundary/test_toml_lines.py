@@ -95,7 +95,7 @@ def written(value: Any) -> str:
     return quoted(value) if isinstance(value, str) else json.dumps(value)
 
 
-@settings(max_examples=rounds(30, 500), deadline=None)
+@settings(max_examples=rounds(12, 500), deadline=None)
 @given(st.dictionaries(text | marks, values, max_size=5), st.dictionaries(text, values, max_size=4))
 def test_whatever_tomllib_reads_has_a_line_with_it(
     top: dict[str, Any], table: dict[str, Any]

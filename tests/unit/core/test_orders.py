@@ -51,13 +51,13 @@ def live_through(world: World, orders: list[int]) -> None:
         world.take(event)
 
 
-@settings(max_examples=rounds(100, 2000), deadline=None)
+@settings(max_examples=rounds(50, 2000), deadline=None)
 @given(worlds, choices)
 def test_the_promises_hold_after_every_event_in_any_order(world: World, orders: list[int]) -> None:
     live_through(world, [0, *orders])
 
 
-@settings(max_examples=rounds(50, 1000), deadline=None)
+@settings(max_examples=rounds(25, 1000), deadline=None)
 @given(worlds, choices)
 def test_a_quick_stop_ends_whatever_came_before_it(world: World, orders: list[int]) -> None:
     live_through(world, orders)
@@ -69,7 +69,7 @@ def test_a_quick_stop_ends_whatever_came_before_it(world: World, orders: list[in
     assert world.exited
 
 
-@settings(max_examples=rounds(50, 1000), deadline=None)
+@settings(max_examples=rounds(25, 1000), deadline=None)
 @given(worlds, choices)
 def test_a_graceful_stop_ends_whatever_came_before_it(world: World, orders: list[int]) -> None:
     live_through(world, orders)
@@ -81,7 +81,7 @@ def test_a_graceful_stop_ends_whatever_came_before_it(world: World, orders: list
     assert world.exited
 
 
-@settings(max_examples=rounds(50, 1000), deadline=None)
+@settings(max_examples=rounds(25, 1000), deadline=None)
 @given(worlds, choices)
 def test_when_all_goes_well_again_one_generation_serves_with_all_its_workers(
     world: World, orders: list[int]

@@ -187,7 +187,7 @@ def live_through(world: KilledWorld, orders: list[tuple[int, int | None]]) -> No
             world.take_and_die(event, at)
 
 
-@settings(max_examples=rounds(60, 1000), deadline=None)
+@settings(max_examples=rounds(30, 1000), deadline=None)
 @given(worlds, choices)
 def test_the_promises_hold_when_the_protector_is_killed_between_any_two_actions(
     world: KilledWorld, orders: list[tuple[int, int | None]]
@@ -195,7 +195,7 @@ def test_the_promises_hold_when_the_protector_is_killed_between_any_two_actions(
     live_through(world, [(0, None), *orders])
 
 
-@settings(max_examples=rounds(40, 1000), deadline=None)
+@settings(max_examples=rounds(20, 1000), deadline=None)
 @given(worlds, choices)
 def test_a_stop_ends_everything_however_often_the_protector_is_killed(
     world: KilledWorld, orders: list[tuple[int, int | None]]
@@ -211,7 +211,7 @@ def test_a_stop_ends_everything_however_often_the_protector_is_killed(
     assert world.exited
 
 
-@settings(max_examples=rounds(40, 1000), deadline=None)
+@settings(max_examples=rounds(20, 1000), deadline=None)
 @given(worlds, choices)
 def test_to_resume_twice_is_to_resume_once(
     world: KilledWorld, orders: list[tuple[int, int | None]]

@@ -62,7 +62,7 @@ NEARLY = st.dictionaries(
     WILD | st.sampled_from((1, *COMMANDS)),
 )
 many = examples(
-    max_examples=rounds(50, 1000), deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=rounds(25, 1000), deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 

@@ -61,7 +61,7 @@ whole = st.builds(
 PLAIN = Settings(name="web", command=("./web",), directory="/srv")
 
 
-@examples(max_examples=rounds(50, 1000), deadline=None, suppress_health_check=list(HealthCheck))
+@examples(max_examples=rounds(25, 1000), deadline=None, suppress_health_check=list(HealthCheck))
 @given(whole)
 def test_settings_come_back_as_they_were(settings: Settings) -> None:
     assert load(dump(settings)) == settings

@@ -158,13 +158,24 @@ def become_sub_reaper() -> None:
         raise OSError(code, os.strerror(code))
 
 
+#: Exit statuses that reap() has taken, by pid.
+_ended: dict[int, int] = {}
+
+
 def reap() -> None:
-    """Take the statuses of orphans that were left to us."""
+    """Take the statuses of orphans that were left to us, and of our own children."""
     try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            _ended[ended[0]] = os.waitstatus_to_exitcode(ended[1])
     except ChildProcessError:
         pass
+
+
+def status_of(child: subprocess.Popen[bytes]) -> int | None:
+    """Return the exit status of a child, which reap() may have taken; None: it runs."""
+    reap()
+    # poll() invents the status of a child that reap() has taken.
+    return _ended.get(child.pid, child.returncode)
 
 
 def _stat(pid: int) -> tuple[str, int, int]:
@@ -424,12 +435,14 @@ class Service:
         self._order("hold", "--for", f"{seconds * 1000:.0f}ms")
 
     def _order(self, *words: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
+        made = subprocess.Popen(
             [str(_CTL), "--pid-file", str(self.pid_file), *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
+        _ended.pop(made.pid, None)  # of an earlier process with that pid
+        return made
 
     def upgrade(self) -> None:
         """Ask for an upgrade, to this code from whatever runs.  Raises Gone."""

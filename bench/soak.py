@@ -171,6 +171,10 @@ class Soak:
         self.expect(self._pid_file_is_protectors(), "the pid file is not the protector's")
         self.torment.run(begun_s + lasts_s, self._each_turn)
         self._weigh("loaded, after the last action")
+        deploys = self.torment.deploys
+        self.report.wrong += deploys.wrong
+        if not self.service.from_earlier:
+            self.report.wrong += deploys.too_few(self.report.minutes)
 
     def _each_turn(self) -> None:
         """Find `current` as a power cut now would leave it, and show how far the run is."""
@@ -330,6 +334,10 @@ def show(soak: Soak, short: Snapshot, idle: Snapshot) -> bool:
         f"{events['resumed']} resumed, {events['protector-died']} protectors died, "
         f"{events['broken']} channels broken"
     )
+    print("\ndeploys, by what came of them:")
+    for what, count in sorted(torment.deploys.counts.items()):
+        print(f"- {count} {what}")
+    print(f"- {torment.deploys.repeated} ordered again, because another one was in progress")
     print("\n".join(["", *_table(report.sizes)]))
     for text in wrong:
         print(f"\nWRONG: {text}")

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from bench.account import Kill
+from bench.deploys import Deploys
 from bench.service import GOOD, Gone, Service, reap
 
 #: Between two actions; short ones so that they meet each other half done.
@@ -29,17 +30,18 @@ class Torment:
         """`workers`: how many it was started with."""
         self.kills: list[Kill] = []
         self.counts: Counter[str] = Counter()
+        self.deploys = Deploys(service)
         self._service = service
         self._random = random.Random(seed)
         self._workers = self._workers_at_start = workers
         self._most_workers = workers + 2
         self._undo: list[tuple[float, Callable[[], None]]] = []
         self._actions: dict[Callable[[], str], int] = {
-            self._reload: 6,
+            self._reload: 6 if service.from_earlier else 2,
             self._upgrade: 5,
             self._kill_worker: 4,
             self._kill_protector: 4,
-            self._bad_release: 3,
+            self._bad_release: 3 if service.from_earlier else 1,
             self._scale: 3,
             self._stop_worker: 2,
             self._stop_protector: 2,
@@ -48,11 +50,12 @@ class Torment:
             self._hold: 1,
         }
         if not service.from_earlier:
-            self._actions |= {self._dry_run: 3, self._wrong_once_settling: 2}
-            self._actions |= {self._promote: 3, self._rollback: 2}
+            # One reload at a time: with more of the others, hardly a deploy would have its turn.
+            self._actions |= {self._dry_run: 1, self._wrong_once_settling: 1}
+            self._actions |= {self._promote: 3, self._rollback: 1}
             self._actions |= {self._deploy: 6, self._bad_deploy: 4}
             if not service.rolls:
-                self._actions |= {self._canary: 5, self._bad_canary: 3}
+                self._actions |= {self._canary: 2, self._bad_canary: 1}
         if not service.kind.scales:
             del self._actions[self._scale]
 
@@ -62,6 +65,7 @@ class Torment:
         while (now_s := time.monotonic()) < until_s:
             self._service.look()
             reap()
+            self.deploys.look()
             self._undo_until(now_s)
             each_turn()
             if now_s >= next_s:
@@ -158,17 +162,18 @@ class Torment:
 
     def _bad_deploy(self) -> str:
         answers = ("wrong",) if self._service.kind.http else ()
-        name = self._random.choice(("exits", "hangs", "not-executable", "gone", *answers))
+        kinds = ("exits", "exits", "not-executable", "gone", "hangs", *answers)
+        name = self._random.choice(kinds)
         self._ordered(name)
         return f"deploy of a bad release ({name})"
 
     def _ordered(self, name: str) -> None:
         """Order a deploy or its dry run; one in four socketprotectorctl is killed meanwhile."""
         kind = self._random.choice(((), ("--force",), ("--force",), ("--dry-run",)))
-        ctl = self._service.deploy(name, *kind)
+        ordered = self.deploys.order(name, *kind)
         wait_s = self._random.uniform(0.0, 4.0)
         if wait_s < 1.0:
-            self._later(wait_s, ctl.kill)
+            self._later(wait_s, ordered.kill)
 
     def _dry_run(self) -> str:
         """Of the release that is there, which may be a bad one."""

@@ -94,6 +94,10 @@ class Step:
         self.cancel(TimerKind.WORKER_RESPAWN, worker.number)
         self.fleet = self.fleet.with_worker(replace(worker, state=State.STARTING))
         self.do(Spawn(generation, worker.number, worker.slot))
+        draining = self.fleet[generation]
+        if draining.phase is Phase.DRAINING and not draining.quiescing:
+            # It takes over the clients of a worker that had an order.
+            self.end_evenly(draining, worker.number)
         self.start(TimerKind.WORKER_START, worker.number, self.fleet.policy.start_timeout_s)
 
     def end_worker(self, worker: Worker) -> None:

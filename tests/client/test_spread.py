@@ -22,7 +22,7 @@ from tests.running import DEADLINE_S, Client, eventually
 SECONDS = 2.0
 SPREAD = {wire.ENV_DRAIN_SPREAD: str(SECONDS)}
 COUNT = 8
-WAYS = [["threads", str(COUNT)], ["tasks"], ["loop"]]
+WAYS = [["threads", str(COUNT)], ["tasks"], ["server"], ["loop"]]
 
 
 def ends(clients: list[Client]) -> list[float]:

@@ -1,4 +1,4 @@
-"""socketprotector-run under --drain-spread: how WebSockets, streams and requests end."""
+"""uvicorn under --drain-spread, by socketprotector-run or on a Listener: how connections end."""
 
 from __future__ import annotations
 
@@ -74,6 +74,31 @@ def test_each_connection_ends_as_its_protocol_wants(
         each.close()
     daemon.log.wait_for(r'event=exited generation=1 .*how="exited with status 0"$')
     assert not daemon.log.count("event=signalled")
+    daemon.stop()
+
+
+def test_on_a_plain_listener_uvicorn_ends_each_connection_at_its_turn(
+    protector: Callable[..., Protector], tmp_path: Path
+) -> None:
+    """Without a close frame, and a request that takes longer than the patience has no answer."""
+    program = (sys.executable, "-m", "tests.frameworks.programs.uvicorn_sockets")
+    words = ("--drain-spread", "1s", "--workers", "1", "127.0.0.1:0", "--", *program)
+    daemon = protector(*words, **PATH).ready()
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    opened = [asked(daemon.port, REQUEST, b"\r\n\r\n") for _ in range(4)]
+    idle, _ = asked(daemon.port, get("/"), b"\r\n0\r\n\r\n")
+    slow, _ = asked(daemon.port, get(str(gate)), b"")
+
+    with gate.open("wb"):
+        daemon.reload()
+        ended = [*(client for client, _ in opened), idle, slow]
+        assert not b"".join(map(rest, ended))
+    for each in ended:
+        each.close()
+    daemon.log.wait_for("event=exited generation=1 ")
+    assert not daemon.log.count("event=signalled")
+    assert not daemon.log.count("event=no-spread")
     daemon.stop()
 
 

@@ -17,6 +17,7 @@ from tests.simulation.deployed import DEPLOYED, DEPLOYED_STORIES
 from tests.simulation.each_step import ListenerStory, Story
 from tests.simulation.handed import Handed
 from tests.simulation.rolled import ROLLED, ROLLED_STORIES
+from tests.simulation.spreading import SPREADING
 from tests.simulation.world import World
 
 #: Steps of one life: long enough for a dozen reloads.
@@ -41,7 +42,16 @@ def handoff_of(seed: int, handoff: str) -> str:
 
 def life(seed: int, steps: int, arguments: Any, note: Callable[[str], None] | None = None) -> World:
     """Return a protector's life that has not begun yet."""
-    kinds = DEPLOYED if arguments.deploys else ROLLED if arguments.rollouts else KINDS
+    chosen = [
+        kinds
+        for given, kinds in (
+            (arguments.deploys, DEPLOYED),
+            (arguments.rollouts, ROLLED),
+            (arguments.spreads, SPREADING),
+        )
+        if given
+    ]
+    kinds = chosen[0] if chosen else KINDS
     return kinds[handoff_of(seed, arguments.handoff)](seed, steps, note)
 
 
@@ -127,6 +137,7 @@ def main() -> int:
     parser.add_argument("--handoff", choices=(*KINDS, "any"), default="any", help=HANDOFF)
     parser.add_argument("--rollouts", action="store_true", help="lives with shares and rolling")
     parser.add_argument("--deploys", action="store_true", help="lives with releases")
+    parser.add_argument("--spreads", action="store_true", help="lives with --drain-spread")
     parser.add_argument("--lives", type=int, help="so many, instead of so many steps")
     parser.add_argument("--each-step", action="store_true", help=EACH_STEP)
     parser.add_argument("--acts", nargs="+", default=(), help="of a story; else the seed's")

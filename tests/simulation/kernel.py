@@ -181,7 +181,7 @@ class Memory(File):
     def write(self, data: bytes, at: int) -> int:
         slot, begin = divmod(at, _SLOT)
         before = self.slots.get(slot, b"")
-        self.slots[slot] = before[:begin] + data + before[begin + len(data) :]
+        self.slots[slot] = before[:begin].ljust(begin, b"\0") + data + before[begin + len(data) :]
         return len(data)
 
     def read(self, size: int, at: int) -> bytes:

@@ -78,6 +78,16 @@ def test_current_names_only_what_was_proved(handoff: str) -> None:
         assert f"'{event}': " in seen
 
 
+@pytest.mark.timeout(rounds(120, 3600))
+@pytest.mark.parametrize("handoff", ["connection", "listener"])
+def test_an_order_to_end_evenly_outlives_kills_and_only_a_stop_shortens_it(handoff: str) -> None:
+    lives = str(rounds(25, 500))
+    seen = simulate("--spreads", "--verbose", "--handoff", handoff, "--lives", lives)
+
+    for event in ("ordered at a drain", "ordered at a stop", "killed in a spread"):
+        assert f"'{event}': " in seen
+
+
 def regressions(kind: str) -> list[str]:
     lines = REGRESSIONS.read_text(encoding="ascii").splitlines()
     found = [line.split()[:2] for line in lines if line and not line.startswith("#")]

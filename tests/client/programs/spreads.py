@@ -1,7 +1,7 @@
 """Echoes lines; at a client's end it says to it whether its turn had come.
 
-threads: serve().  tasks: aserve().  loop: connections(), a thread for each.  fork: the first client
-is held while a child takes another one.
+threads: serve().  tasks: aserve().  server: asyncio's own, on a Listener.  loop: connections(), a
+thread for each.  fork: the first client is held while a child takes another one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import os
 import sys
 import threading
+from contextlib import suppress
 
 from socketprotector_client import Connection, Listener, aserve, connections, draining, serve
 
@@ -31,10 +32,23 @@ async def talk_in_task(reader: asyncio.StreamReader, writer: asyncio.StreamWrite
     writer.write(b"your turn\n" if draining(writer) else b"you left\n")
 
 
+async def talk_and_close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await talk_in_task(reader, writer)
+    writer.close()
+
+
+async def serve_on_listener() -> None:
+    server = await asyncio.start_server(talk_and_close, sock=Listener())
+    await server.serve_forever()
+
+
 if sys.argv[1] == "threads":
     serve(talk, threads=int(sys.argv[2]))
 elif sys.argv[1] == "tasks":
     asyncio.run(aserve(talk_in_task))
+elif sys.argv[1] == "server":
+    with suppress(SystemExit):
+        asyncio.run(serve_on_listener())
 elif sys.argv[1] == "loop":
     for client, _ in connections():
         threading.Thread(target=talk, args=(client,)).start()

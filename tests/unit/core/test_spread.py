@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from socketprotector.core.actions import Action, Drain, EndEvenly, Retire
+from socketprotector.core.actions import Action, Drain, EndEvenly, Retire, Spawn
 from socketprotector.core.decide import resume
 from socketprotector.core.events import (
     BacklogEmptied,
@@ -19,11 +19,13 @@ from socketprotector.core.events import (
     SettingsRead,
     StopRequested,
     TimerKind,
+    WorkerExited,
     WorkerReady,
 )
 from socketprotector.core.fleet import Policy
 from tests.unit.conftest import Story
 
+CRASHED = "killed by SIGSEGV"
 BOTH = Policy(drain_spread_s=6.0, stop_spread_s=3.0, drain_timeout_s=9.0)
 
 
@@ -144,6 +146,24 @@ def test_a_reload_may_read_the_time_for_the_workers_it_replaces(story: Story) ->
     [order] = orders(story.when(WorkerReady(5)))
 
     assert (order.worker > 0, order.seconds) == (True, 1.5)
+
+
+def test_a_worker_that_replaces_a_crashed_one_of_a_draining_generation_is_ordered_too(
+    story: Story,
+) -> None:
+    story.given_serving(BOTH).and_also(StopRequested(), BacklogEmptied())
+
+    actions = story.when(WorkerExited(1, CRASHED, waiting=3))
+
+    assert actions[actions.index(Spawn(1, worker=2, slot=0)) + 1] == EndEvenly(1, 2, 3.0)
+    assert not orders(story.when(WorkerReady(2)))
+
+
+def test_a_worker_that_replaces_a_crashed_one_of_a_serving_generation_is_not(
+    story: Story,
+) -> None:
+    story.given_serving(BOTH)
+    assert not orders(story.when(WorkerExited(1, CRASHED)))
 
 
 def test_a_stop_within_a_second_is_spread_too(story: Story) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -16,8 +15,8 @@ from socketprotector.daemon.delivery import UNTAKEN_S
 from socketprotector.daemon.delivery.queue import canary as module
 from socketprotector.daemon.delivery.queue import queue_watch
 from socketprotector.daemon.delivery.queue.canary import NEVER_TAKEN_S, CanaryQueue
-from socketprotector.daemon.delivery.queue.undelivered import listener_of
 from tests.unit.daemon.clock import Clock
+from tests.unit.daemon.kept import Kept
 
 #: By a listener that both generations know, by one that only the canary knows, and a probe.
 SHARED = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, 0, 0, 1)
@@ -58,30 +57,6 @@ class Queue:
 
     def sendmsg(self, buffers: list[bytes], rights: object, flags: int) -> None:
         self.send(buffers[0], FD)
-
-
-class Kept:
-    """As Undelivered, without descriptors."""
-
-    def __init__(self) -> None:
-        self.waiting: list[tuple[bytes, int]] = []
-        self.writable = True
-
-    def has(self, wanted: Callable[[int], bool]) -> bool:
-        return any(wanted(listener_of(header)) for header, _ in self.waiting)
-
-    def keep_first(self, header: bytes, fd: int) -> None:
-        self.waiting.insert(0, (header, fd))
-
-    def keep_last(self, header: bytes, fd: int) -> None:
-        self.waiting.append((header, fd))
-
-    def take(self, wanted: Callable[[int], bool]) -> tuple[bytes, int] | None:
-        found = next(each for each in self.waiting if wanted(listener_of(each[0])))
-        if not self.writable:
-            return None
-        self.waiting.remove(found)
-        return found
 
 
 class World:

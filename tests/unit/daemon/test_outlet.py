@@ -13,7 +13,7 @@ from socketprotector_client import wire
 
 from socketprotector.daemon.delivery.queue import outlet as module
 from socketprotector.daemon.delivery.queue.outlet import Outlet
-from socketprotector.daemon.delivery.queue.undelivered import listener_of
+from tests.unit.daemon.kept import Kept
 
 CLIENT = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, 0, 0, 1)
 PROBE = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, 0, 0, 0)
@@ -40,27 +40,6 @@ class Queue:
         if self.fails:
             raise OSError(self.fails, os.strerror(self.fails))
         self.sent.append(fd)
-
-
-class Kept:
-    """As Undelivered, without descriptors."""
-
-    def __init__(self) -> None:
-        self.waiting: list[tuple[bytes, int]] = []
-        self.writable = True
-
-    def has(self, wanted: Callable[[int], bool]) -> bool:
-        return any(wanted(listener_of(header)) for header, _ in self.waiting)
-
-    def keep_first(self, header: bytes, fd: int) -> None:
-        self.waiting.insert(0, (header, fd))
-
-    def take(self, wanted: Callable[[int], bool]) -> tuple[bytes, int] | None:
-        found = next(each for each in self.waiting if wanted(listener_of(each[0])))
-        if not self.writable:
-            return None
-        self.waiting.remove(found)
-        return found
 
 
 class World:

@@ -16,6 +16,8 @@ from .reload import OUTCOME, TIMEOUT, WAIT, follow, read_status_before
 from .reload_progress import Awaited
 
 _OUTCOME = (*OUTCOME, "release", "from_release")
+#: What the times of a release are of.
+_TIMES = {"served_at": "served since", "failed_at": "failed", "refused_at": "refused"}
 
 
 def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -216,8 +218,9 @@ class _CurrentSaved(Awaited):
 def releases(instance: Instance, as_json: bool) -> None:
     """List the releases that were tried, the latest last, with times and reasons of failures.
 
-    "changed" means that the release's folder or program was replaced after it had proved itself.
-    Changes of other files are not detected.
+    A "failed" release was started, and a "refused" one was not. "changed" means that the release's
+    folder or program was replaced after it had proved itself. Changes of other files are not
+    detected.
     """
     result = instance.request("releases")
     if as_json:
@@ -230,7 +233,7 @@ def releases(instance: Instance, as_json: bool) -> None:
         marks = [word for word in ("serving", "current", "changed") if each.get(word) is True]
         times = [
             f"{words} {render.time_text(each.get(name))}"
-            for name, words in (("served_at", "served since"), ("refused_at", "failed"))
+            for name, words in _TIMES.items()
             if isinstance(each.get(name), int | float)
         ]
         reason = text_in(each, "reason")

@@ -253,7 +253,7 @@ class Resident:
             store.forget(name)
         self.output.finish()
         if self._releases is not None:
-            self._releases.close()
+            self._releases.link.close()
         if self.settings.notify_folder:
             remove_folder(self.settings.notify_folder)
         if self.settings.pid_file is not None and inherited.PID_FILE in self.own:
@@ -326,7 +326,7 @@ class Resident:
         if self.watcher is not None:
             found |= self.watcher.descriptors()
         if self._releases is not None:
-            found |= self._releases.descriptors()
+            found |= self._releases.link.descriptors()
         parts = (self.parents, self.start_report)
         return found | {name: fd for each in parts for name, fd in each.descriptors().items()}
 

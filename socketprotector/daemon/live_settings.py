@@ -123,7 +123,7 @@ class LiveSettings:
     @property
     def current_due(self) -> str:
         """The release to which `current` could not be moved yet; "": none."""
-        return self.releases.due if self.releases is not None else ""
+        return self.releases.link.due if self.releases is not None else ""
 
     def stop_reading(self) -> None:
         """End the reader processes, because the next program does not know them."""

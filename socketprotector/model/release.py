@@ -1,6 +1,6 @@
 """Releases: their names, the history of tried releases, and the way back by rollbacks.
 
-Pure.  The history has an entry for each time that a release was proved or refused, the newest last.
+Pure.  The history has an entry for each time that a release was tried, the newest last.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ ENTRIES = 50
 #: The longest file of a history that is read.
 MOST_BYTES = 1 << 20
 _LONGEST_NAME = 128
-_FORMAT = 1
+_FORMAT = 2
 _OTHERS = frozenset("._+~@=:,-")
 #: The longest reason that is kept.
 _REASON_CHARACTERS = 300
 #: The errors that malformed contents raise.  An infinite number raises OverflowError.
 _WRONG = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
+
+#: What came of a release.  A failed release was started; a refused one was not.
+PROVED, FAILED, REFUSED = _OUTCOMES = ("proved", "failed", "refused")
 
 NAME_IS = "a name of 1 to 128 letters, digits and ._+~@=:,- that begins with a letter or digit"
 
@@ -55,11 +58,12 @@ class Fingerprint:
 
 @frozen
 class Entry:
-    """A release was proved, or refused, at a time in seconds since the epoch."""
+    """A release was tried, at a time in seconds since the epoch."""
 
     release: str
     at: float
-    refused: str = ""  # the reason; "": it was proved
+    outcome: str = PROVED
+    reason: str = ""  # why it was not proved
     was: Fingerprint | None = None
 
 
@@ -90,15 +94,14 @@ def fill(text: str, path: str) -> str:
 def added(history: History, entry: Entry) -> History:
     """Return the history with a new entry.
 
-    A release that is refused repeatedly keeps only one entry, so that it displaces no proved
-    release.
+    A release that fails repeatedly keeps only one entry, so that it displaces no proved release.
     """
     kept = history.entries
-    if entry.refused:
-        kept = tuple(e for e in kept if not (e.refused and e.release == entry.release))
-        entry = replace(entry, refused=entry.refused[:_REASON_CHARACTERS])
+    if entry.outcome != PROVED:
+        kept = tuple(e for e in kept if e.outcome == PROVED or e.release != entry.release)
+        entry = replace(entry, reason=entry.reason[:_REASON_CHARACTERS])
         return replace(history, entries=(*kept, entry)[-ENTRIES:])
-    if kept and not kept[-1].refused and kept[-1].release == entry.release:
+    if kept and kept[-1].outcome == PROVED and kept[-1].release == entry.release:
         # The same release is serving again: keep the time from which it has served.
         entry = replace(entry, at=kept[-1].at)
         kept = kept[:-1]
@@ -119,7 +122,7 @@ def _way_to(name: str, way: tuple[str, ...]) -> tuple[str, ...]:
 def previous(history: History, serving: str, exists: Callable[[str], bool]) -> str:
     """Return the release to roll back to; "" if there is none.
 
-    Releases that are gone, or were refused when they were last tried, are skipped.
+    Releases that are gone, or were not proved when they were last tried, are skipped.
     """
     for name in reversed(_way_to(serving, history.way)[:-1]):
         if not failed_last(history, name) and exists(name):
@@ -128,17 +131,17 @@ def previous(history: History, serving: str, exists: Callable[[str], bool]) -> s
 
 
 def failed_last(history: History, name: str) -> bool:
-    """Return True if a release was refused when it was last tried."""
+    """Return True if a release failed, or was refused, when it was last tried."""
     last = next((each for each in reversed(history.entries) if each.release == name), None)
-    return last is not None and bool(last.refused)
+    return last is not None and last.outcome != PROVED
 
 
 def latest(history: History) -> dict[str, tuple[Entry | None, Entry | None]]:
-    """Return the last proof and the last refusal of each release, the latest tried last."""
+    """Return each release's last proof, and its last failure or refusal, the latest tried last."""
     found: dict[str, tuple[Entry | None, Entry | None]] = {}
     for each in history.entries:
-        proved, refused = found.pop(each.release, (None, None))
-        found[each.release] = (proved, each) if each.refused else (each, refused)
+        proved, other = found.pop(each.release, (None, None))
+        found[each.release] = (each, other) if each.outcome == PROVED else (proved, each)
     return found
 
 
@@ -170,11 +173,14 @@ def load(data: bytes) -> History:
 
 def _entry(found: dict[str, object]) -> Entry:
     was = found.get("was")
-    release, at, refused = found["release"], found["at"], found.get("refused", "")
-    if not is_name(release) or not isinstance(at, int | float) or not isinstance(refused, str):
-        raise ValueError("an entry has no name, time or reason")
-    if isinstance(was, dict):
-        names = ("device", "inode", "program_inode", "program_size", "program_mtime_ns")
-        numbers = {name: int(was[name]) for name in names}
-        return Entry(str(release), at, refused, Fingerprint(program=str(was["program"]), **numbers))
-    return Entry(str(release), at, refused)
+    release, at, outcome, reason = (found[each] for each in ("release", "at", "outcome", "reason"))
+    if not is_name(release) or not isinstance(at, int | float):
+        raise ValueError("an entry has no name or time")
+    if outcome not in _OUTCOMES or not isinstance(reason, str):
+        raise ValueError("an entry has no outcome or reason")
+    entry = Entry(str(release), at, str(outcome), reason)
+    if not isinstance(was, dict):
+        return entry
+    names = ("device", "inode", "program_inode", "program_size", "program_mtime_ns")
+    numbers = {name: int(was[name]) for name in names}
+    return replace(entry, was=Fingerprint(program=str(was["program"]), **numbers))

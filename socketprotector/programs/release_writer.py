@@ -1,24 +1,29 @@
 """Writes the history of releases, and waits until it and `current` are on disk.
 
 Waiting for a disk would keep clients of the resident process waiting, so this is a process of its
-own.  Its words: the descriptor of the folder, that of the new contents, the name of the history's
-file.  It prints "ok", or why it failed.
+own.  It may outlive a killed protector, and write at the same time as the next one's writer.  So
+each writer has a temporary file of its own, and removes those of all others: what another writer
+would still rename is older.
+
+Its words: the descriptor of the folder, that of the new contents, the name of the history's file.
+It prints "ok", or why it failed.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 
 
 def main(folder: int, content: int, name: str) -> None:
     """Replace the history by rename(2), and sync the folder, which also has the link `current`."""
-    following = f"{name}.next"
+    following = f"{name}.{os.getpid()}"
     left = os.pread(content, os.fstat(content).st_size, 0)
-    try:
-        os.unlink(following, dir_fd=folder)
-    except FileNotFoundError:
-        pass
+    for each in os.listdir(folder):
+        if each.startswith(f"{name}.") and each[len(name) + 1 :].isdecimal():
+            with suppress(FileNotFoundError):
+                os.unlink(each, dir_fd=folder)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     fd = os.open(following, flags, 0o644, dir_fd=folder)
     while left:

@@ -2,7 +2,7 @@
 
 `current` changes by rename(2) only, so it always names the old or the new release.  Everything
 beside it that we make begins with its name: `current.lock`, `current.next` (the link before its
-rename) and `current.history`.
+rename), `current.history` and, before its rename, `current.history.PID`.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ def lock(current: str) -> int | None:
     Raises OSError.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-    fd = os.open(f"{current}.lock", flags, 0o644)
+    # 0600: whoever can open the file could take the lock first.
+    fd = os.open(f"{current}.lock", flags, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

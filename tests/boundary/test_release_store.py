@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from tests import needs
 
 OLD = release.added(History(), Entry("1", 1.0))
 NEW = release.added(OLD, Entry("2", 2.0))
+NEWER = release.added(NEW, Entry("3", 3.0))
 #: Every call by which the store and the writer change something, or wait for the disk.
-CALLS = ("symlink", "unlink", "rename", "open", "write", "fsync", "close")
+CALLS = ("symlink", "unlink", "rename", "open", "write", "fsync", "close", "listdir")
 
 
 class Place:
@@ -48,9 +50,9 @@ class Place:
         release_store.move(self.current, str(self.releases), "2")
         self.write()
 
-    def write(self) -> None:
+    def write(self, history: History = NEW) -> None:
         folder, content = os.open(self.live, os.O_RDONLY), os.memfd_create("history")
-        os.pwrite(content, release.dump(NEW), 0)
+        os.pwrite(content, release.dump(history), 0)
         try:
             release_writer.main(folder, content, "current.history")
         finally:
@@ -201,6 +203,13 @@ def test_it_has_one_owner_at_a_time(place: Place) -> None:
     os.close(second)
 
 
+def test_other_users_cannot_open_the_lock_and_take_it_first(place: Place) -> None:
+    fd = release_store.lock(place.current)
+    assert fd is not None
+    assert stat.S_IMODE(os.fstat(fd).st_mode) == 0o600
+    os.close(fd)
+
+
 def test_no_link_is_followed_to_lock_or_read_anything(place: Place, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     os.symlink(victim, f"{place.current}.lock")
@@ -270,6 +279,14 @@ def calls_of_a_deploy(folder: Path, stale: bool) -> list[str]:
         return list(seen)
 
 
+def calls_of_a_write(folder: Path) -> list[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        place = Place(folder)
+        seen = each_call(patch, 0, lambda: None, after=False)
+        place.write()
+        return list(seen)
+
+
 def in_a_child(place: Place, at: int, then: Callable[[], None], after: bool) -> int:
     """Deploy in a process of its own; return its end: an errno, or a signal's number below 0."""
     child = os.fork()
@@ -305,6 +322,35 @@ def test_a_kill_at_any_call_leaves_the_old_or_the_new_release_and_history(
         assert (place.named(), place.history()) == ("2", NEW)
         left = set(os.listdir(place.live)) - {"current", "current.history"}
         assert left == set(), calls[at - 1]
+
+
+@pytest.mark.parametrize("older_ends", ["", "killed"])
+def test_a_writer_that_outlives_its_protector_breaks_no_newer_history(
+    tmp_path: Path, older_ends: str
+) -> None:
+    """It is suspended at each of its calls while the next program's writer does all of its own."""
+    calls = calls_of_a_write(tmp_path / "all")
+    for at in range(1, len(calls) + 1):
+        place = Place(tmp_path / str(at))
+        older = os.fork()
+        if older == 0:
+            try:
+                with pytest.MonkeyPatch.context() as patch:
+                    each_call(patch, at, lambda: os.kill(os.getpid(), signal.SIGSTOP), after=False)
+                    place.write()
+            finally:
+                os._exit(0)
+        assert os.WIFSTOPPED(os.waitpid(older, os.WUNTRACED)[1])
+
+        place.write(NEWER)
+
+        newer = place.history()
+        os.kill(older, signal.SIGKILL if older_ends == "killed" else signal.SIGCONT)
+        os.waitpid(older, 0)
+        assert newer == NEWER, calls[at - 1]
+        assert place.history() in (NEW, NEWER), calls[at - 1]
+        place.write(NEWER)
+        assert sorted(os.listdir(place.live)) == ["current", "current.history"], calls[at - 1]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])

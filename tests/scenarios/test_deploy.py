@@ -515,7 +515,7 @@ def test_a_mistake_in_the_configuration_is_no_failure_of_the_release(
     assert ctl(one, "deploy", "2").status == 3
     config.write_text("")
     found = json.loads(ctl(one, "releases", "--json").out)["releases"]
-    assert [each["refused_at"] for each in found] == [None, None, None]
+    assert [each["failed_at"] or each["refused_at"] for each in found] == [None, None, None]
 
     assert ctl(one, "rollback").status == 0
 
@@ -637,7 +637,10 @@ def test_json_and_no_wait_and_timeout(web: Web, releases: Releases, tmp_path: Pa
 def test_releases_lists_what_was_tried(web: Web, releases: Releases) -> None:
     one = web()
     deployed(one, "2")
-    assert ctl(one, "deploy", "bad").status == 3
+    for name in ("bad", "open", "empty"):
+        (releases.folder / name).mkdir(exist_ok=True)
+        (releases.folder / name).chmod(0o777 if name == "open" else 0o755)
+        assert ctl(one, "deploy", name).status == 3
     (releases.folder / "1" / "daemon").write_text("#!/bin/sh\n")
     (releases.folder / "2" / "__pycache__").mkdir()
 
@@ -649,8 +652,17 @@ def test_releases_lists_what_was_tried(web: Web, releases: Releases) -> None:
     assert re.fullmatch(
         r"bad  failed \S+: \S+/bad/daemon exited with status 7 before it was ready", lines[2]
     ), lines
-    assert [(e["release"], e["serving"], e["current"], e["changed"]) for e in found] == [
+    # These two were never started.
+    assert re.fullmatch(r"open  refused \S+: \S+/open .*: other users .*", lines[3]), lines
+    assert re.fullmatch(r"empty  refused \S+: .*/empty/daemon.*", lines[4]), lines
+    assert [(e["release"], e["serving"], e["current"], e["changed"]) for e in found[:3]] == [
         *(("1", False, False, True), ("2", True, True, False), ("bad", False, False, False)),
+    ]
+    times = [[each[f"{what}_at"] for what in ("served", "failed", "refused")] for each in found]
+    assert [[time is not None for time in each] for each in times] == [
+        *([True, False, False],) * 2,
+        [False, True, False],
+        *([False, False, True],) * 2,
     ]
     one.daemon.stop()
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from socketprotector.core.events import RollbackRequested
 from socketprotector.core.reload import cannot_roll_back
-from socketprotector.daemon import releases
+from socketprotector.daemon import current_link, release_history, releases
 from socketprotector.daemon.config_reader import ConfigAnswer
 from socketprotector.daemon.control import releases as requests
 from socketprotector.model import release
@@ -89,18 +89,16 @@ class FakeStore:
     def fingerprint(self, *_: str) -> None:
         return None
 
-    def start_writer(self, its: Any, *_: str) -> None:
-        """In the place of Releases._start_writer."""
+    def write(self, _: str, history: release.History, __: Any, done: Callable[[str], None]) -> None:
+        """In the place of release_history.write()."""
         self._enter("posix_spawn")
-        content = release.dump(its.history)
-        its._writer = its._written_history = its.history
+        content = release.dump(history)
 
         def end() -> None:
             fails = not self._world._calm and self._world._chance() < self._world._faulty / 3
             if not fails:
                 self.written = content
-            self.said = "No space left on device" if fails else "ok"
-            its._on_written("exited")
+            done("No space left on device" if fails else "")
 
         self._world._loop.call_after("release writer", self._world._chance(), end)
 
@@ -227,20 +225,13 @@ class Deployed(World):
 
     def _replaced(self) -> Iterator[tuple[Any, str, Any]]:
         yield from super()._replaced()
-        yield releases, "release_store", self.disk
-        yield releases, "last_line", lambda _: self.disk.said
-        yield releases.Releases, "_start_writer", lambda its, *_: self.disk.start_writer(its)
-        files = SimpleNamespace(
-            path=SimpleNamespace(
-                join=posixpath.join,
-                split=posixpath.split,
-                isdir=lambda path: posixpath.basename(path) != "gone",
-            ),
-            memfd_create=lambda *_: self.disk._enter("memfd_create") or 98,  # type: ignore[func-returns-value]
-            close=lambda _: None,
-            MFD_CLOEXEC=os.MFD_CLOEXEC,
+        path = SimpleNamespace(
+            join=posixpath.join, isdir=lambda path: posixpath.basename(path) != "gone"
         )
-        yield releases, "os", files
+        for module in (releases, current_link, release_history):
+            yield module, "release_store", self.disk
+            yield module, "os", SimpleNamespace(path=path)
+        yield release_history, "write", self.disk.write
 
     # -- what must hold ----------------------------------------------------------------
 
@@ -275,7 +266,7 @@ class Deployed(World):
         its = protector.effects.live_settings.releases
         assert its is not None
         named = self.disk.current == fields["release"]
-        assert named or its.due or self._last_hand, "a verdict comes before current is moved"
+        assert named or its.link.due or self._last_hand, "a verdict comes before current is moved"
 
     def _check_serving(self, number: int) -> None:
         super()._check_serving(number)
@@ -288,8 +279,10 @@ class Deployed(World):
         assert its.is_saved, f"not on disk: {its.error}"
         assert self.disk.current == serves or self._last_hand, "current names another release"
         assert not self.disk.next, "current.next is left behind"
-        assert its.history.way[-1:] == (serves,), f"{serves} is serving, not {its.history.way}"
-        assert release.load(self.disk.written) == its.history, "another history is on disk"
+        assert its.history.value.way[-1:] == (serves,), (
+            f"{serves} is serving, not {its.history.value.way}"
+        )
+        assert release.load(self.disk.written) == its.history.value, "another history is on disk"
 
 
 class DeployedListener(Deployed, Handed):

@@ -37,12 +37,12 @@ def deploy(
     _refuse_unexpected(expect, releases.serving)
     if not dry_run:
         _refuse_without_lock(releases)
-        named = releases.named
+        named = releases.link.named
         if named != releases.serving and not force:
             what = f"names {named}" if named else "leads to no release"
             raise RequestError(
                 "unmet",
-                f"{releases.current} {what}, but {releases.serving} is serving; see `releases`, "
+                f"{releases.link.path} {what}, but {releases.serving} is serving; see `releases`, "
                 "and use --force to move the link",
             )
         runtime.post(ReloadRequested(release=name))
@@ -81,8 +81,8 @@ def refuse_unexpected_incoming(effects: Effects, fleet: Fleet, expect: str) -> N
 def listed(effects: Effects) -> list[dict[str, Any]]:
     """Return the releases of the history, in the order of their last verdicts."""
     releases = _releases_of(effects)
-    serving, named = releases.serving, releases.named
-    found = release.latest(releases.history)
+    serving, named = releases.serving, releases.link.named
+    found = release.latest(releases.history.value)
     for name in (named, serving):
         if name:
             found.setdefault(name, (None, None))
@@ -91,13 +91,19 @@ def listed(effects: Effects) -> list[dict[str, Any]]:
             "release": name,
             "serving": name == serving,
             "current": name == named,
-            "served_at": proved.at if proved is not None else None,
-            "refused_at": refused.at if refused is not None else None,
-            "reason": refused.refused if refused is not None else None,
+            "served_at": _time(proved, release.PROVED),
+            "failed_at": _time(other, release.FAILED),
+            "refused_at": _time(other, release.REFUSED),
+            "reason": other.reason if other is not None else None,
             "changed": proved is not None and releases.is_changed(proved),
         }
-        for name, (proved, refused) in found.items()
+        for name, (proved, other) in found.items()
     ]
+
+
+def _time(entry: release.Entry | None, outcome: str) -> float | None:
+    """Return the time of an entry with this outcome."""
+    return entry.at if entry is not None and entry.outcome == outcome else None
 
 
 def of_status(effects: Effects, fleet: Fleet) -> dict[str, Any]:
@@ -112,8 +118,8 @@ def of_status(effects: Effects, fleet: Fleet) -> dict[str, Any]:
             "deploying": name or None,
             "generation": incoming.number if incoming else route,
             "serving": releases.serving,
-            "current": releases.named or None,
-            "link": releases.current,
+            "current": releases.link.named or None,
+            "link": releases.link.path,
             "owner": releases.own(),
             "saved": releases.is_saved,
             "error": releases.error or None,
@@ -164,6 +170,6 @@ def _refuse_without_lock(releases: Releases) -> None:
     if not releases.own():
         raise RequestError(
             "unmet",
-            releases.not_locked
-            or f"another protector owns {releases.current}; deploy there, then reload this one",
+            releases.link.not_locked
+            or f"another protector owns {releases.link.path}; deploy there, then reload this one",
         )

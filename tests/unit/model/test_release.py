@@ -9,6 +9,9 @@ import pytest
 
 from socketprotector.model.release import (
     ENTRIES,
+    FAILED,
+    PROVED,
+    REFUSED,
     Entry,
     Fingerprint,
     History,
@@ -30,11 +33,12 @@ WAS = Fingerprint(1, 2, "/srv/web/releases/1/daemon", 3, 4, 5)
 
 
 def history(*names: str) -> History:
-    """A history of releases that were tried one after another; !NAME was refused."""
+    """A history of releases that were tried one after another; !NAME failed, ?NAME was refused."""
     found = History()
     for at, name in enumerate(names):
-        refused = "it failed" if name.startswith("!") else ""
-        found = added(found, Entry(name.removeprefix("!"), float(at), refused))
+        outcome = {"!": FAILED, "?": REFUSED}.get(name[0], PROVED)
+        reason = "" if outcome == PROVED else "no table"
+        found = added(found, Entry(name.lstrip("!?"), float(at), outcome, reason))
     return found
 
 
@@ -86,6 +90,7 @@ def test_the_placeholder_is_replaced_only_where_there_are_releases() -> None:
         (("1", "2", "1", "3"), "3", "1"),  # not to 2, which was left
         (("1", "2", "1"), "1", ""),  # never to and fro
         (("1", "!2", "3"), "3", "1"),
+        (("1", "2", "3", "?2"), "3", "1"),
         (("1", "2", "3", "!2"), "3", "1"),  # 2 has failed since
         (("1", "2", "3", "2", "!1"), "2", ""),
         (("1", "!2", "2", "3"), "3", "2"),  # it was mended
@@ -120,8 +125,8 @@ def test_a_release_that_serves_again_keeps_its_time() -> None:
     assert [each.at for each in history("1", "2", "2").entries] == [0.0, 1.0]
 
 
-def test_a_release_that_is_refused_for_an_hour_removes_no_proved_one() -> None:
-    found = history("1", "2", *["!3"] * 1800)
+def test_a_release_that_fails_for_an_hour_removes_no_proved_one() -> None:
+    found = history("1", "2", *["!3", "?3"] * 900)
 
     assert [each.release for each in found.entries] == ["1", "2", "3"]
     assert failed_last(found, "3")
@@ -134,19 +139,19 @@ def test_it_has_a_bound_and_keeps_the_newest() -> None:
 
     assert (len(found.entries), found.entries[-1].release) == (ENTRIES, "499")
     assert (len(found.way), found.way[-1]) == (ENTRIES, "499")
-    assert len(added(History(), Entry("1", 0.0, "x" * 5000)).entries[0].refused) == 300
+    assert len(added(History(), Entry("1", 0.0, FAILED, "x" * 5000)).entries[0].reason) == 300
 
 
 def test_each_release_once_the_latest_tried_last() -> None:
     found = latest(history("1", "2", "!1"))
 
     assert list(found) == ["2", "1"]
-    proved, refused = found["1"]
-    assert (proved and proved.at, refused and refused.at) == (0.0, 2.0)
+    proved, failed = found["1"]
+    assert (proved and proved.at, failed and failed.at) == (0.0, 2.0)
 
 
 def test_what_is_written_is_read_again() -> None:
-    found = History((Entry("1", 1.5, was=WAS), Entry("2", 2.0, 'no "x"\n')), ("0", "1"))
+    found = History((Entry("1", 1.5, was=WAS), Entry("2", 2.0, REFUSED, 'no "x"\n')), ("0", "1"))
     assert load(dump(found)) == found
     assert load(dump(History())) == History()
 
@@ -160,14 +165,17 @@ def test_what_is_written_is_read_again() -> None:
         b"null",
         b"\xff",
         b"[" * 100_000,
-        b'{"format": 2, "way": [], "entries": []}',
-        b'{"format": 1, "way": [], "entries": 1}',
-        b'{"format": 1, "way": 1, "entries": []}',
-        b'{"format": 1, "way": ["../x"], "entries": []}',
-        b'{"format": 1, "way": [], "entries": [1]}',
-        b'{"format": 1, "way": [], "entries": [{"release": "../x", "at": 1}]}',
-        b'{"format": 1, "way": [], "entries": [{"release": "1", "at": "x"}]}',
-        b'{"format": 1, "way": [], "entries": [{"release": "1", "at": 1, "was": {}}]}',
+        b'{"format": 1, "way": [], "entries": []}',
+        b'{"format": 2, "way": [], "entries": 1}',
+        b'{"format": 2, "way": 1, "entries": []}',
+        b'{"format": 2, "way": ["../x"], "entries": []}',
+        b'{"format": 2, "way": [], "entries": [1]}',
+        b'{"format": 2, "way": [], "entries": [{"release": "1", "at": 1}]}',
+        dump(ONE).replace(b'"release": "1"', b'"release": "../x"'),
+        dump(ONE).replace(b'"at": 1.0', b'"at": "x"'),
+        dump(ONE).replace(b'"proved"', b'"unknown"'),
+        dump(ONE).replace(b'"reason": ""', b'"reason": 1'),
+        dump(ONE).replace(b'"was": null', b'"was": {}'),
         dump(ONE)[:-4],
         dump(MARKED).replace(b'"device": 1', b'"device": 1e999'),
     ],

@@ -1,0 +1,149 @@
+"""`current`: the lock of its owner, and the release to which it must still be moved.
+
+One protector owns a `current`: it keeps a lock for its whole life, upgrades included.  Other
+protectors with the same `current` use it at their reloads, but never move it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from ..model.errors import what_failed
+from ..model.lazy_dataclass import frozen
+from ..model.settings import Settings
+from ..system import inherited, release_store
+from ..system.helper import BackOff
+from .runtime import Runtime
+
+_AGAIN = "current"
+_FIRST_DELAY_S, _LAST_DELAY_S = 1.0, 60.0
+
+
+@frozen
+class NotMoved:
+    """A release that `current` could not be moved to yet."""
+
+    release: str
+    still_named: str
+    why: str
+
+
+class CurrentLink:
+    """The link `current` of one protector."""
+
+    def __init__(
+        self,
+        settings: Callable[[], Settings],
+        runtime: Runtime,
+        lock: int | None,
+        moved_late: Callable[[], None],
+    ) -> None:
+        """settings: returns the settings in force.  lock: an earlier program's lock.
+
+        moved_late: called when a repeated move has succeeded.
+        """
+        self._settings = settings
+        self._loop, self._log, self._persist = runtime.loop, runtime.log, runtime.persist
+        self._lock = lock
+        self._moved_late = moved_late
+        #: Why the lock could not be taken; "": this protector or another protector has it.
+        self.not_locked = ""
+        self.not_moved: NotMoved | None = None
+        self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
+
+    @property
+    def path(self) -> str:
+        """The path of the link."""
+        return self._settings().current
+
+    @property
+    def named(self) -> str:
+        """The release that `current` names; "": `current` leads to no release."""
+        return release_store.leads_to(self.path, self._settings().releases)
+
+    @property
+    def due(self) -> str:
+        """The release to which `current` must still be moved; "": there is none."""
+        return self.not_moved.release if self.not_moved is not None else ""
+
+    @property
+    def error(self) -> str:
+        """Why `current` does not name the release that it should; ""."""
+        return self.not_locked or (self.not_moved.why if self.not_moved is not None else "")
+
+    # -- the owner ---------------------------------------------------------------
+
+    @property
+    def is_owned(self) -> bool:
+        """Whether this protector has the lock."""
+        return self._lock is not None
+
+    def take_lock(self) -> bool:
+        """Take the lock if it is free; return whether this protector has it."""
+        failed = ""
+        try:
+            self._lock = release_store.lock(self.path)
+        except OSError as error:
+            failed = f"cannot lock {self.path}: {what_failed(error)}"
+        if failed and not self.not_locked:
+            self._log.write("error", "current-not-locked", error=failed)
+        self.not_locked = failed
+        return self.is_owned
+
+    def close(self) -> None:
+        """Release the lock, even if systemd keeps a copy of its descriptor."""
+        if self._lock is not None:
+            release_store.unlock(self._lock)
+
+    def descriptors(self) -> dict[str, int]:
+        """Return the descriptor that the next program needs, by name."""
+        return {inherited.CURRENT: self._lock} if self._lock is not None else {}
+
+    # -- the moves ---------------------------------------------------------------
+
+    def prepare(self, name: str) -> str:
+        """Prepare to move `current` to a release; return why that is impossible."""
+        try:
+            release_store.prepare(self.path, os.path.join(self._settings().releases, name))
+        except OSError as error:
+            return f"cannot make {self.path}.next: {error.strerror}"
+        return ""
+
+    def move(self, name: str) -> None:
+        """Let `current` name a release; try again later if that fails."""
+        was = self.not_moved
+        try:
+            release_store.move(self.path, self._settings().releases, name)
+        except OSError as error:
+            if was is None:
+                self._log.write("error", "current-not-moved", release=name, error=error.strerror)
+            named = self.named
+            self.not_moved = NotMoved(
+                name, named, f"{self.path} still names {named}: {error.strerror}"
+            )
+            if self._loop.due(_AGAIN) is None:
+                self._loop.call_after(_AGAIN, self._back_off.wait_s(), self._again)
+        else:
+            if was is not None:
+                self._log.write("info", "current-moved", release=name)
+            self.not_moved = None
+            self._back_off.reset()
+
+    def _again(self) -> None:
+        self.forget_due_if_moved()
+        if self.due:
+            self.move(self.due)
+            if not self.due:
+                self._moved_late()
+        self._persist()
+
+    def forget_due_if_moved(self) -> None:
+        """Forget that `current` must be moved if an operator has moved it meanwhile."""
+        if self.not_moved is not None and self.named != self.not_moved.still_named:
+            self.not_moved = None
+
+    def discard(self) -> None:
+        """Undo prepare(), unless a move is still due."""
+        if self._lock is not None and not self.due:
+            release_store.discard(self.path)

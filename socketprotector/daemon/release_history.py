@@ -1,0 +1,126 @@
+"""The history of releases, and its file beside `current`.
+
+A process of its own writes the file and waits for the disk (programs/release_writer.py).  A failed
+write is repeated.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+
+from ..model import release
+from ..model.errors import what_failed
+from ..model.lazy_dataclass import replace
+from ..model.release import Entry, History
+from ..system import inherited, release_store
+from ..system.cleanup import on_error
+from ..system.helper import BackOff, HelperProcess, last_line
+from ..system.loop import Loop
+from .runtime import Runtime
+
+_FOLDER, _CONTENT = 3, 4
+_AGAIN = "release-history"
+_FIRST_DELAY_S, _LAST_DELAY_S = 1.0, 60.0
+
+
+class SavedHistory:
+    """The history in memory, which its file follows."""
+
+    def __init__(self, current: Callable[[], str], runtime: Runtime) -> None:
+        """current: returns the path of the link."""
+        self.value = History()
+        #: Why the file could not be written; "": it is, or will be soon.
+        self.error = ""
+        self._current, self._loop, self._log = current, runtime.loop, runtime.log
+        self._on_disk: History | None = self.value
+        self._writing: History | None = None
+        self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
+
+    def read(self) -> None:
+        """Take the history from its file; an unreadable one is empty."""
+        try:
+            found = release_store.history(self._current())
+            self.value = release.load(found) if found is not None else History()
+        except (release_store.ReleaseError, release.HistoryError) as error:
+            self._log.write(
+                "warning",
+                "history-unreadable",
+                file=f"{self._current()}.history",
+                error=str(error),
+                hint="the history of releases begins again",
+            )
+        self._on_disk = self.value
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the history is on disk, and the link as it was at the last change."""
+        return self._on_disk is self.value
+
+    def add(self, entry: Entry) -> None:
+        """Add an entry, and begin to write the file."""
+        self._save(release.added(self.value, entry))
+
+    def sync(self) -> None:
+        """Write the file again, and with it the folder, because the link has changed."""
+        # Another object: the present writing may have synced the folder already.
+        self._save(replace(self.value))
+
+    def _save(self, value: History) -> None:
+        self.value = value
+        if self._writing is None and self._loop.due(_AGAIN) is None:
+            self._write()
+
+    def _write(self) -> None:
+        self._writing = self.value
+        try:
+            write(self._current(), self.value, self._loop, self._written)
+        except OSError as error:
+            self._written(what_failed(error))
+
+    def _written(self, failure: str) -> None:
+        written, self._writing = self._writing, None
+        if failure:
+            if not self.error:
+                self._log.write("error", "history-not-written", error=failure)
+            self.error = f"current and its history may not be on disk: {failure}"
+            self._loop.call_after(_AGAIN, self._back_off.wait_s(), self._write)
+        elif written is not self.value:
+            self._write()
+        else:
+            if self.error:
+                self._log.write("info", "history-written")
+            self.error, self._on_disk = "", written
+            self._back_off.reset()
+
+
+def write(current: str, history: History, loop: Loop, done: Callable[[str], None]) -> None:
+    """Start the process that writes a history; it calls back with its failure, or "".
+
+    Raises OSError.
+    """
+    folder, name = os.path.split(current)
+    output = os.memfd_create("sp.writer", os.MFD_CLOEXEC)
+    with on_error(partial(os.close, output)):
+        content = inherited.memory_file("sp.history", release.dump(history))
+        try:
+            into = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                HelperProcess.start_own(
+                    "release_writer.py",
+                    (str(_FOLDER), str(_CONTENT), f"{name}.history"),
+                    {1: output, 2: output, _FOLDER: into, _CONTENT: content},
+                    loop,
+                    partial(_ended, output, done),
+                )
+            finally:
+                os.close(into)
+        finally:
+            os.close(content)
+
+
+def _ended(output: int, done: Callable[[str], None], how: str) -> None:
+    said = last_line(output)
+    os.close(output)
+    done("" if said == "ok" else f"{said} ({how})")

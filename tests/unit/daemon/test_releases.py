@@ -1,0 +1,312 @@
+"""Releases without a process: the history and its writer, the link, and what verdicts mean."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from socketprotector.core import stop
+from socketprotector.core.actions import Report, ReportKind
+from socketprotector.daemon import release_history, releases
+from socketprotector.daemon.releases import Releases
+from socketprotector.model import release
+from socketprotector.model.lazy_dataclass import replace
+from socketprotector.model.records import Program
+from socketprotector.model.release import FAILED, PROVED, REFUSED, History
+from socketprotector.model.settings import Settings
+from socketprotector.system import release_store
+from tests.unit.daemon.clock import Clock
+
+
+class World:
+    """A folder of releases, and a writer of the history that ends when a test says so."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.clock = Clock()
+        self.folder, self.live = folder / "releases", folder / "live"
+        self.live.mkdir()
+        for name in ("1", "2", "3"):
+            (self.folder / name).mkdir(parents=True)
+        self.current = self.live / "current"
+        self.current.symlink_to(self.folder / "1")
+        self.settings = Settings(
+            "web",
+            ("sh",),
+            "/",
+            release="1",
+            releases=str(self.folder),
+            current=str(self.current),
+        )
+        self.writes: list[tuple[History, Callable[[str], None]]] = []
+        self.cannot_write = False
+        patch.setattr(release_history, "write", self._write)
+        self._runtime = self.clock.use_in(patch, releases)
+        self._made: list[Releases] = []
+
+    def make(self) -> Releases:
+        self._made.append(Releases(lambda: self.settings, self._runtime, None))
+        return self._made[-1]
+
+    def close(self) -> None:
+        for each in self._made:
+            for fd in each.link.descriptors().values():
+                os.close(fd)
+
+    def _write(self, _: str, history: History, __: Any, done: Callable[[str], None]) -> None:
+        if self.cannot_write:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        self.writes.append((history, done))
+
+    def writer_ends(self, failure: str = "") -> None:
+        history, done = self.writes.pop(0)
+        if not failure:
+            Path(f"{self.current}.history").write_bytes(release.dump(history))
+        done(failure)
+
+    def proved(self, made: Releases, name: str) -> Report:
+        """Let a deploy of a release succeed, but for the writer."""
+        assert made.begin(name) == name
+        candidate = replace(self.settings, release=name, release_wanted=name)
+        assert made.prepare(candidate, dry_run=False) == ""
+        left, self.settings = self.settings.release, replace(self.settings, release=name)
+        made.move(name, left)
+        return made.reported(Report(ReportKind.RELOADED, 2), self.program(name))
+
+    def program(self, name: str) -> Program:
+        return Program(
+            path="/bin/sh",
+            argv=("sh",),
+            directory="/",
+            environment=(),
+            umask=0,
+            limits=(),
+            nice=0,
+            release=name,
+        )
+
+    def failed(self, made: Releases, name: str, reason: str, *, started: bool = True) -> Report:
+        made.begin(name)
+        report = Report(ReportKind.RELOAD_FAILED, 2, reason)
+        return made.reported(report, self.program(name) if started else None)
+
+    def cannot_move(self, patch: pytest.MonkeyPatch) -> None:
+        def fail(*_: object) -> None:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+        patch.setattr(release_store, "move", fail)
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    made = World(tmp_path, monkeypatch)
+    yield made
+    made.close()
+
+
+def outcomes(made: Releases) -> list[tuple[str, str]]:
+    return [(each.release, each.outcome) for each in made.history.value.entries]
+
+
+# -- the history ------------------------------------------------------------------------
+
+
+def test_it_is_saved_when_the_last_change_is_on_disk(world: World) -> None:
+    made = world.make()
+    world.proved(made, "2")
+    assert not made.is_saved
+    world.proved(made, "3")  # while the first change is being written
+    assert len(world.writes) == 1
+
+    world.writer_ends()
+    assert not made.is_saved
+    world.writer_ends()
+
+    assert (made.is_saved, world.writes) == (True, [])
+    assert world.make().history.value == made.history.value
+
+
+def test_a_failed_write_is_said_once_and_repeated_ever_more_slowly(world: World) -> None:
+    made = world.make()
+    world.proved(made, "2")
+    for wait_s in (1.0, 2.0, 4.0):
+        world.writer_ends("current.history: No space left on device")
+        assert made.error.endswith("current.history: No space left on device")
+        world.clock.pass_time(wait_s - 0.1)
+        assert not world.writes
+        world.clock.pass_time(0.2)
+        assert world.writes
+
+    world.writer_ends()
+
+    assert (made.error, made.is_saved) == ("", True)
+    assert world.clock.lines == ["history-not-written", "history-written"]
+
+
+def test_without_memory_for_a_writer_it_is_repeated(world: World) -> None:
+    made = world.make()
+    world.cannot_write = True
+    world.proved(made, "2")
+    assert "Cannot allocate memory" in made.error
+    world.cannot_write = False
+
+    world.clock.pass_time(1.1)
+    world.writer_ends()
+
+    assert made.is_saved
+
+
+def test_a_broken_file_is_empty_and_said_and_written_whole_again(world: World) -> None:
+    file = world.live / "current.history"
+    file.write_bytes(release.dump(History(way=("1",)))[:-5])
+
+    made = world.make()
+
+    assert (made.history.value, world.clock.lines) == (History(), ["history-unreadable"])
+    world.proved(made, "2")
+    world.writer_ends()
+    assert release.load(file.read_bytes()).way == ("2",)
+
+
+# -- the link ---------------------------------------------------------------------------
+
+
+def test_a_move_that_fails_is_repeated_and_then_synced(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = world.make()
+    with monkeypatch.context() as faulty:
+        world.cannot_move(faulty)
+        report = world.proved(made, "2")
+        assert report.reason.endswith(
+            "still names 1: Read-only file system; SocketProtector tries again"
+        )
+        world.writer_ends()
+        assert (made.link.due, made.is_saved, made.link.named) == ("2", False, "1")
+        world.clock.pass_time(1.1)
+    world.clock.pass_time(2.1)
+
+    assert (made.link.due, made.link.named) == ("", "2")
+    # The folder is synced after the late rename, too.
+    assert not made.is_saved
+    world.writer_ends()
+    assert (made.is_saved, made.error) == (True, "")
+    assert world.clock.lines == ["current-not-moved", "current-moved"]
+    assert world.clock.saves == 2
+
+
+def test_a_sync_during_a_write_is_another_write(world: World) -> None:
+    made = world.make()
+    world.proved(made, "2")
+
+    made.history.sync()
+
+    world.writer_ends()
+    assert not made.is_saved
+    world.writer_ends()
+    assert made.is_saved
+
+
+def test_a_link_that_an_operator_moved_meanwhile_stays(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = world.make()
+    with monkeypatch.context() as faulty:
+        world.cannot_move(faulty)
+        world.proved(made, "2")
+    world.current.unlink()
+    world.current.symlink_to(world.folder / "3")
+
+    assert made.begin("") == ""
+
+    assert (made.link.due, made.link.named) == ("", "3")
+
+
+def test_the_next_program_syncs_what_an_earlier_one_may_not_have(world: World) -> None:
+    made = world.make()
+    world.proved(made, "2")
+    world.writer_ends()
+
+    made.resume("", world.program("2"))
+
+    assert not made.is_saved
+    world.writer_ends()
+    assert made.is_saved
+    assert outcomes(made) == [("2", PROVED)]
+
+
+def test_the_lock_has_one_owner_and_the_next_owner_reads_the_history(world: World) -> None:
+    first, second = world.make(), world.make()
+    assert (first.own(), second.own()) == (True, False)
+    world.proved(first, "2")
+    world.writer_ends()
+    second.move("3", "2")
+    assert first.link.named == "2"  # the other one moves nothing
+    [fd] = first.link.descriptors().values()
+    fcntl.flock(fd, fcntl.LOCK_UN)
+
+    assert second.own()
+
+    assert second.history.value == first.history.value
+
+
+# -- verdicts ---------------------------------------------------------------------------
+
+
+def test_a_release_failed_if_it_was_started_and_was_refused_if_not(world: World) -> None:
+    made = world.make()
+    world.failed(made, "2", "worker 3 exited with status 7")
+    world.failed(made, "3", f"{world.folder}/3/daemon: Permission denied", started=False)
+
+    assert outcomes(made) == [("2", FAILED), ("3", REFUSED)]
+    assert made.link.named == "1"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason", "started"),
+    [
+        ("2", stop.CALLED_OFF, True),
+        ("2", "cannot read web.toml", False),  # it names no path of the release
+        ("gone", "no such release", True),
+        ("1", "the serving release", True),
+    ],
+)
+def test_what_is_no_fault_of_a_release_is_not_in_the_history(
+    world: World, name: str, reason: str, started: bool
+) -> None:
+    made = world.make()
+    world.failed(made, name, reason, started=started)
+    assert outcomes(made) == []
+
+
+def test_a_current_that_names_a_failed_release_is_said(world: World) -> None:
+    made = world.make()
+    world.current.unlink()
+    world.current.symlink_to(world.folder / "2")
+
+    assert made.begin("") == ""
+    failed = Report(ReportKind.RELOAD_FAILED, 2, "it exited")
+    report = made.reported(failed, world.program("2"))
+
+    said = "current names 2, which failed; a restart would start 2"
+    assert report.reason == f"it exited; {said}"
+    assert made.warning == said
+
+
+def test_without_a_place_for_the_link_nothing_is_tried(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = world.make()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(release_store, "prepare", full)
+    candidate = replace(world.settings, release="2", release_wanted="2")
+    assert made.prepare(candidate, dry_run=True) == ""
+    assert made.prepare(candidate, dry_run=False).endswith("current.next: No space left on device")

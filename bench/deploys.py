@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: How long a refused deploy is ordered again, and how often.
 REPEATED_S, PAUSE_S = 20.0, 0.2
 #: The fewest deploys that must be proved, and that must fail, in each minute of a soak.
-PROVED_A_MINUTE, FAILED_A_MINUTE = 2.0, 1.0
+PROVED_A_MINUTE, FAILED_A_MINUTE = 1.0, 0.5
 _BUSY = 6
 _WORDS = {
     0: "proved",

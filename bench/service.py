@@ -423,7 +423,9 @@ class Service:
 
     def deploy(self, name: str, *more: str) -> subprocess.Popen[bytes]:
         """Order the deploy of a release, without a wait for the verdict."""
-        return self._order("deploy", name, "--timeout", "10s", *more)
+        # By its socket, at which it waits for a protector that is being started again.
+        place = ("--control", str(self._folder / "socketprotector" / "daemon.control"))
+        return self._order("deploy", name, "--timeout", "10s", *more, place=place)
 
     def scale(self, workers: int) -> None:
         """Order this number of workers, and wait for the answer.  Raises CalledProcessError."""
@@ -434,9 +436,10 @@ class Service:
         """Order a hold of that length, without a wait for the answer."""
         self._order("hold", "--for", f"{seconds * 1000:.0f}ms")
 
-    def _order(self, *words: str) -> subprocess.Popen[bytes]:
+    def _order(self, *words: str, place: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+        place = place or ("--pid-file", str(self.pid_file))
         made = subprocess.Popen(
-            [str(_CTL), "--pid-file", str(self.pid_file), *words],
+            [str(_CTL), *place, *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

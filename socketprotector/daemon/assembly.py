@@ -93,6 +93,8 @@ class Resident:
         )
         #: Whether the fleet was launched or resumed, so that a next program can resume it.
         self.began = False
+        #: Whether it is taking over what another program has begun.
+        self.resumes = False
         #: The names of the listening sockets that survive for the next start.
         self.surviving: tuple[str, ...] = ()
         self.watcher: watch_client.FileWatch | None = None
@@ -107,7 +109,7 @@ class Resident:
         snapshot = self._snapshot_to_resume()
         if snapshot is not None and snapshot.fleet.exiting:
             return self._finish_exit(snapshot)
-        self.began = snapshot is not None
+        self.began = self.resumes = snapshot is not None
         loop = self._become_resident()
         for listener in self.listeners:
             listener.claim(resumed=snapshot is not None)
@@ -132,6 +134,7 @@ class Resident:
             supervisor.launch()
         else:
             supervisor.adopt(recovery.Recovery(supervisor.effects, snapshot, self.unclaimed))
+            self.resumes = False
         # Inform the guard that we handle signals now, and which signal makes workers finish.  The
         # guard sends this signal to the workers if no protector can be started.
         self.parents.guard.send(f"X_BEGAN=1\nX_FINISH={settings.finish_signal}")

@@ -86,7 +86,10 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
         # The traceback must reach a terminal that stops background output (`stty tostop`).
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTOU,))
         if resident.began and resident.parents.store.keeps:
-            raise  # the guard or systemd starts another program, which resumes
+            # The guard or systemd starts another program, which resumes.
+            if resident.resumes and isinstance(error, OSError):
+                sys.exit(f"SocketProtector: cannot resume: {what_failed(error)}")
+            raise
         # No program can resume, so leave no waiting process and no file behind.
         reason = str(error)
         if isinstance(error, OSError) and not resident.began:

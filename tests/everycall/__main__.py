@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=480.0, help="end after so long")
     parser.add_argument("--only", default="", help="an operation, or several with commas")
     parser.add_argument("--site", default="", help="only sites that contain this")
+    parser.add_argument("--seed", type=int, default=36, help="the order of the faults")
     arguments = parser.parse_args()
     # Lines of other sources are other sites.
     folder: Path = arguments.folder.absolute() / digest_of_sources()
@@ -41,7 +42,7 @@ def main() -> None:
     results = folder / "results.jsonl"
     text = results.read_text() if results.exists() else ""
     done = {tuple(json.loads(line)["trial"]) for line in text.splitlines()}
-    for trial in trials(sites):
+    for trial in trials(sites, arguments.seed):
         if trial in done or arguments.site not in trial[1]:
             continue
         if time.monotonic() > until:

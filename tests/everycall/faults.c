@@ -3,7 +3,7 @@
  *
  * EVERYCALL names a folder.  In it:
  *   armed   calls count once this file exists
- *   sites   (written) a line for each site: CALL FILE:LINE KIND, where KIND is what a descriptor is
+ *   sites   (written) a line for each site: CALL FILE:LINE KIND, see kind_of()
  *   plan    one line: CALL FILE:LINE ACTION; ACTION is an errno's number, or 0 for SIGKILL
  *   fired   (written) the process in which the fault came
  * The library does nothing in a process that has no Python frame of this project on its stack.
@@ -17,8 +17,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 typedef void *object;
@@ -103,21 +105,56 @@ static int site(const char *call, char *into, size_t size) {
     return found == 1;
 }
 
-static const char *kind_of(long fd) {
-    static char text[32];
+static int is(const char *call, const char *beginning) {
+    return strncmp(call, beginning, strlen(beginning)) == 0;
+}
+
+/* What decides which errors a call can give: where a path leads, what a descriptor is. */
+static const char *kind_of(const char *call, long a, long b, long c, long d) {
+    static char text[48];
     struct stat about;
-    if (fd < 0 || fd > 1000000 || syscall(SYS_fstat, fd, &about) != 0) return "-";
-    int flags = syscall(SYS_fcntl, fd, F_GETFL);
-    const char *kind = S_ISREG(about.st_mode) ? "file" : S_ISSOCK(about.st_mode) ? "socket"
-        : S_ISFIFO(about.st_mode) ? "pipe" : "other";
-    snprintf(text, sizeof text, "%s%s", kind, flags & O_NONBLOCK ? "+nonblock" : "");
+    struct statfs system;
+    if (is(call, "open") || is(call, "stat") || is(call, "lstat") || is(call, "readlink")) {
+        const char *path = (const char *)(is(call, "openat") ? b : a);
+        long flags = is(call, "openat") ? c : b;
+        if (is(path, "/proc/") || is(path, "/sys/") || is(path, "/dev/")) return "kernel";
+        if (!is(call, "open")) return "path";
+        return flags & O_CREAT ? "create" : flags & O_ACCMODE ? "write" : "read";
+    }
+    if (is(call, "poll")) return b > 4 ? "many" : "few";
+    if (is(call, "socket") || is(call, "memfd") || is(call, "epoll_create")) return "-";
+    if (is(call, "wait") || a < 0 || a > 1000000) return "-";
+    if (syscall(SYS_fstat, a, &about) != 0) return "-";
+    if (is(call, "setsockopt")) {
+        snprintf(text, sizeof text, "option-%ld-%ld", b, c);
+        return text;
+    }
+    const char *kind = S_ISFIFO(about.st_mode) ? "pipe" : "other";
+    if (S_ISREG(about.st_mode)) {
+        kind = "file";
+        if (syscall(SYS_fstatfs, a, &system) == 0 && system.f_type != 0x01021994) {
+            if (system.f_type == 0x9fa0 || system.f_type == 0x63677270) kind = "kernel";
+        } else if (about.st_nlink == 0) kind = "memory";
+    } else if (S_ISSOCK(about.st_mode)) {
+        int family = 0, type = 0;
+        socklen_t size = sizeof family;
+        syscall(SYS_getsockopt, a, SOL_SOCKET, SO_DOMAIN, &family, &size);
+        syscall(SYS_getsockopt, a, SOL_SOCKET, SO_TYPE, &type, &size);
+        kind = family == AF_NETLINK ? "netlink" : family != AF_UNIX ? "tcp"
+            : type == SOCK_DGRAM ? "datagram" : "unix";
+    }
+    int flags = syscall(SYS_fcntl, a, F_GETFL);
+    int message = is(call, "sendmsg") || is(call, "recvmsg") ? c
+        : is(call, "send") || is(call, "recv") ? d : 0;
+    int now = flags & O_NONBLOCK || message & MSG_DONTWAIT;
+    snprintf(text, sizeof text, "%s%s", kind, now ? "+nonblock" : "");
     return text;
 }
 
 #define SEEN 4096
 static unsigned seen[SEEN];
 
-static void record(const char *at, long fd) {
+static void record(const char *at, const char *kind) {
     unsigned hash = 5381;
     for (const char *c = at; *c; c++) hash = hash * 33 + (unsigned char)*c;
     unsigned place = hash % SEEN;
@@ -125,7 +162,7 @@ static void record(const char *at, long fd) {
     if (seen[place]) return;
     seen[place] = hash;
     char line[600];
-    int length = snprintf(line, sizeof line, "%s %s\n", at, kind_of(fd));
+    int length = snprintf(line, sizeof line, "%s %s\n", at, kind);
     int out = syscall(SYS_openat, AT_FDCWD, sites, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0666);
     if (out < 0) return;
     syscall(SYS_write, out, line, length);
@@ -133,14 +170,14 @@ static void record(const char *at, long fd) {
 }
 
 /* Return the errno that this call is to fail with, or 0. */
-static int fault(const char *call, long fd) {
+static int fault(const char *call, long a, long b, long c, long d) {
     if (!folder || inside) return 0;
     if (wants >= 0 && strncmp(wanted, call, strlen(call)) != 0) return 0;
     int kept = errno, code = 0;
     char at[512];
     inside = 1;
     if (exists(armed) && site(call, at, sizeof at)) {
-        if (wants < 0) record(at, fd);
+        if (wants < 0) record(at, kind_of(call, a, b, c, d));
         else if (strcmp(at, wanted) == 0) {
             int out = syscall(SYS_openat, AT_FDCWD, fired, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
             if (out >= 0) {
@@ -164,18 +201,18 @@ static int fault(const char *call, long fd) {
     long my_##name(long a, long b, long c, long d, long e, long f) {                                \
         static long (*real)(long, long, long, long, long, long);                               \
         if (!real) real = (long (*)(long, long, long, long, long, long))dlsym(RTLD_NEXT, #name); \
-        int code = fault(#name, a);                                                            \
+        int code = fault(#name, a, b, c, d);                                                            \
         if (code) { errno = code; return -1; }                                                 \
         return real(a, b, c, d, e, f);                                                         \
     }
 
-CALL(read) CALL(write) CALL(pread) CALL(pread64) CALL(pwrite) CALL(pwrite64) CALL(writev)
+CALL(read) CALL(pread) CALL(pread64) CALL(pwrite) CALL(pwrite64) CALL(writev)
 CALL(open) CALL(open64) CALL(openat) CALL(openat64) CALL(close)
 CALL(socket) CALL(socketpair) CALL(bind) CALL(listen) CALL(connect) CALL(accept) CALL(accept4)
 CALL(getsockopt) CALL(setsockopt) CALL(getsockname) CALL(getpeername) CALL(shutdown)
 CALL(send) CALL(sendto) CALL(sendmsg) CALL(recv) CALL(recvfrom) CALL(recvmsg)
 CALL(epoll_create1) CALL(epoll_wait) CALL(poll)
-CALL(fcntl) CALL(fcntl64) CALL(ioctl) CALL(dup) CALL(dup2) CALL(dup3) CALL(pipe2)
+CALL(ioctl) CALL(dup) CALL(dup2) CALL(dup3) CALL(pipe2)
 CALL(memfd_create) CALL(ftruncate) CALL(ftruncate64)
 CALL(fork) CALL(execve) CALL(waitid) CALL(waitpid) CALL(wait4) CALL(kill)
 CALL(stat) CALL(stat64) CALL(lstat) CALL(lstat64) CALL(fstat) CALL(fstat64)
@@ -195,20 +232,45 @@ static long plain(long number, long a, long b, long c, long d, long e, long f) {
 long my_syscall(long number, long a, long b, long c, long d, long e, long f) {
     const char *name = number == SYS_pidfd_open ? "pidfd_open"
         : number == SYS_pidfd_send_signal ? "pidfd_send_signal" : NULL;
-    int code = name ? fault(name, -1) : 0;
+    int code = name ? fault(name, -1, 0, 0, 0) : 0;
     if (code) { errno = code; return -1; }
     return plain(number, a, b, c, d, e, f);
 }
 
-/* A removal allocates nothing, so it has another name. */
+/* The interpreter's signal handler writes a signal's number to a pipe, in whichever line it comes. */
+long my_write(long, const unsigned char *, long) __asm__("write");
+long my_write(long a, const unsigned char *b, long c) {
+    static long (*real)(long, const unsigned char *, long);
+    if (!real) real = (long (*)(long, const unsigned char *, long))dlsym(RTLD_NEXT, "write");
+    int wakes = folder && !inside && c == 1 && b[0] - 1u < 64
+        && strcmp(kind_of("write", a, 0, 0, 0), "pipe+nonblock") == 0;
+    int code = fault(wakes ? "wake" : "write", a, 0, c, 0);
+    if (code) { errno = code; return -1; }
+    return real(a, b, c);
+}
+
+/* Only an addition allocates, so each operation has a name of its own. */
 long my_epoll_ctl(long, long, long, long) __asm__("epoll_ctl");
 long my_epoll_ctl(long a, long b, long c, long d) {
     static long (*real)(long, long, long, long);
     if (!real) real = (long (*)(long, long, long, long))dlsym(RTLD_NEXT, "epoll_ctl");
-    int code = fault(b == EPOLL_CTL_DEL ? "epoll_del" : "epoll_ctl", a);
+    const char *name = b == EPOLL_CTL_ADD ? "epoll_add" : b == EPOLL_CTL_DEL ? "epoll_del" : "epoll_mod";
+    int code = fault(name, a, 0, 0, 0);
     if (code) { errno = code; return -1; }
     return real(a, b, c, d);
 }
+
+/* os.dup() is a fcntl(). */
+#define FCNTL(name)                                                                            \
+    long my_##name(long, long, long) __asm__(#name);                                           \
+    long my_##name(long a, long b, long c) {                                                   \
+        static long (*real)(long, long, long);                                                 \
+        if (!real) real = (long (*)(long, long, long))dlsym(RTLD_NEXT, #name);                 \
+        int code = fault(b == F_DUPFD_CLOEXEC ? "dup" : "fcntl", a, 0, 0, 0);                  \
+        if (code) { errno = code; return -1; }                                                 \
+        return real(a, b, c);                                                                  \
+    }
+FCNTL(fcntl) FCNTL(fcntl64)
 
 /* These return the error. */
 #define SPAWN(name)                                                                            \
@@ -216,7 +278,7 @@ long my_epoll_ctl(long a, long b, long c, long d) {
     long my_##name(long a, long b, long c, long d, long e, long f) {                           \
         static long (*real)(long, long, long, long, long, long);                               \
         if (!real) real = (long (*)(long, long, long, long, long, long))dlsym(RTLD_NEXT, #name); \
-        int code = fault(#name, -1);                                                           \
+        int code = fault(#name, -1, 0, 0, 0);                                                           \
         return code ? code : real(a, b, c, d, e, f);                                           \
     }
 SPAWN(posix_spawn) SPAWN(posix_spawnp)

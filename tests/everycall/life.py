@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.running import COMMAND, MARK, WORKERS, Client, eventually, marked, wait_gone
+from tests.running import COMMAND, LISTENER, MARK, WORKERS, Client, eventually, marked, wait_gone
 
 HERE = Path(__file__).parent
 PYTHON = sys.executable
@@ -23,6 +23,20 @@ PYTHON = sys.executable
 LIMIT_S = 20.0
 ECHO = f"{PYTHON} {WORKERS / 'echo.py'}"
 STDIO = f"""{PYTHON} -c 'import os; print("[%d] %s" % (os.getpid(), input()))'"""
+ANSWERS = f"""{PYTHON} -c '
+from socketprotector_client import serve
+def answer(connection, address):
+    with connection.makefile("rwb") as lines:
+        for line in lines:
+            if line == b"hello\\n":
+                lines.write(line)
+                lines.flush()
+            elif line == b"\\r\\n":
+                lines.write(b"HTTP/1.0 200 OK\\r\\n\\r\\n")
+                break
+serve(answer)'"""
+RELEASE = f"sh -c '. {{release}}/settings; exec {ECHO}'"
+RELEASES = ("--releases", "releases", "--current", "live/current")
 KILL = 0
 #: What a life says of files that the next start and stop remove.
 FILES_UNTIL_NEXT = "until the next start files are left"
@@ -68,6 +82,12 @@ class Life:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         (self.folder / "run").mkdir()
+        for name in ("1", "2", "bad"):
+            release = self.folder / "releases" / name
+            release.mkdir(0o755, parents=True)
+            (release / "settings").write_text("exit 7" if name == "bad" else "")
+        (self.folder / "live").mkdir(0o755)
+        (self.folder / "live" / "current").symlink_to("../releases/1")
 
     # -- actions ----------------------------------------------------------
 
@@ -88,18 +108,21 @@ class Life:
         found = re.findall(r"event=(?:start|resumed|adopted) pid=(\d+)", self.log)
         return int(found[-1])
 
+    def _environment(self, *, faults: bool) -> dict[str, str]:
+        found = {**os.environ, **self.mark, "XDG_RUNTIME_DIR": str(self.folder / "run")}
+        if faults:
+            found |= {"EVERYCALL": str(self.folder), "LD_PRELOAD": str(self.library)}
+        return found
+
     def start(self, *, faults: bool = True) -> subprocess.CompletedProcess[str]:
         """Run the launching process to its end."""
-        environment = {**os.environ, **self.mark, "XDG_RUNTIME_DIR": str(self.folder / "run")}
-        if faults:
-            environment |= {"EVERYCALL": str(self.folder), "LD_PRELOAD": str(self.library)}
         words = ("--guard", "--pid-file", "pid", "--log-file", "log", "--start-timeout", "8s")
         shell = ("sh", "-c", f"test -e bad && exit 1; exec {self.operation.command}")
         with (self.folder / "err").open("a") as err:
             done = subprocess.run(
                 [*COMMAND, *words, *self.operation.options, f"127.0.0.1:{self.port}", "--", *shell],
                 cwd=self.folder,
-                env=environment,
+                env=self._environment(faults=faults),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=err,
@@ -112,20 +135,25 @@ class Life:
     def said(self) -> str:
         return (self.folder / "err").read_text(errors="replace")
 
-    def ctl(self, *words: str) -> int:
-        """Run socketprotectorctl, without faults; return its exit status."""
+    def ctl(self, *words: str) -> None:
+        """Run socketprotectorctl, under faults as well."""
         control = (PYTHON, "-m", "socketprotector.ctl", "--pid-file", "pid", *words)
-        environment = {**os.environ, **self.mark, "XDG_RUNTIME_DIR": str(self.folder / "run")}
-        with suppress(subprocess.TimeoutExpired):
-            return subprocess.run(
+        try:
+            done = subprocess.run(
                 control,
                 cwd=self.folder,
-                env=environment,
+                env=self._environment(faults=True),
                 capture_output=True,
+                text=True,
                 check=False,
                 timeout=LIMIT_S,
-            ).returncode
-        return -1
+            )
+        except subprocess.TimeoutExpired:
+            self.problems.append(f"{words[0]} did not end")
+            return
+        self.look_for_tracebacks(done.stderr)
+        if done.returncode > 0 and not done.stderr.strip() + done.stdout.strip():
+            self.problems.append(f"{words[0]} ended with status {done.returncode} and no line")
 
     def send(self, number: signal.Signals, pid: int = 0) -> None:
         with suppress(ProcessLookupError):
@@ -245,8 +273,10 @@ class Life:
             for pid in marked(value):
                 self.send(signal.SIGKILL, pid)
             wait_gone(marked(value), LIMIT_S)
-        ours = {"armed", "fired", "plan", "sites", "log", "err", "run", "bad"}
+        ours = {"armed", "fired", "plan", "sites", "log", "err", "run", "bad", "releases", "live"}
         files = {path.name for path in self.folder.iterdir()} - ours
+        kept = {"current", "current.history", "current.lock"}
+        files |= {path.name for path in (self.folder / "live").iterdir()} - kept
         files |= {path.name for path in (self.folder / "run").rglob("*") if not path.is_dir()}
         if files:
             self.problems.append(f"files are left: {sorted(files)}")
@@ -257,7 +287,7 @@ class Life:
     def look_for_tracebacks(self, text: str) -> None:
         found = re.search(r"Traceback.*?(\w*(?:Error|Exception)\b[^\n]*)", text, re.DOTALL)
         if "Traceback" in text:
-            self.problems.append(f"a traceback: {found[0][-700:] if found else text[-700:]}")
+            self.problems.append(f"a traceback: {found[0][-3000:] if found else text[-700:]}")
 
     def forget(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -285,6 +315,28 @@ def failed_reload(life: Life) -> None:
 
 def canary(life: Life) -> None:
     life.ctl("reload", "--canary", "50%", "--for", "500ms", "--timeout", "15s")
+
+
+def promote(life: Life) -> None:
+    life.ctl("reload", "--no-wait", "--canary", "50%", "--for", "3s")
+    if life.says("event=(route .*sharing|reload-failed)"):
+        life.ctl("promote")
+    life.says("event=(reloaded|reload-failed)")
+
+
+def rollback(life: Life) -> None:
+    life.ctl("reload", "--no-wait", "--canary", "50%", "--for", "3s")
+    if life.says("event=(route .*sharing|reload-failed)"):
+        life.ctl("rollback")
+    life.says("event=(reloaded|reload-failed)")
+
+
+def deploy(life: Life) -> None:
+    life.ctl("deploy", "2", "--timeout", "15s")
+
+
+def failed_deploy(life: Life) -> None:
+    life.ctl("deploy", "bad", "--timeout", "15s")
 
 
 def hold(life: Life) -> None:
@@ -334,6 +386,11 @@ OPERATIONS = {
     "rolling": Operation(
         reload, ("--workers", "2", "--reload-order", "rolling", "--drain-timeout", "9s")
     ),
+    "promote": Operation(promote, ("--settle", "300ms")),
+    "rollback": Operation(rollback),
+    "probe": Operation(reload, ("--ready", "http:/"), ANSWERS),
+    "deploy": Operation(deploy, RELEASES, RELEASE),
+    "failed-deploy": Operation(failed_deploy, RELEASES, RELEASE),
     "hold": Operation(hold),
     "upgrade": Operation(upgrade),
     "recovery": Operation(recovery),
@@ -341,4 +398,9 @@ OPERATIONS = {
     "stop": Operation(stop, load=False),
     "death": Operation(death),
     "stdio": Operation(reload, ("--handoff", "stdio"), STDIO),
+    "listener-reload": Operation(reload, LISTENER),
+    "listener-hold": Operation(hold, LISTENER),
+    "listener-upgrade": Operation(upgrade, LISTENER),
+    "listener-recovery": Operation(recovery, LISTENER),
+    "listener-stop": Operation(stop, LISTENER, load=False),
 }

@@ -11,7 +11,7 @@ from tests.everycall.life import OPERATIONS
 from tests.everycall.trials import MENDED, found_sites, trials, try_one
 
 #: Of each operation, `make test-all` tries so many: 300 in all.
-EACH = 25
+EACH = -(-300 // len(OPERATIONS))
 
 
 @pytest.fixture(autouse=True)

@@ -44,10 +44,17 @@ def refused(settings: Settings, wanted: int, hard: int) -> str | None:
 
 def doubtful(settings: Settings, wanted: int, hard: int) -> str | None:
     """Return a warning if a reload of so many workers would exceed the limit; None otherwise."""
-    if hard < 0 or settings.policy.stop_first or 2 * wanted <= most(settings, hard):
+    policy = settings.policy
+    added = policy.surge_of(wanted) if policy.rolls else wanted
+    if hard < 0 or policy.stop_first or wanted + added <= most(settings, hard):
         return None
+    added_words = f"{added} more" if policy.rolls else "as many new ones"
+    advice = (
+        "lower --workers or --surge"
+        if policy.rolls
+        else "lower --workers, or set --reload-order rolling or stop-first"
+    )
     return (
-        f"{wanted} workers: a reload starts as many new ones first, for which the hard limit of "
-        f"{hard} descriptors has no room; {_RAISE}, lower --workers, or set --reload-order "
-        "stop-first"
+        f"{wanted} workers: a reload starts {added_words} first, for which the hard limit of "
+        f"{hard} descriptors has no room; {_RAISE}, {advice}"
     )

@@ -63,10 +63,29 @@ def test_it_is_said_where_those_of_a_reload_have_no_room_beside_them() -> None:
     assert fd_budget.doubtful(settings(), half, 1024) is None
     said = fd_budget.doubtful(settings(), half + 1, 1024)
     assert said is not None
-    assert "stop-first" in said
+    assert "a reload starts as many new ones first" in said
+    assert "--reload-order rolling or stop-first" in said
 
 
 def test_a_reload_that_stops_first_needs_no_room_beside_them() -> None:
     stops_first = settings(policy=Policy(stop_first=True))
 
     assert fd_budget.doubtful(stops_first, fd_budget.most(stops_first, 1024), 1024) is None
+
+
+@together(
+    ("surge", "surge_is_percent", "workers", "more"),
+    [(1, False, 239, 1), (20, False, 220, 20), (100, True, 120, 121), (25, True, 192, 49)],
+)
+def test_a_rolling_reload_needs_room_for_its_surge(
+    surge: int, surge_is_percent: bool, workers: int, more: int
+) -> None:
+    rolls = settings(policy=Policy(surge=surge, surge_is_percent=surge_is_percent))
+    assert fd_budget.most(rolls, 1024) == 240
+
+    assert fd_budget.doubtful(rolls, workers, 1024) is None
+    said = fd_budget.doubtful(rolls, workers + 1, 1024)
+    assert said is not None
+    assert f"{workers + 1} workers: a reload starts {more} more first, for which" in said
+    assert "lower --workers or --surge" in said
+    assert "--reload-order" not in said

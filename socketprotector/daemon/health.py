@@ -4,7 +4,8 @@ The result is in status, metrics and the exporter's /readyz, and an event report
 restart follows: if a shared dependency such as a database fails, all generations on all hosts fail
 at once.  Restarts would make that worse.
 
-No count of clients or connections includes our probes.
+Our probes do not count as accepted clients.  But a probe may be among the connections in `active`
+and `queue` of `status`.
 """
 
 from __future__ import annotations

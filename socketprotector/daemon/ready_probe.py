@@ -1,10 +1,10 @@
-"""--ready accept, http:, https:: probes the starting generation, which gets no clients yet.
+"""Probes a starting generation for --ready accept, `http:` and `https:`; it gets no clients yet.
 
 If workers accept, a mark steers the probe to that generation (system/reuseport.py).  Otherwise the
 probe connects to a loopback port, whose connections go into the generation's channel.
 
-Under the default --ready of listener mode, a generation may be ready although it refuses
-connections, so a timer makes it ready.
+Under the default --ready of listener mode, a refused probe does not prove that a generation is not
+ready.  So the generation then counts as ready when a timer runs out.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ReadyProbe:
         answered: Callable[[int, str], bool],
         not_probed: Callable[[int], None],
     ) -> None:
-        """answered: called with the generation and the kind of probe; returns False to probe again.
+        """answered: called with a generation's number and the kind of probe; False: probe again.
 
         not_probed: called when probes fail, and a timer must make the generation ready.
         """
@@ -95,7 +95,7 @@ class ReadyProbe:
         if verdict.kind == verdicts.GOOD:
             done = self._answered(number, self._spec.kind)
             if self._generation is not generation:
-                return  # a reload that waited for this answer may have begun, and is being probed
+                return  # the answer has let a waiting reload begin: its generation is probed now
             if done:
                 self.stop()
             else:

@@ -47,8 +47,8 @@ _YIELD_AFTER_S = 0.005
 #: How soon to reap again while an exited child waits for its owner; doubles each time.
 _FIRST_REAP_S = 0.01
 _LAST_REAP_S = 1.0
-#: Actions that must not be repeated, so the state records them at once.  A repetition would make a
-#: second generation or worker, or a verdict that looks like that of another reload.
+#: Actions after which the state is written at once, because the next program must not repeat them.
+#: It would open a generation or start a worker twice, or report a verdict as if of another reload.
 _WRITTEN_AT_ONCE = (
     *(Open, Spawn),
     *(ReportKind.RELOADED, ReportKind.RECOVERED, ReportKind.RELOAD_FAILED),
@@ -76,8 +76,8 @@ class Supervisor:
     #: The protector was started to survive its terminal (nohup).
     outlives_terminal: bool
     _unfinished: deque[Action] = field(default_factory=deque)  # decided, maybe not carried out
-    # The RECORDED part of _unfinished is kept apart, because each of a thousand spawns writes the
-    # state.
+    # The RECORDED actions of _unfinished, which every snapshot needs.  Each of perhaps a thousand
+    # spawns writes the state, and must not search all of _unfinished for these actions.
     _recorded: deque[Action] = field(default_factory=deque)
     _working: bool = False
     _handing_over: bool = False
@@ -104,7 +104,7 @@ class Supervisor:
         left_s = {each: due - now for each, due in snapshot.timers}
         self._order(resume(self.fleet, left_s, (*snapshot.unfinished, *snapshot.unsaid)))
         self.queue.add(recovery.adopt())
-        self._act(Hold, RouteTo)  # first, so that clients need not wait for the slow rest
+        self._act(Hold, RouteTo)  # clients must not wait until all workers are adopted
         for events in recovery.adopt_workers():
             self.queue.add(events)
             self.yield_to_accepts()
@@ -148,7 +148,9 @@ class Supervisor:
                 self._recorded.append(each)
 
     def _act(self, *kinds: type[Action]) -> None:
-        """Carry out the decided actions.  After a kill, the next program repeats the last action.
+        """Carry out the decided actions.
+
+        After a kill, the next program repeats each action that the state still records.
 
         kinds: stop at the first action of another kind.
         """
@@ -256,7 +258,8 @@ class Supervisor:
 
     def _signalled(self, number: int) -> None:
         if number == signal.SIGCHLD:
-            # Objects that wait for a child of their own come first: reap the rest after them.
+            # Workers and helpers are reaped when their pidfds report the exit.  So reap the other
+            # children only after this turn of the loop.
             self.runtime.loop.call_after("reap", 0.0, self._reap_orphans)
             return
         # Report the signal first, so that the guard does not send it to the next program, too.

@@ -91,7 +91,9 @@ class CommandHandler:
             raise
         except Exception as error:
             if not asked.reads:
-                raise  # the command may be half done: the next program resumes from the state
+                # The command may be half done.  So this program ends, and the next program resumes
+                # from the state.
+                raise
             self.runtime.log.write(
                 "error", "command-failed", command=request.command, error=repr(error)
             )

@@ -128,7 +128,7 @@ def of_status(effects: Effects, fleet: Fleet) -> dict[str, Any]:
 
 
 def warnings(effects: Effects) -> tuple[str, ...]:
-    """Return why a restart may not start the serving release, or why `current` is not saved."""
+    """Return why a restart may not start the serving release, and what was not saved on disk."""
     releases = effects.live_settings.releases
     if releases is None:
         return ()
@@ -142,7 +142,7 @@ def _releases_of(effects: Effects) -> Releases:
 
 
 def _incoming(effects: Effects, fleet: Fleet) -> tuple[Generation | None, str]:
-    """Return the generation that a reload or deploy has opened, and its release."""
+    """Return the generation that a reload or deploy has opened, and its release; None: none yet."""
     incoming = fleet.incoming if fleet.incoming and fleet.incoming.fresh else None
     opened = effects.generations.get(incoming.number) if incoming else None
     return incoming, opened.program.release if opened else fleet.release

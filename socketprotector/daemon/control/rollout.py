@@ -128,7 +128,7 @@ def held_by(fleet: Fleet, effects: Effects) -> Held:
         opened = effects.generations.get(generation.number)
         counts = None
         if opened is not None and worker.state is not State.ORPHANED:
-            counts = opened.counts(worker.slot)  # an orphaned worker's slot has another worker
+            counts = opened.counts(worker.slot)  # other workers may use an orphaned worker's slot
         active = counts.active if counts is not None else None
         oldest_s = None
         if active and opened is not None and len(found) < _MOST_WORKERS:
@@ -147,7 +147,7 @@ def _oldest_s(
     accepted_at = board.accepted_at(worker.slot)
     times = []
     with suppress(OSError):
-        # The scoreboard also keeps the times of connections that have ended.
+        # The scoreboard also keeps the times of ended connections, so look only at open sockets.
         times = [accepted_at[fd] for fd, _ in sockets(record.pid) if fd in accepted_at]
     if len(times) != active:
         return None  # one of these sockets is no connection, or has no place in the scoreboard

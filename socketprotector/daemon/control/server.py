@@ -78,8 +78,8 @@ class Client:
     def tell(self, line: Callable[[Mapping[str, object]], bytes]) -> None:
         """Send an event, or drop it if the client has too much unread data.
 
-        line: returns the event's line with added fields.  After dropped events, the next event has
-        their number in the field `dropped`.
+        line: adds fields to the event, and returns the event's line.  If events were dropped, the
+        next event that is sent has their number in the field `dropped`.
         """
         data = b""
         with self.within_memory():

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ..health import Health
     from .rollout import Held
 
-#: A check command gets these fields of a generation, and the number of its workers.
+#: A --settle-check command gets these fields of a generation, and the number of its workers.
 _COUNTED = (
     *("number", "phase", "serving_since_at", "queue"),
     *("accepted", "active", "finished", "errors", "lost", "wait_us"),
@@ -88,7 +88,7 @@ def of_waits(
     """Return the field `waits_for`; an empty result if SocketProtector waits for nothing.
 
     generations, held: the results of of_generations() and rollout.held_by().  upgrade: what an
-    upgrade waits for.
+    upgrade waits for; "": no upgrade waits.
     """
     now, starting = time.monotonic(), fleet.of(Phase.STARTING)
     answer = ""
@@ -115,8 +115,8 @@ def of_waits(
 def of_warnings(settings: Settings) -> list[str]:
     """Return the start's warnings that still apply.
 
-    A warning about a UNIX socket names the rights of a file or folder, which an operator may have
-    changed.
+    A warning about a UNIX socket names the rights of a file or folder.  If an operator has changed
+    these rights since the start, the warning is left out.
     """
     return [each for each in settings.warnings if not _is_resolved(each)]
 
@@ -170,7 +170,7 @@ def _of_generation(
     counts = {
         worker.number: opened.counts(worker.slot)
         for worker in generation.alive
-        if worker.state is not State.ORPHANED  # an orphaned worker's slot has another worker
+        if worker.state is not State.ORPHANED  # other workers may use an orphaned worker's slot
     }
     known = [each for each in (opened.record.past, *counts.values()) if each is not None]
     # If one worker may have connections and does not count them, every sum is unknown.
@@ -254,7 +254,7 @@ def _of_counts(counts: Counts | None) -> dict[str, int | None]:
     return {
         "accepted": counts.accepted,
         "active": counts.active,
-        # A probe's connection is active, but not counted as accepted.
+        # A probe's connection is active, but not counted as accepted: avoid a negative number.
         "finished": max(0, counts.accepted - counts.active),
         "errors": counts.errors,
     }
@@ -272,7 +272,7 @@ def _of_waits(waits: Sequence[int]) -> dict[str, Any]:
 def of_connections(
     generations: Mapping[int, OpenGeneration], records: Iterable[WorkerRecord], only: int | None
 ) -> list[dict[str, Any]]:
-    """Return the pid of each worker, and when it accepted its connections.
+    """Return the pid of each worker and forked child, and when it accepted its connections.
 
     only: the number of a generation; None: all generations.
     """
@@ -296,7 +296,8 @@ def of_connections(
                     "pid": pid,
                     "accepted_at_by_fd": times,
                     "orphaned": record.orphaned,
-                    # A draining worker accepts no more, so all its connections are older.
+                    # In a draining generation every connection is older than the drain.  In any
+                    # other generation, every connection is younger than its worker.
                     "since_at": opened.record.drained_at or record.started_at,
                 }
             )

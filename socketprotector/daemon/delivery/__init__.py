@@ -183,7 +183,10 @@ class Delivery(ABC):
 
     @abstractmethod
     def oldest_waiting_s(self, generation: OpenGeneration) -> float | None:
-        """Return for how long no waiting client was accepted; None: too short to report."""
+        """Return for how long workers have accepted no waiting client.
+
+        None: no client waits, or the time is below the limit for a report.
+        """
 
     @abstractmethod
     def is_stuck(self, generation: OpenGeneration | None) -> bool:

@@ -1,6 +1,6 @@
 """A loopback port for probes of a generation that takes connections from a channel.
 
-The port sends its connections into the generation's channel, and no count of clients includes them.
+The port sends its connections into the generation's channel; they do not count as accepted clients.
 Until a generation serves, its channel has only probes.  In a serving generation's channel
 (--health), probes wait among clients.  When the connections in a channel go to another generation,
 the probes among them are discarded.
@@ -121,7 +121,7 @@ class ProbePort:
         else:
             watch = self._watch()
             if watch is not None:
-                # Count the probe; otherwise another port would report that its own probe waits.
+                # Count the probe: another port subtracts what was sent after its own probe.
                 watch.add_uncounted()
                 self._sent_before = watch.sent
         probe.close()

@@ -35,7 +35,8 @@ class QueueWatch:
     send_again: Callable[[GenerationChannel], None]
     #: See Forwarder.__init__().
     untaken: Callable[[float, int, bool], None]
-    #: The limits after which untaken() is called: before the first taken connection, and later.
+    #: After how long a wait untaken() is called: the first limit applies until a worker has taken a
+    #: connection from the channel, the second limit afterwards.
     late_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
     last_look_s: float = LAST_LOOK_S
     timer: str = "forwarder-look"
@@ -90,7 +91,11 @@ class QueueWatch:
         self._extra -= 1
 
     def oldest_waiting_s(self, channel: GenerationChannel) -> float | None:
-        """Return for how long no waiting connection was taken; None: too short to report."""
+        """Return for how long the looks have found the same connection at the head of the queue.
+
+        None: shorter than `late_s`, no connection was queued at the last look, or the channel is
+        not the route.
+        """
         if channel is not self._route or self._head is None:
             return None
         seconds = time.monotonic() - self._head_since

@@ -118,7 +118,7 @@ class AcceptWatch:
 
     @property
     def seconds(self) -> float | None:
-        """Return for how long no waiting client was accepted; None: too short to report."""
+        """Return for how long no waiting client was accepted; None: shorter than `late_s`."""
         return max(self._passed_over().values(), default=None)
 
     def is_stuck(self) -> bool:

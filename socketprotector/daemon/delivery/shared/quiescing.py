@@ -25,8 +25,9 @@ from .turns import Turns
 #: The pause between two looks.
 _LOOK_S = 0.1
 #: The pause if workers read from all accepted clients before they exit.  For such workers we wait
-#: only for clients that are about to connect.
+#: only until all clients are accepted, including clients whose handshake is under way.
 _LOOK_SOON_S = 0.01
+#: How many looks in a row must find no such client.
 _SOON_LOOKS = 2
 #: A generation is quiet if no unread client was found for this time.
 QUIET_S = 1.0
@@ -62,8 +63,8 @@ def _unread_unix(
     The kernel does not report accepted clients that have sent nothing, so we do not wait for them.
 
     replaced: listeners whose socket was replaced after the generation's start.  We no longer know
-    the old socket's name.  So we count clients of each name at the path, unless a present socket
-    has the name.
+    the old socket's name.  So we count the unread clients of every socket name that belongs to the
+    path, except the names of its present sockets.
     """
     by_name = {each.socket_for(socket_number).getsockname(): each.index for each in listeners}
     by_path = {each.path: each.index for each in replaced}
@@ -102,8 +103,8 @@ class Quiescing:
         """Call back when a generation has accepted, and read from, all its clients.
 
         socket_number: the generation's socket.  common: listeners with one socket for all
-        generations, whose clients must be accepted, too.  reads_on: call back as soon as the
-        generation has accepted its clients.
+        generations; the clients that wait at these listeners must be accepted, too.  reads_on: call
+        back as soon as the generation has accepted its clients.
         """
         self._generations[generation] = _Generation(
             socket_number, on_quiet, common, reads_on, began=time.monotonic()
@@ -128,11 +129,12 @@ class Quiescing:
 
     def _look(self, generation: int) -> None:
         state, now = self._generations[generation], time.monotonic()
-        # Check this before the queries, which find all clients only if no new client comes.
+        # Check before the queries: if new clients still come, the queries may miss some of them.
         gets_clients = not self._steering.gets_no_client(generation)
         state.common = [each for each in state.common if each.has_waiting()]
         own = self._turns.own(self._listeners.pairs, state.socket_number, generation)
-        # Include replaced sockets: the generation accepted from the earlier socket.
+        # Unlike `own`, include listeners whose socket was replaced: the generation accepted clients
+        # from the earlier socket.
         pairs = self._turns.own(self._listeners.pairs, state.socket_number)
         waiting = any(self._probes.clients_wait(each, state.socket_number) for each in own) or bool(
             state.common
@@ -141,12 +143,14 @@ class Quiescing:
             self.begin_again(generation)
         unread = state.unread
         if unread is None:
-            # sock_diag reports by port, so its answer includes the other socket's backlog.  Those
-            # clients belong to the other generation, so leave out backlogs if no client waits here.
+            # sock_diag reports by port, so its answer includes the backlog of the other socket,
+            # whose clients belong to the other generation.  So if no client waits for this
+            # generation, query only accepted connections.
             unread = self._query(generation, pairs, accepted=not waiting)
         elif unread and (still := self._query(generation, pairs, accepted=not waiting)) is not None:
             unread = {client: still[client] for client in unread if client in still}
-        # sock_diag omits clients in a UNIX backlog, so query again once workers accepted them.
+        # sock_diag omits clients in a UNIX backlog.  So while clients wait, forget the result: the
+        # next look finds the clients that workers have accepted by then.
         state.unread = None if waiting else unread
         state.waited_s += state.delay_s
         state.quiet_s += state.delay_s if state.quiet_looks else 0.0

@@ -324,6 +324,39 @@ def test_a_kill_at_any_call_leaves_the_old_or_the_new_release_and_history(
         assert left == set(), calls[at - 1]
 
 
+def suspended(place: Place, history: History, at: int) -> int:
+    """Start a writer that suspends itself before its n-th call; return its pid."""
+    child = os.fork()
+    if child == 0:
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                each_call(patch, at, lambda: os.kill(os.getpid(), signal.SIGSTOP), after=False)
+                place.write(history)
+        finally:
+            os._exit(0)
+    assert os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1])
+    return child
+
+
+def resume(child: int) -> None:
+    os.kill(child, signal.SIGCONT)
+    os.waitpid(child, 0)
+
+
+def test_a_writer_renames_no_half_written_file_of_the_next_one(tmp_path: Path) -> None:
+    calls = calls_of_a_write(tmp_path / "all")
+    for at in range(1, len(calls) + 1):
+        place = Place(tmp_path / str(at))
+        older = suspended(place, NEW, calls.index("rename") + 1)
+        newer = suspended(place, NEWER, at)
+
+        resume(older)
+
+        assert place.history() in (OLD, NEW, NEWER), calls[at - 1]
+        resume(newer)
+        assert place.history() == NEWER, calls[at - 1]
+
+
 @pytest.mark.parametrize("older_ends", ["", "killed"])
 def test_a_writer_that_outlives_its_protector_breaks_no_newer_history(
     tmp_path: Path, older_ends: str
@@ -332,15 +365,7 @@ def test_a_writer_that_outlives_its_protector_breaks_no_newer_history(
     calls = calls_of_a_write(tmp_path / "all")
     for at in range(1, len(calls) + 1):
         place = Place(tmp_path / str(at))
-        older = os.fork()
-        if older == 0:
-            try:
-                with pytest.MonkeyPatch.context() as patch:
-                    each_call(patch, at, lambda: os.kill(os.getpid(), signal.SIGSTOP), after=False)
-                    place.write()
-            finally:
-                os._exit(0)
-        assert os.WIFSTOPPED(os.waitpid(older, os.WUNTRACED)[1])
+        older = suspended(place, NEW, at)
 
         place.write(NEWER)
 

@@ -175,20 +175,20 @@ def events(text: str) -> str:
 
 
 def metrics(text: str) -> str:
-    found = ["| metric | type | more labels | |", "|---|---|---|---|"]
+    found = ["| metric, with its other labels | type | |", "|---|---|---|"]
     for family in MetricSet().families():
         name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
-        labels = ", ".join(f"`{each}`" for each in family._labelnames[1:])  # type: ignore[attr-defined]
+        if labels := ", ".join(family._labelnames[1:]):  # type: ignore[attr-defined]
+            name += f"{{{labels}}}"
         meaning = LONG.sub(lambda each: f"`{each[0]}`", family.documentation.removesuffix("."))
-        found.append(f"| `{name}` | {family.type} | {labels} | {meaning} |".replace("|  |", "| |"))
+        found.append(f"| `{name}` | {family.type} | {meaning} |")
     return "\n".join(found) + "\n"
 
 
 def commands(text: str) -> str:
     def arguments(command: control_requests.Command) -> str:
-        optional = ", optional" if command.optional else ""
-        taken = command.arguments.items()
-        return " or ".join(f"`{name}` ({kind}{optional})" for name, (kind, _) in taken)
+        taken = [f"`{name}` ({kind})" for name, (kind, _) in command.arguments.items()]
+        return f"optional: {', '.join(taken)}" if taken and command.optional else " or ".join(taken)
 
     return filled(
         text, {name: (arguments(each),) for name, each in control_requests.COMMANDS.items()}

@@ -19,7 +19,8 @@ from .fields import listed, number_in, text_in
 def children_of(status: Message) -> dict[int, list[int]]:
     """Return the pids of each worker's living children, by the worker's pid."""
     mode = MODES.get(text_in(status, "handoff"))
-    # An adapter's children are not server processes: it starts a program for each connection.
+    # Under stdio and legacy the worker is an adapter.  Its children are the programs or the daemon
+    # that it starts, not processes of a server.
     if mode is None or mode.adapter or not procfs.is_ours():
         return {}
     parents = {number_in(status, "pid"), number_in(status, "main_pid")}
@@ -27,7 +28,8 @@ def children_of(status: Message) -> dict[int, list[int]]:
     for generation in listed(status, "generations"):
         for worker in listed(generation, "workers"):
             pid = number_in(worker, "pid")
-            # If this pid is from another PID namespace, /proc shows a process with another parent.
+            # If the protector runs in another PID namespace, this pid means another process here,
+            # with another parent.
             if pid > 0 and procfs.parent_of(pid) in parents:
                 found[pid] = [each for each in _children(pid) if _is_alive(each)]
     return found

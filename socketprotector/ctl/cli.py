@@ -103,7 +103,8 @@ def _instance_options(function: Function, *, hidden: bool = False) -> Function:
         function = click.option(
             f"--{name}",
             metavar=metavar,
-            # click.Path makes shells complete files.  The request reports a missing permission.
+            # click.Path makes shells complete files.  readable=False: click does not check the
+            # permission; the request reports if it is missing.
             type=None if name == "name" else click.Path(readable=False),
             shell_complete=_complete_name if name == "name" else None,
             hidden=hidden,

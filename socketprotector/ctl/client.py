@@ -32,7 +32,8 @@ VERSION = 1
 #: A protector answers within milliseconds; after a crash it takes a few hundred milliseconds.
 #: The rest is for overloaded machines.
 ANSWER_S = 10.0
-#: A guard restarts a killed protector within 0.3 s; if the protector keeps dying, it waits longer.
+#: A guard restarts a killed protector within 0.3 s.  If the protector dies again and again, the
+#: guard waits longer before each start.
 RETURN_S = 10.0
 _TRY_EVERY_S = 0.05
 #: A protector buffers at most 1 MiB for a client, so it never sends a longer line.
@@ -75,9 +76,9 @@ class Client:
         self._begin()
 
     def _at_most(self, within_s: float) -> float:
-        """Shorten a time to wait so that it ends by `until`.
+        """Return a time to wait, shortened so that the wait ends by `until`.
 
-        The result is never shortened to 0, because a timeout of 0 makes a socket non-blocking.
+        It is never shortened to 0, because a timeout of 0 makes a socket non-blocking.
         """
         left_s = self._until - time.monotonic()
         return min(within_s, max(0.001, left_s)) if within_s else within_s
@@ -206,7 +207,7 @@ class Client:
             elif message.get("id") in (self._last_id, None):
                 return _result(message)
             else:
-                self._late_answers += 1  # the late answer to an earlier request
+                self._late_answers += 1  # this message is the late answer to an earlier request
                 if self._late_answers > self._last_id:
                     raise self.foreign_peer_error()
             if self._has_run_out(until):
@@ -331,7 +332,10 @@ def _connect(sock: socket.socket, path: str) -> None:
 def _unreachable(path: str, error: OSError) -> NoProtector | RequestRefused:
     match error:
         case PermissionError():
-            why = "permission denied; run as root, as its user, or join its --control-group"
+            why = (
+                "permission denied; run as root, as the protector's user, or join its "
+                "--control-group"
+            )
             return RequestRefused("denied", f"{escape(path)}: {why}")
         case FileNotFoundError():
             why = (
@@ -356,7 +360,7 @@ def process_exists(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except PermissionError:
-        pass  # it exists, and belongs to another user
+        pass  # the process exists, and belongs to another user
     except (ProcessLookupError, OverflowError):
         return False
     return True

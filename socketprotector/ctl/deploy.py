@@ -47,9 +47,13 @@ _EXPECT = click.option(
 @command(short_help="Start a release; once it has proved itself, move current.")
 @click.argument("release", metavar="NAME", callback=_check_name, shell_complete=_complete)
 @_EXPECT
-@click.option("--force", is_flag=True, help="Even if current does not name the serving release.")
+@click.option(
+    "--force", is_flag=True, help="Deploy even if current does not name the serving release."
+)
 @click.option("--if-changed", is_flag=True, help="Do nothing if this release is serving.")
-@click.option("--dry-run", is_flag=True, help="Start it, stop it when it is ready; no clients.")
+@click.option(
+    "--dry-run", is_flag=True, help="Start it without clients, and stop it when it is ready."
+)
 @WAIT
 @TIMEOUT
 def deploy(

@@ -65,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status.  arguments: by default those of the process."""
     stand_on_three_descriptors()
     if isinstance(sys.stdout, TextIOWrapper):  # the locale may lack characters of a worker's output
-        with suppress(OSError):  # stdout was a file when it was opened, and is a pipe now
+        # reconfigure() asks for the position, which fails if stdout was a file and is a pipe now.
+        with suppress(OSError):
             sys.stdout.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt

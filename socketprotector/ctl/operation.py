@@ -15,7 +15,8 @@ from .reload_progress import Awaited, Losses
 
 #: How often to request the status while no event comes.  This also reveals a stuck protector.
 _STATUS_EVERY_S = 1.0
-#: How long to try to reconnect after a stop.  It is short, because a guard keeps the socket open.
+#: How long to try to reconnect during a stop.  It is short, because a guard keeps the socket open
+#: although no protector will answer there again.
 _GONE_S = 0.2
 
 
@@ -79,7 +80,7 @@ class Operation:
             except ConnectionLost:
                 self._reconnect(awaited)
             except NoProtector:  # the protector lives, but does not answer
-                self.next_wait_s(waits_for)
+                self.next_wait_s(waits_for)  # raises TimedOut instead if the deadline has passed
                 raise
 
     def _reconnect(self, awaited: Awaited) -> None:

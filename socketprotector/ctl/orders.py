@@ -108,7 +108,7 @@ def _end_requested() -> Iterator[Callable[[float], bool]]:
     numbers = {
         number
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) is not signal.SIG_IGN  # nohup
+        if signal.getsignal(number) is not signal.SIG_IGN  # nohup ignores HUP
     }
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:

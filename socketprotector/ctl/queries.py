@@ -256,7 +256,7 @@ def diff(instance: Instance, as_json: bool) -> None:
 @command(short_help="Print events as they happen.")
 @click.option("--follow", is_flag=True, help="Continue even after a stop and a new start.")
 def events(instance: Instance, follow: bool, as_json: bool) -> None:
-    """Print all events from now on, until Ctrl-C. Upgrades and crashes do not end it."""
+    """Print all events from now on, until Ctrl-C. Upgrades and crashes do not end the command."""
     path = instance.path()
     with _connect(path, follow) as client:
         while True:

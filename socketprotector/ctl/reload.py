@@ -57,7 +57,9 @@ TIMEOUT = click.option(
 @command(short_help="Start the new version, and report the outcome.")
 @WAIT
 @click.option("--drained", is_flag=True, help="Also wait for the end of the old generations.")
-@click.option("--dry-run", is_flag=True, help="Start it, stop it when it is ready; no clients.")
+@click.option(
+    "--dry-run", is_flag=True, help="Start it without clients, and stop it when it is ready."
+)
 @click.option("--canary", type=_SHARE, help="Give it this share of the new clients first: 5%.")
 @click.option(
     "--for", "for_s", type=Duration(zero=False), help="How long the canary lasts.  [default: 60s]"
@@ -190,8 +192,8 @@ def _count_losses(operation: Operation) -> Message:
     assert operation.losses is not None
     try:
         after = operation.client.request("status")
-        while operation.next_event(0.0) is not None:  # count events from before that status
-            pass
+        while operation.next_event(0.0) is not None:
+            pass  # next_event() counts what workers lost; `after` has only the protector's losses
     except ControlError:
         return {}
     operation.outcome["lost"] = operation.losses.count(after)
@@ -228,7 +230,7 @@ def _canary(share: str | None, for_s: float | None, at_least: int | None) -> dic
 
 
 def _request_arguments(dry_run: bool, canary: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the arguments of a reload; none if possible, because older protectors refuse any."""
+    """Return the arguments of a reload; {} if possible, because older protectors refuse any."""
     if canary is not None:
         return {"canary": canary}
     return {"dry_run": True} if dry_run else {}
@@ -320,7 +322,7 @@ def _raise_failed(operation: Operation, found: Verdict, what: str) -> None:
 
 
 def _last_words(client: Client, generation: int) -> str:
-    """Return the last words from `crashes`; a cut connection may have lost the event."""
+    """Return the last words from `crashes`, in case a cut connection lost the event with them."""
     try:
         crashes = listed(client.request("crashes"), "crashes")
     except ControlError:
@@ -370,7 +372,7 @@ def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: b
 
 
 def _request_stop(client: Client, quick: bool) -> None:
-    """Request the stop.  It is never sent twice, because a second request stops at once."""
+    """Request the stop so that the protector gets it only once: a second request stops at once."""
     try:
         client.request("stop", quick=quick)
     except ConnectionLost:

@@ -1,6 +1,6 @@
 """Derives the verdict of a reload from events and from the status, without any input or output.
 
-It needs both, because a cut connection may lose events: the status reports the same, but later.
+It needs both: a cut connection may lose events, and the status reports the same facts later.
 The verdict is the first `reloaded` or `reload-failed` of the promised generation, or of a later
 generation.
 """
@@ -33,9 +33,12 @@ OF_RELOAD = (
 _COUNTING = ("canary", "rolling")
 #: The kinds of waits that delay a stop.
 OF_STOP = ("stop",)
-#: How often to repeat an unchanged reason, with the time left.  How soon to show a changed reason
-#: of the same wait.  How long a wait must last before it is shown.
-_REPEATED_S, _CHANGED_S, _LASTS_S = 10.0, 1.0, 0.5
+#: An unchanged reason of a wait is repeated after this time, with the time left.
+_REPEATED_S = 10.0
+#: A changed reason is shown at the earliest this long after the reason before it.
+_CHANGED_S = 1.0
+#: A wait is shown only if it lasts this long.
+_LASTS_S = 0.5
 #: With more workers than this, show progress only in this many steps.
 _PARTS = 10
 
@@ -222,7 +225,7 @@ class Reload(Awaited):
                     self._switched(number)
                 else:
                     self._shared(number)
-        # Once this reload is in progress, `earlier-reload` belongs to another reload.
+        # Once this reload has begun, a wait of the kind `earlier-reload` is that of a later reload.
         kinds = [each for each in OF_RELOAD if self._now is None or each != "earlier-reload"]
         self.waits.on_status(status, kinds)
         # "waiting": under stop-first no generation is serving until the old generation is quiet.
@@ -295,7 +298,7 @@ class Losses:
     """Counts the connections that the protector and its workers lose after a status."""
 
     def __init__(self, before: Message) -> None:
-        """before: the status at the start.  From then on, the caller must pass every event."""
+        """before: the status at the start.  The caller passes every later event to on_event()."""
         self._before = before
         self._by_workers = 0
 

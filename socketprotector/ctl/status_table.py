@@ -239,7 +239,7 @@ def _workers_of(status: Message) -> list[Message]:
 def _unknown_columns(status: Message, messages: Sequence[Message]) -> dict[str, None]:
     """Return the columns to omit, because no message has their field.
 
-    Before the first worker is ready, no column is omitted.
+    Before the first worker is ready, no column is omitted, except in modes in which workers accept.
     """
     begun = any(each.get("state") in ("ready", "retiring") for each in _workers_of(status))
     if not messages or not (begun or _workers_accept(status)):

@@ -114,7 +114,7 @@ def _screen(client: Client, interval: float) -> None:
                 live.update(draw(status, rates, console.width, console.height), refresh=True)
             except NoProtector as error:
                 live.update(render.styled(f"no answer: {error}", "red"), refresh=True)
-                with suppress(NoProtector):  # the next query reports it again
+                with suppress(NoProtector):  # the next query reports the error again
                     client.reconnect(1.0)
             if pressed(interval):
                 return

@@ -14,7 +14,8 @@ from .operation import begin
 from .reload import TIMEOUT, WAIT, quoted
 from .reload_progress import Awaited
 
-#: This is longer than the protector waits for the installed program during `upgrade --check`.
+#: How long to wait for the answer to `upgrade --check`: longer than the protector waits for the
+#: installed program.
 _CHECK_S = 45.0
 
 

@@ -89,7 +89,7 @@ def test_socketprotectorctl_waits_for_no_event_that_is_never_logged(tools: Modul
     awaited = set[str]()
     for path in (ROOT / "socketprotector/ctl").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "heeded":
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "refresh_after":
                 awaited.update(ast.literal_eval(node.value))
             if isinstance(node, ast.Compare) and ast.unparse(node.left) == "event.get('event')":
                 awaited.update(re.findall(r"'([^']+)'", ast.unparse(node.comparators[0])))

@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable
 
 from ..core.events import SettleFailed
+from ..model import exit_text
 from ..model.history import Crash, History
 from ..model.lazy_dataclass import mutable
 from ..model.records import NO_ACCIDENT
-from ..model.text import LAST_WORDS, status_of
+from ..model.text import LAST_WORDS
 from .log_output import Output
 from .runtime import Runtime
 from .worker_spawn import Worker
@@ -52,7 +53,7 @@ class FirstPrograms:
 
     def _failed(self, worker: Worker, pid: int, status: int) -> None:
         generation, at = worker.generation, time.time()
-        _, how = status_of(status)
+        _, how = exit_text.status_of(status)
         count = generation.record.programs_failed + 1
         generation.update_record(programs_failed=count, program_ended=how)
         self.runtime.persist()  # before the query to the relay, which may take a while

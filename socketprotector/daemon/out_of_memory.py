@@ -7,18 +7,15 @@ follows soon.  Otherwise the kernel has killed another process, such as a progra
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Mapping
 
-from ..model.text import ended
+from ..model import exit_text
 from ..system import memory_group, procfs
 from ..system.memory_group import OutOfMemory
 from . import forked_children
 from .runtime import Runtime
 from .worker_spawn import Worker
 
-#: The end of a worker that the kernel, or another process, has killed.
-KILLED = ended(False, signal.SIGKILL)
 #: How long after a kill to look for the killed process.
 _LOOK_S = 1.0
 _TIMER = "memory"
@@ -81,11 +78,11 @@ class MemoryWatch:
         """
         now, before = memory_group.counts(), self._explained
         if now.kills <= before.kills:
-            return KILLED
+            return exit_text.KILLED
         more = now.kills > before.kills + 1  # another killed worker is handled later
         at_limit = before.at_limit if more else now.at_limit
         self._explained = OutOfMemory(before.kills + 1, at_limit)
-        return f"{KILLED}: {_cause(at_limit=now.at_limit > before.at_limit)}"
+        return f"{exit_text.KILLED}: {_cause(at_limit=now.at_limit > before.at_limit)}"
 
 
 def _cause(*, at_limit: bool) -> str:

@@ -11,7 +11,7 @@ import resource
 import socket
 from collections.abc import Callable, Collection, Iterable
 
-from ..model.text import status_of
+from ..model import exit_text
 from ..system import inherited
 from ..system.loop import Loop
 from ..system.polling import read_now
@@ -81,7 +81,7 @@ class Parents:
             return
         pid, _, status = parse(data).get("X_EXITED", "").partition(" ")
         if pid.isdigit() and status.isdigit():
-            on_exited(int(pid), *status_of(int(status)))
+            on_exited(int(pid), *exit_text.status_of(int(status)))
 
     def _feed_watchdog(self, loop: Loop) -> None:
         """Send WATCHDOG=1 to systemd now, and again after half of WatchdogSec=."""

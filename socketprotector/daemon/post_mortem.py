@@ -21,11 +21,11 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from ..core.events import WorkerExited
-from ..model import known_servers
+from ..model import exit_text, known_servers
 from ..model.history import Crash, History
 from ..model.lazy_dataclass import KW_ONLY, mutable, replace
 from ..model.records import WorkerRecord
-from ..model.text import LAST_WORDS, escape, status_of
+from ..model.text import LAST_WORDS, escape
 from ..system.foreign_descriptors import close_unread
 from ..system.orphans import Orphans
 from ..system.process import End, Process
@@ -34,7 +34,6 @@ from . import forked_children
 from .delivery import Delivery
 from .generation import OpenGeneration
 from .log_output import Output
-from .out_of_memory import KILLED
 from .runtime import Runtime
 from .worker_spawn import Worker
 
@@ -120,7 +119,7 @@ class PostMortem:
         spoken_with: whether any worker has become ready by other means than a timer.
         """
         record, number = worker.record, worker.record.number
-        if end.how == KILLED and not record.killed:
+        if end.how == exit_text.KILLED and not record.killed:
             end = replace(end, how=self.why_killed())
         kept = forked_children.left_open(record, worker.generation)
         lost = worker.generation.take_counts(record.slot, kept)
@@ -163,8 +162,8 @@ class PostMortem:
         record, generation = worker.record, worker.generation
         if record.asked_to_exit or generation.ended:
             return
-        _, how = status_of(status)
-        if how == KILLED:
+        _, how = exit_text.status_of(status)
+        if how == exit_text.KILLED:
             how = self.why_killed()
         self.runtime.log.write(
             "warning",

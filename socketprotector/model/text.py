@@ -1,4 +1,4 @@
-"""Text for people: exits of processes, durations, and text that is safe to show.
+"""Text for people: durations, reasons, and text that is safe to show.
 
 Pure.  Text from a worker or a client is escaped before it reaches a terminal or a log.  So such
 text cannot forge a line or control the terminal.
@@ -98,23 +98,3 @@ def in_units(seconds: float) -> str:
     if rest_us or not parts:
         parts.append(f"{rest_us / UNITS_US[unit]:f}".rstrip("0").rstrip(".") + unit)
     return "".join(parts)
-
-
-def ended(exited: bool, status: int, *, dumped: bool = False) -> str:
-    """Return in words how a process ended: its exit status, or the signal that killed it."""
-    if exited:
-        return f"exited with status {status}"
-    from signal import Signals  # imported here, because the guard would pay a megabyte for it
-
-    try:
-        name = Signals(status).name
-    except ValueError:
-        name = f"signal {status}"
-    return f"was killed by {name}" + (" (core dumped)" if dumped else "")
-
-
-def status_of(wait_status: int) -> tuple[bool, str]:
-    """Return (whether a process exited with 0, how it ended in words) for a status of wait(2)."""
-    if wait_status & 0x7F:
-        return False, ended(False, wait_status & 0x7F, dumped=bool(wait_status & 0x80))
-    return wait_status == 0, ended(True, wait_status >> 8)

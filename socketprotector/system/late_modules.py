@@ -62,6 +62,7 @@ LATE = (
     "daemon.worker_recycling",
     "model.control_requests",
     "model.einhorn",
+    "model.exit_text",
     "model.fd_budget",
     "model.known_servers",
     "model.probe_spec",

@@ -15,7 +15,7 @@ import struct
 from collections.abc import Callable
 from contextlib import suppress
 
-from ..model import text
+from ..model import exit_text
 from ..model.lazy_dataclass import frozen
 from . import procfs
 from .cleanup import on_error
@@ -169,7 +169,7 @@ class Process:
         # reused before this call.
         _, status, used = os.wait4(self.pid, os.WNOHANG)
         self._note_reaped()
-        clean, how = text.status_of(status)
+        clean, how = exit_text.status_of(status)
         return End(clean, how, used.ru_utime + used.ru_stime, self._own_kib(used.ru_maxrss))
 
     def _own_kib(self, peak_kib: int) -> int | None:

@@ -67,7 +67,7 @@ from socketprotector.daemon.recovery import Recovery
 from socketprotector.daemon.runtime import Runtime
 from socketprotector.daemon.start_report import StartReport
 from socketprotector.daemon.supervisor import Supervisor
-from socketprotector.model import text
+from socketprotector.model import exit_text
 from socketprotector.model.history import History
 from socketprotector.model.ready_kinds import PROBED
 from socketprotector.model.settings import ListenerSettings, Origin, Settings
@@ -816,7 +816,7 @@ class World:
                     effects.pool.guarded = False
                     return
                 pid, _, status = data.decode().partition(" ")
-                protector.effects.pool.learn_status(int(pid), *text.status_of(int(status)))
+                protector.effects.pool.learn_status(int(pid), *exit_text.status_of(int(status)))
 
             self._loop.watch(line.fileno(), hear)
         else:

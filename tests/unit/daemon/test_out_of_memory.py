@@ -8,7 +8,8 @@ from typing import Any, cast
 import pytest
 
 from socketprotector.daemon import out_of_memory as module
-from socketprotector.daemon.out_of_memory import KILLED, MemoryWatch
+from socketprotector.daemon.out_of_memory import MemoryWatch
+from socketprotector.model.exit_text import KILLED
 from socketprotector.system.memory_group import OutOfMemory
 from tests.unit.daemon.clock import Clock
 

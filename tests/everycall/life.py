@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -157,7 +158,8 @@ class Life:
 
     def send(self, number: signal.Signals, pid: int = 0) -> None:
         with suppress(ProcessLookupError):
-            os.kill(pid or self.pid, number)
+            if target := pid or self.pid:  # 0 would be our own group
+                os.kill(target, number)
 
     def until(self, fact: Callable[[], object], limit_s: float = LIMIT_S) -> bool:
         """Wait for a fact; return whether it came."""
@@ -261,9 +263,12 @@ class Life:
 
     def _end(self) -> None:
         value = self.mark[MARK]
-        if pid := self.pid:
-            self.send(signal.SIGTERM, pid)
-        if wait_gone(marked(value), LIMIT_S):
+        until = time.monotonic() + LIMIT_S
+        self.send(signal.SIGTERM)
+        # After a kill a start may go on for a moment, in processes that fork.
+        while (pids := marked(value)) and time.monotonic() < until:
+            wait_gone(pids[:1], LIMIT_S / 4)
+        if pids:
             left = [
                 f"{pid} {Path(f'/proc/{pid}/cmdline').read_bytes()[:80]!r}"
                 for pid in marked(value)

@@ -93,7 +93,7 @@ class Resident:
         )
         #: Whether the fleet was launched or resumed, so that a next program can resume it.
         self.began = False
-        #: Whether it is taking over what another program has begun.
+        #: Whether this program is still taking over what an earlier program left.
         self.resumes = False
         #: The names of the listening sockets that survive for the next start.
         self.surviving: tuple[str, ...] = ()
@@ -189,8 +189,8 @@ class Resident:
             return processors() > 1 and quota.processors() > 1
 
         self._loop = loop = Loop(settings.busy_poll_s, has_spare_core)
-        # This process needs descriptors for each worker and each draining generation.  Workers get
-        # the soft limit of our caller.
+        # This process needs descriptors for each worker and each draining generation, so raise its
+        # soft limit.  Workers still get the soft limit of our caller.
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         spawn.use_batch_policy()
@@ -243,7 +243,7 @@ class Resident:
         self._close_listeners()
 
     def finish(self, status: int) -> None:
-        """Leave only surviving listeners; report the exit to launcher, guard and systemd."""
+        """Leave only surviving listeners; report the exit to launching process, guard, systemd."""
         store = self.parents.store
         if self.parents.line is None:
             # Remove the settings first: without them the next program makes a fresh start with the
@@ -334,7 +334,7 @@ class Resident:
         return found | {name: fd for each in parts for name, fd in each.descriptors().items()}
 
     def _retry_later(self, again: Callable[[], None]) -> None:
-        if self._loop is not None:  # otherwise this process exits, and finish() waits for room
+        if self._loop is not None:  # without a loop this process exits: finish() waits for room
             self._loop.call_after(again, _AGAIN_S, again)
 
     def _reopen_logs(self, log: Log) -> None:

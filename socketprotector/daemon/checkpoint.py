@@ -39,9 +39,9 @@ class Checkpoint:
     _effects: Effects | None = None
     _snapshot: Callable[[], Snapshot] | None = None
     _written: Snapshot | None = None  # the last snapshot that was written; None: unknown
-    _failing: bool = False
-    _behind: bool = False
-    _full: bool = False
+    _failing: bool = False  # the last write of the state has failed
+    _behind: bool = False  # the guard or systemd has not received all our messages
+    _full: bool = False  # the fd store had no room for a descriptor
 
     def begin(self, effects: Effects, snapshot: Callable[[], Snapshot]) -> None:
         """Start to save the state of these effects; snapshot: returns the state to write."""
@@ -85,8 +85,8 @@ class Checkpoint:
     def write(self) -> bool:
         """Write the state; return whether another program could resume from it now.
 
-        No program can resume while the fd store lacks a descriptor, because the next program
-        assumes that all inherited descriptors are stored.
+        No program can resume while the fd store lacks a descriptor: the next program assumes that
+        the store has every descriptor that it inherits, and so would never store this descriptor.
         """
         wanted = self.descriptors().keys() - {inherited.GUARD}
         return self._write() and self.store.has(wanted)

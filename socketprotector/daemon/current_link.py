@@ -25,7 +25,7 @@ class NotMoved:
     """A release that `current` could not be moved to yet."""
 
     release: str
-    still_named: str
+    still_named: str  # what `current` named when the move failed
     why: str
 
 
@@ -69,7 +69,7 @@ class CurrentLink:
 
     @property
     def error(self) -> str:
-        """Why `current` does not name the release that it should; ""."""
+        """Why `current` could not be locked or moved; "": there was no failure."""
         return self.not_locked or (self.not_moved.why if self.not_moved is not None else "")
 
     # -- the owner ---------------------------------------------------------------

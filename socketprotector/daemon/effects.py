@@ -1,7 +1,7 @@
 """Carries out the actions that the lifecycle orders, and turns their results into events.
 
 If a program is killed during an action, the next program repeats the action.  So each action can be
-carried out twice, except Open and Spawn, which the state records at once.
+carried out twice, except those after which the state is written at once (supervisor.py).
 
 Generations are in generation.py, workers in worker_pool.py, connections in delivery/, reports and
 history in reports.py.  recovery.py resumes where another program stopped.
@@ -81,7 +81,7 @@ RECORDED = Undone | Report | StartTimer
 #: Reports of a generation that has proved itself.
 _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
 _FAILURE = (ReportKind.RELOAD_FAILED, ReportKind.DRY_RUN_FAILED)
-#: How soon to check again for a good answer after --settle.
+#: How soon to check again, after the time of --settle, for a good answer to --settle-check.
 _SETTLE_AGAIN_S = 0.1
 _LATE = "late"  # the timer of a stop that still accepts clients of a hold
 
@@ -211,9 +211,9 @@ class Effects(Host):
     # -- from one program to the next ---------------------------------------------
 
     def snapshot(self, fleet: Fleet, actions: Iterable[Action]) -> Snapshot:
-        """Return all that the next program needs, including these unfinished actions.
+        """Return all that the next program needs.
 
-        Only RECORDED actions are persisted.
+        actions: the actions of the kinds in RECORDED that may not have been carried out.
         """
         now, delivery = time.monotonic(), self.delivery.record()
         self.generations.forget_released(self.delivery.keeps)
@@ -250,7 +250,7 @@ class Effects(Host):
         return {name: fd for each in owners for name, fd in each.descriptors().items()}
 
     def suspend(self) -> None:
-        """Stop all probes and readers; the next program starts them again."""
+        """Stop all probes and reader processes; the next program starts them again."""
         self.live_settings.stop_reading()
         for each in (self.pool, self.probing):
             each.suspend()
@@ -269,7 +269,7 @@ class Effects(Host):
             self._refuse_unless_reachable(program)
             if dry_run and (cannot := self.delivery.cannot_try()):
                 raise ValueError(f"cannot dry-run: {cannot}")
-            self.generations.forget_released(self.delivery.keeps)  # snapshot() may never run
+            self.generations.forget_released(self.delivery.keeps)  # snapshot() needs an fd store
             made = self.generations[number] = OpenGeneration.make(number, program)
             try:
                 self.delivery.open(made, settings.queue, fresh=fresh)

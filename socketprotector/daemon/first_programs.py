@@ -31,7 +31,7 @@ class FirstPrograms:
 
     runtime: Runtime
     output: Output
-    #: Called with a function that returns a changed history.
+    #: Changes the history by a function, which gets the old history and returns the new history.
     remember: Callable[[Callable[[History], History]], None]
 
     def handle(self, worker: Worker, text: str) -> None:

@@ -29,7 +29,7 @@ class Child:
 def children_of(record: WorkerRecord, generation: OpenGeneration) -> list[Child]:
     """Return the living children of a worker."""
     if record.orphaned:
-        return []  # another worker uses the slot
+        return []  # another worker may use the slot
     return [each for each in _recorded(record, generation) if _is_in_session(each.pid, record.pid)]
 
 

@@ -41,7 +41,7 @@ class Health:
     ) -> None:
         """settings: returns the settings in force.
 
-        remember: called with a function that returns a changed history.
+        remember: changes the history by a function, which gets the old and returns the new history.
         """
         self._loop, self._log = runtime.loop, runtime.log
         self._persist, self._remember = runtime.persist, remember
@@ -120,7 +120,7 @@ class Health:
         self._remember(
             lambda history: history.health_changed(number, known.state, known.last, known.since_at)
         )
-        self._persist()  # no decision follows that would write the state
+        self._persist()  # there is no event for this, so no decision writes the state
         if known.state == HEALTHY:
             self._log.write("info", "healthy", generation=number)
         else:

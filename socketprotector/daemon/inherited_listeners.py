@@ -17,8 +17,8 @@ def adopt(
 ) -> list[Listener]:
     """Adopt the inherited listeners, for this delivery; take ownership of their descriptors.
 
-    Several sockets may be inherited for one role of a listener.  Only the newest is in use: the
-    socket with the highest number after its name.
+    Several sockets may be inherited for one role of a listener (first, second or reserved).  Only
+    the newest is in use: the socket with the highest number after its name.
     """
     made = []
     for index, each in enumerate(settings):

@@ -1,7 +1,7 @@
 """The settings in force, the candidate settings of a reload, and the process that reads them.
 
-The new generation of a reload uses the candidate settings.  They take effect when this generation
-serves, and are dropped if it fails.
+The new generation of a reload starts with the candidate settings.  They become the settings in
+force when this generation serves, and are dropped if it fails.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class LiveSettings:
         return self.record.current
 
     def of_next(self, *, fresh: bool) -> Settings:
-        """Return the settings of a generation, opened fresh or with the last good command."""
+        """Return the settings of the next generation; fresh: use the candidate, if there is one."""
         return (self.record.candidate if fresh else None) or self.settings
 
     def read(self, *, dry_run: bool, canary: bool = False, release: str = "") -> None:
@@ -99,7 +99,7 @@ class LiveSettings:
                 self.releases.move(candidate.release, previous)
 
     def forget(self) -> None:
-        """Drop the candidate settings.  Listener indices are never reused."""
+        """Drop the candidate settings; added listeners stay, as removed: no index is reused."""
         if "reader" in self._readers:
             self._readers["reader"].call_off()
         if self.record.candidate is not None:
@@ -111,9 +111,9 @@ class LiveSettings:
                 self._put_in_force(replace(self.settings, listeners=(*kept, *removed)))
 
     def reported(self, report: Report, program: Program | None) -> tuple[Report, str]:
-        """Add to a report what it means for `current`; return it, and the name of its release.
+        """Return a report, with what it means for `current` added, and the name of its release.
 
-        program: the program of the report's generation; None: that could not be opened.
+        program: the program of the report's generation; None: the generation could not be opened.
         """
         if self.releases is None:
             return report, ""
@@ -133,9 +133,10 @@ class LiveSettings:
     # -- from one program to the next ---------------------------------------------
 
     def adopt(self, snapshot: Snapshot) -> None:
-        """Resume with the candidate settings, if the fleet still tries or uses them.
+        """Resume with the candidate settings, if they may still take effect.
 
-        If core has ordered UseSettings already, core repeats that order.
+        That is so while a reload tries them, and until an order UseSettings is carried out: core
+        repeats this order.
         """
         self.record = SettingsRecord(self.settings, snapshot.settings.candidate)
         if snapshot.fleet.candidate is None and UseSettings() not in snapshot.unfinished:

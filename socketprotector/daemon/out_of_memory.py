@@ -79,7 +79,7 @@ class MemoryWatch:
         now, before = memory_group.counts(), self._explained
         if now.kills <= before.kills:
             return exit_text.KILLED
-        more = now.kills > before.kills + 1  # another killed worker is handled later
+        more = now.kills > before.kills + 1  # other kills explain workers that are handled later
         at_limit = before.at_limit if more else now.at_limit
         self._explained = OutOfMemory(before.kills + 1, at_limit)
         return f"{exit_text.KILLED}: {_cause(at_limit=now.at_limit > before.at_limit)}"

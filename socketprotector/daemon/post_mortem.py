@@ -57,7 +57,7 @@ class PostMortem:
     orphans: Orphans
     #: Called when more is known about an exited worker.
     ended: Callable[[int], None]
-    #: Called with a function that returns a changed history.
+    #: Changes the history by a function, which gets the old history and returns the new history.
     remember: Callable[[Callable[[History], History]], None]
     #: Returns, in words, the end of a worker that got SIGKILL, but not from us.
     why_killed: Callable[[], str]
@@ -123,7 +123,7 @@ class PostMortem:
             end = replace(end, how=self.why_killed())
         kept = forked_children.left_open(record, worker.generation)
         lost = worker.generation.take_counts(record.slot, kept)
-        # Keep the line open: when it ends, forked children finish, and the lifecycle orders that.
+        # Keep the RETURN line open: forked children finish at its end, which the lifecycle orders.
         line, worker.line = worker.line, None
         orphans = self.keep_group(record, worker.process, worker.generation, line)
         worker.close()

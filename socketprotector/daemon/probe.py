@@ -166,7 +166,7 @@ class Probe:
         self._connection = client = target.connecting()
         self._made_at = self._sent_at
         failed = client.connect_ex(target.connect_address)
-        if failed == errno.EAGAIN and target.is_unix:  # its backlog is full: try again
+        if failed == errno.EAGAIN and target.is_unix:  # the socket's backlog is full: try again
             self._disconnect()
             if self._left_s:
                 self._look_later(partial(self._connect_again, generation, limit_s))
@@ -218,7 +218,7 @@ class Probe:
         target, connection = self._target, self._connection
         assert target is not None
         assert connection is not None
-        # While the backlog is full, the kernel does not connect our socket, so it waits, too.
+        # While the backlog is full, the kernel does not connect our socket: that is waiting, too.
         return not events_of(connection, select.POLLOUT) or target.waits(connection)
 
     def _continue_earlier(self) -> bool:
@@ -268,8 +268,8 @@ class Probe:
         if not target.holds():
             self._finish(verdicts.MOVED, SHUT_DOWN)
         elif failed and not (was_reset and self._was_reset):
-            # Either a server accepted and reset the connection, or the listening socket was shut
-            # down.  We repair such a socket, so a server has caused two resets in a row.
+            # At a first reset, either a server accepted and reset the connection, or the listening
+            # socket was shut down.  We repair such a socket, so only a server resets twice.
             self._finish(verdicts.REFUSED, self._cannot_connect(failed))
         elif failed or not waits:
             self._finish(verdicts.GOOD)

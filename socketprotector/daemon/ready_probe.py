@@ -56,7 +56,7 @@ class ReadyProbe:
         self.stop()
         program = generation.program
         if program.ready == "any" and program.ready_fd >= 0:
-            return  # its command reports readiness by {fd:ready}
+            return  # the generation's command reports readiness by {fd:ready}
         self._generation, self._began = generation, time.monotonic()
         self._spec = probe_spec.read(program.ready_question or "accept")
         self.last = f"GET {self._spec.path}: not answered yet" if self._spec.by_http else ""

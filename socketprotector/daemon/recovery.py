@@ -81,7 +81,7 @@ class Recovery:
         return broken
 
     def dismiss_unknown(self) -> None:
-        """Order workers to finish that the state does not mention, because a kill came first.
+        """Order workers to finish that the state does not mention: a kill came before the write.
 
         Workers that accept need a signal; other workers read end of file on their line.
         """
@@ -91,7 +91,7 @@ class Recovery:
         for number, descriptors in self.unclaimed.take_all(inherited.WORKER).items():
             process = descriptors.get("process", -1)
             if process >= 0 and settings.finish_signal and int(number) not in known:
-                with suppress(OSError):  # most of them have exited
+                with suppress(OSError):  # most of these workers have exited
                     signal.pidfd_send_signal(process, settings.finish_signal)
             for fd in descriptors.values():
                 os.close(fd)

@@ -85,7 +85,7 @@ class LogRelay:
     ) -> None:
         """name: the name of the lines in syslog.  kind: KIND of programs/log_relay.py.
 
-        named: the workers' descriptors.
+        named: gets the workers' pipes, by the names under which the next program finds them.
         """
         self._named = named
         self._name = name

@@ -1,6 +1,6 @@
 """The history of releases, and its file beside `current`.
 
-A process of its own writes the file and waits for the disk (programs/release_writer.py).  A failed
+A separate process writes the file and waits for the disk (programs/release_writer.py).  A failed
 write is repeated.
 """
 
@@ -26,12 +26,12 @@ _FIRST_DELAY_S, _LAST_DELAY_S = 1.0, 60.0
 
 
 class SavedHistory:
-    """The history in memory, which its file follows."""
+    """The history in memory, and the writes that bring its file up to date."""
 
     def __init__(self, current: Callable[[], str], runtime: Runtime) -> None:
         """current: returns the path of the link."""
         self.value = History()
-        #: Why the file could not be written; "": it is, or will be soon.
+        #: Why the file could not be written; "": the file is written, or will be soon.
         self.error = ""
         self._current, self._loop, self._log = current, runtime.loop, runtime.log
         self._on_disk: History | None = self.value
@@ -39,7 +39,7 @@ class SavedHistory:
         self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
 
     def read(self) -> None:
-        """Take the history from its file; an unreadable one is empty."""
+        """Read the file; if that fails, keep the present history, which is empty at first."""
         try:
             found = release_store.history(self._current())
             self.value = release.load(found) if found is not None else History()
@@ -55,7 +55,7 @@ class SavedHistory:
 
     @property
     def is_saved(self) -> bool:
-        """Whether the history is on disk, and the link as it was at the last change."""
+        """Whether the disk has the history, and the link as it was at the last add() or sync()."""
         return self._on_disk is self.value
 
     def add(self, entry: Entry) -> None:
@@ -63,8 +63,8 @@ class SavedHistory:
         self._save(release.added(self.value, entry))
 
     def sync(self) -> None:
-        """Write the file again, and with it the folder, because the link has changed."""
-        # Another object: the present writing may have synced the folder already.
+        """Write the file again: the writer also syncs the folder, in which the link has changed."""
+        # A copy counts as not written: a write under way may have synced the folder too early.
         self._save(replace(self.value))
 
     def _save(self, value: History) -> None:
@@ -96,7 +96,7 @@ class SavedHistory:
 
 
 def write(current: str, history: History, loop: Loop, done: Callable[[str], None]) -> None:
-    """Start the process that writes a history; it calls back with its failure, or "".
+    """Start the process that writes a history; `done` gets the reason of a failure, or "".
 
     Raises OSError.
     """

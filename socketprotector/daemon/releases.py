@@ -1,6 +1,7 @@
 """The releases of a protector: which one a reload starts, and what its verdict means.
 
-`current` is moved here to each release that has been proved, before a queued reload reads it.
+A release is proved when its start or reload has succeeded.  Then this process moves `current` to
+the release itself (current_link.py), before a waiting reload reads `current`.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Releases:
             self.link.take_lock()
 
     def own(self) -> bool:
-        """Return whether this protector owns `current`; become its owner if it has none."""
+        """Return whether this protector owns `current`; become its owner if `current` has none."""
         if not self.link.is_owned and self.link.take_lock():
             # The previous owner may have added entries, and our next write replaces the whole file.
             self.history.read()
@@ -135,7 +136,7 @@ class Releases:
     def reported(self, report: Report, program: Program | None) -> Report:
         """Note the verdict about a release; add to the report what it means for `current`.
 
-        program: the program of the report's generation; None: that could not be opened.
+        program: the program of the report's generation; None: the generation could not be opened.
         """
         name = program.release if program is not None else self._tried
         if report.news in _VERDICTS:
@@ -161,8 +162,8 @@ class Releases:
     def _is_own_failure(self, name: str, report: Report, program: Program | None) -> bool:
         """Return whether a release has caused a failure, so that a rollback skips this release.
 
-        A failure by a stop does not count.  A mistake in the configuration counts only if its
-        message names a path of the release.
+        A reload that a stop has ended does not count.  A mistake in the configuration counts only
+        if its message names a path of the release.
         """
         if report.reason == stop.CALLED_OFF:
             return False

@@ -1,4 +1,4 @@
-"""The long-running process, which the launcher executes: a fork would need more memory.
+"""The long-running process.  The launching process executes it: a fork would need more memory.
 
 It inherits its descriptors by name (system/inherited.py).  They come from the launching process,
 from the earlier program of an upgrade, or from the guard or systemd after a crash.  If they include

@@ -29,9 +29,9 @@ def order(
     *,
     only: int = 0,
 ) -> None:
-    """Order the workers of a generation to end their connections over a time; 0: to end none.
+    """Order the workers of a generation to end their connections evenly within some seconds.
 
-    An earlier order with an earlier end stays in force.
+    seconds: 0: end no connection.  An earlier order with an earlier end stays in force.
     records: the records of all workers.  only: the number of one worker; 0: all workers.
     """
     board = generation.board
@@ -98,7 +98,9 @@ def _spread_of(generation: OpenGeneration, slot: int) -> tuple[bool, int]:
 def closing_rate(
     generation: OpenGeneration, slots: Iterable[tuple[int, Counts | None]]
 ) -> dict[str, float] | None:
-    """Return how many connections a second a generation ends, and for how long; None: none.
+    """Return how many connections a second a generation ends, and for how many seconds.
+
+    None: no worker of the generation ends connections evenly at present.
 
     slots: the slots of its living workers, with their counts.
     """

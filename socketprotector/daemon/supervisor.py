@@ -40,15 +40,15 @@ if TYPE_CHECKING:
 #: long to wait.  The guard and systemd usually need far less.
 _AGAIN_S = 0.05
 _BEHIND_S = 10.0
-#: The timer of that wait.
+#: The timer of an upgrade that waits for the guard or systemd.
 _HAND_OVER = "hand-over"
 #: How long to work before we accept waiting clients; starting a worker takes 1 ms.
 _YIELD_AFTER_S = 0.005
 #: How soon to reap again while an exited child waits for its owner; doubles each time.
 _FIRST_REAP_S = 0.01
 _LAST_REAP_S = 1.0
-#: Actions after which the state is written at once, because the next program must not repeat them.
-#: It would open a generation or start a worker twice, or report a verdict as if of another reload.
+#: Actions after which the state is written at once, because the next program must not repeat them:
+#: a generation or worker would start twice, or a second verdict would seem to be another reload's.
 _WRITTEN_AT_ONCE = (
     *(Open, Spawn),
     *(ReportKind.RELOADED, ReportKind.RECOVERED, ReportKind.RELOAD_FAILED),
@@ -141,7 +141,7 @@ class Supervisor:
             self.runtime.persist()
 
     def _order(self, actions: Iterable[Action]) -> None:
-        """Append actions to the unfinished ones."""
+        """Append actions to the unfinished actions."""
         for each in actions:
             self._unfinished.append(each)
             if isinstance(each, RECORDED):

@@ -102,7 +102,7 @@ UNKNOWN, UNHEALTHY = "unknown", "unhealthy"
 
 @frozen
 class Serving:
-    """The results of the serving generation's health probes; at first there is none."""
+    """The results of the serving generation's health probes."""
 
     since_at: float
     state: str = UNKNOWN
@@ -115,7 +115,7 @@ class Serving:
     missed: int = 0  # how many probes in a row were inconclusive
 
     def after(self, verdict: Verdict, most: int, at: float) -> Serving:
-        """Return the state after a verdict; most: how many bad or missing answers end a state."""
+        """Return the state after a verdict; most: how many bad or missing answers change it."""
         state, why = self.state, verdict.why
         failures, missed, reason = self.failures, 0, self.reason
         answered_at: float | None = at

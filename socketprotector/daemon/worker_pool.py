@@ -52,7 +52,7 @@ class WorkerPool:
         delivery: Delivery,
         probes: CheckProbes,
     ) -> None:
-        """remember: called with a function that returns a changed history."""
+        """remember: changes the history by a function, which returns the new history."""
         self._probes, self._output, self._delivery = probes, output, delivery
         self._runtime, self._remember = runtime, remember
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
@@ -277,7 +277,7 @@ class WorkerPool:
 
         Returns whether a process of the group is left.
         """
-        del self._records[record.number]  # its group has a record of its own
+        del self._records[record.number]  # the group has a record of its own
         for name in named(record.number, descriptors):
             del self.descriptors[name]
         return self._post_mortem.adopt_group(record, descriptors, generation)

@@ -61,7 +61,7 @@ class BornTooLarge:
         return self._replaced[number]
 
     def forget(self, living: Container[int], *, grown_worker_fits: bool) -> None:
-        """Forget exited workers, and end the loop if a worker stayed within the limit."""
+        """Forget exited workers; end the replacement loop if a worker stayed within the limit."""
         self._replaced = {each: may for each, may in self._replaced.items() if each in living}
         if grown_worker_fits and not self._replaced:
             self._in_a_row = 0
@@ -74,7 +74,7 @@ class LimitWatch:
         """workers: the running workers by number, always up to date."""
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._workers = workers
-        self._blind = False  # no worker's memory can be read, and the log says so
+        self._blind = False  # a worker's memory cannot be read, and the log says so
         self._said_uncounted = False
         self._large = BornTooLarge()
         self._retired: set[int] = set()  # pids of children that were ordered to finish

@@ -102,7 +102,7 @@ def listed(effects: Effects) -> list[dict[str, Any]]:
 
 
 def _time(entry: release.Entry | None, outcome: str) -> float | None:
-    """Return the time of an entry with this outcome."""
+    """Return the time of an entry; None: there is no entry, or it has another outcome."""
     return entry.at if entry is not None and entry.outcome == outcome else None
 
 

@@ -150,5 +150,5 @@ def _oldest_s(
         # The scoreboard also keeps the times of ended connections, so look only at open sockets.
         times = [accepted_at[fd] for fd, _ in sockets(record.pid) if fd in accepted_at]
     if len(times) != active:
-        return None  # one of these sockets is no connection, or has no place in the scoreboard
+        return None  # a socket is no connection, or the scoreboard lacks a connection's time
     return max(0.0, time.monotonic() - min(times) / 1e9)

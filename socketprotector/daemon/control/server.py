@@ -32,7 +32,7 @@ REST_S = 0.001
 _READ_BYTES = 65_536
 _SO_PEERGROUPS = 59
 _CREDENTIALS = struct.Struct("i2I")
-_GROUPS_BYTES = 1024  # 256 groups; Python's getsockopt() accepts no larger buffer
+_GROUPS_BYTES = 1024  # room for 256 groups; Python's getsockopt() accepts no larger buffer
 #: How soon to accept again after the system ran out of descriptors or memory.
 _AGAIN_S = 0.5
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL

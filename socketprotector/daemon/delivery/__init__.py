@@ -23,8 +23,8 @@ from .probe_target import ProbeTarget
 #: client, UNTAKEN_S afterwards.
 NEVER_TAKEN_S = 5.0
 UNTAKEN_S = 30.0
-#: A stop checks for new clients at this interval.  A handshake takes less time, unless the client
-#: has to repeat a packet.
+#: A stop checks for new clients at this interval.  A handshake that had begun is then complete,
+#: unless the client has to repeat a packet.
 QUIET_S = 0.2
 #: After this time, listeners that cannot refuse new clients close, even if clients still come.
 LAST_S = 10.0

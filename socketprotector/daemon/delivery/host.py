@@ -41,4 +41,4 @@ class Host(ABC):
     @property
     @abstractmethod
     def own_connection(self) -> socket.socket | None:
-        """Our own TCP connection to the serving generation, if there is one."""
+        """The TCP connection of the present health probe, if any: it belongs to no client."""

@@ -109,7 +109,7 @@ class Acceptor:
                 except OSError as error:
                     if count:
                         self._count_sent(count, at)
-                    self.accepted += 1  # accepted, but in no queue yet
+                    self.accepted += 1  # not in the queue: take_away() subtracts it there
                     self.last_ns = at
                     self.queue.take_away()
                     self.send_failed(header, fd, error)

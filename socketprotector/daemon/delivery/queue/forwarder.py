@@ -2,7 +2,8 @@
 
 acceptor.py is the fast path; this module handles its failures.  We choose no worker: workers take
 connections from the shared queue (client_lib's intake.py).  `decide` sets the route and orders
-drains, but handles no connection.  It gets two events: ChannelBroken and BacklogEmptied.
+drains, but handles no connection.  The queue delivery posts only ChannelBroken, Untaken and
+BacklogEmptied.
 
 We accept only connections that we can deliver.  If a send still fails, undelivered.py keeps the
 connection, which is sent before all others.  When a generation drains or has exited, we take back
@@ -133,7 +134,8 @@ class Forwarder:
         """Take back untaken connections while the route has room; then end the channel.
 
         The channel's workers take the remaining connections.  But if a worker has shut the channel
-        down, workers may never read it again.  Then the next route gets the remaining connections.
+        down, workers may never read it again.  Then the remaining connections go to the route, as
+        soon as it has room.
         """
         is_shut = channel.is_shut()
         self._reclaim(channel)
@@ -152,7 +154,7 @@ class Forwarder:
             self._leftovers[channel] = True
             self._resume()
         else:
-            channel.close()  # now, because many generations may fail before there is a route
+            channel.close()  # at once: many generations may fail before there is a route
 
     def add(self, listener: Listener) -> None:
         """Add a listener, for the generations that know it; takes ownership."""
@@ -331,7 +333,7 @@ class Forwarder:
             taken = self._shortage.take_back(channel)
             if taken is None:
                 if self.outlet.is_free and channel.depth():
-                    # take_back() returned None, although the channel is not empty.
+                    # take_back() found nothing, although the channel is not empty: retry later.
                     self._shortage.begin("recvmsg", BlockingIOError(errno.EAGAIN, "try again"))
                 return
             remaining -= 1

@@ -17,7 +17,8 @@ class GenerationChannel(Channel):
         self.taken_from = adopted
         #: Whether it was reported that no worker takes connections.
         self.said_untaken = False
-        #: The new connections, and all connections, that each QueueWatch counted until it left.
+        #: How many new connections were sent here, and QueueWatch.sent, up to the time when a
+        #: QueueWatch last stopped watching this channel.
         self.met = self.sent = 0
 
     @property

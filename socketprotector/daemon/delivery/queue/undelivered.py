@@ -1,7 +1,7 @@
 """Keeps accepted connections that are in no channel, so that only this process has them.
 
-There are few, because we accept only connections that we can deliver.  Either such a connection
-could not be sent, or it waits for a generation that knows its listener.
+There are few, because we accept only connections that we can deliver.  We keep a connection if it
+could not be sent, or until there is room for it at a generation that knows its listener.
 
 These connections survive this program.  Their headers are in the state, and the next program gets
 their descriptors by name.  Two rules hold here:

@@ -2,8 +2,8 @@
 
 `status` shows the counts.  Connections that a generation accepts carry its accept tag
 (system/accept_tags.py).  Connections with NO_TAG count for no generation.  Queries to the kernel
-take at most QUERY_SHARE of our time, however many connections there are.  If `status` is requested
-more often, it shows the last counts again.
+take at most QUERY_SHARE of our time, however many connections there are.  Between two queries,
+`status` shows the counts of the earlier query.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ....system.listener import Listener
 from .accept_watch import QUERY_SHARE
 from .shared_listeners import SharedListeners
 
-#: The tag of a generation that found no unused tag.
+#: The tag of a generation for which no unused tag was found.
 NO_TAG = 0
 _OTHERS_WAIT = "clients wait there with the tag of another generation"
 
@@ -75,7 +75,7 @@ class AcceptCounts:
             tag = self._unused(listener, socket_number, used)
         earlier = accept_tags.tag(listening, tag, used)
         if earlier and listener.has_waiting(socket_number):
-            # Queued connections already carry one of these tags.
+            # Connections in the backlog carry one of the tags that the socket had until now.
             earlier |= accept_tags.tag(listening, NO_TAG, used)
             if not earlier.isdisjoint(used):
                 raise OSError(errno.EBUSY, _OTHERS_WAIT)

@@ -16,14 +16,14 @@ from ....model.records import HoldRecord
 from ....system.listener import RESOURCE_ERRNOS, Listener
 from .shared_listeners import SharedListeners
 
-#: A client's retry interval grows with its waiting time.  A stop waits for retries at most this
-#: long.
+#: After a hold, its clients still retry, at intervals that grow with their waiting time.  A stop
+#: waits for these retries, but at most this long.
 _LAST_S = 10.0
 
 
 @mutable
 class ListenerHold:
-    """The hold, and the time until which its clients may retry."""
+    """The hold, and the time until which the clients of an ended hold may retry."""
 
     listeners: SharedListeners
     #: What the next program needs.
@@ -63,7 +63,7 @@ class ListenerHold:
                 why = f"{each.settings.address}: {error.strerror}"
                 if error.errno in RESOURCE_ERRNOS or error.errno == errno.EEXIST:
                     return why  # EEXIST: another program's file is at the path
-                # A TCP socket must be bound at the start, because we may drop privileges later.
+                # TCP: the socket needs the right to bind, which we may have dropped at the start.
                 when = "once files can be made in its directory" if each.path else "after a restart"
                 return f"{why}; possible {when}"
         return refused
@@ -71,7 +71,8 @@ class ListenerHold:
     def loss(self, listeners: Iterable[Listener]) -> str | None:
         """Return which clients a reload would lose if it removed listeners now; None: no clients.
 
-        Clients of a UNIX path wait at a socket that no worker has.  TCP clients retry.
+        During a hold, clients of a UNIX path wait at a socket that no worker has.  TCP clients are
+        not lost, because they retry.
         """
         lost = [each.settings.address for each in listeners if each.is_reserved_for_clients]
         return f"the clients that wait at {' '.join(lost)} would be reset" if lost else None

@@ -39,7 +39,7 @@ def _waits(listening: socket.socket, address: tuple[str, int], client: socket.so
     Without sock_diag, returns True while any connection waits.
     """
     if not listening.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        # Our connection went to the other socket.
+        # The socket was shut down, so our connection went to the other socket.
         raise OSError(errno.ENOTCONN, "it does not listen")
     if listening.family == socket.AF_UNIX:
         return os.fstat(client.fileno()).st_ino in unaccepted(listening)
@@ -66,16 +66,16 @@ class Probes:
     def __init__(self, listeners: SharedListeners, turns: Turns, steering: Steering) -> None:
         self._listeners, self._turns, self._steering = listeners, turns, steering
         self._persist = listeners.host.runtime.persist
-        #: Sockets, by listener and number, that get no clients.  So their ::1 or UNIX peers are
-        #: probes of this program or of an earlier program.
+        #: Sockets, by listener and number, that get probes and no clients.  So their ::1 or UNIX
+        #: peers are probes of this program or of an earlier program.
         self.probed: set[tuple[int, int]] = set()
         #: Sockets that IPv4 probes come to, each with a source address that no client has.
         self.probe_sources: set[tuple[int, int, str]] = set()
         #: The mark of the serving generation's probes, by listener and socket number.
         self._marks: dict[tuple[int, int], bpf.Mark] = {}
-        #: Probe mark -> socket number, whichever generation is current.
+        #: Probe mark -> the number of the socket to which connections with this mark go.
         self.socket_by_mark: dict[bpf.Mark, int] = {}
-        #: Abandoned probes of the serving generation: the listening socket, and the probe's key.
+        #: Abandoned probes of the serving generation: the listening socket, and key by _end_of().
         self._abandoned: list[tuple[socket.socket, bytes | int]] = []
 
     def reach_as_client(
@@ -96,7 +96,7 @@ class Probes:
                 target = ProbeTarget(
                     address, mark, partial(_waits, listening, address), lambda: None
                 )
-                if each.has_sibling:  # otherwise the next generation accepts an abandoned probe
+                if each.has_sibling:  # at a single socket, the next generation accepts the probe
                     target.abandon = partial(self._note_abandoned, listening)
                 return target
         return None
@@ -122,7 +122,7 @@ class Probes:
             self.probed.add(place)
         else:
             return
-        self._persist()  # before the first probe, for the next program after a kill
+        self._persist()  # before the first probe: after a kill, the next program needs this record
 
     def _note_abandoned(self, listening: socket.socket, client: socket.socket) -> None:
         self._abandoned.append((listening, _end_of(client, listening)))
@@ -130,8 +130,9 @@ class Probes:
     def reach_by_mark(
         self, generation: int, name: str, knows: Callable[[int], bool] = lambda index: True
     ) -> ProbeTarget | None:
-        """Return how to reach a generation by a mark; None: the generation has no such listener.
+        """Return how to reach a generation by a mark.
 
+        None: the generation does not accept, or has no such listener.
         name: the name of the listener; "": the first listener that has two sockets.  knows: returns
         whether the generation knows a listener, by index.
 
@@ -164,7 +165,7 @@ class Probes:
                 return is_same and found.is_alive(socket_number) and closing(listening) == closed
             return False
 
-        if listening.family == socket.AF_UNIX:  # it has a file of its own, so probes need no mark
+        if listening.family == socket.AF_UNIX:  # the socket has its own file: no mark is needed
             no_clients = self._steering.steer() and self._is_for_probes(found, socket_number)
             self._will_come_from(place, None, no_clients=no_clients)
             return ProbeTarget(address, None, waits, lambda: None, holds=holds)
@@ -172,7 +173,7 @@ class Probes:
             pass  # draw again: IPv6 has few marks
         self.socket_by_mark[mark] = socket_number
         with on_error(self.socket_by_mark.pop, mark):
-            if not self._steering.steer():  # otherwise the probe reaches the old generation
+            if not self._steering.steer():  # the probe would reach the old generation
                 raise OSError(errno.EAGAIN, "new clients cannot be steered now")
             no_clients = self._is_for_probes(found, socket_number)
         self._will_come_from(place, mark, no_clients=no_clients)
@@ -217,7 +218,8 @@ class Probes:
             sources.add(_SOURCE_OF_IPV6)
         if not (abandoned or sources):
             return None
-        waiting, _ = reuseport.queue(listening)  # read this first, to leave out later connections
+        # Count first: the queue has later connections behind these, and discard() keeps them.
+        waiting, _ = reuseport.queue(listening)
         if listening.family == socket.AF_UNIX and place in self.probed:
             return waiting
         ends = unaccepted(listening)

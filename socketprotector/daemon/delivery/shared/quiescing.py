@@ -51,7 +51,7 @@ class _Generation:
     waited_s: float = 0.0
     quiet_s: float = 0.0
     quiet_looks: int = 0
-    # Clients that were unread at every look, and whether each is silent; None: not queried yet.
+    # Clients that were unread at every look; True: the client has sent nothing; None: not queried.
     unread: dict[tuple[int, bytes], bool] | None = None
 
 
@@ -179,7 +179,7 @@ class Quiescing:
     def _query(
         self, generation: int, pairs: Sequence[Listener], *, accepted: bool
     ) -> dict[tuple[int, bytes], bool] | None:
-        """Return the unread clients at these addresses, and whether each is silent.
+        """Return the unread clients at these addresses, and whether each has sent nothing.
 
         For a generation with `reads_on`, return instead the clients that are about to connect.
         Addresses that the kernel does not report are left out.  None: the kernel cannot be queried

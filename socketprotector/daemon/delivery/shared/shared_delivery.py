@@ -75,7 +75,7 @@ class SharedDelivery(Delivery):
         self._counts = AcceptCounts(shared)
         self._flags = ListenerFlags(shared)
         self._route: int | None = None
-        self._stay = False  # True: our own listeners survive us
+        self._stay = False  # True: our own listeners survive this stop
 
     # -- a generation ----------------------------------------------------------------
 
@@ -100,7 +100,7 @@ class SharedDelivery(Delivery):
         taken = {tag for each in others for tag in each.record.accept_tags}
         tags = self._counts.enter(number, taken)
         generation.update_record(accept_tags=tags)
-        if not tags:  # its clients may carry another generation's tag
+        if not tags:  # this generation's clients may carry another generation's tag
             for each in others:
                 each.update_record(accept_tags=())
         self._flags.watch()
@@ -124,7 +124,7 @@ class SharedDelivery(Delivery):
         self, generation: OpenGeneration, listener: str, *, as_client: bool = False
     ) -> ProbeTarget | None:
         found = None
-        # While two generations share the clients, a probe without a mark may reach either.
+        # While two generations share the clients, an unmarked probe may reach either generation.
         if not as_client or self.steering.turns.share is not None:
             found = self.steering.probes.reach_by_mark(
                 generation.record.number, listener, generation.knows
@@ -264,11 +264,12 @@ class SharedDelivery(Delivery):
         self._stay = stay
         if quick:
             self.steering.give_back()
-            if not stay:  # otherwise keep repairing the sockets: the next start gets them
+            if not stay:  # with `stay`, keep repairing the sockets: the next start gets them
                 self.steering.end()
             self._close_listeners()
             return
-        # Later clients belong to the next start, or to the process that owns the sockets.
+        # Clients that come after this belong to the next start (`stay`), or to the owner of the
+        # passed-in sockets.  So the serving generation must accept only the earlier clients.
         on_quiet = self._finish_closing if stay else self._refuse_new
         if serving is not None and (stay or self.steering.has_passed_in_pair):
             self.steering.quiesce_last(serving.record.number, on_quiet)
@@ -352,7 +353,7 @@ class SharedDelivery(Delivery):
     def adopt(
         self, record: DeliveryRecord, unclaimed: Inherited, *, held: bool, closing: bool
     ) -> None:
-        self._flags.adopt(record.nonblocking)  # do this first: a worker may be about to accept
+        self._flags.adopt(record.nonblocking)  # first: a worker's accept() may block until then
         self.steering.adopt_record(record.steering, held=held)
         if closing:
             self.steering.end()  # do not repair sockets that we have shut down ourselves

@@ -41,7 +41,7 @@ class SharedListeners:
 
 
 class Steering(ABC):
-    """The interface of the steering for its parts."""
+    """The methods of SocketSteering that its parts call, such as Probes and SocketRepair."""
 
     @abstractmethod
     def steer(self) -> bool:

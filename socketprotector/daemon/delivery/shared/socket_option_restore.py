@@ -26,7 +26,7 @@ from ....system.listener import Listener
 from ....system.socket_snapshot import Snapshot
 from .shared_listeners import SharedListeners, Steering
 
-#: The key of a new socket's options, in place of a generation's number.
+#: The key of the options that a new socket had, in place of a generation's number.
 _INITIAL = 0
 
 
@@ -59,7 +59,7 @@ class SocketOptionRestore:
         if initial is not None and is_alone():
             self._restore(listener, socket_number, initial)
         listening = listener.socket_for(socket_number)
-        if not is_alone():  # check again, because _restore() may have left one common socket
+        if not is_alone():  # again, because _restore() may leave the listener with a single socket
             self._before[generation, listener.index] = socket_snapshot.take(listening)
             if initial is not None:
                 socket_snapshot.raise_backlog(listening, initial)
@@ -102,11 +102,11 @@ class SocketOptionRestore:
     def _restore(
         self, listener: Listener, socket_number: int, before: Snapshot, *, may_log: bool = True
     ) -> None:
-        """Restore a socket's options; if that fails, replace the socket, or log these options."""
+        """Restore a socket's options; replace the socket, or log the options that still differ."""
         listening, count = listener.socket_for(socket_number), len(listener.sockets)
         unrestored = socket_snapshot.restore(listening, before)
-        # If all generations share the socket, the serving generation must be replaced with it.  So
-        # replace such a socket only if it keeps clients out.
+        # If all generations share the socket, the serving generation loses it, and must be
+        # replaced, too.  So replace such a socket only if it keeps clients out.
         if unrestored and (
             listener.has_sibling
             or (

@@ -101,7 +101,7 @@ class SocketRepair:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Messages about listeners that only a restart repairs or protects."""
+        """Messages about listeners that need a restart: cut off, or without a spare socket."""
         cut_off = [
             f"{each.settings.address}: {CUT_OFF}"
             for each in self._listeners.living

@@ -79,22 +79,22 @@ class SocketSteering(Steering):
     def enter(self, generation: int, socket_number: int, *, fresh: bool = False) -> None:
         """Prepare a socket for a generation whose workers will start soon.
 
-        fresh: the generation is a new release, which ends the back-off of earlier rescues.  Raises
-        OSError if a path cannot lead to the socket of a new release, or if every path is gone.
+        fresh: the generation is a new release, so the next rescue (socket_watch.py) has no pause.
+        Raises OSError if a path cannot lead to a new release's socket, or if every path is gone.
         """
         if fresh:
             self._watch.note_new_release()
         for each in self._listeners.living:
             try:
                 self._repairs.make_ready(each, socket_number)
-            except OSError as error:  # otherwise the listener keeps its present socket
+            except OSError as error:  # unless we raise it, the listener keeps its present socket
                 is_needed = self._repairs.needs(each)
                 if fresh and is_needed and error.errno not in RESOURCE_ERRNOS:
                     self._watch.watch()
                     raise
             self._repairs.make_sound(each, socket_number, generation)
         self.turns.accepting[generation] = socket_number
-        self.steer()  # a path that has two sockets again can be held
+        self.steer()  # during a hold: a path that has two sockets again can be held now
         self._watch.watch()
 
     def grow(self, generation: int, knows: Callable[[int], bool]) -> None:
@@ -113,7 +113,7 @@ class SocketSteering(Steering):
         return self.probes.reach_as_client(name, knows)
 
     def forget(self, generation: int) -> None:
-        """Forget a generation without workers."""
+        """Forget a generation whose workers have all exited."""
         self.leave(generation)
         socket_number, _ = self.turns.leaving.pop(generation, (0, 0.0))
         self._take_back(generation, socket_number, gone=True)
@@ -182,7 +182,7 @@ class SocketSteering(Steering):
     def expect(self, listener: Listener, *, dry_run: bool) -> None:
         """Steer the clients of a new listener to the next generation, which will know it.
 
-        dry_run: the next generation gets no clients, so steer them to the current socket.
+        dry_run: steer them to the current socket, because the next generation gets no clients.
         """
         if self.turns.expect(listener, dry_run=dry_run) == 1:
             listener.swap()  # until now, the first socket got the clients
@@ -200,11 +200,11 @@ class SocketSteering(Steering):
 
         again: the generation at that socket has served before.  knows: returns whether that
         generation knows a listener, by index; None: no generation has that socket yet.  Clients of
-        other listeners stay at their present socket until the listener is removed.
+        a listener that it does not know stay at their present socket until the listener is removed.
         """
         listeners, before, canary = self._listeners.all, self.turns, self._watch.canary
         if canary is not None and before.share and socket_number != before.current:
-            again = canary.accepts.has_accepted  # so far it has served a share of the clients
+            again = canary.accepts.has_accepted  # so far, the generation got a share of the clients
         # A change of the share alone does not restart the watch.
         is_watched = socket_number == before.current and (share or before.share) is not None
         self.turns.turn_to(socket_number, {each.index for each in listeners}, knows, share)
@@ -215,7 +215,7 @@ class SocketSteering(Steering):
             if self.turns.gets_clients(each, number)
         }
         self.probes.clients_come(places)
-        self.probes.discard()  # an earlier program may have been killed before this
+        self.probes.discard()  # an earlier program may have been killed before its discard()
         self._repairs.repair_all()
         self.steer()
         self.adopt_held()  # clients may have waited at both sockets until now
@@ -348,7 +348,7 @@ class SocketSteering(Steering):
             self.steer()
 
     def gets_no_client(self, generation: int) -> bool:
-        """Return whether a generation gets no new clients; clients after a stop do not count."""
+        """Return whether a generation gets no new clients, apart from clients after a stop."""
         turns = self.turns
         if turns.given_back or self._repairs.ended:
             return True
@@ -421,7 +421,7 @@ class SocketSteering(Steering):
             self.steer()
 
     def _steer_one(self, listener: Listener, socket_number: int) -> str:
-        """Steer a listener's new clients to a socket, or to the silent socket during a hold.
+        """Steer a listener's new clients to a socket, or during a hold to the reserved socket.
 
         If the current generation lost a path's socket, the path's clients are held, too.  Returns
         why this hold is impossible, or "".  Raises OSError if clients go to the other socket.

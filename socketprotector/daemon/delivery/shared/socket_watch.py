@@ -1,7 +1,7 @@
 """Watches for sockets that were shut down, and for stranded clients.
 
 A client is stranded at a socket from which no worker accepts.  Then another generation starts
-(event `stranded`), and accepts from this socket.
+(event `stranded`), and accepts from this socket.  We call this start a rescue.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class SocketWatch(Backlogs):
         self.watch()
         clients_wait = any(each.has_waiting(number) for each, number in self._without_worker())
         if clients_wait and not self._ended:
-            self._rescue_later()  # this turn of the loop may still open a generation
+            self._rescue_later()  # not now: this turn of the loop may still open a generation
 
     def unwatch(self, listener: Listener) -> None:
         """Forget a listener's sockets until the next watch(), because they may be replaced."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @frozen
 class Share:
-    """The share of the new clients that the generation at the other socket gets."""
+    """The share of the new clients that a second generation gets, at the socket `1 - current`."""
 
     generation: int
     part: int  # in ten thousandths
@@ -97,7 +97,7 @@ class Turns:
     def is_served(self, listener: Listener, number: int) -> bool:
         """Return whether a present generation, or the next generation, accepts from this socket."""
         if self.given_back and listener.settings.foreign:
-            return True  # its owner accepts
+            return True  # the socket's owner accepts
         there = self.at(listener, number)
         if not there:
             # While no generation accepts at all, the next generation gets the clients of any
@@ -145,7 +145,7 @@ class Turns:
     def expect(self, listener: Listener, *, dry_run: bool) -> int:
         """Let a new listener's clients wait for the next generation; return their socket's number.
 
-        dry_run: the next generation gets no clients, so clients wait at the current socket.
+        dry_run: the clients come to the current socket, because the next generation gets none.
         """
         number = self.expected[listener.index] = self.current if dry_run else self.free
         if listener.has_sibling and not dry_run:  # otherwise clients wait at the current socket
@@ -162,8 +162,8 @@ class Turns:
         """Assign new clients to socket 0 or 1, and a share of them to the other socket.
 
         indices: the indices of all listeners.  knows: returns whether the generation at that
-        socket knows a listener; None: no generation has that socket yet.  Clients of other
-        listeners stay at their present socket.
+        socket knows a listener; None: no generation has that socket yet.  Clients of a listener
+        that it does not know stay at their present socket.
         """
         if knows is not None and number != self.current:
             unknown = {index: self.current for index in indices if not knows(index)}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Forwarding:
-    """Forwards the connections of one loopback socket; its helper can be restarted."""
+    """Forwards a loopback socket's connections to a target, by a helper that can be restarted."""
 
     def __init__(self, loop: Loop, target: ProbeTarget, ended: Ended) -> None:
         """Open the socket and start the helper.  Raises OSError.

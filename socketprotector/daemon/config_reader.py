@@ -29,7 +29,7 @@ _FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 class ConfigAnswer:
     """The new settings, or why reading failed.  The receiver owns the descriptors."""
 
-    failure: str = ""  # for people, line by line; "": success
+    failure: str = ""  # in words, perhaps in several lines; "": success
     settings: Settings | None = None
     listeners: dict[int, int] = field(default_factory=dict)  # listener index -> descriptor
     siblings: dict[int, int] = field(default_factory=dict)  # second sockets, by listener index

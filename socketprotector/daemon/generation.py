@@ -23,7 +23,7 @@ class OpenGeneration:
     """One open generation.  It owns its scoreboard; the delivery owns its sockets."""
 
     record: GenerationRecord
-    board: Board | None = None  # None: there is none, so nothing is counted
+    board: Board | None = None  # None: there is no scoreboard, so nothing is counted
     #: Whether we have logged that some workers cannot end connections evenly (spread.py).
     warned_unable: bool = False
 

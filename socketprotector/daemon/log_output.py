@@ -118,7 +118,7 @@ class Output:
     def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
         """Keep the pipes of running workers and of a few exited workers; close the others.
 
-        living, numbers: how many workers run, and which.
+        living: how many workers run.  numbers: returns the numbers of these workers.
         """
         if self._relay is not None:
             self._relay.close_oldest(living, numbers)

@@ -8,8 +8,8 @@ The order is fixed:
 2. The exit status: from waitid(2), or from the guard.  If an earlier program was the worker's
    parent, waitid(2) fails here with ECHILD.
 3. Whether the kernel killed the worker because memory ran out.
-4. The processes that the worker left: while its process group exists, the kernel does not reuse the
-   worker's pid.
+4. The processes that the worker left.  We find them by the pid of the reaped worker: the kernel
+   does not reuse this pid while the worker's process group exists.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class PostMortem:
     delivery: Delivery
     groups: Groups
     orphans: Orphans
-    #: Called when more is known about an exited worker.
+    #: Called with a worker's number when more is known about the worker's end.
     ended: Callable[[int], None]
     #: Changes the history by a function, which gets the old history and returns the new history.
     remember: Callable[[Callable[[History], History]], None]

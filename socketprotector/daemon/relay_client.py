@@ -314,7 +314,7 @@ class LogRelay:
     def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
         """Close the oldest pipes that are still open after their workers have ended; keep a few.
 
-        living, numbers: how many workers have not ended, and which.
+        living: how many workers have not ended.  numbers: returns the numbers of these workers.
         """
         excess = len(self._workers) - living - LEFT_BEHIND
         if excess <= 0:

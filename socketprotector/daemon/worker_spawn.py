@@ -47,7 +47,7 @@ class Worker:
     #: The record that the next program needs.  Always replace it whole, because a checkpoint
     #: detects changes by identity.
     record: WorkerRecord
-    generation: OpenGeneration  # not ours to close
+    generation: OpenGeneration  # close() leaves the generation open
     process: Process
     notify: NotifySocket
     line: socket.socket | None  # our end of its RETURN line, if it has one

@@ -272,7 +272,7 @@ class Forwarder:
         return found | self.undelivered.descriptors()
 
     def adopt_drained(self, channel: GenerationChannel) -> None:
-        """Let the next route get the connections of a channel that an earlier program ended."""
+        """Let the route get the connections of a channel that an earlier program ended."""
         if channel.depth():
             self._leftovers[channel] = False
 

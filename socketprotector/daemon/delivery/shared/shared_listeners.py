@@ -10,7 +10,7 @@ from ..host import Host
 
 
 class SharedListeners:
-    """All listeners of the delivery.  Each part reads the list; only the delivery changes it."""
+    """All listeners.  The delivery alone changes the list; the parts of the steering read it."""
 
     def __init__(self, host: Host, listeners: Iterable[Listener]) -> None:
         """Take ownership of the listeners."""

@@ -219,7 +219,7 @@ class SocketSteering(Steering):
         self._repairs.repair_all()
         self.steer()
         self.adopt_held()  # clients may have waited at both sockets until now
-        self._report_adopted()  # an earlier program may have adopted held clients
+        self._report_adopted()  # an earlier program may have been killed after adopt_held()
         self._watch.follow_canary()
         self._watch.watch()
         is_watched = is_watched and self.accept_watch.runs

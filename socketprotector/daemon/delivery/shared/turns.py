@@ -47,7 +47,7 @@ class Turns:
     #: generation's socket.
     lost: frozenset[int] = frozenset()
     given_back: bool = False  # True: passed-in sockets get the new clients, for their owner
-    share: Share | None = None  # not recorded, because the next program gets the share again
+    share: Share | None = None  # not recorded: the next program gets the order RouteTo again
 
     @property
     def free(self) -> int:

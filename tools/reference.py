@@ -187,8 +187,11 @@ def metrics(text: str) -> str:
 
 def commands(text: str) -> str:
     def arguments(command: control_requests.Command) -> str:
-        taken = [f"`{name}` ({kind})" for name, (kind, _) in command.arguments.items()]
-        return f"optional: {', '.join(taken)}" if taken and command.optional else " or ".join(taken)
+        taken = {name: f"`{name}` ({kind})" for name, (kind, _) in command.arguments.items()}
+        if not (taken and command.optional):
+            return " or ".join(taken.values())
+        required = taken.pop(command.required, "")
+        return f"{required and f'{required}; '}optional: {', '.join(taken.values())}"
 
     return filled(
         text, {name: (arguments(each),) for name, each in control_requests.COMMANDS.items()}

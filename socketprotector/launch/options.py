@@ -381,7 +381,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("require-user", FLAG, "Refuse to run as root unless --user root is given.\n"
                "For units and scripts.", no_key=_LINE_ONLY),
         Option("no-new-privs", FLAG,
-               "Let set-user-ID programs give SocketProtector and workers no privileges.",
+               "Let SocketProtector and workers gain no privileges by set-user-ID programs.",
                "no_new_privileges", STAYS),
         Option("control-group", TEXT, "Let members of this group use the control socket.",
                "control_group", STAYS, metavar="GROUP"),

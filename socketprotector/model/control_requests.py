@@ -93,6 +93,7 @@ class Command:
 
     arguments: Mapping[str, Kind] = field(default_factory=dict)
     optional: bool = False  # otherwise exactly one of the arguments is required
+    required: str = ""  # the argument that is required although the others are optional
     reads: bool = False  # it changes nothing, so a failure leaves nothing half done
     while_stopping: bool = True
     for_status_group: bool = False  # the members of --status-group may send it
@@ -108,6 +109,7 @@ COMMANDS = {
     "deploy": Command(
         {"release": _RELEASE, "expect": _RELEASE, "force": _YES_OR_NO, "dry_run": _YES_OR_NO},
         optional=True,
+        required="release",
         while_stopping=False,
     ),
     "rollback": Command({"expect": _RELEASE}, optional=True, while_stopping=False),
@@ -167,6 +169,8 @@ def _fault(command: str, arguments: Mapping[str, object]) -> str | None:
         expected, is_one = allowed[name]
         if not is_one(value):
             return f"{name}: {_short(value)} is not {expected}"
+    if (required := COMMANDS[command].required) and required not in arguments:
+        return f"{required} is needed"
     if not allowed or is_optional or len(arguments) == 1:
         return None
     return f"{'exactly one of ' if len(allowed) > 1 else ''}{', '.join(allowed)} is needed"

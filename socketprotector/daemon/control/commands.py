@@ -261,11 +261,9 @@ class CommandHandler:
         return {"generation": number}
 
     def do_deploy(
-        self, release: str = "", expect: str = "", force: bool = False, dry_run: bool = False
+        self, release: str, expect: str = "", force: bool = False, dry_run: bool = False
     ) -> Mapping[str, Any]:
         fleet = self.supervisor.fleet
-        if not release:
-            raise RequestError("invalid", "deploy: the argument release is missing")
         if dry_run and not fleet.is_releasing:
             self._refuse_dry_run(fleet)
         return releases.deploy(

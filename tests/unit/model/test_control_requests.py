@@ -39,6 +39,9 @@ VALID: dict[str, st.SearchStrategy[dict[str, Any]]] = {
         {"level": st.sampled_from(["debug", "info", "warning", "error"])}
     ),
     "connections": st.fixed_dictionaries({}, optional={"generation": NUMBERS}),
+    "deploy": st.fixed_dictionaries(
+        {"release": st.sampled_from(["1", "v1.2"])}, optional={"force": st.booleans()}
+    ),
 }
 IDS = (
     st.none()
@@ -170,6 +173,8 @@ def refused_or_taken(data: bytes) -> None:
             "replace: pid: 2147483649 is not a whole",
         ),
         (line(command="kill"), "invalid", "kill: generation is needed"),
+        (line(command="deploy"), "invalid", "deploy: release is needed"),
+        (line(command="deploy", force=True), "invalid", "deploy: release is needed"),
         (line(command="stop", quick=1), "invalid", "stop: quick: 1 is not true or false"),
         (
             line(command="log-level", level="loud"),

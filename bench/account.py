@@ -16,7 +16,8 @@ from typing import Literal
 
 from socketprotector.demo.seen import Failure
 
-Victim = Literal["worker", "protector", "guard"]
+#: A worker, or a child that serves for it; a grandchild serves nobody.
+Victim = Literal["worker", "grandchild", "protector", "guard"]
 
 #: After a kill, where only the time shows whose connection it was.
 SOON_S = 0.5

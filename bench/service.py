@@ -51,11 +51,19 @@ class Kind:
     listen: str = "127.0.0.1:0"  # {folder}: its own
     http: bool = False  # it is asked by one HTTP request a connection
     scales: bool = True  # it loses nothing where a worker of a generation that serves is ended
+    #: Its workers fork children by the client library, and this is its --drain-timeout, in seconds:
+    #: longer than a client stays.
+    drain_s: int = 0
 
     @property
     def accepts(self) -> bool:
         """Whether its workers accept by themselves."""
         return "--handoff" in self.options
+
+    @property
+    def forks(self) -> bool:
+        """Whether its workers' children serve, and have children that serve no client."""
+        return self.drain_s > 0
 
 
 _LISTENER = ("--handoff", "listener")
@@ -67,6 +75,15 @@ SERVICES = {
     each.name: each
     for each in (
         Kind("connection", f"{_PYTHON} -m bench.held {{held}}"),
+        Kind("processes", f"{_PYTHON} -m bench.forked", drain_s=90),
+        Kind(
+            "processes-wsgi",
+            f"{_SCRIPTS}/socketprotector-run --processes 3 bench.forked:wsgi",
+            _LISTENER,
+            "http:/",
+            http=True,
+            drain_s=10,
+        ),
         Kind("asyncio", f"{_PYTHON} -m bench.listening asyncio {{fd}}", _LISTENER, scales=False),
         Kind(
             "unix",
@@ -187,6 +204,14 @@ def _stat(pid: int) -> tuple[str, int, int]:
     return after[0], int(after[1]), int(after[19])
 
 
+def _session(pid: int) -> int:
+    """Return the session of a process; 0 when it is gone."""
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return 0
+
+
 def _children(pid: int) -> list[int]:
     try:
         return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
@@ -221,6 +246,7 @@ class Service:
         self.begun = 0  # pid of the protector that last logged that it goes on
         self.left_earlier = ""  # how this code came to run in the place of the earlier, once it did
         self.generation_of: dict[int, int] = {}  # worker's pid -> generation
+        self._spawned: set[int] = set()  # the pids of all workers ever
         self.release_serving = GOOD[0]  # by the log
         #: Whether `current` was moved as an operator would, and may name a release that fails.
         self.by_hand = False
@@ -233,7 +259,9 @@ class Service:
         self.rolls = "rolling" in options
         self._current = folder / "live" / "current"
         self._current.parent.mkdir()
-        self._options = ("--workers", str(workers), *kind.options, "--ready", ready, *options)
+        drain = ("--drain-timeout", f"{kind.drain_s}s") if kind.forks else ()
+        self._options = ("--workers", str(workers), *kind.options, *drain, "--ready", ready)
+        self._options += tuple(options)
         self._protector = 0
         self._read = 0
         self._held = folder / "held"
@@ -325,6 +353,7 @@ class Service:
             self.events[event] += 1
             if event == "spawned":
                 self.generation_of[int(words["pid"])] = int(words["generation"])
+                self._spawned.add(int(words["pid"]))
             elif event == "route":
                 self.serving = int(words["generation"])
                 self.events["shared"] += "sharing" in words
@@ -381,6 +410,17 @@ class Service:
             else:
                 living[pid] = generation
         return living
+
+    def forked(self, worker: int) -> tuple[list[int], list[int]]:
+        """Return the children of a worker, and their children."""
+        children = _children(worker)
+        return children, [pid for child in children for pid in _children(child)]
+
+    def strays(self) -> list[int]:
+        """Return the living processes in the sessions of workers that have ended."""
+        sessions = {pid: _session(pid) for pid in descendants_now()}
+        ended = {each for each in self._spawned if _stat(each)[0] in ("", "Z")}
+        return [pid for pid, session in sessions.items() if session in ended]
 
     def lines_between(self, begin_s: float, end_s: float) -> list[str]:
         """Return what the log says of the seconds between two moments of CLOCK_MONOTONIC."""
@@ -455,10 +495,14 @@ class Service:
             self._earlier.replace()
         self.send(signal.SIGUSR2)
 
-    def kill(self, victim: Victim, pid: int) -> Kill | None:
-        """Send KILL to a process of the service and wait for its end."""
+    def kill(self, victim: Victim, pid: int, worker: int = 0) -> Kill | None:
+        """Send KILL to a process of the service and wait for its end.
+
+        worker: in whose session the process is, if it is not a worker itself.
+        """
         state, parent, _ = _stat(pid)
-        if state in ("", "Z") or parent not in {self.guard, self.protector(), os.getpid()}:
+        kin = {self.guard, self.protector(), os.getpid()}
+        if state in ("", "Z") or (_session(pid) != worker if worker else parent not in kin):
             return None
         try:
             pidfd = os.pidfd_open(pid)
@@ -469,7 +513,8 @@ class Service:
                 self.look()
                 self._protector = self.protector()
             held: frozenset[int] = frozenset()
-            if victim == "worker" and self.kind.accepts:
+            noted = not (self.kind.accepts or self.kind.forks)
+            if victim == "worker" and not noted:
                 signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
                 held = accepted_by(pid) | unix_clients_of(pid, pidfd)
             before_s = time.monotonic()
@@ -486,7 +531,7 @@ class Service:
             raise TimeoutError(f"{victim} {pid} lives {_DIES_S:g} s after SIGKILL")
         if victim == "guard":
             self.guarded = False
-        if victim == "worker" and not self.kind.accepts:
+        if victim == "worker" and noted:
             table = self._held / str(pid)
             held = held_ports(table)
             table.unlink(missing_ok=True)

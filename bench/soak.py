@@ -1,10 +1,10 @@
 """python -m bench.soak MINUTES: everything at once that may happen to protected services.
 
-Two at a time: one whose workers are handed connections, and one whose workers accept by
-themselves, of five kinds one after the other (`--kind`: one alone).  Load, idle connections, and
-random reloads, deploys, upgrades, kills, holds, scaling, bad releases, stops, shortages, by a seed
-that is printed.  At the end a report for each; exit status 1 if a connection failed that no kill
-accounts for, if an idle one changed hands, or if anything leaked.
+Two at a time: one whose workers are handed connections, and seven kinds one after the other
+(`--kind`: one alone), whose workers accept by themselves or fork children.  Load, idle
+connections, and random reloads, deploys, upgrades, kills, holds, scaling, bad releases, stops,
+shortages, by a seed that is printed.  At the end a report for each; exit status 1 if a connection
+failed that no kill accounts for, if an idle one changed hands, or if anything leaked.
 `--from COMMIT`: each service is started by that commit's code, and the first upgrade is one to this
 code; after a minute the service is stopped, and another one is started.
 Then, for as long again, the simulation with seeds of its own (tests/simulation).
@@ -211,6 +211,9 @@ class Soak:
             "the last reload did not succeed",
         )
         self.expect(service.wait(self._one_generation, REST_S), "the last reload left old ones")
+        if service.kind.forks:
+            alone = service.wait(lambda: not service.strays(), service.kind.drain_s + REST_S)
+            self.expect(alone, f"workers that have ended left {service.strays()}")
         serves = service.release_serving
         self.expect(service.named == serves, f"current names {service.named}, not {serves}")
         left = len(service.workers())
@@ -380,8 +383,10 @@ def _clean_up(service: Service, torment: Torment | None) -> bool:
 
 
 def torment_both(given: argparse.Namespace) -> int:
-    """Torment one that is handed connections beside those that accept; return the exit status."""
-    others = [each.name for each in SERVICES.values() if each.accepts]
+    """Torment one that is handed connections beside the others; return the exit status."""
+    others = [each.name for each in SERVICES.values() if each.accepts or each.forks]
+    if given.commit is not None:  # earlier code may not fork
+        others = [name for name in others if not SERVICES[name].forks]
     running: list[subprocess.Popen[bytes]] = []
 
     def start(kind: str, minutes: float, *, at_once: int, idle: int) -> subprocess.Popen[bytes]:

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from bench.account import Kill
+from bench.account import Kill, Victim
 from bench.deploys import Deploys
 from bench.service import GOOD, Gone, Service, reap
 
@@ -56,6 +56,8 @@ class Torment:
             self._actions |= {self._deploy: 6, self._bad_deploy: 4}
             if not service.rolls:
                 self._actions |= {self._canary: 2, self._bad_canary: 1}
+        if service.kind.forks:
+            self._actions |= {self._kill_child: 4, self._kill_grandchild: 2, self._stop_child: 2}
         if not service.kind.scales:
             del self._actions[self._scale]
 
@@ -133,6 +135,25 @@ class Torment:
             return "found nothing to kill"
         self.kills.append(kill)
         return "SIGKILL of a worker"
+
+    def _kill_child(self) -> str:
+        """Kill one of a worker's children: it holds clients, as a worker does."""
+        worker = self._any_worker()
+        children, _ = self._service.forked(worker)
+        return self._kill_in(worker, "worker", children, "child")
+
+    def _kill_grandchild(self) -> str:
+        worker = self._any_worker()
+        _, grandchildren = self._service.forked(worker)
+        return self._kill_in(worker, "grandchild", grandchildren, "grandchild")
+
+    def _kill_in(self, worker: int, victim: Victim, pids: list[int], what: str) -> str:
+        pid = self._random.choice(pids) if pids else 0
+        kill = self._service.kill(victim, pid, worker) if pid else None
+        if kill is None:
+            return "found nothing to kill"
+        self.kills.append(kill)
+        return f"SIGKILL of a {what}"
 
     def _kill_protector(self) -> str:
         pid = self._service.protector()
@@ -256,6 +277,10 @@ class Torment:
 
     def _stop_worker(self) -> str:
         return self._stop(self._any_worker(), "a worker")
+
+    def _stop_child(self) -> str:
+        children, _ = self._service.forked(self._any_worker())
+        return self._stop(self._random.choice(children) if children else 0, "a child")
 
     def _stop_protector(self) -> str:
         return self._stop(self._service.protector(), "the protector")

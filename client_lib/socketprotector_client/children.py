@@ -60,9 +60,11 @@ class Children:
         Sends READY=1 once all serve.  USR1 forks one more.  Returns when all have ended.
         stop: called at SIGTERM, if the program does not handle that signal.
 
-        Raises RuntimeError if other threads run, and ChildProcessError if a child ends before all
-        have served.
+        Raises ValueError for too many children, RuntimeError if other threads run, and
+        ChildProcessError if a child ends before all have served.
         """
+        if count > MOST:
+            raise ValueError(f"cannot fork {count} processes: at most {MOST} are possible")
         news = {signal.SIGCHLD, signal.SIGUSR1}
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             news.add(signal.SIGTERM)
@@ -82,7 +84,8 @@ class Children:
                 self._look()
                 found = signals.wait(self._due(over=over))
                 self._wanted += found.count(signal.SIGUSR1)
-                if signal.SIGTERM in found:
+                # Python also writes a signal to the pipe that the program itself handles.
+                if news & {signal.SIGTERM} & set(found):
                     stop()
         finally:
             signals.close()
@@ -137,7 +140,8 @@ class Children:
                 if not self._has_started and not self._numbers:
                     raise
                 _log.error("cannot fork one more child: %s", error.strerror)
-                self._fork_at = time.monotonic() + _FIRST_WAIT_S
+                self._failures = max(self._failures, _FREE_FAILURES)
+                self._failed()
 
     def _fork(self, work: Callable[[], object], signals: SignalWait) -> None:
         taken = set(self._numbers.values())
@@ -188,11 +192,17 @@ class Children:
         del self._numbers[pid]
         self._aborted.discard(pid)
         lost = current().board.end_child(number)
-        if status:
+        if status or not was_ready:
             _log.error("child %d %s; %d left", pid, _how(status), len(self._numbers))
             shown = "-" if lost is None else str(lost)
             notify(f"{wire.CHILD}={number} {pid} {status} {shown}")
-        self._failures = 0 if was_ready else self._failures + 1
+        if was_ready:
+            self._failures = 0
+        else:
+            self._failed()
+
+    def _failed(self) -> None:
+        self._failures += 1
         if self._failures > _FREE_FAILURES:
             wait_s = _FIRST_WAIT_S * 2 ** min(self._failures - _FREE_FAILURES - 1, 10)
             self._fork_at = time.monotonic() + min(wait_s, _LONGEST_WAIT_S)
@@ -222,9 +232,9 @@ def _prepare(*, allow_threads: bool) -> None:
 
 
 def _native_threads() -> int:
-    """Return how many threads of this process run no Python code; 0 if /proc does not say."""
+    """Return how many threads of this process `threading` does not know; 0 if /proc is missing."""
     try:
-        return max(0, len(os.listdir("/proc/self/task")) - len(sys._current_frames()))
+        return max(0, len(os.listdir("/proc/self/task")) - threading.active_count())
     except OSError:
         return 0
 

@@ -145,7 +145,7 @@ def _fork(serve: Callable[[], None], given: argparse.Namespace, kind: str) -> No
         given.bind = None  # the children take from the server's queue
         try:
             server.fork(serve, given.processes or processors(), allow_threads=given.allow_threads)
-        except (ChildProcessError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise _CannotRun(str(error), status=1) from None
 
 

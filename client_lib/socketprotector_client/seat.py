@@ -27,6 +27,8 @@ class Seats:
     """The rows of all children of one parent."""
 
     def __init__(self) -> None:
+        # Noted here, because the parent may end before a child looks.
+        self._parent = os.getpid()
         self._words = memoryview(mmap.mmap(-1, 8 * _ROW_WORDS * MOST)).cast("Q")
         #: The end of the pipe that children watch, and the end that only the parent has.
         self.parents_end, self._write_fd = os.pipe2(os.O_CLOEXEC)
@@ -49,7 +51,7 @@ class Seats:
         """Return the seat of this process, a child that was just forked."""
         os.close(self._write_fd)
         row = self._words[_ROW_WORDS * number : _ROW_WORDS * (number + 1)]
-        return Seat(row, self.parents_end, orphaned)
+        return Seat(row, self._parent, self.parents_end, orphaned)
 
     def close(self) -> None:
         os.close(self.parents_end)
@@ -59,11 +61,13 @@ class Seats:
 class Seat:
     """This process's place among its siblings."""
 
-    def __init__(self, row: memoryview, parents_end: int, orphaned: Callable[[], None]) -> None:
+    def __init__(
+        self, row: memoryview, parent: int, parents_end: int, orphaned: Callable[[], None]
+    ) -> None:
         """orphaned: called at the begin of the drain if the parent has ended."""
         self.parents_end = parents_end
         self._row = row
-        self._parent = os.getppid()
+        self._parent = parent
         self._orphaned = orphaned
 
     def ready(self) -> None:

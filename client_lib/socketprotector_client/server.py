@@ -141,8 +141,9 @@ class SocketServer:
         SIGTERM, that signal closes the server: the children serve the connected clients, then end.
         Call it in the main thread.
 
-        Raises RuntimeError if other threads run, unless allow_threads.  Raises ChildProcessError if
-        a child ends before all have served, or if the accepting process was killed.
+        Raises ValueError for more than 1,024 children.  Raises RuntimeError if other threads run,
+        unless allow_threads.  Raises ChildProcessError if a child ends before all have served, or
+        if the accepting process was killed.
         """
 
         def begin() -> None:
@@ -179,6 +180,7 @@ class SocketServer:
                 return
         if self._process is None and self._channel is current().channel:
             current().is_lent = False
+            self._stop()
             return
         self._stop()
         # Otherwise the accepting process would wait for ever, for room in a queue without readers.

@@ -19,8 +19,8 @@ from tests.scenarios.operating import Operated, Operating
 from tests.scenarios.tools import EITHER_HANDOFF, Gate, library_worker, pid_in
 
 
-def shares(count: int, way: str = "") -> tuple[str, ...]:
-    return library_worker("shares", str(count), *filter(None, [way]))
+def shares(count: int, *way: str) -> tuple[str, ...]:
+    return library_worker("shares", str(count), *way)
 
 
 def children(web: Operated, generation: int = 1) -> list[dict[str, Any]]:
@@ -285,6 +285,44 @@ def test_native_threads_at_the_fork_cause_one_warning_and_take_no_signal(
     os.kill(native, signal.SIGUSR1)  # to its process, and the kernel tries this thread first
     eventually(lambda: len(pids(web)) == 4, "one more child")
     assert web.pids(1) == [parent]
+
+
+def test_a_thread_that_threading_does_not_know_counts_as_native(operated: Operating) -> None:
+    web = operated(command=shares(2, "raw"))
+    web.daemon.log.wait_for("1 native threads run at the fork")
+
+
+def test_a_program_that_handles_term_keeps_its_children(operated: Operating) -> None:
+    web = operated(command=shares(2, "handles"))
+    [parent], first = web.pids(1), pids(web)
+    os.kill(parent, signal.SIGTERM)
+    web.daemon.log.wait_for(f"^{parent} handles TERM")
+    os.kill(min(first), signal.SIGKILL)
+    eventually(lambda: len(pids(web) - {min(first)}) == 2, "another child")
+    assert web.daemon.log.count("handles TERM") == 1
+    assert web.pids(1) == [parent]
+
+
+@pytest.mark.parametrize(
+    ("way", "says"),
+    [
+        ("exits", r"child \d+ ended with 0; 1 left"),
+        ("scarce", "cannot fork one more child: Resource temporarily unavailable"),
+    ],
+)
+def test_a_child_that_cannot_be_replaced_is_logged_until_it_can(
+    operated: Operating, tmp_path: Path, way: str, says: str
+) -> None:
+    cause = tmp_path / "cause"
+    web = operated(command=shares(2, way, str(cause)))
+    victim = min(pids(web))
+    cause.touch()
+    os.kill(victim, signal.SIGKILL)
+    web.daemon.log.wait_for(says)
+    cause.unlink()
+    eventually(lambda: len(pids(web) - {victim}) == 2, "another child")
+    with Client(web.address, "hello") as client:
+        assert pid_in(client.hear()) in pids(web)
 
 
 def test_a_changed_file_reloads_a_parent_and_its_children(

@@ -1,7 +1,7 @@
 """The releases of a protector: which one a reload starts, and what its verdict means.
 
 A release is proved when its start or reload has succeeded.  Then this process moves `current` to
-the release itself (current_link.py), before a waiting reload reads `current`.
+that release (current_link.py), before a waiting reload reads `current`.
 """
 
 from __future__ import annotations

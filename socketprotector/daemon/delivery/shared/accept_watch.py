@@ -148,7 +148,7 @@ class AcceptWatch:
         for index, (before, since) in list(self._waiting.items()):
             line = found.get(index)
             if line is None or not line or not stands(before, line):
-                self._accepted.add(index)  # also if the backlog is unknown, for longer pauses
+                self._accepted.add(index)  # also if the backlog is unknown: use the long pause
                 del self._waiting[index]
             else:
                 self._waiting[index] = line, since if before else began

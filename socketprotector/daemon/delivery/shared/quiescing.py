@@ -145,7 +145,7 @@ class Quiescing:
         if unread is None:
             # sock_diag reports by port, so its answer includes the backlog of the other socket,
             # whose clients belong to the other generation.  So if no client waits for this
-            # generation, query only accepted connections.
+            # generation, leave out both backlogs.
             unread = self._query(generation, pairs, accepted=not waiting)
         elif unread and (still := self._query(generation, pairs, accepted=not waiting)) is not None:
             unread = {client: still[client] for client in unread if client in still}
@@ -183,7 +183,7 @@ class Quiescing:
 
         For a generation with `reads_on`, return instead the clients that are about to connect.
         Addresses that the kernel does not report are left out.  None: the kernel cannot be queried
-        now.  accepted: leave out clients in a backlog.
+        now.  accepted: leave out clients that wait in a backlog.
         """
         state, found = self._generations[generation], dict[tuple[int, bytes], bool]()
         for family in {each.socket.family for each in pairs}:

@@ -29,7 +29,7 @@ class SharedListeners:
 
     def note_bound(self, listener: Listener) -> None:
         """Note that a listener got another socket, or lost its second socket."""
-        if not listener.has_sibling:  # its connections' tags no longer distinguish generations
+        if not listener.has_sibling:  # tags of connections no longer distinguish generations
             for each in self.host.generations.values():
                 each.update_record(accept_tags=())
         self.host.listener_bound(listener)

@@ -4,8 +4,8 @@ Generations may share a listening socket.  A release that fails may have called 
 TCP_DEFER_ACCEPT, and such changes remain after its exit.  So we restore the options
 (system/socket_snapshot.py) in two cases:
 
-* When a generation begins on a socket that no other generation uses, we restore the options of a
-  new socket.
+* When a generation begins on a socket that no other generation uses, we restore the options that
+  the socket had when it was new.
 * When a release fails, we restore the options that the socket had when the release started.  So
   earlier changes by the serving generation remain.  A release has failed if its generation ends
   before an older generation on the same socket.
@@ -102,7 +102,7 @@ class SocketOptionRestore:
     def _restore(
         self, listener: Listener, socket_number: int, before: Snapshot, *, may_log: bool = True
     ) -> None:
-        """Restore a socket's options; replace the socket, or log the options that still differ."""
+        """Restore a socket's options; if some fail, replace the socket, or log these options."""
         listening, count = listener.socket_for(socket_number), len(listener.sockets)
         unrestored = socket_snapshot.restore(listening, before)
         # If all generations share the socket, the serving generation loses it, and must be

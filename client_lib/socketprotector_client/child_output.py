@@ -14,7 +14,7 @@ import select
 import sys
 import threading
 
-from . import forking, wire
+from . import fork_hook, wire
 
 
 class _Marked(io.RawIOBase):
@@ -24,7 +24,7 @@ class _Marked(io.RawIOBase):
         self._fd, self._mark = fd, mark
         self._rest = b""  # an incomplete line
         self._lock = threading.RLock()  # a signal handler may write in the middle of a write
-        forking.register(self)
+        fork_hook.register(self)
 
     def fileno(self) -> int:
         return self._fd

@@ -11,7 +11,7 @@ import os
 import select
 import threading
 
-from . import forking, system
+from . import fork_hook, system
 from .log import Logger
 
 TYPE_CHECKING = False
@@ -37,7 +37,7 @@ class Drain:
         # Wakes the thread.  Never closed: a signal handler may write to the pipe at any time, and
         # its descriptor must not belong to another file then.
         self._pipe: Optional[tuple[int, int]] = None
-        forking.register(self)
+        fork_hook.register(self)
 
     def follow(self, fd: int) -> None:
         """Also watch fd, which its owner must not close before the process drains or ends."""

@@ -15,7 +15,7 @@ import select
 import threading
 import time
 
-from . import forking, system
+from . import fork_hook, system
 from .connection import Connection, OpenConnections
 from .descriptors import Spare, default_limit, has_room
 from .drain_state import Drain
@@ -105,7 +105,7 @@ class Intake:
         self._spare.hold()
         self._turn = threading.Lock()
         self._pid = os.getpid()
-        forking.register(self)
+        fork_hook.register(self)
 
     def fileno(self) -> int:
         """Return the descriptor that is readable when `get` would not wait."""

@@ -15,7 +15,7 @@ import os
 import threading
 import time
 
-from . import forking, wire
+from . import fork_hook, wire
 from .connection import OpenConnections
 
 TYPE_CHECKING = False
@@ -47,7 +47,7 @@ class Scoreboard:
         self._now_open: Callable[[], int] = int  # returns 0
         if self._words is not None:
             self._words[wire.BOARD_STATE] = wire.BOARD_COUNTED
-            forking.register(self)
+            fork_hook.register(self)
 
     def count_taken(self, fd: int, accepted_at_ns: int) -> None:
         """Count a taken connection.

@@ -19,7 +19,7 @@ import os
 import socket
 from functools import lru_cache
 
-from . import forking, wire
+from . import fork_hook, wire
 from .system import Socket, allocate_lock, start_thread
 
 TYPE_CHECKING = False
@@ -62,7 +62,7 @@ class _Sender:
         self._address = "\0" + address[1:] if address.startswith("@") else address
         self._line: Optional[socket.socket] = None
         self.after_fork_in_child()
-        forking.register(self)
+        fork_hook.register(self)
 
     def after_fork_in_child(self) -> None:
         # The parent's waiting messages and its thread are not the child's.

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 
-from . import accepting, forking, wire
+from . import accepting, fork_hook, wire
 from .address import close_all, listen, name_of
 from .channel import Channel
 from .children import Children
@@ -261,7 +261,7 @@ class SocketServer:
             raise
         for one in sockets:
             one.close()  # the accepting process has copies, and removes the paths of UNIX sockets
-        forking.register(self)
+        fork_hook.register(self)
 
     def _spawn(self, queue_fd: int, named: Mapping[int, str]) -> None:
         if not sys.executable:

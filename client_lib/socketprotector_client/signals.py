@@ -14,7 +14,7 @@ import threading
 import time
 from types import FrameType
 
-from . import forking, system
+from . import fork_hook, system
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class TermWatch:
             read_fd, write_fd = self._pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             self._previous_wakeup_fd = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
             signal.signal(signal.SIGTERM, self._on_term)
-            forking.register(self)
+            fork_hook.register(self)
             intake.on_readable(read_fd, self._read)
 
     def stop(self) -> None:

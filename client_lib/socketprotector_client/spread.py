@@ -27,7 +27,7 @@ import weakref
 from collections import deque
 from contextlib import contextmanager
 
-from . import forking, system, wire
+from . import fork_hook, system, wire
 from .connection import Connection, OpenConnections
 from .log import Logger
 
@@ -74,7 +74,7 @@ class Spread:
         #: Ends connections in the program's own way, by descriptor; without it: by end of file.
         self.end: Optional[Callable[[List[int]], None]] = None
         self.after_fork_in_child()
-        forking.register(self)
+        fork_hook.register(self)
 
     def after_fork_in_child(self) -> None:
         #: Whether the turn of each connection has come, or the drain ends no connection.

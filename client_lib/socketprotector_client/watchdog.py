@@ -17,7 +17,7 @@ import os
 import threading
 import time
 
-from . import forking
+from . import fork_hook
 from .sd_notify import notify
 from .wait_set import LONGEST_WAIT_S
 
@@ -49,7 +49,7 @@ class Watchdog:
         self._every_s = every_s
         self._may_be_silent = may_be_silent
         self._read_fd, self._write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        forking.register(self)
+        fork_hook.register(self)
 
     def start(self) -> None:
         """Begin to ping.  Call this when the program serves, because it may fork before.

@@ -12,7 +12,7 @@ import socket
 import threading
 from functools import lru_cache
 
-from . import forking, wire
+from . import fork_hook, wire
 from .address import listen, name_of
 from .channel import Channel
 from .drain_state import Drain
@@ -85,7 +85,7 @@ class Worker:
         self._said_ready = False
         self._parents_watchdog_s = 0.0
         self._lock = threading.Lock()
-        forking.register(self)
+        fork_hook.register(self)
 
     @property
     def is_served(self) -> bool:

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ..model.share import percent
+from ..model.share import percentage_text
 from ..model.text import in_units
 
 Status = dict[str, Any]
@@ -149,11 +149,7 @@ def rollout_text(status: Status) -> str:
         return ""  # `waits_for` has an entry about the start, which says more
     if text_in(rollout, "kind") == "rolling":
         return _rolling_text(rollout, stage)
-    share = (
-        f"{percent(round(100 * (measure(rollout, 'share') or 0.0)))} of"
-        if stage == "share"
-        else "all"
-    )
+    share = f"{percentage_text(measure(rollout, 'share') or 0.0)} of" if stage == "share" else "all"
     words = f"generation {number_in(rollout, 'generation')} has {share} new connections"
     met, least = measure(rollout, "met"), number_in(rollout, "at_least")
     too_few = stage == "share" and met is not None and met < least

@@ -1,4 +1,7 @@
-"""Renders a status: the heading and tables of `status` and `top`.  (queries.py renders `list`.)"""
+"""Renders a status: the heading and tables of `status` and `top`.  (queries.py renders `list`.)
+
+The columns are _GENERATIONS and _WORKERS; their tests are in tests/unit/ctl/test_queries.py.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..model.handoff_modes import MODES
-from ..model.share import percent
+from ..model.share import percentage_text
 from ..model.text import headline
 from . import render
 from .cli import plural
@@ -166,7 +169,7 @@ def generations(status: Message) -> Table:
 def _share(status: Message, generation: int) -> str | None:
     """Return a generation's share of new connections; None without a rollout."""
     share = share_of(status, generation)
-    return None if share is None else percent(round(100 * share))
+    return None if share is None else percentage_text(share)
 
 
 def workers(status: Message, children: Mapping[int, Sequence[int]]) -> Table:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from .lazy_dataclass import frozen
 from .text import in_units, shortened
 
-#: The share of a generation that gets all new clients.
+#: The share of a generation that gets all new clients.  The state records shares in parts of it.
 WHOLE = 10_000
 #: How long a canary has its share by default.
 CANARY_FOR_S = 60.0
@@ -37,6 +37,11 @@ class Canary:
 def percent(share: int) -> str:
     """Return a share as text: `5%`, `0.25%`."""
     return f"{share // 100}.{share % 100:02}".rstrip("0").rstrip(".") + "%"
+
+
+def percentage_text(percentage: float) -> str:
+    """Return a percentage of `status` as text: `5%` for 5.0."""
+    return percent(round(percentage * WHOLE / 100))
 
 
 def read_percent(text: str) -> int:

@@ -13,7 +13,7 @@ from functools import partial
 from ..model import release
 from ..model.errors import what_failed
 from ..model.lazy_dataclass import replace
-from ..model.release import Entry, History
+from ..model.release import Entry, ReleaseHistory
 from ..system import inherited, release_store
 from ..system.cleanup import on_error
 from ..system.helper import BackOff, HelperProcess, last_line
@@ -30,19 +30,19 @@ class SavedHistory:
 
     def __init__(self, current: Callable[[], str], runtime: Runtime) -> None:
         """current: returns the path of the link."""
-        self.value = History()
+        self.value = ReleaseHistory()
         #: Why the file could not be written; "": the file is written, or will be soon.
         self.error = ""
         self._current, self._loop, self._log = current, runtime.loop, runtime.log
-        self._on_disk: History | None = self.value
-        self._writing: History | None = None
+        self._on_disk: ReleaseHistory | None = self.value
+        self._writing: ReleaseHistory | None = None
         self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
 
     def read(self) -> None:
         """Read the file; if that fails, keep the present history, which is empty at first."""
         try:
             found = release_store.history(self._current())
-            self.value = release.load(found) if found is not None else History()
+            self.value = release.load(found) if found is not None else ReleaseHistory()
         except (release_store.ReleaseError, release.HistoryError) as error:
             self._log.write(
                 "warning",
@@ -67,7 +67,7 @@ class SavedHistory:
         # A copy counts as not written: a write under way may have synced the folder too early.
         self._save(replace(self.value))
 
-    def _save(self, value: History) -> None:
+    def _save(self, value: ReleaseHistory) -> None:
         self.value = value
         if self._writing is None and self._loop.due(_AGAIN) is None:
             self._write()
@@ -95,7 +95,7 @@ class SavedHistory:
             self._back_off.reset()
 
 
-def write(current: str, history: History, loop: Loop, done: Callable[[str], None]) -> None:
+def write(current: str, history: ReleaseHistory, loop: Loop, done: Callable[[str], None]) -> None:
     """Start the process that writes a history; `done` gets the reason of a failure, or "".
 
     Raises OSError.

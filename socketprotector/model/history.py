@@ -1,7 +1,7 @@
 """The history: reloads, dry runs, changes of health, and crashes of workers.
 
 Pure: frozen values, kept in the state because they must outlive the program.
-Times are seconds since the epoch, for people.
+Times are seconds since the epoch, for people.  The history of releases: model/release.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Releases: their names, the history of tried releases, and the way back by rollbacks.
 
 Pure.  The history has an entry for each time that a release was tried, the newest last.
+The history of reloads: model/history.py.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Entry:
 
 
 @frozen
-class History:
+class ReleaseHistory:
     """The last entries, and the way back; in both, the newest is last.
 
     way: the releases to which rollbacks lead, up to the serving release.  It is stored separately,
@@ -91,7 +92,7 @@ def fill(text: str, path: str) -> str:
     return text.replace(PLACEHOLDER, path) if path else text
 
 
-def added(history: History, entry: Entry) -> History:
+def added(history: ReleaseHistory, entry: Entry) -> ReleaseHistory:
     """Return the history with a new entry.
 
     A release that fails repeatedly keeps only one entry, so that it displaces no proved release.
@@ -105,7 +106,7 @@ def added(history: History, entry: Entry) -> History:
         # The same release is serving again: keep the time from which it has served.
         entry = replace(entry, at=kept[-1].at)
         kept = kept[:-1]
-    return History((*kept, entry)[-ENTRIES:], _way_to(entry.release, history.way))
+    return ReleaseHistory((*kept, entry)[-ENTRIES:], _way_to(entry.release, history.way))
 
 
 def _way_to(name: str, way: tuple[str, ...]) -> tuple[str, ...]:
@@ -119,7 +120,7 @@ def _way_to(name: str, way: tuple[str, ...]) -> tuple[str, ...]:
     return (*way, name)[-ENTRIES:]
 
 
-def previous(history: History, serving: str, exists: Callable[[str], bool]) -> str:
+def previous(history: ReleaseHistory, serving: str, exists: Callable[[str], bool]) -> str:
     """Return the release to roll back to; "" if there is none.
 
     Releases that are gone, or were not proved when they were last tried, are skipped.
@@ -130,13 +131,13 @@ def previous(history: History, serving: str, exists: Callable[[str], bool]) -> s
     return ""
 
 
-def failed_last(history: History, name: str) -> bool:
+def failed_last(history: ReleaseHistory, name: str) -> bool:
     """Return True if a release failed, or was refused, when it was last tried."""
     last = next((each for each in reversed(history.entries) if each.release == name), None)
     return last is not None and last.outcome != PROVED
 
 
-def latest(history: History) -> dict[str, tuple[Entry | None, Entry | None]]:
+def latest(history: ReleaseHistory) -> dict[str, tuple[Entry | None, Entry | None]]:
     """Return each release's last proof, and its last failure or refusal, the latest tried last."""
     found: dict[str, tuple[Entry | None, Entry | None]] = {}
     for each in history.entries:
@@ -150,14 +151,14 @@ def named_failed(current: str) -> str:
     return f"current names {current}, which failed; a restart would start {current}"
 
 
-def dump(history: History) -> bytes:
+def dump(history: ReleaseHistory) -> bytes:
     """Return a history as the contents of its file."""
     lines = ",\n".join(json.dumps(as_dict(each)) for each in history.entries)
     way = json.dumps(history.way)
     return f'{{"format": {_FORMAT}, "way": {way}, "entries": [\n{lines}\n]}}\n'.encode()
 
 
-def load(data: bytes) -> History:
+def load(data: bytes) -> ReleaseHistory:
     """Return the history that `dump` wrote.  Raises HistoryError."""
     try:
         found = json_text.parse(data)
@@ -168,7 +169,7 @@ def load(data: bytes) -> History:
         raise HistoryError(f"it is no history of releases ({error})") from error
     if not all(map(is_name, way)):
         raise HistoryError("a release has no name")
-    return History(entries[-ENTRIES:], way[-ENTRIES:])
+    return ReleaseHistory(entries[-ENTRIES:], way[-ENTRIES:])
 
 
 def _entry(found: dict[str, object]) -> Entry:

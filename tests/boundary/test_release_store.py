@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from socketprotector.model import release
-from socketprotector.model.release import Entry, History
+from socketprotector.model.release import Entry, ReleaseHistory
 from socketprotector.programs import release_writer
 from socketprotector.system import release_store
 from socketprotector.system.release_store import ReleaseError
 from tests import needs
 
-OLD = release.added(History(), Entry("1", 1.0))
+OLD = release.added(ReleaseHistory(), Entry("1", 1.0))
 NEW = release.added(OLD, Entry("2", 2.0))
 NEWER = release.added(NEW, Entry("3", 3.0))
 #: Every call by which the store and the writer change something, or wait for the disk.
@@ -50,7 +50,7 @@ class Place:
         release_store.move(self.current, str(self.releases), "2")
         self.write()
 
-    def write(self, history: History = NEW) -> None:
+    def write(self, history: ReleaseHistory = NEW) -> None:
         folder, content = os.open(self.live, os.O_RDONLY), os.memfd_create("history")
         os.pwrite(content, release.dump(history), 0)
         try:
@@ -59,7 +59,7 @@ class Place:
             os.close(folder)
             os.close(content)
 
-    def history(self) -> History:
+    def history(self) -> ReleaseHistory:
         found = release_store.history(self.current)
         assert found is not None
         return release.load(found)
@@ -324,7 +324,7 @@ def test_a_kill_at_any_call_leaves_the_old_or_the_new_release_and_history(
         assert left == set(), calls[at - 1]
 
 
-def suspended(place: Place, history: History, at: int) -> int:
+def suspended(place: Place, history: ReleaseHistory, at: int) -> int:
     """Start a writer that suspends itself before its n-th call; return its pid."""
     child = os.fork()
     if child == 0:

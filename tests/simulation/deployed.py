@@ -89,7 +89,9 @@ class FakeStore:
     def fingerprint(self, *_: str) -> None:
         return None
 
-    def write(self, _: str, history: release.History, __: Any, done: Callable[[str], None]) -> None:
+    def write(
+        self, _: str, history: release.ReleaseHistory, __: Any, done: Callable[[str], None]
+    ) -> None:
         """In the place of release_history.write()."""
         self._enter("posix_spawn")
         content = release.dump(history)
@@ -255,7 +257,7 @@ class Deployed(World):
     def _check(self) -> None:
         super()._check()
         assert self.disk.current not in BAD or self.disk.current in self._by_hand
-        history = release.load(self.disk.written) if self.disk.written else release.History()
+        history = release.load(self.disk.written) if self.disk.written else release.ReleaseHistory()
         assert not set(BAD).intersection(history.way), f"{history.way} has a release that failed"
 
     def _said(self, event: str, fields: Mapping[str, Any]) -> None:

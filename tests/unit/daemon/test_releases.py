@@ -18,7 +18,7 @@ from socketprotector.daemon.releases import Releases
 from socketprotector.model import release
 from socketprotector.model.lazy_dataclass import replace
 from socketprotector.model.records import Program
-from socketprotector.model.release import FAILED, PROVED, REFUSED, History
+from socketprotector.model.release import FAILED, PROVED, REFUSED, ReleaseHistory
 from socketprotector.model.settings import Settings
 from socketprotector.system import release_store
 from tests.unit.daemon.clock import Clock
@@ -43,7 +43,7 @@ class World:
             releases=str(self.folder),
             current=str(self.current),
         )
-        self.writes: list[tuple[History, Callable[[str], None]]] = []
+        self.writes: list[tuple[ReleaseHistory, Callable[[str], None]]] = []
         self.cannot_write = False
         patch.setattr(release_history, "write", self._write)
         self._runtime = self.clock.use_in(patch, releases)
@@ -58,7 +58,7 @@ class World:
             for fd in each.link.descriptors().values():
                 os.close(fd)
 
-    def _write(self, _: str, history: History, __: Any, done: Callable[[str], None]) -> None:
+    def _write(self, _: str, history: ReleaseHistory, __: Any, done: Callable[[str], None]) -> None:
         if self.cannot_write:
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         self.writes.append((history, done))
@@ -163,11 +163,11 @@ def test_without_memory_for_a_writer_it_is_repeated(world: World) -> None:
 
 def test_a_broken_file_is_empty_and_said_and_written_whole_again(world: World) -> None:
     file = world.live / "current.history"
-    file.write_bytes(release.dump(History(way=("1",)))[:-5])
+    file.write_bytes(release.dump(ReleaseHistory(way=("1",)))[:-5])
 
     made = world.make()
 
-    assert (made.history.value, world.clock.lines) == (History(), ["history-unreadable"])
+    assert (made.history.value, world.clock.lines) == (ReleaseHistory(), ["history-unreadable"])
     world.proved(made, "2")
     world.writer_ends()
     assert release.load(file.read_bytes()).way == ("2",)

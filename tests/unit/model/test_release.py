@@ -14,8 +14,8 @@ from socketprotector.model.release import (
     REFUSED,
     Entry,
     Fingerprint,
-    History,
     HistoryError,
+    ReleaseHistory,
     added,
     dump,
     failed_last,
@@ -27,14 +27,14 @@ from socketprotector.model.release import (
 )
 from tests.together import together
 
-ONE = History((Entry("1", 1.0),), ("1",))
-MARKED = History((Entry("1", 1.0, was=Fingerprint(device=1)),), ("1",))
+ONE = ReleaseHistory((Entry("1", 1.0),), ("1",))
+MARKED = ReleaseHistory((Entry("1", 1.0, was=Fingerprint(device=1)),), ("1",))
 WAS = Fingerprint(1, 2, "/srv/web/releases/1/daemon", 3, 4, 5)
 
 
-def history(*names: str) -> History:
+def history(*names: str) -> ReleaseHistory:
     """A history of releases that were tried one after another; !NAME failed, ?NAME was refused."""
-    found = History()
+    found = ReleaseHistory()
     for at, name in enumerate(names):
         outcome = {"!": FAILED, "?": REFUSED}.get(name[0], PROVED)
         reason = "" if outcome == PROVED else "no table"
@@ -139,7 +139,8 @@ def test_it_has_a_bound_and_keeps_the_newest() -> None:
 
     assert (len(found.entries), found.entries[-1].release) == (ENTRIES, "499")
     assert (len(found.way), found.way[-1]) == (ENTRIES, "499")
-    assert len(added(History(), Entry("1", 0.0, FAILED, "x" * 5000)).entries[0].reason) == 300
+    long = added(ReleaseHistory(), Entry("1", 0.0, FAILED, "x" * 5000))
+    assert len(long.entries[0].reason) == 300
 
 
 def test_each_release_once_the_latest_tried_last() -> None:
@@ -151,9 +152,11 @@ def test_each_release_once_the_latest_tried_last() -> None:
 
 
 def test_what_is_written_is_read_again() -> None:
-    found = History((Entry("1", 1.5, was=WAS), Entry("2", 2.0, REFUSED, 'no "x"\n')), ("0", "1"))
+    found = ReleaseHistory(
+        (Entry("1", 1.5, was=WAS), Entry("2", 2.0, REFUSED, 'no "x"\n')), ("0", "1")
+    )
     assert load(dump(found)) == found
-    assert load(dump(History())) == History()
+    assert load(dump(ReleaseHistory())) == ReleaseHistory()
 
 
 @together(

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 
 from socketprotector_client import wire
 
+from ..model.ready_kinds import TIMER
 from ..model.records import Counts, WorkerRecord
 from ..system.log import Log
 from .generation import OpenGeneration
@@ -61,7 +62,7 @@ def check(generation: OpenGeneration, records: Iterable[WorkerRecord], log: Log)
     unable = 0
     for each in _workers_of(generation, records):
         # A timer may make a worker ready before the library has begun.
-        if each.ready_by not in ("", "timer"):
+        if each.ready_by not in ("", TIMER):
             unable += not _spread_of(generation, each.slot)[0]
     if unable:
         _warn_unable(generation, unable, log)

@@ -14,7 +14,7 @@ from functools import cached_property
 
 from ..core.actions import WorkerSignal
 from ..core.events import Answered, WorkerExited, WorkerReady
-from ..model import known_servers
+from ..model import known_servers, ready_kinds
 from ..model.errors import what_failed
 from ..model.history import History
 from ..model.lazy_dataclass import replace
@@ -267,7 +267,7 @@ class WorkerPool:
         """
         worker = self._spawner.adopt(record, descriptors, generation)
         worker.named = named(record.number, descriptors)
-        self.spoken_with = self.spoken_with or record.ready_by not in ("", "timer")
+        self.spoken_with = self.spoken_with or record.ready_by not in ("", ready_kinds.TIMER)
         self._watch(record.number, worker)
 
     def adopt_group(
@@ -415,7 +415,7 @@ class WorkerPool:
         """Note how a worker became ready; return False if it has exited and must not serve."""
         if worker.has_served:
             return True
-        self.spoken_with = self.spoken_with or by != "timer"
+        self.spoken_with = self.spoken_with or by != ready_kinds.TIMER
         worker.readiness.is_known()
         self._checked(worker)
         if worker.process.has_ended():

@@ -1,5 +1,7 @@
 """The kinds of --ready: which are probed, how each is shown, and what a start timeout says.
 
+READY_BY has the words of `ready_by` in `status`: by what a worker became ready.
+
 Pure.  Values are read by launch/option_values.py.  system/readiness.py carries out the kinds, with
 daemon/worker_messages.py (READY=1) and daemon/ready_probe.py (probes).
 """
@@ -58,3 +60,9 @@ KINDS = {
 }
 PROBED = tuple(name for name, each in KINDS.items() if each.is_probed)
 NEED_ANSWER = tuple(name for name, each in KINDS.items() if each.needs_answer)
+
+#: Ways of becoming ready that are no kinds: a line to the descriptor of `fd`, and the timer.
+LINE, TIMER = "line", "timer"
+#: Every value of `ready_by` of a ready worker (control.schema.json).  A probe's answer counts for
+#: all workers of its generation.
+READY_BY = ("notify", "ack", LINE, "check", TIMER, *NEED_ANSWER)

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 
 from ..model import einhorn
 from ..model.errors import what_failed
-from ..model.ready_kinds import PROBED
+from ..model.ready_kinds import LINE, PROBED, TIMER
 from ..model.records import Program
 from .foreign_descriptors import close_unread, dropping
 from .loop import Loop
@@ -157,7 +157,7 @@ class Readiness:
         """Start the timer after which the worker counts as ready; a running timer stays."""
         after_s, timer = self._program.ready_after_s, (_AFTER, self._number)
         if after_s is not None and self._loop.due(timer) is None:
-            self._loop.call_after(timer, after_s, lambda: self._ready("timer"))
+            self._loop.call_after(timer, after_s, lambda: self._ready(TIMER))
 
     def _read(self, name: str, fd: int) -> None:
         if self._lines.get(name) != fd:
@@ -176,7 +176,7 @@ class Readiness:
         if said or not data:
             self._forget(name)
         if said:
-            self._ready("line" if name == _NEWLINE else name)
+            self._ready(LINE if name == _NEWLINE else name)
 
     def _forget(self, name: str) -> None:
         fd = self._lines.pop(name, -1)

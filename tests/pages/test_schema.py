@@ -17,6 +17,7 @@ from socketprotector.model.control_requests import COMMANDS
 from socketprotector.model.handoff_modes import MODES
 from socketprotector.model.history import Crash, Reload
 from socketprotector.model.log_format import LEVELS
+from socketprotector.model.ready_kinds import READY_BY
 from tests import answers
 from tests.pages.tooling import tool
 from tests.running import ROOT
@@ -78,11 +79,12 @@ def types_of(schema: dict[str, Any]) -> set[str]:
     [
         (GENERATION["phase"], {each.value for each in Phase}),
         (DEFINITIONS["worker"]["properties"]["state"], {each.value for each in State}),
+        (DEFINITIONS["worker"]["properties"]["ready_by"], {*READY_BY, ""}),
         (STATUS["lame_duck"], {each.value for each in LameDuck}),
         (STATUS["handoff"], {*MODES}),
         (STATUS["log_level"], {*LEVELS}),
     ],
-    ids=["phase", "state", "lame_duck", "handoff", "log_level"],
+    ids=["phase", "state", "ready_by", "lame_duck", "handoff", "log_level"],
 )
 def test_a_word_is_one_of_those_of_the_code(schema: dict[str, Any], values: set[str]) -> None:
     assert set(schema["enum"]) == values

@@ -20,7 +20,7 @@ from . import socket_options
 from .option_values import octal
 from .users import MOST_ID
 
-_UNIX_OPTIONS = ("backlog", "group", "mode", "nonblock", "user")
+UNIX_OPTIONS = ("backlog", "group", "mode", "nonblock", "user")
 _PATH_MAX_BYTES = 107
 #: More than a name of 255 characters, a host of 253 and all options can have together.
 _MOST_CHARS = 2000
@@ -110,7 +110,7 @@ def parse(text: str, directory: str) -> Listen:
             path = os.path.join(directory, path)
         if len(os.fsencode(path)) > _PATH_MAX_BYTES:
             raise UsageError(f"{text}: a UNIX socket's path has {_PATH_MAX_BYTES} bytes at most")
-        where, allowed = {"path": path}, _UNIX_OPTIONS
+        where, allowed = {"path": path}, UNIX_OPTIONS
     else:
         host, colon, port = body.rpartition(":")
         if colon and (host in ("", "*") or (":" in host and not host.startswith("["))):

@@ -21,7 +21,7 @@ from socketprotector.ctl import (
 )
 from socketprotector.ctl.cli import program
 from socketprotector.demo import cli as demo
-from socketprotector.launch import cli
+from socketprotector.launch import cli, listen_spec, socket_options
 from tests import needs
 from tests.running import ROOT
 from tests.together import together
@@ -147,3 +147,17 @@ def test_the_site_knows_each_macro(page: str) -> None:
     used = re.findall(r"^\.(\w+)", FILES[page].read_text(encoding="utf-8"), re.MULTILINE)
 
     assert {each for each in used if set(each) - set("BIR")} <= {*known, "so"}
+
+
+def test_the_page_and_the_reference_name_each_option_of_a_listener() -> None:
+    listed = text_of("SocketProtector.8").partition("Options follow a question mark: ")[2]
+    of_tcp, of_unix = re.split(r";\s+for a UNIX path\s+", listed.partition(".\n")[0])
+    reference = FILES["SocketProtector.8"].parents[1] / "reference.md"
+    described = reference.read_text(encoding="utf-8").partition("### Listener options\n")[2]
+    tcp_table, unix_table = (
+        re.findall(r"`(\w+)=", "".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)))
+        for table in described.partition("\nThe start fails")[0].split("\n| UNIX path |")
+    )
+
+    assert re.split(r",\s+", of_tcp) == sorted({*tcp_table}) == sorted(socket_options.OPTIONS)
+    assert {*re.split(r",\s+", of_unix)} == {*unix_table} == {*listen_spec.UNIX_OPTIONS}

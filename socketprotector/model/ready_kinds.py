@@ -2,7 +2,8 @@
 
 READY_BY has the words of `ready_by` in `status`: by what a worker became ready.
 
-Pure.  Values are read by launch/option_values.py.  system/readiness.py carries out the kinds, with
+Pure.  Values are read by launch/option_values.py.  A kind with a number or a text needs a field of
+Settings, as an option does (CONTRIBUTING.md).  system/readiness.py carries out the kinds, with
 daemon/worker_messages.py (READY=1) and daemon/ready_probe.py (probes).
 """
 

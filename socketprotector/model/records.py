@@ -192,7 +192,11 @@ class SteeringRecord:
 
 @frozen
 class DeliveryRecord:
-    """The records for the next program's delivery; the state stores each in its own field."""
+    """The records for the next program's delivery; the state stores each in its own field.
+
+    So a field here is also a field of Snapshot, part of Snapshot.delivery, and filled by
+    Effects.snapshot().
+    """
 
     forwarder: ForwarderRecord = field(default_factory=ForwarderRecord)
     steering: SteeringRecord = field(default_factory=SteeringRecord)

@@ -139,7 +139,7 @@ def selecting(
 ) -> Sequence[Instruction]:
     """Return a program that selects a group member, with another member for each mark.
 
-    drawn: the member that gets `share` ten thousandths of the connections without a mark.
+    drawn: the member that gets `share` parts of WHOLE of the connections without a mark.
     """
     by_mark = [each for mark, target in marked.items() for each in mark.program(target)]
     draw: Sequence[Instruction] = (

@@ -19,7 +19,7 @@ class Share:
     """The share of the new clients that a second generation gets, at the socket `1 - current`."""
 
     generation: int
-    part: int  # in ten thousandths
+    part: int  # in parts of WHOLE (model/share.py)
     listeners: frozenset[int]  # the indices of the listeners that both generations know
 
 

@@ -5,6 +5,7 @@ start against one load of the application, the peak of PSS at a reload, requests
 the time from the death of a process to the fork of the next one (median; a pid of the parent's).
 The application has about 100 MB of modules, classes and 600,000 objects.  Requests touch a
 contiguous tenth of the objects (REQUEST=random: scattered ones), and every 20th collects garbage.
+REQUESTS=100000: so many requests.  FREEZE=no: the parent does not freeze its objects.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class Row:
 rows = [Row(n) for n in range(300_000)]  # with their names 600,000 objects
 is_random = os.environ.get("REQUEST") == "random"
 some = random.Random(1).sample(rows, 30_000) if is_random else rows[:30_000]
+if os.environ.get("FREEZE") == "no":
+    gc.freeze = lambda: None
 served = 0
 def app(environ, start_response):
     global served

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import importlib.util
 import inspect
 import os
@@ -37,6 +38,8 @@ _IMPORTED = {
     ),
     _WSGI: (f"{__package__}.waitress",),
 }
+#: So many new objects between two garbage collections.
+_NEVER = 2**31 - 1
 _T = TypeVar("_T")
 
 
@@ -115,7 +118,8 @@ def _run(given: argparse.Namespace) -> int:
         raise _CannotRun(
             "cannot tell where to listen: start it by SocketProtector, or give --bind ADDRESS"
         )
-    app = _load(given.app, given.factory)
+    load = _load if given.processes is None else _load_and_freeze
+    app = load(given.app, given.factory)
     kind = given.kind or _kind_of(app, given.app)
     server, extra = _SERVERS[kind]
     if importlib.util.find_spec(server) is None:
@@ -147,6 +151,21 @@ def _fork(serve: Callable[[], None], given: argparse.Namespace, kind: str) -> No
             server.fork(serve, given.processes or processors(), allow_threads=given.allow_threads)
         except (OSError, RuntimeError, ValueError) as error:
             raise _CannotRun(str(error), status=1) from None
+
+
+def _load_and_freeze(text: str, factory: bool) -> Any:
+    """Load without garbage collections, which would examine again and again what is loaded.
+
+    One collection at the end is enough, because the loaded objects are kept.  Source: gc.freeze().
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(_NEVER)
+    app = _load(text, factory)
+    gc.collect()
+    gc.freeze()
+    if gc.get_threshold()[0] == _NEVER:  # otherwise the application has chosen its own
+        gc.set_threshold(*before)
+    return app
 
 
 def _load(text: str, factory: bool) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -378,6 +379,37 @@ def test_each_forked_process_has_an_asgi_lifespan(
     ended = notes.read_text().split()[4:]
     assert ended[::2] == ["shutdown", "shutdown"]
     assert {*ended[1::2]} == {*began[1::2]}
+
+
+#: Says how many garbage collections there were during the load, and of each child the threshold.
+LOADS = """
+import gc, sys
+from socketprotector_client import post_fork
+def collections():
+    return sum(each["collections"] for each in gc.get_stats())
+before = collections()
+kept = [[] for _ in range(100_000)]
+sys.stderr.write(f"{collections() - before} collections\\n")
+@post_fork
+def begin(number):
+    frozen = gc.get_freeze_count() > len(kept)
+    sys.stderr.write(f"child: {gc.get_threshold()[0]} {frozen}\\n")
+def app(environ, start_response): pass
+"""
+
+
+@needs_both
+@pytest.mark.parametrize(
+    ("last", "threshold"), [("", gc.get_threshold()[0]), ("gc.set_threshold(5000)", 5000)]
+)
+def test_what_is_forked_was_loaded_without_collections(
+    protector: Callable[..., Protector], tmp_path: Path, last: str, threshold: int
+) -> None:
+    (tmp_path / "loads.py").write_text(LOADS + last)
+    path = {**PATH, "PYTHONPATH": f"{tmp_path}:{PATH['PYTHONPATH']}"}
+    daemon = protector("127.0.0.1:0", "--", *RUN, "--processes", "2", "loads:app", **path).ready()
+    assert daemon.log.count("^0 collections$") == 1
+    assert daemon.log.count(f"^child: {threshold} True$") == 2
 
 
 def test_a_thread_of_the_application_is_refused_at_the_fork(shapes: Path) -> None:

@@ -35,7 +35,7 @@ EXCEPTIONS = (
         "no process is left that removes files after a kill of the last one",
     ),
     (
-        r"(listener-)?recovery \w+ socketprotector/programs/guard.py:\d+ SIGKILL",
+        r"(listener-)?recovery \w+ socketprotector/(programs/guard|system/terminal).py:\d+ SIGKILL",
         r"it does not serve|the next reload failed|\d+ connections lost",
         "the protector and its guard are both killed: the next start serves",
     ),
@@ -50,7 +50,7 @@ Trial = tuple[str, str, int]
 
 SCARCE = "ENOMEM EMFILE ENFILE"
 DISK = "ENOSPC EDQUOT EIO EROFS EACCES"
-#: What surroundings can cause, by call and kind (see faults.c); the first match counts.
+#: What surroundings can cause, by call, kind (see faults.c) and file; the first match counts.
 #: Sources: the manual page of each call, and the kernel's code where that says more or less.
 ERRNOS = (
     # /proc, /sys and /dev are in memory, but hidepid and a user may forbid them.
@@ -87,6 +87,8 @@ ERRNOS = (
     (r"send\w* (unix|datagram)", "EINTR EAGAIN ENOMEM ENOBUFS EPIPE ECONNRESET"),
     (r"send\w* tcp", "EINTR EAGAIN ENOBUFS EPIPE ECONNRESET"),
     (r"(send|recv)\w* netlink", "EINTR EAGAIN ENOMEM ENOBUFS"),
+    # The queue's end is reset only if a worker sent something, which SHUT_RD prevents.
+    (r"recvmsg unix\S* \S+/(channel|worker_protocol)\.py", "EAGAIN"),
     (r"recv\w* (unix|tcp)", "EINTR EAGAIN ECONNRESET"),  # into memory that is there
     (r"recv\w* datagram", "EINTR EAGAIN"),
     (r"epoll_add ", "ENOMEM ENOSPC"),  # other changes allocate nothing
@@ -116,7 +118,8 @@ _WAITS = re.compile("p?read|p?write|send|recv|accept|connect (unix|datagram)")
 
 def errnos_of(site: str, kind: str) -> list[str]:
     """Return the errnos that a site can give; kind: what the descriptor is."""
-    call = f"{site.partition(' ')[0]} {kind}"
+    name, _, place = site.partition(" ")
+    call = f"{name} {kind} {place}"
     names = next((names for key, names in ERRNOS if re.match(key, call)), "").split()
     # Only a call that waits is interrupted, and only one that does not wait is put off.
     never = "EINTR" if kind.endswith("+nonblock") else "EAGAIN" if _WAITS.match(call) else ""

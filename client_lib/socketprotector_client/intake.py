@@ -259,7 +259,7 @@ class Intake:
     def interrupt(self) -> None:
         """Stop taking, and wake every thread that waits in `get`."""
         self.end()
-        self.waits.ring()
+        self.waits.ring_surely()
 
     @property
     def may_be_silent(self) -> bool:
@@ -329,7 +329,7 @@ class Intake:
                     self.queue.move_behind()  # otherwise no thread wakes for the next connection
             if connection is not None:
                 return connection
-        self.waits.ring()  # for the others
+        self.waits.ring_surely()  # for the others
         raise Drained
 
     def _look(self, ready: list[int]) -> Optional[Connection]:

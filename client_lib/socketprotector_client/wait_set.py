@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+import time
 
 from .system import Socket, epoll
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from typing import Iterable, Optional
 
 _EVENTS_AT_ONCE = 8
+_RETRY_S = 0.05
 #: The longest time for epoll_wait(2), whose C int of milliseconds ends at 24.8 days.
 LONGEST_WAIT_S = 86_400.0
 
@@ -77,6 +79,14 @@ class WaitSet:
             # A new stream socket polls as hung up, and takes one descriptor where a pipe takes two.
             self._bell = Socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.add([self._bell.fileno()])
+
+    def ring_surely(self) -> None:
+        """Ring, and wait until the kernel has room for that: other threads depend on it."""
+        while True:
+            try:
+                return self.ring()
+            except OSError:
+                time.sleep(_RETRY_S)
 
     def hush(self) -> None:
         """End the effect of `ring`."""

@@ -13,6 +13,7 @@ import pytest
 from socketprotector_client.address import listen
 from socketprotector_client.connection import Connection
 from socketprotector_client.drain_state import Drain
+from socketprotector_client.errors import Drained
 from socketprotector_client.intake import Intake
 from socketprotector_client.scoreboard import Scoreboard
 from socketprotector_client.source import ListenSource
@@ -28,14 +29,18 @@ class Chosen(ListenSource):
 class Scarce:
     """An epoll to which the queue cannot be added, so many times."""
 
-    def __init__(self, waits: WaitSet, times: int) -> None:
-        """Stand in for the epoll of a set."""
+    def __init__(self, waits: WaitSet, times: int, refused: int = select.EPOLLEXCLUSIVE) -> None:
+        """Stand in for the epoll of a set.
+
+        refused: a flag of the additions that fail.
+        """
+        self._refused = refused
         self._epoll = waits._epoll
         self.times = times
         waits._epoll = self  # type: ignore[assignment]
 
     def register(self, fd: int, events: int) -> None:
-        if events & select.EPOLLEXCLUSIVE and self.times:
+        if events & self._refused and self.times:
             self.times -= 1
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._epoll.register(fd, events)
@@ -138,3 +143,20 @@ def test_a_wait_that_a_loop_is_refused_is_tried_again_there(
         assert joined.wait(10)
     assert scarce.times == 0
     assert caplog.messages == ["cannot wait for connections: No space left on device; trying again"]
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_thread_that_ends_wakes_the_others_as_soon_as_the_kernel_has_room(
+    intake: Intake, interrupted: bool
+) -> None:
+    intake.share()
+    scarce = Scarce(intake.waits, 3, select.EPOLLIN)
+    intake.end()
+
+    if interrupted:
+        intake.interrupt()
+    with pytest.raises(Drained):
+        intake.get()
+
+    assert scarce.times == 0
+    assert intake.waits.wait(0)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from bench.processes import (
     switches,
 )
 from bench.steps import steps_us
+from socketprotector.system.late_modules import PACK_AFTER_S
 
 Seen = dict[str, Any]
 
@@ -291,15 +292,23 @@ _FEATURES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _idle_mb(mode: str = "library", *options: str) -> float:
-    """Return the VmRSS of a protector that has just begun, and the memfd of its kept code."""
-    with protector(mode, *options) as started:
-        time.sleep(0.5)
-        # Under --guard the protector is the child that keeps code.
-        for pid in (started.pid, *descendants(started.pid)):
-            if kept := _kept_bytes(pid):
-                return resident_kib(pid) / 1000 + kept / 1024 / 1000
-        raise CannotMeasure("no process has a memfd of kept code")
+def _idle_mbs() -> list[float]:
+    """Return the memory of an idle protector, and of one with each feature, in MB.
+
+    This is VmRSS and the memfd of its kept code, once that is compressed.
+    """
+    with ExitStack() as running:
+        started = [running.enter_context(protector(*each)) for each in ((), *_FEATURES.values())]
+        time.sleep(PACK_AFTER_S + 1.0)
+        return [*map(_memory_mb, started)]
+
+
+def _memory_mb(started: Started) -> float:
+    # Under --guard the protector is the child that keeps code.
+    for pid in (started.pid, *descendants(started.pid)):
+        if kept := _kept_bytes(pid):
+            return resident_kib(pid) / 1000 + kept / 1024 / 1000
+    raise CannotMeasure("no process has a memfd of kept code")
 
 
 def _kept_bytes(pid: int) -> int:
@@ -319,9 +328,8 @@ def _memory(scale: Scale) -> Figure:
     """Measure an idle protector as installed, with bytecode, and the price of each feature."""
     # Without bytecode a process keeps 1.5 MB more: what compiling has left.
     compiled()
-    plain, *others = alternately(
-        scale.rounds(8, 1), _idle_mb, *(partial(_idle_mb, *each) for each in _FEATURES.values())
-    )
+    rounds = [_idle_mbs() for _ in range(scale.rounds(8, 1))]
+    plain, *others = ([*found] for found in zip(*rounds, strict=True))
     mb = median(plain)
     return Figure(
         "its memory with defaults: VmRSS and the code kept in a memfd (1000 kB a MB)",

@@ -141,8 +141,12 @@ class Resident:
         if settings.watch or watchers:
             self.watcher = watch_client.FileWatch(settings, runtime)
             self.watcher.start(watchers)
-        for _ in late_modules.pack():
-            supervisor.yield_to_accepts()
+
+        def pack() -> None:
+            for _ in late_modules.pack():
+                supervisor.yield_to_accepts()
+
+        loop.call_after("pack", late_modules.PACK_AFTER_S, pack)
         status = supervisor.run()
         if control is not None:
             control.finish()

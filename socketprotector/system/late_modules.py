@@ -7,8 +7,8 @@ in one memfd, compressed: loading it needs no file and no descriptor, but memory
 a reserve.  The memfd also has the late modules of the standard library, and the programs that we
 start later: these as source, because the interpreter may have been replaced.
 
-Compressing takes most of the time, and a program that resumes has clients waiting.  So keep() does
-not compress, and pack() does it once clients are accepted.
+Compressing takes most of the time, and a program that starts or resumes has clients waiting.  So
+keep() does not compress, and pack() does it some seconds later.
 
 The resident process never reads annotations, docstrings or a module's location.  Without them an
 idle protector is 0.4 MB smaller.
@@ -88,6 +88,8 @@ LATE = (
 STDLIB = ("copyreg", "re", "re._casefix", "re._constants", "re._parser", "re._compiler")
 #: The programs in programs/ that the resident process starts (system/helper.py).
 PROGRAMS = ("prober.py", "file_watch.py", "log_relay.py", "release_writer.py")
+#: When pack() is called after the start.  A program that ends sooner need not compress.
+PACK_AFTER_S = 3.0
 #: For zlib.compressobj(): level, method, bits of the window, memory.  So 0.72 MB become 0.35 MB in
 #: 12 ms; at level 6, 0.34 MB in 18 ms.
 _COMPRESSION = (4, zlib.DEFLATED, 13, 6)

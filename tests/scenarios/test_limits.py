@@ -312,7 +312,7 @@ def test_a_limit_that_no_worker_keeps_is_a_warning_and_slows_down(operated: Oper
     assert "--max-memory (1 MiB) within 5s" in line.event("limit-too-low")["hint"]
 
     (warning,) = web.status()["warnings"]
-    assert "raise it; the next worker is replaced in " in warning
+    assert "raise the limit; the next worker is replaced in " in warning
 
 
 @EITHER_HANDOFF

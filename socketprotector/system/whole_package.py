@@ -6,23 +6,26 @@ import os
 import sys
 
 _PACKAGE = __name__.partition(".")[0]
-#: What a start, a configuration reader and socketprotectorctl load, at their start or later.
+#: What a start, a configuration reader, socketprotectorctl, and the workers of the handoffs stdio
+#: and legacy load, at their start or later.
 _OTHERS = (
     *("launch.cli", "launch.config_file", "launch.reload_child"),
-    *("ctl.main", "ctl.render", "ctl.status_table"),
+    *("ctl.__main__", "ctl.render", "ctl.status_table"),
+    *("programs.stdio.__main__", "programs.legacy.adapter"),
 )
 
 
 def load() -> None:
-    """Load those modules, and compile all others; raise the error of a broken module.
-
-    The others include programs, which run when they are loaded.
-    """
+    """Load those modules, and compile all others; raise the error of a broken or missing module."""
     for each in _OTHERS:
         __import__(f"{_PACKAGE}.{each}")
     for root in sys.modules[_PACKAGE].__path__:
-        for folder, _, names in os.walk(root):
+        for folder, _, names in os.walk(root, onerror=_fail):
             for name in names:
                 if name.endswith(".py"):
                     with open(os.path.join(folder, name), "rb") as file:
                         compile(file.read(), file.name, "exec")
+
+
+def _fail(error: OSError) -> None:
+    raise error

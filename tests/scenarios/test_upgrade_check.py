@@ -111,6 +111,11 @@ def missing_program(installation: Installation) -> str:
     return r"No such file or directory: '.*/programs/prober\.py'"
 
 
+def missing_program_of_workers(installation: Installation) -> str:
+    (installation.folder / "two/socketprotector/programs/stdio/pool.py").unlink()
+    return r"ModuleNotFoundError: No module named 'socketprotector\.programs\.stdio\.pool'"
+
+
 def syntax_error(installation: Installation) -> str:
     module = "daemon/delivery/queue/forwarder"
     installation.change("two", module, r"class Forwarder:", "class Forwarder")
@@ -129,8 +134,8 @@ def no_package(installation: Installation) -> str:
 
 SPOILS = [
     *(future_state, future_field, missing_module, missing_late_module),
-    *(module_missing_at_a_reload, missing_program, syntax_error, syntax_error_in_a_program),
-    no_package,
+    *(module_missing_at_a_reload, missing_program),
+    *(missing_program_of_workers, syntax_error, syntax_error_in_a_program, no_package),
 ]
 
 

@@ -67,11 +67,8 @@ class Intake:
         board: counts the connections.
         spread: ends the connections evenly when the worker drains.
         """
-        self.open = (
-            OpenConnections(self._changed)
-            if spread is None
-            else spread.open_connections(self._changed)
-        )
+        opened = OpenConnections if spread is None else spread.open_connections
+        self.open = opened(self._changed)
         self.board = board
         board.follow(self.open)
         self.source = source
@@ -391,10 +388,7 @@ class Intake:
         return connection
 
     def _pause(self, *, short: bool) -> None:
-        """Leave further connections in the queue until one of ours is closed.
-
-        short: the system lacks a resource; look again soon.
-        """
+        """Leave connections in the queue until one of ours is closed; if short, look again soon."""
         self._row_fd = -1
         self.queue.pause()
         if not short and len(self.open) < self._limit:
@@ -440,7 +434,15 @@ class Intake:
             self._will_look_again = True
             timer = threading.Timer(_RETRY_S, self._on_timer)
             timer.daemon = True
-            timer.start()
+            try:
+                timer.start()
+            except RuntimeError:  # the system refuses a thread, so this thread waits
+                while not (self.queue.waited or self._ended):
+                    time.sleep(_RETRY_S)
+                    self._resume()
+                self._will_look_again = False
+                if self._ended:  # the last connections may need this thread
+                    raise
 
     def _on_timer(self) -> None:
         self._will_look_again = False

@@ -106,4 +106,6 @@ class QueueWait:
             self._set, self.in_loop = self._own, False
         else:
             self.has_taken = False
-        self._own.renew(self.fds if self.waited else (), ends, self._events)
+        self._own.renew(ends)
+        if self.waited:
+            self._add()

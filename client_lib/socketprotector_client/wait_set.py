@@ -93,17 +93,20 @@ class WaitSet:
         if self._bell is not None:
             self.remove([self._bell.fileno()])
 
-    def renew(self, fds: Iterable[int], ends: Iterable[int], events: int) -> None:
+    def renew(self, ends: Iterable[int]) -> None:
         """Put a new epoll under the same number.  For a forked child, which shared the parent's.
 
         A removal from the inherited epoll would also remove the descriptor for the parent.
         """
         if not self._epoll.closed:
-            fresh = epoll()
-            os.dup2(fresh.fileno(), self._epoll.fileno(), inheritable=False)
-            fresh.close()
-            self.add(fds, events)
-            self.add(ends, select.EPOLLRDHUP)
+            try:
+                fresh = epoll()
+                os.dup2(fresh.fileno(), self._epoll.fileno(), inheritable=False)
+                fresh.close()
+                self.add(ends, select.EPOLLRDHUP)
+            except OSError:
+                self._epoll.close()  # the child would change the parent's set, or not end
+                raise
         if self._bell is not None:
             self._bell.close()
             self._bell = None

@@ -6,10 +6,12 @@ import errno
 import os
 import select
 import socket
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
+from socketprotector_client import wait_set
 from socketprotector_client.address import listen
 from socketprotector_client.connection import Connection
 from socketprotector_client.drain_state import Drain
@@ -98,6 +100,23 @@ def by_a_pool_that_begins(intake: Intake) -> Scarce:
     return scarce
 
 
+def without_a_thread(intake: Intake) -> Scarce:
+    """The timer that tries again cannot be started at first."""
+    taken(intake).close()
+    scarce, start, refusals = Scarce(intake.waits, 3), threading.Thread.start, iter([True])
+
+    def started(self: threading.Thread) -> None:
+        if next(refusals, False):
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "start", started)
+        assert intake.sleep(0) == (False, False)
+    assert scarce.times == 0
+    return scarce
+
+
 def outside_a_loop(intake: Intake) -> Scarce:
     intake.queue.join(WaitSet())
     return Scarce(intake.waits, 3)
@@ -111,6 +130,7 @@ def outside_a_loop(intake: Intake) -> Scarce:
         after_the_limit,
         by_a_pool,
         by_a_pool_that_begins,
+        without_a_thread,
         outside_a_loop,
     ],
 )
@@ -160,3 +180,51 @@ def test_a_thread_that_ends_wakes_the_others_as_soon_as_the_kernel_has_room(
 
     assert scarce.times == 0
     assert intake.waits.wait(0)
+
+
+# -- a forked child -----------------------------------------------------------------------------
+
+
+def in_child(act: Callable[[], bool]) -> None:
+    """Fork, and check what act returns there."""
+    pid = os.fork()
+    if not pid:
+        try:
+            os._exit(not act())
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_child_that_is_refused_the_wait_tries_again(
+    intake: Intake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, refusals = WaitSet.add, iter([True, True])
+
+    def refused(self: WaitSet, fds: Iterable[int], events: int = select.EPOLLIN) -> None:
+        if events & select.EPOLLEXCLUSIVE and next(refusals, False):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        add(self, fds, events)
+
+    monkeypatch.setattr(WaitSet, "add", refused)
+    with socket.create_connection(intake.source.sockname):
+        in_child(lambda: intake.get(10) is not None)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_child_without_an_epoll_of_its_own_fails_and_leaves_its_parents_alone(
+    intake: Intake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused() -> None:
+        raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
+
+    def fails() -> bool:
+        with pytest.raises(ValueError, match="closed"):
+            intake.get(10)
+        intake.close()
+        return True
+
+    monkeypatch.setattr(wait_set, "epoll", refused)
+    in_child(fails)
+
+    taken(intake).close()

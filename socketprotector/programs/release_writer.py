@@ -18,11 +18,12 @@ from contextlib import suppress
 
 def main(folder: int, content: int, name: str) -> None:
     """Replace the history by rename(2), and sync the folder, which also has the link `current`."""
-    following = f"{name}.{os.getpid()}"
+    before = f"{name}.next."  # no name of an operator's copy, such as current.history.20261125
+    following = f"{before}{os.getpid()}"
     left = os.pread(content, os.fstat(content).st_size, 0)
     for each in os.listdir(folder):
-        if each.startswith(f"{name}.") and each[len(name) + 1 :].isdecimal():
-            with suppress(FileNotFoundError):
+        if each.startswith(before):
+            with suppress(OSError):  # it is gone, or no file that a writer has made
                 os.unlink(each, dir_fd=folder)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     fd = os.open(following, flags, 0o644, dir_fd=folder)

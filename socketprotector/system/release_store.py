@@ -2,7 +2,7 @@
 
 `current` changes by rename(2) only, so it always names the old or the new release.  Everything
 beside it that we make begins with its name: `current.lock`, `current.next` (the link before its
-rename), `current.history` and, before its rename, `current.history.PID`.
+rename), `current.history` and, before its rename, `current.history.next.PID`.
 """
 
 from __future__ import annotations

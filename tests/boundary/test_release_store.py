@@ -378,6 +378,21 @@ def test_a_writer_that_outlives_its_protector_breaks_no_newer_history(
         assert sorted(os.listdir(place.live)) == ["current", "current.history"], calls[at - 1]
 
 
+def test_a_writer_removes_no_copy_of_an_operator(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    copies = {"current.history.20261125", "current.history.1", "current.history.bak"}
+    for each in copies:
+        (place.live / each).write_text("mine")
+    (place.live / "current.history.next.1").mkdir()
+    (place.live / "current.history.next.2").touch()
+
+    place.write(NEW)
+
+    assert place.history() == NEW
+    left = set(os.listdir(place.live)) - {"current", "current.history"}
+    assert left == {*copies, "current.history.next.1"}
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
 def test_an_error_at_any_call_leaves_the_old_or_the_new_release_and_history(
     tmp_path: Path, number: int

@@ -239,8 +239,8 @@ def test_a_handoff_mode_is_asked_what_it_can_do_and_never_for_its_name(module: s
     assert not found, [f"{module}:{getattr(each, 'lineno', 0)}" for each in found]
 
 
-#: The two ways in which clients reach workers, each behind `daemon.delivery.Delivery`.
-DELIVERIES = {f"daemon.delivery.{name}" for name in ("queue", "shared")}
+#: The ways in which clients reach workers, each a folder behind `daemon.delivery.Delivery`.
+DELIVERIES = {dotted(each) for each in (DAEMON / "daemon" / "delivery").glob("*/__init__.py")}
 
 
 def delivery_of(module: str) -> str:

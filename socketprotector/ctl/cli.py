@@ -1,4 +1,4 @@
-"""The command line of socketprotectorctl: instance options, a command, the command's options.
+"""The part of the command line that all commands share: the instance options, and --json.
 
 Every error is one line that says what failed, where, and how to fix it.
 """

@@ -70,7 +70,7 @@ _FAMILIES: tuple[tuple[Any, ...], ...] = (
     (
         Gauge,
         "rollout_workers_awaited",
-        "Leaving workers of which one must end before the next worker starts.",
+        "Leaving workers; one of them must end before the next worker starts.",
     ),
     (Info, "release", "The `release` that is serving."),
     (Gauge, "release_is_current", "1 if a restart would start the serving release, 0 if not."),

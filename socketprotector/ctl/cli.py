@@ -1,6 +1,6 @@
 """The part of the command line that all commands share: the instance options, and --json.
 
-Every error is one line that says what failed, where, and how to fix it.
+The first line of an error says what failed, where, and how to fix it.
 """
 
 from __future__ import annotations

@@ -29,11 +29,11 @@ from .fields import label, text_in
 from .message import message_in
 
 VERSION = 1
-#: A protector answers within milliseconds; after a crash it takes a few hundred milliseconds.
-#: The rest is for overloaded machines.
+#: How long an answer may take.  A protector answers within milliseconds, or after a crash within a
+#: few hundred milliseconds; overloaded machines need more.
 ANSWER_S = 10.0
-#: A guard restarts a killed protector within 0.3 s.  If the protector dies again and again, the
-#: guard waits longer before each start.
+#: How long to try to reconnect.  A guard restarts a killed protector within 0.3 s, and waits longer
+#: before each start if the protector dies again and again.
 RETURN_S = 10.0
 _TRY_EVERY_S = 0.05
 #: A protector buffers at most 1 MiB for a client, so it never sends a longer line.
@@ -228,7 +228,8 @@ class Client:
                 return found[0]
             if self._has_run_out(until):
                 return None
-        self._events_bytes = 0  # events are added to the buffer only while a request waits
+        # The limit of bytes is for one answer(), and only answer() adds events to this buffer.
+        self._events_bytes = 0
         return self._events.popleft()
 
     # -- lines -------------------------------------------------------------------

@@ -135,8 +135,8 @@ def _session_members(leader: int) -> list[int]:
 def _inodes(pids: Sequence[int]) -> dict[int, int | None]:
     """Map each socket inode of these processes and their descendants to a descriptor.
 
-    The first process is the worker.  The value is the worker's descriptor for the socket; None if
-    only another process has the socket.
+    pids: the worker; after its end, its session.  The value is the first process's descriptor for
+    the socket; None if only another process has the socket.
     """
     found: dict[int, int | None] = {}
     worker, todo = pids[0], list(reversed(pids))

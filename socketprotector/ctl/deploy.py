@@ -16,7 +16,7 @@ from .reload import OUTCOME, TIMEOUT, WAIT, follow, read_status_before
 from .reload_progress import Awaited
 
 _OUTCOME = (*OUTCOME, "release", "from_release")
-#: What the times of a release are of.
+#: The fields with the times of a release, and the words to print before each time.
 _TIMES = {"served_at": "served since", "failed_at": "failed", "refused_at": "refused"}
 
 
@@ -144,7 +144,7 @@ def _is_unchanged(client: Client, before: Message, name: str, expect: str | None
 def _request_deploy(
     client: Client, before: Message, name: str, what: str, arguments: dict[str, Any]
 ) -> int:
-    """Request a deploy.  If the connection ends early, request it again unless it has begun."""
+    """Request a deploy; if the connection ends early, repeat this unless the deploy has begun."""
     if "releases" not in before:
         raise RequestRefused(
             "unmet",

@@ -81,10 +81,10 @@ def running(prefix: str) -> list[str]:
 
 
 def names(found: Sequence[SocketAnswer]) -> list[str]:
-    """Return a name for each protector; if several share a name, the listener is added to it.
+    """Return a name for each protector; if several share a name, add the listener to the name.
 
-    A protector that does not answer is named by its socket.  Any process can choose any name, so a
-    shared name stays short only for the protector whose socket is in the folder of that name.
+    A protector that does not answer is named by its socket.  Any process can claim any name, so
+    only the protector whose socket is in the folder of a shared name keeps it unchanged.
     """
     candidates = [_names_of(each) for each in found]
     chosen = [shortest for shortest, *_ in candidates]

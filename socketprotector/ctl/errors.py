@@ -9,7 +9,7 @@ from ..model.text import escape
 class ControlError(Refusal):
     """A request to a protector, or the operation that the request started, has failed."""
 
-    #: The outcome in a word or two; reload, upgrade and stop print it with `--json`.
+    #: The outcome in a word or two; commands that wait print it with `--json`.
     result = "lost"
 
 

@@ -162,7 +162,7 @@ def rollout_text(status: Status) -> str:
 
 
 def closing_text(generation: Status) -> str:
-    """Return how fast a generation closes its connections, and the time left; "" if it does not."""
+    """Return how fast a generation closes connections, and the time left; "" if it closes none."""
     closing = generation.get("closing")
     rate = measure(closing, "per_s") if isinstance(closing, dict) else None
     left_s = measure(closing, "left_s") if isinstance(closing, dict) else None
@@ -215,7 +215,7 @@ def other_waits_of(status: Status) -> list[Wait]:
 
 
 def failing(generation: Status) -> str:
-    """Return why a generation's first programs failed, and their last line; "" if they did not."""
+    """Return why a generation's first programs failed, and their last output; "" if none did."""
     found = generation.get("first_programs")
     if not isinstance(found, dict):
         return ""

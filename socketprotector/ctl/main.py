@@ -1,6 +1,6 @@
 """Runs one command of socketprotectorctl.
 
-It turns every error into one line on stderr and an exit status (errors.py).
+An error becomes a message on stderr and an exit status (errors.py).
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status.  arguments: by default those of the process."""
     stand_on_three_descriptors()
     if isinstance(sys.stdout, TextIOWrapper):  # the locale may lack characters of a worker's output
-        # reconfigure() asks for the position, which fails if stdout was a file and is a pipe now.
+        # If stdout was a regular file when Python opened it, reconfigure() calls tell(), which
+        # fails if descriptor 1 has become a pipe.
         with suppress(OSError):
             sys.stdout.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
@@ -85,7 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Refusal as error:
         if isinstance(error, OutputFailed):
             discard_output()
-        # Escape a path, which may contain a line break.  Other errors keep the lines of last words.
+        # A usage error may quote a path with a line break, so escape it.  Other errors may quote a
+        # worker's last words, whose line breaks must stay.
         complain(escape(str(error)) if isinstance(error, UsageError) else str(error))
         return error.status
     except MemoryError as error:

@@ -1,4 +1,4 @@
-"""Commands that end at once: scale, lame-duck, hold, promote, replace, kill, log-level, reopen."""
+"""Commands that wait for no outcome: scale, lame-duck, hold, promote, replace, kill and others."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .errors import ControlError, RequestRefused
 from .fields import listed, number_in
 from .queries import GENERATION, known_generations
 
-#: How often a hold without --for is renewed, and for how long.  So the hold ends soon after the
-#: command is killed.
+#: A hold without --for is ordered for _HOLD_EACH_S, and again every _HOLD_EVERY_S.  So the hold
+#: ends soon after the command is killed.
 _HOLD_EVERY_S = 1.0
 _HOLD_EACH_S = 5.0
 _LEVELS = ("debug", "info", "warning", "error")
@@ -101,7 +101,7 @@ def _release(client: Client) -> None:
 
 @contextmanager
 def _end_requested() -> Iterator[Callable[[float], bool]]:
-    """Yield a function that waits some seconds and returns True if INT, TERM or HUP came.
+    """Yield a function that waits some seconds; True: INT, TERM or HUP has ended the wait.
 
     These signals are blocked inside the context, so that no signal is missed before the release.
     """

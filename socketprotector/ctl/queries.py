@@ -39,7 +39,7 @@ from .query_all import SocketAnswer
 from .reload_progress import LEAVING
 
 _AGAIN_EVERY_S = 1.0
-#: `diff` takes longer: a new process reads the configuration file and resolves the host names.
+#: How long `diff` may take: a new process reads the configuration and resolves the host names.
 _DIFF_S = 60.0
 #: How long one wait for an event lasts.  After it `events` waits again, and prints nothing.
 _LISTEN_S = 3600.0
@@ -271,7 +271,7 @@ def events(instance: Instance, follow: bool, as_json: bool) -> None:
 
 
 def _connect(path: str, follow: bool) -> Client:
-    """Connect for events; with `follow`, wait for a protector as long as the folder exists."""
+    """Connect for events; with `follow`, wait for a protector while the socket's folder exists."""
     while True:
         try:
             return Client(path, events=True)

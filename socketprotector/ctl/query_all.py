@@ -1,6 +1,6 @@
 """Requests the status from many control sockets at once, in one loop with one timeout.
 
-So a hundred instances take no longer than the slowest answer, even if some are dead or suspended.
+So a hundred instances take no longer than the slowest answer, even if some are suspended.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The commands reload and stop, which wait for the outcome.
+"""The commands reload and stop, and what deploy.py shares with reload.
 
-Each command sends its request and then waits, so that its exit status can report the outcome.
-Only a report from the protector counts as success.
+Each command waits, so that its exit status reports the outcome.  A reload has succeeded only if the
+protector reports that.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def _count_losses(operation: Operation) -> Message:
 
 
 def _request_reload(client: Client, before: Message, arguments: dict[str, Any]) -> int:
-    """Request the reload.  If the connection ends early, request it again unless it has begun."""
+    """Request a reload; if the connection ends early, repeat this unless the reload has begun."""
     dry_run = "dry_run" in arguments
     if dry_run and "dry_run" not in before:
         raise RequestRefused(
@@ -230,7 +230,7 @@ def _canary(share: str | None, for_s: float | None, at_least: int | None) -> dic
 
 
 def _request_arguments(dry_run: bool, canary: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the arguments of a reload; {} if possible, because older protectors refuse any."""
+    """Return a request's arguments; {} if possible: older protectors refuse any argument."""
     if canary is not None:
         return {"canary": canary}
     return {"dry_run": True} if dry_run else {}
@@ -372,7 +372,7 @@ def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: b
 
 
 def _request_stop(client: Client, quick: bool) -> None:
-    """Request the stop so that the protector gets it only once: a second request stops at once."""
+    """Request a stop only once, because a second request would make a graceful stop quick."""
     try:
         client.request("stop", quick=quick)
     except ConnectionLost:

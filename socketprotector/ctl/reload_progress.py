@@ -1,8 +1,8 @@
 """Derives the verdict of a reload from events and from the status, without any input or output.
 
-It needs both: a cut connection may lose events, and the status reports the same facts later.
-The verdict is the first `reloaded` or `reload-failed` of the promised generation, or of a later
-generation.
+The module needs both: a cut connection may lose events, and the status reports the same facts
+later.
+The verdict is the first `reloaded` or `reload-failed` of the promised or a later generation.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Verdict:
 
 @dataclass(slots=True)
 class ProgressThrottle:
-    """Decides which counts to show: for few workers every count, for many only each tenth."""
+    """Decides which counts to show: for few workers every count, for many only ten counts."""
 
     _total: int = 0
     _last: object = None
@@ -156,7 +156,7 @@ class Reload(Awaited):
         *,
         dry_run: bool = False,
     ) -> None:
-        """generation: its number in the answer to `reload`.  status: from before the request."""
+        """generation: the number in the answer to `reload`.  status: from before the request."""
         super().__init__(tell)
         self.generation = generation
         self.dry_run = dry_run
@@ -225,10 +225,11 @@ class Reload(Awaited):
                     self._switched(number)
                 else:
                     self._shared(number)
-        # Once this reload has begun, a wait of the kind `earlier-reload` is that of a later reload.
+        # Once this reload has begun, a wait of the kind `earlier-reload` belongs to a later reload,
+        # which waits for this one.
         kinds = [each for each in OF_RELOAD if self._now is None or each != "earlier-reload"]
         self.waits.on_status(status, kinds)
-        # "waiting": under stop-first no generation is serving until the old generation is quiet.
+        # "waiting" means that no generation is serving, as during a reload under stop-first.
         under_way = self._phase in (*_STARTING, "reloading", "waiting")
         if reloads or starting or under_way or self.stopping or status.get("reload_wanted"):
             self._forgotten = 0

@@ -1,7 +1,7 @@
 """Formats values for people: numbers with units, columns, colours.
 
 On a terminal, lines have colours and tables are cut at the right edge.  Elsewhere the output is
-plain, so that awk can read it.  NO_COLOR is respected.  Text is escaped here
+plain, so that awk can read it.  NO_COLOR is respected.  This module escapes all text
 (`model.text.escape`).
 """
 

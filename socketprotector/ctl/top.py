@@ -34,7 +34,7 @@ _KEPT = 200
 
 
 class Rates:
-    """Computes rates and wait times from the last two statuses."""
+    """The rates and wait times of the last interval."""
 
     def __init__(self) -> None:
         self.forwarded: deque[float] = deque(maxlen=_KEPT)
@@ -122,7 +122,7 @@ def _screen(client: Client, interval: float) -> None:
 
 @contextmanager
 def _keys() -> Iterator[Callable[[float], bool]]:
-    """Yield a function that waits some seconds and returns True if q was pressed."""
+    """Yield a function that waits some seconds; True: q or end of file has ended the wait."""
     fd = sys.stdin.fileno()
     before = termios.tcgetattr(fd)
 

@@ -53,7 +53,7 @@ def upgrade(instance: Instance, wait: bool, check: bool, timeout: float, as_json
 
 def _check_upgrade(instance: Instance, as_json: bool) -> None:
     """Print whether the installed program can take over.  Raises NewVersionFailed."""
-    # The protector would disconnect an idle client that does not follow events.
+    # During a long check, the protector would disconnect a client that does not follow events.
     with instance.client(_CHECK_S, events=True) as client:
         try:
             result = client.request("upgrade", check=True)

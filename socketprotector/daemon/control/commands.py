@@ -1,7 +1,7 @@
-"""Carries out the commands of the control socket.  Each command reads values, or posts an event.
+"""Carries out the commands of the control socket: most return values, or post an event.
 
-A command that begins a long operation is answered at once.  Clients that follow events get the
-result as an event (docs/control.md).
+A command that begins a long operation is answered at once; clients that follow events get the
+result as an event (docs/control.md).  But `diff` and an upgrade check are answered at their end.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ...core.events import (
     StopRequested,
     TimerKind,
 )
-from ...core.fleet import Fleet, Phase, State
+from ...core.fleet import Fleet, Generation, Phase, State
 from ...core.reload import cannot_roll_back
 from ...core.rollout import cannot_promote, no_canary_under
 from ...model import control_requests
@@ -346,7 +346,7 @@ class CommandHandler:
             )
         if found.phase in _ENDING:
             raise RequestError(
-                "refused", f"generation {generation} is draining already; `kill` ends it"
+                "refused", f"generation {generation} is {found.phase.value} already; `kill` ends it"
             )
         if found.phase is not Phase.SERVING or fleet.is_changing:
             raise RequestError("refused", "a reload is in progress; try again after it")
@@ -368,7 +368,8 @@ class CommandHandler:
         generation, worker = found
         if generation.phase is not Phase.SERVING or worker.state is not State.READY:
             raise RequestError(
-                "refused", f"worker {pid} is still starting or already stopping; try again"
+                "refused",
+                f"worker {pid} is not a ready worker of the serving generation; see `status`",
             )
         self.runtime.post(ReplaceRequested(worker.number, "requested by an operator"))
         return {"worker": worker.number}
@@ -385,14 +386,16 @@ class CommandHandler:
         return {"worker": record.number}
 
     def do_kill(self, generation: int) -> Mapping[str, Any]:
-        found = self.supervisor.fleet.generation(generation)
+        fleet = self.supervisor.fleet
+        found = fleet.generation(generation)
         if found is None:
             raise RequestError(
                 "unknown", f"there is no generation {generation}; `status` lists the generations"
             )
         if found.phase not in _ENDING:
             raise RequestError(
-                "refused", f"generation {generation} is {found.phase.value}; replace it first"
+                "refused",
+                f"generation {generation} is {found.phase.value}; {_before_kill(fleet, found)}",
             )
         self.runtime.post(KillRequested(generation))
         return {"workers": len(found.alive)}
@@ -405,3 +408,12 @@ class CommandHandler:
     def do_reopen(self) -> Mapping[str, Any]:
         self.supervisor.reopen_logs()
         return {}
+
+
+def _before_kill(fleet: Fleet, found: Generation) -> str:
+    """Return what makes a generation drain or fail, so that `kill` takes it."""
+    if found.phase is Phase.SERVING:
+        return "replace it first"
+    if found.fresh and not cannot_roll_back(fleet):
+        return "`rollback` first"
+    return "wait until it is serving or has failed"

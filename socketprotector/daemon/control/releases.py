@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...core.events import DryRunRequested, ReloadRequested
 from ...core.fleet import Fleet, Generation
+from ...core.reload import cannot_roll_back
 from ...model import release
 from ...model.control_requests import RequestError
 from ..effects import Effects
@@ -142,7 +143,7 @@ def _releases_of(effects: Effects) -> Releases:
 
 
 def _incoming(effects: Effects, fleet: Fleet) -> tuple[Generation | None, str]:
-    """Return the generation that a reload or deploy has opened, and its release; None: none yet."""
+    """Return the generation that a reload or deploy has opened, if any, and its release."""
     incoming = fleet.incoming if fleet.incoming and fleet.incoming.fresh else None
     opened = effects.generations.get(incoming.number) if incoming else None
     return incoming, opened.program.release if opened else fleet.release
@@ -156,9 +157,8 @@ def _refuse_second(fleet: Fleet, effects: Effects) -> None:
     kind = "a dry run" if fleet.dry_run else "a deploy" if fleet.release else "a reload"
     number = incoming.number if incoming else fleet.next_generation
     what = f"{kind} of {name}" if name else kind
-    raise RequestError(
-        "deploying", f"{what} is in progress (generation {number}); wait for it, or `rollback`"
-    )
+    advice = "wait for it" if cannot_roll_back(fleet) else "wait for it, or `rollback`"
+    raise RequestError("deploying", f"{what} is in progress (generation {number}); {advice}")
 
 
 def _refuse_unexpected(expect: str, found: str) -> None:

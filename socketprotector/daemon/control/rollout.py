@@ -1,6 +1,6 @@
 """Collects the field `rollout` of `status`, and the connections of leaving workers.
 
-This module changes nothing.  docs/control.md has the names of the fields.
+It changes nothing.  docs/control.md has the names of the fields.
 """
 
 from __future__ import annotations

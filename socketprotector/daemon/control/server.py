@@ -1,8 +1,8 @@
 """Serves the control socket: clients, lines, limits.  commands.py carries out the commands.
 
 A client of the control socket must not delay the service's clients.  So each turn of the loop
-answers one request of one client, and no call blocks.  A client that sends too much, reads too
-little or stays idle is disconnected.
+answers at most one request of each client, and no call blocks.  A client that sends too much, reads
+too little or stays idle is disconnected.
 
 Source: docs/control.md; einhorn.py; unix(7) for SO_PEERCRED and SO_PEERGROUPS.
 """
@@ -143,7 +143,7 @@ class Client:
         self._answer_one()
 
     def _answer_one(self) -> None:
-        """Answer one request if it is complete; later requests wait for the next turn."""
+        """Answer one request if it is complete; later requests wait until the pause is over."""
         line, rest = b"", None
         with self.within_memory():
             found, end, after = self._received.partition(b"\n")

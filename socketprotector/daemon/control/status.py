@@ -274,7 +274,7 @@ def of_connections(
 ) -> list[dict[str, Any]]:
     """Return the pid of each worker and forked child, and when it accepted its connections.
 
-    only: the number of a generation; None: all generations.
+    only: a generation's number; None: all generations.
     """
     offset = time.time() - time.monotonic()
     found = []

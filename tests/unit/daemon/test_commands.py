@@ -7,6 +7,8 @@ from typing import Any, cast
 
 import pytest
 
+from socketprotector.core.fleet import Fleet, Generation, Phase, Policy
+from socketprotector.daemon.control import releases
 from socketprotector.daemon.control.commands import CommandHandler
 from socketprotector.model.control_requests import Request, RequestError
 
@@ -43,3 +45,62 @@ def test_a_fault_of_ours_while_something_is_changed_is_not_hidden() -> None:
     """The next program goes on from what is written down."""
     with pytest.raises(AttributeError):
         operator(Log()).handle(cast("Any", None), Request("scale", {"to": 2}))
+
+
+_SERVES = Generation(1, Phase.SERVING)
+
+
+@pytest.mark.parametrize(
+    ("fleet", "killed", "advice"),
+    [
+        (Fleet(Policy(), generations=(_SERVES,)), 1, "serving; replace it first"),
+        (Fleet(Policy(), generations=(_SERVES, Generation(2))), 2, "starting; `rollback` first"),
+        (
+            Fleet(Policy(), generations=(_SERVES, Generation(2, Phase.SETTLING))),
+            2,
+            "settling; `rollback` first",
+        ),
+        (
+            Fleet(Policy(), generations=(Generation(1),)),
+            1,
+            "starting; wait until it is serving or has failed",
+        ),
+        (
+            Fleet(Policy(), generations=(_SERVES, Generation(2, fresh=False))),
+            2,
+            "starting; wait until it is serving or has failed",
+        ),
+        (
+            Fleet(Policy(), generations=(_SERVES, Generation(2)), dry_run=True),
+            2,
+            "starting; wait until it is serving or has failed",
+        ),
+    ],
+)
+def test_a_refused_kill_names_what_is_possible(fleet: Fleet, killed: int, advice: str) -> None:
+    supervisor = cast("Any", SimpleNamespace(fleet=fleet))
+
+    with pytest.raises(RequestError) as caught:
+        CommandHandler(supervisor, cast("Any", None)).do_kill(killed)
+
+    assert str(caught.value) == f"generation {killed} is {advice}"
+
+
+@pytest.mark.parametrize(
+    ("dry_run", "refused"),
+    [
+        (False, "a reload is in progress (generation 2); wait for it, or `rollback`"),
+        (True, "a dry run is in progress (generation 2); wait for it"),
+    ],
+)
+def test_a_refused_deploy_advises_a_rollback_only_where_it_works(
+    dry_run: bool, refused: str
+) -> None:
+    fleet = Fleet(Policy(), generations=(_SERVES, Generation(2)), dry_run=dry_run)
+    live = SimpleNamespace(releases=SimpleNamespace(serving="1"))
+    effects = cast("Any", SimpleNamespace(live_settings=live, generations={}))
+
+    with pytest.raises(RequestError) as caught:
+        releases.deploy(effects, fleet, cast("Any", None), "3")
+
+    assert str(caught.value) == refused

@@ -23,8 +23,8 @@ from .probe_target import ProbeTarget
 #: client, UNTAKEN_S afterwards.
 NEVER_TAKEN_S = 5.0
 UNTAKEN_S = 30.0
-#: A stop checks for new clients at this interval.  A handshake that had begun is then complete,
-#: unless the client has to repeat a packet.
+#: A stop checks for new clients at this interval.  A handshake that has begun before a check is
+#: complete at the next check, unless the client has to repeat a packet.
 QUIET_S = 0.2
 #: After this time, listeners that cannot refuse new clients close, even if clients still come.
 LAST_S = 10.0
@@ -69,7 +69,7 @@ class Delivery(ABC):
     @classmethod
     @abstractmethod
     def leave(cls, listeners: Collection[Listener], record: DeliveryRecord) -> tuple[str, ...]:
-        """Close the listeners of an earlier program that has ended.
+        """Close the listeners of an earlier program whose fleet has ended.
 
         Returns the names of the sockets that survive for the next start.
         """

@@ -32,7 +32,7 @@ class Host(ABC):
     def report_untaken(
         self, seconds: float, waiting: int, ever: bool, listen: str | None = None
     ) -> None:
-        """Report that workers have accepted no client for some seconds, once for each route.
+        """Report, once for each route, that workers have accepted no client for some seconds.
 
         waiting: how many clients wait.  ever: workers have accepted a client before.  listen: the
         addresses where clients wait; None: the clients wait in the queue.

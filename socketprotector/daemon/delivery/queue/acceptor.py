@@ -109,7 +109,7 @@ class Acceptor:
                 except OSError as error:
                     if count:
                         self._count_sent(count, at)
-                    self.accepted += 1  # not in the queue: take_away() subtracts it there
+                    self.accepted += 1  # take_away() notes that the queue does not have it
                     self.last_ns = at
                     self.queue.take_away()
                     self.send_failed(header, fd, error)

@@ -117,7 +117,8 @@ class CanaryQueue:
             try:
                 send_to_canary(buffers, rights, flags)
             except OSError:
-                # The acceptor will subtract this connection from the route's queue: add it first.
+                # After this error the acceptor subtracts one from the route's queue, although this
+                # connection was meant for the canary.  So first add one there (add_uncounted).
                 self.sent += 1
                 self.watch.take_away()
                 self._outlet.queue.add_uncounted()

@@ -17,8 +17,8 @@ class GenerationChannel(Channel):
         self.taken_from = adopted
         #: Whether it was reported that no worker takes connections.
         self.said_untaken = False
-        #: How many new connections were sent here, and QueueWatch.sent, up to the time when a
-        #: QueueWatch last stopped watching this channel.
+        #: met: how many new connections were sent here, except those that a QueueWatch counts now
+        #: (QueueWatch.new_in).  sent: QueueWatch.sent when a QueueWatch last left this channel.
         self.met = self.sent = 0
 
     @property

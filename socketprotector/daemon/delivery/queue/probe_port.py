@@ -121,7 +121,8 @@ class ProbePort:
         else:
             watch = self._watch()
             if watch is not None:
-                # Count the probe: another port subtracts what was sent after its own probe.
+                # Count this probe, because another port's _waits() subtracts what was sent after
+                # that port's own probe.
                 watch.add_uncounted()
                 self._sent_before = watch.sent
         probe.close()

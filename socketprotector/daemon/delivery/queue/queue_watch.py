@@ -46,7 +46,7 @@ class QueueWatch:
     _extra: int = 0
     _forwarded_before: int = 0  # the value of `forwarded` when this route began
     _route: GenerationChannel | None = None
-    _head: bytes | None = None  # at the last look
+    _head: bytes | None = None  # the header of the oldest queued connection, at the last look
     _head_since: float = 0.0
     _look_s: float = FIRST_LOOK_S
 
@@ -107,7 +107,7 @@ class QueueWatch:
             return False
         try:
             head = channel.peek()
-        except OSError:  # out of memory: the caller asks again
+        except OSError:  # out of memory: the caller tries again
             return True
         return head is not None and self._head in (None, head)
 

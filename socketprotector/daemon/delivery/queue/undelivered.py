@@ -1,10 +1,10 @@
-"""Keeps accepted connections that are in no channel, so that only this process has them.
+"""Keeps accepted connections that are in no channel: only this process has them.
 
-There are few, because we accept only connections that we can deliver.  We keep a connection if it
-could not be sent, or until there is room for it at a generation that knows its listener.
+There are few of them, because we accept only connections that we can deliver.  We keep a connection
+if it could not be sent, or until there is room for it at a generation that knows its listener.
 
 These connections survive this program.  Their headers are in the state, and the next program gets
-their descriptors by name.  Two rules hold here:
+their descriptors by name.  This module follows two rules:
 
 * A connection is removed from the state before it is sent.  If we are killed in between, the
   connection is lost.  In the other order, a second worker could get the same connection.

@@ -20,8 +20,8 @@ from ....system.loop import Loop
 from ....system.sock_diag import Line, stands, unaccepted
 from .. import NEVER_TAKEN_S, UNTAKEN_S
 
-#: The pause between two looks: FIRST_LOOK_S until a first client is accepted, LOOK_S later.  For a
-#: canary, the pauses are the same fractions of the canary's limits.
+#: The pause between two looks: FIRST_LOOK_S until a first client is accepted, LOOK_S afterwards.
+#: For a canary, the pauses are the same fractions of the canary's limits (CanaryWatch).
 FIRST_LOOK_S = NEVER_TAKEN_S / 4
 LOOK_S = UNTAKEN_S / 2
 #: Queries to the kernel take at most this share of our time, however many connections there are.

@@ -96,7 +96,7 @@ class Probes:
                 target = ProbeTarget(
                     address, mark, partial(_waits, listening, address), lambda: None
                 )
-                if each.has_sibling:  # at a single socket, the next generation accepts the probe
+                if each.has_sibling:  # otherwise the next generation accepts an abandoned probe
                     target.abandon = partial(self._note_abandoned, listening)
                 return target
         return None

@@ -27,7 +27,7 @@ _LOOK_S = 0.1
 #: The pause if workers read from all accepted clients before they exit.  For such workers we wait
 #: only until all clients are accepted, including clients whose handshake is under way.
 _LOOK_SOON_S = 0.01
-#: How many looks in a row must find no such client.
+#: For such workers, how many looks in a row must find no client that is not accepted yet.
 _SOON_LOOKS = 2
 #: A generation is quiet if no unread client was found for this time.
 QUIET_S = 1.0

@@ -80,7 +80,7 @@ class SharedDelivery(Delivery):
     # -- a generation ----------------------------------------------------------------
 
     def can_probe(self, listener: str) -> bool:
-        # If a UNIX path has only one socket left, the next generation may get another socket.
+        # A UNIX path with only one socket left may get a second socket for the next generation.
         named = [each for each in self._listeners if listener in ("", each.settings.name)]
         return self.steering.probes.can_probe(listener) or any(each.path for each in named)
 

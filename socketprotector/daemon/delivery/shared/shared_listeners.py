@@ -1,4 +1,4 @@
-"""The listeners from which workers accept, and the orders that parts of the steering may give."""
+"""The listeners from which workers accept, and the interface of SocketSteering for its parts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class SharedListeners:
 
 
 class Steering(ABC):
-    """The methods of SocketSteering that its parts call, such as Probes and SocketRepair."""
+    """The methods that parts of SocketSteering, such as Probes and SocketRepair, call on it."""
 
     @abstractmethod
     def steer(self) -> bool:

@@ -42,7 +42,7 @@ class SocketSteering(Steering):
         #: Addresses whose clients the kernel sends to the wrong socket, and why.
         self._not_steered: dict[str, str] = {}
         self._not_held = ""  # why new clients are not held
-        self._written = self._groups  # the groups that are in the state
+        self._written = self._groups  # the groups in the last written state
         self.turns = Turns()
         self.hold = ListenerHold(listeners)
         self.probes = Probes(listeners, self.turns, self)
@@ -87,7 +87,7 @@ class SocketSteering(Steering):
         for each in self._listeners.living:
             try:
                 self._repairs.make_ready(each, socket_number)
-            except OSError as error:  # unless we raise it, the listener keeps its present socket
+            except OSError as error:  # if we do not raise it, the listener keeps its socket
                 is_needed = self._repairs.needs(each)
                 if fresh and is_needed and error.errno not in RESOURCE_ERRNOS:
                     self._watch.watch()
@@ -348,7 +348,7 @@ class SocketSteering(Steering):
             self.steer()
 
     def gets_no_client(self, generation: int) -> bool:
-        """Return whether a generation gets no new clients, apart from clients after a stop."""
+        """Return whether a generation gets no new clients; clients during a stop do not count."""
         turns = self.turns
         if turns.given_back or self._repairs.ended:
             return True

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from ..model.control_requests import Request
     from .control.server import Client
 
-#: How soon to send again to a service manager whose socket was full.
+#: How soon to send again to the guard or service manager after its socket was full.
 _AGAIN_S = 0.1
 _OWN = (inherited.SETTINGS, inherited.STATE, inherited.PID_FILE, inherited.NOTIFY)
 _STDERR = 2

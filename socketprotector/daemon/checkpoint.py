@@ -85,8 +85,8 @@ class Checkpoint:
     def write(self) -> bool:
         """Write the state; return whether another program could resume from it now.
 
-        No program can resume while the fd store lacks a descriptor: the next program assumes that
-        the store has every descriptor that it inherits, and so would never store this descriptor.
+        No program may resume while the fd store lacks a descriptor: the next program assumes that
+        the store has every descriptor that it inherits, so it would never store this descriptor.
         """
         wanted = self.descriptors().keys() - {inherited.GUARD}
         return self._write() and self.store.has(wanted)

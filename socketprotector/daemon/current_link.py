@@ -139,7 +139,7 @@ class CurrentLink:
         self._persist()
 
     def forget_due_if_moved(self) -> None:
-        """Forget that `current` must be moved if an operator has moved it meanwhile."""
+        """Forget the move that is due if an operator has moved `current` meanwhile."""
         if self.not_moved is not None and self.named != self.not_moved.still_named:
             self.not_moved = None
 

@@ -269,7 +269,7 @@ class Effects(Host):
             self._refuse_unless_reachable(program)
             if dry_run and (cannot := self.delivery.cannot_try()):
                 raise ValueError(f"cannot dry-run: {cannot}")
-            self.generations.forget_released(self.delivery.keeps)  # snapshot() needs an fd store
+            self.generations.forget_released(self.delivery.keeps)  # snapshot() may never do this
             made = self.generations[number] = OpenGeneration.make(number, program)
             try:
                 self.delivery.open(made, settings.queue, fresh=fresh)

@@ -29,6 +29,7 @@ def adopt(
         if _close_if_same(second, (first,)):
             second = -1
         if _close_if_same(third, (first, second)):
+            # Count on, because a name in the store must never get another descriptor.
             third, third_number = -1, third_number + 1
         if first >= 0:  # otherwise an earlier program has closed the listener
             numbers = first_number, second_number, third_number

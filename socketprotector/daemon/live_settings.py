@@ -99,7 +99,7 @@ class LiveSettings:
                 self.releases.move(candidate.release, previous)
 
     def forget(self) -> None:
-        """Drop the candidate settings; added listeners stay, as removed: no index is reused."""
+        """Drop the candidate; the listeners that it added stay as removed: no index is reused."""
         if "reader" in self._readers:
             self._readers["reader"].call_off()
         if self.record.candidate is not None:
@@ -135,8 +135,8 @@ class LiveSettings:
     def adopt(self, snapshot: Snapshot) -> None:
         """Resume with the candidate settings, if they may still take effect.
 
-        That is so while a reload tries them, and until an order UseSettings is carried out: core
-        repeats this order.
+        They may while a reload tries them, and until an order UseSettings is carried out, which
+        core repeats.
         """
         self.record = SettingsRecord(self.settings, snapshot.settings.candidate)
         if snapshot.fleet.candidate is None and UseSettings() not in snapshot.unfinished:

@@ -43,7 +43,7 @@ class Parents:
         self.systemd = Systemd(os.environ, pid, self._manager, self.guard)
         room = room_of(os.environ, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         # Pass the number on to the next program of an upgrade in place: its getrlimit() returns the
-        # limit that we raise, not systemd's limit.
+        # limit that we have raised, not systemd's limit.
         os.environ["FDSTORE"] = str(room)
         self.store = (
             Store(self.guard, kept)

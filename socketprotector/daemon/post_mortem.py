@@ -123,7 +123,8 @@ class PostMortem:
             end = replace(end, how=self.why_killed())
         kept = forked_children.left_open(record, worker.generation)
         lost = worker.generation.take_counts(record.slot, kept)
-        # Keep the RETURN line open: forked children finish at its end, which the lifecycle orders.
+        # Keep the RETURN line open until the lifecycle orders its end: at end of file, the worker's
+        # forked children finish.
         line, worker.line = worker.line, None
         orphans = self.keep_group(record, worker.process, worker.generation, line)
         worker.close()

@@ -34,7 +34,7 @@ from .verdicts import Verdict
 #: The pauses between checks whether a connection was accepted: the first pause, the longest pause,
 #: and each pause as a share of the connection's waiting time.
 _FIRST_LOOK_S, _LAST_LOOK_S, _LOOK_SHARE = 0.005, 1.0, 0.1
-#: By how much the prober may exceed the probe's limit, to start or on a busy machine.
+#: How much longer than the probe's limit the prober may take: it may have to start first.
 _PROBER_S = 10.0
 #: The errors of connect() to an address where no process listens.
 _NOT_THERE = (errno.ECONNREFUSED, errno.ENOENT)

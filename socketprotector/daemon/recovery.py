@@ -81,7 +81,7 @@ class Recovery:
         return broken
 
     def dismiss_unknown(self) -> None:
-        """Order workers to finish that the state does not mention: a kill came before the write.
+        """Order the workers that the state lacks to finish: a kill came before the write.
 
         Workers that accept need a signal; other workers read end of file on their line.
         """

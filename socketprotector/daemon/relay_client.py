@@ -48,8 +48,8 @@ _READS_S = 0.5
 #: The first and the longest wait before another relay is started.
 _RESTART_S = 0.1
 _LONGEST_S = 10.0
-#: How soon to repeat a message after the relay's line was full, and to check a pipe with unread
-#: output again.
+#: The pause before a message is repeated after the relay's line was full, and before a pipe is
+#: checked again that could not be watched, or not yet be closed.
 _AGAIN_S = 0.1
 #: How soon to repeat a message after the relay lacked a free descriptor for it.
 _ROOM_S = 1.0
@@ -73,7 +73,7 @@ class WorkerPipe:
     pid: int
 
     def name(self, number: int) -> str:
-        """Return the name by which the next program finds the descriptor; number: of the worker."""
+        """Return the name by which the next program finds the pipe of worker `number`."""
         return f"{inherited.OUTPUT}{number}.{self.generation}.{self.pid}"
 
 
@@ -104,7 +104,7 @@ class LogRelay:
         self._output_ready = select.epoll()
         self._was_stopped = False  # the relay was suspended at our last check
         self._lacks_descriptor = False  # the relay had no descriptor for a message
-        self._must_end = False  # the relay's descriptor limit cannot be raised
+        self._must_end = False  # the relay must exit: its descriptor limit cannot be raised
 
     # -- the process -----------------------------------------------------------
 
@@ -176,7 +176,8 @@ class LogRelay:
         given = (self._name, self._kind, str(int(self._prefixed)), str(_LINE_FD))
         with on_error(ours.close), theirs, open(os.devnull, "r+b", buffering=0) as file:
             null = file.fileno()
-            # The relay must not have the write end, or it would never see end of file.
+            # Under syslog our stderr is the write end of the shared pipe.  If the relay inherited
+            # it, the relay would never see end of file on that pipe.
             out = null if self._kind == "syslog" else _STDERR
             shared = self._shared if self._shared >= 0 else null
             descriptors = {0: shared, 1: out, 2: null, _LINE_FD: theirs.fileno()}
@@ -274,7 +275,7 @@ class LogRelay:
         self._send_unsent()
 
     def _keep(self, number: int, pipe: WorkerPipe) -> None:
-        if number in self._workers:  # an earlier program was killed before it recorded that worker
+        if number in self._workers:  # it is started again: a killed program did not record it
             self._close_pipe(number)
         self._workers[number] = pipe
         self._named[pipe.name(number)] = pipe.read

@@ -1,4 +1,4 @@
-"""The releases of a protector: which one a reload starts, and what its verdict means.
+"""The releases of a protector: which release a reload starts, and what its verdict means.
 
 A release is proved when its start or reload has succeeded.  Then this process moves `current` to
 that release (current_link.py), before a waiting reload reads `current`.

@@ -48,7 +48,7 @@ _YIELD_AFTER_S = 0.005
 _FIRST_REAP_S = 0.01
 _LAST_REAP_S = 1.0
 #: Actions after which the state is written at once, because the next program must not repeat them:
-#: a generation or worker would start twice, or a second verdict would seem to be another reload's.
+#: a generation or worker would start twice, or a repeated verdict would look like another reload.
 _WRITTEN_AT_ONCE = (
     *(Open, Spawn),
     *(ReportKind.RELOADED, ReportKind.RECOVERED, ReportKind.RELOAD_FAILED),
@@ -125,7 +125,7 @@ class Supervisor:
         if self._working:
             return
         self._working = True
-        acted = True  # the caller may have acted before
+        acted = True  # the caller of _work() may have acted
         try:
             for event in self.queue:
                 self.fleet, actions = decide(self.fleet, event)

@@ -1,4 +1,4 @@
-"""USR2: replaces the protector's own program in place, if the new program can take over.
+"""An upgrade: replaces the protector's program in place, if the new program can take over.
 
 First a probe process runs the new program, which loads the state and answers.  Only then does this
 process execute the new program: same pid, same children, nothing closed.  If the installation is

@@ -1,7 +1,7 @@
 """Starts and signals workers, and posts events about them.
 
-Start: worker_spawn.py; messages: worker_messages.py; exit: post_mortem.py.  A worker is identified
-by its number, which is never reused.  The kernel may reuse a pid as soon as its worker is reaped.
+worker_spawn.py starts a process, worker_messages.py reads its messages, post_mortem.py handles its
+exit.  A worker is identified by its number, which is never reused, unlike a reaped worker's pid.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .runtime import Runtime
 from .worker_messages import WorkerMessages
 from .worker_spawn import Worker, WorkerSpawner, named
 
-#: Lets --ready check:COMMAND probe the right worker, because old workers have the same port.
+#: Names the worker that --ready check:COMMAND must probe: old workers have the same port.
 _WORKER_PID = "SOCKETPROTECTOR_WORKER_PID"
 
 
@@ -57,7 +57,7 @@ class WorkerPool:
         self._runtime, self._remember = runtime, remember
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._workers: dict[int, Worker] = {}
-        #: Kept apart from the workers, because each checkpoint needs all records.
+        #: The workers' records, kept apart because each checkpoint needs all of them.
         self._records: dict[int, WorkerRecord] = {}
         self._by_pid: dict[int, int] = {}
         #: All descriptors of workers and their output that the next program needs.

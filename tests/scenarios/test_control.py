@@ -643,6 +643,24 @@ def test_what_drains_already_or_is_not_there_is_not_replaced(
         line.event("reloaded", generation=3)
 
 
+def test_a_refused_kill_of_a_starting_generation_names_the_rollback(
+    operated: Operating, release: Release, gate: Gate
+) -> None:
+    web = operated(command=(str(release.path),))
+    line = web.line(follows=True)
+    release.becomes(*gate.before(*MANY))
+    line.ask("reload")
+    line.event("spawned", generation=2)
+
+    assert line.refused("kill", generation=2) == (
+        "refused",
+        "generation 2 is starting; `rollback` first",
+    )
+    assert line.ask("rollback") == {"generation": 2}
+    line.event("reload-failed", generation=2)
+    line.event("drained", generation=2)
+
+
 @EITHER_HANDOFF
 def test_what_is_left_of_a_draining_generation_is_killed(operated: Operating) -> None:
     web = operated()

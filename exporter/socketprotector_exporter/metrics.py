@@ -46,7 +46,7 @@ _BOUNDS = [*(str(2**n / 1_000_000) for n in range(BUCKETS - 1)), "+Inf"]
 _FAMILIES: tuple[tuple[Any, ...], ...] = (
     (Gauge, "up", "1 if the instance answered"),
     (Info, "build", "`version` of the protector."),
-    (Gauge, "start_time_seconds", "When it was started, since the epoch."),
+    (Gauge, "start_time_seconds", "When the instance was started, since the epoch."),
     (
         Total,
         "restarts",
@@ -55,7 +55,11 @@ _FAMILIES: tuple[tuple[Any, ...], ...] = (
     (Gauge, "phase", "1 for the current phase.", "phase"),
     (Gauge, "serving", "1 if a generation gets new connections."),
     (Gauge, "held", "1 during a hold: no connection is accepted."),
-    (Gauge, "lame_duck", "1 if it serves, but load balancers should send clients elsewhere."),
+    (
+        Gauge,
+        "lame_duck",
+        "1 if the instance serves, but load balancers should send clients elsewhere.",
+    ),
     (Gauge, "healthy", "1 if the serving generation passes --health, 0 if it fails."),
     (Gauge, "health_failures", "Failed health checks since the last that passed."),
     (Gauge, "guarded", "1 under --guard."),
@@ -82,7 +86,7 @@ _FAMILIES: tuple[tuple[Any, ...], ...] = (
     (
         Total,
         "connections_lost",
-        "Lost by the `protector`, or open in a `worker` that died.",
+        "Connections lost by the `protector`, or open in a `worker` that died.",
         "by",
     ),
     (Gauge, "connections_active", "Connections that workers have open."),

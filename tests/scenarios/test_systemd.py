@@ -561,7 +561,7 @@ def test_a_reload_of_the_unit_takes_an_edit_and_fails_in_words_on_a_mistake(unit
     done = unit.reload()
 
     assert done.returncode == 0, done.stderr
-    assert unit.manager.wait_for("READY")["STATUS"].endswith(" serves")
+    assert unit.manager.wait_for("READY")["STATUS"].endswith(" is serving")
     assert "event=configured" in (said := ended(process)), said
     assert "workers: 1 -> 2" in said, said
 

@@ -93,6 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         complain(f"cannot answer: {what_failed(error)}")
         return OutputFailed.status
-    except OutputClosed:
+    except (OutputClosed, SystemExit):  # click exits if it cannot print help for `| head`
         discard_output()
         return 0
+    except OSError as error:  # help, or the version, cannot be written
+        discard_output()
+        complain(f"cannot answer: {what_failed(error)}")
+        return OutputFailed.status

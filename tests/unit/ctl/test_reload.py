@@ -802,7 +802,11 @@ def test_where_the_outcome_cannot_be_written_the_exit_status_still_tells_it(
     [
         ("full", ["list"], "cannot answer: No space left on device"),
         ("full", ["status", "--json"], "cannot answer: No space left on device"),
+        ("full", ["--help"], "cannot answer: No space left on device"),
+        ("full", ["--version"], "cannot answer: No space left on device"),
         ("closed", ["status"], ""),
+        ("gone", ["--help"], ""),
+        ("gone", ["status"], ""),
     ],
 )
 def test_an_answer_that_cannot_be_written_is_one_line(

@@ -228,7 +228,7 @@ class Client:
                 return found[0]
             if self._has_run_out(until):
                 return None
-        # The limit of bytes is for one answer(), and only answer() adds events to this buffer.
+        # The limit is for what one answer() buffers, and nothing else adds to the buffer.
         self._events_bytes = 0
         return self._events.popleft()
 

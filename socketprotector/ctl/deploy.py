@@ -44,7 +44,7 @@ _EXPECT = click.option(
 )
 
 
-@command(short_help="Start a release; once it has proved itself, move current.")
+@command(short_help="Start a release; once it is proved, point --current to it.")
 @click.argument("release", metavar="NAME", callback=_check_name, shell_complete=_complete)
 @_EXPECT
 @click.option(
@@ -176,7 +176,7 @@ def _await_deploy(
     """Wait for the verdict on a release, then until `current` is on disk, and print the outcome."""
     if not wait:
         operation.outcome["generation"] = promised
-        words = f"requested: generation {promised} will start release {name}; see releases"
+        words = f"requested: generation {promised} will run release {name}; see `releases`"
         operation.finish("requested", words)
         return
     failed = f"release {name} is not ready to deploy" if dry_run else f"release {name} not deployed"
@@ -190,7 +190,7 @@ def _await_deploy(
     if saved.error:
         raise CurrentNotMoved(
             f"release {name} is serving{previous}, but {saved.error}; "
-            "SocketProtector tries again, see status"
+            "SocketProtector tries again; see `status`"
         )
     operation.finish("deployed", f"deployed: release {name}{previous}; {found.words}")
 

@@ -250,7 +250,7 @@ class Effects(Host):
         return {name: fd for each in owners for name, fd in each.descriptors().items()}
 
     def suspend(self) -> None:
-        """Stop all probes and reader processes; the next program starts them again."""
+        """Stop all probes and reader processes; the new SocketProtector starts them again."""
         self.live_settings.stop_reading()
         for each in (self.pool, self.probing):
             each.suspend()

@@ -81,7 +81,7 @@ class Recovery:
         return broken
 
     def dismiss_unknown(self) -> None:
-        """Order the workers that the state lacks to finish: a kill came before the write.
+        """Tell workers that are missing from the state to finish: a kill came before their record.
 
         Workers that accept need a signal; other workers read end of file on their line.
         """
@@ -118,7 +118,7 @@ class Recovery:
         ended: list[WorkerExited] = []
         pool, fleet = self.effects.pool, self.snapshot.fleet
         for record, descriptors, generation in self._workers:
-            # Without a line, only a signal makes a worker finish.
+            # A worker that no signal makes finish needs its line: it reads end of file there.
             needed = _STORED if generation.program.finish_signal else {*_STORED, "line"}
             if descriptors.keys() >= needed and not record.orphaned:
                 pool.adopt(record, descriptors, generation)

@@ -210,7 +210,8 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("guard", FLAG, "Restart SocketProtector if it dies; sockets stay open.\n"
                "A small parent process holds the descriptors meanwhile.",
                "guarded", STAYS, common=True),
-        Option("pid-file", TEXT, "Write the protector's process ID to this file.\n"
+        Option("pid-file", TEXT, "Write the protector's process ID to this file, or the guard's "
+               "with --guard.\n"
                "The protector locks the file while it lives: a second start is refused, "
                "and a stale file is replaced.", "pid_file", STAYS, metavar="FILE"),
         Option("ready", READY, "Choose how a worker shows that it is ready: notify, ack, fd:N, "

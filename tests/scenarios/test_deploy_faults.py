@@ -134,7 +134,7 @@ def test_if_the_rename_fails_the_release_serves_and_it_is_tried_again(
     said = f"{releases.current} still names 1: No space left on device"
     assert ended.status == 5, ended
     assert (
-        f"release 2 is serving (before: 1), but {said}; SocketProtector tries again, see status"
+        f"release 2 is serving (before: 1), but {said}; SocketProtector tries again; see `status`"
         in (ended.err)
     )
     assert (serving(one), releases.named) == ("2", "1")

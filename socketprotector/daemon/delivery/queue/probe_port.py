@@ -121,8 +121,8 @@ class ProbePort:
         else:
             watch = self._watch()
             if watch is not None:
-                # Count this probe, because another port's _waits() subtracts what was sent after
-                # that port's own probe.
+                # Otherwise another port of this channel would believe that its own, earlier probe
+                # still waits: its _waits() compares the depth with what was sent afterwards.
                 watch.add_uncounted()
                 self._sent_before = watch.sent
         probe.close()

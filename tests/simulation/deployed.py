@@ -262,6 +262,8 @@ class Deployed(World):
 
     def _said(self, event: str, fields: Mapping[str, Any]) -> None:
         super()._said(event, fields)
+        if event == "reload-failed" and self.disk.current in BAD:
+            self._crowded = True  # each reload would try what `current` names
         protector = self._supervisor
         if event != "reloaded" or protector is None or protector.fleet.stopping:
             return
